@@ -1,0 +1,103 @@
+"""System calls as pyvmm uses them: failures are `HostError`, never `OSError`."""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+from types import TracebackType
+from typing import Self
+
+from pyvmm.errors import HostError
+
+
+def open_file(path: str, flags: int) -> int:
+    """Open `path` with `flags` and O_CLOEXEC; the file descriptor. Raises HostError."""
+    try:
+        return os.open(path, flags | os.O_CLOEXEC)
+    except OSError as error:
+        raise HostError(error.errno or 0, f"open {path}") from None
+
+
+def ioctl(fd: int, request: int, arg: int | bytearray | memoryview, call: str) -> int:
+    """One ioctl; its result. `arg` is a number, or a buffer that the kernel may change in place.
+
+    Retries on EINTR. Raises HostError that names `call`.
+    """
+    # fcntl.ioctl wants a signed 32-bit number.
+    if isinstance(arg, int) and arg >= 1 << 31:
+        arg -= 1 << 32
+    while True:
+        try:
+            if isinstance(arg, int):
+                return fcntl.ioctl(fd, request, arg)
+            return fcntl.ioctl(fd, request, arg, True)
+        except InterruptedError:
+            continue
+        except OSError as error:
+            raise HostError(error.errno or 0, call) from None
+
+
+def create_memfd(name: str, size: int) -> int:
+    """An anonymous file of `size` bytes, all zero and not yet allocated. Raises HostError."""
+    try:
+        fd = os.memfd_create(name, os.MFD_CLOEXEC)
+    except OSError as error:
+        raise HostError(error.errno or 0, "memfd_create") from None
+    try:
+        os.ftruncate(fd, size)
+    except OSError as error:
+        os.close(fd)
+        raise HostError(error.errno or 0, f"ftruncate of guest memory to {size} bytes") from None
+    return fd
+
+
+def map_shared(fd: int, size: int) -> mmap.mmap:
+    """Map `size` bytes of `fd` shared, readable and writable. Raises HostError."""
+    try:
+        return mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+    except OSError as error:
+        raise HostError(error.errno or 0, f"mmap of {size} bytes") from None
+
+
+class EventFd:
+    """An eventfd(2): a counter that `signal` raises, `drain` zeroes and epoll waits for."""
+
+    def __init__(self) -> None:
+        try:
+            self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except OSError as error:
+            raise HostError(error.errno or 0, "eventfd") from None
+
+    def fileno(self) -> int:
+        return self.fd
+
+    def signal(self) -> None:
+        """Add one. A counter that is full stays full: the reader is already woken."""
+        try:
+            os.eventfd_write(self.fd, 1)
+        except BlockingIOError:
+            pass
+
+    def drain(self) -> int:
+        """Take the counter's value, leaving zero; 0 if it was zero already."""
+        try:
+            return os.eventfd_read(self.fd)
+        except BlockingIOError:
+            return 0
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

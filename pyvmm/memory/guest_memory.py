@@ -1,0 +1,115 @@
+"""Checked, zero-copy access to guest RAM by guest-physical address.
+
+All RAM is one memfd, mapped once and shared, so that another process (a vhost-user back end, say)
+can map the same memory by file descriptor and offset. A `Region` is one range of guest-physical
+addresses within it; between regions there are holes, where an access is a `GuestMemoryError`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import _cffi_backend
+
+from pyvmm.errors import GuestMemoryError
+from pyvmm.host import syscalls
+
+_ffi = _cffi_backend.FFI()
+PAGE_SIZE = 4096
+
+
+@dataclass(frozen=True)
+class Region:
+    """One contiguous range of guest RAM; sizes and offsets in bytes.
+
+    `view` is the whole region as writable bytes; `host_addr` is where it is mapped in this process.
+    """
+
+    guest_addr: int
+    size: int
+    fd_offset: int
+    host_addr: int
+    view: memoryview
+
+    @property
+    def end(self) -> int:
+        """The first guest-physical address past the region."""
+        return self.guest_addr + self.size
+
+
+class GuestMemory:
+    """Guest RAM: one shared memfd, seen through regions. `fd` is the memfd."""
+
+    def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Create zeroed RAM for `ranges` of (guest-physical address, size in bytes).
+
+        Ranges are page aligned, ascending and disjoint. Raises ValueError where they are not (they
+        come from the memory map, not from a guest) and HostError if the host refuses.
+        """
+        wanted = list(ranges)
+        self._check(wanted)
+        total = sum(size for _, size in wanted)
+        self.fd = syscalls.create_memfd("pyvmm-guest-ram", total)
+        try:
+            self._map = syscalls.map_shared(self.fd, total)
+        except BaseException:
+            os.close(self.fd)
+            raise
+        whole = memoryview(self._map)
+        base = int(_ffi.cast("uintptr_t", _ffi.from_buffer(whole)))
+        regions = []
+        offset = 0
+        for guest_addr, size in wanted:
+            view = whole[offset : offset + size]
+            regions.append(Region(guest_addr, size, offset, base + offset, view))
+            offset += size
+        self.regions = tuple(regions)
+        self.size = total
+
+    @staticmethod
+    def _check(ranges: list[tuple[int, int]]) -> None:
+        if not ranges:
+            raise ValueError("guest memory needs at least one range")
+        end = 0
+        for guest_addr, size in ranges:
+            if guest_addr % PAGE_SIZE or size % PAGE_SIZE or size <= 0:
+                raise ValueError(f"range {guest_addr:#x} + {size:#x} is not made of whole pages")
+            if guest_addr < end:
+                raise ValueError(f"range at {guest_addr:#x} overlaps the one before it")
+            end = guest_addr + size
+
+    def view(self, addr: int, length: int) -> memoryview:
+        """`length` bytes of RAM at guest-physical `addr`, in place and writable.
+
+        Raises GuestMemoryError unless the whole range lies within one region.
+        """
+        for region in self.regions:
+            offset = addr - region.guest_addr
+            if 0 <= offset and offset + length <= region.size and length >= 0:
+                return region.view[offset : offset + length]
+        raise GuestMemoryError(addr, length)
+
+    def contains(self, addr: int, length: int) -> bool:
+        """Whether all `length` bytes at guest-physical `addr` lie within one region."""
+        return any(
+            region.guest_addr <= addr and addr + length <= region.end for region in self.regions
+        )
+
+    def read(self, addr: int, length: int) -> bytes:
+        """A copy of `length` bytes at guest-physical `addr`. Raises GuestMemoryError."""
+        return bytes(self.view(addr, length))
+
+    def write(self, addr: int, data: bytes | bytearray | memoryview) -> None:
+        """Copy `data` to guest-physical `addr`. Raises GuestMemoryError and then changes nothing."""
+        self.view(addr, len(data))[:] = data
+
+    def close(self) -> None:
+        """Give the memory back. No view may be used afterwards; the VM must be gone already."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+            # Views that others still hold keep the mapping alive until they go; the region views
+            # are ours to drop.
+            self.regions = ()

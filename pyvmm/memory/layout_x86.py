@@ -1,0 +1,77 @@
+"""The one memory map of an x86 guest: guest-physical addresses and I/O ports.
+
+docs/memory-map.md draws what stands here; a test compares the two.
+"""
+
+from __future__ import annotations
+
+from pyvmm.errors import ConfigError
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+
+MIN_RAM = 32 * MIB
+
+# --- what boot puts into low RAM -----------------------------------------------------------------
+BOOT_GDT = 0x0500
+BOOT_STACK = 0x8FF0
+PVH_START_INFO = 0x6000
+BOOT_PARAMS = 0x7000  # the "zero page"
+BOOT_PML4 = 0x9000
+BOOT_PDPT = 0xA000
+BOOT_PD = 0xB000  # four pages, one for each of the first 4 GiB, up to 0xF000
+CMDLINE = 0x2_0000
+CMDLINE_SIZE = 0x1_0000
+EBDA = 0x9_FC00  # end of conventional memory
+ACPI_TABLES = 0xE_0000  # the RSDP is searched for here, 16-byte aligned
+ACPI_TABLES_SIZE = 0x2_0000
+HIGH_RAM = 0x10_0000  # kernels load from 1 MiB
+
+# --- the hole below 4 GiB ------------------------------------------------------------------------
+HOLE_START = 0xC000_0000
+HOLE_END = 0x1_0000_0000
+VIRTIO_MMIO_BASE = 0xD000_0000
+VIRTIO_MMIO_STRIDE = 0x1000
+VIRTIO_MMIO_SIZE = 0x200  # registers to 0x100, then the device's configuration space
+IOAPIC = 0xFEC0_0000
+LOCAL_APIC = 0xFEE0_0000
+KVM_IDENTITY_MAP = 0xFFFB_C000  # one page, for KVM on Intel
+KVM_TSS = 0xFFFB_D000  # three pages, likewise
+
+# --- I/O ports and interrupts --------------------------------------------------------------------
+SERIAL_PORT = 0x3F8
+SERIAL_PORTS = 8
+SERIAL_GSI = 4
+I8042_DATA_PORT = 0x60
+I8042_COMMAND_PORT = 0x64
+ACPI_SLEEP_CONTROL_PORT = 0x600
+ACPI_SLEEP_STATUS_PORT = 0x601
+ACPI_RESET_PORT = 0x602
+ACPI_SCI_GSI = 9
+
+# GSIs of virtio-mmio devices, in the order they are given out: the ISA lines first, because a
+# kernel that learns of a device from its command line can only reach those.
+VIRTIO_GSIS = (5, 6, 7, 10, 11, 12, 14, 15, *range(16, 24))
+
+
+def ram_ranges(size: int) -> list[tuple[int, int]]:
+    """Where `size` bytes of RAM lie: (guest-physical address, bytes) below and above the hole.
+
+    Raises ConfigError for a size that is too small or not made of whole MiB.
+    """
+    if size < MIN_RAM:
+        raise ConfigError(
+            f"{size >> 20} MiB of memory is too little for a guest",
+            cure=f"give it {MIN_RAM >> 20}M or more",
+            option="--memory",
+        )
+    if size % MIB:
+        raise ConfigError(
+            f"{size} bytes is not a whole number of MiB", cure="round it up", option="--memory"
+        )
+    low = min(size, HOLE_START)
+    ranges = [(0, low)]
+    if size > low:
+        ranges.append((HOLE_END, size - low))
+    return ranges

@@ -1,0 +1,1 @@
+"""The virtio core: devices, queues, negotiation, without any transport or device type."""

@@ -1,0 +1,74 @@
+"""What a virtio device is: a type, queues, features, a configuration space, activate and reset.
+
+Negotiation, queue addresses, the status register and interrupts are the transport's business; see
+`pyvmm.virtio.negotiation` and `pyvmm.transport`. Most devices derive from `QueueDevice` in
+`pyvmm.virtio.worker`, which runs a thread per queue, and only say what to do with a queue.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from pyvmm.errors import DriverError
+from pyvmm.memory import GuestMemory
+from pyvmm.virtio.queue import Queue
+
+
+class Interrupt(Protocol):
+    """How a device gets the driver's attention; the transport implements it, any thread calls it."""
+
+    def signal_used(self, queue_index: int) -> None:
+        """The device used a buffer of this queue (2.3 Notifications)."""
+
+    def signal_config_change(self) -> None:
+        """The configuration space changed; also raises the configuration generation (2.3)."""
+
+
+@dataclass(frozen=True)
+class Activation:
+    """What the driver set up, handed to the device when the driver sets DRIVER_OK.
+
+    `features` are the negotiated feature bits, `queues` has one entry per device queue, None where
+    the driver did not enable it. `fail` reports a rule that the driver broke; the transport then
+    sets DEVICE_NEEDS_RESET and no ring is touched until reset.
+    """
+
+    memory: GuestMemory
+    features: int
+    queues: tuple[Queue | None, ...]
+    interrupt: Interrupt
+    fail: Callable[[DriverError], None]
+
+
+class VirtioDevice(ABC):
+    """A virtio device as every transport sees it.
+
+    `name` appears in logs and traces. `device_type` is its number in chapter 5, `queue_sizes` the
+    largest size of each of its queues. `features` are the bits it offers, those of the ring
+    included; VERSION_1 is added for it.
+    """
+
+    name: str
+    device_type: int
+    queue_sizes: tuple[int, ...]
+    features: int = 0
+
+    def read_config(self, offset: int, length: int) -> bytes:
+        """`length` bytes of the configuration space at `offset`, zero past its end (2.5)."""
+        return bytes(length)
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """The driver wrote `data` to the configuration space; ignored unless overridden."""
+
+    @abstractmethod
+    def activate(self, activation: Activation) -> None:
+        """Start serving: the driver has set DRIVER_OK (3.1.1 Driver Requirements, step 8)."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Stop: when this returns no request is in flight, no guest memory is written and no
+        interrupt is sent until the next `activate` (2.4 Device Reset). Also called when the
+        device was never activated."""
