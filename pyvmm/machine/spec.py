@@ -1,0 +1,165 @@
+"""What the user asks for: plain frozen values, checked before anything is opened.
+
+The command line, a configuration file and the Python API all make the same `VmSpec`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from pyvmm.errors import ConfigError
+from pyvmm.memory import layout_x86 as layout
+
+MAX_CPUS = 64
+MAX_ID_BYTES = 20  # VIRTIO_BLK_ID_BYTES: the driver reads the id by VIRTIO_BLK_T_GET_ID
+TRACE_KINDS = ("registers", "status", "requests", "exits")
+DISCOVERY = ("auto", "acpi", "cmdline", "both")
+
+_MEMORY_UNITS = {"": 1 << 20, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+
+
+@dataclass(frozen=True)
+class DiskSpec:
+    """One virtio-blk disk: the raw image or block device at `path`.
+
+    `id` is what the guest reads as the serial number (/sys/block/vda/serial), at most 20 bytes;
+    empty means "diskN". `shown_as` is the name used in messages, where `path` is not what the user
+    typed (inside an emulated host).
+    """
+
+    path: str
+    read_only: bool = False
+    id: str = ""
+    shown_as: str = ""
+
+
+@dataclass(frozen=True)
+class VmSpec:
+    """A virtual machine. `memory` is in bytes; `cmdline` is added to the defaults and wins over
+    them; `trace` holds members of TRACE_KINDS."""
+
+    kernel: str
+    initrd: str | None = None
+    disks: tuple[DiskSpec, ...] = ()
+    cpus: int = 1
+    memory: int = 512 * layout.MIB
+    cmdline: str = ""
+    name: str = "vm"
+    trace: tuple[str, ...] = ()
+    trace_file: str | None = None
+    discovery: str = "auto"
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of "512M", "2G", "65536K" or "512" (MiB). Raises ConfigError."""
+    stripped = text.strip().lower().removesuffix("ib").removesuffix("b")
+    digits, unit = (
+        (stripped[:-1], stripped[-1]) if stripped[-1:].isalpha() else (stripped, "")
+    )
+    if not digits.isascii() or not digits.isdigit() or unit not in _MEMORY_UNITS:
+        raise ConfigError(
+            f"cannot read {text!r} as a size", cure="write 512M or 2G", option="--memory"
+        )
+    return int(digits) * _MEMORY_UNITS[unit]
+
+
+def parse_disk(text: str) -> DiskSpec:
+    """The disk that ``PATH[,readonly][,id=NAME]`` describes. Raises ConfigError.
+
+    A comma in the path is written twice.
+    """
+    path, *options = text.replace(",,", "\0").split(",")
+    read_only = False
+    disk_id = ""
+    for option in options:
+        key, equals, value = option.replace("\0", ",").partition("=")
+        if key in ("readonly", "ro") and not equals:
+            read_only = True
+        elif key == "id" and value:
+            disk_id = value
+        else:
+            raise ConfigError(
+                f"unknown disk option {option!r} in {text!r}",
+                cure="use PATH[,readonly][,id=NAME]; a comma in the path is written twice",
+                option="--disk",
+            )
+    if not path:
+        raise ConfigError(f"no path in {text!r}", cure="use PATH[,readonly]", option="--disk")
+    return DiskSpec(path.replace("\0", ","), read_only, disk_id)
+
+
+def parse_trace(text: str) -> tuple[str, ...]:
+    """The kinds in ``registers,status`` or ``all``, each once. Raises ConfigError."""
+    kinds: list[str] = []
+    for kind in text.split(","):
+        chosen = TRACE_KINDS if kind == "all" else (kind,)
+        if kind != "all" and kind not in TRACE_KINDS:
+            raise ConfigError(
+                f"nothing called {kind!r} can be traced",
+                cure=f"choose from {', '.join(TRACE_KINDS)} or all",
+                option="--trace",
+            )
+        kinds += [one for one in chosen if one not in kinds]
+    return tuple(kinds)
+
+
+def validate(spec: VmSpec) -> VmSpec:
+    """`spec` with ids filled in, or ConfigError for what needs no file to be seen wrong."""
+    if not 1 <= spec.cpus <= MAX_CPUS:
+        raise ConfigError(
+            f"{spec.cpus} vCPUs cannot be had", cure=f"use 1 to {MAX_CPUS}", option="--cpus"
+        )
+    layout.ram_ranges(spec.memory)
+    if len(spec.disks) > len(layout.VIRTIO_GSIS):
+        raise ConfigError(
+            f"{len(spec.disks)} disks need more interrupt lines than there are",
+            cure=f"use at most {len(layout.VIRTIO_GSIS)}",
+            option="--disk",
+        )
+    if spec.discovery not in DISCOVERY:
+        raise ConfigError(f"unknown discovery {spec.discovery!r}", cure=f"use {DISCOVERY}")
+    return _with_disk_ids(spec)
+
+
+def _with_disk_ids(spec: VmSpec) -> VmSpec:
+    disks = []
+    taken: set[str] = set()
+    for index, disk in enumerate(spec.disks):
+        disk_id = disk.id or f"disk{index}"
+        if len(disk_id.encode()) > MAX_ID_BYTES or not disk_id.isprintable():
+            raise ConfigError(
+                f"the id {disk_id!r} is not printable or longer than {MAX_ID_BYTES} bytes",
+                cure="shorten it",
+                option="--disk",
+            )
+        if disk_id in taken:
+            raise ConfigError(
+                f"two disks are called {disk_id!r}", cure="give each its id=NAME", option="--disk"
+            )
+        taken.add(disk_id)
+        disks.append(DiskSpec(disk.path, disk.read_only, disk_id, disk.shown_as or disk.path))
+    return _replace(spec, disks=tuple(disks))
+
+
+def _replace(spec: VmSpec, **changes: Any) -> VmSpec:
+    return VmSpec(**{f.name: getattr(spec, f.name) for f in fields(spec)} | changes)
+
+
+def to_json(spec: VmSpec) -> str:
+    """`spec` as JSON text, for `from_json` in another process."""
+    return json.dumps(asdict(spec))
+
+
+def from_json(text: str) -> VmSpec:
+    """The spec that `to_json` wrote. Raises ConfigError for anything else."""
+    try:
+        data: Mapping[str, Any] = json.loads(text)
+        disks = tuple(DiskSpec(**disk) for disk in data["disks"])
+        return validate(
+            VmSpec(**{**data, "disks": disks, "trace": tuple(data["trace"])})
+        )
+    except (ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"not a VM specification: {error}") from None
