@@ -15,15 +15,23 @@ MIN_RAM = 32 * MIB
 
 # --- what boot puts into low RAM -----------------------------------------------------------------
 BOOT_GDT = 0x0500
-BOOT_STACK = 0x8FF0
-PVH_START_INFO = 0x6000
+BOOT_GDT_SIZE = 0x28  # five descriptors: null, null, code, data, task
+PVH_START_INFO = 0x6000  # struct hvm_start_info
+PVH_MODLIST = 0x6040  # one struct hvm_modlist_entry: the initrd
+PVH_MEMMAP = 0x6080  # struct hvm_memmap_table_entry, one for each E820 range
+PVH_SIZE = 0x1000
 BOOT_PARAMS = 0x7000  # the "zero page"
+BOOT_PARAMS_SIZE = 0x1000
+BOOT_STACK_BOTTOM = 0x8000
+BOOT_STACK = 0x8FF0  # it grows down from here
 BOOT_PML4 = 0x9000
 BOOT_PDPT = 0xA000
-BOOT_PD = 0xB000  # four pages, one for each of the first 4 GiB, up to 0xF000
+BOOT_PD = 0xB000  # four pages, one for each of the first 4 GiB
+BOOT_TABLES_END = 0xF000
 CMDLINE = 0x2_0000
 CMDLINE_SIZE = 0x1_0000
 EBDA = 0x9_FC00  # end of conventional memory
+EBDA_END = 0xA_0000  # where VGA memory would begin
 ACPI_TABLES = 0xE_0000  # the RSDP is searched for here, 16-byte aligned
 ACPI_TABLES_SIZE = 0x2_0000
 HIGH_RAM = 0x10_0000  # kernels load from 1 MiB
@@ -49,6 +57,8 @@ ACPI_SLEEP_CONTROL_PORT = 0x600
 ACPI_SLEEP_STATUS_PORT = 0x601
 ACPI_RESET_PORT = 0x602
 ACPI_SCI_GSI = 9
+ACPI_SLEEP_TYPE_S5 = 5  # what the guest writes to SLP_TYP to power off; the DSDT's \_S5 says so
+ACPI_RESET_VALUE = 1  # what it writes to the reset port
 
 # GSIs of virtio-mmio devices, in the order they are given out: the ISA lines first, because a
 # kernel that learns of a device from its command line can only reach those.
