@@ -1,0 +1,183 @@
+"""Disk image files: opened, sized and locked, or refused in one line that says what to do.
+
+An image is always raw bytes: whatever it begins with, it is what the guest sees, and no format is
+ever probed for. (Guests write to the first sector too; a monitor that probed it could be talked
+into opening any file of the host.)
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pyvmm.errors import ConfigError
+from pyvmm.host import locks
+
+SECTOR = 512
+IOV_MAX = 1024  # <linux/uio.h> UIO_MAXIOV: the most segments of one preadv(2) or pwritev(2)
+QCOW2_MAGIC = b"QFI\xfb"
+_OPTION = "--disk"
+_Transfer = Callable[[int, list[memoryview], int], int]
+
+
+@dataclass
+class ImageFile:
+    """An open image. `size` is in bytes, whole sectors of 512; `hints` are lines for the user, of
+    things that are legal but probably not meant. Closing it gives up the lock."""
+
+    path: str
+    fd: int
+    size: int
+    read_only: bool
+    hints: tuple[str, ...] = ()
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def open_image(path: str, *, read_only: bool = False) -> ImageFile:
+    """Open and lock the raw disk image, a regular file or a block device, at `path`.
+
+    Never blocks. Raises ConfigError for whatever cannot be a disk, naming the cure.
+    """
+    if not path or "\0" in path:
+        raise ConfigError("the path of the image is empty or has a NUL in it", option=_OPTION)
+    # Looked at before it is opened: opening a device node or a FIFO can have effects of its own.
+    try:
+        kind = stat.S_IFMT(os.stat(path).st_mode)
+    except OSError as error:
+        raise _cannot_open(path, error, read_only) from None
+    _check_kind(path, kind)
+    fd = _open(path, kind, read_only)
+    try:
+        _check_kind(path, stat.S_IFMT(os.fstat(fd).st_mode))
+        os.set_blocking(fd, True)
+        size = os.lseek(fd, 0, os.SEEK_END)
+        hints = (*_check_size(path, size), *_lock(path, fd, read_only), *_look_at_start(path, fd))
+    except OSError as error:
+        os.close(fd)
+        raise _cannot_open(path, error, read_only) from None
+    except BaseException:
+        os.close(fd)
+        raise
+    return ImageFile(path, fd, size - size % SECTOR, read_only, hints)
+
+
+def preadv_all(fd: int, views: list[memoryview], offset: int) -> int:
+    """Read from `offset` on into `views` until they are full or the file ends; bytes read.
+
+    Takes any number of views and goes on after a short transfer (a signal is os.preadv's own
+    business). Raises OSError; the views may then hold some of the data.
+    """
+    return _transfer(os.preadv, fd, views, offset)
+
+
+def pwritev_all(fd: int, views: list[memoryview], offset: int) -> int:
+    """Write all of `views` at `offset`; bytes written, fewer only if the file takes no more.
+
+    Raises OSError like `preadv_all`.
+    """
+    return _transfer(os.pwritev, fd, views, offset)
+
+
+def _transfer(call: _Transfer, fd: int, views: list[memoryview], offset: int) -> int:
+    total = sum(map(len, views))
+    done = 0
+    rest = list(views)
+    while done < total:
+        count = call(fd, rest[:IOV_MAX], offset + done)
+        if count <= 0:
+            break
+        done += count
+        rest = _without_first(rest, count)
+    return done
+
+
+def _without_first(views: list[memoryview], count: int) -> list[memoryview]:
+    for index, view in enumerate(views):
+        if count < len(view):
+            return [view[count:], *views[index + 1 :]]
+        count -= len(view)
+    return []
+
+
+def _check_kind(path: str, kind: int) -> None:
+    if kind in (stat.S_IFREG, stat.S_IFBLK):
+        return
+    names = {
+        stat.S_IFDIR: "a directory",
+        stat.S_IFIFO: "a FIFO",
+        stat.S_IFCHR: "a character device",
+        stat.S_IFSOCK: "a socket",
+    }
+    raise ConfigError(
+        f"{path} is {names.get(kind, 'not a file')}",
+        cure="give it a raw disk image or a block device",
+        option=_OPTION,
+    )
+
+
+def _open(path: str, kind: int, read_only: bool) -> int:
+    # O_NONBLOCK, in case it became a FIFO since we looked.
+    flags = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    flags |= os.O_RDONLY if read_only else os.O_RDWR
+    if kind == stat.S_IFBLK and not read_only:
+        flags |= os.O_EXCL  # refused while the host has it mounted (open(2))
+    try:
+        return os.open(path, flags)
+    except OSError as error:
+        raise _cannot_open(path, error, read_only) from None
+
+
+def _cannot_open(path: str, error: OSError, read_only: bool) -> ConfigError:
+    cure = {
+        errno.ENOENT: "check the path",
+        errno.ENOTDIR: "check the path",
+        errno.EBUSY: "unmount it or stop whatever uses it",
+    }.get(error.errno or 0, "")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        readable = not read_only and os.access(path, os.R_OK)
+        cure = f"add ,readonly ({path},readonly)" if readable else "check its permissions"
+    reason = os.strerror(error.errno or 0)
+    return ConfigError(f"cannot open {path}: {reason}", cure=cure, option=_OPTION)
+
+
+def _check_size(path: str, size: int) -> tuple[str, ...]:
+    if size < SECTOR:
+        what = "is empty" if size == 0 else f"has {size} bytes, less than one sector of {SECTOR}"
+        raise ConfigError(
+            f"{path} {what}", cure=f"truncate -s 1G {path} makes a blank disk of it", option=_OPTION
+        )
+    if tail := size % SECTOR:
+        return (f"{path}: its last {tail} bytes are no whole sector and stay hidden",)
+    return ()
+
+
+def _lock(path: str, fd: int, read_only: bool) -> tuple[str, ...]:
+    try:
+        if locks.lock_image(fd, read_only=read_only):
+            return ()
+    except locks.LocksUnsupported:
+        return (f"{path}: its file system has no locks: see that nothing else uses the image",)
+    who = locks.holder(fd)
+    if who.endswith(f"(PID {os.getpid()})"):
+        who, cure = "another disk of this VM", "give each disk an image of its own"
+    else:
+        cure = "stop it first, or give each its own copy"
+    if not read_only:
+        cure += ", or open it ,readonly everywhere"
+    raise ConfigError(f"{path} is in use by {who or 'another process'}", cure=cure, option=_OPTION)
+
+
+def _look_at_start(path: str, fd: int) -> tuple[str, ...]:
+    if os.pread(fd, len(QCOW2_MAGIC), 0) != QCOW2_MAGIC:
+        return ()
+    return (
+        f"{path} looks like a QCOW2 image but is served raw, byte for byte; "
+        f"to use what is in it: qemu-img convert -O raw {path} {path}.raw",
+    )

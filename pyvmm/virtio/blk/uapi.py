@@ -1,0 +1,39 @@
+"""Numbers of the block device, named as in <linux/virtio_blk.h>; a test compares them with it."""
+
+from __future__ import annotations
+
+VIRTIO_ID_BLOCK = 2  # <linux/virtio_ids.h>
+
+# Feature bits (5.2.3 Feature bits), as bit numbers
+VIRTIO_BLK_F_SEG_MAX = 2
+VIRTIO_BLK_F_RO = 5
+VIRTIO_BLK_F_BLK_SIZE = 6
+VIRTIO_BLK_F_FLUSH = 9
+VIRTIO_BLK_F_TOPOLOGY = 10
+VIRTIO_BLK_F_MQ = 12
+
+# Request types (5.2.6 Device Operation)
+VIRTIO_BLK_T_IN = 0
+VIRTIO_BLK_T_OUT = 1
+VIRTIO_BLK_T_FLUSH = 4
+VIRTIO_BLK_T_GET_ID = 8
+VIRTIO_BLK_T_DISCARD = 11
+VIRTIO_BLK_T_WRITE_ZEROES = 13
+VIRTIO_BLK_T_SECURE_ERASE = 14
+VIRTIO_BLK_ID_BYTES = 20
+
+# Status byte (5.2.6 Device Operation)
+VIRTIO_BLK_S_OK = 0
+VIRTIO_BLK_S_IOERR = 1
+VIRTIO_BLK_S_UNSUPP = 2
+
+TYPE_NAMES = {
+    VIRTIO_BLK_T_IN: "IN",
+    VIRTIO_BLK_T_OUT: "OUT",
+    VIRTIO_BLK_T_FLUSH: "FLUSH",
+    VIRTIO_BLK_T_GET_ID: "GET_ID",
+    VIRTIO_BLK_T_DISCARD: "DISCARD",
+    VIRTIO_BLK_T_WRITE_ZEROES: "WRITE_ZEROES",
+    VIRTIO_BLK_T_SECURE_ERASE: "SECURE_ERASE",
+}
+STATUS_NAMES = {VIRTIO_BLK_S_OK: "OK", VIRTIO_BLK_S_IOERR: "IOERR", VIRTIO_BLK_S_UNSUPP: "UNSUPP"}
