@@ -14,8 +14,9 @@ class Queue(Protocol):
     """The device's end of one virtqueue.
 
     `lock` is held by whoever works on the ring, for one batch at a time; `ready` is False once the
-    driver stopped the queue, the device failed or was reset: no ring access after that. `kick`
-    becomes readable when the driver notifies the device.
+    driver stopped the queue, the device failed or was reset: no ring access after that. `halt` asks
+    an iteration to end after the chain at hand; the ring stays in use. `kick` becomes readable when
+    the driver notifies the device.
     """
 
     index: int
@@ -23,6 +24,7 @@ class Queue(Protocol):
     kick: EventFd
     lock: Lock
     ready: bool
+    halt: bool
 
     def pop(self) -> DescriptorChain | None:
         """The next available chain, or None. Raises DriverError for a broken ring or chain."""
@@ -45,4 +47,4 @@ class Queue(Protocol):
 
     def enable_notification(self) -> bool:
         """Ask for kicks again; True if more became available meanwhile, so that it must be
-        processed before waiting."""
+        processed before waiting. Chains left in the ring on purpose count once only."""

@@ -1,0 +1,247 @@
+"""A descriptor chain taken from a virtqueue, and how a device reads and writes its buffers.
+
+The chain's shape was checked when it was taken; whether its buffers lie in guest RAM is checked
+when they are touched, so that a device can still answer a request of which one buffer is bad (say,
+with an error in its status byte).
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+from typing import Any
+
+from pyvmm.errors import DriverError, GuestMemoryError
+from pyvmm.memory import GuestMemory
+
+Part = tuple[int, int]  # (guest-physical address, length in bytes), never empty
+
+_FRAMING = "2.7.4 Message Framing"
+
+
+class RamWindow:
+    """Turns guest-physical ranges into views, fast for the first region, where nearly all are.
+
+    `readable` and `writable` views show the same bytes; the first cannot be written through.
+    """
+
+    __slots__ = ("end", "first", "first_readonly", "memory", "start")
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self.memory = memory
+        region = memory.regions[0]
+        self.start = region.guest_addr
+        self.end = region.end
+        self.first = region.view
+        self.first_readonly = region.view.toreadonly()
+
+    def readable(self, addr: int, length: int) -> memoryview:
+        """A read-only view of `length` bytes at `addr`. Raises GuestMemoryError."""
+        start = self.start
+        if start <= addr and addr + length <= self.end:
+            return self.first_readonly[addr - start : addr - start + length]
+        return self.memory.view(addr, length).toreadonly()
+
+    def writable(self, addr: int, length: int) -> memoryview:
+        """A writable view of `length` bytes at `addr`. Raises GuestMemoryError."""
+        start = self.start
+        if start <= addr and addr + length <= self.end:
+            return self.first[addr - start : addr - start + length]
+        return self.memory.view(addr, length)
+
+
+class DescriptorChain:
+    """One buffer that the driver made available: device-readable parts, then device-writable ones.
+
+    `readable` and `writable` are lists of (guest-physical address, length in bytes) in order,
+    without the empty ones; `readable_size` and `writable_size` their bytes in all. `head` is the
+    index of the chain's first descriptor, by which the driver knows it.
+    """
+
+    __slots__ = (
+        "head",
+        "ram",
+        "readable",
+        "readable_size",
+        "writable",
+        "writable_size",
+    )
+
+    def __init__(
+        self,
+        head: int,
+        readable: list[Part],
+        writable: list[Part],
+        readable_size: int,
+        writable_size: int,
+        ram: RamWindow,
+    ) -> None:
+        self.head = head
+        self.readable = readable
+        self.writable = writable
+        self.readable_size = readable_size
+        self.writable_size = writable_size
+        self.ram = ram
+
+    def reader(self) -> Reader:
+        """A new Reader at the start of the readable parts."""
+        return Reader(self)
+
+    def writer(self) -> Writer:
+        """A new Writer at the start of the writable parts."""
+        return Writer(self)
+
+    def readable_views(self) -> list[memoryview]:
+        """Read-only views of all readable parts. Raises GuestMemoryError."""
+        readable = self.ram.readable
+        return [readable(addr, length) for addr, length in self.readable]
+
+    def writable_views(self) -> list[memoryview]:
+        """Views of all writable parts. Raises GuestMemoryError."""
+        writable = self.ram.writable
+        return [writable(addr, length) for addr, length in self.writable]
+
+    def __repr__(self) -> str:
+        return (
+            f"<chain {self.head}: {self.readable_size} bytes to read in {len(self.readable)} parts,"
+            f" {self.writable_size} to write in {len(self.writable)}>"
+        )
+
+
+class _Cursor:
+    """A position in the parts of one direction, whatever pieces the driver cut them into."""
+
+    __slots__ = ("_index", "_offset", "_parts", "_ram", "available")
+
+    _parts: list[Part]
+    _ram: RamWindow
+    _index: int  # of the part the position is in
+    _offset: int  # into that part
+    available: int
+
+    def _advance(self, n: int) -> list[Part]:
+        """The pieces that make up the next `n` bytes; moves past them."""
+        if n > self.available or n < 0:
+            raise DriverError(
+                f"the chain has {self.available} bytes left where {n} are needed",
+                section=_FRAMING,
+            )
+        parts, index, offset = self._parts, self._index, self._offset
+        pieces = []
+        left = n
+        while left:
+            addr, length = parts[index]
+            if offset:
+                addr += offset
+                length -= offset
+            if length > left:
+                offset += left
+                pieces.append((addr, left))
+                break
+            pieces.append((addr, length))
+            left -= length
+            index += 1
+            offset = 0
+        self._index, self._offset = index, offset
+        self.available -= n
+        return pieces
+
+    def skip(self, n: int) -> None:
+        """Move past `n` bytes without touching them. Raises DriverError if fewer are left."""
+        self._advance(n)
+
+
+class Reader(_Cursor):
+    """Reads a chain's device-readable bytes in order, without regard to how they are cut up.
+
+    `available` is how many bytes are left. Asking for more raises DriverError; touching bytes that
+    are not in RAM raises GuestMemoryError (which is a DriverError), and moves on all the same.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, chain: DescriptorChain) -> None:
+        self._parts = chain.readable
+        self._ram = chain.ram
+        self._index = self._offset = 0
+        self.available = chain.readable_size
+
+    def take(self, n: int) -> list[memoryview]:
+        """Read-only views of the next `n` bytes, in place: for pwritev."""
+        readable = self._ram.readable
+        return [readable(addr, length) for addr, length in self._advance(n)]
+
+    def read(self, n: int) -> bytes:
+        """A copy of the next `n` bytes."""
+        return b"".join(self.take(n))
+
+    def unpack(self, layout: Struct) -> tuple[Any, ...]:
+        """The next bytes as the fields of `layout`, each read once."""
+        size = layout.size
+        if not self._index and not self._offset and self._parts:
+            # A header alone in the first descriptor, which is what drivers do, needs no copy.
+            addr, length = self._parts[0]
+            ram = self._ram
+            if length == size and ram.start <= addr and addr + size <= ram.end:
+                self._index = 1
+                self.available -= size
+                return layout.unpack_from(ram.first, addr - ram.start)
+        return layout.unpack(self.read(size))
+
+
+class Writer(_Cursor):
+    """Writes a chain's device-writable bytes in order, without regard to how they are cut up.
+
+    `available` is how much room is left. Asking for more raises DriverError; touching bytes that
+    are not in RAM raises GuestMemoryError (which is a DriverError), and moves on all the same.
+    """
+
+    __slots__ = ("_from_end", "_total")
+
+    def __init__(self, chain: DescriptorChain) -> None:
+        self._parts = chain.writable
+        self._ram = chain.ram
+        self._index = self._offset = self._from_end = 0
+        self.available = self._total = chain.writable_size
+
+    @property
+    def written(self) -> int:
+        """Bytes written, taken or skipped so far, counted from the first writable byte."""
+        return self._total - self._from_end - self.available
+
+    def take(self, n: int) -> list[memoryview]:
+        """Writable views of the next `n` bytes, in place: for preadv."""
+        writable = self._ram.writable
+        return [writable(addr, length) for addr, length in self._advance(n)]
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Copy `data` to the next bytes. All of it, or none where a part is not in RAM."""
+        views = self.take(len(data))
+        if len(views) == 1:
+            views[0][:] = data
+            return
+        start = 0
+        for view in views:
+            end = start + len(view)
+            view[:] = data[start:end]
+            start = end
+
+    def take_last_byte(self) -> memoryview:
+        """A one-byte view of the last byte still available, which is then no longer available.
+
+        Where a request ends in a status byte, that byte is the last one, whatever descriptor it
+        lies in. It does not count as `written`.
+        """
+        if not self.available:
+            raise DriverError("the chain has no writable byte left", section=_FRAMING)
+        index, from_end = -1, self._from_end
+        addr, length = self._parts[index]
+        while from_end >= length:
+            from_end -= length
+            index -= 1
+            addr, length = self._parts[index]
+        self._from_end += 1
+        self.available -= 1
+        return self._ram.writable(addr + length - 1 - from_end, 1)
+
+
+__all__ = ["DescriptorChain", "GuestMemoryError", "Part", "RamWindow", "Reader", "Writer"]
