@@ -60,5 +60,4 @@ class Trace:
     def close(self) -> None:
         """Flush and close the trace's file."""
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            self._file.close()  # A straggler's event then raises ValueError, caught in _write.

@@ -1,0 +1,59 @@
+# Each target does its own set-up: system packages through apt, a virtual environment, images.
+# `make demo` and `make test` are all a newcomer needs.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PACKAGES := guest-images/system-packages.txt
+
+.PHONY: help demo shell test lint unit guest bench doctor images clean
+
+help: ## Show what can be made
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: .stamps/venv .stamps/system ## Boot Debian from its virtio-blk root disk, twice, and power off
+	@$(BIN)/python guest-images/demo.py
+
+shell: .stamps/venv .stamps/system ## An interactive root shell in a Debian guest
+	@$(BIN)/python guest-images/demo.py --shell
+
+test: .stamps/dev .stamps/system ## Run every test: types, style, units, specification, KVM, Linux guests
+	@$(BIN)/python -m pyvmm.images build --for-tests
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/pytest
+
+unit: .stamps/dev ## Only the tests that need neither KVM nor a guest
+	@$(BIN)/pytest tests/unit tests/spec
+
+lint: .stamps/dev ## Style and types
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: .stamps/dev .stamps/system ## Measure against QEMU and C; tables and JSON in benchmarks/results
+	@$(BIN)/python benchmarks/run.py
+
+doctor: .stamps/venv ## Say what this machine can do
+	@$(BIN)/pyvmm doctor
+
+clean: ## Remove the virtual environment and the stamps (images stay in the cache)
+	rm -rf $(VENV) .stamps build *.egg-info
+
+.stamps/system: $(PACKAGES)
+	@sh guest-images/install-packages.sh $(PACKAGES)
+	@mkdir -p .stamps && touch $@
+
+.stamps/python: | .stamps/system
+	@mkdir -p .stamps
+	@$(PYTHON) -c 'import sys; sys.exit("pyvmm needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	@test -x $(BIN)/python || { echo "Making a virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@touch $@
+
+.stamps/venv: pyproject.toml | .stamps/python
+	@echo "Installing pyvmm into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@touch $@
+
+.stamps/dev: pyproject.toml | .stamps/python
+	@echo "Installing pyvmm and its test tools into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@ .stamps/venv

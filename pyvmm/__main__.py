@@ -1,0 +1,5 @@
+"""`python -m pyvmm` is `pyvmm`."""
+
+from pyvmm.cli import main
+
+main()

@@ -1,0 +1,132 @@
+"""`pyvmm run`: from options to a running guest."""
+
+from __future__ import annotations
+
+import click
+
+from pyvmm.machine.spec import (
+    TRACE_KINDS,
+    VmSpec,
+    parse_disk,
+    parse_memory,
+    parse_trace,
+    validate,
+)
+
+EPILOG = """\b
+Examples:
+  pyvmm run --kernel vmlinuz --initrd initrd.img --disk debian.img
+  pyvmm run --kernel vmlinux --disk root.img --disk data.img,readonly,id=data
+  pyvmm run --kernel vmlinuz --disk root.img --cpus 4 --memory 2G --cmdline "loglevel=7"
+
+\b
+Keys, where standard input is a terminal:
+  Ctrl-A x quits, Ctrl-A h shows help, Ctrl-A Ctrl-A sends Ctrl-A to the guest.
+
+\b
+Exit codes:
+  0 the guest powered off     10 it asked for a reset    11 its kernel panicked
+  12 it triple-faulted        13 KVM could not run it    14 Ctrl-A x
+  1 the host failed           2 wrong options            128+N ended by signal N
+"""
+
+
+@click.command(epilog=EPILOG)
+@click.option(
+    "--kernel",
+    metavar="PATH",
+    required=True,
+    help="Linux kernel: a bzImage (Debian's /boot/vmlinuz) or an ELF vmlinux.",
+)
+@click.option(
+    "--disk",
+    "disks",
+    metavar="PATH[,readonly][,id=NAME]",
+    multiple=True,
+    help="Raw image or block device, served by virtio-blk; may be repeated. The first is /dev/vda "
+    "and the root disk.",
+)
+@click.option(
+    "--initrd",
+    metavar="PATH",
+    help="Initial RAM disk. Debian's kernels need one, as their virtio drivers are modules.",
+)
+@click.option("--cpus", type=int, default=1, show_default=True, help="Number of vCPUs.")
+@click.option(
+    "--memory", metavar="SIZE", default="512M", show_default=True, help="RAM, such as 512M or 2G."
+)
+@click.option(
+    "--cmdline",
+    metavar="TEXT",
+    default="",
+    help="Added to the kernel command line; a parameter given here (root=, console=, panic=, ...) "
+    "replaces pyvmm's own.",
+)
+@click.option(
+    "--trace",
+    metavar="KIND[,KIND]",
+    default="",
+    help=f"Print decoded events on standard error: {', '.join(TRACE_KINDS)} or all.",
+)
+@click.option("--trace-file", metavar="PATH", help="Write the trace to this file instead.")
+@click.option(
+    "--kvm",
+    type=click.Choice(["auto", "host", "emulated"]),
+    default="auto",
+    show_default=True,
+    help="Use this machine's KVM, an emulated KVM host (QEMU, slow, works anywhere), or whichever "
+    "can boot Linux.",
+)
+@click.option(
+    "--discovery",
+    type=click.Choice(["auto", "acpi", "cmdline", "both"]),
+    default="auto",
+    show_default=True,
+    help="How the guest learns of its virtio-mmio devices.",
+)
+@click.option("--name", default="vm", show_default=True, help="The VM's name in messages.")
+@click.option("--debug", is_flag=True, help="Show a traceback when pyvmm itself fails.")
+def run(
+    kernel: str,
+    disks: tuple[str, ...],
+    initrd: str | None,
+    cpus: int,
+    memory: str,
+    cmdline: str,
+    trace: str,
+    trace_file: str | None,
+    kvm: str,
+    discovery: str,
+    name: str,
+    debug: bool,
+) -> int:
+    """Boot a Linux guest and join its serial console to this terminal.
+
+    Ends when the guest powers off. Where this machine's KVM cannot run Linux (a container, a CI
+    runner), the whole monitor runs in an emulated KVM host instead and says so.
+    """
+    spec = validate(
+        VmSpec(
+            kernel=kernel,
+            initrd=initrd,
+            disks=tuple(parse_disk(disk) for disk in disks),
+            cpus=cpus,
+            memory=parse_memory(memory),
+            cmdline=cmdline,
+            name=name,
+            trace=parse_trace(trace) if trace else (),
+            trace_file=trace_file,
+            discovery=discovery,
+        )
+    )
+    if kvm == "auto":
+        from pyvmm.cli.choose import choose_kvm
+
+        kvm = choose_kvm()
+    if kvm == "host":
+        from pyvmm.machine.launch import run_here
+
+        return run_here(spec)
+    from pyvmm.cli.emulated import run_emulated
+
+    return run_emulated(spec)

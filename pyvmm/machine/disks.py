@@ -1,0 +1,22 @@
+"""From a `DiskSpec` to a virtio-blk device on an open, locked image."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from pyvmm.host.files import open_image
+from pyvmm.machine.spec import DiskSpec
+from pyvmm.machine.trace import Hook
+from pyvmm.virtio.blk.backend import FileBackend
+from pyvmm.virtio.blk.device import BlockDevice
+
+
+def open_disk(disk: DiskSpec, trace: Hook | None, closing: ExitStack) -> BlockDevice:
+    """Open and lock the image and put a device in front of it; `closing` undoes both.
+
+    Raises ConfigError for an image that cannot serve as a disk.
+    """
+    image = open_image(disk.path, disk.read_only)
+    closing.callback(image.close)
+    backend = FileBackend(image)
+    return BlockDevice(backend, name=disk.id, serial=disk.id, trace=trace)
