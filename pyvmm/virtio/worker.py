@@ -1,0 +1,172 @@
+"""A thread per queue that sleeps until the driver kicks, and the base of devices that use it.
+
+A device with one queue of buffers to fill is this much:
+
+    class Rng(QueueDevice):
+        name, device_type, queue_sizes = "rng", 4, (64,)
+
+        def serve(self, queue: Queue) -> None:
+            for chain in queue:
+                writer = chain.writer()
+                writer.write(os.urandom(writer.available))
+                queue.add_used(chain, writer.written)
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from threading import Thread
+
+from pyvmm.errors import DriverError
+from pyvmm.host import log
+from pyvmm.host.syscalls import EventFd
+from pyvmm.host.waiter import Waiter
+from pyvmm.virtio.device import Activation, VirtioDevice
+from pyvmm.virtio.queue import Queue
+
+# A guest may find a way to make a device fail, reset it and do it again, for ever.
+_report = log.RateLimited()
+
+
+class QueueWorker:
+    """Serves one queue in a thread of its own, from `start` until `request_stop` or an error.
+
+    Each pass takes at most as many chains as the queue has entries, so that a driver that refills
+    the queue for ever cannot keep the thread from noticing a stop.
+    """
+
+    def __init__(
+        self, name: str, queue: Queue, serve: Callable[[Queue], None], activation: Activation
+    ) -> None:
+        """`serve` takes the available chains, returns each by `add_used`, and publishes nothing.
+
+        Raises HostError if the host has no more file descriptors.
+        """
+        self._name = name
+        self._queue = queue
+        self._serve = serve
+        self._activation = activation
+        self._stop = EventFd()
+        self._stopping = False
+        try:
+            self._waiter = Waiter(queue.kick, self._stop)
+        except BaseException:
+            self._stop.close()
+            raise
+        self._thread = Thread(target=self._run, name=f"{name}-q{queue.index}", daemon=True)
+
+    def start(self) -> None:
+        """Begin with what is available already, then wait for kicks."""
+        self._queue.halt = False
+        self._thread.start()
+
+    def request_stop(self) -> None:
+        """Ask the thread to end after the request at hand, which is completed and published."""
+        self._stopping = True
+        self._queue.halt = True
+        self._stop.signal()
+
+    def join(self) -> None:
+        """Wait until the thread has ended: after `request_stop`, or because the device failed."""
+        self._thread.join()
+        self._waiter.close()
+        self._stop.close()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping:
+                self._serve_until_idle()
+                self._waiter.wait()
+        except DriverError as error:
+            self._give_up(error)
+        except Exception as error:
+            where = _raised_at(error)
+            _report(
+                f"{self._name}: queue {self._queue.index} failed inside the monitor:"
+                f" {type(error).__name__}: {error} ({where})"
+            )
+            self._give_up(
+                DriverError(
+                    "the device failed inside the monitor", section="2.1 Device Status Field"
+                )
+            )
+
+    def _serve_until_idle(self) -> None:
+        queue = self._queue
+        more = True
+        while more and not self._stopping:
+            with queue.lock:
+                queue.disable_notification()
+                self._serve(queue)
+                notify = queue.publish_used()
+            # Not under the lock, so that whoever handles the interrupt may take it.
+            if notify:
+                self._activation.interrupt.signal_used(queue.index)
+            with queue.lock:
+                more = queue.enable_notification()
+
+    def _give_up(self, error: DriverError) -> None:
+        queue = self._queue
+        with queue.lock:
+            # What was completed before the error stays completed.
+            notify = queue.publish_used()
+            queue.ready = False
+        if notify:
+            self._activation.interrupt.signal_used(queue.index)
+        if not self._stopping:
+            self._activation.fail(error)
+
+
+def _raised_at(error: BaseException) -> str:
+    trace = error.__traceback__
+    if trace is None:
+        return "unknown place"
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
+
+
+class QueueDevice(VirtioDevice):
+    """A device all of whose queues are served by a `QueueWorker` each.
+
+    Whoever calls `reset` must not hold a lock that `Interrupt.signal_used` or `Activation.fail`
+    need: the workers may be about to call them, and `reset` waits for the workers.
+    """
+
+    _activation: Activation | None = None
+    _workers: tuple[QueueWorker, ...] = ()
+
+    @abstractmethod
+    def serve(self, queue: Queue) -> None:
+        """Take chains from `queue` and return each with `queue.add_used`; iterate over the queue
+        for all that are available. Called from that queue's thread with `queue.lock` held.
+
+        A DriverError that it lets out means that the device needs a reset.
+        """
+
+    def activate(self, activation: Activation) -> None:
+        """Start a worker for each queue that the driver enabled. Raises HostError."""
+        self._activation = activation
+        try:
+            for queue in activation.queues:
+                if queue is not None:
+                    worker = QueueWorker(self.name, queue, self.serve, activation)
+                    worker.start()
+                    self._workers += (worker,)
+        except BaseException:
+            self.reset()
+            raise
+
+    def reset(self) -> None:
+        """Stop and join all workers; each completes the request it is in the middle of."""
+        workers, self._workers = self._workers, ()
+        for worker in workers:
+            worker.request_stop()
+        for worker in workers:
+            worker.join()
+        if self._activation is not None:
+            for queue in self._activation.queues:
+                if queue is not None:
+                    queue.ready = False
+            self._activation = None
