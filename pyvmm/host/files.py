@@ -40,7 +40,7 @@ class ImageFile:
             self.fd = -1
 
 
-def open_image(path: str, *, read_only: bool = False) -> ImageFile:
+def open_image(path: str, read_only: bool = False) -> ImageFile:
     """Open and lock the raw disk image, a regular file or a block device, at `path`.
 
     Never blocks. Raises ConfigError for whatever cannot be a disk, naming the cure.

@@ -1,0 +1,201 @@
+"""The virtio block device: requests from the queues, carried out by a backend.
+
+Virtio 1.3, 5.2 Block Device. A request is carried out whole by the queue's own thread, so requests
+of one queue complete in the order in which they came.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from pyvmm.errors import HostError
+from pyvmm.host.log import RateLimited
+from pyvmm.virtio.blk.backend import Backend
+from pyvmm.virtio.blk.config import BlockConfig, read_zero_filled
+from pyvmm.virtio.blk.request import SECTOR, Request, parse
+from pyvmm.virtio.blk.uapi import (
+    STATUS_NAMES,
+    TYPE_NAMES,
+    VIRTIO_BLK_F_BLK_SIZE,
+    VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_MQ,
+    VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_SEG_MAX,
+    VIRTIO_BLK_F_TOPOLOGY,
+    VIRTIO_BLK_ID_BYTES,
+    VIRTIO_BLK_S_IOERR,
+    VIRTIO_BLK_S_OK,
+    VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT,
+    VIRTIO_ID_BLOCK,
+)
+from pyvmm.virtio.chain import DescriptorChain
+from pyvmm.virtio.device import Activation
+from pyvmm.virtio.features import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, has, mask
+from pyvmm.virtio.queue import Queue
+from pyvmm.virtio.worker import QueueDevice
+
+# After this many bytes the driver gets to see what is done, even if more requests wait: with large
+# ones a whole queue of them would keep the first from the guest for many milliseconds.
+BATCH_BYTES = 512 << 10
+
+
+class BlockEvent(NamedTuple):
+    """One request as `--trace` shows it; `sector` in units of 512 bytes, `size` in bytes."""
+
+    disk: str
+    type: int
+    sector: int
+    size: int
+    status: int
+    reason: str
+
+    def __str__(self) -> str:
+        what = TYPE_NAMES.get(self.type, f"type {self.type}")
+        answer = STATUS_NAMES.get(self.status, "no answer")
+        why = f" ({self.reason})" if self.reason else ""
+        return f"{self.disk} {what} sector {self.sector} + {self.size} bytes: {answer}{why}"
+
+
+class BlockDevice(QueueDevice):
+    """A disk. `name` stands in messages; the guest reads `serial`, or else `name`, as its id."""
+
+    device_type = VIRTIO_ID_BLOCK
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        name: str,
+        serial: str = "",
+        queue_size: int = 256,
+        num_queues: int = 1,
+        trace: Callable[[object], None] | None = None,
+        log: Callable[[str], None] | None = None,
+    ) -> None:
+        """Put a device in front of `backend`, which it does not close.
+
+        `trace` gets a `BlockEvent` for each request; `log` one line for each that failed, and is
+        limited in rate unless given.
+        """
+        self.name = name
+        self.queue_sizes = (queue_size,) * num_queues
+        self.features = mask(
+            VIRTIO_BLK_F_SEG_MAX,
+            VIRTIO_BLK_F_BLK_SIZE,
+            VIRTIO_BLK_F_TOPOLOGY,
+            VIRTIO_BLK_F_FLUSH,
+            VIRTIO_RING_F_INDIRECT_DESC,
+            VIRTIO_RING_F_EVENT_IDX,
+            *((VIRTIO_BLK_F_RO,) if backend.read_only else ()),
+            *((VIRTIO_BLK_F_MQ,) if num_queues > 1 else ()),
+        )
+        config = BlockConfig(
+            capacity=backend.size_sectors,
+            seg_max=max(1, queue_size - 2),  # a chain holds the header and the status as well
+            num_queues=num_queues if num_queues > 1 else 0,
+        )
+        self._config = config.encode()
+        self._id = (serial or name).encode()[:VIRTIO_BLK_ID_BYTES].ljust(VIRTIO_BLK_ID_BYTES, b"\0")
+        self._backend = backend
+        self._capacity = backend.size_sectors
+        self._write_through = False
+        self._trace = trace
+        self._log = RateLimited(prefix=f"disk {name}: ") if log is None else log
+
+    def read_config(self, offset: int, length: int) -> bytes:
+        """struct virtio_blk_config, zero past its end (5.2.4, 2.5)."""
+        return read_zero_filled(self._config, offset, length)
+
+    def activate(self, activation: Activation) -> None:
+        # A driver that refused FLUSH takes a completed write for durable (5.2.6.2 Device
+        # Requirements: Device Operation).
+        self._write_through = not has(activation.features, VIRTIO_BLK_F_FLUSH)
+        super().activate(activation)
+
+    def serve(self, queue: Queue) -> None:
+        """Carry out the available requests, about BATCH_BYTES at the most."""
+        budget = BATCH_BYTES
+        for chain in queue:
+            request = parse(chain)
+            if request is None:
+                self._note_unanswerable(chain)
+                queue.add_used(chain, 0)
+                continue
+            queue.add_used(chain, request.answer(self._carry_out(request)))
+            budget -= request.size
+            if budget <= 0:
+                return
+
+    def _carry_out(self, request: Request) -> int:
+        """The status to answer."""
+        status = request.refusal
+        if status == VIRTIO_BLK_S_OK:
+            type = request.type
+            try:
+                if type == VIRTIO_BLK_T_IN:
+                    status = self._read(request)
+                elif type == VIRTIO_BLK_T_OUT:
+                    status = self._write(request)
+                elif type == VIRTIO_BLK_T_FLUSH:
+                    self._backend.flush()
+                else:  # GET_ID; parse refuses all others
+                    _fill(request.data, self._id)
+            except HostError as error:
+                request.reason = str(error)
+                status = VIRTIO_BLK_S_IOERR
+        if status != VIRTIO_BLK_S_OK:
+            self._note_failure(request, status)
+        if self._trace is not None:
+            self._trace(
+                BlockEvent(
+                    self.name, request.type, request.sector, request.size, status, request.reason
+                )
+            )
+        return status
+
+    def _read(self, request: Request) -> int:
+        sector, size = request.sector, request.size
+        if sector + size // SECTOR > self._capacity:
+            return self._past_the_end(request)
+        if size:
+            self._backend.readv(request.data, size, sector * SECTOR)
+        return VIRTIO_BLK_S_OK
+
+    def _write(self, request: Request) -> int:
+        backend, sector, size = self._backend, request.sector, request.size
+        # Whether or not the driver accepted F_RO (5.2.6.2).
+        if backend.read_only:
+            request.reason = "a write to a read-only disk"
+            return VIRTIO_BLK_S_IOERR
+        if sector + size // SECTOR > self._capacity:
+            return self._past_the_end(request)
+        if size:
+            backend.writev(request.data, size, sector * SECTOR)
+            if self._write_through:
+                backend.flush()
+        return VIRTIO_BLK_S_OK
+
+    def _past_the_end(self, request: Request) -> int:
+        request.reason = f"past the end of the disk, which has {self._capacity} sectors"
+        return VIRTIO_BLK_S_IOERR
+
+    def _note_failure(self, request: Request, status: int) -> None:
+        what = TYPE_NAMES.get(request.type, f"request {request.type}")
+        answer = STATUS_NAMES[status]
+        self._log(f"{what} at sector {request.sector} answered {answer}: {request.reason}")
+
+    def _note_unanswerable(self, chain: DescriptorChain) -> None:
+        reason = f"no status byte in RAM: {chain!r}"
+        self._log(f"a request cannot be answered, {reason}")
+        if self._trace is not None:
+            self._trace(BlockEvent(self.name, -1, 0, 0, -1, reason))
+
+
+def _fill(views: list[memoryview], data: bytes) -> None:
+    start = 0
+    for view in views:
+        view[:] = data[start : start + len(view)]
+        start += len(view)

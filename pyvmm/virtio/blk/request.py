@@ -1,0 +1,161 @@
+"""A block request, parsed from a descriptor chain: no file, no ring, no side effect.
+
+Virtio 1.3, 5.2.6 Device Operation: a 16-byte header to read, data in one direction, a status byte
+to write. The layout over descriptors is the driver's choice (2.7.4 Message Framing), so the header
+is the first 16 readable bytes and the status the last writable one, wherever those lie.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+
+from pyvmm.errors import DriverError, GuestMemoryError
+from pyvmm.virtio.blk.uapi import (
+    VIRTIO_BLK_ID_BYTES,
+    VIRTIO_BLK_S_IOERR,
+    VIRTIO_BLK_S_OK,
+    VIRTIO_BLK_S_UNSUPP,
+    VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID,
+    VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT,
+)
+from pyvmm.virtio.chain import DescriptorChain
+
+SECTOR = 512
+HEADER = Struct("<IIQ")  # struct virtio_blk_outhdr: type, ioprio, sector
+_HEADER_SIZE = HEADER.size
+_unpack_header = HEADER.unpack_from
+_NO_HEADER = -1  # the type of a request whose header could not be read
+
+
+class Request:
+    """What the driver asks for.
+
+    `type` and `sector` are the header's; `data` the data buffers, in place, `size` bytes in all.
+    `status` is the one byte to answer in; `room` the writable bytes in front of it. `refusal` is
+    VIRTIO_BLK_S_OK for a request to carry out; otherwise it is the status to answer at once,
+    because of `reason`.
+    """
+
+    __slots__ = ("data", "reason", "refusal", "room", "sector", "size", "status", "type")
+
+    def __init__(
+        self,
+        type: int,
+        sector: int,
+        data: list[memoryview],
+        size: int,
+        status: memoryview,
+        room: int,
+        refusal: int = VIRTIO_BLK_S_OK,
+        reason: str = "",
+    ) -> None:
+        self.type = type
+        self.sector = sector
+        self.data = data
+        self.size = size
+        self.status = status
+        self.room = room
+        self.refusal = refusal
+        self.reason = reason
+
+    def answer(self, status: int) -> int:
+        """Write the status byte; the number of bytes to report in the used ring.
+
+        That is how many bytes were written without a gap from the first writable one on (2.7.8.2
+        Device Requirements: The Virtqueue Used Ring), which leaves out the status byte when
+        something in front of it was not written.
+        """
+        self.status[0] = status
+        room = self.room
+        written = 0
+        if room and status == VIRTIO_BLK_S_OK:
+            if self.type == VIRTIO_BLK_T_IN:
+                return room + 1
+            if self.type == VIRTIO_BLK_T_GET_ID:
+                written = VIRTIO_BLK_ID_BYTES
+        return written + 1 if written == room else written
+
+
+def parse(chain: DescriptorChain) -> Request | None:
+    """The request in `chain`, or None if it has no status byte in RAM, so cannot be answered.
+
+    Never raises for what a driver can do: what is wrong with the request is its `refusal`.
+    """
+    ram = chain.ram
+    room = chain.writable_size - 1
+    try:
+        addr, length = chain.writable[-1]
+        status = ram.writable(addr + length - 1, 1)
+    except (IndexError, GuestMemoryError):
+        return None
+    type, sector = _NO_HEADER, 0
+    try:
+        addr, length = chain.readable[0]
+        if length == _HEADER_SIZE and ram.start <= addr and addr + length <= ram.end:
+            # Nearly always the header has a descriptor of its own.
+            type, _, sector = _unpack_header(ram.first, addr - ram.start)
+            following = chain.readable[1:]
+        else:
+            type, _, sector = chain.reader().unpack(HEADER)
+            following = _without_header(chain)
+        if type == VIRTIO_BLK_T_IN:
+            if following:
+                return _ioerr(type, sector, status, room, "a read with data to write")
+            data, size = _data_to_fill(chain), room
+        elif type == VIRTIO_BLK_T_OUT:
+            if room:
+                return _ioerr(type, sector, status, room, "a write with room for data to read")
+            data = [ram.readable(addr, length) for addr, length in following]
+            size = chain.readable_size - _HEADER_SIZE
+        else:
+            return _parse_rare(chain, type, sector, status, room)
+    except (IndexError, DriverError) as error:
+        reason = str(error) if chain.readable else "no header"
+        return _ioerr(type, sector, status, room, reason)
+    if size % SECTOR:
+        return _ioerr(type, sector, status, room, f"{size} bytes of data are not whole sectors")
+    return Request(type, sector, data, size, status, room)
+
+
+def _parse_rare(
+    chain: DescriptorChain, type: int, sector: int, status: memoryview, room: int
+) -> Request:
+    if type == VIRTIO_BLK_T_FLUSH:
+        # Drivers set no sector and send no data (5.2.6.1); if they do, it changes nothing.
+        return Request(type, 0, [], 0, status, room)
+    if type == VIRTIO_BLK_T_GET_ID:
+        if room < VIRTIO_BLK_ID_BYTES:
+            return _ioerr(type, sector, status, room, f"{room} bytes are too few for an id")
+        data = chain.writer().take(VIRTIO_BLK_ID_BYTES)
+        return Request(type, 0, data, VIRTIO_BLK_ID_BYTES, status, room)
+    return Request(
+        type, sector, [], 0, status, room, VIRTIO_BLK_S_UNSUPP, f"unknown request type {type}"
+    )
+
+
+def _without_header(chain: DescriptorChain) -> list[tuple[int, int]]:
+    left = _HEADER_SIZE
+    for index, (addr, length) in enumerate(chain.readable):
+        if left < length:
+            return [(addr + left, length - left), *chain.readable[index + 1 :]]
+        left -= length
+    return []
+
+
+def _data_to_fill(chain: DescriptorChain) -> list[memoryview]:
+    """All writable bytes but the last, which is the status."""
+    writable = chain.ram.writable
+    parts = chain.writable
+    if len(parts) == 2:
+        (addr, length), (last, last_length) = parts
+        if last_length == 1:
+            return [writable(addr, length)]
+    views = [writable(addr, length) for addr, length in parts]
+    views[-1] = views[-1][:-1]
+    return views if len(views[-1]) else views[:-1]
+
+
+def _ioerr(type: int, sector: int, status: memoryview, room: int, reason: str) -> Request:
+    return Request(type, sector, [], 0, status, room, VIRTIO_BLK_S_IOERR, reason)
