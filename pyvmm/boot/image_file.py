@@ -1,0 +1,105 @@
+"""Kernel and initrd files: opened, sized and read straight into guest memory, or refused."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from types import TracebackType
+from typing import Self
+
+from pyvmm.errors import ConfigError, HostError
+from pyvmm.host import syscalls
+
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a block device",
+    stat.S_IFSOCK: "a socket",
+}
+_CURES = {
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EACCES: "check its permissions (on some systems /boot/vmlinuz* is for root only)",
+    errno.EPERM: "check its permissions",
+}
+
+
+class ImageFile:
+    """A regular, non-empty file open for reading; `size` in bytes.
+
+    `option` is the command line option that named it, for error messages.
+    """
+
+    def __init__(self, path: str, option: str) -> None:
+        """Open `path`. Raises ConfigError for what is missing, unreadable, empty or not a file."""
+        self.path = path
+        self.option = option
+        self.fd = -1
+        if not path or "\0" in path:
+            raise self.error("the path is empty or has a NUL in it")
+        try:
+            # O_NONBLOCK: opening a FIFO must not wait for its writer.
+            self.fd = syscalls.open_file(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+        except HostError as error:
+            reason = os.strerror(error.errno)
+            cure = _CURES.get(error.errno, "")
+            raise self.error(f"cannot open {path}: {reason}", cure) from None
+        try:
+            self.size = self._checked_size()
+        except BaseException:
+            self.close()
+            raise
+
+    def _checked_size(self) -> int:
+        status = os.fstat(self.fd)
+        kind = stat.S_IFMT(status.st_mode)
+        if kind != stat.S_IFREG:
+            raise self.error(f"{self.path} is {_KINDS.get(kind, 'not a regular file')}")
+        if status.st_size == 0:
+            raise self.error(f"{self.path} is empty", "was its download or build cut short?")
+        return status.st_size
+
+    def error(self, message: str, cure: str = "") -> ConfigError:
+        """A ConfigError about this file."""
+        return ConfigError(message, cure=cure, option=self.option)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Up to `length` bytes at `offset`; fewer where the file ends. Raises ConfigError."""
+        try:
+            return os.pread(self.fd, length, offset)
+        except (OSError, OverflowError) as error:
+            raise self.error(f"cannot read {self.path}: {error}") from None
+
+    def read_into(self, view: memoryview, offset: int) -> None:
+        """Fill `view` from `offset` on, with no copy. Raises ConfigError if the file ends first."""
+        done = 0
+        while done < len(view):
+            try:
+                count = os.preadv(self.fd, [view[done:]], offset + done)
+            except (OSError, OverflowError) as error:
+                raise self.error(f"cannot read {self.path}: {error}") from None
+            if count == 0:
+                raise self.error(
+                    f"{self.path} ends after {offset + done} bytes, "
+                    f"{offset + len(view)} were expected",
+                    "it is truncated: copy or build it again",
+                )
+            done += count
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

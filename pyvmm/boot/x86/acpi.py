@@ -1,0 +1,219 @@
+"""ACPI tables: how a guest finds its CPUs, interrupt controllers, virtio devices and serial port.
+
+The machine is "hardware-reduced" (ACPI 6.5, 4.1): no PM timer, no SCI, no fixed power button;
+power-off and reset are one register each. Section numbers are those of ACPI 6.5.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pyvmm.boot.x86 import aml
+from pyvmm.memory import layout_x86 as layout
+
+_OEM_ID = b"PYVMM "
+_OEM_TABLE_ID = b"PYVMM   "
+_CREATOR = b"PVMM"
+
+# 5.2.9 FADT, "Fixed ACPI Description Table Fixed Feature Flags"
+_PWR_BUTTON = 1 << 4  # set: there is no fixed-hardware power button
+_SLP_BUTTON = 1 << 5
+_RESET_REG_SUP = 1 << 10
+_HW_REDUCED_ACPI = 1 << 20
+# 5.2.9.3 "IA-PC Boot Architecture Flags"
+_LEGACY_DEVICES = 1 << 0
+_8042 = 1 << 1
+_VGA_NOT_PRESENT = 1 << 2
+_CMOS_RTC_NOT_PRESENT = 1 << 5
+
+_MAX_XAPIC_ID = 254
+_ENABLED = 1
+
+
+@dataclass(frozen=True)
+class VirtioMmioDevice:
+    """One virtio-mmio register window: `size` bytes at guest-physical `base`, interrupt `gsi`."""
+
+    base: int
+    size: int
+    gsi: int
+
+
+@dataclass(frozen=True)
+class AcpiConfig:
+    """What the tables say: `cpus` vCPUs whose APIC ids are 0 to cpus - 1, and the devices.
+
+    `i8042` is whether there is a keyboard controller.
+    """
+
+    cpus: int = 1
+    virtio: tuple[VirtioMmioDevice, ...] = ()
+    serial: bool = True
+    i8042: bool = True
+
+
+@dataclass(frozen=True)
+class AcpiTables:
+    """`blob` goes to guest-physical `rsdp`, which is also the address of the RSDP in it.
+
+    `tables` are the same tables one by one, by signature, as ``iasl`` takes them.
+    """
+
+    rsdp: int
+    blob: bytes
+    tables: dict[str, bytes]
+
+
+def build(config: AcpiConfig, base: int = layout.ACPI_TABLES) -> AcpiTables:
+    """All tables, to be placed at guest-physical `base`.
+
+    Raises ValueError if they need more than the map leaves them (well over 500 vCPUs and devices).
+    """
+    rsdp_size = 36
+    blob = bytearray(rsdp_size)
+    tables = {}
+
+    def place(table: bytes) -> int:
+        blob.extend(bytes(-len(blob) % 16))
+        address = base + len(blob)
+        blob.extend(table)
+        tables[table[:4].decode("ascii")] = table
+        return address
+
+    dsdt = place(build_dsdt(config))
+    fadt = place(build_fadt(config, dsdt))
+    madt = place(build_madt(config))
+    xsdt = place(build_xsdt([fadt, madt]))
+    blob[:rsdp_size] = build_rsdp(xsdt)
+    if len(blob) > layout.ACPI_TABLES_SIZE:
+        raise ValueError(f"the ACPI tables need {len(blob)} bytes, more than the map has for them")
+    return AcpiTables(base, bytes(blob), tables)
+
+
+def build_rsdp(xsdt: int) -> bytes:
+    """5.2.5.3 "Root System Description Pointer (RSDP) Structure", revision 2."""
+    first = struct.pack("<8sB6sBI", b"RSD PTR ", 0, _OEM_ID, 2, 0)
+    first = _with_checksum(first, 8)
+    whole = first + struct.pack("<IQB3x", 36, xsdt, 0)
+    return _with_checksum(whole, 32)
+
+
+def build_xsdt(addresses: Sequence[int]) -> bytes:
+    """5.2.8 "Extended System Description Table (XSDT)"."""
+    return _table(b"XSDT", 1, struct.pack(f"<{len(addresses)}Q", *addresses))
+
+
+def build_fadt(config: AcpiConfig, dsdt: int) -> bytes:
+    """5.2.9 "Fixed ACPI Description Table (FADT)", revision 6, hardware-reduced.
+
+    The fields for PM blocks and SCI are unused then and stay 0.
+    """
+    body = bytearray(276 - 36)
+
+    def put(offset: int, form: str, *values: int) -> None:
+        struct.pack_into("<" + form, body, offset - 36, *values)
+
+    boot_flags = _VGA_NOT_PRESENT | _CMOS_RTC_NOT_PRESENT
+    boot_flags |= _LEGACY_DEVICES if config.serial or config.i8042 else 0
+    boot_flags |= _8042 if config.i8042 else 0
+    put(46, "H", layout.ACPI_SCI_GSI)
+    put(109, "H", boot_flags)
+    put(112, "I", _PWR_BUTTON | _SLP_BUTTON | _RESET_REG_SUP | _HW_REDUCED_ACPI)
+    put(116, "BBBBQ", *_port(layout.ACPI_RESET_PORT))
+    put(128, "B", layout.ACPI_RESET_VALUE)
+    put(131, "B", 0)  # minor version
+    put(140, "Q", dsdt)  # X_DSDT
+    put(244, "BBBBQ", *_port(layout.ACPI_SLEEP_CONTROL_PORT))
+    put(256, "BBBBQ", *_port(layout.ACPI_SLEEP_STATUS_PORT))
+    body[268 - 36 : 276 - 36] = b"PYVMM\0\0\0"  # hypervisor vendor identity
+    return _table(b"FACP", 6, bytes(body))
+
+
+def build_madt(config: AcpiConfig) -> bytes:
+    """5.2.12 "Multiple APIC Description Table (MADT)": every vCPU and the I/O APIC.
+
+    There are no interrupt source overrides, because KVM's default routing joins GSI n to pin n of
+    the I/O APIC, 0 (the PIT) included, and that is what a table without overrides says. There is
+    no PCAT_COMPAT flag either: a guest that reads this table needs no 8259.
+    """
+    body = struct.pack("<II", layout.LOCAL_APIC, 0)
+    for cpu in range(config.cpus):
+        if cpu <= _MAX_XAPIC_ID:
+            body += struct.pack("<BBBBI", 0, 8, cpu, cpu, _ENABLED)
+        else:
+            body += struct.pack("<BBHIII", 9, 16, 0, cpu, _ENABLED, cpu)
+    body += struct.pack("<BBBBII", 1, 12, 0, 0, layout.IOAPIC, 0)
+    return _table(b"APIC", 5, body)
+
+
+def build_dsdt(config: AcpiConfig) -> bytes:
+    """5.2.11.1 "Differentiated System Description Table (DSDT)": the devices, in AML."""
+    devices = [_cpu(index) for index in range(config.cpus)]
+    devices += [_virtio(index, device) for index, device in enumerate(config.virtio)]
+    if config.serial:
+        devices.append(_serial())
+    sleep = aml.package(*(aml.integer(value) for value in (layout.ACPI_SLEEP_TYPE_S5, 0, 0, 0)))
+    return _table(b"DSDT", 2, aml.scope("\\_SB", *devices) + aml.name("\\_S5", sleep))
+
+
+def _cpu(index: int) -> bytes:
+    return aml.device(
+        f"C{index:03X}",
+        aml.name("_HID", aml.string("ACPI0007")),
+        aml.name("_UID", aml.integer(index)),
+    )
+
+
+def _virtio(index: int, device: VirtioMmioDevice) -> bytes:
+    resources = aml.resource_template(
+        aml.memory32_fixed(device.base, device.size), aml.interrupt(device.gsi)
+    )
+    return aml.device(
+        f"V{index:03X}",
+        aml.name("_HID", aml.string("LNRO0005")),
+        aml.name("_UID", aml.integer(index)),
+        aml.name("_CCA", aml.integer(1)),  # its DMA is coherent with the CPU's caches
+        aml.name("_CRS", resources),
+    )
+
+
+def _serial() -> bytes:
+    resources = aml.resource_template(
+        aml.io(layout.SERIAL_PORT, layout.SERIAL_PORTS), aml.interrupt(layout.SERIAL_GSI)
+    )
+    return aml.device(
+        "COM1",
+        aml.name("_HID", aml.eisa_id("PNP0501")),
+        aml.name("_UID", aml.integer(0)),
+        aml.name("_CRS", resources),
+    )
+
+
+def _port(port: int) -> tuple[int, int, int, int, int]:
+    """5.2.3.2 "Generic Address Structure" of an 8-bit I/O port."""
+    system_io, bits, byte_access = 1, 8, 1
+    return system_io, bits, 0, byte_access, port
+
+
+def _table(signature: bytes, revision: int, body: bytes) -> bytes:
+    """5.2.6 "System Description Table Header" and `body`, with the checksum right."""
+    header = struct.pack(
+        "<4sIBB6s8sI4sI",
+        signature,
+        36 + len(body),
+        revision,
+        0,
+        _OEM_ID,
+        _OEM_TABLE_ID,
+        1,
+        _CREATOR,
+        1,
+    )
+    return _with_checksum(header + body, 9)
+
+
+def _with_checksum(data: bytes, offset: int) -> bytes:
+    """`data` with its byte at `offset` (0 so far) set so that all bytes add up to 0."""
+    return data[:offset] + bytes([-sum(data) & 0xFF]) + data[offset + 1 :]

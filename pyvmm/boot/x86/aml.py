@@ -1,0 +1,103 @@
+"""An encoder for the little ACPI Machine Language that the DSDT needs.
+
+Every function gives the bytes of one term. Source: ACPI 6.5, chapter 20 "ACPI Machine Language
+(AML) Specification", and 6.4 "Resource Data Types for ACPI" for the descriptors.
+"""
+
+from __future__ import annotations
+
+import struct
+
+_ZERO, _ONE = 0x00, 0x01
+_BYTE, _WORD, _DWORD, _STRING, _QWORD = 0x0A, 0x0B, 0x0C, 0x0D, 0x0E
+_NAME, _SCOPE, _BUFFER, _PACKAGE = 0x08, 0x10, 0x11, 0x12
+_DEVICE = b"\x5b\x82"
+_DUAL_NAME, _MULTI_NAME = 0x2E, 0x2F
+
+_END_TAG = b"\x79\x00"  # the checksum 0 stands for "not checked"
+
+
+def integer(value: int) -> bytes:
+    """The shortest encoding of an unsigned number (20.2.3)."""
+    if value in (0, 1):
+        return bytes([_ONE if value else _ZERO])
+    for opcode, size in ((_BYTE, 1), (_WORD, 2), (_DWORD, 4), (_QWORD, 8)):
+        if value < 1 << 8 * size:
+            return bytes([opcode]) + value.to_bytes(size, "little")
+    raise ValueError(f"{value:#x} does not fit an AML integer")
+
+
+def string(text: str) -> bytes:
+    """A string constant (20.2.3)."""
+    return bytes([_STRING]) + text.encode("ascii") + b"\0"
+
+
+def eisa_id(text: str) -> bytes:
+    """A hardware id of three letters and four hex digits, compressed (19.3.4 EISAID)."""
+    letters = [ord(char) - 0x40 for char in text[:3]]
+    packed = letters[0] << 26 | letters[1] << 21 | letters[2] << 16 | int(text[3:], 16)
+    return integer(int.from_bytes(packed.to_bytes(4, "big"), "little"))
+
+
+def path(text: str) -> bytes:
+    r"""A name such as ``\_SB.COM1`` (20.2.2); segments are padded to four characters."""
+    prefix = b"\\" if text.startswith("\\") else b""
+    segments = [part.ljust(4, "_").encode("ascii") for part in text.lstrip("\\").split(".")]
+    if len(segments) == 2:
+        prefix += bytes([_DUAL_NAME])
+    elif len(segments) > 2:
+        prefix += bytes([_MULTI_NAME, len(segments)])
+    return prefix + b"".join(segments)
+
+
+def name(where: str, value: bytes) -> bytes:
+    """Name (where, value)."""
+    return bytes([_NAME]) + path(where) + value
+
+
+def scope(where: str, *terms: bytes) -> bytes:
+    """Scope (where) {terms}."""
+    return bytes([_SCOPE]) + _with_length(path(where) + b"".join(terms))
+
+
+def device(where: str, *terms: bytes) -> bytes:
+    """Device (where) {terms}."""
+    return _DEVICE + _with_length(path(where) + b"".join(terms))
+
+
+def package(*values: bytes) -> bytes:
+    """Package () {values}."""
+    return bytes([_PACKAGE]) + _with_length(bytes([len(values)]) + b"".join(values))
+
+
+def resource_template(*descriptors: bytes) -> bytes:
+    """ResourceTemplate () {descriptors}: a buffer that ends in an end tag."""
+    body = b"".join(descriptors) + _END_TAG
+    return bytes([_BUFFER]) + _with_length(integer(len(body)) + body)
+
+
+def memory32_fixed(base: int, size: int) -> bytes:
+    """Memory32Fixed (ReadWrite, base, size), 6.4.3.4."""
+    return struct.pack("<BHBII", 0x86, 9, 1, base, size)
+
+
+def io(port: int, count: int) -> bytes:
+    """IO (Decode16, port, port, 1, count), 6.4.2.5."""
+    return struct.pack("<BBHHBB", 0x47, 1, port, port, 1, count)
+
+
+def interrupt(gsi: int) -> bytes:
+    """Interrupt (ResourceConsumer, Edge, ActiveHigh, Exclusive) {gsi}, 6.4.3.6."""
+    consumer, edge = 1 << 0, 1 << 1
+    return struct.pack("<BHBBI", 0x89, 6, consumer | edge, 1, gsi)
+
+
+def _with_length(body: bytes) -> bytes:
+    """`body` with the length that counts itself in front (20.2.4)."""
+    if len(body) + 1 < 1 << 6:
+        return bytes([len(body) + 1]) + body
+    for extra in (1, 2, 3):
+        total = len(body) + 1 + extra
+        if total < 1 << (4 + 8 * extra):
+            return bytes([extra << 6 | total & 0xF]) + (total >> 4).to_bytes(extra, "little") + body
+    raise ValueError(f"an AML package cannot hold {len(body)} bytes")

@@ -1,0 +1,60 @@
+"""What kind of kernel a file is, by its first bytes; what is no kernel gets a clear word."""
+
+from __future__ import annotations
+
+from pyvmm.boot.image_file import ImageFile
+
+BZIMAGE = "bzImage"
+ELF = "ELF"
+
+_HEAD = 0x40_08  # up to where a bootable disk's or a file system's signature may stand
+# How to get at what is inside a compressed file, by its first bytes.
+_COMPRESSED = (
+    (b"\x1f\x8b", "gzip", "gzip -dc"),
+    (b"\x28\xb5\x2f\xfd", "zstd", "zstd -dc"),
+    (b"\xfd7zXZ\0", "xz", "xz -dc"),
+    (b"BZh", "bzip2", "bzip2 -dc"),
+    (b"\x5d\0\0", "lzma", "xz --format=lzma -dc"),
+    (b"\x02\x21\x4c\x18", "lz4", "lz4 -dc"),
+    (b"\x04\x22\x4d\x18", "lz4", "lz4 -dc"),
+    (b"\x89LZO", "lzo", "lzop -dc"),
+)
+_OTHERS = (
+    (0, b"070701", "a cpio archive, that is an initrd", "give it to --initrd"),
+    (0, b"070702", "a cpio archive, that is an initrd", "give it to --initrd"),
+    (
+        0,
+        b"\x27\x05\x19\x56",
+        "a U-Boot image (uImage)",
+        "use the bzImage or vmlinux it was made of",
+    ),
+    (0, b"QFI\xfb", "a QCOW2 disk image", "give disks to --disk"),
+    (0, b"!<arch>\n", "a Debian package or ar archive", "unpack it: dpkg -x FILE DIRECTORY"),
+    (0, b"\xed\xab\xee\xdb", "an RPM package", "unpack it: rpm2cpio FILE | cpio -id"),
+    (0x38, b"ARM\x64", "a kernel for arm64", "use a 64-bit x86 kernel"),
+    (0x38, b"RSC\x05", "a kernel for RISC-V", "use a 64-bit x86 kernel"),
+    (0x438, b"\x53\xef", "an ext2/3/4 file system", "give disks to --disk"),
+)
+
+
+def kind_of(kernel: ImageFile) -> str:
+    """`BZIMAGE` or `ELF`. Raises ConfigError that says what the file is instead."""
+    head = kernel.read(0, _HEAD)
+    if head[:4] == b"\x7fELF":
+        return ELF
+    if head[0x202:0x206] == b"HdrS":
+        return BZIMAGE
+    for magic, what, command in _COMPRESSED:
+        if head.startswith(magic):
+            raise kernel.error(
+                f"{kernel.path} is {what}-compressed",
+                f"decompress it first ({command} {kernel.path} > vmlinux); "
+                "if it is an initrd, give it to --initrd",
+            )
+    for offset, magic, what, cure in _OTHERS:
+        if head[offset : offset + len(magic)] == magic:
+            raise kernel.error(f"{kernel.path} is {what}", cure)
+    raise kernel.error(
+        f"{kernel.path} is neither a bzImage (no HdrS signature) nor an ELF vmlinux",
+        "give it a Linux kernel, such as /boot/vmlinuz-*",
+    )

@@ -1,0 +1,79 @@
+"""Where the initrd goes: as high as kernel and RAM let it, so that it is in nobody's way."""
+
+from __future__ import annotations
+
+from pyvmm.boot.image_file import ImageFile
+from pyvmm.errors import ConfigError
+from pyvmm.memory import GuestMemory
+from pyvmm.memory import layout_x86 as layout
+
+_PAGE = 0x1000
+
+
+def mib(size: int) -> str:
+    """`size` bytes in words, whole MiB rounded up, or KiB below one."""
+    if size < layout.MIB:
+        return f"{-(-size // 1024)} KiB"
+    return f"{-(-size // layout.MIB)} MiB"
+
+
+def check_kernel_fits(memory: GuestMemory, kernel: ImageFile, end: int) -> None:
+    """Raise ConfigError unless a kernel that needs RAM up to guest-physical `end` has it."""
+    low = memory.regions[0].end
+    if end <= low:
+        return
+    if end > layout.HOLE_START:
+        raise kernel.error(
+            f"{kernel.path} wants memory up to {end:#x}, past the {mib(layout.HOLE_START)} of RAM "
+            "that any guest has below 4 GiB",
+            "is the file damaged?",
+        )
+    raise kernel.error(
+        f"{kernel.path} needs {mib(end)} of memory to start, the guest has {mib(low)}",
+        f"give it --memory {_memory_for(end)} or more",
+    )
+
+
+def load_initrd(
+    memory: GuestMemory,
+    initrd: ImageFile,
+    *,
+    kernel: tuple[int, int],
+    addr_max: int,
+) -> tuple[int, int]:
+    """Read the initrd into guest RAM above the kernel; (address, bytes).
+
+    `kernel` is (start, end) of what the kernel needs while it starts; `addr_max` is the highest
+    address that a byte of the initrd may have. Raises ConfigError, naming sizes, if it fits
+    nowhere.
+    """
+    low = memory.regions[0].end
+    top = min(addr_max + 1, low)
+    start = (top - initrd.size) & -_PAGE
+    if start < kernel[1]:
+        raise _does_not_fit(memory, initrd, kernel, addr_max)
+    initrd.read_into(memory.view(start, initrd.size), 0)
+    return start, initrd.size
+
+
+def _does_not_fit(
+    memory: GuestMemory, initrd: ImageFile, kernel: tuple[int, int], addr_max: int
+) -> ConfigError:
+    size, low = initrd.size, memory.regions[0].end
+    needed = -(-kernel[1] // _PAGE) * _PAGE + size + _PAGE
+    text = (
+        f"{initrd.path} has {mib(size)} ({size} bytes) and the kernel takes the memory up to "
+        f"{mib(kernel[1])}"
+    )
+    if needed > min(addr_max + 1, layout.HOLE_START):
+        limit = min(addr_max + 1, layout.HOLE_START)
+        return initrd.error(
+            f"{text}; it must lie below {limit:#x} ({mib(limit)})", "use a smaller initrd"
+        )
+    return initrd.error(
+        f"{text}; the guest has {mib(low)}", f"give it --memory {_memory_for(needed)} or more"
+    )
+
+
+def _memory_for(needed: int) -> str:
+    return f"{-(-max(needed, layout.MIN_RAM) // layout.MIB)}M"
