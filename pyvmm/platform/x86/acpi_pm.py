@@ -1,0 +1,44 @@
+"""Power off and reset for a hardware-reduced ACPI machine: three byte-wide I/O ports.
+
+ACPI 6.5, 4.8.3.7 Sleep Control and Status Registers, and 4.8.3.6 Reset Register. The FADT says
+where they are and what value resets; the DSDT's \\_S5 says which sleep type powers off.
+"""
+
+from __future__ import annotations
+
+from pyvmm.bus import Action
+from pyvmm.memory.layout_x86 import (
+    ACPI_RESET_PORT,
+    ACPI_RESET_VALUE,
+    ACPI_SLEEP_CONTROL_PORT,
+    ACPI_SLEEP_TYPE_S5,
+)
+
+PORTS = 3  # sleep control, sleep status, reset
+
+_SLEEP_CONTROL = 0
+_RESET = ACPI_RESET_PORT - ACPI_SLEEP_CONTROL_PORT
+
+_SLP_TYP_SHIFT = 2
+_SLP_TYP_MASK = 0x7
+_SLP_EN = 0x20
+
+
+class AcpiPm:
+    """`Handler` of the ports from ACPI_SLEEP_CONTROL_PORT.
+
+    The sleep status register reads 0, "nothing woke this machine", for it never sleeps.
+    """
+
+    def read(self, offset: int, size: int) -> int:
+        return 0
+
+    def write(self, offset: int, size: int, value: int) -> Action | None:
+        """POWEROFF for S5 with SLP_EN, RESET for the reset value, None for anything else."""
+        if size != 1:
+            return None
+        if offset == _SLEEP_CONTROL:
+            sleep_type = value >> _SLP_TYP_SHIFT & _SLP_TYP_MASK
+            off = value & _SLP_EN and sleep_type == ACPI_SLEEP_TYPE_S5
+            return Action.POWEROFF if off else None
+        return Action.RESET if offset == _RESET and value == ACPI_RESET_VALUE else None
