@@ -24,28 +24,28 @@ class RamWindow:
     `readable` and `writable` views show the same bytes; the first cannot be written through.
     """
 
-    __slots__ = ("end", "first", "first_readonly", "memory", "start")
+    __slots__ = ("first", "first_readonly", "memory", "size", "start")
 
     def __init__(self, memory: GuestMemory) -> None:
         self.memory = memory
         region = memory.regions[0]
         self.start = region.guest_addr
-        self.end = region.end
+        self.size = region.size
         self.first = region.view
         self.first_readonly = region.view.toreadonly()
 
     def readable(self, addr: int, length: int) -> memoryview:
         """A read-only view of `length` bytes at `addr`. Raises GuestMemoryError."""
-        start = self.start
-        if start <= addr and addr + length <= self.end:
-            return self.first_readonly[addr - start : addr - start + length]
+        offset = addr - self.start
+        if offset >= 0 and offset + length <= self.size:
+            return self.first_readonly[offset : offset + length]
         return self.memory.view(addr, length).toreadonly()
 
     def writable(self, addr: int, length: int) -> memoryview:
         """A writable view of `length` bytes at `addr`. Raises GuestMemoryError."""
-        start = self.start
-        if start <= addr and addr + length <= self.end:
-            return self.first[addr - start : addr - start + length]
+        offset = addr - self.start
+        if offset >= 0 and offset + length <= self.size:
+            return self.first[offset : offset + length]
         return self.memory.view(addr, length)
 
 
@@ -167,6 +167,15 @@ class Reader(_Cursor):
 
     def take(self, n: int) -> list[memoryview]:
         """Read-only views of the next `n` bytes, in place: for pwritev."""
+        if not self._offset and 0 < n <= self.available:
+            # As in Writer.take.
+            addr, length = self._parts[self._index]
+            ram = self._ram
+            addr -= ram.start
+            if length == n and addr >= 0 and addr + n <= ram.size:
+                self._index += 1
+                self.available -= n
+                return [ram.first_readonly[addr : addr + n]]
         readable = self._ram.readable
         return [readable(addr, length) for addr, length in self._advance(n)]
 
@@ -181,10 +190,11 @@ class Reader(_Cursor):
             # A header alone in the first descriptor, which is what drivers do, needs no copy.
             addr, length = self._parts[0]
             ram = self._ram
-            if length == size and ram.start <= addr and addr + size <= ram.end:
+            addr -= ram.start
+            if length == size and addr >= 0 and addr + size <= ram.size:
                 self._index = 1
                 self.available -= size
-                return layout.unpack_from(ram.first, addr - ram.start)
+                return layout.unpack_from(ram.first, addr)
         return layout.unpack(self.read(size))
 
 
@@ -210,6 +220,15 @@ class Writer(_Cursor):
 
     def take(self, n: int) -> list[memoryview]:
         """Writable views of the next `n` bytes, in place: for preadv."""
+        if not self._offset and 0 < n <= self.available:
+            # One whole descriptor in the first region is what most requests need.
+            addr, length = self._parts[self._index]
+            ram = self._ram
+            addr -= ram.start
+            if length == n and addr >= 0 and addr + n <= ram.size:
+                self._index += 1
+                self.available -= n
+                return [ram.first[addr : addr + n]]
         writable = self._ram.writable
         return [writable(addr, length) for addr, length in self._advance(n)]
 
@@ -241,7 +260,11 @@ class Writer(_Cursor):
             addr, length = self._parts[index]
         self._from_end += 1
         self.available -= 1
-        return self._ram.writable(addr + length - 1 - from_end, 1)
+        ram = self._ram
+        place = addr + length - 1 - from_end - ram.start
+        if 0 <= place < ram.size:
+            return ram.first[place : place + 1]
+        return ram.writable(place + ram.start, 1)
 
 
 __all__ = ["DescriptorChain", "GuestMemoryError", "Part", "RamWindow", "Reader", "Writer"]

@@ -36,6 +36,7 @@ AVAIL_F_NO_INTERRUPT = 1
 USED_F_NO_NOTIFY = 1
 
 _DESC_SIZE = 16
+_CHAIN_FLAGS = DESC_F_NEXT | DESC_F_WRITE
 _unpack_desc = Struct("<QIHH").unpack_from  # struct virtq_desc: addr, len, flags, next
 _MAX_CHAIN_BYTES = 1 << 32
 
@@ -157,19 +158,22 @@ class SplitQueue:
     def _parse(self, head: int) -> DescriptorChain:
         readable: list[Part] = []
         writable: list[Part] = []
-        table, bound, left = self._table, self.size, self.size
+        table, unpack = self._table, _unpack_desc
+        bound = left = self.size
         to_read = to_write = 0
         writing = indirect = False
         index = head
         while True:
-            addr, length, flags, following = _unpack_desc(table, index << 4)
-            if flags & DESC_F_INDIRECT:
-                if indirect:
-                    raise DriverError("indirect descriptor in an indirect table", section=_INDIRECT)
-                table = self._indirect_table(addr, length, flags)
-                bound, indirect, index = length >> 4, True, 0
-                continue
-            if flags & DESC_F_WRITE:
+            addr, length, flags, following = unpack(table, index * _DESC_SIZE)
+            if flags > _CHAIN_FLAGS:
+                if flags & DESC_F_INDIRECT:
+                    if indirect:
+                        raise DriverError("indirect table in an indirect table", section=_INDIRECT)
+                    table = self._indirect_table(addr, length, flags)
+                    bound, indirect, index = length // _DESC_SIZE, True, 0
+                    continue
+                flags &= _CHAIN_FLAGS  # bits without a meaning are ignored
+            if flags >= DESC_F_WRITE:
                 writing = True
                 if length:
                     writable.append((addr, length))
@@ -179,7 +183,7 @@ class SplitQueue:
             elif length:
                 readable.append((addr, length))
                 to_read += length
-            if not flags & DESC_F_NEXT:
+            if flags == DESC_F_WRITE or flags == 0:
                 break
             left -= 1
             if not left:
