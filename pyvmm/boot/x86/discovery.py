@@ -5,7 +5,6 @@ docs/decisions/0050-virtio-discovery.md says why the rule is this one.
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 
 from pyvmm.boot import cmdline as command_line
@@ -17,6 +16,10 @@ AUTO, ACPI, CMDLINE, BOTH = CHOICES = ("auto", "acpi", "cmdline", "both")
 
 _ACPI_ID = b"LNRO0005"  # in the driver's acpi_match_table
 _PARAMETER = b"virtio_mmio.device"  # the name under which the built-in driver takes the parameter
+_DEBIAN = "debian-kernel@"  # in linux_banner, which says who built the kernel
+_DEBIAN_BANNER = b"(debian-kernel@"
+_CHUNK = 4 << 20
+_OVERLAP = 64
 
 
 def parameters(devices: Sequence[VirtioMmioDevice]) -> list[str]:
@@ -46,7 +49,7 @@ def choose(wish: str, kernel: ImageFile, *, elf: bool, banner: str, cmdline: str
         return _look_inside(kernel)
     # Debian's kernels never have CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES and would only complain of the
     # parameter. Of others nothing is known: what is in a bzImage is compressed.
-    return ACPI if "debian" in banner.lower() else BOTH
+    return ACPI if _DEBIAN in banner else BOTH
 
 
 def _acpi_is_off(cmdline: str) -> bool:
@@ -54,8 +57,13 @@ def _acpi_is_off(cmdline: str) -> bool:
 
 
 def _look_inside(kernel: ImageFile) -> str:
-    with mmap.mmap(kernel.fd, 0, prot=mmap.PROT_READ) as content:
-        if content.find(_ACPI_ID) >= 0:
+    """What an uncompressed kernel says of itself."""
+    takes_parameter = False
+    for offset in range(0, kernel.size, _CHUNK):
+        chunk = kernel.read(offset, _CHUNK + _OVERLAP)
+        if _ACPI_ID in chunk or _DEBIAN_BANNER in chunk:
             return ACPI
-        # The driver is in the kernel and knows no ACPI; or it is a module, which may know either.
-        return CMDLINE if content.find(_PARAMETER) >= 0 else BOTH
+        takes_parameter = takes_parameter or _PARAMETER in chunk
+    # Either the driver is in the kernel and knows no ACPI, or it is a module, of which nothing is
+    # known here.
+    return CMDLINE if takes_parameter else BOTH

@@ -41,16 +41,20 @@ def load_initrd(
     kernel: tuple[int, int],
     addr_max: int,
 ) -> tuple[int, int]:
-    """Read the initrd into guest RAM above the kernel; (address, bytes).
+    """Read the initrd into guest RAM; (address, bytes).
 
     `kernel` is (start, end) of what the kernel needs while it starts; `addr_max` is the highest
-    address that a byte of the initrd may have. Raises ConfigError, naming sizes, if it fits
-    nowhere.
+    address that a byte of the initrd may have. It goes above the kernel, or in a small guest between
+    1 MiB and the kernel. Raises ConfigError, naming sizes, if it fits nowhere.
     """
-    low = memory.regions[0].end
-    top = min(addr_max + 1, low)
-    start = (top - initrd.size) & -_PAGE
-    if start < kernel[1]:
+    top = min(addr_max + 1, memory.regions[0].end)
+    above = (top - initrd.size) & -_PAGE
+    below = (min(kernel[0], top) - initrd.size) & -_PAGE
+    if above >= kernel[1]:
+        start = above
+    elif below >= layout.HIGH_RAM:
+        start = below
+    else:
         raise _does_not_fit(memory, initrd, kernel, addr_max)
     initrd.read_into(memory.view(start, initrd.size), 0)
     return start, initrd.size
@@ -59,16 +63,16 @@ def load_initrd(
 def _does_not_fit(
     memory: GuestMemory, initrd: ImageFile, kernel: tuple[int, int], addr_max: int
 ) -> ConfigError:
-    size, low = initrd.size, memory.regions[0].end
-    needed = -(-kernel[1] // _PAGE) * _PAGE + size + _PAGE
+    low = memory.regions[0].end
+    needed = -(-kernel[1] // _PAGE) * _PAGE + initrd.size + _PAGE
+    limit = min(addr_max + 1, layout.HOLE_START)
     text = (
-        f"{initrd.path} has {mib(size)} ({size} bytes) and the kernel takes the memory up to "
-        f"{mib(kernel[1])}"
+        f"{initrd.path} has {mib(initrd.size)} ({initrd.size} bytes), and the kernel takes the "
+        f"memory from {mib(kernel[0])} to {mib(kernel[1])}"
     )
-    if needed > min(addr_max + 1, layout.HOLE_START):
-        limit = min(addr_max + 1, layout.HOLE_START)
+    if needed > limit:
         return initrd.error(
-            f"{text}; it must lie below {limit:#x} ({mib(limit)})", "use a smaller initrd"
+            f"{text}; no initrd may lie above {limit:#x} ({mib(limit)})", "use a smaller one"
         )
     return initrd.error(
         f"{text}; the guest has {mib(low)}", f"give it --memory {_memory_for(needed)} or more"
