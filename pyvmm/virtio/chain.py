@@ -21,15 +21,17 @@ _FRAMING = "2.7.4 Message Framing"
 class RamWindow:
     """Turns guest-physical ranges into views, fast for the first region, where nearly all are.
 
-    `readable` and `writable` views show the same bytes; the first cannot be written through.
+    `readable` and `writable` views show the same bytes; the first cannot be written through. That
+    region is [`start`, `end`), `size` bytes, as `first` and, not to be written, `first_readonly`.
     """
 
-    __slots__ = ("first", "first_readonly", "memory", "size", "start")
+    __slots__ = ("end", "first", "first_readonly", "memory", "size", "start")
 
     def __init__(self, memory: GuestMemory) -> None:
         self.memory = memory
         region = memory.regions[0]
         self.start = region.guest_addr
+        self.end = region.end
         self.size = region.size
         self.first = region.view
         self.first_readonly = region.view.toreadonly()

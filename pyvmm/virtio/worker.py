@@ -95,7 +95,7 @@ class QueueWorker:
     def _serve_until_idle(self) -> None:
         queue = self._queue
         more = True
-        while more and not self._stopping:
+        while more and not queue.halt:
             with queue.lock:
                 queue.disable_notification()
                 self._serve(queue)
