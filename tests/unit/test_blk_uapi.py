@@ -31,7 +31,7 @@ def assert_in_c(tmp_path: Path, includes: tuple[str, ...], claims: list[str]) ->
 
 def test_every_number_is_the_headers(tmp_path: Path) -> None:
     names = [name for name in vars(uapi) if name.startswith("VIRTIO_")]
-    assert len(names) > 15
+    assert len(names) >= 15
     assert_in_c(tmp_path, HEADERS, [f"{name} == {getattr(uapi, name)}" for name in names])
 
 

@@ -13,7 +13,7 @@ from pyvmm.errors import HostError
 from pyvmm.host.log import RateLimited
 from pyvmm.virtio.blk.backend import Backend
 from pyvmm.virtio.blk.config import BlockConfig, read_zero_filled
-from pyvmm.virtio.blk.request import SECTOR, Request, parse
+from pyvmm.virtio.blk.request import NO_HEADER, SECTOR, Request, parse
 from pyvmm.virtio.blk.uapi import (
     STATUS_NAMES,
     TYPE_NAMES,
@@ -29,9 +29,9 @@ from pyvmm.virtio.blk.uapi import (
     VIRTIO_BLK_T_FLUSH,
     VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT,
-    VIRTIO_ID_BLOCK,
 )
 from pyvmm.virtio.chain import DescriptorChain
+from pyvmm.virtio.constants import VIRTIO_ID_BLOCK
 from pyvmm.virtio.device import Activation
 from pyvmm.virtio.features import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, has, mask
 from pyvmm.virtio.queue import Queue
@@ -53,10 +53,16 @@ class BlockEvent(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        what = TYPE_NAMES.get(self.type, f"type {self.type}")
         answer = STATUS_NAMES.get(self.status, "no answer")
         why = f" ({self.reason})" if self.reason else ""
-        return f"{self.disk} {what} sector {self.sector} + {self.size} bytes: {answer}{why}"
+        place = f"sector {self.sector} + {self.size} bytes"
+        return f"{self.disk}: {_type_name(self.type)} {place}: {answer}{why}"
+
+
+def _type_name(type: int) -> str:
+    if type == NO_HEADER:
+        return "a request without a header"
+    return TYPE_NAMES.get(type, f"request type {type}")
 
 
 class BlockDevice(QueueDevice):
@@ -183,15 +189,14 @@ class BlockDevice(QueueDevice):
         return VIRTIO_BLK_S_IOERR
 
     def _note_failure(self, request: Request, status: int) -> None:
-        what = TYPE_NAMES.get(request.type, f"request {request.type}")
-        answer = STATUS_NAMES[status]
+        what, answer = _type_name(request.type), STATUS_NAMES[status]
         self._log(f"{what} at sector {request.sector} answered {answer}: {request.reason}")
 
     def _note_unanswerable(self, chain: DescriptorChain) -> None:
         reason = f"no status byte in RAM: {chain!r}"
         self._log(f"a request cannot be answered, {reason}")
         if self._trace is not None:
-            self._trace(BlockEvent(self.name, -1, 0, 0, -1, reason))
+            self._trace(BlockEvent(self.name, NO_HEADER, 0, 0, -1, reason))
 
 
 def _fill(views: list[memoryview], data: bytes) -> None:

@@ -25,8 +25,8 @@ from pyvmm.virtio.chain import DescriptorChain
 SECTOR = 512
 HEADER = Struct("<IIQ")  # struct virtio_blk_outhdr: type, ioprio, sector
 _HEADER_SIZE = HEADER.size
-_unpack_header = HEADER.unpack_from
-_NO_HEADER = -1  # the type of a request whose header could not be read
+_unpack_header = HEADER.unpack
+NO_HEADER = -1  # the type of a request whose header could not be read
 
 
 class Request:
@@ -35,7 +35,7 @@ class Request:
     `type` and `sector` are the header's; `data` the data buffers, in place, `size` bytes in all.
     `status` is the one byte to answer in; `room` the writable bytes in front of it. `refusal` is
     VIRTIO_BLK_S_OK for a request to carry out; otherwise it is the status to answer at once,
-    because of `reason`.
+    because of `reason`. `type` is NO_HEADER where there was none to read.
     """
 
     __slots__ = ("data", "reason", "refusal", "room", "sector", "size", "status", "type")
@@ -90,12 +90,11 @@ def parse(chain: DescriptorChain) -> Request | None:
         status = ram.writable(addr + length - 1, 1)
     except (IndexError, GuestMemoryError):
         return None
-    type, sector = _NO_HEADER, 0
+    type, sector = NO_HEADER, 0
     try:
         addr, length = chain.readable[0]
-        if length == _HEADER_SIZE and ram.start <= addr and addr + length <= ram.end:
-            # Nearly always the header has a descriptor of its own.
-            type, _, sector = _unpack_header(ram.first, addr - ram.start)
+        if length == _HEADER_SIZE:  # Drivers give the header a descriptor of its own.
+            type, _, sector = _unpack_header(ram.readable(addr, length))
             following = chain.readable[1:]
         else:
             type, _, sector = chain.reader().unpack(HEADER)
@@ -149,7 +148,7 @@ def _data_to_fill(chain: DescriptorChain) -> list[memoryview]:
     writable = chain.ram.writable
     parts = chain.writable
     if len(parts) == 2:
-        (addr, length), (last, last_length) = parts
+        (addr, length), (_, last_length) = parts
         if last_length == 1:
             return [writable(addr, length)]
     views = [writable(addr, length) for addr, length in parts]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-VIRTIO_ID_BLOCK = 2  # <linux/virtio_ids.h>
-
 # Feature bits (5.2.3 Feature bits), as bit numbers
 VIRTIO_BLK_F_SEG_MAX = 2
 VIRTIO_BLK_F_RO = 5
