@@ -1,0 +1,54 @@
+"""What a device's negotiation tells a trace: one value per event, one line each."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pyvmm.virtio import features, status
+
+
+class StatusChanged(NamedTuple):
+    """The device status went from `before` to `after`."""
+
+    device: str
+    before: int
+    after: int
+
+    def __str__(self) -> str:
+        return f"{self.device}: status {self._name(self.before)} -> {self._name(self.after)}"
+
+    @staticmethod
+    def _name(value: int) -> str:
+        return status.describe(value)
+
+
+class Activated(NamedTuple):
+    """The device went live with these features; size of each queue, 0 for one not enabled."""
+
+    device: str
+    features: int
+    queue_sizes: tuple[int, ...]
+
+    def __str__(self) -> str:
+        names = " ".join(features.describe(self.features))
+        sizes = ", ".join(str(size) for size in self.queue_sizes)
+        return f"{self.device}: active, queue sizes [{sizes}], features {names}"
+
+
+class DeviceReset(NamedTuple):
+    """The device was reset by its driver: nothing is in flight any more."""
+
+    device: str
+
+    def __str__(self) -> str:
+        return f"{self.device}: reset"
+
+
+class NeedsReset(NamedTuple):
+    """The device gave up until it is reset; `error` says why."""
+
+    device: str
+    error: str
+
+    def __str__(self) -> str:
+        return f"{self.device}: needs reset: {self.error}"

@@ -1,0 +1,261 @@
+"""A device's life on any transport: activated, interrupting, failing, reset.
+
+Locks, in the order in which they are taken:
+
+1. `lock`, the device lock. Whoever acts for the driver (a vCPU thread in a register write) holds
+   it, so writes of several vCPUs happen one after the other. It is held while the device activates
+   and resets, the latter waiting for the device's workers to end.
+2. a queue's `lock`, held by its worker for a batch, and by a driver that stops the queue.
+3. `_events`, a leaf: held for a few instructions and never while calling anything. It guards what
+   workers and drivers both change: the status bits, the interrupt status, the configuration
+   generation, whether the current activation is alive.
+
+A worker never takes `lock`: `fail` and the interrupt use `_events` only. So a reset may wait for
+workers that are just failing or signalling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from threading import Lock
+from typing import Protocol
+
+from pyvmm.errors import PyvmmError
+from pyvmm.host.log import RateLimited, Sink, to_stderr
+from pyvmm.host.syscalls import EventFd
+from pyvmm.memory import GuestMemory
+from pyvmm.virtio import constants, events, status
+from pyvmm.virtio.device import Activation, VirtioDevice
+from pyvmm.virtio.queue import Queue
+from pyvmm.virtio.queue_state import QueueConfig
+from pyvmm.virtio.split_queue import SplitQueue
+
+# Bits of the interrupt status; virtio-pci's are the same (4.1.4.5 ISR status capability).
+USED_BUFFER = constants.VIRTIO_MMIO_INT_VRING
+CONFIG_CHANGED = constants.VIRTIO_MMIO_INT_CONFIG
+
+Trace = Callable[[object], None]
+
+
+class Notifier(Protocol):
+    """How a transport interrupts the driver. Any thread calls it, with no lock held but maybe a
+    queue's; the interrupt status is set by then."""
+
+    def used_buffer(self, queue_index: int) -> None:
+        """The device used a buffer of this queue."""
+
+    def config_changed(self) -> None:
+        """The configuration changed, or the device needs a reset."""
+
+
+@dataclass
+class DeviceState:
+    """What was negotiated so far, as plain data; all zero after a reset but for the generation."""
+
+    queues: list[QueueConfig]
+    status: int = 0
+    device_features_select: int = 0
+    driver_features_select: int = 0
+    driver_features: int = 0
+    queue_select: int = 0
+    interrupt_status: int = 0
+    generation: int = 0
+
+
+class _ActivationInterrupt:
+    """The `Interrupt` of one activation: silent once that activation has ended."""
+
+    __slots__ = ("_events", "_lifecycle", "_state", "_used_buffer", "live")
+
+    def __init__(self, lifecycle: Lifecycle, events_lock: Lock, notifier: Notifier) -> None:
+        self._lifecycle = lifecycle
+        self._state = lifecycle.state
+        self._events = events_lock
+        self._used_buffer = notifier.used_buffer
+        self.live = True
+
+    def signal_used(self, queue_index: int) -> None:
+        with self._events:
+            if not self.live:
+                return
+            self._state.interrupt_status |= USED_BUFFER
+        self._used_buffer(queue_index)
+
+    def signal_config_change(self) -> None:
+        self._lifecycle.config_changed()
+
+
+class Lifecycle:
+    """What happens to a device between two resets, whoever asked for it.
+
+    Methods that act for the driver (`activate`, `stop_queue`, `reset`) want `lock` held; `fail`,
+    `acknowledge`, `config_changed` and the interrupt are called by any thread without it.
+    """
+
+    def __init__(
+        self,
+        device: VirtioDevice,
+        memory: GuestMemory,
+        notifier: Notifier,
+        kicks: Sequence[EventFd],
+        *,
+        log: Sink = to_stderr,
+        trace: Trace | None = None,
+    ) -> None:
+        """`kicks` has one eventfd per queue of the device."""
+        self.device = device
+        self.memory = memory
+        self.lock = Lock()
+        self.state = _fresh_state(device)
+        self.active = False
+        # Guests can cause both kinds of line at will. They are bounded apart, so that a flood of
+        # the one cannot hide the other.
+        self.warn = RateLimited(log, prefix=f"{device.name}: ")
+        self._report = RateLimited(log, prefix=f"{device.name}: ", burst=3)
+        self._notifier = notifier
+        self._kicks = kicks
+        self._trace = trace
+        self._events = Lock()
+        self._interrupt: _ActivationInterrupt | None = None
+        self._queues: tuple[Queue | None, ...] = ()
+
+    # --- what workers and drivers both change -------------------------------------------------
+
+    def add_status(self, bits: int) -> None:
+        """Set `bits` in the status field; a bit that the device sets meanwhile stays."""
+        with self._events:
+            before = self.state.status
+            self.state.status = before | bits
+        if self._trace is not None:
+            self._trace(events.StatusChanged(self.device.name, before, before | bits))
+
+    def acknowledge(self, handled: int) -> int:
+        """The driver has handled the events in `handled`; those that remain (2.3)."""
+        with self._events:
+            self.state.interrupt_status = remaining = self.state.interrupt_status & ~handled
+        return remaining
+
+    def config_changed(self) -> None:
+        """The device's configuration has changed: raise the generation, and tell a live driver."""
+        with self._events:
+            self._raise_generation()
+            live = self.state.status & status.DRIVER_OK
+            if live:
+                self.state.interrupt_status |= CONFIG_CHANGED
+        if live:
+            self._notifier.config_changed()
+
+    def _raise_generation(self) -> None:
+        self.state.generation = self.state.generation + 1 & 0xFFFF_FFFF
+
+    # --- activate, stop, fail, reset ----------------------------------------------------------
+
+    def activate(self) -> None:
+        """Hand the device what was negotiated: the driver has just set DRIVER_OK.
+
+        DRIVER_OK is set before, because a worker may use a buffer before `device.activate` has
+        returned, and no used buffer notification may precede DRIVER_OK (2.1.2 Device Requirements).
+        """
+        interrupt = _ActivationInterrupt(self, self._events, self._notifier)
+        with self._events:
+            self._interrupt = interrupt
+        accepted = self.state.driver_features
+        try:
+            queues = self._queues = self._build_queues(accepted)
+            self.active = True
+            self.device.activate(
+                Activation(
+                    self.memory,
+                    accepted,
+                    queues,
+                    interrupt,
+                    lambda error: self._fail(error, interrupt),
+                )
+            )
+        except PyvmmError as error:
+            self._fail(error, interrupt)
+            return
+        if self._trace is not None:
+            sizes = tuple(queue.size if queue is not None else 0 for queue in queues)
+            self._trace(events.Activated(self.device.name, accepted, sizes))
+
+    def _build_queues(self, accepted: int) -> tuple[Queue | None, ...]:
+        queues: list[Queue | None] = []
+        for index, config in enumerate(self.state.queues):
+            kick = self._kicks[index]
+            queue = SplitQueue(self.memory, config, accepted, index, kick) if config.ready else None
+            queues.append(queue)
+        return tuple(queues)
+
+    def stop_queue(self, index: int) -> None:
+        """Touch the ring of queue `index` no more, until the device is reset and set up again."""
+        self.state.queues[index].ready = False
+        queue = self._queues[index] if self._queues else None
+        if queue is not None:
+            # Once the lock is ours, the batch in progress has ended, and no other will begin.
+            with queue.lock:
+                queue.ready = False
+
+    def fail(self, error: PyvmmError) -> None:
+        """Set DEVICE_NEEDS_RESET because of `error`, and touch no ring until the driver resets.
+
+        Any thread may call it, holding any lock but `_events`.
+        """
+        self._fail(error, None)
+
+    def _fail(self, error: PyvmmError, interrupt: _ActivationInterrupt | None) -> None:
+        with self._events:
+            before = self.state.status
+            ended = interrupt is not None and not interrupt.live
+            if ended or before & status.NEEDS_RESET:
+                return
+            self.state.status = before | status.NEEDS_RESET
+        for queue in self._queues:
+            if queue is not None:
+                # Without the queue's lock: the caller may hold it. A worker looks at `ready`
+                # before it takes another chain.
+                queue.ready = False
+        self._report(f"needs a reset: {error}")
+        if self._trace is not None:
+            self._trace(events.NeedsReset(self.device.name, str(error)))
+        self.config_changed()
+
+    def reset(self) -> None:
+        """2.4 Device Reset: quiesce the device, then clear everything; the status becomes 0 last.
+
+        From the first line on nothing that the device still does reaches the driver.
+        """
+        with self._events:
+            if self._interrupt is not None:
+                self._interrupt.live = False
+                self._interrupt = None
+        try:
+            self.device.reset()
+        except PyvmmError as error:
+            # The device may still be at work, so the driver must not read a status of 0.
+            self._fail(error, None)
+            return
+        for queue in self._queues:
+            if queue is not None:
+                queue.ready = False
+        self._queues = ()
+        self.active = False
+        for kick in self._kicks:
+            kick.drain()
+        self._clear()
+
+    def _clear(self) -> None:
+        cleared = _fresh_state(self.device)
+        with self._events:
+            before = self.state.status
+            cleared.generation = self.state.generation
+            # One store replaces all: whoever reads without a lock sees the old or the new.
+            self.state = cleared
+        if self._trace is not None:
+            self._trace(events.DeviceReset(self.device.name))
+            self._trace(events.StatusChanged(self.device.name, before, 0))
+
+
+def _fresh_state(device: VirtioDevice) -> DeviceState:
+    return DeviceState([QueueConfig(max_size) for max_size in device.queue_sizes])

@@ -1,0 +1,217 @@
+"""What a driver and a device negotiate, and the rules of it, shared by every transport.
+
+A transport is a view: it maps its registers, capabilities or messages to the methods here, and no
+rule of chapters 2 and 3 is written a second time. What then happens to the device, and which locks
+are taken when, is in `pyvmm.virtio.lifecycle`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pyvmm.errors import PyvmmError
+from pyvmm.host.log import Sink, to_stderr
+from pyvmm.host.syscalls import EventFd
+from pyvmm.memory import GuestMemory
+from pyvmm.virtio import features, status
+from pyvmm.virtio.device import VirtioDevice
+from pyvmm.virtio.lifecycle import Lifecycle, Notifier, Trace
+from pyvmm.virtio.queue_state import QueueConfig, is_valid_size
+
+RESERVED_BITS = features.mask(*range(24, 50))  # 2.2 Feature Bits: not a device type's own
+SUPPORTED_RESERVED_BITS = features.mask(
+    features.VIRTIO_F_INDIRECT_DESC, features.VIRTIO_F_EVENT_IDX, features.VIRTIO_F_VERSION_1
+)
+MAX_QUEUES = 65536  # 2.6 Virtqueues
+CONFIG_SPACE_SIZE = 0x100  # as much of it as a change is looked for in
+
+_LOW_32 = 0xFFFF_FFFF
+
+
+class Negotiation(Lifecycle):
+    """One device's negotiation state and the rules that move it.
+
+    Methods named `write_…` act for the driver and want `lock` held; those named `read_…` are called
+    by any thread without it.
+    """
+
+    def __init__(
+        self,
+        device: VirtioDevice,
+        memory: GuestMemory,
+        notifier: Notifier,
+        kicks: Sequence[EventFd],
+        *,
+        log: Sink = to_stderr,
+        trace: Trace | None = None,
+    ) -> None:
+        """`kicks` has one eventfd per queue. Raises ValueError for a device that offers features
+        which nothing here implements, or has too many queues."""
+        unsupported = device.features & RESERVED_BITS & ~SUPPORTED_RESERVED_BITS
+        if unsupported:
+            names = " ".join(features.describe(unsupported))
+            raise ValueError(f"{device.name} offers {names}, which this monitor does not implement")
+        if len(device.queue_sizes) > MAX_QUEUES:
+            raise ValueError(f"{device.name} has more than {MAX_QUEUES} queues")
+        super().__init__(device, memory, notifier, kicks, log=log, trace=trace)
+        self.offered = device.features | features.mask(features.VIRTIO_F_VERSION_1)
+        self._config_seen: bytes | None = None
+
+    # --- features: 2.2 Feature Bits -----------------------------------------------------------
+
+    def read_device_features(self) -> int:
+        """The 32 offered bits that were selected; 0 for those past bit 63."""
+        select = self.state.device_features_select
+        return self.offered >> 32 * select & _LOW_32 if select < 2 else 0
+
+    def write_driver_features(self, value: int) -> None:
+        """The driver accepts `value` of the 32 bits that it selected."""
+        select = self.state.driver_features_select
+        if select >= 2:
+            if value:
+                self.warn(f"driver accepts features {value:#x} in word {select}, ignored")
+            return
+        shift = 32 * select
+        kept = self.state.driver_features & ~(_LOW_32 << shift)
+        self.state.driver_features = kept | value << shift
+
+    def _features_refusal(self) -> str | None:
+        accepted = self.state.driver_features
+        unoffered = accepted & ~self.offered
+        if unoffered:
+            return f"accepts {' '.join(features.describe(unoffered))}, which is not offered"
+        if not features.has(accepted, features.VIRTIO_F_VERSION_1):
+            # 6.2 Device Requirements: Reserved Feature Bits
+            return "refuses VIRTIO_F_VERSION_1, and there is no legacy interface"
+        return None
+
+    # --- status: 2.1 Device Status Field ------------------------------------------------------
+
+    def read_status(self) -> int:
+        """The device status field."""
+        return self.state.status
+
+    def write_status(self, written: int) -> None:
+        """The driver writes the status field: a reset, a legal step, or nothing at all."""
+        current = self.state.status
+        wanted = status.next_status(current, written)
+        if wanted is None:
+            self.warn(f"status {written:#x} ignored: {status.explain_refusal(current, written)}")
+        elif wanted == 0:
+            self.reset()
+        else:
+            self._take_step(wanted & ~current)
+
+    def _take_step(self, added: int) -> None:
+        if added & status.FEATURES_OK:
+            refusal = self._features_refusal()
+            if refusal is not None:
+                self.warn(f"FEATURES_OK stays clear: the driver {refusal}")
+                return
+        if added:
+            self.add_status(added)
+        if added & status.DRIVER_OK:
+            self.activate()
+
+    # --- queues: 2.6 Virtqueues, 2.7 Split Virtqueues -----------------------------------------
+
+    def _selected(self) -> QueueConfig | None:
+        index = self.state.queue_select
+        return self.state.queues[index] if index < len(self.state.queues) else None
+
+    def read_queue_size_max(self) -> int:
+        """The largest size of the selected queue; 0 if there is no such queue."""
+        config = self._selected()
+        return config.max_size if config is not None else 0
+
+    def write_queue_size(self, value: int) -> None:
+        """Set the selected queue's size; refused unless a power of two within its maximum."""
+        config = self._configurable("size")
+        if config is None:
+            return
+        if is_valid_size(value, config.max_size):
+            config.size = value
+        else:
+            self.warn(
+                f"queue {self.state.queue_select}: size {value:#x} refused: not a power of two"
+                f" from 1 to {config.max_size}"
+            )
+
+    def write_queue_address(self, part: str, shift: int, value: int) -> None:
+        """Set 32 bits, `shift` 0 or 32, of the address of a part of the selected queue: one of
+        ``"desc_addr"``, ``"avail_addr"`` and ``"used_addr"``."""
+        config = self._configurable(part)
+        if config is not None:
+            kept = getattr(config, part) & ~(_LOW_32 << shift)
+            setattr(config, part, kept | value << shift)
+
+    def _configurable(self, what: str) -> QueueConfig | None:
+        config = self._selected()
+        if config is not None and not config.ready:
+            return config
+        why = "no such queue" if config is None else "the queue is ready"
+        self.warn(f"queue {self.state.queue_select}: {what} ignored: {why}")
+        return None
+
+    def read_queue_ready(self) -> int:
+        """1 if the driver enabled the selected queue, else 0."""
+        config = self._selected()
+        return int(config is not None and config.ready)
+
+    def write_queue_ready(self, value: int) -> None:
+        """Enable (1) or stop (0) the selected queue; reads back 0 where enabling was refused."""
+        config = self._selected()
+        index = self.state.queue_select
+        if config is None or value not in (0, 1):
+            self.warn(f"queue {index}: ready {value:#x} ignored: no such queue or no such value")
+        elif value == 0:
+            self.stop_queue(index)
+        elif not config.ready:
+            self._enable_queue(index, config)
+
+    def _enable_queue(self, index: int, config: QueueConfig) -> None:
+        gate = status.QUEUE_SETUP_GATE
+        if not gate.open(self.state.status):
+            now = status.describe(self.state.status)
+            self.warn(f"queue {index}: not enabled: only {gate.when}, the status is {now}")
+            return
+        try:
+            config.validate(self.memory)
+        except PyvmmError as error:
+            self.warn(f"queue {index}: not enabled: {error}")
+            return
+        config.ready = True
+
+    # --- configuration: 2.5 Device Configuration Space ----------------------------------------
+
+    def read_config(self, offset: int, length: int) -> int:
+        """`length` bytes of the configuration space as a little-endian number, 0 past its end."""
+        return int.from_bytes(self._config_bytes(offset, length)[:length], "little")
+
+    def _config_bytes(self, offset: int, length: int) -> bytes:
+        try:
+            return self.device.read_config(offset, length)
+        except PyvmmError as error:
+            self.fail(error)
+            return bytes(length)
+
+    def write_config(self, offset: int, length: int, value: int) -> None:
+        """The driver writes `length` bytes of the configuration space."""
+        data = (value & (1 << 8 * length) - 1).to_bytes(length, "little")
+        try:
+            self.device.write_config(offset, data)
+        except PyvmmError as error:
+            self.fail(error)
+
+    def read_config_generation(self) -> int:
+        """A number that differs from the last one read if the configuration may have changed.
+
+        A device changes its configuration and then signals it. A driver may read in between, so
+        the contents are compared as well as the signals counted.
+        """
+        contents = self._config_bytes(0, CONFIG_SPACE_SIZE)
+        with self._events:
+            if self._config_seen is not None and contents != self._config_seen:
+                self._raise_generation()
+            self._config_seen = contents
+            return self.state.generation
