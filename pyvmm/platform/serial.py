@@ -102,8 +102,8 @@ class Serial:
     def enqueue_input(self, data: bytes) -> int:
         """Put what fits of `data` into the receive FIFO; how many bytes that was.
 
-        If it was not all, `watch_room` tells when it is worth trying again. Nothing is accepted while
-        the guest does not listen: its driver, when it starts, clears the FIFO, and the first
+        If it was not all, `watch_room` tells when it is worth trying again. Nothing is accepted
+        while the guest does not listen: its driver, when it starts, clears the FIFO, and the first
         line of a script piped into the guest would go with it. A guest listens when it has enabled
         the receive interrupt, or reads LSR again and again.
         """
