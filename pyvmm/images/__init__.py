@@ -1,1 +1,132 @@
-"""TODO"""
+"""Guest images: kernels, initramfs and root disks, built from Debian's packages and cached.
+
+    images.build(["rootfs-minbase"])              makes what is missing
+    files = images.artifacts(kernel="6.1")        paths; built where missing, if `build=True`
+    images.fresh_disk("root.img")                 a writable copy of a root disk
+
+The recipes are in guest-images/; docs/decisions/0060 says why they are as they are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pyvmm.errors import ConfigError
+
+DEFAULT_KERNEL = "6.1"
+DEFAULT_VARIANT = "minbase"
+
+
+class Artifacts(NamedTuple):
+    """Paths of what one guest boots from. `rootfs` is read-only: boot from a `fresh_disk` of it."""
+
+    bzimage: str
+    vmlinux: str
+    initramfs: str
+    rootfs: str
+    modules: str
+
+
+class HostArtifacts(NamedTuple):
+    """Paths of what the emulated host boots from; `modules` is …/lib/modules/RELEASE."""
+
+    bzimage: str
+    vmlinux: str
+    modules: str
+
+
+def names() -> list[str]:
+    """All images, each after those it is made from."""
+    from pyvmm.images.builder import Catalogue
+
+    return Catalogue().names()
+
+
+def build(
+    wanted: Sequence[str] | None = None, *, quiet: bool = False, locked: bool = False
+) -> None:
+    """Make those of the images (default: all) that are not in the cache. Raises ConfigError.
+
+    Progress goes to standard error. `locked`: a pinned version that is gone is an error.
+    """
+    from pyvmm.images import builder
+    from pyvmm.images.progress import Progress
+
+    catalogue = builder.Catalogue()
+    chosen = catalogue.names() if wanted is None else wanted
+    builder.build(catalogue, chosen, Progress(quiet=quiet), locked=locked)
+
+
+def path(name: str) -> str:
+    """The folder of an image that has been built. Raises ConfigError where it has not."""
+    from pyvmm.images.builder import Catalogue
+
+    return _present(Catalogue().path(name), name)
+
+
+def artifacts(
+    kernel: str = DEFAULT_KERNEL, variant: str = DEFAULT_VARIANT, *, make: bool = False
+) -> Artifacts:
+    """The files of a guest with that kernel ("6.1", "6.12") and root disk variant.
+
+    Raises ConfigError where they are not in the cache, unless `make` is true: then they are built.
+    """
+    wanted = [f"kernel-{kernel}", f"initramfs-{kernel}", f"rootfs-{variant}"]
+    folders = _folders(wanted, make)
+    from pyvmm.images.kernel import modules_folder
+
+    return Artifacts(
+        bzimage=os.path.join(folders[0], "bzImage"),
+        vmlinux=os.path.join(folders[0], "vmlinux"),
+        initramfs=os.path.join(folders[1], "initramfs.cpio"),
+        rootfs=os.path.join(folders[2], "rootfs.ext4"),
+        modules=modules_folder(folders[0]),
+    )
+
+
+def host_artifacts(*, make: bool = False) -> HostArtifacts:
+    """The emulated host's kernel. Raises ConfigError as `artifacts` does."""
+    [folder] = _folders(["kernel-host"], make)
+    from pyvmm.images.kernel import modules_folder
+
+    return HostArtifacts(
+        bzimage=os.path.join(folder, "bzImage"),
+        vmlinux=os.path.join(folder, "vmlinux"),
+        modules=modules_folder(folder),
+    )
+
+
+def fresh_disk(target: str, variant: str = DEFAULT_VARIANT, *, make: bool = False) -> str:
+    """A sparse, writable copy of a root disk at `target`, which is replaced; returns `target`."""
+    [folder] = _folders([f"rootfs-{variant}"], make)
+    from pyvmm.images.disk import copy_sparse
+
+    copy_sparse(os.path.join(folder, "rootfs.ext4"), target)
+    return target
+
+
+def exec_argument(script: str) -> str:
+    """The kernel command line word that has pyvmm-init run `script` (sh) instead of a shell."""
+    from base64 import b64encode
+
+    return f"pyvmm.exec={b64encode(script.encode()).decode()}"
+
+
+def _folders(wanted: Sequence[str], make: bool) -> list[str]:
+    from pyvmm.images import builder
+    from pyvmm.images.progress import Progress
+
+    catalogue = builder.Catalogue()
+    if make:
+        builder.build(catalogue, wanted, Progress())
+    return [_present(catalogue.path(name), name) for name in wanted]
+
+
+def _present(folder: str, name: str) -> str:
+    if not os.path.isdir(folder):
+        raise ConfigError(
+            f"the image {name} has not been built", cure=f"run: pyvmm image build {name}"
+        )
+    return folder

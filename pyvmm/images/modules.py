@@ -56,7 +56,7 @@ class ModuleTree:
 
 
 def module_name(path: str) -> str:
-    """"kernel/drivers/block/virtio_blk.ko.xz" → "virtio_blk"; the kernel takes - for _."""
+    """ "kernel/drivers/block/virtio_blk.ko.xz" → "virtio_blk"; the kernel takes - for _."""
     name = os.path.basename(path.strip())
     for suffix in SUFFIXES:
         if name.endswith(suffix):

@@ -1,0 +1,195 @@
+"""Which images there are, what each is made from, and how the missing ones get made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+
+from pyvmm.errors import ConfigError
+from pyvmm.images import apt, cache, initramfs, kernel, lock, recipes, rootfs
+from pyvmm.images.lock import Pin
+from pyvmm.images.progress import Progress
+
+_VERSION = 1  # part of every image's key: count up when the code makes an image differently
+
+
+class Catalogue:
+    """The images the recipes describe, by name: kernel-6.1, initramfs-6.1, rootfs-minbase …
+
+    An image's key is a hash over its recipe, its pins, the scripts in it and the images it is
+    made from.
+    """
+
+    def __init__(self, where: str | None = None) -> None:
+        self.recipes = recipes.load(where)
+        self.lock = lock.read(self.recipes.lock_file)
+
+    def names(self) -> list[str]:
+        """All of them; an image comes after those it is made from."""
+        return [
+            *(f"kernel-{name}" for name in self.recipes.kernels),
+            *(f"initramfs-{name}" for name in self.recipes.guest_kernels),
+            *(f"rootfs-{name}" for name in self.recipes.rootfs),
+        ]
+
+    def path(self, name: str) -> str:
+        """The image's folder in the cache, there or not. Raises ConfigError for an unknown name."""
+        return cache.image(name, self.key(name))
+
+    def needs(self, name: str) -> list[str]:
+        """What it is made from."""
+        kind, _, which = name.partition("-")
+        return [f"kernel-{which}"] if kind == "initramfs" else []
+
+    def key(self, name: str) -> str:
+        kind, which = self._split(name)
+        parts: list[object] = [_VERSION, name, self.pins(name)]
+        if kind == "kernel":
+            parts.append(asdict(self.recipes.kernels[which]))
+        elif kind == "initramfs":
+            parts += [self.key(f"kernel-{which}"), asdict(self.recipes.initramfs)]
+            parts.append(self._script("initramfs", "init"))
+        else:
+            parts += [self.recipes.release, asdict(self.recipes.rootfs[which])]
+            parts += [self._script("rootfs", file) for file in ("pyvmm-init", "customize")]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+
+    def pins(self, name: str) -> list[Pin]:
+        return self.lock.get(lock_name(name), [])
+
+    def _split(self, name: str) -> tuple[str, str]:
+        if name not in self.names():
+            known = ", ".join(self.names())
+            raise ConfigError(f"there is no image {name!r}", cure=f"there are {known}")
+        kind, _, which = name.partition("-")
+        return kind, which
+
+    def _script(self, *names: str) -> str:
+        with open(self.recipes.file(*names), encoding="utf-8") as file:
+            return file.read()
+
+
+def lock_name(image: str) -> str:
+    """Under which name the lock file has the image's packages: all initramfs share a busybox."""
+    return "initramfs" if image.startswith("initramfs-") else image
+
+
+def missing(catalogue: Catalogue, names: Iterable[str]) -> list[str]:
+    """Those of `names`, and of what they are made from, that are not in the cache, in order."""
+    wanted = {
+        need: catalogue.path(need) for name in names for need in (*catalogue.needs(name), name)
+    }
+    return [
+        name for name in catalogue.names() if name in wanted and not os.path.isdir(wanted[name])
+    ]
+
+
+def build(
+    catalogue: Catalogue, names: Sequence[str], progress: Progress, *, locked: bool = False
+) -> None:
+    """Make those of `names` that are not in the cache. Raises ConfigError.
+
+    `locked` makes it an error when the mirror no longer has a pinned version; otherwise what it
+    has is taken, and said.
+    """
+    if not missing(catalogue, names):
+        return
+    with cache.building(lambda: progress.notice("another build is running; waiting for it")):
+        todo = missing(catalogue, names)
+        if not todo:
+            return
+        builder = Builder(catalogue, progress, locked=locked)
+        for name in todo:
+            builder.build(name)
+
+
+class Builder:
+    """Makes images; the cache's lock is held by the caller."""
+
+    def __init__(self, catalogue: Catalogue, progress: Progress, *, locked: bool = False) -> None:
+        self._catalogue = catalogue
+        self._recipes = catalogue.recipes
+        self._progress = progress
+        self._locked = locked
+        self._apt = apt.Apt(os.path.join(cache.folder(), "apt"), self._recipes.suites)
+        with cache.explain_os_errors(), progress.step("fetching Debian's package lists"):
+            self._apt.update()
+
+    def build(self, name: str) -> None:
+        catalogue = self._catalogue
+        with cache.new_image(name, catalogue.key(name)) as into:
+            if name.startswith("rootfs-"):
+                packages = self._build_rootfs(name, into)
+            else:
+                packages = [self._build_from_package(name, into)]
+            with open(os.path.join(into, "packages"), "w", encoding="utf-8") as file:
+                file.writelines(f"{package} {version}\n" for package, version in packages)
+
+    def current(self, name: str) -> list[Pin]:
+        """The image's packages as the mirror has them now, to be pinned."""
+        if not name.startswith("rootfs-"):
+            return [self._newest(name)]
+        with cache.workspace() as room:
+            variant = name.removeprefix("rootfs-")
+            packages = rootfs.build(variant, self._recipes, [], self._apt, room, self._progress)
+        found = self._apt.lookup(packages)
+        return [found[package] for package, _ in packages]
+
+    def _build_from_package(self, name: str, into: str) -> tuple[str, str]:
+        pin = self._choose(name)
+        if name.startswith("kernel-"):
+            kernel.build(name, pin, self._apt, into, self._progress)
+        else:
+            below = self._catalogue.path(self._catalogue.needs(name)[0])
+            modules = kernel.modules_folder(below)
+            initramfs.build(name, self._recipes, modules, pin, self._apt, into, self._progress)
+        return pin.package, pin.version
+
+    def _choose(self, name: str) -> Pin:
+        pins = self._catalogue.pins(name)
+        if apt.usable(self._apt, name, pins, locked=self._locked):
+            return pins[0]
+        pin = self._newest(name)
+        if pins:
+            self._progress.notice(
+                f"{name}: the pinned {pins[0].package} {pins[0].version} is no longer on the "
+                f"mirror; using {pin.package} {pin.version}"
+            )
+        return pin
+
+    def _newest(self, name: str) -> Pin:
+        if not name.startswith("kernel-"):
+            return self._apt.newest(self._recipes.initramfs.busybox, self._recipes.release)
+        recipe = self._recipes.kernels[name.removeprefix("kernel-")]
+        return self._apt.dependency(self._apt.newest(recipe.package, recipe.suite))
+
+    def _build_rootfs(self, name: str, into: str) -> list[tuple[str, str]]:
+        pins = self._catalogue.pins(name)
+        if not apt.usable(self._apt, name, pins, locked=self._locked):
+            if pins:
+                self._progress.notice(
+                    f"{name}: pinned versions are no longer on the mirror; using those it has"
+                )
+            pins = []
+        variant = name.removeprefix("rootfs-")
+        packages = rootfs.build(variant, self._recipes, pins, self._apt, into, self._progress)
+        if self._locked and sorted(packages) != sorted(pin[:2] for pin in pins):
+            raise ConfigError(
+                f"{name}: other packages than the pinned ones were installed",
+                cure="refresh with: python -m pyvmm.images lock",
+            )
+        return packages
+
+
+def refresh_lock(catalogue: Catalogue, progress: Progress) -> None:
+    """Pin what the mirror has now, in the lock file."""
+    with cache.building(lambda: progress.notice("another build is running; waiting for it")):
+        builder = Builder(catalogue, progress)
+        fresh: lock.Lock = {}
+        for name in catalogue.names():
+            if lock_name(name) not in fresh:
+                fresh[lock_name(name)] = builder.current(name)
+    lock.write(catalogue.recipes.lock_file, fresh)

@@ -1,0 +1,116 @@
+"""The cache: finished images only, each in a folder named after what it was made from.
+
+$XDG_CACHE_HOME/pyvmm (default ~/.cache/pyvmm):
+    images/NAME-KEY/   one image's files; KEY is a hash of its recipe and of everything it uses
+    apt/               apt's lists
+    building/          what is being made; renamed into images/ when it is whole
+    lock               held while building
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+
+from pyvmm.errors import ConfigError
+
+
+def folder() -> str:
+    """The cache's folder; it need not exist yet."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not base.startswith("/"):  # the XDG base directory specification: ignore relative ones
+        base = os.path.expanduser("~/.cache")
+    return os.path.join(base, "pyvmm")
+
+
+def image(name: str, key: str) -> str:
+    """Where the image is, or will be."""
+    return os.path.join(folder(), "images", f"{name}-{key}")
+
+
+@contextlib.contextmanager
+def building(waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold the cache's lock; `waiting` is called first if another process has it.
+
+    What an interrupted build left behind is removed, as with the lock held nobody works on it.
+    """
+    with explain_os_errors():
+        os.makedirs(os.path.join(folder(), "images"), exist_ok=True)
+        fd = os.open(os.path.join(folder(), "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(fd, fcntl.LOCK_EX)
+        shutil.rmtree(_workshop(), ignore_errors=True)
+        with explain_os_errors():
+            os.makedirs(_workshop())
+        yield
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def new_image(name: str, key: str) -> Iterator[str]:
+    """An empty folder to fill; it becomes the image at the end, and is removed on any failure."""
+    with explain_os_errors(), workspace() as room:
+        content = os.path.join(room, "content")
+        os.mkdir(content)
+        yield content
+        _flush(content)
+        os.rename(content, image(name, key))
+
+
+@contextlib.contextmanager
+def workspace() -> Iterator[str]:
+    """A folder for files that are not kept."""
+    room = tempfile.mkdtemp(dir=_workshop())
+    os.chmod(room, 0o755)  # apt's and fakechroot's helpers may be other users
+    try:
+        yield room
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def explain_os_errors() -> Iterator[None]:
+    """A full or read-only disk is the user's to mend, in one line."""
+    try:
+        yield
+    except OSError as error:
+        cure = "set XDG_CACHE_HOME to another place"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            cure = f"free 3 GiB, or {cure}"
+        where = error.filename or folder()
+        raise ConfigError(f"{where}: {error.strerror}", cure=cure) from None
+
+
+def prune(keep: set[str]) -> list[str]:
+    """Remove the images whose paths are not in `keep`; the paths of the removed ones."""
+    images = os.path.join(folder(), "images")
+    names = sorted(os.listdir(images)) if os.path.isdir(images) else []
+    stale = [path for name in names if (path := os.path.join(images, name)) not in keep]
+    for path in stale:
+        shutil.rmtree(path)
+    return stale
+
+
+def _flush(image_folder: str) -> None:
+    """The image's own files reach the disk before its name does; a module tree is not worth it."""
+    for entry in os.scandir(image_folder):
+        if entry.is_file():
+            fd = os.open(entry.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+
+def _workshop() -> str:
+    return os.path.join(folder(), "building")

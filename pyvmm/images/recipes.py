@@ -1,0 +1,109 @@
+"""The recipes: guest-images/recipes.toml as values, and where that folder is."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from dataclasses import dataclass
+from typing import Any
+
+from pyvmm.errors import ConfigError
+
+FOLDER_VARIABLE = "PYVMM_GUEST_IMAGES"
+
+
+@dataclass(frozen=True)
+class KernelRecipe:
+    """Debian's kernel metapackage, and the suite it is taken from."""
+
+    package: str
+    suite: str
+
+
+@dataclass(frozen=True)
+class InitramfsRecipe:
+    """`modules`: for each list the guest's init may load, the modules it wants loaded."""
+
+    busybox: str
+    applets: tuple[str, ...]
+    modules: dict[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class RootfsRecipe:
+    """`size` of the file system in MiB; `packages` on top of Debian's minbase."""
+
+    size: int
+    packages: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Recipes:
+    """Everything in recipes.toml, and the folder that has the files they use."""
+
+    folder: str
+    release: str
+    suites: tuple[str, ...]
+    kernels: dict[str, KernelRecipe]
+    initramfs: InitramfsRecipe
+    rootfs: dict[str, RootfsRecipe]
+
+    def file(self, *names: str) -> str:
+        return os.path.join(self.folder, *names)
+
+    @property
+    def lock_file(self) -> str:
+        return self.file("amd64.lock")
+
+    @property
+    def guest_kernels(self) -> list[str]:
+        """The kernels that are run as guests, so that have an initramfs."""
+        return [name for name in self.kernels if name != "host"]
+
+
+def folder() -> str:
+    """guest-images/, beside the package in a checkout; $PYVMM_GUEST_IMAGES where that is set.
+
+    Raises ConfigError where there is none, as in an installation that is not from a checkout.
+    """
+    chosen = os.environ.get(FOLDER_VARIABLE)
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    found = chosen or os.path.join(os.path.dirname(package), "guest-images")
+    if os.path.isfile(os.path.join(found, "recipes.toml")):
+        return os.path.abspath(found)
+    raise ConfigError(
+        f"there are no image recipes in {found}",
+        cure=f"run pyvmm from its source checkout, or set {FOLDER_VARIABLE} to its guest-images",
+    )
+
+
+def load(where: str | None = None) -> Recipes:
+    """Read recipes.toml in `where` (default: `folder()`). Raises ConfigError with what is wrong."""
+    where = where or folder()
+    path = os.path.join(where, "recipes.toml")
+    try:
+        with open(path, "rb") as file:
+            return _parse(where, tomllib.load(file))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path}: {type(error).__name__} {error}") from None
+
+
+def _parse(where: str, table: dict[str, Any]) -> Recipes:
+    initramfs = table["initramfs"]
+    return Recipes(
+        folder=where,
+        release=table["release"],
+        suites=tuple(table["suites"]),
+        kernels={name: KernelRecipe(**row) for name, row in table["kernel"].items()},
+        initramfs=InitramfsRecipe(
+            busybox=initramfs["busybox"],
+            applets=tuple(initramfs["applets"]),
+            modules={name: tuple(row) for name, row in initramfs["modules"].items()},
+        ),
+        rootfs={
+            name: RootfsRecipe(size=row["size"], packages=tuple(row["packages"]))
+            for name, row in table["rootfs"].items()
+        },
+    )

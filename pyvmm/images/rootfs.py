@@ -1,0 +1,101 @@
+"""A root disk: Debian's minbase and some packages, as an ext4 file system without partitions.
+
+mmdebstrap makes a tar archive of it, which needs no privileges; `mke2fs -d` makes the file system
+from the unpacked archive, under fakeroot where we are not root so that the files belong to root.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from pyvmm.images import apt, cache, tools
+from pyvmm.images.lock import Pin
+from pyvmm.images.progress import Progress
+from pyvmm.images.recipes import Recipes
+
+FILE = "rootfs.ext4"
+LABEL = "pyvmm-root"
+
+# Root file system → ext4, in one process so that one fakeroot sees both the owners and the reader.
+# No lazy initialisation: the guest's kernel would write to the disk behind the user's back.
+_MAKE_DISK = """
+mkdir "$ROOM/root"
+tar -C "$ROOM/root" --numeric-owner -xpf "$ROOM/root.tar"
+"$CUSTOMIZE" "$VARIANT" "$ROOM/root"
+chmod 755 "$ROOM/root"
+mke2fs -q -t ext4 -L "$LABEL" -m 0 -E lazy_itable_init=0,lazy_journal_init=0 \
+    -d "$ROOM/root" "$DISK" "${SIZE}M"
+chmod -R u+rwX "$ROOM/root"
+"""
+
+
+def build(
+    variant: str,
+    recipes: Recipes,
+    pins: Sequence[Pin],
+    client: apt.Apt,
+    into: str,
+    progress: Progress,
+) -> list[tuple[str, str]]:
+    """Write `into`/rootfs.ext4; the (package, version) pairs that are in it.
+
+    With `pins` exactly their versions are installed, without it the mirror's newest.
+    """
+    name = f"rootfs-{variant}"
+    with cache.workspace() as room:
+        with progress.step(f"{name}: installing Debian {recipes.release} (mmdebstrap)"):
+            _bootstrap(variant, recipes, pins, client, room)
+        with progress.step(f"{name}: making the ext4 file system"):
+            _make_disk(variant, recipes, room, os.path.join(into, FILE))
+        with open(os.path.join(room, "packages"), encoding="utf-8") as file:
+            return [(words[0], words[1]) for line in file if (words := line.split())]
+
+
+def _bootstrap(
+    variant: str, recipes: Recipes, pins: Sequence[Pin], client: apt.Apt, room: str
+) -> None:
+    preferences = os.path.join(room, "preferences")
+    with open(preferences, "w", encoding="utf-8") as file:
+        file.write(apt_preferences(pins))
+    command = [
+        "mmdebstrap",
+        "--variant=minbase",
+        "--architectures=amd64",
+        f"--include={','.join(recipes.rootfs[variant].packages)}",
+        f"--aptopt={client.settings}",
+        f"--setup-hook=upload {preferences} /etc/apt/preferences.d/99pyvmm",
+        "--customize-hook=chroot \"$1\" dpkg-query -W -f '${Package} ${Version}\\n' > "
+        '"$1/packages"',
+        f"--customize-hook=download /packages {room}/packages",
+        '--customize-hook=rm "$1/packages"',
+        recipes.release,
+        f"{room}/root.tar",
+        client.sources,
+    ]
+    # SOURCE_DATE_EPOCH: no file is younger than the pins, so two builds are alike.
+    environment = {"TMPDIR": room, "SOURCE_DATE_EPOCH": "1700000000"}
+    tools.run(command, "mmdebstrap", env=environment)
+
+
+def _make_disk(variant: str, recipes: Recipes, room: str, disk: str) -> None:
+    for program in ("tar", "mke2fs"):
+        tools.require(program)
+    fake = [] if os.geteuid() == 0 else ["fakeroot"]
+    environment = {
+        "ROOM": room,
+        "VARIANT": variant,
+        "CUSTOMIZE": recipes.file("rootfs", "customize"),
+        "LABEL": LABEL,
+        "DISK": disk,
+        "SIZE": str(recipes.rootfs[variant].size),
+    }
+    tools.run([*fake, "sh", "-euc", _MAKE_DISK], "making the file system", env=environment)
+    os.chmod(disk, 0o444)
+
+
+def apt_preferences(pins: Sequence[Pin]) -> str:
+    """apt_preferences(5) that make apt take the pinned versions, be they newer or older."""
+    return "\n".join(
+        f"Package: {pin.package}\nPin: version {pin.version}\nPin-Priority: 1001\n" for pin in pins
+    )

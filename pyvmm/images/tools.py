@@ -1,0 +1,74 @@
+"""Running other programs: a failure is one line that says what to do."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+
+from pyvmm.errors import ConfigError
+
+# Which Debian package has a program, where the name does not say.
+_PACKAGES = {
+    "mke2fs": "e2fsprogs",
+    "depmod": "kmod",
+    "dpkg-deb": "dpkg",
+    "apt-get": "apt",
+    "apt-cache": "apt",
+    "apt-config": "apt",
+}
+# Where Debian keeps an administrator's programs; not on everybody's PATH.
+_ADMIN_PATH = "/usr/local/sbin:/usr/sbin:/sbin"
+
+
+def run(
+    command: Sequence[str],
+    what: str,
+    *,
+    cwd: str | None = None,
+    env: Mapping[str, str] | None = None,
+) -> str:
+    """Run `command` to its end; its standard output. No input, the C locale.
+
+    `env` is added to this process' environment. Raises ConfigError that starts with `what` and
+    has the program's own last complaint.
+    """
+    require(command[0])
+    result = subprocess.run(
+        command,
+        cwd=cwd,
+        env={**os.environ, "PATH": _search_path(), "LC_ALL": "C", **(env or {})},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    if result.returncode:
+        raise ConfigError(f"{what}: {complaint(result.stderr, result.returncode)}")
+    return result.stdout
+
+
+def require(program: str) -> None:
+    """Raises ConfigError that names the package to install where `program` is missing."""
+    if not shutil.which(program, path=_search_path()):
+        raise ConfigError(
+            f"the program {program} is missing",
+            cure=f"install it: apt-get install {_PACKAGES.get(program, program)}",
+        )
+
+
+def complaint(stderr: str, status: int) -> str:
+    """The line of `stderr` that says most: the first error, else the last line."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    for line in lines:
+        if "No space left on device" in line:
+            return "No space left on device"
+    errors = [line for line in lines if line.startswith(("E:", "Err:"))]
+    if errors:
+        return errors[0].removeprefix("E:").strip()
+    return lines[-1] if lines else f"exit status {status}"
+
+
+def _search_path() -> str:
+    return f"{os.environ.get('PATH', os.defpath)}:{_ADMIN_PATH}"
