@@ -1,0 +1,53 @@
+"""`python -m pyvmm.emulated_host [options] -- COMMAND [ARGS…]`: any command on an emulated host."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from pyvmm.emulated_host import EmulatedHostSpec, HostDisk, HostImage, run
+from pyvmm.emulated_host.find import find_image
+from pyvmm.errors import PyvmmError
+
+
+def main() -> int:
+    """Run the command that the arguments name; its exit code, or 1 or 2 for an error of ours."""
+    parser = argparse.ArgumentParser(prog="python -m pyvmm.emulated_host", description=__doc__)
+    parser.add_argument("--memory", type=int, default=2048, metavar="MIB", help="RAM, in MiB")
+    parser.add_argument("--cpus", type=int, default=2)
+    parser.add_argument("--disk", action="append", default=[], metavar="PATH[,readonly]")
+    parser.add_argument("--kernel", help="bzImage or vmlinux (default: found in the cache)")
+    parser.add_argument("--modules", metavar="DIR", help="the kernel's modules, with modules.dep")
+    parser.add_argument("--busybox", default=None, help="a statically linked busybox")
+    parser.add_argument("--console", action="store_true", help="show the emulated kernel's console")
+    parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND [ARGS…]")
+    options = parser.parse_args()
+    command = options.command[1:] if options.command[:1] == ["--"] else options.command
+    if not command:
+        parser.error("there is no command")
+    try:
+        found = None if options.kernel and options.modules else find_image()
+        spec = EmulatedHostSpec(
+            HostImage(
+                options.kernel or (found.kernel if found else ""),
+                options.modules or (found.modules_dir if found else ""),
+                options.busybox or (found.busybox if found else "/bin/busybox"),
+            ),
+            memory_mib=options.memory,
+            cpus=options.cpus,
+            disks=tuple(_disk(text) for text in options.disk),
+        )
+        return run(spec, command, console=sys.stderr.fileno() if options.console else None)
+    except PyvmmError as error:
+        print(f"pyvmm: {error}", file=sys.stderr)
+        return 1
+
+
+def _disk(text: str) -> HostDisk:
+    path, _, rest = text.partition(",")
+    return HostDisk(os.path.abspath(path), read_only=rest == "readonly")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

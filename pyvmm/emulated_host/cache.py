@@ -1,0 +1,86 @@
+"""Kernel and initial RAM disk, made once and kept under the user's cache directory.
+
+A file's name holds a hash of all that it was made from, so a stale one is never used; it appears
+under that name only when it is whole.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from pyvmm.emulated_host.initramfs import base_archive, base_parts
+from pyvmm.emulated_host.spec import HostImage
+from pyvmm.emulated_host.x86.kernel import vmlinux
+from pyvmm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class BootFiles:
+    """What QEMU boots: the paths of the kernel and of the base initial RAM disk."""
+
+    kernel: str
+    initramfs: str
+
+
+def cache_directory() -> str:
+    """$XDG_CACHE_HOME/pyvmm/emulated-host, or the same below ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(base, "pyvmm", "emulated-host")
+
+
+def boot_files(image: HostImage, directory: str | None = None) -> BootFiles:
+    """The files to boot `image` with, made now if they are not in the cache.
+
+    Raises ConfigError if a part of the image is missing or is not what it should be.
+    """
+    directory = directory or cache_directory()
+    try:
+        with open(image.kernel, "rb") as file:
+            kernel = file.read()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the emulated host's kernel {image.kernel}: {error.strerror}"
+        ) from None
+    return BootFiles(_unpacked(kernel, image.kernel, directory), _initramfs(image, directory))
+
+
+def _unpacked(kernel: bytes, path: str, directory: str) -> str:
+    if kernel.startswith(b"\x7fELF"):
+        return path
+    name = os.path.join(directory, f"vmlinux-{_hash(kernel)}")
+    if os.path.exists(name):
+        return name
+    elf = vmlinux(kernel)
+    return path if elf is None else _write(name, elf)
+
+
+def _initramfs(image: HostImage, directory: str) -> str:
+    parts = base_parts(image)
+    key = _hash(*(part for name, data in parts.files.items() for part in (name.encode(), data)))
+    name = os.path.join(directory, f"initramfs-{key}.cpio")
+    return name if os.path.exists(name) else _write(name, base_archive(parts))
+
+
+def _write(name: str, content: bytes) -> str:
+    partial = f"{name}.{os.getpid()}.part"
+    try:
+        os.makedirs(os.path.dirname(name), exist_ok=True)
+        with open(partial, "wb") as file:
+            file.write(content)
+        os.replace(partial, name)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {name}: {error.strerror}",
+            cure="set XDG_CACHE_HOME to a directory with 100 MB of room",
+        ) from None
+    return name
+
+
+def _hash(*parts: bytes) -> str:
+    digest = blake2b(digest_size=12)
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()

@@ -1,0 +1,92 @@
+# Second stage of the emulated host's init, inside the machine's own file system: joins the command
+# to its ports and tells how it ended. run.sh sets (see initramfs.py):
+#   MARK            ends a stream       DISK_COUNT, DISK_n, SINK_COUNT, SINK_n    paths
+#   WORKING_DIRECTORY                   run_command    becomes the command
+PATH=
+here=/dev/.pyvmm
+. $here/run.sh
+
+# The virtio-serial ports, numbered as in ports.py.
+stdin_port=/dev/vport0p1
+stdout_port=/dev/vport0p2
+stderr_port=/dev/vport0p3
+first_sink_port=4
+control_port=/dev/vport0p$((first_sink_port + SINK_COUNT))
+
+# Copies a stream to its port. The mark tells the other side that nothing more will come.
+relay() { # NAME FIFO PORT
+    {
+        cat "$2" &
+        echo $! >"$here/relay.$1"
+        wait
+        printf %s "$MARK"
+    } >"$3"
+}
+
+attach_disks() {
+    for block in /sys/block/vd*; do
+        [ -e "$block/serial" ] || continue
+        read -r serial <"$block/serial"
+        eval "path=\$DISK_${serial#pyvmm}"
+        # A file in /dev/shm, say, is not to be seen here.
+        [ -e "$path" ] || { mkdir -p "${path%/*}"; : >"$path"; }
+        mount --bind "/dev/${block##*/}" "$path"
+    done
+}
+
+attach_sinks() {
+    index=0
+    while [ $index -lt "$SINK_COUNT" ]; do
+        eval "path=\$SINK_$index"
+        mkdir -p "${path%/*}"
+        rm -f "$path"
+        mkfifo "$path"
+        # Held open until the command has ended, which may open it as often as it likes.
+        sleep 1000000 <>"$path" &
+        holders="$holders $!"
+        relay "sink$index" "$path" "/dev/vport0p$((first_sink_port + index))" &
+        relays="$relays $!"
+        index=$((index + 1))
+    done
+}
+
+# Requests of the other side, a line each. Its end is ours.
+serve_requests() {
+    while read -r request argument; do
+        case $request in
+        signal) read -r pid <$here/pid && kill "-$argument" "$pid" ;;
+        close) read -r pid <"$here/relay.$argument" && kill -9 "$pid" ;;
+        esac
+    done <&9
+    echo o >/proc/sysrq-trigger
+}
+
+holders=
+relays=
+until [ -c "$control_port" ]; do sleep 0.01; done
+exec 9<>"$control_port"
+# Blocks until this port is connected, and so those before it.
+echo up >&9
+mkfifo $here/stdin $here/stdout $here/stderr
+[ "$DISK_COUNT" = 0 ] || attach_disks
+attach_sinks
+cat <"$stdin_port" >$here/stdin &
+relay stdout $here/stdout "$stdout_port" &
+relays="$relays $!"
+relay stderr $here/stderr "$stderr_port" &
+relays="$relays $!"
+serve_requests &
+(
+    read -r pid rest </proc/self/stat
+    echo "$pid" >$here/pid
+    echo started >&9
+    exec 9>&-
+    cd "$WORKING_DIRECTORY" && run_command
+) <$here/stdin >$here/stdout 2>$here/stderr
+status=$?
+[ -z "$holders" ] || kill $holders
+wait $relays
+sync
+echo "exit $status" >&9
+# The other side ends the machine.
+while :; do sleep 3600; done

@@ -1,0 +1,182 @@
+"""Run a command on an emulated KVM host as if it ran on the machine itself."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from pyvmm.emulated_host.launch import launch
+from pyvmm.emulated_host.session import Session
+from pyvmm.emulated_host.spec import EmulatedHostSpec
+from pyvmm.errors import PyvmmError
+from pyvmm.host.syscalls import EventFd
+
+START_TIMEOUT = 180.0  # seconds; it takes three on an idle machine
+GRACE = 10.0  # seconds from a request to stop until QEMU is killed
+_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class EmulatedHost:
+    """One emulated host that runs one command.
+
+    `stdin` is a descriptor to read or None for no input; `stdout`, `stderr` descriptors to write.
+    None of them is closed or changed. `on_input` sees all input first; what it returns goes in.
+    `console` is a descriptor that gets the emulated kernel's own console output.
+    """
+
+    def __init__(
+        self,
+        spec: EmulatedHostSpec,
+        argv: Sequence[str],
+        *,
+        stdin: int | None = 0,
+        stdout: int = 1,
+        stderr: int = 2,
+        on_input: Callable[[bytes], bytes] | None = None,
+        console: int | None = None,
+        start_timeout: float = START_TIMEOUT,
+    ) -> None:
+        self._spec, self._argv = spec, list(argv)
+        self._stdin = stdin if stdin is None or _is_open(stdin) else None
+        self._outputs = [stdout, stderr, *(sink.fd for sink in spec.sinks)]
+        self._on_input = on_input or (lambda data: data)
+        self._console = console
+        self._start_timeout = start_timeout
+        self._requests: deque[str] = deque()
+        self._wake = EventFd()
+        self._started = threading.Event()
+        # QEMU lives as long as the thread that starts it (PR_SET_PDEATHSIG), so one of our own.
+        self._thread = threading.Thread(target=self._main, name="emulated-host", daemon=True)
+        self._exit_code = 128 + signal.SIGKILL
+        self._error: BaseException | None = None
+        self._timer: threading.Timer | None = None
+        self.pid: int | None = None  # QEMU's, while it runs
+
+    def start(self) -> None:
+        """Start QEMU. Raises ConfigError for what is missing or wrong, EmulatedHostError."""
+        self._thread.start()
+        self._started.wait()
+        if self.pid is None:
+            self._thread.join()
+            self._raise()
+
+    def wait(self) -> int:
+        """The command's exit code (128 + N if signal N ended it), once all its output is out.
+
+        Raises EmulatedHostError if the emulated host failed before the command ended.
+        """
+        self._thread.join()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._raise()
+        return self._exit_code
+
+    def send_signal(self, number: int) -> None:
+        """Send signal `number` to the command."""
+        self._ask(f"signal {number}")
+
+    def request_stop(self, number: int = signal.SIGTERM, grace: float = GRACE) -> None:
+        """Send the command signal `number`; after `grace` seconds more, kill everything.
+
+        `wait` returns 128 + `number` if it comes to that. A second request kills at once.
+        """
+        self._exit_code = 128 + number
+        if self._timer is not None:
+            self.kill()
+            return
+        self.send_signal(number)
+        self._timer = threading.Timer(grace, self.kill)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def kill(self) -> None:
+        """End QEMU at once. What the command had flushed to its disks is safe."""
+        self._ask("kill")
+
+    def _ask(self, request: str) -> None:
+        self._requests.append(request)
+        self._wake.signal()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _main(self) -> None:
+        try:
+            self._run()
+        except PyvmmError as error:
+            self._error = error
+        except BaseException as error:  # shown by the thread that waits
+            self._error = error
+        finally:
+            self._started.set()
+
+    def _run(self) -> None:
+        launched = launch(self._spec, self._argv)
+        self.pid = launched.process.pid
+        self._started.set()
+        session = Session(
+            launched,
+            stdin=self._stdin,
+            outputs=self._outputs,
+            on_input=self._on_input,
+            requests=self._requests,
+            wake=self._wake,
+            console_copy=self._console,
+            start_timeout=self._start_timeout,
+        )
+        try:
+            code = session.run()
+            self._exit_code = code
+        except PyvmmError:
+            if not session.killed:
+                raise
+        finally:
+            # Nothing is lost: the init inside has synced, and the writes are in our page cache.
+            launched.process.kill()
+            launched.process.wait()
+            for end in (launched.console, launched.messages, *(p.ours for p in launched.ports)):
+                end.close()
+
+
+def run(
+    spec: EmulatedHostSpec,
+    argv: Sequence[str],
+    *,
+    stdin: int | None = 0,
+    stdout: int = 1,
+    stderr: int = 2,
+    on_input: Callable[[bytes], bytes] | None = None,
+    console: int | None = None,
+) -> int:
+    """Run `argv` on an emulated host; its exit code. Signals that ask us to end are passed on.
+
+    Raises ConfigError and EmulatedHostError like `EmulatedHost`.
+    """
+    host = EmulatedHost(
+        spec, argv, stdin=stdin, stdout=stdout, stderr=stderr, on_input=on_input, console=console
+    )
+    if threading.current_thread() is not threading.main_thread():
+        host.start()
+        return host.wait()  # Only the main thread may set signal handlers.
+    old = {
+        number: signal.signal(number, lambda number, _: host.request_stop(number))
+        for number in _PASSED_ON
+    }
+    try:
+        host.start()
+        return host.wait()
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True

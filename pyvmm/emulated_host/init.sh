@@ -1,0 +1,41 @@
+#!/bin/busybox sh
+# The init of the emulated host. Its shell is busybox's, which has all the programs used here built
+# in. /modules/root and /modules/kvm (in load order) and /run.sh (this run's settings) lie beside it
+# in the initramfs; see initramfs.py.
+# The shell finds its built-in programs by /proc/self/exe, so not the first one.
+/bin/busybox mount -t proc proc /proc
+mount -t sysfs sys /sys
+mount -t devtmpfs dev /dev
+. /run.sh
+
+load() {
+    while read -r module; do insmod "/modules/$module.ko"; done <"/modules/$1"
+}
+
+# The command needs /dev/kvm only after its root is there: use the second CPU meanwhile.
+load kvm &
+kvm_loader=$!
+load root
+
+mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=loose,ro machine /lower
+mount -t tmpfs -o mode=755 tmpfs /upper
+mkdir /upper/changes /upper/work
+mount -t overlay -o lowerdir=/lower,upperdir=/upper/changes,workdir=/upper/work overlay /root
+mkdir -p /dev/pts /dev/shm /dev/.pyvmm
+mount -t devpts -o mode=620,ptmxmode=666 devpts /dev/pts
+mount -t tmpfs -o mode=1777 tmpfs /dev/shm
+ln -s /proc/self/fd /dev/fd
+ln -s /proc/self/fd/0 /dev/stdin
+ln -s /proc/self/fd/1 /dev/stdout
+ln -s /proc/self/fd/2 /dev/stderr
+cp /bin/busybox /run.sh /command.sh /dev/.pyvmm/
+echo "$HOST_NAME" >/proc/sys/kernel/hostname
+ifconfig lo 127.0.0.1 up
+mount --bind /proc /root/proc
+mount --move /sys /root/sys
+mount --move /dev /root/dev
+
+wait "$kvm_loader"
+cd /root || exit
+mount --move . /
+exec chroot . /dev/.pyvmm/busybox sh /dev/.pyvmm/command.sh

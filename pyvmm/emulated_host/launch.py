@@ -1,0 +1,141 @@
+"""Starts QEMU for an emulated host."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pyvmm.emulated_host.cache import boot_files
+from pyvmm.emulated_host.initramfs import run_archive, settings_of
+from pyvmm.emulated_host.limits import check_memory
+from pyvmm.emulated_host.ports import Port, open_ports
+from pyvmm.emulated_host.qemu import OpenDisk, open_disk, qemu_arguments
+from pyvmm.emulated_host.spec import EmulatedHostError, EmulatedHostSpec, HostDisk
+from pyvmm.errors import ConfigError
+from pyvmm.host.files import open_image
+
+QEMU_CURE = "apt-get install --no-install-recommends qemu-system-x86"
+
+
+@dataclass
+class Launched:
+    """A running QEMU: our ends of its streams, and the mark that ends the output streams."""
+
+    process: subprocess.Popen[bytes]
+    ports: list[Port]
+    console: socket.socket
+    messages: socket.socket
+    mark: bytes
+
+
+def find_program(name: str) -> str | None:
+    """The absolute path of the program `name`, looked up in PATH; None if there is none."""
+    for directory in os.environ.get("PATH", os.defpath).split(os.pathsep):
+        path = os.path.join(directory or ".", name)
+        if os.access(path, os.X_OK) and not os.path.isdir(path):
+            return os.path.abspath(path)
+    return None
+
+
+def require_programs(spec: EmulatedHostSpec) -> tuple[str, str]:
+    """The paths of QEMU and of setpriv. Raises ConfigError, with the cure, if one is missing."""
+    qemu = find_program(spec.qemu)
+    if qemu is None:
+        raise ConfigError(f"an emulated KVM host needs {spec.qemu}", cure=QEMU_CURE)
+    setpriv = find_program("setpriv")
+    if setpriv is None:
+        raise ConfigError("an emulated KVM host needs setpriv", cure="apt-get install util-linux")
+    return qemu, setpriv
+
+
+def launch(spec: EmulatedHostSpec, argv: Sequence[str]) -> Launched:
+    """Start QEMU, to run `argv` in it. Raises ConfigError or EmulatedHostError.
+
+    QEMU gets SIGKILL when the calling thread ends, and so when the process is killed.
+    """
+    if not argv:
+        raise ConfigError("there is no command to run in the emulated host")
+    programs = require_programs(spec)
+    check_memory(spec.memory_mib)
+    boot = boot_files(spec.image)
+    settings = settings_of(spec, argv)
+    inherited: list[int] = []
+    ports = open_ports(len(spec.sinks))
+    console, console_theirs = socket.socketpair()
+    messages, messages_theirs = socket.socketpair()
+    try:
+        initramfs = _joined(boot.initramfs, run_archive(settings))
+        inherited.append(initramfs)
+        disks = _open_disks(spec.disks, inherited)
+        arguments = qemu_arguments(
+            spec,
+            boot,
+            initramfs_fd=initramfs,
+            console_fd=console_theirs.fileno(),
+            ports=ports,
+            disks=disks,
+        )
+        process = _spawn(
+            programs,
+            arguments,
+            messages_theirs,
+            [*inherited, console_theirs.fileno(), *(port.theirs.fileno() for port in ports)],
+        )
+    except BaseException:
+        for end in (console, messages, *(port.ours for port in ports)):
+            end.close()
+        raise
+    finally:
+        for end in (console_theirs, messages_theirs, *(port.theirs for port in ports)):
+            end.close()
+        for fd in inherited:
+            os.close(fd)
+    console.setblocking(False)
+    messages.setblocking(False)
+    return Launched(process, ports, console, messages, settings.mark.encode())
+
+
+def _spawn(
+    programs: tuple[str, str], arguments: list[str], messages: socket.socket, fds: list[int]
+) -> subprocess.Popen[bytes]:
+    qemu, setpriv = programs
+    try:
+        return subprocess.Popen(
+            # Whatever kills us takes QEMU along: prctl(2), PR_SET_PDEATHSIG.
+            [setpriv, "--pdeathsig", "KILL", "--", qemu, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=messages.fileno(),
+            stderr=messages.fileno(),
+            pass_fds=fds,
+            # Ctrl-C on the terminal is for us to pass on, not for QEMU to die of.
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise EmulatedHostError(f"cannot start {qemu}: {error.strerror}") from None
+
+
+def _joined(base: str, addition: bytes) -> int:
+    # An anonymous file: the settings hold the environment, which is nobody else's business.
+    fd = os.memfd_create("initramfs", os.MFD_CLOEXEC)
+    with open(base, "rb") as file:
+        while os.sendfile(fd, file.fileno(), os.lseek(fd, 0, os.SEEK_END), 1 << 30):
+            pass
+    view = memoryview(addition)
+    while view:
+        view = view[os.write(fd, view) :]
+    return fd
+
+
+def _open_disks(disks: Sequence[HostDisk], inherited: list[int]) -> list[OpenDisk]:
+    opened = []
+    for disk in disks:
+        # A duplicate shares the open file description, and with it the lock.
+        fd = open_image(disk.path, read_only=disk.read_only).fd if disk.fd is None else disk.fd
+        if disk.fd is not None:
+            fd = os.dup(fd)
+        inherited.append(fd)
+        opened.append(open_disk(fd, disk.read_only))
+    return opened

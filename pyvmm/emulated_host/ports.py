@@ -1,0 +1,35 @@
+"""The byte streams between the command inside and the outside, one virtio-serial port each."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+
+# Ports are /dev/vport0pN inside. Number 0 is kept for a console by the device (virtio 1.3, 5.3.4
+# Device configuration layout), so these begin at 1; command.sh counts the same way.
+STDIN, STDOUT, STDERR, FIRST_SINK = 1, 2, 3, 4
+
+
+@dataclass(frozen=True)
+class Port:
+    """A port's `number`, `name`, our end of it, and QEMU's."""
+
+    number: int
+    name: str
+    ours: socket.socket
+    theirs: socket.socket
+
+
+def open_ports(sink_count: int) -> list[Port]:
+    """stdin, stdout, stderr, the sinks and, last, the control port, in order of their numbers.
+
+    Socket pairs have no name anywhere, so nothing of them is left when both sides are gone.
+    """
+    names = ["stdin", "stdout", "stderr", *(f"sink{n}" for n in range(sink_count)), "control"]
+    return [_open_port(number, name) for number, name in enumerate(names, start=STDIN)]
+
+
+def _open_port(number: int, name: str) -> Port:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    return Port(number, name, ours, theirs)

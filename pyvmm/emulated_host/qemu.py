@@ -1,0 +1,96 @@
+"""QEMU's command line for an emulated host."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pyvmm.emulated_host.cache import BootFiles
+from pyvmm.emulated_host.ports import Port
+from pyvmm.emulated_host.spec import EmulatedHostSpec
+from pyvmm.emulated_host.x86.machine import KERNEL_PARAMETERS, machine_arguments
+
+SECTOR = 512
+
+
+@dataclass(frozen=True)
+class OpenDisk:
+    """A disk as QEMU gets it: an open `fd`, `size` in bytes (whole sectors)."""
+
+    fd: int
+    size: int
+    read_only: bool
+    is_block_device: bool
+
+
+def open_disk(fd: int, read_only: bool) -> OpenDisk:
+    """Describe the open file `fd`. Raises OSError."""
+    size = os.lseek(fd, 0, os.SEEK_END)
+    is_block_device = stat.S_ISBLK(os.fstat(fd).st_mode)
+    return OpenDisk(fd, size - size % SECTOR, read_only, is_block_device)
+
+
+def qemu_arguments(
+    spec: EmulatedHostSpec,
+    boot: BootFiles,
+    *,
+    initramfs_fd: int,
+    console_fd: int,
+    ports: Sequence[Port],
+    disks: Sequence[OpenDisk],
+) -> list[str]:
+    """The arguments, without the program. The descriptors in them must be inherited."""
+    return [
+        *machine_arguments(spec.cpus, spec.memory_mib),
+        *("-nodefaults", "-no-user-config", "-no-reboot"),
+        *("-display", "none", "-monitor", "none"),
+        *("-kernel", boot.kernel),
+        *("-initrd", f"/proc/self/fd/{initramfs_fd}"),
+        *("-append", KERNEL_PARAMETERS),
+        *("-chardev", f"socket,id=console,fd={console_fd}", "-serial", "chardev:console"),
+        # The first virtio device, as the ports' names inside begin with its number: /dev/vport0p1.
+        *_port_arguments(ports),
+        *_root_arguments(),
+        *_disk_arguments(disks),
+    ]
+
+
+def _root_arguments() -> list[str]:
+    # multidevs=remap: the machine's mounts below / are seen too, with inode numbers of their own.
+    fsdev = "local,id=machine,path=/,security_model=none,readonly=on,multidevs=remap"
+    return ["-fsdev", fsdev, "-device", "virtio-9p-pci,fsdev=machine,mount_tag=machine"]
+
+
+def _port_arguments(ports: Sequence[Port]) -> list[str]:
+    arguments = ["-device", f"virtio-serial-pci,max_ports={len(ports) + 1}"]
+    for port in ports:
+        arguments += [
+            *("-chardev", f"socket,id={port.name},fd={port.theirs.fileno()}"),
+            *("-device", f"virtserialport,nr={port.number},chardev={port.name}"),
+        ]
+    return arguments
+
+
+def _disk_arguments(disks: Sequence[OpenDisk]) -> list[str]:
+    arguments = []
+    for index, disk in enumerate(disks):
+        mode = "on" if disk.read_only else "off"
+        driver = "host_device" if disk.is_block_device else "file"
+        # The one who hands us the disk has locked it; QEMU's own locks would collide with that.
+        # A size cuts off an odd tail, which QEMU would otherwise round up to a whole sector.
+        file = (
+            f"driver={driver},node-name=file{index},filename=/dev/fdset/{index},locking=off,"
+            f"read-only={mode},auto-read-only=off,discard=unmap"
+        )
+        raw = (
+            f"driver=raw,node-name=disk{index},file=file{index},size={disk.size},"
+            f"read-only={mode},discard=unmap"
+        )
+        device = f"virtio-blk-pci,drive=disk{index},serial=pyvmm{index}"
+        arguments += [
+            *("-add-fd", f"fd={disk.fd},set={index}"),
+            *("-blockdev", file, "-blockdev", raw, "-device", device),
+        ]
+    return arguments

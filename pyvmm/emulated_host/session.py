@@ -1,0 +1,199 @@
+"""One run of an emulated host, from QEMU's start to its end: relays bytes and control messages."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Callable
+
+from pyvmm.emulated_host.launch import Launched
+from pyvmm.emulated_host.ports import FIRST_SINK, STDERR, STDIN, STDOUT
+from pyvmm.emulated_host.relay import InputPump, OutputPump
+from pyvmm.emulated_host.spec import EmulatedHostError
+from pyvmm.host.syscalls import EventFd
+
+_Handler = Callable[[], None]
+_TAIL = 4096  # bytes of console output and of QEMU's messages kept for an error's text
+_IN, _OUT = select.POLLIN, select.POLLOUT
+
+
+class Tail:
+    """Takes what comes from a socket and keeps its end; `copy` also gets all of it."""
+
+    def __init__(self, source: socket.socket, copy: int | None = None) -> None:
+        self.source = source
+        self.open = True
+        self._copy = copy
+        self._data = b""
+
+    def receive(self) -> None:
+        try:
+            data = self.source.recv(_TAIL)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        self.open = bool(data)
+        self._data = (self._data + data)[-_TAIL:]
+        if self._copy is not None and data:
+            os.write(self._copy, data)
+
+    def last_line(self) -> str:
+        """The last line with something on it, or ""."""
+        lines = self._data.decode(errors="replace").splitlines()
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+class Session:
+    """Relays between the user's descriptors and a launched QEMU until the command has ended."""
+
+    def __init__(
+        self,
+        launched: Launched,
+        *,
+        stdin: int | None,
+        outputs: list[int],
+        on_input: Callable[[bytes], bytes],
+        requests: deque[str],
+        wake: EventFd,
+        console_copy: int | None,
+        start_timeout: float,
+    ) -> None:
+        ports = {port.number: port.ours for port in launched.ports}
+        self._process = launched.process
+        self._control = launched.ports[-1].ours
+        self._input = InputPump(stdin, ports[STDIN], on_input)
+        self._outputs = {
+            number: OutputPump(ports[number], target, launched.mark)
+            for number, target in enumerate(outputs, start=STDOUT)
+        }
+        self._console = Tail(launched.console, console_copy)
+        self._messages = Tail(launched.messages)
+        self._requests = requests
+        self._wake = wake
+        self._control_in, self._control_out = b"", b""
+        self._control_open = True
+        self._start_by: float | None = time.monotonic() + start_timeout
+        self._told_broken: set[int] = set()
+        self._exit_code: int | None = None
+        self.killed = False
+
+    def run(self) -> int:
+        """Relay until the end; the command's exit code. Raises EmulatedHostError."""
+        while not self._finished():
+            self._step()
+        if self._exit_code is None:
+            raise EmulatedHostError(self._what_happened())
+        return self._exit_code
+
+    def _finished(self) -> bool:
+        outputs_done = all(pump.done for pump in self._outputs.values())
+        if self.killed or (self._exit_code is not None and outputs_done):
+            return True
+        return not self._control_open and outputs_done and not self._messages.open
+
+    def _step(self) -> None:
+        interests = self._interests()
+        poll = select.poll()
+        masks: dict[int, int] = {}
+        for fd, mask, _ in interests:
+            masks[fd] = masks.get(fd, 0) | mask
+        for fd, mask in masks.items():
+            poll.register(fd, mask)
+        ready = {fd for fd, _ in poll.poll(self._timeout_ms())}
+        for fd, _, handler in interests:
+            if fd in ready:
+                handler()
+        self._check_start()
+
+    def _interests(self) -> list[tuple[int, int, _Handler]]:
+        found: list[tuple[int, int, _Handler]] = [(self._wake.fd, _IN, self._take_requests)]
+        pump = self._input
+        if pump.wants_input:
+            assert pump.source is not None
+            found.append((pump.source, _IN, pump.receive))
+        if pump.pending:
+            found.append((pump.port.fileno(), _OUT, pump.send))
+        for number, output in self._outputs.items():
+            if output.wants_output:
+                found.append((output.target, _OUT, self._sender(number, output)))
+            elif not output.ended:
+                found.append((output.port.fileno(), _IN, output.receive))
+        for tail in (self._console, self._messages):
+            if tail.open:
+                found.append((tail.source.fileno(), _IN, tail.receive))
+        if self._control_open:
+            found.append((self._control.fileno(), _IN, self._receive_control))
+            if self._control_out:
+                found.append((self._control.fileno(), _OUT, self._send_control))
+        return found
+
+    def _sender(self, number: int, output: OutputPump) -> _Handler:
+        def send() -> None:
+            output.send()
+            if output.broken and number not in self._told_broken:
+                # Inside, the next write is to fail as it would have here (EPIPE).
+                self._told_broken.add(number)
+                name = {STDOUT: "stdout", STDERR: "stderr"}.get(number)
+                self._request(f"close {name or f'sink{number - FIRST_SINK}'}")
+
+        return send
+
+    def _take_requests(self) -> None:
+        self._wake.drain()
+        while self._requests:
+            request = self._requests.popleft()
+            if request == "kill":
+                self.killed = True
+            else:
+                self._request(request)
+
+    def _request(self, line: str) -> None:
+        self._control_out += line.encode() + b"\n"
+
+    def _send_control(self) -> None:
+        with contextlib.suppress(OSError):  # Its end shows when we read.
+            self._control_out = self._control_out[self._control.send(self._control_out) :]
+
+    def _receive_control(self) -> None:
+        try:
+            data = self._control.recv(_TAIL)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        self._control_open = bool(data)
+        *lines, self._control_in = (self._control_in + data).split(b"\n")
+        for line in lines:
+            if line == b"started":
+                self._start_by = None
+            elif line.startswith(b"exit "):
+                self._exit_code = int(line.removeprefix(b"exit "))
+
+    def _timeout_ms(self) -> int | None:
+        if self._start_by is None:
+            return None
+        return max(0, int((self._start_by - time.monotonic()) * 1000) + 1)
+
+    def _check_start(self) -> None:
+        if self._start_by is not None and time.monotonic() >= self._start_by:
+            line = self._console.last_line() or "nothing"
+            raise EmulatedHostError(
+                f"the emulated KVM host did not start in time; its console said last: {line}"
+            )
+
+    def _what_happened(self) -> str:
+        if self.killed:
+            return "the emulated KVM host was killed"
+        status = self._process.wait()
+        line = self._messages.last_line()
+        if line:
+            return f"the emulated KVM host failed: {line}"
+        if status < 0:
+            return f"the emulated KVM host's QEMU was killed by signal {-status}"
+        line = self._console.last_line() or "nothing"
+        return f"the emulated KVM host stopped; its console said last: {line}"

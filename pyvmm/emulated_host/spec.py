@@ -1,0 +1,74 @@
+"""What an emulated host consists of, as plain data."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pyvmm.errors import PyvmmError
+
+# What the emulated host itself needs beside the RAM of the guests in it.
+OWN_MEMORY_MIB = 512
+DEFAULT_CPUS = 2
+# Tells a program that it runs in here, and that its standard input is a plain byte stream.
+INSIDE_VARIABLE = "PYVMM_INSIDE_EMULATED_HOST"
+
+
+class EmulatedHostError(PyvmmError):
+    """The emulated host itself failed: QEMU, or the Linux in it."""
+
+
+@dataclass(frozen=True)
+class HostImage:
+    """What it boots. `kernel`: a generic Debian kernel (bzImage or ELF vmlinux). `modules_dir`: its
+    modules, with a modules.dep as depmod(8) writes it. `busybox`: a statically linked one."""
+
+    kernel: str
+    modules_dir: str
+    busybox: str
+
+
+@dataclass(frozen=True)
+class HostDisk:
+    """A file or block device of the machine that the command inside may use, at the same path.
+
+    Inside it is a block device whose writes and flushes reach the real one. With `fd`, an open file
+    descriptor of it, QEMU works on that open file description, and so holds the locks that were
+    taken on it for as long as it lives. `read_only` must agree with how `fd` was opened.
+    """
+
+    path: str
+    read_only: bool = False
+    fd: int | None = None
+
+
+@dataclass(frozen=True)
+class HostSink:
+    """A file that the command inside may write from start to end (a FIFO there, at the same path);
+    what it writes goes to the machine's file descriptor `fd`."""
+
+    path: str
+    fd: int
+
+
+@dataclass(frozen=True)
+class EmulatedHostSpec:
+    """An emulated host: `memory_mib` in all (guest RAM + OWN_MEMORY_MIB), files as on the machine.
+
+    `env` and `cwd` are the command's; everything it writes other than `disks` and `sinks` is lost.
+    """
+
+    image: HostImage
+    memory_mib: int = 1024 + OWN_MEMORY_MIB
+    cpus: int = DEFAULT_CPUS
+    disks: tuple[HostDisk, ...] = ()
+    sinks: tuple[HostSink, ...] = ()
+    cwd: str = field(default_factory=os.getcwd)
+    env: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+    qemu: str = "qemu-system-x86_64"
+
+
+def is_inside() -> bool:
+    """Whether this process runs in an emulated host already."""
+    return os.environ.get(INSIDE_VARIABLE) == "1"
