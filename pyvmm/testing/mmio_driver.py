@@ -1,0 +1,295 @@
+"""A virtio-mmio driver for tests: initialises a device through its registers and uses its queues.
+
+It follows virtio 1.3, 4.2.3.1 Device Initialization and 3.1.1 Driver Requirements: Device
+Initialization, against anything with `read(offset, size)` and `write(offset, size, value)`:
+
+    irq = InterruptLine()
+    transport = MmioTransport(device, memory, irq)
+    driver = MmioDriver(transport, memory, irq=irq)
+    driver.start()
+    written, data = driver.request(0, [header], [512, 1])
+    driver.reset()
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from threading import Condition
+from typing import Protocol
+
+from pyvmm.memory import GuestMemory
+from pyvmm.testing.mock_driver import Arena, Buffer, Chain, MockSplitDriver, Used
+
+MAGIC_VALUE, VERSION, DEVICE_ID = 0x000, 0x004, 0x008
+DEVICE_FEATURES, DEVICE_FEATURES_SEL = 0x010, 0x014
+DRIVER_FEATURES, DRIVER_FEATURES_SEL = 0x020, 0x024
+QUEUE_SEL, QUEUE_SIZE_MAX, QUEUE_SIZE, QUEUE_READY = 0x030, 0x034, 0x038, 0x044
+QUEUE_NOTIFY, INTERRUPT_STATUS, INTERRUPT_ACK, STATUS = 0x050, 0x060, 0x064, 0x070
+QUEUE_DESC, QUEUE_DRIVER, QUEUE_DEVICE = 0x080, 0x090, 0x0A0  # low half; the high one is at + 4
+CONFIG = 0x100
+
+ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET = 1, 2, 4, 8, 64
+F_EVENT_IDX, F_VERSION_1 = 1 << 29, 1 << 32
+USED_BUFFER, CONFIG_CHANGED = 1, 2  # bits of InterruptStatus
+
+# Long enough for a loaded machine under emulation: reaching it means that something hangs.
+SAFETY_TIMEOUT = 60.0
+
+
+class Registers(Protocol):
+    """The device's register window, little-endian."""
+
+    def read(self, offset: int, size: int) -> int: ...
+
+    def write(self, offset: int, size: int, value: int) -> object: ...
+
+
+class Doorbell(Protocol):
+    """What stands for a write to QueueNotify, as an ioeventfd does."""
+
+    def signal(self) -> None: ...
+
+
+class DriverTimeout(AssertionError):
+    """The device did not answer; the message shows registers and rings."""
+
+
+class InterruptLine:
+    """Takes the device's interrupts: call it to raise one, `wait` for them, count them."""
+
+    def __init__(self) -> None:
+        self._condition = Condition()
+        self.count = 0
+
+    def __call__(self) -> None:
+        with self._condition:
+            self.count += 1
+            self._condition.notify_all()
+
+    def wait(self, count: int, timeout: float) -> bool:
+        """Wait until there were `count` interrupts in all; False if there were not in time."""
+        with self._condition:
+            return self._condition.wait_for(lambda: self.count >= count, timeout)
+
+
+class MmioDriver:
+    """Drives one virtio-mmio device. `queues` are its virtqueues once `start` was called."""
+
+    def __init__(
+        self,
+        registers: Registers,
+        memory: GuestMemory,
+        *,
+        irq: InterruptLine | None = None,
+        kicks: Sequence[Doorbell] = (),
+        arena: Arena | None = None,
+    ) -> None:
+        """Without `kicks`, one per queue, kicks are writes to QueueNotify."""
+        self.registers = registers
+        self.memory = memory
+        self.irq = irq
+        self.kicks = kicks
+        self.arena = Arena(memory) if arena is None else arena
+        self.queues: list[MockSplitDriver] = []
+        self.features = 0
+        self._early: dict[tuple[int, int], Used] = {}
+
+    # --- registers -------------------------------------------------------------------------------
+
+    def read(self, offset: int) -> int:
+        """A 32-bit register."""
+        return self.registers.read(offset, 4)
+
+    def write(self, offset: int, value: int) -> None:
+        """Write a 32-bit register."""
+        self.registers.write(offset, 4, value)
+
+    @property
+    def status(self) -> int:
+        """The device status field."""
+        return self.read(STATUS)
+
+    @property
+    def needs_reset(self) -> bool:
+        """Whether the device has set DEVICE_NEEDS_RESET."""
+        return bool(self.status & NEEDS_RESET)
+
+    def add_status(self, bit: int) -> None:
+        """Set one more bit of the device status field."""
+        self.write(STATUS, self.status | bit)
+
+    def config(self, offset: int, length: int) -> bytes:
+        """Bytes of the configuration space, read one at a time (4.2.2.2 allows it for u8)."""
+        return bytes(self.registers.read(CONFIG + offset + i, 1) for i in range(length))
+
+    def offered_features(self) -> int:
+        """The 64 feature bits that the device offers."""
+        features = 0
+        for select in (0, 1):
+            self.write(DEVICE_FEATURES_SEL, select)
+            features |= self.read(DEVICE_FEATURES) << 32 * select
+        return features
+
+    def accept_features(self, features: int) -> None:
+        """Write the feature bits that the driver accepts."""
+        for select in (0, 1):
+            self.write(DRIVER_FEATURES_SEL, select)
+            self.write(DRIVER_FEATURES, features >> 32 * select & 0xFFFF_FFFF)
+
+    # --- initialisation --------------------------------------------------------------------------
+
+    def start(
+        self, *, features: int | None = None, queue_sizes: Sequence[int] | None = None
+    ) -> list[MockSplitDriver]:
+        """Initialise the device up to DRIVER_OK; its queues.
+
+        `features` are the bits to accept, all that are offered unless given; `queue_sizes` one for
+        each queue, the largest possible unless given, 0 for a queue to leave alone.
+        """
+        self.negotiate(features)
+        self.setup_queues(queue_sizes)
+        self.add_status(DRIVER_OK)
+        assert self.status & DRIVER_OK, f"the device refused DRIVER_OK\n{self.dump()}"
+        return self.queues
+
+    def negotiate(self, features: int | None = None) -> None:
+        """Reset, find, and agree with the device on features (3.1.1, steps 1 to 6)."""
+        assert self.read(MAGIC_VALUE) == 0x74726976, "no virtio-mmio device here"
+        assert self.read(VERSION) == 2, "not a device of virtio 1.x"
+        self.reset()
+        self.add_status(ACKNOWLEDGE)
+        self.add_status(DRIVER)
+        self.features = self.offered_features() if features is None else features
+        self.accept_features(self.features)
+        self.add_status(FEATURES_OK)
+        assert self.status & FEATURES_OK, f"features {self.features:#x} refused\n{self.dump()}"
+
+    def setup_queues(self, queue_sizes: Sequence[int] | None = None) -> None:
+        """Lay out and enable the queues (3.1.1, step 7, and 4.2.3.2 Virtqueue Configuration)."""
+        sizes = self._largest_sizes() if queue_sizes is None else queue_sizes
+        for index, size in enumerate(sizes):
+            queue = MockSplitDriver(
+                self.memory,
+                max(size, 1),
+                arena=self.arena,
+                event_idx=bool(self.features & F_EVENT_IDX),
+            )
+            self.queues.append(queue)
+            if size:
+                self._enable(index, queue)
+
+    def _largest_sizes(self) -> Iterable[int]:
+        index = 0
+        while True:
+            self.write(QUEUE_SEL, index)
+            size = self.read(QUEUE_SIZE_MAX)
+            if not size:
+                return
+            yield size
+            index += 1
+
+    def _enable(self, index: int, queue: MockSplitDriver) -> None:
+        self.write(QUEUE_SEL, index)
+        assert self.read(QUEUE_READY) == 0, f"queue {index} is in use"
+        self.write(QUEUE_SIZE, queue.size)
+        for register, addr in (
+            (QUEUE_DESC, queue.desc_addr),
+            (QUEUE_DRIVER, queue.avail_addr),
+            (QUEUE_DEVICE, queue.used_addr),
+        ):
+            self.write(register, addr & 0xFFFF_FFFF)
+            self.write(register + 4, addr >> 32)
+        self.write(QUEUE_READY, 1)
+        assert self.read(QUEUE_READY) == 1, f"queue {index} was refused\n{self.dump()}"
+
+    def reset(self) -> None:
+        """Reset the device and forget its queues (4.2.3.1: waits until the status reads 0)."""
+        self.write(STATUS, 0)
+        self._wait(lambda: self.status == 0, "the reset to end")
+        self.queues = []
+        self._early.clear()
+
+    # --- using it --------------------------------------------------------------------------------
+
+    def kick(self, index: int = 0) -> None:
+        """Notify the device that queue `index` has new buffers."""
+        if self.kicks:
+            self.kicks[index].signal()
+        else:
+            self.write(QUEUE_NOTIFY, index)
+
+    def submit(
+        self,
+        index: int,
+        readable: Sequence[bytes | Buffer] = (),
+        writable: Sequence[int | Buffer] = (),
+        *,
+        indirect: bool = False,
+    ) -> Chain:
+        """Make one chain available in queue `index`, and kick if the device wants to know."""
+        chain = self.queues[index].add(readable, writable, indirect=indirect)
+        self._early.pop((index, chain.head), None)  # of an earlier chain with the same head
+        if self.queues[index].publish():
+            self.kick(index)
+        return chain
+
+    def request(
+        self,
+        index: int,
+        readable: Sequence[bytes | Buffer] = (),
+        writable: Sequence[int | Buffer] = (),
+        *,
+        indirect: bool = False,
+    ) -> tuple[int, bytes]:
+        """Submit a chain and wait for it: (used length, contents of the writable buffers)."""
+        chain = self.submit(index, readable, writable, indirect=indirect)
+        used = self.wait_used(index, chain)
+        return used.written, self.queues[index].contents(chain)
+
+    def wait_used(self, index: int, chain: Chain | None = None) -> Used:
+        """The next element that the device returns in queue `index`; the one of `chain` if given.
+
+        Raises DriverTimeout with a dump of the state if there is none for a minute.
+        """
+        queue = self.queues[index]
+        while True:
+            if chain is not None and (index, chain.head) in self._early:
+                return self._early.pop((index, chain.head))
+            self._wait(queue.has_used, f"queue {index} to return a buffer")
+            used = queue.pop_used()
+            assert used is not None
+            if chain is None or used.head == chain.head:
+                return used
+            self._early[index, used.head] = used
+
+    def wait_needs_reset(self) -> None:
+        """Wait until the device has set DEVICE_NEEDS_RESET."""
+        self._wait(lambda: self.needs_reset, "DEVICE_NEEDS_RESET")
+
+    def wait_interrupt(self, count: int = 1) -> None:
+        """Wait until there were `count` interrupts since the line was made."""
+        assert self.irq is not None, "this driver was given no interrupt line"
+        if not self.irq.wait(count, SAFETY_TIMEOUT):
+            raise DriverTimeout(f"waited for interrupt {count}\n{self.dump()}")
+
+    def acknowledge(self) -> int:
+        """Read and acknowledge the interrupt status; what it was (4.2.3.5 Notifications)."""
+        pending = self.read(INTERRUPT_STATUS)
+        self.write(INTERRUPT_ACK, pending)
+        return pending
+
+    def _wait(self, condition: Callable[[], bool], what: str) -> None:
+        deadline = time.monotonic() + SAFETY_TIMEOUT
+        while not condition():
+            if time.monotonic() > deadline:
+                raise DriverTimeout(f"waited for {what}\n{self.dump()}")
+            time.sleep(0.0002)
+
+    def dump(self) -> str:
+        """Status, interrupts and all queues, one line each."""
+        lines = [
+            f"status {self.status:#x}, interrupt status {self.read(INTERRUPT_STATUS):#x},"
+            f" interrupts so far {self.irq.count if self.irq else 'unknown'}"
+        ]
+        return "\n".join(lines + [queue.dump() for queue in self.queues])
