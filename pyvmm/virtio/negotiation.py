@@ -93,12 +93,13 @@ class Negotiation(Lifecycle):
 
     def write_status(self, written: int) -> None:
         """The driver writes the status field: a reset, a legal step, or nothing at all."""
+        if written == 0:
+            self.reset()
+            return
         current = self.state.status
         wanted = status.next_status(current, written)
         if wanted is None:
             self.warn(f"status {written:#x} ignored: {status.explain_refusal(current, written)}")
-        elif wanted == 0:
-            self.reset()
         else:
             self._take_step(wanted & ~current)
 

@@ -49,15 +49,15 @@ STEPS: dict[int, tuple[int, ...]] = {
 def _transitions() -> dict[int, frozenset[int]]:
     table = {}
     for rung, steps in STEPS.items():
-        table[rung] = frozenset({0, rung, rung | FAILED, *steps})
+        table[rung] = frozenset({rung, rung | FAILED, *steps})
         # A driver that gave up, or whose device is broken, can only reset: no further step.
         for stuck in (rung | FAILED, rung | NEEDS_RESET, rung | NEEDS_RESET | FAILED):
-            table[stuck] = frozenset({0, stuck, stuck | FAILED})
+            table[stuck] = frozenset({stuck, stuck | FAILED})
     return table
 
 
 TRANSITIONS = _transitions()
-"""Status now → the values the driver may bring about, writing the same again included."""
+"""Status now → the values the driver may bring about, the same again included; also 0, always."""
 
 
 def next_status(current: int, written: int) -> int | None:
