@@ -26,9 +26,8 @@ if TYPE_CHECKING:
 EXIT_INTR: Final = uapi.KVM_EXIT_INTR
 """What `Vcpu.run` returns for EINTR and for immediate_exit: nothing happened in the guest."""
 
-# Offsets in struct kvm_run; a test compares them with the system's <linux/kvm.h>.
-_IMMEDIATE_EXIT = 1
-_EXIT_REASON_U32 = 8 // 4
+_IMMEDIATE_EXIT = ffi.offsetof("struct kvm_run", "immediate_exit")
+_EXIT_REASON_U32 = ffi.offsetof("struct kvm_run", "exit_reason") // 4
 
 _EHWPOISON = 133  # <asm-generic/errno.h>; Python's errno has it from 3.14 on
 
@@ -71,14 +70,17 @@ class Vcpu:
                 # No third argument: fcntl.ioctl would try to read a 0 as a buffer, twice, first.
                 _ioctl(self.fd, _KVM_RUN)
             except OSError as error:
-                reason = self._failed_run(error.errno or 0)
+                reason = self.failed_run(error.errno or 0)
                 if reason is None:
                     continue
                 return reason
-            return self._u32[_EXIT_REASON_U32]
+            return int(self._u32[_EXIT_REASON_U32])
 
-    def _failed_run(self, number: int) -> int | None:
-        """What an errno of KVM_RUN means: an exit reason, or None for "enter again"."""
+    def failed_run(self, number: int) -> int | None:
+        """What errno `number` of KVM_RUN means: an exit reason, or None for "enter again".
+
+        Raises HostError for what is neither. For those who call KVM_RUN themselves, as loop.py.
+        """
         if number == errno.EINTR:
             # immediate_exit leaves the reason of the exit before; exit() must not decode that.
             self._u32[_EXIT_REASON_U32] = EXIT_INTR
@@ -95,13 +97,13 @@ class Vcpu:
     @property
     def exit_reason(self) -> int:
         """The reason that the last `run` returned."""
-        return self._u32[_EXIT_REASON_U32]
+        return int(self._u32[_EXIT_REASON_U32])
 
     def exit(self) -> Exit:
         """The last exit as a value (see exits.py): for reports, traces and all but the hot path."""
-        from pyvmm.kvm import exits
+        from pyvmm.kvm.exit_decoding import decode
 
-        return exits.decode(self.run_page)
+        return decode(self.run_page)
 
     def set_immediate_exit(self, on: bool) -> None:
         """While on, `run` completes a pending IO or MMIO operation and returns EXIT_INTR."""
