@@ -90,8 +90,10 @@ class SlowDevice(QueueDevice):
     def __init__(self) -> None:
         self.started = Event()
         self.release = Event()
+        self.passes = 0
 
     def serve(self, queue: Queue) -> None:
+        self.passes += 1
         for chain in queue:
             self.started.set()
             self.release.wait(30)
