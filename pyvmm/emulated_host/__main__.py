@@ -7,7 +7,7 @@ import os
 import sys
 
 from pyvmm.emulated_host import EmulatedHostSpec, HostDisk, HostImage, run
-from pyvmm.emulated_host.find import find_image
+from pyvmm.emulated_host.find import find_busybox, find_image
 from pyvmm.errors import PyvmmError
 
 
@@ -17,7 +17,7 @@ def main() -> int:
     parser.add_argument("--memory", type=int, default=2048, metavar="MIB", help="RAM, in MiB")
     parser.add_argument("--cpus", type=int, default=2)
     parser.add_argument("--disk", action="append", default=[], metavar="PATH[,readonly]")
-    parser.add_argument("--kernel", help="bzImage or vmlinux (default: found in the cache)")
+    parser.add_argument("--kernel", help="bzImage or vmlinux (default: the one of pyvmm.images)")
     parser.add_argument("--modules", metavar="DIR", help="the kernel's modules, with modules.dep")
     parser.add_argument("--busybox", default=None, help="a statically linked busybox")
     parser.add_argument("--console", action="store_true", help="show the emulated kernel's console")
@@ -32,7 +32,7 @@ def main() -> int:
             HostImage(
                 options.kernel or (found.kernel if found else ""),
                 options.modules or (found.modules_dir if found else ""),
-                options.busybox or (found.busybox if found else "/bin/busybox"),
+                options.busybox or (found.busybox if found else find_busybox()),
             ),
             memory_mib=options.memory,
             cpus=options.cpus,

@@ -1,30 +1,37 @@
-"""Finds what the emulated host boots where nobody says it: in the environment."""
+"""Finds what the emulated host boots where nobody says it."""
 
 from __future__ import annotations
 
+import glob
 import os
+import subprocess
+import sys
 
 from pyvmm.emulated_host.launch import find_program
 from pyvmm.emulated_host.spec import HostImage
 from pyvmm.errors import ConfigError
 
-KERNEL_VARIABLE = "PYVMM_EMULATED_HOST_KERNEL"
-MODULES_VARIABLE = "PYVMM_EMULATED_HOST_MODULES"
+IMAGE_NAME = "kernel-host"
+IMAGE_CURE = f"{os.path.basename(sys.executable)} -m pyvmm.images build {IMAGE_NAME}"
+BUSYBOX_CURE = "apt-get install busybox-static"
+
+
+def find_busybox() -> str:
+    """The machine's own busybox. Raises ConfigError."""
+    path = find_program("busybox")
+    if path is None:
+        raise ConfigError("the emulated KVM host needs busybox", cure=BUSYBOX_CURE)
+    return path
 
 
 def find_image() -> HostImage:
-    """$PYVMM_EMULATED_HOST_KERNEL and _MODULES. Raises ConfigError."""
-    kernel = os.environ.get(KERNEL_VARIABLE, "")
-    modules = os.environ.get(MODULES_VARIABLE, "")
-    busybox = find_program("busybox")
-    if busybox is None:
-        raise ConfigError(
-            "an emulated KVM host needs a statically linked busybox",
-            cure="apt-get install busybox-static",
-        )
-    if not kernel or not modules:
-        raise ConfigError(
-            "there is no kernel for the emulated host",
-            cure=f"set {KERNEL_VARIABLE} and {MODULES_VARIABLE}",
-        )
-    return HostImage(kernel, modules, busybox)
+    """The image in the cache of pyvmm.images. Raises ConfigError if it has not been built."""
+    # Asked as another program: the two packages stand side by side and do not import each other.
+    answer = subprocess.run(
+        [sys.executable, "-m", "pyvmm.images", "path", IMAGE_NAME], capture_output=True, text=True
+    )
+    if answer.returncode != 0:
+        raise ConfigError("there is no kernel for the emulated KVM host", cure=IMAGE_CURE)
+    folder = answer.stdout.strip()
+    [modules] = glob.glob(os.path.join(glob.escape(folder), "lib/modules/*"))
+    return HostImage(os.path.join(folder, "vmlinux"), modules, find_busybox())
