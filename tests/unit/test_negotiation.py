@@ -1,0 +1,468 @@
+"""What a device and its transport do when things change or break, and from which thread."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from threading import Event, Lock, Thread
+
+import pytest
+from mmio_harness import (
+    AGREED,
+    CONFIG,
+    CONFIG_GENERATION,
+    FAILED,
+    INTERRUPT_ACK,
+    LIVE,
+    NEEDS_RESET,
+    QUEUE_NOTIFY,
+    QUEUE_READY,
+    STATUS,
+    VERSION_1,
+    Bench,
+    RecordingDevice,
+)
+
+from pyvmm.errors import DriverError, HostError
+from pyvmm.testing.mmio_driver import InterruptLine, MmioDriver
+from pyvmm.transport.mmio import MmioTransport
+from pyvmm.virtio.device import Activation
+from pyvmm.virtio.queue import Queue
+from pyvmm.virtio.worker import QueueDevice
+
+BROKEN_RING = DriverError("available index jumped", section="2.7.6.1")
+
+
+@pytest.fixture
+def device() -> RecordingDevice:
+    return RecordingDevice()
+
+
+@pytest.fixture
+def bench(device: RecordingDevice) -> Iterator[Bench]:
+    bench = Bench(device)
+    yield bench
+    bench.memory.close()
+
+
+def finish(*threads: Thread) -> None:
+    """All threads end; one that does not is a deadlock."""
+    for thread in threads:
+        thread.join(30)
+    assert not any(thread.is_alive() for thread in threads), "deadlock"
+
+
+# --- interrupts -----------------------------------------------------------------------------------
+
+
+def test_the_interrupt_status_is_set_before_the_edge(device: RecordingDevice) -> None:
+    bench = Bench(device)
+    seen: list[int] = []
+    bench.transport._irq = lambda: seen.append(bench.interrupt_status)
+    bench.go_live()
+    device.live.interrupt.signal_used(0)
+    assert seen == [1]
+
+
+def test_what_stays_unacknowledged_interrupts_again(bench: Bench, device: RecordingDevice) -> None:
+    bench.go_live()
+    device.live.interrupt.signal_used(0)
+    device.live.interrupt.signal_config_change()
+    assert (bench.interrupt_status, bench.edges) == (3, 2)
+    bench.write(INTERRUPT_ACK, 1)
+    assert (bench.interrupt_status, bench.edges) == (2, 3)
+    bench.write(INTERRUPT_ACK, 2)
+    assert (bench.interrupt_status, bench.edges) == (0, 3)
+
+
+def test_a_driver_that_handles_the_interrupt_inside_the_edge_does_not_deadlock(
+    device: RecordingDevice,
+) -> None:
+    bench = Bench(device)
+    bench.go_live()
+    bench.transport._irq = lambda: bench.write(INTERRUPT_ACK, bench.interrupt_status)
+    signaller = Thread(target=device.live.interrupt.signal_used, args=(0,), daemon=True)
+    signaller.start()
+    finish(signaller)
+    assert bench.interrupt_status == 0
+
+
+def test_no_event_is_lost_between_signalling_and_acknowledging_threads(
+    device: RecordingDevice,
+) -> None:
+    """An edge for each event, and each set bit either acknowledged or followed by an edge.
+
+    The driver's side works as Linux does: read, acknowledge, then look for work.
+    """
+    line = InterruptLine()
+    bench = Bench(device)
+    bench.transport._irq = line
+    bench.go_live()
+    interrupt = device.live.interrupt
+    done = [0, 0]
+    handled = [0, 0]
+    rounds = 3000
+
+    def work(kind: int) -> None:
+        for _ in range(rounds):
+            done[kind] += 1
+            if kind:
+                interrupt.signal_config_change()
+            else:
+                interrupt.signal_used(0)
+
+    workers = [Thread(target=work, args=(kind,), daemon=True) for kind in (0, 1)]
+    for worker in workers:
+        worker.start()
+    seen = 0
+    while handled != [rounds, rounds]:
+        assert line.wait(seen + 1, 30), f"handled {handled} of {rounds} each: an event was lost"
+        seen += 1
+        pending = bench.interrupt_status
+        bench.write(INTERRUPT_ACK, pending)
+        for kind in (0, 1):
+            if pending & 1 << kind:
+                handled[kind] = done[kind]
+    finish(*workers)
+
+
+def test_after_a_reset_the_last_life_s_interrupt_is_dead(
+    bench: Bench, device: RecordingDevice
+) -> None:
+    bench.go_live()
+    old = device.live
+    bench.write(STATUS, 0)
+    bench.go_live()
+    edges = bench.edges
+    old.interrupt.signal_used(0)
+    old.fail(BROKEN_RING)
+    assert (bench.status, bench.interrupt_status, bench.edges) == (LIVE, 0, edges)
+
+
+# --- needs reset ----------------------------------------------------------------------------------
+
+
+def test_a_broken_ring_sets_needs_reset_and_tells_the_driver(
+    bench: Bench, device: RecordingDevice
+) -> None:
+    bench.go_live()
+    generation = bench.read(CONFIG_GENERATION)
+    device.live.fail(BROKEN_RING)
+    assert bench.status == LIVE | NEEDS_RESET
+    assert (bench.interrupt_status, bench.edges) == (2, 1)
+    assert bench.read(CONFIG_GENERATION) != generation
+    queue = device.live.queues[0]
+    assert queue is not None and not queue.ready
+    assert bench.lines == [
+        "dev0: needs a reset: available index jumped (virtio 1.3, 2.7.6.1)",
+    ]
+
+
+def test_a_second_failure_says_nothing_new(bench: Bench, device: RecordingDevice) -> None:
+    bench.go_live()
+    device.live.fail(BROKEN_RING)
+    device.live.fail(BROKEN_RING)
+    assert (len(bench.lines), bench.edges) == (1, 1)
+
+
+def test_needs_reset_ends_with_a_reset_only(bench: Bench, device: RecordingDevice) -> None:
+    bench.go_live()
+    device.live.fail(BROKEN_RING)
+    bench.write(STATUS, LIVE)  # a driver that has not seen the bit yet
+    assert bench.status == LIVE | NEEDS_RESET
+    bench.write(STATUS, LIVE | FAILED)
+    assert bench.status == LIVE | NEEDS_RESET | FAILED
+    bench.write(QUEUE_NOTIFY, 0)
+    assert bench.transport.kicks[0].drain() == 0
+    bench.go_live()
+    assert (bench.status, device.activations) == (LIVE, 2)
+
+
+def test_a_driver_cannot_set_needs_reset(bench: Bench, device: RecordingDevice) -> None:
+    bench.go_live()
+    resets = device.resets
+    bench.write(STATUS, LIVE | NEEDS_RESET)
+    assert bench.status == LIVE
+    bench.write(STATUS, NEEDS_RESET)
+    assert (bench.status, device.resets) == (LIVE, resets)
+
+
+@pytest.mark.parametrize(
+    "error", [BROKEN_RING, HostError(errno.EMFILE, "eventfd")], ids=["driver", "host"]
+)
+def test_an_activation_that_fails_needs_a_reset(
+    bench: Bench, device: RecordingDevice, error: Exception
+) -> None:
+    device.activate_error = error
+    bench.go_live()
+    assert bench.status == LIVE | NEEDS_RESET
+    assert bench.interrupt_status == 2
+    assert str(error) in bench.lines[-1]
+    device.activate_error = None
+    bench.go_live()
+    assert bench.status == LIVE
+
+
+def test_a_reset_that_fails_does_not_read_as_done(bench: Bench, device: RecordingDevice) -> None:
+    bench.go_live()
+    device.reset_error = HostError(errno.EIO, "fdatasync")
+    bench.write(STATUS, 0)
+    assert bench.status == LIVE | NEEDS_RESET
+    device.reset_error = None
+    bench.write(STATUS, 0)
+    assert bench.status == 0
+
+
+def test_failed_devices_fill_no_log(bench: Bench, device: RecordingDevice) -> None:
+    for _ in range(100):
+        bench.go_live()
+        device.live.fail(BROKEN_RING)
+    assert len(bench.lines) <= 5
+
+
+def test_a_flood_of_warnings_does_not_hide_the_failure(
+    bench: Bench, device: RecordingDevice
+) -> None:
+    bench.go_live()
+    for _ in range(100):
+        bench.write(QUEUE_NOTIFY, 77)
+    device.live.fail(BROKEN_RING)
+    assert "needs a reset" in bench.lines[-1]
+
+
+# --- the configuration's generation ---------------------------------------------------------------
+
+
+def test_the_generation_changes_with_the_configuration(
+    bench: Bench, device: RecordingDevice
+) -> None:
+    bench.go_live()
+    before = bench.read(CONFIG_GENERATION)
+    assert bench.read(CONFIG_GENERATION) == before
+    device.config[0] = 99
+    device.live.interrupt.signal_config_change()
+    assert bench.read(CONFIG_GENERATION) != before
+
+
+def test_a_change_between_two_reads_is_seen_before_it_is_signalled(
+    bench: Bench, device: RecordingDevice
+) -> None:
+    """The driver's loop of 2.5.1: the device has changed a field, its signal is still to come."""
+    bench.go_live()
+    before = bench.read(CONFIG_GENERATION)
+    low = bench.read(CONFIG)
+    device.config[0:8] = bytes(8)
+    high = bench.read(CONFIG + 4)
+    assert (low, high) == (0x04030201, 0), "this is the torn value that must be noticed"
+    assert bench.read(CONFIG_GENERATION) != before
+
+
+def test_a_change_before_driver_ok_raises_the_generation_but_interrupts_nobody(
+    bench: Bench, device: RecordingDevice
+) -> None:
+    bench.negotiate()
+    before = bench.read(CONFIG_GENERATION)
+    bench.negotiation.config_changed()
+    assert bench.read(CONFIG_GENERATION) != before
+    assert (bench.interrupt_status, bench.edges) == (0, 0)
+
+
+def test_the_generation_goes_on_over_a_reset(bench: Bench, device: RecordingDevice) -> None:
+    bench.go_live()
+    device.live.interrupt.signal_config_change()
+    before = bench.read(CONFIG_GENERATION)
+    bench.write(STATUS, 0)
+    assert bench.read(CONFIG_GENERATION) == before
+
+
+def test_a_driver_error_in_the_configuration_needs_a_reset(
+    bench: Bench, device: RecordingDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> bytes:
+        raise BROKEN_RING
+
+    bench.go_live()
+    monkeypatch.setattr(device, "read_config", refuse)
+    assert bench.read(CONFIG) == 0
+    assert bench.status == LIVE | NEEDS_RESET
+    bench.write(STATUS, 0)
+    bench.go_live()
+    monkeypatch.setattr(device, "write_config", refuse)
+    bench.write(CONFIG, 1)
+    assert bench.status == LIVE | NEEDS_RESET
+
+
+# --- threads --------------------------------------------------------------------------------------
+
+
+class FailingInReset(RecordingDevice):
+    """Its reset waits for a worker that is just failing, signalling and changing things."""
+
+    def reset(self) -> None:
+        if self.activation is not None:
+            worker = Thread(target=self.misbehave, args=(self.activation,), daemon=True)
+            worker.start()
+            finish(worker)
+        super().reset()
+
+    def misbehave(self, activation: Activation) -> None:
+        activation.interrupt.signal_used(0)
+        activation.interrupt.signal_config_change()
+        activation.fail(BROKEN_RING)
+
+
+def test_a_reset_that_joins_a_failing_worker_ends() -> None:
+    bench = Bench(FailingInReset())
+    bench.go_live()
+    reset = Thread(target=bench.write, args=(STATUS, 0), daemon=True)
+    reset.start()
+    finish(reset)
+    assert (bench.status, bench.interrupt_status) == (0, 0)
+
+
+def test_a_worker_may_fail_while_it_holds_its_queue(bench: Bench, device: RecordingDevice) -> None:
+    """And a vCPU that stops the queue meanwhile waits, but both come through."""
+    bench.go_live()
+    queue = device.live.queues[0]
+    assert queue is not None
+    queue.lock.acquire()
+    stop = Thread(target=bench.write, args=(QUEUE_READY, 0), daemon=True)
+    stop.start()
+    device.live.fail(BROKEN_RING)
+    queue.lock.release()
+    finish(stop)
+    assert bench.status == LIVE | NEEDS_RESET
+
+
+class Stuck(RecordingDevice):
+    """Its reset does not end before the test allows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_reset, self.release = Event(), Event()
+        self.release.set()
+
+    def reset(self) -> None:
+        self.in_reset.set()
+        self.release.wait(30)
+        super().reset()
+
+
+def test_other_vcpus_can_acknowledge_and_look_while_one_resets() -> None:
+    device = Stuck()
+    bench = Bench(device)
+    bench.go_live()
+    device.live.interrupt.signal_used(0)
+    device.in_reset.clear()
+    device.release.clear()
+    reset = Thread(target=bench.write, args=(STATUS, 0), daemon=True)
+    reset.start()
+    assert device.in_reset.wait(30)
+    assert bench.interrupt_status == 1
+    bench.write(INTERRUPT_ACK, 1)
+    bench.write(QUEUE_NOTIFY, 0)
+    assert (bench.interrupt_status, bench.status) == (0, LIVE)
+    device.release.set()
+    finish(reset)
+    assert bench.status == 0
+
+
+def test_several_vcpus_reset_and_start_the_same_device_at_once() -> None:
+    """Nonsense from the guest, but each activation must be ended by one reset."""
+    lock = Lock()
+    running: list[int] = [0]
+
+    class Counting(RecordingDevice):
+        def activate(self, activation: Activation) -> None:
+            with lock:
+                running[0] += 1
+            assert running[0] == 1, "activated twice"
+            super().activate(activation)
+
+        def reset(self) -> None:
+            with lock:
+                running[0] = 0
+            super().reset()
+
+    device = Counting()
+    bench = Bench(device)
+    failures: list[BaseException] = []
+
+    def vcpu() -> None:
+        try:
+            for _ in range(200):
+                bench.go_live()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [Thread(target=vcpu, daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    finish(*threads)
+    assert not failures
+    bench.write(STATUS, 0)
+    assert running[0] == 0
+
+
+# --- what a device may be -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bit", [24, 33, 34, 38, 40, 41, 49])
+def test_a_device_that_offers_what_is_not_implemented_is_a_bug(bit: int) -> None:
+    device = RecordingDevice()
+    device.features = 1 << bit
+    with pytest.raises(ValueError, match="does not implement"):
+        Bench(device)
+
+
+def test_version_1_is_offered_for_every_device(bench: Bench, device: RecordingDevice) -> None:
+    assert bench.offered() == device.features | VERSION_1
+
+
+def test_queues_that_the_driver_leaves_out_are_none(bench: Bench, device: RecordingDevice) -> None:
+    bench.negotiate()
+    bench.enable_queue(index=1)
+    bench.write(STATUS, LIVE)
+    first, second = device.live.queues
+    assert first is None
+    assert second is not None and second.index == 1
+
+
+def test_closing_quiesces_the_device(bench: Bench, device: RecordingDevice) -> None:
+    bench.go_live()
+    resets = device.resets
+    bench.transport.close()
+    assert device.resets == resets + 1
+    assert bench.status == 0
+
+
+class Echo(QueueDevice):
+    """Copies what it reads of a chain into what it can write."""
+
+    name, device_type, queue_sizes = "echo0", 42, (64, 64)
+    features = 1 << 28 | 1 << 29
+
+    def serve(self, queue: Queue) -> None:
+        for chain in queue:
+            reader, writer = chain.reader(), chain.writer()
+            data = reader.read(min(chain.readable_size, chain.writable_size))
+            writer.write(data)
+            queue.add_used(chain, len(data))
+
+
+def test_a_driver_from_end_to_end(bench: Bench) -> None:
+    """The public mock driver, a device with two workers, real eventfds: many requests, and again
+    after a reset."""
+    line = InterruptLine()
+    transport = MmioTransport(Echo(), bench.memory, line)
+    driver = MmioDriver(transport, bench.memory, irq=line)
+    for _ in range(3):
+        driver.start()
+        assert driver.status == LIVE
+        for number in range(100):
+            text = b"request %d" % number
+            assert driver.request(number % 2, [text], [64])[1].startswith(text)
+        assert driver.acknowledge() == 1
+        driver.reset()
+    transport.close()
+    assert driver.status != AGREED
