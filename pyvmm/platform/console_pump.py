@@ -11,6 +11,7 @@ import os
 import select
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 from pyvmm.host.syscalls import EventFd
@@ -147,10 +148,10 @@ class ConsolePump:
             self._on_command(command)
 
     def _end_input(self, fd: int) -> None:
-        if self._watching:
-            self._epoll.unregister(fd)
-            self._watching = False
         self._fd = None
+        if self._watching:
+            with suppress(OSError):  # closed while it was read
+                self._epoll.unregister(fd)
 
     def _deliver(self) -> None:
         while self._waiting:

@@ -16,6 +16,9 @@ from pyvmm.platform.console_pump import READ_AHEAD, ConsolePump
 from pyvmm.platform.escape import Command
 from pyvmm.platform.serial import Serial
 
+# An exception in a thread fails the test.
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+
 PATIENCE = 20.0  # seconds until a test counts as hung
 
 
@@ -194,11 +197,12 @@ def test_endless_input_is_held_back(guest: Guest, pump: Callable) -> None:
 def test_terminal_that_hangs_up_ends_the_input(guest: Guest, pump: Callable) -> None:
     master, slave = pty.openpty()
     tty.setraw(slave)
-    pump(slave, guest.serial, on_command=lambda command: None)
+    running = pump(slave, guest.serial, on_command=lambda command: None)
     guest.open()
     os.write(master, b"x")
     guest.read(1)
     os.close(master)
+    running.stop()
     os.close(slave)
 
 

@@ -15,6 +15,9 @@ import pytest
 from pyvmm.platform.console_output import LIMIT, ConsoleOutput
 from pyvmm.platform.serial import THR, Serial
 
+# An exception in a thread fails the test.
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+
 PATIENCE = 20.0  # seconds until a test counts as hung
 
 
