@@ -31,7 +31,8 @@ def ioctl(fd: int, request: int, arg: int | bytearray | memoryview, call: str) -
         try:
             if isinstance(arg, int):
                 return fcntl.ioctl(fd, request, arg)
-            return fcntl.ioctl(fd, request, arg, True)
+            result: int = fcntl.ioctl(fd, request, arg, True)
+            return result
         except InterruptedError:
             continue
         except OSError as error:

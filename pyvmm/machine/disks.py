@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 
+from pyvmm.host import log
 from pyvmm.host.files import open_image
 from pyvmm.machine.spec import DiskSpec
 from pyvmm.machine.trace import Hook
@@ -16,7 +17,9 @@ def open_disk(disk: DiskSpec, trace: Hook | None, closing: ExitStack) -> BlockDe
 
     Raises ConfigError for an image that cannot serve as a disk.
     """
-    image = open_image(disk.path, disk.read_only)
+    image = open_image(disk.path, read_only=disk.read_only)
     closing.callback(image.close)
+    for hint in image.hints:
+        log.to_stderr(hint)
     backend = FileBackend(image)
     return BlockDevice(backend, name=disk.id, serial=disk.id, trace=trace)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pyvmm.errors import ConfigError
@@ -26,14 +26,12 @@ class DiskSpec:
     """One virtio-blk disk: the raw image or block device at `path`.
 
     `id` is what the guest reads as the serial number (/sys/block/vda/serial), at most 20 bytes;
-    empty means "diskN". `shown_as` is the name used in messages, where `path` is not what the user
-    typed (inside an emulated host).
+    empty means "diskN".
     """
 
     path: str
     read_only: bool = False
     id: str = ""
-    shown_as: str = ""
 
 
 @dataclass(frozen=True)
@@ -140,12 +138,8 @@ def _with_disk_ids(spec: VmSpec) -> VmSpec:
                 f"two disks are called {disk_id!r}", cure="give each its id=NAME", option="--disk"
             )
         taken.add(disk_id)
-        disks.append(DiskSpec(disk.path, disk.read_only, disk_id, disk.shown_as or disk.path))
-    return _replace(spec, disks=tuple(disks))
-
-
-def _replace(spec: VmSpec, **changes: Any) -> VmSpec:
-    return VmSpec(**{f.name: getattr(spec, f.name) for f in fields(spec)} | changes)
+        disks.append(replace(disk, id=disk_id))
+    return replace(spec, disks=tuple(disks))
 
 
 def to_json(spec: VmSpec) -> str:

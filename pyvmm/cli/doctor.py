@@ -1,0 +1,102 @@
+"""`pyvmm doctor`: what this machine can do, and what to do about the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import click
+
+from pyvmm.errors import PyvmmError
+
+
+class Check(NamedTuple):
+    """One line of the doctor's: what was looked at, how it is, what to do if it is not well."""
+
+    name: str
+    ok: bool
+    found: str
+    cure: str = ""
+
+
+@click.command()
+def doctor() -> None:
+    """Say what this machine can do: KVM, the emulated KVM host, images, and what to change.
+
+    Exits with 0 if a Linux guest can be run in one way at least, with 1 if not.
+    """
+    host = list(check_kvm())
+    emulated = list(check_emulated_host())
+    _show("KVM of this machine", host)
+    _show("Emulated KVM host", emulated)
+    _show("Images", list(check_images()))
+    host_runs, emulation_runs = (all(check.ok for check in checks) for checks in (host, emulated))
+    if host_runs:
+        click.echo("\nLinux guests run on this machine's KVM.")
+    elif emulation_runs:
+        click.echo("\nLinux guests run in the emulated KVM host, 10 to 20 times slower than on KVM.")
+    else:
+        click.echo("\nNo Linux guest can run here yet: see the lines marked ✗.")
+        raise click.exceptions.Exit(1)
+
+
+def _show(title: str, checks: list[Check]) -> None:
+    click.echo(click.style(title, bold=True))
+    for check in checks:
+        mark = click.style("✓", fg="green") if check.ok else click.style("✗", fg="red")
+        click.echo(f"  {mark} {check.name}: {check.found}")
+        if check.cure and not check.ok:
+            click.echo(f"      {check.cure}")
+
+
+def check_kvm() -> Iterator[Check]:
+    """/dev/kvm, what it offers, and whether it really runs kernels."""
+    from pyvmm.kvm.probe import probe
+    from pyvmm.kvm.system import Kvm
+
+    try:
+        kvm = Kvm.open()
+    except PyvmmError as error:
+        yield Check("/dev/kvm", False, *_message_and_cure(error))
+        return
+    with kvm:
+        yield Check("/dev/kvm", True, f"KVM API 12, up to {kvm.max_vcpus} vCPUs")
+        try:
+            kvm.check_required()
+            yield Check("capabilities", True, "all that pyvmm needs")
+        except PyvmmError as error:
+            yield Check("capabilities", False, *_message_and_cure(error))
+            return
+        found = probe(kvm)
+        yield Check(
+            "probe guest",
+            found.usable,
+            found.reason,
+            "kernels cannot run here; pyvmm uses the emulated KVM host instead",
+        )
+
+
+def check_emulated_host() -> Iterator[Check]:
+    """QEMU and the rest of what the emulated KVM host is made of."""
+    from pyvmm.emulated_host.probe import probe
+
+    for name, ok, found, cure in probe():
+        yield Check(name, ok, found, cure)
+
+
+def check_images() -> Iterator[Check]:
+    """What has been built; nothing is wrong with an image that has not been."""
+    from pyvmm import images
+
+    for name, folder in images.listing():
+        yield Check(
+            name,
+            folder is not None,
+            folder or "not built",
+            f"`pyvmm image build {name}` makes it; so does whatever needs it",
+        )
+
+
+def _message_and_cure(error: PyvmmError) -> tuple[str, str]:
+    message = getattr(error, "message", None) or str(error)
+    return message, getattr(error, "cure", "")

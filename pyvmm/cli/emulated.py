@@ -1,0 +1,138 @@
+"""`pyvmm run` in an emulated KVM host: checked here, run there, with this terminal and exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+
+from pyvmm import images
+from pyvmm.emulated_host import (
+    OWN_MEMORY_MIB,
+    EmulatedHost,
+    EmulatedHostSpec,
+    HostDisk,
+    HostImage,
+    HostSink,
+)
+from pyvmm.emulated_host.launch import find_program
+from pyvmm.errors import ConfigError
+from pyvmm.host import log
+from pyvmm.host.files import open_image
+from pyvmm.machine.builder import check_boot
+from pyvmm.machine.outcome import Ending
+from pyvmm.machine.spec import VmSpec, to_json
+from pyvmm.platform.console import standard_fds
+from pyvmm.platform.escape import HELP, Command, EscapeParser
+from pyvmm.platform.terminal import Terminal, is_terminal
+
+_MIB = 1 << 20
+_TRACE_PATH = "/run/pyvmm-trace"
+
+
+def run_emulated(spec: VmSpec) -> int:
+    """Run `spec` in an emulated KVM host; the exit code is the guest's.
+
+    Everything the user may have got wrong is found here, before the emulated host starts: it takes
+    seconds to come up. The disks stay locked by this process until it has gone.
+    """
+    with ExitStack() as closing:
+        check_boot(spec)
+        disks = tuple(_open_disk(disk.path, disk.read_only, closing) for disk in spec.disks)
+        sinks = _trace_sink(spec, closing)
+        if sinks:
+            spec = replace(spec, trace_file=sinks[0].path)
+        host = EmulatedHostSpec(
+            image=_host_image(),
+            memory_mib=spec.memory // _MIB + OWN_MEMORY_MIB,
+            disks=disks,
+            sinks=sinks,
+        )
+        # -P: the current directory is the user's, not a place for modules.
+        argv = [sys.executable, "-P", "-m", "pyvmm.cli.inside", to_json(spec)]
+        return _join_terminal(host, argv)
+
+
+def _open_disk(path: str, read_only: bool, closing: ExitStack) -> HostDisk:
+    image = open_image(path, read_only=read_only)
+    closing.callback(image.close)
+    for hint in image.hints:
+        log.to_stderr(hint)
+    return HostDisk(path, read_only, image.fd)
+
+
+def _trace_sink(spec: VmSpec, closing: ExitStack) -> tuple[HostSink, ...]:
+    if not spec.trace or spec.trace_file is None:
+        return ()
+    try:
+        file = open(spec.trace_file, "wb")  # noqa: SIM115 - `closing` closes it
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {spec.trace_file}: {error.strerror}",
+            cure="name a file in a writable directory",
+            option="--trace-file",
+        ) from None
+    closing.callback(file.close)
+    return (HostSink(_TRACE_PATH, file.fileno()),)
+
+
+def _host_image() -> HostImage:
+    busybox = find_program("busybox")
+    if busybox is None:
+        raise ConfigError(
+            "the emulated KVM host needs busybox, statically linked",
+            cure="apt-get install busybox-static",
+        )
+    made = images.host_artifacts(make=True)
+    return HostImage(made.vmlinux, made.modules, busybox)
+
+
+def _join_terminal(spec: EmulatedHostSpec, argv: list[str]) -> int:
+    stdin, stdout = standard_fds()
+    keyboard = _Keyboard()
+    with ExitStack() as closing:
+        null = os.open(os.devnull, os.O_WRONLY)
+        closing.callback(os.close, null)
+        host = EmulatedHost(
+            spec,
+            argv,
+            stdin=stdin,
+            stdout=null if stdout is None else stdout,
+            stderr=2 if sys.stderr is not None else null,
+            on_input=keyboard.filter if is_terminal(stdin) else None,
+        )
+        keyboard.on_quit = lambda: host.request_stop(signal.SIGTERM)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            before = signal.signal(number, lambda number, _: host.request_stop(number))
+            closing.callback(signal.signal, number, before)
+        closing.enter_context(Terminal(stdin))
+        host.start()
+        code = host.wait()
+    if keyboard.quitting:
+        log.to_stderr("ended by Ctrl-A x")
+        return Ending.QUIT.value
+    return code
+
+
+class _Keyboard:
+    """The Ctrl-A keys, taken out on this side: they must work even if the other side hangs."""
+
+    def __init__(self) -> None:
+        self._parser = EscapeParser()
+        self.quitting = False
+        self.on_quit: Callable[[], None] = lambda: None
+
+    def filter(self, data: bytes) -> bytes:
+        """What of `data` is for the guest."""
+        to_guest, commands = self._parser.feed(data)
+        for command in commands:
+            if command is Command.QUIT:
+                self.quitting = True
+                self.on_quit()
+            else:
+                sys.stdout.write("\r\n" + HELP.replace("\n", "\r\n"))
+                sys.stdout.flush()
+        return to_guest

@@ -1,0 +1,30 @@
+"""What runs inside the emulated KVM host: a checked specification, straight to the machine.
+
+The outer `pyvmm run` has read the options and checked the files; importing the command line again
+would cost the emulated processor half a second.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def main() -> int:
+    """Run the specification in argv[1], a JSON text; the guest's exit code."""
+    from pyvmm.errors import PyvmmError
+    from pyvmm.machine.launch import run_here
+    from pyvmm.machine.spec import from_json
+
+    try:
+        return run_here(from_json(sys.argv[1]), quiet=True)
+    except PyvmmError as error:
+        print(f"pyvmm: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

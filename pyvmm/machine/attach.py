@@ -1,0 +1,71 @@
+"""Plugs a virtio-mmio transport into a machine: its window, its kicks and its interrupt.
+
+One sequence for every device, so that none can be half attached: the bus answers the registers,
+an ioeventfd per queue catches the writes to QueueNotify in the kernel, an irqfd raises the GSI.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+from pyvmm.bus import Bus
+from pyvmm.host.log import RateLimited
+from pyvmm.host.syscalls import EventFd
+from pyvmm.kvm.vm import Vm
+from pyvmm.machine.resources import VirtioSlot
+from pyvmm.machine.trace import Hook, Trace
+from pyvmm.memory import GuestMemory
+from pyvmm.transport.events import BadAccess, RegisterAccess
+from pyvmm.transport.mmio import MmioTransport
+from pyvmm.transport.mmio_registers import QUEUE_NOTIFY
+from pyvmm.virtio.device import VirtioDevice
+
+_NOTIFY_BYTES = 4
+
+
+def attach_virtio_mmio(
+    device: VirtioDevice,
+    slot: VirtioSlot,
+    *,
+    vm_name: str,
+    vm: Vm,
+    memory: GuestMemory,
+    bus: Bus,
+    trace: Trace,
+    closing: ExitStack,
+) -> MmioTransport:
+    """Give `device` the window and the interrupt of `slot`; `closing` undoes it in reverse order.
+
+    Raises HostError if KVM refuses.
+    """
+    interrupt = EventFd()
+    closing.callback(interrupt.close)
+    transport = MmioTransport(
+        device,
+        memory,
+        interrupt.signal,
+        log=RateLimited(prefix=f"{vm_name}: {device.name}: "),
+        trace=_virtio_hook(trace),
+    )
+    closing.callback(transport.close)
+    bus.register(slot.base, slot.size, transport)
+    vm.irqfd(interrupt.fd, slot.gsi)
+    closing.callback(vm.irqfd, interrupt.fd, slot.gsi, deassign=True)
+    address = slot.base + QUEUE_NOTIFY
+    for index, kick in enumerate(transport.kicks):
+        vm.ioeventfd(kick.fd, address, _NOTIFY_BYTES, datamatch=index)
+    return transport
+
+
+def _virtio_hook(trace: Trace) -> Hook | None:
+    """One hook for what a transport tells: register accesses, and all that follows from them."""
+    registers, status = trace.hook("registers"), trace.hook("status")
+    if registers is None and status is None:
+        return None
+
+    def dispatch(event: object) -> None:
+        hook = registers if isinstance(event, (RegisterAccess, BadAccess)) else status
+        if hook is not None:
+            hook(event)
+
+    return dispatch

@@ -1,0 +1,179 @@
+"""From a checked specification to a machine that can run, in short stages.
+
+`prepare` does all that needs no KVM: it opens the disks and fills guest memory, so whatever the
+user got wrong shows there, also when the machine will run elsewhere. `assemble` adds KVM. What a
+stage opens is closed in reverse order, whichever stage fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from pyvmm.boot import x86 as boot
+from pyvmm.bus import Bus, Handler
+from pyvmm.kvm import kick
+from pyvmm.kvm.system import Kvm
+from pyvmm.kvm.vcpu import Vcpu
+from pyvmm.kvm.vm import Vm
+from pyvmm.kvm.x86.boot_vcpu import setup_boot_vcpu, setup_vcpu
+from pyvmm.machine.attach import attach_virtio_mmio
+from pyvmm.machine.cmdline import command_line
+from pyvmm.machine.disks import open_disk
+from pyvmm.machine.resources import VirtioSlot, virtio_slots
+from pyvmm.machine.spec import VmSpec
+from pyvmm.machine.trace import Trace
+from pyvmm.memory import GuestMemory
+from pyvmm.memory import layout_x86 as layout
+from pyvmm.platform.serial import Serial
+from pyvmm.platform.x86 import acpi_pm, cmos, i8042
+from pyvmm.transport.mmio import MmioTransport
+from pyvmm.virtio.device import VirtioDevice
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All of a machine that needs no KVM: memory with the kernel in it, and open devices."""
+
+    spec: VmSpec
+    memory: GuestMemory
+    devices: tuple[VirtioDevice, ...]
+    slots: tuple[VirtioSlot, ...]
+    entry: boot.Entry
+
+
+@dataclass(frozen=True)
+class Parts:
+    """An assembled machine, ready for its vCPU threads."""
+
+    prepared: Prepared
+    vm: Vm
+    ports: Bus
+    mmio: Bus
+    serial: Serial
+    transports: tuple[MmioTransport, ...]
+    vcpus: tuple[Vcpu, ...]
+
+
+def prepare(spec: VmSpec, trace: Trace, closing: ExitStack, *, quiet: bool = False) -> Prepared:
+    """Open the disks and load the kernel. Raises ConfigError for what the user can mend.
+
+    `quiet` asks the kernel for little console output (unless the user's command line differs).
+    """
+    requests = trace.hook("requests")
+    devices = tuple(open_disk(disk, requests, closing) for disk in spec.disks)
+    slots = virtio_slots(len(devices))
+    memory, entry = _load(spec, slots, closing, quiet=quiet)
+    return Prepared(spec, memory, devices, slots, entry)
+
+
+def check_boot(spec: VmSpec) -> None:
+    """Raise the ConfigError that loading the kernel would raise, and keep nothing."""
+    with ExitStack() as closing:
+        _load(spec, virtio_slots(len(spec.disks)), closing, quiet=True)
+
+
+def _load(
+    spec: VmSpec, slots: tuple[VirtioSlot, ...], closing: ExitStack, *, quiet: bool
+) -> tuple[GuestMemory, boot.Entry]:
+    memory = GuestMemory(layout.ram_ranges(spec.memory))
+    closing.callback(memory.close)
+    entry = boot.load(
+        memory,
+        kernel=spec.kernel,
+        initrd=spec.initrd,
+        cmdline=command_line(spec, quiet=quiet),
+        acpi=boot.AcpiConfig(
+            cpus=spec.cpus,
+            virtio=tuple(boot.VirtioMmioDevice(s.base, s.size, s.gsi) for s in slots),
+        ),
+        virtio_discovery=spec.discovery,
+    )
+    return memory, entry
+
+
+def assemble(
+    prepared: Prepared, trace: Trace, sink: Callable[[bytes], None], closing: ExitStack
+) -> Parts:
+    """Put the machine together around KVM; `sink` gets the serial port's output.
+
+    Raises ConfigError or HostError if this machine's KVM is not up to it.
+    """
+    kick.install()
+    kvm = Kvm.open()
+    closing.callback(kvm.close)
+    kvm.check_required()
+    vm = kvm.create_vm()
+    closing.callback(vm.close)
+    _add_memory(vm, prepared.memory)
+    _add_irqchip(vm)
+    ports, mmio = Bus("I/O port"), Bus("MMIO")
+    serial = _add_platform(vm, ports, sink)
+    transports = tuple(
+        attach_virtio_mmio(
+            device,
+            slot,
+            vm_name=prepared.spec.name,
+            vm=vm,
+            memory=prepared.memory,
+            bus=mmio,
+            trace=trace,
+            closing=closing,
+        )
+        for device, slot in zip(prepared.devices, prepared.slots, strict=True)
+    )
+    vcpus = _add_vcpus(kvm, vm, prepared, closing)
+    return Parts(prepared, vm, ports, mmio, serial, transports, vcpus)
+
+
+def _add_memory(vm: Vm, memory: GuestMemory) -> None:
+    for slot, region in enumerate(memory.regions):
+        vm.set_memory_region(slot, region.guest_addr, region.size, region.host_addr)
+
+
+def _add_irqchip(vm: Vm) -> None:
+    vm.set_tss_addr(layout.KVM_TSS)
+    vm.set_identity_map_addr(layout.KVM_IDENTITY_MAP)
+    vm.create_irqchip()
+    vm.create_pit2()
+
+
+def _add_platform(vm: Vm, ports: Bus, sink: Callable[[bytes], None]) -> Serial:
+    def interrupt(level: bool) -> None:
+        vm.irq_line(layout.SERIAL_GSI, level)
+
+    serial = Serial(interrupt, sink)
+    fixed: list[tuple[int, int, Handler]] = [
+        (layout.SERIAL_PORT, layout.SERIAL_PORTS, serial),
+        (layout.I8042_DATA_PORT, i8042.PORTS, i8042.I8042()),
+        (layout.ACPI_SLEEP_CONTROL_PORT, acpi_pm.PORTS, acpi_pm.AcpiPm()),
+        (cmos.CMOS_PORT, cmos.PORTS, cmos.Cmos()),
+        (cmos.DELAY_PORT, 1, cmos.DelayPort()),
+    ]
+    for start, size, handler in fixed:
+        ports.register(start, size, handler)
+    return serial
+
+
+def _add_vcpus(kvm: Kvm, vm: Vm, prepared: Prepared, closing: ExitStack) -> tuple[Vcpu, ...]:
+    count = prepared.spec.cpus
+    supported = kvm.supported_cpuid()
+    vcpus = []
+    for index in range(count):
+        vcpu = vm.create_vcpu(index)
+        closing.callback(vcpu.close)
+        setup_vcpu(vcpu, supported, index, count)
+        vcpus.append(vcpu)
+    entry = prepared.entry
+    setup_boot_vcpu(
+        vcpus[0],
+        mode="long64" if entry.mode == boot.LONG64 else "protected32",
+        rip=entry.rip,
+        gdt_base=entry.gdt_base,
+        rsp=entry.rsp,
+        rsi=entry.rsi,
+        rbx=entry.rbx,
+        cr3=entry.cr3,
+    )
+    return tuple(vcpus)

@@ -1,0 +1,95 @@
+"""Runs a specification on this machine's KVM, joined to this process's terminal, to its end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from pyvmm.boot.diagnosis import PANIC, ConsoleWatcher
+from pyvmm.host import log
+from pyvmm.machine.builder import Prepared, assemble, prepare
+from pyvmm.machine.machine import Machine
+from pyvmm.machine.outcome import Ending, Outcome
+from pyvmm.machine.spec import VmSpec
+from pyvmm.machine.trace import Trace
+from pyvmm.platform.console import Console, standard_fds
+from pyvmm.transport.mmio import MmioTransport
+from pyvmm.virtio import constants
+
+_SILENCE_SECONDS = 20.0
+
+
+class Attendant:
+    """Watches a guest's console for what goes wrong, and says each thing once."""
+
+    def __init__(self, name: str, prepared: Prepared) -> None:
+        self._name = name
+        self._cmdline = prepared.entry.cmdline
+        self._transports: Sequence[MmioTransport] = ()
+        self.watcher = ConsoleWatcher(self._disk_ready)
+        self.observe = self.watcher.feed
+        self._said: set[str] = set()
+        self._start = time.monotonic()
+
+    def attend(self, transports: Sequence[MmioTransport]) -> None:
+        """Take the devices' word for whether a driver has found them."""
+        self._transports = transports
+
+    def look(self) -> None:
+        """Say what is new since the last look: the most telling finding, or that all is silent."""
+        waited = time.monotonic() - self._start
+        found = self.watcher.diagnosis or self.watcher.silence_hint(
+            self._cmdline, waited, patience=_SILENCE_SECONDS
+        )
+        if found is not None and found.kind not in self._said:
+            self._said.add(found.kind)
+            log.to_stderr(f"{self._name}: {found}")
+
+    def saw_panic(self) -> bool:
+        """Whether the guest's kernel panicked."""
+        return any(finding.kind == PANIC for finding in self.watcher.findings)
+
+    def _disk_ready(self) -> bool:
+        return any(t.read_status() & constants.VIRTIO_CONFIG_S_DRIVER_OK for t in self._transports)
+
+
+def run_here(spec: VmSpec, *, quiet: bool = False) -> int:
+    """Run `spec`; the exit code. Raises ConfigError or HostError if it cannot be started."""
+    with ExitStack() as closing:
+        trace = Trace(spec.trace, spec.trace_file)
+        closing.callback(trace.close)
+        prepared = prepare(spec, trace, closing, quiet=quiet)
+        attendant = Attendant(spec.name, prepared)
+        outcome = _run(prepared, attendant, trace, closing)
+    # The console is closed: the watcher has seen the last byte.
+    attendant.look()
+    if outcome.ending is Ending.RESET and attendant.saw_panic():
+        outcome = Outcome(Ending.PANIC, "the guest's kernel panicked")
+    _report(spec.name, outcome)
+    return outcome.exit_code
+
+
+def _run(
+    prepared: Prepared, attendant: Attendant, trace: Trace, closing: ExitStack
+) -> Outcome:
+    machine: Machine | None = None
+
+    def quit_guest() -> None:
+        if machine is not None:
+            machine.end(Outcome(Ending.QUIT, "ended by Ctrl-A x"))
+
+    console = Console(*standard_fds(), on_quit=quit_guest, observer=attendant.observe)
+    parts = assemble(prepared, trace, console.write, closing)
+    attendant.attend(parts.transports)
+    machine = Machine(parts, trace, console.release)
+    with console:
+        return machine.run(lambda: console.connect(parts.serial), attendant.look)
+
+
+def _report(name: str, outcome: Outcome) -> None:
+    if outcome.report:
+        print(outcome.report, file=sys.stderr)
+    if outcome.line:
+        log.to_stderr(f"{name}: {outcome.line}")

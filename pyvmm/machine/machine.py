@@ -1,0 +1,88 @@
+"""A machine that runs: starts the vCPUs, waits for the ending, and stops everything in order."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from threading import Event, Lock
+from types import FrameType
+from typing import Any
+
+from pyvmm.machine.builder import Parts
+from pyvmm.machine.outcome import Ending, Outcome
+from pyvmm.machine.run_loop import make_run_loop
+from pyvmm.machine.trace import Trace
+from pyvmm.machine.vcpu_runner import VcpuRunner
+
+# How long one Python thread may keep the interpreter from the others, in seconds. At the default of
+# 5 ms a vCPU busy with register accesses would hold up a disk's worker for that long.
+_SWITCH_INTERVAL = 50e-6
+
+_SIGNALS = {
+    signal.SIGINT: Outcome(Ending.INTERRUPTED, "interrupted"),
+    signal.SIGTERM: Outcome(Ending.TERMINATED, "terminated"),
+    signal.SIGHUP: Outcome(Ending.HUNG_UP, "the terminal was closed"),
+}
+
+
+class Machine:
+    """An assembled machine. `run` it once, in the main thread if signals shall end it."""
+
+    def __init__(self, parts: Parts, trace: Trace, unblock: Callable[[], None]) -> None:
+        """`unblock` frees vCPU threads that wait for somebody to read the console."""
+        self._parts = parts
+        self._unblock = unblock
+        self._ended = Event()
+        self._lock = Lock()
+        self._outcome: Outcome | None = None
+        exits = trace.hook("exits")
+        loop = make_run_loop(parts.ports, parts.mmio, exits)
+        self._runners = [
+            VcpuRunner(vcpu, loop, parts.prepared.memory, self.end, exits)
+            for vcpu in parts.vcpus
+        ]
+
+    def end(self, outcome: Outcome) -> None:
+        """The run is over, for this reason unless there was one before. Any thread may say so."""
+        with self._lock:
+            if self._outcome is None:
+                self._outcome = outcome
+        self._ended.set()
+
+    def run(self, on_start: Callable[[], None], on_idle: Callable[[], None]) -> Outcome:
+        """Run the guest until it ends; how it ended.
+
+        `on_start` is called when the vCPUs run, `on_idle` about every second from then on. On
+        return no vCPU runs, no device works, and guest memory no longer changes.
+        """
+        sys.setswitchinterval(_SWITCH_INTERVAL)
+        with ExitStack() as restoring:
+            self._catch_signals(restoring)
+            restoring.callback(self._stop)
+            for runner in self._runners:
+                runner.start()
+            on_start()
+            while not self._ended.wait(1.0):
+                on_idle()
+        assert self._outcome is not None
+        return self._outcome
+
+    def _stop(self) -> None:
+        self._unblock()
+        for runner in self._runners:
+            runner.stop()
+        for transport in self._parts.transports:
+            transport.device.reset()
+
+    def _catch_signals(self, restoring: ExitStack) -> None:
+        def on_signal(number: int, frame: FrameType | None) -> None:
+            self.end(_SIGNALS[signal.Signals(number)])
+
+        for number in _SIGNALS:
+            try:
+                before: Any = signal.signal(number, on_signal)
+            except ValueError:
+                return  # Not the main thread: whoever runs us takes the signals.
+            restoring.callback(signal.signal, number, before)
