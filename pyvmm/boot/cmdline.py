@@ -47,7 +47,7 @@ def split(cmdline: str) -> list[str]:
     for char in cmdline:
         if char == '"':
             quoted = not quoted
-        if char in " \t\n" and not quoted:
+        if char in " \t" and not quoted:
             if current:
                 parameters.append(current)
             current = ""

@@ -55,45 +55,43 @@ def _payload(kernel: ImageFile) -> bytes:
 
 
 def _unpack(kernel: ImageFile, payload: bytes) -> bytes:
+    if payload.startswith(_ELF_MAGIC):
+        return payload  # CONFIG_KERNEL_UNCOMPRESSED
+    unpacker = next((known for magic, known in _UNPACKERS if payload.startswith(magic)), None)
+    if unpacker is None:
+        raise kernel.error(f"{kernel.path} has a payload of an unknown kind: {payload[:6].hex()}")
     size = int.from_bytes(payload[-_SIZE_FIELD:], "little")
     if not 0 < size <= _MAX_UNPACKED:
         raise kernel.error(f"{kernel.path} is damaged: its payload would unpack to {size} bytes")
-    for magic, unpacker in _UNPACKERS:
-        if payload.startswith(magic):
-            vmlinux = unpacker(kernel, payload, size)
-            break
-    else:
-        if payload.startswith(_ELF_MAGIC):
-            return payload  # CONFIG_KERNEL_UNCOMPRESSED
-        raise kernel.error(f"{kernel.path} has a payload of an unknown kind: {payload[:6].hex()}")
+    vmlinux = unpacker(kernel, payload, size + 1)  # one more shows that there is more
     if len(vmlinux) != size:
         raise kernel.error(
-            f"{kernel.path} is damaged: its payload unpacks to {len(vmlinux)} bytes, not {size}"
+            f"{kernel.path} is damaged: its payload does not unpack to the {size} bytes it says"
         )
     return vmlinux
 
 
-_Unpacker = Callable[[ImageFile, bytes, int], bytes]
+_Unpacker = Callable[[ImageFile, bytes, int], bytes]  # the file, its payload, most bytes wanted
 
 
-def _gzip(kernel: ImageFile, payload: bytes, size: int) -> bytes:
+def _gzip(kernel: ImageFile, payload: bytes, most: int) -> bytes:
     import zlib
 
     return _guarded(
-        kernel, lambda: zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(payload, size)
+        kernel, lambda: zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(payload, most)
     )
 
 
-def _bzip2(kernel: ImageFile, payload: bytes, size: int) -> bytes:
+def _bzip2(kernel: ImageFile, payload: bytes, most: int) -> bytes:
     import bz2
 
-    return _guarded(kernel, lambda: bz2.BZ2Decompressor().decompress(payload, size))
+    return _guarded(kernel, lambda: bz2.BZ2Decompressor().decompress(payload, most))
 
 
-def _xz(kernel: ImageFile, payload: bytes, size: int) -> bytes:
+def _xz(kernel: ImageFile, payload: bytes, most: int) -> bytes:
     import lzma  # reads .xz and the older .lzma alike, with the x86 branch filter
 
-    return _guarded(kernel, lambda: lzma.LZMADecompressor().decompress(payload, size))
+    return _guarded(kernel, lambda: lzma.LZMADecompressor().decompress(payload, most))
 
 
 def _guarded(kernel: ImageFile, unpack: Callable[[], bytes]) -> bytes:
@@ -106,7 +104,7 @@ def _guarded(kernel: ImageFile, unpack: Callable[[], bytes]) -> bytes:
 def _command(program: str, package: str) -> _Unpacker:
     """An unpacker that pipes through `program`, which Debian has in `package`."""
 
-    def unpack(kernel: ImageFile, payload: bytes, size: int) -> bytes:
+    def unpack(kernel: ImageFile, payload: bytes, most: int) -> bytes:
         import subprocess
 
         try:

@@ -44,8 +44,8 @@ def load_initrd(
     """Read the initrd into guest RAM; (address, bytes).
 
     `kernel` is (start, end) of what the kernel needs while it starts; `addr_max` is the highest
-    address that a byte of the initrd may have. It goes above the kernel, or in a small guest between
-    1 MiB and the kernel. Raises ConfigError, naming sizes, if it fits nowhere.
+    address that a byte of the initrd may have. It goes above the kernel, or in a small guest
+    between 1 MiB and the kernel. Raises ConfigError, naming sizes, if it fits nowhere.
     """
     top = min(addr_max + 1, memory.regions[0].end)
     above = (top - initrd.size) & -_PAGE

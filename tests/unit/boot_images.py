@@ -1,0 +1,149 @@
+"""Writers of small kernels for the boot tests: from the specifications, not the code under test."""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pyvmm.boot import x86
+from pyvmm.memory import GuestMemory, layout_x86
+
+MIB = 1 << 20
+CODE = bytes(range(256)) * 8  # 2 KiB that can be recognised in guest memory
+
+
+def bzimage(
+    *,
+    code: bytes = CODE,
+    setup_sects: int = 4,
+    magic: bytes = b"HdrS",
+    version: int = 0x020F,
+    loadflags: int = 1,
+    xloadflags: int = 1,
+    syssize: int | None = None,
+    alignment: int = 0x20_0000,
+    relocatable: int = 1,
+    pref_address: int = 0x100_0000,
+    init_size: int = 0x80_0000,
+    initrd_addr_max: int = 0x7FFF_FFFF,
+    cmdline_size: int = 2047,
+    jump: int = 0x6A,
+    payload: tuple[int, int] = (0, 0),
+    banner: bytes = b"6.1.0-test (someone@example) #1",
+) -> bytes:
+    """A bzImage by boot.rst; `setup_sects` is what the header says, 0 stands for 4 there."""
+    sectors = setup_sects or 4
+    image = bytearray((sectors + 1) * 512)
+    struct.pack_into("<BHI", image, 0x1F1, setup_sects, 1, (syssize or -(-len(code) // 16)))
+    image[0x1FE:0x200] = b"\x55\xaa"
+    image[0x200:0x202] = bytes([0xEB, jump])
+    image[0x202:0x206] = magic
+    struct.pack_into("<H", image, 0x206, version)
+    struct.pack_into("<H", image, 0x20E, 0x400)
+    image[0x600 : 0x600 + len(banner)] = banner
+    image[0x211] = loadflags
+    struct.pack_into("<I", image, 0x22C, initrd_addr_max)
+    struct.pack_into("<IBBH", image, 0x230, alignment, relocatable, 21, xloadflags)
+    struct.pack_into("<I", image, 0x238, cmdline_size)
+    struct.pack_into("<II", image, 0x248, *payload)
+    struct.pack_into("<QI", image, 0x258, pref_address, init_size)
+    return bytes(image) + code.ljust(-(-len(code) // 16) * 16, b"\0")
+
+
+@dataclass
+class Load:
+    """A PT_LOAD program header; sizes follow `data` where they are not given."""
+
+    paddr: int = 0x100_0000
+    data: bytes = CODE
+    offset: int | None = None
+    filesz: int | None = None
+    memsz: int | None = None
+    kind: int = 1
+
+
+@dataclass
+class Elf:
+    """An ELF64 kernel by the ELF specification; `note` is the value of the PVH note, or None."""
+
+    loads: list[Load] = field(default_factory=lambda: [Load()])
+    note: int | None = 0x100_0040
+    entry: int = 0x100_0000
+    elf_class: int = 2
+    data: int = 1
+    kind: int = 2
+    machine: int = 62
+    phoff: int = 64
+    phentsize: int = 56
+    phnum: int | None = None
+
+    def build(self) -> bytes:
+        headers = list(self.loads)
+        if self.note is not None:
+            other = struct.pack("<III4sI", 4, 4, 6, b"Xen\0", 0)  # one that is not looked for
+            value = struct.pack("<III4sI", 4, 4, 18, b"Xen\0", self.note)
+            headers.append(Load(paddr=0, data=other + value, kind=4))
+        body = b""
+        start = 64 + 56 * len(headers)
+        table = b""
+        for load in headers:
+            size = len(load.data)
+            offset = start + len(body) if load.offset is None else load.offset
+            filesz = size if load.filesz is None else load.filesz
+            memsz = filesz if load.memsz is None else load.memsz
+            table += struct.pack(
+                "<IIQQQQQQ", load.kind, 5, offset, load.paddr, load.paddr, filesz, memsz, 4
+            )
+            body += load.data
+        ident = b"\x7fELF" + bytes([self.elf_class, self.data, 1]) + bytes(9)
+        header = ident + struct.pack(
+            "<HHIQQQIHHHHHH",
+            self.kind,
+            self.machine,
+            1,
+            self.entry,
+            self.phoff,
+            0,
+            0,
+            64,
+            self.phentsize,
+            len(headers) if self.phnum is None else self.phnum,
+            0,
+            0,
+            0,
+        )
+        return header + table + body
+
+
+def guest_memory(mebibytes: int = 64) -> GuestMemory:
+    return GuestMemory(layout_x86.ram_ranges(mebibytes * MIB))
+
+
+def boot(
+    directory: Path,
+    kernel: bytes,
+    *,
+    initrd: bytes | None = None,
+    cmdline: str = "console=ttyS0",
+    memory: GuestMemory | None = None,
+    acpi: x86.AcpiConfig | None = None,
+    virtio_discovery: str = "auto",
+) -> tuple[x86.Entry, GuestMemory]:
+    """Write the files and load them; the entry and the memory."""
+    path = directory / "kernel"
+    path.write_bytes(kernel)
+    ramdisk = None
+    if initrd is not None:
+        ramdisk = directory / "initrd"
+        ramdisk.write_bytes(initrd)
+    memory = memory or guest_memory()
+    entry = x86.load(
+        memory,
+        kernel=str(path),
+        initrd=str(ramdisk) if ramdisk else None,
+        cmdline=cmdline,
+        acpi=acpi or x86.AcpiConfig(),
+        virtio_discovery=virtio_discovery,
+    )
+    return entry, memory

@@ -1,0 +1,215 @@
+"""ACPI tables: read back with a decoder of our own, and by ACPICA's iasl."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pyvmm.boot.x86 import AcpiConfig, VirtioMmioDevice, acpi, aml
+from pyvmm.memory import layout_x86
+
+IASL = shutil.which("iasl")
+needs_iasl = pytest.mark.skipif(not IASL, reason="no iasl: apt install acpica-tools")
+
+DEVICES = tuple(
+    VirtioMmioDevice(0xD000_0000 + n * 0x1000, 0x200, gsi)
+    for n, gsi in enumerate(layout_x86.VIRTIO_GSIS)
+)
+CONFIGS = {
+    "one-cpu": AcpiConfig(),
+    "disks": AcpiConfig(cpus=4, virtio=DEVICES[:2]),
+    "everything": AcpiConfig(cpus=300, virtio=DEVICES),
+    "bare": AcpiConfig(cpus=1, serial=False, i8042=False),
+}
+
+
+def parse(tables: acpi.AcpiTables) -> dict[str, bytes]:
+    """Follow the pointers from the RSDP, as a kernel does; tables by signature."""
+
+    def at(address: int, size: int) -> bytes:
+        start = address - tables.rsdp
+        assert start >= 0 and start + size <= len(tables.blob)
+        return tables.blob[start : start + size]
+
+    def table(address: int) -> bytes:
+        content = at(address, struct.unpack("<I", at(address + 4, 4))[0])
+        assert sum(content) % 256 == 0, "checksum"
+        return content
+
+    rsdp = at(tables.rsdp, 36)
+    assert rsdp[:8] == b"RSD PTR " and rsdp[15] == 2
+    assert sum(rsdp[:20]) % 256 == 0 and sum(rsdp) % 256 == 0
+    length, address = struct.unpack_from("<IQ", rsdp, 20)
+    assert length == 36
+    xsdt = table(address)
+    found = {"XSDT": xsdt}
+    for (pointer,) in struct.iter_unpack("<Q", xsdt[36:]):
+        content = table(pointer)
+        found[content[:4].decode()] = content
+    (dsdt,) = struct.unpack_from("<Q", found["FACP"], 140)
+    found["DSDT"] = table(dsdt)
+    return found
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_every_table_is_reached_with_its_checksum_right(config: AcpiConfig) -> None:
+    found = parse(acpi.build(config))
+    assert set(found) == {"XSDT", "FACP", "APIC", "DSDT"}
+
+
+def test_rsdp_can_also_be_found_by_searching() -> None:
+    address = acpi.build(AcpiConfig()).rsdp
+    assert 0xE0000 <= address < 0x100000 and address % 16 == 0
+
+
+def test_fadt_has_the_registers_of_the_map() -> None:
+    fadt = parse(acpi.build(AcpiConfig()))["FACP"]
+    assert len(fadt) == 276 and fadt[8] == 6
+
+    def register(offset: int) -> tuple[int, ...]:
+        return struct.unpack_from("<BBBBQ", fadt, offset)
+
+    assert register(116) == (1, 8, 0, 1, 0x602), "reset"
+    assert fadt[128] == 1
+    assert register(244) == (1, 8, 0, 1, 0x600), "sleep control"
+    assert register(256) == (1, 8, 0, 1, 0x601), "sleep status"
+    (flags,) = struct.unpack_from("<I", fadt, 112)
+    assert flags & 1 << 20, "hardware-reduced"
+    assert flags & 1 << 10, "reset register supported"
+    (boot,) = struct.unpack_from("<H", fadt, 109)
+    assert boot == 0b100111, "legacy devices, 8042; no VGA, no CMOS clock"
+    bare = parse(acpi.build(CONFIGS["bare"]))["FACP"]
+    assert struct.unpack_from("<H", bare, 109)[0] == 0b100100
+
+
+def test_madt_has_every_cpu_and_the_io_apic() -> None:
+    madt = parse(acpi.build(AcpiConfig(cpus=300)))["APIC"]
+    assert struct.unpack_from("<I", madt, 36)[0] == 0xFEE0_0000
+    ids, io_apics = [], []
+    offset = 44
+    while offset < len(madt):
+        kind, size = madt[offset], madt[offset + 1]
+        if kind == 0:
+            uid, apic_id, flags = struct.unpack_from("<BBI", madt, offset + 2)
+            assert uid == apic_id and flags == 1
+            ids.append(apic_id)
+        elif kind == 9:
+            apic_id, flags, uid = struct.unpack_from("<III", madt, offset + 4)
+            assert uid == apic_id and flags == 1
+            ids.append(apic_id)
+        else:
+            assert kind == 1
+            io_apics.append(struct.unpack_from("<BxII", madt, offset + 2))
+        offset += size
+    assert ids == list(range(300)), "255 is the broadcast id of xAPIC: such a CPU needs x2APIC"
+    assert io_apics == [(0, 0xFEC0_0000, 0)]
+
+
+def run_iasl(directory: Path, *arguments: str) -> str:
+    assert IASL
+    done = subprocess.run(
+        [IASL, *arguments], cwd=directory, capture_output=True, text=True, timeout=60, check=False
+    )
+    said = done.stdout + done.stderr
+    assert done.returncode == 0, said
+    assert not re.search(r"warning|error|invalid|unknown|could not", _harmless(said), re.I), said
+    return said
+
+
+def _harmless(said: str) -> str:
+    """What iasl said without the lines that count the complaints as none."""
+    return re.sub(r"0 Errors, 0 Warnings, 0 Remarks", "", said)
+
+
+def disassemble(directory: Path, config: AcpiConfig) -> dict[str, str]:
+    sources = {}
+    for signature, content in parse(acpi.build(config)).items():
+        (directory / f"{signature}.dat").write_bytes(content)
+        run_iasl(directory, "-d", f"{signature}.dat")
+        sources[signature] = (directory / f"{signature}.dsl").read_text()
+    return sources
+
+
+@needs_iasl
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_iasl_disassembles_every_table_without_complaint(
+    tmp_path: Path, config: AcpiConfig
+) -> None:
+    for source in disassemble(tmp_path, config).values():
+        header = source.partition("*/")[0]
+        assert "Incorrect" not in source and "Invalid" not in source
+        assert "**" not in header.replace("****", "")
+        assert "Unknown" not in source and "ERROR" not in source
+
+
+@needs_iasl
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_iasl_compiles_what_it_disassembled(tmp_path: Path, config: AcpiConfig) -> None:
+    disassemble(tmp_path, config)
+    for signature in ("DSDT", "FACP", "APIC"):
+        said = run_iasl(tmp_path, "-p", f"again-{signature}", f"{signature}.dsl")
+        assert "0 Errors, 0 Warnings, 0 Remarks" in said
+    for signature in ("FACP", "APIC"):
+        again = (tmp_path / f"again-{signature}.aml").read_bytes()
+        first = (tmp_path / f"{signature}.dat").read_bytes()
+        # The compiler puts its own name and version into the header, and the checksum follows.
+        assert again[36:] == first[36:]
+
+
+@needs_iasl
+def test_iasl_reads_the_devices_that_are_meant(tmp_path: Path) -> None:
+    dsdt = disassemble(tmp_path, CONFIGS["disks"])["DSDT"]
+    assert len(re.findall(r'Name \(_HID, "LNRO0005"\)', dsdt)) == 2
+    for device in DEVICES[:2]:
+        block = dsdt.partition(f"0x{device.base:08X}")[2].partition("Device")[0]
+        assert "0x00000200" in block
+        assert re.search(r"Interrupt \(ResourceConsumer, Edge, ActiveHigh, Exclusive", block)
+        assert f"0x{device.gsi:08X}" in block
+    serial = dsdt.partition("Device (COM1)")[2]
+    assert '_HID, EisaId ("PNP0501")' in serial
+    assert serial.count("0x03F8") == 2 and "0x00000004" in serial
+    assert len(re.findall(r'Name \(_HID, "ACPI0007"', dsdt)) == 4
+    power_off = re.search(r"Name \(\\?_S5, Package.*?\{(.*?)\}", dsdt, re.DOTALL)
+    assert power_off
+    assert "0x05" in power_off[1].split(",")[0]
+    assert "COM1" not in disassemble(tmp_path, CONFIGS["bare"])["DSDT"]
+
+
+@pytest.mark.parametrize(
+    ("value", "encoded"),
+    [
+        (0, "00"),
+        (1, "01"),
+        (2, "0a02"),
+        (0x100, "0b0001"),
+        (0x1_0000, "0c00000100"),
+        (1 << 32, "0e0000000001000000"),
+    ],
+)
+def test_aml_integers_are_the_shortest(value: int, encoded: str) -> None:
+    assert aml.integer(value).hex() == encoded
+
+
+@pytest.mark.parametrize("size", [0, 50, 62, 63, 64, 4000, 4100, 70_000])
+def test_aml_package_lengths_count_themselves(size: int) -> None:
+    encoded = aml.scope("ABCD", bytes(size))
+    lead = encoded[1]
+    extra = lead >> 6
+    length = lead & 0x3F
+    if extra:
+        length = lead & 0xF | int.from_bytes(encoded[2 : 2 + extra], "little") << 4
+    assert length == len(encoded) - 1
+
+
+def test_aml_refuses_what_it_cannot_say() -> None:
+    with pytest.raises(ValueError):
+        aml.integer(1 << 64)
+    with pytest.raises(ValueError):
+        aml.scope("ABCD", bytes(1 << 28))
+    with pytest.raises(ValueError):
+        acpi.build(AcpiConfig(cpus=20_000))

@@ -1,0 +1,121 @@
+"""The vmlinux in a bzImage, for each way a kernel can be compressed."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from boot_images import CODE, Elf, Load, bzimage
+
+from pyvmm.boot.x86.payload import unpack_vmlinux
+from pyvmm.errors import ConfigError
+
+VMLINUX = Elf(loads=[Load(data=CODE * 40)]).build() + b"relocations"
+SIZE = len(VMLINUX).to_bytes(4, "little")
+X86_XZ = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "dict_size": 1 << 20}]
+
+
+def through(*command: str) -> bytes:
+    if not shutil.which(command[0]):
+        pytest.skip(f"no {command[0]}: apt install {command[0]}")
+    return subprocess.run(command, input=VMLINUX, capture_output=True, check=True).stdout
+
+
+def compressed(way: str) -> bytes:
+    if way == "gzip":
+        return gzip.compress(VMLINUX)
+    if way == "xz":
+        return lzma.compress(VMLINUX, check=lzma.CHECK_CRC32, filters=X86_XZ) + SIZE
+    if way == "lzma":
+        return lzma.compress(VMLINUX, format=lzma.FORMAT_ALONE) + SIZE
+    if way == "bzip2":
+        return bz2.compress(VMLINUX) + SIZE
+    if way == "lz4":
+        return through("lz4", "-l", "-c") + SIZE
+    return through("zstd", "-q", "-c") + SIZE
+
+
+def image(payload: bytes, *, offset: int = 0x300, length: int | None = None) -> bytes:
+    code = bytes(offset) + payload + bytes(100)
+    return bzimage(code=code, payload=(offset, len(payload) if length is None else length))
+
+
+def unpacked(directory: Path, kernel: bytes) -> bytes:
+    (directory / "vmlinuz").write_bytes(kernel)
+    unpack_vmlinux(str(directory / "vmlinuz"), str(directory / "vmlinux"))
+    return (directory / "vmlinux").read_bytes()
+
+
+def refused(directory: Path, kernel: bytes) -> str:
+    with pytest.raises(ConfigError) as caught:
+        unpacked(directory, kernel)
+    assert not list(directory.glob("vmlinux*")), "nothing half-written stays"
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("way", ["gzip", "xz", "lzma", "bzip2", "lz4", "zstd"])
+def test_every_compression(tmp_path: Path, way: str) -> None:
+    assert unpacked(tmp_path, image(compressed(way))) == VMLINUX
+
+
+@pytest.mark.parametrize("way", ["gzip", "xz", "lzma", "bzip2", "lz4", "zstd"])
+def test_damaged_payload(tmp_path: Path, way: str) -> None:
+    payload = bytearray(compressed(way))
+    for offset in range(20, min(len(payload) - 8, 120)):
+        payload[offset] ^= 0x5A
+    text = refused(tmp_path, image(bytes(payload)))
+    assert "damaged" in text or "not an ELF" in text
+
+
+def test_payload_outside_the_file(tmp_path: Path) -> None:
+    payload = compressed("gzip")
+    for length in (0, 1 << 30, 0xFFFF_FFFF):
+        assert "payload does not lie within" in refused(tmp_path, image(payload, length=length))
+
+
+def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
+    text = refused(tmp_path, image(compressed("xz")[:-4] + b"\xff\xff\xff\xff"))
+    assert "damaged" in text
+    assert "does not unpack to" in refused(tmp_path, image(compressed("xz")[:-4] + b"\x10\0\0\0"))
+
+
+def test_unknown_compression_and_what_is_no_elf(tmp_path: Path) -> None:
+    assert "unknown kind" in refused(tmp_path, image(b"whatever this is"))
+    assert "not an ELF" in refused(tmp_path, image(gzip.compress(b"no kernel")))
+
+
+def test_an_elf_and_other_files(tmp_path: Path) -> None:
+    (tmp_path / "elf").write_bytes(VMLINUX)
+    with pytest.raises(ConfigError, match="is an ELF already"):
+        unpack_vmlinux(str(tmp_path / "elf"), str(tmp_path / "out"))
+    with pytest.raises(ConfigError, match="No such file"):
+        unpack_vmlinux(str(tmp_path / "absent"), str(tmp_path / "out"))
+
+
+def test_missing_program_is_named_with_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = image(compressed("lz4"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "apt install lz4" in refused(tmp_path, kernel)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    kernel, output = tmp_path / "vmlinuz", tmp_path / "vmlinux"
+    kernel.write_bytes(image(compressed("gzip")))
+    module = [sys.executable, "-m", "pyvmm.boot.x86.payload"]
+    assert subprocess.run([*module, str(kernel), str(output)], check=False).returncode == 0
+    assert output.read_bytes() == VMLINUX
+    failed = subprocess.run(
+        [*module, str(tmp_path), str(output)], check=False, capture_output=True, text=True
+    )
+    assert failed.returncode == 1 and "a directory" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert subprocess.run(module, check=False, capture_output=True).returncode == 2
