@@ -83,9 +83,12 @@ class Arena:
 class MockSplitDriver:
     """Lays a split virtqueue of `size` descriptors out in guest memory and drives it.
 
-    With `event_idx` the driver behaves as if VIRTIO_F_EVENT_IDX was negotiated. Addresses are
-    guest-physical: `desc_addr`, `avail_addr`, `used_addr`.
+    With `event_idx` the driver behaves as if VIRTIO_F_EVENT_IDX was negotiated; while
+    `want_interrupts` it then asks for one with the next used buffer whenever it took one. Addresses
+    are guest-physical: `desc_addr`, `avail_addr`, `used_addr`.
     """
+
+    want_interrupts = True
 
     def __init__(
         self,
@@ -253,6 +256,9 @@ class MockSplitDriver:
         place = self.used_addr + 4 + 8 * (self._last_used % self.size)
         used = Used(*struct.unpack("<LL", self.memory.read(place, 8)))
         self._last_used = (self._last_used + 1) % 0x10000
+        if self.event_idx and self.want_interrupts:
+            self.used_event = self._last_used
+            full_fence()
         chain = self._chains.pop(used.head, None)
         if chain is not None:
             self._free.extend(reversed(chain.descriptors))

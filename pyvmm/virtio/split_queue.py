@@ -102,8 +102,10 @@ class SplitQueue:
 
     def pop(self) -> DescriptorChain | None:
         """The next available chain, or None. Raises DriverError, and then nothing is consumed."""
+        if not self.ready:
+            return None
         position = self._next_avail
-        if position == self._seen_avail and self._nothing_new():
+        if position == self._seen_avail and self._read_avail_idx() == position:
             return None
         head = self._avail[2 + (position & self._mask)]
         if head >= self.size:
@@ -137,9 +139,6 @@ class SplitQueue:
         self._in_flight[head] = 0
         self._last_head = -1
         self._next_avail = (self._next_avail - 1) & 0xFFFF
-
-    def _nothing_new(self) -> bool:
-        return not self.ready or self._read_avail_idx() == self._next_avail
 
     def _read_avail_idx(self) -> int:
         idx = self._avail[1]
