@@ -27,6 +27,7 @@ from pyvmm.errors import DriverError, HostError
 from pyvmm.testing.mmio_driver import InterruptLine, MmioDriver
 from pyvmm.transport.mmio import MmioTransport
 from pyvmm.virtio.device import Activation
+from pyvmm.virtio.lifecycle import DeviceState
 from pyvmm.virtio.queue import Queue
 from pyvmm.virtio.worker import QueueDevice
 
@@ -124,6 +125,33 @@ def test_no_event_is_lost_between_signalling_and_acknowledging_threads(
             if pending & 1 << kind:
                 handled[kind] = done[kind]
     finish(*workers)
+
+
+def test_an_event_in_the_middle_of_an_acknowledgement_is_kept(
+    bench: Bench, device: RecordingDevice
+) -> None:
+    """Reading, masking and writing back the interrupt status must be one step."""
+    signallers: list[Thread] = []
+
+    class Racing(DeviceState):
+        """Another thread signals just after the interrupt status was read."""
+
+        def __getattribute__(self, name: str) -> object:
+            value = super().__getattribute__(name)
+            if name == "interrupt_status" and value == 1 and not signallers:
+                signal = device.live.interrupt.signal_config_change
+                signallers.append(Thread(target=signal, daemon=True))
+                signallers[0].start()
+                signallers[0].join(0.1)
+            return value
+
+    bench.go_live()
+    device.live.interrupt.signal_used(0)
+    bench.negotiation.state.__class__ = Racing
+    bench.write(INTERRUPT_ACK, 1)
+    finish(*signallers)
+    assert len(signallers) == 1
+    assert bench.interrupt_status == 2
 
 
 def test_after_a_reset_the_last_life_s_interrupt_is_dead(
