@@ -117,6 +117,8 @@ class MockSplitDriver:
         self._last_used = start_index
         self._last_published = start_index
         self._avail[1] = self._used[1] = start_index
+        if event_idx:
+            self.used_event = start_index
 
     # --- descriptors -----------------------------------------------------------------------------
 

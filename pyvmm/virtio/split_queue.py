@@ -39,6 +39,7 @@ _DESC_SIZE = 16
 _CHAIN_FLAGS = DESC_F_NEXT | DESC_F_WRITE
 _unpack_desc = Struct("<QIHH").unpack_from  # struct virtq_desc: addr, len, flags, next
 _MAX_CHAIN_BYTES = 1 << 32
+_IN_FLIGHT = 1 << 62  # later than any batch
 
 _TABLE = "2.7.5 The Virtqueue Descriptor Table"
 _TABLE_DRIVER = "2.7.5.2 Driver Requirements: The Virtqueue Descriptor Table"
@@ -94,7 +95,10 @@ class SplitQueue:
         self._seen_avail = 0  # avail.idx as last read
         self._next_used = 0  # free-running, of the next used element to write
         self._published = 0  # used.idx as last written
-        self._in_flight = bytearray(size)  # by head: 1 between pop and add_used
+        # By head: _IN_FLIGHT between pop and add_used, then the batch that it is published with.
+        # The driver may offer a head again once it can know that it was used, not earlier.
+        self._busy_until = [-1] * size
+        self._batch = 0
         self._last_head = -1  # of the last pop, until it is stepped back or returned
         self._settled = (-1, -1)  # (avail.idx, _next_avail) at the last enable_notification
 
@@ -110,13 +114,13 @@ class SplitQueue:
         head = self._avail[2 + (position & self._mask)]
         if head >= self.size:
             raise DriverError(f"available head {head} in a queue of {self.size}", section=_TABLE)
-        in_flight = self._in_flight
-        if in_flight[head]:
+        busy_until = self._busy_until
+        if busy_until[head] >= self._batch:
             raise DriverError(
                 f"chain {head} was made available again before it was used", section=_SUPPLY
             )
         chain = self._parse(head)
-        in_flight[head] = 1
+        busy_until[head] = _IN_FLIGHT
         self._last_head = head
         self._next_avail = (position + 1) & 0xFFFF
         return chain
@@ -136,7 +140,7 @@ class SplitQueue:
         head = self._last_head
         if head < 0:
             raise ValueError("no chain to step back to")
-        self._in_flight[head] = 0
+        self._busy_until[head] = -1
         self._last_head = -1
         self._next_avail = (self._next_avail - 1) & 0xFFFF
 
@@ -216,9 +220,9 @@ class SplitQueue:
         Raises ValueError if the chain is not in flight.
         """
         head = chain.head
-        if not self._in_flight[head]:
+        if self._busy_until[head] != _IN_FLIGHT:
             raise ValueError(f"chain {head} is not in flight")
-        self._in_flight[head] = 0
+        self._busy_until[head] = self._batch
         self._last_head = -1
         if not self.ready:
             return
@@ -233,6 +237,7 @@ class SplitQueue:
             return False
         self._used[1] = new
         self._published = new
+        self._batch += 1
         # used.idx must be out before we look whether the driver wants to hear of it.
         full_fence()
         if self._event_idx:
@@ -284,7 +289,9 @@ class SplitQueue:
             used_addr=config.used_addr,
             next_avail=self._next_avail,
             next_used=self._next_used,
-            in_flight=tuple(head for head in range(self.size) if self._in_flight[head]),
+            in_flight=tuple(
+                head for head, until in enumerate(self._busy_until) if until == _IN_FLIGHT
+            ),
         )
 
     @classmethod
@@ -303,7 +310,7 @@ class SplitQueue:
         queue._next_avail = queue._seen_avail = state.next_avail
         queue._next_used = queue._published = state.next_used
         for head in state.in_flight:
-            queue._in_flight[head] = 1
+            queue._busy_until[head] = _IN_FLIGHT
         queue._read_avail_idx()
         return queue
 
@@ -312,6 +319,6 @@ class SplitQueue:
 
         Raises ValueError if it is not in flight, DriverError if it has become malformed.
         """
-        if not (0 <= head < self.size and self._in_flight[head]):
+        if not 0 <= head < self.size or self._busy_until[head] != _IN_FLIGHT:
             raise ValueError(f"chain {head} is not in flight")
         return self._parse(head)

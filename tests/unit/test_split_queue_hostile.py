@@ -138,6 +138,17 @@ def test_row36_the_same_head_twice_is_completed_once(rig):
     assert rig.driver.used_idx == 1
 
 
+def test_row36_a_head_that_was_returned_but_not_published_is_still_in_flight(rig):
+    chain = rig.driver.add([], [4])
+    rig.driver.offer(chain.head)
+    rig.driver.publish()
+    rig.queue.add_used(rig.queue.pop(), 4)
+    with pytest.raises(DriverError, match="again"):
+        rig.queue.pop()
+    rig.queue.publish_used()
+    assert rig.driver.used_idx == 1
+
+
 def test_row36_a_head_may_come_again_once_it_was_used(rig):
     for _ in range(3):
         rig.driver.add_raw([Desc(DATA, 4, WRITE)])
