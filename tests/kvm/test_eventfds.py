@@ -105,6 +105,9 @@ def _interrupted_guest(bare_guest: MakeGuest, trigger: int = EDGE) -> BareGuest:
         "c7051000c0fe00000000"  # mov dword [0xfec00010], 0: to APIC 0
         "c7050000c0fe1a000000"  # mov dword [0xfec00000], 0x1a: pin 5, lower half
         f"c7051000c0fe{redirection}"  # mov dword [0xfec00010], VECTOR | trigger
+        "b0ff"  # mov al, 0xff
+        "e621"  # out 0x21, al: no interrupt from the PICs, which share the line
+        "e6a1"  # out 0xa1, al
         "fb"  # sti
         "b001"  # mov al, 1
         "e6f4"  # out 0xf4, al
@@ -119,10 +122,10 @@ def _interrupted_guest(bare_guest: MakeGuest, trigger: int = EDGE) -> BareGuest:
         # An interpreting KVM has no iret in protected mode: drop the frame, go back to waiting.
         "83c40c"  # add esp, 12
         "fb"  # sti
-        "b837100000"  # mov eax, wait
+        "b83d100000"  # mov eax, wait
         "ffe0"  # jmp eax
     )
-    assert main[0x37:] == bytes.fromhex("f4ebfd"), "where the handler goes back to"
+    assert main[0x3D:] == bytes.fromhex("f4ebfd"), "where the handler goes back to"
     guest = bare_guest(main)
     guest.set_idt(VECTOR, handler)
     assert guest.run_to_stop() == 1
