@@ -144,9 +144,8 @@ def _root_missing(what: str, watcher: ConsoleWatcher) -> Finding:
     return Finding(
         NO_DRIVER,
         f"the guest did not find its root device{what}: no driver in it has brought up a disk",
-        "its kernel or initrd needs virtio_mmio and virtio_blk (CONFIG_VIRTIO_MMIO, "
-        "CONFIG_VIRTIO_BLK; Debian has them as modules, so give it an --initrd with them), and the "
-        "kernel ACPI or CONFIG_VIRTIO_MMIO_CMDLINE_DEVICES to find the device; is there a --disk?",
+        "give it a --disk, and virtio_mmio and virtio_blk (CONFIG_VIRTIO_MMIO, CONFIG_VIRTIO_BLK) "
+        "in the kernel or, as with Debian's kernels, as modules in an --initrd",
     )
 
 
@@ -260,9 +259,10 @@ def _initramfs(text: str, watcher: ConsoleWatcher) -> Finding:
             "the guest ran out of memory while it unpacked the initrd",
             "give it more --memory, or a smaller --initrd",
         )
+    reason = _after(text, "unpacking failed:") or _quote(text)
     return Finding(
         INITRAMFS,
-        f"the guest could not unpack the initrd: {_quote(text)}",
+        f"the guest could not unpack the initrd: {reason}",
         "--initrd takes a cpio archive (newc), plain or in a compression that the kernel knows; "
         "is it damaged?",
     )

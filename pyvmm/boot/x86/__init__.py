@@ -13,7 +13,6 @@ from pyvmm.boot.x86.entry import (
     LONG64,
     PROTECTED32,
     Entry,
-    Segment,
     long_mode_entry,
     protected_mode_entry,
 )
@@ -26,7 +25,6 @@ __all__ = [
     "PROTECTED32",
     "AcpiConfig",
     "Entry",
-    "Segment",
     "VirtioMmioDevice",
     "load",
 ]
@@ -81,8 +79,7 @@ def _load_bzimage(
         rsdp=rsdp,
     )
     start = image.load_addr + bzimage.ENTRY_64
-    entry = long_mode_entry(memory, rip=start, rsi=layout.BOOT_PARAMS)
-    return replace(entry, cmdline=cmdline)
+    return long_mode_entry(memory, rip=start, rsi=layout.BOOT_PARAMS, cmdline=cmdline)
 
 
 def _load_elf(
@@ -105,18 +102,18 @@ def _load_elf(
     rsdp = _write_common(memory, text, acpi)
     if image.pvh_entry is not None:
         pvh.write(memory, cmdline_addr=layout.CMDLINE, initrd=ramdisk, rsdp=rsdp)
-        entry = protected_mode_entry(memory, rip=image.pvh_entry, rbx=layout.PVH_START_INFO)
-    else:
-        boot_params.write(
-            memory,
-            header=boot_params.header_for_elf(),
-            load_addr=image.entry,
-            cmdline_addr=layout.CMDLINE,
-            initrd=ramdisk,
-            rsdp=rsdp,
+        return protected_mode_entry(
+            memory, rip=image.pvh_entry, rbx=layout.PVH_START_INFO, cmdline=cmdline
         )
-        entry = long_mode_entry(memory, rip=image.entry, rsi=layout.BOOT_PARAMS)
-    return replace(entry, cmdline=cmdline)
+    boot_params.write(
+        memory,
+        header=boot_params.header_for_elf(),
+        load_addr=image.entry,
+        cmdline_addr=layout.CMDLINE,
+        initrd=ramdisk,
+        rsdp=rsdp,
+    )
+    return long_mode_entry(memory, rip=image.entry, rsi=layout.BOOT_PARAMS, cmdline=cmdline)
 
 
 def _announce(way: str, acpi: AcpiConfig, cmdline: str) -> tuple[AcpiConfig, str]:
@@ -134,6 +131,7 @@ def _load_initrd(
     if path is None:
         return 0, 0
     with ImageFile(path, "--initrd") as file:
+        detect.check_initrd(file)
         return load_initrd(memory, file, kernel=kernel, addr_max=addr_max)
 
 

@@ -45,13 +45,14 @@ class VirtioMmioDevice:
 class AcpiConfig:
     """What the tables say: `cpus` vCPUs whose APIC ids are 0 to cpus - 1, and the devices.
 
-    `i8042` is whether there is a keyboard controller.
+    `i8042` is whether there is a keyboard controller that a driver can use. A port that does no
+    more than reset is none: a guest would look for the rest of it, in vain and slowly.
     """
 
     cpus: int = 1
     virtio: tuple[VirtioMmioDevice, ...] = ()
     serial: bool = True
-    i8042: bool = True
+    i8042: bool = False
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from pyvmm.boot.image_file import ImageFile
 BZIMAGE = "bzImage"
 ELF = "ELF"
 
+_ELF_MAGIC = b"\x7fELF"
+
 _HEAD = 0x40_08  # up to where a bootable disk's or a file system's signature may stand
 # How to get at what is inside a compressed file, by its first bytes.
 _COMPRESSED = (
@@ -37,10 +39,17 @@ _OTHERS = (
 )
 
 
+def check_initrd(initrd: ImageFile) -> None:
+    """Raise ConfigError if the file is a kernel; of what else it is, the guest is the judge."""
+    head = initrd.read(0, 0x206)
+    if head[:4] == _ELF_MAGIC or head[0x202:] == b"HdrS":
+        raise initrd.error(f"{initrd.path} is a kernel", "give it to --kernel")
+
+
 def kind_of(kernel: ImageFile) -> str:
     """`BZIMAGE` or `ELF`. Raises ConfigError that says what the file is instead."""
     head = kernel.read(0, _HEAD)
-    if head[:4] == b"\x7fELF":
+    if head[:4] == _ELF_MAGIC:
         return ELF
     if head[0x202:0x206] == b"HdrS":
         return BZIMAGE

@@ -1,9 +1,9 @@
-"""The state a vCPU starts in: descriptor table, page tables, segments and control registers.
+"""The state a vCPU starts in: what stands in memory for it, and the numbers that differ by kernel.
 
 Two ways in: long mode, as the 64-bit boot protocol of Linux wants it (its file
 Documentation/arch/x86/boot.rst, "64-bit Boot Protocol"), and 32-bit protected mode without paging,
-as the PVH entry wants it (Xen docs/misc/pvh.pandoc). Everything here is plain numbers; applying
-them to a vCPU is the machine's part.
+as the PVH entry wants it (Xen docs/misc/pvh.pandoc). Setting the vCPU's registers accordingly is
+the machine's part.
 """
 
 from __future__ import annotations
@@ -17,57 +17,23 @@ from pyvmm.memory import layout_x86 as layout
 LONG64 = "long64"
 PROTECTED32 = "protected32"
 
-BOOT_CS = 0x10
-BOOT_DS = 0x18
-BOOT_TSS = 0x20
-
-CR0_PE = 1 << 0
-CR0_ET = 1 << 4
-CR0_PG = 1 << 31
-CR4_PAE = 1 << 5
-EFER_LME = 1 << 8
-EFER_LMA = 1 << 10
+# Segment descriptors (Intel SDM, volume 3, 3.4.5 "Segment Descriptors"). Flat: base 0, limit 4 GiB.
+_CODE64 = 0x00AF_9B00_0000_FFFF  # execute, read, accessed; present; 64-bit; counted in pages
+_CODE32 = 0x00CF_9B00_0000_FFFF  # the same, but 32-bit
+_DATA = 0x00CF_9300_0000_FFFF  # read, write, accessed
+_TASK = 0x0000_8B00_0000_0067  # busy TSS, base 0, 0x68 bytes; nobody ever looks into it
 
 _PRESENT_WRITABLE = 0x3
 _PAGE_SIZE_2M = 0x80
-_CODE = 0xB  # execute, read, accessed
-_DATA = 0x3  # read, write, accessed
-_BUSY_TSS = 0xB
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One segment register with its hidden part; fields as in struct kvm_segment of <linux/kvm.h>.
-
-    `limit` is in bytes, whatever `g` says.
-    """
-
-    selector: int
-    base: int
-    limit: int
-    type: int
-    present: int = 1
-    dpl: int = 0
-    db: int = 0
-    s: int = 1
-    l: int = 0  # noqa: E741 - the header's name
-    g: int = 0
-
-    def descriptor(self) -> int:
-        """The eight-byte descriptor of this segment, as the global descriptor table holds it."""
-        limit = self.limit >> 12 if self.g else self.limit
-        access = self.type | self.s << 4 | self.dpl << 5 | self.present << 7
-        flags = self.l << 1 | self.db << 2 | self.g << 3
-        low = (limit & 0xFFFF) | (self.base & 0xFF_FFFF) << 16 | access << 40
-        return low | (limit >> 16 & 0xF) << 48 | flags << 52 | (self.base >> 24 & 0xFF) << 56
 
 
 @dataclass(frozen=True)
 class Entry:
-    """How the first vCPU enters the guest: plain numbers, all interrupts off.
+    """How the first vCPU enters the guest, interrupts off: plain numbers, addresses guest-physical.
 
-    `mode` is ``"long64"`` or ``"protected32"``. `data` is for DS, ES, FS, GS and SS; `task` for TR.
-    `gdt_limit` is the size of the table in bytes minus one. `cmdline` is what the kernel was given.
+    `mode` is ``"long64"`` or ``"protected32"``. At `gdt_base` stand five descriptors: null, null,
+    code for the mode (selector 0x10), data (0x18) and task (0x20). `cr3` counts in long mode only.
+    `cmdline` is what the kernel was given.
     """
 
     mode: str
@@ -75,81 +41,32 @@ class Entry:
     rsp: int
     rsi: int
     rbx: int
-    cr0: int
     cr3: int
-    cr4: int
-    efer: int
     gdt_base: int
-    gdt_limit: int
-    code: Segment
-    data: Segment
-    task: Segment
-    rflags: int = 0x2  # bit 1 is always set
-    cmdline: str = ""
+    cmdline: str
 
 
-def long_mode_entry(memory: GuestMemory, *, rip: int, rsi: int) -> Entry:
+def long_mode_entry(memory: GuestMemory, *, rip: int, rsi: int, cmdline: str) -> Entry:
     """Write descriptors and page tables to `memory`; the entry to `rip` in 64-bit long mode.
 
-    The first 4 GiB are identity mapped. `rsi` is the address of struct boot_params.
+    The first 4 GiB are mapped to themselves. `rsi` is the address of struct boot_params.
     """
-    code = Segment(BOOT_CS, 0, 0xFFFF_FFFF, _CODE, l=1, g=1)
+    _write_gdt(memory, _CODE64)
     _write_identity_map(memory)
-    return _entry(
-        memory,
-        LONG64,
-        code,
-        rip=rip,
-        rsi=rsi,
-        cr0=CR0_PE | CR0_ET | CR0_PG,
-        cr3=layout.BOOT_PML4,
-        cr4=CR4_PAE,
-        efer=EFER_LME | EFER_LMA,
-    )
+    return Entry(LONG64, rip, layout.BOOT_STACK, rsi, 0, layout.BOOT_PML4, layout.BOOT_GDT, cmdline)
 
 
-def protected_mode_entry(memory: GuestMemory, *, rip: int, rbx: int) -> Entry:
+def protected_mode_entry(memory: GuestMemory, *, rip: int, rbx: int, cmdline: str) -> Entry:
     """Write descriptors to `memory`; the entry to `rip` in flat 32-bit mode without paging.
 
     `rbx` is the address of struct hvm_start_info.
     """
-    code = Segment(BOOT_CS, 0, 0xFFFF_FFFF, _CODE, db=1, g=1)
-    return _entry(memory, PROTECTED32, code, rip=rip, rbx=rbx, cr0=CR0_PE | CR0_ET)
+    _write_gdt(memory, _CODE32)
+    return Entry(PROTECTED32, rip, layout.BOOT_STACK, 0, rbx, 0, layout.BOOT_GDT, cmdline)
 
 
-def _entry(
-    memory: GuestMemory,
-    mode: str,
-    code: Segment,
-    *,
-    rip: int,
-    cr0: int,
-    rsi: int = 0,
-    rbx: int = 0,
-    cr3: int = 0,
-    cr4: int = 0,
-    efer: int = 0,
-) -> Entry:
-    data = Segment(BOOT_DS, 0, 0xFFFF_FFFF, _DATA, db=1, g=1)
-    task = Segment(BOOT_TSS, 0, 0x67, _BUSY_TSS, s=0)
-    table = struct.pack("<5Q", 0, 0, code.descriptor(), data.descriptor(), task.descriptor())
-    memory.write(layout.BOOT_GDT, table)
-    return Entry(
-        mode=mode,
-        rip=rip,
-        rsp=layout.BOOT_STACK,
-        rsi=rsi,
-        rbx=rbx,
-        cr0=cr0,
-        cr3=cr3,
-        cr4=cr4,
-        efer=efer,
-        gdt_base=layout.BOOT_GDT,
-        gdt_limit=len(table) - 1,
-        code=code,
-        data=data,
-        task=task,
-    )
+def _write_gdt(memory: GuestMemory, code: int) -> None:
+    memory.write(layout.BOOT_GDT, struct.pack("<5Q", 0, 0, code, _DATA, _TASK))
 
 
 def _write_identity_map(memory: GuestMemory) -> None:
