@@ -74,7 +74,10 @@ def _bootstrap(
         client.sources,
     ]
     # SOURCE_DATE_EPOCH: no file is younger than the pins, so two builds are alike.
-    environment = {"TMPDIR": room, "SOURCE_DATE_EPOCH": "1700000000"}
+    environment = {"SOURCE_DATE_EPOCH": "1700000000"}
+    if os.geteuid() == 0:
+        environment["TMPDIR"] = room
+    # Otherwise mmdebstrap works under /tmp, as its other users of a user namespace may not get here.
     tools.run(command, "mmdebstrap", env=environment)
 
 
