@@ -1,0 +1,208 @@
+"""The vCPU loop on a kvm_run page that a fake KVM_RUN fills: what real guests reach too rarely."""
+
+from __future__ import annotations
+
+import errno
+import mmap
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from pyvmm.bus import Action, Bus
+from pyvmm.errors import HostError
+from pyvmm.kvm import loop, uapi
+from pyvmm.kvm import vcpu as vcpu_module
+from pyvmm.kvm.uapi import ffi
+from pyvmm.kvm.vcpu import EXIT_INTR, Vcpu
+
+Step = Callable[[Any, memoryview], None]
+
+
+class Device:
+    def __init__(self, answer: int = 0, action: Action | None = None) -> None:
+        self.answer, self.action = answer, action
+        self.seen: list[tuple[int, ...]] = []
+
+    def read(self, offset: int, size: int) -> int:
+        self.seen.append((offset, size))
+        return self.answer
+
+    def write(self, offset: int, size: int, value: int) -> Action | None:
+        self.seen.append((offset, size, value))
+        return self.action
+
+
+class Scripted:
+    """A vCPU whose KVM_RUN plays `steps`, each filling the page, then says EINTR for good."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(
+            vcpu_module.syscalls, "map_shared", lambda fd, size: mmap.mmap(-1, size)
+        )
+        self.vcpu = Vcpu(0, -1, 3 * 4096)
+        self.page = self.vcpu.run_page
+        self.run: Any = ffi.cast("struct kvm_run *", ffi.from_buffer(self.page))
+        self.steps: Iterator[Step] = iter(())
+        monkeypatch.setattr(loop.fcntl, "ioctl", self._ioctl)
+
+    def _ioctl(self, fd: int, request: int) -> int:
+        assert request == uapi.KVM_RUN
+        for step in self.steps:
+            step(self.run, self.page)
+            return 0
+        raise InterruptedError(errno.EINTR, "interrupted")
+
+    def play(self, *steps: Step, pio: Bus | None = None, mmio: Bus | None = None) -> Action | None:
+        self.steps = iter(steps)
+        return loop.run_until_exit(self.vcpu, pio or Bus("port"), mmio or Bus("MMIO"))
+
+
+@pytest.fixture
+def scripted(monkeypatch: pytest.MonkeyPatch) -> Scripted:
+    return Scripted(monkeypatch)
+
+
+def out(port: int, value: bytes, size: int = 1) -> Step:
+    def step(run: Any, page: memoryview) -> None:
+        run.exit_reason = uapi.KVM_EXIT_IO
+        run.io.direction, run.io.size, run.io.port = uapi.KVM_EXIT_IO_OUT, size, port
+        run.io.count, run.io.data_offset = len(value) // size, 4096
+        page[4096 : 4096 + len(value)] = value
+
+    return step
+
+
+def mmio(address: int, size: int, value: int | None = None) -> Step:
+    def step(run: Any, page: memoryview) -> None:
+        run.exit_reason = uapi.KVM_EXIT_MMIO
+        run.mmio.phys_addr, run.mmio.len, run.mmio.is_write = address, size, value is not None
+        run.mmio.data = list((value or 0).to_bytes(8, "little"))
+
+    return step
+
+
+def fail(number: int) -> Step:
+    def step(run: Any, page: memoryview) -> None:
+        raise OSError(number, "as scripted")
+
+    return step
+
+
+def bus(start: int, size: int, device: Device) -> Bus:
+    made = Bus("test")
+    made.register(start, size, device)
+    return made
+
+
+def test_eintr_ends_the_loop_with_a_reason_of_its_own(scripted: Scripted) -> None:
+    assert scripted.play(out(1, b"x")) is None
+    assert scripted.vcpu.exit_reason == EXIT_INTR
+
+
+def test_eagain_means_enter_again(scripted: Scripted) -> None:
+    device = Device()
+    scripted.play(fail(errno.EAGAIN), out(1, b"x"), pio=bus(1, 1, device))
+    assert device.seen == [(0, 1, ord("x"))]
+
+
+def test_a_memory_fault_is_an_exit_although_kvm_says_efault(scripted: Scripted) -> None:
+    def fault(run: Any, page: memoryview) -> None:
+        run.exit_reason = uapi.KVM_EXIT_MEMORY_FAULT
+        raise OSError(errno.EFAULT, "bad address")
+
+    assert scripted.play(fault) is None
+    assert scripted.vcpu.exit_reason == uapi.KVM_EXIT_MEMORY_FAULT
+
+
+def test_other_errors_say_which_vcpu(scripted: Scripted) -> None:
+    with pytest.raises(HostError, match="KVM_RUN of vCPU 0"):
+        scripted.play(fail(errno.ENOMEM))
+    with pytest.raises(HostError, match="KVM_RUN of vCPU 0"):
+        scripted.play(fail(errno.EFAULT))
+
+
+def test_an_exit_that_is_no_access_is_the_callers(scripted: Scripted) -> None:
+    def halt(run: Any, page: memoryview) -> None:
+        run.exit_reason = uapi.KVM_EXIT_HLT
+
+    assert scripted.play(halt) is None
+    assert scripted.vcpu.exit_reason == uapi.KVM_EXIT_HLT
+
+
+def test_only_the_bytes_of_the_access_reach_the_handler(scripted: Scripted) -> None:
+    ports, registers = Device(), Device()
+    for _ in range(2):  # the first access and the ones after it take different ways
+        scripted.play(
+            out(1, b"\x34\x12\xff\xff", 2),
+            out(1, b"\x34\x12", 2),
+            mmio(0x1000, 2, 0xFFFF_1234),
+            mmio(0x1000, 2, 0xFFFF_1234),
+            pio=bus(0, 8, ports),
+            mmio=bus(0x1000, 8, registers),
+        )
+    assert set(registers.seen) == {(0, 2, 0x1234)}
+    assert set(ports.seen) == {(1, 2, 0x1234), (1, 2, 0xFFFF)}
+
+
+def test_an_answer_too_large_is_cut_to_the_access(scripted: Scripted) -> None:
+    device = Device(answer=-1)
+    steps = [mmio(0x1000, 2)] * 2
+    scripted.play(*steps, mmio=bus(0x1000, 8, device))
+    assert int.from_bytes(bytes(scripted.run.mmio.data), "little") == 0xFFFF
+
+
+def test_the_first_action_of_a_string_instruction_counts(scripted: Scripted) -> None:
+    device = Device(action=Action.RESET)
+    assert scripted.play(out(1, b"abc"), pio=bus(1, 1, device)) is Action.RESET
+    assert [value for _, _, value in device.seen] == list(b"abc")
+
+
+@pytest.mark.parametrize("size", [3, 5, 6, 7])
+def test_odd_sizes_arrive_in_natural_pieces(scripted: Scripted, size: int) -> None:
+    device = Device()
+    value = int.from_bytes(bytes(range(1, size + 1)), "little")
+    scripted.play(mmio(0x1000, size, value), mmio=bus(0x1000, 16, device))
+    assert {piece for _, piece, _ in device.seen} <= {1, 2, 4, 8}
+    assert all(offset % piece == 0 for offset, piece, _ in device.seen)
+    got = b"".join(part.to_bytes(piece, "little") for _, piece, part in device.seen)
+    assert got == bytes(range(1, size + 1))
+
+
+def test_a_guest_cannot_make_the_loops_memory_grow(
+    scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "_MAX_KEPT", 4)
+    device = Device()
+    addresses = [0x1000 + place for place in range(100)] * 2
+    kept: list[int] = []
+    real = loop._first_mmio_access
+
+    def spying(page: Any, u64: Any, size: int, space: Any, registers: dict[int, Any]) -> Any:
+        result = real(page, u64, size, space, registers)
+        kept.append(len(registers))
+        return result
+
+    monkeypatch.setattr(loop, "_first_mmio_access", spying)
+    steps = [mmio(address, 1, 7) for address in addresses]
+    scripted.play(*steps, mmio=bus(0x1000, 0x1000, device))
+    assert len(device.seen) == 200
+    assert max(kept) <= 4
+
+
+def test_what_a_handler_raises_comes_out(scripted: Scripted) -> None:
+    class Broken(Device):
+        def write(self, offset: int, size: int, value: int) -> Action | None:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        scripted.play(out(1, b"x"), pio=bus(1, 1, Broken()))
+
+    # KeyError too: it must not be mistaken for an access never seen before.
+    class Missing(Device):
+        def write(self, offset: int, size: int, value: int) -> Action | None:
+            raise KeyError(offset)
+
+    device = Missing()
+    with pytest.raises(KeyError):
+        scripted.play(out(1, b"x"), out(1, b"x"), pio=bus(1, 1, device))
