@@ -12,7 +12,7 @@ from pyvmm.emulated_host.spec import HostImage
 from pyvmm.errors import ConfigError
 
 IMAGE_NAME = "kernel-host"
-IMAGE_CURE = f"{os.path.basename(sys.executable)} -m pyvmm.images build {IMAGE_NAME}"
+IMAGE_CURE = f"run: pyvmm image build {IMAGE_NAME}"
 BUSYBOX_CURE = "apt-get install busybox-static"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import shlex
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from pyvmm.errors import ConfigError
 from pyvmm.host import cpio
 
 _DIRECTORIES = ("bin", "dev", "proc", "sys", "lower", "upper", "root", "modules")
+_PT_INTERP = 3
 _BUSYBOX = "/dev/.pyvmm/busybox"
 
 
@@ -79,7 +81,9 @@ def base_parts(image: HostImage) -> BaseParts:
         "bin/busybox": image.busybox,
         **{module.name: module.path for module in (*root, *kvm)},
     }
-    return BaseParts(root, kvm, {name: _read(path) for name, path in paths.items()})
+    files = {name: _read(path) for name, path in paths.items()}
+    _check_static(files["bin/busybox"], image.busybox)
+    return BaseParts(root, kvm, files)
 
 
 def base_archive(parts: BaseParts) -> bytes:
@@ -103,6 +107,23 @@ def base_archive(parts: BaseParts) -> bytes:
 
 def _lines(modules: Sequence[Module]) -> bytes:
     return "".join(f"{module.name}\n" for module in modules).encode()
+
+
+def _check_static(elf: bytes, path: str) -> None:
+    # A program header of type PT_INTERP (<elf.h>) names the loader of a dynamically linked program.
+    types: list[int] = []
+    if elf.startswith(b"\x7fELF") and len(elf) >= 64:
+        (table,), (size, count) = (
+            struct.unpack_from("<Q", elf, 32),
+            struct.unpack_from("<HH", elf, 54),
+        )
+        places = range(table, table + size * count, size or 1)
+        types = [int.from_bytes(elf[at : at + 4], "little") for at in places]
+    if not types or _PT_INTERP in types:
+        raise ConfigError(
+            f"{path} is not statically linked, as the emulated host's init needs it",
+            cure="apt-get install busybox-static",
+        )
 
 
 def _read(path: str) -> bytes:

@@ -18,6 +18,7 @@ from pyvmm.errors import ConfigError
 from pyvmm.host.files import open_image
 
 QEMU_CURE = "apt-get install --no-install-recommends qemu-system-x86"
+SETPRIV_CURE = "apt-get install util-linux"
 
 
 @dataclass
@@ -47,7 +48,7 @@ def require_programs(spec: EmulatedHostSpec) -> tuple[str, str]:
         raise ConfigError(f"an emulated KVM host needs {spec.qemu}", cure=QEMU_CURE)
     setpriv = find_program("setpriv")
     if setpriv is None:
-        raise ConfigError("an emulated KVM host needs setpriv", cure="apt-get install util-linux")
+        raise ConfigError("an emulated KVM host needs setpriv", cure=SETPRIV_CURE)
     return qemu, setpriv
 
 
