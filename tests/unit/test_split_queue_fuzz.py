@@ -60,7 +60,7 @@ class CountingUnpack:
         return self.unpack(table, offset)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     table=st.lists(descs, min_size=SIZE, max_size=SIZE),
     indirect=st.lists(descs, max_size=SIZE),
