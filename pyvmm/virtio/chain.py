@@ -10,7 +10,7 @@ from __future__ import annotations
 from struct import Struct
 from typing import Any
 
-from pyvmm.errors import DriverError, GuestMemoryError
+from pyvmm.errors import DriverError
 from pyvmm.memory import GuestMemory
 
 Part = tuple[int, int]  # (guest-physical address, length in bytes), never empty
@@ -267,6 +267,3 @@ class Writer(_Cursor):
         if 0 <= place < ram.size:
             return ram.first[place : place + 1]
         return ram.writable(place + ram.start, 1)
-
-
-__all__ = ["DescriptorChain", "GuestMemoryError", "Part", "RamWindow", "Reader", "Writer"]

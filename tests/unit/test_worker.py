@@ -7,95 +7,13 @@ import threading
 import time
 
 import pytest
-from queue_rig import Rig
+from worker_rig import Bench, Echo, wait_for
 
 from pyvmm.errors import DriverError, HostError
-from pyvmm.testing import Desc, InterruptLine
+from pyvmm.testing import Desc
 from pyvmm.testing.mmio_driver import SAFETY_TIMEOUT
 from pyvmm.virtio import worker as worker_module
-from pyvmm.virtio.device import Activation
 from pyvmm.virtio.worker import QueueDevice
-
-
-class Recorder:
-    """Interrupts and failures of a device."""
-
-    def __init__(self):
-        self.line = InterruptLine()
-        self.failures = []
-        self.failed = threading.Event()
-
-    def signal_used(self, queue_index):
-        self.line()
-
-    def signal_config_change(self):
-        pass
-
-    def fail(self, error):
-        self.failures.append(error)
-        self.failed.set()
-
-
-class Echo(QueueDevice):
-    """Answers each chain with the bytes that it reads; `behave` runs before each."""
-
-    name, device_type, queue_sizes = "echo", 42, (256,)
-
-    def __init__(self, behave=lambda chain: None):
-        self.behave = behave
-        self.passes = 0
-
-    def serve(self, queue):
-        self.passes += 1
-        for chain in queue:
-            self.behave(chain)
-            writer = chain.writer()
-            writer.write(chain.reader().read(chain.readable_size))
-            queue.add_used(chain, writer.written)
-
-
-class Bench:
-    def __init__(self, device, *, queues=1, **options):
-        self.rigs = [Rig(**options) for _ in range(queues)]
-        for index, rig in enumerate(self.rigs):
-            rig.queue.index = index
-        self.rig = self.rigs[0]
-        self.driver = self.rig.driver
-        self.device = device
-        self.recorder = Recorder()
-
-    def activate(self):
-        self.device.activate(
-            Activation(
-                self.rig.memory,
-                self.rig.features,
-                tuple(rig.queue for rig in self.rigs),
-                self.recorder,
-                self.recorder.fail,
-            )
-        )
-
-    def echo(self, data, index=0):
-        """Have `data` echoed by a kick, waiting for the interrupt's effect."""
-        rig = self.rigs[index]
-        chain = rig.driver.add([data], [len(data)])
-        if rig.driver.publish():
-            rig.kick.signal()
-        wait_for(rig.driver.has_used)
-        rig.driver.pop_used()
-        return rig.driver.contents(chain)
-
-    def close(self):
-        self.device.reset()
-        for rig in self.rigs:
-            rig.close()
-
-
-def wait_for(condition):
-    deadline = time.monotonic() + SAFETY_TIMEOUT
-    while not condition():
-        assert time.monotonic() < deadline, "the worker hangs"
-        time.sleep(0.0005)
 
 
 @pytest.fixture
