@@ -34,7 +34,9 @@ def doctor() -> None:
     if host_runs:
         click.echo("\nLinux guests run on this machine's KVM.")
     elif emulation_runs:
-        click.echo("\nLinux guests run in the emulated KVM host, 10 to 20 times slower than on KVM.")
+        click.echo(
+            "\nLinux guests run in the emulated KVM host, 10 to 20 times slower than on KVM."
+        )
     else:
         click.echo("\nNo Linux guest can run here yet: see the lines marked ✗.")
         raise click.exceptions.Exit(1)

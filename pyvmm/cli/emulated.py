@@ -1,4 +1,4 @@
-"""`pyvmm run` in an emulated KVM host: checked here, run there, with this terminal and exit code."""
+"""`pyvmm run` in an emulated KVM host: checked here, run there, with this terminal."""
 
 from __future__ import annotations
 

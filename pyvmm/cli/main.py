@@ -40,8 +40,8 @@ class Commands(click.Group):
 def cli() -> None:
     """A KVM microVM monitor in Python.
 
-    `pyvmm run` boots a Linux kernel, `pyvmm doctor` says what this machine can do, and `pyvmm image`
-    builds a kernel and a root disk to try it with.
+    `pyvmm run` boots a Linux kernel, `pyvmm doctor` says what this machine can do, and
+    `pyvmm image` builds a kernel and a root disk to try it with.
     """
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from pyvmm.bus import Bus
-from pyvmm.host.log import RateLimited
+from pyvmm.host.log import to_stderr
 from pyvmm.host.syscalls import EventFd
 from pyvmm.kvm.vm import Vm
 from pyvmm.machine.resources import VirtioSlot
@@ -44,7 +44,7 @@ def attach_virtio_mmio(
         device,
         memory,
         interrupt.signal,
-        log=RateLimited(prefix=f"{vm_name}: {device.name}: "),
+        log=lambda line: to_stderr(f"{vm_name}: {line}"),  # the transport limits the rate
         trace=_virtio_hook(trace),
     )
     closing.callback(transport.close)

@@ -71,9 +71,7 @@ def run_here(spec: VmSpec, *, quiet: bool = False) -> int:
     return outcome.exit_code
 
 
-def _run(
-    prepared: Prepared, attendant: Attendant, trace: Trace, closing: ExitStack
-) -> Outcome:
+def _run(prepared: Prepared, attendant: Attendant, trace: Trace, closing: ExitStack) -> Outcome:
     machine: Machine | None = None
 
     def quit_guest() -> None:

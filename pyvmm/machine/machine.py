@@ -40,8 +40,7 @@ class Machine:
         exits = trace.hook("exits")
         loop = make_run_loop(parts.ports, parts.mmio, exits)
         self._runners = [
-            VcpuRunner(vcpu, loop, parts.prepared.memory, self.end, exits)
-            for vcpu in parts.vcpus
+            VcpuRunner(vcpu, loop, parts.prepared.memory, self.end, exits) for vcpu in parts.vcpus
         ]
 
     def end(self, outcome: Outcome) -> None:

@@ -54,9 +54,7 @@ class VmSpec:
 def parse_memory(text: str) -> int:
     """Bytes of "512M", "2G", "65536K" or "512" (MiB). Raises ConfigError."""
     stripped = text.strip().lower().removesuffix("ib").removesuffix("b")
-    digits, unit = (
-        (stripped[:-1], stripped[-1]) if stripped[-1:].isalpha() else (stripped, "")
-    )
+    digits, unit = (stripped[:-1], stripped[-1]) if stripped[-1:].isalpha() else (stripped, "")
     if not digits.isascii() or not digits.isdigit() or unit not in _MEMORY_UNITS:
         raise ConfigError(
             f"cannot read {text!r} as a size", cure="write 512M or 2G", option="--memory"
@@ -152,8 +150,6 @@ def from_json(text: str) -> VmSpec:
     try:
         data: Mapping[str, Any] = json.loads(text)
         disks = tuple(DiskSpec(**disk) for disk in data["disks"])
-        return validate(
-            VmSpec(**{**data, "disks": disks, "trace": tuple(data["trace"])})
-        )
+        return validate(VmSpec(**{**data, "disks": disks, "trace": tuple(data["trace"])}))
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"not a VM specification: {error}") from None

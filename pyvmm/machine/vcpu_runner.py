@@ -24,7 +24,7 @@ _ACTIONS = {
 
 
 class VcpuRunner:
-    """Runs `vcpu` in its own thread; `end` hears how the guest ended, if it was this vCPU's doing."""
+    """Runs `vcpu` in a thread; `end` hears how the guest ended, if it was this vCPU's doing."""
 
     def __init__(
         self,

@@ -18,7 +18,7 @@ from pyvmm.virtio.queue import Queue
 
 
 class Interrupt(Protocol):
-    """How a device gets the driver's attention; the transport implements it, any thread calls it."""
+    """How a device gets the driver's attention: the transport's part, called from any thread."""
 
     def signal_used(self, queue_index: int) -> None:
         """The device used a buffer of this queue (2.3 Notifications)."""
@@ -60,7 +60,7 @@ class VirtioDevice(ABC):
         """`length` bytes of the configuration space at `offset`, zero past its end (2.5)."""
         return bytes(length)
 
-    def write_config(self, offset: int, data: bytes) -> None:
+    def write_config(self, offset: int, data: bytes) -> None:  # noqa: B027 - a choice, not a duty
         """The driver wrote `data` to the configuration space; ignored unless overridden."""
 
     @abstractmethod
