@@ -71,6 +71,7 @@ class EmulatedHost:
         self._thread.join()
         if self._timer is not None:
             self._timer.cancel()
+        self._wake.close()
         self._raise()
         return self._exit_code
 
@@ -98,7 +99,8 @@ class EmulatedHost:
 
     def _ask(self, request: str) -> None:
         self._requests.append(request)
-        self._wake.signal()
+        if self._wake.fd >= 0:  # else it has ended already
+            self._wake.signal()
 
     def _raise(self) -> None:
         if self._error is not None:
@@ -107,9 +109,7 @@ class EmulatedHost:
     def _main(self) -> None:
         try:
             self._run()
-        except PyvmmError as error:
-            self._error = error
-        except BaseException as error:  # shown by the thread that waits
+        except BaseException as error:  # raised again in the thread that waits
             self._error = error
         finally:
             self._started.set()

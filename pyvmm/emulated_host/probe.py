@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pyvmm.emulated_host.find import BUSYBOX_CURE, find_image
 from pyvmm.emulated_host.launch import QEMU_CURE, SETPRIV_CURE, find_program
@@ -17,8 +17,7 @@ _DEVICES = ("virtio-9p-pci", "virtio-serial-pci", "virtserialport", "virtio-blk-
 _SMALLEST_GUEST_MIB = 128
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """One thing that was looked at: what was found, whether it will do, and what helps if not."""
 
     name: str

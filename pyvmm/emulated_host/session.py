@@ -42,10 +42,11 @@ class Tail:
         if self._copy is not None and data:
             os.write(self._copy, data)
 
-    def last_line(self) -> str:
-        """The last line with something on it, or ""."""
-        lines = self._data.decode(errors="replace").splitlines()
-        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+    def last_words(self) -> str:
+        """The last line that tells something: a kernel's panic, else one that is not empty."""
+        lines = [line.strip() for line in self._data.decode(errors="replace").splitlines()]
+        panics = [line for line in lines if "Kernel panic" in line]
+        return next((line for line in (*panics[:1], *reversed(lines)) if line), "nothing")
 
 
 class Session:
@@ -181,7 +182,7 @@ class Session:
 
     def _check_start(self) -> None:
         if self._start_by is not None and time.monotonic() >= self._start_by:
-            line = self._console.last_line() or "nothing"
+            line = self._console.last_words()
             raise EmulatedHostError(
                 f"the emulated KVM host did not start in time; its console said last: {line}"
             )
@@ -190,10 +191,9 @@ class Session:
         if self.killed:
             return "the emulated KVM host was killed"
         status = self._process.wait()
-        line = self._messages.last_line()
-        if line:
-            return f"the emulated KVM host failed: {line}"
+        if status > 0:
+            return f"the emulated KVM host failed: {self._messages.last_words()}"
         if status < 0:
             return f"the emulated KVM host's QEMU was killed by signal {-status}"
-        line = self._console.last_line() or "nothing"
+        line = self._console.last_words()
         return f"the emulated KVM host stopped; its console said last: {line}"

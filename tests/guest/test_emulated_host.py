@@ -67,7 +67,8 @@ def test_a_command_keeps_its_surroundings(image: HostImage, tmp_path: Path) -> N
     environment = {**os.environ, "GREETING": "it's $HOME\nand `more`", "odd.name%": "1"}
     ran = Run(tmp_path, image, cwd=str(folder), env=environment)
     script = r"""
-        printf '%s|' "$@"; echo; printenv GREETING; tr '\0' '\n' </proc/$$/environ | grep -c '^odd.name%=1$'
+        printf '%s|' "$@"; echo; printenv GREETING
+        tr '\0' '\n' </proc/$$/environ | grep -c '^odd.name%=1$'
         pwd; cat file; echo changed >file; cat file; cat /proc/sys/kernel/hostname
         python3 -c 'import sys; print(sys.stdin.read() == "")'
         echo complaint >/dev/stderr; test -c /dev/kvm && echo kvm; exit 42"""

@@ -38,9 +38,12 @@ def vmlinux(kernel: bytes) -> bytes | None:
         return None
     import lzma  # needed once for each kernel
 
+    # Four bytes with the unpacked size follow the XZ stream; LZMADecompressor stops before them.
+    decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ)
     try:
-        # Four bytes with the unpacked size follow the XZ stream; LZMADecompressor stops before.
-        unpacked = lzma.LZMADecompressor().decompress(payload)
-    except lzma.LZMAError as error:
-        raise ConfigError(f"the emulated host's kernel is damaged: {error}") from None
+        unpacked = decompressor.decompress(payload)
+    except lzma.LZMAError:
+        unpacked = b""
+    if not decompressor.eof:
+        raise ConfigError("the emulated host's kernel is damaged or cut off")
     return unpacked if unpacked.startswith(_ELF) else None

@@ -1,0 +1,335 @@
+"""The emulated host without QEMU: archives, module order, command lines, marks, errors."""
+
+from __future__ import annotations
+
+import lzma
+import os
+import socket
+import struct
+import subprocess
+from collections import deque
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from pyvmm.emulated_host import EmulatedHostSpec, HostDisk, HostImage
+from pyvmm.emulated_host.cache import boot_files
+from pyvmm.emulated_host.initramfs import RunSettings, run_script, settings_of
+from pyvmm.emulated_host.launch import launch
+from pyvmm.emulated_host.limits import available_mib, check_memory
+from pyvmm.emulated_host.modules import load_order, without_signature
+from pyvmm.emulated_host.ports import open_ports
+from pyvmm.emulated_host.probe import probe
+from pyvmm.emulated_host.qemu import open_disk, qemu_arguments
+from pyvmm.emulated_host.relay import InputPump, OutputPump, mark_prefix
+from pyvmm.emulated_host.x86.kernel import vmlinux
+from pyvmm.emulated_host.x86.machine import KVM_MODULES, ROOT_MODULES
+from pyvmm.errors import ConfigError
+from pyvmm.host import cpio
+
+MARK = b"0123456789abcdef"
+STATIC_ELF = b"\x7fELF" + bytes(28) + struct.pack("<Q", 64) + bytes(14) + struct.pack("<HH", 56, 1)
+STATIC_ELF = STATIC_ELF.ljust(64, b"\0") + struct.pack("<I", 1).ljust(56, b"\0")
+ELF_KERNEL = b"\x7fELF and the rest of a kernel"
+
+
+def bzimage(payload: bytes, *, protocol: int = 0x20F, sectors: int = 3) -> bytes:
+    """A bzImage as Documentation/arch/x86/boot.rst has it, with `payload` 100 bytes in."""
+    setup = bytearray((1 + (sectors or 4)) * 512)
+    setup[0x1F1] = sectors
+    setup[0x202:0x208] = b"HdrS" + protocol.to_bytes(2, "little")
+    struct.pack_into("<II", setup, 0x248, 100, len(payload))
+    return bytes(setup) + bytes(100) + payload + b"what follows"
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> HostImage:
+    """A complete image in which every wanted module needs the module before it and `common`."""
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    lines = ["kernel/common.ko:"]
+    (modules / "kernel").mkdir()
+    (modules / "kernel/common.ko").write_bytes(b"common")
+    for name in (*ROOT_MODULES, *KVM_MODULES):
+        path = f"kernel/{name.replace('_', '-')}.ko.xz"
+        (modules / path).write_bytes(lzma.compress(name.encode()))
+        lines.append(f"{path}: kernel/common.ko")
+    (modules / "modules.dep").write_text("\n".join(lines) + "\n")
+    (tmp_path / "kernel").write_bytes(bzimage(lzma.compress(ELF_KERNEL, lzma.FORMAT_XZ) + b"size"))
+    (tmp_path / "busybox").write_bytes(STATIC_ELF)
+    return HostImage(str(tmp_path / "kernel"), str(modules), str(tmp_path / "busybox"))
+
+
+# ---- archives
+
+
+def test_an_archive_is_what_cpio_reads(tmp_path: Path) -> None:
+    entries = [
+        cpio.directory("folder", 0o700),
+        cpio.regular("folder/file", b"odd length", 0o640),
+        cpio.symlink("link", "folder/file"),
+        cpio.regular("empty", b""),
+    ]
+    data = cpio.archive(entries)
+    assert len(data) % 4 == 0
+    command = ["cpio", "--extract", "--quiet", "--no-preserve-owner"]
+    subprocess.run(command, input=data, cwd=tmp_path, check=True)
+    assert (tmp_path / "link").read_bytes() == b"odd length"
+    assert os.readlink(tmp_path / "link") == "folder/file"
+    assert (tmp_path / "empty").read_bytes() == b""
+    assert (tmp_path / "folder/file").stat().st_mode & 0o777 == 0o640
+    assert data == cpio.archive(entries)  # nothing in it depends on when it was made
+
+
+# ---- modules
+
+
+def test_modules_come_after_what_they_need(tmp_path: Path) -> None:
+    (tmp_path / "modules.dep").write_text(
+        "k/top.ko: k/middle.ko k/base.ko k/other-base.ko\n"
+        "k/middle.ko: k/base.ko\n"
+        "k/base.ko:\n"
+        "k/other-base.ko: k/base.ko\n"
+        "k/unwanted.ko:\n"
+    )
+    (tmp_path / "modules.builtin").write_text("k/inside.ko\n")
+    order = [module.name for module in load_order(str(tmp_path), ["top", "inside", "other_base"])]
+    assert sorted(order) == ["base", "middle", "other_base", "top"]
+    assert order[0] == "base"
+    assert order[-1] == "top"
+    with pytest.raises(ConfigError, match=r"no module 9p.*generic kernel"):
+        load_order(str(tmp_path), ["9p"])
+    with pytest.raises(ConfigError, match="depmod"):
+        load_order(str(tmp_path / "nowhere"), ["top"])
+
+
+def test_a_signature_is_cut_off_and_nothing_else() -> None:
+    magic = b"~Module signature appended~\n"
+    signed = b"module" + b"signature" + bytes(8) + (9).to_bytes(4, "big") + magic
+    assert without_signature(signed) == b"module"
+    assert without_signature(b"module") == b"module"
+    lying = b"module" + bytes(8) + (1000).to_bytes(4, "big") + magic
+    assert without_signature(lying) == lying
+
+
+# ---- kernel and cache
+
+
+def test_the_kernel_is_found_in_a_bzimage() -> None:
+    packed = lzma.compress(ELF_KERNEL, lzma.FORMAT_XZ) + len(ELF_KERNEL).to_bytes(4, "little")
+    assert vmlinux(bzimage(packed)) == ELF_KERNEL
+    assert vmlinux(bzimage(packed, sectors=0)) == ELF_KERNEL  # 0 means 4
+    assert vmlinux(ELF_KERNEL) == ELF_KERNEL
+    assert vmlinux(bzimage(packed, protocol=0x207)) is None
+    assert vmlinux(bzimage(b"\x28\xb5\x2f\xfd of ZSTD")) is None
+    with pytest.raises(ConfigError, match="damaged"):
+        vmlinux(bzimage(packed[:12] + b"garbage" * 10))
+    with pytest.raises(ConfigError, match="neither"):
+        vmlinux(b"no kernel")
+
+
+def test_files_to_boot_are_made_once(image: HostImage, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    first = boot_files(image, str(cache))
+    assert Path(first.kernel).read_bytes() == ELF_KERNEL
+    made = {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
+    assert boot_files(image, str(cache)) == first
+    assert made == {path.name: path.stat().st_mtime_ns for path in cache.iterdir()}
+    Path(image.busybox).write_bytes(STATIC_ELF + b"new")
+    second = boot_files(image, str(cache))
+    assert second.kernel == first.kernel
+    assert second.initramfs != first.initramfs
+    unpacked = tmp_path / "unpacked"
+    unpacked.mkdir()
+    command = ["cpio", "--extract", "--quiet", "--no-preserve-owner", "--no-absolute-filenames"]
+    with open(second.initramfs, "rb") as archive:
+        subprocess.run(command, stdin=archive, cwd=unpacked, check=True)
+    assert (unpacked / "modules/kvm_amd.ko").read_bytes() == b"kvm_amd"  # no longer compressed
+    assert (unpacked / "modules/root").read_text().split()[0] == "common"
+    assert (unpacked / "modules/kvm").read_text().split() == list(KVM_MODULES)
+    assert os.access(unpacked / "init", os.X_OK)
+
+
+def test_what_is_missing_or_wrong_is_named(image: HostImage, tmp_path: Path) -> None:
+    for part in ("kernel", "busybox"):
+        missing = HostImage(**{**vars(image), part: str(tmp_path / "gone")})
+        with pytest.raises(ConfigError, match=r"gone.*No such file"):
+            boot_files(missing, str(tmp_path / "cache"))
+    with pytest.raises(ConfigError, match="XDG_CACHE_HOME"):
+        boot_files(image, image.kernel)  # a file where a directory should be
+    for content in (b"#!/bin/sh\n", STATIC_ELF[:64] + struct.pack("<I", 3).ljust(56, b"\0")):
+        Path(image.busybox).write_bytes(content)
+        with pytest.raises(ConfigError, match="busybox-static"):
+            boot_files(image, str(tmp_path / "cache"))
+
+
+# ---- the settings of a run
+
+
+def test_the_shell_reads_the_settings_back() -> None:
+    argv = ("/bin/a=b", "it's", "$HOME `x` \\", "", "two\nlines")
+    settings = RunSettings(
+        argv, {"NAME": "a 'b'"}, "/some dir", "f" * 32, "host", ["/disk one"], ["/sink"]
+    )
+    script = run_script(settings).replace(b"exec /dev/.pyvmm/busybox", b"printf '%s|'")
+    show = b'\nrun_command; printf "%s|" "$MARK" "$WORKING_DIRECTORY" "$DISK_COUNT" "$DISK_0"'
+    out = subprocess.run(["sh", "-c", script + show], capture_output=True, check=True).stdout
+    words = out.decode().split("|")
+    assert words[:3] == ["env", "-i", "NAME=a 'b'"]
+    assert tuple(words[-10:-5]) == argv
+    assert words[-5:] == ["f" * 32, "/some dir", "1", "/disk one", ""]
+
+
+def test_settings_name_disks_by_their_real_path(image: HostImage, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("real.img")
+    spec = EmulatedHostSpec(image, disks=(HostDisk(str(tmp_path / "link")),), env={"A": "b"})
+    settings = settings_of(spec, ["true"])
+    assert settings.disks == (str(tmp_path / "real.img"),)
+    assert settings.env["A"] == "b"
+    assert settings.env["PYVMM_INSIDE_EMULATED_HOST"] == "1"
+    assert settings.mark != settings_of(spec, ["true"]).mark
+
+
+# ---- QEMU's command line
+
+
+def option_values(arguments: list[str], option: str) -> list[str]:
+    return [value for name, value in pairwise(arguments) if name == option]
+
+
+def test_qemu_gets_open_disks_without_their_odd_tails(image: HostImage, tmp_path: Path) -> None:
+    path = tmp_path / "odd, with a comma.img"
+    path.write_bytes(bytes(1024 + 7))
+    spec = EmulatedHostSpec(image, memory_mib=640, cpus=3)
+    boot = boot_files(image, str(tmp_path / "cache"))
+    ports = open_ports(sink_count=1)
+    with open(path, "rb") as file:
+        arguments = qemu_arguments(
+            spec,
+            boot,
+            initramfs_fd=99,
+            console_fd=98,
+            ports=ports,
+            disks=[open_disk(file.fileno(), read_only=True)],
+        )
+        fdsets = option_values(arguments, "-add-fd")
+        assert fdsets == [f"fd={file.fileno()},set=0"]
+    [file_node, raw_node] = option_values(arguments, "-blockdev")
+    assert "read-only=on" in file_node and "read-only=on" in raw_node
+    assert "locking=off" in file_node
+    assert "size=1024" in raw_node.split(",")
+    assert option_values(arguments, "-m") == ["640"]
+    assert option_values(arguments, "-smp") == ["3"]
+    assert not any("comma" in argument for argument in arguments)
+    devices = option_values(arguments, "-device")
+    assert devices[0].startswith("virtio-serial")  # its ports are /dev/vport0pN only as the first
+    numbers = [device.split(",")[1] for device in devices if device.startswith("virtserialport")]
+    assert numbers == ["nr=1", "nr=2", "nr=3", "nr=4", "nr=5"]
+    for port in ports:
+        port.ours.close()
+        port.theirs.close()
+
+
+# ---- streams
+
+
+def test_the_mark_is_found_however_it_is_cut() -> None:
+    stream = b"data \n01234 0123456789abcde" + MARK
+    for step in range(1, len(stream) + 1):
+        near, far = socket.socketpair()
+        near.setblocking(False)
+        reader, writer = os.pipe()
+        pump = OutputPump(near, writer, MARK)
+        for start in range(0, len(stream), step):
+            assert not pump.ended
+            far.sendall(stream[start : start + step])
+            pump.receive()
+            while pump.wants_output:
+                pump.send()
+        assert pump.done
+        os.close(writer)
+        assert os.read(reader, 1000) == stream[: -len(MARK)]
+        os.close(reader)
+        near.close()
+        far.close()
+
+
+def test_output_is_not_held_back_without_need() -> None:
+    assert mark_prefix(b"login: ", MARK) == 0
+    assert mark_prefix(b"12:01", MARK) == 2
+    assert mark_prefix(MARK[:-1], MARK) == len(MARK) - 1
+
+
+def test_a_stream_that_is_cut_off_gives_up_what_it_held() -> None:
+    near, far = socket.socketpair()
+    reader, writer = os.pipe()
+    pump = OutputPump(near, writer, MARK)
+    far.sendall(b"abc" + MARK[:5])
+    far.close()
+    for _ in range(2):
+        pump.receive()
+        while pump.wants_output:
+            pump.send()
+    assert pump.done
+    assert os.read(reader, 100) == b"abc" + MARK[:5]
+    near.close()
+    os.close(reader)
+    os.close(writer)
+
+
+def test_input_waits_for_the_other_side_and_ends_with_its_end() -> None:
+    near, far = socket.socketpair()
+    near.setblocking(False)
+    reader, writer = os.pipe()
+    seen: deque[bytes] = deque()
+
+    def on_input(data: bytes) -> bytes:
+        seen.append(data)
+        return data.replace(b"x", b"")
+
+    pump = InputPump(reader, near, on_input)
+    os.write(writer, b"axb")
+    pump.receive()
+    assert list(seen) == [b"axb"]
+    assert not pump.wants_input  # not before the port has taken this
+    pump.send()
+    assert far.recv(10) == b"ab"
+    assert pump.wants_input
+    os.close(writer)
+    pump.receive()
+    assert not pump.wants_input
+    assert far.recv(10) == b""
+    os.close(reader)
+    near.close()
+    far.close()
+
+
+# ---- what the machine lacks
+
+
+def test_a_machine_without_qemu_hears_what_to_install(image: HostImage) -> None:
+    spec = EmulatedHostSpec(image, qemu="no-such-qemu")
+    with pytest.raises(ConfigError, match=r"no-such-qemu; apt-get install .*qemu-system-x86"):
+        launch(spec, ["true"])
+    [first, *_] = probe("no-such-qemu")
+    assert not first.ok
+    assert "apt-get install" in first.cure
+
+
+def test_too_much_memory_is_refused_with_both_numbers() -> None:
+    available = available_mib()
+    assert available is not None
+    check_memory(1)
+    with pytest.raises(ConfigError, match=r"--memory: .* needs 99999999 MiB .* MiB to give"):
+        check_memory(99_999_999)
+
+
+def test_an_old_qemu_is_told_apart(tmp_path: Path) -> None:
+    old = tmp_path / "qemu-system-x86_64"
+    old.write_text("#!/bin/sh\necho 'QEMU emulator version 5.2.0 (Debian)'\n")
+    old.chmod(0o755)
+    checks = {check.name: check for check in probe(str(old))}
+    assert not checks[str(old)].ok
+    assert "5.2.0" in checks[str(old)].found
+    assert not checks["QEMU's devices"].ok
