@@ -193,6 +193,8 @@ class Lifecycle:
         self.state.queues[index].ready = False
         queue = self._queues[index] if self._queues else None
         if queue is not None:
+            # A driver that refills the ring for ever must not keep us from the lock.
+            queue.halt = True
             # Once the lock is ours, the batch in progress has ended, and no other will begin.
             with queue.lock:
                 queue.ready = False
