@@ -51,11 +51,14 @@ _IO_U64 = _offset("io", "direction") // 8  # direction, size, port and count in 
 _IO_DATA_OFFSET_U64 = _offset("io", "data_offset") // 8
 _MMIO_ADDRESS_U64 = _offset("mmio", "phys_addr") // 8
 _MMIO_DATA_U64 = _offset("mmio", "data") // 8
+_MMIO_KIND_U64 = _offset("mmio", "len") // 8  # length, then is_write, then padding
 _MMIO_LENGTH_U32 = _offset("mmio", "len") // 4
 _MMIO_IS_WRITE = _offset("mmio", "is_write")
 
 _MASKS = tuple((1 << (8 * size)) - 1 for size in range(9))
 _SIZES = (1, 2, 4, 8)
+# What the kind is for plain accesses; anything else (odd sizes, stale padding) goes the long way.
+_MMIO_KINDS = tuple(is_write << 32 | size for is_write in (0, 1) for size in _SIZES)
 # A guest that touches every byte of a large range must not make the memory of handlers grow.
 _MAX_KEPT = 4096
 
@@ -73,11 +76,15 @@ def run_until_exit(
     Ranges must not come or go in `pio` and `mmio` meanwhile: kick the vCPUs, change, run again.
     Raises HostError where KVM fails, and whatever a handler raises.
     """
+    # Local names: each is read at every exit.
     ioctl, fd, run = fcntl.ioctl, vcpu.fd, uapi.KVM_RUN
+    exit_io, exit_mmio = uapi.KVM_EXIT_IO, uapi.KVM_EXIT_MMIO
+    reason_at, io_at = _REASON_U32, _IO_U64
+    kind_at, address_at, data_at = _MMIO_KIND_U64, _MMIO_ADDRESS_U64, _MMIO_DATA_U64
     page = vcpu.run_page
     u32, u64 = page.cast("I"), page.cast("Q")
     ports: dict[int, _PortAccess[Action]] = {}
-    registers: tuple[dict[int, _Register[Action]], ...] = tuple({} for _ in range(9))
+    registers: dict[int, dict[int, _RegisterAccess[Action]]] = {kind: {} for kind in _MMIO_KINDS}
     action: Action | None
     while True:
         try:
@@ -86,10 +93,10 @@ def run_until_exit(
             if vcpu.failed_run(error.errno or 0) is None:
                 continue
             return None
-        reason = u32[_REASON_U32]
-        if reason == uapi.KVM_EXIT_IO:
+        reason = u32[reason_at]
+        if reason == exit_io:
             try:
-                write, read, offset, size, mask, data = ports[u64[_IO_U64]]
+                write, read, offset, size, mask, data = ports[u64[io_at]]
             except KeyError:
                 action = _first_port_access(page, u64, pio, ports)
                 if action is not None:
@@ -101,21 +108,20 @@ def run_until_exit(
                     return action
             else:
                 u32[data] = read(offset, size) & mask
-        elif reason == uapi.KVM_EXIT_MMIO:
-            size = u32[_MMIO_LENGTH_U32]
+        elif reason == exit_mmio:
             try:
-                handler_write, handler_read, offset = registers[size][u64[_MMIO_ADDRESS_U64]]
+                write, read, offset, size, mask = registers[u64[kind_at]][u64[address_at]]
             except KeyError:
-                action = _first_mmio_access(page, u64, size, mmio, registers[size])
+                action = _first_mmio_access(page, u64, mmio, registers)
                 if action is not None:
                     return action
                 continue
-            if page[_MMIO_IS_WRITE]:
-                action = handler_write(offset, size, u64[_MMIO_DATA_U64] & _MASKS[size])
+            if write is not None:
+                action = write(offset, size, u64[data_at] & mask)
                 if action is not None:
                     return action
             else:
-                u64[_MMIO_DATA_U64] = handler_read(offset, size) & _MASKS[size]
+                u64[data_at] = read(offset, size) & mask
         else:
             return None
 
@@ -153,8 +159,8 @@ class _Read(Protocol):
 
 # write (None for an IN), read, offset into the range, bytes, mask, place of the data as u32 index
 _PortAccess = tuple[_Write[Action] | None, _Read, int, int, int, int]
-# write, read, offset into the range
-_Register = tuple[_Write[Action], _Read, int]
+# write (None for a read), read, offset into the range, bytes, mask
+_RegisterAccess = tuple[_Write[Action] | None, _Read, int, int, int]
 
 
 def _first_port_access(
@@ -203,18 +209,20 @@ def _port_io(
 def _first_mmio_access(
     page: memoryview,
     u64: memoryview,
-    size: int,
     mmio: AddressSpace[Action],
-    registers: dict[int, _Register[Action]],
+    registers: dict[int, dict[int, _RegisterAccess[Action]]],
 ) -> Action | None:
-    """Serve the MMIO exit in `page`; keep the handler for the next access there."""
+    """Serve the MMIO exit in `page`; keep the handler for the next access like it."""
     address = u64[_MMIO_ADDRESS_U64]
-    handler = _handler_of_all(mmio, address, size) if size in _SIZES else None
-    if handler is not None:
+    size = page.cast("I")[_MMIO_LENGTH_U32]
+    kept = registers.get(u64[_MMIO_KIND_U64])
+    handler = _handler_of_all(mmio, address, size) if kept is not None else None
+    if kept is not None and handler is not None:
         start, found = handler
-        if len(registers) >= _MAX_KEPT:
-            registers.clear()
-        registers[address] = (found.write, found.read, address - start)
+        if len(kept) >= _MAX_KEPT:
+            kept.clear()
+        write = found.write if page[_MMIO_IS_WRITE] else None
+        kept[address] = (write, found.read, address - start, size, _MASKS[size])
     return _mmio_access(page, u64, mmio, address, size)
 
 

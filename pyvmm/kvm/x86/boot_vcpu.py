@@ -91,8 +91,8 @@ def set_flat_segments(sregs: Any, mode: Mode) -> None:
 
 
 def _setup_fpu(vcpu: Vcpu) -> None:
-    # What FNINIT leaves (Intel SDM, volume 3, table 9-1). KVM ignores mxcsr here and starts with the
-    # value of a reset.
+    # What FNINIT leaves (Intel SDM, volume 3, table 9-1). KVM ignores mxcsr here, and
+    # starts with the value of a reset.
     fpu = ffi.new("struct kvm_fpu *")
     fpu.fcw = 0x37F
     r.set_fpu(vcpu, fpu)
