@@ -1,7 +1,11 @@
-"""Runs a Linux guest the way a user does, with `pyvmm run`, and keeps what it said.
+"""Runs Linux guests the way a user does, with `pyvmm run`, and keeps what they said.
 
-The script a guest shall run is handed over on a disk of its own (the last one), so that its length
-does not matter. A guest that hangs fails its test with the end of its console.
+Where this machine's KVM cannot run Linux, `pyvmm run` finds that out itself and starts an emulated
+KVM host; nothing here knows the difference. A guest that hangs fails its test with the end of its
+console.
+
+The script that a guest shall run is handed over on a disk of its own, the last one, so that its
+length does not matter.
 """
 
 from __future__ import annotations
@@ -11,17 +15,25 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
+from threading import BoundedSemaphore, Thread
 
 import pytest
 
-# Not a measure of speed: a guest that has not ended by now hangs.
-HANG_SECONDS = 420
+# Not a measure of speed: a guest that has not ended by now hangs, also on a busy machine.
+HANG_SECONDS = 600
+_STEP = 0.05
 SECTOR = 512
 TAIL_LINES = 40
+
+PYVMM = (sys.executable, "-m", "pyvmm")
+
+# As many guests run at a time as there are processors for; more would only take turns.
+_SLOTS = BoundedSemaphore(2 if (os.cpu_count() or 1) > 1 else 1)
+_RUNNING: set[Guest] = set()
 
 
 def tail(text: str, lines: int = TAIL_LINES) -> str:
@@ -30,8 +42,9 @@ def tail(text: str, lines: int = TAIL_LINES) -> str:
 
 @dataclass(frozen=True)
 class GuestResult:
-    """What a run left: exit code, console, messages of the monitor on standard error."""
+    """What a run left: exit code, console, and the monitor's own messages on standard error."""
 
+    argv: Sequence[str]
     code: int
     console: str
     stderr: str
@@ -44,42 +57,54 @@ class GuestResult:
                 return int(line.split()[-1])
         return None
 
+    @property
+    def messages(self) -> list[str]:
+        """The monitor's lines, without the one that says that this takes an emulated KVM host."""
+        lines = [line for line in self.stderr.splitlines() if line.startswith("pyvmm: ")]
+        return [line for line in lines if "running in an emulated KVM host" not in line]
+
     def value(self, key: str) -> str:
         """The rest of the console line that begins with `key=`."""
         for line in self.console.splitlines():
             if line.startswith(f"{key}="):
                 return line.partition("=")[2].strip()
-        raise AssertionError(f"the guest never printed {key}=; console ends:\n{tail(self.console)}")
+        raise AssertionError(f"the guest never printed {key}=\n{self.ending()}")
+
+    def ending(self) -> str:
+        """The command and the end of all it said, for an assertion's message."""
+        return (
+            f"$ {shlex.join(self.argv)}\nexit code {self.code}\n"
+            f"--- console ends:\n{tail(self.console)}\n--- stderr:\n{tail(self.stderr)}"
+        )
 
     def check(self) -> GuestResult:
         """Fail the test unless the script succeeded and the guest powered off."""
         if self.script_code != 0 or self.code != 0:
-            pytest.fail(
-                f"script exited with {self.script_code}, pyvmm with {self.code}\n"
-                f"--- console ends:\n{tail(self.console)}\n--- stderr:\n{tail(self.stderr)}"
-            )
+            pytest.fail(f"the script exited with {self.script_code}\n{self.ending()}")
         return self
 
 
-@dataclass
+@dataclass(eq=False)
 class Guest:
-    """A guest to be booted: `start` it, or `run` it to its end."""
+    """A guest to be booted: `run` it to its end, or `start`, watch and `wait`.
 
-    kernel: Path
-    initrd: Path | None
+    `disks` and `options` are as on the command line. `stdin`: what the guest gets to read, or None
+    for /dev/null, or "closed".
+    """
+
+    kernel: str
+    initrd: str | None
     disks: Sequence[str] = ()
     cpus: int = 1
     memory: str = "256M"
     cmdline: str = ""
     options: Sequence[str] = ()
-    process: subprocess.Popen[bytes] | None = None
-    console: bytearray = field(default_factory=bytearray)
-    stderr: bytearray = field(default_factory=bytearray)
+    stdin: bytes | str | None = None
 
-    def argv(self, script_disk: Path | None) -> list[str]:
-        argv = [sys.executable, "-m", "pyvmm", "run", "--kernel", str(self.kernel)]
+    def argv(self, script_disk: Path | None = None) -> list[str]:
+        argv = [*PYVMM, "run", "--kernel", self.kernel]
         if self.initrd is not None:
-            argv += ["--initrd", str(self.initrd)]
+            argv += ["--initrd", self.initrd]
         cmdline = self.cmdline
         disks = list(self.disks)
         if script_disk is not None:
@@ -87,7 +112,9 @@ class Guest:
             disks.append(f"{script_disk},readonly,id=script")
         for disk in disks:
             argv += ["--disk", disk]
-        argv += ["--cpus", str(self.cpus), "--memory", self.memory, "--cmdline", cmdline]
+        argv += ["--cpus", str(self.cpus), "--memory", self.memory]
+        if cmdline:
+            argv += ["--cmdline", cmdline.strip()]
         return argv + list(self.options)
 
     def start(self, script: str | None = None, *, folder: Path | None = None) -> Guest:
@@ -98,72 +125,120 @@ class Guest:
             script_disk = folder / "script.img"
             text = script.encode()
             script_disk.write_bytes(text + bytes(-len(text) % SECTOR))
-        argv = self.argv(script_disk)
-        print("$", shlex.join(argv))
+        self._argv = self.argv(script_disk)
+        _SLOTS.acquire()
+        _RUNNING.add(self)
+        self.console, self.stderr = bytearray(), bytearray()
+        try:
+            self._open()
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def _open(self) -> None:
+        argv = self._argv
+        if self.stdin == "closed":
+            argv = ["sh", "-c", 'exec "$@" <&-', "sh", *argv]
         self.process = subprocess.Popen(
             argv,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if isinstance(self.stdin, bytes) else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
+        assert self.process.stdout is not None and self.process.stderr is not None
         self._pumps = [
-            Thread(target=_pump, args=(stream, into), daemon=True)
-            for stream, into in (
-                (self.process.stdout, self.console),
-                (self.process.stderr, self.stderr),
-            )
+            pump_into(self.console, self.process.stdout.fileno()),
+            pump_into(self.stderr, self.process.stderr.fileno()),
         ]
-        for pump in self._pumps:
-            pump.start()
-        return self
+        if isinstance(self.stdin, bytes):
+            assert self.process.stdin is not None
+            self.process.stdin.write(self.stdin)
+            self.process.stdin.close()
 
     def wait(self) -> GuestResult:
         """Wait for the end; a guest that hangs fails the test with its console's last lines."""
-        assert self.process is not None
         try:
-            code = self.process.wait(HANG_SECONDS)
+            self.process.wait(HANG_SECONDS)
         except subprocess.TimeoutExpired:
             self.kill()
-            pytest.fail(
-                f"the guest hangs\n--- console ends:\n{tail(self._text(self.console))}\n"
-                f"--- stderr:\n{tail(self._text(self.stderr))}"
-            )
-        for pump in self._pumps:
-            pump.join()
-        return GuestResult(code, self._text(self.console), self._text(self.stderr))
+            pytest.fail(f"the guest hangs\n{self.result().ending()}")
+        return self._finish()
 
-    def wait_for(self, text: str) -> None:
-        """Wait until the console has shown `text`; fails the test if the guest ends first."""
-        assert self.process is not None
-        waited = 0.0
-        while text.encode() not in self.console:
-            if self.process.poll() is not None or waited > HANG_SECONDS:
-                self.kill()
-                pytest.fail(
-                    f"never saw {text!r}\n--- console ends:\n{tail(self._text(self.console))}\n"
-                    f"--- stderr:\n{tail(self._text(self.stderr))}"
-                )
-            try:
-                self.process.wait(0.1)
-            except subprocess.TimeoutExpired:
-                waited += 0.1
+    def wait_for(self, text: str, *, stderr: bool = False) -> None:
+        """Wait until the console (or standard error) has shown `text`; fail if it ends before."""
+        stream = self.stderr if stderr else self.console
+        if not wait_until(lambda: text.encode() in stream or self.process.poll() is not None):
+            self.kill()
+        if text.encode() not in stream:
+            pytest.fail(f"never saw {text!r}\n{self.wait().ending()}")
 
-    def kill(self) -> None:
+    def send_signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def kill(self) -> GuestResult:
         """kill -9, as an operator or the kernel's OOM killer would."""
-        assert self.process is not None
         if self.process.poll() is None:
             os.kill(self.process.pid, signal.SIGKILL)
             self.process.wait()
+        return self._finish()
 
     def run(self, script: str | None = None, *, folder: Path | None = None) -> GuestResult:
         return self.start(script, folder=folder).wait()
 
-    @staticmethod
-    def _text(data: bytearray) -> str:
-        return bytes(data).decode(errors="replace").replace("\r\n", "\n")
+    def result(self) -> GuestResult:
+        code = self.process.returncode
+        return GuestResult(self._argv, code, _text(self.console), _text(self.stderr))
+
+    def _finish(self) -> GuestResult:
+        for pump in self._pumps:
+            pump.join(HANG_SECONDS)
+        for stream in (self.process.stdout, self.process.stderr):
+            if stream is not None:
+                stream.close()
+        self._release()
+        return self.result()
+
+    def _release(self) -> None:
+        if self in _RUNNING:
+            _RUNNING.discard(self)
+            _SLOTS.release()
 
 
-def _pump(stream: object, into: bytearray) -> None:
-    while chunk := stream.read1(65536):  # type: ignore[attr-defined]
-        into += chunk
+def kill_all() -> None:
+    """End what still runs: a test session was interrupted."""
+    for guest in list(_RUNNING):
+        guest.process.kill()
+
+
+def pump_into(into: bytearray, fd: int) -> Thread:
+    """A thread that appends to `into` all that comes from `fd`, to its end."""
+
+    def pump() -> None:
+        while True:
+            try:
+                chunk = os.read(fd, 65536)
+            except OSError:  # EIO of a terminal whose other side is closed
+                return
+            if not chunk:
+                return
+            into.extend(chunk)
+
+    thread = Thread(target=pump, daemon=True)
+    thread.start()
+    return thread
+
+
+def wait_until(condition: Callable[[], bool]) -> bool:
+    """Whether `condition` became true before a hang has to be assumed."""
+    # Sleeps are counted and no clock is read: a suspended machine is no hang.
+    for _ in range(int(HANG_SECONDS / _STEP)):
+        if condition():
+            return True
+        time.sleep(_STEP)
+    return condition()
+
+
+def _text(data: bytearray) -> str:
+    return bytes(data).decode(errors="replace").replace("\r\n", "\n")

@@ -1,0 +1,75 @@
+"""What the tests of Linux guests share: a machine that can run them, and boots in the background.
+
+Many tests look at what one boot left behind. Such a boot is a function, and a test names it and its
+arguments: `@pytest.mark.boot.with_args(function, ...)`; the fixture `boot` is what it returned. All
+boots that the selected tests name run in the background, as many at a time as `guest` allows, in
+the order of the tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import guest
+import pytest
+
+from pyvmm import images
+from pyvmm.cli.choose import why_not_host
+from pyvmm.emulated_host.launch import find_program
+from pyvmm.errors import PyvmmError
+
+Key = tuple[Any, ...]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "boot(function, *args): looks at what that boot returned")
+
+
+@pytest.fixture(scope="session")
+def linux_guests() -> None:
+    """Skips where no Linux guest can be run, and says why."""
+    no_kvm = why_not_host()
+    if no_kvm is None:
+        return
+    for program in ("qemu-system-x86_64", "busybox"):
+        if find_program(program) is None:
+            pytest.skip(f"{no_kvm}, and the emulated KVM host needs {program}")
+    try:
+        images.host_artifacts(make=True)
+    except PyvmmError as error:
+        pytest.skip(f"{no_kvm}, and there is no kernel for the emulated KVM host: {error}")
+
+
+@pytest.fixture(scope="session")
+def boots(
+    linux_guests: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[Key, Future[Any]]]:
+    """The boots that the selected tests named, running or done."""
+    keys = dict.fromkeys(key for item in request.session.items if (key := _key(item)))
+    # One thread each: guest.py is what limits how many guests there are.
+    with ThreadPoolExecutor(max_workers=max(1, len(keys))) as pool:
+        try:
+            yield {key: pool.submit(_run, key, tmp_path_factory.mktemp("boot")) for key in keys}
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            guest.kill_all()
+
+
+@pytest.fixture
+def boot(request: pytest.FixtureRequest, boots: dict[Key, Future[Any]]) -> Any:
+    """What the boot returned that the test names."""
+    key = _key(request.node)
+    assert key is not None, "mark the test with @pytest.mark.boot.with_args(function, ...)"
+    return boots[key].result()
+
+
+def _key(item: pytest.Item) -> Key | None:
+    marker = item.get_closest_marker("boot")
+    return None if marker is None else marker.args
+
+
+def _run(key: Key, folder: Any) -> Any:
+    function: Callable[..., Any] = key[0]
+    return function(folder, *key[1:])
