@@ -171,7 +171,7 @@ class Builder:
         if not apt.usable(self._apt, name, pins, locked=self._locked):
             if pins:
                 self._progress.notice(
-                    f"{name}: pinned versions are no longer on the mirror; using those it has"
+                    f"{name}: some pinned versions are no longer on the mirror; using what it has"
                 )
             pins = []
         variant = name.removeprefix("rootfs-")

@@ -50,7 +50,7 @@ def building(waiting: Callable[[], None]) -> Iterator[None]:
             fcntl.flock(fd, fcntl.LOCK_EX)
         shutil.rmtree(_workshop(), ignore_errors=True)
         with explain_os_errors():
-            os.makedirs(_workshop())
+            os.makedirs(_workshop(), exist_ok=True)  # what a killed build's children still write
         yield
     finally:
         os.close(fd)

@@ -37,7 +37,7 @@ def parse(text: str, path: str = "lock") -> Lock:
         if len(words) != 4 or not _is_sha256(words[3]):
             raise ConfigError(
                 f"{path}:{number}: not 'image package version sha256'",
-                cure="refresh it with: python -m pyvmm.images lock",
+                cure="take the file from the repository again",
             )
         lock.setdefault(words[0], []).append(Pin(*words[1:]))
     return lock

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from pyvmm.errors import ConfigError
 from pyvmm.images import apt, cache, tools
 from pyvmm.images.lock import Pin
 from pyvmm.images.progress import Progress
@@ -60,6 +61,7 @@ def _bootstrap(
         file.write(apt_preferences(pins))
     command = [
         "mmdebstrap",
+        f"--mode={_mode()}",
         "--variant=minbase",
         "--architectures=amd64",
         f"--include={','.join(recipes.rootfs[variant].packages)}",
@@ -79,6 +81,22 @@ def _bootstrap(
         environment["TMPDIR"] = room
     # Otherwise mmdebstrap works under /tmp, as its other users of a user namespace may not get here.
     tools.run(command, "mmdebstrap", env=environment)
+
+
+def _mode() -> str:
+    """How mmdebstrap gets its chroot; it decides for itself for a user who is not root.
+
+    As root it would mount /proc, /sys and /dev under the cache, in everybody's sight: a build that
+    is killed would leave them there, for the next one's clean-up to walk into. So they go into a
+    mount namespace; a container that may not have one may not mount either.
+    """
+    if os.geteuid() != 0:
+        return "auto"
+    try:
+        tools.run(["unshare", "--mount", "--propagation", "unchanged", "true"], "unshare")
+    except ConfigError:
+        return "root"
+    return "unshare"
 
 
 def _make_disk(variant: str, recipes: Recipes, room: str, disk: str) -> None:

@@ -18,6 +18,8 @@ _PACKAGES = {
     "apt-cache": "apt",
     "apt-config": "apt",
 }
+_NO_SPACE = "No space left on device"
+_CURES = {_NO_SPACE: "free 3 GiB, or set XDG_CACHE_HOME to another place"}
 # Where Debian keeps an administrator's programs; not on everybody's PATH.
 _ADMIN_PATH = "/usr/local/sbin:/usr/sbin:/sbin"
 
@@ -45,7 +47,8 @@ def run(
         errors="replace",
     )
     if result.returncode:
-        raise ConfigError(f"{what}: {complaint(result.stderr, result.returncode)}")
+        message = complaint(result.stderr, result.returncode)
+        raise ConfigError(f"{what}: {message}", cure=_CURES.get(message, ""))
     return result.stdout
 
 
@@ -62,8 +65,8 @@ def complaint(stderr: str, status: int) -> str:
     """The line of `stderr` that says most: the first error, else the last line."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
     for line in lines:
-        if "No space left on device" in line:
-            return "No space left on device"
+        if _NO_SPACE in line:
+            return _NO_SPACE
     errors = [line for line in lines if line.startswith(("E:", "Err:"))]
     if errors:
         return errors[0].removeprefix("E:").strip()
