@@ -79,7 +79,7 @@ def _bootstrap(
     environment = {"SOURCE_DATE_EPOCH": "1700000000"}
     if os.geteuid() == 0:
         environment["TMPDIR"] = room
-    # Otherwise mmdebstrap works under /tmp, as its other users of a user namespace may not get here.
+    # Otherwise it works under /tmp: the user of its namespace may not get into this folder.
     tools.run(command, "mmdebstrap", env=environment)
 
 

@@ -1,0 +1,113 @@
+"""apt's answers against the pins; a local archive stands in for the mirror."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from pyvmm.errors import ConfigError
+from pyvmm.images import apt, builder, rootfs, tools
+from pyvmm.images.lock import Pin
+from pyvmm.images.progress import Progress
+
+SUM = hashlib.sha256(b"package").hexdigest()
+PIN = Pin("busybox-static", "1:1.35.0-4", SUM)
+
+
+class Mirror(apt.Apt):
+    """What a mirror has, without apt."""
+
+    def __init__(self, *packages: Pin) -> None:
+        self.packages = packages
+
+    def lookup(self, wanted):  # type: ignore[no-untyped-def]
+        return {pin.package: pin for pin in self.packages if pin[:2] in set(wanted)}
+
+    def newest(self, package: str, suite: str) -> Pin:
+        return next(pin for pin in self.packages if pin.package == package)
+
+
+def test_a_pinned_version_that_is_there_is_used() -> None:
+    assert apt.usable(Mirror(PIN), "initramfs", [PIN], locked=True)
+
+
+def test_a_pinned_version_that_is_gone_is_not_used() -> None:
+    assert not apt.usable(Mirror(), "initramfs", [PIN], locked=False)
+
+
+def test_locked_makes_a_gone_version_an_error() -> None:
+    with pytest.raises(ConfigError, match=r"busybox-static 1:1\.35\.0-4 is not on the mirror"):
+        apt.usable(Mirror(), "initramfs", [PIN], locked=True)
+    with pytest.raises(ConfigError, match="no pins"):
+        apt.usable(Mirror(), "initramfs", [], locked=True)
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_another_checksum_of_the_pinned_version_is_always_an_error(locked: bool) -> None:
+    other = PIN._replace(sha256="0" * 64)
+    with pytest.raises(ConfigError, match="do not use that mirror"):
+        apt.usable(Mirror(other), "initramfs", [PIN], locked=locked)
+
+
+def test_a_file_with_another_checksum_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "package.deb"
+    path.write_bytes(b"package")
+    apt.check_sum(str(path), PIN)
+    path.write_bytes(b"tampered")
+    with pytest.raises(ConfigError, match="instead of"):
+        apt.check_sum(str(path), PIN)
+
+
+def test_the_substitute_for_a_gone_version_is_said_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    catalogue = builder.Catalogue()
+    newer = PIN._replace(version="1:1.36-1")
+    catalogue.lock["initramfs"] = [PIN]
+    monkeypatch.setattr(apt.Apt, "update", lambda self: None)
+    maker = builder.Builder(catalogue, Progress())
+    maker._apt = Mirror(newer)
+    capsys.readouterr()
+    assert maker._choose("initramfs-6.1") == newer
+    assert capsys.readouterr().err == (
+        "pyvmm: initramfs-6.1: the pinned busybox-static 1:1.35.0-4 is no longer on the mirror; "
+        "using busybox-static 1:1.36-1\n"
+    )
+
+
+def test_root_disks_are_pinned_by_apts_preferences() -> None:
+    assert rootfs.apt_preferences([PIN]) == (
+        "Package: busybox-static\nPin: version 1:1.35.0-4\nPin-Priority: 1001\n"
+    )
+
+
+def test_a_missing_program_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tools, "_search_path", lambda: "/none")
+    with pytest.raises(
+        ConfigError, match="mke2fs is missing; install it: apt-get install e2fsprogs"
+    ):
+        tools.require("mke2fs")
+
+
+def test_a_program_s_first_error_is_what_is_said() -> None:
+    stderr = "W: slow\nE: Unable to locate package x\nE: more\n"
+    assert tools.complaint(stderr, 100) == "Unable to locate package x"
+    assert tools.complaint("", 3) == "exit status 3"
+    with pytest.raises(ConfigError, match=r"^making: b$"):
+        tools.run(["sh", "-c", "echo a >&2; echo b >&2; exit 1"], "making")
+
+
+def test_a_program_that_fills_the_disk_comes_with_a_cure() -> None:
+    with pytest.raises(ConfigError, match="No space left on device; free 3 GiB"):
+        tools.run(["sh", "-c", "echo 'tar: x: No space left on device' >&2; exit 2"], "unpacking")
+
+
+def test_apt_writes_only_in_its_own_folder(tmp_path: Path) -> None:
+    text = apt._private_folders(str(tmp_path))
+    written = [line for line in text.splitlines() if line.startswith(("Dir::State", "Dir::Cache"))]
+    assert len(written) == 4
+    assert all(os.fspath(tmp_path) in line for line in written)

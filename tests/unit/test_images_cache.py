@@ -1,0 +1,156 @@
+"""The cache holds whole images only; copies of a disk are sparse; keys follow the recipes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pyvmm import images
+from pyvmm.errors import ConfigError
+from pyvmm.images import builder, cache, disk, recipes
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+def nobody_waits() -> None:
+    pytest.fail("the lock was taken by somebody else")
+
+
+def test_an_image_is_there_when_it_is_whole(home: Path) -> None:
+    with cache.building(nobody_waits):
+        with cache.new_image("kernel-1", "k") as into:
+            Path(into, "bzImage").write_bytes(b"kernel")
+            assert not os.path.exists(cache.image("kernel-1", "k"))
+        assert Path(cache.image("kernel-1", "k"), "bzImage").read_bytes() == b"kernel"
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt(), ConfigError("no")])
+def test_a_build_that_fails_leaves_nothing(home: Path, failure: BaseException) -> None:
+    with (
+        cache.building(nobody_waits),
+        pytest.raises(type(failure)),
+        cache.new_image("kernel-1", "k") as into,
+    ):
+        Path(into, "bzImage").write_bytes(b"half")
+        raise failure
+    assert os.listdir(home / "cache/pyvmm/building") == []
+    assert os.listdir(home / "cache/pyvmm/images") == []
+
+
+def test_a_full_disk_is_one_line_with_a_cure(home: Path) -> None:
+    with (
+        pytest.raises(ConfigError, match="No space left on device; free 3 GiB, or set XDG_CACHE"),
+        cache.building(nobody_waits),
+        cache.new_image("rootfs-x", "k"),
+    ):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_what_a_killed_build_left_is_removed_by_the_next(home: Path) -> None:
+    left = home / "cache/pyvmm/building/tmpdead"
+    left.mkdir(parents=True)
+    (left / "half").write_bytes(b"x")
+    with cache.building(nobody_waits):
+        assert not left.exists()
+
+
+def test_a_second_builder_waits_for_the_first(home: Path) -> None:
+    waits = (
+        "from pyvmm.images import cache\n"
+        "with cache.building(lambda: print('waiting', flush=True)):\n"
+        "    print('mine', flush=True)\n"
+    )
+    with cache.building(nobody_waits):
+        second = subprocess.Popen(
+            [sys.executable, "-c", waits], stdout=subprocess.PIPE, text=True, env=os.environ
+        )
+        assert second.stdout is not None
+        assert second.stdout.readline() == "waiting\n"
+        assert second.poll() is None
+    assert second.communicate(timeout=60)[0] == "mine\n"
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+    with pytest.raises(ConfigError, match=r"/proc/none.*set XDG_CACHE_HOME to another place"):
+        images.build(["kernel-6.1"])
+
+
+def test_an_image_that_was_not_built_is_named_with_the_command(home: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run: pyvmm image build kernel-6\.1"):
+        images.artifacts()
+
+
+def test_an_unknown_image_lists_the_known_ones(home: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no image 'kernel-2\.4'; there are kernel-6\.1"):
+        images.artifacts(kernel="2.4")
+
+
+def test_a_changed_script_or_pin_makes_only_its_own_images_new(home: Path) -> None:
+    folder = home / "recipes"
+    shutil.copytree(recipes.folder(), folder)
+
+    def keys() -> dict[str, str]:
+        catalogue = builder.Catalogue(str(folder))
+        return {name: catalogue.key(name) for name in catalogue.names()}
+
+    first = keys()
+    assert keys() == first
+    with open(folder / "initramfs/init", "a") as file:
+        file.write("# changed\n")
+    second = keys()
+    changed = {name for name in first if first[name] != second[name]}
+    assert changed == {name for name in first if name.startswith("initramfs-")}
+
+    text = (folder / "amd64.lock").read_text()
+    (folder / "amd64.lock").write_text(text.replace("kernel-6.12 linux-", "kernel-6.12 lunix-"))
+    third = keys()
+    changed = {name for name in first if second[name] != third[name]}
+    assert changed == {"kernel-6.12", "initramfs-6.12"}
+
+
+def test_a_disk_s_copy_is_equal_sparse_and_writable(home: Path) -> None:
+    source = home / "pristine"
+    with open(source, "wb") as file:
+        file.truncate(64 << 20)
+        file.seek(5 << 20)
+        file.write(b"data in the middle")
+    source.chmod(0o444)
+    target = home / "copy"
+    disk.copy_sparse(str(source), str(target))
+    assert target.read_bytes() == source.read_bytes()
+    assert target.stat().st_blocks * 512 < 1 << 20
+    with open(target, "r+b") as file:
+        file.write(b"mine")
+    assert source.read_bytes()[:4] == bytes(4)
+
+
+def test_a_copy_that_fails_leaves_the_old_file(home: Path) -> None:
+    target = home / "disk"
+    target.write_bytes(b"old")
+    with pytest.raises(ConfigError, match="cannot copy"):
+        disk.copy_sparse(str(home / "none"), str(target))
+    assert target.read_bytes() == b"old"
+    assert sorted(os.listdir(home)) == ["disk"]
+
+
+def test_images_that_no_recipe_makes_can_be_removed(home: Path) -> None:
+    with cache.building(nobody_waits):
+        for key in ("old", "new"):
+            with cache.new_image("kernel-1", key):
+                pass
+    removed = cache.prune({cache.image("kernel-1", "new")})
+    assert removed == [cache.image("kernel-1", "old")]
+    assert os.path.isdir(cache.image("kernel-1", "new"))
