@@ -50,7 +50,8 @@ _REASON_U32 = _offset("exit_reason") // 4
 _IO_U64 = _offset("io", "direction") // 8  # direction, size, port and count in one number
 _IO_DATA_OFFSET_U64 = _offset("io", "data_offset") // 8
 _MMIO_ADDRESS_U64 = _offset("mmio", "phys_addr") // 8
-_MMIO_DATA_U64 = _offset("mmio", "data") // 8
+_MMIO_DATA = _offset("mmio", "data")
+_MMIO_DATA_U64 = _MMIO_DATA // 8
 _MMIO_KIND_U64 = _offset("mmio", "len") // 8  # length, then is_write, then padding
 _MMIO_LENGTH_U32 = _offset("mmio", "len") // 4
 _MMIO_IS_WRITE = _offset("mmio", "is_write")
@@ -80,11 +81,12 @@ def run_until_exit(
     ioctl, fd, run = fcntl.ioctl, vcpu.fd, uapi.KVM_RUN
     exit_io, exit_mmio = uapi.KVM_EXIT_IO, uapi.KVM_EXIT_MMIO
     reason_at, io_at = _REASON_U32, _IO_U64
-    kind_at, address_at, data_at = _MMIO_KIND_U64, _MMIO_ADDRESS_U64, _MMIO_DATA_U64
+    kind_at, address_at, masks = _MMIO_KIND_U64, _MMIO_ADDRESS_U64, _MASKS
     page = vcpu.run_page
     u32, u64 = page.cast("I"), page.cast("Q")
-    ports: dict[int, _PortAccess[Action]] = {}
-    registers: dict[int, dict[int, _RegisterAccess[Action]]] = {kind: {} for kind in _MMIO_KINDS}
+    views = {1: page, 2: page.cast("H"), 4: u32, 8: u64}
+    ports: dict[int, _Access[Action]] = {}
+    registers: dict[int, dict[int, _Access[Action]]] = {kind: {} for kind in _MMIO_KINDS}
     action: Action | None
     while True:
         try:
@@ -96,32 +98,32 @@ def run_until_exit(
         reason = u32[reason_at]
         if reason == exit_io:
             try:
-                write, read, offset, size, mask, data = ports[u64[io_at]]
+                write, read, offset, size, view, place = ports[u64[io_at]]
             except KeyError:
-                action = _first_port_access(page, u64, pio, ports)
+                action = _first_port_access(page, views, pio, ports)
                 if action is not None:
                     return action
                 continue
             if write is not None:
-                action = write(offset, size, u32[data] & mask)
+                action = write(offset, size, view[place])
                 if action is not None:
                     return action
             else:
-                u32[data] = read(offset, size) & mask
+                view[place] = read(offset, size) & masks[size]
         elif reason == exit_mmio:
             try:
-                write, read, offset, size, mask = registers[u64[kind_at]][u64[address_at]]
+                write, read, offset, size, view, place = registers[u64[kind_at]][u64[address_at]]
             except KeyError:
-                action = _first_mmio_access(page, u64, mmio, registers)
+                action = _first_mmio_access(page, views, mmio, registers)
                 if action is not None:
                     return action
                 continue
             if write is not None:
-                action = write(offset, size, u64[data_at] & mask)
+                action = write(offset, size, view[place])
                 if action is not None:
                     return action
             else:
-                u64[data_at] = read(offset, size) & mask
+                view[place] = read(offset, size) & masks[size]
         else:
             return None
 
@@ -157,21 +159,21 @@ class _Read(Protocol):
     def __call__(self, offset: int, size: int, /) -> int: ...
 
 
-# write (None for an IN), read, offset into the range, bytes, mask, place of the data as u32 index
-_PortAccess = tuple[_Write[Action] | None, _Read, int, int, int, int]
-# write (None for a read), read, offset into the range, bytes, mask
-_RegisterAccess = tuple[_Write[Action] | None, _Read, int, int, int]
+# write (None for a read), read, offset into the range, bytes, and where the data is: the view of
+# the page that has numbers of that many bytes, and the index in it
+_Access = tuple[_Write[Action] | None, _Read, int, int, memoryview, int]
+_Views = dict[int, memoryview]
 
 
 def _first_port_access(
     page: memoryview,
-    u64: memoryview,
+    views: _Views,
     pio: AddressSpace[Action],
-    ports: dict[int, _PortAccess[Action]],
+    ports: dict[int, _Access[Action]],
 ) -> Action | None:
     """Serve the IO exit in `page`; keep the handler for the next one like it, if it is simple."""
-    word = u64[_IO_U64]
-    data_offset = u64[_IO_DATA_OFFSET_U64]
+    word = views[8][_IO_U64]
+    data_offset = views[8][_IO_DATA_OFFSET_U64]
     is_out = word & 0xFF == uapi.KVM_EXIT_IO_OUT
     size, port, count = word >> 8 & 0xFF, word >> 16 & 0xFFFF, word >> 32
     handler = _handler_of_all(pio, port, size)
@@ -180,7 +182,7 @@ def _first_port_access(
         if len(ports) >= _MAX_KEPT:
             ports.clear()
         write = found.write if is_out else None
-        ports[word] = (write, found.read, port - start, size, _MASKS[size], data_offset // 4)
+        ports[word] = (write, found.read, port - start, size, views[size], data_offset // size)
     return _port_io(page, pio, is_out, port, size, count, data_offset)
 
 
@@ -208,13 +210,14 @@ def _port_io(
 
 def _first_mmio_access(
     page: memoryview,
-    u64: memoryview,
+    views: _Views,
     mmio: AddressSpace[Action],
-    registers: dict[int, dict[int, _RegisterAccess[Action]]],
+    registers: dict[int, dict[int, _Access[Action]]],
 ) -> Action | None:
     """Serve the MMIO exit in `page`; keep the handler for the next access like it."""
+    u64 = views[8]
     address = u64[_MMIO_ADDRESS_U64]
-    size = page.cast("I")[_MMIO_LENGTH_U32]
+    size = views[4][_MMIO_LENGTH_U32]
     kept = registers.get(u64[_MMIO_KIND_U64])
     handler = _handler_of_all(mmio, address, size) if kept is not None else None
     if kept is not None and handler is not None:
@@ -222,7 +225,8 @@ def _first_mmio_access(
         if len(kept) >= _MAX_KEPT:
             kept.clear()
         write = found.write if page[_MMIO_IS_WRITE] else None
-        kept[address] = (write, found.read, address - start, size, _MASKS[size])
+        place = _MMIO_DATA // size
+        kept[address] = (write, found.read, address - start, size, views[size], place)
     return _mmio_access(page, u64, mmio, address, size)
 
 

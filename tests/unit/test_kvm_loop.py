@@ -189,8 +189,8 @@ def test_a_guest_cannot_make_the_loops_memory_grow(
     kept: list[int] = []
     real = loop._first_mmio_access
 
-    def spying(page: Any, u64: Any, space: Any, registers: dict[int, dict[int, Any]]) -> Any:
-        result = real(page, u64, space, registers)
+    def spying(page: Any, views: Any, space: Any, registers: dict[int, dict[int, Any]]) -> Any:
+        result = real(page, views, space, registers)
         kept.append(sum(map(len, registers.values())))
         return result
 
