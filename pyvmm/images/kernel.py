@@ -61,5 +61,5 @@ def _extract_vmlinux(into: str) -> None:
     tools.run(
         [sys.executable, "-m", "pyvmm.boot.x86.payload", bzimage, vmlinux],
         "cannot unpack vmlinux",
-        env={"PYTHONPATH": root},
+        env={"PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")},
     )
