@@ -1,9 +1,9 @@
 """Why a guest does not come up, read off its console: the known failures and their cures.
 
 The texts looked for are those of Linux 5.10 to 6.12 (init/main.c, init/do_mounts.c,
-init/initramfs.c, kernel/panic.c, fs/ext4/super.c), of initramfs-tools (scripts/local, init) and of
-dracut and systemd. What a guest prints is untrusted: lines are cut, only printable characters are
-repeated, each kind of finding is made once.
+init/initramfs.c, kernel/panic.c, fs/ext4/super.c), of initramfs-tools (scripts/local, init), of
+dracut and systemd, and of guest-images/initramfs/init. What a guest prints is untrusted: lines are
+cut, only printable characters are repeated, each kind of finding is made once.
 """
 
 from __future__ import annotations
@@ -177,6 +177,7 @@ def _cannot_open_root(text: str, watcher: ConsoleWatcher) -> Finding | None:
 
 def _no_such_device(text: str, watcher: ConsoleWatcher) -> Finding | None:
     match = re.search(r"(?:ALERT!|Warning:) +((?:/dev/|\w+=)\S+) does not exist", text)
+    match = match or re.search(r"pyvmm-initramfs: no root device (\S+) after", text)
     return _root_missing(f" {_quote(match[1])}", watcher) if match else None
 
 
@@ -320,6 +321,7 @@ _RULES: tuple[tuple[bytes, _Explain], ...] = (
     (b"VFS: Cannot open root device", _cannot_open_root),
     (b"VFS: Unable to mount root fs", _unable_to_mount),
     (b"does not exist", _no_such_device),
+    (b"pyvmm-initramfs: no root device", _no_such_device),
     (b"dracut-initqueue: timeout", _waiting_for_device),
     (b"dracut-initqueue timeout", _waiting_for_device),
     (b"No root device specified.", _no_root_given),
@@ -328,11 +330,13 @@ _RULES: tuple[tuple[bytes, _Explain], ...] = (
     (b"as root file system.", _filesystem),
     (b"requires a manual fsck", _filesystem),
     (b"Failed to mount sysroot.mount", _filesystem),
+    (b"pyvmm-initramfs: cannot mount", _filesystem),
     (b"write access unavailable, cannot proceed", _read_only),
     (b"cannot remount / read-write, is write-protected", _read_only),
     (b"is write-protected but explicit read-write", _read_only),
     (b"No working init found", _no_init),
     (b"No init found. Try passing init=", _no_init),
+    (b"pyvmm-initramfs: no init:", _no_init),
     (b"Requested init ", _init_failed),
     (b"Failed to execute /", _init_failed),
     (b"Attempted to kill init!", _init_died),

@@ -47,6 +47,10 @@ class Attendant:
             self._said.add(found.kind)
             log.to_stderr(f"{self._name}: {found}")
 
+    def said(self, kind: str) -> bool:
+        """Whether a finding of that kind was told to the user."""
+        return kind in self._said
+
     def saw_panic(self) -> bool:
         """Whether the guest's kernel panicked."""
         return any(finding.kind == PANIC for finding in self.watcher.findings)
@@ -66,7 +70,8 @@ def run_here(spec: VmSpec, *, quiet: bool = False) -> int:
     # The console is closed: the watcher has seen the last byte.
     attendant.look()
     if outcome.ending is Ending.RESET and attendant.saw_panic():
-        outcome = Outcome(Ending.PANIC, "the guest's kernel panicked")
+        line = "" if attendant.said(PANIC) else "the guest's kernel panicked"
+        outcome = Outcome(Ending.PANIC, line)
     _report(spec.name, outcome)
     return outcome.exit_code
 

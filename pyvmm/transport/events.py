@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from pyvmm.transport.mmio_registers import CONFIG, Register
@@ -43,7 +44,7 @@ def register_name(row: Register, offset: int, size: int) -> str:
     return f"Config[{offset - CONFIG:#x}:{size}]" if row.offset == CONFIG else row.name
 
 
-def decode(row: Register, value: int, state: DeviceState) -> str:
+def decode(row: Register, value: int, state: DeviceState, feature_names: Mapping[int, str]) -> str:
     """What `value` of register `row` means, in the specification's names."""
     if row.decode == "status":
         return status.describe(value)
@@ -51,11 +52,11 @@ def decode(row: Register, value: int, state: DeviceState) -> str:
         names = {USED_BUFFER: "used buffer", CONFIG_CHANGED: "configuration change"}
         return ", ".join(name for bit, name in names.items() if value & bit)
     if row.decode == "device features":
-        return _features(value, state.device_features_select)
+        return _features(value, state.device_features_select, feature_names)
     if row.decode == "driver features":
-        return _features(value, state.driver_features_select)
+        return _features(value, state.driver_features_select, feature_names)
     return ""
 
 
-def _features(value: int, select: int) -> str:
-    return " ".join(features.describe(value << 32 * select)) if select < 2 else ""
+def _features(value: int, select: int, names: Mapping[int, str]) -> str:
+    return " ".join(features.describe(value << 32 * select, names)) if select < 2 else ""

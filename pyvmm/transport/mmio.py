@@ -156,7 +156,8 @@ class MmioTransport:
     ) -> None:
         if self._trace is not None:
             name = events.register_name(row, offset, size)
-            meaning = events.decode(row, value, self.negotiation.state)
+            names = self.device.feature_names
+            meaning = events.decode(row, value, self.negotiation.state, names)
             self._trace(events.RegisterAccess(self.device.name, write, name, value, meaning))
 
     # --- the interrupt: 4.2.3.4 Notifications From The Device -----------------------------------

@@ -8,8 +8,9 @@ Negotiation, queue addresses, the status register and interrupts are the transpo
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 from pyvmm.errors import DriverError
@@ -48,13 +49,15 @@ class VirtioDevice(ABC):
 
     `name` appears in logs and traces. `device_type` is its number in chapter 5, `queue_sizes` the
     largest size of each of its queues. `features` are the bits it offers, those of the ring
-    included; VERSION_1 is added for it.
+    included; VERSION_1 is added for it. `feature_names` are those of its type's own bits, by
+    number, for traces.
     """
 
     name: str
     device_type: int
     queue_sizes: tuple[int, ...]
     features: int = 0
+    feature_names: Mapping[int, str] = MappingProxyType({})
 
     def read_config(self, offset: int, length: int) -> bytes:
         """`length` bytes of the configuration space at `offset`, zero past its end (2.5)."""

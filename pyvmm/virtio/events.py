@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pyvmm.virtio import features, status
+from pyvmm.virtio import status
 
 
 class StatusChanged(NamedTuple):
@@ -23,14 +23,15 @@ class StatusChanged(NamedTuple):
 
 
 class Activated(NamedTuple):
-    """The device went live with these features; size of each queue, 0 for one not enabled."""
+    """The device went live with these features, by name; size of each queue, 0 for one not
+    enabled."""
 
     device: str
-    features: int
+    features: tuple[str, ...]
     queue_sizes: tuple[int, ...]
 
     def __str__(self) -> str:
-        names = " ".join(features.describe(self.features))
+        names = " ".join(self.features)
         sizes = ", ".join(str(size) for size in self.queue_sizes)
         return f"{self.device}: active, queue sizes [{sizes}], features {names}"
 

@@ -7,6 +7,8 @@ a device type live beside the device.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 VIRTIO_F_INDIRECT_DESC = VIRTIO_RING_F_INDIRECT_DESC = 28
 VIRTIO_F_EVENT_IDX = VIRTIO_RING_F_EVENT_IDX = 29
 VIRTIO_F_VERSION_1 = 32
@@ -50,7 +52,7 @@ def has(features: int, bit: int) -> bool:
     return bool(features >> bit & 1)
 
 
-def describe(features: int, device_names: dict[int, str] | None = None) -> list[str]:
+def describe(features: int, device_names: Mapping[int, str] | None = None) -> list[str]:
     """The names of the bits in `features`, lowest first; ``"bit 27"`` for one without a name.
 
     `device_names` gives the names of a device type's own bits.

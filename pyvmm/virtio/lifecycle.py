@@ -27,6 +27,7 @@ from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
 from pyvmm.virtio import constants, events, status
 from pyvmm.virtio.device import Activation, VirtioDevice
+from pyvmm.virtio.features import describe
 from pyvmm.virtio.queue import Queue
 from pyvmm.virtio.queue_state import QueueConfig
 from pyvmm.virtio.split_queue import SplitQueue
@@ -178,7 +179,8 @@ class Lifecycle:
             return
         if self._trace is not None:
             sizes = tuple(queue.size if queue is not None else 0 for queue in queues)
-            self._trace(events.Activated(self.device.name, accepted, sizes))
+            names = tuple(describe(accepted, self.device.feature_names))
+            self._trace(events.Activated(self.device.name, names, sizes))
 
     def _build_queues(self, accepted: int) -> tuple[Queue | None, ...]:
         queues: list[Queue | None] = []

@@ -35,6 +35,11 @@ def test_every_number_is_the_headers(tmp_path: Path) -> None:
     assert_in_c(tmp_path, HEADERS, [f"{name} == {getattr(uapi, name)}" for name in names])
 
 
+def test_every_feature_has_its_name() -> None:
+    expected = {bit: name for name, bit in vars(uapi).items() if name.startswith("VIRTIO_BLK_F_")}
+    assert expected == uapi.FEATURE_NAMES
+
+
 def test_every_field_of_the_configuration_lies_where_the_header_has_it(tmp_path: Path) -> None:
     claims = []
     for name, (offset, size) in config.layout().items():

@@ -193,6 +193,17 @@ def test_initramfs_tools_gives_up(step: int) -> None:
             ["/dev/console"],
         ),
         (b"[    1.0] Kernel panic - not syncing: whatever else\n", "panic", ["whatever else"]),
+        (
+            VDA + b"pyvmm-initramfs: no root device /dev/vdz after 3 s; block devices: /dev/vda\n",
+            "no-root-device",
+            ["/dev/vdz", "root="],
+        ),
+        (
+            b"pyvmm-initramfs: cannot mount /dev/vda as ext4 on /\n",
+            "filesystem",
+            ["cannot mount /dev/vda"],
+        ),
+        (b"pyvmm-initramfs: no init: /sbin/x is not on /dev/vda\n", "no-init", ["init="]),
     ],
 )
 def test_known_failures(text: bytes, kind: str, words: list[str]) -> None:

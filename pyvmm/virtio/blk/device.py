@@ -15,6 +15,7 @@ from pyvmm.virtio.blk.backend import Backend
 from pyvmm.virtio.blk.config import BlockConfig, read_zero_filled
 from pyvmm.virtio.blk.request import NO_HEADER, SECTOR, Request, parse
 from pyvmm.virtio.blk.uapi import (
+    FEATURE_NAMES,
     STATUS_NAMES,
     TYPE_NAMES,
     VIRTIO_BLK_F_BLK_SIZE,
@@ -69,6 +70,7 @@ class BlockDevice(QueueDevice):
     """A disk. `name` stands in messages; the guest reads `serial`, or else `name`, as its id."""
 
     device_type = VIRTIO_ID_BLOCK
+    feature_names = FEATURE_NAMES
 
     def __init__(
         self,
