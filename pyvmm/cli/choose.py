@@ -3,19 +3,6 @@
 from __future__ import annotations
 
 from pyvmm.errors import PyvmmError
-from pyvmm.host import log
-
-
-def choose_kvm() -> str:
-    """ "host" or "emulated"; says why in one line when it is the second."""
-    reason = why_not_host()
-    if reason is None:
-        return "host"
-    log.to_stderr(
-        f"{reason}; running in an emulated KVM host, 10 to 20 times slower than real KVM "
-        "(--kvm=host insists, `pyvmm doctor` explains)"
-    )
-    return "emulated"
 
 
 def why_not_host() -> str | None:

@@ -25,6 +25,7 @@ from pyvmm.host.files import open_image
 from pyvmm.machine.builder import check_boot
 from pyvmm.machine.outcome import Ending
 from pyvmm.machine.spec import VmSpec, to_json
+from pyvmm.machine.trace import cannot_write
 from pyvmm.platform.console import standard_fds
 from pyvmm.platform.escape import HELP, Command, EscapeParser
 from pyvmm.platform.terminal import Terminal, is_terminal
@@ -33,11 +34,12 @@ _MIB = 1 << 20
 _TRACE_PATH = "/run/pyvmm-trace"
 
 
-def run_emulated(spec: VmSpec) -> int:
+def run_emulated(spec: VmSpec, because: str | None = None) -> int:
     """Run `spec` in an emulated KVM host; the exit code is the guest's.
 
     Everything the user may have got wrong is found here, before the emulated host starts: it takes
-    seconds to come up. The disks stay locked by this process until it has gone.
+    seconds to come up. Then `because` says why there is an emulated host at all. The disks stay
+    locked by this process until it has gone.
     """
     with ExitStack() as closing:
         check_boot(spec)
@@ -51,6 +53,11 @@ def run_emulated(spec: VmSpec) -> int:
             disks=disks,
             sinks=sinks,
         )
+        if because is not None:
+            log.to_stderr(
+                f"{because}; running in an emulated KVM host, 10 to 20 times slower than real KVM "
+                "(--kvm=host insists, `pyvmm doctor` explains)"
+            )
         # -P: the current directory is the user's, not a place for modules.
         argv = [sys.executable, "-P", "-m", "pyvmm.cli.inside", to_json(spec)]
         return _join_terminal(host, argv)
@@ -70,11 +77,7 @@ def _trace_sink(spec: VmSpec, closing: ExitStack) -> tuple[HostSink, ...]:
     try:
         file = open(spec.trace_file, "wb")  # noqa: SIM115 - `closing` closes it
     except OSError as error:
-        raise ConfigError(
-            f"cannot write {spec.trace_file}: {error.strerror}",
-            cure="name a file in a writable directory",
-            option="--trace-file",
-        ) from None
+        raise cannot_write(spec.trace_file, error) from None
     closing.callback(file.close)
     return (HostSink(_TRACE_PATH, file.fileno()),)
 

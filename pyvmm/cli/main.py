@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -9,6 +10,7 @@ import click
 
 from pyvmm import __version__
 from pyvmm.errors import ConfigError, PyvmmError
+from pyvmm.host import log
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -48,29 +50,75 @@ def cli() -> None:
 def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with its code; errors are one line unless --debug is given."""
     argv = sys.argv[1:] if args is None else args
+    _occupy_standard_fds()
+    code = _run(argv)
+    _flush_or_drop()
+    sys.exit(code)
+
+
+def _run(argv: list[str]) -> int:
     try:
         code: Any = cli.main(args=argv, prog_name="pyvmm", standalone_mode=False)
     except click.exceptions.Exit as done:
-        code = done.exit_code
+        return done.exit_code
     except click.ClickException as wrong:
-        wrong.show()
-        code = wrong.exit_code
-    except click.Abort:
-        code = 130
-    except PyvmmError as wrong:
-        if "--debug" in argv:
-            raise
-        print(f"pyvmm: {wrong}", file=sys.stderr)
-        code = 2 if isinstance(wrong, ConfigError) else 1
-    except KeyboardInterrupt:
-        code = 130
+        _show_usage_error(wrong)
+        return wrong.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return 130
     except Exception as wrong:
         if "--debug" in argv:
-            raise
-        print(
-            f"pyvmm: a defect in pyvmm: {type(wrong).__name__}: {wrong}; "
-            "run again with --debug and report what it prints",
-            file=sys.stderr,
-        )
-        code = 70  # EX_SOFTWARE
-    sys.exit(code if isinstance(code, int) else 0)
+            import traceback
+
+            log.to_stderr(traceback.format_exc())
+        return _explain(wrong)
+    return code if isinstance(code, int) else 0
+
+
+def _explain(wrong: Exception) -> int:
+    """Say in one line what went wrong; the exit code."""
+    if isinstance(wrong, PyvmmError):
+        log.to_stderr(str(wrong))
+        return 2 if isinstance(wrong, ConfigError) else 1
+    log.to_stderr(
+        f"a defect in pyvmm: {type(wrong).__name__}: {wrong}; "
+        "run again with --debug and report what it prints"
+    )
+    return 70  # EX_SOFTWARE
+
+
+def _show_usage_error(wrong: click.ClickException) -> None:
+    message = wrong.format_message()
+    if "\n" in message:  # the help, for a command without arguments
+        wrong.show()
+        return
+    context = getattr(wrong, "ctx", None)
+    command = context.command_path if context is not None else "pyvmm"
+    log.to_stderr(f"{message.removesuffix('.')}; see {command} --help")
+
+
+def _occupy_standard_fds() -> None:
+    """Open /dev/null where a standard stream was closed when the process started.
+
+    The next file to be opened would get its number, and what somebody writes to "standard error"
+    would go into a disk image. Python's own streams stay None.
+    """
+    fd = os.open(os.devnull, os.O_RDWR)
+    while fd <= 2:
+        fd = os.open(os.devnull, os.O_RDWR)
+    os.close(fd)
+
+
+def _flush_or_drop() -> None:
+    """Write what is left of the output, if there is still somebody who takes it.
+
+    If not, the interpreter would fail at the same thing later and change the exit code.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream.fileno())
+            os.close(null)

@@ -119,14 +119,15 @@ def run(
             discovery=discovery,
         )
     )
+    because = None
     if kvm == "auto":
-        from pyvmm.cli.choose import choose_kvm
+        from pyvmm.cli.choose import why_not_host
 
-        kvm = choose_kvm()
-    if kvm == "host":
+        because = why_not_host()
+    if kvm == "host" or (kvm == "auto" and because is None):
         from pyvmm.machine.launch import run_here
 
         return run_here(spec)
     from pyvmm.cli.emulated import run_emulated
 
-    return run_emulated(spec)
+    return run_emulated(spec, because)

@@ -141,7 +141,7 @@ def _cannot_open(path: str, error: OSError, read_only: bool) -> ConfigError:
         errno.EBUSY: "unmount it or stop whatever uses it",
     }.get(error.errno or 0, "")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        readable = not read_only and os.access(path, os.R_OK)
+        readable = not read_only and os.access(path, os.R_OK, effective_ids=True)
         cure = f"add ,readonly ({path},readonly)" if readable else "check its permissions"
     reason = os.strerror(error.errno or 0)
     return ConfigError(f"cannot open {path}: {reason}", cure=cure, option=_OPTION)

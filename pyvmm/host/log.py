@@ -15,12 +15,15 @@ Sink = Callable[[str], None]
 
 def to_stderr(line: str) -> None:
     """Write one line to standard error, whole, whatever thread calls."""
-    # One write call per line keeps lines of several threads apart; \r because the terminal may be
-    # in raw mode.
-    end = "\r\n" if sys.stderr.isatty() else "\n"
+    stream = sys.stderr
+    if stream is None:
+        return  # It was closed when the process started.
     try:
-        sys.stderr.write(f"pyvmm: {line}{end}")
-        sys.stderr.flush()
+        # One write call per line keeps lines of several threads apart; \r because the terminal may
+        # be in raw mode.
+        end = "\r\n" if stream.isatty() else "\n"
+        stream.write(f"pyvmm: {line}{end}")
+        stream.flush()
     except (OSError, ValueError):
         pass  # A closed standard error must not end the guest.
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from pyvmm.boot import x86 as boot
 from pyvmm.bus import Bus, Handler
+from pyvmm.errors import ConfigError, HostError
 from pyvmm.kvm import kick
 from pyvmm.kvm.system import Kvm
 from pyvmm.kvm.vcpu import Vcpu
@@ -77,7 +78,7 @@ def check_boot(spec: VmSpec) -> None:
 def _load(
     spec: VmSpec, slots: tuple[VirtioSlot, ...], closing: ExitStack, *, quiet: bool
 ) -> tuple[GuestMemory, boot.Entry]:
-    memory = GuestMemory(layout.ram_ranges(spec.memory))
+    memory = _allocate(spec.memory)
     closing.callback(memory.close)
     entry = boot.load(
         memory,
@@ -91,6 +92,17 @@ def _load(
         virtio_discovery=spec.discovery,
     )
     return memory, entry
+
+
+def _allocate(size: int) -> GuestMemory:
+    try:
+        return GuestMemory(layout.ram_ranges(size))
+    except HostError as error:
+        raise ConfigError(
+            f"this machine does not give {size >> 20} MiB: {error}",
+            cure="ask for less",
+            option="--memory",
+        ) from None
 
 
 def assemble(

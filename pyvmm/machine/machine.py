@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from threading import Event, Lock
+from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any
 
@@ -19,6 +21,9 @@ from pyvmm.machine.vcpu_runner import VcpuRunner
 # How long one Python thread may keep the interpreter from the others, in seconds. At the default of
 # 5 ms a vCPU busy with register accesses would hold up a disk's worker for that long.
 _SWITCH_INTERVAL = 50e-6
+
+_LOOK_EVERY = 1.0  # seconds
+_PATIENCE = 2.0  # seconds that a stop may take before one more signal ends the process on the spot
 
 _SIGNALS = {
     signal.SIGINT: Outcome(Ending.INTERRUPTED, "interrupted"),
@@ -34,9 +39,10 @@ class Machine:
         """`unblock` frees vCPU threads that wait for somebody to read the console."""
         self._parts = parts
         self._unblock = unblock
-        self._ended = Event()
-        self._lock = Lock()
-        self._outcome: Outcome | None = None
+        # The first one counts. A SimpleQueue, because a signal's handler may put into it at any
+        # moment; a lock or an Event deadlocks if the signal comes while this thread is inside it.
+        self._outcomes: SimpleQueue[Outcome] = SimpleQueue()
+        self._lose_patience_at = math.inf
         exits = trace.hook("exits")
         loop = make_run_loop(parts.ports, parts.mmio, exits)
         self._runners = [
@@ -45,13 +51,12 @@ class Machine:
 
     def end(self, outcome: Outcome) -> None:
         """The run is over, for this reason unless there was one before. Any thread may say so."""
-        with self._lock:
-            if self._outcome is None:
-                self._outcome = outcome
-        self._ended.set()
+        self._outcomes.put(outcome)
 
     def run(self, on_start: Callable[[], None], on_idle: Callable[[], None]) -> Outcome:
         """Run the guest until it ends; how it ended.
+
+        A signal that comes when stopping has already taken long ends the process instead.
 
         `on_start` is called when the vCPUs run, `on_idle` about every second from then on. On
         return no vCPU runs, no device works, and guest memory no longer changes.
@@ -63,12 +68,14 @@ class Machine:
             for runner in self._runners:
                 runner.start()
             on_start()
-            while not self._ended.wait(1.0):
-                on_idle()
-        assert self._outcome is not None
-        return self._outcome
+            while True:
+                try:
+                    return self._outcomes.get(timeout=_LOOK_EVERY)
+                except Empty:
+                    on_idle()
 
     def _stop(self) -> None:
+        self._lose_patience_at = time.monotonic() + _PATIENCE
         self._unblock()
         for runner in self._runners:
             runner.stop()
@@ -76,12 +83,19 @@ class Machine:
             transport.device.reset()
 
     def _catch_signals(self, restoring: ExitStack) -> None:
+        before: dict[int, Any] = {}
+
         def on_signal(number: int, frame: FrameType | None) -> None:
             self.end(_SIGNALS[signal.Signals(number)])
+            if time.monotonic() > self._lose_patience_at:
+                # A thread hangs in a system call (a disk that does not answer, a pipe that nobody
+                # reads). What SIGTERM did before us ends the process, the terminal restored.
+                signal.signal(signal.SIGTERM, before[signal.SIGTERM])
+                signal.raise_signal(signal.SIGTERM)
 
         for number in _SIGNALS:
             try:
-                before: Any = signal.signal(number, on_signal)
+                before[number] = signal.signal(number, on_signal)
             except ValueError:
                 return  # Not the main thread: whoever runs us takes the signals.
-            restoring.callback(signal.signal, number, before)
+            restoring.callback(signal.signal, number, before[number])

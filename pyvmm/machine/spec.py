@@ -6,6 +6,7 @@ The command line, a configuration file and the Python API all make the same `VmS
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -18,6 +19,7 @@ MAX_ID_BYTES = 20  # VIRTIO_BLK_ID_BYTES: the driver reads the id by VIRTIO_BLK_
 TRACE_KINDS = ("registers", "status", "requests", "exits")
 DISCOVERY = ("auto", "acpi", "cmdline", "both")
 
+_MEMORY_DIGITS = 20  # more than any memory has bytes; Python refuses to read very long numbers
 _MEMORY_UNITS = {"": 1 << 20, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
@@ -55,7 +57,8 @@ def parse_memory(text: str) -> int:
     """Bytes of "512M", "2G", "65536K" or "512" (MiB). Raises ConfigError."""
     stripped = text.strip().lower().removesuffix("ib").removesuffix("b")
     digits, unit = (stripped[:-1], stripped[-1]) if stripped[-1:].isalpha() else (stripped, "")
-    if not digits.isascii() or not digits.isdigit() or unit not in _MEMORY_UNITS:
+    readable = digits.isascii() and digits.isdigit() and len(digits) <= _MEMORY_DIGITS
+    if not readable or unit not in _MEMORY_UNITS:
         raise ConfigError(
             f"cannot read {text!r} as a size", cure="write 512M or 2G", option="--memory"
         )
@@ -117,7 +120,36 @@ def validate(spec: VmSpec) -> VmSpec:
         )
     if spec.discovery not in DISCOVERY:
         raise ConfigError(f"unknown discovery {spec.discovery!r}", cure=f"use {DISCOVERY}")
+    if not spec.name.isprintable():
+        raise ConfigError(
+            f"the name {spec.name!r} is not printable", cure="use another", option="--name"
+        )
+    _check_trace_file(spec)
     return _with_disk_ids(spec)
+
+
+def _check_trace_file(spec: VmSpec) -> None:
+    path = spec.trace_file
+    if path is None:
+        return
+    if not spec.trace:
+        raise ConfigError(
+            "nothing is traced", cure="say what: --trace all, for instance", option="--trace-file"
+        )
+    used = (spec.kernel, *filter(None, (spec.initrd,)), *(disk.path for disk in spec.disks))
+    if any(_is_same_file(path, other) for other in used):
+        raise ConfigError(
+            f"{path} is a file of the guest's, which the trace would overwrite",
+            cure="name another file",
+            option="--trace-file",
+        )
+
+
+def _is_same_file(path: str, other: str) -> bool:
+    try:
+        return os.path.samefile(path, other)
+    except OSError:
+        return False  # One of them is not there: whoever opens it says so.
 
 
 def _with_disk_ids(spec: VmSpec) -> VmSpec:
@@ -125,7 +157,8 @@ def _with_disk_ids(spec: VmSpec) -> VmSpec:
     taken: set[str] = set()
     for index, disk in enumerate(spec.disks):
         disk_id = disk.id or f"disk{index}"
-        if len(disk_id.encode()) > MAX_ID_BYTES or not disk_id.isprintable():
+        # In this order: what is not printable may not be encodable either.
+        if not disk_id.isprintable() or len(disk_id.encode()) > MAX_ID_BYTES:
             raise ConfigError(
                 f"the id {disk_id!r} is not printable or longer than {MAX_ID_BYTES} bytes",
                 cure="shorten it",

@@ -13,6 +13,7 @@ from threading import Lock
 from typing import TextIO
 
 from pyvmm.errors import ConfigError
+from pyvmm.host import log
 
 Hook = Callable[[object], None]
 
@@ -30,17 +31,14 @@ class Trace:
             try:
                 self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115
             except OSError as error:
-                raise ConfigError(
-                    f"cannot write {path}: {error.strerror}",
-                    cure="name a file in a writable directory",
-                    option="--trace-file",
-                ) from None
+                raise cannot_write(path, error) from None
+        self._stream: TextIO | None = self._file or sys.stderr  # None where that is closed
         # Raw mode on a terminal needs the carriage return; a file does not want it.
-        self._end = "\r\n" if self._file is None and sys.stderr.isatty() else "\n"
+        self._end = "\r\n" if self._file is None and _is_terminal(sys.stderr) else "\n"
 
     def hook(self, kind: str) -> Hook | None:
         """The callable that traces events of `kind`, or None if they are not wanted."""
-        if kind not in self._kinds:
+        if kind not in self._kinds or self._stream is None:
             return None
 
         def write(event: object) -> None:
@@ -49,15 +47,49 @@ class Trace:
         return write
 
     def _write(self, kind: str, event: object) -> None:
+        if self._stream is None:
+            return
         elapsed = time.monotonic() - self._start
         line = f"[{elapsed:10.6f}] {kind:<9} {event}{self._end}"
         with self._lock:
+            if self._stream is None:
+                return
             try:
-                (self._file or sys.stderr).write(line)
-            except (OSError, ValueError):
-                self._kinds = frozenset()  # A full disk ends the trace, not the guest.
+                self._stream.write(line)
+            except (OSError, ValueError) as error:
+                self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        # A full disk, or a pipe whose reader has gone: it ends the trace, not the guest.
+        self._stream = None
+        reason = error.strerror if isinstance(error, OSError) else error
+        log.to_stderr(f"the trace ends here: {reason}")
 
     def close(self) -> None:
-        """Flush and close the trace's file."""
-        if self._file is not None:
-            self._file.close()  # A straggler's event then raises ValueError, caught in _write.
+        """Flush and close the trace's file; later events go nowhere."""
+        with self._lock:
+            failed = self._stream is None
+            self._stream = None
+            if self._file is None:
+                return
+            try:
+                self._file.close()
+            except OSError as error:
+                if not failed:
+                    self._give_up(error)
+
+
+def cannot_write(path: str, error: OSError) -> ConfigError:
+    """What to tell the user of a trace file that cannot be opened."""
+    return ConfigError(
+        f"cannot write {path or 'a file without a name'}: {error.strerror}",
+        cure="name a file in a writable directory",
+        option="--trace-file",
+    )
+
+
+def _is_terminal(stream: TextIO | None) -> bool:
+    try:
+        return stream is not None and stream.isatty()
+    except ValueError:  # closed
+        return False

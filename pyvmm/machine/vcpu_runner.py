@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import traceback
 from collections.abc import Callable
 from threading import Thread
 
 from pyvmm.bus import Action
-from pyvmm.errors import PyvmmError
+from pyvmm.errors import HostError, PyvmmError
 from pyvmm.kvm import exits
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.machine.outcome import Ending, Outcome
@@ -43,7 +44,11 @@ class VcpuRunner:
         self._thread = Thread(target=self._run, name=f"vcpu{vcpu.id}", daemon=True)
 
     def start(self) -> None:
-        self._thread.start()
+        """Raises HostError if the host has no more threads."""
+        try:
+            self._thread.start()
+        except RuntimeError:  # all that Python says of pthread_create's EAGAIN
+            raise HostError(errno.EAGAIN, f"thread for vCPU {self._vcpu.id}") from None
 
     def stop(self) -> None:
         """Get the vCPU out of the guest and wait until its thread has ended."""

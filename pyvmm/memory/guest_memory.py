@@ -87,7 +87,7 @@ class GuestMemory:
         """
         for region in self.regions:
             offset = addr - region.guest_addr
-            if 0 <= offset and offset + length <= region.size and length >= 0:
+            if offset >= 0 and offset + length <= region.size and length >= 0:
                 return region.view[offset : offset + length]
         raise GuestMemoryError(addr, length)
 
@@ -102,7 +102,7 @@ class GuestMemory:
         return bytes(self.view(addr, length))
 
     def write(self, addr: int, data: bytes | bytearray | memoryview) -> None:
-        """Copy `data` to guest-physical `addr`. Raises GuestMemoryError and then changes nothing."""
+        """Copy `data` to guest-physical `addr`. Raises GuestMemoryError, changing nothing then."""
         self.view(addr, len(data))[:] = data
 
     def close(self) -> None:

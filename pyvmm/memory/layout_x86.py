@@ -12,6 +12,7 @@ MIB = 1 << 20
 GIB = 1 << 30
 
 MIN_RAM = 32 * MIB
+MAX_RAM = 32 << 40  # half of what Linux can map at once, with four-level page tables
 
 # --- what boot puts into low RAM -----------------------------------------------------------------
 BOOT_GDT = 0x0500
@@ -74,6 +75,12 @@ def ram_ranges(size: int) -> list[tuple[int, int]]:
         raise ConfigError(
             f"{size >> 20} MiB of memory is too little for a guest",
             cure=f"give it {MIN_RAM >> 20}M or more",
+            option="--memory",
+        )
+    if size > MAX_RAM:
+        raise ConfigError(
+            f"{size >> 30} GiB of memory is too much for a guest",
+            cure=f"give it {MAX_RAM >> 30}G or less",
             option="--memory",
         )
     if size % MIB:

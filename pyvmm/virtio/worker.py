@@ -14,11 +14,12 @@ A device with one queue of buffers to fill is this much:
 
 from __future__ import annotations
 
+import errno
 from abc import abstractmethod
 from collections.abc import Callable
 from threading import Thread
 
-from pyvmm.errors import DriverError
+from pyvmm.errors import DriverError, HostError
 from pyvmm.host import log
 from pyvmm.host.syscalls import EventFd
 from pyvmm.host.waiter import Waiter
@@ -57,9 +58,14 @@ class QueueWorker:
         self._thread = Thread(target=self._run, name=f"{name}-q{queue.index}", daemon=True)
 
     def start(self) -> None:
-        """Begin with what is available already, then wait for kicks."""
+        """Begin with what is available already, then wait for kicks. Raises HostError if the host
+        has no more threads."""
         self._queue.halt = False
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError:  # all that Python says of pthread_create's EAGAIN
+            self._close()
+            raise HostError(errno.EAGAIN, f"thread for {self._name}") from None
 
     def request_stop(self) -> None:
         """Ask the thread to end after the request at hand, which is completed and published."""
@@ -70,6 +76,9 @@ class QueueWorker:
     def join(self) -> None:
         """Wait until the thread has ended: after `request_stop`, or because the device failed."""
         self._thread.join()
+        self._close()
+
+    def _close(self) -> None:
         self._waiter.close()
         self._stop.close()
 

@@ -324,3 +324,19 @@ def test_activation_that_fails_half_way_leaves_nothing_running(bench, monkeypatc
     with pytest.raises(HostError):
         b.activate()
     assert threading.active_count() == threads
+
+
+def test_a_host_without_threads_is_a_host_error_that_leaves_nothing_open(bench, monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    b = bench(Echo())
+    before = os.listdir("/proc/self/fd")
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(HostError, match="thread"):
+            b.activate()
+    assert os.listdir("/proc/self/fd") == before
+    b.rig.queue.ready = True
+    b.activate()
+    assert b.echo(b"later") == b"later"
