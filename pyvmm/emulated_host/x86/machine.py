@@ -23,7 +23,11 @@ KERNEL_PARAMETERS = " ".join(
 # QEMU's TCG does not let KVM intercept XSETBV, so a nested kernel finds that the size of its XSAVE
 # area disagrees with XCR0: 6.1 warns, 7.x dies of it. Without XSAVE, and what builds on it, all is
 # well and context switches are cheaper.
-CPU = "max,+svm,+npt,-la57,-xsave,-avx,-avx2,-pku"
+#
+# After CMPXCHG16B this QEMU (7.2) takes part of a pointer for the flags, now and then. In a nested
+# guest #VMEXIT and VMRUN carry that into RFLAGS for good, up to its VM bit: a double fault. Linux
+# 6.12 allocates memory with that instruction and mostly dies of it; without it, it uses a lock.
+CPU = "max,+svm,+npt,-la57,-xsave,-avx,-avx2,-pku,-cx16"
 
 
 def machine_arguments(cpus: int, memory_mib: int) -> list[str]:

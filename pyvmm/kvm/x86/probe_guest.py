@@ -33,6 +33,7 @@ _INTERRUPT_GATE = 0x8E00
 _CR4_OSFXSR = 1 << 9
 _CR4_OSXMMEXCPT = 1 << 10
 _CR4_OSXSAVE = 1 << 18
+_CPUID_1_ECX_CX16 = 1 << 13
 _CPUID_1_ECX_XSAVE = 1 << 26
 
 _DONE = bytes.fromhex("e610")  # out 0x10, al
@@ -88,12 +89,13 @@ class ProbeGuest:
         cpuid.set_cpuid(self.vcpu, cpuid.for_vcpu(self._supported, 0, 1))
 
     def instructions(self) -> Iterator[tuple[str, bytes]]:
-        """(name, code) of what every kernel executes, each to be run on its own."""
+        """(name, code) of what kernels execute where CPUID offers it, each to be run on its own."""
         yield "int3", _INT3 + _DONE
-        yield "cmpxchg16b", _CMPXCHG16B + _DONE
+        if self._has(_CPUID_1_ECX_CX16):
+            yield "cmpxchg16b", _CMPXCHG16B + _DONE
         yield "SSE", _SSE + _DONE
         yield "FXSAVE", _FXSAVE + _DONE
-        if self._has_xsave():
+        if self._has(_CPUID_1_ECX_XSAVE):
             yield "XSAVE", _XSAVE + _DONE
 
     def start(self, code: bytes) -> None:
@@ -107,7 +109,7 @@ class ProbeGuest:
         sregs.cr0 = r.CR0_PE | r.CR0_ET | r.CR0_PG
         sregs.cr3 = _PML4
         sregs.cr4 = r.CR4_PAE | _CR4_OSFXSR | _CR4_OSXMMEXCPT
-        if self._has_xsave():
+        if self._has(_CPUID_1_ECX_XSAVE):
             sregs.cr4 |= _CR4_OSXSAVE
         sregs.efer = r.EFER_LME | r.EFER_LMA
         r.set_sregs(self.vcpu, sregs)
@@ -133,8 +135,8 @@ class ProbeGuest:
     ) -> None:
         self.close()
 
-    def _has_xsave(self) -> bool:
-        return any(e.function == 1 and e.ecx & _CPUID_1_ECX_XSAVE for e in self._supported)
+    def _has(self, feature: int) -> bool:
+        return any(e.function == 1 and e.ecx & feature for e in self._supported)
 
     def _fill_memory(self) -> None:
         put = self._put
