@@ -18,7 +18,7 @@ shell: .stamps/venv .stamps/system ## An interactive root shell in a Debian gues
 	@$(BIN)/python guest-images/demo.py --shell
 
 test: .stamps/dev .stamps/system ## Run every test: types, style, units, specification, KVM, Linux guests
-	@$(BIN)/python -m pyvmm.images build --for-tests
+	@$(BIN)/pyvmm image build --all
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@$(BIN)/pytest

@@ -28,7 +28,7 @@ def find_image() -> HostImage:
     """The image in the cache of pyvmm.images. Raises ConfigError if it has not been built."""
     # Asked as another program: the two packages stand side by side and do not import each other.
     answer = subprocess.run(
-        [sys.executable, "-m", "pyvmm.images", "path", IMAGE_NAME], capture_output=True, text=True
+        [sys.executable, "-m", "pyvmm", "image", "path", IMAGE_NAME], capture_output=True, text=True
     )
     if answer.returncode != 0:
         raise ConfigError("there is no kernel for the emulated KVM host", cure=IMAGE_CURE)

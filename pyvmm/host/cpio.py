@@ -49,7 +49,10 @@ def character_device(name: str, major: int, minor: int, mode: int = 0o600) -> En
 
 
 def chunks(entries: Iterable[Entry]) -> Iterator[bytes]:
-    """The archive of `entries`, piece by piece; its total length is a multiple of 4."""
+    """The archive of `entries`, piece by piece; its total length is a multiple of 4.
+
+    Raises ValueError for a name that the format cannot hold (empty, absolute or with a NUL).
+    """
     for inode, entry in enumerate(entries, start=1):
         yield _header(entry, inode)
         yield entry.data
@@ -63,6 +66,8 @@ def archive(entries: Iterable[Entry]) -> bytes:
 
 
 def _header(entry: Entry, inode: int) -> bytes:
+    if not entry.name or entry.name.startswith("/") or "\0" in entry.name:
+        raise ValueError(f"{entry.name!r} cannot be a name in a cpio archive")
     name = entry.name.encode() + b"\0"
     links = 2 if stat.S_ISDIR(entry.mode) else 1
     uid = gid = mtime = major = minor = checksum = 0

@@ -78,7 +78,7 @@ class EventFd:
         try:
             os.eventfd_write(self.fd, 1)
         except BlockingIOError:
-            pass
+            return
 
     def drain(self) -> int:
         """Take the counter's value, leaving zero; 0 if it was zero already."""

@@ -107,6 +107,32 @@ def fresh_disk(target: str, variant: str = DEFAULT_VARIANT, *, make: bool = Fals
     return target
 
 
+def listing() -> list[tuple[str, str | None]]:
+    """All images with the folder each is in; None for one that has not been built."""
+    from pyvmm.images.builder import Catalogue
+
+    catalogue = Catalogue()
+    folders = [(name, catalogue.path(name)) for name in catalogue.names()]
+    return [(name, folder if os.path.isdir(folder) else None) for name, folder in folders]
+
+
+def refresh_lock() -> None:
+    """Pin, in guest-images/, the versions that the mirror has now. Raises ConfigError."""
+    from pyvmm.images import builder
+    from pyvmm.images.progress import Progress
+
+    builder.refresh_lock(builder.Catalogue(), Progress())
+
+
+def prune() -> list[str]:
+    """Remove images that no current recipe makes; their folders. Waits for a build to end."""
+    from pyvmm.images import builder, cache
+
+    catalogue = builder.Catalogue()
+    with cache.building(lambda: None):
+        return cache.prune({catalogue.path(name) for name in catalogue.names()})
+
+
 def exec_argument(script: str) -> str:
     """The kernel command line word that has pyvmm-init run `script` (sh) instead of a shell."""
     from base64 import b64encode

@@ -140,7 +140,7 @@ def usable(apt: Apt, image: str, pins: Sequence[Pin], *, locked: bool) -> bool:
         return True
     if locked:
         what = f"{gone[0].package} {gone[0].version} is not on the mirror" if gone else "no pins"
-        raise ConfigError(f"{image}: {what}", cure="refresh with: python -m pyvmm.images lock")
+        raise ConfigError(f"{image}: {what}", cure="refresh with: pyvmm image lock")
     return False
 
 

@@ -179,7 +179,7 @@ class Builder:
         if self._locked and sorted(packages) != sorted(pin[:2] for pin in pins):
             raise ConfigError(
                 f"{name}: other packages than the pinned ones were installed",
-                cure="refresh with: python -m pyvmm.images lock",
+                cure="refresh with: pyvmm image lock",
             )
         return packages
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-from pyvmm.images import apt, cache, cpio, tools
+from pyvmm.host import cpio
+from pyvmm.images import apt, cache, tools
 from pyvmm.images.lock import Pin
 from pyvmm.images.modules import ModuleTree
 from pyvmm.images.progress import Progress

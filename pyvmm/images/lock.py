@@ -12,7 +12,7 @@ from pyvmm.errors import ConfigError
 
 _HEADER = (
     "# The Debian packages of the guest images: image, package, version, SHA-256 of the .deb.\n"
-    "# Written by `python -m pyvmm.images lock`; do not edit.\n"
+    "# Written by `pyvmm image lock`; do not edit.\n"
 )
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.images import cpio, initramfs
+from pyvmm.host import cpio
+from pyvmm.images import initramfs
 from pyvmm.images.modules import ModuleTree
 from pyvmm.images.recipes import InitramfsRecipe
 
