@@ -7,9 +7,15 @@ with its own table.
 from __future__ import annotations
 
 import struct
+import threading
+import time
+from collections.abc import Callable
 from threading import Event
 
+import pytest
+
 from pyvmm.errors import PyvmmError
+from pyvmm.host.waiter import Waiter
 from pyvmm.memory import GuestMemory
 from pyvmm.transport.mmio import MmioTransport
 from pyvmm.virtio.device import Activation, VirtioDevice
@@ -199,3 +205,40 @@ class Bench:
     def rings(self) -> bytes:
         """Everything a device could change of queue 0 and its buffers."""
         return self.memory.read(DESC, DATA + 64 - DESC)
+
+
+def workers(device: VirtioDevice) -> list[str]:
+    """The threads that serve the device's queues now. Without one, nobody touches a ring."""
+    names = (thread.name for thread in threading.enumerate())
+    return [name for name in names if name.startswith(f"{device.name}-q")]
+
+
+class Naps:
+    """Counts how often workers went to sleep and woke up, for tests in which nothing may happen.
+
+    After `settle(n)` a worker has looked at what the n-th wake-up was for, and sleeps again.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun = 0
+        self.ended = 0
+        wait = Waiter.wait
+
+        def counted(waiter: Waiter) -> None:
+            self.begun += 1
+            wait(waiter)
+            self.ended += 1
+
+        monkeypatch.setattr(Waiter, "wait", counted)
+
+    def settle(self, wake_ups: int) -> None:
+        """Wait until the one worker there is has woken up so often, and sleeps."""
+        wait_for(lambda: self.ended == wake_ups and self.begun == wake_ups + 1)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Until `condition` holds; a test that waits for ever fails by its assertion instead."""
+    deadline = time.monotonic() + 30
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert condition()

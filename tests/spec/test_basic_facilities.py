@@ -5,7 +5,6 @@ One test per MUST, its section in the docstring; docs/spec-coverage.md lists the
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -22,6 +21,8 @@ from mmio_harness import (
     Bench,
     RecordingDevice,
     SlowDevice,
+    wait_for,
+    workers,
 )
 
 from pyvmm.errors import DriverError
@@ -53,11 +54,6 @@ def serving() -> Iterator[Bench]:
     bench.memory.close()
 
 
-def settle() -> None:
-    """Time for a worker to do what it must not do."""
-    time.sleep(0.05)
-
-
 # --- 2.1 Device Status Field -------------------------------------------------------------------
 
 
@@ -73,13 +69,10 @@ def test_no_buffer_is_consumed_before_driver_ok(serving: Bench) -> None:
     serving.offer_buffer(0)
     before = serving.rings()
     serving.transport.kicks[0].signal()
-    settle()
+    assert workers(serving.device) == [], "nobody is there to consume anything"
     assert serving.rings() == before
     serving.write(STATUS, LIVE)  # and what was made available until then is not forgotten
-    deadline = time.monotonic() + 30
-    while serving.used_index() == 0 and time.monotonic() < deadline:
-        time.sleep(0.001)
-    assert serving.used_index() == 1
+    wait_for(lambda: serving.used_index() == 1)
 
 
 def test_no_used_buffer_notification_before_driver_ok(serving: Bench) -> None:
@@ -90,12 +83,10 @@ def test_no_used_buffer_notification_before_driver_ok(serving: Bench) -> None:
     serving.enable_queue()
     serving.offer_buffer(0)
     serving.write(QUEUE_NOTIFY, 0)
-    settle()
+    assert workers(serving.device) == [], "nobody is there to interrupt"
     assert status_at_edge == []
     serving.write(STATUS, LIVE)
-    deadline = time.monotonic() + 30
-    while not status_at_edge and time.monotonic() < deadline:
-        time.sleep(0.001)
+    wait_for(lambda: bool(status_at_edge))
     assert status_at_edge == [LIVE]
 
 
@@ -194,7 +185,7 @@ def test_nothing_happens_between_reset_and_initialization(serving: Bench) -> Non
     before = serving.rings()
     serving.write(QUEUE_NOTIFY, 0)
     serving.transport.kicks[0].signal()
-    settle()
+    assert workers(serving.device) == []
     assert serving.rings() == before
     assert (serving.edges, serving.interrupt_status) == (edges, 0)
 

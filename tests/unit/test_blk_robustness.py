@@ -178,7 +178,7 @@ def test_row41_a_hidden_odd_tail_stays_out_of_reach(image: Path) -> None:
 
 
 @pytest.mark.parametrize("accepted", [True, False], ids=["F_RO accepted", "F_RO refused"])
-def test_row42_and_43_a_read_only_disk(image: Path, accepted: bool) -> None:
+def test_row42_row43_a_read_only_disk_refuses_writes_only(image: Path, accepted: bool) -> None:
     before = image.read_bytes()
     with running(file_backend(image, read_only=True), start=False) as rig:
         offered = rig.driver.offered_features()
