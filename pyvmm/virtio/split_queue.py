@@ -147,10 +147,11 @@ class SplitQueue:
     def _read_avail_idx(self) -> int:
         idx = self._avail[1]
         # A driver can have no more than `size` chains outstanding, so a larger step is an index
-        # that jumped, or one that went backwards.
-        if (idx - self._next_avail) & 0xFFFF > self.size:
+        # that jumped, or one that went backwards: behind us, or only behind what we saw before.
+        size = self.size
+        if (idx - self._next_avail) & 0xFFFF > size or (idx - self._seen_avail) & 0xFFFF > size:
             raise DriverError(
-                f"available index went from {self._seen_avail} to {idx} in a queue of {self.size}",
+                f"available index went from {self._seen_avail} to {idx} in a queue of {size}",
                 section=_AVAIL,
             )
         self._seen_avail = idx
@@ -270,11 +271,11 @@ class SplitQueue:
         # The wish must be out before we look for the last time, or a kick could get lost.
         full_fence()
         idx = self._read_avail_idx()
-        state = (idx, self._next_avail)
-        if idx == self._next_avail or state == self._settled:
-            return False
-        self._settled = state
-        return True
+        before = self._settled
+        # Kept at every call: between two calls the indices cannot go round and come back to where
+        # they were, over many they can.
+        self._settled = idx, self._next_avail
+        return idx != self._next_avail and self._settled != before
 
     # --- state -----------------------------------------------------------------------------------
 

@@ -119,6 +119,17 @@ def test_row24_the_index_is_decremented(start):
     rig.close()
 
 
+def test_row24_the_index_is_decremented_to_a_chain_that_still_waits(rig):
+    for head in range(5):
+        rig.driver.write_desc(head, Desc(DATA, 1, WRITE))
+        rig.driver.offer(head)
+    rig.driver.publish()
+    assert rig.queue.pop() is not None  # has seen five, leaves four
+    rig.driver.avail_idx = 3
+    with pytest.raises(DriverError, match="index went from 5 to 3"):
+        rig.queue.enable_notification()
+
+
 @pytest.mark.parametrize("head", [8, 9, 0x7FFF, 0xFFFF])
 def test_row26_a_head_past_the_table(rig, head):
     rig.driver.offer(head)

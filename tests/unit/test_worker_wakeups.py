@@ -128,3 +128,29 @@ def test_row38_no_kick_and_no_interrupt_is_ever_lost(event_idx):
         rig.close()
         interrupt.event.close()
     assert failures == []
+
+
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_chains_left_behind_are_announced_again_when_the_indices_have_gone_round(event_idx):
+    rig = Rig(size=8, event_idx=event_idx)
+
+    def offer(count):
+        for _ in range(count):
+            rig.driver.offer(rig.driver._next_slot % 8)
+        rig.driver.publish()
+
+    offer(2)
+    assert rig.queue.enable_notification() is True  # two are waiting at index 0
+    rig.serve()
+    offer(6)
+    for _ in range(65536 // 8 - 1):
+        assert rig.serve() in (6, 8)
+        rig.queue.publish_used()
+        assert rig.queue.enable_notification() is False
+        offer(8)
+    rig.serve()
+    rig.queue.publish_used()
+    assert rig.queue.state().next_avail == 0
+    offer(2)
+    assert rig.queue.enable_notification() is True
+    rig.close()
