@@ -1,0 +1,234 @@
+"""From exec to the first line of the guest's init: pyvmm and QEMU's microvm, in turn.
+
+    python benchmarks/boot.py [--json FILE] [--runs 5] [--kernel 6.1] [--cpus 1]
+
+Both run in one emulated KVM host, with the same kernel, initial RAM disk, root disk, command line
+and size of machine. Everything in there is 10 to 20 times slower than on real KVM, so the ratio is
+what counts, not the seconds. The first round fills the page cache; it is shown and not counted.
+
+Beside the clock's seconds stands the processor time that the emulated host used: on a computer
+that does other things as well, it is the steadier figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import select
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+MARK = b"pyvmm: init reached"
+MEMORY_MIB = 512
+PATIENCE = 120.0  # seconds for one boot
+# What both get. `reboot=k` and `panic=-1` are pyvmm's defaults; QEMU is given them as well.
+PARAMETERS = "console=ttyS0 panic=-1 reboot=k quiet root=/dev/vda rw"
+# The lean machine of QEMU's documentation of microvm, with the ISA serial port as the console.
+# ACPI stays on: Debian's kernels have no other way to find virtio-mmio devices.
+MICROVM = "microvm,x-option-roms=off,pit=off,pic=off,isa-serial=on,rtc=off"
+
+
+class Setup(TypedDict):
+    """What the driver inside the emulated host is told, as JSON."""
+
+    pyvmm: str
+    kernel: str
+    initrd: str
+    disk: str
+    cpus: int
+    runs: int
+    programs: list[str]
+
+
+def commands(setup: Setup, disk: str) -> dict[str, list[str]]:
+    """The command line of each program, as a user would type it."""
+    boot = ["--kernel", setup["kernel"], "--initrd", setup["initrd"]]
+    pyvmm = [setup["pyvmm"], "run", "--kvm=host", *boot, "--disk", disk]
+    pyvmm += ["--memory", f"{MEMORY_MIB}M", "--cpus", str(setup["cpus"]), "--cmdline", "quiet"]
+    size = ["-m", str(MEMORY_MIB), "-smp", str(setup["cpus"])]
+    common = ["-enable-kvm", "-cpu", "host", *size, "-nodefaults", "-no-user-config", "-nographic"]
+    common += ["-serial", "stdio", "-kernel", setup["kernel"], "-initrd", setup["initrd"]]
+    common += ["-append", PARAMETERS, "-drive", f"id=root,file={disk},format=raw,if=none"]
+    common += ["-device", "virtio-blk-device,drive=root"]
+    return {
+        "pyvmm": pyvmm,
+        "qemu": ["qemu-system-x86_64", "-M", MICROVM, *common],
+        "qemu-plain": ["qemu-system-x86_64", "-M", "microvm", *common],
+    }
+
+
+def seconds_to_mark(command: Sequence[str]) -> float:
+    """Start `command`; seconds until it has printed MARK. It is killed then.
+
+    Raises RuntimeError with its last output if it ends before that or takes too long.
+    """
+    start = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        bufsize=0,
+    )
+    assert process.stdout is not None
+    seen = b""
+    try:
+        while MARK not in seen:
+            left = start + PATIENCE - time.monotonic()
+            ready, _, _ = select.select([process.stdout], [], [], max(left, 0))
+            data = os.read(process.stdout.fileno(), 65536) if ready else b""
+            if not data:
+                tail = seen[-2000:].decode(errors="replace")
+                raise RuntimeError(f"{command[0]} did not bring up its guest; its output:\n{tail}")
+            seen += data
+        return time.monotonic() - start
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+
+
+def inside(setup: Setup) -> None:
+    """Boot every program in turn, `runs` + 1 times, and print a line at each start and end."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        disk = os.path.join(folder, "root.img")
+        subprocess.run(["cp", "--sparse=always", setup["disk"], disk], check=True)
+        chosen = {name: commands(setup, disk)[name] for name in setup["programs"]}
+        for _ in range(setup["runs"] + 1):
+            for name, command in chosen.items():
+                print("start", name, flush=True)
+                print("end", seconds_to_mark(command), flush=True)
+
+
+class Boot(NamedTuple):
+    """One boot: by the clock, and the processor time that the emulated host used."""
+
+    seconds: float
+    busy: float
+
+
+def measure(kernel: str, cpus: int, runs: int, programs: list[str]) -> dict[str, Any]:
+    """Start the emulated host and run `inside` in it. Raises PyvmmError or RuntimeError."""
+    from pyvmm import images
+    from pyvmm.emulated_host import EmulatedHost, EmulatedHostSpec, HostImage
+    from pyvmm.emulated_host.find import find_busybox
+
+    files = images.artifacts(kernel, make=True)
+    image = images.host_artifacts(make=True)
+    setup = Setup(
+        pyvmm=os.path.join(os.path.dirname(sys.executable), "pyvmm"),
+        kernel=files.bzimage,
+        initrd=files.initramfs,
+        disk=files.rootfs,
+        cpus=cpus,
+        runs=runs,
+        programs=programs,
+    )
+    spec = EmulatedHostSpec(
+        HostImage(image.vmlinux, image.modules, find_busybox()), memory_mib=3072
+    )
+    argv = [sys.executable, os.path.abspath(__file__), "--inside", json.dumps(setup)]
+    reader, writer = os.pipe()
+    host = EmulatedHost(spec, argv, stdin=None, stdout=writer)
+    host.start()
+    assert host.pid is not None
+    waiter = threading.Thread(target=lambda: (host.wait(), os.close(writer)), daemon=True)
+    waiter.start()
+    with open(reader) as lines:
+        boots = watch(lines, host.pid)
+    waiter.join()
+    if any(len(values) != runs + 1 for values in boots.values()) or len(boots) != len(programs):
+        raise RuntimeError("the measurement in the emulated host ended early")
+    return summary(boots, kernel=kernel, cpus=cpus)
+
+
+def watch(lines: Iterable[str], qemu: int) -> dict[str, list[Boot]]:
+    """The boots that the lines of `inside` tell of; `qemu` is the emulated host's process."""
+    boots: dict[str, list[Boot]] = {}
+    name, before = "", 0.0
+    for line in lines:
+        what, value = line.split()
+        if what == "start":
+            name, before = value, processor_seconds(qemu)
+            continue
+        boot = Boot(float(value), processor_seconds(qemu) - before)
+        print(f"{name:12} {boot.seconds:6.2f} s, busy {boot.busy:6.2f} s", file=sys.stderr)
+        boots.setdefault(name, []).append(boot)
+    return boots
+
+
+def processor_seconds(qemu: int) -> float:
+    """How much processor time that process has used, to a hundredth of a second."""
+    fields = Path(f"/proc/{qemu}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime and stime
+
+
+def summary(boots: dict[str, list[Boot]], *, kernel: str, cpus: int) -> dict[str, Any]:
+    """Medians, extremes and ratios to QEMU's fastest; the warm-up round does not count."""
+    rows = {}
+    for name, values in boots.items():
+        seconds = [round(boot.seconds, 3) for boot in values]
+        rows[name] = {
+            "median": statistics.median(seconds[1:]),
+            "min": min(seconds[1:]),
+            "max": max(seconds[1:]),
+            "warm_up": seconds[0],
+            "busy_median": round(statistics.median(boot.busy for boot in values[1:]), 3),
+            "seconds": seconds[1:],
+        }
+    result: dict[str, Any] = {"kernel": kernel, "cpus": cpus, "memory_mib": MEMORY_MIB}
+    result["programs"] = rows
+    others = [row for name, row in rows.items() if name.startswith("qemu")]
+    if others and "pyvmm" in rows:
+        for key, ratio in (("median", "ratio"), ("busy_median", "busy_ratio")):
+            result[ratio] = round(rows["pyvmm"][key] / min(row[key] for row in others), 3)
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    """`result` as a Markdown table."""
+    lines = [
+        "| exec → init, seconds | median | min | max | warm-up | processor time |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, row in result["programs"].items():
+        figures = (row[key] for key in ("median", "min", "max", "warm_up", "busy_median"))
+        lines.append(f"| {name} | " + " | ".join(f"{value:.2f}" for value in figures) + " |")
+    if "ratio" in result:
+        lines.append(
+            f"\npyvmm / the faster QEMU: {result['ratio']:.2f} by the clock, "
+            f"{result['busy_ratio']:.2f} in processor time"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--kernel", default="6.1", help="the kernel image's name (6.1, 6.12)")
+    parser.add_argument("--cpus", type=int, default=1)
+    parser.add_argument("--programs", default="pyvmm,qemu,qemu-plain")
+    parser.add_argument("--inside", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.inside is not None:
+        inside(json.loads(options.inside))
+        return 0
+    result = measure(options.kernel, options.cpus, options.runs, options.programs.split(","))
+    print(table(result))
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
