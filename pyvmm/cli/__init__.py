@@ -1,5 +1,12 @@
 """The command line: `pyvmm run`, `pyvmm doctor`, `pyvmm image`."""
 
-from pyvmm.cli.main import main
+from __future__ import annotations
 
-__all__ = ["main"]
+
+def main(args: list[str] | None = None) -> None:
+    """See `pyvmm.cli.main.main`."""
+    # Imported only now, as `pyvmm.cli.inside` is in this package too, and click would cost an
+    # emulated processor a second.
+    from pyvmm.cli.main import main as run
+
+    run(args)

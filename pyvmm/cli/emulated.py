@@ -136,6 +136,14 @@ class _Keyboard:
                 self.quitting = True
                 self.on_quit()
             else:
-                sys.stdout.write("\r\n" + HELP.replace("\n", "\r\n"))
-                sys.stdout.flush()
+                _show_help()
         return to_guest
+
+
+def _show_help() -> None:
+    try:
+        if sys.stdout is not None:
+            sys.stdout.write("\r\n" + HELP.replace("\n", "\r\n"))
+            sys.stdout.flush()
+    except OSError:
+        pass  # Nobody reads any more; the guest does not depend on it.

@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 
 
 def main() -> int:
     """Run the specification in argv[1], a JSON text; the guest's exit code."""
-    from pyvmm.errors import PyvmmError
     from pyvmm.machine.launch import run_here
     from pyvmm.machine.spec import from_json
 
     try:
         return run_here(from_json(sys.argv[1]), quiet=True)
-    except PyvmmError as error:
-        print(f"pyvmm: {error}", file=sys.stderr)
-        return 1
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        from pyvmm.cli.ending import explain
+
+        return explain(error)
 
 
 if __name__ == "__main__":
     code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from pyvmm import __version__
-from pyvmm.errors import ConfigError, PyvmmError
+from pyvmm.cli.ending import explain, flush_or_drop
 from pyvmm.host import log
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -52,7 +52,7 @@ def main(args: list[str] | None = None) -> None:
     argv = sys.argv[1:] if args is None else args
     _occupy_standard_fds()
     code = _run(argv)
-    _flush_or_drop()
+    flush_or_drop()
     sys.exit(code)
 
 
@@ -71,20 +71,8 @@ def _run(argv: list[str]) -> int:
             import traceback
 
             log.to_stderr(traceback.format_exc())
-        return _explain(wrong)
+        return explain(wrong)
     return code if isinstance(code, int) else 0
-
-
-def _explain(wrong: Exception) -> int:
-    """Say in one line what went wrong; the exit code."""
-    if isinstance(wrong, PyvmmError):
-        log.to_stderr(str(wrong))
-        return 2 if isinstance(wrong, ConfigError) else 1
-    log.to_stderr(
-        f"a defect in pyvmm: {type(wrong).__name__}: {wrong}; "
-        "run again with --debug and report what it prints"
-    )
-    return 70  # EX_SOFTWARE
 
 
 def _show_usage_error(wrong: click.ClickException) -> None:
@@ -107,18 +95,3 @@ def _occupy_standard_fds() -> None:
     while fd <= 2:
         fd = os.open(os.devnull, os.O_RDWR)
     os.close(fd)
-
-
-def _flush_or_drop() -> None:
-    """Write what is left of the output, if there is still somebody who takes it.
-
-    If not, the interpreter would fail at the same thing later and change the exit code.
-    """
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            if stream is not None:
-                stream.flush()
-        except OSError:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, stream.fileno())
-            os.close(null)

@@ -276,3 +276,16 @@ def test_a_file_that_may_not_be_read_is_one_line(run, place, option, name):
         os.seteuid(0)
     assert (code, error.count("\n")) == (2, 1)
     assert f"cannot open {name}: Permission denied; check its permissions" in error
+
+
+def test_inside_the_emulated_host_errors_are_one_line_too_and_click_stays_out():
+    script = (
+        "import sys; sys.argv = ['inside', '{}']; from pyvmm.cli.inside import main; code = main();"
+        "print(code, 'click' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=SAFETY_TIMEOUT
+    )
+    assert done.stdout == "2 False\n"
+    assert done.stderr.startswith("pyvmm: not a VM specification")
+    assert done.stderr.count("\n") == 1
