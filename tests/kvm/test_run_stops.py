@@ -30,11 +30,8 @@ def start(kvm: Kvm, tmp_path: Path) -> Iterator[object]:
 
     def run(code: bytes, *args: str, **streams: object) -> subprocess.Popen[bytes]:
         kernel = tmp_path / "kernel"
-        kernel.write_bytes(
-            boot_images.Elf(
-                loads=[boot_images.Load(data=code.ljust(256, b"\x90"))], note=None
-            ).build()
-        )
+        load = Load(data=code.ljust(256, b"\x90"))
+        kernel.write_bytes(Elf(loads=[load], note=None).build())
         (tmp_path / "disk").write_bytes(bytes(512))
         command = [sys.executable, "-m", "pyvmm", "run", "--kvm", "host", "--kernel", str(kernel)]
         command += ["--disk", str(tmp_path / "disk"), *args]
