@@ -15,7 +15,6 @@ from pyvmm.kvm.vm import Vm
 from pyvmm.machine.resources import VirtioSlot
 from pyvmm.machine.trace import Hook, Trace
 from pyvmm.memory import GuestMemory
-from pyvmm.transport.events import BadAccess, RegisterAccess
 from pyvmm.transport.mmio import MmioTransport
 from pyvmm.transport.mmio_registers import QUEUE_NOTIFY
 from pyvmm.virtio.device import VirtioDevice
@@ -62,6 +61,7 @@ def _virtio_hook(trace: Trace) -> Hook | None:
     registers, status = trace.hook("registers"), trace.hook("status")
     if registers is None and status is None:
         return None
+    from pyvmm.transport.events import BadAccess, RegisterAccess
 
     def dispatch(event: object) -> None:
         hook = registers if isinstance(event, (RegisterAccess, BadAccess)) else status

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pyvmm.boot import x86 as boot
 from pyvmm.bus import Bus, Handler
@@ -33,8 +33,7 @@ from pyvmm.transport.mmio import MmioTransport
 from pyvmm.virtio.device import VirtioDevice
 
 
-@dataclass(frozen=True)
-class Prepared:
+class Prepared(NamedTuple):
     """All of a machine that needs no KVM: memory with the kernel in it, and open devices."""
 
     spec: VmSpec
@@ -44,8 +43,7 @@ class Prepared:
     entry: boot.Entry
 
 
-@dataclass(frozen=True)
-class Parts:
+class Parts(NamedTuple):
     """An assembled machine, ready for its vCPU threads."""
 
     prepared: Prepared
@@ -116,6 +114,12 @@ def assemble(
     kvm = Kvm.open()
     closing.callback(kvm.close)
     kvm.check_required()
+    if prepared.spec.cpus > kvm.max_vcpus:
+        raise ConfigError(
+            f"this machine's KVM gives a guest {kvm.max_vcpus} vCPUs at most",
+            cure="ask for fewer",
+            option="--cpus",
+        )
     vm = kvm.create_vm()
     closing.callback(vm.close)
     _add_memory(vm, prepared.memory)

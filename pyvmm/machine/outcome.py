@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
 class Ending(enum.Enum):
@@ -21,8 +21,7 @@ class Ending(enum.Enum):
     HUNG_UP = 129  # SIGHUP
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """An ending and one line that explains it; `report` is longer text for a crashed vCPU."""
 
     ending: Ending

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pyvmm.memory import layout_x86 as layout
 
 
-@dataclass(frozen=True)
-class VirtioSlot:
+class VirtioSlot(NamedTuple):
     """A virtio-mmio device's place: guest-physical base, size in bytes, and its GSI."""
 
     base: int

@@ -5,7 +5,6 @@ The command line, a configuration file and the Python API all make the same `VmS
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -175,11 +174,15 @@ def _with_disk_ids(spec: VmSpec) -> VmSpec:
 
 def to_json(spec: VmSpec) -> str:
     """`spec` as JSON text, for `from_json` in another process."""
+    import json
+
     return json.dumps(asdict(spec))
 
 
 def from_json(text: str) -> VmSpec:
     """The spec that `to_json` wrote. Raises ConfigError for anything else."""
+    import json
+
     try:
         data: Mapping[str, Any] = json.loads(text)
         disks = tuple(DiskSpec(**disk) for disk in data["disks"])

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import errno
-import traceback
 from collections.abc import Callable
 from threading import Thread
+from typing import TYPE_CHECKING
 
 from pyvmm.bus import Action
 from pyvmm.errors import HostError, PyvmmError
-from pyvmm.kvm import exits
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.machine.outcome import Ending, Outcome
 from pyvmm.machine.trace import Hook
 from pyvmm.memory import GuestMemory
+
+if TYPE_CHECKING:
+    from pyvmm.kvm import exits
 
 # Enters the guest until an exit that is not a plain port or MMIO access; what a handler asked for.
 RunLoop = Callable[[Vcpu], Action | None]
@@ -68,6 +70,8 @@ class VcpuRunner:
         except PyvmmError as error:
             self._end(Outcome(Ending.FAILED, str(error)))
         except Exception as error:
+            import traceback
+
             self._end(
                 Outcome(
                     Ending.FAILED,
@@ -91,6 +95,8 @@ class VcpuRunner:
 
     def _interpret(self, event: exits.Exit) -> Outcome | None:
         """How an exit other than port or MMIO access ends the run; None if it does not."""
+        from pyvmm.kvm import exits  # 30 types, and most runs meet none of them
+
         if isinstance(event, exits.Intr | exits.Hlt | exits.IrqWindowOpen):
             return None
         if isinstance(event, exits.SystemEvent):
