@@ -56,7 +56,8 @@ class Machine:
     def run(self, on_start: Callable[[], None], on_idle: Callable[[], None]) -> Outcome:
         """Run the guest until it ends; how it ended.
 
-        A signal that comes when stopping has already taken long ends the process instead.
+        A signal that comes when stopping, or the answer to the signal before, has already taken
+        long ends the process instead.
 
         `on_start` is called when the vCPUs run, `on_idle` about every second from then on. On
         return no vCPU runs, no device works, and guest memory no longer changes.
@@ -87,11 +88,13 @@ class Machine:
 
         def on_signal(number: int, frame: FrameType | None) -> None:
             self.end(_SIGNALS[signal.Signals(number)])
-            if time.monotonic() > self._lose_patience_at:
+            now = time.monotonic()
+            if now > self._lose_patience_at:
                 # A thread hangs in a system call (a disk that does not answer, a pipe that nobody
                 # reads). What SIGTERM did before us ends the process, the terminal restored.
                 signal.signal(signal.SIGTERM, before[signal.SIGTERM])
                 signal.raise_signal(signal.SIGTERM)
+            self._lose_patience_at = min(self._lose_patience_at, now + _PATIENCE)
 
         for number in _SIGNALS:
             try:

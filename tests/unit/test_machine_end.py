@@ -140,3 +140,25 @@ def test_a_second_signal_at_once_does_not_cut_the_stop_short():
         """
     )
     assert done.stdout == "130\n", done.stderr
+
+
+def test_a_second_signal_ends_a_monitor_that_hangs_before_it_can_stop():
+    done = run_python(
+        """
+        import os, signal, threading
+        from test_machine_end import bare_machine
+        from pyvmm.machine import machine as module
+
+        module._PATIENCE = 0.0
+        module._LOOK_EVERY = 0.001
+
+        def hang():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                os.kill(os.getpid(), number)
+            threading.Event().wait()  # standard error is a pipe that nobody reads
+
+        bare_machine().run(lambda: None, hang)
+        print("not reached")
+        """
+    )
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "")
