@@ -24,7 +24,7 @@ LSR = 5
 MSR = 6
 SCR = 7
 
-IER_RDI, IER_THRI, IER_RLSI, IER_MSI = 0x01, 0x02, 0x04, 0x08
+IER_RDI, IER_THRI, IER_RLSI, IER_MSI, IER_ALL = 0x01, 0x02, 0x04, 0x08, 0x0F
 IIR_NO_INT, IIR_MSI, IIR_THRI, IIR_RDI, IIR_RLSI, IIR_TIMEOUT = 0x01, 0x00, 0x02, 0x04, 0x06, 0x0C
 IIR_FIFO_ENABLED = 0xC0
 FCR_ENABLE, FCR_CLEAR_RCVR = 0x01, 0x02
@@ -105,7 +105,8 @@ class Serial:
         If it was not all, `watch_room` tells when it is worth trying again. Nothing is accepted
         while the guest does not listen: its driver, when it starts, clears the FIFO, and the first
         line of a script piped into the guest would go with it. A guest listens when it has enabled
-        the receive interrupt, or reads LSR again and again.
+        the receive interrupt (and does not just try out the bits of IER), or reads LSR again and
+        again.
         """
         with self._lock:
             room = 0
@@ -217,20 +218,28 @@ class Serial:
         self._fifo.append(value)
 
     def _write_ier(self, value: int) -> None:
-        value &= 0x0F
+        value &= IER_ALL
         changed = value ^ self._ier
         self._ier = value
         if changed & IER_THRI:
             # The transmitter is empty, so enabling the interrupt raises it, each time: Linux's
             # serial8250_do_startup tests for chips that do not.
             self._thre_pending = bool(value & IER_THRI)
-        if changed & IER_RDI:
-            self._listening = bool(value & IER_RDI)
-            self._offer_room()
+        if changed:
+            self._settle_listening()
+
+    def _settle_listening(self) -> None:
+        # All of IER set while OUT2 keeps interrupts from the PC's controller: Linux's autoconfig
+        # looks whether the bits hold. It reads and clears whatever it is sent meanwhile.
+        probing = self._ier == IER_ALL and not self._mcr & MCR_OUT2
+        self._listening = bool(self._ier & IER_RDI) and not probing
+        self._offer_room()
 
     def _write_fcr(self, value: int) -> None:
         enable = bool(value & FCR_ENABLE)
-        if enable != self._fifo_enabled or (enable and value & FCR_CLEAR_RCVR):
+        # Switching the FIFO on would clear it too (8.4). But Linux's set_termios does that just
+        # after it has enabled the interrupt, and the first character of a pipe would go.
+        if self._fifo_enabled > enable or (enable and value & FCR_CLEAR_RCVR):
             self._fifo.clear()
             self._offer_room()
         self._fifo_enabled = enable
@@ -254,6 +263,8 @@ class Serial:
         if before & ~lines & MSR_RI:
             deltas |= MSR_TERI  # only the trailing edge counts (8.8)
         self._msr = lines | self._msr & 0x0F | deltas
+        if self._ier & IER_RDI:
+            self._settle_listening()
         self._offer_room()
 
     # --- consequences, the lock held -------------------------------------------------------------

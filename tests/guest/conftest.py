@@ -2,12 +2,12 @@
 
 Many tests look at what one boot left behind. Such a boot is a function, and a test names it and its
 arguments: `@pytest.mark.boot.with_args(function, ...)`; the fixture `boot` is what it returned. All
-boots that the selected tests name run in the background, as many at a time as `guest` allows, in
-the order of the tests.
+boots that the selected tests name run in the background, two at a time, in the order of the tests.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -48,8 +48,8 @@ def boots(
 ) -> Iterator[dict[Key, Future[Any]]]:
     """The boots that the selected tests named, running or done."""
     keys = dict.fromkeys(key for item in request.session.items if (key := _key(item)))
-    # One thread each: guest.py is what limits how many guests there are.
-    with ThreadPoolExecutor(max_workers=max(1, len(keys))) as pool:
+    # More at a time than there are processors for would only take turns.
+    with ThreadPoolExecutor(max_workers=min(2, os.cpu_count() or 1)) as pool:
         try:
             yield {key: pool.submit(_run, key, tmp_path_factory.mktemp("boot")) for key in keys}
         finally:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import BoundedSemaphore, Thread
+from threading import Thread
 
 import pytest
 
@@ -31,9 +31,7 @@ TAIL_LINES = 40
 
 PYVMM = (sys.executable, "-m", "pyvmm")
 
-# As many guests run at a time as there are processors for; more would only take turns.
-_SLOTS = BoundedSemaphore(2 if (os.cpu_count() or 1) > 1 else 1)
-_RUNNING: set[Guest] = set()
+_running: set[Guest] = set()
 
 
 def tail(text: str, lines: int = TAIL_LINES) -> str:
@@ -126,14 +124,9 @@ class Guest:
             text = script.encode()
             script_disk.write_bytes(text + bytes(-len(text) % SECTOR))
         self._argv = self.argv(script_disk)
-        _SLOTS.acquire()
-        _RUNNING.add(self)
         self.console, self.stderr = bytearray(), bytearray()
-        try:
-            self._open()
-        except BaseException:
-            self._release()
-            raise
+        self._open()
+        _running.add(self)
         return self
 
     def _open(self) -> None:
@@ -197,18 +190,13 @@ class Guest:
         for stream in (self.process.stdout, self.process.stderr):
             if stream is not None:
                 stream.close()
-        self._release()
+        _running.discard(self)
         return self.result()
-
-    def _release(self) -> None:
-        if self in _RUNNING:
-            _RUNNING.discard(self)
-            _SLOTS.release()
 
 
 def kill_all() -> None:
     """End what still runs: a test session was interrupted."""
-    for guest in list(_RUNNING):
+    for guest in list(_running):
         guest.process.kill()
 
 

@@ -248,7 +248,14 @@ def test_clearing_the_receive_fifo(listening: Port) -> None:
     assert listening.rooms == 1
 
 
-def test_switching_the_fifo_clears_it(listening: Port) -> None:
+def test_switching_the_fifo_on_keeps_what_a_driver_may_be_interrupted_for(port: Port) -> None:
+    port.put(uart.IER, uart.IER_RDI)
+    assert port.serial.enqueue_input(b"abc") == 1
+    port.put(uart.FCR, FIFO_ON)
+    assert port.drain() == b"a"
+
+
+def test_switching_the_fifo_off_clears_it(listening: Port) -> None:
     listening.serial.enqueue_input(b"abc")
     listening.put(uart.FCR, 0)
     assert listening.drain() == b""
@@ -270,6 +277,14 @@ def test_no_input_before_the_guest_listens(port: Port) -> None:
     port.put(uart.IER, uart.IER_RDI)
     assert port.rooms == 1
     assert port.serial.enqueue_input(b"first line\n") == 11
+
+
+def test_a_guest_that_tries_the_bits_of_ier_does_not_listen(port: Port) -> None:
+    port.put(uart.IER, uart.IER_ALL)
+    assert port.serial.enqueue_input(b"first line\n") == 0
+    port.put(uart.MCR, uart.MCR_OUT2)  # its interrupts now reach the PC: it means it
+    assert port.rooms == 1
+    assert port.serial.enqueue_input(b"first line\n") == 1
 
 
 def test_a_guest_that_polls_is_a_listener(port: Port) -> None:
@@ -409,7 +424,7 @@ def test_any_sequence_of_accesses_is_survived(steps: list) -> None:
     del port.sent[:]
     port.put(uart.THR, ord("!"))
     assert port.sent == b"!"
-    port.put(uart.FCR, FIFO_ON)
+    port.put(uart.FCR, FIFO_ON | uart.FCR_CLEAR_RCVR)
     port.put(uart.IER, uart.IER_RDI)
     assert port.serial.enqueue_input(b"?") == 1
     assert port.line

@@ -24,16 +24,23 @@ class Driver:
         self.to_send: deque[int] = deque()
         self.pending_edge = False
         self.interrupts = 0
+        self.piped = b""  # what the far end would like to send, at any time
         self.serial = Serial(self._irq, self.out.extend)
 
     def _irq(self, level: bool) -> None:
         self.pending_edge |= level
 
     def get(self, offset: int) -> int:
+        self._offer()
         return self.serial.read(offset, 1)
 
     def put(self, offset: int, value: int) -> None:
+        self._offer()
         self.serial.write(offset, 1, value)
+
+    def _offer(self) -> None:
+        if self.piped:
+            self.piped = self.piped[self.serial.enqueue_input(self.piped) :]
 
     def clear_fifos(self) -> None:
         self.put(uart.FCR, 0x01)
@@ -238,20 +245,12 @@ def test_input_by_fifo_and_timeout(driver: Driver) -> None:
 
 def test_input_given_before_boot_reaches_the_driver_whole(driver: Driver) -> None:
     """`echo … | pyvmm run …`: probing and opening clear the FIFO and read stray characters."""
-    rest = b"echo hello from a pipe\n"
-
-    def offer() -> None:
-        nonlocal rest
-        rest = rest[driver.serial.enqueue_input(rest) :]
-
-    offer()
+    driver.piped = b"echo hello from a pipe\n"
     driver.console_write(b"early message\r\n")
-    offer()
     driver.autoconfig()
-    offer()
     driver.startup()
-    while rest:
-        offer()
+    while driver.piped:
+        driver.get(uart.SCR)
         driver.serve_interrupts()
     assert driver.received == b"echo hello from a pipe\n"
 
