@@ -22,7 +22,7 @@ from pyvmm.kvm.x86 import probe_guest
 # Interpreters manage 1 to 2 million a second, translators (a KVM inside QEMU's TCG) over a hundred,
 # hardware thousands. Booting Linux takes some billions.
 ENOUGH_INSTRUCTIONS_PER_SECOND = 20_000_000
-_TIME_LIMIT = 0.5  # seconds; only a KVM that hangs in the guest ever gets there
+_TIME_LIMIT = 2.0  # seconds; only a KVM that hangs in the guest ever gets there
 _BLOCKS = 3
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from bare_guest import RAM_SIZE, BareGuest, Recorder
+from bare_guest import CODE, RAM_SIZE, BareGuest, Recorder
 
 from pyvmm.errors import HostError
 from pyvmm.kvm import uapi
@@ -69,11 +69,12 @@ def test_the_dirty_log_names_the_pages_written_since_it_was_read(bare_guest: Mak
     guest = bare_guest(code)
     guest.set_slot(uapi.KVM_MEM_LOG_DIRTY_PAGES)
     guest.run_to_stop()
-    written = dirty_pages(guest.vm.get_dirty_log(0, RAM_SIZE))
-    assert written == [0x5, 0x31]
+    first = dirty_pages(guest.vm.get_dirty_log(0, RAM_SIZE))
+    # What KVM maps for the first time may count as written, so the code's page can be among them.
+    assert set(first) - {CODE // 0x1000} == {0x5, 0x31}
     assert dirty_pages(guest.vm.get_dirty_log(0, RAM_SIZE)) == []
     guest.run_to_stop()
-    assert dirty_pages(guest.vm.get_dirty_log(0, RAM_SIZE)) == written
+    assert dirty_pages(guest.vm.get_dirty_log(0, RAM_SIZE)) == [0x5, 0x31]
 
 
 def test_a_slot_that_does_not_log_has_no_dirty_log(bare_guest: MakeGuest) -> None:
