@@ -27,6 +27,9 @@ from pyvmm.platform.terminal import Terminal
 def say(word):
     os.write(3, word + b"\\n")
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+# A shell that runs the tests in the background has these ignored, and children inherit it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 """
 
 
