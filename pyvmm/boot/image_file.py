@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from types import TracebackType
-from typing import Self
 
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import syscalls
@@ -26,7 +24,7 @@ _CURES = {
 }
 
 
-class ImageFile:
+class ImageFile(syscalls.Closable):
     """A regular, non-empty file open for reading; `size` in bytes.
 
     `option` is the command line option that named it, for error messages.
@@ -92,14 +90,3 @@ class ImageFile:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

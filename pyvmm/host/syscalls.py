@@ -61,7 +61,26 @@ def map_shared(fd: int, size: int) -> mmap.mmap:
         raise HostError(error.errno or 0, f"mmap of {size} bytes") from None
 
 
-class EventFd:
+class Closable:
+    """What a ``with`` block closes at its end."""
+
+    def close(self) -> None:
+        """Give up what is held; a second time changes nothing."""
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class EventFd(Closable):
     """An eventfd(2): a counter that `signal` raises, `drain` zeroes and epoll waits for."""
 
     def __init__(self) -> None:
@@ -91,14 +110,3 @@ class EventFd:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

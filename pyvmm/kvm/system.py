@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import syscalls
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 EMULATED = "use --kvm=emulated"
 
 
-class Kvm:
+class Kvm(syscalls.Closable):
     """An open /dev/kvm. `fd` is the file descriptor, `vcpu_mmap_size` the bytes of a kvm_run."""
 
     def __init__(self, fd: int) -> None:
@@ -80,17 +79,6 @@ class Kvm:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _open_device(path: str) -> int:

@@ -11,8 +11,7 @@ import mmap
 import os
 import signal
 import threading
-from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final
 
 from pyvmm.errors import HostError
 from pyvmm.host import syscalls
@@ -35,7 +34,7 @@ _ioctl = fcntl.ioctl
 _KVM_RUN = uapi.KVM_RUN
 
 
-class Vcpu:
+class Vcpu(syscalls.Closable):
     """One vCPU's file descriptor, `fd`, and its shared page.
 
     `run_page` is that page as the kernel maps it: struct kvm_run, then the data of port I/O.
@@ -173,14 +172,3 @@ class Vcpu:
             self._map.close()
         except BufferError:
             pass  # somebody still has a view of the page; it goes with the last one
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from pyvmm.host import syscalls
 from pyvmm.kvm import uapi
@@ -32,7 +31,7 @@ class MsiRoute(NamedTuple):
     data: int
 
 
-class Vm:
+class Vm(syscalls.Closable):
     """One VM's file descriptor, `fd`. All addresses are guest-physical unless they say host."""
 
     def __init__(self, fd: int, vcpu_mmap_size: int) -> None:
@@ -210,17 +209,6 @@ class Vm:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def dirty_pages(bitmap: bytes) -> list[int]:
