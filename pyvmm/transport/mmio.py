@@ -73,7 +73,10 @@ class MmioTransport:
             writers[row.offset] = writer
 
     def close(self) -> None:
-        """Reset the device and give its doorbells back; the guest must be stopped."""
+        """Reset the device and give its doorbells back; the guest must be stopped. A second time
+        changes nothing."""
+        if any(kick.fd < 0 for kick in self.kicks):
+            return
         with self.negotiation.lock:
             self.negotiation.reset()
         for kick in self.kicks:

@@ -31,19 +31,6 @@ from pyvmm.transport.mmio import MmioTransport
 
 
 @pytest.fixture
-def device() -> RecordingDevice:
-    return RecordingDevice()
-
-
-@pytest.fixture
-def bench(device: RecordingDevice) -> Iterator[Bench]:
-    bench = Bench(device)
-    yield bench
-    bench.transport.close()
-    bench.memory.close()
-
-
-@pytest.fixture
 def serving() -> Iterator[Bench]:
     """A device whose worker serves every request at once."""
     device = SlowDevice()

@@ -5,8 +5,6 @@ One test per MUST, its section in the docstring; docs/spec-coverage.md lists the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from mmio_harness import (
     CONFIG_GENERATION,
@@ -27,19 +25,6 @@ from mmio_harness import (
 )
 
 RING_RESET = 1 << 40
-
-
-@pytest.fixture
-def device() -> RecordingDevice:
-    return RecordingDevice()
-
-
-@pytest.fixture
-def bench(device: RecordingDevice) -> Iterator[Bench]:
-    bench = Bench(device)
-    yield bench
-    bench.transport.close()
-    bench.memory.close()
 
 
 def test_magic_value(bench: Bench) -> None:

@@ -5,8 +5,6 @@ Everywhere: no exception, no activation that was not asked for legally, a warnin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from mmio_harness import (
     ACKNOWLEDGE,
@@ -36,30 +34,6 @@ from mmio_harness import (
     SlowDevice,
     workers,
 )
-
-
-@pytest.fixture
-def device() -> RecordingDevice:
-    return RecordingDevice()
-
-
-@pytest.fixture
-def bench(device: RecordingDevice) -> Iterator[Bench]:
-    bench = Bench(device)
-    yield bench
-    bench.transport.close()
-    bench.memory.close()
-
-
-@pytest.fixture
-def slow() -> Iterator[tuple[Bench, SlowDevice]]:
-    device = SlowDevice()
-    bench = Bench(device)
-    yield bench, device
-    device.release.set()
-    bench.transport.close()
-    bench.memory.close()
-
 
 # --- 1 and 2: the wrong width, the wrong register, the wrong direction ----------------------------
 

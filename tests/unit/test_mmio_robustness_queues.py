@@ -5,7 +5,6 @@ Everywhere: no exception, no activation that was not asked for legally, a warnin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from threading import Thread
 
 import pytest
@@ -42,30 +41,6 @@ from mmio_harness import (
     wait_for,
     workers,
 )
-
-
-@pytest.fixture
-def device() -> RecordingDevice:
-    return RecordingDevice()
-
-
-@pytest.fixture
-def bench(device: RecordingDevice) -> Iterator[Bench]:
-    bench = Bench(device)
-    yield bench
-    bench.transport.close()
-    bench.memory.close()
-
-
-@pytest.fixture
-def slow() -> Iterator[tuple[Bench, SlowDevice]]:
-    device = SlowDevice()
-    bench = Bench(device)
-    yield bench, device
-    device.release.set()
-    bench.transport.close()
-    bench.memory.close()
-
 
 # --- 12: reset ------------------------------------------------------------------------------------
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
 
 import pytest
 from mmio_harness import (
@@ -27,18 +26,6 @@ from pyvmm.virtio.queue import Queue
 from pyvmm.virtio.worker import QueueDevice
 
 BROKEN_RING = DriverError("available index jumped", section="2.7.6.1")
-
-
-@pytest.fixture
-def device() -> RecordingDevice:
-    return RecordingDevice()
-
-
-@pytest.fixture
-def bench(device: RecordingDevice) -> Iterator[Bench]:
-    bench = Bench(device)
-    yield bench
-    bench.memory.close()
 
 
 # --- needs reset ----------------------------------------------------------------------------------

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from threading import Event, Lock, Thread
 
-import pytest
 from mmio_harness import (
     INTERRUPT_ACK,
     LIVE,
@@ -23,18 +21,6 @@ from pyvmm.virtio.device import Activation
 from pyvmm.virtio.lifecycle import DeviceState
 
 BROKEN_RING = DriverError("available index jumped", section="2.7.6.1")
-
-
-@pytest.fixture
-def device() -> RecordingDevice:
-    return RecordingDevice()
-
-
-@pytest.fixture
-def bench(device: RecordingDevice) -> Iterator[Bench]:
-    bench = Bench(device)
-    yield bench
-    bench.memory.close()
 
 
 def finish(*threads: Thread) -> None:
