@@ -95,15 +95,19 @@ def _another_pyvmm(guest: Guest, disk: Path) -> subprocess.CompletedProcess[str]
     return subprocess.run(argv, capture_output=True, text=True, timeout=HANG_SECONDS)
 
 
+def _qemu(disk: Path) -> list[str]:
+    """The command of a QEMU that has `disk`, stopped, and a monitor on its standard input."""
+    drive = f"driver=raw,node-name=disk,file.driver=file,file.filename={disk}"
+    machine = "-machine microvm -accel tcg -nodefaults -display none -S -monitor stdio"
+    device = "virtio-blk-device,drive=disk"
+    return ["qemu-system-x86_64", *machine.split(), "-blockdev", drive, "-device", device]
+
+
 def _a_qemu(disk: Path) -> subprocess.CompletedProcess[str] | None:
     if find_program("qemu-system-x86_64") is None:
         return None
-    # Would sit there, stopped, if it got the disk; `quit` ends it then.
-    machine = "-machine none -nodefaults -display none -S -monitor stdio"
-    drive = f"driver=raw,node-name=disk,file.driver=file,file.filename={disk}"
-    argv = ["qemu-system-x86_64", *machine.split(), "-blockdev", drive]
     return subprocess.run(
-        argv, input="quit\n", capture_output=True, text=True, timeout=HANG_SECONDS
+        _qemu(disk), input="quit\n", capture_output=True, text=True, timeout=HANG_SECONDS
     )
 
 
@@ -169,10 +173,8 @@ def test_a_disk_that_qemu_has_is_refused(tmp_path: Path) -> None:
     if find_program("qemu-system-x86_64") is None:
         pytest.skip("needs qemu-system-x86_64")
     disk = blank_disk(tmp_path / "disk.img", MIB)
-    drive = f"driver=raw,node-name=disk,file.driver=file,file.filename={disk}"
-    machine = "-machine none -nodefaults -display none -S -monitor stdio"
     with subprocess.Popen(
-        ["qemu-system-x86_64", *machine.split(), "-blockdev", drive],
+        _qemu(disk),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     ) as qemu:

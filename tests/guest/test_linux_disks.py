@@ -39,7 +39,7 @@ echo "direct=$(dd if=/dev/vdb bs=512k iflag=direct status=none | sha256sum | cut
 if dd if=/dev/zero of=/dev/vdb bs=4k count=1 oflag=direct 2> /run/error; then
     echo readonly=written
 else
-    echo "readonly=$(tail -n 1 /run/error)"
+    echo "readonly=$(head -n 1 /run/error)"
 fi
 blockdev --setrw /dev/vdb 2> /dev/null || true
 dd if=/dev/zero of=/dev/vdb bs=4k count=1 oflag=direct 2> /dev/null || true
@@ -163,9 +163,10 @@ def test_fio_reads_back_what_it_wrote(job: str, boot: Disks) -> None:
 def test_one_interrupt_ends_a_batch_of_requests(boot: Disks) -> None:
     result = boot.result.check()
     requests, interrupts = int(result.value("requests")), int(result.value("interrupts"))
-    assert requests >= 2 * 8 * MIB // 4096  # each block once written, once read
-    # With 32 requests in flight one at a time would be as many interrupts as requests.
-    assert interrupts <= requests * 3 // 4, f"{interrupts} interrupts for {requests} requests"
+    # Each 4 KiB block was written once and read once; the kernel joins some that are neighbours.
+    assert requests > 8 * MIB // 4096
+    # 32 were in flight: one at a time would have been as many interrupts as requests.
+    assert interrupts <= requests // 2, f"{interrupts} interrupts for {requests} requests"
 
 
 @three_disks

@@ -60,10 +60,11 @@ def test_sigterm_ends_with_143(boot: GuestResult) -> None:
 
 
 def boot_interrupted(folder: Path) -> GuestResult:
-    # While the kernel unpacks itself, long before there is an init.
+    # As soon as the kernel says a word, long before there is an init.
     disk = blank_disk(folder / "disk.img", MIB)
     files = artifacts("6.12")
-    guest = Guest(files.bzimage, files.initramfs, [str(disk)], cmdline="earlyprintk=ttyS0")
+    cmdline = "earlyprintk=serial,ttyS0,115200 loglevel=7"
+    guest = Guest(files.bzimage, files.initramfs, [str(disk)], cmdline=cmdline)
     guest.start()
     guest.wait_for("Linux version")
     guest.send_signal(signal.SIGINT)

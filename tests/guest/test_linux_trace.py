@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -11,14 +10,6 @@ from disks import artifacts, root_disk
 from guest import Guest, GuestResult
 
 pytestmark = pytest.mark.usefixtures("linux_guests")
-
-
-@dataclass(frozen=True)
-class Traced:
-    """A run with everything traced to a file."""
-
-    result: GuestResult
-    trace: list[str]
 
 
 def boot_traced(folder: Path) -> GuestResult:
@@ -58,13 +49,7 @@ def test_registers_are_named_and_their_values_explained(boot: GuestResult) -> No
 def test_the_status_goes_the_way_of_the_specification(boot: GuestResult) -> None:
     changes = [line for line in lines(boot, "status", "system: ") if "->" in line]
     steps = [line.rpartition("-> ")[2] for line in changes]
-    assert steps[-5:] == [
-        "ACKNOWLEDGE",
-        "ACKNOWLEDGE|DRIVER",
-        "ACKNOWLEDGE|DRIVER|FEATURES_OK",
-        "ACKNOWLEDGE|DRIVER|DRIVER_OK|FEATURES_OK",
-        "RESET",
-    ] or steps[-4:] == [
+    assert [step for step in steps if step != "RESET"] == [
         "ACKNOWLEDGE",
         "ACKNOWLEDGE|DRIVER",
         "ACKNOWLEDGE|DRIVER|FEATURES_OK",
