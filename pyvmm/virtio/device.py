@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
 
-from pyvmm.errors import DriverError
+from pyvmm.errors import PyvmmError
 from pyvmm.memory import GuestMemory
 from pyvmm.virtio.queue import Queue
 
@@ -33,15 +33,15 @@ class Activation:
     """What the driver set up, handed to the device when the driver sets DRIVER_OK.
 
     `features` are the negotiated feature bits, `queues` has one entry per device queue, None where
-    the driver did not enable it. `fail` reports a rule that the driver broke; the transport then
-    sets DEVICE_NEEDS_RESET and no ring is touched until reset.
+    the driver did not enable it. `fail` reports a rule that the driver broke, or a host that
+    failed; the transport then sets DEVICE_NEEDS_RESET and no ring is touched until reset.
     """
 
     memory: GuestMemory
     features: int
     queues: tuple[Queue | None, ...]
     interrupt: Interrupt
-    fail: Callable[[DriverError], None]
+    fail: Callable[[PyvmmError], None]
 
 
 class VirtioDevice(ABC):

@@ -26,6 +26,7 @@ from pyvmm.host.log import RateLimited, Sink, to_stderr
 from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
 from pyvmm.virtio import constants, events, status
+from pyvmm.virtio.defects import as_device_failure
 from pyvmm.virtio.device import Activation, VirtioDevice
 from pyvmm.virtio.features import describe
 from pyvmm.virtio.queue import Queue
@@ -174,8 +175,8 @@ class Lifecycle:
                     lambda error: self._fail(error, interrupt),
                 )
             )
-        except PyvmmError as error:
-            self._fail(error, interrupt)
+        except Exception as error:
+            self._fail(as_device_failure(self.device.name, error), interrupt)
             return
         if self._trace is not None:
             sizes = tuple(queue.size if queue is not None else 0 for queue in queues)
@@ -236,9 +237,9 @@ class Lifecycle:
                 self._interrupt = None
         try:
             self.device.reset()
-        except PyvmmError as error:
+        except Exception as error:
             # The device may still be at work, so the driver must not read a status of 0.
-            self._fail(error, None)
+            self._fail(as_device_failure(self.device.name, error), None)
             return
         for queue in self._queues:
             if queue is not None:

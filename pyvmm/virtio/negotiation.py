@@ -14,6 +14,7 @@ from pyvmm.host.log import Sink, to_stderr
 from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
 from pyvmm.virtio import features, status
+from pyvmm.virtio.defects import as_device_failure
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.lifecycle import Lifecycle, Notifier, Trace
 from pyvmm.virtio.queue_state import QueueConfig, is_valid_size
@@ -192,8 +193,8 @@ class Negotiation(Lifecycle):
     def _config_bytes(self, offset: int, length: int) -> bytes:
         try:
             return self.device.read_config(offset, length)
-        except PyvmmError as error:
-            self.fail(error)
+        except Exception as error:
+            self.fail(as_device_failure(self.device.name, error))
             return bytes(length)
 
     def write_config(self, offset: int, length: int, value: int) -> None:
@@ -201,8 +202,8 @@ class Negotiation(Lifecycle):
         data = (value & (1 << 8 * length) - 1).to_bytes(length, "little")
         try:
             self.device.write_config(offset, data)
-        except PyvmmError as error:
-            self.fail(error)
+        except Exception as error:
+            self.fail(as_device_failure(self.device.name, error))
 
     def read_config_generation(self) -> int:
         """A number that differs from the last one read if the configuration may have changed.

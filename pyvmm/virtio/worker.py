@@ -19,15 +19,12 @@ from abc import abstractmethod
 from collections.abc import Callable
 from threading import Thread
 
-from pyvmm.errors import DriverError, HostError
-from pyvmm.host import log
+from pyvmm.errors import HostError, PyvmmError
 from pyvmm.host.syscalls import EventFd
 from pyvmm.host.waiter import Waiter
+from pyvmm.virtio.defects import as_device_failure
 from pyvmm.virtio.device import Activation, VirtioDevice
 from pyvmm.virtio.queue import Queue
-
-# A guest may find a way to make a device fail, reset it and do it again, for ever.
-_report = log.RateLimited()
 
 
 class QueueWorker:
@@ -87,19 +84,8 @@ class QueueWorker:
             while not self._stopping:
                 self._serve_until_idle()
                 self._waiter.wait()
-        except DriverError as error:
-            self._give_up(error)
         except Exception as error:
-            where = _raised_at(error)
-            _report(
-                f"{self._name}: queue {self._queue.index} failed inside the monitor:"
-                f" {type(error).__name__}: {error} ({where})"
-            )
-            self._give_up(
-                DriverError(
-                    "the device failed inside the monitor", section="2.1 Device Status Field"
-                )
-            )
+            self._give_up(as_device_failure(f"{self._name}: queue {self._queue.index}", error))
 
     def _serve_until_idle(self) -> None:
         queue = self._queue
@@ -115,7 +101,7 @@ class QueueWorker:
             with queue.lock:
                 more = queue.enable_notification()
 
-    def _give_up(self, error: DriverError) -> None:
+    def _give_up(self, error: PyvmmError) -> None:
         queue = self._queue
         with queue.lock:
             # What was completed before the error stays completed.
@@ -125,15 +111,6 @@ class QueueWorker:
             self._activation.interrupt.signal_used(queue.index)
         if not self._stopping:
             self._activation.fail(error)
-
-
-def _raised_at(error: BaseException) -> str:
-    trace = error.__traceback__
-    if trace is None:
-        return "unknown place"
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    return f"{trace.tb_frame.f_code.co_filename}:{trace.tb_lineno}"
 
 
 class QueueDevice(VirtioDevice):

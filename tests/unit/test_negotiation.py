@@ -22,6 +22,7 @@ from mmio_harness import (
 from pyvmm.errors import DriverError, HostError
 from pyvmm.testing.mmio_driver import InterruptLine, MmioDriver
 from pyvmm.transport.mmio import MmioTransport
+from pyvmm.virtio import defects
 from pyvmm.virtio.queue import Queue
 from pyvmm.virtio.worker import QueueDevice
 
@@ -100,6 +101,34 @@ def test_a_reset_that_fails_does_not_read_as_done(bench: Bench, device: Recordin
     device.reset_error = None
     bench.write(STATUS, 0)
     assert bench.status == 0
+
+
+@pytest.mark.parametrize("method", ["activate", "reset", "read_config", "write_config"])
+def test_a_defect_of_a_device_that_a_guest_finds_costs_only_the_device(
+    bench: Bench, device: RecordingDevice, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(defects, "_report", lines.append)
+
+    def broken(*args: object) -> None:
+        raise IndexError("list index out of range")
+
+    bench.go_live()
+    with monkeypatch.context() as patched:
+        patched.setattr(device, method, broken)
+        if method == "activate":
+            bench.go_live()
+        bench.write(CONFIG, 1)
+        bench.read(CONFIG)
+        if method == "reset":
+            bench.write(STATUS, 0)
+        assert bench.status == LIVE | NEEDS_RESET
+        assert bench.interrupt_status == 2
+    [line] = lines
+    assert "failed inside the monitor: IndexError" in line
+    assert "test_negotiation.py:" in line
+    bench.go_live()
+    assert bench.status == LIVE
 
 
 def test_failed_devices_fill_no_log(bench: Bench, device: RecordingDevice) -> None:

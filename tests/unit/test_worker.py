@@ -12,6 +12,7 @@ from worker_rig import Bench, Echo, wait_for
 from pyvmm.errors import DriverError, HostError
 from pyvmm.testing import Desc
 from pyvmm.testing.mmio_driver import SAFETY_TIMEOUT
+from pyvmm.virtio import defects
 from pyvmm.virtio import worker as worker_module
 from pyvmm.virtio.worker import QueueDevice
 
@@ -188,10 +189,24 @@ def test_a_failed_queue_is_left_alone_until_reset(bench):
     assert not b.rig.queue.ready
 
 
-@pytest.mark.parametrize("error", [ZeroDivisionError("oops"), HostError(5, "preadv of the disk")])
-def test_an_error_of_the_monitor_fails_the_device_and_says_where(bench, monkeypatch, error):
+def test_an_error_of_the_host_fails_the_device(bench):
+    error = HostError(5, "preadv of the disk")
+
+    def behave(chain):
+        raise error
+
+    b = bench(Echo(behave))
+    b.driver.add([b"x"], [1])
+    b.driver.publish()
+    b.activate()
+    assert b.recorder.failed.wait(SAFETY_TIMEOUT)
+    assert b.recorder.failures == [error]
+
+
+def test_an_error_of_the_monitor_fails_the_device_and_says_where(bench, monkeypatch):
+    error = ZeroDivisionError("oops")
     lines = []
-    monkeypatch.setattr(worker_module, "_report", lines.append)
+    monkeypatch.setattr(defects, "_report", lines.append)
 
     def behave(chain):
         raise error
