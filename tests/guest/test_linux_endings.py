@@ -63,7 +63,7 @@ def boot_interrupted(folder: Path) -> GuestResult:
     # As soon as the kernel says a word, long before there is an init.
     disk = blank_disk(folder / "disk.img", MIB)
     files = artifacts("6.12")
-    cmdline = "earlyprintk=serial,ttyS0,115200 loglevel=7"
+    cmdline = "loglevel=7 earlyprintk=serial,ttyS0,115200"
     guest = Guest(files.bzimage, files.initramfs, [str(disk)], cmdline=cmdline)
     guest.start()
     guest.wait_for("Linux version")
