@@ -51,9 +51,11 @@ clean: ## Remove the virtual environment and the stamps (images stay in the cach
 .stamps/venv: pyproject.toml | .stamps/python
 	@echo "Installing pyvmm into $(VENV)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	@$(BIN)/python -m compileall -q pyvmm # in the emulated host nothing that Python compiles is kept
 	@touch $@
 
 .stamps/dev: pyproject.toml | .stamps/python
 	@echo "Installing pyvmm and its test tools into $(VENV)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@$(BIN)/python -m compileall -q pyvmm # in the emulated host nothing that Python compiles is kept
 	@touch $@ .stamps/venv

@@ -118,10 +118,15 @@ class Boot(NamedTuple):
 
 def measure(kernel: str, cpus: int, runs: int, programs: list[str]) -> dict[str, Any]:
     """Start the emulated host and run `inside` in it. Raises PyvmmError or RuntimeError."""
+    import compileall
+
+    import pyvmm
     from pyvmm import images
     from pyvmm.emulated_host import EmulatedHost, EmulatedHostSpec, HostImage
     from pyvmm.emulated_host.find import find_busybox
 
+    # As after a first run. Inside, what Python compiles is not kept.
+    compileall.compile_dir(os.path.dirname(pyvmm.__file__), quiet=1)
     files = images.artifacts(kernel, make=True)
     image = images.host_artifacts(make=True)
     setup = Setup(

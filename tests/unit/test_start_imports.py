@@ -1,0 +1,76 @@
+"""A plain `pyvmm run` imports what it needs and no more: each module costs every start.
+
+The start runs for real, in a process of its own, up to where KVM would come in.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import boot_images
+import pytest
+
+from pyvmm.machine.spec import DiskSpec, VmSpec, to_json, validate
+
+# Runs sys.argv[2:] as the command line until the machine is about to be put together.
+RUN = """
+import sys
+before = set(sys.modules)
+entry, *sys.argv = sys.argv[1:]
+if entry == "command":
+    from pyvmm.cli import main
+else:
+    from pyvmm.cli.inside import main
+from pyvmm.machine import launch
+def stop(*parts):
+    print(*sorted(set(sys.modules) - before))
+    sys.stdout.flush()
+    import os
+    os._exit(0)
+launch._run = stop
+main()
+"""
+
+NEVER = {
+    *("argparse", "asyncio", "concurrent", "email", "hashlib", "http", "importlib.metadata"),
+    *("logging", "multiprocessing", "pathlib", "random", "shutil", "socket", "ssl", "subprocess"),
+    *("tempfile", "traceback", "unittest", "urllib", "xml"),
+    *("cffi", "pycparser", "elftools", "pkg_resources", "setuptools", "rich"),
+    # for failures, other kinds of kernels, other commands
+    *("pyvmm.boot.x86.elf", "pyvmm.cli.doctor", "pyvmm.cli.emulated", "pyvmm.cli.image"),
+    *("pyvmm.emulated_host", "pyvmm.images", "pyvmm.kvm.exits", "pyvmm.kvm.probe"),
+    *("pyvmm.kvm.report", "pyvmm.testing"),
+}
+
+
+@pytest.fixture
+def spec(tmp_path) -> VmSpec:
+    (tmp_path / "kernel").write_bytes(boot_images.bzimage())
+    (tmp_path / "disk").write_bytes(bytes(1 << 20))
+    disks = (DiskSpec(str(tmp_path / "disk")),)
+    return validate(VmSpec(kernel=str(tmp_path / "kernel"), disks=disks, memory=64 << 20))
+
+
+def imported(entry: str, *arguments: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, entry, "pyvmm", *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.split())
+
+
+def test_a_run_imports_nothing_that_it_does_not_need(spec):
+    modules = imported(
+        "command",
+        *("run", "--kvm=host", "--memory=64M"),
+        *("--kernel", spec.kernel, "--disk", spec.disks[0].path),
+    )
+    assert "pyvmm.transport.mmio" in modules  # it did start
+    assert not modules & (NEVER | {"json"})
+
+
+def test_the_emulated_hosts_side_does_without_click_too(spec):
+    modules = imported("inside", to_json(spec))
+    assert "pyvmm.transport.mmio" in modules
+    assert not modules & (NEVER | {"click", "pyvmm.cli.main", "pyvmm.cli.run"})
