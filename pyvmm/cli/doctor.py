@@ -88,9 +88,9 @@ def check_emulated_host() -> Iterator[Check]:
 
 def check_images() -> Iterator[Check]:
     """What has been built; nothing is wrong with an image that has not been."""
-    from pyvmm.cli.image import listing
+    from pyvmm import images
 
-    for name, folder in listing():
+    for name, folder in images.listing():
         yield Check(
             name,
             folder is not None,

@@ -18,7 +18,7 @@ from pyvmm.emulated_host import (
     HostImage,
     HostSink,
 )
-from pyvmm.emulated_host.launch import find_program
+from pyvmm.emulated_host.find import find_busybox
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
 from pyvmm.host.files import open_image
@@ -32,6 +32,7 @@ from pyvmm.platform.terminal import Terminal, is_terminal
 
 _MIB = 1 << 20
 _TRACE_PATH = "/run/pyvmm-trace"
+_NOT_SHARED = ("/dev/", "/proc/", "/sys/")  # the emulated host has its own
 
 
 def run_emulated(spec: VmSpec, because: str | None = None) -> int:
@@ -44,6 +45,7 @@ def run_emulated(spec: VmSpec, because: str | None = None) -> int:
     with ExitStack() as closing:
         check_boot(spec)
         disks = tuple(_open_disk(disk.path, disk.read_only, closing) for disk in spec.disks)
+        spec = _with_real_paths(spec)
         sinks = _trace_sink(spec, closing)
         if sinks:
             spec = replace(spec, trace_file=sinks[0].path)
@@ -52,6 +54,7 @@ def run_emulated(spec: VmSpec, because: str | None = None) -> int:
             memory_mib=spec.memory // _MIB + OWN_MEMORY_MIB,
             disks=disks,
             sinks=sinks,
+            cwd="/",
         )
         if because is not None:
             log.to_stderr(
@@ -83,14 +86,31 @@ def _trace_sink(spec: VmSpec, closing: ExitStack) -> tuple[HostSink, ...]:
 
 
 def _host_image() -> HostImage:
-    busybox = find_program("busybox")
-    if busybox is None:
-        raise ConfigError(
-            "the emulated KVM host needs busybox, statically linked",
-            cure="apt-get install busybox-static",
-        )
+    busybox = find_busybox()
     made = images.host_artifacts(make=True)
     return HostImage(made.vmlinux, made.modules, busybox)
+
+
+def _with_real_paths(spec: VmSpec) -> VmSpec:
+    """`spec` with paths that mean the same inside: not relative, not through this process'
+    descriptors (/dev/fd/3). Raises ConfigError for what cannot be seen from inside."""
+    return replace(
+        spec,
+        kernel=_visible(spec.kernel, "--kernel"),
+        initrd=None if spec.initrd is None else _visible(spec.initrd, "--initrd"),
+        disks=tuple(replace(disk, path=os.path.realpath(disk.path)) for disk in spec.disks),
+    )
+
+
+def _visible(path: str, option: str) -> str:
+    real = os.path.realpath(path)
+    if real.startswith(_NOT_SHARED) or not os.path.exists(real):
+        raise ConfigError(
+            f"{path} cannot be seen from the emulated KVM host",
+            cure="copy it to /tmp, say",
+            option=option,
+        )
+    return real
 
 
 def _join_terminal(spec: EmulatedHostSpec, argv: list[str]) -> int:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 import click
 
 from pyvmm import images
 from pyvmm.errors import ConfigError
-from pyvmm.images import builder, cache
-from pyvmm.images.progress import Progress
 
 _FOR_A_START = ("kernel-6.1", "initramfs-6.1", "rootfs-minbase", "kernel-host")
 
@@ -39,16 +36,8 @@ def build(names: tuple[str, ...], everything: bool, locked: bool) -> None:
 @image.command("list")
 def list_images() -> None:
     """Show the images, and where those are that have been built."""
-    for name, folder in listing():
+    for name, folder in images.listing():
         click.echo(f"{name:18} {folder or 'not built'}")
-
-
-def listing() -> Iterator[tuple[str, str | None]]:
-    """Each image's name, and its folder if it has been built."""
-    catalogue = builder.Catalogue()
-    for name in catalogue.names():
-        folder = catalogue.path(name)
-        yield name, folder if os.path.isdir(folder) else None
 
 
 @image.command()
@@ -66,19 +55,19 @@ def disk(target: str, variant: str, force: bool) -> None:
     """Write a fresh, writable root disk to TARGET."""
     if os.path.exists(target) and not force:
         raise ConfigError(f"{target} exists", cure="name another file, or use --force")
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise ConfigError(f"{target} is no regular file, to be replaced", cure="name another file")
     images.fresh_disk(target, variant, make=True)
 
 
 @image.command()
 def lock() -> None:
     """Pin the versions that the mirror has now, in guest-images/."""
-    builder.refresh_lock(builder.Catalogue(), Progress())
+    images.refresh_lock()
 
 
 @image.command()
 def prune() -> None:
     """Remove images from the cache that no current recipe makes."""
-    catalogue = builder.Catalogue()
-    with cache.building(lambda: click.echo("another build is running; waiting for it", err=True)):
-        for folder in cache.prune({catalogue.path(name) for name in catalogue.names()}):
-            click.echo(f"removed {folder}")
+    for folder in images.prune():
+        click.echo(f"removed {folder}")

@@ -6,6 +6,7 @@ under that name only when it is whole.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -14,6 +15,7 @@ from pyvmm.emulated_host.initramfs import base_archive, base_parts
 from pyvmm.emulated_host.spec import HostImage
 from pyvmm.emulated_host.x86.kernel import vmlinux
 from pyvmm.errors import ConfigError
+from pyvmm.host import user_cache
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,8 @@ class BootFiles:
 
 
 def cache_directory() -> str:
-    """$XDG_CACHE_HOME/pyvmm/emulated-host, or the same below ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(base, "pyvmm", "emulated-host")
+    """Where the files are kept. Raises ConfigError for a user without a home directory."""
+    return os.path.join(user_cache.folder(), "emulated-host")
 
 
 def boot_files(image: HostImage, directory: str | None = None) -> BootFiles:
@@ -69,8 +70,12 @@ def _write(name: str, content: bytes) -> str:
         os.makedirs(os.path.dirname(name), exist_ok=True)
         with open(partial, "wb") as file:
             file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, name)
     except OSError as error:
+        with contextlib.suppress(OSError):  # The first failure is the one to report.
+            os.unlink(partial)
         raise ConfigError(
             f"cannot write {name}: {error.strerror}",
             cure="set XDG_CACHE_HOME to a directory with 100 MB of room",

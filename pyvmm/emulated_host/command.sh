@@ -28,9 +28,13 @@ attach_disks() {
         [ -e "$block/serial" ] || continue
         read -r serial <"$block/serial"
         eval "path=\$DISK_${serial#pyvmm}"
+        # Not /dev/vda itself: that may be the path of another disk, which is laid over it.
+        node=$here/${block##*/}
+        read -r number <"$block/dev"
+        mknod "$node" b "${number%:*}" "${number#*:}"
         # A file in /dev/shm, say, is not to be seen here.
         [ -e "$path" ] || { mkdir -p "${path%/*}"; : >"$path"; }
-        mount --bind "/dev/${block##*/}" "$path"
+        mount --bind "$node" "$path"
     done
 }
 

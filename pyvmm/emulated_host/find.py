@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 
-from pyvmm.emulated_host.launch import find_program
+from pyvmm.emulated_host.programs import find_program
 from pyvmm.emulated_host.spec import HostImage
 from pyvmm.errors import ConfigError
 
@@ -20,7 +20,9 @@ def find_busybox() -> str:
     """The machine's own busybox. Raises ConfigError."""
     path = find_program("busybox")
     if path is None:
-        raise ConfigError("the emulated KVM host needs busybox", cure=BUSYBOX_CURE)
+        raise ConfigError(
+            "the emulated KVM host needs busybox, statically linked", cure=BUSYBOX_CURE
+        )
     return path
 
 

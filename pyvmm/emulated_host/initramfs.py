@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pyvmm.emulated_host.modules import Module, load_order
+from pyvmm.emulated_host.programs import find_program
 from pyvmm.emulated_host.spec import INSIDE_VARIABLE, EmulatedHostSpec, HostImage
 from pyvmm.emulated_host.x86.machine import KVM_MODULES, ROOT_MODULES
 from pyvmm.errors import ConfigError
@@ -44,7 +45,7 @@ def new_mark() -> str:
 def settings_of(spec: EmulatedHostSpec, argv: Sequence[str]) -> RunSettings:
     """The settings for running `argv` as `spec` says, with a new mark."""
     return RunSettings(
-        argv=tuple(argv),
+        argv=(_program(argv[0], spec.env), *argv[1:]),
         env=inside_environment(spec.env),
         cwd=spec.cwd,
         mark=new_mark(),
@@ -52,6 +53,12 @@ def settings_of(spec: EmulatedHostSpec, argv: Sequence[str]) -> RunSettings:
         disks=tuple(os.path.realpath(disk.path) for disk in spec.disks),
         sinks=tuple(os.path.realpath(sink.path) for sink in spec.sinks),
     )
+
+
+def _program(name: str, env: Mapping[str, str]) -> str:
+    # Looked up here: the busybox inside takes its own "ls" for the machine's.
+    found = None if "/" in name else find_program(name, env.get("PATH", os.defpath))
+    return found or name
 
 
 def inside_environment(env: Mapping[str, str]) -> dict[str, str]:

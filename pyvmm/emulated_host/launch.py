@@ -12,6 +12,7 @@ from pyvmm.emulated_host.cache import boot_files
 from pyvmm.emulated_host.initramfs import run_archive, settings_of
 from pyvmm.emulated_host.limits import check_memory
 from pyvmm.emulated_host.ports import Port, open_ports
+from pyvmm.emulated_host.programs import find_program
 from pyvmm.emulated_host.qemu import OpenDisk, open_disk, qemu_arguments
 from pyvmm.emulated_host.spec import EmulatedHostError, EmulatedHostSpec, HostDisk
 from pyvmm.errors import ConfigError
@@ -30,15 +31,6 @@ class Launched:
     console: socket.socket
     messages: socket.socket
     mark: bytes
-
-
-def find_program(name: str) -> str | None:
-    """The absolute path of the program `name`, looked up in PATH; None if there is none."""
-    for directory in os.environ.get("PATH", os.defpath).split(os.pathsep):
-        path = os.path.join(directory or ".", name)
-        if os.access(path, os.X_OK) and not os.path.isdir(path):
-            return os.path.abspath(path)
-    return None
 
 
 def require_programs(spec: EmulatedHostSpec) -> tuple[str, str]:

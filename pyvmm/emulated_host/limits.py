@@ -19,8 +19,16 @@ def available_mib() -> int | None:
     limit = _read("/sys/fs/cgroup/memory.max").strip()
     used = _read("/sys/fs/cgroup/memory.current").strip()
     if limit.isdigit() and used.isdigit():
-        available = min(available, (int(limit) - int(used)) >> 20)
+        in_use = int(used) - _reclaimable()
+        available = min(available, (int(limit) - in_use) >> 20)
     return available
+
+
+def _reclaimable() -> int:
+    """Bytes of the container's page cache, which memory.current counts and the kernel drops when
+    somebody needs them: after an image build that is all there is."""
+    lines = (line.split() for line in _read("/sys/fs/cgroup/memory.stat").splitlines())
+    return sum(int(line[1]) for line in lines if line[:1] in (["inactive_file"], ["active_file"]))
 
 
 def check_memory(memory_mib: int) -> None:

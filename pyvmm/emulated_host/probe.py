@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from pyvmm.emulated_host.find import BUSYBOX_CURE, find_image
-from pyvmm.emulated_host.launch import QEMU_CURE, SETPRIV_CURE, find_program
+from pyvmm.emulated_host.launch import QEMU_CURE, SETPRIV_CURE
 from pyvmm.emulated_host.limits import available_mib
+from pyvmm.emulated_host.programs import find_program
 from pyvmm.emulated_host.spec import OWN_MEMORY_MIB, EmulatedHostSpec
 from pyvmm.errors import ConfigError
 

@@ -52,6 +52,13 @@ class HostSink:
     fd: int
 
 
+def _current_directory() -> str:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:  # It has been removed, and so would be missed inside too.
+        return "/"
+
+
 @dataclass(frozen=True)
 class EmulatedHostSpec:
     """An emulated host: `memory_mib` in all (guest RAM + OWN_MEMORY_MIB), files as on the machine.
@@ -64,7 +71,7 @@ class EmulatedHostSpec:
     cpus: int = DEFAULT_CPUS
     disks: tuple[HostDisk, ...] = ()
     sinks: tuple[HostSink, ...] = ()
-    cwd: str = field(default_factory=os.getcwd)
+    cwd: str = field(default_factory=_current_directory)
     env: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     qemu: str = "qemu-system-x86_64"
 

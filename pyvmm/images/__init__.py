@@ -127,9 +127,10 @@ def refresh_lock() -> None:
 def prune() -> list[str]:
     """Remove images that no current recipe makes; their folders. Waits for a build to end."""
     from pyvmm.images import builder, cache
+    from pyvmm.images.progress import Progress
 
     catalogue = builder.Catalogue()
-    with cache.building(lambda: None):
+    with cache.building(Progress().waiting):
         return cache.prune({catalogue.path(name) for name in catalogue.names()})
 
 

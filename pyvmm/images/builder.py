@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 
 from pyvmm.errors import ConfigError
+from pyvmm.host import user_cache
 from pyvmm.images import apt, cache, initramfs, kernel, lock, recipes, rootfs
 from pyvmm.images.lock import Pin
 from pyvmm.images.progress import Progress
@@ -97,7 +98,7 @@ def build(
     """
     if not missing(catalogue, names):
         return
-    with cache.building(lambda: progress.notice("another build is running; waiting for it")):
+    with cache.building(progress.waiting):
         todo = missing(catalogue, names)
         if not todo:
             return
@@ -114,7 +115,7 @@ class Builder:
         self._recipes = catalogue.recipes
         self._progress = progress
         self._locked = locked
-        self._apt = apt.Apt(os.path.join(cache.folder(), "apt"), self._recipes.suites)
+        self._apt = apt.Apt(os.path.join(user_cache.folder(), "apt"), self._recipes.suites)
         with cache.explain_os_errors(), progress.step("fetching Debian's package lists"):
             self._apt.update()
 
@@ -186,7 +187,7 @@ class Builder:
 
 def refresh_lock(catalogue: Catalogue, progress: Progress) -> None:
     """Pin what the mirror has now, in the lock file."""
-    with cache.building(lambda: progress.notice("another build is running; waiting for it")):
+    with cache.building(progress.waiting):
         builder = Builder(catalogue, progress)
         fresh: lock.Lock = {}
         for name in catalogue.names():

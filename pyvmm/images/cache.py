@@ -18,14 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 
 from pyvmm.errors import ConfigError
-
-
-def folder() -> str:
-    """The cache's folder; it need not exist yet."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if not base.startswith("/"):  # the XDG base directory specification: ignore relative ones
-        base = os.path.expanduser("~/.cache")
-    return os.path.join(base, "pyvmm")
+from pyvmm.host.user_cache import folder
 
 
 def image(name: str, key: str) -> str:
@@ -96,8 +89,9 @@ def prune(keep: set[str]) -> list[str]:
     images = os.path.join(folder(), "images")
     names = sorted(os.listdir(images)) if os.path.isdir(images) else []
     stale = [path for name in names if (path := os.path.join(images, name)) not in keep]
-    for path in stale:
-        shutil.rmtree(path)
+    with explain_os_errors():
+        for path in stale:
+            shutil.rmtree(path)
     return stale
 
 

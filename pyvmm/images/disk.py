@@ -18,7 +18,7 @@ def copy_sparse(source: str, target: str) -> None:
 
     Otherwise only what is not a hole is copied. Raises ConfigError; a half copy is removed.
     """
-    temporary = f"{target}.new"
+    temporary = f"{target}.{os.getpid()}.part"
     try:
         with open(source, "rb") as reader, open(temporary, "wb") as writer:
             _fill(reader.fileno(), writer.fileno())
@@ -30,12 +30,9 @@ def copy_sparse(source: str, target: str) -> None:
 
 
 def _fill(reader: int, writer: int) -> None:
-    try:
+    with contextlib.suppress(OSError):  # Whatever is really wrong, copying meets it again.
         fcntl.ioctl(writer, _FICLONE, reader)
         return
-    except OSError as error:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY):
-            raise
     size = os.fstat(reader).st_size
     os.ftruncate(writer, size)
     position = 0

@@ -33,6 +33,10 @@ class Progress:
     def notice(self, text: str) -> None:
         self._write(f"pyvmm: {text}\n")
 
+    def waiting(self) -> None:
+        """Somebody else holds the cache's lock."""
+        self.notice("another build is running; waiting for it")
+
     def _write(self, text: str) -> None:
         if not self._quiet:
             sys.stderr.write(text)

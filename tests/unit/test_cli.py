@@ -9,12 +9,14 @@ import importlib
 import os
 import subprocess
 import sys
+import tempfile
 
 import boot_images
 import pytest
 
 from pyvmm.cli import emulated
 from pyvmm.cli.main import main
+from pyvmm.machine.spec import from_json
 
 PYVMM = [sys.executable, "-m", "pyvmm"]
 SAFETY_TIMEOUT = 60
@@ -188,6 +190,35 @@ def test_why_there_is_an_emulated_host_is_said_only_if_it_starts(pyvmm, monkeypa
     code, error = pyvmm("run", "--kernel", "kernel")
     assert code == STARTED
     assert error.startswith("pyvmm: no KVM on this machine; running in an emulated KVM host")
+
+
+def test_the_emulated_host_gets_paths_that_mean_the_same_inside(run, place, monkeypatch):
+    inside = []
+    monkeypatch.setattr(emulated, "_join_terminal", lambda spec, argv: inside.append(argv[-1]) or 0)
+    (place / "link").symlink_to("a.img")
+    with open(place / "b.img") as opened:
+        by_number = f"/dev/fd/{opened.fileno()},readonly"
+        assert run("--disk", "link", "--disk", by_number)[0] == 0
+    [spec] = [from_json(text) for text in inside]
+    assert spec.kernel == str(place / "kernel")
+    assert [disk.path for disk in spec.disks] == [str(place / "a.img"), str(place / "b.img")]
+
+
+def test_a_kernel_that_the_emulated_host_cannot_see_is_refused_here(run, place):
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as kernel:
+        kernel.write(boot_images.bzimage())
+        kernel.flush()
+        code, error = run("--kernel", kernel.name)
+    assert (code, error.count("\n")) == (2, 1)
+    assert error.startswith(f"pyvmm: --kernel: {kernel.name} cannot be seen")
+
+
+def test_only_a_regular_file_is_replaced_by_a_fresh_disk(pyvmm, place):
+    code, error = pyvmm("image", "disk", "--force", "dir")
+    assert (code, error) == (
+        2,
+        "pyvmm: dir is no regular file, to be replaced; name another file\n",
+    )
 
 
 def test_debug_shows_the_traceback_and_keeps_the_code(run):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.emulated_host import EmulatedHostSpec, HostDisk, HostImage
+from pyvmm.emulated_host import EmulatedHostSpec, HostDisk, HostImage, limits
 from pyvmm.emulated_host.cache import boot_files
 from pyvmm.emulated_host.initramfs import RunSettings, run_script, settings_of
 from pyvmm.emulated_host.launch import launch
@@ -191,6 +191,24 @@ def test_settings_name_disks_by_their_real_path(image: HostImage, tmp_path: Path
     assert settings.mark != settings_of(spec, ["true"]).mark
 
 
+def test_a_command_is_the_machines_own_not_busyboxs(image: HostImage, tmp_path: Path) -> None:
+    (tmp_path / "ls").write_text("#!/bin/sh\n")
+    (tmp_path / "ls").chmod(0o755)
+    spec = EmulatedHostSpec(image, env={"PATH": f"/none:{tmp_path}"})
+    assert settings_of(spec, ["ls", "-l"]).argv == (str(tmp_path / "ls"), "-l")
+    assert settings_of(spec, ["no-such-program"]).argv == ("no-such-program",)
+    assert settings_of(spec, ["./ls"]).argv == ("./ls",)
+
+
+def test_a_directory_that_was_removed_is_no_obstacle(
+    image: HostImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert EmulatedHostSpec(image).cwd == "/"
+
+
 # ---- QEMU's command line
 
 
@@ -323,6 +341,17 @@ def test_too_much_memory_is_refused_with_both_numbers() -> None:
     check_memory(1)
     with pytest.raises(ConfigError, match=r"--memory: .* needs 99999999 MiB .* MiB to give"):
         check_memory(99_999_999)
+
+
+def test_a_containers_page_cache_is_memory_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "/proc/meminfo": "MemAvailable: 8388608 kB\nSwapFree: 0 kB\n",
+        "/sys/fs/cgroup/memory.max": f"{2 << 30}\n",
+        "/sys/fs/cgroup/memory.current": f"{2 << 30}\n",
+        "/sys/fs/cgroup/memory.stat": f"anon 1\ninactive_file {1 << 30}\nactive_file {1 << 29}\n",
+    }
+    monkeypatch.setattr(limits, "_read", lambda path: files.get(path, ""))
+    assert available_mib() == 1536
 
 
 def test_an_old_qemu_is_told_apart(tmp_path: Path) -> None:

@@ -88,6 +88,13 @@ def test_a_cache_that_cannot_be_written_is_one_line(
         images.build(["kernel-6.1"])
 
 
+def test_a_user_without_a_home_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setenv("HOME", "~")  # what is left of it where nobody knows
+    with pytest.raises(ConfigError, match=r"no home directory.*set XDG_CACHE_HOME"):
+        images.path("kernel-6.1")
+
+
 def test_an_image_that_was_not_built_is_named_with_the_command(home: Path) -> None:
     with pytest.raises(ConfigError, match=r"run: pyvmm image build kernel-6\.1"):
         images.artifacts()
