@@ -44,8 +44,9 @@ clean: ## Remove the virtual environment and the stamps (images stay in the cach
 
 .stamps/python: | .stamps/system
 	@mkdir -p .stamps
-	@$(PYTHON) -c 'import sys; sys.exit("pyvmm needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
-	@test -x $(BIN)/python || { echo "Making a virtual environment in $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@$(PYTHON) -c 'import sys; sys.exit("pyvmm needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || \
+		{ echo "Making a virtual environment in $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
 	@touch $@
 
 .stamps/venv: pyproject.toml | .stamps/python

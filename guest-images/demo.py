@@ -37,7 +37,7 @@ def main() -> int:
         disk = os.path.abspath(os.path.join("build", "shell.img" if shell else "demo.img"))
         if not (shell and os.path.exists(disk)):
             images.fresh_disk(disk, make=True)
-    except PyvmmError as error:
+    except (PyvmmError, OSError) as error:
         print(f"pyvmm: {error}", file=sys.stderr)
         return 1
     command = [os.path.join(os.path.dirname(sys.executable), "pyvmm"), "run"]
@@ -94,4 +94,7 @@ def say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:  # Ctrl-C; the guest has had it too
+        sys.exit(130)

@@ -5,8 +5,9 @@ set -eu
 
 missing=''
 for package in $(sed 's/#.*//' "$1"); do
-    state=$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null || true)
-    [ "$state" = installed ] || missing="$missing $package"
+    # A line for each architecture it is installed for.
+    dpkg-query -W -f '${db:Status-Status}\n' "$package" 2>/dev/null | grep -qx installed ||
+        missing="$missing $package"
 done
 [ "$missing" ] || exit 0
 
@@ -25,8 +26,12 @@ fi
 echo "Installing Debian packages (once, with apt-get):$missing"
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-export DEBIAN_FRONTEND=noninteractive
-if ! { $as_root apt-get update && $as_root apt-get install -y --no-install-recommends $missing; } >"$log" 2>&1; then
+apt() { # sudo does not pass the environment on
+    $as_root env DEBIAN_FRONTEND=noninteractive apt-get "$@" >>"$log" 2>&1 </dev/null
+}
+# Where one of the machine's sources is broken, the others may still have all that is needed.
+apt update || echo "apt-get update failed; trying to install all the same"
+if ! apt install -y --no-install-recommends $missing; then
     echo "apt-get failed; the end of what it said:" >&2
     tail -n 15 "$log" >&2
     exit 1
