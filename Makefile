@@ -45,7 +45,7 @@ clean: ## Remove the virtual environment and the stamps (images stay in the cach
 .stamps/python: | .stamps/system
 	@mkdir -p .stamps
 	@$(PYTHON) -c 'import sys; sys.exit("pyvmm needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; name another: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
-	@$(BIN)/python -m pip --version >/dev/null 2>&1 || \
+	@$(BIN)/python -c 'import sys, pip; sys.exit(sys.prefix == sys.base_prefix)' 2>/dev/null || \
 		{ echo "Making a virtual environment in $(VENV)"; $(PYTHON) -m venv --clear $(VENV); }
 	@touch $@
 
