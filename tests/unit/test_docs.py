@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -10,7 +11,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "guest-images/README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 
 
 def python_blocks() -> list[tuple[str, str]]:
@@ -43,6 +48,48 @@ def test_links_lead_somewhere(document: Path) -> None:
     targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text())
     missing = [target for target in targets if not (document.parent / target).exists()]
     assert not missing, f"{document.relative_to(ROOT)} points at {missing}"
+
+
+PLACES = ("", "pyvmm", "guest-images")  # where a path in a document may begin
+MODULES = re.compile(r"(?<![\w./-])((?:[\w-]+/)*[\w-]+\.(?:py|sh|toml|c))\b")
+METHODS = re.compile(r"\b([A-Z]\w*[a-z]\w*)\.([a-z_]+)\b")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_that_are_named_exist(document: Path) -> None:
+    named = set(MODULES.findall(document.read_text()))
+    known = {path.name for path in (ROOT / "pyvmm").rglob("*.py")}
+    missing = [
+        name
+        for name in named
+        if not any(
+            (base / name).exists() for base in (document.parent, *map(ROOT.joinpath, PLACES))
+        )
+        and name not in known
+    ]
+    assert not missing, f"{document.relative_to(ROOT)} names {missing}"
+
+
+def test_methods_that_are_named_exist() -> None:
+    known: dict[str, set[str]] = {"Struct": {"unpack_from"}}  # Python's own
+    for path in (ROOT / "pyvmm").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                known.setdefault(node.name, set()).update(members(node))
+    for document in DOCUMENTS:
+        for owner, member in METHODS.findall(document.read_text()):
+            assert member in known.get(owner, ()), f"{document.name} names {owner}.{member}"
+
+
+def members(node: ast.ClassDef) -> set[str]:
+    """Methods, fields and what __init__ and others assign to self."""
+    found = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
+    for item in ast.walk(node):
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+            found.add(item.target.id)
+        elif isinstance(item, ast.Attribute) and isinstance(item.ctx, ast.Store):
+            found.add(item.attr)
+    return found
 
 
 def test_readme_commands_are_make_targets() -> None:
