@@ -159,13 +159,18 @@ class Guest:
             pytest.fail(f"the guest hangs\n{self.result().ending()}")
         return self._finish()
 
-    def wait_for(self, text: str, *, stderr: bool = False) -> None:
-        """Wait until the console (or standard error) has shown `text`; fail if it ends before."""
+    def wait_for(self, text: str, *, times: int = 1, stderr: bool = False) -> None:
+        """Wait until the console (or standard error) has shown `text` so often; fail if it ends
+        before."""
         stream = self.stderr if stderr else self.console
-        if not wait_until(lambda: text.encode() in stream or self.process.poll() is not None):
+
+        def shown() -> bool:
+            return stream.count(text.encode()) >= times
+
+        if not wait_until(lambda: shown() or self.process.poll() is not None):
             self.kill()
-        if text.encode() not in stream:
-            pytest.fail(f"never saw {text!r}\n{self.wait().ending()}")
+        if not shown():
+            pytest.fail(f"never saw {text!r} {times} times\n{self.wait().ending()}")
 
     def send_signal(self, number: int) -> None:
         self.process.send_signal(number)

@@ -47,10 +47,13 @@ def boot_shell(folder: Path) -> OnTerminal:
         guest.start()
         guest.wait_for("# ")
         raw = guest.settings() != guest.before
-        guest.type("echo $((111*111)) | rev; cat\r")
-        guest.wait_for("12321")
+        guest.type("echo go; cat\r")
+        guest.wait_for("go\r\n")
+        guest.type("purr\r")
+        guest.wait_for("purr", times=2)  # its echo, and `cat`
         # Ctrl-C is a key like any other: it ends `cat` in the guest, and nothing here.
         guest.type("\x03")
+        guest.wait_for("# ", times=2)
         guest.type("echo $((222*222))\r")
         guest.wait_for("49284")
         guest.type(f"{CTRL_A}h")
