@@ -4,47 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
 
-import click
-
-from pyvmm import __version__
 from pyvmm.cli.ending import explain, flush_or_drop
-from pyvmm.host import log
-
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-
-
-class Commands(click.Group):
-    """Imports a command only when it is called: each has its own needs, and `run` is in a hurry."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["run", "doctor", "image"]
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name == "run":
-            from pyvmm.cli.run import run
-
-            return run
-        if cmd_name == "doctor":
-            from pyvmm.cli.doctor import doctor
-
-            return doctor
-        if cmd_name == "image":
-            from pyvmm.cli.image import image
-
-            return image
-        return None
-
-
-@click.command(cls=Commands, context_settings=CONTEXT)
-@click.version_option(__version__, prog_name="pyvmm")
-def cli() -> None:
-    """A KVM microVM monitor in Python.
-
-    `pyvmm run` boots a Linux kernel, `pyvmm doctor` says what this machine can do, and
-    `pyvmm image` builds a kernel and a root disk to try it with.
-    """
+from pyvmm.cli.quick import run_quickly
 
 
 def main(args: list[str] | None = None) -> None:
@@ -57,32 +19,17 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _run(argv: list[str]) -> int:
+    quick = run_quickly(argv)
+    if quick is None:
+        from pyvmm.cli.commands import run_command
+
+        return run_command(argv)
     try:
-        code: Any = cli.main(args=argv, prog_name="pyvmm", standalone_mode=False)
-    except click.exceptions.Exit as done:
-        return done.exit_code
-    except click.ClickException as wrong:
-        _show_usage_error(wrong)
-        return wrong.exit_code
-    except (click.Abort, KeyboardInterrupt):
+        return quick()
+    except KeyboardInterrupt:
         return 130
     except Exception as wrong:
-        if "--debug" in argv:
-            import traceback
-
-            log.to_stderr(traceback.format_exc())
         return explain(wrong)
-    return code if isinstance(code, int) else 0
-
-
-def _show_usage_error(wrong: click.ClickException) -> None:
-    message = wrong.format_message()
-    if "\n" in message:  # the help, for a command without arguments
-        wrong.show()
-        return
-    context = getattr(wrong, "ctx", None)
-    command = context.command_path if context is not None else "pyvmm"
-    log.to_stderr(f"{message.removesuffix('.')}; see {command} --help")
 
 
 def _occupy_standard_fds() -> None:

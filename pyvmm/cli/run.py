@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import click
 
-from pyvmm.machine.spec import (
-    TRACE_KINDS,
-    VmSpec,
-    parse_disk,
-    parse_memory,
-    parse_trace,
-    validate,
-)
+from pyvmm.cli.quick import CHOICES
+from pyvmm.cli.start import start
+from pyvmm.machine.spec import TRACE_KINDS
 
 EPILOG = """\b
 Examples:
@@ -71,7 +66,7 @@ Exit codes:
 @click.option("--trace-file", metavar="PATH", help="Write the trace to this file instead.")
 @click.option(
     "--kvm",
-    type=click.Choice(["auto", "host", "emulated"]),
+    type=click.Choice(CHOICES["kvm"]),
     default="auto",
     show_default=True,
     help="Use this machine's KVM, an emulated KVM host (QEMU, slow, works anywhere), or whichever "
@@ -79,7 +74,7 @@ Exit codes:
 )
 @click.option(
     "--discovery",
-    type=click.Choice(["auto", "acpi", "cmdline", "both"]),
+    type=click.Choice(CHOICES["discovery"]),
     default="auto",
     show_default=True,
     help="How the guest learns of its virtio-mmio devices.",
@@ -105,29 +100,16 @@ def run(
     Ends when the guest powers off. Where this machine's KVM cannot run Linux (a container, a CI
     runner), the whole monitor runs in an emulated KVM host instead and says so.
     """
-    spec = validate(
-        VmSpec(
-            kernel=kernel,
-            initrd=initrd,
-            disks=tuple(parse_disk(disk) for disk in disks),
-            cpus=cpus,
-            memory=parse_memory(memory),
-            cmdline=cmdline,
-            name=name,
-            trace=parse_trace(trace) if trace else (),
-            trace_file=trace_file,
-            discovery=discovery,
-        )
+    return start(
+        kernel=kernel,
+        disks=disks,
+        initrd=initrd,
+        cpus=cpus,
+        memory=memory,
+        cmdline=cmdline,
+        trace=trace,
+        trace_file=trace_file,
+        kvm=kvm,
+        discovery=discovery,
+        name=name,
     )
-    because = None
-    if kvm == "auto":
-        from pyvmm.cli.choose import why_not_host
-
-        because = why_not_host()
-    if kvm == "host" or (kvm == "auto" and because is None):
-        from pyvmm.machine.launch import run_here
-
-        return run_here(spec)
-    from pyvmm.cli.emulated import run_emulated
-
-    return run_emulated(spec, because)

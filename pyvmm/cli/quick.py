@@ -1,0 +1,76 @@
+"""`pyvmm run` without click, for command lines that leave no question open.
+
+click and what it imports are a third of a start. So a plain command line is read here, and whatever
+is not plain (help, an unknown option, a missing or odd value) is left to click, which alone
+explains and complains. A test compares the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+# The parameters of pyvmm.cli.run.run and their values where no option is given.
+DEFAULTS: dict[str, Any] = {
+    "kernel": None,
+    "disks": (),
+    "initrd": None,
+    "cpus": 1,
+    "memory": "512M",
+    "cmdline": "",
+    "trace": "",
+    "trace_file": None,
+    "kvm": "auto",
+    "discovery": "auto",
+    "name": "vm",
+    "debug": False,
+}
+CHOICES = {
+    "kvm": ("auto", "host", "emulated"),
+    "discovery": ("auto", "acpi", "cmdline", "both"),
+}
+_LEFT_TO_CLICK = ("debug",)
+_FLAGS = {
+    "--disk" if name == "disks" else f"--{name.replace('_', '-')}": name
+    for name in DEFAULTS
+    if name not in _LEFT_TO_CLICK
+}
+
+
+def parse_run(argv: Sequence[str]) -> dict[str, Any] | None:
+    """The parameters of `run` that `argv` gives, or None if click should look at it."""
+    if argv[:1] != ["run"]:
+        return None
+    values = dict(DEFAULTS)
+    words = iter(argv[1:])
+    for word in words:
+        flag, equals, text = word.partition("=")
+        name = _FLAGS.get(flag)
+        if name is None:
+            return None
+        if not equals:
+            text = next(words, "-")
+            if text.startswith("-"):
+                return None
+        if name == "disks":
+            values[name] += (text,)
+        elif name == "cpus":
+            if not (text.isascii() and text.isdigit() and len(text) < 10):
+                return None
+            values[name] = int(text)
+        elif text not in CHOICES.get(name, (text,)):
+            return None
+        else:
+            values[name] = text
+    return values if values["kernel"] is not None else None
+
+
+def run_quickly(argv: Sequence[str]) -> Callable[[], int] | None:
+    """What carries out `argv`, or None if click should."""
+    values = parse_run(argv)
+    if values is None:
+        return None
+    del values["debug"]
+    from pyvmm.cli.start import start
+
+    return lambda: start(**values)

@@ -1,0 +1,53 @@
+"""What `pyvmm run` does once its options are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pyvmm.machine.spec import VmSpec, parse_disk, parse_memory, parse_trace, validate
+
+
+def start(
+    *,
+    kernel: str,
+    disks: Sequence[str],
+    initrd: str | None,
+    cpus: int,
+    memory: str,
+    cmdline: str,
+    trace: str,
+    trace_file: str | None,
+    kvm: str,
+    discovery: str,
+    name: str,
+) -> int:
+    """Run the machine that the options describe; the exit code. They are as `pyvmm run` has them.
+
+    Raises PyvmmError for what is wrong with them.
+    """
+    spec = validate(
+        VmSpec(
+            kernel=kernel,
+            initrd=initrd,
+            disks=tuple(parse_disk(disk) for disk in disks),
+            cpus=cpus,
+            memory=parse_memory(memory),
+            cmdline=cmdline,
+            name=name,
+            trace=parse_trace(trace) if trace else (),
+            trace_file=trace_file,
+            discovery=discovery,
+        )
+    )
+    because = None
+    if kvm == "auto":
+        from pyvmm.cli.choose import why_not_host
+
+        because = why_not_host()
+    if kvm == "host" or (kvm == "auto" and because is None):
+        from pyvmm.machine.launch import run_here
+
+        return run_here(spec)
+    from pyvmm.cli.emulated import run_emulated
+
+    return run_emulated(spec, because)

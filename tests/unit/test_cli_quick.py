@@ -1,0 +1,69 @@
+"""The quick reader of `pyvmm run` and click read the same from a command line."""
+
+from __future__ import annotations
+
+import click
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyvmm.cli.quick import DEFAULTS, parse_run
+from pyvmm.cli.run import run
+
+FLAGS = [
+    *("--kernel", "--disk", "--initrd", "--cpus", "--memory", "--cmdline", "--trace"),
+    *("--trace-file", "--kvm", "--discovery", "--name", "--debug", "--help", "--ker", "-k", "x"),
+]
+VALUES = ["a", "2", "", "-1", "-", "--", "host", "auto", "acpi", "HOST", "a=b", "1_0", "٣", " 4"]
+
+word = st.one_of(
+    st.sampled_from(FLAGS),
+    st.sampled_from(VALUES),
+    st.builds("{}={}".format, st.sampled_from(FLAGS), st.sampled_from(VALUES)),
+)
+
+
+def by_click(argv: list[str]) -> dict[str, object] | None:
+    try:
+        return dict(run.make_context("run", list(argv)).params)
+    except click.ClickException:
+        return None
+
+
+@given(st.lists(word, max_size=8))
+def test_what_the_quick_reader_takes_click_reads_alike(argv):
+    quick = parse_run(["run", "--kernel=vmlinuz", *argv])
+    if quick is not None:
+        assert quick == by_click(["--kernel=vmlinuz", *argv])
+
+
+def test_it_knows_every_option_of_run():
+    assert set(DEFAULTS) == {option.name for option in run.params}
+    assert parse_run(["run", "--kernel", "k"]) == by_click(["--kernel", "k"])
+
+
+def test_a_usual_command_line_is_read_quickly():
+    argv = ["--kernel", "k", "--initrd=i", "--disk", "a,readonly", "--disk=b", "--cpus", "4"]
+    argv += ["--memory", "1G", "--kvm=host", "--trace", "all", "--cmdline", "quiet root=/dev/vdb"]
+    quick = parse_run(["run", *argv])
+    assert quick is not None
+    assert quick == by_click(argv)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["run"],
+        ["run", "--help"],
+        ["run", "--kernel"],
+        ["run", "--kernel", "k", "--cpus", "many"],
+        ["run", "--kernel", "k", "--kvm=sometimes"],
+        ["run", "--kernel", "k", "extra"],
+        ["run", "--kernel", "k", "--debug"],
+        ["doctor"],
+        [],
+    ],
+    ids=" ".join,
+)
+def test_whatever_needs_words_is_left_to_click(argv):
+    assert parse_run(argv) is None
