@@ -9,7 +9,7 @@ other side wants to hear of it (virtio 1.3, 2.7.13.3 and 2.7.10).
 
 from __future__ import annotations
 
-import platform
+import os
 from collections.abc import Callable
 from threading import Lock
 
@@ -43,7 +43,7 @@ def _fence_by_libatomic() -> Callable[[], None]:
     return full_fence
 
 
-if platform.machine() in ("x86_64", "AMD64"):
+if os.uname().machine == "x86_64":
     full_fence = _fence_by_locked_instruction()
 else:
     full_fence = _fence_by_libatomic()

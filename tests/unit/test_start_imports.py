@@ -34,7 +34,17 @@ main()
 
 NEVER = {
     *("argparse", "asyncio", "concurrent", "email", "hashlib", "http", "importlib.metadata"),
-    *("logging", "multiprocessing", "pathlib", "random", "shutil", "socket", "ssl", "subprocess"),
+    *(
+        "logging",
+        "multiprocessing",
+        "pathlib",
+        "platform",
+        "random",
+        "shutil",
+        "socket",
+        "ssl",
+        "subprocess",
+    ),
     *("tempfile", "traceback", "unittest", "urllib", "xml"),
     *("cffi", "click", "pycparser", "elftools", "pkg_resources", "setuptools", "rich"),
     # for failures, other kinds of kernels, other commands
