@@ -116,11 +116,13 @@ class Builder:
         self._progress = progress
         self._locked = locked
         self._apt = apt.Apt(os.path.join(user_cache.folder(), "apt"), self._recipes.suites)
+        cache.require_room()
         with cache.explain_os_errors(), progress.step("fetching Debian's package lists"):
             self._apt.update()
 
     def build(self, name: str) -> None:
         catalogue = self._catalogue
+        cache.require_room()
         with cache.new_image(name, catalogue.key(name)) as into:
             if name.startswith("rootfs-"):
                 packages = self._build_rootfs(name, into)

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from pyvmm.errors import ConfigError
 from pyvmm.host.user_cache import folder
 
+_ROOM = 1 << 30  # bytes; a large image takes somewhat more, and fails in good order
+
 
 def image(name: str, key: str) -> str:
     """Where the image is, or will be."""
@@ -82,6 +84,17 @@ def explain_os_errors() -> Iterator[None]:
             cure = f"free 3 GiB, or {cure}"
         where = error.filename or folder()
         raise ConfigError(f"{where}: {error.strerror}", cure=cure) from None
+
+
+def require_room() -> None:
+    """Raises ConfigError if there is too little room for any build.
+
+    Looked at beforehand, since apt's http client waits without end when the disk gets full.
+    """
+    with explain_os_errors():
+        status = os.statvfs(folder())
+        if status.f_bavail * status.f_frsize < _ROOM:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder())
 
 
 def prune(keep: set[str]) -> list[str]:

@@ -58,10 +58,13 @@ def read(path: str) -> Lock:
 
 
 def write(path: str, lock: Lock) -> None:
-    """Replace `path` as a whole."""
-    with open(f"{path}.new", "w", encoding="utf-8") as file:
-        file.write(render(lock))
-    os.replace(f"{path}.new", path)
+    """Replace `path` as a whole. Raises ConfigError."""
+    try:
+        with open(f"{path}.new", "w", encoding="utf-8") as file:
+            file.write(render(lock))
+        os.replace(f"{path}.new", path)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _is_sha256(text: str) -> bool:

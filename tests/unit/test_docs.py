@@ -10,6 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm.machine.cmdline import command_line
+from pyvmm.machine.outcome import Ending
+from pyvmm.machine.spec import DiskSpec, VmSpec
+
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [
     ROOT / "README.md",
@@ -96,3 +100,14 @@ def test_readme_commands_are_make_targets() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^    make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_readme_has_every_exit_code() -> None:
+    rows = re.findall(r"^\| ([\d, ]+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    documented = {int(code) for row in rows for code in row.split(",")}
+    assert documented == {ending.value for ending in Ending} | {2, 70}
+
+
+def test_the_readme_has_the_default_command_line() -> None:
+    default = command_line(VmSpec(kernel="vmlinuz", disks=(DiskSpec("debian.img"),)))
+    assert f"`{default}`" in (ROOT / "README.md").read_text()

@@ -88,6 +88,16 @@ def test_a_cache_that_cannot_be_written_is_one_line(
         images.build(["kernel-6.1"])
 
 
+def test_a_disk_without_room_is_told_before_apt_starts(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = list(os.statvfs(home))
+    status[4] = 100  # f_bavail
+    monkeypatch.setattr(os, "statvfs", lambda path: os.statvfs_result(status))
+    with pytest.raises(ConfigError, match=r"cache/pyvmm: No space left on device; free 3 GiB"):
+        images.build(["kernel-6.1"])
+
+
 def test_a_user_without_a_home_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", "~")  # what is left of it where nobody knows
