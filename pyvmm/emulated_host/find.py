@@ -5,9 +5,9 @@ from __future__ import annotations
 import glob
 import os
 import subprocess
-import sys
 
 from pyvmm.emulated_host.programs import find_program
+from pyvmm.emulated_host.python import python_argv
 from pyvmm.emulated_host.spec import HostImage
 from pyvmm.errors import ConfigError
 
@@ -29,9 +29,8 @@ def find_busybox() -> str:
 def find_image() -> HostImage:
     """The image in the cache of pyvmm.images. Raises ConfigError if it has not been built."""
     # Asked as another program: the two packages stand side by side and do not import each other.
-    answer = subprocess.run(
-        [sys.executable, "-m", "pyvmm", "image", "path", IMAGE_NAME], capture_output=True, text=True
-    )
+    command = python_argv("pyvmm.cli:main", "image", "path", IMAGE_NAME)
+    answer = subprocess.run(command, capture_output=True, text=True)
     if answer.returncode != 0:
         raise ConfigError("there is no kernel for the emulated KVM host", cure=IMAGE_CURE)
     folder = answer.stdout.strip()

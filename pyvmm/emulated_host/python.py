@@ -1,4 +1,4 @@
-"""Start this Python inside without what it would look for and not need."""
+"""Start this Python once more without what it would look for and not need."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pyvmm
 
 
 def python_argv(entry: str, *arguments: str) -> list[str]:
-    """The command that calls `entry` ("package.module:function") in this interpreter, inside.
+    """The command that calls `entry` ("package.module:function") in this interpreter.
 
     Its modules come from where ours came from. `site` is left out: a virtual environment's .pth
     files alone cost as much as all the rest of Python's start, and every import costs twenty times

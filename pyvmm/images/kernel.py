@@ -59,7 +59,7 @@ def _extract_vmlinux(into: str) -> None:
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     bzimage, vmlinux = os.path.join(into, "bzImage"), os.path.join(into, "vmlinux")
     tools.run(
-        [sys.executable, "-m", "pyvmm.boot.x86.payload", bzimage, vmlinux],
+        [sys.executable, "-P", "-m", "pyvmm.boot.x86.payload", bzimage, vmlinux],
         "cannot unpack vmlinux",
         env={"PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")},
     )

@@ -15,6 +15,7 @@ import pytest
 
 from pyvmm.emulated_host import EmulatedHostSpec, HostDisk, HostImage, limits
 from pyvmm.emulated_host.cache import boot_files
+from pyvmm.emulated_host.find import find_image
 from pyvmm.emulated_host.initramfs import RunSettings, run_script, settings_of
 from pyvmm.emulated_host.launch import launch
 from pyvmm.emulated_host.limits import available_mib, check_memory
@@ -27,6 +28,7 @@ from pyvmm.emulated_host.x86.kernel import vmlinux
 from pyvmm.emulated_host.x86.machine import KVM_MODULES, ROOT_MODULES
 from pyvmm.errors import ConfigError
 from pyvmm.host import cpio
+from pyvmm.images.builder import Catalogue
 
 MARK = b"0123456789abcdef"
 STATIC_ELF = b"\x7fELF" + bytes(28) + struct.pack("<Q", 64) + bytes(14) + struct.pack("<HH", 56, 1)
@@ -324,6 +326,22 @@ def test_input_waits_for_the_other_side_and_ends_with_its_end() -> None:
 
 
 # ---- what the machine lacks
+
+
+def test_the_kernel_is_found_whatever_lies_in_the_current_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = Path(Catalogue().path("kernel-host"))
+    (folder / "lib/modules/6.1").mkdir(parents=True)
+    (tmp_path / "busybox").touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "re.py").write_text("raise SystemExit('not the one of Python')")
+    monkeypatch.chdir(tmp_path)
+    found = find_image()
+    assert found.kernel == str(folder / "vmlinux")
+    assert found.modules_dir == str(folder / "lib/modules/6.1")
+    assert found.busybox == str(tmp_path / "busybox")
 
 
 def test_a_machine_without_qemu_hears_what_to_install(image: HostImage) -> None:
