@@ -92,6 +92,7 @@ def require_room() -> None:
     Looked at beforehand, since apt's http client waits without end when the disk gets full.
     """
     with explain_os_errors():
+        os.makedirs(folder(), exist_ok=True)
         status = os.statvfs(folder())
         if status.f_bavail * status.f_frsize < _ROOM:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder())
