@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -59,6 +60,15 @@ def map_shared(fd: int, size: int) -> mmap.mmap:
         return mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
     except OSError as error:
         raise HostError(error.errno or 0, f"mmap of {size} bytes") from None
+
+
+def prefer_huge_pages(mapping: mmap.mmap) -> None:
+    """Let the kernel back `mapping` with huge pages, if it was built and set up for them.
+
+    For a memfd that is /sys/kernel/mm/transparent_hugepage/shmem_enabled, "advise" or "always".
+    """
+    with suppress(OSError):  # EINVAL: a kernel without them
+        mapping.madvise(mmap.MADV_HUGEPAGE)
 
 
 class Closable:

@@ -54,6 +54,7 @@ class GuestMemory:
         self.fd = syscalls.create_memfd("pyvmm-guest-ram", total)
         try:
             self._map = syscalls.map_shared(self.fd, total)
+            syscalls.prefer_huge_pages(self._map)
         except BaseException:
             os.close(self.fd)
             raise
