@@ -10,9 +10,10 @@ def default_parameters(spec: VmSpec, *, quiet: bool) -> list[str]:
     """Parameters that let an ordinary kernel come up on this machine.
 
     `panic=-1` reboots at once after a panic, which ends the run; `reboot=k` is tried where ACPI's
-    reset register is not; `quiet` is for where console output is slow.
+    reset register is not; without `pci=off` a kernel complains that it finds no PCI bus, of which
+    there is none; `quiet` is for where console output is slow.
     """
-    parameters = ["console=ttyS0", "panic=-1", "reboot=k"]
+    parameters = ["console=ttyS0", "panic=-1", "reboot=k", "pci=off"]
     if quiet:
         parameters.append("quiet")
     if spec.disks:
