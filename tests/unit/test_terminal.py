@@ -29,7 +29,8 @@ def say(word):
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 # A shell that runs the tests in the background has these ignored, and children inherit it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+for number in (signal.SIGHUP, signal.SIGQUIT, signal.SIGTERM):
+    signal.signal(number, signal.SIG_DFL)
 """
 
 
