@@ -79,7 +79,8 @@ def test_a_trace_that_nobody_reads_takes_a_second_signal(start) -> None:
             code = process.wait(1)
         except subprocess.TimeoutExpired:
             continue
-    assert code == -signal.SIGTERM
+    # By the signal, or in good order if the trace had its room after all: 143 to a shell.
+    assert code in (-signal.SIGTERM, 128 + signal.SIGTERM)
     os.close(reader)
     os.close(writer)
 
