@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import click
 
+from pyvmm.emulated_host.probe import Check
+from pyvmm.emulated_host.probe import probe as probe_emulated_host
 from pyvmm.errors import PyvmmError
-
-
-class Check(NamedTuple):
-    """One line of the doctor's: what was looked at, how it is, what to do if it is not well."""
-
-    name: str
-    ok: bool
-    found: str
-    cure: str = ""
 
 
 @click.command()
@@ -80,10 +72,7 @@ def check_kvm() -> Iterator[Check]:
 
 def check_emulated_host() -> Iterator[Check]:
     """QEMU and the rest of what the emulated KVM host is made of."""
-    from pyvmm.emulated_host.probe import probe
-
-    for name, ok, found, cure in probe():
-        yield Check(name, ok, found, cure)
+    yield from probe_emulated_host()
 
 
 def check_images() -> Iterator[Check]:

@@ -21,10 +21,10 @@ from pyvmm.emulated_host import (
 from pyvmm.emulated_host.find import find_busybox
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
-from pyvmm.host.files import open_image
 from pyvmm.machine.builder import check_boot
+from pyvmm.machine.disks import lock_image
 from pyvmm.machine.outcome import Ending
-from pyvmm.machine.spec import VmSpec, to_json
+from pyvmm.machine.spec import DiskSpec, VmSpec, to_json
 from pyvmm.machine.trace import cannot_write
 from pyvmm.platform.console import standard_fds
 from pyvmm.platform.escape import HELP, Command, EscapeParser
@@ -44,7 +44,7 @@ def run_emulated(spec: VmSpec, because: str | None = None) -> int:
     """
     with ExitStack() as closing:
         check_boot(spec)
-        disks = tuple(_open_disk(disk.path, disk.read_only, closing) for disk in spec.disks)
+        disks = tuple(_open_disk(disk, closing) for disk in spec.disks)
         spec = _with_real_paths(spec)
         sinks = _trace_sink(spec, closing)
         if sinks:
@@ -66,12 +66,8 @@ def run_emulated(spec: VmSpec, because: str | None = None) -> int:
         return _join_terminal(host, argv)
 
 
-def _open_disk(path: str, read_only: bool, closing: ExitStack) -> HostDisk:
-    image = open_image(path, read_only=read_only)
-    closing.callback(image.close)
-    for hint in image.hints:
-        log.to_stderr(hint)
-    return HostDisk(path, read_only, image.fd)
+def _open_disk(disk: DiskSpec, closing: ExitStack) -> HostDisk:
+    return HostDisk(disk.path, disk.read_only, lock_image(disk, closing).fd)
 
 
 def _trace_sink(spec: VmSpec, closing: ExitStack) -> tuple[HostSink, ...]:

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pyvmm.machine.spec import DISCOVERY
+
 # The parameters of pyvmm.cli.run.run and their values where no option is given.
 DEFAULTS: dict[str, Any] = {
     "kernel": None,
@@ -27,7 +29,7 @@ DEFAULTS: dict[str, Any] = {
 }
 CHOICES = {
     "kvm": ("auto", "host", "emulated"),
-    "discovery": ("auto", "acpi", "cmdline", "both"),
+    "discovery": DISCOVERY,
 }
 _LEFT_TO_CLICK = ("debug",)
 _FLAGS = {

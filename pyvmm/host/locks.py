@@ -15,6 +15,8 @@ import fcntl
 import os
 import struct
 
+from pyvmm.host.syscalls import read_or_empty
+
 # struct flock of fcntl(2): l_type, l_whence, l_start, l_len, l_pid, in the ABI's own alignment.
 _FLOCK = struct.Struct("@hhqqi4x")
 
@@ -67,7 +69,7 @@ def holder(fd: int) -> str:
     wanted = os.fstat(fd)
     for pid in os.listdir("/proc"):
         if pid.isdigit() and _holds_lock(pid, wanted, own_fd=fd):
-            return f"{_read(f'/proc/{pid}/comm').strip() or 'a process'} (PID {pid})"
+            return f"{read_or_empty(f'/proc/{pid}/comm').strip() or 'a process'} (PID {pid})"
     return ""
 
 
@@ -96,14 +98,6 @@ def _holds_lock(pid: str, wanted: os.stat_result, own_fd: int) -> bool:
             continue
         # Of several descriptors for one file some may be without a lock (a plain reader's).
         same = os.path.samestat(found, wanted)
-        if same and "\nlock:" in _read(f"/proc/{pid}/fdinfo/{fd}"):
+        if same and "\nlock:" in read_or_empty(f"/proc/{pid}/fdinfo/{fd}"):
             return True
     return False
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path) as file:
-            return file.read()
-    except OSError:
-        return ""

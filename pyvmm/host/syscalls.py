@@ -62,6 +62,15 @@ def map_shared(fd: int, size: int) -> mmap.mmap:
         raise HostError(error.errno or 0, f"mmap of {size} bytes") from None
 
 
+def read_or_empty(path: str) -> str:
+    """The text of a file that the kernel makes up (/proc, /sys); "" where it cannot be read."""
+    try:
+        with open(path) as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
 def prefer_huge_pages(mapping: mmap.mmap) -> None:
     """Let the kernel back `mapping` with huge pages, if it was built and set up for them.
 

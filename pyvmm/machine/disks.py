@@ -5,15 +5,15 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from pyvmm.host import log
-from pyvmm.host.files import open_image
+from pyvmm.host.files import ImageFile, open_image
 from pyvmm.machine.spec import DiskSpec
 from pyvmm.machine.trace import Hook
 from pyvmm.virtio.blk.backend import FileBackend
 from pyvmm.virtio.blk.device import BlockDevice
 
 
-def open_disk(disk: DiskSpec, trace: Hook | None, closing: ExitStack) -> BlockDevice:
-    """Open and lock the image and put a device in front of it; `closing` undoes both.
+def lock_image(disk: DiskSpec, closing: ExitStack) -> ImageFile:
+    """Open and lock the image and tell the user what is odd about it; `closing` undoes it.
 
     Raises ConfigError for an image that cannot serve as a disk.
     """
@@ -21,5 +21,13 @@ def open_disk(disk: DiskSpec, trace: Hook | None, closing: ExitStack) -> BlockDe
     closing.callback(image.close)
     for hint in image.hints:
         log.to_stderr(hint)
-    backend = FileBackend(image)
+    return image
+
+
+def open_disk(disk: DiskSpec, trace: Hook | None, closing: ExitStack) -> BlockDevice:
+    """Open and lock the image and put a device in front of it; `closing` undoes both.
+
+    Raises ConfigError for an image that cannot serve as a disk.
+    """
+    backend = FileBackend(lock_image(disk, closing))
     return BlockDevice(backend, name=disk.id, serial=disk.id, trace=trace)

@@ -368,7 +368,7 @@ def test_a_containers_page_cache_is_memory_to_give(monkeypatch: pytest.MonkeyPat
         "/sys/fs/cgroup/memory.current": f"{2 << 30}\n",
         "/sys/fs/cgroup/memory.stat": f"anon 1\ninactive_file {1 << 30}\nactive_file {1 << 29}\n",
     }
-    monkeypatch.setattr(limits, "_read", lambda path: files.get(path, ""))
+    monkeypatch.setattr(limits, "read_or_empty", lambda path: files.get(path, ""))
     assert available_mib() == 1536
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import mmap
 import struct
 from collections.abc import Iterator
-from types import TracebackType
-from typing import Self
 
+from pyvmm.host.syscalls import Closable
 from pyvmm.kvm.system import Kvm
 from pyvmm.kvm.uapi import ffi
 from pyvmm.kvm.x86 import cpuid
@@ -69,7 +68,7 @@ _XSAVE = bytes.fromhex(
 )
 
 
-class ProbeGuest:
+class ProbeGuest(Closable):
     """The VM. `start` puts code into it; ``vcpu.run()`` runs it up to its `out` to port 0x10."""
 
     def __init__(self, kvm: Kvm) -> None:
@@ -123,17 +122,6 @@ class ProbeGuest:
         self.vcpu.close()
         self._vm.close()
         self._memory.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _has(self, feature: int) -> bool:
         return any(e.function == 1 and e.ecx & feature for e in self._supported)
