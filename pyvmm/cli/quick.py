@@ -1,7 +1,7 @@
 """`pyvmm run` without click, for command lines that leave no question open.
 
 click and what it imports are a third of a start. So a plain command line is read here, and whatever
-is not plain (help, an unknown option, a missing or odd value) is left to click, which alone
+is not plain (help, a rarer option, a missing or odd value) is left to click, which alone
 explains and complains. A test compares the two.
 """
 
@@ -12,7 +12,7 @@ from typing import Any
 
 from pyvmm.machine.spec import DISCOVERY
 
-# The parameters of pyvmm.cli.run.run and their values where no option is given.
+# The usual parameters of pyvmm.cli.run.run and their values where no option is given.
 DEFAULTS: dict[str, Any] = {
     "kernel": None,
     "disks": (),

@@ -46,6 +46,7 @@ Exit codes:
     metavar="PATH",
     help="Initial RAM disk. Debian's kernels need one, as their virtio drivers are modules.",
 )
+@click.option("--rng", is_flag=True, help="Add a virtio-rng device: random numbers for the guest.")
 @click.option("--cpus", type=int, default=1, show_default=True, help="Number of vCPUs.")
 @click.option(
     "--memory", metavar="SIZE", default="512M", show_default=True, help="RAM, such as 512M or 2G."
@@ -85,6 +86,7 @@ def run(
     kernel: str,
     disks: tuple[str, ...],
     initrd: str | None,
+    rng: bool,
     cpus: int,
     memory: str,
     cmdline: str,
@@ -112,4 +114,5 @@ def run(
         kvm=kvm,
         discovery=discovery,
         name=name,
+        devices=[("rng", "")] if rng else [],
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pyvmm.machine.spec import VmSpec, parse_disk, parse_memory, parse_trace, validate
+from pyvmm.machine.spec import DeviceSpec, VmSpec, parse_disk, parse_memory, parse_trace, validate
 
 
 def start(
@@ -20,8 +20,10 @@ def start(
     kvm: str,
     discovery: str,
     name: str,
+    devices: Sequence[tuple[str, str]] = (),
 ) -> int:
-    """Run the machine that the options describe; the exit code. They are as `pyvmm run` has them.
+    """Run the machine that the options describe; the exit code. They are as `pyvmm run` has them;
+    `devices` are (kind, text) for each --KIND TEXT.
 
     Raises PyvmmError for what is wrong with them.
     """
@@ -30,6 +32,7 @@ def start(
             kernel=kernel,
             initrd=initrd,
             disks=tuple(parse_disk(disk) for disk in disks),
+            devices=tuple(_parse_device(kind, text) for kind, text in devices),
             cpus=cpus,
             memory=parse_memory(memory),
             cmdline=cmdline,
@@ -51,3 +54,9 @@ def start(
     from pyvmm.cli.emulated import run_emulated
 
     return run_emulated(spec, because)
+
+
+def _parse_device(kind: str, text: str) -> DeviceSpec:
+    from pyvmm.machine import devices
+
+    return devices.parse(kind, text)

@@ -24,7 +24,7 @@ from pyvmm.machine.cmdline import command_line
 from pyvmm.machine.disks import open_disk
 from pyvmm.machine.resources import VirtioSlot, virtio_slots
 from pyvmm.machine.spec import VmSpec
-from pyvmm.machine.trace import Trace
+from pyvmm.machine.trace import Hook, Trace
 from pyvmm.memory import GuestMemory
 from pyvmm.memory import layout_x86 as layout
 from pyvmm.platform.serial import Serial
@@ -61,16 +61,28 @@ def prepare(spec: VmSpec, trace: Trace, closing: ExitStack, *, quiet: bool = Fal
     `quiet` asks the kernel for little console output (unless the user's command line differs).
     """
     requests = trace.hook("requests")
-    devices = tuple(open_disk(disk, requests, closing) for disk in spec.disks)
+    devices = (
+        *(open_disk(disk, requests, closing) for disk in spec.disks),
+        *_open_devices(spec, requests, closing),
+    )
     slots = virtio_slots(len(devices))
     memory, entry = _load(spec, slots, closing, quiet=quiet)
     return Prepared(spec, memory, devices, slots, entry)
 
 
+def _open_devices(spec: VmSpec, trace: Hook | None, closing: ExitStack) -> list[VirtioDevice]:
+    if not spec.devices:
+        return []
+    from pyvmm.machine import devices
+
+    context = devices.Context(spec.name, trace, closing)
+    return [devices.open_device(device, context) for device in spec.devices]
+
+
 def check_boot(spec: VmSpec) -> None:
     """Raise the ConfigError that loading the kernel would raise, and keep nothing."""
     with ExitStack() as closing:
-        _load(spec, virtio_slots(len(spec.disks)), closing, quiet=True)
+        _load(spec, virtio_slots(len(spec.disks) + len(spec.devices)), closing, quiet=True)
 
 
 def _load(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from pyvmm.errors import ConfigError
 from pyvmm.memory import layout_x86 as layout
@@ -36,13 +36,21 @@ class DiskSpec:
 
 
 @dataclass(frozen=True)
+class DeviceSpec:
+    """A virtio device beside the disks; a class of its own for each kind (machine.devices)."""
+
+    kind: ClassVar[str]
+
+
+@dataclass(frozen=True)
 class VmSpec:
     """A virtual machine. `memory` is in bytes; `cmdline` is added to the defaults and wins over
-    them; `trace` holds members of TRACE_KINDS."""
+    them; `devices` are those beside the disks; `trace` holds members of TRACE_KINDS."""
 
     kernel: str
     initrd: str | None = None
     disks: tuple[DiskSpec, ...] = ()
+    devices: tuple[DeviceSpec, ...] = ()
     cpus: int = 1
     memory: int = 512 * layout.MIB
     cmdline: str = ""
@@ -111,9 +119,10 @@ def validate(spec: VmSpec) -> VmSpec:
             f"{spec.cpus} vCPUs cannot be had", cure=f"use 1 to {MAX_CPUS}", option="--cpus"
         )
     layout.ram_ranges(spec.memory)
-    if len(spec.disks) > len(layout.VIRTIO_GSIS):
+    count = len(spec.disks) + len(spec.devices)
+    if count > len(layout.VIRTIO_GSIS):
         raise ConfigError(
-            f"{len(spec.disks)} disks need more interrupt lines than there are",
+            f"{count} disks and other devices need more interrupt lines than there are",
             cure=f"use at most {len(layout.VIRTIO_GSIS)}",
             option="--disk",
         )
@@ -124,7 +133,15 @@ def validate(spec: VmSpec) -> VmSpec:
             f"the name {spec.name!r} is not printable", cure="use another", option="--name"
         )
     _check_trace_file(spec)
-    return _with_disk_ids(spec)
+    return _with_disk_ids(_with_checked_devices(spec))
+
+
+def _with_checked_devices(spec: VmSpec) -> VmSpec:
+    if not spec.devices:
+        return spec
+    from pyvmm.machine import devices
+
+    return replace(spec, devices=devices.check(spec.devices))
 
 
 def _check_trace_file(spec: VmSpec) -> None:
@@ -176,7 +193,8 @@ def to_json(spec: VmSpec) -> str:
     """`spec` as JSON text, for `from_json` in another process."""
     import json
 
-    return json.dumps(asdict(spec))
+    devices = [(device.kind, asdict(device)) for device in spec.devices]
+    return json.dumps({**asdict(spec), "devices": devices})
 
 
 def from_json(text: str) -> VmSpec:
@@ -186,6 +204,16 @@ def from_json(text: str) -> VmSpec:
     try:
         data: Mapping[str, Any] = json.loads(text)
         disks = tuple(DiskSpec(**disk) for disk in data["disks"])
-        return validate(VmSpec(**{**data, "disks": disks, "trace": tuple(data["trace"])}))
+        devices = _devices_from_plain(data["devices"])
+        trace = tuple(data["trace"])
+        return validate(VmSpec(**{**data, "disks": disks, "devices": devices, "trace": trace}))
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"not a VM specification: {error}") from None
+
+
+def _devices_from_plain(rows: list[tuple[str, dict[str, Any]]]) -> tuple[DeviceSpec, ...]:
+    if not rows:
+        return ()
+    from pyvmm.machine import devices
+
+    return tuple(devices.from_plain(kind, values) for kind, values in rows)

@@ -1,0 +1,70 @@
+"""The kinds of virtio devices beside the disks, and how a specification becomes a device.
+
+A kind is a module of its own, loaded when a VM has such a device. It has
+
+    class Spec(DeviceSpec)                  frozen plain data, what the user asked for
+    parse(text) -> Spec                     from the command line's --KIND TEXT; raises ConfigError
+    open_device(spec, context) -> VirtioDevice
+                                            raises ConfigError for what the user can mend
+
+and may have `check(spec) -> Spec`, which fills in and refuses what needs no file to be seen wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from pyvmm.errors import ConfigError
+from pyvmm.machine.spec import DeviceSpec
+from pyvmm.machine.trace import Hook
+from pyvmm.virtio.device import VirtioDevice
+
+# Kind → module. The order is the one in which a VM's devices appear in the guest, after its disks.
+KINDS = {
+    "rng": "pyvmm.machine.device_rng",
+}
+
+
+class Context(NamedTuple):
+    """What a device is opened with: `closing` undoes it, `trace` gets its requests (or None)."""
+
+    vm_name: str
+    trace: Hook | None
+    closing: ExitStack
+
+
+def parse(kind: str, text: str) -> DeviceSpec:
+    """The device that ``--KIND TEXT`` describes. Raises ConfigError."""
+    spec: DeviceSpec = _module(kind).parse(text)
+    return spec
+
+
+def check(devices: Iterable[DeviceSpec]) -> tuple[DeviceSpec, ...]:
+    """The devices in their order in the guest, each checked. Raises ConfigError."""
+    order = list(KINDS)
+    checked = []
+    for spec in sorted(devices, key=lambda spec: order.index(spec.kind)):
+        refine = getattr(_module(spec.kind), "check", None)
+        checked.append(spec if refine is None else refine(spec))
+    return tuple(checked)
+
+
+def open_device(spec: DeviceSpec, context: Context) -> VirtioDevice:
+    """The device that `spec` asks for. Raises ConfigError for what the user can mend."""
+    device: VirtioDevice = _module(spec.kind).open_device(spec, context)
+    return device
+
+
+def from_plain(kind: str, values: Mapping[str, Any]) -> DeviceSpec:
+    """The spec whose `asdict` is `values`. Raises ConfigError or TypeError for anything else."""
+    spec: DeviceSpec = _module(kind).Spec(**values)
+    return spec
+
+
+def _module(kind: str) -> Any:
+    if kind not in KINDS:
+        raise ConfigError(f"there is no device {kind!r}", cure=f"there are {', '.join(KINDS)}")
+    return import_module(KINDS[kind])
