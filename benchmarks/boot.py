@@ -123,13 +123,12 @@ def measure(kernel: str, cpus: int, runs: int, programs: list[str]) -> dict[str,
 
     import pyvmm
     from pyvmm import images
-    from pyvmm.emulated_host import EmulatedHost, EmulatedHostSpec, HostImage
-    from pyvmm.emulated_host.find import find_busybox
+    from pyvmm.emulated_host import EmulatedHost, EmulatedHostSpec
+    from pyvmm.emulated_host.find import find_image
 
     # As after a first run. Inside, what Python compiles is not kept.
     compileall.compile_dir(os.path.dirname(pyvmm.__file__), quiet=1)
     files = images.artifacts(kernel, make=True)
-    image = images.host_artifacts(make=True)
     setup = Setup(
         pyvmm=os.path.join(os.path.dirname(sys.executable), "pyvmm"),
         kernel=files.bzimage,
@@ -139,9 +138,7 @@ def measure(kernel: str, cpus: int, runs: int, programs: list[str]) -> dict[str,
         runs=runs,
         programs=programs,
     )
-    spec = EmulatedHostSpec(
-        HostImage(image.vmlinux, image.modules, find_busybox()), memory_mib=3072
-    )
+    spec = EmulatedHostSpec(find_image(make=True), memory_mib=3072)
     argv = [sys.executable, os.path.abspath(__file__), "--inside", json.dumps(setup)]
     reader, writer = os.pipe()
     host = EmulatedHost(spec, argv, stdin=None, stdout=writer)

@@ -9,16 +9,14 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 
-from pyvmm import images
 from pyvmm.emulated_host import (
     OWN_MEMORY_MIB,
     EmulatedHost,
     EmulatedHostSpec,
     HostDisk,
-    HostImage,
     HostSink,
 )
-from pyvmm.emulated_host.find import find_busybox
+from pyvmm.emulated_host.find import find_image
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
 from pyvmm.machine.builder import check_boot
@@ -50,7 +48,7 @@ def run_emulated(spec: VmSpec, because: str | None = None) -> int:
         if sinks:
             spec = replace(spec, trace_file=sinks[0].path)
         host = EmulatedHostSpec(
-            image=_host_image(),
+            image=find_image(make=True),
             memory_mib=spec.memory // _MIB + OWN_MEMORY_MIB,
             disks=disks,
             sinks=sinks,
@@ -79,12 +77,6 @@ def _trace_sink(spec: VmSpec, closing: ExitStack) -> tuple[HostSink, ...]:
         raise cannot_write(spec.trace_file, error) from None
     closing.callback(file.close)
     return (HostSink(_TRACE_PATH, file.fileno()),)
-
-
-def _host_image() -> HostImage:
-    busybox = find_busybox()
-    made = images.host_artifacts(make=True)
-    return HostImage(made.vmlinux, made.modules, busybox)
 
 
 def _with_real_paths(spec: VmSpec) -> VmSpec:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 
-from pyvmm.emulated_host import EmulatedHostSpec, HostDisk, HostImage, run
-from pyvmm.emulated_host.find import find_busybox, find_image
+from pyvmm.emulated_host import EmulatedHostSpec, HostDisk, run
+from pyvmm.emulated_host.find import find_image
 from pyvmm.errors import PyvmmError
 
 
@@ -19,7 +20,8 @@ def main() -> int:
     parser.add_argument("--disk", action="append", default=[], metavar="PATH[,readonly]")
     parser.add_argument("--kernel", help="bzImage or vmlinux (default: the one of pyvmm.images)")
     parser.add_argument("--modules", metavar="DIR", help="the kernel's modules, with modules.dep")
-    parser.add_argument("--busybox", default=None, help="a statically linked busybox")
+    parser.add_argument("--busybox", help="a statically linked busybox")
+    parser.add_argument("--qemu", metavar="PROGRAM", help="QEMU (default: that of pyvmm.images)")
     parser.add_argument("--console", action="store_true", help="show the emulated kernel's console")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND [ARGS…]")
     options = parser.parse_args()
@@ -27,12 +29,14 @@ def main() -> int:
     if not command:
         parser.error("there is no command")
     try:
-        found = None if options.kernel and options.modules else find_image()
+        image = find_image(make=True)
         spec = EmulatedHostSpec(
-            HostImage(
-                options.kernel or (found.kernel if found else ""),
-                options.modules or (found.modules_dir if found else ""),
-                options.busybox or (found.busybox if found else find_busybox()),
+            replace(
+                image,
+                kernel=options.kernel or image.kernel,
+                modules_dir=options.modules or image.modules_dir,
+                busybox=options.busybox or image.busybox,
+                qemu=(options.qemu,) if options.qemu else image.qemu,
             ),
             memory_mib=options.memory,
             cpus=options.cpus,

@@ -1,18 +1,12 @@
-"""Finds what the emulated host boots where nobody says it."""
+"""Finds what an emulated host is made of where nobody says it."""
 
 from __future__ import annotations
 
-import glob
-import os
-import subprocess
-
+from pyvmm import images
 from pyvmm.emulated_host.programs import find_program
-from pyvmm.emulated_host.python import python_argv
 from pyvmm.emulated_host.spec import HostImage
 from pyvmm.errors import ConfigError
 
-IMAGE_NAME = "kernel-host"
-IMAGE_CURE = f"run: pyvmm image build {IMAGE_NAME}"
 BUSYBOX_CURE = "apt-get install busybox-static"
 
 
@@ -26,13 +20,12 @@ def find_busybox() -> str:
     return path
 
 
-def find_image() -> HostImage:
-    """The image in the cache of pyvmm.images. Raises ConfigError if it has not been built."""
-    # Asked as another program: the two packages stand side by side and do not import each other.
-    command = python_argv("pyvmm.cli:main", "image", "path", IMAGE_NAME)
-    answer = subprocess.run(command, capture_output=True, text=True)
-    if answer.returncode != 0:
-        raise ConfigError("there is no kernel for the emulated KVM host", cure=IMAGE_CURE)
-    folder = answer.stdout.strip()
-    [modules] = glob.glob(os.path.join(glob.escape(folder), "lib/modules/*"))
-    return HostImage(os.path.join(folder, "vmlinux"), modules, find_busybox())
+def find_image(*, make: bool = False) -> HostImage:
+    """The machine's busybox, and QEMU and the kernel from the cache of pyvmm.images.
+
+    Raises ConfigError if there is no busybox, or if an image has not been built and is not to be
+    made.
+    """
+    busybox = find_busybox()
+    found = images.host_artifacts(make=make)
+    return HostImage(found.vmlinux, found.modules, busybox, found.qemu)

@@ -18,7 +18,6 @@ from pyvmm.emulated_host.spec import EmulatedHostError, EmulatedHostSpec, HostDi
 from pyvmm.errors import ConfigError
 from pyvmm.host.files import open_image
 
-QEMU_CURE = "apt-get install --no-install-recommends qemu-system-x86"
 SETPRIV_CURE = "apt-get install util-linux"
 
 
@@ -33,15 +32,12 @@ class Launched:
     mark: bytes
 
 
-def require_programs(spec: EmulatedHostSpec) -> tuple[str, str]:
-    """The paths of QEMU and of setpriv. Raises ConfigError, with the cure, if one is missing."""
-    qemu = find_program(spec.qemu)
-    if qemu is None:
-        raise ConfigError(f"an emulated KVM host needs {spec.qemu}", cure=QEMU_CURE)
+def require_setpriv() -> str:
+    """The path of setpriv. Raises ConfigError, with the cure, if it is missing."""
     setpriv = find_program("setpriv")
     if setpriv is None:
         raise ConfigError("an emulated KVM host needs setpriv", cure=SETPRIV_CURE)
-    return qemu, setpriv
+    return setpriv
 
 
 def launch(spec: EmulatedHostSpec, argv: Sequence[str]) -> Launched:
@@ -51,7 +47,8 @@ def launch(spec: EmulatedHostSpec, argv: Sequence[str]) -> Launched:
     """
     if not argv:
         raise ConfigError("there is no command to run in the emulated host")
-    programs = require_programs(spec)
+    # Whatever kills us takes QEMU along: prctl(2), PR_SET_PDEATHSIG.
+    qemu = [require_setpriv(), "--pdeathsig", "KILL", "--", *spec.image.qemu]
     check_memory(spec.memory_mib)
     boot = boot_files(spec.image)
     settings = settings_of(spec, argv)
@@ -72,8 +69,7 @@ def launch(spec: EmulatedHostSpec, argv: Sequence[str]) -> Launched:
             disks=disks,
         )
         process = _spawn(
-            programs,
-            arguments,
+            [*qemu, *arguments],
             messages_theirs,
             [*inherited, console_theirs.fileno(), *(port.theirs.fileno() for port in ports)],
         )
@@ -91,14 +87,10 @@ def launch(spec: EmulatedHostSpec, argv: Sequence[str]) -> Launched:
     return Launched(process, ports, console, messages, settings.mark.encode())
 
 
-def _spawn(
-    programs: tuple[str, str], arguments: list[str], messages: socket.socket, fds: list[int]
-) -> subprocess.Popen[bytes]:
-    qemu, setpriv = programs
+def _spawn(command: list[str], messages: socket.socket, fds: list[int]) -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(
-            # Whatever kills us takes QEMU along: prctl(2), PR_SET_PDEATHSIG.
-            [setpriv, "--pdeathsig", "KILL", "--", qemu, *arguments],
+            command,
             stdin=subprocess.DEVNULL,
             stdout=messages.fileno(),
             stderr=messages.fileno(),
@@ -107,7 +99,7 @@ def _spawn(
             start_new_session=True,
         )
     except OSError as error:
-        raise EmulatedHostError(f"cannot start {qemu}: {error.strerror}") from None
+        raise EmulatedHostError(f"cannot start {command[0]}: {error.strerror}") from None
 
 
 def _joined(base: str, addition: bytes) -> int:

@@ -13,6 +13,7 @@ from pyvmm.emulated_host.spec import EmulatedHostSpec
 from pyvmm.emulated_host.x86.machine import KERNEL_PARAMETERS, machine_arguments
 
 SECTOR = 512
+PROCESS_NAME = "pyvmm-emulator"  # at most 15 characters
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ def qemu_arguments(
     return [
         *machine_arguments(spec.cpus, spec.memory_mib),
         *("-nodefaults", "-no-user-config", "-no-reboot"),
+        # What ps shows; the program's file is the dynamic loader.
+        *("-name", f"pyvmm,process={PROCESS_NAME}"),
         *("-display", "none", "-monitor", "none"),
         *("-kernel", boot.kernel),
         *("-initrd", f"/proc/self/fd/{initramfs_fd}"),

@@ -22,11 +22,13 @@ class EmulatedHostError(PyvmmError):
 @dataclass(frozen=True)
 class HostImage:
     """What it boots. `kernel`: a generic Debian kernel (bzImage or ELF vmlinux). `modules_dir`: its
-    modules, with a modules.dep as depmod(8) writes it. `busybox`: a statically linked one."""
+    modules, with a modules.dep as depmod(8) writes it. `busybox`: a statically linked one. `qemu`:
+    the beginning of QEMU's command line, its program first."""
 
     kernel: str
     modules_dir: str
     busybox: str
+    qemu: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,6 @@ class EmulatedHostSpec:
     sinks: tuple[HostSink, ...] = ()
     cwd: str = field(default_factory=_current_directory)
     env: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
-    qemu: str = "qemu-system-x86_64"
 
 
 def is_inside() -> bool:

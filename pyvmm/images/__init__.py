@@ -30,11 +30,12 @@ class Artifacts(NamedTuple):
 
 
 class HostArtifacts(NamedTuple):
-    """Paths of what the emulated host boots from; `modules` is …/lib/modules/RELEASE."""
+    """What an emulated host is made of: the paths of its kernel and of …/lib/modules/RELEASE;
+    `qemu` is the beginning of QEMU's command line."""
 
-    bzimage: str
     vmlinux: str
     modules: str
+    qemu: tuple[str, ...]
 
 
 def names() -> list[str]:
@@ -87,14 +88,15 @@ def artifacts(
 
 
 def host_artifacts(*, make: bool = False) -> HostArtifacts:
-    """The emulated host's kernel. Raises ConfigError as `artifacts` does."""
-    [folder] = _folders(["kernel-host"], make)
+    """The emulated host's QEMU and kernel. Raises ConfigError as `artifacts` does."""
+    kernel, emulator = _folders(["kernel-host", "programs-emulator"], make)
     from pyvmm.images.kernel import modules_folder
+    from pyvmm.images.programs import qemu_command
 
     return HostArtifacts(
-        bzimage=os.path.join(folder, "bzImage"),
-        vmlinux=os.path.join(folder, "vmlinux"),
-        modules=modules_folder(folder),
+        vmlinux=os.path.join(kernel, "vmlinux"),
+        modules=modules_folder(kernel),
+        qemu=tuple(qemu_command(emulator)),
     )
 
 

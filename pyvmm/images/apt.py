@@ -7,6 +7,7 @@ the machine's own apt alone.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
@@ -73,18 +74,37 @@ class Apt:
                 return self._known(words[0], words[1])
         raise ConfigError(f"{pin.package} {pin.version} depends on no kernel, but on: {depends}")
 
+    def closure(self, packages: Sequence[str]) -> list[Pin]:
+        """The packages and all that they depend on, as the suites have them. Raises ConfigError."""
+        text = self._run(
+            ["apt-get", "install", "--simulate", "--no-install-recommends", *packages],
+            f"the mirror has no {', '.join(packages)}",
+        )
+        # Inst libc6 (2.41-12 Debian:13.2/stable [amd64])
+        rows = [line.split() for line in text.splitlines() if line.startswith("Inst ")]
+        wanted = [(row[1], row[2].lstrip("(")) for row in rows]
+        found = self.lookup(wanted)
+        return [found[package] for package, _ in wanted]
+
     def download(self, pin: Pin, folder: str) -> str:
         """The path of the .deb, fetched into `folder` and checked against `pin`'s checksum."""
-        before = set(os.listdir(folder))
+        [path] = self.download_all([pin], folder)
+        return path
+
+    def download_all(self, pins: Sequence[Pin], folder: str) -> list[str]:
+        """The paths of the .debs, as `download` fetches and checks them."""
         self._run(
-            ["apt-get", "download", f"{pin.package}={pin.version}"],
-            f"cannot fetch {pin.package} {pin.version}",
+            ["apt-get", "download", *(f"{pin.package}={pin.version}" for pin in pins)],
+            f"cannot fetch {' '.join(pins[0][:2])}" + (" and others" if len(pins) > 1 else ""),
             cwd=folder,
         )
-        [name] = set(os.listdir(folder)) - before
-        path = os.path.join(folder, name)
-        check_sum(path, pin)
-        return path
+        paths = []
+        for pin in pins:
+            name = f"{pin.package}_{pin.version.replace(':', '%3a')}_*.deb"
+            [path] = glob.glob(os.path.join(glob.escape(folder), name))
+            check_sum(path, pin)
+            paths.append(path)
+        return paths
 
     def _known(self, package: str, version: str) -> Pin:
         found = self.lookup([(package, version)])

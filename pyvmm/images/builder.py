@@ -10,10 +10,11 @@ from dataclasses import asdict
 
 from pyvmm.errors import ConfigError
 from pyvmm.host import user_cache
-from pyvmm.images import apt, cache, initramfs, kernel, lock, recipes, rootfs
+from pyvmm.images import apt, cache, initramfs, kernel, lock, programs, recipes, rootfs
 from pyvmm.images.lock import Pin
 from pyvmm.images.progress import Progress
 
+_SUPERSEDED = "{}: some pinned versions are no longer on the mirror; using what it has"
 _VERSION = 1  # part of every image's key: count up when the code makes an image differently
 
 
@@ -32,6 +33,7 @@ class Catalogue:
         """All of them; an image comes after those it is made from."""
         return [
             *(f"kernel-{name}" for name in self.recipes.kernels),
+            *(f"programs-{name}" for name in self.recipes.programs),
             *(f"initramfs-{name}" for name in self.recipes.guest_kernels),
             *(f"rootfs-{name}" for name in self.recipes.rootfs),
         ]
@@ -50,6 +52,8 @@ class Catalogue:
         parts: list[object] = [_VERSION, name, self.pins(name)]
         if kind == "kernel":
             parts.append(asdict(self.recipes.kernels[which]))
+        elif kind == "programs":
+            parts.append(asdict(self.recipes.programs[which]))
         elif kind == "initramfs":
             parts += [self.key(f"kernel-{which}"), asdict(self.recipes.initramfs)]
             parts.append(self._script("initramfs", "init"))
@@ -115,6 +119,7 @@ class Builder:
         self._recipes = catalogue.recipes
         self._progress = progress
         self._locked = locked
+        self._clients: dict[str, apt.Apt] = {}
         self._apt = apt.Apt(os.path.join(user_cache.folder(), "apt"), self._recipes.suites)
         cache.require_room()
         with cache.explain_os_errors(), progress.step("fetching Debian's package lists"):
@@ -126,6 +131,8 @@ class Builder:
         with cache.new_image(name, catalogue.key(name)) as into:
             if name.startswith("rootfs-"):
                 packages = self._build_rootfs(name, into)
+            elif name.startswith("programs-"):
+                packages = self._build_programs(name, into)
             else:
                 packages = [self._build_from_package(name, into)]
             with open(os.path.join(into, "packages"), "w", encoding="utf-8") as file:
@@ -133,6 +140,8 @@ class Builder:
 
     def current(self, name: str) -> list[Pin]:
         """The image's packages as the mirror has them now, to be pinned."""
+        if name.startswith("programs-"):
+            return self._newest_programs(name)
         if not name.startswith("rootfs-"):
             return [self._newest(name)]
         with cache.workspace() as room:
@@ -140,6 +149,31 @@ class Builder:
             packages = rootfs.build(variant, self._recipes, [], self._apt, room, self._progress)
         found = self._apt.lookup(packages)
         return [found[package] for package, _ in packages]
+
+    def _build_programs(self, name: str, into: str) -> list[tuple[str, str]]:
+        pins = self._catalogue.pins(name)
+        client = self._client(self._recipes.programs[name.removeprefix("programs-")].suites)
+        if not apt.usable(client, name, pins, locked=self._locked):
+            if pins:
+                self._progress.notice(_SUPERSEDED.format(name))
+            pins = self._newest_programs(name)
+        programs.build(name, pins, client, into, self._progress)
+        return [(pin.package, pin.version) for pin in pins]
+
+    def _newest_programs(self, name: str) -> list[Pin]:
+        recipe = self._recipes.programs[name.removeprefix("programs-")]
+        return self._client(recipe.suites).closure(recipe.packages)
+
+    def _client(self, suites: Sequence[str]) -> apt.Apt:
+        """apt for other suites than those of the guests."""
+        folder = os.path.join(user_cache.folder(), f"apt-{suites[0]}")
+        if folder not in self._clients:
+            client = apt.Apt(folder, suites)
+            step = self._progress.step(f"fetching {suites[0]}'s package lists")
+            with cache.explain_os_errors(), step:
+                client.update()
+            self._clients[folder] = client
+        return self._clients[folder]
 
     def _build_from_package(self, name: str, into: str) -> tuple[str, str]:
         pin = self._choose(name)
@@ -173,9 +207,7 @@ class Builder:
         pins = self._catalogue.pins(name)
         if not apt.usable(self._apt, name, pins, locked=self._locked):
             if pins:
-                self._progress.notice(
-                    f"{name}: some pinned versions are no longer on the mirror; using what it has"
-                )
+                self._progress.notice(_SUPERSEDED.format(name))
             pins = []
         variant = name.removeprefix("rootfs-")
         packages = rootfs.build(variant, self._recipes, pins, self._apt, into, self._progress)

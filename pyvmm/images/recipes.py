@@ -38,6 +38,14 @@ class RootfsRecipe:
 
 
 @dataclass(frozen=True)
+class ProgramsRecipe:
+    """`packages` of the Debian `suites`; what they depend on comes along."""
+
+    suites: tuple[str, ...]
+    packages: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Recipes:
     """Everything in recipes.toml, and the folder that has the files they use."""
 
@@ -45,6 +53,7 @@ class Recipes:
     release: str
     suites: tuple[str, ...]
     kernels: dict[str, KernelRecipe]
+    programs: dict[str, ProgramsRecipe]
     initramfs: InitramfsRecipe
     rootfs: dict[str, RootfsRecipe]
 
@@ -97,6 +106,10 @@ def _parse(where: str, table: dict[str, Any]) -> Recipes:
         release=table["release"],
         suites=tuple(table["suites"]),
         kernels={name: KernelRecipe(**row) for name, row in table["kernel"].items()},
+        programs={
+            name: ProgramsRecipe(suites=tuple(row["suites"]), packages=tuple(row["packages"]))
+            for name, row in table["programs"].items()
+        },
         initramfs=InitramfsRecipe(
             busybox=initramfs["busybox"],
             applets=tuple(initramfs["applets"]),

@@ -8,31 +8,18 @@ boots that the selected tests name run in the background, two at a time, in the 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import guest
 import pytest
 
-from pyvmm import images
 from pyvmm.cli.choose import why_not_host
-from pyvmm.emulated_host.launch import find_program
+from pyvmm.emulated_host.find import find_image
 from pyvmm.errors import PyvmmError
 
 Key = tuple[Any, ...]
-
-
-# QEMU's TCG now and then stalls a whole emulated KVM host with nested guests: both its processors
-# spin, whatever monitor runs there. A guest that hangs in one is therefore tried a second time, and
-# the report says so ("RERUN"); on real KVM the first hang counts.
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if why_not_host() is None:
-        return
-    for item in items:
-        if item.path.parent == Path(__file__).parent:
-            item.add_marker(pytest.mark.flaky(reruns=1, only_rerun=["GuestHang"]))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -45,13 +32,10 @@ def linux_guests() -> None:
     no_kvm = why_not_host()
     if no_kvm is None:
         return
-    for program in ("qemu-system-x86_64", "busybox"):
-        if find_program(program) is None:
-            pytest.skip(f"{no_kvm}, and the emulated KVM host needs {program}")
     try:
-        images.host_artifacts(make=True)
+        find_image(make=True)
     except PyvmmError as error:
-        pytest.skip(f"{no_kvm}, and there is no kernel for the emulated KVM host: {error}")
+        pytest.skip(f"{no_kvm}, and the emulated KVM host lacks something: {error}")
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +47,9 @@ def boots(
     # More at a time than there are processors for would only take turns.
     with ThreadPoolExecutor(max_workers=min(2, os.cpu_count() or 1)) as pool:
         try:
-            yield {key: pool.submit(_run, key, tmp_path_factory.mktemp("boot")) for key in keys}
+            yield {
+                key: pool.submit(key[0], tmp_path_factory.mktemp("boot"), *key[1:]) for key in keys
+            }
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
             guest.kill_all()
@@ -80,16 +66,3 @@ def boot(request: pytest.FixtureRequest, boots: dict[Key, Future[Any]]) -> Any:
 def _key(item: pytest.Item) -> Key | None:
     marker = item.get_closest_marker("boot")
     return None if marker is None else marker.args
-
-
-def _run(key: Key, folder: Any) -> Any:
-    function: Callable[..., Any] = key[0]
-    try:
-        return function(folder, *key[1:])
-    except guest.GuestHang as hang:
-        if why_not_host() is None:
-            raise
-        print(f"once more, in case QEMU stalled: {hang}")
-        again = folder / "again"
-        again.mkdir()
-        return function(again, *key[1:])

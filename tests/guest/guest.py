@@ -34,10 +34,6 @@ PYVMM = (sys.executable, "-m", "pyvmm")
 _running: set[Guest] = set()
 
 
-class GuestHang(pytest.fail.Exception):
-    """A guest made no progress. In an emulated KVM host it gets a second chance (conftest.py)."""
-
-
 def tail(text: str, lines: int = TAIL_LINES) -> str:
     return "\n".join(text.splitlines()[-lines:])
 
@@ -160,7 +156,7 @@ class Guest:
             self.process.wait(HANG_SECONDS)
         except subprocess.TimeoutExpired:
             self.kill()
-            raise GuestHang(f"the guest hangs\n{self.result().ending()}") from None
+            pytest.fail(f"the guest hangs\n{self.result().ending()}")
         return self._finish()
 
     def wait_for(self, text: str, *, times: int = 1, stderr: bool = False) -> None:
@@ -173,7 +169,7 @@ class Guest:
 
         if not wait_until(lambda: shown() or self.process.poll() is not None):
             self.kill()
-            raise GuestHang(f"never saw {text!r}: the guest hangs\n{self.result().ending()}")
+            pytest.fail(f"never saw {text!r}: the guest hangs\n{self.result().ending()}")
         if not shown():
             pytest.fail(f"never saw {text!r} {times} times\n{self.wait().ending()}")
 

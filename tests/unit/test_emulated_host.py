@@ -8,6 +8,7 @@ import socket
 import struct
 import subprocess
 from collections import deque
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,11 +18,10 @@ from pyvmm.emulated_host import EmulatedHostSpec, HostDisk, HostImage, limits
 from pyvmm.emulated_host.cache import boot_files
 from pyvmm.emulated_host.find import find_image
 from pyvmm.emulated_host.initramfs import RunSettings, run_script, settings_of
-from pyvmm.emulated_host.launch import launch
 from pyvmm.emulated_host.limits import available_mib, check_memory
 from pyvmm.emulated_host.modules import load_order, without_signature
 from pyvmm.emulated_host.ports import open_ports
-from pyvmm.emulated_host.probe import probe
+from pyvmm.emulated_host.probe import check_qemu, probe
 from pyvmm.emulated_host.qemu import open_disk, qemu_arguments
 from pyvmm.emulated_host.relay import InputPump, OutputPump, mark_prefix
 from pyvmm.emulated_host.x86.kernel import vmlinux
@@ -60,7 +60,8 @@ def image(tmp_path: Path) -> HostImage:
     (modules / "modules.dep").write_text("\n".join(lines) + "\n")
     (tmp_path / "kernel").write_bytes(bzimage(lzma.compress(ELF_KERNEL, lzma.FORMAT_XZ) + b"size"))
     (tmp_path / "busybox").write_bytes(STATIC_ELF)
-    return HostImage(str(tmp_path / "kernel"), str(modules), str(tmp_path / "busybox"))
+    busybox = str(tmp_path / "busybox")
+    return HostImage(str(tmp_path / "kernel"), str(modules), busybox, ("no-such-qemu",))
 
 
 # ---- archives
@@ -338,19 +339,20 @@ def test_the_kernel_is_found_whatever_lies_in_the_current_directory(
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / "re.py").write_text("raise SystemExit('not the one of Python')")
     monkeypatch.chdir(tmp_path)
+    Path(Catalogue().path("programs-emulator")).mkdir()
     found = find_image()
     assert found.kernel == str(folder / "vmlinux")
     assert found.modules_dir == str(folder / "lib/modules/6.1")
     assert found.busybox == str(tmp_path / "busybox")
 
 
-def test_a_machine_without_qemu_hears_what_to_install(image: HostImage) -> None:
-    spec = EmulatedHostSpec(image, qemu="no-such-qemu")
-    with pytest.raises(ConfigError, match=r"no-such-qemu; apt-get install .*qemu-system-x86"):
-        launch(spec, ["true"])
-    [first, *_] = probe("no-such-qemu")
-    assert not first.ok
-    assert "apt-get install" in first.cure
+def test_a_machine_without_the_image_hears_how_it_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    missing = [check for check in probe() if not check.ok]
+    assert [check.name for check in missing] == ["QEMU and kernel"]
+    assert missing[0].cure == "run: pyvmm image build kernel-host"
 
 
 def test_too_much_memory_is_refused_with_both_numbers() -> None:
@@ -372,11 +374,12 @@ def test_a_containers_page_cache_is_memory_to_give(monkeypatch: pytest.MonkeyPat
     assert available_mib() == 1536
 
 
-def test_an_old_qemu_is_told_apart(tmp_path: Path) -> None:
+def test_a_qemu_that_cannot_do_it_is_told_apart(tmp_path: Path, image: HostImage) -> None:
     old = tmp_path / "qemu-system-x86_64"
-    old.write_text("#!/bin/sh\necho 'QEMU emulator version 5.2.0 (Debian)'\n")
+    old.write_text("#!/bin/sh\n[ $1 != --version ] || echo 'QEMU emulator version 5.2.0'\n")
     old.chmod(0o755)
-    checks = {check.name: check for check in probe(str(old))}
-    assert not checks[str(old)].ok
-    assert "5.2.0" in checks[str(old)].found
+    checks = {check.name: check for check in check_qemu(replace(image, qemu=(str(old),)))}
+    assert "5.2.0" in checks["QEMU"].found
     assert not checks["QEMU's devices"].ok
+    broken = {check.name: check for check in check_qemu(image)}
+    assert not broken["QEMU"].ok

@@ -25,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "transport": CORE,
     "platform": CORE,
     "device": CORE,
-    "emulated_host": BASE,
+    "emulated_host": BASE | {"images"},
     "images": BASE,
     "testing": BASE | {"memory"},
     "machine": CORE | {"kvm", "boot", "transport", "platform", "device"},

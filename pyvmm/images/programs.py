@@ -1,0 +1,52 @@
+"""Programs of another Debian release, unpacked with every library they need and not installed.
+
+root/       the packages' files; nothing in them was configured
+
+They run through that release's own dynamic loader, so this machine's libraries do not matter.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+
+from pyvmm.images import apt, cache, tools
+from pyvmm.images.lock import Pin
+from pyvmm.images.progress import Progress
+
+_LOADER = "usr/lib64/ld-linux-x86-64.so.2"
+_LIBRARIES = "usr/lib/x86_64-linux-gnu"
+# What only people read, or what a package manager would want to know.
+_LEFT_OUT = ("usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info", "var")
+
+
+def build(name: str, pins: Sequence[Pin], client: apt.Apt, into: str, progress: Progress) -> None:
+    """Unpack the packages `pins` into `into`/root. Raises ConfigError."""
+    root = os.path.join(into, "root")
+    os.mkdir(root)
+    with cache.workspace() as room:
+        with progress.step(f"{name}: fetching {len(pins)} packages"):
+            packages = client.download_all(pins, room)
+        with progress.step(f"{name}: unpacking"):
+            for package in packages:
+                tools.run(["dpkg-deb", "-x", package, root], "cannot unpack a package")
+    for folder in _LEFT_OUT:
+        shutil.rmtree(os.path.join(root, folder), ignore_errors=True)
+
+
+def command(image: str, program: str, name: str) -> list[str]:
+    """The beginning of a command line that runs `program` (a path below /) of the image's folder.
+
+    `name` is what the program sees as its own name.
+    """
+    root = os.path.join(image, "root")
+    loader = [os.path.join(root, _LOADER), "--library-path", os.path.join(root, _LIBRARIES)]
+    return [*loader, "--argv0", name, os.path.join(root, program)]
+
+
+def qemu_command(image: str) -> list[str]:
+    """The same for the QEMU in the image's folder, which is told where its firmware is."""
+    firmware = [os.path.join(image, "root/usr/share", name) for name in ("qemu", "seabios")]
+    program = command(image, "usr/bin/qemu-system-x86_64", "qemu-system-x86_64")
+    return [*program, *(word for folder in firmware for word in ("-L", folder))]
