@@ -224,9 +224,9 @@ class Naps:
         self.ended = 0
         wait = Waiter.wait
 
-        def counted(waiter: Waiter) -> None:
+        def counted(waiter: Waiter, seconds: float | None = None) -> None:
             self.begun += 1
-            wait(waiter)
+            wait(waiter, seconds)
             self.ended += 1
 
         monkeypatch.setattr(Waiter, "wait", counted)

@@ -10,21 +10,43 @@ A device with one queue of buffers to fill is this much:
                 writer = chain.writer()
                 writer.write(os.urandom(writer.available))
                 queue.add_used(chain, writer.written)
+
+A device that also waits for something else, a socket or a timer, names it in `sources`; `serve` is
+called for that too, and may return a `Rest`.
 """
 
 from __future__ import annotations
 
 import errno
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from threading import Thread
+from typing import NamedTuple
 
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.host.syscalls import EventFd
-from pyvmm.host.waiter import Waiter
+from pyvmm.host.waiter import Source, Waiter
 from pyvmm.virtio.defects import as_device_failure
 from pyvmm.virtio.device import Activation, VirtioDevice
 from pyvmm.virtio.queue import Queue
+
+
+class Rest(NamedTuple):
+    """What ends a worker's sleep, returned by `serve` where it is not just "a kick or a source".
+
+    Without `kicks` the driver is told that kicks are not needed: what is left in the ring waits for
+    a source, and those that are watched on demand are armed. After `seconds` the sleep ends in any
+    case; 0 is not to sleep at all.
+    """
+
+    kicks: bool = True
+    seconds: float | None = None
+
+
+FOR_SOURCE = Rest(kicks=False)
+AT_ONCE = Rest(kicks=False, seconds=0)  # there is more to do, as far as `serve` knows
+
+Serve = Callable[[Queue], Rest | None]
 
 
 class QueueWorker:
@@ -35,9 +57,15 @@ class QueueWorker:
     """
 
     def __init__(
-        self, name: str, queue: Queue, serve: Callable[[Queue], None], activation: Activation
+        self,
+        name: str,
+        queue: Queue,
+        serve: Serve,
+        activation: Activation,
+        sources: Sequence[Source] = (),
     ) -> None:
         """`serve` takes the available chains, returns each by `add_used`, and publishes nothing.
+        It is called after a kick, and whenever one of `sources` wakes the worker.
 
         Raises HostError if the host has no more file descriptors.
         """
@@ -48,7 +76,7 @@ class QueueWorker:
         self._stop = EventFd()
         self._stopping = False
         try:
-            self._waiter = Waiter(queue.kick, self._stop)
+            self._waiter = Waiter(queue.kick, self._stop, sources)
         except BaseException:
             self._stop.close()
             raise
@@ -82,24 +110,37 @@ class QueueWorker:
     def _run(self) -> None:
         try:
             while not self._stopping:
-                self._serve_until_idle()
-                self._waiter.wait()
+                self._sleep(self._serve_until_idle())
         except Exception as error:
             self._give_up(as_device_failure(f"{self._name}: queue {self._queue.index}", error))
 
-    def _serve_until_idle(self) -> None:
+    def _sleep(self, rest: Rest | None) -> None:
+        if rest is None:
+            self._waiter.wait()
+            return
+        if not rest.kicks:
+            self._waiter.arm()
+        self._waiter.wait(rest.seconds)
+
+    def _serve_until_idle(self) -> Rest | None:
         queue = self._queue
+        rest = None
         more = True
         while more and not queue.halt:
             with queue.lock:
                 queue.disable_notification()
-                self._serve(queue)
+                rest = self._serve(queue)
                 notify = queue.publish_used()
             # Not under the lock, so that whoever handles the interrupt may take it.
             if notify:
                 self._activation.interrupt.signal_used(queue.index)
+            if rest is AT_ONCE:
+                continue
+            if rest is not None and not rest.kicks:
+                break
             with queue.lock:
                 more = queue.enable_notification()
+        return rest
 
     def _give_up(self, error: PyvmmError) -> None:
         queue = self._queue
@@ -124,12 +165,20 @@ class QueueDevice(VirtioDevice):
     _workers: tuple[QueueWorker, ...] = ()
 
     @abstractmethod
-    def serve(self, queue: Queue) -> None:
+    def serve(self, queue: Queue) -> Rest | None:
         """Take chains from `queue` and return each with `queue.add_used`; iterate over the queue
         for all that are available. Called from that queue's thread with `queue.lock` held.
 
+        Returns what to sleep for; nothing stands for the driver's next kick or a source. Wake-ups
+        may come without a reason.
+
         A DriverError that it lets out means that the device needs a reset.
         """
+
+    def sources(self, index: int) -> Sequence[Source]:
+        """What else `serve` is to be called for, in the thread of queue `index`: descriptors that
+        are ready to read, say. Asked once for each activation; they stay the device's."""
+        return ()
 
     def activate(self, activation: Activation) -> None:
         """Start a worker for each queue that the driver enabled. Raises HostError."""
@@ -137,7 +186,9 @@ class QueueDevice(VirtioDevice):
         try:
             for queue in activation.queues:
                 if queue is not None:
-                    worker = QueueWorker(self.name, queue, self.serve, activation)
+                    worker = QueueWorker(
+                        self.name, queue, self.serve, activation, self.sources(queue.index)
+                    )
                     worker.start()
                     self._workers += (worker,)
         except BaseException:

@@ -329,7 +329,7 @@ def test_activation_that_fails_half_way_leaves_nothing_running(bench, monkeypatc
     threads = threading.active_count()
     real, made = worker_module.Waiter, []
 
-    def limited(kick, stop):
+    def limited(kick, stop, sources=()):
         if made:
             raise HostError(24, "epoll")
         made.append(1)
