@@ -16,10 +16,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from threading import Condition
-from typing import Protocol
+from typing import Literal, Protocol
 
 from pyvmm.memory import GuestMemory
-from pyvmm.testing.mock_driver import Arena, Buffer, Chain, MockSplitDriver, Used
+from pyvmm.testing.mock_driver import MockSplitDriver
+from pyvmm.testing.packed_driver import MockPackedDriver
+from pyvmm.testing.ring import Arena, Buffer, Chain, MockDriver, Used
 
 MAGIC_VALUE, VERSION, DEVICE_ID = 0x000, 0x004, 0x008
 DEVICE_FEATURES, DEVICE_FEATURES_SEL = 0x010, 0x014
@@ -30,7 +32,9 @@ QUEUE_DESC, QUEUE_DRIVER, QUEUE_DEVICE = 0x080, 0x090, 0x0A0  # low half; the hi
 CONFIG = 0x100
 
 ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET = 1, 2, 4, 8, 64
-F_EVENT_IDX, F_VERSION_1 = 1 << 29, 1 << 32
+F_INDIRECT_DESC, F_EVENT_IDX, F_VERSION_1 = 1 << 28, 1 << 29, 1 << 32
+F_RING_PACKED, F_IN_ORDER = 1 << 34, 1 << 35
+Ring = Literal["split", "packed"]
 USED_BUFFER, CONFIG_CHANGED = 1, 2  # bits of InterruptStatus
 
 # Long enough for a loaded machine under emulation: reaching it means that something hangs.
@@ -84,14 +88,17 @@ class MmioDriver:
         irq: InterruptLine | None = None,
         kicks: Sequence[Doorbell] = (),
         arena: Arena | None = None,
+        ring: Ring = "split",
     ) -> None:
-        """Without `kicks`, one per queue, kicks are writes to QueueNotify."""
+        """Without `kicks`, one per queue, kicks are writes to QueueNotify. `ring` is the layout to
+        negotiate where `start` is not told which features to accept."""
         self.registers = registers
         self.memory = memory
         self.irq = irq
         self.kicks = kicks
         self.arena = Arena(memory) if arena is None else arena
-        self.queues: list[MockSplitDriver] = []
+        self.ring = ring
+        self.queues: list[MockDriver] = []
         self.features = 0
         self._early: dict[tuple[int, int], Used] = {}
 
@@ -141,10 +148,11 @@ class MmioDriver:
 
     def start(
         self, *, features: int | None = None, queue_sizes: Sequence[int] | None = None
-    ) -> list[MockSplitDriver]:
+    ) -> list[MockDriver]:
         """Initialise the device up to DRIVER_OK; its queues.
 
-        `features` are the bits to accept, all that are offered unless given; `queue_sizes` one for
+        `features` are the bits to accept. Unless given they are all that are offered, but
+        VIRTIO_F_IN_ORDER, and VIRTIO_F_RING_PACKED only as `ring` says. `queue_sizes` has one for
         each queue, the largest possible unless given, 0 for a queue to leave alone.
         """
         self.negotiate(features)
@@ -160,20 +168,29 @@ class MmioDriver:
         self.reset()
         self.add_status(ACKNOWLEDGE)
         self.add_status(DRIVER)
-        self.features = self.offered_features() if features is None else features
+        self.features = self._usual_features() if features is None else features
         self.accept_features(self.features)
         self.add_status(FEATURES_OK)
         assert self.status & FEATURES_OK, f"features {self.features:#x} refused\n{self.dump()}"
+
+    def _usual_features(self) -> int:
+        features = self.offered_features() & ~F_IN_ORDER
+        if self.ring == "split":
+            return features & ~F_RING_PACKED
+        assert features & F_RING_PACKED, "the device does not offer VIRTIO_F_RING_PACKED"
+        return features
 
     def setup_queues(self, queue_sizes: Sequence[int] | None = None) -> None:
         """Lay out and enable the queues (3.1.1, step 7, and 4.2.3.2 Virtqueue Configuration)."""
         sizes = self._largest_sizes() if queue_sizes is None else queue_sizes
         for index, size in enumerate(sizes):
-            queue = MockSplitDriver(
+            make = MockPackedDriver if self.features & F_RING_PACKED else MockSplitDriver
+            queue = make(
                 self.memory,
                 max(size, 1),
                 arena=self.arena,
                 event_idx=bool(self.features & F_EVENT_IDX),
+                in_order=bool(self.features & F_IN_ORDER),
             )
             self.queues.append(queue)
             if size:
@@ -189,19 +206,23 @@ class MmioDriver:
             yield size
             index += 1
 
-    def _enable(self, index: int, queue: MockSplitDriver) -> None:
+    def _enable(self, index: int, queue: MockDriver) -> None:
+        places = queue.desc_addr, queue.driver_addr, queue.device_addr
+        assert self.place_queue(index, queue.size, *places), (
+            f"queue {index} was refused\n{self.dump()}"
+        )
+
+    def place_queue(self, index: int, size: int, desc: int, driver: int, device: int) -> bool:
+        """Give queue `index` its size and the addresses of its areas, and enable it: whether the
+        device took them (4.2.3.2 Virtqueue Configuration)."""
         self.write(QUEUE_SEL, index)
         assert self.read(QUEUE_READY) == 0, f"queue {index} is in use"
-        self.write(QUEUE_SIZE, queue.size)
-        for register, addr in (
-            (QUEUE_DESC, queue.desc_addr),
-            (QUEUE_DRIVER, queue.avail_addr),
-            (QUEUE_DEVICE, queue.used_addr),
-        ):
+        self.write(QUEUE_SIZE, size)
+        for register, addr in ((QUEUE_DESC, desc), (QUEUE_DRIVER, driver), (QUEUE_DEVICE, device)):
             self.write(register, addr & 0xFFFF_FFFF)
             self.write(register + 4, addr >> 32)
         self.write(QUEUE_READY, 1)
-        assert self.read(QUEUE_READY) == 1, f"queue {index} was refused\n{self.dump()}"
+        return self.read(QUEUE_READY) == 1
 
     def reset(self) -> None:
         """Reset the device and forget its queues (4.2.3.1: waits until the status reads 0)."""
@@ -250,13 +271,14 @@ class MmioDriver:
     def wait_used(self, index: int, chain: Chain | None = None) -> Used:
         """The next element that the device returns in queue `index`; the one of `chain` if given.
 
-        Raises DriverTimeout with a dump of the state if there is none for a minute.
+        Raises DriverTimeout with a dump of the state if there is none for a minute, or at once if
+        the device needs a reset.
         """
         queue = self.queues[index]
         while True:
             if chain is not None and (index, chain.head) in self._early:
                 return self._early.pop((index, chain.head))
-            self._wait(queue.has_used, f"queue {index} to return a buffer")
+            self._wait(queue.has_used, f"queue {index} to return a buffer", from_live_device=True)
             used = queue.pop_used()
             assert used is not None
             if chain is None or used.head == chain.head:
@@ -279,9 +301,17 @@ class MmioDriver:
         self.write(INTERRUPT_ACK, pending)
         return pending
 
-    def _wait(self, condition: Callable[[], bool], what: str) -> None:
+    def _wait(
+        self, condition: Callable[[], bool], what: str, *, from_live_device: bool = False
+    ) -> None:
         deadline = time.monotonic() + SAFETY_TIMEOUT
+        polls = 0
         while not condition():
+            polls += 1
+            # Seldom: a register access is an exit, and may be traced.
+            broken = from_live_device and polls % 50 == 0 and self.needs_reset
+            if broken and not condition():
+                raise DriverTimeout(f"the device needs a reset\n{self.dump()}")
             if time.monotonic() > deadline:
                 raise DriverTimeout(f"waited for {what}\n{self.dump()}")
             time.sleep(0.0002)

