@@ -16,6 +16,7 @@ from pyvmm.emulated_host.spec import (
     EmulatedHostSpec,
     HostDisk,
     HostImage,
+    HostListener,
     HostSink,
     is_inside,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "EmulatedHostSpec",
     "HostDisk",
     "HostImage",
+    "HostListener",
     "HostSink",
     "is_inside",
     "run",

@@ -1,6 +1,7 @@
 # Second stage of the emulated host's init, inside the machine's own file system: joins the command
 # to its ports and tells how it ended. run.sh sets (see initramfs.py):
 #   MARK            ends a stream       DISK_COUNT, DISK_n, SINK_COUNT, SINK_n    paths
+#   RELAY_COUNT     1 if there is a port for sockets, which the command itself opens
 #   WORKING_DIRECTORY                   run_command    becomes the command
 PATH=
 here=/dev/.pyvmm
@@ -11,7 +12,7 @@ stdin_port=/dev/vport0p1
 stdout_port=/dev/vport0p2
 stderr_port=/dev/vport0p3
 first_sink_port=4
-control_port=/dev/vport0p$((first_sink_port + SINK_COUNT))
+control_port=/dev/vport0p$((first_sink_port + SINK_COUNT + RELAY_COUNT))
 
 # Copies a stream to its port. The mark tells the other side that nothing more will come.
 relay() { # NAME FIFO PORT

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from pyvmm.emulated_host.launch import launch
 from pyvmm.emulated_host.session import Session
+from pyvmm.emulated_host.sockets import outside_end
 from pyvmm.emulated_host.spec import EmulatedHostSpec
 from pyvmm.errors import PyvmmError
 from pyvmm.host.syscalls import EventFd
@@ -128,6 +129,9 @@ class EmulatedHost:
             console_copy=self._console,
             start_timeout=self._start_timeout,
         )
+        relay = outside_end(self._spec, launched.ports)
+        if relay is not None:
+            relay.start()
         try:
             code = session.run()
             self._exit_code = code
@@ -138,6 +142,8 @@ class EmulatedHost:
             # Nothing is lost: the init inside has synced, and the writes are in our page cache.
             launched.process.kill()
             launched.process.wait()
+            if relay is not None:
+                relay.stop()
             for end in (launched.console, launched.messages, *(p.ours for p in launched.ports)):
                 end.close()
 

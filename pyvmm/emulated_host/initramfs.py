@@ -10,8 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pyvmm.emulated_host.modules import Module, load_order
+from pyvmm.emulated_host.ports import relay_device
 from pyvmm.emulated_host.programs import find_program
-from pyvmm.emulated_host.spec import INSIDE_VARIABLE, EmulatedHostSpec, HostImage
+from pyvmm.emulated_host.spec import (
+    INSIDE_VARIABLE,
+    RELAY_VARIABLE,
+    EmulatedHostSpec,
+    HostImage,
+)
 from pyvmm.emulated_host.x86.machine import KVM_MODULES, ROOT_MODULES
 from pyvmm.errors import ConfigError
 from pyvmm.host import cpio
@@ -25,7 +31,8 @@ _BUSYBOX = "/dev/.pyvmm/busybox"
 class RunSettings:
     """What one run hands to the init: the command, where it runs, and its files.
 
-    `mark` ends each output stream. `disks` and `sinks` are absolute paths.
+    `mark` ends each output stream. `disks` and `sinks` are absolute paths. `relay`: whether there
+    is a port for sockets.
     """
 
     argv: Sequence[str]
@@ -35,6 +42,7 @@ class RunSettings:
     host_name: str
     disks: Sequence[str] = ()
     sinks: Sequence[str] = ()
+    relay: bool = False
 
 
 def new_mark() -> str:
@@ -44,14 +52,18 @@ def new_mark() -> str:
 
 def settings_of(spec: EmulatedHostSpec, argv: Sequence[str]) -> RunSettings:
     """The settings for running `argv` as `spec` says, with a new mark."""
+    env = inside_environment(spec.env)
+    if spec.has_relay:
+        env[RELAY_VARIABLE] = relay_device(len(spec.sinks))
     return RunSettings(
         argv=(_program(argv[0], spec.env), *argv[1:]),
-        env=inside_environment(spec.env),
+        env=env,
         cwd=spec.cwd,
         mark=new_mark(),
         host_name=os.uname().nodename,
         disks=tuple(os.path.realpath(disk.path) for disk in spec.disks),
         sinks=tuple(os.path.realpath(sink.path) for sink in spec.sinks),
+        relay=spec.has_relay,
     )
 
 
@@ -158,6 +170,7 @@ def run_script(settings: RunSettings) -> bytes:
         *(f"DISK_{n}={shlex.quote(path)}" for n, path in enumerate(settings.disks)),
         f"SINK_COUNT={len(settings.sinks)}",
         *(f"SINK_{n}={shlex.quote(path)}" for n, path in enumerate(settings.sinks)),
+        f"RELAY_COUNT={int(settings.relay)}",
         f"run_command() {{ exec {_command_line(settings)}; }}",
     ]
     # Names that are no text (surrogates) go back to the bytes they came from.

@@ -53,7 +53,7 @@ def launch(spec: EmulatedHostSpec, argv: Sequence[str]) -> Launched:
     boot = boot_files(spec.image)
     settings = settings_of(spec, argv)
     inherited: list[int] = []
-    ports = open_ports(len(spec.sinks))
+    ports = open_ports(len(spec.sinks), relay=spec.has_relay)
     console, console_theirs = socket.socketpair()
     messages, messages_theirs = socket.socketpair()
     try:

@@ -20,12 +20,19 @@ class Port:
     theirs: socket.socket
 
 
-def open_ports(sink_count: int) -> list[Port]:
-    """stdin, stdout, stderr, the sinks and, last, the control port, in order of their numbers.
+def relay_device(sink_count: int) -> str:
+    """The path inside of the port for sockets, which follows the sinks."""
+    return f"/dev/vport0p{FIRST_SINK + sink_count}"
+
+
+def open_ports(sink_count: int, *, relay: bool) -> list[Port]:
+    """stdin, stdout, stderr, the sinks, perhaps the relay of sockets and, last, the control port,
+    in order of their numbers.
 
     Socket pairs have no name anywhere, so nothing of them is left when both sides are gone.
     """
-    names = ["stdin", "stdout", "stderr", *(f"sink{n}" for n in range(sink_count)), "control"]
+    sinks = (f"sink{n}" for n in range(sink_count))
+    names = ["stdin", "stdout", "stderr", *sinks, *(["relay"] if relay else []), "control"]
     return [_open_port(number, name) for number, name in enumerate(names, start=STDIN)]
 
 

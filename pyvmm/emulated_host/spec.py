@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from pyvmm.errors import PyvmmError
+from pyvmm.host.unix_sockets import Socket
 
 # What the emulated host itself needs beside the RAM of the guests in it.
 OWN_MEMORY_MIB = 512
 DEFAULT_CPUS = 2
 # Tells a program that it runs in here, and that its standard input is a plain byte stream.
 INSIDE_VARIABLE = "PYVMM_INSIDE_EMULATED_HOST"
+# Names the port of the relay for Unix sockets, where there is one; see pyvmm.relay.inside.
+RELAY_VARIABLE = "PYVMM_SOCKET_RELAY"
 
 
 class EmulatedHostError(PyvmmError):
@@ -54,6 +57,16 @@ class HostSink:
     fd: int
 
 
+@dataclass(frozen=True)
+class HostListener:
+    """A listening Unix socket of the machine: connections to it reach whoever listens at `path`
+    inside. With `owner_only`, those of other users are closed at once."""
+
+    path: str
+    socket: Socket
+    owner_only: bool = False
+
+
 def _current_directory() -> str:
     try:
         return os.getcwd()
@@ -66,6 +79,11 @@ class EmulatedHostSpec:
     """An emulated host: `memory_mib` in all (guest RAM + OWN_MEMORY_MIB), files as on the machine.
 
     `env` and `cwd` are the command's; everything it writes other than `disks` and `sinks` is lost.
+
+    `sockets_out` are paths of the machine's Unix sockets that the command may connect to, from
+    where it serves pyvmm.relay.inside; one that ends in ``*`` stands for all with a decimal number
+    there. `services` are reached the same way, by a name that is no path: each call makes the
+    machine's end of a connection.
     """
 
     image: HostImage
@@ -73,8 +91,16 @@ class EmulatedHostSpec:
     cpus: int = DEFAULT_CPUS
     disks: tuple[HostDisk, ...] = ()
     sinks: tuple[HostSink, ...] = ()
+    sockets_in: tuple[HostListener, ...] = ()
+    sockets_out: tuple[str, ...] = ()
+    services: Mapping[str, Callable[[], Socket]] = field(default_factory=dict)
     cwd: str = field(default_factory=_current_directory)
     env: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+
+    @property
+    def has_relay(self) -> bool:
+        """Whether there is a port for sockets."""
+        return bool(self.sockets_in or self.sockets_out or self.services)
 
 
 def is_inside() -> bool:

@@ -25,13 +25,15 @@ ALLOWED: dict[str, set[str]] = {
     "transport": CORE,
     "platform": CORE,
     "device": CORE,
-    "emulated_host": BASE | {"images"},
+    "relay": BASE,
+    "emulated_host": BASE | {"relay", "images"},
     "images": BASE,
     "testing": BASE | {"memory", "bench"},
     "bench": CORE | {"transport", "testing"},
     "machine": CORE | {"kvm", "boot", "transport", "platform", "device"},
     "cli": CORE
-    | {"kvm", "boot", "transport", "platform", "device", "machine", "emulated_host", "images"},
+    | {"kvm", "boot", "transport", "platform", "device", "machine", "emulated_host", "images"}
+    | {"relay"},
 }
 
 

@@ -1,0 +1,41 @@
+"""The machine's end of the relay for Unix sockets."""
+
+from __future__ import annotations
+
+import errno
+
+from pyvmm.emulated_host.ports import Port
+from pyvmm.emulated_host.spec import EmulatedHostSpec
+from pyvmm.errors import HostError
+from pyvmm.host import log, unix_sockets
+from pyvmm.host.unix_sockets import Socket
+from pyvmm.relay.multiplexer import OUTSIDE, Listener, Multiplexer
+
+
+def outside_end(spec: EmulatedHostSpec, ports: list[Port]) -> Multiplexer | None:
+    """The relay for what `spec` lists, not yet started; None if it lists no sockets."""
+    port = next((port for port in ports if port.name == "relay"), None)
+    if port is None:
+        return None
+    listeners = [Listener(item.socket, item.path, item.owner_only) for item in spec.sockets_in]
+
+    def reach(name: str) -> Socket:
+        service = spec.services.get(name)
+        if service is not None:
+            return service()
+        if any(allows(allowed, name) for allowed in spec.sockets_out):
+            return unix_sockets.connect(name)
+        raise HostError(errno.EACCES, f"connection to {name}")
+
+    def say(reason: str) -> None:
+        log.to_stderr(f"sockets into the emulated KVM host are cut off: {reason}")
+
+    return Multiplexer(port.ours.fileno(), OUTSIDE, reach=reach, listeners=listeners, on_broken=say)
+
+
+def allows(allowed: str, path: str) -> bool:
+    """Whether `allowed`, of EmulatedHostSpec.sockets_out, stands for `path`."""
+    if not allowed.endswith("*"):
+        return path == allowed
+    number = path.removeprefix(allowed[:-1])
+    return number != path and number.isascii() and number.isdigit()

@@ -1,0 +1,429 @@
+"""The relay of Unix sockets: two real ends over a socket pair, and ends that break its rules."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import random
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyvmm.emulated_host.sockets import allows
+from pyvmm.errors import HostError
+from pyvmm.host import unix_sockets
+from pyvmm.relay import frames, multiplexer
+from pyvmm.relay.frames import CLOSE, CREDIT, DATA, EOF, OPEN, SLOTS, WINDOW, Decoder, encode
+from pyvmm.relay.multiplexer import INSIDE, OUTSIDE, Listener, Multiplexer
+
+HANG = 30.0  # seconds; no measure of speed
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + HANG
+    while not condition():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.0005)
+
+
+class Ends:
+    """Both ends of a relay. What either reaches are paths in `folder`; `path` leads to `inner`."""
+
+    def __init__(self, folder: Path, hold: bool = False) -> None:
+        self.folder = folder
+        self.broken: list[str] = []
+        self.streams = unix_sockets.pair()
+        self.path, self.inner = str(folder / "in.sock"), str(folder / "inner.sock")
+        self.listener = unix_sockets.listen(self.path)
+        self.outside = Multiplexer(
+            self.streams[0].fileno(),
+            OUTSIDE,
+            reach=unix_sockets.connect,
+            listeners=[Listener(self.listener, self.inner, owner_only=True)],
+            on_broken=self.broken.append,
+        )
+        self.inside = Multiplexer(
+            self.streams[1].fileno(),
+            INSIDE,
+            reach=unix_sockets.connect,
+            on_broken=self.broken.append,
+            hold=hold,
+        )
+        self.outside.start()
+        self.inside.start()
+
+    def call(self) -> socket.socket:
+        """A client of the listener outside."""
+        client = socket.socket(socket.AF_UNIX)
+        client.connect(self.path)
+        client.settimeout(HANG)
+        return client
+
+    def close(self) -> None:
+        self.outside.stop()
+        self.inside.stop()
+        for end in (*self.streams, self.listener):
+            end.close()
+
+
+@pytest.fixture
+def ends(tmp_path: Path) -> Iterator[Ends]:
+    made = Ends(tmp_path)
+    yield made
+    made.close()
+    assert made.broken == []
+
+
+def serve(path: str, handle: Callable[[socket.socket], None]) -> None:
+    """Listen at `path`; a thread for each connection."""
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(path)
+    server.listen(64)
+
+    def run(connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            connection.settimeout(HANG)
+            handle(connection)
+
+    def loop() -> None:
+        while True:
+            connection, _ = server.accept()
+            threading.Thread(target=run, args=(connection,), daemon=True).start()
+
+    threading.Thread(target=loop, daemon=True).start()
+
+
+def echo(connection: socket.socket) -> None:
+    while data := connection.recv(1 << 16):
+        connection.sendall(data)
+
+
+def read_all(connection: socket.socket) -> bytes:
+    return b"".join(iter(lambda: connection.recv(1 << 16), b""))
+
+
+def blocking(found: unix_sockets.Socket) -> socket.socket:
+    made = socket.socket(fileno=found.detach())
+    made.settimeout(HANG)
+    return made
+
+
+def send_in_background(connection: socket.socket, data: bytes) -> threading.Thread:
+    def send() -> None:
+        connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
+
+    thread = threading.Thread(target=send, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("way", ["in", "out"])
+def test_megabytes_go_both_ways_unchanged(ends: Ends, way: str) -> None:
+    serve(ends.inner, echo)
+    client = ends.call() if way == "in" else blocking(ends.inside.connect(ends.inner))
+    data = random.Random(1).randbytes(20 * WINDOW + 77)
+    send_in_background(client, data)
+    with client:
+        assert hashlib.sha256(read_all(client)).digest() == hashlib.sha256(data).digest()
+
+
+def test_each_direction_ends_apart(ends: Ends) -> None:
+    def answer_after_the_end(connection: socket.socket) -> None:
+        question = read_all(connection)
+        connection.sendall(b"you said " + question)
+
+    serve(ends.inner, answer_after_the_end)
+    with ends.call() as client:
+        client.sendall(b"hello")
+        client.shutdown(socket.SHUT_WR)
+        assert read_all(client) == b"you said hello"
+
+
+def test_what_was_written_before_a_close_arrives(ends: Ends) -> None:
+    """Even where the one who closed has left unread what it was sent."""
+
+    def say_and_leave(connection: socket.socket) -> None:
+        connection.recv(1)
+        connection.sendall(b"too much for me")
+
+    serve(ends.inner, say_and_leave)
+    with ends.call() as client:
+        client.sendall(bytes(1000))
+        assert read_all(client) == b"too much for me"
+
+
+def test_a_client_that_leaves_is_seen_to_have_left(ends: Ends) -> None:
+    """At the other end too, where nobody writes to it and so would notice."""
+    left = threading.Event()
+
+    def wait_for_the_hang_up(connection: socket.socket) -> None:
+        poll = select.poll()
+        poll.register(connection, 0)
+        if poll.poll(HANG * 1000):
+            left.set()
+
+    serve(ends.inner, wait_for_the_hang_up)
+    client = ends.call()
+    client.sendall(b"x")
+    client.shutdown(socket.SHUT_WR)
+    assert not left.wait(0.1)  # half of it is open still
+    client.close()
+    assert left.wait(HANG)
+
+
+def test_nobody_there(ends: Ends) -> None:
+    with ends.call() as client:
+        assert read_all(client) == b""
+    with pytest.raises(HostError) as refused:
+        ends.inside.connect(ends.inner)
+    assert refused.value.errno == errno.ECONNREFUSED
+
+
+def test_a_socket_that_nobody_reads_holds_up_no_other(ends: Ends) -> None:
+    serve(ends.inner, echo)
+    with ends.call() as stuck, ends.call() as other:
+        stuck.setblocking(False)
+        sent = 0
+        quiet = 0
+        while quiet < 5:  # until all is full on the way there and back
+            try:
+                sent += stuck.send(bytes(1 << 16))
+                quiet = 0
+            except BlockingIOError:
+                quiet += 1
+                time.sleep(0.02)
+        # In all: the sockets' own buffers and four windows. Far less than one could send.
+        assert sent < 64 * WINDOW
+        other.sendall(b"ping")
+        assert other.recv(10) == b"ping"
+
+
+def test_more_clients_than_slots_wait_for_their_turn(ends: Ends) -> None:
+    serve(ends.inner, echo)
+    clients = [ends.call() for _ in range(SLOTS)]
+    for client in clients:
+        client.sendall(b"a")
+        assert client.recv(1) == b"a"
+    late = ends.call()
+    late.sendall(b"late")
+    late.settimeout(0.2)
+    with pytest.raises(TimeoutError):
+        late.recv(4)
+    clients.pop().close()
+    late.settimeout(HANG)
+    assert late.recv(4) == b"late"
+    for client in (late, *clients):
+        client.close()
+
+
+def test_slots_are_used_again(ends: Ends) -> None:
+    serve(ends.inner, echo)
+    for number in range(3 * SLOTS):
+        with ends.call() as client:
+            client.sendall(b"%d" % number)
+            assert client.recv(10) == b"%d" % number
+
+
+def test_early_connections_wait_until_they_are_admitted(tmp_path: Path) -> None:
+    ends = Ends(tmp_path, hold=True)
+    with ends.call() as client:
+        client.sendall(b"early")
+        client.settimeout(0.2)
+        with pytest.raises(TimeoutError):
+            client.recv(1)
+        serve(ends.inner, echo)
+        ends.inside.admit()
+        client.settimeout(HANG)
+        assert client.recv(10) == b"early"
+    ends.close()
+    assert ends.broken == []
+
+
+def test_the_other_machine_ends(tmp_path: Path) -> None:
+    """Connections end, later ones are refused, and nobody calls that a broken protocol."""
+    ends = Ends(tmp_path)
+    serve(ends.inner, echo)
+    client = ends.call()
+    client.sendall(b"a")
+    assert client.recv(1) == b"a"
+    ends.inside.stop()
+    ends.streams[1].close()
+    assert read_all(client) == b""
+    with pytest.raises(HostError):
+        ends.outside.connect(ends.inner)
+    ends.close()
+    assert ends.broken == []
+
+
+class Hostile:
+    """The end under test, and a test that speaks for the other one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.broken: list[str] = []
+        self.path = str(folder / "server.sock")
+        serve(self.path, echo)
+        self.stream, theirs = socket.socketpair()
+        self._theirs = theirs
+        theirs.setblocking(False)
+        self.stream.settimeout(HANG)
+        self.relay = Multiplexer(
+            theirs.fileno(), INSIDE, reach=unix_sockets.connect, on_broken=self.broken.append
+        )
+        self.relay.start()
+        self._decoder = Decoder()
+        self._frames: list[frames.Frame] = []
+
+    def say(self, *what: bytes) -> None:
+        self.stream.sendall(b"".join(what))
+
+    def hear(self) -> frames.Frame:
+        while not self._frames:
+            self._frames += self._decoder.feed(self.stream.recv(1 << 16))
+        return self._frames.pop(0)
+
+    def open(self, slot: int = 0) -> None:
+        self.say(encode(OPEN, slot, data=self.path.encode()))
+        assert self.hear() == (CREDIT, slot, WINDOW, b"")
+
+    def close(self) -> None:
+        self.relay.stop()
+        self._theirs.close()
+        self.stream.close()
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Iterator[Hostile]:
+    made = Hostile(tmp_path)
+    yield made
+    made.close()
+
+
+def fill(slot: int, size: int) -> list[bytes]:
+    piece = encode(DATA, slot, data=bytes(frames.MAX_DATA))
+    return [piece] * (size // frames.MAX_DATA)
+
+
+BROKEN = {
+    "unknown-type": [b"\x09" + bytes(7)],
+    "type-0": [bytes(8)],
+    "reserved-byte": [b"\x04\x01" + bytes(6)],
+    "slot-past-the-last": [encode(OPEN, 2 * SLOTS, data=b"x")],
+    "their-slot": [encode(OPEN, SLOTS, data=b"x")],
+    "open-twice": [encode(OPEN, 0, data=b"x"), encode(OPEN, 0, data=b"x")],
+    "open-an-open-one": [encode(OPEN, 1, data=b"x")],
+    "name-of-4-gigabytes": [b"\x01\0\0\0\xff\xff\xff\xff"],
+    "name-empty": [encode(OPEN, 0)],
+    "data-empty": [encode(DATA, 1)],
+    "data-of-4-gigabytes": [b"\x03\0\x01\0\xff\xff\xff\xff"],
+    "data-without-credit": fill(1, WINDOW) + fill(1, WINDOW),
+    "data-after-the-end": [encode(EOF, 1), encode(DATA, 1, data=b"x")],
+    "data-in-a-closed-slot": [encode(DATA, 5, data=b"x")],
+    "two-ends": [encode(EOF, 1), encode(EOF, 1)],
+    "frames-after-close": [encode(CLOSE, 1), encode(EOF, 1)],
+    "credit-over-the-window": [encode(CREDIT, 1, 1)],
+    "credit-of-4-gigabytes": [encode(CREDIT, 1, 0xFFFF_FFFF)],
+    "credit-0": [encode(CREDIT, 1, 0)],
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_whoever_breaks_the_rules_is_cut_off(hostile: Hostile, case: str) -> None:
+    hostile.open(1)
+    if case == "data-without-credit":
+        hostile.stream.settimeout(0.5)
+        with pytest.raises((TimeoutError, BrokenPipeError, ConnectionError)):
+            # Whatever it sends, it gets no credit unless the echo is taken: so this is a bound.
+            while True:
+                hostile.say(*BROKEN[case])
+    else:
+        hostile.say(*BROKEN[case])
+    wait_for(lambda: hostile.broken)
+    assert len(hostile.broken) == 1
+    with pytest.raises(HostError):
+        hostile.relay.connect("anything")
+
+
+def test_an_end_that_takes_no_answers_is_cut_off(
+    hostile: Hostile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multiplexer, "_TOO_MUCH", 32 << 10)
+    hostile.stream.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+    opens = b"".join(encode(OPEN, slot, data=b"/nowhere") for slot in range(SLOTS))
+    closes = b"".join(encode(CLOSE, slot) for slot in range(SLOTS))
+    relay = hostile.relay
+    for _ in range(10_000):
+        hostile.say(opens)
+        wait_for(lambda: hostile.broken or (not relay._held and len(relay._channels) == SLOTS))
+        if hostile.broken:
+            break
+        hostile.say(closes)
+        wait_for(lambda: hostile.broken or not relay._channels)
+    assert hostile.broken == ["answers that nobody takes"]
+
+
+def test_refused_and_closed_slots_are_free_again(hostile: Hostile) -> None:
+    for _ in range(3):
+        hostile.say(encode(OPEN, 0, data=b"/nowhere"))
+        assert hostile.hear() == (CLOSE, 0, 0, b"")
+        hostile.say(encode(CLOSE, 0))
+    hostile.open(0)
+    hostile.say(encode(DATA, 0, data=b"hello"), encode(EOF, 0))
+    assert hostile.hear() == (DATA, 0, 5, b"hello")
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.binary(min_size=1, max_size=40).map(lambda data: (DATA, 3, len(data), data)),
+            st.sampled_from([(EOF, 2, 0, b""), (CREDIT, 9, 77, b""), (CLOSE, 255, 0, b"")]),
+        )
+    ),
+    st.integers(1, 20),
+)
+def test_frames_survive_being_cut_anywhere(
+    sent: list[tuple[int, int, int, bytes]], cut: int
+) -> None:
+    stream = b"".join(encode(type, slot, value, data) for type, slot, value, data in sent)
+    decoder = Decoder()
+    got = [
+        frame for at in range(0, len(stream), cut) for frame in decoder.feed(stream[at : at + cut])
+    ]
+    assert got == sent
+
+
+def test_which_paths_may_be_reached() -> None:
+    assert allows("/run/a.sock", "/run/a.sock")
+    assert not allows("/run/a.sock", "/run/a.sock_1")
+    assert allows("/run/v_*", "/run/v_1024")
+    for wrong in ("/run/v_", "/run/v_1/../x", "/run/v_x", "/run/v_1\0", "/run/w_1", "/run/v_²"):
+        assert not allows("/run/v_*", wrong), wrong
+
+
+def test_sockets_of_long_paths(tmp_path: Path) -> None:
+    folder = tmp_path / ("long" * 30)
+    folder.mkdir()
+    path = str(folder / "socket")
+    listener = unix_sockets.listen(path)
+    assert os.stat(path).st_mode & 0o777 == 0o600
+    connection = unix_sockets.connect(path)
+    accepted = unix_sockets.accept(listener)
+    assert accepted is not None and unix_sockets.is_ours(accepted)
+    assert unix_sockets.peer(connection).pid == os.getpid()
+    with pytest.raises(HostError) as taken:
+        unix_sockets.listen(path)
+    assert taken.value.errno == errno.EADDRINUSE
+    for end in (listener, connection, accepted):
+        end.close()
+    with pytest.raises(HostError) as refused:
+        unix_sockets.connect(path)
+    assert refused.value.errno == errno.ECONNREFUSED
