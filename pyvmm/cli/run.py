@@ -6,7 +6,7 @@ import click
 
 from pyvmm.cli.quick import CHOICES
 from pyvmm.cli.start import start
-from pyvmm.machine.spec import TRACE_KINDS
+from pyvmm.machine.spec import DISK_SYNTAX, TRACE_KINDS
 
 EPILOG = """\b
 Examples:
@@ -22,6 +22,7 @@ Keys, where standard input is a terminal:
 Exit codes:
   0 the guest powered off     10 it asked for a reset    11 its kernel panicked
   12 it triple-faulted        13 KVM could not run it    14 Ctrl-A x
+  15 a disk with on-error=stop failed
   1 the host failed           2 wrong options            128+N ended by signal N
 """
 
@@ -36,7 +37,7 @@ Exit codes:
 @click.option(
     "--disk",
     "disks",
-    metavar="PATH[,readonly][,id=NAME]",
+    metavar=DISK_SYNTAX,
     multiple=True,
     help="Raw image or block device, served by virtio-blk; may be repeated. The first is /dev/vda "
     "and the root disk.",

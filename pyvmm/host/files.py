@@ -8,8 +8,10 @@ into opening any file of the host.)
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,19 +22,25 @@ SECTOR = 512
 IOV_MAX = 1024  # <linux/uio.h> UIO_MAXIOV: the most segments of one preadv(2) or pwritev(2)
 QCOW2_MAGIC = b"QFI\xfb"
 _OPTION = "--disk"
+# <linux/fs.h>, in the order of ImageFile.block_sizes
+BLKSSZGET, BLKPBSZGET, BLKIOMIN, BLKIOOPT = 0x1268, 0x127B, 0x1278, 0x1279
 _Transfer = Callable[[int, list[memoryview], int], int]
 
 
 @dataclass
 class ImageFile:
     """An open image. `size` is in bytes, whole sectors of 512; `hints` are lines for the user, of
-    things that are legal but probably not meant. Closing it gives up the lock."""
+    things that are legal but probably not meant. `block_sizes` of a block device are those of its
+    logical and physical block and of its minimum and optimal request, in bytes. Closing it gives up
+    the lock."""
 
     path: str
     fd: int
     size: int
     read_only: bool
     hints: tuple[str, ...] = ()
+    is_block_device: bool = False
+    block_sizes: tuple[int, int, int, int] | None = None
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -40,10 +48,11 @@ class ImageFile:
             self.fd = -1
 
 
-def open_image(path: str, read_only: bool = False) -> ImageFile:
+def open_image(path: str, read_only: bool = False, direct: bool = False) -> ImageFile:
     """Open and lock the raw disk image, a regular file or a block device, at `path`.
 
-    Never blocks. Raises ConfigError for whatever cannot be a disk, naming the cure.
+    `direct`: with O_DIRECT, past the page cache. Never blocks. Raises ConfigError for whatever
+    cannot be a disk, naming the cure.
     """
     if not path or "\0" in path:
         raise ConfigError("the path of the image is empty or has a NUL in it", option=_OPTION)
@@ -59,13 +68,29 @@ def open_image(path: str, read_only: bool = False) -> ImageFile:
         os.set_blocking(fd, True)
         size = os.lseek(fd, 0, os.SEEK_END)
         hints = (*_check_size(path, size), *_lock(path, fd, read_only), *_look_at_start(path, fd))
+        if direct:
+            _make_direct(path, fd)  # from here on reads have to be aligned
     except OSError as error:
         os.close(fd)
         raise _cannot_open(path, error, read_only) from None
     except BaseException:
         os.close(fd)
         raise
-    return ImageFile(path, fd, size - size % SECTOR, read_only, hints)
+    block = stat.S_ISBLK(kind)
+    sizes = _block_sizes(fd) if block else None
+    return ImageFile(path, fd, size - size % SECTOR, read_only, hints, block, sizes)
+
+
+def _block_sizes(fd: int) -> tuple[int, int, int, int] | None:
+    try:
+        answers = [
+            fcntl.ioctl(fd, request, bytes(4))
+            for request in (BLKSSZGET, BLKPBSZGET, BLKIOMIN, BLKIOOPT)
+        ]
+    except OSError:
+        return None
+    logical, physical, minimum, optimal = (struct.unpack("=I", answer)[0] for answer in answers)
+    return logical, physical, minimum, optimal
 
 
 def preadv_all(fd: int, views: list[memoryview], offset: int) -> int:
@@ -132,6 +157,20 @@ def _open(path: str, kind: int, read_only: bool) -> int:
         return os.open(path, flags)
     except OSError as error:
         raise _cannot_open(path, error, read_only) from None
+
+
+def _make_direct(path: str, fd: int) -> None:
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_DIRECT)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise ConfigError(
+            f"{path} is on a file system without direct I/O",
+            cure="leave out ,direct",
+            option=_OPTION,
+        ) from None
 
 
 def _cannot_open(path: str, error: OSError, read_only: bool) -> ConfigError:

@@ -19,6 +19,7 @@ from pyvmm.kvm.system import Kvm
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.kvm.vm import Vm
 from pyvmm.kvm.x86.boot_vcpu import setup_boot_vcpu, setup_vcpu
+from pyvmm.machine.alarm import Alarm
 from pyvmm.machine.attach import attach_virtio_mmio
 from pyvmm.machine.cmdline import command_line
 from pyvmm.machine.disks import open_disk
@@ -41,6 +42,7 @@ class Prepared(NamedTuple):
     devices: tuple[VirtioDevice, ...]
     slots: tuple[VirtioSlot, ...]
     entry: boot.Entry
+    alarm: Alarm
 
 
 class Parts(NamedTuple):
@@ -61,13 +63,14 @@ def prepare(spec: VmSpec, trace: Trace, closing: ExitStack, *, quiet: bool = Fal
     `quiet` asks the kernel for little console output (unless the user's command line differs).
     """
     requests = trace.hook("requests")
+    alarm = Alarm()
     devices = (
-        *(open_disk(disk, requests, closing) for disk in spec.disks),
+        *(open_disk(disk, requests, closing, alarm) for disk in spec.disks),
         *_open_devices(spec, requests, closing),
     )
     slots = virtio_slots(len(devices))
     memory, entry = _load(spec, slots, closing, quiet=quiet)
-    return Prepared(spec, memory, devices, slots, entry)
+    return Prepared(spec, memory, devices, slots, entry, alarm)
 
 
 def _open_devices(spec: VmSpec, trace: Hook | None, closing: ExitStack) -> list[VirtioDevice]:

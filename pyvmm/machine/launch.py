@@ -87,6 +87,7 @@ def _run(prepared: Prepared, attendant: Attendant, trace: Trace, closing: ExitSt
     parts = assemble(prepared, trace, console.write, closing)
     attendant.attend(parts.transports)
     machine = Machine(parts, trace, console.release)
+    prepared.alarm.connect(machine.end)
     with console:
         return machine.run(lambda: console.connect(parts.serial), attendant.look)
 

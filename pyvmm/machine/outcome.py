@@ -16,6 +16,7 @@ class Ending(enum.Enum):
     TRIPLE_FAULT = 12
     KVM_ERROR = 13  # KVM_EXIT_INTERNAL_ERROR, FAIL_ENTRY or an exit nobody knows
     QUIT = 14  # Ctrl-A x
+    DISK_ERROR = 15  # a disk with on-error=stop failed on the host
     INTERRUPTED = 130  # SIGINT, as a shell counts: 128 + signal number
     TERMINATED = 143  # SIGTERM
     HUNG_UP = 129  # SIGHUP

@@ -18,21 +18,34 @@ MAX_ID_BYTES = 20  # VIRTIO_BLK_ID_BYTES: the driver reads the id by VIRTIO_BLK_
 TRACE_KINDS = ("registers", "status", "requests", "exits")
 DISCOVERY = ("auto", "acpi", "cmdline", "both")
 
+ON_ERROR = ("report", "stop")
+BLOCK_SIZES = (512, 1024, 2048, 4096)  # what Linux takes for a logical block on x86
+DISK_SYNTAX = "PATH[,readonly][,direct][,id=NAME][,block-size=BYTES][,on-error=report|stop]"
+
+# What stands in a --disk option → the field of DiskSpec.
+_DISK_FLAGS = {"readonly": "read_only", "ro": "read_only", "direct": "direct"}
+_DISK_VALUES = {"id": "id", "block-size": "block_size", "on-error": "on_error"}
+
 _MEMORY_DIGITS = 20  # more than any memory has bytes; Python refuses to read very long numbers
 _MEMORY_UNITS = {"": 1 << 20, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 
 @dataclass(frozen=True)
 class DiskSpec:
-    """One virtio-blk disk: the raw image or block device at `path`.
+    """One virtio-blk disk: the image or block device at `path`.
 
     `id` is what the guest reads as the serial number (/sys/block/vda/serial), at most 20 bytes;
-    empty means "diskN".
+    empty means "diskN". `direct`: past the host's page cache (O_DIRECT). `block_size` is the
+    logical block that the guest is told of, in bytes; 0 means the storage's own. `on_error`, one of
+    ON_ERROR, says what a failure of the host does: the guest gets an I/O error, or the VM stops.
     """
 
     path: str
     read_only: bool = False
     id: str = ""
+    direct: bool = False
+    block_size: int = 0
+    on_error: str = "report"
 
 
 @dataclass(frozen=True)
@@ -73,28 +86,41 @@ def parse_memory(text: str) -> int:
 
 
 def parse_disk(text: str) -> DiskSpec:
-    """The disk that ``PATH[,readonly][,id=NAME]`` describes. Raises ConfigError.
+    """The disk that ``PATH[,OPTION...]`` describes, as DISK_SYNTAX has it. Raises ConfigError.
 
-    A comma in the path is written twice.
+    A comma in the path or in a value is written twice.
     """
-    path, *options = text.replace(",,", "\0").split(",")
-    read_only = False
-    disk_id = ""
+    path, *options = (part.replace("\0", ",") for part in text.replace(",,", "\0").split(","))
+    fields: dict[str, Any] = {}
     for option in options:
-        key, equals, value = option.replace("\0", ",").partition("=")
-        if key in ("readonly", "ro") and not equals:
-            read_only = True
-        elif key == "id" and value:
-            disk_id = value
+        key, equals, value = option.partition("=")
+        if key in _DISK_FLAGS and not equals:
+            fields[_DISK_FLAGS[key]] = True
+        elif key in _DISK_VALUES and value:
+            fields[_DISK_VALUES[key]] = _disk_value(key, value)
         else:
             raise ConfigError(
                 f"unknown disk option {option!r} in {text!r}",
-                cure="use PATH[,readonly][,id=NAME]; a comma in the path is written twice",
+                cure=f"use {DISK_SYNTAX}; a comma in the path is written twice",
                 option="--disk",
             )
     if not path:
         raise ConfigError(f"no path in {text!r}", cure="use PATH[,readonly]", option="--disk")
-    return DiskSpec(path.replace("\0", ","), read_only, disk_id)
+    return DiskSpec(path, **fields)
+
+
+def _disk_value(key: str, value: str) -> object:
+    choices: tuple[object, ...] = {"block-size": BLOCK_SIZES, "on-error": ON_ERROR}.get(key, ())
+    for choice in choices:
+        if value == str(choice):
+            return choice
+    if choices:
+        raise ConfigError(
+            f"{key} cannot be {value!r}",
+            cure=f"choose from {', '.join(map(str, choices))}",
+            option="--disk",
+        )
+    return value
 
 
 def parse_trace(text: str) -> tuple[str, ...]:

@@ -26,6 +26,9 @@ UNTOUCHED = 0xEE  # what the status byte holds before the device answers
 # 5.2.3 Feature bits
 F_SEG_MAX, F_RO, F_BLK_SIZE, F_FLUSH = 1 << 2, 1 << 5, 1 << 6, 1 << 9
 F_TOPOLOGY, F_CONFIG_WCE, F_MQ = 1 << 10, 1 << 11, 1 << 12
+F_DISCARD, F_WRITE_ZEROES = 1 << 13, 1 << 14
+WRITEBACK = 32  # offset of the field in the configuration space
+UNMAP = 1  # the flag of a WRITE_ZEROES segment
 
 
 class Answer(NamedTuple):
@@ -97,6 +100,18 @@ class BlockDriver:
     def flush(self) -> Answer:
         """VIRTIO_BLK_T_FLUSH."""
         return self.call(FLUSH)
+
+    def discard(self, *segments: tuple[int, int, int]) -> Answer:
+        """VIRTIO_BLK_T_DISCARD of (sector, number of sectors, flags)."""
+        return self._ranges(DISCARD, segments)
+
+    def write_zeroes(self, *segments: tuple[int, int, int]) -> Answer:
+        """VIRTIO_BLK_T_WRITE_ZEROES of (sector, number of sectors, flags)."""
+        return self._ranges(WRITE_ZEROES, segments)
+
+    def _ranges(self, type: int, segments: Sequence[tuple[int, int, int]]) -> Answer:
+        data = b"".join(struct.pack("<QLL", *segment) for segment in segments)
+        return self.call(type, readable=[data])
 
     def get_id(self, size: int = 20) -> Answer:
         """VIRTIO_BLK_T_GET_ID into a buffer of `size` bytes."""

@@ -66,6 +66,10 @@ class VirtioDevice(ABC):
     def write_config(self, offset: int, data: bytes) -> None:  # noqa: B027 - a choice, not a duty
         """The driver wrote `data` to the configuration space; ignored unless overridden."""
 
+    def accept_features(self, features: int) -> None:  # noqa: B027 - a choice, not a duty
+        """The driver has set FEATURES_OK with `features`: for configuration fields that depend on
+        what was negotiated, which the driver may read before `activate` (2.2 Feature Bits)."""
+
     @abstractmethod
     def activate(self, activation: Activation) -> None:
         """Start serving: the driver has set DRIVER_OK (3.1.1 Driver Requirements, step 8)."""

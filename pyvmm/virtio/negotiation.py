@@ -110,6 +110,7 @@ class Negotiation(Lifecycle):
             if refusal is not None:
                 self.warn(f"FEATURES_OK stays clear: the driver {refusal}")
                 return
+            self.device.accept_features(self.state.driver_features)
         if added:
             self.add_status(added)
         if added & status.DRIVER_OK:

@@ -19,7 +19,7 @@ from pyvmm.virtio.blk.backend import Backend
 SIZE = 1 * MIB
 
 
-class Memory:
+class Memory(Backend):
     """A backend of a few lines: what another storage format would have to be."""
 
     def __init__(self, size: int = SIZE, read_only: bool = False) -> None:
@@ -216,7 +216,7 @@ def test_the_trace_has_one_line_for_each_request() -> None:
             "root: GET_ID sector 0 + 20 bytes: OK",
             "root: IN sector 1099511627776 + 512 bytes: IOERR"
             " (past the end of the disk, which has 2048 sectors)",
-            "root: DISCARD sector 0 + 0 bytes: UNSUPP (unknown request type 11)",
+            "root: DISCARD sector 0 + 0 bytes: IOERR (0 bytes are not one or more segments)",
             "root: request type 99 sector 5 + 0 bytes: UNSUPP (unknown request type 99)",
             "root: a request without a header sector 0 + 0 bytes: IOERR (the chain has 5 bytes"
             " left where 16 are needed (virtio 1.3, 2.7.4 Message Framing))",

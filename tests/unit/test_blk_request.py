@@ -10,10 +10,10 @@ import pytest
 
 from pyvmm.memory import GuestMemory
 from pyvmm.virtio.blk import request as blk_request
-from pyvmm.virtio.blk.request import Request, parse
+from pyvmm.virtio.blk.request import RangesRequest, Request, parse
 from pyvmm.virtio.chain import DescriptorChain, RamWindow
 
-IN, OUT, FLUSH, GET_ID = 0, 1, 4, 8
+IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPP = 0, 1, 2
 HEADER, DATA, STATUS = 0x1000, 0x2000, 0x1800
 OUTSIDE = 0x4000_0000
@@ -241,13 +241,68 @@ def test_row46_unknown_and_zone_requests(chains: Chains, type: int) -> None:
     assert (request.refusal, request.data) == (UNSUPP, [])
 
 
-@pytest.mark.parametrize("type", [11, 13, 14], ids=["DISCARD", "WRITE_ZEROES", "SECURE_ERASE"])
 @pytest.mark.parametrize("flags", [0, 1, 2, 0xFFFFFFFF])
-def test_row47_commands_of_features_we_do_not_offer(chains: Chains, type: int, flags: int) -> None:
-    chains.put_header(type)
+def test_row47_secure_erase_is_not_offered(chains: Chains, flags: int) -> None:
+    chains.put_header(14)
     chains.memory.write(DATA, struct.pack("<QII", 0, 1, flags))
     request = parsed(chains.chain([(HEADER, 16), (DATA, 16)], [(STATUS, 1)]))
     assert (request.refusal, request.answer(UNSUPP)) == (UNSUPP, 1)
+
+
+def ranges(
+    chains: Chains, type: int, segments: list[tuple[int, int, int]], cut: int = 0
+) -> Request:
+    """The request with `segments`, in one buffer or in two that are cut after `cut` bytes."""
+    chains.put_header(type)
+    data = b"".join(struct.pack("<QII", *segment) for segment in segments)
+    chains.memory.write(DATA, data)
+    parts = [(DATA, cut), (DATA + cut, len(data) - cut)] if cut else [(DATA, len(data))]
+    return parsed(chains.chain([(HEADER, 16), *parts], [(STATUS, 1)]))
+
+
+@pytest.mark.parametrize("type", [DISCARD, WRITE_ZEROES])
+@pytest.mark.parametrize("cut", [0, 1, 16, 20])
+def test_segments_are_parsed_however_they_are_cut(chains: Chains, type: int, cut: int) -> None:
+    request = ranges(chains, type, [(8, 16, 0), (2**64 - 1, 2**32 - 1, 0)], cut)
+    assert isinstance(request, RangesRequest)
+    assert request.refusal == OK
+    assert request.segments == [(8, 16, False), (2**64 - 1, 2**32 - 1, False)]
+    assert (request.sector, request.size) == (8, (16 + 2**32 - 1) * 512)
+    assert request.answer(OK) == 1
+
+
+@pytest.mark.parametrize("type", [DISCARD, WRITE_ZEROES])
+@pytest.mark.parametrize("flags", [1, 2, 3, 2**31, 2**32 - 1])
+def test_row47_flags(chains: Chains, type: int, flags: int) -> None:
+    # In the last segment of three: the first ones must not be carried out either.
+    request = ranges(chains, type, [(0, 1, 0), (1, 1, 0), (2, 1, flags)])
+    if type == WRITE_ZEROES and flags == 1:
+        assert isinstance(request, RangesRequest)
+        assert request.segments[2].unmap
+    else:
+        assert (request.refusal, request.answer(UNSUPP)) == (UNSUPP, 1)
+
+
+@pytest.mark.parametrize("type", [DISCARD, WRITE_ZEROES])
+@pytest.mark.parametrize("size", [0, 1, 15, 17, 24, 33 * 16, 2**32 - 16])
+def test_segments_of_an_odd_size_or_too_many(chains: Chains, type: int, size: int) -> None:
+    chains.put_header(type)
+    parts = [(HEADER, 16), *([(DATA, size)] if size else [])]
+    assert parsed(chains.chain(parts, [(STATUS, 1)])).refusal == IOERR
+
+
+@pytest.mark.parametrize("type", [DISCARD, WRITE_ZEROES])
+def test_row39_a_discard_with_room_for_data(chains: Chains, type: int) -> None:
+    chains.put_header(type)
+    request = parsed(chains.chain([(HEADER, 16), (DATA, 16)], [(DATA, 512), (STATUS, 1)]))
+    assert (request.refusal, request.answer(IOERR)) == (IOERR, 0)
+
+
+@pytest.mark.parametrize("type", [DISCARD, WRITE_ZEROES])
+def test_row29_segments_outside_ram(chains: Chains, type: int) -> None:
+    chains.put_header(type)
+    request = parsed(chains.chain([(HEADER, 16), (2**40, 16)], [(STATUS, 1)]))
+    assert request.refusal == IOERR
 
 
 def test_a_huge_length_is_bounded_by_ram(chains: Chains) -> None:

@@ -222,9 +222,12 @@ def test_row46_unknown_and_zone_requests(rig: Rig, image: Path, type: int) -> No
 @pytest.mark.parametrize("flags", [0, 1, 2, 2**32 - 1])
 def test_row47_discard_and_its_kin(rig: Rig, image: Path, type: int, flags: int) -> None:
     before = image.read_bytes()
-    segment = struct.pack("<QLL", 0, 8, flags)
-    assert rig.disk.call(type, 0, readable=[segment]).status == UNSUPP
-    assert image.read_bytes() == before
+    good, bad = struct.pack("<QLL", 0, 8, 0), struct.pack("<QLL", 8, 8, flags)
+    offered = type != SECURE_ERASE
+    legal = offered and (flags == 0 or (type == WRITE_ZEROES and flags == 1))
+    assert rig.disk.call(type, 0, readable=[good, bad]).status == (OK if legal else UNSUPP)
+    after = image.read_bytes()
+    assert after == (bytes(8192) + before[8192:] if legal else before)
 
 
 def test_row48_used_length_after_a_read_that_failed_midway(rig: Rig, image: Path) -> None:

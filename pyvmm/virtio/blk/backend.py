@@ -1,53 +1,103 @@
 """Where a disk's bytes are: a backend moves them between guest memory and its storage.
 
-A backend knows nothing of rings and requests; a new one (an overlay, another format, a network
-disk) is a class with these few methods.
+A backend knows nothing of rings and requests; a new one (another format, a network disk, a function
+of the sector number) is a class with a few methods:
+
+    class Zeroes(Backend):
+        size_sectors, read_only = 2048, True
+
+        def readv(self, views, size, offset):
+            scatter(bytes(size), views)
+
+docs/tutorial/03 builds one step by step.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 from pyvmm.errors import HostError
+from pyvmm.host import holes
 from pyvmm.host.files import IOV_MAX, SECTOR, ImageFile, preadv_all, pwritev_all
+from pyvmm.virtio.blk.config import BlockSizes
 
 _preadv, _pwritev = os.preadv, os.pwritev
+_ZEROES = memoryview(bytes(256 << 10))
 
 
-class Backend(Protocol):
+class Backend(ABC):
     """Storage of `size_sectors` sectors of 512 bytes. Several threads may call it at once.
 
-    Offsets and sizes are in bytes, whole sectors within the size: the device has checked that.
+    Offsets and sizes are in bytes, whole sectors within the size: the device has checked that. A
+    method that fails raises HostError; the guest then gets IOERR and the user a line.
+
+    `block_sizes` is what the guest is told to align to. `can_discard` says whether `discard` and
+    `write_zeroes` may free storage; DISCARD is offered to the guest only then.
     """
 
     size_sectors: int
-    read_only: bool
+    read_only: bool = False
+    can_discard: bool = False
+    block_sizes: BlockSizes = BlockSizes()
 
+    @abstractmethod
     def readv(self, views: list[memoryview], size: int, offset: int) -> None:
         """Fill `views`, `size` bytes in all, with what is at `offset`. Raises HostError, and then
         the views may hold anything."""
 
     def writev(self, views: list[memoryview], size: int, offset: int) -> None:
         """Write `views`, `size` bytes in all, at `offset`; need not be durable yet. Raises
-        HostError, and then any part of the range may have been written."""
+        HostError, and then any part of the range may have been written. Never called if
+        `read_only`."""
+        raise HostError(errno.EROFS, f"write of {size} bytes at {offset:#x}")
 
-    def flush(self) -> None:
+    def flush(self) -> None:  # noqa: B027 - nothing to do for storage that is as durable as it gets
         """Make durable what was written by calls that have returned. Raises HostError."""
 
-    def close(self) -> None:
+    def discard(self, offset: int, size: int) -> None:  # noqa: B027 - a hint, free to be ignored
+        """The guest no longer needs these bytes; what they read as from now on is up to you."""
+
+    def write_zeroes(self, offset: int, size: int, may_unmap: bool) -> None:
+        """Make `size` bytes at `offset` read as zeroes; storage may be freed if `may_unmap`.
+
+        Raises HostError. Unless overridden it writes them.
+        """
+        end = offset + size
+        while offset < end:
+            piece = _ZEROES[: end - offset]
+            self.writev([piece], len(piece), offset)
+            offset += len(piece)
+
+    def close(self) -> None:  # noqa: B027 - a choice
         """Give up the storage; no call may be in progress or follow."""
 
 
-class FileBackend:
+def scatter(data: bytes | bytearray | memoryview, views: list[memoryview]) -> None:
+    """Copy `data` into `views`, which have room for just that much."""
+    if len(views) == 1:
+        views[0][:] = data
+        return
+    start = 0
+    source = memoryview(data)
+    for view in views:
+        end = start + len(view)
+        view[:] = source[start:end]
+        start = end
+
+
+class FileBackend(Backend):
     """A raw image file or block device, straight to and from guest memory."""
 
     def __init__(self, image: ImageFile) -> None:
         self._image = image
         self._fd = image.fd
+        self._holes = holes.Holes(image.fd, image.is_block_device)
         self.size_sectors = image.size // SECTOR
         self.read_only = image.read_only
+        self.can_discard = not image.read_only
+        self.block_sizes = BlockSizes(*image.block_sizes) if image.block_sizes else BlockSizes()
 
     def readv(self, views: list[memoryview], size: int, offset: int) -> None:
         """See Backend. An image that somebody cut short under us is a HostError, EIO."""
@@ -80,6 +130,24 @@ class FileBackend:
             os.fdatasync(self._fd)
         except OSError as error:
             raise HostError(error.errno or 0, "fdatasync") from None
+
+    def discard(self, offset: int, size: int) -> None:
+        """See Backend: a hole in the file; ignored where the file system has none."""
+        try:
+            self._holes.discard(offset, size)
+        except OSError as error:
+            raise HostError(error.errno or 0, f"discard of {size} bytes at {offset:#x}") from None
+
+    def write_zeroes(self, offset: int, size: int, may_unmap: bool) -> None:
+        """See Backend: a hole or a zeroed extent where the file system has them, or written."""
+        try:
+            done = self._holes.zero(offset, size, may_unmap)
+        except OSError as error:
+            raise HostError(
+                error.errno or 0, f"write zeroes of {size} bytes at {offset:#x}"
+            ) from None
+        if not done:
+            super().write_zeroes(offset, size, may_unmap)
 
     def close(self) -> None:
         """See Backend; also gives up the lock on the image."""

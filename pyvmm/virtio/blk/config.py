@@ -8,6 +8,17 @@ from __future__ import annotations
 
 import struct
 from dataclasses import astuple, dataclass
+from typing import NamedTuple
+
+from pyvmm.host.files import SECTOR
+
+# Limits on what one DISCARD or WRITE_ZEROES may ask for (5.2.4), so that a single request cannot
+# hold up its queue, and a reset that waits for it, for long. Sectors of 512 bytes, per segment.
+MAX_RANGE_SEGMENTS = 32
+MAX_DISCARD_SECTORS = (1 << 30) // SECTOR
+MAX_WRITE_ZEROES_SECTORS = (128 << 20) // SECTOR
+
+WRITEBACK_OFFSET = 32  # of `wce`, the one field that a driver may write
 
 # (name, struct code) in order; little endian and packed.
 _FIELDS = (
@@ -49,13 +60,38 @@ def layout() -> dict[str, tuple[int, int]]:
     return places
 
 
+class BlockSizes(NamedTuple):
+    """Of which sizes a disk likes its requests, all in bytes: what TOPOLOGY and BLK_SIZE tell.
+
+    `logical` is the unit of addressing, `physical` what the storage writes in one piece, both
+    powers of two; `minimum` and `optimal` are whole logical blocks, 0 where there is nothing to
+    say.
+    """
+
+    logical: int = 512
+    physical: int = 4096
+    minimum: int = 4096
+    optimal: int = 0
+
+    def with_logical(self, logical: int) -> BlockSizes:
+        """The same with another logical block, to which the others are raised."""
+        return BlockSizes(
+            logical,
+            max(logical, self.physical),
+            max(logical, self.minimum - self.minimum % logical),
+            self.optimal - self.optimal % logical,
+        )
+
+
 @dataclass(frozen=True)
 class BlockConfig:
     """What the driver may learn about the disk.
 
     `capacity` is in sectors of 512 bytes; `seg_max` the most data segments of a request; `blk_size`
     the logical block in bytes; `physical_block_exp` says that a physical block is 2**exp logical
-    ones, and `min_io_size` is in logical blocks. A `num_queues` of 0 means that there is no choice.
+    ones, and `min_io_size` and `opt_io_size` are in logical blocks. `wce` is 1 for a writeback
+    cache. A `num_queues` of 0 means that there is no choice. Discards and write zeroes are limited
+    in sectors of 512 bytes per segment, and in segments; zero where they are not offered.
     """
 
     capacity: int
@@ -63,7 +99,15 @@ class BlockConfig:
     blk_size: int = 512
     physical_block_exp: int = 3
     min_io_size: int = 8
+    opt_io_size: int = 0
+    wce: int = 0
     num_queues: int = 0
+    max_discard_sectors: int = 0
+    max_discard_seg: int = 0
+    discard_sector_alignment: int = 0
+    max_write_zeroes_sectors: int = 0
+    max_write_zeroes_seg: int = 0
+    write_zeroes_may_unmap: int = 0
 
     def encode(self) -> bytes:
         """The configuration space, whole."""
@@ -79,3 +123,14 @@ class BlockConfig:
 def read_zero_filled(encoded: bytes, offset: int, length: int) -> bytes:
     """`length` bytes of a configuration space at `offset`, zero past its end (2.5)."""
     return encoded[offset : offset + length].ljust(length, b"\0")
+
+
+def topology(sizes: BlockSizes) -> dict[str, int]:
+    """The fields of `BlockConfig` that say `sizes` (5.2.4)."""
+    logical = sizes.logical
+    return {
+        "blk_size": logical,
+        "physical_block_exp": (sizes.physical // logical).bit_length() - 1,
+        "min_io_size": min(sizes.minimum // logical, 0xFFFF),
+        "opt_io_size": min(sizes.optimal // logical, 0xFFFF_FFFF),
+    }

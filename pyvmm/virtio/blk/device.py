@@ -11,23 +11,37 @@ from typing import NamedTuple
 
 from pyvmm.errors import HostError
 from pyvmm.host.log import RateLimited
-from pyvmm.virtio.blk.backend import Backend
-from pyvmm.virtio.blk.config import BlockConfig, read_zero_filled
-from pyvmm.virtio.blk.request import NO_HEADER, SECTOR, Request, parse
+from pyvmm.virtio.blk.backend import Backend, scatter
+from pyvmm.virtio.blk.config import (
+    MAX_DISCARD_SECTORS,
+    MAX_RANGE_SEGMENTS,
+    MAX_WRITE_ZEROES_SECTORS,
+    WRITEBACK_OFFSET,
+    BlockConfig,
+    read_zero_filled,
+    topology,
+)
+from pyvmm.virtio.blk.request import NO_HEADER, SECTOR, RangesRequest, Request, parse
 from pyvmm.virtio.blk.uapi import (
     FEATURE_NAMES,
     STATUS_NAMES,
     TYPE_NAMES,
     VIRTIO_BLK_F_BLK_SIZE,
+    VIRTIO_BLK_F_CONFIG_WCE,
+    VIRTIO_BLK_F_DISCARD,
     VIRTIO_BLK_F_FLUSH,
     VIRTIO_BLK_F_MQ,
     VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_SEG_MAX,
     VIRTIO_BLK_F_TOPOLOGY,
+    VIRTIO_BLK_F_WRITE_ZEROES,
     VIRTIO_BLK_ID_BYTES,
     VIRTIO_BLK_S_IOERR,
     VIRTIO_BLK_S_OK,
+    VIRTIO_BLK_S_UNSUPP,
+    VIRTIO_BLK_T_DISCARD,
     VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID,
     VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT,
 )
@@ -66,6 +80,10 @@ def _type_name(type: int) -> str:
     return TYPE_NAMES.get(type, f"request type {type}")
 
 
+class _Frozen(Exception):
+    """The host failed and the user wants the VM stopped there: the request stays unanswered."""
+
+
 class BlockDevice(QueueDevice):
     """A disk. `name` stands in messages; the guest reads `serial`, or else `name`, as its id."""
 
@@ -80,13 +98,18 @@ class BlockDevice(QueueDevice):
         serial: str = "",
         queue_size: int = 256,
         num_queues: int = 1,
+        block_size: int = 0,
+        stop: Callable[[str], None] | None = None,
         trace: Callable[[object], None] | None = None,
         log: Callable[[str], None] | None = None,
     ) -> None:
         """Put a device in front of `backend`, which it does not close.
 
-        `trace` gets a `BlockEvent` for each request; `log` one line for each that failed, and is
-        limited in rate unless given.
+        `block_size` is what the guest takes for the logical block, in bytes, if not the backend's
+        own. `stop` is told in one line of the first failure of the host; that request is never
+        answered and nothing more is served. Without it a failure is IOERR for the guest. `trace`
+        gets a `BlockEvent` for each request; `log` one line for each that failed, and is limited
+        in rate unless given.
         """
         self.name = name
         self.queue_sizes = (queue_size,) * num_queues
@@ -95,21 +118,20 @@ class BlockDevice(QueueDevice):
             VIRTIO_BLK_F_BLK_SIZE,
             VIRTIO_BLK_F_TOPOLOGY,
             VIRTIO_BLK_F_FLUSH,
+            VIRTIO_BLK_F_CONFIG_WCE,
             VIRTIO_RING_F_INDIRECT_DESC,
             VIRTIO_RING_F_EVENT_IDX,
-            *((VIRTIO_BLK_F_RO,) if backend.read_only else ()),
+            *((VIRTIO_BLK_F_RO,) if backend.read_only else (VIRTIO_BLK_F_WRITE_ZEROES,)),
+            *((VIRTIO_BLK_F_DISCARD,) if _discards(backend) else ()),
             *((VIRTIO_BLK_F_MQ,) if num_queues > 1 else ()),
         )
-        config = BlockConfig(
-            capacity=backend.size_sectors,
-            seg_max=max(1, queue_size - 2),  # a chain holds the header and the status as well
-            num_queues=num_queues if num_queues > 1 else 0,
-        )
-        self._config = config.encode()
+        self._config = _config_of(backend, queue_size, num_queues, block_size).encode()
         self._id = (serial or name).encode()[:VIRTIO_BLK_ID_BYTES].ljust(VIRTIO_BLK_ID_BYTES, b"\0")
         self._backend = backend
         self._capacity = backend.size_sectors
+        self._accepted = 0
         self._write_through = False
+        self._stop = stop
         self._trace = trace
         self._log = RateLimited(prefix=f"disk {name}: ") if log is None else log
 
@@ -117,25 +139,48 @@ class BlockDevice(QueueDevice):
         """struct virtio_blk_config, zero past its end (5.2.4, 2.5)."""
         return read_zero_filled(self._config, offset, length)
 
+    def accept_features(self, features: int) -> None:
+        """Begin with a writeback cache, if the driver can flush one (5.2.5.2 Device Requirements:
+        Device Initialization). One that cannot takes a completed write for durable (5.2.6.2)."""
+        self._accepted = features
+        self._set_writeback(has(features, VIRTIO_BLK_F_FLUSH))
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """`writeback` alone may be written, and by drivers alone that accepted CONFIG_WCE."""
+        known = offset == WRITEBACK_OFFSET and data in (b"\0", b"\1")
+        if known and has(self._accepted, VIRTIO_BLK_F_CONFIG_WCE):
+            self._set_writeback(data == b"\1")
+
+    def _set_writeback(self, on: bool) -> None:
+        self._write_through = not on
+        config, at = self._config, WRITEBACK_OFFSET
+        self._config = config[:at] + bytes([on]) + config[at + 1 :]
+
     def activate(self, activation: Activation) -> None:
-        # A driver that refused FLUSH takes a completed write for durable (5.2.6.2 Device
-        # Requirements: Device Operation).
-        self._write_through = not has(activation.features, VIRTIO_BLK_F_FLUSH)
+        if activation.features != self._accepted:  # a device that is restored, say
+            self.accept_features(activation.features)
         super().activate(activation)
+
+    def reset(self) -> None:
+        super().reset()
+        self.accept_features(0)
 
     def serve(self, queue: Queue) -> None:
         """Carry out the available requests, about BATCH_BYTES at the most."""
         budget = BATCH_BYTES
-        for chain in queue:
-            request = parse(chain)
-            if request is None:
-                self._note_unanswerable(chain)
-                queue.add_used(chain, 0)
-                continue
-            queue.add_used(chain, request.answer(self._carry_out(request)))
-            budget -= request.size
-            if budget <= 0:
-                return
+        try:
+            for chain in queue:
+                request = parse(chain)
+                if request is None:
+                    self._note_unanswerable(chain)
+                    queue.add_used(chain, 0)
+                    continue
+                queue.add_used(chain, request.answer(self._carry_out(request)))
+                budget -= request.size
+                if budget <= 0:
+                    return
+        except _Frozen:
+            queue.halt = True  # The worker waits for its stop from here on.
 
     def _carry_out(self, request: Request) -> int:
         """The status to answer."""
@@ -149,11 +194,16 @@ class BlockDevice(QueueDevice):
                     status = self._write(request)
                 elif type == VIRTIO_BLK_T_FLUSH:
                     self._backend.flush()
-                else:  # GET_ID; parse refuses all others
-                    _fill(request.data, self._id)
+                elif type == VIRTIO_BLK_T_GET_ID:
+                    scatter(self._id, request.data)
+                else:  # parse refuses all others
+                    assert isinstance(request, RangesRequest)
+                    status = self._change_ranges(request)
             except HostError as error:
                 request.reason = str(error)
                 status = VIRTIO_BLK_S_IOERR
+                if self._stop is not None:
+                    self._freeze(request)
         if status != VIRTIO_BLK_S_OK:
             self._note_failure(request, status)
         if self._trace is not None:
@@ -186,6 +236,34 @@ class BlockDevice(QueueDevice):
                 backend.flush()
         return VIRTIO_BLK_S_OK
 
+    def _change_ranges(self, request: RangesRequest) -> int:
+        discard = request.type == VIRTIO_BLK_T_DISCARD
+        feature = VIRTIO_BLK_F_DISCARD if discard else VIRTIO_BLK_F_WRITE_ZEROES
+        if not has(self._accepted, feature):
+            request.reason = f"{FEATURE_NAMES[feature]} was not negotiated"
+            return VIRTIO_BLK_S_UNSUPP
+        limit = MAX_DISCARD_SECTORS if discard else MAX_WRITE_ZEROES_SECTORS
+        for sector, count, _ in request.segments:
+            if sector + count > self._capacity:
+                return self._past_the_end(request)
+            if count > limit:
+                request.reason = f"{count} sectors in a segment, over {limit}"
+                return VIRTIO_BLK_S_IOERR
+        backend = self._backend
+        for sector, count, unmap in request.segments:
+            if discard and count:
+                backend.discard(sector * SECTOR, count * SECTOR)
+            elif count:
+                backend.write_zeroes(sector * SECTOR, count * SECTOR, unmap)
+        if self._write_through and not discard:
+            backend.flush()
+        return VIRTIO_BLK_S_OK
+
+    def _freeze(self, request: Request) -> None:
+        assert self._stop is not None
+        self._stop(f"disk {self.name}: {request.reason}")
+        raise _Frozen
+
     def _past_the_end(self, request: Request) -> int:
         request.reason = f"past the end of the disk, which has {self._capacity} sectors"
         return VIRTIO_BLK_S_IOERR
@@ -201,8 +279,25 @@ class BlockDevice(QueueDevice):
             self._trace(BlockEvent(self.name, NO_HEADER, 0, 0, -1, reason))
 
 
-def _fill(views: list[memoryview], data: bytes) -> None:
-    start = 0
-    for view in views:
-        view[:] = data[start : start + len(view)]
-        start += len(view)
+def _discards(backend: Backend) -> bool:
+    return backend.can_discard and not backend.read_only
+
+
+def _config_of(backend: Backend, queue_size: int, num_queues: int, block_size: int) -> BlockConfig:
+    """struct virtio_blk_config: zero where the feature is not offered (5.2.4)."""
+    sizes = backend.block_sizes
+    if block_size:
+        sizes = sizes.with_logical(block_size)
+    discards, zeroes = _discards(backend), not backend.read_only
+    return BlockConfig(
+        capacity=backend.size_sectors,
+        seg_max=max(1, queue_size - 2),  # a chain holds the header and the status as well
+        num_queues=num_queues if num_queues > 1 else 0,
+        max_discard_sectors=MAX_DISCARD_SECTORS if discards else 0,
+        max_discard_seg=MAX_RANGE_SEGMENTS if discards else 0,
+        discard_sector_alignment=sizes.physical // SECTOR if discards else 0,
+        max_write_zeroes_sectors=MAX_WRITE_ZEROES_SECTORS if zeroes else 0,
+        max_write_zeroes_seg=MAX_RANGE_SEGMENTS if zeroes else 0,
+        write_zeroes_may_unmap=int(discards),
+        **topology(sizes),
+    )

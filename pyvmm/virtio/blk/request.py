@@ -8,17 +8,23 @@ is the first 16 readable bytes and the status the last writable one, wherever th
 from __future__ import annotations
 
 from struct import Struct
+from typing import NamedTuple
 
 from pyvmm.errors import DriverError, GuestMemoryError
+from pyvmm.virtio.blk.config import MAX_RANGE_SEGMENTS
 from pyvmm.virtio.blk.uapi import (
+    TYPE_NAMES,
     VIRTIO_BLK_ID_BYTES,
     VIRTIO_BLK_S_IOERR,
     VIRTIO_BLK_S_OK,
     VIRTIO_BLK_S_UNSUPP,
+    VIRTIO_BLK_T_DISCARD,
     VIRTIO_BLK_T_FLUSH,
     VIRTIO_BLK_T_GET_ID,
     VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 )
 from pyvmm.virtio.chain import DescriptorChain
 
@@ -26,6 +32,7 @@ SECTOR = 512
 HEADER = Struct("<IIQ")  # struct virtio_blk_outhdr: type, ioprio, sector
 _HEADER_SIZE = HEADER.size
 _unpack_header = HEADER.unpack
+SEGMENT = Struct("<QII")  # struct virtio_blk_discard_write_zeroes: sector, num_sectors, flags
 NO_HEADER = -1  # the type of a request whose header could not be read
 
 
@@ -76,6 +83,28 @@ class Request:
             if self.type == VIRTIO_BLK_T_GET_ID:
                 written = VIRTIO_BLK_ID_BYTES
         return written + 1 if written == room else written
+
+
+class Segment(NamedTuple):
+    """A range of a DISCARD or WRITE_ZEROES, in sectors of 512 bytes."""
+
+    sector: int
+    sectors: int
+    unmap: bool
+
+
+class RangesRequest(Request):
+    """A DISCARD or WRITE_ZEROES: `size` is that of all `segments`, `sector` the first one's."""
+
+    __slots__ = ("segments",)
+
+    def __init__(
+        self, type: int, segments: list[Segment], status: memoryview, room: int, reason: str = ""
+    ) -> None:
+        size = sum(segment.sectors for segment in segments) * SECTOR
+        refusal = VIRTIO_BLK_S_UNSUPP if reason else VIRTIO_BLK_S_OK
+        super().__init__(type, segments[0].sector, [], size, status, room, refusal, reason)
+        self.segments = segments
 
 
 def parse(chain: DescriptorChain) -> Request | None:
@@ -129,9 +158,36 @@ def _parse_rare(
             return _ioerr(type, sector, status, room, f"{room} bytes are too few for an id")
         data = chain.writer().take(VIRTIO_BLK_ID_BYTES)
         return Request(type, 0, data, VIRTIO_BLK_ID_BYTES, status, room)
+    if type in (VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES):
+        return _parse_ranges(chain, type, sector, status, room)
     return Request(
         type, sector, [], 0, status, room, VIRTIO_BLK_S_UNSUPP, f"unknown request type {type}"
     )
+
+
+def _parse_ranges(
+    chain: DescriptorChain, type: int, sector: int, status: memoryview, room: int
+) -> Request:
+    """Segments that are to be discarded or zeroed, and what 5.2.6.2 wants refused of them."""
+    if room:
+        return _ioerr(type, sector, status, room, f"{TYPE_NAMES[type]} with room for data to read")
+    size = chain.readable_size - _HEADER_SIZE
+    if size <= 0 or size % SEGMENT.size:
+        return _ioerr(type, sector, status, room, f"{size} bytes are not one or more segments")
+    count = size // SEGMENT.size
+    if count > MAX_RANGE_SEGMENTS:
+        return _ioerr(type, sector, status, room, f"{count} segments, over {MAX_RANGE_SEGMENTS}")
+    reader = chain.reader()
+    reader.skip(_HEADER_SIZE)
+    copy = reader.read(size)
+    allowed = VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP if type == VIRTIO_BLK_T_WRITE_ZEROES else 0
+    segments, reason = [], ""
+    for first, sectors, flags in SEGMENT.iter_unpack(copy):
+        if flags & ~allowed:
+            reason = f"flags {flags:#x} in a {TYPE_NAMES[type]}"
+        unmap = bool(flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP)
+        segments.append(Segment(first, sectors, unmap))
+    return RangesRequest(type, segments, status, room, reason)
 
 
 def _without_header(chain: DescriptorChain) -> list[tuple[int, int]]:
