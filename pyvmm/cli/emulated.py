@@ -22,7 +22,7 @@ from pyvmm.host import log
 from pyvmm.machine.builder import check_boot
 from pyvmm.machine.disks import lock_image
 from pyvmm.machine.outcome import Ending
-from pyvmm.machine.spec import DiskSpec, VmSpec, to_json
+from pyvmm.machine.spec import DeviceSpec, DiskSpec, VmSpec, to_json
 from pyvmm.machine.trace import cannot_write
 from pyvmm.platform.console import standard_fds
 from pyvmm.platform.escape import HELP, Command, EscapeParser
@@ -87,7 +87,16 @@ def _with_real_paths(spec: VmSpec) -> VmSpec:
         kernel=_visible(spec.kernel, "--kernel"),
         initrd=None if spec.initrd is None else _visible(spec.initrd, "--initrd"),
         disks=tuple(replace(disk, path=os.path.realpath(disk.path)) for disk in spec.disks),
+        devices=_devices_inside(spec),
     )
+
+
+def _devices_inside(spec: VmSpec) -> tuple[DeviceSpec, ...]:
+    if not spec.devices:
+        return ()
+    from pyvmm.machine import devices
+
+    return devices.for_emulated_host(spec.devices, _visible)
 
 
 def _visible(path: str, option: str) -> str:

@@ -48,6 +48,14 @@ Exit codes:
     help="Initial RAM disk. Debian's kernels need one, as their virtio drivers are modules.",
 )
 @click.option("--rng", is_flag=True, help="Add a virtio-rng device: random numbers for the guest.")
+@click.option(
+    "--device",
+    "user_devices",
+    metavar="FILE.py:CLASS[,KEY=VALUE]",
+    multiple=True,
+    help="Add a virtio device of your own: a class in a Python file, with its options; may be "
+    "repeated.",
+)
 @click.option("--cpus", type=int, default=1, show_default=True, help="Number of vCPUs.")
 @click.option(
     "--memory", metavar="SIZE", default="512M", show_default=True, help="RAM, such as 512M or 2G."
@@ -88,6 +96,7 @@ def run(
     disks: tuple[str, ...],
     initrd: str | None,
     rng: bool,
+    user_devices: tuple[str, ...],
     cpus: int,
     memory: str,
     cmdline: str,
@@ -115,5 +124,8 @@ def run(
         kvm=kvm,
         discovery=discovery,
         name=name,
-        devices=[("rng", "")] if rng else [],
+        devices=[
+            *([("rng", "")] if rng else []),
+            *(("user", text) for text in user_devices),
+        ],
     )

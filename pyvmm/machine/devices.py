@@ -7,12 +7,14 @@ A kind is a module of its own, loaded when a VM has such a device. It has
     open_device(spec, context) -> VirtioDevice
                                             raises ConfigError for what the user can mend
 
-and may have `check(spec) -> Spec`, which fills in and refuses what needs no file to be seen wrong.
+and may have `check(spec) -> Spec`, which fills in and refuses what needs no file to be seen wrong,
+and `for_emulated_host(spec, visible) -> Spec`, which does so with the rest before an emulated host
+is started, and makes paths ones that are seen there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -25,6 +27,7 @@ from pyvmm.virtio.device import VirtioDevice
 # Kind → module. The order is the one in which a VM's devices appear in the guest, after its disks.
 KINDS = {
     "rng": "pyvmm.machine.device_rng",
+    "user": "pyvmm.machine.device_user",
 }
 
 
@@ -50,6 +53,20 @@ def check(devices: Iterable[DeviceSpec]) -> tuple[DeviceSpec, ...]:
         refine = getattr(_module(spec.kind), "check", None)
         checked.append(spec if refine is None else refine(spec))
     return tuple(checked)
+
+
+def for_emulated_host(
+    devices: Iterable[DeviceSpec], visible: Callable[[str, str], str]
+) -> tuple[DeviceSpec, ...]:
+    """The devices as they are to be asked for inside an emulated host. Raises ConfigError.
+
+    `visible(path, option)` gives the path by which a file is seen there, or raises ConfigError.
+    """
+    inside = []
+    for spec in devices:
+        refine = getattr(_module(spec.kind), "for_emulated_host", None)
+        inside.append(spec if refine is None else refine(spec, visible))
+    return tuple(inside)
 
 
 def open_device(spec: DeviceSpec, context: Context) -> VirtioDevice:

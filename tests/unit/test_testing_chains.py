@@ -6,6 +6,7 @@ The device is an echo on the real transport; which rings there are depends on wh
 from __future__ import annotations
 
 import pytest
+from rings import ALL_FEATURES, RINGS, for_each_ring
 
 from pyvmm.memory import GuestMemory
 from pyvmm.testing import (
@@ -20,17 +21,14 @@ from pyvmm.testing import (
     placements,
 )
 from pyvmm.testing import mmio_driver as mmio_module
-from pyvmm.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC, mask
 from pyvmm.virtio.worker import QueueDevice
-
-RINGS = ["split"]
 
 
 class Echo(QueueDevice):
     """Answers with what it reads, cut or filled up with zeros to what fits."""
 
     name, device_type, queue_sizes = "echo", 42, (16, 8)
-    features = mask(VIRTIO_F_INDIRECT_DESC, VIRTIO_F_EVENT_IDX)
+    features = ALL_FEATURES
 
     def serve(self, queue):
         for chain in queue:
@@ -44,12 +42,6 @@ class Echo(QueueDevice):
 def echo(request):
     with attached(Echo(), ring=request.param) as driver:
         yield driver
-
-
-def for_each_ring(values):
-    return [
-        pytest.param(ring, value, id=f"{ring}-{value}") for ring in RINGS for value in values(ring)
-    ]
 
 
 @pytest.mark.parametrize("ring, legal", for_each_ring(legal_chains))

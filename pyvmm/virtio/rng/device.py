@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+from pyvmm.errors import GuestMemoryError
 from pyvmm.virtio.features import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, mask
 from pyvmm.virtio.queue import Queue
 from pyvmm.virtio.worker import QueueDevice
@@ -30,8 +31,12 @@ class EntropyDevice(QueueDevice):
         self.name = name
 
     def serve(self, queue: Queue) -> None:
-        """Return each buffer with up to MOST_BYTES random bytes."""
+        """Return each buffer with up to MOST_BYTES random bytes; with none if it is not in RAM."""
         for chain in queue:
             writer = chain.writer()
-            writer.write(os.urandom(min(writer.available, MOST_BYTES)))
-            queue.add_used(chain, writer.written)
+            written = min(writer.available, MOST_BYTES)
+            try:
+                writer.write(os.urandom(written))
+            except GuestMemoryError:
+                written = 0
+            queue.add_used(chain, written)
