@@ -6,8 +6,7 @@
         driver.kick(0)
         …
 
-Chains that use a table need VIRTIO_F_INDIRECT_DESC. Those that break a rule are in
-`pyvmm.testing.illegal`.
+Those that break a rule are in `pyvmm.testing.illegal`.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ BOTH = ("split", "packed")
 class LegalChain:
     """A chain that every device has to take; sizes of its parts in bytes.
 
-    `arrange` puts it into the ring, the usual way unless given.
+    `indirect` tells those that need VIRTIO_F_INDIRECT_DESC. `arrange` puts it into the ring, the usual way unless given.
     """
 
     name: str
@@ -123,16 +122,29 @@ LEGAL = (
     LegalChain("table of one", (), (9,), indirect=True),
     LegalChain("table", (5, 6, 7), (7, 6, 5), indirect=True),
     LegalChain("scrambled table", (5, 6, 7), (7, 6, 5), indirect=True, scrambled=True),
-    LegalChain("table behind WRITE", (5,), (7,), arrange=_write_flag_on_table),
-    LegalChain("direct, then table", (5, 6), (7,), rings=("split",), arrange=_table_behind_direct),
+    LegalChain("table behind WRITE", (5,), (7,), indirect=True, arrange=_write_flag_on_table),
+    LegalChain(
+        "direct, then table",
+        (5, 6),
+        (7,),
+        indirect=True,
+        rings=("split",),
+        arrange=_table_behind_direct,
+    ),
     LegalChain("reserved flags", (5, 6), (7,), arrange=_reserved_flags),
     LegalChain(
-        "reserved flags in table", (5, 6), (7,), rings=("packed",), arrange=_next_in_packed_table
+        "reserved flags in table",
+        (5, 6),
+        (7,),
+        indirect=True,
+        rings=("packed",),
+        arrange=_next_in_packed_table,
     ),
 )
 """Chains of up to eight descriptors that the specification allows."""
 
 
-def legal_chains(ring: str) -> list[LegalChain]:
-    """Those of LEGAL that fit a ``"split"`` or a ``"packed"`` ring."""
-    return [chain for chain in LEGAL if ring in chain.rings]
+def legal_chains(ring: str, *, tables: bool = True) -> list[LegalChain]:
+    """Those of LEGAL that fit a ``"split"`` or a ``"packed"`` ring; without `tables` only those
+    that do not need VIRTIO_F_INDIRECT_DESC."""
+    return [chain for chain in LEGAL if ring in chain.rings and (tables or not chain.indirect)]

@@ -50,9 +50,18 @@ class IllegalChain:
         self.build(queue)
 
 
-def illegal_chains(ring: str, outcome: Outcome | None = None) -> list[IllegalChain]:
-    """Those of ILLEGAL that fit a ``"split"`` or a ``"packed"`` ring, all or one outcome only."""
-    return [chain for chain in ILLEGAL if ring in chain.rings and outcome in (None, chain.outcome)]
+def illegal_chains(
+    ring: str, outcome: Outcome | None = None, *, tables: bool = True
+) -> list[IllegalChain]:
+    """Those of ILLEGAL that fit a ``"split"`` or a ``"packed"`` ring, all or one outcome only;
+    without `tables` only those that do not need VIRTIO_F_INDIRECT_DESC."""
+    return [
+        chain
+        for chain in ILLEGAL
+        if ring in chain.rings
+        and outcome in (None, chain.outcome)
+        and (tables or not chain.indirect)
+    ]
 
 
 def _elements_of(
