@@ -24,7 +24,8 @@ BOTH = ("split", "packed")
 class LegalChain:
     """A chain that every device has to take; sizes of its parts in bytes.
 
-    `indirect` tells those that need VIRTIO_F_INDIRECT_DESC. `arrange` puts it into the ring, the usual way unless given.
+    `indirect` tells those that need VIRTIO_F_INDIRECT_DESC. `arrange` puts the chain into the
+    ring, the usual way unless given.
     """
 
     name: str
