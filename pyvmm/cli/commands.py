@@ -17,13 +17,17 @@ class Commands(click.Group):
     """Imports a command only when it is called: each has its own needs, and `run` is in a hurry."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["run", "doctor", "image"]
+        return ["run", "vhost-user-blk", "doctor", "image"]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name == "run":
             from pyvmm.cli.run import run
 
             return run
+        if cmd_name == "vhost-user-blk":
+            from pyvmm.cli.vhost_user import vhost_user_blk
+
+            return vhost_user_blk
         if cmd_name == "doctor":
             from pyvmm.cli.doctor import doctor
 

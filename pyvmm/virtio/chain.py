@@ -29,7 +29,11 @@ class RamWindow:
 
     def __init__(self, memory: GuestMemory) -> None:
         self.memory = memory
-        region = memory.regions[0]
+        self.refresh()
+
+    def refresh(self) -> None:
+        """The memory's regions have changed; nobody may be using the window."""
+        region = self.memory.regions[0]
         self.start = region.guest_addr
         self.end = region.end
         self.size = region.size

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Protocol
 
-from pyvmm.errors import PyvmmError
+from pyvmm.errors import GuestMemoryError, PyvmmError
 from pyvmm.host.log import RateLimited, Sink, to_stderr
 from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
@@ -30,7 +30,7 @@ from pyvmm.virtio.defects import as_device_failure
 from pyvmm.virtio.device import Activation, VirtioDevice
 from pyvmm.virtio.features import describe
 from pyvmm.virtio.queue import Queue
-from pyvmm.virtio.queue_state import QueueConfig
+from pyvmm.virtio.queue_state import QueueConfig, QueueState
 from pyvmm.virtio.split_queue import SplitQueue
 
 # Bits of the interrupt status; virtio-pci's are the same (4.1.4.5 ISR status capability).
@@ -186,10 +186,11 @@ class Lifecycle:
     def _build_queues(self, accepted: int) -> tuple[Queue | None, ...]:
         queues: list[Queue | None] = []
         for index, config in enumerate(self.state.queues):
-            kick = self._kicks[index]
-            queue = SplitQueue(self.memory, config, accepted, index, kick) if config.ready else None
-            queues.append(queue)
+            queues.append(self._build_queue(index, config, accepted) if config.ready else None)
         return tuple(queues)
+
+    def _build_queue(self, index: int, config: QueueConfig, accepted: int) -> Queue:
+        return SplitQueue(self.memory, config, accepted, index, self._kicks[index])
 
     def stop_queue(self, index: int) -> None:
         """Touch the ring of queue `index` no more, until the device is reset and set up again."""
@@ -201,6 +202,39 @@ class Lifecycle:
             # Once the lock is ours, the batch in progress has ended, and no other will begin.
             with queue.lock:
                 queue.ready = False
+
+    def suspend(self) -> tuple[QueueState | None, ...]:
+        """Quiesce the device: what it has begun is completed and the driver notified.
+
+        The state of each queue that it had, for a queue that goes on there later. Nothing else is
+        cleared: `reset` must follow. Raises PyvmmError if the device cannot be stopped.
+        """
+        queues = self._queues
+        try:
+            self.device.reset()
+        except Exception as error:
+            raise as_device_failure(self.device.name, error) from None
+        return tuple(queue.state() if queue is not None else None for queue in queues)
+
+    def memory_changed(self) -> None:
+        """The memory has other regions now: each queue finds its rings anew.
+
+        Raises GuestMemoryError if a ring is no longer in RAM, and the device has failed then.
+        """
+        for queue in self._queues:
+            if queue is None:
+                continue
+            queue.halt = True  # as in `stop_queue`
+            with queue.lock:
+                try:
+                    if queue.ready:
+                        queue.remap()
+                except GuestMemoryError as error:
+                    self.fail(error)
+                    raise
+                finally:
+                    queue.halt = False
+            queue.kick.signal()  # for a worker that ended its batch early because of us
 
     def fail(self, error: PyvmmError) -> None:
         """Set DEVICE_NEEDS_RESET because of `error`, and touch no ring until the driver resets.

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from pyvmm.host.syscalls import EventFd
 from pyvmm.virtio.chain import DescriptorChain
+from pyvmm.virtio.queue_state import QueueState
 
 
 class Queue(Protocol):
@@ -48,3 +49,10 @@ class Queue(Protocol):
     def enable_notification(self) -> bool:
         """Ask for kicks again; True if more became available meanwhile, so that it must be
         processed before waiting. Chains left in the ring on purpose count once only."""
+
+    def remap(self) -> None:
+        """The memory has other regions now: find the rings in it again, with `lock` held. Raises
+        GuestMemoryError if they are no longer RAM; the queue cannot be used then."""
+
+    def state(self) -> QueueState:
+        """The queue as plain data; the device must be at rest, and used chains published."""

@@ -81,14 +81,7 @@ class SplitQueue:
         self._ram = RamWindow(memory)
         self._indirect = bool(features >> feature_bits.VIRTIO_RING_F_INDIRECT_DESC & 1)
         self._event_idx = bool(features >> feature_bits.VIRTIO_RING_F_EVENT_IDX & 1)
-
-        self._table = memory.view(config.desc_addr, desc_bytes(size)).toreadonly()
-        # Element 0 is flags, 1 idx, 2… ring, the last one used_event.
-        self._avail = memory.view(config.avail_addr, avail_bytes(size)).toreadonly().cast("H")
-        used = memory.view(config.used_addr, used_bytes(size))
-        self._used = used[:4].cast("H")  # flags, idx
-        self._used_ring = used[4 : 4 + 8 * size].cast("Q")  # id in the low half, len in the high
-        self._avail_event = used[4 + 8 * size :].cast("H")
+        self._find_rings()
 
         self._mask = size - 1
         self._next_avail = 0  # free-running, of the next chain to take
@@ -101,6 +94,24 @@ class SplitQueue:
         self._batch = 0
         self._last_head = -1  # of the last pop, until it is stepped back or returned
         self._settled = (-1, -1)  # (avail.idx, _next_avail) at the last enable_notification
+
+    def _find_rings(self) -> None:
+        memory, config, size = self._ram.memory, self._config, self.size
+        self._table = memory.view(config.desc_addr, desc_bytes(size)).toreadonly()
+        # Element 0 is flags, 1 idx, 2… ring, the last one used_event.
+        self._avail = memory.view(config.avail_addr, avail_bytes(size)).toreadonly().cast("H")
+        used = memory.view(config.used_addr, used_bytes(size))
+        self._used = used[:4].cast("H")  # flags, idx
+        self._used_ring = used[4 : 4 + 8 * size].cast("Q")  # id in the low half, len in the high
+        self._avail_event = used[4 + 8 * size :].cast("H")
+
+    def remap(self) -> None:
+        """The memory has other regions now: find the rings in it again. `lock` must be held.
+
+        Raises GuestMemoryError if they are no longer RAM; the queue cannot be used then.
+        """
+        self._find_rings()
+        self._ram.refresh()
 
     # --- taking chains ---------------------------------------------------------------------------
 

@@ -1,0 +1,161 @@
+"""Serving a device at a socket: one front end at a time, each in a process of its own.
+
+A process each, because a front end can do what no check prevents: truncate the memory that it
+lent, at which an access of ours raises SIGBUS, or lend memory whose pages never come. It then costs
+itself its connection, and the next one finds the device as new. Memory, threads and file
+descriptors cannot leak from one to the next either.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+from collections.abc import Iterator
+
+from pyvmm.errors import PyvmmError
+from pyvmm.host import unix_socket
+from pyvmm.host.log import RateLimited, Sink
+from pyvmm.host.syscalls import EventFd
+from pyvmm.transport.vhost_user.back_end import BackEnd
+from pyvmm.transport.vhost_user.channel import Channel
+from pyvmm.virtio.device import VirtioDevice
+from pyvmm.virtio.lifecycle import Trace
+
+_ENDING = (signal.SIGTERM, signal.SIGINT)
+_REFUSED, _DEFECT = 1, 70  # a child's exit codes; the latter is EX_SOFTWARE
+GRACE = 30  # seconds for a connection's process to finish its I/O once the front end has gone
+
+
+def serve(device: VirtioDevice, path: str, *, trace: Trace | None = None) -> None:
+    """Serve `device` to vhost-user front ends that connect to the Unix socket `path`, for ever.
+
+    One front end is served at a time, by a child process with the device as it is now: files that
+    the device has open are shared with it, threads are not, so it should have none yet. Returns
+    when the process is asked to end by SIGTERM or SIGINT (call it from the main thread). Raises
+    ConfigError for a path where nothing can listen, HostError.
+    """
+    listener = unix_socket.listen(path, option="--socket")
+    log = RateLimited(prefix=f"{device.name}: ")
+    try:
+        with listener, _ending_signals() as ended:
+            log(f"waiting for a vhost-user front end at {path}")
+            while _wait(listener, ended):
+                connection, _ = listener.accept()
+                with connection:
+                    _serve_in_child(device, connection, listener, ended, log, trace)
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+def serve_connection(
+    device: VirtioDevice,
+    connection: socket.socket,
+    *,
+    log: Sink | None = None,
+    trace: Trace | None = None,
+) -> None:
+    """Serve one front end until it goes, in this process and thread.
+
+    For a socket that was come by otherwise. A front end that truncates its memory ends the process
+    by SIGBUS. Raises FrontEndError for one that broke the protocol, HostError.
+    """
+    channel = Channel(connection)
+    back_end = BackEnd(device, trace=trace, **({} if log is None else {"log": log}))
+    try:
+        while True:
+            message = channel.receive()
+            if message is None:
+                return
+            with message:
+                reply = back_end.handle(message)
+            if reply is not None and not channel.reply(message.request, reply):
+                return
+    finally:
+        back_end.close()
+
+
+def _serve_in_child(
+    device: VirtioDevice,
+    connection: socket.socket,
+    listener: socket.socket,
+    ended: EventFd,
+    log: RateLimited,
+    trace: Trace | None,
+) -> None:
+    log(f"front end connected (PID {unix_socket.peer_pid(connection)})")
+    child = os.fork()
+    if child == 0:
+        code = _DEFECT
+        try:
+            listener.close()
+            for number in _ENDING:
+                signal.signal(number, signal.SIG_DFL)
+            serve_connection(device, connection, trace=trace)
+            code = 0
+        except PyvmmError as error:
+            log(f"connection given up: {error}")
+            code = _REFUSED
+        except Exception as error:
+            log(f"a defect in pyvmm: {type(error).__name__}: {error}")
+        finally:
+            os._exit(code)
+    log(_ending(_await_child(child, connection, ended)))
+
+
+def _await_child(child: int, connection: socket.socket, ended: EventFd) -> int:
+    """Its wait status, once it has ended: by itself, or because it was told to."""
+    pidfd = os.pidfd_open(child)
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        poll.register(ended.fd, select.POLLIN)
+        poll.register(connection, select.POLLRDHUP)
+        poll.poll()
+        if _signalled(ended):
+            os.kill(child, signal.SIGTERM)
+        # The front end has gone, or the child has, or is about to.
+        alone = select.poll()
+        alone.register(pidfd, select.POLLIN)
+        if not alone.poll(GRACE * 1000):
+            os.kill(child, signal.SIGKILL)
+    finally:
+        os.close(pidfd)
+    return os.waitpid(child, 0)[1]
+
+
+def _ending(wait_status: int) -> str:
+    if os.WIFSIGNALED(wait_status):
+        number = os.WTERMSIG(wait_status)
+        if number == signal.SIGBUS:
+            return "connection given up: the front end took memory away that it had lent"
+        return f"connection ended by {signal.Signals(number).name}"
+    return "front end disconnected" if os.WEXITSTATUS(wait_status) == 0 else "ready for another"
+
+
+def _wait(listener: socket.socket, ended: EventFd) -> bool:
+    """Whether a front end has connected; False if the process is to end."""
+    poll = select.poll()
+    poll.register(listener, select.POLLIN)
+    poll.register(ended.fd, select.POLLIN)
+    poll.poll()
+    return not _signalled(ended)
+
+
+def _signalled(ended: EventFd) -> bool:
+    return bool(select.select([ended.fd], [], [], 0)[0])
+
+
+@contextlib.contextmanager
+def _ending_signals() -> Iterator[EventFd]:
+    """An eventfd that a signal which ends the process makes readable instead."""
+    with EventFd() as ended:
+        before = {number: signal.signal(number, lambda *_: ended.signal()) for number in _ENDING}
+        try:
+            yield ended
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)

@@ -1,0 +1,105 @@
+"""What a front end has said of one ring, and where the ring stands."""
+
+from __future__ import annotations
+
+from pyvmm.errors import DriverError
+from pyvmm.transport.vhost_user.front_end_fd import FrontEndFd
+from pyvmm.transport.vhost_user.memory_table import MemoryTable
+from pyvmm.transport.vhost_user.protocol import FrontEndError
+from pyvmm.virtio.queue_state import QueueConfig, QueueState, is_valid_size
+
+_POSITION = "2.7.8 The Virtqueue Used Ring"
+
+
+class Vring:
+    """Ring `index`: `kick` and `call` and `error` are the front end's eventfds; `started` from the
+    kick's arrival until GET_VRING_BASE; `enabled` as SET_VRING_ENABLE says.
+
+    A ring that runs is started, enabled, and has a size and addresses.
+    """
+
+    def __init__(self, index: int, max_size: int) -> None:
+        """Raises HostError without file descriptors."""
+        self.index = index
+        self.max_size = max_size
+        self.kick = FrontEndFd()
+        self.call = FrontEndFd()
+        self.error = FrontEndFd()
+        self.size = 0
+        self.addresses: tuple[int, int, int] | None = None  # user addresses: desc, used, avail
+        self.base = 0
+        self.started = False
+        self.enabled = False
+
+    @property
+    def runnable(self) -> bool:
+        """Whether the device may work on it."""
+        return self.started and self.enabled and bool(self.size) and self.addresses is not None
+
+    def set_size(self, size: int) -> None:
+        """Raises FrontEndError for a size that cannot be, or in a ring that is started."""
+        self._check_stopped("size")
+        if not is_valid_size(size, self.max_size):
+            raise FrontEndError(
+                f"ring {self.index}: {size} is not a power of two from 1 to {self.max_size}"
+            )
+        self.size = size
+
+    def set_addresses(self, addresses: tuple[int, int, int]) -> None:
+        """Raises FrontEndError for others in a ring that is started."""
+        if addresses != self.addresses:
+            self._check_stopped("address")
+            self.addresses = addresses
+
+    def set_base(self, base: int) -> None:
+        """Raises FrontEndError for what is no 16-bit position, or in a ring that is started."""
+        self._check_stopped("base")
+        if base > 0xFFFF:
+            raise FrontEndError(f"ring {self.index}: {base:#x} is no position in it")
+        self.base = base
+
+    def _check_stopped(self, what: str) -> None:
+        if self.started:
+            raise FrontEndError(f"ring {self.index}: {what} changed while it is started")
+
+    def config(self, table: MemoryTable) -> QueueConfig:
+        """The queue in guest addresses. Raises FrontEndError for a user address outside memory;
+        nothing else is checked."""
+        assert self.addresses is not None
+        desc, used, avail = map(table.guest_address, self.addresses)
+        return QueueConfig(self.max_size, self.size, desc, avail, used)
+
+    def resume(self, config: QueueConfig, table: MemoryTable) -> QueueState:
+        """The queue as it was left, by us or by a back end before us.
+
+        Requests that were taken and not returned, those between the used index and the base, are
+        taken again: they are whole in the ring as long as a device uses them in order. Raises
+        DriverError for a base that the ring contradicts.
+        """
+        config.validate(table.memory)
+        used_idx = int.from_bytes(table.memory.read(config.used_addr + 2, 2), "little")
+        if (self.base - used_idx) & 0xFFFF > config.size:
+            raise DriverError(
+                f"base {self.base} with a used index of {used_idx} in a queue of {config.size}",
+                section=_POSITION,
+            )
+        return QueueState(
+            config.max_size,
+            config.size,
+            config.desc_addr,
+            config.avail_addr,
+            config.used_addr,
+            next_avail=used_idx,
+            next_used=used_idx,
+        )
+
+    def reset(self) -> None:
+        """As new, but for the eventfds."""
+        self.size = self.base = 0
+        self.addresses = None
+        self.started = self.enabled = False
+
+    def close(self) -> None:
+        """Give the eventfds back."""
+        for fd in (self.kick, self.call, self.error):
+            fd.close()
