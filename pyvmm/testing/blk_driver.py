@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from pyvmm.testing.mmio_driver import MmioDriver
 from pyvmm.testing.mock_driver import Buffer
+from pyvmm.testing.vhost_user_driver import VhostUserDriver
 
 # 5.2.6 Device Operation
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES, SECURE_ERASE = 0, 1, 4, 8, 11, 13, 14
@@ -47,7 +48,7 @@ def header(type: int, sector: int = 0) -> bytes:
 class BlockDriver:
     """Sends requests to queue `queue` of a block device that is up and running."""
 
-    def __init__(self, driver: MmioDriver, queue: int = 0) -> None:
+    def __init__(self, driver: MmioDriver | VhostUserDriver, queue: int = 0) -> None:
         self.driver = driver
         self.queue = queue
 

@@ -1,0 +1,174 @@
+"""`pyvmm vhost-user-blk` as a process: front ends that come, go and misbehave in turn."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+
+import pytest
+
+from pyvmm.memory import GuestMemory
+from pyvmm.testing.blk_driver import OK, BlockDriver
+from pyvmm.testing.ring import Buffer
+from pyvmm.testing.vhost_user_driver import ADD_MEM_REG, USER_BASE, VhostUserDriver, connect
+
+MIB = 1 << 20
+
+
+class Server:
+    """`pyvmm vhost-user-blk` on an image of one MiB."""
+
+    def __init__(self, folder, *options, image="disk.img"):
+        self.path = folder / "disk.sock"
+        self.image = folder / image
+        if not self.image.exists():
+            self.image.write_bytes(bytes(range(256)) * (MIB // 256))
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pyvmm", "vhost-user-blk", "--socket", str(self.path),
+             "--disk", str(self.image), *options],
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+
+    def front_end(self):
+        return VhostUserDriver(connect(self.path), GuestMemory([(0, MIB)]))
+
+    def reads(self):
+        """Whether a new front end can read the disk."""
+        with self.front_end() as driver:
+            driver.start()
+            answer = BlockDriver(driver).read(0, 512)
+            return answer.status == OK and answer.data == bytes(range(256)) * 2
+
+    def end(self, number=signal.SIGTERM):
+        """Its exit code and what it said."""
+        self.process.send_signal(number)
+        _, text = self.process.communicate(timeout=60)
+        return self.process.returncode, text
+
+
+@pytest.fixture
+def server(tmp_path):
+    server = Server(tmp_path)
+    yield server
+    if server.process.poll() is None:
+        server.process.kill()
+    server.process.communicate()
+
+
+def test_front_ends_come_and_go(server):
+    for _ in range(3):
+        assert server.reads()
+    code, text = server.end()
+    assert code == 0
+    assert len(re.findall("front end connected", text)) == 3
+    assert not server.path.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_with_a_front_end_connected(server, number):
+    with server.front_end() as driver:
+        driver.start()
+        assert BlockDriver(driver).read(0, 512).status == OK
+        assert server.end(number)[0] == 0
+        driver.wait_gone()
+    assert not server.path.exists()
+
+
+def test_a_front_end_that_truncates_its_memory_loses_only_its_connection(server):
+    with server.front_end() as driver:
+        driver.start()
+        os.ftruncate(driver.memory.fd, 0)
+        driver.kick()
+        driver.wait_gone()
+    assert server.reads()
+    code, text = server.end()
+    assert code == 0
+    assert "took memory away that it had lent" in text
+
+
+def test_a_front_end_that_truncates_its_buffers_gets_an_error(server):
+    """The kernel notices: EFAULT, not SIGBUS."""
+    with server.front_end() as driver:
+        driver.start()
+        late = GuestMemory([(0, MIB)])
+        row = struct.pack("=5Q", 0, 16 * MIB, MIB, USER_BASE + 16 * MIB, 0)
+        driver.tell(ADD_MEM_REG, row, [late.fd])
+        os.ftruncate(late.fd, 0)
+        chain = driver.submit(0, [struct.pack("<LLQ", 0, 0, 0)], [Buffer(16 * MIB, 512), 1])
+        driver.wait_used(0, chain)
+        assert driver.memory.read(*chain.writable[1]) == b"\x01", "not VIRTIO_BLK_S_IOERR"
+        assert BlockDriver(driver).read(0, 512).status == OK
+    assert server.end()[0] == 0
+
+
+def test_a_front_end_that_is_gone_in_the_middle_of_its_requests_comes_back(server):
+    with server.front_end() as driver:
+        driver.start()
+        for sector in range(16):
+            driver.submit(0, [sector.to_bytes(4, "little") + bytes(12)], [4096, 1])
+    assert server.reads()
+
+
+def test_nonsense_ends_one_connection(server):
+    with server.front_end() as driver:
+        driver.connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        driver.wait_gone()
+    assert server.reads()
+    assert "connection given up" in server.end()[1]
+
+
+def test_a_flood_of_connections_leaves_a_short_log(server):
+    for _ in range(100):
+        with server.front_end() as driver:
+            driver.connection.sendall(b"nonsense" * 8)
+            driver.wait_gone()
+    code, text = server.end()
+    assert code == 0
+    assert len(text.splitlines()) < 100
+
+
+def test_a_socket_of_somebody_who_died_is_replaced(server):
+    wait_for_socket(server)
+    server.process.kill()
+    server.process.wait()
+    assert server.path.exists()
+    again = Server(server.path.parent)
+    try:
+        again.process.stderr.readline()
+        assert again.reads()
+    finally:
+        assert again.end()[0] == 0
+
+
+def test_a_socket_where_somebody_listens_is_left_alone(server, tmp_path):
+    wait_for_socket(server)
+    second = Server(tmp_path, image="other.img")
+    _, text = second.process.communicate(timeout=60)
+    assert second.process.returncode == 2
+    assert text.count("\n") == 1 and "listens" in text and "--socket" in text
+    assert server.reads()
+
+
+@pytest.mark.parametrize(
+    ("name", "what"), [("file", "is no socket"), ("none/s", "No such"), ("x" * 200, "too long")]
+)
+def test_a_path_that_cannot_be_is_one_line(tmp_path, name, what):
+    (tmp_path / "file").write_bytes(b"precious")
+    (tmp_path / "disk.img").write_bytes(bytes(512))
+    done = subprocess.run(
+        [sys.executable, "-m", "pyvmm", "vhost-user-blk", "--socket", str(tmp_path / name),
+         "--disk", str(tmp_path / "disk.img")],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert what in done.stderr and done.stderr.count("\n") == 1
+    assert (tmp_path / "file").read_bytes() == b"precious"
+
+
+def wait_for_socket(server):
+    with connect(server.path):
+        return str(server.path)
