@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import replace
 
 import click
 
+from pyvmm.errors import ConfigError
 from pyvmm.machine.spec import parse_disk
+
+MAX_QUEUES = 16
 
 EPILOG = """\b
 Example, with QEMU (10 or 7.2) as the monitor:
@@ -29,21 +31,43 @@ Example, with QEMU (10 or 7.2) as the monitor:
 )
 @click.option(
     "--disk",
-    metavar="PATH[,readonly][,id=NAME]",
+    metavar="PATH[,OPTION...]",
     required=True,
-    help="Raw image or block device to serve.",
+    help="Raw image or block device to serve, with the options of `pyvmm run --disk`.",
+)
+@click.option(
+    "--queues",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Request queues, served by a thread each; a front end may use fewer.",
 )
 @click.option("--debug", is_flag=True, help="Show a traceback when pyvmm itself fails.")
-def vhost_user_blk(path: str, disk: str, debug: bool) -> int:
+def vhost_user_blk(path: str, disk: str, queues: int, debug: bool) -> int:
     """Serve a disk to QEMU, Cloud Hypervisor or libblkio over vhost-user.
 
     The same virtio-blk device that `pyvmm run --disk` has. Ends on SIGTERM or Ctrl-C.
     """
-    from pyvmm.machine.disks import open_disk
+    from pyvmm.machine.disks import open_backend
     from pyvmm.transport.vhost_user import serve
+    from pyvmm.virtio.blk.device import BlockDevice
 
     spec = parse_disk(disk)
+    if spec.on_error == "stop":
+        raise ConfigError(
+            "on-error=stop needs a machine that could be stopped, which is the front end's here",
+            cure="leave it out",
+            option="--disk",
+        )
+    if not 1 <= queues <= MAX_QUEUES:
+        raise ConfigError(
+            f"{queues} queues cannot be had", cure=f"use 1 to {MAX_QUEUES}", option="--queues"
+        )
+    name = spec.id or "disk0"
     with ExitStack() as closing:
-        device = open_disk(replace(spec, id=spec.id or "disk0"), None, closing)
+        backend = open_backend(spec, closing)
+        device = BlockDevice(
+            backend, name=name, serial=name, block_size=spec.block_size, num_queues=queues
+        )
         serve(device, path)
     return 0

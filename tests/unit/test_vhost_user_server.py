@@ -169,6 +169,19 @@ def test_a_path_that_cannot_be_is_one_line(tmp_path, name, what):
     assert (tmp_path / "file").read_bytes() == b"precious"
 
 
+@pytest.mark.parametrize(
+    "options", [["--disk", "disk.img,on-error=stop"], ["--disk", "disk.img", "--queues", "0"]]
+)
+def test_what_cannot_be_had_is_one_line(tmp_path, options):
+    (tmp_path / "disk.img").write_bytes(bytes(512))
+    done = subprocess.run(
+        [sys.executable, "-m", "pyvmm", "vhost-user-blk", "--socket", "s", *options],
+        capture_output=True, text=True, timeout=60, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+
+
 def wait_for_socket(server):
     with connect(server.path):
         return str(server.path)
