@@ -14,12 +14,14 @@ from pyvmm.emulated_host import (
     EmulatedHost,
     EmulatedHostSpec,
     HostDisk,
+    HostListener,
     HostSink,
 )
 from pyvmm.emulated_host.find import find_image
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
 from pyvmm.machine.builder import check_boot
+from pyvmm.machine.devices import Crossing
 from pyvmm.machine.disks import lock_image
 from pyvmm.machine.outcome import Ending
 from pyvmm.machine.spec import DeviceSpec, DiskSpec, VmSpec, to_json
@@ -44,6 +46,8 @@ def run_emulated(spec: VmSpec, because: str | None = None) -> int:
         check_boot(spec)
         disks = tuple(_open_disk(disk, closing) for disk in spec.disks)
         spec = _with_real_paths(spec)
+        crossings = _cross(spec, closing)
+        spec = replace(spec, devices=tuple(crossing.spec for crossing in crossings))
         sinks = _trace_sink(spec, closing)
         if sinks:
             spec = replace(spec, trace_file=sinks[0].path)
@@ -52,6 +56,12 @@ def run_emulated(spec: VmSpec, because: str | None = None) -> int:
             memory_mib=spec.memory // _MIB + OWN_MEMORY_MIB,
             disks=disks,
             sinks=sinks,
+            sockets_in=tuple(
+                HostListener(path, listener.socket)
+                for crossing in crossings
+                for listener, path in crossing.listening
+            ),
+            sockets_out=tuple(path for crossing in crossings for path in crossing.reached),
             cwd="/",
         )
         if because is not None:
@@ -66,6 +76,14 @@ def run_emulated(spec: VmSpec, because: str | None = None) -> int:
 
 def _open_disk(disk: DiskSpec, closing: ExitStack) -> HostDisk:
     return HostDisk(disk.path, disk.read_only, lock_image(disk, closing).fd)
+
+
+def _cross(spec: VmSpec, closing: ExitStack) -> list[Crossing]:
+    if not spec.devices:
+        return []
+    from pyvmm.machine import devices
+
+    return [devices.cross(device, closing) for device in spec.devices]
 
 
 def _trace_sink(spec: VmSpec, closing: ExitStack) -> tuple[HostSink, ...]:

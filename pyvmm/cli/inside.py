@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
+
+from pyvmm.relay import VARIABLE
 
 
 def main() -> int:
@@ -17,13 +20,23 @@ def main() -> int:
     from pyvmm.machine.spec import from_json
 
     try:
-        return run_here(from_json(sys.argv[1]), quiet=True)
+        return run_here(from_json(sys.argv[1]), quiet=True, on_listening=_join_relay())
     except KeyboardInterrupt:
         return 130
     except Exception as error:
         from pyvmm.cli.ending import explain
 
         return explain(error)
+
+
+def _join_relay() -> Callable[[], None]:
+    """Make the machine's sockets reachable; what to call when ours listen."""
+    if VARIABLE not in os.environ:
+        return lambda: None
+    from pyvmm.relay import inside
+
+    inside.start()
+    return inside.admit
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from pyvmm.boot.diagnosis import PANIC, ConsoleWatcher
@@ -59,12 +59,16 @@ class Attendant:
         return any(t.read_status() & constants.VIRTIO_CONFIG_S_DRIVER_OK for t in self._transports)
 
 
-def run_here(spec: VmSpec, *, quiet: bool = False) -> int:
-    """Run `spec`; the exit code. Raises ConfigError or HostError if it cannot be started."""
+def run_here(
+    spec: VmSpec, *, quiet: bool = False, on_listening: Callable[[], None] = lambda: None
+) -> int:
+    """Run `spec`; the exit code. `on_listening` is called once all sockets for the host's programs
+    listen. Raises ConfigError or HostError if it cannot be started."""
     with ExitStack() as closing:
         trace = Trace(spec.trace, spec.trace_file)
         closing.callback(trace.close)
         prepared = prepare(spec, trace, closing, quiet=quiet)
+        on_listening()
         attendant = Attendant(spec.name, prepared)
         outcome = _run(prepared, attendant, trace, closing)
     # The console is closed: the watcher has seen the last byte.

@@ -6,10 +6,8 @@ import os
 
 from pyvmm.host import log, unix_sockets
 from pyvmm.host.syscalls import open_file
+from pyvmm.relay import VARIABLE
 from pyvmm.relay.multiplexer import INSIDE, Multiplexer
-
-VARIABLE = "PYVMM_SOCKET_RELAY"  # the port's path, set by pyvmm.emulated_host
-
 
 _relay: Multiplexer | None = None
 
