@@ -17,7 +17,8 @@ class Commands(click.Group):
     """Imports a command only when it is called: each has its own needs, and `run` is in a hurry."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["run", "vhost-user-blk", "doctor", "image"]
+        looking_after = ["ps", "stop", "pause", "resume"]
+        return ["run", *looking_after, "vhost-user-blk", "doctor", "image"]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name == "run":
@@ -36,6 +37,11 @@ class Commands(click.Group):
             from pyvmm.cli.image import image
 
             return image
+        if cmd_name in ("ps", "stop", "pause", "resume"):
+            from pyvmm.cli import control
+
+            command: click.Command = getattr(control, cmd_name)
+            return command
         return None
 
 
@@ -44,8 +50,9 @@ class Commands(click.Group):
 def cli() -> None:
     """A KVM microVM monitor in Python.
 
-    `pyvmm run` boots a Linux kernel, `pyvmm doctor` says what this machine can do, and
-    `pyvmm image` builds a kernel and a root disk to try it with.
+    `pyvmm run` boots a Linux kernel, `pyvmm ps`, `stop`, `pause` and `resume` look after VMs that
+    run, `pyvmm doctor` says what this machine can do, and `pyvmm image` builds a kernel and a root
+    disk to try it with.
     """
 
 

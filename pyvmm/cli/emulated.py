@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 
+from pyvmm.cli.inside import CONTROL_PATH
 from pyvmm.emulated_host import (
     OWN_MEMORY_MIB,
     EmulatedHost,
@@ -20,8 +21,8 @@ from pyvmm.emulated_host import (
 from pyvmm.emulated_host.find import find_image
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
+from pyvmm.host.unix_sockets import Socket
 from pyvmm.machine.builder import check_boot
-from pyvmm.machine.devices import Crossing
 from pyvmm.machine.disks import lock_image
 from pyvmm.machine.outcome import Ending
 from pyvmm.machine.spec import DeviceSpec, DiskSpec, VmSpec, to_json
@@ -35,8 +36,9 @@ _TRACE_PATH = "/run/pyvmm-trace"
 _NOT_SHARED = ("/dev/", "/proc/", "/sys/")  # the emulated host has its own
 
 
-def run_emulated(spec: VmSpec, because: str | None = None) -> int:
-    """Run `spec` in an emulated KVM host; the exit code is the guest's.
+def run_emulated(spec: VmSpec, because: str | None = None, *, control: Socket | None = None) -> int:
+    """Run `spec` in an emulated KVM host; the exit code is the guest's. Requests to the listening
+    socket `control` are answered from inside.
 
     Everything the user may have got wrong is found here, before the emulated host starts: it takes
     seconds to come up. Then `because` says why there is an emulated host at all. The disks stay
@@ -46,8 +48,6 @@ def run_emulated(spec: VmSpec, because: str | None = None) -> int:
         check_boot(spec)
         disks = tuple(_open_disk(disk, closing) for disk in spec.disks)
         spec = _with_real_paths(spec)
-        crossings = _cross(spec, closing)
-        spec = replace(spec, devices=tuple(crossing.spec for crossing in crossings))
         sinks = _trace_sink(spec, closing)
         if sinks:
             spec = replace(spec, trace_file=sinks[0].path)
@@ -56,12 +56,7 @@ def run_emulated(spec: VmSpec, because: str | None = None) -> int:
             memory_mib=spec.memory // _MIB + OWN_MEMORY_MIB,
             disks=disks,
             sinks=sinks,
-            sockets_in=tuple(
-                HostListener(path, listener.socket)
-                for crossing in crossings
-                for listener, path in crossing.listening
-            ),
-            sockets_out=tuple(path for crossing in crossings for path in crossing.reached),
+            sockets_in=() if control is None else (_control_listener(control),),
             cwd="/",
         )
         if because is not None:
@@ -74,16 +69,12 @@ def run_emulated(spec: VmSpec, because: str | None = None) -> int:
         return _join_terminal(host, argv)
 
 
+def _control_listener(control: Socket) -> HostListener:
+    return HostListener(CONTROL_PATH, control, owner_only=True)
+
+
 def _open_disk(disk: DiskSpec, closing: ExitStack) -> HostDisk:
     return HostDisk(disk.path, disk.read_only, lock_image(disk, closing).fd)
-
-
-def _cross(spec: VmSpec, closing: ExitStack) -> list[Crossing]:
-    if not spec.devices:
-        return []
-    from pyvmm.machine import devices
-
-    return [devices.cross(device, closing) for device in spec.devices]
 
 
 def _trace_sink(spec: VmSpec, closing: ExitStack) -> tuple[HostSink, ...]:

@@ -8,35 +8,28 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 
-from pyvmm.relay import VARIABLE
+CONTROL_PATH = "/run/pyvmm-control"  # where the relay of sockets finds the monitor
 
 
 def main() -> int:
     """Run the specification in argv[1], a JSON text; the guest's exit code."""
+    from pyvmm.host import unix_sockets
     from pyvmm.machine.launch import run_here
     from pyvmm.machine.spec import from_json
+    from pyvmm.relay import inside
 
     try:
-        return run_here(from_json(sys.argv[1]), quiet=True, on_listening=_join_relay())
+        spec = from_json(sys.argv[1])
+        control = unix_sockets.listen(CONTROL_PATH) if inside.start() else None
+        return run_here(spec, quiet=True, control=control, on_start=inside.admit)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
         from pyvmm.cli.ending import explain
 
         return explain(error)
-
-
-def _join_relay() -> Callable[[], None]:
-    """Make the machine's sockets reachable; what to call when ours listen."""
-    if VARIABLE not in os.environ:
-        return lambda: None
-    from pyvmm.relay import inside
-
-    inside.start()
-    return inside.admit
 
 
 if __name__ == "__main__":

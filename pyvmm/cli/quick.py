@@ -24,7 +24,7 @@ DEFAULTS: dict[str, Any] = {
     "trace_file": None,
     "kvm": "auto",
     "discovery": "auto",
-    "name": "vm",
+    "name": "",
     "debug": False,
 }
 CHOICES = {

@@ -56,12 +56,6 @@ Exit codes:
     help="Add a virtio device of your own: a class in a Python file, with its options; may be "
     "repeated.",
 )
-@click.option(
-    "--vsock",
-    metavar="[cid=N,]path=PATH",
-    help="Add a virtio-vsock device. A program connects to the socket at PATH and sends CONNECT "
-    "PORT; a guest that connects to port N of CID 2 reaches the listener at PATH_N.",
-)
 @click.option("--cpus", type=int, default=1, show_default=True, help="Number of vCPUs.")
 @click.option(
     "--memory", metavar="SIZE", default="512M", show_default=True, help="RAM, such as 512M or 2G."
@@ -95,7 +89,11 @@ Exit codes:
     show_default=True,
     help="How the guest learns of its virtio-mmio devices.",
 )
-@click.option("--name", default="vm", show_default=True, help="The VM's name in messages.")
+@click.option(
+    "--name",
+    default="",
+    help="The VM's name, in messages and for pyvmm ps, stop, pause…  [default: vm, or vm-2…]",
+)
 @click.option("--debug", is_flag=True, help="Show a traceback when pyvmm itself fails.")
 def run(
     kernel: str,
@@ -103,7 +101,6 @@ def run(
     initrd: str | None,
     rng: bool,
     user_devices: tuple[str, ...],
-    vsock: str | None,
     cpus: int,
     memory: str,
     cmdline: str,
@@ -134,6 +131,5 @@ def run(
         devices=[
             *([("rng", "")] if rng else []),
             *(("user", text) for text in user_devices),
-            *([("vsock", vsock)] if vsock is not None else []),
         ],
     )

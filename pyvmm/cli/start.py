@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+from pyvmm.control import registry
+from pyvmm.host import log
+from pyvmm.host.unix_sockets import Socket
 from pyvmm.machine.spec import DeviceSpec, VmSpec, parse_disk, parse_memory, parse_trace, validate
 
 
@@ -42,6 +46,12 @@ def start(
             discovery=discovery,
         )
     )
+    with _registered(spec.name) as registration:
+        spec = replace(spec, name=registration.name)
+        return _run(spec, kvm, registration.listener)
+
+
+def _run(spec: VmSpec, kvm: str, control: Socket | None) -> int:
     because = None
     if kvm == "auto":
         from pyvmm.cli.choose import why_not_host
@@ -50,10 +60,19 @@ def start(
     if kvm == "host" or (kvm == "auto" and because is None):
         from pyvmm.machine.launch import run_here
 
-        return run_here(spec)
+        return run_here(spec, control=control)
     from pyvmm.cli.emulated import run_emulated
 
-    return run_emulated(spec, because)
+    return run_emulated(spec, because, control=control)
+
+
+def _registered(name: str) -> registry.Registration:
+    try:
+        return registry.register(name)
+    except registry.NoPlace as error:
+        # The guest does not depend on it.
+        log.to_stderr(f"{error}; pyvmm ps, stop and the like will not find this VM")
+        return registry.Registration(name or registry.DEFAULT_NAME)
 
 
 def _parse_device(kind: str, text: str) -> DeviceSpec:

@@ -11,6 +11,7 @@ import mmap
 import os
 import signal
 import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from pyvmm.errors import HostError
@@ -135,6 +136,15 @@ class Vcpu(syscalls.Closable):
             # The lock: a thread that ended must not be signalled, its number may be reused.
             if self._thread is not None and kick.installed():
                 signal.pthread_kill(self._thread, kick.SIGNAL)
+
+    def excuse_pause(self) -> None:
+        """Have the guest not take the time since its last run for a lockup of its own.
+
+        For the guest's clock, which went on (KVM API, "KVM_KVMCLOCK_CTRL"); nothing happens if it
+        uses another.
+        """
+        with suppress(OSError):
+            _ioctl(self.fd, uapi.KVM_KVMCLOCK_CTRL)
 
     # --- state that every architecture has -------------------------------------------------------
 

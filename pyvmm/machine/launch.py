@@ -6,10 +6,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import NamedTuple
 
 from pyvmm.boot.diagnosis import PANIC, ConsoleWatcher
+from pyvmm.control.server import ControlServer
 from pyvmm.host import log
+from pyvmm.host.unix_sockets import Socket
 from pyvmm.machine.builder import Prepared, assemble, prepare
+from pyvmm.machine.control import MachineControl
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.outcome import Ending, Outcome
 from pyvmm.machine.spec import VmSpec
@@ -60,17 +64,24 @@ class Attendant:
 
 
 def run_here(
-    spec: VmSpec, *, quiet: bool = False, on_listening: Callable[[], None] = lambda: None
+    spec: VmSpec,
+    *,
+    quiet: bool = False,
+    control: Socket | None = None,
+    on_start: Callable[[], None] = lambda: None,
 ) -> int:
-    """Run `spec`; the exit code. `on_listening` is called once all sockets for the host's programs
-    listen. Raises ConfigError or HostError if it cannot be started."""
+    """Run `spec`; the exit code. Raises ConfigError or HostError if it cannot be started.
+
+    Requests to the listening socket `control` are answered; `on_start` is called when the vCPUs run
+    and all devices listen.
+    """
     with ExitStack() as closing:
         trace = Trace(spec.trace, spec.trace_file)
         closing.callback(trace.close)
         prepared = prepare(spec, trace, closing, quiet=quiet)
-        on_listening()
         attendant = Attendant(spec.name, prepared)
-        outcome = _run(prepared, attendant, trace, closing)
+        plugs = _Plugs(control, on_start)
+        outcome = _run(prepared, attendant, trace, closing, plugs)
     # The console is closed: the watcher has seen the last byte.
     attendant.look()
     if outcome.ending is Ending.RESET and attendant.saw_panic():
@@ -80,7 +91,16 @@ def run_here(
     return outcome.exit_code
 
 
-def _run(prepared: Prepared, attendant: Attendant, trace: Trace, closing: ExitStack) -> Outcome:
+class _Plugs(NamedTuple):
+    """What joins a machine to those outside who want something of it."""
+
+    control: Socket | None
+    on_start: Callable[[], None]
+
+
+def _run(
+    prepared: Prepared, attendant: Attendant, trace: Trace, closing: ExitStack, plugs: _Plugs
+) -> Outcome:
     machine: Machine | None = None
 
     def quit_guest() -> None:
@@ -92,8 +112,21 @@ def _run(prepared: Prepared, attendant: Attendant, trace: Trace, closing: ExitSt
     attendant.attend(parts.transports)
     machine = Machine(parts, trace, console.release)
     prepared.alarm.connect(machine.end)
+
+    def on_start() -> None:
+        console.connect(parts.serial)
+        if plugs.control is not None:
+            _answer(plugs.control, MachineControl(machine, prepared), closing)
+        plugs.on_start()
+
     with console:
-        return machine.run(lambda: console.connect(parts.serial), attendant.look)
+        return machine.run(on_start, attendant.look)
+
+
+def _answer(listener: Socket, control: MachineControl, closing: ExitStack) -> None:
+    server = ControlServer(listener, control.methods())
+    closing.callback(server.close)
+    server.start()
 
 
 def _report(name: str, outcome: Outcome) -> None:

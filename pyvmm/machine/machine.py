@@ -14,6 +14,7 @@ from typing import Any
 
 from pyvmm.machine.builder import Parts
 from pyvmm.machine.outcome import Ending, Outcome
+from pyvmm.machine.pause import Pauser
 from pyvmm.machine.run_loop import make_run_loop
 from pyvmm.machine.trace import Trace
 from pyvmm.machine.vcpu_runner import VcpuRunner
@@ -48,6 +49,7 @@ class Machine:
         self._runners = [
             VcpuRunner(vcpu, loop, parts.prepared.memory, self.end, exits) for vcpu in parts.vcpus
         ]
+        self.pauser = Pauser(self._runners, parts.transports)
 
     def end(self, outcome: Outcome) -> None:
         """The run is over, for this reason unless there was one before. Any thread may say so."""
@@ -78,6 +80,7 @@ class Machine:
     def _stop(self) -> None:
         self._lose_patience_at = time.monotonic() + _PATIENCE
         self._unblock()
+        self.pauser.end()
         for runner in self._runners:
             runner.stop()
         for transport in self._parts.transports:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
+from pyvmm.control import registry
 from pyvmm.errors import ConfigError
 from pyvmm.memory import layout_x86 as layout
 
@@ -58,7 +59,8 @@ class DeviceSpec:
 @dataclass(frozen=True)
 class VmSpec:
     """A virtual machine. `memory` is in bytes; `cmdline` is added to the defaults and wins over
-    them; `devices` are those beside the disks; `trace` holds members of TRACE_KINDS."""
+    them; `devices` are those beside the disks; `trace` holds members of TRACE_KINDS. An empty
+    `name` is for whoever starts it to fill in."""
 
     kernel: str
     initrd: str | None = None
@@ -67,7 +69,7 @@ class VmSpec:
     cpus: int = 1
     memory: int = 512 * layout.MIB
     cmdline: str = ""
-    name: str = "vm"
+    name: str = ""
     trace: tuple[str, ...] = ()
     trace_file: str | None = None
     discovery: str = "auto"
@@ -154,10 +156,7 @@ def validate(spec: VmSpec) -> VmSpec:
         )
     if spec.discovery not in DISCOVERY:
         raise ConfigError(f"unknown discovery {spec.discovery!r}", cure=f"use {DISCOVERY}")
-    if not spec.name.isprintable():
-        raise ConfigError(
-            f"the name {spec.name!r} is not printable", cure="use another", option="--name"
-        )
+    registry.check_name(spec.name)
     _check_trace_file(spec)
     return _with_disk_ids(_with_checked_devices(spec))
 

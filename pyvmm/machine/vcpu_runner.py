@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from threading import Thread
+from threading import Event, Thread
 from typing import TYPE_CHECKING
 
 from pyvmm.bus import Action
 from pyvmm.errors import HostError, PyvmmError
-from pyvmm.kvm.vcpu import Vcpu
+from pyvmm.kvm.vcpu import EXIT_INTR, Vcpu
 from pyvmm.machine.outcome import Ending, Outcome
 from pyvmm.machine.trace import Hook
 from pyvmm.memory import GuestMemory
@@ -42,7 +42,11 @@ class VcpuRunner:
         self._memory = memory
         self._end = end
         self._trace = trace
+        self.id = vcpu.id
         self._stopping = False
+        self._pausing = False
+        self._parked = Event()
+        self._go = Event()
         self._thread = Thread(target=self._run, name=f"vcpu{vcpu.id}", daemon=True)
 
     def start(self) -> None:
@@ -55,14 +59,41 @@ class VcpuRunner:
     def stop(self) -> None:
         """Get the vCPU out of the guest and wait until its thread has ended."""
         self._stopping = True
+        self.resume()
         self._vcpu.kick()
         if self._thread.ident is not None:
             self._thread.join()
+
+    def request_pause(self) -> None:
+        """Get the vCPU out of the guest, to be parked until `resume`."""
+        self._go.clear()
+        self._parked.clear()
+        self._pausing = True
+        self._vcpu.kick()
+
+    def wait_parked(self, seconds: float) -> bool:
+        """Whether the vCPU is parked, or has ended, within `seconds`."""
+        return self._parked.wait(max(0.0, seconds)) or not self._thread.is_alive()
+
+    def resume(self) -> None:
+        """Let the vCPU run again."""
+        self._pausing = False
+        self._go.set()
+
+    def _park(self) -> None:
+        self._parked.set()
+        self._go.wait()
+        # A kick that comes from now on is seen: whoever kicks has said why before.
+        self._vcpu.set_immediate_exit(False)
+        self._vcpu.excuse_pause()
 
     def _run(self) -> None:
         self._vcpu.bind_thread()
         try:
             while not self._stopping:
+                if self._pausing:
+                    self._park()
+                    continue
                 outcome = self._run_once()
                 if outcome is not None:
                     self._end(outcome)
@@ -81,12 +112,13 @@ class VcpuRunner:
             )
         finally:
             self._vcpu.unbind_thread()
+            self._parked.set()
 
     def _run_once(self) -> Outcome | None:
         action = self._loop(self._vcpu)
         if action is not None:
             return _ACTIONS[action]
-        if self._stopping:
+        if self._stopping or self._vcpu.exit_reason == EXIT_INTR:
             return None
         event = self._vcpu.exit()
         if self._trace is not None:
@@ -97,7 +129,7 @@ class VcpuRunner:
         """How an exit other than port or MMIO access ends the run; None if it does not."""
         from pyvmm.kvm import exits  # 30 types, and most runs meet none of them
 
-        if isinstance(event, exits.Intr | exits.Hlt | exits.IrqWindowOpen):
+        if isinstance(event, exits.Hlt | exits.IrqWindowOpen):
             return None
         if isinstance(event, exits.SystemEvent):
             return _system_event(event)

@@ -70,6 +70,10 @@ class VirtioDevice(ABC):
         """The driver has set FEATURES_OK with `features`: for configuration fields that depend on
         what was negotiated, which the driver may read before `activate` (2.2 Feature Bits)."""
 
+    def stats(self) -> Mapping[str, object]:
+        """Counters since the start, plain data fit for JSON; any thread may ask."""
+        return {}
+
     @abstractmethod
     def activate(self, activation: Activation) -> None:
         """Start serving: the driver has set DRIVER_OK (3.1.1 Driver Requirements, step 8)."""

@@ -122,6 +122,11 @@ class Lifecycle:
         self._interrupt: _ActivationInterrupt | None = None
         self._queues: tuple[Queue | None, ...] = ()
 
+    @property
+    def active_queues(self) -> list[Queue]:
+        """The queues that were enabled at the last activation."""
+        return [queue for queue in self._queues if queue is not None]
+
     # --- what workers and drivers both change -------------------------------------------------
 
     def add_status(self, bits: int) -> None:

@@ -15,6 +15,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -133,8 +134,11 @@ class Guest:
         argv = self._argv
         if self.stdin == "closed":
             argv = ["sh", "-c", 'exec "$@" <&-', "sh", *argv]
+        # A place of its own for its control socket: so it is called vm, whatever else runs.
+        self.runtime = tempfile.TemporaryDirectory(prefix="pyvmm-")
         self.process = subprocess.Popen(
             argv,
+            env=self.environment,
             stdin=subprocess.PIPE if isinstance(self.stdin, bytes) else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -149,6 +153,21 @@ class Guest:
             assert self.process.stdin is not None
             self.process.stdin.write(self.stdin)
             self.process.stdin.close()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The environment in which `pyvmm ps` and the like find this guest."""
+        return {**os.environ, "XDG_RUNTIME_DIR": self.runtime.name}
+
+    def pyvmm(self, *args: str) -> subprocess.CompletedProcess[str]:
+        """Run another pyvmm command beside the guest."""
+        return subprocess.run(
+            [*PYVMM, *args],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=HANG_SECONDS,
+        )
 
     def wait(self) -> GuestResult:
         """Wait for the end; a guest that hangs fails the test with its console's last lines."""
@@ -197,6 +216,7 @@ class Guest:
             if stream is not None:
                 stream.close()
         _running.discard(self)
+        self.runtime.cleanup()
         return self.result()
 
 

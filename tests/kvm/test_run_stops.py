@@ -36,7 +36,9 @@ def start(kvm: Kvm, tmp_path: Path) -> Iterator[object]:
         command = [sys.executable, "-m", "pyvmm", "run", "--kvm", "host", "--kernel", str(kernel)]
         command += ["--disk", str(tmp_path / "disk"), *args]
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **streams}
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, **streams)
+        # A place of its own for its control socket: so it is called vm, whatever else runs.
+        environment = {**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)}
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment, **streams)
         started.append(process)
         return process
 

@@ -26,14 +26,15 @@ ALLOWED: dict[str, set[str]] = {
     "platform": CORE,
     "device": CORE,
     "relay": BASE,
+    "control": BASE,
     "emulated_host": BASE | {"relay", "images"},
     "images": BASE,
     "testing": BASE | {"memory", "bench"},
     "bench": CORE | {"transport", "testing"},
-    "machine": CORE | {"kvm", "boot", "transport", "platform", "device"},
+    "machine": CORE | {"control", "kvm", "boot", "transport", "platform", "device"},
     "cli": CORE
     | {"kvm", "boot", "transport", "platform", "device", "machine", "emulated_host", "images"}
-    | {"relay"},
+    | {"control", "relay"},
 }
 
 

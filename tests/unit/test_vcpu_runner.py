@@ -9,6 +9,7 @@ import pytest
 from pyvmm.bus import Action
 from pyvmm.errors import HostError
 from pyvmm.kvm import exits
+from pyvmm.kvm.vcpu import EXIT_INTR
 from pyvmm.machine.outcome import Ending
 from pyvmm.machine.vcpu_runner import VcpuRunner
 from pyvmm.memory import GuestMemory
@@ -20,6 +21,7 @@ class FakeVcpu:
     """A vCPU that exits for `event`, or for whoever kicks it."""
 
     id = 3
+    exit_reason = None
 
     def __init__(self, event=None):
         self.event = event
@@ -34,6 +36,13 @@ class FakeVcpu:
 
     def kick(self):
         self.kicked.set()
+
+    def set_immediate_exit(self, on):
+        if not on:
+            self.kicked.clear()
+
+    def excuse_pause(self):
+        pass
 
     def exit(self):
         return self.event
@@ -136,4 +145,38 @@ def test_a_host_without_threads_is_a_host_error(monkeypatch):
         patched.setattr(threading.Thread, "start", refuse)
         with pytest.raises(HostError, match="thread for vCPU 3"):
             runner.start()
+    runner.stop()
+
+
+def test_a_paused_vcpu_does_not_run_until_it_is_resumed():
+    vcpu = FakeVcpu()
+    vcpu.exit_reason = EXIT_INTR
+    running = threading.Event()
+
+    def loop(vcpu):
+        running.set()
+        assert vcpu.kicked.wait(30)
+
+    runner = VcpuRunner(vcpu, loop, MEMORY, Ended(), None)
+    runner.start()
+    for _ in range(3):
+        assert running.wait(30)
+        runner.request_pause()
+        assert runner.wait_parked(30)
+        running.clear()
+        assert not running.wait(0.01)
+        runner.resume()
+    assert running.wait(30)
+    runner.request_pause()
+    runner.stop()  # paused or not
+    assert vcpu.bound == 0
+
+
+def test_a_vcpu_that_has_ended_counts_as_parked():
+    ended = Ended()
+    runner = VcpuRunner(FakeVcpu(), lambda vcpu: Action.POWEROFF, MEMORY, ended, None)
+    runner.start()
+    ended.only()
+    runner.request_pause()
+    assert runner.wait_parked(30)
     runner.stop()

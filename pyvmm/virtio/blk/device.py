@@ -135,6 +135,11 @@ class BlockDevice(QueueDevice):
         self._trace = trace
         self._log = RateLimited(prefix=f"disk {name}: ") if log is None else log
 
+    @property
+    def size(self) -> int:
+        """The capacity in bytes."""
+        return self._capacity * SECTOR
+
     def read_config(self, offset: int, length: int) -> bytes:
         """struct virtio_blk_config, zero past its end (5.2.4, 2.5)."""
         return read_zero_filled(self._config, offset, length)

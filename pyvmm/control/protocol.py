@@ -1,0 +1,117 @@
+"""What is spoken on a control socket: a JSON object a line, a request and its answer.
+
+{"version": 1, "id": 7, "method": "disk.resize", "params": {"disk": "disk0", "size": 4294967296}}
+{"version": 1, "id": 7, "result": {"size": 4294967296}}
+{"version": 1, "id": 7, "error": {"code": "refused", "message": "…"}}
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from pyvmm.errors import PyvmmError
+from pyvmm.host.unix_sockets import Socket
+
+VERSION = 1
+MAX_LINE = 64 << 10  # bytes of a request
+
+BAD_REQUEST = "bad_request"  # not JSON, not an object, a wrong parameter
+UNKNOWN_METHOD = "unknown_method"
+UNSUPPORTED_VERSION = "unsupported_version"
+REFUSED = "refused"  # understood, but it cannot be had
+FAILED = "failed"  # the host or the monitor failed
+BUSY = "busy"  # too many clients
+
+
+class ControlError(PyvmmError):
+    """An answer that is an error; `code` is one of those above."""
+
+    def __init__(self, code: str, message: str) -> None:
+        self.code = code
+        super().__init__(message)
+
+
+class Method(NamedTuple):
+    """What a request can ask for: `run` is called with the parameters by name.
+
+    `needs` and `takes` are their types, of those that must be there and of those that may. What
+    `run` returns is the result, plain data fit for JSON, or an `Upgrade`; a PyvmmError that it
+    raises is the answer's error. It is called in the server's thread and holds up other requests
+    while it runs, but never the guest.
+    """
+
+    run: Callable[..., Any]
+    needs: Mapping[str, type] = {}
+    takes: Mapping[str, type] = {}
+
+
+class Upgrade(NamedTuple):
+    """A result after which the connection is no longer the server's: `hand_over` gets it, with what
+    was received behind the request. Called in the server's thread, so it starts one of its own."""
+
+    result: Any
+    hand_over: Callable[[Socket, bytes], None]
+
+
+class Request(NamedTuple):
+    """A request that is well formed."""
+
+    id: int | str | None
+    method: str
+    params: dict[str, Any]
+
+
+def parse_request(line: bytes) -> Request:
+    """The request in `line`. Raises ControlError, and then nobody knows the id."""
+    import json  # only once somebody asks
+
+    try:
+        data = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ControlError(BAD_REQUEST, "not a line of JSON") from None
+    if not isinstance(data, dict):
+        raise ControlError(BAD_REQUEST, "not an object")
+    if data.get("version") != VERSION:
+        raise ControlError(UNSUPPORTED_VERSION, f"the version spoken here is {VERSION}")
+    id, method, params = data.get("id"), data.get("method"), data.get("params", {})
+    if not (id is None or type(id) is int or isinstance(id, str)):
+        raise ControlError(BAD_REQUEST, "the id is neither a number nor a string")
+    if not isinstance(method, str) or not isinstance(params, dict):
+        raise ControlError(BAD_REQUEST, "the method is no string or params is no object")
+    return Request(id, method, params)
+
+
+def check_params(method: Method, params: Mapping[str, Any]) -> None:
+    """Raise ControlError for a parameter that is missing, unknown or of the wrong type."""
+    known = {**method.needs, **method.takes}
+    for name, value in params.items():
+        if name not in known:
+            raise ControlError(BAD_REQUEST, f"unknown parameter {name!r:.100}")
+        # An exact match, as a bool is an int to Python.
+        if type(value) is not known[name]:
+            raise ControlError(BAD_REQUEST, f"{name!r} must be of type {known[name].__name__}")
+    for name in method.needs:
+        if name not in params:
+            raise ControlError(BAD_REQUEST, f"the parameter {name!r} is missing")
+
+
+def request_line(id: int, method: str, params: Mapping[str, Any]) -> bytes:
+    """A request as a line."""
+    return _line({"version": VERSION, "id": id, "method": method, "params": dict(params)})
+
+
+def result_line(id: int | str | None, result: object) -> bytes:
+    """An answer that is a result."""
+    return _line({"version": VERSION, "id": id, "result": result})
+
+
+def error_line(id: int | str | None, code: str, message: str) -> bytes:
+    """An answer that is an error."""
+    return _line({"version": VERSION, "id": id, "error": {"code": code, "message": message}})
+
+
+def _line(data: object) -> bytes:
+    import json
+
+    return json.dumps(data).encode() + b"\n"

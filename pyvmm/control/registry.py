@@ -1,0 +1,197 @@
+"""Which VMs of this user run: a directory with a control socket for each, NAME.sock.
+
+A VM is alive if somebody listens at its socket; a monitor that was killed leaves a socket that
+refuses, which whoever comes next removes. One lock for the directory, held for moments, keeps two
+from doing that at once.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from pyvmm.errors import ConfigError, HostError
+from pyvmm.host import unix_sockets
+from pyvmm.host.syscalls import Closable
+from pyvmm.host.unix_sockets import Socket
+
+DEFAULT_NAME = "vm"
+MAX_NAME_BYTES = 64
+
+_SUFFIX = ".sock"
+_LOCK = ".lock"
+_LOCK_PATIENCE = 5.0  # seconds
+_MOST_SUFFIXES = 10_000
+
+
+class NoPlace(ConfigError):
+    """There is no directory for control sockets."""
+
+
+def folder() -> str:
+    """The directory, made if it is not there: $XDG_RUNTIME_DIR/pyvmm, or /run/user/UID/pyvmm, or
+    else /tmp/pyvmm-UID.
+
+    Only its owner has access. Raises NoPlace if none can be had.
+    """
+    uid = os.geteuid()
+    for base in (os.environ.get("XDG_RUNTIME_DIR", ""), f"/run/user/{uid}"):
+        if base.startswith("/") and _is_own_directory(base):
+            return _private(os.path.join(base, "pyvmm"))
+    return _private(f"/tmp/pyvmm-{uid}")
+
+
+def _is_own_directory(path: str) -> bool:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return False
+    own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+    return own and os.access(path, os.W_OK | os.X_OK, effective_ids=True)
+
+
+def _private(path: str) -> str:
+    try:
+        with suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+        # Not os.stat: in /tmp somebody else may have put a link there.
+        found = os.lstat(path)
+    except OSError as error:
+        raise NoPlace(
+            f"no control socket can be made: {path}: {error.strerror}",
+            cure="set XDG_RUNTIME_DIR to a directory of yours",
+        ) from None
+    private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+    if not private or stat.S_IMODE(found.st_mode) & 0o077:
+        raise NoPlace(
+            f"{path} is not a directory that only you have access to",
+            cure="remove it, or set XDG_RUNTIME_DIR to a directory of yours",
+        )
+    return path
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError for a name that a VM cannot have."""
+    if not name.isprintable() or "/" in name or name.startswith("."):
+        raise ConfigError(
+            f"the name {name!r} is not printable, has a slash in it or begins with a dot",
+            cure="use letters, digits and dashes",
+            option="--name",
+        )
+    # In this order: what is not printable may not be encodable either.
+    if len(name.encode()) > MAX_NAME_BYTES:
+        raise ConfigError(
+            f"the name has more than {MAX_NAME_BYTES} bytes", cure="shorten it", option="--name"
+        )
+
+
+class Registration(Closable):
+    """A VM's `name` and the `listener` at its control socket, if it has one. Closing gives up
+    both."""
+
+    def __init__(self, name: str, path: str = "", listener: Socket | None = None) -> None:
+        self.name = name
+        self.path = path
+        self.listener = listener
+
+    def close(self) -> None:
+        if self.listener is None or self.listener.fileno() < 0:
+            return
+        # First unlinked, then closed: nobody takes it for a dead VM's and puts his own there.
+        with suppress(OSError):
+            os.unlink(self.path)
+        self.listener.close()
+
+
+def register(name: str = "") -> Registration:
+    """Take `name` for a VM of this process; for "" the first of vm, vm-2, vm-3… that is free.
+
+    Raises ConfigError if a VM of that name runs, or no socket can be made.
+    """
+    check_name(name)
+    place = folder()
+    with _locked(place):
+        if name:
+            candidates = [name]
+        else:
+            numbered = (f"{DEFAULT_NAME}-{number}" for number in range(2, _MOST_SUFFIXES))
+            candidates = [DEFAULT_NAME, *numbered]
+        for candidate in candidates:
+            path = _path(place, candidate)
+            if not _alive(path):
+                return Registration(candidate, path, _listen(path))
+    raise ConfigError(
+        f"a VM called {name!r} is running",
+        cure=f"choose another name, or end it: pyvmm stop {name}",
+        option="--name",
+    )
+
+
+def _listen(path: str) -> Socket:
+    try:
+        return unix_sockets.listen(path)
+    except HostError as error:
+        raise NoPlace(f"no control socket can be made: {error}") from None
+
+
+def running() -> list[str]:
+    """The names of the VMs that run, sorted. Sockets of dead ones are removed."""
+    place = folder()
+    with _locked(place):
+        found = (entry for entry in os.listdir(place) if entry.endswith(_SUFFIX))
+        names = [entry.removesuffix(_SUFFIX) for entry in found]
+        return sorted(name for name in names if _alive(_path(place, name)))
+
+
+def socket_path(name: str) -> str:
+    """The path of a VM's control socket. Raises ConfigError for what cannot be a name."""
+    check_name(name)
+    return _path(folder(), name)
+
+
+def _path(place: str, name: str) -> str:
+    return os.path.join(place, name + _SUFFIX)
+
+
+def _alive(path: str) -> bool:
+    """Whether somebody listens there; if not, there is nothing at `path` any more."""
+    try:
+        unix_sockets.connect(path).close()
+    except HostError as error:
+        if error.errno == errno.ENOENT:
+            return False
+        if error.errno != errno.ECONNREFUSED:
+            return True  # EAGAIN: too many wait already
+        with suppress(OSError):
+            os.unlink(path)
+        return False
+    return True
+
+
+@contextmanager
+def _locked(place: str) -> Iterator[None]:
+    try:
+        fd = os.open(os.path.join(place, _LOCK), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise NoPlace(f"no control socket can be made in {place}: {error.strerror}") from None
+    try:
+        give_up_at = time.monotonic() + _LOCK_PATIENCE
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > give_up_at:
+                    raise ConfigError(
+                        f"another pyvmm has held {place}/{_LOCK} for seconds",
+                        cure="end it: it hangs",
+                    ) from None
+                time.sleep(0.01)
+        yield
+    finally:
+        os.close(fd)

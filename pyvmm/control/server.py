@@ -1,0 +1,225 @@
+"""The monitor's end of its control socket: one thread, which no client can make work without end.
+
+A client is served one request at a time, and the next is read when the answer is out; so what is
+kept for it is one line and one answer. Answers are paced, so that clients who ask all the time
+leave the processor to the guest.
+"""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Mapping
+from threading import Thread
+
+from pyvmm.control.protocol import (
+    BAD_REQUEST,
+    BUSY,
+    FAILED,
+    MAX_LINE,
+    REFUSED,
+    UNKNOWN_METHOD,
+    ControlError,
+    Method,
+    Upgrade,
+    check_params,
+    error_line,
+    parse_request,
+    result_line,
+)
+from pyvmm.errors import ConfigError, HostError, PyvmmError
+from pyvmm.host import log, unix_sockets
+from pyvmm.host.syscalls import EventFd
+from pyvmm.host.unix_sockets import Socket
+
+MAX_CLIENTS = 32
+_PACE = 0.002  # seconds between two rounds of answers
+_NO_ROOM_SECONDS = 0.2
+
+
+class _Client:
+    """One connection: what came and is not a whole line yet, what is to go out."""
+
+    def __init__(self, socket: Socket) -> None:
+        self.socket = socket
+        self.received = bytearray()
+        self.to_send = b""
+        self.ending = False  # once `to_send` is out
+        self.upgrade: Upgrade | None = None
+
+    @property
+    def has_line(self) -> bool:
+        return not self.to_send and not self.ending and b"\n" in self.received
+
+
+class ControlServer:
+    """Answers requests at `listener` by `methods`; connections of other users are closed at once.
+
+    Add to `methods` before `start`. `close` lets answers that are ready go out.
+    """
+
+    def __init__(self, listener: Socket, methods: Mapping[str, Method]) -> None:
+        """`listener` stays the caller's. Raises HostError."""
+        self._listener = listener
+        self._methods = dict(methods)
+        self._clients: dict[int, _Client] = {}
+        self._wake = EventFd()
+        self._stopping = False
+        self._no_room_until = 0.0
+        self._epoll = select.epoll()
+        self._epoll.register(self._wake.fd, select.EPOLLIN)
+        self._epoll.register(listener.fileno(), select.EPOLLIN)
+        self._thread = Thread(target=self._run, name="control", daemon=True)
+
+    def start(self) -> None:
+        """Start answering, in a thread."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread and all connections; the method that is running still ends."""
+        if self._wake.fd < 0:
+            return
+        self._stopping = True
+        self._wake.signal()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._epoll.close()
+        self._wake.close()
+
+    # --- the thread ------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._step()
+        for client in list(self._clients.values()):
+            self._send(client)
+            self._drop(client)
+
+    def _step(self) -> None:
+        waiting = any(client.has_line for client in self._clients.values())
+        for fd, events in self._epoll.poll(0 if waiting else -1):
+            if fd == self._listener.fileno():
+                self._accept()
+            elif (client := self._clients.get(fd)) is not None:
+                if events & select.EPOLLOUT:
+                    self._send(client)
+                if events & (select.EPOLLIN | select.EPOLLHUP | select.EPOLLERR):
+                    self._receive(client)
+        ready = [client for client in self._clients.values() if client.has_line]
+        for client in ready:
+            self._answer_one(client)
+        for client in list(self._clients.values()):
+            self._watch(client)
+        if ready:
+            time.sleep(_PACE)
+
+    def _watch(self, client: _Client) -> None:
+        if client.to_send:
+            events = select.EPOLLOUT
+        elif client.ending:
+            self._drop(client)
+            return
+        elif client.upgrade is not None:
+            self._hand_over(client, client.upgrade)
+            return
+        else:
+            # With a whole line there, no more is read: that line comes first.
+            events = 0 if client.has_line else select.EPOLLIN
+        self._epoll.modify(client.socket.fileno(), events)
+
+    def _accept(self) -> None:
+        try:
+            socket = unix_sockets.accept(self._listener)
+        except HostError:  # no more file descriptors
+            time.sleep(_NO_ROOM_SECONDS)
+            return
+        if socket is None:
+            return
+        try:
+            if not unix_sockets.is_ours(socket):
+                socket.close()
+                return
+            if len(self._clients) >= MAX_CLIENTS:
+                socket.send(error_line(None, BUSY, f"there are {MAX_CLIENTS} clients already"))
+                socket.close()
+                return
+        except (OSError, HostError):
+            socket.close()
+            return
+        self._clients[socket.fileno()] = _Client(socket)
+        self._epoll.register(socket.fileno(), select.EPOLLIN)
+
+    def _receive(self, client: _Client) -> None:
+        if client.has_line or client.to_send:
+            # A hang-up while it is answered: whoever asked has gone, and no answer is wanted.
+            self._drop(client)
+            return
+        try:
+            data = client.socket.recv(MAX_LINE + 1 - len(client.received))
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if not data:
+            self._drop(client)
+            return
+        client.received += data
+        if len(client.received) > MAX_LINE and b"\n" not in client.received:
+            client.to_send = error_line(None, BAD_REQUEST, f"a line of more than {MAX_LINE} bytes")
+            client.ending = True
+
+    def _answer_one(self, client: _Client) -> None:
+        line, _, rest = bytes(client.received).partition(b"\n")
+        client.received = bytearray(rest)
+        client.to_send = self._answer(client, line)
+        self._send(client)
+
+    def _answer(self, client: _Client, line: bytes) -> bytes:
+        id = None
+        try:
+            request = parse_request(line)
+            id = request.id
+            method = self._methods.get(request.method)
+            if method is None:
+                raise ControlError(UNKNOWN_METHOD, f"no method {request.method!r:.100}")
+            check_params(method, request.params)
+            result = method.run(**request.params)
+            if isinstance(result, Upgrade):
+                client.upgrade = result
+                result = result.result
+            return result_line(id, result)
+        except ControlError as error:
+            return error_line(id, error.code, str(error))
+        except ConfigError as error:
+            return error_line(id, REFUSED, str(error))
+        except PyvmmError as error:
+            return error_line(id, FAILED, str(error))
+        except Exception as error:
+            log.to_stderr(f"a defect in pyvmm, met by a control request: {error!r}")
+            return error_line(id, FAILED, f"a defect in pyvmm: {error!r}")
+
+    def _send(self, client: _Client) -> None:
+        try:
+            while client.to_send:
+                client.to_send = client.to_send[client.socket.send(client.to_send) :]
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            client.to_send, client.ending = b"", True
+
+    def _hand_over(self, client: _Client, upgrade: Upgrade) -> None:
+        self._forget(client)
+        try:
+            upgrade.hand_over(client.socket, bytes(client.received))
+        except Exception as error:
+            log.to_stderr(f"a defect in pyvmm, met by a control request: {error!r}")
+            client.socket.close()
+
+    def _drop(self, client: _Client) -> None:
+        self._forget(client)
+        client.socket.close()
+
+    def _forget(self, client: _Client) -> None:
+        fd = client.socket.fileno()
+        if self._clients.pop(fd, None) is not None:
+            self._epoll.unregister(fd)

@@ -1,0 +1,96 @@
+"""A machine that stands still: vCPUs parked, queues held, no byte of guest memory changing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from threading import Lock
+
+from pyvmm.errors import ConfigError
+from pyvmm.machine.vcpu_runner import VcpuRunner
+from pyvmm.transport.mmio import MmioTransport
+from pyvmm.virtio.queue import Queue
+
+PATIENCE = 2.0  # seconds in which everything comes to rest, or the pause is called off
+
+
+class Pauser:
+    """Pauses and resumes a machine; any thread may ask, and the last one wins.
+
+    The order matters: parked vCPUs change no device's state, so its queues stay what they are while
+    they are held. Whoever touches guest memory for a queue holds its lock.
+    """
+
+    def __init__(self, runners: Sequence[VcpuRunner], transports: Sequence[MmioTransport]) -> None:
+        self._runners = runners
+        self._transports = transports
+        self._lock = Lock()
+        self._held: list[tuple[Queue, bool]] = []  # and whether it was halted before
+        self._ended = False
+        self.paused = False
+
+    def pause(self) -> None:
+        """Return when all has come to rest; nothing happens if it has already.
+
+        Raises ConfigError if something is busy for too long; the machine then runs on.
+        """
+        with self._lock:
+            if self._ended:
+                raise ConfigError("the VM is ending")
+            if self.paused:
+                return
+            deadline = time.monotonic() + PATIENCE
+            try:
+                self._park(deadline)
+                self._hold(deadline)
+            except BaseException:
+                self._go_on()
+                raise
+            self.paused = True
+
+    def resume(self) -> None:
+        """Go on; nothing happens if the machine runs."""
+        with self._lock:
+            self._go_on()
+
+    def end(self) -> None:
+        """Let go of everything, so that it can be stopped, and never pause again."""
+        with self._lock:
+            self._ended = True
+            self._release()
+
+    def _park(self, deadline: float) -> None:
+        for runner in self._runners:
+            runner.request_pause()
+        for runner in self._runners:
+            if not runner.wait_parked(deadline - time.monotonic()):
+                raise ConfigError(
+                    f"vCPU {runner.id} does not come to rest",
+                    cure="does anybody read the guest's console?",
+                )
+
+    def _hold(self, deadline: float) -> None:
+        for transport in self._transports:
+            for queue in transport.negotiation.active_queues:
+                before = queue.halt
+                queue.halt = True  # the worker's batch ends after the request at hand
+                if not queue.lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
+                    queue.halt = before
+                    raise ConfigError(
+                        f"{transport.device.name} does not come to rest",
+                        cure="its storage or network takes long",
+                    )
+                self._held.append((queue, before))
+
+    def _go_on(self) -> None:
+        self._release()
+        for runner in self._runners:
+            runner.resume()
+
+    def _release(self) -> None:
+        while self._held:
+            queue, halted = self._held.pop()
+            queue.halt = halted
+            queue.lock.release()
+            queue.kick.signal()  # its worker may have left something in the ring
+        self.paused = False

@@ -1,0 +1,144 @@
+"""Pausing a machine: nothing of its memory moves, nothing is lost, and it can be stopped."""
+
+from __future__ import annotations
+
+import threading
+from types import SimpleNamespace
+
+import pytest
+from worker_rig import Bench, Echo, wait_for
+
+from pyvmm.errors import ConfigError
+from pyvmm.machine import pause
+from pyvmm.machine.pause import Pauser
+
+
+class Runner:
+    """A vCPU's runner that parks at once, or never."""
+
+    id = 0
+
+    def __init__(self, parks=True):
+        self.parks = parks
+        self.running = True
+
+    def request_pause(self):
+        self.running = False
+
+    def wait_parked(self, seconds):
+        return self.parks
+
+    def resume(self):
+        self.running = True
+
+
+@pytest.fixture
+def bench():
+    made = Bench(Echo(), queues=2)
+    made.activate()
+    yield made
+    made.close()
+
+
+def transport(bench):
+    queues = [rig.queue for rig in bench.rigs]
+    negotiation = SimpleNamespace(active_queues=queues)
+    return SimpleNamespace(negotiation=negotiation, device=bench.device)
+
+
+def test_no_request_is_served_while_it_is_paused_and_none_is_lost(bench):
+    runner = Runner()
+    pauser = Pauser([runner], [transport(bench)])
+    assert bench.echo(b"before") == b"before"
+    pauser.pause()
+    assert pauser.paused and not runner.running
+    chains = []
+    for rig in bench.rigs:
+        chains.append(rig.driver.add([b"meanwhile"], [9]))
+        rig.driver.publish()
+        rig.kick.signal()
+    passes = bench.device.passes
+    before = bytes(bench.rig.memory.read(0, 4096))
+    assert not threading.Event().wait(0.05)
+    assert bench.device.passes == passes
+    assert bytes(bench.rig.memory.read(0, 4096)) == before
+    pauser.resume()
+    assert runner.running and not pauser.paused
+    for rig, chain in zip(bench.rigs, chains, strict=True):
+        wait_for(rig.driver.has_used)
+        assert rig.driver.contents(chain) == b"meanwhile"
+
+
+def test_what_is_left_of_a_batch_is_served_after_the_pause(bench):
+    """A pause ends a batch early, and no further kick will come for what is left of it."""
+    started, go = threading.Event(), threading.Event()
+
+    def behave(chain):
+        started.set()
+        assert go.wait(30)
+
+    bench.device.behave = behave
+    driver = bench.rig.driver
+    for _ in range(4):
+        driver.add([b"x"], [1])
+    driver.publish()
+    bench.rig.kick.signal()
+    assert started.wait(30)
+    pauser = Pauser([], [transport(bench)])
+    pausing = threading.Thread(target=pauser.pause)
+    pausing.start()
+    wait_for(lambda: bench.rig.queue.halt)
+    go.set()
+    pausing.join()
+    assert pauser.paused
+    pauser.resume()
+    for _ in range(4):
+        wait_for(driver.has_used)
+        driver.pop_used()
+
+
+def test_twice_is_once(bench):
+    pauser = Pauser([Runner()], [transport(bench)])
+    pauser.resume()
+    pauser.pause()
+    pauser.pause()
+    pauser.resume()
+    assert bench.echo(b"on we go") == b"on we go"
+
+
+def test_a_vcpu_that_does_not_park_calls_it_off(bench):
+    runner = Runner(parks=False)
+    pauser = Pauser([runner], [transport(bench)])
+    with pytest.raises(ConfigError, match="vCPU 0 does not come to rest"):
+        pauser.pause()
+    assert runner.running and not pauser.paused
+    assert bench.echo(b"on we go") == b"on we go"
+
+
+def test_a_device_that_takes_too_long_calls_it_off(bench, monkeypatch):
+    monkeypatch.setattr(pause, "PATIENCE", 0.05)
+    runner = Runner()
+    pauser = Pauser([runner], [transport(bench)])
+    with bench.rigs[1].queue.lock, pytest.raises(ConfigError, match="echo does not come to rest"):
+        pauser.pause()
+    assert runner.running
+    for index in (0, 1):
+        assert bench.echo(b"on we go", index) == b"on we go"
+
+
+def test_a_paused_device_can_be_reset(bench):
+    pauser = Pauser([Runner()], [transport(bench)])
+    pauser.pause()
+    pauser.end()
+    bench.device.reset()
+    with pytest.raises(ConfigError, match="ending"):
+        pauser.pause()
+
+
+def test_a_queue_that_was_halted_stays_so(bench):
+    """A disk that stopped for an error of the host, say."""
+    pauser = Pauser([], [transport(bench)])
+    bench.rig.queue.halt = True
+    pauser.pause()
+    pauser.resume()
+    assert bench.rig.queue.halt
