@@ -1,48 +1,83 @@
-"""A split queue and the mock driver at its other end."""
+"""A queue of either layout and the mock driver at its other end."""
 
 from __future__ import annotations
 
 from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
-from pyvmm.testing import MockSplitDriver
-from pyvmm.virtio.features import VIRTIO_F_EVENT_IDX, VIRTIO_F_INDIRECT_DESC, mask
+from pyvmm.testing import MockPackedDriver, MockSplitDriver, Used
+from pyvmm.virtio.features import (
+    VIRTIO_F_EVENT_IDX,
+    VIRTIO_F_IN_ORDER,
+    VIRTIO_F_INDIRECT_DESC,
+    VIRTIO_F_RING_PACKED,
+    mask,
+)
+from pyvmm.virtio.queue import build_queue, restore_queue
 from pyvmm.virtio.queue_state import QueueConfig, QueueState
-from pyvmm.virtio.split_queue import SplitQueue
 
 MIB = 1 << 20
 RAM = MIB
 HOLE_END = 4 * MIB  # a second region of RAM follows the hole
+LAYOUTS = ("split", "packed")
 
 
 class Rig:
-    """`driver` and `queue` share `memory`: 1 MiB at 0, a hole, 64 KiB at 4 MiB."""
+    """`driver` and `queue` share `memory`: 1 MiB at 0, a hole, 64 KiB at 4 MiB.
+
+    `start` is where both sides begin, as QueueState counts, if not where a fresh queue does.
+    """
+
+    layout = "split"
 
     def __init__(
-        self, size: int = 8, *, event_idx: bool = False, indirect: bool = True, start: int = 0
+        self,
+        size: int = 8,
+        *,
+        event_idx: bool = False,
+        indirect: bool = True,
+        in_order: bool = False,
+        start: int | None = None,
+        layout: str | None = None,
     ) -> None:
         self.memory = GuestMemory([(0, RAM), (HOLE_END, 0x10000)])
-        self.driver = MockSplitDriver(self.memory, size, event_idx=event_idx, start_index=start)
+        self.packed = (layout or self.layout) == "packed"
+        options = {"event_idx": event_idx, "in_order": in_order}
+        if start is not None:
+            options["start_index"] = start
+        make = MockPackedDriver if self.packed else MockSplitDriver
+        self.driver = driver = make(self.memory, size, **options)
         self.config = QueueConfig(
-            max_size=256,
+            max_size=max(size, 256),
             size=size,
-            desc_addr=self.driver.desc_addr,
-            avail_addr=self.driver.avail_addr,
-            used_addr=self.driver.used_addr,
+            desc_addr=driver.desc_addr,
+            avail_addr=driver.driver_addr,
+            used_addr=driver.device_addr,
             ready=True,
         )
         self.features = mask(
             *((VIRTIO_F_EVENT_IDX,) if event_idx else ()),
             *((VIRTIO_F_INDIRECT_DESC,) if indirect else ()),
+            *((VIRTIO_F_IN_ORDER,) if in_order else ()),
+            *((VIRTIO_F_RING_PACKED,) if self.packed else ()),
         )
         self.kick = EventFd()
-        if start:
+        if start is not None:
+            config = self.config
             state = QueueState(
-                256, size, self.config.desc_addr, self.config.avail_addr, self.config.used_addr,
-                start, start,
+                config.max_size, size, config.desc_addr, config.avail_addr, config.used_addr,
+                start, start, packed=self.packed,
             )  # fmt: skip
-            self.queue = SplitQueue.from_state(self.memory, state, self.features, 0, self.kick)
+            self.queue = self.restored(state)
         else:
-            self.queue = SplitQueue(self.memory, self.config, self.features, 0, self.kick)
+            self.queue = self.built()
+
+    def built(self):
+        """Another queue on the same rings."""
+        return build_queue(self.memory, self.config, self.features, 0, self.kick)
+
+    def restored(self, state: QueueState):
+        """Another queue on the same rings that goes on from `state`."""
+        return restore_queue(self.memory, state, self.features, 0, self.kick)
 
     def snapshot(self) -> bytes:
         return b"".join(bytes(region.view) for region in self.memory.regions)
@@ -55,6 +90,16 @@ class Rig:
             count += 1
         return count
 
+    def all_used(self) -> list[Used]:
+        """What the driver finds returned."""
+        return list(iter(self.driver.pop_used, None))
+
     def close(self) -> None:
         self.kick.close()
         self.memory.close()
+
+
+class PackedRig(Rig):
+    """The same with a packed ring."""
+
+    layout = "packed"

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.features import (
     VIRTIO_F_EVENT_IDX,
     VIRTIO_F_INDIRECT_DESC,
@@ -28,3 +29,10 @@ def for_each_ring(values: Callable[[str], Iterable[Any]]) -> list[Any]:
     return [
         pytest.param(ring, value, id=f"{ring}-{value}") for ring in RINGS for value in values(ring)
     ]
+
+
+def offering(ring: str, device: VirtioDevice) -> VirtioDevice:
+    """`device`, which then offers that ring as well: no device sees over which it is served."""
+    if ring == "packed":
+        device.features |= mask(VIRTIO_F_RING_PACKED)
+    return device

@@ -215,10 +215,10 @@ class MmioTransport:
         self.negotiation.write_queue_ready(value)
 
     def read_queue_reset(self) -> int:
-        return 0
+        return self.negotiation.read_queue_reset()
 
     def write_queue_reset(self, value: int) -> None:
-        self.negotiation.warn("QueueReset ignored: VIRTIO_F_RING_RESET is not negotiated")
+        self.negotiation.write_queue_reset(value)
 
     # --- status, features, configuration ------------------------------------------------------
 

@@ -13,7 +13,8 @@ from pyvmm.virtio.status import (
     CONFIG_GATE,
     FEATURES_GATE,
     NOTIFY_GATE,
-    QUEUE_SETUP_GATE,
+    QUEUE_CHANGE_GATE,
+    QUEUE_RESET_GATE,
     Gate,
 )
 
@@ -75,8 +76,8 @@ REGISTERS = (
         "its largest size; 0: no such queue",
     ),
     Register(
-        0x038, "QueueSize", "W", QUEUE_SETUP_GATE, "queue_size", "QUEUE_NUM",
-        "its size: a power of two",
+        0x038, "QueueSize", "W", QUEUE_CHANGE_GATE, "queue_size", "QUEUE_NUM",
+        "its size; in a split ring a power of two",
     ),
     Register(
         0x044, "QueueReady", "RW", ALWAYS, "queue_ready", "QUEUE_READY",
@@ -99,27 +100,27 @@ REGISTERS = (
         "the device status; legal steps only; 0 resets", "status",
     ),
     Register(
-        0x080, "QueueDescLow", "W", QUEUE_SETUP_GATE, "queue_address", "QUEUE_DESC_LOW",
+        0x080, "QueueDescLow", "W", QUEUE_CHANGE_GATE, "queue_address", "QUEUE_DESC_LOW",
         "descriptor table", argument=("desc_addr", 0),
     ),
     Register(
-        0x084, "QueueDescHigh", "W", QUEUE_SETUP_GATE, "queue_address", "QUEUE_DESC_HIGH",
+        0x084, "QueueDescHigh", "W", QUEUE_CHANGE_GATE, "queue_address", "QUEUE_DESC_HIGH",
         "descriptor table", argument=("desc_addr", 32),
     ),
     Register(
-        0x090, "QueueDriverLow", "W", QUEUE_SETUP_GATE, "queue_address", "QUEUE_AVAIL_LOW",
+        0x090, "QueueDriverLow", "W", QUEUE_CHANGE_GATE, "queue_address", "QUEUE_AVAIL_LOW",
         "available ring", argument=("avail_addr", 0),
     ),
     Register(
-        0x094, "QueueDriverHigh", "W", QUEUE_SETUP_GATE, "queue_address", "QUEUE_AVAIL_HIGH",
+        0x094, "QueueDriverHigh", "W", QUEUE_CHANGE_GATE, "queue_address", "QUEUE_AVAIL_HIGH",
         "available ring", argument=("avail_addr", 32),
     ),
     Register(
-        0x0A0, "QueueDeviceLow", "W", QUEUE_SETUP_GATE, "queue_address", "QUEUE_USED_LOW",
+        0x0A0, "QueueDeviceLow", "W", QUEUE_CHANGE_GATE, "queue_address", "QUEUE_USED_LOW",
         "used ring", argument=("used_addr", 0),
     ),
     Register(
-        0x0A4, "QueueDeviceHigh", "W", QUEUE_SETUP_GATE, "queue_address", "QUEUE_USED_HIGH",
+        0x0A4, "QueueDeviceHigh", "W", QUEUE_CHANGE_GATE, "queue_address", "QUEUE_USED_HIGH",
         "used ring", argument=("used_addr", 32),
     ),
     Register(
@@ -131,8 +132,8 @@ REGISTERS = (
     Register(0x0B8, "SHMBaseLow", "R", ALWAYS, "shm", "SHM_BASE_LOW", "-1: no such region"),
     Register(0x0BC, "SHMBaseHigh", "R", ALWAYS, "shm", "SHM_BASE_HIGH", "-1: no such region"),
     Register(
-        0x0C0, "QueueReset", "RW", ALWAYS, "queue_reset", "",
-        "0; writes are ignored, as VIRTIO_F_RING_RESET is not offered",
+        0x0C0, "QueueReset", "RW", QUEUE_RESET_GATE, "queue_reset", "",
+        "1 resets the queue, with VIRTIO_F_RING_RESET, and is read as long as that goes on",
     ),
     Register(
         0x0FC, "ConfigGeneration", "R", ALWAYS, "config_generation", "CONFIG_GENERATION",

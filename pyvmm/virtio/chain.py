@@ -60,11 +60,18 @@ class DescriptorChain:
 
     `readable` and `writable` are lists of (guest-physical address, length in bytes) in order,
     without the empty ones; `readable_size` and `writable_size` their bytes in all. `head` is the
-    index of the chain's first descriptor, by which the driver knows it.
+    number by which the driver knows the chain: in a split ring the index of its first descriptor,
+    in a packed one its buffer id.
+
+    `position` is where in the ring it was taken, in the queue's own count, -1 if that is not known;
+    `slots` how many of the ring's entries it takes: one in a split ring, and see `PackedChain`.
     """
+
+    slots = 1
 
     __slots__ = (
         "head",
+        "position",
         "ram",
         "readable",
         "readable_size",
@@ -80,6 +87,7 @@ class DescriptorChain:
         readable_size: int,
         writable_size: int,
         ram: RamWindow,
+        position: int = -1,
     ) -> None:
         self.head = head
         self.readable = readable
@@ -87,6 +95,7 @@ class DescriptorChain:
         self.readable_size = readable_size
         self.writable_size = writable_size
         self.ram = ram
+        self.position = position
 
     def reader(self) -> Reader:
         """A new Reader at the start of the readable parts."""
@@ -111,6 +120,33 @@ class DescriptorChain:
             f"<chain {self.head}: {self.readable_size} bytes to read in {len(self.readable)} parts,"
             f" {self.writable_size} to write in {len(self.writable)}>"
         )
+
+
+class PackedChain(DescriptorChain):
+    """A chain of a packed ring, in which each of its descriptors takes one entry."""
+
+    __slots__ = ("slots",)
+
+    def __init__(
+        self,
+        head: int,
+        readable: list[Part],
+        writable: list[Part],
+        readable_size: int,
+        writable_size: int,
+        ram: RamWindow,
+        position: int,
+        slots: int,
+    ) -> None:
+        # Written out again: a call of the base's would be a tenth of what a chain costs.
+        self.head = head
+        self.readable = readable
+        self.writable = writable
+        self.readable_size = readable_size
+        self.writable_size = writable_size
+        self.ram = ram
+        self.position = position
+        self.slots = slots
 
 
 class _Cursor:

@@ -78,6 +78,16 @@ class VirtioDevice(ABC):
     def activate(self, activation: Activation) -> None:
         """Start serving: the driver has set DRIVER_OK (3.1.1 Driver Requirements, step 8)."""
 
+    def start_queue(self, queue: Queue) -> None:
+        """Serve `queue`, which the driver set up anew after `reset_queue` (2.6.1.2 Virtqueue
+        Re-enable). A device that offers VIRTIO_F_RING_RESET has this and `reset_queue`."""
+        raise NotImplementedError
+
+    def reset_queue(self, index: int) -> None:
+        """Stop serving queue `index` alone: when this returns nothing of it is in flight (2.6.1.1
+        Virtqueue Reset). Also called for a queue that was never enabled."""
+        raise NotImplementedError
+
     @abstractmethod
     def reset(self) -> None:
         """Stop: when this returns no request is in flight, no guest memory is written and no

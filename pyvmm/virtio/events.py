@@ -45,6 +45,27 @@ class DeviceReset(NamedTuple):
         return f"{self.device}: reset"
 
 
+class QueueReset(NamedTuple):
+    """The driver reset one queue: nothing of it is in flight any more."""
+
+    device: str
+    queue: int
+
+    def __str__(self) -> str:
+        return f"{self.device}: queue {self.queue} reset"
+
+
+class QueueStarted(NamedTuple):
+    """The driver set a queue up anew after its reset, with `size` entries."""
+
+    device: str
+    queue: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.device}: queue {self.queue} started again, size {self.size}"
+
+
 class NeedsReset(NamedTuple):
     """The device gave up until it is reset; `error` says why."""
 

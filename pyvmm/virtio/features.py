@@ -39,6 +39,11 @@ RESERVED_NAMES = {
 """Bit number → name, for all bits that 1.3 defines outside of device types."""
 
 
+RING_FEATURES = 1 << VIRTIO_F_INDIRECT_DESC | 1 << VIRTIO_F_EVENT_IDX | 1 << VIRTIO_F_RING_RESET
+"""What a device offers whose queues are served by `pyvmm.virtio.worker`. RING_PACKED goes with any
+device, IN_ORDER with one that returns chains in the order in which it took them."""
+
+
 def mask(*bits: int) -> int:
     """The feature set that has just these bit numbers."""
     features = 0

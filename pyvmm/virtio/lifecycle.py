@@ -29,9 +29,8 @@ from pyvmm.virtio import constants, events, status
 from pyvmm.virtio.defects import as_device_failure
 from pyvmm.virtio.device import Activation, VirtioDevice
 from pyvmm.virtio.features import describe
-from pyvmm.virtio.queue import Queue
+from pyvmm.virtio.queue import Queue, build_queue
 from pyvmm.virtio.queue_state import QueueConfig, QueueState
-from pyvmm.virtio.split_queue import SplitQueue
 
 # Bits of the interrupt status; virtio-pci's are the same (4.1.4.5 ISR status capability).
 USED_BUFFER = constants.VIRTIO_MMIO_INT_VRING
@@ -91,8 +90,9 @@ class _ActivationInterrupt:
 class Lifecycle:
     """What happens to a device between two resets, whoever asked for it.
 
-    Methods that act for the driver (`activate`, `stop_queue`, `reset`) want `lock` held; `fail`,
-    `acknowledge`, `config_changed` and the interrupt are called by any thread without it.
+    Methods that act for the driver (`activate`, `stop_queue`, `reset_queue`, `start_queue` and
+    `reset`) want `lock` held; `fail`, `acknowledge`, `config_changed` and the interrupt are called
+    by any thread without it.
     """
 
     def __init__(
@@ -189,16 +189,17 @@ class Lifecycle:
             self._trace(events.Activated(self.device.name, names, sizes))
 
     def _build_queues(self, accepted: int) -> tuple[Queue | None, ...]:
-        queues: list[Queue | None] = []
-        for index, config in enumerate(self.state.queues):
-            queues.append(self._build_queue(index, config, accepted) if config.ready else None)
-        return tuple(queues)
+        return tuple(
+            self._build_queue(index, config, accepted) if config.ready else None
+            for index, config in enumerate(self.state.queues)
+        )
 
     def _build_queue(self, index: int, config: QueueConfig, accepted: int) -> Queue:
-        return SplitQueue(self.memory, config, accepted, index, self._kicks[index])
+        return build_queue(self.memory, config, accepted, index, self._kicks[index])
 
     def stop_queue(self, index: int) -> None:
-        """Touch the ring of queue `index` no more, until the device is reset and set up again."""
+        """Touch the ring of queue `index` no more, until it or the device is reset and set up
+        again."""
         self.state.queues[index].ready = False
         queue = self._queues[index] if self._queues else None
         if queue is not None:
@@ -207,6 +208,45 @@ class Lifecycle:
             # Once the lock is ours, the batch in progress has ended, and no other will begin.
             with queue.lock:
                 queue.ready = False
+
+    def reset_queue(self, index: int) -> None:
+        """2.6.1.1 Virtqueue Reset: quiesce queue `index` alone, then forget all about it.
+
+        From the stop on no request of it is begun; when this returns none is in flight, and its
+        registers read as after a reset of the device.
+        """
+        config = self.state.queues[index]
+        config.resetting = True
+        self.stop_queue(index)
+        try:
+            self.device.reset_queue(index)
+        except Exception as error:
+            # It may still be at work, so the driver must not see the reset as done.
+            self.fail(as_device_failure(self.device.name, error))
+            return
+        self._replace_queue(index, None)
+        self._kicks[index].drain()
+        self.state.queues[index] = QueueConfig(config.max_size, was_reset=True)
+        if self._trace is not None:
+            self._trace(events.QueueReset(self.device.name, index))
+
+    def start_queue(self, index: int) -> None:
+        """2.6.1.2 Virtqueue Re-enable: serve queue `index` as the driver has set it up anew."""
+        config = self.state.queues[index]
+        config.was_reset = False
+        try:
+            queue = self._build_queue(index, config, self.state.driver_features)
+            self._replace_queue(index, queue)
+            self.device.start_queue(queue)
+        except Exception as error:
+            self.fail(as_device_failure(self.device.name, error))
+            return
+        if self._trace is not None:
+            self._trace(events.QueueStarted(self.device.name, index, queue.size))
+
+    def _replace_queue(self, index: int, queue: Queue | None) -> None:
+        if self._queues:
+            self._queues = (*self._queues[:index], queue, *self._queues[index + 1 :])
 
     def suspend(self) -> tuple[QueueState | None, ...]:
         """Quiesce the device: what it has begun is completed and the driver notified.

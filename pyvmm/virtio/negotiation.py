@@ -17,11 +17,16 @@ from pyvmm.virtio import features, status
 from pyvmm.virtio.defects import as_device_failure
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.lifecycle import Lifecycle, Notifier, Trace
-from pyvmm.virtio.queue_state import QueueConfig, is_valid_size
+from pyvmm.virtio.queue_state import QueueConfig, is_valid_size, size_rule
 
 RESERVED_BITS = features.mask(*range(24, 50))  # 2.2 Feature Bits: not a device type's own
 SUPPORTED_RESERVED_BITS = features.mask(
-    features.VIRTIO_F_INDIRECT_DESC, features.VIRTIO_F_EVENT_IDX, features.VIRTIO_F_VERSION_1
+    features.VIRTIO_F_INDIRECT_DESC,
+    features.VIRTIO_F_EVENT_IDX,
+    features.VIRTIO_F_VERSION_1,
+    features.VIRTIO_F_RING_PACKED,
+    features.VIRTIO_F_IN_ORDER,
+    features.VIRTIO_F_RING_RESET,
 )
 MAX_QUEUES = 65536  # 2.6 Virtqueues
 CONFIG_SPACE_SIZE = 0x100  # as much of it as a change is looked for in
@@ -52,6 +57,9 @@ class Negotiation(Lifecycle):
         if unsupported:
             names = " ".join(features.describe(unsupported))
             raise ValueError(f"{device.name} offers {names}, which this monitor does not implement")
+        resettable = features.has(device.features, features.VIRTIO_F_RING_RESET)
+        if resettable and type(device).reset_queue is VirtioDevice.reset_queue:
+            raise ValueError(f"{device.name} offers VIRTIO_F_RING_RESET, but has no reset_queue")
         if len(device.queue_sizes) > MAX_QUEUES:
             raise ValueError(f"{device.name} has more than {MAX_QUEUES} queues")
         super().__init__(device, memory, notifier, kicks, log=log, trace=trace)
@@ -128,16 +136,18 @@ class Negotiation(Lifecycle):
         return config.max_size if config is not None else 0
 
     def write_queue_size(self, value: int) -> None:
-        """Set the selected queue's size; refused unless a power of two within its maximum."""
+        """Set the selected queue's size; refused unless within its maximum, and for a split queue
+        a power of two."""
         config = self._configurable("size")
         if config is None:
             return
-        if is_valid_size(value, config.max_size):
+        packed = self._accepted(features.VIRTIO_F_RING_PACKED)
+        if is_valid_size(value, config.max_size, packed=packed):
             config.size = value
         else:
             self.warn(
-                f"queue {self.state.queue_select}: size {value:#x} refused: not a power of two"
-                f" from 1 to {config.max_size}"
+                f"queue {self.state.queue_select}: size {value:#x} refused: not"
+                f" {size_rule(config.max_size, packed=packed)}"
             )
 
     def write_queue_address(self, part: str, shift: int, value: int) -> None:
@@ -150,11 +160,26 @@ class Negotiation(Lifecycle):
 
     def _configurable(self, what: str) -> QueueConfig | None:
         config = self._selected()
-        if config is not None and not config.ready:
-            return config
-        why = "no such queue" if config is None else "the queue is ready"
+        if config is None:
+            why = "no such queue"
+        elif config.ready:
+            why = "the queue is ready"
+        else:
+            wrong_time = self._setup_refusal(config)
+            if wrong_time is None:
+                return config
+            why = wrong_time
         self.warn(f"queue {self.state.queue_select}: {what} ignored: {why}")
         return None
+
+    def _setup_refusal(self, config: QueueConfig) -> str | None:
+        """Why a queue cannot be set up now; once the device is live only one that was reset can."""
+        now = self.state.status
+        gate = status.QUEUE_CHANGE_GATE if config.was_reset else status.QUEUE_SETUP_GATE
+        return None if gate.open(now) else f"only {gate.when}, the status is {status.describe(now)}"
+
+    def _accepted(self, bit: int) -> bool:
+        return features.has(self.state.driver_features, bit)
 
     def read_queue_ready(self) -> int:
         """1 if the driver enabled the selected queue, else 0."""
@@ -173,17 +198,39 @@ class Negotiation(Lifecycle):
             self._enable_queue(index, config)
 
     def _enable_queue(self, index: int, config: QueueConfig) -> None:
-        gate = status.QUEUE_SETUP_GATE
-        if not gate.open(self.state.status):
-            now = status.describe(self.state.status)
-            self.warn(f"queue {index}: not enabled: only {gate.when}, the status is {now}")
-            return
-        try:
-            config.validate(self.memory)
-        except PyvmmError as error:
-            self.warn(f"queue {index}: not enabled: {error}")
+        refusal = self._setup_refusal(config)
+        if refusal is None:
+            try:
+                packed = self._accepted(features.VIRTIO_F_RING_PACKED)
+                config.validate(self.memory, packed=packed)
+            except PyvmmError as error:
+                refusal = str(error)
+        if refusal is not None:
+            self.warn(f"queue {index}: not enabled: {refusal}")
             return
         config.ready = True
+        if config.was_reset:
+            self.start_queue(index)
+
+    def read_queue_reset(self) -> int:
+        """1 while the reset of the selected queue goes on, else 0 (2.6.1.1 Virtqueue Reset)."""
+        config = self._selected()
+        return int(config is not None and config.resetting)
+
+    def write_queue_reset(self, value: int) -> None:
+        """Reset (1) the selected queue alone, if VIRTIO_F_RING_RESET was negotiated."""
+        index = self.state.queue_select
+        if not self._accepted(features.VIRTIO_F_RING_RESET):
+            refusal = "VIRTIO_F_RING_RESET is not negotiated"
+        elif self._selected() is None or value != 1:
+            refusal = "no such queue or no such value"
+        elif not status.QUEUE_RESET_GATE.open(self.state.status):
+            now = status.describe(self.state.status)
+            refusal = f"only {status.QUEUE_RESET_GATE.when}, the status is {now}"
+        else:
+            self.reset_queue(index)
+            return
+        self.warn(f"queue {index}: reset {value:#x} ignored: {refusal}")
 
     # --- configuration: 2.5 Device Configuration Space ----------------------------------------
 

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from threading import Lock
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pyvmm.host.syscalls import EventFd
+from pyvmm.memory import GuestMemory
+from pyvmm.virtio import features as feature_bits
 from pyvmm.virtio.chain import DescriptorChain
-from pyvmm.virtio.queue_state import QueueState
+from pyvmm.virtio.queue_state import QueueConfig, QueueState
+
+if TYPE_CHECKING:
+    from pyvmm.virtio.ring import Ring
 
 
 class Queue(Protocol):
@@ -33,12 +38,17 @@ class Queue(Protocol):
     def __iter__(self) -> Iterator[DescriptorChain]:
         """The available chains in order, at most `size` of them, until there are no more."""
 
-    def step_back(self) -> None:
-        """Undo the last `pop`: the same chain is available again."""
+    def step_back(self, chain: DescriptorChain | None = None) -> None:
+        """Undo the last `pop`: the same chain is available again. With `chain`, which must be the
+        youngest one in flight, several can be undone, the youngest first. Raises ValueError."""
 
     def add_used(self, chain: DescriptorChain, written: int) -> None:
         """Return `chain` with `written` bytes written from its first writable byte on. The driver
-        sees it at the next `publish_used`."""
+        sees it at the next `publish_used`. Raises ValueError if it is not in flight."""
+
+    def undo_used(self, chain: DescriptorChain) -> None:
+        """Undo the last `add_used`, which was of `chain`, before it was published: the chain is in
+        flight again. Several can be undone, the last first. Raises ValueError."""
 
     def publish_used(self) -> bool:
         """Make all added used elements visible; whether the driver wants a notification now."""
@@ -56,3 +66,36 @@ class Queue(Protocol):
 
     def state(self) -> QueueState:
         """The queue as plain data; the device must be at rest, and used chains published."""
+
+    def chain_in_flight(self, head: int) -> DescriptorChain:
+        """The chain with this head that is in flight, for a device that goes on after its state
+        was saved. Raises ValueError if it is not in flight."""
+
+
+def build_queue(
+    memory: GuestMemory, config: QueueConfig, features: int, index: int, kick: EventFd
+) -> Queue:
+    """Queue `index` as the driver configured it, in the layout that `features` ask for.
+
+    Raises DriverError for a configuration that cannot be.
+    """
+    return _layout(features)(memory, config, features, index, kick)
+
+
+def restore_queue(
+    memory: GuestMemory, state: QueueState, features: int, index: int, kick: EventFd
+) -> Queue:
+    """Queue `index`, going on where `state` was taken. Raises DriverError for a state that cannot
+    be, or that is not of the layout which `features` ask for."""
+    return _layout(features).from_state(memory, state, features, index, kick)
+
+
+def _layout(features: int) -> type[Ring]:
+    # A machine that has no packed queue does not load the code for it.
+    if features >> feature_bits.VIRTIO_F_RING_PACKED & 1:
+        from pyvmm.virtio.packed_queue import PackedQueue
+
+        return PackedQueue
+    from pyvmm.virtio.split_queue import SplitQueue
+
+    return SplitQueue

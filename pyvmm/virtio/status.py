@@ -112,5 +112,11 @@ FEATURES_GATE = Gate(
 QUEUE_SETUP_GATE = Gate(
     FEATURES_OK | DRIVER_OK | _BROKEN, FEATURES_OK, "after FEATURES_OK, before DRIVER_OK"
 )  # 3.1.1, step 7
+QUEUE_CHANGE_GATE = Gate(
+    FEATURES_OK | _BROKEN,
+    FEATURES_OK,
+    "after FEATURES_OK, before DRIVER_OK or after the queue's reset",
+)  # 3.1.1, step 7; 2.6.1.2 Virtqueue Re-enable
+QUEUE_RESET_GATE = Gate(DRIVER_OK | _BROKEN, DRIVER_OK, "after DRIVER_OK")  # 2.6.1.1
 CONFIG_GATE = Gate(FEATURES_OK | _BROKEN, FEATURES_OK, "after FEATURES_OK")  # 3.1.1, step 4
 NOTIFY_GATE = Gate(DRIVER_OK | NEEDS_RESET, DRIVER_OK, "after DRIVER_OK")  # 3.1.1, last sentence

@@ -103,6 +103,12 @@ class QueueWorker:
         self._thread.join()
         self._close()
 
+    def stop(self) -> None:
+        """End the thread after the request at hand; the ring is not touched any more."""
+        self.request_stop()
+        self.join()
+        self._queue.ready = False
+
     def _close(self) -> None:
         self._waiter.close()
         self._stop.close()
@@ -162,7 +168,7 @@ class QueueDevice(VirtioDevice):
     """
 
     _activation: Activation | None = None
-    _workers: tuple[QueueWorker, ...] = ()
+    _workers: dict[int, QueueWorker] = {}  # noqa: RUF012 - replaced, never changed
 
     @abstractmethod
     def serve(self, queue: Queue) -> Rest | None:
@@ -186,24 +192,32 @@ class QueueDevice(VirtioDevice):
         try:
             for queue in activation.queues:
                 if queue is not None:
-                    worker = QueueWorker(
-                        self.name, queue, self.serve, activation, self.sources(queue.index)
-                    )
-                    worker.start()
-                    self._workers += (worker,)
+                    self.start_queue(queue)
         except BaseException:
             self.reset()
             raise
 
+    def start_queue(self, queue: Queue) -> None:
+        """Start a worker for `queue`, on activation or after its reset. Raises HostError."""
+        assert self._activation is not None, "only a live device starts queues"
+        sources = self.sources(queue.index)
+        worker = QueueWorker(self.name, queue, self.serve, self._activation, sources)
+        worker.start()
+        self._workers = {**self._workers, queue.index: worker}
+
+    def reset_queue(self, index: int) -> None:
+        """Stop and join the worker of queue `index`, which completes the request at hand."""
+        workers = dict(self._workers)
+        worker = workers.pop(index, None)
+        self._workers = workers
+        if worker is not None:
+            worker.stop()
+
     def reset(self) -> None:
         """Stop and join all workers; each completes the request it is in the middle of."""
-        workers, self._workers = self._workers, ()
-        for worker in workers:
+        workers, self._workers = self._workers, {}
+        for worker in workers.values():
             worker.request_stop()
-        for worker in workers:
-            worker.join()
-        if self._activation is not None:
-            for queue in self._activation.queues:
-                if queue is not None:
-                    queue.ready = False
-            self._activation = None
+        for worker in workers.values():
+            worker.stop()
+        self._activation = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from rings import RINGS, for_each_ring
+from rings import RINGS, for_each_ring, offering
 
 from pyvmm.testing import Buffer, attached, illegal_chains, legal_chains
 from pyvmm.virtio.rng import device as rng_module
@@ -14,7 +14,7 @@ MIB = 1 << 20
 
 @pytest.fixture(params=RINGS)
 def rng(request):
-    with attached(EntropyDevice(), ring=request.param) as driver:
+    with attached(offering(request.param, EntropyDevice()), ring=request.param) as driver:
         yield driver
 
 
@@ -111,7 +111,7 @@ def test_row29_a_buffer_outside_ram_gets_nothing(rng, bad):
 
 @pytest.mark.parametrize("ring, legal", for_each_ring(legal_chains))
 def test_row35_any_lawful_chain_is_filled(ring, legal):
-    with attached(EntropyDevice(), ring=ring) as driver:
+    with attached(offering(ring, EntropyDevice()), ring=ring) as driver:
         chain = legal.offer(driver.queues[0])
         driver.kick()
         assert driver.mmio.wait_used(0, chain).written == sum(legal.writable)
@@ -120,7 +120,7 @@ def test_row35_any_lawful_chain_is_filled(ring, legal):
 
 @pytest.mark.parametrize("ring, illegal", for_each_ring(illegal_chains))
 def test_rows23_to_36_the_device_outlives_every_broken_ring(ring, illegal):
-    with attached(EntropyDevice(), ring=ring) as driver:
+    with attached(offering(ring, EntropyDevice()), ring=ring) as driver:
         illegal.offer(driver.queues[0])
         driver.kick()
         if illegal.outcome == "refused":

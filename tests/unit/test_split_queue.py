@@ -371,7 +371,7 @@ def test_chains_in_flight_are_part_of_the_state(rig):
     rig.queue.add_used(first, 0)
     rig.queue.publish_used()
     state = rig.queue.state()
-    assert state.in_flight == (second.head,)
+    assert [chain.head for chain in state.in_flight] == [second.head]
     again = type(rig.queue).from_state(rig.memory, state, rig.features, 0, rig.kick)
     assert again.pop() is None
     chain = again.chain_in_flight(second.head)

@@ -10,7 +10,7 @@ from pyvmm.errors import DriverError, GuestMemoryError
 from pyvmm.host.syscalls import EventFd
 from pyvmm.testing import Desc
 from pyvmm.testing.mock_driver import INDIRECT, NEXT, WRITE
-from pyvmm.virtio.queue_state import QueueConfig, QueueState
+from pyvmm.virtio.queue_state import InFlight, QueueConfig, QueueState
 from pyvmm.virtio.split_queue import SplitQueue
 
 DATA = 0x8000  # RAM that nothing else uses
@@ -370,10 +370,10 @@ def test_row37_each_descriptor_is_read_once(rig, monkeypatch):
         {"next_avail": 9},
         {"next_avail": 1},
         {"next_used": 1},
-        {"in_flight": (0,)},
-        {"next_avail": 1, "in_flight": (8,)},
-        {"next_avail": 1, "in_flight": (-1,)},
-        {"next_avail": 2, "in_flight": (1, 1)},
+        {"in_flight": (InFlight(0),)},
+        {"next_avail": 1, "in_flight": (InFlight(8),)},
+        {"next_avail": 1, "in_flight": (InFlight(-1),)},
+        {"next_avail": 2, "in_flight": (InFlight(1), InFlight(1))},
     ],
     ids=str,
 )

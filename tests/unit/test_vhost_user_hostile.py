@@ -550,7 +550,7 @@ def test_a_front_end_that_disappears_leaves_nothing_running():
             rig.driver.submit(0, [b"x"], [1])
         rig.driver.connection.close()
         assert rig.ended() is None
-        assert device._workers == ()
+        assert not device._workers
     with started(device) as rig:
         assert rig.echoes(), "the next one finds it as new"
 

@@ -48,7 +48,7 @@ from pyvmm.virtio.blk.uapi import (
 from pyvmm.virtio.chain import DescriptorChain
 from pyvmm.virtio.constants import VIRTIO_ID_BLOCK
 from pyvmm.virtio.device import Activation
-from pyvmm.virtio.features import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, has, mask
+from pyvmm.virtio.features import RING_FEATURES, has, mask
 from pyvmm.virtio.queue import Queue
 from pyvmm.virtio.worker import QueueDevice
 
@@ -100,6 +100,7 @@ class BlockDevice(QueueDevice):
         num_queues: int = 1,
         block_size: int = 0,
         stop: Callable[[str], None] | None = None,
+        ring_features: int = RING_FEATURES,
         trace: Callable[[object], None] | None = None,
         log: Callable[[str], None] | None = None,
     ) -> None:
@@ -110,17 +111,17 @@ class BlockDevice(QueueDevice):
         answered and nothing more is served. Without it a failure is IOERR for the guest. `trace`
         gets a `BlockEvent` for each request; `log` one line for each that failed, and is limited
         in rate unless given.
+        `ring_features` are the bits of the rings that it offers. VIRTIO_F_IN_ORDER may be one of
+        them, as each queue's thread carries out one request after the other.
         """
         self.name = name
         self.queue_sizes = (queue_size,) * num_queues
-        self.features = mask(
+        self.features = ring_features | mask(
             VIRTIO_BLK_F_SEG_MAX,
             VIRTIO_BLK_F_BLK_SIZE,
             VIRTIO_BLK_F_TOPOLOGY,
             VIRTIO_BLK_F_FLUSH,
             VIRTIO_BLK_F_CONFIG_WCE,
-            VIRTIO_RING_F_INDIRECT_DESC,
-            VIRTIO_RING_F_EVENT_IDX,
             *((VIRTIO_BLK_F_RO,) if backend.read_only else (VIRTIO_BLK_F_WRITE_ZEROES,)),
             *((VIRTIO_BLK_F_DISCARD,) if _discards(backend) else ()),
             *((VIRTIO_BLK_F_MQ,) if num_queues > 1 else ()),

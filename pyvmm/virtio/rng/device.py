@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from pyvmm.errors import GuestMemoryError
-from pyvmm.virtio.features import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, mask
+from pyvmm.virtio.features import RING_FEATURES
 from pyvmm.virtio.queue import Queue
 from pyvmm.virtio.worker import QueueDevice
 
@@ -25,7 +25,7 @@ class EntropyDevice(QueueDevice):
 
     device_type = VIRTIO_ID_RNG
     queue_sizes = (QUEUE_SIZE,)
-    features = mask(VIRTIO_RING_F_INDIRECT_DESC, VIRTIO_RING_F_EVENT_IDX)
+    features = RING_FEATURES
 
     def __init__(self, name: str = "rng") -> None:
         self.name = name

@@ -1,0 +1,339 @@
+"""The device's end of a packed virtqueue (virtio 1.3, 2.8 Packed Virtqueues).
+
+One ring holds everything: the driver writes descriptors into it in order, and the device overwrites
+them, from the start again, with the chains that it returns. Whose a descriptor is show two bits in
+its flags, compared with a counter that each side flips whenever it comes round.
+
+What `pyvmm.virtio.split_queue` says of a hostile driver holds here too. A chain is never longer
+than what the ring has room for besides all that the device holds, so a driver that writes past its
+own chains is found out. A used descriptor is one aligned 64-bit store (length, id and flags), and
+those of a batch are stored last first, so that the driver gets to see all or none.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+
+from pyvmm.errors import DriverError
+from pyvmm.host.fences import WEAKLY_ORDERED, full_fence
+from pyvmm.host.syscalls import EventFd
+from pyvmm.memory import GuestMemory
+from pyvmm.virtio.chain import DescriptorChain, PackedChain, Part
+from pyvmm.virtio.queue_state import (
+    EVENT_BYTES,
+    QueueConfig,
+    QueueState,
+    desc_bytes,
+    pack_position,
+    unpack_position,
+)
+from pyvmm.virtio.ring import (
+    CHAIN_FLAGS,
+    DESC_F_INDIRECT,
+    DESC_F_WRITE,
+    DESC_SIZE,
+    IN_FLIGHT,
+    MAX_CHAIN_BYTES,
+    MAX_USED_LENGTH,
+    Ring,
+)
+
+DESC_F_AVAIL = 1 << 7  # 2.8.1 Driver and Device Ring Wrap Counters
+DESC_F_USED = 1 << 15
+RING_EVENT_FLAGS_ENABLE = 0  # 2.8.10 Driver and Device Event Suppression
+RING_EVENT_FLAGS_DISABLE = 1
+RING_EVENT_FLAGS_DESC = 2
+
+_OWNER = DESC_F_AVAIL | DESC_F_USED
+_layout = Struct("<QIHH")  # struct pvirtq_desc: addr, len, id, flags
+_unpack_desc = _layout.unpack_from
+_unpack_table = _layout.iter_unpack
+# The upper half of a used descriptor, without its id and len: in the round where the wrap counter
+# is 1, and in the other.
+_USED_1 = _OWNER << 48
+_WRITTEN_1 = (_OWNER | DESC_F_WRITE) << 48
+_USED_0 = 0
+_WRITTEN_0 = DESC_F_WRITE << 48
+
+_ID = "2.8.21.1 Placing Available Buffers Into The Descriptor Ring"
+_LIST = "2.8.17 Driver Requirements: Scatter-Gather Support"
+_INDIRECT = "2.8.19 Driver Requirements: Indirect Descriptors"
+_CHANGED = "2.8.16 Driver Requirements: The Virtqueue Descriptor Table"
+
+
+class PackedQueue(Ring):
+    """A packed virtqueue as its device sees it; see `pyvmm.virtio.queue.Queue` for the operations.
+
+    Positions count the ring's entries over two rounds, one for each wrap counter: from 0 to
+    2 * size - 1, and below size the wrap counter is 1.
+    """
+
+    packed = True
+    table_section = _INDIRECT
+    supply_section = _ID
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        config: QueueConfig,
+        features: int,
+        index: int,
+        kick: EventFd,
+    ) -> None:
+        super().__init__(memory, config, features, index, kick)
+        self._room = self.size  # entries of the ring that the device does not hold
+        self._left = 0  # entries from _next_avail on that are known to be available
+        # Used descriptors to be published: the place in _used, and what to store there.
+        self._pending: dict[int, int] = {}
+
+    def _find_rings(self) -> None:
+        memory, config = self._ram.memory, self._config
+        ring = memory.view(config.desc_addr, desc_bytes(self.size))
+        self._ring = ring.toreadonly()
+        self._flags = self._ring.cast("H")[7::8]  # of each descriptor
+        self._used = ring.cast("Q")[1::2]  # of each descriptor: len, id and flags
+        # Offset and wrap counter in the lower half, flags in the upper one: one load or store.
+        self._driver_event = memory.view(config.avail_addr, EVENT_BYTES).toreadonly().cast("I")
+        self._device_event = memory.view(config.used_addr, EVENT_BYTES).cast("I")
+
+    # --- taking chains ---------------------------------------------------------------------------
+
+    def pop(self) -> DescriptorChain | None:
+        """The next available chain, or None. Raises DriverError, and then nothing is consumed."""
+        if not self.ready:
+            return None
+        position, size = self._next_avail, self.size
+        if position < size:
+            slot, available = position, DESC_F_AVAIL
+        else:
+            slot, available = position - size, DESC_F_USED
+        if (self._flags[slot] ^ available) & _OWNER:
+            if self._left:
+                raise DriverError(f"descriptor {slot} was taken back", section=_CHANGED)
+            return None
+        if WEAKLY_ORDERED:
+            # Acquire: the first flags before the rest of the chain, which they make visible. Pairs
+            # with the driver's barrier before it stores them (2.8.21.1.1).
+            full_fence()
+        chain = self._parse(position, slot, available)
+        head, slots = chain.head, chain.slots
+        if head >= size:
+            raise DriverError(f"buffer id {head} in a queue of {size}", section=_ID)
+        if self._busy_until[head] >= self._batch:
+            raise self._again(head)
+        self._last = self._taken[head] = chain
+        self._busy_until[head] = IN_FLIGHT
+        self._room -= slots
+        if self._left:
+            self._left = max(0, self._left - slots)
+        position += slots
+        self._next_avail = position if position < 2 * size else position - 2 * size
+        return chain
+
+    def _retract(self, chain: DescriptorChain) -> None:
+        self._room += chain.slots
+        self._left += chain.slots
+
+    # --- walking descriptors ---------------------------------------------------------------------
+
+    def _parse(self, position: int, slot: int, available: int) -> DescriptorChain:
+        readable: list[Part] = []
+        writable: list[Part] = []
+        ring, unpack, size = self._ring, _unpack_desc, self.size
+        room = left = self._room
+        to_read = to_write = 0
+        writing = False
+        while True:
+            if not left:
+                raise DriverError(
+                    f"chain longer than the {room} descriptors that are free", section=_LIST
+                )
+            # Its flags were looked at before, but what counts is what is read here, once.
+            addr, length, head, flags = unpack(ring, slot * DESC_SIZE)
+            flags ^= available
+            if flags > CHAIN_FLAGS:
+                if flags & _OWNER:
+                    raise DriverError(f"descriptor {slot} is not available", section=_LIST)
+                if flags & DESC_F_INDIRECT:
+                    if left != room:
+                        raise DriverError("indirect descriptor in a list", section=_INDIRECT)
+                    return self._parse_table(addr, length, flags, head, position)
+                flags &= CHAIN_FLAGS  # bits without a meaning are ignored
+            if flags >= DESC_F_WRITE:
+                writing = True
+                if length:
+                    writable.append((addr, length))
+                    to_write += length
+            elif writing:
+                raise DriverError("readable descriptor after a writable one", section=_LIST)
+            elif length:
+                readable.append((addr, length))
+                to_read += length
+            left -= 1
+            if flags == DESC_F_WRITE or flags == 0:
+                break
+            slot += 1
+            if slot == size:
+                slot, available = 0, available ^ _OWNER
+        if to_read + to_write > MAX_CHAIN_BYTES:
+            raise DriverError("chain of more than 2^32 bytes", section=_LIST)
+        return PackedChain(
+            head, readable, writable, to_read, to_write, self._ram, position, room - left
+        )
+
+    def _parse_table(
+        self, addr: int, length: int, flags: int, head: int, position: int
+    ) -> DescriptorChain:
+        table = self._indirect_table(addr, length, flags)
+        # A table is a plain list: of flags and id only WRITE means something (2.8.7).
+        if len(table) > self.size * DESC_SIZE:
+            raise DriverError(f"chain of more than {self.size} descriptors", section=_INDIRECT)
+        readable: list[Part] = []
+        writable: list[Part] = []
+        to_read = to_write = 0
+        writing = False
+        for addr, length, _, flags in _unpack_table(table):
+            if flags & DESC_F_WRITE:
+                writing = True
+                if length:
+                    writable.append((addr, length))
+                    to_write += length
+            elif writing:
+                raise DriverError("readable descriptor after a writable one", section=_LIST)
+            elif length:
+                readable.append((addr, length))
+                to_read += length
+        if to_read + to_write > MAX_CHAIN_BYTES:
+            raise DriverError("chain of more than 2^32 bytes", section=_LIST)
+        return PackedChain(head, readable, writable, to_read, to_write, self._ram, position, 1)
+
+    # --- returning chains ------------------------------------------------------------------------
+
+    def add_used(self, chain: DescriptorChain, written: int) -> None:
+        """Return `chain`; seen by the driver at the next `publish_used`.
+
+        Raises ValueError if the chain is not in flight, or with IN_ORDER not the next one.
+        """
+        head = chain.head
+        if self._taken[head] is not chain:
+            raise ValueError(f"chain {head} is not in flight")
+        if written > MAX_USED_LENGTH:
+            written = MAX_USED_LENGTH
+        if self._in_order:
+            self._return_in_order(chain, written)
+        else:
+            position, size = self._next_used, self.size
+            if position < size:
+                flags = _WRITTEN_1 if written else _USED_1
+                self._pending[position] = flags | head << 32 | written
+            else:
+                flags = _WRITTEN_0 if written else _USED_0
+                self._pending[position - size] = flags | head << 32 | written
+            position += chain.slots
+            self._next_used = position if position < 2 * size else position - 2 * size
+        self._taken[head] = None
+        self._busy_until[head] = self._batch
+
+    def publish_used(self) -> bool:
+        """Store all that was added, the first last; whether the driver wants to be notified."""
+        new, old = self._next_used, self._published
+        if not (self._pending or self._returned) or not self.ready:
+            return False
+        if self._in_order:
+            self._pend_in_order()
+        self._store_pending()
+        held = (new - old) % (2 * self.size)
+        self._room += held
+        self._published = new
+        self._batch += 1
+        # StoreLoad: the used descriptors before the look at the driver's wish. Pairs with the
+        # driver, which stores its wish and then looks at the ring again (2.8.22).
+        full_fence()
+        event = self._driver_event[0]
+        kind = event >> 16 & 3
+        if kind == RING_EVENT_FLAGS_DESC and self._event_idx:
+            # Whether the descriptor it names is one that was just used: in [old, new).
+            place = unpack_position(event & 0xFFFF, self.size)
+            return (place - old) % (2 * self.size) < held
+        # What is reserved, or needs a feature that was not negotiated, loses no interrupt.
+        return kind != RING_EVENT_FLAGS_DISABLE
+
+    def _pend_in_order(self) -> None:
+        for position, head, written in self._elements_in_order():
+            if position < self.size:
+                flags = _WRITTEN_1 if written else _USED_1
+            else:
+                position -= self.size
+                flags = _WRITTEN_0 if written else _USED_0
+            self._pending[position] = flags | head << 32 | written
+
+    def _store_pending(self) -> None:
+        used, pending = self._used, self._pending
+        if WEAKLY_ORDERED:
+            first = next(iter(pending))
+            for slot, word in reversed(pending.items()):
+                if slot == first:
+                    # Release: buffers and all other descriptors before the one that the driver
+                    # looks at. Pairs with its barrier after it has seen its flags (2.8.22).
+                    full_fence()
+                used[slot] = word
+        else:
+            for slot, word in reversed(pending.items()):
+                used[slot] = word
+        pending.clear()
+
+    def _forget_used(self, head: int) -> bool:
+        place = next(reversed(self._pending))
+        found = self._pending[place] >> 32 & 0xFFFF == head
+        if found:
+            del self._pending[place]
+        return found
+
+    # --- asking for kicks ------------------------------------------------------------------------
+
+    def disable_notification(self) -> None:
+        """Tell the driver that kicks are not needed for now (2.8.10)."""
+        if self.ready:
+            self._device_event[0] = RING_EVENT_FLAGS_DISABLE << 16
+
+    def _ask_for_kicks(self) -> None:
+        if self._event_idx:
+            place = self._encode(self._first_unavailable())
+            self._device_event[0] = RING_EVENT_FLAGS_DESC << 16 | place
+        else:
+            self._device_event[0] = RING_EVENT_FLAGS_ENABLE << 16
+        # StoreLoad: the wish before the last look at the ring. Pairs with the driver, which stores
+        # its flags and then looks whether a kick is wanted (2.8.21.3.1).
+        full_fence()
+
+    def _first_unavailable(self) -> int:
+        # Chains that were left in the ring are looked at once: the search goes on where it ended.
+        size, room = self.size, self._room
+        position = self._advance(self._next_avail, self._left)
+        while self._left < room:
+            slot = position if position < size else position - size
+            available = DESC_F_AVAIL if position < size else DESC_F_USED
+            if (self._flags[slot] ^ available) & _OWNER:
+                break
+            self._left += 1
+            position = position + 1 if position + 1 < 2 * size else 0
+        return position
+
+    # --- positions and state ---------------------------------------------------------------------
+
+    def _advance(self, position: int, slots: int) -> int:
+        return (position + slots) % (2 * self.size)
+
+    def _encode(self, position: int) -> int:
+        return pack_position(position, self.size)
+
+    def _age(self, chain: DescriptorChain) -> int:
+        size = self.size
+        if chain.position < 0:
+            return 2 * size
+        return (self._next_avail - chain.position) % (2 * size)
+
+    def _resume(self, state: QueueState) -> None:
+        self._next_avail = unpack_position(state.next_avail, self.size)
+        self._next_used = self._published = unpack_position(state.next_used, self.size)
+        self._room -= sum(chain.slots for chain in state.in_flight)

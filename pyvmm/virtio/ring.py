@@ -1,0 +1,332 @@
+"""What split and packed virtqueues share: bounds, what is in flight, in-order batches, state.
+
+The walks over descriptors are written out in each layout: they are what a request costs, and a call
+for each descriptor would be a third more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from threading import Lock
+from typing import TypeVar
+
+from pyvmm.errors import DriverError
+from pyvmm.host.syscalls import EventFd
+from pyvmm.memory import GuestMemory
+from pyvmm.virtio import features as feature_bits
+from pyvmm.virtio.chain import DescriptorChain, PackedChain, RamWindow
+from pyvmm.virtio.queue_state import InFlight, QueueConfig, QueueState
+
+DESC_F_NEXT = 1
+DESC_F_WRITE = 2
+DESC_F_INDIRECT = 4
+
+DESC_SIZE = 16
+CHAIN_FLAGS = DESC_F_NEXT | DESC_F_WRITE
+MAX_CHAIN_BYTES = 1 << 32
+MAX_USED_LENGTH = 0xFFFF_FFFF  # a used element's length is a le32
+IN_FLIGHT = 1 << 62  # later than any batch
+
+
+Self = TypeVar("Self", bound="Ring")
+
+
+class Ring:
+    """What the two layouts have in common. Not thread-safe: hold `lock` for a batch of operations.
+
+    Positions are where in the ring the next chain is taken, `_next_avail`, and where the next one
+    is returned, `_next_used`; the layouts count them differently.
+    """
+
+    packed: bool
+    table_section: str  # where the specification says what an indirect table is like
+    supply_section: str  # … and how buffers are supplied
+
+    def __init__(
+        self,
+        memory: GuestMemory,
+        config: QueueConfig,
+        features: int,
+        index: int,
+        kick: EventFd,
+    ) -> None:
+        """Build queue `index` as the driver configured it, at the start of its rings.
+
+        `features` are the negotiated bits. Raises DriverError for a configuration that cannot be.
+        The configuration is copied: what the driver writes to the registers later changes nothing.
+        """
+        config = replace(config)
+        config.validate(memory, packed=self.packed)
+        self.index = index
+        self.size = config.size
+        self.kick = kick
+        self.lock = Lock()
+        self.ready = True
+        self.halt = False
+        self._config = config
+        self._ram = RamWindow(memory)
+        self._indirect = feature_bits.has(features, feature_bits.VIRTIO_RING_F_INDIRECT_DESC)
+        self._event_idx = feature_bits.has(features, feature_bits.VIRTIO_RING_F_EVENT_IDX)
+        self._in_order = feature_bits.has(features, feature_bits.VIRTIO_F_IN_ORDER)
+        self._next_avail = 0
+        self._next_used = 0
+        self._published = 0  # _next_used as the driver knows it
+        self._taken: list[DescriptorChain | None] = [None] * config.size  # in flight, by head
+        # By head: IN_FLIGHT between pop and add_used, then the batch that it is published with.
+        # The driver may offer a head again once it can know that it was used, not earlier.
+        self._busy_until = [-1] * config.size
+        self._batch = 0
+        self._last: DescriptorChain | None = None  # of the last pop
+        # With IN_ORDER, what was returned but not yet published: head, bytes written, slots, and
+        # whether it was used completely.
+        self._returned: list[tuple[int, int, int, bool]] = []
+        self._settled = (-1, -1)  # (_first_unavailable, _next_avail) at the last enable
+        self._find_rings()
+
+    # --- what the layouts do ---------------------------------------------------------------------
+
+    def _find_rings(self) -> None:
+        """Views of the queue's parts. Raises GuestMemoryError if one is not in RAM."""
+        raise NotImplementedError
+
+    def pop(self) -> DescriptorChain | None:
+        """The next available chain, or None. Raises DriverError, and then nothing is consumed."""
+        raise NotImplementedError
+
+    def add_used(self, chain: DescriptorChain, written: int) -> None:
+        """Return `chain`; seen by the driver at the next `publish_used`."""
+        raise NotImplementedError
+
+    def publish_used(self) -> bool:
+        """Show the driver all that was added; whether it wants to be notified."""
+        raise NotImplementedError
+
+    def disable_notification(self) -> None:
+        """Tell the driver that kicks are not needed for now."""
+        raise NotImplementedError
+
+    def _ask_for_kicks(self) -> None:
+        """Have the driver kick for what it makes available from now on."""
+        raise NotImplementedError
+
+    def _first_unavailable(self) -> int:
+        """The position behind all that the driver has made available. Raises DriverError."""
+        raise NotImplementedError
+
+    def _advance(self, position: int, slots: int) -> int:
+        """The position `slots` entries of the ring further."""
+        raise NotImplementedError
+
+    def _retract(self, chain: DescriptorChain) -> None:
+        """The pop of `chain` is undone."""
+
+    def _forget_used(self, head: int) -> bool:
+        """Forget the used element added last; False if it is not of `head`."""
+        raise NotImplementedError
+
+    def _resume(self, state: QueueState) -> None:
+        """Go on at the positions in `state`, which was validated. Raises DriverError."""
+        raise NotImplementedError
+
+    def _encode(self, position: int) -> int:
+        """A position as QueueState has it."""
+        raise NotImplementedError
+
+    def remap(self) -> None:
+        """The memory has other regions now: find the rings in it again. `lock` must be held.
+
+        Raises GuestMemoryError if they are no longer RAM; the queue cannot be used then.
+        """
+        self._find_rings()
+        self._ram.refresh()
+
+    # --- taking chains ---------------------------------------------------------------------------
+
+    def __iter__(self) -> Iterator[DescriptorChain]:
+        """The available chains in order, at most `size`; ends early once `halt` is set."""
+        for _ in range(self.size):
+            if self.halt or not self.ready:
+                return
+            chain = self.pop()
+            if chain is None:
+                return
+            yield chain
+
+    def step_back(self, chain: DescriptorChain | None = None) -> None:
+        """Undo the last `pop`, or that of `chain`, which must be the youngest one in flight.
+
+        Raises ValueError where that is not so.
+        """
+        if chain is None:
+            chain = self._last
+        if (
+            chain is None
+            or self._taken[chain.head] is not chain
+            or chain.position < 0
+            or self._advance(chain.position, chain.slots) != self._next_avail
+        ):
+            raise ValueError("no chain to step back to")
+        self._taken[chain.head] = None
+        self._busy_until[chain.head] = -1
+        self._last = None
+        self._next_avail = chain.position
+        self._retract(chain)
+
+    def _again(self, head: int) -> DriverError:
+        return DriverError(
+            f"chain {head} was made available again before it was used", section=self.supply_section
+        )
+
+    def _indirect_table(self, addr: int, length: int, flags: int) -> memoryview:
+        # The write flag of a descriptor that refers to a table means nothing (2.7.5.3.2, 2.8.7).
+        if not self._indirect:
+            raise DriverError(
+                "indirect descriptor, but INDIRECT_DESC was not negotiated",
+                section=self.table_section,
+            )
+        if flags & DESC_F_NEXT:
+            raise DriverError("descriptor with both INDIRECT and NEXT", section=self.table_section)
+        if not length or length % DESC_SIZE:
+            raise DriverError(f"indirect table of {length} bytes", section=self.table_section)
+        return self._ram.readable(addr, length)
+
+    # --- returning chains ------------------------------------------------------------------------
+
+    def undo_used(self, chain: DescriptorChain) -> None:
+        """Undo the last `add_used`, which was of `chain` and is not published yet.
+
+        Raises ValueError where that is not so.
+        """
+        head = chain.head
+        if self._taken[head] is not None or self._busy_until[head] != self._batch:
+            raise ValueError(f"chain {head} was not returned in this batch")
+        if self.ready:
+            forget = self._forget_returned if self._in_order else self._forget_used
+            if not forget(head):
+                raise ValueError(f"chain {head} is not the last that was returned")
+            self._next_used = self._advance(self._next_used, -chain.slots)
+        self._taken[head] = chain
+        self._busy_until[head] = IN_FLIGHT
+
+    def _return_in_order(self, chain: DescriptorChain, written: int) -> None:
+        # 6.2 Device Requirements: Reserved Feature Bits
+        if chain.position != self._next_used:
+            raise ValueError(f"chain {chain.head} is returned out of order")
+        complete = written == chain.writable_size
+        self._returned.append((chain.head, written, chain.slots, complete))
+        self._next_used = self._advance(self._next_used, chain.slots)
+
+    def _forget_returned(self, head: int) -> bool:
+        found = self._returned[-1][0] == head
+        if found:
+            self._returned.pop()
+        return found
+
+    def _elements_in_order(self) -> Iterator[tuple[int, int, int]]:
+        """The used elements that stand for all that was returned: position, head, bytes written.
+
+        One stands for all chains in front of it as well, if those were used completely: the driver
+        takes that for granted (2.7.9, 2.8.8 In-order use of descriptors).
+        """
+        returned, self._returned = self._returned, []
+        start = position = self._published
+        last = len(returned) - 1
+        for place, (head, written, slots, complete) in enumerate(returned):
+            position = self._advance(position, slots)
+            if not complete or place == last:
+                yield start, head, written
+                start = position
+
+    # --- asking for kicks ------------------------------------------------------------------------
+
+    def enable_notification(self) -> bool:
+        """Ask for kicks again; True if there is something to process first.
+
+        A chain that the device has left in the ring, or stepped back to, counts once: a device that
+        waits for something else than buffers is not called for the same buffers for ever. Raises
+        DriverError for a broken ring.
+        """
+        if not self.ready:
+            return False
+        self._ask_for_kicks()
+        end = self._first_unavailable()
+        before = self._settled
+        # Kept at every call: between two calls the indices cannot go round and come back to where
+        # they were, over many they can.
+        self._settled = end, self._next_avail
+        return end != self._next_avail and self._settled != before
+
+    # --- state -----------------------------------------------------------------------------------
+
+    def state(self) -> QueueState:
+        """The queue as plain data; the device must be at rest, and used chains published."""
+        config = self._config
+        chains = [chain for chain in self._taken if chain is not None]
+        return QueueState(
+            max_size=config.max_size,
+            size=config.size,
+            desc_addr=config.desc_addr,
+            avail_addr=config.avail_addr,
+            used_addr=config.used_addr,
+            next_avail=self._encode(self._next_avail),
+            next_used=self._encode(self._next_used),
+            in_flight=tuple(
+                InFlight(chain.head, chain.slots, tuple(chain.readable), tuple(chain.writable))
+                for chain in sorted(chains, key=self._age, reverse=True)
+            ),
+            packed=self.packed,
+        )
+
+    def _age(self, chain: DescriptorChain) -> int:
+        """How far behind the next chain to be taken it is; those of a saved state come first."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_state(
+        cls: type[Self],
+        memory: GuestMemory,
+        state: QueueState,
+        features: int,
+        index: int,
+        kick: EventFd,
+    ) -> Self:
+        """A queue that goes on where `state` was taken. Raises DriverError for a state that cannot
+        be, which includes one that does not fit to what lies in memory."""
+        if state.packed is not cls.packed:
+            raise DriverError(
+                "a queue's layout is not the one negotiated", section="2.6 Virtqueues"
+            )
+        state.validate(memory)
+        queue = cls(memory, state.config(), features, index, kick)
+        queue._resume(state)
+        queue._take_again(state.in_flight)
+        return queue
+
+    def _rebuilt(self, saved: InFlight, position: int) -> DescriptorChain:
+        """A chain of a saved state; `position` -1 if nobody knows."""
+        readable, writable = list(saved.readable), list(saved.writable)
+        sizes = (sum(length for _, length in readable), sum(length for _, length in writable))
+        if self.packed:
+            return PackedChain(
+                saved.head, readable, writable, *sizes, self._ram, position, saved.slots
+            )
+        return DescriptorChain(saved.head, readable, writable, *sizes, self._ram, position)
+
+    def _take_again(self, in_flight: tuple[InFlight, ...]) -> None:
+        position = self._next_used
+        for saved in in_flight:
+            # Where chains may come back in any order, nobody knows where each was taken.
+            self._taken[saved.head] = self._rebuilt(saved, position if self._in_order else -1)
+            self._busy_until[saved.head] = IN_FLIGHT
+            position = self._advance(position, saved.slots)
+
+    def chain_in_flight(self, head: int) -> DescriptorChain:
+        """The chain with this head that is in flight: for a device restored with it.
+
+        Raises ValueError if it is not in flight.
+        """
+        chain = self._taken[head] if 0 <= head < self.size else None
+        if chain is None:
+            raise ValueError(f"chain {head} is not in flight")
+        return chain
