@@ -23,6 +23,7 @@ from pyvmm.errors import ConfigError
 from pyvmm.host import log
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.machine.builder import check_boot
+from pyvmm.machine.devices import Crossing
 from pyvmm.machine.disks import lock_image
 from pyvmm.machine.outcome import Ending
 from pyvmm.machine.spec import DeviceSpec, DiskSpec, VmSpec, to_json
@@ -48,6 +49,8 @@ def run_emulated(spec: VmSpec, because: str | None = None, *, control: Socket | 
         check_boot(spec)
         disks = tuple(_open_disk(disk, closing) for disk in spec.disks)
         spec = _with_real_paths(spec)
+        crossings = _cross(spec, closing)
+        spec = replace(spec, devices=tuple(crossing.spec for crossing in crossings))
         sinks = _trace_sink(spec, closing)
         if sinks:
             spec = replace(spec, trace_file=sinks[0].path)
@@ -56,7 +59,8 @@ def run_emulated(spec: VmSpec, because: str | None = None, *, control: Socket | 
             memory_mib=spec.memory // _MIB + OWN_MEMORY_MIB,
             disks=disks,
             sinks=sinks,
-            sockets_in=() if control is None else (_control_listener(control),),
+            sockets_in=(*_control_listener(control), *_device_listeners(crossings)),
+            sockets_out=tuple(path for crossing in crossings for path in crossing.reached),
             cwd="/",
         )
         if because is not None:
@@ -69,12 +73,28 @@ def run_emulated(spec: VmSpec, because: str | None = None, *, control: Socket | 
         return _join_terminal(host, argv)
 
 
-def _control_listener(control: Socket) -> HostListener:
-    return HostListener(CONTROL_PATH, control, owner_only=True)
+def _control_listener(control: Socket | None) -> list[HostListener]:
+    return [] if control is None else [HostListener(CONTROL_PATH, control, owner_only=True)]
+
+
+def _device_listeners(crossings: list[Crossing]) -> list[HostListener]:
+    return [
+        HostListener(path, listener.socket)
+        for crossing in crossings
+        for listener, path in crossing.listening
+    ]
 
 
 def _open_disk(disk: DiskSpec, closing: ExitStack) -> HostDisk:
     return HostDisk(disk.path, disk.read_only, lock_image(disk, closing).fd)
+
+
+def _cross(spec: VmSpec, closing: ExitStack) -> list[Crossing]:
+    if not spec.devices:
+        return []
+    from pyvmm.machine import devices
+
+    return [devices.cross(device, closing) for device in spec.devices]
 
 
 def _trace_sink(spec: VmSpec, closing: ExitStack) -> tuple[HostSink, ...]:

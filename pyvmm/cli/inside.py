@@ -10,20 +10,26 @@ import os
 import sys
 from contextlib import suppress
 
+from pyvmm.relay import VARIABLE
+
 CONTROL_PATH = "/run/pyvmm-control"  # where the relay of sockets finds the monitor
 
 
 def main() -> int:
     """Run the specification in argv[1], a JSON text; the guest's exit code."""
-    from pyvmm.host import unix_sockets
     from pyvmm.machine.launch import run_here
     from pyvmm.machine.spec import from_json
-    from pyvmm.relay import inside
 
     try:
         spec = from_json(sys.argv[1])
-        control = unix_sockets.listen(CONTROL_PATH) if inside.start() else None
-        return run_here(spec, quiet=True, control=control, on_start=inside.admit)
+        if VARIABLE not in os.environ:
+            return run_here(spec, quiet=True)
+        from pyvmm.host import unix_sockets
+        from pyvmm.relay import inside
+
+        inside.start()
+        control = unix_sockets.listen(CONTROL_PATH)
+        return run_here(spec, quiet=True, control=control, on_listening=inside.admit)
     except KeyboardInterrupt:
         return 130
     except Exception as error:

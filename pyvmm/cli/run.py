@@ -56,6 +56,12 @@ Exit codes:
     help="Add a virtio device of your own: a class in a Python file, with its options; may be "
     "repeated.",
 )
+@click.option(
+    "--vsock",
+    metavar="[cid=N,]path=PATH",
+    help="Add a virtio-vsock device. A program connects to the socket at PATH and sends CONNECT "
+    "PORT; a guest that connects to port N of CID 2 reaches the listener at PATH_N.",
+)
 @click.option("--cpus", type=int, default=1, show_default=True, help="Number of vCPUs.")
 @click.option(
     "--memory", metavar="SIZE", default="512M", show_default=True, help="RAM, such as 512M or 2G."
@@ -101,6 +107,7 @@ def run(
     initrd: str | None,
     rng: bool,
     user_devices: tuple[str, ...],
+    vsock: str | None,
     cpus: int,
     memory: str,
     cmdline: str,
@@ -131,5 +138,6 @@ def run(
         devices=[
             *([("rng", "")] if rng else []),
             *(("user", text) for text in user_devices),
+            *([("vsock", vsock)] if vsock is not None else []),
         ],
     )

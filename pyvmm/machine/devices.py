@@ -10,6 +10,7 @@ A kind is a module of its own, loaded when a VM has such a device. It has
 and may have `check(spec) -> Spec`, which fills in and refuses what needs no file to be seen wrong,
 and `for_emulated_host(spec, visible) -> Spec`, which does so with the rest before an emulated host
 is started, and makes paths ones that are seen there.
+Where it has sockets for programs of the host, it has `cross(spec, closing) -> Crossing`.
 """
 
 from __future__ import annotations
@@ -17,17 +18,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyvmm.errors import ConfigError
 from pyvmm.machine.spec import DeviceSpec
 from pyvmm.machine.trace import Hook
 from pyvmm.virtio.device import VirtioDevice
 
+if TYPE_CHECKING:
+    from pyvmm.host.named_listener import NamedListener
+
 # Kind → module. The order is the one in which a VM's devices appear in the guest, after its disks.
 KINDS = {
     "rng": "pyvmm.machine.device_rng",
     "user": "pyvmm.machine.device_user",
+    "vsock": "pyvmm.machine.device_vsock",
 }
 
 
@@ -73,6 +78,25 @@ def open_device(spec: DeviceSpec, context: Context) -> VirtioDevice:
     """The device that `spec` asks for. Raises ConfigError for what the user can mend."""
     device: VirtioDevice = _module(spec.kind).open_device(spec, context)
     return device
+
+
+class Crossing(NamedTuple):
+    """A device that will run in an emulated host while its sockets stay on this machine.
+
+    `spec` is for in there; each of `listening` leads to a path in there; `reached` are paths of
+    this machine's sockets that the device may connect to, ``*`` at the end being a number.
+    """
+
+    spec: DeviceSpec
+    listening: tuple[tuple[NamedListener, str], ...] = ()
+    reached: tuple[str, ...] = ()
+
+
+def cross(spec: DeviceSpec, closing: ExitStack) -> Crossing:
+    """Make the device's sockets here. Raises ConfigError for what the user can mend."""
+    cross = getattr(_module(spec.kind), "cross", None)
+    crossing: Crossing = Crossing(spec) if cross is None else cross(spec, closing)
+    return crossing
 
 
 def from_plain(kind: str, values: Mapping[str, Any]) -> DeviceSpec:

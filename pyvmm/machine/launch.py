@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
 
 from pyvmm.boot.diagnosis import PANIC, ConsoleWatcher
 from pyvmm.control.server import ControlServer
@@ -68,20 +67,18 @@ def run_here(
     *,
     quiet: bool = False,
     control: Socket | None = None,
-    on_start: Callable[[], None] = lambda: None,
+    on_listening: Callable[[], None] = lambda: None,
 ) -> int:
-    """Run `spec`; the exit code. Raises ConfigError or HostError if it cannot be started.
-
-    Requests to the listening socket `control` are answered; `on_start` is called when the vCPUs run
-    and all devices listen.
-    """
+    """Run `spec`; the exit code. Requests to the listening socket `control` are answered once the
+    vCPUs run; `on_listening` is called once all sockets for the host's programs listen. Raises
+    ConfigError or HostError if it cannot be started."""
     with ExitStack() as closing:
         trace = Trace(spec.trace, spec.trace_file)
         closing.callback(trace.close)
         prepared = prepare(spec, trace, closing, quiet=quiet)
+        on_listening()
         attendant = Attendant(spec.name, prepared)
-        plugs = _Plugs(control, on_start)
-        outcome = _run(prepared, attendant, trace, closing, plugs)
+        outcome = _run(prepared, attendant, trace, closing, control)
     # The console is closed: the watcher has seen the last byte.
     attendant.look()
     if outcome.ending is Ending.RESET and attendant.saw_panic():
@@ -91,15 +88,12 @@ def run_here(
     return outcome.exit_code
 
 
-class _Plugs(NamedTuple):
-    """What joins a machine to those outside who want something of it."""
-
-    control: Socket | None
-    on_start: Callable[[], None]
-
-
 def _run(
-    prepared: Prepared, attendant: Attendant, trace: Trace, closing: ExitStack, plugs: _Plugs
+    prepared: Prepared,
+    attendant: Attendant,
+    trace: Trace,
+    closing: ExitStack,
+    control: Socket | None,
 ) -> Outcome:
     machine: Machine | None = None
 
@@ -115,9 +109,8 @@ def _run(
 
     def on_start() -> None:
         console.connect(parts.serial)
-        if plugs.control is not None:
-            _answer(plugs.control, MachineControl(machine, prepared), closing)
-        plugs.on_start()
+        if control is not None:
+            _answer(control, MachineControl(machine, prepared), closing)
 
     with console:
         return machine.run(on_start, attendant.look)

@@ -2,3 +2,5 @@
 
 `frames` is the wire format, `channel` one socket's state, `multiplexer` the thread at each end.
 """
+
+VARIABLE = "PYVMM_SOCKET_RELAY"  # the path of the port inside, set by pyvmm.emulated_host

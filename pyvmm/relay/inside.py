@@ -6,27 +6,24 @@ import os
 
 from pyvmm.host import log, unix_sockets
 from pyvmm.host.syscalls import open_file
+from pyvmm.relay import VARIABLE
 from pyvmm.relay.multiplexer import INSIDE, Multiplexer
-
-VARIABLE = "PYVMM_SOCKET_RELAY"  # the port's path, set by pyvmm.emulated_host
-
 
 _relay: Multiplexer | None = None
 
 
-def start() -> bool:
-    """From now on `unix_sockets.reach` reaches the machine's sockets; False, and nothing happens,
-    where there is no relay. Raises HostError.
+def start() -> None:
+    """From now on `unix_sockets.reach` reaches the machine's sockets. Nothing happens outside of an
+    emulated host. Raises HostError.
     """
     global _relay
     path = os.environ.get(VARIABLE)
-    if path is None:
-        return False
+    if path is None or _relay is not None:
+        return
     port = open_file(path, os.O_RDWR | os.O_NONBLOCK)
     _relay = Multiplexer(port, INSIDE, reach=unix_sockets.connect, on_broken=_say, hold=True)
     _relay.start()
     unix_sockets.set_route(_relay.connect)
-    return True
 
 
 def admit() -> None:

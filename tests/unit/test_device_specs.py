@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import pytest
 
 from pyvmm.errors import ConfigError
@@ -34,3 +36,49 @@ def test_json_that_describes_no_device_is_refused(rows):
 def test_devices_and_disks_share_the_interrupt_lines():
     with pytest.raises(ConfigError, match="interrupt lines"):
         vm(*[devices.parse("rng", "")] * 30)
+
+
+# --- vsock ---------------------------------------------------------------------------------------
+
+
+def test_vsock_options():
+    spec = devices.parse("vsock", "cid=7,path=/run/a,,b")
+    assert (spec.cid, spec.path) == (7, "/run/a,b")
+    assert devices.parse("vsock", "path=x").cid == 3
+    assert from_json(to_json(vm(spec))) == vm(spec)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "unknown option"),
+        ("cid=3", "no path"),
+        ("path=", "unknown option"),
+        ("path=x,cid=3x", "cannot read the cid"),
+        ("path=x,cid=٣", "cannot read the cid"),
+        ("path=x,port=1", "unknown option 'port=1'"),
+        ("path=x,cid=2", "cannot have the cid 2"),
+        ("path=x,cid=4294967295", "cannot have the cid"),
+        ("path=x,cid=" + "9" * 5000, "cannot have the cid"),
+        ("path=" + "x" * 97, "too long"),
+    ],
+)
+def test_vsock_options_that_cannot_be(text, why):
+    with pytest.raises(ConfigError, match=f"--vsock: .*{why}"):
+        vm(devices.parse("vsock", text))
+
+
+def test_vsock_sockets_are_made_here_for_an_emulated_host(tmp_path):
+    path = tmp_path / "v"
+    with ExitStack() as closing:
+        crossing = devices.cross(devices.parse("vsock", f"path={path}"), closing)
+        [(listener, inside)] = crossing.listening
+        assert listener.path == str(path) and path.is_socket()
+        assert crossing.reached == (f"{path}_*",)
+        assert crossing.spec.listen_at == inside and inside != str(path)
+    assert not path.exists()
+    assert devices.cross(devices.parse("rng", ""), ExitStack()) == (
+        devices.parse("rng", ""),
+        (),
+        (),
+    )

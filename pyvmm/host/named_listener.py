@@ -1,0 +1,94 @@
+"""A listening Unix socket that a user has named: made, guarded against a second one, removed."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from contextlib import suppress
+
+from pyvmm.errors import ConfigError, HostError
+from pyvmm.host import unix_sockets
+from pyvmm.host.syscalls import Closable
+from pyvmm.host.unix_sockets import Socket
+
+
+class NamedListener(Closable):
+    """Listens at `path`, for its owner only; closing it removes the file.
+
+    A socket that a dead process has left there is replaced; whatever else is there stays.
+    """
+
+    def __init__(self, path: str, *, option: str = "") -> None:
+        """Raises ConfigError, with `option` in front, if that cannot be."""
+        self.path = path
+        self._option = option
+        if not path or "\0" in path:
+            raise ConfigError(
+                f"{path!r} cannot be the name of a socket", cure="use another", option=option
+            )
+        try:
+            self.socket = self._listen()
+        except HostError as error:
+            raise self._cannot(error.errno) from None
+        except OSError as error:
+            raise self._cannot(error.errno or 0) from None
+        self._identity = _identity(os.lstat(path))
+
+    def _cannot(self, number: int) -> ConfigError:
+        return ConfigError(
+            f"cannot listen at {self.path}: {os.strerror(number)}",
+            cure="name a socket in a directory of yours",
+            option=self._option,
+        )
+
+    def _listen(self) -> Socket:
+        folder = os.open(os.path.dirname(self.path) or ".", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            # Two that start at the same moment must not each take the other's for a dead one's.
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(folder, fcntl.LOCK_EX)
+            self._make_room()
+            return unix_sockets.listen(self.path)
+        finally:
+            os.close(folder)
+
+    def _make_room(self) -> None:
+        try:
+            found = os.lstat(self.path)
+        except FileNotFoundError:
+            return
+        if not stat.S_ISSOCK(found.st_mode):
+            raise ConfigError(
+                f"{self.path} is there already and no socket",
+                cure="remove it or name another",
+                option=self._option,
+            )
+        if _is_alive(self.path):
+            raise ConfigError(
+                f"{self.path} is in use by a process that listens there",
+                cure="stop it or name another socket",
+                option=self._option,
+            )
+        os.unlink(self.path)
+
+    def close(self) -> None:
+        if self.socket.fileno() < 0:
+            return
+        self.socket.close()
+        with suppress(OSError):  # somebody has removed it, or put something else there
+            if _identity(os.lstat(self.path)) == self._identity:
+                os.unlink(self.path)
+
+
+def _is_alive(path: str) -> bool:
+    try:
+        unix_sockets.connect(path).close()
+    except HostError as error:
+        return error.errno not in (errno.ECONNREFUSED, errno.ENOENT)
+    return True
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino

@@ -1,0 +1,137 @@
+"""One thread for a whole device: its queues, and files of the host that it serves with them.
+
+For devices whose queues belong together (vsock's receive and transmit queue, a console's ports),
+where a thread per queue as in `pyvmm.virtio.worker` would need locks between them.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from threading import Thread
+
+from pyvmm.errors import HostError, PyvmmError
+from pyvmm.host.poller import READABLE, Poller
+from pyvmm.host.syscalls import EventFd
+from pyvmm.virtio.defects import as_device_failure
+from pyvmm.virtio.device import Activation
+from pyvmm.virtio.queue import Queue
+
+Serve = Callable[[Queue], None]
+
+
+class DeviceLoop:
+    """Calls `work` once at the start and after every wake-up: a kick of any queue, an event on a
+    file in `poller`, or `wake`.
+
+    `work` does what can be done without waiting and returns in how many seconds it wants to be
+    called again if nothing happens, or None. `end` closes what `work` uses, also when the device
+    failed; `poller` is closed after it. Both are called by this loop's thread only.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        activation: Activation,
+        poller: Poller,
+        work: Callable[[], float | None],
+        end: Callable[[], None],
+    ) -> None:
+        """Raises HostError, and then `poller` is the caller's still."""
+        self._name = name
+        self._activation = activation
+        self._poller = poller
+        self._work = work
+        self._end = end
+        self.stopping = False
+        self._wake = EventFd()
+        try:
+            poller.add(self._wake.fd, _ignore, READABLE)
+            for queue in activation.queues:
+                if queue is not None:
+                    queue.halt = False
+                    poller.add(queue.kick.fd, _ignore, READABLE)
+        except BaseException:
+            self._wake.close()
+            raise
+        self._thread = Thread(target=self._run, name=f"{name}-loop", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread. Raises HostError, with all closed, if the host has no more of them."""
+        try:
+            self._thread.start()
+        except RuntimeError:  # all that Python says of pthread_create's EAGAIN
+            self._close()
+            self._wake.close()
+            raise HostError(errno.EAGAIN, f"thread for {self._name}") from None
+
+    def wake(self) -> None:
+        """Have `work` called soon; any thread may ask."""
+        self._wake.signal()
+
+    def request_stop(self) -> None:
+        """Ask the thread to end after the request at hand."""
+        self.stopping = True
+        for queue in self._activation.queues:
+            if queue is not None:
+                queue.halt = True
+        self._wake.signal()
+
+    def join(self) -> None:
+        """Wait until the thread has ended, after `request_stop` or because the device failed."""
+        self._thread.join()
+        self._wake.close()
+
+    def batch(self, queue: Queue | None, serve: Serve) -> None:
+        """Let `serve` take chains from `queue` and return them; then publish and interrupt.
+
+        Kicks are off until `ask_for_kicks`. Nothing happens to a queue that is not in use. Raises
+        what `serve` raises, with what was returned before published.
+        """
+        if queue is None:
+            return
+        notify = False
+        try:
+            with queue.lock:
+                queue.disable_notification()
+                try:
+                    if queue.ready:
+                        serve(queue)
+                finally:
+                    notify = queue.publish_used()
+        finally:
+            # Not under the lock, so that whoever handles the interrupt may take it.
+            if notify:
+                self._activation.interrupt.signal_used(queue.index)
+
+    def ask_for_kicks(self, queue: Queue | None) -> bool:
+        """Have the driver kick for new buffers; True if some came meanwhile."""
+        if queue is None:
+            return False
+        with queue.lock:
+            return queue.enable_notification() and not queue.halt
+
+    def _run(self) -> None:
+        try:
+            while not self.stopping:
+                self._poller.wait(self._work())
+        except Exception as error:
+            self._give_up(as_device_failure(self._name, error))
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        self._end()
+        self._poller.close()
+
+    def _give_up(self, error: PyvmmError) -> None:
+        for queue in self._activation.queues:
+            if queue is not None:
+                with queue.lock:
+                    queue.ready = False
+        if not self.stopping:
+            self._activation.fail(error)
+
+
+def _ignore(events: int) -> None:
+    """A kick: that the thread is awake is all."""

@@ -1,0 +1,243 @@
+"""The virtio socket device: its queues, and one thread that serves them and the host's sockets.
+
+Virtio 1.3, 5.10 Socket Device. Packets go between guest memory and Unix sockets without a copy of
+ours, but for what a slow reader on the host has not taken yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pyvmm.errors import DriverError
+from pyvmm.host.log import RateLimited
+from pyvmm.host.poller import Poller
+from pyvmm.host.unix_sockets import Socket
+from pyvmm.virtio.constants import VIRTIO_ID_VSOCK
+from pyvmm.virtio.device import Activation, VirtioDevice
+from pyvmm.virtio.device_loop import DeviceLoop
+from pyvmm.virtio.features import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, has, mask
+from pyvmm.virtio.queue import Queue
+from pyvmm.virtio.vsock.host_side import HostSide
+from pyvmm.virtio.vsock.packet import HEADER, HEADER_BYTES, Header, PacketEvent
+from pyvmm.virtio.vsock.switch import Switch
+from pyvmm.virtio.vsock.uapi import (
+    CONFIG,
+    EVENT,
+    FEATURE_NAMES,
+    HIGHEST_GUEST_CID,
+    LOWEST_GUEST_CID,
+    VIRTIO_VSOCK_EVENT,
+    VIRTIO_VSOCK_EVENT_TRANSPORT_RESET,
+    VIRTIO_VSOCK_F_NO_IMPLIED_STREAM,
+    VIRTIO_VSOCK_F_STREAM,
+    VIRTIO_VSOCK_RX,
+    VIRTIO_VSOCK_TX,
+)
+
+QUEUE_SIZES = (256, 256, 16)
+# After so much the driver gets to see what has come, even if there is more.
+_BATCH_BYTES = 256 << 10
+
+
+class VsockDevice(VirtioDevice):
+    """Sockets between the guest with `guest_cid` and the host's programs.
+
+    `listener` takes the programs' connections; a guest's connection to port N goes to the listener
+    at `path`_N.
+    `trace` gets a `PacketEvent` for each packet; `log` one line for each thing that the guest did
+    wrong, and is limited in rate unless given. The listener is not closed.
+    """
+
+    device_type = VIRTIO_ID_VSOCK
+    queue_sizes = QUEUE_SIZES
+    features = mask(
+        VIRTIO_VSOCK_F_STREAM,
+        VIRTIO_VSOCK_F_NO_IMPLIED_STREAM,
+        VIRTIO_RING_F_INDIRECT_DESC,
+        VIRTIO_RING_F_EVENT_IDX,
+    )
+    feature_names = FEATURE_NAMES
+
+    def __init__(
+        self,
+        guest_cid: int,
+        listener: Socket,
+        path: str,
+        *,
+        name: str = "vsock",
+        trace: Callable[[object], None] | None = None,
+        log: Callable[[str], None] | None = None,
+    ) -> None:
+        """Raises ValueError for a CID that a guest cannot have."""
+        if not LOWEST_GUEST_CID <= guest_cid <= HIGHEST_GUEST_CID:
+            raise ValueError(f"CID {guest_cid} is reserved")
+        self.name = name
+        self._cid = guest_cid
+        self._config = CONFIG.pack(guest_cid)
+        self._listener = listener
+        self._path = path
+        self._trace = trace
+        self._log = RateLimited(prefix=f"{name}: ") if log is None else log
+        self._active: _Active | None = None
+        self._interrupted = False
+
+    def read_config(self, offset: int, length: int) -> bytes:
+        """struct virtio_vsock_config, zero past its end (5.10.4, 2.5)."""
+        return self._config[offset : offset + length].ljust(length, b"\0")
+
+    def activate(self, activation: Activation) -> None:
+        """Start the thread; from now on clients are let in. Raises HostError."""
+        active = _Active(self, activation)
+        active.loop.start()
+        self._active = active
+
+    def reset(self) -> None:
+        """Stop the thread and close all streams. Clients that come now wait for the next driver."""
+        active, self._active = self._active, None
+        if active is not None:
+            active.loop.request_stop()
+            active.loop.join()
+
+    def interrupt_streams(self) -> None:
+        """Streams of before are gone (the guest goes on from a saved state): tell the driver, now
+        or when it has a buffer for events (5.10.6.7 Device Events). Any thread may call it."""
+        self._interrupted = True
+        if self._active is not None:
+            self._active.loop.wake()
+
+    # What the thread of an activation asks.
+
+    def warn(self, line: str) -> None:
+        """One line about the guest."""
+        self._log(line)
+
+    def take_interruption(self) -> bool:
+        """Whether a transport reset is to be told, which is then no longer so."""
+        told, self._interrupted = self._interrupted, False
+        return told
+
+    def packet_hook(self) -> Callable[[Header], None] | None:
+        """What takes each packet's header for the trace, if somebody listens."""
+        trace, name = self._trace, self.name
+        return None if trace is None else lambda header: trace(PacketEvent(name, header))
+
+    @property
+    def guest_cid(self) -> int:
+        return self._cid
+
+    def open_host_side(self, poller: Poller) -> HostSide:
+        """The host's programs, as long as a driver is there."""
+        return HostSide(self._listener, self._path, poller)
+
+
+class _Active:
+    """All that lives from DRIVER_OK to the reset."""
+
+    def __init__(self, device: VsockDevice, activation: Activation) -> None:
+        """Raises HostError."""
+        self._device = device
+        self._queues = activation.queues
+        self._starved = False  # a packet waits for a receive buffer
+        self._event_due = False
+        poller = Poller()
+        try:
+            self._host = device.open_host_side(poller)
+            self._switch = self._make_switch(activation.features, poller)
+            self.loop = DeviceLoop(device.name, activation, poller, self.work, self._end)
+        except BaseException:
+            poller.close()
+            raise
+
+    def _make_switch(self, features: int, poller: Poller) -> Switch:
+        device = self._device
+        return Switch(
+            device.guest_cid,
+            self._host,
+            poller,
+            # 5.10.3.2 Device Requirements: Feature bits
+            stream_type_agreed=has(features, VIRTIO_VSOCK_F_STREAM)
+            or not has(features, VIRTIO_VSOCK_F_NO_IMPLIED_STREAM),
+            warn=device.warn,
+            trace=device.packet_hook(),
+        )
+
+    def _end(self) -> None:
+        self._switch.close()
+        self._host.close()
+
+    def work(self) -> float | None:
+        """Everything that can be done now; seconds until there is something to do again."""
+        loop, switch = self.loop, self._switch
+        receive, transmit = self._queues[VIRTIO_VSOCK_RX], self._queues[VIRTIO_VSOCK_TX]
+        again = True
+        while again and not loop.stopping:
+            if self._device.take_interruption():
+                switch.close()
+                self._event_due = True
+            switch.attend()
+            loop.batch(transmit, self._take_packets)
+            self._starved = True  # also where the driver has no such queue
+            loop.batch(receive, self._give_packets)
+            self._send_event()
+            again = loop.ask_for_kicks(transmit) if switch.takes_packets else False
+            if self._starved:
+                again |= loop.ask_for_kicks(receive)
+            again |= switch.wants_attention or (switch.has_packets and not self._starved)
+        return switch.patience()
+
+    def _take_packets(self, queue: Queue) -> None:
+        """5.10.6.1: goes on while the receive queue is full, as long as replies have a place."""
+        switch = self._switch
+        if not switch.takes_packets:
+            return
+        for chain in queue:
+            reader = chain.reader()
+            try:
+                header = Header._make(reader.unpack(HEADER))
+                switch.take_packet(header, reader)
+            except DriverError as error:
+                self._device.warn(f"a packet was dropped: {error}")
+            queue.add_used(chain, 0)
+            if not switch.takes_packets:
+                return
+
+    def _give_packets(self, queue: Queue) -> None:
+        switch, budget = self._switch, _BATCH_BYTES
+        self._starved = False
+        while switch.has_packets and budget > 0:
+            chain = queue.pop()
+            if chain is None:
+                self._starved = True
+                return
+            try:
+                size = switch.give_packet(chain)
+            except DriverError as error:
+                self._device.warn(f"a receive buffer is not used: {error}")
+                queue.add_used(chain, 0)
+                budget -= HEADER_BYTES
+                continue
+            if not size:
+                queue.step_back()
+                return
+            queue.add_used(chain, size)
+            budget -= size
+
+    def _send_event(self) -> None:
+        queue = self._queues[VIRTIO_VSOCK_EVENT]
+        if self._event_due:
+            self.loop.batch(queue, self._give_event)
+            if self._event_due and self.loop.ask_for_kicks(queue):
+                self.loop.wake()
+
+    def _give_event(self, queue: Queue) -> None:
+        for chain in queue:
+            writer = chain.writer()
+            try:
+                writer.write(EVENT.pack(VIRTIO_VSOCK_EVENT_TRANSPORT_RESET))
+            except DriverError as error:
+                self._device.warn(f"an event buffer is not used: {error}")
+                queue.add_used(chain, 0)
+                continue
+            queue.add_used(chain, writer.written)
+            self._event_due = False
+            return

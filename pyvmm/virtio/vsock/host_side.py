@@ -1,0 +1,129 @@
+"""The host's side of vsock: Unix sockets, by the convention that Firecracker's users know.
+
+For a device with the path P:
+
+- a client on the host connects to P and sends ``CONNECT <port>\\n``. Once the guest's listener on
+  that port has accepted, it reads ``OK <host port>\\n``, and from then on the connection is the
+  stream. If nobody listens in the guest, the connection is closed.
+- a guest that connects to port N of the host (CID 2) reaches whoever listens on P_N.
+"""
+
+from __future__ import annotations
+
+import _socket
+
+from pyvmm.host import unix_sockets
+from pyvmm.host.poller import Handler, Poller
+from pyvmm.host.unix_sockets import Socket
+
+LONGEST_SUFFIX = len("_4294967295")
+_LONGEST_COMMAND = len("CONNECT 4294967295\n") + 1  # and a carriage return, which some tools send
+_FIRST_PORT = 1 << 30
+_PORTS = 1 << 30
+
+
+class Client:
+    """A connection on the host that has not said yet where it wants to go."""
+
+    def __init__(self, sock: Socket) -> None:
+        self.sock = sock
+
+    def read_command(self) -> int | None:
+        """The port of its CONNECT, None if that has not come whole yet; -1 if it is something else.
+
+        What follows the command stays in the socket: it belongs to the stream.
+        """
+        try:
+            start = self.sock.recv(_LONGEST_COMMAND, _socket.MSG_PEEK)
+        except BlockingIOError:
+            return None
+        except OSError:
+            return -1
+        line, newline, _ = start.partition(b"\n")
+        if not newline:
+            whole = len(start) == _LONGEST_COMMAND or not start
+            return -1 if whole or not b"CONNECT ".startswith(start[:8]) else None
+        self.sock.recv(len(line) + 1)
+        word, _, number = line.rstrip(b"\r").partition(b" ")
+        if word != b"CONNECT" or not number.isdigit() or int(number) >= 1 << 32:
+            return -1
+        return int(number)
+
+
+class HostSide:
+    """Connections from and to the host's programs. Used by the device's thread only."""
+
+    def __init__(self, listener: Socket, path: str, poller: Poller) -> None:
+        """Clients come to `listener`; `path` is what the convention calls P. Raises HostError.
+
+        `listener` stays open when this is closed.
+        """
+        self._listener = listener
+        self._path = path
+        self._poller = poller
+        self._may_accept = True
+        self._waiting: set[Client] = set()
+        self._heard: list[Client] = []
+        self._next_port = 0
+        poller.add(listener.fileno(), self._note_arrival)
+
+    def __len__(self) -> int:
+        """How many clients have not said where they want to go."""
+        return len(self._waiting)
+
+    def _note_arrival(self, events: int) -> None:
+        self._may_accept = True
+
+    def accept(self, room: int) -> None:
+        """Let at most `room` clients in; others wait outside. Raises HostError."""
+        while self._may_accept and room > 0:
+            sock = unix_sockets.accept(self._listener)
+            if sock is None:
+                self._may_accept = False
+                return
+            room -= 1
+            client = Client(sock)
+            self._waiting.add(client)
+            self._heard.append(client)
+            self._poller.add(sock.fileno(), self._listen_to(client))
+
+    def _listen_to(self, client: Client) -> Handler:
+        return lambda events: self._heard.append(client)
+
+    def commands(self) -> list[tuple[Socket, int]]:
+        """The clients that have said CONNECT: each one's socket, watched still, and the port."""
+        found = []
+        heard, self._heard = self._heard, []
+        for client in heard:
+            if client not in self._waiting:
+                continue  # heard of twice
+            port = client.read_command()
+            if port is None:
+                continue
+            self._waiting.remove(client)
+            if port < 0:
+                self._drop(client)
+            else:
+                found.append((client.sock, port))
+        return found
+
+    def connect(self, port: int) -> Socket:
+        """A connection to the listener for a guest's connection to `port`. Raises HostError."""
+        return unix_sockets.reach(f"{self._path}_{port}")
+
+    def new_port(self) -> int:
+        """A port for a stream that begins on the host; in order, so that none is reused soon."""
+        port = _FIRST_PORT + self._next_port
+        self._next_port = (self._next_port + 1) % _PORTS
+        return port
+
+    def close(self) -> None:
+        """Close the clients' connections."""
+        for client in self._waiting:
+            self._drop(client)
+        self._waiting.clear()
+        self._poller.remove(self._listener.fileno())
+
+    def _drop(self, client: Client) -> None:
+        self._poller.remove(client.sock.fileno())
+        client.sock.close()

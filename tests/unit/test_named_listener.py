@@ -1,0 +1,78 @@
+"""Sockets that a user has named: whose they are, what they replace, what they leave behind."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from pathlib import Path
+
+import pytest
+
+from pyvmm.errors import ConfigError
+from pyvmm.host.named_listener import NamedListener
+
+
+def test_only_its_owner_may_connect_and_it_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with NamedListener(str(path)):
+        found = path.stat()
+        assert stat.S_ISSOCK(found.st_mode) and stat.S_IMODE(found.st_mode) == 0o600
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_dead_ones_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+    with NamedListener(str(path)), socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+
+
+def test_a_live_ones_is_not(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    with NamedListener(path):
+        with pytest.raises(ConfigError, match=r"^--vsock: .*in use by a process"):
+            NamedListener(path, option="--vsock")
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(path)  # it still listens
+
+
+def test_a_live_one_with_a_full_queue_is_not(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as live, socket.socket(socket.AF_UNIX) as waiting:
+        live.bind(path)
+        live.listen(0)
+        waiting.connect(path)
+        with pytest.raises(ConfigError, match="in use"):
+            NamedListener(path)
+
+
+@pytest.mark.parametrize("kind", ["file", "directory", "dangling link"])
+def test_what_is_no_socket_stays(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "socket"
+    if kind == "file":
+        path.write_text("precious")
+    elif kind == "directory":
+        path.mkdir()
+    else:
+        path.symlink_to("nowhere")
+    with pytest.raises(ConfigError, match="is there already and no socket"):
+        NamedListener(str(path))
+    assert os.path.lexists(path)
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "missing/socket"])
+def test_a_name_that_cannot_be(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="--vsock: "):
+        NamedListener(str(tmp_path / name) if name else "", option="--vsock")
+
+
+def test_what_somebody_else_put_in_its_place_stays(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with NamedListener(str(path)):
+        path.unlink()
+        path.write_text("another's")
+    assert path.read_text() == "another's"
