@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := guest-images/system-packages.txt
 
-.PHONY: help demo shell test lint unit guest bench doctor images clean
+.PHONY: help demo shell test lint unit fuzz guest bench doctor images clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,6 +25,10 @@ test: .stamps/dev .stamps/system ## Run every test: types, style, units, specifi
 
 unit: .stamps/dev ## Only the tests that need neither KVM nor a guest
 	@$(BIN)/pytest tests/unit tests/spec
+
+fuzz: .stamps/dev ## Random drivers against every device for SECONDS=60, from a SEED; CASE=N repeats one
+	@$(BIN)/python tests/fuzz/run.py $(if $(SEED),--seed=$(SEED)) $(if $(SECONDS),--seconds=$(SECONDS)) \
+		$(if $(CASE),--case=$(CASE)) $(if $(DEVICE),--device=$(DEVICE))
 
 lint: .stamps/dev ## Style and types
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

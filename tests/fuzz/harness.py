@@ -1,0 +1,401 @@
+"""One fuzz case: a device, a driver that errs at random, and what must hold whatever it does.
+
+`run_case` draws everything from one `random.Random`, so a case is repeated by its seed, hypothesis
+can shrink it, and a coverage-guided fuzzer can steer it. It raises AssertionError, with the steps
+so far, if
+
+- anything but DriverError is raised, in a register access or in a worker,
+- a worker takes more chains in a pass than its queue has entries, or never sleeps,
+- a byte of memory changes that is neither in the device area nor in a buffer for the device,
+- a completion is lost or doubled,
+- after a reset the device does not serve a good request.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from random import Random
+from unittest import mock
+
+from fuzz.inline import Workers
+from fuzz.targets import TARGETS, Target
+
+from pyvmm.host.log import RateLimited
+from pyvmm.memory import GuestMemory
+from pyvmm.testing import (
+    Arena,
+    Element,
+    MmioDriver,
+    MockDriver,
+    illegal_chains,
+    legal_chains,
+)
+from pyvmm.testing.mmio_driver import F_EVENT_IDX, F_INDIRECT_DESC, QUEUE_NOTIFY, STATUS, Ring
+from pyvmm.testing.ring import INDIRECT, WRITE
+from pyvmm.transport.mmio import MmioTransport
+from pyvmm.virtio import defects
+
+RAM = ((0, 0xF_0000), (0x40_0000, 0x1_0000))  # 1 MiB with a hole in it
+RINGS_AT = 0x1000
+PAGE = 4096
+LARGEST_TABLE = 1 << 16  # as much of an indirect table as the oracle looks at
+REGISTERS = [*range(0, 0x100, 4), 0x100, 0x104, 0x108, 0x118, 0x120, 0x1FC]
+VALUES = (0, 1, 2, 3, 4, 8, 11, 15, 16, 64, 128, 256, 0x1000, 0xF_0000, 0x40_0000, 0xFFFF_FFFF)
+
+
+class Pump:
+    """The driver's doorbell: a write to QueueNotify, and then the worker's turn."""
+
+    def __init__(self, case: Case, index: int) -> None:
+        self.case = case
+        self.index = index
+
+    def signal(self) -> None:
+        self.case.transport.write(QUEUE_NOTIFY, 4, self.index)
+        self.case.workers.pump()
+
+
+class Case:
+    """A device on its transport, with a driver in front that is about to misbehave."""
+
+    def __init__(self, rng: Random, target: Target, ring: Ring, closing: ExitStack) -> None:
+        self.rng = rng
+        self.target = target
+        self.ring = ring
+        self.steps: list[str] = []
+        self.workers = Workers()
+        self.defects: list[str] = []
+        self.memory = GuestMemory(RAM)
+        closing.callback(self.memory.close)
+        closing.enter_context(self.workers.instead_of_threads())
+        closing.enter_context(
+            mock.patch.object(defects, "_report", RateLimited(self.defects.append, burst=100))
+        )
+        device = closing.enter_context(target.make())
+        self.transport = MmioTransport(device, self.memory, self._interrupt, log=lambda line: None)
+        closing.callback(self.transport.close)
+        pumps = [Pump(self, index) for index in range(len(device.queue_sizes))]
+        self.driver = MmioDriver(self.transport, self.memory, kicks=pumps, ring=ring)
+        self.interrupts = 0
+        self.clean = True
+        self.oracle: list[tuple[int, int]] = []
+
+    def _interrupt(self) -> None:
+        self.interrupts += 1
+
+    # --- steps -----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Bring the device up, with some of its features and queues of some size."""
+        rng = self.rng
+        self.driver.arena = Arena(self.memory, RINGS_AT)
+        self.driver.reset()
+        self.workers.logs.clear()
+        features = self.driver._usual_features()
+        for feature in (F_EVENT_IDX, F_INDIRECT_DESC):
+            if rng.random() < 0.25:
+                features &= ~feature
+        sizes = [
+            min(largest, rng.choice((1, 2, 4, 4, 8, 8, 16)))
+            for largest in self.transport.device.queue_sizes
+        ]
+        self.note(f"start with features {features:#x}, queues of {sizes}")
+        self.driver.start(features=features, queue_sizes=sizes)
+        self.clean = True
+        self.oracle = []
+
+    @property
+    def queue(self) -> MockDriver:
+        return self.rng.choice(self.driver.queues)
+
+    def note(self, step: str) -> None:
+        self.steps.append(step)
+
+    def step(self) -> None:
+        """One more thing that the driver does."""
+        kinds = (
+            self.lawful, self.lawful, self.lawful, self.legal, self.illegal, self.mutant,
+            self.mutant, self.mutant, self.random_chain, self.random_chain, self.poke, self.poke,
+            self.register, self.start,
+        )  # fmt: skip
+        self.rng.choice(kinds)()
+
+    def lawful(self) -> None:
+        for _ in range(self.rng.choice((1, 1, 2, 4))):
+            request = self.target.request(self.rng)
+            self.note(f"lawful {request}")
+            queue = self.driver.queues[request.queue]
+            indirect = self.tables and self.rng.random() < 0.3
+            try:
+                queue.add(
+                    request.readable,
+                    request.writable,
+                    indirect=indirect and len(request.readable + request.writable) <= queue.size,
+                    scrambled=self.rng.random() < 0.3,
+                )
+            except RuntimeError:
+                self.note("(no room)")
+        for queue in self.driver.queues:
+            queue.publish()
+
+    @property
+    def tables(self) -> bool:
+        return bool(self.driver.features & F_INDIRECT_DESC)
+
+    def legal(self) -> None:
+        legal = self.rng.choice(legal_chains(self.ring, tables=self.tables))
+        queue = self.queue
+        self.note(f"legal: {legal}")
+        try:
+            if queue.size >= len(legal.readable + legal.writable):
+                legal.offer(queue)
+        except RuntimeError:
+            self.note("(no room)")
+
+    def illegal(self) -> None:
+        illegal = self.rng.choice(illegal_chains(self.ring))
+        self.note(f"illegal: {illegal}")
+        self.clean = False
+        queue = self.queue
+        try:
+            if queue.size >= 4:
+                illegal.offer(queue)
+        except RuntimeError:
+            self.note("(no room)")
+
+    def mutant(self) -> None:
+        """A lawful request with one field of one descriptor changed before it is visible."""
+        rng = self.rng
+        request = self.target.request(rng)
+        queue = self.driver.queues[request.queue]
+        try:
+            chain = queue.add(request.readable, request.writable, indirect=rng.random() < 0.3)
+        except RuntimeError:
+            return
+        self.clean = False
+        place = queue.desc_addr + 16 * rng.choice(chain.descriptors)
+        field, size = rng.choice(((0, 8), (8, 4), (12, 2), (14, 2)))
+        value = self.number(size)
+        self.note(f"mutant {request}: {size} bytes at {place + field:#x} become {value:#x}")
+        self.memory.write(place + field, value.to_bytes(size, "little"))
+        queue.publish()
+
+    def random_chain(self) -> None:
+        rng, queue = self.rng, self.queue
+        self.clean = False
+        elements = [
+            Element(self.number(8), self.number(4), rng.choice((0, 1, 2, 3, 4, 5, 6, 7)))
+            for _ in range(rng.randint(1, queue.size))
+        ]
+        if rng.random() < 0.3:
+            table = queue.make_table(elements)
+            elements = [Element(table, 16 * len(elements), INDIRECT)]
+        self.note(f"random {elements}")
+        try:
+            queue.add_elements(elements)
+        except RuntimeError:
+            self.note("(no room)")
+        queue.publish()
+
+    def poke(self) -> None:
+        """Change a field of a ring that the device may be looking at."""
+        rng, queue = self.rng, self.queue
+        self.clean = False
+        area, length = rng.choice(
+            (
+                (queue.desc_addr, 16 * queue.size),
+                (queue.driver_addr, 4 if self.ring == "packed" else 6 + 2 * queue.size),
+            )
+        )
+        size = rng.choice((2, 2, 2, 4))
+        place = area + 2 * rng.randrange((length - size) // 2 + 1)
+        value = self.number(size)
+        self.note(f"poke {size} bytes at {place:#x}: {value:#x}")
+        self.memory.write(place, value.to_bytes(size, "little"))
+
+    def register(self) -> None:
+        rng = self.rng
+        self.clean = False
+        for _ in range(rng.randint(1, 4)):
+            offset = rng.choice(REGISTERS) if rng.random() < 0.9 else rng.randrange(0x200)
+            size = rng.choice((4, 4, 4, 4, 1, 2, 8))
+            if rng.random() < 0.3:
+                self.note(f"read {size} bytes of register {offset:#x}")
+                assert 0 <= self.transport.read(offset, size) < 1 << 8 * size
+            else:
+                value = rng.choice(VALUES) if rng.random() < 0.8 else rng.getrandbits(32)
+                self.note(f"write {size} bytes of register {offset:#x}: {value:#x}")
+                self.transport.write(offset, size, value)
+
+    def number(self, size: int) -> int:
+        """A number of `size` bytes, likely one that is nearly right."""
+        rng = self.rng
+        ends = [edge for start, length in RAM for edge in (start, start + length)]
+        kind = rng.randrange(6)
+        if kind == 0:
+            value = rng.getrandbits(8 * size)
+        elif kind == 1:
+            value = rng.choice(ends) + rng.choice((-4096, -16, -1, 0, 1, 16))
+        elif kind == 2:
+            value = rng.choice((0, 1, 2, 3, 4, 7, 8, 16, 17, 0x80, 0x8000, 0xFFFF, 0x8080))
+        elif kind == 3:
+            value = rng.choice((-1, -16, 1 << 31, 1 << 32, 1 << 63))
+        elif kind == 4:
+            value = self.driver.arena.next + rng.randrange(-256, 4096)
+        else:
+            value = rng.randrange(64)
+        return value % (1 << 8 * size)
+
+    # --- what must hold --------------------------------------------------------------------------
+
+    def turn(self) -> None:
+        """The device's turn; then everything is looked at."""
+        before = self._snapshot()
+        independent = self._collect_writable()
+        self.workers.pump()
+        self._check_memory(before, independent)
+        assert not self.defects, self.defects
+        if independent and self.ring == "split":
+            self._count_completions()
+        if self.clean:
+            self._check_completions()
+
+    def _snapshot(self) -> list[bytes]:
+        return [bytes(region.view) for region in self.memory.regions]
+
+    def _check_memory(self, before: Sequence[bytes], independent: bool) -> None:
+        allowed = [
+            (addr, length) for log in self.workers.logs.values() for addr, length in log.writable
+        ]
+        changed = list(self._changes(before))
+        self._assert_within(changed, [*allowed, *self._device_areas()], "as the device has it")
+        if independent:
+            self._assert_within(
+                changed, [*self.oracle, *self._device_areas()], "as the driver wrote it"
+            )
+
+    def _changes(self, before: Sequence[bytes]) -> Iterator[int]:
+        """The guest-physical addresses of bytes that differ."""
+        for region, old in zip(self.memory.regions, before, strict=True):
+            new = bytes(region.view)
+            if new == old:
+                continue
+            for start in range(0, len(old), PAGE):
+                if new[start : start + PAGE] != old[start : start + PAGE]:
+                    for place in range(start, start + PAGE):
+                        if new[place] != old[place]:
+                            yield region.guest_addr + place
+
+    def _assert_within(
+        self, changed: Sequence[int], ranges: Sequence[tuple[int, int]], who: str
+    ) -> None:
+        if not changed:
+            return
+        # A buffer may lie partly in RAM: its last byte, say, may be a status byte.
+        inside = sorted(ranges)
+        position = 0
+        covered_to = 0
+        for place in changed:
+            while position < len(inside) and inside[position][0] <= place:
+                covered_to = max(covered_to, sum(inside[position]))
+                position += 1
+            assert place < covered_to, f"byte {place:#x} changed, which is not to be written, {who}"
+
+    def _device_areas(self) -> list[tuple[int, int]]:
+        """The parts of the rings that the device writes (2.7, 2.8)."""
+        areas = []
+        for config in self.transport.negotiation.state.queues:
+            if config.ready and self.ring == "split":
+                areas.append((config.used_addr, 6 + 8 * config.size))
+            elif config.ready:
+                areas += [(config.desc_addr, 16 * config.size), (config.used_addr, 4)]
+        return areas
+
+    def _collect_writable(self) -> bool:
+        """Add to the oracle every range that a descriptor with WRITE describes, wherever it is;
+        whether the oracle is sound: none of these lies over a ring or a table."""
+        structures = [*self._device_areas()]
+        ranges: list[tuple[int, int]] = []
+        for config in self.transport.negotiation.state.queues:
+            if config.ready:
+                structures.append((config.desc_addr, 16 * config.size))
+                structures.append((config.avail_addr, 6 + 2 * config.size))
+                self._walk(config.desc_addr, 16 * config.size, ranges, structures, 1)
+        self.oracle += ranges
+        return not any(
+            addr < start + length and start < addr + size
+            for addr, size in self.oracle
+            for start, length in structures
+        )
+
+    def _walk(
+        self,
+        addr: int,
+        length: int,
+        ranges: list[tuple[int, int]],
+        structures: list[tuple[int, int]],
+        depth: int,
+    ) -> None:
+        if not self.memory.contains(addr, length):
+            return
+        flags_at = 12 if self.ring == "split" else 14
+        table = self.memory.read(addr, min(length, LARGEST_TABLE) & ~15)
+        for at in range(0, len(table), 16):
+            where, size = struct.unpack_from("<QL", table, at)
+            flags = struct.unpack_from("<H", table, at + flags_at)[0]
+            if flags & INDIRECT and depth:
+                structures.append((where, size))
+                self._walk(where, size, ranges, structures, depth - 1)
+            elif flags & WRITE:
+                ranges.append((where, size))
+
+    def _count_completions(self) -> None:
+        """The used index, as the driver sees it, has moved once for each chain returned."""
+        for index, config in enumerate(self.transport.negotiation.state.queues):
+            log = self.workers.logs.get(index)
+            if log is not None and config.ready:
+                used = int.from_bytes(self.memory.read(config.used_addr + 2, 2), "little")
+                assert used == log.returns % 0x10000, f"queue {index}: {used}, not {log.returns}"
+                assert log.returns + len(log.in_flight) == log.pops
+
+    def _check_completions(self) -> None:
+        """While the driver was lawful: each chain comes back once, and none is forgotten."""
+        status = self.transport.read(STATUS, 4)
+        assert not status & 0x40, "a lawful driver got DEVICE_NEEDS_RESET"
+        for index, queue in enumerate(self.driver.queues):
+            published = queue.outstanding
+            while (used := queue.pop_used()) is not None:
+                assert used.head in published, f"{used} came back, of {sorted(published)}"
+                published -= {used.head}
+            log = self.workers.logs.get(index)
+            held = frozenset(log.in_flight) if log is not None else frozenset()
+            if index in self.target.prompt:
+                assert not published, f"chains {sorted(published)} never came back"
+                assert not held, f"the device keeps {sorted(held)}"
+
+    def finish(self) -> None:
+        """A reset, and a good request."""
+        self.note("the end: reset, and a good request")
+        self.driver.arena = Arena(self.memory, RINGS_AT)
+        self.driver.start()
+        self.target.check(self.driver)
+        assert not self.defects, self.defects
+
+
+def run_case(rng: Random, name: str, ring: Ring, *, most_steps: int = 12) -> int:
+    """Run one case against target `name`; how many steps it had."""
+    with ExitStack() as closing:
+        case = Case(rng, TARGETS[name], ring, closing)
+        try:
+            case.start()
+            for _ in range(rng.randint(1, most_steps)):
+                case.step()
+                case.turn()
+            case.finish()
+        except BaseException as error:
+            steps = "\n".join(f"  {number}. {step}" for number, step in enumerate(case.steps, 1))
+            error.add_note(f"{name} over a {ring} ring:\n{steps}")
+            raise
+        return len(case.steps)

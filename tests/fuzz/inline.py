@@ -1,0 +1,137 @@
+"""A device's workers without their threads: each pass runs when the harness says, and is watched.
+
+Everything but the thread and its sleep is what runs in a monitor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+from pyvmm.errors import DriverError
+from pyvmm.virtio import worker as worker_module
+from pyvmm.virtio.chain import DescriptorChain
+from pyvmm.virtio.worker import QueueWorker
+
+MOST_PASSES = 2000  # in one go, before a worker counts as one that never sleeps
+
+
+class QueueLog:
+    """What a device did with a queue: chains in flight by head, and where it may write."""
+
+    def __init__(self, queue: Any) -> None:
+        self.queue = queue
+        self.in_flight: dict[int, DescriptorChain] = {}
+        self.taken = 0  # since `begin_pass`
+        self.pops = 0
+        self.returns = 0
+        self.writable: set[tuple[int, int]] = set()
+        self._returned: list[DescriptorChain] = []
+        for name in ("pop", "add_used", "step_back", "undo_used"):
+            if hasattr(queue, name):
+                setattr(queue, name, getattr(self, f"_{name}")(getattr(queue, name)))
+
+    def begin_pass(self) -> None:
+        self.taken = 0
+
+    def _pop(self, pop: Any) -> Any:
+        def watched() -> DescriptorChain | None:
+            chain: DescriptorChain | None = pop()
+            if chain is not None:
+                self.taken += 1
+                self.pops += 1
+                assert self.taken <= self.queue.size, "more chains in a pass than the queue has"
+                assert chain.head not in self.in_flight, "a chain was taken twice"
+                parts = len(chain.readable) + len(chain.writable)
+                assert parts <= self.queue.size, "a chain of more parts than the queue has"
+                self.in_flight[chain.head] = chain
+                self.writable |= set(chain.writable)
+            return chain
+
+        return watched
+
+    def _add_used(self, add_used: Any) -> Any:
+        def watched(chain: DescriptorChain, written: int) -> None:
+            assert 0 <= written <= chain.writable_size, f"{written} bytes of {chain.writable_size}"
+            add_used(chain, written)
+            del self.in_flight[chain.head]
+            self.returns += 1
+
+        return watched
+
+    def _step_back(self, step_back: Any) -> Any:
+        def watched(*chain: DescriptorChain) -> None:
+            step_back(*chain)
+            undone = chain[0].head if chain else next(reversed(self.in_flight))
+            del self.in_flight[undone]
+            self.pops -= 1
+
+        return watched
+
+    def _undo_used(self, undo_used: Any) -> Any:
+        def watched(chain: DescriptorChain) -> None:
+            undo_used(chain)
+            self.in_flight[chain.head] = chain
+            self.returns -= 1
+
+        return watched
+
+
+class Workers:
+    """All workers that run now; `pump` has each do what its thread would do until it sleeps."""
+
+    def __init__(self) -> None:
+        self.running: list[InlineWorker] = []
+        self.logs: dict[int, QueueLog] = {}
+
+    def pump(self) -> None:
+        for worker in list(self.running):
+            if worker in self.running:
+                worker.run_until_idle()
+
+    @contextmanager
+    def instead_of_threads(self) -> Iterator[None]:
+        def make(*arguments: Any, **options: Any) -> InlineWorker:
+            return InlineWorker(self, *arguments, **options)
+
+        with mock.patch.object(worker_module, "QueueWorker", make):
+            yield
+
+
+class InlineWorker(QueueWorker):
+    """A worker that runs in the thread of whoever pumps."""
+
+    def __init__(self, workers: Workers, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._workers = workers
+        self._log = QueueLog(self._queue)
+        self._serve_for_real = self._serve
+        self._serve = self._watched_serve
+        self._passes = 0
+
+    def start(self) -> None:
+        self._queue.halt = False
+        self._workers.running.append(self)
+        self._workers.logs[self._queue.index] = self._log
+
+    def join(self) -> None:
+        if self in self._workers.running:
+            self._workers.running.remove(self)
+        self._close()
+
+    def run_until_idle(self) -> None:
+        self._passes = 0
+        self._queue.kick.drain()
+        try:
+            self._serve_until_idle()
+        except DriverError as error:
+            self._workers.running.remove(self)
+            self._give_up(error)
+
+    def _watched_serve(self, queue: Any) -> Any:
+        self._passes += 1
+        assert self._passes < MOST_PASSES, "the worker never sleeps"
+        self._log.begin_pass()
+        return self._serve_for_real(queue)

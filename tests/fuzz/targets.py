@@ -1,0 +1,118 @@
+"""The devices that are fuzzed: how to make one, what a lawful driver asks of it, whether it lives.
+
+A target is a context manager that makes a device, and two functions of its driver. A new device
+joins by a row in TARGETS.
+"""
+
+from __future__ import annotations
+
+import itertools
+import struct
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+from pyvmm.host.files import open_image
+from pyvmm.testing import MmioDriver
+from pyvmm.testing.blk_driver import OK, BlockDriver, header
+from pyvmm.virtio.blk.backend import FileBackend
+from pyvmm.virtio.blk.device import BlockDevice
+from pyvmm.virtio.device import VirtioDevice
+from pyvmm.virtio.rng.device import EntropyDevice
+
+DISK_SECTORS = 128
+
+
+class Request(NamedTuple):
+    """What a lawful driver puts into queue `queue`: contents to read, lengths to write."""
+
+    queue: int
+    readable: list[bytes]
+    writable: list[int]
+
+    def __str__(self) -> str:
+        start = b"".join(self.readable)[:48].hex(" ", 4)
+        sizes = [len(part) for part in self.readable]
+        return f"queue {self.queue}: {start} in {sizes} bytes to read, {self.writable} to write"
+
+
+class Target(NamedTuple):
+    """`request` makes up a lawful request; `check` has the device serve a good one, and raises
+    AssertionError if it does not. `prompt` are the queues whose chains all come back at once."""
+
+    make: Callable[[], AbstractContextManager[VirtioDevice]]
+    request: Callable[[Random], Request]
+    check: Callable[[MmioDriver], None]
+    prompt: tuple[int, ...]
+
+
+def pieces(rng: Random, data: bytes) -> list[bytes]:
+    """`data` cut into a few parts, empty ones among them."""
+    cuts = sorted(rng.randint(0, len(data)) for _ in range(rng.choice((0, 0, 1, 2, 3))))
+    edges = [0, *cuts, len(data)]
+    return [data[start:end] for start, end in itertools.pairwise(edges)]
+
+
+# --- virtio-blk ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _disk() -> Iterator[VirtioDevice]:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        image = Path(folder) / "disk"
+        image.write_bytes(bytes(DISK_SECTORS * 512))
+        backend = FileBackend(open_image(str(image), False))
+        try:
+            yield BlockDevice(backend, name="fuzzed", num_queues=2, log=lambda line: None)
+        finally:
+            backend.close()
+            assert image.stat().st_size == DISK_SECTORS * 512, "the disk has grown"
+
+
+def _disk_request(rng: Random) -> Request:
+    # IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES, and types that there are not
+    kind = rng.choice((0, 0, 0, 1, 1, 1, 4, 8, 11, 13, 14, rng.getrandbits(32)))
+    sector = rng.choice((0, 8, DISK_SECTORS - 1, DISK_SECTORS, rng.getrandbits(64)))
+    size = 512 * rng.choice((0, 1, 1, 2, 8))
+    if kind in (11, 13):
+        data = struct.pack("<QLL", sector, size // 512, rng.choice((0, 0, 1, 0xFFFF_FFFF)))
+    else:
+        data = bytes(size) if kind == 1 else b""
+    room = size if kind == 0 else 20 if kind == 8 else 0
+    writable = [len(part) for part in pieces(rng, bytes(room + 1))]
+    return Request(rng.randint(0, 1), pieces(rng, header(kind, sector) + data), writable)
+
+
+def _disk_check(driver: MmioDriver) -> None:
+    for queue in (0, 1):
+        disk = BlockDriver(driver, queue)
+        data = b"alive%d\n" % queue * 73 + b"\0"
+        assert disk.write(queue, data).status == OK
+        assert disk.read(queue, 512).data == data
+
+
+# --- virtio-rng ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def _rng() -> Iterator[VirtioDevice]:
+    yield EntropyDevice()
+
+
+def _rng_request(rng: Random) -> Request:
+    size = rng.choice((0, 1, 64, 4096, 1 << 17))
+    return Request(0, [], [len(part) for part in pieces(rng, bytes(size))])
+
+
+def _rng_check(driver: MmioDriver) -> None:
+    written, data = driver.request(0, [], [64])
+    assert written == 64 and any(data)
+
+
+TARGETS = {
+    "blk": Target(_disk, _disk_request, _disk_check, prompt=(0, 1)),
+    "rng": Target(_rng, _rng_request, _rng_check, prompt=(0,)),
+}
