@@ -32,7 +32,14 @@ from pyvmm.testing import (
     illegal_chains,
     legal_chains,
 )
-from pyvmm.testing.mmio_driver import F_EVENT_IDX, F_INDIRECT_DESC, QUEUE_NOTIFY, STATUS, Ring
+from pyvmm.testing.mmio_driver import (
+    F_EVENT_IDX,
+    F_INDIRECT_DESC,
+    NEEDS_RESET,
+    QUEUE_NOTIFY,
+    STATUS,
+    Ring,
+)
 from pyvmm.testing.ring import INDIRECT, WRITE
 from pyvmm.transport.mmio import MmioTransport
 from pyvmm.virtio import defects
@@ -79,7 +86,8 @@ class Case:
         pumps = [Pump(self, index) for index in range(len(device.queue_sizes))]
         self.driver = MmioDriver(self.transport, self.memory, kicks=pumps, ring=ring)
         self.interrupts = 0
-        self.clean = True
+        self.clean = True  # whether the driver has broken no rule since the last reset
+        self.must_fail = False
         self.oracle: list[tuple[int, int]] = []
 
     def _interrupt(self) -> None:
@@ -156,14 +164,18 @@ class Case:
 
     def illegal(self) -> None:
         illegal = self.rng.choice(illegal_chains(self.ring))
-        self.note(f"illegal: {illegal}")
-        self.clean = False
-        queue = self.queue
+        index = self.rng.randrange(len(self.driver.queues))
+        queue = self.driver.queues[index]
+        self.note(f"illegal: {illegal} in queue {index}")
         try:
             if queue.size >= 4:
                 illegal.offer(queue)
+                # Of a driver that erred before nobody knows what the ring looks like.
+                refused = illegal.outcome == "refused" and index in self.target.prompt
+                self.must_fail = self.clean and refused
         except RuntimeError:
             self.note("(no room)")
+        self.clean = False
 
     def mutant(self) -> None:
         """A lawful request with one field of one descriptor changed before it is visible."""
@@ -257,6 +269,9 @@ class Case:
         self.workers.pump()
         self._check_memory(before, independent)
         assert not self.defects, self.defects
+        if self.must_fail:
+            assert self.transport.read(STATUS, 4) & NEEDS_RESET, "a broken ring was accepted"
+            self.must_fail = False
         if independent and self.ring == "split":
             self._count_completions()
         if self.clean:
@@ -363,7 +378,7 @@ class Case:
     def _check_completions(self) -> None:
         """While the driver was lawful: each chain comes back once, and none is forgotten."""
         status = self.transport.read(STATUS, 4)
-        assert not status & 0x40, "a lawful driver got DEVICE_NEEDS_RESET"
+        assert not status & NEEDS_RESET, "a lawful driver got DEVICE_NEEDS_RESET"
         for index, queue in enumerate(self.driver.queues):
             published = queue.outstanding
             while (used := queue.pop_used()) is not None:

@@ -28,8 +28,8 @@ class QueueLog:
         self.pops = 0
         self.returns = 0
         self.writable: set[tuple[int, int]] = set()
-        self._returned: list[DescriptorChain] = []
-        for name in ("pop", "add_used", "step_back", "undo_used"):
+        self._unpublished: set[int] = set()
+        for name in ("pop", "add_used", "step_back", "undo_used", "publish_used"):
             if hasattr(queue, name):
                 setattr(queue, name, getattr(self, f"_{name}")(getattr(queue, name)))
 
@@ -44,6 +44,8 @@ class QueueLog:
                 self.pops += 1
                 assert self.taken <= self.queue.size, "more chains in a pass than the queue has"
                 assert chain.head not in self.in_flight, "a chain was taken twice"
+                # The driver cannot know yet that it was used, so it must not offer it again.
+                assert chain.head not in self._unpublished, "a chain was taken twice"
                 parts = len(chain.readable) + len(chain.writable)
                 assert parts <= self.queue.size, "a chain of more parts than the queue has"
                 self.in_flight[chain.head] = chain
@@ -57,6 +59,7 @@ class QueueLog:
             assert 0 <= written <= chain.writable_size, f"{written} bytes of {chain.writable_size}"
             add_used(chain, written)
             del self.in_flight[chain.head]
+            self._unpublished.add(chain.head)
             self.returns += 1
 
         return watched
@@ -74,7 +77,16 @@ class QueueLog:
         def watched(chain: DescriptorChain) -> None:
             undo_used(chain)
             self.in_flight[chain.head] = chain
+            self._unpublished.discard(chain.head)
             self.returns -= 1
+
+        return watched
+
+    def _publish_used(self, publish_used: Any) -> Any:
+        def watched() -> bool:
+            self._unpublished.clear()
+            wanted: bool = publish_used()
+            return wanted
 
         return watched
 
