@@ -34,7 +34,9 @@ from pyvmm.testing import (
 )
 from pyvmm.testing.mmio_driver import (
     F_EVENT_IDX,
+    F_IN_ORDER,
     F_INDIRECT_DESC,
+    F_RING_PACKED,
     NEEDS_RESET,
     QUEUE_NOTIFY,
     STATUS,
@@ -81,6 +83,11 @@ class Case:
             mock.patch.object(defects, "_report", RateLimited(self.defects.append, burst=100))
         )
         device = closing.enter_context(target.make())
+        # What the rings are like is no device's business, so each is tried with all of them.
+        if ring == "packed":
+            device.features |= F_RING_PACKED
+        if len(target.prompt) == len(device.queue_sizes):
+            device.features |= F_IN_ORDER
         self.transport = MmioTransport(device, self.memory, self._interrupt, log=lambda line: None)
         closing.callback(self.transport.close)
         pumps = [Pump(self, index) for index in range(len(device.queue_sizes))]
@@ -102,6 +109,8 @@ class Case:
         self.driver.reset()
         self.workers.logs.clear()
         features = self.driver._usual_features()
+        if rng.random() < 0.3:
+            features |= self.driver.offered_features() & F_IN_ORDER
         for feature in (F_EVENT_IDX, F_INDIRECT_DESC):
             if rng.random() < 0.25:
                 features &= ~feature

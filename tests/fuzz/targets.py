@@ -41,7 +41,8 @@ class Request(NamedTuple):
 
 class Target(NamedTuple):
     """`request` makes up a lawful request; `check` has the device serve a good one, and raises
-    AssertionError if it does not. `prompt` are the queues whose chains all come back at once."""
+    AssertionError if it does not. `prompt` are the queues whose chains all come back at once;
+    a device with prompt queues only may be used with VIRTIO_F_IN_ORDER."""
 
     make: Callable[[], AbstractContextManager[VirtioDevice]]
     request: Callable[[Random], Request]
