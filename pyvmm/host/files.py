@@ -1,7 +1,7 @@
 """Disk image files: opened, sized and locked, or refused in one line that says what to do.
 
-An image is always raw bytes: whatever it begins with, it is what the guest sees, and no format is
-ever probed for. (Guests write to the first sector too; a monitor that probed it could be talked
+No format is ever probed for: whatever an image begins with, it is raw bytes, unless its name or the
+user says otherwise. (Guests write to the first sector too; a monitor that probed it could be talked
 into opening any file of the host.)
 """
 
@@ -218,5 +218,5 @@ def _look_at_start(path: str, fd: int) -> tuple[str, ...]:
         return ()
     return (
         f"{path} looks like a QCOW2 image but is served raw, byte for byte; "
-        f"to use what is in it: qemu-img convert -O raw {path} {path}.raw",
+        "to use what is in it: ,format=qcow2",
     )

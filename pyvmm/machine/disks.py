@@ -1,13 +1,14 @@
-"""From a `DiskSpec` to a virtio-blk device on an open, locked image."""
+"""From a `DiskSpec` to a virtio-blk device on its storage: opened, locked, in layers."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
 
+from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import log
-from pyvmm.host.files import ImageFile, open_image
+from pyvmm.host.files import QCOW2_MAGIC, SECTOR, ImageFile, open_image
 from pyvmm.machine.alarm import Alarm
-from pyvmm.machine.spec import DiskSpec
+from pyvmm.machine.spec import DiskSpec, parse_memory
 from pyvmm.machine.trace import Hook
 from pyvmm.virtio.blk.backend import Backend, FileBackend
 from pyvmm.virtio.blk.device import BlockDevice
@@ -18,7 +19,7 @@ def lock_image(disk: DiskSpec, closing: ExitStack) -> ImageFile:
 
     Raises ConfigError for an image that cannot serve as a disk.
     """
-    image = open_image(disk.path, read_only=disk.read_only, direct=disk.direct)
+    image = open_image(disk.path, read_only=disk.base_read_only, direct=disk.direct)
     closing.callback(image.close)
     for hint in image.hints:
         log.to_stderr(hint)
@@ -41,10 +42,98 @@ def open_disk(disk: DiskSpec, trace: Hook | None, closing: ExitStack, alarm: Ala
 
 
 def open_backend(disk: DiskSpec, closing: ExitStack) -> Backend:
-    """The storage that `disk` names; `closing` gives it up. Raises ConfigError."""
+    """The storage that `disk` names; `closing` gives it up. Raises ConfigError or HostError."""
+    base = _OPENERS[disk.kind](disk, closing)
+    if not disk.snapshot and disk.overlay is None:
+        return base
+    overlay: Backend
+    if disk.overlay is not None:
+        from pyvmm.virtio.blk.overlay_file import open_overlay
+
+        overlay = open_overlay(base, disk.overlay)
+    else:
+        from pyvmm.virtio.blk.overlay import open_snapshot
+
+        overlay = open_snapshot(base, disk.scratch)
+    closing.callback(overlay.close)
+    return overlay
+
+
+def _open_raw(disk: DiskSpec, closing: ExitStack) -> Backend:
     image = lock_image(disk, closing)
     if disk.direct:
         from pyvmm.virtio.blk.direct import DirectBackend
 
         return DirectBackend(image)
     return FileBackend(image)
+
+
+def ram_image(disk: DiskSpec, closing: ExitStack) -> ImageFile:
+    """The anonymous file behind ``ram:SIZE``; `closing` frees it. Raises ConfigError."""
+    from pyvmm.host.syscalls import create_memfd
+
+    size = parse_memory(disk.path.removeprefix("ram:"), option="--disk")
+    if not 0 < size < 1 << 63 or size % SECTOR:
+        raise ConfigError(
+            f"{disk.path}: no disk has {size} bytes", cure="write ram:64M", option="--disk"
+        )
+    image = ImageFile(disk.path, create_memfd(f"pyvmm-{disk.id}", size), size, False)
+    closing.callback(image.close)
+    return image
+
+
+def _open_ram(disk: DiskSpec, closing: ExitStack) -> Backend:
+    return FileBackend(ram_image(disk, closing))
+
+
+def check_qcow2(disk: DiskSpec) -> None:
+    """Refuse what is no qcow2 image or is in use, in better words than QEMU's; tell the user if the
+    image builds on another. Raises ConfigError."""
+    image = open_image(disk.path, read_only=disk.base_read_only)
+    image.close()  # and with it our lock, which QEMU's own would collide with
+    from pyvmm.host.storage_daemon import backing_file
+
+    try:
+        with open(disk.path, "rb") as file:
+            magic = file.read(len(QCOW2_MAGIC))
+        base = backing_file(disk.path)
+    except OSError as error:
+        raise HostError(error.errno or 0, f"read of {disk.path}") from None
+    if magic != QCOW2_MAGIC:
+        raise ConfigError(
+            f"{disk.path} is not a qcow2 image", cure="add ,format=raw", option="--disk"
+        )
+    if base:
+        log.to_stderr(f"{disk.path} builds on {base!r}, which QEMU opens with your rights")
+
+
+def _open_qcow2(disk: DiskSpec, closing: ExitStack) -> Backend:
+    from pyvmm.host.storage_daemon import EXPORT, StorageDaemon
+    from pyvmm.virtio.blk.nbd import NbdBackend, load
+
+    library = load()
+    check_qcow2(disk)
+    daemon = StorageDaemon(disk.path, read_only=disk.base_read_only, direct=disk.direct)
+    closing.callback(daemon.close)
+    try:
+        backend = NbdBackend(library, daemon.socket, EXPORT)
+    except HostError:
+        raise ConfigError(
+            f"{disk.path} cannot be opened: {daemon.why_it_failed()}",
+            cure=f"qemu-img check {disk.path} may say more",
+            option="--disk",
+        ) from None
+    daemon.serving()
+    closing.callback(backend.close)
+    return backend
+
+
+def _open_python(disk: DiskSpec, closing: ExitStack) -> Backend:
+    from pyvmm.machine.disk_user import make_backend
+
+    backend = make_backend(disk)
+    closing.callback(backend.close)
+    return backend
+
+
+_OPENERS = {"raw": _open_raw, "ram": _open_ram, "qcow2": _open_qcow2, "python": _open_python}

@@ -21,11 +21,22 @@ DISCOVERY = ("auto", "acpi", "cmdline", "both")
 
 ON_ERROR = ("report", "stop")
 BLOCK_SIZES = (512, 1024, 2048, 4096)  # what Linux takes for a logical block on x86
-DISK_SYNTAX = "PATH[,readonly][,direct][,id=NAME][,block-size=BYTES][,on-error=report|stop]"
+FORMATS = ("raw", "qcow2")
+DISK_SYNTAX = (
+    "PATH[,readonly][,direct][,snapshot][,overlay=FILE][,format=raw|qcow2][,id=NAME]"
+    "[,block-size=BYTES][,on-error=report|stop]"
+)
 
 # What stands in a --disk option → the field of DiskSpec.
-_DISK_FLAGS = {"readonly": "read_only", "ro": "read_only", "direct": "direct"}
-_DISK_VALUES = {"id": "id", "block-size": "block_size", "on-error": "on_error"}
+_DISK_FLAGS = {name: name for name in ("direct", "snapshot")}
+_DISK_FLAGS |= {"readonly": "read_only", "ro": "read_only"}
+_DISK_VALUES = {name: name for name in ("id", "format", "overlay")}
+_DISK_VALUES |= {"block-size": "block_size", "on-error": "on_error"}
+_DISK_CHOICES: dict[str, tuple[object, ...]] = {
+    "block-size": BLOCK_SIZES,
+    "on-error": ON_ERROR,
+    "format": FORMATS,
+}
 
 _MEMORY_DIGITS = 20  # more than any memory has bytes; Python refuses to read very long numbers
 _MEMORY_UNITS = {"": 1 << 20, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
@@ -33,12 +44,17 @@ _MEMORY_UNITS = {"": 1 << 20, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 
 @dataclass(frozen=True)
 class DiskSpec:
-    """One virtio-blk disk: the image or block device at `path`.
+    """One virtio-blk disk: the image or block device at `path`, or what else `kind` says.
 
     `id` is what the guest reads as the serial number (/sys/block/vda/serial), at most 20 bytes;
     empty means "diskN". `direct`: past the host's page cache (O_DIRECT). `block_size` is the
     logical block that the guest is told of, in bytes; 0 means the storage's own. `on_error`, one of
     ON_ERROR, says what a failure of the host does: the guest gets an I/O error, or the VM stops.
+
+    `format` is one of FORMATS; "" goes by the file's name. With `snapshot` what the guest writes is
+    thrown away at the end, with `overlay` kept in the file of that name; the image itself may then
+    be shared and stays as it is. `scratch` is the file for a snapshot's changes where no temporary
+    one will do. `arguments` are what the class in a Python file is called with.
     """
 
     path: str
@@ -47,6 +63,29 @@ class DiskSpec:
     direct: bool = False
     block_size: int = 0
     on_error: str = "report"
+    format: str = ""
+    snapshot: bool = False
+    overlay: str | None = None
+    scratch: str | None = None
+    arguments: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """What serves it: "ram" (``ram:SIZE``), "python" (``FILE.py:CLASS``), "qcow2" or "raw".
+
+        Never by what the file contains: a guest can write that.
+        """
+        if self.path.startswith("ram:"):
+            return "ram"
+        file, _, name = self.path.rpartition(":")
+        if file.endswith(".py") and name.isidentifier():
+            return "python"
+        return self.format or ("qcow2" if self.path.lower().endswith(".qcow2") else "raw")
+
+    @property
+    def base_read_only(self) -> bool:
+        """Whether the image itself is only read."""
+        return self.read_only or self.snapshot or self.overlay is not None
 
 
 @dataclass(frozen=True)
@@ -75,14 +114,14 @@ class VmSpec:
     discovery: str = "auto"
 
 
-def parse_memory(text: str) -> int:
-    """Bytes of "512M", "2G", "65536K" or "512" (MiB). Raises ConfigError."""
+def parse_memory(text: str, option: str = "--memory") -> int:
+    """Bytes of "512M", "2G", "65536K" or "512" (MiB). Raises ConfigError, which names `option`."""
     stripped = text.strip().lower().removesuffix("ib").removesuffix("b")
     digits, unit = (stripped[:-1], stripped[-1]) if stripped[-1:].isalpha() else (stripped, "")
     readable = digits.isascii() and digits.isdigit() and len(digits) <= _MEMORY_DIGITS
     if not readable or unit not in _MEMORY_UNITS:
         raise ConfigError(
-            f"cannot read {text!r} as a size", cure="write 512M or 2G", option="--memory"
+            f"cannot read {text!r} as a size", cure="write 512M or 2G", option=option
         )
     return int(digits) * _MEMORY_UNITS[unit]
 
@@ -94,12 +133,16 @@ def parse_disk(text: str) -> DiskSpec:
     """
     path, *options = (part.replace("\0", ",") for part in text.replace(",,", "\0").split(","))
     fields: dict[str, Any] = {}
+    arguments: list[tuple[str, str]] = []
+    is_python = DiskSpec(path).kind == "python"
     for option in options:
         key, equals, value = option.partition("=")
         if key in _DISK_FLAGS and not equals:
             fields[_DISK_FLAGS[key]] = True
         elif key in _DISK_VALUES and value:
             fields[_DISK_VALUES[key]] = _disk_value(key, value)
+        elif is_python and equals and key.isidentifier():
+            arguments.append((key, value))
         else:
             raise ConfigError(
                 f"unknown disk option {option!r} in {text!r}",
@@ -108,11 +151,11 @@ def parse_disk(text: str) -> DiskSpec:
             )
     if not path:
         raise ConfigError(f"no path in {text!r}", cure="use PATH[,readonly]", option="--disk")
-    return DiskSpec(path, **fields)
+    return DiskSpec(path, arguments=tuple(arguments), **fields)
 
 
 def _disk_value(key: str, value: str) -> object:
-    choices: tuple[object, ...] = {"block-size": BLOCK_SIZES, "on-error": ON_ERROR}.get(key, ())
+    choices = _DISK_CHOICES.get(key, ())
     for choice in choices:
         if value == str(choice):
             return choice
@@ -210,8 +253,27 @@ def _with_disk_ids(spec: VmSpec) -> VmSpec:
                 f"two disks are called {disk_id!r}", cure="give each its id=NAME", option="--disk"
             )
         taken.add(disk_id)
+        _check_disk(disk)
         disks.append(replace(disk, id=disk_id))
     return replace(spec, disks=tuple(disks))
+
+
+def _check_disk(disk: DiskSpec) -> None:
+    """Refuse options that do not go together."""
+    changes = [name for name in ("read_only", "snapshot", "overlay") if getattr(disk, name)]
+    wrong = ""
+    if len(changes) > 1:
+        wrong = "only one of readonly, snapshot and overlay= makes sense"
+    elif disk.kind in ("ram", "python") and disk.overlay is not None:
+        wrong = "an overlay needs an image to go with"
+    elif disk.kind in ("ram", "python") and (disk.direct or disk.format):
+        wrong = "direct and format= are for files"
+    elif disk.kind == "ram" and (disk.snapshot or disk.read_only):
+        wrong = "there is nothing in it at the start, and nothing left at the end"
+    elif disk.direct and (disk.snapshot or disk.overlay is not None):
+        wrong = "direct is for images that are written themselves"
+    if wrong:
+        raise ConfigError(f"{disk.path}: {wrong}", cure="leave one out", option="--disk")
 
 
 def to_json(spec: VmSpec) -> str:
@@ -228,12 +290,17 @@ def from_json(text: str) -> VmSpec:
 
     try:
         data: Mapping[str, Any] = json.loads(text)
-        disks = tuple(DiskSpec(**disk) for disk in data["disks"])
+        disks = tuple(_disk_from_plain(disk) for disk in data["disks"])
         devices = _devices_from_plain(data["devices"])
         trace = tuple(data["trace"])
         return validate(VmSpec(**{**data, "disks": disks, "devices": devices, "trace": trace}))
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"not a VM specification: {error}") from None
+
+
+def _disk_from_plain(values: Mapping[str, Any]) -> DiskSpec:
+    arguments = tuple((str(name), str(value)) for name, value in values["arguments"])
+    return DiskSpec(**{**values, "arguments": arguments})
 
 
 def _devices_from_plain(rows: list[tuple[str, dict[str, Any]]]) -> tuple[DeviceSpec, ...]:

@@ -1,0 +1,173 @@
+"""An image in QEMU's own format, opened by qemu-storage-daemon and served over NBD to us alone.
+
+No parser of ours ever sees the format. The daemon gets a listening socket to which we are
+connected already, and takes one connection: nobody else can come in between, nothing has to be
+waited for, and no name is left in the file system. It locks the image the way QEMU does, and ends
+with us.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import stat
+import struct
+import subprocess
+import tempfile
+import threading
+from collections import deque
+
+from pyvmm.errors import ConfigError
+from pyvmm.host import log
+
+PROGRAM = "qemu-storage-daemon"
+EXPORT = "disk"
+_PATIENCE = 10.0  # seconds for a clean end, in which it writes what it holds back
+
+
+class StorageDaemon:
+    """A running daemon. `socket` is our end of its NBD connection, for one client to take over."""
+
+    def __init__(self, path: str, *, read_only: bool, direct: bool) -> None:
+        """Start it on the qcow2 image at `path`. Raises ConfigError if it cannot be started; what
+        it thinks of the image shows when the connection is used (`why_it_failed`)."""
+        self.path = path
+        programs = [_find(PROGRAM, "qemu-system-common"), _find("setpriv", "util-linux")]
+        self.socket, listener = _connected_listener()
+        arguments = _arguments(path, listener.fileno(), read_only=read_only, direct=direct)
+        self._argv = [programs[1], "--pdeathsig", "TERM", "--", programs[0], *arguments]
+        self._listener = listener
+        self._log = log.RateLimited()
+        self._said: deque[str] = deque(maxlen=8)
+        self._serving = False
+        self._process: subprocess.Popen[str] | None = None
+        self._started = threading.Event()
+        # The death signal comes when the thread ends that started it, so one that stays.
+        self._thread = threading.Thread(target=self._attend, name="storage-daemon", daemon=True)
+        self._thread.start()
+        self._started.wait()
+        if self._process is None:
+            self.socket.close()
+            raise ConfigError(f"cannot start {PROGRAM}: {self.why_it_failed()}", option="--disk")
+
+    def _attend(self) -> None:
+        try:
+            with self._listener:
+                self._process = subprocess.Popen(
+                    self._argv,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    errors="replace",
+                    pass_fds=(self._listener.fileno(),),
+                    start_new_session=True,  # Ctrl-C is for us, not for it to die of
+                )
+        except OSError as error:
+            self._said.append(error.strerror or "unknown error")
+            return
+        finally:
+            self._started.set()
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            self._said.append(line.strip())
+            if self._serving:
+                self._log(f"{self.path}: {line.strip()}")
+        self._process.wait()
+
+    def serving(self) -> None:
+        """The image is open: from now on the user sees what the daemon says."""
+        self._serving = True
+
+    def why_it_failed(self) -> str:
+        """What it said, in one line, after the connection has ended without a word."""
+        if self._process is not None:
+            self.close()
+        text = " ".join(self._said)
+        # It quotes the option in front of the reason.
+        return text.rpartition("}: ")[2] or f"{PROGRAM} ended"
+
+    def close(self) -> None:
+        """End it, with all that it holds back written to the image."""
+        assert self._process is not None
+        self._serving = False
+        self._process.terminate()
+        self._thread.join(_PATIENCE)
+        if self._thread.is_alive():
+            log.to_stderr(f"{self.path}: {PROGRAM} does not end and is killed")
+            self._process.kill()
+            self._thread.join(_PATIENCE)
+
+
+def backing_file(path: str) -> str:
+    """The other file that the qcow2 image at `path` builds on, as it names it; "" for none.
+
+    Only to tell the user: an image may name any file, and the daemon opens it. Raises OSError.
+    """
+    with open(path, "rb") as file:
+        header = file.read(20)
+        # docs/interop/qcow2.txt of QEMU: big endian, backing_file_offset and _size from byte 8 on
+        if len(header) < 20:
+            return ""
+        offset, size = struct.unpack(">QI", header[8:20])
+        if not offset or not 0 < size <= 1023 or offset >= 1 << 40:
+            return ""
+        file.seek(offset)
+        return file.read(size).decode(errors="replace")
+
+
+def _find(program: str, package: str) -> str:
+    found = shutil.which(program)
+    if found is None:
+        raise ConfigError(
+            f"a qcow2 image needs {program}",
+            cure=f"apt-get install --no-install-recommends {package}",
+            option="--disk",
+        )
+    return found
+
+
+def _connected_listener() -> tuple[socket.socket, socket.socket]:
+    """A connected stream socket, and the listening one to which it is connected."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    ours = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    folder = tempfile.mkdtemp(prefix="pyvmm-")  # nobody else may look into it
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        name = f"/proc/self/fd/{fd}/nbd"  # short, wherever the folder is
+        listener.bind(name)
+        listener.listen(1)
+        ours.connect(name)
+        os.unlink(os.path.join(folder, "nbd"))
+    except BaseException:
+        listener.close()
+        ours.close()
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        os.close(fd)
+    os.rmdir(folder)
+    return ours, listener
+
+
+def _arguments(path: str, listener: int, *, read_only: bool, direct: bool) -> list[str]:
+    is_block_device = stat.S_ISBLK(os.stat(path).st_mode)
+    common = {"read-only": read_only, "discard": "unmap", "cache": {"direct": direct}}
+    node = {
+        "driver": "qcow2",
+        "node-name": "disk",
+        **common,
+        "file": {
+            "driver": "host_device" if is_block_device else "file",
+            "filename": os.path.realpath(path),
+            **common,
+        },
+    }
+    writable = "off" if read_only else "on"
+    return [
+        *("--blockdev", json.dumps(node)),
+        *("--nbd-server", f"addr.type=fd,addr.str={listener},max-connections=1"),
+        *("--export", f"type=nbd,id=export,node-name=disk,name={EXPORT},writable={writable}"),
+    ]
