@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 
+from pyvmm.cli.emulated_disks import hand_over
 from pyvmm.cli.inside import CONTROL_PATH
 from pyvmm.emulated_host import (
     OWN_MEMORY_MIB,
@@ -24,7 +25,6 @@ from pyvmm.host import log
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.machine.builder import check_boot
 from pyvmm.machine.devices import Crossing
-from pyvmm.machine.disks import lock_image
 from pyvmm.machine.outcome import Ending
 from pyvmm.machine.spec import DeviceSpec, DiskSpec, VmSpec, to_json
 from pyvmm.machine.trace import cannot_write
@@ -47,7 +47,7 @@ def run_emulated(spec: VmSpec, because: str | None = None, *, control: Socket | 
     """
     with ExitStack() as closing:
         check_boot(spec)
-        disks = tuple(_open_disk(disk, closing) for disk in spec.disks)
+        spec, disks = _hand_over_disks(spec, closing)
         spec = _with_real_paths(spec)
         crossings = _cross(spec, closing)
         spec = replace(spec, devices=tuple(crossing.spec for crossing in crossings))
@@ -85,8 +85,14 @@ def _device_listeners(crossings: list[Crossing]) -> list[HostListener]:
     ]
 
 
-def _open_disk(disk: DiskSpec, closing: ExitStack) -> HostDisk:
-    return HostDisk(disk.path, disk.read_only, lock_image(disk, closing).fd)
+def _hand_over_disks(spec: VmSpec, closing: ExitStack) -> tuple[VmSpec, tuple[HostDisk, ...]]:
+    inside: list[DiskSpec] = []
+    disks: list[HostDisk] = []
+    for index, disk in enumerate(spec.disks):
+        one, needed = hand_over(disk, index, closing, _visible)
+        inside.append(one)
+        disks += needed
+    return replace(spec, disks=tuple(inside)), tuple(disks)
 
 
 def _cross(spec: VmSpec, closing: ExitStack) -> list[Crossing]:
@@ -115,7 +121,6 @@ def _with_real_paths(spec: VmSpec) -> VmSpec:
         spec,
         kernel=_visible(spec.kernel, "--kernel"),
         initrd=None if spec.initrd is None else _visible(spec.initrd, "--initrd"),
-        disks=tuple(replace(disk, path=os.path.realpath(disk.path)) for disk in spec.disks),
         devices=_devices_inside(spec),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pyvmm.emulated_host.initramfs import run_archive, settings_of
 from pyvmm.emulated_host.limits import check_memory
 from pyvmm.emulated_host.ports import Port, open_ports
 from pyvmm.emulated_host.programs import find_program
-from pyvmm.emulated_host.qemu import OpenDisk, open_disk, qemu_arguments
+from pyvmm.emulated_host.qemu import OpenDisk, Qcow2Disk, open_disk, qemu_arguments
 from pyvmm.emulated_host.spec import EmulatedHostError, EmulatedHostSpec, HostDisk
 from pyvmm.errors import ConfigError
 from pyvmm.host.files import open_image
@@ -114,13 +115,18 @@ def _joined(base: str, addition: bytes) -> int:
     return fd
 
 
-def _open_disks(disks: Sequence[HostDisk], inherited: list[int]) -> list[OpenDisk]:
-    opened = []
+def _open_disks(disks: Sequence[HostDisk], inherited: list[int]) -> list[OpenDisk | Qcow2Disk]:
+    opened: list[OpenDisk | Qcow2Disk] = []
     for disk in disks:
+        if disk.format == "qcow2":
+            is_block_device = stat.S_ISBLK(os.stat(disk.path).st_mode)
+            path = os.path.realpath(disk.path)
+            opened.append(Qcow2Disk(path, disk.read_only, is_block_device, disk.direct))
+            continue
         # A duplicate shares the open file description, and with it the lock.
         fd = open_image(disk.path, read_only=disk.read_only).fd if disk.fd is None else disk.fd
         if disk.fd is not None:
             fd = os.dup(fd)
         inherited.append(fd)
-        opened.append(open_disk(fd, disk.read_only))
+        opened.append(open_disk(fd, disk.read_only, disk.direct))
     return opened

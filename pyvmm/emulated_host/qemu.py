@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from pyvmm.emulated_host.spec import EmulatedHostSpec
 from pyvmm.emulated_host.x86.machine import KERNEL_PARAMETERS, machine_arguments
 
 SECTOR = 512
+# Else QEMU stops its machine when the file system is full, and nobody is there to let it go on.
+_ON_ERROR = "werror=report,rerror=report"
 PROCESS_NAME = "pyvmm-emulator"  # at most 15 characters
 
 
@@ -24,13 +27,24 @@ class OpenDisk:
     size: int
     read_only: bool
     is_block_device: bool
+    direct: bool = False
 
 
-def open_disk(fd: int, read_only: bool) -> OpenDisk:
+def open_disk(fd: int, read_only: bool, direct: bool = False) -> OpenDisk:
     """Describe the open file `fd`. Raises OSError."""
     size = os.lseek(fd, 0, os.SEEK_END)
     is_block_device = stat.S_ISBLK(os.fstat(fd).st_mode)
-    return OpenDisk(fd, size - size % SECTOR, read_only, is_block_device)
+    return OpenDisk(fd, size - size % SECTOR, read_only, is_block_device, direct)
+
+
+@dataclass(frozen=True)
+class Qcow2Disk:
+    """A disk that QEMU opens itself, and locks its way: it knows the format, we do not."""
+
+    path: str
+    read_only: bool
+    is_block_device: bool
+    direct: bool
 
 
 def qemu_arguments(
@@ -40,7 +54,7 @@ def qemu_arguments(
     initramfs_fd: int,
     console_fd: int,
     ports: Sequence[Port],
-    disks: Sequence[OpenDisk],
+    disks: Sequence[OpenDisk | Qcow2Disk],
 ) -> list[str]:
     """The arguments, without the program. The descriptors in them must be inherited."""
     return [
@@ -76,24 +90,40 @@ def _port_arguments(ports: Sequence[Port]) -> list[str]:
     return arguments
 
 
-def _disk_arguments(disks: Sequence[OpenDisk]) -> list[str]:
+def _disk_arguments(disks: Sequence[OpenDisk | Qcow2Disk]) -> list[str]:
     arguments = []
     for index, disk in enumerate(disks):
-        mode = "on" if disk.read_only else "off"
-        driver = "host_device" if disk.is_block_device else "file"
-        # The one who hands us the disk has locked it; QEMU's own locks would collide with that.
-        # A size cuts off an odd tail, which QEMU would otherwise round up to a whole sector.
-        file = (
-            f"driver={driver},node-name=file{index},filename=/dev/fdset/{index},locking=off,"
-            f"read-only={mode},auto-read-only=off,discard=unmap"
-        )
-        raw = (
-            f"driver=raw,node-name=disk{index},file=file{index},size={disk.size},"
-            f"read-only={mode},discard=unmap"
-        )
-        device = f"virtio-blk-pci,drive=disk{index},serial=pyvmm{index}"
+        if isinstance(disk, Qcow2Disk):
+            arguments += _qcow2_nodes(index, disk)
+        else:
+            arguments += _raw_nodes(index, disk)
         arguments += [
-            *("-add-fd", f"fd={disk.fd},set={index}"),
-            *("-blockdev", file, "-blockdev", raw, "-device", device),
+            "-device",
+            f"virtio-blk-pci,drive=disk{index},serial=pyvmm{index},{_ON_ERROR}",
         ]
     return arguments
+
+
+def _raw_nodes(index: int, disk: OpenDisk) -> list[str]:
+    mode = "on" if disk.read_only else "off"
+    direct = "on" if disk.direct else "off"
+    driver = "host_device" if disk.is_block_device else "file"
+    # The one who hands us the disk has locked it; QEMU's own locks would collide with that.
+    # A size cuts off an odd tail, which QEMU would otherwise round up to a whole sector.
+    file = (
+        f"driver={driver},node-name=file{index},filename=/dev/fdset/{index},locking=off,"
+        f"read-only={mode},auto-read-only=off,discard=unmap,cache.direct={direct}"
+    )
+    raw = (
+        f"driver=raw,node-name=disk{index},file=file{index},size={disk.size},"
+        f"read-only={mode},discard=unmap,cache.direct={direct}"
+    )
+    return ["-add-fd", f"fd={disk.fd},set={index}", "-blockdev", file, "-blockdev", raw]
+
+
+def _qcow2_nodes(index: int, disk: Qcow2Disk) -> list[str]:
+    common = {"read-only": disk.read_only, "discard": "unmap", "cache": {"direct": disk.direct}}
+    driver = "host_device" if disk.is_block_device else "file"
+    file = {"driver": driver, "filename": disk.path, **common}
+    node = {"driver": "qcow2", "node-name": f"disk{index}", "file": file, **common}
+    return ["-blockdev", json.dumps(node)]

@@ -41,11 +41,16 @@ class HostDisk:
     Inside it is a block device whose writes and flushes reach the real one. With `fd`, an open file
     descriptor of it, QEMU works on that open file description, and so holds the locks that were
     taken on it for as long as it lives. `read_only` must agree with how `fd` was opened.
+
+    `format` "qcow2" lets QEMU open and lock the file itself, with no `fd`; what is inside is the
+    disk that the image holds. `direct`: past the machine's page cache.
     """
 
     path: str
     read_only: bool = False
     fd: int | None = None
+    format: str = "raw"
+    direct: bool = False
 
 
 @dataclass(frozen=True)

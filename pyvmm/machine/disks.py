@@ -22,8 +22,15 @@ def lock_image(disk: DiskSpec, closing: ExitStack) -> ImageFile:
     image = open_image(disk.path, read_only=disk.base_read_only, direct=disk.direct)
     closing.callback(image.close)
     for hint in image.hints:
-        log.to_stderr(hint)
+        _tell(hint)
     return image
+
+
+def _tell(hint: str, told: set[str] = set()) -> None:  # noqa: B006 - remembers, on purpose
+    """One line for the user, once: in front of an emulated host images are opened twice."""
+    if hint not in told:
+        told.add(hint)
+        log.to_stderr(hint)
 
 
 def open_disk(disk: DiskSpec, trace: Hook | None, closing: ExitStack, alarm: Alarm) -> BlockDevice:
@@ -104,7 +111,7 @@ def check_qcow2(disk: DiskSpec) -> None:
             f"{disk.path} is not a qcow2 image", cure="add ,format=raw", option="--disk"
         )
     if base:
-        log.to_stderr(f"{disk.path} builds on {base!r}, which QEMU opens with your rights")
+        _tell(f"{disk.path} builds on {base!r}, which QEMU opens with your rights")
 
 
 def _open_qcow2(disk: DiskSpec, closing: ExitStack) -> Backend:

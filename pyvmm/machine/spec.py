@@ -120,9 +120,7 @@ def parse_memory(text: str, option: str = "--memory") -> int:
     digits, unit = (stripped[:-1], stripped[-1]) if stripped[-1:].isalpha() else (stripped, "")
     readable = digits.isascii() and digits.isdigit() and len(digits) <= _MEMORY_DIGITS
     if not readable or unit not in _MEMORY_UNITS:
-        raise ConfigError(
-            f"cannot read {text!r} as a size", cure="write 512M or 2G", option=option
-        )
+        raise ConfigError(f"cannot read {text!r} as a size", cure="write 512M or 2G", option=option)
     return int(digits) * _MEMORY_UNITS[unit]
 
 

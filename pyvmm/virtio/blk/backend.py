@@ -31,7 +31,7 @@ class Backend(ABC):
     """Storage of `size_sectors` sectors of 512 bytes. Several threads may call it at once.
 
     Offsets and sizes are in bytes, whole sectors within the size: the device has checked that. A
-    method that fails raises HostError; the guest then gets IOERR and the user a line.
+    method that fails raises HostError (or OSError); the guest then gets IOERR, the user a line.
 
     `block_sizes` is what the guest is told to align to. `can_discard` says whether `discard` and
     `write_zeroes` may free storage; DISCARD is offered to the guest only then.

@@ -205,8 +205,8 @@ class BlockDevice(QueueDevice):
                 else:  # parse refuses all others
                     assert isinstance(request, RangesRequest)
                     status = self._change_ranges(request)
-            except HostError as error:
-                request.reason = str(error)
+            except (HostError, OSError) as error:  # the latter from a backend that a user wrote
+                request.reason = " ".join(str(error).split())
                 status = VIRTIO_BLK_S_IOERR
                 if self._stop is not None:
                     self._freeze(request)

@@ -53,7 +53,7 @@ class OverlayBackend(Backend):
     """`base` with changes. `image` is the file for them, of `layout_for`'s size.
 
     `bitmap` says what is in it already, one bit for each cluster, lowest first; it is written back
-    if `keep`. Both `base` and `image` are closed with the overlay.
+    if `keep`. `image` is closed with the overlay, `base` is not.
     """
 
     can_discard = True
@@ -71,6 +71,11 @@ class OverlayBackend(Backend):
         self._flushing = Lock()
         self.size_sectors = base.size_sectors
         self.block_sizes = base.block_sizes
+
+    @property
+    def fd(self) -> int:
+        """The open file of the changes, whose lock lives as long as it is open somewhere."""
+        return self._image.fd
 
     # --- which bytes are where ----------------------------------------------------------------
 
@@ -195,7 +200,6 @@ class OverlayBackend(Backend):
         except HostError as error:
             log.to_stderr(f"{self._image.path}: the last changes are lost: {error}")
         self._file.close()
-        self._base.close()
 
 
 def cut(views: list[memoryview], start: int, size: int) -> list[memoryview]:

@@ -1,0 +1,101 @@
+"""How a VM's disks get into the emulated host: opened and locked here, block devices there.
+
+What a disk consists of is opened outside, so that mistakes show at once and only those files can be
+written from inside. The layers above (snapshot, overlay, a class in Python) run inside, where the
+virtio device is.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+
+from pyvmm.emulated_host import HostDisk
+from pyvmm.errors import HostError
+from pyvmm.machine.disks import check_qcow2, lock_image, open_backend, ram_image
+from pyvmm.machine.spec import DiskSpec
+
+# Inside; these disks have no path of their own.
+_RAM_PATH = "/run/pyvmm-ram-{index}"
+_SCRATCH_PATH = "/run/pyvmm-scratch-{index}"
+
+
+def hand_over(
+    disk: DiskSpec, index: int, closing: ExitStack, visible: Callable[[str, str], str]
+) -> tuple[DiskSpec, list[HostDisk]]:
+    """The disk to ask for inside, and what has to be there for it. `index` is its number, `visible`
+    makes a path one that is seen inside.
+
+    `closing` keeps what is open as long as the emulated host lives. Raises ConfigError.
+    """
+    inside, base = _HANDLERS[disk.kind](disk, index, closing, visible)
+    if disk.overlay is not None:
+        inside, changes = _overlay(disk, inside, closing)
+        return inside, [*base, changes]
+    if disk.snapshot:
+        inside, changes = _scratch(disk, inside, index, closing)
+        return inside, [*base, changes]
+    return inside, base
+
+
+_Visible = Callable[[str, str], str]
+_Handed = tuple[DiskSpec, list[HostDisk]]
+
+
+def _raw(disk: DiskSpec, index: int, closing: ExitStack, visible: _Visible) -> _Handed:
+    fd = lock_image(disk, closing).fd
+    host = HostDisk(disk.path, disk.base_read_only, fd, direct=disk.direct)
+    return replace(disk, path=os.path.realpath(disk.path), format="raw"), [host]
+
+
+def _qcow2(disk: DiskSpec, index: int, closing: ExitStack, visible: _Visible) -> _Handed:
+    check_qcow2(disk)
+    host = HostDisk(disk.path, disk.base_read_only, format="qcow2", direct=disk.direct)
+    return replace(disk, path=os.path.realpath(disk.path), format="raw"), [host]
+
+
+def _ram(disk: DiskSpec, index: int, closing: ExitStack, visible: _Visible) -> _Handed:
+    # Not from the emulated host's own memory, of which there is just enough.
+    fd = ram_image(disk, closing).fd
+    path = _RAM_PATH.format(index=index)
+    return replace(disk, path=path), [HostDisk(path, False, fd)]
+
+
+def _python(disk: DiskSpec, index: int, closing: ExitStack, visible: _Visible) -> _Handed:
+    from pyvmm.machine.disk_user import for_emulated_host
+
+    return for_emulated_host(disk, visible), []
+
+
+_HANDLERS = {"raw": _raw, "qcow2": _qcow2, "ram": _ram, "python": _python}
+
+
+def _overlay(disk: DiskSpec, inside: DiskSpec, closing: ExitStack) -> tuple[DiskSpec, HostDisk]:
+    from pyvmm.virtio.blk.overlay_file import open_overlay
+
+    assert disk.overlay is not None
+    with ExitStack() as base_closing:
+        base = open_backend(replace(disk, overlay=None, read_only=True), base_closing)
+        overlay = open_overlay(base, disk.overlay)
+    closing.callback(overlay.close)
+    path = os.path.realpath(disk.overlay)
+    return replace(inside, overlay=path), HostDisk(path, False, overlay.fd)
+
+
+def _scratch(
+    disk: DiskSpec, inside: DiskSpec, index: int, closing: ExitStack
+) -> tuple[DiskSpec, HostDisk]:
+    from pyvmm.virtio.blk.overlay import layout_for, scratch_file
+
+    with ExitStack() as base_closing:
+        base = open_backend(replace(disk, snapshot=False, read_only=True), base_closing)
+        size = layout_for(base.size_sectors * 512).file_size
+    try:
+        fd = scratch_file(size)
+    except OSError as error:
+        raise HostError(error.errno or 0, "temporary file for a disk's changes") from None
+    closing.callback(os.close, fd)
+    path = _SCRATCH_PATH.format(index=index)
+    return replace(inside, scratch=path), HostDisk(path, False, fd)
