@@ -6,13 +6,20 @@ import click
 
 from pyvmm.cli.quick import CHOICES
 from pyvmm.cli.start import start
-from pyvmm.machine.spec import DISK_SYNTAX, TRACE_KINDS
+from pyvmm.machine.spec import TRACE_KINDS
 
 EPILOG = """\b
 Examples:
   pyvmm run --kernel vmlinuz --initrd initrd.img --disk debian.img
   pyvmm run --kernel vmlinux --disk root.img --disk data.img,readonly,id=data
+  pyvmm run --kernel vmlinux --disk base.img,snapshot --disk big.qcow2
   pyvmm run --kernel vmlinuz --disk root.img --cpus 4 --memory 2G --cmdline "loglevel=7"
+
+\b
+Disk options:
+  readonly, direct (O_DIRECT), snapshot (changes are thrown away), overlay=FILE
+  (changes are kept there), format=raw|qcow2 (else by name), id=NAME,
+  block-size=BYTES, on-error=report|stop; a class's own for FILE.py:CLASS
 
 \b
 Keys, where standard input is a terminal:
@@ -37,10 +44,10 @@ Exit codes:
 @click.option(
     "--disk",
     "disks",
-    metavar=DISK_SYNTAX,
+    metavar="PATH[,OPTION...]",
     multiple=True,
-    help="Raw image or block device, served by virtio-blk; may be repeated. The first is /dev/vda "
-    "and the root disk.",
+    help="Image, block device, ram:SIZE or FILE.py:CLASS, served by virtio-blk; may be repeated. "
+    "The first is /dev/vda and the root disk. snapshot and overlay=FILE leave the image as it is.",
 )
 @click.option(
     "--initrd",

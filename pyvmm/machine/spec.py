@@ -149,7 +149,9 @@ def parse_disk(text: str) -> DiskSpec:
             )
     if not path:
         raise ConfigError(f"no path in {text!r}", cure="use PATH[,readonly]", option="--disk")
-    return DiskSpec(path, arguments=tuple(arguments), **fields)
+    disk = DiskSpec(path, arguments=tuple(arguments), **fields)
+    _check_disk(disk)
+    return disk
 
 
 def _disk_value(key: str, value: str) -> object:
