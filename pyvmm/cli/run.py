@@ -11,7 +11,7 @@ from pyvmm.machine.spec import TRACE_KINDS
 EPILOG = """\b
 Examples:
   pyvmm run --kernel vmlinuz --initrd initrd.img --disk debian.img
-  pyvmm run --kernel vmlinux --disk root.img --disk data.img,readonly,id=data
+  pyvmm run --kernel vmlinux --disk root.img --disk data.img,readonly,id=data,bps=20M,iops=500
   pyvmm run --kernel vmlinux --disk base.img,snapshot --disk big.qcow2
   pyvmm run --kernel vmlinuz --disk root.img --cpus 4 --memory 2G --cmdline "loglevel=7"
 
@@ -19,7 +19,8 @@ Examples:
 Disk options:
   readonly, direct (O_DIRECT), snapshot (changes are thrown away), overlay=FILE
   (changes are kept there), format=raw|qcow2 (else by name), id=NAME,
-  block-size=BYTES, on-error=report|stop; a class's own for FILE.py:CLASS
+  block-size=BYTES, on-error=report|stop; bytes and requests a second at most:
+  bps=N, iops=N, bps-burst=N, iops-burst=N; a class's own for FILE.py:CLASS
 
 \b
 Keys, where standard input is a terminal:
@@ -55,6 +56,11 @@ Exit codes:
     help="Initial RAM disk. Debian's kernels need one, as their virtio drivers are modules.",
 )
 @click.option("--rng", is_flag=True, help="Add a virtio-rng device: random numbers for the guest.")
+@click.option(
+    "--rng-limit",
+    metavar="[bps=N][,iops=N]",
+    help="Add one that gives no more than this: bytes, or requests, a second; bursts as for disks.",
+)
 @click.option(
     "--device",
     "user_devices",
@@ -113,6 +119,7 @@ def run(
     disks: tuple[str, ...],
     initrd: str | None,
     rng: bool,
+    rng_limit: str | None,
     user_devices: tuple[str, ...],
     vsock: str | None,
     cpus: int,
@@ -143,7 +150,7 @@ def run(
         discovery=discovery,
         name=name,
         devices=[
-            *([("rng", "")] if rng else []),
+            *([("rng", rng_limit or "")] if rng or rng_limit is not None else []),
             *(("user", text) for text in user_devices),
             *([("vsock", vsock)] if vsock is not None else []),
         ],

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import log
 from pyvmm.host.files import QCOW2_MAGIC, SECTOR, ImageFile, open_image
+from pyvmm.machine import rates
 from pyvmm.machine.alarm import Alarm
 from pyvmm.machine.spec import DiskSpec, parse_memory
 from pyvmm.machine.trace import Hook
@@ -38,7 +39,7 @@ def open_disk(disk: DiskSpec, trace: Hook | None, closing: ExitStack, alarm: Ala
 
     Raises ConfigError for an image that cannot serve as a disk.
     """
-    return BlockDevice(
+    device = BlockDevice(
         open_backend(disk, closing),
         name=disk.id,
         serial=disk.id,
@@ -46,6 +47,8 @@ def open_disk(disk: DiskSpec, trace: Hook | None, closing: ExitStack, alarm: Ala
         stop=alarm.disk_failed if disk.on_error == "stop" else None,
         trace=trace,
     )
+    device.limits = rates.limiter(disk)
+    return device
 
 
 def open_backend(disk: DiskSpec, closing: ExitStack) -> Backend:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from pyvmm.control import registry
 from pyvmm.errors import ConfigError
+from pyvmm.machine import rates
 from pyvmm.memory import layout_x86 as layout
 
 MAX_CPUS = 64
@@ -24,14 +25,14 @@ BLOCK_SIZES = (512, 1024, 2048, 4096)  # what Linux takes for a logical block on
 FORMATS = ("raw", "qcow2")
 DISK_SYNTAX = (
     "PATH[,readonly][,direct][,snapshot][,overlay=FILE][,format=raw|qcow2][,id=NAME]"
-    "[,block-size=BYTES][,on-error=report|stop]"
+    "[,block-size=BYTES][,on-error=report|stop]" + rates.SYNTAX
 )
 
 # What stands in a --disk option → the field of DiskSpec.
 _DISK_FLAGS = {name: name for name in ("direct", "snapshot")}
 _DISK_FLAGS |= {"readonly": "read_only", "ro": "read_only"}
 _DISK_VALUES = {name: name for name in ("id", "format", "overlay")}
-_DISK_VALUES |= {"block-size": "block_size", "on-error": "on_error"}
+_DISK_VALUES |= {"block-size": "block_size", "on-error": "on_error", **rates.KEYS}
 _DISK_CHOICES: dict[str, tuple[object, ...]] = {
     "block-size": BLOCK_SIZES,
     "on-error": ON_ERROR,
@@ -50,6 +51,7 @@ class DiskSpec:
     empty means "diskN". `direct`: past the host's page cache (O_DIRECT). `block_size` is the
     logical block that the guest is told of, in bytes; 0 means the storage's own. `on_error`, one of
     ON_ERROR, says what a failure of the host does: the guest gets an I/O error, or the VM stops.
+    `bps`, `iops` and their bursts limit bytes and operations a second (machine.rates).
 
     `format` is one of FORMATS; "" goes by the file's name. With `snapshot` what the guest writes is
     thrown away at the end, with `overlay` kept in the file of that name; the image itself may then
@@ -68,6 +70,10 @@ class DiskSpec:
     overlay: str | None = None
     scratch: str | None = None
     arguments: tuple[tuple[str, str], ...] = ()
+    bps: int = 0
+    iops: int = 0
+    bps_burst: int = 0
+    iops_burst: int = 0
 
     @property
     def kind(self) -> str:
@@ -155,6 +161,8 @@ def parse_disk(text: str) -> DiskSpec:
 
 
 def _disk_value(key: str, value: str) -> object:
+    if key in rates.KEYS:
+        return rates.parse_rate(key, value, "--disk")
     choices = _DISK_CHOICES.get(key, ())
     for choice in choices:
         if value == str(choice):
@@ -252,6 +260,7 @@ def _with_disk_ids(spec: VmSpec) -> VmSpec:
             raise ConfigError(
                 f"two disks are called {disk_id!r}", cure="give each its id=NAME", option="--disk"
             )
+        rates.check(disk, "--disk")
         taken.add(disk_id)
         _check_disk(disk)
         disks.append(replace(disk, id=disk_id))

@@ -21,26 +21,31 @@ import errno
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from threading import Thread
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.host.syscalls import EventFd
 from pyvmm.host.waiter import Source, Waiter
+from pyvmm.virtio.chain import DescriptorChain
 from pyvmm.virtio.defects import as_device_failure
 from pyvmm.virtio.device import Activation, VirtioDevice
 from pyvmm.virtio.queue import Queue
+
+if TYPE_CHECKING:
+    from pyvmm.virtio.rate_limit import RateLimiter
 
 
 class Rest(NamedTuple):
     """What ends a worker's sleep, returned by `serve` where it is not just "a kick or a source".
 
     Without `kicks` the driver is told that kicks are not needed: what is left in the ring waits for
-    a source, and those that are watched on demand are armed. After `seconds` the sleep ends in any
-    case; 0 is not to sleep at all.
+    a source, and those that are watched on demand are armed, unless `sources` is false. After
+    `seconds` the sleep ends in any case; 0 is not to sleep at all.
     """
 
     kicks: bool = True
     seconds: float | None = None
+    sources: bool = True
 
 
 FOR_SOURCE = Rest(kicks=False)
@@ -124,7 +129,7 @@ class QueueWorker:
         if rest is None:
             self._waiter.wait()
             return
-        if not rest.kicks:
+        if rest.sources and not rest.kicks:
             self._waiter.arm()
         self._waiter.wait(rest.seconds)
 
@@ -161,12 +166,14 @@ class QueueWorker:
 
 
 class QueueDevice(VirtioDevice):
-    """A device all of whose queues are served by a `QueueWorker` each.
+    """A device all of whose queues are served by a `QueueWorker` each, within `limits` if it has
+    some (set before it is activated).
 
     Whoever calls `reset` must not hold a lock that `Interrupt.signal_used` or `Activation.fail`
     need: the workers may be about to call them, and `reset` waits for the workers.
     """
 
+    limits: RateLimiter | None = None
     _activation: Activation | None = None
     _workers: dict[int, QueueWorker] = {}  # noqa: RUF012 - replaced, never changed
 
@@ -180,6 +187,10 @@ class QueueDevice(VirtioDevice):
 
         A DriverError that it lets out means that the device needs a reset.
         """
+
+    def size_of(self, chain: DescriptorChain) -> int:
+        """How many bytes `chain` counts for in `limits`."""
+        return chain.readable_size + chain.writable_size
 
     def sources(self, index: int) -> Sequence[Source]:
         """What else `serve` is to be called for, in the thread of queue `index`: descriptors that
@@ -201,9 +212,16 @@ class QueueDevice(VirtioDevice):
         """Start a worker for `queue`, on activation or after its reset. Raises HostError."""
         assert self._activation is not None, "only a live device starts queues"
         sources = self.sources(queue.index)
-        worker = QueueWorker(self.name, queue, self.serve, self._activation, sources)
+        worker = QueueWorker(self.name, queue, self._server(), self._activation, sources)
         worker.start()
         self._workers = {**self._workers, queue.index: worker}
+
+    def _server(self) -> Serve:
+        if self.limits is None:
+            return self.serve
+        from pyvmm.virtio.rate_limit import limited
+
+        return limited(self.serve, self.limits, self.size_of)
 
     def reset_queue(self, index: int) -> None:
         """Stop and join the worker of queue `index`, which completes the request at hand."""

@@ -21,7 +21,7 @@ from pyvmm.virtio.blk.config import (
     read_zero_filled,
     topology,
 )
-from pyvmm.virtio.blk.request import NO_HEADER, SECTOR, RangesRequest, Request, parse
+from pyvmm.virtio.blk.request import HEADER, NO_HEADER, SECTOR, RangesRequest, Request, parse
 from pyvmm.virtio.blk.uapi import (
     FEATURE_NAMES,
     STATUS_NAMES,
@@ -170,6 +170,10 @@ class BlockDevice(QueueDevice):
     def reset(self) -> None:
         super().reset()
         self.accept_features(0)
+
+    def size_of(self, chain: DescriptorChain) -> int:
+        """The data, without header and status; a limit counts it."""
+        return max(0, chain.readable_size - HEADER.size, chain.writable_size - 1)
 
     def serve(self, queue: Queue) -> None:
         """Carry out the available requests, about BATCH_BYTES at the most."""

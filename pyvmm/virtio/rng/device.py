@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from pyvmm.errors import GuestMemoryError
+from pyvmm.virtio.chain import DescriptorChain
 from pyvmm.virtio.features import RING_FEATURES
 from pyvmm.virtio.queue import Queue
 from pyvmm.virtio.worker import QueueDevice
@@ -29,6 +30,10 @@ class EntropyDevice(QueueDevice):
 
     def __init__(self, name: str = "rng") -> None:
         self.name = name
+
+    def size_of(self, chain: DescriptorChain) -> int:
+        """What `serve` makes for it; a limit counts it."""
+        return min(chain.writable_size, MOST_BYTES)
 
     def serve(self, queue: Queue) -> None:
         """Return each buffer with up to MOST_BYTES random bytes; with none if it is not in RAM."""
