@@ -5,14 +5,15 @@ Everything but the thread and its sleep is what runs in a monitor.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
 from pyvmm.errors import DriverError
-from pyvmm.virtio import worker as worker_module
 from pyvmm.virtio.chain import DescriptorChain
+from pyvmm.virtio.device_loop import DeviceLoop
 from pyvmm.virtio.worker import QueueWorker
 
 MOST_PASSES = 2000  # in one go, before a worker counts as one that never sleeps
@@ -95,21 +96,38 @@ class Workers:
     """All workers that run now; `pump` has each do what its thread would do until it sleeps."""
 
     def __init__(self) -> None:
-        self.running: list[InlineWorker] = []
+        self.running: list[InlineWorker | InlineLoop] = []
         self.logs: dict[int, QueueLog] = {}
 
     def pump(self) -> None:
-        for worker in list(self.running):
-            if worker in self.running:
-                worker.run_until_idle()
+        for one in list(self.running):
+            if one in self.running:
+                one.run_until_idle()
 
     @contextmanager
     def instead_of_threads(self) -> Iterator[None]:
-        def make(*arguments: Any, **options: Any) -> InlineWorker:
+        def make_worker(*arguments: Any, **options: Any) -> InlineWorker:
             return InlineWorker(self, *arguments, **options)
 
-        with mock.patch.object(worker_module, "QueueWorker", make):
+        def make_loop(*arguments: Any, **options: Any) -> InlineLoop:
+            return InlineLoop(self, *arguments, **options)
+
+        with ExitStack() as patches:
+            for real, inline in ((QueueWorker, make_worker), (DeviceLoop, make_loop)):
+                for module, name in _users_of(real):
+                    patches.enter_context(mock.patch.object(module, name, inline))
             yield
+
+
+def _users_of(real: type) -> list[tuple[Any, str]]:
+    """The modules that have a name for `real`, and the name."""
+    modules = [module for name, module in sys.modules.items() if name.startswith("pyvmm.virtio")]
+    return [
+        (module, name)
+        for module in modules
+        for name, value in vars(module).items()
+        if value is real
+    ]
 
 
 class InlineWorker(QueueWorker):
@@ -147,3 +165,43 @@ class InlineWorker(QueueWorker):
         assert self._passes < MOST_PASSES, "the worker never sleeps"
         self._log.begin_pass()
         return self._serve_for_real(queue)
+
+
+class InlineLoop(DeviceLoop):
+    """The loop of a device that serves all its queues by one thread, in that of whoever pumps."""
+
+    def __init__(self, workers: Workers, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._workers = workers
+        self._logs = {
+            queue.index: QueueLog(queue) for queue in self._activation.queues if queue is not None
+        }
+        self._batches = 0
+
+    def start(self) -> None:
+        self._workers.running.append(self)
+        self._workers.logs |= self._logs
+
+    def join(self) -> None:
+        if self in self._workers.running:
+            self._workers.running.remove(self)
+            self._close()
+        self._wake.close()
+
+    def run_until_idle(self) -> None:
+        self._batches = 0
+        try:
+            for _ in range(3):  # what was done for the guest may move the host's files, and so on
+                self._poller.wait(0)
+                self._work()
+        except DriverError as error:
+            self._workers.running.remove(self)
+            self._give_up(error)
+            self._close()
+
+    def batch(self, queue: Any, serve: Any) -> None:
+        self._batches += 1
+        assert self._batches < MOST_PASSES, "the loop never sleeps"
+        if queue is not None:
+            self._logs[queue.index].begin_pass()
+        super().batch(queue, serve)

@@ -7,6 +7,7 @@ joins by a row in TARGETS.
 from __future__ import annotations
 
 import itertools
+import socket
 import struct
 import tempfile
 from collections.abc import Callable, Iterator
@@ -16,12 +17,15 @@ from random import Random
 from typing import NamedTuple
 
 from pyvmm.host.files import open_image
+from pyvmm.host.named_listener import NamedListener
 from pyvmm.testing import MmioDriver
 from pyvmm.testing.blk_driver import OK, BlockDriver, header
+from pyvmm.testing.vsock_driver import REQUEST, RST, Packet, VsockDriver
 from pyvmm.virtio.blk.backend import FileBackend
 from pyvmm.virtio.blk.device import BlockDevice
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.rng.device import EntropyDevice
+from pyvmm.virtio.vsock.device import VsockDevice
 
 DISK_SECTORS = 128
 
@@ -113,7 +117,53 @@ def _rng_check(driver: MmioDriver) -> None:
     assert written == 64 and any(data)
 
 
+# --- virtio-vsock --------------------------------------------------------------------------------
+
+GUEST_CID = 3
+LISTENING_PORT = 52
+
+
+@contextmanager
+def _vsock() -> Iterator[VirtioDevice]:
+    """With a program of the host that accepts nothing: connections stay, and fill up."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        path = f"{folder}/v"
+        with NamedListener(path) as listener, socket.socket(socket.AF_UNIX) as program:
+            program.bind(f"{path}_{LISTENING_PORT}")
+            program.listen(4)
+            yield VsockDevice(GUEST_CID, listener.socket, path, log=lambda line: None)
+
+
+def _vsock_request(rng: Random) -> Request:
+    kind = rng.randrange(8)
+    if kind < 3:
+        return Request(0, [], [44, rng.choice((0, 1, 64, 4096))])
+    if kind == 3:
+        return Request(2, [], [8])
+    data = bytes(rng.choice((0, 0, 1, 100, 4096)))
+    packet = Packet(
+        rng.choice((*range(0, 9), 0xFFFF)),
+        src_port=rng.choice((1000, 1000, 1001)),
+        dst_port=rng.choice((LISTENING_PORT, LISTENING_PORT, 53)),
+        data=data,
+        flags=rng.randrange(4),
+        buf_alloc=rng.choice((1 << 18, 0, 0xFFFF_FFFF)),
+        fwd_cnt=rng.choice((0, 0, 100, 0xFFFF_FFFF)),
+        len=rng.choice((None, None, None, 1 << 16)),
+    )
+    return Request(1, pieces(rng, packet.pack_header(GUEST_CID) + data), [])
+
+
+def _vsock_check(driver: MmioDriver) -> None:
+    guest = VsockDriver(driver, GUEST_CID)
+    guest.offer(2)
+    guest.send(Packet(REQUEST, src_port=7, dst_port=LISTENING_PORT + 1))
+    answer = guest.receive()
+    assert (answer.op, answer.dst_port) == (RST, 7)  # nobody listens there
+
+
 TARGETS = {
     "blk": Target(_disk, _disk_request, _disk_check, prompt=(0, 1)),
     "rng": Target(_rng, _rng_request, _rng_check, prompt=(0,)),
+    "vsock": Target(_vsock, _vsock_request, _vsock_check, prompt=()),
 }
