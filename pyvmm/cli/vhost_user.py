@@ -59,6 +59,12 @@ def vhost_user_blk(path: str, disk: str, queues: int, debug: bool) -> int:
             cure="leave it out",
             option="--disk",
         )
+    if spec.packed or spec.queues != 1:
+        raise ConfigError(
+            "packed and queues= are for a machine of our own; over vhost-user rings are split",
+            cure="leave them out; --queues N is the number of queues here",
+            option="--disk",
+        )
     if not 1 <= queues <= MAX_QUEUES:
         raise ConfigError(
             f"{queues} queues cannot be had", cure=f"use 1 to {MAX_QUEUES}", option="--queues"

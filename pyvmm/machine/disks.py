@@ -13,6 +13,7 @@ from pyvmm.machine.spec import DiskSpec, parse_memory
 from pyvmm.machine.trace import Hook
 from pyvmm.virtio.blk.backend import Backend, FileBackend
 from pyvmm.virtio.blk.device import BlockDevice
+from pyvmm.virtio.features import ring_features
 
 
 def lock_image(disk: DiskSpec, closing: ExitStack) -> ImageFile:
@@ -44,6 +45,8 @@ def open_disk(disk: DiskSpec, trace: Hook | None, closing: ExitStack, alarm: Ala
         name=disk.id,
         serial=disk.id,
         block_size=disk.block_size,
+        num_queues=disk.queues,
+        ring_features=ring_features(packed=disk.packed),
         stop=alarm.disk_failed if disk.on_error == "stop" else None,
         trace=trace,
     )

@@ -25,13 +25,13 @@ BLOCK_SIZES = (512, 1024, 2048, 4096)  # what Linux takes for a logical block on
 FORMATS = ("raw", "qcow2")
 DISK_SYNTAX = (
     "PATH[,readonly][,direct][,snapshot][,overlay=FILE][,format=raw|qcow2][,id=NAME]"
-    "[,block-size=BYTES][,on-error=report|stop]" + rates.SYNTAX
+    "[,block-size=BYTES][,on-error=report|stop][,queues=N][,packed]" + rates.SYNTAX
 )
 
 # What stands in a --disk option → the field of DiskSpec.
-_DISK_FLAGS = {name: name for name in ("direct", "snapshot")}
+_DISK_FLAGS = {name: name for name in ("direct", "snapshot", "packed")}
 _DISK_FLAGS |= {"readonly": "read_only", "ro": "read_only"}
-_DISK_VALUES = {name: name for name in ("id", "format", "overlay")}
+_DISK_VALUES = {name: name for name in ("id", "format", "overlay", "queues")}
 _DISK_VALUES |= {"block-size": "block_size", "on-error": "on_error", **rates.KEYS}
 _DISK_CHOICES: dict[str, tuple[object, ...]] = {
     "block-size": BLOCK_SIZES,
@@ -51,6 +51,8 @@ class DiskSpec:
     empty means "diskN". `direct`: past the host's page cache (O_DIRECT). `block_size` is the
     logical block that the guest is told of, in bytes; 0 means the storage's own. `on_error`, one of
     ON_ERROR, says what a failure of the host does: the guest gets an I/O error, or the VM stops.
+    `queues` are its request queues, each served by a thread of its own; a guest uses one per vCPU
+    at most. `packed` offers the guest packed rings, which it then prefers to split ones.
     `bps`, `iops` and their bursts limit bytes and operations a second (machine.rates).
 
     `format` is one of FORMATS; "" goes by the file's name. With `snapshot` what the guest writes is
@@ -65,6 +67,8 @@ class DiskSpec:
     direct: bool = False
     block_size: int = 0
     on_error: str = "report"
+    queues: int = 1
+    packed: bool = False
     format: str = ""
     snapshot: bool = False
     overlay: str | None = None
@@ -161,6 +165,10 @@ def parse_disk(text: str) -> DiskSpec:
 
 
 def _disk_value(key: str, value: str) -> object:
+    if key == "queues":
+        if not (value.isascii() and value.isdigit() and len(value) <= _MEMORY_DIGITS):
+            raise ConfigError(f"cannot read {value!r} as a number", cure="write queues=4")
+        return int(value)
     if key in rates.KEYS:
         return rates.parse_rate(key, value, "--disk")
     choices = _DISK_CHOICES.get(key, ())
@@ -259,6 +267,12 @@ def _with_disk_ids(spec: VmSpec) -> VmSpec:
         if disk_id in taken:
             raise ConfigError(
                 f"two disks are called {disk_id!r}", cure="give each its id=NAME", option="--disk"
+            )
+        if not 1 <= disk.queues <= spec.cpus:
+            raise ConfigError(
+                f"disk {disk_id!r} with {disk.queues} queues: a guest uses one per vCPU at most",
+                cure=f"use 1 to {spec.cpus}, or more --cpus",
+                option="--disk",
             )
         rates.check(disk, "--disk")
         taken.add(disk_id)

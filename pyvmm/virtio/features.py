@@ -44,6 +44,11 @@ RING_FEATURES = 1 << VIRTIO_F_INDIRECT_DESC | 1 << VIRTIO_F_EVENT_IDX | 1 << VIR
 device, IN_ORDER with one that returns chains in the order in which it took them."""
 
 
+def ring_features(*, packed: bool = False) -> int:
+    """RING_FEATURES, and with `packed` the choice of packed rings, which a driver then prefers."""
+    return RING_FEATURES | 1 << VIRTIO_F_RING_PACKED if packed else RING_FEATURES
+
+
 def mask(*bits: int) -> int:
     """The feature set that has just these bit numbers."""
     features = 0

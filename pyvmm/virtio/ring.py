@@ -189,7 +189,11 @@ class Ring:
             raise DriverError("descriptor with both INDIRECT and NEXT", section=self.table_section)
         if not length or length % DESC_SIZE:
             raise DriverError(f"indirect table of {length} bytes", section=self.table_section)
-        return self._ram.readable(addr, length)
+        ram = self._ram
+        offset = addr - ram.start
+        if offset >= 0 and offset + length <= ram.size:
+            return ram.first_readonly[offset : offset + length]
+        return ram.readable(addr, length)
 
     # --- returning chains ------------------------------------------------------------------------
 

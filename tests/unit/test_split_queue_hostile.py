@@ -7,10 +7,9 @@ import pytest
 from queue_rig import HOLE_END, RAM, Rig
 
 from pyvmm.errors import DriverError, GuestMemoryError
-from pyvmm.host.syscalls import EventFd
 from pyvmm.testing import Desc
 from pyvmm.testing.mock_driver import INDIRECT, NEXT, WRITE
-from pyvmm.virtio.queue_state import InFlight, QueueConfig, QueueState
+from pyvmm.virtio.queue_state import QueueConfig
 from pyvmm.virtio.split_queue import SplitQueue
 
 DATA = 0x8000  # RAM that nothing else uses
@@ -351,36 +350,3 @@ def test_row37_each_descriptor_is_read_once(rig, monkeypatch):
     assert reads == [0, 16, 32]
     assert chain.readable == [(DATA, 4)]
     assert chain.writable == [(DATA + 8, 5), (DATA, 1)]
-
-
-# --- saved state: row 58, CVE-2013-4151 ----------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"size": 3},
-        {"size": 0},
-        {"size": 512},
-        {"desc_addr": 8},
-        {"avail_addr": RAM},
-        {"used_addr": 2**64 - 4},
-        {"next_avail": 65536},
-        {"next_used": -1},
-        {"next_avail": 9},
-        {"next_avail": 1},
-        {"next_used": 1},
-        {"in_flight": (InFlight(0),)},
-        {"next_avail": 1, "in_flight": (InFlight(8),)},
-        {"next_avail": 1, "in_flight": (InFlight(-1),)},
-        {"next_avail": 2, "in_flight": (InFlight(1), InFlight(1))},
-    ],
-    ids=str,
-)
-def test_row58_a_state_that_cannot_be_is_refused(rig, change):
-    good = rig.queue.state()
-    fields = {name: getattr(good, name) for name in QueueState.__dataclass_fields__}
-    before = rig.snapshot()
-    with pytest.raises(DriverError), EventFd() as kick:
-        SplitQueue.from_state(rig.memory, QueueState(**{**fields, **change}), 0, 0, kick)
-    assert rig.snapshot() == before
