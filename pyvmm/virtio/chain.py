@@ -63,7 +63,7 @@ class DescriptorChain:
     number by which the driver knows the chain: in a split ring the index of its first descriptor,
     in a packed one its buffer id.
 
-    `position` is where in the ring it was taken, in the queue's own count, -1 if that is not known;
+    `position` is where in the ring it was taken, in the queue's own count, below 0 if nobody knows;
     `slots` how many of the ring's entries it takes: one in a split ring, and see `PackedChain`.
     """
 

@@ -328,10 +328,8 @@ class PackedQueue(Ring):
         return pack_position(position, self.size)
 
     def _age(self, chain: DescriptorChain) -> int:
-        size = self.size
-        if chain.position < 0:
-            return 2 * size
-        return (self._next_avail - chain.position) % (2 * size)
+        position, end = chain.position, 2 * self.size
+        return end - position if position < 0 else (self._next_avail - position) % end
 
     def _resume(self, state: QueueState) -> None:
         self._next_avail = unpack_position(state.next_avail, self.size)

@@ -308,7 +308,7 @@ class Ring:
         return queue
 
     def _rebuilt(self, saved: InFlight, position: int) -> DescriptorChain:
-        """A chain of a saved state; `position` -1 if nobody knows."""
+        """A chain of a saved state."""
         readable, writable = list(saved.readable), list(saved.writable)
         sizes = (sum(length for _, length in readable), sum(length for _, length in writable))
         if self.packed:
@@ -319,9 +319,11 @@ class Ring:
 
     def _take_again(self, in_flight: tuple[InFlight, ...]) -> None:
         position = self._next_used
-        for saved in in_flight:
-            # Where chains may come back in any order, nobody knows where each was taken.
-            self._taken[saved.head] = self._rebuilt(saved, position if self._in_order else -1)
+        for place, saved in enumerate(in_flight):
+            # Where chains may come back in any order, nobody knows where each was taken: numbers
+            # below 0 tell which of them were taken before which.
+            known = position if self._in_order else place - len(in_flight)
+            self._taken[saved.head] = self._rebuilt(saved, known)
             self._busy_until[saved.head] = IN_FLIGHT
             position = self._advance(position, saved.slots)
 

@@ -238,7 +238,8 @@ class SplitQueue(Ring):
         return position
 
     def _age(self, chain: DescriptorChain) -> int:
-        return 0x10000 if chain.position < 0 else (self._next_avail - chain.position) & 0xFFFF
+        position = chain.position
+        return 0x10000 - position if position < 0 else (self._next_avail - position) & 0xFFFF
 
     def _resume(self, state: QueueState) -> None:
         self._next_avail = self._seen_avail = state.next_avail

@@ -119,29 +119,3 @@ def fill(chain) -> int:
     except DriverError:
         pass
     return writer.written if writer.written < 2**32 else 0
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    start=st.integers(0, 0xFFFF),
-    size=st.sampled_from([1, 2, 4, 16]),
-    event_idx=st.booleans(),
-    batches=st.lists(st.integers(1, 16), max_size=12),
-)
-def test_a_lawful_driver_loses_nothing(start, size, event_idx, batches):
-    """Every chain comes back once and in order, no kick and no interrupt is missed, wherever the
-    indices start."""
-    rig = Rig(size=size, event_idx=event_idx, start=start)
-    try:
-        rig.queue.enable_notification()
-        for batch in batches:
-            heads = [rig.driver.add([], [1]).head for _ in range(min(batch, size))]
-            assert rig.driver.publish() is True  # the device was idle, so it wants the kick
-            rig.queue.disable_notification()
-            assert rig.serve(1) == len(heads)
-            assert rig.queue.publish_used() is True  # the driver waits for its first buffer
-            assert rig.queue.enable_notification() is False
-            assert [rig.driver.pop_used().head for _ in heads] == heads
-            assert rig.driver.pop_used() is None
-    finally:
-        rig.close()
