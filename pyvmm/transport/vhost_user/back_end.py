@@ -25,9 +25,8 @@ from pyvmm.virtio import features, status
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.lifecycle import Trace
 from pyvmm.virtio.negotiation import Negotiation
-from pyvmm.virtio.queue import Queue
+from pyvmm.virtio.queue import Queue, restore_queue
 from pyvmm.virtio.queue_state import QueueConfig, QueueState
-from pyvmm.virtio.split_queue import SplitQueue
 
 _OWN_FEATURES = features.mask(protocol.VHOST_USER_F_PROTOCOL_FEATURES)
 
@@ -41,7 +40,7 @@ class VhostUserNegotiation(Negotiation):
 
     def _build_queue(self, index: int, config: QueueConfig, accepted: int) -> Queue:
         state = self.positions[index]
-        return SplitQueue.from_state(self.memory, state, accepted, index, self._kicks[index])
+        return restore_queue(self.memory, state, accepted, index, self._kicks[index])
 
 
 class BackEnd:
