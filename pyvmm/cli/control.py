@@ -1,4 +1,4 @@
-"""`pyvmm ps`, `stop`, `pause`, `resume`: what is asked of VMs that run."""
+"""`pyvmm ps`, `stop`, `pause`, `resume`, `disk resize`: what is asked of VMs that run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import click
 from pyvmm.control import client, registry
 from pyvmm.control.client import Client, NoAnswer
 from pyvmm.errors import PyvmmError
+from pyvmm.machine.spec import parse_memory
 
 _LOOK_PATIENCE = 2.0  # seconds that `ps` waits for each VM
+_RESIZE_PATIENCE = 60.0
 
 
 @click.command()
@@ -81,3 +83,28 @@ def resume(vm: str) -> None:
     """Have a paused VM go on."""
     with Client.connect(vm) as found:
         found.call("resume")
+
+
+@click.group()
+def disk() -> None:
+    """Change the disks of a running VM."""
+
+
+@disk.command()
+@click.argument("vm")
+@click.argument("id")
+@click.argument("size", required=False)
+@click.option("--shrink", is_flag=True, help="Allow a smaller size; what lies behind it is lost.")
+def resize(vm: str, id: str, size: str | None, shrink: bool) -> None:
+    """Give the disk ID of VM another SIZE, such as 20G; the guest is told.
+
+    Its image file becomes as large. Without SIZE, the disk takes over the size that its image, or
+    the block device behind it, has by now. In the guest, a file system that is mounted can then be
+    grown: resize2fs /dev/vda.
+    """
+    params: dict[str, Any] = {} if size is None else {"size": parse_memory(size, option="SIZE")}
+    if shrink:
+        params["shrink"] = True
+    with Client.connect(vm) as found:
+        answer = found.call("disk.resize", patience=_RESIZE_PATIENCE, disk=id, **params)
+    click.echo(f"{id} has {answer['size']} bytes")

@@ -29,13 +29,25 @@ def main() -> int:
 
         inside.start()
         control = unix_sockets.listen(CONTROL_PATH)
-        return run_here(spec, quiet=True, control=control, on_listening=inside.admit)
+        return run_here(
+            spec,
+            quiet=True,
+            control=control,
+            on_listening=inside.admit,
+            resize_outside=_resize_outside,
+        )
     except KeyboardInterrupt:
         return 130
     except Exception as error:
         from pyvmm.cli.ending import explain
 
         return explain(error)
+
+
+def _resize_outside(path: str, size: int | None) -> None:
+    from pyvmm.cli.inside_disks import resize_outside
+
+    resize_outside(path, size)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from pyvmm.emulated_host.launch import launch
+from pyvmm.emulated_host.qmp import Qmp
 from pyvmm.emulated_host.session import Session
 from pyvmm.emulated_host.sockets import outside_end
 from pyvmm.emulated_host.spec import EmulatedHostSpec
@@ -129,7 +130,7 @@ class EmulatedHost:
             console_copy=self._console,
             start_timeout=self._start_timeout,
         )
-        relay = outside_end(self._spec, launched.ports)
+        relay = outside_end(self._spec, launched.ports, Qmp(launched.qmp))
         if relay is not None:
             relay.start()
         try:
@@ -144,7 +145,7 @@ class EmulatedHost:
             launched.process.wait()
             if relay is not None:
                 relay.stop()
-            for end in (launched.console, launched.messages, *(p.ours for p in launched.ports)):
+            for end in launched.ends:
                 end.close()
 
 

@@ -30,7 +30,13 @@ class Launched:
     ports: list[Port]
     console: socket.socket
     messages: socket.socket
+    qmp: socket.socket
     mark: bytes
+
+    @property
+    def ends(self) -> list[socket.socket]:
+        """All our ends."""
+        return [self.console, self.messages, self.qmp, *(port.ours for port in self.ports)]
 
 
 def require_setpriv() -> str:
@@ -57,6 +63,7 @@ def launch(spec: EmulatedHostSpec, argv: Sequence[str]) -> Launched:
     ports = open_ports(len(spec.sinks), relay=spec.has_relay)
     console, console_theirs = socket.socketpair()
     messages, messages_theirs = socket.socketpair()
+    qmp, qmp_theirs = socket.socketpair()
     try:
         initramfs = _joined(boot.initramfs, run_archive(settings))
         inherited.append(initramfs)
@@ -66,26 +73,32 @@ def launch(spec: EmulatedHostSpec, argv: Sequence[str]) -> Launched:
             boot,
             initramfs_fd=initramfs,
             console_fd=console_theirs.fileno(),
+            qmp_fd=qmp_theirs.fileno(),
             ports=ports,
             disks=disks,
         )
         process = _spawn(
             [*qemu, *arguments],
             messages_theirs,
-            [*inherited, console_theirs.fileno(), *(port.theirs.fileno() for port in ports)],
+            [
+                *inherited,
+                console_theirs.fileno(),
+                qmp_theirs.fileno(),
+                *(port.theirs.fileno() for port in ports),
+            ],
         )
     except BaseException:
-        for end in (console, messages, *(port.ours for port in ports)):
+        for end in (console, messages, qmp, *(port.ours for port in ports)):
             end.close()
         raise
     finally:
-        for end in (console_theirs, messages_theirs, *(port.theirs for port in ports)):
+        for end in (console_theirs, messages_theirs, qmp_theirs, *(port.theirs for port in ports)):
             end.close()
         for fd in inherited:
             os.close(fd)
     console.setblocking(False)
     messages.setblocking(False)
-    return Launched(process, ports, console, messages, settings.mark.encode())
+    return Launched(process, ports, console, messages, qmp, settings.mark.encode())
 
 
 def _spawn(command: list[str], messages: socket.socket, fds: list[int]) -> subprocess.Popen[bytes]:

@@ -21,20 +21,23 @@ PROCESS_NAME = "pyvmm-emulator"  # at most 15 characters
 
 @dataclass(frozen=True)
 class OpenDisk:
-    """A disk as QEMU gets it: an open `fd`, `size` in bytes (whole sectors)."""
+    """A disk as QEMU gets it: an open `fd`, `size` in bytes (whole sectors), and whether the file
+    has more (`odd_tail`)."""
 
     fd: int
     size: int
     read_only: bool
     is_block_device: bool
     direct: bool = False
+    odd_tail: bool = False
 
 
 def open_disk(fd: int, read_only: bool, direct: bool = False) -> OpenDisk:
     """Describe the open file `fd`. Raises OSError."""
     size = os.lseek(fd, 0, os.SEEK_END)
     is_block_device = stat.S_ISBLK(os.fstat(fd).st_mode)
-    return OpenDisk(fd, size - size % SECTOR, read_only, is_block_device, direct)
+    odd = size % SECTOR
+    return OpenDisk(fd, size - odd, read_only, is_block_device, direct, bool(odd))
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ def qemu_arguments(
     *,
     initramfs_fd: int,
     console_fd: int,
+    qmp_fd: int,
     ports: Sequence[Port],
     disks: Sequence[OpenDisk | Qcow2Disk],
 ) -> list[str]:
@@ -67,6 +71,7 @@ def qemu_arguments(
         *("-initrd", f"/proc/self/fd/{initramfs_fd}"),
         *("-append", KERNEL_PARAMETERS),
         *("-chardev", f"socket,id=console,fd={console_fd}", "-serial", "chardev:console"),
+        *("-chardev", f"socket,id=qmp,fd={qmp_fd}", "-mon", "chardev=qmp,mode=control"),
         # The first virtio device, as the ports' names inside begin with its number: /dev/vport0p1.
         *_port_arguments(ports),
         *_root_arguments(),
@@ -109,13 +114,15 @@ def _raw_nodes(index: int, disk: OpenDisk) -> list[str]:
     direct = "on" if disk.direct else "off"
     driver = "host_device" if disk.is_block_device else "file"
     # The one who hands us the disk has locked it; QEMU's own locks would collide with that.
-    # A size cuts off an odd tail, which QEMU would otherwise round up to a whole sector.
+    # A size cuts off an odd tail, which QEMU would otherwise round up to a whole sector; such a
+    # disk cannot be resized later.
+    size = f"size={disk.size}," if disk.odd_tail else ""
     file = (
         f"driver={driver},node-name=file{index},filename=/dev/fdset/{index},locking=off,"
         f"read-only={mode},auto-read-only=off,discard=unmap,cache.direct={direct}"
     )
     raw = (
-        f"driver=raw,node-name=disk{index},file=file{index},size={disk.size},"
+        f"driver=raw,node-name=disk{index},file=file{index},{size}"
         f"read-only={mode},discard=unmap,cache.direct={direct}"
     )
     return ["-add-fd", f"fd={disk.fd},set={index}", "-blockdev", file, "-blockdev", raw]

@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import errno
 
+from pyvmm.emulated_host.disks import DiskService
 from pyvmm.emulated_host.ports import Port
+from pyvmm.emulated_host.qmp import Qmp
 from pyvmm.emulated_host.spec import EmulatedHostSpec
 from pyvmm.errors import HostError
 from pyvmm.host import log, unix_sockets
 from pyvmm.host.unix_sockets import Socket
+from pyvmm.relay import DISK_SERVICE
 from pyvmm.relay.multiplexer import OUTSIDE, Listener, Multiplexer
 
 
-def outside_end(spec: EmulatedHostSpec, ports: list[Port]) -> Multiplexer | None:
-    """The relay for what `spec` lists, not yet started; None if it lists no sockets."""
+def outside_end(spec: EmulatedHostSpec, ports: list[Port], qmp: Qmp) -> Multiplexer | None:
+    """The relay for what `spec` lists, not yet started; None if it lists no sockets.
+
+    The disks can be resized through it, by `qmp`.
+    """
     port = next((port for port in ports if port.name == "relay"), None)
     if port is None:
         return None
+    services = {DISK_SERVICE: DiskService(spec, qmp).connect, **spec.services}
     listeners = [Listener(item.socket, item.path, item.owner_only) for item in spec.sockets_in]
 
     def reach(name: str) -> Socket:
-        service = spec.services.get(name)
+        service = services.get(name)
         if service is not None:
             return service()
         if any(allows(allowed, name) for allowed in spec.sockets_out):

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from pyvmm import __version__
 from pyvmm.control.protocol import Method
 from pyvmm.errors import ConfigError
+from pyvmm.host.files import SECTOR
 from pyvmm.machine.builder import Prepared
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.outcome import Ending, Outcome
+from pyvmm.machine.spec import DiskSpec
 from pyvmm.virtio.blk.device import BlockDevice
+
+ResizeOutside = Callable[[str, int | None], None]
 
 
 class MachineControl:
     """The methods of one machine, in plain data. They are called in the control server's thread."""
 
-    def __init__(self, machine: Machine, prepared: Prepared) -> None:
+    def __init__(
+        self, machine: Machine, prepared: Prepared, resize_outside: ResizeOutside | None = None
+    ) -> None:
+        """`resize_outside` is for where the disks are somebody else's: it resizes the storage at a
+        path, to so many bytes or (None) to those it has by now, and returns when that shows here.
+        """
         self._machine = machine
         self._prepared = prepared
+        self._resize_outside = resize_outside
         self._start = time.monotonic()
 
     def methods(self) -> dict[str, Method]:
@@ -32,6 +44,9 @@ class MachineControl:
             "quit": Method(self.quit),
             "pause": Method(self.pause),
             "resume": Method(self.resume),
+            "disk.resize": Method(
+                self.disk_resize, needs={"disk": str}, takes={"size": int, "shrink": bool}
+            ),
         }
 
     def status(self) -> dict[str, Any]:
@@ -84,10 +99,47 @@ class MachineControl:
         self._machine.pauser.resume()
         return {"state": "running"}
 
-    def _disk(self, name: str) -> BlockDevice:
-        disks = [device for device in self._prepared.devices if isinstance(device, BlockDevice)]
-        for device in disks:
-            if device.name == name:
-                return device
-        known = ", ".join(device.name for device in disks) or "none"
+    def disk_resize(
+        self, disk: str, size: int | None = None, shrink: bool = False
+    ) -> dict[str, Any]:
+        """Give a disk `size` bytes, its image file with it, or take over those it has by now.
+
+        Raises ConfigError for what would lose data without `shrink`, or cannot be had.
+        """
+        spec, device = self._disk(disk)
+        self._check_resize(spec, device, size, shrink)
+        outside = self._resize_outside
+        change = None if outside is None else partial(outside, spec.path, size)
+        return {"size": device.resize(size, change)}
+
+    def _check_resize(
+        self, spec: DiskSpec, device: BlockDevice, size: int | None, shrink: bool
+    ) -> None:
+        if not device.can_resize:
+            raise ConfigError(f"disk {spec.id} is no plain image, and cannot be resized live")
+        if size is None:
+            return
+        if not 0 < size < 1 << 63 or size % SECTOR:
+            raise ConfigError(
+                f"no disk has {size} bytes", cure=f"use a multiple of {SECTOR}, above 0"
+            )
+        if spec.read_only:
+            raise ConfigError(
+                f"disk {spec.id} is read-only",
+                cure="resize its image elsewhere, then the disk, without a size",
+            )
+        if size < device.size and not shrink:
+            raise ConfigError(
+                f"disk {spec.id} has {device.size} bytes; all behind {size} would be lost",
+                cure="if the guest has made room, add --shrink",
+            )
+        if size < device.size and self._machine.pauser.paused:
+            raise ConfigError("a paused VM's disk cannot shrink", cure="resume it first")
+
+    def _disk(self, name: str) -> tuple[DiskSpec, BlockDevice]:
+        disks = zip(self._prepared.spec.disks, self._prepared.devices, strict=False)
+        for spec, device in disks:
+            if spec.id == name and isinstance(device, BlockDevice):
+                return spec, device
+        known = ", ".join(spec.id for spec in self._prepared.spec.disks) or "none"
         raise ConfigError(f"there is no disk {name!r:.100}", cure=f"there are: {known}")

@@ -6,13 +6,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from typing import NamedTuple
 
 from pyvmm.boot.diagnosis import PANIC, ConsoleWatcher
 from pyvmm.control.server import ControlServer
 from pyvmm.host import log
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.machine.builder import Prepared, assemble, prepare
-from pyvmm.machine.control import MachineControl
+from pyvmm.machine.control import MachineControl, ResizeOutside
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.outcome import Ending, Outcome
 from pyvmm.machine.spec import VmSpec
@@ -68,17 +69,19 @@ def run_here(
     quiet: bool = False,
     control: Socket | None = None,
     on_listening: Callable[[], None] = lambda: None,
+    resize_outside: ResizeOutside | None = None,
 ) -> int:
     """Run `spec`; the exit code. Requests to the listening socket `control` are answered once the
-    vCPUs run; `on_listening` is called once all sockets for the host's programs listen. Raises
-    ConfigError or HostError if it cannot be started."""
+    vCPUs run; `on_listening` is called once all sockets for the host's programs listen;
+    `resize_outside` is MachineControl's. Raises ConfigError or HostError if it cannot be started.
+    """
     with ExitStack() as closing:
         trace = Trace(spec.trace, spec.trace_file)
         closing.callback(trace.close)
         prepared = prepare(spec, trace, closing, quiet=quiet)
         on_listening()
         attendant = Attendant(spec.name, prepared)
-        outcome = _run(prepared, attendant, trace, closing, control)
+        outcome = _run(prepared, attendant, trace, closing, _Control(control, resize_outside))
     # The console is closed: the watcher has seen the last byte.
     attendant.look()
     if outcome.ending is Ending.RESET and attendant.saw_panic():
@@ -88,12 +91,19 @@ def run_here(
     return outcome.exit_code
 
 
+class _Control(NamedTuple):
+    """Where requests come from, and who resizes disks that are somebody else's."""
+
+    listener: Socket | None
+    resize_outside: ResizeOutside | None
+
+
 def _run(
     prepared: Prepared,
     attendant: Attendant,
     trace: Trace,
     closing: ExitStack,
-    control: Socket | None,
+    control: _Control,
 ) -> Outcome:
     machine: Machine | None = None
 
@@ -109,17 +119,14 @@ def _run(
 
     def on_start() -> None:
         console.connect(parts.serial)
-        if control is not None:
-            _answer(control, MachineControl(machine, prepared), closing)
+        if control.listener is not None:
+            methods = MachineControl(machine, prepared, control.resize_outside).methods()
+            server = ControlServer(control.listener, methods)
+            closing.callback(server.close)
+            server.start()
 
     with console:
         return machine.run(on_start, attendant.look)
-
-
-def _answer(listener: Socket, control: MachineControl, closing: ExitStack) -> None:
-    server = ControlServer(listener, control.methods())
-    closing.callback(server.close)
-    server.start()
 
 
 def _report(name: str, outcome: Outcome) -> None:

@@ -4,3 +4,4 @@
 """
 
 VARIABLE = "PYVMM_SOCKET_RELAY"  # the path of the port inside, set by pyvmm.emulated_host
+DISK_SERVICE = "disk-resize"  # the name by which the monitor inside reaches the disks' owner

@@ -231,6 +231,7 @@ def test_qemu_gets_open_disks_without_their_odd_tails(image: HostImage, tmp_path
             boot,
             initramfs_fd=99,
             console_fd=98,
+            qmp_fd=97,
             ports=ports,
             disks=[open_disk(file.fileno(), read_only=True)],
         )

@@ -34,12 +34,14 @@ class Backend(ABC):
     method that fails raises HostError (or OSError); the guest then gets IOERR, the user a line.
 
     `block_sizes` is what the guest is told to align to. `can_discard` says whether `discard` and
-    `write_zeroes` may free storage; DISCARD is offered to the guest only then.
+    `write_zeroes` may free storage; DISCARD is offered to the guest only then. `can_resize` says
+    that there is a `resize`.
     """
 
     size_sectors: int
     read_only: bool = False
     can_discard: bool = False
+    can_resize: bool = False
     block_sizes: BlockSizes = BlockSizes()
 
     @abstractmethod
@@ -70,6 +72,11 @@ class Backend(ABC):
             self.writev([piece], len(piece), offset)
             offset += len(piece)
 
+    def resize(self, size: int | None) -> None:
+        """Have `size` bytes from now on, whole sectors, or (None) what the storage has become;
+        sets `size_sectors`. Raises HostError."""
+        raise HostError(errno.EOPNOTSUPP, "resize")
+
     def close(self) -> None:  # noqa: B027 - a choice
         """Give up the storage; no call may be in progress or follow."""
 
@@ -89,6 +96,8 @@ def scatter(data: bytes | bytearray | memoryview, views: list[memoryview]) -> No
 
 class FileBackend(Backend):
     """A raw image file or block device, straight to and from guest memory."""
+
+    can_resize = True
 
     def __init__(self, image: ImageFile) -> None:
         self._image = image
@@ -148,6 +157,22 @@ class FileBackend(Backend):
             ) from None
         if not done:
             super().write_zeroes(offset, size, may_unmap)
+
+    def resize(self, size: int | None) -> None:
+        """See Backend. A block device has the size it has: EINVAL for another one."""
+        try:
+            if size is not None and not self._image.is_block_device:
+                os.ftruncate(self._fd, size)
+            end = os.lseek(self._fd, 0, os.SEEK_END)  # reads and writes say where they are
+        except OSError as error:
+            raise HostError(error.errno or 0, f"resize of {self._image.path}") from None
+        if size is not None and end != size:
+            raise HostError(
+                errno.EINVAL,
+                f"resize of {self._image.path} from here",
+                cure="resize the block device itself, then the disk, without a size",
+            )
+        self.size_sectors = end // SECTOR
 
     def close(self) -> None:
         """See Backend; also gives up the lock on the image."""

@@ -6,7 +6,9 @@ of one queue complete in the order in which they came.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
+from threading import Lock
 from typing import NamedTuple
 
 from pyvmm.errors import HostError
@@ -55,6 +57,7 @@ from pyvmm.virtio.worker import QueueDevice
 # After this many bytes the driver gets to see what is done, even if more requests wait: with large
 # ones a whole queue of them would keep the first from the guest for many milliseconds.
 BATCH_BYTES = 512 << 10
+_PATIENCE = 5.0  # seconds that requests may take which a smaller disk has to wait for
 
 
 class BlockEvent(NamedTuple):
@@ -130,6 +133,7 @@ class BlockDevice(QueueDevice):
         self._id = (serial or name).encode()[:VIRTIO_BLK_ID_BYTES].ljust(VIRTIO_BLK_ID_BYTES, b"\0")
         self._backend = backend
         self._capacity = backend.size_sectors
+        self._config_lock = Lock()  # a leaf: for a change of one field among others
         self._accepted = 0
         self._write_through = False
         self._stop = stop
@@ -159,8 +163,52 @@ class BlockDevice(QueueDevice):
 
     def _set_writeback(self, on: bool) -> None:
         self._write_through = not on
-        config, at = self._config, WRITEBACK_OFFSET
-        self._config = config[:at] + bytes([on]) + config[at + 1 :]
+        self._set_config(WRITEBACK_OFFSET, bytes([on]))
+
+    def _set_config(self, at: int, data: bytes) -> None:
+        with self._config_lock:
+            config = self._config
+            self._config = config[:at] + data + config[at + len(data) :]
+
+    @property
+    def can_resize(self) -> bool:
+        """Whether `resize` may work."""
+        return self._backend.can_resize
+
+    def resize(self, size: int | None, change: Callable[[], None] | None = None) -> int:
+        """Give the disk `size` bytes, or (None) those that its storage has by now, and tell the
+        driver: a configuration change notification (5.2.4, `capacity`). The new size in bytes.
+
+        `change` does the work where somebody else has to. A disk that shrinks is smaller first and
+        has less storage then, so that no request still on its way makes the file grow again. Not
+        for two threads at once, nor with a queue's lock held. Raises HostError, or what `change`
+        raises, and then the size is what the storage has.
+        """
+        try:
+            if size is not None and size < self.size:
+                self._set_capacity(size // SECTOR)
+                self._let_requests_end()
+            if change is not None:
+                change()
+            self._backend.resize(size if change is None else None)
+        finally:
+            self._set_capacity(self._backend.size_sectors)
+            activation = self._activation
+            if activation is not None:
+                activation.interrupt.signal_config_change()
+        return self.size
+
+    def _set_capacity(self, sectors: int) -> None:
+        self._capacity = sectors
+        self._set_config(0, sectors.to_bytes(8, "little"))  # virtio_blk_config.capacity
+
+    def _let_requests_end(self) -> None:
+        activation = self._activation
+        for queue in activation.queues if activation is not None else ():
+            if queue is not None:
+                if not queue.lock.acquire(timeout=_PATIENCE):
+                    raise HostError(errno.EBUSY, f"requests of {self.name} that do not end")
+                queue.lock.release()
 
     def activate(self, activation: Activation) -> None:
         if activation.features != self._accepted:  # a device that is restored, say

@@ -36,8 +36,16 @@ class DirectBackend(FileBackend):
         self._write_lock: Lock | nullcontext[None] = nullcontext() if whole else Lock()
         if self.block > SECTOR:
             self.block_sizes = self.block_sizes.with_logical(self.block)
-            # What is left of an odd tail cannot be read in one piece.
-            self.size_sectors -= self.size_sectors % (self.block // SECTOR)
+            self._cut_off_tail()
+
+    def _cut_off_tail(self) -> None:
+        # What is left of an odd tail cannot be read in one piece.
+        self.size_sectors -= self.size_sectors % (self.block // SECTOR)
+
+    def resize(self, size: int | None) -> None:
+        """See Backend."""
+        super().resize(size)
+        self._cut_off_tail()
 
     def _probe(self) -> int:
         for block in _BLOCKS:

@@ -1,0 +1,58 @@
+"""QEMU's machine protocol, as far as it is needed: one command after the other."""
+
+from __future__ import annotations
+
+import json
+import socket
+from typing import Any
+
+from pyvmm.emulated_host.spec import EmulatedHostError
+
+_PATIENCE = 20.0  # seconds for an answer
+_MAX_LINE = 1 << 20
+
+
+class Qmp:
+    """A QMP monitor at a connected socket, which stays the caller's. Nothing is said before the
+    first command, and QEMU says nothing before that but its greeting."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._received = b""
+        self._ready = False
+
+    def execute(self, command: str, **arguments: object) -> Any:
+        """The command's result. Raises EmulatedHostError for an error or no answer."""
+        if not self._ready:
+            self._connection.settimeout(_PATIENCE)
+            self._read()  # the greeting
+            self._call("qmp_capabilities", {})
+            self._ready = True
+        return self._call(command, arguments)
+
+    def _call(self, command: str, arguments: dict[str, object]) -> Any:
+        request = {"execute": command, "arguments": arguments}
+        try:
+            self._connection.sendall(json.dumps(request).encode() + b"\n")
+        except OSError as error:
+            raise EmulatedHostError(f"QEMU takes no commands: {error.strerror}") from None
+        while True:
+            answer = self._read()
+            if "error" in answer:
+                raise EmulatedHostError(str(answer["error"].get("desc")))
+            if "return" in answer:
+                return answer["return"]
+            # an event: of no interest
+
+    def _read(self) -> dict[str, Any]:
+        while b"\n" not in self._received:
+            try:
+                data = self._connection.recv(1 << 16)
+            except OSError:
+                data = b""
+            if not data or len(self._received) > _MAX_LINE:
+                raise EmulatedHostError("QEMU does not answer")
+            self._received += data
+        line, _, self._received = self._received.partition(b"\n")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
