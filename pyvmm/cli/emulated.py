@@ -18,6 +18,7 @@ from pyvmm.emulated_host import (
     HostDisk,
     HostListener,
     HostSink,
+    HostStream,
 )
 from pyvmm.emulated_host.find import find_image
 from pyvmm.errors import ConfigError
@@ -54,6 +55,7 @@ def run_emulated(spec: VmSpec, because: str | None = None, *, control: Socket | 
         sinks = _trace_sink(spec, closing)
         if sinks:
             spec = replace(spec, trace_file=sinks[0].path)
+        spec, streams = _networks(spec, closing)
         host = EmulatedHostSpec(
             image=find_image(make=True),
             memory_mib=spec.memory // _MIB + OWN_MEMORY_MIB,
@@ -61,6 +63,7 @@ def run_emulated(spec: VmSpec, because: str | None = None, *, control: Socket | 
             sinks=sinks,
             sockets_in=(*_control_listener(control), *_device_listeners(crossings)),
             sockets_out=tuple(path for crossing in crossings for path in crossing.reached),
+            streams=streams,
             cwd="/",
         )
         if because is not None:
@@ -112,6 +115,32 @@ def _trace_sink(spec: VmSpec, closing: ExitStack) -> tuple[HostSink, ...]:
         raise cannot_write(spec.trace_file, error) from None
     closing.callback(file.close)
     return (HostSink(_TRACE_PATH, file.fileno()),)
+
+
+def _networks(spec: VmSpec, closing: ExitStack) -> tuple[VmSpec, tuple[HostStream, ...]]:
+    """`spec` with its network cards on streams that come from outside, and those streams: what
+    serves them (passt) runs here, where the network is."""
+    if not any(device.kind == "net" for device in spec.devices):
+        return spec, ()
+    from pyvmm.machine import device_net
+
+    devices: list[DeviceSpec] = []
+    streams: list[HostStream] = []
+    for device in spec.devices:
+        if isinstance(device, device_net.Spec):
+            if device.tap:
+                raise ConfigError(
+                    f"the emulated KVM host cannot reach {device.tap}, a tap of this machine",
+                    cure="use --net user",
+                    option=device_net.OPTION,
+                )
+            path = f"/run/pyvmm-net{len(streams)}"
+            device = device_net.through_port(device, path)
+            cable = device_net.start_passt(device)
+            closing.callback(cable.close)
+            streams.append(HostStream(path, cable.fileno()))
+        devices.append(device)
+    return replace(spec, devices=tuple(devices)), tuple(streams)
 
 
 def _with_real_paths(spec: VmSpec) -> VmSpec:

@@ -55,6 +55,14 @@ Exit codes:
     metavar="PATH",
     help="Initial RAM disk. Debian's kernels need one, as their virtio drivers are modules.",
 )
+@click.option(
+    "--net",
+    "nets",
+    metavar="user|tap=NAME[,OPTIONS]",
+    multiple=True,
+    help="Add a network card: user-mode networking, as user,forward=8080:80, or a tap interface. "
+    "Both take mac= and mtu=; docs/networking.md has the other options.",
+)
 @click.option("--rng", is_flag=True, help="Add a virtio-rng device: random numbers for the guest.")
 @click.option(
     "--rng-limit",
@@ -118,6 +126,7 @@ def run(
     kernel: str,
     disks: tuple[str, ...],
     initrd: str | None,
+    nets: tuple[str, ...],
     rng: bool,
     rng_limit: str | None,
     user_devices: tuple[str, ...],
@@ -150,6 +159,7 @@ def run(
         discovery=discovery,
         name=name,
         devices=[
+            *(("net", text) for text in nets),
             *([("rng", rng_limit or "")] if rng or rng_limit is not None else []),
             *(("user", text) for text in user_devices),
             *([("vsock", vsock)] if vsock is not None else []),

@@ -18,6 +18,7 @@ from pyvmm.emulated_host.spec import (
     HostImage,
     HostListener,
     HostSink,
+    HostStream,
     is_inside,
 )
 
@@ -32,6 +33,7 @@ __all__ = [
     "HostImage",
     "HostListener",
     "HostSink",
+    "HostStream",
     "is_inside",
     "run",
 ]

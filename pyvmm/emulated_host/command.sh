@@ -2,6 +2,7 @@
 # to its ports and tells how it ended. run.sh sets (see initramfs.py):
 #   MARK            ends a stream       DISK_COUNT, DISK_n, SINK_COUNT, SINK_n    paths
 #   RELAY_COUNT     1 if there is a port for sockets, which the command itself opens
+#   STREAM_COUNT, STREAM_n              paths of ports that the command itself opens, too
 #   WORKING_DIRECTORY                   run_command    becomes the command
 PATH=
 here=/dev/.pyvmm
@@ -12,7 +13,8 @@ stdin_port=/dev/vport0p1
 stdout_port=/dev/vport0p2
 stderr_port=/dev/vport0p3
 first_sink_port=4
-control_port=/dev/vport0p$((first_sink_port + SINK_COUNT + RELAY_COUNT))
+first_stream_port=$((first_sink_port + SINK_COUNT + RELAY_COUNT))
+control_port=/dev/vport0p$((first_stream_port + STREAM_COUNT))
 
 # Copies a stream to its port. The mark tells the other side that nothing more will come.
 relay() { # NAME FIFO PORT
@@ -55,6 +57,16 @@ attach_sinks() {
     done
 }
 
+attach_streams() {
+    index=0
+    while [ $index -lt "$STREAM_COUNT" ]; do
+        eval "path=\$STREAM_$index"
+        mkdir -p "${path%/*}"
+        ln -sf "/dev/vport0p$((first_stream_port + index))" "$path"
+        index=$((index + 1))
+    done
+}
+
 # Requests of the other side, a line each. Its end is ours.
 serve_requests() {
     while read -r request argument; do
@@ -75,6 +87,7 @@ echo up >&9
 mkfifo $here/stdin $here/stdout $here/stderr
 [ "$DISK_COUNT" = 0 ] || attach_disks
 attach_sinks
+attach_streams
 cat <"$stdin_port" >$here/stdin &
 relay stdout $here/stdout "$stdout_port" &
 relays="$relays $!"

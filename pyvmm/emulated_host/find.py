@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pyvmm import images
-from pyvmm.emulated_host.programs import find_program
 from pyvmm.emulated_host.spec import HostImage
 from pyvmm.errors import ConfigError
+from pyvmm.host.programs import find_program
 
 BUSYBOX_CURE = "apt-get install busybox-static"
 

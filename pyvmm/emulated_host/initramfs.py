@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from pyvmm.emulated_host.modules import Module, load_order
 from pyvmm.emulated_host.ports import relay_device
-from pyvmm.emulated_host.programs import find_program
 from pyvmm.emulated_host.spec import (
     INSIDE_VARIABLE,
     RELAY_VARIABLE,
@@ -21,6 +20,7 @@ from pyvmm.emulated_host.spec import (
 from pyvmm.emulated_host.x86.machine import KVM_MODULES, ROOT_MODULES
 from pyvmm.errors import ConfigError
 from pyvmm.host import cpio
+from pyvmm.host.programs import find_program
 
 _DIRECTORIES = ("bin", "dev", "proc", "sys", "lower", "upper", "root", "modules")
 _PT_INTERP = 3
@@ -31,8 +31,8 @@ _BUSYBOX = "/dev/.pyvmm/busybox"
 class RunSettings:
     """What one run hands to the init: the command, where it runs, and its files.
 
-    `mark` ends each output stream. `disks` and `sinks` are absolute paths. `relay`: whether there
-    is a port for sockets.
+    `mark` ends each output stream. `disks`, `sinks` and `streams` are absolute paths. `relay`:
+    whether there is a port for sockets.
     """
 
     argv: Sequence[str]
@@ -43,6 +43,7 @@ class RunSettings:
     disks: Sequence[str] = ()
     sinks: Sequence[str] = ()
     relay: bool = False
+    streams: Sequence[str] = ()
 
 
 def new_mark() -> str:
@@ -64,6 +65,7 @@ def settings_of(spec: EmulatedHostSpec, argv: Sequence[str]) -> RunSettings:
         disks=tuple(os.path.realpath(disk.path) for disk in spec.disks),
         sinks=tuple(os.path.realpath(sink.path) for sink in spec.sinks),
         relay=spec.has_relay,
+        streams=tuple(os.path.realpath(stream.path) for stream in spec.streams),
     )
 
 
@@ -171,6 +173,8 @@ def run_script(settings: RunSettings) -> bytes:
         f"SINK_COUNT={len(settings.sinks)}",
         *(f"SINK_{n}={shlex.quote(path)}" for n, path in enumerate(settings.sinks)),
         f"RELAY_COUNT={int(settings.relay)}",
+        f"STREAM_COUNT={len(settings.streams)}",
+        *(f"STREAM_{n}={shlex.quote(path)}" for n, path in enumerate(settings.streams)),
         f"run_command() {{ exec {_command_line(settings)}; }}",
     ]
     # Names that are no text (surrogates) go back to the bytes they came from.

@@ -13,11 +13,11 @@ from pyvmm.emulated_host.cache import boot_files
 from pyvmm.emulated_host.initramfs import run_archive, settings_of
 from pyvmm.emulated_host.limits import check_memory
 from pyvmm.emulated_host.ports import Port, open_ports
-from pyvmm.emulated_host.programs import find_program
 from pyvmm.emulated_host.qemu import OpenDisk, Qcow2Disk, open_disk, qemu_arguments
 from pyvmm.emulated_host.spec import EmulatedHostError, EmulatedHostSpec, HostDisk
 from pyvmm.errors import ConfigError
 from pyvmm.host.files import open_image
+from pyvmm.host.programs import find_program
 
 SETPRIV_CURE = "apt-get install util-linux"
 
@@ -60,7 +60,8 @@ def launch(spec: EmulatedHostSpec, argv: Sequence[str]) -> Launched:
     boot = boot_files(spec.image)
     settings = settings_of(spec, argv)
     inherited: list[int] = []
-    ports = open_ports(len(spec.sinks), relay=spec.has_relay)
+    ports = open_ports(len(spec.sinks), relay=spec.has_relay, stream_count=len(spec.streams))
+    stream_fds = [stream.fd for stream in spec.streams]
     console, console_theirs = socket.socketpair()
     messages, messages_theirs = socket.socketpair()
     qmp, qmp_theirs = socket.socketpair()
@@ -76,12 +77,14 @@ def launch(spec: EmulatedHostSpec, argv: Sequence[str]) -> Launched:
             qmp_fd=qmp_theirs.fileno(),
             ports=ports,
             disks=disks,
+            stream_fds=stream_fds,
         )
         process = _spawn(
             [*qemu, *arguments],
             messages_theirs,
             [
                 *inherited,
+                *stream_fds,
                 console_theirs.fileno(),
                 qmp_theirs.fileno(),
                 *(port.theirs.fileno() for port in ports),

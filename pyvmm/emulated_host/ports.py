@@ -25,15 +25,22 @@ def relay_device(sink_count: int) -> str:
     return f"/dev/vport0p{FIRST_SINK + sink_count}"
 
 
-def open_ports(sink_count: int, *, relay: bool) -> list[Port]:
+def first_stream(sink_count: int, *, relay: bool) -> int:
+    """The number of the first port whose outer end is somebody else's; see HostStream."""
+    return FIRST_SINK + sink_count + int(relay)
+
+
+def open_ports(sink_count: int, *, relay: bool, stream_count: int = 0) -> list[Port]:
     """stdin, stdout, stderr, the sinks, perhaps the relay of sockets and, last, the control port,
-    in order of their numbers.
+    in order of their numbers. Those of the streams, before the control port, are left out.
 
     Socket pairs have no name anywhere, so nothing of them is left when both sides are gone.
     """
     sinks = (f"sink{n}" for n in range(sink_count))
-    names = ["stdin", "stdout", "stderr", *sinks, *(["relay"] if relay else []), "control"]
-    return [_open_port(number, name) for number, name in enumerate(names, start=STDIN)]
+    names = ["stdin", "stdout", "stderr", *sinks, *(["relay"] if relay else [])]
+    ports = [_open_port(number, name) for number, name in enumerate(names, start=STDIN)]
+    control = first_stream(sink_count, relay=relay) + stream_count
+    return [*ports, _open_port(control, "control")]
 
 
 def _open_port(number: int, name: str) -> Port:

@@ -9,9 +9,9 @@ from typing import NamedTuple
 from pyvmm.emulated_host.find import BUSYBOX_CURE, find_image
 from pyvmm.emulated_host.launch import SETPRIV_CURE
 from pyvmm.emulated_host.limits import available_mib
-from pyvmm.emulated_host.programs import find_program
 from pyvmm.emulated_host.spec import OWN_MEMORY_MIB, HostImage
 from pyvmm.errors import ConfigError
+from pyvmm.host.programs import find_program
 
 _DEVICES = ("virtio-9p-pci", "virtio-serial-pci", "virtserialport", "virtio-blk-pci")
 _SMALLEST_GUEST_MIB = 128

@@ -59,6 +59,7 @@ def qemu_arguments(
     qmp_fd: int,
     ports: Sequence[Port],
     disks: Sequence[OpenDisk | Qcow2Disk],
+    stream_fds: Sequence[int] = (),
 ) -> list[str]:
     """The arguments, without the program. The descriptors in them must be inherited."""
     return [
@@ -73,7 +74,7 @@ def qemu_arguments(
         *("-chardev", f"socket,id=console,fd={console_fd}", "-serial", "chardev:console"),
         *("-chardev", f"socket,id=qmp,fd={qmp_fd}", "-mon", "chardev=qmp,mode=control"),
         # The first virtio device, as the ports' names inside begin with its number: /dev/vport0p1.
-        *_port_arguments(ports),
+        *_port_arguments(ports, stream_fds),
         *_root_arguments(),
         *_disk_arguments(disks),
     ]
@@ -85,12 +86,17 @@ def _root_arguments() -> list[str]:
     return ["-fsdev", fsdev, "-device", "virtio-9p-pci,fsdev=machine,mount_tag=machine"]
 
 
-def _port_arguments(ports: Sequence[Port]) -> list[str]:
-    arguments = ["-device", f"virtio-serial-pci,max_ports={len(ports) + 1}"]
-    for port in ports:
+def _port_arguments(ports: Sequence[Port], stream_fds: Sequence[int]) -> list[str]:
+    *others, control = ports
+    first = control.number - len(stream_fds)
+    rows = [(port.number, port.name, port.theirs.fileno()) for port in others]
+    rows += [(first + n, f"stream{n}", fd) for n, fd in enumerate(stream_fds)]
+    rows.append((control.number, control.name, control.theirs.fileno()))
+    arguments = ["-device", f"virtio-serial-pci,max_ports={len(rows) + 1}"]
+    for number, name, fd in rows:
         arguments += [
-            *("-chardev", f"socket,id={port.name},fd={port.theirs.fileno()}"),
-            *("-device", f"virtserialport,nr={port.number},chardev={port.name}"),
+            *("-chardev", f"socket,id={name},fd={fd}"),
+            *("-device", f"virtserialport,nr={number},chardev={name}"),
         ]
     return arguments
 

@@ -72,6 +72,15 @@ class HostListener:
     owner_only: bool = False
 
 
+@dataclass(frozen=True)
+class HostStream:
+    """A stream for the command inside: what it writes to and reads from `path`, a character device
+    there, goes to and comes from the machine's connected socket `fd`."""
+
+    path: str
+    fd: int
+
+
 def _current_directory() -> str:
     try:
         return os.getcwd()
@@ -96,6 +105,7 @@ class EmulatedHostSpec:
     cpus: int = DEFAULT_CPUS
     disks: tuple[HostDisk, ...] = ()
     sinks: tuple[HostSink, ...] = ()
+    streams: tuple[HostStream, ...] = ()
     sockets_in: tuple[HostListener, ...] = ()
     sockets_out: tuple[str, ...] = ()
     services: Mapping[str, Callable[[], Socket]] = field(default_factory=dict)

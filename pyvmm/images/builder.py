@@ -15,6 +15,7 @@ from pyvmm.images.lock import Pin
 from pyvmm.images.progress import Progress
 
 _SUPERSEDED = "{}: some pinned versions are no longer on the mirror; using what it has"
+_ROOTFS_SCRIPTS = ("pyvmm-init", "pyvmm-network", "pyvmm-network.service", "customize")
 _VERSION = 1  # part of every image's key: count up when the code makes an image differently
 
 
@@ -59,7 +60,7 @@ class Catalogue:
             parts.append(self._script("initramfs", "init"))
         else:
             parts += [self.recipes.release, asdict(self.recipes.rootfs[which])]
-            parts += [self._script("rootfs", file) for file in ("pyvmm-init", "customize")]
+            parts += [self._script("rootfs", file) for file in _ROOTFS_SCRIPTS]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
     def pins(self, name: str) -> list[Pin]:

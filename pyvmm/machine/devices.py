@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 # Kind → module. The order is the one in which a VM's devices appear in the guest, after its disks.
 KINDS = {
+    "net": "pyvmm.machine.device_net",
     "rng": "pyvmm.machine.device_rng",
     "user": "pyvmm.machine.device_user",
     "vsock": "pyvmm.machine.device_vsock",

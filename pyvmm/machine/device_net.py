@@ -1,0 +1,217 @@
+"""``--net``: a virtio-net device, on a tap interface or on user-mode networking (passt)."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from pyvmm.errors import ConfigError
+from pyvmm.host import log, passt, syscalls, tap
+from pyvmm.host.passt import Forward
+from pyvmm.machine.devices import Context
+from pyvmm.machine.spec import DeviceSpec
+from pyvmm.virtio.net.backend import Backend
+from pyvmm.virtio.net.device import NetDevice
+from pyvmm.virtio.net.header import ETH_HEADER, VLAN_TAG
+from pyvmm.virtio.net.stream import LARGEST_THROUGH_PORT, StreamBackend
+from pyvmm.virtio.net.tap import TapBackend
+
+OPTION = "--net"
+SYNTAX = (
+    "user[,forward=[tcp:|udp:][ADDRESS:]PORT:GUESTPORT][,host] or "
+    "tap=NAME[,queues=N][,create][,address=A.B.C.D/N][,bridge=NAME], and mac=, mtu="
+)
+LEAST_MTU, MOST_MTU = 68, 65535  # 5.1.4.1 Device Requirements: Device configuration layout
+MOST_QUEUES = 16
+_TAP_NAME = "pyvmm%d"  # the kernel puts a number there
+
+
+@dataclass(frozen=True)
+class Spec(DeviceSpec):
+    """A network card on the tap interface `tap`, or on user-mode networking where `tap` is "".
+
+    `mac` is as in 52:54:00:12:34:56; `mtu` is in bytes, 0 for what suits the other end. A tap with
+    `create` is made, and vanishes with the VM; `address` and `bridge` say what becomes of the
+    host's end. `queues` are pairs. `forwards` are `Forward` as text; `host_access` lets the guest
+    reach this machine's loopback address through its gateway. `stream` is the path of a character
+    device that a passt serves already, which is how it is in an emulated host.
+    """
+
+    kind: ClassVar[str] = "net"
+    tap: str = ""
+    create: bool = False
+    address: str = ""
+    bridge: str = ""
+    queues: int = 1
+    forwards: tuple[str, ...] = ()
+    host_access: bool = False
+    mac: str = ""
+    mtu: int = 0
+    stream: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "forwards", tuple(self.forwards))
+
+
+# --- from text ------------------------------------------------------------------------------------
+
+
+def parse(text: str) -> Spec:
+    """The device of ``--net TEXT``. Raises ConfigError."""
+    kind, *options = text.split(",")
+    kind, equals, name = kind.partition("=")
+    if kind == "user" and not equals:
+        spec = Spec()
+    elif kind == "tap" and (name or not equals):
+        spec = Spec(tap=name or _TAP_NAME, create=not name)
+    else:
+        raise _wrong(f"{text!r} is neither user nor tap=NAME")
+    for option in options:
+        spec = _with_option(spec, option)
+    return spec
+
+
+def _with_option(spec: Spec, option: str) -> Spec:
+    key, equals, value = option.partition("=")
+    is_tap = bool(spec.tap)
+    if key == "mac" and value:
+        return replace(spec, mac=value)
+    if key == "mtu":
+        return replace(spec, mtu=_number(option, value, LEAST_MTU, MOST_MTU))
+    if is_tap and key == "queues":
+        return replace(spec, queues=_number(option, value, 1, MOST_QUEUES))
+    if is_tap and key == "create" and not equals:
+        return replace(spec, create=True)
+    if is_tap and key in ("address", "bridge") and value:
+        return replace(spec, create=True, **{key: value})  # type: ignore[arg-type]
+    if not is_tap and key == "forward":
+        return replace(spec, forwards=(*spec.forwards, str(parse_forward(value))))
+    if not is_tap and key == "host" and not equals:
+        return replace(spec, host_access=True)
+    raise _wrong(f"unknown option {option!r} of {'a tap' if is_tap else 'user'}")
+
+
+def parse_forward(text: str) -> Forward:
+    """``[tcp:|udp:][ADDRESS:]PORT:GUESTPORT``. Without an address, only this machine itself can
+    connect. Raises ConfigError."""
+    rest = text
+    protocol = "tcp"
+    for known in ("tcp", "udp"):
+        if rest.startswith(known + ":"):
+            protocol, rest = known, rest[len(known) + 1 :]
+    host, _, ports = rest.rpartition(":")
+    host, _, port = host.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]") or "127.0.0.1"
+    if not _is_address(host):
+        raise _wrong(f"{host!r} in forward={text} is no IP address")
+    return Forward(protocol, host, _port(text, port), _port(text, ports))
+
+
+def _port(forward: str, text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 0 < int(text[:9]) < 1 << 16):
+        raise _wrong(f"{text!r} in forward={forward} is no port")
+    return int(text)
+
+
+def _is_address(text: str) -> bool:
+    import socket
+
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, text)
+        except OSError:
+            continue
+        return True
+    return False
+
+
+def _number(option: str, text: str, least: int, most: int) -> int:
+    if not (text.isascii() and text.isdigit() and least <= int(text[:9]) <= most):
+        raise _wrong(f"{option!r} is not between {least} and {most}")
+    return int(text)
+
+
+def _wrong(what: str) -> ConfigError:
+    return ConfigError(what, cure=f"write {SYNTAX}", option=OPTION)
+
+
+# --- checked --------------------------------------------------------------------------------------
+
+
+def check(spec: Spec) -> Spec:
+    """`spec` with an address of its own. Raises ConfigError for what cannot be."""
+    if len(spec.tap.encode()) >= tap.IFNAMSIZ or "/" in spec.tap or "\0" in spec.tap:
+        raise ConfigError(
+            f"{spec.tap!r} is no name of an interface",
+            cure=f"use at most {tap.IFNAMSIZ - 1} characters",
+            option=OPTION,
+        )
+    if not spec.mac:
+        # Locally administered, unicast (IEEE 802); QEMU's and KVM's usual prefix.
+        spec = replace(spec, mac=b"\x52\x54\x00".hex(":") + ":" + os.urandom(3).hex(":"))
+    mac_bytes(spec.mac)
+    for text in spec.forwards:
+        parse_forward(text)
+    return spec
+
+
+def mac_bytes(text: str) -> bytes:
+    """The 6 bytes of ``52:54:00:12:34:56``. Raises ConfigError, for a group's address too."""
+    parts = text.split(":")
+    try:
+        mac = bytes(int(part, 16) for part in parts if len(part) == 2)
+    except ValueError:
+        mac = b""
+    if len(mac) != 6 or len(parts) != 6 or mac[0] & 1 or not any(mac):
+        raise ConfigError(
+            f"{text!r} is no card's address", cure="write it as 52:54:00:12:34:56", option=OPTION
+        )
+    return mac
+
+
+# --- opened ---------------------------------------------------------------------------------------
+
+
+def open_device(spec: Spec, context: Context) -> NetDevice:
+    """Open the tap or start passt, and put a device in front of it. Raises ConfigError."""
+    backend, other_end = _open_tap(spec) if spec.tap else (_open_stream(spec), "user")
+    context.closing.callback(backend.close)
+    name = f"net-{other_end}"
+    return NetDevice(backend, name=name, mac=mac_bytes(spec.mac), trace=context.trace)
+
+
+def _open_stream(spec: Spec) -> Backend:
+    if spec.stream:
+        fd = syscalls.open_file(spec.stream, os.O_RDWR | os.O_NONBLOCK)
+        return StreamBackend(fd, spec.mtu, LARGEST_THROUGH_PORT)
+    return StreamBackend(start_passt(spec).detach(), spec.mtu or passt.MTU)
+
+
+def start_passt(spec: Spec) -> passt.Socket:
+    """User-mode networking as `spec` wants it; our end of the cable. Raises ConfigError."""
+    forwards = [parse_forward(text) for text in spec.forwards]
+    return passt.start(forwards, spec.mtu or passt.MTU, host_access=spec.host_access)
+
+
+def through_port(spec: Spec, path: str) -> Spec:
+    """`spec` with its passt elsewhere, at the other end of the virtio-serial port `path`."""
+    most = LARGEST_THROUGH_PORT - ETH_HEADER - VLAN_TAG
+    return replace(spec, stream=path, mtu=min(spec.mtu or most, most))
+
+
+def _open_tap(spec: Spec) -> tuple[Backend, str]:
+    fds, name = tap.open_tap(spec.tap, spec.queues, create=spec.create)
+    try:
+        if spec.create:
+            from pyvmm.host import interfaces  # which takes a while to import
+
+            interfaces.set_up(name, mtu=spec.mtu, address=spec.address, bridge=spec.bridge)
+        elif not tap.is_up(name):
+            log.to_stderr(f"the tap {name} is down: `ip link set {name} up` lets frames through")
+        mtu = spec.mtu or max(LEAST_MTU, min(tap.mtu_of(name), MOST_MTU))
+        return TapBackend(fds, mtu), name
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise

@@ -1,0 +1,270 @@
+"""The virtio network device: frames between the driver's queues and a backend.
+
+Virtio 1.3, 5.1 Network Device. Each receive and each transmit queue has a thread of its own, and so
+has the control queue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from pyvmm.host.log import RateLimited
+from pyvmm.host.waiter import Source
+from pyvmm.virtio.constants import VIRTIO_ID_NET
+from pyvmm.virtio.device import Activation
+from pyvmm.virtio.features import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, has, mask
+from pyvmm.virtio.net.backend import Backend, LinkLost
+from pyvmm.virtio.net.config import NetConfig
+from pyvmm.virtio.net.control import GUEST_OFFLOADS, NEEDED_OFFLOADS, Control
+from pyvmm.virtio.net.counters import Counters, NetEvent
+from pyvmm.virtio.net.filter import ReceiveFilter
+from pyvmm.virtio.net.header import ETH_HEADER, HEADER_SIZE, TransmitCheck
+from pyvmm.virtio.net.receive import Receiver, Rules
+from pyvmm.virtio.net.transmit import Transmitter
+from pyvmm.virtio.net.uapi import (
+    FEATURE_NAMES,
+    VIRTIO_NET_F_CTRL_GUEST_OFFLOADS,
+    VIRTIO_NET_F_CTRL_MAC_ADDR,
+    VIRTIO_NET_F_CTRL_RX,
+    VIRTIO_NET_F_CTRL_RX_EXTRA,
+    VIRTIO_NET_F_CTRL_VQ,
+    VIRTIO_NET_F_GUEST_CSUM,
+    VIRTIO_NET_F_MAC,
+    VIRTIO_NET_F_MQ,
+    VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_MTU,
+    VIRTIO_NET_F_STATUS,
+    VIRTIO_NET_S_LINK_UP,
+)
+from pyvmm.virtio.queue import Queue
+from pyvmm.virtio.worker import QueueDevice, Rest
+
+QUEUE_SIZE = 256
+CONTROL_QUEUE_SIZE = 64
+
+
+class NetDevice(QueueDevice):
+    """A network card. `name` stands in messages; `mac` is what it starts out with, 6 bytes.
+
+    `received` and `sent` have the `Counters` of each pair of queues since the device was made.
+    """
+
+    device_type = VIRTIO_ID_NET
+    feature_names = FEATURE_NAMES
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        name: str,
+        mac: bytes,
+        queue_size: int = QUEUE_SIZE,
+        trace: Callable[[object], None] | None = None,
+        log: Callable[[str], None] | None = None,
+    ) -> None:
+        """Put a device in front of `backend`, which it does not close.
+
+        `trace` gets a `NetEvent` for each frame; `log` a line when the link is lost, and is
+        limited in rate unless given.
+        """
+        self.name = name
+        self._backend = backend
+        self._pairs = pairs = len(backend.channels)
+        self.queue_sizes = (queue_size,) * (2 * pairs) + (CONTROL_QUEUE_SIZE,)
+        self.features = backend.offloads | mask(
+            VIRTIO_NET_F_MAC,
+            VIRTIO_NET_F_MTU,
+            VIRTIO_NET_F_STATUS,
+            VIRTIO_NET_F_MRG_RXBUF,
+            VIRTIO_NET_F_CTRL_VQ,
+            VIRTIO_NET_F_CTRL_RX,
+            VIRTIO_NET_F_CTRL_RX_EXTRA,
+            VIRTIO_NET_F_CTRL_MAC_ADDR,
+            VIRTIO_RING_F_INDIRECT_DESC,
+            VIRTIO_RING_F_EVENT_IDX,
+            *((VIRTIO_NET_F_CTRL_GUEST_OFFLOADS,) if backend.offloads & GUEST_OFFLOADS else ()),
+            *((VIRTIO_NET_F_MQ,) if pairs > 1 else ()),
+        )
+        self.received = tuple(Counters() for _ in range(pairs))
+        self.sent = tuple(Counters() for _ in range(pairs))
+        self._first_mac = mac
+        self._filter = ReceiveFilter(mac)
+        self._link_up = True
+        self._lost = False  # the backend gives and takes no more, whatever happens
+        self._active_pairs = 1
+        self._control_index = 2 * pairs
+        self._receivers: list[Receiver] = []
+        self._transmitters: list[Transmitter] = []
+        self._control: Control | None = None
+        self._trace = trace
+        self._log = RateLimited(prefix=f"{name}: ") if log is None else log
+
+    # --- what the user may do --------------------------------------------------------------------
+
+    @property
+    def mac(self) -> bytes:
+        """The card's address now; the driver may change it until the next reset."""
+        return self._filter.mac
+
+    @property
+    def link_up(self) -> bool:
+        """Whether the cable is plugged in."""
+        return self._link_up
+
+    def set_link(self, up: bool) -> None:
+        """Plug the cable in or pull it out, and tell the driver. Any thread may call it. A link
+        that was lost stays down."""
+        up = up and not self._lost
+        if up == self._link_up:
+            return
+        self._link_up = up
+        self._tell_config_change()
+
+    def _tell_config_change(self) -> None:
+        activation = self._activation
+        if activation is not None:
+            activation.interrupt.signal_config_change()
+
+    # --- VirtioDevice ----------------------------------------------------------------------------
+
+    def read_config(self, offset: int, length: int) -> bytes:
+        """struct virtio_net_config, zero past its end (5.1.4, 2.5)."""
+        encoded = NetConfig(
+            mac=self._filter.mac,
+            status=VIRTIO_NET_S_LINK_UP if self._link_up else 0,
+            mtu=self._backend.mtu,
+            max_virtqueue_pairs=self._pairs if self._pairs > 1 else 0,
+        ).encode()
+        return encoded[offset : offset + length].ljust(length, b"\0")
+
+    def activate(self, activation: Activation) -> None:
+        features = activation.features
+        # 5.1.2 Virtqueues: without MQ there is one pair, and the control queue comes right after.
+        pairs = self._pairs if has(features, VIRTIO_NET_F_MQ) else 1
+        self._control_index = 2 * pairs if has(features, VIRTIO_NET_F_CTRL_VQ) else -1
+        # A driver that cannot choose gets all there is; one that can begins with its own address.
+        promisc = not has(features, VIRTIO_NET_F_CTRL_RX)
+        self._filter = ReceiveFilter(self._first_mac, promisc=promisc)
+        self._control = Control(self, features, self._filter, pairs)
+        self._backend.set_offloads(_usable(features & GUEST_OFFLOADS))
+        self._backend.set_active(1)
+        self._active_pairs = 1
+        self._make_paths(features, pairs)
+        super().activate(activation)
+
+    def _make_paths(self, features: int, pairs: int) -> None:
+        rules = Rules(
+            mergeable=has(features, VIRTIO_NET_F_MRG_RXBUF),
+            guest_csum=has(features, VIRTIO_NET_F_GUEST_CSUM),
+            largest=HEADER_SIZE + ETH_HEADER + self._backend.mtu
+            if has(features, VIRTIO_NET_F_MTU)
+            else 0,
+        )
+        check = TransmitCheck(features)
+        channels = self._backend.channels[:pairs]
+        self._receivers = [
+            Receiver(
+                channel,
+                rules,
+                self._filter_of(pair),
+                self.received[pair],
+                self._noting("received"),
+            )
+            for pair, channel in enumerate(channels)
+        ]
+        self._transmitters = [
+            Transmitter(
+                channel, check, lambda: self._link_up, self.sent[pair], self._noting("sent")
+            )
+            for pair, channel in enumerate(channels)
+        ]
+
+    def _filter_of(self, pair: int) -> Callable[[], ReceiveFilter | None]:
+        def in_force() -> ReceiveFilter | None:
+            return self._filter if self._link_up and pair < self._active_pairs else None
+
+        return in_force
+
+    def _noting(self, direction: str) -> Callable[[int, str], None] | None:
+        trace = self._trace
+        if trace is None:
+            return None
+        return lambda size, why: trace(NetEvent(self.name, direction, size, why))
+
+    def sources(self, index: int) -> Sequence[Source]:
+        """Receiving waits for frames, sending for room where there was none."""
+        pair, sends = divmod(index, 2)
+        if index == self._control_index or pair >= len(self._receivers) or self._lost:
+            return ()
+        channel = self._backend.channels[pair]
+        return (channel.writable if sends else channel.readable,)
+
+    def serve(self, queue: Queue) -> Rest | None:
+        """Receive, send or carry out commands, as the queue is for."""
+        index = queue.index
+        if index == self._control_index:
+            self._serve_control(queue)
+            return None
+        pair, sends = divmod(index, 2)
+        if pair >= len(self._receivers):
+            return None  # a queue that the features leave without a purpose
+        try:
+            if sends:
+                return self._transmitters[pair].serve(queue)
+            return None if self._lost else self._receivers[pair].serve(queue)
+        except LinkLost as lost:
+            self._lose_link(str(lost))
+            # What is in a transmit queue must not wait for ever.
+            return self._transmitters[pair].serve(queue) if sends else None
+
+    def _lose_link(self, why: str) -> None:
+        if not self._lost:
+            self._lost = True
+            self._log(f"the link is down: {why}")
+            self.set_link(False)
+
+    def _serve_control(self, queue: Queue) -> None:
+        control = self._control
+        assert control is not None
+        for chain in queue:
+            queue.add_used(chain, control.answer(chain))
+
+    def reset(self) -> None:
+        super().reset()
+        self._filter = ReceiveFilter(self._first_mac)
+        self._receivers, self._transmitters, self._control = [], [], None
+
+    # --- what the control queue changes ----------------------------------------------------------
+
+    def set_filter(self, filter: ReceiveFilter) -> None:
+        """See control.Target."""
+        self._filter = filter
+
+    def set_mac(self, mac: bytes) -> None:
+        """See control.Target; the filter has the address already."""
+        self._tell_config_change()
+
+    def set_pairs(self, pairs: int) -> None:
+        """See control.Target."""
+        self._backend.set_active(pairs)
+        self._active_pairs = pairs
+        # Once each receive thread has let go of its batch, none uses a queue that is no more in
+        # use (5.1.6.5.6 Automatic receive steering in multiqueue mode).
+        activation = self._activation
+        if activation is not None:
+            for queue in activation.queues[2 * pairs : 2 * len(self._receivers) : 2]:
+                if queue is not None:
+                    with queue.lock:
+                        pass
+
+    def set_offloads(self, offloads: int) -> None:
+        """See control.Target."""
+        self._backend.set_offloads(offloads)
+
+
+def _usable(offloads: int) -> int:
+    """`offloads` without those whose requirements were not negotiated (5.1.3.1)."""
+    for features, needed in NEEDED_OFFLOADS:
+        if not offloads & needed:
+            offloads &= ~features
+    return offloads
