@@ -35,6 +35,7 @@ from pyvmm.virtio.ring import (
     IN_FLIGHT,
     MAX_CHAIN_BYTES,
     MAX_USED_LENGTH,
+    UNSETTLED,
     Ring,
 )
 
@@ -246,6 +247,7 @@ class PackedQueue(Ring):
         self._room += held
         self._published = new
         self._batch += 1
+        self._settled = UNSETTLED
         # StoreLoad: the used descriptors before the look at the driver's wish. Pairs with the
         # driver, which stores its wish and then looks at the ring again (2.8.22).
         full_fence()

@@ -137,7 +137,7 @@ class QueueState:
     `next_avail` and `next_used` are where the device takes the next chain and returns the next one:
     the free-running 16-bit indices of a split queue; in a `packed` one the offset in bits 0 to 14
     and the wrap counter in bit 15. `in_flight` are the chains that were taken but not yet returned,
-    in the order in which they were taken.
+    with IN_ORDER in the order in which they were taken.
     """
 
     max_size: int

@@ -27,6 +27,7 @@ CHAIN_FLAGS = DESC_F_NEXT | DESC_F_WRITE
 MAX_CHAIN_BYTES = 1 << 32
 MAX_USED_LENGTH = 0xFFFF_FFFF  # a used element's length is a le32
 IN_FLIGHT = 1 << 62  # later than any batch
+UNSETTLED = (-1, -1)
 
 
 Self = TypeVar("Self", bound="Ring")
@@ -81,7 +82,9 @@ class Ring:
         # With IN_ORDER, what was returned but not yet published: head, bytes written, slots, and
         # whether it was used completely.
         self._returned: list[tuple[int, int, int, bool]] = []
-        self._settled = (-1, -1)  # (_first_unavailable, _next_avail) at the last enable
+        # (_first_unavailable, _next_avail) at the last enable, forgotten when chains are returned:
+        # without that the positions could go round and come back to where they were.
+        self._settled = UNSETTLED
         self._find_rings()
 
     # --- what the layouts do ---------------------------------------------------------------------
@@ -255,10 +258,7 @@ class Ring:
             return False
         self._ask_for_kicks()
         end = self._first_unavailable()
-        before = self._settled
-        # Kept at every call: between two calls the indices cannot go round and come back to where
-        # they were, over many they can.
-        self._settled = end, self._next_avail
+        before, self._settled = self._settled, (end, self._next_avail)
         return end != self._next_avail and self._settled != before
 
     # --- state -----------------------------------------------------------------------------------

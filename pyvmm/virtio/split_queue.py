@@ -32,6 +32,7 @@ from pyvmm.virtio.ring import (
     IN_FLIGHT,
     MAX_CHAIN_BYTES,
     MAX_USED_LENGTH,
+    UNSETTLED,
     Ring,
 )
 
@@ -196,6 +197,7 @@ class SplitQueue(Ring):
         self._used[1] = new
         self._published = new
         self._batch += 1
+        self._settled = UNSETTLED
         # StoreLoad: used.idx before the look at used_event or flags. Pairs with the driver, which
         # stores those and then looks at used.idx again: one of the two sees the other (2.7.7.2).
         full_fence()

@@ -443,6 +443,24 @@ def test_what_races_in_beside_chains_that_were_left_is_announced(make, event_idx
     assert rig.serve() == 3
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_news_are_not_taken_for_what_was_left_when_the_positions_have_gone_round(make, size):
+    rig = make(size)
+    offer(rig, 1)
+    assert rig.queue.enable_notification() is True
+    # Twice round a packed ring, by a device that sees for itself that there is more to do.
+    for _ in range(2 * size - 1):
+        assert rig.serve(1) == 1
+        rig.queue.publish_used()
+        rig.all_used()
+        offer(rig, 1)
+    assert rig.serve(1) == 1
+    rig.queue.publish_used()
+    rig.all_used()
+    offer(rig, 1)
+    assert rig.queue.enable_notification() is True
+
+
 def test_a_stepped_back_chain_is_found_when_its_time_comes(rig):
     """CVE-2020-16843: a receive queue must go on after it was starved."""
     [chain] = offer(rig, 1)
