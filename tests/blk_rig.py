@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from rings import offering
+
 from pyvmm.host.files import open_image
 from pyvmm.memory import GuestMemory
 from pyvmm.testing import InterruptLine, MmioDriver
 from pyvmm.testing.blk_driver import OK, BlockDriver
+from pyvmm.testing.mmio_driver import F_RING_PACKED, Ring
 from pyvmm.transport.mmio import MmioTransport
 from pyvmm.virtio.blk.backend import Backend, FileBackend
 from pyvmm.virtio.blk.device import BlockDevice
@@ -45,6 +48,9 @@ def file_backend(path: object, *, read_only: bool = False) -> FileBackend:
     return FileBackend(open_image(str(path), read_only))
 
 
+ring: Ring = "split"  # over which `running` runs; tests set it
+
+
 @contextmanager
 def running(
     backend: Backend, *, features: int | None = None, start: bool = True, **options: object
@@ -55,9 +61,12 @@ def running(
     events: list[object] = []
     arguments = {"name": "vda", "log": lines.append, "trace": events.append, **options}
     device = BlockDevice(backend, **arguments)  # type: ignore[arg-type]
+    offering(ring, device)
     irq = InterruptLine()
     transport = MmioTransport(device, memory, irq, log=lines.append)
-    driver = MmioDriver(transport, memory, irq=irq)
+    if features is not None and ring == "packed":
+        features |= F_RING_PACKED
+    driver = MmioDriver(transport, memory, irq=irq, ring=ring)
     rig = Rig(device, transport, memory, driver, BlockDriver(driver), lines, events)
     try:
         if start:
