@@ -6,6 +6,7 @@ for each descriptor would be a third more.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
 from threading import Lock
@@ -33,7 +34,7 @@ UNSETTLED = (-1, -1)
 Self = TypeVar("Self", bound="Ring")
 
 
-class Ring:
+class Ring(ABC):
     """What the two layouts have in common. Not thread-safe: hold `lock` for a batch of operations.
 
     Positions are where in the ring the next chain is taken, `_next_avail`, and where the next one
@@ -89,52 +90,52 @@ class Ring:
 
     # --- what the layouts do ---------------------------------------------------------------------
 
+    @abstractmethod
     def _find_rings(self) -> None:
         """Views of the queue's parts. Raises GuestMemoryError if one is not in RAM."""
-        raise NotImplementedError
 
+    @abstractmethod
     def pop(self) -> DescriptorChain | None:
         """The next available chain, or None. Raises DriverError, and then nothing is consumed."""
-        raise NotImplementedError
 
+    @abstractmethod
     def add_used(self, chain: DescriptorChain, written: int) -> None:
         """Return `chain`; seen by the driver at the next `publish_used`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def publish_used(self) -> bool:
         """Show the driver all that was added; whether it wants to be notified."""
-        raise NotImplementedError
 
+    @abstractmethod
     def disable_notification(self) -> None:
         """Tell the driver that kicks are not needed for now."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _ask_for_kicks(self) -> None:
         """Have the driver kick for what it makes available from now on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _first_unavailable(self) -> int:
         """The position behind all that the driver has made available. Raises DriverError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _advance(self, position: int, slots: int) -> int:
         """The position `slots` entries of the ring further."""
-        raise NotImplementedError
 
-    def _retract(self, chain: DescriptorChain) -> None:
+    def _retract(self, chain: DescriptorChain) -> None:  # noqa: B027 - most have nothing to do
         """The pop of `chain` is undone."""
 
+    @abstractmethod
     def _forget_used(self, head: int) -> bool:
         """Forget the used element added last; False if it is not of `head`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _resume(self, state: QueueState) -> None:
         """Go on at the positions in `state`, which was validated. Raises DriverError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _encode(self, position: int) -> int:
         """A position as QueueState has it."""
-        raise NotImplementedError
 
     def remap(self) -> None:
         """The memory has other regions now: find the rings in it again. `lock` must be held.
@@ -282,9 +283,9 @@ class Ring:
             packed=self.packed,
         )
 
+    @abstractmethod
     def _age(self, chain: DescriptorChain) -> int:
         """How far behind the next chain to be taken it is; those of a saved state come first."""
-        raise NotImplementedError
 
     @classmethod
     def from_state(
