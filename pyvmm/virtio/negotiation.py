@@ -17,6 +17,7 @@ from pyvmm.virtio import features, status
 from pyvmm.virtio.defects import as_device_failure
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.lifecycle import Lifecycle, Notifier, Trace
+from pyvmm.virtio.queue import load_layouts
 from pyvmm.virtio.queue_state import QueueConfig, is_valid_size, size_rule
 
 RESERVED_BITS = features.mask(*range(24, 50))  # 2.2 Feature Bits: not a device type's own
@@ -65,6 +66,7 @@ class Negotiation(Lifecycle):
         super().__init__(device, memory, notifier, kicks, log=log, trace=trace)
         self.offered = device.features | features.mask(features.VIRTIO_F_VERSION_1)
         self._config_seen: bytes | None = None
+        load_layouts(self.offered)
 
     # --- features: 2.2 Feature Bits -----------------------------------------------------------
 

@@ -90,6 +90,13 @@ def restore_queue(
     return _layout(features).from_state(memory, state, features, index, kick)
 
 
+def load_layouts(offered: int) -> None:
+    """Import what the queues of a device that offers these features may need: not when a guest's
+    vCPU waits for it."""
+    _layout(0)
+    _layout(offered)
+
+
 def _layout(features: int) -> type[Ring]:
     # A machine that has no packed queue does not load the code for it.
     if features >> feature_bits.VIRTIO_F_RING_PACKED & 1:
