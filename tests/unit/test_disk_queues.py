@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from contextlib import ExitStack
 
 import pytest
@@ -59,6 +61,25 @@ def test_the_driver_finds_what_was_asked_for(tmp_path, packed):
                 assert disk.write(queue, bytes([queue]) * 512).status == OK
                 assert disk.read(queue, 512).data == bytes([queue]) * 512
     assert path.read_bytes()[:2048] == b"".join(bytes([n]) * 512 for n in range(4))
+
+
+LOADED = """
+import sys
+from pyvmm.testing import attached
+from pyvmm.virtio.rng.device import EntropyDevice
+device = EntropyDevice()
+device.features |= int(sys.argv[1])
+with attached(device, start=False):
+    print(*(f"pyvmm.virtio.{layout}_queue" in sys.modules for layout in ("split", "packed")))
+"""
+
+
+@pytest.mark.parametrize("features, loaded", [(0, "True False"), (PACKED, "True True")])
+def test_a_layout_is_loaded_if_it_is_offered_and_before_a_driver_asks(features, loaded):
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED, str(features)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == loaded
 
 
 def test_over_vhost_user_the_front_end_has_its_say():
