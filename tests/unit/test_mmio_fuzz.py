@@ -7,19 +7,29 @@ from hypothesis import strategies as st
 from mmio_harness import (
     ACKNOWLEDGE,
     AGREED,
+    AVAIL,
+    DESC,
+    DESC_LOW,
+    DEVICE_LOW,
     DRIVEN,
     DRIVER_FEATURES,
     DRIVER_FEATURES_SEL,
+    DRIVER_LOW,
     LIVE,
     QUEUE_READY,
+    QUEUE_RESET,
     QUEUE_SEL,
+    QUEUE_SIZE,
     STATUS,
+    USED,
     VERSION_1,
     Bench,
     RecordingDevice,
 )
+from test_queue_reset import Recorder
 
 from pyvmm.transport.mmio_registers import REGISTERS
+from pyvmm.virtio.features import ring_features
 
 OFFSETS = st.one_of(
     st.sampled_from([row.offset for row in REGISTERS]),
@@ -106,3 +116,47 @@ def climb(current: int, written: int, now: int) -> int:
     if (current, added) == (3, 8):
         return now if now in (3, 11) else current
     return current | added if (current, added) in {(0, 1), (0, 3), (1, 2), (11, 4)} else current
+
+
+RING_PACKED, RING_RESET = 1 << 34, 1 << 40
+QUEUE_STEPS = st.one_of(
+    ANY,
+    *(step(QUEUE_SEL, index) for index in (0, 1)),
+    *(step(QUEUE_SIZE, size) for size in (8, 12)),
+    *(step(QUEUE_READY, ready) for ready in (0, 1)),
+    step(QUEUE_RESET, 1),
+    step(DESC_LOW, DESC),
+    step(DRIVER_LOW, AVAIL),
+    step(DEVICE_LOW, USED),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.booleans(), st.booleans(), st.lists(QUEUE_STEPS, max_size=60))
+def test_a_live_queue_is_always_one_that_was_checked(
+    packed: bool, resettable: bool, accesses: list[tuple[bool, int, int, int]]
+) -> None:
+    device = Recorder()
+    device.features = ring_features(packed=True)
+    bench = Bench(device)
+    try:
+        features = VERSION_1 | RING_PACKED * packed | RING_RESET * resettable
+        bench.negotiate(features)
+        bench.enable_queue(0, 12 if packed else 8)
+        bench.write(STATUS, LIVE)
+        for write, offset, size, value in accesses:
+            if offset == STATUS:
+                continue
+            if not write:
+                bench.read(offset, size)
+                continue
+            bench.write(offset, value & (1 << 8 * size) - 1, size)
+            assert bench.status == LIVE
+            for config in bench.negotiation.state.queues:
+                if config.ready:
+                    config.validate(bench.memory, packed=packed)
+        assert resettable or (device.queue_resets, device.started) == ([], [])
+        assert len(device.started) <= len(device.queue_resets)
+    finally:
+        bench.transport.close()
+        bench.memory.close()
