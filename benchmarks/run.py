@@ -71,6 +71,9 @@ PARTS = (
         ("--seconds", "0.5"),
         lambda: "",
     ),
+    Part(
+        "queues", "Virtqueues by themselves: nanoseconds per chain", ("--rounds", "50"), lambda: ""
+    ),
     Part("boot", "Boot to init: pyvmm and QEMU microvm", ("--runs", "1"), lacks_qemu),
 )
 
