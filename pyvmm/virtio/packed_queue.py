@@ -46,6 +46,7 @@ RING_EVENT_FLAGS_DISABLE = 1
 RING_EVENT_FLAGS_DESC = 2
 
 _OWNER = DESC_F_AVAIL | DESC_F_USED
+_TABLE_OR_NOT = _OWNER | DESC_F_INDIRECT
 _layout = Struct("<QIHH")  # struct pvirtq_desc: addr, len, id, flags
 _unpack_desc = _layout.unpack_from
 _unpack_table = _layout.iter_unpack
@@ -116,7 +117,13 @@ class PackedQueue(Ring):
             # Acquire: the first flags before the rest of the chain, which they make visible. Pairs
             # with the driver's barrier before it stores them (2.8.21.1.1).
             full_fence()
-        chain = self._parse(position, slot, available)
+        # The flags were looked at before, but what counts is what is read here, once.
+        addr, length, head, flags = _unpack_desc(self._ring, slot * DESC_SIZE)
+        flags ^= available
+        if flags & _TABLE_OR_NOT == DESC_F_INDIRECT and self._room:
+            chain = self._parse_table(addr, length, flags, head, position)
+        else:
+            chain = self._parse_list(addr, length, head, flags, slot, available)
         head, slots = chain.head, chain.slots
         if head >= size:
             raise DriverError(f"buffer id {head} in a queue of {size}", section=_ID)
@@ -137,28 +144,21 @@ class PackedQueue(Ring):
 
     # --- walking descriptors ---------------------------------------------------------------------
 
-    def _parse(self, position: int, slot: int, available: int) -> DescriptorChain:
+    def _parse_list(
+        self, addr: int, length: int, head: int, flags: int, slot: int, available: int
+    ) -> DescriptorChain:
         readable: list[Part] = []
         writable: list[Part] = []
         ring, unpack, size = self._ring, _unpack_desc, self.size
         room = left = self._room
         to_read = to_write = 0
         writing = False
-        while True:
-            if not left:
-                raise DriverError(
-                    f"chain longer than the {room} descriptors that are free", section=_LIST
-                )
-            # Its flags were looked at before, but what counts is what is read here, once.
-            addr, length, head, flags = unpack(ring, slot * DESC_SIZE)
-            flags ^= available
+        while left:
             if flags > CHAIN_FLAGS:
                 if flags & _OWNER:
                     raise DriverError(f"descriptor {slot} is not available", section=_LIST)
                 if flags & DESC_F_INDIRECT:
-                    if left != room:
-                        raise DriverError("indirect descriptor in a list", section=_INDIRECT)
-                    return self._parse_table(addr, length, flags, head, position)
+                    raise DriverError("indirect descriptor in a list", section=_INDIRECT)
                 flags &= CHAIN_FLAGS  # bits without a meaning are ignored
             if flags >= DESC_F_WRITE:
                 writing = True
@@ -176,10 +176,17 @@ class PackedQueue(Ring):
             slot += 1
             if slot == size:
                 slot, available = 0, available ^ _OWNER
+            if left:
+                addr, length, head, flags = unpack(ring, slot * DESC_SIZE)
+                flags ^= available
+        else:
+            raise DriverError(
+                f"chain longer than the {room} descriptors that are free", section=_LIST
+            )
         if to_read + to_write > MAX_CHAIN_BYTES:
             raise DriverError("chain of more than 2^32 bytes", section=_LIST)
         return PackedChain(
-            head, readable, writable, to_read, to_write, self._ram, position, room - left
+            head, readable, writable, to_read, to_write, self._ram, self._next_avail, room - left
         )
 
     def _parse_table(
