@@ -1,7 +1,6 @@
 """What split and packed virtqueues share: bounds, what is in flight, in-order batches, state.
 
-The walks over descriptors are written out in each layout: they are what a request costs, and a call
-for each descriptor would be a third more.
+The walks over descriptors are written out in each layout: they are most of what a request costs.
 """
 
 from __future__ import annotations
