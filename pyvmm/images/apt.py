@@ -75,9 +75,13 @@ class Apt:
         raise ConfigError(f"{pin.package} {pin.version} depends on no kernel, but on: {depends}")
 
     def closure(self, packages: Sequence[str]) -> list[Pin]:
-        """The packages and all that they depend on, as the suites have them. Raises ConfigError."""
+        """The packages and all that they depend on, from the last of the suites where it has them.
+
+        Raises ConfigError.
+        """
+        target = ("--target-release", self._suites[-1])
         text = self._run(
-            ["apt-get", "install", "--simulate", "--no-install-recommends", *packages],
+            ["apt-get", "install", "--simulate", "--no-install-recommends", *target, *packages],
             f"the mirror has no {', '.join(packages)}",
         )
         # Inst libc6 (2.41-12 Debian:13.2/stable [amd64])
