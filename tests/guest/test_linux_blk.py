@@ -58,7 +58,8 @@ for disk in $one $two $kept; do
     echo "$disk was here" | dd of=$disk bs=512 seek=9 conv=sync,fsync status=none
 done
 for disk in $one $two; do
-    echo "${{disk##*/}}-read=$(dd if=$disk bs=512 skip=9 count=1 iflag=direct status=none | head -1)"
+    read=$(dd if=$disk bs=512 skip=9 count=1 iflag=direct status=none | head -1)
+    echo "${{disk##*/}}-read=$read"
     rest=$(dd if=$disk bs=1M skip=1 status=none | sha256sum | head -c 64)
     echo "${{disk##*/}}-rest=$rest"
 done
