@@ -23,6 +23,7 @@ from pyvmm.errors import ConfigError
 from pyvmm.host import log
 
 PROGRAM = "qemu-storage-daemon"
+_PACKAGES = "qemu-system-common qemu-utils"  # in Debian 12 it is in the first, in 13 in the second
 EXPORT = "disk"
 _PATIENCE = 10.0  # seconds for a clean end, in which it writes what it holds back
 
@@ -34,7 +35,7 @@ class StorageDaemon:
         """Start it on the qcow2 image at `path`. Raises ConfigError if it cannot be started; what
         it thinks of the image shows when the connection is used (`why_it_failed`)."""
         self.path = path
-        programs = [_find(PROGRAM, "qemu-system-common"), _find("setpriv", "util-linux")]
+        programs = [_find(PROGRAM, _PACKAGES), _find("setpriv", "util-linux")]
         self.socket, listener = _connected_listener()
         arguments = _arguments(path, listener.fileno(), read_only=read_only, direct=direct)
         self._argv = [programs[1], "--pdeathsig", "TERM", "--", programs[0], *arguments]
