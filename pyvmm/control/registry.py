@@ -15,13 +15,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+from pyvmm.control.names import check_name
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import unix_sockets
 from pyvmm.host.syscalls import Closable
 from pyvmm.host.unix_sockets import Socket
 
 DEFAULT_NAME = "vm"
-MAX_NAME_BYTES = 64
 
 _SUFFIX = ".sock"
 _LOCK = ".lock"
@@ -73,21 +73,6 @@ def _private(path: str) -> str:
             cure="remove it, or set XDG_RUNTIME_DIR to a directory of yours",
         )
     return path
-
-
-def check_name(name: str) -> None:
-    """Raise ConfigError for a name that a VM cannot have."""
-    if not name.isprintable() or "/" in name or name.startswith("."):
-        raise ConfigError(
-            f"the name {name!r} is not printable, has a slash in it or begins with a dot",
-            cure="use letters, digits and dashes",
-            option="--name",
-        )
-    # In this order: what is not printable may not be encodable either.
-    if len(name.encode()) > MAX_NAME_BYTES:
-        raise ConfigError(
-            f"the name has more than {MAX_NAME_BYTES} bytes", cure="shorten it", option="--name"
-        )
 
 
 class Registration(Closable):

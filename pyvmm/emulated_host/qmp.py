@@ -20,6 +20,7 @@ class Qmp:
         self._connection = connection
         self._received = b""
         self._ready = False
+        self._id = 0
 
     def execute(self, command: str, **arguments: object) -> Any:
         """The command's result. Raises EmulatedHostError for an error or no answer."""
@@ -31,18 +32,19 @@ class Qmp:
         return self._call(command, arguments)
 
     def _call(self, command: str, arguments: dict[str, object]) -> Any:
-        request = {"execute": command, "arguments": arguments}
+        self._id += 1  # an answer that came too late is not taken for the next one
+        request = {"execute": command, "arguments": arguments, "id": self._id}
         try:
             self._connection.sendall(json.dumps(request).encode() + b"\n")
         except OSError as error:
             raise EmulatedHostError(f"QEMU takes no commands: {error.strerror}") from None
         while True:
             answer = self._read()
+            if answer.get("id") != self._id:
+                continue  # an event, of no interest
             if "error" in answer:
                 raise EmulatedHostError(str(answer["error"].get("desc")))
-            if "return" in answer:
-                return answer["return"]
-            # an event: of no interest
+            return answer["return"]
 
     def _read(self) -> dict[str, Any]:
         while b"\n" not in self._received:

@@ -6,14 +6,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pyvmm.boot.diagnosis import PANIC, ConsoleWatcher
-from pyvmm.control.server import ControlServer
 from pyvmm.host import log
-from pyvmm.host.unix_sockets import Socket
 from pyvmm.machine.builder import Prepared, assemble, prepare
-from pyvmm.machine.control import MachineControl, ResizeOutside
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.outcome import Ending, Outcome
 from pyvmm.machine.spec import VmSpec
@@ -21,6 +18,10 @@ from pyvmm.machine.trace import Trace
 from pyvmm.platform.console import Console, standard_fds
 from pyvmm.transport.mmio import MmioTransport
 from pyvmm.virtio import constants
+
+if TYPE_CHECKING:
+    from pyvmm.host.unix_sockets import Socket
+    from pyvmm.machine.control import ResizeOutside
 
 _SILENCE_SECONDS = 20.0
 
@@ -98,6 +99,22 @@ class _Control(NamedTuple):
     resize_outside: ResizeOutside | None
 
 
+def _answer(
+    listener: Socket,
+    machine: Machine,
+    prepared: Prepared,
+    resize_outside: ResizeOutside | None,
+    closing: ExitStack,
+) -> None:
+    # Imported while the guest runs already, which does not wait for this.
+    from pyvmm.control.server import ControlServer
+    from pyvmm.machine.control import MachineControl
+
+    server = ControlServer(listener, MachineControl(machine, prepared, resize_outside).methods())
+    closing.callback(server.close)
+    server.start()
+
+
 def _run(
     prepared: Prepared,
     attendant: Attendant,
@@ -120,10 +137,7 @@ def _run(
     def on_start() -> None:
         console.connect(parts.serial)
         if control.listener is not None:
-            methods = MachineControl(machine, prepared, control.resize_outside).methods()
-            server = ControlServer(control.listener, methods)
-            closing.callback(server.close)
-            server.start()
+            _answer(control.listener, machine, prepared, control.resize_outside, closing)
 
     with console:
         return machine.run(on_start, attendant.look)

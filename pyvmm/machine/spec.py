@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
-from pyvmm.control import registry
+from pyvmm.control.names import check_name
 from pyvmm.errors import ConfigError
 from pyvmm.machine import rates
 from pyvmm.memory import layout_x86 as layout
@@ -215,7 +215,7 @@ def validate(spec: VmSpec) -> VmSpec:
         )
     if spec.discovery not in DISCOVERY:
         raise ConfigError(f"unknown discovery {spec.discovery!r}", cure=f"use {DISCOVERY}")
-    registry.check_name(spec.name)
+    check_name(spec.name)
     _check_trace_file(spec)
     return _with_disk_ids(_with_checked_devices(spec))
 

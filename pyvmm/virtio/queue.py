@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 class Queue(Protocol):
     """The device's end of one virtqueue.
 
-    `lock` is held by whoever works on the ring, for one batch at a time; `ready` is False once the
-    driver stopped the queue, the device failed or was reset: no ring access after that. `halt` asks
-    an iteration to end after the chain at hand; the ring stays in use. `kick` becomes readable when
-    the driver notifies the device.
+    `lock` is held by whoever works on the ring, or on guest memory for it, for one batch at a time:
+    who takes it from outside pauses the queue. `ready` is False once the driver stopped the queue,
+    the device failed or was reset: no ring access after that. `halt` asks an iteration to end after
+    the chain at hand; the ring stays in use. `kick` becomes readable when the driver notifies the
+    device.
     """
 
     index: int

@@ -263,12 +263,14 @@ class Qemu:
         say({"QMP": {"version": {}, "capabilities": []}})
         for line in stream:
             request = json.loads(line)
+            id = request.pop("id")
             self.asked.append(request)
             if request["execute"] == "qmp_capabilities":
-                say({"return": {}})
+                say({"return": {}, "id": id})
             else:
                 say({"event": "STOP", "data": {}})
-                say(self.answer)
+                say({"return": {}, "id": id - 1})  # an answer that nobody waited for
+                say({**self.answer, "id": id})
 
 
 @pytest.fixture

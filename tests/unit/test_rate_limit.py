@@ -167,9 +167,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 class Limited:
     """An echo device with limits, two queues, and a driver that counts what came back."""
 
-    def __init__(self, clock: Clock, **limits: int) -> None:
+    def __init__(
+        self, clock: Clock, *, layout: str = "split", event_idx: bool = False, **limits: int
+    ) -> None:
         self.clock = clock
-        self.bench = Bench(Echo(), queues=2)
+        self.bench = Bench(Echo(), queues=2, layout=layout, event_idx=event_idx)
         wanted = {"bps": 0, "iops": 0, "bps_burst": 0, "iops_burst": 0, **limits}
         self.bench.device.limits = limiter(**wanted)
         self.bench.activate()
@@ -196,8 +198,12 @@ class Limited:
         return count
 
 
-def test_a_burst_goes_through_and_the_rest_waits_for_its_time(clock: Clock) -> None:
-    limited = Limited(clock, iops=10, iops_burst=2)
+@pytest.mark.parametrize("event_idx", [False, True])
+@pytest.mark.parametrize("layout", ["split", "packed"])
+def test_a_burst_goes_through_and_the_rest_waits_for_its_time(
+    clock: Clock, layout: str, event_idx: bool
+) -> None:
+    limited = Limited(clock, layout=layout, event_idx=event_idx, iops=10, iops_burst=2)
     limited.settle()
     limited.send(4)
     limited.settle()
