@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from random import Random
 from unittest import mock
 
@@ -95,6 +95,7 @@ class Case:
         self.interrupts = 0
         self.clean = True  # whether the driver has broken no rule since the last reset
         self.must_fail = False
+        self.good_steps = 0
         self.oracle: list[tuple[int, int]] = []
 
     def _interrupt(self) -> None:
@@ -121,6 +122,7 @@ class Case:
         self.note(f"start with features {features:#x}, queues of {sizes}")
         self.driver.start(features=features, queue_sizes=sizes)
         self.clean = True
+        self.good_steps = rng.choice((0, 0, 2, 12))  # enough to go around a ring, sometimes
         self.oracle = []
 
     @property
@@ -131,13 +133,22 @@ class Case:
         self.steps.append(step)
 
     def step(self) -> None:
-        """One more thing that the driver does."""
-        kinds = (
-            self.lawful, self.lawful, self.lawful, self.legal, self.illegal, self.mutant,
-            self.mutant, self.mutant, self.random_chain, self.random_chain, self.poke, self.poke,
-            self.register, self.start,
+        """One more thing that the driver does: lawful ones, until its good time is over."""
+        self.good_steps -= 1
+        good = (self.lawful, self.lawful, self.lawful, self.legal)
+        bad = (
+            self.illegal, self.mutant, self.mutant, self.mutant, self.random_chain,
+            self.random_chain, self.poke, self.poke, self.register, self.start,
         )  # fmt: skip
-        self.rng.choice(kinds)()
+        self.rng.choice(good if self.good_steps >= 0 else good + bad)()
+
+    @contextmanager
+    def room(self) -> Iterator[None]:
+        """A driver that has no descriptor or no memory left does nothing."""
+        try:
+            yield
+        except (RuntimeError, MemoryError):
+            self.note("(no room)")
 
     def lawful(self) -> None:
         for _ in range(self.rng.choice((1, 1, 2, 4))):
@@ -145,15 +156,13 @@ class Case:
             self.note(f"lawful {request}")
             queue = self.driver.queues[request.queue]
             indirect = self.tables and self.rng.random() < 0.3
-            try:
+            with self.room():
                 queue.add(
                     request.readable,
                     request.writable,
                     indirect=indirect and len(request.readable + request.writable) <= queue.size,
                     scrambled=self.rng.random() < 0.3,
                 )
-            except RuntimeError:
-                self.note("(no room)")
         for queue in self.driver.queues:
             queue.publish()
 
@@ -165,25 +174,21 @@ class Case:
         legal = self.rng.choice(legal_chains(self.ring, tables=self.tables))
         queue = self.queue
         self.note(f"legal: {legal}")
-        try:
+        with self.room():
             if queue.size >= len(legal.readable + legal.writable):
                 legal.offer(queue)
-        except RuntimeError:
-            self.note("(no room)")
 
     def illegal(self) -> None:
         illegal = self.rng.choice(illegal_chains(self.ring))
         index = self.rng.randrange(len(self.driver.queues))
         queue = self.driver.queues[index]
         self.note(f"illegal: {illegal} in queue {index}")
-        try:
+        with self.room():
             if queue.size >= 4:
                 illegal.offer(queue)
                 # Of a driver that erred before nobody knows what the ring looks like.
                 refused = illegal.outcome == "refused" and index in self.target.prompt
                 self.must_fail = self.clean and refused
-        except RuntimeError:
-            self.note("(no room)")
         self.clean = False
 
     def mutant(self) -> None:
@@ -191,16 +196,14 @@ class Case:
         rng = self.rng
         request = self.target.request(rng)
         queue = self.driver.queues[request.queue]
-        try:
-            chain = queue.add(request.readable, request.writable, indirect=rng.random() < 0.3)
-        except RuntimeError:
-            return
         self.clean = False
-        place = queue.desc_addr + 16 * rng.choice(chain.descriptors)
-        field, size = rng.choice(((0, 8), (8, 4), (12, 2), (14, 2)))
-        value = self.number(size)
-        self.note(f"mutant {request}: {size} bytes at {place + field:#x} become {value:#x}")
-        self.memory.write(place + field, value.to_bytes(size, "little"))
+        with self.room():
+            chain = queue.add(request.readable, request.writable, indirect=rng.random() < 0.3)
+            place = queue.desc_addr + 16 * rng.choice(chain.descriptors)
+            field, size = rng.choice(((0, 8), (8, 4), (12, 2), (14, 2)))
+            value = self.number(size)
+            self.note(f"mutant {request}: {size} bytes at {place + field:#x} become {value:#x}")
+            self.memory.write(place + field, value.to_bytes(size, "little"))
         queue.publish()
 
     def random_chain(self) -> None:
@@ -210,14 +213,12 @@ class Case:
             Element(self.number(8), self.number(4), rng.choice((0, 1, 2, 3, 4, 5, 6, 7)))
             for _ in range(rng.randint(1, queue.size))
         ]
-        if rng.random() < 0.3:
-            table = queue.make_table(elements)
-            elements = [Element(table, 16 * len(elements), INDIRECT)]
-        self.note(f"random {elements}")
-        try:
+        with self.room():
+            if rng.random() < 0.3:
+                table = queue.make_table(elements)
+                elements = [Element(table, 16 * len(elements), INDIRECT)]
+            self.note(f"random {elements}")
             queue.add_elements(elements)
-        except RuntimeError:
-            self.note("(no room)")
         queue.publish()
 
     def poke(self) -> None:
@@ -390,10 +391,12 @@ class Case:
         assert not status & NEEDS_RESET, "a lawful driver got DEVICE_NEEDS_RESET"
         for index, queue in enumerate(self.driver.queues):
             published = queue.outstanding
+            log = self.workers.logs.get(index)
             while (used := queue.pop_used()) is not None:
                 assert used.head in published, f"{used} came back, of {sorted(published)}"
                 published -= {used.head}
-            log = self.workers.logs.get(index)
+                if log is not None:
+                    assert used.written == log.written[used.head], f"the driver sees {used}"
             held = frozenset(log.in_flight) if log is not None else frozenset()
             if index in self.target.prompt:
                 assert not published, f"chains {sorted(published)} never came back"

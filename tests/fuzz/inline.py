@@ -29,6 +29,7 @@ class QueueLog:
         self.pops = 0
         self.returns = 0
         self.writable: set[tuple[int, int]] = set()
+        self.written: dict[int, int] = {}  # by head, as returned last
         self._unpublished: set[int] = set()
         for name in ("pop", "add_used", "step_back", "undo_used", "publish_used"):
             if hasattr(queue, name):
@@ -61,6 +62,7 @@ class QueueLog:
             add_used(chain, written)
             del self.in_flight[chain.head]
             self._unpublished.add(chain.head)
+            self.written[chain.head] = written
             self.returns += 1
 
         return watched
