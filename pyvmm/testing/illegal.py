@@ -179,6 +179,11 @@ def _all_chained(queue: MockPackedDriver) -> None:
     queue.publish()
 
 
+def _id_past_the_end(queue: MockPackedDriver) -> None:
+    queue.add_raw([PackedDesc(queue.arena.alloc(16), 16, WRITE, queue.size)])
+    queue.publish()
+
+
 def _packed_descs(*flags_and_id: tuple[int, int]) -> Callable[[MockDriver], None]:
     def build(queue: MockPackedDriver) -> None:
         addr = queue.arena.alloc(16)
@@ -275,6 +280,9 @@ ILLEGAL = (
     ),
     IllegalChain(
         "id out of range", _SUPPLY, _packed_descs((WRITE, 0xFFFF)), "contained", rings=_PACKED
+    ),
+    IllegalChain(
+        "id just out of range", _SUPPLY, _packed(_id_past_the_end), "contained", rings=_PACKED
     ),
     IllegalChain(
         "same id twice",

@@ -82,7 +82,7 @@ class Case:
         closing.enter_context(
             mock.patch.object(defects, "_report", RateLimited(self.defects.append, burst=100))
         )
-        device = closing.enter_context(target.make())
+        self.device = device = closing.enter_context(target.make())
         # What the rings are like is no device's business, so each is tried with all of them.
         if ring == "packed":
             device.features |= F_RING_PACKED
@@ -274,6 +274,7 @@ class Case:
 
     def turn(self) -> None:
         """The device's turn; then everything is looked at."""
+        self.target.stir(self.device, self.rng)
         before = self._snapshot()
         independent = self._collect_writable()
         self.workers.pump()
@@ -407,7 +408,7 @@ class Case:
         self.note("the end: reset, and a good request")
         self.driver.arena = Arena(self.memory, RINGS_AT)
         self.driver.start()
-        self.target.check(self.driver)
+        self.target.check(self.device, self.driver)
         assert not self.defects, self.defects
 
 

@@ -59,8 +59,12 @@ class QueueLog:
     def _add_used(self, add_used: Any) -> Any:
         def watched(chain: DescriptorChain, written: int) -> None:
             assert 0 <= written <= chain.writable_size, f"{written} bytes of {chain.writable_size}"
+            seen = self.queue.ready
             add_used(chain, written)
             del self.in_flight[chain.head]
+            if not seen:  # the device has failed or was stopped: the driver hears no more of it
+                self.pops -= 1
+                return
             self._unpublished.add(chain.head)
             self.written[chain.head] = written
             self.returns += 1

@@ -6,7 +6,6 @@ joins by a row in TARGETS.
 
 from __future__ import annotations
 
-import itertools
 import socket
 import struct
 import tempfile
@@ -15,6 +14,8 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
+
+from fuzz.request import Request, pieces
 
 from pyvmm.host.files import open_image
 from pyvmm.host.named_listener import NamedListener
@@ -30,35 +31,17 @@ from pyvmm.virtio.vsock.device import VsockDevice
 DISK_SECTORS = 128
 
 
-class Request(NamedTuple):
-    """What a lawful driver puts into queue `queue`: contents to read, lengths to write."""
-
-    queue: int
-    readable: list[bytes]
-    writable: list[int]
-
-    def __str__(self) -> str:
-        start = b"".join(self.readable)[:48].hex(" ", 4)
-        sizes = [len(part) for part in self.readable]
-        return f"queue {self.queue}: {start} in {sizes} bytes to read, {self.writable} to write"
-
-
 class Target(NamedTuple):
     """`request` makes up a lawful request; `check` has the device serve a good one, and raises
-    AssertionError if it does not. `prompt` are the queues whose chains all come back at once;
-    a device with prompt queues only may be used with VIRTIO_F_IN_ORDER."""
+    AssertionError if it does not. `stir` is what the host does meanwhile. `prompt` are
+    the queues whose chains all come back at once; a device with no others may be used with
+    VIRTIO_F_IN_ORDER."""
 
     make: Callable[[], AbstractContextManager[VirtioDevice]]
     request: Callable[[Random], Request]
-    check: Callable[[MmioDriver], None]
-    prompt: tuple[int, ...]
-
-
-def pieces(rng: Random, data: bytes) -> list[bytes]:
-    """`data` cut into a few parts, empty ones among them."""
-    cuts = sorted(rng.randint(0, len(data)) for _ in range(rng.choice((0, 0, 1, 2, 3))))
-    edges = [0, *cuts, len(data)]
-    return [data[start:end] for start, end in itertools.pairwise(edges)]
+    check: Callable[[VirtioDevice, MmioDriver], None]
+    prompt: tuple[int, ...] = ()
+    stir: Callable[[VirtioDevice, Random], None] = lambda device, rng: None
 
 
 # --- virtio-blk ----------------------------------------------------------------------------------
@@ -91,7 +74,7 @@ def _disk_request(rng: Random) -> Request:
     return Request(rng.randint(0, 1), pieces(rng, header(kind, sector) + data), writable)
 
 
-def _disk_check(driver: MmioDriver) -> None:
+def _disk_check(device: VirtioDevice, driver: MmioDriver) -> None:
     for queue in (0, 1):
         disk = BlockDriver(driver, queue)
         data = b"alive%d\n" % queue * 73 + b"\0"
@@ -112,7 +95,7 @@ def _rng_request(rng: Random) -> Request:
     return Request(0, [], [len(part) for part in pieces(rng, bytes(size))])
 
 
-def _rng_check(driver: MmioDriver) -> None:
+def _rng_check(device: VirtioDevice, driver: MmioDriver) -> None:
     written, data = driver.request(0, [], [64])
     assert written == 64 and any(data)
 
@@ -154,7 +137,7 @@ def _vsock_request(rng: Random) -> Request:
     return Request(1, pieces(rng, packet.pack_header(GUEST_CID) + data), [])
 
 
-def _vsock_check(driver: MmioDriver) -> None:
+def _vsock_check(device: VirtioDevice, driver: MmioDriver) -> None:
     guest = VsockDriver(driver, GUEST_CID)
     guest.offer(2)
     guest.send(Packet(REQUEST, src_port=7, dst_port=LISTENING_PORT + 1))
@@ -165,5 +148,5 @@ def _vsock_check(driver: MmioDriver) -> None:
 TARGETS = {
     "blk": Target(_disk, _disk_request, _disk_check, prompt=(0, 1)),
     "rng": Target(_rng, _rng_request, _rng_check, prompt=(0,)),
-    "vsock": Target(_vsock, _vsock_request, _vsock_check, prompt=()),
+    "vsock": Target(_vsock, _vsock_request, _vsock_check),
 }
