@@ -108,3 +108,6 @@ def _check(spec: Spec, device: VirtioDevice) -> None:
     if unknown or not isinstance(offered, int):
         names = " ".join(features.describe(unknown)) or repr(offered)
         raise _wrong(f"{spec} offers features that there are not: {names}")
+    resettable = features.has(offered, features.VIRTIO_F_RING_RESET)
+    if resettable and type(device).reset_queue is VirtioDevice.reset_queue:
+        raise _wrong(f"{spec} offers VIRTIO_F_RING_RESET, but has no reset_queue")

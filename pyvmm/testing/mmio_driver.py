@@ -28,12 +28,13 @@ DEVICE_FEATURES, DEVICE_FEATURES_SEL = 0x010, 0x014
 DRIVER_FEATURES, DRIVER_FEATURES_SEL = 0x020, 0x024
 QUEUE_SEL, QUEUE_SIZE_MAX, QUEUE_SIZE, QUEUE_READY = 0x030, 0x034, 0x038, 0x044
 QUEUE_NOTIFY, INTERRUPT_STATUS, INTERRUPT_ACK, STATUS = 0x050, 0x060, 0x064, 0x070
+QUEUE_RESET = 0x0C0
 QUEUE_DESC, QUEUE_DRIVER, QUEUE_DEVICE = 0x080, 0x090, 0x0A0  # low half; the high one is at + 4
 CONFIG = 0x100
 
 ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET = 1, 2, 4, 8, 64
 F_INDIRECT_DESC, F_EVENT_IDX, F_VERSION_1 = 1 << 28, 1 << 29, 1 << 32
-F_RING_PACKED, F_IN_ORDER = 1 << 34, 1 << 35
+F_RING_PACKED, F_IN_ORDER, F_RING_RESET = 1 << 34, 1 << 35, 1 << 40
 Ring = Literal["split", "packed"]
 USED_BUFFER, CONFIG_CHANGED = 1, 2  # bits of InterruptStatus
 
@@ -184,17 +185,20 @@ class MmioDriver:
         """Lay out and enable the queues (3.1.1, step 7, and 4.2.3.2 Virtqueue Configuration)."""
         sizes = self._largest_sizes() if queue_sizes is None else queue_sizes
         for index, size in enumerate(sizes):
-            make = MockPackedDriver if self.features & F_RING_PACKED else MockSplitDriver
-            queue = make(
-                self.memory,
-                max(size, 1),
-                arena=self.arena,
-                event_idx=bool(self.features & F_EVENT_IDX),
-                in_order=bool(self.features & F_IN_ORDER),
-            )
+            queue = self._make_queue(max(size, 1))
             self.queues.append(queue)
             if size:
                 self._enable(index, queue)
+
+    def _make_queue(self, size: int) -> MockDriver:
+        make = MockPackedDriver if self.features & F_RING_PACKED else MockSplitDriver
+        return make(
+            self.memory,
+            size,
+            arena=self.arena,
+            event_idx=bool(self.features & F_EVENT_IDX),
+            in_order=bool(self.features & F_IN_ORDER),
+        )
 
     def _largest_sizes(self) -> Iterable[int]:
         index = 0
@@ -223,6 +227,24 @@ class MmioDriver:
             self.write(register + 4, addr >> 32)
         self.write(QUEUE_READY, 1)
         return self.read(QUEUE_READY) == 1
+
+    def reset_queue(self, index: int, size: int | None = None) -> MockDriver:
+        """Reset queue `index` alone, and set it up anew in other memory: the new queue, of `size`
+        or as large as the old one (2.6.1 Virtqueue Reset). Needs VIRTIO_F_RING_RESET."""
+        self.write(QUEUE_SEL, index)
+        self.write(QUEUE_RESET, 1)
+
+        def done() -> bool:
+            self.write(QUEUE_SEL, index)
+            return not self.read(QUEUE_RESET) | self.read(QUEUE_READY)
+
+        self._wait(done, f"the reset of queue {index} to end")
+        for key in [key for key in self._early if key[0] == index]:
+            del self._early[key]
+        queue = self._make_queue(self.queues[index].size if size is None else size)
+        self.queues[index] = queue
+        self._enable(index, queue)
+        return queue
 
     def reset(self) -> None:
         """Reset the device and forget its queues (4.2.3.1: waits until the status reads 0)."""

@@ -33,10 +33,12 @@ from pyvmm.testing import (
     legal_chains,
 )
 from pyvmm.testing.mmio_driver import (
+    DRIVER_OK,
     F_EVENT_IDX,
     F_IN_ORDER,
     F_INDIRECT_DESC,
     F_RING_PACKED,
+    F_RING_RESET,
     NEEDS_RESET,
     QUEUE_NOTIFY,
     STATUS,
@@ -135,7 +137,7 @@ class Case:
     def step(self) -> None:
         """One more thing that the driver does: lawful ones, until its good time is over."""
         self.good_steps -= 1
-        good = (self.lawful, self.lawful, self.lawful, self.legal)
+        good = (self.lawful, self.lawful, self.lawful, self.legal, self.legal, self.renew)
         bad = (
             self.illegal, self.mutant, self.mutant, self.mutant, self.random_chain,
             self.random_chain, self.poke, self.poke, self.register, self.start,
@@ -177,6 +179,17 @@ class Case:
         with self.room():
             if queue.size >= len(legal.readable + legal.writable):
                 legal.offer(queue)
+
+    def renew(self) -> None:
+        """Reset one queue, and set it up anew (2.6.1)."""
+        index = self.rng.randrange(len(self.driver.queues))
+        live = self.transport.read(STATUS, 4) & (DRIVER_OK | NEEDS_RESET) == DRIVER_OK
+        if not self.driver.features & F_RING_RESET or not live or not self.clean:
+            return  # of a device that was reset behind the driver's back nothing can be expected
+        size = self.rng.choice((1, 2, 4, 8))
+        self.note(f"queue {index} is reset, and now of {size}")
+        with self.room():
+            self.driver.reset_queue(index, min(size, self.transport.device.queue_sizes[index]))
 
     def illegal(self) -> None:
         illegal = self.rng.choice(illegal_chains(self.ring))

@@ -198,6 +198,13 @@ def test_a_file_that_is_not_there(tmp_path):
         ("Plain.queue_sizes = 8", "has queue_sizes 8"),
         ("Plain.features = 1 << 33", "features that there are not: VIRTIO_F_ACCESS_PLATFORM"),
         ("Plain.features = None", "features that there are not: None"),
+        (
+            "from pyvmm.virtio.device import VirtioDevice as V\n"
+            "class Plain(V):\n"
+            "    name, device_type, queue_sizes, features = 'p', 42, (8,), 1 << 40\n"
+            "    activate = reset = lambda *_: None",
+            "offers VIRTIO_F_RING_RESET, but has no reset_queue",
+        ),
     ],
 )
 def test_a_device_that_no_transport_could_serve_is_refused(tmp_path, line, wanted):

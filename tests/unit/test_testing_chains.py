@@ -21,6 +21,7 @@ from pyvmm.testing import (
     placements,
 )
 from pyvmm.testing import mmio_driver as mmio_module
+from pyvmm.virtio.features import VIRTIO_F_RING_RESET, mask
 from pyvmm.virtio.worker import QueueDevice
 
 
@@ -208,3 +209,20 @@ def test_interrupts_of_a_split_driver_in_bytes():
     assert memory.read(0x104C, 2) == b"\2\0"
     assert queue.device_wants_kicks
     memory.close()
+
+
+@pytest.mark.parametrize("ring", RINGS)
+def test_one_queue_is_reset_and_goes_on_in_other_memory(ring):
+    class Resettable(Echo):
+        features = ALL_FEATURES | mask(VIRTIO_F_RING_RESET)
+
+    with attached(Resettable(), ring=ring) as driver:
+        for number in range(3):
+            driver.request([b"x"], [1], queue=1)
+            before = driver.queues[0]
+            driver.request([b"x"], [1])
+            after = driver.mmio.reset_queue(0, 4 if number else None)
+            assert after is driver.queues[0] and after.desc_addr != before.desc_addr
+            assert after.size == (4 if number else 16)
+            assert driver.request([b"again"], [5]).data == b"again"
+            assert driver.request([b"other"], [5], queue=1).data == b"other"
