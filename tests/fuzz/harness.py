@@ -80,6 +80,8 @@ class Case:
         self.defects: list[str] = []
         self.memory = GuestMemory(RAM)
         closing.callback(self.memory.close)
+        self.discarded: list[tuple[int, int]] = []  # pages that a balloon gave back
+        self._watch_discards()
         closing.enter_context(self.workers.instead_of_threads())
         closing.enter_context(
             mock.patch.object(defects, "_report", RateLimited(self.defects.append, burst=100))
@@ -99,6 +101,18 @@ class Case:
         self.must_fail = False
         self.good_steps = 0
         self.oracle: list[tuple[int, int]] = []
+        self.structures: list[tuple[int, int]] = []
+
+    def _watch_discards(self) -> None:
+        discard = getattr(self.memory, "discard", None)
+        if discard is None:
+            return
+
+        def watched(addr: int, size: int) -> None:
+            self.discarded.append((addr, size))
+            discard(addr, size)
+
+        self.memory.discard = watched  # type: ignore[method-assign]
 
     def _interrupt(self) -> None:
         self.interrupts += 1
@@ -290,7 +304,10 @@ class Case:
         self.target.stir(self.device, self.rng)
         before = self._snapshot()
         independent = self._collect_writable()
+        self.discarded.clear()
         self.workers.pump()
+        self.oracle += self.discarded
+        independent = independent and self._is_sound()
         self._check_memory(before, independent)
         assert not self.defects, self.defects
         if self.must_fail:
@@ -309,7 +326,8 @@ class Case:
             (addr, length) for log in self.workers.logs.values() for addr, length in log.writable
         ]
         changed = list(self._changes(before))
-        self._assert_within(changed, [*allowed, *self._device_areas()], "as the device has it")
+        own = [*self._device_areas(), *self.discarded]
+        self._assert_within(changed, [*allowed, *own], "as the device has it")
         if independent:
             self._assert_within(
                 changed, [*self.oracle, *self._device_areas()], "as the driver wrote it"
@@ -354,19 +372,22 @@ class Case:
 
     def _collect_writable(self) -> bool:
         """Add to the oracle every range that a descriptor with WRITE describes, wherever it is;
-        whether the oracle is sound: none of these lies over a ring or a table."""
-        structures = [*self._device_areas()]
-        ranges: list[tuple[int, int]] = []
+        whether the oracle is sound."""
+        self.structures = [*self._device_areas()]
         for config in self.transport.negotiation.state.queues:
             if config.ready:
-                structures.append((config.desc_addr, 16 * config.size))
-                structures.append((config.avail_addr, 6 + 2 * config.size))
-                self._walk(config.desc_addr, 16 * config.size, ranges, structures, 1)
-        self.oracle += ranges
+                self.structures.append((config.desc_addr, 16 * config.size))
+                self.structures.append((config.avail_addr, 6 + 2 * config.size))
+                self._walk(config.desc_addr, 16 * config.size, self.oracle, self.structures, 1)
+        return self._is_sound()
+
+    def _is_sound(self) -> bool:
+        """Whether the device, writing where it may, leaves rings and tables as the oracle saw
+        them: no buffer lies over one."""
         return not any(
             addr < start + length and start < addr + size
             for addr, size in self.oracle
-            for start, length in structures
+            for start, length in self.structures
         )
 
     def _walk(
