@@ -15,6 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
+from fuzz import net_target
 from fuzz.request import Request, pieces
 
 from pyvmm.host.files import open_image
@@ -148,5 +149,6 @@ def _vsock_check(device: VirtioDevice, driver: MmioDriver) -> None:
 TARGETS = {
     "blk": Target(_disk, _disk_request, _disk_check, prompt=(0, 1)),
     "rng": Target(_rng, _rng_request, _rng_check, prompt=(0,)),
+    "net": Target(net_target.make, net_target.request, net_target.check, stir=net_target.stir),
     "vsock": Target(_vsock, _vsock_request, _vsock_check),
 }
