@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import socket
 import struct
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from pyvmm.testing.attached import AttachedDriver, attached
+from pyvmm.testing.mmio_driver import SAFETY_TIMEOUT
 from pyvmm.testing.ring import Buffer
 from pyvmm.virtio.net.device import NetDevice
 from pyvmm.virtio.net.tap import TapChannel
@@ -131,11 +133,6 @@ class NetRig:
         assert got[HEADER:] == data
         return got[:HEADER]
 
-    def quiet(self, pair: int = 0) -> None:
-        """Fail if the device has used a receive buffer; what came before the frame to the group
-        address that is sent here has been looked at by then."""
-        assert not self.driver.queues[2 * pair].has_used()
-
     # --- sending ---------------------------------------------------------------------------------
 
     def send(self, *parts: bytes | Buffer, pair: int = 0, indirect: bool = False) -> int:
@@ -177,6 +174,13 @@ class NetRig:
         self.send(header() + frame())
         assert self.sent()[1] == frame()
         self.expect(frame(to=BROADCAST, fill=0x77))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SAFETY_TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline, "the device hangs"
+        time.sleep(0.001)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 
 import pytest
 from net_rig import (
@@ -17,6 +16,7 @@ from net_rig import (
     frame,
     header,
     running,
+    wait_for,
 )
 
 from pyvmm.testing.ring import Buffer
@@ -27,13 +27,6 @@ GSO = header(NEEDS_CSUM, 1, 54, 1448, 34, 16)
 
 def random_frame(size: int) -> bytes:
     return MAC + os.urandom(size - 6)
-
-
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 @pytest.mark.parametrize("without", [0, F_MRG_RXBUF], ids=["mergeable", "one buffer each"])

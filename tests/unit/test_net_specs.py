@@ -1,0 +1,133 @@
+"""--net: from text to a specification, and what the user is told where that cannot be."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from pyvmm.errors import ConfigError
+from pyvmm.host import passt, tap
+from pyvmm.machine import device_net
+from pyvmm.machine.device_net import Spec, check, parse, parse_forward
+from pyvmm.machine.spec import VmSpec, from_json, to_json, validate
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("user", Spec()),
+        ("user,host", Spec(host_access=True)),
+        ("user,mac=02:00:00:00:00:07,mtu=1400", Spec(mac="02:00:00:00:00:07", mtu=1400)),
+        ("user,forward=8080:80", Spec(forwards=("tcp:127.0.0.1:8080:80",))),
+        (
+            "user,forward=8080:80,forward=udp:0.0.0.0:5353:53,forward=tcp:[::1]:22:22",
+            Spec(forwards=("tcp:127.0.0.1:8080:80", "udp:0.0.0.0:5353:53", "tcp:[::1]:22:22")),
+        ),
+        ("tap=tap0", Spec(tap="tap0")),
+        ("tap=tap0,queues=4", Spec(tap="tap0", queues=4)),
+        ("tap=t,create", Spec(tap="t", create=True)),
+        ("tap", Spec(tap="pyvmm%d", create=True)),
+        (
+            "tap,address=10.1.0.1/24,bridge=br0",
+            Spec(tap="pyvmm%d", create=True, address="10.1.0.1/24", bridge="br0"),
+        ),
+    ],
+)
+def test_what_the_option_says(text: str, spec: Spec) -> None:
+    assert parse(text) == spec
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "bridge", "user=x", "tap=", "user,queues=2", "tap=tap0,forward=1:2", "tap=tap0,host"),
+        *("user,mtu=67", "user,mtu=65536", "user,mtu=x", "user,mtu=", "tap=t,queues=0"),
+        *("tap=t,queues=17", "user,unknown", "user,forward=", "user,forward=80"),
+        *("user,forward=0:80", "user,forward=80:65536", "user,forward=a:b", "user,forward=x:1:2"),
+        *("user,forward=sctp:1:2", "user,forward=1.2.3:1:2", "user,forward=²:1", "user,,mtu=1500"),
+    ],
+)
+def test_what_is_wrong_is_one_line_with_a_cure(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(text)
+    assert str(caught.value).startswith("--net: ") and caught.value.cure
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        *(Spec(mac=mac) for mac in ("x", "52:54:00:12:34", "01:00:5e:00:00:01", "0:0:0:0:0:0")),
+        *(Spec(mac=mac) for mac in ("00:00:00:00:00:00", "52:54:00:12:34:56:78", "525400123456")),
+        *(Spec(tap=name) for name in ("a" * 16, "a/b", "a\0b")),
+    ],
+)
+def test_addresses_and_names_are_checked(spec: Spec) -> None:
+    with pytest.raises(ConfigError):
+        check(spec)
+
+
+def test_every_card_gets_an_address_of_its_own() -> None:
+    macs = {check(Spec()).mac for _ in range(50)}
+    assert len(macs) == 50
+    for mac in macs:
+        first = device_net.mac_bytes(mac)[0]
+        assert first & 2 and not first & 1, "locally administered, not a group's"
+
+
+def test_a_card_survives_the_way_into_another_process() -> None:
+    spec = validate(VmSpec(kernel="k", devices=(parse("user,forward=8080:80"), parse("tap=t0"))))
+    assert from_json(to_json(spec)) == spec
+
+
+def test_through_a_port_frames_are_shorter() -> None:
+    assert device_net.through_port(check(Spec()), "/run/x").mtu + 18 + 4 <= 32768
+    assert device_net.through_port(check(Spec(mtu=1400)), "/run/x").mtu == 1400
+
+
+# --- what the host may refuse ---------------------------------------------------------------------
+
+
+def test_a_missing_passt_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passt, "find_program", lambda name: None)
+    with pytest.raises(ConfigError, match="needs passt; apt-get install"):
+        passt.start([])
+
+
+@pytest.mark.parametrize("protocol", ["tcp", "udp"])
+def test_a_port_in_use_is_one_line(protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passt, "find_program", lambda name: "/bin/false")
+    kind = socket.SOCK_STREAM if protocol == "tcp" else socket.SOCK_DGRAM
+    with socket.socket(socket.AF_INET, kind) as holder:
+        holder.bind(("127.0.0.1", 0))
+        if protocol == "tcp":
+            holder.listen()
+        port = holder.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"{protocol} port {port} of 127.0.0.1 is in use"):
+            passt.start([parse_forward(f"{protocol}:{port}:80")])
+
+
+def test_an_address_that_is_not_ours_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passt, "find_program", lambda name: "/bin/false")
+    with pytest.raises(ConfigError, match=r"of 203\.0\.113\.9 cannot be had"):
+        passt.start([parse_forward("203.0.113.9:8080:80")])
+
+
+def test_whatever_else_passt_complains_of_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passt, "find_program", lambda name: "/bin/false")
+    with pytest.raises(ConfigError, match="passt does not start: exit code 1"):
+        passt.start([])
+
+
+def test_a_tap_that_is_not_there_is_one_line() -> None:
+    with pytest.raises(ConfigError, match="there is no tap nosuchtap0; `ip tuntap add"):
+        tap.open_tap("nosuchtap0")
+
+
+def test_what_is_no_tap_is_one_line() -> None:
+    try:
+        with pytest.raises(ConfigError, match=r"lo is no tap interface|taps"):
+            tap.open_tap("lo")
+    except PermissionError:
+        pytest.skip("no /dev/net/tun here")
