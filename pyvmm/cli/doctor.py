@@ -21,6 +21,7 @@ def doctor() -> None:
     emulated = list(check_emulated_host())
     _show("KVM of this machine", host)
     _show("Emulated KVM host", emulated)
+    _show("Networks", list(check_networks()))
     _show("Images", list(check_images()))
     host_runs, emulation_runs = (all(check.ok for check in checks) for checks in (host, emulated))
     if host_runs:
@@ -73,6 +74,22 @@ def check_kvm() -> Iterator[Check]:
 def check_emulated_host() -> Iterator[Check]:
     """QEMU and the rest of what the emulated KVM host is made of."""
     yield from probe_emulated_host()
+
+
+def check_networks() -> Iterator[Check]:
+    """What `--net` can be connected to."""
+    from pyvmm.host import passt, tap
+    from pyvmm.host.programs import find_program
+
+    found = find_program("passt")
+    yield Check("passt", found is not None, found or "not installed", passt.CURE)
+    usable = tap.device_usable()
+    yield Check(
+        "taps",
+        usable,
+        f"{tap.DEVICE} can be opened" if usable else f"{tap.DEVICE} cannot be opened",
+        "`modprobe tun`, or use --net user",
+    )
 
 
 def check_images() -> Iterator[Check]:

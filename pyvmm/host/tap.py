@@ -47,7 +47,12 @@ SIOCGIFMTU = 0x8921
 IFF_UP = 0x1
 
 _VNET_HEADER = 12  # struct virtio_net_hdr_v1
-_DEVICE = "/dev/net/tun"
+DEVICE = "/dev/net/tun"
+
+
+def device_usable() -> bool:
+    """Whether this process may ask for taps at all."""
+    return os.access(DEVICE, os.R_OK | os.W_OK)
 
 
 def exists(name: str) -> bool:
@@ -88,7 +93,7 @@ def open_tap(name: str, queues: int = 1, *, create: bool = False) -> tuple[list[
 
 def _open_device() -> int:
     try:
-        return syscalls.open_file(_DEVICE, os.O_RDWR | os.O_NONBLOCK)
+        return syscalls.open_file(DEVICE, os.O_RDWR | os.O_NONBLOCK)
     except HostError as error:
         cure = {
             errno.ENOENT: "`modprobe tun` may help",

@@ -403,7 +403,7 @@ def test_5_1_6_5_6_a_wrong_number_of_pairs_is_an_error(pairs: int) -> None:
         rig.assert_alive()
 
 
-def test_5_1_6_5_7_offloads_can_be_switched_off_and_on() -> None:
+def test_5_1_6_5_8_offloads_can_be_switched_off_and_on() -> None:
     with running() as rig:
         for offloads in (0, F_GUEST_CSUM, F_GUEST_CSUM | F_GUEST_TSO4, GUEST_OFFLOADS):
             assert rig.command(GUEST_OFFLOADS_CLASS, 0, struct.pack("<Q", offloads)) == OK

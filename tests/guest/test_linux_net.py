@@ -1,0 +1,243 @@
+"""Linux's own virtio-net driver, on user-mode networking and on a tap."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Thread
+
+import pytest
+from disks import artifacts, root_disk
+from guest import HANG_SECONDS, Guest, GuestResult
+
+from pyvmm.cli.choose import why_not_host
+from pyvmm.host import passt
+from pyvmm.host.programs import find_program
+
+pytestmark = pytest.mark.usefixtures("linux_guests")
+
+MAC = "52:54:00:ca:fe:01"
+MTU = 9000
+BYTES = 6_000_001
+DATA = random.Random(5).randbytes(BYTES)
+DIGEST = hashlib.sha256(DATA).hexdigest()
+
+USER_SCRIPT = """\
+echo "mac=$(cat /sys/class/net/eth0/address)"
+echo "mtu=$(cat /sys/class/net/eth0/mtu)"
+echo "carrier=$(cat /sys/class/net/eth0/carrier)"
+echo "driver=$(ethtool -i eth0 | sed -n 's/^driver: //p')"
+echo "address=$(busybox ip -4 -o addr show eth0 | sed 's/.*inet \\([^ ]*\\).*/\\1/')"
+echo "router=$(busybox ip route | sed -n 's/^default via \\([^ ]*\\).*/\\1/p')"
+echo "download=$(busybox wget -q -O - http://10.0.2.2:{port}/data | sha256sum | cut -d' ' -f1)"
+busybox wget -q -O /dev/shm/data http://10.0.2.2:{port}/data
+busybox nc 10.0.2.2 {upload} < /dev/shm/data > /dev/null
+echo "listening=yes"
+echo "from the guest" | busybox nc -l -p 80
+if busybox nc -w 3 10.0.2.2 1 < /dev/null 2> /dev/null; then
+    echo "closed=open"
+else
+    echo "closed=refused"
+fi
+cd /sys/class/net/eth0/statistics
+echo "dropped=$(cat rx_errors tx_errors | tr '\\n' ' ')"
+"""
+
+
+@dataclass
+class Net:
+    """A run with a network card, and what came out of it."""
+
+    result: GuestResult
+    uploaded: str = ""
+    forwarded: bytes = b""
+    left_over: list[str] = field(default_factory=list)
+
+
+class Server(Thread):
+    """Gives DATA to whoever asks by HTTP, and takes one upload; both on the loopback address."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.web, self.upload = (socket.create_server(("127.0.0.1", 0)) for _ in range(2))
+        self.uploaded = ""
+        self.start()
+        Thread(target=self._take, daemon=True).start()
+
+    def run(self) -> None:
+        while True:
+            connection, _ = self.web.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n" % BYTES + DATA)
+
+    def _take(self) -> None:
+        connection, _ = self.upload.accept()
+        digest = hashlib.sha256()
+        with connection:
+            while data := connection.recv(1 << 20):
+                digest.update(data)
+        self.uploaded = digest.hexdigest()
+
+
+def boot_user(folder: Path, kernel: str) -> Net:
+    if find_program("passt") is None:
+        pytest.skip("passt is not installed")
+    files = artifacts(kernel, "test")
+    server = Server()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    script = USER_SCRIPT.format(
+        port=server.web.getsockname()[1], upload=server.upload.getsockname()[1]
+    )
+    net = f"user,host,mac={MAC},mtu={MTU},forward={port}:80"
+    with root_disk(folder, "test") as disk:
+        guest = Guest(
+            files.bzimage, files.initramfs, [str(disk)], cpus=2, options=["--net", net]
+        ).start(script, folder=folder)
+        guest.wait_for("listening=yes")
+        forwarded = fetch(port)
+        result = guest.wait()
+    return Net(result, server.uploaded, forwarded, passts(port))
+
+
+def fetch(port: int) -> bytes:
+    """What the guest's server sends, through the forward; it may still be about to listen."""
+    for _ in range(int(HANG_SECONDS)):
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.settimeout(HANG_SECONDS)
+            try:
+                if data := connection.recv(100):
+                    return data
+            except ConnectionError:
+                pass
+        time.sleep(0.2)
+    return b""
+
+
+def passts(port: int) -> list[str]:
+    """Command lines of passt processes that serve this port, after a while to end."""
+    for _ in range(100):
+        found = [
+            line
+            for path in Path("/proc").glob("[0-9]*/cmdline")
+            if f"/{port}:80" in (line := _read(path)) and "passt" in line
+        ]
+        if not found:
+            break
+        time.sleep(0.1)
+    return found
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+user_61 = pytest.mark.boot.with_args(boot_user, "6.1")
+user_612 = pytest.mark.boot.with_args(boot_user, "6.12")
+
+
+def check_user(boot: Net) -> None:
+    result = boot.result.check()
+    values = {
+        "mac": MAC,
+        "mtu": str(MTU),
+        "carrier": "1",
+        "driver": "virtio_net",
+        "address": f"{passt.GUEST}/{passt.PREFIX}",
+        "router": passt.GATEWAY,
+        "download": DIGEST,
+        "closed": "refused",
+        "dropped": "0 0",
+    }
+    assert {key: result.value(key) for key in values} == values
+    assert boot.uploaded == DIGEST
+    assert boot.forwarded == b"from the guest\n"
+    assert boot.left_over == []
+    assert result.messages == []
+
+
+@user_61
+def test_dhcp_transfers_both_ways_and_a_forward(boot: Net) -> None:
+    check_user(boot)
+
+
+@user_612
+def test_dhcp_transfers_both_ways_and_a_forward_with_a_newer_kernel(boot: Net) -> None:
+    check_user(boot)
+
+
+# --- a tap, made and used where the monitor runs --------------------------------------------------
+
+TAP_GUEST = """\
+echo "queues=$(ethtool -l eth0 | sed -n 's/^Combined:[^0-9]*//p' | tr '\\n' ' ')"
+ethtool -L eth0 combined 2 && echo "set=yes"
+ethtool -k eth0 > /run/features
+for name in rx-checksumming tx-checksumming tcp-segmentation-offload; do
+    echo "$name=$(sed -n "s/^$name: //p" /run/features)"
+done
+busybox ping -q -c 20 -i 0.1 -s 1400 10.77.0.1 > /run/ping && echo "ping=ok" || cat /run/ping
+for way in "" -R; do
+    iperf3 -c 10.77.0.1 -t 3 -P 2 $way > /run/iperf 2>&1 && echo "iperf$way=ok" || cat /run/iperf
+done
+iperf3 -c 10.77.0.1 -u -b 0 -l 1400 -t 3 -R > /run/iperf 2>&1 && echo "flood=ok" || cat /run/iperf
+busybox ping -q -c 3 10.77.0.1 > /run/ping && echo "after=ok" || cat /run/ping
+echo "errors=$(cat /sys/class/net/eth0/statistics/rx_errors)"
+"""
+
+
+def boot_tap(folder: Path, kernel: str) -> GuestResult:
+    iperf3 = shutil.which("iperf3")
+    if iperf3 is None:
+        pytest.skip("iperf3 is not installed")
+    files = artifacts(kernel, "test")
+    script = folder / "script.img"
+    text = TAP_GUEST.encode()
+    script.write_bytes(text + bytes(-len(text) % 512))
+    with root_disk(folder, "test") as disk:
+        run = [
+            *(sys.executable, "-m", "pyvmm", "run", "--kvm", "host"),
+            *("--kernel", files.bzimage, "--initrd", files.initramfs, "--cpus", "2"),
+            *("--memory", "256M", "--disk", str(disk), "--disk", f"{script},readonly"),
+            *("--net", "tap=vmtap0,address=10.77.0.1/24,queues=2"),
+            *("--cmdline", "pyvmm.exec=/dev/vdb pyvmm.ip=10.77.0.2/24"),
+        ]
+        argv = ["sh", "-c", f'{iperf3} -s > /dev/null & "$@"; code=$?; kill $!; exit $code', "sh"]
+        argv += run
+        if why_not_host() is not None:
+            options = ["--memory", "900", "--disk", str(disk)]
+            argv = [sys.executable, "-m", "pyvmm.emulated_host", *options, "--", *argv]
+        done = subprocess.run(
+            argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=HANG_SECONDS
+        )
+    console = done.stdout.decode(errors="replace").replace("\r\n", "\n")
+    return GuestResult(argv, done.returncode, console, done.stderr.decode(errors="replace"))
+
+
+@pytest.mark.parametrize("kernel", ["6.1", "6.12"])
+def test_a_tap_with_two_queues_offloads_and_a_flood(kernel: str, tmp_path: Path) -> None:
+    result = boot_tap(tmp_path, kernel).check()
+    values = {
+        "queues": "2 1",  # the most, and those in use: one until the driver asks for more
+        "set": "yes",
+        "rx-checksumming": "on [fixed]",
+        "tx-checksumming": "on",
+        "tcp-segmentation-offload": "on",
+        "ping": "ok",
+        "iperf": "ok",
+        "iperf-R": "ok",
+        "flood": "ok",
+        "after": "ok",
+        "errors": "0",
+    }
+    assert {key: result.value(key) for key in values} == values
