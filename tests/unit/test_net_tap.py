@@ -98,6 +98,20 @@ def test_several_queues_are_attached_and_detached() -> None:
         backend.close()
 
 
+def test_a_driver_with_fewer_queues_than_before_keeps_its_link() -> None:
+    fds, _ = tap.open_tap("pyvmmt%d", 2, create=True)
+    with running(TapBackend(fds, 1500)) as rig:  # type: ignore[arg-type]
+        for _ in range(10):
+            assert rig.command(4, 0, b"\2\0") == 0
+            rig.offer(2048, pair=1)
+            rig.send(header() + MAC + MAC + bytes(60), pair=1)
+            assert rig.command(4, 0, b"\1\0") == 0
+            rig.offer(2048, pair=1)
+            rig.send(header() + MAC + MAC + bytes(60), pair=1)
+        rig.driver.restart()
+        assert rig.device.link_up and not rig.lines
+
+
 def test_packets_of_this_machine_reach_the_driver_and_come_back(closing: ExitStack) -> None:
     fds, name = tap.open_tap("pyvmmt%d", create=True)
     from pyvmm.host import interfaces

@@ -66,6 +66,7 @@ class TapChannel:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self.attached = True  # set before the kernel is told: calls under way may then fail
         self.readable = Source(fd)
         self.writable = Source(fd, select.EPOLLOUT, on_demand=True)
 
@@ -76,6 +77,8 @@ class TapChannel:
         except BlockingIOError:
             return 0
         except OSError as error:
+            if not self.attached:
+                return 0
             raise LinkLost(f"the tap gives no more frames: {error.strerror}") from None
         if not length:
             raise LinkLost("the other end of the cable has gone")
@@ -90,7 +93,7 @@ class TapChannel:
         except BlockingIOError:
             return False
         except OSError as error:
-            if error.errno == errno.EBADFD:  # the interface was removed
+            if error.errno == errno.EBADFD and self.attached:  # the interface was removed
                 raise LinkLost("the tap takes no more frames") from None
             raise HostError(error.errno or 0, "write to the tap") from None
         return True
@@ -124,6 +127,7 @@ class TapBackend:
         """See Backend. The kernel steers each flow to the queue that it was last sent from."""
         for index, fd in enumerate(self._fds):
             if (index < pairs) != (index < self._active):
+                self.channels[index].attached = index < pairs
                 tap.attach_queue(fd, index < pairs)
         self._active = pairs
 

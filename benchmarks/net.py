@@ -1,0 +1,228 @@
+"""A guest's network: pyvmm and QEMU's microvm, in turn, on the same tap and on passt.
+
+    python benchmarks/net.py [--json FILE] [--rounds 3] [--seconds 4] [--kernel 6.1]
+
+iperf3 with one stream, both ways, and the round trip of a ping, between a guest and the machine it
+runs on. Both run in one emulated KVM host, with the same kernel and disk; what is in there is 10 to
+20 times slower than on real KVM, so the ratio is what counts. QEMU is without vhost, as pyvmm is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+TAP, HOST, GUEST = "bench0", "10.77.0.1", "10.77.0.2"
+PATIENCE = 240
+MACHINE = "microvm,x-option-roms=off,pit=off,pic=off,isa-serial=on,rtc=on"
+PARAMETERS = "console=ttyS0 panic=-1 reboot=k pci=off quiet root=/dev/vda rw"
+MAC = "52:54:00:be:ac:01"
+SCRIPT = """\
+rate() {{ # NAME, OPTIONS
+    name=$1
+    shift
+    iperf3 -c {peer} -t {seconds} -f m "$@" |
+        sed -n "s/.* \\([0-9.]*\\) Mbits.*receiver/$name=\\1/p"
+}}
+busybox ping -q -c 5 {peer} > /dev/null
+busybox ping -q -c 100 -i 0.02 {peer} |
+    sed -n 's/^round-trip.*= [^/]*[/]\\([^/]*\\)[/].*/ping=\\1/p'
+rate sent
+rate received -R
+"""
+KEYS = ("sent", "received", "ping")  # Mbit/s, Mbit/s, ms
+
+
+class Setup(NamedTuple):
+    """What the part inside the emulated host is told, as JSON."""
+
+    kernel: str
+    initrd: str
+    disk: str
+    scripts: dict[str, str]
+    rounds: int
+
+
+def pyvmm_command(setup: Setup, way: str) -> list[str]:
+    """pyvmm, as a user would type it."""
+    net = f"tap={TAP},mac={MAC}" if way == "tap" else f"user,host,mac={MAC}"
+    return [
+        *(sys.executable, "-m", "pyvmm", "run", "--kvm=host", "--memory", "256M"),
+        *("--kernel", setup.kernel, "--initrd", setup.initrd, "--net", net),
+        *("--disk", setup.disk, "--disk", f"{setup.scripts[way]},readonly"),
+        *("--cmdline", f"quiet {guest_parameters(way)}"),
+    ]
+
+
+def qemu_command(setup: Setup, way: str, socket: str) -> list[str]:
+    """QEMU's microvm, the same."""
+    network = {
+        "tap": f"tap,id=net,ifname={TAP},script=no,downscript=no,vhost=off",
+        "passt": f"stream,id=net,server=off,addr.type=unix,addr.path={socket}",
+    }
+    command = ["qemu-system-x86_64", "-M", MACHINE, "-enable-kvm", "-cpu", "host", "-m", "256"]
+    command += ["-nodefaults", "-no-user-config", "-nographic", "-serial", "stdio"]
+    command += ["-kernel", setup.kernel, "-initrd", setup.initrd]
+    command += ["-append", f"{PARAMETERS} {guest_parameters(way)}"]
+    for index, file in enumerate((setup.disk, setup.scripts[way])):
+        command += ["-drive", f"id=d{index},file={file},format=raw,if=none,snapshot=on"]
+        command += ["-device", f"virtio-blk-device,drive=d{index}"]
+    command += ["-netdev", network[way], "-device", f"virtio-net-device,netdev=net,mac={MAC}"]
+    return command
+
+
+def guest_parameters(way: str) -> str:
+    address = f" pyvmm.ip={GUEST}/24" if way == "tap" else ""
+    return f"pyvmm.exec=/dev/vdb{address}"
+
+
+@contextmanager
+def passt_for_qemu(socket: str) -> Iterator[None]:
+    """passt with the settings that pyvmm gives its own."""
+    process = subprocess.Popen(
+        [
+            *("passt", "--foreground", "--quiet", "--stderr", "--socket", socket, "-i", "lo"),
+            *("--address", "10.0.2.15", "--netmask", "24", "--gateway", "10.0.2.2"),
+            *("--mac-addr", "52:55:0a:00:02:02", "--mtu", "65520"),
+        ],
+        stdin=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        while not os.path.exists(socket) and process.poll() is None:
+            signal.sigtimedwait([], 0.05)
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def measure(command: list[str]) -> dict[str, float]:
+    """Run a guest to its end; the figures that it printed. Raises RuntimeError without them."""
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, timeout=PATIENCE, text=True
+    )
+    found = dict(re.findall(r"^(sent|received|ping)=([0-9.]+)", done.stdout, re.MULTILINE))
+    if len(found) < 2:
+        raise RuntimeError(f"{command[0]}: no figures\n{done.stdout[-2000:]}\n{done.stderr[-500:]}")
+    return {key: float(value) for key, value in found.items()}
+
+
+def inside(setup: Setup) -> dict[str, Any]:
+    """Runs in the emulated host: each monitor on each way, in turn."""
+    for command in (
+        ["ip", "tuntap", "add", TAP, "mode", "tap", "vnet_hdr"],
+        ["ip", "addr", "add", f"{HOST}/24", "dev", TAP],
+        ["ip", "link", "set", TAP, "up"],
+    ):
+        subprocess.run(command, check=True)
+    server = subprocess.Popen(["iperf3", "-s"], stdout=subprocess.DEVNULL)
+    found: dict[str, dict[str, list[dict[str, float]]]] = {}
+    socket = "/run/bench-passt"
+    programs: dict[str, Callable[[str], dict[str, float]]] = {
+        "pyvmm": lambda way: measure(pyvmm_command(setup, way)),
+        "qemu": lambda way: measure_qemu(setup, way, socket),
+    }
+    try:
+        for way in setup.scripts:
+            for _ in range(setup.rounds):
+                for name, program in programs.items():
+                    figures = program(way)
+                    print(f"{way} {name}: {figures}", file=sys.stderr, flush=True)
+                    found.setdefault(way, {}).setdefault(name, []).append(figures)
+    finally:
+        server.kill()
+    return found
+
+
+def measure_qemu(setup: Setup, way: str, socket: str) -> dict[str, float]:
+    if way == "tap":
+        return measure(qemu_command(setup, way, socket))
+    with passt_for_qemu(socket):
+        return measure(qemu_command(setup, way, socket))
+
+
+def outside(options: argparse.Namespace) -> dict[str, Any]:
+    """Prepares the images and starts the emulated host."""
+    from pyvmm import images
+
+    files = images.artifacts(options.kernel, "test", make=True)
+    with tempfile.TemporaryDirectory() as folder:
+        disk = os.path.join(folder, "root.img")
+        images.fresh_disk(disk, "test")
+        scripts = {}
+        for way, peer in (("tap", HOST), ("passt", "10.0.2.2")):
+            if way not in options.ways:
+                continue
+            scripts[way] = os.path.join(folder, way)
+            with open(scripts[way], "wb") as file:
+                text = SCRIPT.format(peer=peer, seconds=options.seconds).encode()
+                file.write(text + bytes(-len(text) % 512))
+        setup = Setup(files.bzimage, files.initramfs, disk, scripts, options.rounds)
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "pyvmm.emulated_host", "--memory", "1200"),
+                *("--disk", disk, "--"),
+                *(sys.executable, __file__, "--inside", json.dumps(setup._asdict())),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+        )
+    if done.returncode:
+        sys.exit(f"the emulated host's part failed with {done.returncode}")
+    figures: dict[str, Any] = json.loads(done.stdout)
+    return figures
+
+
+def table(found: dict[str, Any]) -> str:
+    """Medians and ratios, as Markdown."""
+    lines = ["| network | | pyvmm | QEMU microvm | ratio |", "|---|---|---|---|---|"]
+    units = {"sent": "Mbit/s sent", "received": "Mbit/s received", "ping": "ms round trip"}
+    for way, programs in found.items():
+        for key in KEYS:
+            ours, theirs = (
+                [figures[key] for figures in programs[name] if key in figures]
+                for name in ("pyvmm", "qemu")
+            )
+            if ours and theirs:
+                a, b = statistics.median(ours), statistics.median(theirs)
+                lines.append(f"| {way} | {units[key]} | {a:.2f} | {b:.2f} | {a / b:.2f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=int, default=4)
+    parser.add_argument("--kernel", default="6.1")
+    parser.add_argument("--ways", nargs="+", default=["tap", "passt"], choices=["tap", "passt"])
+    parser.add_argument("--inside", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.inside:
+        print(json.dumps(inside(Setup(**json.loads(options.inside)))))
+        return
+    missing = [name for name in ("iperf3", "ip", "passt") if shutil.which(name) is None]
+    if missing:
+        sys.exit(f"not installed: {', '.join(missing)}")
+    found = outside(options)
+    if options.json:
+        with open(options.json, "w") as file:
+            json.dump(found, file)
+    print(table(found))
+
+
+if __name__ == "__main__":
+    main()
