@@ -39,8 +39,10 @@ echo "router=$(busybox ip route | sed -n 's/^default via \\([^ ]*\\).*/\\1/p')"
 echo "download=$(busybox wget -q -O - http://10.0.2.2:{port}/data | sha256sum | cut -d' ' -f1)"
 busybox wget -q -O /dev/shm/data http://10.0.2.2:{port}/data
 busybox nc 10.0.2.2 {upload} < /dev/shm/data > /dev/null
+echo "from the guest" | busybox nc -l -p 80 &
+until grep -q ":0050 " /proc/net/tcp*; do sleep 0.1; done
 echo "listening=yes"
-echo "from the guest" | busybox nc -l -p 80
+wait
 if busybox nc -w 3 10.0.2.2 1 < /dev/null 2> /dev/null; then
     echo "closed=open"
 else
