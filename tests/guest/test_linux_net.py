@@ -36,8 +36,8 @@ echo "carrier=$(cat /sys/class/net/eth0/carrier)"
 echo "driver=$(ethtool -i eth0 | sed -n 's/^driver: //p')"
 echo "address=$(busybox ip -4 -o addr show eth0 | sed 's/.*inet \\([^ ]*\\).*/\\1/')"
 echo "router=$(busybox ip route | sed -n 's/^default via \\([^ ]*\\).*/\\1/p')"
-echo "download=$(busybox wget -q -O - http://10.0.2.2:{port}/data | sha256sum | cut -d' ' -f1)"
 busybox wget -q -O /dev/shm/data http://10.0.2.2:{port}/data
+echo "download=$(sha256sum < /dev/shm/data | cut -d' ' -f1)"
 busybox nc 10.0.2.2 {upload} < /dev/shm/data > /dev/null
 echo "from the guest" | busybox nc -l -p 80 &
 until grep -q ":0050 " /proc/net/tcp*; do sleep 0.1; done
@@ -71,7 +71,8 @@ class Server(Thread):
         self.web, self.upload = (socket.create_server(("127.0.0.1", 0)) for _ in range(2))
         self.uploaded = ""
         self.start()
-        Thread(target=self._take, daemon=True).start()
+        self._taker = Thread(target=self._take, daemon=True)
+        self._taker.start()
 
     def run(self) -> None:
         while True:
@@ -79,6 +80,11 @@ class Server(Thread):
             with connection:
                 connection.recv(4096)
                 connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n" % BYTES + DATA)
+
+    def upload_digest(self) -> str:
+        """The checksum of what was uploaded, once its end has come."""
+        self._taker.join(HANG_SECONDS)
+        return self.uploaded
 
     def _take(self) -> None:
         connection, _ = self.upload.accept()
@@ -107,7 +113,7 @@ def boot_user(folder: Path, kernel: str) -> Net:
         guest.wait_for("listening=yes")
         forwarded = fetch(port)
         result = guest.wait()
-    return Net(result, server.uploaded, forwarded, passts(port))
+    return Net(result.check(), server.upload_digest(), forwarded, passts(port))
 
 
 def fetch(port: int) -> bytes:
