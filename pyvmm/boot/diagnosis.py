@@ -366,7 +366,7 @@ def _explain_silence(cmdline: str, elapsed: float) -> Finding:
         return Finding(
             SILENT, f"{message} and was given no console=", "add console=ttyS0 to --cmdline"
         )
-    if not any(console.partition(",")[0] == "ttyS0" for console in consoles):
+    if not any(console.partition(",")[0] in ("ttyS0", "hvc0") for console in consoles):
         return Finding(
             SILENT,
             f"{message} on the serial port; its console={_quote(consoles[-1])} is another device",

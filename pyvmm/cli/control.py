@@ -108,3 +108,23 @@ def resize(vm: str, id: str, size: str | None, shrink: bool) -> None:
     with Client.connect(vm) as found:
         answer = found.call("disk.resize", patience=_RESIZE_PATIENCE, disk=id, **params)
     click.echo(f"{id} has {answer['size']} bytes")
+
+
+@click.command()
+@click.argument("vm")
+@click.argument("size", required=False)
+def balloon(vm: str, size: str | None) -> None:
+    """Have the balloon of VM take SIZE (256M, 0) of the guest's memory, or show how it is.
+
+    The guest gives what it can spare, and takes a while.
+    """
+    with Client.connect(vm) as found:
+        if size is not None:
+            found.call("balloon.set", size=parse_memory(size, option="SIZE"))
+            return
+        stats = found.call("balloon.stats")
+        memory = stats.pop("memory")
+        for name, count in (*stats.items(), *memory.items()):
+            counted = name.endswith(("_faults", "_allocations", "_failures"))
+            shown = str(count) if counted else f"{count >> 20}M"
+            click.echo(f"{name.replace('_', ' '):22} {shown:>10}")

@@ -32,6 +32,7 @@ from pyvmm.machine.trace import cannot_write
 from pyvmm.platform.console import standard_fds
 from pyvmm.platform.escape import HELP, Command, EscapeParser
 from pyvmm.platform.terminal import Terminal, is_terminal
+from pyvmm.platform.window_size import SERVICE, SizeService
 
 _MIB = 1 << 20
 _TRACE_PATH = "/run/pyvmm-trace"
@@ -56,6 +57,7 @@ def run_emulated(spec: VmSpec, because: str | None = None, *, control: Socket | 
         if sinks:
             spec = replace(spec, trace_file=sinks[0].path)
         spec, streams = _networks(spec, closing)
+        size = _size_service(spec)
         host = EmulatedHostSpec(
             image=find_image(make=True),
             memory_mib=spec.memory // _MIB + OWN_MEMORY_MIB,
@@ -64,6 +66,7 @@ def run_emulated(spec: VmSpec, because: str | None = None, *, control: Socket | 
             sockets_in=(*_control_listener(control), *_device_listeners(crossings)),
             sockets_out=tuple(path for crossing in crossings for path in crossing.reached),
             streams=streams,
+            services={} if size is None else {SERVICE: size.connect},
             cwd="/",
         )
         if because is not None:
@@ -73,7 +76,13 @@ def run_emulated(spec: VmSpec, because: str | None = None, *, control: Socket | 
             )
         # -P: the current directory is the user's, not a place for modules.
         argv = [sys.executable, "-P", "-m", "pyvmm.cli.inside", to_json(spec)]
-        return _join_terminal(host, argv)
+        return _join_terminal(host, argv, size)
+
+
+def _size_service(spec: VmSpec) -> SizeService | None:
+    stdout = standard_fds()[1]
+    wanted = any(device.kind == "console" for device in spec.devices)
+    return SizeService(stdout) if wanted and stdout is not None and is_terminal(stdout) else None
 
 
 def _control_listener(control: Socket | None) -> list[HostListener]:
@@ -173,7 +182,7 @@ def _visible(path: str, option: str) -> str:
     return real
 
 
-def _join_terminal(spec: EmulatedHostSpec, argv: list[str]) -> int:
+def _join_terminal(spec: EmulatedHostSpec, argv: list[str], size: SizeService | None) -> int:
     stdin, stdout = standard_fds()
     keyboard = _Keyboard()
     with ExitStack() as closing:
@@ -191,7 +200,9 @@ def _join_terminal(spec: EmulatedHostSpec, argv: list[str]) -> int:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             before = signal.signal(number, lambda number, _: host.request_stop(number))
             closing.callback(signal.signal, number, before)
-        closing.enter_context(Terminal(stdin))
+        terminal = closing.enter_context(Terminal(stdin))
+        if size is not None:
+            terminal.watch_size(stdout, size.tell)
         host.start()
         code = host.wait()
     if keyboard.quitting:

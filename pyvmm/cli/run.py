@@ -78,6 +78,29 @@ Exit codes:
     "repeated.",
 )
 @click.option(
+    "--console",
+    type=click.Choice(("serial", "virtio")),
+    help="What the terminal is in the guest: the serial port (the default), or a virtio-console "
+    "(/dev/hvc0), which knows the terminal's size.",
+)
+@click.option(
+    "--port",
+    "ports",
+    metavar="name=NAME,path=PATH",
+    multiple=True,
+    help="Add a port, /dev/virtio-ports/NAME in the guest, that a program of the host finds at the "
+    "Unix socket PATH; may be repeated.",
+)
+@click.option(
+    "--balloon",
+    metavar="[size=SIZE][,free-page-reporting][,deflate-on-oom]",
+    is_flag=False,
+    flag_value="",
+    help="Add a virtio-balloon device, which takes SIZE of the guest's memory (none at first; see "
+    "`pyvmm balloon`). With free-page-reporting memory that the guest has freed comes back by "
+    "itself.",
+)
+@click.option(
     "--vsock",
     metavar="[cid=N,]path=PATH",
     help="Add a virtio-vsock device. A program connects to the socket at PATH and sends CONNECT "
@@ -130,6 +153,9 @@ def run(
     rng: bool,
     rng_limit: str | None,
     user_devices: tuple[str, ...],
+    console: str | None,
+    ports: tuple[str, ...],
+    balloon: str | None,
     vsock: str | None,
     cpus: int,
     memory: str,
@@ -162,6 +188,9 @@ def run(
             *(("net", text) for text in nets),
             *([("rng", rng_limit or "")] if rng or rng_limit is not None else []),
             *(("user", text) for text in user_devices),
+            *([("console", console)] if console == "virtio" else []),
+            *([("ports", "\n".join(ports))] if ports else []),
+            *([("balloon", balloon)] if balloon is not None else []),
             *([("vsock", vsock)] if vsock is not None else []),
         ],
     )

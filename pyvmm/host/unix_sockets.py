@@ -115,6 +115,11 @@ def set_route(route: Callable[[str], Socket] | None) -> None:
     _route = route
 
 
+def is_routed() -> bool:
+    """Whether `reach` goes to another machine than `connect`."""
+    return _route is not None
+
+
 def reach(path: str) -> Socket:
     """A connection to whoever listens at `path` on the user's machine, from wherever we run.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyvmm import __version__
 from pyvmm.control.protocol import Method
@@ -16,6 +16,9 @@ from pyvmm.machine.machine import Machine
 from pyvmm.machine.outcome import Ending, Outcome
 from pyvmm.machine.spec import DiskSpec
 from pyvmm.virtio.blk.device import BlockDevice
+
+if TYPE_CHECKING:
+    from pyvmm.virtio.balloon.device import BalloonDevice
 
 ResizeOutside = Callable[[str, int | None], None]
 
@@ -47,6 +50,8 @@ class MachineControl:
             "disk.resize": Method(
                 self.disk_resize, needs={"disk": str}, takes={"size": int, "shrink": bool}
             ),
+            "balloon.set": Method(self.balloon_set, needs={"size": int}),
+            "balloon.stats": Method(self.balloon_stats),
         }
 
     def status(self) -> dict[str, Any]:
@@ -98,6 +103,27 @@ class MachineControl:
         """Go on."""
         self._machine.pauser.resume()
         return {"state": "running"}
+
+    def balloon_set(self, size: int) -> dict[str, Any]:
+        """Have the balloon want `size` bytes. Raises ConfigError if there is none, or no such
+        size."""
+        self._balloon().set_target(size, self._prepared.spec.memory)
+        return {"size": self._balloon().target}
+
+    def balloon_stats(self) -> dict[str, Any]:
+        """What is wanted, what the guest has given, and what its kernel says of its memory."""
+        balloon = self._balloon()
+        statistics = dict(balloon.statistics())
+        resident = self._prepared.memory.resident
+        return {**balloon.stats(), "resident": resident, "memory": statistics}
+
+    def _balloon(self) -> BalloonDevice:
+        from pyvmm.virtio.balloon.device import BalloonDevice
+
+        for device in self._prepared.devices:
+            if isinstance(device, BalloonDevice):
+                return device
+        raise ConfigError("the VM has no balloon", cure="run it with --balloon")
 
     def disk_resize(
         self, disk: str, size: int | None = None, shrink: bool = False

@@ -31,8 +31,11 @@ if TYPE_CHECKING:
 # Kind → module. The order is the one in which a VM's devices appear in the guest, after its disks.
 KINDS = {
     "net": "pyvmm.machine.device_net",
+    "console": "pyvmm.machine.device_console",
+    "ports": "pyvmm.machine.device_ports",
     "rng": "pyvmm.machine.device_rng",
     "user": "pyvmm.machine.device_user",
+    "balloon": "pyvmm.machine.device_balloon",
     "vsock": "pyvmm.machine.device_vsock",
 }
 

@@ -16,6 +16,7 @@ from pyvmm.machine.outcome import Ending, Outcome
 from pyvmm.machine.spec import VmSpec
 from pyvmm.machine.trace import Trace
 from pyvmm.platform.console import Console, standard_fds
+from pyvmm.platform.console_pump import InputPort
 from pyvmm.transport.mmio import MmioTransport
 from pyvmm.virtio import constants
 
@@ -135,12 +136,27 @@ def _run(
     prepared.alarm.connect(machine.end)
 
     def on_start() -> None:
-        console.connect(parts.serial)
+        console.connect(_join_virtio_console(prepared, console) or parts.serial)
         if control.listener is not None:
             _answer(control.listener, machine, prepared, control.resize_outside, closing)
 
     with console:
         return machine.run(on_start, attendant.look)
+
+
+def _join_virtio_console(prepared: Prepared, console: Console) -> InputPort | None:
+    """Give the console to the virtio-console that is to have it; where the input goes then."""
+    if not any(device.kind == "console" for device in prepared.spec.devices):
+        return None
+    from pyvmm.machine.device_console import TerminalConsole
+    from pyvmm.platform import window_size
+
+    device = next(d for d in prepared.devices if isinstance(d, TerminalConsole))
+    device.end.attach(console.offer)
+    console.watch_room(device.end.wake)
+    console.watch_size(device.set_size)
+    window_size.follow(device.set_size)
+    return device.end
 
 
 def _report(name: str, outcome: Outcome) -> None:

@@ -18,6 +18,7 @@ from pyvmm.host import syscalls
 
 _ffi = _cffi_backend.FFI()
 PAGE_SIZE = 4096
+_BLOCK = 512  # st_blocks is in these (stat(2))
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,26 @@ class GuestMemory:
     def write(self, addr: int, data: bytes | bytearray | memoryview) -> None:
         """Copy `data` to guest-physical `addr`. Raises GuestMemoryError, changing nothing then."""
         self.view(addr, len(data))[:] = data
+
+    @property
+    def resident(self) -> int:
+        """How many bytes of it the host has given, for what was written or read so far."""
+        return os.fstat(self.fd).st_blocks * _BLOCK
+
+    def discard(self, addr: int, length: int) -> None:
+        """Give the whole pages at guest-physical `addr` back to the host; they read as zero then.
+
+        Raises GuestMemoryError unless they lie within one region, ValueError unless they are whole
+        pages, HostError if the host does not take them.
+        """
+        if addr % PAGE_SIZE or length % PAGE_SIZE or length <= 0:
+            raise ValueError(f"range {addr:#x} + {length:#x} is not made of whole pages")
+        for region in self.regions:
+            offset = addr - region.guest_addr
+            if offset >= 0 and offset + length <= region.size:
+                syscalls.remove_pages(self._map, region.fd_offset + offset, length)
+                return
+        raise GuestMemoryError(addr, length)
 
     def close(self) -> None:
         """Give the memory back. No view may be used afterwards; the VM must be gone already."""

@@ -25,7 +25,8 @@ def standard_fds() -> tuple[int | None, int | None]:
 class Console:
     """Joins file descriptors to a serial port for the length of a ``with`` block.
 
-    `write` is the serial port's sink; `connect` starts the input. If `stdin` is a terminal it is
+    `write` is the serial port's sink; `offer` and `watch_room` are for a port that cannot wait
+    (ConsoleOutput). `connect` starts the input. If `stdin` is a terminal it is
     raw and `on_quit` is called (in the input's thread) for Ctrl-A x; if not, every byte is the
     guest's. `observer` sees what the guest writes.
 
@@ -41,11 +42,14 @@ class Console:
         observer: Callable[[bytes], None] | None = None,
     ) -> None:
         self._stdin = stdin
+        self._stdout = stdout
         self._on_quit = on_quit
         self._terminal = Terminal(stdin)
         self._output = ConsoleOutput(stdout, observer=observer)
         self._pump: ConsolePump | None = None
         self.write = self._output.write
+        self.offer = self._output.offer
+        self.watch_room = self._output.watch_room
 
     def __enter__(self) -> Self:
         self._terminal.__enter__()
@@ -71,6 +75,11 @@ class Console:
         on_command = self._command if keyboard else None
         self._pump = ConsolePump(self._stdin, port, on_command=on_command)
         self._pump.start()
+
+    def watch_size(self, on_size: Callable[[int, int], None]) -> None:
+        """Have `on_size(columns, rows)` called, now and whenever it changes, if the output is a
+        terminal; from a signal's handler."""
+        self._terminal.watch_size(self._stdout, on_size)
 
     def release(self) -> None:
         """The machine is stopping: no vCPU waits for the output any more."""

@@ -49,6 +49,8 @@ class ConsoleOutput:
         self._wake = EventFd()
         self._idle = True  # the writer sleeps, or is about to look again
         self._released = False
+        self._refused = False  # an offer was turned down since the last batch
+        self._on_room: Callable[[], None] = lambda: None
         self._closing = False
         self._thread = threading.Thread(target=self._run, name="console-output", daemon=True)
 
@@ -67,11 +69,20 @@ class ConsoleOutput:
             self._attend()
 
     def offer(self, data: bytes) -> bool:
-        """Take `data` if it can be had without waiting; whether it was."""
-        if len(self._buffer) + len(data) > LIMIT:
-            return False
+        """Take `data` if it can be had without waiting; whether it was. If not, `watch_room` tells
+        when it is worth trying again."""
+        if len(self._buffer) + len(data) > LIMIT and not self._released:
+            self._refused = True
+            # Looked at again, as the writer may have emptied it before it saw `_refused`.
+            if len(self._buffer) + len(data) > LIMIT:
+                return False
         self.write(data)
         return True
+
+    def watch_room(self, on_room: Callable[[], None]) -> None:
+        """Have `on_room` called, in the writer's thread, after an offer was turned down and there
+        is room again. It must not block."""
+        self._on_room = on_room
 
     def release(self) -> None:
         """The machine is stopping: from now on `write` drops what has no place, and never waits."""
@@ -139,6 +150,9 @@ class ConsoleOutput:
             batch = bytes(self._buffer)
             del self._buffer[: len(batch)]
             self._changed.notify_all()
+        if self._refused:
+            self._refused = False
+            self._on_room()
         if not batch:
             return False
         if self._observer is not None:

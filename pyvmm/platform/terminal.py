@@ -12,6 +12,8 @@ import os
 import signal
 import termios
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
 
@@ -92,6 +94,22 @@ class Terminal:
             termios.tcsetattr(self._fd, termios.TCSANOW, attributes)
         except termios.error:
             return  # it hung up
+
+    def watch_size(self, fd: int | None, on_size: Callable[[int, int], None]) -> None:
+        """Have `on_size(columns, rows)` called now and at each change, if `fd` is a terminal.
+
+        Changes come by a signal, so only to the main thread, and only inside the ``with`` block.
+        """
+        if fd is None or not is_terminal(fd):
+            return
+
+        def tell(number: int = 0, frame: FrameType | None = None) -> None:
+            with suppress(OSError):  # it hung up
+                on_size(*os.get_terminal_size(fd))
+
+        tell()
+        if self._fd >= 0 and threading.current_thread() is threading.main_thread():
+            self._catch(signal.SIGWINCH, tell)
 
     # --- signals ---------------------------------------------------------------------------------
 

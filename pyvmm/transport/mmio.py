@@ -26,6 +26,7 @@ from pyvmm.virtio.lifecycle import Trace
 from pyvmm.virtio.negotiation import Negotiation
 
 _CONFIG_ROW = BY_OFFSET[CONFIG]
+_OPEN_CONFIG_ROW = _CONFIG_ROW._replace(gate=status.ALWAYS)
 _CONFIG_WIDTHS = (1, 2, 4, 8)
 _NO_REGION = 0xFFFF_FFFF  # half of -1
 
@@ -116,7 +117,8 @@ class MmioTransport:
                 return None
         if offset >= CONFIG and size in _CONFIG_WIDTHS:
             writer = partial(self.negotiation.write_config, offset - CONFIG, size)
-            self._write_locked(_CONFIG_ROW, offset, size, value, writer)
+            row = _OPEN_CONFIG_ROW if self.device.config_always_writable else _CONFIG_ROW
+            self._write_locked(row, offset, size, value, writer)
         else:
             self._refuse(offset, size, value)
         return None

@@ -50,7 +50,8 @@ class VirtioDevice(ABC):
     `name` appears in logs and traces. `device_type` is its number in chapter 5, `queue_sizes` the
     largest size of each of its queues. `features` are the bits it offers, those of the ring
     included; VERSION_1 is added for it. `feature_names` are those of its type's own bits, by
-    number, for traces.
+    number, for traces. `config_always_writable` lets the configuration space be written whatever
+    the status (5.3.5.1 Device Requirements: Device Initialization).
     """
 
     name: str
@@ -58,6 +59,7 @@ class VirtioDevice(ABC):
     queue_sizes: tuple[int, ...]
     features: int = 0
     feature_names: Mapping[int, str] = MappingProxyType({})
+    config_always_writable: bool = False
 
     def read_config(self, offset: int, length: int) -> bytes:
         """`length` bytes of the configuration space at `offset`, zero past its end (2.5)."""

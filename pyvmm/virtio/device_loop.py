@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from threading import Thread
+from threading import RLock, Thread
 
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.host.poller import READABLE, Poller
@@ -45,6 +45,7 @@ class DeviceLoop:
         self._end = end
         self.stopping = False
         self._wake = EventFd()
+        self._closing = RLock()  # a signal handler may come while its own thread holds it
         try:
             poller.add(self._wake.fd, _ignore, READABLE)
             for queue in activation.queues:
@@ -66,8 +67,11 @@ class DeviceLoop:
             raise HostError(errno.EAGAIN, f"thread for {self._name}") from None
 
     def wake(self) -> None:
-        """Have `work` called soon; any thread may ask."""
-        self._wake.signal()
+        """Have `work` called soon, if the thread still runs. Any thread may ask, and a signal
+        handler."""
+        with self._closing:
+            if self._wake.fd >= 0:
+                self._wake.signal()
 
     def request_stop(self) -> None:
         """Ask the thread to end after the request at hand."""
@@ -80,7 +84,8 @@ class DeviceLoop:
     def join(self) -> None:
         """Wait until the thread has ended, after `request_stop` or because the device failed."""
         self._thread.join()
-        self._wake.close()
+        with self._closing:
+            self._wake.close()
 
     def batch(self, queue: Queue | None, serve: Serve) -> None:
         """Let `serve` take chains from `queue` and return them; then publish and interrupt.

@@ -126,6 +126,8 @@ class Guest:
             script_disk.write_bytes(text + bytes(-len(text) % SECTOR))
         self._argv = self.argv(script_disk)
         self.console, self.stderr = bytearray(), bytearray()
+        # A place of its own for its control socket: so it is called vm, whatever else runs.
+        self.runtime = tempfile.TemporaryDirectory(prefix="pyvmm-")
         self._open()
         _running.add(self)
         return self
@@ -134,8 +136,6 @@ class Guest:
         argv = self._argv
         if self.stdin == "closed":
             argv = ["sh", "-c", 'exec "$@" <&-', "sh", *argv]
-        # A place of its own for its control socket: so it is called vm, whatever else runs.
-        self.runtime = tempfile.TemporaryDirectory(prefix="pyvmm-")
         self.process = subprocess.Popen(
             argv,
             env=self.environment,

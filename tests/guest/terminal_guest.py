@@ -21,6 +21,7 @@ class TerminalGuest(Guest):
         self.before = self.settings()
         self.process = subprocess.Popen(
             self._argv,
+            env=self.environment,
             stdin=self._terminal,
             stdout=self._terminal,
             stderr=subprocess.PIPE,

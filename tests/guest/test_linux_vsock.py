@@ -139,7 +139,9 @@ def talk(folder: Path, kernel: str) -> Run:
         first.close()
         run.end_of_killed = read_all(held)
         held.close()
-        reports.accept()[0].close()
+        last, _ = reports.accept()
+        with last:
+            read_all(last)
         run.result = guest.wait()
     run.left_over = sorted(entry.name for entry in folder.iterdir() if entry.name == path.name)
     return run

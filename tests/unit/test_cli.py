@@ -34,7 +34,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "small").write_text("hi")
     (tmp_path / "dir").mkdir()
     os.mkfifo(tmp_path / "fifo")
-    monkeypatch.setattr(emulated, "_join_terminal", lambda spec, argv: STARTED)
+    monkeypatch.setattr(emulated, "_join_terminal", lambda spec, argv, size: STARTED)
     monkeypatch.setattr(emulated, "find_image", lambda make: None)
     monkeypatch.setattr(emulated, "EmulatedHostSpec", lambda **parts: None)
     return tmp_path
@@ -194,7 +194,9 @@ def test_why_there_is_an_emulated_host_is_said_only_if_it_starts(pyvmm, monkeypa
 
 def test_the_emulated_host_gets_paths_that_mean_the_same_inside(run, place, monkeypatch):
     inside = []
-    monkeypatch.setattr(emulated, "_join_terminal", lambda spec, argv: inside.append(argv[-1]) or 0)
+    monkeypatch.setattr(
+        emulated, "_join_terminal", lambda spec, argv, size: inside.append(argv[-1]) or 0
+    )
     (place / "link").symlink_to("a.img")
     with open(place / "b.img") as opened:
         by_number = f"/dev/fd/{opened.fileno()},readonly"

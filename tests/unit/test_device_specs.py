@@ -8,6 +8,7 @@ import pytest
 
 from pyvmm.errors import ConfigError
 from pyvmm.machine import devices
+from pyvmm.machine.cmdline import command_line
 from pyvmm.machine.spec import VmSpec, from_json, to_json, validate
 
 
@@ -82,3 +83,76 @@ def test_vsock_sockets_are_made_here_for_an_emulated_host(tmp_path):
         (),
         (),
     )
+
+
+# --- console and ports ---------------------------------------------------------------------------
+
+
+def test_a_virtio_console_is_the_kernels_console():
+    spec = vm(devices.parse("console", "virtio"))
+    assert from_json(to_json(spec)) == spec
+    assert "console=hvc0" in command_line(spec) and "ttyS0" not in command_line(spec)
+    assert "console=ttyS0" in command_line(vm(devices.parse("ports", "name=a,path=b")))
+    with pytest.raises(ConfigError, match="--console: unknown console 'vga'"):
+        devices.parse("console", "vga")
+
+
+def test_ports_become_one_device():
+    spec = vm(devices.parse("ports", "name=agent,path=/run/a,,b\nname=log,path=c"))
+    assert from_json(to_json(spec)) == spec
+    [device] = spec.devices
+    assert [(port.name, port.path) for port in device.ports] == [
+        ("agent", "/run/a,b"),
+        ("log", "c"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "unknown option"),
+        ("name=a", "no name or no path"),
+        ("path=a", "no name or no path"),
+        ("name=,path=a", "unknown option"),
+        ("name=a,path=b,c=d", "unknown option 'c=d'"),
+        ("name=a/b,path=c", "has a slash"),
+        ("name=..,path=c", "has a slash"),
+        ("name=\x1b,path=c", "not printable"),
+        ("name=" + "x" * 65 + ",path=c", "too long"),
+        ("name=a,path=b\nname=a,path=c", "two ports are called 'a'"),
+        ("\n".join(f"name=p{n},path=p{n}" for n in range(16)), "16 ports"),
+    ],
+)
+def test_ports_that_cannot_be(text, why):
+    with pytest.raises(ConfigError, match=f"--port: .*{why}"):
+        vm(devices.parse("ports", text))
+
+
+def test_sockets_of_ports_are_made_here_for_an_emulated_host(tmp_path):
+    text = "\n".join(f"name={name},path={tmp_path / name}" for name in ("a", "b"))
+    with ExitStack() as closing:
+        crossing = devices.cross(vm(devices.parse("ports", text)).devices[0], closing)
+        assert (tmp_path / "a").is_socket() and (tmp_path / "b").is_socket()
+        inside = [port.path for port in crossing.spec.ports]
+        assert inside == [path for _, path in crossing.listening] and len(set(inside)) == 2
+        assert crossing.reached == ()
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- balloon -------------------------------------------------------------------------------------
+
+
+def test_balloon_options():
+    spec = devices.parse("balloon", "size=256M,free-page-reporting,deflate-on-oom")
+    assert (spec.size, spec.reporting, spec.deflate_on_oom) == (256 << 20, True, True)
+    empty = devices.parse("balloon", "")
+    assert (empty.size, empty.reporting, empty.deflate_on_oom) == (0, False, False)
+    assert from_json(to_json(vm(spec))) == vm(spec)
+
+
+@pytest.mark.parametrize("text", ["size=", "size=x", "size=-1", "free-page-reporting=1", "odd"])
+def test_balloon_options_that_cannot_be(text):
+    with pytest.raises(ConfigError, match="--balloon: "):
+        vm(devices.parse("balloon", text))
+    with pytest.raises(ConfigError, match="--balloon: a size of"):
+        vm(devices.parse("balloon", "size=99999999G"))

@@ -1,0 +1,243 @@
+"""The virtio console device: its ports' queues, the control queues, and one thread for them all.
+
+Virtio 1.3, 5.3 Console Device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pyvmm.errors import DriverError
+from pyvmm.host.log import RateLimited, Sink
+from pyvmm.host.poller import Poller
+from pyvmm.virtio.console.ends import End, TerminalEnd
+from pyvmm.virtio.console.port import Port
+from pyvmm.virtio.console.uapi import (
+    CONFIG,
+    CONTROL,
+    CONTROL_RECEIVE,
+    CONTROL_TRANSMIT,
+    EMERG_WR_OFFSET,
+    FEATURE_NAMES,
+    VIRTIO_CONSOLE_DEVICE_READY,
+    VIRTIO_CONSOLE_F_EMERG_WRITE,
+    VIRTIO_CONSOLE_F_MULTIPORT,
+    VIRTIO_CONSOLE_F_SIZE,
+    receive_queue,
+)
+from pyvmm.virtio.constants import VIRTIO_ID_CONSOLE
+from pyvmm.virtio.device import Activation, VirtioDevice
+from pyvmm.virtio.device_loop import DeviceLoop
+from pyvmm.virtio.features import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, has, mask
+from pyvmm.virtio.queue import Queue
+
+MAX_NAMED_PORTS = 15
+_DATA_QUEUE = 128
+_CONTROL_QUEUE = 32
+
+
+class ConsoleDevice(VirtioDevice):
+    """A console with a terminal as port 0, or named ports from 1 on, or both.
+
+    With named ports MULTIPORT is offered. A driver that does not take it has port 0 only.
+    """
+
+    device_type = VIRTIO_ID_CONSOLE
+    feature_names = FEATURE_NAMES
+    config_always_writable = True
+
+    def __init__(
+        self,
+        *,
+        terminal: TerminalEnd | None = None,
+        named: Sequence[tuple[str, End]] = (),
+        name: str = "console",
+        log: Sink | None = None,
+    ) -> None:
+        """`named` are (name, end); `log` gets a line for what the guest did wrong, and is limited
+        in rate unless given. Raises ValueError for too many ports."""
+        if len(named) > MAX_NAMED_PORTS:
+            raise ValueError(f"{len(named)} ports, at most {MAX_NAMED_PORTS}")
+        self.name = name
+        self._terminal = terminal
+        self._size = (0, 0)
+        self.warn = RateLimited(prefix=f"{name}: ") if log is None else log
+        self.ports = [Port(0, terminal, is_console=True)] if terminal is not None else []
+        self.ports += [Port(id, end, name=name) for id, (name, end) in enumerate(named, start=1)]
+        self._multiport = bool(named)
+        self.queue_sizes = (_DATA_QUEUE, _DATA_QUEUE)
+        if named:
+            self.queue_sizes += (_CONTROL_QUEUE,) * 2 + (_DATA_QUEUE,) * (2 * len(named))
+        self.features = mask(
+            VIRTIO_RING_F_INDIRECT_DESC,
+            VIRTIO_RING_F_EVENT_IDX,
+            *((VIRTIO_CONSOLE_F_MULTIPORT,) if named else ()),
+            *((VIRTIO_CONSOLE_F_SIZE, VIRTIO_CONSOLE_F_EMERG_WRITE) if terminal else ()),
+        )
+        self._max_nr_ports = len(named) + 1 if named else 0
+        self._active: _Active | None = None
+
+    def set_size(self, columns: int, rows: int) -> None:
+        """The terminal has this size now; the driver is told. Any thread may call it, and a signal
+        handler too."""
+        self._size = (min(columns, 0xFFFF), min(rows, 0xFFFF))
+        active = self._active
+        if active is not None:
+            active.loop.wake()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(columns, rows) of the terminal, zeros if unknown."""
+        return self._size
+
+    def read_config(self, offset: int, length: int) -> bytes:
+        """struct virtio_console_config, zero past its end (5.3.4, 2.5)."""
+        encoded = CONFIG.pack(*self._size, self._max_nr_ports, 0)
+        return encoded[offset : offset + length].ljust(length, b"\0")
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """A write to `emerg_wr` shows its lowest byte, whatever the device's state (5.3.5.1)."""
+        place = EMERG_WR_OFFSET - offset
+        if self._terminal is not None and 0 <= place < len(data):
+            self._terminal.write_at_once(data[place : place + 1])
+
+    def activate(self, activation: Activation) -> None:
+        """Start the thread. Raises HostError."""
+        active = _Active(self, activation)
+        if self._terminal is not None:
+            self._terminal.set_wake(active.loop.wake)
+        self._active = active
+        active.loop.start()
+
+    def reset(self) -> None:
+        """Stop the thread; programs connected to named ports are disconnected."""
+        active, self._active = self._active, None
+        if active is not None:
+            if self._terminal is not None:
+                self._terminal.set_wake(lambda: None)
+            active.loop.request_stop()
+            active.loop.join()
+
+
+class _Active:
+    """All that lives from DRIVER_OK to the reset."""
+
+    def __init__(self, device: ConsoleDevice, activation: Activation) -> None:
+        """Raises HostError."""
+        self._device = device
+        self._interrupt = activation.interrupt
+        self._queues = activation.queues
+        self._multiport = has(activation.features, VIRTIO_CONSOLE_F_MULTIPORT)
+        ports = device.ports if self._multiport else [p for p in device.ports if p.id == 0]
+        self._ports = {port.id: port for port in ports}
+        self._size = device.size
+        self._message_waits = False
+        poller = Poller()
+        try:
+            for port in ports:
+                port.begin(multiport=self._multiport)
+                port.size = self._size if self._size != (0, 0) else None
+                port.end.begin(poller)
+            self.loop = DeviceLoop(device.name, activation, poller, self.work, self._end)
+        except BaseException:
+            for port in ports:
+                port.end.finish()
+            poller.close()
+            raise
+
+    def _end(self) -> None:
+        for port in self._ports.values():
+            self.loop.batch(self._queue(receive_queue(port.id) + 1), port.drop_output)
+            port.end.finish()
+
+    def work(self) -> None:
+        """Everything that can be done now."""
+        loop = self.loop
+        again = True
+        while again and not loop.stopping:
+            again = False
+            self._notice_size()
+            if self._multiport:
+                loop.batch(self._queue(CONTROL_TRANSMIT), self._take_messages)
+            for port in self._ports.values():
+                again |= self._serve(port)
+            if self._multiport:
+                self._message_waits = True  # also where the driver has no such queue
+                loop.batch(self._queue(CONTROL_RECEIVE), self._give_messages)
+                again |= loop.ask_for_kicks(self._queue(CONTROL_TRANSMIT))
+                if self._message_waits:
+                    again |= loop.ask_for_kicks(self._queue(CONTROL_RECEIVE))
+            again |= any(self._has_more(port) for port in self._ports.values())
+
+    def _serve(self, port: Port) -> bool:
+        """Carry what can be carried; whether the driver has made more available meanwhile."""
+        loop = self.loop
+        receive = self._queue(receive_queue(port.id))
+        transmit = self._queue(receive_queue(port.id) + 1)
+        loop.batch(transmit, port.take_output)
+        port.end.attend(port.guest_is_open, port.is_leaving)
+        loop.batch(receive, port.give_input)
+        # A client that has gone makes place for the next one.
+        port.end.attend(port.guest_is_open, port.is_leaving)
+        again = False if port.is_blocked else loop.ask_for_kicks(transmit)
+        if port.starved:
+            again |= loop.ask_for_kicks(receive)
+        return again
+
+    def _has_more(self, port: Port) -> bool:
+        receive = self._queue(receive_queue(port.id))
+        can_give = receive is not None and receive.ready and not port.starved
+        return port.has_more_output or (can_give and port.wants_to_give)
+
+    def _queue(self, index: int) -> Queue | None:
+        return self._queues[index] if index < len(self._queues) else None
+
+    def _notice_size(self) -> None:
+        size = self._device.size
+        if size == self._size:
+            return
+        self._size = size
+        for port in self._ports.values():
+            if port.is_console:
+                port.size = size
+                port.resized()
+        self._interrupt.signal_config_change()
+
+    # --- control messages: 5.3.6.2 Multiport Device Operation ------------------------------------
+
+    def _take_messages(self, queue: Queue) -> None:
+        for chain in queue:
+            try:
+                id, event, value = chain.reader().unpack(CONTROL)
+                self._hear(id, event, value)
+            except DriverError as error:
+                self._device.warn(f"a control message is ignored: {error}")
+            queue.add_used(chain, 0)
+
+    def _hear(self, id: int, event: int, value: int) -> None:
+        if event == VIRTIO_CONSOLE_DEVICE_READY:
+            if value == 1:
+                for port in self._ports.values():
+                    port.add()
+            return
+        if id not in self._ports:
+            raise DriverError(f"no port {id}", section="5.3.6.2 Multiport Device Operation")
+        self._ports[id].hear(event, value)
+
+    def _give_messages(self, queue: Queue) -> None:
+        self._message_waits = False
+        for port in self._ports.values():
+            while port.owes_message:
+                chain = queue.pop()
+                if chain is None:
+                    self._message_waits = True
+                    return
+                message = port.next_message()
+                try:
+                    chain.writer().write(message)
+                except DriverError as error:
+                    self._device.warn(f"a control buffer is not used: {error}")
+                    queue.add_used(chain, 0)
+                    continue
+                queue.add_used(chain, len(message))
+                port.told()

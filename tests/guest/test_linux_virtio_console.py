@@ -1,0 +1,117 @@
+"""Linux's own virtio_console driver: the terminal as hvc0, and named ports."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+import termios
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from disks import artifacts
+from guest import HANG_SECONDS, GuestResult
+from terminal_guest import TerminalGuest
+
+pytestmark = pytest.mark.usefixtures("linux_guests")
+
+KERNELS = ("6.1", "6.12")
+CTRL_A = "\x01"
+LONG = 300_000
+
+# In the guest, without udev: the port's node by its name.
+PORT = "/dev/$(basename $(dirname $(grep -l agent /sys/class/virtio-ports/*/name)))"
+
+
+@dataclass
+class Run:
+    """What was seen at the terminal and at the port's socket."""
+
+    result: GuestResult
+    restored: bool
+    greeting: bytes
+    reply: bytes
+    bulk: int
+    after_close: bytes
+    left_over: bool
+
+
+def set_size(guest: TerminalGuest, columns: int, rows: int) -> None:
+    size = struct.pack("HHHH", rows, columns, 0, 0)
+    fcntl.ioctl(guest._terminal, termios.TIOCSWINSZ, size)
+    # The terminal is not this guest's controlling one, so nobody else sends the signal.
+    os.kill(guest.process.pid, 28)  # SIGWINCH
+
+
+def read_until(stream: socket.socket, end: bytes) -> bytes:
+    data = b""
+    while not data.endswith(end) and (more := stream.recv(1 << 16)):
+        data += more
+    return data
+
+
+def talk(folder: Path, kernel: str) -> Run:
+    made = artifacts(kernel)
+    path = folder / "agent"
+    guest = TerminalGuest(
+        made.vmlinux,
+        made.initramfs,
+        [f"{made.rootfs},readonly"],
+        options=["--console", "virtio", "--port", f"name=agent,path={path}"],
+    )
+    guest.start()
+    guest.wait_for("# ")
+    guest.type("echo terminal=$(tty); cat\r")
+    guest.wait_for("terminal=/dev/hvc0")
+    guest.type("purr\r")
+    guest.wait_for("purr", times=2)
+    guest.type("\x03")
+    guest.wait_for("# ", times=2)
+
+    set_size(guest, 132, 43)
+    guest.type("until [ \"$(stty size)\" = '43 132' ]; do sleep 0.2; done; echo grown-$((1+1))\r")
+    guest.wait_for("grown-2")
+    set_size(guest, 90, 20)
+    guest.type("until [ \"$(stty size)\" = '20 90' ]; do sleep 0.2; done; echo shrunk-$((1+1))\r")
+    guest.wait_for("shrunk-2")
+
+    with socket.socket(socket.AF_UNIX) as agent:
+        agent.settimeout(HANG_SECONDS)
+        agent.connect(str(path))
+        guest.type(f"exec 5<> {PORT}; echo hello >&5; read line <&5; echo got $line >&5\r")
+        greeting = read_until(agent, b"\n")
+        agent.sendall(b"question\n")
+        reply = read_until(agent, b"\n")
+        guest.type(f"head -c {LONG} /dev/zero >&5; exec 5<&-; echo closed-$((1+1))\r")
+        bulk = 0
+        while data := agent.recv(1 << 16):
+            bulk += len(data)
+        after_close = data
+    guest.wait_for("closed-2")
+    with socket.socket(socket.AF_UNIX) as agent:  # one that sends, and leaves
+        agent.connect(str(path))
+        guest.type(f"exec 5<> {PORT}; read line <&5; echo second-$line; exec 5<&-\r")
+        agent.sendall(b"client\n")
+        guest.wait_for("second-client")
+    guest.type(f"{CTRL_A}h")
+    guest.wait_for("this help")
+    guest.type("exit\r")
+    result = guest.wait()
+    return Run(
+        result, guest.after == guest.before, greeting, reply, bulk, after_close, path.exists()
+    )
+
+
+@pytest.mark.parametrize(
+    "kernel", [pytest.param(k, marks=pytest.mark.boot.with_args(talk, k)) for k in KERNELS]
+)
+def test_a_terminal_and_a_port(boot: Run, kernel: str) -> None:
+    assert boot.result.code == 0, boot.result.ending()
+    assert boot.restored
+    assert (boot.greeting, boot.reply) == (b"hello\n", b"got question\n")
+    assert boot.bulk == LONG, "all that the guest wrote before it closed"
+    assert boot.after_close == b"", "the guest's close is the end of the connection"
+    assert not boot.left_over, "the socket is gone with the monitor"
+    assert "unable to open an initial console" not in boot.result.console
