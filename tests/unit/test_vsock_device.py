@@ -344,6 +344,20 @@ def test_an_interruption_is_told_when_there_is_a_buffer_for_it(rig: Rig) -> None
     assert rig.driver.wait_used(EVENT, event).written == 4
 
 
+def test_packets_and_bytes_are_counted(rig: Rig) -> None:
+    with rig.dial() as host:
+        rig.guest.send(guest_packet(RW, data=b"12345"))
+        host.sendall(b"123")
+        assert rig.guest.receive().data == b"123"
+        assert rig.device.stats() == {
+            "streams": 1,
+            "packets_from_guest": 2,
+            "packets_to_guest": 2,
+            "bytes_from_guest": 5,
+            "bytes_to_guest": 3,
+        }
+
+
 def test_packets_are_traced(rig: Rig) -> None:
     with rig.dial():
         rig.guest.send(guest_packet(RW, data=b"12345"))

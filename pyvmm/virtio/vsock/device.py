@@ -6,7 +6,8 @@ ours, but for what a slow reader on the host has not taken yet.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 
 from pyvmm.errors import DriverError
 from pyvmm.host.log import RateLimited
@@ -18,7 +19,7 @@ from pyvmm.virtio.device_loop import DeviceLoop
 from pyvmm.virtio.features import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, has, mask
 from pyvmm.virtio.queue import Queue
 from pyvmm.virtio.vsock.host_side import HostSide
-from pyvmm.virtio.vsock.packet import HEADER, HEADER_BYTES, Header, PacketEvent
+from pyvmm.virtio.vsock.packet import HEADER, HEADER_BYTES, Counters, Header, PacketEvent
 from pyvmm.virtio.vsock.switch import Switch
 from pyvmm.virtio.vsock.uapi import (
     CONFIG,
@@ -78,12 +79,19 @@ class VsockDevice(VirtioDevice):
         self._path = path
         self._trace = trace
         self._log = RateLimited(prefix=f"{name}: ") if log is None else log
+        self.counters = Counters()
         self._active: _Active | None = None
         self._interrupted = False
 
     def read_config(self, offset: int, length: int) -> bytes:
         """struct virtio_vsock_config, zero past its end (5.10.4, 2.5)."""
         return self._config[offset : offset + length].ljust(length, b"\0")
+
+    def stats(self) -> Mapping[str, object]:
+        """Streams that are open; packets and bytes of payload, both ways, since the start."""
+        active = self._active
+        streams = 0 if active is None else active.stream_count
+        return {"streams": streams, **asdict(self.counters)}
 
     def activate(self, activation: Activation) -> None:
         """Start the thread; from now on clients are let in. Raises HostError."""
@@ -157,9 +165,15 @@ class _Active:
             # 5.10.3.2 Device Requirements: Feature bits
             stream_type_agreed=has(features, VIRTIO_VSOCK_F_STREAM)
             or not has(features, VIRTIO_VSOCK_F_NO_IMPLIED_STREAM),
+            counters=device.counters,
             warn=device.warn,
             trace=device.packet_hook(),
         )
+
+    @property
+    def stream_count(self) -> int:
+        """How many streams are open."""
+        return len(self._switch)
 
     def _end(self) -> None:
         self._switch.close()

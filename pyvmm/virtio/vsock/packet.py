@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from struct import Struct
 from typing import NamedTuple
 
@@ -29,6 +30,16 @@ class Header(NamedTuple):
     def pack(self) -> bytes:
         """The header's 44 bytes."""
         return HEADER.pack(*self)
+
+
+@dataclass
+class Counters:
+    """What has gone through a device since the start; bytes are payload."""
+
+    packets_from_guest: int = 0
+    packets_to_guest: int = 0
+    bytes_from_guest: int = 0
+    bytes_to_guest: int = 0
 
 
 class PacketEvent(NamedTuple):

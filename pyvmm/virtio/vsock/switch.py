@@ -15,7 +15,7 @@ from pyvmm.host.poller import ENDED, FAILED, HUNG_UP, READABLE, WRITABLE, Poller
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.virtio.chain import DescriptorChain, Reader
 from pyvmm.virtio.vsock.host_side import HostSide
-from pyvmm.virtio.vsock.packet import HEADER_BYTES, Header
+from pyvmm.virtio.vsock.packet import HEADER_BYTES, Counters, Header
 from pyvmm.virtio.vsock.stream import State, Stream
 from pyvmm.virtio.vsock.uapi import (
     SHUTDOWN_BOTH,
@@ -36,10 +36,8 @@ MAX_STREAMS = 512
 # RSTs that wait for a receive buffer. With so many the guest's packets are left in its ring, as
 # 5.10.6.1 Virtqueue Flow Control has it.
 MAX_REPLIES = 256
-# How long the guest may take to answer a REQUEST, or a SHUTDOWN of both directions.
-ANSWER_SECONDS = 10.0
+ANSWER_SECONDS = 10.0  # for a REQUEST, or a SHUTDOWN of both directions
 _LONGEST_PAYLOAD = 64 << 10
-
 _SPEAKING = (State.REQUESTED, State.CONNECTED, State.ENDING)
 
 _Ports = tuple[int, int]  # the host's, the guest's
@@ -60,6 +58,7 @@ class Switch:
         poller: Poller,
         *,
         stream_type_agreed: bool = True,
+        counters: Counters,
         warn: Callable[[str], None],
         trace: Callable[[Header], None] | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -68,6 +67,7 @@ class Switch:
         self._host = host
         self._poller = poller
         self._types = (VIRTIO_VSOCK_TYPE_STREAM,) if stream_type_agreed else ()
+        self._counters = counters
         self._warn = warn
         self._trace = trace
         self._clock = clock
@@ -79,6 +79,9 @@ class Switch:
         self._due: deque[tuple[float, Stream]] = deque()
         self._freed = False  # there is room for a stream that was not there when last looked at
 
+    def __len__(self) -> int:
+        return len(self._streams)
+
     # --- the host's events -----------------------------------------------------------------------
 
     def attend(self) -> None:
@@ -89,9 +92,12 @@ class Switch:
             if stream.state is not State.CLOSED:
                 self._flush(stream)
         self._let_clients_in()
-        for sock, port in self._host.commands():
+        waiting = len(self._host)
+        commands = self._host.commands()
+        for sock, port in commands:
             self._request(sock, port)
-        while self._due and self._seconds_left() <= 0:
+        self._freed |= len(self._host) + len(commands) < waiting  # some were turned away
+        while self._due and self._due[0][0] <= self._clock():
             deadline, stream = self._due.popleft()
             if self._is_due(stream, deadline):
                 self._reset(stream)
@@ -103,7 +109,7 @@ class Switch:
 
     def patience(self) -> float | None:
         """Seconds until `attend` has to look at a stream that waits for the guest, or None."""
-        return max(0.0, self._seconds_left()) if self._due else None
+        return max(0.0, self._due[0][0] - self._clock()) if self._due else None
 
     def _let_clients_in(self) -> None:
         try:
@@ -154,9 +160,6 @@ class Switch:
         stream.deadline = self._clock() + ANSWER_SECONDS
         self._due.append((stream.deadline, stream))
 
-    def _seconds_left(self) -> float:
-        return self._due[0][0] - self._clock()
-
     def _is_due(self, stream: Stream, deadline: float) -> bool:
         waits = stream.state in (State.REQUESTED, State.ENDING)
         return waits and stream.deadline == deadline
@@ -170,6 +173,7 @@ class Switch:
 
     def take_packet(self, header: Header, payload: Reader) -> None:
         """Do what the guest's packet says. Nothing in it is trusted; errors end in RST."""
+        self._counters.packets_from_guest += 1
         if self._trace is not None:
             self._trace(header)
         if header.src_cid != self._cid or header.dst_cid != VMADDR_CID_HOST:
@@ -251,6 +255,7 @@ class Switch:
         if stream.guest_done & VIRTIO_VSOCK_SHUTDOWN_SEND:
             raise DriverError("data after the guest has shut down sending", section=_STREAMS)
         stream.take(payload.take(header.len), header.len)
+        self._counters.bytes_from_guest += header.len
 
     def _take_shutdown(self, stream: Stream, flags: int) -> None:
         stream.hear_shutdown(flags)
@@ -311,9 +316,9 @@ class Switch:
         take turns.
         """
         if self._replies:
-            size = self._write(chain, self._replies[0])
+            self._write(chain, self._replies[0])
             self._replies.popleft()
-            return size
+            return HEADER_BYTES
         while self._talking:
             stream = self._talking[0]
             size = self._speak(stream, chain) if stream.state in _SPEAKING else 0
@@ -359,6 +364,7 @@ class Switch:
         if not size:
             return 0
         stream.sent(size)
+        self._counters.bytes_to_guest += size
         return size + self._write(chain, self._header(stream, VIRTIO_VSOCK_OP_RW, size))
 
     def _tell_done(self, stream: Stream, chain: DescriptorChain) -> int:
@@ -388,6 +394,7 @@ class Switch:
 
     def _write(self, chain: DescriptorChain, header: Header) -> int:
         chain.writer().write(header.pack())
+        self._counters.packets_to_guest += 1
         if self._trace is not None:
             self._trace(header)
         return HEADER_BYTES
