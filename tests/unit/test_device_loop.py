@@ -1,0 +1,108 @@
+"""A thread for a whole device: what wakes it, what ends it, and what it leaves behind."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+
+import pytest
+from worker_rig import Recorder
+
+from pyvmm.errors import DriverError, HostError
+from pyvmm.host.poller import READABLE, Poller
+from pyvmm.memory import GuestMemory
+from pyvmm.virtio.device import Activation
+from pyvmm.virtio.device_loop import DeviceLoop
+
+
+class Loop:
+    """A loop without queues; `calls` counts the calls of `work`, `ended` is set by `end`."""
+
+    def __init__(self, work: Callable[[], float | None] = lambda: None) -> None:
+        self.recorder = Recorder()
+        self.calls = threading.Semaphore(0)
+        self.ended = threading.Event()
+        self.poller = Poller()
+        self._work = work
+        memory = GuestMemory([(0, 1 << 20)])
+        activation = Activation(memory, 0, (None,), self.recorder, self.recorder.fail)
+        self.loop = DeviceLoop("loop", activation, self.poller, self._count, self.ended.set)
+
+    def _count(self) -> float | None:
+        self.calls.release()
+        return self._work()
+
+    def wait_for_call(self) -> None:
+        assert self.calls.acquire(timeout=60), "nobody woke the loop"
+
+    def stop(self) -> None:
+        self.loop.request_stop()
+        self.loop.join()
+        assert self.ended.is_set()
+
+
+def test_work_is_called_at_the_start_and_when_woken() -> None:
+    made = Loop()
+    made.loop.start()
+    made.wait_for_call()
+    made.loop.wake()
+    made.wait_for_call()
+    made.stop()
+    assert made.recorder.failures == []
+
+
+def test_work_is_called_again_after_the_time_that_it_asked_for() -> None:
+    made = Loop(lambda: 0.001)
+    made.loop.start()
+    for _ in range(3):
+        made.wait_for_call()
+    made.stop()
+
+
+def test_a_file_wakes_it_each_time_it_becomes_readable() -> None:
+    made = Loop()
+    heard: list[int] = []
+    ours, theirs = os.pipe()
+    made.poller.add(ours, heard.append, READABLE)
+    made.loop.start()
+    made.wait_for_call()
+    for _ in range(2):
+        os.write(theirs, b"x")
+        made.wait_for_call()
+    made.stop()
+    assert [events & READABLE for events in heard] == [READABLE] * len(heard) and heard
+    os.close(ours)
+    os.close(theirs)
+
+
+@pytest.mark.parametrize("error", [DriverError("broken", section="2.7"), ZeroDivisionError()])
+def test_what_work_raises_fails_the_device_and_closes_its_files(error: Exception) -> None:
+    def fail() -> float | None:
+        raise error
+
+    made = Loop(fail)
+    made.loop.start()
+    assert made.recorder.failed.wait(60)
+    made.loop.join()
+    assert made.ended.is_set()
+    [failure] = made.recorder.failures
+    assert isinstance(failure, DriverError)
+
+
+def test_waking_it_after_its_end_does_nothing() -> None:
+    made = Loop()
+    made.loop.start()
+    made.stop()
+    made.loop.wake()
+
+
+def test_without_a_thread_everything_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    made = Loop()
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with pytest.raises(HostError, match="thread for loop"):
+        made.loop.start()
+    assert made.ended.is_set()
