@@ -9,7 +9,7 @@ cut, only printable characters are repeated, each kind of finding is made once.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 LINE_MAX = 2048  # bytes of a line that are looked at in one piece
@@ -84,15 +84,21 @@ class ConsoleWatcher:
         return self.findings[0] if self.findings else None
 
     def silence_hint(
-        self, cmdline: str, elapsed: float, *, patience: float = 10.0
+        self,
+        cmdline: str,
+        elapsed: float,
+        *,
+        patience: float = 10.0,
+        consoles: Collection[str] = ("ttyS0",),
     ) -> Finding | None:
-        """What to say of a guest that has printed nothing in `elapsed` seconds.
+        """What to say of a guest that has printed nothing in `elapsed` seconds on `consoles`, as
+        its kernel calls them.
 
         None while it has printed something or less than `patience` seconds have gone by.
         """
         if self.bytes_seen or elapsed < patience:
             return None
-        return _explain_silence(cmdline, elapsed)
+        return _explain_silence(cmdline, elapsed, consoles)
 
     def _look(self, line: bytes) -> None:
         for marker, explain in _RULES:
@@ -358,7 +364,7 @@ _RULES: tuple[tuple[bytes, _Explain], ...] = (
 )
 
 
-def _explain_silence(cmdline: str, elapsed: float) -> Finding:
+def _explain_silence(cmdline: str, elapsed: float, heard: Collection[str]) -> Finding:
     words = cmdline.split()
     consoles = [word.partition("=")[2] for word in words if word.startswith("console=")]
     message = f"the guest has printed nothing in {elapsed:.0f} seconds"
@@ -366,7 +372,7 @@ def _explain_silence(cmdline: str, elapsed: float) -> Finding:
         return Finding(
             SILENT, f"{message} and was given no console=", "add console=ttyS0 to --cmdline"
         )
-    if not any(console.partition(",")[0] in ("ttyS0", "hvc0") for console in consoles):
+    if not any(console.partition(",")[0] in heard for console in consoles):
         return Finding(
             SILENT,
             f"{message} on the serial port; its console={_quote(consoles[-1])} is another device",

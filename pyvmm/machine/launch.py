@@ -33,6 +33,9 @@ class Attendant:
     def __init__(self, name: str, prepared: Prepared) -> None:
         self._name = name
         self._cmdline = prepared.entry.cmdline
+        # The serial port is always there; both are shown on the terminal.
+        virtio = any(device.kind == "console" for device in prepared.spec.devices)
+        self._consoles = ("ttyS0", "hvc0") if virtio else ("ttyS0",)
         self._transports: Sequence[MmioTransport] = ()
         self.watcher = ConsoleWatcher(self._disk_ready)
         self.observe = self.watcher.feed
@@ -47,7 +50,7 @@ class Attendant:
         """Say what is new since the last look: the most telling finding, or that all is silent."""
         waited = time.monotonic() - self._start
         found = self.watcher.diagnosis or self.watcher.silence_hint(
-            self._cmdline, waited, patience=_SILENCE_SECONDS
+            self._cmdline, waited, patience=_SILENCE_SECONDS, consoles=self._consoles
         )
         if found is not None and found.kind not in self._said:
             self._said.add(found.kind)

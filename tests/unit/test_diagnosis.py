@@ -294,3 +294,10 @@ def test_silence(cmdline: str, word: str) -> None:
     assert watcher.silence_hint(cmdline, 12.0, patience=60.0) is None
     watcher.feed(b"x")
     assert watcher.silence_hint(cmdline, 1000.0) is None
+
+
+def test_silence_of_a_guest_with_a_virtio_console() -> None:
+    both = ("ttyS0", "hvc0")
+    for cmdline in ("console=hvc0", "console=ttyS0"):
+        hint = ConsoleWatcher().silence_hint(cmdline, 12.0, consoles=both)
+        assert hint and "another device" not in str(hint)
