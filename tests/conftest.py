@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
 from mmio_harness import Bench, RecordingDevice, SlowDevice
+
+# How long an example takes says more about what else the machine is doing.
+hypothesis.settings.register_profile("pyvmm", deadline=None)
+hypothesis.settings.load_profile("pyvmm")
 
 
 @pytest.fixture
