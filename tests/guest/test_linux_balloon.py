@@ -21,7 +21,7 @@ KERNELS = ("6.1", "6.12")
 MIB = 1 << 20
 FILL = 96 * MIB
 WANTED = 64 * MIB
-TOO_MUCH = 112 * MIB  # of 256, of which the kernel and the file below need more than the rest
+TOO_MUCH = 112 * MIB
 
 # Each `turn` waits until the host says so, by a port, since it has to look between the steps.
 SCRIPT = f"""\
@@ -44,8 +44,11 @@ turn refilled
 [ "$sum" = "$(sha256sum < fill)" ] && echo "kept=yes"
 rm fill
 turn squeezed
-head -c {FILL} /dev/zero > fill
-echo "size=$(stat -c %s fill)"
+# A little more than there is: far beyond that, a kernel pages its programs in and out for minutes.
+available=$(sed -n 's/^MemAvailable: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo)
+bytes=$(((available + 4096) * 1024))
+head -c $bytes /dev/zero > fill
+echo "missing=$((bytes - $(stat -c %s fill)))"
 turn done
 """
 
@@ -161,7 +164,7 @@ def test_memory_comes_back(boot: Run, kernel: str) -> None:
     assert result.value("kept") == "yes", "memory that was in the balloon holds data"
     # Out of memory, the guest helps itself, and goes on.
     assert boot.relieved["actual"] < boot.squeezed["actual"]
-    assert int(result.value("size")) == FILL
+    assert result.value("missing") == "0"
 
 
 @pytest.mark.parametrize(
