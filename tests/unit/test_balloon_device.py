@@ -106,6 +106,7 @@ def test_pages_of_the_high_region(rig: Rig) -> None:
 def test_deflated_pages_can_be_used_again(rig: Rig) -> None:
     rig.pages(INFLATE, [1024])
     rig.pages(DEFLATE, [1024])
+    assert rig.device.stats()["taken_back"] == PAGE
     rig.fill(1024 * PAGE, PAGE)
     assert not rig.is_gone(1024 * PAGE, PAGE)
 

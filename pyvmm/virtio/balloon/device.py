@@ -94,6 +94,7 @@ class BalloonDevice(VirtioDevice):
         self._poison = 0
         self._active: _Active | None = None
         self.given_back = 0  # bytes, since the start
+        self.taken_back = 0  # bytes that the driver said it takes out of the balloon
         self._statistics: dict[str, int] = {}
         self._reports = 0  # how often the driver has sent statistics
         self._reported = Condition()
@@ -136,7 +137,12 @@ class BalloonDevice(VirtioDevice):
             return dict(self._statistics)
 
     def stats(self) -> Mapping[str, object]:
-        return {"target": self.target, "actual": self.actual, "given_back": self.given_back}
+        return {
+            "target": self.target,
+            "actual": self.actual,
+            "given_back": self.given_back,
+            "taken_back": self.taken_back,
+        }
 
     # --- for the transport -----------------------------------------------------------------------
 
@@ -215,7 +221,7 @@ class _Active:
         """Everything that can be done now."""
         served = (
             (INFLATE, self._inflate),
-            (DEFLATE, self._acknowledge),
+            (DEFLATE, self._deflate),
             (STATS, self._take_statistics),
             (FREE_PAGE, self._acknowledge),
             (REPORTING, self._take_report),
@@ -244,8 +250,14 @@ class _Active:
                 self._device.log(f"pages of the balloon are not taken: {error}")
             queue.add_used(chain, 0)
 
+    def _deflate(self, queue: Queue) -> None:
+        """A page comes back when it is touched: nothing is to be done but to count."""
+        for chain in queue:
+            self._device.taken_back += chain.readable_size // 4 * PAGE
+            queue.add_used(chain, 0)
+
     def _acknowledge(self, queue: Queue) -> None:
-        """A deflated page comes back when it is touched; free page hints are never asked for."""
+        """Free page hints are never asked for."""
         for chain in queue:
             queue.add_used(chain, 0)
 
