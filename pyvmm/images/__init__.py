@@ -100,6 +100,15 @@ def host_artifacts(*, make: bool = False) -> HostArtifacts:
     )
 
 
+def storage_command(program: str, *, make: bool = False) -> list[str]:
+    """The beginning of a command line that runs qemu-img, qemu-io or qemu-storage-daemon 10, which
+    speak vhost-user. Raises ConfigError as `artifacts` does."""
+    [folder] = _folders(["programs-storage"], make)
+    from pyvmm.images.programs import storage_command as command
+
+    return command(folder, program)
+
+
 def fresh_disk(target: str, variant: str = DEFAULT_VARIANT, *, make: bool = False) -> str:
     """A sparse, writable copy of a root disk at `target`, which is replaced; returns `target`."""
     [folder] = _folders([f"rootfs-{variant}"], make)

@@ -50,3 +50,9 @@ def qemu_command(image: str) -> list[str]:
     firmware = [os.path.join(image, "root/usr/share", name) for name in ("qemu", "seabios")]
     program = command(image, "usr/bin/qemu-system-x86_64", "qemu-system-x86_64")
     return [*program, *(word for folder in firmware for word in ("-L", folder))]
+
+
+def storage_command(image: str, program: str) -> list[str]:
+    """The same for one of QEMU's storage programs, which loads its drivers as modules."""
+    modules = os.path.join(image, "root", _LIBRARIES, "qemu")
+    return ["env", f"QEMU_MODULE_DIR={modules}", *command(image, f"usr/bin/{program}", program)]
