@@ -2,7 +2,7 @@
 
     python benchmarks/vhost_user.py [--json FILE] [--rounds 5] [--seconds 0.8] [--poll US]
 
-The client is QEMU 10's `qemu-img bench` over libblkio; the daemon runs an iothread with aio=io_uring.
+The client is QEMU 10's `qemu-img bench` over libblkio, the daemon has an iothread and aio=io_uring.
 Both serve the same file on tmpfs, in turn, on one processor; the client has another. Each figure is
 the median of the rounds. `--poll` is given to `pyvmm vhost-user-blk`.
 """

@@ -26,8 +26,9 @@ class Echo(QueueDevice):
     device_type = 42
     features = 1 << 28 | 1 << 29  # INDIRECT_DESC, EVENT_IDX
 
-    def __init__(self, queue_sizes: tuple[int, ...] = (64, 64)) -> None:
+    def __init__(self, queue_sizes: tuple[int, ...] = (64, 64), *, packed: bool = False) -> None:
         self.name = "echo"
+        self.features = Echo.features | (1 << 34 if packed else 0)
         self.queue_sizes = queue_sizes
         self.space = bytearray(b"configuration")
 

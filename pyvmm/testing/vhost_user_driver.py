@@ -21,6 +21,7 @@ from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
 from pyvmm.testing.mmio_driver import SAFETY_TIMEOUT, DriverTimeout
 from pyvmm.testing.mock_driver import MockSplitDriver
+from pyvmm.testing.packed_driver import MockPackedDriver
 from pyvmm.testing.ring import Arena, Buffer, Chain, MockDriver, Used
 
 GET_FEATURES, SET_FEATURES, SET_OWNER, RESET_OWNER, SET_MEM_TABLE = 1, 2, 3, 4, 5
@@ -30,7 +31,8 @@ GET_PROTOCOL_FEATURES, SET_PROTOCOL_FEATURES, GET_QUEUE_NUM, SET_VRING_ENABLE = 
 SET_BACKEND_REQ_FD, GET_CONFIG, SET_CONFIG, RESET_DEVICE = 21, 24, 25, 34
 GET_MAX_MEM_SLOTS, ADD_MEM_REG, REM_MEM_REG = 36, 37, 38
 
-F_EVENT_IDX, F_PROTOCOL_FEATURES = 1 << 29, 1 << 30
+F_EVENT_IDX, F_PROTOCOL_FEATURES, F_RING_PACKED = 1 << 29, 1 << 30, 1 << 34
+PACKED_START = 0x8000_8000  # both positions at offset 0, both wrap counters 1
 P_MQ, P_REPLY_ACK, P_CONFIG, P_RESET_DEVICE, P_MEM_SLOTS = 1 << 0, 1 << 3, 1 << 9, 1 << 13, 1 << 15
 VERSION, REPLY, NEED_REPLY, NO_FD = 1, 4, 8, 0x100
 USER_BASE = 0x7F12_0000_0000
@@ -165,7 +167,8 @@ class VhostUserDriver:
     def lay_out(self, index: int, size: int) -> MockDriver:
         """Make ring `index`, which is the next one, without a word to the back end."""
         assert index == len(self.queues)
-        queue = MockSplitDriver(
+        layout = MockPackedDriver if self.features & F_RING_PACKED else MockSplitDriver
+        queue = layout(
             self.memory, size, arena=self.arena, event_idx=bool(self.features & F_EVENT_IDX)
         )
         self.queues.append(queue)
@@ -173,9 +176,11 @@ class VhostUserDriver:
             eventfds.append(EventFd())
         return queue
 
-    def set_up(self, index: int, base: int = 0) -> None:
+    def set_up(self, index: int, base: int | None = None) -> None:
         """Tell the back end of a ring, and start and enable it."""
         queue = self.queues[index]
+        if base is None:
+            base = PACKED_START if self.features & F_RING_PACKED else 0
         self.tell_vring(SET_VRING_NUM, index, queue.size)
         self.tell_vring(SET_VRING_BASE, index, base)
         self.tell(SET_VRING_ADDR, self.addresses(index))

@@ -174,6 +174,19 @@ def test_stopping_waits_for_the_request_at_hand():
         assert rig.driver.queues[0].pop_used().head == chain.head
 
 
+@pytest.mark.parametrize("size", [16, 7])
+def test_packed_rings_work_and_go_on_where_they_were_stopped(size):
+    with started(Echo(packed=True), sizes=(size,)) as rig:
+        for _ in range(20):
+            assert rig.echoes()
+        base = rig.driver.stop()
+        chain = rig.driver.submit(0, [b"while stopped"], [13])
+        rig.driver.set_up(0, base)
+        assert rig.driver.wait_used(0, chain).written == 13
+        for _ in range(20):
+            assert rig.echoes()
+
+
 def test_requests_of_a_back_end_that_died_are_taken_again():
     """The front end says that three were taken, and the used ring that one was returned."""
     with connected(Echo()) as rig:

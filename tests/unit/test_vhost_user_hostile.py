@@ -497,9 +497,13 @@ def test_enable_is_on_or_off(ready, value):
 # --- the rings themselves: rows 23 to 34 of docs/robustness.md -----------------------------------
 
 
-@pytest.mark.parametrize("illegal", illegal_chains("split"), ids=str)
-def test_row23_to_row34_what_no_driver_may_put_into_a_ring(illegal):
-    with started() as rig:
+@pytest.mark.parametrize(
+    ("ring", "illegal"),
+    [(ring, one) for ring in ("split", "packed") for one in illegal_chains(ring)],
+    ids=str,
+)
+def test_row23_to_row34_what_no_driver_may_put_into_a_ring(ring, illegal):
+    with started(Echo(packed=ring == "packed")) as rig:
         driver = rig.driver
         assert rig.echoes()
         before = rig.memory.read(HOLE_END, 0x10000)

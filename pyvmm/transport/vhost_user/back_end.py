@@ -112,6 +112,10 @@ class BackEnd:
             fields = request.layout.unpack(message.payload)
             return method(*fields, *((message.fds,) if request.fds.stop > 1 else ()))
 
+    @property
+    def _packed(self) -> bool:
+        return features.has(self._accepted or 0, features.VIRTIO_F_RING_PACKED)
+
     def _has(self, feature: int) -> bool:
         return features.has(self._protocol_features, feature)
 
@@ -210,7 +214,7 @@ class BackEnd:
         return self.vrings[index]
 
     def set_vring_num(self, index: int, num: int) -> None:
-        self._vring(index).set_size(num)
+        self._vring(index).set_size(num, packed=self._packed)
 
     def set_vring_addr(
         self, index: int, flags: int, desc: int, used: int, avail: int, log: int
@@ -221,7 +225,7 @@ class BackEnd:
         self._apply()
 
     def set_vring_base(self, index: int, base: int) -> None:
-        self._vring(index).set_base(base)
+        self._vring(index).set_base(base, packed=self._packed)
 
     def get_vring_base(self, index: int, _: int) -> bytes:
         vring = self._vring(index)
@@ -309,8 +313,7 @@ class BackEnd:
         for index in self._running:
             state = states[index]
             if state is not None:
-                # What is still in flight will be taken again, see Vring.resume.
-                self.vrings[index].base = state.next_used
+                self.vrings[index].left(state)
         self._running = set()
         self.negotiation.reset()
 
@@ -327,7 +330,7 @@ class BackEnd:
         positions = {}
         for index in wanted:
             config = self.vrings[index].config(self.table)
-            positions[index] = self.vrings[index].resume(config, self.table)
+            positions[index] = self.vrings[index].resume(config, self.table, packed=self._packed)
             config.ready = True
             negotiation.state.queues[index] = config
         negotiation.positions = positions

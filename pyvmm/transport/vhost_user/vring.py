@@ -6,7 +6,7 @@ from pyvmm.errors import DriverError
 from pyvmm.transport.vhost_user.front_end_fd import FrontEndFd
 from pyvmm.transport.vhost_user.memory_table import MemoryTable
 from pyvmm.transport.vhost_user.protocol import FrontEndError
-from pyvmm.virtio.queue_state import QueueConfig, QueueState, is_valid_size
+from pyvmm.virtio.queue_state import QueueConfig, QueueState, is_valid_size, size_rule
 
 _POSITION = "2.7.8 The Virtqueue Used Ring"
 
@@ -36,13 +36,12 @@ class Vring:
         """Whether the device may work on it."""
         return self.started and self.enabled and bool(self.size) and self.addresses is not None
 
-    def set_size(self, size: int) -> None:
+    def set_size(self, size: int, *, packed: bool) -> None:
         """Raises FrontEndError for a size that cannot be, or in a ring that is started."""
         self._check_stopped("size")
-        if not is_valid_size(size, self.max_size):
-            raise FrontEndError(
-                f"ring {self.index}: {size} is not a power of two from 1 to {self.max_size}"
-            )
+        if not is_valid_size(size, self.max_size, packed=packed):
+            rule = size_rule(self.max_size, packed=packed)
+            raise FrontEndError(f"ring {self.index}: {size} is not {rule}")
         self.size = size
 
     def set_addresses(self, addresses: tuple[int, int, int]) -> None:
@@ -51,10 +50,10 @@ class Vring:
             self._check_stopped("address")
             self.addresses = addresses
 
-    def set_base(self, base: int) -> None:
-        """Raises FrontEndError for what is no 16-bit position, or in a ring that is started."""
+    def set_base(self, base: int, *, packed: bool) -> None:
+        """Raises FrontEndError for what is no position, or in a ring that is started."""
         self._check_stopped("base")
-        if base > 0xFFFF:
+        if base > 0xFFFF and not packed:
             raise FrontEndError(f"ring {self.index}: {base:#x} is no position in it")
         self.base = base
 
@@ -69,29 +68,28 @@ class Vring:
         desc, used, avail = map(table.guest_address, self.addresses)
         return QueueConfig(self.max_size, self.size, desc, avail, used)
 
-    def resume(self, config: QueueConfig, table: MemoryTable) -> QueueState:
+    def resume(self, config: QueueConfig, table: MemoryTable, *, packed: bool) -> QueueState:
         """The queue as it was left, by us or by a back end before us.
 
-        Requests that were taken and not returned, those between the used index and the base, are
+        Requests that were taken and not returned, those between the used position and the base, are
         taken again: they are whole in the ring as long as a device uses them in order. Raises
         DriverError for a base that the ring contradicts.
         """
-        config.validate(table.memory)
-        used_idx = int.from_bytes(table.memory.read(config.used_addr + 2, 2), "little")
-        if (self.base - used_idx) & 0xFFFF > config.size:
-            raise DriverError(
-                f"base {self.base} with a used index of {used_idx} in a queue of {config.size}",
-                section=_POSITION,
-            )
-        return QueueState(
-            config.max_size,
-            config.size,
-            config.desc_addr,
-            config.avail_addr,
-            config.used_addr,
-            next_avail=used_idx,
-            next_used=used_idx,
-        )
+        config.validate(table.memory, packed=packed)
+        if packed:
+            used = self.base >> 16
+        else:
+            used = int.from_bytes(table.memory.read(config.used_addr + 2, 2), "little")
+            if (self.base - used) & 0xFFFF > config.size:
+                raise DriverError(
+                    f"base {self.base} with a used index of {used} in a queue of {config.size}",
+                    section=_POSITION,
+                )
+        return _at(used, config, packed=packed)
+
+    def left(self, state: QueueState) -> None:
+        """The device has left the queue as `state` has it, maybe to go on there later."""
+        self.base = _at(state.next_used, state.config(), packed=state.packed).vring_base()
 
     def reset(self) -> None:
         """As new, but for the eventfds."""
@@ -103,3 +101,8 @@ class Vring:
         """Give the eventfds back."""
         for fd in (self.kick, self.call, self.error):
             fd.close()
+
+
+def _at(used: int, config: QueueConfig, *, packed: bool) -> QueueState:
+    base = used | used << 16 if packed else used
+    return QueueState.from_vring_base(config, base, packed=packed)
