@@ -18,41 +18,52 @@ Part = tuple[int, int]  # (guest-physical address, length in bytes), never empty
 _FRAMING = "2.7.4 Message Framing"
 
 
-class RamWindow:
-    """Turns guest-physical ranges into views, fast for the first region, where nearly all are.
+MAX_VIEWS = 4096  # that a window remembers: more than a driver's queue has parts
 
-    `readable` and `writable` views show the same bytes; the first cannot be written through. That
-    region is [`start`, `end`), `size` bytes, as `first` and, not to be written, `first_readonly`.
+
+class RamWindow:
+    """Turns parts of guest RAM into views, and remembers them: drivers use the same places for
+    their headers and status bytes again and again, and making a view costs four look-ups.
+
+    `readable` and `writable` views show the same bytes; the first cannot be written through.
+    `known_readable` and `known_writable` are those made lately, for a look before the call.
     """
 
-    __slots__ = ("end", "first", "first_readonly", "memory", "size", "start")
+    __slots__ = ("_view", "known_readable", "known_writable", "memory")
 
     def __init__(self, memory: GuestMemory) -> None:
         self.memory = memory
+        self.known_readable: dict[Part, memoryview] = {}
+        self.known_writable: dict[Part, memoryview] = {}
         self.refresh()
 
     def refresh(self) -> None:
         """The memory's regions have changed; nobody may be using the window."""
-        region = self.memory.regions[0]
-        self.start = region.guest_addr
-        self.end = region.end
-        self.size = region.size
-        self.first = region.view
-        self.first_readonly = region.view.toreadonly()
+        self._view = self.memory.view
+        self.known_readable.clear()
+        self.known_writable.clear()
 
-    def readable(self, addr: int, length: int) -> memoryview:
-        """A read-only view of `length` bytes at `addr`. Raises GuestMemoryError."""
-        offset = addr - self.start
-        if offset >= 0 and offset + length <= self.size:
-            return self.first_readonly[offset : offset + length]
-        return self.memory.view(addr, length).toreadonly()
+    def readable(self, part: Part) -> memoryview:
+        """A read-only view of a part. Raises GuestMemoryError."""
+        view = self.known_readable.get(part)
+        if view is None:
+            view = self._view(*part).toreadonly()
+            self._remember(self.known_readable, part, view)
+        return view
 
-    def writable(self, addr: int, length: int) -> memoryview:
-        """A writable view of `length` bytes at `addr`. Raises GuestMemoryError."""
-        offset = addr - self.start
-        if offset >= 0 and offset + length <= self.size:
-            return self.first[offset : offset + length]
-        return self.memory.view(addr, length)
+    def writable(self, part: Part) -> memoryview:
+        """A writable view of a part. Raises GuestMemoryError."""
+        view = self.known_writable.get(part)
+        if view is None:
+            view = self._view(*part)
+            self._remember(self.known_writable, part, view)
+        return view
+
+    @staticmethod
+    def _remember(known: dict[Part, memoryview], part: Part, view: memoryview) -> None:
+        if len(known) >= MAX_VIEWS:
+            known.clear()
+        known[part] = view
 
 
 class DescriptorChain:
@@ -108,12 +119,12 @@ class DescriptorChain:
     def readable_views(self) -> list[memoryview]:
         """Read-only views of all readable parts. Raises GuestMemoryError."""
         readable = self.ram.readable
-        return [readable(addr, length) for addr, length in self.readable]
+        return [readable(part) for part in self.readable]
 
     def writable_views(self) -> list[memoryview]:
         """Views of all writable parts. Raises GuestMemoryError."""
         writable = self.ram.writable
-        return [writable(addr, length) for addr, length in self.writable]
+        return [writable(part) for part in self.writable]
 
     def __repr__(self) -> str:
         return (
@@ -168,6 +179,10 @@ class _Cursor:
                 section=_FRAMING,
             )
         parts, index, offset = self._parts, self._index, self._offset
+        if not offset and n and parts[index][1] == n:  # what most requests need
+            self._index = index + 1
+            self.available -= n
+            return [parts[index]]
         pieces = []
         left = n
         while left:
@@ -209,17 +224,8 @@ class Reader(_Cursor):
 
     def take(self, n: int) -> list[memoryview]:
         """Read-only views of the next `n` bytes, in place: for pwritev."""
-        if not self._offset and 0 < n <= self.available:
-            # As in Writer.take.
-            addr, length = self._parts[self._index]
-            ram = self._ram
-            addr -= ram.start
-            if length == n and addr >= 0 and addr + n <= ram.size:
-                self._index += 1
-                self.available -= n
-                return [ram.first_readonly[addr : addr + n]]
         readable = self._ram.readable
-        return [readable(addr, length) for addr, length in self._advance(n)]
+        return [readable(part) for part in self._advance(n)]
 
     def read(self, n: int) -> bytes:
         """A copy of the next `n` bytes."""
@@ -227,17 +233,10 @@ class Reader(_Cursor):
 
     def unpack(self, layout: Struct) -> tuple[Any, ...]:
         """The next bytes as the fields of `layout`, each read once."""
-        size = layout.size
-        if not self._index and not self._offset and self._parts:
-            # A header alone in the first descriptor, which is what drivers do, needs no copy.
-            addr, length = self._parts[0]
-            ram = self._ram
-            addr -= ram.start
-            if length == size and addr >= 0 and addr + size <= ram.size:
-                self._index = 1
-                self.available -= size
-                return layout.unpack_from(ram.first, addr)
-        return layout.unpack(self.read(size))
+        pieces = self._advance(layout.size)
+        if len(pieces) == 1:
+            return layout.unpack(self._ram.readable(pieces[0]))
+        return layout.unpack(b"".join(map(self._ram.readable, pieces)))
 
 
 class Writer(_Cursor):
@@ -262,17 +261,8 @@ class Writer(_Cursor):
 
     def take(self, n: int) -> list[memoryview]:
         """Writable views of the next `n` bytes, in place: for preadv."""
-        if not self._offset and 0 < n <= self.available:
-            # One whole descriptor in the first region is what most requests need.
-            addr, length = self._parts[self._index]
-            ram = self._ram
-            addr -= ram.start
-            if length == n and addr >= 0 and addr + n <= ram.size:
-                self._index += 1
-                self.available -= n
-                return [ram.first[addr : addr + n]]
         writable = self._ram.writable
-        return [writable(addr, length) for addr, length in self._advance(n)]
+        return [writable(part) for part in self._advance(n)]
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Copy `data` to the next bytes. All of it, or none where a part is not in RAM."""
@@ -302,8 +292,4 @@ class Writer(_Cursor):
             addr, length = self._parts[index]
         self._from_end += 1
         self.available -= 1
-        ram = self._ram
-        place = addr + length - 1 - from_end - ram.start
-        if 0 <= place < ram.size:
-            return ram.first[place : place + 1]
-        return ram.writable(place + ram.start, 1)
+        return self._ram.writable((addr + length - 1 - from_end, 1))

@@ -192,11 +192,7 @@ class Ring(ABC):
             raise DriverError("descriptor with both INDIRECT and NEXT", section=self.table_section)
         if not length or length % DESC_SIZE:
             raise DriverError(f"indirect table of {length} bytes", section=self.table_section)
-        ram = self._ram
-        offset = addr - ram.start
-        if offset >= 0 and offset + length <= ram.size:
-            return ram.first_readonly[offset : offset + length]
-        return ram.readable(addr, length)
+        return self._ram.readable((addr, length))
 
     # --- returning chains ------------------------------------------------------------------------
 

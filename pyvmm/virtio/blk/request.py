@@ -116,14 +116,14 @@ def parse(chain: DescriptorChain) -> Request | None:
     room = chain.writable_size - 1
     try:
         addr, length = chain.writable[-1]
-        status = ram.writable(addr + length - 1, 1)
+        status = ram.writable((addr + length - 1, 1))
     except (IndexError, GuestMemoryError):
         return None
     type, sector = NO_HEADER, 0
     try:
-        addr, length = chain.readable[0]
-        if length == _HEADER_SIZE:  # Drivers give the header a descriptor of its own.
-            type, _, sector = _unpack_header(ram.readable(addr, length))
+        first = chain.readable[0]
+        if first[1] == _HEADER_SIZE:  # Drivers give the header a descriptor of its own.
+            type, _, sector = _unpack_header(ram.readable(first))
             following = chain.readable[1:]
         else:
             type, _, sector = chain.reader().unpack(HEADER)
@@ -135,7 +135,7 @@ def parse(chain: DescriptorChain) -> Request | None:
         elif type == VIRTIO_BLK_T_OUT:
             if room:
                 return _ioerr(type, sector, status, room, "a write with room for data to read")
-            data = [ram.readable(addr, length) for addr, length in following]
+            data = [ram.readable(part) for part in following]
             size = chain.readable_size - _HEADER_SIZE
         else:
             return _parse_rare(chain, type, sector, status, room)
@@ -204,10 +204,10 @@ def _data_to_fill(chain: DescriptorChain) -> list[memoryview]:
     writable = chain.ram.writable
     parts = chain.writable
     if len(parts) == 2:
-        (addr, length), (_, last_length) = parts
+        first, (_, last_length) = parts
         if last_length == 1:
-            return [writable(addr, length)]
-    views = [writable(addr, length) for addr, length in parts]
+            return [writable(first)]
+    views = [writable(part) for part in parts]
     views[-1] = views[-1][:-1]
     return views if len(views[-1]) else views[:-1]
 
