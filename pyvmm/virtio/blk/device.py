@@ -58,6 +58,8 @@ from pyvmm.virtio.worker import QueueDevice
 # ones a whole queue of them would keep the first from the guest for many milliseconds.
 BATCH_BYTES = 512 << 10
 _PATIENCE = 5.0  # seconds that requests may take which a smaller disk has to wait for
+_MERGED = (VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT)
+Run = list[tuple[DescriptorChain, Request]]
 
 
 class BlockEvent(NamedTuple):
@@ -224,21 +226,86 @@ class BlockDevice(QueueDevice):
         return max(0, chain.readable_size - HEADER.size, chain.writable_size - 1)
 
     def serve(self, queue: Queue) -> None:
-        """Carry out the available requests, about BATCH_BYTES at the most."""
+        """Carry out the available requests, about BATCH_BYTES at the most.
+
+        Reads of sectors that follow one another are carried out at once, and so are writes.
+        """
+        try:
+            self._serve_batch(queue)
+        except _Frozen:
+            queue.halt = True  # The worker waits for its stop from here on.
+
+    def _serve_batch(self, queue: Queue) -> None:
         budget = BATCH_BYTES
+        run: Run = []
+        run_type, run_end = NO_HEADER, 0
         try:
             for chain in queue:
                 request = parse(chain)
                 if request is None:
+                    self._finish(queue, run)
                     self._note_unanswerable(chain)
                     queue.add_used(chain, 0)
                     continue
-                queue.add_used(chain, request.answer(self._carry_out(request)))
-                budget -= request.size
+                size = request.size
+                if request.sector != run_end or request.type != run_type or request.refusal:
+                    if run:
+                        self._finish(queue, run)
+                        if queue.halt:  # asked to stop meanwhile: this one was not begun
+                            queue.step_back(chain)
+                            return
+                    merged = request.type in _MERGED and not request.refusal
+                    run_type = request.type if merged else NO_HEADER
+                    run_end = request.sector
+                run_end += size // SECTOR
+                run.append((chain, request))
+                budget -= size
                 if budget <= 0:
                     return
-        except _Frozen:
-            queue.halt = True  # The worker waits for its stop from here on.
+        finally:
+            # Also when the ring turns out to be broken: these were taken before that.
+            self._finish(queue, run)
+
+    def _finish(self, queue: Queue, run: Run) -> None:
+        """Carry out and return the requests of `run`, which is empty then.
+
+        Two or more are reads, or writes, that follow one another on the disk.
+        """
+        todo = run[:]
+        run.clear()
+        if len(todo) > 1 and self._carry_out_at_once([request for _, request in todo]):
+            for chain, request in todo:
+                # A read or a write that succeeded: all that is writable was written.
+                request.status[0] = VIRTIO_BLK_S_OK
+                queue.add_used(chain, request.room + 1)
+        else:
+            for chain, request in todo:
+                queue.add_used(chain, request.answer(self._carry_out(request)))
+
+    def _carry_out_at_once(self, requests: list[Request]) -> bool:
+        """Whether that could be done; if not, each has to be carried out for itself, to see which
+        one it is that fails. Doing a part of them again does no harm."""
+        first, last = requests[0], requests[-1]
+        if last.sector + last.size // SECTOR > self._capacity or self._trace is not None:
+            return False
+        views: list[memoryview] = []
+        for request in requests:
+            views += request.data
+        start = first.sector * SECTOR
+        size = (last.sector - first.sector) * SECTOR + last.size
+        backend = self._backend
+        try:
+            if first.type == VIRTIO_BLK_T_IN:
+                backend.readv(views, size, start)
+                return True
+            if backend.read_only:
+                return False
+            backend.writev(views, size, start)
+            if self._write_through:
+                backend.flush()
+        except (HostError, OSError):
+            return False
+        return True
 
     def _carry_out(self, request: Request) -> int:
         """The status to answer."""

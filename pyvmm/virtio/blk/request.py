@@ -114,24 +114,32 @@ def parse(chain: DescriptorChain) -> Request | None:
     """
     ram = chain.ram
     room = chain.writable_size - 1
+    readable, writable = chain.readable, chain.writable
     try:
-        addr, length = chain.writable[-1]
-        status = ram.writable((addr + length - 1, 1))
+        last = writable[-1]
+        if last[1] != 1:
+            last = last[0] + last[1] - 1, 1
+        status = ram.known_writable.get(last)
+        if status is None:
+            status = ram.writable(last)
     except (IndexError, GuestMemoryError):
         return None
     type, sector = NO_HEADER, 0
     try:
-        first = chain.readable[0]
+        first = readable[0]
         if first[1] == _HEADER_SIZE:  # Drivers give the header a descriptor of its own.
-            type, _, sector = _unpack_header(ram.readable(first))
-            following = chain.readable[1:]
+            view = ram.known_readable.get(first)
+            type, _, sector = _unpack_header(ram.readable(first) if view is None else view)
+            following = readable[1:]
         else:
             type, _, sector = chain.reader().unpack(HEADER)
             following = _without_header(chain)
         if type == VIRTIO_BLK_T_IN:
             if following:
                 return _ioerr(type, sector, status, room, "a read with data to write")
-            data, size = _data_to_fill(chain), room
+            # Nor do they make it share the status's.
+            whole = writable[:-1] if last is writable[-1] else _without_status(writable)
+            data, size = [ram.writable(part) for part in whole], room
         elif type == VIRTIO_BLK_T_OUT:
             if room:
                 return _ioerr(type, sector, status, room, "a write with room for data to read")
@@ -199,17 +207,10 @@ def _without_header(chain: DescriptorChain) -> list[tuple[int, int]]:
     return []
 
 
-def _data_to_fill(chain: DescriptorChain) -> list[memoryview]:
+def _without_status(writable: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """All writable bytes but the last, which is the status."""
-    writable = chain.ram.writable
-    parts = chain.writable
-    if len(parts) == 2:
-        first, (_, last_length) = parts
-        if last_length == 1:
-            return [writable(first)]
-    views = [writable(part) for part in parts]
-    views[-1] = views[-1][:-1]
-    return views if len(views[-1]) else views[:-1]
+    addr, length = writable[-1]
+    return [*writable[:-1], (addr, length - 1)]
 
 
 def _ioerr(type: int, sector: int, status: memoryview, room: int, reason: str) -> Request:
