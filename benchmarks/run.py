@@ -57,6 +57,18 @@ def lacks_qemu() -> str:
     return "" if shutil.which("qemu-system-x86_64") else "qemu-system-x86_64 is not installed"
 
 
+def lacks_storage_daemon() -> str:
+    """Why there is no qemu-storage-daemon to compare with; or ""."""
+    from pyvmm import images
+    from pyvmm.errors import PyvmmError
+
+    try:
+        images.storage_command("qemu-storage-daemon", make=True)
+    except PyvmmError as error:
+        return str(error)
+    return ""
+
+
 PARTS = (
     Part(
         "native_kvm",
@@ -75,6 +87,12 @@ PARTS = (
         "queues", "Virtqueues by themselves: nanoseconds per chain", ("--rounds", "50"), lambda: ""
     ),
     Part("boot", "Boot to init: pyvmm and QEMU microvm", ("--runs", "1"), lacks_qemu),
+    Part(
+        "vhost_user",
+        "virtio-blk over vhost-user: pyvmm and qemu-storage-daemon",
+        ("--rounds", "1", "--seconds", "0.3"),
+        lacks_storage_daemon,
+    ),
 )
 
 

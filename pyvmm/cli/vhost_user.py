@@ -10,6 +10,7 @@ from pyvmm.errors import ConfigError
 from pyvmm.machine.spec import parse_disk
 
 MAX_QUEUES = 16
+MAX_POLL = 1000  # microseconds
 
 EPILOG = """\b
 Example, with QEMU (10 or 7.2) as the monitor:
@@ -42,8 +43,17 @@ Example, with QEMU (10 or 7.2) as the monitor:
     show_default=True,
     help="Request queues, served by a thread each; a front end may use fewer.",
 )
+@click.option(
+    "--poll",
+    type=int,
+    metavar="MICROSECONDS",
+    default=50,
+    show_default=True,
+    help="Look for the next request for so long before sleeping, while requests come that fast; 0 "
+    "never does. It takes a processor's time for latency, and with one queue only.",
+)
 @click.option("--debug", is_flag=True, help="Show a traceback when pyvmm itself fails.")
-def vhost_user_blk(path: str, disk: str, queues: int, debug: bool) -> int:
+def vhost_user_blk(path: str, disk: str, queues: int, poll: int, debug: bool) -> int:
     """Serve a disk to QEMU, Cloud Hypervisor or libblkio over vhost-user.
 
     The same virtio-blk device that `pyvmm run --disk` has. Ends on SIGTERM or Ctrl-C.
@@ -69,11 +79,15 @@ def vhost_user_blk(path: str, disk: str, queues: int, debug: bool) -> int:
         raise ConfigError(
             f"{queues} queues cannot be had", cure=f"use 1 to {MAX_QUEUES}", option="--queues"
         )
+    if not 0 <= poll <= MAX_POLL:
+        raise ConfigError(f"polling for {poll} µs", cure=f"use 0 to {MAX_POLL}", option="--poll")
     name = spec.id or "disk0"
     with ExitStack() as closing:
         backend = open_backend(spec, closing)
         device = BlockDevice(
             backend, name=name, serial=name, block_size=spec.block_size, num_queues=queues
         )
+        # Threads that poll would keep the interpreter from each other.
+        device.poll_ns = poll * 1000 if queues == 1 else 0
         serve(device, path)
     return 0

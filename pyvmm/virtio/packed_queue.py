@@ -328,6 +328,13 @@ class PackedQueue(Ring):
             position = position + 1 if position + 1 < 2 * size else 0
         return position
 
+    def _has_more(self) -> bool:
+        position = self._advance(self._next_avail, self._left)
+        first_round = position < self.size
+        flags = self._flags[position if first_round else position - self.size]
+        available = DESC_F_AVAIL if first_round else DESC_F_USED
+        return self._left < self._room and not (flags ^ available) & _OWNER
+
     # --- positions and state ---------------------------------------------------------------------
 
     def _advance(self, position: int, slots: int) -> int:

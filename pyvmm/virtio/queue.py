@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from threading import Lock
 from typing import TYPE_CHECKING, Protocol
 
@@ -51,11 +51,18 @@ class Queue(Protocol):
         """Undo the last `add_used`, which was of `chain`, before it was published: the chain is in
         flight again. Several can be undone, the last first. Raises ValueError."""
 
+    def add_all_used(self, returned: Iterable[tuple[DescriptorChain, int]]) -> None:
+        """As `add_used` for each chain and the bytes written."""
+
     def publish_used(self) -> bool:
         """Make all added used elements visible; whether the driver wants a notification now."""
 
     def disable_notification(self) -> None:
         """Tell the driver that kicks are not needed for now."""
+
+    def poll(self, until: int) -> bool:
+        """Look for new buffers, without asking for a kick, until the clock (perf_counter_ns) says
+        `until` or `halt` is set; whether there are any. `lock` need not be held."""
 
     def enable_notification(self) -> bool:
         """Ask for kicks again; True if more became available meanwhile, so that it must be

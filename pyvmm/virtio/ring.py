@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
 from threading import Lock
+from time import perf_counter_ns
 from typing import TypeVar
 
 from pyvmm.errors import DriverError
@@ -28,6 +29,7 @@ MAX_CHAIN_BYTES = 1 << 32
 MAX_USED_LENGTH = 0xFFFF_FFFF  # a used element's length is a le32
 IN_FLIGHT = 1 << 62  # later than any batch
 UNSETTLED = (-1, -1)
+_LOOKS = 16  # at the ring for each at the clock, while polling
 
 
 Self = TypeVar("Self", bound="Ring")
@@ -117,7 +119,14 @@ class Ring(ABC):
     def _first_unavailable(self) -> int:
         """The position behind all that the driver has made available. Raises DriverError."""
 
+<<<<<<< HEAD
     @abstractmethod
+=======
+    @abstractmethod
+    def _has_more(self) -> bool:
+        """Whether the driver seems to have made more available than was seen; a hint."""
+
+>>>>>>> 9074cfc (A worker may poll before it sleeps; usual requests by the short way; vhost-user's peers: qemu-img, qemu-io, a QEMU guest; what was measured)
     def _advance(self, position: int, slots: int) -> int:
         """The position `slots` entries of the ring further."""
 
@@ -256,6 +265,18 @@ class Ring(ABC):
         end = self._first_unavailable()
         before, self._settled = self._settled, (end, self._next_avail)
         return end != self._next_avail and self._settled != before
+
+    def poll(self, until: int) -> bool:
+        """Look for new buffers, without asking for a kick, until the clock (perf_counter_ns) says
+        `until` or `halt` is set; whether there are any."""
+        look = self._has_more
+        while self.ready and not self.halt:
+            for _ in range(_LOOKS):
+                if look():
+                    return True
+            if perf_counter_ns() > until:
+                return False
+        return False
 
     # --- state -----------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ nothing has been consumed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from struct import Struct
 
 from pyvmm.errors import DriverError
@@ -230,6 +230,24 @@ class SplitQueue(Ring):
         self._taken[head] = None
         self._busy_until[head] = self._batch
 
+    def add_all_used(self, returned: Iterable[tuple[DescriptorChain, int]]) -> None:
+        """As `add_used` for each chain and the bytes written."""
+        if self._in_order or not self.ready:
+            super().add_all_used(returned)
+            return
+        ring, mask, position = self._used_ring, self._mask, self._next_used
+        taken, busy_until, batch = self._taken, self._busy_until, self._batch
+        for chain, written in returned:
+            head = chain.head
+            if taken[head] is not chain:
+                raise ValueError(f"chain {head} is not in flight")
+            if written > MAX_USED_LENGTH:
+                written = MAX_USED_LENGTH
+            ring[position & mask] = written << 32 | head
+            self._next_used = position = (position + 1) & 0xFFFF
+            taken[head] = None
+            busy_until[head] = batch
+
     def publish_used(self) -> bool:
         """Store used.idx once for all that was added; whether the driver wants to be notified."""
         new, old = self._next_used, self._published
@@ -278,6 +296,9 @@ class SplitQueue(Ring):
 
     def _first_unavailable(self) -> int:
         return self._read_avail_idx()
+
+    def _has_more(self) -> bool:
+        return self._avail[1] != self._seen_avail
 
     # --- positions and state ---------------------------------------------------------------------
 

@@ -92,8 +92,9 @@ def wait_readable(event: EventFd) -> None:
     event.drain()
 
 
+@pytest.mark.parametrize("poll_ns", [0, 20_000, 10**9])
 @pytest.mark.parametrize("event_idx", [False, True])
-def test_row38_no_kick_and_no_interrupt_is_ever_lost(event_idx):
+def test_row38_no_kick_and_no_interrupt_is_ever_lost(event_idx, poll_ns):
     """The driver kicks only if asked to and sleeps until it is interrupted, 1,500 times."""
     rig = Rig(size=8, event_idx=event_idx)
     interrupt = EventFdInterrupt()
@@ -121,6 +122,7 @@ def test_row38_no_kick_and_no_interrupt_is_ever_lost(event_idx):
     # The worker's threads must not exist yet when the process forks.
     pid = in_child(drive)
     device = Sink()
+    device.poll_ns = poll_ns
     device.activate(Activation(rig.memory, rig.features, (rig.queue,), interrupt, failures.append))
     try:
         assert exit_code(pid) == 0

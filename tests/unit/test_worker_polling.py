@@ -1,0 +1,77 @@
+"""A worker that looks at its ring for a while before it sleeps."""
+
+from __future__ import annotations
+
+import threading
+from time import perf_counter_ns
+
+import pytest
+from queue_rig import LAYOUTS, Rig
+from worker_rig import Bench, Echo
+
+LONG = 3_600 * 10**9  # nanoseconds; a test that waits for its end hangs
+
+
+@pytest.fixture(params=LAYOUTS)
+def rig(request):
+    rig = Rig(layout=request.param)
+    yield rig
+    rig.close()
+
+
+def test_new_buffers_end_the_polling(rig):
+    rig.driver.add([b"x"])
+    rig.driver.publish()
+    assert rig.queue.poll(perf_counter_ns() + LONG)
+    assert rig.serve() == 1
+
+
+def test_buffers_that_come_while_it_polls_end_it(rig):
+    def publish():
+        rig.driver.add([b"x"])
+        rig.driver.publish()
+
+    timer = threading.Timer(0.02, publish)
+    timer.start()
+    assert rig.queue.poll(perf_counter_ns() + LONG)
+    timer.join()
+
+
+def test_the_time_ends_it_where_nothing_comes(rig):
+    assert not rig.queue.poll(perf_counter_ns() + 1000)
+    rig.driver.add([b"x"])
+    rig.driver.publish()
+    assert rig.serve() == 1
+    rig.queue.publish_used()
+    assert not rig.queue.poll(perf_counter_ns() + 1000), "what was served counts as new"
+
+
+@pytest.mark.parametrize("change", [("halt", True), ("ready", False)], ids=str)
+def test_a_stop_ends_it(rig, change):
+    timer = threading.Timer(0.02, setattr, (rig.queue, *change))
+    timer.start()
+    assert not rig.queue.poll(perf_counter_ns() + LONG)
+    timer.join()
+
+
+def test_it_goes_round_the_ring(rig):
+    for _ in range(5 * rig.driver.size):
+        rig.driver.add([b"x"])
+        rig.driver.publish()
+        assert rig.queue.poll(perf_counter_ns() + LONG)
+        assert rig.serve() == 1
+        rig.queue.publish_used()
+        assert rig.driver.pop_used() is not None
+
+
+def test_a_device_that_polls_for_an_hour_serves_and_stops():
+    device = Echo()
+    device.poll_ns = LONG
+    bench = Bench(device)
+    bench.activate()
+    try:
+        # The first sleep is shorter than an hour, so all later requests find it polling.
+        for _ in range(50):
+            assert bench.echo(b"echo") == b"echo"
+    finally:
+        bench.close()  # would hang, if polling did not look for the stop
