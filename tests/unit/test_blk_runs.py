@@ -172,3 +172,21 @@ def test_write_through_flushes_a_run_before_it_completes():
         rig.driver.start(features=rig.driver.offered_features() & ~(1 << 9))
         carry_out(rig, [(OUT, 4, 1), (OUT, 5, 1)])
     assert disk.calls == [("write", 4, 2), ("flush", 0, 0)]
+
+
+def test_row39_a_status_byte_that_was_writable_once_is_not_written_where_it_may_only_be_read():
+    disk = Recorder()
+    with running(disk, trace=None) as rig:
+        driver, queue = rig.driver, rig.driver.queues[0]
+        good = queue.add([header(OUT, 4), b"w" * 512], [1])
+        queue.publish()
+        driver.kick()
+        driver.wait_used(0, good)
+        place = good.writable[0]
+        rig.memory.write(place.addr, bytes([UNTOUCHED]))
+        bad = queue.add([*good.readable, place])
+        queue.publish()
+        driver.kick()
+        assert driver.wait_used(0, bad).written == 0
+        assert rig.memory.read(place.addr, 1) == bytes([UNTOUCHED])
+    assert disk.calls == [("write", 4, 1)]

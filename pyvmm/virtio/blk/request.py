@@ -165,13 +165,13 @@ def _parse_usual(chain: DescriptorChain) -> Request | None:
     readable, writable, ram = chain.readable, chain.writable, chain.ram
     try:
         if len(writable) == 2:
-            first, data, status = *readable, *writable
+            [first], [data, status] = readable, writable
             wanted, view = VIRTIO_BLK_T_IN, ram.known_writable.get(data)
             if view is None:
                 view = ram.writable(data)
             room = data[1]
         else:
-            first, data, status = *readable, *writable
+            [first, data], [status] = readable, writable
             wanted, view, room = VIRTIO_BLK_T_OUT, ram.readable(data), 0
         if first[1] != _HEADER_SIZE or status[1] != 1:
             return None
