@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from threading import Lock
 from typing import TYPE_CHECKING, Protocol
 
@@ -50,9 +50,6 @@ class Queue(Protocol):
     def undo_used(self, chain: DescriptorChain) -> None:
         """Undo the last `add_used`, which was of `chain`, before it was published: the chain is in
         flight again. Several can be undone, the last first. Raises ValueError."""
-
-    def add_all_used(self, returned: Iterable[tuple[DescriptorChain, int]]) -> None:
-        """As `add_used` for each chain and the bytes written."""
 
     def publish_used(self) -> bool:
         """Make all added used elements visible; whether the driver wants a notification now."""

@@ -119,14 +119,11 @@ class Ring(ABC):
     def _first_unavailable(self) -> int:
         """The position behind all that the driver has made available. Raises DriverError."""
 
-<<<<<<< HEAD
-    @abstractmethod
-=======
     @abstractmethod
     def _has_more(self) -> bool:
         """Whether the driver seems to have made more available than was seen; a hint."""
 
->>>>>>> 9074cfc (A worker may poll before it sleeps; usual requests by the short way; vhost-user's peers: qemu-img, qemu-io, a QEMU guest; what was measured)
+    @abstractmethod
     def _advance(self, position: int, slots: int) -> int:
         """The position `slots` entries of the ring further."""
 

@@ -274,10 +274,10 @@ class BlockDevice(QueueDevice):
         todo = run[:]
         run.clear()
         if len(todo) > 1 and self._carry_out_at_once([request for _, request in todo]):
-            for _, request in todo:
+            for chain, request in todo:
+                # A read or a write that succeeded: all that is writable was written.
                 request.status[0] = VIRTIO_BLK_S_OK
-            # A read or a write that succeeded: all that is writable was written.
-            queue.add_all_used([(chain, request.room + 1) for chain, request in todo])
+                queue.add_used(chain, request.room + 1)
         else:
             for chain, request in todo:
                 queue.add_used(chain, request.answer(self._carry_out(request)))

@@ -93,14 +93,13 @@ def _split(chain: DescriptorChain) -> tuple[bytes, list[memoryview]]:
     ram = chain.ram
     parts = chain.readable
     if parts and parts[0][1] == HEADER_SIZE:  # Linux's driver, where it has no headroom
-        header = bytes(ram.readable(*parts[0]))
-        return header, [ram.readable(addr, length) for addr, length in parts[1:]]
+        header = bytes(ram.readable(parts[0]))
+        return header, [ram.readable(part) for part in parts[1:]]
     if parts and parts[0][1] > HEADER_SIZE:  # and where it has
-        addr, length = parts[0]
-        first = ram.readable(addr, length)
+        first = ram.readable(parts[0])
         frame = [first[HEADER_SIZE:]]
         if len(parts) > 1:
-            frame += [ram.readable(addr, length) for addr, length in parts[1:]]
+            frame += [ram.readable(part) for part in parts[1:]]
         return bytes(first[:HEADER_SIZE]), frame
     reader = chain.reader()
     return reader.read(HEADER_SIZE), reader.take(reader.available)
