@@ -86,6 +86,7 @@ PARTS = (
     Part(
         "queues", "Virtqueues by themselves: nanoseconds per chain", ("--rounds", "50"), lambda: ""
     ),
+    Part("net", "Network: pyvmm and QEMU microvm", ("--rounds", "1"), lacks_qemu),
     Part("boot", "Boot to init: pyvmm and QEMU microvm", ("--runs", "1"), lacks_qemu),
     Part(
         "vhost_user",
