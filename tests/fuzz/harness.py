@@ -104,9 +104,7 @@ class Case:
         self.structures: list[tuple[int, int]] = []
 
     def _watch_discards(self) -> None:
-        discard = getattr(self.memory, "discard", None)
-        if discard is None:
-            return
+        discard = self.memory.discard
 
         def watched(addr: int, size: int) -> None:
             self.discarded.append((addr, size))

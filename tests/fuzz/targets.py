@@ -15,7 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
-from fuzz import net_target
+from fuzz import balloon_target, console_target, net_target
 from fuzz.request import Request, pieces
 
 from pyvmm.host.files import open_image
@@ -149,6 +149,18 @@ def _vsock_check(device: VirtioDevice, driver: MmioDriver) -> None:
 TARGETS = {
     "blk": Target(_disk, _disk_request, _disk_check, prompt=(0, 1)),
     "rng": Target(_rng, _rng_request, _rng_check, prompt=(0,)),
+    "balloon": Target(
+        balloon_target.make,
+        balloon_target.request,
+        balloon_target.check,
+        stir=balloon_target.stir,
+    ),
+    "console": Target(
+        console_target.make,
+        console_target.request,
+        console_target.check,
+        stir=console_target.stir,
+    ),
     "net": Target(net_target.make, net_target.request, net_target.check, stir=net_target.stir),
     "vsock": Target(_vsock, _vsock_request, _vsock_check),
 }
