@@ -26,7 +26,12 @@ Key = tuple[Any, ...]
 # QEMU's TCG ruins a nested guest now and then (docs/decisions/0071), so a test of one that hung or
 # triple-faulted in an emulated host is run again, and the report says so ("RERUN"). On real KVM the
 # first time counts.
-RUINED = ["the guest hangs", "KVM_EXIT_SHUTDOWN: triple fault", "the emulated KVM host stopped"]
+RUINED = [
+    "the guest hangs",
+    "timed out after",
+    "KVM_EXIT_SHUTDOWN: triple fault",
+    "the emulated KVM host stopped",
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

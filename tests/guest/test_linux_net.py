@@ -227,11 +227,18 @@ def boot_tap(folder: Path, kernel: str) -> GuestResult:
         if why_not_host() is not None:
             options = ["--memory", "900", "--disk", str(disk)]
             argv = [sys.executable, "-m", "pyvmm.emulated_host", *options, "--", *argv]
-        done = subprocess.run(
-            argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=HANG_SECONDS
-        )
-    console = done.stdout.decode(errors="replace").replace("\r\n", "\n")
-    return GuestResult(argv, done.returncode, console, done.stderr.decode(errors="replace"))
+        try:
+            done = subprocess.run(
+                argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=HANG_SECONDS
+            )
+        except subprocess.TimeoutExpired as late:
+            so_far = GuestResult(argv, -1, _text(late.stdout), _text(late.stderr))
+            pytest.fail(f"the guest hangs\n{so_far.ending()}")
+    return GuestResult(argv, done.returncode, _text(done.stdout), _text(done.stderr))
+
+
+def _text(output: bytes | None) -> str:
+    return (output or b"").decode(errors="replace").replace("\r\n", "\n")
 
 
 @pytest.mark.parametrize("kernel", ["6.1", "6.12"])
