@@ -1,10 +1,11 @@
-"""A guest's network: pyvmm and QEMU's microvm, in turn, on the same tap and on passt.
+"""A guest's network: pyvmm and QEMU's microvm, in turn, on the same tap.
 
-    python benchmarks/net.py [--json FILE] [--rounds 3] [--seconds 4] [--kernel 6.1]
+    python benchmarks/net.py [--json FILE] [--rounds 3] [--seconds 4] [--kernel 6.1] [--ways tap]
 
 iperf3 with one stream, both ways, and the round trip of a ping, between a guest and the machine it
 runs on. Both run in one emulated KVM host, with the same kernel and disk; what is in there is 10 to
 20 times slower than on real KVM, so the ratio is what counts. QEMU is without vhost, as pyvmm is.
+With `--ways passt` only pyvmm's half works so far: QEMU's waits for ever.
 """
 
 from __future__ import annotations
@@ -208,7 +209,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=4)
     parser.add_argument("--kernel", default="6.1")
-    parser.add_argument("--ways", nargs="+", default=["tap", "passt"], choices=["tap", "passt"])
+    parser.add_argument("--ways", nargs="+", default=["tap"], choices=["tap", "passt"])
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
