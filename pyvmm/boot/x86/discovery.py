@@ -39,7 +39,7 @@ def choose(wish: str, kernel: ImageFile, *, elf: bool, banner: str, cmdline: str
         raise ConfigError(
             f"{wish!r} is no way to find virtio devices",
             cure="choose one of " + ", ".join(CHOICES),
-            option="--virtio-discovery",
+            option="--discovery",
         )
     if wish != AUTO:
         return wish
