@@ -21,7 +21,8 @@ from typing import Literal, Protocol
 from pyvmm.memory import GuestMemory
 from pyvmm.testing.mock_driver import MockSplitDriver
 from pyvmm.testing.packed_driver import MockPackedDriver
-from pyvmm.testing.ring import Arena, Buffer, Chain, MockDriver, Used
+from pyvmm.testing.queue_user import QueueUser
+from pyvmm.testing.ring import Arena, MockDriver
 
 MAGIC_VALUE, VERSION, DEVICE_ID = 0x000, 0x004, 0x008
 DEVICE_FEATURES, DEVICE_FEATURES_SEL = 0x010, 0x014
@@ -78,7 +79,7 @@ class InterruptLine:
             return self._condition.wait_for(lambda: self.count >= count, timeout)
 
 
-class MmioDriver:
+class MmioDriver(QueueUser):
     """Drives one virtio-mmio device. `queues` are its virtqueues once `start` was called."""
 
     def __init__(
@@ -99,9 +100,8 @@ class MmioDriver:
         self.kicks = kicks
         self.arena = Arena(memory) if arena is None else arena
         self.ring = ring
-        self.queues: list[MockDriver] = []
+        super().__init__()
         self.features = 0
-        self._early: dict[tuple[int, int], Used] = {}
 
     # --- registers -------------------------------------------------------------------------------
 
@@ -262,50 +262,9 @@ class MmioDriver:
         else:
             self.write(QUEUE_NOTIFY, index)
 
-    def submit(
-        self,
-        index: int,
-        readable: Sequence[bytes | Buffer] = (),
-        writable: Sequence[int | Buffer] = (),
-        *,
-        indirect: bool = False,
-    ) -> Chain:
-        """Make one chain available in queue `index`, and kick if the device wants to know."""
-        chain = self.queues[index].add(readable, writable, indirect=indirect)
-        self._early.pop((index, chain.head), None)  # of an earlier chain with the same head
-        if self.queues[index].publish():
-            self.kick(index)
-        return chain
-
-    def request(
-        self,
-        index: int,
-        readable: Sequence[bytes | Buffer] = (),
-        writable: Sequence[int | Buffer] = (),
-        *,
-        indirect: bool = False,
-    ) -> tuple[int, bytes]:
-        """Submit a chain and wait for it: (used length, contents of the writable buffers)."""
-        chain = self.submit(index, readable, writable, indirect=indirect)
-        used = self.wait_used(index, chain)
-        return used.written, self.queues[index].contents(chain)
-
-    def wait_used(self, index: int, chain: Chain | None = None) -> Used:
-        """The next element that the device returns in queue `index`; the one of `chain` if given.
-
-        Raises DriverTimeout with a dump of the state if there is none for a minute, or at once if
-        the device needs a reset.
-        """
-        queue = self.queues[index]
-        while True:
-            if chain is not None and (index, chain.head) in self._early:
-                return self._early.pop((index, chain.head))
-            self._wait(queue.has_used, f"queue {index} to return a buffer", from_live_device=True)
-            used = queue.pop_used()
-            assert used is not None
-            if chain is None or used.head == chain.head:
-                return used
-            self._early[index, used.head] = used
+    def _wait_for_buffer(self, index: int) -> None:
+        has_used = self.queues[index].has_used
+        self._wait(has_used, f"queue {index} to return a buffer", from_live_device=True)
 
     def wait_needs_reset(self) -> None:
         """Wait until the device has set DEVICE_NEEDS_RESET."""

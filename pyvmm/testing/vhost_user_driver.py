@@ -22,7 +22,8 @@ from pyvmm.memory import GuestMemory
 from pyvmm.testing.mmio_driver import SAFETY_TIMEOUT, DriverTimeout
 from pyvmm.testing.mock_driver import MockSplitDriver
 from pyvmm.testing.packed_driver import MockPackedDriver
-from pyvmm.testing.ring import Arena, Buffer, Chain, MockDriver, Used
+from pyvmm.testing.queue_user import QueueUser
+from pyvmm.testing.ring import Arena, MockDriver
 
 GET_FEATURES, SET_FEATURES, SET_OWNER, RESET_OWNER, SET_MEM_TABLE = 1, 2, 3, 4, 5
 SET_VRING_NUM, SET_VRING_ADDR, SET_VRING_BASE, GET_VRING_BASE = 8, 9, 10, 11
@@ -46,7 +47,7 @@ class Gone(AssertionError):
     """The back end has closed the connection."""
 
 
-class VhostUserDriver:
+class VhostUserDriver(QueueUser):
     """One front end. `queues` are its rings once `start` was called, `kicks`, `calls` and `errors`
     their eventfds."""
 
@@ -55,13 +56,12 @@ class VhostUserDriver:
         connection.settimeout(SAFETY_TIMEOUT)
         self.memory = memory
         self.arena = Arena(memory)
-        self.queues: list[MockDriver] = []
+        super().__init__()
         self.kicks: list[EventFd] = []
         self.calls: list[EventFd] = []
         self.errors: list[EventFd] = []
         self.features = 0
         self.protocol_features = 0
-        self._early: dict[tuple[int, int], Used] = {}
 
     def __enter__(self) -> Self:
         return self
@@ -223,49 +223,9 @@ class VhostUserDriver:
         """Notify the back end that ring `index` has new buffers."""
         self.kicks[index].signal()
 
-    def submit(
-        self,
-        index: int,
-        readable: Sequence[bytes | Buffer] = (),
-        writable: Sequence[int | Buffer] = (),
-        *,
-        indirect: bool = False,
-    ) -> Chain:
-        """Make one chain available in ring `index`, and kick if the device wants to know."""
-        chain = self.queues[index].add(readable, writable, indirect=indirect)
-        self._early.pop((index, chain.head), None)
-        if self.queues[index].publish():
-            self.kick(index)
-        return chain
-
-    def request(
-        self,
-        index: int,
-        readable: Sequence[bytes | Buffer] = (),
-        writable: Sequence[int | Buffer] = (),
-        *,
-        indirect: bool = False,
-    ) -> tuple[int, bytes]:
-        """Submit a chain and wait for it: (used length, contents of the writable buffers)."""
-        chain = self.submit(index, readable, writable, indirect=indirect)
-        used = self.wait_used(index, chain)
-        return used.written, self.queues[index].contents(chain)
-
-    def wait_used(self, index: int, chain: Chain | None = None) -> Used:
-        """The next element that the device returns in ring `index`; the one of `chain` if given.
-
-        Raises DriverTimeout.
-        """
-        queue = self.queues[index]
-        while True:
-            if chain is not None and (index, chain.head) in self._early:
-                return self._early.pop((index, chain.head))
-            self.wait(queue.has_used, f"queue {index} to return a buffer")
-            used = queue.pop_used()
-            assert used is not None
-            if chain is None or used.head == chain.head:
-                return used
-            self._early[index, used.head] = used
+    def _wait_for_buffer(self, index: int) -> None:
+        has_used = self.queues[index].has_used
+        self.wait(has_used, f"queue {index} to return a buffer")
 
     def wait_called(self, index: int = 0) -> None:
         """Wait until the back end has signalled that it used buffers of ring `index`."""

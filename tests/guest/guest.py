@@ -207,7 +207,7 @@ class Guest:
 
     def result(self) -> GuestResult:
         code = self.process.returncode
-        return GuestResult(self._argv, code, _text(self.console), _text(self.stderr))
+        return GuestResult(self._argv, code, text(self.console), text(self.stderr))
 
     def _finish(self) -> GuestResult:
         for pump in self._pumps:
@@ -254,5 +254,6 @@ def wait_until(condition: Callable[[], bool]) -> bool:
     return condition()
 
 
-def _text(data: bytearray) -> str:
+def text(data: bytes | bytearray) -> str:
+    """What a stream said, as lines that end as they do here."""
     return bytes(data).decode(errors="replace").replace("\r\n", "\n")

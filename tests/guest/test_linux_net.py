@@ -15,7 +15,7 @@ from threading import Thread
 
 import pytest
 from disks import artifacts, root_disk
-from guest import HANG_SECONDS, Guest, GuestResult
+from guest import HANG_SECONDS, Guest, GuestResult, text
 
 from pyvmm.cli.choose import why_not_host
 from pyvmm.host import passt
@@ -212,8 +212,8 @@ def boot_tap(folder: Path, kernel: str) -> GuestResult:
         pytest.skip("iperf3 is not installed")
     files = artifacts(kernel, "test")
     script = folder / "script.img"
-    text = TAP_GUEST.encode()
-    script.write_bytes(text + bytes(-len(text) % 512))
+    content = TAP_GUEST.encode()
+    script.write_bytes(content + bytes(-len(content) % 512))
     with root_disk(folder, "test") as disk:
         run = [
             *(sys.executable, "-m", "pyvmm", "run", "--kvm", "host"),
@@ -232,13 +232,9 @@ def boot_tap(folder: Path, kernel: str) -> GuestResult:
                 argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=HANG_SECONDS
             )
         except subprocess.TimeoutExpired as late:
-            so_far = GuestResult(argv, -1, _text(late.stdout), _text(late.stderr))
+            so_far = GuestResult(argv, -1, text(late.stdout or b""), text(late.stderr or b""))
             pytest.fail(f"the guest hangs\n{so_far.ending()}")
-    return GuestResult(argv, done.returncode, _text(done.stdout), _text(done.stderr))
-
-
-def _text(output: bytes | None) -> str:
-    return (output or b"").decode(errors="replace").replace("\r\n", "\n")
+    return GuestResult(argv, done.returncode, text(done.stdout), text(done.stderr))
 
 
 @pytest.mark.parametrize("kernel", ["6.1", "6.12"])
