@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from pathlib import Path
 
-import pytest
+from c_claims import assert_in_c, needs_headers
 
 from pyvmm.host import files
 from pyvmm.virtio.blk import config, uapi
 
 HEADERS = ("linux/virtio_blk.h", "linux/virtio_ids.h")
-pytestmark = pytest.mark.skipif(
-    shutil.which("cc") is None
-    or not all(Path("/usr/include", header).exists() for header in HEADERS),
-    reason="needs a C compiler and the kernel's headers (packages gcc and linux-libc-dev)",
-)
-
-
-def assert_in_c(tmp_path: Path, includes: tuple[str, ...], claims: list[str]) -> None:
-    """Each claim is a C constant expression that the compiler must find true."""
-    lines = [f"#include <{header}>" for header in includes]
-    lines += [f"_Static_assert({claim}, {claim!r});".replace("'", '"') for claim in claims]
-    source = tmp_path / "claims.c"
-    source.write_text("\n".join(lines) + "\n")
-    result = subprocess.run(["cc", "-fsyntax-only", source], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+pytestmark = needs_headers(HEADERS)
 
 
 def test_every_number_is_the_headers(tmp_path: Path) -> None:

@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from pathlib import Path
 
-import pytest
+from c_claims import assert_in_c, needs_headers
 
 from pyvmm.virtio.console import uapi
 
 HEADERS = ("linux/virtio_console.h", "linux/virtio_ids.h")
-pytestmark = pytest.mark.skipif(
-    shutil.which("cc") is None
-    or not all(Path("/usr/include", header).exists() for header in HEADERS),
-    reason="needs a C compiler and the kernel's headers (packages gcc and linux-libc-dev)",
-)
-
-
-def assert_in_c(tmp_path: Path, claims: list[str]) -> None:
-    """Each claim is a C constant expression that the compiler must find true."""
-    lines = [f"#include <{header}>" for header in HEADERS]
-    lines += [f'_Static_assert({claim}, "{claim}");' for claim in claims]
-    source = tmp_path / "claims.c"
-    source.write_text("\n".join(lines) + "\n")
-    result = subprocess.run(["cc", "-fsyntax-only", source], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+pytestmark = needs_headers(HEADERS)
 
 
 def test_every_number_is_the_headers(tmp_path: Path) -> None:
     names = {name for name in vars(uapi) if name.startswith("VIRTIO_")}
     assert len(names) >= 11
-    assert_in_c(tmp_path, [f"{name} == {getattr(uapi, name)}" for name in sorted(names)])
+    assert_in_c(tmp_path, HEADERS, [f"{name} == {getattr(uapi, name)}" for name in sorted(names)])
 
 
 def test_every_feature_has_its_name() -> None:
@@ -44,6 +28,7 @@ def test_structures_lie_as_the_kernels(tmp_path: Path) -> None:
     offset = f"__builtin_offsetof({config}, emerg_wr)"
     assert_in_c(
         tmp_path,
+        HEADERS,
         [
             f"sizeof({config}) == {uapi.CONFIG.size}",
             f"{offset} == {uapi.EMERG_WR_OFFSET}",

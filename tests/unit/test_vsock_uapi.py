@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from pathlib import Path
 
-import pytest
+from c_claims import assert_in_c, needs_headers
 
 from pyvmm.virtio.vsock import packet, uapi
 
 HEADERS = ("linux/virtio_vsock.h", "linux/vm_sockets.h", "linux/virtio_ids.h")
-pytestmark = pytest.mark.skipif(
-    shutil.which("cc") is None
-    or not all(Path("/usr/include", header).exists() for header in HEADERS),
-    reason="needs a C compiler and the kernel's headers (packages gcc and linux-libc-dev)",
-)
+INCLUDES = ("sys/socket.h", *HEADERS)
+pytestmark = needs_headers(HEADERS)
 
 # Names of virtio 1.3 that Linux has only in newer headers or not at all: queues are numbers there.
 NOT_IN_HEADERS = {
@@ -24,21 +19,11 @@ NOT_IN_HEADERS = {
 }
 
 
-def assert_in_c(tmp_path: Path, claims: list[str]) -> None:
-    """Each claim is a C constant expression that the compiler must find true."""
-    lines = ["#include <sys/socket.h>", *(f"#include <{header}>" for header in HEADERS)]
-    lines += [f'_Static_assert({claim}, "{claim}");' for claim in claims]
-    source = tmp_path / "claims.c"
-    source.write_text("\n".join(lines) + "\n")
-    result = subprocess.run(["cc", "-fsyntax-only", source], capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-
-
 def test_every_number_is_the_headers(tmp_path: Path) -> None:
     names = {name for name in vars(uapi) if name.startswith(("VIRTIO_", "VMADDR_"))}
     assert len(names) >= 20
     claims = [f"{name} == {getattr(uapi, name)}" for name in sorted(names - NOT_IN_HEADERS)]
-    assert_in_c(tmp_path, claims)
+    assert_in_c(tmp_path, INCLUDES, claims)
 
 
 def test_every_feature_has_its_name() -> None:
@@ -57,4 +42,4 @@ def test_the_header_lies_as_the_kernels(tmp_path: Path) -> None:
         offset += size
     claims.append(f"sizeof(struct virtio_vsock_config) == {uapi.CONFIG.size}")
     claims.append(f"sizeof(struct virtio_vsock_event) == {uapi.EVENT.size}")
-    assert_in_c(tmp_path, claims)
+    assert_in_c(tmp_path, INCLUDES, claims)
