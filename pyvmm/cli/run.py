@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from pyvmm.cli.quick import CHOICES
 from pyvmm.cli.start import start
-from pyvmm.machine.spec import TRACE_KINDS
+from pyvmm.machine.options import make_spec
+from pyvmm.machine.spec import TRACE_KINDS, validate
 
 EPILOG = """\b
 Examples:
@@ -39,7 +42,6 @@ Exit codes:
 @click.option(
     "--kernel",
     metavar="PATH",
-    required=True,
     help="Linux kernel: a bzImage (Debian's /boot/vmlinuz) or an ELF vmlinux.",
 )
 @click.option(
@@ -57,7 +59,7 @@ Exit codes:
 )
 @click.option(
     "--net",
-    "nets",
+    "net",
     metavar="user|tap=NAME[,OPTIONS]",
     multiple=True,
     help="Add a network card: user-mode networking, as user,forward=8080:80, or a tap interface. "
@@ -71,7 +73,7 @@ Exit codes:
 )
 @click.option(
     "--device",
-    "user_devices",
+    "devices",
     metavar="FILE.py:CLASS[,KEY=VALUE]",
     multiple=True,
     help="Add a virtio device of your own: a class in a Python file, with its options; may be "
@@ -144,53 +146,43 @@ Exit codes:
     default="",
     help="The VM's name, in messages and for pyvmm ps, stop, pause…  [default: vm, or vm-2…]",
 )
+@click.option(
+    "--config",
+    metavar="FILE",
+    help="Read options from a TOML file (docs/python-api.md); those given here win.",
+)
+@click.option(
+    "--print-config", is_flag=True, help="Print such a file for this VM, and do not start it."
+)
 @click.option("--debug", is_flag=True, help="Show a traceback when pyvmm itself fails.")
-def run(
-    kernel: str,
-    disks: tuple[str, ...],
-    initrd: str | None,
-    nets: tuple[str, ...],
-    rng: bool,
-    rng_limit: str | None,
-    user_devices: tuple[str, ...],
-    console: str | None,
-    ports: tuple[str, ...],
-    balloon: str | None,
-    vsock: str | None,
-    cpus: int,
-    memory: str,
-    cmdline: str,
-    trace: str,
-    trace_file: str | None,
-    kvm: str,
-    discovery: str,
-    name: str,
-    debug: bool,
-) -> int:
+def run(config: str | None, print_config: bool, debug: bool, **options: Any) -> int:
     """Boot a Linux guest and join its serial console to this terminal.
 
     Ends when the guest powers off. Where this machine's KVM cannot run Linux (a container, a CI
     runner), the whole monitor runs in an emulated KVM host instead and says so.
     """
-    return start(
-        kernel=kernel,
-        disks=disks,
-        initrd=initrd,
-        cpus=cpus,
-        memory=memory,
-        cmdline=cmdline,
-        trace=trace,
-        trace_file=trace_file,
-        kvm=kvm,
-        discovery=discovery,
-        name=name,
-        devices=[
-            *(("net", text) for text in nets),
-            *([("rng", rng_limit or "")] if rng or rng_limit is not None else []),
-            *(("user", text) for text in user_devices),
-            *([("console", console)] if console == "virtio" else []),
-            *([("ports", "\n".join(ports))] if ports else []),
-            *([("balloon", balloon)] if balloon is not None else []),
-            *([("vsock", vsock)] if vsock is not None else []),
-        ],
-    )
+    values = _given(options)
+    if config is not None:
+        from pyvmm.api.config_file import load
+
+        values = {**load(config), **values}
+    if print_config:
+        from pyvmm.api.config_file import dump
+
+        click.echo(dump(validate(make_spec(values)), **values), nl=False)
+        return 0
+    return start(**values)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    """What the command line says, by the names of pyvmm.machine.options."""
+    context = click.get_current_context()
+    default = click.core.ParameterSource.DEFAULT
+    given = {
+        name: value
+        for name, value in options.items()
+        if context.get_parameter_source(name) is not default
+    }
+    if "rng_limit" in given:
+        given["rng"] = given.pop("rng_limit")
+    return given

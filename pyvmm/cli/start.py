@@ -2,50 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from pyvmm.control import registry
 from pyvmm.host import log
 from pyvmm.host.unix_sockets import Socket
-from pyvmm.machine.spec import DeviceSpec, VmSpec, parse_disk, parse_memory, parse_trace, validate
+from pyvmm.machine.options import make_spec
+from pyvmm.machine.spec import VmSpec, validate
 
 
-def start(
-    *,
-    kernel: str,
-    disks: Sequence[str],
-    initrd: str | None,
-    cpus: int,
-    memory: str,
-    cmdline: str,
-    trace: str,
-    trace_file: str | None,
-    kvm: str,
-    discovery: str,
-    name: str,
-    devices: Sequence[tuple[str, str]] = (),
-) -> int:
-    """Run the machine that the options describe; the exit code. They are as `pyvmm run` has them;
-    `devices` are (kind, text) for each --KIND TEXT.
+def start(*, kvm: str = "auto", **options: Any) -> int:
+    """Run the machine that the options describe; the exit code. They have the names, and their
+    values the forms, that pyvmm.machine.options tells.
 
     Raises PyvmmError for what is wrong with them.
     """
-    spec = validate(
-        VmSpec(
-            kernel=kernel,
-            initrd=initrd,
-            disks=tuple(parse_disk(disk) for disk in disks),
-            devices=tuple(_parse_device(kind, text) for kind, text in devices),
-            cpus=cpus,
-            memory=parse_memory(memory),
-            cmdline=cmdline,
-            name=name,
-            trace=parse_trace(trace) if trace else (),
-            trace_file=trace_file,
-            discovery=discovery,
-        )
-    )
+    return run_spec(validate(make_spec(options)), kvm)
+
+
+def run_spec(spec: VmSpec, kvm: str = "auto") -> int:
+    """Run `spec`, under the name that it has or the first that is free; the exit code."""
     with _registered(spec.name) as registration:
         spec = replace(spec, name=registration.name)
         return _run(spec, kvm, registration.listener)
@@ -73,9 +50,3 @@ def _registered(name: str) -> registry.Registration:
         # The guest does not depend on it.
         log.to_stderr(f"{error}; pyvmm ps, stop and the like will not find this VM")
         return registry.Registration(name or registry.DEFAULT_NAME)
-
-
-def _parse_device(kind: str, text: str) -> DeviceSpec:
-    from pyvmm.machine import devices
-
-    return devices.parse(kind, text)

@@ -54,6 +54,15 @@ def parse(kind: str, text: str) -> DeviceSpec:
     return spec
 
 
+def from_table(kind: str, table: Mapping[str, Any], where: str) -> DeviceSpec:
+    """The device that a table of its specification's fields describes; `where` names it in
+    messages. Raises ConfigError."""
+    from pyvmm.machine import tables
+
+    spec: DeviceSpec = tables.read(_module(kind).Spec, table, where)
+    return spec
+
+
 def check(devices: Iterable[DeviceSpec]) -> tuple[DeviceSpec, ...]:
     """The devices in their order in the guest, each checked. Raises ConfigError."""
     order = list(KINDS)

@@ -322,3 +322,48 @@ def test_inside_the_emulated_host_errors_are_one_line_too_and_click_stays_out():
     assert done.stdout == "2 False\n"
     assert done.stderr.startswith("pyvmm: not a VM specification")
     assert done.stderr.count("\n") == 1
+
+
+# --- configuration files --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The specifications that would have been run in an emulated host."""
+    found = []
+    monkeypatch.setattr(emulated, "run_emulated", lambda spec, because, control: found.append(spec))
+    return found
+
+
+def test_options_come_from_a_file_and_those_of_the_command_line_win(pyvmm, place, started):
+    (place / "vm.toml").write_text(
+        'kernel = "kernel"\nkvm = "emulated"\ncpus = 2\nmemory = "64M"\n'
+        'disks = ["a.img"]\nrng = true\nconsole = "virtio"\n'
+    )
+    assert pyvmm("run", "--config", "vm.toml", "--cpus", "3", "--console", "serial") == (0, "")
+    [spec] = started
+    assert (spec.cpus, spec.memory) == (3, 64 << 20)
+    assert [disk.path for disk in spec.disks] == [str(place / "a.img")]
+    assert [device.kind for device in spec.devices] == ["rng"]
+
+
+def test_a_printed_configuration_starts_the_same_machine(run, place, started, capsys):
+    options = ["--disk", "a.img,snapshot", "--net", "user,forward=8080:80", "--cpus=2"]
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "--kernel", "kernel", *options, "--kvm=emulated", "--print-config"])
+    assert ended.value.code == 0 and started == []
+    (place / "printed.toml").write_text(capsys.readouterr().out)
+    with pytest.raises(SystemExit):
+        main(["run", "--config", "printed.toml"])
+    [spec] = started
+    assert spec.disks[0].snapshot and spec.cpus == 2
+    assert [device.forwards for device in spec.devices] == [("tcp:127.0.0.1:8080:80",)]
+
+
+def test_what_is_wrong_in_a_configuration_is_one_line(pyvmm, place):
+    (place / "vm.toml").write_text('kernel = "kernel"\nmemmory = "64M"\n')
+    assert pyvmm("run", "--config", "vm.toml") == (
+        2,
+        "pyvmm: vm.toml:2: unknown key 'memmory'; did you mean memory?\n",
+    )
+    assert pyvmm("run", "--config", "missing.toml")[0] == 2

@@ -32,7 +32,9 @@ ALLOWED: dict[str, set[str]] = {
     "testing": BASE | {"memory", "bench"},
     "bench": CORE | {"transport", "testing"},
     "machine": CORE | {"control", "kvm", "boot", "transport", "platform", "device"},
+    "api": CORE | {"machine", "control", "images", "emulated_host"},
     "cli": CORE
+    | {"api"}
     | {"kvm", "boot", "transport", "platform", "device", "machine", "emulated_host", "images"}
     | {"control", "relay"},
 }

@@ -1,0 +1,1 @@
+"""The public Python API: a VM that you can hold."""

@@ -1,0 +1,105 @@
+"""Specifications as tables of plain values, as configuration files have them, and back.
+
+A table's keys are the names of the specification's fields.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, fields
+from typing import Any, TypeVar
+
+from pyvmm.errors import ConfigError
+from pyvmm.machine import rates
+from pyvmm.machine.spec import parse_memory
+
+T = TypeVar("T")
+
+# For our own use between two processes; a user cannot say them.
+INTERNAL = ("scratch", "stream", "listen_at")
+_SIZES = ("size",)
+
+
+class UnknownKey(ConfigError):
+    """A key that there is not. `key` is it, and `nearest` what was meant, or ""."""
+
+    def __init__(self, key: str, known: list[str], where: str) -> None:
+        import difflib
+
+        self.key = key
+        [self.nearest] = difflib.get_close_matches(key, known, 1) or [""]
+        cure = f"did you mean {self.nearest}?" if self.nearest else f"there are {', '.join(known)}"
+        super().__init__(f"unknown key {key!r:.100}{f' in {where}' if where else ''}", cure=cure)
+
+
+def keys(cls: type) -> list[str]:
+    """The keys of a table for `cls`, a dataclass."""
+    return [field.name for field in _fields(cls)]
+
+
+def read(cls: type[T], table: Mapping[str, Any], where: str) -> T:
+    """The `cls`, a dataclass, that `table` describes; `where` is its name in messages.
+
+    Sizes and rates may be texts such as "20M". Raises ConfigError.
+    """
+    known = {field.name: field for field in _fields(cls)}
+    for key in table:
+        if key not in known:
+            raise UnknownKey(key, list(known), where)
+    for field in known.values():
+        if field.default is MISSING and field.name not in table:
+            raise ConfigError(f"{where} without {field.name}", cure=f'{field.name} = "…"')
+    return cls(**{key: _value(known[key], value, where) for key, value in table.items()})
+
+
+def write(spec: Any) -> dict[str, Any]:
+    """The table that `read` makes an equal `spec` from, without what is as by default."""
+    table = {}
+    for field in _fields(type(spec)):
+        value = getattr(spec, field.name)
+        if field.default is MISSING or value != field.default:
+            table[field.name] = _plain(field, value)
+    return table
+
+
+def _fields(cls: Any) -> list[Field[Any]]:
+    return [field for field in fields(cls) if field.name not in INTERNAL]
+
+
+def _value(field: Field[Any], value: Any, where: str) -> Any:
+    kind = str(field.type)
+    what = f"{where}.{field.name}"
+    if kind == "int" and isinstance(value, str):
+        if field.name in rates.KEYS.values():
+            return rates.parse_rate(field.name, value, what)
+        if field.name in _SIZES:
+            return parse_memory(value, option=what)
+    if kind == "tuple[str, ...]":
+        if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise _wrong(what, value, "a list of texts")
+    if kind == "tuple[tuple[str, str], ...]":
+        if isinstance(value, Mapping):
+            return tuple((name, _option_text(item)) for name, item in value.items())
+        raise _wrong(what, value, "a table")
+    wanted, name = {"int": (int, "a number"), "bool": (bool, "true or false")}.get(
+        kind, (str, "a text")
+    )
+    if type(value) is not wanted:
+        raise _wrong(what, value, name)
+    return value
+
+
+def _option_text(value: object) -> str:
+    """What a class of the user's is called with: texts, as on the command line."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _plain(field: Field[Any], value: Any) -> Any:
+    if str(field.type) == "tuple[tuple[str, str], ...]":
+        return dict(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _wrong(what: str, value: object, wanted: str) -> ConfigError:
+    return ConfigError(f"{what} is to be {wanted}, not {value!r:.100}")

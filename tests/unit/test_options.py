@@ -1,0 +1,282 @@
+"""One table of options: the command line, VmSpec and configuration files say the same by it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyvmm.api import config_file
+from pyvmm.cli.quick import DEFAULTS
+from pyvmm.cli.run import run
+from pyvmm.errors import ConfigError
+from pyvmm.machine import devices, tables
+from pyvmm.machine.device_balloon import Spec as Balloon
+from pyvmm.machine.device_console import Spec as Console
+from pyvmm.machine.device_net import Spec as Net
+from pyvmm.machine.device_ports import PortSpec
+from pyvmm.machine.device_ports import Spec as Ports
+from pyvmm.machine.device_rng import Spec as Rng
+from pyvmm.machine.device_user import Spec as UserDevice
+from pyvmm.machine.device_vsock import Spec as Vsock
+from pyvmm.machine.options import NAMES, OPTIONS, make_spec
+from pyvmm.machine.spec import TRACE_KINDS, DiskSpec, VmSpec, validate
+
+# What concerns the command, not the VM.
+ONLY_COMMAND = {"config", "print_config", "debug"}
+ANOTHER_FORM = {"rng_limit"}  # of rng
+
+
+def test_the_command_line_has_every_option_and_no_other() -> None:
+    parameters = {parameter.name: parameter for parameter in run.params}
+    assert set(parameters) - ONLY_COMMAND - ANOTHER_FORM == set(NAMES)
+    for option in OPTIONS:
+        assert option.flag in parameters[option.name].opts
+
+
+def test_the_quick_reader_has_the_same_names_and_defaults() -> None:
+    for option in OPTIONS:
+        if option.name in DEFAULTS:
+            assert DEFAULTS[option.name] == option.default or not option.default, option.name
+
+
+def test_every_field_of_a_specification_can_be_said() -> None:
+    fields = {field.name for field in dataclasses.fields(VmSpec)}
+    assert {option.field for option in OPTIONS if option.field} == fields - {"devices"}
+
+
+def test_every_kind_of_device_can_be_asked_for() -> None:
+    assert {option.device for option in OPTIONS if option.device} == set(devices.KINDS)
+
+
+def test_no_option_is_a_specification_of_defaults() -> None:
+    assert make_spec({"kernel": "k"}) == VmSpec(kernel="k")
+    defaults = {option.name: option.default for option in OPTIONS}
+    assert make_spec({**defaults, "kernel": "k"}) == VmSpec(kernel="k")
+
+
+# --- the three forms of a value -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "table", "spec"),
+    [
+        (
+            "disks",
+            "a.img,readonly,block-size=4096,bps=20M",
+            {"path": "a.img", "read_only": True, "block_size": 4096, "bps": "20M"},
+            DiskSpec("a.img", read_only=True, block_size=4096, bps=20 << 20),
+        ),
+        (
+            "disks",
+            "d.py:D,count=3",
+            {"path": "d.py:D", "arguments": {"count": 3}},
+            DiskSpec("d.py:D", arguments=(("count", "3"),)),
+        ),
+        (
+            "net",
+            "user,forward=8080:80,mtu=1400",
+            {"forwards": ["tcp:127.0.0.1:8080:80"], "mtu": 1400},
+            Net(forwards=("tcp:127.0.0.1:8080:80",), mtu=1400),
+        ),
+        (
+            "net",
+            "tap=tap0,address=10.0.0.1/24",
+            {"tap": "tap0", "create": True, "address": "10.0.0.1/24"},
+            Net(tap="tap0", create=True, address="10.0.0.1/24"),
+        ),
+        ("rng", "bps=4K", {"bps": "4K"}, Rng(bps=4096)),
+        ("rng", True, {}, Rng()),
+        (
+            "balloon",
+            "size=128M,deflate-on-oom",
+            {"size": "128M", "deflate_on_oom": True},
+            Balloon(128 << 20, deflate_on_oom=True),
+        ),
+        ("vsock", "cid=7,path=v", {"cid": 7, "path": "v"}, Vsock("v", 7)),
+        (
+            "devices",
+            "x.py:Rng,fast=true",
+            {"path": "x.py", "class_name": "Rng", "options": {"fast": True}},
+            UserDevice("x.py", "Rng", (("fast", "true"),)),
+        ),
+        ("ports", "name=a,path=p", {"name": "a", "path": "p"}, PortSpec("a", "p")),
+    ],
+)
+def test_text_table_and_specification_say_the_same(name, text, table, spec) -> None:
+    read = [make_spec({"kernel": "k", name: value}) for value in (text, table, spec)]
+    assert read[0] == read[1] == read[2]
+    assert [*read[0].disks, *read[0].devices] != []
+
+
+def test_what_is_not_wanted_is_not_there() -> None:
+    off = {"rng": False, "balloon": None, "net": [], "ports": (), "console": "serial"}
+    assert make_spec({"kernel": "k", **off}) == VmSpec(kernel="k")
+
+
+@pytest.mark.parametrize(
+    ("values", "why"),
+    [
+        ({"kernel": 3}, "kernel is to be a text, not 3"),
+        ({"kernel": ""}, "no kernel"),
+        ({"cpus": "two"}, "cpus is to be a number"),
+        ({"cpus": True}, "cpus is to be a number, not True"),
+        ({"memory": [1]}, "memory is to be a number"),
+        ({"memory": "1.5G"}, "write 512M or 2G"),
+        ({"disks": [7]}, "disks is to be a text"),
+        ({"disks": {"readonly": True, "path": "x"}}, "unknown key 'readonly'.*read_only?"),
+        ({"disks": {"read_only": True}}, "disks without path"),
+        ({"disks": {"path": "x", "queues": "2"}}, "disks.queues is to be a number"),
+        ({"disks": {"path": "x", "read_only": 1}}, "disks.read_only is to be true or false"),
+        ({"disks": {"path": "x", "bps": "fast"}}, "cannot be 'fast'"),
+        ({"disks": {"path": "x", "scratch": "y"}}, "unknown key 'scratch'"),
+        ({"net": {"forwards": "8080:80"}}, "a list of texts"),
+        ({"net": 3}, "net is to be a text, a table or a specification"),
+        ({"net": Rng()}, "net is to be"),
+        ({"devices": {"path": "a.py", "class_name": "A", "options": []}}, "is to be a table"),
+        ({"rng": ["bps=1", "bps=2"]}, "rng is to be one only"),
+        ({"trace": ["everything"]}, "nothing called 'everything'"),
+        ({"trace": [3]}, "trace is to be a text"),
+        ({"discovery": "magic"}, "choose from auto, acpi"),
+        ({"kvm": "sometimes"}, "choose from auto, host, emulated"),
+        ({"console": "hvc"}, "unknown console"),
+    ],
+)
+def test_what_cannot_be_read_is_said_in_one_line(values, why) -> None:
+    with pytest.raises(ConfigError, match=why) as error:
+        make_spec({"kernel": "k", **values})
+    assert "\n" not in str(error.value)
+
+
+# --- files ----------------------------------------------------------------------------------------
+
+text = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=12)
+word = st.from_regex(r"[a-z][a-z0-9]{0,7}", fullmatch=True)
+path = word.map(lambda name: f"/nowhere/{name}")
+rate = st.sampled_from([0, 1, 20 << 20])
+disks = st.builds(
+    DiskSpec,
+    path=path,
+    direct=st.booleans(),
+    read_only=st.booleans(),
+    block_size=st.sampled_from([0, 512, 4096]),
+    on_error=st.sampled_from(["report", "stop"]),
+    format=st.sampled_from(["", "raw", "qcow2"]),
+    packed=st.booleans(),
+    bps=rate,
+    iops=rate,
+) | st.builds(
+    DiskSpec,
+    path=path.map(lambda path: f"{path}.py:Disk"),
+    arguments=st.dictionaries(word, text, max_size=2).map(lambda d: tuple(d.items())),
+    snapshot=st.booleans(),
+)
+options = st.dictionaries(word, text, max_size=3).map(lambda d: tuple(d.items()))
+forward = st.integers(1, 65535).map(lambda port: f"tcp:127.0.0.1:{port}:80")
+device = st.one_of(
+    st.builds(Net, forwards=st.lists(forward, max_size=2), host_access=st.booleans()),
+    st.builds(Net, tap=word, queues=st.integers(1, 4), mtu=st.sampled_from([0, 1400])),
+    st.builds(UserDevice, path, word, options),
+)
+single = st.tuples(
+    st.none() | st.just(Console()),
+    st.none() | st.builds(Rng, bps=rate, iops=rate),
+    st.none() | st.builds(Balloon, st.sampled_from([0, 1 << 20]), st.booleans(), st.booleans()),
+    st.none() | st.builds(Vsock, path, st.integers(3, 100)),
+    st.none()
+    | st.lists(st.builds(PortSpec, word, path), min_size=1, max_size=3, unique_by=lambda p: p.name)
+    .map(tuple)
+    .map(Ports),
+).map(lambda found: [one for one in found if one is not None])
+specs = st.builds(
+    VmSpec,
+    kernel=path,
+    initrd=st.none() | path,
+    disks=st.lists(disks, max_size=3).map(tuple),
+    devices=st.tuples(st.lists(device, max_size=3), single).map(lambda two: (*two[0], *two[1])),
+    cpus=st.integers(1, 4),
+    memory=st.sampled_from([64 << 20, 1 << 30]),
+    cmdline=text,
+    name=word | st.just(""),
+    trace=st.lists(st.sampled_from(TRACE_KINDS), unique=True).map(tuple),
+    discovery=st.sampled_from(["auto", "acpi"]),
+)
+
+
+@given(specs, st.sampled_from(["auto", "host"]))
+def test_a_file_that_was_printed_makes_the_same_machine(tmp_path_factory, spec, kvm) -> None:
+    spec = validate(spec)
+    file = tmp_path_factory.getbasetemp() / "printed.toml"
+    file.write_text(config_file.dump(spec, kvm=kvm))
+    values = config_file.load(str(file))
+    assert validate(make_spec(values)) == spec
+    assert values.get("kvm", "auto") == kvm
+
+
+@pytest.fixture
+def load(tmp_path):
+    def load(text: str) -> dict[str, object]:
+        file = tmp_path / "vm.toml"
+        file.write_text(text)
+        return config_file.load(str(file))
+
+    return load
+
+
+def test_relative_paths_are_relative_to_the_file(load, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir("/")
+    spec = make_spec(
+        load("""
+        kernel = "vmlinuz"
+        initrd = "/boot/initrd.img"
+        disks = ["root.img,snapshot", "ram:64M", {path = "../base.img", overlay = "changes"}]
+        devices = "my.py:Thing,source=x"
+        vsock = "path=v.sock"
+        ports = [{name = "a", path = "a.sock"}]
+        """)
+    )
+    here = str(tmp_path)
+    assert (spec.kernel, spec.initrd) == (f"{here}/vmlinuz", "/boot/initrd.img")
+    assert [disk.path for disk in spec.disks] == [
+        f"{here}/root.img",
+        "ram:64M",
+        f"{tmp_path.parent}/base.img",
+    ]
+    assert spec.disks[2].overlay == f"{here}/changes"
+    paths = {device.kind: device for device in spec.devices}
+    assert paths["user"].path == f"{here}/my.py"
+    assert paths["vsock"].path == f"{here}/v.sock"
+    assert paths["ports"].ports[0].path == f"{here}/a.sock"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('kernel = "k"\nmemry = "1G"', "vm.toml:2: unknown key 'memry'; did you mean memory?"),
+        ("\n[[disks]]\npath = 'x'\nreadonly = true", "vm.toml:4: .*'readonly' in disks.*read_only"),
+        ("xyzzy = 1", "vm.toml:1: unknown key 'xyzzy'; there are kernel, initrd, disks"),
+        ("[nett]\nmtu = 3", "vm.toml:1: unknown key 'nett'; did you mean net"),
+        ("cpus = false", "vm.toml: --cpus: cpus is to be a number, not False"),
+        ("cpus = \nmemory = 1", "vm.toml: Invalid value .at line 1"),
+        ('cpus = "2"', "vm.toml: --cpus: cpus is to be a number, not '2'"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_one_line_with_its_place(load, text, why) -> None:
+    with pytest.raises(ConfigError, match=why) as error:
+        load(text)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_there_or_no_text(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"No such file.*check the path"):
+        config_file.load(str(tmp_path / "none.toml"))
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="not a text file"):
+        config_file.load(str(tmp_path / "binary"))
+
+
+def test_keys_that_are_ours_alone_are_not_offered() -> None:
+    for cls in (DiskSpec, Net, Vsock):
+        assert not set(tables.keys(cls)) & set(tables.INTERNAL)
