@@ -28,6 +28,7 @@ import pytest
 HANG_SECONDS = 300
 _STEP = 0.05
 SECTOR = 512
+RING_PACKED = 34  # VIRTIO_F_RING_PACKED
 TAIL_LINES = 40
 
 PYVMM = (sys.executable, "-m", "pyvmm")
@@ -68,6 +69,11 @@ class GuestResult:
             if line.startswith(f"{key}="):
                 return line.partition("=")[2].strip()
         raise AssertionError(f"the guest never printed {key}=\n{self.ending()}")
+
+    def feature(self, key: str, bit: int) -> bool:
+        """Whether `bit` is set in what the guest printed of a device's `features` in sysfs, where
+        each bit is a character, the first one bit 0."""
+        return self.value(key)[bit] == "1"
 
     def ending(self) -> str:
         """The command and the end of all it said, for an assertion's message."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from disks import artifacts, blank_disk, fsck, random_disk, read_file, root_disk, sha256
-from guest import Guest, GuestResult
+from guest import RING_PACKED, Guest, GuestResult
 
 pytestmark = pytest.mark.usefixtures("linux_guests")
 
@@ -29,6 +29,8 @@ disk_of() {{ # ID: its device
 space=$(disk_of space) cut=$(disk_of cut) direct=$(disk_of direct) ram=$(disk_of ram)
 one=$(disk_of one) two=$(disk_of two) kept=$(disk_of kept) squares=$(disk_of squares)
 full=$(disk_of full)
+
+echo "features=$(cat /sys/block/${{space##*/}}/device/features)"
 
 mkfs.ext4 -q $space
 mount $space /mnt
@@ -134,7 +136,9 @@ def small_tmpfs(folder: Path, size: str) -> Path:
     return folder
 
 
-def boot_layers(folder: Path, kernel: str) -> Layers:
+def boot_layers(folder: Path, kernel: str, rings: str = "") -> Layers:
+    """`rings` is an option of each disk, or none for split rings."""
+    rings = f",{rings}" if rings else ""
     files = artifacts(kernel, "test")
     base = random_disk(folder / "base.img", BASE_BYTES, seed=5)
     space = blank_disk(folder / "space.img", 256 * MIB)
@@ -155,16 +159,16 @@ def boot_layers(folder: Path, kernel: str) -> Layers:
                 files.bzimage,
                 files.initramfs,
                 [
-                    f"{root},snapshot,id=root",
-                    f"{space},id=space",
-                    f"{cut},id=cut",
-                    f"{base},snapshot,id=one",
-                    f"{base},snapshot,id=two",
-                    f"{base},overlay={kept},id=kept",
-                    f"{direct},direct,block-size=4096,id=direct",
-                    "ram:64M,id=ram",
-                    f"{SQUARES}:Squares,sectors=100,id=squares",
-                    f"{full}/full.img,id=full",
+                    f"{root},snapshot,id=root{rings}",
+                    f"{space},id=space{rings}",
+                    f"{cut},id=cut{rings}",
+                    f"{base},snapshot,id=one{rings}",
+                    f"{base},snapshot,id=two{rings}",
+                    f"{base},overlay={kept},id=kept{rings}",
+                    f"{direct},direct,block-size=4096,id=direct{rings}",
+                    f"ram:64M,id=ram{rings}",
+                    f"{SQUARES}:Squares,sectors=100,id=squares{rings}",
+                    f"{full}/full.img,id=full{rings}",
                 ],
             )
             found = Layers(guest.run(SCRIPT, folder=folder), base=base_before)
@@ -179,7 +183,7 @@ def boot_layers(folder: Path, kernel: str) -> Layers:
             found.cut = [cut_before, cut.read_bytes()]
             found.direct = sha256(direct, size=MIB)
             found.base_rest = sha256(base, start=MIB)
-            if kernel == "6.1":
+            if kernel == "6.1" and not rings:
                 run_again(found, files.bzimage, files.initramfs, folder, root)
             found.base_after = sha256(base)
     finally:
@@ -208,9 +212,16 @@ def run_again(found: Layers, kernel: str, initrd: str, folder: Path, root: Path)
 kernels = [
     pytest.param("6.1", marks=pytest.mark.boot.with_args(boot_layers, "6.1")),
     pytest.param("6.12", marks=pytest.mark.boot.with_args(boot_layers, "6.12")),
+    pytest.param("6.1-packed", marks=pytest.mark.boot.with_args(boot_layers, "6.1", "packed")),
+    pytest.param("6.12-packed", marks=pytest.mark.boot.with_args(boot_layers, "6.12", "packed")),
 ]
 each_kernel = pytest.mark.parametrize("kernel", kernels)
 first_kernel = pytest.mark.boot.with_args(boot_layers, "6.1")
+
+
+@each_kernel
+def test_the_rings_are_those_that_were_asked_for(kernel: str, boot: Layers) -> None:
+    assert boot.first.check().feature("features", RING_PACKED) == ("packed" in kernel)
 
 
 @each_kernel

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from disks import artifacts, blank_disk, fsck, random_disk, root_disk, sha256
-from guest import Guest, GuestResult
+from guest import RING_PACKED, Guest, GuestResult
 
 pytestmark = pytest.mark.usefixtures("linux_guests")
 
@@ -33,6 +33,8 @@ for disk in vda vdb vdc; do
         "$(blockdev --getss /dev/$disk) $(blockdev --getro /dev/$disk)"
 done
 echo "label=$(blkid -o value -s LABEL /dev/vda)"
+
+echo "features=$(cat /sys/block/vdc/device/features)"
 
 echo "source=$(sha256sum < /dev/vdb | cut -d' ' -f1)"
 echo "direct=$(dd if=/dev/vdb bs=512k iflag=direct status=none | sha256sum | cut -d' ' -f1)"
@@ -89,8 +91,10 @@ class Disks:
     trace: str
 
 
-def boot_disks(folder: Path) -> Disks:
-    files = artifacts("6.1", "test")
+def boot_disks(folder: Path, kernel: str, rings: str = "") -> Disks:
+    """`rings` is an option of each disk, or none for split rings."""
+    files = artifacts(kernel, "test")
+    rings = f",{rings}" if rings else ""
     source = random_disk(folder / "source.img", SOURCE_BYTES + ODD_TAIL, seed=3)
     target = blank_disk(folder / "target.img", TARGET_BYTES)
     trace = folder / "trace"
@@ -100,9 +104,9 @@ def boot_disks(folder: Path) -> Disks:
             files.bzimage,
             files.initramfs,
             [
-                f"{disk},id=system",
-                f"{source},readonly,id=source",
-                f"{target},id=twenty-bytes-are-max",
+                f"{disk},id=system{rings}",
+                f"{source},readonly,id=source{rings}",
+                f"{target},id=twenty-bytes-are-max{rings}",
             ],
             cpus=2,
             options=["--trace", "registers", "--trace-file", str(trace)],
@@ -119,11 +123,22 @@ def boot_disks(folder: Path) -> Disks:
     )
 
 
-three_disks = pytest.mark.boot.with_args(boot_disks)
+three_disks = pytest.mark.parametrize(
+    "rings",
+    [
+        pytest.param("split", marks=pytest.mark.boot.with_args(boot_disks, "6.1")),
+        pytest.param("packed", marks=pytest.mark.boot.with_args(boot_disks, "6.12", "packed")),
+    ],
+)
 
 
 @three_disks
-def test_ids_sizes_and_block_sizes(boot: Disks) -> None:
+def test_the_rings_are_those_that_were_asked_for(rings: str, boot: Disks) -> None:
+    assert boot.result.check().feature("features", RING_PACKED) == ("packed" in rings)
+
+
+@three_disks
+def test_ids_sizes_and_block_sizes(rings: str, boot: Disks) -> None:
     result = boot.result.check()
     assert result.value("vda").split()[0] == "system"
     # An odd tail stays hidden, and the monitor says so.
@@ -135,32 +150,32 @@ def test_ids_sizes_and_block_sizes(boot: Disks) -> None:
 
 
 @three_disks
-def test_the_guest_reads_what_is_in_the_file(boot: Disks) -> None:
+def test_the_guest_reads_what_is_in_the_file(rings: str, boot: Disks) -> None:
     result = boot.result.check()
     assert result.value("source") == boot.source_sectors
     assert result.value("direct") == boot.source_sectors
 
 
 @three_disks
-def test_a_read_only_disk_cannot_be_written(boot: Disks) -> None:
+def test_a_read_only_disk_cannot_be_written(rings: str, boot: Disks) -> None:
     assert re.search("not permitted|Read-only", boot.result.check().value("readonly"))
     assert boot.source_after == boot.source_before
 
 
 @three_disks
-def test_the_file_has_what_the_guest_wrote(boot: Disks) -> None:
+def test_the_file_has_what_the_guest_wrote(rings: str, boot: Disks) -> None:
     assert boot.copies == [boot.result.check().value("random")] * len(COPIES_AT)
     assert boot.fsck == ""
 
 
 @three_disks
 @pytest.mark.parametrize("job", JOBS)
-def test_fio_reads_back_what_it_wrote(job: str, boot: Disks) -> None:
+def test_fio_reads_back_what_it_wrote(job: str, rings: str, boot: Disks) -> None:
     assert boot.result.check().value(f"fio-{job}") == "err= 0"
 
 
 @three_disks
-def test_one_interrupt_ends_a_batch_of_requests(boot: Disks) -> None:
+def test_one_interrupt_ends_a_batch_of_requests(rings: str, boot: Disks) -> None:
     result = boot.result.check()
     requests, interrupts = int(result.value("requests")), int(result.value("interrupts"))
     # Each 4 KiB block was written once and read once; the kernel joins some that are neighbours.
@@ -170,7 +185,7 @@ def test_one_interrupt_ends_a_batch_of_requests(boot: Disks) -> None:
 
 
 @three_disks
-def test_no_kick_leaves_the_kernel(boot: Disks) -> None:
+def test_no_kick_leaves_the_kernel(rings: str, boot: Disks) -> None:
     boot.result.check()
     assert "read InterruptStatus" in boot.trace, "there was I/O, and the trace is complete"
     assert "QueueNotify" not in boot.trace

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 from disks import artifacts, blank_disk, fsck, random_disk, root_disk, sha256
-from guest import Guest, GuestResult
+from guest import RING_PACKED, Guest, GuestResult
 
 pytestmark = pytest.mark.usefixtures("linux_guests")
 
 MIB = 1 << 20
 BEFORE, GROWN, SHRUNK = 64 * MIB, 160 * MIB, 96 * MIB
 IOPS, IOPS_BURST, OPERATIONS = 50, 10, 160
+PACKED = "packed,queues=2"
 BPS, BPS_BURST, BYTES = 4 * MIB, 1 * MIB, 12 * MIB
 
 SCRIPT = f"""\
@@ -28,6 +29,7 @@ wait_for_size() {{
     until [ "$(size $1)" = $2 ]; do sleep 0.1; done
 }}
 
+echo "features=$(cat /sys/block/vdb/device/features)"
 mkfs.ext4 -q -F /dev/vdb
 mkdir -p /run/mnt
 mount /dev/vdb /run/mnt
@@ -83,8 +85,10 @@ class LiveDisks:
     unknown: str
 
 
-def boot_live(folder: Path) -> LiveDisks:
-    files = artifacts("6.1", "test")
+def boot_live(folder: Path, kernel: str = "6.1", rings: str = "") -> LiveDisks:
+    """`rings` is an option of each disk, or none for split rings."""
+    files = artifacts(kernel, "test")
+    rings = f",{rings}" if rings else ""
     data = blank_disk(folder / "data.img", BEFORE)
     slow = random_disk(folder / "slow.img", 32 * MIB, seed=8)
     with root_disk(folder, "test") as disk:
@@ -92,10 +96,10 @@ def boot_live(folder: Path) -> LiveDisks:
             files.bzimage,
             files.initramfs,
             [
-                f"{disk},id=system",
-                f"{data},id=data",
-                f"{slow},readonly,id=few,iops={IOPS},iops-burst={IOPS_BURST}",
-                f"{slow},readonly,id=thin,bps={BPS},bps-burst={BPS_BURST}",
+                f"{disk},id=system{rings}",
+                f"{data},id=data{rings}",
+                f"{slow},readonly,id=few,iops={IOPS},iops-burst={IOPS_BURST}{rings}",
+                f"{slow},readonly,id=thin,bps={BPS},bps-burst={BPS_BURST}{rings}",
             ],
             cpus=2,
         )
@@ -121,11 +125,27 @@ def boot_live(folder: Path) -> LiveDisks:
         )
 
 
-live_disks = pytest.mark.boot.with_args(boot_live)
+live_disks = pytest.mark.parametrize(
+    "rings",
+    [
+        pytest.param("split", marks=pytest.mark.boot.with_args(boot_live)),
+        *(
+            pytest.param(
+                f"packed-{kernel}", marks=pytest.mark.boot.with_args(boot_live, kernel, PACKED)
+            )
+            for kernel in ("6.1", "6.12")
+        ),
+    ],
+)
 
 
 @live_disks
-def test_a_mounted_disk_grows(boot: LiveDisks) -> None:
+def test_the_rings_are_those_that_were_asked_for(rings: str, boot: LiveDisks) -> None:
+    assert boot.result.check().feature("features", RING_PACKED) == ("packed" in rings)
+
+
+@live_disks
+def test_a_mounted_disk_grows(rings: str, boot: LiveDisks) -> None:
     result = boot.result.check()
     assert result.value("size-before") == str(BEFORE)
     assert result.value("size-grown") == str(GROWN)
@@ -136,7 +156,7 @@ def test_a_mounted_disk_grows(boot: LiveDisks) -> None:
 
 
 @live_disks
-def test_it_shrinks_only_when_that_is_asked_for(boot: LiveDisks) -> None:
+def test_it_shrinks_only_when_that_is_asked_for(rings: str, boot: LiveDisks) -> None:
     boot.result.check()
     assert f"disk data has {GROWN} bytes" in boot.refused and "--shrink" in boot.refused
     assert "file=still the same" in boot.result.console
@@ -146,14 +166,14 @@ def test_it_shrinks_only_when_that_is_asked_for(boot: LiveDisks) -> None:
 
 
 @live_disks
-def test_a_disk_that_is_not_there_is_one_line(boot: LiveDisks) -> None:
+def test_a_disk_that_is_not_there_is_one_line(rings: str, boot: LiveDisks) -> None:
     assert boot.unknown == (
         "pyvmm: there is no disk 'nowhere'; there are: system, data, few, thin, script\n"
     )
 
 
 @live_disks
-def test_limits_hold_by_the_guests_own_clock(boot: LiveDisks) -> None:
+def test_limits_hold_by_the_guests_own_clock(rings: str, boot: LiveDisks) -> None:
     """At least the time that the limits make it take; how much longer is the machine's affair."""
     result = boot.result.check()
     operations = int(result.value("operations-took")) / 100
