@@ -87,7 +87,8 @@ def _overlay(disk: DiskSpec, inside: DiskSpec, closing: ExitStack) -> tuple[Disk
 def _scratch(
     disk: DiskSpec, inside: DiskSpec, index: int, closing: ExitStack
 ) -> tuple[DiskSpec, HostDisk]:
-    from pyvmm.virtio.blk.overlay import layout_for, scratch_file
+    from pyvmm.virtio.blk.overlay import scratch_file
+    from pyvmm.virtio.blk.overlay_layout import layout_for
 
     with ExitStack() as base_closing:
         base = open_backend(replace(disk, snapshot=False, read_only=True), base_closing)

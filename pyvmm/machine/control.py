@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from pyvmm.virtio.balloon.device import BalloonDevice
 
 ResizeOutside = Callable[[str, int | None], None]
+_FIXED = {  # kinds of disks that cannot be resized: what they are, and what to do instead
+    "qcow2": (
+        "is a qcow2 image in use",
+        "stop the VM, then qemu-img resize {path} SIZE; with ,overlay=FILE it could be done live",
+    ),
+    "python": ("is of a class without resize", "write one: Backend.resize"),
+}
 
 
 class MachineControl:
@@ -134,16 +141,35 @@ class MachineControl:
         """
         spec, device = self._disk(disk)
         self._check_resize(spec, device, size, shrink)
+        return {"size": device.resize(size, self._change_outside(spec, device, size))}
+
+    def _change_outside(
+        self, spec: DiskSpec, device: BlockDevice, size: int | None
+    ) -> Callable[[], None] | None:
+        """What somebody else has to do for it, if anything."""
         outside = self._resize_outside
-        change = None if outside is None else partial(outside, spec.path, size)
-        return {"size": device.resize(size, change)}
+        if outside is None:
+            return None
+        if not spec.copies_on_write:
+            return partial(outside, spec.path, size)
+        if size is None or size < device.size:
+            return None  # its file stays as long as it is, but for holes
+        return partial(outside, spec.overlay or spec.scratch or "", device.storage_for(size))
 
     def _check_resize(
         self, spec: DiskSpec, device: BlockDevice, size: int | None, shrink: bool
     ) -> None:
         if not device.can_resize:
-            raise ConfigError(f"disk {spec.id} is no plain image, and cannot be resized live")
+            what, cure = _FIXED.get(spec.kind, _FIXED["python"])
+            raise ConfigError(
+                f"disk {spec.id} {what}, and keeps its size", cure=cure.format(path=spec.path)
+            )
         if size is None:
+            if spec.copies_on_write:
+                raise ConfigError(
+                    f"disk {spec.id} copies on write: its size is not its base's",
+                    cure="say which size it shall have",
+                )
             return
         if not 0 < size < 1 << 63 or size % SECTOR:
             raise ConfigError(

@@ -57,7 +57,7 @@ def open_disk(disk: DiskSpec, trace: Hook | None, closing: ExitStack, alarm: Ala
 def open_backend(disk: DiskSpec, closing: ExitStack) -> Backend:
     """The storage that `disk` names; `closing` gives it up. Raises ConfigError or HostError."""
     base = _OPENERS[disk.kind](disk, closing)
-    if not disk.snapshot and disk.overlay is None:
+    if not disk.copies_on_write:
         return base
     overlay: Backend
     if disk.overlay is not None:

@@ -93,9 +93,14 @@ class DiskSpec:
         return self.format or ("qcow2" if self.path.lower().endswith(".qcow2") else "raw")
 
     @property
+    def copies_on_write(self) -> bool:
+        """Whether changes go to a file of their own."""
+        return self.snapshot or self.overlay is not None
+
+    @property
     def base_read_only(self) -> bool:
         """Whether the image itself is only read."""
-        return self.read_only or self.snapshot or self.overlay is not None
+        return self.read_only or self.copies_on_write
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +12,13 @@ import pytest
 from disks import artifacts, blank_disk, fsck, random_disk, root_disk, sha256
 from guest import RING_PACKED, Guest, GuestResult
 
+from pyvmm.machine.disks import open_backend
+from pyvmm.machine.spec import DiskSpec
+
 pytestmark = pytest.mark.usefixtures("linux_guests")
 
 MIB = 1 << 20
+BASE, COPY_GROWN, COPY_AT = 8 * MIB, 192 * MIB, 150 * MIB  # past what the first bitmap page holds
 BEFORE, GROWN, SHRUNK = 64 * MIB, 160 * MIB, 96 * MIB
 IOPS, IOPS_BURST, OPERATIONS = 50, 10, 160
 PACKED = "packed,queues=2"
@@ -40,6 +46,12 @@ echo "size-before=$(size vdb)"
 echo "ready to grow"
 wait_for_size vdb {GROWN}
 echo "size-grown=$(size vdb)"
+for disk in vde vdf; do # copies on write of one base
+    wait_for_size $disk {COPY_GROWN}
+    echo "old-$disk=$(dd if=/dev/$disk bs=1M count={BASE // MIB} status=none | sha256sum | head -c 64)"
+    dd if=/run/mnt/file of=/dev/$disk bs=1M count=1 seek={COPY_AT // MIB} oflag=direct status=none
+done
+echo "new=$(head -c 1M /run/mnt/file | sha256sum | head -c 64)"
 resize2fs /dev/vdb 2> /run/resize
 after=$(df --output=size -k /run/mnt | tail -n 1)
 echo "room=$before $after"
@@ -83,6 +95,9 @@ class LiveDisks:
     fsck: str
     source: str
     unknown: str
+    base: str
+    base_after: str
+    copy: str
 
 
 def boot_live(folder: Path, kernel: str = "6.1", rings: str = "") -> LiveDisks:
@@ -90,6 +105,8 @@ def boot_live(folder: Path, kernel: str = "6.1", rings: str = "") -> LiveDisks:
     files = artifacts(kernel, "test")
     rings = f",{rings}" if rings else ""
     data = blank_disk(folder / "data.img", BEFORE)
+    base = random_disk(folder / "base.img", BASE, seed=9)
+    base_before = sha256(base)
     slow = random_disk(folder / "slow.img", 32 * MIB, seed=8)
     with root_disk(folder, "test") as disk:
         guest = Guest(
@@ -100,11 +117,16 @@ def boot_live(folder: Path, kernel: str = "6.1", rings: str = "") -> LiveDisks:
                 f"{data},id=data{rings}",
                 f"{slow},readonly,id=few,iops={IOPS},iops-burst={IOPS_BURST}{rings}",
                 f"{slow},readonly,id=thin,bps={BPS},bps-burst={BPS_BURST}{rings}",
+                f"{base},overlay={folder / 'changes'},id=kept{rings}",
+                f"{base},snapshot,id=thrown{rings}",
             ],
             cpus=2,
         )
         guest.start(SCRIPT, folder=folder)
         guest.wait_for("ready to grow")
+        for copy in ("kept", "thrown"):
+            done = guest.pyvmm("disk", "resize", "vm", copy, f"{COPY_GROWN // MIB}M")
+            assert done.returncode == 0, done.stderr
         done = guest.pyvmm("disk", "resize", "vm", "data", f"{GROWN // MIB}M")
         assert (done.returncode, done.stdout) == (0, f"data has {GROWN} bytes\n"), done.stderr
         grown = data.stat().st_size
@@ -122,7 +144,21 @@ def boot_live(folder: Path, kernel: str = "6.1", rings: str = "") -> LiveDisks:
             fsck=fsck(data),
             source=sha256(slow, size=BYTES),
             unknown=unknown,
+            base=base_before,
+            base_after=sha256(base),
+            copy=read_copy(base, folder / "changes"),
         )
+
+
+def read_copy(base: Path, changes: Path) -> str:
+    """The checksum of what the guest wrote to the overlay, once the monitor has ended."""
+    with ExitStack() as closing:
+        disk = DiskSpec(str(base), overlay=str(changes))
+        backend = open_backend(disk, closing)
+        assert backend.size_sectors * 512 == COPY_GROWN
+        data = bytearray(MIB)
+        backend.readv([memoryview(data)], MIB, COPY_AT)
+        return hashlib.sha256(data).hexdigest()
 
 
 live_disks = pytest.mark.parametrize(
@@ -156,6 +192,13 @@ def test_a_mounted_disk_grows(rings: str, boot: LiveDisks) -> None:
 
 
 @live_disks
+def test_copies_on_write_grow_past_their_base(rings: str, boot: LiveDisks) -> None:
+    result = boot.result.check()
+    assert result.value("old-vde") == result.value("old-vdf") == boot.base == boot.base_after
+    assert result.value("new") == boot.copy
+
+
+@live_disks
 def test_it_shrinks_only_when_that_is_asked_for(rings: str, boot: LiveDisks) -> None:
     boot.result.check()
     assert f"disk data has {GROWN} bytes" in boot.refused and "--shrink" in boot.refused
@@ -168,7 +211,8 @@ def test_it_shrinks_only_when_that_is_asked_for(rings: str, boot: LiveDisks) -> 
 @live_disks
 def test_a_disk_that_is_not_there_is_one_line(rings: str, boot: LiveDisks) -> None:
     assert boot.unknown == (
-        "pyvmm: there is no disk 'nowhere'; there are: system, data, few, thin, script\n"
+        "pyvmm: there is no disk 'nowhere'; there are: system, data, few, thin, kept, thrown, "
+        "script\n"
     )
 
 

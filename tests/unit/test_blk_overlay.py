@@ -20,8 +20,9 @@ from pyvmm.host.files import open_image
 from pyvmm.testing.blk_driver import IOERR, OK, UNMAP
 from pyvmm.virtio.blk import overlay as overlay_module
 from pyvmm.virtio.blk.backend import Backend, FileBackend
-from pyvmm.virtio.blk.overlay import OverlayBackend, cut, layout_for, open_snapshot
+from pyvmm.virtio.blk.overlay import OverlayBackend, cut, open_snapshot
 from pyvmm.virtio.blk.overlay_file import open_overlay
+from pyvmm.virtio.blk.overlay_layout import layout_for
 
 SIZE = 256 * 1024 + 3 * 512  # the last cluster is not whole
 CLUSTER = 4096
@@ -309,10 +310,10 @@ def test_a_flush_that_fails_is_made_up_for(
 
 def header(path: Path, **changes: object) -> None:
     """Change fields of the header at `path`, with a right checksum."""
-    names = ("magic", "version", "cluster_bits", "size", "base")
+    names = ("magic", "version", "cluster_bits", "size", "base", "disk", "data", "shown")
     with path.open("r+b") as file:
-        values = dict(zip(names, struct.unpack("<8sIIQ32s", file.read(56)), strict=True))
-        fields = struct.pack("<8sIIQ32s", *(values | changes).values())
+        values = dict(zip(names, struct.unpack("<8sIIQ32sQQQ", file.read(80)), strict=True))
+        fields = struct.pack("<8sIIQ32sQQQ", *(values | changes).values())
         file.seek(0)
         file.write(fields + struct.pack("<I", zlib.crc32(fields)))
 
@@ -343,7 +344,18 @@ def make_fifo(path: Path) -> None:
         (lambda path: os.truncate(path, 512), "is cut short"),
         (lambda path: os.truncate(path, 8192), "is cut short"),
         (lambda path: os.truncate(path, layout_for(SIZE).file_size - 1), "is cut short"),
-        (lambda path: header(path, version=2), "has version 2"),
+        (lambda path: header(path, version=3), "has version 3"),
+        (lambda path: header(path, version=1), "damaged header"),
+        (lambda path: header(path, disk=0), "no disk, of 0 bytes"),
+        (lambda path: header(path, disk=SIZE + 1), "no disk, of"),
+        (lambda path: header(path, disk=2**64 - 512), "no disk, of"),
+        (lambda path: header(path, disk=1 << 62), "no disk, of"),
+        (lambda path: header(path, disk=1 << 34), "is cut short"),
+        (lambda path: header(path, shown=SIZE + 512), "no disk, of"),
+        (lambda path: header(path, disk=512), "no disk, of"),  # but all of the base shows
+        (lambda path: header(path, data=0), "no disk, of"),
+        (lambda path: header(path, data=4096 + 512), "has its data at 0x1200"),
+        (lambda path: header(path, data=1 << 40), "has its data at"),
         (lambda path: header(path, size=2**64 - 1), "for a base of 18446744073709551615 bytes"),
         (lambda path: header(path, base=bytes(32)), "for another base"),
         (lambda path: header(path, cluster_bits=60), "has clusters"),

@@ -236,9 +236,17 @@ class Fixed(Backend):
         raise AssertionError
 
 
-def test_other_storage_keeps_its_size(path: Path) -> None:
-    with running(Fixed()) as rig, pytest.raises(ConfigError, match="no plain image"):
-        control(rig, path).disk_resize("disk0", 2 * SIZE)
+@pytest.mark.parametrize(
+    ("format", "says"),
+    [
+        ("qcow2", "disk0 is a qcow2 image in use, and keeps its size; stop the VM, then qemu-img"),
+        ("", "is of a class without resize, and keeps its size; write one: Backend.resize"),
+    ],
+)
+def test_other_storage_keeps_its_size(path: Path, format: str, says: str) -> None:
+    disk = path if format else Path("fixed.py:Fixed")
+    with running(Fixed()) as rig, pytest.raises(ConfigError, match=says):
+        control(rig, disk, format=format).disk_resize("disk0", 2 * SIZE)
 
 
 # ---- across the emulated host's border

@@ -17,7 +17,7 @@ from pyvmm.machine.disks import open_backend
 from pyvmm.machine.spec import DiskSpec, VmSpec, from_json, parse_disk, to_json, validate
 from pyvmm.testing.blk_driver import IOERR, OK
 from pyvmm.virtio.blk.backend import Backend
-from pyvmm.virtio.blk.overlay import layout_for
+from pyvmm.virtio.blk.overlay_layout import layout_for
 
 MIB = 1 << 20
 SQUARES = """

@@ -72,6 +72,11 @@ class Backend(ABC):
             self.writev([piece], len(piece), offset)
             offset += len(piece)
 
+    def storage_for(self, size: int) -> int:
+        """The bytes of storage under a disk of `size` bytes. Raises HostError if it cannot have
+        that size."""
+        return size
+
     def resize(self, size: int | None) -> None:
         """Have `size` bytes from now on, whole sectors, or (None) what the storage has become;
         sets `size_sectors`. Raises HostError."""

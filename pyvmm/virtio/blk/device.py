@@ -177,14 +177,19 @@ class BlockDevice(QueueDevice):
         """Whether `resize` may work."""
         return self._backend.can_resize
 
+    def storage_for(self, size: int) -> int:
+        """The bytes of storage that `size` bytes of disk take. Raises HostError if it cannot have
+        that size."""
+        return self._backend.storage_for(size)
+
     def resize(self, size: int | None, change: Callable[[], None] | None = None) -> int:
         """Give the disk `size` bytes, or (None) those that its storage has by now, and tell the
         driver: a configuration change notification (5.2.4, `capacity`). The new size in bytes.
 
-        `change` does the work where somebody else has to. A disk that shrinks is smaller first and
-        has less storage then, so that no request still on its way makes the file grow again. Not
-        for two threads at once, nor with a queue's lock held. Raises HostError, or what `change`
-        raises, and then the size is what the storage has.
+        `change` is called first where the storage is somebody else's to resize. A disk that shrinks
+        is smaller first and has less storage then, so that no request still on its way makes the
+        file grow again. Not for two threads at once, nor with a queue's lock held. Raises
+        HostError, or what `change` raises, and then the size is what the storage has.
         """
         try:
             if size is not None and size < self.size:
@@ -192,7 +197,7 @@ class BlockDevice(QueueDevice):
                 self._let_requests_end()
             if change is not None:
                 change()
-            self._backend.resize(size if change is None else None)
+            self._backend.resize(size)
         finally:
             self._set_capacity(self._backend.size_sectors)
             activation = self._activation

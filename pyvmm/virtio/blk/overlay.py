@@ -4,72 +4,64 @@ The file has the base's bytes at the same offsets, but sparse, with a bitmap tha
 cluster whether it counts. There is no table of places to keep consistent: a cluster's bit goes from
 0 to 1 once, and both are right as long as its data was there first.
 
-    | header 4 KiB | bitmap, whole 4 KiB pages | data: as long as the base, in whole clusters |
+    | header 4 KiB | bitmap, and room for a larger one | data: the disk, in whole clusters |
 
 `overlay_file` has the header. Without one (a snapshot, thrown away at the end) the bitmap lives in
 memory only.
+
+The disk may become larger or smaller than its base. What lies behind the base's end, or behind the
+smallest end that the disk ever had, reads as zeroes until it is written.
 """
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Iterator
+import stat
+from collections.abc import Callable, Iterator
 from threading import Lock
-from typing import NamedTuple
 
 from pyvmm.errors import HostError
 from pyvmm.host import log
 from pyvmm.host.files import SECTOR, ImageFile, pwritev_all
 from pyvmm.virtio.blk.backend import Backend, FileBackend
+from pyvmm.virtio.blk.overlay_layout import PAGE, Layout, layout_for
 
-PAGE = 4096
-_MIN_CLUSTER_BITS = 12
 _WINDOW = 1024  # clusters looked at in one go; bounds the work for a bitmap of alternating bits
-_MAX_BITMAP = 1 << 20  # bytes; 32 GiB have clusters of 4 KiB, larger disks larger ones
-
-
-class Layout(NamedTuple):
-    """Where things are in an overlay's file, in bytes, for a base of `size` bytes."""
-
-    size: int
-    cluster_bits: int
-    bitmap_size: int
-    data_offset: int
-    file_size: int
-
-
-def layout_for(size: int) -> Layout:
-    """The layout of an overlay over `size` bytes; the same for the same size."""
-    bits = _MIN_CLUSTER_BITS
-    while size >> bits > _MAX_BITMAP * 8:
-        bits += 1
-    clusters = size + (1 << bits) - 1 >> bits
-    bitmap_size = -(-clusters // (8 * PAGE)) * PAGE
-    data_offset = PAGE + bitmap_size
-    return Layout(size, bits, bitmap_size, data_offset, data_offset + (clusters << bits))
 
 
 class OverlayBackend(Backend):
-    """`base` with changes. `image` is the file for them, of `layout_for`'s size.
+    """`base` with changes. `image` is the file for them, of `layout`'s size.
 
-    `bitmap` says what is in it already, one bit for each cluster, lowest first; it is written back
-    if `keep`. `image` is closed with the overlay, `base` is not.
+    `bitmap` says what is in it already, one bit for each cluster, lowest first. `write_header`
+    stores a new layout; with it changes are kept, and the bitmap is written back. `image` is closed
+    with the overlay, `base` is not.
     """
 
     can_discard = True
+    can_resize = True
 
-    def __init__(self, base: Backend, image: ImageFile, bitmap: bytearray, *, keep: bool) -> None:
+    def __init__(
+        self,
+        base: Backend,
+        image: ImageFile,
+        layout: Layout,
+        bitmap: bytearray,
+        write_header: Callable[[Layout], None] | None = None,
+    ) -> None:
         self._base = base
-        self._layout = layout_for(base.size_sectors * SECTOR)
-        self._bits = self._layout.cluster_bits
+        self._layout = layout
+        self._bits = layout.cluster_bits
         self._bitmap = bitmap
+        self._clear_behind(layout.size)  # left by a shrink that was interrupted
         self._image = image
         self._file = FileBackend(image)
-        self._keep = keep
+        self._write_header = write_header
+        self._keep = write_header is not None
         self._dirty: set[int] = set()  # pages of the bitmap that the file does not have yet
         self._lock = Lock()  # held by whoever changes the bitmap, and by writers to the file
         self._flushing = Lock()
-        self.size_sectors = base.size_sectors
+        self.size_sectors = layout.size // SECTOR
         self.block_sizes = base.block_sizes
 
     @property
@@ -111,7 +103,17 @@ class OverlayBackend(Backend):
             if inside:
                 self._file.readv(pieces, length, start + shift)
             else:
-                self._base.readv(pieces, length, start)
+                self._read_base(pieces, length, start)
+
+    def _read_base(self, views: list[memoryview], size: int, offset: int) -> None:
+        shown = max(0, min(size, self._layout.shown - offset))
+        if shown == size:
+            self._base.readv(views, size, offset)
+            return
+        if shown:
+            self._base.readv(cut(views, 0, shown), shown, offset)
+        for view in cut(views, shown, size - shown):
+            view[:] = bytes(len(view))
 
     def writev(self, views: list[memoryview], size: int, offset: int) -> None:
         """See Backend."""
@@ -147,7 +149,7 @@ class OverlayBackend(Backend):
     def _copy(self, start: int, end: int) -> None:
         data = memoryview(bytearray(end - start))
         if data:
-            self._base.readv([data], len(data), start)
+            self._read_base([data], len(data), start)
             self._file.writev([data], len(data), start + self._layout.data_offset)
 
     def _has(self, cluster: int) -> bool:
@@ -162,6 +164,81 @@ class OverlayBackend(Backend):
         if after != before:
             self._bitmap[start:stop] = after.to_bytes(stop - start, "little")
             self._dirty.update(range(start // PAGE, (stop - 1) // PAGE + 1))
+
+    # --- another size -------------------------------------------------------------------------
+
+    def storage_for(self, size: int) -> int:
+        """See Backend."""
+        return self._layout.resized(size).file_size
+
+    def resize(self, size: int | None) -> None:
+        """See Backend. A file that is a block device must be as long as `storage_for` says."""
+        if size is None:
+            raise HostError(errno.EINVAL, "resize of an overlay", cure="say which size it gets")
+        layout = self._layout.resized(size)
+        with self._flushing, self._lock:
+            if size < self._layout.size:
+                self._shrink(layout)
+            elif size > self._layout.size:
+                self._grow(layout)
+        self.size_sectors = size // SECTOR
+
+    def _shrink(self, layout: Layout) -> None:
+        """The header first: where the disk ends, what is behind it does not count."""
+        old, self._layout = self._layout, layout
+        self._store(layout)
+        self._clear_behind(layout.size)
+        pages = range(layout.bitmap_size // PAGE)[-1:]  # those behind it are written as it grows
+        self._dirty = {page for page in self._dirty if page <= pages[0]} | set(pages)
+        del self._bitmap[layout.bitmap_size :]
+        if freed := old.file_size - layout.file_size:
+            self._file.discard(layout.file_size, freed)
+
+    def _grow(self, layout: Layout) -> None:
+        """The header last: by then there is nothing behind the old end but zeroes."""
+        old = self._layout
+        if os.lseek(self._image.fd, 0, os.SEEK_END) < layout.file_size:
+            self._lengthen(layout.file_size)
+        self._zero_tail(old)
+        first = old.bitmap_size // PAGE - 1
+        self._bitmap += bytes(layout.bitmap_size - len(self._bitmap))
+        if self._keep:
+            # Data before the bits that say so, as in flush.
+            self._file.flush()
+            pages = self._dirty | set(range(first, layout.bitmap_size // PAGE))
+            self._write_pages({n: self._bitmap[n * PAGE : (n + 1) * PAGE] for n in pages})
+            self._dirty = set()
+        self._store(layout)
+        self._layout = layout
+
+    def _lengthen(self, size: int) -> None:
+        if self._image.is_block_device:
+            raise HostError(errno.EINVAL, f"resize of {self._image.path}, a block device")
+        try:
+            os.ftruncate(self._image.fd, size)
+        except OSError as error:
+            raise HostError(error.errno or 0, f"resize of {self._image.path}") from None
+
+    def _zero_tail(self, old: Layout) -> None:
+        """What the last cluster has behind the old end, perhaps from before a shrink."""
+        left = -old.size % (1 << self._bits)
+        if left and self._has(old.size >> self._bits):
+            self._file.write_zeroes(old.size + old.data_offset, left, True)
+
+    def _store(self, layout: Layout) -> None:
+        if self._write_header is not None:
+            self._file.flush()
+            self._write_header(layout)
+            self._file.flush()
+
+    def _clear_behind(self, size: int) -> None:
+        """Unset the bits of clusters that are wholly behind `size`."""
+        clusters = size + (1 << self._bits) - 1 >> self._bits
+        whole, some = divmod(clusters, 8)
+        if some:
+            self._bitmap[whole] &= (1 << some) - 1
+            whole += 1
+        self._bitmap[whole:] = bytes(len(self._bitmap) - whole)
 
     # --- durability ---------------------------------------------------------------------------
 
@@ -232,8 +309,9 @@ def open_snapshot(base: Backend, path: str | None = None) -> OverlayBackend:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         raise HostError(error.errno or 0, "temporary file for a disk's changes") from None
-    image = ImageFile("the snapshot", fd, layout.file_size, False)
-    return OverlayBackend(base, image, bytearray(layout.bitmap_size), keep=False)
+    is_block_device = stat.S_ISBLK(os.fstat(fd).st_mode)
+    image = ImageFile("the snapshot", fd, layout.file_size, False, is_block_device=is_block_device)
+    return OverlayBackend(base, image, layout, bytearray(layout.bitmap_size))
 
 
 def scratch_file(size: int) -> int:
