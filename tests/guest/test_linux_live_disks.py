@@ -48,7 +48,8 @@ wait_for_size vdb {GROWN}
 echo "size-grown=$(size vdb)"
 for disk in vde vdf; do # copies on write of one base
     wait_for_size $disk {COPY_GROWN}
-    echo "old-$disk=$(dd if=/dev/$disk bs=1M count={BASE // MIB} status=none | sha256sum | head -c 64)"
+    old=$(dd if=/dev/$disk bs=1M count={BASE // MIB} status=none | sha256sum | head -c 64)
+    echo "old-$disk=$old"
     dd if=/run/mnt/file of=/dev/$disk bs=1M count=1 seek={COPY_AT // MIB} oflag=direct status=none
 done
 echo "new=$(head -c 1M /run/mnt/file | sha256sum | head -c 64)"
