@@ -96,7 +96,7 @@ def with_paths(spec: VmSpec, change: Callable[[str], str]) -> VmSpec:
     """`spec` with all paths as `change` gives them."""
     return replace(
         spec,
-        kernel=change(spec.kernel),
+        kernel=change(spec.kernel) if spec.kernel else "",
         initrd=None if spec.initrd is None else change(spec.initrd),
         disks=tuple(_disk_with_paths(disk, change) for disk in spec.disks),
         devices=tuple(_device_with_paths(device, change) for device in spec.devices),
@@ -131,7 +131,7 @@ def dump(spec: VmSpec, **values: Any) -> str:
     found: dict[str, Any] = {}
     for option in OPTIONS:
         value = _plain(option, spec) if option.field or option.device else values.get(option.name)
-        if value not in (None, option.default, ()):
+        if value not in (None, option.default, (), ""):
             found[option.name] = value
     return tomli_w.dumps(found)
 

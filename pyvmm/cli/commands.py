@@ -17,7 +17,7 @@ class Commands(click.Group):
     """Imports a command only when it is called: each has its own needs, and `run` is in a hurry."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        looking_after = ["ps", "stop", "pause", "resume", "disk", "balloon"]
+        looking_after = ["ps", "stop", "pause", "resume", "disk", "balloon", "rm"]
         return ["run", *looking_after, "vhost-user-blk", "doctor", "image"]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -37,6 +37,10 @@ class Commands(click.Group):
             from pyvmm.cli.image import image
 
             return image
+        if cmd_name == "rm":
+            from pyvmm.cli.machines import rm
+
+            return rm
         if cmd_name in ("ps", "stop", "pause", "resume", "disk", "balloon"):
             from pyvmm.cli import control
 

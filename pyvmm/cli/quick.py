@@ -14,6 +14,7 @@ from pyvmm.machine.spec import DISCOVERY
 
 # The usual parameters of pyvmm.cli.run.run and their values where no option is given.
 DEFAULTS: dict[str, Any] = {
+    "image": None,
     "kernel": None,
     "disks": (),
     "initrd": None,
@@ -25,17 +26,19 @@ DEFAULTS: dict[str, Any] = {
     "kvm": "auto",
     "discovery": "auto",
     "name": "",
+    "rm": False,
     "debug": False,
 }
 CHOICES = {
     "kvm": ("auto", "host", "emulated"),
     "discovery": DISCOVERY,
 }
-_LEFT_TO_CLICK = ("debug",)
+_NO_VALUE = {"--rm": "rm"}
+_NO_SUCH_FLAG = ("debug", "image", *_NO_VALUE.values())
 _FLAGS = {
     "--disk" if name == "disks" else f"--{name.replace('_', '-')}": name
     for name in DEFAULTS
-    if name not in _LEFT_TO_CLICK
+    if name not in _NO_SUCH_FLAG
 }
 
 
@@ -46,6 +49,12 @@ def parse_run(argv: Sequence[str]) -> dict[str, Any] | None:
     values = dict(DEFAULTS)
     words = iter(argv[1:])
     for word in words:
+        if word in _NO_VALUE:
+            values[_NO_VALUE[word]] = True
+            continue
+        if word and not word.startswith("-") and values["image"] is None:
+            values["image"] = word
+            continue
         flag, equals, text = word.partition("=")
         name = _FLAGS.get(flag)
         if name is None:
@@ -64,7 +73,7 @@ def parse_run(argv: Sequence[str]) -> dict[str, Any] | None:
             return None
         else:
             values[name] = text
-    return values if values["kernel"] is not None else None
+    return values
 
 
 def run_quickly(argv: Sequence[str]) -> Callable[[], int] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -13,6 +14,8 @@ from pyvmm.machine.spec import TRACE_KINDS, validate
 
 EPILOG = """\b
 Examples:
+  pyvmm run                       Debian, built at the first use; ends by poweroff
+  pyvmm run --rm debian-systemd   another image; what the guest changes is thrown away
   pyvmm run --kernel vmlinuz --initrd initrd.img --disk debian.img
   pyvmm run --kernel vmlinux --disk root.img --disk data.img,readonly,id=data,bps=20M,iops=500
   pyvmm run --kernel vmlinux --disk base.img,snapshot --disk big.qcow2
@@ -39,10 +42,12 @@ Exit codes:
 
 
 @click.command(epilog=EPILOG)
+@click.argument("image", required=False)
 @click.option(
     "--kernel",
     metavar="PATH",
-    help="Linux kernel: a bzImage (Debian's /boot/vmlinuz) or an ELF vmlinux.",
+    help="Linux kernel: a bzImage (Debian's /boot/vmlinuz) or an ELF vmlinux; instead of IMAGE's, "
+    "and of its initrd.",
 )
 @click.option(
     "--disk",
@@ -144,8 +149,10 @@ Exit codes:
 @click.option(
     "--name",
     default="",
-    help="The VM's name, in messages and for pyvmm ps, stop, pause…  [default: vm, or vm-2…]",
+    help="The VM's name, in messages and for pyvmm ps, stop, pause…; what it has changed on "
+    "IMAGE's disk is kept under it.  [default: IMAGE's or vm, or vm-2…]",
 )
+@click.option("--rm", is_flag=True, help="Throw away what the guest changes on IMAGE's disk.")
 @click.option(
     "--config",
     metavar="FILE",
@@ -158,6 +165,10 @@ Exit codes:
 def run(config: str | None, print_config: bool, debug: bool, **options: Any) -> int:
     """Boot a Linux guest and join its serial console to this terminal.
 
+    IMAGE is one that `pyvmm image list` shows; with neither it nor --kernel it is debian. The disk
+    of an image is /dev/vda, --disk adds others; where only disks are named, the kernel of debian
+    boots from the first.
+
     Ends when the guest powers off. Where this machine's KVM cannot run Linux (a container, a CI
     runner), the whole monitor runs in an emulated KVM host instead and says so.
     """
@@ -169,7 +180,10 @@ def run(config: str | None, print_config: bool, debug: bool, **options: Any) -> 
     if print_config:
         from pyvmm.api.config_file import dump
 
-        click.echo(dump(validate(make_spec(values)), **values), nl=False)
+        # Without a kernel it is an image's, which its name stands for.
+        spec = validate(make_spec({"kernel": "/", **values}))
+        spec = replace(spec, kernel=(values.get("kernel") and spec.kernel) or "")
+        click.echo(dump(spec, **values), nl=False)
         return 0
     return start(**values)
 

@@ -18,13 +18,26 @@ def start(*, kvm: str = "auto", **options: Any) -> int:
 
     Raises PyvmmError for what is wrong with them.
     """
-    return run_spec(validate(make_spec(options)), kvm)
+    image = None
+    if options.get("image") is not None or options.get("kernel") is None:
+        from pyvmm.cli.from_image import choose
+
+        options, image = choose(options)
+    return run_spec(validate(make_spec(options)), kvm, image=image, rm=bool(options.get("rm")))
 
 
-def run_spec(spec: VmSpec, kvm: str = "auto") -> int:
-    """Run `spec`, under the name that it has or the first that is free; the exit code."""
-    with _registered(spec.name) as registration:
+def run_spec(spec: VmSpec, kvm: str = "auto", *, image: str | None = None, rm: bool = False) -> int:
+    """Run `spec`, under the name that it has or the first that is free; the exit code.
+
+    With `image` its first disk is that image's, and unless `rm` is true what the guest changes on
+    it is kept.
+    """
+    with _registered(spec.name, image or registry.DEFAULT_NAME) as registration:
         spec = replace(spec, name=registration.name)
+        if image is not None and not rm:
+            from pyvmm.cli.from_image import keep_changes
+
+            spec = keep_changes(spec, image)
         return _run(spec, kvm, registration.listener)
 
 
@@ -43,10 +56,10 @@ def _run(spec: VmSpec, kvm: str, control: Socket | None) -> int:
     return run_emulated(spec, because, control=control)
 
 
-def _registered(name: str) -> registry.Registration:
+def _registered(name: str, default: str) -> registry.Registration:
     try:
-        return registry.register(name)
+        return registry.register(name, default)
     except registry.NoPlace as error:
         # The guest does not depend on it.
         log.to_stderr(f"{error}; pyvmm ps, stop and the like will not find this VM")
-        return registry.Registration(name or registry.DEFAULT_NAME)
+        return registry.Registration(name or default)

@@ -93,8 +93,9 @@ class Registration(Closable):
         self.listener.close()
 
 
-def register(name: str = "") -> Registration:
-    """Take `name` for a VM of this process; for "" the first of vm, vm-2, vm-3… that is free.
+def register(name: str = "", default: str = DEFAULT_NAME) -> Registration:
+    """Take `name` for a VM of this process; for "" the first of `default` (vm), vm-2, vm-3… that is
+    free.
 
     Raises ConfigError if a VM of that name runs, or no socket can be made.
     """
@@ -104,8 +105,8 @@ def register(name: str = "") -> Registration:
         if name:
             candidates = [name]
         else:
-            numbered = (f"{DEFAULT_NAME}-{number}" for number in range(2, _MOST_SUFFIXES))
-            candidates = [DEFAULT_NAME, *numbered]
+            numbered = (f"{default}-{number}" for number in range(2, _MOST_SUFFIXES))
+            candidates = [default, *numbered]
         for candidate in candidates:
             path = _path(place, candidate)
             if not _alive(path):

@@ -3,6 +3,7 @@
     images.build(["rootfs-minbase"])              makes what is missing
     files = images.artifacts(kernel="6.1")        paths; built where missing, if `build=True`
     images.fresh_disk("root.img")                 a writable copy of a root disk
+    images.machine_image("debian", make=True)     all that a VM boots from
 
 The recipes are in guest-images/; docs/decisions/0060 says why they are as they are.
 """
@@ -11,9 +12,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pyvmm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pyvmm.images.bootable import MachineImage
 
 DEFAULT_KERNEL = "6.1"
 DEFAULT_VARIANT = "minbase"
@@ -75,21 +79,32 @@ def artifacts(
     Raises ConfigError where they are not in the cache, unless `make` is true: then they are built.
     """
     wanted = [f"kernel-{kernel}", f"initramfs-{kernel}", f"rootfs-{variant}"]
-    folders = _folders(wanted, make)
+    found = folders(wanted, make=make)
     from pyvmm.images.kernel import modules_folder
 
     return Artifacts(
-        bzimage=os.path.join(folders[0], "bzImage"),
-        vmlinux=os.path.join(folders[0], "vmlinux"),
-        initramfs=os.path.join(folders[1], "initramfs.cpio"),
-        rootfs=os.path.join(folders[2], "rootfs.ext4"),
-        modules=modules_folder(folders[0]),
+        bzimage=os.path.join(found[0], "bzImage"),
+        vmlinux=os.path.join(found[0], "vmlinux"),
+        initramfs=os.path.join(found[1], "initramfs.cpio"),
+        rootfs=os.path.join(found[2], "rootfs.ext4"),
+        modules=modules_folder(found[0]),
     )
+
+
+def machine_image(name: str | None, *, make: bool) -> MachineImage:
+    """What a VM boots from: the image called `name`, or the default one for None.
+
+    The recipes' images are built first where missing, if `make` is true. Raises ConfigError for a
+    name that nothing has, and for what has not been built.
+    """
+    from pyvmm.images import bootable
+
+    return bootable.resolve(name, make=make)
 
 
 def host_artifacts(*, make: bool = False) -> HostArtifacts:
     """The emulated host's QEMU and kernel. Raises ConfigError as `artifacts` does."""
-    kernel, emulator = _folders(["kernel-host", "programs-emulator"], make)
+    kernel, emulator = folders(["kernel-host", "programs-emulator"], make=make)
     from pyvmm.images.kernel import modules_folder
     from pyvmm.images.programs import qemu_command
 
@@ -103,7 +118,7 @@ def host_artifacts(*, make: bool = False) -> HostArtifacts:
 def storage_command(program: str, *, make: bool = False) -> list[str]:
     """The beginning of a command line that runs qemu-img, qemu-io or qemu-storage-daemon 10, which
     speak vhost-user. Raises ConfigError as `artifacts` does."""
-    [folder] = _folders(["programs-storage"], make)
+    [folder] = folders(["programs-storage"], make=make)
     from pyvmm.images.programs import storage_command as command
 
     return command(folder, program)
@@ -111,7 +126,7 @@ def storage_command(program: str, *, make: bool = False) -> list[str]:
 
 def fresh_disk(target: str, variant: str = DEFAULT_VARIANT, *, make: bool = False) -> str:
     """A sparse, writable copy of a root disk at `target`, which is replaced; returns `target`."""
-    [folder] = _folders([f"rootfs-{variant}"], make)
+    [folder] = folders([f"rootfs-{variant}"], make=make)
     from pyvmm.images.disk import copy_sparse
 
     copy_sparse(os.path.join(folder, "rootfs.ext4"), target)
@@ -136,13 +151,15 @@ def refresh_lock() -> None:
 
 
 def prune() -> list[str]:
-    """Remove images that no current recipe makes; their folders. Waits for a build to end."""
-    from pyvmm.images import builder, cache
+    """Remove images that no current recipe makes and no VM needs; their folders. Waits for a build
+    to end. What a user has built stays."""
+    from pyvmm.images import builder, cache, machines
     from pyvmm.images.progress import Progress
 
     catalogue = builder.Catalogue()
     with cache.building(Progress().waiting):
-        return cache.prune({catalogue.path(name) for name in catalogue.names()})
+        needed = {os.path.dirname(base) for base in machines.bases()}
+        return cache.prune({catalogue.path(name) for name in catalogue.names()} | needed)
 
 
 def exec_argument(script: str) -> str:
@@ -152,7 +169,9 @@ def exec_argument(script: str) -> str:
     return f"pyvmm.exec={b64encode(script.encode()).decode()}"
 
 
-def _folders(wanted: Sequence[str], make: bool) -> list[str]:
+def folders(wanted: Sequence[str], *, make: bool) -> list[str]:
+    """The folders of the images, built first where missing if `make` is true. Raises ConfigError
+    where it is not, for one that has not been built."""
     from pyvmm.images import builder
     from pyvmm.images.progress import Progress
 

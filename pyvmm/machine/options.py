@@ -42,6 +42,7 @@ class Option(NamedTuple):
 
 
 OPTIONS = (
+    Option("image", "image"),
     Option("kernel", "--kernel", field="kernel"),
     Option("initrd", "--initrd", field="initrd"),
     Option("disks", "--disk", field="disks", many=True, default=()),
@@ -59,6 +60,7 @@ OPTIONS = (
     Option("trace_file", "--trace-file", field="trace_file"),
     Option("discovery", "--discovery", field="discovery", default="auto"),
     Option("name", "--name", field="name", default=""),
+    Option("rm", "--rm", default=False),
     Option("kvm", "--kvm", default="auto"),
 )
 NAMES = tuple(option.name for option in OPTIONS)

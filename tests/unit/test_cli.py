@@ -27,6 +27,7 @@ STARTED = 99  # what our emulated host "returns": all the options were good
 def place(tmp_path, monkeypatch):
     """A folder with a kernel and disks in it, and an emulated host that does not start."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     (tmp_path / "kernel").write_bytes(boot_images.bzimage())
     for name in ("a.img", "b.img"):
         (tmp_path / name).write_bytes(bytes(1 << 20))
@@ -146,7 +147,7 @@ def test_what_is_wrong_is_one_line_and_code_2(run, args, named):
 
 
 def test_commands_that_do_not_exist_are_one_line(pyvmm):
-    for args in (["boot"], ["run"], ["image", "disk"], ["image", "path", "missing"]):
+    for args in (["boot"], ["run", "none"], ["image", "disk"], ["image", "path", "missing"]):
         code, error = pyvmm(*args)
         assert (code, error.count("\n")) == (2, 1), error
 

@@ -12,7 +12,18 @@ from pyvmm.cli.run import run
 
 FLAGS = [
     *("--kernel", "--disk", "--initrd", "--cpus", "--memory", "--cmdline", "--trace"),
-    *("--trace-file", "--kvm", "--discovery", "--name", "--debug", "--help", "--ker", "-k", "x"),
+    *(
+        "--rm",
+        "--trace-file",
+        "--kvm",
+        "--discovery",
+        "--name",
+        "--debug",
+        "--help",
+        "--ker",
+        "-k",
+        "x",
+    ),
 ]
 VALUES = ["a", "2", "", "-1", "-", "--", "host", "auto", "acpi", "HOST", "a=b", "1_0", "٣", " 4"]
 
@@ -45,13 +56,25 @@ def test_an_option_that_is_not_given_is_the_same_for_both():
 
 @pytest.mark.parametrize("option", run.params, ids=lambda option: option.name)
 def test_it_leaves_to_click_what_it_does_not_know(option):
-    argv = ["--kernel", "k", option.opts[-1], *([] if option.is_flag else ["1"])]
+    argv = ["--kernel", "k", option.opts[-1]]
+    if isinstance(option, click.Option) and not option.is_flag:
+        argv.append("1")
     assert parse_run(["run", *argv]) in (None, by_click(argv))
 
 
 def test_a_usual_command_line_is_read_quickly():
     argv = ["--kernel", "k", "--initrd=i", "--disk", "a,readonly", "--disk=b", "--cpus", "4"]
-    argv += ["--memory", "1G", "--kvm=host", "--trace", "all", "--cmdline", "quiet root=/dev/vdb"]
+    argv += [
+        "debian",
+        "--rm",
+        "--memory",
+        "1G",
+        "--kvm=host",
+        "--trace",
+        "all",
+        "--cmdline",
+        "quiet root=/dev/vdb",
+    ]
     quick = parse_run(["run", *argv])
     assert quick is not None
     assert quick == by_click(argv)
@@ -60,12 +83,12 @@ def test_a_usual_command_line_is_read_quickly():
 @pytest.mark.parametrize(
     "argv",
     [
-        ["run"],
         ["run", "--help"],
         ["run", "--kernel"],
         ["run", "--kernel", "k", "--cpus", "many"],
         ["run", "--kernel", "k", "--kvm=sometimes"],
-        ["run", "--kernel", "k", "extra"],
+        ["run", "image", "extra"],
+        ["run", "--rm=yes"],
         ["run", "--kernel", "k", "--debug"],
         ["doctor"],
         [],

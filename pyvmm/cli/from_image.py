@@ -1,0 +1,55 @@
+"""`pyvmm run IMAGE`: the image's kernel and disk, and where what the guest changes is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from pyvmm import images
+from pyvmm.images import machines
+from pyvmm.machine.options import as_list
+from pyvmm.machine.spec import DiskSpec, VmSpec
+
+
+def choose(options: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """`options` with what their image adds, and the name of the image that their first disk is.
+
+    Without an image it is the one of the VM of their name, or else the default. A kernel that is
+    given replaces the image's and its initrd; where only disks are given, the first of them is
+    booted from. Raises ConfigError.
+    """
+    chosen = dict(options)
+    name, vm = chosen.get("image"), chosen.get("name")
+    if name is None and vm:
+        name = _image_of(vm)
+    disks = as_list(chosen.get("disks", ()))
+    found = images.machine_image(name, make=True)
+    if chosen.get("kernel") is None:
+        chosen["kernel"] = found.kernel
+        chosen["initrd"] = chosen.get("initrd") or found.initrd
+    if name is None and disks:
+        return chosen, None
+    # Until the VM has its name, what it changes has no place: a snapshot stands for it.
+    chosen["disks"] = [DiskSpec(found.disk, snapshot=True), *disks]
+    chosen["cmdline"] = f"{found.cmdline} {chosen.get('cmdline', '')}".strip()
+    return chosen, found.name
+
+
+def _image_of(vm: str) -> str | None:
+    found = machines.find(vm)
+    if found is None:
+        return None
+    machines.check(found)
+    return found.image
+
+
+def keep_changes(spec: VmSpec, image: str) -> VmSpec:
+    """`spec`, whose first disk is `image`'s, with the changes of the VM of that name.
+
+    Raises ConfigError if that VM was made from another image, or its image is not as it was.
+    """
+    disk = spec.disks[0]
+    machine = machines.keep(spec.name, image, disk.path)
+    disk = replace(disk, path=machine.base, snapshot=False, overlay=machine.overlay)
+    return replace(spec, disks=(disk, *spec.disks[1:]))

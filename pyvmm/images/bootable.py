@@ -1,0 +1,104 @@
+"""What a VM boots from, by one name: a kernel, an initial RAM disk, and a root disk that is only
+read.
+
+There are the images the recipes make (debian, debian-systemd …) and those a user has built, which
+`user_image` keeps.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from pyvmm.errors import ConfigError
+
+DEFAULT = "debian"
+
+
+@dataclass(frozen=True)
+class Process:
+    """What a container image says is to be run: `entrypoint` and `command` make up its arguments.
+
+    `env` are "NAME=VALUE"; `cwd` is an absolute path; `user` is "UID:GID", `groups` are the other
+    groups' numbers.
+    """
+
+    entrypoint: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
+    env: tuple[str, ...] = ()
+    cwd: str = "/"
+    user: str = "0:0"
+    groups: tuple[int, ...] = ()
+
+    def argv(self, command: tuple[str, ...] = ()) -> tuple[str, ...]:
+        """The whole command line, with `command` in place of the image's own if there is one."""
+        return (*self.entrypoint, *(command or self.command))
+
+
+@dataclass(frozen=True)
+class MachineImage:
+    """`kernel`, `initrd` and `disk` are paths. The disk is a base image: boot on an overlay of it.
+
+    `cmdline` is what the kernel command line needs beside the defaults, `process` what a container
+    image runs (None for other images).
+    """
+
+    name: str
+    kernel: str
+    initrd: str
+    disk: str
+    cmdline: str = ""
+    has_agent: bool = False
+    process: Process | None = None
+
+
+def resolve(name: str | None, *, make: bool) -> MachineImage:
+    """The image called `name`; None is the default one, which is built if `make` is true.
+
+    So is the kernel of any other. Raises ConfigError for a name that nothing has, and for what has
+    not been built.
+    """
+    from pyvmm.images import user_image
+
+    name = name or DEFAULT
+    user_image.check_name(name)
+    found = user_image.find(name)
+    if found is not None:
+        kernel, initrd = boot_files(found.kernel, make=make)
+        disk = os.path.join(found.folder, user_image.DISK)
+        return MachineImage(
+            name, kernel, initrd, disk, found.cmdline, found.has_agent, found.process
+        )
+    variants = built_in()
+    if name not in variants:
+        known = ", ".join([*variants, *user_image.names()])
+        raise ConfigError(
+            f"there is no image called {name!r}",
+            cure=f"there are {known}; pyvmm image build --from … makes more",
+        )
+    from pyvmm import images
+
+    files = images.artifacts(variant=variants[name], make=make)
+    return MachineImage(name, files.vmlinux, files.initramfs, files.rootfs)
+
+
+def built_in() -> dict[str, str]:
+    """The recipes' images: name → root disk variant. None where there are no recipes."""
+    from pyvmm.images import recipes
+
+    try:
+        variants = recipes.load().rootfs
+    except ConfigError:
+        return {}
+    return {DEFAULT if name == "minbase" else f"{DEFAULT}-{name}": name for name in variants}
+
+
+def boot_files(kernel: str, *, make: bool) -> tuple[str, str]:
+    """The paths of the guest kernel called `kernel` ("6.1") and of its initial RAM disk.
+
+    vmlinux rather than bzImage: a guest has nothing to unpack then. Raises ConfigError.
+    """
+    from pyvmm import images
+
+    folders = images.folders([f"kernel-{kernel}", f"initramfs-{kernel}"], make=make)
+    return os.path.join(folders[0], "vmlinux"), os.path.join(folders[1], "initramfs.cpio")
