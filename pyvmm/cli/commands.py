@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import click
@@ -13,40 +14,36 @@ from pyvmm.host import log
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
+# By name: the module, in the order in which --help lists them. A command's name in there has _ for -.
+COMMANDS = {
+    "run": "pyvmm.cli.run",
+    "ps": "pyvmm.cli.control",
+    "stop": "pyvmm.cli.control",
+    "pause": "pyvmm.cli.control",
+    "resume": "pyvmm.cli.control",
+    "disk": "pyvmm.cli.control",
+    "balloon": "pyvmm.cli.control",
+    "console": "pyvmm.cli.console",
+    "events": "pyvmm.cli.console",
+    "rm": "pyvmm.cli.machines",
+    "vhost-user-blk": "pyvmm.cli.vhost_user",
+    "doctor": "pyvmm.cli.doctor",
+    "image": "pyvmm.cli.image",
+}
+
+
 class Commands(click.Group):
     """Imports a command only when it is called: each has its own needs, and `run` is in a hurry."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        looking_after = ["ps", "stop", "pause", "resume", "disk", "balloon", "rm"]
-        return ["run", *looking_after, "vhost-user-blk", "doctor", "image"]
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name == "run":
-            from pyvmm.cli.run import run
-
-            return run
-        if cmd_name == "vhost-user-blk":
-            from pyvmm.cli.vhost_user import vhost_user_blk
-
-            return vhost_user_blk
-        if cmd_name == "doctor":
-            from pyvmm.cli.doctor import doctor
-
-            return doctor
-        if cmd_name == "image":
-            from pyvmm.cli.image import image
-
-            return image
-        if cmd_name == "rm":
-            from pyvmm.cli.machines import rm
-
-            return rm
-        if cmd_name in ("ps", "stop", "pause", "resume", "disk", "balloon"):
-            from pyvmm.cli import control
-
-            command: click.Command = getattr(control, cmd_name)
-            return command
-        return None
+        if cmd_name not in COMMANDS:
+            return None
+        module = import_module(COMMANDS[cmd_name])
+        command: click.Command = getattr(module, cmd_name.replace("-", "_"))
+        return command
 
 
 @click.command(cls=Commands, context_settings=CONTEXT)

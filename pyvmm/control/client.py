@@ -1,13 +1,15 @@
-"""The other end of a control socket: asks a running VM, and sees it end."""
+"""The other end of a control socket: asks a running VM, looks at its console, sees it end."""
 
 from __future__ import annotations
 
+import _socket
 import errno
 import os
 import select
 import signal
 import time
-from typing import Any, Self
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Self
 
 from pyvmm.control import protocol, registry
 from pyvmm.errors import ConfigError, HostError, PyvmmError
@@ -17,9 +19,19 @@ from pyvmm.host.unix_sockets import Socket
 
 PATIENCE = 10.0  # seconds for an answer
 
+_PIECE = 1 << 16
+
 
 class NoAnswer(PyvmmError):
     """The VM's monitor did not answer in time, or ended instead."""
+
+
+class Upgraded(NamedTuple):
+    """A connection that has become a stream: the `result` of the request that made it one, and its
+    non-blocking `socket`, from which nothing behind that result was read."""
+
+    result: Any
+    socket: Socket
 
 
 class Client(Closable):
@@ -29,7 +41,6 @@ class Client(Closable):
         """`connect` is how to get one."""
         self.name = name
         self.connection = connection
-        self.received = b""  # what came behind the last answer
         self.pid = unix_sockets.peer(connection).pid
         self._next_id = 1
 
@@ -67,6 +78,14 @@ class Client(Closable):
             raise protocol.ControlError(str(error.get("code")), f"{error.get('message')}")
         return answer["result"]
 
+    def upgrade(self, method: str, *, patience: float = PATIENCE, **params: Any) -> Upgraded:
+        """Ask for a `method` that makes the connection something else, which is the caller's then;
+        the client is of no more use. Raises as `call` does."""
+        result = self.call(method, patience=patience, **params)
+        fd = os.dup(self.connection.fileno())
+        self.close()
+        return Upgraded(result, unix_sockets.adopt(fd))
+
     def _send(self, data: bytes, deadline: float) -> None:
         while data:
             self._wait(select.POLLOUT, deadline)
@@ -78,18 +97,20 @@ class Client(Closable):
                 raise NoAnswer(f"{self.name} has ended") from None
 
     def _read_line(self, deadline: float) -> bytes:
-        while b"\n" not in self.received:
+        line = b""
+        while not line.endswith(b"\n"):
             self._wait(select.POLLIN, deadline)
             try:
-                data = self.connection.recv(1 << 16)
+                # No byte behind the line is taken: it may be a stream's.
+                ahead = self.connection.recv(_PIECE, _socket.MSG_PEEK)
+                data = self.connection.recv(ahead.find(b"\n") + 1 or len(ahead))
             except BlockingIOError:
                 continue
             except OSError:
                 data = b""
             if not data:
                 raise NoAnswer(f"{self.name} has ended")
-            self.received += data
-        line, _, self.received = self.received.partition(b"\n")
+            line += data
         return line
 
     def _wait(self, event: int, deadline: float) -> None:
@@ -105,6 +126,58 @@ class Client(Closable):
             return os.pidfd_open(self.pid)
         except ProcessLookupError:
             return -1
+
+
+def open_console(name: str, *, history: bool = True, input: bool = True) -> Socket:
+    """The console of the VM called `name`, as a non-blocking stream: the last of what it has shown
+    (with `history`), then all that it shows; what is sent is typed into it (with `input`). Any
+    number can look and type at a time. It ends when the VM ends.
+
+    A reader that falls behind by 256 KiB misses some, and is told how much. Raises ConfigError if
+    there is no such VM, ControlError, NoAnswer, HostError.
+    """
+    with Client.connect(name) as client:
+        return client.upgrade("console", history=history, input=input).socket
+
+
+def open_events(name: str, *, history: bool = True) -> Socket:
+    """What happens to the VM called `name`, as a non-blocking stream of lines, a JSON object each;
+    docs/control-socket.md has their kinds. With `history` those that were before come first.
+
+    Raises as `open_console` does.
+    """
+    with Client.connect(name) as client:
+        return client.upgrade("events", history=history).socket
+
+
+def events(name: str, *, history: bool = True) -> Iterator[dict[str, Any]]:
+    """What happens to the VM called `name`, one event after another until it has ended; the last is
+    called "ended" unless its monitor was killed. Raises as `open_console` does."""
+    return read_events(open_events(name, history=history))
+
+
+def read_events(socket: Socket) -> Iterator[dict[str, Any]]:
+    """The events that come from `socket`, which is closed at the end."""
+    import json
+
+    poll = select.poll()
+    poll.register(socket.fileno(), select.POLLIN)
+    received = b""
+    try:
+        while True:
+            poll.poll()
+            try:
+                data = socket.recv(_PIECE)
+            except BlockingIOError:
+                continue
+            except OSError:
+                data = b""
+            if not data:
+                return
+            *lines, received = (received + data).split(b"\n")
+            yield from map(json.loads, lines)
+    finally:
+        socket.close()
 
 
 def stop(name: str, *, patience: float, kill: bool = False) -> None:

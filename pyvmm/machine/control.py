@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pyvmm import __version__
-from pyvmm.control.protocol import Method
+from pyvmm.control.protocol import Method, Upgrade
 from pyvmm.errors import ConfigError
 from pyvmm.host.files import SECTOR
 from pyvmm.machine.builder import Prepared
@@ -18,6 +18,7 @@ from pyvmm.machine.spec import DiskSpec
 from pyvmm.virtio.blk.device import BlockDevice
 
 if TYPE_CHECKING:
+    from pyvmm.machine.watch import Watch
     from pyvmm.virtio.balloon.device import BalloonDevice
 
 ResizeOutside = Callable[[str, int | None], None]
@@ -34,13 +35,18 @@ class MachineControl:
     """The methods of one machine, in plain data. They are called in the control server's thread."""
 
     def __init__(
-        self, machine: Machine, prepared: Prepared, resize_outside: ResizeOutside | None = None
+        self,
+        machine: Machine,
+        prepared: Prepared,
+        watch: Watch,
+        resize_outside: ResizeOutside | None = None,
     ) -> None:
         """`resize_outside` is for where the disks are somebody else's: it resizes the storage at a
         path, to so many bytes or (None) to those it has by now, and returns when that shows here.
         """
         self._machine = machine
         self._prepared = prepared
+        self._watch = watch
         self._resize_outside = resize_outside
         self._start = time.monotonic()
 
@@ -54,6 +60,8 @@ class MachineControl:
             "quit": Method(self.quit),
             "pause": Method(self.pause),
             "resume": Method(self.resume),
+            "console": Method(self.console, takes={"history": bool, "input": bool}),
+            "events": Method(self.events, takes={"history": bool}),
             "disk.resize": Method(
                 self.disk_resize, needs={"disk": str}, takes={"size": int, "shrink": bool}
             ),
@@ -103,13 +111,27 @@ class MachineControl:
 
     def pause(self) -> dict[str, Any]:
         """Return when nothing moves any more. Raises ConfigError if something does not stop."""
+        was = self._machine.pauser.paused
         self._machine.pauser.pause()
+        if not was:
+            self._watch.events.emit("paused")
         return {"state": "paused"}
 
     def resume(self) -> dict[str, Any]:
         """Go on."""
+        was = self._machine.pauser.paused
         self._machine.pauser.resume()
+        if was:
+            self._watch.events.emit("resumed")
         return {"state": "running"}
+
+    def console(self, history: bool = True, input: bool = True) -> Upgrade:
+        """Make the connection one end of the console; see Watch."""
+        return self._watch.console(history, input)
+
+    def events(self, history: bool = True) -> Upgrade:
+        """Make the connection one that gets the events, a line of JSON each; see Events."""
+        return self._watch.events.listen(history)
 
     def balloon_set(self, size: int) -> dict[str, Any]:
         """Have the balloon want `size` bytes. Raises ConfigError if there is none, or no such

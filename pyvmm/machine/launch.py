@@ -6,9 +6,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from pyvmm.boot.diagnosis import PANIC, ConsoleWatcher
+from pyvmm.boot.diagnosis import PANIC, ConsoleWatcher, Finding
 from pyvmm.host import log
 from pyvmm.machine.builder import Prepared, assemble, prepare
 from pyvmm.machine.machine import Machine
@@ -17,12 +17,14 @@ from pyvmm.machine.spec import VmSpec
 from pyvmm.machine.trace import Trace
 from pyvmm.platform.console import Console, standard_fds
 from pyvmm.platform.console_pump import InputPort
+from pyvmm.platform.shared_console import ConsoleTail, SharedInput
 from pyvmm.transport.mmio import MmioTransport
 from pyvmm.virtio import constants
 
 if TYPE_CHECKING:
     from pyvmm.host.unix_sockets import Socket
     from pyvmm.machine.control import ResizeOutside
+    from pyvmm.machine.watch import Watch
 
 _SILENCE_SECONDS = 20.0
 
@@ -36,15 +38,25 @@ class Attendant:
         # The serial port is always there; both are shown on the terminal.
         virtio = any(device.kind == "console" for device in prepared.spec.devices)
         self._consoles = ("ttyS0", "hvc0") if virtio else ("ttyS0",)
+        self.console = self._consoles[-1]  # where the keys go
         self._transports: Sequence[MmioTransport] = ()
         self.watcher = ConsoleWatcher(self._disk_ready)
-        self.observe = self.watcher.feed
+        self.on_finding: Callable[[Finding], None] | None = None
+        self._passed_on = 0  # findings
         self._said: set[str] = set()
         self._start = time.monotonic()
 
     def attend(self, transports: Sequence[MmioTransport]) -> None:
         """Take the devices' word for whether a driver has found them."""
         self._transports = transports
+
+    def observe(self, data: bytes) -> None:
+        """The guest has written `data` to its console."""
+        self.watcher.feed(data)
+        findings = self.watcher.findings
+        while self.on_finding is not None and self._passed_on < len(findings):
+            self._passed_on += 1
+            self.on_finding(findings[self._passed_on - 1])
 
     def look(self) -> None:
         """Say what is new since the last look: the most telling finding, or that all is silent."""
@@ -80,43 +92,67 @@ def run_here(
     vCPUs run; `on_listening` is called once all sockets for the host's programs listen;
     `resize_outside` is MachineControl's. Raises ConfigError or HostError if it cannot be started.
     """
-    with ExitStack() as closing:
-        trace = Trace(spec.trace, spec.trace_file)
-        closing.callback(trace.close)
-        prepared = prepare(spec, trace, closing, quiet=quiet)
-        on_listening()
-        attendant = Attendant(spec.name, prepared)
-        outcome = _run(prepared, attendant, trace, closing, _Control(control, resize_outside))
-    # The console is closed: the watcher has seen the last byte.
-    attendant.look()
-    if outcome.ending is Ending.RESET and attendant.saw_panic():
-        line = "" if attendant.said(PANIC) else "the guest's kernel panicked"
-        outcome = Outcome(Ending.PANIC, line)
-    _report(spec.name, outcome)
+    answering = _Answering(control, resize_outside)
+    try:
+        with ExitStack() as closing:
+            trace = Trace(spec.trace, spec.trace_file)
+            closing.callback(trace.close)
+            prepared = prepare(spec, trace, closing, quiet=quiet)
+            on_listening()
+            attendant = Attendant(spec.name, prepared)
+            outcome = _run(prepared, attendant, trace, closing, answering)
+        # The console is closed: the watcher has seen the last byte.
+        attendant.look()
+        if outcome.ending is Ending.RESET and attendant.saw_panic():
+            line = "" if attendant.said(PANIC) else "the guest's kernel panicked"
+            outcome = Outcome(Ending.PANIC, line)
+        _report(spec.name, outcome)
+        answering.tell_end(outcome)
+    finally:
+        answering.close()
     return outcome.exit_code
 
 
-class _Control(NamedTuple):
-    """Where requests come from, and who resizes disks that are somebody else's."""
+class _Answering:
+    """The control socket while the machine runs, and those who watch until its end is told."""
 
-    listener: Socket | None
-    resize_outside: ResizeOutside | None
+    def __init__(self, listener: Socket | None, resize_outside: ResizeOutside | None) -> None:
+        """`resize_outside` resizes disks that are somebody else's."""
+        self._listener = listener
+        self._resize_outside = resize_outside
+        self._watch: Watch | None = None
 
+    def start(
+        self,
+        machine: Machine,
+        prepared: Prepared,
+        attendant: Attendant,
+        console: tuple[ConsoleTail, SharedInput],
+        closing: ExitStack,
+    ) -> None:
+        """Answer requests from now on until `closing` ends that."""
+        if self._listener is None:
+            return
+        # Imported while the guest runs already, which does not wait for this.
+        from pyvmm.control.server import ControlServer
+        from pyvmm.machine.control import MachineControl
+        from pyvmm.machine.watch import Watch
 
-def _answer(
-    listener: Socket,
-    machine: Machine,
-    prepared: Prepared,
-    resize_outside: ResizeOutside | None,
-    closing: ExitStack,
-) -> None:
-    # Imported while the guest runs already, which does not wait for this.
-    from pyvmm.control.server import ControlServer
-    from pyvmm.machine.control import MachineControl
+        self._watch = watch = Watch(*console, attendant.console)
+        watch.events.emit("started")
+        attendant.on_finding = watch.tell_finding
+        methods = MachineControl(machine, prepared, watch, self._resize_outside).methods()
+        server = ControlServer(self._listener, methods)
+        closing.callback(server.close)
+        server.start()
 
-    server = ControlServer(listener, MachineControl(machine, prepared, resize_outside).methods())
-    closing.callback(server.close)
-    server.start()
+    def tell_end(self, outcome: Outcome) -> None:
+        if self._watch is not None:
+            self._watch.end(outcome)
+
+    def close(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
 
 
 def _run(
@@ -124,24 +160,29 @@ def _run(
     attendant: Attendant,
     trace: Trace,
     closing: ExitStack,
-    control: _Control,
+    answering: _Answering,
 ) -> Outcome:
     machine: Machine | None = None
+    tail = ConsoleTail()
 
     def quit_guest() -> None:
         if machine is not None:
             machine.end(Outcome(Ending.QUIT, "ended by Ctrl-A x"))
 
-    console = Console(*standard_fds(), on_quit=quit_guest, observer=attendant.observe)
+    def observe(data: bytes) -> None:
+        tail.observe(data)
+        attendant.observe(data)
+
+    console = Console(*standard_fds(), on_quit=quit_guest, observer=observe)
     parts = assemble(prepared, trace, console.write, closing)
     attendant.attend(parts.transports)
     machine = Machine(parts, trace, console.release)
     prepared.alarm.connect(machine.end)
 
     def on_start() -> None:
-        console.connect(_join_virtio_console(prepared, console) or parts.serial)
-        if control.listener is not None:
-            _answer(control.listener, machine, prepared, control.resize_outside, closing)
+        input = SharedInput(_join_virtio_console(prepared, console) or parts.serial)
+        console.connect(input.join())
+        answering.start(machine, prepared, attendant, (tail, input), closing)
 
     with console:
         return machine.run(on_start, attendant.look)

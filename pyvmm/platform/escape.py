@@ -12,12 +12,15 @@ Ctrl-A x       end the guest at once, as if its power were cut
 Ctrl-A a       send Ctrl-A to the guest (so does Ctrl-A Ctrl-A)
 """
 
+CONSOLE_HELP = "Ctrl-A d       leave the console; the VM runs on\n" + HELP
+
 
 class Command(enum.Enum):
     """What the user asks of the monitor."""
 
     QUIT = "quit"
     HELP = "help"
+    DETACH = "detach"
 
 
 _COMMANDS = {ord("x"): Command.QUIT, ord("h"): Command.HELP, ord("?"): Command.HELP}
@@ -31,7 +34,9 @@ class EscapeParser:
     goes to the guest with that key: in a shell it moves to the start of the line.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, detach: bool = False) -> None:
+        """With `detach`, Ctrl-A d is a command too."""
+        self._commands = {**_COMMANDS, ord("d"): Command.DETACH} if detach else _COMMANDS
         self._after_ctrl_a = False
 
     def feed(self, data: bytes) -> tuple[bytes, list[Command]]:
@@ -48,8 +53,8 @@ class EscapeParser:
                     to_guest.append(key)
                 continue
             self._after_ctrl_a = False
-            if key in _COMMANDS:
-                commands.append(_COMMANDS[key])
+            if key in self._commands:
+                commands.append(self._commands[key])
             elif key in _LITERAL:
                 to_guest.append(CTRL_A)
             else:

@@ -185,7 +185,7 @@ def control(rig: Rig, path: Path, *, paused: bool = False, **disk: object) -> Ma
     spec = validate(VmSpec("k", disks=(DiskSpec(str(path), **disk),)))  # type: ignore[arg-type]
     prepared = SimpleNamespace(spec=spec, devices=(rig.device,))
     machine = SimpleNamespace(pauser=SimpleNamespace(paused=paused))
-    return MachineControl(machine, prepared)  # type: ignore[arg-type]
+    return MachineControl(machine, prepared, None)  # type: ignore[arg-type]
 
 
 def test_growing_needs_no_more_words(rig: Rig, path: Path) -> None:

@@ -1,0 +1,155 @@
+"""`pyvmm console` and `pyvmm events` on a guest that echoes what is typed, on real KVM."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from running import SAFETY_TIMEOUT, Running
+
+from pyvmm.kvm.system import Kvm
+
+# Says "ready", then: wait for LSR's bit 0 (received), read RBR, write it to THR, again.
+ECHO = b"\xba\xf8\x03\x00\x00"  # mov edx, 0x3f8
+ECHO += b"".join(b"\xb0" + bytes([key]) + b"\xee" for key in b"ready\r\n")  # mov al, …; out dx, al
+ECHO += bytes.fromhex("ba fd030000 ec a801 74f6 ba f8030000 ec ee ebed")
+
+
+@pytest.fixture
+def vm(kvm: Kvm, tmp_path: Path) -> Iterator[Running]:
+    with Running(tmp_path, "echoing", ECHO) as running:
+        yield running
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SAFETY_TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+class Attached:
+    """`pyvmm console` on a terminal of its own."""
+
+    def __init__(self, vm: Running, *options: str) -> None:
+        self.keyboard, self.terminal = pty.openpty()
+        os.set_blocking(self.keyboard, False)
+        self.before = termios.tcgetattr(self.terminal)
+        self.screen = bytearray()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "pyvmm", "console", vm.name, *options],
+            env=vm.environment,
+            stdin=self.terminal,
+            stdout=self.terminal,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    def type(self, keys: bytes) -> None:
+        os.write(self.keyboard, keys)
+
+    def look(self) -> bytes:
+        with contextlib.suppress(BlockingIOError):
+            self.screen += os.read(self.keyboard, 65536)
+        return bytes(self.screen)
+
+    def end(self) -> tuple[int, str]:
+        """Its exit code and what it said on standard error."""
+        code = self.process.wait(SAFETY_TIMEOUT)
+        self.look()
+        assert termios.tcgetattr(self.terminal) == self.before
+        os.close(self.terminal)
+        os.close(self.keyboard)
+        assert self.process.stderr is not None
+        with self.process.stderr as stream:
+            return code, stream.read().decode().replace("\r\n", "\n")
+
+
+def test_two_share_a_console_and_leave_it(vm: Running) -> None:
+    one = Attached(vm)
+    until(lambda: one.look() == b"ready\r\n")
+    one.type(b"from one")
+    until(lambda: one.look().endswith(b"from one"))
+    two = Attached(vm)
+    until(lambda: two.look() == b"ready\r\nfrom one")
+    two.type(b", from two")
+    until(lambda: one.look().endswith(b"from one, from two"))
+    two.type(b"\x01d")
+    code, said = two.end()
+    assert code == 0
+    assert said.endswith("pyvmm: left echoing, which runs on\n")
+    assert [row["state"] for row in vm.ps()] == ["running"]
+    one.type(b"\x01x")
+    assert one.end()[1].endswith("pyvmm: echoing has ended\n")
+    assert vm.process.wait(SAFETY_TIMEOUT) == 14
+
+
+def test_in_a_pipe_it_shows_all_and_ends_with_the_vm(vm: Running) -> None:
+    looking = subprocess.Popen(
+        [sys.executable, "-m", "pyvmm", "console", vm.name],
+        env=vm.environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert looking.stdin is not None and looking.stdout is not None
+    looking.stdin.write(b"\x01d is no command here\n")
+    looking.stdin.close()
+    expected = b"ready\r\n\x01d is no command here\n"
+    assert looking.stdout.read(len(expected)) == expected
+    assert vm("stop", vm.name).returncode == 0
+    looking.stdin = None
+    rest, said = looking.communicate(timeout=SAFETY_TIMEOUT)
+    assert (looking.returncode, rest) == (0, b"")
+    assert said == b"pyvmm: echoing has ended\n"
+
+
+def test_who_only_looks_types_nothing(vm: Running) -> None:
+    looking, typing = Attached(vm, "--read-only"), Attached(vm, "--no-history")
+    until(lambda: looking.look() == b"ready\r\n")
+    looking.type(b"unseen")
+    typing.type(b"seen")
+    until(lambda: typing.look() == b"seen")
+    until(lambda: looking.look().endswith(b"seen"))
+    assert b"unseen" not in looking.look()
+    for one in (looking, typing):
+        one.type(b"\x01d")
+        assert one.end()[0] == 0
+
+
+@pytest.mark.parametrize("how", ["stop", "kill"])
+def test_events_tell_the_story(vm: Running, how: str) -> None:
+    assert vm("pause", vm.name).returncode == 0
+    listening = subprocess.Popen(
+        [sys.executable, "-m", "pyvmm", "events", vm.name],
+        env=vm.environment,
+        stdout=subprocess.PIPE,
+    )
+    assert listening.stdout is not None
+    assert json.loads(listening.stdout.readline())["event"] == "started"
+    assert vm("resume", vm.name).returncode == 0
+    if how == "stop":
+        assert vm("stop", vm.name).returncode == 0
+    else:
+        assert json.loads(listening.stdout.readline())["event"] == "paused"
+        assert json.loads(listening.stdout.readline())["event"] == "resumed"
+        vm.process.send_signal(signal.SIGKILL)
+    rest = [json.loads(line) for line in listening.stdout]
+    assert listening.wait(SAFETY_TIMEOUT) == 0
+    listening.stdout.close()
+    if how == "stop":
+        assert [event["event"] for event in rest] == ["paused", "resumed", "ended"]
+        assert (rest[-1]["ending"], rest[-1]["exit_code"]) == ("terminated", 143)
+        assert rest[-1]["message"] == "ended by pyvmm stop"
+    else:
+        assert rest == []
