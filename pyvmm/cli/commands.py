@@ -14,7 +14,7 @@ from pyvmm.host import log
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-# By name: the module, in the order in which --help lists them. A command's name in there has _ for -.
+# By name: its module, in the order of --help. In there the command has the same name, - being _.
 COMMANDS = {
     "run": "pyvmm.cli.run",
     "ps": "pyvmm.cli.control",
