@@ -1,3 +1,88 @@
-"""pyvmm: a KVM microVM monitor in Python."""
+"""pyvmm: a KVM microVM monitor in Python.
+
+    from pyvmm import VM, Disk
+
+    with VM(kernel="vmlinuz", initrd="initrd.img", disks=[Disk("root.img", snapshot=True)]) as vm:
+        vm.console.expect("login:")
+
+docs/python-api.md tells the rest. The names below are imported only when they are used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pyvmm.api.errors import (
+        GuestEnded,
+        GuestPanic,
+        MonitorDied,
+        Outcome,
+        VMError,
+        VMTimeout,
+    )
+    from pyvmm.api.vm import VM
+    from pyvmm.errors import ConfigError, HostError, PyvmmError
+    from pyvmm.machine.device_balloon import Spec as Balloon
+    from pyvmm.machine.device_net import Spec as Net
+    from pyvmm.machine.device_ports import PortSpec as Port
+    from pyvmm.machine.device_rng import Spec as Rng
+    from pyvmm.machine.device_user import Spec as UserDevice
+    from pyvmm.machine.device_vsock import Spec as Vsock
+    from pyvmm.machine.spec import DiskSpec as Disk
 
 __version__ = "0.1.0"
+
+# Name → the module, and its name there if that is another.
+_PUBLIC = {
+    "VM": ("pyvmm.api.vm", ""),
+    "Balloon": ("pyvmm.machine.device_balloon", "Spec"),
+    "ConfigError": ("pyvmm.errors", ""),
+    "Disk": ("pyvmm.machine.spec", "DiskSpec"),
+    "GuestEnded": ("pyvmm.api.errors", ""),
+    "GuestPanic": ("pyvmm.api.errors", ""),
+    "HostError": ("pyvmm.errors", ""),
+    "MonitorDied": ("pyvmm.api.errors", ""),
+    "Net": ("pyvmm.machine.device_net", "Spec"),
+    "Outcome": ("pyvmm.api.errors", ""),
+    "Port": ("pyvmm.machine.device_ports", "PortSpec"),
+    "PyvmmError": ("pyvmm.errors", ""),
+    "Rng": ("pyvmm.machine.device_rng", "Spec"),
+    "UserDevice": ("pyvmm.machine.device_user", "Spec"),
+    "VMError": ("pyvmm.api.errors", ""),
+    "VMTimeout": ("pyvmm.api.errors", ""),
+    "Vsock": ("pyvmm.machine.device_vsock", "Spec"),
+}
+__all__ = [
+    "VM",
+    "Balloon",
+    "ConfigError",
+    "Disk",
+    "GuestEnded",
+    "GuestPanic",
+    "HostError",
+    "MonitorDied",
+    "Net",
+    "Outcome",
+    "Port",
+    "PyvmmError",
+    "Rng",
+    "UserDevice",
+    "VMError",
+    "VMTimeout",
+    "Vsock",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'pyvmm' has no attribute {name!r}")
+    from importlib import import_module
+
+    module, there = _PUBLIC[name]
+    found = globals()[name] = getattr(import_module(module), there or name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

@@ -22,7 +22,7 @@ from typing import Any
 from pyvmm.errors import ConfigError
 from pyvmm.machine import tables
 from pyvmm.machine.options import NAMES, OPTIONS, Option, make_spec
-from pyvmm.machine.spec import DeviceSpec, DiskSpec, VmSpec
+from pyvmm.machine.spec import DeviceSpec, DiskSpec, VmSpec, validate
 
 _MIB = 1 << 20
 
@@ -120,6 +120,15 @@ def _device_with_paths(device: Any, change: Callable[[str], str]) -> DeviceSpec:
 
 
 # --- writing --------------------------------------------------------------------------------------
+
+
+def describe(values: Mapping[str, Any]) -> str:
+    """The text of a file that says what `values` do, as `make_spec` takes them; without a kernel it
+    is an image's, which its name stands for. Raises ConfigError."""
+    spec = validate(make_spec({**values, "kernel": values.get("kernel") or "/"}))
+    if not values.get("kernel"):
+        spec = replace(spec, kernel="")
+    return dump(spec, **{option.name: values.get(option.name) for option in OPTIONS})
 
 
 def dump(spec: VmSpec, **values: Any) -> str:

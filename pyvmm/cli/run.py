@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import click
 
 from pyvmm.cli.quick import CHOICES
 from pyvmm.cli.start import start
-from pyvmm.machine.options import make_spec
-from pyvmm.machine.spec import TRACE_KINDS, validate
+from pyvmm.machine.spec import TRACE_KINDS
 
 EPILOG = """\b
 Examples:
@@ -178,12 +176,9 @@ def run(config: str | None, print_config: bool, debug: bool, **options: Any) -> 
 
         values = {**load(config), **values}
     if print_config:
-        from pyvmm.api.config_file import dump
+        from pyvmm.api.config_file import describe
 
-        # Without a kernel it is an image's, which its name stands for.
-        spec = validate(make_spec({"kernel": "/", **values}))
-        spec = replace(spec, kernel=(values.get("kernel") and spec.kernel) or "")
-        click.echo(dump(spec, **values), nl=False)
+        click.echo(describe(values), nl=False)
         return 0
     return start(**values)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,22 +21,31 @@ def start(*, kvm: str = "auto", **options: Any) -> int:
     """
     image = None
     if options.get("image") is not None or options.get("kernel") is None:
-        from pyvmm.cli.from_image import choose
+        from pyvmm.api.from_image import choose
 
         options, image = choose(options)
     return run_spec(validate(make_spec(options)), kvm, image=image, rm=bool(options.get("rm")))
 
 
-def run_spec(spec: VmSpec, kvm: str = "auto", *, image: str | None = None, rm: bool = False) -> int:
-    """Run `spec`, under the name that it has or the first that is free; the exit code.
+def run_spec(
+    spec: VmSpec,
+    kvm: str = "auto",
+    *,
+    image: str | None = None,
+    rm: bool = False,
+    on_name: Callable[[str], None] = lambda name: None,
+) -> int:
+    """Run `spec`, under the name that it has or the first that is free, which `on_name` is told;
+    the exit code.
 
     With `image` its first disk is that image's, and unless `rm` is true what the guest changes on
     it is kept.
     """
     with _registered(spec.name, image or registry.DEFAULT_NAME) as registration:
         spec = replace(spec, name=registration.name)
+        on_name(registration.name)
         if image is not None and not rm:
-            from pyvmm.cli.from_image import keep_changes
+            from pyvmm.api.from_image import keep_changes
 
             spec = keep_changes(spec, image)
         return _run(spec, kvm, registration.listener)

@@ -43,7 +43,7 @@ ALLOWED: dict[str, set[str]] = {
 def layer_of(module: str) -> str:
     parts = module.split(".")
     if len(parts) == 1 or parts[1] in ("__main__",):
-        return "cli" if parts[-1] == "__main__" else "errors"
+        return "cli" if parts[-1] == "__main__" else "api"
     if module.startswith("pyvmm.testing.attached"):  # alone joins the driver's side to the device's
         return "bench"
     if parts[1] == "virtio" and len(parts) > 2 and parts[2] in VIRTIO_DEVICES:

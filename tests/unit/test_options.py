@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pyvmm import VM
 from pyvmm.api import config_file
 from pyvmm.cli.quick import DEFAULTS
 from pyvmm.cli.run import run
@@ -34,6 +36,16 @@ def test_the_command_line_has_every_option_and_no_other() -> None:
     assert set(parameters) - ONLY_COMMAND - ANOTHER_FORM == set(NAMES)
     for option in OPTIONS:
         assert option.flag in parameters[option.name].opts
+
+
+def test_the_python_api_has_every_option_and_no_other() -> None:
+    keywords = list(inspect.signature(VM).parameters.values())
+    assert [keyword.name for keyword in keywords] == list(NAMES)
+    # What a VM of Python's changes goes with it, unless somebody wants it kept.
+    defaults = {option.name: option.default for option in OPTIONS} | {"rm": True}
+    assert {k.name: k.default or None for k in keywords} == {
+        name: default or None for name, default in defaults.items()
+    }
 
 
 def test_the_quick_reader_has_the_same_names_and_defaults() -> None:

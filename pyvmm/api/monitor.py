@@ -1,0 +1,201 @@
+"""The process that runs a VM, seen from the program that uses it.
+
+A VM of one's own has a monitor that is a child: this program's threads and locks stay apart from
+the guest's processors, and a crash of one does not take the other along. The child ends when this
+process does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from threading import Event, Lock, Thread
+
+from pyvmm.api.errors import Outcome, VMError, VMTimeout
+from pyvmm.api.transcript import Transcript
+from pyvmm.errors import ConfigError
+from pyvmm.machine.spec import VmSpec, to_json
+
+_PIECE = 1 << 16
+_DRAIN_SECONDS = 1.0  # for output of a process that has ended: others may hold its pipe
+_TYPE_SECONDS = 30.0
+_MOST_MESSAGES = 1000
+_FAILURES = (1, 2, 70)  # of `pyvmm run`: the host, the options, a defect
+
+
+class Monitor:
+    """A monitor that was started for `spec`. `messages` are its own lines, such as diagnoses."""
+
+    def __init__(
+        self,
+        spec: VmSpec,
+        kvm: str,
+        *,
+        image: str | None = None,
+        rm: bool = True,
+        outlives_us: bool = False,
+    ) -> None:
+        """Starts it; with `image` its first disk is that image's, and without `rm` its changes are
+        kept; with `outlives_us` it goes on when this process ends."""
+        self.transcript = Transcript()
+        self.messages: list[str] = []
+        self.name = spec.name
+        self._outcome: Outcome | None = None
+        self._ended = Event()
+        self._typing = Lock()
+        request = {
+            "spec": to_json(spec),
+            "kvm": kvm,
+            "image": image,
+            "rm": rm,
+            "parent": None if outlives_us else os.getpid(),
+        }
+        self._start(json.dumps(request).encode())
+        Thread(target=self._pump, name="pyvmm console", daemon=True).start()
+
+    def _start(self, request: bytes) -> None:
+        request_fd = os.memfd_create("pyvmm-request", 0)
+        name_fd, their_name_fd = os.pipe()
+        try:
+            os.write(request_fd, request)
+            os.lseek(request_fd, 0, os.SEEK_SET)
+            argv = [sys.executable, "-P", "-m", "pyvmm.cli.child"]
+            self._process = subprocess.Popen(
+                [*argv, str(request_fd), str(their_name_fd)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                pass_fds=(request_fd, their_name_fd),
+                start_new_session=True,  # Ctrl-C is this program's
+            )
+        finally:
+            os.close(request_fd)
+            os.close(their_name_fd)
+            self._name_fd = name_fd
+        assert self._process.stdin and self._process.stdout and self._process.stderr
+        self._stdin = self._process.stdin.fileno()
+        os.set_blocking(self._stdin, False)
+        self._outputs = (self._process.stdout.fileno(), self._process.stderr.fileno())
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait_for_name(self) -> str:
+        """The name under which the VM runs. Raises the error for one that does not come so far."""
+        name = b""
+        with open(self._name_fd, "rb", closefd=True) as file:
+            name = file.readline()
+        if not name:
+            self.wait(None)
+            raise self.failure()
+        self.name = name.decode().removesuffix("\n")
+        return self.name
+
+    def failure(self) -> Exception:
+        """Why it did not start, or ended: by its own last line."""
+        outcome = self._outcome or Outcome(None)
+        if outcome.exit_code == 2:
+            return ConfigError(outcome.line)
+        line = outcome.line or f"exit code {outcome.exit_code}"
+        return VMError(f"the VM did not start: {line}", console=self.transcript.tail(20))
+
+    def wait(self, timeout: float | None) -> Outcome:
+        """How it has ended; waits for that. Raises VMTimeout after `timeout` seconds."""
+        if not self._ended.wait(timeout):
+            raise VMTimeout(f"{self.name} still runs", console=self.transcript.tail(20))
+        assert self._outcome is not None
+        return self._outcome
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How it has ended; None while it runs."""
+        return self._outcome if self._ended.is_set() else None
+
+    def terminate(self) -> None:
+        """SIGTERM."""
+        self._signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL."""
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        # Popen knows whether the process has been waited for: its number may be another's by now.
+        self._process.send_signal(number)
+
+    def type(self, data: bytes) -> None:
+        """Give `data` to the guest's console. Raises VMTimeout if the guest does not read it,
+        VMError if it has ended."""
+        with self._typing:
+            if self.outcome is not None:
+                raise self.failure()
+            poll = select.poll()
+            poll.register(self._stdin, select.POLLOUT)
+            deadline = time.monotonic() + _TYPE_SECONDS
+            while data:
+                if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                    raise VMTimeout(f"the guest of {self.name} does not read from its console")
+                try:
+                    data = data[os.write(self._stdin, data[:_PIECE]) :]
+                except BlockingIOError:
+                    continue
+                except OSError:
+                    raise self.failure() from None
+
+    # --- the thread that reads --------------------------------------------------------------------
+
+    def _pump(self) -> None:
+        stdout, stderr = self._outputs
+        rest = b""
+        poll = select.poll()
+        process = os.pidfd_open(self.pid)
+        for fd in (stdout, stderr, process):
+            poll.register(fd, select.POLLIN)
+        open_fds, end_by = {stdout, stderr}, None
+        while open_fds:
+            left = None if end_by is None else max(0.0, end_by - time.monotonic())
+            ready = poll.poll(None if left is None else left * 1000)
+            if not ready and left is not None:
+                break
+            for fd, _ in ready:
+                if fd == process:
+                    poll.unregister(process)
+                    end_by = time.monotonic() + _DRAIN_SECONDS
+                elif not (data := os.read(fd, _PIECE)):
+                    poll.unregister(fd)
+                    open_fds.discard(fd)
+                elif fd == stdout:
+                    self.transcript.append(data)
+                else:
+                    *lines, rest = (rest + data).split(b"\n")
+                    self._take_messages(lines)
+        os.close(process)
+        self._take_messages([rest] if rest else [])
+        self._finish(self._process.wait())
+
+    def _take_messages(self, lines: list[bytes]) -> None:
+        for line in lines:
+            text = line.decode(errors="replace").rstrip("\r")
+            self.messages.append(text.removeprefix("pyvmm: "))
+        del self.messages[:-_MOST_MESSAGES]
+
+    def _finish(self, code: int) -> None:
+        self._outcome = Outcome(code, self._last_line(code))
+        with self._typing:
+            for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+                if stream is not None:
+                    stream.close()
+            self._ended.set()
+        self.transcript.end()
+
+    def _last_line(self, code: int) -> str:
+        """Its last message about this VM; why it failed may not name the VM."""
+        about = [line for line in self.messages if line.startswith(f"{self.name}: ")]
+        found = about or (self.messages if code in _FAILURES else [])
+        return found[-1].removeprefix(f"{self.name}: ") if found else ""

@@ -1,0 +1,296 @@
+"""A VM that you can hold: started, talked to and ended from Python."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from pyvmm.api import config_file
+from pyvmm.api.errors import Outcome, VMError, VMTimeout, add_console, ended
+from pyvmm.api.monitor import Monitor
+from pyvmm.control.client import Client, NoAnswer
+from pyvmm.errors import ConfigError, PyvmmError
+from pyvmm.machine.options import make_spec
+from pyvmm.machine.spec import DeviceSpec, DiskSpec, VmSpec, parse_memory, validate
+
+if TYPE_CHECKING:
+    from pyvmm.api.console import Console
+    from pyvmm.machine.device_balloon import Spec as Balloon
+    from pyvmm.machine.device_net import Spec as Net
+    from pyvmm.machine.device_ports import PortSpec as Port
+    from pyvmm.machine.device_rng import Spec as Rng
+    from pyvmm.machine.device_user import Spec as UserDevice
+    from pyvmm.machine.device_vsock import Spec as Vsock
+
+Path = str | os.PathLike[str]
+Table = Mapping[str, Any]
+
+START_SECONDS = 300.0  # until the first instruction; an emulated host on a busy machine takes long
+STOP_SECONDS = 30.0
+_KILL_SECONDS = 10.0
+_ENDING_SECONDS = 2.0  # between what a guest's end breaks, and the monitor's end
+
+
+class VM:
+    """A virtual machine.
+
+        with VM(kernel="vmlinuz", initrd="initrd.img", disks=["root.img,snapshot"]) as vm:
+            vm.console.expect("login:")
+
+    It is started by `start` or by entering a `with` block, at whose end it is stopped. It runs in a
+    process of its own, which ends when this one does. Methods raise VMError or one of its kinds,
+    with the end of the guest's console, and can be called from any thread.
+    """
+
+    def __init__(
+        self,
+        image: str | None = None,
+        *,
+        kernel: Path | None = None,
+        initrd: Path | None = None,
+        disks: DiskSpec | Path | Table | Iterable[DiskSpec | Path | Table] = (),
+        net: Net | str | Table | Iterable[Net | str | Table] = (),
+        console: str | None = None,
+        ports: Port | str | Table | Iterable[Port | str | Table] = (),
+        rng: Rng | bool | str | Table = False,
+        devices: UserDevice | str | Table | Iterable[UserDevice | str | Table] = (),
+        balloon: Balloon | bool | str | Table = False,
+        vsock: Vsock | bool | str | Table = False,
+        cpus: int = 1,
+        memory: int | str = "512M",
+        cmdline: str = "",
+        trace: str | Iterable[str] = (),
+        trace_file: Path | None = None,
+        discovery: str = "auto",
+        name: str = "",
+        rm: bool = True,
+        kvm: str = "auto",
+    ) -> None:
+        """The options are those of `pyvmm run`. With neither an image nor a kernel it is the
+        default image, debian, built if it is not there. Unlike there, `rm` is the default: what
+        the guest changes on an image's disk is thrown away.
+
+        Sizes are in bytes, or texts such as "2G"; what is structured is a specification
+        (`Disk(…)`), a mapping with its fields, or a text as on the command line. Raises ConfigError
+        for what can be seen to be wrong without opening a file.
+        """
+        values = {key: value for key, value in locals().items() if key != "self"}
+        self._values = {
+            key: list(value) if _is_list(value) else value for key, value in values.items()
+        }
+        self.spec: VmSpec = validate(make_spec({**self._values, "kernel": kernel or "/"}))
+        self._monitor: Monitor | None = None
+        self._console: Console | None = None
+
+    @classmethod
+    def from_config(cls, path: Path, **options: Any) -> Self:
+        """The VM that a configuration file describes (docs/python-api.md); `options`, by the names
+        above, replace what the file says. Raises ConfigError."""
+        # In a file it means what it means to `pyvmm run`.
+        return cls(**{"rm": False, **config_file.load(os.fspath(path)), **options})
+
+    def to_config(self) -> str:
+        """The text of a configuration file that describes this VM."""
+        return config_file.describe(self._values)
+
+    # --- its life ---------------------------------------------------------------------------------
+
+    def start(self, timeout: float = START_SECONDS) -> Self:
+        """Start it; returns when its vCPUs run. Raises ConfigError for what is wrong with its
+        options, VMError if it cannot be started otherwise, and ends it after `timeout` seconds."""
+        if self._monitor is not None:
+            raise VMError(f"{self.name} has been started before")
+        image = self._resolve()
+        kvm, rm = str(self._values["kvm"]), bool(self._values["rm"])
+        monitor = self._monitor = Monitor(self.spec, kvm, image=image, rm=rm)
+        try:
+            with Client.connect(monitor.wait_for_name()) as client:
+                client.call("status", patience=timeout)
+        except BaseException as error:
+            if not isinstance(error, NoAnswer) or not self._ends_soon():
+                monitor.kill()
+            if isinstance(error, (NoAnswer, ConfigError)) and self._ends_soon():
+                raise monitor.failure() from None
+            raise
+        return self
+
+    def _resolve(self) -> str | None:
+        """Fill in what an image gives, building it if need be; its name if the disk is its own."""
+        if self._values["kernel"] is not None and self._values["image"] is None:
+            return None
+        from pyvmm.api.from_image import choose
+
+        values, image = choose(self._values)
+        self.spec = validate(make_spec(values))
+        return image
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def stop(self, timeout: float = STOP_SECONDS, *, escalate: bool = True) -> Outcome:
+        """End it, and wait until it has ended; how it did.
+
+        The monitor is asked to. After `timeout` seconds it is killed with `escalate`, and VMTimeout
+        is raised without. A VM that has ended, or has never been started, is left alone.
+        """
+        if self._monitor is None:
+            return Outcome(None)
+        monitor = self._monitor
+        monitor.terminate()
+        try:
+            return monitor.wait(timeout)
+        except VMTimeout:
+            if not escalate:
+                raise
+        return self.kill()
+
+    def kill(self) -> Outcome:
+        """End its process at once (SIGKILL), and wait until it has ended."""
+        self._running().kill()
+        return self._running().wait(_KILL_SECONDS)
+
+    def wait(self, timeout: float | None = None) -> Outcome:
+        """Wait until it ends by itself; how it did. Raises VMTimeout after `timeout` seconds."""
+        return self._running().wait(timeout)
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How it has ended; None before that."""
+        return None if self._monitor is None else self._monitor.outcome
+
+    def _running(self) -> Monitor:
+        if self._monitor is None:
+            raise VMError("the VM has not been started")
+        return self._monitor
+
+    def _ends_soon(self) -> bool:
+        try:
+            self._running().wait(_ENDING_SECONDS)
+        except VMTimeout:
+            return False
+        return True
+
+    # --- what it is -------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """Its name, by which `pyvmm ps`, `stop` and so on know it; "" until one was chosen."""
+        return self.spec.name if self._monitor is None else self._monitor.name
+
+    @property
+    def pid(self) -> int:
+        """The process of its monitor."""
+        return self._running().pid
+
+    @property
+    def messages(self) -> list[str]:
+        """The monitor's own lines so far: hints, diagnoses, warnings."""
+        return list(self._running().messages)
+
+    @property
+    def console(self) -> Console:
+        """What the guest says and is told."""
+        if self._console is None:
+            from pyvmm.api.console import Console
+
+            monitor = self._running()
+            self._console = Console(monitor.transcript, monitor.type, self._why_ended)
+        return self._console
+
+    # --- what is asked of its monitor -------------------------------------------------------------
+
+    def status(self) -> dict[str, Any]:
+        """What it is and whether it runs: the control socket's `status`."""
+        return self._dict("status")
+
+    def stats(self) -> dict[str, Any]:
+        """Its statistics: the control socket's `stats`."""
+        return self._dict("stats")
+
+    def pause(self) -> None:
+        """Have it stand still: no vCPU runs, no device works, until `resume`."""
+        self._call("pause")
+
+    def resume(self) -> None:
+        """Have it go on."""
+        self._call("resume")
+
+    def resize_disk(self, disk: str, size: int | str | None = None, *, shrink: bool = False) -> int:
+        """Give the disk called `disk` ("disk0", or its id) `size` bytes, and its image too; without
+        a size it takes over what its image has by now. Its size. Raises VMError."""
+        params: dict[str, Any] = {} if size is None else {"size": _bytes(size)}
+        if shrink:
+            params["shrink"] = True
+        return int(self._dict("disk.resize", disk=disk, **params)["size"])
+
+    @property
+    def balloon(self) -> BalloonControl:
+        """The balloon of a VM that has one."""
+        return BalloonControl(self._dict)
+
+    def _dict(self, method: str, **params: Any) -> dict[str, Any]:
+        answer: dict[str, Any] = self._call(method, **params)
+        return answer
+
+    def _call(self, method: str, **params: Any) -> Any:
+        with self._explained(), Client.connect(self.name) as client:
+            return client.call(method, patience=STOP_SECONDS, **params)
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Errors of what is done inside become those of a VM that has ended, if it has; others get
+        the end of its console."""
+        try:
+            yield
+        except VMError:
+            raise
+        except (PyvmmError, OSError) as error:
+            if self._running().outcome is not None or self._ends_soon():
+                raise self._why_ended() from error
+            if isinstance(error, ConfigError) or not isinstance(error, PyvmmError):
+                raise
+            add_console(error, self._running().transcript.tail(20))
+            raise
+
+    def _why_ended(self) -> VMError:
+        monitor = self._running()
+        outcome = monitor.wait(_KILL_SECONDS)
+        return ended(self.name, outcome, monitor.transcript.tail(20))
+
+
+class BalloonControl:
+    """The memory that a guest is asked to give back."""
+
+    def __init__(self, call: Callable[..., dict[str, Any]]) -> None:
+        """`VM.balloon` is one."""
+        self._call = call
+
+    def set(self, size: int | str) -> None:
+        """Want `size` bytes of the guest's memory; 0 gives it all back. Returns at once."""
+        self._call("balloon.set", size=_bytes(size))
+
+    def stats(self) -> dict[str, Any]:
+        """What is wanted (`target`), given (`actual`) and more: the control socket's
+        `balloon.stats`."""
+        return self._call("balloon.stats")
+
+
+def _bytes(size: int | str) -> int:
+    return parse_memory(size, option="size") if isinstance(size, str) else size
+
+
+def _is_list(value: object) -> bool:
+    """Whether it stands for several values: a generator, say, but not a text, table or path."""
+    single = (str, Mapping, os.PathLike, DeviceSpec, DiskSpec)
+    return isinstance(value, Iterable) and not isinstance(value, single)

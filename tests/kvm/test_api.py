@@ -1,0 +1,241 @@
+"""The Python API on a guest that echoes, on real KVM."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pexpect
+import pytest
+from echo_guest import echo_kernel
+
+import pyvmm
+from pyvmm import VM, ConfigError, Disk, GuestEnded, GuestPanic, MonitorDied, VMError, VMTimeout
+from pyvmm.control import registry
+from pyvmm.kvm.system import Kvm
+from pyvmm.machine.outcome import Ending
+
+SAFETY_TIMEOUT = 60
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A place of its own for control sockets: so a VM is called vm, whatever else runs."""
+    runtime = tmp_path / "runtime"
+    runtime.mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+    return tmp_path
+
+
+@pytest.fixture
+def kernel(kvm: Kvm, tmp_path: Path) -> str:
+    return echo_kernel(tmp_path)
+
+
+def test_talking_to_a_guest(kernel):
+    with VM(kernel=kernel, kvm="host", memory="64M") as vm:
+        assert vm.console.expect("rea(..)", timeout=SAFETY_TIMEOUT) == 0
+        assert (vm.console.match.group(1), vm.console.after) == ("dy", "ready")
+        vm.console.sendline("hello")
+        assert vm.console.expect_exact(["never", "hello"], timeout=SAFETY_TIMEOUT) == 1
+        vm.console.sendcontrol("c")
+        vm.console.expect("\x03", timeout=SAFETY_TIMEOUT)
+        assert vm.console.before.endswith("\n")
+        assert "ready\nhello" in vm.console.text
+        assert registry.running() == ["vm"] == [vm.name]
+        assert vm.status()["memory"] == 64 << 20
+    assert registry.running() == []
+    assert vm.outcome.ending is Ending.TERMINATED
+
+
+def test_much_that_is_typed_all_arrives(kernel):
+    with VM(kernel=kernel, kvm="host", memory="64M") as vm:
+        vm.console.send("x" * 5000 + "\n")
+        vm.console.expect("x{5000}\n", timeout=SAFETY_TIMEOUT)
+
+
+def test_a_guest_that_powers_off_by_itself(kernel):
+    with VM(kernel=kernel, kvm="host") as vm:
+        vm.console.expect("ready", timeout=SAFETY_TIMEOUT)
+        vm.console.send("O")
+        assert vm.wait(SAFETY_TIMEOUT).ending is Ending.POWEROFF
+        with pytest.raises(GuestEnded, match="vm has ended"):
+            vm.console.expect("more")
+        assert vm.console.expect(["more", pexpect.EOF]) == 1
+        with pytest.raises(GuestEnded):
+            vm.pause()
+        with pytest.raises(VMError):
+            vm.console.send("x")
+
+
+def test_a_panic_is_told_with_the_end_of_the_console(kernel):
+    with VM(kernel=kernel, kvm="host") as vm:
+        vm.console.expect("ready", timeout=SAFETY_TIMEOUT)
+        vm.console.send("P")
+        with pytest.raises(GuestPanic, match=r"vm has ended: .*panic") as error:
+            vm.console.expect("never", timeout=SAFETY_TIMEOUT)
+    assert error.value.outcome.exit_code == 11
+    assert error.value.console == "ready\nKernel panic - not syncing: asked for"
+    assert "not syncing" in error.value.__notes__[0]
+
+
+def test_a_monitor_that_is_killed(kernel):
+    with VM(kernel=kernel, kvm="host") as vm:
+        os.kill(vm.pid, signal.SIGKILL)
+        with pytest.raises(MonitorDied, match="exit code -9"):
+            vm.console.expect("never", timeout=SAFETY_TIMEOUT)
+        with pytest.raises(MonitorDied):
+            vm.status()
+        assert vm.wait(SAFETY_TIMEOUT).exit_code == -signal.SIGKILL
+
+
+def test_what_does_not_come_in_time(kernel):
+    with VM(kernel=kernel, kvm="host") as vm:
+        vm.console.expect("ready", timeout=SAFETY_TIMEOUT)
+        with pytest.raises(VMTimeout, match=r"did not show 'never' within 0.1 seconds") as error:
+            vm.console.expect("never", timeout=0.1)
+        assert error.value.console == "ready"
+        assert vm.console.expect([pexpect.TIMEOUT, "never"], timeout=0.1) == 0
+        with pytest.raises(TimeoutError, match="vm still runs"):
+            vm.wait(0.1)
+
+
+def test_two_at_a_time_have_names_of_their_own(kernel):
+    with VM(kernel=kernel, kvm="host") as one, VM(kernel=kernel, kvm="host") as two:
+        assert {one.name, two.name} == {"vm", "vm-2"}
+        for vm in (one, two):
+            vm.console.expect("ready", timeout=SAFETY_TIMEOUT)
+        one.kill()
+        two.console.send("still here")
+        two.console.expect("still here", timeout=SAFETY_TIMEOUT)
+
+
+def test_pausing_and_going_on(kernel):
+    with VM(kernel=kernel, kvm="host") as vm:
+        vm.console.expect("ready", timeout=SAFETY_TIMEOUT)
+        vm.pause()
+        assert vm.status()["state"] == "paused"
+        vm.console.send("x")
+        with pytest.raises(VMTimeout):
+            vm.console.expect("x", timeout=0.2)
+        vm.resume()
+        vm.console.expect("x", timeout=SAFETY_TIMEOUT)
+
+
+def test_a_disk_grows(kernel, place):
+    (place / "disk.img").write_bytes(bytes(1 << 20))
+    disk = Disk(str(place / "disk.img"), id="data")
+    with VM(kernel=kernel, kvm="host", disks=disk) as vm:
+        assert vm.resize_disk("data", "2M") == 2 << 20
+        with pytest.raises(pyvmm.PyvmmError, match="would be lost"):
+            vm.resize_disk("data", 1 << 20)
+        assert vm.resize_disk("data", 1 << 20, shrink=True) == 1 << 20
+    assert (place / "disk.img").stat().st_size == 1 << 20
+
+
+def test_a_balloon(kernel):
+    with VM(kernel=kernel, kvm="host", balloon=True) as vm:
+        vm.balloon.set("64M")
+        assert vm.balloon.stats()["target"] == 64 << 20
+    with (
+        VM(kernel=kernel, kvm="host") as vm,
+        pytest.raises(pyvmm.PyvmmError, match="has no balloon"),
+    ):
+        vm.balloon.set(0)
+
+
+# --- starting and ending --------------------------------------------------------------------------
+
+
+def test_options_are_checked_before_anything_starts(kernel):
+    with pytest.raises(ConfigError, match="65 vCPUs"):
+        VM(kernel=kernel, cpus=65)
+    with pytest.raises(TypeError, match="memry"):
+        VM(kernel=kernel, memry=3)
+
+
+def test_what_only_the_monitor_sees_is_a_config_error_too(kernel, place):
+    vm = VM(kernel=kernel, kvm="host", disks=["nowhere.img"])
+    with pytest.raises(ConfigError, match=r"nowhere\.img.*check the path"):
+        vm.start()
+    assert registry.running() == []
+
+
+def test_a_name_that_is_taken(kernel):
+    with VM(kernel=kernel, kvm="host", name="mine") as vm:
+        assert vm.name == "mine"
+        with pytest.raises(ConfigError, match="'mine' is running"):
+            VM(kernel=kernel, kvm="host", name="mine").start()
+        assert vm.status()["state"] == "running"
+
+
+def test_stopping_again_and_before_it_was_started(kernel):
+    vm = VM(kernel=kernel, kvm="host")
+    assert vm.stop() == (None, "")
+    with pytest.raises(VMError, match="not been started"):
+        vm.pause()
+    vm.start()
+    assert vm.stop() == vm.stop()
+    with pytest.raises(VMError, match="started before"):
+        vm.start()
+
+
+def test_a_configuration_file_makes_the_same_vm(kernel, place):
+    first = VM(kernel=kernel, kvm="host", memory="64M", disks=["ram:1M"], rng=True)
+    (place / "vm.toml").write_text(first.to_config())
+    second = VM.from_config(place / "vm.toml", cpus=2)
+    assert second.spec.disks == first.spec.disks
+    assert second.spec.devices == first.spec.devices
+    assert (second.spec.memory, second.spec.cpus) == (64 << 20, 2)
+    with second as vm:
+        vm.console.expect("ready", timeout=SAFETY_TIMEOUT)
+
+
+PROGRAM = """
+import sys, threading, time
+from pyvmm import VM
+def start():
+    vm = VM(kernel=sys.argv[1], kvm="host").start()
+    vm.console.expect("ready", timeout=60)
+    print(vm.pid, flush=True)
+# The thread that has started it ends; the VM does not.
+thread = threading.Thread(target=start)
+thread.start()
+thread.join()
+sys.stdin.read()
+"""
+
+
+def test_it_ends_when_the_program_is_killed_that_started_it(kernel):
+    program = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, kernel], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with program:
+        pid = int(program.stdout.readline())
+        monitor = os.pidfd_open(pid)
+        assert registry.running() == ["vm"]
+        program.kill()
+    poll = select.poll()
+    poll.register(monitor, select.POLLIN)
+    assert poll.poll(SAFETY_TIMEOUT * 1000), "the monitor has outlived its program"
+    os.close(monitor)
+    assert registry.running() == []
+
+
+def test_ctrl_c_is_the_programs_alone(kernel):
+    with VM(kernel=kernel, kvm="host") as vm:
+        vm.console.expect("ready", timeout=SAFETY_TIMEOUT)
+        assert os.getpgid(vm.pid) != os.getpgrp()
+
+
+def test_using_the_package_for_something_else_costs_nothing():
+    code = "import sys, pyvmm; print(*(name for name in sys.modules if name.startswith('pyvmm')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["pyvmm"]
+    assert set(pyvmm.__all__) == set(pyvmm._PUBLIC)
+    for name in pyvmm.__all__:
+        assert getattr(pyvmm, name)
