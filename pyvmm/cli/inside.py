@@ -29,13 +29,16 @@ def main() -> int:
 
         inside.start()
         control = unix_sockets.listen(CONTROL_PATH)
-        return run_here(
+        code = run_here(
             spec,
             quiet=True,
             control=control,
             on_listening=inside.admit,
             resize_outside=_resize_outside,
         )
+        control.close()
+        inside.finish()
+        return code
     except KeyboardInterrupt:
         return 130
     except Exception as error:

@@ -27,13 +27,14 @@ DEFAULTS: dict[str, Any] = {
     "discovery": "auto",
     "name": "",
     "rm": False,
+    "detach": False,
     "debug": False,
 }
 CHOICES = {
     "kvm": ("auto", "host", "emulated"),
     "discovery": DISCOVERY,
 }
-_NO_VALUE = {"--rm": "rm"}
+_NO_VALUE = {"--rm": "rm", "--detach": "detach", "-d": "detach"}
 _NO_SUCH_FLAG = ("debug", "image", *_NO_VALUE.values())
 _FLAGS = {
     "--disk" if name == "disks" else f"--{name.replace('_', '-')}": name

@@ -159,8 +159,15 @@ Exit codes:
 @click.option(
     "--print-config", is_flag=True, help="Print such a file for this VM, and do not start it."
 )
+@click.option(
+    "--detach",
+    "-d",
+    is_flag=True,
+    help="Return once the guest runs, which goes on in the background, and print the VM's name; "
+    "pyvmm console shows what it says.",
+)
 @click.option("--debug", is_flag=True, help="Show a traceback when pyvmm itself fails.")
-def run(config: str | None, print_config: bool, debug: bool, **options: Any) -> int:
+def run(config: str | None, print_config: bool, detach: bool, debug: bool, **options: Any) -> int:
     """Boot a Linux guest and join its serial console to this terminal.
 
     IMAGE is one that `pyvmm image list` shows; with neither it nor --kernel it is debian. The disk
@@ -180,7 +187,7 @@ def run(config: str | None, print_config: bool, debug: bool, **options: Any) -> 
 
         click.echo(describe(values), nl=False)
         return 0
-    return start(**values)
+    return start(**values, detach=detach)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from pyvmm.machine.options import make_spec
 from pyvmm.machine.spec import VmSpec, validate
 
 
-def start(*, kvm: str = "auto", **options: Any) -> int:
+def start(*, kvm: str = "auto", detach: bool = False, **options: Any) -> int:
     """Run the machine that the options describe; the exit code. They have the names, and their
-    values the forms, that pyvmm.machine.options tells.
+    values the forms, that pyvmm.machine.options tells. With `detach` it runs in the background, and
+    the exit code tells whether it does.
 
     Raises PyvmmError for what is wrong with them.
     """
@@ -24,7 +25,12 @@ def start(*, kvm: str = "auto", **options: Any) -> int:
         from pyvmm.api.from_image import choose
 
         options, image = choose(options)
-    return run_spec(validate(make_spec(options)), kvm, image=image, rm=bool(options.get("rm")))
+    spec, rm = validate(make_spec(options)), bool(options.get("rm"))
+    if not detach:
+        return run_spec(spec, kvm, image=image, rm=rm)
+    from pyvmm.cli.detach import run_detached
+
+    return run_detached(lambda tell: run_spec(spec, kvm, image=image, rm=rm, on_name=tell))
 
 
 def run_spec(

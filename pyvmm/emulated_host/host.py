@@ -18,6 +18,7 @@ from pyvmm.host.syscalls import EventFd
 
 START_TIMEOUT = 180.0  # seconds; it takes three on an idle machine
 GRACE = 10.0  # seconds from a request to stop until QEMU is killed
+_RELAY_PATIENCE = 1.0  # seconds; the relay ends by itself, now that QEMU has
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -144,7 +145,8 @@ class EmulatedHost:
             launched.process.kill()
             launched.process.wait()
             if relay is not None:
-                relay.stop()
+                # What came out of it last is still on its way to those who wait for it.
+                relay.stop(patience=_RELAY_PATIENCE)
             for end in launched.ends:
                 end.close()
 

@@ -32,5 +32,12 @@ def admit() -> None:
         _relay.admit()
 
 
+def finish(patience: float = 1.0) -> None:
+    """Wait until what was said on connections that have ended here is out, as far as that takes
+    less than `patience` seconds: the process is about to end."""
+    if _relay is not None:
+        _relay.wait_quiet(patience)
+
+
 def _say(reason: str) -> None:
     log.to_stderr(f"sockets out of the emulated KVM host are cut off: {reason}")

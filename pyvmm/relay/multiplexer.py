@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import select
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -44,6 +45,7 @@ _ENOUGH = 256 << 10  # bytes that wait for the stream: sockets are not read befo
 _TOO_MUCH = 4 << 20
 _NO_ROOM_SECONDS = 0.05
 _ANSWER_SECONDS = 5.0
+_LOOK_SECONDS = 0.005
 _GONE = select.EPOLLHUP | select.EPOLLERR
 _READ = select.EPOLLIN | _GONE
 
@@ -119,8 +121,23 @@ class Multiplexer:
         self._hold = False
         self._wake.signal()
 
-    def stop(self) -> None:
-        """End all connections and the thread. The listeners stay open, and are the caller's."""
+    def wait_quiet(self, patience: float) -> None:
+        """Return when all that this end's sockets have said is on the stream, and each of them has
+        come to its end; after `patience` seconds in any case."""
+        give_up_at = time.monotonic() + patience
+        while time.monotonic() < give_up_at and not self._ended and not self._is_quiet():
+            time.sleep(_LOOK_SECONDS)
+
+    def _is_quiet(self) -> bool:
+        channels = list(self._channels.values())
+        done = all(channel.socket is None or channel.sent_eof for channel in channels)
+        return done and not self._out
+
+    def stop(self, patience: float = 0) -> None:
+        """End all connections and the thread, `patience` seconds after the stream's end has come
+        at the latest. The listeners stay open, and are the caller's."""
+        if patience and self._thread.ident is not None:
+            self._thread.join(patience)
         self._stopping = True
         self._wake.signal()
         if self._thread.ident is not None:

@@ -153,3 +153,47 @@ def test_events_tell_the_story(vm: Running, how: str) -> None:
         assert rest[-1]["message"] == "ended by pyvmm stop"
     else:
         assert rest == []
+
+
+def test_a_detached_one_runs_on_and_keeps_its_console(vm: Running, tmp_path: Path) -> None:
+    argv = [word.replace("echoing", "behind") for word in vm.argv]
+    done = vm(*argv, "--detach")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "behind\n", "")
+    row = next(row for row in vm.ps() if row["name"] == "behind")
+    assert row["state"] == "running"
+    vm.name = "behind"
+    looking = Attached(vm)
+    until(lambda: looking.look() == b"ready\r\n")
+    assert vm("stop", "behind").returncode == 0
+    assert looking.end()[0] == 0
+    assert [row["name"] for row in vm.ps()] == ["echoing"]
+
+
+def test_a_detached_one_that_fails_says_why(vm: Running) -> None:
+    taken = vm(*vm.argv, "-d")
+    assert taken.returncode == 2
+    assert taken.stderr.startswith("pyvmm: --name: a VM called 'echoing' is running")
+    wrong = vm("run", "-d", "--kvm=host", "--kernel", "/dev/null", "--name", "wrong")
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert len(wrong.stderr.splitlines()) == 1
+    # And one that gets as far as having a name: it needs more vCPUs than KVM gives.
+    late = vm(*vm.argv[:-1], "late", "-d", "--cpus=64", "--trace-file=/nowhere/x", "--trace=all")
+    assert (late.returncode, late.stdout) == (2, "")
+    assert len(late.stderr.splitlines()) == 1
+    assert [row["name"] for row in vm.ps()] == ["echoing"]
+
+
+def test_messages_of_a_detached_one_go_to_the_file_that_was_chosen(
+    vm: Running, tmp_path: Path
+) -> None:
+    argv = [word.replace("echoing", "behind") for word in vm.argv]
+    with open(tmp_path / "log", "wb") as log:
+        subprocess.run(
+            [sys.executable, "-m", "pyvmm", *argv, "-d"],
+            env=vm.environment,
+            stderr=log,
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
+    assert vm("stop", "behind").returncode == 0
+    assert (tmp_path / "log").read_text() == "pyvmm: behind: ended by pyvmm stop\n"

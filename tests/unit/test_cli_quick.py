@@ -14,6 +14,8 @@ FLAGS = [
     *("--kernel", "--disk", "--initrd", "--cpus", "--memory", "--cmdline", "--trace"),
     *(
         "--rm",
+        "--detach",
+        "-d",
         "--trace-file",
         "--kvm",
         "--discovery",
