@@ -97,20 +97,27 @@ class Client(Closable):
                 raise NoAnswer(f"{self.name} has ended") from None
 
     def _read_line(self, deadline: float) -> bytes:
+        line = self.line_or_end(deadline)
+        if not line:
+            raise NoAnswer(f"{self.name} has ended")
+        return line
+
+    def line_or_end(self, deadline: float) -> bytes:
+        """The next line, with nothing taken of what follows it; b"" at the connection's end.
+
+        What follows may be a stream of somebody else's. Raises NoAnswer at `deadline`."""
         line = b""
         while not line.endswith(b"\n"):
             self._wait(select.POLLIN, deadline)
             try:
-                # No byte behind the line is taken: it may be a stream's.
-                ahead = self.connection.recv(_PIECE, _socket.MSG_PEEK)
-                data = self.connection.recv(ahead.find(b"\n") + 1 or len(ahead))
+                seen = self.connection.recv(_PIECE, _socket.MSG_PEEK)
+                line += self.connection.recv(seen.find(b"\n") + 1 or len(seen))
             except BlockingIOError:
                 continue
             except OSError:
-                data = b""
-            if not data:
-                raise NoAnswer(f"{self.name} has ended")
-            line += data
+                return b""
+            if not seen:
+                return b""
         return line
 
     def _wait(self, event: int, deadline: float) -> None:
@@ -178,6 +185,28 @@ def read_events(socket: Socket) -> Iterator[dict[str, Any]]:
             yield from map(json.loads, lines)
     finally:
         socket.close()
+
+
+def connect_vsock(name: str, port: int, *, patience: float = 60.0) -> Socket:
+    """A stream to `port` of the guest of the VM called `name`.
+
+    Raises HostError, ECONNREFUSED, if nobody listens there, or the guest is not that far yet;
+    ConfigError if no such VM runs; ControlError if it has no vsock device; NoAnswer after
+    `patience` seconds, which the VM may take to start, or if it ends meanwhile.
+    """
+    deadline = time.monotonic() + patience
+    refused = HostError(errno.ECONNREFUSED, f"port {port} of the guest of {name}")
+    with Client.connect(name) as client:
+        try:
+            stream = client.upgrade("vsock.connect", patience=patience, port=port).socket
+        except protocol.ControlError as error:
+            if error.code == protocol.NOT_READY:
+                raise refused from None
+            raise
+    with Client(name, stream) as reader:
+        if not reader.line_or_end(deadline).startswith(b"OK "):
+            raise refused
+        return unix_sockets.adopt(os.dup(stream.fileno()))
 
 
 def stop(name: str, *, patience: float, kill: bool = False) -> None:

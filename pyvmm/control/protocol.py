@@ -20,6 +20,7 @@ BAD_REQUEST = "bad_request"  # not JSON, not an object, a wrong parameter
 UNKNOWN_METHOD = "unknown_method"
 UNSUPPORTED_VERSION = "unsupported_version"
 REFUSED = "refused"  # understood, but it cannot be had
+NOT_READY = "not_ready"  # it can be had once the guest is further
 FAILED = "failed"  # the host or the monitor failed
 BUSY = "busy"  # too many clients
 

@@ -10,17 +10,30 @@ from dataclasses import asdict
 
 from pyvmm.errors import ConfigError
 from pyvmm.host import user_cache
-from pyvmm.images import apt, cache, initramfs, kernel, lock, programs, recipes, rootfs
+from pyvmm.images import (
+    agent,
+    apt,
+    cache,
+    initramfs,
+    kernel,
+    lock,
+    programs,
+    recipes,
+    rootfs,
+)
 from pyvmm.images.lock import Pin
 from pyvmm.images.progress import Progress
 
 _SUPERSEDED = "{}: some pinned versions are no longer on the mirror; using what it has"
-_ROOTFS_SCRIPTS = ("pyvmm-init", "pyvmm-network", "pyvmm-network.service", "customize")
+_ROOTFS_SCRIPTS = (
+    *("pyvmm-init", "pyvmm-network", "pyvmm-network.service", "pyvmm-agent.service"),
+    "customize",
+)
 _VERSION = 1  # part of every image's key: count up when the code makes an image differently
 
 
 class Catalogue:
-    """The images the recipes describe, by name: kernel-6.1, initramfs-6.1, rootfs-minbase …
+    """The images the recipes describe, by name: agent, kernel-6.1, initramfs-6.1, rootfs-minbase …
 
     An image's key is a hash over its recipe, its pins, the scripts in it and the images it is
     made from.
@@ -33,6 +46,7 @@ class Catalogue:
     def names(self) -> list[str]:
         """All of them; an image comes after those it is made from."""
         return [
+            "agent",
             *(f"kernel-{name}" for name in self.recipes.kernels),
             *(f"programs-{name}" for name in self.recipes.programs),
             *(f"initramfs-{name}" for name in self.recipes.guest_kernels),
@@ -46,18 +60,22 @@ class Catalogue:
     def needs(self, name: str) -> list[str]:
         """What it is made from."""
         kind, _, which = name.partition("-")
-        return [f"kernel-{which}"] if kind == "initramfs" else []
+        if kind == "initramfs":
+            return ["agent", f"kernel-{which}"]
+        return ["agent"] if kind == "rootfs" else []
 
     def key(self, name: str) -> str:
         kind, which = self._split(name)
         parts: list[object] = [_VERSION, name, self.pins(name)]
-        if kind == "kernel":
+        parts += [self.key(need) for need in self.needs(name)]
+        if kind == "agent":
+            parts += [*agent.FLAGS, self._script(*agent.SOURCE)]
+        elif kind == "kernel":
             parts.append(asdict(self.recipes.kernels[which]))
         elif kind == "programs":
             parts.append(asdict(self.recipes.programs[which]))
         elif kind == "initramfs":
-            parts += [self.key(f"kernel-{which}"), asdict(self.recipes.initramfs)]
-            parts.append(self._script("initramfs", "init"))
+            parts += [asdict(self.recipes.initramfs), self._script("initramfs", "init")]
         else:
             parts += [self.recipes.release, asdict(self.recipes.rootfs[which])]
             parts += [self._script("rootfs", file) for file in _ROOTFS_SCRIPTS]
@@ -121,16 +139,28 @@ class Builder:
         self._progress = progress
         self._locked = locked
         self._clients: dict[str, apt.Apt] = {}
-        self._apt = apt.Apt(os.path.join(user_cache.folder(), "apt"), self._recipes.suites)
+        self._apt_with_lists: apt.Apt | None = None
         cache.require_room()
-        with cache.explain_os_errors(), progress.step("fetching Debian's package lists"):
-            self._apt.update()
+
+    @property
+    def _apt(self) -> apt.Apt:
+        """apt for the guests' release; it fetches its lists the first time it is wanted."""
+        if self._apt_with_lists is None:
+            client = apt.Apt(os.path.join(user_cache.folder(), "apt"), self._recipes.suites)
+            step = self._progress.step("fetching Debian's package lists")
+            with cache.explain_os_errors(), step:
+                client.update()
+            self._apt_with_lists = client
+        return self._apt_with_lists
 
     def build(self, name: str) -> None:
         catalogue = self._catalogue
         cache.require_room()
         with cache.new_image(name, catalogue.key(name)) as into:
-            if name.startswith("rootfs-"):
+            if name == "agent":
+                agent.build(self._recipes, into, self._progress)
+                packages = []
+            elif name.startswith("rootfs-"):
                 packages = self._build_rootfs(name, into)
             elif name.startswith("programs-"):
                 packages = self._build_programs(name, into)
@@ -147,7 +177,7 @@ class Builder:
             return [self._newest(name)]
         with cache.workspace() as room:
             variant = name.removeprefix("rootfs-")
-            packages = rootfs.build(variant, self._recipes, [], self._apt, room, self._progress)
+            packages = self._make_rootfs(variant, [], room)
         found = self._apt.lookup(packages)
         return [found[package] for package, _ in packages]
 
@@ -181,9 +211,12 @@ class Builder:
         if name.startswith("kernel-"):
             kernel.build(name, pin, self._apt, into, self._progress)
         else:
-            below = self._catalogue.path(self._catalogue.needs(name)[0])
+            program, below = map(self._catalogue.path, self._catalogue.needs(name))
             modules = kernel.modules_folder(below)
-            initramfs.build(name, self._recipes, modules, pin, self._apt, into, self._progress)
+            initramfs.build(
+                *(name, self._recipes, modules, agent.read(program), pin),
+                *(self._apt, into, self._progress),
+            )
         return pin.package, pin.version
 
     def _choose(self, name: str) -> Pin:
@@ -204,6 +237,10 @@ class Builder:
         recipe = self._recipes.kernels[name.removeprefix("kernel-")]
         return self._apt.dependency(self._apt.newest(recipe.package, recipe.suite))
 
+    def _make_rootfs(self, variant: str, pins: Sequence[Pin], into: str) -> list[tuple[str, str]]:
+        program = os.path.join(self._catalogue.path("agent"), agent.FILE)
+        return rootfs.build(variant, self._recipes, program, pins, self._apt, into, self._progress)
+
     def _build_rootfs(self, name: str, into: str) -> list[tuple[str, str]]:
         pins = self._catalogue.pins(name)
         if not apt.usable(self._apt, name, pins, locked=self._locked):
@@ -211,7 +248,7 @@ class Builder:
                 self._progress.notice(_SUPERSEDED.format(name))
             pins = []
         variant = name.removeprefix("rootfs-")
-        packages = rootfs.build(variant, self._recipes, pins, self._apt, into, self._progress)
+        packages = self._make_rootfs(variant, pins, into)
         if self._locked and sorted(packages) != sorted(pin[:2] for pin in pins):
             raise ConfigError(
                 f"{name}: other packages than the pinned ones were installed",
@@ -226,6 +263,6 @@ def refresh_lock(catalogue: Catalogue, progress: Progress) -> None:
         builder = Builder(catalogue, progress)
         fresh: lock.Lock = {}
         for name in catalogue.names():
-            if lock_name(name) not in fresh:
+            if name != "agent" and lock_name(name) not in fresh:
                 fresh[lock_name(name)] = builder.current(name)
     lock.write(catalogue.recipes.lock_file, fresh)

@@ -24,12 +24,14 @@ def build(
     name: str,
     recipes: Recipes,
     modules: str,
+    agent: bytes,
     pin: Pin,
     client: apt.Apt,
     into: str,
     progress: Progress,
 ) -> None:
-    """Write `into`/initramfs.cpio for the kernel whose module folder is `modules`."""
+    """Write `into`/initramfs.cpio for the kernel whose module folder is `modules`, with the
+    program `agent` in it."""
     with cache.workspace() as room:
         with progress.step(f"{name}: fetching {pin.package} {pin.version}"):
             package = client.download(pin, room)
@@ -39,13 +41,14 @@ def build(
     with open(recipes.file("initramfs", "init"), "rb") as file:
         init = file.read()
     with progress.step(f"{name}: writing the archive"):
-        content = cpio.archive(entries(recipes.initramfs, ModuleTree(modules), busybox, init))
+        tree = ModuleTree(modules)
+        content = cpio.archive(entries(recipes.initramfs, tree, busybox, init, agent))
         with open(os.path.join(into, FILE), "wb") as file:
             file.write(content)
 
 
 def entries(
-    recipe: InitramfsRecipe, modules: ModuleTree, busybox: bytes, init: bytes
+    recipe: InitramfsRecipe, modules: ModuleTree, busybox: bytes, init: bytes, agent: bytes
 ) -> Iterator[cpio.Entry]:
     """The archive's files. `modules/LIST` names the modules of a list in their loading order."""
     for folder in _FOLDERS:
@@ -55,6 +58,7 @@ def entries(
     for applet in recipe.applets:
         yield cpio.symlink(f"bin/{applet}", "busybox")
     yield cpio.regular("init", init, 0o755)
+    yield cpio.regular("bin/pyvmm-agent", agent, 0o755)
     orders = {name: modules.load_order(wanted) for name, wanted in recipe.modules.items()}
     for name, order in orders.items():
         yield cpio.regular(f"modules/{name}", "".join(f"{module}\n" for module in order).encode())

@@ -23,7 +23,7 @@ LABEL = "pyvmm-root"
 _MAKE_DISK = """
 mkdir "$ROOM/root"
 tar -C "$ROOM/root" --numeric-owner -xpf "$ROOM/root.tar"
-"$CUSTOMIZE" "$VARIANT" "$ROOM/root"
+"$CUSTOMIZE" "$VARIANT" "$ROOM/root" "$AGENT"
 chmod 755 "$ROOM/root"
 mke2fs -q -t ext4 -L "$LABEL" -m 0 -E lazy_itable_init=0,lazy_journal_init=0 \
     -d "$ROOM/root" "$DISK" "${SIZE}M"
@@ -34,6 +34,7 @@ chmod -R u+rwX "$ROOM/root"
 def build(
     variant: str,
     recipes: Recipes,
+    agent: str,
     pins: Sequence[Pin],
     client: apt.Apt,
     into: str,
@@ -41,14 +42,15 @@ def build(
 ) -> list[tuple[str, str]]:
     """Write `into`/rootfs.ext4; the (package, version) pairs that are in it.
 
-    With `pins` exactly their versions are installed, without it the mirror's newest.
+    `agent` is the path of the guest's agent. With `pins` exactly their versions are installed,
+    without it the mirror's newest.
     """
     name = f"rootfs-{variant}"
     with cache.workspace() as room:
         with progress.step(f"{name}: installing Debian {recipes.release} (mmdebstrap)"):
             _bootstrap(variant, recipes, pins, client, room)
         with progress.step(f"{name}: making the ext4 file system"):
-            _make_disk(variant, recipes, room, os.path.join(into, FILE))
+            _make_disk(variant, recipes, agent, room, os.path.join(into, FILE))
         with open(os.path.join(room, "packages"), encoding="utf-8") as file:
             return [(words[0], words[1]) for line in file if (words := line.split())]
 
@@ -99,13 +101,14 @@ def _mode() -> str:
     return "unshare"
 
 
-def _make_disk(variant: str, recipes: Recipes, room: str, disk: str) -> None:
+def _make_disk(variant: str, recipes: Recipes, agent: str, room: str, disk: str) -> None:
     for program in ("tar", "mke2fs"):
         tools.require(program)
     fake = [] if os.geteuid() == 0 else ["fakeroot"]
     environment = {
         "ROOM": room,
         "VARIANT": variant,
+        "AGENT": agent,
         "CUSTOMIZE": recipes.file("rootfs", "customize"),
         "LABEL": LABEL,
         "DISK": disk,

@@ -13,6 +13,7 @@ from pyvmm.errors import ConfigError
 _PACKAGES = {
     "mke2fs": "e2fsprogs",
     "depmod": "kmod",
+    "musl-gcc": "musl-tools",
     "dpkg-deb": "dpkg",
     "apt-get": "apt",
     "apt-cache": "apt",

@@ -8,8 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pyvmm import __version__
-from pyvmm.control.protocol import Method, Upgrade
-from pyvmm.errors import ConfigError
+from pyvmm.control.protocol import NOT_READY, ControlError, Method, Upgrade
+from pyvmm.errors import ConfigError, HostError
 from pyvmm.host.files import SECTOR
 from pyvmm.machine.builder import Prepared
 from pyvmm.machine.machine import Machine
@@ -18,8 +18,10 @@ from pyvmm.machine.spec import DiskSpec
 from pyvmm.virtio.blk.device import BlockDevice
 
 if TYPE_CHECKING:
+    from pyvmm.host.unix_sockets import Socket
     from pyvmm.machine.watch import Watch
     from pyvmm.virtio.balloon.device import BalloonDevice
+    from pyvmm.virtio.vsock.device import VsockDevice
 
 ResizeOutside = Callable[[str, int | None], None]
 _FIXED = {  # kinds of disks that cannot be resized: what they are, and what to do instead
@@ -67,6 +69,7 @@ class MachineControl:
             ),
             "balloon.set": Method(self.balloon_set, needs={"size": int}),
             "balloon.stats": Method(self.balloon_stats),
+            "vsock.connect": Method(self.vsock_connect, needs={"port": int}),
         }
 
     def status(self) -> dict[str, Any]:
@@ -153,6 +156,35 @@ class MachineControl:
             if isinstance(device, BalloonDevice):
                 return device
         raise ConfigError("the VM has no balloon", cure="run it with --balloon")
+
+    def vsock_connect(self, port: int) -> Upgrade:
+        """Make the connection one to a port of the guest. Raises ConfigError if there is no such
+        port, or no socket device; ControlError as long as the guest has no driver for it."""
+        if not 0 <= port < 1 << 32:
+            raise ConfigError(f"there is no port {port}", cure="use 0 to 4294967295")
+        device = self._vsock()
+        if not device.has_driver:
+            raise ControlError(NOT_READY, "the guest has no driver for its vsock device yet")
+
+        def hand_over(connection: Socket, received: bytes) -> None:
+            # What a client says before it has seen OK would be lost: nobody shall rely on it.
+            if received:
+                connection.close()
+                return
+            try:
+                device.call(connection, port)
+            except HostError:  # the driver has just gone
+                connection.close()
+
+        return Upgrade({}, hand_over)
+
+    def _vsock(self) -> VsockDevice:
+        from pyvmm.virtio.vsock.device import VsockDevice
+
+        for device in self._prepared.devices:
+            if isinstance(device, VsockDevice):
+                return device
+        raise ConfigError("the VM has no vsock device", cure="run it with --agent, or --vsock")
 
     def disk_resize(
         self, disk: str, size: int | None = None, shrink: bool = False

@@ -1,4 +1,7 @@
-"""``--vsock [cid=N,]path=PATH``: sockets between the guest and programs of the host."""
+"""``--vsock [cid=N][,path=PATH]``: sockets between the guest and programs of the host.
+
+Without a path (``--agent``) the guest is reached through the control socket only.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,17 @@ from pyvmm.virtio.vsock.uapi import HIGHEST_GUEST_CID, LOWEST_GUEST_CID
 _INSIDE = "/run/pyvmm-vsock"
 _OPTION = "--vsock"
 _PATH_BYTES = 107  # sun_path of <linux/un.h>, less the NUL: programs cannot name a longer one
-_USAGE = "use [cid=N,]path=PATH"
+_USAGE = "use [cid=N][,path=PATH]"
 
 
 @dataclass(frozen=True)
 class Spec(DeviceSpec):
-    """The guest's context id, and the path of the socket that the host's programs connect to."""
+    """The guest's context id, and the path of the socket that the host's programs connect to, or
+    ""."""
 
     kind: ClassVar[str] = "vsock"
 
-    path: str
+    path: str = ""
     cid: int = LOWEST_GUEST_CID
     listen_at: str = ""  # where the socket really is, if `path` is on another machine
 
@@ -35,7 +39,7 @@ class Spec(DeviceSpec):
 def parse(text: str) -> Spec:
     """The device of ``--vsock``; a comma in the path is written twice. Raises ConfigError."""
     path, cid = "", str(LOWEST_GUEST_CID)
-    for option in text.replace(",,", "\0").split(","):
+    for option in text.replace(",,", "\0").split(",") if text else ():
         key, _, value = option.replace("\0", ",").partition("=")
         if key == "path" and value:
             path = value
@@ -43,8 +47,6 @@ def parse(text: str) -> Spec:
             cid = value
         else:
             raise ConfigError(f"unknown option {option!r}", cure=_USAGE, option=_OPTION)
-    if not path:
-        raise ConfigError(f"no path in {text!r}", cure=_USAGE, option=_OPTION)
     if not (cid.isascii() and cid.isdigit()):
         raise ConfigError(f"cannot read the cid {cid!r}", cure=_USAGE, option=_OPTION)
     return Spec(path, int(cid[:20]))
@@ -69,7 +71,9 @@ def check(spec: Spec) -> Spec:
 
 
 def open_device(spec: Spec, context: Context) -> VsockDevice:
-    """A device that listens at the path. Raises ConfigError if that cannot be."""
+    """A device that listens at the path, if it has one. Raises ConfigError if that cannot be."""
+    if not spec.path:
+        return VsockDevice(spec.cid, trace=context.trace)
     listener = NamedListener(spec.listen_at or spec.path, option=_OPTION)
     context.closing.callback(listener.close)
     return VsockDevice(spec.cid, listener.socket, spec.path, trace=context.trace)
@@ -77,6 +81,8 @@ def open_device(spec: Spec, context: Context) -> VsockDevice:
 
 def cross(spec: Spec, closing: ExitStack) -> Crossing:
     """The socket stays here, as do those that the guest connects to."""
+    if not spec.path:
+        return Crossing(spec)
     path = os.path.abspath(spec.path)
     listener = NamedListener(path, option=_OPTION)
     closing.callback(listener.close)

@@ -6,10 +6,12 @@ ours, but for what a slow reader on the host has not taken yet.
 
 from __future__ import annotations
 
+import errno
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
-from pyvmm.errors import DriverError
+from pyvmm.errors import DriverError, HostError
 from pyvmm.host.log import RateLimited
 from pyvmm.host.poller import Poller
 from pyvmm.host.unix_sockets import Socket
@@ -44,7 +46,7 @@ class VsockDevice(VirtioDevice):
     """Sockets between the guest with `guest_cid` and the host's programs.
 
     `listener` takes the programs' connections; a guest's connection to port N goes to the listener
-    at `path`_N.
+    at `path`_N. Without them there are only the connections of `call`.
     `trace` gets a `PacketEvent` for each packet; `log` one line for each thing that the guest did
     wrong, and is limited in rate unless given. The listener is not closed.
     """
@@ -62,8 +64,8 @@ class VsockDevice(VirtioDevice):
     def __init__(
         self,
         guest_cid: int,
-        listener: Socket,
-        path: str,
+        listener: Socket | None = None,
+        path: str | None = None,
         *,
         name: str = "vsock",
         trace: Callable[[object], None] | None = None,
@@ -82,6 +84,7 @@ class VsockDevice(VirtioDevice):
         self.counters = Counters()
         self._active: _Active | None = None
         self._interrupted = False
+        self._calls: deque[tuple[Socket, int]] = deque()  # for the thread to take
 
     def read_config(self, offset: int, length: int) -> bytes:
         """struct virtio_vsock_config, zero past its end (5.10.4, 2.5)."""
@@ -113,6 +116,24 @@ class VsockDevice(VirtioDevice):
         if self._active is not None:
             self._active.loop.wake()
 
+    def call(self, connection: Socket, port: int) -> None:
+        """Make `connection` a stream to `port` of the guest, as CONNECT does for a client: it gets
+        ``OK <host port>\\n`` first, or is closed. Any thread may call it.
+
+        Raises HostError, ECONNREFUSED, as long as the guest has no driver; then the connection is
+        the caller's still.
+        """
+        active = self._active
+        if active is None:
+            raise HostError(errno.ECONNREFUSED, f"vsock port {port}: the guest has no driver yet")
+        self._calls.append((connection, port))
+        active.loop.wake()
+
+    @property
+    def has_driver(self) -> bool:
+        """Whether there is somebody for `call`."""
+        return self._active is not None
+
     # What the thread of an activation asks.
 
     def warn(self, line: str) -> None:
@@ -135,7 +156,7 @@ class VsockDevice(VirtioDevice):
 
     def open_host_side(self, poller: Poller) -> HostSide:
         """The host's programs, as long as a driver is there."""
-        return HostSide(self._listener, self._path, poller)
+        return HostSide(self._listener, self._path, poller, self._calls)
 
 
 class _Active:

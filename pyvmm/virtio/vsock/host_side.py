@@ -6,12 +6,18 @@ For a device with the path P:
   that port has accepted, it reads ``OK <host port>\\n``, and from then on the connection is the
   stream. If nobody listens in the guest, the connection is closed.
 - a guest that connects to port N of the host (CID 2) reaches whoever listens on P_N.
+
+Without a path there are neither; the monitor itself hands connections over, which wait for the same
+OK (`call`).
 """
 
 from __future__ import annotations
 
 import _socket
+import errno
+from collections import deque
 
+from pyvmm.errors import HostError
 from pyvmm.host import unix_sockets
 from pyvmm.host.poller import Handler, Poller
 from pyvmm.host.unix_sockets import Socket
@@ -53,19 +59,28 @@ class Client:
 class HostSide:
     """Connections from and to the host's programs. Used by the device's thread only."""
 
-    def __init__(self, listener: Socket, path: str, poller: Poller) -> None:
-        """Clients come to `listener`; `path` is what the convention calls P. Raises HostError.
+    def __init__(
+        self,
+        listener: Socket | None,
+        path: str | None,
+        poller: Poller,
+        calls: deque[tuple[Socket, int]],
+    ) -> None:
+        """Clients come to `listener`; `path` is what the convention calls P. Connections that are
+        handed over come by `calls`, each with its port. Raises HostError.
 
         `listener` stays open when this is closed.
         """
         self._listener = listener
         self._path = path
         self._poller = poller
-        self._may_accept = True
+        self._calls = calls
+        self._may_accept = listener is not None
         self._waiting: set[Client] = set()
         self._heard: list[Client] = []
         self._next_port = 0
-        poller.add(listener.fileno(), self._note_arrival)
+        if listener is not None:
+            poller.add(listener.fileno(), self._note_arrival)
 
     def __len__(self) -> int:
         """How many clients have not said where they want to go."""
@@ -76,7 +91,7 @@ class HostSide:
 
     def accept(self, room: int) -> None:
         """Let at most `room` clients in; others wait outside. Raises HostError."""
-        while self._may_accept and room > 0:
+        while self._listener is not None and self._may_accept and room > 0:
             sock = unix_sockets.accept(self._listener)
             if sock is None:
                 self._may_accept = False
@@ -107,8 +122,23 @@ class HostSide:
                 found.append((client.sock, port))
         return found
 
+    def calls(self, room: int) -> list[tuple[Socket, int]]:
+        """Connections that were handed over, as `commands` has those of clients; those for which
+        there is no room are closed."""
+        found: list[tuple[Socket, int]] = []
+        while self._calls:
+            sock, port = self._calls.popleft()
+            if len(found) >= room:
+                sock.close()
+                continue
+            self._poller.add(sock.fileno(), _ignore)
+            found.append((sock, port))
+        return found
+
     def connect(self, port: int) -> Socket:
         """A connection to the listener for a guest's connection to `port`. Raises HostError."""
+        if self._path is None:
+            raise HostError(errno.ECONNREFUSED, f"connect to port {port}")
         return unix_sockets.reach(f"{self._path}_{port}")
 
     def new_port(self) -> int:
@@ -122,8 +152,15 @@ class HostSide:
         for client in self._waiting:
             self._drop(client)
         self._waiting.clear()
-        self._poller.remove(self._listener.fileno())
+        while self._calls:
+            self._calls.popleft()[0].close()
+        if self._listener is not None:
+            self._poller.remove(self._listener.fileno())
 
     def _drop(self, client: Client) -> None:
         self._poller.remove(client.sock.fileno())
         client.sock.close()
+
+
+def _ignore(events: int) -> None:
+    """Nothing is lost: the stream that it becomes at once looks for itself."""

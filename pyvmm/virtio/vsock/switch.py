@@ -97,6 +97,8 @@ class Switch:
         for sock, port in commands:
             self._request(sock, port)
         self._freed |= len(self._host) + len(commands) < waiting  # some were turned away
+        for sock, port in self._host.calls(self._room()):
+            self._request(sock, port)
         while self._due and self._due[0][0] <= self._clock():
             deadline, stream = self._due.popleft()
             if self._is_due(stream, deadline):

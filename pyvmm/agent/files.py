@@ -1,0 +1,264 @@
+"""Copying files and trees between the host and a guest.
+
+A tree comes as directories that are entered and left, with names and never paths. What is written
+here is opened relative to its directory and without following links, so a guest that lies about
+its tree can write nowhere but below the target.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from pyvmm.agent.errors import AgentError
+from pyvmm.agent.protocol import (
+    MAX_DATA,
+    MAX_DEPTH,
+    Entry,
+    Frame,
+    FrameType,
+    entry_frame,
+    frame,
+    parse_entry,
+)
+from pyvmm.agent.session import NOT_THE_AGENT, Session, failure, printable
+from pyvmm.errors import ConfigError
+
+Progress = Callable[[int], None]
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_MOST_SKIPPED = 1000
+_SPECIAL_BITS = 0o7000  # a guest's set-user-ID files do not become ours
+
+
+@dataclass
+class Copied:
+    """What was copied. `skipped` are names of what is no file, directory or link (sockets, devices)
+    or lies on another file system of the guest's."""
+
+    files: int = 0
+    bytes: int = 0
+    skipped: list[str] = field(default_factory=list)
+
+    def skip(self, name: str) -> None:
+        """Note a name; the first thousand of them."""
+        if len(self.skipped) < _MOST_SKIPPED:
+            self.skipped.append(name)
+
+
+def push(session: Session, local: str, remote: str, progress: Progress | None) -> Copied:
+    """Send `local` to be put at `remote`. Raises ConfigError for `local`, AgentError."""
+    path = remote.encode(errors="surrogateescape")
+    if not path or b"\0" in path:
+        raise ConfigError(f"{remote!r} is not a path")
+    try:
+        found = os.stat(local)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ConfigError(f"{local}: {reason}") from None
+    session.send(FrameType.PUT, path)
+    name = os.path.basename(os.path.realpath(local) if local.endswith("..") else local.rstrip("/"))
+    sender = _Sender(session, progress)
+    try:
+        sender.send(local, os.fsencode(name) or b"root", found)
+    except OSError as error:
+        raise ConfigError(f"{error.filename or local}: {error.strerror}") from None
+    session.send(FrameType.END)
+    session.answer(FrameType.DONE, 0, None)
+    return sender.copied
+
+
+class _Sender:
+    def __init__(self, session: Session, progress: Progress | None) -> None:
+        self.copied = Copied()
+        self._session = session
+        self._progress = progress
+
+    def send(self, path: str, name: bytes, found: os.stat_result, depth: int = 0) -> None:
+        for answer in self._session.receive():  # the agent speaks only to refuse
+            raise failure(answer) if answer.type == FrameType.FAILED else AgentError(NOT_THE_AGENT)
+        entry = Entry(found.st_mode, found.st_mtime_ns, found.st_size, name)
+        if stat.S_ISREG(found.st_mode):
+            self._send_file(path, entry)
+        elif stat.S_ISDIR(found.st_mode):
+            self._send_folder(path, entry, depth)
+        elif stat.S_ISLNK(found.st_mode):
+            linked = entry._replace(target=os.fsencode(os.readlink(path)))
+            self._session.send_bytes(entry_frame(FrameType.LINK, linked))
+        else:
+            self.copied.skip(path)
+
+    def _send_file(self, path: str, entry: Entry) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        try:
+            self._session.send_bytes(entry_frame(FrameType.REGULAR, entry))
+            while data := os.read(fd, MAX_DATA):
+                self._session.send_bytes(frame(FrameType.DATA, data))
+                self.copied.bytes += len(data)
+                if self._progress is not None:
+                    self._progress(self.copied.bytes)
+        finally:
+            os.close(fd)
+        self._session.send(FrameType.UP)
+        self.copied.files += 1
+
+    def _send_folder(self, path: str, entry: Entry, depth: int) -> None:
+        if depth >= MAX_DEPTH:
+            raise ConfigError(f"{path}: directories are nested deeper than {MAX_DEPTH}")
+        self._session.send_bytes(entry_frame(FrameType.DIRECTORY, entry))
+        for name in sorted(os.listdir(path)):
+            inner = os.path.join(path, name)
+            with suppress(FileNotFoundError):  # it has just gone
+                found = os.lstat(inner)
+                self.send(inner, os.fsencode(name), found, depth + 1)
+        self._session.send(FrameType.UP)
+
+
+def pull(session: Session, remote: str, local: str, progress: Progress | None) -> Copied:
+    """Ask for `remote` and write it to `local`. Raises ConfigError for `local`, AgentError."""
+    path = remote.encode(errors="surrogateescape")
+    if not path or b"\0" in path:
+        raise ConfigError(f"{remote!r} is not a path")
+    session.send(FrameType.GET, path)
+    receiver = _Receiver(local, progress)
+    try:
+        ended = False
+        while not ended:
+            for one in session.wait_for_frames(None):
+                ended = receiver.take(one)
+                if ended:
+                    break
+    except OSError as error:
+        raise ConfigError(f"{receiver.place}: {error.strerror}") from None
+    finally:
+        receiver.close()
+    return receiver.copied
+
+
+@dataclass
+class _Level:
+    fd: int
+    entry: Entry | None = None
+
+
+class _Receiver:
+    """Writes a tree that comes frame by frame."""
+
+    def __init__(self, local: str, progress: Progress | None) -> None:
+        """Raises ConfigError if `local` is nowhere."""
+        self.copied = Copied()
+        self.place = local  # what is being written, for messages
+        self._progress = progress
+        self._file = -1
+        self._entry: Entry | None = None  # the file's
+        self._part = ""
+        self._topped = False
+        folder, self._top = local, ""
+        if not os.path.isdir(local):
+            if local.endswith("/"):
+                raise ConfigError(f"{local} is not a directory")
+            folder, self._top = os.path.split(local)
+        try:
+            self._levels = [_Level(os.open(folder or ".", _FOLDER))]
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            raise ConfigError(f"{folder}: {reason}") from None
+
+    def take(self, one: Frame) -> bool:
+        """Do what the frame says; whether it was the last. Raises AgentError, OSError."""
+        type, payload = one
+        if type == FrameType.FAILED:
+            raise failure(one)
+        if type == FrameType.SKIPPED:
+            entry = parse_entry(payload)
+            self.copied.skip(printable(entry.name) if entry else "?")
+        elif self._file >= 0 and type == FrameType.DATA:
+            self._write(payload)
+        elif self._file >= 0 and type == FrameType.UP:
+            self._finish_file()
+        elif self._file < 0 and type == FrameType.UP and len(self._levels) > 1:
+            self._leave()
+        elif self._file < 0 and type == FrameType.END and len(self._levels) == 1:
+            return True
+        elif self._file < 0 and (len(self._levels) > 1 or not self._topped):
+            self._begin(type, payload)
+        else:
+            raise AgentError(NOT_THE_AGENT)
+        return False
+
+    def _begin(self, type: int, payload: bytes) -> None:
+        entry = parse_entry(payload)
+        if entry is None:
+            raise AgentError("the guest's agent sent a name that is none")
+        name = os.fsdecode(entry.name)
+        if len(self._levels) == 1:
+            self._topped = True
+            name = self._top or name
+        self.place = name
+        parent = self._levels[-1].fd
+        if type == FrameType.DIRECTORY and len(self._levels) <= MAX_DEPTH:
+            with suppress(FileExistsError):
+                os.mkdir(name, 0o700, dir_fd=parent)
+            fd = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=parent)
+            self._levels.append(_Level(fd, entry))
+        elif type == FrameType.REGULAR:
+            self._part = f".pyvmm-part.{os.getpid()}.{self.copied.files}"
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._file = os.open(self._part, flags, 0o600, dir_fd=parent)
+            self._entry = entry._replace(name=os.fsencode(name))
+        elif type == FrameType.LINK and entry.target:
+            self._make_link(name, entry, parent)
+        else:
+            raise AgentError(NOT_THE_AGENT)
+
+    def _make_link(self, name: str, entry: Entry, parent: int) -> None:
+        part = f".pyvmm-part.{os.getpid()}"
+        os.symlink(os.fsdecode(entry.target), part, dir_fd=parent)
+        try:
+            os.rename(part, name, src_dir_fd=parent, dst_dir_fd=parent)
+        except OSError:
+            os.unlink(part, dir_fd=parent)
+            raise
+
+    def _write(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            view = view[os.write(self._file, view) :]
+        self.copied.bytes += len(data)
+        if self._progress is not None:
+            self._progress(self.copied.bytes)
+
+    def _finish_file(self) -> None:
+        assert self._entry is not None
+        parent = self._levels[-1].fd
+        _set_times(self._file, self._entry)
+        os.rename(self._part, os.fsdecode(self._entry.name), src_dir_fd=parent, dst_dir_fd=parent)
+        os.close(self._file)
+        self._file = -1
+        self.copied.files += 1
+
+    def _leave(self) -> None:
+        level = self._levels.pop()
+        try:
+            if level.entry is not None:
+                _set_times(level.fd, level.entry)
+        finally:
+            os.close(level.fd)
+
+    def close(self) -> None:
+        """Remove a file that is not whole, and close everything."""
+        if self._file >= 0:
+            with suppress(OSError):
+                os.unlink(self._part, dir_fd=self._levels[-1].fd)
+            os.close(self._file)
+            self._file = -1
+        while self._levels:
+            os.close(self._levels.pop().fd)
+
+
+def _set_times(fd: int, entry: Entry) -> None:
+    os.fchmod(fd, entry.mode & ~_SPECIAL_BITS)
+    with suppress(OSError, OverflowError):  # a time that this file system cannot have
+        os.utime(fd, ns=(entry.mtime_ns, entry.mtime_ns))

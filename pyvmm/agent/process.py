@@ -1,0 +1,211 @@
+"""A command that runs in the guest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from pyvmm.agent.errors import AgentError
+from pyvmm.agent.protocol import (
+    EXIT,
+    EXITED,
+    MAX_DATA,
+    MAX_REQUEST,
+    NUMBER,
+    RUN,
+    TIMED_OUT,
+    WANTS_STDIN,
+    WANTS_TTY,
+    WINDOW,
+    WINDOW_SIZE,
+    Frame,
+    FrameType,
+)
+from pyvmm.agent.session import NOT_THE_AGENT, Session, failure
+from pyvmm.errors import ConfigError
+from pyvmm.host.syscalls import Closable
+
+STDOUT, STDERR = 1, 2
+_MOST_STRINGS = (1 << 16) - 1
+_LONGEST_TIMEOUT = (1 << 31) - 1  # milliseconds
+
+
+class Output(NamedTuple):
+    """A piece of what the command wrote, to `stream` 1 (standard output, a terminal) or 2."""
+
+    stream: int
+    data: bytes
+
+
+class Process(Closable):
+    """A command in the guest; closing it ends the command, if it still runs, and its group.
+
+    `returncode` is None as long as it runs, then as in subprocess: negative for a signal.
+    `timed_out` says whether the agent ended it because of its timeout.
+    """
+
+    def __init__(self, args: Sequence[str], session: Session, *, stdin: bool) -> None:
+        """`Agent.open` is how to get one."""
+        self.args = list(args)
+        self.returncode: int | None = None
+        self.timed_out = False
+        self.pid: int | None = None  # in the guest
+        self._session = session
+        self._room = WINDOW if stdin else 0
+        self._stdin_open = stdin
+        self._pending: list[Output] = []  # has come, and `read` has not returned it yet
+
+    def fileno(self) -> int:
+        """For select and event loops: readable when `receive` has something."""
+        return self._session.fileno()
+
+    def close(self) -> None:
+        self._session.close()
+
+    # --- what it writes --------------------------------------------------------------------------
+
+    def receive(self) -> list[Output]:
+        """The output that has come, without waiting; look at `returncode` afterwards.
+
+        Raises AgentError, with `errno`, if the command could not be started or the agent is gone.
+        """
+        found, self._pending = self._pending, []
+        if self.returncode is None:
+            found += self._take(self._session.receive())
+        return found
+
+    def read(self, timeout: float | None = None) -> Output | None:
+        """The next piece of output, None when the command has ended. Raises AgentError, and
+        CommandTimeout after `timeout` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        if not self._pending:
+            self._pending = self._wait(deadline)
+        return self._pending.pop(0) if self._pending else None
+
+    def _wait(self, deadline: float | None) -> list[Output]:
+        while self.returncode is None:
+            if found := self._take(self._session.wait_for_frames(deadline)):
+                return found
+        return []
+
+    def events(self) -> Iterator[Output]:
+        """All output, piece by piece, to the command's end."""
+        while (piece := self.read()) is not None:
+            yield piece
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Throw away what is still written; the return code. Raises as `read` does."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        self._pending = []
+        while self.returncode is None:
+            self._wait(deadline)
+        return self.returncode
+
+    def _take(self, frames: list[Frame]) -> list[Output]:
+        found = []
+        for type, payload in frames:
+            if type == FrameType.STDOUT:
+                found.append(Output(STDOUT, payload))
+            elif type == FrameType.STDERR:
+                found.append(Output(STDERR, payload))
+            elif type == FrameType.MORE_STDIN:
+                # What the guest grants beyond what it took would only cost itself memory.
+                self._room = min(WINDOW, self._room + _number(payload))
+            elif type == FrameType.STARTED:
+                self.pid = _number(payload)
+            elif type == FrameType.EXIT:
+                self._take_exit(payload)
+                break
+            elif type == FrameType.FAILED:
+                raise failure(Frame(type, payload))
+            else:
+                raise AgentError(NOT_THE_AGENT)
+        return found
+
+    def _take_exit(self, payload: bytes) -> None:
+        if len(payload) != EXIT.size:
+            raise AgentError(NOT_THE_AGENT)
+        how, value = EXIT.unpack(payload)
+        if how > TIMED_OUT or value > 255:
+            raise AgentError(NOT_THE_AGENT)
+        self.timed_out = how == TIMED_OUT
+        self.returncode = value if how == EXITED else -value
+        self._session.close()
+
+    # --- what it gets ----------------------------------------------------------------------------
+
+    @property
+    def room(self) -> int:
+        """Bytes that `write` takes now; more once the command has read some."""
+        return self._room if self._stdin_open and self.returncode is None else 0
+
+    def write(self, data: bytes) -> int:
+        """Give the command something to read; how much of `data` was taken, up to `room` bytes.
+
+        It never waits for the command. Raises AgentError if the agent is gone.
+        """
+        size = min(len(data), self.room, MAX_DATA)
+        if size:
+            self._room -= size
+            self._session.send(FrameType.STDIN, data[:size])
+        return size
+
+    def close_stdin(self) -> None:
+        """The command reads the end of its input; on a terminal it gets a Ctrl-D."""
+        if self._stdin_open and self.returncode is None:
+            self._session.send(FrameType.STDIN_END)
+        self._stdin_open = False
+
+    def kill(self, signal: int) -> None:
+        """Send `signal` to the command's process group. Nothing happens if it has ended."""
+        if self.returncode is None:
+            self._session.send(FrameType.SIGNAL, NUMBER.pack(signal))
+
+    def resize(self, rows: int, columns: int) -> None:
+        """Tell the command's terminal its size."""
+        if self.returncode is None:
+            self._session.send(FrameType.RESIZE, window_size(rows, columns))
+
+
+def _number(payload: bytes) -> int:
+    if len(payload) != NUMBER.size:
+        raise AgentError(NOT_THE_AGENT)
+    (number,) = NUMBER.unpack(payload)
+    return int(number)
+
+
+def window_size(rows: int, columns: int) -> bytes:
+    """The payload of a RESIZE frame."""
+    return WINDOW_SIZE.pack(max(0, min(rows, 0xFFFF)), max(0, min(columns, 0xFFFF)))
+
+
+def run_request(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str] | None,
+    cwd: str | None,
+    user: str | None,
+    stdin: bool,
+    tty: tuple[int, int] | None,
+    timeout: float | None,
+) -> bytes:
+    """The payload of a RUN frame. Raises ConfigError for what no guest could run."""
+    if isinstance(argv, str) or not argv:
+        raise ConfigError("a command is a list of words", cure='use ["sh", "-c", "..."] for a line')
+    variables = [f"{name}={value}" for name, value in (env or {}).items()]
+    if any(not name or "=" in name for name in env or {}):
+        raise ConfigError("a variable's name is empty or has = in it")
+    words = [cwd or "", user or "", *argv, *variables]
+    if any("\0" in word for word in words):
+        raise ConfigError("a NUL cannot be in a command, a variable or a path")
+    if len(argv) > _MOST_STRINGS or len(variables) > _MOST_STRINGS:
+        raise ConfigError(f"more than {_MOST_STRINGS} arguments or variables")
+    flags = (WANTS_STDIN if stdin else 0) | (WANTS_TTY if tty is not None else 0)
+    rows, columns = (max(0, min(size, 0xFFFF)) for size in tty or (0, 0))
+    milliseconds = 0 if timeout is None else max(1, min(round(timeout * 1000), _LONGEST_TIMEOUT))
+    head = RUN.pack(flags, milliseconds, rows, columns, len(argv), len(variables))
+    payload = head + b"".join(word.encode(errors="surrogateescape") + b"\0" for word in words)
+    if len(payload) > MAX_REQUEST:
+        raise ConfigError(f"a command of more than {MAX_REQUEST} bytes", cure="use a file")
+    return payload
