@@ -19,7 +19,8 @@ WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wformat=2", "-Wconversion", "-Wshad
 FLAGS = ("-std=gnu11", "-O2", *WARNINGS, "-D_FORTIFY_SOURCE=2", "-fstack-protector-strong")
 # musl-gcc finds musl's headers only; the kernel's come after them.
 _KERNEL_HEADERS = ("-idirafter", "/usr/include", "-idirafter", "/usr/include/x86_64-linux-gnu")
-_LINKING = ("-static-pie", "-fPIE", "-Wl,-z,relro,-z,now", "-s")
+# Without -pie: musl-gcc knows no static one.
+LINKING = ("-static", "-Wl,-z,relro,-z,now", "-s")
 
 
 def build(recipes: Recipes, into: str, progress: Progress) -> None:
@@ -27,7 +28,7 @@ def build(recipes: Recipes, into: str, progress: Progress) -> None:
     target = os.path.join(into, FILE)
     with progress.step("agent: compiling (musl-gcc)"):
         tools.run(
-            ["musl-gcc", *FLAGS, *_KERNEL_HEADERS, *_LINKING, "-o", target, recipes.file(*SOURCE)],
+            ["musl-gcc", *FLAGS, *_KERNEL_HEADERS, *LINKING, "-o", target, recipes.file(*SOURCE)],
             "compiling the guest's agent",
         )
     os.chmod(target, 0o755)

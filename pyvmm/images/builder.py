@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
+from functools import cached_property
 
 from pyvmm.errors import ConfigError
 from pyvmm.host import user_cache
@@ -69,7 +70,7 @@ class Catalogue:
         parts: list[object] = [_VERSION, name, self.pins(name)]
         parts += [self.key(need) for need in self.needs(name)]
         if kind == "agent":
-            parts += [*agent.FLAGS, self._script(*agent.SOURCE)]
+            parts += [*agent.FLAGS, *agent.LINKING, self._script(*agent.SOURCE)]
         elif kind == "kernel":
             parts.append(asdict(self.recipes.kernels[which]))
         elif kind == "programs":
@@ -139,19 +140,16 @@ class Builder:
         self._progress = progress
         self._locked = locked
         self._clients: dict[str, apt.Apt] = {}
-        self._apt_with_lists: apt.Apt | None = None
         cache.require_room()
 
-    @property
+    @cached_property
     def _apt(self) -> apt.Apt:
-        """apt for the guests' release; it fetches its lists the first time it is wanted."""
-        if self._apt_with_lists is None:
-            client = apt.Apt(os.path.join(user_cache.folder(), "apt"), self._recipes.suites)
-            step = self._progress.step("fetching Debian's package lists")
-            with cache.explain_os_errors(), step:
-                client.update()
-            self._apt_with_lists = client
-        return self._apt_with_lists
+        """apt for the guests' release; its lists are fetched when it is first wanted."""
+        client = apt.Apt(os.path.join(user_cache.folder(), "apt"), self._recipes.suites)
+        step = self._progress.step("fetching Debian's package lists")
+        with cache.explain_os_errors(), step:
+            client.update()
+        return client
 
     def build(self, name: str) -> None:
         catalogue = self._catalogue

@@ -111,7 +111,7 @@ def test_an_image_that_was_not_built_is_named_with_the_command(home: Path) -> No
 
 
 def test_an_unknown_image_lists_the_known_ones(home: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no image 'kernel-2\.4'; there are kernel-6\.1"):
+    with pytest.raises(ConfigError, match=r"no image 'kernel-2\.4'; there are agent, kernel-6\.1"):
         images.artifacts(kernel="2.4")
 
 

@@ -27,16 +27,17 @@ ALLOWED: dict[str, set[str]] = {
     "device": CORE,
     "relay": BASE,
     "control": BASE,
+    "agent": BASE,
     "emulated_host": BASE | {"relay", "images"},
     "images": BASE,
     "testing": BASE | {"memory", "bench"},
     "bench": CORE | {"transport", "testing"},
     "machine": CORE | {"control", "kvm", "boot", "transport", "platform", "device"},
-    "api": CORE | {"machine", "control", "images", "emulated_host"},
+    "api": CORE | {"machine", "control", "agent", "images", "emulated_host"},
     "cli": CORE
     | {"api"}
     | {"kvm", "boot", "transport", "platform", "device", "machine", "emulated_host", "images"}
-    | {"control", "relay"},
+    | {"control", "agent", "relay"},
 }
 
 
