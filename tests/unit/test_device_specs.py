@@ -46,14 +46,13 @@ def test_vsock_options():
     spec = devices.parse("vsock", "cid=7,path=/run/a,,b")
     assert (spec.cid, spec.path) == (7, "/run/a,b")
     assert devices.parse("vsock", "path=x").cid == 3
+    assert devices.parse("vsock", "") == devices.parse("vsock", "cid=3")  # without a path
     assert from_json(to_json(vm(spec))) == vm(spec)
 
 
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("", "unknown option"),
-        ("cid=3", "no path"),
         ("path=", "unknown option"),
         ("path=x,cid=3x", "cannot read the cid"),
         ("path=x,cid=٣", "cannot read the cid"),
@@ -67,6 +66,12 @@ def test_vsock_options():
 def test_vsock_options_that_cannot_be(text, why):
     with pytest.raises(ConfigError, match=f"--vsock: .*{why}"):
         vm(devices.parse("vsock", text))
+
+
+def test_a_vsock_device_without_a_path_has_no_socket_of_its_own():
+    with ExitStack() as closing:
+        crossing = devices.cross(devices.parse("vsock", ""), closing)
+    assert crossing == (devices.parse("vsock", ""), (), ())
 
 
 def test_vsock_sockets_are_made_here_for_an_emulated_host(tmp_path):
