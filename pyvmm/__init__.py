@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pyvmm.api.aio import AsyncVM
     from pyvmm.api.errors import (
         GuestEnded,
         GuestPanic,
@@ -35,6 +36,7 @@ __version__ = "0.1.0"
 
 # Name → the module, and its name there if that is another.
 _PUBLIC = {
+    "AsyncVM": ("pyvmm.api.aio", ""),
     "VM": ("pyvmm.api.vm", ""),
     "Balloon": ("pyvmm.machine.device_balloon", "Spec"),
     "ConfigError": ("pyvmm.errors", ""),
@@ -55,6 +57,7 @@ _PUBLIC = {
 }
 __all__ = [
     "VM",
+    "AsyncVM",
     "Balloon",
     "ConfigError",
     "Disk",

@@ -10,7 +10,7 @@ from pexpect import EOF, TIMEOUT
 from pexpect.spawnbase import SpawnBase
 
 from pyvmm.api.errors import TAIL_LINES, VMError, VMTimeout
-from pyvmm.api.transcript import Cancellation, Transcript
+from pyvmm.api.transcript import Transcript
 
 Pattern = Any  # a str (a regular expression), a compiled one, pexpect.EOF or pexpect.TIMEOUT
 TIMEOUT_SECONDS = 30.0
@@ -45,23 +45,21 @@ class Console:
         the last match on. Raises VMTimeout, or the error for a VM that has ended, unless
         pexpect.TIMEOUT or pexpect.EOF is among the patterns.
         """
-        return self._expect(self._spawn.expect, pattern, timeout, None)
+        return self._expect(self._spawn.expect, pattern, timeout)
 
     def expect_exact(
         self, pattern: Pattern | Sequence[Pattern], timeout: float | None = TIMEOUT_SECONDS
     ) -> int:
         """As `expect`, but patterns are plain strings."""
-        return self._expect(self._spawn.expect_exact, pattern, timeout, None)
+        return self._expect(self._spawn.expect_exact, pattern, timeout)
 
     def _expect(
         self,
         wait: Callable[..., int],
         pattern: Any,
         timeout: float | None,
-        cancellation: Cancellation | None,
     ) -> int:
         with self._lock:
-            self._spawn.cancellation = cancellation
             try:
                 return wait(pattern, timeout=timeout)
             except TIMEOUT:
@@ -115,18 +113,13 @@ class _Spawn(SpawnBase):  # type: ignore[misc]
     def __init__(self, transcript: Transcript) -> None:
         super().__init__(maxread=1 << 16, encoding="utf-8", codec_errors="replace")
         self.delayafterread = None
-        self.cancellation: Cancellation | None = None
         self._transcript = transcript
         self._position = 0
 
     def read_nonblocking(self, size: int = 1, timeout: float | None = None) -> str:
         """As pexpect wants it."""
-        if self.cancellation is not None:
-            self.cancellation.on_cancel(self._transcript.wake)
         try:
-            data, self._position = self._transcript.read(
-                self._position, size, timeout, self.cancellation
-            )
+            data, self._position = self._transcript.read(self._position, size, timeout)
         except TimeoutError:
             raise TIMEOUT("") from None
         if not data:

@@ -14,8 +14,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from threading import Event, Lock, Thread
 
+from pyvmm.api.cancellation import check, woken_by
 from pyvmm.api.errors import Outcome, VMError, VMTimeout
 from pyvmm.api.transcript import Transcript
 from pyvmm.errors import ConfigError
@@ -24,6 +26,7 @@ from pyvmm.machine.spec import VmSpec, to_json
 _PIECE = 1 << 16
 _DRAIN_SECONDS = 1.0  # for output of a process that has ended: others may hold its pipe
 _TYPE_SECONDS = 30.0
+_KILL_SECONDS = 10.0
 _MOST_MESSAGES = 1000
 _FAILURES = (1, 2, 70)  # of `pyvmm run`: the host, the options, a defect
 
@@ -47,6 +50,7 @@ class Monitor:
         self.name = spec.name
         self._outcome: Outcome | None = None
         self._ended = Event()
+        self._on_end: list[Callable[[], object]] = []
         self._typing = Lock()
         request = {
             "spec": to_json(spec),
@@ -107,10 +111,23 @@ class Monitor:
 
     def wait(self, timeout: float | None) -> Outcome:
         """How it has ended; waits for that. Raises VMTimeout after `timeout` seconds."""
-        if not self._ended.wait(timeout):
+        woken = Event()
+        self.on_end(woken.set)
+        with woken_by(woken.set):
+            woken.wait(timeout)
+            check()
+        if not self._ended.is_set():
             raise VMTimeout(f"{self.name} still runs", console=self.transcript.tail(20))
         assert self._outcome is not None
         return self._outcome
+
+    def on_end(self, call: Callable[[], object]) -> None:
+        """Call `call`, from another thread, once it has ended; now, if it has."""
+        with self._typing:
+            if not self._ended.is_set():
+                self._on_end.append(call)
+                return
+        call()
 
     @property
     def outcome(self) -> Outcome | None:
@@ -124,6 +141,12 @@ class Monitor:
     def kill(self) -> None:
         """SIGKILL."""
         self._signal(signal.SIGKILL)
+
+    def end(self) -> Outcome:
+        """Kill it, and wait until it is gone; how it ended."""
+        self.kill()
+        self._ended.wait(_KILL_SECONDS)
+        return self._outcome or Outcome(None)
 
     def _signal(self, number: signal.Signals) -> None:
         # Popen knows whether the process has been waited for: its number may be another's by now.
@@ -193,6 +216,8 @@ class Monitor:
                     stream.close()
             self._ended.set()
         self.transcript.end()
+        for call in self._on_end:
+            call()
 
     def _last_line(self, code: int) -> str:
         """Its last message about this VM; why it failed may not name the VM."""

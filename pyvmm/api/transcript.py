@@ -3,33 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from threading import Condition
 
+from pyvmm.api.cancellation import check, woken_by
+
 LIMIT = 4 << 20  # bytes that are kept, at least; older ones are forgotten
-
-
-class Cancelled(Exception):
-    """Whoever waited was told to stop."""
-
-
-class Cancellation:
-    """Has another thread give up what it waits for, by what that has asked to be called."""
-
-    def __init__(self) -> None:
-        self.cancelled = False
-        self._wakers: list[Callable[[], None]] = []
-
-    def on_cancel(self, wake: Callable[[], None]) -> None:
-        """Call `wake` when it is cancelled; at once if it has been."""
-        self._wakers.append(wake)
-        if self.cancelled:
-            wake()
-
-    def cancel(self) -> None:
-        self.cancelled = True
-        for wake in list(self._wakers):
-            wake()
 
 
 class Transcript:
@@ -57,22 +35,11 @@ class Transcript:
             self._ended = True
             self._changed.notify_all()
 
-    def wake(self) -> None:
-        """Have readers look whether they are cancelled."""
-        with self._changed:
-            self._changed.notify_all()
-
-    def read(
-        self,
-        position: int,
-        size: int,
-        timeout: float | None,
-        cancellation: Cancellation | None = None,
-    ) -> tuple[bytes, int]:
+    def read(self, position: int, size: int, timeout: float | None) -> tuple[bytes, int]:
         """Up to `size` bytes from `position` on, or from the oldest that there is, and the position
-        behind them; b"" at the end. Raises TimeoutError or Cancelled."""
+        behind them; b"" at the end. Raises TimeoutError."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        with self._changed:
+        with woken_by(self._wake), self._changed:
             while True:
                 position = max(position, self._forgotten)
                 start = position - self._forgotten
@@ -80,12 +47,15 @@ class Transcript:
                     return data, position + len(data)
                 if self._ended:
                     return b"", position
-                if cancellation is not None and cancellation.cancelled:
-                    raise Cancelled
+                check()
                 left = None if deadline is None else deadline - time.monotonic()
                 if left is not None and left <= 0:
                     raise TimeoutError
                 self._changed.wait(left)
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
 
     @property
     def text(self) -> str:

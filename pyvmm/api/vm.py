@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from socket import SHUT_RDWR
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from pyvmm.api import config_file
+from pyvmm.api.cancellation import woken_by
 from pyvmm.api.errors import Outcome, VMError, VMTimeout, add_console, ended
 from pyvmm.api.monitor import Monitor
 from pyvmm.control.client import Client, NoAnswer
@@ -107,13 +110,15 @@ class VM:
         kvm, rm = str(self._values["kvm"]), bool(self._values["rm"])
         monitor = self._monitor = Monitor(self.spec, kvm, image=image, rm=rm)
         try:
-            with Client.connect(monitor.wait_for_name()) as client:
+            with woken_by(monitor.kill), Client.connect(monitor.wait_for_name()) as client:
                 client.call("status", patience=timeout)
-        except BaseException as error:
-            if not isinstance(error, NoAnswer) or not self._ends_soon():
-                monitor.kill()
-            if isinstance(error, (NoAnswer, ConfigError)) and self._ends_soon():
+        except (NoAnswer, ConfigError):
+            if self._ends_soon():
                 raise monitor.failure() from None
+            monitor.end()
+            raise
+        except BaseException:
+            monitor.end()
             raise
         return self
 
@@ -157,8 +162,7 @@ class VM:
 
     def kill(self) -> Outcome:
         """End its process at once (SIGKILL), and wait until it has ended."""
-        self._running().kill()
-        return self._running().wait(_KILL_SECONDS)
+        return self._running().end()
 
     def wait(self, timeout: float | None = None) -> Outcome:
         """Wait until it ends by itself; how it did. Raises VMTimeout after `timeout` seconds."""
@@ -244,7 +248,11 @@ class VM:
         return answer
 
     def _call(self, method: str, **params: Any) -> Any:
-        with self._explained(), Client.connect(self.name) as client:
+        with (
+            self._explained(),
+            Client.connect(self.name) as client,
+            woken_by(partial(client.connection.shutdown, SHUT_RDWR)),
+        ):
             return client.call(method, patience=STOP_SECONDS, **params)
 
     @contextmanager
