@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         VMError,
         VMTimeout,
     )
+    from pyvmm.api.events import Event
     from pyvmm.api.vm import VM
     from pyvmm.errors import ConfigError, HostError, PyvmmError
     from pyvmm.machine.device_balloon import Spec as Balloon
@@ -41,6 +42,7 @@ _PUBLIC = {
     "Balloon": ("pyvmm.machine.device_balloon", "Spec"),
     "ConfigError": ("pyvmm.errors", ""),
     "Disk": ("pyvmm.machine.spec", "DiskSpec"),
+    "Event": ("pyvmm.api.events", ""),
     "GuestEnded": ("pyvmm.api.errors", ""),
     "GuestPanic": ("pyvmm.api.errors", ""),
     "HostError": ("pyvmm.errors", ""),
@@ -61,6 +63,7 @@ __all__ = [
     "Balloon",
     "ConfigError",
     "Disk",
+    "Event",
     "GuestEnded",
     "GuestPanic",
     "HostError",

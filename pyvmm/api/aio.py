@@ -10,13 +10,14 @@ goes on.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 from pyvmm.api.cancellation import in_thread
 from pyvmm.api.console import TIMEOUT_SECONDS, Console, Pattern
 from pyvmm.api.errors import Outcome
+from pyvmm.api.events import Event
 from pyvmm.api.vm import START_SECONDS, STOP_SECONDS, VM
 
 
@@ -35,13 +36,21 @@ class AsyncVM:
         new.vm = VM.from_config(path, **options)
         return new
 
+    @classmethod
+    async def attach(cls, name: str) -> Self:
+        """See `VM.attach`."""
+        new = cls.__new__(cls)
+        new.vm = await in_thread(VM.attach, name)
+        return new
+
     async def start(self, timeout: float = START_SECONDS) -> Self:
         """See `VM.start`. Cancelled, it leaves no VM behind."""
         await in_thread(self.vm.start, timeout)
         return self
 
     async def __aenter__(self) -> Self:
-        return await self.start()
+        await in_thread(self.vm.__enter__)
+        return self
 
     async def __aexit__(
         self,
@@ -49,7 +58,11 @@ class AsyncVM:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await self.stop()
+        await in_thread(self.vm.__exit__, kind, error, trace)
+
+    def detach(self) -> None:
+        """See `VM.detach`."""
+        self.vm.detach()
 
     async def stop(self, timeout: float = STOP_SECONDS, *, escalate: bool = True) -> Outcome:
         """See `VM.stop`."""
@@ -105,6 +118,12 @@ class AsyncVM:
     ) -> int:
         """See `VM.resize_disk`."""
         return await in_thread(self.vm.resize_disk, disk, size, shrink=shrink)
+
+    async def events(self, *, history: bool = True) -> AsyncIterator[Event]:
+        """See `VM.events`."""
+        events = await in_thread(self.vm.events, history=history)
+        while (event := await in_thread(next, events, None)) is not None:
+            yield event
 
     @property
     def balloon(self) -> AsyncBalloonControl:

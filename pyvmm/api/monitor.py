@@ -14,16 +14,17 @@ import signal
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from threading import Event, Lock, Thread
 
 from pyvmm.api.cancellation import check, woken_by
-from pyvmm.api.errors import Outcome, VMError, VMTimeout
+from pyvmm.api.errors import TAIL_LINES, Outcome, VMError, VMTimeout, ended
 from pyvmm.api.transcript import Transcript
 from pyvmm.errors import ConfigError
 from pyvmm.machine.spec import VmSpec, to_json
 
-_PIECE = 1 << 16
+PIECE = 1 << 16  # bytes read or written at once
 _DRAIN_SECONDS = 1.0  # for output of a process that has ended: others may hold its pipe
 _TYPE_SECONDS = 30.0
 _KILL_SECONDS = 10.0
@@ -31,8 +32,102 @@ _MOST_MESSAGES = 1000
 _FAILURES = (1, 2, 70)  # of `pyvmm run`: the host, the options, a defect
 
 
-class Monitor:
-    """A monitor that was started for `spec`. `messages` are its own lines, such as diagnoses."""
+class Monitor(ABC):
+    """A monitor: what its guest has said, and whether it has ended. `messages` are its own lines,
+    such as diagnoses."""
+
+    pid: int
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.transcript = Transcript()
+        self.messages: list[str] = []
+        self._outcome: Outcome | None = None
+        self._ended = Event()
+        self._on_end: list[Callable[[], object]] = []
+        self._typing = Lock()
+
+    @abstractmethod
+    def type(self, data: bytes) -> None:
+        """Give `data` to the guest's console. Raises VMTimeout if the guest does not read it,
+        VMError if it has ended."""
+
+    @abstractmethod
+    def signal(self, number: signal.Signals) -> None:
+        """Send its process a signal."""
+
+    def wait(self, timeout: float | None) -> Outcome:
+        """How it has ended; waits for that. Raises VMTimeout after `timeout` seconds."""
+        woken = Event()
+        self.on_end(woken.set)
+        with woken_by(woken.set):
+            woken.wait(timeout)
+            check()
+        if not self._ended.is_set():
+            raise VMTimeout(f"{self.name} still runs", console=self.transcript.tail(TAIL_LINES))
+        assert self._outcome is not None
+        return self._outcome
+
+    def on_end(self, call: Callable[[], object]) -> None:
+        """Call `call`, from another thread, once it has ended; now, if it has."""
+        with self._typing:
+            if not self._ended.is_set():
+                self._on_end.append(call)
+                return
+        call()
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """How it has ended; None while it runs."""
+        return self._outcome if self._ended.is_set() else None
+
+    def end(self) -> Outcome:
+        """Kill it, and wait until it is gone; how it ended."""
+        self.signal(signal.SIGKILL)
+        self._ended.wait(_KILL_SECONDS)
+        return self._outcome or Outcome(None)
+
+    def write(self, fd: int, data: bytes) -> None:
+        """Write all of `data` to the non-blocking `fd`, which the guest reads from. Raises as
+        `type` does."""
+        with self._typing:
+            if self.outcome is not None:
+                raise self.why_ended()
+            poll = select.poll()
+            poll.register(fd, select.POLLOUT)
+            deadline = time.monotonic() + _TYPE_SECONDS
+            while data:
+                if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                    raise VMTimeout(f"the guest of {self.name} does not read from its console")
+                try:
+                    data = data[os.write(fd, data[:PIECE]) :]
+                except BlockingIOError:
+                    continue
+                except OSError:
+                    break
+            else:
+                return
+        raise self.why_ended()
+
+    def why_ended(self) -> VMError:
+        """The error for a VM that has ended, or is just ending."""
+        self._ended.wait(_KILL_SECONDS)
+        outcome = self._outcome or Outcome(None, "its monitor does not answer")
+        return ended(self.name, outcome, self.transcript.tail(TAIL_LINES))
+
+    def finish(self, outcome: Outcome, close: Callable[[], object]) -> None:
+        """It has ended; `close` what it was reached by."""
+        with self._typing:
+            self._outcome = outcome
+            close()
+            self._ended.set()
+        self.transcript.end()
+        for call in self._on_end:
+            call()
+
+
+class OwnMonitor(Monitor):
+    """A monitor that was started for `spec`."""
 
     def __init__(
         self,
@@ -45,13 +140,7 @@ class Monitor:
     ) -> None:
         """Starts it; with `image` its first disk is that image's, and without `rm` its changes are
         kept; with `outlives_us` it goes on when this process ends."""
-        self.transcript = Transcript()
-        self.messages: list[str] = []
-        self.name = spec.name
-        self._outcome: Outcome | None = None
-        self._ended = Event()
-        self._on_end: list[Callable[[], object]] = []
-        self._typing = Lock()
+        super().__init__(spec.name)
         request = {
             "spec": to_json(spec),
             "kvm": kvm,
@@ -81,14 +170,11 @@ class Monitor:
             os.close(request_fd)
             os.close(their_name_fd)
             self._name_fd = name_fd
+        self.pid = self._process.pid
         assert self._process.stdin and self._process.stdout and self._process.stderr
         self._stdin = self._process.stdin.fileno()
         os.set_blocking(self._stdin, False)
         self._outputs = (self._process.stdout.fileno(), self._process.stderr.fileno())
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
 
     def wait_for_name(self) -> str:
         """The name under which the VM runs. Raises the error for one that does not come so far."""
@@ -102,74 +188,19 @@ class Monitor:
         return self.name
 
     def failure(self) -> Exception:
-        """Why it did not start, or ended: by its own last line."""
+        """Why it did not start: by its own last line."""
         outcome = self._outcome or Outcome(None)
         if outcome.exit_code == 2:
             return ConfigError(outcome.line)
         line = outcome.line or f"exit code {outcome.exit_code}"
-        return VMError(f"the VM did not start: {line}", console=self.transcript.tail(20))
+        return VMError(f"the VM did not start: {line}", console=self.transcript.tail(TAIL_LINES))
 
-    def wait(self, timeout: float | None) -> Outcome:
-        """How it has ended; waits for that. Raises VMTimeout after `timeout` seconds."""
-        woken = Event()
-        self.on_end(woken.set)
-        with woken_by(woken.set):
-            woken.wait(timeout)
-            check()
-        if not self._ended.is_set():
-            raise VMTimeout(f"{self.name} still runs", console=self.transcript.tail(20))
-        assert self._outcome is not None
-        return self._outcome
-
-    def on_end(self, call: Callable[[], object]) -> None:
-        """Call `call`, from another thread, once it has ended; now, if it has."""
-        with self._typing:
-            if not self._ended.is_set():
-                self._on_end.append(call)
-                return
-        call()
-
-    @property
-    def outcome(self) -> Outcome | None:
-        """How it has ended; None while it runs."""
-        return self._outcome if self._ended.is_set() else None
-
-    def terminate(self) -> None:
-        """SIGTERM."""
-        self._signal(signal.SIGTERM)
-
-    def kill(self) -> None:
-        """SIGKILL."""
-        self._signal(signal.SIGKILL)
-
-    def end(self) -> Outcome:
-        """Kill it, and wait until it is gone; how it ended."""
-        self.kill()
-        self._ended.wait(_KILL_SECONDS)
-        return self._outcome or Outcome(None)
-
-    def _signal(self, number: signal.Signals) -> None:
+    def signal(self, number: signal.Signals) -> None:
         # Popen knows whether the process has been waited for: its number may be another's by now.
         self._process.send_signal(number)
 
     def type(self, data: bytes) -> None:
-        """Give `data` to the guest's console. Raises VMTimeout if the guest does not read it,
-        VMError if it has ended."""
-        with self._typing:
-            if self.outcome is not None:
-                raise self.failure()
-            poll = select.poll()
-            poll.register(self._stdin, select.POLLOUT)
-            deadline = time.monotonic() + _TYPE_SECONDS
-            while data:
-                if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                    raise VMTimeout(f"the guest of {self.name} does not read from its console")
-                try:
-                    data = data[os.write(self._stdin, data[:_PIECE]) :]
-                except BlockingIOError:
-                    continue
-                except OSError:
-                    raise self.failure() from None
+        self.write(self._stdin, data)
 
     # --- the thread that reads --------------------------------------------------------------------
 
@@ -190,7 +221,7 @@ class Monitor:
                 if fd == process:
                     poll.unregister(process)
                     end_by = time.monotonic() + _DRAIN_SECONDS
-                elif not (data := os.read(fd, _PIECE)):
+                elif not (data := os.read(fd, PIECE)):
                     poll.unregister(fd)
                     open_fds.discard(fd)
                 elif fd == stdout:
@@ -209,15 +240,12 @@ class Monitor:
         del self.messages[:-_MOST_MESSAGES]
 
     def _finish(self, code: int) -> None:
-        self._outcome = Outcome(code, self._last_line(code))
-        with self._typing:
-            for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
-                if stream is not None:
-                    stream.close()
-            self._ended.set()
-        self.transcript.end()
-        for call in self._on_end:
-            call()
+        self.finish(Outcome(code, self._last_line(code)), self._close)
+
+    def _close(self) -> None:
+        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+            if stream is not None:
+                stream.close()
 
     def _last_line(self, code: int) -> str:
         """Its last message about this VM; why it failed may not name the VM."""

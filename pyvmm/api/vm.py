@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -12,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pyvmm.api import config_file
 from pyvmm.api.cancellation import woken_by
-from pyvmm.api.errors import Outcome, VMError, VMTimeout, add_console, ended
-from pyvmm.api.monitor import Monitor
-from pyvmm.control.client import Client, NoAnswer
-from pyvmm.errors import ConfigError, PyvmmError
+from pyvmm.api.errors import Outcome, VMError, VMTimeout, add_console
+from pyvmm.api.events import Event, events_of
+from pyvmm.api.monitor import Monitor, OwnMonitor
+from pyvmm.control.client import Client, NoAnswer, NotRunning, open_events
+from pyvmm.errors import ConfigError, HostError, PyvmmError
 from pyvmm.machine.options import make_spec
 from pyvmm.machine.spec import DeviceSpec, DiskSpec, VmSpec, parse_memory, validate
 
@@ -86,6 +88,7 @@ class VM:
         }
         self.spec: VmSpec = validate(make_spec({**self._values, "kernel": kernel or "/"}))
         self._monitor: Monitor | None = None
+        self._attached = False
         self._console: Console | None = None
 
     @classmethod
@@ -99,6 +102,18 @@ class VM:
         """The text of a configuration file that describes this VM."""
         return config_file.describe(self._values)
 
+    @classmethod
+    def attach(cls, name: str) -> Self:
+        """The VM called `name`, which runs already, in whatever process. It is not ended at the end
+        of a `with` block. Raises ConfigError if there is none."""
+        from pyvmm.api.attached import AttachedMonitor
+
+        # What it was made from is known to its monitor only; `status` tells.
+        vm = cls(kernel="/", name=name)
+        vm._monitor = AttachedMonitor(name)
+        vm._attached = True
+        return vm
+
     # --- its life ---------------------------------------------------------------------------------
 
     def start(self, timeout: float = START_SECONDS) -> Self:
@@ -108,9 +123,12 @@ class VM:
             raise VMError(f"{self.name} has been started before")
         image = self._resolve()
         kvm, rm = str(self._values["kvm"]), bool(self._values["rm"])
-        monitor = self._monitor = Monitor(self.spec, kvm, image=image, rm=rm)
+        monitor = self._monitor = OwnMonitor(self.spec, kvm, image=image, rm=rm)
         try:
-            with woken_by(monitor.kill), Client.connect(monitor.wait_for_name()) as client:
+            with (
+                woken_by(partial(monitor.signal, signal.SIGKILL)),
+                Client.connect(monitor.wait_for_name()) as client,
+            ):
                 client.call("status", patience=timeout)
         except (NoAnswer, ConfigError):
             if self._ends_soon():
@@ -133,7 +151,7 @@ class VM:
         return image
 
     def __enter__(self) -> Self:
-        return self.start()
+        return self if self._attached else self.start()
 
     def __exit__(
         self,
@@ -141,7 +159,17 @@ class VM:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.stop()
+        if self._attached:
+            self.detach()
+        else:
+            self.stop()
+
+    def detach(self) -> None:
+        """Let go of a VM that was attached to; it runs on."""
+        from pyvmm.api.attached import AttachedMonitor
+
+        if isinstance(self._monitor, AttachedMonitor):
+            self._monitor.detach()
 
     def stop(self, timeout: float = STOP_SECONDS, *, escalate: bool = True) -> Outcome:
         """End it, and wait until it has ended; how it did.
@@ -152,7 +180,7 @@ class VM:
         if self._monitor is None:
             return Outcome(None)
         monitor = self._monitor
-        monitor.terminate()
+        monitor.signal(signal.SIGTERM)
         try:
             return monitor.wait(timeout)
         except VMTimeout:
@@ -209,7 +237,7 @@ class VM:
             from pyvmm.api.console import Console
 
             monitor = self._running()
-            self._console = Console(monitor.transcript, monitor.type, self._why_ended)
+            self._console = Console(monitor.transcript, monitor.type, monitor.why_ended)
         return self._console
 
     # --- what is asked of its monitor -------------------------------------------------------------
@@ -238,6 +266,13 @@ class VM:
             params["shrink"] = True
         return int(self._dict("disk.resize", disk=disk, **params)["size"])
 
+    def events(self, *, history: bool = True) -> Iterator[Event]:
+        """What happens to it, one after another, until it has ended; with `history` what has
+        happened already comes first."""
+        with self._explained():
+            stream = open_events(self.name, history=history)
+        return events_of(stream)
+
     @property
     def balloon(self) -> BalloonControl:
         """The balloon of a VM that has one."""
@@ -264,17 +299,19 @@ class VM:
         except VMError:
             raise
         except (PyvmmError, OSError) as error:
-            if self._running().outcome is not None or self._ends_soon():
-                raise self._why_ended() from error
+            if self._running().outcome is not None or (
+                _may_be_its_end(error) and self._ends_soon()
+            ):
+                raise self._running().why_ended() from error
             if isinstance(error, ConfigError) or not isinstance(error, PyvmmError):
                 raise
             add_console(error, self._running().transcript.tail(20))
             raise
 
-    def _why_ended(self) -> VMError:
-        monitor = self._running()
-        outcome = monitor.wait(_KILL_SECONDS)
-        return ended(self.name, outcome, monitor.transcript.tail(20))
+
+def _may_be_its_end(error: Exception) -> bool:
+    """Whether `error` is what a VM's end looks like to who has asked it for something."""
+    return isinstance(error, (NoAnswer, NotRunning, HostError, OSError))
 
 
 class BalloonControl:

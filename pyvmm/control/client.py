@@ -26,6 +26,13 @@ class NoAnswer(PyvmmError):
     """The VM's monitor did not answer in time, or ended instead."""
 
 
+class NotRunning(ConfigError):
+    """No VM of that name runs."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"no VM called {name!r} is running", cure="pyvmm ps lists those that are")
+
+
 class Upgraded(NamedTuple):
     """A connection that has become a stream: the `result` of the request that made it one, and its
     non-blocking `socket`, from which nothing behind that result was read."""
@@ -46,16 +53,14 @@ class Client(Closable):
 
     @classmethod
     def connect(cls, name: str) -> Self:
-        """Raises ConfigError if no VM of that name runs."""
+        """Raises NotRunning if no VM of that name does."""
         path = registry.socket_path(name)
         try:
             connection = unix_sockets.connect(path)
         except HostError as error:
             if error.errno not in (errno.ENOENT, errno.ECONNREFUSED):
                 raise
-            raise ConfigError(
-                f"no VM called {name!r} is running", cure="pyvmm ps lists those that are"
-            ) from None
+            raise NotRunning(name) from None
         return cls(name, connection)
 
     def close(self) -> None:

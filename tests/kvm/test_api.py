@@ -239,3 +239,51 @@ def test_using_the_package_for_something_else_costs_nothing():
     assert set(pyvmm.__all__) == set(pyvmm._PUBLIC)
     for name in pyvmm.__all__:
         assert getattr(pyvmm, name)
+
+
+# --- events, and VMs that run already -------------------------------------------------------------
+
+
+def test_what_happens_is_told(kernel):
+    with VM(kernel=kernel, kvm="host") as vm:
+        events = vm.events()
+        assert next(events).kind == "started"
+        vm.pause()
+        vm.resume()
+        vm.console.expect("ready", timeout=SAFETY_TIMEOUT)
+        vm.console.send("P")
+        found = list(events)
+        assert [event.kind for event in found] == ["paused", "resumed", "panic", "ended"]
+        assert found[-1].details["exit_code"] == 11
+        assert found[0].time <= found[-1].time
+        with pytest.raises(GuestPanic):
+            vm.events()
+
+
+def test_attaching_to_a_vm_that_runs(kernel):
+    with VM(kernel=kernel, kvm="host", name="mine") as vm:
+        vm.console.expect("ready", timeout=SAFETY_TIMEOUT)
+        with VM.attach("mine") as same:
+            assert (same.name, same.pid) == ("mine", vm.pid)
+            same.console.expect("ready", timeout=SAFETY_TIMEOUT)
+            same.console.sendline("from elsewhere")
+            same.console.expect("from elsewhere", timeout=SAFETY_TIMEOUT)
+            assert same.status()["name"] == "mine"
+        vm.console.expect("from elsewhere", timeout=SAFETY_TIMEOUT)
+        assert vm.status()["state"] == "running"
+        with pytest.raises(VMError):
+            same.console.expect("more", timeout=SAFETY_TIMEOUT)
+        again = VM.attach("mine")
+        vm.console.send("O")
+        assert again.wait(SAFETY_TIMEOUT) == vm.wait(SAFETY_TIMEOUT) == (0, "")
+        assert again.events is not None
+    with pytest.raises(ConfigError, match="no VM called 'mine'"):
+        VM.attach("mine")
+
+
+def test_stopping_a_vm_that_was_attached_to(kernel):
+    with VM(kernel=kernel, kvm="host") as vm:
+        assert VM.attach("vm").stop().ending is Ending.TERMINATED
+        assert vm.wait(SAFETY_TIMEOUT).ending is Ending.TERMINATED
+        with pytest.raises(ConfigError):
+            VM.attach("vm")

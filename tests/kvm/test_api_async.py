@@ -132,3 +132,40 @@ def test_errors_are_those_of_a_vm(kernel):
                 await vm.pause()
 
     run(main)
+
+
+def test_events_are_iterated_and_cancelled(kernel):
+    async def main() -> None:
+        async with AsyncVM(kernel=kernel, kvm="host") as vm:
+            seen = []
+
+            async def look() -> None:
+                async for event in vm.events():
+                    seen.append(event.kind)
+
+            cancelled = asyncio.create_task(look())
+            while not seen:
+                await asyncio.sleep(0.01)
+            cancelled.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await cancelled
+            looking = asyncio.create_task(look())
+            while len(seen) < 2:
+                await asyncio.sleep(0.01)
+            await vm.pause()
+            await vm.stop()
+            await looking
+            assert seen == ["started", "started", "paused", "ended"]
+
+    run(main)
+
+
+def test_attaching(kernel):
+    async def main() -> None:
+        async with AsyncVM(kernel=kernel, kvm="host") as vm:
+            await vm.console.expect("ready")
+            async with await AsyncVM.attach(vm.name) as same:
+                await same.console.expect("ready")
+            assert (await vm.status())["state"] == "running"
+
+    run(main)
