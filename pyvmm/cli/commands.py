@@ -84,4 +84,5 @@ def _show_usage_error(wrong: click.ClickException) -> None:
         return
     context = getattr(wrong, "ctx", None)
     command = context.command_path if context is not None else "pyvmm"
-    log.to_stderr(f"{message.removesuffix('.')}; see {command} --help")
+    text = f"{message.removesuffix('.')}; see {command} --help"
+    log.to_stderr(log.Line(text, level=log.ERROR, more={"exit_code": wrong.exit_code}))

@@ -14,14 +14,20 @@ from pyvmm.host import log
 
 def explain(error: Exception) -> int:
     """Say in one line what went wrong; the exit code."""
+    code = 1
+    more: dict[str, object] = {}
     if isinstance(error, PyvmmError):
-        log.to_stderr(str(error))
-        return 2 if isinstance(error, ConfigError) else 1
-    log.to_stderr(
-        f"a defect in pyvmm: {type(error).__name__}: {error}; "
-        "run again with --debug and report what it prints"
-    )
-    return 70  # EX_SOFTWARE
+        text = str(error)
+        if isinstance(error, ConfigError):
+            code, more = 2, {"message": error.message, "cure": error.cure, "option": error.option}
+    else:
+        code = 70  # EX_SOFTWARE
+        text = (
+            f"a defect in pyvmm: {type(error).__name__}: {error}; "
+            "run again with --debug and report what it prints"
+        )
+    log.to_stderr(log.Line(text, level=log.ERROR, more={**more, "exit_code": code}))
+    return code
 
 
 def flush_or_drop() -> None:

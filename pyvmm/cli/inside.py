@@ -17,11 +17,13 @@ CONTROL_PATH = "/run/pyvmm-control"  # where the relay of sockets finds the moni
 
 def main() -> int:
     """Run the specification in argv[1], a JSON text; the guest's exit code."""
+    from pyvmm.host import log
     from pyvmm.machine.launch import run_here
     from pyvmm.machine.spec import from_json
 
     try:
         spec = from_json(sys.argv[1])
+        log.set_vm(spec.name)
         if VARIABLE not in os.environ:
             return run_here(spec, quiet=True)
         from pyvmm.host import unix_sockets

@@ -7,6 +7,7 @@ import sys
 
 from pyvmm.cli.ending import explain, flush_or_drop
 from pyvmm.cli.quick import run_quickly
+from pyvmm.host import log
 
 
 def main(args: list[str] | None = None) -> None:
@@ -19,6 +20,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _run(argv: list[str]) -> int:
+    _choose_log_format(argv)
     quick = run_quickly(argv)
     if quick is None:
         from pyvmm.cli.commands import run_command
@@ -30,6 +32,15 @@ def _run(argv: list[str]) -> int:
         return 130
     except Exception as wrong:
         return explain(wrong)
+
+
+def _choose_log_format(argv: list[str]) -> None:
+    """Before anything can go wrong, and whoever reads the other options."""
+    options = argv[: argv.index("--")] if "--" in argv else argv
+    for index, word in enumerate(options):
+        flag, equals, value = word.partition("=")
+        if flag == "--log-format":
+            log.set_format(value if equals else "".join(options[index + 1 : index + 2]))
 
 
 def _occupy_standard_fds() -> None:

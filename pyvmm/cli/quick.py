@@ -28,11 +28,13 @@ DEFAULTS: dict[str, Any] = {
     "name": "",
     "rm": False,
     "detach": False,
+    "log_format": "text",
     "debug": False,
 }
 CHOICES = {
     "kvm": ("auto", "host", "emulated"),
     "discovery": DISCOVERY,
+    "log_format": ("text", "json"),
 }
 _NO_VALUE = {"--rm": "rm", "--detach": "detach", "-d": "detach"}
 _NO_SUCH_FLAG = ("debug", "image", *_NO_VALUE.values())
@@ -82,7 +84,7 @@ def run_quickly(argv: Sequence[str]) -> Callable[[], int] | None:
     values = parse_run(argv)
     if values is None:
         return None
-    del values["debug"]
+    del values["debug"], values["log_format"]  # the latter was looked at before all others
     from pyvmm.cli.start import start
 
     return lambda: start(**values)

@@ -166,8 +166,22 @@ Exit codes:
     help="Return once the guest runs, which goes on in the background, and print the VM's name; "
     "pyvmm console shows what it says.",
 )
+@click.option(
+    "--log-format",
+    type=click.Choice(CHOICES["log_format"]),
+    default="text",
+    show_default=True,
+    help="What pyvmm's own messages on standard error are: lines for humans, or JSON objects.",
+)
 @click.option("--debug", is_flag=True, help="Show a traceback when pyvmm itself fails.")
-def run(config: str | None, print_config: bool, detach: bool, debug: bool, **options: Any) -> int:
+def run(
+    config: str | None,
+    print_config: bool,
+    detach: bool,
+    log_format: str,
+    debug: bool,
+    **options: Any,
+) -> int:
     """Boot a Linux guest and join its serial console to this terminal.
 
     IMAGE is one that `pyvmm image list` shows; with neither it nor --kernel it is debian. The disk

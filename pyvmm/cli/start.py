@@ -49,6 +49,7 @@ def run_spec(
     """
     with _registered(spec.name, image or registry.DEFAULT_NAME) as registration:
         spec = replace(spec, name=registration.name)
+        log.set_vm(spec.name)
         on_name(registration.name)
         if image is not None and not rm:
             from pyvmm.api.from_image import keep_changes

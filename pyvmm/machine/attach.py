@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 from pyvmm.bus import Bus
-from pyvmm.host.log import to_stderr
+from pyvmm.host import log
 from pyvmm.host.syscalls import EventFd
 from pyvmm.kvm.vm import Vm
 from pyvmm.machine.resources import VirtioSlot
@@ -43,7 +43,7 @@ def attach_virtio_mmio(
         device,
         memory,
         interrupt.signal,
-        log=lambda line: to_stderr(f"{vm_name}: {line}"),  # the transport limits the rate
+        log=log.of_vm(vm_name),  # the transport limits the rate
         trace=_virtio_hook(trace),
     )
     closing.callback(transport.close)

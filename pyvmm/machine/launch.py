@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from pyvmm.boot.diagnosis import PANIC, ConsoleWatcher, Finding
@@ -27,6 +27,14 @@ if TYPE_CHECKING:
     from pyvmm.machine.watch import Watch
 
 _SILENCE_SECONDS = 20.0
+# The end of every run is told where programs read the log; text has no line for these.
+_SILENT_ENDINGS = {
+    Ending.POWEROFF: "the guest powered off",
+    Ending.PANIC: "the guest's kernel panicked",
+}
+_FAILURES = (
+    *(Ending.FAILED, Ending.PANIC, Ending.TRIPLE_FAULT, Ending.KVM_ERROR, Ending.DISK_ERROR),
+)
 
 
 class Attendant:
@@ -66,7 +74,8 @@ class Attendant:
         )
         if found is not None and found.kind not in self._said:
             self._said.add(found.kind)
-            log.to_stderr(f"{self._name}: {found}")
+            more = {"finding": found.kind, "message": found.message, "cure": found.cure}
+            log.to_stderr(log.Line(f"{self._name}: {found}", level=log.ERROR, more=more))
 
     def said(self, kind: str) -> bool:
         """Whether a finding of that kind was told to the user."""
@@ -204,7 +213,15 @@ def _join_virtio_console(prepared: Prepared, console: Console) -> InputPort | No
 
 
 def _report(name: str, outcome: Outcome) -> None:
-    if outcome.report:
-        print(outcome.report, file=sys.stderr)
+    ending, report = outcome.ending, outcome.report
+    if log.is_json():
+        message = outcome.line or _SILENT_ENDINGS.get(ending, "")
+        more = {"ending": ending.name.lower(), "exit_code": outcome.exit_code, "report": report}
+        level = log.ERROR if ending in _FAILURES else log.INFO
+        log.to_stderr(log.Line(message, level=level, more=more))
+        return
+    if report and sys.stderr is not None:
+        with suppress(OSError):  # nobody reads any more
+            print(report, file=sys.stderr)
     if outcome.line:
         log.to_stderr(f"{name}: {outcome.line}")

@@ -6,6 +6,8 @@ from pyvmm.boot.diagnosis import PANIC, Finding
 from pyvmm.control.events import Events
 from pyvmm.control.protocol import Upgrade
 from pyvmm.control.streams import OUTPUT_LIMIT, Stream, Streams
+from pyvmm.host import log
+from pyvmm.host.log import Line, message_of
 from pyvmm.host.syscalls import Closable
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.machine.outcome import Outcome
@@ -24,6 +26,7 @@ class Watch(Closable):
         self._console = console
         self._streams = Streams()
         self.events = Events(self._streams)
+        log.observe(self.tell_line)
 
     def console(self, history: bool = True, input: bool = True) -> Upgrade:
         """What makes a control connection one end of the console: it gets the last output (with
@@ -66,6 +69,13 @@ class Watch(Closable):
                 "diagnosis", finding=finding.kind, message=finding.message, cure=finding.cure
             )
 
+    def tell_line(self, line: Line) -> None:
+        """Tell of a device's error, if that is what the log's `line` is about."""
+        if line.error:
+            self.events.emit(
+                "device_error", device=line.device, error=line.error, message=message_of(line)
+            )
+
     def end(self, outcome: Outcome) -> None:
         """Tell how the run has ended, the last of all events."""
         self.events.emit(
@@ -77,6 +87,7 @@ class Watch(Closable):
 
     def close(self) -> None:
         """Send what is waiting to those who take it, and end."""
+        log.forget(self.tell_line)
         self._streams.close()
 
 

@@ -113,8 +113,10 @@ class Lifecycle:
         self.active = False
         # Guests can cause both kinds of line at will. They are bounded apart, so that a flood of
         # the one cannot hide the other.
-        self.warn = RateLimited(log, prefix=f"{device.name}: ")
-        self._report = RateLimited(log, prefix=f"{device.name}: ", burst=3)
+        self.warn = RateLimited(log, prefix=f"{device.name}: ", device=device.name)
+        self._report = RateLimited(
+            log, prefix=f"{device.name}: ", device=device.name, error="needs_reset", burst=3
+        )
         self._notifier = notifier
         self._kicks = kicks
         self._trace = trace

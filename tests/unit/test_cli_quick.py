@@ -15,6 +15,7 @@ FLAGS = [
     *(
         "--rm",
         "--detach",
+        "--log-format",
         "-d",
         "--trace-file",
         "--kvm",
@@ -27,7 +28,23 @@ FLAGS = [
         "x",
     ),
 ]
-VALUES = ["a", "2", "", "-1", "-", "--", "host", "auto", "acpi", "HOST", "a=b", "1_0", "٣", " 4"]
+VALUES = [
+    "json",
+    "a",
+    "2",
+    "",
+    "-1",
+    "-",
+    "--",
+    "host",
+    "auto",
+    "acpi",
+    "HOST",
+    "a=b",
+    "1_0",
+    "٣",
+    " 4",
+]
 
 word = st.one_of(
     st.sampled_from(FLAGS),

@@ -70,7 +70,7 @@ class BalloonDevice(VirtioDevice):
     ) -> None:
         """`log` gets a line for what the guest did wrong, limited in rate unless given."""
         self.name = name
-        self.log = RateLimited(prefix=f"{name}: ") if log is None else log
+        self.log = RateLimited(prefix=f"{name}: ", device=name) if log is None else log
         # Hinting is offered for the sake of its queue: Linux numbers queues without the ones that
         # are not there, the specification numbers them all. With each there, both count alike.
         self.features = mask(

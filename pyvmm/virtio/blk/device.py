@@ -140,7 +140,9 @@ class BlockDevice(QueueDevice):
         self._write_through = False
         self._stop = stop
         self._trace = trace
-        self._log = RateLimited(prefix=f"disk {name}: ") if log is None else log
+        prefix = f"disk {name}: "
+        self._log = log or RateLimited(prefix=prefix, device=name)
+        self._host_log = log or RateLimited(prefix=prefix, device=name, error="io")
 
     @property
     def size(self) -> int:
@@ -315,6 +317,7 @@ class BlockDevice(QueueDevice):
     def _carry_out(self, request: Request) -> int:
         """The status to answer."""
         status = request.refusal
+        log: Callable[[str], None] = self._log
         if status == VIRTIO_BLK_S_OK:
             type = request.type
             try:
@@ -334,8 +337,9 @@ class BlockDevice(QueueDevice):
                 status = VIRTIO_BLK_S_IOERR
                 if self._stop is not None:
                     self._freeze(request)
+                log = self._host_log
         if status != VIRTIO_BLK_S_OK:
-            self._note_failure(request, status)
+            self._note_failure(request, status, log)
         if self._trace is not None:
             self._trace(
                 BlockEvent(
@@ -398,9 +402,9 @@ class BlockDevice(QueueDevice):
         request.reason = f"past the end of the disk, which has {self._capacity} sectors"
         return VIRTIO_BLK_S_IOERR
 
-    def _note_failure(self, request: Request, status: int) -> None:
+    def _note_failure(self, request: Request, status: int, log: Callable[[str], None]) -> None:
         what, answer = _type_name(request.type), STATUS_NAMES[status]
-        self._log(f"{what} at sector {request.sector} answered {answer}: {request.reason}")
+        log(f"{what} at sector {request.sector} answered {answer}: {request.reason}")
 
     def _note_unanswerable(self, chain: DescriptorChain) -> None:
         reason = f"no status byte in RAM: {chain!r}"

@@ -61,7 +61,7 @@ class ConsoleDevice(VirtioDevice):
         self.name = name
         self._terminal = terminal
         self._size = (0, 0)
-        self.warn = RateLimited(prefix=f"{name}: ") if log is None else log
+        self.warn = RateLimited(prefix=f"{name}: ", device=name) if log is None else log
         self.ports = [Port(0, terminal, is_console=True)] if terminal is not None else []
         self.ports += [Port(id, end, name=name) for id, (name, end) in enumerate(named, start=1)]
         self._multiport = bool(named)

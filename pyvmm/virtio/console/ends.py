@@ -132,7 +132,7 @@ class SocketEnd(End):
     def __init__(self, listener: Socket, name: str) -> None:
         """`listener` stays open. `name` is for messages."""
         self._listener = listener
-        self._warn = RateLimited(prefix=f"port {name}: ")
+        self._warn = RateLimited(prefix=f"port {name}: ", device=name)
         self._poller: Poller | None = None
         self._client: Socket | None = None
         self._guest_was_open = False

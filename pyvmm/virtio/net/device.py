@@ -97,7 +97,7 @@ class NetDevice(QueueDevice):
         self._transmitters: list[Transmitter] = []
         self._control: Control | None = None
         self._trace = trace
-        self._log = RateLimited(prefix=f"{name}: ") if log is None else log
+        self._log = RateLimited(prefix=f"{name}: ", device=name) if log is None else log
 
     # --- what the user may do --------------------------------------------------------------------
 

@@ -80,7 +80,7 @@ class VsockDevice(VirtioDevice):
         self._listener = listener
         self._path = path
         self._trace = trace
-        self._log = RateLimited(prefix=f"{name}: ") if log is None else log
+        self._log = RateLimited(prefix=f"{name}: ", device=name) if log is None else log
         self.counters = Counters()
         self._active: _Active | None = None
         self._interrupted = False
