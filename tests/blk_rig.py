@@ -49,6 +49,7 @@ def file_backend(path: object, *, read_only: bool = False) -> FileBackend:
 
 
 ring: Ring = "split"  # over which `running` runs; tests set it
+traced = True  # whether `events` are kept; without, usual requests go the short way
 
 
 @contextmanager
@@ -59,7 +60,9 @@ def running(
     memory = GuestMemory([(0, RAM_END), (HIGH, MIB)])
     lines: list[str] = []
     events: list[object] = []
-    arguments = {"name": "vda", "log": lines.append, "trace": events.append, **options}
+    arguments = {"name": "vda", "log": lines.append, **options}
+    if traced:
+        arguments.setdefault("trace", events.append)
     device = BlockDevice(backend, **arguments)  # type: ignore[arg-type]
     offering(ring, device)
     irq = InterruptLine()

@@ -14,56 +14,82 @@ from pyvmm.errors import DriverError
 from pyvmm.memory import GuestMemory
 
 Part = tuple[int, int]  # (guest-physical address, length in bytes), never empty
+# A chain of three descriptors: views of the first, of the data, and of the last; how many bytes of
+# data; whether the device reads the data rather than writes it.
+Usual = tuple[memoryview, memoryview, memoryview, int, bool]
 
 _FRAMING = "2.7.4 Message Framing"
 
 
-MAX_VIEWS = 4096  # that a window remembers: more than a driver's queue has parts
+MAX_VIEWS = 4096  # that are remembered: more than a driver's queue has parts
+
+
+class Views(dict[Part, memoryview]):
+    """Views of parts of guest RAM, each made when it is first asked for: `views[addr, length]`.
+
+    Drivers use the same places again and again, and making a view costs four look-ups. Raises
+    GuestMemoryError for a part that is not in RAM.
+    """
+
+    def __init__(self, memory: GuestMemory, *, writable: bool) -> None:
+        self._memory = memory
+        self._writable = writable
+
+    def __missing__(self, part: Part) -> memoryview:
+        view = self._memory.view(*part)
+        if not self._writable:
+            view = view.toreadonly()
+        if len(self) >= MAX_VIEWS:
+            self.clear()
+        self[part] = view
+        return view
+
+
+class Places(dict[int, memoryview]):
+    """Views of parts that all have the same length, by address: `places[addr]`, as in `Views`."""
+
+    def __init__(self, views: Views, length: int) -> None:
+        self._views = views
+        self._length = length
+
+    def __missing__(self, addr: int) -> memoryview:
+        view = self._views[addr, self._length]
+        if len(self) >= MAX_VIEWS:
+            self.clear()
+        self[addr] = view
+        return view
 
 
 class RamWindow:
-    """Turns parts of guest RAM into views, and remembers them: drivers use the same places for
-    their headers and status bytes again and again, and making a view costs four look-ups.
+    """Turns parts of guest RAM into views, and remembers them.
 
-    `readable` and `writable` views show the same bytes; the first cannot be written through.
-    `known_readable` and `known_writable` are those made lately, for a look before the call.
+    `readable` and `writable` views show the same bytes; the first cannot be written through. Both
+    are called with a part and raise GuestMemoryError; `readable_views` and `writable_views` are
+    what they look it up in.
     """
 
-    __slots__ = ("_view", "known_readable", "known_writable", "memory")
+    __slots__ = ("_places", "memory", "readable", "readable_views", "writable", "writable_views")
 
     def __init__(self, memory: GuestMemory) -> None:
         self.memory = memory
-        self.known_readable: dict[Part, memoryview] = {}
-        self.known_writable: dict[Part, memoryview] = {}
-        self.refresh()
+        self.readable_views = Views(memory, writable=False)
+        self.writable_views = Views(memory, writable=True)
+        self.readable = self.readable_views.__getitem__
+        self.writable = self.writable_views.__getitem__
+        self._places: list[Places] = []
+
+    def places(self, views: Views, length: int) -> Places:
+        """A look-up for parts of one `length`, in `views`, which are those of this window."""
+        places = Places(views, length)
+        self._places.append(places)
+        return places
 
     def refresh(self) -> None:
         """The memory's regions have changed; nobody may be using the window."""
-        self._view = self.memory.view
-        self.known_readable.clear()
-        self.known_writable.clear()
-
-    def readable(self, part: Part) -> memoryview:
-        """A read-only view of a part. Raises GuestMemoryError."""
-        view = self.known_readable.get(part)
-        if view is None:
-            view = self._view(*part).toreadonly()
-            self._remember(self.known_readable, part, view)
-        return view
-
-    def writable(self, part: Part) -> memoryview:
-        """A writable view of a part. Raises GuestMemoryError."""
-        view = self.known_writable.get(part)
-        if view is None:
-            view = self._view(*part)
-            self._remember(self.known_writable, part, view)
-        return view
-
-    @staticmethod
-    def _remember(known: dict[Part, memoryview], part: Part, view: memoryview) -> None:
-        if len(known) >= MAX_VIEWS:
-            known.clear()
-        known[part] = view
+        self.readable_views.clear()
+        self.writable_views.clear()
+        for places in self._places:
+            places.clear()
 
 
 class DescriptorChain:

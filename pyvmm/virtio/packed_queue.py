@@ -19,6 +19,16 @@ from pyvmm.host.fences import WEAKLY_ORDERED, full_fence
 from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
 from pyvmm.virtio.chain import DescriptorChain, PackedChain, Part
+from pyvmm.virtio.packed_peek import (
+    DESC_F_AVAIL,
+    DESC_F_USED,
+    OWNER,
+    USED_0,
+    USED_1,
+    WRITTEN_0,
+    WRITTEN_1,
+    PackedPeek,
+)
 from pyvmm.virtio.queue_state import (
     EVENT_BYTES,
     QueueConfig,
@@ -36,34 +46,23 @@ from pyvmm.virtio.ring import (
     MAX_CHAIN_BYTES,
     MAX_USED_LENGTH,
     UNSETTLED,
-    Ring,
 )
 
-DESC_F_AVAIL = 1 << 7  # 2.8.1 Driver and Device Ring Wrap Counters
-DESC_F_USED = 1 << 15
 RING_EVENT_FLAGS_ENABLE = 0  # 2.8.10 Driver and Device Event Suppression
 RING_EVENT_FLAGS_DISABLE = 1
 RING_EVENT_FLAGS_DESC = 2
 
-_OWNER = DESC_F_AVAIL | DESC_F_USED
-_TABLE_OR_NOT = _OWNER | DESC_F_INDIRECT
+_TABLE_OR_NOT = OWNER | DESC_F_INDIRECT
 _layout = Struct("<QIHH")  # struct pvirtq_desc: addr, len, id, flags
 _unpack_desc = _layout.unpack_from
 _unpack_table = _layout.iter_unpack
-# The upper half of a used descriptor, without its id and len: in the round where the wrap counter
-# is 1, and in the other.
-_USED_1 = _OWNER << 48
-_WRITTEN_1 = (_OWNER | DESC_F_WRITE) << 48
-_USED_0 = 0
-_WRITTEN_0 = DESC_F_WRITE << 48
-
 _ID = "2.8.21.1 Placing Available Buffers Into The Descriptor Ring"
 _LIST = "2.8.17 Driver Requirements: Scatter-Gather Support"
 _INDIRECT = "2.8.19 Driver Requirements: Indirect Descriptors"
 _CHANGED = "2.8.16 Driver Requirements: The Virtqueue Descriptor Table"
 
 
-class PackedQueue(Ring):
+class PackedQueue(PackedPeek):
     """A packed virtqueue as its device sees it; see `pyvmm.virtio.queue.Queue` for the operations.
 
     Positions count the ring's entries over two rounds, one for each wrap counter: from 0 to
@@ -83,10 +82,10 @@ class PackedQueue(Ring):
         kick: EventFd,
     ) -> None:
         super().__init__(memory, config, features, index, kick)
-        self._room = self.size  # entries of the ring that the device does not hold
-        self._left = 0  # entries from _next_avail on that are known to be available
-        # Used descriptors to be published: the place in _used, and what to store there.
-        self._pending: dict[int, int] = {}
+        self._room = self.size
+        self._left = 0
+        self._pending = {}
+        self._peeked = {}
 
     def _find_rings(self) -> None:
         memory, config = self._ram.memory, self._config
@@ -109,7 +108,7 @@ class PackedQueue(Ring):
             slot, available = position, DESC_F_AVAIL
         else:
             slot, available = position - size, DESC_F_USED
-        if (self._flags[slot] ^ available) & _OWNER:
+        if (self._flags[slot] ^ available) & OWNER:
             if self._left:
                 raise DriverError(f"descriptor {slot} was taken back", section=_CHANGED)
             return None
@@ -155,7 +154,7 @@ class PackedQueue(Ring):
         writing = False
         while left:
             if flags > CHAIN_FLAGS:
-                if flags & _OWNER:
+                if flags & OWNER:
                     raise DriverError(f"descriptor {slot} is not available", section=_LIST)
                 if flags & DESC_F_INDIRECT:
                     raise DriverError("indirect descriptor in a list", section=_INDIRECT)
@@ -175,7 +174,7 @@ class PackedQueue(Ring):
                 break
             slot += 1
             if slot == size:
-                slot, available = 0, available ^ _OWNER
+                slot, available = 0, available ^ OWNER
             if left:
                 addr, length, head, flags = unpack(ring, slot * DESC_SIZE)
                 flags ^= available
@@ -232,10 +231,10 @@ class PackedQueue(Ring):
         else:
             position, size = self._next_used, self.size
             if position < size:
-                flags = _WRITTEN_1 if written else _USED_1
+                flags = WRITTEN_1 if written else USED_1
                 self._pending[position] = flags | head << 32 | written
             else:
-                flags = _WRITTEN_0 if written else _USED_0
+                flags = WRITTEN_0 if written else USED_0
                 self._pending[position - size] = flags | head << 32 | written
             position += chain.slots
             self._next_used = position if position < 2 * size else position - 2 * size
@@ -270,10 +269,10 @@ class PackedQueue(Ring):
     def _pend_in_order(self) -> None:
         for position, head, written in self._elements_in_order():
             if position < self.size:
-                flags = _WRITTEN_1 if written else _USED_1
+                flags = WRITTEN_1 if written else USED_1
             else:
                 position -= self.size
-                flags = _WRITTEN_0 if written else _USED_0
+                flags = WRITTEN_0 if written else USED_0
             self._pending[position] = flags | head << 32 | written
 
     def _store_pending(self) -> None:
@@ -322,7 +321,7 @@ class PackedQueue(Ring):
         while self._left < room:
             slot = position if position < size else position - size
             available = DESC_F_AVAIL if position < size else DESC_F_USED
-            if (self._flags[slot] ^ available) & _OWNER:
+            if (self._flags[slot] ^ available) & OWNER:
                 break
             self._left += 1
             position = position + 1 if position + 1 < 2 * size else 0
@@ -333,7 +332,7 @@ class PackedQueue(Ring):
         first_round = position < self.size
         flags = self._flags[position if first_round else position - self.size]
         available = DESC_F_AVAIL if first_round else DESC_F_USED
-        return self._left < self._room and not (flags ^ available) & _OWNER
+        return self._left < self._room and not (flags ^ available) & OWNER
 
     # --- positions and state ---------------------------------------------------------------------
 

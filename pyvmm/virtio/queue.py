@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from threading import Lock
 from typing import TYPE_CHECKING, Protocol
 
 from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
 from pyvmm.virtio import features as feature_bits
-from pyvmm.virtio.chain import DescriptorChain
+from pyvmm.virtio.chain import DescriptorChain, Usual
 from pyvmm.virtio.queue_state import QueueConfig, QueueState
 
 if TYPE_CHECKING:
@@ -38,6 +38,20 @@ class Queue(Protocol):
 
     def __iter__(self) -> Iterator[DescriptorChain]:
         """The available chains in order, at most `size` of them, until there are no more."""
+
+    def peek_usual(self, first: int, last: int, most: int) -> tuple[list[Usual], bool]:
+        """The next available chains as far as they are of the usual form, without taking them:
+        `first` bytes to read, data in one piece, `last` bytes to write, in a descriptor each, all
+        of it in RAM. The data of all is about `most` bytes, if that is not one chain's.
+
+        Also whether a chain of another form (or a broken one) comes next, which is for `pop`.
+        Raises DriverError for a broken ring. What is given may be used until the next call; it was
+        read once, and the driver has no way to change it.
+        """
+
+    def use_peeked(self, written: Sequence[int]) -> None:
+        """Take and return the first chains that `peek_usual` gave, as many as `written` has
+        entries, each with so many bytes written; like a `pop` and an `add_used` for each."""
 
     def step_back(self, chain: DescriptorChain | None = None) -> None:
         """Undo the last `pop`: the same chain is available again. With `chain`, which must be the

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from threading import Lock
 
-from pyvmm.virtio.chain import DescriptorChain
+from pyvmm.virtio.chain import DescriptorChain, Usual
 from pyvmm.virtio.queue import Queue
 from pyvmm.virtio.worker import Rest, Serve
 
@@ -125,6 +125,10 @@ class LimitedQueue:
             self._queue.step_back(chain)
             return None
         return chain
+
+    def peek_usual(self, first: int, last: int, most: int) -> tuple[list[Usual], bool]:
+        """See Queue; none, as each chain is counted when it is popped."""
+        return [], True
 
     def __iter__(self) -> Iterator[DescriptorChain]:
         """See Queue."""

@@ -6,7 +6,7 @@ The walks over descriptors are written out in each layout: they are most of what
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from threading import Lock
 from time import perf_counter_ns
@@ -16,7 +16,7 @@ from pyvmm.errors import DriverError
 from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
 from pyvmm.virtio import features as feature_bits
-from pyvmm.virtio.chain import DescriptorChain, PackedChain, RamWindow
+from pyvmm.virtio.chain import DescriptorChain, PackedChain, Places, RamWindow, Usual
 from pyvmm.virtio.queue_state import InFlight, QueueConfig, QueueState
 
 DESC_F_NEXT = 1
@@ -26,6 +26,8 @@ DESC_F_INDIRECT = 4
 DESC_SIZE = 16
 CHAIN_FLAGS = DESC_F_NEXT | DESC_F_WRITE
 MAX_CHAIN_BYTES = 1 << 32
+LARGE_PART = MAX_CHAIN_BYTES // 4  # three of them cannot be too long a chain
+MAX_PEEKED = 128  # chains at a time
 MAX_USED_LENGTH = 0xFFFF_FFFF  # a used element's length is a le32
 IN_FLIGHT = 1 << 62  # later than any batch
 UNSETTLED = (-1, -1)
@@ -87,6 +89,7 @@ class Ring(ABC):
         # (_first_unavailable, _next_avail) at the last enable, forgotten when chains are returned:
         # without that the positions could go round and come back to where they were.
         self._settled = UNSETTLED
+        self._outer: dict[tuple[int, int], tuple[Places, Places]] = {}
         self._find_rings()
 
     # --- what the layouts do ---------------------------------------------------------------------
@@ -161,6 +164,25 @@ class Ring(ABC):
             if chain is None:
                 return
             yield chain
+
+    @abstractmethod
+    def peek_usual(self, first: int, last: int, most: int) -> tuple[list[Usual], bool]:
+        """The next chains as far as they are of the usual form; see Queue."""
+
+    @abstractmethod
+    def use_peeked(self, written: Sequence[int]) -> None:
+        """Take and return chains that `peek_usual` gave; see Queue."""
+
+    def _outer_places(self, first: int, last: int) -> tuple[Places, Places]:
+        """Where to look for the outer parts of chains of the usual form."""
+        found = self._outer.get((first, last))
+        if found is None:
+            ram = self._ram
+            found = self._outer[first, last] = (
+                ram.places(ram.readable_views, first),
+                ram.places(ram.writable_views, last),
+            )
+        return found
 
     def step_back(self, chain: DescriptorChain | None = None) -> None:
         """Undo the last `pop`, or that of `chain`, which must be the youngest one in flight.

@@ -10,13 +10,14 @@ nothing has been consumed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from struct import Struct
 
-from pyvmm.errors import DriverError
+from pyvmm.errors import DriverError, GuestMemoryError
 from pyvmm.host.fences import WEAKLY_ORDERED, full_fence
 from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
-from pyvmm.virtio.chain import DescriptorChain, Part
+from pyvmm.virtio.chain import DescriptorChain, Part, Usual
 from pyvmm.virtio.queue_state import (
     QueueConfig,
     QueueState,
@@ -31,7 +32,9 @@ from pyvmm.virtio.ring import (
     DESC_F_WRITE,
     DESC_SIZE,
     IN_FLIGHT,
+    LARGE_PART,
     MAX_CHAIN_BYTES,
+    MAX_PEEKED,
     MAX_USED_LENGTH,
     UNSETTLED,
     Ring,
@@ -42,7 +45,6 @@ USED_F_NO_NOTIFY = 1
 
 _unpack_desc = Struct("<QIHH").unpack_from  # struct virtq_desc: addr, len, flags, next
 _unpack_three = Struct("<" + 3 * "QIHH").unpack_from
-_LARGE = MAX_CHAIN_BYTES // 4
 
 _TABLE = "2.7.5 The Virtqueue Descriptor Table"
 _TABLE_DRIVER = "2.7.5.2 Driver Requirements: The Virtqueue Descriptor Table"
@@ -72,12 +74,14 @@ class SplitQueue(Ring):
         super().__init__(memory, config, features, index, kick)
         self._mask = self.size - 1
         self._seen_avail = 0  # avail.idx as last read
+        self._peeked: list[int] = []  # the heads of what peek_usual gave
 
     def _find_rings(self) -> None:
         memory, config, size = self._ram.memory, self._config, self.size
         self._table = memory.view(config.desc_addr, desc_bytes(size)).toreadonly()
         # Element 0 is flags, 1 idx, 2… ring, the last one used_event.
         self._avail = memory.view(config.avail_addr, avail_bytes(size)).toreadonly().cast("H")
+        self._heads = self._avail[2 : 2 + size]
         used = memory.view(config.used_addr, used_bytes(size))
         self._used = used[:4].cast("H")  # flags, idx
         self._used_ring = used[4 : 4 + 8 * size].cast("Q")  # id in the low half, len in the high
@@ -97,7 +101,7 @@ class SplitQueue(Ring):
             raise DriverError(f"available head {head} in a queue of {self.size}", section=_TABLE)
         if self._busy_until[head] >= self._batch:
             raise self._again(head)
-        self._last = chain = self._parse(head, position)
+        self._last = chain = self._walk(head, position)
         self._taken[head] = chain
         self._busy_until[head] = IN_FLIGHT
         self._next_avail = (position + 1) & 0xFFFF
@@ -120,31 +124,92 @@ class SplitQueue(Ring):
         self._seen_avail = idx
         return idx
 
-    # --- walking descriptors ---------------------------------------------------------------------
+    # --- taking and returning at one go ----------------------------------------------------------
 
-    def _parse(self, head: int, position: int) -> DescriptorChain:
-        # What most devices get most of the time is read at one go: three descriptors in a row, here
-        # or in an indirect table, of which the first is readable and the last writable. All else is
-        # for `_walk`, which reads anew.
-        if head + 2 >= self.size:
-            return self._walk(head, position)
-        place = head
-        a, la, fa, na, b, lb, fb, nb, c, lc, fc, _ = _unpack_three(self._table, place * DESC_SIZE)
-        if fa == DESC_F_INDIRECT and la == 3 * DESC_SIZE and self._indirect:
-            a, la, fa, na, b, lb, fb, nb, c, lc, fc, _ = _unpack_three(self._ram.readable((a, la)))
-            place = 0
-        usual = fa == DESC_F_NEXT and na == place + 1 and nb == place + 2 and fc == DESC_F_WRITE
-        if not usual or not la or not 0 < lb < _LARGE or not 0 < lc < _LARGE or la > _LARGE:
-            return self._walk(head, position)
-        if fb == CHAIN_FLAGS:  # NEXT and WRITE
-            return DescriptorChain(
-                head, [(a, la)], [(b, lb), (c, lc)], la, lb + lc, self._ram, position
-            )
-        if fb == DESC_F_NEXT:
-            return DescriptorChain(
-                head, [(a, la), (b, lb)], [(c, lc)], la + lb, lc, self._ram, position
-            )
-        return self._walk(head, position)
+    def peek_usual(self, first: int, last: int, most: int) -> tuple[list[Usual], bool]:
+        """The next chains as far as they are of the usual form; see Queue."""
+        usual: list[Usual] = []
+        self._peeked = []
+        if not self.ready:
+            return usual, False
+        heads = self._next_heads(MAX_PEEKED)
+        if not heads:
+            return usual, False
+        # A head that cannot be, or that stands there twice, is for `pop` to find. One that is in
+        # flight as well, or was returned and the driver cannot know it yet.
+        if (
+            self._in_order
+            or self.size < 3
+            or max(heads) >= self.size
+            or len(set(heads)) < len(heads)
+        ):
+            return usual, True
+        self._peeked = heads
+        table, unpack, three = self._table, _unpack_three, 3 * DESC_SIZE
+        readable, writable = self._ram.readable_views, self._ram.writable_views
+        firsts, lasts = self._outer_places(first, last)
+        busy_until, batch, beyond = self._busy_until, self._batch, self.size - 2
+        indirect = DESC_F_INDIRECT if self._indirect else -1
+        left = most
+        try:
+            for head in heads:
+                if busy_until[head] >= batch:
+                    return usual, True
+                if head < beyond:
+                    place = head
+                    a, la, fa, na, b, lb, fb, nb, c, lc, fc, _ = unpack(table, head * DESC_SIZE)
+                else:
+                    a, la, fa, na = _unpack_desc(table, head * DESC_SIZE)
+                if fa == indirect and la == three:
+                    place = 0
+                    a, la, fa, na, b, lb, fb, nb, c, lc, fc, _ = unpack(readable[a, la])
+                elif head >= beyond:
+                    return usual, True
+                if (
+                    fa != DESC_F_NEXT or na != place + 1 or nb != place + 2 or fc != DESC_F_WRITE
+                    or la != first or lc != last or not 0 < lb < LARGE_PART
+                ):  # fmt: skip
+                    return usual, True
+                if fb == CHAIN_FLAGS:  # NEXT and WRITE
+                    usual.append((firsts[a], writable[b, lb], lasts[c], lb, False))
+                elif fb == DESC_F_NEXT:
+                    usual.append((firsts[a], readable[b, lb], lasts[c], lb, True))
+                else:
+                    return usual, True
+                left -= lb
+                if left <= 0:
+                    break
+        except GuestMemoryError:
+            return usual, True
+        return usual, False
+
+    def _next_heads(self, most: int) -> list[int]:
+        """The next heads in the available ring, each read once; nothing is checked."""
+        position = self._next_avail
+        count = (self._read_avail_idx() - position) & 0xFFFF
+        if count > most:
+            count = most
+        start = position & self._mask
+        heads: list[int] = self._heads[start : start + count].tolist()
+        if len(heads) < count:
+            heads += self._heads[: count - len(heads)].tolist()
+        return heads
+
+    def use_peeked(self, written: Sequence[int]) -> None:
+        """Take and return chains that `peek_usual` gave; see Queue."""
+        heads, self._peeked = self._peeked, []
+        if not self.ready:
+            return
+        used_ring, mask, position = self._used_ring, self._mask, self._next_used
+        busy_until, batch = self._busy_until, self._batch
+        for head, length in zip(heads, written, strict=False):
+            used_ring[position & mask] = length << 32 | head
+            busy_until[head] = batch
+            position += 1
+        self._next_used = position & 0xFFFF
+        self._next_avail = (self._next_avail + len(written)) & 0xFFFF
+
+    # --- walking descriptors ---------------------------------------------------------------------
 
     def _walk(self, head: int, position: int) -> DescriptorChain:
         readable: list[Part] = []

@@ -11,11 +11,14 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
+import _cffi_backend
+
 from pyvmm.errors import DriverError
-from pyvmm.virtio.chain import DescriptorChain
+from pyvmm.virtio.chain import DescriptorChain, Usual
 from pyvmm.virtio.device_loop import DeviceLoop
 from pyvmm.virtio.worker import QueueWorker
 
+WATCHED = ("pop", "add_used", "step_back", "undo_used", "peek_usual", "use_peeked", "publish_used")
 MOST_PASSES = 2000  # in one go, before a worker counts as one that never sleeps
 
 
@@ -31,7 +34,8 @@ class QueueLog:
         self.writable: set[tuple[int, int]] = set()
         self.written: dict[int, int] = {}  # by head, as returned last
         self._unpublished: set[int] = set()
-        for name in ("pop", "add_used", "step_back", "undo_used", "publish_used"):
+        self._peeked: list[Usual] = []
+        for name in WATCHED:
             if hasattr(queue, name):
                 setattr(queue, name, getattr(self, f"_{name}")(getattr(queue, name)))
 
@@ -86,6 +90,48 @@ class QueueLog:
             self.in_flight[chain.head] = chain
             self._unpublished.discard(chain.head)
             self.returns -= 1
+
+        return watched
+
+    def _peek_usual(self, peek_usual: Any) -> Any:
+        def watched(*arguments: int) -> tuple[list[Usual], bool]:
+            chains, more = peek_usual(*arguments)
+            self._peeked = chains
+            for _, data, last, size, reads in chains:
+                assert data.nbytes == size
+                self.writable |= {self._part(last)} | (set() if reads else {self._part(data)})
+            return chains, more
+
+        return watched
+
+    def _part(self, view: memoryview) -> tuple[int, int]:
+        """Guest-physical address and length of what `view` shows."""
+        ffi = _cffi_backend.FFI()
+        addr = int(ffi.cast("uintptr_t", ffi.from_buffer(view)))
+        for region in self.queue._ram.memory.regions:
+            if 0 <= addr - region.host_addr < region.size:
+                return region.guest_addr + addr - region.host_addr, view.nbytes
+        raise AssertionError("a view of something else than RAM")
+
+    def _use_peeked(self, use_peeked: Any) -> Any:
+        def watched(written: Any) -> None:
+            heads = list(self.queue._peeked)[: len(written)]
+            for length, (_, _, last, size, reads) in zip(written, self._peeked, strict=False):
+                room = last.nbytes + (0 if reads else size)
+                assert 0 <= length <= room, f"{length} bytes of {room}"
+            seen = self.queue.ready
+            use_peeked(written)
+            if not seen:
+                return
+            self.taken += len(heads)
+            assert self.taken <= self.queue.size, "more chains in a pass than the queue has"
+            for head, length in zip(heads, written, strict=True):
+                assert head not in self.in_flight, "a chain was taken twice"
+                assert head not in self._unpublished, "a chain was taken twice"
+                self._unpublished.add(head)
+                self.written[head] = length
+            self.pops += len(heads)
+            self.returns += len(heads)
 
         return watched
 

@@ -48,10 +48,12 @@ BAD_DATA = {
 }
 
 
-@pytest.fixture(params=RINGS, autouse=True)
+@pytest.fixture(params=product(RINGS, ("short", "general")), ids="-".join, autouse=True)
 def ring(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of it over every ring."""
-    monkeypatch.setattr(blk_rig, "ring", request.param)
+    """All of it over every ring, and both ways: a disk that is traced has the general one only."""
+    ring, way = request.param
+    monkeypatch.setattr(blk_rig, "ring", ring)
+    monkeypatch.setattr(blk_rig, "traced", way == "general")
 
 
 @pytest.fixture

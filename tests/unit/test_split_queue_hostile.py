@@ -337,40 +337,17 @@ def test_row37_each_descriptor_is_read_once(rig, monkeypatch):
 
     reads = []
 
-    def spy(unpack, count):
-        def read(table, offset):
-            reads.extend(range(offset, offset + 16 * count, 16))
-            fields = unpack(table, offset)
-            for index in range(offset // 16, offset // 16 + count):
-                rig.driver.write_desc(index, Desc(2**64 - 1, 2**32 - 1, INDIRECT, 0xFFFF))
-            return fields
+    unpack = split_queue._unpack_desc
 
-        return read
+    def read(table, offset):
+        reads.append(offset)
+        fields = unpack(table, offset)
+        rig.driver.write_desc(offset // 16, Desc(2**64 - 1, 2**32 - 1, INDIRECT, 0xFFFF))
+        return fields
 
-    monkeypatch.setattr(split_queue, "_unpack_desc", spy(split_queue._unpack_desc, 1))
-    monkeypatch.setattr(split_queue, "_unpack_three", spy(split_queue._unpack_three, 3))
+    monkeypatch.setattr(split_queue, "_unpack_desc", read)
     offer(rig, Desc(DATA, 4, NEXT, 1), Desc(DATA + 8, 5, NEXT | WRITE, 2), Desc(DATA, 1, WRITE))
     chain = rig.queue.pop()
     assert reads == [0, 16, 32]
     assert chain.readable == [(DATA, 4)]
     assert chain.writable == [(DATA + 8, 5), (DATA, 1)]
-
-
-def test_row37_a_chain_of_another_shape_is_what_the_second_look_finds(rig, monkeypatch):
-    """Three descriptors in a row are read at one go; a chain that is not that is read anew, and
-    nothing of the first reading is used."""
-    from pyvmm.virtio import split_queue
-
-    unpack = split_queue._unpack_three
-
-    def spy(table, offset):
-        fields = unpack(table, offset)
-        rig.driver.write_desc(0, Desc(DATA, 4, NEXT, 3))
-        rig.driver.write_desc(3, Desc(DATA + 8, 5, WRITE))
-        return fields
-
-    monkeypatch.setattr(split_queue, "_unpack_three", spy)
-    offer(rig, Desc(2**64 - 1, 4, 0), Desc(0, 0), Desc(0, 0))
-    chain = rig.queue.pop()
-    assert chain.readable == [(DATA, 4)]
-    assert chain.writable == [(DATA + 8, 5)]

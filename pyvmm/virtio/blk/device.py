@@ -47,6 +47,7 @@ from pyvmm.virtio.blk.uapi import (
     VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT,
 )
+from pyvmm.virtio.blk.usual import serve_usual
 from pyvmm.virtio.chain import DescriptorChain
 from pyvmm.virtio.constants import VIRTIO_ID_BLOCK
 from pyvmm.virtio.device import Activation
@@ -238,6 +239,8 @@ class BlockDevice(QueueDevice):
         Reads of sectors that follow one another are carried out at once, and so are writes.
         """
         try:
+            if self._trace is None and not serve_usual(queue, BATCH_BYTES, self._carry_out_run):
+                return
             self._serve_batch(queue)
         except _Frozen:
             queue.halt = True  # The worker waits for its stop from here on.
@@ -291,23 +294,31 @@ class BlockDevice(QueueDevice):
 
     def _carry_out_at_once(self, requests: list[Request]) -> bool:
         """Whether that could be done; if not, each has to be carried out for itself, to see which
-        one it is that fails. Doing a part of them again does no harm."""
-        first, last = requests[0], requests[-1]
-        if last.sector + last.size // SECTOR > self._capacity or self._trace is not None:
+        one it is that fails."""
+        if self._trace is not None:
             return False
+        first, last = requests[0], requests[-1]
         views: list[memoryview] = []
         for request in requests:
             views += request.data
-        start = first.sector * SECTOR
-        size = (last.sector - first.sector) * SECTOR + last.size
+        return self._carry_out_run(
+            first.type, first.sector, last.sector + last.size // SECTOR, views
+        )
+
+    def _carry_out_run(self, type: int, sector: int, end: int, views: list[memoryview]) -> bool:
+        """Read or write the sectors up to `end`; whether that could be done. If not, doing a part
+        of it again does no harm."""
         backend = self._backend
+        if end > self._capacity:
+            return False
+        size = (end - sector) * SECTOR
         try:
-            if first.type == VIRTIO_BLK_T_IN:
-                backend.readv(views, size, start)
+            if type == VIRTIO_BLK_T_IN:
+                backend.readv(views, size, sector * SECTOR)
                 return True
             if backend.read_only:
                 return False
-            backend.writev(views, size, start)
+            backend.writev(views, size, sector * SECTOR)
             if self._write_through:
                 backend.flush()
         except (HostError, OSError):

@@ -112,9 +112,6 @@ def parse(chain: DescriptorChain) -> Request | None:
 
     Never raises for what a driver can do: what is wrong with the request is its `refusal`.
     """
-    usual = _parse_usual(chain)
-    if usual is not None:
-        return usual
     ram = chain.ram
     room = chain.writable_size - 1
     readable, writable = chain.readable, chain.writable
@@ -122,17 +119,14 @@ def parse(chain: DescriptorChain) -> Request | None:
         last = writable[-1]
         if last[1] != 1:
             last = last[0] + last[1] - 1, 1
-        status = ram.known_writable.get(last)
-        if status is None:
-            status = ram.writable(last)
+        status = ram.writable(last)
     except (IndexError, GuestMemoryError):
         return None
     type, sector = NO_HEADER, 0
     try:
         first = readable[0]
         if first[1] == _HEADER_SIZE:  # Drivers give the header a descriptor of its own.
-            view = ram.known_readable.get(first)
-            type, _, sector = _unpack_header(ram.readable(first) if view is None else view)
+            type, _, sector = _unpack_header(ram.readable(first))
             following = readable[1:]
         else:
             type, _, sector = chain.reader().unpack(HEADER)
@@ -156,32 +150,6 @@ def parse(chain: DescriptorChain) -> Request | None:
     if size % SECTOR:
         return _ioerr(type, sector, status, room, f"{size} bytes of data are not whole sectors")
     return Request(type, sector, data, size, status, room)
-
-
-def _parse_usual(chain: DescriptorChain) -> Request | None:
-    """What drivers send nearly always: a read or a write with header, data and status in a
-    descriptor each, the outer two where there were such before. None for all else, and for whatever
-    is wrong: `parse` then reads anew."""
-    readable, writable, ram = chain.readable, chain.writable, chain.ram
-    try:
-        if len(writable) == 2:
-            [first], [data, status] = readable, writable
-            wanted, view = VIRTIO_BLK_T_IN, ram.known_writable.get(data)
-            if view is None:
-                view = ram.writable(data)
-            room = data[1]
-        else:
-            [first, data], [status] = readable, writable
-            wanted, view, room = VIRTIO_BLK_T_OUT, ram.readable(data), 0
-        if first[1] != _HEADER_SIZE or status[1] != 1:
-            return None
-        type, _, sector = _unpack_header(ram.known_readable[first])
-        size = data[1]
-        if type != wanted or size % SECTOR:
-            return None
-        return Request(type, sector, [view], size, ram.known_writable[status], room)
-    except (ValueError, KeyError, GuestMemoryError):
-        return None
 
 
 def _parse_rare(
