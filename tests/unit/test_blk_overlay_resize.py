@@ -307,7 +307,7 @@ def test_row58_no_crash_while_it_is_resized_shows_other_data(
 def control(rig: Rig, disk: DiskSpec, outside: object = None) -> MachineControl:
     prepared = SimpleNamespace(spec=VmSpec("k", disks=(disk,)), devices=(rig.device,))
     machine = SimpleNamespace(pauser=SimpleNamespace(paused=False))
-    return MachineControl(machine, prepared, outside)  # type: ignore[arg-type]
+    return MachineControl(machine, prepared, None, outside)  # type: ignore[arg-type]
 
 
 def test_a_driver_uses_what_the_overlay_has_grown(base_path: Path, tmp_path: Path) -> None:
