@@ -16,6 +16,9 @@ from mmio_harness import (
     LIVE,
     NEEDS_RESET,
     QUEUE_NOTIFY,
+    SHM_LEN_HIGH,
+    SHM_LEN_LOW,
+    SHM_SEL,
     STATUS,
     VERSION_1,
     Bench,
@@ -194,3 +197,14 @@ def test_configuration_can_be_read_before_features_ok(bench: Bench, status: int)
 def test_version_1_is_offered(bench: Bench) -> None:
     """6.2 Device Requirements: Reserved Feature Bits: MUST offer VIRTIO_F_VERSION_1."""
     assert bench.offered() >> 32 & 1
+
+
+# --- 2.10 Shared Memory Regions ----------------------------------------------------------------
+
+
+def test_there_are_no_shared_memory_regions(bench: Bench) -> None:
+    """2.10.2 Device Requirements: a region MUST NOT expose what controls the device, nor be used to
+    stream data. Whichever the driver asks for, its length is -1: it does not exist (4.2.2)."""
+    for region in range(256):
+        bench.write(SHM_SEL, region)
+        assert bench.read(SHM_LEN_LOW) == bench.read(SHM_LEN_HIGH) == 0xFFFF_FFFF
