@@ -7,8 +7,9 @@ where a thread per queue as in `pyvmm.virtio.worker` would need locks between th
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
-from threading import RLock, Thread
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Lock, RLock, Thread
 
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.host.poller import READABLE, Poller
@@ -25,8 +26,11 @@ class DeviceLoop:
     file in `poller`, or `wake`.
 
     `work` does what can be done without waiting and returns in how many seconds it wants to be
-    called again if nothing happens, or None. `end` closes what `work` uses, also when the device
-    failed; `poller` is closed after it. Both are called by this loop's thread only.
+    called again if nothing happens, or None; it goes on only as long as `may_go_on` says. `end`
+    closes what `work` uses, also when the device failed; `poller` is closed after it. Both are
+    called by this loop's thread only.
+
+    `queues` are those in use, None for one that is not; a queue that is reset is taken out.
     """
 
     def __init__(
@@ -43,19 +47,28 @@ class DeviceLoop:
         self._poller = poller
         self._work = work
         self._end = end
+        self.queues: list[Queue | None] = list(activation.queues)
         self.stopping = False
+        self._working = Lock()  # held during `work`
+        self._rest_wanted = False  # somebody waits for it
+        self._heard: set[int] = set()  # the kicks that `poller` has
         self._wake = EventFd()
         self._closing = RLock()  # a signal handler may come while its own thread holds it
         try:
             poller.add(self._wake.fd, _ignore, READABLE)
-            for queue in activation.queues:
+            for queue in self.queues:
                 if queue is not None:
-                    queue.halt = False
-                    poller.add(queue.kick.fd, _ignore, READABLE)
+                    self._listen(queue)
         except BaseException:
             self._wake.close()
             raise
         self._thread = Thread(target=self._run, name=f"{name}-loop", daemon=True)
+
+    def _listen(self, queue: Queue) -> None:
+        queue.halt = False
+        if queue.kick.fd not in self._heard:  # which outlives the queue's reset
+            self._poller.add(queue.kick.fd, _ignore, READABLE)
+            self._heard.add(queue.kick.fd)
 
     def start(self) -> None:
         """Start the thread. Raises HostError, with all closed, if the host has no more of them."""
@@ -76,10 +89,39 @@ class DeviceLoop:
     def request_stop(self) -> None:
         """Ask the thread to end after the request at hand."""
         self.stopping = True
-        for queue in self._activation.queues:
+        for queue in self.queues:
             if queue is not None:
                 queue.halt = True
         self._wake.signal()
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether `work` may begin another round, or somebody waits for it to return."""
+        return not (self.stopping or self._rest_wanted)
+
+    def drop_queue(self, index: int, forget: Callable[[], None] | None = None) -> None:
+        """Serve queue `index` no more, which is stopped already; `forget` lets go of its chains.
+
+        It is called, by the thread that calls this, while the loop's own rests."""
+        with self._rest():
+            self.queues[index] = None
+            if forget is not None:
+                forget()
+
+    def take_queue(self, queue: Queue) -> None:
+        """Serve `queue`, in the place of one that was dropped or never in use. Raises HostError."""
+        with self._rest():
+            self._listen(queue)
+            self.queues[queue.index] = queue
+
+    @contextmanager
+    def _rest(self) -> Iterator[None]:
+        """`work` is not running meanwhile; what it has left undone is done afterwards."""
+        self._rest_wanted = True
+        with self._working:
+            self._rest_wanted = False
+            yield
+        self.wake()
 
     def join(self) -> None:
         """Wait until the thread has ended, after `request_stop` or because the device failed."""
@@ -119,7 +161,9 @@ class DeviceLoop:
     def _run(self) -> None:
         try:
             while not self.stopping:
-                self._poller.wait(self._work())
+                with self._working:
+                    seconds = self._work()
+                self._poller.wait(seconds)
         except Exception as error:
             self._give_up(as_device_failure(self._name, error))
         finally:
@@ -130,7 +174,7 @@ class DeviceLoop:
         self._poller.close()
 
     def _give_up(self, error: PyvmmError) -> None:
-        for queue in self._activation.queues:
+        for queue in self.queues:
             if queue is not None:
                 with queue.lock:
                     queue.ready = False

@@ -80,7 +80,7 @@ class QueueWorker:
         Raises HostError if the host has no more file descriptors.
         """
         self._name = name
-        self._queue = queue
+        self.queue = queue
         self._serve = serve
         self._activation = activation
         self._stop = EventFd()
@@ -97,7 +97,7 @@ class QueueWorker:
     def start(self) -> None:
         """Begin with what is available already, then wait for kicks. Raises HostError if the host
         has no more threads."""
-        self._queue.halt = False
+        self.queue.halt = False
         try:
             self._thread.start()
         except RuntimeError:  # all that Python says of pthread_create's EAGAIN
@@ -107,7 +107,7 @@ class QueueWorker:
     def request_stop(self) -> None:
         """Ask the thread to end after the request at hand, which is completed and published."""
         self._stopping = True
-        self._queue.halt = True
+        self.queue.halt = True
         self._stop.signal()
 
     def join(self) -> None:
@@ -119,7 +119,7 @@ class QueueWorker:
         """End the thread after the request at hand; the ring is not touched any more."""
         self.request_stop()
         self.join()
-        self._queue.ready = False
+        self.queue.ready = False
 
     def _close(self) -> None:
         self._waiter.close()
@@ -130,7 +130,7 @@ class QueueWorker:
             while not self._stopping:
                 self._sleep(self._serve_until_idle())
         except Exception as error:
-            self._give_up(as_device_failure(f"{self._name}: queue {self._queue.index}", error))
+            self._give_up(as_device_failure(f"{self._name}: queue {self.queue.index}", error))
 
     def _sleep(self, rest: Rest | None) -> None:
         if rest is None:
@@ -151,7 +151,7 @@ class QueueWorker:
         self._poll = self._poll_limit if slept < self._poll_limit else 0
 
     def _serve_until_idle(self) -> Rest | None:
-        queue = self._queue
+        queue = self.queue
         rest = None
         more = True
         while more and not queue.halt:
@@ -173,7 +173,7 @@ class QueueWorker:
         return rest
 
     def _give_up(self, error: PyvmmError) -> None:
-        queue = self._queue
+        queue = self.queue
         with queue.lock:
             # What was completed before the error stays completed.
             notify = queue.publish_used()
@@ -198,6 +198,11 @@ class QueueDevice(VirtioDevice):
     poll_ns: int = 0
     _activation: Activation | None = None
     _workers: dict[int, QueueWorker] = {}  # noqa: RUF012 - replaced, never changed
+
+    @property
+    def queues_in_use(self) -> list[Queue]:
+        """The queues that have a worker now, those among them that were reset and set up anew."""
+        return [worker.queue for worker in self._workers.values()]
 
     @abstractmethod
     def serve(self, queue: Queue) -> Rest | None:

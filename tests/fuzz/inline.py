@@ -188,15 +188,15 @@ class InlineWorker(QueueWorker):
     def __init__(self, workers: Workers, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._workers = workers
-        self._log = QueueLog(self._queue)
+        self._log = QueueLog(self.queue)
         self._serve_for_real = self._serve
         self._serve = self._watched_serve
         self._passes = 0
 
     def start(self) -> None:
-        self._queue.halt = False
+        self.queue.halt = False
         self._workers.running.append(self)
-        self._workers.logs[self._queue.index] = self._log
+        self._workers.logs[self.queue.index] = self._log
 
     def join(self) -> None:
         if self in self._workers.running:
@@ -205,7 +205,7 @@ class InlineWorker(QueueWorker):
 
     def run_until_idle(self) -> None:
         self._passes = 0
-        self._queue.kick.drain()
+        self.queue.kick.drain()
         try:
             self._serve_until_idle()
         except DriverError as error:
@@ -229,6 +229,10 @@ class InlineLoop(DeviceLoop):
             queue.index: QueueLog(queue) for queue in self._activation.queues if queue is not None
         }
         self._batches = 0
+
+    def take_queue(self, queue: Any) -> None:
+        self._logs[queue.index] = self._workers.logs[queue.index] = QueueLog(queue)
+        super().take_queue(queue)
 
     def start(self) -> None:
         self._workers.running.append(self)

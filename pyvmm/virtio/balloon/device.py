@@ -43,7 +43,7 @@ from pyvmm.virtio.chain import DescriptorChain, Part
 from pyvmm.virtio.constants import VIRTIO_ID_BALLOON
 from pyvmm.virtio.device import Activation, VirtioDevice
 from pyvmm.virtio.device_loop import DeviceLoop
-from pyvmm.virtio.features import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, has, mask
+from pyvmm.virtio.features import RING_FEATURES, has, mask
 from pyvmm.virtio.queue import Queue
 
 _QUEUE_SIZE = 128
@@ -73,10 +73,8 @@ class BalloonDevice(VirtioDevice):
         self.log = RateLimited(prefix=f"{name}: ", device=name) if log is None else log
         # Hinting is offered for the sake of its queue: Linux numbers queues without the ones that
         # are not there, the specification numbers them all. With each there, both count alike.
-        self.features = mask(
+        self.features = RING_FEATURES | mask(
             VIRTIO_BALLOON_F_STATS_VQ,
-            VIRTIO_RING_F_INDIRECT_DESC,
-            VIRTIO_RING_F_EVENT_IDX,
             *((VIRTIO_BALLOON_F_DEFLATE_ON_OOM,) if deflate_on_oom else ()),
             *(
                 (
@@ -172,6 +170,17 @@ class BalloonDevice(VirtioDevice):
             active.loop.join()
         self._actual = self._poison = 0
 
+    def reset_queue(self, index: int) -> None:
+        """See VirtioDevice."""
+        active = self._active
+        if active is not None:
+            active.loop.drop_queue(index, lambda: active.forget(index))
+
+    def start_queue(self, queue: Queue) -> None:
+        """See VirtioDevice."""
+        assert self._active is not None, "only a live device starts queues"
+        self._active.loop.take_queue(queue)
+
     # --- for the thread of an activation ---------------------------------------------------------
 
     @property
@@ -199,7 +208,6 @@ class _Active:
         self._device = device
         self._memory: GuestMemory = activation.memory
         self._interrupt = activation.interrupt
-        self._queues = activation.queues
         # A page that was filled with a value must be read as that, and ours come back as zero.
         self._poisoned = has(activation.features, VIRTIO_BALLOON_F_PAGE_POISON)
         self._num_pages = device.num_pages
@@ -211,6 +219,12 @@ class _Active:
         except BaseException:
             poller.close()
             raise
+        self._queues = self.loop.queues
+
+    def forget(self, index: int) -> None:
+        """Queue `index` is reset: nothing that was taken from it goes back."""
+        if index == STATS:
+            self._kept = None
 
     def ask_for_statistics(self) -> None:
         """Any thread may ask."""
@@ -227,7 +241,7 @@ class _Active:
             (REPORTING, self._take_report),
         )
         again = True
-        while again and not self.loop.stopping:
+        while again and self.loop.may_go_on:
             again = False
             if self._num_pages != self._device.num_pages:
                 self._num_pages = self._device.num_pages

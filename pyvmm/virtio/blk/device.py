@@ -213,12 +213,10 @@ class BlockDevice(QueueDevice):
         self._set_config(0, sectors.to_bytes(8, "little"))  # virtio_blk_config.capacity
 
     def _let_requests_end(self) -> None:
-        activation = self._activation
-        for queue in activation.queues if activation is not None else ():
-            if queue is not None:
-                if not queue.lock.acquire(timeout=_PATIENCE):
-                    raise HostError(errno.EBUSY, f"requests of {self.name} that do not end")
-                queue.lock.release()
+        for queue in self.queues_in_use:
+            if not queue.lock.acquire(timeout=_PATIENCE):
+                raise HostError(errno.EBUSY, f"requests of {self.name} that do not end")
+            queue.lock.release()
 
     def activate(self, activation: Activation) -> None:
         if activation.features != self._accepted:  # a device that is restored, say

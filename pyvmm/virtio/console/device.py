@@ -28,7 +28,7 @@ from pyvmm.virtio.console.uapi import (
 from pyvmm.virtio.constants import VIRTIO_ID_CONSOLE
 from pyvmm.virtio.device import Activation, VirtioDevice
 from pyvmm.virtio.device_loop import DeviceLoop
-from pyvmm.virtio.features import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, has, mask
+from pyvmm.virtio.features import RING_FEATURES, has, mask
 from pyvmm.virtio.queue import Queue
 
 MAX_NAMED_PORTS = 15
@@ -68,9 +68,7 @@ class ConsoleDevice(VirtioDevice):
         self.queue_sizes = (_DATA_QUEUE, _DATA_QUEUE)
         if named:
             self.queue_sizes += (_CONTROL_QUEUE,) * 2 + (_DATA_QUEUE,) * (2 * len(named))
-        self.features = mask(
-            VIRTIO_RING_F_INDIRECT_DESC,
-            VIRTIO_RING_F_EVENT_IDX,
+        self.features = RING_FEATURES | mask(
             *((VIRTIO_CONSOLE_F_MULTIPORT,) if named else ()),
             *((VIRTIO_CONSOLE_F_SIZE, VIRTIO_CONSOLE_F_EMERG_WRITE) if terminal else ()),
         )
@@ -118,6 +116,17 @@ class ConsoleDevice(VirtioDevice):
             active.loop.request_stop()
             active.loop.join()
 
+    def reset_queue(self, index: int) -> None:
+        """See VirtioDevice. What a port's end has not taken of a buffer is lost."""
+        active = self._active
+        if active is not None:
+            active.loop.drop_queue(index, lambda: active.forget(index))
+
+    def start_queue(self, queue: Queue) -> None:
+        """See VirtioDevice."""
+        assert self._active is not None, "only a live device starts queues"
+        self._active.loop.take_queue(queue)
+
 
 class _Active:
     """All that lives from DRIVER_OK to the reset."""
@@ -126,7 +135,6 @@ class _Active:
         """Raises HostError."""
         self._device = device
         self._interrupt = activation.interrupt
-        self._queues = activation.queues
         self._multiport = has(activation.features, VIRTIO_CONSOLE_F_MULTIPORT)
         ports = device.ports if self._multiport else [p for p in device.ports if p.id == 0]
         self._ports = {port.id: port for port in ports}
@@ -144,6 +152,13 @@ class _Active:
                 port.end.finish()
             poller.close()
             raise
+        self._queues = self.loop.queues
+
+    def forget(self, index: int) -> None:
+        """Queue `index` is reset: nothing that was taken from it goes back."""
+        for port in self._ports.values():
+            if index == receive_queue(port.id) + 1:
+                port.forget_output()
 
     def _end(self) -> None:
         for port in self._ports.values():
@@ -154,7 +169,7 @@ class _Active:
         """Everything that can be done now."""
         loop = self.loop
         again = True
-        while again and not loop.stopping:
+        while again and loop.may_go_on:
             again = False
             self._notice_size()
             if self._multiport:

@@ -162,8 +162,13 @@ class Port:
         """The device stops: what the end has not taken is lost, and its buffer returned."""
         if self._leaving is not None:
             queue.add_used(self._leaving, 0)
-            self._leaving = None
+        self.forget_output()
+
+    def forget_output(self) -> None:
+        """The queue was reset: there is no buffer to be returned any more."""
+        self._leaving = None
         self._rest = []
+        self.has_more_output = False
 
     def _push(self) -> bool:
         while self._rest:

@@ -12,7 +12,7 @@ from pyvmm.host.log import RateLimited
 from pyvmm.host.waiter import Source
 from pyvmm.virtio.constants import VIRTIO_ID_NET
 from pyvmm.virtio.device import Activation
-from pyvmm.virtio.features import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, has, mask
+from pyvmm.virtio.features import RING_FEATURES, has, mask
 from pyvmm.virtio.net.backend import Backend, LinkLost
 from pyvmm.virtio.net.config import NetConfig
 from pyvmm.virtio.net.control import GUEST_OFFLOADS, NEEDED_OFFLOADS, Control
@@ -71,19 +71,21 @@ class NetDevice(QueueDevice):
         self._backend = backend
         self._pairs = pairs = len(backend.channels)
         self.queue_sizes = (queue_size,) * (2 * pairs) + (CONTROL_QUEUE_SIZE,)
-        self.features = backend.offloads | mask(
-            VIRTIO_NET_F_MAC,
-            VIRTIO_NET_F_MTU,
-            VIRTIO_NET_F_STATUS,
-            VIRTIO_NET_F_MRG_RXBUF,
-            VIRTIO_NET_F_CTRL_VQ,
-            VIRTIO_NET_F_CTRL_RX,
-            VIRTIO_NET_F_CTRL_RX_EXTRA,
-            VIRTIO_NET_F_CTRL_MAC_ADDR,
-            VIRTIO_RING_F_INDIRECT_DESC,
-            VIRTIO_RING_F_EVENT_IDX,
-            *((VIRTIO_NET_F_CTRL_GUEST_OFFLOADS,) if backend.offloads & GUEST_OFFLOADS else ()),
-            *((VIRTIO_NET_F_MQ,) if pairs > 1 else ()),
+        self.features = (
+            backend.offloads
+            | RING_FEATURES
+            | mask(
+                VIRTIO_NET_F_MAC,
+                VIRTIO_NET_F_MTU,
+                VIRTIO_NET_F_STATUS,
+                VIRTIO_NET_F_MRG_RXBUF,
+                VIRTIO_NET_F_CTRL_VQ,
+                VIRTIO_NET_F_CTRL_RX,
+                VIRTIO_NET_F_CTRL_RX_EXTRA,
+                VIRTIO_NET_F_CTRL_MAC_ADDR,
+                *((VIRTIO_NET_F_CTRL_GUEST_OFFLOADS,) if backend.offloads & GUEST_OFFLOADS else ()),
+                *((VIRTIO_NET_F_MQ,) if pairs > 1 else ()),
+            )
         )
         self.received = tuple(Counters() for _ in range(pairs))
         self.sent = tuple(Counters() for _ in range(pairs))
@@ -153,7 +155,7 @@ class NetDevice(QueueDevice):
         super().activate(activation)
 
     def _make_paths(self, features: int, pairs: int) -> None:
-        rules = Rules(
+        self._rules = Rules(
             mergeable=has(features, VIRTIO_NET_F_MRG_RXBUF),
             guest_csum=has(features, VIRTIO_NET_F_GUEST_CSUM),
             largest=HEADER_SIZE + ETH_HEADER + self._backend.mtu
@@ -161,23 +163,22 @@ class NetDevice(QueueDevice):
             else 0,
         )
         check = TransmitCheck(features)
-        channels = self._backend.channels[:pairs]
-        self._receivers = [
-            Receiver(
-                channel,
-                rules,
-                self._filter_of(pair),
-                self.received[pair],
-                self._noting("received"),
-            )
-            for pair, channel in enumerate(channels)
-        ]
+        self._receivers = [self._receiver(pair) for pair in range(pairs)]
         self._transmitters = [
             Transmitter(
                 channel, check, lambda: self._link_up, self.sent[pair], self._noting("sent")
             )
-            for pair, channel in enumerate(channels)
+            for pair, channel in enumerate(self._backend.channels[:pairs])
         ]
+
+    def _receiver(self, pair: int) -> Receiver:
+        return Receiver(
+            self._backend.channels[pair],
+            self._rules,
+            self._filter_of(pair),
+            self.received[pair],
+            self._noting("received"),
+        )
 
     def _filter_of(self, pair: int) -> Callable[[], ReceiveFilter | None]:
         def in_force() -> ReceiveFilter | None:
@@ -229,6 +230,13 @@ class NetDevice(QueueDevice):
         for chain in queue:
             queue.add_used(chain, control.answer(chain))
 
+    def reset_queue(self, index: int) -> None:
+        """See VirtioDevice. A receive queue's buffers are forgotten, and a frame in them."""
+        super().reset_queue(index)
+        pair, sends = divmod(index, 2)
+        if not sends and pair < len(self._receivers):
+            self._receivers[pair] = self._receiver(pair)
+
     def reset(self) -> None:
         super().reset()
         self._filter = ReceiveFilter(self._first_mac)
@@ -250,12 +258,11 @@ class NetDevice(QueueDevice):
         self._active_pairs = pairs
         # Once each receive thread has let go of its batch, none uses a queue that is no more in
         # use (5.1.6.5.6 Automatic receive steering in multiqueue mode).
-        activation = self._activation
-        if activation is not None:
-            for queue in activation.queues[2 * pairs : 2 * len(self._receivers) : 2]:
-                if queue is not None:
-                    with queue.lock:
-                        pass
+        for queue in self.queues_in_use:
+            pair, sends = divmod(queue.index, 2)
+            if not sends and pairs <= pair < len(self._receivers):
+                with queue.lock:
+                    pass
 
     def set_offloads(self, offloads: int) -> None:
         """See control.Target."""

@@ -18,7 +18,7 @@ from pyvmm.host.unix_sockets import Socket
 from pyvmm.virtio.constants import VIRTIO_ID_VSOCK
 from pyvmm.virtio.device import Activation, VirtioDevice
 from pyvmm.virtio.device_loop import DeviceLoop
-from pyvmm.virtio.features import VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, has, mask
+from pyvmm.virtio.features import RING_FEATURES, has, mask
 from pyvmm.virtio.queue import Queue
 from pyvmm.virtio.vsock.host_side import HostSide
 from pyvmm.virtio.vsock.packet import HEADER, HEADER_BYTES, Counters, Header, PacketEvent
@@ -53,12 +53,7 @@ class VsockDevice(VirtioDevice):
 
     device_type = VIRTIO_ID_VSOCK
     queue_sizes = QUEUE_SIZES
-    features = mask(
-        VIRTIO_VSOCK_F_STREAM,
-        VIRTIO_VSOCK_F_NO_IMPLIED_STREAM,
-        VIRTIO_RING_F_INDIRECT_DESC,
-        VIRTIO_RING_F_EVENT_IDX,
-    )
+    features = RING_FEATURES | mask(VIRTIO_VSOCK_F_STREAM, VIRTIO_VSOCK_F_NO_IMPLIED_STREAM)
     feature_names = FEATURE_NAMES
 
     def __init__(
@@ -108,6 +103,16 @@ class VsockDevice(VirtioDevice):
         if active is not None:
             active.loop.request_stop()
             active.loop.join()
+
+    def reset_queue(self, index: int) -> None:
+        """See VirtioDevice. Streams go on; what they have for the guest waits."""
+        if self._active is not None:
+            self._active.loop.drop_queue(index)
+
+    def start_queue(self, queue: Queue) -> None:
+        """See VirtioDevice."""
+        assert self._active is not None, "only a live device starts queues"
+        self._active.loop.take_queue(queue)
 
     def interrupt_streams(self) -> None:
         """Streams of before are gone (the guest goes on from a saved state): tell the driver, now
@@ -165,7 +170,6 @@ class _Active:
     def __init__(self, device: VsockDevice, activation: Activation) -> None:
         """Raises HostError."""
         self._device = device
-        self._queues = activation.queues
         self._starved = False  # a packet waits for a receive buffer
         self._event_due = False
         poller = Poller()
@@ -176,6 +180,7 @@ class _Active:
         except BaseException:
             poller.close()
             raise
+        self._queues = self.loop.queues
 
     def _make_switch(self, features: int, poller: Poller) -> Switch:
         device = self._device
@@ -205,7 +210,7 @@ class _Active:
         loop, switch = self.loop, self._switch
         receive, transmit = self._queues[VIRTIO_VSOCK_RX], self._queues[VIRTIO_VSOCK_TX]
         again = True
-        while again and not loop.stopping:
+        while again and loop.may_go_on:
             if self._device.take_interruption():
                 switch.close()
                 self._event_due = True
