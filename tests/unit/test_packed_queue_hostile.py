@@ -120,6 +120,26 @@ def test_row23_a_whole_round_more_than_there_is_room_for(rig):
     refused_with_chains_in_flight(rig)
 
 
+def test_row23_a_table_where_there_is_no_room(rig):
+    offer(rig, *[Desc(DATA, 1, WRITE | NEXT)] * 7, Desc(DATA, 1, WRITE))
+    assert len(rig.queue.pop().writable) == 8
+    rig.driver.write_table(TABLE, [Desc(DATA, 1, WRITE)])
+    offer(rig, Desc(TABLE, 16, INDIRECT, 5))
+    refused_with_chains_in_flight(rig)
+
+
+def test_row23_the_room_is_what_was_given_back_and_no_more(rig):
+    for _ in range(2):
+        offer(rig, Desc(DATA, 1, WRITE, 0))
+        rig.serve()
+        rig.queue.publish_used()
+    offer(rig, Desc(DATA, 1, WRITE, 1))
+    assert rig.queue.pop() is not None
+    offer(rig, *[Desc(DATA, 1, WRITE | NEXT)] * 7, Desc(DATA, 1, WRITE))
+    with pytest.raises(DriverError, match="longer than the 7 descriptors that are free"):
+        rig.queue.pop()
+
+
 def refused_with_chains_in_flight(rig: PackedRig) -> None:
     state = rig.queue.state()
     with pytest.raises(DriverError, match="free"):

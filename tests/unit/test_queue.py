@@ -335,6 +335,15 @@ def test_row18_a_stopped_queue_touches_no_ring(rig, operation):
     assert rig.snapshot() == before
 
 
+def test_row18_what_was_returned_before_the_stop_is_not_shown_after_it(rig):
+    offer(rig, 1)
+    rig.queue.add_used(rig.queue.pop(), 4)
+    rig.queue.ready = False
+    before = rig.snapshot()
+    assert rig.queue.publish_used() is False
+    assert rig.snapshot() == before
+
+
 # --- interrupts ----------------------------------------------------------------------------------
 
 

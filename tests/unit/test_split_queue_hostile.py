@@ -109,6 +109,19 @@ def test_row23_seen_while_asking_for_kicks(rig):
         rig.queue.enable_notification()
 
 
+def test_row23_more_than_the_ring_holds_bit_by_bit(rig):
+    """Each step is lawful by itself, as long as one looks at the last index only."""
+    for _ in range(8):
+        rig.driver.add_raw([Desc(DATA, 1, WRITE)])
+    rig.driver.publish()
+    rig.queue.pop()
+    rig.queue.step_back()  # the device waits for something else
+    assert rig.queue.enable_notification() is True
+    rig.driver.avail_idx = 9
+    with pytest.raises(DriverError):
+        rig.queue.enable_notification()
+
+
 @pytest.mark.parametrize("start", [0, 5])
 def test_row24_the_index_is_decremented(start):
     rig = Rig(size=8, start=start)
@@ -211,6 +224,19 @@ def test_row28_more_than_4_gib_in_all(rig):
     refused(rig, "2.7.5.2")
 
 
+@pytest.mark.parametrize("huge", [0, 1, 2])
+def test_row28_in_a_chain_of_the_usual_shape(rig, huge):
+    """Of three descriptors, which are read at one go."""
+    lengths = [2 if place != huge else 2**32 - 1 for place in range(3)]
+    offer(
+        rig,
+        Desc(DATA, lengths[0], NEXT, 1),
+        Desc(DATA, lengths[1], WRITE | NEXT, 2),
+        Desc(DATA, lengths[2], WRITE),
+    )
+    refused(rig, "2.7.5.2")
+
+
 def test_row28_exactly_4_gib_is_a_chain(rig):
     offer(rig, Desc(DATA, 2**32 - 1, NEXT, 1), Desc(DATA, 1, WRITE))
     chain = rig.queue.pop()
@@ -233,10 +259,34 @@ def test_row30_empty_descriptors_do_not_hang(rig):
     assert (chain.readable_size, chain.writable_size) == (0, 0)
 
 
-def test_row31_indirect_without_negotiation():
+@pytest.mark.parametrize("empty", [0, 1, 2])
+def test_row30_an_empty_part_of_the_usual_shape_is_left_out(rig, empty):
+    lengths = [4 if place != empty else 0 for place in range(3)]
+    flags = [NEXT, WRITE | NEXT, WRITE]
+    offer(rig, *(Desc(DATA, lengths[n], flags[n], n + 1) for n in range(3)))
+    chain = rig.queue.pop()
+    assert chain.readable == [(DATA, 4)][: lengths[0]]
+    assert chain.writable == [(DATA, 4)] * (2 if empty == 0 else 1)
+
+
+def test_a_chain_of_another_order_than_its_descriptors(rig):
+    """The second one looks like the next of the first, and is none of this chain's."""
+    offer(
+        rig,
+        Desc(DATA, 1, NEXT, 2),
+        Desc(DATA + 16, 1, WRITE | NEXT, 2),
+        Desc(DATA + 32, 1, WRITE),
+    )
+    chain = rig.queue.pop()
+    assert (chain.readable, chain.writable) == ([(DATA, 1)], [(DATA + 32, 1)])
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_row31_indirect_without_negotiation(length):
     rig = Rig(indirect=False)
-    rig.driver.write_table(TABLE, [Desc(DATA, 4)])
-    offer(rig, Desc(TABLE, 16, INDIRECT))
+    table = [Desc(DATA, 4, NEXT, 1), Desc(DATA, 4, WRITE | NEXT, 2), Desc(DATA, 4, WRITE)]
+    rig.driver.write_table(TABLE, table[-length:] if length != 2 else table)
+    offer(rig, Desc(TABLE, 16 * length, INDIRECT))
     refused(rig, "2.7.5.3.1")
     rig.close()
 

@@ -13,10 +13,10 @@ import struct
 from types import SimpleNamespace
 
 import pytest
+from robustness_rows import illegal_params, legal_params
 from vhost_user_rig import HOLE_END, MIB, Echo, connected, started
 
 from pyvmm.host.syscalls import EventFd
-from pyvmm.testing import illegal_chains
 from pyvmm.testing.vhost_user_driver import (
     ADD_MEM_REG,
     GET_CONFIG,
@@ -494,15 +494,11 @@ def test_enable_is_on_or_off(ready, value):
         ready.driver.tell_vring(SET_VRING_ENABLE, 0, value)
 
 
-# --- the rings themselves: rows 23 to 34 of docs/robustness.md -----------------------------------
+# --- the rings themselves: rows 23 to 36 of docs/robustness.md -----------------------------------
 
 
-@pytest.mark.parametrize(
-    ("ring", "illegal"),
-    [(ring, one) for ring in ("split", "packed") for one in illegal_chains(ring)],
-    ids=str,
-)
-def test_row23_to_row34_what_no_driver_may_put_into_a_ring(ring, illegal):
+@pytest.mark.parametrize(("ring", "illegal"), illegal_params())
+def test_what_no_driver_may_put_into_a_ring(ring, illegal):
     with started(Echo(packed=ring == "packed")) as rig:
         driver = rig.driver
         assert rig.echoes()
@@ -515,6 +511,15 @@ def test_row23_to_row34_what_no_driver_may_put_into_a_ring(ring, illegal):
         driver.stop()
         assert rig.memory.read(HOLE_END, 0x10000) == before
         assert driver.config(0, 13) == b"configuration", "the back end lives"
+
+
+@pytest.mark.parametrize(("ring", "legal"), legal_params())
+def test_every_lawful_arrangement_comes_back(ring, legal):
+    with started(Echo(packed=ring == "packed")) as rig:
+        chain = legal.offer(rig.driver.queues[0])
+        rig.driver.kick()
+        assert rig.driver.wait_used(0, chain).written <= sum(legal.writable)
+        assert rig.echoes()
 
 
 def test_a_failed_ring_works_again_after_it_was_stopped_and_laid_out_anew():
