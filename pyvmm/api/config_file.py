@@ -165,10 +165,13 @@ def _plain_disk(index: int, disk: DiskSpec) -> dict[str, Any]:
 
 def _plain_devices(option: Option, devices: list[Any]) -> Any:
     if option.device == "ports":
-        return tuple(tables.write(port) for spec in devices for port in spec.ports)
+        ports = [tables.write(port) for spec in devices for port in spec.ports]
+        if any(spec.packed for spec in devices):
+            ports[0]["packed"] = True
+        return tuple(ports)
     if not devices:
         return None
     if option.device == "console":
-        return "virtio"
+        return "virtio,packed" if devices[0].packed else "virtio"
     written = [tables.write(device) for device in devices]
     return written if option.many else written[0] or True

@@ -66,39 +66,39 @@ Exit codes:
     metavar="user|tap=NAME[,OPTIONS]",
     multiple=True,
     help="Add a network card: user-mode networking, as user,forward=8080:80, or a tap interface. "
-    "Both take mac= and mtu=; docs/networking.md has the other options.",
+    "Both take mac=, mtu= and packed; docs/networking.md has the other options.",
 )
 @click.option("--rng", is_flag=True, help="Add a virtio-rng device: random numbers for the guest.")
 @click.option(
     "--rng-limit",
-    metavar="[bps=N][,iops=N]",
+    metavar="[bps=N][,iops=N][,packed]",
     help="Add one that gives no more than this: bytes, or requests, a second; bursts as for disks.",
 )
 @click.option(
     "--device",
     "devices",
-    metavar="FILE.py:CLASS[,KEY=VALUE]",
+    metavar="FILE.py:CLASS[,KEY=VALUE][,packed]",
     multiple=True,
     help="Add a virtio device of your own: a class in a Python file, with its options; may be "
     "repeated.",
 )
 @click.option(
     "--console",
-    type=click.Choice(("serial", "virtio")),
+    type=click.Choice(("serial", "virtio", "virtio,packed")),
     help="What the terminal is in the guest: the serial port (the default), or a virtio-console "
     "(/dev/hvc0), which knows the terminal's size.",
 )
 @click.option(
     "--port",
     "ports",
-    metavar="name=NAME,path=PATH",
+    metavar="name=NAME,path=PATH[,packed]",
     multiple=True,
     help="Add a port, /dev/virtio-ports/NAME in the guest, that a program of the host finds at the "
     "Unix socket PATH; may be repeated.",
 )
 @click.option(
     "--balloon",
-    metavar="[size=SIZE][,free-page-reporting][,deflate-on-oom]",
+    metavar="[size=SIZE][,free-page-reporting][,deflate-on-oom][,packed]",
     is_flag=False,
     flag_value="",
     help="Add a virtio-balloon device, which takes SIZE of the guest's memory (none at first; see "
@@ -107,7 +107,7 @@ Exit codes:
 )
 @click.option(
     "--vsock",
-    metavar="[cid=N,]path=PATH",
+    metavar="[cid=N,]path=PATH[,packed]",
     help="Add a virtio-vsock device. A program connects to the socket at PATH and sends CONNECT "
     "PORT; a guest that connects to port N of CID 2 reaches the listener at PATH_N.",
 )

@@ -11,7 +11,7 @@ from pyvmm.machine.spec import DeviceSpec, parse_memory
 from pyvmm.virtio.balloon.device import BalloonDevice
 
 _OPTION = "--balloon"
-_USAGE = "use [size=SIZE][,free-page-reporting][,deflate-on-oom]"
+_USAGE = "use [size=SIZE][,free-page-reporting][,deflate-on-oom][,packed]"
 _PAGE = 4096
 _MOST_PAGES = (1 << 32) - 1  # num_pages is a le32
 

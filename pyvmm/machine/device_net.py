@@ -20,7 +20,7 @@ from pyvmm.virtio.net.tap import TapBackend
 OPTION = "--net"
 SYNTAX = (
     "user[,forward=[tcp:|udp:][ADDRESS:]PORT:GUESTPORT][,host] or "
-    "tap=NAME[,queues=N][,create][,address=A.B.C.D/N][,bridge=NAME], and mac=, mtu="
+    "tap=NAME[,queues=N][,create][,address=A.B.C.D/N][,bridge=NAME], and mac=, mtu=, packed"
 )
 LEAST_MTU, MOST_MTU = 68, 65535  # 5.1.4.1 Device Requirements: Device configuration layout
 MOST_QUEUES = 16

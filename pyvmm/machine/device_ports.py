@@ -15,7 +15,7 @@ from pyvmm.virtio.console.device import MAX_NAMED_PORTS, ConsoleDevice
 from pyvmm.virtio.console.ends import SocketEnd
 
 _OPTION = "--port"
-_USAGE = "use name=NAME,path=PATH"
+_USAGE = "use name=NAME,path=PATH[,packed]"
 _NAME_BYTES = 64
 _INSIDE = "/run/pyvmm-port"
 

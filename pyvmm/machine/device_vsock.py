@@ -21,7 +21,7 @@ from pyvmm.virtio.vsock.uapi import HIGHEST_GUEST_CID, LOWEST_GUEST_CID
 _INSIDE = "/run/pyvmm-vsock"
 _OPTION = "--vsock"
 _PATH_BYTES = 107  # sun_path of <linux/un.h>, less the NUL: programs cannot name a longer one
-_USAGE = "use [cid=N][,path=PATH]"
+_USAGE = "use [cid=N][,path=PATH][,packed]"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,6 +25,7 @@ from pyvmm.errors import ConfigError
 from pyvmm.machine.spec import DeviceSpec
 from pyvmm.machine.trace import Hook
 from pyvmm.virtio.device import VirtioDevice
+from pyvmm.virtio.features import VIRTIO_F_RING_PACKED, mask
 
 if TYPE_CHECKING:
     from pyvmm.host.named_listener import NamedListener
@@ -49,9 +51,23 @@ class Context(NamedTuple):
 
 
 def parse(kind: str, text: str) -> DeviceSpec:
-    """The device that ``--KIND TEXT`` describes. Raises ConfigError."""
-    spec: DeviceSpec = _module(kind).parse(text)
-    return spec
+    """The device that ``--KIND TEXT`` describes; any may have ``packed`` among its options. Raises
+    ConfigError."""
+    rest, packed = _without_packed(text)
+    spec: DeviceSpec = _module(kind).parse(rest)
+    return replace(spec, packed=packed)
+
+
+def _without_packed(text: str) -> tuple[str, bool]:
+    """`text` without the option, and whether it was there; a comma in a value is written twice."""
+    lines = []
+    packed = False
+    for line in text.split("\n"):
+        options = line.replace(",,", "\0").split(",")
+        others = [option for option in options if option != "packed"]
+        packed |= len(others) < len(options)
+        lines.append(",".join(others).replace("\0", ",,"))
+    return "\n".join(lines), packed
 
 
 def from_table(kind: str, table: Mapping[str, Any], where: str) -> DeviceSpec:
@@ -90,6 +106,8 @@ def for_emulated_host(
 def open_device(spec: DeviceSpec, context: Context) -> VirtioDevice:
     """The device that `spec` asks for. Raises ConfigError for what the user can mend."""
     device: VirtioDevice = _module(spec.kind).open_device(spec, context)
+    if spec.packed:  # which is served the same, whatever the device
+        device.features |= mask(VIRTIO_F_RING_PACKED)
     return device
 
 

@@ -201,16 +201,26 @@ def _device(option: Option, value: Any) -> DeviceSpec | None:
 
 
 def _ports(values: list[Any], option: Option) -> DeviceSpec:
-    from pyvmm.machine import device_ports, tables
+    from pyvmm.machine import device_ports
 
-    ports: list[device_ports.PortSpec] = []
-    for value in values:
-        if isinstance(value, device_ports.Spec):
-            ports += value.ports
-        elif isinstance(value, device_ports.PortSpec):
-            ports.append(value)
-        elif isinstance(value, Mapping):
-            ports.append(tables.read(device_ports.PortSpec, value, option.name))
-        else:
-            ports += device_ports.parse(_text(value, option)).ports
-    return device_ports.Spec(tuple(ports))
+    specs = [_port(value, option) for value in values]
+    ports = tuple(port for spec in specs for port in spec.ports)
+    # One device has them all.
+    return device_ports.Spec(ports, packed=any(spec.packed for spec in specs))
+
+
+def _port(value: Any, option: Option) -> Any:
+    from pyvmm.machine import device_ports, devices, tables
+
+    if isinstance(value, device_ports.Spec):
+        return value
+    if isinstance(value, device_ports.PortSpec):
+        return device_ports.Spec((value,))
+    if isinstance(value, Mapping):
+        table = dict(value)
+        packed = table.pop("packed", False)
+        if type(packed) is not bool:
+            raise _wrong_type(option, value, "with packed as true or false")
+        port = tables.read(device_ports.PortSpec, table, option.name)
+        return device_ports.Spec((port,), packed=packed)
+    return devices.parse("ports", _text(value, option))

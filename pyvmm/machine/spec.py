@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, ClassVar
 
 from pyvmm.control.names import check_name
@@ -105,9 +105,12 @@ class DiskSpec:
 
 @dataclass(frozen=True)
 class DeviceSpec:
-    """A virtio device beside the disks; a class of its own for each kind (machine.devices)."""
+    """A virtio device beside the disks; a class of its own for each kind (machine.devices).
+
+    `packed` offers the guest packed rings, which it then prefers to split ones."""
 
     kind: ClassVar[str]
+    packed: bool = field(default=False, kw_only=True)
 
 
 @dataclass(frozen=True)

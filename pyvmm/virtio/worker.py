@@ -30,6 +30,7 @@ from pyvmm.host.waiter import Source, Waiter
 from pyvmm.virtio.chain import DescriptorChain
 from pyvmm.virtio.defects import as_device_failure
 from pyvmm.virtio.device import Activation, VirtioDevice
+from pyvmm.virtio.features import RING_FEATURES
 from pyvmm.virtio.queue import Queue
 
 if TYPE_CHECKING:
@@ -186,7 +187,8 @@ class QueueWorker:
 
 class QueueDevice(VirtioDevice):
     """A device all of whose queues are served by a `QueueWorker` each, within `limits` if it has
-    some (set before it is activated). `poll_ns` is for how many nanoseconds a worker may poll its
+    some (set before it is activated). It offers RING_FEATURES unless its class says otherwise; one
+    that keeps chains when `serve` returns forgets them in `reset_queue` and `reset`. `poll_ns` is for how many nanoseconds a worker may poll its
     ring before it sleeps: a processor's time for less latency. Only for a device with one queue and
     a process to itself, because the other threads of a process wait for the interpreter meanwhile.
 
@@ -194,6 +196,7 @@ class QueueDevice(VirtioDevice):
     need: the workers may be about to call them, and `reset` waits for the workers.
     """
 
+    features = RING_FEATURES
     limits: RateLimiter | None = None
     poll_ns: int = 0
     _activation: Activation | None = None

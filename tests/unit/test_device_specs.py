@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 
 import pytest
 
@@ -37,6 +38,38 @@ def test_json_that_describes_no_device_is_refused(rows):
 def test_devices_and_disks_share_the_interrupt_lines():
     with pytest.raises(ConfigError, match="interrupt lines"):
         vm(*[devices.parse("rng", "")] * 30)
+
+
+# --- packed rings --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"),
+    [
+        ("rng", ""),
+        ("rng", "iops=5"),
+        ("balloon", "size=1M"),
+        ("console", "virtio"),
+        ("vsock", "path=/run/a,,packed"),
+        ("net", "user,mtu=1400"),
+        ("ports", "name=a,path=/run/a\nname=b,path=/run/b"),
+        ("user", "d.py:D,text=packed"),
+    ],
+)
+def test_any_device_may_be_packed(kind, text):
+    plain = devices.parse(kind, text)
+    packed = devices.parse(kind, f"{text},packed".lstrip(","))
+    assert not plain.packed and packed.packed
+    assert replace(packed, packed=False) == plain
+    assert from_json(to_json(vm(packed))).devices[0].packed
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_packed_device_offers_packed_rings(packed):
+    with ExitStack() as closing:
+        spec = devices.parse("rng", "packed" if packed else "")
+        device = devices.open_device(spec, devices.Context("vm", None, closing))
+    assert device.features >> 34 & 1 == packed
 
 
 # --- vsock ---------------------------------------------------------------------------------------

@@ -28,10 +28,8 @@ from pyvmm.virtio.features import RING_FEATURES
 
 SMALL = 8
 NAMES = sorted(KINDS)
-RESETTABLE = [name for name in NAMES if name != "user"]  # whose class offers nothing of its own
 each = pytest.mark.parametrize("ring", ["split", "packed"])
 each_device = pytest.mark.parametrize("name", NAMES)
-each_resettable = pytest.mark.parametrize("name", RESETTABLE)
 
 
 def memory_of(rig: EveryRig) -> bytes:
@@ -63,10 +61,9 @@ def workers_of(rig: EveryRig) -> list[str]:
 def test_what_no_driver_may_put_into_a_ring(name: str, ring: Ring, illegal: IllegalChain) -> None:
     with every_device(name, ring, queue_size=SMALL) as rig:
         queue = rig.prompt[0]
-        has_tables = bool(rig.driver.features >> 28 & 1)
         illegal.offer(rig.driver.queues[queue])
         rig.driver.kick(queue)
-        if illegal.outcome == "refused" or (illegal.indirect and not has_tables):
+        if illegal.outcome == "refused":
             rig.driver.mmio.wait_needs_reset()
             assert len([line for line in rig.driver.log if "needs a reset" in line]) == 1
         rig.assert_alive(restart=True)
@@ -75,8 +72,6 @@ def test_what_no_driver_may_put_into_a_ring(name: str, ring: Ring, illegal: Ille
 @pytest.mark.parametrize(("name", "ring", "legal"), legal_params(NAMES))
 def test_every_lawful_arrangement_comes_back(name: str, ring: Ring, legal: LegalChain) -> None:
     with every_device(name, ring, queue_size=SMALL) as rig:
-        if legal.indirect and not rig.driver.features >> 28 & 1:
-            pytest.skip(f"{name} does not offer indirect descriptors")
         for queue in rig.prompt:
             chain = legal.offer(rig.driver.queues[queue])
             rig.driver.kick(queue)
@@ -217,7 +212,7 @@ def test_row38_who_wants_no_interrupts_gets_none(name: str, ring: Ring, event_id
 # --- one queue alone: 2.6.1 Virtqueue Reset -------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", RESETTABLE)
+@each_device
 def test_every_ring_feature_is_offered(name: str) -> None:
     with every_device(name, "split") as rig:
         assert rig.driver.features & RING_FEATURES == RING_FEATURES
@@ -226,7 +221,7 @@ def test_every_ring_feature_is_offered(name: str) -> None:
 
 
 @each
-@each_resettable
+@each_device
 def test_each_queue_can_be_reset_and_goes_on_elsewhere(name: str, ring: Ring) -> None:
     with every_device(name, ring) as rig:
         mmio = rig.driver.mmio
@@ -240,7 +235,7 @@ def test_each_queue_can_be_reset_and_goes_on_elsewhere(name: str, ring: Ring) ->
 
 
 @each
-@each_resettable
+@each_device
 def test_a_reset_queue_gives_nothing_back(name: str, ring: Ring) -> None:
     """Neither what it had taken nor what waited in its ring, now or later."""
     with every_device(name, ring, queue_size=SMALL) as rig:
@@ -262,7 +257,7 @@ def test_a_reset_queue_gives_nothing_back(name: str, ring: Ring) -> None:
 
 
 @each
-@each_resettable
+@each_device
 def test_a_queue_that_was_never_enabled_can_be_reset_and_used(name: str, ring: Ring) -> None:
     with every_device(name, ring, start=False) as rig:
         mmio = rig.driver.mmio
@@ -275,7 +270,7 @@ def test_a_queue_that_was_never_enabled_can_be_reset_and_used(name: str, ring: R
 
 
 @each
-@each_resettable
+@each_device
 def test_a_queue_is_reset_while_the_others_are_busy(name: str, ring: Ring) -> None:
     with every_device(name, ring, queue_size=SMALL) as rig:
         mmio = rig.driver.mmio

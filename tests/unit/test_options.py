@@ -193,14 +193,14 @@ device = st.one_of(
     st.builds(UserDevice, path, word, options),
 )
 single = st.tuples(
-    st.none() | st.just(Console()),
-    st.none() | st.builds(Rng, bps=rate, iops=rate),
+    st.none() | st.builds(Console, packed=st.booleans()),
+    st.none() | st.builds(Rng, bps=rate, iops=rate, packed=st.booleans()),
     st.none() | st.builds(Balloon, st.sampled_from([0, 1 << 20]), st.booleans(), st.booleans()),
     st.none() | st.builds(Vsock, path, st.integers(3, 100)),
     st.none()
     | st.lists(st.builds(PortSpec, word, path), min_size=1, max_size=3, unique_by=lambda p: p.name)
     .map(tuple)
-    .map(Ports),
+    .flatmap(lambda ports: st.builds(Ports, st.just(ports), packed=st.booleans())),
 ).map(lambda found: [one for one in found if one is not None])
 specs = st.builds(
     VmSpec,
