@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from pyvmm.errors import ConfigError
 from pyvmm.machine import rates
@@ -27,7 +27,7 @@ class Spec(DeviceSpec):
 
 def parse(text: str) -> Spec:
     """The device of ``--rng``, and of ``--rng-limit LIMITS``. Raises ConfigError."""
-    fields = {}
+    fields: dict[str, Any] = {}
     for option in text.split(",") if text else ():
         key, _, value = option.partition("=")
         if key not in rates.KEYS:

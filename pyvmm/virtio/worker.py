@@ -188,9 +188,11 @@ class QueueWorker:
 class QueueDevice(VirtioDevice):
     """A device all of whose queues are served by a `QueueWorker` each, within `limits` if it has
     some (set before it is activated). It offers RING_FEATURES unless its class says otherwise; one
-    that keeps chains when `serve` returns forgets them in `reset_queue` and `reset`. `poll_ns` is for how many nanoseconds a worker may poll its
-    ring before it sleeps: a processor's time for less latency. Only for a device with one queue and
-    a process to itself, because the other threads of a process wait for the interpreter meanwhile.
+    that keeps chains when `serve` returns forgets them in `reset_queue` and `reset`.
+
+    `poll_ns` is for how many nanoseconds a worker may poll its ring before it sleeps: a processor's
+    time for less latency. Only for a device with one queue and a process to itself, because the
+    other threads of a process wait for the interpreter meanwhile.
 
     Whoever calls `reset` must not hold a lock that `Interrupt.signal_used` or `Activation.fail`
     need: the workers may be about to call them, and `reset` waits for the workers.
