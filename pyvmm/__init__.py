@@ -3,7 +3,8 @@
     from pyvmm import VM, Disk
 
     with VM(kernel="vmlinuz", initrd="initrd.img", disks=[Disk("root.img", snapshot=True)]) as vm:
-        vm.console.expect("login:")
+        vm.wait_ready()
+        print(vm.run(["uname", "-r"]).stdout)
 
 docs/python-api.md tells the rest. The names below are imported only when they are used.
 """
@@ -13,7 +14,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pyvmm.agent import AgentError, Clock, CommandTimeout, Completed, Copied, Info, NoAgent
     from pyvmm.api.aio import AsyncVM
+    from pyvmm.api.command import Command
     from pyvmm.api.errors import (
         GuestEnded,
         GuestPanic,
@@ -37,17 +40,25 @@ __version__ = "0.1.0"
 
 # Name → the module, and its name there if that is another.
 _PUBLIC = {
-    "AsyncVM": ("pyvmm.api.aio", ""),
     "VM": ("pyvmm.api.vm", ""),
+    "AsyncVM": ("pyvmm.api.aio", ""),
+    "AgentError": ("pyvmm.agent", ""),
     "Balloon": ("pyvmm.machine.device_balloon", "Spec"),
+    "Clock": ("pyvmm.agent", ""),
+    "Command": ("pyvmm.api.command", ""),
+    "CommandTimeout": ("pyvmm.agent", ""),
+    "Completed": ("pyvmm.agent", ""),
     "ConfigError": ("pyvmm.errors", ""),
+    "Copied": ("pyvmm.agent", ""),
     "Disk": ("pyvmm.machine.spec", "DiskSpec"),
     "Event": ("pyvmm.api.events", ""),
     "GuestEnded": ("pyvmm.api.errors", ""),
     "GuestPanic": ("pyvmm.api.errors", ""),
     "HostError": ("pyvmm.errors", ""),
+    "Info": ("pyvmm.agent", ""),
     "MonitorDied": ("pyvmm.api.errors", ""),
     "Net": ("pyvmm.machine.device_net", "Spec"),
+    "NoAgent": ("pyvmm.agent", ""),
     "Outcome": ("pyvmm.api.errors", ""),
     "Port": ("pyvmm.machine.device_ports", "PortSpec"),
     "PyvmmError": ("pyvmm.errors", ""),
@@ -59,16 +70,24 @@ _PUBLIC = {
 }
 __all__ = [
     "VM",
+    "AgentError",
     "AsyncVM",
     "Balloon",
+    "Clock",
+    "Command",
+    "CommandTimeout",
+    "Completed",
     "ConfigError",
+    "Copied",
     "Disk",
     "Event",
     "GuestEnded",
     "GuestPanic",
     "HostError",
+    "Info",
     "MonitorDied",
     "Net",
+    "NoAgent",
     "Outcome",
     "Port",
     "PyvmmError",

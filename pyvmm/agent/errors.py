@@ -22,6 +22,13 @@ class NoAgent(AgentError):
     """No agent answers in the guest."""
 
 
+class AgentGone(AgentError):
+    """The connection to the agent has ended: it, or the whole guest, is no more."""
+
+    def __init__(self) -> None:
+        super().__init__("the connection to the guest's agent has ended")
+
+
 class CommandTimeout(AgentError):
     """A command, or the agent itself, took longer than it might. `stdout` and `stderr` are what the
     command had written by then."""

@@ -6,13 +6,12 @@ import os
 import select
 import time
 
-from pyvmm.agent.errors import AgentError, CommandTimeout
+from pyvmm.agent.errors import AgentError, AgentGone, CommandTimeout
 from pyvmm.agent.protocol import HEADER, HELLO, MAX_DATA, NUMBER, VERSION, Frame, FrameType, frame
 from pyvmm.host.syscalls import Closable
 from pyvmm.host.unix_sockets import Socket
 
 _CHUNK = MAX_DATA + HEADER.size
-_GONE = "the connection to the guest's agent has ended"
 NOT_THE_AGENT = "what answers in the guest is not pyvmm's agent"
 
 
@@ -61,7 +60,7 @@ class Session(Closable):
                         raise failure(one)
         except CommandTimeout:
             pass
-        raise AgentError(_GONE)
+        raise AgentGone
 
     def receive(self) -> list[Frame]:
         """The frames that are there, without waiting; [] for none yet. Raises AgentError if the
@@ -79,7 +78,7 @@ class Session(Closable):
                 break
         found = self._take_frames()
         if self._ended and not found:
-            raise AgentError(_GONE)
+            raise AgentGone
         return found
 
     def _take_frames(self) -> list[Frame]:

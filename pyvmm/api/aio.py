@@ -9,15 +9,19 @@ goes on.
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
+from pyvmm.agent import Clock, Completed, Copied, Info, Output
 from pyvmm.api.cancellation import in_thread
+from pyvmm.api.command import Command
 from pyvmm.api.console import TIMEOUT_SECONDS, Console, Pattern
-from pyvmm.api.errors import Outcome
+from pyvmm.api.errors import TAIL_LINES, Outcome
 from pyvmm.api.events import Event
+from pyvmm.api.in_guest import READY_SECONDS, Path
 from pyvmm.api.vm import START_SECONDS, STOP_SECONDS, VM
 
 
@@ -97,6 +101,56 @@ class AsyncVM:
         """See `VM.console`."""
         return AsyncConsole(self.vm.console)
 
+    async def wait_ready(self, timeout: float | None = READY_SECONDS) -> Info:
+        """See `VM.wait_ready`."""
+        return await in_thread(self.vm.wait_ready, timeout)
+
+    async def run(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+        input: bytes | None = None,
+        timeout: float | None = None,
+        check: bool = False,
+    ) -> Completed:
+        """See `VM.run`. Cancelled, it ends the command."""
+        options = {"env": env, "cwd": cwd, "user": user, "input": input}
+        return await in_thread(self.vm.run, argv, timeout=timeout, check=check, **options)
+
+    async def popen(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+        stdin: bool = False,
+        tty: tuple[int, int] | None = None,
+        timeout: float | None = None,
+    ) -> AsyncCommand:
+        """See `VM.popen`."""
+        options = {"env": env, "cwd": cwd, "user": user, "stdin": stdin, "tty": tty}
+        return AsyncCommand(await in_thread(self.vm.popen, argv, timeout=timeout, **options))
+
+    async def push(self, local: Path, remote: str) -> Copied:
+        """See `VM.push`."""
+        return await in_thread(self.vm.push, local, remote)
+
+    async def pull(self, remote: str, local: Path) -> Copied:
+        """See `VM.pull`."""
+        return await in_thread(self.vm.pull, remote, local)
+
+    async def clock(self) -> Clock:
+        """See `VM.clock`."""
+        return await in_thread(self.vm.clock)
+
+    async def set_clock(self) -> Clock:
+        """See `VM.set_clock`."""
+        return await in_thread(self.vm.set_clock)
+
     async def status(self) -> dict[str, Any]:
         """See `VM.status`."""
         return await in_thread(self.vm.status)
@@ -129,6 +183,97 @@ class AsyncVM:
     def balloon(self) -> AsyncBalloonControl:
         """See `VM.balloon`."""
         return AsyncBalloonControl(self.vm)
+
+
+class AsyncCommand:
+    """A `Command`, with coroutines. Cancelling `read` or `wait` does not end the command; leaving
+    its `async with` block does."""
+
+    def __init__(self, command: Command) -> None:
+        """`AsyncVM.popen` makes one."""
+        self._command = command
+        self._pending: list[Output] = []
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def args(self) -> list[str]:
+        return self._command.args
+
+    @property
+    def returncode(self) -> int | None:
+        return self._command.returncode
+
+    @property
+    def pid(self) -> int | None:
+        return self._command.pid
+
+    async def read(self, timeout: float | None = None) -> Output | None:
+        """See `Command.read`; after `timeout` seconds it raises TimeoutError."""
+        async with asyncio.timeout(timeout):
+            while not self._pending:
+                if self.returncode is not None:
+                    return None
+                await _readable(self._command.fileno())
+                self._pending = await in_thread(self._command.receive)
+        return self._pending.pop(0)
+
+    async def events(self) -> AsyncIterator[Output]:
+        """See `Command.events`."""
+        while (piece := await self.read()) is not None:
+            yield piece
+
+    async def wait(self, timeout: float | None = None) -> int:
+        """See `Command.wait`; after `timeout` seconds it raises TimeoutError."""
+        async with asyncio.timeout(timeout):
+            while await self.read() is not None:
+                pass
+        assert self.returncode is not None
+        return self.returncode
+
+    async def write(self, data: bytes) -> int:
+        """See `Command.write`."""
+        return await in_thread(self._command.write, data)
+
+    async def close_stdin(self) -> None:
+        """See `Command.close_stdin`."""
+        await in_thread(self._command.close_stdin)
+
+    async def kill(self, signal: int) -> None:
+        """See `Command.kill`."""
+        await in_thread(self._command.kill, signal)
+
+    async def resize(self, rows: int, columns: int) -> None:
+        """See `Command.resize`."""
+        await in_thread(self._command.resize, rows, columns)
+
+    def close(self) -> None:
+        """See `Command.close`."""
+        self._command.close()
+
+
+async def _readable(fd: int) -> None:
+    loop = asyncio.get_running_loop()
+    ready: asyncio.Future[None] = loop.create_future()
+
+    def set() -> None:
+        if not ready.done():
+            ready.set_result(None)
+
+    loop.add_reader(fd, set)
+    try:
+        await ready
+    finally:
+        loop.remove_reader(fd)
 
 
 class AsyncBalloonControl:
@@ -192,6 +337,6 @@ class AsyncConsole:
     def text(self) -> str:
         return self._console.text
 
-    def tail(self, lines: int = 20) -> str:
+    def tail(self, lines: int = TAIL_LINES) -> str:
         """See `Console.tail`."""
         return self._console.tail(lines)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from pyvmm.errors import PyvmmError
 from pyvmm.machine.outcome import Ending
 
-TAIL_LINES = 20
+TAIL_LINES = 40
 
 
 class Outcome(NamedTuple):

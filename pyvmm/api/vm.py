@@ -15,6 +15,7 @@ from pyvmm.api import config_file
 from pyvmm.api.cancellation import woken_by
 from pyvmm.api.errors import Outcome, VMError, VMTimeout, add_console
 from pyvmm.api.events import Event, events_of
+from pyvmm.api.in_guest import InGuest, Path
 from pyvmm.api.monitor import Monitor, OwnMonitor
 from pyvmm.control.client import Client, NoAnswer, NotRunning, open_events
 from pyvmm.errors import ConfigError, HostError, PyvmmError
@@ -30,20 +31,21 @@ if TYPE_CHECKING:
     from pyvmm.machine.device_user import Spec as UserDevice
     from pyvmm.machine.device_vsock import Spec as Vsock
 
-Path = str | os.PathLike[str]
 Table = Mapping[str, Any]
 
 START_SECONDS = 300.0  # until the first instruction; an emulated host on a busy machine takes long
 STOP_SECONDS = 30.0
+_POWER_OFF_SECONDS = 5.0  # for the agent to take notice
 _KILL_SECONDS = 10.0
 _ENDING_SECONDS = 2.0  # between what a guest's end breaks, and the monitor's end
 
 
-class VM:
+class VM(InGuest):
     """A virtual machine.
 
         with VM(kernel="vmlinuz", initrd="initrd.img", disks=["root.img,snapshot"]) as vm:
-            vm.console.expect("login:")
+            vm.wait_ready()
+            print(vm.run(["uname", "-r"]).stdout)
 
     It is started by `start` or by entering a `with` block, at whose end it is stopped. It runs in a
     process of its own, which ends when this one does. Methods raise VMError or one of its kinds,
@@ -63,7 +65,7 @@ class VM:
         rng: Rng | bool | str | Table = False,
         devices: UserDevice | str | Table | Iterable[UserDevice | str | Table] = (),
         balloon: Balloon | bool | str | Table = False,
-        vsock: Vsock | bool | str | Table = False,
+        vsock: Vsock | bool | str | Table = True,
         cpus: int = 1,
         memory: int | str = "512M",
         cmdline: str = "",
@@ -75,8 +77,8 @@ class VM:
         kvm: str = "auto",
     ) -> None:
         """The options are those of `pyvmm run`. With neither an image nor a kernel it is the
-        default image, debian, built if it is not there. Unlike there, `rm` is the default: what
-        the guest changes on an image's disk is thrown away.
+        default image, debian, built if it is not there. Unlike there, `rm` is the default (what
+        the guest changes on an image's disk is thrown away), and `vsock`, which leads to its agent.
 
         Sizes are in bytes, or texts such as "2G"; what is structured is a specification
         (`Disk(…)`), a mapping with its fields, or a text as on the command line. Raises ConfigError
@@ -109,7 +111,7 @@ class VM:
         from pyvmm.api.attached import AttachedMonitor
 
         # What it was made from is known to its monitor only; `status` tells.
-        vm = cls(kernel="/", name=name)
+        vm = cls(kernel="/", name=name, vsock=False)
         vm._monitor = AttachedMonitor(name)
         vm._attached = True
         return vm
@@ -174,19 +176,34 @@ class VM:
     def stop(self, timeout: float = STOP_SECONDS, *, escalate: bool = True) -> Outcome:
         """End it, and wait until it has ended; how it did.
 
-        The monitor is asked to. After `timeout` seconds it is killed with `escalate`, and VMTimeout
-        is raised without. A VM that has ended, or has never been started, is left alone.
+        If it has disks that are kept, and an agent that has answered before, the guest is asked to
+        power off, so that its file systems are whole; else it stops on the spot, as by `pyvmm
+        stop`. After `timeout` seconds it is killed with `escalate`, and VMTimeout is raised
+        without. A VM that has ended, or has never been started, is left alone.
         """
         if self._monitor is None:
             return Outcome(None)
         monitor = self._monitor
-        monitor.signal(signal.SIGTERM)
+        if not self._asked_to_power_off(timeout):
+            monitor.signal(signal.SIGTERM)
         try:
             return monitor.wait(timeout)
         except VMTimeout:
             if not escalate:
                 raise
         return self.kill()
+
+    def _asked_to_power_off(self, timeout: float) -> bool:
+        image_kept = self._values["image"] is not None and not self._values["rm"]
+        kept = self._attached or image_kept or any(map(_is_kept, self.spec.disks))
+        if not (kept and self._was_ready) or self.outcome is not None:
+            return False
+        try:
+            with self._agent(patience=min(timeout, _POWER_OFF_SECONDS)) as agent:
+                agent.power_off()
+        except PyvmmError:
+            return False  # It is paused, say, or hangs.
+        return True
 
     def kill(self) -> Outcome:
         """End its process at once (SIGKILL), and wait until it has ended."""
@@ -311,7 +328,14 @@ class VM:
 
 def _may_be_its_end(error: Exception) -> bool:
     """Whether `error` is what a VM's end looks like to who has asked it for something."""
-    return isinstance(error, (NoAnswer, NotRunning, HostError, OSError))
+    from pyvmm.agent import AgentGone
+
+    return isinstance(error, (NoAnswer, NotRunning, AgentGone, HostError, OSError))
+
+
+def _is_kept(disk: DiskSpec) -> bool:
+    """Whether what is written to `disk` is still there when the VM has ended."""
+    return not (disk.read_only or disk.snapshot or disk.kind == "ram")
 
 
 class BalloonControl:

@@ -41,8 +41,9 @@ def test_the_command_line_has_every_option_and_no_other() -> None:
 def test_the_python_api_has_every_option_and_no_other() -> None:
     keywords = list(inspect.signature(VM).parameters.values())
     assert [keyword.name for keyword in keywords] == list(NAMES)
-    # What a VM of Python's changes goes with it, unless somebody wants it kept.
-    defaults = {option.name: option.default for option in OPTIONS} | {"rm": True}
+    # What a VM of Python's changes goes with it, and its guest has an agent.
+    python = {"rm": True, "vsock": True}
+    defaults = {option.name: option.default for option in OPTIONS} | python
     assert {k.name: k.default or None for k in keywords} == {
         name: default or None for name, default in defaults.items()
     }

@@ -1,0 +1,133 @@
+"""What a VM's guest is asked to do, by its agent."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from socket import SHUT_RDWR
+from typing import TYPE_CHECKING
+
+from pyvmm.api.cancellation import check as check_cancelled
+from pyvmm.api.cancellation import woken_by
+from pyvmm.control.client import connect_vsock
+
+if TYPE_CHECKING:
+    from pyvmm.agent import Agent, Clock, Completed, Copied, Info
+    from pyvmm.api.command import Command
+    from pyvmm.host.unix_sockets import Socket
+
+Path = str | os.PathLike[str]
+
+READY_SECONDS = 300.0
+_CONNECT_SECONDS = 60.0
+
+
+class InGuest(ABC):
+    """The part of `VM` that needs an agent in the guest, which all our images have."""
+
+    _was_ready = False  # whether it has answered before
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The VM's name."""
+
+    @abstractmethod
+    def _explained(self) -> AbstractContextManager[None]:
+        """In which errors become a VM's errors."""
+
+    def wait_ready(self, timeout: float | None = READY_SECONDS) -> Info:
+        """Wait until the guest's agent answers; what it says of itself. Raises NoAgent after
+        `timeout` seconds."""
+        with self._agent() as agent:
+            info = agent.wait_ready(timeout)
+        self._was_ready = True
+        return info
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+        input: bytes | None = None,
+        timeout: float | None = None,
+        check: bool = False,
+    ) -> Completed:
+        """Run a command in the guest to its end: `returncode` (negative for a signal), `stdout` and
+        `stderr` (bytes).
+
+        `env` is added to a plain environment, `cwd` is / without, `user` root. Raises
+        CommandTimeout after `timeout` seconds, AgentError for a command that is not there and,
+        with `check`, for one that fails.
+        """
+        with self._agent() as agent:
+            return agent.run(
+                argv, env=env, cwd=cwd, user=user, input=input, timeout=timeout, check=check
+            )
+
+    def popen(
+        self,
+        argv: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: str | None = None,
+        user: str | None = None,
+        stdin: bool = False,
+        tty: tuple[int, int] | None = None,
+        timeout: float | None = None,
+    ) -> Command:
+        """Start a command in the guest and talk to it while it runs; with `stdin` it gets input,
+        with `tty` a terminal of so many rows and columns. The rest is as for `run`."""
+        from pyvmm.api.command import Command
+
+        with self._agent() as agent:
+            process = agent.open(
+                argv, env=env, cwd=cwd, user=user, stdin=stdin, tty=tty, timeout=timeout
+            )
+        return Command(process, self._explained)
+
+    def push(self, local: Path, remote: str) -> Copied:
+        """Copy a file or a folder into the guest: into `remote` if that is a folder, else to that
+        name. Raises ConfigError, AgentError."""
+        with self._agent() as agent:
+            return agent.push(local, remote)
+
+    def pull(self, remote: str, local: Path) -> Copied:
+        """Copy a file or a folder out of the guest: into `local` if that is a folder, else to that
+        name. Raises ConfigError, AgentError."""
+        with self._agent() as agent:
+            return agent.pull(remote, local)
+
+    def clock(self) -> Clock:
+        """The guest's clock."""
+        with self._agent() as agent:
+            return agent.clock()
+
+    def set_clock(self) -> Clock:
+        """Set the guest's clock to this machine's; what it is then."""
+        with self._agent() as agent:
+            return agent.set_clock()
+
+    @contextmanager
+    def _agent(self, patience: float = _CONNECT_SECONDS) -> Iterator[Agent]:
+        """An agent whose connections end when this thread is to give up."""
+        from pyvmm.agent import PORT, Agent
+
+        connections: list[Socket] = []
+
+        def connect() -> Socket:
+            check_cancelled()
+            connections.append(connect_vsock(self.name, PORT, patience=patience))
+            return connections[-1]
+
+        def hang_up() -> None:
+            for connection in connections:
+                with suppress(OSError):  # closed already
+                    connection.shutdown(SHUT_RDWR)
+
+        with self._explained(), woken_by(hang_up):
+            yield Agent(connect)
