@@ -33,8 +33,8 @@ fuzz: .stamps/dev ## Random drivers against every device for SECONDS=60, from a 
 lint: .stamps/dev ## Style and types
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-bench: .stamps/dev .stamps/system ## Measure against QEMU and C; tables and JSON in benchmarks/results
-	@$(BIN)/python benchmarks/run.py
+bench: .stamps/bench .stamps/system ## Measure against QEMU and C, or ONLY="vhost_user boot"; charts in docs/charts
+	@$(BIN)/python benchmarks/run.py $(ONLY)
 
 doctor: .stamps/venv ## Say what this machine can do
 	@$(BIN)/pyvmm doctor
@@ -64,3 +64,7 @@ clean: ## Remove the virtual environment and the stamps (images stay in the cach
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@$(BIN)/python -m compileall -q pyvmm # in the emulated host nothing that Python compiles is kept
 	@touch $@ .stamps/venv
+
+.stamps/bench: .stamps/dev
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,bench]' && touch $@ || \
+		echo "No charts: matplotlib could not be installed"

@@ -1,23 +1,26 @@
-"""`make bench`: every benchmark in turn; tables, and JSON in benchmarks/results/.
+"""`make bench`: every benchmark in turn; tables, benchmarks/results/, and charts in docs/charts/.
 
-    python benchmarks/run.py [PART…] [--quick]
+    python benchmarks/run.py [PART…] [--quick]          make bench ONLY="vhost_user boot"
 
-A part that this machine cannot run is skipped, and the reason is printed. Results:
-benchmarks/results/latest.json, with what machine they are from, and latest.md.
+A part that this machine cannot run, or that takes longer than its limit, is skipped, and the reason
+is printed. Results: benchmarks/results/latest.json and latest.md. Parts that were not chosen keep
+what they had there; each tells what machine it is from, and when.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,8 +33,29 @@ class Part(NamedTuple):
 
     name: str
     title: str
+    limit: int  # seconds that it may take; several times of what it does on a quiet machine
     quick: tuple[str, ...]  # the arguments of --quick
     lacks: Callable[[], str]
+    usual: tuple[str, ...] = ()  # the arguments otherwise
+
+
+class Skipped(NamedTuple):
+    """There are no figures, and why."""
+
+    reason: str
+
+
+class Failed(NamedTuple):
+    """It ended with this exit code."""
+
+    code: int
+
+
+class Measured(NamedTuple):
+    """Its JSON and its table."""
+
+    figures: dict[str, Any]
+    table: str
 
 
 def lacks_kvm() -> str:
@@ -73,43 +97,92 @@ PARTS = (
     Part(
         "native_kvm",
         "Exits to user space: pyvmm's loop against a plain C loop",
+        90,
         ("--rounds", "5"),
         lacks_kvm_or_compiler,
     ),
-    Part("start", "Start of `pyvmm run`", ("--rounds", "5"), lacks_kvm),
+    Part("start", "Start of `pyvmm run`", 90, ("--rounds", "5"), lacks_kvm),
     Part(
         "blk_mock",
         "virtio-blk without a guest: 4 KiB reads a second",
+        60,
         ("--seconds", "0.5"),
         lambda: "",
     ),
     Part(
-        "queues", "Virtqueues by themselves: nanoseconds per chain", ("--rounds", "50"), lambda: ""
+        "queues",
+        "Virtqueues by themselves: nanoseconds per chain",
+        120,
+        ("--rounds", "50"),
+        lambda: "",
     ),
-    Part("net", "Network: pyvmm and QEMU microvm", ("--rounds", "1"), lacks_qemu),
-    Part("boot", "Boot to init: pyvmm and QEMU microvm", ("--runs", "1"), lacks_qemu),
     Part(
         "vhost_user",
         "virtio-blk over vhost-user: pyvmm and qemu-storage-daemon",
+        300,
         ("--rounds", "1", "--seconds", "0.3"),
         lacks_storage_daemon,
+    ),
+    Part(
+        "guest_disk",
+        "The disk of a Linux guest: fio on pyvmm and QEMU microvm",
+        480,
+        ("--rounds", "1", "--seconds", "0.3"),
+        lacks_qemu,
+    ),
+    Part(
+        "disk_latency",
+        "The disk's latency while a vCPU spins and prints",
+        300,
+        ("--rounds", "1", "--guest-rounds", "1", "--seconds", "0.1"),
+        lambda: lacks_kvm() and lacks_qemu(),
+    ),
+    Part("net", "Network: pyvmm and QEMU microvm", 300, ("--rounds", "1"), lacks_qemu),
+    Part(
+        "boot",
+        "Boot to init: pyvmm and QEMU microvm",
+        240,
+        ("--runs", "1"),
+        lacks_qemu,
+        ("--programs", "pyvmm,qemu"),
     ),
 )
 
 
-def run_part(part: Part, *, quick: bool) -> tuple[dict[str, Any], str]:
-    """Its JSON and its table. What it says meanwhile on standard error is shown."""
+def run_part(part: Part, *, quick: bool) -> Measured | Skipped | Failed:
+    """What it says meanwhile on standard error is shown."""
+    reason = part.lacks()
+    if reason:
+        return Skipped(reason)
     with tempfile.NamedTemporaryFile(suffix=".json") as figures:
         command = [sys.executable, str(HERE / f"{part.name}.py"), "--json", figures.name]
-        command += part.quick if quick else ()
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if done.returncode != 0:
-            return {"failed": done.returncode}, f"FAILED: it ended with {done.returncode}"
-        return json.loads(Path(figures.name).read_text()), done.stdout.rstrip()
+        command += part.usual + (part.quick if quick else ())
+        # A session of its own: at the limit all that it has started ends with it.
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        try:
+            said, _ = process.communicate(timeout=part.limit)
+        except subprocess.TimeoutExpired:
+            return Skipped(f"it took longer than its limit of {part.limit} s")
+        finally:
+            end_session(process)
+        if process.returncode != 0:
+            return Failed(process.returncode)
+        return Measured(json.loads(Path(figures.name).read_text()), said.rstrip())
+
+
+def end_session(process: subprocess.Popen[str]) -> None:
+    """End `process`, if it runs, and whatever it has left behind."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=5)
 
 
 def machine() -> dict[str, Any]:
-    """What the figures are from."""
+    """What figures are from, and when."""
     model = "unknown"
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -125,18 +198,60 @@ def machine() -> dict[str, Any]:
     }
 
 
-def markdown(about: dict[str, Any], tables: Iterable[tuple[Part, str]]) -> str:
+def entry_of(outcome: Measured | Skipped | Failed, about: dict[str, Any]) -> dict[str, Any]:
+    """What latest.json has of a part."""
+    entry: dict[str, Any] = {"machine": about}
+    if isinstance(outcome, Skipped):
+        return {**entry, "skipped": outcome.reason}
+    if isinstance(outcome, Failed):
+        return {**entry, "failed": outcome.code}
+    return {**entry, "figures": outcome.figures, "table": outcome.table}
+
+
+def text_of(entry: dict[str, Any]) -> str:
+    """The table of a part, or why there is none."""
+    if "skipped" in entry:
+        return f"skipped: {entry['skipped']}"
+    if "failed" in entry:
+        return f"FAILED: it ended with {entry['failed']}"
+    return str(entry["table"])
+
+
+def markdown(results: dict[str, Any]) -> str:
     """The whole result for a reader."""
-    lines = [
-        "# Benchmarks",
-        "",
-        f"{about['time']}: Python {about['python']}, Linux {about['kernel']}, "
-        f"{about['processors']} x {about['processor']}, load average {about['load_average']}",
-    ]
-    for part, table in tables:
-        body = table if table.startswith("|") else f"```\n{table}\n```"
-        lines += ["", f"## {part.title}", "", f"`python benchmarks/{part.name}.py`", "", body]
+    lines = ["# Benchmarks"]
+    for part in PARTS:
+        if part.name not in results:
+            continue
+        entry = results[part.name]
+        about, text = entry["machine"], text_of(entry)
+        lines += ["", f"## {part.title}", ""]
+        lines += [
+            f"`python benchmarks/{part.name}.py`, {about['time']}: Python {about['python']},"
+            f" Linux {about['kernel']}, {about['processors']} x {about['processor']},"
+            f" load average {about['load_average']}",
+        ]
+        lines += ["", text if text.startswith("|") else f"```\n{text}\n```"]
     return "\n".join(lines) + "\n"
+
+
+def earlier() -> dict[str, Any]:
+    """The results that there are, or none."""
+    try:
+        found = json.loads((RESULTS / "latest.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return {name: entry for name, entry in found.items() if "machine" in entry}
+
+
+def draw() -> str:
+    """Draw the charts; why that could not be done, or ""."""
+    try:
+        import charts
+    except ImportError as error:
+        return f"{error}; pip install -e '.[bench]'"
+    charts.draw_all(RESULTS / "latest.json", charts.FOLDER)
+    return ""
 
 
 def main() -> int:
@@ -144,28 +259,27 @@ def main() -> int:
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(p.name for p in PARTS))
     parser.add_argument("--quick", action="store_true", help="few rounds: does it still run?")
     options = parser.parse_args()
-    unknown = set(options.parts) - {part.name for part in PARTS}
+    chosen = {name for word in options.parts for name in word.split(",") if name}
+    unknown = chosen - {part.name for part in PARTS}
     if unknown:
         parser.error(f"no benchmark is called {', '.join(sorted(unknown))}")
-    about = machine()
-    results: dict[str, Any] = {"machine": about}
-    tables: list[tuple[Part, str]] = []
+    results, failed = earlier(), False
     for part in PARTS:
-        if options.parts and part.name not in options.parts:
+        if chosen and part.name not in chosen:
             continue
         print(f"\n{part.title} ({part.name})", flush=True)
-        reason = part.lacks()
-        if reason:
-            results[part.name], table = {"skipped": reason}, f"skipped: {reason}"
-        else:
-            results[part.name], table = run_part(part, quick=options.quick)
-        print(table, flush=True)
-        tables.append((part, table))
+        about = machine()
+        outcome = run_part(part, quick=options.quick)
+        results[part.name] = entry_of(outcome, about)
+        failed |= isinstance(outcome, Failed)
+        print(text_of(results[part.name]), flush=True)
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "latest.json").write_text(json.dumps(results, indent=2) + "\n")
-    (RESULTS / "latest.md").write_text(markdown(about, tables))
+    (RESULTS / "latest.md").write_text(markdown(results))
     print(f"\nWritten: {RESULTS / 'latest.json'} and latest.md")
-    return int(any("failed" in result for result in results.values()))
+    reason = draw()
+    print(f"Charts skipped: {reason}" if reason else "Drawn: docs/charts/")
+    return int(failed)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,279 @@
+"""The disk of a Linux guest: fio in it, on pyvmm and on QEMU's microvm, load by load in turn.
+
+    python benchmarks/guest_disk.py [--json FILE] [--rounds 5] [--seconds 1] [--cpus 1]
+
+All monitors run in one emulated KVM host at the same time, with the same kernel, memory and vCPUs
+and alike files on tmpfs; only one of them has work at a time, and they change after every load.
+What is in there is 10 to 20 times slower than on real KVM, so the ratios are what counts.
+
+QEMU has a thread for the disk (an iothread) and comes twice, with aio=threads and aio=io_uring; the
+ratio is to the one that has the better median. Exits and interrupts are KVM's own counters, without
+those that fio needs to start.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+import guest_lab
+from guest_lab import Answer, Guest, Machine
+
+DISK_MIB = 64
+TIMEOUT = 1200.0
+FIO = (
+    "fio --name=l --filename=/dev/vdc --direct=1 --ioengine=libaio --thread --norandommap"
+    " --minimal --terse-version=3"
+)
+# What of KVM's counters is shown, per request.
+COUNTS = {"exits": "exits", "io_exits": "port", "mmio_exits": "MMIO", "halt_exits": "HLT"}
+COUNTS |= {"irq_injections": "interrupts", "signal_exits": "signals"}
+# Where terse output has its figures: milliseconds, requests a second, and the list of percentiles.
+RUNTIME, RATE, PERCENTILES = 8, 7, 17
+WRITE_OFFSET = 41
+
+
+class Load(NamedTuple):
+    """One of fio's jobs. `wanted` is the least ratio of our rate to QEMU's."""
+
+    name: str
+    rw: str
+    size: str
+    depth: int
+    wanted: float = 1.0
+
+    @property
+    def command(self) -> str:
+        return f"{FIO} --rw={self.rw} --bs={self.size} --iodepth={self.depth}"
+
+
+LOADS = (
+    Load("4k randread QD1", "randread", "4k", 1),
+    Load("4k randread QD32", "randread", "4k", 32),
+    Load("4k randwrite QD1", "randwrite", "4k", 1),
+    Load("4k randwrite QD32", "randwrite", "4k", 32),
+    Load("128k read QD8", "read", "128k", 8),
+    Load("128k write QD8", "write", "128k", 8),
+    Load("1M read QD4", "read", "1M", 4),
+    Load("1M write QD4", "write", "1M", 4),
+)
+
+
+class Setup(TypedDict):
+    """What the part inside the emulated host is told, as JSON."""
+
+    kernel: str
+    initrd: str
+    root: str
+    script: str
+    cpus: int
+    rounds: int
+    seconds: float
+    programs: list[str]
+    loads: list[str]
+
+
+class Run(TypedDict):
+    """One load on one monitor."""
+
+    rate: float  # requests a second
+    p99_us: float
+    requests: float
+    counts: dict[str, float]
+
+
+class Terse(NamedTuple):
+    """What fio found: requests a second and in all, and percentiles of the latency in µs."""
+
+    rate: float
+    requests: float
+    p50: float
+    p99: float
+
+
+def read_terse(line: str, *, write: bool) -> Terse:
+    """The figures in a line of fio's terse output, of the reads or of the writes.
+
+    Raises RuntimeError if it is none, or tells of an error.
+    """
+    fields = line.split(";")
+    if len(fields) < 2 * WRITE_OFFSET or fields[4] != "0":
+        raise RuntimeError(f"fio failed: {line[-500:]}")
+    at = WRITE_OFFSET if write else 0
+    rate, seconds = float(fields[RATE + at]), float(fields[RUNTIME + at]) / 1000
+    listed = fields[PERCENTILES + at : PERCENTILES + at + 20]
+    percentiles = dict(field.split("%=") for field in listed)
+    p50, p99 = (float(percentiles[name]) for name in ("50.000000", "99.000000"))
+    return Terse(rate, rate * seconds, p50, p99)
+
+
+def measure(guest: Guest, load: Load, seconds: float, start: dict[str, int]) -> Run:
+    """Run `load` in `guest`; `start` is what fio's start alone makes KVM count."""
+    answer = guest.order(f"{load.command} --time_based --runtime={seconds * 1000:.0f}ms")
+    found = read_terse(answer.text.splitlines()[-1], write="write" in load.rw)
+    counts = {
+        name: max(0, answer.counts.get(name, 0) - start.get(name, 0)) / max(found.requests, 1)
+        for name in COUNTS
+    }
+    return Run(rate=found.rate, p99_us=found.p99, requests=found.requests, counts=counts)
+
+
+def start_of_fio(guest: Guest) -> Answer:
+    """fio with next to nothing to do."""
+    return guest.order(f"{FIO} --rw=randread --bs=4k --iodepth=1 --number_ios=1 --size=4k")
+
+
+def command_of(name: str, setup: Setup) -> list[str]:
+    """The monitor called `name`, with a disk of its own: each locks it."""
+    disk = f"/dev/shm/{name.replace(' ', '-')}.img"
+    guest_lab.prepare_disk(disk, DISK_MIB)
+    machine = Machine(
+        setup["kernel"], setup["initrd"], setup["root"], setup["script"], disk, setup["cpus"]
+    )
+    if name == "pyvmm":
+        return guest_lab.pyvmm_command(machine, [sys.executable])
+    return guest_lab.qemu_command(machine, name.split()[1])
+
+
+def inside(setup: Setup) -> dict[str, Any]:
+    """Runs in the emulated host. All of the monitors, load by load."""
+    guest_lab.mount_debugfs()
+    commands = {name: command_of(name, setup) for name in setup["programs"]}
+    found: dict[str, dict[str, list[Run]]] = {}
+    with guest_lab.guests(commands) as guests:
+        starts = {}
+        for name, guest in guests.items():
+            start_of_fio(guest)  # its files come into the guest's page cache
+            starts[name] = start_of_fio(guest).counts
+        for load in LOADS:
+            if load.name in setup["loads"]:
+                names = list(guests)
+                for number in range(setup["rounds"] + 1):
+                    # Whoever comes first in a round, so that none always follows the same other.
+                    for name in sorted(names, reverse=bool(number % 2)):
+                        run = measure(guests[name], load, setup["seconds"], starts[name])
+                        tell(load, name, run)
+                        if number:  # the first round warms up
+                            found.setdefault(load.name, {}).setdefault(name, []).append(run)
+    return found
+
+
+def tell(load: Load, name: str, run: Run) -> None:
+    """Show that it goes on."""
+    counts = " ".join(f"{COUNTS[key]} {value:.2f}" for key, value in run["counts"].items())
+    line = f"{load.name:18} {name:14} {run['rate']:8.0f}/s p99 {run['p99_us']:6.0f} µs {counts}"
+    print(line, file=sys.stderr, flush=True)
+
+
+def summary(found: dict[str, dict[str, list[Run]]]) -> dict[str, Any]:
+    """Medians and ratios by load."""
+    rows = []
+    for load in LOADS:
+        if load.name not in found:
+            continue
+        programs = {name: median_of(runs) for name, runs in found[load.name].items()}
+        row: dict[str, Any] = {"load": load.name, "wanted": load.wanted, "programs": programs}
+        others = {name: data for name, data in programs.items() if name != "pyvmm"}
+        if others and "pyvmm" in programs:
+            best = max(others, key=lambda name: others[name]["rate"])
+            row["best_qemu"] = best
+            row["ratio"] = round(programs["pyvmm"]["rate"] / others[best]["rate"], 2)
+            pairs = zip(found[load.name]["pyvmm"], found[load.name][best], strict=True)
+            row["ratios"] = [round(ours["rate"] / theirs["rate"], 2) for ours, theirs in pairs]
+        rows.append(row)
+    return {"rows": rows}
+
+
+def median_of(runs: list[Run]) -> dict[str, Any]:
+    """The medians of each figure of `runs`, and every rate."""
+    return {
+        "rate": round(statistics.median(run["rate"] for run in runs), 1),
+        "rates": [round(run["rate"], 1) for run in runs],
+        "p99_us": round(statistics.median(run["p99_us"] for run in runs)),
+        "counts": {
+            name: round(statistics.median(run["counts"][name] for run in runs), 3)
+            for name in COUNTS
+        },
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """`result` as two Markdown tables."""
+    lines = ["| load | pyvmm, requests/s | QEMU | its aio | ratio | each round | wanted |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for row in result["rows"]:
+        if "ratio" not in row:
+            continue
+        ours, best = row["programs"]["pyvmm"]["rate"], row["programs"][row["best_qemu"]]["rate"]
+        each = " ".join(f"{ratio:.2f}" for ratio in row["ratios"])
+        lines.append(
+            f"| {row['load']} | {ours:,.0f} | {best:,.0f} | {row['best_qemu'].split()[-1]} |"
+            f" {row['ratio']:.2f} | {each} | {row['wanted']:.1f} |"
+        )
+    titles = " | ".join(COUNTS.values())
+    lines += ["", f"| for each request | | {titles} | p99, µs |"]
+    lines.append("|---|---|" + "---|" * (len(COUNTS) + 1))
+    for row in result["rows"]:
+        for name, data in row["programs"].items():
+            counts = " | ".join(f"{data['counts'][key]:.2f}" for key in COUNTS)
+            lines.append(f"| {row['load']} | {name} | {counts} | {data['p99_us']:,} |")
+    return "\n".join(lines)
+
+
+def outside(options: argparse.Namespace) -> dict[str, Any]:
+    """Prepare the images and start the emulated host."""
+    from pyvmm import images
+
+    files = images.artifacts(options.kernel, "test", make=True)
+    with tempfile.TemporaryDirectory() as folder:
+        script = os.path.join(folder, "script")
+        guest_lab.write_script(script)
+        setup = Setup(
+            kernel=files.bzimage,
+            initrd=files.initramfs,
+            root=files.rootfs,
+            script=script,
+            cpus=options.cpus,
+            rounds=options.rounds,
+            seconds=options.seconds,
+            programs=options.programs.split(","),
+            loads=options.loads.split(","),
+        )
+        found = guest_lab.run_inside(__file__, dict(setup), memory_mib=2560, timeout=TIMEOUT)
+    return {"kernel": options.kernel, "cpus": options.cpus, **summary(found)}
+
+
+def main(arguments: Iterable[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.0, help="for each load")
+    parser.add_argument("--cpus", type=int, default=1)
+    parser.add_argument("--kernel", default="6.1")
+    parser.add_argument("--programs", default="pyvmm,qemu threads,qemu io_uring")
+    parser.add_argument(
+        "--loads",
+        default=",".join(load.name for load in LOADS),
+        help="those to run, by name, with commas between",
+    )
+    parser.add_argument("--inside", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments if arguments is None else list(arguments))
+    if options.inside:
+        print(json.dumps(inside(json.loads(options.inside))))
+        return 0
+    result = outside(options)
+    print(table(result))
+    if options.json:
+        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

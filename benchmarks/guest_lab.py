@@ -1,0 +1,204 @@
+"""What the benchmarks with a Linux guest share: guests that take orders, on pyvmm and on QEMU.
+
+Everything here runs in the emulated KVM host. Several guests can be up at once; all but one of them
+wait for a line on their serial port, so that loads can take turns between monitors within seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+DEBUGFS = Path("/sys/kernel/debug")
+PATIENCE = 120.0  # seconds for one answer of a guest
+# As in boot.py: the lean machine of QEMU's documentation, with a serial port and a clock.
+MICROVM = "microvm,x-option-roms=off,pit=off,pic=off,isa-serial=on,rtc=on"
+PARAMETERS = "console=ttyS0 panic=-1 reboot=k pci=off quiet root=/dev/vda rw"
+# The guest's side. An order is a line: shell commands. What they print goes to the serial port only
+# when all is done and counted, because each character of it is an exit.
+SCRIPT = """\
+exec < /dev/ttyS0
+stty -echo
+echo lab-ready
+while read -r order; do
+    eval "$order" > /run/answer 2>&1
+    echo lab-done
+    read -r go
+    cat /run/answer
+    echo lab-end
+done
+"""
+
+
+class Machine(NamedTuple):
+    """What a guest boots from and of what size it is, the same for every monitor."""
+
+    kernel: str
+    initrd: str
+    root: str
+    script: str  # a file with SCRIPT in it
+    disk: str  # what is measured
+    cpus: int = 1
+    memory_mib: int = 256
+
+
+def pyvmm_command(machine: Machine, python: Sequence[str]) -> list[str]:
+    """pyvmm, as a user would type it."""
+    return [
+        *(*python, "-m", "pyvmm", "run", "--kvm=host", "--memory", f"{machine.memory_mib}M"),
+        *("--cpus", str(machine.cpus), "--kernel", machine.kernel, "--initrd", machine.initrd),
+        *("--disk", f"{machine.root},snapshot", "--disk", f"{machine.script},readonly"),
+        *("--disk", machine.disk),
+        *("--cmdline", "quiet pyvmm.exec=/dev/vdb"),
+    ]
+
+
+def qemu_command(machine: Machine, aio: str) -> list[str]:
+    """QEMU's microvm: the same disks, the last one with a thread of its own."""
+    command = ["qemu-system-x86_64", "-M", MICROVM, "-enable-kvm", "-cpu", "host"]
+    command += ["-m", str(machine.memory_mib), "-smp", str(machine.cpus)]
+    command += ["-global", "virtio-mmio.force-legacy=false"]
+    command += ["-nodefaults", "-no-user-config", "-nographic", "-serial", "stdio"]
+    command += ["-kernel", machine.kernel, "-initrd", machine.initrd]
+    command += ["-append", f"{PARAMETERS} pyvmm.exec=/dev/vdb", "-object", "iothread,id=thread"]
+    for index, file in enumerate((machine.root, machine.script)):
+        command += ["-drive", f"id=d{index},file={file},format=raw,if=none,snapshot=on"]
+        command += ["-device", f"virtio-blk-device,drive=d{index}"]
+    command += ["-drive", f"id=disk,file={machine.disk},format=raw,if=none,aio={aio}"]
+    command += ["-device", "virtio-blk-device,drive=disk,iothread=thread"]
+    return command
+
+
+class Answer(NamedTuple):
+    """What an order printed, and KVM's own counters for the time that it took."""
+
+    text: str
+    seconds: float
+    counts: dict[str, int]
+
+
+class Guest:
+    """A running monitor whose guest takes orders."""
+
+    def __init__(self, command: Sequence[str]) -> None:
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            bufsize=0,
+        )
+        self._name = command[0]
+        self._seen = b""
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def wait_until_up(self) -> None:
+        """Raises RuntimeError if it does not come up."""
+        self._read_until(b"lab-ready")
+
+    def order(self, commands: str) -> Answer:
+        """Let the guest's shell run `commands`. Raises RuntimeError if it does not answer."""
+        before, start = kvm_counts(self.pid), time.monotonic()
+        self._send(commands)
+        self._read_until(b"lab-done")
+        after, end = kvm_counts(self.pid), time.monotonic()
+        self._send("go")
+        text = self._read_until(b"lab-end").decode(errors="replace").replace("\r", "")
+        counts = {name: after[name] - value for name, value in before.items() if name in after}
+        return Answer(text.strip(), end - start, counts)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def _send(self, line: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line.encode() + b"\n")
+
+    def _read_until(self, mark: bytes) -> bytes:
+        assert self._process.stdout is not None
+        until = time.monotonic() + PATIENCE
+        while mark not in self._seen:
+            left = max(0.0, until - time.monotonic())
+            ready, _, _ = select.select([self._process.stdout], [], [], left)
+            data = os.read(self._process.stdout.fileno(), 65536) if ready else b""
+            if not data:
+                tail = self._seen[-2000:].decode(errors="replace")
+                raise RuntimeError(f"{self._name}: no {mark.decode()}; its output:\n{tail}")
+            self._seen += data
+        before, _, self._seen = self._seen.partition(mark)
+        return before
+
+
+@contextmanager
+def guests(commands: dict[str, list[str]]) -> Iterator[dict[str, Guest]]:
+    """A guest for each command, all of them up; they are killed at the end."""
+    running: dict[str, Guest] = {}
+    try:
+        for name, command in commands.items():
+            running[name] = Guest(command)
+            running[name].wait_until_up()
+        yield running
+    finally:
+        for guest in running.values():
+            guest.close()
+
+
+def mount_debugfs() -> None:
+    """KVM's counters are there."""
+    subprocess.run(["mount", "-t", "debugfs", "debugfs", str(DEBUGFS)], check=True)
+
+
+def kvm_counts(pid: int) -> dict[str, int]:
+    """What KVM counted for the machine of process `pid`, over all its vCPUs."""
+    counts: dict[str, int] = {}
+    for folder in DEBUGFS.glob(f"kvm/{pid}-*"):
+        for file in folder.iterdir():
+            text = file.read_text() if file.is_file() else ""
+            if text.strip().isdecimal():  # others are histograms
+                counts[file.name] = int(text)
+    return counts
+
+
+def prepare_disk(path: str, mib: int) -> None:
+    """A file with something in every block, so that reads do not meet holes."""
+    block = bytes(range(256)) * 4096
+    with open(path, "wb") as file:
+        for _ in range(mib):
+            file.write(block)
+
+
+def write_script(path: str) -> None:
+    """SCRIPT as a disk."""
+    text = SCRIPT.encode()
+    Path(path).write_bytes(text + bytes(-len(text) % 512))
+
+
+def run_inside(program: str, setup: dict[str, Any], *, memory_mib: int, timeout: float) -> Any:
+    """Run `program --inside SETUP` in an emulated KVM host; the JSON that it prints.
+
+    Raises RuntimeError if it fails or takes longer than `timeout` seconds.
+    """
+    command = [sys.executable, "-m", "pyvmm.emulated_host", "--memory", str(memory_mib), "--"]
+    command += [sys.executable, os.path.abspath(program), "--inside", json.dumps(setup)]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        process.communicate()
+        raise RuntimeError(f"it took longer than {timeout:.0f} s") from None
+    if process.returncode:
+        raise RuntimeError(f"the part in the emulated host ended with {process.returncode}")
+    return json.loads(output)
