@@ -7,9 +7,10 @@ import os
 import select
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
-from pyvmm.agent.errors import AgentError, CommandTimeout, NoAgent
+from pyvmm.agent.errors import AgentError, AgentGone, CommandTimeout, NoAgent
 from pyvmm.agent.files import Copied, pull, push
 from pyvmm.agent.process import STDOUT, Process, run_request
 from pyvmm.agent.protocol import TIME, TIMES, FrameType
@@ -222,7 +223,8 @@ class Agent:
         deadline = time.monotonic() + PATIENCE
         with self._session() as session:
             session.send(FrameType.POWER_OFF, bytes([quick]), deadline)
-            session.answer(FrameType.DONE, 0, deadline)
+            with suppress(AgentGone):  # the guest was quicker than its answer
+                session.answer(FrameType.DONE, 0, deadline)
 
 
 def _clock(realtime: int, boottime: int, before: int) -> Clock:

@@ -17,6 +17,8 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 # By name: its module, in the order of --help. In there the command has the same name, - being _.
 COMMANDS = {
     "run": "pyvmm.cli.run",
+    "exec": "pyvmm.cli.guest",
+    "cp": "pyvmm.cli.guest",
     "ps": "pyvmm.cli.control",
     "stop": "pyvmm.cli.control",
     "pause": "pyvmm.cli.control",
@@ -51,9 +53,9 @@ class Commands(click.Group):
 def cli() -> None:
     """A KVM microVM monitor in Python.
 
-    `pyvmm run` boots a Linux kernel, `pyvmm ps`, `stop`, `pause` and `resume` look after VMs that
-    run, `pyvmm doctor` says what this machine can do, and `pyvmm image` builds a kernel and a root
-    disk to try it with.
+    `pyvmm run` boots a Linux kernel, `pyvmm exec` and `cp` reach into a guest, `pyvmm ps`, `stop`,
+    `pause` and `resume` look after VMs that run, `pyvmm doctor` says what this machine can do, and
+    `pyvmm image` builds a kernel and a root disk to try it with.
     """
 
 

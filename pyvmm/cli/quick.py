@@ -29,6 +29,7 @@ DEFAULTS: dict[str, Any] = {
     "rm": False,
     "detach": False,
     "log_format": "text",
+    "command": (),
     "debug": False,
 }
 CHOICES = {
@@ -37,7 +38,7 @@ CHOICES = {
     "log_format": ("text", "json"),
 }
 _NO_VALUE = {"--rm": "rm", "--detach": "detach", "-d": "detach"}
-_NO_SUCH_FLAG = ("debug", "image", *_NO_VALUE.values())
+_NO_SUCH_FLAG = ("debug", "image", "command", *_NO_VALUE.values())
 _FLAGS = {
     "--disk" if name == "disks" else f"--{name.replace('_', '-')}": name
     for name in DEFAULTS
@@ -45,12 +46,22 @@ _FLAGS = {
 }
 
 
+def split_command(argv: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
+    """What is for `pyvmm run` and, behind the first ``--``, what is to run in the guest."""
+    words = list(argv)
+    if "--" not in words:
+        return words, ()
+    place = words.index("--")
+    return words[:place], tuple(words[place + 1 :])
+
+
 def parse_run(argv: Sequence[str]) -> dict[str, Any] | None:
     """The parameters of `run` that `argv` gives, or None if click should look at it."""
     if argv[:1] != ["run"]:
         return None
     values = dict(DEFAULTS)
-    words = iter(argv[1:])
+    options, values["command"] = split_command(argv[1:])
+    words = iter(options)
     for word in words:
         if word in _NO_VALUE:
             values[_NO_VALUE[word]] = True

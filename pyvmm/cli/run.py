@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from pyvmm.cli.quick import CHOICES
+from pyvmm.cli.quick import CHOICES, split_command
 from pyvmm.cli.start import start
 from pyvmm.machine.spec import TRACE_KINDS
 
@@ -14,6 +14,7 @@ EPILOG = """\b
 Examples:
   pyvmm run                       Debian, built at the first use; ends by poweroff
   pyvmm run --rm debian-systemd   another image; what the guest changes is thrown away
+  pyvmm run --rm -- uname -r      boots, runs a command, exits with its code
   pyvmm run --kernel vmlinuz --initrd initrd.img --disk debian.img
   pyvmm run --kernel vmlinux --disk root.img --disk data.img,readonly,id=data,bps=20M,iops=500
   pyvmm run --kernel vmlinux --disk base.img,snapshot --disk big.qcow2
@@ -39,7 +40,18 @@ Exit codes:
 """
 
 
-@click.command(epilog=EPILOG)
+class _RunCommand(click.Command):
+    """With everything behind ``--``, which click would drop, as the parameter `command`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        options, ctx.params["command"] = split_command(args)
+        return super().parse_args(ctx, options)
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        return [*super().collect_usage_pieces(ctx), "[-- CMD [ARG]...]"]
+
+
+@click.command(cls=_RunCommand, epilog=EPILOG)
 @click.argument("image", required=False)
 @click.option(
     "--kernel",
@@ -107,9 +119,15 @@ Exit codes:
 )
 @click.option(
     "--vsock",
-    metavar="[cid=N,]path=PATH[,packed]",
+    metavar="[cid=N][,path=PATH][,packed]",
+    is_flag=False,
+    flag_value="",
     help="Add a virtio-vsock device. A program connects to the socket at PATH and sends CONNECT "
-    "PORT; a guest that connects to port N of CID 2 reaches the listener at PATH_N.",
+    "PORT; a guest that connects to port N of CID 2 reaches the listener at PATH_N. Without a path "
+    "there is the control socket's way: pyvmm exec, pyvmm cp.",
+)
+@click.option(
+    "--agent", is_flag=True, help="Have pyvmm exec and cp reach the guest: a vsock device."
 )
 @click.option("--cpus", type=int, default=1, show_default=True, help="Number of vCPUs.")
 @click.option(
@@ -150,7 +168,11 @@ Exit codes:
     help="The VM's name, in messages and for pyvmm ps, stop, pause…; what it has changed on "
     "IMAGE's disk is kept under it.  [default: IMAGE's or vm, or vm-2…]",
 )
-@click.option("--rm", is_flag=True, help="Throw away what the guest changes on IMAGE's disk.")
+@click.option(
+    "--rm",
+    is_flag=True,
+    help="Throw away what the guest changes on IMAGE's disk; with CMD, on whatever root disk.",
+)
 @click.option(
     "--config",
     metavar="FILE",
@@ -180,6 +202,7 @@ def run(
     detach: bool,
     log_format: str,
     debug: bool,
+    command: tuple[str, ...],
     **options: Any,
 ) -> int:
     """Boot a Linux guest and join its serial console to this terminal.
@@ -187,6 +210,10 @@ def run(
     IMAGE is one that `pyvmm image list` shows; with neither it nor --kernel it is debian. The disk
     of an image is /dev/vda, --disk adds others; where only disks are named, the kernel of debian
     boots from the first.
+
+    With CMD that runs in the guest, by its agent, with the standard streams of this command; then
+    the guest powers off. The console is shown only if the guest does not come that far (or with
+    --debug), Ctrl-C reaches CMD, and the exit code is CMD's.
 
     Ends when the guest powers off. Where this machine's KVM cannot run Linux (a container, a CI
     runner), the whole monitor runs in an emulated KVM host instead and says so.
@@ -201,7 +228,7 @@ def run(
 
         click.echo(describe(values), nl=False)
         return 0
-    return start(**values, detach=detach)
+    return start(**values, detach=detach, command=command, debug=debug)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -213,6 +240,8 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
         for name, value in options.items()
         if context.get_parameter_source(name) is not default
     }
+    if given.pop("agent", False):
+        given.setdefault("vsock", "")
     if "rng_limit" in given:
         given["rng"] = given.pop("rng_limit")
     return given

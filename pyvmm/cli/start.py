@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 from pyvmm.control import registry
+from pyvmm.errors import ConfigError
 from pyvmm.host import log
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.machine.options import make_spec
 from pyvmm.machine.spec import VmSpec, validate
 
 
-def start(*, kvm: str = "auto", detach: bool = False, **options: Any) -> int:
+def start(
+    *,
+    kvm: str = "auto",
+    detach: bool = False,
+    command: Sequence[str] = (),
+    debug: bool = False,
+    **options: Any,
+) -> int:
     """Run the machine that the options describe; the exit code. They have the names, and their
     values the forms, that pyvmm.machine.options tells. With `detach` it runs in the background, and
-    the exit code tells whether it does.
+    the exit code tells whether it does; with `command` that is run in the guest, which then powers
+    off, and the exit code is the command's.
 
     Raises PyvmmError for what is wrong with them.
     """
@@ -26,11 +35,29 @@ def start(*, kvm: str = "auto", detach: bool = False, **options: Any) -> int:
 
         options, image = choose(options)
     spec, rm = validate(make_spec(options)), bool(options.get("rm"))
+    if command:
+        if detach:
+            raise ConfigError("a command is waited for", cure="use pyvmm exec", option="--detach")
+        return _run_command(spec, kvm, image, rm, command, debug)
     if not detach:
         return run_spec(spec, kvm, image=image, rm=rm)
     from pyvmm.cli.detach import run_detached
 
     return run_detached(lambda tell: run_spec(spec, kvm, image=image, rm=rm, on_name=tell))
+
+
+def _run_command(
+    spec: VmSpec, kvm: str, image: str | None, rm: bool, command: Sequence[str], debug: bool
+) -> int:
+    from pyvmm.cli import run_command
+
+    line = run_command.for_image(command, image)
+    spec = validate(run_command.for_command(spec, rm=rm))
+
+    def wrap(spec: VmSpec, control: Socket | None, run: Callable[[], int]) -> int:
+        return run_command.run_with_command(spec, control, run, line, debug=debug)
+
+    return run_spec(spec, kvm, image=image, rm=rm, wrap=wrap)
 
 
 def run_spec(
@@ -40,12 +67,13 @@ def run_spec(
     image: str | None = None,
     rm: bool = False,
     on_name: Callable[[str], None] = lambda name: None,
+    wrap: Callable[[VmSpec, Socket | None, Callable[[], int]], int] | None = None,
 ) -> int:
     """Run `spec`, under the name that it has or the first that is free, which `on_name` is told;
     the exit code.
 
     With `image` its first disk is that image's, and unless `rm` is true what the guest changes on
-    it is kept.
+    it is kept. `wrap` is called in place of the run, with what carries it out.
     """
     with _registered(spec.name, image or registry.DEFAULT_NAME) as registration:
         spec = replace(spec, name=registration.name)
@@ -55,7 +83,10 @@ def run_spec(
             from pyvmm.api.from_image import keep_changes
 
             spec = keep_changes(spec, image)
-        return _run(spec, kvm, registration.listener)
+        listener = registration.listener
+        if wrap is None:
+            return _run(spec, kvm, listener)
+        return wrap(spec, listener, lambda: _run(spec, kvm, listener))
 
 
 def _run(spec: VmSpec, kvm: str, control: Socket | None) -> int:

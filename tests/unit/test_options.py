@@ -27,7 +27,7 @@ from pyvmm.machine.options import NAMES, OPTIONS, make_spec
 from pyvmm.machine.spec import TRACE_KINDS, DiskSpec, VmSpec, validate
 
 # What concerns the command, not the VM.
-ONLY_COMMAND = {"config", "print_config", "detach", "log_format", "debug"}
+ONLY_COMMAND = {"agent", "config", "print_config", "detach", "log_format", "debug"}
 ANOTHER_FORM = {"rng_limit"}  # of rng
 
 

@@ -1,0 +1,245 @@
+"""`pyvmm run … -- CMD`: boot, run one command with this terminal, power off, exit with its code.
+
+The process forks. The parent becomes the monitor: whatever ends it, the guest goes with it. The
+child is a client like `pyvmm exec`, and so takes no time from the vCPUs; it keeps the end of what
+the guest's console says, to show it if the command never runs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from threading import Thread
+
+from pyvmm.errors import ConfigError, HostError
+from pyvmm.host import log
+from pyvmm.host.unix_sockets import Socket
+from pyvmm.machine.spec import DiskSpec, VmSpec
+
+BOOT_PATIENCE = 300.0  # seconds until the agent answers; also for a guest in an emulated KVM host
+_OFF_PATIENCE = 30.0
+_TAIL_LINES = 20
+_TAIL_BYTES = 16 << 10
+# Init has nobody to serve on the console, and the kernel nothing to say there.
+_CMDLINE = "quiet pyvmm.exec=agent"
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """What runs in the guest; `env` are NAME=VALUE."""
+
+    argv: tuple[str, ...]
+    env: tuple[str, ...] = ()
+    cwd: str | None = None
+    user: str | None = None
+
+
+def for_image(command: Sequence[str], image: str | None) -> CommandLine:
+    """The command as a container image wants it to be run, if `image` is one."""
+    if image is not None:
+        from pyvmm import images
+
+        process = images.machine_image(image, make=False).process
+        if process is not None:
+            argv = process.argv(tuple(command))
+            return CommandLine(argv, process.env, process.cwd, process.user)
+    return CommandLine(tuple(command))
+
+
+def for_command(spec: VmSpec, *, rm: bool) -> VmSpec:
+    """`spec` for a guest that serves one command: it has a vsock device, and says less. With `rm`
+    what the guest changes on the root disk is thrown away."""
+    from pyvmm.machine import device_vsock
+
+    if not any(device.kind == "vsock" for device in spec.devices):
+        spec = replace(spec, devices=(*spec.devices, device_vsock.Spec()))
+    if rm and spec.disks:
+        spec = replace(spec, disks=(_thrown_away(spec.disks[0]), *spec.disks[1:]))
+    return replace(spec, cmdline=f"{_CMDLINE} {spec.cmdline}".strip())
+
+
+def _thrown_away(disk: DiskSpec) -> DiskSpec:
+    if disk.base_read_only or disk.kind == "ram":
+        return disk
+    if disk.direct:
+        raise ConfigError(
+            f"{disk.path}: with --rm the root disk is a snapshot, which cannot be direct",
+            cure="leave one out",
+            option="--disk",
+        )
+    return replace(disk, snapshot=True)
+
+
+def nothing_to_keep(spec: VmSpec) -> bool:
+    """Whether all that the guest has written may be lost."""
+    return all(disk.read_only or disk.snapshot or disk.kind == "ram" for disk in spec.disks)
+
+
+def run_with_command(
+    spec: VmSpec,
+    control: Socket | None,
+    run: Callable[[], int],
+    command: CommandLine,
+    *,
+    debug: bool,
+) -> int:
+    """Have `run` be the monitor of `spec`, whose control socket is `control`, and run `command` in
+    the guest; the command's exit code, or the guest's if it ends before. Raises HostError."""
+    if control is None:
+        raise ConfigError(
+            "without a control socket no command reaches the guest",
+            cure="set XDG_RUNTIME_DIR to a directory of yours",
+        )
+    console, result = os.pipe(), os.pipe()
+    _flush()
+    try:
+        child = os.fork()
+    except OSError as error:
+        raise HostError(error.errno or 0, "fork") from None
+    if not child:
+        try:
+            control.close()  # who listens is the monitor
+            os.close(console[1])
+            os.close(result[0])
+            code = _Client(spec, console[0], command, debug=debug).run()
+            if code is not None:
+                os.write(result[1], bytes([code & 0xFF]))
+        finally:
+            _flush()
+            os._exit(0)
+    os.close(console[0])
+    os.close(result[1])
+    return _be_monitor(run, child, console[1], result[0])
+
+
+def _be_monitor(run: Callable[[], int], child: int, console: int, result: int) -> int:
+    # Ctrl-C is for the command: the client passes it on, and may end us by SIGTERM.
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGQUIT))
+    null = os.open(os.devnull, os.O_RDWR)
+    stdout = os.dup(1)
+    os.dup2(null, 0)
+    os.dup2(console, 1)
+    os.close(console)
+    try:
+        code = run()
+    finally:
+        _flush()
+        os.dup2(null, 1)  # the client sees the console's end
+        told = os.read(result, 1)
+        os.waitpid(child, 0)
+        os.dup2(stdout, 1)
+        for fd in (null, stdout, result):
+            os.close(fd)
+    if told:
+        return told[0]
+    if not code:
+        log.to_stderr("the guest powered off before the command had ended")
+    return code or 1
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+
+
+class _Client:
+    """The process that runs the command and watches the console."""
+
+    def __init__(self, spec: VmSpec, console: int, command: CommandLine, *, debug: bool) -> None:
+        self._spec = spec
+        self._command = command
+        self._debug = debug
+        self._tail: deque[bytes] = deque()
+        self._kept = 0
+        self._monitor = os.getppid()
+        self._console = Thread(target=self._watch_console, args=(console,), daemon=True)
+
+    def run(self) -> int | None:
+        """The exit code; None if it is for the monitor to say, as the guest has ended."""
+        from pyvmm.cli.ending import explain
+        from pyvmm.control.client import NoAnswer
+
+        self._console.start()
+        try:
+            code = self._run_command()
+        except NoAnswer:
+            self._console.join()
+            self._show_tail()
+            return None
+        except KeyboardInterrupt:
+            os.kill(self._monitor, signal.SIGTERM)
+            return 130
+        except Exception as error:
+            if self._debug:
+                import traceback
+
+                log.to_stderr(traceback.format_exc())
+            code = explain(error)
+            self._show_tail()
+            os.kill(self._monitor, signal.SIGTERM)
+            return code
+        self._power_off()
+        return code
+
+    def _run_command(self) -> int:
+        from pyvmm.cli.attached import attach, terminal_size
+        from pyvmm.cli.guest import agent_of
+        from pyvmm.platform.console import standard_fds
+        from pyvmm.platform.terminal import is_terminal
+
+        stdin, stdout = standard_fds()
+        tty = is_terminal(stdin) and is_terminal(stdout)
+        env = dict(variable.partition("=")[::2] for variable in self._command.env)
+        if tty and "TERM" in os.environ:
+            env.setdefault("TERM", os.environ["TERM"])
+        agent = agent_of(self._spec.name)
+        agent.wait_ready(BOOT_PATIENCE)
+        process = agent.open(
+            self._command.argv,
+            env=env,
+            cwd=self._command.cwd,
+            user=self._command.user,
+            stdin=stdin is not None,
+            tty=terminal_size(stdout, stdin) if tty else None,
+        )
+        with process:
+            code = attach(process, stdin, stdout, tty=tty)
+        self._agent = agent
+        return code
+
+    def _power_off(self) -> None:
+        """The monitor ends when the guest has; if that takes too long, by a signal."""
+        from pyvmm.errors import PyvmmError
+
+        try:
+            self._agent.power_off(quick=nothing_to_keep(self._spec))
+        except PyvmmError as error:
+            log.to_stderr(f"{self._spec.name}: cannot be powered off: {error}")
+            os.kill(self._monitor, signal.SIGTERM)
+        self._console.join(_OFF_PATIENCE)
+        if self._console.is_alive():
+            log.to_stderr(f"{self._spec.name}: still runs {_OFF_PATIENCE:g} s after its power-off")
+            os.kill(self._monitor, signal.SIGTERM)
+
+    def _watch_console(self, console: int) -> None:
+        while data := os.read(console, 1 << 16):
+            if self._debug:
+                os.write(2, data)
+            self._tail.append(data)
+            self._kept += len(data)
+            while self._kept - len(self._tail[0]) > _TAIL_BYTES:
+                self._kept -= len(self._tail.popleft())
+
+    def _show_tail(self) -> None:
+        if self._debug:
+            return  # all of it was shown
+        text = b"".join(self._tail).decode(errors="replace")
+        lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+        for line in lines[-_TAIL_LINES:]:
+            shown = "".join(one if one.isprintable() else "�" for one in line)
+            log.to_stderr(f"console: {shown}")

@@ -1,0 +1,332 @@
+"""Commands and files of Linux guests: `pyvmm exec`, `cp`, `run … -- CMD`, the Python client."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from disks import artifacts, fsck, root_disk, sha256
+from guest import HANG_SECONDS, PYVMM, Guest, GuestResult, pump_into, text, wait_until
+
+pytestmark = pytest.mark.usefixtures("linux_guests")
+
+BULK = random.Random(6).randbytes(300_001)
+Done = subprocess.CompletedProcess[bytes]
+
+# Looks at the clock, sets it, and has the guest power off.
+CLOCK_AND_POWER = """
+from pyvmm.agent import PORT, Agent
+from pyvmm.control.client import connect_vsock
+
+agent = Agent(lambda: connect_vsock("vm", PORT))
+agent.run(["date", "-s", "@1000000000"], check=True)
+print(round(agent.clock().time), abs(agent.set_clock().offset) < 5)
+agent.power_off()
+"""
+
+
+@dataclass
+class Reached:
+    """What `pyvmm exec` and `cp` said and did with one guest."""
+
+    result: GuestResult = field(default_factory=lambda: GuestResult((), 0, "", ""))
+    done: dict[str, Done] = field(default_factory=dict)
+    terminal: str = ""
+    terminal_code: int = -1
+    interrupted: int = -1
+    left_running: bool = True
+    copies: str = ""
+    fsck: str = "?"
+
+
+def reach_into(folder: Path) -> Reached:
+    files = artifacts()
+    found = Reached()
+    with root_disk(folder) as disk:
+        guest = Guest(
+            files.vmlinux,
+            files.initramfs,
+            [str(disk)],
+            cmdline="quiet pyvmm.exec=agent",
+            options=["--agent"],
+        ).start()
+
+        def exec(name: str, *words: str, input: bytes = b"") -> Done:
+            found.done[name] = subprocess.run(
+                [*PYVMM, "exec", *words],
+                env=guest.environment,
+                input=input,
+                capture_output=True,
+                timeout=HANG_SECONDS,
+            )
+            return found.done[name]
+
+        while not guest.pyvmm("ps").stdout.count("\n") > 1 and guest.process.poll() is None:
+            time.sleep(0.05)
+        exec("apart", "--wait=250", "vm", "--", "sh", "-c", "echo out; echo err >&2; exit 5")
+        exec("binary", "-i", "vm", "cat", input=BULK)
+        options = ("-e", "A=b c", "-w", "/tmp", "-u", "nobody")
+        exec("environment", *options, "vm", "--", "sh", "-c", 'echo "$A,$PWD,$(id -un)"')
+        exec("missing", "vm", "--", "no-such-command")
+        exec("no directory", "-w", "/nowhere", "vm", "--", "true")
+        exec("killed", "vm", "--", "sh", "-c", "kill -TERM $$")
+        exec("slow", "--timeout=0.5", "vm", "--", "sh", "-c", "sleep 4321 & sleep 4321")
+        exec("nobody left", "vm", "--", "sh", "-c", "pidof sleep || echo none")
+        exec("nothing", "vm")
+        at_a_terminal(guest, found)
+        leave_without_a_word(guest, found, exec)
+        copy(guest, folder, found)
+        ask = [sys.executable, "-c", CLOCK_AND_POWER]
+        found.done["clock"] = subprocess.run(ask, env=guest.environment, capture_output=True)
+        found.result = guest.wait()
+        found.fsck = fsck(disk)
+    return found
+
+
+def at_a_terminal(guest: Guest, found: Reached) -> None:
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 33, 77, 0, 0))
+    command = 'stty size; read x; echo "read $x"; cat'
+    process = subprocess.Popen(
+        [*PYVMM, "exec", "-it", "vm", "--", "sh", "-c", command],
+        **{"stdin": theirs, "stdout": theirs, "stderr": theirs, "env": guest.environment},
+    )
+    os.close(theirs)
+    said = bytearray()
+    pump_into(said, ours)
+    wait_until(lambda: b"33 77" in said)
+    os.write(ours, b"typed\r")
+    wait_until(lambda: b"read typed" in said)
+    os.write(ours, b"\x03")  # Ctrl-C, which the guest's terminal makes a signal of
+    found.terminal_code = process.wait(HANG_SECONDS)
+    found.terminal = text(said)
+    os.close(ours)
+
+
+def leave_without_a_word(guest: Guest, found: Reached, exec) -> None:
+    """Clients that end: by Ctrl-C, which their commands get, and by kill -9."""
+    for end in ("interrupt", "kill"):
+        client = subprocess.Popen(
+            [*PYVMM, "exec", "vm", "--", "sh", "-c", "echo begun; exec sleep 4321"],
+            env=guest.environment,
+            stdout=subprocess.PIPE,
+        )
+        assert client.stdout is not None
+        assert client.stdout.readline() == b"begun\n"
+        client.send_signal(signal.SIGINT if end == "interrupt" else signal.SIGKILL)
+        code = client.wait(HANG_SECONDS)
+        client.stdout.close()
+        if end == "interrupt":
+            found.interrupted = code
+    found.left_running = not wait_until(
+        lambda: exec("left", "vm", "--", "sh", "-c", "pidof sleep || echo none").stdout == b"none\n"
+    )
+
+
+def copy(guest: Guest, folder: Path, found: Reached) -> None:
+    tree = folder / "tree"
+    (tree / "inner/empty").mkdir(parents=True)
+    (tree / "bulk").write_bytes(BULK)
+    (tree / "inner/run").write_text("#!/bin/sh\necho it runs\n")
+    (tree / "inner/run").chmod(0o751)
+    (tree / "link").symlink_to("inner/run")
+    os.utime(tree / "bulk", ns=(10**18, 10**18 + 7))
+    os.mkfifo(tree / "fifo")
+    for source, target in ((str(tree), "vm:/root/there"), ("vm:/root/there", str(folder / "back"))):
+        done = guest.pyvmm("cp", source, target)
+        assert done.returncode == 0, done.stderr
+        found.copies += done.stderr
+    run = guest.pyvmm("exec", "vm", "/root/there/link")
+    back = folder / "back"
+    found.copies += f"{run.stdout}{os.readlink(back / 'link')} "
+    found.copies += f"{(back / 'inner/run').stat().st_mode:o} {(back / 'bulk').stat().st_mtime_ns} "
+    found.copies += str((back / "bulk").read_bytes() == BULK and (back / "inner/empty").is_dir())
+    found.done["no file"] = subprocess.run(
+        [*PYVMM, "cp", "vm:/no/such", str(folder)], env=guest.environment, capture_output=True
+    )
+
+
+reached = pytest.mark.boot.with_args(reach_into)
+
+
+@reached
+def test_a_commands_streams_and_code_come_back(boot: Reached) -> None:
+    apart = boot.done["apart"]
+    assert (apart.returncode, apart.stdout, apart.stderr) == (5, b"out\n", b"err\n")
+    binary = boot.done["binary"]
+    assert hashlib.sha256(binary.stdout).digest() == hashlib.sha256(BULK).digest()
+    assert (binary.returncode, binary.stderr) == (0, b"")
+    assert boot.done["environment"].stdout == b"b c,/tmp,nobody\n"
+
+
+@reached
+def test_what_cannot_be_run_is_one_line_and_a_code_as_a_shells(boot: Reached) -> None:
+    missing = boot.done["missing"]
+    assert missing.returncode == 127
+    assert missing.stderr == b"pyvmm: in the guest: no-such-command: No such file or directory\n"
+    assert boot.done["no directory"].stderr.count(b"/nowhere: No such file") == 1
+    assert boot.done["killed"].returncode == 128 + signal.SIGTERM
+    assert boot.done["nothing"].returncode == 2
+    assert b"no command" in boot.done["nothing"].stderr
+
+
+@reached
+def test_a_timeout_ends_the_command_and_its_children(boot: Reached) -> None:
+    assert boot.done["slow"].returncode == 124
+    assert boot.done["nobody left"].stdout == b"none\n"
+
+
+@reached
+def test_a_command_gets_a_terminal_with_its_size_and_ctrl_c(boot: Reached) -> None:
+    assert "33 77" in boot.terminal
+    assert "read typed" in boot.terminal
+    assert boot.terminal_code == 128 + signal.SIGINT
+
+
+@reached
+def test_a_client_that_ends_takes_its_command_along(boot: Reached) -> None:
+    assert boot.interrupted == 128 + signal.SIGINT
+    assert not boot.left_running
+
+
+@reached
+def test_files_and_trees_are_copied_both_ways(boot: Reached) -> None:
+    assert "1 not copied" in boot.copies
+    assert "fifo" in boot.copies
+    assert boot.copies.endswith("it runs\ninner/run 100751 1000000000000000007 True")
+    assert boot.done["no file"].returncode == 1
+    assert (
+        boot.done["no file"].stderr == b"pyvmm: in the guest: /no/such: No such file or directory\n"
+    )
+
+
+@reached
+def test_the_clock_is_read_and_set_and_the_power_goes_off_cleanly(boot: Reached) -> None:
+    assert boot.done["clock"].stdout.split() == [b"1000000000", b"True"], boot.done["clock"].stderr
+    assert boot.result.code == 0, boot.result.ending()
+    assert boot.fsck == ""
+
+
+# --- pyvmm run … -- CMD --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A whole `pyvmm run … -- CMD`."""
+
+    code: int
+    stdout: bytes
+    stderr: str
+    disk_changed: bool = False
+    fsck: str = ""
+
+
+def run(*words: str, command: str, input: bytes = b"") -> Ran:
+    done = subprocess.run(
+        [*PYVMM, "run", "--memory=256M", *words, "--", "sh", "-c", command],
+        input=input,
+        capture_output=True,
+        timeout=HANG_SECONDS,
+    )
+    return Ran(done.returncode, done.stdout, text(done.stderr))
+
+
+def boot_options(disk: Path | None, variant: str = "minbase") -> list[str]:
+    files = artifacts(variant=variant)
+    disks = [] if disk is None else ["--disk", str(disk)]
+    return ["--kernel", files.vmlinux, "--initrd", files.initramfs, *disks]
+
+
+def run_and_throw_away(folder: Path) -> Ran:
+    """Reads its input, is interrupted like a terminal's foreground, and has written to its disk."""
+    command = 'cat; trap "echo caught; exit 9" INT; echo x > /root/x; sync; echo ready; sleep 1000'
+    with root_disk(folder) as disk:
+        before = sha256(disk)
+        words = ["--rm", "--memory=256M", *boot_options(disk)]
+        process = subprocess.Popen(
+            [*PYVMM, "run", *words, "--", "sh", "-c", f"{command} & wait"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(BULK)
+        process.stdin.close()
+        process.stdin = None
+        said = bytearray()
+        reading = pump_into(said, process.stdout.fileno())
+        wait_until(lambda: said.endswith(b"ready\n") or process.poll() is not None)
+        os.killpg(process.pid, signal.SIGINT)
+        code = process.wait(HANG_SECONDS)
+        reading.join()
+        assert process.stderr is not None
+        stderr = text(process.stderr.read())
+        return Ran(code, bytes(said), stderr, disk_changed=sha256(disk) != before)
+
+
+@pytest.mark.boot.with_args(run_and_throw_away)
+def test_run_rm_is_its_command_and_nothing_else(boot: Ran) -> None:
+    assert boot.stdout == BULK + b"ready\ncaught\n"
+    assert boot.code == 9
+    assert not boot.disk_changed
+    lines = [line for line in boot.stderr.splitlines() if "emulated KVM host" not in line]
+    assert lines == [], "the boot is quiet"
+
+
+def run_under_systemd(folder: Path) -> Ran:
+    with root_disk(folder, "systemd") as disk:
+        ran = run(
+            *boot_options(disk, "systemd"), command="cat /proc/1/comm; echo kept > /root/kept"
+        )
+        return Ran(ran.code, ran.stdout, ran.stderr, fsck=fsck(disk))
+
+
+@pytest.mark.boot.with_args(run_under_systemd)
+def test_a_guest_with_systemd_has_the_agent_and_shuts_down(boot: Ran) -> None:
+    assert (boot.code, boot.stdout) == (0, b"systemd\n"), boot.stderr
+    assert boot.fsck == ""
+
+
+def run_under_any_init(folder: Path) -> Ran:
+    with root_disk(folder) as disk:
+        words = [*boot_options(disk), "--cmdline", "init=/bin/sh", "--rm"]
+        return run(*words, command="cat /proc/1/comm; ls -d /root; mount | grep -c ' / '; exit 3")
+
+
+@pytest.mark.boot.with_args(run_under_any_init)
+def test_an_init_that_knows_nothing_of_it_gets_the_initramfs_agent(boot: Ran) -> None:
+    assert (boot.code, boot.stdout) == (3, b"sh\n/root\n1\n"), boot.stderr
+
+
+def run_into_a_panic(folder: Path) -> Ran:
+    with root_disk(folder) as disk:
+        command = "echo begun; echo c > /proc/sysrq-trigger; sleep 1000"
+        return run("--rm", *boot_options(disk), command=command)
+
+
+@pytest.mark.boot.with_args(run_into_a_panic)
+def test_a_guest_that_panics_meanwhile_gives_its_own_code(boot: Ran) -> None:
+    assert (boot.code, boot.stdout) == (11, b"begun\n"), boot.stderr
+    assert "sysrq triggered crash" in boot.stderr
+
+
+def run_without_a_root_disk(folder: Path) -> Ran:
+    return run("--rm", *boot_options(None), "--disk=ram:1M", command="true")
+
+
+@pytest.mark.boot.with_args(run_without_a_root_disk)
+def test_a_guest_that_does_not_come_up_shows_its_console(boot: Ran) -> None:
+    assert (boot.code, boot.stdout) == (11, b""), boot.stderr
+    assert "pyvmm: console: pyvmm-initramfs: cannot mount /dev/vda" in boot.stderr
