@@ -1,0 +1,103 @@
+"""The guest's agent as a program of this machine, at a Unix socket, and an agent that lies."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from pyvmm.agent import Agent
+from pyvmm.agent.protocol import HELLO, VERSION, FrameType, frame
+from pyvmm.errors import HostError
+from pyvmm.host import unix_sockets
+from pyvmm.images.agent import FLAGS
+
+SOURCE = Path(__file__).resolve().parents[1] / "guest-images/agent/pyvmm-agent.c"
+SANITIZERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+# A session's process ends with its one request, and what it holds with it.
+ENVIRONMENT = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0:exitcode=99"}
+GREETING = frame(FrameType.HELLO, HELLO.pack(VERSION, 0, 10**18, 5 * 10**9))
+
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler (gcc)")
+
+
+def compile_agent(folder: Path) -> Path:
+    """The agent with the address and undefined-behaviour sanitizers in it."""
+    program = folder / "pyvmm-agent"
+    flags = [flag for flag in FLAGS if not flag.startswith(("-O", "-D_FORTIFY"))]
+    subprocess.run(["cc", *flags, *SANITIZERS, "-o", program, SOURCE], check=True)
+    return program
+
+
+@contextmanager
+def running(program: Path, folder: Path) -> Iterator[tuple[Agent, Path, Path]]:
+    """An agent that runs, the path of its socket, and of what it says on standard error."""
+    path, log = folder / "agent", folder / "log"
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(
+            [program, "--unix", path], stderr=stderr, env=ENVIRONMENT, start_new_session=True
+        )
+    try:
+        agent = Agent(lambda: _connect(str(path)))
+        agent.wait_ready(60)
+        yield agent, path, log
+        assert process.poll() is None, log.read_text()
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _connect(path: str) -> unix_sockets.Socket:
+    try:
+        return unix_sockets.connect(path)
+    except HostError as error:  # it has not made its socket yet
+        raise HostError(errno.ECONNREFUSED, error.call) from None
+
+
+@contextmanager
+def liar(act: Callable[[socket.socket], None]) -> Iterator[Agent]:
+    """An agent whose every connection is served by `act` on the other end of a socket pair."""
+    ends: list[socket.socket] = []
+    threads: list[threading.Thread] = []
+
+    def connect() -> unix_sockets.Socket:
+        ours, theirs = socket.socketpair()
+        ends.append(theirs)
+
+        def serve() -> None:
+            with suppress(OSError):  # the client has hung up, as it may
+                act(theirs)
+            theirs.close()
+
+        threads.append(threading.Thread(target=serve, daemon=True))
+        threads[-1].start()
+        return unix_sockets.adopt(ours.detach())
+
+    yield Agent(connect)
+    for end in ends:
+        if end.fileno() >= 0:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+def saying(data: bytes, *, stay: bool = False) -> Callable[[socket.socket], None]:
+    """An agent that greets and says `data` whatever it is asked; and hangs up, or does not."""
+
+    def act(end: socket.socket) -> None:
+        end.sendall(GREETING + data)
+        while stay and end.recv(1 << 16):
+            pass
+
+    return act

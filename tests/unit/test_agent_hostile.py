@@ -1,0 +1,237 @@
+"""A guest whose agent lies: the client ends in one line, with nothing written where it must not be
+and no more kept than it said it would."""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from agent_rig import GREETING, liar, saying
+
+from pyvmm.agent import Agent, AgentError, CommandTimeout, client
+from pyvmm.agent.protocol import (
+    EXIT,
+    HEADER,
+    HELLO,
+    NUMBER,
+    TIMES,
+    VERSION,
+    Entry,
+    FrameType,
+    entry_frame,
+    frame,
+)
+from pyvmm.errors import ConfigError, PyvmmError
+
+
+def entry(type: FrameType, name: bytes, target: bytes = b"", mode: int = 0o644) -> bytes:
+    return entry_frame(type, Entry(mode, 0, 0, name, target))
+
+
+FILE = entry(FrameType.REGULAR, b"file") + frame(FrameType.DATA, b"evil")
+UP, END = frame(FrameType.UP), frame(FrameType.END)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"SSH-2.0-OpenSSH_9.2\r\n" * 9,
+        b"\0" * 9,
+        frame(FrameType.STDOUT, b"x"),
+        frame(FrameType.HELLO, b"short"),
+        HEADER.pack(FrameType.HELLO | 0xFFFFFF << 8),
+        frame(FrameType.HELLO, HELLO.pack(VERSION + 1, 0, 0, 0)),
+        frame(FrameType.FAILED, NUMBER.pack(1) + b"no"),
+        frame(FrameType.FAILED),
+    ],
+    ids=lambda said: f"{len(said)}-{said[:4].hex()}",
+)
+def test_what_is_no_agent_is_not_taken_for_one(said: bytes) -> None:
+    def act(end: socket.socket) -> None:
+        end.sendall(said)
+        end.shutdown(socket.SHUT_WR)
+        while end.recv(1 << 16):
+            pass
+
+    with liar(act) as agent:
+        for ask in (lambda: agent.run(["true"]), agent.clock, lambda: agent.wait_ready(0.01)):
+            with pytest.raises(AgentError):
+                ask()
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",
+        frame(FrameType.EXIT),
+        frame(FrameType.EXIT, EXIT.pack(9, 0)),
+        frame(FrameType.EXIT, EXIT.pack(0, 256)),
+        frame(FrameType.MORE_STDIN, b"x"),
+        frame(FrameType.STARTED),
+        frame(FrameType.CLOCK_IS, TIMES.pack(0, 0)),
+        HEADER.pack(FrameType.STDOUT | ((1 << 16) + 1) << 8),
+        frame(FrameType.STDOUT, b"half")[:-1],
+        frame(FrameType.HELLO, HELLO.pack(VERSION, 0, 0, 0)),
+    ],
+    ids=lambda said: f"{len(said)}-{said[:6].hex()}",
+)
+def test_answers_that_make_no_sense_end_a_command(said: bytes) -> None:
+    with liar(saying(said)) as agent, pytest.raises(AgentError) as caught:
+        agent.run(["true"], input=bytes(1 << 20))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_words_of_a_guest_cannot_play_tricks_on_a_terminal() -> None:
+    said = frame(FrameType.FAILED, NUMBER.pack(2) + b"\x1b]0;owned\x07\r\n" + b"x" * 5000)
+    with liar(saying(said)) as agent, pytest.raises(AgentError) as caught:
+        agent.run(["true"])
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400
+
+
+def test_output_without_end_is_not_kept_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "OUTPUT_LIMIT", 1 << 20)
+
+    def act(end: socket.socket) -> None:
+        end.sendall(GREETING)
+        while True:
+            end.sendall(frame(FrameType.STDERR, bytes(1 << 16)))
+
+    with liar(act) as agent, pytest.raises(AgentError, match="writes more than 1 MiB"):
+        agent.run(["true"])
+
+
+def test_an_agent_that_grants_too_much_gets_no_more_at_a_time() -> None:
+    said = frame(FrameType.MORE_STDIN, NUMBER.pack(0xFFFFFFFF)) * 3
+    with liar(saying(said, stay=True)) as agent, agent.open(["cat"], stdin=True) as process:
+        process.receive()
+        assert process.room == 1 << 16
+
+
+def test_an_agent_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "PATIENCE", 0.05)
+    monkeypatch.setattr(client, "_GRACE", 0.05)
+    with liar(saying(b"", stay=True)) as agent:
+        with pytest.raises(CommandTimeout, match="true took longer than"):
+            agent.run(["true"], timeout=0.01)
+        for ask in (agent.clock, agent.power_off):
+            with pytest.raises(CommandTimeout, match="does not answer"):
+                ask()
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    """A directory to pull into, and beside it what a guest is not to reach."""
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside/precious").write_text("precious")
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target/link").symlink_to("../outside")
+    return tmp_path / "target"
+
+
+def everything_outside(target: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in (target.parent / "outside").iterdir()}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        entry(FrameType.REGULAR, b"../outside/precious"),
+        entry(FrameType.REGULAR, b"/etc/passwd"),
+        entry(FrameType.REGULAR, b".."),
+        entry(FrameType.REGULAR, b"."),
+        entry(FrameType.REGULAR, b""),
+        entry(FrameType.REGULAR, b"x" * 256),
+        entry(FrameType.DIRECTORY, b".."),
+        # Through a link that is there already, and through one that it makes itself.
+        entry(FrameType.DIRECTORY, b"link") + FILE + UP + UP + END,
+        entry(FrameType.DIRECTORY, b"top", mode=0o755)
+        + entry(FrameType.LINK, b"way", b"../../outside")
+        + entry(FrameType.DIRECTORY, b"way")
+        + FILE,
+        entry(FrameType.LINK, b"name", b""),
+        entry(FrameType.DIRECTORY, b"d") * 100,
+        FILE + UP + FILE + UP,
+        FILE + END,
+        FILE + frame(FrameType.STDOUT, b"x"),
+        UP,
+        frame(FrameType.DATA, b"x"),
+        frame(FrameType.REGULAR, b"short"),
+        frame(FrameType.DONE),
+        FILE,
+    ],
+    ids=lambda said: f"{len(said)}-{said[:24].hex()}",
+)
+def test_a_guest_writes_nowhere_but_below_the_target(said: bytes, target: Path) -> None:
+    with liar(saying(said)) as agent, pytest.raises(PyvmmError) as caught:
+        agent.pull("/tree", target)
+    assert "\n" not in str(caught.value)
+    assert everything_outside(target) == {"precious": "precious"}
+    assert sorted(os.listdir(target.parent)) == ["outside", "target"]
+    assert not [name for name in os.listdir(target) if name.startswith(".pyvmm")]
+
+
+def test_a_file_takes_the_place_of_a_link_and_does_not_go_through_it(target: Path) -> None:
+    said = entry(FrameType.REGULAR, b"link", mode=0o6755) + frame(FrameType.DATA, b"new") + UP + END
+    with liar(saying(said)) as agent:
+        agent.pull("/tree", target)
+    assert (target / "link").read_text() == "new"
+    assert not (target / "link").is_symlink()
+    assert (target / "link").stat().st_mode & 0o7777 == 0o755
+    assert everything_outside(target) == {"precious": "precious"}
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_trees_stay_below_the_target(seed: int, target: Path) -> None:
+    random_ = random.Random(seed)
+    names = [b"a", b"b", b"link", b"..", b"top", b"../outside", b"precious"]
+    for _ in range(30):
+        parts = [entry(FrameType.DIRECTORY, b"top", mode=0o755)]
+        for _ in range(random_.randrange(20)):
+            kind = random_.choice([FrameType.DIRECTORY, FrameType.REGULAR, FrameType.LINK])
+            parts.append(
+                random_.choice(
+                    [
+                        entry(kind, random_.choice(names), b"../../outside", mode=0o755),
+                        frame(FrameType.DATA, b"evil"),
+                        UP,
+                        UP,
+                    ]
+                )
+            )
+        data = bytearray(b"".join(parts) + END)
+        for _ in range(random_.randrange(3)):
+            data[random_.randrange(len(data))] ^= 1 << random_.randrange(8)
+        with suppress(PyvmmError), liar(saying(bytes(data))) as agent:
+            agent.pull("/tree", target)
+    assert everything_outside(target) == {"precious": "precious"}
+
+
+def test_an_agent_that_refuses_in_the_middle_is_heard(tmp_path: Path) -> None:
+    (tmp_path / "big").write_bytes(bytes(8 << 20))
+
+    def act(end: socket.socket) -> None:
+        end.sendall(GREETING)
+        end.recv(100_000)
+        end.sendall(frame(FrameType.FAILED, NUMBER.pack(28) + b"big"))
+        end.shutdown(socket.SHUT_WR)
+        while end.recv(1 << 20):
+            pass
+
+    with liar(act) as agent, pytest.raises(AgentError, match="big: No space left") as caught:
+        agent.push(tmp_path / "big", "/big")
+    assert caught.value.errno == 28
+
+
+def test_connecting_may_fail_in_its_own_way() -> None:
+    def connect():
+        raise ConfigError("no VM called 'vm' is running")
+
+    with pytest.raises(ConfigError, match="no VM called"):
+        Agent(connect).run(["true"])
+    with pytest.raises(ConfigError, match="no VM called"):
+        Agent(connect).wait_ready(1)
