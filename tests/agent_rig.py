@@ -96,7 +96,9 @@ def saying(data: bytes, *, stay: bool = False) -> Callable[[socket.socket], None
     """An agent that greets and says `data` whatever it is asked; and hangs up, or does not."""
 
     def act(end: socket.socket) -> None:
-        end.sendall(GREETING + data)
+        end.sendall(GREETING)
+        end.recv(1 << 16)  # some of the request
+        end.sendall(data)
         while stay and end.recv(1 << 16):
             pass
 
