@@ -47,9 +47,9 @@ class AsyncVM:
         new.vm = await in_thread(VM.attach, name)
         return new
 
-    async def start(self, timeout: float = START_SECONDS) -> Self:
+    async def start(self, timeout: float = START_SECONDS, *, detached: bool = False) -> Self:
         """See `VM.start`. Cancelled, it leaves no VM behind."""
-        await in_thread(self.vm.start, timeout)
+        await in_thread(self.vm.start, timeout, detached=detached)
         return self
 
     async def __aenter__(self) -> Self:

@@ -118,14 +118,18 @@ class VM(InGuest):
 
     # --- its life ---------------------------------------------------------------------------------
 
-    def start(self, timeout: float = START_SECONDS) -> Self:
-        """Start it; returns when its vCPUs run. Raises ConfigError for what is wrong with its
-        options, VMError if it cannot be started otherwise, and ends it after `timeout` seconds."""
+    def start(self, timeout: float = START_SECONDS, *, detached: bool = False) -> Self:
+        """Start it; returns when its vCPUs run. With `detached` it goes on when this process ends.
+
+        Raises ConfigError for what is wrong with its options, VMError if it cannot be started
+        otherwise, and ends it after `timeout` seconds."""
         if self._monitor is not None:
             raise VMError(f"{self.name} has been started before")
         image = self._resolve()
         kvm, rm = str(self._values["kvm"]), bool(self._values["rm"])
-        monitor = self._monitor = OwnMonitor(self.spec, kvm, image=image, rm=rm)
+        monitor = self._monitor = OwnMonitor(
+            self.spec, kvm, image=image, rm=rm, outlives_us=detached
+        )
         try:
             with (
                 woken_by(partial(monitor.signal, signal.SIGKILL)),

@@ -19,27 +19,15 @@ import pytest
 from pyvmm.cli.choose import why_not_host
 from pyvmm.emulated_host.find import find_image
 from pyvmm.errors import PyvmmError
+from pyvmm.pytest_plugin import FIXTURES, rerun_ruined
 
 Key = tuple[Any, ...]
 
 
-# QEMU's TCG ruins a nested guest now and then (docs/decisions/0071), so a test of one that hung or
-# triple-faulted in an emulated host is run again, and the report says so ("RERUN"). On real KVM the
-# first time counts.
-RUINED = [
-    "the guest hangs",
-    "timed out after",
-    "KVM_EXIT_SHUTDOWN: triple fault",
-    "the emulated KVM host stopped",
-]
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if why_not_host() is None:
-        return
-    for item in items:
-        if item.path.parent == Path(__file__).parent:
-            item.add_marker(pytest.mark.flaky(reruns=2, only_rerun=RUINED))
+    # Those with the plugin's fixtures have it from the plugin.
+    here = [item for item in items if item.path.parent == Path(__file__).parent]
+    rerun_ruined([item for item in here if not set(FIXTURES) & set(item.fixturenames)])
 
 
 def pytest_configure(config: pytest.Config) -> None:

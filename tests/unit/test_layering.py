@@ -34,6 +34,8 @@ ALLOWED: dict[str, set[str]] = {
     "bench": CORE | {"transport", "testing"},
     "machine": CORE | {"control", "kvm", "boot", "transport", "platform", "device"},
     "api": CORE | {"machine", "control", "agent", "images", "emulated_host"},
+    "pytest_plugin": BASE | {"api", "pytest_vms", "cli"},
+    "pytest_vms": BASE | {"api"},
     "cli": CORE
     | {"api"}
     | {"kvm", "boot", "transport", "platform", "device", "machine", "emulated_host", "images"}

@@ -1,0 +1,137 @@
+"""A pytest plugin: microVMs as fixtures. docs/pytest.md tells how it is used.
+
+    @pytest.mark.microvm(memory="1G")
+    def test_the_kernel(microvm):
+        assert microvm.run(["uname", "-s"]).stdout == b"Linux\\n"
+
+Loaded by every pytest where pyvmm is installed, so what does the work is imported by those who use
+it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from pyvmm.api.vm import VM
+    from pyvmm.pytest_vms import Factory, Kept, Vms
+
+FIXTURES = ("microvm", "microvm_factory")
+
+# An emulated KVM host ruins a guest now and then (docs/decisions/0071): it hangs or dies. What a
+# test says then; it is run again if pytest-rerunfailures is there. On real KVM the first time
+# counts.
+RUINED = [
+    "the guest hangs",
+    "timed out after",
+    "no agent answers in the guest after",
+    "KVM_EXIT_SHUTDOWN: triple fault",
+    "the emulated KVM host stopped",
+]
+
+_vms: pytest.StashKey[Vms] = pytest.StashKey()
+_kept: pytest.StashKey[list[Kept]] = pytest.StashKey()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("microvm", "microVMs by pyvmm")
+    group.addoption(
+        "--microvm-image",
+        metavar="NAME",
+        help="The image that microvm and microvm_factory boot, if a test names none.",
+    )
+    group.addoption(
+        "--microvm-keep",
+        action="store_true",
+        help="Let the microVMs of tests that fail run on, to be looked at.",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers",
+        "microvm(image=None, *, shared=False, ready=True, timeout=300, **options): the VM that the "
+        "fixture microvm is; options are those of pyvmm.VM. With shared, tests with equal marks "
+        "share one.",
+    )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rerun_ruined([item for item in items if set(FIXTURES) & set(getattr(item, "fixturenames", ()))])
+
+
+def rerun_ruined(items: list[pytest.Item]) -> None:
+    """Have tests of guests run again, up to twice, if an emulated KVM host has ruined their guest
+    and pytest-rerunfailures is there."""
+    if not items or not items[0].config.pluginmanager.hasplugin("rerunfailures"):
+        return
+    from pyvmm.cli.choose import why_not_host
+
+    if why_not_host() is not None:
+        for item in items:
+            item.add_marker(pytest.mark.flaky(reruns=2, only_rerun=RUINED))
+
+
+@pytest.fixture
+def microvm_factory(request: pytest.FixtureRequest) -> Factory:
+    """Makes microVMs: `microvm_factory(image=None, *, ready=True, timeout=300, **options)` is a
+    `pyvmm.VM` that runs, and with `ready` one whose agent answers. They end with the test."""
+    from pyvmm.pytest_vms import Factory
+
+    return Factory(request.node, _vms_of(request.config))
+
+
+@pytest.fixture
+def microvm(request: pytest.FixtureRequest) -> VM:
+    """A microVM that is ready: of the default image, or what @pytest.mark.microvm says."""
+    from pyvmm.pytest_vms import for_test
+
+    return for_test(request.node, _vms_of(request.config))
+
+
+def _vms_of(config: pytest.Config) -> Vms:
+    from pyvmm.pytest_vms import Vms
+
+    found = config.stash.get(_vms, None)
+    if found is None:
+        found = config.stash[_vms] = Vms(
+            config.getoption("--microvm-image"), keep=config.getoption("--microvm-keep")
+        )
+    return found
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, None]:
+    """The end of the console of each VM of a test that fails goes into its report."""
+    report: pytest.TestReport = (yield).get_result()
+    vms = item.config.stash.get(_vms, None)
+    if report.failed and vms is not None:
+        report.sections += vms.test_failed(item.nodeid)
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
+    """A test's VMs end when all its fixtures have."""
+    yield
+    vms = item.config.stash.get(_vms, None)
+    if vms is not None:
+        vms.release(item.nodeid)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    vms = session.config.stash.get(_vms, None)
+    if vms is not None:
+        session.config.stash[_kept] = vms.close()
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    for kept in config.stash.get(_kept, []):
+        terminalreporter.write_line(
+            f"microvm {kept.name} of {kept.test} runs on: `pyvmm exec -t {kept.name} -- sh`, "
+            f"`pyvmm console {kept.name}`; `pyvmm stop {kept.name}` ends it"
+        )
