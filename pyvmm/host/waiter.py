@@ -35,7 +35,9 @@ class Waiter:
     def __init__(self, kick: EventFd, stop: EventFd, sources: Sequence[Source] = ()) -> None:
         """Raises HostError."""
         self._on_demand = [source for source in sources if source.on_demand]
+        self._always: dict[int, int] = {}  # what is watched without being armed, by descriptor
         self._armed_before: set[int] = set()
+        self._disarm: list[int] = []  # descriptors to be watched as always after the next wait
         self._most = 2 + len(sources)
         try:
             self._epoll = select.epoll()
@@ -43,6 +45,7 @@ class Waiter:
             self._epoll.register(stop.fd, select.EPOLLIN)
             for source in sources:
                 if not source.on_demand:
+                    self._always[source.fd] = source.events | select.EPOLLET
                     self._epoll.register(source.fd, source.events | select.EPOLLET)
         except OSError as error:
             raise HostError(error.errno or 0, "epoll") from None
@@ -52,17 +55,27 @@ class Waiter:
 
         Raises HostError."""
         for source in self._on_demand:
-            change = self._epoll.modify if source.fd in self._armed_before else self._epoll.register
+            fd = source.fd
+            always = self._always.get(fd)
+            known = always is not None or fd in self._armed_before
+            change = self._epoll.modify if known else self._epoll.register
+            events = source.events | select.EPOLLONESHOT
+            if always is not None:
+                events = source.events | always
+                self._disarm.append(fd)
             try:
-                change(source.fd, source.events | select.EPOLLONESHOT)
+                change(fd, events)
             except OSError as error:
                 raise HostError(error.errno or 0, "epoll") from None
-            self._armed_before.add(source.fd)
+            self._armed_before.add(fd)
 
     def wait(self, seconds: float | None = None) -> None:
         """Block until there is a signal, or for `seconds`; signals that came since the last wait
         count as one."""
         self._epoll.poll(seconds, self._most)
+        while self._disarm:
+            fd = self._disarm.pop()
+            self._epoll.modify(fd, self._always[fd])
 
     def close(self) -> None:
         self._epoll.close()

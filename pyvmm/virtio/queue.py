@@ -61,6 +61,18 @@ class Queue(Protocol):
         """Return `chain` with `written` bytes written from its first writable byte on. The driver
         sees it at the next `publish_used`. Raises ValueError if it is not in flight."""
 
+    def pop_buffers(
+        self, views: list[memoryview], wanted: int, most: int, least: int = 1
+    ) -> list[int]:
+        """Take chains of just one buffer to write, of `least` bytes or more, until they have
+        `wanted` bytes or are `most`: their heads. Views of them are appended to `views`. It ends
+        before a chain of another kind, and takes none where a layout has no quick way: `pop` takes
+        any. Raises DriverError for a broken ring."""
+
+    def add_used_buffers(self, heads: list[int], last_written: int) -> None:
+        """Return what `pop_buffers` took, all of them full but the last, which has `last_written`
+        bytes. Raises ValueError if one is not in flight."""
+
     def undo_used(self, chain: DescriptorChain) -> None:
         """Undo the last `add_used`, which was of `chain`, before it was published: the chain is in
         flight again. Several can be undone, the last first. Raises ValueError."""

@@ -36,6 +36,9 @@ _LOOKS = 16  # at the ring for each at the clock, while polling
 
 Self = TypeVar("Self", bound="Ring")
 
+# What `pop_buffers` took: address, length in bytes, position in the ring
+PlainBuffer = tuple[int, int, int]
+
 
 class Ring(ABC):
     """What the two layouts have in common. Not thread-safe: hold `lock` for a batch of operations.
@@ -77,7 +80,8 @@ class Ring(ABC):
         self._next_avail = 0
         self._next_used = 0
         self._published = 0  # _next_used as the driver knows it
-        self._taken: list[DescriptorChain | None] = [None] * config.size  # in flight, by head
+        # In flight, by head
+        self._taken: list[DescriptorChain | PlainBuffer | None] = [None] * config.size
         # By head: IN_FLIGHT between pop and add_used, then the batch that it is published with.
         # The driver may offer a head again once it can know that it was used, not earlier.
         self._busy_until = [-1] * config.size
@@ -183,6 +187,23 @@ class Ring(ABC):
                 ram.places(ram.writable_views, last),
             )
         return found
+
+    def pop_buffers(
+        self, views: list[memoryview], wanted: int, most: int, least: int = 1
+    ) -> list[int]:
+        """Take chains of just one buffer to write, of `least` bytes or more, until they have
+        `wanted` bytes or are `most`.
+
+        Views of them are appended to `views`; returned are their heads. It ends before a chain that
+        is of another kind, which is for `pop`; so it may well take none, and a layout or a mode
+        that has no quick way for this never takes any. Raises DriverError for a broken ring.
+        """
+        return []
+
+    def add_used_buffers(self, heads: list[int], last_written: int) -> None:
+        """Return what `pop_buffers` took: `last_written` bytes are in the last of `heads`, and the
+        others are full. Raises ValueError if one is not in flight."""
+        raise ValueError("this queue has given no buffers")
 
     def step_back(self, chain: DescriptorChain | None = None) -> None:
         """Undo the last `pop`, or that of `chain`, which must be the youngest one in flight.
@@ -302,7 +323,8 @@ class Ring(ABC):
     def state(self) -> QueueState:
         """The queue as plain data; the device must be at rest, and used chains published."""
         config = self._config
-        chains = [chain for chain in self._taken if chain is not None]
+        heads = [head for head, chain in enumerate(self._taken) if chain is not None]
+        chains = [self.chain_in_flight(head) for head in heads]
         return QueueState(
             max_size=config.max_size,
             size=config.size,
@@ -371,4 +393,8 @@ class Ring(ABC):
         chain = self._taken[head] if 0 <= head < self.size else None
         if chain is None:
             raise ValueError(f"chain {head} is not in flight")
+        if isinstance(chain, tuple):
+            addr, length, position = chain
+            chain = DescriptorChain(head, [], [(addr, length)], 0, length, self._ram, position)
+            self._taken[head] = chain
         return chain

@@ -16,18 +16,23 @@ import _cffi_backend
 from pyvmm.errors import DriverError
 from pyvmm.virtio.chain import DescriptorChain, Usual
 from pyvmm.virtio.device_loop import DeviceLoop
+from pyvmm.virtio.shared_worker import SharedWorker
 from pyvmm.virtio.worker import QueueWorker
 
-WATCHED = ("pop", "add_used", "step_back", "undo_used", "peek_usual", "use_peeked", "publish_used")
+WATCHED = (
+    *("pop", "add_used", "step_back", "undo_used", "publish_used"),
+    *("peek_usual", "use_peeked", "pop_buffers", "add_used_buffers"),
+)
 MOST_PASSES = 2000  # in one go, before a worker counts as one that never sleeps
 
 
 class QueueLog:
-    """What a device did with a queue: chains in flight by head, and where it may write."""
+    """What a device did with a queue: chains in flight by head, and where it may write. Plain
+    buffers count as chains of one part."""
 
     def __init__(self, queue: Any) -> None:
         self.queue = queue
-        self.in_flight: dict[int, DescriptorChain] = {}
+        self.in_flight: dict[int, DescriptorChain | tuple[int, int]] = {}
         self.taken = 0  # since `begin_pass`
         self.pops = 0
         self.returns = 0
@@ -72,6 +77,42 @@ class QueueLog:
             self._unpublished.add(chain.head)
             self.written[chain.head] = written
             self.returns += 1
+
+        return watched
+
+    def _pop_buffers(self, pop_buffers: Any) -> Any:
+        def watched(views: list[memoryview], *arguments: int) -> list[int]:
+            before = len(views)
+            heads: list[int] = pop_buffers(views, *arguments)
+            assert len(views) - before == len(heads)
+            for head in heads:
+                self.taken += 1
+                self.pops += 1
+                assert self.taken <= self.queue.size, "more chains in a pass than the queue has"
+                assert head not in self.in_flight, "a chain was taken twice"
+                assert head not in self._unpublished, "a chain was taken twice"
+                addr, length, _ = self.queue._taken[head]
+                self.in_flight[head] = (addr, length)
+                self.writable.add((addr, length))
+            return heads
+
+        return watched
+
+    def _add_used_buffers(self, add_used_buffers: Any) -> Any:
+        def watched(heads: list[int], last_written: int) -> None:
+            seen = self.queue.ready
+            add_used_buffers(heads, last_written)
+            for place, head in enumerate(heads):
+                buffer = self.in_flight.pop(head)
+                assert isinstance(buffer, tuple)
+                written = last_written if place == len(heads) - 1 else buffer[1]
+                assert 0 <= written <= buffer[1], f"{written} bytes of {buffer[1]}"
+                if not seen:
+                    self.pops -= 1
+                    continue
+                self._unpublished.add(head)
+                self.written[head] = written
+                self.returns += 1
 
         return watched
 
@@ -148,7 +189,7 @@ class Workers:
     """All workers that run now; `pump` has each do what its thread would do until it sleeps."""
 
     def __init__(self) -> None:
-        self.running: list[InlineWorker | InlineLoop] = []
+        self.running: list[InlineWorker | InlineLoop | InlineShared] = []
         self.logs: dict[int, QueueLog] = {}
 
     def pump(self) -> None:
@@ -164,8 +205,12 @@ class Workers:
         def make_loop(*arguments: Any, **options: Any) -> InlineLoop:
             return InlineLoop(self, *arguments, **options)
 
+        def make_shared(*arguments: Any, **options: Any) -> InlineShared:
+            return InlineShared(self, *arguments, **options)
+
+        kinds = ((QueueWorker, make_worker), (DeviceLoop, make_loop), (SharedWorker, make_shared))
         with ExitStack() as patches:
-            for real, inline in ((QueueWorker, make_worker), (DeviceLoop, make_loop)):
+            for real, inline in kinds:
                 for module, name in _users_of(real):
                     patches.enter_context(mock.patch.object(module, name, inline))
             yield
@@ -216,6 +261,45 @@ class InlineWorker(QueueWorker):
         self._passes += 1
         assert self._passes < MOST_PASSES, "the worker never sleeps"
         self._log.begin_pass()
+        return self._serve_for_real(queue)
+
+
+class InlineShared(SharedWorker):
+    """A worker of several queues that runs in the thread of whoever pumps."""
+
+    def __init__(self, workers: Workers, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._workers = workers
+        self._logs = {queue.index: QueueLog(queue) for queue in self._queues}
+        self._serve_for_real = self._serve
+        self._serve = self._watched_serve
+        self._passes = 0
+
+    def start(self) -> None:
+        for queue in self._queues:
+            queue.halt = False
+        self._workers.running.append(self)
+        self._workers.logs |= self._logs
+
+    def join(self) -> None:
+        if self in self._workers.running:
+            self._workers.running.remove(self)
+        self._close()
+
+    def run_until_idle(self) -> None:
+        self._passes = 0
+        for queue in self._queues:
+            queue.kick.drain()
+        try:
+            self._serve_until_idle()
+        except DriverError as error:
+            self._workers.running.remove(self)
+            self._give_up(error)
+
+    def _watched_serve(self, queue: Any) -> Any:
+        self._passes += 1
+        assert self._passes < MOST_PASSES, "the worker never sleeps"
+        self._logs[queue.index].begin_pass()
         return self._serve_for_real(queue)
 
 

@@ -1,12 +1,12 @@
 """The virtio network device: frames between the driver's queues and a backend.
 
-Virtio 1.3, 5.1 Network Device. Each receive and each transmit queue has a thread of its own, and so
-has the control queue.
+Virtio 1.3, 5.1 Network Device. Each pair of queues has a thread of its own, and so has the control
+queue.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from pyvmm.host.log import RateLimited
 from pyvmm.host.waiter import Source
@@ -37,6 +37,7 @@ from pyvmm.virtio.net.uapi import (
     VIRTIO_NET_S_LINK_UP,
 )
 from pyvmm.virtio.queue import Queue
+from pyvmm.virtio.shared_worker import SharedWorker
 from pyvmm.virtio.worker import QueueDevice, Rest
 
 QUEUE_SIZE = 256
@@ -98,6 +99,8 @@ class NetDevice(QueueDevice):
         self._receivers: list[Receiver] = []
         self._transmitters: list[Transmitter] = []
         self._control: Control | None = None
+        self._live: dict[int, Queue] = {}  # queues of pairs that are served, by index
+        self._threads: dict[int, SharedWorker] = {}  # by pair
         self._trace = trace
         self._log = RateLimited(prefix=f"{name}: ", device=name) if log is None else log
 
@@ -152,7 +155,64 @@ class NetDevice(QueueDevice):
         self._backend.set_active(1)
         self._active_pairs = 1
         self._make_paths(features, pairs)
-        super().activate(activation)
+        self._live = {
+            queue.index: queue
+            for queue in activation.queues[: 2 * pairs]
+            if queue is not None and queue.index != self._control_index
+        }
+        self._activation = activation
+        try:
+            for pair in range(pairs):
+                self._start_pair(pair)
+            if 0 <= self._control_index < len(activation.queues):
+                control = activation.queues[self._control_index]
+                if control is not None:
+                    super().start_queue(control)
+        except BaseException:
+            self.reset()
+            raise
+
+    def start_queue(self, queue: Queue) -> None:
+        """See VirtioDevice."""
+        pair = queue.index // 2
+        if pair >= len(self._receivers):
+            super().start_queue(queue)
+            return
+        self._stop_pairs([pair])
+        self._live[queue.index] = queue
+        self._start_pair(pair)
+
+    def reset_queue(self, index: int) -> None:
+        """See VirtioDevice. A receive queue's buffers are forgotten, and a frame in them."""
+        pair, sends = divmod(index, 2)
+        if pair >= len(self._receivers):
+            super().reset_queue(index)
+            return
+        self._stop_pairs([pair])
+        self._live.pop(index, None)
+        if not sends:
+            self._receivers[pair] = self._receiver(pair)
+        self._start_pair(pair)
+
+    def _start_pair(self, pair: int) -> None:
+        # Sending comes first: what is sent may be answered at once.
+        order = (2 * pair + 1, 2 * pair)
+        queues = [self._live[index] for index in order if index in self._live]
+        if not queues:
+            return
+        assert self._activation is not None, "only a live device starts queues"
+        sources = [self.sources(queue.index) for queue in queues]
+        name = f"{self.name}-p{pair}"
+        worker = SharedWorker(name, queues, self.serve, self._activation, sources)
+        worker.start()
+        self._threads[pair] = worker
+
+    def _stop_pairs(self, pairs: Iterable[int]) -> None:
+        workers = [self._threads.pop(pair) for pair in pairs if pair in self._threads]
+        for worker in workers:
+            worker.request_stop()
+        for worker in workers:
+            worker.join()
 
     def _make_paths(self, features: int, pairs: int) -> None:
         self._rules = Rules(
@@ -230,14 +290,11 @@ class NetDevice(QueueDevice):
         for chain in queue:
             queue.add_used(chain, control.answer(chain))
 
-    def reset_queue(self, index: int) -> None:
-        """See VirtioDevice. A receive queue's buffers are forgotten, and a frame in them."""
-        super().reset_queue(index)
-        pair, sends = divmod(index, 2)
-        if not sends and pair < len(self._receivers):
-            self._receivers[pair] = self._receiver(pair)
-
     def reset(self) -> None:
+        self._stop_pairs(list(self._threads))
+        for queue in self._live.values():
+            queue.ready = False
+        self._live = {}
         super().reset()
         self._filter = ReceiveFilter(self._first_mac)
         self._receivers, self._transmitters, self._control = [], [], None
@@ -258,9 +315,9 @@ class NetDevice(QueueDevice):
         self._active_pairs = pairs
         # Once each receive thread has let go of its batch, none uses a queue that is no more in
         # use (5.1.6.5.6 Automatic receive steering in multiqueue mode).
-        for queue in self.queues_in_use:
-            pair, sends = divmod(queue.index, 2)
-            if not sends and pairs <= pair < len(self._receivers):
+        for index in range(2 * pairs, 2 * len(self._receivers), 2):
+            queue = self._live.get(index)
+            if queue is not None:
                 with queue.lock:
                     pass
 

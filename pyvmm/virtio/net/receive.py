@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from time import monotonic
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from pyvmm.errors import GuestMemoryError
 from pyvmm.virtio.chain import DescriptorChain
@@ -41,7 +41,8 @@ _DESTINATION = slice(HEADER_SIZE, HEADER_SIZE + 6)
 
 
 class _Buffer(NamedTuple):
-    """A chain from the ring: its `size` in bytes, how many `views` it is seen through."""
+    """A chain from the ring that is not just one buffer: its `size` in bytes, how many `views` it
+    is seen through."""
 
     chain: DescriptorChain
     size: int
@@ -81,7 +82,9 @@ class Receiver:
         self._filter = filter_in_force
         self._counters = counters
         self._note = note
-        self._buffers: list[_Buffer] = []
+        # Chains in hand: by head those that are just one buffer with one view.
+        self._buffers: list[int | _Buffer] = []
+        self._plain = True  # all of them are such
         self._views: list[memoryview] = []  # of all _buffers, and _spill behind them
         self._room = 0  # in _buffers, in bytes
         # Without merging, one byte too many shows that a frame was too large.
@@ -119,9 +122,30 @@ class Receiver:
 
     def _take_buffers(self, queue: Queue, wanted: int) -> None:
         """Have room for `wanted` bytes at hand if the driver gives so much."""
-        mergeable = self._rules.mergeable
-        if self._buffers and not mergeable:
+        if not self._rules.mergeable:
+            if not self._buffers:
+                self._take_chain(queue)
             return
+        while self._room < wanted and len(self._views) < _MOST_VIEWS:
+            if not self._take_plain(queue, wanted) and not self._take_chain(queue):
+                return
+
+    def _take_plain(self, queue: Queue, wanted: int) -> bool:
+        views = self._views
+        before = len(views) - 1
+        views.pop()  # _spill, which stays last
+        try:
+            heads = queue.pop_buffers(
+                views, wanted - self._room, _MOST_VIEWS - before, SMALLEST_BUFFER
+            )
+            self._buffers += heads
+            self._room += sum(map(len, views[before:]))
+        finally:
+            views.append(self._spill)
+        return bool(heads)
+
+    def _take_chain(self, queue: Queue) -> bool:
+        """Take one of any kind, if there is one that can be used."""
         for chain in queue:
             try:
                 views = chain.writable_views()
@@ -133,10 +157,11 @@ class Receiver:
                 queue.add_used(chain, 0)
                 continue
             self._buffers.append(_Buffer(chain, size, len(views)))
+            self._plain = False
             self._views[-1:] = (*views, self._spill)
             self._room += size
-            if self._room >= wanted or not mergeable or len(self._views) >= _MOST_VIEWS:
-                return
+            return True
+        return False
 
     def _place(self, queue: Queue, length: int, room: int) -> bool:
         """Hand a frame to the driver, or drop it; False if it must wait for more buffers. It was
@@ -176,13 +201,8 @@ class Receiver:
         return None
 
     def _give(self, queue: Queue, length: int) -> None:
-        buffers = self._buffers
         first = self._views[0]
-        count, covered, views = 1, buffers[0].size, buffers[0].views
-        while covered < length:
-            covered += buffers[count].size
-            views += buffers[count].views
-            count += 1
+        count, covered, views = self._needed(length)
         if len(first) >= HEADER_SIZE:
             first[NUM_BUFFERS_AT] = count & 0xFF
             first[NUM_BUFFERS_AT + 1] = count >> 8
@@ -192,13 +212,51 @@ class Receiver:
             _copy_into(self._views, NUM_BUFFERS_AT, count.to_bytes(2, "little"))
             if not self._rules.guest_csum:
                 _copy_into(self._views, 0, b"\0")
-        for buffer in buffers[:count]:
-            written = min(length, buffer.size)
-            queue.add_used(buffer.chain, written)
-            length -= written
-        del buffers[:count]
+        if self._plain:
+            heads = cast("list[int]", self._buffers[:count])
+            queue.add_used_buffers(heads, length - covered + len(self._views[count - 1]))
+        else:
+            self._return(queue, self._buffers[:count], length)
+        del self._buffers[:count]
         del self._views[:views]
         self._room -= covered
+        if not self._plain:
+            self._plain = not any(isinstance(buffer, _Buffer) for buffer in self._buffers)
+
+    def _needed(self, length: int) -> tuple[int, int, int]:
+        """How many buffers a frame takes, how many bytes they have, and how many views."""
+        covered = count = views = 0
+        if self._plain:
+            for view in self._views:
+                covered += len(view)
+                count += 1
+                if covered >= length:
+                    break
+            return count, covered, count
+        while covered < length:
+            buffer = self._buffers[count]
+            if isinstance(buffer, _Buffer):
+                covered += buffer.size
+                views += buffer.views
+            else:
+                covered += len(self._views[views])
+                views += 1
+            count += 1
+        return count, covered, views
+
+    def _return(self, queue: Queue, buffers: list[int | _Buffer], length: int) -> None:
+        """Hand `buffers` of all kinds back, the first `length` bytes of which were written."""
+        at = 0
+        for buffer in buffers:
+            if isinstance(buffer, _Buffer):
+                written = min(length, buffer.size)
+                queue.add_used(buffer.chain, written)
+                at += buffer.views
+            else:
+                written = min(length, len(self._views[at]))
+                queue.add_used_buffers([buffer], written)
+                at += 1
+            length -= written
 
     def _adapt(self, length: int) -> None:
         """Have as much room at hand as frames need these days."""

@@ -1,0 +1,221 @@
+"""Several queues of a device served by one thread."""
+
+from __future__ import annotations
+
+import socket
+import threading
+
+import pytest
+from worker_rig import Bench, Echo, wait_for
+
+from pyvmm.errors import DriverError
+from pyvmm.host.waiter import Source
+from pyvmm.testing.mmio_driver import SAFETY_TIMEOUT
+from pyvmm.virtio.device import VirtioDevice
+from pyvmm.virtio.shared_worker import SharedWorker
+from pyvmm.virtio.worker import AT_ONCE, FOR_SOURCE, Rest
+
+
+class Shared(VirtioDevice):
+    """An echo on all its queues, by one thread; `order` says which queue was served when."""
+
+    name, device_type, queue_sizes = "shared", 42, (256, 256)
+
+    def __init__(self, behave=lambda queue, chain: None):
+        self.behave = behave
+        self.order = []
+        self.threads = set()
+        self.worker = None
+
+    def activate(self, activation):
+        queues = [queue for queue in activation.queues if queue is not None]
+        sources = [self.sources(queue.index) for queue in queues]
+        self.worker = SharedWorker("shared", queues, self.serve, activation, sources)
+        self.worker.start()
+
+    def sources(self, index):
+        return ()
+
+    def serve(self, queue):
+        self.threads.add(threading.get_ident())
+        for chain in queue:
+            self.order.append(queue.index)
+            self.behave(queue, chain)
+            writer = chain.writer()
+            writer.write(chain.reader().read(chain.readable_size))
+            queue.add_used(chain, writer.written)
+
+    def reset(self):
+        worker, self.worker = self.worker, None
+        if worker is not None:
+            worker.request_stop()
+            worker.join()
+
+
+@pytest.fixture
+def bench():
+    made = []
+
+    def make(device, **options):
+        made.append(Bench(device, queues=2, **options))
+        made[-1].activate()
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_each_queue_is_served_after_its_kick_by_the_same_thread(bench, event_idx):
+    b = bench(Shared(), event_idx=event_idx)
+    for turn in range(50):
+        for index in (0, 1, 1):
+            assert b.echo(b"%d" % turn, index) == b"%d" % turn
+    assert len(b.device.threads) == 1
+    wait_for(lambda: b.recorder.line.count == 150)
+
+
+def test_a_queue_that_was_stopped_does_not_hold_up_the_other(bench):
+    b = bench(Shared())
+    assert b.echo(b"before") == b"before"
+    b.rigs[0].queue.halt = True
+    with b.rigs[0].queue.lock:
+        b.rigs[0].queue.ready = False
+    b.rigs[0].driver.add([b"x"], [1])
+    b.rigs[0].driver.publish()
+    b.rigs[0].kick.signal()
+    for _ in range(3):
+        assert b.echo(b"other", 1) == b"other"
+    assert not b.rigs[0].driver.has_used()
+
+
+def test_a_broken_ring_fails_the_device_after_the_other_queue_was_notified(bench):
+    def behave(queue, chain):
+        if queue.index == 1:
+            raise DriverError("broken on purpose", section="2.7")
+
+    device = Shared(behave)
+    b = bench(device)
+    held = b.rigs[0].queue.lock
+    with held:  # both have something before the thread gets to see either
+        for rig in b.rigs:
+            rig.driver.add([b"x"], [1])
+            rig.driver.publish()
+            rig.kick.signal()
+    assert b.recorder.failed.wait(SAFETY_TIMEOUT)
+    wait_for(b.rigs[0].driver.has_used)
+    wait_for(lambda: b.recorder.line.count >= 1)
+    assert len(b.recorder.failures) == 1
+    assert not any(rig.queue.ready for rig in b.rigs)
+
+
+class Busy(Shared):
+    """Queue 0 has always more to do."""
+
+    def serve(self, queue):
+        super().serve(queue)
+        if queue.index == 0:
+            self.order.append(0)
+            return AT_ONCE
+        return None
+
+
+def test_a_queue_that_is_never_done_keeps_neither_the_other_waiting_nor_the_end(bench):
+    b = bench(Busy())
+    assert b.echo(b"between", 1) == b"between"
+    wait_for(lambda: len(b.device.order) > 100)
+    assert b.echo(b"again", 1) == b"again"
+    b.device.reset()
+
+
+class Duplex(Shared):
+    """Queue 0 sends to a socket and queue 1 receives from it; both wait for the same descriptor."""
+
+    def __init__(self):
+        super().__init__()
+        self.ours, self.theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the least: a few datagrams
+        self.ours.setblocking(False)
+        self.full = 0
+
+    def sources(self, index):
+        import select
+
+        fd = self.ours.fileno()
+        return (Source(fd) if index else Source(fd, select.EPOLLOUT, on_demand=True),)
+
+    def serve(self, queue):
+        return self._receive(queue) if queue.index else self._send(queue)
+
+    def _send(self, queue):
+        for chain in queue:
+            try:
+                self.ours.send(chain.reader().read(chain.readable_size))
+            except BlockingIOError:
+                queue.step_back()
+                self.full += 1
+                return FOR_SOURCE
+            queue.add_used(chain, 0)
+        return None
+
+    def _receive(self, queue):
+        for chain in queue:
+            try:
+                data = self.ours.recv(64)
+            except BlockingIOError:
+                queue.step_back()
+                return FOR_SOURCE
+            chain.writer().write(data)
+            queue.add_used(chain, len(data))
+        return None
+
+    def reset(self):
+        super().reset()
+        self.ours.close()
+        self.theirs.close()
+
+
+def test_one_descriptor_is_waited_for_by_both_queues(bench):
+    b = bench(Duplex(), size=64)
+    send, receive = b.rigs
+    for _ in range(60):
+        receive.driver.add([], [64])
+    receive.driver.publish()
+    receive.kick.signal()
+    sent = [b"%04d" % turn for turn in range(60)]
+    for data in sent:
+        send.driver.add([data], [])
+    send.driver.publish()
+    send.kick.signal()
+    wait_for(lambda: b.device.full > 0)
+    got = []
+    for turn in range(60):  # each is answered while more wait to be sent
+        got.append(b.device.theirs.recv(64))
+        b.device.theirs.send(b"answer %d" % turn)
+    assert got == sent
+    wait_for(lambda: receive.queue.state().next_used == 60)
+    assert send.queue.state().next_used == 60
+
+
+class Sleepy(Shared):
+    """Each queue asks for its next turn after a while, and gets no kick."""
+
+    def serve(self, queue):
+        super().serve(queue)
+        self.order.append(queue.index)
+        return Rest(kicks=False, seconds=0.001 if queue.index else 0.002)
+
+
+def test_the_shortest_rest_counts(bench):
+    b = bench(Sleepy())
+    wait_for(lambda: len(b.device.order) > 20)
+    assert set(b.device.order) == {0, 1}
+
+
+def test_echo_is_the_same_as_with_a_thread_each():
+    single, shared = Bench(Echo(), queues=2), Bench(Shared(), queues=2)
+    for b in (single, shared):
+        b.activate()
+        assert [b.echo(b"%d" % n, n % 2) for n in range(10)] == [b"%d" % n for n in range(10)]
+        b.close()
