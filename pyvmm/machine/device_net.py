@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from pyvmm.errors import ConfigError
 from pyvmm.host import log, passt, syscalls, tap
 from pyvmm.host.passt import Forward
+from pyvmm.machine import rates
 from pyvmm.machine.devices import Context
 from pyvmm.machine.spec import DeviceSpec
 from pyvmm.virtio.net.backend import Backend
@@ -17,10 +18,14 @@ from pyvmm.virtio.net.header import ETH_HEADER, VLAN_TAG
 from pyvmm.virtio.net.stream import LARGEST_THROUGH_PORT, StreamBackend
 from pyvmm.virtio.net.tap import TapBackend
 
+if TYPE_CHECKING:
+    from pyvmm.virtio.net.limits import Limits
+
 OPTION = "--net"
 SYNTAX = (
     "user[,forward=[tcp:|udp:][ADDRESS:]PORT:GUESTPORT][,host] or "
-    "tap=NAME[,queues=N][,create][,address=A.B.C.D/N][,bridge=NAME], and mac=, mtu=, packed"
+    "tap=NAME[,queues=N][,create][,address=A.B.C.D/N][,bridge=NAME], and mac=, mtu=, packed, "
+    "rx-bps=, rx-pps=, tx-bps=, tx-pps= and their -burst="
 )
 LEAST_MTU, MOST_MTU = 68, 65535  # 5.1.4.1 Device Requirements: Device configuration layout
 MOST_QUEUES = 16
@@ -36,6 +41,9 @@ class Spec(DeviceSpec):
     host's end. `queues` are pairs. `forwards` are `Forward` as text; `host_access` lets the guest
     reach this machine's loopback address through its gateway. `stream` is the path of a character
     device that a passt serves already, which is how it is in an emulated host.
+
+    `rx_bps`, `rx_pps` and so on limit bytes and packets a second that the guest receives and sends
+    (machine.rates); those larger than the burst go when the bucket is full.
     """
 
     kind: ClassVar[str] = "net"
@@ -49,6 +57,14 @@ class Spec(DeviceSpec):
     mac: str = ""
     mtu: int = 0
     stream: str = ""
+    rx_bps: int = 0
+    rx_pps: int = 0
+    rx_bps_burst: int = 0
+    rx_pps_burst: int = 0
+    tx_bps: int = 0
+    tx_pps: int = 0
+    tx_bps_burst: int = 0
+    tx_pps_burst: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "forwards", tuple(self.forwards))
@@ -77,6 +93,9 @@ def _with_option(spec: Spec, option: str) -> Spec:
     is_tap = bool(spec.tap)
     if key == "mac" and value:
         return replace(spec, mac=value)
+    if key in rates.NET_KEYS:
+        limit = {rates.NET_KEYS[key]: rates.parse_rate(key, value, OPTION)}
+        return replace(spec, **limit)  # type: ignore[arg-type]  # the fields are integers
     if key == "mtu":
         return replace(spec, mtu=_number(option, value, LEAST_MTU, MOST_MTU))
     if is_tap and key == "queues":
@@ -151,6 +170,7 @@ def check(spec: Spec) -> Spec:
         # Locally administered, unicast (IEEE 802); QEMU's and KVM's usual prefix.
         spec = replace(spec, mac=b"\x52\x54\x00".hex(":") + ":" + os.urandom(3).hex(":"))
     mac_bytes(spec.mac)
+    rates.check(spec, OPTION, rates.NET_KEYS)
     for text in spec.forwards:
         parse_forward(text)
     return spec
@@ -178,7 +198,23 @@ def open_device(spec: Spec, context: Context) -> NetDevice:
     backend, other_end = _open_tap(spec) if spec.tap else (_open_stream(spec), "user")
     context.closing.callback(backend.close)
     name = f"net-{other_end}"
-    return NetDevice(backend, name=name, mac=mac_bytes(spec.mac), trace=context.trace)
+    return NetDevice(
+        backend,
+        name=name,
+        mac=mac_bytes(spec.mac),
+        trace=context.trace,
+        receive_limits=_limits(spec, "rx"),
+        send_limits=_limits(spec, "tx"),
+    )
+
+
+def _limits(spec: Spec, way: str) -> Limits | None:
+    limiter = rates.net_limiter(spec, way)
+    if limiter is None:
+        return None
+    from pyvmm.virtio.net.limits import Limits
+
+    return Limits(limiter)
 
 
 def _open_stream(spec: Spec) -> Backend:

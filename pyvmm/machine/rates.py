@@ -6,6 +6,7 @@ at once after a rest; without it, that is a tenth of a second's worth.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from pyvmm.errors import ConfigError
@@ -16,6 +17,14 @@ if TYPE_CHECKING:
 SYNTAX = "[,bps=N][,iops=N][,bps-burst=N][,iops-burst=N]"
 # What stands on the command line → the field that holds it.
 KEYS = {"bps": "bps", "iops": "iops", "bps-burst": "bps_burst", "iops-burst": "iops_burst"}
+# A network card's directions, as the guest sees them; its operations are packets.
+NET_KEYS = {
+    f"{way}-{what}{burst}": f"{way}_{what}{burst.replace('-', '_')}"
+    for way in ("rx", "tx")
+    for what in ("bps", "pps")
+    for burst in ("", "-burst")
+}
+FIELDS = frozenset((*KEYS.values(), *NET_KEYS.values()))
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 _DIGITS = 15
@@ -47,22 +56,30 @@ def parse_rate(key: str, text: str, option: str) -> int:
     return int(digits) * _UNITS[unit]
 
 
-def check(rates: Rates, option: str) -> None:
-    """Raise ConfigError for numbers that make no limits."""
-    for key, field in KEYS.items():
+def check(rates: object, option: str, keys: Mapping[str, str] = KEYS) -> None:
+    """Raise ConfigError for numbers that make no limits in the fields that `keys` name."""
+    for key, field in keys.items():
         if getattr(rates, field) < 0:
             raise ConfigError(f"{key} is negative", cure="use a number above 0", option=option)
-    for rate, burst in (("bps", "bps-burst"), ("iops", "iops-burst")):
-        if getattr(rates, KEYS[burst]) and not getattr(rates, rate):
-            raise ConfigError(f"{burst} without {rate}", cure=f"give {rate} too", option=option)
+        rate = key.removesuffix("-burst")
+        if getattr(rates, field) and not getattr(rates, keys[rate]):
+            raise ConfigError(f"{key} without {rate}", cure=f"give {rate} too", option=option)
 
 
 def limiter(rates: Rates) -> RateLimiter | None:
     """The limits, full at first; None for none."""
-    if not rates.bps and not rates.iops:
+    return _limiter(rates.bps, rates.iops, rates.bps_burst, rates.iops_burst)
+
+
+def net_limiter(rates: object, way: str) -> RateLimiter | None:
+    """The limits of a network card in direction `way`, "rx" or "tx"; None for none."""
+    fields = (f"{way}_bps", f"{way}_pps", f"{way}_bps_burst", f"{way}_pps_burst")
+    return _limiter(*(getattr(rates, field) for field in fields))
+
+
+def _limiter(bps: int, iops: int, bps_burst: int, iops_burst: int) -> RateLimiter | None:
+    if not bps and not iops:
         return None
     from pyvmm.virtio import rate_limit
 
-    return rate_limit.limiter(
-        bps=rates.bps, iops=rates.iops, bps_burst=rates.bps_burst, iops_burst=rates.iops_burst
-    )
+    return rate_limit.limiter(bps=bps, iops=iops, bps_burst=bps_burst, iops_burst=iops_burst)

@@ -70,7 +70,7 @@ def _value(field: Field[Any], value: Any, where: str) -> Any:
     kind = str(field.type)
     what = f"{where}.{field.name}"
     if kind == "int" and isinstance(value, str):
-        if field.name in rates.KEYS.values():
+        if field.name in rates.FIELDS:
             return rates.parse_rate(field.name, value, what)
         if field.name in _SIZES:
             return parse_memory(value, option=what)

@@ -72,6 +72,21 @@ class RateLimiter:
                 self._bytes.take(size)
         return 0
 
+    def ready(self, now: int) -> int:
+        """In how many nanoseconds from `now` on something may go that is counted by `charge` when
+        its size is known; 0 is now."""
+        with self._lock:
+            buckets = (self._operations, self._bytes)
+            return max(bucket.wait_for(1, now) for bucket in buckets if bucket is not None)
+
+    def charge(self, size: int, operations: int = 1) -> None:
+        """Count what went anyway, be it on credit; negative numbers give back what was taken."""
+        with self._lock:
+            if self._operations is not None:
+                self._operations.take(operations)
+            if self._bytes is not None:
+                self._bytes.take(size)
+
 
 def limiter(*, bps: int, iops: int, bps_burst: int, iops_burst: int) -> RateLimiter | None:
     """A limiter of bytes and operations a second; 0 is no limit, and None stands for no limits."""

@@ -8,7 +8,7 @@ import pytest
 
 from pyvmm.errors import ConfigError
 from pyvmm.host import passt, tap
-from pyvmm.machine import device_net
+from pyvmm.machine import device_net, rates
 from pyvmm.machine.device_net import Spec, check, parse, parse_forward
 from pyvmm.machine.spec import VmSpec, from_json, to_json, validate
 
@@ -131,3 +131,24 @@ def test_what_is_no_tap_is_one_line() -> None:
             tap.open_tap("lo")
     except PermissionError:
         pytest.skip("no /dev/net/tun here")
+
+
+def test_limits_of_both_directions() -> None:
+    spec = parse("user,rx-bps=10M,tx-pps=500,rx-bps-burst=1m,tx-pps-burst=7")
+    assert (spec.rx_bps, spec.rx_bps_burst) == (10 << 20, 1 << 20)
+    assert (spec.tx_pps, spec.tx_pps_burst) == (500, 7)
+    assert rates.net_limiter(spec, "rx") is not None
+    assert rates.net_limiter(Spec(rx_bps=1), "tx") is None
+    whole = validate(VmSpec(kernel="k", devices=(spec,)))
+    assert from_json(to_json(whole)) == whole
+
+
+@pytest.mark.parametrize("text", ["rx-bps=0", "tx-pps=x", "rx-bps", "tx-iops=3", "rx-pps=1.5"])
+def test_limits_that_are_none(text: str) -> None:
+    with pytest.raises(ConfigError, match="--net"):
+        parse(f"user,{text}")
+
+
+def test_a_burst_needs_its_own_rate() -> None:
+    with pytest.raises(ConfigError, match="rx-bps-burst without rx-bps"):
+        check(parse("user,rx-bps-burst=1M,tx-bps=3"))

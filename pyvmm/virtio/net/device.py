@@ -7,6 +7,7 @@ queue.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from pyvmm.host.log import RateLimited
 from pyvmm.host.waiter import Source
@@ -40,6 +41,10 @@ from pyvmm.virtio.queue import Queue
 from pyvmm.virtio.shared_worker import SharedWorker
 from pyvmm.virtio.worker import QueueDevice, Rest
 
+if TYPE_CHECKING:
+    from pyvmm.virtio.net.limits import Limits
+
+
 QUEUE_SIZE = 256
 CONTROL_QUEUE_SIZE = 64
 
@@ -62,8 +67,11 @@ class NetDevice(QueueDevice):
         queue_size: int = QUEUE_SIZE,
         trace: Callable[[object], None] | None = None,
         log: Callable[[str], None] | None = None,
+        receive_limits: Limits | None = None,
+        send_limits: Limits | None = None,
     ) -> None:
-        """Put a device in front of `backend`, which it does not close.
+        """Put a device in front of `backend`, which it does not close. The limits are those of all
+        its pairs together.
 
         `trace` gets a `NetEvent` for each frame; `log` a line when the link is lost, and is
         limited in rate unless given.
@@ -101,6 +109,7 @@ class NetDevice(QueueDevice):
         self._control: Control | None = None
         self._live: dict[int, Queue] = {}  # queues of pairs that are served, by index
         self._threads: dict[int, SharedWorker] = {}  # by pair
+        self._receive_limits, self._send_limits = receive_limits, send_limits
         self._trace = trace
         self._log = RateLimited(prefix=f"{name}: ", device=name) if log is None else log
 
@@ -226,7 +235,12 @@ class NetDevice(QueueDevice):
         self._receivers = [self._receiver(pair) for pair in range(pairs)]
         self._transmitters = [
             Transmitter(
-                channel, check, lambda: self._link_up, self.sent[pair], self._noting("sent")
+                channel,
+                check,
+                lambda: self._link_up,
+                self.sent[pair],
+                self._noting("sent"),
+                self._send_limits,
             )
             for pair, channel in enumerate(self._backend.channels[:pairs])
         ]
@@ -238,6 +252,7 @@ class NetDevice(QueueDevice):
             self._filter_of(pair),
             self.received[pair],
             self._noting("received"),
+            self._receive_limits,
         )
 
     def _filter_of(self, pair: int) -> Callable[[], ReceiveFilter | None]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from time import monotonic
-from typing import NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from pyvmm.errors import GuestMemoryError
 from pyvmm.virtio.chain import DescriptorChain
@@ -28,8 +28,14 @@ from pyvmm.virtio.net.header import (
 from pyvmm.virtio.queue import Queue
 from pyvmm.virtio.worker import AT_ONCE, FOR_SOURCE, Rest
 
-BATCH_FRAMES = 64  # after so many, or so many bytes, the driver gets to see them
-BATCH_BYTES = 512 << 10
+if TYPE_CHECKING:
+    from pyvmm.virtio.net.limits import Limits
+
+
+# After so many frames, or so many bytes, the driver gets to see them: a large one at once, so that
+# the guest works on it while the next is read.
+BATCH_FRAMES = 64
+BATCH_BYTES = 64 << 10
 SMALL = 2048  # room to have at hand where frames are small
 LARGE = HEADER_SIZE + LARGEST_FRAME
 # Frames since the last large one, after which they count as small.
@@ -76,12 +82,14 @@ class Receiver:
         filter_in_force: Callable[[], ReceiveFilter | None],
         counters: Counters,
         note: Callable[[int, str], None] | None,
+        limits: Limits | None = None,
     ) -> None:
         self._receive = channel.receive
         self._rules = rules
         self._filter = filter_in_force
         self._counters = counters
         self._note = note
+        self._limits = limits
         # Chains in hand: by head those that are just one buffer with one view.
         self._buffers: list[int | _Buffer] = []
         self._plain = True  # all of them are such
@@ -98,9 +106,12 @@ class Receiver:
         """Fill buffers with frames until there are no more of the one or the other. Raises
         LinkLost, and then what was filled before stays filled."""
         bytes_left = BATCH_BYTES
+        limits = self._limits
         for _ in range(BATCH_FRAMES):
             waiting = self._waiting
             if waiting is None:
+                if limits is not None and (wait := limits.ready()):
+                    return Rest(kicks=False, seconds=wait, sources=False)
                 if self._room < self._target:
                     self._take_buffers(queue, self._target)
                 if not self._buffers:
@@ -179,6 +190,8 @@ class Receiver:
             self._adapt(length)
             self._counters.frames += 1
             self._counters.bytes += length - HEADER_SIZE
+            if self._limits is not None:
+                self._limits.charge(length - HEADER_SIZE)
         if self._note is not None:
             self._note(length - HEADER_SIZE, why or "")
         return True

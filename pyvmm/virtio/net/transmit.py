@@ -7,6 +7,7 @@ checked is what is sent.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from pyvmm.errors import DriverError, HostError
 from pyvmm.virtio.chain import DescriptorChain
@@ -16,7 +17,12 @@ from pyvmm.virtio.net.header import HEADER_SIZE, TransmitCheck
 from pyvmm.virtio.queue import Queue
 from pyvmm.virtio.worker import FOR_SOURCE, Rest
 
-BATCH_BYTES = 512 << 10  # after so many the driver gets to see that they are sent
+if TYPE_CHECKING:
+    from pyvmm.virtio.net.limits import Limits
+
+
+# After so many the driver gets to see that they are sent, and it is looked whether something came.
+BATCH_BYTES = 128 << 10
 
 
 class Transmitter:
@@ -29,6 +35,7 @@ class Transmitter:
         link_up: Callable[[], bool],
         counters: Counters,
         note: Callable[[int, str], None] | None,
+        limits: Limits | None = None,
     ) -> None:
         self._channel = channel
         self._send = channel.send
@@ -36,6 +43,7 @@ class Transmitter:
         self._link_up = link_up
         self._counters = counters
         self._note = note
+        self._limits = limits
 
     def serve(self, queue: Queue) -> Rest | None:
         """Send what is in the ring. Raises LinkLost; the frame at hand is then back in the ring."""
@@ -45,11 +53,16 @@ class Transmitter:
             if channel.unsent:
                 return FOR_SOURCE
         budget = BATCH_BYTES
-        counters, note = self._counters, self._note
+        counters, note, limits = self._counters, self._note, self._limits
         for chain in queue:
             length = chain.readable_size - HEADER_SIZE
+            if limits is not None and (wait := limits.take(length)):
+                queue.step_back()
+                return Rest(kicks=False, seconds=wait, sources=False)
             why = self._carry_out(queue, chain, length)
             if why is None:
+                if limits is not None:
+                    limits.give_back(length)
                 return FOR_SOURCE
             queue.add_used(chain, 0)
             if why:
