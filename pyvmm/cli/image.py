@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import click
 
 from pyvmm import images
+from pyvmm.control import registry
 from pyvmm.errors import ConfigError
+from pyvmm.host import log
+from pyvmm.machine.spec import parse_memory
 
+EPILOG = """\b
+Examples:
+  pyvmm image build --from debian:trixie --include fio,python3 --size 4G bench
+  pyvmm image build --from debian:bookworm --copy ./app:/opt/app --script setup.sh app
+  pyvmm image build --from oci-archive:alpine.tar alpine
+"""
 _FOR_A_START = ("kernel-6.1", "initramfs-6.1", "rootfs-minbase", "kernel-host")
 
 
@@ -21,23 +31,132 @@ def image() -> None:
     """
 
 
-@image.command()
-@click.argument("names", nargs=-1)
+@image.command(epilog=EPILOG)
+@click.argument("names", metavar="[NAME...]", nargs=-1)
+@click.option(
+    "--from",
+    "source",
+    metavar="SOURCE",
+    help="Make an image of your own called NAME: from debian:bookworm, trixie or sid; or of a "
+    "saved container image, oci-archive:FILE, docker-archive:FILE or oci:DIRECTORY (with several "
+    "in it FILE:IMAGE).",
+)
+@click.option(
+    "--include", metavar="PACKAGE[,...]", multiple=True, help="Install these Debian packages too."
+)
+@click.option("--size", metavar="SIZE", help="Of the root disk; its file is sparse.  [default: 2G]")
+@click.option(
+    "--kernel", metavar="VERSION", help="The kernel that goes with it, 6.1 or 6.12.  [default: 6.1]"
+)
+@click.option("--script", metavar="FILE", help="Run this in it (in Debian), as root, at the end.")
+@click.option(
+    "--copy",
+    "copies",
+    metavar="FILE:PATH",
+    multiple=True,
+    help="Put a file or directory at PATH in it (in Debian), as root's.",
+)
+@click.option("--force", is_flag=True, help="Replace the image of that name, if there is one.")
 @click.option("--all", "everything", is_flag=True, help="Every image there is a recipe for.")
 @click.option("--locked", is_flag=True, help="Fail if the mirror no longer has a pinned version.")
-def build(names: tuple[str, ...], everything: bool, locked: bool) -> None:
-    """Make the named images, if they are not in the cache.
+def build(
+    names: tuple[str, ...],
+    source: str | None,
+    include: tuple[str, ...],
+    size: str | None,
+    kernel: str | None,
+    script: str | None,
+    copies: tuple[str, ...],
+    force: bool,
+    everything: bool,
+    locked: bool,
+) -> None:
+    """Make an image of your own (--from), or the named parts that pyvmm has recipes for.
 
     Without a name: what it takes to boot Debian, the emulated KVM host's kernel included.
     """
-    images.build(None if everything else names or _FOR_A_START, locked=locked)
+    own = {
+        "--include": include,
+        "--size": size,
+        "--kernel": kernel,
+        "--script": script,
+        "--copy": copies,
+        "--force": force,
+    }
+    try:
+        if source is not None:
+            _build_own(names, source, own)
+            return
+        for option, value in own.items():
+            if value:
+                raise ConfigError("is for an image of your own", cure="add --from", option=option)
+        images.build(None if everything else names or _FOR_A_START, locked=locked)
+    except KeyboardInterrupt:
+        log.to_stderr("interrupted; what was being built is gone")
+        raise
+
+
+def _build_own(names: tuple[str, ...], source: str, own: dict[str, Any]) -> None:
+    if len(names) != 1:
+        raise ConfigError(
+            "one image is made at a time",
+            cure="pyvmm image build --from … NAME",
+            option="--from",
+        )
+    images.build_from(
+        names[0],
+        source,
+        packages=[name for text in own["--include"] for name in text.split(",") if name],
+        size=parse_memory(own["--size"], option="--size") if own["--size"] else 0,
+        kernel=own["--kernel"] or images.DEFAULT_KERNEL,
+        script=own["--script"] or "",
+        copies=[_pair(text) for text in own["--copy"]],
+        replace=own["--force"],
+    )
+
+
+def _pair(text: str) -> tuple[str, str]:
+    source, _, target = text.rpartition(":")
+    if not source or not target.startswith("/") or ".." in target.split("/"):
+        raise ConfigError(
+            f"cannot read {text!r}", cure="write FILE:/PATH/IN/THE/IMAGE", option="--copy"
+        )
+    return source, target
 
 
 @image.command("list")
-def list_images() -> None:
-    """Show the images, and where those are that have been built."""
-    for name, folder in images.listing():
+@click.option("--all", "everything", is_flag=True, help="Also the parts, and where they are.")
+@click.option("--json", "as_json", is_flag=True, help="Print all that is known, as JSON.")
+def list_images(everything: bool, as_json: bool) -> None:
+    """Show the images that `pyvmm run` takes."""
+    rows = images.machine_images()
+    parts = images.listing() if everything else []
+    if as_json:
+        import json
+
+        found: list[object] = [row._asdict() for row in rows]
+        found += [{"name": name, "folder": folder} for name, folder in parts]
+        click.echo(json.dumps(found, indent=2))
+        return
+    lines = [("NAME", "SIZE", "MADE", "KERNEL", "FROM")]
+    for row in rows:
+        size = "-" if row.size is None else f"{row.size >> 20}M"
+        lines.append((row.name, size, (row.made_at or "-")[:10], row.kernel, row.made_from))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    for line in lines:
+        cells = (f"{text:{width}}" for text, width in zip(line, widths, strict=True))
+        click.echo("  ".join(cells).rstrip())
+    for name, folder in parts:
         click.echo(f"{name:18} {folder or 'not built'}")
+
+
+@image.command("rm")
+@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.option("--force", is_flag=True, help="Even if VMs need it, which then cannot go on.")
+def remove(names: tuple[str, ...], force: bool) -> None:
+    """Remove images that you have built."""
+    for name in names:
+        images.remove(name, running=registry.running(), force=force)
 
 
 @image.command()

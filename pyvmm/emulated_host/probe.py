@@ -15,7 +15,7 @@ from pyvmm.host.programs import find_program
 
 _DEVICES = ("virtio-9p-pci", "virtio-serial-pci", "virtserialport", "virtio-blk-pci")
 _SMALLEST_GUEST_MIB = 128
-_REBUILD = "remove the folder of programs-emulator (`pyvmm image list`); it is made anew"
+_REBUILD = "remove the folder of programs-emulator (`pyvmm image list --all`); it is made anew"
 
 
 class Check(NamedTuple):

@@ -142,6 +142,64 @@ def listing() -> list[tuple[str, str | None]]:
     return [(name, folder if os.path.isdir(folder) else None) for name, folder in folders]
 
 
+class Row(NamedTuple):
+    """One image that can be booted by its name. `size` in bytes, as on this machine's disk; `made`
+    an ISO 8601 date; both None for one that has not been built."""
+
+    name: str
+    size: int | None
+    made_from: str
+    made_at: str | None
+    kernel: str
+    details: dict[str, str]
+
+
+def machine_images() -> list[Row]:
+    """All images that can be booted by name: the recipes' and then the user's. A user's image with
+    a broken record says so in `made_from`."""
+    from pyvmm.images import shelf
+
+    return shelf.rows()
+
+
+def build_from(
+    name: str,
+    source: str,
+    *,
+    packages: Sequence[str] = (),
+    size: int = 0,
+    kernel: str = DEFAULT_KERNEL,
+    script: str = "",
+    copies: Sequence[tuple[str, str]] = (),
+    replace: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Make an image of one's own called `name` from "debian:RELEASE", "oci-archive:FILE",
+    "docker-archive:FILE" or "oci:DIRECTORY".
+
+    `packages` are installed in a Debian, `copies` (pairs of a path here and one there) put into it,
+    and `script` is run in it. `size` is the root disk's in bytes, 0 for what is enough. An image of
+    that name is replaced if `replace` is true. Raises ConfigError.
+    """
+    from pyvmm.images import user_build
+    from pyvmm.images.progress import Progress
+
+    order = user_build.Order(
+        name, source, tuple(packages), size, kernel, script, tuple(copies), replace
+    )
+    user_build.build(order, Progress(quiet=quiet))
+
+
+def remove(name: str, *, running: Sequence[str] = (), force: bool = False) -> None:
+    """Remove an image that `build_from` made. `running` are the VMs that run now.
+
+    Raises ConfigError if VMs need it, unless `force`; those then cannot go on.
+    """
+    from pyvmm.images import user_build
+
+    user_build.remove(name, running, force=force)
+
+
 def refresh_lock() -> None:
     """Pin, in guest-images/, the versions that the mirror has now. Raises ConfigError."""
     from pyvmm.images import builder

@@ -174,14 +174,13 @@ class Builder:
         if not name.startswith("rootfs-"):
             return [self._newest(name)]
         with cache.workspace() as room:
-            variant = name.removeprefix("rootfs-")
-            packages = self._make_rootfs(variant, [], room)
+            packages = self._make_rootfs(name, [], room)
         found = self._apt.lookup(packages)
         return [found[package] for package, _ in packages]
 
     def _build_programs(self, name: str, into: str) -> list[tuple[str, str]]:
         pins = self._catalogue.pins(name)
-        client = self._client(self._recipes.programs[name.removeprefix("programs-")].suites)
+        client = self.client(self._recipes.programs[name.removeprefix("programs-")].suites)
         if not apt.usable(client, name, pins, locked=self._locked):
             if pins:
                 self._progress.notice(_SUPERSEDED.format(name))
@@ -191,11 +190,13 @@ class Builder:
 
     def _newest_programs(self, name: str) -> list[Pin]:
         recipe = self._recipes.programs[name.removeprefix("programs-")]
-        return self._client(recipe.suites).closure(recipe.packages)
+        return self.client(recipe.suites).closure(recipe.packages)
 
-    def _client(self, suites: Sequence[str]) -> apt.Apt:
-        """apt for other suites than those of the guests."""
-        folder = os.path.join(user_cache.folder(), f"apt-{suites[0]}")
+    def client(self, suites: Sequence[str]) -> apt.Apt:
+        """apt for `suites`, its lists fetched."""
+        if tuple(suites) == tuple(self._recipes.suites):
+            return self._apt
+        folder = os.path.join(user_cache.folder(), f"apt-{'+'.join(suites)}")
         if folder not in self._clients:
             client = apt.Apt(folder, suites)
             step = self._progress.step(f"fetching {suites[0]}'s package lists")
@@ -235,9 +236,13 @@ class Builder:
         recipe = self._recipes.kernels[name.removeprefix("kernel-")]
         return self._apt.dependency(self._apt.newest(recipe.package, recipe.suite))
 
-    def _make_rootfs(self, variant: str, pins: Sequence[Pin], into: str) -> list[tuple[str, str]]:
-        program = os.path.join(self._catalogue.path("agent"), agent.FILE)
-        return rootfs.build(variant, self._recipes, program, pins, self._apt, into, self._progress)
+    def agent(self) -> str:
+        """The path of the guest's agent, which has been built."""
+        return os.path.join(self._catalogue.path("agent"), agent.FILE)
+
+    def _make_rootfs(self, name: str, pins: Sequence[Pin], into: str) -> list[tuple[str, str]]:
+        plan = rootfs.plan(name.removeprefix("rootfs-"), self._recipes, self.agent(), pins)
+        return rootfs.build(plan, self._recipes, self._apt, into, self._progress)
 
     def _build_rootfs(self, name: str, into: str) -> list[tuple[str, str]]:
         pins = self._catalogue.pins(name)
@@ -245,8 +250,7 @@ class Builder:
             if pins:
                 self._progress.notice(_SUPERSEDED.format(name))
             pins = []
-        variant = name.removeprefix("rootfs-")
-        packages = self._make_rootfs(variant, pins, into)
+        packages = self._make_rootfs(name, pins, into)
         if self._locked and sorted(packages) != sorted(pin[:2] for pin in pins):
             raise ConfigError(
                 f"{name}: other packages than the pinned ones were installed",

@@ -54,12 +54,22 @@ def building(waiting: Callable[[], None]) -> Iterator[None]:
 @contextlib.contextmanager
 def new_image(name: str, key: str) -> Iterator[str]:
     """An empty folder to fill; it becomes the image at the end, and is removed on any failure."""
+    with new_folder(image(name, key)) as content:
+        yield content
+
+
+@contextlib.contextmanager
+def new_folder(target: str) -> Iterator[str]:
+    """An empty folder to fill; at the end it takes the place of `target`, there or not."""
     with explain_os_errors(), workspace() as room:
         content = os.path.join(room, "content")
         os.mkdir(content)
         yield content
         _flush(content)
-        os.rename(content, image(name, key))
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        if os.path.lexists(target):
+            os.rename(target, os.path.join(room, "old"))
+        os.rename(content, target)
 
 
 @contextlib.contextmanager
@@ -96,6 +106,12 @@ def require_room() -> None:
         status = os.statvfs(folder())
         if status.f_bavail * status.f_frsize < _ROOM:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder())
+
+
+def remove(path: str) -> None:
+    """Remove a folder of the cache, whose lock the caller holds: at once, then bit by bit."""
+    with explain_os_errors(), workspace() as room:
+        os.rename(path, os.path.join(room, "old"))
 
 
 def prune(keep: set[str]) -> list[str]:

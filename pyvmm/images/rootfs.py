@@ -7,7 +7,9 @@ from the unpacked archive, under fakeroot where we are not root so that the file
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from pyvmm.errors import ConfigError
 from pyvmm.images import apt, cache, tools
@@ -31,49 +33,70 @@ chmod -R u+rwX "$ROOM/root"
 """
 
 
-def build(
-    variant: str,
-    recipes: Recipes,
-    agent: str,
-    pins: Sequence[Pin],
-    client: apt.Apt,
-    into: str,
-    progress: Progress,
-) -> list[tuple[str, str]]:
-    """Write `into`/rootfs.ext4; the (package, version) pairs that are in it.
+@dataclass(frozen=True)
+class Plan:
+    """What a root disk is made of. `name` is for messages, `size` in MiB, `variant` what customize
+    is told, `agent` the path of the guest's agent. With `pins` exactly their versions are installed, without them the mirror's newest.
 
-    `agent` is the path of the guest's agent. With `pins` exactly their versions are installed,
-    without it the mirror's newest.
+    `additions`, a tar archive, is unpacked in it, then `script` is run in it; both are paths.
     """
-    name = f"rootfs-{variant}"
+
+    name: str
+    release: str
+    packages: Sequence[str]
+    size: int
+    variant: str
+    agent: str
+    pins: Sequence[Pin] = ()
+    additions: str = ""
+    script: str = ""
+
+
+def plan(variant: str, recipes: Recipes, agent: str, pins: Sequence[Pin]) -> Plan:
+    """How a recipe's root disk is made."""
+    recipe = recipes.rootfs[variant]
+    return Plan(
+        *(f"rootfs-{variant}", recipes.release, recipe.packages, recipe.size, variant, agent, pins)
+    )
+
+
+def build(
+    plan: Plan, recipes: Recipes, client: apt.Apt, into: str, progress: Progress
+) -> list[tuple[str, str]]:
+    """Write `into`/rootfs.ext4; the (package, version) pairs that are in it. Raises ConfigError."""
     with cache.workspace() as room:
+<<<<<<< HEAD
         with progress.step(f"{name}: installing Debian {recipes.release} (mmdebstrap)"):
             _bootstrap(variant, recipes, pins, client, room)
         with progress.step(f"{name}: making the ext4 file system"):
             _make_disk(variant, recipes, agent, room, os.path.join(into, FILE))
+=======
+        with progress.step(f"{plan.name}: installing Debian {plan.release} (mmdebstrap)"):
+            _bootstrap(plan, client, room)
+        with progress.step(f"{plan.name}: making the ext4 file system"):
+            _make_disk(plan, recipes, room, os.path.join(into, FILE))
         with open(os.path.join(room, "packages"), encoding="utf-8") as file:
             return [(words[0], words[1]) for line in file if (words := line.split())]
 
 
-def _bootstrap(
-    variant: str, recipes: Recipes, pins: Sequence[Pin], client: apt.Apt, room: str
-) -> None:
+def _bootstrap(plan: Plan, client: apt.Apt, room: str) -> None:
     preferences = os.path.join(room, "preferences")
     with open(preferences, "w", encoding="utf-8") as file:
-        file.write(apt_preferences(pins))
+        file.write(apt_preferences(plan.pins))
     command = [
         "mmdebstrap",
         f"--mode={_mode()}",
         "--variant=minbase",
         "--architectures=amd64",
-        f"--include={','.join(recipes.rootfs[variant].packages)}",
+        f"--include={','.join(plan.packages)}",
         f"--aptopt={client.settings}",
-        f"--setup-hook=upload {preferences} /etc/apt/preferences.d/99pyvmm",
+        f"--setup-hook=upload {shlex.quote(preferences)} /etc/apt/preferences.d/99pyvmm",
+        *(f"--customize-hook={hook}" for hook in _own_hooks(plan)),
         "--customize-hook=chroot \"$1\" dpkg-query -W -f '${Package} ${Version}\\n' > "
         '"$1/packages"',
-        f"--customize-hook=download /packages {room}/packages",
+        f"--customize-hook=download /packages {shlex.quote(room)}/packages",
         '--customize-hook=rm "$1/packages"',
-        recipes.release,
+        plan.release,
         f"{room}/root.tar",
         client.sources,
     ]
@@ -83,6 +106,17 @@ def _bootstrap(
         environment["TMPDIR"] = room
     # Otherwise it works under /tmp: the user of its namespace may not get into this folder.
     tools.run(command, "mmdebstrap", env=environment)
+
+
+def _own_hooks(plan: Plan) -> Iterator[str]:
+    """What the user wants done; his paths are those of our own copies."""
+    if plan.additions:
+        yield f"tar-in {shlex.quote(plan.additions)} /"
+    if plan.script:
+        yield f"upload {shlex.quote(plan.script)} /pyvmm-script"
+        # As a shell would run it whose first line names the program.
+        yield 'chmod 700 "$1/pyvmm-script" && chroot "$1" /pyvmm-script'
+        yield 'rm -f "$1/pyvmm-script"'
 
 
 def _mode() -> str:
@@ -101,18 +135,24 @@ def _mode() -> str:
     return "unshare"
 
 
+<<<<<<< HEAD
 def _make_disk(variant: str, recipes: Recipes, agent: str, room: str, disk: str) -> None:
+=======
+def _make_disk(plan: Plan, recipes: Recipes, room: str, disk: str) -> None:
     for program in ("tar", "mke2fs"):
         tools.require(program)
     fake = [] if os.geteuid() == 0 else ["fakeroot"]
     environment = {
         "ROOM": room,
+<<<<<<< HEAD
         "VARIANT": variant,
-        "AGENT": agent,
+        "AGENT": plan.agent,
+=======
+        "VARIANT": plan.variant,
         "CUSTOMIZE": recipes.file("rootfs", "customize"),
         "LABEL": LABEL,
         "DISK": disk,
-        "SIZE": str(recipes.rootfs[variant].size),
+        "SIZE": str(plan.size),
     }
     tools.run([*fake, "sh", "-euc", _MAKE_DISK], "making the file system", env=environment)
     os.chmod(disk, 0o444)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import IO
 
 from pyvmm.errors import ConfigError
 
@@ -51,6 +54,42 @@ def run(
         message = complaint(result.stderr, result.returncode)
         raise ConfigError(f"{what}: {message}", cure=_CURES.get(message, ""))
     return result.stdout
+
+
+def feed(
+    command: Sequence[str],
+    what: str,
+    write: Callable[[IO[bytes]], None],
+    *,
+    env: Mapping[str, str] | None = None,
+) -> str:
+    """Run `command` with what `write` writes as its input, to its end; its standard error.
+
+    If it ends before it has read all, it is that end that is reported, as `run` does.
+    """
+    with tempfile.TemporaryFile() as stderr:
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, "PATH": _search_path(), "LC_ALL": "C.UTF-8", **(env or {})},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+        )
+        assert process.stdin is not None
+        try:
+            with contextlib.suppress(BrokenPipeError), process.stdin:
+                write(process.stdin)
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            status = process.wait()
+        stderr.seek(0)
+        said = stderr.read().decode(errors="replace")
+    if status:
+        message = complaint(said, status)
+        raise ConfigError(f"{what}: {message}", cure=_CURES.get(message, ""))
+    return said
 
 
 def require(program: str) -> None:

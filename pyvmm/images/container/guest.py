@@ -1,0 +1,84 @@
+"""What makes a container's files a guest: an init of its own, and what it needs, in /.pyvmm.
+
+An image may be without any program, so what init runs is a static busybox. Nothing of the image's
+own is replaced but what container engines replace too: /etc/hosts, /etc/hostname, /etc/resolv.conf.
+"""
+
+from __future__ import annotations
+
+import shlex
+import tarfile
+
+from pyvmm.images.bootable import Process
+from pyvmm.images.container.tree import Tree
+
+FOLDER = ".pyvmm"
+SCRIPTS = ("init", "network")  # pyvmm-init, pyvmm-network
+CMDLINE = f"init=/{FOLDER}/init"
+# A system's root disk has them; an image made from nothing has not.
+_FOLDERS = {"dev": 0o755, "proc": 0o555, "sys": 0o555, "run": 0o755, "tmp": 0o1777, "etc": 0o755}
+_SHELLS = ("bin/sh", "usr/bin/sh")
+_HOSTS = b"127.0.0.1 localhost\n127.0.1.1 pyvmm\n::1 localhost\n"
+
+
+def prepare(tree: Tree, process: Process, programs: dict[str, bytes], *, name: str) -> None:
+    """Add the guest's files to `tree`. `programs` are busybox and, as the root disks of the recipes
+    have them, the SCRIPTS; `name` becomes its host name. Raises Refused."""
+    tree.next_layer()
+    for folder, mode in _FOLDERS.items():
+        tree.directory(folder, mode)
+    tree.write("etc/hosts", _HOSTS)
+    tree.write("etc/hostname", f"{name}\n".encode())
+    tree.link("etc/resolv.conf", "/run/resolv.conf")  # which pyvmm-network writes
+    tree.directory(process.cwd.lstrip("/") or "etc")
+    _add_account(tree, process)
+    tree.root.drop(FOLDER)
+    tree.directory(FOLDER)
+    tree.write(f"{FOLDER}/busybox", programs["busybox"], 0o755)
+    for file in SCRIPTS:
+        tree.write(f"{FOLDER}/{file}", _moved(programs[file]), 0o755)
+    tree.write(f"{FOLDER}/entry", entry_script(process, _shell(tree)).encode(), 0o755)
+
+
+def _moved(script: bytes) -> bytes:
+    """A script of the recipes' root disks, with its programs in our folder."""
+    for name, there in (("/bin/busybox", "busybox"), ("/sbin/pyvmm-network", "network")):
+        script = script.replace(name.encode(), f"/{FOLDER}/{there}".encode())
+    return script
+
+
+def _shell(tree: Tree) -> str:
+    for path in _SHELLS:
+        node = tree.find(path)
+        if node is not None and node.kind == tarfile.REGTYPE:
+            return f"/{path}"
+    return ""
+
+
+def entry_script(process: Process, shell: str) -> str:
+    """sh: what `process` says, or `shell`, or busybox's own shell."""
+    busybox = f"/{FOLDER}/busybox"
+    program, *arguments = process.argv() or ([shell] if shell else [busybox, "sh"])
+    words = [busybox, "env", "-i", 'TERM="$TERM"', *map(shlex.quote, process.env)]
+    if process.user == "0:0":
+        words += [shlex.quote(program), *map(shlex.quote, arguments)]
+    else:
+        # busybox has no other program that changes the user and then is gone.
+        words += [busybox, "start-stop-daemon", "-S", "-n", "pyvmm-none", "-c", process.user]
+        words += ["-a", shlex.quote(program), "--", *map(shlex.quote, arguments)]
+    return f"#!{busybox} sh\ncd {shlex.quote(process.cwd)} || exit 126\nexec {' '.join(words)}\n"
+
+
+def _add_account(tree: Tree, process: Process) -> None:
+    """A line in /etc/passwd for a user whom only a number names: without one nobody can become him,
+    and programs find it odd."""
+    uid, gid = process.user.split(":")
+    passwd = tree.read("etc/passwd", 1 << 20)
+    known = {fields[2] for line in passwd.split(b"\n") if len(fields := line.split(b":")) > 6}
+    if uid.encode() in known:
+        return
+    if passwd and not passwd.endswith(b"\n"):
+        passwd += b"\n"
+    name, home = ("root", "/root") if uid == "0" else (f"pyvmm{uid}", "/")
+    line = f"{name}:x:{uid}:{gid}::{home}:/bin/sh\n"
+    tree.write("etc/passwd", passwd + line.encode())

@@ -1,0 +1,52 @@
+"""`pyvmm image list`: what there is to boot."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+
+from pyvmm import images
+from pyvmm.errors import ConfigError
+from pyvmm.images import bootable, user_image
+from pyvmm.images.builder import Catalogue
+
+
+def rows() -> list[images.Row]:
+    """See pyvmm.images.machine_images."""
+    return [*_built_in(), *map(_own, user_image.names())]
+
+
+def _built_in() -> Iterator[images.Row]:
+    variants = bootable.built_in()
+    if not variants:
+        return
+    catalogue = Catalogue()
+    for name, variant in variants.items():
+        recipe = catalogue.recipes.rootfs[variant]
+        folder = catalogue.path(f"rootfs-{variant}")
+        made = None
+        if os.path.isdir(folder):
+            made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(os.stat(folder).st_mtime))
+        made_from = f"debian:{catalogue.recipes.release}"
+        details = {"packages": ",".join(recipe.packages)}
+        yield images.Row(name, _size(folder), made_from, made, images.DEFAULT_KERNEL, details)
+
+
+def _own(name: str) -> images.Row:
+    size = _size(user_image.path(name))
+    try:
+        found = user_image.find(name)
+    except ConfigError as error:
+        return images.Row(name, size, f"unknown: {error.message}", None, "", {})
+    if found is None:
+        return images.Row(name, size, "unknown: it has no record", None, "", {})
+    return images.Row(name, size, found.made_from, found.made_at, found.kernel, dict(found.details))
+
+
+def _size(folder: str) -> int | None:
+    """Bytes that the folder's files take on the disk; None if there is none."""
+    try:
+        return sum(entry.stat().st_blocks * 512 for entry in os.scandir(folder))
+    except OSError:
+        return None
