@@ -93,7 +93,7 @@ def build(
         images.build(None if everything else names or _FOR_A_START, locked=locked)
     except KeyboardInterrupt:
         log.to_stderr("interrupted; what was being built is gone")
-        raise
+        raise click.exceptions.Exit(130) from None
 
 
 def _build_own(names: tuple[str, ...], source: str, own: dict[str, Any]) -> None:

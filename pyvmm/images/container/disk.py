@@ -23,13 +23,19 @@ _MIB = 1 << 20
 _FREE = 512 * _MIB  # what a guest may add by default; the image file is sparse
 _SMALLEST = 1024 * _MIB
 _BYTES_PER_INODE = 16384
+_INODE_SIZE = 256
 _BY_MKE2FS = "security.capability"
 
 
 def size_for(tree: Tree) -> int:
     """Bytes of a file system with room for `tree` and more."""
-    content = sum(node.size + 4096 for _, node in tree.walk())
-    return max(_SMALLEST, (content * 5 // 4 + _FREE) // _MIB * _MIB)
+    return max(_SMALLEST, (_content(tree) * 5 // 4 + _FREE) // _MIB * _MIB)
+
+
+def _content(tree: Tree) -> int:
+    """Bytes of the blocks that `tree` takes at least."""
+    nodes = {id(node): node for _, node in tree.walk()}
+    return sum(-(-node.size // 1024) * 1024 + _INODE_SIZE for node in nodes.values())
 
 
 def make(
@@ -39,6 +45,11 @@ def make(
 
     Raises ConfigError where the tree does not fit into `size` bytes.
     """
+    too_small = Refused(
+        f"the image does not fit into {size // _MIB} MiB", cure="give it a larger --size"
+    )
+    if _content(tree) > size:
+        raise too_small
     count = sum(1 for _ in tree.walk())
     inodes = max(size // _BYTES_PER_INODE, count * 5 // 4 + 1024)
     command = [
@@ -56,13 +67,10 @@ def make(
             lambda pipe: write_tar(tree, pipe, advance),
             env={"MKE2FS_CONFIG": settings},
         )
-    except Refused:
-        raise
     except ConfigError as error:
-        if "allocate" in error.message:
-            raise Refused(
-                f"the image does not fit into {size // _MIB} MiB", cure="give it a larger --size"
-            ) from None
+        # It calls a full file system by different names, this one where it was a file's content.
+        if any(words in error.message for words in ("allocate", "Operation not permitted")):
+            raise too_small from None
         raise
     _add_attributes(tree, disk, tools_image, room)
     os.chmod(disk, 0o444)

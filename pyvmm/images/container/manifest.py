@@ -133,7 +133,7 @@ def from_docker(store: Store, wanted: str | None) -> Image:
     found = [
         row
         for row, names in zip(rows, tags, strict=False)
-        if wanted is None or wanted in names or f"{wanted}:latest" in names
+        if wanted is None or _familiar(wanted) in map(_familiar, names)
     ]
     if len(found) != 1:
         names = sorted(name for row in tags for name in row)
@@ -149,6 +149,13 @@ def from_docker(store: Store, wanted: str | None) -> Image:
     diff_ids = _diff_ids(store, config, len(files))
     layers = [Layer(file, None, diff_id, 0) for file, diff_id in zip(files, diff_ids, strict=True)]
     return Image(tuple(layers), _config(config), name)
+
+
+def _familiar(name: str) -> str:
+    """An image's name as people say it, with its tag: docker.io/library/a is a:latest."""
+    for prefix in ("docker.io/", "library/"):
+        name = name.removeprefix(prefix)
+    return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
 
 
 def _name_one(store: Store, names: list[str]) -> str:

@@ -92,7 +92,7 @@ def _accounts(tree: Tree) -> list[Account]:
 
 def _groups(tree: Tree) -> list[tuple[str, int, list[str]]]:
     return [
-        (fields[0], _id(fields[2]), fields[3].split(","))
+        (fields[0], _id(fields[2]), [name for name in fields[3].split(",") if name])
         for fields in _lines(tree, "etc/group")
         if len(fields) >= 4 and fields[2].isdigit()
     ]

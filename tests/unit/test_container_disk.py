@@ -1,0 +1,181 @@
+"""A container image's tree as an ext4 file system, looked at by the system's own e2fsprogs."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+from container_archives import Layout, directory, hardlink, layer, member, symlink
+
+from pyvmm import images
+from pyvmm.errors import ConfigError
+from pyvmm.images.container import disk
+from pyvmm.images.container.load import load
+from pyvmm.images.container.refusal import Refused
+from pyvmm.images.container.tree import Tree
+from pyvmm.images.progress import Progress
+
+MIB = 1 << 20
+CAPABILITY = bytes.fromhex("0100000200040000000000000000000000000000")
+ACL = bytes.fromhex(
+    "02000000010006000000000002000600e803000004000400ffffffff10000600ffffffff20000400ffffffff"
+)
+
+
+@pytest.fixture(scope="module")
+def tools() -> str:
+    if shutil.which("debugfs", path="/usr/sbin:/sbin:/usr/bin:/bin") is None:
+        pytest.skip("debugfs (e2fsprogs) is missing")
+    try:
+        return images.path("programs-ext4")
+    except ConfigError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def made(tmp_path: Path, tools: str):
+    def made(*members: tuple[tarfile.TarInfo, bytes], size: int = 32 * MIB) -> Path:
+        tree = tree_of(tmp_path, *members)
+        target = tmp_path / "disk.ext4"
+        target.unlink(missing_ok=True)
+        disk.make(tree, str(target), size, tools, str(tmp_path), lambda size: None)
+        return target
+
+    return made
+
+
+def tree_of(room: Path, *members: tuple[tarfile.TarInfo, bytes]) -> Tree:
+    layout = Layout()
+    layout.add([layer(*members)])
+    path = layout.archive(room / "image.tar")
+    return load("oci-archive", path, None, str(room), 64 * MIB, Progress(quiet=True))[0]
+
+
+def debugfs(image: Path, command: str) -> bytes:
+    env = {"PATH": "/usr/sbin:/sbin:/usr/bin:/bin"}
+    done = subprocess.run(["debugfs", "-R", command, image], capture_output=True, env=env)
+    return done.stdout
+
+
+def stat(image: Path, path: str) -> str:
+    return debugfs(image, f'stat "{path}"').decode(errors="replace")
+
+
+def check(image: Path) -> None:
+    env = {"PATH": "/usr/sbin:/sbin"}
+    done = subprocess.run(["e2fsck", "-fn", image], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stdout
+
+
+def test_everything_about_a_file_gets_into_the_file_system(made, tmp_path: Path) -> None:
+    image = made(
+        directory(".", mode=0o751, uid=3, gid=4),
+        member("suid", data=b"x" * 5000, mode=0o4750, uid=70000, gid=80000, mtime=1234567890),
+        hardlink("again", "suid"),
+        symlink("short", "target"),
+        symlink("long", "/x" * 500),
+        directory("sticky", mode=0o1777),
+        member("null", tarfile.CHRTYPE, devmajor=1, devminor=3, mode=0o666),
+        member("disk", tarfile.BLKTYPE, devmajor=8, devminor=300),
+        member("fifo", tarfile.FIFOTYPE, mode=0o600),
+    )
+    check(image)
+    found = stat(image, "/suid")
+    assert re.search(r"Mode: +04750 .*\n.*\nUser: 70000 +Group: 80000 .* Size: 5000\n", found)
+    assert "mtime: 0x499602d2" in found and "Links: 2 " in found
+    assert found == stat(image, "/again")
+    assert debugfs(image, "cat suid") == b"x" * 5000
+    assert re.search(r"Mode: +0751 .*\n.*\nUser: +3 +Group: +4 ", stat(image, "/"))
+    assert 'Fast link dest: "target"' in stat(image, "/short")
+    assert "Size: 1000\n" in stat(image, "/long")
+    assert re.search(r"directory +Mode: +01777", stat(image, "/sticky"))
+    assert "Device major/minor number: 01:03" in stat(image, "/null")
+    assert "Device major/minor number: 08:300" in stat(image, "/disk")
+    assert re.search(r"FIFO +Mode: +0600", stat(image, "/fifo"))
+
+
+def test_extended_attributes_get_there_whatever_they_and_the_names_hold(
+    made, tmp_path: Path
+) -> None:
+    data = bytes(range(256))
+    names = ["caps", 'quo"te', "back\\slash", " spaces  in it ", "bad\udcff", "ü", "tab\there"]
+    everything = {
+        "security.capability": CAPABILITY,
+        "user.bin": data,
+        "trusted.t": b"t",
+        "system.posix_acl_access": ACL,
+    }
+    image = made(
+        *(member(name, data=b"1", xattrs=everything) for name in names),
+        directory("d", xattrs={"user.bin": data}),
+        directory(".", xattrs={"user.root": b"r"}),
+        member("plain"),
+        hardlink("second", "caps"),
+    )
+    check(image)
+    for name in names:
+        path = name.encode("utf-8", "surrogateescape").replace(b'"', b'""')
+        listed = run_debugfs(image, b'ea_list "/' + path + b'"')
+        for attribute in everything:
+            assert attribute.encode() in listed, (name, listed)
+        value = tmp_path / "value"
+        run_debugfs(image, b"ea_get -f " + bytes(value) + b' "/' + path + b'" user.bin')
+        assert value.read_bytes() == data
+        value.unlink()
+    assert b"user.bin (256)" in debugfs(image, "ea_list /d")
+    assert b"user.root" in debugfs(image, "ea_list /")
+    assert b"user." not in debugfs(image, "ea_list /plain")
+
+
+def run_debugfs(image: Path, command: bytes) -> bytes:
+    """By a script, as a command line does not take any bytes."""
+    return subprocess.run(
+        ["debugfs", "-f", "-", image],
+        input=command + b"\n",
+        capture_output=True,
+        env={"PATH": "/usr/sbin:/sbin:/usr/bin:/bin"},
+    ).stdout
+
+
+def test_an_attribute_that_cannot_be_set_is_told(made) -> None:
+    with pytest.raises(Refused, match="a line's end in its name"):
+        made(member("new\nline", xattrs={"user.x": b"1"}))
+
+
+def test_names_are_any_bytes_and_lost_found_may_be_the_image_s(made) -> None:
+    image = made(
+        member("ü"),
+        member("bad\udcff"),
+        member("new\nline"),
+        directory("lost+found", mode=0o750, uid=9),
+        member("lost+found/f", data=b"found"),
+    )
+    check(image)
+    listed = debugfs(image, "ls -p /")
+    assert b"/\xc3\xbc/" in listed and b"bad" in listed and b"new" in listed
+    assert debugfs(image, "cat lost+found/f") == b"found"
+
+
+def test_an_image_that_does_not_fit_is_told(made) -> None:
+    for length in (12 * MIB, 7 * MIB + MIB // 2):
+        with pytest.raises(ConfigError, match=r"does not fit into 8 MiB; give it a larger --size"):
+            made(member("big", data=b"x" * length), size=8 * MIB)
+    with pytest.raises(ConfigError, match=r"does not fit into 8 MiB; give it a larger --size"):
+        made(*(member(str(number), data=b"x" * 900) for number in range(8000)), size=8 * MIB)
+
+
+def test_many_small_files_fit(made, tmp_path: Path) -> None:
+    image = made(*(member(f"d/{number}") for number in range(5000)), size=32 * MIB)
+    check(image)
+    tree = tree_of(tmp_path, member("x", data=b"x" * MIB))
+    assert disk.size_for(tree) == 1024 * MIB
+
+
+def test_nothing_of_it_is_ever_unpacked_here(made, tmp_path: Path) -> None:
+    made(member("caps", data=b"1", xattrs={"user.x": b"1"}), member("etc/shadow", mode=0o4777))
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"image.tar", "contents", "disk.ext4", "attribute0", "attributes"}

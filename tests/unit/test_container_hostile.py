@@ -1,0 +1,514 @@
+"""Hostile container images: each is refused in one line, and nothing outside is read or written."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import random
+import tarfile
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+from container_archives import (
+    INDEX,
+    Layout,
+    digest,
+    directory,
+    docker_archive,
+    hardlink,
+    layer,
+    member,
+    symlink,
+)
+
+from pyvmm.errors import ConfigError
+from pyvmm.images.container import layers, members, store
+from pyvmm.images.container import tree as trees
+from pyvmm.images.container.load import load
+from pyvmm.images.container.refusal import Refused
+from pyvmm.images.container.tree import Tree
+from pyvmm.images.progress import Progress
+
+MOST = 16 << 20
+Open = Callable[..., Tree]
+
+
+@pytest.fixture
+def room(tmp_path: Path) -> Path:
+    (tmp_path / "room").mkdir()
+    return tmp_path / "room"
+
+
+@pytest.fixture
+def open_image(tmp_path: Path, room: Path) -> Open:
+    def open_image(image: Layout | str, kind: str = "oci-archive", most: int = MOST) -> Tree:
+        path = image if isinstance(image, str) else image.archive(tmp_path / "image.tar")
+        return load(kind, path, None, str(room), most, Progress(quiet=True))[0]
+
+    return open_image
+
+
+def of(*members: tuple[tarfile.TarInfo, bytes]) -> Layout:
+    layout = Layout()
+    layout.add([layer(directory("d"), member("d/f", data=b"x")), layer(*members)])
+    return layout
+
+
+def pax(name: str, **headers: str) -> tuple[tarfile.TarInfo, bytes]:
+    return member(name, pax_headers=headers)
+
+
+def raw(data: bytes) -> Layout:
+    """A layer that is not what `tarfile` would write."""
+    layout = Layout()
+    layout.add([data])
+    return layout
+
+
+REFUSED = [
+    (of(member("/etc/passwd")), "'/etc/passwd' is an absolute name"),
+    (of(member("../x")), "'../x' leads out of the image"),
+    (of(member("d/../../x")), "leads out of the image"),
+    (of(directory("..")), "leads out of the image"),
+    (of(pax("x", path="../../x")), "leads out of the image"),
+    (of(pax("x", path="a\0b")), "no name of a file"),
+    (of(member("x" * 256)), "too long a name"),
+    (of(member("a/" * 201 + "x")), "deeper than 200 directories"),
+    (of(hardlink("h", "/etc/passwd")), "'/etc/passwd' is an absolute name"),
+    (of(hardlink("h", "../../etc/passwd")), "leads out of the image"),
+    (of(hardlink("h", "missing")), "a hard link to 'missing', which is no file"),
+    (of(hardlink("h", "d")), "a hard link to 'd', which is no file"),
+    (of(hardlink("h", ".")), "which is no file"),
+    (of(symlink("l", "x" * 4097)), "a link to no name of a file"),
+    (of(symlink("l", "")), "a link to no name of a file"),
+    (of(symlink("a", "b"), symlink("b", "a"), member("a/x")), "links that lead nowhere"),
+    (of(member("d/f/x")), "'d/f/x' lies in 'f', which is no directory"),
+    (of(member("d/.wh.")), "takes away nothing that has a name"),
+    (of(member("d/.wh...")), "takes away nothing that has a name"),
+    (of(member("s", b"s")), "of the unknown kind"),
+    (of(member("n", tarfile.CHRTYPE, devmajor=4096)), "a device that Linux has no number for"),
+    (of(member("x", uid=1 << 32)), "belongs to 4294967296"),
+    (of(pax("x", uid="-5")), "belongs to -5"),
+    (of(pax("x", gid="99999999999")), "belongs to 99999999999"),
+    (of(member("x", xattrs={"user.big": b"x" * 5000})), "too large for ext4"),
+    (of(member("x", xattrs={"user.a\nb": b"x"})), "has an attribute called"),
+    (raw(layer(member("x", data=b"x" * 2000))[:1000]), "is cut short|is damaged"),
+    (raw(layer(member("a"), member("b"))[:700] + b"junk" * 300), "broken tar header"),
+    (raw(b"not a tar archive at all" * 100), "is damaged|broken tar header"),
+    (raw(b""), "is damaged: empty file"),
+]
+
+
+@pytest.mark.parametrize(("image", "why"), REFUSED, ids=[why[:40] for _, why in REFUSED])
+def test_what_no_image_may_have_is_refused_in_one_line(
+    open_image: Open, image: Layout, why: str
+) -> None:
+    with pytest.raises(ConfigError, match=why) as refused:
+        open_image(image)
+    text = str(refused.value)
+    assert "\n" not in text and text.isprintable() and len(text) < 600
+    assert "image.tar: layer" in text
+
+
+def test_a_write_through_a_link_stays_in_the_image(open_image: Open, tmp_path: Path) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    tree = open_image(
+        of(
+            symlink("up", "../../../../.."),
+            symlink("there", str(outside)),
+            member("up/a", data=b"1"),
+            member("there/b", data=b"2"),
+        )
+    )
+    assert tree.read("a", 9) == b"1"
+    assert tree.read(f"{outside}/b", 9) == b"2"
+    assert os.listdir(outside) == []
+
+
+def test_a_link_bomb_ends(open_image: Open) -> None:
+    links = [symlink(f"l{n}", f"l{n + 1}/l{n + 1}" if n < 60 else ".") for n in range(61)]
+    with pytest.raises(Refused, match="links that lead nowhere"):
+        open_image(of(*links, member("l0/x")))
+
+
+# --- sizes ----------------------------------------------------------------------------------------
+
+
+def test_files_that_are_larger_than_allowed(open_image: Open, room: Path) -> None:
+    with pytest.raises(Refused, match="more than 1 MiB; allow more with --size"):
+        open_image(of(member("big", data=bytes(2 << 20))), most=1 << 20)
+    assert sum(file.stat().st_blocks * 512 for file in room.iterdir()) < 1 << 20
+
+
+def claims(size: int) -> bytes:
+    """A header of a file of `size` bytes, and no content."""
+    info = tarfile.TarInfo("bomb")
+    info.size = size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize("size", [1 << 40, 1 << 62, 8 << 30])
+def test_a_file_that_claims_to_be_huge(open_image: Open, size: int) -> None:
+    with pytest.raises(Refused, match="more than 16 MiB"):
+        open_image(raw(claims(size) + bytes(1024)))
+
+
+def test_a_file_of_negative_size(open_image: Open) -> None:
+    with pytest.raises(Refused, match=r"negative size|is damaged"):
+        open_image(raw(claims(-512) + bytes(1024)))
+    with pytest.raises(Refused, match=r"negative size|is damaged"):
+        open_image(of(pax("x", size="-512")))
+
+
+def test_a_sparse_file_that_claims_to_be_huge(open_image: Open) -> None:
+    headers = {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(1 << 50), "GNU.sparse.name": "x"}
+    with pytest.raises(Refused, match="more than 16 MiB"):
+        open_image(of(member("x", data=b"1", pax_headers=headers)))
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress])
+def test_a_layer_that_inflates_without_end(open_image: Open, compress) -> None:
+    layout = Layout()
+    # Behind the archive's end, where nobody would look but for the digest.
+    layout.add([layer(member("a")) + bytes(64 << 20)], compress=compress)
+    with pytest.raises(Refused, match="unpack to more than 32 MiB; allow more with --size"):
+        open_image(layout)
+
+
+def test_a_zstd_frame_that_wants_all_memory(open_image: Open) -> None:
+    layout = Layout()
+    # A frame with a window of 1 GiB (RFC 8878, 3.1.1.1.2), of which the first block is raw.
+    frame = b"\x28\xb5\x2f\xfd" + b"\x00\xa0" + (1 | 512 << 3).to_bytes(3, "little") + bytes(512)
+    layout.add([bytes(512)], compress=lambda data: frame)
+    with pytest.raises(Refused, match="requires too much memory"):
+        open_image(layout)
+
+
+def test_too_many_files(open_image: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trees, "MOST_NODES", 100)
+    with pytest.raises(Refused, match="more than 100 files"):
+        open_image(of(*(member(str(n)) for n in range(101))))
+    with pytest.raises(Refused, match="more than 100 files"):
+        open_image(of(member("a/" * 101)))
+
+
+def test_a_header_that_is_read_as_a_whole_is_bounded(open_image: Open) -> None:
+    for kind in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME):
+        info = tarfile.TarInfo("h")
+        info.type, info.size = kind, 1 << 33
+        with pytest.raises(Refused, match="a header of 8589934592 bytes"):
+            open_image(raw(info.tobuf(tarfile.GNU_FORMAT) + bytes(4096)))
+
+
+def test_headers_without_end(open_image: Open) -> None:
+    info = tarfile.TarInfo("h")
+    info.type = tarfile.GNUTYPE_LONGNAME
+    info.size = 2
+    one = info.tobuf(tarfile.GNU_FORMAT) + b"x\0".ljust(512, b"\0")
+    with pytest.raises(Refused, match="is damaged"):
+        open_image(raw(one * 5000 + bytes(1024)))
+
+
+# --- digests --------------------------------------------------------------------------------------
+
+
+def change_layer(layout: Layout, data: bytes) -> Layout:
+    """Other bytes under the first layer's digest."""
+    manifest = json.loads(layout.files["blobs/" + layout.manifests[0]["digest"].replace(":", "/")])
+    layout.files["blobs/" + manifest["layers"][0]["digest"].replace(":", "/")] = data
+    return layout
+
+
+def test_a_layer_that_is_not_what_its_digest_says(open_image: Open) -> None:
+    layout = change_layer(of(), gzip.compress(layer(member("evil"))))
+    with pytest.raises(Refused, match="it is not what sha256:"):
+        open_image(layout)
+
+
+def test_a_layer_that_was_cut_short(open_image: Open) -> None:
+    stored = gzip.compress(layer(directory("d"), member("d/f", data=random.randbytes(5000))))
+    with pytest.raises(Refused, match=r"is damaged|is not what"):
+        open_image(change_layer(of(), stored[:2000]))
+
+
+def test_a_layer_that_unpacks_to_something_else(open_image: Open, tmp_path: Path) -> None:
+    layout = Layout()
+    layout.add([layer(member("a"))], compress=lambda data: gzip.compress(layer(member("b"))))
+    with pytest.raises(Refused, match="it unpacks to something else than sha256:"):
+        open_image(layout)
+    path = docker_archive(tmp_path / "d.tar", [layer(member("a"))])
+    data = Path(path).read_bytes()
+    index = data.index(b"0/layer.tar")
+    Path(path).write_bytes(data[:index] + data[index:].replace(b"a\0\0\0", b"b\0\0\0", 1))
+    with pytest.raises(Refused):
+        open_image(path, "docker-archive")
+
+
+@pytest.mark.parametrize("which", ["manifest", "config"])
+def test_a_manifest_or_configuration_that_is_not_what_its_digest_says(
+    open_image: Open, which: str
+) -> None:
+    layout = of()
+    name = "blobs/" + layout.manifests[0]["digest"].replace(":", "/")
+    if which == "config":
+        digest_ = json.loads(layout.files[name])["config"]["digest"]
+        name = "blobs/" + digest_.replace(":", "/")
+    layout.files[name] = layout.files[name] + b" "
+    with pytest.raises(Refused, match=r"what is to be sha256:.*… is not"):
+        open_image(layout)
+
+
+# --- manifests ------------------------------------------------------------------------------------
+
+OUTSIDE = ["sha256:../../../../etc/passwd", "../../etc/passwd", "/etc/passwd", "md5:" + "0" * 32]
+
+
+@pytest.mark.parametrize("bad", [*OUTSIDE, "sha256:" + "A" * 64, 5, None, ["x"]])
+@pytest.mark.parametrize("kind", ["oci-archive", "oci"])
+def test_a_digest_is_a_digest_and_no_path(
+    open_image: Open, tmp_path: Path, bad: Any, kind: str
+) -> None:
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["layers"][0]["digest"] = bad
+
+    layout = Layout()
+    layout.add([layer(member("a"))], change=change)
+    image = layout if kind == "oci-archive" else layout.folder(tmp_path / "layout")
+    with pytest.raises(Refused, match="is no digest"):
+        open_image(image, kind)
+
+
+@pytest.mark.parametrize("name", ["../../../etc/passwd", "/etc/passwd", "missing"])
+def test_docker_s_names_are_those_of_members(open_image: Open, tmp_path: Path, name: str) -> None:
+    for key, value in (("Layers", [name]), ("Config", name)):
+        path = docker_archive(
+            tmp_path / "d.tar",
+            [layer(member("a"))],
+            change=lambda row, key=key, value=value: row.update({key: value}),
+        )
+        with pytest.raises(Refused, match=r"has no '"):
+            open_image(path, "docker-archive")
+
+
+@pytest.mark.parametrize("target", ["/etc/passwd", "../../../etc/passwd", "layer.tar"])
+def test_a_layer_that_is_a_link_out_of_the_archive(
+    open_image: Open, tmp_path: Path, target: str
+) -> None:
+    path = docker_archive(
+        tmp_path / "d.tar",
+        [layer(member("a"))],
+        change=lambda row: row.update(Layers=["x/layer.tar"]),
+        extra=[symlink("x/layer.tar", target)],
+    )
+    with pytest.raises(Refused, match=r"has no 'x/layer.tar'|has no '"):
+        open_image(path, "docker-archive")
+
+
+GARBAGE = [
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b'{"manifests": 5}',
+    b'{"manifests": [5]}',
+    b'{"manifests": [{"mediaType": 1, "digest": []}]}',
+    b'{"manifests": [{"mediaType": "application/vnd.oci.image.manifest.v1+json"}]}',
+    b'{"manifests": [{"platform": "x", '
+    b'"mediaType": "application/vnd.oci.image.manifest.v1+json"}]}',
+    b"[" * 100_000,
+    b"1" * 10_000,
+    b"\xff\xfe",
+    b'{"manifests": []}',
+]
+
+
+@pytest.mark.parametrize("text", GARBAGE, ids=[ascii(text[:40]) for text in GARBAGE])
+def test_garbage_instead_of_an_index(open_image: Open, text: bytes, tmp_path: Path) -> None:
+    layout = Layout()
+    files = {**layout.contents(), "index.json": text}
+    path = tmp_path / "image.tar"
+    path.write_bytes(layer(*(member(name, data=data) for name, data in files.items())))
+    with pytest.raises(Refused) as refused:
+        open_image(str(path))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("text", GARBAGE, ids=[ascii(text[:40]) for text in GARBAGE])
+def test_garbage_instead_of_docker_s_manifest(
+    open_image: Open, text: bytes, tmp_path: Path
+) -> None:
+    path = tmp_path / "image.tar"
+    path.write_bytes(layer(member("manifest.json", data=text)))
+    with pytest.raises(Refused) as refused:
+        open_image(str(path), "docker-archive")
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("layers", [], "0 layers"),
+        ("layers", {}, "layers is not what it has to be"),
+        ("layers", [1], "says 1|is not what it has to be"),
+        ("config", None, "is not what it has to be"),
+        ("config", {"digest": "sha256:" + "0" * 64}, "has no"),
+    ],
+)
+def test_a_manifest_that_makes_no_sense(open_image: Open, key: str, value: Any, why: str) -> None:
+    layout = Layout()
+    layout.add([layer(member("a"))], change=lambda manifest: manifest.update({key: value}))
+    with pytest.raises(Refused, match=why):
+        open_image(layout)
+
+
+def test_an_index_that_contains_itself_in_spirit(open_image: Open) -> None:
+    layout = of()
+    for _ in range(6):
+        inner, size = layout.json_blob({"manifests": layout.manifests})
+        layout.manifests = [{"mediaType": INDEX, "digest": inner, "size": size}]
+    with pytest.raises(Refused, match="indexes within indexes"):
+        open_image(layout)
+
+
+def test_a_json_file_without_end(open_image: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "_JSON_LIMIT", 1 << 10)
+    layout = of()
+    layout.files["oci-layout"] = b'{"imageLayoutVersion": "1.0.0", "x": "' + b"x" * 2000 + b'"}'
+    with pytest.raises(Refused, match="has more than"):
+        open_image(layout)
+
+
+@pytest.mark.parametrize("version", ["2.0.0", "", None])
+def test_a_layout_of_another_version(open_image: Open, version: str | None) -> None:
+    layout = of()
+    layout.files["oci-layout"] = json.dumps({"imageLayoutVersion": version}).encode()
+    with pytest.raises(Refused, match="another version than 1"):
+        open_image(layout)
+
+
+def test_a_directory_s_blobs_that_are_no_files(open_image: Open, tmp_path: Path) -> None:
+    layout = of()
+    path = Path(layout.folder(tmp_path / "layout"))
+    blob = path / "blobs" / layout.manifests[0]["digest"].replace(":", "/")
+    blob.unlink()
+    os.mkfifo(blob)  # nobody will ever write to it
+    with pytest.raises(Refused, match="has no"):
+        open_image(str(path), "oci")
+    blob.unlink()
+    blob.symlink_to("/etc/passwd")
+    with pytest.raises(Refused, match=r"what is to be sha256:.* is not"):
+        open_image(str(path), "oci")
+
+
+# --- the archive itself ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"x", bytes(10240), b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"not a tar" * 1000],
+    ids=["empty", "short", "zeros", "gzip", "zstd", "text"],
+)
+@pytest.mark.parametrize("kind", ["oci-archive", "docker-archive"])
+def test_a_file_that_is_no_archive(
+    open_image: Open, tmp_path: Path, data: bytes, kind: str
+) -> None:
+    path = tmp_path / "image.tar"
+    path.write_bytes(data)
+    with pytest.raises(Refused, match=r"image.tar"):
+        open_image(str(path), kind)
+
+
+def test_an_archive_that_was_cut_short_anywhere(open_image: Open, tmp_path: Path) -> None:
+    whole = Path(of(member("x", data=b"x" * 3000)).archive(tmp_path / "whole.tar")).read_bytes()
+    path = tmp_path / "image.tar"
+    end = whole.rstrip(b"\0").__len__()
+    for length in range(0, end, 512):
+        path.write_bytes(whole[:length])
+        with pytest.raises(Refused):
+            open_image(str(path))
+
+
+def test_too_many_members(
+    open_image: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "_MOST_FILES", 10)
+    path = tmp_path / "image.tar"
+    path.write_bytes(layer(*(member(str(n)) for n in range(11))))
+    with pytest.raises(Refused, match="more than 10 files"):
+        open_image(str(path))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_changed_bytes_are_refused_or_make_no_difference(
+    open_image: Open, tmp_path: Path, seed: int
+) -> None:
+    """Digests find any change of what is in a blob; what is around must not matter, or be told."""
+    chance = random.Random(seed)
+    whole = Path(of(member("x", data=b"1")).archive(tmp_path / "whole.tar")).read_bytes()
+    path = tmp_path / "image.tar"
+    for _ in range(40):
+        data = bytearray(whole)
+        for _ in range(chance.choice((1, 1, 4))):
+            data[chance.randrange(len(data))] = chance.randrange(256)
+        path.write_bytes(data)
+        try:
+            assert open_image(str(path)).read("x", 9) == b"1"
+        except Refused as refused:
+            assert "\n" not in str(refused)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_layers_of_changed_bytes_with_right_digests(open_image: Open, seed: int) -> None:
+    """Whoever makes an image can make digests too: here only the checks of members stand guard."""
+    chance = random.Random(seed)
+    whole = layer(
+        directory("d"),
+        member("d/f", data=b"x" * 700, xattrs={"user.a": b"1"}),
+        hardlink("h", "d/f"),
+        symlink("l", "d"),
+        member("l/" + "n" * 120, mtime=1.5),
+        member("s", pax_headers={"GNU.sparse.map": "0,1", "GNU.sparse.size": "9"}, data=b"1"),
+    )
+    for _ in range(60):
+        data = bytearray(whole)
+        for _ in range(chance.choice((1, 1, 4))):
+            data[chance.randrange(len(data))] = chance.randrange(256)
+        for start in range(0, len(data), 512):  # a header that tarfile believes
+            block = data[start : start + 512]
+            if block[257:262] == b"ustar":
+                block[148:156] = b"        "
+                data[start + 148 : start + 156] = b"%06o\0 " % sum(block)
+        try:
+            open_image(raw(bytes(data)))
+        except Refused as refused:
+            assert "\n" not in str(refused)
+
+
+def test_a_budget_is_for_all_layers_together() -> None:
+    budget = layers.Budget(1000)
+    data = bytes(600)
+    for _ in range(2):
+        stream = layers.LayerStream(
+            io.BytesIO(zlib.compress(data, wbits=31)),
+            digest=None,
+            diff_id=digest(data),
+            budget=budget,
+            advance=lambda size: None,
+        )
+        if _ == 0:
+            stream.finish()
+        else:
+            with pytest.raises(Refused, match="unpack to more than"):
+                stream.finish()
+
+
+def test_members_are_not_kept_by_the_library() -> None:
+    data = layer(*(member(str(n)) for n in range(50)))
+    assert sum(1 for _ in members.members(io.BytesIO(data))) == 50

@@ -1,0 +1,380 @@
+"""Saved container images become what their layers say, put over one another."""
+
+from __future__ import annotations
+
+import gzip
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import zstandard
+from container_archives import (
+    INDEX,
+    Layout,
+    directory,
+    docker_archive,
+    hardlink,
+    layer,
+    member,
+    symlink,
+)
+
+from pyvmm.errors import ConfigError
+from pyvmm.images.container import guest, process
+from pyvmm.images.container.load import load, split_source
+from pyvmm.images.container.refusal import Refused
+from pyvmm.images.container.tree import Node, Tree
+from pyvmm.images.progress import Progress
+
+MOST = 64 << 20
+
+
+@pytest.fixture
+def open_image(tmp_path: Path) -> Callable[..., Tree]:
+    def open_image(layout: Layout, name: str | None = None) -> Tree:
+        path = layout.archive(tmp_path / "image.tar")
+        return load("oci-archive", path, name, str(tmp_path), MOST, Progress(quiet=True))[0]
+
+    return open_image
+
+
+@pytest.fixture
+def over(open_image: Callable[..., Tree]) -> Callable[..., Tree]:
+    """The tree of layers that are given as lists of members."""
+
+    def over(*layers: list[tuple[tarfile.TarInfo, bytes]]) -> Tree:
+        layout = Layout()
+        layout.add(layer(*members) for members in layers)
+        return open_image(layout)
+
+    return over
+
+
+def files(tree: Tree) -> dict[str, bytes | str]:
+    """Contents of files, targets of symbolic links, of anything else its kind."""
+
+    def look(node: Node) -> bytes | str:
+        if node.kind == tarfile.REGTYPE:
+            return tree.spool.read(node.start, node.size)
+        return node.target or node.kind.decode()
+
+    return {path: look(node) for path, node in tree.walk() if path != "."}
+
+
+D = tarfile.DIRTYPE.decode()
+
+
+def test_upper_layers_win(over) -> None:
+    tree = over(
+        [directory("d"), member("d/a", data=b"1"), member("b", data=b"1")],
+        [member("d/a", data=b"two"), member("c", data=b"3")],
+    )
+    assert files(tree) == {"d": D, "d/a": b"two", "b": b"1", "c": b"3"}
+
+
+def test_a_whiteout_takes_away_what_lower_layers_have(over) -> None:
+    tree = over(
+        [directory("d"), directory("d/e"), member("d/e/f", data=b"1"), member("g")],
+        [member("d/.wh.e"), member(".wh.g"), member(".wh.never-there")],
+    )
+    assert files(tree) == {"d": D}
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_whiteout_spares_its_own_layer_wherever_it_stands(over, first: bool) -> None:
+    out, new = [member(".wh.d")], [directory("d"), member("d/new", data=b"2")]
+    tree = over([directory("d"), member("d/old", data=b"1")], out + new if first else new + out)
+    assert files(tree) == {"d": D, "d/new": b"2"}
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_opaque_directory_has_only_its_own_layer(over, first: bool) -> None:
+    out, new = [member("d/.wh..wh..opq")], [member("d/e/new", data=b"2")]
+    tree = over(
+        [directory("d"), member("d/old"), directory("d/e"), member("d/e/old")],
+        [directory("d"), *(out + new if first else new + out)],
+    )
+    assert files(tree) == {"d": D, "d/e": D, "d/e/new": b"2"}
+
+
+def test_a_whiteout_may_come_back_in_a_later_layer(over) -> None:
+    tree = over([member("a", data=b"1")], [member(".wh.a")], [member("a", data=b"3")])
+    assert files(tree) == {"a": b"3"}
+
+
+def test_notes_of_aufs_are_no_files(over) -> None:
+    assert files(over([directory(".wh..wh.plnk"), member(".wh..wh.aufs"), member("a")])) == {
+        "a": b""
+    }
+
+
+def test_a_file_replaces_a_directory_and_the_other_way_round(over) -> None:
+    tree = over(
+        [directory("a"), member("a/b"), member("c")],
+        [member("a", data=b"now a file"), directory("c"), member("c/d")],
+    )
+    assert files(tree) == {"a": b"now a file", "c": D, "c/d": b""}
+
+
+def test_a_directory_that_comes_again_keeps_its_files_and_changes_its_owner(over) -> None:
+    tree = over(
+        [directory("d"), member("d/a")], [directory("d", mode=0o700, uid=5, gid=6, mtime=7)]
+    )
+    node = tree.find("/d")
+    assert (node.mode, node.uid, node.gid, node.mtime) == (0o700, 5, 6, 7)
+    assert "a" in node.children
+
+
+def test_a_directory_that_is_not_there_is_made(over) -> None:
+    assert files(over([member("a/b/c", data=b"x")])) == {"a": D, "a/b": D, "a/b/c": b"x"}
+
+
+def test_of_a_name_that_comes_twice_the_last_one_counts(over) -> None:
+    assert files(over([member("a", data=b"1"), member("a", data=b"2")])) == {"a": b"2"}
+
+
+def test_hard_links_are_one_file_across_layers(over) -> None:
+    tree = over([member("a", data=b"1", uid=9)], [hardlink("b", "a"), hardlink("c", "./b")])
+    assert tree.find("a") is tree.find("b") is tree.find("c")
+
+
+def test_a_hard_link_outlives_its_other_name(over) -> None:
+    tree = over([member("a", data=b"1"), hardlink("b", "a")], [member(".wh.a")])
+    assert files(tree) == {"b": b"1"}
+
+
+def test_files_go_through_links_to_directories_as_in_a_running_container(over) -> None:
+    tree = over(
+        [directory("usr"), directory("usr/lib"), symlink("lib", "usr/lib")],
+        [member("lib/x", data=b"1"), symlink("abs", "/usr"), member("abs/lib/y", data=b"2")],
+    )
+    assert files(tree) == {
+        **{"usr": D, "usr/lib": D, "lib": "usr/lib", "abs": "/usr"},
+        **{"usr/lib/x": b"1", "usr/lib/y": b"2"},
+    }
+
+
+def test_a_directory_replaces_a_link_of_a_lower_layer(over) -> None:
+    tree = over([directory("d"), symlink("l", "d")], [directory("l"), member("l/f")])
+    assert files(tree) == {"d": D, "l": D, "l/f": b""}
+
+
+def test_owners_modes_times_devices_and_attributes_are_kept(over) -> None:
+    capability = bytes.fromhex("0100000200040000000000000000000000000000")
+    [(info, _)] = [member("dev/sda", tarfile.BLKTYPE, devmajor=8, devminor=300, mode=0o660)]
+    tree = over(
+        [
+            member("suid", uid=70000, gid=80000, mode=0o4755, mtime=1234567890.7),
+            member("caps", xattrs={"security.capability": capability, "user.x": b"\xff\0="}),
+            member("selinux", xattrs={"security.selinux": b"label", "user.overlay.origin": b""}),
+            (info, b""),
+            member("fifo", tarfile.FIFOTYPE),
+        ]
+    )
+    suid = tree.find("suid")
+    assert (suid.uid, suid.gid, suid.mode, suid.mtime) == (70000, 80000, 0o4755, 1234567890)
+    assert tree.find("caps").xattrs == {"security.capability": capability, "user.x": b"\xff\0="}
+    assert tree.find("selinux").xattrs == {}
+    assert (tree.find("dev/sda").kind, tree.find("dev/sda").device) == (tarfile.BLKTYPE, (8, 300))
+    assert tree.find("fifo").kind == tarfile.FIFOTYPE
+
+
+def test_names_may_be_any_bytes(over) -> None:
+    names = ["ü", "bad\udcff name", "with\nnewline", 'quote"and\\', "x" * 255, "a/" * 90 + "deep"]
+    tree = over([member(name, data=b"1") for name in names])
+    assert {tree.read(name, 9) for name in names} == {b"1"}
+
+
+def test_large_and_sparse_files_come_whole(over) -> None:
+    data = bytes(3 << 20) + b"end" + bytes(2 << 20)
+    assert over([member("a", data=b"before"), member("f", data=data)]).read("f", len(data)) == data
+
+
+# --- how they are stored --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "compress",
+    [
+        gzip.compress,
+        zstandard.compress,
+        bytes,
+        lambda data: gzip.compress(data[:700]) + gzip.compress(data[700:]),
+        lambda data: zstandard.compress(data[:700]) + zstandard.compress(data[700:]),
+    ],
+    ids=["gzip", "zstd", "plain", "gzip in two members", "zstd in two frames"],
+)
+def test_layers_may_be_compressed(open_image, compress) -> None:
+    layout = Layout()
+    layout.add([layer(member("a", data=b"hello"))], compress=compress)
+    assert files(open_image(layout)) == {"a": b"hello"}
+
+
+def test_a_layout_may_be_a_directory(tmp_path: Path) -> None:
+    layout = Layout()
+    layout.add([layer(member("a", data=b"1"))])
+    path = layout.folder(tmp_path / "layout")
+    tree, image = load("oci", path, None, str(tmp_path), MOST, Progress(quiet=True))
+    assert files(tree) == {"a": b"1"}
+    assert image.digest == layout.manifests[0]["digest"]
+
+
+def test_what_docker_save_writes(tmp_path: Path) -> None:
+    path = docker_archive(
+        tmp_path / "d.tar", [layer(member("a", data=b"1")), layer(member(".wh.a"), member("b"))]
+    )
+    tree, _ = load("docker-archive", path, None, str(tmp_path), MOST, Progress(quiet=True))
+    assert files(tree) == {"b": b""}
+
+
+def test_a_compressed_archive_is_unpacked_first(tmp_path: Path) -> None:
+    path = Path(docker_archive(tmp_path / "d.tar", [layer(member("a", data=b"1"))]))
+    path.write_bytes(gzip.compress(path.read_bytes()))
+    tree, _ = load("docker-archive", str(path), None, str(tmp_path), MOST, Progress(quiet=True))
+    assert files(tree) == {"a": b"1"}
+
+
+def test_a_layer_that_docker_save_linked_is_found(tmp_path: Path) -> None:
+    one = layer(member("a", data=b"1"))
+    path = docker_archive(
+        tmp_path / "d.tar",
+        [one],
+        change=lambda row: row.update(Layers=["other/layer.tar"]),
+        extra=[symlink("other/layer.tar", "../0/layer.tar")],
+    )
+    tree, _ = load("docker-archive", path, None, str(tmp_path), MOST, Progress(quiet=True))
+    assert files(tree) == {"a": b"1"}
+
+
+def test_of_several_images_one_is_named(open_image) -> None:
+    layout = Layout()
+    for name in ("one", "two:tag"):
+        layout.add([layer(member(name, data=name.encode()))], name=name)
+    assert files(open_image(layout, "two:tag")) == {"two:tag": b"two:tag"}
+    with pytest.raises(Refused, match=r"2 images; name one, .*:NAME; there are 'one', 'two:tag'"):
+        open_image(layout)
+    with pytest.raises(Refused, match="no image called 'three'"):
+        open_image(layout, "three")
+
+
+def test_of_several_platforms_ours_is_taken_also_out_of_an_index_in_the_index(open_image) -> None:
+    layout = Layout()
+    for architecture in ("arm64", "amd64"):
+        layout.add(
+            [layer(member(architecture))],
+            architecture=architecture,
+            platform={"os": "linux", "architecture": architecture},
+        )
+    unknown = {"os": "unknown", "architecture": "unknown"}  # a build's attestation
+    layout.add([layer(member("no"))], platform=unknown)
+    inner, size = layout.json_blob({"schemaVersion": 2, "manifests": layout.manifests})
+    layout.manifests = [{"mediaType": INDEX, "digest": inner, "size": size}]
+    assert files(open_image(layout)) == {"amd64": b""}
+
+
+def test_an_image_for_another_architecture_is_told(open_image) -> None:
+    layout = Layout()
+    layout.add([layer(member("a"))], architecture="arm64")
+    with pytest.raises(Refused, match=r"has an image for 'linux/arm64'; save one for linux/amd64"):
+        open_image(layout)
+
+
+def test_docker_names_have_latest_as_their_tag(tmp_path: Path) -> None:
+    path = docker_archive(tmp_path / "d.tar", [layer(member("a"))], tags=["example:latest", "x:1"])
+    for name in ("example", "example:latest", "x:1"):
+        load("docker-archive", path, name, str(tmp_path), MOST, Progress(quiet=True))
+    with pytest.raises(Refused, match=r"no image called 'y'; .*'example:latest', 'x:1'"):
+        load("docker-archive", path, "y", str(tmp_path), MOST, Progress(quiet=True))
+
+
+def test_a_path_with_colons_is_told_from_a_name(tmp_path: Path) -> None:
+    file = tmp_path / "a:b.tar"
+    file.write_bytes(b"")
+    assert split_source("oci-archive", str(file)) == (str(file), None)
+    assert split_source("oci-archive", f"{file}:x/y:1") == (str(file), "x/y:1")
+    for path, kind in ((tmp_path, "oci-archive"), (file, "oci"), (tmp_path / "no", "oci")):
+        with pytest.raises(ConfigError, match=r"is not a|No such file"):
+            split_source(kind, str(path))
+
+
+# --- what they run --------------------------------------------------------------------------------
+
+PASSWD = b"root:x:0:0::/root:/bin/sh\nweb:x:33:44::/srv:/bin/sh\n#x\nbroken\n"
+GROUP = b"root:x:0:\nweb:x:44:\nlog:x:4:web,other\nadm:x:9:other,web\n"
+
+
+@pytest.fixture
+def tree(over) -> Tree:
+    return over([member("etc/passwd", data=PASSWD), member("etc/group", data=GROUP)])
+
+
+@pytest.mark.parametrize(
+    ("user", "numbers", "groups", "home"),
+    [
+        ("", "0:0", (), "/root"),
+        ("web", "33:44", (4, 9), "/srv"),
+        ("33", "33:44", (4, 9), "/srv"),
+        ("web:log", "33:4", (), "/srv"),
+        ("1000", "1000:0", (), "/"),
+        ("1000:2000", "1000:2000", (), "/"),
+    ],
+)
+def test_the_user_becomes_numbers_by_the_image_s_own_files(
+    tree, user: str, numbers: str, groups: tuple[int, ...], home: str
+) -> None:
+    found = process.read({"User": user}, tree)
+    assert (found.user, found.groups) == (numbers, groups)
+    assert f"HOME={home}" in found.env
+
+
+def test_entrypoint_command_and_environment(tree) -> None:
+    config = {"Entrypoint": ["/e"], "Cmd": ["a b", "c"], "Env": ["X=1=2"], "WorkingDir": "/srv"}
+    found = process.read(config, tree)
+    assert found.argv() == ("/e", "a b", "c")
+    assert found.argv(("other",)) == ("/e", "other")
+    assert found.cwd == "/srv" and "X=1=2" in found.env
+    assert any(line.startswith("PATH=/") for line in found.env)
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ({"User": "nobody-knows"}, "which its /etc/passwd does not have"),
+        ({"User": "web:nobody"}, "whose group its /etc/group does not have"),
+        ({"User": "99999999999"}, "is no user or group"),
+        ({"User": 5}, "its User has something in it that is no text"),
+        ({"Env": ["novalue"]}, "which is no variable"),
+        ({"Env": ["=x"]}, "which is no variable"),
+        ({"Env": "A=b"}, "its Env is no list"),
+        ({"Cmd": [1]}, "its Cmd has something in it that is no text"),
+        ({"Cmd": ["a\0b"]}, "its Cmd has something in it that is no text"),
+        ({"Cmd": ["x" * 200_000]}, "longer than Linux allows"),
+        ({"Entrypoint": {"a": 1}}, "its Entrypoint is no list"),
+        ({"WorkingDir": "srv"}, "no absolute path"),
+    ],
+)
+def test_a_configuration_that_cannot_be_run_is_refused(tree, config, why: str) -> None:
+    with pytest.raises(Refused, match=why):
+        process.read(config, tree)
+
+
+def test_the_guest_s_files_leave_the_image_s_alone(over) -> None:
+    tree = over([member("etc/passwd", data=PASSWD), member("sbin/init", data=b"the image's own")])
+    programs = {"busybox": b"B", "init": b"#!/bin/busybox sh\n", "network": b"#!/bin/busybox sh\n"}
+    guest.prepare(tree, process.read({"User": "1000"}, tree), programs, name="web")
+    found = files(tree)
+    assert found["sbin/init"] == b"the image's own"
+    assert found[".pyvmm/init"] == b"#!/.pyvmm/busybox sh\n"
+    assert found["etc/hostname"] == b"web\n"
+    assert found["etc/passwd"] == PASSWD + b"pyvmm1000:x:1000:0::/:/bin/sh\n"
+    assert {"dev", "proc", "sys", "run", "tmp"} <= set(found)
+
+
+def test_an_image_cannot_put_its_own_files_in_place_of_the_guest_s(over) -> None:
+    tree = over([directory("evil"), symlink(".pyvmm", "/evil"), symlink("etc", "/evil")])
+    programs = {"busybox": b"B", "init": b"I", "network": b"N"}
+    guest.prepare(tree, process.read({}, tree), programs, name="web")
+    found = files(tree)
+    assert (found[".pyvmm"], found[".pyvmm/init"]) == (D, b"I")
+    assert found["evil/hostname"] == b"web\n"
