@@ -79,7 +79,7 @@ def resolve(name: str | None, *, make: bool) -> MachineImage:
     from pyvmm import images
 
     files = images.artifacts(variant=variants[name], make=make)
-    return MachineImage(name, files.vmlinux, files.initramfs, files.rootfs)
+    return MachineImage(name, files.vmlinux, files.initramfs, files.rootfs, has_agent=True)
 
 
 def built_in() -> dict[str, str]:

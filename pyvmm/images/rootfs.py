@@ -36,7 +36,8 @@ chmod -R u+rwX "$ROOM/root"
 @dataclass(frozen=True)
 class Plan:
     """What a root disk is made of. `name` is for messages, `size` in MiB, `variant` what customize
-    is told, `agent` the path of the guest's agent. With `pins` exactly their versions are installed, without them the mirror's newest.
+    is told, `agent` the path of the guest's agent. With `pins` exactly their versions are
+    installed, without them the mirror's newest.
 
     `additions`, a tar archive, is unpacked in it, then `script` is run in it; both are paths.
     """
@@ -65,12 +66,6 @@ def build(
 ) -> list[tuple[str, str]]:
     """Write `into`/rootfs.ext4; the (package, version) pairs that are in it. Raises ConfigError."""
     with cache.workspace() as room:
-<<<<<<< HEAD
-        with progress.step(f"{name}: installing Debian {recipes.release} (mmdebstrap)"):
-            _bootstrap(variant, recipes, pins, client, room)
-        with progress.step(f"{name}: making the ext4 file system"):
-            _make_disk(variant, recipes, agent, room, os.path.join(into, FILE))
-=======
         with progress.step(f"{plan.name}: installing Debian {plan.release} (mmdebstrap)"):
             _bootstrap(plan, client, room)
         with progress.step(f"{plan.name}: making the ext4 file system"):
@@ -135,20 +130,14 @@ def _mode() -> str:
     return "unshare"
 
 
-<<<<<<< HEAD
-def _make_disk(variant: str, recipes: Recipes, agent: str, room: str, disk: str) -> None:
-=======
 def _make_disk(plan: Plan, recipes: Recipes, room: str, disk: str) -> None:
     for program in ("tar", "mke2fs"):
         tools.require(program)
     fake = [] if os.geteuid() == 0 else ["fakeroot"]
     environment = {
         "ROOM": room,
-<<<<<<< HEAD
-        "VARIANT": variant,
-        "AGENT": plan.agent,
-=======
         "VARIANT": plan.variant,
+        "AGENT": plan.agent,
         "CUSTOMIZE": recipes.file("rootfs", "customize"),
         "LABEL": LABEL,
         "DISK": disk,

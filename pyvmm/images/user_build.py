@@ -58,14 +58,11 @@ def build(order: Order, progress: Progress) -> UserImage:
     make = _source(kind, rest, order)
     with cache.building(progress.waiting):
         _check_name_is_free(order)  # somebody may have been quicker
-        needed = [f"kernel-{order.kernel}", f"initramfs-{order.kernel}"]
+        needed = ["agent", f"kernel-{order.kernel}", f"initramfs-{order.kernel}"]
         if kind in _CONTAINERS:
             needed += ["programs-ext4", "programs-busybox"]
-        missing = builder.missing(catalogue, needed)
-        # Which asks the mirror what there is: a container image needs it the first time only.
-        work = builder.Builder(catalogue, progress) if missing or kind == "debian" else None
-        for name in missing:
-            assert work is not None
+        work = builder.Builder(catalogue, progress)
+        for name in builder.missing(catalogue, needed):
             work.build(name)
         with cache.new_folder(user_image.path(order.name)) as into:
             made = make(work, catalogue, into, progress)
@@ -75,6 +72,7 @@ def build(order: Order, progress: Progress) -> UserImage:
                 made_at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 kernel=order.kernel,
                 cmdline=made.cmdline,
+                has_agent=True,
                 details=made.details,
                 process=made.process,
             )
@@ -82,7 +80,7 @@ def build(order: Order, progress: Progress) -> UserImage:
     return image
 
 
-_Maker = Callable[[builder.Builder | None, builder.Catalogue, str, Progress], _Made]
+_Maker = Callable[[builder.Builder, builder.Catalogue, str, Progress], _Made]
 
 
 def _source(kind: str, rest: str, order: Order) -> _Maker:
@@ -151,12 +149,11 @@ def _check_name_is_free(order: Order) -> None:
 def _debian(
     order: Order,
     release: str,
-    work: builder.Builder | None,
+    work: builder.Builder,
     catalogue: builder.Catalogue,
     into: str,
     progress: Progress,
 ) -> _Made:
-    assert work is not None
     suites = catalogue.recipes.suites
     if release != catalogue.recipes.release:
         updates = () if release == "sid" else (f"{release}-updates", f"{release}-security")
@@ -169,6 +166,7 @@ def _debian(
             packages=packages,
             size=(order.size or _DEBIAN_SIZE) // _MIB,
             variant="systemd" if "systemd-sysv" in packages else "own",
+            agent=work.agent(),
             additions=_pack(order.copies, room),
             script=_own_copy(order.script, room),
         )
@@ -232,7 +230,7 @@ def _container(
     kind: str,
     path: str,
     name: str | None,
-    _: builder.Builder | None,
+    work: builder.Builder,
     catalogue: builder.Catalogue,
     into: str,
     progress: Progress,
@@ -243,7 +241,7 @@ def _container(
         tree, image = load.load(kind, path, name, room, _room(order), progress)
         with load.named(path):
             runs = process.read(image.config, tree)
-            guest.prepare(tree, runs, _programs(catalogue), name=order.name)
+            guest.prepare(tree, runs, _programs(work, catalogue), name=order.name)
             size = order.size or disk.size_for(tree)
             total = sum(node.size for _, node in tree.walk())
             with progress.bar(f"{order.name}: making the ext4 file system", total) as advance:
@@ -266,14 +264,14 @@ def _room(order: Order) -> int:
     return min(status.f_bavail * status.f_frsize // 3, 64 << 30)
 
 
-def _programs(catalogue: builder.Catalogue) -> dict[str, bytes]:
+def _programs(work: builder.Builder, catalogue: builder.Catalogue) -> dict[str, bytes]:
     """What the guest's first programs are, by name."""
     from pyvmm.images.container import guest
 
     busybox = os.path.join(catalogue.path("programs-busybox"), "root", "bin", "busybox")
     scripts = {name: catalogue.recipes.file("rootfs", f"pyvmm-{name}") for name in guest.SCRIPTS}
     found = {}
-    for name, path in {"busybox": busybox, **scripts}.items():
+    for name, path in {"busybox": busybox, "agent": work.agent(), **scripts}.items():
         with open(path, "rb") as file:
             found[name] = file.read()
     return found

@@ -243,7 +243,7 @@ def test_a_defect_is_one_line_that_asks_for_debug(run, monkeypatch):
 
 def test_images_are_listed(pyvmm, capsys):
     with pytest.raises(SystemExit) as ended:
-        main(["image", "list"])
+        main(["image", "list", "--all"])
     assert ended.value.code == 0
     assert "kernel-6.1" in capsys.readouterr().out
 

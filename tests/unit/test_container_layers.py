@@ -361,11 +361,12 @@ def test_a_configuration_that_cannot_be_run_is_refused(tree, config, why: str) -
 
 def test_the_guest_s_files_leave_the_image_s_alone(over) -> None:
     tree = over([member("etc/passwd", data=PASSWD), member("sbin/init", data=b"the image's own")])
-    programs = {"busybox": b"B", "init": b"#!/bin/busybox sh\n", "network": b"#!/bin/busybox sh\n"}
+    programs = {"busybox": b"B", "agent": b"A", "network": b"N"}
+    programs["init"] = b"#!/bin/busybox sh\nagent=/sbin/pyvmm-agent\n/sbin/pyvmm-network\n"
     guest.prepare(tree, process.read({"User": "1000"}, tree), programs, name="web")
     found = files(tree)
     assert found["sbin/init"] == b"the image's own"
-    assert found[".pyvmm/init"] == b"#!/.pyvmm/busybox sh\n"
+    assert found[".pyvmm/init"] == (b"#!/.pyvmm/busybox sh\nagent=/.pyvmm/agent\n/.pyvmm/network\n")
     assert found["etc/hostname"] == b"web\n"
     assert found["etc/passwd"] == PASSWD + b"pyvmm1000:x:1000:0::/:/bin/sh\n"
     assert {"dev", "proc", "sys", "run", "tmp"} <= set(found)
@@ -373,7 +374,7 @@ def test_the_guest_s_files_leave_the_image_s_alone(over) -> None:
 
 def test_an_image_cannot_put_its_own_files_in_place_of_the_guest_s(over) -> None:
     tree = over([directory("evil"), symlink(".pyvmm", "/evil"), symlink("etc", "/evil")])
-    programs = {"busybox": b"B", "init": b"I", "network": b"N"}
+    programs = {"busybox": b"B", "agent": b"A", "init": b"I", "network": b"N"}
     guest.prepare(tree, process.read({}, tree), programs, name="web")
     found = files(tree)
     assert (found[".pyvmm"], found[".pyvmm/init"]) == (D, b"I")

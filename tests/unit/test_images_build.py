@@ -24,7 +24,7 @@ from pyvmm.images.container import disk
 from pyvmm.images.progress import Progress
 
 PYVMM = (sys.executable, "-m", "pyvmm")
-PARTS = ("kernel-6.1", "initramfs-6.1", "programs-ext4", "programs-busybox")
+PARTS = ("agent", "kernel-6.1", "initramfs-6.1", "programs-ext4", "programs-busybox")
 
 
 @pytest.fixture(autouse=True)
@@ -39,6 +39,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     catalogue = builder.Catalogue()
     for name in PARTS:
         os.makedirs(catalogue.path(name))
+    Path(catalogue.path("agent"), "pyvmm-agent").write_bytes(b"agent")
     busybox = Path(catalogue.path("programs-busybox"), "root/bin/busybox")
     busybox.parent.mkdir(parents=True)
     busybox.write_bytes(b"static")
@@ -350,6 +351,9 @@ def test_a_debian_of_one_s_own_has_what_was_asked_for(
     class NoMirror:
         def __init__(self, *args: object) -> None:
             pass
+
+        def agent(self) -> str:
+            return "/agent"
 
         def client(self, suites: tuple[str, ...]) -> tuple[str, ...]:
             return suites

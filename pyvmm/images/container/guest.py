@@ -22,8 +22,8 @@ _HOSTS = b"127.0.0.1 localhost\n127.0.1.1 pyvmm\n::1 localhost\n"
 
 
 def prepare(tree: Tree, process: Process, programs: dict[str, bytes], *, name: str) -> None:
-    """Add the guest's files to `tree`. `programs` are busybox and, as the root disks of the recipes
-    have them, the SCRIPTS; `name` becomes its host name. Raises Refused."""
+    """Add the guest's files to `tree`. `programs` are busybox, the agent and, as the root disks of
+    the recipes have them, the SCRIPTS; `name` becomes its host name. Raises Refused."""
     tree.next_layer()
     for folder, mode in _FOLDERS.items():
         tree.directory(folder, mode)
@@ -34,7 +34,8 @@ def prepare(tree: Tree, process: Process, programs: dict[str, bytes], *, name: s
     _add_account(tree, process)
     tree.root.drop(FOLDER)
     tree.directory(FOLDER)
-    tree.write(f"{FOLDER}/busybox", programs["busybox"], 0o755)
+    for file in ("busybox", "agent"):
+        tree.write(f"{FOLDER}/{file}", programs[file], 0o755)
     for file in SCRIPTS:
         tree.write(f"{FOLDER}/{file}", _moved(programs[file]), 0o755)
     tree.write(f"{FOLDER}/entry", entry_script(process, _shell(tree)).encode(), 0o755)
@@ -42,8 +43,9 @@ def prepare(tree: Tree, process: Process, programs: dict[str, bytes], *, name: s
 
 def _moved(script: bytes) -> bytes:
     """A script of the recipes' root disks, with its programs in our folder."""
-    for name, there in (("/bin/busybox", "busybox"), ("/sbin/pyvmm-network", "network")):
-        script = script.replace(name.encode(), f"/{FOLDER}/{there}".encode())
+    for path in ("/bin/busybox", "/sbin/pyvmm-network", "/sbin/pyvmm-agent"):
+        file = path.rpartition("/")[2].removeprefix("pyvmm-")
+        script = script.replace(path.encode(), f"/{FOLDER}/{file}".encode())
     return script
 
 
