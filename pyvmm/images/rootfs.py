@@ -33,6 +33,15 @@ chmod -R u+rwX "$ROOM/root"
 """
 
 
+# A hook of mmdebstrap's; its first line with an E: is what the user gets to see.
+_RUN_SCRIPT = """chmod 700 "$1/pyvmm-script"
+said=$(chroot "$1" /pyvmm-script 2>&1) || {
+    code=$?
+    echo "E: --script ended with $code: $(printf '%s' "$said" | tail -n 1)" >&2
+    exit 1
+}"""
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a root disk is made of. `name` is for messages, `size` in MiB, `variant` what customize
@@ -109,9 +118,8 @@ def _own_hooks(plan: Plan) -> Iterator[str]:
         yield f"tar-in {shlex.quote(plan.additions)} /"
     if plan.script:
         yield f"upload {shlex.quote(plan.script)} /pyvmm-script"
-        # As a shell would run it whose first line names the program.
-        yield 'chmod 700 "$1/pyvmm-script" && chroot "$1" /pyvmm-script'
-        yield 'rm -f "$1/pyvmm-script"'
+        yield _RUN_SCRIPT
+        yield 'rm "$1/pyvmm-script"'
 
 
 def _mode() -> str:
