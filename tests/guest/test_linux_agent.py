@@ -262,11 +262,11 @@ def run_and_throw_away(folder: Path) -> Ran:
             start_new_session=True,
         )
         assert process.stdin is not None and process.stdout is not None
+        said = bytearray()
+        reading = pump_into(said, process.stdout.fileno())
         process.stdin.write(BULK)
         process.stdin.close()
         process.stdin = None
-        said = bytearray()
-        reading = pump_into(said, process.stdout.fileno())
         wait_until(lambda: said.endswith(b"ready\n") or process.poll() is not None)
         os.killpg(process.pid, signal.SIGINT)
         code = process.wait(HANG_SECONDS)
