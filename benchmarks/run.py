@@ -117,6 +117,13 @@ PARTS = (
         lambda: "",
     ),
     Part(
+        "run_command",
+        "A command in a guest: where its time goes",
+        300,
+        ("--runs", "1"),
+        lacks_qemu,
+    ),
+    Part(
         "vhost_user",
         "virtio-blk over vhost-user: pyvmm and qemu-storage-daemon",
         300,

@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from threading import Thread
 
 from pyvmm.errors import ConfigError, HostError
@@ -22,6 +24,7 @@ from pyvmm.machine.spec import DiskSpec, VmSpec
 
 BOOT_PATIENCE = 300.0  # seconds until the agent answers; also for a guest in an emulated KVM host
 _OFF_PATIENCE = 30.0
+_END_PATIENCE = 10.0  # a guest that panics says a lot before it is over
 _TAIL_LINES = 20
 _TAIL_BYTES = 16 << 10
 # Init has nobody to serve on the console, and the kernel nothing to say there.
@@ -147,6 +150,13 @@ def _flush() -> None:
             stream.flush()
 
 
+def _age() -> float:
+    """Seconds since this process' parent, which the client was forked from, was started."""
+    with open(f"/proc/{os.getppid()}/stat") as file:
+        ticks = int(file.read().rpartition(")")[2].split()[19])  # proc(5): starttime
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
 class _Client:
     """The process that runs the command and watches the console."""
 
@@ -157,24 +167,30 @@ class _Client:
         self._tail: deque[bytes] = deque()
         self._kept = 0
         self._monitor = os.getppid()
+        self._times = [("start", time.monotonic() - _age())]
         self._console = Thread(target=self._watch_console, args=(console,), daemon=True)
 
     def run(self) -> int | None:
         """The exit code; None if it is for the monitor to say, as the guest has ended."""
+        from pyvmm.agent import AgentGone
         from pyvmm.cli.ending import explain
         from pyvmm.control.client import NoAnswer
 
         self._console.start()
+        self._note("start")
         try:
             code = self._run_command()
-        except NoAnswer:
-            self._console.join()
+        except NoAnswer:  # it never came up
+            self._console.join(_END_PATIENCE)
             self._show_tail()
             return None
         except KeyboardInterrupt:
             os.kill(self._monitor, signal.SIGTERM)
             return 130
         except Exception as error:
+            # Has the agent gone alone, or the guest with it? Its monitor says how it ended.
+            if isinstance(error, AgentGone) and self._has_ended():
+                return None
             if self._debug:
                 import traceback
 
@@ -184,7 +200,25 @@ class _Client:
             os.kill(self._monitor, signal.SIGTERM)
             return code
         self._power_off()
+        self._note("power-off")
+        if self._debug:
+            self._tell_times()
         return code
+
+    def _note(self, stage: str) -> None:
+        """`stage` ends now."""
+        self._times.append((stage, time.monotonic()))
+
+    def _tell_times(self) -> None:
+        stages = [
+            f"{stage} {end - begin:.3f}" for (_, begin), (stage, end) in pairwise(self._times)
+        ]
+        whole = self._times[-1][1] - self._times[0][1]
+        log.to_stderr(f"{self._spec.name}: took {whole:.3f} s: {', '.join(stages)}")
+
+    def _has_ended(self) -> bool:
+        self._console.join(_END_PATIENCE)
+        return not self._console.is_alive()
 
     def _run_command(self) -> int:
         from pyvmm.cli.attached import attach, terminal_size
@@ -199,6 +233,7 @@ class _Client:
             env.setdefault("TERM", os.environ["TERM"])
         agent = agent_of(self._spec.name)
         agent.wait_ready(BOOT_PATIENCE)
+        self._note("boot")
         process = agent.open(
             self._command.argv,
             env=env,
@@ -209,6 +244,7 @@ class _Client:
         )
         with process:
             code = attach(process, stdin, stdout, tty=tty)
+        self._note("command")
         self._agent = agent
         return code
 
@@ -240,6 +276,9 @@ class _Client:
             return  # all of it was shown
         text = b"".join(self._tail).decode(errors="replace")
         lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+        panics = [index for index, line in enumerate(lines) if "Kernel panic" in line]
+        if panics:  # what follows is registers
+            lines = lines[: panics[0] + 1]
         for line in lines[-_TAIL_LINES:]:
             shown = "".join(one if one.isprintable() else "�" for one in line)
             log.to_stderr(f"console: {shown}")
