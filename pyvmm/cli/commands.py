@@ -27,6 +27,8 @@ COMMANDS = {
     "balloon": "pyvmm.cli.control",
     "console": "pyvmm.cli.console",
     "events": "pyvmm.cli.console",
+    "stats": "pyvmm.cli.stats",
+    "metrics": "pyvmm.cli.stats",
     "rm": "pyvmm.cli.machines",
     "vhost-user-blk": "pyvmm.cli.vhost_user",
     "doctor": "pyvmm.cli.doctor",

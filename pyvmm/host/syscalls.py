@@ -111,6 +111,7 @@ class EventFd(Closable):
     """An eventfd(2): a counter that `signal` raises, `drain` zeroes and epoll waits for."""
 
     def __init__(self) -> None:
+        self._drained = 0
         try:
             self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         except OSError as error:
@@ -129,9 +130,19 @@ class EventFd(Closable):
     def drain(self) -> int:
         """Take the counter's value, leaving zero; 0 if it was zero already."""
         try:
-            return os.eventfd_read(self.fd)
+            count = os.eventfd_read(self.fd)
         except BlockingIOError:
             return 0
+        self._drained += count
+        return count
+
+    def total(self) -> int:
+        """How often it was signalled in all, by whomever; as /proc tells (proc(5), fdinfo)."""
+        for line in read_or_empty(f"/proc/self/fdinfo/{self.fd}").splitlines():
+            name, _, value = line.partition(":")
+            if name == "eventfd-count":
+                return self._drained + int(value, 16)
+        return self._drained
 
     def close(self) -> None:
         if self.fd >= 0:

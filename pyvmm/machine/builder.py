@@ -14,7 +14,7 @@ from typing import NamedTuple
 from pyvmm.boot import x86 as boot
 from pyvmm.bus import Bus, Handler
 from pyvmm.errors import ConfigError, HostError
-from pyvmm.kvm import kick
+from pyvmm.kvm import kick, uapi
 from pyvmm.kvm.system import Kvm
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.kvm.vm import Vm
@@ -24,6 +24,7 @@ from pyvmm.machine.attach import attach_virtio_mmio
 from pyvmm.machine.cmdline import command_line
 from pyvmm.machine.disks import open_disk
 from pyvmm.machine.resources import VirtioSlot, virtio_slots
+from pyvmm.machine.run_loop import AccessCounts
 from pyvmm.machine.spec import VmSpec
 from pyvmm.machine.trace import Hook, Trace
 from pyvmm.memory import GuestMemory
@@ -55,6 +56,7 @@ class Parts(NamedTuple):
     serial: Serial
     transports: tuple[MmioTransport, ...]
     vcpus: tuple[Vcpu, ...]
+    counts: AccessCounts | None = None  # where KVM does not count exits itself
 
 
 def prepare(spec: VmSpec, trace: Trace, closing: ExitStack, *, quiet: bool = False) -> Prepared:
@@ -155,7 +157,8 @@ def assemble(
         for device, slot in zip(prepared.devices, prepared.slots, strict=True)
     )
     vcpus = _add_vcpus(kvm, vm, prepared, closing)
-    return Parts(prepared, vm, ports, mmio, serial, transports, vcpus)
+    counts = None if vm.check_extension(uapi.KVM_CAP_BINARY_STATS_FD) else AccessCounts()
+    return Parts(prepared, vm, ports, mmio, serial, transports, vcpus, counts)
 
 
 def _add_memory(vm: Vm, memory: GuestMemory) -> None:

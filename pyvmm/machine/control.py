@@ -19,6 +19,7 @@ from pyvmm.virtio.blk.device import BlockDevice
 
 if TYPE_CHECKING:
     from pyvmm.host.unix_sockets import Socket
+    from pyvmm.machine.stats import MachineStats
     from pyvmm.machine.watch import Watch
     from pyvmm.virtio.balloon.device import BalloonDevice
     from pyvmm.virtio.vsock.device import VsockDevice
@@ -51,6 +52,7 @@ class MachineControl:
         self._watch = watch
         self._resize_outside = resize_outside
         self._start = time.monotonic()
+        self._stats: MachineStats | None = None
 
     def methods(self) -> dict[str, Method]:
         """By the names that a request uses. docs/control-socket.md lists them, and a test compares
@@ -58,6 +60,7 @@ class MachineControl:
         return {
             "status": Method(self.status),
             "stats": Method(self.stats),
+            "metrics": Method(self.metrics),
             "stop": Method(self.stop),
             "quit": Method(self.quit),
             "pause": Method(self.pause),
@@ -98,9 +101,28 @@ class MachineControl:
         }
 
     def stats(self) -> dict[str, Any]:
-        """The counters of each device that has some."""
-        counted = {device.name: dict(device.stats()) for device in self._prepared.devices}
-        return {"devices": {name: counters for name, counters in counted.items() if counters}}
+        """What was counted since the start; docs/watching.md has the names. Raises HostError."""
+        return self._counted().read()
+
+    def metrics(self) -> dict[str, Any]:
+        """The same as text in Prometheus' format. Raises HostError."""
+        from pyvmm.machine.metrics import CONTENT_TYPE, as_text
+
+        text = as_text(self._prepared.spec.name, self.status(), self.stats())
+        return {"content_type": CONTENT_TYPE, "text": text}
+
+    def _counted(self) -> MachineStats:
+        if self._stats is None:
+            from pyvmm.machine.stats import MachineStats
+
+            parts = self._machine.parts
+            self._stats = MachineStats(parts, parts.counts, self._start)
+        return self._stats
+
+    def close(self) -> None:
+        """Nobody asks any more."""
+        if self._stats is not None:
+            self._stats.close()
 
     def stop(self) -> dict[str, Any]:
         """End the run as SIGTERM would."""

@@ -150,8 +150,9 @@ class _Answering:
         self._watch = watch = Watch(*console, attendant.console)
         watch.events.emit("started")
         attendant.on_finding = watch.tell_finding
-        methods = MachineControl(machine, prepared, watch, self._resize_outside).methods()
-        server = ControlServer(self._listener, methods)
+        control = MachineControl(machine, prepared, watch, self._resize_outside)
+        closing.callback(control.close)
+        server = ControlServer(self._listener, control.methods())
         closing.callback(server.close)
         server.start()
 

@@ -38,14 +38,14 @@ class Machine:
 
     def __init__(self, parts: Parts, trace: Trace, unblock: Callable[[], None]) -> None:
         """`unblock` frees vCPU threads that wait for somebody to read the console."""
-        self._parts = parts
+        self.parts = parts
         self._unblock = unblock
         # The first one counts. A SimpleQueue, because a signal's handler may put into it at any
         # moment; a lock or an Event deadlocks if the signal comes while this thread is inside it.
         self._outcomes: SimpleQueue[Outcome] = SimpleQueue()
         self._lose_patience_at = math.inf
         exits = trace.hook("exits")
-        loop = make_run_loop(parts.ports, parts.mmio, exits)
+        loop = make_run_loop(parts.ports, parts.mmio, exits, parts.counts)
         self._runners = [
             VcpuRunner(vcpu, loop, parts.prepared.memory, self.end, exits) for vcpu in parts.vcpus
         ]
@@ -83,7 +83,7 @@ class Machine:
         self.pauser.end()
         for runner in self._runners:
             runner.stop()
-        for transport in self._parts.transports:
+        for transport in self.parts.transports:
             transport.device.reset()
 
     def _catch_signals(self, restoring: ExitStack) -> None:

@@ -10,6 +10,7 @@ import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock, RLock, Thread
+from time import perf_counter_ns
 
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.host.poller import READABLE, Poller
@@ -138,14 +139,20 @@ class DeviceLoop:
         if queue is None:
             return
         notify = False
+        began = perf_counter_ns()
         try:
             with queue.lock:
+                stats = queue.stats
+                before = stats.requests
                 queue.disable_notification()
                 try:
                     if queue.ready:
                         serve(queue)
                 finally:
                     notify = queue.publish_used()
+                    done, took = stats.requests - before, perf_counter_ns() - began
+                    stats.latency[took.bit_length()] += done
+                    stats.nanoseconds += took * done
         finally:
             # Not under the lock, so that whoever handles the interrupt may take it.
             if notify:

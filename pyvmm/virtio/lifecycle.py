@@ -31,6 +31,7 @@ from pyvmm.virtio.device import Activation, VirtioDevice
 from pyvmm.virtio.features import describe
 from pyvmm.virtio.queue import Queue, build_queue
 from pyvmm.virtio.queue_state import QueueConfig, QueueState
+from pyvmm.virtio.queue_stats import QueueStats
 
 # Bits of the interrupt status; virtio-pci's are the same (4.1.4.5 ISR status capability).
 USED_BUFFER = constants.VIRTIO_MMIO_INT_VRING
@@ -67,11 +68,12 @@ class DeviceState:
 class _ActivationInterrupt:
     """The `Interrupt` of one activation: silent once that activation has ended."""
 
-    __slots__ = ("_events", "_lifecycle", "_state", "_used_buffer", "live")
+    __slots__ = ("_events", "_lifecycle", "_state", "_stats", "_used_buffer", "live")
 
     def __init__(self, lifecycle: Lifecycle, events_lock: Lock, notifier: Notifier) -> None:
         self._lifecycle = lifecycle
         self._state = lifecycle.state
+        self._stats = lifecycle.queue_stats
         self._events = events_lock
         self._used_buffer = notifier.used_buffer
         self.live = True
@@ -81,6 +83,7 @@ class _ActivationInterrupt:
             if not self.live:
                 return
             self._state.interrupt_status |= USED_BUFFER
+            self._stats[queue_index].interrupts += 1
         self._used_buffer(queue_index)
 
     def signal_config_change(self) -> None:
@@ -111,6 +114,9 @@ class Lifecycle:
         self.lock = Lock()
         self.state = _fresh_state(device)
         self.active = False
+        self.queue_stats = [QueueStats() for _ in device.queue_sizes]
+        self.config_interrupts = 0
+        self.failures = 0  # how often it needed a reset
         # Guests can cause both kinds of line at will. They are bounded apart, so that a flood of
         # the one cannot hide the other.
         self.warn = RateLimited(log, prefix=f"{device.name}: ", device=device.name)
@@ -152,6 +158,7 @@ class Lifecycle:
             live = self.state.status & status.DRIVER_OK
             if live:
                 self.state.interrupt_status |= CONFIG_CHANGED
+                self.config_interrupts += 1
         if live:
             self._notifier.config_changed()
 
@@ -197,7 +204,9 @@ class Lifecycle:
         )
 
     def _build_queue(self, index: int, config: QueueConfig, accepted: int) -> Queue:
-        return build_queue(self.memory, config, accepted, index, self._kicks[index])
+        queue = build_queue(self.memory, config, accepted, index, self._kicks[index])
+        queue.stats = self.queue_stats[index]
+        return queue
 
     def stop_queue(self, index: int) -> None:
         """Touch the ring of queue `index` no more, until it or the device is reset and set up
@@ -297,6 +306,7 @@ class Lifecycle:
             if ended or before & status.NEEDS_RESET:
                 return
             self.state.status = before | status.NEEDS_RESET
+            self.failures += 1
         for queue in self._queues:
             if queue is not None:
                 # Without the queue's lock: the caller may hold it. A worker looks at `ready`

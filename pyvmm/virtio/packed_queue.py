@@ -247,7 +247,10 @@ class PackedQueue(PackedPeek):
         if not (self._pending or self._returned) or not self.ready:
             return False
         if self._in_order:
+            self.stats.requests += len(self._returned)
             self._pend_in_order()
+        else:
+            self.stats.requests += len(self._pending)
         self._store_pending()
         held = (new - old) % (2 * self.size)
         self._room += held

@@ -11,6 +11,7 @@ from pyvmm.memory import GuestMemory
 from pyvmm.virtio import features as feature_bits
 from pyvmm.virtio.chain import DescriptorChain, Usual
 from pyvmm.virtio.queue_state import QueueConfig, QueueState
+from pyvmm.virtio.queue_stats import QueueStats
 
 if TYPE_CHECKING:
     from pyvmm.virtio.ring import Ring
@@ -23,7 +24,7 @@ class Queue(Protocol):
     who takes it from outside pauses the queue. `ready` is False once the driver stopped the queue,
     the device failed or was reset: no ring access after that. `halt` asks an iteration to end after
     the chain at hand; the ring stays in use. `kick` becomes readable when the driver notifies the
-    device.
+    device. `stats` is what was counted of it.
     """
 
     index: int
@@ -32,6 +33,7 @@ class Queue(Protocol):
     lock: Lock
     ready: bool
     halt: bool
+    stats: QueueStats
 
     def pop(self) -> DescriptorChain | None:
         """The next available chain, or None. Raises DriverError for a broken ring or chain."""

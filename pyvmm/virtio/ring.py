@@ -18,6 +18,7 @@ from pyvmm.memory import GuestMemory
 from pyvmm.virtio import features as feature_bits
 from pyvmm.virtio.chain import DescriptorChain, PackedChain, Places, RamWindow, Usual
 from pyvmm.virtio.queue_state import InFlight, QueueConfig, QueueState
+from pyvmm.virtio.queue_stats import QueueStats
 
 DESC_F_NEXT = 1
 DESC_F_WRITE = 2
@@ -72,6 +73,7 @@ class Ring(ABC):
         self.lock = Lock()
         self.ready = True
         self.halt = False
+        self.stats = QueueStats()
         self._config = config
         self._ram = RamWindow(memory)
         self._indirect = feature_bits.has(features, feature_bits.VIRTIO_RING_F_INDIRECT_DESC)

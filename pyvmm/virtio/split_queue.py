@@ -346,6 +346,7 @@ class SplitQueue(Ring):
             full_fence()
         self._used[1] = new
         self._published = new
+        self.stats.requests += (new - old) & 0xFFFF
         self._batch += 1
         self._settled = UNSETTLED
         # StoreLoad: used.idx before the look at used_event or flags. Pairs with the driver, which

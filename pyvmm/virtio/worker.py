@@ -152,14 +152,22 @@ class QueueWorker:
         self._poll = self._poll_limit if slept < self._poll_limit else 0
 
     def _serve_until_idle(self) -> Rest | None:
-        queue = self.queue
+        queue, stats = self.queue, self.queue.stats
         rest = None
         more = True
+        began = perf_counter_ns()
         while more and not queue.halt:
             with queue.lock:
                 queue.disable_notification()
+                before = stats.requests
                 rest = self._serve(queue)
                 notify = queue.publish_used()
+                done = stats.requests - before
+            if done:
+                now = perf_counter_ns()
+                took, began = now - began, now
+                stats.latency[took.bit_length()] += done
+                stats.nanoseconds += took * done
             # Not under the lock, so that whoever handles the interrupt may take it.
             if notify:
                 self._activation.interrupt.signal_used(queue.index)
@@ -168,6 +176,7 @@ class QueueWorker:
             if rest is not None and not rest.kicks:
                 break
             if self._poll and rest is None and queue.poll(perf_counter_ns() + self._poll):
+                began = perf_counter_ns()
                 continue
             with queue.lock:
                 more = queue.enable_notification()

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 from running import SAFETY_TIMEOUT, Running
 
 from pyvmm.kvm.system import Kvm
@@ -197,3 +198,41 @@ def test_messages_of_a_detached_one_go_to_the_file_that_was_chosen(
         )
     assert vm("stop", "behind").returncode == 0
     assert (tmp_path / "log").read_text() == "pyvmm: behind: ended by pyvmm stop\n"
+
+
+def test_exits_are_counted_by_kvm_itself(vm: Running) -> None:
+    def exits() -> int:
+        numbers = json.loads(vm("stats", vm.name, "--json").stdout)
+        assert numbers["exits"] == numbers["vcpus"][0]["exits"]
+        total: int = numbers["exits"].pop("total")
+        assert total == sum(numbers["exits"].values())
+        return total
+
+    first = exits()
+    assert first > 0  # it polls its serial port
+    until(lambda: exits() > first)
+    assert vm("pause", vm.name).returncode == 0
+    paused = exits()
+    assert exits() == paused
+
+
+def test_numbers_in_three_forms(vm: Running) -> None:
+    numbers = json.loads(vm("stats", vm.name, "--json").stdout)
+    assert numbers["memory"]["size"] == 512 << 20
+    text = vm("stats", vm.name, "--prometheus").stdout
+    found = {
+        (sample.name, sample.labels.get("reason")): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    for reason, count in numbers["exits"].items():
+        assert reason == "total" or found["pyvmm_exits_total", reason] >= count
+    assert found["pyvmm_memory_bytes", None] == 512 << 20
+    assert vm("metrics").stdout.splitlines()[0] == text.splitlines()[0]
+    lines = vm("stats", vm.name).stdout.splitlines()
+    assert lines[0].startswith("up ") and "of 512 MiB" in lines[0]
+    assert lines[1].startswith("exits: total ")
+    both = vm("stats", vm.name, "--json", "--prometheus")
+    assert (both.returncode, both.stdout) == (2, "")
+    nobody = vm("metrics", "nobody")
+    assert nobody.returncode == 2 and "no VM called 'nobody'" in nobody.stderr

@@ -87,3 +87,4 @@ KVM_SET_XSAVE = _IOW(0xA5, "struct kvm_xsave")
 KVM_GET_XCRS = _IOR(0xA6, "struct kvm_xcrs")
 KVM_SET_XCRS = _IOW(0xA7, "struct kvm_xcrs")
 KVM_KVMCLOCK_CTRL = _IO(0xAD)
+KVM_GET_STATS_FD = _IO(0xCE)  # and on a VM

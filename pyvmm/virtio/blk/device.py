@@ -7,7 +7,7 @@ of one queue complete in the order in which they came.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from threading import Lock
 from typing import NamedTuple
 
@@ -139,6 +139,8 @@ class BlockDevice(QueueDevice):
         self._config_lock = Lock()  # a leaf: for a change of one field among others
         self._accepted = 0
         self._write_through = False
+        # Added to by every queue's thread, without a lock: no other thread comes in between there.
+        self._bytes_to_guest = self._bytes_from_guest = self._flushes = self._errors = 0
         self._stop = stop
         self._trace = trace
         prefix = f"disk {name}: "
@@ -149,6 +151,15 @@ class BlockDevice(QueueDevice):
     def size(self) -> int:
         """The capacity in bytes."""
         return self._capacity * SECTOR
+
+    def stats(self) -> Mapping[str, object]:
+        """Bytes of data carried, flushes, and requests that were not answered OK."""
+        return {
+            "bytes_to_guest": self._bytes_to_guest,
+            "bytes_from_guest": self._bytes_from_guest,
+            "flushes": self._flushes,
+            "errors": self._errors,
+        }
 
     def read_config(self, offset: int, length: int) -> bytes:
         """struct virtio_blk_config, zero past its end (5.2.4, 2.5)."""
@@ -313,6 +324,7 @@ class BlockDevice(QueueDevice):
         try:
             if type == VIRTIO_BLK_T_IN:
                 backend.readv(views, size, sector * SECTOR)
+                self._bytes_to_guest += size
                 return True
             if backend.read_only:
                 return False
@@ -321,6 +333,7 @@ class BlockDevice(QueueDevice):
                 backend.flush()
         except (HostError, OSError):
             return False
+        self._bytes_from_guest += size
         return True
 
     def _carry_out(self, request: Request) -> int:
@@ -336,6 +349,7 @@ class BlockDevice(QueueDevice):
                     status = self._write(request)
                 elif type == VIRTIO_BLK_T_FLUSH:
                     self._backend.flush()
+                    self._flushes += 1
                 elif type == VIRTIO_BLK_T_GET_ID:
                     scatter(self._id, request.data)
                 else:  # parse refuses all others
@@ -363,6 +377,7 @@ class BlockDevice(QueueDevice):
             return self._past_the_end(request)
         if size:
             self._backend.readv(request.data, size, sector * SECTOR)
+            self._bytes_to_guest += size
         return VIRTIO_BLK_S_OK
 
     def _write(self, request: Request) -> int:
@@ -375,6 +390,7 @@ class BlockDevice(QueueDevice):
             return self._past_the_end(request)
         if size:
             backend.writev(request.data, size, sector * SECTOR)
+            self._bytes_from_guest += size
             if self._write_through:
                 backend.flush()
         return VIRTIO_BLK_S_OK
@@ -412,6 +428,7 @@ class BlockDevice(QueueDevice):
         return VIRTIO_BLK_S_IOERR
 
     def _note_failure(self, request: Request, status: int, log: Callable[[str], None]) -> None:
+        self._errors += 1
         what, answer = _type_name(request.type), STATUS_NAMES[status]
         log(f"{what} at sector {request.sector} answered {answer}: {request.reason}")
 

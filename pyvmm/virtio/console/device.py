@@ -5,7 +5,7 @@ Virtio 1.3, 5.3 Console Device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pyvmm.errors import DriverError
 from pyvmm.host.log import RateLimited, Sink
@@ -87,6 +87,13 @@ class ConsoleDevice(VirtioDevice):
     def size(self) -> tuple[int, int]:
         """(columns, rows) of the terminal, zeros if unknown."""
         return self._size
+
+    def stats(self) -> Mapping[str, object]:
+        """Bytes through all ports."""
+        return {
+            "bytes_to_guest": sum(port.bytes_to_guest for port in self.ports),
+            "bytes_from_guest": sum(port.bytes_from_guest for port in self.ports),
+        }
 
     def read_config(self, offset: int, length: int) -> bytes:
         """struct virtio_console_config, zero past its end (5.3.4, 2.5)."""

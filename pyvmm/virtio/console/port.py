@@ -48,6 +48,7 @@ class Port:
         self.name = name
         self.is_console = is_console
         self.size: tuple[int, int] | None = None
+        self.bytes_to_guest = self.bytes_from_guest = 0
         self.begin(multiport=False)
 
     def begin(self, *, multiport: bool) -> None:
@@ -177,6 +178,7 @@ class Port:
                 return False
             count = self.end.write(self._rest[0][: self._budget])
             self._budget -= count
+            self.bytes_from_guest += count
             if not count:
                 return False
             if count < len(self._rest[0]):
@@ -206,6 +208,7 @@ class Port:
             if not count:
                 queue.step_back()
                 return
+            self.bytes_to_guest += count
             queue.add_used(chain, count)
 
 

@@ -6,7 +6,7 @@ queue.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pyvmm.host.log import RateLimited
@@ -112,6 +112,20 @@ class NetDevice(QueueDevice):
         self._receive_limits, self._send_limits = receive_limits, send_limits
         self._trace = trace
         self._log = RateLimited(prefix=f"{name}: ", device=name) if log is None else log
+
+    def stats(self) -> Mapping[str, object]:
+        """Frames and bytes both ways, and why frames went nowhere, since the start."""
+        dropped: dict[str, int] = {}
+        for counters in (*self.received, *self.sent):
+            for why, count in list(counters.dropped.items()):
+                dropped[why] = dropped.get(why, 0) + count
+        return {
+            "frames_to_guest": sum(counters.frames for counters in self.received),
+            "bytes_to_guest": sum(counters.bytes for counters in self.received),
+            "frames_from_guest": sum(counters.frames for counters in self.sent),
+            "bytes_from_guest": sum(counters.bytes for counters in self.sent),
+            "dropped": dropped,
+        }
 
     # --- what the user may do --------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 from pyvmm.errors import GuestMemoryError
 from pyvmm.virtio.chain import DescriptorChain
@@ -30,6 +31,11 @@ class EntropyDevice(QueueDevice):
 
     def __init__(self, name: str = "rng") -> None:
         self.name = name
+        self._bytes = 0
+
+    def stats(self) -> Mapping[str, object]:
+        """Bytes given to the driver."""
+        return {"bytes_to_guest": self._bytes}
 
     def size_of(self, chain: DescriptorChain) -> int:
         """What `serve` makes for it; a limit counts it."""
@@ -44,4 +50,5 @@ class EntropyDevice(QueueDevice):
                 writer.write(os.urandom(written))
             except GuestMemoryError:
                 written = 0
+            self._bytes += written
             queue.add_used(chain, written)

@@ -1,0 +1,160 @@
+"""`pyvmm stats`, `pyvmm metrics`: what VMs that run have counted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from pyvmm.control import registry
+from pyvmm.control.client import Client
+from pyvmm.errors import ConfigError, HostError, PyvmmError
+from pyvmm.machine.stats import quantile
+
+_PATIENCE = 2.0  # seconds for each of many VMs
+
+
+@click.command()
+@click.argument("vm")
+@click.option("--json", "as_json", is_flag=True, help="Print all numbers, as JSON.")
+@click.option("--prometheus", is_flag=True, help="Print them in Prometheus' text format.")
+def stats(vm: str, as_json: bool, prometheus: bool) -> None:
+    """Show what VM has counted: exits, interrupts, requests, bytes, latencies.
+
+    docs/watching.md explains the numbers; `pyvmm top` shows how fast they change.
+    """
+    if as_json and prometheus:
+        raise click.UsageError("--json and --prometheus exclude each other")
+    with Client.connect(vm) as found:
+        if prometheus:
+            click.echo(found.call("metrics")["text"], nl=False)
+            return
+        numbers = found.call("stats")
+    if as_json:
+        import json
+
+        click.echo(json.dumps(numbers, indent=2))
+        return
+    for line in _lines(numbers):
+        click.echo(line)
+
+
+def _lines(numbers: dict[str, Any]) -> list[str]:
+    memory = numbers["memory"]
+    reasons = sorted(numbers["exits"].items(), key=lambda item: -item[1])
+    lines = [
+        f"up {numbers['uptime_seconds']:.0f} s, memory {memory['resident'] >> 20} of "
+        f"{memory['size'] >> 20} MiB, {numbers['interrupts']} interrupts",
+        "exits: " + ", ".join(f"{reason} {count}" for reason, count in reasons if count),
+    ]
+    head = ("DEVICE", "REQUESTS", "INTERRUPTS", "KICKS", "TO GUEST", "FROM GUEST", "P50", "P99")
+    rows = [head]
+    for name, device in numbers["devices"].items():
+        histogram = merged([queue["latency_ns"] for queue in device["queues"]])
+        rows.append(
+            (
+                name,
+                str(device["requests"]),
+                str(device["interrupts"]),
+                str(device["kicks"]),
+                size_text(device.get("bytes_to_guest")),
+                size_text(device.get("bytes_from_guest")),
+                time_text(quantile(histogram, 0.50)),
+                time_text(quantile(histogram, 0.99)),
+            )
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+    for row in rows:
+        cells = [f"{row[0]:{widths[0]}}"]
+        cells += [f"{text:>{width}}" for text, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells))
+    return lines
+
+
+def merged(histograms: list[dict[str, int]]) -> dict[str, int]:
+    """One histogram of several."""
+    found: dict[str, int] = {}
+    for histogram in histograms:
+        for bound, count in histogram.items():
+            found[bound] = found.get(bound, 0) + count
+    return found
+
+
+def size_text(size: float | None) -> str:
+    """A number of bytes in the unit that suits it; "-" for a device that counts none."""
+    if size is None:
+        return "-"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"
+
+
+def time_text(nanoseconds: int) -> str:
+    """An upper bound of a latency; "-" where nothing was counted."""
+    if not nanoseconds:
+        return "-"
+    for unit, scale in (("ns", 1), ("µs", 1_000), ("ms", 1_000_000), ("s", 1_000_000_000)):
+        value = nanoseconds / scale
+        if value < 1000 or unit == "s":
+            return f"{value:.3g} {unit}"
+    raise AssertionError
+
+
+@click.command()
+@click.argument("vms", metavar="[VM]...", nargs=-1)
+@click.option(
+    "--listen",
+    metavar="[ADDRESS:]PORT",
+    help="Serve them at http://ADDRESS:PORT/metrics (127.0.0.1 unless given) until Ctrl-C.",
+)
+def metrics(vms: tuple[str, ...], listen: str | None) -> None:
+    """Print the numbers of each VM (all that run) in Prometheus' text format.
+
+    With --listen, Prometheus fetches them from here, for the VMs that run by then.
+    """
+    if listen is None:
+        click.echo(gather(vms), nl=False)
+        return
+    from pyvmm.cli.exporter import serve
+
+    serve(*_address(listen), lambda: gather(vms, strict=False))
+
+
+def _address(text: str) -> tuple[str, int]:
+    host, _, port = text.rpartition(":")
+    if not (port.isascii() and port.isdigit() and int(port) < 65536):
+        raise ConfigError(f"{text!r} has no port", cure="write 9345, say", option="--listen")
+    return host.strip("[]") or "127.0.0.1", int(port)
+
+
+def gather(vms: tuple[str, ...] = (), *, strict: bool = True) -> str:
+    """The metrics of `vms`, of all that run if none is named. With `strict`, one that does not
+    answer is an error (raised); else it is left out."""
+    texts = []
+    for name in vms or registry.running():
+        try:
+            with Client.connect(name) as vm:
+                texts.append(vm.call("metrics", patience=_PATIENCE)["text"])
+        except (PyvmmError, HostError):
+            if strict and vms:
+                raise  # of those that nobody has named one may have ended meanwhile
+    return joined(texts)
+
+
+def joined(texts: list[str]) -> str:
+    """Several VMs' metrics as one text: the lines of a metric have to be together."""
+    families: dict[str, list[str]] = {}
+    for text in texts:
+        name = ""
+        for line in text.splitlines(keepends=True):
+            if line.startswith("# HELP "):
+                name = line
+                families.setdefault(name, [])
+            elif line.startswith("# TYPE "):
+                if not families[name]:
+                    families[name].append(line)
+            else:
+                families[name].append(line)
+    return "".join(name + "".join(lines) for name, lines in families.items())

@@ -1,0 +1,298 @@
+"""What is counted: of queues by the batch, of exits by KVM; as JSON and in Prometheus' format."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from c_claims import assert_in_c, needs_headers
+from click.testing import CliRunner
+from prometheus_client.parser import text_string_to_metric_families
+
+from pyvmm.bus import Action, Bus
+from pyvmm.cli import stats as cli
+from pyvmm.host.syscalls import EventFd
+from pyvmm.kvm import stats as kvm_stats
+from pyvmm.machine import metrics
+from pyvmm.machine.run_loop import AccessCounts, CountedBus
+from pyvmm.machine.stats import _device, exits_by_reason, quantile
+from pyvmm.testing import attached
+from pyvmm.virtio.features import ring_features
+from pyvmm.virtio.rng.device import EntropyDevice
+
+HANG = 30.0
+
+
+def test_an_eventfd_knows_how_often_it_was_signalled() -> None:
+    with EventFd() as event:
+        for _ in range(3):
+            event.signal()
+        assert event.total() == 3
+        assert event.drain() == 3
+        os.eventfd_write(event.fd, 20)  # as KVM would
+        assert event.total() == 23
+
+
+# ---- queues
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["split", "packed"])
+def test_a_device_counts_requests_interrupts_kicks_and_bytes(packed: bool) -> None:
+    device = EntropyDevice()
+    device.features = ring_features(packed=packed)
+    with attached(device, ring="packed" if packed else "split") as driver:
+        for _ in range(5):
+            driver.request([], [16])
+        driver.mmio.reset()  # its thread has ended: all is counted
+        found = _device(driver.transport)
+        [queue] = found["queues"]
+        assert found["type"] == 4
+        assert found["requests"] == queue["requests"] == 5
+        assert queue["interrupts"] == 5
+        assert queue["kicks"] == 5
+        assert found["bytes_to_guest"] == 80
+        assert sum(queue["latency_ns"].values()) == 5
+        assert all(int(bound).bit_count() == 1 for bound in queue["latency_ns"])
+        # No more than if each had taken its bucket's upper bound, no less than half of that.
+        most = sum(int(bound) * count for bound, count in queue["latency_ns"].items())
+        assert most / 2 <= queue["latency_sum_ns"] <= most
+        assert found["failures"] == 0
+
+
+def test_what_is_counted_outlives_a_reset() -> None:
+    with attached(EntropyDevice()) as driver:
+        driver.request([], [16])
+        driver.restart()
+        driver.request([], [16])
+        assert _device(driver.transport)["requests"] == 2
+        assert _device(driver.transport)["kicks"] == 2
+
+
+# ---- KVM's statistics
+
+
+@needs_headers(["linux/kvm.h"])
+def test_the_layout_is_that_of_the_headers(tmp_path: Path) -> None:
+    header, desc = "struct kvm_stats_header", "struct kvm_stats_desc"
+    claims = [f"sizeof({header}) == {kvm_stats._HEADER.size}"]
+    for place, field in enumerate(
+        ("flags", "name_size", "num_desc", "id_offset", "desc_offset", "data_offset")
+    ):
+        claims.append(f"__builtin_offsetof({header}, {field}) == {4 * place}")
+    claims += [
+        f"sizeof({desc}) == {kvm_stats._DESC.size}",
+        f"__builtin_offsetof({desc}, exponent) == 4",
+        f"__builtin_offsetof({desc}, size) == 6",
+        f"__builtin_offsetof({desc}, offset) == 8",
+        f"__builtin_offsetof({desc}, bucket_size) == 12",
+        "KVM_GET_STATS_FD == 0xaece",
+    ]
+    assert_in_c(tmp_path, ["linux/kvm.h"], claims)
+
+
+def stats_file(tmp_path: Path, values: dict[str, list[int]]) -> int:
+    """A file as KVM makes them, with names of 20 bytes and a gap in front of each part."""
+    name_size, desc_offset = 20, 40
+    count = len(values)
+    data_offset = desc_offset + count * (16 + name_size) + 8
+    descriptions, data = b"", b""
+    for name, numbers in values.items():
+        descriptions += struct.pack("=IhHII", 0, 0, len(numbers), len(data), 0)
+        descriptions += name.encode().ljust(name_size, b"\0")
+        data += struct.pack(f"={len(numbers)}Q", *numbers)
+    header = struct.pack("=6I", 0, name_size, count, 24, desc_offset, data_offset)
+    path = tmp_path / "stats"
+    path.write_bytes(header.ljust(desc_offset, b"\0") + descriptions + bytes(8) + data)
+    return os.open(path, os.O_RDONLY)
+
+
+def test_statistics_are_read_as_they_describe_themselves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"exits": [1 << 40], "halt_wait_hist": [1, 2, 3], "io_exits": [7]}
+    fd = stats_file(tmp_path, values)
+    monkeypatch.setattr(kvm_stats.syscalls, "ioctl", lambda *args: fd)
+    with kvm_stats.StatsFile(-1) as found:
+        assert found.read() == {"exits": 1 << 40, "halt_wait_hist": [1, 2, 3], "io_exits": 7}
+
+
+def test_exits_by_reason_add_up() -> None:
+    values: kvm_stats.Values = {"exits": 100, "io_exits": 30, "mmio_exits": 20, "hypercalls": 9}
+    exits = exits_by_reason(values)
+    assert exits == {"total": 100, "io": 30, "mmio": 20, "other": 50}
+
+
+class Register:
+    """Remembers what is written to it."""
+
+    def __init__(self) -> None:
+        self.values: list[int] = []
+
+    def read(self, offset: int, size: int) -> int:
+        return 5
+
+    def write(self, offset: int, size: int, value: int) -> Action | None:
+        self.values.append(value)
+        return None
+
+
+def test_where_kvm_does_not_count_each_access_is_counted_once() -> None:
+    bus, register, counts = Bus("I/O port"), Register(), AccessCounts()
+    bus.register(0x10, 4, register)
+
+    def count() -> None:
+        counts.io += 1
+
+    counted = CountedBus(bus, count)
+    found = counted.find(0x12)
+    assert found is not None and found[0] == 0x10
+    found[1].write(2, 1, 7)
+    assert found[1].read(2, 1) == 5
+    assert counted.read(0x100, 1) == bus.read(0x100, 1)  # nobody's
+    counted.write(0x10, 1, 8)
+    assert register.values == [7, 8]
+    assert counts.exits() == {"total": 4, "io": 4, "mmio": 0}
+    assert counted.find(0x100) is None
+
+
+# ---- Prometheus
+
+STATUS = {"version": "1.0", "state": "running", "cpus": 2}
+
+
+def numbers(**devices: Any) -> dict[str, Any]:
+    return {
+        "uptime_seconds": 1.5,
+        "memory": {"size": 1 << 30, "resident": 1 << 20},
+        "exits": {"total": 10, "io": 4, "other": 6},
+        "interrupts": 3,
+        "vcpus": [{"id": 0, "exits": {"total": 10, "io": 4, "other": 6}, "interrupts": 3}],
+        "devices": devices,
+    }
+
+
+def device(**more: Any) -> dict[str, Any]:
+    latency = {"2048": 3, "1048576": 1, str(1 << 40): 1}
+    queue = {"requests": 5, "interrupts": 2, "kicks": 4}
+    queue |= {"latency_ns": latency, "latency_sum_ns": 1_100_000}  # type: ignore[dict-item]
+    base = {"type": 2, "requests": 5, "interrupts": 2, "kicks": 4, "failures": 0}
+    return {**base, "queues": [queue], **more}
+
+
+def samples(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
+    found = {}
+    for family in text_string_to_metric_families(text):
+        assert family.documentation
+        for sample in family.samples:
+            key = sample.name, frozenset(sample.labels.items())
+            assert key not in found, f"{key} twice"
+            found[key] = sample.value
+    return found
+
+
+def test_prometheus_reads_what_was_counted() -> None:
+    disk = device(bytes_to_guest=4096, bytes_from_guest=512, errors=1, flushes=2)
+    net = device(dropped={"too long": 7})
+    text = metrics.as_text('a"b\\c', STATUS, numbers(disk0=disk, net0=net))
+    found = samples(text)
+    vm = ("vm", 'a"b\\c')
+
+    def value(metric: str, /, **labels: str) -> float:
+        return found[f"pyvmm_{metric}", frozenset([vm, *labels.items()])]
+
+    assert value("info", version="1.0") == 1
+    assert value("memory_resident_bytes") == 1 << 20
+    assert value("exits_total", vcpu="0", reason="io") == 4
+    assert value("interrupts_total", vcpu="0") == 3
+    of_disk = {"device": "disk0", "queue": "0"}
+    assert value("device_requests_total", **of_disk) == 5
+    assert value("device_kicks_total", **of_disk) == 4
+    assert value("device_bytes_total", device="disk0", direction="to_guest") == 4096
+    assert value("device_errors_total", device="disk0") == 1
+    assert value("device_stat", device="disk0", name="flushes") == 2
+    assert value("device_stat", device="net0", name="dropped.too long") == 7
+    assert value("device_latency_seconds_count", **of_disk) == 5
+    assert value("device_latency_seconds_sum", **of_disk) == pytest.approx(0.0011)
+    assert value("device_latency_seconds_bucket", le="0.000001024", **of_disk) == 0
+    assert value("device_latency_seconds_bucket", le="0.000002048", **of_disk) == 3
+    assert value("device_latency_seconds_bucket", le="17.179869184", **of_disk) == 4
+    assert value("device_latency_seconds_bucket", le="+Inf", **of_disk) == 5
+
+
+def test_metrics_of_several_vms_are_one_valid_text() -> None:
+    one = metrics.as_text("one", STATUS, numbers(disk0=device()))
+    two = metrics.as_text("two", STATUS, numbers(disk0=device(errors=3)))
+    text = cli.joined([one, two])
+    assert samples(text) == samples(one) | samples(two)
+    assert text.count("# TYPE pyvmm_exits_total counter") == 1
+    names = [line.split()[2] for line in text.splitlines() if line.startswith("# HELP")]
+    assert len(names) == len(set(names))
+    assert cli.joined([]) == ""
+
+
+def test_quantiles() -> None:
+    histogram = {"1024": 90, "2048": 8, "65536": 2}
+    assert quantile(histogram, 0.5) == 1024
+    assert quantile(histogram, 0.98) == 2048
+    assert quantile(histogram, 0.99) == 65536
+    assert quantile({}, 0.5) == 0
+
+
+# ---- the web server
+
+
+@pytest.fixture
+def exporter(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a server that serves two VMs' metrics."""
+    from pyvmm.cli import exporter as module
+
+    made: list[Any] = []
+    ready = threading.Event()
+
+    def serve_forever(server: Any) -> None:
+        made.append(server)
+        ready.set()
+        original(server)
+
+    original = module.ThreadingHTTPServer.serve_forever
+    monkeypatch.setattr(module.ThreadingHTTPServer, "serve_forever", serve_forever)
+    text = metrics.as_text("one", STATUS, numbers())
+    thread = threading.Thread(target=module.serve, args=("127.0.0.1", 0, lambda: text))
+    thread.start()
+    assert ready.wait(HANG)
+    yield f"http://127.0.0.1:{made[0].server_address[1]}"
+    made[0].shutdown()
+    thread.join()
+
+
+def test_prometheus_can_fetch_them(exporter: str) -> None:
+    with urllib.request.urlopen(f"{exporter}/metrics", timeout=HANG) as answer:
+        assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        assert samples(answer.read().decode())
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(f"{exporter}/", timeout=HANG)
+
+
+@pytest.mark.parametrize("where", ["nowhere", "127.0.0.1:", ":99999", "127.0.0.1:x"])
+def test_an_address_without_a_port_is_refused(where: str) -> None:
+    result = CliRunner().invoke(cli.metrics, ["--listen", where])
+    assert "has no port" in str(result.exception)
+
+
+def test_numbers_for_humans() -> None:
+    lines = cli._lines(numbers(disk0=device(bytes_to_guest=5 << 20)))
+    assert lines[0] == "up 2 s, memory 1 of 1024 MiB, 3 interrupts"
+    assert lines[1] == "exits: total 10, other 6, io 4"
+    assert " ".join(lines[3].split()) == "disk0 5 2 4 5.0 MiB - 2.05 µs 1.1e+03 s"
+
+
+def test_the_json_is_json() -> None:
+    assert json.loads(json.dumps(numbers(disk0=device())))
