@@ -27,6 +27,7 @@ COMMANDS = {
     "balloon": "pyvmm.cli.control",
     "console": "pyvmm.cli.console",
     "events": "pyvmm.cli.console",
+    "top": "pyvmm.cli.top",
     "stats": "pyvmm.cli.stats",
     "metrics": "pyvmm.cli.stats",
     "rm": "pyvmm.cli.machines",

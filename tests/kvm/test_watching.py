@@ -40,16 +40,16 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 class Attached:
-    """`pyvmm console` on a terminal of its own."""
+    """`pyvmm console`, or another command, on a terminal of its own."""
 
-    def __init__(self, vm: Running, *options: str) -> None:
+    def __init__(self, vm: Running, *options: str, command: tuple[str, ...] = ()) -> None:
         self.keyboard, self.terminal = pty.openpty()
         os.set_blocking(self.keyboard, False)
         self.before = termios.tcgetattr(self.terminal)
         self.screen = bytearray()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "pyvmm", "console", vm.name, *options],
-            env=vm.environment,
+            [sys.executable, "-m", "pyvmm", *(command or ("console", vm.name, *options))],
+            env={**vm.environment, "TERM": "xterm"},
             stdin=self.terminal,
             stdout=self.terminal,
             stderr=subprocess.PIPE,
@@ -236,3 +236,35 @@ def test_numbers_in_three_forms(vm: Running) -> None:
     assert (both.returncode, both.stdout) == (2, "")
     nobody = vm("metrics", "nobody")
     assert nobody.returncode == 2 and "no VM called 'nobody'" in nobody.stderr
+
+
+def test_top_without_a_terminal_prints_one_table(vm: Running) -> None:
+    lines = vm("top", "--once", "--interval=0.2").stdout.splitlines()
+    [head, row] = [line.split() for line in lines if line.split()[:1] in (["VM"], ["echoing"])]
+    assert head[:7] == ["VM", "STATE", "CPUS", "MEMORY", "EXITS", "IRQS", "REQS"]
+    assert row[:3] == ["echoing", "running", "1"]
+    assert float(row[5].replace(",", "")) > 0  # behind 44.0 KiB, say
+    one = vm("top", vm.name, "--once", "--interval=0.2").stdout.splitlines()
+    assert one[0].startswith("echoing  running, up ")
+    [total] = [line.split()[1] for line in one if line.split()[:1] == ["total"]]
+    assert float(total.replace(",", "")) > 0
+    nobody = vm("top", "nobody")
+    assert nobody.returncode == 2 and "no VM called 'nobody'" in nobody.stderr
+
+
+def test_top_on_a_terminal_is_live_and_q_ends_it(vm: Running) -> None:
+    for key in (b"q", b"\x03"):
+        top = Attached(vm, command=("top", "--interval=0.2"))
+        until(lambda top=top: top.look().count(b"echoing") >= 2)  # drawn again
+        assert vm("pause", vm.name).returncode == 0
+        until(lambda top=top: b"paused" in top.look())
+        assert vm("resume", vm.name).returncode == 0
+        top.type(key)
+        assert top.end() == (0, "")
+
+
+def test_top_of_one_ends_with_it(vm: Running) -> None:
+    top = Attached(vm, command=("top", vm.name, "--interval=0.2"))
+    until(lambda: b"EXITS" in top.look())
+    assert vm("stop", vm.name).returncode == 0
+    assert top.end() == (2, "pyvmm: echoing has ended\n")
