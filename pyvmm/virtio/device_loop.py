@@ -142,17 +142,14 @@ class DeviceLoop:
         began = perf_counter_ns()
         try:
             with queue.lock:
-                stats = queue.stats
-                before = stats.requests
+                before = queue.stats.requests
                 queue.disable_notification()
                 try:
                     if queue.ready:
                         serve(queue)
                 finally:
                     notify = queue.publish_used()
-                    done, took = stats.requests - before, perf_counter_ns() - began
-                    stats.latency[took.bit_length()] += done
-                    stats.nanoseconds += took * done
+                    queue.stats.end_batch(before, began)
         finally:
             # Not under the lock, so that whoever handles the interrupt may take it.
             if notify:

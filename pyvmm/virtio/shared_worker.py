@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 from threading import Thread
+from time import perf_counter_ns
 
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.host.syscalls import EventFd
@@ -124,11 +125,14 @@ class SharedWorker:
             for queue in self._queues:
                 if queue.halt or not queue.ready:
                     continue
+                began = perf_counter_ns()
                 with queue.lock:
+                    before = queue.stats.requests
                     queue.disable_notification()
                     rest = self._serve(queue)
                     if queue.publish_used():
                         notify.append(queue.index)
+                    queue.stats.end_batch(before, began)
                 passes.append((queue, rest))
         finally:
             # Not under the locks, so that whoever handles the interrupt may take them.
