@@ -22,6 +22,10 @@ class FrontEndFd(EventFd):
     def __init__(self) -> None:
         super().__init__()
         self._may_block = False
+        # Made once, as `signal` is part of each batch of requests; `fd` never changes.
+        self._room, self._count = select.poll(), select.poll()
+        self._room.register(self.fd, select.POLLOUT)
+        self._count.register(self.fd, select.POLLIN)
 
     def become(self, fds: tuple[int, ...]) -> None:
         """Be what `fds`, at most one and the caller's to close, is; without one, our own again.
@@ -58,16 +62,11 @@ class FrontEndFd(EventFd):
             raise HostError(error.errno or errno.EBADF, "dup2") from None
 
     def signal(self) -> None:
-        if self._may_block and not self._ready(select.POLLOUT):
+        if self._may_block and not self._room.poll(0):
             return
         super().signal()
 
     def drain(self) -> int:
-        if self._may_block and not self._ready(select.POLLIN):
+        if self._may_block and not self._count.poll(0):
             return 0
         return super().drain()
-
-    def _ready(self, event: int) -> bool:
-        poll = select.poll()
-        poll.register(self.fd, event)
-        return bool(poll.poll(0))
