@@ -40,17 +40,22 @@ def ioctl(fd: int, request: int, arg: int | bytearray | memoryview, call: str) -
             raise HostError(error.errno or 0, call) from None
 
 
-def create_memfd(name: str, size: int) -> int:
-    """An anonymous file of `size` bytes, all zero and not yet allocated. Raises HostError."""
+def create_memfd(name: str, size: int, *, fixed: bool = False) -> int:
+    """An anonymous file of `size` bytes, all zero and not yet allocated. Raises HostError.
+
+    With `fixed` nobody can change its size, not even another process that it is given to.
+    """
     try:
-        fd = os.memfd_create(name, os.MFD_CLOEXEC)
+        fd = os.memfd_create(name, os.MFD_CLOEXEC | (os.MFD_ALLOW_SEALING if fixed else 0))
     except OSError as error:
         raise HostError(error.errno or 0, "memfd_create") from None
     try:
         os.ftruncate(fd, size)
+        if fixed:
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
     except OSError as error:
         os.close(fd)
-        raise HostError(error.errno or 0, f"ftruncate of guest memory to {size} bytes") from None
+        raise HostError(error.errno or 0, f"ftruncate of {name} to {size} bytes") from None
     return fd
 
 

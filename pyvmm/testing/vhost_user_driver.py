@@ -30,11 +30,13 @@ SET_VRING_NUM, SET_VRING_ADDR, SET_VRING_BASE, GET_VRING_BASE = 8, 9, 10, 11
 SET_VRING_KICK, SET_VRING_CALL, SET_VRING_ERR = 12, 13, 14
 GET_PROTOCOL_FEATURES, SET_PROTOCOL_FEATURES, GET_QUEUE_NUM, SET_VRING_ENABLE = 15, 16, 17, 18
 SET_BACKEND_REQ_FD, GET_CONFIG, SET_CONFIG, RESET_DEVICE = 21, 24, 25, 34
+GET_INFLIGHT_FD, SET_INFLIGHT_FD = 31, 32
 GET_MAX_MEM_SLOTS, ADD_MEM_REG, REM_MEM_REG = 36, 37, 38
 
 F_EVENT_IDX, F_PROTOCOL_FEATURES, F_RING_PACKED = 1 << 29, 1 << 30, 1 << 34
 PACKED_START = 0x8000_8000  # both positions at offset 0, both wrap counters 1
-P_MQ, P_REPLY_ACK, P_CONFIG, P_RESET_DEVICE, P_MEM_SLOTS = 1 << 0, 1 << 3, 1 << 9, 1 << 13, 1 << 15
+P_MQ, P_REPLY_ACK, P_CONFIG, P_INFLIGHT = 1 << 0, 1 << 3, 1 << 9, 1 << 12
+P_RESET_DEVICE, P_MEM_SLOTS = 1 << 13, 1 << 15
 VERSION, REPLY, NEED_REPLY, NO_FD = 1, 4, 8, 0x100
 USER_BASE = 0x7F12_0000_0000
 
@@ -216,6 +218,31 @@ class VhostUserDriver(QueueUser):
         """Bytes of the configuration space; none if the back end could not give them."""
         answer = self.ask(GET_CONFIG, struct.pack("=III", offset, length, 0) + bytes(length))
         return answer[12:]
+
+    def get_inflight(self, num_queues: int, queue_size: int) -> tuple[bytes, int]:
+        """Have the back end make memory for its notes on requests in flight: the description of it
+        that SET_INFLIGHT_FD takes, and its file descriptor, which is the caller's."""
+        asked = struct.pack("=QQHH4x", 0, 0, num_queues, queue_size)
+        self.send(GET_INFLIGHT_FD, asked)
+        head, fds, _, _ = socket.recv_fds(self.connection, 12, 1)
+        if not head:
+            raise Gone
+        assert struct.unpack("=III", head) == (GET_INFLIGHT_FD, VERSION | REPLY, len(asked))
+        described = self._exactly(len(asked))
+        return described, fds[0]
+
+    def take_over(self, before: VhostUserDriver) -> None:
+        """Use the rings of another front end, whose back end has died: lend the memory, tell of
+        all that is there and start the rings where they ended."""
+        self.lend()
+        self.arena = before.arena
+        for index, queue in enumerate(before.queues):
+            self.queues.append(queue)
+            for eventfds in (self.kicks, self.calls, self.errors):
+                eventfds.append(EventFd())
+            assert isinstance(queue, MockSplitDriver)
+            self.set_up(index, base=queue.used_idx)
+            self.kick(index)
 
     # --- using it --------------------------------------------------------------------------------
 

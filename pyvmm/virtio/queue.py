@@ -17,6 +17,23 @@ if TYPE_CHECKING:
     from pyvmm.virtio.ring import Ring
 
 
+class Journal(Protocol):
+    """Where a queue notes what it has in flight, for whoever goes on when its process was killed at
+    any moment. Called with the queue's lock held; heads as the driver knows them."""
+
+    def taken(self, head: int) -> None:
+        """A chain was taken."""
+
+    def given_back(self, head: int) -> None:
+        """It is in the ring again, as if it had not been taken."""
+
+    def publishing(self, heads: Sequence[int]) -> None:
+        """These are about to be shown to the driver as used; some may never have been `taken`."""
+
+    def published(self, heads: Sequence[int], position: int) -> None:
+        """They have been shown: the next one will be returned at `position`."""
+
+
 class Queue(Protocol):
     """The device's end of one virtqueue.
 

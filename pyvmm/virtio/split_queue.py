@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from struct import Struct
+from typing import TYPE_CHECKING
 
 from pyvmm.errors import DriverError, GuestMemoryError
 from pyvmm.host.fences import WEAKLY_ORDERED, full_fence
@@ -20,6 +21,7 @@ from pyvmm.memory import GuestMemory
 from pyvmm.memory.guest_memory import Region
 from pyvmm.virtio.chain import DescriptorChain, Part, Usual
 from pyvmm.virtio.queue_state import (
+    QUEUE_SIZE_LIMIT,
     QueueConfig,
     QueueState,
     avail_bytes,
@@ -40,6 +42,9 @@ from pyvmm.virtio.ring import (
     UNSETTLED,
     Ring,
 )
+
+if TYPE_CHECKING:
+    from pyvmm.virtio.queue import Journal
 
 AVAIL_F_NO_INTERRUPT = 1
 USED_F_NO_NOTIFY = 1
@@ -76,6 +81,11 @@ class SplitQueue(Ring):
         self._mask = self.size - 1
         self._seen_avail = 0  # avail.idx as last read
         self._peeked: list[int] = []  # the heads of what peek_usual gave
+        self._journal: Journal | None = None
+        # For the journal: heads that were returned, and which of them it does not know of.
+        self._unpublished: list[int] = []
+        self._unmarked: list[int] = []
+        self._resubmitted: dict[int, int] = {}  # heads by position, instead of the ring's
 
     def _find_rings(self) -> None:
         memory, config, size = self._ram.memory, self._config, self.size
@@ -98,6 +108,8 @@ class SplitQueue(Ring):
         if position == self._seen_avail and self._read_avail_idx() == position:
             return None
         head = self._avail[2 + (position & self._mask)]
+        if self._resubmitted:
+            head = self._resubmitted.get(position, head)
         if head >= self.size:
             raise DriverError(f"available head {head} in a queue of {self.size}", section=_TABLE)
         if self._busy_until[head] >= self._batch:
@@ -106,6 +118,8 @@ class SplitQueue(Ring):
         self._taken[head] = chain
         self._busy_until[head] = IN_FLIGHT
         self._next_avail = (position + 1) & 0xFFFF
+        if self._journal is not None:
+            self._note_taken(self._journal, head)
         return chain
 
     def pop_buffers(
@@ -114,8 +128,8 @@ class SplitQueue(Ring):
         """See Ring. Each chain is checked as `pop` does it; no object is made of it, as a large
         frame takes seventeen."""
         heads: list[int] = []
-        if not self.ready or self._in_order:
-            return heads
+        if not self.ready or self._in_order or self._journal is not None:
+            return heads  # for `pop`
         regions = self._ram.memory.regions
         start = end = 0
         avail, table, mask, size = self._avail, self._table, self._mask, self.size
@@ -149,6 +163,30 @@ class SplitQueue(Ring):
             self._next_avail = position
         return heads
 
+    def _note_taken(self, journal: Journal, head: int) -> None:
+        # Whoever goes on after us takes it that all in front of this one was either taken or
+        # published, so a batch that is in between has to be known of as well.
+        for earlier in self._unmarked:
+            journal.taken(earlier)
+        self._unmarked.clear()
+        journal.taken(head)
+
+    def _retract(self, chain: DescriptorChain) -> None:
+        # One that was taken a second time has no place of its own in the ring any more.
+        if self._journal is not None and chain.position not in self._resubmitted:
+            self._journal.given_back(chain.head)
+
+    def keep_journal(self, journal: Journal, in_flight: Sequence[int]) -> None:
+        """Note in `journal` what is in flight from now on; to be called before anything is.
+
+        `in_flight` are the heads of what was when the process before this one ended. They are
+        available again, before all else: they take the places in the available ring between what
+        was returned and what had not been taken yet, wherever they were offered.
+        """
+        self._journal = journal
+        first = self._next_avail
+        self._resubmitted = {(first + n) & 0xFFFF: head for n, head in enumerate(in_flight)}
+
     def _read_avail_idx(self) -> int:
         idx = self._avail[1]
         if WEAKLY_ORDERED:
@@ -181,6 +219,7 @@ class SplitQueue(Ring):
         # flight as well, or was returned and the driver cannot know it yet.
         if (
             self._in_order
+            or self._resubmitted
             or self.size < 3
             or max(heads) >= self.size
             or len(set(heads)) < len(heads)
@@ -250,6 +289,9 @@ class SplitQueue(Ring):
             position += 1
         self._next_used = position & 0xFFFF
         self._next_avail = (self._next_avail + len(written)) & 0xFFFF
+        if self._journal is not None:
+            self._unpublished += heads[: len(written)]
+            self._unmarked += heads[: len(written)]
 
     # --- walking descriptors ---------------------------------------------------------------------
 
@@ -315,6 +357,17 @@ class SplitQueue(Ring):
             self._next_used = (position + 1) & 0xFFFF
         self._taken[head] = None
         self._busy_until[head] = self._batch
+        if self._journal is not None:
+            self._unpublished.append(head)
+
+    def undo_used(self, chain: DescriptorChain) -> None:
+        """Undo the last `add_used`, which was of `chain` and is not published yet.
+
+        Raises ValueError where that is not so.
+        """
+        super().undo_used(chain)
+        if self._journal is not None:
+            self._unpublished.pop()
 
     def add_used_buffers(self, heads: list[int], last_written: int) -> None:
         """See Ring."""
@@ -340,6 +393,9 @@ class SplitQueue(Ring):
         if self._in_order:
             for position, head, written in self._elements_in_order():
                 self._used_ring[position & self._mask] = min(written, MAX_USED_LENGTH) << 32 | head
+        journal = self._journal
+        if journal is not None:
+            journal.publishing(self._unpublished)
         if WEAKLY_ORDERED:
             # Release: used elements and what was written to buffers before idx, which shows them.
             # Pairs with the driver's acquire after it has read idx (2.7.8.2, 2.7.14).
@@ -349,6 +405,8 @@ class SplitQueue(Ring):
         self.stats.requests += (new - old) & 0xFFFF
         self._batch += 1
         self._settled = UNSETTLED
+        if journal is not None:
+            self._end_of_batch(journal, new)
         # StoreLoad: used.idx before the look at used_event or flags. Pairs with the driver, which
         # stores those and then looks at used.idx again: one of the two sees the other (2.7.7.2).
         full_fence()
@@ -356,6 +414,18 @@ class SplitQueue(Ring):
             # Whether used_event lies in what was just published: in [old, new), modulo 2^16.
             return (new - self._avail[-1] - 1) & 0xFFFF < (new - old) & 0xFFFF
         return not self._avail[0] & AVAIL_F_NO_INTERRUPT
+
+    def _end_of_batch(self, journal: Journal, position: int) -> None:
+        journal.published(self._unpublished, position)
+        self._unpublished.clear()
+        self._unmarked.clear()
+        if self._resubmitted:
+            # What was taken at the places before this one has been returned.
+            self._resubmitted = {
+                place: head
+                for place, head in self._resubmitted.items()
+                if (place - position) & 0xFFFF < QUEUE_SIZE_LIMIT
+            }
 
     def _forget_used(self, head: int) -> bool:
         # Nothing of it is visible before used.idx moves. What is there is only compared: it could

@@ -19,6 +19,7 @@ from pyvmm.testing.vhost_user_driver import (
     GET_PROTOCOL_FEATURES,
     GET_QUEUE_NUM,
     P_CONFIG,
+    P_INFLIGHT,
     P_MEM_SLOTS,
     P_MQ,
     P_REPLY_ACK,
@@ -80,7 +81,7 @@ def test_a_disk_is_served(tmp_path):
 def test_what_libblkio_and_qemu_insist_on_is_offered():
     with connected(Echo()) as rig:
         offered = rig.driver.ask_u64(GET_PROTOCOL_FEATURES)
-        assert offered == P_MQ | P_REPLY_ACK | P_CONFIG | P_RESET_DEVICE | P_MEM_SLOTS
+        assert offered == P_MQ | P_REPLY_ACK | P_CONFIG | P_INFLIGHT | P_RESET_DEVICE | P_MEM_SLOTS
 
 
 def test_queues_and_slots_are_counted():

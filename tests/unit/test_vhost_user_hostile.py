@@ -124,7 +124,7 @@ def test_who_asks_for_no_answer_is_left_instead():
         assert "SET_FEATURES refused" in str(rig.ended())
 
 
-@pytest.mark.parametrize("request_number", [0, 6, 7, 19, 20, 22, 23, 26, 31, 32, 35, 39, 40, 10**9])
+@pytest.mark.parametrize("request_number", [0, 6, 7, 19, 20, 22, 23, 26, 30, 35, 39, 40, 10**9])
 def test_an_unknown_request_is_refused(request_number):
     with started() as rig:
         with pytest.raises(Refused):

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyvmm.errors import PyvmmError
 from pyvmm.host.log import Sink, to_stderr
 from pyvmm.host.syscalls import EventFd
 from pyvmm.transport.vhost_user import protocol
 from pyvmm.transport.vhost_user.channel import Message
+from pyvmm.transport.vhost_user.inflight import Inflight, Journal
 from pyvmm.transport.vhost_user.memory_table import MemoryTable, Slot
 from pyvmm.transport.vhost_user.protocol import FrontEndError, Request
 from pyvmm.transport.vhost_user.vring import Vring
@@ -27,20 +28,34 @@ from pyvmm.virtio.lifecycle import Trace
 from pyvmm.virtio.negotiation import Negotiation
 from pyvmm.virtio.queue import Queue, restore_queue
 from pyvmm.virtio.queue_state import QueueConfig, QueueState
+from pyvmm.virtio.split_queue import SplitQueue
 
 _OWN_FEATURES = features.mask(protocol.VHOST_USER_F_PROTOCOL_FEATURES)
 
 
+class Reply(NamedTuple):
+    """What answers a request; the file descriptors stay ours."""
+
+    payload: bytes
+    fds: tuple[int, ...] = ()
+
+
 class VhostUserNegotiation(Negotiation):
-    """A negotiation whose queues go on where `positions` says, by queue index."""
+    """A negotiation whose queues go on where `positions` says, by queue index, and with the
+    requests in flight that `journals` has."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.positions: dict[int, QueueState] = {}
+        self.journals: dict[int, tuple[Journal, list[int]]] = {}
 
     def _build_queue(self, index: int, config: QueueConfig, accepted: int) -> Queue:
         state = self.positions[index]
-        return restore_queue(self.memory, state, accepted, index, self._kicks[index])
+        queue = restore_queue(self.memory, state, accepted, index, self._kicks[index])
+        if index in self.journals:
+            assert isinstance(queue, SplitQueue)
+            queue.keep_journal(*self.journals[index])
+        return queue
 
 
 class BackEnd:
@@ -60,8 +75,9 @@ class BackEnd:
         self._calls = [vring.call.signal for vring in self.vrings]
         self._accepted: int | None = None
         self._protocol_features = 0
+        self._inflight: Inflight | None = None
         self._running: set[int] = set()
-        self._methods: dict[int, Callable[..., bytes | None]] = {
+        self._methods: dict[int, Callable[..., bytes | Reply | None]] = {
             request.number: getattr(self, request.method) for request in protocol.REQUESTS
         }
 
@@ -71,12 +87,13 @@ class BackEnd:
             self.negotiation.reset()
         for vring in self.vrings:
             vring.close()
+        self._track(None)
         self.table.memory.close()
 
     # --- messages -------------------------------------------------------------------------------
 
-    def handle(self, message: Message) -> bytes | None:
-        """Do what `message` asks for; the payload of the answer, or None where it has none.
+    def handle(self, message: Message) -> Reply | None:
+        """Do what `message` asks for; the answer, or None where it has none.
 
         Raises FrontEndError if it was refused and the front end cannot be told, which is reason to
         end the connection.
@@ -93,12 +110,12 @@ class BackEnd:
             if not acknowledged or (request is not None and request.replies):
                 raise FrontEndError(f"{name}{error}") from None
             self.negotiation.warn(f"{name}{error}")
-            return protocol.U64.pack(1)
+            return Reply(protocol.U64.pack(1))
         if reply is None and acknowledged:
-            return protocol.U64.pack(0)
-        return reply
+            return Reply(protocol.U64.pack(0))
+        return Reply(reply) if isinstance(reply, bytes) else reply
 
-    def _call(self, request: Request, message: Message) -> bytes | None:
+    def _call(self, request: Request, message: Message) -> bytes | Reply | None:
         if request.needs is not None and not self._has(request.needs):
             raise FrontEndError("the protocol feature it belongs to was not negotiated")
         if len(message.fds) not in request.fds:
@@ -157,6 +174,7 @@ class BackEnd:
         for vring in self.vrings:
             vring.reset()
         self._apply()
+        self._track(None)
         self._accepted = None
 
     def get_queue_num(self) -> bytes:
@@ -266,6 +284,32 @@ class BackEnd:
         self._vring(index).enabled = bool(enable)
         self._apply()
 
+    # --- requests in flight -----------------------------------------------------------------------
+
+    def get_inflight_fd(self, message: Message) -> Reply:
+        self._check_inflight(message)
+        _, _, num_queues, queue_size = protocol.INFLIGHT.unpack_from(message.payload)
+        if num_queues > len(self.vrings):
+            raise FrontEndError(f"{num_queues} rings, of which there are {len(self.vrings)}")
+        inflight = Inflight.create(num_queues, queue_size)
+        self._track(inflight)
+        return Reply(inflight.describe().ljust(len(message.payload), b"\0"), (inflight.fd,))
+
+    def set_inflight_fd(self, message: Message) -> None:
+        self._check_inflight(message)
+        self._track(Inflight.given(message.payload, message.fds[0]))
+
+    def _check_inflight(self, message: Message) -> None:
+        if len(message.payload) < protocol.INFLIGHT.size:
+            raise FrontEndError(f"its payload has {len(message.payload)} bytes")
+        if self._running:
+            raise FrontEndError("requests in flight are to be kept elsewhere while a ring runs")
+
+    def _track(self, inflight: Inflight | None) -> None:
+        if self._inflight is not None:
+            self._inflight.close()
+        self._inflight = inflight
+
     # --- configuration space --------------------------------------------------------------------
 
     def get_config(self, message: Message) -> bytes:
@@ -327,13 +371,16 @@ class BackEnd:
         self._climb(status.FEATURES_OK)
         if not negotiation.read_status() & status.FEATURES_OK:
             raise FrontEndError("the device does not work with the features that were accepted")
-        positions = {}
+        positions, journals = {}, {}
         for index in wanted:
             config = self.vrings[index].config(self.table)
             positions[index] = self.vrings[index].resume(config, self.table, packed=self._packed)
+            if self._inflight is not None and not self._packed:
+                journal = self._inflight.journal(index, config.size)
+                journals[index] = journal, journal.resume(positions[index].next_used)
             config.ready = True
             negotiation.state.queues[index] = config
-        negotiation.positions = positions
+        negotiation.positions, negotiation.journals = positions, journals
         self._running = wanted
         self._climb(status.DRIVER_OK)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from types import TracebackType
 
 from pyvmm.host import unix_socket
@@ -91,10 +92,10 @@ class Channel:
             raise FrontEndError(f"request {request} that ends after {len(payload)} of {size} bytes")
         return Message(request, flags, payload, fds)
 
-    def reply(self, request: int, payload: bytes) -> bool:
+    def reply(self, request: int, payload: bytes, fds: Sequence[int] = ()) -> bool:
         """Answer `request`; False if the front end has gone. Raises HostError."""
         header = HEADER.pack(request, VERSION | REPLY, len(payload))
-        return unix_socket.send(self._connection, header + payload)
+        return unix_socket.send(self._connection, header + payload, fds)
 
 
 def _close(fds: list[int]) -> None:

@@ -28,6 +28,7 @@ VHOST_USER_PROTOCOL_F_MQ = 0
 VHOST_USER_PROTOCOL_F_REPLY_ACK = 3
 VHOST_USER_PROTOCOL_F_BACKEND_REQ = 5
 VHOST_USER_PROTOCOL_F_CONFIG = 9
+VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD = 12
 VHOST_USER_PROTOCOL_F_RESET_DEVICE = 13
 VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS = 15
 
@@ -35,6 +36,7 @@ PROTOCOL_FEATURES = (
     1 << VHOST_USER_PROTOCOL_F_MQ
     | 1 << VHOST_USER_PROTOCOL_F_REPLY_ACK
     | 1 << VHOST_USER_PROTOCOL_F_CONFIG
+    | 1 << VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD
     | 1 << VHOST_USER_PROTOCOL_F_RESET_DEVICE
     | 1 << VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS
 )
@@ -48,6 +50,7 @@ VRING_ADDR = Struct("=IIQQQQ")  # index, flags, descriptor, used, available, log
 MEMORY_HEADER = Struct("=II")  # num regions, padding
 MEMORY_REGION = Struct("=QQQQ")  # guest address, size, user address, mmap offset
 SINGLE_REGION = Struct("=QQQQQ")  # padding, then as above
+INFLIGHT = Struct("=QQHH")  # mmap size, mmap offset, num queues, queue size; some send padding
 CONFIG_HEADER = Struct("=III")  # offset, size, flags; the contents follow
 
 VRING_INDEX_MASK = 0xFF  # of the u64 that comes with a vring's eventfd
@@ -98,6 +101,14 @@ REQUESTS = (
         24, "GET_CONFIG", "get_config", None, needs=VHOST_USER_PROTOCOL_F_CONFIG, replies=True
     ),
     Request(25, "SET_CONFIG", "set_config", None, needs=VHOST_USER_PROTOCOL_F_CONFIG),
+    Request(
+        31, "GET_INFLIGHT_FD", "get_inflight_fd", None,
+        needs=VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD, replies=True,
+    ),
+    Request(
+        32, "SET_INFLIGHT_FD", "set_inflight_fd", None, _ONE_FD,
+        needs=VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD,
+    ),
     Request(34, "RESET_DEVICE", "reset_device", needs=VHOST_USER_PROTOCOL_F_RESET_DEVICE),
     Request(
         36, "GET_MAX_MEM_SLOTS", "get_max_mem_slots",

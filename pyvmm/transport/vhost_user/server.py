@@ -72,7 +72,7 @@ def serve_connection(
                 return
             with message:
                 reply = back_end.handle(message)
-            if reply is not None and not channel.reply(message.request, reply):
+            if reply is not None and not channel.reply(message.request, *reply):
                 return
     finally:
         back_end.close()
