@@ -5,9 +5,8 @@
 The client is QEMU 10's `qemu-img bench` over libblkio, the daemon has an iothread and aio=io_uring.
 Both serve the same file on tmpfs, in turn, from one thread. Nobody is bound to a processor: in a
 virtual machine that makes each wake-up an interrupt between processors, which is dear. Each figure
-is the median of the rounds. `--poll` is given to `pyvmm vhost-user-blk`. `--fifo`, for root, is for a
-machine that others use: all three run under SCHED_FIFO, so that nobody else's work comes between
-them.
+is the median of the rounds. `--poll` is given to `pyvmm vhost-user-blk`. `--fifo`, for root, is for
+a machine that others use: all three run under SCHED_FIFO, and nobody's work comes between them.
 """
 
 from __future__ import annotations
