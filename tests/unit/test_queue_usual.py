@@ -10,7 +10,7 @@ from queue_rig import HOLE_END, LAYOUTS, RAM, Rig
 
 from pyvmm.errors import DriverError
 from pyvmm.testing import Buffer, Used
-from pyvmm.virtio import packed_peek, split_queue
+from pyvmm.virtio import packed_peek, split_peek
 from pyvmm.virtio.ring import MAX_PEEKED
 
 FIRST, LAST = 16, 1
@@ -283,7 +283,7 @@ def test_views_are_made_anew_when_memory_changes(rig):
 
 def test_row37_each_descriptor_is_read_once(rig, monkeypatch):
     """A driver that rewrites all of its descriptors right after the device has read some."""
-    module = packed_peek if rig.packed else split_queue
+    module = packed_peek if rig.packed else split_peek
     unpack, reads = module._unpack_three, []
 
     def spy(table, offset=0):
