@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 # After so many frames, or so many bytes, the driver gets to see them: a large one at once, so that
 # the guest works on it while the next is read.
 BATCH_FRAMES = 64
-BATCH_BYTES = 64 << 10
+BATCH_BYTES = 32 << 10
 SMALL = 2048  # room to have at hand where frames are small
+STOCK = 16 << 10  # what is taken then: one look at the ring for several frames
 LARGE = HEADER_SIZE + LARGEST_FRAME
 # Frames since the last large one, after which they count as small.
 _SMALL_AGAIN = 256
@@ -113,7 +114,7 @@ class Receiver:
                 if limits is not None and (wait := limits.ready()):
                     return Rest(kicks=False, seconds=wait, sources=False)
                 if self._room < self._target:
-                    self._take_buffers(queue, self._target)
+                    self._take_buffers(queue, max(self._target, STOCK))
                 if not self._buffers:
                     return None  # A kick tells of new ones; frames wait where they are.
                 room = self._room
@@ -240,6 +241,9 @@ class Receiver:
         """How many buffers a frame takes, how many bytes they have, and how many views."""
         covered = count = views = 0
         if self._plain:
+            first = len(self._views[0])
+            if first >= length:
+                return 1, first, 1
             for view in self._views:
                 covered += len(view)
                 count += 1
