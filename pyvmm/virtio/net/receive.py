@@ -134,30 +134,28 @@ class Receiver:
 
     def _take_buffers(self, queue: Queue, wanted: int) -> None:
         """Have room for `wanted` bytes at hand if the driver gives so much."""
-        if not self._rules.mergeable:
-            if not self._buffers:
-                self._take_chain(queue)
-            return
-        while self._room < wanted and len(self._views) < _MOST_VIEWS:
-            if not self._take_plain(queue, wanted) and not self._take_chain(queue):
-                return
+        if self._rules.mergeable:
+            self._take_plain(queue, wanted)
+            if self._room < wanted:
+                self._take_chains(queue, wanted)
+        elif not self._buffers:
+            self._take_chains(queue, 1)
 
-    def _take_plain(self, queue: Queue, wanted: int) -> bool:
+    def _take_plain(self, queue: Queue, wanted: int) -> None:
         views = self._views
         before = len(views) - 1
+        if before >= _MOST_VIEWS:
+            return
         views.pop()  # _spill, which stays last
         try:
-            heads = queue.pop_buffers(
+            self._buffers += queue.pop_buffers(
                 views, wanted - self._room, _MOST_VIEWS - before, SMALLEST_BUFFER
             )
-            self._buffers += heads
             self._room += sum(map(len, views[before:]))
         finally:
             views.append(self._spill)
-        return bool(heads)
 
-    def _take_chain(self, queue: Queue) -> bool:
-        """Take one of any kind, if there is one that can be used."""
+    def _take_chains(self, queue: Queue, wanted: int) -> None:
         for chain in queue:
             try:
                 views = chain.writable_views()
@@ -172,8 +170,8 @@ class Receiver:
             self._plain = False
             self._views[-1:] = (*views, self._spill)
             self._room += size
-            return True
-        return False
+            if self._room >= wanted or len(self._views) >= _MOST_VIEWS:
+                return
 
     def _place(self, queue: Queue, length: int, room: int) -> bool:
         """Hand a frame to the driver, or drop it; False if it must wait for more buffers. It was
@@ -234,8 +232,7 @@ class Receiver:
         del self._buffers[:count]
         del self._views[:views]
         self._room -= covered
-        if not self._plain:
-            self._plain = not any(isinstance(buffer, _Buffer) for buffer in self._buffers)
+        self._plain |= not self._buffers
 
     def _needed(self, length: int) -> tuple[int, int, int]:
         """How many buffers a frame takes, how many bytes they have, and how many views."""
