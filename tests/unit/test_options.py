@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -293,3 +294,15 @@ def test_a_file_that_is_not_there_or_no_text(tmp_path) -> None:
 def test_keys_that_are_ours_alone_are_not_offered() -> None:
     for cls in (DiskSpec, Net, Vsock):
         assert not set(tables.keys(cls)) & set(tables.INTERNAL)
+
+
+def test_the_example_is_what_the_document_shows() -> None:
+    root = Path(__file__).resolve().parents[2]
+    example = (root / "examples/vm.toml").read_text()
+    assert (
+        f"```toml\n{example.partition('.VM.')[2].strip()}\n```"
+        in (root / "docs/python-api.md").read_text()
+    )
+    vm = VM.from_config(root / "examples/vm.toml")
+    assert vm.spec.disks[0].path == "ram:256M"
+    assert vm.spec.memory == 1 << 30

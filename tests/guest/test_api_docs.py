@@ -1,0 +1,60 @@
+"""What the documents show of Python and pytest, and the examples, run on Linux guests."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from guest import HANG_SECONDS
+
+pytestmark = pytest.mark.usefixtures("linux_guests")
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def python_blocks(document: str) -> list[str]:
+    text = (ROOT / document).read_text()
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def run(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=2 * HANG_SECONDS,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_the_readmes_vm_which_is_also_the_first_of_the_page_on_python(tmp_path):
+    [block] = [code for code in python_blocks("README.md") if "import VM\n" in code]
+    assert block == python_blocks("docs/python-api.md")[0]
+    assert re.fullmatch(r"0 6\.1\.\S+\n\n", run(tmp_path, "-c", block))
+
+
+def test_the_page_on_python_from_its_second_block_on(tmp_path):
+    (tmp_path / "README.md").write_text("for the guest")
+    _, *blocks = python_blocks("docs/python-api.md")
+    said = run(tmp_path, "-c", "from pyvmm import VM\n" + "\n".join(blocks)).splitlines()
+    assert said[0].startswith("pyvmm ")  # the console's match
+    assert (tmp_path / "who").read_text() == "me\n"
+    assert any(line.startswith("started ") for line in said)
+    assert said[-1].startswith("[b'")  # of the load average
+
+
+def test_the_page_on_pytest(tmp_path):
+    (tmp_path / "test_it.py").write_text("\n".join(python_blocks("docs/pytest.md")))
+    said = run(tmp_path, "-m", "pytest", "-p", "no:cacheprovider", "--strict-markers", "-q")
+    assert "2 passed, 1 skipped" in said
+
+
+def test_an_example_for_asyncio(tmp_path):
+    [line] = run(tmp_path, str(ROOT / "examples/boot_matrix.py"), "6.1").splitlines()
+    assert re.match(r"6\.1: 6\.1\.\S+ #1 SMP .* up for [\d.]+ s$", line)
