@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from socket import SHUT_RDWR
@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pyvmm.api import config_file
 from pyvmm.api.cancellation import woken_by
-from pyvmm.api.errors import Outcome, VMError, VMTimeout, add_console
+from pyvmm.api.errors import TAIL_LINES, Outcome, VMError, VMTimeout, add_console
 from pyvmm.api.events import Event, events_of
 from pyvmm.api.in_guest import InGuest, Path
+from pyvmm.api.in_monitor import PATIENCE, InMonitor
 from pyvmm.api.monitor import Monitor, OwnMonitor
 from pyvmm.control.client import Client, NoAnswer, NotRunning, open_events
 from pyvmm.errors import ConfigError, HostError, PyvmmError
 from pyvmm.machine.options import make_spec
-from pyvmm.machine.spec import DeviceSpec, DiskSpec, VmSpec, parse_memory, validate
+from pyvmm.machine.spec import DeviceSpec, DiskSpec, VmSpec, validate
 
 if TYPE_CHECKING:
     from pyvmm.api.console import Console
@@ -40,7 +41,7 @@ _KILL_SECONDS = 10.0
 _ENDING_SECONDS = 2.0  # between what a guest's end breaks, and the monitor's end
 
 
-class VM(InGuest):
+class VM(InGuest, InMonitor):
     """A virtual machine.
 
         with VM(kernel="vmlinuz", initrd="initrd.img", disks=["root.img,snapshot"]) as vm:
@@ -263,30 +264,6 @@ class VM(InGuest):
 
     # --- what is asked of its monitor -------------------------------------------------------------
 
-    def status(self) -> dict[str, Any]:
-        """What it is and whether it runs: the control socket's `status`."""
-        return self._dict("status")
-
-    def stats(self) -> dict[str, Any]:
-        """Its statistics: the control socket's `stats`."""
-        return self._dict("stats")
-
-    def pause(self) -> None:
-        """Have it stand still: no vCPU runs, no device works, until `resume`."""
-        self._call("pause")
-
-    def resume(self) -> None:
-        """Have it go on."""
-        self._call("resume")
-
-    def resize_disk(self, disk: str, size: int | str | None = None, *, shrink: bool = False) -> int:
-        """Give the disk called `disk` ("disk0", or its id) `size` bytes, and its image too; without
-        a size it takes over what its image has by now. Its size. Raises VMError."""
-        params: dict[str, Any] = {} if size is None else {"size": _bytes(size)}
-        if shrink:
-            params["shrink"] = True
-        return int(self._dict("disk.resize", disk=disk, **params)["size"])
-
     def events(self, *, history: bool = True) -> Iterator[Event]:
         """What happens to it, one after another, until it has ended; with `history` what has
         happened already comes first."""
@@ -294,22 +271,14 @@ class VM(InGuest):
             stream = open_events(self.name, history=history)
         return events_of(stream)
 
-    @property
-    def balloon(self) -> BalloonControl:
-        """The balloon of a VM that has one."""
-        return BalloonControl(self._dict)
-
-    def _dict(self, method: str, **params: Any) -> dict[str, Any]:
-        answer: dict[str, Any] = self._call(method, **params)
-        return answer
-
-    def _call(self, method: str, **params: Any) -> Any:
+    def _ask(self, method: str, **params: Any) -> dict[str, Any]:
         with (
             self._explained(),
             Client.connect(self.name) as client,
             woken_by(partial(client.connection.shutdown, SHUT_RDWR)),
         ):
-            return client.call(method, patience=STOP_SECONDS, **params)
+            answer: dict[str, Any] = client.call(method, patience=PATIENCE, **params)
+            return answer
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -326,7 +295,7 @@ class VM(InGuest):
                 raise self._running().why_ended() from error
             if isinstance(error, ConfigError) or not isinstance(error, PyvmmError):
                 raise
-            add_console(error, self._running().transcript.tail(20))
+            add_console(error, self._running().transcript.tail(TAIL_LINES))
             raise
 
 
@@ -340,27 +309,6 @@ def _may_be_its_end(error: Exception) -> bool:
 def _is_kept(disk: DiskSpec) -> bool:
     """Whether what is written to `disk` is still there when the VM has ended."""
     return not (disk.read_only or disk.snapshot or disk.kind == "ram")
-
-
-class BalloonControl:
-    """The memory that a guest is asked to give back."""
-
-    def __init__(self, call: Callable[..., dict[str, Any]]) -> None:
-        """`VM.balloon` is one."""
-        self._call = call
-
-    def set(self, size: int | str) -> None:
-        """Want `size` bytes of the guest's memory; 0 gives it all back. Returns at once."""
-        self._call("balloon.set", size=_bytes(size))
-
-    def stats(self) -> dict[str, Any]:
-        """What is wanted (`target`), given (`actual`) and more: the control socket's
-        `balloon.stats`."""
-        return self._call("balloon.stats")
-
-
-def _bytes(size: int | str) -> int:
-    return parse_memory(size, option="size") if isinstance(size, str) else size
 
 
 def _is_list(value: object) -> bool:

@@ -6,13 +6,12 @@ from typing import Any
 
 import click
 
+from pyvmm.api.in_monitor import ByName
 from pyvmm.control import client, registry
 from pyvmm.control.client import Client, NoAnswer
 from pyvmm.errors import PyvmmError
-from pyvmm.machine.spec import parse_memory
 
 _LOOK_PATIENCE = 2.0  # seconds that `ps` waits for each VM
-_RESIZE_PATIENCE = 60.0
 
 
 @click.command()
@@ -73,16 +72,14 @@ def stop(vm: str, timeout: float, kill: bool) -> None:
 @click.argument("vm")
 def pause(vm: str) -> None:
     """Have VM stand still: no vCPU runs, no device works, until `pyvmm resume`."""
-    with Client.connect(vm) as found:
-        found.call("pause")
+    ByName(vm).pause()
 
 
 @click.command()
 @click.argument("vm")
 def resume(vm: str) -> None:
     """Have a paused VM go on."""
-    with Client.connect(vm) as found:
-        found.call("resume")
+    ByName(vm).resume()
 
 
 @click.group()
@@ -102,12 +99,7 @@ def resize(vm: str, id: str, size: str | None, shrink: bool) -> None:
     the block device behind it, has by now. In the guest, a file system that is mounted can then be
     grown: resize2fs /dev/vda.
     """
-    params: dict[str, Any] = {} if size is None else {"size": parse_memory(size, option="SIZE")}
-    if shrink:
-        params["shrink"] = True
-    with Client.connect(vm) as found:
-        answer = found.call("disk.resize", patience=_RESIZE_PATIENCE, disk=id, **params)
-    click.echo(f"{id} has {answer['size']} bytes")
+    click.echo(f"{id} has {ByName(vm).resize_disk(id, size, shrink=shrink)} bytes")
 
 
 @click.command()
@@ -118,13 +110,13 @@ def balloon(vm: str, size: str | None) -> None:
 
     The guest gives what it can spare, and takes a while.
     """
-    with Client.connect(vm) as found:
-        if size is not None:
-            found.call("balloon.set", size=parse_memory(size, option="SIZE"))
-            return
-        stats = found.call("balloon.stats")
-        memory = stats.pop("memory")
-        for name, count in (*stats.items(), *memory.items()):
-            counted = name.endswith(("_faults", "_allocations", "_failures"))
-            shown = str(count) if counted else f"{count >> 20}M"
-            click.echo(f"{name.replace('_', ' '):22} {shown:>10}")
+    found = ByName(vm).balloon
+    if size is not None:
+        found.set(size)
+        return
+    stats = found.stats()
+    memory = stats.pop("memory")
+    for name, count in (*stats.items(), *memory.items()):
+        counted = name.endswith(("_faults", "_allocations", "_failures"))
+        shown = str(count) if counted else f"{count >> 20}M"
+        click.echo(f"{name.replace('_', ' '):22} {shown:>10}")

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import time
-from dataclasses import dataclass
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
-from disks import artifacts, fsck, root_disk
-from guest import Guest, GuestResult
+from disks import fsck, root_disk
+from guest import HANG_SECONDS, PYVMM
+from vms import debian, messages
+
+from pyvmm import VM, CommandTimeout, Disk
 
 pytestmark = pytest.mark.usefixtures("linux_guests")
+
+NAME = f"control-{os.getpid()}"
 
 # A line again and again, as long as the guest runs.
 SCRIPT = """\
@@ -25,86 +32,54 @@ done
 """
 
 
-@dataclass(frozen=True)
-class LookedAfter:
-    """What the commands said, and what the guest did meanwhile."""
-
-    result: GuestResult
-    starting: list[dict[str, object]]
-    running: list[dict[str, object]]
-    paused: list[dict[str, object]]
-    ticks_while_paused: int
-    stop: tuple[int, str]
-    left: list[dict[str, object]]
-    fsck: str
+def pyvmm(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*PYVMM, *args], capture_output=True, text=True, timeout=HANG_SECONDS)
 
 
-def boot_and_look_after(folder: Path) -> LookedAfter:
-    files = artifacts("6.1", "minbase")
-    with root_disk(folder) as disk:
-        guest = Guest(files.bzimage, files.initramfs, [f"{disk},id=system"], cpus=2)
-        guest.start(SCRIPT, folder=folder)
-
-        def ps() -> list[dict[str, object]]:
-            found: list[dict[str, object]] = json.loads(guest.pyvmm("ps", "--json").stdout)
-            return found
-
-        while not (starting := ps()) and guest.process.poll() is None:
-            time.sleep(0.05)
-        guest.wait_for("tick 3")
-        running = ps()
-        assert guest.pyvmm("pause", "vm").returncode == 0
-        paused = ps()
-        time.sleep(1)  # for what is on its way to the console
-        before = guest.console.count(b"tick")
-        time.sleep(2)
-        ticks = guest.console.count(b"tick") - before
-        assert guest.pyvmm("resume", "vm").returncode == 0
-        guest.wait_for("tick", times=before + 2)
-        stopped = guest.pyvmm("stop", "vm")
-        left = ps()
-        result = guest.wait()
-        return LookedAfter(
-            result=result,
-            starting=starting,
-            running=running,
-            paused=paused,
-            ticks_while_paused=ticks,
-            stop=(stopped.returncode, stopped.stderr),
-            left=left,
-            fsck=fsck(disk),
-        )
+def ps() -> list[dict[str, Any]]:
+    """What `pyvmm ps` says of the guest."""
+    return [row for row in json.loads(pyvmm("ps", "--json").stdout) if row["name"] == NAME]
 
 
-looked_after = pytest.mark.boot.with_args(boot_and_look_after)
+def test_a_guest_is_looked_after(microvm_factory, tmp_path):
+    with root_disk(tmp_path) as root, ThreadPoolExecutor() as pool:
+        options = debian() | {"disks": Disk(str(root), id="system"), "cpus": 2, "name": NAME}
+        booting = pool.submit(microvm_factory, **options)
+        while not (starting := ps()):
+            assert not booting.done()
+        vm = booting.result()
+        check_it_is_listed(vm, starting)
+        check_it_is_paused(vm)
+        stopped = pyvmm("stop", NAME)
+        assert (stopped.returncode, stopped.stderr) == (0, "")
+        assert ps() == []
+        assert vm.wait(HANG_SECONDS) == (143, "ended by pyvmm stop")
+        assert messages(vm) == [f"{NAME}: ended by pyvmm stop"]
+        # As at a power cut.
+        found = fsck(root)
+        assert found == "" or "recovering journal" in found
 
 
-@looked_after
-def test_ps_finds_it_from_its_start_on(boot: LookedAfter) -> None:
-    [starting] = boot.starting
-    assert starting["name"] == "vm"
-    [running] = boot.running
+def check_it_is_listed(vm: VM, starting: list[dict[str, Any]]) -> None:
+    [running] = ps()
     assert running["state"] == "running"
-    assert running["pid"] == starting["pid"]
+    assert running["pid"] == starting[0]["pid"] == vm.pid
     assert (running["cpus"], running["memory"]) == (2, 256 << 20)
-    disks = running["disks"]
-    assert isinstance(disks, list)
-    assert [disk["id"] for disk in disks] == ["system", "script"]
-    assert [disk["read_only"] for disk in disks] == [False, True]
+    [disk] = running["disks"]
+    assert (disk["id"], disk["read_only"]) == ("system", False)
 
 
-@looked_after
-def test_a_paused_guest_says_nothing_and_goes_on_later(boot: LookedAfter) -> None:
-    assert [row["state"] for row in boot.paused] == ["paused"]
-    assert boot.ticks_while_paused == 0
+def check_it_is_paused(vm: VM) -> None:
+    with vm.popen(["sh", "-c", SCRIPT]) as command:
+        while b"tick 3" not in (command.read(HANG_SECONDS) or (0, b""))[1]:
+            pass
+        assert pyvmm("pause", NAME).returncode == 0
+        assert [row["state"] for row in ps()] == ["paused"]
+        time.sleep(1)  # for what is on its way
+        command.receive()
+        with pytest.raises(CommandTimeout):
+            command.read(timeout=2)
+        assert pyvmm("resume", NAME).returncode == 0
+        assert b"tick" in command.read(HANG_SECONDS)[1]
     # Its clock went on, and its watchdogs do not take that for a lockup.
-    assert "soft lockup" not in boot.result.console
-
-
-@looked_after
-def test_stop_returns_when_it_has_ended_and_its_disk_is_whole(boot: LookedAfter) -> None:
-    assert boot.stop == (0, "")
-    assert boot.left == []
-    assert boot.result.code == 143
-    assert boot.result.messages == ["pyvmm: vm: ended by pyvmm stop"]
-    assert boot.fsck == "" or "recovering journal" in boot.fsck
+    assert b"soft lockup" not in vm.run(["dmesg"]).stdout

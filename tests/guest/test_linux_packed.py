@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import pytest
-from disks import artifacts, blank_disk, fsck, random_disk, root_disk, sha256
-from guest import Guest, GuestResult
+from disks import blank_disk, fsck, random_disk, root_disk, sha256
+from vms import debian, messages, script
+
+from pyvmm import Disk
 
 pytestmark = pytest.mark.usefixtures("linux_guests")
 
@@ -51,72 +50,28 @@ fi
 """
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run with three disks, and what became of them."""
-
-    result: GuestResult
-    fsck: str
-    source: str
-    copy: str
-
-    def bits(self, disk: str) -> list[bool]:
-        return [bit == "1" for bit in self.result.check().value(f"features-{disk}")]
-
-
-def boot_packed(folder: Path, kernel: str, packed: bool = True) -> Run:
-    files = artifacts(kernel, "test")
-    source = random_disk(folder / "source.img", SOURCE_BYTES, seed=5)
-    target = blank_disk(folder / "target.img", TARGET_BYTES)
-    rings = f"queues={QUEUES}" + (",packed" if packed else "")
-    with root_disk(folder, "test") as disk:
-        result = Guest(
-            files.bzimage,
-            files.initramfs,
-            [f"{disk},{rings}", f"{source},readonly,{rings}", f"{target},{rings}"],
-            cpus=QUEUES,
-        ).run(SCRIPT, folder=folder)
-        clean = fsck(disk)
-    return Run(result, clean, sha256(source), sha256(target, size=COPY_BYTES))
-
-
-packed_boots = pytest.mark.parametrize(
-    "version",
-    [
-        pytest.param(version, marks=pytest.mark.boot.with_args(boot_packed, version))
-        for version in ("6.1", "6.12")
-    ],
-)
-split_boot = pytest.mark.boot.with_args(boot_packed, "6.1", False)
-
-
-@packed_boots
-def test_packed_rings_are_negotiated(version: str, boot: Run) -> None:
+@pytest.mark.parametrize(("kernel", "packed"), [("6.1", True), ("6.12", True), ("6.1", False)])
+def test_four_queues_carry_every_byte(kernel, packed, microvm_factory, tmp_path):
+    source = random_disk(tmp_path / "source.img", SOURCE_BYTES, seed=5)
+    target = blank_disk(tmp_path / "target.img", TARGET_BYTES)
+    with root_disk(tmp_path, "test") as root:
+        disks = [
+            Disk(str(root), queues=QUEUES, packed=packed),
+            Disk(str(source), read_only=True, queues=QUEUES, packed=packed),
+            Disk(str(target), queues=QUEUES, packed=packed),
+        ]
+        options = debian(kernel, variant="test") | {"disks": disks, "cpus": QUEUES}
+        vm = microvm_factory(**options)
+        said = script(vm, SCRIPT)
+        vm.stop()
+        assert fsck(root) == ""
     for disk in ("vda", "vdb", "vdc"):
-        bits = boot.bits(disk)
-        assert bits[VERSION_1] and bits[RING_PACKED]
-        assert bits[INDIRECT_DESC] and bits[EVENT_IDX]
-
-
-def _check(run: Run) -> None:
-    result = run.result.check()
-    for disk in ("vda", "vdb", "vdc"):
+        bits = [bit == "1" for bit in said[f"features-{disk}"]]
+        assert bits[VERSION_1] and bits[INDIRECT_DESC] and bits[EVENT_IDX]
+        assert bits[RING_PACKED] == packed
         # A hardware queue for each CPU.
-        assert result.value(f"queues-{disk}") == "0 1 2 3"
-        assert result.value(f"cpus-{disk}") == "0 1 2 3"
-    assert result.value("source") == result.value("direct") == run.source
-    assert result.value("random") == run.copy
-    assert result.value("fio") == " ".join(["err= 0"] * QUEUES)
-    assert run.fsck == ""
-    assert result.messages == []
-
-
-@packed_boots
-def test_four_packed_queues_carry_every_byte(version: str, boot: Run) -> None:
-    _check(boot)
-
-
-@split_boot
-def test_four_split_queues_carry_every_byte(boot: Run) -> None:
-    assert not boot.bits("vdc")[RING_PACKED]
-    _check(boot)
+        assert said[f"queues-{disk}"] == said[f"cpus-{disk}"] == "0 1 2 3"
+    assert said["source"] == said["direct"] == sha256(source)
+    assert said["random"] == sha256(target, size=COPY_BYTES)
+    assert said["fio"] == " ".join(["err= 0"] * QUEUES)
+    assert messages(vm) == []

@@ -1,12 +1,11 @@
-"""Linux takes random numbers from `--rng`, and from a device that a user wrote."""
+"""Linux takes random numbers from `rng=True`, and from a device that a user wrote."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from disks import artifacts, root_disk
-from guest import Guest, GuestResult
+from vms import debian, script
 
 pytestmark = pytest.mark.usefixtures("linux_guests")
 
@@ -26,43 +25,23 @@ echo "interrupts=$(sed -n 's/^ *[0-9]*: *\\([0-9]*\\).*virtio1$/\\1/p' /proc/int
 """
 
 
-def boot(folder: Path, kernel: str, *options: str) -> GuestResult:
-    files = artifacts(kernel)
-    with root_disk(folder) as disk:
-        guest = Guest(files.bzimage, files.initramfs, [str(disk)], options=options)
-        return guest.run(SCRIPT, folder=folder).check()
+@pytest.mark.parametrize("kernel", ["6.1", "6.12"])
+def test_the_guests_hardware_random_numbers_are_ours(kernel, microvm_factory):
+    said = script(microvm_factory(**debian(kernel), rng=True), SCRIPT)
+    assert said["current"].startswith("virtio_rng")
+    assert said["bytes"] == str(BYTES)
+    assert int(said["different"]) == 256  # missing one has a chance of 3 in 100,000
+    assert int(said["interrupts"]) > 0
 
 
-def boot_rng(folder: Path, kernel: str) -> GuestResult:
-    return boot(folder, kernel, "--rng")
-
-
-def boot_users_device(folder: Path) -> GuestResult:
-    source = folder / "source"
+def test_a_users_device_feeds_the_guests_hwrng(microvm_factory, tmp_path):
+    source = tmp_path / "source"
     source.write_bytes(PATTERN * (1 << 16))
     device = f"{ROOT}/examples/entropy.py:Entropy,source={source}"
-    return boot(folder, "6.1", "--device", device)
-
-
-@pytest.mark.parametrize(
-    "kernel",
-    [
-        pytest.param(version, marks=pytest.mark.boot.with_args(boot_rng, version))
-        for version in ("6.1", "6.12")
-    ],
-)
-def test_the_guests_hardware_random_numbers_are_ours(kernel, boot):
-    assert boot.value("current").startswith("virtio_rng")
-    assert boot.value("bytes") == str(BYTES)
-    assert int(boot.value("different")) == 256  # missing one has a chance of 3 in 100,000
-    assert int(boot.value("interrupts")) > 0
-
-
-@pytest.mark.boot.with_args(boot_users_device)
-def test_a_users_device_feeds_the_guests_hwrng(boot):
-    assert boot.value("current").startswith("virtio_rng")
-    assert boot.value("bytes") == str(BYTES)
+    said = script(microvm_factory(**debian(), devices=device), SCRIPT)
+    assert said["current"].startswith("virtio_rng")
+    assert said["bytes"] == str(BYTES)
     # The kernel takes some for itself first, in pieces of any length.
-    start = bytes.fromhex(boot.value("start"))
+    start = bytes.fromhex(said["start"])
     assert start in PATTERN * 6
-    assert int(boot.value("different")) == len(set(PATTERN))
+    assert int(said["different"]) == len(set(PATTERN))
