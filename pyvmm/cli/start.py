@@ -78,6 +78,10 @@ def run_spec(
     with _registered(spec.name, image or registry.DEFAULT_NAME) as registration:
         spec = replace(spec, name=registration.name)
         log.set_vm(spec.name)
+        if spec.devices:  # some of which have sockets
+            from pyvmm.host import named_listener
+
+            named_listener.note_by(registration.note)
         on_name(registration.name)
         if image is not None and not rm:
             from pyvmm.api.from_image import keep_changes

@@ -1,8 +1,8 @@
 """Which VMs of this user run: a directory with a control socket for each, NAME.sock.
 
 A VM is alive if somebody listens at its socket; a monitor that was killed leaves a socket that
-refuses, which whoever comes next removes. One lock for the directory, held for moments, keeps two
-from doing that at once.
+refuses, which whoever comes next removes, and with it the other sockets that it had: NAME.left
+lists them. One lock for the directory, held for moments, keeps two from doing that at once.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pyvmm.host.unix_sockets import Socket
 DEFAULT_NAME = "vm"
 
 _SUFFIX = ".sock"
+_LEFT = ".left"
 _LOCK = ".lock"
 _LOCK_PATIENCE = 5.0  # seconds
 _MOST_SUFFIXES = 10_000
@@ -84,12 +85,28 @@ class Registration(Closable):
         self.path = path
         self.listener = listener
 
+    def note(self, path: str) -> None:
+        """This process has made a socket at `path`; whoever finds that it was killed removes it."""
+        if self.listener is None or "\n" in path:
+            return
+        with suppress(OSError):  # then it stays, which is no reason not to run
+            absolute = os.path.abspath(path)
+            found = os.lstat(absolute)
+            line = os.fsencode(f"{found.st_dev} {found.st_ino} {absolute}\n")
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+            fd = os.open(_left_at(self.path), flags, 0o600)
+            try:
+                os.write(fd, line)
+            finally:
+                os.close(fd)
+
     def close(self) -> None:
         if self.listener is None or self.listener.fileno() < 0:
             return
         # First unlinked, then closed: nobody takes it for a dead VM's and puts his own there.
-        with suppress(OSError):
-            os.unlink(self.path)
+        for path in (_left_at(self.path), self.path):
+            with suppress(OSError):
+                os.unlink(path)
         self.listener.close()
 
 
@@ -153,10 +170,44 @@ def _alive(path: str) -> bool:
             return False
         if error.errno != errno.ECONNREFUSED:
             return True  # EAGAIN: too many wait already
+        _remove_left(path)
         with suppress(OSError):
             os.unlink(path)
         return False
     return True
+
+
+def _left_at(path: str) -> str:
+    """Where the names are of what a VM leaves when it is killed."""
+    return path.removesuffix(_SUFFIX) + _LEFT
+
+
+def _remove_left(path: str) -> None:
+    """Remove the sockets that the dead VM with its control socket at `path` has left, unless
+    somebody else is there by now."""
+    listed = _left_at(path)
+    try:
+        with open(listed, "rb") as file:
+            lines = file.read().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        with suppress(OSError, ValueError):  # the last line may be half a line
+            device, inode, name = os.fsdecode(line).split(" ", 2)
+            found = os.lstat(name)
+            same = (found.st_dev, found.st_ino) == (int(device), int(inode))
+            if same and stat.S_ISSOCK(found.st_mode) and _is_dead(name):
+                os.unlink(name)
+    with suppress(OSError):
+        os.unlink(listed)
+
+
+def _is_dead(path: str) -> bool:
+    try:
+        unix_sockets.connect(path).close()
+    except HostError as error:
+        return error.errno == errno.ECONNREFUSED
+    return False
 
 
 @contextmanager

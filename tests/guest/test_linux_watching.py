@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from disks import artifacts
-from guest import HANG_SECONDS, PYVMM, Guest, text
+from guest import HANG_SECONDS, PYVMM, Guest, text, wait_until
+
+from pyvmm.cli.choose import why_not_host
 
 pytestmark = pytest.mark.usefixtures("linux_guests")
 
@@ -24,6 +28,8 @@ class Seen:
     console_code: int
     later_console: str
     events: list[dict[str, object]]
+    stats: dict[str, Any]
+    top: str
     left: str
 
 
@@ -58,6 +64,8 @@ def boot_and_watch(folder: Path) -> Seen:
     console.stdin.write(b"echo typed-$((6 * 7))\n")
     console.stdin.flush()
     seen += read_until(console, b"typed-42")
+    stats = json.loads(guest.pyvmm("stats", "vm", "--json").stdout)
+    top = guest.pyvmm("top", "vm", "--once").stdout
     console.stdin.write(b"echo c > /proc/sysrq-trigger\n")
     rest, _ = console.communicate(timeout=HANG_SECONDS)
     told, _ = events.communicate(timeout=HANG_SECONDS)
@@ -70,6 +78,8 @@ def boot_and_watch(folder: Path) -> Seen:
         console_code=console.returncode,
         later_console=text(later_saw),
         events=[json.loads(line) for line in told.splitlines()],
+        stats=stats,
+        top=top,
         left=left,
     )
 
@@ -99,3 +109,63 @@ def test_its_events_tell_of_the_panic_and_the_end(boot: Seen) -> None:
     panic, ended = boot.events[1:]
     assert "sysrq triggered crash" in str(panic["message"])
     assert (ended["ending"], ended["exit_code"]) == ("panic", 11)
+
+
+@watched
+def test_exits_and_requests_are_counted(boot: Seen) -> None:
+    exits, disk = boot.stats["exits"], boot.stats["devices"]["disk0"]
+    # The console alone costs an exit for each byte.
+    assert exits["io"] > len(boot.console) / 2
+    # Each interrupt of the disk costs two accesses to its registers.
+    assert exits["mmio"] >= 2 * disk["interrupts"]
+    assert exits["total"] >= exits["io"] + exits["mmio"]
+    assert boot.stats["interrupts"] > disk["interrupts"] > 0
+    assert disk["requests"] >= disk["kicks"] > 0
+    assert disk["bytes_to_guest"] > 1 << 20  # its root file system
+    assert sum(disk["queues"][0]["latency_ns"].values()) == disk["requests"]
+    assert "disk0" in boot.top and "per second" in boot.top
+
+
+@dataclass(frozen=True)
+class Killed:
+    """What a `pyvmm run` had before kill -9, and what was left when `pyvmm ps` had looked."""
+
+    socket_before: bool
+    processes_before: list[str]
+    processes_left: list[str]
+    ps: str
+    socket_left: bool
+    runtime_left: list[str]
+
+
+def boot_and_kill(folder: Path) -> Killed:
+    files = artifacts("6.1")
+    vsock = folder / "vsock"
+    disk = f"{files.rootfs},snapshot"
+    options = ["--vsock", f"path={vsock}"]
+    guest = Guest(files.vmlinux, files.initramfs, [disk], options=options)
+    guest.start()
+    assert wait_until(lambda: "running" in guest.pyvmm("ps").stdout)
+    children = Path(f"/proc/{guest.process.pid}/task").glob("*/children")
+    processes = [pid for file in children for pid in file.read_text().split()]
+    before = vsock.is_socket()
+    guest.send_signal(signal.SIGKILL)
+    guest.process.wait(HANG_SECONDS)
+    wait_until(lambda: not any(Path("/proc", pid).exists() for pid in processes))
+    ps = guest.pyvmm("ps").stdout
+    runtime = [file.name for file in Path(guest.runtime.name, "pyvmm").iterdir()]
+    left = [pid for pid in processes if Path("/proc", pid).exists()]
+    killed = Killed(before, processes, left, ps, vsock.exists(), runtime)
+    guest.kill()
+    return killed
+
+
+@pytest.mark.boot.with_args(boot_and_kill)
+def test_kill_9_leaves_neither_processes_nor_sockets(boot: Killed) -> None:
+    assert boot.socket_before
+    if why_not_host() is not None:
+        assert boot.processes_before  # the emulated host's QEMU
+    assert boot.processes_left == []
+    assert boot.ps.split() == ["NAME", "PID", "STATE", "CPUS", "MEMORY", "UPTIME"]
+    assert not boot.socket_left
+    assert boot.runtime_left == [".lock"]

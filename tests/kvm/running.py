@@ -18,11 +18,16 @@ SAFETY_TIMEOUT = 60
 class Running:
     """A `pyvmm run`, and the command line that looks after it."""
 
-    def __init__(self, folder: Path, name: str, code: bytes, *options: str) -> None:
-        """`code` is what the guest does, in long mode; `options` are more of `pyvmm run`."""
+    def __init__(
+        self, folder: Path, name: str, code: bytes, *options: str, tmpdir: Path | None = None
+    ) -> None:
+        """`code` is what the guest does, in long mode; `options` are more of `pyvmm run`. With
+        `tmpdir` temporary files are made there."""
         self.name = name
         (folder / "runtime").mkdir(mode=0o700, exist_ok=True)
         self.environment = {**os.environ, "XDG_RUNTIME_DIR": str(folder / "runtime")}
+        if tmpdir is not None:
+            self.environment["TMPDIR"] = str(tmpdir)
         kernel = folder / "kernel"
         load = Load(data=code.ljust(256, b"\x90"))
         kernel.write_bytes(Elf(loads=[load], note=None).build())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,3 +85,48 @@ def test_a_killed_vm_leaves_no_trace_in_ps(vm: Counting) -> None:
     vm.process.kill()
     vm.process.wait()
     assert vm.ps() == []
+
+
+def test_what_a_killed_vm_has_left_is_removed(kvm: Kvm, tmp_path: Path) -> None:
+    """Its sockets and its control socket, by whoever looks next; not what is another's by then."""
+    vsock, port, taken = (tmp_path / name for name in ("vsock", "a port", "taken"))
+    options = ["--vsock", f"path={vsock}", "--port", f"name=a,path={port}"]
+    options += ["--port", f"name=b,path={taken}"]
+    with Counting(tmp_path, "killed", COUNT, *options) as vm:
+        files = sorted((tmp_path / "runtime/pyvmm").iterdir())
+        assert [file.name for file in files] == [".lock", "killed.left", "killed.sock"]
+        vm.process.kill()
+        vm.process.wait()
+        assert vsock.is_socket() and port.is_socket() and taken.is_socket()
+        taken.unlink()
+        with socket.socket(socket.AF_UNIX) as other:
+            other.bind(str(taken))
+            other.listen()
+            assert vm.ps() == []
+        assert not vsock.exists() and not port.exists()
+        assert taken.is_socket()
+        assert [file.name for file in (tmp_path / "runtime/pyvmm").iterdir()] == [".lock"]
+
+
+def test_an_end_in_order_leaves_nothing(kvm: Kvm, tmp_path: Path) -> None:
+    vsock = tmp_path / "vsock"
+    with Counting(tmp_path, "ended", COUNT, "--vsock", f"path={vsock}") as vm:
+        assert vm("stop", "ended").returncode == 0
+    assert not vsock.exists()
+    assert [file.name for file in (tmp_path / "runtime/pyvmm").iterdir()] == [".lock"]
+
+
+def test_kill_9_again_and_again_accumulates_nothing(kvm: Kvm, tmp_path: Path) -> None:
+    """Locks, sockets, temporary files: the next start with the same disk and names works."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    options = ["--vsock", f"path={tmp_path / 'vsock'}", "--disk", f"{tmp_path / 'disk'},id=own"]
+    options += ["--disk", f"{tmp_path / 'disk2'},snapshot"]
+    (tmp_path / "disk2").write_bytes(bytes(1 << 20))
+    for _ in range(3):
+        with Counting(tmp_path, "again", COUNT, *options, tmpdir=temporary) as vm:
+            vm.process.kill()
+            vm.process.wait()
+    assert vm.ps() == []
+    assert [file.name for file in (tmp_path / "runtime/pyvmm").iterdir()] == [".lock"]
+    assert list(temporary.iterdir()) == []
