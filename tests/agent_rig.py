@@ -19,9 +19,9 @@ from pyvmm.agent import Agent
 from pyvmm.agent.protocol import HELLO, VERSION, FrameType, frame
 from pyvmm.errors import HostError
 from pyvmm.host import unix_sockets
-from pyvmm.images.agent import FLAGS
+from pyvmm.images.agent import FLAGS, SOURCES
 
-SOURCE = Path(__file__).resolve().parents[1] / "guest-images/agent/pyvmm-agent.c"
+FOLDER = Path(__file__).resolve().parents[1] / "guest-images/agent"
 SANITIZERS = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 # A session's process ends with its one request, and what it holds with it.
 ENVIRONMENT = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0:exitcode=99"}
@@ -33,8 +33,9 @@ needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a 
 def compile_agent(folder: Path) -> Path:
     """The agent with the address and undefined-behaviour sanitizers in it."""
     program = folder / "pyvmm-agent"
+    sources = [FOLDER / source for source in SOURCES]
     flags = [flag for flag in FLAGS if not flag.startswith(("-O", "-D_FORTIFY"))]
-    subprocess.run(["cc", *flags, *SANITIZERS, "-o", program, SOURCE], check=True)
+    subprocess.run(["cc", *flags, *SANITIZERS, "-o", program, *sources], check=True)
     return program
 
 

@@ -1,7 +1,7 @@
 """What a client and the guest's agent say to each other: frames of a type and a payload.
 
 A frame is its length and type in four bytes, and the payload; all numbers are little-endian.
-docs/guest-agent.md describes each. guest-images/agent/pyvmm-agent.c is the other end.
+docs/guest-agent.md describes each. guest-images/agent/ has the other end.
 """
 
 from __future__ import annotations

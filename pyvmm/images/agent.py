@@ -1,4 +1,4 @@
-"""The guest's agent: one C file, compiled into a static program that runs in any guest.
+"""The guest's agent, in C, compiled into a static program that runs in any guest.
 
 musl instead of Debian's usual C library: the program is 100 KiB and not 800, runs where there is no
 other file (its getpwnam reads /etc/passwd and loads nothing), and its licence (MIT) asks nothing of
@@ -14,8 +14,18 @@ from pyvmm.images.progress import Progress
 from pyvmm.images.recipes import Recipes
 
 FILE = "pyvmm-agent"
-SOURCE = ("agent", "pyvmm-agent.c")
-WARNINGS = ("-Wall", "-Wextra", "-Werror", "-Wformat=2", "-Wconversion", "-Wshadow")
+FOLDER = "agent"
+HEADERS = ("agent.h", "command.h")
+SOURCES = ("pyvmm-agent.c", "frames.c", "launch.c", "command.c", "files.c", "machine.c")
+WARNINGS = (
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wformat=2",
+    "-Wconversion",
+    "-Wshadow",
+    "-Wmissing-prototypes",
+)
 FLAGS = ("-std=gnu11", "-O2", *WARNINGS, "-D_FORTIFY_SOURCE=2", "-fstack-protector-strong")
 # musl-gcc finds musl's headers only; the kernel's come after them.
 _KERNEL_HEADERS = ("-idirafter", "/usr/include", "-idirafter", "/usr/include/x86_64-linux-gnu")
@@ -26,11 +36,10 @@ LINKING = ("-static", "-Wl,-z,relro,-z,now", "-s")
 def build(recipes: Recipes, into: str, progress: Progress) -> None:
     """Write `into`/pyvmm-agent. Raises ConfigError."""
     target = os.path.join(into, FILE)
+    sources = [recipes.file(FOLDER, source) for source in SOURCES]
+    command = ["musl-gcc", *FLAGS, *_KERNEL_HEADERS, *LINKING, "-o", target, *sources]
     with progress.step("agent: compiling (musl-gcc)"):
-        tools.run(
-            ["musl-gcc", *FLAGS, *_KERNEL_HEADERS, *LINKING, "-o", target, recipes.file(*SOURCE)],
-            "compiling the guest's agent",
-        )
+        tools.run(command, "compiling the guest's agent")
     os.chmod(target, 0o755)
 
 

@@ -70,7 +70,9 @@ class Catalogue:
         parts: list[object] = [_VERSION, name, self.pins(name)]
         parts += [self.key(need) for need in self.needs(name)]
         if kind == "agent":
-            parts += [*agent.FLAGS, *agent.LINKING, self._script(*agent.SOURCE)]
+            parts += [*agent.FLAGS, *agent.LINKING]
+            files = (*agent.HEADERS, *agent.SOURCES)
+            parts += [self._script(agent.FOLDER, file) for file in files]
         elif kind == "kernel":
             parts.append(asdict(self.recipes.kernels[which]))
         elif kind == "programs":
