@@ -151,6 +151,13 @@ PARTS = (
         ("--rounds", "50"),
         lambda: "",
     ),
+    Part(
+        "vsock_mock",
+        "virtio-vsock without a guest: nanoseconds per packet",
+        60,
+        ("--rounds", "50"),
+        lambda: "",
+    ),
     Part("net", "Network: pyvmm and QEMU microvm", 900, ("--rounds", "1"), lacks_qemu),
     Part(
         "boot",

@@ -7,6 +7,7 @@ rings nor the other streams.
 from __future__ import annotations
 
 import _socket
+import os
 from enum import Enum
 
 from pyvmm.errors import DriverError
@@ -45,6 +46,7 @@ class Stream:
 
     __slots__ = (
         "_asked_for_credit",
+        "_fd",
         "_fwd_cnt",
         "_fwd_cnt_told",
         "_peer_buf_alloc",
@@ -68,6 +70,7 @@ class Stream:
 
     def __init__(self, sock: Socket, host_port: int, guest_port: int, state: State) -> None:
         self.sock = sock
+        self._fd = sock.fileno()
         self.host_port = host_port
         self.guest_port = guest_port
         self.state = state
@@ -199,7 +202,7 @@ class Stream:
         At the end of it the guest is owed a SHUTDOWN (`host_done`).
         """
         try:
-            count = self.sock.recvmsg_into(views)[0]
+            count = os.readv(self._fd, views)
         except BlockingIOError:
             self.readable = False
             return 0
@@ -236,4 +239,5 @@ class Stream:
     def close(self) -> None:
         """Close the host's end; what is kept is lost."""
         self.state = State.CLOSED
+        self._fd = -1
         self.sock.close()
