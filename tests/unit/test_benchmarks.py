@@ -79,6 +79,21 @@ def test_ratio_is_to_the_better_qemu(benchmark: Any) -> None:
     )
 
 
+def test_only_the_better_qemu_goes_on_after_the_warm_up(benchmark: Any) -> None:
+    guest_disk = benchmark("guest_disk")
+    rates = {"pyvmm": 1.0, "qemu threads": 2.0, "qemu io_uring": 3.0}
+    said: list[str] = []
+
+    def one(name: str) -> Any:
+        said.append(name)
+        return guest_disk.Run(rate=rates[name], p99_us=1, requests=1, counts={})
+
+    found = guest_disk.in_turn(list(rates), one, 2)
+    assert {name: len(runs) for name, runs in found.items()} == {"pyvmm": 2, "qemu io_uring": 2}
+    # In alternating order.
+    assert said[3:] == ["pyvmm", "qemu io_uring", "qemu io_uring", "pyvmm"]
+
+
 def test_latency_ratio_is_that_of_the_rounds(benchmark: Any) -> None:
     rounds = {
         "quiet": [{"p50": 10, "p99": 20}, {"p50": 10, "p99": 40}, {"p50": 12, "p99": 20}],
