@@ -27,6 +27,7 @@ FIXTURES = ("microvm", "microvm_factory")
 RUINED = [
     "the guest hangs",
     "timed out after",
+    "did not start within",
     "no agent answers in the guest after",
     "KVM_EXIT_SHUTDOWN: triple fault",
     "the emulated KVM host stopped",

@@ -140,8 +140,11 @@ class VM(InGuest, InMonitor):
         except (NoAnswer, ConfigError):
             if self._ends_soon():
                 raise monitor.failure() from None
+            console = monitor.transcript.tail(TAIL_LINES)
             monitor.end()
-            raise
+            raise VMTimeout(
+                f"{monitor.name} did not start within {timeout:g} seconds", console=console
+            ) from None
         except BaseException:
             monitor.end()
             raise

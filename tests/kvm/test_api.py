@@ -165,6 +165,13 @@ def test_what_only_the_monitor_sees_is_a_config_error_too(kernel, place):
     assert registry.running() == []
 
 
+def test_what_does_not_start_in_time_is_ended(kernel):
+    vm = VM(kernel=kernel, kvm="host")
+    with pytest.raises(VMTimeout, match="vm did not start within 0 seconds"):
+        vm.start(timeout=0)
+    assert registry.running() == []
+
+
 def test_a_name_that_is_taken(kernel):
     with VM(kernel=kernel, kvm="host", name="mine") as vm:
         assert vm.name == "mine"
