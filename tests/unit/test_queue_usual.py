@@ -136,11 +136,23 @@ def test_all_places_of_the_ring(layout, start):
     rig.close()
 
 
-def test_a_queue_of_two_has_no_chain_of_three(make):
+def test_row32_a_queue_of_two_has_no_chain_of_three(make):
     rig = make(2)
-    rig.driver.add([b"x" * FIRST], [LAST])
+    offer_read(rig, indirect=True)
     rig.driver.publish()
     assert peek(rig) == ([], True)
+    with pytest.raises(DriverError):
+        rig.queue.pop()
+
+
+def test_row28_parts_so_large_that_three_of_them_might_be_too_much(rig, monkeypatch):
+    """RAM that holds them would have to be as large, so the limit is made small."""
+    monkeypatch.setattr(packed_peek if rig.packed else split_peek, "LARGE_PART", 1024)
+    offer_read(rig, Buffer(0x9000, 1023))
+    offer_read(rig, Buffer(0x9000, 1024))
+    rig.driver.publish()
+    chains, more = peek(rig)
+    assert (len(chains), more) == (1, True)
 
 
 def test_in_order_queues_are_for_pop(make):

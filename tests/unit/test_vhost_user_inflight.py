@@ -148,6 +148,36 @@ def test_the_order_in_which_they_were_taken_is_kept():
     notes.close()
 
 
+def test_what_is_taken_again_does_not_come_from_the_ring():
+    """The second request was returned before the first, so their places are not their own."""
+    rig = Rig(SIZE)
+    notes = Inflight.create(1, SIZE)
+    first, second, third = (rig.driver.add(*USUAL) for _ in range(3))
+    rig.driver.publish()
+    journal = notes.journal(0, SIZE)
+    rig.queue.keep_journal(journal, journal.resume(0))
+    chains = [rig.queue.pop(), rig.queue.pop()]
+    rig.queue.add_used(chains[1], 1)
+    rig.queue.publish_used()
+    assert rig.driver.pop_used().head == second.head
+    queue = rig.restored(_at(rig.queue.state(), 1))
+    journal = notes.journal(0, SIZE)
+    queue.keep_journal(journal, journal.resume(1))
+    assert queue.peek_usual(16, 1, 1 << 20) == ([], True)
+    again = queue.pop()
+    assert again.head == first.head
+    queue.step_back(again)
+    assert notes.journal(0, SIZE).resume(1) == [first.head]
+    queue.add_used(queue.pop(), 1)
+    queue.publish_used()
+    assert len(queue.peek_usual(16, 1, 1 << 20)[0]) == 1
+    queue.use_peeked([1])
+    queue.publish_used()
+    assert [used.head for used in rig.all_used()] == [first.head, third.head]
+    rig.close()
+    notes.close()
+
+
 def test_the_layout_is_that_of_the_specification():
     rig = Rig(SIZE)
     notes = Inflight.create(2, SIZE)
