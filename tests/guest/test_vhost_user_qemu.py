@@ -1,4 +1,5 @@
-"""A QEMU guest, in the emulated host, that boots from a disk which we serve over vhost-user."""
+"""A QEMU guest, in the emulated host, that boots from a disk which we serve over vhost-user, and
+writes to another whose back end is killed twice meanwhile."""
 
 from __future__ import annotations
 
@@ -32,11 +33,22 @@ IN_THE_HOST = """\
 set -e
 truncate -s {size} /run/data.img
 serve() {{
-    {python} -m pyvmm vhost-user-blk --socket "$1" --disk "$2" &
-    servers="$servers $!"
+    setsid {python} -m pyvmm vhost-user-blk --socket "$1" --disk "$2" &
+    server=$!
 }}
 serve /run/root.sock {root},readonly
+root=$server
 serve /run/data.sock /run/data.img,id=data
+echo $server > /run/data.pid
+# Its back end, with the process of the connection, once the guest has written that many MiB.
+kill_after() {{
+    while [ $(stat -c %b /run/data.img) -lt $(($1 * 2048)) ]; do sleep 0.05; done
+    kill -9 -$(cat /run/data.pid)
+    echo "killed=$1"
+    serve /run/data.sock /run/data.img,id=data
+    echo $server > /run/data.pid
+}}
+(kill_after 2; kill_after 9) &
 while ! [ -S /run/root.sock ] || ! [ -S /run/data.sock ]; do sleep 0.1; done
 timeout {seconds} qemu-system-x86_64 -enable-kvm -cpu host -m 384M \\
     -M microvm,pcie=on,x-option-roms=off,rtc=on,memory-backend=ram \\
@@ -48,7 +60,7 @@ timeout {seconds} qemu-system-x86_64 -enable-kvm -cpu host -m 384M \\
     -kernel {kernel} -initrd {initrd} \\
     -append "console=ttyS0 quiet panic=-1 root=/dev/vda ro pyvmm.exec={script}" < /dev/null
 echo "file=$(sha256sum < /run/data.img | cut -d' ' -f1)"
-kill $servers
+kill $root $(cat /run/data.pid)
 wait
 """
 
@@ -56,7 +68,9 @@ wait
 @pytest.mark.skipif(
     shutil.which("qemu-system-x86_64") is None, reason="qemu-system-x86_64 is not installed"
 )
-def test_a_qemu_guest_boots_from_our_disk_and_writes_to_another(tmp_path: Path) -> None:
+def test_a_qemu_guest_boots_from_our_disk_and_writes_to_another_that_is_killed(
+    tmp_path: Path,
+) -> None:
     made = artifacts()
     script = base64.b64encode(IN_THE_GUEST.encode()).decode()
     inside = tmp_path / "inside.sh"
@@ -85,4 +99,6 @@ def test_a_qemu_guest_boots_from_our_disk_and_writes_to_another(tmp_path: Path) 
     assert found["serial"] == "data"
     assert len(found["written"]) == 64
     assert found["written"] == found["file"], "the guest read what is not in the file"
-    assert text.count("front end connected") >= 2
+    # In the middle of what the guest wrote; it has noticed nothing.
+    assert re.findall("^killed=(.*)$", text, re.MULTILINE) == ["2", "9"]
+    assert text.count("front end connected") >= 4
