@@ -6,10 +6,13 @@ import errno
 
 import pytest
 from blk_rig import running
+from queue_rig import Rig as QueueRig
 
 from pyvmm.errors import HostError
+from pyvmm.testing import Used
 from pyvmm.testing.blk_driver import FLUSH, IN, IOERR, OK, OUT, UNTOUCHED, header
 from pyvmm.virtio.blk.backend import Backend, scatter
+from pyvmm.virtio.blk.usual import serve_usual
 
 SECTORS = 64
 
@@ -190,3 +193,24 @@ def test_row39_a_status_byte_that_was_writable_once_is_not_written_where_it_may_
         assert driver.wait_used(0, bad).written == 0
         assert rig.memory.read(place.addr, 1) == bytes([UNTOUCHED])
     assert disk.calls == [("write", 4, 1)]
+
+
+def test_a_stop_in_the_middle_of_a_batch_leaves_the_rest_in_the_ring():
+    rig = QueueRig(16)
+    given = [rig.driver.add([header(IN, sector)], [512, 1]) for sector in (4, 9)]
+    rig.driver.publish()
+    calls = []
+
+    def carry_out(type, sector, end, views):
+        calls.append((type, sector, end, len(views)))
+        rig.queue.halt = len(calls) == 1
+        return True
+
+    assert serve_usual(rig.queue, 1 << 20, carry_out)
+    rig.queue.publish_used()
+    assert (calls, rig.all_used()) == ([(IN, 4, 5, 1)], [Used(given[0].head, 513)])
+    rig.queue.halt = False
+    assert not serve_usual(rig.queue, 1 << 20, carry_out)
+    rig.queue.publish_used()
+    assert rig.all_used() == [Used(given[1].head, 513)]
+    rig.close()

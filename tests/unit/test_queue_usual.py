@@ -10,6 +10,7 @@ from queue_rig import HOLE_END, LAYOUTS, RAM, Rig
 
 from pyvmm.errors import DriverError
 from pyvmm.testing import Buffer, Used
+from pyvmm.testing.packed_driver import PackedDesc
 from pyvmm.virtio import packed_peek, split_peek
 from pyvmm.virtio.ring import MAX_PEEKED
 
@@ -375,3 +376,75 @@ def serve_all(rig, *, batches, most):
             return
         rig.queue.add_used(chain, chain.writable_size)
         most -= 1
+
+
+# --- packed rings only ----------------------------------------------------------------------------
+
+NEXT, WRITE, AVAIL, USED = 1, 2, 1 << 7, 1 << 15
+
+
+@pytest.fixture
+def packed():
+    rig = Rig(8, layout="packed")
+    yield rig
+    rig.close()
+
+
+def put(rig, slot, *, id=0, round=1, flags=(NEXT, NEXT | WRITE, WRITE)):
+    """A usual read whose descriptors begin at `slot`, whatever lies there already."""
+    for buffer, flag in zip((HEAD, DATA, END), flags, strict=True):
+        mark = AVAIL if round else USED
+        rig.driver.write_desc(slot, PackedDesc(buffer.addr, buffer.length, flag | mark, id))
+        slot += 1
+        if slot == 8:
+            slot, round = 0, 1 - round
+
+
+def test_row26_a_buffer_id_that_cannot_be(packed):
+    put(packed, 0, id=8)
+    assert peek(packed) == ([], True)
+    with pytest.raises(DriverError):
+        packed.queue.pop()
+
+
+def test_a_driver_that_overwrites_what_is_in_flight_is_found_out(packed):
+    put(packed, 0, id=0)
+    put(packed, 3, id=1)
+    assert packed.queue.pop() and packed.queue.pop()
+    put(packed, 6, id=2)  # two entries are free, and this needs three
+    assert peek(packed) == ([], True)
+    with pytest.raises(DriverError):
+        packed.queue.pop()
+
+
+def test_entries_that_were_returned_count_as_free_once(packed):
+    put(packed, 0, id=0)
+    assert len(peek(packed)[0]) == 1
+    packed.queue.use_peeked([1])
+    packed.queue.publish_used()
+    for slot in range(8):
+        mark = AVAIL if slot >= 3 else USED
+        packed.driver.write_desc(slot, PackedDesc(DATA.addr, 1, NEXT | mark))
+    with pytest.raises(DriverError, match="than the 8 descriptors"):
+        packed.queue.pop()
+
+
+def test_a_chain_that_was_taken_back_is_for_pop_to_refuse(packed):
+    packed.queue.enable_notification()
+    put(packed, 0)
+    assert packed.queue.enable_notification()
+    put(packed, 0, round=0)
+    assert peek(packed) == ([], True)
+    with pytest.raises(DriverError):
+        packed.queue.pop()
+
+
+def test_what_was_seen_and_returned_is_not_missed_later(packed):
+    packed.queue.enable_notification()
+    put(packed, 0, id=0)
+    put(packed, 3, id=1)
+    assert packed.queue.enable_notification()
+    peek(packed)
+    packed.queue.use_peeked([1, 1])
+    packed.queue.publish_used()
+    assert packed.queue.pop() is None
