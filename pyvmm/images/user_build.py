@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from pyvmm.errors import ConfigError
-from pyvmm.host import user_cache
+from pyvmm.host import locks, user_cache
 from pyvmm.images import bootable, builder, cache, machines, rootfs, user_image
 from pyvmm.images.progress import Progress
 from pyvmm.images.user_image import UserImage
@@ -299,5 +299,25 @@ def remove(name: str, running: Sequence[str], *, force: bool = False) -> None:
             f"the image {name} is in use: {what}",
             cure=f"first: pyvmm rm {' '.join(users)}; or use --force, and they cannot go on",
         )
+    who = "" if force else _who_reads(os.path.join(user_image.path(name), user_image.DISK))
+    if who:
+        raise ConfigError(
+            f"the image {name} is in use by {who}", cure="end that first, or use --force"
+        )
     with cache.building(Progress().waiting):
         cache.remove(user_image.path(name))
+
+
+def _who_reads(disk: str) -> str:
+    """Who has the disk open as a VM's, such as one that keeps nothing; "" if nobody has."""
+    try:
+        fd = os.open(disk, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    try:
+        free = locks.lock_image(fd, read_only=False)
+        return "" if free else locks.holder(fd) or "another process"
+    except locks.LocksUnsupported:
+        return ""
+    finally:
+        os.close(fd)

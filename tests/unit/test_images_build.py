@@ -3,6 +3,7 @@ stays."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -19,6 +20,7 @@ from pyvmm import images
 from pyvmm.cli.main import main
 from pyvmm.control import registry
 from pyvmm.errors import ConfigError
+from pyvmm.host.files import open_image
 from pyvmm.images import builder, machines, rootfs, user_build, user_image
 from pyvmm.images.container import disk
 from pyvmm.images.progress import Progress
@@ -290,6 +292,19 @@ def test_rm_of_an_image_that_vms_need_is_refused_unless_forced(capsys, used) -> 
     assert run(capsys, "image", "rm", "--force", "hello")[0] == 0
     code, _, err = run(capsys, "run", "--name", "web")
     assert code == 2 and "hello is gone since the VM web began" in err and "pyvmm rm web" in err
+
+
+def test_rm_of_an_image_that_a_vm_runs_on_is_refused_though_it_keeps_nothing(
+    capsys, quick_disk, archive: str
+) -> None:
+    run(capsys, "image", "build", "--from", f"oci-archive:{archive}", "hello")
+    disk_path = images.machine_image("hello", make=False).disk
+    held = open_image(disk_path, read_only=True)  # as `pyvmm run --rm` has it
+    with contextlib.closing(held):
+        code, _, err = run(capsys, "image", "rm", "hello")
+        assert code == 2 and "hello is in use by" in err and f"PID {os.getpid()}" in err
+
+    assert run(capsys, "image", "rm", "hello")[0] == 0
 
 
 def test_building_again_what_vms_need_is_refused_unless_forced(capsys, used, archive: str) -> None:
