@@ -69,17 +69,29 @@ def resolve(name: str | None, *, make: bool) -> MachineImage:
         return MachineImage(
             name, kernel, initrd, disk, found.cmdline, found.has_agent, found.process
         )
+    kernel, initrd, disk = _files_of(name, make=make)
+    return MachineImage(name, kernel, initrd, disk, has_agent=True)
+
+
+def _files_of(name: str, *, make: bool) -> list[str]:
+    """Of one of the recipes' images. Raises ConfigError."""
+    from pyvmm import images
+    from pyvmm.images import known, user_image
+
+    paths = known.find(name)
+    if paths is not None and len(paths) == 3:
+        return paths
     variants = built_in()
     if name not in variants:
-        known = ", ".join([*variants, *user_image.names()])
+        there = ", ".join([*variants, *user_image.names()])
         raise ConfigError(
             f"there is no image called {name!r}",
-            cure=f"there are {known}; pyvmm image build --from … makes more",
+            cure=f"there are {there}; pyvmm image build --from … makes more",
         )
-    from pyvmm import images
-
     files = images.artifacts(variant=variants[name], make=make)
-    return MachineImage(name, files.vmlinux, files.initramfs, files.rootfs, has_agent=True)
+    found = [files.vmlinux, files.initramfs, files.rootfs]
+    known.remember(name, found)
+    return found
 
 
 def built_in() -> dict[str, str]:
@@ -99,6 +111,11 @@ def boot_files(kernel: str, *, make: bool) -> tuple[str, str]:
     vmlinux rather than bzImage: a guest has nothing to unpack then. Raises ConfigError.
     """
     from pyvmm import images
+    from pyvmm.images import known
 
-    folders = images.folders([f"kernel-{kernel}", f"initramfs-{kernel}"], make=make)
+    names = [f"kernel-{kernel}", f"initramfs-{kernel}"]
+    folders = known.find("+".join(names))
+    if folders is None or len(folders) != 2:
+        folders = images.folders(names, make=make)
+        known.remember("+".join(names), folders)
     return os.path.join(folders[0], "vmlinux"), os.path.join(folders[1], "initramfs.cpio")

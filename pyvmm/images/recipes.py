@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tomllib
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,6 +87,8 @@ def folder() -> str:
 
 def load(where: str | None = None) -> Recipes:
     """Read recipes.toml in `where` (default: `folder()`). Raises ConfigError with what is wrong."""
+    import tomllib
+
     where = where or folder()
     path = os.path.join(where, "recipes.toml")
     try:
