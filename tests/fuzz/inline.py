@@ -270,10 +270,15 @@ class InlineShared(SharedWorker):
     def __init__(self, workers: Workers, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._workers = workers
-        self._logs = {queue.index: QueueLog(queue) for queue in self._queues}
+        self._logs = {queue.index: self._log_of(queue) for queue in self._queues}
         self._serve_for_real = self._serve
         self._serve = self._watched_serve
         self._passes = 0
+
+    def _log_of(self, queue: Any) -> QueueLog:
+        """The one that is kept already, if only the other queues were set up anew."""
+        log = self._workers.logs.get(queue.index)
+        return log if log is not None and log.queue is queue else QueueLog(queue)
 
     def start(self) -> None:
         for queue in self._queues:

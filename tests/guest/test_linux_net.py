@@ -203,7 +203,18 @@ done
 iperf3 -c 10.77.0.1 -u -b 0 -l 1400 -t 3 -R > /run/iperf 2>&1 && echo "flood=ok" || cat /run/iperf
 busybox ping -q -c 3 10.77.0.1 > /run/ping && echo "after=ok" || cat /run/ping
 echo "errors=$(cat /sys/class/net/eth0/statistics/rx_errors)"
+now() { cut -d' ' -f1 /proc/uptime | tr -d .; }
+busybox ip addr add 10.78.0.2/24 dev eth1
+for way in "" -R; do
+    began=$(now)
+    iperf3 -c 10.78.0.1 -n 2M -w 64K $way > /run/iperf 2>&1 || cat /run/iperf
+    echo "limited$way=$(($(now) - began))"
+done
 """
+LIMIT = 1 << 20  # bytes a second, of the second card
+# In hundredths of a second: 2 MiB, less a burst of a tenth of a second's worth and what still lies
+# in the sender's socket when iperf3 has done with it.
+LEAST_TIME = 160
 
 
 def boot_tap(folder: Path, kernel: str) -> GuestResult:
@@ -220,6 +231,7 @@ def boot_tap(folder: Path, kernel: str) -> GuestResult:
             *("--kernel", files.bzimage, "--initrd", files.initramfs, "--cpus", "2"),
             *("--memory", "256M", "--disk", str(disk), "--disk", f"{script},readonly"),
             *("--net", "tap=vmtap0,address=10.77.0.1/24,queues=2"),
+            *("--net", f"tap=vmtap1,address=10.78.0.1/24,rx-bps={LIMIT},tx-bps={LIMIT}"),
             *("--cmdline", "pyvmm.exec=/dev/vdb pyvmm.ip=10.77.0.2/24"),
         ]
         argv = ["sh", "-c", f'{iperf3} -s > /dev/null & "$@"; code=$?; kill $!; exit $code', "sh"]
@@ -254,3 +266,5 @@ def test_a_tap_with_two_queues_offloads_and_a_flood(kernel: str, tmp_path: Path)
         "errors": "0",
     }
     assert {key: result.value(key) for key in values} == values
+    for way in ("", "-R"):
+        assert int(result.value(f"limited{way}")) >= LEAST_TIME
