@@ -163,6 +163,20 @@ def test_results_of_other_parts_are_kept(
     assert "skipped: no tap" in text
 
 
+@pytest.mark.parametrize("quick", [True, False])
+def test_only_figures_of_whole_runs_are_kept(
+    benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: bool
+) -> None:
+    run = benchmark("run")
+    script = "import sys; print('| a |'); open(sys.argv[2], 'w').write('{}')"
+    monkeypatch.setattr(run, "PARTS", (part(run, tmp_path, script),))
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(run, "draw", lambda: "")
+    monkeypatch.setattr(sys, "argv", ["run.py", *(["--quick"] if quick else [])])
+    assert run.main() == 0
+    assert (tmp_path / "results/latest.json").exists() is not quick
+
+
 def test_unknown_part_is_refused(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run = benchmark("run")
     monkeypatch.setattr(sys, "argv", ["run.py", "boot,nothing"])
