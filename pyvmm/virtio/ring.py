@@ -193,18 +193,12 @@ class Ring(ABC):
     def pop_buffers(
         self, views: list[memoryview], wanted: int, most: int, least: int = 1
     ) -> list[int]:
-        """Take chains of just one buffer to write, of `least` bytes or more, until they have
-        `wanted` bytes or are `most`.
-
-        Views of them are appended to `views`; returned are their heads. It ends before a chain that
-        is of another kind, which is for `pop`; so it may well take none, and a layout or a mode
-        that has no quick way for this never takes any. Raises DriverError for a broken ring.
-        """
+        """Take chains of one buffer to write; see Queue. A layout or a mode that has no quick way
+        for this never takes any."""
         return []
 
     def add_used_buffers(self, heads: list[int], last_written: int) -> None:
-        """Return what `pop_buffers` took: `last_written` bytes are in the last of `heads`, and the
-        others are full. Raises ValueError if one is not in flight."""
+        """Return what `pop_buffers` took; see Queue."""
         raise ValueError("this queue has given no buffers")
 
     def step_back(self, chain: DescriptorChain | None = None) -> None:

@@ -371,18 +371,9 @@ class Switch:
             return size + self._write(chain, self._header(stream, VIRTIO_VSOCK_OP_RW, size))
         # What nearly every packet of a transfer is: without a value of its header, and in place.
         HEADER.pack_into(
-            place[0],
-            0,
-            VMADDR_CID_HOST,
-            self._cid,
-            stream.host_port,
-            stream.guest_port,
-            size,
-            VIRTIO_VSOCK_TYPE_STREAM,
-            VIRTIO_VSOCK_OP_RW,
-            0,
-            *stream.credit_fields(),
-        )
+            place[0], 0, VMADDR_CID_HOST, self._cid, stream.host_port, stream.guest_port, size,
+            VIRTIO_VSOCK_TYPE_STREAM, VIRTIO_VSOCK_OP_RW, 0, *stream.credit_fields(),
+        )  # fmt: skip
         self._counters.packets_to_guest += 1
         return size + HEADER_BYTES
 
@@ -400,16 +391,9 @@ class Switch:
 
     def _header(self, stream: Stream, op: int, size: int, flags: int = 0) -> Header:
         return Header(
-            VMADDR_CID_HOST,
-            self._cid,
-            stream.host_port,
-            stream.guest_port,
-            size,
-            VIRTIO_VSOCK_TYPE_STREAM,
-            op,
-            flags,
-            *stream.credit_fields(),
-        )
+            VMADDR_CID_HOST, self._cid, stream.host_port, stream.guest_port, size,
+            VIRTIO_VSOCK_TYPE_STREAM, op, flags, *stream.credit_fields(),
+        )  # fmt: skip
 
     def _write(self, chain: DescriptorChain, header: Header) -> int:
         chain.writer().write(header.pack())
