@@ -11,7 +11,7 @@ from queue_rig import HOLE_END, RAM, Rig
 
 from pyvmm.errors import DriverError, GuestMemoryError
 from pyvmm.testing import Buffer
-from pyvmm.virtio.chain import DescriptorChain, Reader, Writer
+from pyvmm.virtio.chain import MAX_VIEWS, DescriptorChain, RamWindow, Reader, Writer
 
 HEADER = struct.Struct("<IIQ")
 
@@ -216,3 +216,15 @@ def test_row30_an_empty_descriptor_may_point_anywhere(rig):
 def test_a_chain_says_what_it_is(rig):
     chain = chain_of(rig, [b"ab"], [3, 4])
     assert "2 bytes to read in 1 parts, 7 to write in 2" in repr(chain)
+
+
+def test_a_driver_that_never_uses_a_place_twice_makes_nothing_grow(rig):
+    window = RamWindow(rig.memory)
+    places = window.places(window.writable_views, 16)
+    for addr in range(2 * MAX_VIEWS + 10):
+        window.readable((addr, 1))
+        assert len(places[addr]) == 16
+        assert len(window.readable_views) <= MAX_VIEWS
+        assert len(window.writable_views) <= MAX_VIEWS
+        assert len(places) <= MAX_VIEWS
+    assert bytes(window.readable((0, 4))) == rig.memory.read(0, 4)

@@ -4,14 +4,17 @@ nothing that a driver could tell from taking and returning them one by one."""
 from __future__ import annotations
 
 import random
+import struct
 
 import pytest
 from queue_rig import HOLE_END, LAYOUTS, RAM, Rig
 
 from pyvmm.errors import DriverError
-from pyvmm.testing import Buffer, Used
-from pyvmm.testing.packed_driver import PackedDesc
+from pyvmm.testing import Buffer, PackedDesc, Used
+from pyvmm.testing.packed_driver import AVAIL, USED
+from pyvmm.testing.ring import INDIRECT, NEXT, WRITE, Element
 from pyvmm.virtio import packed_peek, split_peek
+from pyvmm.virtio.blk.usual import serve_usual
 from pyvmm.virtio.ring import MAX_PEEKED
 
 FIRST, LAST = 16, 1
@@ -319,6 +322,125 @@ def test_rows_23_and_24_an_index_that_jumps(index):
     rig.driver.avail_idx = index
     with pytest.raises(DriverError, match=r"2\.7\.6\.1"):
         peek(rig)
+    rig.close()
+
+
+def test_row23_a_chain_that_runs_over_what_the_device_holds():
+    """A packed ring's last two entries and its first, which is the first chain's."""
+    rig = Rig(8, layout="packed")
+    for _ in range(2):
+        offer_read(rig)
+    rig.driver.publish()
+    assert len(list(rig.queue)) == 2
+    offer_raw(rig, 7)
+    assert peek(rig) == ([], True)
+    with pytest.raises(DriverError, match="the 2 descriptors that are free"):
+        rig.queue.pop()
+    rig.close()
+
+
+def test_row24_what_was_made_available_is_taken_back():
+    rig = Rig(8, layout="packed")
+    given = offer_read(rig)
+    rig.driver.publish()
+    assert rig.queue.enable_notification() is True  # it was seen
+    first = given.descriptors[0]
+    rig.driver.write_desc(first, rig.driver.read_desc(first)._replace(flags=AVAIL | USED | NEXT))
+    assert peek(rig) == ([], True)
+    with pytest.raises(DriverError, match="taken back"):
+        rig.queue.pop()
+    rig.close()
+
+
+def test_row27_a_list_whose_rest_is_not_available():
+    rig = Rig(8, layout="packed")
+    given = offer_read(rig)
+    rig.driver.publish()
+    second = given.descriptors[1]
+    raw = rig.driver.read_desc(second)
+    rig.driver.write_desc(second, raw._replace(flags=raw.flags ^ (AVAIL | USED)))
+    assert peek(rig) == ([], True)
+    with pytest.raises(DriverError, match="not available"):
+        rig.queue.pop()
+    rig.close()
+
+
+def test_room_is_taken_and_given_back_by_the_batch():
+    rig = Rig(8, layout="packed")
+    for _ in range(3):
+        offer_read(rig)
+        rig.driver.publish()
+        peek(rig)
+        rig.queue.use_peeked([513])
+        rig.queue.publish_used()
+        assert len(rig.all_used()) == 1
+    offer_read(rig)
+    rig.driver.publish()
+    peek(rig)
+    rig.queue.use_peeked([513])  # and not published: these three are still the device's
+    rig.driver.add_raw([PackedDesc(*DATA, NEXT | WRITE)] * 5 + [PackedDesc(*DATA, WRITE)])
+    rig.driver.publish()
+    with pytest.raises(DriverError, match="longer than the 5 descriptors that are free"):
+        rig.queue.pop()
+    rig.close()
+
+
+def test_what_was_seen_and_returned_is_not_missed_later(rig):
+    """A chain that came while kicks were asked for, say."""
+    offer_read(rig)
+    rig.driver.publish()
+    assert rig.queue.enable_notification() is True
+    assert len(peek(rig)[0]) == 1
+    rig.queue.use_peeked([513])
+    rig.queue.publish_used()
+    assert peek(rig) == ([], False)
+    assert rig.queue.pop() is None
+    assert rig.queue.enable_notification() is False
+
+
+def test_a_stop_ends_the_batch_between_two_requests(rig):
+    """What was begun is answered; what was not is still in the ring."""
+    for sector in (0, 8, 16):  # not one after the other, so each by itself
+        rig.driver.add([struct.pack("<LLQ", 0, 0, sector)], [Buffer(0x9000, 512), 1])
+    rig.driver.publish()
+    done = []
+
+    def carry_out(type, sector, end, views):
+        done.append(sector)
+        rig.queue.halt = len(done) == 2
+        return True
+
+    assert serve_usual(rig.queue, PLENTY, carry_out) is True
+    rig.queue.publish_used()
+    assert done == [0, 8]
+    assert len(rig.all_used()) == 2
+
+
+def offer_raw(rig, ident):
+    """A read in a packed ring, wherever that comes to lie."""
+    flags = NEXT, NEXT | WRITE, WRITE
+    rig.driver.add_raw(
+        [
+            PackedDesc(*part, flag, ident)
+            for part, flag in zip((HEAD, DATA, END), flags, strict=True)
+        ]
+    )
+    rig.driver.publish()
+
+
+@pytest.mark.parametrize("ident", [8, 0x7FFF, 0xFFFF])
+@pytest.mark.parametrize("indirect", [False, True])
+def test_row26_an_id_that_cannot_be(ident, indirect):
+    rig = Rig(8, layout="packed")
+    if indirect:
+        table = rig.driver.make_table([Element(*HEAD), Element(*DATA, WRITE), Element(*END, WRITE)])
+        rig.driver.add_raw([PackedDesc(table, 48, INDIRECT, ident)])
+        rig.driver.publish()
+    else:
+        offer_raw(rig, ident)
+    assert peek(rig) == ([], True)
+    with pytest.raises(DriverError, match=f"buffer id {ident}"):
+        rig.queue.pop()
     rig.close()
 
 
