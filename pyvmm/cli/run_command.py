@@ -42,11 +42,18 @@ class CommandLine:
 
 
 def for_image(command: Sequence[str], image: str | None) -> CommandLine:
-    """The command as a container image wants it to be run, if `image` is one."""
+    """The command as a container image wants it to be run, if `image` is one. Raises ConfigError
+    for an image of before there was an agent."""
     if image is not None:
         from pyvmm import images
 
-        process = images.machine_image(image, make=False).process
+        found = images.machine_image(image, make=False)
+        if not found.has_agent:
+            raise ConfigError(
+                f"the image {image} was made without the agent that runs commands",
+                cure=f"make it again: pyvmm image rm {image}, then pyvmm image build",
+            )
+        process = found.process
         if process is not None:
             argv = process.argv(tuple(command))
             return CommandLine(argv, process.env, process.cwd, process.user)

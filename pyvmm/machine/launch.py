@@ -43,6 +43,8 @@ class Attendant:
     def __init__(self, name: str, prepared: Prepared) -> None:
         self._name = name
         self._cmdline = prepared.entry.cmdline
+        # A guest that only serves its agent has nothing to say on a console.
+        self._is_silent = "pyvmm.exec=agent" in self._cmdline.split()
         # The serial port is always there; both are shown on the terminal.
         virtio = any(device.kind == "console" for device in prepared.spec.devices)
         self._consoles = ("ttyS0", "hvc0") if virtio else ("ttyS0",)
@@ -69,9 +71,11 @@ class Attendant:
     def look(self) -> None:
         """Say what is new since the last look: the most telling finding, or that all is silent."""
         waited = time.monotonic() - self._start
-        found = self.watcher.diagnosis or self.watcher.silence_hint(
-            self._cmdline, waited, patience=_SILENCE_SECONDS, consoles=self._consoles
-        )
+        found = self.watcher.diagnosis
+        if found is None and not self._is_silent:
+            found = self.watcher.silence_hint(
+                self._cmdline, waited, patience=_SILENCE_SECONDS, consoles=self._consoles
+            )
         if found is not None and found.kind not in self._said:
             self._said.add(found.kind)
             more = {"finding": found.kind, "message": found.message, "cure": found.cure}

@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 from agent_rig import compile_agent, needs_compiler, running
 
+from pyvmm import images
 from pyvmm.agent import Agent
 from pyvmm.cli import guest, run_command
 from pyvmm.cli.attached import attach, terminal_size
 from pyvmm.cli.commands import run_command as by_click
 from pyvmm.cli.quick import split_command
 from pyvmm.errors import ConfigError
+from pyvmm.images.bootable import MachineImage, Process
 from pyvmm.machine.device_vsock import Spec as Vsock
 from pyvmm.machine.spec import DiskSpec, VmSpec
 
@@ -88,6 +90,22 @@ def test_the_command_is_what_follows_the_first_two_dashes(words, options, comman
 )
 def test_a_place_is_here_or_in_a_vm(text: str, parts: tuple[str | None, str]) -> None:
     assert guest._split(text) == parts
+
+
+def test_an_image_without_the_agent_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    old = MachineImage("old", "kernel", "initrd", "disk")
+    monkeypatch.setattr(images, "machine_image", lambda name, make: old)
+    with pytest.raises(ConfigError, match="image old was made without the agent"):
+        run_command.for_image(["true"], "old")
+
+
+def test_a_container_image_says_how_a_command_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    process = Process(("/entry",), ("default",), ("A=b",), "/srv", "7:8")
+    image = MachineImage("box", "kernel", "initrd", "disk", has_agent=True, process=process)
+    monkeypatch.setattr(images, "machine_image", lambda name, make: image)
+    line = run_command.for_image(["own", "-x"], "box")
+    assert line.argv == ("/entry", "own", "-x")
+    assert (line.env, line.cwd, line.user) == (("A=b",), "/srv", "7:8")
 
 
 def test_a_guest_for_a_command_has_vsock_and_a_root_disk_to_throw_away() -> None:
