@@ -12,11 +12,31 @@ from typing import Any
 
 import pytest
 from disks import artifacts
-from guest import HANG_SECONDS, PYVMM, Guest, text, wait_until
+from guest import HANG_SECONDS, PYVMM, Guest, pump_into, text, wait_until
 
 from pyvmm.cli.choose import why_not_host
 
 pytestmark = pytest.mark.usefixtures("linux_guests")
+
+
+@dataclass(eq=False)
+class Detached(Guest):
+    """Its messages go to a file, which it may write to when `pyvmm run` has returned."""
+
+    log: Path = Path()
+
+    def _open(self) -> None:
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                self._argv,
+                env=self.environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                start_new_session=True,
+            )
+        assert self.process.stdout is not None
+        self._pumps = [pump_into(self.console, self.process.stdout.fileno())]
 
 
 @dataclass(frozen=True)
@@ -28,6 +48,7 @@ class Seen:
     console_code: int
     later_console: str
     events: list[dict[str, object]]
+    log: list[dict[str, object]]
     stats: dict[str, Any]
     top: str
     left: str
@@ -44,7 +65,9 @@ def read_until(process: subprocess.Popen[bytes], end: bytes) -> bytes:
 def boot_and_watch(folder: Path) -> Seen:
     files = artifacts("6.1")
     disk = f"{files.rootfs},readonly"
-    guest = Guest(files.vmlinux, files.initramfs, [disk], options=["--detach"])
+    options = ["--detach", "--log-format=json"]
+    guest = Detached(files.vmlinux, files.initramfs, [disk], options=options)
+    guest.log = folder / "log"
     guest.start()
     started = guest.process.wait(HANG_SECONDS), text(guest.console)
 
@@ -64,7 +87,9 @@ def boot_and_watch(folder: Path) -> Seen:
     console.stdin.write(b"echo typed-$((6 * 7))\n")
     console.stdin.flush()
     seen += read_until(console, b"typed-42")
-    stats = json.loads(guest.pyvmm("stats", "vm", "--json").stdout)
+    assert b"typed-42" in seen, guest.log.read_text()
+    stats = guest.pyvmm("stats", "vm", "--json")
+    assert stats.returncode == 0, stats.stderr + guest.log.read_text()
     top = guest.pyvmm("top", "vm", "--once").stdout
     console.stdin.write(b"echo c > /proc/sysrq-trigger\n")
     rest, _ = console.communicate(timeout=HANG_SECONDS)
@@ -78,7 +103,8 @@ def boot_and_watch(folder: Path) -> Seen:
         console_code=console.returncode,
         later_console=text(later_saw),
         events=[json.loads(line) for line in told.splitlines()],
-        stats=stats,
+        log=[json.loads(line) for line in guest.log.read_text().splitlines()],
+        stats=json.loads(stats.stdout),
         top=top,
         left=left,
     )
@@ -109,6 +135,17 @@ def test_its_events_tell_of_the_panic_and_the_end(boot: Seen) -> None:
     panic, ended = boot.events[1:]
     assert "sysrq triggered crash" in str(panic["message"])
     assert (ended["ending"], ended["exit_code"]) == ("panic", 11)
+
+
+@watched
+def test_its_messages_are_json_wherever_it_runs(boot: Seen) -> None:
+    last = boot.log[-1]
+    assert (last["vm"], last["level"], last["exit_code"]) == ("vm", "error", 11)
+    assert last["ending"] == "panic"
+    [finding] = [record for record in boot.log if record.get("finding") == "panic"]
+    assert "sysrq triggered crash" in str(finding["message"])
+    for record in boot.log:
+        assert {"time", "level", "message"} <= set(record)
 
 
 @watched
