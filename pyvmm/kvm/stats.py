@@ -32,13 +32,10 @@ class StatsFile(syscalls.Closable):
     """The statistics of a VM or a vCPU. They can still be read when that is closed."""
 
     def __init__(self, owner: int) -> None:
-        """`owner` is the VM's or vCPU's descriptor. Raises HostError (ENOTTY: an old kernel)."""
+        """`owner` is the VM's or vCPU's descriptor; a vCPU must not run yet, as KVM would wait
+        until it leaves the guest. Raises HostError (ENOTTY: an old kernel)."""
         self._fd = syscalls.ioctl(owner, uapi.KVM_GET_STATS_FD, 0, "KVM_GET_STATS_FD")
-        try:
-            self._descriptions, self._start, self._size = self._describe()
-        except BaseException:
-            self.close()
-            raise
+        self._layout: tuple[list[_Description], int, int] | None = None  # read when asked
 
     def _describe(self) -> tuple[list[_Description], int, int]:
         header = self._read(_HEADER.size, 0)
@@ -62,9 +59,12 @@ class StatsFile(syscalls.Closable):
 
     def read(self) -> Values:
         """All statistics by KVM's names, now. Raises HostError."""
-        data = memoryview(self._read(self._size, self._start)).cast("Q")
+        if self._layout is None:
+            self._layout = self._describe()
+        descriptions, start, size = self._layout
+        data = memoryview(self._read(size, start)).cast("Q")
         values: Values = {}
-        for name, count, offset in self._descriptions:
+        for name, count, offset in descriptions:
             first = offset // 8
             values[name] = data[first] if count == 1 else data[first : first + count].tolist()
         return values

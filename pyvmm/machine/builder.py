@@ -15,6 +15,7 @@ from pyvmm.boot import x86 as boot
 from pyvmm.bus import Bus, Handler
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.kvm import kick, uapi
+from pyvmm.kvm.stats import StatsFile
 from pyvmm.kvm.system import Kvm
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.kvm.vm import Vm
@@ -56,6 +57,7 @@ class Parts(NamedTuple):
     serial: Serial
     transports: tuple[MmioTransport, ...]
     vcpus: tuple[Vcpu, ...]
+    stats: tuple[StatsFile, ...] = ()  # of the vCPUs
     counts: AccessCounts | None = None  # where KVM does not count exits itself
 
 
@@ -157,8 +159,10 @@ def assemble(
         for device, slot in zip(prepared.devices, prepared.slots, strict=True)
     )
     vcpus = _add_vcpus(kvm, vm, prepared, closing)
-    counts = None if vm.check_extension(uapi.KVM_CAP_BINARY_STATS_FD) else AccessCounts()
-    return Parts(prepared, vm, ports, mmio, serial, transports, vcpus, counts)
+    if not vm.check_extension(uapi.KVM_CAP_BINARY_STATS_FD):
+        return Parts(prepared, vm, ports, mmio, serial, transports, vcpus, (), AccessCounts())
+    stats = tuple(closing.enter_context(StatsFile(vcpu.fd)) for vcpu in vcpus)
+    return Parts(prepared, vm, ports, mmio, serial, transports, vcpus, stats)
 
 
 def _add_memory(vm: Vm, memory: GuestMemory) -> None:

@@ -119,11 +119,6 @@ class MachineControl:
             self._stats = MachineStats(parts, parts.counts, self._start)
         return self._stats
 
-    def close(self) -> None:
-        """Nobody asks any more."""
-        if self._stats is not None:
-            self._stats.close()
-
     def stop(self) -> dict[str, Any]:
         """End the run as SIGTERM would."""
         self._machine.end(Outcome(Ending.TERMINATED, "ended by pyvmm stop"))

@@ -155,7 +155,6 @@ class _Answering:
         watch.events.emit("started")
         attendant.on_finding = watch.tell_finding
         control = MachineControl(machine, prepared, watch, self._resize_outside)
-        closing.callback(control.close)
         server = ControlServer(self._listener, control.methods())
         closing.callback(server.close)
         server.start()

@@ -9,9 +9,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
-from pyvmm.errors import HostError
-from pyvmm.host.syscalls import Closable
-from pyvmm.kvm.stats import StatsFile, Values
+from pyvmm.kvm.stats import Values
 from pyvmm.machine.builder import Parts
 from pyvmm.machine.run_loop import AccessCounts
 from pyvmm.transport.mmio import MmioTransport
@@ -22,22 +20,15 @@ Plain = dict[str, Any]
 _EXITS = "_exits"
 
 
-class MachineStats(Closable):
+class MachineStats:
     """The numbers of one machine. Made when somebody asks for the first time."""
 
     def __init__(self, parts: Parts, counted: AccessCounts | None, start: float) -> None:
         """`counted` is what pyvmm has counted itself, where KVM does not; `start` is when the run
-        began, by time.monotonic(). Raises HostError."""
+        began, by time.monotonic()."""
         self._parts = parts
         self._counted = counted
         self._start = start
-        self._files: list[StatsFile] = []
-        if counted is None:
-            try:
-                self._files = [StatsFile(vcpu.fd) for vcpu in parts.vcpus]
-            except HostError:
-                self.close()
-                raise
 
     def read(self) -> Plain:
         """All numbers, now. Raises HostError."""
@@ -62,12 +53,8 @@ class MachineStats(Closable):
                 "exits": exits_by_reason(values := file.read()),
                 "interrupts": values.get("irq_injections", 0),
             }
-            for vcpu, file in zip(self._parts.vcpus, self._files, strict=True)
+            for vcpu, file in zip(self._parts.vcpus, self._parts.stats, strict=True)
         ]
-
-    def close(self) -> None:
-        for file in self._files:
-            file.close()
 
 
 def exits_by_reason(values: Values) -> dict[str, int]:
