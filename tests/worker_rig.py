@@ -10,7 +10,7 @@ from queue_rig import Rig
 from pyvmm.testing import InterruptLine
 from pyvmm.testing.mmio_driver import SAFETY_TIMEOUT
 from pyvmm.virtio.device import Activation
-from pyvmm.virtio.worker import QueueDevice
+from pyvmm.virtio.worker import FOR_SOURCE, QueueDevice
 
 
 class Recorder:
@@ -92,3 +92,30 @@ def wait_for(condition):
     while not condition():
         assert time.monotonic() < deadline, "the worker hangs"
         time.sleep(0.0005)
+
+
+def receive_datagrams(device, queue):
+    """Serve `queue`: each datagram of the socket `device.ours` goes into the next chain."""
+    for chain in queue:
+        try:
+            data = device.ours.recv(64)
+        except BlockingIOError:
+            queue.step_back()
+            return FOR_SOURCE
+        chain.writer().write(data)
+        queue.add_used(chain, len(data))
+    return None
+
+
+def send_datagrams(device, queue):
+    """Serve `queue`: each chain goes to the socket `device.ours`; `device.full` counts when it took
+    no more."""
+    for chain in queue:
+        try:
+            device.ours.send(chain.reader().read(chain.readable_size))
+        except BlockingIOError:
+            queue.step_back()
+            device.full += 1
+            return FOR_SOURCE
+        queue.add_used(chain, 0)
+    return None

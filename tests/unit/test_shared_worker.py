@@ -6,14 +6,14 @@ import socket
 import threading
 
 import pytest
-from worker_rig import Bench, Echo, wait_for
+from worker_rig import Bench, Echo, receive_datagrams, send_datagrams, wait_for
 
 from pyvmm.errors import DriverError
 from pyvmm.host.waiter import Source
 from pyvmm.testing.mmio_driver import SAFETY_TIMEOUT
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.shared_worker import SharedWorker
-from pyvmm.virtio.worker import AT_ONCE, FOR_SOURCE, Rest
+from pyvmm.virtio.worker import AT_ONCE, Rest
 
 
 class Shared(VirtioDevice):
@@ -149,26 +149,10 @@ class Duplex(Shared):
         return self._receive(queue) if queue.index else self._send(queue)
 
     def _send(self, queue):
-        for chain in queue:
-            try:
-                self.ours.send(chain.reader().read(chain.readable_size))
-            except BlockingIOError:
-                queue.step_back()
-                self.full += 1
-                return FOR_SOURCE
-            queue.add_used(chain, 0)
-        return None
+        return send_datagrams(self, queue)
 
     def _receive(self, queue):
-        for chain in queue:
-            try:
-                data = self.ours.recv(64)
-            except BlockingIOError:
-                queue.step_back()
-                return FOR_SOURCE
-            chain.writer().write(data)
-            queue.add_used(chain, len(data))
-        return None
+        return receive_datagrams(self, queue)
 
     def reset(self):
         super().reset()

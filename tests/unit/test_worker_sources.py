@@ -7,7 +7,7 @@ import socket
 import time
 
 import pytest
-from worker_rig import Bench, wait_for
+from worker_rig import Bench, receive_datagrams, send_datagrams, wait_for
 
 from pyvmm.host.waiter import Source
 from pyvmm.virtio.worker import AT_ONCE, FOR_SOURCE, QueueDevice, Rest
@@ -28,15 +28,7 @@ class Receiver(QueueDevice):
 
     def serve(self, queue):
         self.passes += 1
-        for chain in queue:
-            try:
-                data = self.ours.recv(64)
-            except BlockingIOError:
-                queue.step_back()
-                return FOR_SOURCE
-            chain.writer().write(data)
-            queue.add_used(chain, len(data))
-        return None
+        return receive_datagrams(self, queue)
 
 
 class Sender(QueueDevice):
@@ -55,15 +47,7 @@ class Sender(QueueDevice):
 
     def serve(self, queue):
         self.passes += 1
-        for chain in queue:
-            try:
-                self.ours.send(chain.reader().read(chain.readable_size))
-            except BlockingIOError:
-                queue.step_back()
-                self.full += 1
-                return FOR_SOURCE
-            queue.add_used(chain, 0)
-        return None
+        return send_datagrams(self, queue)
 
 
 class Ticker(QueueDevice):
