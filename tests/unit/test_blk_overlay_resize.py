@@ -14,12 +14,12 @@ from types import SimpleNamespace
 
 import pytest
 from blk_rig import Rig, file_backend, running
+from overlay_rig import Journal
 
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.machine.control import MachineControl
 from pyvmm.machine.spec import DiskSpec, VmSpec
 from pyvmm.testing.blk_driver import IOERR, OK
-from pyvmm.virtio.blk import overlay as overlay_module
 from pyvmm.virtio.blk.backend import Backend, FileBackend
 from pyvmm.virtio.blk.overlay import OverlayBackend, open_snapshot
 from pyvmm.virtio.blk.overlay_file import identity, open_overlay
@@ -208,37 +208,22 @@ def test_a_full_file_system_leaves_the_disk_as_it_is(
 # --- the power fails ------------------------------------------------------------------------------
 
 
-class Journal:
-    """What was written to the overlay's file and when it was synced, in order."""
+class ResizeJournal(Journal):
+    """What else a resize writes, too: zeroes, and the header."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.steps: list[tuple[int, bytes] | None] = []  # None is a sync
-        real_write, real_zeroes = FileBackend.writev, FileBackend.write_zeroes
-        real_pages, real_pwrite = overlay_module.pwritev_all, os.pwrite
-
-        def writev(disk: FileBackend, views: list[memoryview], size: int, offset: int) -> None:
-            real_write(disk, views, size, offset)
-            self.steps.append((offset, b"".join(views)))
+        super().__init__(monkeypatch)
+        real_zeroes, real_pwrite = FileBackend.write_zeroes, os.pwrite
 
         def write_zeroes(disk: FileBackend, offset: int, size: int, may_unmap: bool) -> None:
             real_zeroes(disk, offset, size, may_unmap)
             self.steps.append((offset, bytes(size)))
 
-        def write_pages(fd: int, views: list[memoryview], offset: int) -> int:
-            self.steps.append((offset, b"".join(views)))
-            return real_pages(fd, views, offset)
-
         def pwrite(fd: int, data: bytes, offset: int) -> int:
             self.steps.append((offset, data))
             return real_pwrite(fd, data, offset)
 
-        def flush(disk: FileBackend) -> None:
-            self.steps.append(None)
-
-        monkeypatch.setattr(FileBackend, "writev", writev)
         monkeypatch.setattr(FileBackend, "write_zeroes", write_zeroes)
-        monkeypatch.setattr(FileBackend, "flush", flush)
-        monkeypatch.setattr(overlay_module, "pwritev_all", write_pages)
         monkeypatch.setattr(os, "pwrite", pwrite)
 
 
@@ -253,7 +238,7 @@ def test_row58_no_crash_while_it_is_resized_shows_other_data(
     with ExitStack() as closing:
         disk = kept(base_path, path, closing)
         empty = path.read_bytes()
-        journal = Journal(monkeypatch)
+        journal = ResizeJournal(monkeypatch)
         model = bytearray(base_path.read_bytes())
         # What each byte may be: each state of the disk since the last one that is safe.
         states: list[tuple[int, bytes]] = [(0, bytes(model))]
