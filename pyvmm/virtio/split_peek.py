@@ -26,7 +26,7 @@ from pyvmm.virtio.ring import (
 if TYPE_CHECKING:
     from pyvmm.virtio.queue import Journal
 
-_unpack_desc = Struct("<QIHH").unpack_from  # struct virtq_desc: addr, len, flags, next
+unpack_desc = Struct("<QIHH").unpack_from  # struct virtq_desc: addr, len, flags, next
 _unpack_three = Struct("<" + 3 * "QIHH").unpack_from
 
 
@@ -82,7 +82,7 @@ class SplitPeek(Ring):
                     place = head
                     a, la, fa, na, b, lb, fb, nb, c, lc, fc, _ = unpack(table, head * DESC_SIZE)
                 else:
-                    a, la, fa, na = _unpack_desc(table, head * DESC_SIZE)
+                    a, la, fa, na = unpack_desc(table, head * DESC_SIZE)
                 if fa == indirect and la == three:
                     place = 0
                     a, la, fa, na, b, lb, fb, nb, c, lc, fc, _ = unpack(readable[a, la])

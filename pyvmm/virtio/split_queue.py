@@ -11,7 +11,6 @@ nothing has been consumed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from struct import Struct
 from typing import TYPE_CHECKING
 
 from pyvmm.errors import DriverError
@@ -38,15 +37,13 @@ from pyvmm.virtio.ring import (
     MAX_USED_LENGTH,
     UNSETTLED,
 )
-from pyvmm.virtio.split_peek import SplitPeek
+from pyvmm.virtio.split_peek import SplitPeek, unpack_desc
 
 if TYPE_CHECKING:
     from pyvmm.virtio.queue import Journal
 
 AVAIL_F_NO_INTERRUPT = 1
 USED_F_NO_NOTIFY = 1
-
-_unpack_desc = Struct("<QIHH").unpack_from  # struct virtq_desc: addr, len, flags, next
 
 _TABLE = "2.7.5 The Virtqueue Descriptor Table"
 _TABLE_DRIVER = "2.7.5.2 Driver Requirements: The Virtqueue Descriptor Table"
@@ -128,7 +125,7 @@ class SplitQueue(SplitPeek):
         regions = self._ram.memory.regions
         start = end = 0
         avail, table, mask, size = self._avail, self._table, self._mask, self.size
-        busy, batch, taken, unpack = self._busy_until, self._batch, self._taken, _unpack_desc
+        busy, batch, taken, unpack = self._busy_until, self._batch, self._taken, unpack_desc
         position = self._next_avail
         unseen = (self._seen_avail - position) & 0xFFFF
         if unseen < most:
@@ -204,7 +201,7 @@ class SplitQueue(SplitPeek):
     def _walk(self, head: int, position: int) -> DescriptorChain:
         readable: list[Part] = []
         writable: list[Part] = []
-        table, unpack = self._table, _unpack_desc
+        table, unpack = self._table, unpack_desc
         bound = left = self.size
         to_read = to_write = 0
         writing = indirect = False
