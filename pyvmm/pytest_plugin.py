@@ -30,6 +30,8 @@ RUINED = [
     "did not start within",
     "no agent answers in the guest after",
     "KVM_EXIT_SHUTDOWN: triple fault",
+    "the guest triple-faulted",
+    "from pytest-timeout",
     "the emulated KVM host stopped",
 ]
 
