@@ -131,6 +131,21 @@ def test_a_flood_of_connections_leaves_a_short_log(server):
     assert len(text.splitlines()) < 100
 
 
+def test_a_server_that_was_killed_leaves_no_connection_behind(server):
+    """Neither its front end nor the image's lock waits for somebody who never comes back."""
+    with server.front_end() as driver:
+        driver.start()
+        assert BlockDriver(driver).read(0, 512).status == OK
+        server.process.kill()
+        server.process.wait()
+        driver.wait_gone()
+    again = Server(server.path.parent)
+    try:
+        assert again.reads()
+    finally:
+        assert again.end()[0] == 0
+
+
 def test_a_socket_of_somebody_who_died_is_replaced(server):
     wait_for_socket(server)
     server.process.kill()

@@ -16,7 +16,7 @@ import socket
 from collections.abc import Iterator
 
 from pyvmm.errors import PyvmmError
-from pyvmm.host import unix_socket
+from pyvmm.host import parent, unix_socket
 from pyvmm.host.log import RateLimited, Sink
 from pyvmm.host.syscalls import EventFd
 from pyvmm.transport.vhost_user.back_end import BackEnd
@@ -87,10 +87,13 @@ def _serve_in_child(
     trace: Trace | None,
 ) -> None:
     log(f"front end connected (PID {unix_socket.peer_pid(connection)})")
+    own_pid = os.getpid()
     child = os.fork()
     if child == 0:
         code = _DEFECT
         try:
+            # Else it would hold the image's lock, and the front end, against whoever follows us.
+            parent.end_with(own_pid)
             listener.close()
             for number in _ENDING:
                 signal.signal(number, signal.SIG_DFL)
