@@ -11,6 +11,11 @@ from pyvmm.machine.spec import parse_disk
 
 MAX_QUEUES = 16
 MAX_POLL = 1000  # microseconds
+# A ring's size is the front end's choice, and nothing tells it of a limit: 128 with QEMU and Cloud
+# Hypervisor, 256 with Firecracker, 512 with SPDK. No chain may be longer than its ring, so
+# requests are for the smallest of these.
+MAX_QUEUE_SIZE = 1024
+SEG_MAX = 126  # and header and status
 
 EPILOG = """\b
 Example, with QEMU (10 or 7.2) as the monitor:
@@ -85,7 +90,13 @@ def vhost_user_blk(path: str, disk: str, queues: int, poll: int, debug: bool) ->
     with ExitStack() as closing:
         backend = open_backend(spec, closing)
         device = BlockDevice(
-            backend, name=name, serial=name, block_size=spec.block_size, num_queues=queues
+            backend,
+            name=name,
+            serial=name,
+            block_size=spec.block_size,
+            num_queues=queues,
+            queue_size=MAX_QUEUE_SIZE,
+            seg_max=SEG_MAX,
         )
         # Threads that poll would keep the interpreter from each other.
         device.poll_ns = poll * 1000 if queues == 1 else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 import threading
 
@@ -15,6 +16,7 @@ from pyvmm.testing.blk_driver import OK, BlockDriver
 from pyvmm.testing.ring import Buffer
 from pyvmm.testing.vhost_user_driver import (
     ADD_MEM_REG,
+    GET_CONFIG,
     GET_MAX_MEM_SLOTS,
     GET_PROTOCOL_FEATURES,
     GET_QUEUE_NUM,
@@ -29,8 +31,12 @@ from pyvmm.testing.vhost_user_driver import (
     RESET_OWNER,
     SET_CONFIG,
     SET_FEATURES,
+    SET_VRING_ADDR,
+    SET_VRING_BASE,
     SET_VRING_CALL,
     SET_VRING_ENABLE,
+    SET_VRING_KICK,
+    SET_VRING_NUM,
     Refused,
 )
 from pyvmm.virtio.blk.backend import FileBackend
@@ -97,6 +103,41 @@ def test_without_any_protocol_feature_rings_start_enabled():
         rig.driver.lend()
         rig.driver.lay_out(0, 16)
         rig.driver.set_up(0)
+        assert rig.echoes()
+
+
+@pytest.mark.parametrize(
+    "order", [*itertools.permutations("NAKE"), *itertools.permutations("NBAKE")], ids="".join
+)
+def test_a_ring_is_set_up_in_any_order(order):
+    """Size, base, addresses, kick, enable: it runs from the last of them on. (A base that is not
+    where rings begin has to come before that; it is, here.)"""
+    with connected(Echo()) as rig:
+        driver = rig.driver
+        driver.negotiate()
+        driver.lend()
+        queue = driver.lay_out(0, 16)
+        tell = {
+            "N": lambda: driver.tell_vring(SET_VRING_NUM, 0, queue.size),
+            "B": lambda: driver.tell_vring(SET_VRING_BASE, 0, 0),
+            "A": lambda: driver.tell(SET_VRING_ADDR, driver.addresses(0)),
+            "K": lambda: driver.tell_u64(SET_VRING_KICK, 0, [driver.kicks[0].fd]),
+            "E": lambda: driver.tell_vring(SET_VRING_ENABLE, 0, 1),
+        }
+        for what in order:
+            tell[what]()
+        assert rig.echoes()
+
+
+def test_a_ring_that_waits_for_its_kick_alone_can_still_be_given_another_base():
+    with connected(Echo()) as rig:
+        driver = rig.driver
+        driver.start(sizes=(16,))
+        assert rig.echoes() and rig.echoes()
+        assert driver.stop() == 2
+        driver.tell_vring(SET_VRING_BASE, 0, 0)
+        driver.tell_vring(SET_VRING_BASE, 0, 2)
+        driver.tell_u64(SET_VRING_KICK, 0, [driver.kicks[0].fd])
         assert rig.echoes()
 
 
@@ -185,6 +226,18 @@ def test_packed_rings_work_and_go_on_where_they_were_stopped(size):
         rig.driver.set_up(0, base)
         assert rig.driver.wait_used(0, chain).written == 13
         for _ in range(20):
+            assert rig.echoes()
+
+
+def test_a_packed_ring_that_starts_where_spdk_and_dpdk_say():
+    """The available half of the base alone, as the specification of vhost-user once had it."""
+    with connected(Echo(packed=True)) as rig:
+        driver = rig.driver
+        driver.negotiate()
+        driver.lend()
+        driver.lay_out(0, 16)
+        driver.set_up(0, 0x8000)
+        for _ in range(40):
             assert rig.echoes()
 
 
@@ -305,6 +358,16 @@ def test_the_configuration_space_is_read_and_written():
         assert driver.config(0, 13) == b"configuration"
         assert driver.config(12, 4) == b"n\0\0\0"
         driver.tell(SET_CONFIG, struct.pack("=III", 3, 2, 0) + b"XY")
+        assert driver.config(0, 6) == b"conXYg"
+
+
+def test_a_message_may_have_room_for_more_configuration_than_it_is_about():
+    """SPDK sends 256 bytes whatever it asks for, and expects as many."""
+    with started() as rig:
+        driver = rig.driver
+        asked = struct.pack("=III", 0, 4, 0) + bytes(256)
+        assert driver.ask(GET_CONFIG, asked) == struct.pack("=III", 0, 4, 0) + b"conf" + bytes(252)
+        driver.tell(SET_CONFIG, struct.pack("=III", 3, 2, 0) + b"XYZ".ljust(256, b"?"))
         assert driver.config(0, 6) == b"conXYg"
 
 

@@ -131,6 +131,20 @@ def test_a_flood_of_connections_leaves_a_short_log(server):
     assert len(text.splitlines()) < 100
 
 
+@pytest.mark.parametrize("size", [128, 512, 1024])
+def test_rings_of_the_sizes_that_front_ends_use(server, size):
+    """QEMU's and SPDK's, and the most that others serve; a chain as long as the guest may make one
+    fits into the smallest."""
+    with server.front_end() as driver:
+        driver.start(sizes=(size,))
+        [seg_max] = struct.unpack("<I", driver.config(12, 4))
+        assert 64 <= seg_max <= 126
+        header = struct.pack("<LLQ", 0, 0, 0)
+        written, data = driver.request(0, [header], [*[512] * seg_max, 1], indirect=True)
+        assert written == seg_max * 512 + 1
+        assert data[-1] == OK
+
+
 def test_a_server_that_was_killed_leaves_no_connection_behind(server):
     """Neither its front end nor the image's lock waits for somebody who never comes back."""
     with server.front_end() as driver:

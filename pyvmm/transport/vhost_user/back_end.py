@@ -233,6 +233,7 @@ class BackEnd:
 
     def set_vring_num(self, index: int, num: int) -> None:
         self._vring(index).set_size(num, packed=self._packed)
+        self._apply()
 
     def set_vring_addr(
         self, index: int, flags: int, desc: int, used: int, avail: int, log: int
@@ -316,14 +317,15 @@ class BackEnd:
         offset, size, flags = self._config_header(message)
         if flags is None:
             return b""  # "zero length of payload to indicate an error"
-        value = self.negotiation.read_config(offset, size)
-        return protocol.CONFIG_HEADER.pack(offset, size, flags) + value.to_bytes(size, "little")
+        value = self.negotiation.read_config(offset, size).to_bytes(size, "little")
+        answer = protocol.CONFIG_HEADER.pack(offset, size, flags) + value
+        return answer.ljust(len(message.payload), b"\0")  # as long as what asked for it
 
     def set_config(self, message: Message) -> None:
         offset, size, flags = self._config_header(message)
         if flags is None:
             raise FrontEndError("it does not describe a part of the configuration space")
-        data = message.payload[protocol.CONFIG_HEADER.size :]
+        data = message.payload[protocol.CONFIG_HEADER.size :][:size]
         self.negotiation.write_config(offset, size, int.from_bytes(data, "little"))
 
     @staticmethod
@@ -332,7 +334,8 @@ class BackEnd:
         if len(message.payload) < header.size:
             return 0, 0, None
         offset, size, flags = header.unpack_from(message.payload)
-        whole = len(message.payload) == header.size + size
+        # SPDK sends all of its 256 bytes, used or not.
+        whole = len(message.payload) >= header.size + size
         inside = size > 0 and offset + size <= protocol.MAX_CONFIG
         return offset, size, flags if whole and inside and flags in protocol.CONFIG_FLAGS else None
 

@@ -6,7 +6,7 @@ from pyvmm.errors import DriverError
 from pyvmm.transport.vhost_user.front_end_fd import FrontEndFd
 from pyvmm.transport.vhost_user.memory_table import MemoryTable
 from pyvmm.transport.vhost_user.protocol import FrontEndError
-from pyvmm.virtio.queue_state import QueueConfig, QueueState, is_valid_size, size_rule
+from pyvmm.virtio.queue_state import WRAP, QueueConfig, QueueState, is_valid_size, size_rule
 
 _POSITION = "2.7.8 The Virtqueue Used Ring"
 
@@ -37,29 +37,32 @@ class Vring:
         return self.started and self.enabled and bool(self.size) and self.addresses is not None
 
     def set_size(self, size: int, *, packed: bool) -> None:
-        """Raises FrontEndError for a size that cannot be, or in a ring that is started."""
-        self._check_stopped("size")
+        """Raises FrontEndError for a size that cannot be, or another one in a ring that runs."""
+        if size != self.size:
+            self._check_stopped("size")
         if not is_valid_size(size, self.max_size, packed=packed):
             rule = size_rule(self.max_size, packed=packed)
             raise FrontEndError(f"ring {self.index}: {size} is not {rule}")
         self.size = size
 
     def set_addresses(self, addresses: tuple[int, int, int]) -> None:
-        """Raises FrontEndError for others in a ring that is started."""
+        """Raises FrontEndError for others in a ring that runs."""
         if addresses != self.addresses:
             self._check_stopped("address")
             self.addresses = addresses
 
     def set_base(self, base: int, *, packed: bool) -> None:
-        """Raises FrontEndError for what is no position, or in a ring that is started."""
-        self._check_stopped("base")
+        """Raises FrontEndError for what is no position, or another one in a ring that runs."""
+        if base != self.base:
+            self._check_stopped("base")
         if base > 0xFFFF and not packed:
             raise FrontEndError(f"ring {self.index}: {base:#x} is no position in it")
         self.base = base
 
     def _check_stopped(self, what: str) -> None:
-        if self.started:
-            raise FrontEndError(f"ring {self.index}: {what} changed while it is started")
+        # The kick may come before all the rest: front ends keep to no order.
+        if self.runnable:
+            raise FrontEndError(f"ring {self.index}: {what} changed while it runs")
 
     def config(self, table: MemoryTable) -> QueueConfig:
         """The queue in guest addresses. Raises FrontEndError for a user address outside memory;
@@ -78,6 +81,10 @@ class Vring:
         config.validate(table.memory, packed=packed)
         if packed:
             used = self.base >> 16
+            if not used and self.base & WRAP:
+                # SPDK and DPDK give the available half alone. Read by the letter that is a ring
+                # which is taken whole, and such a base is none of ours: we return all we take.
+                used = self.base
         else:
             used = int.from_bytes(table.memory.read(config.used_addr + 2, 2), "little")
             if (self.base - used) & 0xFFFF > config.size:

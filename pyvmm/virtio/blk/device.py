@@ -105,6 +105,7 @@ class BlockDevice(QueueDevice):
         queue_size: int = 256,
         num_queues: int = 1,
         block_size: int = 0,
+        seg_max: int = 0,
         stop: Callable[[str], None] | None = None,
         ring_features: int = RING_FEATURES,
         trace: Callable[[object], None] | None = None,
@@ -113,10 +114,11 @@ class BlockDevice(QueueDevice):
         """Put a device in front of `backend`, which it does not close.
 
         `block_size` is what the guest takes for the logical block, in bytes, if not the backend's
-        own. `stop` is told in one line of the first failure of the host; that request is never
-        answered and nothing more is served. Without it a failure is IOERR for the guest. `trace`
-        gets a `BlockEvent` for each request; `log` one line for each that failed, and is limited
-        in rate unless given.
+        own. `seg_max` is how many pieces a request's data may have, if not as many as a chain in a
+        queue of `queue_size` has room for. `stop` is told in one line of the first failure of the
+        host; that request is never answered and nothing more is served. Without it a failure is
+        IOERR for the guest. `trace` gets a `BlockEvent` for each request; `log` one line for each
+        that failed, and is limited in rate unless given.
         `ring_features` are the bits of the rings that it offers. VIRTIO_F_IN_ORDER may be one of
         them, as each queue's thread carries out one request after the other.
         """
@@ -132,7 +134,8 @@ class BlockDevice(QueueDevice):
             *((VIRTIO_BLK_F_DISCARD,) if _discards(backend) else ()),
             *((VIRTIO_BLK_F_MQ,) if num_queues > 1 else ()),
         )
-        self._config = _config_of(backend, queue_size, num_queues, block_size).encode()
+        seg_max = seg_max or max(1, queue_size - 2)  # a chain holds header and status as well
+        self._config = _config_of(backend, seg_max, num_queues, block_size).encode()
         self._id = (serial or name).encode()[:VIRTIO_BLK_ID_BYTES].ljust(VIRTIO_BLK_ID_BYTES, b"\0")
         self._backend = backend
         self._capacity = backend.size_sectors
@@ -443,7 +446,7 @@ def _discards(backend: Backend) -> bool:
     return backend.can_discard and not backend.read_only
 
 
-def _config_of(backend: Backend, queue_size: int, num_queues: int, block_size: int) -> BlockConfig:
+def _config_of(backend: Backend, seg_max: int, num_queues: int, block_size: int) -> BlockConfig:
     """struct virtio_blk_config: zero where the feature is not offered (5.2.4)."""
     sizes = backend.block_sizes
     if block_size:
@@ -451,7 +454,7 @@ def _config_of(backend: Backend, queue_size: int, num_queues: int, block_size: i
     discards, zeroes = _discards(backend), not backend.read_only
     return BlockConfig(
         capacity=backend.size_sectors,
-        seg_max=max(1, queue_size - 2),  # a chain holds the header and the status as well
+        seg_max=seg_max,
         num_queues=num_queues if num_queues > 1 else 0,
         max_discard_sectors=MAX_DISCARD_SECTORS if discards else 0,
         max_discard_seg=MAX_RANGE_SEGMENTS if discards else 0,
