@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
+import lzma
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -194,6 +196,9 @@ def test_large_and_sparse_files_come_whole(over) -> None:
 # --- how they are stored --------------------------------------------------------------------------
 
 
+OTHER_FRAME = b"\x50\x2a\x4d\x18\x04\0\0\0more"  # pzstd writes it first, zstd:chunked last
+
+
 @pytest.mark.parametrize(
     "compress",
     [
@@ -202,13 +207,29 @@ def test_large_and_sparse_files_come_whole(over) -> None:
         bytes,
         lambda data: gzip.compress(data[:700]) + gzip.compress(data[700:]),
         lambda data: zstandard.compress(data[:700]) + zstandard.compress(data[700:]),
+        lambda data: OTHER_FRAME + zstandard.compress(data),
+        lambda data: zstandard.compress(data) + OTHER_FRAME,
+        bz2.compress,
+        lzma.compress,
+        lambda data: bz2.compress(data[:700]) + bz2.compress(data[700:]),
+        lambda data: lzma.compress(data[:700]) + bytes(8) + lzma.compress(data[700:]) + bytes(4),
     ],
-    ids=["gzip", "zstd", "plain", "gzip in two members", "zstd in two frames"],
+    ids=[
+        *("gzip", "zstd", "plain", "gzip in two members", "zstd in two frames"),
+        *("zstd behind another frame", "zstd and another frame", "bzip2", "xz"),
+        *("bzip2 in two streams", "xz in two streams"),
+    ],
 )
 def test_layers_may_be_compressed(open_image, compress) -> None:
     layout = Layout()
     layout.add([layer(member("a", data=b"hello"))], compress=compress)
     assert files(open_image(layout)) == {"a": b"hello"}
+
+
+def test_a_layer_may_have_nothing_in_it_not_even_its_end(over, open_image) -> None:
+    layout = Layout()
+    layout.add([layer(member("a")), b"", bytes(1024)])
+    assert files(open_image(layout)) == {"a": b""}
 
 
 def test_a_layout_may_be_a_directory(tmp_path: Path) -> None:
@@ -228,9 +249,10 @@ def test_what_docker_save_writes(tmp_path: Path) -> None:
     assert files(tree) == {"b": b""}
 
 
-def test_a_compressed_archive_is_unpacked_first(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compress", [gzip.compress, lzma.compress], ids=["gzip", "xz"])
+def test_a_compressed_archive_is_unpacked_first(tmp_path: Path, compress) -> None:
     path = Path(docker_archive(tmp_path / "d.tar", [layer(member("a", data=b"1"))]))
-    path.write_bytes(gzip.compress(path.read_bytes()))
+    path.write_bytes(compress(path.read_bytes()))
     tree, _ = load("docker-archive", str(path), None, str(tmp_path), MOST, Progress(quiet=True))
     assert files(tree) == {"a": b"1"}
 
@@ -271,6 +293,74 @@ def test_of_several_platforms_ours_is_taken_also_out_of_an_index_in_the_index(op
     inner, size = layout.json_blob({"schemaVersion": 2, "manifests": layout.manifests})
     layout.manifests = [{"mediaType": INDEX, "digest": inner, "size": size}]
     assert files(open_image(layout)) == {"amd64": b""}
+
+
+def test_one_image_under_two_names_is_one(open_image) -> None:
+    layout = Layout()
+    first = layout.add([layer(member("a"))], name="one")
+    second = {"org.opencontainers.image.ref.name": "two"}
+    layout.manifests.append({**first, "annotations": second})
+    for name in (None, "one", "two"):
+        assert files(open_image(layout, name)) == {"a": b""}
+
+
+def test_of_several_sorts_of_a_processor_the_plainest_is_taken(open_image) -> None:
+    platform = {"os": "linux", "architecture": "amd64"}
+    for sorts in (("v3", None), ("v3", "v2")):
+        layout = Layout()
+        for sort in sorts:
+            more = {"variant": sort} if sort else {}
+            layout.add([layer(member(f"for-{sort}"))], platform={**platform, **more})
+        assert files(open_image(layout)) == {f"for-{sorts[1]}": b""}
+
+
+def test_what_says_that_it_is_no_image_is_none(open_image) -> None:
+    layout = Layout()
+    layout.add([layer(member("a"))])
+    layout.add([layer(member("signature"))])["artifactType"] = "application/spdx+json"
+    assert files(open_image(layout)) == {"a": b""}
+
+
+def test_containerd_s_names_are_found_as_people_say_them(open_image) -> None:
+    layout = Layout()
+    for name in ("alpine", "busybox"):
+        layout.add([layer(member(name))], name="3")["annotations"] |= {
+            "io.containerd.image.name": f"docker.io/library/{name}:3"
+        }
+    assert files(open_image(layout, "busybox:3")) == {"busybox": b""}
+    with pytest.raises(Refused, match=r"name one, .*'docker.io/library/alpine:3'"):
+        open_image(layout, "3")
+
+
+def test_two_images_of_one_name_cannot_be_told_apart(open_image, tmp_path: Path) -> None:
+    layout = Layout()
+    for name in ("one", "two"):
+        layout.add([layer(member(name))], name="same")
+    with pytest.raises(Refused, match="has 2 images called 'same'; save the one that you want"):
+        open_image(layout, "same")
+
+
+def test_what_is_saved_otherwise_is_told_with_how_to_read_it(tmp_path: Path) -> None:
+    layout = Layout()
+    layout.add([layer(member("a"))])
+    oci = layout.archive(tmp_path / "oci.tar")
+    docker = docker_archive(tmp_path / "docker.tar", [layer(member("a"))])
+    exported = tmp_path / "exported.tar"
+    exported.write_bytes(layer(directory("etc"), member("etc/passwd")))
+    folder = tmp_path / "dir"
+    folder.mkdir()
+    (folder / "manifest.json").write_text("{}")
+    for kind, path, cure in (
+        ("docker-archive", oci, "use oci-archive:"),
+        ("oci-archive", docker, "use docker-archive:"),
+        ("oci-archive", str(exported), "docker export writes none"),
+        ("docker-archive", str(exported), "docker export writes none"),
+        ("oci", str(folder), "skopeo copy dir:"),
+    ):
+        with pytest.raises(Refused, match=cure):
+            load(kind, path, None, str(tmp_path), MOST, Progress(quiet=True))
+    with pytest.raises(ConfigError, match="write docker-archive:FILE"):
+        split_source("docker-archive", "")
 
 
 def test_an_image_for_another_architecture_is_told(open_image) -> None:
@@ -335,6 +425,17 @@ def test_entrypoint_command_and_environment(tree) -> None:
     assert found.argv(("other",)) == ("/e", "other")
     assert found.cwd == "/srv" and "X=1=2" in found.env
     assert any(line.startswith("PATH=/") for line in found.env)
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [("/srv/", "/srv"), ("/.", "/"), ("//", "/"), ("//srv//www/.", "/srv/www"), ("/a/../b", "/b")],
+)
+def test_a_working_directory_is_where_it_leads(tree, said: str, meant: str) -> None:
+    found = process.read({"WorkingDir": said}, tree)
+    assert found.cwd == meant
+    guest.prepare(tree, found, dict.fromkeys(("busybox", "agent", *guest.SCRIPTS), b""), name="x")
+    assert tree.find(meant).is_directory
 
 
 @pytest.mark.parametrize(

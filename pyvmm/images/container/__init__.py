@@ -2,6 +2,7 @@
 
     store      the archive's or directory's files, by name
     manifest   which of the images in it, and its layers
+    unpack     gzip, zstd, bzip2, xz
     layers     a layer's bytes: unpacked, counted, and checked against their digests
     members    a layer's tar members, each checked
     tree       the layers put over one another, in memory; file contents lie in one spool file

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import re
 from collections.abc import Callable
 from typing import IO, Any
 
 from pyvmm.images.container.refusal import Refused, shown
+from pyvmm.images.container.unpack import unpacker
 
 _DIGEST = re.compile(r"(sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})")
 _CHUNK = 1 << 16
-_ZSTD_WINDOW = 128 << 20  # bytes of memory that a frame may ask for; `zstd --long` makes such
-_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 
 
 def check_digest(digest: object) -> str:
@@ -23,14 +21,23 @@ def check_digest(digest: object) -> str:
     return digest
 
 
-def verifier(digest: str) -> Callable[[bytes], None]:
-    """A function that raises Refused for bytes whose digest is another one."""
+def check_size(size: object) -> int | None:
+    """`size` if it is one, or there is none: the digest says enough. Raises Refused."""
+    if size is None or (type(size) is int and size >= 0):
+        return size
+    raise Refused(f"{shown(str(size)[:100])} is no size")
+
+
+def verifier(digest: str, size: int | None) -> Callable[[bytes], None]:
+    """A function that raises Refused for bytes whose digest or number is another one."""
 
     def check(data: bytes) -> None:
         found = _hash_of(digest)
         found.update(data)
         if _hex(found) != digest.partition(":")[2]:
             raise Refused(f"what is to be {digest[:19]}… is not")
+        if size not in (None, len(data)):
+            raise Refused(f"what is to have {size} bytes has {len(data)}")
 
     return check
 
@@ -53,7 +60,8 @@ class Budget:
 class LayerStream:
     """What a layer unpacks to, to be read to its end and then `finish`ed.
 
-    `digest` is of the stored bytes, `diff_id` of the unpacked ones; None is not checked.
+    `digest` and `size` are of the stored bytes, `diff_id` of the unpacked ones; None is not
+    checked.
     `advance` hears how many stored bytes were read.
     """
 
@@ -62,15 +70,16 @@ class LayerStream:
         stored: IO[bytes],
         *,
         digest: str | None,
+        size: int | None = None,
         diff_id: str | None,
         budget: Budget,
         advance: Callable[[int], None],
     ) -> None:
-        self._stored = _Hashed(stored, digest, advance)
+        self._stored = _Hashed(stored, digest, size, advance)
         self._diff_id = diff_id
         self._hash = None if diff_id is None else _hash_of(diff_id)
         self._budget = budget
-        self._unpacked = _unpack(self._stored)
+        self._unpacked = unpacker(self._stored)
 
     def read(self, size: int) -> bytes:
         """At most `size` bytes; none at the end."""
@@ -92,8 +101,15 @@ class LayerStream:
 class _Hashed:
     """Stored bytes on their way to be unpacked."""
 
-    def __init__(self, file: IO[bytes], digest: str | None, advance: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        file: IO[bytes],
+        digest: str | None,
+        size: int | None,
+        advance: Callable[[int], None],
+    ) -> None:
         self._file, self._digest, self._advance = file, digest, advance
+        self._size, self._count = size, 0
         self._hash = None if digest is None else _hash_of(digest)
         self._ahead = b""
 
@@ -107,6 +123,7 @@ class _Hashed:
             return data
         data = self._file.read(min(size, _CHUNK) if size >= 0 else _CHUNK)
         self._advance(len(data))
+        self._count += len(data)
         if self._hash is not None:
             self._hash.update(data)
         return data
@@ -116,26 +133,8 @@ class _Hashed:
             pass
         if self._hash is not None and self._digest != f"{self._hash.name}:{_hex(self._hash)}":
             raise Refused(f"it is not what {self._digest} names")
-
-
-def _unpack(stored: _Hashed) -> Any:
-    """By what it is: the media type that a manifest gives is wrong often enough."""
-    magic = stored.peek(4)
-    if magic.startswith(_GZIP):
-        return gzip.GzipFile(fileobj=stored, mode="rb")  # type: ignore[call-overload]
-    if magic == _ZSTD:
-        import zstandard
-
-        unpacker = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW)
-        return unpacker.stream_reader(stored, read_across_frames=True)  # type: ignore[arg-type]
-    return stored
-
-
-def is_compressed(file: IO[bytes]) -> bool:
-    """Whether it begins like a compressed file; it is read from its start afterwards."""
-    magic = file.read(4)
-    file.seek(0)
-    return magic.startswith(_GZIP) or magic == _ZSTD
+        if self._size not in (None, self._count):
+            raise Refused(f"it is to have {self._size} bytes, and has {self._count}")
 
 
 def _hash_of(digest: str) -> Any:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import IO
 
 from pyvmm.errors import ConfigError
-from pyvmm.images.container import layers, manifest
+from pyvmm.images.container import manifest, unpack
 from pyvmm.images.container.layers import Budget, LayerStream
 from pyvmm.images.container.manifest import Image
 from pyvmm.images.container.members import members
@@ -27,6 +27,10 @@ def split_source(kind: str, rest: str) -> tuple[str, str | None]:
     """The path in ``FILE[:NAME]``, and the image's name. Raises ConfigError if there is no such
     file, or it is not of the sort that `kind` wants."""
     path, name = rest, None
+    if not rest:
+        raise ConfigError(
+            f"{kind}: of what?", cure=f"write {kind}:{'DIRECTORY' if kind == 'oci' else 'FILE'}"
+        )
     if not os.path.exists(rest) and ":" in rest:
         # An image's name has colons too: the path is what there is.
         parts = rest.split(":")
@@ -60,13 +64,16 @@ def load(
     for number, layer in enumerate(image.layers, start=1):
         what = f"{store.where}: layer {number}"
         with (
-            progress.bar(f"unpacking layer {number} of {len(image.layers)}", layer.size) as advance,
+            progress.bar(
+                f"unpacking layer {number} of {len(image.layers)}", layer.size or 0
+            ) as advance,
             named(what),
             store.open(layer.file) as stored,
         ):
             stream = LayerStream(
                 stored,
                 digest=layer.digest,
+                size=layer.size,
                 diff_id=layer.diff_id,
                 budget=budget,
                 advance=advance,
@@ -94,7 +101,7 @@ def _open(kind: str, path: str, room: str, most: int, progress: Progress) -> Sto
     if kind == "oci":
         return DirStore(path, path)
     with open(path, "rb") as file:
-        if layers.is_compressed(file):
+        if unpack.is_compressed(file):
             unpacked = os.path.join(room, "archive.tar")
             with progress.bar("unpacking the archive", os.fstat(file.fileno()).st_size) as advance:
                 _unpack(file, path, unpacked, most, advance)

@@ -10,16 +10,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from pyvmm.images.container.layers import check_digest, verifier
+from pyvmm.images.container.layers import check_digest, check_size, verifier
 from pyvmm.images.container.refusal import Refused, shown
-from pyvmm.images.container.store import Store
+from pyvmm.images.container.store import DirStore, Store
 
 ARCHITECTURE = "amd64"
 _OS = "linux"
 _MOST_LAYERS = 500
 _MOST_MANIFESTS = 1000
 _DEEPEST_INDEX = 4
-_NAMES = ("org.opencontainers.image.ref.name", "io.containerd.image.name")
+# The first one is the whole name; the second may be no more than its tag.
+_NAMES = ("io.containerd.image.name", "org.opencontainers.image.ref.name")
 _MANIFESTS = (
     "application/vnd.oci.image.manifest.v1+json",
     "application/vnd.docker.distribution.manifest.v2+json",
@@ -28,6 +29,7 @@ _INDEXES = (
     "application/vnd.oci.image.index.v1+json",
     "application/vnd.docker.distribution.manifest.list.v2+json",
 )
+_SAVE = "save the image (docker save, podman save, skopeo copy); docker export writes none"
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Layer:
     file: str
     digest: str | None
     diff_id: str
-    size: int
+    size: int | None
 
 
 @dataclass(frozen=True)
@@ -54,27 +56,57 @@ def from_layout(store: Store, wanted: str | None) -> Image:
 
     Raises Refused.
     """
+    _check_is_layout(store)
     layout = _table(store.json("oci-layout"), "oci-layout")
     if not str(layout.get("imageLayoutVersion", "")).startswith("1."):
         raise Refused(f"{store.where} has a layout of another version than 1")
     index = _table(store.json("index.json"), "index.json")
-    found = [*_manifests(store, index, wanted is None, wanted, _DEEPEST_INDEX)]
+    found = _plainest([*_manifests(store, index, wanted is None, wanted, "", _DEEPEST_INDEX)])
     if len(found) > 1:
-        names = sorted({name for name, _ in found if name})
-        raise Refused(
-            f"{store.where} has {len(found)} images",
-            cure=_name_one(store, names),
-        )
+        raise _several(store, wanted, len(found), {name for name, _ in found if name})
     if not found:
         what = f"no image called {shown(wanted)}" if wanted else "no image"
         raise Refused(f"{store.where} has {what} for {_OS}/{ARCHITECTURE}")
-    return _image(store, check_digest(found[0][1].get("digest")))
+    return _image(store, found[0][1])
+
+
+def _check_is_layout(store: Store) -> None:
+    """Raise Refused with what is to be done for one that is something else."""
+    if store.has("oci-layout"):
+        return
+    cure = _SAVE
+    if store.has("manifest.json"):
+        cure = "as it is what docker save writes, use docker-archive:"
+        if isinstance(store, DirStore):
+            cure = f"as it may be skopeo's: skopeo copy dir:{store.where} oci:ANOTHER"
+    raise Refused(f"{store.where} has no 'oci-layout'", cure=cure)
+
+
+def _plainest(found: list[tuple[str, dict[str, Any]]]) -> list[tuple[str, dict[str, Any]]]:
+    """Each image once, under its first name; of those that are told apart by what the processor
+    has to be able to do (amd64/v2, amd64/v3) the one that wants least."""
+    once = {check_digest(row.get("digest")): (name, row) for name, row in found[::-1]}
+    images = [*once.values()][::-1]
+    least: dict[str, str] = {}
+    for name, row in images:
+        least[name] = min(least.get(name, "~"), _variant(row))
+    return [(name, row) for name, row in images if _variant(row) == least[name]]
+
+
+def _variant(descriptor: dict[str, Any]) -> str:
+    platform = descriptor.get("platform")
+    return str(platform.get("variant") or "") if isinstance(platform, dict) else ""
 
 
 def _manifests(
-    store: Store, index: dict[str, Any], chosen: bool, wanted: str | None, deep: int
+    store: Store,
+    index: dict[str, Any],
+    chosen: bool,
+    wanted: str | None,
+    outer: str,
+    deep: int,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, descriptor) of the images that could be meant."""
+    """(name, descriptor) of the images that could be meant; `outer` is the index's own name."""
     if not deep:
         raise Refused(f"{store.where} has indexes within indexes")
     rows = _list(index.get("manifests"), "manifests")
@@ -84,45 +116,50 @@ def _manifests(
         descriptor = _table(row, "a manifest's descriptor")
         notes = _table(descriptor.get("annotations") or {}, "annotations")
         names = [str(notes[key]) for key in _NAMES if key in notes]
-        meant = chosen or wanted in names
+        meant = chosen or _called(wanted, names)
+        name = names[0] if names else outer
         kind = descriptor.get("mediaType")
         if kind in _INDEXES:
             digest = check_digest(descriptor.get("digest"))
-            inner = _table(store.json(_blob(digest), verifier(digest)), "an index")
-            yield from _manifests(store, inner, meant, wanted, deep - 1)
-        elif kind in _MANIFESTS and meant and _is_for_us(descriptor.get("platform")):
-            yield (names[0] if names else ""), descriptor
+            inner = _table(
+                store.json(_blob(digest), verifier(digest, _size(descriptor))), "an index"
+            )
+            yield from _manifests(store, inner, meant, wanted, name, deep - 1)
+        elif kind in _MANIFESTS and meant and _is_for_us(descriptor):
+            yield name, descriptor
 
 
-def _is_for_us(platform: object) -> bool:
-    """A descriptor without a platform may be; the configuration then says."""
+def _is_for_us(descriptor: dict[str, Any]) -> bool:
+    """A descriptor without a platform may be; the configuration then says. Signatures and the like
+    say that they are no images."""
+    platform = descriptor.get("platform")
     if platform is None:
-        return True
+        return not descriptor.get("artifactType")
     table = _table(platform, "platform")
     return (table.get("os"), table.get("architecture")) == (_OS, ARCHITECTURE)
 
 
-def _image(store: Store, digest: str) -> Image:
-    manifest = _table(store.json(_blob(digest), verifier(digest)), "the manifest")
-    descriptor = _table(manifest.get("config"), "the manifest's config")
-    config_digest = check_digest(descriptor.get("digest"))
-    config = _table(store.json(_blob(config_digest), verifier(config_digest)), "the configuration")
+def _image(store: Store, descriptor: dict[str, Any]) -> Image:
+    digest, manifest = _blob_table(store, descriptor, "the manifest")
+    row = _table(manifest.get("config"), "the manifest's config")
+    _, config = _blob_table(store, row, "the configuration")
     layers = []
     rows = _list(manifest.get("layers"), "layers")
     for row, diff_id in zip(rows, _diff_ids(store, config, len(rows)), strict=True):
         layer = _table(row, "a layer")
         stored = check_digest(layer.get("digest"))
-        size = layer.get("size")
-        if type(size) is not int or size < 0:
-            raise Refused(f"{store.where}: a layer's size is {shown(str(size)[:100])}")
         if "encrypted" in str(layer.get("mediaType")):
             raise Refused(f"{store.where} is encrypted", cure="save it without encryption")
-        layers.append(Layer(_blob(stored), stored, diff_id, size))
+        layers.append(Layer(_blob(stored), stored, diff_id, _size(layer)))
     return Image(tuple(layers), _config(config), digest)
 
 
 def from_docker(store: Store, wanted: str | None) -> Image:
     """The image called `wanted` in what `docker save` writes, or the only one. Raises Refused."""
+    if not store.has("manifest.json"):
+        layout = store.has("oci-layout")
+        cure = "as it is an OCI layout, use oci-archive:" if layout else _SAVE
+        raise Refused(f"{store.where} has no 'manifest.json'", cure=cure)
     rows = [
         _table(row, "manifest.json") for row in _list(store.json("manifest.json"), "manifest.json")
     ]
@@ -133,21 +170,18 @@ def from_docker(store: Store, wanted: str | None) -> Image:
     found = [
         row
         for row, names in zip(rows, tags, strict=False)
-        if wanted is None or _familiar(wanted) in map(_familiar, names)
+        if wanted is None or _called(wanted, names)
     ]
-    if len(found) != 1:
-        names = sorted(name for row in tags for name in row)
-        what = f"{len(found)} images" if wanted is None else f"no image called {shown(wanted)}"
-        raise Refused(
-            f"{store.where} has {what}",
-            cure=_name_one(store, names),
-        )
-    [row] = found
+    if len({repr(row) for row in found}) != 1:
+        raise _several(store, wanted, len(found), {name for row in tags for name in row})
+    row = found[0]
     name = _text(row.get("Config"), "Config")
     config = _table(store.json(name), "the configuration")
     files = [_text(file, "a layer's name") for file in _list(row.get("Layers"), "Layers")]
     diff_ids = _diff_ids(store, config, len(files))
-    layers = [Layer(file, None, diff_id, 0) for file, diff_id in zip(files, diff_ids, strict=True)]
+    layers = [
+        Layer(file, None, diff_id, None) for file, diff_id in zip(files, diff_ids, strict=True)
+    ]
     return Image(tuple(layers), _config(config), name)
 
 
@@ -158,9 +192,19 @@ def _familiar(name: str) -> str:
     return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
 
 
-def _name_one(store: Store, names: list[str]) -> str:
-    there = ", ".join(map(shown, names[:20])) or "but none of them has a name"
-    return f"name one, as in {store.where}:NAME; there are {there}"
+def _called(wanted: str | None, names: list[str]) -> bool:
+    return wanted is not None and (wanted in names or _familiar(wanted) in map(_familiar, names))
+
+
+def _several(store: Store, wanted: str | None, count: int, names: set[str]) -> Refused:
+    """None, or more than one, is what is wanted; `names` are those to choose from."""
+    called = "" if wanted is None else f" called {shown(wanted)}"
+    there = ", ".join(map(shown, sorted(names)[:20]))
+    if there and (wanted is None or len(names) > 1 or not count):
+        cure = f"name one, as in {store.where}:NAME; there are {there}"
+    else:
+        cure = "save the one that you want alone"
+    return Refused(f"{store.where} has {count or 'no'} image{'s' * (count > 1)}{called}", cure=cure)
 
 
 def _diff_ids(store: Store, config: dict[str, Any], count: int) -> list[str]:
@@ -189,6 +233,16 @@ def _config(config: dict[str, Any]) -> dict[str, Any]:
 
 def _blob(digest: str) -> str:
     return "blobs/" + digest.replace(":", "/")
+
+
+def _blob_table(store: Store, descriptor: dict[str, Any], what: str) -> tuple[str, dict[str, Any]]:
+    """The digest in `descriptor`, and what the JSON blob with it says."""
+    digest = check_digest(descriptor.get("digest"))
+    return digest, _table(store.json(_blob(digest), verifier(digest, _size(descriptor))), what)
+
+
+def _size(descriptor: dict[str, Any]) -> int | None:
+    return check_size(descriptor.get("size"))
 
 
 def _table(value: object, what: str) -> dict[str, Any]:

@@ -32,8 +32,11 @@ class _Header(tarfile.TarInfo):
     def frombuf(cls, buf: Any, encoding: Any, errors: Any) -> _Header:
         try:
             found = super().frombuf(buf, encoding, errors)
-        except (tarfile.EmptyHeaderError, tarfile.EOFHeaderError):  # type: ignore[attr-defined]
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
+        except tarfile.EmptyHeaderError:  # type: ignore[attr-defined]
+            # No blocks of zeros at the end, be it the beginning too: engines take that.
+            raise tarfile.EOFHeaderError("end") from None  # type: ignore[attr-defined]
         except tarfile.HeaderError as error:
             raise Refused(f"it has a broken tar header ({error})") from None
         if found.size < 0:

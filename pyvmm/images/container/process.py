@@ -5,6 +5,7 @@ OCI image specification 1.1, "Image Configuration": Entrypoint, Cmd, Env, Workin
 
 from __future__ import annotations
 
+import posixpath
 import re
 from typing import Any, NamedTuple
 
@@ -46,15 +47,19 @@ def read(config: dict[str, Any], tree: Tree) -> Process:
         ),
         command=tuple(_text(word, "Cmd") for word in _list(config.get("Cmd"), "Cmd")),
         env=tuple(env),
-        cwd=_text(config.get("WorkingDir") or "/", "WorkingDir"),
+        cwd=_folder(_text(config.get("WorkingDir") or "/", "WorkingDir")),
         user=f"{account.uid}:{account.gid}",
         groups=groups,
     )
-    if not process.cwd.startswith("/"):
-        raise Refused(f"its WorkingDir is {shown(process.cwd)}, which is no absolute path")
     if sum(len(word) + 1 for word in (*process.argv(), *process.env)) > _MOST_TEXT:
         raise Refused("its arguments and environment are longer than Linux allows")
     return process
+
+
+def _folder(path: str) -> str:
+    if not path.startswith("/"):
+        raise Refused(f"its WorkingDir is {shown(path)}, which is no absolute path")
+    return "/" + posixpath.normpath(path).lstrip("/")
 
 
 def _account(user: str, tree: Tree) -> tuple[Account, tuple[int, ...]]:
