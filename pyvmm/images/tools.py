@@ -77,12 +77,15 @@ def feed(
         )
         assert process.stdin is not None
         try:
-            with contextlib.suppress(BrokenPipeError), process.stdin:
+            with contextlib.suppress(BrokenPipeError):
                 write(process.stdin)
         except BaseException:
             process.kill()
             raise
         finally:
+            # By itself: its BrokenPipeError would take the place of a KeyboardInterrupt.
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
             status = process.wait()
         stderr.seek(0)
         said = stderr.read().decode(errors="replace")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 import subprocess
 import tarfile
 from pathlib import Path
@@ -158,6 +160,32 @@ def test_names_are_any_bytes_and_lost_found_may_be_the_image_s(made) -> None:
     listed = debugfs(image, "ls -p /")
     assert b"/\xc3\xbc/" in listed and b"bad" in listed and b"new" in listed
     assert debugfs(image, "cat lost+found/f") == b"found"
+
+
+def test_a_small_disk_takes_long_links_and_attributes_too(made) -> None:
+    target = "/".join(["x" * 99] * 30)
+    image = made(
+        symlink("l", target), member("f", xattrs={"user.long": b"v" * 2500}), size=64 * MIB
+    )
+    check(image)
+    assert target.encode() in image.read_bytes()
+    assert b"v" * 2500 in debugfs(image, "ea_get /f user.long")
+
+
+def test_control_c_while_the_file_system_is_made_is_no_failure_of_it(
+    tmp_path: Path, tools: str
+) -> None:
+    """The terminal sends it to both."""
+    tree = tree_of(tmp_path, member("a", data=b"a" * MIB))
+
+    def interrupt(size: int) -> None:
+        [child] = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+        os.kill(int(child), signal.SIGKILL)
+        os.waitid(os.P_PID, int(child), os.WEXITED | os.WNOWAIT)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        disk.make(tree, str(tmp_path / "disk"), 32 * MIB, tools, str(tmp_path), interrupt)
 
 
 def test_an_image_that_does_not_fit_is_told(made) -> None:

@@ -55,6 +55,8 @@ def make(
     command = [
         *programs.command(tools_image, "usr/sbin/mke2fs", "mke2fs"),
         *("-q", "-t", "ext4", "-L", LABEL, "-m", "0", "-N", str(inodes)),
+        # Of a small disk too: a long link and the extended attributes have one block each.
+        *("-b", "4096"),
         # No lazy initialisation: the guest's kernel would write behind the user's back.
         *("-E", "lazy_itable_init=0,lazy_journal_init=0"),
         *("-d", "-", disk, f"{size // 1024}k"),
