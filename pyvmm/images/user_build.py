@@ -91,12 +91,17 @@ def _source(kind: str, rest: str, order: Order) -> _Maker:
                 cure=f"choose from {', '.join(RELEASES)}",
                 option="--from",
             )
+        _check_files(order)
         return lambda *parts: _debian(order, rest, *parts)
     if kind not in _CONTAINERS:
         raise ConfigError(
             f"cannot build from {order.source!r:.120}", cure=f"use {SOURCES}", option="--from"
         )
-    for given, option in ((order.packages, "--include"), (order.script, "--script")):
+    for given, option in (
+        (order.packages, "--include"),
+        (order.script, "--script"),
+        (order.copies, "--copy"),
+    ):
         if given:
             raise ConfigError(
                 "is for Debian: a container image stays as it is",
@@ -130,6 +135,15 @@ def _check(order: Order, catalogue: builder.Catalogue) -> None:
             f"no root disk has {order.size} bytes", cure="use 64M to 16384G", option="--size"
         )
     _check_name_is_free(order)
+
+
+def _check_files(order: Order) -> None:
+    """Before minutes are spent on what they are for."""
+    for source, _ in order.copies:
+        if not os.path.lexists(source):
+            raise ConfigError(f"there is no {source}", cure="check the path", option="--copy")
+    if order.script and not os.path.isfile(order.script):
+        raise ConfigError(f"there is no file {order.script}", option="--script")
 
 
 def _check_name_is_free(order: Order) -> None:
@@ -205,15 +219,21 @@ def _pack(copies: tuple[tuple[str, str], ...], room: str) -> str:
     os.chmod(room, 0o755)
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
         for source, target in copies:
-            if not os.path.lexists(source):
-                raise ConfigError(f"there is no {source}", cure="check the path", option="--copy")
             try:
-                archive.add(source, arcname=target.lstrip("/"), filter=_as_roots)
+                archive.add(source, arcname=_place(source, target), filter=_as_roots)
             except OSError as error:
                 raise ConfigError(
                     f"cannot read {error.filename or source}: {error.strerror}", option="--copy"
                 ) from None
     return path
+
+
+def _place(source: str, target: str) -> str:
+    """The name in the archive: a file whose target ends with a slash goes into that directory."""
+    name = target.strip("/")
+    if target.endswith("/") and not os.path.isdir(source):
+        name = os.path.join(name, os.path.basename(source))
+    return name or "."
 
 
 def _as_roots(member: tarfile.TarInfo) -> tarfile.TarInfo:

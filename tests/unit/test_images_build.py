@@ -129,6 +129,7 @@ WRONG = [
     (["a", "--size", "big"], "--size: cannot read 'big'"),
     (["a", "--include", "fio"], "--include: is for Debian"),
     (["a", "--script", "s"], "--script: is for Debian"),
+    (["a", "--copy", "/etc/hosts:/x"], "--copy: is for Debian"),
 ]
 WRONG_SOURCES = [
     ("debian:woody", "there is no Debian 'woody'"),
@@ -136,7 +137,7 @@ WRONG_SOURCES = [
     ("alpine", "cannot build from 'alpine'; use debian:bookworm"),
     ("docker://alpine", "cannot build from"),
     ("oci-archive:missing.tar", "missing.tar: No such file"),
-    ("oci-archive:", "No such file"),
+    ("oci-archive:", "write oci-archive:FILE"),
     ("oci:hello.tar", "is not a directory"),
     ("docker-archive:.", "is not a file"),
 ]
@@ -163,6 +164,8 @@ def test_a_source_that_is_wrong_is_one_line(capsys, archive: str, source: str, w
         (["--from", "debian:sid", "--include", "-oDebug=1", "x"], "no package is called '-oDebug"),
         (["--from", "debian:sid", "--include", "a;b", "x"], "no package is called 'a;b'"),
         (["--from", "debian:sid", "--copy", "x", "x"], "write FILE:/PATH/IN/THE/IMAGE"),
+        (["--from", "debian:sid", "--copy", "/none:/x", "x"], "--copy: there is no /none"),
+        (["--from", "debian:sid", "--script", "/none", "x"], "--script: there is no file /none"),
         (["--from", "debian:sid", "--copy", "x:etc", "x"], "write FILE:/PATH/IN/THE/IMAGE"),
         (["--from", "debian:sid", "--copy", "x:/../etc", "x"], "write FILE:/PATH/IN/THE/IMAGE"),
     ],
@@ -407,8 +410,28 @@ def test_copies_are_root_s_and_keep_their_modes(tmp_path: Path) -> None:
     assert found["opt/app/run"].mode == 0o755
     assert {(one.uid, one.gid) for one in found.values()} == {(0, 0)}
     assert found["opt/app/link"].issym()
-    with pytest.raises(ConfigError, match="there is no /none"):
-        user_build._pack((("/none", "/x"),), str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "name"),
+    [
+        ("app", "/", "."),
+        ("app", "/opt/", "opt"),
+        ("app/run", "/opt/", "opt/run"),
+        ("app/run", "/", "run"),
+        ("app/run", "/opt/start", "opt/start"),
+    ],
+)
+def test_a_file_goes_into_the_directory_that_a_slash_names(
+    tmp_path: Path, source: str, target: str, name: str
+) -> None:
+    import tarfile
+
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app/run").write_text("x")
+    path = user_build._pack(((f"{tmp_path}/{source}", target),), str(tmp_path))
+    with tarfile.open(path) as archive:
+        assert archive.getnames()[0] == name
 
 
 # --- progress -------------------------------------------------------------------------------------
