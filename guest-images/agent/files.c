@@ -119,7 +119,10 @@ void get(void)
         fail(EINVAL, "not a path");
     if (stat(path, &found))
         fail(errno, path);
+    static char resolved[PATH_MAX];
     const char *base = base_name(path);
+    if (!strcmp(base, ".") || !strcmp(base, ".."))
+        base = realpath(path, resolved) ? base_name(resolved) : "/";
     send_tree(AT_FDCWD, path, &found, strcmp(base, "/") ? base : "root", 0);
     send_frame(END, NULL, 0, NULL, 0);
 }
@@ -157,6 +160,15 @@ static void new_part_name(void)
 {
     static unsigned number;
     snprintf(part_name, sizeof part_name, ".pyvmm-agent.%d.%u", getpid(), number++);
+}
+
+/* Files, directories and links are replaced; a device of that name is nothing to lose. */
+static void check_free(const char *name)
+{
+    struct stat found;
+    if (!fstatat(levels[depth].fd, name, &found, AT_SYMLINK_NOFOLLOW) &&
+        !S_ISREG(found.st_mode) && !S_ISDIR(found.st_mode) && !S_ISLNK(found.st_mode))
+        fail(EEXIST, name);
 }
 
 static void put_directory(const char *name, const struct entry *entry)
@@ -205,6 +217,11 @@ static void put_link(const char *name, const char *target, const struct entry *e
 
 static void put_data(void)
 {
+    if (request_size && !request[0] && !memcmp(request, request + 1, request_size - 1)) {
+        if (lseek(file, (off_t)request_size, SEEK_CUR) < 0) /* what was a hole becomes one again */
+            fail(errno, file_name);
+        return;
+    }
     for (size_t at = 0; at < request_size;) {
         ssize_t done = write(file, request + at, request_size - at);
         if (done < 0 && errno == EINTR)
@@ -225,6 +242,8 @@ static void finish(int fd, uint32_t mode, struct timespec mtime)
 static void put_up(const struct entry *current)
 {
     if (file >= 0) {
+        if (ftruncate(file, lseek(file, 0, SEEK_CUR)))
+            fail(errno, file_name);
         finish(file, current->mode, timespec_of(current->mtime_ns));
         if (renameat(levels[depth].fd, part_name, levels[depth].fd, file_name))
             fail(errno, file_name);
@@ -243,7 +262,9 @@ static void put_up(const struct entry *current)
 static char *open_target(char *path)
 {
     struct stat found;
-    int is_directory = !stat(path, &found) && S_ISDIR(found.st_mode);
+    int is_there = !stat(path, &found), is_directory = is_there && S_ISDIR(found.st_mode);
+    if (is_there && !is_directory && !S_ISREG(found.st_mode))
+        fail(EEXIST, path);
     size_t size = strlen(path);
     if (!is_directory && path[size - 1] == '/')
         fail(ENOTDIR, path);
@@ -289,6 +310,7 @@ void put(void)
         name = read_entry(&entry, &target);
         if (!depth && top_name)
             name = (char *)top_name;
+        check_free(name);
         if (type == DIRECTORY)
             put_directory(name, &entry);
         else if (type == REGULAR)

@@ -29,7 +29,7 @@
 #include "agent.h"
 
 /* A port below 1024: no program without privileges can take the agent's place. */
-enum { PORT = 1023, MAX_SESSIONS = 64, REQUEST_SECONDS = 30 };
+enum { PORT = 1023, MAX_SESSIONS = 64, BACKLOG = 1024, REQUEST_SECONDS = 30 };
 
 static void serve(void)
 {
@@ -61,22 +61,29 @@ static void reap(void)
                 sessions[i] = 0;
 }
 
+/* Where a session can be noted; -1: whoever else comes waits until one has ended. */
+static int free_slot(void)
+{
+    for (int slot = 0; slot < MAX_SESSIONS; slot++)
+        if (!sessions[slot])
+            return slot;
+    return -1;
+}
+
 static void note_child(int number)
 {
     (void)number; /* it ends ppoll */
 }
 
-static void accept_session(int listener)
+static void accept_session(int listener, int slot)
 {
     struct sockaddr_vm peer = {0};
     socklen_t size = sizeof peer;
-    int slot = 0, fd = accept4(listener, (struct sockaddr *)&peer, &size, SOCK_CLOEXEC);
+    int fd = accept4(listener, (struct sockaddr *)&peer, &size, SOCK_CLOEXEC);
     if (fd < 0)
         return;
-    while (slot < MAX_SESSIONS && sessions[slot])
-        slot++;
     /* A program of the guest's must not become root through us. */
-    if ((in_guest && peer.svm_cid != VMADDR_CID_HOST) || slot == MAX_SESSIONS) {
+    if (in_guest && peer.svm_cid != VMADDR_CID_HOST) {
         close(fd);
         return;
     }
@@ -101,7 +108,7 @@ static int listen_to_host(void)
         .svm_family = AF_VSOCK, .svm_port = PORT, .svm_cid = VMADDR_CID_ANY};
     int fd = socket(AF_VSOCK, SOCK_STREAM | SOCK_CLOEXEC, 0);
     in_guest = 1;
-    if (fd < 0 || bind(fd, (struct sockaddr *)&address, sizeof address) || listen(fd, MAX_SESSIONS))
+    if (fd < 0 || bind(fd, (struct sockaddr *)&address, sizeof address) || listen(fd, BACKLOG))
         return -1;
     return fd;
 }
@@ -122,7 +129,7 @@ static int listen_at(const char *path)
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
     snprintf(address.sun_path, sizeof address.sun_path, "%s", path);
-    if (fd < 0 || bind(fd, (struct sockaddr *)&address, sizeof address) || listen(fd, MAX_SESSIONS))
+    if (fd < 0 || bind(fd, (struct sockaddr *)&address, sizeof address) || listen(fd, BACKLOG))
         return -1;
     return fd;
 }
@@ -184,10 +191,11 @@ int main(int argc, char **argv)
         perror("pyvmm-agent: oom_score_adj");
     close(oom);
     for (;;) {
-        struct pollfd waiting_for = {.fd = listener, .events = POLLIN};
+        int slot = free_slot();
+        struct pollfd waiting_for = {.fd = slot < 0 ? -1 : listener, .events = POLLIN};
         int ready = ppoll(&waiting_for, 1, NULL, &waiting_mask);
         reap();
         if (ready > 0)
-            accept_session(listener);
+            accept_session(listener, slot);
     }
 }

@@ -10,15 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from pyvmm.agent.errors import AgentError, AgentGone, CommandTimeout, NoAgent
+from pyvmm.agent.errors import AgentError, AgentGone, CommandTimeout, NoAgent, WrongAgent
 from pyvmm.agent.files import Copied, pull, push
 from pyvmm.agent.process import STDOUT, Process, run_request
 from pyvmm.agent.protocol import TIME, TIMES, FrameType
-from pyvmm.agent.session import Session
+from pyvmm.agent.session import NO_ANSWER, PATIENCE, Session, check, milliseconds_to
 from pyvmm.errors import HostError
 from pyvmm.host.unix_sockets import Socket
 
-PATIENCE = 30.0  # seconds for an answer that needs no work in the guest
 _GRACE = 10.0  # seconds that the agent has to end a command whose time is over
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.2  # between two looks whether the agent is there
 OUTPUT_LIMIT = 256 << 20
@@ -81,12 +80,15 @@ class Agent:
         self._connect = connect
 
     def wait_ready(self, timeout: float | None = None) -> Info:
-        """Wait until the agent answers. Raises NoAgent after `timeout` seconds."""
+        """Wait until the agent answers. Raises NoAgent after `timeout` seconds, WrongAgent at once
+        for one of another version."""
         start = time.monotonic()
         deadline = None if timeout is None else start + timeout
         while True:
             try:
                 return self._info(deadline)
+            except WrongAgent:
+                raise
             except (HostError, AgentError) as error:
                 if isinstance(error, HostError) and error.errno != errno.ECONNREFUSED:
                     raise
@@ -246,9 +248,9 @@ def _communicate(
             if not left:
                 process.close_stdin()
                 input = None
-        wait = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
-        if not poll.poll(wait):
-            raise CommandTimeout("the guest's agent does not answer")
+        check(deadline)
+        if not poll.poll(milliseconds_to(deadline)):
+            raise CommandTimeout(NO_ANSWER)
         for stream, data in process.receive():
             output[stream] += data
             if len(output[stream]) > OUTPUT_LIMIT:

@@ -22,6 +22,10 @@ class NoAgent(AgentError):
     """No agent answers in the guest."""
 
 
+class WrongAgent(AgentError):
+    """What answers in the guest is no agent, or one of another version: waiting does not help."""
+
+
 class AgentGone(AgentError):
     """The connection to the agent has ended: it, or the whole guest, is no more."""
 

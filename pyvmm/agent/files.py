@@ -7,6 +7,7 @@ its tree can write nowhere but below the target.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable
@@ -25,12 +26,14 @@ from pyvmm.agent.protocol import (
     parse_entry,
 )
 from pyvmm.agent.session import NOT_THE_AGENT, Session, failure, printable
-from pyvmm.errors import ConfigError
+from pyvmm.errors import ConfigError, HostError
 
 Progress = Callable[[int], None]
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _MOST_SKIPPED = 1000
 _SPECIAL_BITS = 0o7000  # a guest's set-user-ID files do not become ours
+_NEITHER = "is neither a file nor a directory"
+_DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
 
 @dataclass
@@ -49,7 +52,7 @@ class Copied:
 
 
 def push(session: Session, local: str, remote: str, progress: Progress | None) -> Copied:
-    """Send `local` to be put at `remote`. Raises ConfigError for `local`, AgentError."""
+    """Send `local` to be put at `remote`. Raises ConfigError for `local`, HostError, AgentError."""
     path = remote.encode(errors="surrogateescape")
     if not path or b"\0" in path:
         raise ConfigError(f"{remote!r} is not a path")
@@ -58,16 +61,31 @@ def push(session: Session, local: str, remote: str, progress: Progress | None) -
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(f"{local}: {reason}") from None
+    if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
+        cure = "a stream goes through a command: pyvmm exec -i VM -- sh -c 'cat >FILE'"
+        raise ConfigError(f"{local} {_NEITHER}", cure=cure)
     session.send(FrameType.PUT, path)
-    name = os.path.basename(os.path.realpath(local) if local.endswith("..") else local.rstrip("/"))
     sender = _Sender(session, progress)
     try:
-        sender.send(local, os.fsencode(name) or b"root", found)
+        sender.send(local, os.fsencode(_own_name(local)) or b"root", found)
     except OSError as error:
-        raise ConfigError(f"{error.filename or local}: {error.strerror}") from None
+        raise _failed(error, error.filename or local) from None
     session.send(FrameType.END)
     session.answer(FrameType.DONE, 0, None)
     return sender.copied
+
+
+def _own_name(path: str) -> str:
+    """What the file at `path` is called, also where `path` ends with a dot or two."""
+    name = os.path.basename(path.rstrip("/"))
+    return name if name not in ("", ".", "..") else os.path.basename(os.path.realpath(path))
+
+
+def _failed(error: OSError, place: str) -> ConfigError | HostError:
+    """The error of whoever is to mend it: a place that cannot be, or a disk."""
+    if error.errno in _DISK_TROUBLE:
+        return HostError(error.errno or 0, place)
+    return ConfigError(f"{place}: {error.strerror}")
 
 
 class _Sender:
@@ -117,13 +135,14 @@ class _Sender:
 
 
 def pull(session: Session, remote: str, local: str, progress: Progress | None) -> Copied:
-    """Ask for `remote` and write it to `local`. Raises ConfigError for `local`, AgentError."""
+    """Ask for `remote` and write it to `local`. Raises ConfigError for `local`, HostError,
+    AgentError."""
     path = remote.encode(errors="surrogateescape")
     if not path or b"\0" in path:
         raise ConfigError(f"{remote!r} is not a path")
-    session.send(FrameType.GET, path)
     receiver = _Receiver(local, progress)
     try:
+        session.send(FrameType.GET, path)
         ended = False
         while not ended:
             for one in session.wait_for_frames(None):
@@ -131,15 +150,18 @@ def pull(session: Session, remote: str, local: str, progress: Progress | None) -
                 if ended:
                     break
     except OSError as error:
-        raise ConfigError(f"{receiver.place}: {error.strerror}") from None
+        raise _failed(error, receiver.place) from None
     finally:
         receiver.close()
+    if not receiver.topped:
+        raise AgentError(f"in the guest: {remote} {_NEITHER}")
     return receiver.copied
 
 
 @dataclass
 class _Level:
     fd: int
+    path: str  # printable
     entry: Entry | None = None
 
 
@@ -149,19 +171,21 @@ class _Receiver:
     def __init__(self, local: str, progress: Progress | None) -> None:
         """Raises ConfigError if `local` is nowhere."""
         self.copied = Copied()
-        self.place = local  # what is being written, for messages
+        self.place = local  # what is being written, for messages: printable
         self._progress = progress
         self._file = -1
         self._entry: Entry | None = None  # the file's
         self._part = ""
-        self._topped = False
+        self.topped = False
         folder, self._top = local, ""
         if not os.path.isdir(local):
             if local.endswith("/"):
                 raise ConfigError(f"{local} is not a directory")
             folder, self._top = os.path.split(local)
         try:
-            self._levels = [_Level(os.open(folder or ".", _FOLDER))]
+            if self._top and os.path.exists(local) and not os.path.isfile(local):
+                raise ConfigError(f"{local} {_NEITHER}", cure="name another place")
+            self._levels = [_Level(os.open(folder or ".", _FOLDER), folder)]
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise ConfigError(f"{folder}: {reason}") from None
@@ -182,7 +206,7 @@ class _Receiver:
             self._leave()
         elif self._file < 0 and type == FrameType.END and len(self._levels) == 1:
             return True
-        elif self._file < 0 and (len(self._levels) > 1 or not self._topped):
+        elif self._file < 0 and (len(self._levels) > 1 or not self.topped):
             self._begin(type, payload)
         else:
             raise AgentError(NOT_THE_AGENT)
@@ -194,15 +218,16 @@ class _Receiver:
             raise AgentError("the guest's agent sent a name that is none")
         name = os.fsdecode(entry.name)
         if len(self._levels) == 1:
-            self._topped = True
+            self.topped = True
             name = self._top or name
-        self.place = name
+        self.place = os.path.join(self._levels[-1].path, printable(os.fsencode(name)))
         parent = self._levels[-1].fd
+        self._check_free(name, parent)
         if type == FrameType.DIRECTORY and len(self._levels) <= MAX_DEPTH:
             with suppress(FileExistsError):
                 os.mkdir(name, 0o700, dir_fd=parent)
             fd = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=parent)
-            self._levels.append(_Level(fd, entry))
+            self._levels.append(_Level(fd, self.place, entry))
         elif type == FrameType.REGULAR:
             self._part = f".pyvmm-part.{os.getpid()}.{self.copied.files}"
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -212,6 +237,15 @@ class _Receiver:
             self._make_link(name, entry, parent)
         else:
             raise AgentError(NOT_THE_AGENT)
+
+    def _check_free(self, name: str, parent: int) -> None:
+        """Files, directories and links are replaced; a device of that name is nothing to lose."""
+        try:
+            mode = os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode
+        except FileNotFoundError:
+            return
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode)):
+            raise ConfigError(f"{self.place} {_NEITHER}", cure="name another place")
 
     def _make_link(self, name: str, entry: Entry, parent: int) -> None:
         part = f".pyvmm-part.{os.getpid()}"
@@ -224,6 +258,9 @@ class _Receiver:
 
     def _write(self, data: bytes) -> None:
         view = memoryview(data)
+        if data.count(0) == len(data):  # what was a hole becomes one again
+            os.lseek(self._file, len(data), os.SEEK_CUR)
+            view = view[:0]
         while view:
             view = view[os.write(self._file, view) :]
         self.copied.bytes += len(data)
@@ -233,6 +270,7 @@ class _Receiver:
     def _finish_file(self) -> None:
         assert self._entry is not None
         parent = self._levels[-1].fd
+        os.ftruncate(self._file, os.lseek(self._file, 0, os.SEEK_CUR))
         _set_times(self._file, self._entry)
         os.rename(self._part, os.fsdecode(self._entry.name), src_dir_fd=parent, dst_dir_fd=parent)
         os.close(self._file)

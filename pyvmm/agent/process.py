@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
 from typing import NamedTuple
 
 from pyvmm.agent.errors import AgentError
@@ -22,7 +23,7 @@ from pyvmm.agent.protocol import (
     Frame,
     FrameType,
 )
-from pyvmm.agent.session import NOT_THE_AGENT, Session, failure
+from pyvmm.agent.session import NOT_THE_AGENT, PATIENCE, Session, check, failure
 from pyvmm.errors import ConfigError
 from pyvmm.host.syscalls import Closable
 
@@ -87,6 +88,7 @@ class Process(Closable):
         while self.returncode is None:
             if found := self._take(self._session.wait_for_frames(deadline)):
                 return found
+            check(deadline)
         return []
 
     def events(self) -> Iterator[Output]:
@@ -100,6 +102,8 @@ class Process(Closable):
         self._pending = []
         while self.returncode is None:
             self._wait(deadline)
+            if self.returncode is None:
+                check(deadline)
         return self.returncode
 
     def _take(self, frames: list[Frame]) -> list[Output]:
@@ -148,24 +152,28 @@ class Process(Closable):
         size = min(len(data), self.room, MAX_DATA)
         if size:
             self._room -= size
-            self._session.send(FrameType.STDIN, data[:size])
+            self._tell(FrameType.STDIN, data[:size])
         return size
+
+    def _tell(self, type: FrameType, payload: bytes = b"") -> None:
+        # The agent always reads, and all that may be on its way fits into the connection.
+        self._session.send(type, payload, time.monotonic() + PATIENCE)
 
     def close_stdin(self) -> None:
         """The command reads the end of its input; on a terminal it gets a Ctrl-D."""
         if self._stdin_open and self.returncode is None:
-            self._session.send(FrameType.STDIN_END)
+            self._tell(FrameType.STDIN_END)
         self._stdin_open = False
 
     def kill(self, signal: int) -> None:
         """Send `signal` to the command's process group. Nothing happens if it has ended."""
         if self.returncode is None:
-            self._session.send(FrameType.SIGNAL, NUMBER.pack(signal))
+            self._tell(FrameType.SIGNAL, NUMBER.pack(signal))
 
     def resize(self, rows: int, columns: int) -> None:
         """Tell the command's terminal its size."""
         if self.returncode is None:
-            self._session.send(FrameType.RESIZE, window_size(rows, columns))
+            self._tell(FrameType.RESIZE, window_size(rows, columns))
 
 
 def _number(payload: bytes) -> int:
@@ -178,6 +186,17 @@ def _number(payload: bytes) -> int:
 def window_size(rows: int, columns: int) -> bytes:
     """The payload of a RESIZE frame."""
     return WINDOW_SIZE.pack(max(0, min(rows, 0xFFFF)), max(0, min(columns, 0xFFFF)))
+
+
+def _word(word: object) -> str:
+    text = word.__fspath__() if isinstance(word, PathLike) else word
+    if not isinstance(text, str):
+        raise ConfigError(f"a command's words, variables and paths are texts, not {word!r:.100}")
+    try:
+        text.encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        raise ConfigError(f"{text!r:.100} cannot be written in UTF-8") from None
+    return text
 
 
 def run_request(
@@ -193,17 +212,18 @@ def run_request(
     """The payload of a RUN frame. Raises ConfigError for what no guest could run."""
     if isinstance(argv, str) or not argv:
         raise ConfigError("a command is a list of words", cure='use ["sh", "-c", "..."] for a line')
-    variables = [f"{name}={value}" for name, value in (env or {}).items()]
+    argv = [_word(word) for word in argv]
+    variables = [f"{_word(name)}={_word(value)}" for name, value in (env or {}).items()]
     if any(not name or "=" in name for name in env or {}):
         raise ConfigError("a variable's name is empty or has = in it")
-    words = [cwd or "", user or "", *argv, *variables]
+    words = [_word(cwd or ""), _word(user or ""), *argv, *variables]
     if any("\0" in word for word in words):
         raise ConfigError("a NUL cannot be in a command, a variable or a path")
     if len(argv) > _MOST_STRINGS or len(variables) > _MOST_STRINGS:
         raise ConfigError(f"more than {_MOST_STRINGS} arguments or variables")
     flags = (WANTS_STDIN if stdin else 0) | (WANTS_TTY if tty is not None else 0)
     rows, columns = (max(0, min(size, 0xFFFF)) for size in tty or (0, 0))
-    milliseconds = 0 if timeout is None else max(1, min(round(timeout * 1000), _LONGEST_TIMEOUT))
+    milliseconds = 0 if timeout is None else max(1, round(min(timeout * 1000, _LONGEST_TIMEOUT)))
     head = RUN.pack(flags, milliseconds, rows, columns, len(argv), len(variables))
     payload = head + b"".join(word.encode(errors="surrogateescape") + b"\0" for word in words)
     if len(payload) > MAX_REQUEST:

@@ -6,12 +6,15 @@ import os
 import select
 import time
 
-from pyvmm.agent.errors import AgentError, AgentGone, CommandTimeout
+from pyvmm.agent.errors import AgentError, AgentGone, CommandTimeout, WrongAgent
 from pyvmm.agent.protocol import HEADER, HELLO, MAX_DATA, NUMBER, VERSION, Frame, FrameType, frame
 from pyvmm.host.syscalls import Closable
 from pyvmm.host.unix_sockets import Socket
 
 _CHUNK = MAX_DATA + HEADER.size
+NO_ANSWER = "the guest's agent does not answer"
+_LONGEST_POLL = (1 << 31) - 1
+PATIENCE = 30.0  # seconds for what needs no work in the guest
 NOT_THE_AGENT = "what answers in the guest is not pyvmm's agent"
 
 
@@ -88,7 +91,7 @@ class Session(Closable):
             (word,) = HEADER.unpack_from(self._received, at)
             size = word >> 8
             if size > MAX_DATA:
-                raise AgentError(NOT_THE_AGENT)
+                raise WrongAgent(NOT_THE_AGENT)
             start = at + HEADER.size
             if len(self._received) < start + size:
                 break
@@ -103,10 +106,10 @@ class Session(Closable):
         if first.type == FrameType.FAILED:
             raise failure(first)
         if first.type != FrameType.HELLO or len(first.payload) < HELLO.size:
-            raise AgentError(NOT_THE_AGENT)
+            raise WrongAgent(NOT_THE_AGENT)
         version, _, realtime, boottime = HELLO.unpack_from(first.payload)
         if version != VERSION:
-            raise AgentError(
+            raise WrongAgent(
                 f"the guest's agent speaks version {version}, not {VERSION}",
                 cure="build the image again",
             )
@@ -140,9 +143,22 @@ class Session(Closable):
     def _wait(self, event: int, deadline: float | None) -> None:
         poll = select.poll()
         poll.register(self._connection.fileno(), event)
-        left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000
-        if not poll.poll(left):
-            raise CommandTimeout("the guest's agent does not answer")
+        if not poll.poll(milliseconds_to(deadline)):
+            raise CommandTimeout(NO_ANSWER)
+
+
+def milliseconds_to(deadline: float | None) -> float | None:
+    """For poll(2), which takes no more than 24 days."""
+    if deadline is None:
+        return None
+    return min(max(0.0, deadline - time.monotonic()) * 1000, _LONGEST_POLL)
+
+
+def check(deadline: float | None) -> None:
+    """Raise CommandTimeout if `deadline` has passed: for loops that a guest who always has
+    something to say would keep going."""
+    if deadline is not None and time.monotonic() > deadline:
+        raise CommandTimeout(NO_ANSWER)
 
 
 def failure(found: Frame) -> AgentError:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import random
+import resource
+import signal
 import socket
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 from agent_rig import GREETING, liar, saying
 
-from pyvmm.agent import Agent, AgentError, CommandTimeout, client
+from pyvmm.agent import Agent, AgentError, CommandTimeout, client, process
 from pyvmm.agent.protocol import (
     EXIT,
     HEADER,
@@ -25,7 +27,7 @@ from pyvmm.agent.protocol import (
     entry_frame,
     frame,
 )
-from pyvmm.errors import ConfigError, PyvmmError
+from pyvmm.errors import ConfigError, HostError, PyvmmError
 
 
 def entry(type: FrameType, name: bytes, target: bytes = b"", mode: int = 0o644) -> bytes:
@@ -107,9 +109,76 @@ def test_output_without_end_is_not_kept_without_end(monkeypatch: pytest.MonkeyPa
 
 def test_an_agent_that_grants_too_much_gets_no_more_at_a_time() -> None:
     said = frame(FrameType.MORE_STDIN, NUMBER.pack(0xFFFFFFFF)) * 3
-    with liar(saying(said, stay=True)) as agent, agent.open(["cat"], stdin=True) as process:
-        process.receive()
-        assert process.room == 1 << 16
+    with liar(saying(said, stay=True)) as agent, agent.open(["cat"], stdin=True) as command:
+        command.receive()
+        assert command.room == 1 << 16
+
+
+FLOOD = [frame(FrameType.STDOUT, b"x"), frame(FrameType.MORE_STDIN, NUMBER.pack(0))]
+
+
+@pytest.mark.parametrize("said", FLOOD, ids=["output", "grants"])
+def test_a_guest_that_never_stops_talking_is_late_all_the_same(
+    said: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client, "_GRACE", 0.05)
+
+    def act(end: socket.socket) -> None:
+        end.sendall(GREETING)
+        while True:
+            end.sendall(said * 1000)
+
+    with liar(act) as agent:
+        with pytest.raises(CommandTimeout, match="true took longer than"):
+            agent.run(["true"], timeout=0.05)
+        with agent.open(["true"]) as command, pytest.raises(CommandTimeout):
+            command.wait(0.05)
+
+
+def test_a_guest_that_grants_and_never_reads_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "PATIENCE", 0.05)
+
+    def act(end: socket.socket) -> None:
+        end.sendall(GREETING)
+        while True:
+            end.sendall(frame(FrameType.MORE_STDIN, NUMBER.pack(1 << 16)))
+
+    with liar(act) as agent, pytest.raises(CommandTimeout):
+        agent.run(["cat"], input=bytes(4 << 20), timeout=1000)
+
+
+def test_waiting_for_an_agent_of_another_version_does_not_help() -> None:
+    def act(end: socket.socket) -> None:
+        end.sendall(frame(FrameType.HELLO, HELLO.pack(VERSION + 1, 0, 0, 0)))
+        end.recv(1)
+
+    with liar(act) as agent, pytest.raises(AgentError, match=r"version 2, not 1; build the image"):
+        agent.wait_ready()
+
+
+def test_the_names_that_a_guest_sends_cannot_play_tricks_on_a_terminal(tmp_path: Path) -> None:
+    said = entry(FrameType.DIRECTORY, b"tree") + entry(FrameType.REGULAR, b"\x1b[2J" * 50) + UP
+    (tmp_path / "tree").write_text("in the way")
+    other = entry(FrameType.DIRECTORY, b"\x1b[2J")
+    (tmp_path / "\x1b[2J").write_text("in the way")
+    for lie in (said, other):
+        with liar(saying(lie)) as agent, pytest.raises(ConfigError) as caught:
+            agent.pull("x", tmp_path)
+        assert str(caught.value).isprintable()
+
+
+def test_a_full_disk_is_the_hosts_failure(tmp_path: Path) -> None:
+    said = FILE + frame(FrameType.DATA, bytes(range(256)) * 64) * 2 + UP + END
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, before[1]))
+    try:
+        with liar(saying(said)) as agent, pytest.raises(HostError, match="file: File too large"):
+            agent.pull("x", tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert os.listdir(tmp_path) == []
 
 
 def test_an_agent_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
