@@ -145,14 +145,14 @@ PARTS = (
     Part(
         "guest_disk",
         "The disk of a Linux guest: fio on pyvmm and QEMU microvm",
-        480,
+        900,
         ("--rounds", "1", "--seconds", "0.3"),
         lacks_qemu,
     ),
     Part(
         "disk_latency",
         "The disk's latency while a vCPU spins and prints",
-        300,
+        600,
         ("--rounds", "1", "--guest-rounds", "1", "--seconds", "0.1"),
         lambda: lacks_kvm() and lacks_qemu(),
     ),

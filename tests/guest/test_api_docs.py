@@ -49,6 +49,13 @@ def test_the_page_on_python_from_its_second_block_on(tmp_path):
     assert said[-1].startswith("[b'")  # of the load average
 
 
+def test_the_page_on_the_devices(tmp_path):
+    said = run(tmp_path, "-c", "\n".join(python_blocks("docs/devices.md"))).splitlines()
+    assert said[0].startswith("virtio_balloon/virtio")
+    names = ["disk0", "scratch", "net-user", "console", "ports", "rng", "balloon", "vsock"]
+    assert [line.split()[0] for line in said[-len(names) :]] == names
+
+
 def test_the_page_on_pytest(tmp_path):
     (tmp_path / "test_it.py").write_text("\n".join(python_blocks("docs/pytest.md")))
     said = run(tmp_path, "-m", "pytest", "-p", "no:cacheprovider", "--strict-markers", "-q")

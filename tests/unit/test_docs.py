@@ -21,6 +21,9 @@ DOCUMENTS = [
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 
+# Their Python is run by tests/guest/test_api_docs.py.
+IN_GUESTS = ("docs/python-api.md", "docs/pytest.md", "docs/devices.md")
+
 
 def python_blocks() -> list[tuple[str, str]]:
     found = []
@@ -36,7 +39,7 @@ def python_blocks() -> list[tuple[str, str]]:
 def test_python_runs(where: str, code: str) -> None:
     if where.startswith("docs/tutorial/01"):
         pytest.skip("run by tests/kvm/test_tutorial.py, which needs /dev/kvm")
-    if where.startswith(("docs/python-api.md", "docs/pytest.md")) or "import VM\n" in code:
+    if where.startswith(IN_GUESTS) or "import VM\n" in code:
         pytest.skip("run by tests/guest/test_api_docs.py, which needs a Linux guest")
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
