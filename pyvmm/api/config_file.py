@@ -25,6 +25,18 @@ from pyvmm.machine.options import NAMES, OPTIONS, Option, make_spec
 from pyvmm.machine.spec import DeviceSpec, DiskSpec, VmSpec, validate
 
 _MIB = 1 << 20
+_ONLY_TYPED = "it is for the command line only"
+# Options of `pyvmm run` that are no keys, and what to do about it.
+_NO_KEYS = {
+    "agent": "write vsock = true, which is what --agent does",
+    "rng_limit": 'write rng = "bps=…"',
+    "command": _ONLY_TYPED,
+    "config": _ONLY_TYPED,
+    "debug": _ONLY_TYPED,
+    "detach": _ONLY_TYPED,
+    "log_format": _ONLY_TYPED,
+    "print_config": _ONLY_TYPED,
+}
 
 
 def load(path: str) -> dict[str, Any]:
@@ -48,7 +60,8 @@ def load(path: str) -> dict[str, Any]:
     try:
         for key in values:
             if key not in NAMES:
-                raise tables.UnknownKey(key, list(NAMES), "")
+                cure = _NO_KEYS.get(key.replace("-", "_"), "")
+                raise tables.UnknownKey(key, list(NAMES), "", cure=cure)
         return _from_folder(values, folder)
     except tables.UnknownKey as error:
         raise ConfigError(f"{path}{_line_of(error.key, text)}: {error}") from None

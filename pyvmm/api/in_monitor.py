@@ -6,7 +6,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
-from pyvmm.control.client import Client
+from pyvmm.control.client import patiently
 from pyvmm.machine.spec import parse_memory
 
 PATIENCE = 60.0  # seconds for an answer; a disk that shrinks waits for its requests
@@ -57,9 +57,9 @@ class ByName(InMonitor):
         self._name = name
 
     def _ask(self, method: str, **params: Any) -> dict[str, Any]:
-        with Client.connect(self._name) as client:
-            answer: dict[str, Any] = client.call(method, patience=PATIENCE, **params)
-            return answer
+        return patiently(
+            self._name, lambda client: client.call(method, patience=PATIENCE, **params)
+        )
 
 
 class BalloonControl:

@@ -18,7 +18,7 @@ from pyvmm.api.events import Event, events_of
 from pyvmm.api.in_guest import InGuest, Path
 from pyvmm.api.in_monitor import PATIENCE, InMonitor
 from pyvmm.api.monitor import Monitor, OwnMonitor
-from pyvmm.control.client import Client, NoAnswer, NotRunning, open_events
+from pyvmm.control.client import Client, NoAnswer, NotRunning, open_events, patiently
 from pyvmm.errors import ConfigError, HostError, PyvmmError
 from pyvmm.machine.options import make_spec
 from pyvmm.machine.spec import DeviceSpec, DiskSpec, VmSpec, validate
@@ -275,13 +275,13 @@ class VM(InGuest, InMonitor):
         return events_of(stream)
 
     def _ask(self, method: str, **params: Any) -> dict[str, Any]:
-        with (
-            self._explained(),
-            Client.connect(self.name) as client,
-            woken_by(partial(client.connection.shutdown, SHUT_RDWR)),
-        ):
-            answer: dict[str, Any] = client.call(method, patience=PATIENCE, **params)
-            return answer
+        def ask(client: Client) -> dict[str, Any]:
+            with woken_by(partial(client.connection.shutdown, SHUT_RDWR)):
+                answer: dict[str, Any] = client.call(method, patience=PATIENCE, **params)
+                return answer
+
+        with self._explained():
+            return patiently(self.name, ask)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:

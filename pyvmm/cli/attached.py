@@ -11,10 +11,11 @@ from types import FrameType
 
 from pyvmm.agent import AgentError, Process
 from pyvmm.agent.process import STDERR
+from pyvmm.cli.ending import BROKEN_PIPE
 from pyvmm.host import log
 from pyvmm.platform.terminal import Terminal, is_terminal
 
-TIMED_OUT, CANNOT_RUN, NOT_FOUND, BROKEN_PIPE = 124, 126, 127, 141  # as env(1), timeout(1), a shell
+TIMED_OUT, CANNOT_RUN, NOT_FOUND = 124, 126, 127  # as env(1), timeout(1), a shell
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 _PIECE = 1 << 16
 
@@ -43,6 +44,19 @@ def attach(process: Process, stdin: int | None, stdout: int | None, *, tty: bool
             raise
         log.to_stderr(str(error))
         return CANNOT_RUN if error.errno != errno.ENOENT else NOT_FOUND
+
+
+def write_all(fd: int, data: bytes) -> None:
+    """Write `data`, also where whoever shares this terminal or pipe with us has made it
+    non-blocking. Raises OSError."""
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(fd, view) :]
+        except BlockingIOError:
+            poll = select.poll()
+            poll.register(fd, select.POLLOUT)
+            poll.poll()
 
 
 class _Signals:
@@ -131,9 +145,8 @@ class _Attached:
     def _show(self) -> None:
         for stream, data in self._process.receive():
             fd = 2 if stream == STDERR else self._stdout
-            view = memoryview(data)
-            while view and fd is not None:
-                view = view[os.write(fd, view) :]
+            if fd is not None:
+                write_all(fd, data)
 
     def _pass_on_input(self) -> None:
         assert self._stdin is not None

@@ -75,6 +75,4 @@ def _end_with(parent: int) -> None:
 if __name__ == "__main__":
     from pyvmm.cli.ending import flush_or_drop
 
-    code = main()
-    flush_or_drop()
-    os._exit(code)
+    os._exit(flush_or_drop(main()))

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from pyvmm import __version__
-from pyvmm.cli.ending import explain
+from pyvmm.cli.ending import BROKEN_PIPE, explain
 from pyvmm.host import log
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -71,6 +71,8 @@ def run_command(argv: list[str]) -> int:
     except click.ClickException as wrong:
         _show_usage_error(wrong)
         return wrong.exit_code
+    except SystemExit:  # click's, where nobody reads any more
+        return BROKEN_PIPE
     except (click.Abort, KeyboardInterrupt):
         return 130
     except Exception as wrong:

@@ -10,6 +10,7 @@ from contextlib import suppress
 
 import click
 
+from pyvmm.cli.attached import write_all
 from pyvmm.control import client
 from pyvmm.control.client import Client
 from pyvmm.host import log
@@ -63,8 +64,12 @@ class _Joined:
             poll.register(self._socket.fileno(), select.POLLIN | typed)
             if self._stdin is not None and len(self._typed) < _PIECE:
                 poll.register(self._stdin, select.POLLIN)
+            if self._stdout is not None and self._stdout != self._stdin:
+                poll.register(self._stdout, 0)  # for POLLERR: nobody reads any more
             for fd, events in poll.poll():
-                if fd == self._stdin:
+                if fd == self._stdout:
+                    self._leaving = True
+                elif fd == self._stdin:
                     self._read_keys()
                 elif events & select.POLLIN or not events & select.POLLOUT:
                     if not self._show():
@@ -132,16 +137,9 @@ class _Joined:
 
     def _write(self, data: bytes) -> None:
         try:
-            while data and self._stdout is not None:
-                data = data[os.write(self._stdout, data) :]
-        except BlockingIOError:
-            # Whoever shares this terminal or pipe with us has made it non-blocking.
-            assert self._stdout is not None
-            poll = select.poll()
-            poll.register(self._stdout, select.POLLOUT)
-            poll.poll()
-            self._write(data)
-        except OSError:
+            if self._stdout is not None:
+                write_all(self._stdout, data)
+        except BrokenPipeError:
             self._leaving = True  # nobody reads any more
 
 

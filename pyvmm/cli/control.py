@@ -7,11 +7,13 @@ from typing import Any
 import click
 
 from pyvmm.api.in_monitor import ByName
+from pyvmm.cli.seconds import Seconds
 from pyvmm.control import client, registry
-from pyvmm.control.client import Client, NoAnswer
+from pyvmm.control.client import Client, HasEnded, NoAnswer
 from pyvmm.errors import PyvmmError
 
 _LOOK_PATIENCE = 2.0  # seconds that `ps` waits for each VM
+_END_PATIENCE = 1.0  # and for one to end that takes no requests any more
 
 
 @click.command()
@@ -36,9 +38,12 @@ def _look(name: str) -> dict[str, Any] | None:
         with Client.connect(name) as vm:
             try:
                 return {**vm.call("status", patience=_LOOK_PATIENCE), "name": name, "pid": vm.pid}
-            except NoAnswer:
-                # It starts still, in an emulated host, or it hangs.
-                return {"name": name, "pid": vm.pid, "state": "no answer"}
+            except NoAnswer as error:
+                if vm.has_ended(_END_PATIENCE if isinstance(error, HasEnded) else 0):
+                    return None
+                # Without an answer it starts still, in an emulated host, or it hangs.
+                state = "ending" if isinstance(error, HasEnded) else "no answer"
+                return {"name": name, "pid": vm.pid, "state": state}
     except PyvmmError:
         return None  # It has just ended.
 
@@ -54,7 +59,7 @@ def _columns(row: dict[str, Any]) -> tuple[str, ...]:
 @click.argument("vm")
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0),
+    type=Seconds(min=0),
     default=30.0,
     show_default=True,
     help="How long to wait for its end, in seconds.",

@@ -5,11 +5,25 @@ Apart from the rest, because `pyvmm run` inside the emulated host needs it witho
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
 from pyvmm.errors import ConfigError, PyvmmError
 from pyvmm.host import log
+
+BROKEN_PIPE = 141  # as a shell's for SIGPIPE
+# What is no defect of ours wherever it is met.
+_HOST_FAILURES = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EROFS,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+)
 
 
 def explain(error: Exception) -> int:
@@ -20,6 +34,10 @@ def explain(error: Exception) -> int:
         text = str(error)
         if isinstance(error, ConfigError):
             code, more = 2, {"message": error.message, "cure": error.cure, "option": error.option}
+    elif isinstance(error, BrokenPipeError):
+        return BROKEN_PIPE  # nobody reads any more, and knows that best
+    elif isinstance(error, OSError) and error.errno in _HOST_FAILURES:
+        text = f"{error.filename or 'writing the output'}: {error.strerror}"
     else:
         code = 70  # EX_SOFTWARE
         text = (
@@ -30,16 +48,20 @@ def explain(error: Exception) -> int:
     return code
 
 
-def flush_or_drop() -> None:
-    """Write what is left of the output, if there is still somebody who takes it.
+def flush_or_drop(code: int = 0) -> int:
+    """Write what is left of the output, if there is still somebody who takes it; the exit code,
+    which is `code` unless that was 0 and a disk is full.
 
-    If not, the interpreter would fail at the same thing later and change the exit code.
+    What is left would have the interpreter fail at the same thing later and change the exit code.
     """
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
                 stream.flush()
-        except OSError:
+        except OSError as error:
+            if stream is sys.stdout and error.errno in _HOST_FAILURES:
+                code = code or explain(error)
             null = os.open(os.devnull, os.O_WRONLY)
             os.dup2(null, stream.fileno())
             os.close(null)
+    return code

@@ -11,6 +11,7 @@ import click
 
 from pyvmm.agent import PORT, Agent, Copied
 from pyvmm.cli.attached import attach, terminal_size
+from pyvmm.cli.seconds import Seconds
 from pyvmm.control.client import connect_vsock
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
@@ -34,7 +35,7 @@ def _ready(vm: str, wait: float) -> Agent:
 
 _wait_option = click.option(
     "--wait",
-    type=click.FloatRange(min=0),
+    type=Seconds(min=0),
     default=0.0,
     metavar="SECONDS",
     help="Wait so long for a guest that is still starting.",
@@ -49,7 +50,7 @@ _wait_option = click.option(
 @click.option("-u", "--user", metavar="USER[:GROUP]", help="As whom, by name or number.")
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Seconds(min=0, min_open=True),
     metavar="SECONDS",
     help="Kill CMD, and all it has started, after so long; the exit code is 124 then.",
 )
@@ -108,15 +109,18 @@ def cp(source: str, target: str, wait: float) -> None:
     """Copy a file or a directory into a guest, or out of one: one of SRC and DST is VM:PATH.
 
     Into DST if that is a directory, else to that name. Modes and times stay; links below SRC are
-    copied as links; owners do not stay, and a guest's files lose set-user-ID bits.
+    copied as links, hard links as files; owners and extended attributes do not stay, and a guest's
+    files lose set-user-ID bits. docs/guest-agent.md shows how tar keeps all that.
     """
     source_vm, source_path = _split(source)
     target_vm, target_path = _split(target)
     if (source_vm is None) == (target_vm is None):
         raise ConfigError(
-            "one of the two has to be in a guest",
+            "one of the two, and one only, has to be in a guest",
             cure="write VM:PATH for that one, and ./a:b for a file of that name",
         )
+    if not (source_path or source_vm is None):
+        raise ConfigError(f"{source} names no file", cure=f"write {source}/ for all of it")
     progress, finish = _progress()
     try:
         if target_vm is not None:

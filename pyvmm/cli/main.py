@@ -14,9 +14,7 @@ def main(args: list[str] | None = None) -> None:
     """Run the command line and exit with its code; errors are one line unless --debug is given."""
     argv = sys.argv[1:] if args is None else args
     _occupy_standard_fds()
-    code = _run(argv)
-    flush_or_drop()
-    sys.exit(code)
+    sys.exit(flush_or_drop(_run(argv)))
 
 
 def _run(argv: list[str]) -> int:

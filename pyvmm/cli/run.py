@@ -223,6 +223,8 @@ def run(
         from pyvmm.api.config_file import load
 
         values = {**load(config), **values}
+    if values.pop("agent", False) and values.get("vsock") in (None, False):
+        values["vsock"] = ""  # what the agent is reached by; one that was described has more
     if print_config:
         from pyvmm.api.config_file import describe
 
@@ -240,8 +242,6 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
         for name, value in options.items()
         if context.get_parameter_source(name) is not default
     }
-    if given.pop("agent", False):
-        given.setdefault("vsock", "")
     if "rng_limit" in given:
         given["rng"] = given.pop("rng_limit")
     return given

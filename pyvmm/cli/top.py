@@ -17,6 +17,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from pyvmm.cli.seconds import Seconds
 from pyvmm.cli.stats import merged, size_text, time_text
 from pyvmm.control import registry
 from pyvmm.control.client import Client
@@ -44,7 +45,7 @@ class Look(NamedTuple):
 @click.argument("vm", required=False)
 @click.option(
     "--interval",
-    type=click.FloatRange(min=0.1),
+    type=Seconds(min=0.1),
     default=1.0,
     show_default=True,
     help="Seconds between two looks.",

@@ -8,8 +8,8 @@ import os
 import select
 import signal
 import time
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Self
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Self, TypeVar
 
 from pyvmm.control import protocol, registry
 from pyvmm.errors import ConfigError, HostError, PyvmmError
@@ -20,10 +20,17 @@ from pyvmm.host.unix_sockets import Socket
 PATIENCE = 10.0  # seconds for an answer
 
 _PIECE = 1 << 16
+_BUSY_PAUSE = 0.05  # seconds
+
+T = TypeVar("T")
 
 
 class NoAnswer(PyvmmError):
     """The VM's monitor did not answer in time, or ended instead."""
+
+
+class HasEnded(NoAnswer):
+    """The VM's monitor has ended, or takes no requests any more."""
 
 
 class NotRunning(ConfigError):
@@ -99,12 +106,12 @@ class Client(Closable):
             except BlockingIOError:
                 continue
             except OSError:
-                raise NoAnswer(f"{self.name} has ended") from None
+                return  # it has hung up, and may have said why
 
     def _read_line(self, deadline: float) -> bytes:
         line = self.line_or_end(deadline)
         if not line:
-            raise NoAnswer(f"{self.name} has ended")
+            raise HasEnded(f"{self.name} has ended")
         return line
 
     def line_or_end(self, deadline: float) -> bytes:
@@ -131,6 +138,16 @@ class Client(Closable):
         if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
             raise NoAnswer(f"{self.name} (PID {self.pid}) does not answer")
 
+    def has_ended(self, patience: float) -> bool:
+        """Whether the monitor's process has ended, within `patience` seconds."""
+        process = self.watch_process()
+        if process < 0:
+            return True
+        try:
+            return _ended(process, patience)
+        finally:
+            os.close(process)
+
     def watch_process(self) -> int:
         """A pidfd of the monitor's process, which is readable once that has ended; -1 if it has
         ended already."""
@@ -138,6 +155,23 @@ class Client(Closable):
             return os.pidfd_open(self.pid)
         except ProcessLookupError:
             return -1
+
+
+def patiently(name: str, ask: Callable[[Client], T], patience: float = PATIENCE) -> T:
+    """What `ask` returns for a connection to the VM called `name`; again, up to `patience` seconds,
+    while that has as many clients as it takes. Raises as `Client.connect` and `ask` do."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            with Client.connect(name) as client:
+                return ask(client)
+        except protocol.ControlError as error:
+            if error.code != protocol.BUSY or time.monotonic() > deadline:
+                raise
+        except HostError as error:
+            if error.errno != errno.EAGAIN or time.monotonic() > deadline:
+                raise
+        time.sleep(_BUSY_PAUSE)
 
 
 def open_console(name: str, *, history: bool = True, input: bool = True) -> Socket:
@@ -148,8 +182,9 @@ def open_console(name: str, *, history: bool = True, input: bool = True) -> Sock
     A reader that falls behind by 256 KiB misses some, and is told how much. Raises ConfigError if
     there is no such VM, ControlError, NoAnswer, HostError.
     """
-    with Client.connect(name) as client:
-        return client.upgrade("console", history=history, input=input).socket
+    return patiently(
+        name, lambda client: client.upgrade("console", history=history, input=input).socket
+    )
 
 
 def open_events(name: str, *, history: bool = True) -> Socket:
@@ -158,8 +193,7 @@ def open_events(name: str, *, history: bool = True) -> Socket:
 
     Raises as `open_console` does.
     """
-    with Client.connect(name) as client:
-        return client.upgrade("events", history=history).socket
+    return patiently(name, lambda client: client.upgrade("events", history=history).socket)
 
 
 def events(name: str, *, history: bool = True) -> Iterator[dict[str, Any]]:
@@ -201,13 +235,16 @@ def connect_vsock(name: str, port: int, *, patience: float = 60.0) -> Socket:
     """
     deadline = time.monotonic() + patience
     refused = HostError(errno.ECONNREFUSED, f"port {port} of the guest of {name}")
-    with Client.connect(name) as client:
-        try:
-            stream = client.upgrade("vsock.connect", patience=patience, port=port).socket
-        except protocol.ControlError as error:
-            if error.code == protocol.NOT_READY:
-                raise refused from None
-            raise
+    try:
+        stream = patiently(
+            name,
+            lambda client: client.upgrade("vsock.connect", patience=patience, port=port).socket,
+            patience,
+        )
+    except protocol.ControlError as error:
+        if error.code == protocol.NOT_READY:
+            raise refused from None
+        raise
     with Client(name, stream) as reader:
         if not reader.line_or_end(deadline).startswith(b"OK "):
             raise refused

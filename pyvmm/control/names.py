@@ -7,16 +7,17 @@ from pyvmm.errors import ConfigError
 MAX_NAME_BYTES = 64
 
 
-def check_name(name: str) -> None:
-    """Raise ConfigError for a name that a VM cannot have."""
-    if not name.isprintable() or "/" in name or name.startswith("."):
+def check_name(name: str, option: str = "--name") -> None:
+    """Raise ConfigError for a name that a VM cannot have. A colon would end it for `pyvmm cp`."""
+    if not name.isprintable() or {"/", ":"} & set(name) or name.startswith("."):
         raise ConfigError(
-            f"the name {name!r} is not printable, has a slash in it or begins with a dot",
+            f"the name {name!r:.100} is not printable, has a slash or a colon in it or begins with "
+            "a dot",
             cure="use letters, digits and dashes",
-            option="--name",
+            option=option,
         )
     # In this order: what is not printable may not be encodable either.
     if len(name.encode()) > MAX_NAME_BYTES:
         raise ConfigError(
-            f"the name has more than {MAX_NAME_BYTES} bytes", cure="shorten it", option="--name"
+            f"the name has more than {MAX_NAME_BYTES} bytes", cure="shorten it", option=option
         )

@@ -153,7 +153,7 @@ def running() -> list[str]:
 
 def socket_path(name: str) -> str:
     """The path of a VM's control socket. Raises ConfigError for what cannot be a name."""
-    check_name(name)
+    check_name(name, option="")
     return _path(folder(), name)
 
 

@@ -82,8 +82,8 @@ def make_spec(values: Mapping[str, Any]) -> VmSpec:
             found += [] if value is False else _devices(option, value)
         elif option.field:
             fields[option.field] = _READ[option.field](value, option)
-        elif option.name == "kvm":
-            _choice(value, option, KVM)
+        else:
+            _READ[option.name](value, option)
     if not fields.get("kernel"):
         raise ConfigError("no kernel is named", cure="--kernel vmlinuz", option="--kernel")
     return VmSpec(**fields, devices=tuple(found))
@@ -100,11 +100,23 @@ def as_list(value: Any) -> list[Any]:
 def _text(value: Any, option: Option) -> str:
     if not isinstance(value, str):
         raise _wrong_type(option, value, "a text")
+    if "\0" in value:
+        raise ConfigError(f"{option.name} has a NUL in it", option=option.flag)
     return value
 
 
 def _path(value: Any, option: Option) -> str:
     return _text(value.__fspath__() if hasattr(value, "__fspath__") else value, option)
+
+
+def _true_or_false(value: Any, option: Option) -> bool:
+    if type(value) is not bool:
+        raise _wrong_type(option, value, "true or false")
+    return value
+
+
+def _kvm(value: Any, option: Option) -> str:
+    return _choice(value, option, KVM)
 
 
 def _number(value: Any, option: Option) -> int:
@@ -128,7 +140,10 @@ def _disk(value: Any, option: Option) -> DiskSpec:
     if isinstance(value, Mapping):
         from pyvmm.machine import tables
 
-        return tables.read(DiskSpec, value, option.name)
+        found = tables.read(DiskSpec, value, option.name)
+        if not found.path:
+            raise ConfigError("a disk without a path", option=option.flag)
+        return found
     return parse_disk(_path(value, option))
 
 
@@ -162,6 +177,10 @@ _READ: Mapping[str, Callable[[Any, Option], Any]] = {
     "trace": _trace,
     "trace_file": _path,
     "discovery": _discovery,
+    # These are no part of a specification: they are looked at only.
+    "image": _text,
+    "rm": _true_or_false,
+    "kvm": _kvm,
 }
 
 

@@ -21,14 +21,17 @@ _SIZES = ("size",)
 
 
 class UnknownKey(ConfigError):
-    """A key that there is not. `key` is it, and `nearest` what was meant, or ""."""
+    """A key that there is not. `key` is it, and `nearest` what was meant, or ""; `cure` is what to
+    do about it where that is known better."""
 
-    def __init__(self, key: str, known: list[str], where: str) -> None:
+    def __init__(self, key: str, known: list[str], where: str, *, cure: str = "") -> None:
         import difflib
 
         self.key = key
         [self.nearest] = difflib.get_close_matches(key, known, 1) or [""]
-        cure = f"did you mean {self.nearest}?" if self.nearest else f"there are {', '.join(known)}"
+        if not cure and self.nearest:
+            cure = f"did you mean {self.nearest}?"
+        cure = cure or f"there are {', '.join(known)}"
         super().__init__(f"unknown key {key!r:.100}{f' in {where}' if where else ''}", cure=cure)
 
 
@@ -87,6 +90,8 @@ def _value(field: Field[Any], value: Any, where: str) -> Any:
     )
     if type(value) is not wanted:
         raise _wrong(what, value, name)
+    if isinstance(value, str) and "\0" in value:
+        raise ConfigError(f"{what} has a NUL in it")
     return value
 
 

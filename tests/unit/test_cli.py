@@ -287,6 +287,16 @@ def test_a_reader_that_goes_away_is_no_error_worth_a_word():
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize(
+    "command",
+    ["ps", "image list", "--help", "--version", "run --cpus 2 --print-config", "run --help"],
+)
+def test_output_that_a_full_disk_swallows_is_no_success(command):
+    done = shell(f"$PYVMM {command} >/dev/full")
+    assert done.returncode == 1
+    assert done.stderr == "pyvmm: writing the output: No space left on device\n"
+
+
 def test_closed_streams_numbers_are_taken_so_that_no_file_gets_them():
     script = (
         "import os; from pyvmm.cli.main import _occupy_standard_fds; _occupy_standard_fds();"

@@ -12,10 +12,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from pyvmm.cli import control as looking
 from pyvmm.control import client, registry, server
 from pyvmm.control.client import Client, NoAnswer
 from pyvmm.control.protocol import MAX_LINE, ControlError, Method, Upgrade
@@ -61,7 +63,7 @@ def test_a_name_that_runs_is_an_error_of_one_line() -> None:
     registry.register("web").close()
 
 
-@pytest.mark.parametrize("name", ["a/b", ".a", "..", "a\nb", "x" * 65, "\udc80"])
+@pytest.mark.parametrize("name", ["a/b", "a:b", ".a", "..", "a\nb", "x" * 65, "\udc80"])
 def test_what_cannot_be_a_name(name: str) -> None:
     with pytest.raises(ConfigError):
         registry.register(name)
@@ -300,7 +302,8 @@ def test_clients_are_bounded(served: Served) -> None:
     deadline = time.monotonic() + HANG
     while True:  # until the server has seen it leave
         with served.dial() as again:
-            again.sendall(line(method="echo"))
+            with suppress(BrokenPipeError):  # it was turned away already
+                again.sendall(line(method="echo"))
             answer = json.loads(again.makefile("rb").readline())
         if "result" in answer:
             break
@@ -359,6 +362,57 @@ def test_calls_and_their_errors(served: Served) -> None:
             vm.call("wait", patience=0.05)
         served.release.set()
         assert vm.call("echo", number=3) == {"number": 3}  # the late answer is not taken for it
+
+
+def test_one_with_many_clients_is_asked_again(served: Served) -> None:
+    clients = [served.dial() for _ in range(MAX_CLIENTS)]
+    for one in clients:
+        ask(one, line(method="echo"))
+    answers: list[object] = []
+
+    def ask_patiently() -> None:
+        answers.append(client.patiently("served", lambda vm: vm.call("echo"), HANG))
+
+    late = [threading.Thread(target=ask_patiently) for _ in range(5)]
+    for thread in late:
+        thread.start()
+    with pytest.raises(ControlError, match="clients already"):
+        client.patiently("served", lambda vm: vm.call("echo"), patience=0.2)
+    for one in clients:
+        one.close()
+    for thread in late:
+        thread.join(HANG)
+    assert answers == [{}] * 5
+
+
+ENDING = """
+import sys, time, select
+from pyvmm.control import registry
+from pyvmm.host import unix_sockets
+held = registry.register("ends")
+print("there", flush=True)
+select.select([held.listener], [], [])
+asked = unix_sockets.accept(held.listener)
+if "linger" in sys.argv:
+    asked.close()
+    time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize(("how", "state"), [("linger", "ending"), ("at once", None)])
+def test_one_that_ends_is_not_said_to_hang(how: str, state: str | None, monkeypatch) -> None:
+    monkeypatch.setattr(looking, "_END_PATIENCE", 0.05 if state else HANG)
+    process = subprocess.Popen([sys.executable, "-c", ENDING, how], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == b"there\n"
+        threading.Thread(target=process.wait).start()  # a zombie is one that has ended, too
+        row = looking._look("ends")
+        assert (row and row["state"]) == state
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
 
 
 def test_nobody_of_that_name() -> None:

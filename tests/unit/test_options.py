@@ -7,7 +7,8 @@ import inspect
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from click.testing import CliRunner
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyvmm import VM
@@ -156,6 +157,11 @@ def test_what_is_not_wanted_is_not_there() -> None:
         ({"discovery": "magic"}, "choose from auto, acpi"),
         ({"kvm": "sometimes"}, "choose from auto, host, emulated"),
         ({"console": "hvc"}, "unknown console"),
+        ({"image": 5}, "image is to be a text, not 5"),
+        ({"rm": "no"}, "rm is to be true or false, not 'no'"),
+        ({"disks": "a\0b"}, "disks has a NUL in it"),
+        ({"disks": {"path": "a\0b"}}, r"disks.path has a NUL in it"),
+        ({"disks": {"path": ""}}, "a disk without a path"),
     ],
 )
 def test_what_cannot_be_read_is_said_in_one_line(values, why) -> None:
@@ -275,6 +281,9 @@ def test_relative_paths_are_relative_to_the_file(load, tmp_path, monkeypatch) ->
         ("cpus = false", "vm.toml: --cpus: cpus is to be a number, not False"),
         ("cpus = \nmemory = 1", "vm.toml: Invalid value .at line 1"),
         ('cpus = "2"', "vm.toml: --cpus: cpus is to be a number, not '2'"),
+        ("agent = true", "vm.toml:1: unknown key 'agent'; write vsock = true"),
+        ('rng-limit = "bps=1"', "vm.toml:1: unknown key 'rng-limit'; write rng ="),
+        ("detach = true", "unknown key 'detach'; it is for the command line only"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_one_line_with_its_place(load, text, why) -> None:
@@ -294,6 +303,93 @@ def test_a_file_that_is_not_there_or_no_text(tmp_path) -> None:
 def test_keys_that_are_ours_alone_are_not_offered() -> None:
     for cls in (DiskSpec, Net, Vsock):
         assert not set(tables.keys(cls)) & set(tables.INTERNAL)
+
+
+def test_every_option_that_is_no_key_is_said_to_be_none() -> None:
+    hinted = config_file._NO_KEYS
+    assert set(hinted) == ONLY_COMMAND | ANOTHER_FORM | {"command"}
+
+
+VALUES = {
+    "--kernel": st.sampled_from(["vmlinuz", "k,k", "ü ='\"\\"]),
+    "--initrd": st.sampled_from(["initrd.img", "a b"]),
+    "--disk": st.sampled_from(
+        [
+            "a.img",
+            "a,,b.img,readonly,id=x",
+            "b.img,snapshot,bps=20M,iops=5,bps-burst=1M,iops-burst=7",
+            "c.img,overlay=o,,o,block-size=4096,on-error=stop,packed",
+            "d.img,direct,queues=1",
+            "e.qcow2",
+            "f,format=raw",
+            "ram:64M",
+            "squares.py:Squares,step=3,word=a=b",
+        ]
+    ),
+    "--net": st.sampled_from(
+        [
+            "user",
+            "user,forward=8080:80,forward=udp:53:53,mac=02:00:00:00:00:07",
+            "tap=tap0,mtu=9000",
+        ]
+    ),
+    "--console": st.sampled_from(["serial", "virtio", "virtio,packed"]),
+    "--port": st.sampled_from(["name=a,path=a.sock", "name=b,path=b.sock,packed"]),
+    "--rng": st.none(),
+    "--rng-limit": st.sampled_from(["bps=4K", "iops=5,packed", "packed"]),
+    "--device": st.sampled_from(["entropy.py:Entropy", "x.py:Y,size=3,packed"]),
+    "--balloon": st.sampled_from(["", "size=64M", "free-page-reporting,deflate-on-oom,packed"]),
+    "--vsock": st.sampled_from(["", "cid=7", "cid=9,path=v.sock,packed"]),
+    "--agent": st.none(),
+    "--cpus": st.sampled_from(["1", "4"]),
+    "--memory": st.sampled_from(["512M", "64M", "2G", "33555456"]),
+    "--cmdline": st.sampled_from(["quiet", 'a="b c" ü']),
+    "--trace": st.sampled_from(["status", "all", "requests,exits"]),
+    "--trace-file": st.sampled_from(["trace.log"]),
+    "--discovery": st.sampled_from(["auto", "acpi", "cmdline", "both"]),
+    "--name": st.sampled_from(["web", "a b"]),
+    "--rm": st.none(),
+    "--kvm": st.sampled_from(["auto", "host", "emulated"]),
+}
+MANY = ("--disk", "--port", "--device")
+
+
+@st.composite
+def command_lines(draw: st.DrawFn) -> list[str]:
+    words = draw(st.sampled_from([[], ["debian-test"]]))
+    for flag in draw(st.lists(st.sampled_from(sorted(VALUES)), unique=True)):
+        for _ in range(draw(st.integers(1, 2)) if flag in MANY else 1):
+            value = draw(VALUES[flag])
+            words = [*words, flag if value is None else f"{flag}={value}"]
+    return words
+
+
+@settings(max_examples=150, deadline=None)
+@given(words=command_lines())
+def test_what_is_printed_for_a_command_line_says_the_same_again(words, tmp_path_factory) -> None:
+    def printed(*more: str) -> str | None:
+        done = CliRunner().invoke(run, [*more, "--print-config"], standalone_mode=False)
+        if done.exception is not None:
+            assert isinstance(done.exception, ConfigError)  # two that cannot be had together
+            return None
+        return done.stdout
+
+    text = printed(*words)
+    if text is not None:
+        path = tmp_path_factory.mktemp("printed") / "vm.toml"
+        path.write_text(text)
+        assert printed("--config", str(path)) == text
+        assert VM.from_config(path).to_config() == text or "vsock" not in text
+
+
+def test_what_the_agent_needs_leaves_what_the_file_says_of_it(tmp_path) -> None:
+    path = tmp_path / "vm.toml"
+    path.write_text('kernel = "k"\nvsock = {cid = 7}\n')
+    done = CliRunner().invoke(run, ["--config", str(path), "--agent", "--print-config"])
+    assert "cid = 7" in done.stdout
+    path.write_text("vsock = false\n")
+    done = CliRunner().invoke(run, ["--config", str(path), "--agent", "--print-config"])
+    assert "vsock = true" in done.stdout
 
 
 def test_the_example_is_what_the_document_shows() -> None:

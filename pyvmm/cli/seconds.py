@@ -1,0 +1,24 @@
+"""What `--timeout`, `--wait` and `--interval` take."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import click
+
+
+class Seconds(click.FloatRange):
+    """A number of seconds, which is no "nan", and no "inf" that poll(2) could not wait."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        """As click wants it."""
+        seconds: float = super().convert(value, param, ctx)
+        if not math.isfinite(seconds) or seconds > _LONGEST:
+            self.fail(f"{value!r} is no number of seconds up to {_LONGEST}", param, ctx)
+        return seconds
+
+
+_LONGEST = 2_000_000
