@@ -2,6 +2,7 @@
 
 A vhost-user front end hands over such regions and may take them back or add more at any time, so
 `regions` is replaced as a whole whenever it changes: whoever reads it sees the old or the new.
+Regions that touch are joined to one there.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import _cffi_backend
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.host import syscalls
 from pyvmm.memory.guest_memory import PAGE_SIZE, GuestMemory, Region
+from pyvmm.memory.joined import join
 
 _ffi = _cffi_backend.FFI()
 _ADDRESSES = 1 << 64
@@ -36,6 +38,7 @@ class LentMemory(GuestMemory):
         self.fd = -1
         self.size = 0
         self.regions = ()
+        self._lent: tuple[Region, ...] = ()  # one by one
 
     def add(self, guest_addr: int, size: int, fd: int, fd_offset: int) -> Region:
         """Map `size` bytes from `fd_offset` of `fd` on, to be the RAM at `guest_addr`; the region.
@@ -45,8 +48,8 @@ class LentMemory(GuestMemory):
         mapped. Nothing has changed then.
         """
         region = self.map_region(guest_addr, size, fd, fd_offset)
-        check_disjoint((*self.regions, region))
-        self._replace((*self.regions, region))
+        check_disjoint((*self._lent, region))
+        self._replace((*self._lent, region))
         return region
 
     def replace(self, regions: list[Region]) -> None:
@@ -57,8 +60,8 @@ class LentMemory(GuestMemory):
 
     def remove(self, guest_addr: int, size: int) -> None:
         """Give the region back that is exactly this range. Raises LentMemoryError if none is."""
-        kept = tuple(r for r in self.regions if (r.guest_addr, r.size) != (guest_addr, size))
-        if len(kept) == len(self.regions):
+        kept = tuple(r for r in self._lent if (r.guest_addr, r.size) != (guest_addr, size))
+        if len(kept) == len(self._lent):
             raise LentMemoryError(f"there is no region {guest_addr:#x} + {size:#x}")
         self._replace(kept)
 
@@ -67,8 +70,9 @@ class LentMemory(GuestMemory):
         self._replace(())
 
     def _replace(self, regions: tuple[Region, ...]) -> None:
+        self._lent = regions
         # The largest first: nearly every access is to it, and a search begins there.
-        self.regions = tuple(sorted(regions, key=lambda region: -region.size))
+        self.regions = tuple(sorted(join(regions), key=lambda region: -region.size))
         self.size = sum(region.size for region in regions)
 
     @staticmethod

@@ -206,7 +206,9 @@ def almost_usual(draw):
 
 
 rounds = st.lists(
-    st.lists(usual | usual | usual | almost_usual(), min_size=3, max_size=10), min_size=1, max_size=3
+    st.lists(usual | usual | usual | almost_usual(), min_size=3, max_size=10),
+    min_size=1,
+    max_size=3,
 )
 # A byte of the descriptors that the driver spoils before it shows them: any, or of their flags and
 # their `next`, with values that might pass.

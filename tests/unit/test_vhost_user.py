@@ -37,6 +37,7 @@ from pyvmm.testing.vhost_user_driver import (
     SET_VRING_ENABLE,
     SET_VRING_KICK,
     SET_VRING_NUM,
+    USER_BASE,
     Refused,
 )
 from pyvmm.virtio.blk.backend import FileBackend
@@ -289,6 +290,32 @@ def test_buffers_may_lie_in_any_region():
     with started() as rig:
         high = Buffer(HOLE_END + 0x100, 5)
         assert rig.driver.request(0, [b"hello"], [high]) == (5, b"hello")
+
+
+def test_a_buffer_may_begin_in_one_region_and_end_in_the_next():
+    """Modules of memory that were plugged in one after the other, each in a file of its own. The
+    guest joins pages that are neighbours, whatever they are made of."""
+    first, second = GuestMemory([(0, MIB)]), GuestMemory([(0, MIB)])
+    with started() as rig:
+        driver = rig.driver
+        where = [16 * MIB, 17 * MIB]
+        rows = [slot(at, MIB, USER_BASE + at, 0) for at in where]
+        for memory, row in zip((first, second), rows, strict=True):
+            driver.tell(ADD_MEM_REG, row, [memory.fd])
+        first.write(MIB - 100, b"a" * 100)
+        second.write(0, b"b" * 100)
+        across = Buffer(17 * MIB - 100, 200)
+        assert driver.request(0, [across], [200]) == (200, b"a" * 100 + b"b" * 100)
+        chain = driver.submit(0, [b"c" * 200], [across])
+        assert driver.wait_used(0, chain).written == 200
+        assert first.read(MIB - 100, 100) == second.read(0, 100) == b"c" * 100
+        # One of them goes: what is left is RAM still, and the rest is not.
+        driver.tell(REM_MEM_REG, rows[0])
+        assert driver.request(0, [Buffer(17 * MIB, 3)], [3]) == (3, b"ccc")
+        driver.submit(0, [across], [200])
+        driver.wait_error(0)
+    first.close()
+    second.close()
 
 
 def test_memory_can_be_added_and_removed_while_the_ring_runs():

@@ -157,7 +157,8 @@ def test_nothing_grows_with_what_a_front_end_repeats():
     """Tables, rings, eventfds and notes that replace one another, while a ring runs."""
     with started(sizes=(16,)) as rig:
         driver = rig.driver
-        row = struct.pack("=5Q", 0, 16 * MIB, MIB, USER_BASE + 16 * MIB, 0)
+        at = MIB  # next to another region
+        row = struct.pack("=5Q", 0, at, MIB, USER_BASE + 16 * MIB, 0)
 
         def all_of_it():
             driver.lend()
