@@ -338,6 +338,15 @@ class SplitQueue(SplitPeek):
 
     # --- asking for kicks ------------------------------------------------------------------------
 
+    def poll(self, until: int) -> bool:
+        """See Queue."""
+        # What was seen and left in the ring, for there was enough for one batch, counts once.
+        left = self._seen_avail, self._next_avail
+        if left[0] != left[1] and left != self._settled and self.ready and not self.halt:
+            self._settled = left
+            return True
+        return super().poll(until)
+
     def disable_notification(self) -> None:
         """Tell the driver that kicks are not needed for now (2.7.10.2)."""
         # With EVENT_IDX avail_event lies behind already: the driver passed it when it kicked.

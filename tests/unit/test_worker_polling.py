@@ -46,6 +46,20 @@ def test_the_time_ends_it_where_nothing_comes(rig):
     assert not rig.queue.poll(perf_counter_ns() + 1000), "what was served counts as new"
 
 
+def test_what_was_seen_and_left_for_the_next_batch_is_not_waited_for(rig):
+    """A batch has an end, with large requests soon; the rest may be all there is for a while."""
+    for _ in range(2):
+        rig.driver.add([bytes(16)], [512, 1])
+    rig.driver.publish()
+    assert len(rig.queue.peek_usual(16, 1, 512)[0]) == 1
+    rig.queue.use_peeked([513])
+    rig.queue.publish_used()
+    assert rig.queue.poll(perf_counter_ns() + 1000)
+    assert rig.serve() == 1
+    rig.queue.publish_used()
+    assert not rig.queue.poll(perf_counter_ns() + 1000)
+
+
 @pytest.mark.parametrize("change", [("halt", True), ("ready", False)], ids=str)
 def test_a_stop_ends_it(rig, change):
     timer = threading.Timer(0.02, setattr, (rig.queue, *change))
