@@ -14,7 +14,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pyvmm.agent import AgentError, Clock, CommandTimeout, Completed, Copied, Info, NoAgent
+    from pyvmm.agent import (
+        AgentError,
+        Clock,
+        CommandTimeout,
+        Completed,
+        Copied,
+        Info,
+        NoAgent,
+        WrongAgent,
+    )
     from pyvmm.api.aio import AsyncVM
     from pyvmm.api.command import Command
     from pyvmm.api.errors import (
@@ -67,6 +76,7 @@ _PUBLIC = {
     "VMError": ("pyvmm.api.errors", ""),
     "VMTimeout": ("pyvmm.api.errors", ""),
     "Vsock": ("pyvmm.machine.device_vsock", "Spec"),
+    "WrongAgent": ("pyvmm.agent", ""),
 }
 __all__ = [
     "VM",
@@ -96,6 +106,7 @@ __all__ = [
     "VMError",
     "VMTimeout",
     "Vsock",
+    "WrongAgent",
 ]
 
 

@@ -40,7 +40,7 @@ class InGuest(ABC):
 
     def wait_ready(self, timeout: float | None = READY_SECONDS) -> Info:
         """Wait until the guest's agent answers; what it says of itself. Raises NoAgent after
-        `timeout` seconds."""
+        `timeout` seconds, WrongAgent at once for one of another version."""
         with self._agent() as agent:
             info = agent.wait_ready(timeout)
         self._was_ready = True

@@ -12,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyvmm import VM
+from pyvmm.agent import Agent
 from pyvmm.api import config_file
+from pyvmm.api.aio import AsyncVM
 from pyvmm.cli.quick import DEFAULTS
 from pyvmm.cli.run import run
 from pyvmm.errors import ConfigError
@@ -49,6 +51,25 @@ def test_the_python_api_has_every_option_and_no_other() -> None:
     assert {k.name: k.default or None for k in keywords} == {
         name: default or None for name, default in defaults.items()
     }
+
+
+@pytest.mark.parametrize(("method", "agents"), [("run", "run"), ("popen", "open")])
+def test_a_command_is_run_with_the_same_options_everywhere(method: str, agents: str) -> None:
+    """Typed in full at each place, which is what editors and type checkers show; so they are
+    compared here."""
+    wanted = inspect.signature(getattr(Agent, agents)).parameters
+    for cls in (VM, AsyncVM):
+        assert inspect.signature(getattr(cls, method)).parameters == wanted, cls
+
+
+def test_what_can_be_awaited_is_what_a_vm_has() -> None:
+    for name, method in inspect.getmembers(AsyncVM, inspect.isfunction):
+        if not name.startswith("_"):
+            ours = list(inspect.signature(method).parameters.values())
+            theirs = list(inspect.signature(getattr(VM, name)).parameters.values())
+            assert ours == theirs, name
+    missing = {name for name in dir(VM) if not name.startswith("_")} - set(dir(AsyncVM))
+    assert missing == {"spec", "to_config"} & missing
 
 
 def test_the_quick_reader_has_the_same_names_and_defaults() -> None:
@@ -364,7 +385,7 @@ def command_lines(draw: st.DrawFn) -> list[str]:
     return words
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(words=command_lines())
 def test_what_is_printed_for_a_command_line_says_the_same_again(words, tmp_path_factory) -> None:
     def printed(*more: str) -> str | None:
