@@ -234,6 +234,36 @@ def test_too_many_files(open_image: Open, monkeypatch: pytest.MonkeyPatch) -> No
         open_image(of(member("a/" * 101)))
 
 
+def test_steps_without_end(open_image: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trees, "_MOST_STEPS", 5000)
+    deep = "d/" * 150
+    for endless in (
+        [directory(deep)] * 40,
+        [member("d/.wh.x")] * 2600,
+        [symlink("l", deep), *[hardlink("l/h", "d/f")] * 40],
+    ):
+        with pytest.raises(Refused, match="through too many directories and links"):
+            open_image(of(directory(deep), *endless))
+
+
+def test_a_directory_is_cleared_once_a_layer(open_image: Open) -> None:
+    """Or that many opaque directories of that many files would take hours."""
+    many = layer(*(member(f"d/{number}") for number in range(20_000)))
+    layout = Layout()
+    layout.add([many, layer(*(member("d/.wh..wh..opq") for _ in range(20_000)), member("d/x"))])
+    assert [path for path, _ in open_image(layout).walk()] == [".", "d", "d/x"]
+
+
+def test_text_without_end(open_image: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trees, "_MOST_TEXT", 1 << 20)
+    for endless in (
+        [symlink("l", "x" * 4000)] * 300,
+        [member("f", xattrs={"user.x": b"x" * 2000})] * 600,
+    ):
+        with pytest.raises(Refused, match="links and attributes have more than 1 MiB"):
+            open_image(of(*endless))
+
+
 def test_a_header_that_is_read_as_a_whole_is_bounded(open_image: Open) -> None:
     for kind in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME):
         info = tarfile.TarInfo("h")

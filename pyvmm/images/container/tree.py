@@ -18,6 +18,9 @@ from pyvmm.images.container.spool import Spool
 
 MOST_NODES = 500_000
 _MOST_DEPTH = 200
+# What takes no node of its own takes time and memory all the same; no real image comes near.
+_MOST_STEPS = 50_000_000  # from a directory to the next one, or a member
+_MOST_TEXT = 256 << 20  # bytes of link targets and extended attributes
 _MOST_HOPS = 40  # MAXSYMLINKS of the kernel
 _MOST_NAME = 255
 _MOST_PATH = 4095
@@ -37,7 +40,8 @@ class Node:
     """A file of any kind; hard links are the same node under several names.
 
     `kind` is tarfile's, `start` and `size` say where a file's content is in the spool. Of a
-    directory `since` has the layer that each of its children came with.
+    directory `since` has the layer that each of its children came with, and `cleared` is the last
+    one that took away what lower layers have in it.
     """
 
     kind: bytes
@@ -52,6 +56,7 @@ class Node:
     size: int = 0
     children: dict[str, Node] = field(default_factory=dict)
     since: dict[str, int] = field(default_factory=dict)
+    cleared: int = -1
 
     @property
     def is_directory(self) -> bool:
@@ -76,6 +81,9 @@ class Node:
             self.drop(name)
 
     def clear_below(self, layer: int) -> None:
+        if self.cleared == layer:
+            return  # nothing of a lower layer has come since
+        self.cleared = layer
         for name in list(self.children):
             self.drop_below(name, layer)
 
@@ -88,6 +96,8 @@ class Tree:
         self.spool = spool
         self._layer = 0
         self._made = 0
+        self._steps = 0
+        self._text = 0
 
     def next_layer(self) -> None:
         """What is added from now on is of the next layer."""
@@ -96,9 +106,10 @@ class Tree:
     def add(self, member: tarfile.TarInfo, content: IO[bytes] | None) -> None:
         """One member of a layer. Raises Refused for what no image may have."""
         path = split(member.name)
+        self._step()
         if not path:
             if member.isdir():
-                _describe(self.root, member)
+                self._describe(self.root, member)
             return
         *folders, name = path
         parent = self._folder(folders, member.name)
@@ -143,10 +154,21 @@ class Tree:
             node = before
         else:
             node = self._new(kind)
-        _describe(node, member)
+        self._describe(node, member)
         if content is not None:
             node.start, node.size = self.spool.write(content, member.size, shown(member.name))
         parent.put(name, node, self._layer)
+
+    def _describe(self, node: Node, member: tarfile.TarInfo) -> None:
+        _describe(node, member)
+        self._text += len(node.target) + sum(map(len, node.xattrs.values()))
+        if self._text > _MOST_TEXT:
+            raise Refused(f"its links and attributes have more than {_MOST_TEXT >> 20} MiB")
+
+    def _step(self) -> None:
+        self._steps += 1
+        if self._steps > _MOST_STEPS:
+            raise Refused("its names lead through too many directories and links")
 
     def _new(self, kind: bytes) -> Node:
         self._made += 1
@@ -165,6 +187,7 @@ class Tree:
         left = path[::-1]
         hops = 0
         while left:
+            self._step()
             name = left.pop()
             if name == "..":
                 if len(stack) > 1:  # the root is its own parent
