@@ -23,7 +23,11 @@ _PACKAGES = {
     "apt-config": "apt",
 }
 _NO_SPACE = "No space left on device"
-_CURES = {_NO_SPACE: "free 3 GiB, or set XDG_CACHE_HOME to another place"}
+_CURES = {
+    _NO_SPACE: "free 3 GiB, or set XDG_CACHE_HOME to another place",
+    "Failed to fetch": "check the network, and the mirrors in this machine's /etc/apt",
+    "Unable to locate package": "check the name: apt-cache search, or https://packages.debian.org",
+}
 # Where Debian keeps an administrator's programs; not on everybody's PATH.
 _ADMIN_PATH = "/usr/local/sbin:/usr/sbin:/sbin"
 
@@ -52,7 +56,7 @@ def run(
     )
     if result.returncode:
         message = complaint(result.stderr, result.returncode)
-        raise ConfigError(f"{what}: {message}", cure=_CURES.get(message, ""))
+        raise ConfigError(f"{what}: {message}", cure=_cure(message))
     return result.stdout
 
 
@@ -91,8 +95,12 @@ def feed(
         said = stderr.read().decode(errors="replace")
     if status:
         message = complaint(said, status)
-        raise ConfigError(f"{what}: {message}", cure=_CURES.get(message, ""))
+        raise ConfigError(f"{what}: {message}", cure=_cure(message))
     return said
+
+
+def _cure(message: str) -> str:
+    return next((cure for words, cure in _CURES.items() if words in message), "")
 
 
 def require(program: str) -> None:

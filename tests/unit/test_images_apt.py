@@ -97,6 +97,19 @@ def test_a_program_s_first_error_is_what_is_said() -> None:
     stderr = "W: slow\nE: Unable to locate package x\nE: more\n"
     assert tools.complaint(stderr, 100) == "Unable to locate package x"
     assert tools.complaint("", 3) == "exit status 3"
+
+
+@pytest.mark.parametrize(
+    ("said", "cure"),
+    [
+        ("E: Failed to fetch http://x/InRelease  Temporary failure resolving 'x'", "the network"),
+        ("E: Unable to locate package nosuch", "check the name"),
+        ("write: No space left on device", "free 3 GiB"),
+    ],
+)
+def test_what_programs_often_complain_about_has_a_cure(said: str, cure: str) -> None:
+    with pytest.raises(ConfigError, match=cure):
+        tools.run(["sh", "-c", f'echo "{said}" >&2; exit 100'], "apt")
     with pytest.raises(ConfigError, match=r"^making: b$"):
         tools.run(["sh", "-c", "echo a >&2; echo b >&2; exit 1"], "making")
 
