@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import socket
 import struct
 import termios
@@ -17,9 +18,10 @@ from terminal_guest import TerminalGuest
 
 pytestmark = pytest.mark.usefixtures("linux_guests")
 
-KERNELS = ("6.1", "6.12")
+BOOTS = (("6.1", ""), ("6.12", ""), ("6.1", ",packed"))
 CTRL_A = "\x01"
 LONG = 300_000
+LINES = 2000
 
 # In the guest, without udev: the port's node by its name.
 PORT = "/dev/$(basename $(dirname $(grep -l agent /sys/class/virtio-ports/*/name)))"
@@ -30,6 +32,8 @@ class Run:
     """What was seen at the terminal and at the port's socket."""
 
     result: GuestResult
+    rings: list[str]  # "1" for packed, of each console device
+    lines: list[str]
     restored: bool
     greeting: bytes
     reply: bytes
@@ -52,14 +56,14 @@ def read_until(stream: socket.socket, end: bytes) -> bytes:
     return data
 
 
-def talk(folder: Path, kernel: str) -> Run:
+def talk(folder: Path, kernel: str, ring: str) -> Run:
     made = artifacts(kernel)
     path = folder / "agent"
     guest = TerminalGuest(
         made.vmlinux,
         made.initramfs,
         [f"{made.rootfs},readonly"],
-        options=["--console", "virtio", "--port", f"name=agent,path={path}"],
+        options=[f"--console=virtio{ring}", "--port", f"name=agent,path={path}{ring}"],
     )
     guest.start()
     guest.wait_for("# ")
@@ -69,6 +73,12 @@ def talk(folder: Path, kernel: str) -> Run:
     guest.wait_for("purr", times=2)
     guest.type("\x03")
     guest.wait_for("# ", times=2)
+    # Of a device's features the 35th is RING_PACKED.
+    guest.type(
+        "cut -c35 /sys/bus/virtio/drivers/virtio_console/virtio*/features | sed s/^/ring-/\r"
+    )
+    guest.type(f"seq 1 {LINES}; echo all-$((1+1))\r")
+    guest.wait_for("all-2")
 
     set_size(guest, 132, 43)
     guest.type("until [ \"$(stty size)\" = '43 132' ]; do sleep 0.2; done; echo grown-$((1+1))\r")
@@ -99,17 +109,29 @@ def talk(folder: Path, kernel: str) -> Run:
     guest.wait_for("this help")
     guest.type("exit\r")
     result = guest.wait()
+    rings = re.findall(r"^ring-([01])\r?$", result.console, re.MULTILINE)
+    seq = result.console.partition("# seq")[2].partition("all-2")[0]
+    lines = re.findall(r"(?:^|\r)([0-9]+)\r?$", seq, re.MULTILINE)  # behind bash's escapes
     return Run(
-        result, guest.after == guest.before, greeting, reply, bulk, after_close, path.exists()
+        *(result, rings, lines),
+        guest.after == guest.before,
+        greeting,
+        reply,
+        bulk,
+        after_close,
+        path.exists(),
     )
 
 
 @pytest.mark.parametrize(
-    "kernel", [pytest.param(k, marks=pytest.mark.boot.with_args(talk, k)) for k in KERNELS]
+    ("kernel", "ring"),
+    [pytest.param(*row, marks=pytest.mark.boot.with_args(talk, *row)) for row in BOOTS],
 )
-def test_a_terminal_and_a_port(boot: Run, kernel: str) -> None:
+def test_a_terminal_and_a_port(boot: Run, kernel: str, ring: str) -> None:
     assert boot.result.code == 0, boot.result.ending()
     assert boot.restored
+    assert boot.rings == ["1" if ring else "0"]
+    assert boot.lines == [str(number + 1) for number in range(LINES)], "nothing is lost"
     assert (boot.greeting, boot.reply) == (b"hello\n", b"got question\n")
     assert boot.bulk == LONG, "all that the guest wrote before it closed"
     assert boot.after_close == b"", "the guest's close is the end of the connection"
