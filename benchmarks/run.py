@@ -105,6 +105,20 @@ def lacks_storage_daemon() -> str:
     return ""
 
 
+def lacks_vsock_device() -> str:
+    """As `lacks_qemu`, with a compiler for what runs in the guest, and what to compare with."""
+    from pyvmm import images
+    from pyvmm.errors import PyvmmError
+
+    if not shutil.which("cc"):
+        return "gcc is not installed"
+    try:
+        images.folders(["programs-vsock"], make=True)
+    except PyvmmError as error:
+        return str(error)
+    return lacks_qemu()
+
+
 PARTS = (
     Part(
         "native_kvm",
@@ -169,6 +183,13 @@ PARTS = (
         60,
         ("--rounds", "50"),
         lambda: "",
+    ),
+    Part(
+        "vsock",
+        "vsock: pyvmm, and QEMU microvm with vhost-device-vsock",
+        480,
+        ("--rounds", "1", "--seconds", "1"),
+        lacks_vsock_device,
     ),
     Part("net", "Network: pyvmm and QEMU microvm", 900, ("--rounds", "1"), lacks_qemu),
     Part(
