@@ -218,11 +218,12 @@ class Agent:
             realtime, boottime = TIMES.unpack_from(answer)
             return _clock(realtime, boottime, before)
 
-    def power_off(self, *, quick: bool = False) -> None:
+    def power_off(self, *, quick: bool = False, timeout: float = PATIENCE) -> None:
         """Have the guest power off; its file systems are whole afterwards. With `quick` nothing is
         written and nobody asked: for disks that are thrown away. It returns before the guest has
-        gone. Raises AgentError."""
-        deadline = time.monotonic() + PATIENCE
+        gone. Raises AgentError, CommandTimeout if the agent does not answer in `timeout` seconds.
+        """
+        deadline = time.monotonic() + timeout
         with self._session() as session:
             session.send(FrameType.POWER_OFF, bytes([quick]), deadline)
             with suppress(AgentGone):  # the guest was quicker than its answer

@@ -207,8 +207,9 @@ class VM(InGuest, InMonitor):
         if not (kept and self._was_ready) or self.outcome is not None:
             return False
         try:
-            with self._agent(patience=min(timeout, _POWER_OFF_SECONDS)) as agent:
-                agent.power_off()
+            patience = min(timeout, _POWER_OFF_SECONDS)
+            with self._agent(patience=patience) as agent:
+                agent.power_off(timeout=patience)
         except PyvmmError:
             return False  # It is paused, say, or hangs.
         return True

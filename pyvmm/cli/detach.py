@@ -113,7 +113,8 @@ class _Starter:
         """Show what the background has to say; False at its end."""
         data = os.read(self._messages, _PIECE)
         if sys.stderr is not None and data:
-            os.write(2, data)
+            with suppress(OSError):  # nobody reads any more, which is no reason not to run
+                os.write(2, data)
         return bool(data)
 
     def _hear_name(self) -> bool:

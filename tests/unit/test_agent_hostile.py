@@ -187,7 +187,7 @@ def test_an_agent_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch)
     with liar(saying(b"", stay=True)) as agent:
         with pytest.raises(CommandTimeout, match="true took longer than"):
             agent.run(["true"], timeout=0.01)
-        for ask in (agent.clock, agent.power_off):
+        for ask in (agent.clock, lambda: agent.power_off(timeout=0.05)):
             with pytest.raises(CommandTimeout, match="does not answer"):
                 ask()
 
