@@ -18,10 +18,12 @@ class Recorder:
 
     def __init__(self):
         self.line = InterruptLine()
+        self.notified = []  # the queues of each notification
         self.failures = []
         self.failed = threading.Event()
 
-    def signal_used(self, queue_index):
+    def signal_used(self, *queue_indexes):
+        self.notified.append(queue_indexes)
         self.line()
 
     def signal_config_change(self):

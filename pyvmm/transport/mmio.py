@@ -167,8 +167,9 @@ class MmioTransport:
 
     # --- the interrupt: 4.2.3.4 Notifications From The Device -----------------------------------
 
-    def used_buffer(self, queue_index: int) -> None:
-        """The interrupt status has its bit: an edge for the driver to look at it."""
+    def used_buffer(self, *queue_indexes: int) -> None:
+        """The interrupt status has its bit, one for all queues: an edge for the driver to look at
+        it."""
         self._irq()
 
     def config_changed(self) -> None:

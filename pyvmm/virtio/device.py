@@ -21,8 +21,9 @@ from pyvmm.virtio.queue import Queue
 class Interrupt(Protocol):
     """How a device gets the driver's attention: the transport's part, called from any thread."""
 
-    def signal_used(self, queue_index: int) -> None:
-        """The device used a buffer of this queue (2.3 Notifications)."""
+    def signal_used(self, *queue_indexes: int) -> None:
+        """The device used a buffer of each of these queues (2.3 Notifications). Queues that share
+        an interrupt get one for all."""
 
     def signal_config_change(self) -> None:
         """The configuration space changed; also raises the configuration generation (2.3)."""

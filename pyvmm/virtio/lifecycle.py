@@ -44,8 +44,8 @@ class Notifier(Protocol):
     """How a transport interrupts the driver. Any thread calls it, with no lock held but maybe a
     queue's; the interrupt status is set by then."""
 
-    def used_buffer(self, queue_index: int) -> None:
-        """The device used a buffer of this queue."""
+    def used_buffer(self, *queue_indexes: int) -> None:
+        """The device used a buffer of each of these queues."""
 
     def config_changed(self) -> None:
         """The configuration changed, or the device needs a reset."""
@@ -78,13 +78,14 @@ class _ActivationInterrupt:
         self._used_buffer = notifier.used_buffer
         self.live = True
 
-    def signal_used(self, queue_index: int) -> None:
+    def signal_used(self, *queue_indexes: int) -> None:
         with self._events:
             if not self.live:
                 return
             self._state.interrupt_status |= USED_BUFFER
-            self._stats[queue_index].interrupts += 1
-        self._used_buffer(queue_index)
+            for index in queue_indexes:
+                self._stats[index].interrupts += 1
+        self._used_buffer(*queue_indexes)
 
     def signal_config_change(self) -> None:
         self._lifecycle.config_changed()

@@ -118,7 +118,7 @@ class SharedWorker:
         return seconds
 
     def _serve_all(self) -> list[tuple[Queue, Rest | None]]:
-        """One pass over the queues, and then the interrupts for all of them."""
+        """One pass over the queues, and then one notification for all of them."""
         passes = []
         notify = []
         try:
@@ -136,8 +136,8 @@ class SharedWorker:
                 passes.append((queue, rest))
         finally:
             # Not under the locks, so that whoever handles the interrupt may take them.
-            for index in notify:
-                self._activation.interrupt.signal_used(index)
+            if notify:
+                self._activation.interrupt.signal_used(*notify)
         return passes
 
     def _give_up(self, error: PyvmmError) -> None:

@@ -42,6 +42,15 @@ def test_the_interrupt_status_is_set_before_the_edge(device: RecordingDevice) ->
     assert seen == [1]
 
 
+def test_queues_notified_together_share_an_edge_and_are_counted_each(
+    bench: Bench, device: RecordingDevice
+) -> None:
+    bench.go_live()
+    device.live.interrupt.signal_used(0, 1)
+    assert (bench.interrupt_status, bench.edges) == (1, 1)
+    assert [stats.interrupts for stats in bench.transport.negotiation.queue_stats[:2]] == [1, 1]
+
+
 def test_what_stays_unacknowledged_interrupts_again(bench: Bench, device: RecordingDevice) -> None:
     bench.go_live()
     device.live.interrupt.signal_used(0)

@@ -43,7 +43,7 @@ class Interrupts:
     def __init__(self, line):
         self.line = line
 
-    def signal_used(self, queue_index):
+    def signal_used(self, *queue_indexes):
         self.line.signal()
 
     def signal_config_change(self):

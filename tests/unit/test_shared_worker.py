@@ -110,6 +110,27 @@ def test_a_broken_ring_fails_the_device_after_the_other_queue_was_notified(bench
     assert not any(rig.queue.ready for rig in b.rigs)
 
 
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_both_queues_of_a_pass_are_notified_at_once(bench, event_idx):
+    begun, both_are_there = threading.Event(), threading.Event()
+
+    def behave(queue, chain):
+        if queue.index == 0:
+            begun.set()
+            assert both_are_there.wait(SAFETY_TIMEOUT)
+
+    b = bench(Shared(behave), event_idx=event_idx)
+    for rig in b.rigs:
+        rig.driver.add([b"x"], [1])
+        rig.driver.publish()
+        rig.kick.signal()
+        assert begun.wait(SAFETY_TIMEOUT)
+    both_are_there.set()
+    wait_for(lambda: b.recorder.notified)
+    assert b.recorder.notified == [(0, 1)]
+    assert all(rig.driver.has_used() for rig in b.rigs)
+
+
 class Busy(Shared):
     """Queue 0 has always more to do."""
 

@@ -78,7 +78,7 @@ class EventFdInterrupt:
     def __init__(self):
         self.event = EventFd()
 
-    def signal_used(self, queue_index):
+    def signal_used(self, *queue_indexes):
         self.event.signal()
 
     def signal_config_change(self):

@@ -393,9 +393,10 @@ class BackEnd:
 
     # --- from the device: pyvmm.virtio.lifecycle.Notifier -----------------------------------------
 
-    def used_buffer(self, queue_index: int) -> None:
+    def used_buffer(self, *queue_indexes: int) -> None:
         """Any thread calls it."""
-        self._calls[queue_index]()
+        for index in queue_indexes:
+            self._calls[index]()
 
     def config_changed(self) -> None:
         """Any thread calls it. There is no word for a changed configuration without BACKEND_REQ,
