@@ -89,6 +89,7 @@ def vhost_user_blk(path: str, disk: str, queues: int, poll: int, debug: bool) ->
     name = spec.id or "disk0"
     with ExitStack() as closing:
         backend = open_backend(spec, closing)
+        backend.share()  # each connection is a process of its own
         device = BlockDevice(
             backend,
             name=name,

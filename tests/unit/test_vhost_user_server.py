@@ -22,14 +22,14 @@ MIB = 1 << 20
 class Server:
     """`pyvmm vhost-user-blk` on an image of one MiB."""
 
-    def __init__(self, folder, *options, image="disk.img"):
+    def __init__(self, folder, *options, image="disk.img", extra=""):
         self.path = folder / "disk.sock"
         self.image = folder / image
         if not self.image.exists():
             self.image.write_bytes(bytes(range(256)) * (MIB // 256))
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pyvmm", "vhost-user-blk", "--socket", str(self.path),
-             "--disk", str(self.image), *options],
+             "--disk", f"{self.image}{extra}", *options],
             stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
 
@@ -129,6 +129,40 @@ def test_a_flood_of_connections_leaves_a_short_log(server):
     code, text = server.end()
     assert code == 0
     assert len(text.splitlines()) < 100
+
+
+@pytest.mark.parametrize("kind", ["overlay", "snapshot"])
+def test_what_one_front_end_wrote_to_an_overlay_the_next_one_reads(tmp_path, kind):
+    """Each is served by a process of its own, which may be killed; the clusters that count are
+    known to all of them, and to the file at the end."""
+    extra = f",overlay={tmp_path / 'changes'}" if kind == "overlay" else ",snapshot"
+    server = Server(tmp_path, extra=extra)
+    with server.front_end() as driver:
+        driver.start()
+        disk = BlockDriver(driver)
+        assert disk.write(0, b"a" * 512).status == OK
+        assert disk.flush().status == OK
+        assert disk.write(256, b"b" * 512).status == OK  # in another cluster, and not flushed
+        os.ftruncate(driver.memory.fd, 0)
+        driver.kick()
+        driver.wait_gone()
+    with server.front_end() as driver:
+        driver.start()
+        disk = BlockDriver(driver)
+        assert disk.read(0, 512).data == b"a" * 512
+        assert disk.read(256, 512).data == b"b" * 512
+        assert disk.write(512, b"c" * 512).status == OK
+        assert disk.flush().status == OK
+    assert server.end()[0] == 0
+    assert server.image.read_bytes() == bytes(range(256)) * (MIB // 256)
+    if kind == "overlay":
+        again = Server(tmp_path, extra=extra)
+        with again.front_end() as driver:
+            driver.start()
+            disk = BlockDriver(driver)
+            for sector, byte in ((0, b"a"), (256, b"b"), (512, b"c")):
+                assert disk.read(sector, 512).data == byte * 512
+        assert again.end()[0] == 0
 
 
 @pytest.mark.parametrize("size", [128, 512, 1024])

@@ -82,6 +82,11 @@ class Backend(ABC):
         sets `size_sectors`. Raises HostError."""
         raise HostError(errno.EOPNOTSUPP, "resize")
 
+    def share(self) -> None:  # noqa: B027 - nothing to do for one that remembers nothing itself
+        """Processes that are forked from now on use the storage one after the other; each may be
+        killed at any moment, and the next has to find what it wrote. There is no resize any more.
+        Raises HostError."""
+
     def close(self) -> None:  # noqa: B027 - a choice
         """Give up the storage; no call may be in progress or follow."""
 

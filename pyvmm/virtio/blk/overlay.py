@@ -16,9 +16,10 @@ smallest end that the disk ever had, reads as zeroes until it is written.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from threading import Lock
 
 from pyvmm.errors import HostError
@@ -52,7 +53,7 @@ class OverlayBackend(Backend):
         self._base = base
         self._layout = layout
         self._bits = layout.cluster_bits
-        self._bitmap = bitmap
+        self._bitmap: bytearray | mmap.mmap = bitmap
         self._clear_behind(layout.size)  # left by a shrink that was interrupted
         self._image = image
         self._file = FileBackend(image)
@@ -165,6 +166,21 @@ class OverlayBackend(Backend):
             self._bitmap[start:stop] = after.to_bytes(stop - start, "little")
             self._dirty.update(range(start // PAGE, (stop - 1) // PAGE + 1))
 
+    # --- other processes ----------------------------------------------------------------------
+
+    def share(self) -> None:
+        """See Backend: what counts is known to all of them, flushed or not."""
+        self._base.share()
+        try:
+            shared = mmap.mmap(-1, len(self._bitmap))  # MAP_SHARED
+        except OSError as error:
+            raise HostError(error.errno or 0, "mmap of a bitmap") from None
+        shared[:] = bytes(self._bitmap)
+        self._bitmap = shared
+        # None of them knows which pages the ones before it have left to be written.
+        self._dirty = set(range(len(shared) // PAGE))
+        self.can_resize = False
+
     # --- another size -------------------------------------------------------------------------
 
     def storage_for(self, size: int) -> int:
@@ -201,7 +217,7 @@ class OverlayBackend(Backend):
             self._lengthen(layout.file_size)
         self._zero_tail(old)
         first = old.bitmap_size // PAGE - 1
-        self._bitmap += bytes(layout.bitmap_size - len(self._bitmap))
+        self._bitmap = bytearray(self._bitmap) + bytes(layout.bitmap_size - len(self._bitmap))
         if self._keep:
             # Data before the bits that say so, as in flush.
             self._file.flush()
@@ -263,7 +279,7 @@ class OverlayBackend(Backend):
                     self._dirty |= pages
                 raise
 
-    def _write_pages(self, copies: dict[int, bytearray]) -> None:
+    def _write_pages(self, copies: Mapping[int, bytes | bytearray]) -> None:
         for page, copy in sorted(copies.items()):
             try:
                 pwritev_all(self._image.fd, [memoryview(copy)], (page + 1) * PAGE)
