@@ -135,11 +135,19 @@ class Guest:
             data = os.read(self._process.stdout.fileno(), 65536) if ready else b""
             if not data:
                 why = "it has ended" if ready else f"not within {PATIENCE:.0f} s"
-                tail = self._seen[-500:].decode(errors="replace")
+                tail = self._seen[-500:].decode(errors="replace") + f"\n{self._pulse()}"
                 raise RuntimeError(f"{self._name}: no {mark.decode()}, {why}; its output:\n{tail}")
             self._seen += data
         before, _, self._seen = self._seen.partition(mark)
         return before
+
+    def _pulse(self) -> str:
+        """What KVM counts in a second: whether the processors run, and get interrupts."""
+        before = kvm_counts(self.pid)
+        time.sleep(1.0)
+        after = kvm_counts(self.pid)
+        names = ("exits", "io_exits", "mmio_exits", "halt_exits", "irq_injections")
+        return " ".join(f"{name}={after.get(name, 0) - before.get(name, 0)}" for name in names)
 
 
 @contextmanager
