@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 
 from guest_lab import MICROVM, PARAMETERS, run_inside
 
-PATIENCE = 90  # seconds for a guest
+PATIENCE = 60  # seconds for a guest
 MEMORY_MIB = 256
 PINGS = 300
 CID = 3
@@ -103,6 +104,25 @@ def vhost_device(setup: Setup, folder: str, path: str) -> Iterator[str]:
         process.wait()
 
 
+@contextmanager
+def servers(load: str, path: str) -> Iterator[None]:
+    """The host's ends of the streams, which listen beside `path`. They let go of our output, which
+    the emulated host would wait for."""
+    process = subprocess.Popen(
+        [load, "serve", path],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    if process.wait():  # it leaves processes behind, in its own group
+        raise RuntimeError("the host's ends of the streams do not listen")
+    try:
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def run(command: list[str]) -> dict[str, float]:
     """Run a guest to its end; the figures that it printed. Raises RuntimeError without them."""
     try:
@@ -142,9 +162,9 @@ def inside(setup: Setup) -> dict[str, list[dict[str, float]]]:
                 load = f"{folder}/load"
                 shutil.copy(setup.load, load)
                 os.chmod(load, 0o755)
-                subprocess.run([load, "serve", path], check=True)  # leaves servers behind
                 try:
-                    figures = measure(setup, folder, path)
+                    with servers(load, path):
+                        figures = measure(setup, folder, path)
                 except RuntimeError as error:
                     print(f"{name}: {error}", file=sys.stderr, flush=True)
                     continue
