@@ -67,15 +67,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def rerun_ruined(items: list[pytest.Item]) -> None:
-    """Have tests of guests run again, up to twice, if an emulated KVM host has ruined their guest
-    and pytest-rerunfailures is there."""
+    """Have tests of guests run again, up to four times, if an emulated KVM host has ruined their
+    guest and pytest-rerunfailures is there."""
     if not items or not items[0].config.pluginmanager.hasplugin("rerunfailures"):
         return
     from pyvmm.cli.choose import why_not_host
 
     if why_not_host() is not None:
         for item in items:
-            item.add_marker(pytest.mark.flaky(reruns=2, only_rerun=RUINED))
+            item.add_marker(pytest.mark.flaky(reruns=4, only_rerun=RUINED))
 
 
 @pytest.fixture
