@@ -130,12 +130,12 @@ def test_large_requests_become_visible_before_the_whole_queue_is_done() -> None:
     gate = Gate(closed=3)
     with running(gate) as rig:
         queue = rig.driver.queues[0]
-        large = 512 << 10
+        large = 768 << 10
         chains = [queue.add([header(IN, n)], [large, 1]) for n in range(4)]
         queue.publish()
         rig.driver.kick()
         assert gate.reached.wait(60)
-        assert queue.used_idx == 2  # 1 MiB is out while the fourth request is in progress
+        assert queue.used_idx == 3  # over 2 MiB are out while the fourth request is in progress
         gate.release.set()
         for chain in chains:
             assert rig.driver.wait_used(0, chain).written == large + 1

@@ -56,9 +56,9 @@ from pyvmm.virtio.queue import Queue
 from pyvmm.virtio.worker import QueueDevice
 
 # After this many bytes the driver gets to see what is done, even if more requests wait: with large
-# ones a whole queue of them would keep the first from the guest for many milliseconds. Not less
+# ones a whole queue of them would keep the first from the guest for many milliseconds. More
 # than 1 MiB, which Linux sends in two pieces: both are worth one interrupt.
-BATCH_BYTES = 1 << 20
+BATCH_BYTES = 2 << 20
 _PATIENCE = 5.0  # seconds that requests may take which a smaller disk has to wait for
 _MERGED = (VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT)
 Run = list[tuple[DescriptorChain, Request]]
