@@ -13,6 +13,7 @@ from pyvmm.agent import AgentError, Process
 from pyvmm.agent.process import STDERR
 from pyvmm.cli.ending import BROKEN_PIPE
 from pyvmm.host import log
+from pyvmm.host.output import write_all
 from pyvmm.platform.terminal import Terminal, is_terminal
 
 TIMED_OUT, CANNOT_RUN, NOT_FOUND = 124, 126, 127  # as env(1), timeout(1), a shell
@@ -44,19 +45,6 @@ def attach(process: Process, stdin: int | None, stdout: int | None, *, tty: bool
             raise
         log.to_stderr(str(error))
         return CANNOT_RUN if error.errno != errno.ENOENT else NOT_FOUND
-
-
-def write_all(fd: int, data: bytes) -> None:
-    """Write `data`, also where whoever shares this terminal or pipe with us has made it
-    non-blocking. Raises OSError."""
-    view = memoryview(data)
-    while view:
-        try:
-            view = view[os.write(fd, view) :]
-        except BlockingIOError:
-            poll = select.poll()
-            poll.register(fd, select.POLLOUT)
-            poll.poll()
 
 
 class _Signals:

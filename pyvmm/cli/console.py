@@ -10,10 +10,10 @@ from contextlib import suppress
 
 import click
 
-from pyvmm.cli.attached import write_all
 from pyvmm.control import client
 from pyvmm.control.client import Client
 from pyvmm.host import log
+from pyvmm.host.output import write_all
 from pyvmm.host.unix_sockets import SHUT_WR, Socket
 from pyvmm.platform.console import standard_fds
 from pyvmm.platform.escape import CONSOLE_HELP, Command, EscapeParser

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 
 from pyvmm.host import log
+from pyvmm.host.output import write_all
 from pyvmm.host.syscalls import EventFd
 
 LIMIT = 64 << 10  # bytes that may wait; a guest that has written more waits too
@@ -158,21 +159,13 @@ class ConsoleOutput:
         if self._observer is not None:
             self._observer(batch)
         if self._fd is not None:
-            self._write_all(self._fd, batch)
+            self._write_out(self._fd, batch)
         return True
 
-    def _write_all(self, fd: int, data: bytes) -> None:
-        rest = memoryview(data)
-        while rest:
-            try:
-                rest = rest[os.write(fd, rest) :]
-            except BlockingIOError:
-                # Whoever shares this terminal or pipe with us has made it non-blocking.
-                poller = select.poll()
-                poller.register(fd, select.POLLOUT)
-                poller.poll()
-            except OSError as error:
-                self._fd = None
-                reason = os.strerror(error.errno or errno.EIO)
-                self._warn(f"the guest's console output is dropped from here on: {reason}")
-                return
+    def _write_out(self, fd: int, data: bytes) -> None:
+        try:
+            write_all(fd, data)
+        except OSError as error:
+            self._fd = None
+            reason = os.strerror(error.errno or errno.EIO)
+            self._warn(f"the guest's console output is dropped from here on: {reason}")
