@@ -14,6 +14,7 @@ from struct import Struct
 
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import syscalls
+from pyvmm.host.syscalls import read_or_empty
 
 IFNAMSIZ = 16  # <linux/if.h>
 _IFREQ = Struct(f"={IFNAMSIZ}sH22x")  # struct ifreq: ifr_name, ifr_flags
@@ -26,6 +27,7 @@ TUNSETIFF = 0x400454CA
 TUNSETOFFLOAD = 0x400454D0
 TUNSETVNETHDRSZ = 0x400454D8
 TUNSETQUEUE = 0x400454D9
+TUNGETIFF = 0x800454D2
 IFF_TAP = 0x0002
 IFF_MULTI_QUEUE = 0x0100
 IFF_ATTACH_QUEUE = 0x0200
@@ -45,6 +47,8 @@ TUN_F_USO6 = 0x40
 SIOCGIFFLAGS = 0x8913
 SIOCGIFMTU = 0x8921
 IFF_UP = 0x1
+
+RTMGRP_LINK = 1  # <linux/rtnetlink.h>
 
 _VNET_HEADER = 12  # struct virtio_net_hdr_v1
 DEVICE = "/dev/net/tun"
@@ -169,6 +173,58 @@ def is_up(name: str) -> bool:
     request = bytearray(_IFREQ.pack(name.encode(), 0))
     _ask(SIOCGIFFLAGS, request, "SIOCGIFFLAGS")
     return bool(_IFREQ.unpack(request)[1] & IFF_UP)
+
+
+def counters(name: str) -> dict[str, int]:
+    """What an interface has counted: frames and bytes to and from the guest, and the frames to it
+    that were dropped (proc_pid_net(5), /proc/net/dev). Raises HostError if it is gone."""
+    for line in read_or_empty("/proc/self/net/dev").splitlines():
+        interface, _, numbers = line.strip().partition(":")
+        if interface == name:
+            # bytes, packets, errs, drop, …: 8 numbers received, then 8 sent
+            row = [int(number) for number in numbers.split()]
+            return {
+                "frames_to_guest": row[9],
+                "bytes_to_guest": row[8],
+                "frames_from_guest": row[1],
+                "bytes_from_guest": row[0],
+                "dropped_to_guest": row[11],
+            }
+    raise HostError(errno.ENODEV, f"counters of {name}")
+
+
+def interface_changes() -> socket.socket:
+    """Readable after any interface has changed or gone (rtnetlink(7)). Raises HostError."""
+    try:
+        changes = socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE
+        )
+    except OSError as error:
+        raise HostError(error.errno or 0, "rtnetlink") from None
+    changes.bind((0, RTMGRP_LINK))
+    return changes
+
+
+def drain_changes(changes: socket.socket) -> bool:
+    """Forget what `interface_changes` has to tell; whether there was anything."""
+    told = False
+    while True:
+        try:
+            changes.recv(1)
+        except BlockingIOError:
+            return told
+        except OSError:
+            pass  # ENOBUFS: more than it could keep
+        told = True
+
+
+def is_attached(fd: int) -> bool:
+    """Whether there is still an interface behind this queue of a tap, and it is attached."""
+    try:
+        syscalls.ioctl(fd, TUNGETIFF, bytearray(_IFREQ.size), "TUNGETIFF")
+    except HostError:
+        return False
+    return True
 
 
 def _ask(request: int, buffer: bytearray, call: str) -> None:

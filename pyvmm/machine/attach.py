@@ -43,6 +43,7 @@ def attach_virtio_mmio(
         device,
         memory,
         interrupt.signal,
+        irq_eventfd=interrupt,
         log=log.of_vm(vm_name),  # the transport limits the rate
         trace=_virtio_hook(trace),
     )

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 OPTION = "--net"
 SYNTAX = (
     "user[,forward=[tcp:|udp:][ADDRESS:]PORT:GUESTPORT][,host] or "
-    "tap=NAME[,queues=N][,create][,address=A.B.C.D/N][,bridge=NAME], and mac=, mtu=, packed, "
-    "rx-bps=, rx-pps=, tx-bps=, tx-pps= and their -burst="
+    "tap=NAME[,queues=N][,vhost][,create][,address=A.B.C.D/N][,bridge=NAME], and mac=, mtu=, "
+    "packed, rx-bps=, rx-pps=, tx-bps=, tx-pps= and their -burst="
 )
 LEAST_MTU, MOST_MTU = 68, 65535  # 5.1.4.1 Device Requirements: Device configuration layout
 MOST_QUEUES = 16
@@ -38,9 +38,10 @@ class Spec(DeviceSpec):
 
     `mac` is as in 52:54:00:12:34:56; `mtu` is in bytes, 0 for what suits the other end. A tap with
     `create` is made, and vanishes with the VM; `address` and `bridge` say what becomes of the
-    host's end. `queues` are pairs. `forwards` are `Forward` as text; `host_access` lets the guest
-    reach this machine's loopback address through its gateway. `stream` is the path of a character
-    device that a passt serves already, which is how it is in an emulated host.
+    host's end. `queues` are pairs. With `vhost` the kernel moves the frames. `forwards` are
+    `Forward` as text; `host_access` lets the guest reach this machine's loopback address through
+    its gateway. `stream` is the path of a character device that a passt serves already, which is
+    how it is in an emulated host.
 
     `rx_bps`, `rx_pps` and so on limit bytes and packets a second that the guest receives and sends
     (machine.rates); those larger than the burst go when the bucket is full.
@@ -52,6 +53,7 @@ class Spec(DeviceSpec):
     address: str = ""
     bridge: str = ""
     queues: int = 1
+    vhost: bool = False
     forwards: tuple[str, ...] = ()
     host_access: bool = False
     mac: str = ""
@@ -100,8 +102,8 @@ def _with_option(spec: Spec, option: str) -> Spec:
         return replace(spec, mtu=_number(option, value, LEAST_MTU, MOST_MTU))
     if is_tap and key == "queues":
         return replace(spec, queues=_number(option, value, 1, MOST_QUEUES))
-    if is_tap and key == "create" and not equals:
-        return replace(spec, create=True)
+    if is_tap and key in ("create", "vhost") and not equals:
+        return replace(spec, **{key: True})  # type: ignore[arg-type]
     if is_tap and key in ("address", "bridge") and value:
         return replace(spec, create=True, **{key: value})  # type: ignore[arg-type]
     if not is_tap and key == "forward":
@@ -171,9 +173,24 @@ def check(spec: Spec) -> Spec:
         spec = replace(spec, mac=b"\x52\x54\x00".hex(":") + ":" + os.urandom(3).hex(":"))
     mac_bytes(spec.mac)
     rates.check(spec, OPTION, rates.NET_KEYS)
+    if spec.vhost:
+        _check_vhost(spec)
     for text in spec.forwards:
         parse_forward(text)
     return spec
+
+
+def _check_vhost(spec: Spec) -> None:
+    limits = [key for key, field in rates.NET_KEYS.items() if getattr(spec, field)]
+    if not spec.tap:
+        what = "goes with a tap: passt's frames come through a socket"
+    elif limits:
+        what = f"and {limits[0]} exclude each other: the kernel moves frames as fast as it can"
+    elif spec.packed:
+        what = "and packed exclude each other: the kernel knows split virtqueues only"
+    else:
+        return
+    raise ConfigError(f"vhost {what}", cure="leave out vhost", option=OPTION)
 
 
 def mac_bytes(text: str) -> bytes:
@@ -195,6 +212,9 @@ def mac_bytes(text: str) -> bytes:
 
 def open_device(spec: Spec, context: Context) -> NetDevice:
     """Open the tap or start passt, and put a device in front of it. Raises ConfigError."""
+    if spec.vhost:
+        return _open_vhost(spec, context)
+    backend: Backend
     backend, other_end = _open_tap(spec) if spec.tap else (_open_stream(spec), "user")
     context.closing.callback(backend.close)
     name = f"net-{other_end}"
@@ -206,6 +226,19 @@ def open_device(spec: Spec, context: Context) -> NetDevice:
         receive_limits=_limits(spec, "rx"),
         send_limits=_limits(spec, "tx"),
     )
+
+
+def _open_vhost(spec: Spec, context: Context) -> NetDevice:
+    from pyvmm.host import vhost
+    from pyvmm.virtio.net.vhost_device import VhostNetDevice
+
+    served = [context.closing.enter_context(vhost.open_net(OPTION)) for _ in range(spec.queues)]
+    backend, interface = _open_tap(spec)
+    context.closing.callback(backend.close)
+    name = f"net-{interface}"
+    if context.trace is not None:
+        log.to_stderr(f"{name}: the kernel moves its frames (vhost); they are not traced")
+    return VhostNetDevice(backend, served, interface, name=name, mac=mac_bytes(spec.mac))
 
 
 def _limits(spec: Spec, way: str) -> Limits | None:
@@ -236,7 +269,7 @@ def through_port(spec: Spec, path: str) -> Spec:
     return replace(spec, stream=path, mtu=min(spec.mtu or most, most))
 
 
-def _open_tap(spec: Spec) -> tuple[Backend, str]:
+def _open_tap(spec: Spec) -> tuple[TapBackend, str]:
     fds, name = tap.open_tap(spec.tap, spec.queues, create=spec.create)
     try:
         if spec.create:

@@ -93,6 +93,13 @@ class GuestMemory:
                 return region.view[offset : offset + length]
         raise GuestMemoryError(addr, length)
 
+    def host_addr(self, addr: int) -> int:
+        """Where guest-physical `addr` is mapped in this process. Raises GuestMemoryError."""
+        for region in self.regions:
+            if region.guest_addr <= addr < region.end:
+                return region.host_addr + addr - region.guest_addr
+        raise GuestMemoryError(addr, 1)
+
     def contains(self, addr: int, length: int) -> bool:
         """Whether all `length` bytes at guest-physical `addr` lie within one region."""
         return any(

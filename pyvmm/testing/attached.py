@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from pyvmm.memory import GuestMemory
-from pyvmm.testing.mmio_driver import InterruptLine, MmioDriver, Ring
+from pyvmm.testing.mmio_driver import InterruptLine, IrqFd, MmioDriver, Ring
 from pyvmm.testing.ring import Buffer, MockDriver
 from pyvmm.transport.mmio import MmioTransport
 from pyvmm.virtio.device import VirtioDevice
@@ -37,12 +37,19 @@ class AttachedDriver:
     its interrupts; `mmio` is the driver underneath, for registers and rings.
     """
 
-    def __init__(self, device: VirtioDevice, ring: Ring, ram: int) -> None:
+    def __init__(self, device: VirtioDevice, ring: Ring, ram: int, *, irqfd: bool) -> None:
         self.device = device
         self.memory = GuestMemory([(0, ram)])
         self.log: list[str] = []
         self.irq = InterruptLine()
-        self.transport = MmioTransport(device, self.memory, self.irq, log=self.log.append)
+        self._irqfd = IrqFd(self.irq) if irqfd else None
+        self.transport = MmioTransport(
+            device,
+            self.memory,
+            self.irq,
+            irq_eventfd=None if self._irqfd is None else self._irqfd.eventfd,
+            log=self.log.append,
+        )
         self.mmio = MmioDriver(self.transport, self.memory, irq=self.irq, ring=ring)
 
     def request(
@@ -94,6 +101,8 @@ class AttachedDriver:
         """Reset the device and give everything back."""
         self.transport.close()
         self.mmio.queues = []
+        if self._irqfd is not None:
+            self._irqfd.close()
         self.memory.close()
 
 
@@ -106,14 +115,16 @@ def attached(
     queue_sizes: Sequence[int] | None = None,
     start: bool = True,
     ram: int = MIB,
+    irqfd: bool = False,
 ) -> Iterator[AttachedDriver]:
     """Attach `device` to a transport and bring it up with a driver; it is reset at the end.
 
     `ring` is ``"split"`` or ``"packed"``, `features` the bits to accept (all that are offered
     unless given), `queue_sizes` one size for each queue (the largest unless given, 0 for a queue to
     leave alone), `ram` bytes of guest memory. Without `start` the device is left as after reset.
+    With `irqfd` it can be interrupted by an eventfd too, for a device that the kernel serves.
     """
-    driver = AttachedDriver(device, ring, ram)
+    driver = AttachedDriver(device, ring, ram, irqfd=irqfd)
     try:
         if start:
             driver.mmio.start(features=features, queue_sizes=queue_sizes)

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from threading import Condition
+from select import select as wait_readable
+from threading import Condition, Thread
 from typing import Literal, Protocol
 
+from pyvmm.host.syscalls import Closable, EventFd
 from pyvmm.memory import GuestMemory
 from pyvmm.testing.mock_driver import MockSplitDriver
 from pyvmm.testing.packed_driver import MockPackedDriver
@@ -77,6 +79,32 @@ class InterruptLine:
         """Wait until there were `count` interrupts in all; False if there were not in time."""
         with self._condition:
             return self._condition.wait_for(lambda: self.count >= count, timeout)
+
+
+class IrqFd(Closable):
+    """What KVM's irqfd does: each signal of `eventfd` raises an interrupt."""
+
+    def __init__(self, irq: InterruptLine) -> None:
+        self.eventfd = EventFd()
+        self._irq = irq
+        self._stopping = False
+        self._thread = Thread(target=self._relay, name="irqfd", daemon=True)
+        self._thread.start()
+
+    def _relay(self) -> None:
+        while True:
+            wait_readable([self.eventfd], [], [])
+            if self._stopping:
+                return
+            if self.eventfd.drain():
+                self._irq()
+
+    def close(self) -> None:
+        """Nobody may signal it any more."""
+        self._stopping = True
+        self.eventfd.signal()
+        self._thread.join()
+        self.eventfd.close()
 
 
 class MmioDriver(QueueUser):

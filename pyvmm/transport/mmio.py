@@ -44,10 +44,12 @@ class MmioTransport:
         memory: GuestMemory,
         irq: Callable[[], None],
         *,
+        irq_eventfd: EventFd | None = None,
         log: Sink = to_stderr,
         trace: Trace | None = None,
     ) -> None:
-        """`irq` sends one edge to the device's interrupt line; any thread calls it.
+        """`irq` sends one edge to the device's interrupt line; any thread calls it. So does each
+        signal of `irq_eventfd`, for a device that the kernel serves.
 
         Raises HostError without file descriptors, ValueError for a device that offers features
         which do not exist here.
@@ -55,6 +57,7 @@ class MmioTransport:
         self.device = device
         self.kicks = [EventFd() for _ in device.queue_sizes]
         self._irq = irq
+        self._irq_eventfd = irq_eventfd
         self._trace = trace
         self.negotiation = Negotiation(device, memory, self, self.kicks, log=log, trace=trace)
         self._readers: dict[int, Callable[[], int]] = {}
@@ -176,8 +179,13 @@ class MmioTransport:
         """Likewise."""
         self._irq()
 
+    def used_eventfd(self, index: int) -> EventFd | None:
+        """One for all queues, as they have one line."""
+        return self._irq_eventfd
+
     def read_interrupt_status(self) -> int:
-        return self.negotiation.state.interrupt_status
+        state = self.negotiation.state
+        return state.interrupt_status | state.used_elsewhere
 
     def write_interrupt_ack(self, value: int) -> None:
         # A level-triggered line would stay up as long as a bit is set. An edge has to be sent

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import Protocol
 
 from pyvmm.errors import PyvmmError
+from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
 from pyvmm.virtio.queue import Queue
 
@@ -24,6 +25,10 @@ class Interrupt(Protocol):
     def signal_used(self, *queue_indexes: int) -> None:
         """The device used a buffer of each of these queues (2.3 Notifications). Queues that share
         an interrupt get one for all."""
+
+    def eventfd(self, index: int) -> EventFd | None:
+        """What the kernel signals for queue `index` in place of `signal_used`, where it uses
+        buffers by itself. None where the transport has none."""
 
     def signal_config_change(self) -> None:
         """The configuration space changed; also raises the configuration generation (2.3)."""

@@ -47,6 +47,10 @@ class Notifier(Protocol):
     def used_buffer(self, *queue_indexes: int) -> None:
         """The device used a buffer of each of these queues."""
 
+    def used_eventfd(self, index: int) -> EventFd | None:
+        """What interrupts the driver for queue `index` when another signals it; the driver is then
+        told of used buffers whenever it asks. None if there is none."""
+
     def config_changed(self) -> None:
         """The configuration changed, or the device needs a reset."""
 
@@ -62,19 +66,24 @@ class DeviceState:
     driver_features: int = 0
     queue_select: int = 0
     interrupt_status: int = 0
+    used_elsewhere: int = 0  # bits that are always set, because nobody tells us when
     generation: int = 0
 
 
 class _ActivationInterrupt:
     """The `Interrupt` of one activation: silent once that activation has ended."""
 
-    __slots__ = ("_events", "_lifecycle", "_state", "_stats", "_used_buffer", "live")
+    __slots__ = (
+        *("_events", "_lifecycle", "_notifier", "_state", "_stats", "_used_buffer"),
+        "live",
+    )
 
     def __init__(self, lifecycle: Lifecycle, events_lock: Lock, notifier: Notifier) -> None:
         self._lifecycle = lifecycle
         self._state = lifecycle.state
         self._stats = lifecycle.queue_stats
         self._events = events_lock
+        self._notifier = notifier
         self._used_buffer = notifier.used_buffer
         self.live = True
 
@@ -86,6 +95,12 @@ class _ActivationInterrupt:
             for index in queue_indexes:
                 self._stats[index].interrupts += 1
         self._used_buffer(*queue_indexes)
+
+    def eventfd(self, index: int) -> EventFd | None:
+        found = self._notifier.used_eventfd(index)
+        if found is not None:
+            self._state.used_elsewhere = USED_BUFFER
+        return found
 
     def signal_config_change(self) -> None:
         self._lifecycle.config_changed()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from threading import Lock
+from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 from pyvmm.host.syscalls import EventFd
@@ -34,6 +34,24 @@ class Journal(Protocol):
         """They have been shown: the next one will be returned at `position`."""
 
 
+class QueueLock(Protocol):
+    """A threading.Lock, or what works like one."""
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool: ...
+
+    def release(self) -> None: ...
+
+    def __enter__(self) -> bool: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+        /,
+    ) -> None: ...
+
+
 class Queue(Protocol):
     """The device's end of one virtqueue.
 
@@ -47,7 +65,7 @@ class Queue(Protocol):
     index: int
     size: int
     kick: EventFd
-    lock: Lock
+    lock: QueueLock
     ready: bool
     halt: bool
     stats: QueueStats
@@ -116,6 +134,10 @@ class Queue(Protocol):
 
     def state(self) -> QueueState:
         """The queue as plain data; the device must be at rest, and used chains published."""
+
+    def served_to(self, position: int) -> None:
+        """Another has served the ring while none of its chains was in flight here: all in front of
+        `position`, which is as in QueueState, are used. Raises DriverError for a broken ring."""
 
     def chain_in_flight(self, head: int) -> DescriptorChain:
         """The chain with this head that is in flight, for a device that goes on after its state

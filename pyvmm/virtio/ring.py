@@ -17,6 +17,7 @@ from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
 from pyvmm.virtio import features as feature_bits
 from pyvmm.virtio.chain import DescriptorChain, PackedChain, Places, RamWindow, Usual
+from pyvmm.virtio.queue import QueueLock
 from pyvmm.virtio.queue_state import InFlight, QueueConfig, QueueState
 from pyvmm.virtio.queue_stats import QueueStats
 
@@ -70,7 +71,7 @@ class Ring(ABC):
         self.index = index
         self.size = config.size
         self.kick = kick
-        self.lock = Lock()
+        self.lock: QueueLock = Lock()
         self.ready = True
         self.halt = False
         self.stats = QueueStats()
@@ -335,6 +336,12 @@ class Ring(ABC):
             ),
             packed=self.packed,
         )
+
+    def served_to(self, position: int) -> None:
+        """Another has served the ring; see Queue."""
+        state = replace(self.state(), next_avail=position, next_used=position)
+        self._settled = UNSETTLED
+        self._resume(state)
 
     @abstractmethod
     def _age(self, chain: DescriptorChain) -> int:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import socket
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
 from pyvmm.errors import ConfigError
-from pyvmm.host import passt, tap
-from pyvmm.machine import device_net, rates
+from pyvmm.host import passt, tap, vhost
+from pyvmm.machine import device_net, devices, rates
 from pyvmm.machine.device_net import Spec, check, parse, parse_forward
+from pyvmm.machine.devices import Context
 from pyvmm.machine.spec import VmSpec, from_json, to_json, validate
 
 
@@ -27,6 +30,8 @@ from pyvmm.machine.spec import VmSpec, from_json, to_json, validate
         ("tap=tap0", Spec(tap="tap0")),
         ("tap=tap0,queues=4", Spec(tap="tap0", queues=4)),
         ("tap=t,create", Spec(tap="t", create=True)),
+        ("tap=t,vhost,queues=2", Spec(tap="t", vhost=True, queues=2)),
+        ("tap,vhost", Spec(tap="pyvmm%d", create=True, vhost=True)),
         ("tap", Spec(tap="pyvmm%d", create=True)),
         (
             "tap,address=10.1.0.1/24,bridge=br0",
@@ -41,7 +46,17 @@ def test_what_the_option_says(text: str, spec: Spec) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *("", "bridge", "user=x", "tap=", "user,queues=2", "tap=tap0,forward=1:2", "tap=tap0,host"),
+        *(
+            "user,vhost",
+            "tap=t,vhost=on",
+            "",
+            "bridge",
+            "user=x",
+            "tap=",
+            "user,queues=2",
+            "tap=tap0,forward=1:2",
+            "tap=tap0,host",
+        ),
         *("user,mtu=67", "user,mtu=65536", "user,mtu=x", "user,mtu=", "tap=t,queues=0"),
         *("tap=t,queues=17", "user,unknown", "user,forward=", "user,forward=80"),
         *("user,forward=0:80", "user,forward=80:65536", "user,forward=a:b", "user,forward=x:1:2"),
@@ -66,6 +81,33 @@ def test_what_is_wrong_is_one_line_with_a_cure(text: str) -> None:
 def test_addresses_and_names_are_checked(spec: Spec) -> None:
     with pytest.raises(ConfigError):
         check(spec)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("tap=t,vhost,rx-bps=1M", "vhost and rx-bps exclude each other"),
+        ("tap=t,vhost,tx-pps-burst=5,tx-pps=5", "vhost and tx-pps exclude each other"),
+        ("tap=t,vhost,packed", "vhost and packed exclude each other"),
+    ],
+)
+def test_what_the_kernel_cannot_do(text: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=why) as caught:
+        check(devices.parse("net", text))  # type: ignore[arg-type]
+    assert caught.value.cure == "leave out vhost"
+    with pytest.raises(ConfigError, match="vhost goes with a tap"):
+        check(Spec(vhost=True))
+
+
+def test_without_vhost_in_the_kernel_it_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(vhost, "DEVICE", str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match="no vhost: open") as caught, ExitStack() as closing:
+        spec = check(parse("tap=pyvmmv8,create,vhost"))
+        device_net.open_device(spec, Context("vm", None, closing))
+    assert caught.value.cure == "`modprobe vhost_net` may help, or leave out vhost"
+    assert not tap.exists("pyvmmv8")
 
 
 def test_every_card_gets_an_address_of_its_own() -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from struct import Struct
 
 from c_claims import assert_in_c, needs_headers
 
-from pyvmm.host import passt, tap
+from pyvmm.host import passt, tap, vhost
 from pyvmm.virtio.net import config, header, uapi
 
 HEADERS = ("linux/virtio_net.h", "linux/if_tun.h", "linux/if_ether.h")
@@ -52,10 +53,50 @@ def test_the_header_of_a_frame(tmp_path: Path) -> None:
     assert_in_c(tmp_path, HEADERS, claims, NEWER)
 
 
+def test_vhosts_numbers_and_structures(tmp_path: Path) -> None:
+    includes = ("linux/vhost.h", "sys/ioctl.h")
+    names = [name for name in vars(vhost) if name.startswith("VHOST_")]
+    assert len(names) >= 10
+    claims = [f"{name} == {getattr(vhost, name)}" for name in names]
+    layouts = {
+        "memory": (vhost.MEMORY, ("nregions", "padding")),
+        "memory_region": (
+            vhost.MEMORY_REGION,
+            ("guest_phys_addr", "memory_size", "userspace_addr", "flags_padding"),
+        ),
+        "vring_state": (vhost.VRING_STATE, ("index", "num")),
+        "vring_file": (vhost.VRING_FILE, ("index", "fd")),
+        "vring_addr": (
+            vhost.VRING_ADDR,
+            (
+                *("index", "flags", "desc_user_addr", "used_user_addr", "avail_user_addr"),
+                "log_guest_addr",
+            ),
+        ),
+    }
+    for name, (layout, fields) in layouts.items():
+        struct = f"struct vhost_{name}"
+        claims.append(f"sizeof({struct}) == {layout.size}")
+        at = 0
+        for field, code in zip(fields, layout.format.lstrip("="), strict=True):
+            claims.append(f"__builtin_offsetof({struct}, {field}) == {at}")
+            at += Struct(f"={code}").size
+    assert_in_c(tmp_path, includes, claims)
+
+
 def test_numbers_of_taps(tmp_path: Path) -> None:
-    includes = (*HEADERS, "linux/if.h", "linux/sockios.h", "sys/socket.h", "sys/ioctl.h")
+    includes = (
+        *HEADERS,
+        "linux/if.h",
+        "linux/sockios.h",
+        "linux/rtnetlink.h",
+        "sys/socket.h",
+        "sys/ioctl.h",
+    )
     names = [
-        name for name in vars(tap) if name.startswith(("TUN", "IFF_", "SIOC")) or name == "IFNAMSIZ"
+        name
+        for name in vars(tap)
+        if name.startswith(("TUN", "IFF_", "SIOC", "RTMGRP_")) or name == "IFNAMSIZ"
     ]
     assert len(names) >= 20
     claims = [f"{name} == {getattr(tap, name)}" for name in names]

@@ -398,6 +398,10 @@ class BackEnd:
         for index in queue_indexes:
             self._calls[index]()
 
+    def used_eventfd(self, index: int) -> EventFd | None:
+        """None: the front end may change a queue's file at any time."""
+        return None
+
     def config_changed(self) -> None:
         """Any thread calls it. There is no word for a changed configuration without BACKEND_REQ,
         but for a device that failed there are the rings' error eventfds."""

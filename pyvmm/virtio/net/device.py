@@ -7,7 +7,7 @@ queue.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from pyvmm.host.log import RateLimited
 from pyvmm.host.waiter import Source
@@ -47,6 +47,16 @@ if TYPE_CHECKING:
 
 QUEUE_SIZE = 256
 CONTROL_QUEUE_SIZE = 64
+
+
+class PairWorker(Protocol):
+    """Whoever serves a pair of queues, from `start` until `request_stop`; see `SharedWorker`."""
+
+    def start(self) -> None: ...
+
+    def request_stop(self) -> None: ...
+
+    def join(self) -> None: ...
 
 
 class NetDevice(QueueDevice):
@@ -108,7 +118,8 @@ class NetDevice(QueueDevice):
         self._transmitters: list[Transmitter] = []
         self._control: Control | None = None
         self._live: dict[int, Queue] = {}  # queues of pairs that are served, by index
-        self._threads: dict[int, SharedWorker] = {}  # by pair
+        self._serving: Activation | None = None  # of the pairs
+        self._workers_of_pairs: dict[int, PairWorker] = {}  # by pair
         self._receive_limits, self._send_limits = receive_limits, send_limits
         self._trace = trace
         self._log = RateLimited(prefix=f"{name}: ", device=name) if log is None else log
@@ -183,7 +194,7 @@ class NetDevice(QueueDevice):
             for queue in activation.queues[: 2 * pairs]
             if queue is not None and queue.index != self._control_index
         }
-        self._activation = activation
+        self._activation = self._serving = activation
         try:
             for pair in range(pairs):
                 self._start_pair(pair)
@@ -197,24 +208,28 @@ class NetDevice(QueueDevice):
 
     def start_queue(self, queue: Queue) -> None:
         """See VirtioDevice."""
-        pair = queue.index // 2
-        if pair >= len(self._receivers):
+        if queue.index // 2 >= len(self._receivers):
             super().start_queue(queue)
-            return
-        self._stop_pairs([pair])
-        self._live[queue.index] = queue
-        self._start_pair(pair)
+        else:
+            self._change_pair(queue.index, queue)
 
     def reset_queue(self, index: int) -> None:
         """See VirtioDevice. A receive queue's buffers are forgotten, and a frame in them."""
-        pair, sends = divmod(index, 2)
-        if pair >= len(self._receivers):
+        if index // 2 >= len(self._receivers):
             super().reset_queue(index)
-            return
+        else:
+            self._change_pair(index, None)
+
+    def _change_pair(self, index: int, queue: Queue | None) -> None:
+        """Serve the pair of queue `index` with `queue` in its place, or without it."""
+        pair, sends = divmod(index, 2)
         self._stop_pairs([pair])
-        self._live.pop(index, None)
-        if not sends:
-            self._receivers[pair] = self._receiver(pair)
+        if queue is not None:
+            self._live[index] = queue
+        else:
+            self._live.pop(index, None)
+            if not sends:
+                self._receivers[pair] = self._receiver(pair)
         self._start_pair(pair)
 
     def _start_pair(self, pair: int) -> None:
@@ -223,15 +238,18 @@ class NetDevice(QueueDevice):
         queues = [self._live[index] for index in order if index in self._live]
         if not queues:
             return
-        assert self._activation is not None, "only a live device starts queues"
-        sources = [self.sources(queue.index) for queue in queues]
-        name = f"{self.name}-p{pair}"
-        worker = SharedWorker(name, queues, self.serve, self._activation, sources)
+        assert self._serving is not None, "only a live device starts queues"
+        worker = self._worker(pair, queues, self._serving)
         worker.start()
-        self._threads[pair] = worker
+        self._workers_of_pairs[pair] = worker
+
+    def _worker(self, pair: int, queues: Sequence[Queue], activation: Activation) -> PairWorker:
+        sources = [self.sources(queue.index) for queue in queues]
+        return SharedWorker(f"{self.name}-p{pair}", queues, self.serve, activation, sources)
 
     def _stop_pairs(self, pairs: Iterable[int]) -> None:
-        workers = [self._threads.pop(pair) for pair in pairs if pair in self._threads]
+        running = self._workers_of_pairs
+        workers = [running.pop(pair) for pair in pairs if pair in running]
         for worker in workers:
             worker.request_stop()
         for worker in workers:
@@ -320,11 +338,14 @@ class NetDevice(QueueDevice):
             queue.add_used(chain, control.answer(chain))
 
     def reset(self) -> None:
-        self._stop_pairs(list(self._threads))
+        super().reset()  # the control queue goes first: its commands are about the pairs
+        self._end_pairs()
+
+    def _end_pairs(self) -> None:
+        self._stop_pairs(list(self._workers_of_pairs))
         for queue in self._live.values():
             queue.ready = False
-        self._live = {}
-        super().reset()
+        self._live, self._serving = {}, None
         self._filter = ReceiveFilter(self._first_mac)
         self._receivers, self._transmitters, self._control = [], [], None
 

@@ -16,6 +16,7 @@ from pyvmm.host.files import IOV_MAX
 from pyvmm.host.waiter import Source
 from pyvmm.virtio.features import mask
 from pyvmm.virtio.net.backend import LinkLost
+from pyvmm.virtio.net.header import HEADER_SIZE
 from pyvmm.virtio.net.uapi import (
     VIRTIO_NET_F_CSUM,
     VIRTIO_NET_F_GUEST_CSUM,
@@ -56,6 +57,7 @@ _ALWAYS = mask(
     VIRTIO_NET_F_GUEST_ECN,
     VIRTIO_NET_F_GUEST_UFO,
 )
+_MOST_QUEUED = 10_000  # frames; Linux keeps 1000 unless told otherwise (txqueuelen)
 _USO = mask(VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6)
 
 
@@ -83,6 +85,13 @@ class TapChannel:
         if not length:
             raise LinkLost("the other end of the cable has gone")
         return length
+
+    def discard(self) -> None:
+        """Lose the frames that are there now. Raises LinkLost."""
+        header = [memoryview(bytearray(HEADER_SIZE))]  # the rest of a frame is lost when it is read
+        for _ in range(_MOST_QUEUED):
+            if not self.receive(header):
+                return
 
     def send(self, header: bytes, frame: list[memoryview], length: int) -> bool:
         """See Channel."""

@@ -1,0 +1,331 @@
+"""The network card on the kernel's vhost-net: a mock driver, a real tap, this machine's own frames.
+
+Where there is no /dev/vhost-net, tests/guest/test_linux_vhost.py runs these in an emulated host.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from threading import Event, Thread
+
+import pytest
+from net_rig import (
+    F_CTRL_RX,
+    F_CTRL_RX_EXTRA,
+    F_MQ,
+    F_MRG_RXBUF,
+    HEADER,
+    MAC,
+    MTU,
+    NetRig,
+    header,
+    wait_for,
+)
+
+from pyvmm.host import interfaces, tap, vhost
+from pyvmm.machine import device_net
+from pyvmm.machine.devices import Context
+from pyvmm.testing.attached import attached
+from pyvmm.testing.mmio_driver import F_EVENT_IDX, F_VERSION_1, INTERRUPT_ACK, INTERRUPT_STATUS
+from pyvmm.testing.ring import Buffer
+from pyvmm.virtio.net.tap import TapBackend
+from pyvmm.virtio.net.vhost import KernelLock
+from pyvmm.virtio.net.vhost_device import VhostNetDevice
+
+PEER = bytes.fromhex("020000000001")
+ETHERTYPE = 0x88B5  # for local experiments
+USED_BUFFER, CONFIG_CHANGED = 1, 2
+
+
+@pytest.fixture(autouse=True)
+def needs_vhost() -> None:
+    if not os.access(vhost.DEVICE, os.R_OK | os.W_OK):
+        pytest.skip(f"no {vhost.DEVICE} here; run again in an emulated host by tests/guest")
+    if not tap.device_usable():
+        pytest.skip("no taps can be made here")
+
+
+def frame(size: int = 200) -> bytes:
+    """From the driver to this machine."""
+    return PEER + MAC + ETHERTYPE.to_bytes(2, "big") + os.urandom(size)
+
+
+def reply(size: int = 200) -> bytes:
+    return MAC + PEER + ETHERTYPE.to_bytes(2, "big") + os.urandom(size)
+
+
+class VhostRig(NetRig):
+    """A card whose cable ends at an interface of this machine, `wire` being a socket on it."""
+
+    wire: socket.socket
+    interface: str
+
+    def inject(self, data: bytes, head: bytes = b"", pair: int = 0) -> None:
+        self.wire.send(data)
+
+    def sent(self, pair: int = 0) -> tuple[bytes, bytes]:
+        while (data := self.wire.recv(1 << 17))[12:14] != ETHERTYPE.to_bytes(2, "big"):
+            pass
+        return b"", data
+
+    def arrives(self, data: bytes, pair: int = 0) -> None:
+        """The driver finds `data` in one of its buffers; the kernel says hello in IPv6 at times."""
+        while True:
+            [chain] = self.offer(2048, pair=pair)
+            _, got = self.received(chain, pair)
+            if got[HEADER:] == data:
+                return
+
+    def goes_out(self, data: bytes, pair: int = 0) -> None:
+        """The driver sends `data`, and this machine gets it; others may be on their way still."""
+        assert self.send(header() + data, pair=pair) == 0
+        while self.sent()[1] != data:
+            pass
+
+    def exchange(self, times: int = 1, pair: int = 0) -> None:
+        """Frames go both ways."""
+        for _ in range(times):
+            data = frame()
+            self.goes_out(data, pair)
+            data = reply()
+            self.inject(data)
+            self.arrives(data, pair)
+
+    @property
+    def locks(self) -> list[KernelLock]:
+        queues = self.driver.transport.negotiation.active_queues[:-1]
+        return [queue.lock for queue in queues if isinstance(queue.lock, KernelLock)]
+
+
+@contextmanager
+def running(
+    pairs: int = 1, features: int | None = None, *, irqfd: bool = True
+) -> Iterator[VhostRig]:
+    with ExitStack() as closing:
+        served = [closing.enter_context(vhost.open_net("--net")) for _ in range(pairs)]
+        fds, name = tap.open_tap("pyvmmv%d", pairs, create=True)
+        interfaces.set_up(name)
+        backend = TapBackend(fds, MTU)
+        closing.callback(backend.close)
+        lines: list[str] = []
+        device = VhostNetDevice(backend, served, name, name="net0", mac=MAC, log=lines.append)
+        driver = closing.enter_context(attached(device, start=False, irqfd=irqfd, ram=8 << 20))
+        driver.mmio.start(features=features)
+        rig = VhostRig(driver, device, None)  # type: ignore[arg-type]
+        rig.lines, rig.interface = lines, name
+        rig.wire = closing.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
+        rig.wire.bind((name, ETHERTYPE))
+        rig.wire.settimeout(30)
+        yield rig
+
+
+def kernel_threads() -> int:
+    done = subprocess.run(["ps", "-eo", "comm"], capture_output=True, text=True, check=True)
+    return sum(line.startswith("vhost-") for line in done.stdout.splitlines())
+
+
+def test_frames_go_both_ways_and_none_of_them_through_us() -> None:
+    with running() as rig:
+        rig.exchange(300)  # more often than the ring has entries
+        assert len(rig.locks) == 2
+        assert not any(stats.requests for stats in rig.driver.transport.negotiation.queue_stats)
+        stats = rig.device.stats()
+        assert stats["frames_from_guest"] >= 300 and stats["frames_to_guest"] >= 300
+        assert stats["bytes_from_guest"] >= 300 * 214
+        for _ in range(3):
+            rig.driver.restart()
+            rig.exchange(10)
+        assert not rig.lines and not rig.driver.log
+
+
+def test_the_driver_is_interrupted_and_always_told_of_used_buffers() -> None:
+    with running() as rig:
+        before = rig.driver.irq.count
+        rig.exchange(1)
+        wait_for(lambda: rig.driver.irq.count > before)
+        status = rig.driver.mmio.read(INTERRUPT_STATUS)
+        assert status == USED_BUFFER
+        rig.driver.mmio.write(INTERRUPT_ACK, status)
+        count = rig.driver.irq.count
+        assert rig.driver.mmio.read(INTERRUPT_STATUS) == USED_BUFFER
+        rig.device.set_link(False)
+        wait_for(lambda: rig.driver.irq.count > count)
+        assert rig.driver.mmio.read(INTERRUPT_STATUS) == USED_BUFFER | CONFIG_CHANGED
+        rig.driver.mmio.reset()
+        assert rig.driver.mmio.read(INTERRUPT_STATUS) == 0
+
+
+def test_whoever_takes_the_locks_has_the_rings_for_himself() -> None:
+    with running() as rig:
+        rig.exchange(5)
+        receive, transmit = rig.driver.transport.negotiation.active_queues[:2]
+        data, answer = frame(), reply()
+        with receive.lock, transmit.lock:
+            assert transmit.state().next_avail == transmit.state().next_used == 5
+            chain = rig.driver.queues[1].add([header() + data], [])
+            rig.driver.queues[1].publish()
+            rig.driver.kick(1)
+            rig.inject(answer)
+            [buffer] = rig.offer(2048)
+            rig.wire.settimeout(0.3)
+            with pytest.raises(TimeoutError):
+                rig.sent()
+            assert rig.driver.queues[0].pop_used() is None
+            rig.wire.settimeout(30)
+        assert rig.sent()[1] == data
+        rig.driver.mmio.wait_used(1, chain)
+        assert rig.received(buffer)[1][HEADER:] == answer
+        rig.exchange(5)
+
+
+def test_a_link_that_is_down_loses_frames_and_comes_up_again() -> None:
+    with running() as rig:
+        for _ in range(3):
+            rig.exchange(3)
+            rig.device.set_link(False)
+            assert rig.driver.config(6, 2) == b"\0\0"
+            assert rig.send(header() + frame()) == 0
+            rig.inject(reply())
+            rig.device.set_link(True)
+            rig.exchange(3)
+        assert rig.device.stats()["dropped"] == {}
+
+
+def test_a_tap_that_is_deleted_is_a_link_lost() -> None:
+    with running() as rig:
+        rig.exchange(3)
+        assert int(rig.device.stats()["frames_from_guest"]) >= 3  # type: ignore[call-overload]
+        subprocess.run(["ip", "link", "del", rig.interface], check=True)
+        wait_for(lambda: not rig.device.link_up)
+        assert rig.driver.config(6, 2) == b"\0\0"
+        assert rig.lines == ["the link is down: the tap gives no more frames"]
+        assert rig.send(header() + frame()) == 0, "what is sent goes nowhere, but comes back"
+        assert int(rig.device.stats()["frames_from_guest"]) >= 3, "what was counted stays"  # type: ignore[call-overload]
+        rig.driver.restart()
+        assert rig.send(header() + frame()) == 0
+        assert not rig.driver.needs_reset
+
+
+def test_another_interface_that_goes_is_none_of_our_business() -> None:
+    with running() as rig:
+        for fd in tap.open_tap("pyvmmw%d", create=True)[0]:
+            os.close(fd)
+        rig.exchange(3)
+        assert rig.device.link_up
+
+
+def test_pairs_are_served_when_they_are_in_use() -> None:
+    before = kernel_threads()
+    with running(pairs=2) as rig:
+        assert rig.driver.features & F_MQ
+        rig.exchange(2)
+        for _ in range(3):
+            assert rig.command(4, 0, b"\2\0") == 0
+            for pair in (1, 0, 1):  # what comes back may come by either
+                rig.goes_out(frame(), pair)
+            assert rig.command(4, 0, b"\1\0") == 0
+            rig.exchange(2)
+        rig.driver.restart()
+        rig.exchange(2)
+        assert rig.device.link_up and not rig.lines
+        assert kernel_threads() == before + 2
+    wait_for(lambda: kernel_threads() == before)
+
+
+def test_a_queue_that_is_reset_alone_is_served_again() -> None:
+    with running() as rig:
+        rig.exchange(3)
+        for index in (1, 0, 1):
+            rig.driver.mmio.reset_queue(index)
+            rig.exchange(3)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_broken_ring_needs_a_reset_and_after_it_all_is_well(index: int) -> None:
+    with running() as rig:
+        rig.exchange(3)
+        queue = rig.driver.queues[index]
+        # 2.7.6: more than the queue has entries
+        rig.driver.memory.write(queue.driver_addr + 2, (5000).to_bytes(2, "little"))
+        rig.driver.kick(index)
+        rig.inject(reply())
+        wait_for(lambda: rig.driver.needs_reset)
+        assert "vhost found a broken ring or descriptor" in rig.driver.log[0]
+        other = rig.driver.queues[1 - index]
+        other.add([header() + frame()], []) if not index else other.add([], [2048])
+        other.publish()
+        rig.driver.kick(1 - index)
+        rig.inject(reply())
+        time.sleep(0.1)
+        assert other.pop_used() is None, "a device that needs a reset touches no ring"
+        rig.driver.restart()
+        rig.exchange(3)
+
+
+def test_a_buffer_that_is_no_ram_costs_the_guest_its_card_only() -> None:
+    with running() as rig:
+        rig.exchange(1)
+        rig.driver.queues[1].add([Buffer(1 << 40, 100)], [])
+        rig.driver.queues[1].publish()
+        rig.driver.kick(1)
+        wait_for(lambda: rig.driver.needs_reset)
+        rig.driver.restart()
+        rig.exchange(3)
+
+
+def test_features_are_those_that_the_kernel_has_and_no_filter() -> None:
+    with running() as rig:
+        assert not rig.driver.mmio.offered_features() & (F_CTRL_RX | F_CTRL_RX_EXTRA)
+        assert rig.driver.mmio.offered_features() & F_MRG_RXBUF
+    for features in (F_VERSION_1, F_VERSION_1 | F_MRG_RXBUF, F_VERSION_1 | F_EVENT_IDX):
+        with running(features=features) as rig:
+            rig.exchange(20)
+
+
+def test_a_transport_without_an_eventfd_is_a_clear_failure() -> None:
+    with (
+        pytest.raises(AssertionError, match="the device needs a reset"),
+        running(irqfd=False) as rig,
+    ):
+        rig.exchange()
+
+
+def test_from_the_command_line() -> None:
+    spec = device_net.check(device_net.parse("tap=pyvmmv9,create,vhost,queues=2"))
+    with ExitStack() as closing:
+        device = device_net.open_device(spec, Context("vm", None, closing))
+        assert isinstance(device, VhostNetDevice) and device.name == "net-pyvmmv9"
+    assert not tap.exists("pyvmmv9")
+
+
+def test_stress_of_stopping_and_starting_from_all_sides() -> None:
+    """The link, the pauses and the resets of others while frames flow."""
+    with running() as rig:
+        stop = Event()
+
+        def disturb() -> None:
+            while not stop.is_set():
+                rig.device.set_link(False)
+                rig.device.set_link(True)
+                for queue in rig.driver.transport.negotiation.active_queues:
+                    with queue.lock:
+                        pass
+
+        threads = [Thread(target=disturb) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        try:
+            for _ in range(30):
+                assert rig.send(header() + frame()) == 0
+                rig.driver.restart()
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join(60)
+        assert not any(thread.is_alive() for thread in threads), "a deadlock"
+        rig.exchange(5)
