@@ -6,8 +6,6 @@ import hashlib
 import random
 import shutil
 import socket
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +13,9 @@ from threading import Thread
 
 import pytest
 from disks import artifacts, root_disk
-from guest import HANG_SECONDS, Guest, GuestResult, text
+from guest import HANG_SECONDS, Guest, GuestResult
+from taps import boot_with_taps
 
-from pyvmm.cli.choose import why_not_host
 from pyvmm.host import passt
 from pyvmm.host.programs import find_program
 
@@ -217,41 +215,17 @@ LIMIT = 1 << 20  # bytes a second, of the second card
 LEAST_TIME = 160
 
 
-def boot_tap(folder: Path, kernel: str) -> GuestResult:
+@pytest.mark.parametrize("kernel", ["6.1", "6.12"])
+def test_a_tap_with_two_queues_offloads_and_a_flood(kernel: str, tmp_path: Path) -> None:
     iperf3 = shutil.which("iperf3")
     if iperf3 is None:
         pytest.skip("iperf3 is not installed")
-    files = artifacts(kernel, "test")
-    script = folder / "script.img"
-    content = TAP_GUEST.encode()
-    script.write_bytes(content + bytes(-len(content) % 512))
-    with root_disk(folder, "test") as disk:
-        run = [
-            *(sys.executable, "-m", "pyvmm", "run", "--kvm", "host"),
-            *("--kernel", files.bzimage, "--initrd", files.initramfs, "--cpus", "2"),
-            *("--memory", "256M", "--disk", str(disk), "--disk", f"{script},readonly"),
-            *("--net", "tap=vmtap0,address=10.77.0.1/24,queues=2"),
-            *("--net", f"tap=vmtap1,address=10.78.0.1/24,rx-bps={LIMIT},tx-bps={LIMIT}"),
-            *("--cmdline", "pyvmm.exec=/dev/vdb pyvmm.ip=10.77.0.2/24"),
-        ]
-        argv = ["sh", "-c", f'{iperf3} -s > /dev/null & "$@"; code=$?; kill $!; exit $code', "sh"]
-        argv += run
-        if why_not_host() is not None:
-            options = ["--memory", "900", "--disk", str(disk)]
-            argv = [sys.executable, "-m", "pyvmm.emulated_host", *options, "--", *argv]
-        try:
-            done = subprocess.run(
-                argv, stdin=subprocess.DEVNULL, capture_output=True, timeout=HANG_SECONDS
-            )
-        except subprocess.TimeoutExpired as late:
-            so_far = GuestResult(argv, -1, text(late.stdout or b""), text(late.stderr or b""))
-            pytest.fail(f"the guest hangs\n{so_far.ending()}")
-    return GuestResult(argv, done.returncode, text(done.stdout), text(done.stderr))
-
-
-@pytest.mark.parametrize("kernel", ["6.1", "6.12"])
-def test_a_tap_with_two_queues_offloads_and_a_flood(kernel: str, tmp_path: Path) -> None:
-    result = boot_tap(tmp_path, kernel).check()
+    nets = [
+        "tap=vmtap0,address=10.77.0.1/24,queues=2",
+        f"tap=vmtap1,address=10.78.0.1/24,rx-bps={LIMIT},tx-bps={LIMIT}",
+    ]
+    beside = [iperf3, "-s", "--logfile", "/dev/null"]
+    result = boot_with_taps(tmp_path, kernel, TAP_GUEST, nets, beside).check()
     values = {
         "queues": "2 2",  # the most, and those in use: Linux takes one for each CPU
         "set": "yes",

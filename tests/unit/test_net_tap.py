@@ -112,6 +112,18 @@ def test_a_driver_with_fewer_queues_than_before_keeps_its_link() -> None:
         assert rig.device.link_up and not rig.lines
 
 
+def test_a_driver_comes_up_on_a_tap_that_is_gone() -> None:
+    fds, name = tap.open_tap("pyvmmt%d", create=True)
+    with running(TapBackend(fds, 1500)) as rig:  # type: ignore[arg-type]
+        rig.driver.mmio.reset()
+        subprocess.run(["ip", "link", "del", name], check=True)
+        for _ in range(2):
+            rig.driver.restart()
+            assert not rig.device.link_up and not rig.driver.needs_reset
+            assert rig.send(header() + MAC + MAC + bytes(60)) == 0
+        assert rig.lines == ["the link is down: the tap is gone"]
+
+
 def test_packets_of_this_machine_reach_the_driver_and_come_back(closing: ExitStack) -> None:
     fds, name = tap.open_tap("pyvmmt%d", create=True)
     from pyvmm.host import interfaces

@@ -54,7 +54,7 @@ class Backend(Protocol):
 
     def set_offloads(self, features: int) -> None:
         """From now on frames come as a driver that negotiated `features` understands them; the
-        GUEST_ bits count. Raises HostError."""
+        GUEST_ bits count. Raises HostError, LinkLost."""
 
     def set_active(self, pairs: int) -> None:
         """Let frames come through the first `pairs` channels only. Raises HostError."""

@@ -185,8 +185,9 @@ class NetDevice(QueueDevice):
         promisc = not has(features, VIRTIO_NET_F_CTRL_RX)
         self._filter = ReceiveFilter(self._first_mac, promisc=promisc)
         self._control = Control(self, features, self._filter, pairs)
-        self._backend.set_offloads(_usable(features & GUEST_OFFLOADS))
-        self._backend.set_active(1)
+        self.set_offloads(_usable(features & GUEST_OFFLOADS))
+        if not self._lost:
+            self._backend.set_active(1)
         self._active_pairs = 1
         self._make_paths(features, pairs)
         self._live = {
@@ -373,7 +374,11 @@ class NetDevice(QueueDevice):
 
     def set_offloads(self, offloads: int) -> None:
         """See control.Target."""
-        self._backend.set_offloads(offloads)
+        try:
+            if not self._lost:
+                self._backend.set_offloads(offloads)
+        except LinkLost as lost:
+            self._lose_link(str(lost))
 
 
 def _usable(offloads: int) -> int:

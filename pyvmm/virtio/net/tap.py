@@ -130,7 +130,12 @@ class TapBackend:
         for feature, offload in _OFFLOADS.items():
             if features >> feature & 1:
                 wanted |= offload
-        tap.set_offload(self._fds[0], wanted)
+        try:
+            tap.set_offload(self._fds[0], wanted)
+        except HostError as error:
+            if error.errno == errno.EBADFD:
+                raise LinkLost("the tap is gone") from None
+            raise
 
     def set_active(self, pairs: int) -> None:
         """See Backend. The kernel steers each flow to the queue that it was last sent from."""

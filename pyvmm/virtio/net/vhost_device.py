@@ -110,11 +110,13 @@ class VhostNetDevice(NetDevice):
         """See control.Target."""
         with self._switching:
             self._stop_pairs(range(pairs, len(self._receivers)))
-            self._backend.set_active(pairs)
-            self._active_pairs = pairs
-            for pair in range(pairs):
-                if pair not in self._workers_of_pairs:
-                    self._start_pair(pair)
+            try:
+                self._backend.set_active(pairs)
+                self._active_pairs = pairs
+            finally:
+                for pair in range(self._active_pairs):
+                    if pair not in self._workers_of_pairs:
+                        self._start_pair(pair)
 
     def set_link(self, up: bool) -> None:
         """See NetDevice."""
