@@ -30,6 +30,7 @@ from net_rig import (
 from pyvmm.host import interfaces, tap, vhost
 from pyvmm.machine import device_net
 from pyvmm.machine.devices import Context
+from pyvmm.testing import illegal_chains
 from pyvmm.testing.attached import attached
 from pyvmm.testing.mmio_driver import F_EVENT_IDX, F_VERSION_1, INTERRUPT_ACK, INTERRUPT_STATUS
 from pyvmm.testing.ring import Buffer
@@ -40,6 +41,8 @@ from pyvmm.virtio.net.vhost_device import VhostNetDevice
 PEER = bytes.fromhex("020000000001")
 ETHERTYPE = 0x88B5  # for local experiments
 USED_BUFFER, CONFIG_CHANGED = 1, 2
+RAM = 8 << 20
+GUARDED = RAM - 4096  # a page that no buffer is in
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +117,7 @@ def running(
         closing.callback(backend.close)
         lines: list[str] = []
         device = VhostNetDevice(backend, served, name, name="net0", mac=MAC, log=lines.append)
-        driver = closing.enter_context(attached(device, start=False, irqfd=irqfd, ram=8 << 20))
+        driver = closing.enter_context(attached(device, start=False, irqfd=irqfd, ram=RAM))
         driver.mmio.start(features=features)
         rig = VhostRig(driver, device, None)  # type: ignore[arg-type]
         rig.lines, rig.interface = lines, name
@@ -329,3 +332,20 @@ def test_stress_of_stopping_and_starting_from_all_sides() -> None:
                 thread.join(60)
         assert not any(thread.is_alive() for thread in threads), "a deadlock"
         rig.exchange(5)
+
+
+@pytest.mark.parametrize("queue", [0, 1])
+def test_illegal_chains_cost_the_guest_its_card_at_most(queue: int) -> None:
+    """The kernel judges them; whatever it says, memory that is not a buffer's stays as it is, and
+    after a reset all is well. One card for all of them: each reset begins anew."""
+    with running() as rig:
+        for illegal in illegal_chains("split"):
+            rig.driver.restart()
+            before = rig.driver.memory.read(GUARDED, 4096)
+            illegal.offer(rig.driver.queues[queue])
+            rig.driver.kick(queue)
+            rig.inject(reply())
+            time.sleep(0.01)
+            assert rig.driver.memory.read(GUARDED, 4096) == before, illegal.name
+        rig.driver.restart()
+        rig.exchange(3)
