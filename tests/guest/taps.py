@@ -15,9 +15,15 @@ from pyvmm.cli.choose import why_not_host
 
 
 def boot_with_taps(
-    folder: Path, kernel: str, script: str, nets: Sequence[str], beside: Sequence[str]
+    folder: Path,
+    kernel: str,
+    script: str,
+    nets: Sequence[str],
+    beside: Sequence[str],
+    *,
+    cpus: int = 1,
 ) -> GuestResult:
-    """Run `script` in a guest of two CPUs with network cards as in ``--net``, the first of which is
+    """Run `script` in a guest with network cards as in ``--net``, the first of which is
     10.77.0.2/24. `beside` is a command that runs meanwhile, on the same machine, and prints to the
     same place; it is killed at the end."""
     files = artifacts(kernel, "test")
@@ -27,7 +33,7 @@ def boot_with_taps(
     with root_disk(folder, "test") as disk:
         run = [
             *(sys.executable, "-m", "pyvmm", "run", "--kvm", "host"),
-            *("--kernel", files.bzimage, "--initrd", files.initramfs, "--cpus", "2"),
+            *("--kernel", files.bzimage, "--initrd", files.initramfs, "--cpus", str(cpus)),
             *("--memory", "256M", "--disk", str(disk), "--disk", f"{script_disk},readonly"),
             *(part for net in nets for part in ("--net", net)),
             *("--cmdline", "pyvmm.exec=/dev/vdb pyvmm.ip=10.77.0.2/24"),

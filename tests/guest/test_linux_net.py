@@ -225,7 +225,7 @@ def test_a_tap_with_two_queues_offloads_and_a_flood(kernel: str, tmp_path: Path)
         f"tap=vmtap1,address=10.78.0.1/24,rx-bps={LIMIT},tx-bps={LIMIT}",
     ]
     beside = [iperf3, "-s", "--logfile", "/dev/null"]
-    result = boot_with_taps(tmp_path, kernel, TAP_GUEST, nets, beside).check()
+    result = boot_with_taps(tmp_path, kernel, TAP_GUEST, nets, beside, cpus=2).check()
     values = {
         "queues": "2 2",  # the most, and those in use: Linux takes one for each CPU
         "set": "yes",
