@@ -143,26 +143,34 @@ def inside(setup: Setup) -> dict[str, Any]:
         ["ip", "link", "set", TAP, "up"],
     ):
         subprocess.run(command, check=True)
-    server = subprocess.Popen(["iperf3", "-s"], stdout=subprocess.DEVNULL)
     found: dict[str, dict[str, list[dict[str, float]]]] = {}
     programs: dict[str, Callable[[str], dict[str, float]]] = {
         "pyvmm": lambda way: measure(pyvmm_command(setup, way)),
         "qemu": lambda way: measure_qemu(setup, way),
     }
-    try:
-        for way in setup.scripts:
-            for _ in range(setup.rounds):
-                for name, program in programs.items():
-                    try:
+    for way in setup.scripts:
+        for _ in range(setup.rounds):
+            for name, program in programs.items():
+                try:
+                    with iperf3_server():
                         figures = program(way)
-                    except RuntimeError as error:
-                        print(f"{way} {name}: {error}", file=sys.stderr, flush=True)
-                        continue
-                    print(f"{way} {name}: {figures}", file=sys.stderr, flush=True)
-                    found.setdefault(way, {}).setdefault(name, []).append(figures)
+                except RuntimeError as error:
+                    print(f"{way} {name}: {error}", file=sys.stderr, flush=True)
+                    continue
+                print(f"{way} {name}: {figures}", file=sys.stderr, flush=True)
+                found.setdefault(way, {}).setdefault(name, []).append(figures)
+    return found
+
+
+@contextmanager
+def iperf3_server() -> Iterator[None]:
+    """One for each guest: to one whose guest ended in the middle of a test, that test goes on."""
+    server = subprocess.Popen(["iperf3", "-s"], stdout=subprocess.DEVNULL)
+    try:
+        yield
     finally:
         server.kill()
-    return found
+        server.wait()
 
 
 def measure_qemu(setup: Setup, way: str) -> dict[str, float]:

@@ -113,7 +113,10 @@ class Closable:
 
 
 class EventFd(Closable):
-    """An eventfd(2): a counter that `signal` raises, `drain` zeroes and epoll waits for."""
+    """An eventfd(2): a counter that `signal` raises, `drain` zeroes and epoll waits for. One that
+    nobody refers to any more is closed."""
+
+    fd = -1
 
     def __init__(self) -> None:
         self._drained = 0
@@ -153,3 +156,5 @@ class EventFd(Closable):
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+    __del__ = close

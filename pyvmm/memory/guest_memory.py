@@ -41,7 +41,12 @@ class Region:
 
 
 class GuestMemory:
-    """Guest RAM: one shared memfd, seen through regions. `fd` is the memfd."""
+    """Guest RAM: one shared memfd, seen through regions. `fd` is the memfd.
+
+    Memory that nobody refers to any more is given back.
+    """
+
+    fd = -1
 
     def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Create zeroed RAM for `ranges` of (guest-physical address, size in bytes).
@@ -57,7 +62,7 @@ class GuestMemory:
             self._map = syscalls.map_shared(self.fd, total)
             syscalls.prefer_huge_pages(self._map)
         except BaseException:
-            os.close(self.fd)
+            self.close()
             raise
         whole = memoryview(self._map)
         base = int(_ffi.cast("uintptr_t", _ffi.from_buffer(whole)))
@@ -142,3 +147,5 @@ class GuestMemory:
             # Views that others still hold keep the mapping alive until they go; the region views
             # are ours to drop.
             self.regions = ()
+
+    __del__ = close
