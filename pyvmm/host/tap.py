@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from struct import Struct
 
 from pyvmm.errors import ConfigError, HostError
@@ -195,13 +195,16 @@ def counters(name: str) -> dict[str, int]:
 
 def interface_changes() -> socket.socket:
     """Readable after any interface has changed or gone (rtnetlink(7)). Raises HostError."""
-    try:
-        changes = socket.socket(
-            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE
-        )
-    except OSError as error:
-        raise HostError(error.errno or 0, "rtnetlink") from None
-    changes.bind((0, RTMGRP_LINK))
+    kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK
+    with ExitStack() as opened:
+        try:
+            changes = opened.enter_context(
+                socket.socket(socket.AF_NETLINK, kind, socket.NETLINK_ROUTE)
+            )
+            changes.bind((0, RTMGRP_LINK))
+        except OSError as error:
+            raise HostError(error.errno or 0, "rtnetlink") from None
+        opened.pop_all()
     return changes
 
 
@@ -213,8 +216,9 @@ def drain_changes(changes: socket.socket) -> bool:
             changes.recv(1)
         except BlockingIOError:
             return told
-        except OSError:
-            pass  # ENOBUFS: more than it could keep
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:  # more than it could keep
+                return told
         told = True
 
 
