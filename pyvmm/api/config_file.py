@@ -22,9 +22,8 @@ from typing import Any
 from pyvmm.errors import ConfigError
 from pyvmm.machine import tables
 from pyvmm.machine.options import NAMES, OPTIONS, Option, make_spec
-from pyvmm.machine.spec import DeviceSpec, DiskSpec, VmSpec, validate
+from pyvmm.machine.spec import DeviceSpec, DiskSpec, VmSpec, validate, write_memory
 
-_MIB = 1 << 20
 _ONLY_TYPED = "it is for the command line only"
 # Options of `pyvmm run` that are no keys, and what to do about it.
 _NO_KEYS = {
@@ -48,7 +47,7 @@ def load(path: str) -> dict[str, Any]:
 
     try:
         with open(path, "rb") as file:
-            text = file.read().decode()
+            text = file.read().decode("utf-8-sig")  # some editors begin with a byte-order mark
         values = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}", cure="check the path") from None
@@ -62,11 +61,23 @@ def load(path: str) -> dict[str, Any]:
             if key not in NAMES:
                 cure = _NO_KEYS.get(key.replace("-", "_"), "")
                 raise tables.UnknownKey(key, list(NAMES), "", cure=cure)
+        _check_sizes(values)
         return _from_folder(values, folder)
     except tables.UnknownKey as error:
         raise ConfigError(f"{path}{_line_of(error.key, text)}: {error}") from None
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def _check_sizes(values: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a size without a unit: MiB on the command line, bytes in Python."""
+    tables_too = (values, *(value for value in values.values() if isinstance(value, Mapping)))
+    for key, value in (item for table in tables_too for item in table.items()):
+        if key in ("memory", *tables.SIZES) and type(value) is int:
+            raise ConfigError(
+                f"{key} = {value} does not say its unit",
+                cure=f'write {key} = "{value}M" for MiB, or "{write_memory(value)}" for bytes',
+            )
 
 
 def _line_of(key: str, text: str) -> str:
@@ -163,7 +174,7 @@ def _plain(option: Option, spec: VmSpec) -> Any:
         return _plain_devices(option, [d for d in spec.devices if d.kind == option.device])
     value = getattr(spec, option.field)
     if option.field == "memory":
-        return value if value % _MIB else f"{value // _MIB}M"
+        return write_memory(value)
     if option.field == "disks":
         return tuple(_plain_disk(index, disk) for index, disk in enumerate(value))
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import click
@@ -22,6 +23,7 @@ def doctor() -> None:
     _show("KVM of this machine", host)
     _show("Emulated KVM host", emulated)
     _show("Networks", list(check_networks()))
+    _show("Debian packages", list(check_packages()))
     _show("Images", list(check_images()))
     host_runs, emulation_runs = (all(check.ok for check in checks) for checks in (host, emulated))
     if host_runs:
@@ -89,6 +91,23 @@ def check_networks() -> Iterator[Check]:
         usable,
         f"{tap.DEVICE} can be opened" if usable else f"{tap.DEVICE} cannot be opened",
         "`modprobe tun`, or use --net user",
+    )
+
+
+def check_packages() -> Iterator[Check]:
+    """The programs that build images and stand behind devices."""
+    from pyvmm.images import recipes, tools
+
+    try:
+        missing = tools.missing_packages(os.path.join(recipes.folder(), "system-packages.txt"))
+    except PyvmmError as error:
+        yield Check("packages", False, *_message_and_cure(error))
+        return
+    yield Check(
+        "packages",
+        not missing,
+        f"missing: {' '.join(missing)}" if missing else "all that pyvmm needs",
+        f"as root: apt-get install --no-install-recommends {' '.join(missing)}",
     )
 
 

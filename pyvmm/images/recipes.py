@@ -70,18 +70,19 @@ class Recipes:
 
 
 def folder() -> str:
-    """guest-images/, beside the package in a checkout; $PYVMM_GUEST_IMAGES where that is set.
+    """guest-images/ in the package; $PYVMM_GUEST_IMAGES where that is set.
 
-    Raises ConfigError where there is none, as in an installation that is not from a checkout.
+    In a checkout it is a link to the top level's guest-images/, in a wheel a copy of it.
+    Raises ConfigError where there is none, as in a checkout whose tools made no link.
     """
     chosen = os.environ.get(FOLDER_VARIABLE)
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    found = chosen or os.path.join(os.path.dirname(package), "guest-images")
+    found = os.path.realpath(chosen or os.path.join(package, "guest-images"))
     if os.path.isfile(os.path.join(found, "recipes.toml")):
-        return os.path.abspath(found)
+        return found
     raise ConfigError(
         f"there are no image recipes in {found}",
-        cure=f"run pyvmm from its source checkout, or set {FOLDER_VARIABLE} to its guest-images",
+        cure=f"set {FOLDER_VARIABLE} to the guest-images folder of pyvmm's sources",
     )
 
 

@@ -18,10 +18,12 @@ _PACKAGES = {
     "depmod": "kmod",
     "musl-gcc": "musl-tools",
     "dpkg-deb": "dpkg",
+    "dpkg-query": "dpkg",
     "apt-get": "apt",
     "apt-cache": "apt",
     "apt-config": "apt",
 }
+_ONLY_FOR_TESTS = "# Only for the tests"  # the heading of the last part of system-packages.txt
 _NO_SPACE = "No space left on device"
 _CURES = {
     _NO_SPACE: "free 3 GiB, or set XDG_CACHE_HOME to another place",
@@ -110,6 +112,22 @@ def require(program: str) -> None:
             f"the program {program} is missing",
             cure=f"install it: apt-get install {_PACKAGES.get(program, program)}",
         )
+
+
+def missing_packages(listed: str) -> list[str]:
+    """The Debian packages that running pyvmm needs and this machine lacks; `listed` is the path of
+    system-packages.txt. Raises ConfigError where dpkg is not there to be asked."""
+    with open(listed, encoding="utf-8") as file:
+        needed = file.read().partition(_ONLY_FOR_TESTS)[0]
+    names = [name for line in needed.splitlines() if (name := line.partition("#")[0].strip())]
+    require("dpkg-query")
+    # Its exit status only says that it does not know a package, which is an answer too.
+    asked = ["dpkg-query", "-W", "-f", "${db:Status-Status} ${Package}\n", "--", *names]
+    answer = subprocess.run(
+        asked, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}
+    )
+    there = {line.removeprefix("installed ") for line in answer.stdout.splitlines()}
+    return [name for name in names if name not in there]
 
 
 def complaint(stderr: str, status: int) -> str:

@@ -39,8 +39,13 @@ _DISK_CHOICES: dict[str, tuple[object, ...]] = {
     "format": FORMATS,
 }
 
+_POWERS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 _MEMORY_DIGITS = 20  # more than any memory has bytes; Python refuses to read very long numbers
-_MEMORY_UNITS = {"": 1 << 20, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
+_MEMORY_UNITS = {
+    **{unit + end: size for unit, size in _POWERS.items() for end in ("ib", "b", "")},
+    "b": 1,  # after those that end in it
+    "": 1 << 20,
+}
 
 
 @dataclass(frozen=True)
@@ -133,13 +138,22 @@ class VmSpec:
 
 
 def parse_memory(text: str, option: str = "--memory") -> int:
-    """Bytes of "512M", "2G", "65536K" or "512" (MiB). Raises ConfigError, which names `option`."""
-    stripped = text.strip().lower().removesuffix("ib").removesuffix("b")
-    digits, unit = (stripped[:-1], stripped[-1]) if stripped[-1:].isalpha() else (stripped, "")
-    readable = digits.isascii() and digits.isdigit() and len(digits) <= _MEMORY_DIGITS
-    if not readable or unit not in _MEMORY_UNITS:
+    """Bytes of "512M", "2G", "65536K", "4096B" or "512" (MiB). Raises ConfigError, which names
+    `option`."""
+    stripped = text.strip().lower()
+    unit = next((unit for unit in _MEMORY_UNITS if unit and stripped.endswith(unit)), "")
+    digits = stripped.removesuffix(unit)
+    if not (digits.isascii() and digits.isdigit() and len(digits) <= _MEMORY_DIGITS):
         raise ConfigError(f"cannot read {text!r} as a size", cure="write 512M or 2G", option=option)
     return int(digits) * _MEMORY_UNITS[unit]
+
+
+def write_memory(size: int) -> str:
+    """The shortest text that `parse_memory` reads as `size` bytes."""
+    for unit, factor in reversed(_POWERS.items()):
+        if size and size % factor == 0:
+            return f"{size // factor}{unit.upper()}"
+    return f"{size}B"
 
 
 def parse_disk(text: str) -> DiskSpec:

@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 
 from pyvmm.errors import ConfigError
 from pyvmm.machine import rates
-from pyvmm.machine.spec import parse_memory
+from pyvmm.machine.spec import parse_memory, write_memory
 
 T = TypeVar("T")
 
 # For our own use between two processes; a user cannot say them.
 INTERNAL = ("scratch", "stream", "listen_at")
-_SIZES = ("size",)
+SIZES = ("size",)
+"""The fields that are numbers of bytes."""
 
 
 class UnknownKey(ConfigError):
@@ -75,7 +76,7 @@ def _value(field: Field[Any], value: Any, where: str) -> Any:
     if kind == "int" and isinstance(value, str):
         if field.name in rates.FIELDS:
             return rates.parse_rate(field.name, value, what)
-        if field.name in _SIZES:
+        if field.name in SIZES:
             return parse_memory(value, option=what)
     if kind == "tuple[str, ...]":
         if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
@@ -103,6 +104,8 @@ def _option_text(value: object) -> str:
 def _plain(field: Field[Any], value: Any) -> Any:
     if str(field.type) == "tuple[tuple[str, str], ...]":
         return dict(value)
+    if field.name in SIZES:
+        return write_memory(value)
     return list(value) if isinstance(value, tuple) else value
 
 

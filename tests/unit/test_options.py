@@ -28,7 +28,14 @@ from pyvmm.machine.device_rng import Spec as Rng
 from pyvmm.machine.device_user import Spec as UserDevice
 from pyvmm.machine.device_vsock import Spec as Vsock
 from pyvmm.machine.options import NAMES, OPTIONS, make_spec
-from pyvmm.machine.spec import TRACE_KINDS, DiskSpec, VmSpec, validate
+from pyvmm.machine.spec import (
+    TRACE_KINDS,
+    DiskSpec,
+    VmSpec,
+    parse_memory,
+    validate,
+    write_memory,
+)
 
 # What concerns the command, not the VM.
 ONLY_COMMAND = {"agent", "config", "print_config", "detach", "log_format", "debug"}
@@ -305,12 +312,54 @@ def test_relative_paths_are_relative_to_the_file(load, tmp_path, monkeypatch) ->
         ("agent = true", "vm.toml:1: unknown key 'agent'; write vsock = true"),
         ('rng-limit = "bps=1"', "vm.toml:1: unknown key 'rng-limit'; write rng ="),
         ("detach = true", "unknown key 'detach'; it is for the command line only"),
+        ("memory = 512", 'vm.toml: memory = 512 does not say its unit; write memory = "512M"'),
+        ("memory = 536870912", '"536870912M" for MiB, or "512M" for bytes'),
+        ("[balloon]\nsize = 64", "vm.toml: size = 64 does not say its unit"),
     ],
 )
 def test_what_is_wrong_in_a_file_is_one_line_with_its_place(load, text, why) -> None:
     with pytest.raises(ConfigError, match=why) as error:
         load(text)
     assert "\n" not in str(error.value)
+
+
+def test_a_class_of_the_users_may_be_given_numbers_of_any_name(load) -> None:
+    table = '[devices]\npath = "a.py"\nclass_name = "A"\noptions = {size = 3, memory = 4}'
+    [device] = load(table)["devices"]
+    assert dict(device.options) == {"size": "3", "memory": "4"}
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path) -> None:
+    (tmp_path / "vm.toml").write_bytes(b'\xef\xbb\xbfmemory = "1G"\n')
+    assert config_file.load(str(tmp_path / "vm.toml"))["memory"] == 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("512", 512 << 20),
+        ("512B", 512),
+        ("4KiB", 4 << 10),
+        ("4kB", 4 << 10),
+        ("3M", 3 << 20),
+        ("3MiB", 3 << 20),
+        ("2G", 2 << 30),
+        ("2gb", 2 << 30),
+    ],
+)
+def test_units_of_sizes(text, size) -> None:
+    assert parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "M", "b", "1.5G", "-1M", "1T", "0x10", "1kk", "9" * 30])
+def test_what_is_no_size(text) -> None:
+    with pytest.raises(ConfigError, match="write 512M or 2G"):
+        parse_memory(text)
+
+
+@given(st.integers(0, 1 << 50))
+def test_sizes_are_written_as_they_are_read(size) -> None:
+    assert parse_memory(write_memory(size)) == size
 
 
 def test_a_file_that_is_not_there_or_no_text(tmp_path) -> None:
