@@ -34,10 +34,12 @@ class AsyncVM:
         self.vm = VM(*args, **options)
 
     @classmethod
-    def from_config(cls, path: str | os.PathLike[str], **options: Any) -> Self:
+    def from_config(
+        cls, path: str | os.PathLike[str], *, allow_code: bool = False, **options: Any
+    ) -> Self:
         """See `VM.from_config`."""
         new = cls.__new__(cls)
-        new.vm = VM.from_config(path, **options)
+        new.vm = VM.from_config(path, allow_code=allow_code, **options)
         return new
 
     @classmethod

@@ -1,6 +1,8 @@
 """A VM described in a TOML file: `pyvmm run --config vm.toml`, `VM.from_config("vm.toml")`.
 
-The keys are the names of pyvmm.machine.options. Relative paths are relative to the file.
+The keys are the names of pyvmm.machine.options. Relative paths are relative to the file. A file is
+data, which people pass on: the code of a disk or a device that it names is only run if whoever
+starts the VM allows that.
 
     kernel = "vmlinuz"
     memory = "1G"
@@ -27,6 +29,7 @@ from pyvmm.machine.spec import DeviceSpec, DiskSpec, VmSpec, validate, write_mem
 _ONLY_TYPED = "it is for the command line only"
 # Options of `pyvmm run` that are no keys, and what to do about it.
 _NO_KEYS = {
+    "allow_code": "whoever starts the VM allows it, not the file: --allow-code",
     "agent": "write vsock = true, which is what --agent does",
     "rng_limit": 'write rng = "bps=…"',
     "command": _ONLY_TYPED,
@@ -38,10 +41,11 @@ _NO_KEYS = {
 }
 
 
-def load(path: str) -> dict[str, Any]:
+def load(path: str, *, allow_code: bool = False) -> dict[str, Any]:
     """The values that the file gives, by name, in the forms that `make_spec` takes.
 
-    Raises ConfigError, with the number of the line where that can be told.
+    With `allow_code` it may name Python files, which run as this user. Raises ConfigError, with the
+    number of the line where that can be told.
     """
     import tomllib
 
@@ -62,7 +66,7 @@ def load(path: str) -> dict[str, Any]:
                 cure = _NO_KEYS.get(key.replace("-", "_"), "")
                 raise tables.UnknownKey(key, list(NAMES), "", cure=cure)
         _check_sizes(values)
-        return _from_folder(values, folder)
+        return _from_folder(values, folder, allow_code)
     except tables.UnknownKey as error:
         raise ConfigError(f"{path}{_line_of(error.key, text)}: {error}") from None
     except ConfigError as error:
@@ -93,12 +97,24 @@ def _line_of(key: str, text: str) -> str:
 # --- relative paths -------------------------------------------------------------------------------
 
 
-def _from_folder(values: Mapping[str, Any], folder: str) -> dict[str, Any]:
+def _refuse_code(spec: VmSpec) -> None:
+    code = [disk.path for disk in spec.disks if disk.kind == "python"]
+    code += [getattr(device, "path", "") for device in spec.devices if device.kind == "user"]
+    if code:
+        raise ConfigError(
+            f"it names code, which would run as you: {', '.join(code):.200}",
+            cure="read that file; then --allow-code, or allow_code=True in Python, lets it run",
+        )
+
+
+def _from_folder(values: Mapping[str, Any], folder: str, allow_code: bool) -> dict[str, Any]:
     """`values` as specifications whose paths begin at `folder` where they are relative."""
     off = {option.name for option in OPTIONS if option.device and values.get(option.name) is False}
     given = {key: value for key, value in values.items() if key not in off}
     # A machine has a kernel: where the file names none, the command line will, or an image.
     spec = with_paths(make_spec({"kernel": "/", **given}), lambda path: _join(folder, path))
+    if not allow_code:
+        _refuse_code(spec)
     found = dict(values)
     for option in OPTIONS:
         if option.name not in given:

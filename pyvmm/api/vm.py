@@ -95,11 +95,13 @@ class VM(InGuest, InMonitor):
         self._console: Console | None = None
 
     @classmethod
-    def from_config(cls, path: Path, **options: Any) -> Self:
+    def from_config(cls, path: Path, *, allow_code: bool = False, **options: Any) -> Self:
         """The VM that a configuration file describes (docs/python-api.md); `options`, by the names
-        above, replace what the file says. Raises ConfigError."""
+        above, replace what the file says. Python files that it names for disks or devices are run
+        with `allow_code`, and refused without. Raises ConfigError."""
+        values = config_file.load(os.fspath(path), allow_code=allow_code)
         # In a file it means what it means to `pyvmm run`.
-        return cls(**{"rm": False, **config_file.load(os.fspath(path)), **options})
+        return cls(**{"rm": False, **values, **options})
 
     def to_config(self) -> str:
         """The text of a configuration file that describes this VM."""

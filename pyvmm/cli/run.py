@@ -179,6 +179,12 @@ class _RunCommand(click.Command):
     help="Read options from a TOML file (docs/python-api.md); those given here win.",
 )
 @click.option(
+    "--allow-code",
+    is_flag=True,
+    help="Run the Python files that FILE names for disks and devices, as you; without this they "
+    "are refused.",
+)
+@click.option(
     "--print-config", is_flag=True, help="Print such a file for this VM, and do not start it."
 )
 @click.option(
@@ -198,6 +204,7 @@ class _RunCommand(click.Command):
 @click.option("--debug", is_flag=True, help="Show a traceback when pyvmm itself fails.")
 def run(
     config: str | None,
+    allow_code: bool,
     print_config: bool,
     detach: bool,
     log_format: str,
@@ -222,7 +229,7 @@ def run(
     if config is not None:
         from pyvmm.api.config_file import load
 
-        values = {**load(config), **values}
+        values = {**load(config, allow_code=allow_code), **values}
     if values.pop("agent", False) and values.get("vsock") in (None, False):
         values["vsock"] = ""  # what the agent is reached by; one that was described has more
     if print_config:

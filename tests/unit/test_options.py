@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import inspect
 from pathlib import Path
@@ -38,7 +39,7 @@ from pyvmm.machine.spec import (
 )
 
 # What concerns the command, not the VM.
-ONLY_COMMAND = {"agent", "config", "print_config", "detach", "log_format", "debug"}
+ONLY_COMMAND = {"agent", "allow_code", "config", "print_config", "detach", "log_format", "debug"}
 ANOTHER_FORM = {"rng_limit"}  # of rng
 
 
@@ -258,17 +259,17 @@ def test_a_file_that_was_printed_makes_the_same_machine(tmp_path_factory, spec, 
     spec = validate(spec)
     file = tmp_path_factory.getbasetemp() / "printed.toml"
     file.write_text(config_file.dump(spec, kvm=kvm))
-    values = config_file.load(str(file))
+    values = config_file.load(str(file), allow_code=True)
     assert validate(make_spec(values)) == spec
     assert values.get("kvm", "auto") == kvm
 
 
 @pytest.fixture
 def load(tmp_path):
-    def load(text: str) -> dict[str, object]:
+    def load(text: str, **options: bool) -> dict[str, object]:
         file = tmp_path / "vm.toml"
         file.write_text(text)
-        return config_file.load(str(file))
+        return config_file.load(str(file), **options)
 
     return load
 
@@ -276,14 +277,17 @@ def load(tmp_path):
 def test_relative_paths_are_relative_to_the_file(load, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir("/")
     spec = make_spec(
-        load("""
+        load(
+            """
         kernel = "vmlinuz"
         initrd = "/boot/initrd.img"
         disks = ["root.img,snapshot", "ram:64M", {path = "../base.img", overlay = "changes"}]
         devices = "my.py:Thing,source=x"
         vsock = "path=v.sock"
         ports = [{name = "a", path = "a.sock"}]
-        """)
+        """,
+            allow_code=True,
+        )
     )
     here = str(tmp_path)
     assert (spec.kernel, spec.initrd) == (f"{here}/vmlinuz", "/boot/initrd.img")
@@ -325,7 +329,7 @@ def test_what_is_wrong_in_a_file_is_one_line_with_its_place(load, text, why) -> 
 
 def test_a_class_of_the_users_may_be_given_numbers_of_any_name(load) -> None:
     table = '[devices]\npath = "a.py"\nclass_name = "A"\noptions = {size = 3, memory = 4}'
-    [device] = load(table)["devices"]
+    [device] = load(table, allow_code=True)["devices"]
     assert dict(device.options) == {"size": "3", "memory": "4"}
 
 
@@ -360,6 +364,46 @@ def test_what_is_no_size(text) -> None:
 @given(st.integers(0, 1 << 50))
 def test_sizes_are_written_as_they_are_read(size) -> None:
     assert parse_memory(write_memory(size)) == size
+
+
+CODE = """
+from pathlib import Path
+Path(__file__).with_name("it-ran").touch()
+"""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'disks = "code.py:A"',
+        'disks = ["ram:64M", "code.py:A,snapshot,key=value"]',
+        '[[disks]]\npath = "./code.py:A"\nread_only = true',
+        'devices = "code.py:A"',
+        '[[devices]]\npath = "code.py"\nclass_name = "A"',
+    ],
+)
+def test_a_file_runs_no_code_that_nobody_has_allowed(load, tmp_path, text) -> None:
+    (tmp_path / "code.py").write_text(CODE)
+    path = tmp_path / "vm.toml"
+    with pytest.raises(ConfigError, match=r"vm.toml: it names code.*code\.py.*--allow-code"):
+        load(text)
+    with pytest.raises(ConfigError, match="it names code"):
+        VM.from_config(path)
+    with pytest.raises(ConfigError, match="it names code"):
+        asyncio.run(_from_config(path))
+    done = CliRunner().invoke(run, ["--config", str(path)], standalone_mode=False)
+    assert isinstance(done.exception, ConfigError)
+    assert not (tmp_path / "it-ran").exists()
+    spec = make_spec({"kernel": "k", **load(text, allow_code=True)})
+    assert any("code.py" in str(part) for part in (*spec.disks, *spec.devices))
+
+
+async def _from_config(path: Path) -> None:
+    AsyncVM.from_config(path)
+
+
+def test_what_is_called_py_and_no_code_needs_no_leave(load) -> None:
+    assert load('disks = ["disk.py", "a.py:b.img"]\nkernel = "kernel.py:A"')
 
 
 def test_a_file_that_is_not_there_or_no_text(tmp_path) -> None:
@@ -448,8 +492,8 @@ def test_what_is_printed_for_a_command_line_says_the_same_again(words, tmp_path_
     if text is not None:
         path = tmp_path_factory.mktemp("printed") / "vm.toml"
         path.write_text(text)
-        assert printed("--config", str(path)) == text
-        assert VM.from_config(path).to_config() == text or "vsock" not in text
+        assert printed("--config", str(path), "--allow-code") == text
+        assert VM.from_config(path, allow_code=True).to_config() == text or "vsock" not in text
 
 
 def test_what_the_agent_needs_leaves_what_the_file_says_of_it(tmp_path) -> None:
