@@ -18,7 +18,6 @@ import struct
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from pyvmm.host.fences import full_fence
 from pyvmm.memory import GuestMemory
 from pyvmm.testing.ring import (
     INDIRECT,
@@ -151,7 +150,7 @@ class MockSplitDriver(MockDriver):
         """Move the available index past all that was offered; whether the device wants a kick."""
         old, self._last_published = self._last_published, self._next_slot
         self._avail[1] = self._next_slot
-        full_fence()
+        self._fence()
         if not self.event_idx:
             return not self._used[0] & NO_NOTIFY
         published = (self._next_slot - old) % 0x10000
@@ -197,12 +196,12 @@ class MockSplitDriver(MockDriver):
             self.used_event = self._last_used
         else:
             self.avail_flags = 0
-        full_fence()
+        self._fence()
 
     def interrupt_after(self, count: int) -> None:
         self.want_interrupts = True
         self.used_event = (self._last_used + count - 1) % 0x10000
-        full_fence()
+        self._fence()
 
     # --- the used ring ---------------------------------------------------------------------------
 
@@ -234,7 +233,7 @@ class MockSplitDriver(MockDriver):
         self._last_used = (self._last_used + max(1, len(ended))) % 0x10000
         if self.event_idx and self.want_interrupts:
             self.used_event = self._last_used
-            full_fence()
+            self._fence()
 
     def _release(self, chain: Chain) -> None:
         self._give_back(chain.descriptors)

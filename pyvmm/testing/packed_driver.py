@@ -16,7 +16,6 @@ import struct
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from pyvmm.host.fences import full_fence
 from pyvmm.memory import GuestMemory
 from pyvmm.testing.ring import WRITE, Arena, Chain, Element, MockDriver, Used
 
@@ -172,10 +171,10 @@ class MockPackedDriver(MockDriver):
             return False
         place, flags = self._withheld
         self._withheld = None
-        full_fence()
+        self._fence()
         self._ring[8 * place + 7] = flags
         old, self._published = self._published, self._next
-        full_fence()
+        self._fence()
         event = self.device_event
         if event.flags == DESC and self.event_idx:
             return self._passes(event, old, self._next)
@@ -212,7 +211,7 @@ class MockPackedDriver(MockDriver):
         # The position first: a device that sees the new flags must not take the old position.
         self._driver_event[0] = event.offset | WRAP * event.wrap
         self._driver_event[1] = event.flags
-        full_fence()
+        self._fence()
 
     def _ask_for(self, position: int) -> None:
         self.driver_event = EventSuppression(position % self.size, self.wrap(position), DESC)
@@ -227,7 +226,7 @@ class MockPackedDriver(MockDriver):
             self._ask_for(self._last_used)
         else:
             self._driver_event[1] = ENABLE
-            full_fence()
+            self._fence()
 
     def interrupt_after(self, count: int) -> None:
         self.want_interrupts = True
@@ -245,7 +244,7 @@ class MockPackedDriver(MockDriver):
         return bool(flags & AVAIL) == bool(flags & USED) == bool(wrap)
 
     def _take_used(self) -> None:
-        full_fence()
+        self._fence()
         desc = self.read_desc(self._last_used % self.size)
         written = desc.length if desc.flags & WRITE else 0  # 2.8.4: reserved without the flag
         ended = self._finish(Used(desc.id, written))

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from pyvmm.host.fences import new_fence
 from pyvmm.memory import GuestMemory
 
 # Descriptor flags, the same in both rings (virtio 1.3, 2.7.5 and 2.8.3 to 2.8.7).
@@ -98,6 +99,7 @@ class MockDriver(ABC):
         self.event_idx = event_idx
         self.in_order = in_order
         self.arena = Arena(memory) if arena is None else arena
+        self._fence = new_fence()
         self._chains: dict[int, Chain] = {}
         self._order: deque[int] = deque()  # heads in the order in which they were made available
         self._implied: deque[Used] = deque()  # returned by a later buffer's used element

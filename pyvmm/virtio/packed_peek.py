@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from struct import Struct
 
 from pyvmm.errors import GuestMemoryError
-from pyvmm.host.fences import WEAKLY_ORDERED, full_fence
+from pyvmm.host.fences import WEAKLY_ORDERED
 from pyvmm.virtio.chain import Usual
 from pyvmm.virtio.ring import (
     CHAIN_FLAGS,
@@ -68,7 +68,7 @@ class PackedPeek(Ring):
                     # Taken back if it was available before, as `pop` then says.
                     return usual, bool(self._left) and not usual
                 if WEAKLY_ORDERED:
-                    full_fence()  # Acquire, as in `pop`.
+                    self._fence()  # Acquire, as in `pop`.
                 three = (
                     _unpack_three(ring, slot * DESC_SIZE)
                     if slot + 3 <= size

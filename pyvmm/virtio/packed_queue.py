@@ -15,7 +15,7 @@ from __future__ import annotations
 from struct import Struct
 
 from pyvmm.errors import DriverError
-from pyvmm.host.fences import WEAKLY_ORDERED, full_fence
+from pyvmm.host.fences import WEAKLY_ORDERED
 from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
 from pyvmm.virtio.chain import DescriptorChain, PackedChain, Part
@@ -115,7 +115,7 @@ class PackedQueue(PackedPeek):
         if WEAKLY_ORDERED:
             # Acquire: the first flags before the rest of the chain, which they make visible. Pairs
             # with the driver's barrier before it stores them (2.8.21.1.1).
-            full_fence()
+            self._fence()
         # The flags were looked at before, but what counts is what is read here, once.
         addr, length, head, flags = _unpack_desc(self._ring, slot * DESC_SIZE)
         flags ^= available
@@ -259,7 +259,7 @@ class PackedQueue(PackedPeek):
         self._settled = UNSETTLED
         # StoreLoad: the used descriptors before the look at the driver's wish. Pairs with the
         # driver, which stores its wish and then looks at the ring again (2.8.22).
-        full_fence()
+        self._fence()
         event = self._driver_event[0]
         kind = event >> 16 & 3
         if kind == RING_EVENT_FLAGS_DESC and self._event_idx:
@@ -286,7 +286,7 @@ class PackedQueue(PackedPeek):
                 if slot == first:
                     # Release: buffers and all other descriptors before the one that the driver
                     # looks at. Pairs with its barrier after it has seen its flags (2.8.22).
-                    full_fence()
+                    self._fence()
                 used[slot] = word
         else:
             for slot, word in reversed(pending.items()):
@@ -315,7 +315,7 @@ class PackedQueue(PackedPeek):
             self._device_event[0] = RING_EVENT_FLAGS_ENABLE << 16
         # StoreLoad: the wish before the last look at the ring. Pairs with the driver, which stores
         # its flags and then looks whether a kick is wanted (2.8.21.3.1).
-        full_fence()
+        self._fence()
 
     def _first_unavailable(self) -> int:
         # Chains that were left in the ring are looked at once: the search goes on where it ended.

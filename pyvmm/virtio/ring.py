@@ -13,6 +13,7 @@ from time import perf_counter_ns
 from typing import TypeVar
 
 from pyvmm.errors import DriverError
+from pyvmm.host.fences import new_fence
 from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
 from pyvmm.virtio import features as feature_bits
@@ -77,6 +78,7 @@ class Ring(ABC):
         self.stats = QueueStats()
         self._config = config
         self._ram = RamWindow(memory)
+        self._fence = new_fence()
         self._indirect = feature_bits.has(features, feature_bits.VIRTIO_RING_F_INDIRECT_DESC)
         self._event_idx = feature_bits.has(features, feature_bits.VIRTIO_RING_F_EVENT_IDX)
         self._in_order = feature_bits.has(features, feature_bits.VIRTIO_F_IN_ORDER)

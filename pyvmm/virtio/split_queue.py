@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pyvmm.errors import DriverError
-from pyvmm.host.fences import WEAKLY_ORDERED, full_fence
+from pyvmm.host.fences import WEAKLY_ORDERED
 from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
 from pyvmm.memory.guest_memory import Region
@@ -184,7 +184,7 @@ class SplitQueue(SplitPeek):
         if WEAKLY_ORDERED:
             # Acquire: idx before the ring entries and descriptors that it makes visible. Pairs with
             # the driver's release between them and its store to idx (2.7.13.3.1).
-            full_fence()
+            self._fence()
         # A driver can have no more than `size` chains outstanding, so a larger step is an index
         # that jumped, or one that went backwards: behind us, or only behind what we saw before.
         size = self.size
@@ -302,7 +302,7 @@ class SplitQueue(SplitPeek):
         if WEAKLY_ORDERED:
             # Release: used elements and what was written to buffers before idx, which shows them.
             # Pairs with the driver's acquire after it has read idx (2.7.8.2, 2.7.14).
-            full_fence()
+            self._fence()
         self._used[1] = new
         self._published = new
         self.stats.requests += (new - old) & 0xFFFF
@@ -312,7 +312,7 @@ class SplitQueue(SplitPeek):
             self._end_of_batch(journal, new)
         # StoreLoad: used.idx before the look at used_event or flags. Pairs with the driver, which
         # stores those and then looks at used.idx again: one of the two sees the other (2.7.7.2).
-        full_fence()
+        self._fence()
         if self._event_idx:
             # Whether used_event lies in what was just published: in [old, new), modulo 2^16.
             return (new - self._avail[-1] - 1) & 0xFFFF < (new - old) & 0xFFFF
@@ -359,7 +359,7 @@ class SplitQueue(SplitPeek):
             self._avail_event[0] = self._avail[1]
         # StoreLoad: the wish before the last look at avail.idx. Pairs with the driver, which stores
         # idx and then looks whether a kick is wanted; without both one could get lost (2.7.13.4).
-        full_fence()
+        self._fence()
 
     def _first_unavailable(self) -> int:
         return self._read_avail_idx()

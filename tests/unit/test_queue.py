@@ -13,7 +13,6 @@ from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
 from pyvmm.testing import Buffer, Element, MockPackedDriver, MockSplitDriver, Used
 from pyvmm.testing.ring import INDIRECT
-from pyvmm.virtio import packed_queue, split_queue
 from pyvmm.virtio.features import VIRTIO_F_RING_PACKED, mask
 from pyvmm.virtio.queue import build_queue, restore_queue
 from pyvmm.virtio.queue_state import InFlight, QueueConfig, QueueState
@@ -430,26 +429,53 @@ def test_chains_left_on_purpose_are_announced_once(make, event_idx, left):
     assert rig.serve() == left + 1
 
 
+def at_the_fence(rig, monkeypatch, race):
+    """Have `race` happen at the device's next fence: at the very moment when what the device has
+    stored becomes visible, and before it looks at what the driver stores. How often it did."""
+    fence = rig.queue._fence
+    raced = []
+
+    def raced_at():
+        monkeypatch.setattr(rig.queue, "_fence", fence)
+        race()
+        raced.append(True)
+        fence()
+
+    monkeypatch.setattr(rig.queue, "_fence", raced_at)
+    return raced
+
+
 @pytest.mark.parametrize("event_idx", [False, True])
 def test_what_races_in_beside_chains_that_were_left_is_announced(make, event_idx, monkeypatch):
     """The driver looked whether a kick is wanted just before it was asked for."""
     rig = make(event_idx=event_idx)
     offer(rig, 2)
     assert rig.queue.enable_notification() is True
-    module = packed_queue if rig.packed else split_queue
-    fence = module.full_fence
-    raced = []
-
-    def race():
-        monkeypatch.setattr(module, "full_fence", fence)
-        offer(rig, 1)
-        raced.append(True)
-        fence()
-
-    monkeypatch.setattr(module, "full_fence", race)
+    raced = at_the_fence(rig, monkeypatch, lambda: offer(rig, 1))
     assert rig.queue.enable_notification() is True
     assert raced
     assert rig.serve() == 3
+
+
+@pytest.mark.parametrize("event_idx", [False, True])
+def test_a_driver_that_asks_for_an_interrupt_as_a_chain_is_returned_gets_it(
+    make, event_idx, monkeypatch
+):
+    """Where it has seen the chain before it sleeps, or else the device has seen its wish."""
+    rig = make(event_idx=event_idx)
+    rig.driver.disable_interrupts()
+    offer(rig, 1)
+    assert rig.serve() == 1
+    seen = []
+
+    def ask():
+        # The driver asks, then looks at the ring a last time.
+        rig.driver.enable_interrupts()
+        seen.append(rig.driver.has_used())
+
+    raced = at_the_fence(rig, monkeypatch, ask)
+    assert rig.queue.publish_used() is True
+    assert (raced, seen) == ([True], [True])
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
