@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
@@ -20,7 +21,7 @@ from net_rig import (
 )
 
 from pyvmm.testing.ring import Buffer
-from pyvmm.virtio.net import receive
+from pyvmm.virtio.net import receive, tap
 
 GSO = header(NEEDS_CSUM, 1, 54, 1448, 34, 16)
 
@@ -212,6 +213,41 @@ def test_a_cable_that_is_cut_is_told_once_and_takes_the_link_down() -> None:
         assert not rig.driver.needs_reset
         rig.device.set_link(True)
         assert not rig.device.link_up
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOMEM, errno.EFAULT])
+def test_a_frame_that_the_kernel_cannot_give_is_dropped_and_the_next_one_comes(
+    monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    with running() as rig:
+        bad = frame(99)
+
+        def readv(fd: int, views: list[memoryview]) -> int:
+            length = os.readv(fd, views)
+            if length == HEADER + len(bad):  # as tun_put_user() does: the frame is gone
+                raise OSError(number, os.strerror(number))
+            return length
+
+        monkeypatch.setattr(tap, "_readv", readv)
+        for _ in range(3):
+            rig.inject(bad)
+        rig.expect(frame())
+        assert rig.device.link_up
+        assert rig.device.received[0].dropped == {"too short": 3}
+
+
+def test_a_cable_that_gives_nothing_but_errors_takes_the_link_down(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def readv(fd: int, views: list[memoryview]) -> int:
+        raise OSError(errno.EINVAL, "no frame")
+
+    with running() as rig:
+        monkeypatch.setattr(tap, "_readv", readv)
+        rig.offer(2048)
+        rig.inject(frame())
+        wait_for(lambda: not rig.device.link_up)
+        assert "no frame" in rig.lines[0]
 
 
 def test_the_cable_can_be_pulled_out_and_plugged_in() -> None:

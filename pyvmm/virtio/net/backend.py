@@ -30,7 +30,8 @@ class Channel(Protocol):
         """Put one header and frame into `views`, in order; how long both are together.
 
         0 if there is none now. What does not fit into `views` is lost, so they end in one that
-        nothing should reach. Raises LinkLost.
+        nothing should reach. More than HEADER_SIZE + LARGEST_FRAME means a frame longer than any
+        may be: it is lost, and the next one can be had. Raises LinkLost.
         """
 
     def send(self, header: bytes, frame: list[memoryview], length: int) -> bool:

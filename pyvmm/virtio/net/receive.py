@@ -288,6 +288,8 @@ class Receiver:
         """Why the frame is not for the driver, or ""."""
         if length < HEADER_SIZE + ETH_HEADER:
             return "too short"
+        if length > LARGE:
+            return "larger than any frame"
         filter = self._filter()
         if filter is None:
             return "the link is down"

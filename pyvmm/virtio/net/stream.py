@@ -18,10 +18,13 @@ from pyvmm.errors import HostError
 from pyvmm.host.files import IOV_MAX
 from pyvmm.host.waiter import Source
 from pyvmm.virtio.net.backend import LinkLost
-from pyvmm.virtio.net.header import HEADER_SIZE, PLAIN
+from pyvmm.virtio.net.header import HEADER_SIZE, LARGEST_FRAME, PLAIN
 
 LENGTH = Struct(">I")
-LARGEST = 65535  # ETH_MAX_MTU, what passt takes
+LARGEST = 65535  # ETH_MAX_MTU, what passt takes; it sends longer ones (a UDP datagram and headers)
+# Nobody means so much as one frame: what was read as a length is none, and where the next one
+# begins cannot be known.
+NO_LENGTH = 1 << 20
 # The most that a virtio-serial port takes at once (Linux, drivers/char/virtio_console.c)
 PORT_WRITE = 32 << 10
 LARGEST_THROUGH_PORT = PORT_WRITE - LENGTH.size
@@ -39,6 +42,7 @@ class StreamChannel:
         self.writable = Source(fd, select.EPOLLOUT, on_demand=True)
         self._in = memoryview(bytearray(_CHUNK))
         self._start = self._end = 0  # of what was read and not yet handed on
+        self._skipping = self._to_skip = 0  # a frame that is too long, and what is left of it
         self._largest = largest
         # A port makes a transfer of each piece that it is given.
         self._join = largest <= LARGEST_THROUGH_PORT
@@ -51,12 +55,22 @@ class StreamChannel:
         """See Channel."""
         while True:
             have = self._end - self._start
-            if have >= LENGTH.size:
+            if self._to_skip:
+                gone = min(have, self._to_skip)
+                self._start += gone
+                self._to_skip -= gone
+                if not self._to_skip:
+                    return HEADER_SIZE + self._skipping
+            elif have >= LENGTH.size:
                 [length] = LENGTH.unpack_from(self._in, self._start)
-                if length > LARGEST:
-                    raise LinkLost(f"a frame of {length} bytes came, which cannot be")
+                start = self._start + LENGTH.size
+                if length > LARGEST_FRAME:
+                    if length > NO_LENGTH:
+                        raise LinkLost(f"a frame of {length} bytes came, which cannot be")
+                    self._start = start
+                    self._skipping = self._to_skip = length
+                    continue
                 if have >= LENGTH.size + length:
-                    start = self._start + LENGTH.size
                     self._start = start + length
                     return _scatter(views, self._in[start : start + length])
             if not self._read_more():

@@ -57,6 +57,10 @@ _ALWAYS = mask(
     VIRTIO_NET_F_GUEST_ECN,
     VIRTIO_NET_F_GUEST_UFO,
 )
+# What the kernel answers for good, once the interface has gone (drivers/net/tun.c).
+_GONE = (errno.EBADFD, errno.EIO, errno.EBADF, errno.ENODEV)
+_MOST_UNREADABLE = 1000  # frames in a row
+_UNREADABLE = 1  # as a length: the receiver drops what is too short for a header
 _MOST_QUEUED = 10_000  # frames; Linux keeps 1000 unless told otherwise (txqueuelen)
 _USO = mask(VIRTIO_NET_F_HOST_USO, VIRTIO_NET_F_GUEST_USO4, VIRTIO_NET_F_GUEST_USO6)
 
@@ -68,6 +72,7 @@ class TapChannel:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._unreadable = 0  # frames in a row
         self.attached = True  # set before the kernel is told: calls under way may then fail
         self.readable = Source(fd)
         self.writable = Source(fd, select.EPOLLOUT, on_demand=True)
@@ -81,9 +86,15 @@ class TapChannel:
         except OSError as error:
             if not self.attached:
                 return 0
+            # The kernel cannot put every frame into a virtio header (EINVAL), nor always has the
+            # memory for it: that frame is gone from the tap, the next one may be as good as any.
+            self._unreadable += 1
+            if error.errno not in _GONE and self._unreadable <= _MOST_UNREADABLE:
+                return _UNREADABLE
             raise LinkLost(f"the tap gives no more frames: {error.strerror}") from None
         if not length:
             raise LinkLost("the other end of the cable has gone")
+        self._unreadable = 0
         return length
 
     def discard(self) -> None:
