@@ -33,16 +33,16 @@ def listen(path: str, backlog: int = 128) -> Socket:
     """A socket that listens at `path`, which is made; access for its owner only. Raises
     HostError, EADDRINUSE if there is something at `path`."""
     made = _new()
-    before = os.umask(0o177)
     try:
+        # The file gets the socket's own mode, less the umask (unix(7), net/unix/af_unix.c): so at
+        # no moment can others connect, and other threads' files have nothing to do with it.
+        os.fchmod(made.fileno(), 0o600)
         with _short(path) as name:
             made.bind(name)
         made.listen(backlog)
     except OSError as error:
         made.close()
         raise _failed(error, f"listen at {path}") from None
-    finally:
-        os.umask(before)
     return made
 
 

@@ -5,12 +5,37 @@ from __future__ import annotations
 import os
 import socket
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from pyvmm.errors import ConfigError
 from pyvmm.host.named_listener import NamedListener
+
+
+@pytest.fixture(params=[0, 0o022, 0o777], ids="umask {:04o}".format)
+def umask(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = os.umask(request.param)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.usefixtures("umask")
+def test_only_its_owner_may_connect_whatever_the_umask(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with NamedListener(str(path)):
+        assert not stat.S_IMODE(path.stat().st_mode) & ~0o600
+
+
+def test_the_processes_umask_is_left_alone_for_other_threads_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def umask(mask: int) -> int:
+        raise AssertionError(f"umask({mask:o})")
+
+    monkeypatch.setattr(os, "umask", umask)
+    NamedListener(str(tmp_path / "socket")).close()
 
 
 def test_only_its_owner_may_connect_and_it_is_removed(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -57,6 +59,29 @@ def server(tmp_path):
     if server.process.poll() is None:
         server.process.kill()
     server.process.communicate()
+
+
+def test_only_its_owner_may_connect(tmp_path):
+    before = os.umask(0)
+    try:
+        server = Server(tmp_path)
+        assert server.reads()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(server.path.stat().st_mode) == 0o600
+    assert server.end()[0] == 0
+
+
+def test_a_front_end_for_which_there_is_no_descriptor_is_served_later(server):
+    assert "waiting for a vhost-user front end" in server.process.stderr.readline()
+    held = len(os.listdir(f"/proc/{server.process.pid}/fd"))
+    before = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (held, before[1]))
+    with connect(server.path):
+        assert "cannot be served: accept: Too many open files" in server.process.stderr.readline()
+    resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, before)
+    assert server.reads()
+    assert server.end()[0] == 0
 
 
 def test_front_ends_come_and_go(server):
@@ -212,12 +237,16 @@ def test_a_socket_where_somebody_listens_is_left_alone(server, tmp_path):
     second = Server(tmp_path, image="other.img")
     _, text = second.process.communicate(timeout=60)
     assert second.process.returncode == 2
-    assert text.count("\n") == 1 and "listens" in text and "--socket" in text
+    assert (
+        text.count("\n") == 1
+        and "in use by a process that listens there" in text
+        and "--socket" in text
+    )
     assert server.reads()
 
 
 @pytest.mark.parametrize(
-    ("name", "what"), [("file", "is no socket"), ("none/s", "No such"), ("x" * 200, "too long")]
+    ("name", "what"), [("file", "no socket"), ("none/s", "No such"), ("x" * 300, "too long")]
 )
 def test_a_path_that_cannot_be_is_one_line(tmp_path, name, what):
     (tmp_path / "file").write_bytes(b"precious")

@@ -13,18 +13,22 @@ import os
 import select
 import signal
 import socket
+import time
 from collections.abc import Iterator
 
-from pyvmm.errors import PyvmmError
-from pyvmm.host import parent, unix_socket
+from pyvmm.errors import HostError, PyvmmError
+from pyvmm.host import parent, unix_sockets
 from pyvmm.host.log import RateLimited, Sink
+from pyvmm.host.named_listener import NamedListener
 from pyvmm.host.syscalls import EventFd
+from pyvmm.host.unix_sockets import Socket
 from pyvmm.transport.vhost_user.back_end import BackEnd
 from pyvmm.transport.vhost_user.channel import Channel
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.lifecycle import Trace
 
 _ENDING = (signal.SIGTERM, signal.SIGINT)
+_NO_ROOM_SECONDS = 0.2
 _REFUSED, _DEFECT = 1, 70  # a child's exit codes; the latter is EX_SOFTWARE
 GRACE = 30  # seconds for a connection's process to finish its I/O once the front end has gone
 
@@ -34,21 +38,25 @@ def serve(device: VirtioDevice, path: str, *, trace: Trace | None = None) -> Non
 
     One front end is served at a time, by a child process with the device as it is now: files that
     the device has open are shared with it, threads are not, so it should have none yet. Returns
-    when the process is asked to end by SIGTERM or SIGINT (call it from the main thread). Raises
+    when the process is asked to end by SIGTERM or SIGINT (call it from the main thread). The socket
+    is for its owner only; who wants a front end of another user changes its mode or group. Raises
     ConfigError for a path where nothing can listen, HostError.
     """
-    listener = unix_socket.listen(path, option="--socket")
     log = RateLimited(prefix=f"{device.name}: ")
-    try:
-        with listener, _ending_signals() as ended:
-            log(f"waiting for a vhost-user front end at {path}")
-            while _wait(listener, ended):
-                connection, _ = listener.accept()
-                with connection:
+    with NamedListener(path, option="--socket") as listener, _ending_signals() as ended:
+        log(f"waiting for a vhost-user front end at {path}")
+        while _wait(listener.socket, ended):
+            try:
+                waiting = unix_sockets.accept(listener.socket)
+                if waiting is None:
+                    continue  # it has gone again
+                with socket.socket(fileno=waiting.detach()) as connection:
+                    connection.setblocking(True)
                     _serve_in_child(device, connection, listener, ended, log, trace)
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(path)
+            except (HostError, OSError) as error:
+                # No descriptor, memory or process for it, for now; others may have more luck.
+                log(f"a front end cannot be served: {error}")
+                time.sleep(_NO_ROOM_SECONDS)
 
 
 def serve_connection(
@@ -81,12 +89,12 @@ def serve_connection(
 def _serve_in_child(
     device: VirtioDevice,
     connection: socket.socket,
-    listener: socket.socket,
+    listener: NamedListener,
     ended: EventFd,
     log: RateLimited,
     trace: Trace | None,
 ) -> None:
-    log(f"front end connected (PID {unix_socket.peer_pid(connection)})")
+    log(f"front end connected (PID {unix_sockets.peer(connection).pid})")
     own_pid = os.getpid()
     child = os.fork()
     if child == 0:
@@ -94,7 +102,7 @@ def _serve_in_child(
         try:
             # Else it would hold the image's lock, and the front end, against whoever follows us.
             parent.end_with(own_pid)
-            listener.close()
+            listener.socket.close()  # without its name, which is the parent's to remove
             for number in _ENDING:
                 signal.signal(number, signal.SIG_DFL)
             serve_connection(device, connection, trace=trace)
@@ -139,7 +147,7 @@ def _ending(wait_status: int) -> str:
     return "front end disconnected" if os.WEXITSTATUS(wait_status) == 0 else "ready for another"
 
 
-def _wait(listener: socket.socket, ended: EventFd) -> bool:
+def _wait(listener: Socket, ended: EventFd) -> bool:
     """Whether a front end has connected; False if the process is to end."""
     poll = select.poll()
     poll.register(listener, select.POLLIN)
