@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -40,12 +40,15 @@ def compile_agent(folder: Path) -> Path:
 
 
 @contextmanager
-def running(program: Path, folder: Path) -> Iterator[tuple[Agent, Path, Path]]:
-    """An agent that runs, the path of its socket, and of what it says on standard error."""
+def running(
+    program: Path, folder: Path, *, wrapped: Sequence[str] = ()
+) -> Iterator[tuple[Agent, Path, Path]]:
+    """An agent that runs, the path of its socket, and of what it says on standard error. `wrapped`
+    is the command that starts it, if it is not started as it is."""
     path, log = folder / "agent", folder / "log"
     with log.open("wb") as stderr:
         process = subprocess.Popen(
-            [program, "--unix", path], stderr=stderr, env=ENVIRONMENT, start_new_session=True
+            [*wrapped, program, "--unix", path], stderr=stderr, env=ENVIRONMENT, start_new_session=True
         )
     try:
         agent = Agent(lambda: _connect(str(path)))

@@ -31,10 +31,17 @@ static void send_entry(enum frame_type type, const struct stat *found, const cha
     send_frame(type, &entry, sizeof entry, tail, size + more);
 }
 
+/* What was asked for may be a link; what is below it is what it was when it was looked at. */
+static int open_found(int folder, const char *name, int flags)
+{
+    int no_link = folder == AT_FDCWD ? 0 : O_NOFOLLOW;
+    return openat(folder, name, O_RDONLY | O_CLOEXEC | no_link | flags);
+}
+
 static void send_regular(int folder, const char *name, const struct stat *found, const char *as)
 {
     static char data[MAX_DATA];
-    int fd = openat(folder, name, O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+    int fd = open_found(folder, name, O_NONBLOCK | O_NOCTTY);
     if (fd < 0)
         fail(errno, as);
     send_entry(REGULAR, found, as, NULL);
@@ -58,7 +65,7 @@ static void send_tree(int folder, const char *name, const struct stat *found, co
 static void send_directory(int parent, const char *name, const struct stat *found, const char *as,
                            int depth)
 {
-    int fd = openat(parent, name, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    int fd = open_found(parent, name, O_DIRECTORY);
     DIR *folder = fd < 0 ? NULL : fdopendir(fd);
     if (!folder)
         fail(errno, as);
@@ -128,8 +135,8 @@ void get(void)
 }
 
 /* What is being put: open directories, the innermost last, and perhaps a file in it. A file has a
- * name of its own until it is whole. */
-static struct level { int fd; uint32_t mode; struct timespec mtime; } levels[MAX_DEPTH + 1];
+ * name of its own until it is whole. A directory that was there keeps its mode and time. */
+static struct level { int fd, is_new; uint32_t mode; struct timespec mtime; } levels[MAX_DEPTH + 1];
 static int depth, file = -1;
 static char file_name[NAME_MAX + 1], part_name[48];
 
@@ -178,12 +185,14 @@ static void put_directory(const char *name, const struct entry *entry)
         fail(errno, "directories nested too deeply");
     }
     int parent = levels[depth].fd;
-    if (mkdirat(parent, name, 0700) && errno != EEXIST)
+    int is_new = !mkdirat(parent, name, 0700);
+    if (!is_new && errno != EEXIST)
         fail(errno, name);
     int fd = openat(parent, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
     if (fd < 0)
         fail(errno, name);
-    levels[++depth] = (struct level){fd, entry->mode & 07777, timespec_of(entry->mtime_ns)};
+    levels[++depth] =
+        (struct level){fd, is_new, entry->mode & 07777, timespec_of(entry->mtime_ns)};
 }
 
 static void put_regular(const char *name)
@@ -253,7 +262,8 @@ static void put_up(const struct entry *current)
     }
     struct level level = levels[depth--];
     snprintf(file_name, sizeof file_name, "a directory");
-    finish(level.fd, level.mode, level.mtime);
+    if (level.is_new)
+        finish(level.fd, level.mode, level.mtime);
     close(level.fd);
 }
 

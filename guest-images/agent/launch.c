@@ -23,8 +23,6 @@ static char *next_string(size_t *at)
     return found;
 }
 
-struct identity { uid_t uid; gid_t gid; const char *name, *home; };
-
 static int parse_id(const char *text, unsigned *id)
 {
     char *end;
@@ -34,31 +32,79 @@ static int parse_id(const char *text, unsigned *id)
     return *text >= '0' && *text <= '9' && !*end && !errno && value < UINT_MAX;
 }
 
-/* NAME, UID, NAME:GROUP or UID:GID; "" is whoever runs this. */
-static struct identity find_user(char *text)
+/* A number is always a group's number, whatever groups are called. */
+static int find_group(const char *text, gid_t *gid)
 {
-    struct identity who = {geteuid(), getegid(), "root", "/root"};
-    char *group = strchr(text, ':');
+    struct group *found = NULL;
+    if (parse_id(text, gid))
+        return 1;
+    if (*text && (found = getgrnam(text)))
+        *gid = found->gr_gid;
+    return found != NULL;
+}
+
+static int add_group(struct identity *who, gid_t gid)
+{
+    if (who->count >= MAX_GROUPS)
+        return 0;
+    who->groups[who->count++] = gid;
+    return 1;
+}
+
+/* The group, and those that /etc/group puts the user in. */
+static int add_groups_of(struct identity *who)
+{
+    int count = MAX_GROUPS;
+    if (getgrouplist(who->name, who->gid, who->groups, &count) < 0)
+        return 0;
+    who->count = count;
+    return 1;
+}
+
+/* As container engines do it: with a group that is named, no other group but those in `others`. */
+static const char *find_groups(struct identity *who, const char *group, char *others)
+{
+    if (!group)
+        return !who->is_known ? add_group(who, who->gid), NULL
+               : add_groups_of(who) ? NULL : "too many groups";
+    if (!find_group(group, &who->gid))
+        return "no such group";
+    add_group(who, who->gid);
+    for (char *one; (one = strsep(&others, ","));) {
+        gid_t gid;
+        if (!find_group(one, &gid))
+            return "no such group";
+        if (!add_group(who, gid))
+            return "too many groups";
+    }
+    return NULL;
+}
+
+const char *find_user(char *text, struct identity *who)
+{
+    *who = (struct identity){.uid = geteuid(), .gid = getegid(), .name = "root", .home = "/root"};
+    char *group = strchr(text, ':'), *others = NULL;
     if (group)
         *group++ = 0;
-    struct passwd *found = *text ? getpwnam(text) : getpwuid(who.uid);
+    if (group && (others = strchr(group, ':')))
+        *others++ = 0;
     unsigned id;
-    if (!found && *text) {
-        if (!parse_id(text, &id))
-            fail(ENOENT, "no such user");
-        found = getpwuid(id);
-        who = (struct identity){id, found ? found->pw_gid : id, text, "/"};
+    int is_number = parse_id(text, &id);
+    struct passwd *found = !*text ? getpwuid(who->uid) : is_number ? getpwuid(id) : getpwnam(text);
+    if (found) {
+        who->uid = found->pw_uid, who->gid = found->pw_gid, who->is_known = 1;
+        who->name = strdup(found->pw_name), who->home = strdup(found->pw_dir);
+    } else if (is_number) { /* whoever has no group of his own is in root's, as in a container */
+        who->uid = id, who->gid = 0, who->name = text, who->home = "/";
+    } else if (*text) {
+        return "no such user";
     }
-    if (found)
-        who = (struct identity){found->pw_uid, found->pw_gid, strdup(found->pw_name),
-                                strdup(found->pw_dir)};
-    if (group) {
-        struct group *other = getgrnam(group);
-        if (!other && !parse_id(group, &id))
-            fail(ENOENT, "no such group");
-        who.gid = other ? other->gr_gid : id;
-    }
-    return who;
+    return find_groups(who, group && *group ? group : NULL, others);
+}
+
+int become(const struct identity *who)
+{
+    return setgroups((size_t)who->count, who->groups) || setgid(who->gid) || setuid(who->uid);
 }
 
 static void set_environment(const struct identity *who, const struct run_request *wanted,
@@ -76,13 +122,6 @@ static void set_environment(const struct identity *who, const struct run_request
         *equals = 0;
         setenv(variable, equals + 1, 1);
     }
-}
-
-static int become(const struct identity *who)
-{
-    if (initgroups(who->name, who->gid) && setgroups(1, &who->gid))
-        return -1;
-    return setgid(who->gid) || setuid(who->uid) ? -1 : 0;
 }
 
 /* In the child. What fails is told through `report`: a letter for what, and an errno. */
@@ -170,8 +209,11 @@ struct command begin_command(void)
         fail(ENOMEM, "the arguments");
     for (int i = 0; i < wanted.argc; i++)
         argv[i] = next_string(&at);
+    static struct identity who;
     int changes_user = *user != 0;
-    struct identity who = find_user(user);
+    const char *wrong = find_user(user, &who);
+    if (wrong)
+        fail(ENOENT, wrong);
     set_environment(&who, &wanted, &at);
 
     struct command command = {.in = -1, .out = -1, .err = -1, .tty = !!(wanted.flags & WANTS_TTY)};

@@ -3,6 +3,8 @@
  *   pyvmm-agent               serve the host (CID 2) on vsock port 1023
  *   pyvmm-agent --initramfs   the same, once PID 1 has switched to the root file system
  *   pyvmm-agent --unix PATH   serve a Unix socket instead, to try it without a guest
+ *   pyvmm-agent --as USER[:GROUP[:GROUP,...]] CMD [ARG]...
+ *                             be that user, in these groups only, and run CMD: a container image's
  *
  * A connection is a session of one request, served by a process of its own: what goes wrong in it
  * concerns nobody else, and a client that goes away takes its command with it. docs/guest-agent.md
@@ -26,7 +28,7 @@
 #include <unistd.h>
 #include <linux/vm_sockets.h>
 
-#include "agent.h"
+#include "command.h"
 
 /* A port below 1024: no program without privileges can take the agent's place. */
 enum { PORT = 1023, MAX_SESSIONS = 64, BACKLOG = 1024, REQUEST_SECONDS = 30 };
@@ -158,14 +160,30 @@ static void occupy_standard_fds(void)
         close(fd);
 }
 
+static int run_as(char *user, char **argv)
+{
+    static struct identity who;
+    const char *wrong = find_user(user, &who);
+    if (wrong)
+        return fprintf(stderr, "pyvmm-agent: %s\n", wrong), 126;
+    if (become(&who))
+        return perror("pyvmm-agent: cannot change the user"), 126;
+    execvp(argv[0], argv);
+    int number = errno;
+    perror(argv[0]);
+    return number == ENOENT ? 127 : 126;
+}
+
 int main(int argc, char **argv)
 {
     sigset_t blocked, waiting_mask;
     struct sigaction action = {.sa_handler = note_child, .sa_flags = SA_NOCLDSTOP};
     int early = argc == 2 && !strcmp(argv[1], "--initramfs");
     int at_path = argc == 3 && !strcmp(argv[1], "--unix");
+    if (argc > 3 && !strcmp(argv[1], "--as"))
+        return run_as(argv[2], argv + 3);
     if (argc > 1 && !early && !at_path) {
-        fprintf(stderr, "usage: pyvmm-agent [--initramfs | --unix PATH]\n");
+        fprintf(stderr, "usage: pyvmm-agent [--initramfs | --unix PATH | --as USER CMD...]\n");
         return 2;
     }
     occupy_standard_fds();

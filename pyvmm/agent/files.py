@@ -1,14 +1,16 @@
 """Copying files and trees between the host and a guest.
 
 A tree comes as directories that are entered and left, with names and never paths. What is written
-here is opened relative to its directory and without following links, so a guest that lies about
-its tree can write nowhere but below the target.
+here has the name that the user has asked for; what is below it is opened relative to its directory,
+one name at a time and without following links, whoever has made them. So a guest that lies about
+its tree can write nowhere but below that name.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import posixpath
 import stat
 from collections.abc import Callable
 from contextlib import suppress
@@ -25,12 +27,14 @@ from pyvmm.agent.protocol import (
     frame,
     parse_entry,
 )
-from pyvmm.agent.session import NOT_THE_AGENT, Session, failure, printable
+from pyvmm.agent.session import NOT_THE_AGENT, Session, check, failure, printable
 from pyvmm.errors import ConfigError, HostError
+from pyvmm.host.syscalls import umask
 
 Progress = Callable[[int], None]
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _MOST_SKIPPED = 1000
+_ROOT = "root"  # what the copy of a whole guest is called
 _SPECIAL_BITS = 0o7000  # a guest's set-user-ID files do not become ours
 _NEITHER = "is neither a file nor a directory"
 _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
@@ -51,28 +55,52 @@ class Copied:
             self.skipped.append(name)
 
 
-def push(session: Session, local: str, remote: str, progress: Progress | None) -> Copied:
-    """Send `local` to be put at `remote`. Raises ConfigError for `local`, HostError, AgentError."""
-    path = remote.encode(errors="surrogateescape")
+def _path(text: str) -> bytes:
+    """The bytes of a path, here or in the guest. Raises ConfigError for what is none."""
+    try:
+        path = text.encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        path = b""
     if not path or b"\0" in path:
-        raise ConfigError(f"{remote!r} is not a path")
+        raise ConfigError(f"{text!r:.200} is not a path")
+    return path
+
+
+def _shown(path: str) -> str:
+    return printable(path.encode(errors="replace"))
+
+
+def push(
+    session: Session,
+    local: str,
+    remote: str,
+    progress: Progress | None,
+    deadline: float | None = None,
+) -> Copied:
+    """Send `local` to be put at `remote`. Raises ConfigError for `local`, HostError, AgentError,
+    CommandTimeout at `deadline`."""
+    path = _path(remote)
     try:
         found = os.stat(local)
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(f"{local}: {reason}") from None
+        raise _no_place(local, error) from None
     if not (stat.S_ISREG(found.st_mode) or stat.S_ISDIR(found.st_mode)):
         cure = "a stream goes through a command: pyvmm exec -i VM -- sh -c 'cat >FILE'"
-        raise ConfigError(f"{local} {_NEITHER}", cure=cure)
-    session.send(FrameType.PUT, path)
-    sender = _Sender(session, progress)
+        raise ConfigError(f"{_shown(local)} {_NEITHER}", cure=cure)
+    session.send(FrameType.PUT, path, deadline)
+    sender = _Sender(session, progress, deadline)
     try:
         sender.send(local, os.fsencode(_own_name(local)) or b"root", found)
     except OSError as error:
-        raise _failed(error, error.filename or local) from None
-    session.send(FrameType.END)
-    session.answer(FrameType.DONE, 0, None)
+        raise _failed(error, _shown(os.fsdecode(error.filename or local))) from None
+    session.send(FrameType.END, b"", deadline)
+    session.answer(FrameType.DONE, 0, deadline)
     return sender.copied
+
+
+def _no_place(path: str, error: Exception) -> ConfigError:
+    reason = getattr(error, "strerror", None) or str(error)
+    return ConfigError(f"{_shown(path)}: {reason}")
 
 
 def _own_name(path: str) -> str:
@@ -89,12 +117,16 @@ def _failed(error: OSError, place: str) -> ConfigError | HostError:
 
 
 class _Sender:
-    def __init__(self, session: Session, progress: Progress | None) -> None:
+    def __init__(
+        self, session: Session, progress: Progress | None, deadline: float | None
+    ) -> None:
         self.copied = Copied()
         self._session = session
         self._progress = progress
+        self._deadline = deadline
 
     def send(self, path: str, name: bytes, found: os.stat_result, depth: int = 0) -> None:
+        check(self._deadline)
         for answer in self._session.receive():  # the agent speaks only to refuse
             raise failure(answer) if answer.type == FrameType.FAILED else AgentError(NOT_THE_AGENT)
         entry = Entry(found.st_mode, found.st_mtime_ns, found.st_size, name)
@@ -104,48 +136,56 @@ class _Sender:
             self._send_folder(path, entry, depth)
         elif stat.S_ISLNK(found.st_mode):
             linked = entry._replace(target=os.fsencode(os.readlink(path)))
-            self._session.send_bytes(entry_frame(FrameType.LINK, linked))
+            self._send(entry_frame(FrameType.LINK, linked))
         else:
             self.copied.skip(path)
+
+    def _send(self, data: bytes) -> None:
+        self._session.send_bytes(data, self._deadline)
 
     def _send_file(self, path: str, entry: Entry) -> None:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
         try:
-            self._session.send_bytes(entry_frame(FrameType.REGULAR, entry))
+            self._send(entry_frame(FrameType.REGULAR, entry))
             while data := os.read(fd, MAX_DATA):
-                self._session.send_bytes(frame(FrameType.DATA, data))
+                self._send(frame(FrameType.DATA, data))
                 self.copied.bytes += len(data)
                 if self._progress is not None:
                     self._progress(self.copied.bytes)
         finally:
             os.close(fd)
-        self._session.send(FrameType.UP)
+        self._send(frame(FrameType.UP))
         self.copied.files += 1
 
     def _send_folder(self, path: str, entry: Entry, depth: int) -> None:
         if depth >= MAX_DEPTH:
-            raise ConfigError(f"{path}: directories are nested deeper than {MAX_DEPTH}")
-        self._session.send_bytes(entry_frame(FrameType.DIRECTORY, entry))
+            raise ConfigError(f"{_shown(path)}: directories are nested deeper than {MAX_DEPTH}")
+        self._send(entry_frame(FrameType.DIRECTORY, entry))
         for name in sorted(os.listdir(path)):
             inner = os.path.join(path, name)
             with suppress(FileNotFoundError):  # it has just gone
                 found = os.lstat(inner)
                 self.send(inner, os.fsencode(name), found, depth + 1)
-        self._session.send(FrameType.UP)
+        self._send(frame(FrameType.UP))
 
 
-def pull(session: Session, remote: str, local: str, progress: Progress | None) -> Copied:
+def pull(
+    session: Session,
+    remote: str,
+    local: str,
+    progress: Progress | None,
+    deadline: float | None = None,
+) -> Copied:
     """Ask for `remote` and write it to `local`. Raises ConfigError for `local`, HostError,
-    AgentError."""
-    path = remote.encode(errors="surrogateescape")
-    if not path or b"\0" in path:
-        raise ConfigError(f"{remote!r} is not a path")
-    receiver = _Receiver(local, progress)
+    AgentError, CommandTimeout at `deadline`."""
+    path = _path(remote)
+    receiver = _Receiver(local, name_of(remote), progress)
     try:
-        session.send(FrameType.GET, path)
+        session.send(FrameType.GET, path, deadline)
         ended = False
         while not ended:
-            for one in session.wait_for_frames(None):
+            check(deadline)
+            for one in session.wait_for_frames(deadline):
                 ended = receiver.take(one)
                 if ended:
                     break
@@ -154,41 +194,51 @@ def pull(session: Session, remote: str, local: str, progress: Progress | None) -
     finally:
         receiver.close()
     if not receiver.topped:
-        raise AgentError(f"in the guest: {remote} {_NEITHER}")
+        raise AgentError(f"in the guest: {_shown(remote)} {_NEITHER}")
     return receiver.copied
+
+
+def name_of(remote: str) -> str:
+    """What the copy of the guest's `remote` is called in a directory: the last name of that path,
+    as it is written. The guest has no say in it. Without a name, as "/" and "..", it is "root".
+    """
+    return posixpath.basename(posixpath.normpath("/" + remote.lstrip("/"))) or _ROOT
 
 
 @dataclass
 class _Level:
     fd: int
     path: str  # printable
-    entry: Entry | None = None
+    entry: Entry | None = None  # of a directory that is new: it gets the mode and time of that
 
 
 class _Receiver:
     """Writes a tree that comes frame by frame."""
 
-    def __init__(self, local: str, progress: Progress | None) -> None:
-        """Raises ConfigError if `local` is nowhere."""
+    def __init__(self, local: str, name: str, progress: Progress | None) -> None:
+        """It goes to `local`, as `name` if that is a directory. Raises ConfigError if `local` is
+        nowhere."""
         self.copied = Copied()
-        self.place = local  # what is being written, for messages: printable
+        self.place = _shown(local)  # what is being written, for messages
         self._progress = progress
         self._file = -1
         self._entry: Entry | None = None  # the file's
         self._part = ""
+        self._mask = umask() | _SPECIAL_BITS
         self.topped = False
-        folder, self._top = local, ""
+        folder, self._top = local, name
+        _path(local)
         if not os.path.isdir(local):
             if local.endswith("/"):
-                raise ConfigError(f"{local} is not a directory")
+                raise ConfigError(f"{_shown(local)} is not a directory")
             folder, self._top = os.path.split(local)
         try:
-            if self._top and os.path.exists(local) and not os.path.isfile(local):
-                raise ConfigError(f"{local} {_NEITHER}", cure="name another place")
-            self._levels = [_Level(os.open(folder or ".", _FOLDER), folder)]
+            there = os.path.exists(local) and not os.path.isdir(local)
+            if there and not os.path.isfile(local):
+                raise ConfigError(f"{_shown(local)} {_NEITHER}", cure="name another place")
+            self._levels = [_Level(os.open(folder or ".", _FOLDER), _shown(folder))]
         except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error)
-            raise ConfigError(f"{folder}: {reason}") from None
+            raise _no_place(folder, error) from None
 
     def take(self, one: Frame) -> bool:
         """Do what the frame says; whether it was the last. Raises AgentError, OSError."""
@@ -214,22 +264,27 @@ class _Receiver:
 
     def _begin(self, type: int, payload: bytes) -> None:
         entry = parse_entry(payload)
-        if entry is None:
+        if entry is None or (entry.target and type != FrameType.LINK):
             raise AgentError("the guest's agent sent a name that is none")
         name = os.fsdecode(entry.name)
         if len(self._levels) == 1:
             self.topped = True
-            name = self._top or name
+            name = self._top
+            if type == FrameType.LINK:  # what the user has named is followed, in the guest
+                raise AgentError(NOT_THE_AGENT)
         self.place = os.path.join(self._levels[-1].path, printable(os.fsencode(name)))
         parent = self._levels[-1].fd
         self._check_free(name, parent)
         if type == FrameType.DIRECTORY and len(self._levels) <= MAX_DEPTH:
-            with suppress(FileExistsError):
+            new: Entry | None = entry
+            try:
                 os.mkdir(name, 0o700, dir_fd=parent)
+            except FileExistsError:
+                new = None
             fd = os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=parent)
-            self._levels.append(_Level(fd, self.place, entry))
+            self._levels.append(_Level(fd, self.place, new))
         elif type == FrameType.REGULAR:
-            self._part = f".pyvmm-part.{os.getpid()}.{self.copied.files}"
+            self._part = _part_name()
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             self._file = os.open(self._part, flags, 0o600, dir_fd=parent)
             self._entry = entry._replace(name=os.fsencode(name))
@@ -248,11 +303,11 @@ class _Receiver:
             raise ConfigError(f"{self.place} {_NEITHER}", cure="name another place")
 
     def _make_link(self, name: str, entry: Entry, parent: int) -> None:
-        part = f".pyvmm-part.{os.getpid()}"
+        part = _part_name()
         os.symlink(os.fsdecode(entry.target), part, dir_fd=parent)
         try:
             os.rename(part, name, src_dir_fd=parent, dst_dir_fd=parent)
-        except OSError:
+        except BaseException:
             os.unlink(part, dir_fd=parent)
             raise
 
@@ -271,7 +326,7 @@ class _Receiver:
         assert self._entry is not None
         parent = self._levels[-1].fd
         os.ftruncate(self._file, os.lseek(self._file, 0, os.SEEK_CUR))
-        _set_times(self._file, self._entry)
+        _finish(self._file, self._entry, self._mask)
         os.rename(self._part, os.fsdecode(self._entry.name), src_dir_fd=parent, dst_dir_fd=parent)
         os.close(self._file)
         self._file = -1
@@ -281,7 +336,7 @@ class _Receiver:
         level = self._levels.pop()
         try:
             if level.entry is not None:
-                _set_times(level.fd, level.entry)
+                _finish(level.fd, level.entry, self._mask)
         finally:
             os.close(level.fd)
 
@@ -296,7 +351,12 @@ class _Receiver:
             os.close(self._levels.pop().fd)
 
 
-def _set_times(fd: int, entry: Entry) -> None:
-    os.fchmod(fd, entry.mode & ~_SPECIAL_BITS)
+def _part_name() -> str:
+    """What is not whole is called: nobody else's, and nothing that the guest could know."""
+    return f".pyvmm-part.{os.urandom(8).hex()}"
+
+
+def _finish(fd: int, entry: Entry, mask: int) -> None:
+    os.fchmod(fd, entry.mode & ~mask)
     with suppress(OSError, OverflowError):  # a time that this file system cannot have
         os.utime(fd, ns=(entry.mtime_ns, entry.mtime_ns))

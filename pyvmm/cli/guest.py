@@ -108,9 +108,10 @@ def _variable(text: str) -> tuple[str, str]:
 def cp(source: str, target: str, wait: float) -> None:
     """Copy a file or a directory into a guest, or out of one: one of SRC and DST is VM:PATH.
 
-    Into DST if that is a directory, else to that name. Modes and times stay; links below SRC are
-    copied as links, hard links as files; owners and extended attributes do not stay, and a guest's
-    files lose set-user-ID bits. docs/guest-agent.md shows how tar keeps all that.
+    Into DST if that is a directory, under the last name of SRC, else to that name. Modes (out of a
+    guest: less the umask and set-user-ID bits) and times stay; links below SRC are copied as links,
+    hard links as files; owners and extended attributes do not stay. docs/guest-agent.md shows how
+    tar keeps all that.
     """
     source_vm, source_path = _split(source)
     target_vm, target_path = _split(target)

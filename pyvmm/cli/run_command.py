@@ -56,7 +56,7 @@ def for_image(command: Sequence[str], image: str | None) -> CommandLine:
         process = found.process
         if process is not None:
             argv = process.argv(tuple(command))
-            return CommandLine(argv, process.env, process.cwd, process.user)
+            return CommandLine(argv, process.env, process.cwd, process.account)
     return CommandLine(tuple(command))
 
 

@@ -76,6 +76,15 @@ def read_or_empty(path: str) -> str:
         return ""
 
 
+def umask() -> int:
+    """This process's file mode creation mask. (umask(2) would change it, for all threads.)"""
+    for line in read_or_empty("/proc/self/status").splitlines():
+        name, _, value = line.partition(":")
+        if name == "Umask":
+            return int(value, 8)
+    return 0o077
+
+
 def prefer_huge_pages(mapping: mmap.mmap) -> None:
     """Let the kernel back `mapping` with huge pages, if it was built and set up for them.
 

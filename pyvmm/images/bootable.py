@@ -34,6 +34,11 @@ class Process:
         """The whole command line, with `command` in place of the image's own if there is one."""
         return (*self.entrypoint, *(command or self.command))
 
+    @property
+    def account(self) -> str:
+        """The user and all groups, as the agent reads them: "UID:GID" or "UID:GID:GID,GID"."""
+        return ":".join((self.user, *([",".join(map(str, self.groups))] if self.groups else [])))
+
 
 @dataclass(frozen=True)
 class MachineImage:

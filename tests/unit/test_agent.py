@@ -9,6 +9,7 @@ import select
 import signal
 import socket
 import stat
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,14 +105,97 @@ def test_what_cannot_be_started_is_one_line_with_its_errno(agent, argv, options,
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes somebody else")
-@pytest.mark.parametrize(
-    ("user", "ids"),
-    [("nobody", "65534 65534"), ("12345", "12345 12345"), ("nobody:7", "65534 7"), ("0:0", "0 0")],
+PASSWD = """root:x:0:0:root:/root:/bin/sh
+web:x:1234:44:web:/srv:/bin/sh
+7000:x:5:6:a name of digits:/odd:/bin/sh
+"""
+GROUP = """root:x:0:
+web:x:44:
+log:x:4:web,root
+extra:x:77:web
+8000:x:8:web
+""" + "".join(f"many{number}:x:{number}:crowd\n" for number in range(20000, 20100))
+WHO = ["sh", "-c", 'echo "$(id -u) $(id -g) $(id -G | tr " " "\n" | sort -n | xargs) $HOME"']
+needs_accounts = pytest.mark.skipif(
+    os.geteuid() != 0 or subprocess.run(["unshare", "-m", "true"]).returncode != 0,
+    reason="only root becomes somebody else, and mounts other files over /etc/passwd",
 )
-def test_a_command_runs_as_whom_it_is_to(agent: Agent, user: str, ids: str) -> None:
-    done = agent.run(["sh", "-c", "echo $(id -u) $(id -g)"], user=user)
-    assert done.stdout.decode().strip() == ids
+
+
+@pytest.fixture(scope="module")
+def among_accounts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Agent, list[str]]]:
+    """An agent where PASSWD and GROUP are /etc's, and the command that runs others there."""
+    folder = tmp_path_factory.mktemp("accounts")
+    (folder / "passwd").write_text(PASSWD + "crowd:x:99:99::/:/bin/sh\n")
+    (folder / "group").write_text(GROUP)
+    mounts = "".join(f"mount --bind {folder}/{name} /etc/{name} && " for name in ("passwd", "group"))
+    wrapped = ["unshare", "-m", "sh", "-c", f'{mounts} exec "$@"', "sh"]
+    program = compile_agent(folder)
+    with running(program, tmp_path_factory.mktemp("served"), wrapped=wrapped) as parts:
+        yield parts[0], [*wrapped, str(program)]
+
+
+# As container engines do it (moby/sys/user, GetExecUser).
+ACCOUNTS = [
+    ("web", "1234 44 4 8 44 77 /srv"),
+    ("1234", "1234 44 4 8 44 77 /srv"),
+    ("web:", "1234 44 4 8 44 77 /srv"),
+    ("1234:extra", "1234 77 77 /srv"),
+    ("web:web", "1234 44 44 /srv"),
+    ("web:77", "1234 77 77 /srv"),
+    ("web:9999", "1234 9999 9999 /srv"),
+    ("12345", "12345 0 0 /"),
+    ("12345:log", "12345 4 4 /"),
+    ("root", "0 0 0 4 /root"),
+    ("0:0", "0 0 0 /root"),
+    (":log", "0 4 4 /root"),
+    ("7000", "7000 0 0 /"),
+    ("web:8000", "1234 8000 8000 /srv"),
+    ("web:log:77,44", "1234 4 4 44 77 /srv"),
+    ("crowd", " ".join(map(str, ["99 99 99", *range(20000, 20100), "/"]))),
+]
+
+
+@needs_accounts
+@pytest.mark.parametrize(("user", "who"), ACCOUNTS, ids=lambda value: value[:20])
+def test_a_command_runs_as_whom_it_is_to_and_in_no_other_group(among_accounts, user, who) -> None:
+    assert among_accounts[0].run(WHO, user=user, check=True).stdout.decode().strip() == who
+
+
+@needs_accounts
+@pytest.mark.parametrize(("user", "who"), ACCOUNTS, ids=lambda value: value[:20])
+def test_what_a_container_image_runs_has_the_same_groups(among_accounts, user, who) -> None:
+    done = subprocess.run(
+        [*among_accounts[1], "--as", user, *WHO],
+        env={"PATH": os.environ["PATH"], "HOME": who.split()[-1]},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.stdout.strip(), done.stderr) == (who, "")
+
+
+@needs_accounts
+@pytest.mark.parametrize(
+    ("user", "words", "code", "why"),
+    [
+        ("nobody-here", ["true"], 126, "no such user"),
+        ("web:none", ["true"], 126, "no such group"),
+        ("web:log:none", ["true"], 126, "no such group"),
+        ("web:log:", ["true"], 126, "no such group"),
+        ("-1", ["true"], 126, "no such user"),
+        ("4294967295", ["true"], 126, "no such user"),
+        ("99999999999999999999", ["true"], 126, "no such user"),
+        ("web", ["no-such-command"], 127, "no-such-command: No such file"),
+        ("web", ["/etc"], 126, "/etc: Permission denied"),
+    ],
+)
+def test_whoever_cannot_be_is_one_line(among_accounts, user, words, code, why) -> None:
+    argv = [*among_accounts[1], "--as", user, *words]
+    env = {"PATH": "/usr/bin:/bin"}
+    done = subprocess.run(argv, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert why in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_timeout_kills_the_whole_group_and_keeps_the_output(agent: Agent) -> None:

@@ -6,8 +6,10 @@ from __future__ import annotations
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -157,13 +159,12 @@ def test_waiting_for_an_agent_of_another_version_does_not_help() -> None:
 
 
 def test_the_names_that_a_guest_sends_cannot_play_tricks_on_a_terminal(tmp_path: Path) -> None:
-    said = entry(FrameType.DIRECTORY, b"tree") + entry(FrameType.REGULAR, b"\x1b[2J" * 50) + UP
-    (tmp_path / "tree").write_text("in the way")
-    other = entry(FrameType.DIRECTORY, b"\x1b[2J")
-    (tmp_path / "\x1b[2J").write_text("in the way")
-    for lie in (said, other):
-        with liar(saying(lie)) as agent, pytest.raises(ConfigError) as caught:
-            agent.pull("x", tmp_path)
+    (tmp_path / "tree").mkdir()
+    (tmp_path / "tree/\x1b[2J").write_text("in the way")
+    top, odd = entry(FrameType.DIRECTORY, b"tree"), entry(FrameType.DIRECTORY, b"\x1b[2J")
+    for path, lie in (("tree", top + odd), ("tree/\x1b[2J", odd), ("tree/\x1b[2J/\nx", odd)):
+        with liar(saying(lie)) as agent, pytest.raises((ConfigError, AgentError)) as caught:
+            agent.pull(path, tmp_path / (path if "\n" in path else os.path.dirname(path)))
         assert str(caught.value).isprintable()
 
 
@@ -174,7 +175,7 @@ def test_a_full_disk_is_the_hosts_failure(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (20000, before[1]))
     try:
         with liar(saying(said)) as agent, pytest.raises(HostError, match="file: File too large"):
-            agent.pull("x", tmp_path)
+            agent.pull("file", tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
@@ -199,6 +200,8 @@ def target(tmp_path: Path) -> Path:
     (tmp_path / "outside/precious").write_text("precious")
     (tmp_path / "target").mkdir()
     (tmp_path / "target/link").symlink_to("../outside")
+    (tmp_path / "target/tree").mkdir(mode=0o700)
+    (tmp_path / "target/tree/link").symlink_to("../../outside")
     return tmp_path / "target"
 
 
@@ -217,7 +220,9 @@ def everything_outside(target: Path) -> dict[str, str]:
         entry(FrameType.REGULAR, b"x" * 256),
         entry(FrameType.DIRECTORY, b".."),
         # Through a link that is there already, and through one that it makes itself.
-        entry(FrameType.DIRECTORY, b"link") + FILE + UP + UP + END,
+        entry(FrameType.DIRECTORY, b"tree") + entry(FrameType.DIRECTORY, b"link") + FILE,
+        entry(FrameType.LINK, b"tree", b"../outside") + END,
+        entry(FrameType.REGULAR, b"tree", b"behind a NUL"),
         entry(FrameType.DIRECTORY, b"top", mode=0o755)
         + entry(FrameType.LINK, b"way", b"../../outside")
         + entry(FrameType.DIRECTORY, b"way")
@@ -247,11 +252,194 @@ def test_a_guest_writes_nowhere_but_below_the_target(said: bytes, target: Path) 
 def test_a_file_takes_the_place_of_a_link_and_does_not_go_through_it(target: Path) -> None:
     said = entry(FrameType.REGULAR, b"link", mode=0o6755) + frame(FrameType.DATA, b"new") + UP + END
     with liar(saying(said)) as agent:
-        agent.pull("/tree", target)
+        agent.pull("/link", target)
     assert (target / "link").read_text() == "new"
     assert not (target / "link").is_symlink()
     assert (target / "link").stat().st_mode & 0o7777 == 0o755
     assert everything_outside(target) == {"precious": "precious"}
+
+
+@pytest.mark.parametrize(
+    ("remote", "name"),
+    [
+        ("/etc/hosts", "hosts"),
+        ("hosts", "hosts"),
+        ("/var/log/", "log"),
+        ("//var//log//", "log"),
+        ("/var/log/.", "log"),
+        ("/var/./log/../lib", "lib"),
+        ("/a/b/..", "a"),
+        ("/", "root"),
+        ("//", "root"),
+        (".", "root"),
+        ("..", "root"),
+        ("/a/..", "root"),
+        ("/a/../../..", "root"),
+        ("/.bashrc", ".bashrc"),
+        ("/etc/...", "..."),
+        ("/with\nnewline", "with\nnewline"),
+        ("/not \udcff UTF-8", "not \udcff UTF-8"),
+        ("/-", "-"),
+        ("/" + "x" * 255, "x" * 255),
+    ],
+    ids=lambda text: ascii(text)[:30],
+)
+def test_the_guest_does_not_choose_the_name(remote: str, name: str, tmp_path: Path) -> None:
+    """CVE-2019-6111: whatever the far end calls it, the copy has the name that was asked for."""
+    home = tmp_path / "home"
+    (home / ".ssh").mkdir(parents=True)
+    (home / ".profile").write_text("mine")
+    for said in (
+        entry(FrameType.REGULAR, b".profile") + frame(FrameType.DATA, b"evil") + UP,
+        entry(FrameType.REGULAR, b".ssh") + frame(FrameType.DATA, b"evil") + UP,
+        entry(FrameType.DIRECTORY, b".ssh", mode=0o777) + FILE + UP + UP,
+        entry(FrameType.LINK, b".profile", b"/etc/passwd"),
+    ):
+        place = home / name
+        if place.exists():
+            place.unlink()
+        with suppress(AgentError), liar(saying(said + END)) as agent:
+            agent.pull(remote, home)
+        assert {*os.listdir(home)} <= {".ssh", ".profile", name}
+        assert os.listdir(home / ".ssh") == []
+        assert (home / ".profile").read_text() == "mine"
+        if place.is_dir():
+            shutil.rmtree(place)
+
+
+@pytest.mark.parametrize(
+    ("remote", "local", "why"),
+    [
+        ("", ".", "'' is not a path"),
+        ("a\0b", ".", "is not a path"),
+        ("\ud800", ".", "is not a path"),
+        ("/x", "", "'' is not a path"),
+        ("/x", "a\0b", "is not a path"),
+        ("/x", "\ud800", "is not a path"),
+        ("/x", "x" * 8192, "File name too long"),
+        ("/x", "no/such", "No such file"),
+        ("/x", "no/such/", "is not a directory"),
+        ("/" + "x" * 8192, ".", "File name too long"),
+        ("/" + "x" * 256, ".", "File name too long"),
+    ],
+    ids=lambda text: ascii(text)[:30],
+)
+def test_names_that_cannot_be_are_one_line(
+    remote, local, why, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with liar(saying(FILE + UP + END)) as agent, pytest.raises(ConfigError, match=why) as caught:
+        agent.pull(remote, local)
+    assert "\n" not in str(caught.value)
+    assert os.listdir() == []
+
+
+def test_a_link_of_an_earlier_copy_is_not_followed_by_a_later_one(target: Path) -> None:
+    top = entry(FrameType.DIRECTORY, b"x", mode=0o755)
+    out = entry(FrameType.LINK, b"way", b"../../outside")
+    first = top + out + entry(FrameType.LINK, b"new", b"../../outside/new") + UP + END
+    with liar(saying(first)) as agent:
+        agent.pull("/x", target)
+    for second in (
+        top + entry(FrameType.DIRECTORY, b"way", mode=0o777) + FILE + UP + UP + UP + END,
+        top + entry(FrameType.REGULAR, b"new") + frame(FrameType.DATA, b"evil") + UP + UP + END,
+        top + entry(FrameType.REGULAR, b"way") + frame(FrameType.DATA, b"evil") + UP + UP + END,
+    ):
+        with suppress(ConfigError), liar(saying(second)) as agent:
+            agent.pull("/x", target)
+        assert everything_outside(target) == {"precious": "precious"}
+        assert (target.parent / "outside").stat().st_mode & 0o777 == 0o755
+    assert not (target / "x/way").is_symlink(), "the file took the link's place"
+
+
+def test_what_becomes_a_link_between_two_frames_is_not_followed(target: Path) -> None:
+    """Somebody else may write to the target as well."""
+
+    def act(end: socket.socket) -> None:
+        end.sendall(GREETING)
+        end.recv(1 << 16)
+        end.sendall(entry(FrameType.DIRECTORY, b"x", mode=0o755) + FILE)
+        while not list((target / "x").glob(".pyvmm*")):
+            time.sleep(0.01)
+        (target / "x").rename(target / "moved")
+        (target / "x").symlink_to("../outside")
+        end.sendall(frame(FrameType.DATA, b"more") + UP + entry(FrameType.REGULAR, b"b") + UP)
+        end.sendall(UP + END)
+
+    with liar(act) as agent:
+        agent.pull("/x", target)
+    assert sorted(os.listdir(target / "moved")) == ["b", "file"]
+    assert everything_outside(target) == {"precious": "precious"}
+
+
+def test_a_file_with_two_names_is_replaced_and_not_written_to(target: Path) -> None:
+    (target / "x").hardlink_to(target.parent / "outside/precious")
+    with liar(saying(FILE + UP + END)) as agent:
+        agent.pull("/x", target)
+    assert (target / "x").read_text() == "evil"
+    assert everything_outside(target) == {"precious": "precious"}
+
+
+TWICE = {
+    "file, then directory": FILE + UP + entry(FrameType.DIRECTORY, b"file") + FILE,
+    "directory, then file": entry(FrameType.DIRECTORY, b"file") + UP + FILE + UP,
+    "link, then directory": entry(FrameType.LINK, b"file", b"../../outside")
+    + entry(FrameType.DIRECTORY, b"file")
+    + FILE,
+    "directory, then link": entry(FrameType.DIRECTORY, b"file")
+    + UP
+    + entry(FrameType.LINK, b"file", b"../../outside"),
+}
+
+
+@pytest.mark.parametrize("said", TWICE.values(), ids=TWICE)
+def test_one_name_for_two_kinds_is_refused(said: bytes, target: Path) -> None:
+    top = entry(FrameType.DIRECTORY, b"x", mode=0o755)
+    with liar(saying(top + said)) as agent, pytest.raises(ConfigError) as caught:
+        agent.pull("/x", target)
+    assert "\n" not in str(caught.value)
+    assert everything_outside(target) == {"precious": "precious"}
+    assert not [name for name in os.listdir(target / "x") if name.startswith(".pyvmm")]
+
+
+@pytest.mark.parametrize(
+    "second", [FILE + UP, entry(FrameType.LINK, b"file", b"../../outside/precious")]
+)
+def test_the_last_of_two_files_of_one_name_counts(second: bytes, target: Path) -> None:
+    top = entry(FrameType.DIRECTORY, b"x", mode=0o755)
+    link = entry(FrameType.LINK, b"file", b"../../outside/precious")
+    with liar(saying(top + link + second + UP + END)) as agent:
+        agent.pull("/x", target)
+    assert os.listdir(target / "x") == ["file"]
+    assert everything_outside(target) == {"precious": "precious"}
+
+
+def test_modes_are_less_the_users_mask_and_what_was_there_keeps_its_own(target: Path) -> None:
+    said = (
+        entry(FrameType.DIRECTORY, b"x", mode=0o7777)
+        + entry(FrameType.REGULAR, b"file", mode=0o7666)
+        + UP
+        + entry(FrameType.DIRECTORY, b"new", mode=0o7777)
+        + UP * 2
+        + END
+    )
+    (target / "x").mkdir(mode=0o700)
+    before = os.umask(0o027)
+    try:
+        with liar(saying(said)) as agent:
+            agent.pull("/x", target)
+    finally:
+        os.umask(before)
+    found = {name: (target / "x" / name).stat().st_mode & 0o7777 for name in (".", "file", "new")}
+    assert found == {".": 0o700, "file": 0o640, "new": 0o750}
+
+
+def test_more_bytes_than_were_said_are_no_more_than_a_longer_file(target: Path) -> None:
+    head = entry_frame(FrameType.REGULAR, Entry(0o644, 0, 3, b"x"))
+    with liar(saying(head + frame(FrameType.DATA, b"12345") * 2 + UP + END)) as agent:
+        copied = agent.pull("/x", target)
+    assert (target / "x").read_text() == "1234512345"
+    assert copied.bytes == 10
 
 
 @pytest.mark.parametrize("seed", range(10))

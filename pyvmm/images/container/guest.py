@@ -62,18 +62,13 @@ def entry_script(process: Process, shell: str) -> str:
     busybox = f"/{FOLDER}/busybox"
     program, *arguments = process.argv() or ([shell] if shell else [busybox, "sh"])
     words = [busybox, "env", "-i", 'TERM="$TERM"', *map(shlex.quote, process.env)]
-    if process.user == "0:0":
-        words += [shlex.quote(program), *map(shlex.quote, arguments)]
-    else:
-        # busybox has no other program that changes the user and then is gone.
-        words += [busybox, "start-stop-daemon", "-S", "-n", "pyvmm-none", "-c", process.user]
-        words += ["-a", shlex.quote(program), "--", *map(shlex.quote, arguments)]
+    words += [f"/{FOLDER}/agent", "--as", process.account, shlex.quote(program)]
+    words += map(shlex.quote, arguments)
     return f"#!{busybox} sh\ncd {shlex.quote(process.cwd)} || exit 126\nexec {' '.join(words)}\n"
 
 
 def _add_account(tree: Tree, process: Process) -> None:
-    """A line in /etc/passwd for a user whom only a number names: without one nobody can become him,
-    and programs find it odd."""
+    """A line in /etc/passwd for a user whom only a number names: programs find it odd without."""
     uid, gid = process.user.split(":")
     passwd = tree.read("etc/passwd", 1 << 20)
     known = {fields[2] for line in passwd.split(b"\n") if len(fields := line.split(b":")) > 6}

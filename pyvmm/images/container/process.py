@@ -66,24 +66,30 @@ def _account(user: str, tree: Tree) -> tuple[Account, tuple[int, ...]]:
     """Who "", "UID", "NAME", "UID:GID" or "NAME:GROUP" is, and his other groups."""
     name, _, group = user.partition(":")
     accounts = _accounts(tree)
-    found = next((one for one in accounts if one.name == (name or "root")), None)
-    if found is None and name.isascii() and name.isdigit():
+    if _is_number(name):
         uid = _id(name)
         found = next((one for one in accounts if one.uid == uid), Account("", uid, 0, "/"))
-    if found is None and not name:
-        found = Account("root", 0, 0, "/root")
-    if found is None:
-        raise Refused(f"its User is {shown(user)}, which its /etc/passwd does not have")
+    else:
+        default = None if name else Account("root", 0, 0, "/root")
+        one = next((one for one in accounts if one.name == (name or "root")), default)
+        if one is None:
+            raise Refused(f"its User is {shown(user)}, which its /etc/passwd does not have")
+        found = one
     groups = _groups(tree)
     if not group:
         others = sorted({gid for _, gid, members in groups if found.name in members} - {found.gid})
         return found, tuple(others)
-    gid = next((gid for one, gid, _ in groups if one == group), None)
-    if gid is None and group.isascii() and group.isdigit():
-        gid = _id(group)
-    if gid is None:
-        raise Refused(f"its User is {shown(user)}, whose group its /etc/group does not have")
-    return found._replace(gid=gid), ()
+    if _is_number(group):
+        return found._replace(gid=_id(group)), ()
+    for name, gid, _ in groups:
+        if name == group:
+            return found._replace(gid=gid), ()
+    raise Refused(f"its User is {shown(user)}, whose group its /etc/group does not have")
+
+
+def _is_number(text: str) -> bool:
+    """What is all digits is a number, whatever users and groups are called."""
+    return text.isascii() and text.isdigit()
 
 
 def _accounts(tree: Tree) -> list[Account]:
