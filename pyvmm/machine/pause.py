@@ -25,7 +25,7 @@ class Pauser:
         self._runners = runners
         self._transports = transports
         self._lock = Lock()
-        self._held: list[tuple[Queue, bool]] = []  # and whether it was halted before
+        self._held: list[Queue] = []
         self._ended = False
         self.paused = False
 
@@ -71,16 +71,15 @@ class Pauser:
 
     def _hold(self, deadline: float) -> None:
         for transport in self._transports:
-            for queue in transport.negotiation.active_queues:
-                before = queue.halt
-                queue.halt = True  # the worker's batch ends after the request at hand
-                if not queue.lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
-                    queue.halt = before
+            # The last first: it may be a control queue, whose commands start and stop the others
+            # and take their locks for that.
+            for queue in reversed(transport.negotiation.active_queues):
+                if not queue.claim(max(0.0, deadline - time.monotonic())):
                     raise ConfigError(
                         f"{transport.device.name} does not come to rest",
                         cure="its storage or network takes long",
                     )
-                self._held.append((queue, before))
+                self._held.append(queue)
 
     def _go_on(self) -> None:
         self._release()
@@ -89,8 +88,7 @@ class Pauser:
 
     def _release(self) -> None:
         while self._held:
-            queue, halted = self._held.pop()
-            queue.halt = halted
+            queue = self._held.pop()
             queue.lock.release()
             queue.kick.signal()  # its worker may have left something in the ring
         self.paused = False

@@ -10,13 +10,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from threading import Lock
 from types import MappingProxyType
 from typing import Protocol
 
 from pyvmm.errors import PyvmmError
 from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
-from pyvmm.virtio.queue import Queue
+from pyvmm.virtio.queue import Queue, QueueLock
 
 
 class Interrupt(Protocol):
@@ -77,6 +78,11 @@ class VirtioDevice(ABC):
     def accept_features(self, features: int) -> None:  # noqa: B027 - a choice, not a duty
         """The driver has set FEATURES_OK with `features`: for configuration fields that depend on
         what was negotiated, which the driver may read before `activate` (2.2 Feature Bits)."""
+
+    def queue_lock(self) -> QueueLock:
+        """The lock of a queue that is being built, which it keeps for life. Another kind than
+        Python's is for queues that somebody else serves at times (`pyvmm.virtio.offload`)."""
+        return Lock()
 
     def stats(self) -> Mapping[str, object]:
         """Counters since the start, plain data fit for JSON; any thread may ask."""

@@ -66,7 +66,7 @@ class DeviceLoop:
         self._thread = Thread(target=self._run, name=f"{name}-loop", daemon=True)
 
     def _listen(self, queue: Queue) -> None:
-        queue.halt = False
+        queue.begin_serving()
         if queue.kick.fd not in self._heard:  # which outlives the queue's reset
             self._poller.add(queue.kick.fd, _ignore, READABLE)
             self._heard.add(queue.kick.fd)
@@ -92,7 +92,7 @@ class DeviceLoop:
         self.stopping = True
         for queue in self.queues:
             if queue is not None:
-                queue.halt = True
+                queue.end_serving()
         self._wake.signal()
 
     @property

@@ -215,9 +215,14 @@ class Lifecycle:
 
     def _build_queues(self, accepted: int) -> tuple[Queue | None, ...]:
         return tuple(
-            self._build_queue(index, config, accepted) if config.ready else None
+            self._new_queue(index, config, accepted) if config.ready else None
             for index, config in enumerate(self.state.queues)
         )
+
+    def _new_queue(self, index: int, config: QueueConfig, accepted: int) -> Queue:
+        queue = self._build_queue(index, config, accepted)
+        queue.lock = self.device.queue_lock()  # before anybody else can see the queue
+        return queue
 
     def _build_queue(self, index: int, config: QueueConfig, accepted: int) -> Queue:
         queue = build_queue(self.memory, config, accepted, index, self._kicks[index])
@@ -231,7 +236,7 @@ class Lifecycle:
         queue = self._queues[index] if self._queues else None
         if queue is not None:
             # A driver that refills the ring for ever must not keep us from the lock.
-            queue.halt = True
+            queue.end_serving()
             # Once the lock is ours, the batch in progress has ended, and no other will begin.
             with queue.lock:
                 queue.ready = False
@@ -262,7 +267,7 @@ class Lifecycle:
         config = self.state.queues[index]
         config.was_reset = False
         try:
-            queue = self._build_queue(index, config, self.state.driver_features)
+            queue = self._new_queue(index, config, self.state.driver_features)
             self._replace_queue(index, queue)
             self.device.start_queue(queue)
         except Exception as error:
@@ -296,16 +301,15 @@ class Lifecycle:
         for queue in self._queues:
             if queue is None:
                 continue
-            queue.halt = True  # as in `stop_queue`
-            with queue.lock:
-                try:
-                    if queue.ready:
-                        queue.remap()
-                except GuestMemoryError as error:
-                    self.fail(error)
-                    raise
-                finally:
-                    queue.halt = False
+            queue.claim()  # a driver may refill the ring for ever
+            try:
+                if queue.ready:
+                    queue.remap()
+            except GuestMemoryError as error:
+                self.fail(error)
+                raise
+            finally:
+                queue.lock.release()
             queue.kick.signal()  # for a worker that ended its batch early because of us
 
     def fail(self, error: PyvmmError) -> None:

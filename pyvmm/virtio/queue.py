@@ -58,8 +58,9 @@ class Queue(Protocol):
     `lock` is held by whoever works on the ring, or on guest memory for it, for one batch at a time:
     who takes it from outside pauses the queue. `ready` is False once the driver stopped the queue,
     the device failed or was reset: no ring access after that. `halt` asks an iteration to end after
-    the chain at hand; the ring stays in use. `kick` becomes readable when the driver notifies the
-    device. `stats` is what was counted of it.
+    the chain at hand; the ring stays in use. It is only read: it is true from `end_serving` to
+    `begin_serving`, and while somebody waits in `claim`. `kick` becomes readable when the driver
+    notifies the device. `stats` is what was counted of it.
     """
 
     index: int
@@ -69,6 +70,17 @@ class Queue(Protocol):
     ready: bool
     halt: bool
     stats: QueueStats
+
+    def begin_serving(self) -> None:
+        """Somebody serves the queue from now on."""
+
+    def end_serving(self) -> None:
+        """Whoever serves the queue is to end after the chain at hand."""
+
+    def claim(self, timeout: float = -1) -> bool:
+        """Take `lock`, for which the batch in progress ends after the chain at hand; whether it
+        could be had within `timeout` seconds (a negative number: however long it takes). Signal
+        `kick` after the release: a batch that ended early has left chains in the ring."""
 
     def pop(self) -> DescriptorChain | None:
         """The next available chain, or None. Raises DriverError for a broken ring or chain."""

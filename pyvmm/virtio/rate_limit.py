@@ -126,10 +126,6 @@ class LimitedQueue:
         """See Queue."""
         return self._queue.halt
 
-    @halt.setter
-    def halt(self, on: bool) -> None:
-        self._queue.halt = on
-
     def pop(self) -> DescriptorChain | None:
         """See Queue; None also for a chain that may not go yet."""
         chain = self._queue.pop()

@@ -75,6 +75,9 @@ class Ring(ABC):
         self.lock: QueueLock = Lock()
         self.ready = True
         self.halt = False
+        self._ended = False
+        self._claims = 0
+        self._halting = Lock()  # for the two above: `halt` follows from them
         self.stats = QueueStats()
         self._config = config
         self._ram = RamWindow(memory)
@@ -161,6 +164,31 @@ class Ring(ABC):
         """
         self._find_rings()
         self._ram.refresh()
+
+    # --- who may work on the ring ----------------------------------------------------------------
+
+    def begin_serving(self) -> None:
+        """See Queue."""
+        with self._halting:
+            self._ended = False
+            self.halt = self._claims > 0
+
+    def end_serving(self) -> None:
+        """See Queue."""
+        with self._halting:
+            self._ended = self.halt = True
+
+    def claim(self, timeout: float = -1) -> bool:
+        """See Queue."""
+        with self._halting:
+            self._claims += 1
+            self.halt = True
+        try:
+            return self.lock.acquire(timeout=timeout)
+        finally:
+            with self._halting:
+                self._claims -= 1
+                self.halt = self._ended or self._claims > 0
 
     # --- taking chains ---------------------------------------------------------------------------
 

@@ -61,7 +61,7 @@ class SharedWorker:
         """Begin with what is available already. Raises HostError if the host has no more threads,
         and then all is closed."""
         for queue in self._queues:
-            queue.halt = False
+            queue.begin_serving()
         try:
             self._thread.start()
         except RuntimeError:  # all that Python says of pthread_create's EAGAIN
@@ -72,7 +72,7 @@ class SharedWorker:
         """Ask the thread to end after the request at hand, which is completed and published."""
         self._stopping = True
         for queue in self._queues:
-            queue.halt = True
+            queue.end_serving()
         self._stop.signal()
 
     def join(self) -> None:

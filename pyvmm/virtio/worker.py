@@ -98,7 +98,7 @@ class QueueWorker:
     def start(self) -> None:
         """Begin with what is available already, then wait for kicks. Raises HostError if the host
         has no more threads."""
-        self.queue.halt = False
+        self.queue.begin_serving()
         try:
             self._thread.start()
         except RuntimeError:  # all that Python says of pthread_create's EAGAIN
@@ -108,7 +108,7 @@ class QueueWorker:
     def request_stop(self) -> None:
         """Ask the thread to end after the request at hand, which is completed and published."""
         self._stopping = True
-        self.queue.halt = True
+        self.queue.end_serving()
         self._stop.signal()
 
     def join(self) -> None:

@@ -239,7 +239,7 @@ class InlineWorker(QueueWorker):
         self._passes = 0
 
     def start(self) -> None:
-        self.queue.halt = False
+        self.queue.begin_serving()
         self._workers.running.append(self)
         self._workers.logs[self.queue.index] = self._log
 
@@ -282,7 +282,7 @@ class InlineShared(SharedWorker):
 
     def start(self) -> None:
         for queue in self._queues:
-            queue.halt = False
+            queue.begin_serving()
         self._workers.running.append(self)
         self._workers.logs |= self._logs
 

@@ -35,8 +35,8 @@ from pyvmm.testing.attached import attached
 from pyvmm.testing.mmio_driver import F_EVENT_IDX, F_VERSION_1, INTERRUPT_ACK, INTERRUPT_STATUS
 from pyvmm.testing.ring import Buffer
 from pyvmm.virtio.net.tap import TapBackend
-from pyvmm.virtio.net.vhost import KernelLock
 from pyvmm.virtio.net.vhost_device import VhostNetDevice
+from pyvmm.virtio.offload import OffloadLock
 
 PEER = bytes.fromhex("020000000001")
 ETHERTYPE = 0x88B5  # for local experiments
@@ -100,9 +100,9 @@ class VhostRig(NetRig):
             self.arrives(data, pair)
 
     @property
-    def locks(self) -> list[KernelLock]:
+    def locks(self) -> list[OffloadLock]:
         queues = self.driver.transport.negotiation.active_queues[:-1]
-        return [queue.lock for queue in queues if isinstance(queue.lock, KernelLock)]
+        return [queue.lock for queue in queues if isinstance(queue.lock, OffloadLock)]
 
 
 @contextmanager
@@ -238,6 +238,33 @@ def test_pairs_are_served_when_they_are_in_use() -> None:
         assert rig.device.link_up and not rig.lines
         assert kernel_threads() == before + 2
     wait_for(lambda: kernel_threads() == before)
+
+
+def test_a_command_while_the_data_queues_are_held_starts_no_server_before_the_release() -> None:
+    """A pause holds the pairs' queues. A command that is just being served starts pair 1, which the
+    kernel must not serve yet, and whose locks the pause must be able to release."""
+    with running(pairs=2) as rig:
+        held = rig.driver.transport.negotiation.active_queues[:4]
+        locks = [queue.lock for queue in held]
+        for lock in locks:
+            lock.acquire()
+        try:
+            assert rig.command(4, 0, b"\2\0") == 0
+            assert [queue.lock for queue in held] == locks
+            data = frame()
+            rig.driver.queues[3].add([header() + data], [])
+            rig.driver.queues[3].publish()
+            rig.driver.kick(3)
+            rig.wire.settimeout(0.3)
+            with pytest.raises(TimeoutError):
+                rig.sent()
+            rig.wire.settimeout(30)
+        finally:
+            for lock in locks:
+                lock.release()
+        assert rig.sent()[1] == data
+        for pair in (1, 0, 1):
+            rig.goes_out(frame(), pair)
 
 
 def test_a_queue_that_is_reset_alone_is_served_again() -> None:

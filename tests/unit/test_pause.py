@@ -138,7 +138,52 @@ def test_a_paused_device_can_be_reset(bench):
 def test_a_queue_that_was_halted_stays_so(bench):
     """A disk that stopped for an error of the host, say."""
     pauser = Pauser([], [transport(bench)])
-    bench.rig.queue.halt = True
+    bench.rig.queue.end_serving()
     pauser.pause()
     pauser.resume()
     assert bench.rig.queue.halt
+
+
+def test_a_queue_that_is_started_while_it_is_held_is_served_after_the_pause(bench):
+    """A card's pair that a command starts, say: the pause must not bring the old halt back."""
+    pauser = Pauser([], [transport(bench)])
+    queue = bench.rig.queue
+    queue.end_serving()
+    pauser.pause()
+    queue.begin_serving()
+    pauser.resume()
+    assert not queue.halt
+
+
+def test_a_queue_that_is_stopped_while_it_is_held_stays_stopped(bench):
+    pauser = Pauser([], [transport(bench)])
+    pauser.pause()
+    bench.rig.queue.end_serving()
+    pauser.resume()
+    assert bench.rig.queue.halt
+
+
+def test_a_command_that_takes_the_other_queues_locks_ends_before_the_pause(bench):
+    """The control queue of a card is its last one. A pause that held the others already would wait
+    for the command, and the command for the others."""
+    data, control = (rig.queue for rig in bench.rigs)
+    begun, done = threading.Event(), threading.Event()
+
+    def command(chain):
+        if begun.is_set():
+            return
+        begun.set()
+        wait_for(lambda: control.halt)  # the pause has come
+        with data.lock:
+            done.set()
+
+    bench.device.behave = command
+    pauser = Pauser([], [transport(bench)])
+    asked = threading.Thread(target=bench.echo, args=(b"command", 1))
+    asked.start()
+    assert begun.wait(30)
+    pauser.pause()
+    assert pauser.paused and done.is_set()
+    pauser.resume()
+    asked.join(30)
+    assert not asked.is_alive()

@@ -229,9 +229,10 @@ class BlockDevice(QueueDevice):
 
     def _let_requests_end(self) -> None:
         for queue in self.queues_in_use:
-            if not queue.lock.acquire(timeout=_PATIENCE):
+            if not queue.claim(_PATIENCE):
                 raise HostError(errno.EBUSY, f"requests of {self.name} that do not end")
             queue.lock.release()
+            queue.kick.signal()
 
     def activate(self, activation: Activation) -> None:
         if activation.features != self._accepted:  # a device that is restored, say
@@ -256,7 +257,7 @@ class BlockDevice(QueueDevice):
                 return
             self._serve_batch(queue)
         except _Frozen:
-            queue.halt = True  # The worker waits for its stop from here on.
+            queue.end_serving()  # The worker waits for its stop from here on.
 
     def _serve_batch(self, queue: Queue) -> None:
         budget = BATCH_BYTES

@@ -9,8 +9,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from threading import Lock, Thread
-from types import TracebackType
+from threading import Thread
 
 from pyvmm.errors import DriverError, HostError, PyvmmError
 from pyvmm.host import tap
@@ -25,6 +24,7 @@ from pyvmm.virtio.features import (
     mask,
 )
 from pyvmm.virtio.net.uapi import VIRTIO_NET_F_MRG_RXBUF
+from pyvmm.virtio.offload import OffloadLock
 from pyvmm.virtio.queue import Queue
 
 # What of a driver's features the kernel must know of. All else concerns the tap, or only us.
@@ -36,46 +36,19 @@ USED_IDX_AT = 2  # 2.7.8 The Virtqueue Used Ring: after the flags
 _BROKEN = DriverError("vhost found a broken ring or descriptor", section="2.7 Split Virtqueues")
 
 
-class KernelLock:
-    """The lock of a queue that the kernel serves while nobody holds it.
+class _Ring:
+    """A queue of a pair, as the kernel serves it."""
 
-    Whoever takes it has the ring for himself, as with any queue's: the kernel lets go of it first,
-    and the queue is where the kernel left it. When it is released the kernel goes on.
-    """
+    def __init__(self, pair: VhostPair, queue: Queue) -> None:
+        self._pair, self._queue = pair, queue
 
-    def __init__(self, queue: Queue) -> None:
-        self._lock = Lock()
-        self._queue = queue
-        self._server: VhostPair | None = None
+    def hand_over(self) -> None:
+        """See offload.Server."""
+        self._pair.hand_over(self._queue)
 
-    def serve_by(self, server: VhostPair | None) -> None:
-        """From now on the kernel serves the queue for `server`; with None, it does no more."""
-        with self:
-            self._server = server
-
-    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
-        """See threading.Lock."""
-        taken = self._lock.acquire(blocking, timeout)
-        if taken and self._server is not None:
-            self._server.take_back(self._queue)
-        return taken
-
-    def release(self) -> None:
-        """See threading.Lock."""
-        if self._server is not None:
-            self._server.hand_over(self._queue)
-        self._lock.release()
-
-    def __enter__(self) -> bool:
-        return self.acquire()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.release()
+    def take_back(self) -> None:
+        """See offload.Server."""
+        self._pair.take_back(self._queue)
 
 
 class VhostPair:
@@ -127,18 +100,13 @@ class VhostPair:
             # All that Python says of pthread_create's EAGAIN.
             raise HostError(errno.EAGAIN, f"thread for {self._name}") from None
         for queue in self._queues:
-            queue.halt = False
-            lock = queue.lock
-            if not isinstance(lock, KernelLock):
-                queue.lock = lock = KernelLock(queue)
-            lock.serve_by(self)
+            queue.begin_serving()
+            _lock_of(queue).serve_by(_Ring(self, queue))
 
     def request_stop(self) -> None:
         """Have the kernel serve them no more; their rings are as any queue's when this returns."""
         for queue in self._queues:
-            lock = queue.lock
-            if isinstance(lock, KernelLock):
-                lock.serve_by(None)
+            _lock_of(queue).serve_by(None)
         self._stopping = True
         self._stop.signal()
 
@@ -147,7 +115,7 @@ class VhostPair:
         self._thread.join()
         self._opened.close()
 
-    # --- for the locks ---------------------------------------------------------------------------
+    # --- for the rings ---------------------------------------------------------------------------
 
     def hand_over(self, queue: Queue) -> None:
         """The kernel serves `queue`, if anybody is to. The device fails if it cannot."""
@@ -216,3 +184,9 @@ class VhostPair:
                 self._lost("the tap gives no more frames")
             elif broken:
                 self._activation.fail(_BROKEN)
+
+
+def _lock_of(queue: Queue) -> OffloadLock:
+    lock = queue.lock
+    assert isinstance(lock, OffloadLock), "its device gave it another lock"
+    return lock

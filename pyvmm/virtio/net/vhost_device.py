@@ -25,7 +25,8 @@ from pyvmm.virtio.net.uapi import (
     VIRTIO_NET_F_MRG_RXBUF,
 )
 from pyvmm.virtio.net.vhost import VhostPair
-from pyvmm.virtio.queue import Queue
+from pyvmm.virtio.offload import OffloadLock
+from pyvmm.virtio.queue import Queue, QueueLock
 
 
 class VhostNetDevice(NetDevice):
@@ -70,11 +71,18 @@ class VhostNetDevice(NetDevice):
 
     def activate(self, activation: Activation) -> None:
         def fail(error: PyvmmError) -> None:
+            # Before, as the driver may look at its rings as soon as it sees DEVICE_NEEDS_RESET. And
+            # after, for a ring that was handed over in between.
+            self._halt()
             activation.fail(error)
             self._halt()
 
         with self._switching:
             super().activate(replace(activation, fail=fail))
+
+    def queue_lock(self) -> QueueLock:
+        """See VirtioDevice: the kernel serves the queues while nobody holds it."""
+        return OffloadLock()
 
     def _worker(self, pair: int, queues: Sequence[Queue], activation: Activation) -> PairWorker:
         if not self._link_up:
