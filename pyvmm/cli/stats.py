@@ -108,19 +108,30 @@ def time_text(nanoseconds: int) -> str:
 @click.option(
     "--listen",
     metavar="[ADDRESS:]PORT",
-    help="Serve them at http://ADDRESS:PORT/metrics (127.0.0.1 unless given) until Ctrl-C.",
+    help="Serve them at http://ADDRESS:PORT/metrics (127.0.0.1 unless given) until Ctrl-C. An IPv6 "
+    "address is written as [::1]:9345.",
 )
-def metrics(vms: tuple[str, ...], listen: str | None) -> None:
+@click.option(
+    "--allow-host",
+    "names",
+    metavar="NAME",
+    multiple=True,
+    help="With --listen: answer requests for this name too. Those for an IP address, localhost and "
+    "this machine's name are answered; others may come from a web page (DNS rebinding).",
+)
+def metrics(vms: tuple[str, ...], listen: str | None, names: tuple[str, ...]) -> None:
     """Print the numbers of each VM (all that run) in Prometheus' text format.
 
     With --listen, Prometheus fetches them from here, for the VMs that run by then.
     """
     if listen is None:
+        if names:
+            raise ConfigError("it goes with --listen", cure="leave it out", option="--allow-host")
         click.echo(gather(vms), nl=False)
         return
     from pyvmm.cli.exporter import serve
 
-    serve(*_address(listen), lambda: gather(vms, strict=False))
+    serve(*_address(listen), lambda: gather(vms, strict=False), names=names)
 
 
 def _address(text: str) -> tuple[str, int]:

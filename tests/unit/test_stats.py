@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import struct
 import threading
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from c_claims import assert_in_c, needs_headers
@@ -18,7 +21,9 @@ from click.testing import CliRunner
 from prometheus_client.parser import text_string_to_metric_families
 
 from pyvmm.bus import Action, Bus
+from pyvmm.cli import exporter
 from pyvmm.cli import stats as cli
+from pyvmm.errors import ConfigError
 from pyvmm.host.syscalls import EventFd
 from pyvmm.kvm import stats as kvm_stats
 from pyvmm.machine import metrics
@@ -249,36 +254,162 @@ def test_quantiles() -> None:
 # ---- the web server
 
 
+@pytest.fixture(params=["127.0.0.1", "::1", "localhost"])
+def where(request: pytest.FixtureRequest) -> str:
+    """What the server listens at."""
+    if request.param == "::1" and not Path("/proc/net/if_inet6").exists():
+        pytest.skip("this machine has no IPv6")
+    return str(request.param)
+
+
 @pytest.fixture
-def exporter(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a server that serves two VMs' metrics."""
-    from pyvmm.cli import exporter as module
-
-    made: list[Any] = []
-    ready = threading.Event()
-
-    def serve_forever(server: Any) -> None:
-        made.append(server)
-        ready.set()
-        original(server)
-
-    original = module.ThreadingHTTPServer.serve_forever
-    monkeypatch.setattr(module.ThreadingHTTPServer, "serve_forever", serve_forever)
+def server(where: str) -> Iterator[exporter.Server]:
+    """A server that serves a VM's metrics."""
     text = metrics.as_text("one", STATUS, numbers())
-    thread = threading.Thread(target=module.serve, args=("127.0.0.1", 0, lambda: text))
+    names = ["Metrics.example"]
+    with exporter.open_server(where, 0, lambda: text, names=names) as made:
+        thread = threading.Thread(target=made.serve_forever, args=(0.01,))
+        thread.start()
+        yield made
+        made.shutdown()
+        thread.join()
+
+
+only_ipv4 = pytest.mark.parametrize("where", ["127.0.0.1"], indirect=True)
+
+
+def client(server: exporter.Server, send: bytes = b"") -> socket.socket:
+    made = socket.socket(server.address_family)
+    made.settimeout(HANG)
+    made.connect(server.server_address)
+    made.sendall(send)
+    return made
+
+
+def answer(made: socket.socket) -> bytes:
+    """All that comes until the server ends the connection."""
+    parts = []
+    with made:
+        while True:
+            try:
+                part = made.recv(1 << 20)
+            except ConnectionResetError:
+                part = b""
+            if not part:
+                return b"".join(parts)
+            parts.append(part)
+
+
+def code_for(server: exporter.Server, *lines: str) -> int:
+    request = "".join(f"{line}\r\n" for line in ("GET /metrics HTTP/1.1", *lines, ""))
+    return int(answer(client(server, request.encode())).split()[1])
+
+
+def test_prometheus_can_fetch_them(server: exporter.Server, where: str) -> None:
+    shown = f"[{where}]" if ":" in where else where
+    url = f"http://{shown}:{server.server_address[1]}"
+    with urllib.request.urlopen(f"{url}/metrics", timeout=HANG) as found:
+        assert found.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+        assert samples(found.read().decode())
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(f"{url}/", timeout=HANG)
+
+
+@only_ipv4
+def test_a_name_that_may_be_a_rebound_one_is_not_answered(server: exporter.Server) -> None:
+    known = ["127.0.0.1", "127.0.0.1:9345", "10.1.2.3", "[::1]", "[::1]:80", "localhost"]
+    known += ["LOCALHOST:9345", socket.gethostname(), "metrics.example:1", "metrics.example."]
+    assert [code_for(server, f"Host: {host}") for host in known] == [200] * len(known)
+    assert code_for(server) == 200  # a browser always says one
+    foreign = [
+        "evil.example",
+        "evil.example:9345",
+        "localhost.evil.example",
+        "127.0.0.1.evil.example",
+    ]
+    foreign += ["127.0.0.1:9345.evil.example", "evil.example:", "", "a" * 4000, "\xb9.example"]
+    assert [code_for(server, f"Host: {host}") for host in foreign] == [421] * len(foreign)
+    assert code_for(server, "Host: localhost", "Host: evil.example") == 421
+
+
+@only_ipv4
+@pytest.mark.parametrize(
+    "request_",
+    [b"GET /" + b"x" * (1 << 20), b"GET /metrics HTTP/1.1\r\n" + b"X-A: 1\r\n" * (1 << 17)],
+    ids=["one long line", "many headers"],
+)
+def test_a_request_too_large_is_not_read(server: exporter.Server, request_: bytes) -> None:
+    made = client(server)
+    with suppress(ConnectionError):
+        made.sendall(request_)
+    assert b" 431 " in (answer(made) or b" 431 ")  # it may be lost with what was not read
+    assert code_for(server) == 200
+
+
+@only_ipv4
+def test_clients_that_say_nothing_or_little_do_not_stay(
+    server: exporter.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporter, "_REQUEST_SECONDS", 0.3)
+    silent, slow = client(server), client(server, b"GET /metrics HTTP/1.1\r\n")
+    ended = threading.Event()
+
+    def dribble() -> None:
+        with suppress(OSError):
+            while not ended.wait(0.05):
+                slow.sendall(b"x")
+
+    thread = threading.Thread(target=dribble)
     thread.start()
-    assert ready.wait(HANG)
-    yield f"http://127.0.0.1:{made[0].server_address[1]}"
-    made[0].shutdown()
+    assert answer(silent) == b""
+    assert b" 200 " not in answer(slow)
+    ended.set()
     thread.join()
 
 
-def test_prometheus_can_fetch_them(exporter: str) -> None:
-    with urllib.request.urlopen(f"{exporter}/metrics", timeout=HANG) as answer:
-        assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
-        assert samples(answer.read().decode())
-    with pytest.raises(urllib.error.HTTPError, match="404"):
-        urllib.request.urlopen(f"{exporter}/", timeout=HANG)
+@only_ipv4
+def test_those_who_do_not_read_hold_up_others_for_a_limited_time(
+    server: exporter.Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(exporter.threading, "Timer", _ByHand)
+    _ByHand.made.clear()
+    monkeypatch.setattr(server, "_gather", lambda: "x" * (16 << 20))
+    deaf = [client(server, b"GET /metrics HTTP/1.0\r\n\r\n") for _ in range(exporter.MAX_CLIENTS)]
+    for one in deaf:
+        assert one.recv(1)  # it is served
+    assert answer(client(server)).split()[1] == b"503"
+    for timer in list(_ByHand.made):
+        if timer.seconds == exporter._ANSWER_SECONDS:
+            timer.end()
+    for one in deaf:
+        assert len(answer(one)) < 16 << 20
+    give_up_at = time.monotonic() + HANG
+    while not answer(client(server, b"GET / HTTP/1.0\r\n\r\n")).startswith(b"HTTP/1.0 404"):
+        assert time.monotonic() < give_up_at
+        time.sleep(0.01)
+
+
+class _ByHand:
+    """A timer that the test lets come to its end."""
+
+    made: ClassVar[list[_ByHand]] = []
+    daemon = True
+
+    def __init__(self, seconds: float, end: Callable[[], None]) -> None:
+        self.seconds, self.end = seconds, end
+        self.made.append(self)
+
+    def start(self) -> None:
+        """It does not run."""
+
+    def cancel(self) -> None:
+        """Nor does it end."""
+
+
+@pytest.mark.parametrize("where", ["256.0.0.1", "no-such-host.invalid", "a" * 70 + ".example"])
+def test_an_address_that_is_none_is_one_line(where: str) -> None:
+    with pytest.raises(ConfigError, match=r"^--listen: cannot listen at"):
+        exporter.open_server(where, 0, str)
 
 
 @pytest.mark.parametrize("where", ["nowhere", "127.0.0.1:", ":99999", "127.0.0.1:x"])
