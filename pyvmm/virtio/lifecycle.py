@@ -103,7 +103,7 @@ class _ActivationInterrupt:
         return found
 
     def signal_config_change(self) -> None:
-        self._lifecycle.config_changed()
+        self._lifecycle.config_changed(self)
 
 
 class Lifecycle:
@@ -167,11 +167,12 @@ class Lifecycle:
             self.state.interrupt_status = remaining = self.state.interrupt_status & ~handled
         return remaining
 
-    def config_changed(self) -> None:
-        """The device's configuration has changed: raise the generation, and tell a live driver."""
+    def config_changed(self, source: _ActivationInterrupt | None = None) -> None:
+        """The device's configuration has changed: raise the generation, and tell a live driver,
+        but not on behalf of a `source` whose activation has ended."""
         with self._events:
             self._raise_generation()
-            live = self.state.status & status.DRIVER_OK
+            live = self.state.status & status.DRIVER_OK and (source is None or source.live)
             if live:
                 self.state.interrupt_status |= CONFIG_CHANGED
                 self.config_interrupts += 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from descriptors import open_descriptors
+
 from pyvmm.kvm.probe import ENOUGH_INSTRUCTIONS_PER_SECOND, probe
 from pyvmm.kvm.system import Kvm
 
@@ -30,6 +32,6 @@ def test_the_verdict_agrees_with_what_the_host_is(kvm: Kvm) -> None:
 
 def test_the_probe_leaves_nothing_open(kvm: Kvm) -> None:
     probe(kvm)
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     probe(kvm)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before

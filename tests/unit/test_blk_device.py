@@ -13,7 +13,7 @@ from blk_rig import HIGH, MIB, Rig, file_backend, running
 
 from pyvmm.errors import HostError
 from pyvmm.testing import Buffer
-from pyvmm.testing.blk_driver import IN, IOERR, OK, OUT, UNSUPP, header
+from pyvmm.testing.blk_driver import IN, IOERR, OK, OUT, UNSUPP, WRITEBACK, header
 from pyvmm.virtio.blk.backend import Backend
 
 SIZE = 1 * MIB
@@ -196,6 +196,18 @@ def test_the_id_the_guest_reads(name: str, serial: str, shown: str) -> None:
 
 def trace_of(rig: Rig) -> list[str]:
     return [str(event) for event in rig.events]
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_a_reset_forgets_what_the_driver_chose_for_the_cache(kept: int) -> None:
+    """Also for a driver that then reads the configuration before it has negotiated."""
+    with running(Memory(), start=False) as rig:
+        fresh = rig.driver.registers.read(0x100 + WRITEBACK, 1)
+        rig.driver.start()
+        rig.driver.registers.write(0x100 + WRITEBACK, 1, kept)
+        assert rig.driver.registers.read(0x100 + WRITEBACK, 1) == kept
+        rig.driver.reset()
+        assert rig.driver.registers.read(0x100 + WRITEBACK, 1) == fresh == 0
 
 
 def test_the_trace_has_one_line_for_each_request() -> None:

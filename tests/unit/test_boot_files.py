@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from boot_images import Elf, boot, bzimage, guest_memory
+from descriptors import open_descriptors
 
 from pyvmm.boot import x86
 from pyvmm.errors import ConfigError
@@ -106,10 +107,10 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
 
 def test_no_file_descriptor_is_left_open(tmp_path: Path) -> None:
     memory = guest_memory()
-    before = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     boot(tmp_path, bzimage(), initrd=b"i", memory=memory)
     with pytest.raises(ConfigError):
         boot(tmp_path, b"nothing", memory=memory)
     with pytest.raises(ConfigError):
         boot(tmp_path, bzimage(), initrd=bytes(70 << 20), memory=memory)
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import select
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -130,6 +131,35 @@ def test_c8_one_byte_of_memory_sent_four_billion_times(tmp_path: Path) -> None:
             assert other.recv(100) == b"my turn"
         rig.driver.reset()
         rig.driver.start()
+
+
+def test_c8_others_have_their_turn_after_256_kib(tmp_path: Path) -> None:
+    with running(tmp_path, "other", terminal=True) as rig:
+        rig.tell(0, READY, 1)
+        assert [rig.hear()[:2] for _ in range(2)] == [(0, ADD), (1, ADD)]
+        rig.tell(1, PORT_READY, 1)
+        assert rig.hear()[:2] == (1, NAME)
+        rig.tell(1, OPEN, 1)
+        with rig.connect("other") as other:
+            rig.hear()
+            arrives = select.poll()
+            arrives.register(other, select.POLLIN)
+            shown_first: list[int] = []
+            show = rig.show
+
+            def watch(data: bytes) -> bool:
+                if not shown_first and arrives.poll(0):
+                    shown_first.append(len(rig.screen))
+                return show(data)
+
+            assert rig.terminal is not None
+            rig.terminal.attach(watch)
+            rig.driver.queues[TX0].add([Buffer(0, 4 << 20)])
+            rig.driver.queues[TX0].publish()
+            rig.write(1, b"my turn")
+            rig.driver.wait_used(TX0)
+            assert len(rig.screen) == 4 << 20
+            assert shown_first == [256 << 10]
 
 
 def test_c9_no_receive_buffers(rig: Rig) -> None:

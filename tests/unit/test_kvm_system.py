@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
-import os
 from pathlib import Path
 
 import pytest
+from descriptors import open_descriptors
 
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.kvm import capabilities, kick, system, uapi
@@ -29,10 +29,10 @@ def test_an_absent_device_names_the_modules_and_the_way_out(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("path", ["/dev/null", "/"])
 def test_something_else_than_kvm_is_told_apart(path: str) -> None:
-    descriptors = len(os.listdir("/proc/self/fd"))
+    descriptors = open_descriptors()
     with pytest.raises(ConfigError, match=f"{path} is not a KVM device"):
         Kvm.open(path)
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert open_descriptors() == descriptors
 
 
 def test_no_permission_names_the_group(monkeypatch: pytest.MonkeyPatch) -> None:

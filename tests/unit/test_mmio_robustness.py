@@ -112,6 +112,16 @@ def test_row03_configuration_is_zero_filled_past_its_end(
     assert bench.read(CONFIG + offset, size) == value
 
 
+@pytest.mark.parametrize("size", [3, 5, 6, 7])
+def test_row03_widths_that_do_not_exist(bench: Bench, device: RecordingDevice, size: int) -> None:
+    """KVM makes such pieces of an access that crosses a page."""
+    bench.negotiate()
+    assert bench.read(CONFIG, size) == 0
+    bench.write(CONFIG, 1, size)
+    assert device.config_writes == []
+    assert [f"{size}-byte" in line for line in bench.lines] == [True, True]
+
+
 def test_row03_a_device_that_answers_with_too_much_is_cut(
     bench: Bench, device: RecordingDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -206,6 +206,26 @@ def test_row18_a_stopped_queue_is_left_alone(
     assert bench.read(QUEUE_READY) == 0, "stays stopped until reset"
 
 
+def test_row18_stopping_a_queue_ends_the_batch_after_the_request_at_hand(
+    slow: tuple[Bench, SlowDevice],
+) -> None:
+    """A driver that goes on offering buffers cannot keep its own stop waiting."""
+    bench, device = slow
+    bench.go_live()
+    for position in range(3):
+        bench.offer_buffer(position)
+    bench.write(QUEUE_NOTIFY, 0)
+    assert device.started.wait(30)
+    [queue] = device.queues_in_use
+    stop = Thread(target=bench.write, args=(QUEUE_READY, 0), daemon=True)
+    stop.start()
+    wait_for(lambda: queue.halt)
+    device.release.set()
+    stop.join(30)
+    assert not stop.is_alive()
+    assert bench.used_index() == 1
+
+
 def test_row18_stopping_a_queue_waits_for_the_batch_in_progress(
     slow: tuple[Bench, SlowDevice],
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from threading import Thread
 
 import pytest
 from mmio_harness import (
@@ -232,6 +233,20 @@ def test_queues_that_the_driver_leaves_out_are_none(bench: Bench, device: Record
     first, second = device.live.queues
     assert first is None
     assert second is not None and second.index == 1
+
+
+def test_closing_waits_for_a_write_of_the_driver(bench: Bench, device: RecordingDevice) -> None:
+    bench.go_live()
+    closing = Thread(target=bench.transport.close, daemon=True)
+    with bench.negotiation.lock:
+        resets = device.resets
+        closing.start()
+        closing.join(0.1)
+        assert closing.is_alive()
+        assert device.resets == resets
+    closing.join(30)
+    assert not closing.is_alive()
+    assert device.resets == resets + 1
 
 
 def test_closing_quiesces_the_device(bench: Bench, device: RecordingDevice) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from threading import Event, Lock, Thread
+from collections.abc import Callable
+from threading import Event, Lock, Thread, current_thread
 
+import pytest
 from mmio_harness import (
     INTERRUPT_ACK,
     LIVE,
@@ -12,7 +14,10 @@ from mmio_harness import (
     QUEUE_READY,
     STATUS,
     Bench,
+    Naps,
     RecordingDevice,
+    SlowDevice,
+    wait_for,
 )
 
 from pyvmm.errors import DriverError
@@ -172,13 +177,16 @@ class FailingInReset(RecordingDevice):
         activation.fail(BROKEN_RING)
 
 
-def test_a_reset_that_joins_a_failing_worker_ends() -> None:
+def test_row12_a_reset_that_joins_a_failing_worker_ends_and_is_silent() -> None:
     bench = Bench(FailingInReset())
     bench.go_live()
+    edges = bench.edges
     reset = Thread(target=bench.write, args=(STATUS, 0), daemon=True)
     reset.start()
     finish(reset)
     assert (bench.status, bench.interrupt_status) == (0, 0)
+    assert bench.edges == edges, "row 12: no interrupt from the reset's first moment on"
+    assert bench.lines == []
 
 
 def test_a_worker_may_fail_while_it_holds_its_queue(bench: Bench, device: RecordingDevice) -> None:
@@ -193,6 +201,51 @@ def test_a_worker_may_fail_while_it_holds_its_queue(bench: Bench, device: Record
     queue.lock.release()
     finish(stop)
     assert bench.status == LIVE | NEEDS_RESET
+
+
+class Late:
+    """A queue's lock that one thread, `late`, gets no sooner than `when`."""
+
+    def __init__(self, when: Callable[[], None]) -> None:
+        self.lock = Lock()
+        self.when = when
+        self.late: Thread | None = None
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        if current_thread() is self.late:
+            self.when()
+        return self.lock.acquire(blocking, timeout)
+
+    def release(self) -> None:
+        self.lock.release()
+
+    def __enter__(self) -> bool:
+        return self.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def test_a_worker_goes_on_after_the_memory_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ended its batch early for that, and sleeps by the time its rings were found anew."""
+    naps = Naps(monkeypatch)
+    device = SlowDevice()
+    bench = Bench(device)
+    bench.go_live()
+    naps.settle(0)
+    [queue] = device.queues_in_use
+    lock = queue.lock = Late(lambda: naps.settle(1))
+    for position in range(3):
+        bench.offer_buffer(position)
+    bench.write(QUEUE_NOTIFY, 0)
+    assert device.started.wait(30)
+    change = lock.late = Thread(target=bench.negotiation.memory_changed, daemon=True)
+    change.start()
+    wait_for(lambda: queue.halt)
+    device.release.set()
+    finish(change)
+    wait_for(lambda: bench.used_index() == 3)
+    bench.transport.close()
 
 
 class Stuck(RecordingDevice):

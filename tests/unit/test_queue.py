@@ -429,6 +429,17 @@ def test_chains_left_on_purpose_are_announced_once(make, event_idx, left):
     assert rig.serve() == left + 1
 
 
+@pytest.mark.parametrize("indirect", [False, True])
+def test_row30_empty_parts_are_left_out(rig, indirect):
+    rig.driver.add([b"", b"ab", b""], [0, 3, 0], indirect=indirect)
+    rig.driver.publish()
+    chain = rig.queue.pop()
+    assert [length for _, length in chain.readable] == [2]
+    assert [length for _, length in chain.writable] == [3]
+    assert (chain.readable_size, chain.writable_size) == (2, 3)
+    assert bytes(chain.reader().read(2)) == b"ab"
+
+
 def at_the_fence(rig, monkeypatch, race):
     """Have `race` happen at the device's next fence: at the very moment when what the device has
     stored becomes visible, and before it looks at what the driver stores. How often it did."""

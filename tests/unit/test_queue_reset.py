@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import select
 from collections.abc import Iterator
 from threading import Thread
 
@@ -126,6 +127,20 @@ def test_after_a_reset_no_request_is_executed(resettable: tuple[Bench, Resettabl
     assert workers(device) == []
     assert bench.rings() == before
     assert (bench.edges, device.started.is_set()) == (edges, False)
+
+
+def test_a_kick_from_before_a_reset_is_forgotten(recorder: tuple[Bench, Recorder]) -> None:
+    bench, device = recorder
+    bench.go_live(VERSION_1 | RING_RESET)
+    bench.write(QUEUE_NOTIFY, 0)
+    bench.write(QUEUE_RESET, 1)
+    bench.enable_queue()
+    [queue] = device.started
+    kicked = select.poll()
+    kicked.register(queue.kick.fd, select.POLLIN)
+    assert kicked.poll(0) == []
+    bench.write(QUEUE_NOTIFY, 0)
+    assert len(kicked.poll(0)) == 1
 
 
 def test_a_queue_may_lie_elsewhere_and_be_smaller_afterwards(

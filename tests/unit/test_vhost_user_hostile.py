@@ -6,13 +6,13 @@ descriptor stays open.
 
 from __future__ import annotations
 
-import gc
 import os
 import socket
 import struct
 from types import SimpleNamespace
 
 import pytest
+from descriptors import open_descriptors
 from robustness_rows import illegal_params, legal_params
 from vhost_user_rig import HOLE_END, MIB, Echo, connected, started
 
@@ -56,16 +56,11 @@ def table(*rows):
     return struct.pack("=II", len(rows), 0) + b"".join(struct.pack("=4Q", *row) for row in rows)
 
 
-def fds_of_this_process():
-    gc.collect()  # an exception's traceback keeps mappings alive, each with a descriptor
-    return len(os.listdir("/proc/self/fd"))
-
-
 @pytest.fixture(autouse=True)
 def no_fd_is_left():
-    before = fds_of_this_process()
+    before = open_descriptors()
     yield
-    assert fds_of_this_process() == before
+    assert open_descriptors() == before
 
 
 # --- framing --------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from vsock_rig import (
 )
 
 from pyvmm.testing import Buffer
+from pyvmm.testing.mmio_driver import SAFETY_TIMEOUT
 from pyvmm.testing.vsock_driver import (
     CREDIT_REQUEST,
     CREDIT_UPDATE,
@@ -117,6 +118,25 @@ def test_v4_an_operation_before_the_response(rig: Rig, op: int) -> None:
         rig.guest.answer(request, op)
         assert rig.guest.receive().op == RST
         assert read_line(client) == b""
+
+
+def test_v4_a_reset_without_a_stream_is_not_answered(rig: Rig) -> None:
+    rig.guest.send(guest_packet(RST))
+    assert not rig.guest.has_packet()
+
+
+@pytest.mark.parametrize("op", [SHUTDOWN, RW, CREDIT_UPDATE, CREDIT_REQUEST])
+def test_v4_an_operation_before_our_response_has_gone_out(tmp_path: Path, op: int) -> None:
+    with running(tmp_path, receive_buffers=0) as rig, rig.listen() as listener:
+        rig.guest.send(guest_packet(REQUEST))
+        host, _ = listener.accept()
+        rig.guest.send(guest_packet(op))
+        rig.guest.offer(4)
+        assert is_reset(rig.guest.receive())
+        host.settimeout(SAFETY_TIMEOUT)
+        assert read_all(host) == b""
+        host.close()
+        rig.assert_alive()
 
 
 @pytest.mark.parametrize("op", [REQUEST, RESPONSE])

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 
 import pytest
+from descriptors import open_descriptors
 from worker_rig import Bench, Echo, wait_for
 
 from pyvmm.errors import DriverError, HostError
@@ -28,6 +28,11 @@ def bench():
     yield make
     for each in made:
         each.close()
+
+
+def threads_of(b):
+    names = (thread.name for thread in threading.enumerate())
+    return sorted(name for name in names if name.startswith(f"{b.device.name}-q"))
 
 
 @pytest.mark.parametrize("event_idx", [False, True])
@@ -284,12 +289,13 @@ def test_a_device_serves_again_after_reset(bench):
 
 def test_reset_gives_threads_and_descriptors_back(bench):
     b = bench(Echo(), queues=2)
-    threads, fds = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     for _ in range(10):
         b.activate()
+        assert threads_of(b) == ["echo-q0", "echo-q1"]
         b.device.reset()
-    assert threading.active_count() == threads
-    assert len(os.listdir("/proc/self/fd")) == fds
+        assert threads_of(b) == []
+    assert open_descriptors() == before
 
 
 def test_a_driver_that_refills_for_ever_starves_neither_reset_nor_another_queue(bench):
@@ -326,7 +332,6 @@ def test_a_driver_that_refills_for_ever_starves_neither_reset_nor_another_queue(
 
 def test_activation_that_fails_half_way_leaves_nothing_running(bench, monkeypatch):
     b = bench(Echo(), queues=2)
-    threads = threading.active_count()
     real, made = worker_module.Waiter, []
 
     def limited(kick, stop, sources=()):
@@ -338,7 +343,7 @@ def test_activation_that_fails_half_way_leaves_nothing_running(bench, monkeypatc
     monkeypatch.setattr(worker_module, "Waiter", limited)
     with pytest.raises(HostError):
         b.activate()
-    assert threading.active_count() == threads
+    assert threads_of(b) == []
 
 
 def test_a_host_without_threads_is_a_host_error_that_leaves_nothing_open(bench, monkeypatch):
@@ -346,12 +351,12 @@ def test_a_host_without_threads_is_a_host_error_that_leaves_nothing_open(bench, 
         raise RuntimeError("can't start new thread")
 
     b = bench(Echo())
-    before = os.listdir("/proc/self/fd")
+    before = open_descriptors()
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", refuse)
         with pytest.raises(HostError, match="thread"):
             b.activate()
-    assert os.listdir("/proc/self/fd") == before
+    assert open_descriptors() == before
     b.rig.queue.ready = True
     b.activate()
     assert b.echo(b"later") == b"later"
