@@ -94,14 +94,6 @@ def prefer_huge_pages(mapping: mmap.mmap) -> None:
         mapping.madvise(mmap.MADV_HUGEPAGE)
 
 
-def remove_pages(mapping: mmap.mmap, offset: int, size: int) -> None:
-    """Free the pages of a shared `mapping`, in the file too: a hole is left. Raises HostError."""
-    try:
-        mapping.madvise(mmap.MADV_REMOVE, offset, size)
-    except OSError as error:
-        raise HostError(error.errno or 0, f"madvise of {size} bytes") from None
-
-
 class Closable:
     """What a ``with`` block closes at its end."""
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import _cffi_backend
 
 from pyvmm.errors import GuestMemoryError
-from pyvmm.host import syscalls
+from pyvmm.host import holes, syscalls
 
 _ffi = _cffi_backend.FFI()
 PAGE_SIZE = 4096
@@ -135,7 +135,7 @@ class GuestMemory:
         for region in self.regions:
             offset = addr - region.guest_addr
             if offset >= 0 and offset + length <= region.size:
-                syscalls.remove_pages(self._map, region.fd_offset + offset, length)
+                holes.punch(self.fd, region.fd_offset + offset, length)
                 return
         raise GuestMemoryError(addr, length)
 

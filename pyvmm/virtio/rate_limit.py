@@ -117,6 +117,7 @@ class LimitedQueue:
         self._size_of = size_of
         self._clock = clock
         self.wait = 0
+        self._last: DescriptorChain | None = None
         self.index = queue.index
         self.size = queue.size
         self.add_used = queue.add_used
@@ -135,7 +136,15 @@ class LimitedQueue:
         if self.wait:
             self._queue.step_back(chain)
             return None
+        self._last = chain
         return chain
+
+    def step_back(self, chain: DescriptorChain | None = None) -> None:
+        """See Queue; the chain counts when it is taken again."""
+        self._queue.step_back(chain)
+        chain = chain or self._last
+        if chain is not None:
+            self._limits.charge(-self._size_of(chain), -1)
 
     def peek_usual(self, first: int, last: int, most: int) -> tuple[list[Usual], bool]:
         """See Queue; none, as each chain is counted when it is popped."""

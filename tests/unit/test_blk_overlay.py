@@ -19,8 +19,8 @@ from overlay_rig import Journal
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host.files import open_image
 from pyvmm.testing.blk_driver import IOERR, OK, UNMAP
-from pyvmm.virtio.blk.backend import Backend, FileBackend
-from pyvmm.virtio.blk.overlay import OverlayBackend, cut, open_snapshot
+from pyvmm.virtio.blk.backend import Backend, FileBackend, cut
+from pyvmm.virtio.blk.overlay import OverlayBackend, open_snapshot
 from pyvmm.virtio.blk.overlay_file import open_overlay
 from pyvmm.virtio.blk.overlay_layout import layout_for
 

@@ -6,7 +6,7 @@ file that guest memory is; a page that the guest uses again is a fresh one, all 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from threading import Condition
 
 from pyvmm.errors import ConfigError, DriverError, HostError
@@ -48,6 +48,8 @@ from pyvmm.virtio.queue import Queue
 
 _QUEUE_SIZE = 128
 _MAX_STATS = 64  # entries looked at; there are ten kinds
+# Given back at a time, so that a queue can stop in between: freeing 1 GiB may take seconds.
+_PIECE = 32 << 20
 
 
 class BalloonDevice(VirtioDevice):
@@ -258,11 +260,13 @@ class _Active:
 
     def _inflate(self, queue: Queue) -> None:
         for chain in queue:
+            wanted: list[Part] = []
             try:
-                self._give_back(ranges_of(read_page_numbers(chain)))
+                wanted = list(ranges_of(read_page_numbers(chain)))
             except DriverError as error:
                 self._device.log(f"pages of the balloon are not taken: {error}")
-            queue.add_used(chain, 0)
+            if not self._take(queue, chain, wanted):
+                return
 
     def _deflate(self, queue: Queue) -> None:
         """A page comes back when it is touched: nothing is to be done but to count."""
@@ -278,24 +282,43 @@ class _Active:
     def _take_report(self, queue: Queue) -> None:
         """5.5.6.5 Free Page Reporting."""
         for chain in queue:
+            wanted: list[Part] = []
             if not self._poisoned or self._device.poison == 0:
-                self._give_back(whole_pages(addr, size) for addr, size in chain.writable)
-            queue.add_used(chain, 0)
+                wanted = [whole_pages(addr, size) for addr, size in chain.writable]
+            if not self._take(queue, chain, wanted):
+                return
 
-    def _give_back(self, ranges: Iterable[Part]) -> None:
-        wanted = list(ranges)
+    def _take(self, queue: Queue, chain: DescriptorChain, wanted: list[Part]) -> bool:
+        """Give what `chain` has to the host and return it. False if the queue is to stop meanwhile:
+        it is available again then, to be done anew; its pages are not the driver's before."""
+        if self._give_back(queue, wanted):
+            queue.add_used(chain, 0)
+            return True
+        queue.step_back(chain)
+        return False
+
+    def _give_back(self, queue: Queue, wanted: list[Part]) -> bool:
+        """Whether all of it could be seen to before the queue is to stop."""
         given = 0
         for addr, size in in_ram(self._memory, wanted):
-            try:
-                self._memory.discard(addr, size)
-            except HostError as error:
-                self._device.log(f"the host does not take memory back: {error}")
-                return
-            given += size
+            for offset in range(0, size, _PIECE):
+                if given and not self._may_go_on(queue):
+                    return False
+                piece = min(_PIECE, size - offset)
+                try:
+                    self._memory.discard(addr + offset, piece)
+                except HostError as error:
+                    self._device.log(f"the host does not take memory back: {error}")
+                    return True
+                given += piece
         self._device.given_back += given
         outside = sum(size for _, size in wanted) - given
         if outside:
             self._device.log(f"{outside >> 10} KiB that the driver gave back are not RAM")
+        return True
+
+    def _may_go_on(self, queue: Queue) -> bool:
+        return self.loop.may_go_on and not queue.halt
 
     # --- 5.5.6.1 Memory Statistics ---------------------------------------------------------------
 

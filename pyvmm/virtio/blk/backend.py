@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 
 from pyvmm.errors import HostError
 from pyvmm.host import holes
@@ -30,7 +31,8 @@ _ZEROES = memoryview(bytes(256 << 10))
 class Backend(ABC):
     """Storage of `size_sectors` sectors of 512 bytes. Several threads may call it at once.
 
-    Offsets and sizes are in bytes, whole sectors within the size: the device has checked that. A
+    Offsets and sizes are in bytes, whole sectors within the size: the device has checked that. It
+    hands over 4 MiB of data at a time at most (PIECE_BYTES), however long a guest's request is. A
     method that fails raises HostError (or OSError); the guest then gets IOERR, the user a line.
 
     `block_sizes` is what the guest is told to align to. `can_discard` says whether `discard` and
@@ -102,6 +104,48 @@ def scatter(data: bytes | bytearray | memoryview, views: list[memoryview]) -> No
         end = start + len(view)
         view[:] = source[start:end]
         start = end
+
+
+def gather(views: list[memoryview], into: memoryview) -> None:
+    """Copy `views` one after the other to the start of `into`, which has room for all of them."""
+    start = 0
+    for view in views:
+        end = start + len(view)
+        into[start:end] = view
+        start = end
+
+
+def cut(views: list[memoryview], start: int, size: int) -> list[memoryview]:
+    """The part of `views` from byte `start` on, `size` bytes long."""
+    part = []
+    for view in views:
+        if start >= len(view):
+            start -= len(view)
+            continue
+        piece = view[start : start + size]
+        part.append(piece)
+        size -= len(piece)
+        start = 0
+        if not size:
+            break
+    return part
+
+
+def cut_all(views: list[memoryview], most: int) -> Iterator[tuple[list[memoryview], int]]:
+    """`views` in parts of `most` bytes, the last perhaps shorter, and the size of each."""
+    part: list[memoryview] = []
+    room = most
+    for view in views:
+        while len(view) >= room:
+            part.append(view[:room])
+            yield part, most
+            view = view[room:]
+            part, room = [], most
+        if view:
+            part.append(view)
+            room -= len(view)
+    if part:
+        yield part, most - room
 
 
 class FileBackend(Backend):

@@ -7,13 +7,13 @@ of one queue complete in the order in which they came.
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from threading import Lock
 from typing import NamedTuple
 
 from pyvmm.errors import HostError
 from pyvmm.host.log import RateLimited
-from pyvmm.virtio.blk.backend import Backend, scatter
+from pyvmm.virtio.blk.backend import Backend, cut_all, scatter
 from pyvmm.virtio.blk.config import (
     MAX_DISCARD_SECTORS,
     MAX_RANGE_SEGMENTS,
@@ -59,6 +59,12 @@ from pyvmm.virtio.worker import QueueDevice
 # ones a whole queue of them would keep the first from the guest for many milliseconds. More
 # than 1 MiB, which Linux sends in two pieces: both are worth one interrupt.
 BATCH_BYTES = 2 << 20
+# A request may be as long as a chain, 4 GiB. The backend gets it in pieces: whatever it keeps of
+# one is bounded, and the queue can stop between two of them (decision 0321).
+PIECE_BYTES = 4 << 20
+_PIECE_SECTORS = PIECE_BYTES // SECTOR
+# Of a DISCARD or WRITE_ZEROES, which hold no memory, but may take their time.
+RANGE_PIECE_BYTES = 32 << 20
 _PATIENCE = 5.0  # seconds that requests may take which a smaller disk has to wait for
 _MERGED = (VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT)
 Run = list[tuple[DescriptorChain, Request]]
@@ -85,6 +91,10 @@ def _type_name(type: int) -> str:
     if type == NO_HEADER:
         return "a request without a header"
     return TYPE_NAMES.get(type, f"request type {type}")
+
+
+class _Halted(Exception):
+    """The queue is to stop: what is left of the request has to wait until it goes on."""
 
 
 class _Frozen(Exception):
@@ -274,7 +284,7 @@ class BlockDevice(QueueDevice):
                 size = request.size
                 if request.sector != run_end or request.type != run_type or request.refusal:
                     if run:
-                        self._finish(queue, run)
+                        self._carry_out_all(queue, run)
                         if queue.halt:  # asked to stop meanwhile: this one was not begun
                             queue.step_back(chain)
                             return
@@ -291,7 +301,15 @@ class BlockDevice(QueueDevice):
             self._finish(queue, run)
 
     def _finish(self, queue: Queue, run: Run) -> None:
-        """Carry out and return the requests of `run`, which is empty then.
+        """Carry out and return the requests of `run`; those that the queue's stop leaves undone are
+        available again. `run` is empty then."""
+        self._carry_out_all(queue, run)
+        while run:
+            queue.step_back(run.pop()[0])
+
+    def _carry_out_all(self, queue: Queue, run: Run) -> None:
+        """Carry out and return the requests of `run`; it keeps those that the queue's stop leaves
+        undone, the first of them perhaps done in part: they may be done again.
 
         Two or more are reads, or writes, that follow one another on the disk.
         """
@@ -302,9 +320,14 @@ class BlockDevice(QueueDevice):
                 # A read or a write that succeeded: all that is writable was written.
                 request.status[0] = VIRTIO_BLK_S_OK
                 queue.add_used(chain, request.room + 1)
-        else:
-            for chain, request in todo:
-                queue.add_used(chain, request.answer(self._carry_out(request)))
+            return
+        for index, (chain, request) in enumerate(todo):
+            try:
+                status = self._carry_out(request, queue)
+            except _Halted:
+                run += todo[index:]
+                return
+            queue.add_used(chain, request.answer(status))
 
     def _carry_out_at_once(self, requests: list[Request]) -> bool:
         """Whether that could be done; if not, each has to be carried out for itself, to see which
@@ -321,9 +344,9 @@ class BlockDevice(QueueDevice):
 
     def _carry_out_run(self, type: int, sector: int, end: int, views: list[memoryview]) -> bool:
         """Read or write the sectors up to `end`; whether that could be done. If not, doing a part
-        of it again does no harm."""
+        of it again does no harm. What needs more than one piece is for the general way."""
         backend = self._backend
-        if end > self._capacity:
+        if end > self._capacity or end - sector > _PIECE_SECTORS:
             return False
         size = (end - sector) * SECTOR
         try:
@@ -341,17 +364,17 @@ class BlockDevice(QueueDevice):
         self._bytes_from_guest += size
         return True
 
-    def _carry_out(self, request: Request) -> int:
-        """The status to answer."""
+    def _carry_out(self, request: Request, queue: Queue) -> int:
+        """The status to answer. Raises _Halted between two pieces of it if `queue` is to stop."""
         status = request.refusal
         log: Callable[[str], None] = self._log
         if status == VIRTIO_BLK_S_OK:
             type = request.type
             try:
                 if type == VIRTIO_BLK_T_IN:
-                    status = self._read(request)
+                    status = self._read(request, queue)
                 elif type == VIRTIO_BLK_T_OUT:
-                    status = self._write(request)
+                    status = self._write(request, queue)
                 elif type == VIRTIO_BLK_T_FLUSH:
                     self._backend.flush()
                     self._flushes += 1
@@ -359,7 +382,7 @@ class BlockDevice(QueueDevice):
                     scatter(self._id, request.data)
                 else:  # parse refuses all others
                     assert isinstance(request, RangesRequest)
-                    status = self._change_ranges(request)
+                    status = self._change_ranges(request, queue)
             except (HostError, OSError) as error:  # the latter from a backend that a user wrote
                 request.reason = " ".join(str(error).split())
                 status = VIRTIO_BLK_S_IOERR
@@ -376,16 +399,17 @@ class BlockDevice(QueueDevice):
             )
         return status
 
-    def _read(self, request: Request) -> int:
+    def _read(self, request: Request, queue: Queue) -> int:
         sector, size = request.sector, request.size
         if sector + size // SECTOR > self._capacity:
             return self._past_the_end(request)
         if size:
-            self._backend.readv(request.data, size, sector * SECTOR)
+            for views, count, offset in _pieces(request, queue):
+                self._backend.readv(views, count, offset)
             self._bytes_to_guest += size
         return VIRTIO_BLK_S_OK
 
-    def _write(self, request: Request) -> int:
+    def _write(self, request: Request, queue: Queue) -> int:
         backend, sector, size = self._backend, request.sector, request.size
         # Whether or not the driver accepted F_RO (5.2.6.2).
         if backend.read_only:
@@ -394,13 +418,14 @@ class BlockDevice(QueueDevice):
         if sector + size // SECTOR > self._capacity:
             return self._past_the_end(request)
         if size:
-            backend.writev(request.data, size, sector * SECTOR)
+            for views, count, offset in _pieces(request, queue):
+                backend.writev(views, count, offset)
             self._bytes_from_guest += size
             if self._write_through:
                 backend.flush()
         return VIRTIO_BLK_S_OK
 
-    def _change_ranges(self, request: RangesRequest) -> int:
+    def _change_ranges(self, request: RangesRequest, queue: Queue) -> int:
         discard = request.type == VIRTIO_BLK_T_DISCARD
         feature = VIRTIO_BLK_F_DISCARD if discard else VIRTIO_BLK_F_WRITE_ZEROES
         if not has(self._accepted, feature):
@@ -413,12 +438,15 @@ class BlockDevice(QueueDevice):
             if count > limit:
                 request.reason = f"{count} sectors in a segment, over {limit}"
                 return VIRTIO_BLK_S_IOERR
-        backend = self._backend
-        for sector, count, unmap in request.segments:
-            if discard and count:
-                backend.discard(sector * SECTOR, count * SECTOR)
-            elif count:
-                backend.write_zeroes(sector * SECTOR, count * SECTOR, unmap)
+        backend, limits = self._backend, self.limits
+        for index, (offset, size, unmap) in enumerate(_range_pieces(request, queue)):
+            if limits is not None:
+                # The chain, one operation, is counted already. A discard writes no data.
+                limits.charge(0 if discard else size, min(index, 1))
+            if discard:
+                backend.discard(offset, size)
+            else:
+                backend.write_zeroes(offset, size, unmap)
         if self._write_through and not discard:
             backend.flush()
         return VIRTIO_BLK_S_OK
@@ -442,6 +470,40 @@ class BlockDevice(QueueDevice):
         self._log(f"a request cannot be answered, {reason}")
         if self._trace is not None:
             self._trace(BlockEvent(self.name, NO_HEADER, 0, 0, -1, reason))
+
+
+def _pieces(request: Request, queue: Queue) -> Iterator[tuple[list[memoryview], int, int]]:
+    """The views, size and offset in bytes of each part of a read or write, PIECE_BYTES at most.
+
+    Raises _Halted in front of one if `queue` is to stop; never in front of the first.
+    """
+    size, offset = request.size, request.sector * SECTOR
+    if size <= PIECE_BYTES:
+        yield request.data, size, offset
+        return
+    first = offset
+    for views, count in cut_all(request.data, PIECE_BYTES):
+        if queue.halt and offset != first:
+            raise _Halted
+        yield views, count, offset
+        offset += count
+
+
+def _range_pieces(request: RangesRequest, queue: Queue) -> Iterator[tuple[int, int, bool]]:
+    """The offset and size in bytes of what is to be discarded or zeroed, and whether storage may be
+    freed: parts of RANGE_PIECE_BYTES at most, which end at multiples of it, so that no page and no
+    cluster is cut in two. Raises _Halted as `_pieces` does.
+    """
+    first = True
+    for sector, sectors, unmap in request.segments:
+        offset, end = sector * SECTOR, (sector + sectors) * SECTOR
+        while offset < end:
+            if queue.halt and not first:
+                raise _Halted
+            first = False
+            stop = min(end, (offset // RANGE_PIECE_BYTES + 1) * RANGE_PIECE_BYTES)
+            yield offset, stop - offset, unmap
+            offset = stop
 
 
 def _discards(backend: Backend) -> bool:

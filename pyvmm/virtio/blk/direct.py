@@ -2,7 +2,7 @@
 
 Direct I/O wants offsets, sizes and memory addresses aligned to the storage's logical block. Guests
 nearly always are. Where the kernel refuses a buffer (EINVAL), or a request has only part of a
-block, the bytes go through an aligned buffer of our own.
+block, the bytes go through an aligned buffer of our own, which is all that a request costs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from threading import Lock
 
 from pyvmm.errors import HostError
 from pyvmm.host.files import SECTOR, ImageFile, preadv_all, pwritev_all
-from pyvmm.virtio.blk.backend import FileBackend, scatter
+from pyvmm.virtio.blk.backend import FileBackend, cut, gather, scatter
 
 _BLOCKS = (512, 1024, 2048, 4096)  # tried in this order to find out what the storage wants
 _BOUNCE = 1 << 20  # bytes
@@ -83,19 +83,16 @@ class DirectBackend(FileBackend):
                 self._write_bounced(views, size, offset)
 
     def _read_bounced(self, views: list[memoryview], size: int, offset: int) -> None:
-        data = bytearray(size)
         for start, first, count in self._pieces(size, offset):
             window = self._fill(offset + start - first, first + count)
-            data[start : start + count] = window[first : first + count]
-        scatter(data, views)
+            scatter(window[first : first + count], cut(views, start, count))
 
     def _write_bounced(self, views: list[memoryview], size: int, offset: int) -> None:
-        data = memoryview(b"".join(views))
         for start, first, count in self._pieces(size, offset):
             place = offset + start - first
             whole = not (first | count) & (self.block - 1)
             window = self._bounce[:count] if whole else self._fill(place, first + count)
-            window[first : first + count] = data[start : start + count]
+            gather(cut(views, start, count), window[first : first + count])
             try:
                 done = pwritev_all(self._fd, [window], place)
             except OSError as error:

@@ -13,11 +13,11 @@ from typing import Any
 
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host.files import SECTOR
-from pyvmm.virtio.blk.backend import Backend, scatter
+from pyvmm.virtio.blk.backend import Backend, cut_all, scatter
 
 LIBRARY = "libnbd.so.0"
 CMD_FLAG_NO_HOLE = 1 << 1  # <libnbd.h> LIBNBD_CMD_FLAG_NO_HOLE
-_LARGEST = 16 << 20  # bytes of one request; QEMU takes 32 MiB
+_LARGEST = 4 << 20  # bytes of one request, and of the buffers here and in the server for it
 _SIZE, _U64, _U32, _HANDLE = ctypes.c_size_t, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_void_p
 _PROTOTYPES: dict[str, tuple[Any, ...]] = {  # result, arguments
     "nbd_create": (_HANDLE,),
@@ -85,29 +85,27 @@ class NbdBackend(Backend):
 
     def readv(self, views: list[memoryview], size: int, offset: int) -> None:
         """See Backend. One request fills one buffer, so several views go through one of ours."""
-        if len(views) == 1:
-            self._read(views[0], offset)
-            return
-        data = memoryview(bytearray(size))
-        self._read(data, offset)
-        scatter(data, views)
+        for pieces, count in cut_all(views, _LARGEST):
+            if len(pieces) == 1:
+                self._read(pieces[0], offset)
+            else:
+                data = memoryview(bytearray(count))
+                self._read(data, offset)
+                scatter(data, pieces)
+            offset += count
 
     def _read(self, view: memoryview, offset: int) -> None:
-        for start in range(0, len(view), _LARGEST):
-            piece = view[start : start + _LARGEST]
-            place, count = offset + start, len(piece)
-            address = ctypes.byref(ctypes.c_char.from_buffer(piece))
-            what = f"read of {count} bytes at {place:#x}"
-            self._call("nbd_pread", address, count, place, 0, what=what)
+        count = len(view)
+        address = ctypes.byref(ctypes.c_char.from_buffer(view))
+        what = f"read of {count} bytes at {offset:#x}"
+        self._call("nbd_pread", address, count, offset, 0, what=what)
 
     def writev(self, views: list[memoryview], size: int, offset: int) -> None:
         """See Backend."""
-        data = b"".join(views)
-        for start in range(0, size, _LARGEST):
-            piece = data[start : start + _LARGEST]
-            place, count = offset + start, len(piece)
-            what = f"write of {count} bytes at {place:#x}"
-            self._call("nbd_pwrite", piece, count, place, 0, what=what)
+        for pieces, count in cut_all(views, _LARGEST):
+            what = f"write of {count} bytes at {offset:#x}"
+            self._call("nbd_pwrite", b"".join(pieces), count, offset, 0, what=what)
+            offset += count
 
     def flush(self) -> None:
         """See Backend."""

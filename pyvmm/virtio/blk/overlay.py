@@ -25,7 +25,7 @@ from threading import Lock
 from pyvmm.errors import HostError
 from pyvmm.host import log
 from pyvmm.host.files import SECTOR, ImageFile, pwritev_all
-from pyvmm.virtio.blk.backend import Backend, FileBackend
+from pyvmm.virtio.blk.backend import Backend, FileBackend, cut
 from pyvmm.virtio.blk.overlay_layout import PAGE, Layout, layout_for
 
 _WINDOW = 1024  # clusters looked at in one go; bounds the work for a bitmap of alternating bits
@@ -293,22 +293,6 @@ class OverlayBackend(Backend):
         except HostError as error:
             log.to_stderr(f"{self._image.path}: the last changes are lost: {error}")
         self._file.close()
-
-
-def cut(views: list[memoryview], start: int, size: int) -> list[memoryview]:
-    """The part of `views` from byte `start` on, `size` bytes long."""
-    part = []
-    for view in views:
-        if start >= len(view):
-            start -= len(view)
-            continue
-        piece = view[start : start + size]
-        part.append(piece)
-        size -= len(piece)
-        start = 0
-        if not size:
-            break
-    return part
 
 
 def open_snapshot(base: Backend, path: str | None = None) -> OverlayBackend:
