@@ -146,7 +146,13 @@ def with_paths(spec: VmSpec, change: Callable[[str], str]) -> VmSpec:
 
 def _disk_with_paths(disk: DiskSpec, change: Callable[[str], str]) -> DiskSpec:
     path = disk.path if disk.kind == "ram" else change(disk.path)
-    return replace(disk, path=path, overlay=None if disk.overlay is None else change(disk.overlay))
+    return replace(
+        disk,
+        path=path,
+        overlay=None if disk.overlay is None else change(disk.overlay),
+        backing=tuple(map(change, disk.backing)),
+        data_file=None if disk.data_file is None else change(disk.data_file),
+    )
 
 
 def _device_with_paths(device: Any, change: Callable[[str], str]) -> DeviceSpec:

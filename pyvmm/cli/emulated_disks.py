@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from pyvmm.emulated_host import HostDisk
 from pyvmm.errors import HostError
-from pyvmm.machine.disks import check_qcow2, lock_image, open_backend, ram_image
+from pyvmm.machine.disks import lock_image, open_backend, qcow2_layers, ram_image
 from pyvmm.machine.spec import DiskSpec
 
 # Inside; these disks have no path of their own.
@@ -51,9 +51,10 @@ def _raw(disk: DiskSpec, index: int, closing: ExitStack, visible: _Visible) -> _
 
 
 def _qcow2(disk: DiskSpec, index: int, closing: ExitStack, visible: _Visible) -> _Handed:
-    check_qcow2(disk)
-    host = HostDisk(disk.path, disk.base_read_only, format="qcow2", direct=disk.direct)
-    return replace(disk, path=os.path.realpath(disk.path), format="raw"), [host]
+    layers = qcow2_layers(disk, closing)
+    host = HostDisk(disk.path, disk.base_read_only, layers=layers, direct=disk.direct)
+    path = os.path.realpath(disk.path)
+    return replace(disk, path=path, format="raw", backing=(), data_file=None), [host]
 
 
 def _ram(disk: DiskSpec, index: int, closing: ExitStack, visible: _Visible) -> _Handed:

@@ -23,7 +23,8 @@ Examples:
 \b
 Disk options:
   readonly, direct (O_DIRECT), snapshot (changes are thrown away), overlay=FILE
-  (changes are kept there), format=raw|qcow2 (else by name), id=NAME,
+  (changes are kept there), format=raw|qcow2 (else by name), backing=FILE and
+  data-file=FILE (what a qcow2 image may open beside itself), id=NAME,
   block-size=BYTES, on-error=report|stop; bytes and requests a second at most:
   bps=N, iops=N, bps-burst=N, iops-burst=N; a class's own for FILE.py:CLASS
 

@@ -90,8 +90,8 @@ class DiskService:
 
 
 def _size_now(disk: HostDisk) -> int:
-    if disk.format != "raw":
-        raise EmulatedHostError(f"{disk.path}: an image of format {disk.format} needs a size")
+    if disk.layers:
+        raise EmulatedHostError(f"{disk.path}: an image of format qcow2 needs a size")
     fd = -1
     try:
         if disk.fd is not None:

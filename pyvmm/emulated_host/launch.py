@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
-import stat
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pyvmm.emulated_host.cache import boot_files
 from pyvmm.emulated_host.initramfs import run_archive, settings_of
@@ -18,6 +17,7 @@ from pyvmm.emulated_host.spec import EmulatedHostError, EmulatedHostSpec, HostDi
 from pyvmm.errors import ConfigError
 from pyvmm.host.files import open_image
 from pyvmm.host.programs import find_program
+from pyvmm.host.qcow2 import Layer
 
 SETPRIV_CURE = "apt-get install util-linux"
 
@@ -134,10 +134,10 @@ def _joined(base: str, addition: bytes) -> int:
 def _open_disks(disks: Sequence[HostDisk], inherited: list[int]) -> list[OpenDisk | Qcow2Disk]:
     opened: list[OpenDisk | Qcow2Disk] = []
     for disk in disks:
-        if disk.format == "qcow2":
-            is_block_device = stat.S_ISBLK(os.stat(disk.path).st_mode)
-            path = os.path.realpath(disk.path)
-            opened.append(Qcow2Disk(path, disk.read_only, is_block_device, disk.direct))
+        if disk.layers:
+            layers = tuple(_duplicate(layer) for layer in disk.layers)
+            inherited += [file.fd for layer in layers for file in layer.files]
+            opened.append(Qcow2Disk(layers, disk.direct))
             continue
         # A duplicate shares the open file description, and with it the lock.
         fd = open_image(disk.path, read_only=disk.read_only).fd if disk.fd is None else disk.fd
@@ -146,3 +146,11 @@ def _open_disks(disks: Sequence[HostDisk], inherited: list[int]) -> list[OpenDis
         inherited.append(fd)
         opened.append(open_disk(fd, disk.read_only, disk.direct))
     return opened
+
+
+def _duplicate(layer: Layer) -> Layer:
+    image, data = layer.image, layer.data
+    return layer._replace(
+        image=replace(image, fd=os.dup(image.fd)),
+        data=None if data is None else replace(data, fd=os.dup(data.fd)),
+    )

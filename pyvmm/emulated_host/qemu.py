@@ -12,8 +12,10 @@ from pyvmm.emulated_host.cache import BootFiles
 from pyvmm.emulated_host.ports import Port
 from pyvmm.emulated_host.spec import EmulatedHostSpec
 from pyvmm.emulated_host.x86.machine import KERNEL_PARAMETERS, machine_arguments
+from pyvmm.host.qcow2 import Layer, blockdev
 
 SECTOR = 512
+_QCOW2_SETS = 1000  # numbers for the files of one disk; there are fewer disks than that
 # Else QEMU stops its machine when the file system is full, and nobody is there to let it go on.
 _ON_ERROR = "werror=report,rerror=report"
 PROCESS_NAME = "pyvmm-emulator"  # at most 15 characters
@@ -42,11 +44,9 @@ def open_disk(fd: int, read_only: bool, direct: bool = False) -> OpenDisk:
 
 @dataclass(frozen=True)
 class Qcow2Disk:
-    """A disk that QEMU opens itself, and locks its way: it knows the format, we do not."""
+    """A disk in a format that QEMU knows: the open images of which it consists."""
 
-    path: str
-    read_only: bool
-    is_block_device: bool
+    layers: tuple[Layer, ...]
     direct: bool
 
 
@@ -135,8 +135,11 @@ def _raw_nodes(index: int, disk: OpenDisk) -> list[str]:
 
 
 def _qcow2_nodes(index: int, disk: Qcow2Disk) -> list[str]:
-    common = {"read-only": disk.read_only, "discard": "unmap", "cache": {"direct": disk.direct}}
-    driver = "host_device" if disk.is_block_device else "file"
-    file = {"driver": driver, "filename": disk.path, **common}
-    node = {"driver": "qcow2", "node-name": f"disk{index}", "file": file, **common}
-    return ["-blockdev", json.dumps(node)]
+    files = [file for layer in disk.layers for file in layer.files]
+    # Sets that no other disk has.
+    sets = {file.fd: number for number, file in enumerate(files, _QCOW2_SETS * (index + 1))}
+    given = [("-add-fd", f"fd={fd},set={number}") for fd, number in sets.items()]
+    node = blockdev(
+        disk.layers, f"disk{index}", lambda fd: f"/dev/fdset/{sets[fd]}", direct=disk.direct
+    )
+    return [*(word for pair in given for word in pair), "-blockdev", json.dumps(node)]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from pyvmm.errors import PyvmmError
+from pyvmm.host.qcow2 import Layer
 from pyvmm.host.unix_sockets import Socket
 
 # What the emulated host itself needs beside the RAM of the guests in it.
@@ -42,14 +43,14 @@ class HostDisk:
     descriptor of it, QEMU works on that open file description, and so holds the locks that were
     taken on it for as long as it lives. `read_only` must agree with how `fd` was opened.
 
-    `format` "qcow2" lets QEMU open and lock the file itself, with no `fd`; what is inside is the
-    disk that the image holds. `direct`: past the machine's page cache.
+    `layers` are a qcow2 image and what it builds on, open and locked, in place of `fd`: what is
+    inside is the disk that the image holds. `direct`: past the machine's page cache.
     """
 
     path: str
     read_only: bool = False
     fd: int | None = None
-    format: str = "raw"
+    layers: tuple[Layer, ...] = ()
     direct: bool = False
 
 

@@ -48,11 +48,14 @@ class ImageFile:
             self.fd = -1
 
 
-def open_image(path: str, read_only: bool = False, direct: bool = False) -> ImageFile:
-    """Open and lock the raw disk image, a regular file or a block device, at `path`.
+def open_image(
+    path: str, read_only: bool = False, direct: bool = False, raw: bool = True
+) -> ImageFile:
+    """Open and lock the disk image, a regular file or a block device, at `path`.
 
-    `direct`: with O_DIRECT, past the page cache. Never blocks. Raises ConfigError for whatever
-    cannot be a disk, naming the cure.
+    `direct`: with O_DIRECT, past the page cache. Without `raw` its size and what it begins with are
+    for somebody else to judge. Never blocks. Raises ConfigError for whatever cannot be a disk,
+    naming the cure.
     """
     if not path or "\0" in path:
         raise ConfigError("the path of the image is empty or has a NUL in it", option=_OPTION)
@@ -67,7 +70,9 @@ def open_image(path: str, read_only: bool = False, direct: bool = False) -> Imag
         _check_kind(path, stat.S_IFMT(os.fstat(fd).st_mode))
         os.set_blocking(fd, True)
         size = os.lseek(fd, 0, os.SEEK_END)
-        hints = (*_check_size(path, size), *_lock(path, fd, read_only), *_look_at_start(path, fd))
+        hints = _lock(path, fd, read_only)
+        if raw:
+            hints = (*_check_size(path, size), *hints, *_look_at_start(path, fd))
         if direct:
             _make_direct(path, fd)  # from here on reads have to be aligned
     except OSError as error:

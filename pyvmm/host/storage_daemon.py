@@ -1,9 +1,9 @@
 """An image in QEMU's own format, opened by qemu-storage-daemon and served over NBD to us alone.
 
-No parser of ours ever sees the format. The daemon gets a listening socket to which we are
-connected already, and takes one connection: nobody else can come in between, nothing has to be
-waited for, and no name is left in the file system. It locks the image the way QEMU does, and ends
-with us.
+The daemon gets a listening socket to which we are connected already, and takes one connection:
+nobody else can come in between, nothing has to be waited for, and no name is left in the file
+system. It gets the image, and what that builds on, as open descriptors (`pyvmm.host.qcow2`), whose
+locks last until the last of us two has closed them; and it ends with us.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import json
 import os
 import shutil
 import socket
-import stat
-import struct
 import subprocess
 import tempfile
 import threading
 from collections import deque
+from collections.abc import Sequence
 
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
+from pyvmm.host.qcow2 import Layer, blockdev
 
 PROGRAM = "qemu-storage-daemon"
 _PACKAGES = "qemu-system-common qemu-utils"  # in Debian 12 it is in the first, in 13 in the second
@@ -31,13 +31,16 @@ _PATIENCE = 10.0  # seconds for a clean end, in which it writes what it holds ba
 class StorageDaemon:
     """A running daemon. `socket` is our end of its NBD connection, for one client to take over."""
 
-    def __init__(self, path: str, *, read_only: bool, direct: bool) -> None:
-        """Start it on the qcow2 image at `path`. Raises ConfigError if it cannot be started; what
-        it thinks of the image shows when the connection is used (`why_it_failed`)."""
-        self.path = path
+    def __init__(self, layers: Sequence[Layer], *, direct: bool) -> None:
+        """Start it on an open qcow2 image with all that it builds on. Raises ConfigError if it
+        cannot be started; what it thinks of the image shows when the connection is used
+        (`why_it_failed`)."""
+        self.path = layers[0].image.path
         programs = [_find(PROGRAM, _PACKAGES), _find("setpriv", "util-linux")]
         self.socket, listener = _connected_listener()
-        arguments = _arguments(path, listener.fileno(), read_only=read_only, direct=direct)
+        read_only = layers[0].image.read_only
+        arguments = _arguments(layers, listener.fileno(), read_only=read_only, direct=direct)
+        self._given = tuple(file.fd for layer in layers for file in layer.files)
         self._argv = [programs[1], "--pdeathsig", "TERM", "--", programs[0], *arguments]
         self._listener = listener
         self._log = log.RateLimited()
@@ -63,7 +66,7 @@ class StorageDaemon:
                     stderr=subprocess.PIPE,
                     text=True,
                     errors="replace",
-                    pass_fds=(self._listener.fileno(),),
+                    pass_fds=(self._listener.fileno(), *self._given),
                     start_new_session=True,  # Ctrl-C is for us, not for it to die of
                 )
         except OSError as error:
@@ -102,23 +105,6 @@ class StorageDaemon:
             self._thread.join(_PATIENCE)
 
 
-def backing_file(path: str) -> str:
-    """The other file that the qcow2 image at `path` builds on, as it names it; "" for none.
-
-    Only to tell the user: an image may name any file, and the daemon opens it. Raises OSError.
-    """
-    with open(path, "rb") as file:
-        header = file.read(20)
-        # docs/interop/qcow2.txt of QEMU: big endian, backing_file_offset and _size from byte 8 on
-        if len(header) < 20:
-            return ""
-        offset, size = struct.unpack(">QI", header[8:20])
-        if not offset or not 0 < size <= 1023 or offset >= 1 << 40:
-            return ""
-        file.seek(offset)
-        return file.read(size).decode(errors="replace")
-
-
 def _find(program: str, package: str) -> str:
     found = shutil.which(program)
     if found is None:
@@ -153,19 +139,10 @@ def _connected_listener() -> tuple[socket.socket, socket.socket]:
     return ours, listener
 
 
-def _arguments(path: str, listener: int, *, read_only: bool, direct: bool) -> list[str]:
-    is_block_device = stat.S_ISBLK(os.stat(path).st_mode)
-    common = {"read-only": read_only, "discard": "unmap", "cache": {"direct": direct}}
-    node = {
-        "driver": "qcow2",
-        "node-name": "disk",
-        **common,
-        "file": {
-            "driver": "host_device" if is_block_device else "file",
-            "filename": os.path.realpath(path),
-            **common,
-        },
-    }
+def _arguments(
+    layers: Sequence[Layer], listener: int, *, read_only: bool, direct: bool
+) -> list[str]:
+    node = blockdev(layers, "disk", "/proc/self/fd/{}".format, direct=direct)
     writable = "off" if read_only else "on"
     return [
         *("--blockdev", json.dumps(node)),

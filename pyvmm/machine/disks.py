@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import log
-from pyvmm.host.files import QCOW2_MAGIC, SECTOR, ImageFile, open_image
+from pyvmm.host.files import SECTOR, ImageFile, open_image
 from pyvmm.machine import rates
 from pyvmm.machine.alarm import Alarm
 from pyvmm.machine.spec import DiskSpec, parse_memory
@@ -14,6 +15,9 @@ from pyvmm.machine.trace import Hook
 from pyvmm.virtio.blk.backend import Backend, FileBackend
 from pyvmm.virtio.blk.device import BlockDevice
 from pyvmm.virtio.features import ring_features
+
+if TYPE_CHECKING:
+    from pyvmm.host.qcow2 import Layer
 
 
 def lock_image(disk: DiskSpec, closing: ExitStack) -> ImageFile:
@@ -99,25 +103,19 @@ def _open_ram(disk: DiskSpec, closing: ExitStack) -> Backend:
     return FileBackend(ram_image(disk, closing))
 
 
-def check_qcow2(disk: DiskSpec) -> None:
-    """Refuse what is no qcow2 image or is in use, in better words than QEMU's; tell the user if the
-    image builds on another. Raises ConfigError."""
-    image = open_image(disk.path, read_only=disk.base_read_only)
-    image.close()  # and with it our lock, which QEMU's own would collide with
-    from pyvmm.host.storage_daemon import backing_file
+def qcow2_layers(disk: DiskSpec, closing: ExitStack) -> tuple[Layer, ...]:
+    """Open and lock a qcow2 image and what it builds on; `closing` undoes it. Raises ConfigError
+    for what is none, and for files that it names but the user does not; HostError."""
+    from pyvmm.host.qcow2 import open_chain
 
-    try:
-        with open(disk.path, "rb") as file:
-            magic = file.read(len(QCOW2_MAGIC))
-        base = backing_file(disk.path)
-    except OSError as error:
-        raise HostError(error.errno or 0, f"read of {disk.path}") from None
-    if magic != QCOW2_MAGIC:
-        raise ConfigError(
-            f"{disk.path} is not a qcow2 image", cure="add ,format=raw", option="--disk"
-        )
-    if base:
-        _tell(f"{disk.path} builds on {base!r}, which QEMU opens with your rights")
+    layers = open_chain(
+        disk.path, disk.backing, disk.data_file, read_only=disk.base_read_only, closing=closing
+    )
+    for layer in layers:
+        for image in layer.files:
+            for hint in image.hints:
+                _tell(hint)
+    return layers
 
 
 def _open_qcow2(disk: DiskSpec, closing: ExitStack) -> Backend:
@@ -125,8 +123,7 @@ def _open_qcow2(disk: DiskSpec, closing: ExitStack) -> Backend:
     from pyvmm.virtio.blk.nbd import NbdBackend, load
 
     library = load()
-    check_qcow2(disk)
-    daemon = StorageDaemon(disk.path, read_only=disk.base_read_only, direct=disk.direct)
+    daemon = StorageDaemon(qcow2_layers(disk, closing), direct=disk.direct)
     closing.callback(daemon.close)
     try:
         backend = NbdBackend(library, daemon.socket, EXPORT)

@@ -24,7 +24,8 @@ ON_ERROR = ("report", "stop")
 BLOCK_SIZES = (512, 1024, 2048, 4096)  # what Linux takes for a logical block on x86
 FORMATS = ("raw", "qcow2")
 DISK_SYNTAX = (
-    "PATH[,readonly][,direct][,snapshot][,overlay=FILE][,format=raw|qcow2][,id=NAME]"
+    "PATH[,readonly][,direct][,snapshot][,overlay=FILE][,format=raw|qcow2]"
+    "[,backing=FILE][,data-file=FILE][,id=NAME]"
     "[,block-size=BYTES][,on-error=report|stop][,queues=N][,packed]" + rates.SYNTAX
 )
 
@@ -62,8 +63,11 @@ class DiskSpec:
 
     `format` is one of FORMATS; "" goes by the file's name. With `snapshot` what the guest writes is
     thrown away at the end, with `overlay` kept in the file of that name; the image itself may then
-    be shared and stays as it is. `scratch` is the file for a snapshot's changes where no temporary
-    one will do. `arguments` are what the class in a Python file is called with.
+    be shared and stays as it is. `backing` are the images that a qcow2 image may build on, from the
+    upper one down, and `data_file` is the file in which it may keep its data; one that needs others
+    is refused, as an image can name any file of the host. `scratch` is the file for a snapshot's
+    changes where no temporary one will do. `arguments` are what the class in a Python file is
+    called with.
     """
 
     path: str
@@ -77,6 +81,8 @@ class DiskSpec:
     format: str = ""
     snapshot: bool = False
     overlay: str | None = None
+    backing: tuple[str, ...] = ()
+    data_file: str | None = None
     scratch: str | None = None
     arguments: tuple[tuple[str, str], ...] = ()
     bps: int = 0
@@ -171,6 +177,10 @@ def parse_disk(text: str) -> DiskSpec:
             fields[_DISK_FLAGS[key]] = True
         elif key in _DISK_VALUES and value:
             fields[_DISK_VALUES[key]] = _disk_value(key, value)
+        elif key == "backing" and value and not is_python:
+            fields[key] = (*fields.get(key, ()), value)
+        elif key == "data-file" and value and not is_python:
+            fields["data_file"] = value
         elif is_python and equals and key.isidentifier():
             arguments.append((key, value))
         else:
@@ -258,13 +268,18 @@ def _check_trace_file(spec: VmSpec) -> None:
         raise ConfigError(
             "nothing is traced", cure="say what: --trace all, for instance", option="--trace-file"
         )
-    used = (spec.kernel, *filter(None, (spec.initrd,)), *(disk.path for disk in spec.disks))
+    used = (spec.kernel, *filter(None, (spec.initrd,)), *_files_of(spec.disks))
     if any(_is_same_file(path, other) for other in used):
         raise ConfigError(
             f"{path} is a file of the guest's, which the trace would overwrite",
             cure="name another file",
             option="--trace-file",
         )
+
+
+def _files_of(disks: tuple[DiskSpec, ...]) -> list[str]:
+    named = [(disk.path, *disk.backing, disk.overlay, disk.data_file) for disk in disks]
+    return [path for paths in named for path in paths if path is not None]
 
 
 def _is_same_file(path: str, other: str) -> bool:
@@ -317,6 +332,8 @@ def _check_disk(disk: DiskSpec) -> None:
         wrong = "there is nothing in it at the start, and nothing left at the end"
     elif disk.direct and (disk.snapshot or disk.overlay is not None):
         wrong = "direct is for images that are written themselves"
+    elif disk.kind != "qcow2" and (disk.backing or disk.data_file is not None):
+        wrong = "backing= and data-file= are for qcow2 images"
     if wrong:
         raise ConfigError(f"{disk.path}: {wrong}", cure="leave one out", option="--disk")
 
@@ -345,7 +362,7 @@ def from_json(text: str) -> VmSpec:
 
 def _disk_from_plain(values: Mapping[str, Any]) -> DiskSpec:
     arguments = tuple((str(name), str(value)) for name, value in values["arguments"])
-    return DiskSpec(**{**values, "arguments": arguments})
+    return DiskSpec(**{**values, "arguments": arguments, "backing": tuple(values["backing"])})
 
 
 def _devices_from_plain(rows: list[tuple[str, dict[str, Any]]]) -> tuple[DeviceSpec, ...]:

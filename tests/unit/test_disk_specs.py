@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -255,9 +256,12 @@ def test_inside_it_is_the_same_disk(handed: Handed, place: Path) -> None:
 
 
 def test_a_qcow2_image_is_raw_inside(handed: Handed, place: Path) -> None:
-    (place / "q.qcow2").write_bytes(b"QFI\xfb" + bytes(MIB))
+    head = struct.pack(">4sIQIIQI", b"QFI\xfb", 2, 0, 0, 16, MIB, 0)
+    (place / "q.qcow2").write_bytes(head + bytes(MIB))
     inside, [disk] = handed("q.qcow2,readonly")
-    assert (disk.format, disk.fd, disk.read_only) == ("qcow2", None, True)
+    [layer] = disk.layers
+    assert (layer.format, disk.fd, disk.read_only) == ("qcow2", None, True)
+    assert os.fstat(layer.image.fd).st_ino == (place / "q.qcow2").stat().st_ino
     assert inside.kind == "raw" and inside.path == str(place / "q.qcow2")
     with pytest.raises(ConfigError, match="is not a qcow2 image"):
         handed("a.img,format=qcow2")
