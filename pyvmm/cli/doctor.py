@@ -80,10 +80,11 @@ def check_emulated_host() -> Iterator[Check]:
 
 def check_networks() -> Iterator[Check]:
     """What `--net` can be connected to."""
+    from pyvmm import images
     from pyvmm.host import passt, tap
-    from pyvmm.host.programs import find_program
 
-    found = find_program("passt")
+    passt.newer_by(images.passt_command)
+    found = passt.which()
     yield Check("passt", found is not None, found or "not installed", passt.CURE)
     usable = tap.device_usable()
     yield Check(

@@ -82,6 +82,11 @@ def run_spec(
             from pyvmm.host import named_listener
 
             named_listener.note_by(registration.note)
+            if any(device.kind == "net" for device in spec.devices):
+                from pyvmm import images
+                from pyvmm.host import passt
+
+                passt.newer_by(images.passt_command)
         on_name(registration.name)
         if image is not None and not rm:
             from pyvmm.api.from_image import keep_changes

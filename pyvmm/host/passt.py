@@ -3,6 +3,9 @@
 The guest is alone on a network 10.0.2.0/24 with passt as its gateway, DHCP server and the origin of
 all that comes from outside. passt is given one end of a socket pair, so nothing of it has a name;
 it ends when our end is closed, by whatever ends us.
+
+Which passt: this machine's own if it is recent, else the one of pyvmm.images if that is there, else
+this machine's. Decision 0310 has the measurements behind that.
 """
 
 from __future__ import annotations
@@ -10,24 +13,41 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from pyvmm.errors import ConfigError
+from pyvmm.host import log
 from pyvmm.host.programs import find_program
 from pyvmm.host.syscalls import read_or_empty
 
 Socket = socket.socket
 
 GUEST, GATEWAY, PREFIX = "10.0.2.15", "10.0.2.2", 24
+DNS = "10.0.2.3"  # queries to it go to the name server on this machine's loopback address
 MTU = 65520  # passt's own default: whole TCP segments of 64 KiB, so that there are few of them
-CURE = "apt-get install --no-install-recommends passt, or use --net tap=NAME"
+IMAGE = "programs-passt"
+CURE = (
+    f"run: pyvmm image build {IMAGE}, or as root: apt-get install --no-install-recommends passt, "
+    "or use --net tap=NAME"
+)
 _GATEWAY_MAC = "52:55:0a:00:02:02"
 _OPTION = "--net"
 _PROTOCOLS = {"tcp": (socket.SOCK_STREAM, "-t"), "udp": (socket.SOCK_DGRAM, "-u")}
 SO_SNDBUFFORCE = 32  # <asm-generic/socket.h>
 _UNDER_WAY = 8 << 20  # bytes; a guest's TCP window is up to 6 MiB (net.ipv4.tcp_rmem)
 _PATIENCE = 20.0  # seconds for passt to start, which takes milliseconds
+_NOISE = ("syslog", "as root", "AVX2")  # in lines that are no reason for anything
+_ANY = ("0.0.0.0", "::")
+
+_newer: Callable[[bool], Sequence[str]] | None = None
+
+
+def newer_by(find: Callable[[bool], Sequence[str]]) -> None:
+    """From now on `find` is asked for a recent passt where this machine has none: the beginning of
+    its command line, made first where missing if the argument is true. It raises ConfigError."""
+    global _newer
+    _newer = find
 
 
 class Forward(NamedTuple):
@@ -48,26 +68,115 @@ class Forward(NamedTuple):
 def start(forwards: Sequence[Forward], mtu: int = MTU, *, host_access: bool = False) -> Socket:
     """Start passt; our end of its socket, on which frames follow their length in 4 bytes.
 
-    With `host_access` the gateway's address stands for this machine's loopback address. Raises
-    ConfigError for a missing passt, a port in use, and whatever else it complains of.
+    With `host_access` the gateway's address stands for this machine's loopback address. What the
+    passt that is there cannot do is said on stderr. Raises ConfigError for a missing passt, a port
+    in use, and whatever else it complains of.
     """
-    program = find_program("passt")
-    if program is None:
-        raise ConfigError("user-mode networking needs passt", cure=CURE, option=_OPTION)
     for forward in forwards:
         _check_free(forward)
-    arguments = _arguments(forwards, mtu, host_access)
+    names = _NameServers.of_this_machine()
+    lacking = [
+        f"forward={forward}: clients on this machine's loopback address get no answers"
+        for forward in forwards
+        if _is_lost(forward, host_access)
+    ]
+    program = _choose([*lacking, *names.lacking()])
+    arguments = [
+        *program.command,
+        *_arguments(mtu, host_access, recent=program.recent),
+        *names.arguments(recent=program.recent),
+    ]
+    for forward in forwards:
+        flag = _PROTOCOLS[forward.protocol][1]
+        arguments += [flag, f"{forward.host}/{forward.port}:{forward.guest_port}"]
+    if complaint := names.complaint():
+        log.to_stderr(complaint)
     ours, theirs = socket.socketpair()
     _widen(theirs)
     with theirs:
-        complaint = _run([program, *arguments], theirs)
-        if complaint is not None and "External interface not usable" in complaint:
+        why = _run(arguments, theirs)
+        if why is not None and "External interface not usable" in why:
             # A machine without a network of its own: the guest still has its forwards.
-            complaint = _run([program, *arguments, "-i", "lo"], theirs)
-    if complaint is not None:
+            why = _run([*arguments, "-i", "lo"], theirs)
+    if why is not None:
         ours.close()
-        raise ConfigError(f"passt does not start: {complaint}", option=_OPTION)
+        raise ConfigError(f"passt does not start: {why}", option=_OPTION)
     return ours
+
+
+# --- which passt ----------------------------------------------------------------------------------
+
+
+class _Program(NamedTuple):
+    command: Sequence[str]
+    recent: bool
+
+
+def is_recent(command: Sequence[str]) -> bool:
+    """Whether that passt is of August 2024 or later: it then tracks UDP flows by both addresses,
+    and has --dns-host. Debian's do not tell their version."""
+    import subprocess  # only where passt is used
+
+    try:
+        done = subprocess.run(
+            [*command, "--map-host-loopback", "none", "--version"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=_PATIENCE,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
+
+
+def _choose(lacking: Sequence[str]) -> _Program:
+    """The passt to start. An old one does, but for what is `lacking` then, in sentences: a recent
+    one is made first for that, and where it cannot be had, they are said. Raises ConfigError."""
+    own = find_program("passt")
+    if own is not None and is_recent([own]):
+        return _Program([own], True)
+    reason = ""
+    for make in (False, True):
+        if _newer is None or (make and own is not None and not lacking):
+            continue
+        try:
+            return _Program(_newer(make), True)
+        except ConfigError as error:
+            reason = str(error)
+    if own is None:
+        reason = f" ({reason})" if reason else ""
+        raise ConfigError(f"user-mode networking needs passt{reason}", cure=CURE, option=_OPTION)
+    for what in lacking:
+        log.to_stderr(
+            f"{what} by {own}, which is older than August 2024"
+            f" ({reason or f'pyvmm image build {IMAGE} makes a newer one'})"
+        )
+    return _Program([own], False)
+
+
+def which() -> str | None:
+    """The passt that `start` would take where nothing special is wanted, in words; None if one
+    would have to be made first, or installed."""
+    own = find_program("passt")
+    if own is not None and is_recent([own]):
+        return own
+    try:
+        if _newer is not None:
+            _newer(False)
+            return f"the image {IMAGE}"
+    except ConfigError:
+        pass
+    return own and f"{own}, older than August 2024: a newer one is made where that matters"
+
+
+def _is_lost(forward: Forward, host_access: bool) -> bool:
+    """Whether an old passt loses the guest's answers to this machine's own clients: they come from
+    a loopback address, which it shows as its own, and does not know again."""
+    return forward.protocol == "udp" and _is_local(forward.host) and not host_access
+
+
+# --- its arguments --------------------------------------------------------------------------------
 
 
 def _widen(theirs: socket.socket) -> None:
@@ -80,34 +189,68 @@ def _widen(theirs: socket.socket) -> None:
         return
 
 
-def _arguments(forwards: Sequence[Forward], mtu: int, host_access: bool) -> list[str]:
+def _arguments(mtu: int, host_access: bool, *, recent: bool) -> list[str]:
     arguments = [
-        *("--quiet", "--stderr"),
+        "--quiet",
         *("--address", GUEST, "--netmask", str(PREFIX), "--gateway", GATEWAY),
         *("--mac-addr", _GATEWAY_MAC, "--mtu", str(mtu)),
     ]
-    if not host_access:
-        arguments.append("--no-map-gw")
-    for server in _name_servers():
-        arguments += ["--dns", server]
-    for forward in forwards:
-        flag = _PROTOCOLS[forward.protocol][1]
-        arguments += [flag, f"{forward.host}/{forward.port}:{forward.guest_port}"]
-    return arguments
+    if recent:
+        return [*arguments, "--map-host-loopback", GATEWAY if host_access else "none"]
+    return [*arguments, "--stderr", *(() if host_access else ("--no-map-gw",))]
 
 
-def _name_servers() -> list[str]:
-    """Name servers to tell the guest of where the machine's own is a local one (systemd-resolved),
-    which the guest cannot reach; none where passt finds them itself."""
+class _NameServers(NamedTuple):
+    """This machine's name servers, by what becomes of them. passt tells the guest of those that are
+    not `local`, which it reads from /etc/resolv.conf itself; `behind` are those that a local one
+    asks (systemd-resolved)."""
 
-    def servers(path: str) -> list[str]:
-        lines = (line.split() for line in read_or_empty(path).splitlines())
-        return [words[1] for words in lines if len(words) > 1 and words[0] == "nameserver"]
+    local: list[str]
+    others: list[str]
+    behind: list[str]
 
-    configured = servers("/etc/resolv.conf")
-    if any(not server.startswith("127.") and server != "::1" for server in configured):
+    @classmethod
+    def of_this_machine(cls) -> _NameServers:
+        local: list[str] = []
+        others: list[str] = []
+        for server in _servers("/etc/resolv.conf"):
+            (local if _is_local(server) else others).append(server)
+        behind = _servers("/run/systemd/resolve/resolv.conf") if local else []
+        return cls(local, others, [server for server in behind if not _is_local(server)])
+
+    @property
+    def forwarded(self) -> str:
+        """The one that a recent passt passes the guest's queries on to; "" for none."""
+        return next((server for server in self.local if ":" not in server), "")
+
+    def arguments(self, *, recent: bool) -> list[str]:
+        """What passt is to be told."""
+        if recent and self.forwarded:
+            return ["--dns-forward", DNS, "--dns-host", self.forwarded]
+        told = [] if self.others else self.behind
+        return [word for server in told for word in ("--dns", server)]
+
+    def lacking(self) -> list[str]:
+        """What does not work by an old passt."""
+        if self.forwarded and not self.others and not self.behind:
+            return [f"queries of the guest's to the name server {self.forwarded} are not passed on"]
         return []
-    return servers("/run/systemd/resolve/resolv.conf")
+
+    def complaint(self) -> str:
+        """Why the guest has no name server, whatever passt it is; "" if it has one."""
+        if self.others or self.behind or self.forwarded:
+            return ""
+        named = " and ".join(self.local) or "none"
+        return f"the guest has no name server: /etc/resolv.conf names {named}"
+
+
+def _servers(path: str) -> list[str]:
+    lines = (line.split() for line in read_or_empty(path).splitlines())
+    return [words[1] for words in lines if len(words) > 1 and words[0] == "nameserver"]
+
+
+def _is_local(server: str) -> bool:
+    return server.startswith("127.") or server in ("::1", *_ANY)
 
 
 def _check_free(forward: Forward) -> None:
@@ -158,5 +301,5 @@ def _run(argv: list[str], theirs: socket.socket) -> str | None:
     if done.returncode == 0:
         return None
     lines = done.stderr.decode(errors="replace").splitlines()
-    told = [line for line in lines if "syslog" not in line and "as root" not in line]
+    told = [line for line in lines if not any(noise in line for noise in _NOISE)]
     return told[-1] if told else f"exit code {done.returncode}"

@@ -124,6 +124,15 @@ def storage_command(program: str, *, make: bool = False) -> list[str]:
     return command(folder, program)
 
 
+def passt_command(make: bool = False) -> list[str]:
+    """The beginning of a command line that runs passt of May 2025, for machines with an older one
+    or none. Raises ConfigError as `artifacts` does."""
+    [folder] = folders(["programs-passt"], make=make)
+    from pyvmm.images.programs import command
+
+    return command(folder, "usr/bin/passt", "passt")
+
+
 def fresh_disk(target: str, variant: str = DEFAULT_VARIANT, *, make: bool = False) -> str:
     """A sparse, writable copy of a root disk at `target`, which is replaced; returns `target`."""
     [folder] = folders([f"rootfs-{variant}"], make=make)
