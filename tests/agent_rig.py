@@ -48,7 +48,10 @@ def running(
     path, log = folder / "agent", folder / "log"
     with log.open("wb") as stderr:
         process = subprocess.Popen(
-            [*wrapped, program, "--unix", path], stderr=stderr, env=ENVIRONMENT, start_new_session=True
+            [*wrapped, program, "--unix", path],
+            stderr=stderr,
+            env=ENVIRONMENT,
+            start_new_session=True,
         )
     try:
         agent = Agent(lambda: _connect(str(path)))

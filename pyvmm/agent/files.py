@@ -117,9 +117,7 @@ def _failed(error: OSError, place: str) -> ConfigError | HostError:
 
 
 class _Sender:
-    def __init__(
-        self, session: Session, progress: Progress | None, deadline: float | None
-    ) -> None:
+    def __init__(self, session: Session, progress: Progress | None, deadline: float | None) -> None:
         self.copied = Copied()
         self._session = session
         self._progress = progress

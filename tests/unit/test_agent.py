@@ -128,7 +128,9 @@ def among_accounts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[A
     folder = tmp_path_factory.mktemp("accounts")
     (folder / "passwd").write_text(PASSWD + "crowd:x:99:99::/:/bin/sh\n")
     (folder / "group").write_text(GROUP)
-    mounts = "".join(f"mount --bind {folder}/{name} /etc/{name} && " for name in ("passwd", "group"))
+    mounts = "".join(
+        f"mount --bind {folder}/{name} /etc/{name} && " for name in ("passwd", "group")
+    )
     wrapped = ["unshare", "-m", "sh", "-c", f'{mounts} exec "$@"', "sh"]
     program = compile_agent(folder)
     with running(program, tmp_path_factory.mktemp("served"), wrapped=wrapped) as parts:

@@ -39,6 +39,8 @@ def python_blocks() -> list[tuple[str, str]]:
 def test_python_runs(where: str, code: str) -> None:
     if where.startswith("docs/tutorial/01"):
         pytest.skip("run by tests/kvm/test_tutorial.py, which needs /dev/kvm")
+    if where.startswith("docs/tutorial/04"):
+        pytest.skip("run by tests/guest/test_whole_vmm.py, which needs a Linux guest")
     if where.startswith(IN_GUESTS) or "import VM\n" in code:
         pytest.skip("run by tests/guest/test_api_docs.py, which needs a Linux guest")
     done = subprocess.run(
