@@ -168,12 +168,13 @@ class Session:
         except OSError:
             data = b""
         self._control_open = bool(data)
-        *lines, self._control_in = (self._control_in + data).split(b"\n")
+        *lines, rest = (self._control_in + data).split(b"\n")
+        self._control_in = rest[-_TAIL:]  # no line of ours is that long
         for line in lines:
             if line == b"started":
                 self._start_by = None
-            elif line.startswith(b"exit "):
-                self._exit_code = int(line.removeprefix(b"exit "))
+            elif line.startswith(b"exit ") and line[5:].isdigit():
+                self._exit_code = int(line[5:8])
 
     def _timeout_ms(self) -> int | None:
         if self._start_by is None:

@@ -10,8 +10,10 @@ from pyvmm.emulated_host.qmp import Qmp
 from pyvmm.emulated_host.spec import EmulatedHostSpec
 from pyvmm.errors import HostError
 from pyvmm.host import log, unix_sockets
+from pyvmm.host.syscalls import allow_descriptors
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.relay import DISK_SERVICE
+from pyvmm.relay.frames import DESCRIPTORS
 from pyvmm.relay.multiplexer import OUTSIDE, Listener, Multiplexer
 
 
@@ -23,6 +25,7 @@ def outside_end(spec: EmulatedHostSpec, ports: list[Port], qmp: Qmp) -> Multiple
     port = next((port for port in ports if port.name == "relay"), None)
     if port is None:
         return None
+    allow_descriptors(DESCRIPTORS)
     services = {DISK_SERVICE: DiskService(spec, qmp).connect, **spec.services}
     listeners = [Listener(item.socket, item.path, item.owner_only) for item in spec.sockets_in]
 

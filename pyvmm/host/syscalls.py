@@ -20,6 +20,17 @@ def open_file(path: str, flags: int) -> int:
         raise HostError(error.errno or 0, f"open {path}") from None
 
 
+def allow_descriptors(count: int) -> None:
+    """Let this process have `count` files open, as far as its hard limit allows: 1,024 is what many
+    systems begin with, for the sake of select(2)."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = count if hard == resource.RLIM_INFINITY else min(count, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def ioctl(fd: int, request: int, arg: int | bytearray | memoryview, call: str) -> int:
     """One ioctl; its result. `arg` is a number, or a buffer that the kernel may change in place.
 

@@ -22,7 +22,11 @@ from typing import NamedTuple
 
 OPEN, CREDIT, DATA, EOF, CLOSE = 1, 2, 3, 4, 5
 
-SLOTS = 128  # that each end may open
+# That each end may open: more than what is behind it takes at once (512 streams of vsock, 64 of the
+# control socket and some ports), so that theirs are the limits that users meet.
+SLOTS = 1024
+# That a process with an end of the relay may need: one for each slot, one for whoever is behind it.
+DESCRIPTORS = 4 * SLOTS
 MAX_DATA = 16 << 10
 MAX_NAME = 4096  # PATH_MAX
 WINDOW = 128 << 10  # most bytes on the way to one socket, and so kept for it

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 
 from pyvmm.host import log, unix_sockets
-from pyvmm.host.syscalls import open_file
+from pyvmm.host.syscalls import allow_descriptors, open_file
 from pyvmm.relay import VARIABLE
+from pyvmm.relay.frames import DESCRIPTORS
 from pyvmm.relay.multiplexer import INSIDE, Multiplexer
 
 _relay: Multiplexer | None = None
@@ -20,6 +21,7 @@ def start() -> None:
     path = os.environ.get(VARIABLE)
     if path is None or _relay is not None:
         return
+    allow_descriptors(DESCRIPTORS)
     port = open_file(path, os.O_RDWR | os.O_NONBLOCK)
     _relay = Multiplexer(port, INSIDE, reach=unix_sockets.connect, on_broken=_say, hold=True)
     _relay.start()

@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from pyvmm.errors import HostError
 from pyvmm.host import unix_sockets
+from pyvmm.host.log import RateLimited
 from pyvmm.host.syscalls import EventFd
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.relay.channel import Channel
@@ -108,6 +109,8 @@ class Multiplexer:
         self._wake = EventFd()
         self._ended = False
         self._no_room = False
+        self._full = False  # which has been said
+        self._log = RateLimited()
         self._stopping = False
         self._epoll = select.epoll()
         self._thread = Thread(target=self._main, name="socket-relay", daemon=True)
@@ -147,7 +150,8 @@ class Multiplexer:
     def connect(self, name: str) -> Socket:
         """A connection to whoever the other end reaches as `name`; any thread may ask.
 
-        Raises HostError: ECONNREFUSED if it reached nobody, ETIMEDOUT if it does not answer.
+        Raises HostError: ECONNREFUSED if it reached nobody, or there are as many as there may be;
+        ETIMEDOUT if it does not answer.
         """
         wanted = os.fsencode(name)
         if not 1 <= len(wanted) <= MAX_NAME:
@@ -203,8 +207,8 @@ class Multiplexer:
                 self._serve(owner, events)
         if not self._hold:
             self._answer_held()
-        while self._asked and self._open_asked():
-            pass
+        while self._asked:
+            self._open_asked()
         self._send()
         for slot in [slot for slot, channel in self._channels.items() if channel.free]:
             del self._channels[slot]
@@ -216,7 +220,7 @@ class Multiplexer:
             self._stream: (stream_events, self),
         }
         # A listener that cannot be served would be ready for ever: it is looked at again later.
-        if listen and self._listeners and self._free_slot() is not None:
+        if listen and self._listeners and self._has_slot():
             wanted.update((fd, (select.EPOLLIN, self)) for fd in self._listeners)
         for channel in self._channels.values():
             events = self._events_of(channel)
@@ -323,6 +327,15 @@ class Multiplexer:
     def _free_slot(self) -> int | None:
         return next((slot for slot in self._own_slots if slot not in self._channels), None)
 
+    def _has_slot(self) -> bool:
+        """Whether a connection may be opened; when that ends, it is said."""
+        full = self._free_slot() is None
+        if full and not self._full:
+            many = len(self._own_slots)
+            self._log(f"{many} connections across the emulated KVM host at once; others wait")
+        self._full = full
+        return not full
+
     def _accept(self, listener: Listener) -> None:
         slot = self._free_slot()
         if slot is None:
@@ -338,14 +351,17 @@ class Multiplexer:
         if socket is not None:
             self._open(slot, socket, os.fsencode(listener.name))
 
-    def _open_asked(self) -> bool:
-        slot = self._free_slot()
-        if slot is None:
-            return False
+    def _open_asked(self) -> None:
+        """Open what was asked for; without a slot it is refused, as whoever asked may have other
+        connections to serve meanwhile."""
         request = self._asked.popleft()
+        slot = self._free_slot() if self._has_slot() else None
+        if slot is None:
+            request.socket.close()
+            request.answered.set()
+            return
         self._waiting[slot] = request
         self._open(slot, request.socket, request.name)
-        return True
 
     def _open(self, slot: int, socket: Socket, name: bytes) -> None:
         self._channels[slot] = Channel(slot, socket, self._out, credit=0)

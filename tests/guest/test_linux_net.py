@@ -16,8 +16,8 @@ from disks import artifacts, root_disk
 from guest import HANG_SECONDS, Guest, GuestResult
 from taps import boot_with_taps
 
+from pyvmm import images
 from pyvmm.host import passt
-from pyvmm.host.programs import find_program
 
 pytestmark = pytest.mark.usefixtures("linux_guests")
 
@@ -34,14 +34,29 @@ echo "carrier=$(cat /sys/class/net/eth0/carrier)"
 echo "driver=$(ethtool -i eth0 | sed -n 's/^driver: //p')"
 echo "address=$(busybox ip -4 -o addr show eth0 | sed 's/.*inet \\([^ ]*\\).*/\\1/')"
 echo "router=$(busybox ip route | sed -n 's/^default via \\([^ ]*\\).*/\\1/p')"
-busybox wget -q -O /dev/shm/data http://10.0.2.2:{port}/data
+busybox wget -q -O /dev/shm/data http://{host}:{port}/data
 echo "download=$(sha256sum < /dev/shm/data | cut -d' ' -f1)"
-busybox nc 10.0.2.2 {upload} < /dev/shm/data > /dev/null
+busybox nc {host} {upload} < /dev/shm/data > /dev/null
 echo "from the guest" | busybox nc -l -p 80 &
+web=$!
 until grep -q ":0050 " /proc/net/tcp*; do sleep 0.1; done
+perl -MSocket -e '
+    socket(S, PF_INET, SOCK_DGRAM, 0); bind(S, sockaddr_in(7500, INADDR_ANY)) or die;
+    send(S, length($_) . " bytes", 0, $from) while $from = recv(S, $_, 65536, 0);' &
+until grep -q ":1D4C " /proc/net/udp; do sleep 0.1; done
+busybox ip addr add 192.168.7.1/24 dev eth0
+touch -d 2000-01-01 /run/pyvmm-lease-eth0
+for process in /proc/[0-9]*; do # udhcpc renews its lease
+    if tr '\\0' ' ' 2> /dev/null < $process/cmdline | grep -q '^/bin/busybox udhcpc -i eth0'; then
+        kill -USR1 ${{process#/proc/}}
+    fi
+done
+until [ "$(find /run -name pyvmm-lease-eth0 -newermt 2001-01-01)" ]; do sleep 0.1; done
+echo "renewed=$(busybox ip -4 -o addr show eth0 | sed 's/.*inet \\([^ ]*\\).*/\\1/' | tr '\\n' ' ')"
+echo "servers=$(sed -n 's/^nameserver //p' /etc/resolv.conf | tr '\\n' ' ')"
 echo "listening=yes"
-wait
-if busybox nc -w 3 10.0.2.2 1 < /dev/null 2> /dev/null; then
+wait $web
+if busybox nc -w 3 {host} 1 < /dev/null 2> /dev/null; then
     echo "closed=open"
 else
     echo "closed=refused"
@@ -59,14 +74,15 @@ class Net:
     uploaded: str = ""
     forwarded: bytes = b""
     left_over: list[str] = field(default_factory=list)
+    answered: list[bool] = field(default_factory=list)  # UDP from 127.0.0.1, from another address
 
 
 class Server(Thread):
-    """Gives DATA to whoever asks by HTTP, and takes one upload; both on the loopback address."""
+    """Gives DATA to whoever asks by HTTP, and takes one upload; both at `address`."""
 
-    def __init__(self) -> None:
+    def __init__(self, address: str) -> None:
         super().__init__(daemon=True)
-        self.web, self.upload = (socket.create_server(("127.0.0.1", 0)) for _ in range(2))
+        self.web, self.upload = (socket.create_server((address, 0)) for _ in range(2))
         self.uploaded = ""
         self.start()
         self._taker = Thread(target=self._take, daemon=True)
@@ -93,25 +109,62 @@ class Server(Thread):
         self.uploaded = digest.hexdigest()
 
 
-def boot_user(folder: Path, kernel: str) -> Net:
-    if find_program("passt") is None:
-        pytest.skip("passt is not installed")
+def boot_user(folder: Path, kernel: str, option: str) -> Net:
+    passt.newer_by(images.passt_command)
+    if passt.which() is None:
+        pytest.skip("there is no passt, neither this machine's nor the image's")
     files = artifacts(kernel, "test")
-    server = Server()
+    own = own_address()
+    server = Server("127.0.0.1" if option else own)
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
+        free.bind(("127.0.0.1", 0))
+        udp_port = free.getsockname()[1]
     script = USER_SCRIPT.format(
-        port=server.web.getsockname()[1], upload=server.upload.getsockname()[1]
+        port=server.web.getsockname()[1],
+        upload=server.upload.getsockname()[1],
+        host=passt.GATEWAY if option else own,
     )
-    net = f"user,host,mac={MAC},mtu={MTU},forward={port}:80"
+    forwards = f"forward={port}:80,forward=udp:0.0.0.0:{udp_port}:7500"
+    net = f"user{option},mac={MAC},mtu={MTU},{forwards}"
     with root_disk(folder, "test") as disk:
         guest = Guest(
             files.bzimage, files.initramfs, [str(disk)], cpus=2, options=["--net", net]
         ).start(script, folder=folder)
         guest.wait_for("listening=yes")
+        answered = [answers_udp(address, udp_port) for address in ("127.0.0.1", own)]
         forwarded = fetch(port)
         result = guest.wait()
-    return Net(result.check(), server.upload_digest(), forwarded, passts(port))
+    return Net(result.check(), server.upload_digest(), forwarded, passts(port), answered)
+
+
+def own_address() -> str:
+    """An address of this machine's that is not the loopback's."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # nothing is sent
+        except OSError:
+            pytest.skip("this machine has no network")
+        address: str = probe.getsockname()[0]
+    return address
+
+
+def answers_udp(address: str, port: int) -> bool:
+    """Whether the guest answers a client there, also after one of the largest datagrams."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+        client.bind((address, 0))
+        client.connect((address, port))
+        client.settimeout(1)
+        client.send(bytes(65494))
+        for _ in range(int(HANG_SECONDS)):
+            try:
+                client.send(b"hello")
+                if client.recv(100) == b"5 bytes":
+                    return True
+            except (TimeoutError, ConnectionError):
+                continue
+    return False
 
 
 def fetch(port: int) -> bytes:
@@ -151,8 +204,8 @@ def _read(path: Path) -> str:
         return ""
 
 
-user_61 = pytest.mark.boot.with_args(boot_user, "6.1")
-user_612 = pytest.mark.boot.with_args(boot_user, "6.12")
+user_61 = pytest.mark.boot.with_args(boot_user, "6.1", ",host")
+user_612 = pytest.mark.boot.with_args(boot_user, "6.12", "")
 
 
 def check_user(boot: Net) -> None:
@@ -167,8 +220,11 @@ def check_user(boot: Net) -> None:
         "download": DIGEST,
         "closed": "refused",
         "dropped": "0 0",
+        "renewed": f"{passt.GUEST}/{passt.PREFIX} 192.168.7.1/24 ",
     }
     assert {key: result.value(key) for key in values} == values
+    assert result.value("servers").split()
+    assert boot.answered == [True, True]
     assert boot.uploaded == DIGEST
     assert boot.forwarded == b"from the guest\n"
     assert boot.left_over == []
@@ -176,12 +232,12 @@ def check_user(boot: Net) -> None:
 
 
 @user_61
-def test_dhcp_transfers_both_ways_and_a_forward(boot: Net) -> None:
+def test_dhcp_transfers_both_ways_and_forwards(boot: Net) -> None:
     check_user(boot)
 
 
 @user_612
-def test_dhcp_transfers_both_ways_and_a_forward_with_a_newer_kernel(boot: Net) -> None:
+def test_dhcp_transfers_both_ways_and_forwards_with_a_newer_kernel(boot: Net) -> None:
     check_user(boot)
 
 

@@ -54,6 +54,32 @@ def wait_until_gone(pid: int) -> None:
     raise AssertionError(f"process {pid} still runs")
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        HEADER.pack(FrameType.RUN | 0xFFFFFF << 8),
+        frame(FrameType.MORE_STDIN),
+        b"GET / HTTP/1.0\r\n\r\n",
+    ],
+    ids=["too long", "not a request", "no frame"],
+)
+def test_s8_a_bad_frame_ends_its_own_session(served: tuple[Agent, Path, Path], said: bytes) -> None:
+    agent, path, _ = served
+    with agent.open(["cat"], stdin=True) as other, socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(60)
+        client.connect(str(path))
+        client.sendall(said)
+        client.shutdown(socket.SHUT_WR)
+        while client.recv(4096):
+            pass  # its greeting, and why it ends
+        other.write(b"still there")
+        said_back = other.read(60)
+        assert said_back is not None and said_back[1] == b"still there"
+        other.close_stdin()
+        assert other.wait(60) == 0
+    assert agent.run(["true"]).returncode == 0
+
+
 # --- commands ------------------------------------------------------------------------------------
 
 

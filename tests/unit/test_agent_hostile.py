@@ -54,7 +54,7 @@ UP, END = frame(FrameType.UP), frame(FrameType.END)
     ],
     ids=lambda said: f"{len(said)}-{said[:4].hex()}",
 )
-def test_what_is_no_agent_is_not_taken_for_one(said: bytes) -> None:
+def test_s8_what_is_no_agent_is_not_taken_for_one(said: bytes) -> None:
     def act(end: socket.socket) -> None:
         end.sendall(said)
         end.shutdown(socket.SHUT_WR)
@@ -83,7 +83,7 @@ def test_what_is_no_agent_is_not_taken_for_one(said: bytes) -> None:
     ],
     ids=lambda said: f"{len(said)}-{said[:6].hex()}",
 )
-def test_answers_that_make_no_sense_end_a_command(said: bytes) -> None:
+def test_s8_answers_that_make_no_sense_end_a_command(said: bytes) -> None:
     with liar(saying(said)) as agent, pytest.raises(AgentError) as caught:
         agent.run(["true"], input=bytes(1 << 20))
     assert "\n" not in str(caught.value)

@@ -216,7 +216,7 @@ def test_a_missing_program_or_library(
     assert "needs libnbd; apt-get install libnbd0" in refusal(image)
 
 
-def test_a_daemon_that_dies_is_an_io_error(image: Path, closing: ExitStack) -> None:
+def test_s11_a_daemon_that_dies_is_an_io_error(image: Path, closing: ExitStack) -> None:
     with running(opened(image, closing)) as rig:
         assert rig.disk.read(0, 512).status == OK
         [pid] = daemons()

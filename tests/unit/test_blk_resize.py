@@ -331,7 +331,7 @@ def test_a_resize_reaches_qemu(
     ],
     ids=str,
 )
-def test_what_is_inside_can_ask_for_nothing_else(
+def test_s10_what_is_inside_can_ask_for_nothing_else(
     spec: EmulatedHostSpec, path: Path, monkeypatch: pytest.MonkeyPatch, line: object
 ) -> None:
     qemu = Qemu()

@@ -252,7 +252,7 @@ def test_a_request_has_an_answer_with_its_id(served: Served) -> None:
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_is_wrong_is_answered_and_the_connection_goes_on(
+def test_s6_what_is_wrong_is_answered_and_the_connection_goes_on(
     served: Served, request_line: bytes, code: str
 ) -> None:
     with served.dial() as connection:
@@ -263,7 +263,7 @@ def test_what_is_wrong_is_answered_and_the_connection_goes_on(
     assert served.calls == []
 
 
-def test_a_line_without_end_is_cut_off(served: Served) -> None:
+def test_s6_a_line_without_end_is_cut_off(served: Served) -> None:
     with served.dial() as connection:
         connection.sendall(b"x" * (MAX_LINE + 1))
         stream = connection.makefile("rb")

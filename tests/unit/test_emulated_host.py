@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lzma
 import os
+import select
 import socket
 import struct
 import subprocess
@@ -18,16 +19,19 @@ from pyvmm.emulated_host import EmulatedHostSpec, HostDisk, HostImage, limits
 from pyvmm.emulated_host.cache import boot_files
 from pyvmm.emulated_host.find import find_image
 from pyvmm.emulated_host.initramfs import RunSettings, run_script, settings_of
+from pyvmm.emulated_host.launch import Launched
 from pyvmm.emulated_host.limits import available_mib, check_memory
 from pyvmm.emulated_host.modules import load_order, without_signature
 from pyvmm.emulated_host.ports import open_ports
 from pyvmm.emulated_host.probe import check_qemu, probe
 from pyvmm.emulated_host.qemu import open_disk, qemu_arguments
 from pyvmm.emulated_host.relay import InputPump, OutputPump, mark_prefix
+from pyvmm.emulated_host.session import Session
 from pyvmm.emulated_host.x86.kernel import vmlinux
 from pyvmm.emulated_host.x86.machine import KVM_MODULES, ROOT_MODULES
 from pyvmm.errors import ConfigError
 from pyvmm.host import cpio
+from pyvmm.host.syscalls import EventFd
 from pyvmm.images.builder import Catalogue
 
 MARK = b"0123456789abcdef"
@@ -325,6 +329,36 @@ def test_input_waits_for_the_other_side_and_ends_with_its_end() -> None:
     os.close(reader)
     near.close()
     far.close()
+
+
+def test_s10_lines_from_inside_that_make_no_sense_are_left_out() -> None:
+    """Whoever is root inside can write to the control port."""
+    ports = open_ports(0, relay=False)
+    console, messages = socket.socketpair(), socket.socketpair()
+    qemu = subprocess.Popen(["true"])
+    launched = Launched(qemu, ports, console[0], messages[0], messages[0], MARK)
+    with EventFd() as wake:
+        session = Session(
+            launched,
+            stdin=None,
+            outputs=[],
+            on_input=bytes,
+            requests=deque(),
+            wake=wake,
+            console_copy=None,
+            start_timeout=60,
+        )
+        control = ports[-1].theirs
+        control.sendall(b"exit\nexit \nexit x\nexit -1\nexit 1 2\nstarted\n\xff\0\nx" + b"y" * 9000)
+        while select.select([ports[-1].ours], [], [], 0)[0]:
+            session._receive_control()
+        assert session._exit_code is None and session._start_by is None
+        assert len(session._control_in) <= 4096
+        control.sendall(b"\nexit 7\n")
+        assert session.run() == 7
+    qemu.wait()
+    for end in (*console, *messages, *(end for port in ports for end in (port.ours, port.theirs))):
+        end.close()
 
 
 # ---- what the machine lacks

@@ -216,7 +216,7 @@ def test_a_cable_that_is_cut_is_told_once_and_takes_the_link_down() -> None:
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOMEM, errno.EFAULT])
-def test_a_frame_that_the_kernel_cannot_give_is_dropped_and_the_next_one_comes(
+def test_s3_a_frame_that_the_kernel_cannot_give_is_dropped_and_the_next_one_comes(
     monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     with running() as rig:
@@ -236,7 +236,7 @@ def test_a_frame_that_the_kernel_cannot_give_is_dropped_and_the_next_one_comes(
         assert rig.device.received[0].dropped == {"too short": 3}
 
 
-def test_a_cable_that_gives_nothing_but_errors_takes_the_link_down(
+def test_s3_a_cable_that_gives_nothing_but_errors_takes_the_link_down(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def readv(fd: int, views: list[memoryview]) -> int:

@@ -117,7 +117,7 @@ def test_the_tail_of_the_last_frame_goes_out_without_another_one(rig: NetRig) ->
 
 
 @pytest.mark.parametrize("length", [65536, 65549, 65589])
-def test_a_frame_larger_than_the_mtu_is_dropped_and_the_next_one_comes(
+def test_s1_a_frame_larger_than_the_mtu_is_dropped_and_the_next_one_comes(
     rig: NetRig, length: int
 ) -> None:
     # What a UDP datagram of 65,494 bytes and more becomes: passt adds up to 42 bytes of headers.
@@ -129,7 +129,7 @@ def test_a_frame_larger_than_the_mtu_is_dropped_and_the_next_one_comes(
 
 
 @pytest.mark.parametrize("length", [65590, 300_000, NO_LENGTH])
-def test_a_frame_longer_than_any_is_skipped_and_the_next_one_comes(
+def test_s1_a_frame_longer_than_any_is_skipped_and_the_next_one_comes(
     rig: NetRig, length: int
 ) -> None:
     chains = rig.offer(*[2048] * 3)
@@ -144,14 +144,14 @@ def test_a_frame_longer_than_any_is_skipped_and_the_next_one_comes(
     assert rig.lines == []
 
 
-def test_a_length_that_is_none_takes_the_link_down(rig: NetRig) -> None:
+def test_s2_a_length_that_is_none_takes_the_link_down(rig: NetRig) -> None:
     rig.offer(2048)
     rig.cable.ends[0].send(struct.pack(">L", NO_LENGTH + 1) + bytes(100))
     wait_for(lambda: not rig.device.link_up)
     assert str(NO_LENGTH + 1) in rig.lines[0]
 
 
-def test_an_end_in_the_middle_of_a_frame_gives_the_driver_nothing(rig: NetRig) -> None:
+def test_s2_an_end_in_the_middle_of_a_frame_gives_the_driver_nothing(rig: NetRig) -> None:
     rig.offer(2048)
     rig.cable.ends[0].send(struct.pack(">L", 1000) + bytes(999))
     rig.cable.ends[0].close()
@@ -160,7 +160,7 @@ def test_an_end_in_the_middle_of_a_frame_gives_the_driver_nothing(rig: NetRig) -
     assert rig.send(header() + frame()) == 0
 
 
-def test_runt_frames_are_dropped(rig: NetRig) -> None:
+def test_s1_runt_frames_are_dropped(rig: NetRig) -> None:
     [chain] = rig.offer(2048)
     rig.cable.ends[0].send(on_the_wire(b"") + on_the_wire(bytes(13)) + on_the_wire(frame()))
     assert received(rig, chain) == frame()

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import os
 import random
+import resource
 import select
 import socket
 import threading
@@ -18,12 +19,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pyvmm.control import streams as control_streams
+from pyvmm.control.server import MAX_CLIENTS
 from pyvmm.emulated_host.sockets import allows
 from pyvmm.errors import HostError
 from pyvmm.host import unix_sockets
+from pyvmm.host.syscalls import allow_descriptors
 from pyvmm.relay import frames, multiplexer
 from pyvmm.relay.frames import CLOSE, CREDIT, DATA, EOF, OPEN, SLOTS, WINDOW, Decoder, encode
 from pyvmm.relay.multiplexer import INSIDE, OUTSIDE, Listener, Multiplexer
+from pyvmm.virtio.vsock.switch import MAX_STREAMS
 
 HANG = 30.0  # seconds; no measure of speed
 
@@ -208,9 +213,17 @@ def test_a_socket_that_nobody_reads_holds_up_no_other(ends: Ends) -> None:
         assert other.recv(10) == b"ping"
 
 
-def test_more_clients_than_slots_wait_for_their_turn(ends: Ends) -> None:
+@pytest.fixture
+def few_slots(monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(multiplexer, "SLOTS", 8)
+    return 8
+
+
+def test_more_clients_than_slots_wait_for_their_turn_and_that_is_said(
+    few_slots: int, ends: Ends, capfd: pytest.CaptureFixture[str]
+) -> None:
     serve(ends.inner, echo)
-    clients = [ends.call() for _ in range(SLOTS)]
+    clients = [ends.call() for _ in range(few_slots)]
     for client in clients:
         client.sendall(b"a")
         assert client.recv(1) == b"a"
@@ -224,11 +237,44 @@ def test_more_clients_than_slots_wait_for_their_turn(ends: Ends) -> None:
     assert late.recv(4) == b"late"
     for client in (late, *clients):
         client.close()
+    said = capfd.readouterr().err
+    assert "8 connections across the emulated KVM host at once; others wait" in said
 
 
-def test_slots_are_used_again(ends: Ends) -> None:
+def test_a_thread_that_finds_no_slot_is_told_at_once(few_slots: int, ends: Ends) -> None:
+    """It may be a device's, whose other streams must not wait for it."""
     serve(ends.inner, echo)
-    for number in range(3 * SLOTS):
+    clients = [blocking(ends.inside.connect(ends.inner)) for _ in range(few_slots)]
+    began = time.monotonic()
+    with pytest.raises(HostError) as refused:
+        ends.inside.connect(ends.inner)
+    assert refused.value.errno == errno.ECONNREFUSED
+    assert time.monotonic() - began < multiplexer._ANSWER_SECONDS
+    clients.pop().close()
+    wait_for(lambda: ends.inside._free_slot() is not None)
+    ends.inside.connect(ends.inner).close()
+    for client in clients:
+        client.close()
+
+
+def test_all_that_the_devices_take_at_once_goes_across(ends: Ends) -> None:
+    many = MAX_STREAMS + MAX_CLIENTS + control_streams.MAX_STREAMS
+    assert many < SLOTS
+    allow_descriptors(6 * many)  # both ends of the relay, clients and servers are this process
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 5 * many:
+        pytest.skip("this process may not open so many files (ulimit -Hn)")
+    serve(ends.inner, echo)
+    clients = [ends.call() for _ in range(many)]
+    for number, client in enumerate(clients):
+        client.sendall(b"%d" % number)
+    for number, client in enumerate(clients):
+        assert client.recv(10) == b"%d" % number
+        client.close()
+
+
+def test_slots_are_used_again(few_slots: int, ends: Ends) -> None:
+    serve(ends.inner, echo)
+    for number in range(3 * few_slots):
         with ends.call() as client:
             client.sendall(b"%d" % number)
             assert client.recv(10) == b"%d" % number
@@ -337,7 +383,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_whoever_breaks_the_rules_is_cut_off(hostile: Hostile, case: str) -> None:
+def test_s9_whoever_breaks_the_rules_is_cut_off(hostile: Hostile, case: str) -> None:
     hostile.open(1)
     if case == "data-without-credit":
         hostile.stream.settimeout(0.5)
@@ -353,7 +399,7 @@ def test_whoever_breaks_the_rules_is_cut_off(hostile: Hostile, case: str) -> Non
         hostile.relay.connect("anything")
 
 
-def test_an_end_that_takes_no_answers_is_cut_off(
+def test_s9_an_end_that_takes_no_answers_is_cut_off(
     hostile: Hostile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(multiplexer, "_TOO_MUCH", 32 << 10)

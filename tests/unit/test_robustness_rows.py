@@ -40,6 +40,19 @@ def test_row_is_tested(row: int) -> None:
     assert row in rows_with_tests(), f"no test has row{row} in its name"
 
 
+def other_rows_of_the_document() -> list[str]:
+    """Those of one kind of device or stream: V1, S3 and so on."""
+    text = (ROOT / "docs/robustness.md").read_text()
+    return re.findall(r"^\| ([A-Z]\d+) \|", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("row", other_rows_of_the_document())
+def test_row_with_a_letter_is_tested(row: str) -> None:
+    start = f"def test_{row.lower()}_"
+    tests = (ROOT / "tests").rglob("test_*.py")
+    assert any(start in path.read_text() for path in tests), f"no {start}..."
+
+
 @pytest.mark.parametrize("ring", ["split", "packed"])
 def test_every_ring_row_has_chains_for_either_ring(ring: str) -> None:
     """Those that a chain, wrong in itself, can break. Of the others, 25, 37 and 38 are tests of the

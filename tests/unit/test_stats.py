@@ -338,7 +338,7 @@ def test_a_name_that_may_be_a_rebound_one_is_not_answered(server: exporter.Serve
     [b"GET /" + b"x" * (1 << 20), b"GET /metrics HTTP/1.1\r\n" + b"X-A: 1\r\n" * (1 << 17)],
     ids=["one long line", "many headers"],
 )
-def test_a_request_too_large_is_not_read(server: exporter.Server, request_: bytes) -> None:
+def test_s13_a_request_too_large_is_not_read(server: exporter.Server, request_: bytes) -> None:
     made = client(server)
     with suppress(ConnectionError):
         made.sendall(request_)

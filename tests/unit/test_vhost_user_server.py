@@ -138,7 +138,7 @@ def test_a_front_end_that_is_gone_in_the_middle_of_its_requests_comes_back(serve
     assert server.reads()
 
 
-def test_nonsense_ends_one_connection(server):
+def test_s12_nonsense_ends_one_connection(server):
     with server.front_end() as driver:
         driver.connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
         driver.wait_gone()

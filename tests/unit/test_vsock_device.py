@@ -93,7 +93,7 @@ def test_a_command_may_come_in_pieces_and_end_in_a_carriage_return(rig: Rig) -> 
         b"GET / HTTP/1.0",
     ],
 )
-def test_a_client_that_says_something_else_is_turned_away(rig: Rig, command: bytes) -> None:
+def test_s5_a_client_that_says_something_else_is_turned_away(rig: Rig, command: bytes) -> None:
     with rig.client(command) as client:
         assert read_line(client) == b""
         assert not rig.guest.has_packet()

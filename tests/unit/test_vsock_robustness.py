@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from mmio_harness import wait_for
 from vsock_rig import (
     CID,
     GUEST_PORT,
@@ -278,8 +279,9 @@ def test_v12_more_streams_than_there_may_be(
             hosts.append(listener.accept()[0])
         rig.guest.send(Packet(REQUEST, 4, HOST_PORT))
         assert rig.guest.receive().op == RST
-        # A client of the host waits outside until there is room.
+        # A client of the host waits outside until there is room, and that is said.
         with rig.client(b"CONNECT 80\n"):
+            wait_for(lambda: any("4 streams at once" in line for line in rig.lines))
             rig.guest.send(Packet(RST, 0, HOST_PORT))
             assert rig.guest.receive().dst_port == 80
         for host in hosts:

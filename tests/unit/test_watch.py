@@ -144,7 +144,7 @@ def test_nothing_typed_is_lost_while_the_guest_takes_nothing(guest: Guest) -> No
     assert guest.typed.count(b"!") == 1
 
 
-def test_one_who_does_not_read_misses_some_and_nobody_waits(guest: Guest) -> None:
+def test_s7_one_who_does_not_read_misses_some_and_nobody_waits(guest: Guest) -> None:
     deaf, other = guest.dial(guest.watch.console()), guest.dial(guest.watch.console())
     received = bytearray()
     for _ in range(64):

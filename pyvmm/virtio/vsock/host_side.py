@@ -89,6 +89,11 @@ class HostSide:
     def _note_arrival(self, events: int) -> None:
         self._may_accept = True
 
+    @property
+    def has_arrivals(self) -> bool:
+        """Whether somebody may want in."""
+        return self._may_accept or bool(self._calls)
+
     def accept(self, room: int) -> None:
         """Let at most `room` clients in; others wait outside. Raises HostError."""
         while self._listener is not None and self._may_accept and room > 0:

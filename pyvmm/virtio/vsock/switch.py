@@ -77,6 +77,7 @@ class Switch:
         self._talking: deque[Stream] = deque()  # may have something for the guest
         self._woken: list[Stream] = []  # their sockets may take something, or have hung up
         self._due: deque[tuple[float, Stream]] = deque()
+        self._full = False  # which has been said
         self._freed = False  # there is room for a stream that was not there when last looked at
 
     def __len__(self) -> int:
@@ -114,8 +115,14 @@ class Switch:
         return max(0.0, self._due[0][0] - self._clock()) if self._due else None
 
     def _let_clients_in(self) -> None:
+        room = self._room()
+        if room <= 0 and not self._full and self._host.has_arrivals:
+            self._warn(f"{MAX_STREAMS} streams at once; other clients of the host wait")
+            self._full = True
+        elif room > 0:
+            self._full = False
         try:
-            self._host.accept(self._room())
+            self._host.accept(room)
         except HostError as error:  # no file descriptors left: they wait until some are
             self._warn(str(error))
 
