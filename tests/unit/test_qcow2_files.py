@@ -367,6 +367,37 @@ def test_row74_an_emulated_host_gets_descriptors_too(place: Path, closing: ExitS
     ]
 
 
+@needs_qemu
+@pytest.mark.skipif(not shutil.which("qemu-system-x86_64"), reason="no qemu-system-x86_64")
+@pytest.mark.parametrize("options", ["", ",readonly", ",direct"])
+def test_row74_qemu_takes_those_descriptors(place: Path, closing: ExitStack, options: str) -> None:
+    """The real one, without a machine: it opens the chain, and tells of what it consists."""
+    disk = validated(f"mid.qcow2,backing=base.qcow2{options}")
+    try:
+        _, [given] = hand_over(disk, 0, closing, lambda path, option: path)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    fds = [layer.image.fd for layer in given.layers]
+    qemu = ["qemu-system-x86_64", "-machine", "none", "-display", "none", "-qmp", "stdio"]
+    commands = ("qmp_capabilities", "query-named-block-nodes", "quit")
+    done = subprocess.run(
+        [*qemu, *_qcow2_nodes(0, Qcow2Disk(given.layers, given.direct))],
+        input="".join(json.dumps({"execute": command}) + "\n" for command in commands),
+        capture_output=True,
+        text=True,
+        pass_fds=fds,
+    )
+    assert done.returncode == 0, done.stderr
+    [nodes] = [
+        answer["return"]
+        for answer in map(json.loads, done.stdout.splitlines())
+        if isinstance(answer.get("return"), list)
+    ]
+    found = {node["file"] for node in nodes if node["drv"] == "file"}
+    assert found == {"/dev/fdset/1000", "/dev/fdset/1001"}
+    assert [node["ro"] for node in nodes if node["file"] == "/dev/fdset/1001"] == [True, True]
+
+
 def test_nothing_is_left_for_qemu_to_take_from_an_image(place: Path, closing: ExitStack) -> None:
     (place / "q.qcow2").write_bytes(header())
     layers = open_chain("q.qcow2", (), None, read_only=True, closing=closing)
