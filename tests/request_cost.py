@@ -101,10 +101,11 @@ def main() -> None:
         count_calls(backend, calls)
         rig = closing.enter_context(blk_rig.running(backend, queue_size=256))
         rng = closing.enter_context(attached(EntropyDevice()))
+        beat = Buffer(4096 * 128, 64)  # one place, however often
         odd = 1 if kind == "direct" else 0  # what no O_DIRECT takes
         part = Buffer(blk_rig.RAM_END - 4096 - PART + odd, PART)
         rig.memory.view(*part)[:] = b"\1" * PART
-        rng.request([], [64])
+        rng.request([], [beat])
         status = Buffer(part.addr - 4096, 1)
         rig.memory.write(status.addr, bytes([UNTOUCHED]))
         before, daemon_before = peak(), daemon_peak()
@@ -114,7 +115,7 @@ def main() -> None:
             chain = rig.driver.submit(0, [header(OUT, 0), *[part] * COUNT], [status])
         beside = 0
         while not rig.driver.irq.count:
-            rng.request([], [64])
+            rng.request([], [beat])
             beside += 1
         rig.driver.wait_used(0, chain)
         cost = {

@@ -67,7 +67,8 @@ def holder(fd: int) -> str:
     users stay hidden unless we are root.
     """
     wanted = os.fstat(fd)
-    for pid in os.listdir("/proc"):
+    # Ourselves first: a helper of ours may hold the same lock.
+    for pid in (str(os.getpid()), *os.listdir("/proc")):
         if pid.isdigit() and _holds_lock(pid, wanted, own_fd=fd):
             return f"{read_or_empty(f'/proc/{pid}/comm').strip() or 'a process'} (PID {pid})"
     return ""
