@@ -17,6 +17,9 @@ import pytest
 
 from pyvmm.agent import Agent
 from pyvmm.agent.protocol import HELLO, VERSION, FrameType, frame
+from pyvmm.control import registry
+from pyvmm.control.protocol import PAUSED, ControlError, Method, Upgrade
+from pyvmm.control.server import ControlServer
 from pyvmm.errors import HostError
 from pyvmm.host import unix_sockets
 from pyvmm.images.agent import FLAGS, SOURCES
@@ -110,3 +113,76 @@ def saying(data: bytes, *, stay: bool = False) -> Callable[[socket.socket], None
             pass
 
     return act
+
+
+class Guest:
+    """What a VM's control socket leads to: an agent at a Unix socket or one that lies, in a guest
+    that can stand still as one does whose VM is paused or hangs."""
+
+    def __init__(self, serve: Path | Callable[[socket.socket], None]) -> None:
+        self._serve = serve
+        self._goes = threading.Event()
+        self._goes.set()
+        self.reached = threading.Semaphore(0)  # once for each connection
+        self.state = "running"
+
+    def stand_still(self) -> None:
+        """Nothing that is said to it is heard any more, and it says nothing."""
+        self._goes.clear()
+
+    def methods(self) -> dict[str, Method]:
+        """Of a control server."""
+        return {
+            "status": Method(lambda: {"state": self.state}),
+            "vsock.connect": Method(self._connect, needs={"port": int}),
+        }
+
+    def _connect(self, port: int) -> Upgrade:
+        def hand_over(connection: unix_sockets.Socket, received: bytes) -> None:
+            theirs = socket.socket(fileno=connection.detach())
+            theirs.setblocking(True)
+            self._start(self._answer, theirs)
+
+        if self.state == "paused":
+            raise ControlError(PAUSED, "vm is paused")
+        return Upgrade({}, hand_over)
+
+    def _start(self, work: Callable[..., None], *arguments: object) -> None:
+        threading.Thread(target=work, args=arguments, daemon=True).start()
+
+    def _answer(self, client: socket.socket) -> None:
+        self._goes.wait()
+        with suppress(OSError):
+            client.sendall(b"OK 7\n")
+            self.reached.release()
+            if callable(self._serve):
+                self._serve(client)
+                client.close()
+                return
+            agent = socket.socket(socket.AF_UNIX)
+            agent.connect(str(self._serve))
+            self._start(self._copy, agent, client)
+            self._copy(client, agent)
+
+    def _copy(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                self._goes.wait()
+                target.sendall(data)
+        self._goes.wait()
+        for end in (source, target):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+@contextmanager
+def vm_of(guest: Guest, name: str = "vm") -> Iterator[Guest]:
+    """`guest` behind a control socket, as the VM called `name`."""
+    with registry.register(name) as registration:
+        assert registration.listener is not None
+        server = ControlServer(registration.listener, guest.methods())
+        server.start()
+        try:
+            yield guest
+        finally:
+            server.close()

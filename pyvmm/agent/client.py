@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import os
 import select
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from pyvmm.agent.errors import AgentError, AgentGone, CommandTimeout, NoAgent, WrongAgent
+from pyvmm.agent.errors import AgentError, AgentGone, CommandTimeout, NoAgent, TimeLimit, WrongAgent
 from pyvmm.agent.files import Copied, pull, push
 from pyvmm.agent.process import STDOUT, Process, run_request
 from pyvmm.agent.protocol import TIME, TIMES, FrameType
-from pyvmm.agent.session import NO_ANSWER, PATIENCE, Session, check, milliseconds_to
-from pyvmm.errors import HostError
+from pyvmm.agent.session import PATIENCE, Session, milliseconds_to
+from pyvmm.errors import HostError, PyvmmError
 from pyvmm.host.unix_sockets import Socket
 
-_GRACE = 10.0  # seconds that the agent has to end a command whose time is over
+Connect = Callable[[], Socket] | Callable[[float], Socket]
+
+_GRACE = 3.0  # seconds that the agent has to tell that a command's time is over
+_CONNECT_SECONDS = 60.0  # where nobody has said how long it may take
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.005, 0.2  # between two looks whether the agent is there
 OUTPUT_LIMIT = 256 << 20
 
@@ -74,10 +78,14 @@ class Agent:
     """Runs commands in a guest and copies files. Any number of threads may use it at once: each
     request has a connection of its own."""
 
-    def __init__(self, connect: Callable[[], Socket]) -> None:
+    def __init__(self, connect: Connect) -> None:
         """`connect` makes a stream socket joined to the agent's vsock port (`PORT`). It raises
-        HostError with ECONNREFUSED while nobody listens there; what else it raises is passed on."""
-        self._connect = connect
+        HostError with ECONNREFUSED while nobody listens there; what else it raises is passed on.
+
+        If it wants an argument, that is how many seconds it may take: without, time limits hold
+        only once it has returned."""
+        self._connect: Callable[..., Socket] = connect
+        self._is_told = _wants_argument(connect)
 
     def wait_ready(self, timeout: float | None = None) -> Info:
         """Wait until the agent answers. Raises NoAgent after `timeout` seconds, WrongAgent at once
@@ -100,19 +108,29 @@ class Agent:
     def _info(self, deadline: float | None) -> Info:
         from pyvmm.agent.protocol import VERSION
 
-        patience = time.monotonic() + PATIENCE
-        with Session(self._connect()) as session:
+        left = _CONNECT_SECONDS if deadline is None else deadline - time.monotonic()
+        with Session(self._connection(left)) as session:
+            patience = time.monotonic() + PATIENCE
             before = time.time_ns()
             realtime, boottime = session.greet(min(deadline or patience, patience))
             return Info(VERSION, _clock(realtime, boottime, before))
 
-    def _session(self) -> Session:
+    def _connection(self, seconds: float) -> Socket:
+        return self._connect(max(0.0, seconds)) if self._is_told else self._connect()
+
+    def _session(self, deadline: float | None = None) -> Session:
+        """Raises CommandTimeout if there is none by then."""
+        left = _CONNECT_SECONDS if deadline is None else deadline - time.monotonic()
         try:
-            return Session(self._connect())
+            return Session(self._connection(min(left, _CONNECT_SECONDS)))
         except HostError as error:
             if error.errno != errno.ECONNREFUSED:
                 raise
             raise NoAgent(NO_AGENT, cure=NO_AGENT_CURE) from None
+        except PyvmmError as error:
+            if deadline is None or time.monotonic() < deadline:
+                raise
+            raise CommandTimeout(f"{error}") from error
 
     def open(
         self,
@@ -129,19 +147,30 @@ class Agent:
 
         `env` is added to a plain environment (PATH, HOME, USER). `user` is NAME, UID, NAME:GROUP or
         UID:GID; root without. `cwd` is / without. `tty` gives it a terminal of so many rows and
-        columns. After `timeout` seconds its process group is killed. Raises NoAgent, ConfigError;
-        a command that cannot be started shows when its output is read.
+        columns. After `timeout` seconds its process group is killed, and if the guest does not tell
+        soon that it was, the command is given up. Raises NoAgent, ConfigError, CommandTimeout if
+        the time is over before the guest has heard of it; a command that cannot be started shows
+        when its output is read.
         """
+        start = time.monotonic()
         wanted = run_request(
             argv, env=env, cwd=cwd, user=user, stdin=stdin, tty=tty, timeout=timeout
         )
-        session = self._session()
+        deadline = None if timeout is None else start + timeout
         try:
-            session.send(FrameType.RUN, wanted, time.monotonic() + PATIENCE)
-        except BaseException:
-            session.close()
-            raise
-        return Process(argv, session, stdin=stdin)
+            session = self._session(deadline)
+            try:
+                patience = time.monotonic() + PATIENCE
+                session.send(FrameType.RUN, wanted, min(deadline or patience, patience))
+            except BaseException:
+                session.close()
+                raise
+        except CommandTimeout as error:
+            if deadline is None or time.monotonic() < deadline:
+                raise
+            raise _late(argv, timeout) from error
+        given_up_at = None if deadline is None else deadline + _GRACE
+        return Process(argv, session, stdin=stdin, deadline=given_up_at)
 
     def run(
         self,
@@ -159,20 +188,14 @@ class Agent:
         Raises CommandTimeout after `timeout` seconds, AgentError for a command that is not there or
         that writes more than 256 MiB.
         """
-        deadline = None if timeout is None else time.monotonic() + timeout + _GRACE
         output = {STDOUT: bytearray(), STDOUT + 1: bytearray()}
         with self.open(
             argv, env=env, cwd=cwd, user=user, stdin=input is not None, timeout=timeout
         ) as process:
-            try:
-                _communicate(process, input, output, deadline)
-            except CommandTimeout:
-                process.timed_out = True
+            _communicate(process, input, output)
             stdout, stderr = map(bytes, output.values())
             if process.timed_out or process.returncode is None:
-                raise CommandTimeout(
-                    f"{argv[0]} took longer than {timeout:g} s", stdout=stdout, stderr=stderr
-                )
+                raise _late(argv, timeout, stdout, stderr)
         done = Completed(list(argv), process.returncode, stdout, stderr)
         return done.check() if check else done
 
@@ -182,11 +205,14 @@ class Agent:
         remote: str,
         *,
         progress: Callable[[int], None] | None = None,
+        timeout: float | None = None,
     ) -> Copied:
         """Copy a file or a tree into the guest: into `remote` if that is a directory, else to that
-        name. `progress` hears of the bytes of files sent so far. Raises ConfigError, AgentError."""
-        with self._session() as session:
-            return push(session, os.fspath(local), remote, progress)
+        name. `progress` hears of the bytes of files sent so far. Raises ConfigError, AgentError,
+        CommandTimeout after `timeout` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with _copying(timeout, deadline), self._session(deadline) as session:
+            return push(session, os.fspath(local), remote, progress, deadline)
 
     def pull(
         self,
@@ -194,11 +220,14 @@ class Agent:
         local: str | os.PathLike[str],
         *,
         progress: Callable[[int], None] | None = None,
+        timeout: float | None = None,
     ) -> Copied:
-        """Copy a file or a tree out of the guest: into `local` if that is a directory, else to that
-        name. The guest cannot write anywhere else. Raises ConfigError, AgentError."""
-        with self._session() as session:
-            return pull(session, remote, os.fspath(local), progress)
+        """Copy a file or a tree out of the guest: into `local` if that is a directory, under the
+        last name of `remote`, else to that name. The guest cannot write anywhere else. Raises
+        ConfigError, AgentError, CommandTimeout after `timeout` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        with _copying(timeout, deadline), self._session(deadline) as session:
+            return pull(session, remote, os.fspath(local), progress, deadline)
 
     def clock(self) -> Clock:
         """The guest's clock. Raises AgentError."""
@@ -210,7 +239,7 @@ class Agent:
 
     def _ask_clock(self, wanted: bytes | None) -> Clock:
         deadline = time.monotonic() + PATIENCE
-        with self._session() as session:
+        with self._session(deadline) as session:
             session.greet(deadline)  # the way is open: what follows takes no more than its time
             before = time.time_ns()
             session.send(FrameType.CLOCK, TIME.pack(before) if wanted is None else wanted, deadline)
@@ -224,7 +253,7 @@ class Agent:
         gone. Raises AgentError, CommandTimeout if the agent does not answer in `timeout` seconds.
         """
         deadline = time.monotonic() + timeout
-        with self._session() as session:
+        with self._session(deadline) as session:
             session.send(FrameType.POWER_OFF, bytes([quick]), deadline)
             with suppress(AgentGone):  # the guest was quicker than its answer
                 session.answer(FrameType.DONE, 0, deadline)
@@ -236,9 +265,34 @@ def _clock(realtime: int, boottime: int, before: int) -> Clock:
     return Clock(realtime / 1e9, (realtime - here) / 1e9, boottime / 1e9)
 
 
-def _communicate(
-    process: Process, input: bytes | None, output: dict[int, bytearray], deadline: float | None
-) -> None:
+def _wants_argument(connect: Callable[..., object]) -> bool:
+    try:
+        parameters = inspect.signature(connect).parameters.values()
+    except ValueError:
+        return False  # a function in C that does not say
+    return any(
+        one.default is one.empty and one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
+        for one in parameters
+    )
+
+
+def _late(
+    argv: Sequence[str], timeout: float | None, stdout: bytes = b"", stderr: bytes = b""
+) -> TimeLimit:
+    return TimeLimit(f"{argv[0]} took longer than {timeout:g} s", stdout=stdout, stderr=stderr)
+
+
+@contextmanager
+def _copying(timeout: float | None, deadline: float | None) -> Iterator[None]:
+    try:
+        yield
+    except CommandTimeout as error:
+        if deadline is None or time.monotonic() < deadline:
+            raise
+        raise TimeLimit(f"the copy took longer than {timeout:g} s") from error
+
+
+def _communicate(process: Process, input: bytes | None, output: dict[int, bytearray]) -> None:
     left = memoryview(input or b"")
     poll = select.poll()
     poll.register(process.fileno(), select.POLLIN)
@@ -249,9 +303,7 @@ def _communicate(
             if not left:
                 process.close_stdin()
                 input = None
-        check(deadline)
-        if not poll.poll(milliseconds_to(deadline)):
-            raise CommandTimeout(NO_ANSWER)
+        poll.poll(milliseconds_to(process.deadline))
         for stream, data in process.receive():
             output[stream] += data
             if len(output[stream]) > OUTPUT_LIMIT:

@@ -41,3 +41,7 @@ class CommandTimeout(AgentError):
         self.stdout = stdout
         self.stderr = stderr
         super().__init__(message)
+
+
+class TimeLimit(CommandTimeout):
+    """The time is over that whoever has asked for it allowed."""

@@ -301,13 +301,13 @@ class _Receiver:
             raise ConfigError(f"{self.place} {_NEITHER}", cure="name another place")
 
     def _make_link(self, name: str, entry: Entry, parent: int) -> None:
-        part = _part_name()
-        os.symlink(os.fsdecode(entry.target), part, dir_fd=parent)
-        try:
-            os.rename(part, name, src_dir_fd=parent, dst_dir_fd=parent)
-        except BaseException:
-            os.unlink(part, dir_fd=parent)
-            raise
+        self._part = _part_name()
+        os.symlink(os.fsdecode(entry.target), self._part, dir_fd=parent)
+        self._put_in_place(name, parent)
+
+    def _put_in_place(self, name: str, parent: int) -> None:
+        os.rename(self._part, name, src_dir_fd=parent, dst_dir_fd=parent)
+        self._part = ""
 
     def _write(self, data: bytes) -> None:
         view = memoryview(data)
@@ -325,7 +325,7 @@ class _Receiver:
         parent = self._levels[-1].fd
         os.ftruncate(self._file, os.lseek(self._file, 0, os.SEEK_CUR))
         _finish(self._file, self._entry, self._mask)
-        os.rename(self._part, os.fsdecode(self._entry.name), src_dir_fd=parent, dst_dir_fd=parent)
+        self._put_in_place(os.fsdecode(self._entry.name), parent)
         os.close(self._file)
         self._file = -1
         self.copied.files += 1
@@ -339,10 +339,11 @@ class _Receiver:
             os.close(level.fd)
 
     def close(self) -> None:
-        """Remove a file that is not whole, and close everything."""
-        if self._file >= 0:
+        """Remove what is not whole, and close everything."""
+        if self._part:  # an interrupt may come before its descriptor is known
             with suppress(OSError):
                 os.unlink(self._part, dir_fd=self._levels[-1].fd)
+        if self._file >= 0:
             os.close(self._file)
             self._file = -1
         while self._levels:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import NamedTuple
 
-from pyvmm.agent.errors import AgentError
+from pyvmm.agent.errors import AgentError, CommandTimeout
 from pyvmm.agent.protocol import (
     EXIT,
     EXITED,
@@ -43,12 +44,24 @@ class Process(Closable):
     """A command in the guest; closing it ends the command, if it still runs, and its group.
 
     `returncode` is None as long as it runs, then as in subprocess: negative for a signal.
-    `timed_out` says whether the agent ended it because of its timeout.
+    `timed_out` says whether it was ended, or given up, because of its timeout.
+
+    The agent ends a command in time. One that does not tell of it, as its guest is paused or hangs,
+    is given up at `deadline`, a time of time.monotonic() or None: whoever waits on `fileno` then
+    calls `receive`.
     """
 
-    def __init__(self, args: Sequence[str], session: Session, *, stdin: bool) -> None:
+    def __init__(
+        self,
+        args: Sequence[str],
+        session: Session,
+        *,
+        stdin: bool,
+        deadline: float | None = None,
+    ) -> None:
         """`Agent.open` is how to get one."""
         self.args = list(args)
+        self.deadline = deadline
         self.returncode: int | None = None
         self.timed_out = False
         self.pid: int | None = None  # in the guest
@@ -74,7 +87,22 @@ class Process(Closable):
         found, self._pending = self._pending, []
         if self.returncode is None:
             found += self._take(self._session.receive())
+        self.give_up_if_late()
         return found
+
+    def give_up_if_late(self) -> bool:
+        """End the session if `deadline` has passed; whether it has now ended for that."""
+        if self.returncode is None and self.deadline is not None:
+            if time.monotonic() < self.deadline:
+                return False
+            self.timed_out, self.returncode = True, -signal.SIGKILL
+            self._session.close()
+        return self.timed_out
+
+    def _until(self, deadline: float | None) -> float | None:
+        """The earlier of `deadline` and the command's own."""
+        given = [one for one in (deadline, self.deadline) if one is not None]
+        return min(given, default=None)
 
     def read(self, timeout: float | None = None) -> Output | None:
         """The next piece of output, None when the command has ended. Raises AgentError, and
@@ -86,9 +114,14 @@ class Process(Closable):
 
     def _wait(self, deadline: float | None) -> list[Output]:
         while self.returncode is None:
-            if found := self._take(self._session.wait_for_frames(deadline)):
-                return found
-            check(deadline)
+            try:
+                if found := self._take(self._session.wait_for_frames(self._until(deadline))):
+                    return found
+            except CommandTimeout:
+                if not self.give_up_if_late():
+                    raise
+            if not self.give_up_if_late():
+                check(deadline)
         return []
 
     def events(self) -> Iterator[Output]:
@@ -102,7 +135,7 @@ class Process(Closable):
         self._pending = []
         while self.returncode is None:
             self._wait(deadline)
-            if self.returncode is None:
+            if not self.give_up_if_late() and self.returncode is None:
                 check(deadline)
         return self.returncode
 
@@ -157,7 +190,11 @@ class Process(Closable):
 
     def _tell(self, type: FrameType, payload: bytes = b"") -> None:
         # The agent always reads, and all that may be on its way fits into the connection.
-        self._session.send(type, payload, time.monotonic() + PATIENCE)
+        try:
+            self._session.send(type, payload, self._until(time.monotonic() + PATIENCE))
+        except CommandTimeout:
+            if not self.give_up_if_late():
+                raise
 
     def close_stdin(self) -> None:
         """The command reads the end of its input; on a terminal it gets a Ctrl-D."""

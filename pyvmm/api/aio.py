@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from pyvmm.agent import Clock, Completed, Copied, Info, Output
 from pyvmm.api.cancellation import in_thread
@@ -23,6 +24,8 @@ from pyvmm.api.errors import TAIL_LINES, Outcome
 from pyvmm.api.events import Event
 from pyvmm.api.in_guest import READY_SECONDS, Path
 from pyvmm.api.vm import START_SECONDS, STOP_SECONDS, VM
+
+T = TypeVar("T")
 
 
 class AsyncVM:
@@ -64,7 +67,14 @@ class AsyncVM:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await in_thread(self.vm.__exit__, kind, error, trace)
+        await self._end(self.vm.__exit__, kind, error, trace)
+
+    async def _end(self, call: Callable[..., T], *args: Any, **options: Any) -> T:
+        # In a process that was forked it does nothing, and must not wait for that: the event loop
+        # there shares its file descriptors with the one that runs on in the other process.
+        if self.vm.is_elsewhere:
+            return call(*args, **options)
+        return await in_thread(call, *args, **options)
 
     def detach(self) -> None:
         """See `VM.detach`."""
@@ -72,11 +82,11 @@ class AsyncVM:
 
     async def stop(self, timeout: float = STOP_SECONDS, *, escalate: bool = True) -> Outcome:
         """See `VM.stop`."""
-        return await in_thread(self.vm.stop, timeout, escalate=escalate)
+        return await self._end(self.vm.stop, timeout, escalate=escalate)
 
     async def kill(self) -> Outcome:
         """See `VM.kill`."""
-        return await in_thread(self.vm.kill)
+        return await self._end(self.vm.kill)
 
     async def wait(self, timeout: float | None = None) -> Outcome:
         """See `VM.wait`."""
@@ -137,13 +147,13 @@ class AsyncVM:
         options = {"env": env, "cwd": cwd, "user": user, "stdin": stdin, "tty": tty}
         return AsyncCommand(await in_thread(self.vm.popen, argv, timeout=timeout, **options))
 
-    async def push(self, local: Path, remote: str) -> Copied:
+    async def push(self, local: Path, remote: str, *, timeout: float | None = None) -> Copied:
         """See `VM.push`."""
-        return await in_thread(self.vm.push, local, remote)
+        return await in_thread(self.vm.push, local, remote, timeout=timeout)
 
-    async def pull(self, remote: str, local: Path) -> Copied:
+    async def pull(self, remote: str, local: Path, *, timeout: float | None = None) -> Copied:
         """See `VM.pull`."""
-        return await in_thread(self.vm.pull, remote, local)
+        return await in_thread(self.vm.pull, remote, local, timeout=timeout)
 
     async def clock(self) -> Clock:
         """See `VM.clock`."""
@@ -225,7 +235,7 @@ class AsyncCommand:
             while not self._pending:
                 if self.returncode is not None:
                     return None
-                await _readable(self._command.fileno())
+                await _readable(self._command.fileno(), self._command.deadline)
                 self._pending = await in_thread(self._command.receive)
         return self._pending.pop(0)
 
@@ -263,7 +273,8 @@ class AsyncCommand:
         self._command.close()
 
 
-async def _readable(fd: int) -> None:
+async def _readable(fd: int, deadline: float | None) -> None:
+    """Wait until `fd` has something, or for `deadline`, a time of time.monotonic()."""
     loop = asyncio.get_running_loop()
     ready: asyncio.Future[None] = loop.create_future()
 
@@ -273,7 +284,7 @@ async def _readable(fd: int) -> None:
 
     loop.add_reader(fd, set)
     try:
-        await ready
+        await asyncio.wait([ready], timeout=deadline and max(0.0, deadline - time.monotonic()))
     finally:
         loop.remove_reader(fd)
 

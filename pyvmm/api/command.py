@@ -38,6 +38,12 @@ class Command(Closable):
         """Its process in the guest, once that is known."""
         return self._process.pid
 
+    @property
+    def deadline(self) -> float | None:
+        """When a command with a time limit is given up, a time of time.monotonic(), if its guest
+        does not tell of its end before: whoever waits on `fileno` then calls `receive`."""
+        return self._process.deadline
+
     def fileno(self) -> int:
         """For select and event loops: readable when `receive` has something."""
         return self._process.fileno()

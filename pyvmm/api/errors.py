@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import NamedTuple
 
 from pyvmm.errors import PyvmmError
@@ -58,6 +59,16 @@ def add_console(error: BaseException, console: str) -> None:
     """Have Python show the end of the console with `error`."""
     if console:
         error.add_note(f"--- the guest's console ends:\n{console}")
+
+
+def check_owner(owner: int, what: str) -> None:
+    """Raise VMError in a process that was forked from `owner`, which `what` belongs to: the thread
+    that fills it is not here, and its locks may be held for ever."""
+    if os.getpid() != owner:
+        raise VMError(
+            f"{what} belongs to process {owner}, which this one was forked from; VM.attach makes "
+            "one for here"
+        )
 
 
 def ended(name: str, outcome: Outcome, console: str) -> VMError:

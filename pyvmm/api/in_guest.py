@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 Path = str | os.PathLike[str]
 
 READY_SECONDS = 300.0
-_CONNECT_SECONDS = 60.0
 
 
 class InGuest(ABC):
@@ -90,17 +90,18 @@ class InGuest(ABC):
             )
         return Command(process, self._explained)
 
-    def push(self, local: Path, remote: str) -> Copied:
+    def push(self, local: Path, remote: str, *, timeout: float | None = None) -> Copied:
         """Copy a file or a folder into the guest: into `remote` if that is a folder, else to that
-        name. Raises ConfigError, AgentError."""
+        name. Raises ConfigError, AgentError, CommandTimeout after `timeout` seconds."""
         with self._agent() as agent:
-            return agent.push(local, remote)
+            return agent.push(local, remote, timeout=timeout)
 
-    def pull(self, remote: str, local: Path) -> Copied:
-        """Copy a file or a folder out of the guest: into `local` if that is a folder, else to that
-        name. Raises ConfigError, AgentError."""
+    def pull(self, remote: str, local: Path, *, timeout: float | None = None) -> Copied:
+        """Copy a file or a folder out of the guest: into `local` if that is a folder, under the
+        last name of `remote`, else to that name. Raises ConfigError, AgentError, CommandTimeout
+        after `timeout` seconds."""
         with self._agent() as agent:
-            return agent.pull(remote, local)
+            return agent.pull(remote, local, timeout=timeout)
 
     def clock(self) -> Clock:
         """The guest's clock."""
@@ -113,16 +114,21 @@ class InGuest(ABC):
             return agent.set_clock()
 
     @contextmanager
-    def _agent(self, patience: float = _CONNECT_SECONDS) -> Iterator[Agent]:
-        """An agent whose connections end when this thread is to give up."""
+    def _agent(self, patience: float = math.inf) -> Iterator[Agent]:
+        """An agent whose connections end when this thread is to give up, and take no longer than
+        `patience` seconds to make."""
         from pyvmm.agent import PORT, Agent
 
         connections: list[Socket] = []
 
-        def connect() -> Socket:
+        def watch(connection: Socket) -> None:
+            connections.append(connection)
             check_cancelled()
-            connections.append(connect_vsock(self.name, PORT, patience=patience))
-            return connections[-1]
+
+        def connect(seconds: float) -> Socket:
+            made = connect_vsock(self.name, PORT, patience=min(seconds, patience), watch=watch)
+            watch(made)
+            return made
 
         def hang_up() -> None:
             for connection in connections:

@@ -19,8 +19,9 @@ from collections.abc import Callable
 from threading import Event, Lock, Thread
 
 from pyvmm.api.cancellation import check, woken_by
-from pyvmm.api.errors import TAIL_LINES, Outcome, VMError, VMTimeout, ended
+from pyvmm.api.errors import TAIL_LINES, Outcome, VMError, VMTimeout, check_owner, ended
 from pyvmm.api.transcript import Transcript
+from pyvmm.control.client import NoAnswer
 from pyvmm.errors import ConfigError
 from pyvmm.machine.spec import VmSpec, to_json
 
@@ -40,12 +41,19 @@ class Monitor(ABC):
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.owner = os.getpid()
         self.transcript = Transcript()
         self.messages: list[str] = []
         self._outcome: Outcome | None = None
         self._ended = Event()
         self._on_end: list[Callable[[], object]] = []
         self._typing = Lock()
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether it is the monitor of the process that this one was forked from. Its thread is
+        there, its locks may be held for ever here, and what it does is not for us to end."""
+        return os.getpid() != self.owner
 
     @abstractmethod
     def type(self, data: bytes) -> None:
@@ -90,6 +98,7 @@ class Monitor(ABC):
     def write(self, fd: int, data: bytes) -> None:
         """Write all of `data` to the non-blocking `fd`, which the guest reads from. Raises as
         `type` does."""
+        check_owner(self.owner, self.name)
         with self._typing:
             if self.outcome is not None:
                 raise self.why_ended()
@@ -176,10 +185,14 @@ class OwnMonitor(Monitor):
         os.set_blocking(self._stdin, False)
         self._outputs = (self._process.stdout.fileno(), self._process.stderr.fileno())
 
-    def wait_for_name(self) -> str:
-        """The name under which the VM runs. Raises the error for one that does not come so far."""
-        name = b""
-        with open(self._name_fd, "rb", closefd=True) as file:
+    def wait_for_name(self, timeout: float) -> str:
+        """The name under which the VM runs. Raises the error for one that does not come so far, and
+        NoAnswer after `timeout` seconds."""
+        poll = select.poll()
+        poll.register(self._name_fd, select.POLLIN)
+        if not poll.poll(timeout * 1000):
+            raise NoAnswer(f"the monitor (PID {self.pid}) does not come up")
+        with open(self._name_fd, "rb", closefd=False) as file:
             name = file.readline()
         if not name:
             self.wait(None)
@@ -243,6 +256,7 @@ class OwnMonitor(Monitor):
         self.finish(Outcome(code, self._last_line(code)), self._close)
 
     def _close(self) -> None:
+        os.close(self._name_fd)
         for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
             if stream is not None:
                 stream.close()

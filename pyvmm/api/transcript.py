@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from threading import Condition
 
 from pyvmm.api.cancellation import check, woken_by
+from pyvmm.api.errors import check_owner
 
+_WHAT = "this console"
 LIMIT = 4 << 20  # bytes that are kept, at least; older ones are forgotten
 
 
@@ -19,6 +22,7 @@ class Transcript:
         self._forgotten = 0
         self._ended = False
         self._changed = Condition()
+        self._owner = os.getpid()
 
     def append(self, data: bytes) -> None:
         with self._changed:
@@ -37,7 +41,8 @@ class Transcript:
 
     def read(self, position: int, size: int, timeout: float | None) -> tuple[bytes, int]:
         """Up to `size` bytes from `position` on, or from the oldest that there is, and the position
-        behind them; b"" at the end. Raises TimeoutError."""
+        behind them; b"" at the end. Raises TimeoutError, and VMError in a forked process."""
+        check_owner(self._owner, _WHAT)
         deadline = None if timeout is None else time.monotonic() + timeout
         with woken_by(self._wake), self._changed:
             while True:
@@ -59,7 +64,9 @@ class Transcript:
 
     @property
     def text(self) -> str:
-        """All that is kept, with lines that end as they do here."""
+        """All that is kept, with lines that end as they do here. Raises VMError in a forked
+        process."""
+        check_owner(self._owner, _WHAT)
         with self._changed:
             data = bytes(self._data)
         return data.decode(errors="replace").replace("\r\n", "\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from pyvmm.api import config_file
 from pyvmm.api.cancellation import woken_by
-from pyvmm.api.errors import TAIL_LINES, Outcome, VMError, VMTimeout, add_console
+from pyvmm.api.errors import TAIL_LINES, Outcome, VMError, VMTimeout, add_console, check_owner
 from pyvmm.api.events import Event, events_of
 from pyvmm.api.in_guest import InGuest, Path
 from pyvmm.api.in_monitor import PATIENCE, InMonitor
@@ -51,6 +52,10 @@ class VM(InGuest, InMonitor):
     It is started by `start` or by entering a `with` block, at whose end it is stopped. It runs in a
     process of its own, which ends when this one does. Methods raise VMError or one of its kinds,
     with the end of the guest's console, and can be called from any thread.
+
+    It belongs to the process that has started it. In one forked from that, the end of a `with`
+    block, `stop`, `kill` and `detach` do nothing, and what needs the guest's console, or its end,
+    raises VMError; what asks the guest or its monitor (`run`, `status`) works.
     """
 
     def __init__(
@@ -133,19 +138,20 @@ class VM(InGuest, InMonitor):
         monitor = self._monitor = OwnMonitor(
             self.spec, kvm, image=image, rm=rm, outlives_us=detached
         )
+        deadline = time.monotonic() + timeout
         try:
             with (
                 woken_by(partial(monitor.signal, signal.SIGKILL)),
-                Client.connect(monitor.wait_for_name()) as client,
+                Client.connect(monitor.wait_for_name(timeout)) as client,
             ):
-                client.call("status", patience=timeout)
+                client.call("status", patience=max(0.0, deadline - time.monotonic()))
         except (NoAnswer, ConfigError):
             if self._ends_soon():
                 raise monitor.failure() from None
             console = monitor.transcript.tail(TAIL_LINES)
             monitor.end()
             raise VMTimeout(
-                f"{monitor.name} did not start within {timeout:g} seconds", console=console
+                f"{monitor.name or 'vm'} did not start within {timeout:g} seconds", console=console
             ) from None
         except BaseException:
             monitor.end()
@@ -180,7 +186,7 @@ class VM(InGuest, InMonitor):
         """Let go of a VM that was attached to; it runs on."""
         from pyvmm.api.attached import AttachedMonitor
 
-        if isinstance(self._monitor, AttachedMonitor):
+        if isinstance(self._monitor, AttachedMonitor) and not self.is_elsewhere:
             self._monitor.detach()
 
     def stop(self, timeout: float = STOP_SECONDS, *, escalate: bool = True) -> Outcome:
@@ -191,7 +197,7 @@ class VM(InGuest, InMonitor):
         stop`. After `timeout` seconds it is killed with `escalate`, and VMTimeout is raised
         without. A VM that has ended, or has never been started, is left alone.
         """
-        if self._monitor is None:
+        if self._monitor is None or self.is_elsewhere:
             return Outcome(None)
         monitor = self._monitor
         if not self._asked_to_power_off(timeout):
@@ -218,11 +224,11 @@ class VM(InGuest, InMonitor):
 
     def kill(self) -> Outcome:
         """End its process at once (SIGKILL), and wait until it has ended."""
-        return self._running().end()
+        return Outcome(None) if self.is_elsewhere else self._running().end()
 
     def wait(self, timeout: float | None = None) -> Outcome:
         """Wait until it ends by itself; how it did. Raises VMTimeout after `timeout` seconds."""
-        return self._running().wait(timeout)
+        return self._ours().wait(timeout)
 
     @property
     def outcome(self) -> Outcome | None:
@@ -234,7 +240,19 @@ class VM(InGuest, InMonitor):
             raise VMError("the VM has not been started")
         return self._monitor
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether it belongs to the process that this one was forked from."""
+        return self._monitor is not None and self._monitor.is_elsewhere
+
+    def _ours(self) -> Monitor:
+        monitor = self._running()
+        check_owner(monitor.owner, monitor.name)
+        return monitor
+
     def _ends_soon(self) -> bool:
+        if self.is_elsewhere:
+            return False
         try:
             self._running().wait(_ENDING_SECONDS)
         except VMTimeout:
@@ -256,15 +274,15 @@ class VM(InGuest, InMonitor):
     @property
     def messages(self) -> list[str]:
         """The monitor's own lines so far: hints, diagnoses, warnings."""
-        return list(self._running().messages)
+        return list(self._ours().messages)
 
     @property
     def console(self) -> Console:
         """What the guest says and is told."""
+        monitor = self._ours()
         if self._console is None:
             from pyvmm.api.console import Console
 
-            monitor = self._running()
             self._console = Console(monitor.transcript, monitor.type, monitor.why_ended)
         return self._console
 
@@ -300,6 +318,8 @@ class VM(InGuest, InMonitor):
             ):
                 raise self._running().why_ended() from error
             if isinstance(error, ConfigError) or not isinstance(error, PyvmmError):
+                raise
+            if self.is_elsewhere:
                 raise
             add_console(error, self._running().transcript.tail(TAIL_LINES))
             raise

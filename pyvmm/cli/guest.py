@@ -10,7 +10,8 @@ from collections.abc import Callable
 import click
 
 from pyvmm.agent import PORT, Agent, Copied
-from pyvmm.cli.attached import attach, terminal_size
+from pyvmm.agent.errors import TimeLimit
+from pyvmm.cli.attached import TIMED_OUT, Left, attach, leaving_by_signal, terminal_size
 from pyvmm.cli.seconds import Seconds
 from pyvmm.control.client import connect_vsock
 from pyvmm.errors import ConfigError
@@ -23,7 +24,7 @@ _SHOW_EVERY = 0.1  # seconds
 
 def agent_of(vm: str) -> Agent:
     """The agent in the guest of the VM called `vm`; nothing is asked yet."""
-    return Agent(lambda: connect_vsock(vm, PORT))
+    return Agent(lambda seconds: connect_vsock(vm, PORT, patience=seconds))
 
 
 def _ready(vm: str, wait: float) -> Agent:
@@ -70,9 +71,9 @@ def exec(
 ) -> int:
     """Run CMD in the guest of VM, with its output here; exits with its code.
 
-    That is 128+N if signal N ended it, 126 or 127 if it could not be started. Ctrl-C reaches it;
-    if this command ends before it, so does CMD. The VM needs a vsock device (`pyvmm run --agent`)
-    and pyvmm's agent in its image: docs/guest-agent.md.
+    That is 128+N if signal N ended it, 126 or 127 if it could not be started. Ctrl-C reaches it; a
+    second one ends this command, and if this command ends before it, so does CMD. The VM needs a
+    vsock device (`pyvmm run --agent`) and pyvmm's agent in its image: docs/guest-agent.md.
     """
     argv = command[1:] if command[:1] == ("--",) else command
     if not argv:
@@ -81,17 +82,23 @@ def exec(
     variables = dict(map(_variable, env))
     if tty and "TERM" in os.environ:
         variables.setdefault("TERM", os.environ["TERM"])
-    process = _ready(vm, wait).open(
-        argv,
-        env=variables,
-        cwd=workdir,
-        user=user,
-        stdin=interactive,
-        tty=terminal_size(stdout, stdin) if tty else None,
-        timeout=timeout,
-    )
-    with process:
-        return attach(process, stdin if interactive else None, stdout, tty=tty)
+    try:
+        process = _ready(vm, wait).open(
+            argv,
+            env=variables,
+            cwd=workdir,
+            user=user,
+            stdin=interactive,
+            tty=terminal_size(stdout, stdin) if tty else None,
+            timeout=timeout,
+        )
+        with process:
+            return attach(process, stdin if interactive else None, stdout, tty=tty)
+    except TimeLimit as error:
+        log.to_stderr(str(error))
+        return TIMED_OUT
+    except Left as left:
+        return left.code
 
 
 def _variable(text: str) -> tuple[str, str]:
@@ -105,7 +112,7 @@ def _variable(text: str) -> tuple[str, str]:
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
 @_wait_option
-def cp(source: str, target: str, wait: float) -> None:
+def cp(source: str, target: str, wait: float) -> int:
     """Copy a file or a directory into a guest, or out of one: one of SRC and DST is VM:PATH.
 
     Into DST if that is a directory, under the last name of SRC, else to that name. Modes (out of a
@@ -122,18 +129,26 @@ def cp(source: str, target: str, wait: float) -> None:
         )
     if not (source_path or source_vm is None):
         raise ConfigError(f"{source} names no file", cure=f"write {source}/ for all of it")
+    try:
+        with leaving_by_signal():
+            copied = _copy(source_vm, source_path, target_vm, target_path, wait)
+    except Left as left:
+        return left.code
+    _tell_skipped(copied)
+    return 0
+
+
+def _copy(
+    source_vm: str | None, source: str, target_vm: str | None, target: str, wait: float
+) -> Copied:
     progress, finish = _progress()
     try:
         if target_vm is not None:
-            copied = _ready(target_vm, wait).push(
-                source_path, target_path or "/", progress=progress
-            )
-        else:
-            assert source_vm is not None
-            copied = _ready(source_vm, wait).pull(source_path, target_path, progress=progress)
+            return _ready(target_vm, wait).push(source, target or "/", progress=progress)
+        assert source_vm is not None
+        return _ready(source_vm, wait).pull(source, target, progress=progress)
     finally:
         finish()
-    _tell_skipped(copied)
 
 
 def _split(text: str) -> tuple[str | None, str]:

@@ -3,19 +3,25 @@
 The process forks. The parent becomes the monitor: whatever ends it, the guest goes with it. The
 child is a client like `pyvmm exec`, and so takes no time from the vCPUs; it keeps the end of what
 the guest's console says, to show it if the command never runs.
+
+Ctrl-C is the client's. A terminal sends it to both, and a program to the parent, whose number it
+knows: so the parent takes it and passes it on, as a signal that the client gets from nobody else.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from threading import Thread
+from threading import Event, Thread
+from types import FrameType
 
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import log
@@ -25,10 +31,14 @@ from pyvmm.machine.spec import DiskSpec, VmSpec
 BOOT_PATIENCE = 300.0  # seconds until the agent answers; also for a guest in an emulated KVM host
 _OFF_PATIENCE = 30.0
 _END_PATIENCE = 10.0  # a guest that panics says a lot before it is over
+_CUT_SECONDS = 1.0  # between asking the monitor to end, and not asking any more
+_KILL_SECONDS = 10.0
 _TAIL_LINES = 20
 _TAIL_BYTES = 16 << 10
 # Init has nobody to serve on the console, and the kernel nothing to say there.
 _CMDLINE = "quiet pyvmm.exec=agent"
+# What the monitor gets, and what the client gets for it.
+_PASSED_ON: dict[int, int] = {signal.SIGINT: signal.SIGUSR1, signal.SIGQUIT: signal.SIGUSR2}
 
 
 @dataclass(frozen=True)
@@ -106,6 +116,7 @@ def run_with_command(
         )
     console, result = os.pipe(), os.pipe()
     _flush()
+    signal.pthread_sigmask(signal.SIG_BLOCK, (*_PASSED_ON, *_PASSED_ON.values()))
     try:
         child = os.fork()
     except OSError as error:
@@ -127,8 +138,8 @@ def run_with_command(
 
 
 def _be_monitor(run: Callable[[], int], child: int, console: int, result: int) -> int:
-    # Ctrl-C is for the command: the client passes it on, and may end us by SIGTERM.
-    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGQUIT))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON.values())
+    attending = _Attending(child)
     null = os.open(os.devnull, os.O_RDWR)
     stdout = os.dup(1)
     os.dup2(null, 0)
@@ -137,6 +148,7 @@ def _be_monitor(run: Callable[[], int], child: int, console: int, result: int) -
     try:
         code = run()
     finally:
+        attending.over()
         _flush()
         os.dup2(null, 1)  # the client sees the console's end
         told = os.read(result, 1)
@@ -149,6 +161,35 @@ def _be_monitor(run: Callable[[], int], child: int, console: int, result: int) -
     if not code:
         log.to_stderr("the guest powered off before the command had ended")
     return code or 1
+
+
+class _Attending:
+    """What the monitor does for its client: pass Ctrl-C on, and not go on without it."""
+
+    def __init__(self, client: int) -> None:
+        self._client = client
+        self._process = os.pidfd_open(client)
+        self._over = Event()
+        for work in (self._pass_on, self._end_with_it):
+            Thread(target=work, name="client", daemon=True).start()
+
+    def over(self) -> None:
+        """The monitor has ended its work."""
+        self._over.set()
+
+    def _pass_on(self) -> None:
+        while True:
+            number = signal.sigwait(_PASSED_ON)
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._process, _PASSED_ON[number])
+
+    def _end_with_it(self) -> None:
+        poll = select.poll()
+        poll.register(self._process, select.POLLIN)
+        poll.poll()
+        while not self._over.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
+            self._over.wait(_CUT_SECONDS)
 
 
 def _flush() -> None:
@@ -179,6 +220,22 @@ class _Client:
 
     def run(self) -> int | None:
         """The exit code; None if it is for the monitor to say, as the guest has ended."""
+        from pyvmm.cli.attached import Left
+
+        def leave(number: int, frame: FrameType | None) -> None:
+            raise Left(given[number])
+
+        given = {passed: number for number, passed in _PASSED_ON.items()}
+        for number in given:
+            signal.signal(number, leave)
+        try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, given)
+            return self._run()
+        except Left as left:
+            self._end_monitor()
+            return left.code
+
+    def _run(self) -> int | None:
         from pyvmm.agent import AgentGone
         from pyvmm.cli.ending import explain
         from pyvmm.control.client import NoAnswer
@@ -191,9 +248,6 @@ class _Client:
             self._console.join(_END_PATIENCE)
             self._show_tail()
             return None
-        except KeyboardInterrupt:
-            os.kill(self._monitor, signal.SIGTERM)
-            return 130
         except Exception as error:
             # Has the agent gone alone, or the guest with it? Its monitor says how it ended.
             if isinstance(error, AgentGone) and self._has_ended():
@@ -204,13 +258,25 @@ class _Client:
                 log.to_stderr(traceback.format_exc())
             code = explain(error)
             self._show_tail()
-            os.kill(self._monitor, signal.SIGTERM)
+            self._end_monitor()
             return code
         self._power_off()
         self._note("power-off")
         if self._debug:
             self._tell_times()
         return code
+
+    def _end_monitor(self) -> None:
+        """End the monitor and its guest, which is not waited for."""
+        for number in _PASSED_ON.values():
+            signal.signal(number, signal.SIG_IGN)  # it could not be quicker
+        deadline = time.monotonic() + _KILL_SECONDS
+        while os.getppid() == self._monitor:
+            late = time.monotonic() > deadline
+            os.kill(self._monitor, signal.SIGKILL if late else signal.SIGTERM)
+            self._console.join(_CUT_SECONDS)  # a second signal cuts what the first one asks for
+            if not self._console.is_alive():
+                return
 
     def _note(self, stage: str) -> None:
         """`stage` ends now."""
@@ -249,8 +315,9 @@ class _Client:
             stdin=stdin is not None,
             tty=terminal_size(stdout, stdin) if tty else None,
         )
+        signals = {passed: number for number, passed in _PASSED_ON.items()}
         with process:
-            code = attach(process, stdin, stdout, tty=tty)
+            code = attach(process, stdin, stdout, tty=tty, signals=signals)
         self._note("command")
         self._agent = agent
         return code
@@ -263,11 +330,12 @@ class _Client:
             self._agent.power_off(quick=nothing_to_keep(self._spec))
         except PyvmmError as error:
             log.to_stderr(f"{self._spec.name}: cannot be powered off: {error}")
-            os.kill(self._monitor, signal.SIGTERM)
-        self._console.join(_OFF_PATIENCE)
-        if self._console.is_alive():
+        else:
+            self._console.join(_OFF_PATIENCE)
+            if not self._console.is_alive():
+                return
             log.to_stderr(f"{self._spec.name}: still runs {_OFF_PATIENCE:g} s after its power-off")
-            os.kill(self._monitor, signal.SIGTERM)
+        self._end_monitor()
 
     def _watch_console(self, console: int) -> None:
         while data := os.read(console, 1 << 16):

@@ -21,6 +21,7 @@ PATIENCE = 10.0  # seconds for an answer
 
 _PIECE = 1 << 16
 _BUSY_PAUSE = 0.05  # seconds
+_LOOK_SECONDS = 1.0  # for a question that only makes a message better
 
 T = TypeVar("T")
 
@@ -226,29 +227,66 @@ def read_events(socket: Socket) -> Iterator[dict[str, Any]]:
         socket.close()
 
 
-def connect_vsock(name: str, port: int, *, patience: float = 60.0) -> Socket:
-    """A stream to `port` of the guest of the VM called `name`.
+def connect_vsock(
+    name: str,
+    port: int,
+    *,
+    patience: float = 60.0,
+    watch: Callable[[Socket], object] = lambda socket: None,
+) -> Socket:
+    """A stream to `port` of the guest of the VM called `name`. `watch` is called with each socket
+    that is waited for: whoever shuts it down has this fail at once.
 
     Raises HostError, ECONNREFUSED, if nobody listens there, or the guest is not that far yet;
-    ConfigError if no such VM runs; ControlError if it has no vsock device; NoAnswer after
-    `patience` seconds, which the VM may take to start, or if it ends meanwhile.
+    ConfigError if no such VM runs; ControlError if it has no vsock device, or is paused; NoAnswer
+    after `patience` seconds, which the VM may take to start, or if it ends meanwhile.
     """
     deadline = time.monotonic() + patience
     refused = HostError(errno.ECONNREFUSED, f"port {port} of the guest of {name}")
+
+    def ask(client: Client) -> Socket:
+        watch(client.connection)
+        left = max(0.0, deadline - time.monotonic())
+        return client.upgrade("vsock.connect", patience=left, port=port).socket
+
     try:
-        stream = patiently(
-            name,
-            lambda client: client.upgrade("vsock.connect", patience=patience, port=port).socket,
-            patience,
-        )
+        stream = patiently(name, ask, patience)
     except protocol.ControlError as error:
         if error.code == protocol.NOT_READY:
             raise refused from None
-        raise
+        raise _with_cure(error, name) from None
     with Client(name, stream) as reader:
-        if not reader.line_or_end(deadline).startswith(b"OK "):
+        watch(stream)
+        try:
+            answer = reader.line_or_end(deadline)
+        except NoAnswer:
+            _raise_if_paused(name)
+            raise NoAnswer(f"the guest of {name} does not answer") from None
+        if not answer.startswith(b"OK "):
             raise refused
         return unix_sockets.adopt(os.dup(stream.fileno()))
+
+
+def _with_cure(error: protocol.ControlError, name: str) -> protocol.ControlError:
+    if error.code != protocol.PAUSED:
+        return error
+    return protocol.ControlError(error.code, f"{name} is paused; pyvmm resume {name} has it go on")
+
+
+def _raise_if_paused(name: str) -> None:
+    """Say so of a VM that was paused while its guest was waited for."""
+    if is_paused(name):
+        raise _with_cure(protocol.ControlError(protocol.PAUSED, ""), name)
+
+
+def is_paused(name: str) -> bool:
+    """Whether the VM called `name` is paused, as far as it says so at once."""
+    try:
+        with Client.connect(name) as client:
+            state: str = client.call("status", patience=_LOOK_SECONDS)["state"]
+            return state == "paused"
+    except PyvmmError:
+        return False
 
 
 def stop(name: str, *, patience: float, kill: bool = False) -> None:

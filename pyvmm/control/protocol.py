@@ -21,6 +21,7 @@ UNKNOWN_METHOD = "unknown_method"
 UNSUPPORTED_VERSION = "unsupported_version"
 REFUSED = "refused"  # understood, but it cannot be had
 NOT_READY = "not_ready"  # it can be had once the guest is further
+PAUSED = "paused"  # it can be had once the VM goes on
 FAILED = "failed"  # the host or the monitor failed
 BUSY = "busy"  # too many clients
 

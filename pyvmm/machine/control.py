@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pyvmm import __version__
-from pyvmm.control.protocol import NOT_READY, ControlError, Method, Upgrade
+from pyvmm.control.protocol import NOT_READY, PAUSED, ControlError, Method, Upgrade
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host.files import SECTOR
 from pyvmm.machine.builder import Prepared
@@ -176,10 +176,13 @@ class MachineControl:
 
     def vsock_connect(self, port: int) -> Upgrade:
         """Make the connection one to a port of the guest. Raises ConfigError if there is no such
-        port, or no socket device; ControlError as long as the guest has no driver for it."""
+        port, or no socket device; ControlError as long as the guest has no driver for it, or the VM
+        is paused."""
         if not 0 <= port < 1 << 32:
             raise ConfigError(f"there is no port {port}", cure="use 0 to 4294967295")
         device = self._vsock()
+        if self._machine.pauser.paused:
+            raise ControlError(PAUSED, f"{self._prepared.spec.name} is paused")
         if not device.has_driver:
             raise ControlError(NOT_READY, "the guest has no driver for its vsock device yet")
 

@@ -47,6 +47,8 @@ class Reached:
     terminal_code: int = -1
     interrupted: int = -1
     left_running: bool = True
+    paused: dict[str, int] = field(default_factory=dict)
+    left_after_pause: bool = True
     copies: str = ""
     fsck: str = "?"
 
@@ -85,6 +87,7 @@ def reach_into(folder: Path) -> Reached:
         exec("slow", "--timeout=0.5", "vm", "--", "sh", "-c", "sleep 4321 & sleep 4321")
         exec("nobody left", "vm", "--", "sh", "-c", "pidof sleep || echo none")
         exec("nothing", "vm")
+        stand_still(guest, found, exec)
         at_a_terminal(guest, found)
         leave_without_a_word(guest, found, exec)
         copy(guest, folder, found)
@@ -93,6 +96,32 @@ def reach_into(folder: Path) -> Reached:
         found.result = guest.wait()
         found.fsck = fsck(disk)
     return found
+
+
+def stand_still(guest: Guest, found: Reached, exec) -> None:
+    """Clients of a VM that is paused while their commands run, and one that comes afterwards."""
+    clients = {
+        "limited": ["--timeout=3", "vm", "--", "sh", "-c", "echo begun; exec sleep 4322"],
+        "interrupted": ["vm", "--", "sh", "-c", "trap '' INT; echo begun; exec sleep 4322"],
+    }
+    running: dict[str, subprocess.Popen[bytes]] = {}
+    for name, words in clients.items():
+        running[name] = subprocess.Popen(
+            [*PYVMM, "exec", *words], env=guest.environment, stdout=subprocess.PIPE
+        )
+        assert running[name].stdout.readline() == b"begun\n"
+    assert guest.pyvmm("pause", "vm").returncode == 0
+    for _ in range(2):
+        running["interrupted"].send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    for name, client in running.items():
+        found.paused[name] = client.wait(HANG_SECONDS)
+        client.stdout.close()
+    exec("paused", "vm", "true")
+    assert guest.pyvmm("resume", "vm").returncode == 0
+    found.left_after_pause = not wait_until(
+        lambda: exec("left", "vm", "--", "sh", "-c", "pidof sleep || echo none").stdout == b"none\n"
+    )
 
 
 def at_a_terminal(guest: Guest, found: Reached) -> None:
@@ -186,6 +215,14 @@ def test_what_cannot_be_run_is_one_line_and_a_code_as_a_shells(boot: Reached) ->
 def test_a_timeout_ends_the_command_and_its_children(boot: Reached) -> None:
     assert boot.done["slow"].returncode == 124
     assert boot.done["nobody left"].stdout == b"none\n"
+
+
+@reached
+def test_a_paused_guest_holds_no_client_and_its_commands_end_when_it_goes_on(boot: Reached) -> None:
+    assert boot.paused == {"limited": 124, "interrupted": 130}
+    assert boot.done["paused"].returncode == 1
+    assert boot.done["paused"].stderr == b"pyvmm: vm is paused; pyvmm resume vm has it go on\n"
+    assert not boot.left_after_pause
 
 
 @reached

@@ -5,6 +5,9 @@ Told "O" it powers off, "R" resets, "P" says what a kernel that panics says, and
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from pathlib import Path
 
 from unit.boot_images import Elf, Load
@@ -50,3 +53,11 @@ def faulting_kernel(folder: Path) -> str:
 def _kernel(path: Path, code: bytes) -> str:
     path.write_bytes(Elf(loads=[Load(data=code.ljust(256, b"\x90"))], note=None).build())
     return str(path)
+
+
+def stop_process(pid: int) -> None:
+    """Have the process stand still; on return all of its threads do."""
+    os.kill(pid, signal.SIGSTOP)
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        while (task / "stat").read_text().rpartition(")")[2].split()[0] != "T":
+            time.sleep(0.01)

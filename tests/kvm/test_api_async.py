@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from echo_guest import echo_kernel
+from echo_guest import echo_kernel, stop_process
 
 from pyvmm import AsyncVM, GuestPanic
 from pyvmm.control import registry
@@ -167,5 +168,20 @@ def test_attaching(kernel):
             async with await AsyncVM.attach(vm.name) as same:
                 await same.console.expect("ready")
             assert (await vm.status())["state"] == "running"
+
+    run(main)
+
+
+def test_a_monitor_that_stands_still_does_not_hold_up_a_cancellation(kernel):
+    async def main() -> None:
+        async with AsyncVM(kernel=kernel, kvm="host") as vm:
+            stop_process(vm.pid)
+            for ask in (lambda: vm.run(["true"]), vm.wait_ready, vm.status, vm.clock):
+                begin = time.monotonic()
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(0.2):
+                        await ask()
+                assert time.monotonic() - begin < 15, "it waited for the monitor"
+            await vm.kill()
 
     run(main)

@@ -7,11 +7,12 @@ import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pexpect
 import pytest
-from echo_guest import echo_kernel
+from echo_guest import echo_kernel, stop_process
 
 import pyvmm
 from pyvmm import VM, ConfigError, Disk, GuestEnded, GuestPanic, MonitorDied, VMError, VMTimeout
@@ -124,6 +125,52 @@ def test_pausing_and_going_on(kernel):
             vm.console.expect("x", timeout=0.2)
         vm.resume()
         vm.console.expect("x", timeout=SAFETY_TIMEOUT)
+
+
+def test_a_paused_vm_is_named_as_such_whatever_is_wanted_of_its_guest(kernel, place):
+    with VM(kernel=kernel, kvm="host") as vm:
+        vm.pause()
+        for ask in (
+            lambda: vm.run(["true"], timeout=SAFETY_TIMEOUT),
+            lambda: vm.popen(["true"]),
+            lambda: vm.pull("/etc/hosts", place),
+            lambda: vm.push(kernel, "/"),
+            vm.wait_ready,
+            vm.clock,
+            vm.set_clock,
+        ):
+            with pytest.raises(pyvmm.PyvmmError, match=r"^vm is paused; pyvmm resume vm has it"):
+                ask()
+        vm.resume()
+        with pytest.raises(pyvmm.PyvmmError, match="no agent answers"):
+            vm.run(["true"])
+
+
+def test_a_monitor_that_stands_still_holds_nobody_up_longer_than_is_wanted(kernel, place):
+    with VM(kernel=kernel, kvm="host") as vm:
+        stop_process(vm.pid)
+        begin = time.monotonic()
+        with pytest.raises(pyvmm.CommandTimeout, match=r"true took longer than 0\.2 s"):
+            vm.run(["true"], timeout=0.2)
+        with pytest.raises(pyvmm.CommandTimeout):
+            vm.popen(["true"], timeout=0.2)
+        with pytest.raises(pyvmm.CommandTimeout, match="the copy took longer"):
+            vm.pull("/etc/hosts", place, timeout=0.2)
+        with pytest.raises(pyvmm.PyvmmError, match="does not answer"):
+            vm.wait_ready(0.2)
+        # Each has looked for two seconds whether the VM has ended; without a limit it is a minute.
+        assert time.monotonic() - begin < 4 * 15
+        assert vm.stop(0.2).exit_code == -signal.SIGKILL
+
+
+def test_a_monitor_that_does_not_come_up_is_given_up(kernel, monkeypatch, tmp_path):
+    (tmp_path / "python").write_text("#!/bin/sh\nexec sleep 1000\n")
+    (tmp_path / "python").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    vm = VM(kernel=kernel, kvm="host")
+    with pytest.raises(VMTimeout, match=r"did not start within 0\.2 seconds"):
+        vm.start(0.2)
+    assert vm.outcome is not None
 
 
 def test_a_disk_grows(kernel, place):
@@ -294,3 +341,118 @@ def test_stopping_a_vm_that_was_attached_to(kernel):
         assert vm.wait(SAFETY_TIMEOUT).ending is Ending.TERMINATED
         with pytest.raises(ConfigError):
             VM.attach("vm")
+
+
+FORKS = """
+import asyncio, gc, multiprocessing, os, sys, time
+from pyvmm import VM, AsyncVM, VMError
+
+kernel, way = sys.argv[1:]
+TIMEOUT = 60
+
+def leave(vm):
+    if way == "return":
+        return
+    if way == "collected":
+        del vm
+        gc.collect()
+    if way == "finally":
+        try:
+            sys.exit(7)
+        finally:
+            vm.stop()
+            vm.kill()
+            vm.detach()
+    if way == "methods":
+        assert vm.status()["state"] == "running"
+        vm.pause()
+        vm.resume()
+        owner = os.getppid()
+        for ask in (
+            vm.wait, attached.wait, console.tail, lambda: vm.console, lambda: vm.messages,
+            lambda: console.expect("x"), lambda: console.send("x"), lambda: console.text,
+        ):
+            try:
+                ask()
+            except VMError as error:
+                assert f"belongs to process {owner}, which this one was forked from" in str(error)
+            else:
+                raise AssertionError(ask)
+        with VM.attach(vm.name) as own:
+            own.console.send("mine")
+            own.console.expect("mine", timeout=TIMEOUT)
+    if way == "own":
+        with VM(kernel=kernel, kvm="host") as own:
+            own.console.expect("ready", timeout=TIMEOUT)
+            assert own.name == "vm-2"
+        assert own.outcome is not None
+    if way == "_exit":
+        os._exit(7)
+    sys.exit(7)
+
+def wait_for(child, vm):
+    begin = time.monotonic()
+    _, status = os.waitpid(child, 0)
+    print(os.waitstatus_to_exitcode(status), "at once" if time.monotonic() - begin < 20 else "late")
+    assert vm.outcome is None
+
+async def in_asyncio():
+    async with AsyncVM(kernel=kernel, kvm="host") as vm:
+        await vm.console.expect("ready", timeout=TIMEOUT)
+        if not (child := os.fork()):
+            await vm.stop()
+            await vm.kill()
+            await vm.__aexit__(None, None, None)
+            os._exit(7)  # asyncio's own clean-up would harm the loop of the other process
+        wait_for(child, vm.vm)
+        await vm.console.send("still here")
+        await vm.console.expect("still here", timeout=TIMEOUT)
+
+if way == "asyncio":
+    asyncio.run(in_asyncio())
+    sys.exit(0)
+with VM(kernel=kernel, kvm="host") as vm:
+    console = vm.console
+    console.expect("ready", timeout=TIMEOUT)
+    attached = VM.attach(vm.name)
+    if way == "multiprocessing":
+        process = multiprocessing.get_context("fork").Process(target=leave, args=(vm,))
+        process.start()
+        wait_for(process.pid, vm)
+    else:
+        with attached:
+            if child := os.fork():
+                wait_for(child, vm)
+                attached.console.send("attached")
+                attached.console.expect("attached", timeout=TIMEOUT)
+            else:
+                leave(vm)
+    if os.getpid() == vm._monitor.owner:
+        console.send("still here")
+        console.expect("still here", timeout=TIMEOUT)
+"""
+
+
+@pytest.mark.parametrize(
+    ("way", "code"),
+    [
+        ("exit", 7),
+        ("return", 0),
+        ("collected", 7),
+        ("finally", 7),
+        ("_exit", 7),
+        ("own", 7),
+        ("multiprocessing", 7),
+        ("asyncio", 7),
+        ("methods", 7),
+    ],
+)
+def test_a_forked_process_has_no_vm_to_end_and_waits_for_none(kernel, way, code) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS, kernel, way],
+        capture_output=True,
+        text=True,
+        timeout=4 * SAFETY_TIMEOUT,
+    )
+    assert (done.returncode, done.stdout) == (0, f"{code} at once\n"), done.stderr
+    assert registry.running() == []
