@@ -267,7 +267,7 @@ def _container(
             with progress.bar(f"{order.name}: making the ext4 file system", total) as advance:
                 tools_image = catalogue.path("programs-ext4")
                 target = os.path.join(into, user_image.DISK)
-                disk.make(tree, target, size, tools_image, room, advance)
+                disk.make(tree, target, size, tools_image, advance)
         tree.spool.close()
     details = (("digest", image.digest), ("layers", str(len(image.layers))))
     return _Made(order.source, details, guest.CMDLINE, runs)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -15,9 +17,10 @@ from container_archives import Layout, directory, hardlink, layer, member, symli
 
 from pyvmm import images
 from pyvmm.errors import ConfigError
+from pyvmm.host import confinement
+from pyvmm.images import programs
 from pyvmm.images.container import disk
 from pyvmm.images.container.load import load
-from pyvmm.images.container.refusal import Refused
 from pyvmm.images.container.tree import Tree
 from pyvmm.images.progress import Progress
 
@@ -44,7 +47,7 @@ def made(tmp_path: Path, tools: str):
         tree = tree_of(tmp_path, *members)
         target = tmp_path / "disk.ext4"
         target.unlink(missing_ok=True)
-        disk.make(tree, str(target), size, tools, str(tmp_path), lambda size: None)
+        disk.make(tree, str(target), size, tools, lambda size: None)
         return target
 
     return made
@@ -144,8 +147,103 @@ def run_debugfs(image: Path, command: bytes) -> bytes:
 
 
 def test_an_attribute_that_cannot_be_set_is_told(made) -> None:
-    with pytest.raises(Refused, match="a line's end in its name"):
-        made(member("new\nline", xattrs={"user.x": b"1"}))
+    bad = {"system.posix_acl_access": b"no access list"}
+    with pytest.raises(ConfigError, match=r"attributes: 'd/f': ext2fs_xattr_set: "):
+        made(member("d/f", xattrs=bad))
+
+
+def attribute(image: Path, path: str, name: str) -> bytes | None:
+    """Its value, by a way that has no syntax; None if there is no such attribute."""
+    library, errors = ctypes.CDLL("libext2fs.so.2"), ctypes.CDLL("libcom_err.so.2")
+    system, inode, handle = ctypes.c_void_p(), ctypes.c_uint32(), ctypes.c_void_p()
+    manager = ctypes.c_void_p.in_dll(library, "unix_io_manager")
+    assert not library.ext2fs_open(bytes(image), 0x20000, 0, 0, manager, ctypes.byref(system))
+    value, size = ctypes.POINTER(ctypes.c_char)(), ctypes.c_size_t()
+    try:
+        found = path.encode("utf-8", "surrogateescape")
+        assert not library.ext2fs_namei(system, 2, 2, found, ctypes.byref(inode)), errors
+        assert not library.ext2fs_xattrs_open(system, inode, ctypes.byref(handle))
+        assert not library.ext2fs_xattrs_read(handle)
+        key = name.encode("utf-8", "surrogateescape")
+        at = (ctypes.byref(value), ctypes.byref(size))
+        missing = library.ext2fs_xattr_get(handle, key, *at)
+        return None if missing else value[: size.value]
+    finally:
+        library.ext2fs_xattrs_close(ctypes.byref(handle))
+        library.ext2fs_close(system)
+
+
+def test_no_name_is_ever_a_command(made, tmp_path: Path) -> None:
+    """They were lines of a debugfs script: its buffer ends at 8,191 bytes, quotes are syntax."""
+    secret, marker = tmp_path / "secret", tmp_path / "marker"
+    secret.write_bytes(b"the host's own")
+    touch = " " * 245 + "!touch "
+    where = [*str(marker).strip("/").split("/")]
+    long = "/".join([*["a" * 250] * 31, "b" * 130, touch, *where[:-1], f"{where[-1]} #"])
+    assert len(long) > 8192
+    names = [
+        long,
+        *("new\nline", "a\n!touch x", "a\r\nquit", "-f", "--help", '"', "'", "`id`", "$(id)", "%n"),
+        *("\\", "\x1b[31m", "bad\udcff", "ü", " ", "a b", "<12>", "#", "é" * 127),
+    ]
+    attributes = [
+        f'user.x" -f "{secret}',
+        "user.a\nb",
+        "user.\x1b",
+        "user.ü",
+        'user."',
+    ]
+    image = made(
+        *(member(name, data=b"1", xattrs=dict.fromkeys(attributes, b"v")) for name in names),
+        symlink("l", 'x" "y\n!id'),
+    )
+    check(image)
+    for name in names:
+        for one in attributes:
+            assert attribute(image, name, one) == b"v", (name, one)
+        assert attribute(image, name, "user.x") is None
+    assert b"the host's own" not in image.read_bytes()
+    assert not marker.exists()
+
+
+def test_what_makes_the_file_system_can_write_nothing_else(
+    tmp_path: Path, tools: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both programs, taken over by somebody: here they are this one instead."""
+    probe = (
+        "import os, socket, sys; sys.stdin.buffer.read(); said = []\n"
+        "for what in [lambda: open(sys.argv[1], 'r+b').write(b'written'),\n"
+        "             lambda: open(sys.argv[2], 'wb'), lambda: open(sys.argv[2]), socket.socket,\n"
+        "             os.fork, lambda: os.kill(os.getppid(), 9),\n"
+        "             lambda: os.chmod(sys.argv[2], 0)]:\n"
+        "    try: what(); said.append('done')\n"
+        "    except OSError: said.append('refused')\n"
+        "sys.exit(' '.join(said))"
+    )
+    mine = tmp_path / "mine"
+    mine.write_text("whole")
+    target = str(tmp_path / "disk")
+    python = os.path.realpath(sys.executable)
+    ran: list[list[str]] = []
+
+    def mke2fs(image: str, program: str, name: str) -> list[str]:
+        ran.append([image, program, name])
+        return [python, "-I", "-S", "-c", probe, target, str(mine)]
+
+    monkeypatch.setattr(programs, "command", mke2fs)
+    system = (*confinement.SYSTEM, sys.base_prefix)
+    room = confinement.Room
+    monkeypatch.setattr(
+        confinement,
+        "Room",
+        lambda read, execute, **more: room(
+            read=(*read, *system), execute=(*execute, *system), **more
+        ),
+    )
+    with pytest.raises(ConfigError, match=r"done refused refused refused refused refused refused$"):
+        disk.make(tree_of(tmp_path, member("a")), target, 32 * MIB, tools, lambda size: None)
+    assert ran and mine.read_text() == "whole" and (mine.stat().st_mode & 0o777) == 0o644
+    assert Path(target).read_bytes() == b"written"
 
 
 def test_names_are_any_bytes_and_lost_found_may_be_the_image_s(made) -> None:
@@ -185,7 +283,7 @@ def test_control_c_while_the_file_system_is_made_is_no_failure_of_it(
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        disk.make(tree, str(tmp_path / "disk"), 32 * MIB, tools, str(tmp_path), interrupt)
+        disk.make(tree, str(tmp_path / "disk"), 32 * MIB, tools, interrupt)
 
 
 def test_an_image_that_does_not_fit_is_told(made) -> None:
@@ -206,4 +304,4 @@ def test_many_small_files_fit(made, tmp_path: Path) -> None:
 def test_nothing_of_it_is_ever_unpacked_here(made, tmp_path: Path) -> None:
     made(member("caps", data=b"1", xattrs={"user.x": b"1"}), member("etc/shadow", mode=0o4777))
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"image.tar", "contents", "disk.ext4", "attribute0", "attributes"}
+    assert left == {"image.tar", "contents", "disk.ext4"}

@@ -5,6 +5,9 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import random
+import shutil
+import subprocess
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -170,14 +173,16 @@ def test_owners_modes_times_devices_and_attributes_are_kept(over) -> None:
             member("suid", uid=70000, gid=80000, mode=0o4755, mtime=1234567890.7),
             member("caps", xattrs={"security.capability": capability, "user.x": b"\xff\0="}),
             member("selinux", xattrs={"security.selinux": b"label", "user.overlay.origin": b""}),
+            member("apple", xattrs={"com.apple.provenance": b"1", "user.": b"", "system.x": b"2"}),
             (info, b""),
             member("fifo", tarfile.FIFOTYPE),
         ]
     )
     suid = tree.find("suid")
     assert (suid.uid, suid.gid, suid.mode, suid.mtime) == (70000, 80000, 0o4755, 1234567890)
-    assert tree.find("caps").xattrs == {"security.capability": capability, "user.x": b"\xff\0="}
-    assert tree.find("selinux").xattrs == {}
+    assert tree.find("caps").xattrs == {b"security.capability": capability, b"user.x": b"\xff\0="}
+    assert not tree.find("selinux").xattrs
+    assert not tree.find("apple").xattrs  # which Linux has no namespaces for
     assert (tree.find("dev/sda").kind, tree.find("dev/sda").device) == (tarfile.BLKTYPE, (8, 300))
     assert tree.find("fifo").kind == tarfile.FIFOTYPE
 
@@ -186,6 +191,38 @@ def test_names_may_be_any_bytes(over) -> None:
     names = ["ü", "bad\udcff name", "with\nnewline", 'quote"and\\', "x" * 255, "a/" * 90 + "deep"]
     tree = over([member(name, data=b"1") for name in names])
     assert {tree.read(name, 9) for name in names} == {b"1"}
+
+
+def test_absolute_names_begin_at_the_image_s_root(over) -> None:
+    tree = over(
+        [member("app/two", data=b"2"), hardlink("app/one", "/app/two"), member("/abs", data=b"a")],
+        [directory("//d//"), hardlink("/../d/three", "/./app/x/../one"), member("/.wh.abs")],
+    )
+    assert files(tree) == {"app": D, "app/two": b"2", "app/one": b"2", "d": D, "d/three": b"2"}
+    assert tree.find("app/two") is tree.find("d/three")
+
+
+@pytest.mark.parametrize(
+    "format", ["gnu", "posix --sparse-version=0.0", "posix --sparse-version=0.1", "posix"]
+)
+def test_sparse_files_as_gnu_tar_stores_them(open_image, tmp_path: Path, format: str) -> None:
+    if shutil.which("tar") is None:
+        pytest.skip("GNU tar is missing")
+    pieces = [(n * (1 << 20), random.randbytes(4096 + n)) for n in range(1, 40)]
+    with open(tmp_path / "sparse", "wb") as file:
+        for place, data in pieces:
+            file.seek(place)
+            file.write(data)
+        file.truncate(41 << 20)
+    (tmp_path / "after").write_bytes(b"after")
+    command = ["tar", "-c", "--sparse", *f"--format={format}".split(), "sparse", "after"]
+    archive = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True).stdout
+    assert len(archive) < 1 << 20
+    layout = Layout()
+    layout.add([archive])
+    tree = open_image(layout)
+    assert tree.read("sparse", 64 << 20) == (tmp_path / "sparse").read_bytes()
+    assert tree.read("after", 9) == b"after"
 
 
 def test_large_and_sparse_files_come_whole(over) -> None:

@@ -70,7 +70,7 @@ def check(tree: Tree) -> None:
     file = tree.find("srv/file")
     assert file is tree.find("link/hard")
     assert (file.uid, file.gid, file.mode) == (70000, 80000, 0o4750)
-    assert file.xattrs == {"user.note": bytes(range(200))}
+    assert file.xattrs == {b"user.note": bytes(range(200))}
     assert tree.read("srv/second", 1 << 20) == b"two" * 100_000
     assert tree.find("old/b").kind == tarfile.DIRTYPE
     assert tree.read("old/b/new", 9) == b"three"

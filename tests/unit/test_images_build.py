@@ -52,7 +52,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system that takes no time to make."""
 
-    def make(tree, target, size, tools_image, room, advance) -> None:
+    def make(tree, target, size, tools_image, advance) -> None:
         Path(target).write_bytes(bytes(4096))
 
     monkeypatch.setattr(disk, "make", make)

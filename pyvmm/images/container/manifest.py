@@ -6,6 +6,7 @@ Configuration"); the media types of Docker's registry are the same thing under o
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +62,11 @@ def from_layout(store: Store, wanted: str | None) -> Image:
     if not str(layout.get("imageLayoutVersion", "")).startswith("1."):
         raise Refused(f"{store.where} has a layout of another version than 1")
     index = _table(store.json("index.json"), "index.json")
-    found = _plainest([*_manifests(store, index, wanted is None, wanted, "", _DEEPEST_INDEX)])
+    rows = _manifests(store, index, wanted is None, wanted, "", _DEEPEST_INDEX)
+    found = [*itertools.islice(rows, _MOST_MANIFESTS + 1)]
+    if len(found) > _MOST_MANIFESTS:
+        raise _too_many(store)
+    found = _plainest(found)
     if len(found) > 1:
         raise _several(store, wanted, len(found), {name for name, _ in found if name})
     if not found:
@@ -111,7 +116,7 @@ def _manifests(
         raise Refused(f"{store.where} has indexes within indexes")
     rows = _list(index.get("manifests"), "manifests")
     if len(rows) > _MOST_MANIFESTS:
-        raise Refused(f"{store.where} has more than {_MOST_MANIFESTS} manifests")
+        raise _too_many(store)
     for row in rows:
         descriptor = _table(row, "a manifest's descriptor")
         notes = _table(descriptor.get("annotations") or {}, "annotations")
@@ -127,6 +132,10 @@ def _manifests(
             yield from _manifests(store, inner, meant, wanted, name, deep - 1)
         elif kind in _MANIFESTS and meant and _is_for_us(descriptor):
             yield name, descriptor
+
+
+def _too_many(store: Store) -> Refused:
+    return Refused(f"{store.where} has more than {_MOST_MANIFESTS} manifests")
 
 
 def _is_for_us(descriptor: dict[str, Any]) -> bool:

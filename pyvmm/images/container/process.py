@@ -5,8 +5,10 @@ OCI image specification 1.1, "Image Configuration": Entrypoint, Cmd, Env, Workin
 
 from __future__ import annotations
 
+import io
 import posixpath
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from pyvmm.images.bootable import Process
@@ -16,6 +18,7 @@ from pyvmm.images.container.tree import Tree
 _PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _MOST_TEXT = 128 << 10  # bytes of arguments and environment; Linux takes no longer one
 _FILE_LIMIT = 1 << 20
+_MOST_FIELDS = 8  # of a line of /etc/passwd or /etc/group; there are 7 and 4
 _VARIABLE = re.compile(r"[^=\0]+=[^\0]*", re.DOTALL)
 _MOST_ID = (1 << 32) - 2
 
@@ -109,9 +112,10 @@ def _groups(tree: Tree) -> list[tuple[str, int, list[str]]]:
     ]
 
 
-def _lines(tree: Tree, path: str) -> list[list[str]]:
-    text = tree.read(path, _FILE_LIMIT).decode("ascii", "surrogateescape")
-    return [line.split(":") for line in text.splitlines()]
+def _lines(tree: Tree, path: str) -> Iterator[list[str]]:
+    for line in io.BytesIO(tree.read(path, _FILE_LIMIT)):
+        text = line.decode("ascii", "surrogateescape").removesuffix("\n")
+        yield text.split(":", _MOST_FIELDS)
 
 
 def _id(digits: str) -> int:

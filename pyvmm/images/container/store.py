@@ -17,15 +17,18 @@ from typing import IO, Any
 from pyvmm.images.container import members
 from pyvmm.images.container.refusal import Refused, explained, shown
 
-_MOST_FILES = 100_000
+_MOST_FILES = 20_000
 _MOST_LINKS = 8  # `docker save` links a layer that two images share
-_JSON_LIMIT = 4 << 20
+_JSON_LIMIT = 4 << 20  # bytes of one file
+_MOST_JSON = 64 << 20  # bytes of all, each as often as it is looked at
+_MOST_VALUES = 200_000  # in one file; an empty list takes two bytes there, and 64 in memory
 
 
 class Store:
     """`where` is how messages call it."""
 
     where = ""
+    _json_left = _MOST_JSON
 
     def open(self, name: str) -> IO[bytes]:
         """The file called `name`, to be closed. Raises Refused if there is none."""
@@ -44,6 +47,10 @@ class Store:
             data = file.read(_JSON_LIMIT + 1)
         if len(data) > _JSON_LIMIT:
             raise Refused(f"{self.where}: {shown(name)} has more than {_JSON_LIMIT >> 20} MiB")
+        self._json_left -= len(data)
+        values = sum(map(data.count, (b"[", b"{", b",")))
+        if self._json_left < 0 or values > _MOST_VALUES:
+            raise Refused(f"{self.where}: {shown(name)} says more than any image has to")
         if check is not None:
             check(data)
         with explained(f"{self.where}: {shown(name)}"):
@@ -67,18 +74,18 @@ class TarStore(Store):
         """See Store."""
         member = self._members.get(name)
         for _ in range(_MOST_LINKS):
-            if member is None or not (member.issym() or member.islnk()):
+            if member is None or member.kind not in (tarfile.SYMTYPE, tarfile.LNKTYPE):
                 break
-            target = member.linkname
-            if member.issym():
+            target = member.link
+            if member.kind == tarfile.SYMTYPE:
                 target = os.path.normpath(os.path.join(os.path.dirname(name), target))
             name, member = target, self._members.get(target)
-        if member is None or member.type not in tarfile.REGULAR_TYPES or member.sparse is not None:
+        if member is None or not member.is_file or member.pieces is not None:
             raise Refused(f"{self.where} has no {shown(name)}", cure="save the image again")
-        if member.offset_data + member.size > self._size:
+        if member.offset + member.size > self._size:
             raise Refused(f"{self.where} is cut short", cure="save the image again")
         file = open(self._path, "rb")  # noqa: SIM115 - _Part closes it
-        return io.BufferedReader(_Part(file, member.offset_data, member.size))
+        return io.BufferedReader(_Part(file, member.offset, member.size))
 
 
 class DirStore(Store):

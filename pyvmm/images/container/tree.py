@@ -7,20 +7,26 @@ Layer Filesystem Changeset"). Links are followed within the tree only: its root 
 
 from __future__ import annotations
 
+import io
+import sys
 import tarfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import IO
 
-from pyvmm.images.container.members import xattrs
+from pyvmm.images.container.members import Member
 from pyvmm.images.container.refusal import Refused, shown
 from pyvmm.images.container.spool import Spool
 
+_MIB = 1 << 20
 MOST_NODES = 500_000
 _MOST_DEPTH = 200
 # What takes no node of its own takes time and memory all the same; no real image comes near.
-_MOST_STEPS = 50_000_000  # from a directory to the next one, or a member
-_MOST_TEXT = 256 << 20  # bytes of link targets and extended attributes
+_MOST_STEPS = 20_000_000  # from a directory to the next one, or a member
+_MOST_MEMORY = 256 * _MIB  # of all nodes and texts
+_MOST_PATHS = 128 * _MIB  # bytes of all names that lead to a file, with the directories in them
+# What a node, a name in a directory, and an attribute take, beside their texts; as measured.
+_NODE, _NAME, _ATTRIBUTE = 240, 120, 180
 _MOST_HOPS = 40  # MAXSYMLINKS of the kernel
 _MOST_NAME = 255
 _MOST_PATH = 4095
@@ -33,15 +39,17 @@ _KINDS = {
     **{kind: kind for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE)},
     tarfile.FIFOTYPE: tarfile.FIFOTYPE,
 }
+_NO_DEVICE = (0, 0)
+_Children = dict[str, "tuple[Node, int]"]
 
 
 @dataclass(slots=True, eq=False)
 class Node:
-    """A file of any kind; hard links are the same node under several names.
+    """A file of any kind; hard links are the same node under several names, and it is `linked`.
 
-    `kind` is tarfile's, `start` and `size` say where a file's content is in the spool. Of a
-    directory `since` has the layer that each of its children came with, and `cleared` is the last
-    one that took away what lower layers have in it.
+    `kind` is tarfile's, `start` and `size` say where a file's content is in the spool. A directory
+    has its `children` with the layer that each came with, and `cleared` is the last layer that took
+    away what lower layers have in it.
     """
 
     kind: bytes
@@ -49,42 +57,49 @@ class Node:
     uid: int = 0
     gid: int = 0
     mtime: int = 0
-    xattrs: dict[str, bytes] = field(default_factory=dict)
+    xattrs: Mapping[bytes, bytes] | None = None
     target: str = ""
-    device: tuple[int, int] = (0, 0)
+    device: tuple[int, int] = _NO_DEVICE
     start: int = 0
     size: int = 0
-    children: dict[str, Node] = field(default_factory=dict)
-    since: dict[str, int] = field(default_factory=dict)
+    children: _Children | None = None
     cleared: int = -1
+    linked: bool = False
 
     @property
     def is_directory(self) -> bool:
         return self.kind == tarfile.DIRTYPE
 
+    def get(self, name: str) -> Node | None:
+        """What a directory has at `name`."""
+        found = None if self.children is None else self.children.get(name)
+        return None if found is None else found[0]
+
     def put(self, name: str, node: Node, layer: int) -> None:
-        self.children[name] = node
-        self.since[name] = layer
+        if self.children is None:
+            self.children = {}
+        self.children[name] = (node, layer)
 
     def drop(self, name: str) -> None:
-        self.children.pop(name, None)
-        self.since.pop(name, None)
+        if self.children is not None:
+            self.children.pop(name, None)
 
     def drop_below(self, name: str, layer: int) -> None:
         """Take away what layers below `layer` have at `name`."""
-        node = self.children.get(name)
-        if node is None:
+        found = None if self.children is None else self.children.get(name)
+        if found is None:
             return
+        node, since = found
         if node.is_directory:
             node.clear_below(layer)
-        if self.since[name] < layer and not node.children:
+        if since < layer and not node.children:
             self.drop(name)
 
     def clear_below(self, layer: int) -> None:
         if self.cleared == layer:
             return  # nothing of a lower layer has come since
         self.cleared = layer
-        for name in list(self.children):
+        for name in list(self.children or ()):
             self.drop_below(name, layer)
 
 
@@ -97,18 +112,18 @@ class Tree:
         self._layer = 0
         self._made = 0
         self._steps = 0
-        self._text = 0
+        self._memory = 0
 
     def next_layer(self) -> None:
         """What is added from now on is of the next layer."""
         self._layer += 1
 
-    def add(self, member: tarfile.TarInfo, content: IO[bytes] | None) -> None:
+    def add(self, member: Member, content: IO[bytes] | None) -> None:
         """One member of a layer. Raises Refused for what no image may have."""
         path = split(member.name)
         self._step()
         if not path:
-            if member.isdir():
+            if member.kind == tarfile.DIRTYPE:
                 self._describe(self.root, member)
             return
         *folders, name = path
@@ -117,7 +132,7 @@ class Tree:
             parent.clear_below(self._layer)
         elif name.startswith(_WHITEOUT):
             self._white_out(parent, name.removeprefix(_WHITEOUT), member.name)
-        elif member.islnk():
+        elif member.kind == tarfile.LNKTYPE:
             self._link(parent, name, member)
         else:
             self._put(parent, name, member, content)
@@ -129,27 +144,26 @@ class Tree:
             raise Refused(f"{shown(whole)} takes away nothing that has a name")
         parent.drop_below(name, self._layer)
 
-    def _link(self, parent: Node, name: str, member: tarfile.TarInfo) -> None:
-        path = split(member.linkname)
+    def _link(self, parent: Node, name: str, member: Member) -> None:
+        path = split(member.link)
         target = None
         if path:
             *folders, last = path
             # Nothing is made for a link: what it names is there, or it is not.
             folder = self._walk(folders, member.name, make=False)
-            target = None if folder is None else folder.children.get(last)
+            target = None if folder is None else folder.get(last)
         if target is None or target.is_directory:
             raise Refused(
-                f"{shown(member.name)} is a hard link to {shown(member.linkname)}, which is no file"
+                f"{shown(member.name)} is a hard link to {shown(member.link)}, which is no file"
             )
-        parent.put(name, target, self._layer)
+        target.linked = True
+        self._name(parent, name, target)
 
-    def _put(
-        self, parent: Node, name: str, member: tarfile.TarInfo, content: IO[bytes] | None
-    ) -> None:
-        kind = _KINDS.get(member.type)
+    def _put(self, parent: Node, name: str, member: Member, content: IO[bytes] | None) -> None:
+        kind = _KINDS.get(member.kind)
         if kind is None:
-            raise Refused(f"{shown(member.name)} is of the unknown kind {member.type!r}")
-        before = parent.children.get(name)
+            raise Refused(f"{shown(member.name)} is of the unknown kind {member.kind!r}")
+        before = parent.get(name)
         if before is not None and kind == tarfile.DIRTYPE == before.kind:
             node = before
         else:
@@ -157,13 +171,25 @@ class Tree:
         self._describe(node, member)
         if content is not None:
             node.start, node.size = self.spool.write(content, member.size, shown(member.name))
+        self._name(parent, name, node)
+
+    def _name(self, parent: Node, name: str, node: Node) -> None:
+        self._take(_NAME + sys.getsizeof(name))
         parent.put(name, node, self._layer)
 
-    def _describe(self, node: Node, member: tarfile.TarInfo) -> None:
+    def _describe(self, node: Node, member: Member) -> None:
         _describe(node, member)
-        self._text += len(node.target) + sum(map(len, node.xattrs.values()))
-        if self._text > _MOST_TEXT:
-            raise Refused(f"its links and attributes have more than {_MOST_TEXT >> 20} MiB")
+        self._take(sys.getsizeof(node.target) if node.target else 0)
+        for key, value in (node.xattrs or {}).items():
+            self._take(_ATTRIBUTE + len(key) + len(value))
+
+    def _take(self, size: int) -> None:
+        """So much memory more. What is replaced or taken away later counts as well."""
+        self._memory += size
+        if self._memory > _MOST_MEMORY:
+            raise Refused(
+                f"its names, links and attributes take more than {_MOST_MEMORY // _MIB} MiB"
+            )
 
     def _step(self) -> None:
         self._steps += 1
@@ -174,6 +200,7 @@ class Tree:
         self._made += 1
         if self._made > MOST_NODES:
             raise Refused(f"it has more than {MOST_NODES} files")
+        self._take(_NODE)
         return Node(kind)
 
     def _folder(self, path: list[str], whole: str) -> Node:
@@ -193,12 +220,12 @@ class Tree:
                 if len(stack) > 1:  # the root is its own parent
                     stack.pop()
                 continue
-            node = stack[-1].children.get(name)
+            node = stack[-1].get(name)
             if node is None:
                 if not make:
                     return None
                 node = self._new(tarfile.DIRTYPE)
-                stack[-1].put(name, node, self._layer)
+                self._name(stack[-1], name, node)
             if node.kind == tarfile.SYMTYPE:
                 hops += 1
                 if hops > _MOST_HOPS:
@@ -225,7 +252,7 @@ class Tree:
                 return self.root
             *folders, name = parts
             folder = self._walk_if(folders)
-            node = None if folder is None else folder.children.get(name)
+            node = None if folder is None else folder.get(name)
             if node is None or node.kind != tarfile.SYMTYPE or hops == _MOST_HOPS:
                 return node
             hops += 1
@@ -249,7 +276,43 @@ class Tree:
     def walk(self) -> Iterator[tuple[str, Node]]:
         """All of it, the root first (called ".") and each directory in front of what is in it."""
         yield ".", self.root
-        yield from _walk("", self.root)
+        left = [("", iter((self.root.children or {}).items()))]
+        while left:
+            prefix, names = left[-1]
+            for name, (node, _) in names:
+                yield prefix + name, node
+                if node.children:
+                    left.append((f"{prefix}{name}/", iter(node.children.items())))
+                    break
+            else:
+                left.pop()
+
+    def files(self) -> Iterator[Node]:
+        """All of it, each once, in any order."""
+        seen: set[int] = set()
+        left = [self.root]
+        while left:
+            node = left.pop()
+            if node.linked:
+                if id(node) in seen:
+                    continue
+                seen.add(id(node))
+            yield node
+            left += [child for child, _ in (node.children or {}).values()]
+
+    def check_paths(self) -> None:
+        """Raise Refused if all names, as an archive has them, come to too much."""
+        total = 0
+        left = [(self.root, 0)]
+        while left:
+            node, length = left.pop()
+            for name, (child, _) in (node.children or {}).items():
+                whole = length + 1 + len(name)
+                total += whole
+                if child.children:
+                    left.append((child, whole))
+        if total > _MOST_PATHS:
+            raise Refused(f"the names of its files come to more than {_MOST_PATHS // _MIB} MiB")
 
     # --- for those who add to it --------------------------------------------------------------
 
@@ -257,44 +320,40 @@ class Tree:
         """The directory at `path`; made with `mode` if it is not there. Raises Refused."""
         *folders, name = split(path)
         parent = self._folder(folders, path)
-        if name not in parent.children:
+        if parent.get(name) is None:
             node = self._new(tarfile.DIRTYPE)
             node.mode = mode
-            parent.put(name, node, self._layer)
+            self._name(parent, name, node)
         return self._folder([*folders, name], path)
 
     def write(self, path: str, data: bytes, mode: int = 0o644) -> None:
         """A file with `data` at `path`, instead of what is there; through links to directories."""
-        import io
-
         *folders, name = split(path)
         node = self._new(tarfile.REGTYPE)
         node.mode = mode
         node.start, node.size = self.spool.write(io.BytesIO(data), len(data), path)
-        self._folder(folders, path).put(name, node, self._layer)
+        self._name(self._folder(folders, path), name, node)
 
     def link(self, path: str, target: str) -> None:
         """A symbolic link at `path`, instead of what is there."""
         *folders, name = split(path)
         node = self._new(tarfile.SYMTYPE)
         node.mode, node.target = 0o777, target
-        self._folder(folders, path).put(name, node, self._layer)
-
-
-def _walk(prefix: str, folder: Node) -> Iterator[tuple[str, Node]]:
-    for name, node in folder.children.items():
-        yield prefix + name, node
-        if node.is_directory:
-            yield from _walk(f"{prefix}{name}/", node)
+        self._name(self._folder(folders, path), name, node)
 
 
 def split(name: str) -> list[str]:
-    """The components of a member's name. Raises Refused for one that does not lie below."""
-    if name.startswith("/"):
-        raise Refused(f"{shown(name)} is an absolute name")
-    parts = [part for part in name.split("/") if part not in ("", ".")]
-    if ".." in parts:
-        raise Refused(f"{shown(name)} leads out of the image")
+    """The components of a member's name, or of what a hard link names: below the image's root, as
+    container engines have it. Raises Refused for one that leads out of it."""
+    parts: list[str] = []
+    for part in name.split("/"):
+        if part == "..":
+            if parts:
+                parts.pop()
+            elif not name.startswith("/"):  # the root is its own parent
+                raise Refused(f"{shown(name)} leads out of the image")
+        elif part not in ("", "."):
+            parts.append(part)
     if "\0" in name:
         raise Refused(f"{shown(name)} is no name of a file")
     if any(len(part.encode("utf-8", "surrogateescape")) > _MOST_NAME for part in parts):
@@ -304,20 +363,20 @@ def split(name: str) -> list[str]:
     return parts
 
 
-def _describe(node: Node, member: tarfile.TarInfo) -> None:
+def _describe(node: Node, member: Member) -> None:
     node.mode, node.uid, node.gid = member.mode, member.uid, member.gid
-    node.mtime = int(member.mtime)
-    node.xattrs = xattrs(member)
+    node.mtime = member.mtime
+    node.xattrs = member.xattrs or None
     if node.kind == tarfile.SYMTYPE:
-        target = member.linkname
+        target = member.link
         if (
             not target
             or "\0" in target
-            or len(target.encode("utf-8", "surrogateescape")) > (_MOST_PATH)
+            or len(target.encode("utf-8", "surrogateescape")) > _MOST_PATH
         ):
             raise Refused(f"{shown(member.name)} is a link to no name of a file")
         node.target = target
     elif node.kind in (tarfile.CHRTYPE, tarfile.BLKTYPE):
-        node.device = (member.devmajor, member.devminor)
+        node.device = member.device
         if not (0 <= node.device[0] < 1 << 12 and 0 <= node.device[1] < 1 << 20):
             raise Refused(f"{shown(member.name)} is a device that Linux has no number for")
