@@ -95,15 +95,20 @@ class Layout:
         platform: Mapping[str, str] | None = None,
         compress: Callable[[bytes], bytes] = gzip.compress,
         change: Callable[[dict[str, Any]], None] = lambda manifest: None,
+        diff_ids: Callable[[], list[str]] | None = None,
     ) -> dict[str, Any]:
-        """An image of those uncompressed layers; its descriptor. `change` sees its manifest."""
+        """An image of those uncompressed layers; its descriptor. `change` sees its manifest,
+        `diff_ids` are for layers that are compressed already."""
         layers = list(layers)
         configuration, size = self.json_blob(
             {
                 "architecture": architecture,
                 "os": "linux",
                 "config": dict(config or {}),
-                "rootfs": {"type": "layers", "diff_ids": [digest(one) for one in layers]},
+                "rootfs": {
+                    "type": "layers",
+                    "diff_ids": diff_ids() if diff_ids else [digest(one) for one in layers],
+                },
             }
         )
         rows = []
