@@ -40,11 +40,19 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 # ---- where, and which names
 
 
-def test_only_the_owner_has_access(runtime: Path) -> None:
-    with registry.register("a") as registration:
-        assert registration.path == str(runtime / "pyvmm/a.sock")
-        assert (runtime / "pyvmm").stat().st_mode & 0o777 == 0o700
-        assert os.stat(registration.path).st_mode & 0o777 == 0o600
+@pytest.mark.parametrize("umask", [0, 0o022], ids="umask {:04o}".format)
+def test_only_the_owner_has_access(runtime: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        with registry.register("a") as registration:
+            registration.note(registration.path)  # makes a file that lists what would be left
+            assert registration.path == str(runtime / "pyvmm/a.sock")
+            assert (runtime / "pyvmm").stat().st_mode & 0o777 == 0o700
+            made = list((runtime / "pyvmm").iterdir())
+            assert len(made) == 3  # the lock, the socket, the list
+            assert {path.stat().st_mode & 0o777 for path in made} == {0o600}
+    finally:
+        os.umask(before)
 
 
 def test_the_default_name_gets_a_number() -> None:
