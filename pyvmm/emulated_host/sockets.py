@@ -34,13 +34,26 @@ def outside_end(spec: EmulatedHostSpec, ports: list[Port], qmp: Qmp) -> Multiple
         if service is not None:
             return service()
         if any(allows(allowed, name) for allowed in spec.sockets_out):
-            return unix_sockets.connect(name)
+            return connect_now(name)
         raise HostError(errno.EACCES, f"connection to {name}")
 
     def say(reason: str) -> None:
         log.to_stderr(f"sockets into the emulated KVM host are cut off: {reason}")
 
     return Multiplexer(port.ours.fileno(), OUTSIDE, reach=reach, listeners=listeners, on_broken=say)
+
+
+def connect_now(path: str) -> Socket:
+    """A connection to `path`. Raises HostError, as `unix_sockets.connect` does.
+
+    A listener with as many waiting as it wants refuses it, as it does where the monitor runs here:
+    else the device that asks would wait for it, with all its other streams.
+    """
+    try:
+        return unix_sockets.connect(path)
+    except HostError as error:
+        number = errno.ECONNREFUSED if error.errno == errno.EAGAIN else error.errno
+        raise HostError(number, error.call) from None
 
 
 def allows(allowed: str, path: str) -> bool:

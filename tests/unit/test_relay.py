@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from pyvmm.control import streams as control_streams
 from pyvmm.control.server import MAX_CLIENTS
-from pyvmm.emulated_host.sockets import allows
+from pyvmm.emulated_host.sockets import allows, connect_now
 from pyvmm.errors import HostError
 from pyvmm.host import unix_sockets
 from pyvmm.host.syscalls import allow_descriptors
@@ -445,6 +445,19 @@ def test_frames_survive_being_cut_anywhere(
         frame for at in range(0, len(stream), cut) for frame in decoder.feed(stream[at : at + cut])
     ]
     assert got == sent
+
+
+def test_a_listener_that_accepts_nobody_refuses_at_once(tmp_path: Path) -> None:
+    path = str(tmp_path / "full")
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as waiting:
+        listener.bind(path)
+        listener.listen(0)
+        waiting.connect(path)
+        with pytest.raises(HostError) as refused:
+            connect_now(path)
+        assert refused.value.errno == errno.ECONNREFUSED
+        listener.accept()[0].close()
+        connect_now(path).close()
 
 
 def test_which_paths_may_be_reached() -> None:
