@@ -66,8 +66,9 @@ def talk(folder: Path, kernel: str, ring: str) -> Run:
         options=[f"--console=virtio{ring}", "--port", f"name=agent,path={path}{ring}"],
     )
     guest.start()
+    set_size(guest, 100, 30)
     guest.wait_for("# ")
-    guest.type("echo terminal=$(tty); cat\r")
+    guest.type("echo terminal=$(tty) size=$(stty size).; cat\r")
     guest.wait_for("terminal=/dev/hvc0")
     guest.type("purr\r")
     guest.wait_for("purr", times=2)
@@ -129,6 +130,7 @@ def talk(folder: Path, kernel: str, ring: str) -> Run:
 )
 def test_a_terminal_and_a_port(boot: Run, kernel: str, ring: str) -> None:
     assert boot.result.code == 0, boot.result.ending()
+    assert "terminal=/dev/hvc0 size=30 100." in boot.result.console, "known before any change"
     assert boot.restored
     assert boot.rings == ["1" if ring else "0"]
     assert boot.lines == [str(number + 1) for number in range(LINES)], "nothing is lost"

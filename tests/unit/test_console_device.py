@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import struct
 import threading
+import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ from console_rig import (
 from mmio_harness import wait_for
 
 from pyvmm.testing.mmio_driver import CONFIG_CHANGED, F_VERSION_1
+from pyvmm.virtio.console.device import _Reminders
 
 
 @pytest.fixture
@@ -106,6 +109,58 @@ def test_the_size_is_in_the_configuration_and_changes_are_told(terminal: Rig) ->
     wait_for(lambda: terminal.irq.count > 0)
     assert terminal.driver.acknowledge() & CONFIG_CHANGED
     assert struct.unpack("<HHLL", terminal.driver.config(0, 12)) == (132, 43, 0, 0)
+
+
+def wait_for_change(rig: Rig) -> None:
+    seen = 0
+
+    def is_told() -> bool:
+        nonlocal seen
+        seen |= rig.driver.acknowledge()
+        return bool(seen & CONFIG_CHANGED)
+
+    wait_for(is_told)
+
+
+def test_the_size_is_told_again_after_output(tmp_path: Path) -> None:
+    """Linux drops what it is told before its console is set up, and reads the size at no other
+    time (drivers/char/virtio_console.c)."""
+    with running(tmp_path, terminal=True, start=False) as rig:
+        rig.device.set_size(132, 43)  # as it is from the start
+        rig.driver.start()
+        for _ in range(3):
+            rig.driver.acknowledge()
+            rig.write(0, b"# ")
+            wait_for_change(rig)
+        assert struct.unpack("<HHLL", rig.driver.config(0, 12)) == (132, 43, 0, 0)
+        rig.device.set_size(0, 0)  # a terminal that tells none
+        wait_for_change(rig)
+        rig.write(0, b"# ")
+        time.sleep(0.3)
+        assert not rig.driver.acknowledge() & CONFIG_CHANGED
+
+
+def test_a_driver_that_takes_no_size_is_not_told(tmp_path: Path) -> None:
+    with running(tmp_path, terminal=True, start=False) as rig:
+        rig.device.set_size(132, 43)
+        rig.driver.start(features=F_VERSION_1)
+        rig.write(0, b"# ")
+        time.sleep(0.3)
+        assert not rig.driver.acknowledge() & CONFIG_CHANGED
+
+
+def test_reminders_are_few_and_end() -> None:
+    now = 0.0
+    reminders = _Reminders(lambda: now)
+    told = []
+    for output in range(1, 200_000):  # an output every 10 ms
+        now = output / 100
+        due, seconds = reminders.after(output)
+        told += [now] if due else []
+        assert seconds is None or 0 < seconds < 1.001
+    gaps = [after - before for before, after in pairwise(told)]
+    assert len(told) == 600 and min(gaps) > 0.09 and min(gaps[100:]) > 0.9
+    assert reminders.after(1) == (False, None)
 
 
 def test_a_console_port_among_named_ones_hears_of_its_size(tmp_path: Path) -> None:

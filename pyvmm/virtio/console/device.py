@@ -5,7 +5,8 @@ Virtio 1.3, 5.3 Console Device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from time import monotonic
 
 from pyvmm.errors import DriverError
 from pyvmm.host.log import RateLimited, Sink
@@ -34,6 +35,12 @@ from pyvmm.virtio.queue import Queue
 MAX_NAMED_PORTS = 15
 _DATA_QUEUE = 128
 _CONTROL_QUEUE = 32
+# Linux reads the size when it is told that the configuration has changed, and at no other time; and
+# drops it until its console is set up (drivers/char/virtio_console.c, set_console_size). When that
+# is, only its output shows: after some of it the driver is told again, at these intervals at most.
+_REMINDERS = 600
+_QUICK_REMINDERS = 100
+_SOON, _LATER = 0.1, 1.0  # seconds, for these and for the rest
 
 
 class ConsoleDevice(VirtioDevice):
@@ -147,6 +154,8 @@ class _Active:
         self._ports = {port.id: port for port in ports}
         self._size = device.size
         self._message_waits = False
+        tells_size = not self._multiport and has(activation.features, VIRTIO_CONSOLE_F_SIZE)
+        self._reminders = _Reminders(monotonic) if tells_size else None
         poller = Poller()
         try:
             for port in ports:
@@ -172,8 +181,8 @@ class _Active:
             self.loop.batch(self._queue(receive_queue(port.id) + 1), port.drop_output)
             port.end.finish()
 
-    def work(self) -> None:
-        """Everything that can be done now."""
+    def work(self) -> float | None:
+        """Everything that can be done now; in how many seconds to come again."""
         loop = self.loop
         again = True
         while again and loop.may_go_on:
@@ -190,6 +199,7 @@ class _Active:
                 if self._message_waits:
                     again |= loop.ask_for_kicks(self._queue(CONTROL_RECEIVE))
             again |= any(self._has_more(port) for port in self._ports.values())
+        return self._remind_of_size()
 
     def _serve(self, port: Port) -> bool:
         """Carry what can be carried; whether the driver has made more available meanwhile."""
@@ -224,6 +234,14 @@ class _Active:
                 port.size = size
                 port.resized()
         self._interrupt.signal_config_change()
+
+    def _remind_of_size(self) -> float | None:
+        if self._reminders is None or self._size == (0, 0):
+            return None
+        due, seconds = self._reminders.after(self._ports[0].bytes_from_guest)
+        if due:
+            self._interrupt.signal_config_change()
+        return seconds
 
     # --- control messages: 5.3.6.2 Multiport Device Operation ------------------------------------
 
@@ -263,3 +281,28 @@ class _Active:
                     continue
                 queue.add_used(chain, len(message))
                 port.told()
+
+
+class _Reminders:
+    """When to tell the driver of the size again: some time after each output, within limits."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._seen = 0
+        self._given = 0
+        self._at: float | None = None
+
+    def after(self, output: int) -> tuple[bool, float | None]:
+        """Whether it is time now, and in how many seconds to ask again; `output` counts the bytes
+        that the guest has written."""
+        now = self._clock()
+        if output != self._seen and self._at is None and self._given < _REMINDERS:
+            self._at = now + (_SOON if self._given < _QUICK_REMINDERS else _LATER)
+        self._seen = output
+        if self._at is None:
+            return False, None
+        if now < self._at:
+            return False, self._at - now
+        self._at = None
+        self._given += 1
+        return True, None
