@@ -10,6 +10,9 @@ from pyvmm.errors import ConfigError
 
 OPTION = "--cmdline"
 
+# To the kernel (lib/ctype.c) this byte is a space, which ends a parameter that is not quoted.
+_LATIN1_SPACE = b"\xa0"
+
 # Parameters that exclude each other: the user's one drops our other one.
 _SAME = {"ro": "rw"}
 # Parameters that add up instead of replacing each other.
@@ -17,26 +20,37 @@ _CUMULATIVE = frozenset({"virtio_mmio.device"})
 
 
 def encode(cmdline: str, limit: int) -> bytes:
-    """`cmdline` as the kernel wants it, with its terminating NUL.
+    """`cmdline` as the kernel wants it, in UTF-8, with its terminating NUL.
 
-    `limit` is the largest length in bytes without the NUL. Raises ConfigError if it is longer, is
-    not ASCII, or has a control character such as NUL or newline in it.
+    `limit` is the largest length in bytes without the NUL. Raises ConfigError if it is longer, has
+    a control character such as NUL or newline in it, or a character that the kernel would take for
+    a space.
     """
+    quoted = False
     for position, char in enumerate(cmdline):
-        if not (" " <= char <= "~" or char == "\t"):
+        quoted ^= char == '"'
+        if not (char.isprintable() or char == "\t"):
             what = {"\0": "a NUL", "\n": "a newline", "\r": "a carriage return"}.get(char)
             raise ConfigError(
                 f"the kernel command line has {what or repr(char)} at position {position}",
-                cure="use printable ASCII on one line",
+                cure="use printable characters on one line",
                 option=OPTION,
             )
-    if len(cmdline) > limit:
+        if not quoted and _LATIN1_SPACE in char.encode():
+            raise ConfigError(
+                f"the kernel takes the {char!r} at position {position} of its command line for a "
+                "space, as its second byte is one in Latin-1",
+                cure="put the value into double quotes",
+                option=OPTION,
+            )
+    text = cmdline.encode()
+    if len(text) > limit:
         raise ConfigError(
-            f"the kernel command line has {len(cmdline)} bytes, this kernel takes at most {limit}",
-            cure=f"shorten it by {len(cmdline) - limit}",
+            f"the kernel command line has {len(text)} bytes, this kernel takes at most {limit}",
+            cure=f"shorten it by {len(text) - limit}",
             option=OPTION,
         )
-    return cmdline.encode("ascii") + b"\0"
+    return text + b"\0"
 
 
 def split(cmdline: str) -> list[str]:

@@ -65,7 +65,8 @@ class Load:
 
 @dataclass
 class Elf:
-    """An ELF64 kernel by the ELF specification; `note` is the value of the PVH note, or None."""
+    """An ELF kernel by the System V ABI; `note` is the value of the PVH note, or None. It is laid
+    out as ELF32 if it `is_32bit`; class and machine say what they are told."""
 
     loads: list[Load] = field(default_factory=lambda: [Load()])
     note: int | None = 0x100_0040
@@ -77,6 +78,7 @@ class Elf:
     phoff: int = 64
     phentsize: int = 56
     phnum: int | None = None
+    is_32bit: bool = False
 
     def build(self) -> bytes:
         headers = list(self.loads)
@@ -85,20 +87,23 @@ class Elf:
             value = struct.pack("<III4sI", 4, 4, 18, b"Xen\0", self.note)
             headers.append(Load(paddr=0, data=other + value, kind=4))
         body = b""
-        start = 64 + 56 * len(headers)
+        head, row = (52, 32) if self.is_32bit else (64, 56)
+        start = head + row * len(headers)
         table = b""
         for load in headers:
             size = len(load.data)
             offset = start + len(body) if load.offset is None else load.offset
             filesz = size if load.filesz is None else load.filesz
             memsz = filesz if load.memsz is None else load.memsz
-            table += struct.pack(
-                "<IIQQQQQQ", load.kind, 5, offset, load.paddr, load.paddr, filesz, memsz, 4
-            )
+            places = (offset, load.paddr, load.paddr, filesz, memsz)
+            if self.is_32bit:
+                table += struct.pack("<8I", load.kind, *places, 5, 4)
+            else:
+                table += struct.pack("<IIQQQQQQ", load.kind, 5, *places, 4)
             body += load.data
         ident = b"\x7fELF" + bytes([self.elf_class, self.data, 1]) + bytes(9)
         header = ident + struct.pack(
-            "<HHIQQQIHHHHHH",
+            "<HHIIIIIHHHHHH" if self.is_32bit else "<HHIQQQIHHHHHH",
             self.kind,
             self.machine,
             1,
@@ -106,7 +111,7 @@ class Elf:
             self.phoff,
             0,
             0,
-            64,
+            head,
             self.phentsize,
             len(headers) if self.phnum is None else self.phnum,
             0,

@@ -117,9 +117,62 @@ def test_row55_bad_hdrs(tmp_path: Path) -> None:
     refused(tmp_path, bzimage(magic=b"HdrX"), "--kernel", "HdrS", "bzImage")
 
 
-@pytest.mark.parametrize("version", [0x0200, 0x020A, 0x020B])
+@pytest.mark.parametrize("version", [0x0200, 0x0205])
 def test_row55_old_protocol(tmp_path: Path, version: int) -> None:
-    refused(tmp_path, bzimage(version=version), f"2.{version & 0xFF:02}", "2.12")
+    refused(tmp_path, bzimage(version=version), f"2.{version & 0xFF:02}", "2.06")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"xloadflags": 0},  # a 32-bit kernel
+        {"version": 0x020B},  # xloadflags is not a field of it yet
+    ],
+)
+def test_a_kernel_without_a_64_bit_entry_starts_at_its_32_bit_one(
+    tmp_path: Path, change: dict[str, int]
+) -> None:
+    entry, memory = boot(tmp_path, bzimage(**change))  # type: ignore[arg-type]
+    assert (entry.mode, entry.rip) == (x86.PROTECTED32, 0x100_0000)
+    assert (entry.rsi, entry.rbx) == (ZERO_PAGE, 0), "boot.rst, 32-bit Boot Protocol"
+    assert memory.read(entry.rip, len(CODE)) == CODE
+    table = struct.unpack("<5Q", memory.read(entry.gdt_base, 40))
+    assert table[2:4] == (0x00CF_9B00_0000_FFFF, 0x00CF_9300_0000_FFFF)
+
+
+def test_fields_that_an_old_header_has_not_are_not_taken_from_the_code_behind_it(
+    tmp_path: Path,
+) -> None:
+    kernel = bytearray(bzimage(version=0x0209, jump=0x258 - 0x202, relocatable=0))
+    kernel[0x258:0x290] = b"\xff" * (0x290 - 0x258)
+    entry, memory = boot(tmp_path, bytes(kernel))
+    assert entry.rip == 0x10_0000
+    page = memory.read(ZERO_PAGE, 4096)
+    assert page[0x248:0x258] == kernel[0x248:0x258]
+    assert page[0x258:0x268] == bytes(16)
+
+
+@pytest.mark.parametrize("missing", range(16))
+def test_the_last_paragraph_need_not_be_whole(tmp_path: Path, missing: int) -> None:
+    # syssize counts paragraphs of 16 bytes, rounded up: memtest86+'s last one has 8 bytes.
+    kernel = bzimage()
+    entry, memory = boot(tmp_path, kernel[: len(kernel) - missing])
+    assert memory.read(entry.rip - 0x200, len(CODE) - missing) == CODE[: len(CODE) - missing]
+    if not missing:
+        refused(tmp_path, kernel[:-16], "truncated", f"has {len(kernel) - 16} bytes")
+
+
+def test_devices_are_named_by_acpi_alone_where_the_command_line_has_no_room(tmp_path: Path) -> None:
+    acpi = x86.AcpiConfig(virtio=(x86.VirtioMmioDevice(0xD000_0000, 512, 5),) * 8)
+    entry, _ = boot(tmp_path, bzimage(), acpi=acpi)
+    assert entry.cmdline.count("virtio_mmio.device=") == 8
+    entry, memory = boot(tmp_path, bzimage(cmdline_size=255), acpi=acpi)
+    assert entry.cmdline == "console=ttyS0"
+    assert b"LNRO0005" in memory.read(0xE_0000, 0x2_0000)
+    long = "x" * 256
+    refused(tmp_path, bzimage(cmdline_size=255), "256 bytes", "255", acpi=acpi, cmdline=long)
+    both = {"acpi": acpi, "virtio_discovery": "both"}
+    refused(tmp_path, bzimage(cmdline_size=255), "255", **both)
 
 
 def test_row55_init_size_larger_than_ram(tmp_path: Path) -> None:
@@ -138,7 +191,6 @@ def test_a_kernel_that_just_fits(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "word"),
     [
-        ({"xloadflags": 0}, "32-bit"),
         ({"loadflags": 0}, "zImage"),
         ({"syssize": 4096}, "truncated"),
         ({"code": b""}, "damaged"),
@@ -158,7 +210,7 @@ def test_row55_other_headers_that_cannot_be_booted(
 
 def test_row55_truncated_file(tmp_path: Path) -> None:
     whole = bzimage()
-    for size in (1, 0x202, 0x206, 0x290, 2560, len(whole) - 1):
+    for size in (1, 0x202, 0x206, 0x290, 2560, len(whole) - 16):
         refused(tmp_path, whole[:size], "--kernel")
 
 

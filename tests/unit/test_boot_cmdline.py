@@ -67,12 +67,28 @@ def test_merging_keeps_every_word_of_the_user(user: str) -> None:
     assert split(merge(DEFAULTS, user))[-len(words) :] == words or not words
 
 
-@pytest.mark.parametrize("bad", ["a\0b", "a\nb", "a\rb", "caf\u00e9", "a\x7fb", "a\x1bb", "\ud800"])
+@pytest.mark.parametrize("bad", ["a\0b", "a\nb", "a\rb", "a\x7fb", "a\x1bb", "\ud800", "a\u200eb"])
 def test_row57_what_no_kernel_reads_is_refused(tmp_path: Path, bad: str) -> None:
     for kernel in (bzimage(), Elf().build(), Elf(note=None).build()):
         with pytest.raises(ConfigError, match="--cmdline") as caught:
             boot(tmp_path, kernel, cmdline=bad)
         assert "\n" not in str(caught.value) and "\0" not in str(caught.value)
+
+
+def test_other_characters_than_ascii_go_to_the_kernel_as_utf8() -> None:
+    text = 'root="PARTLABEL=Zürich à la 日本"'
+    assert encode(text, 100) == text.encode() + b"\0"
+    size = len(text.encode())
+    assert len(encode(text, size)) == size + 1
+    with pytest.raises(ConfigError, match=f"{size} bytes.*at most {size - 1}.*shorten it by 1"):
+        encode(text, size - 1)
+
+
+@pytest.mark.parametrize("text", ["x=à", "x=\U0001f820", 'x="à" à'])
+def test_a_character_that_the_kernel_would_take_for_a_space_needs_quotes(text: str) -> None:
+    assert b"\xa0" in text.encode()
+    with pytest.raises(ConfigError, match="double quotes"):
+        encode(text, 100)
 
 
 @pytest.mark.parametrize("size", [255, 2047])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 from boot_images import CODE, MIB, Elf, Load, boot, guest_memory
@@ -12,6 +13,9 @@ from hypothesis import strategies as st
 
 from pyvmm.boot import x86
 from pyvmm.errors import ConfigError
+
+ELF32: dict[str, Any] = {"is_32bit": True, "elf_class": 1, "machine": 3}
+ELF32 |= {"phoff": 52, "phentsize": 32}
 
 
 def refused(directory: Path, kernel: Elf | bytes, *words: str, mebibytes: int = 64) -> None:
@@ -31,6 +35,15 @@ def test_pvh_note_is_the_entry_in_protected_mode(tmp_path: Path) -> None:
     assert memory.read(0x100_0000, len(CODE)) == CODE
     table = struct.unpack("<5Q", memory.read(entry.gdt_base, 40))
     assert table[2] == 0x00CF_9B00_0000_FFFF, "flat 32-bit code"
+
+
+def test_a_32_bit_elf_is_entered_by_its_pvh_note(tmp_path: Path) -> None:
+    data = bytes(range(256))
+    loads = [Load(), Load(paddr=0x200_0000, data=data, memsz=5000)]
+    entry, memory = boot(tmp_path, Elf(loads=loads, note=0x200_0010, **ELF32).build())
+    assert (entry.mode, entry.rip, entry.rbx) == (x86.PROTECTED32, 0x200_0010, 0x6000)
+    assert memory.read(0x100_0000, len(CODE)) == CODE
+    assert memory.read(0x200_0000, 256) == data
 
 
 def test_pvh_start_info(tmp_path: Path) -> None:
@@ -98,7 +111,12 @@ def test_row53_truncated_anywhere_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kernel", "word"),
     [
-        (Elf(elf_class=1), "32-bit"),
+        (Elf(elf_class=1), "is an ELF for 64-bit x86"),
+        (Elf(elf_class=3), "unknown class"),
+        (Elf(machine=3), "is an ELF for 32-bit x86"),
+        (Elf(**ELF32, note=None), "32-bit ELF without a PVH note"),
+        (Elf(**{**ELF32, "phentsize": 56}), "56 bytes each, not 32"),
+        (Elf(**{**ELF32, "phoff": 1 << 30}), "past its end"),
         (Elf(data=2), "big-endian"),
         (Elf(machine=183), "arm64"),
         (Elf(machine=9999), "9999"),

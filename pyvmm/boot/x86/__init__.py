@@ -65,7 +65,10 @@ def _load_bzimage(
 ) -> Entry:
     image = bzimage.parse(file)
     way = discovery.choose(wish, file, elf=False, banner=image.kernel_version, cmdline=cmdline)
-    acpi, cmdline = _announce(way, acpi, cmdline)
+    announced = _announce(way, acpi, cmdline)
+    if wish == discovery.AUTO and len(announced[1]) > image.cmdline_max:
+        announced = acpi, cmdline  # ACPI needs no room there
+    acpi, cmdline = announced
     text = command_line.encode(cmdline, image.cmdline_max)
     bzimage.load(memory, file, image)
     ramdisk = _load_initrd(memory, initrd, (image.load_addr, image.end), image.initrd_addr_max)
@@ -78,7 +81,10 @@ def _load_bzimage(
         initrd=ramdisk,
         rsdp=rsdp,
     )
-    start = image.load_addr + bzimage.ENTRY_64
+    start = image.load_addr
+    if not image.has_64bit_entry:
+        return protected_mode_entry(memory, rip=start, rsi=layout.BOOT_PARAMS, cmdline=cmdline)
+    start += bzimage.ENTRY_64
     return long_mode_entry(memory, rip=start, rsi=layout.BOOT_PARAMS, cmdline=cmdline)
 
 

@@ -1,8 +1,9 @@
-"""Linux bzImage by the x86 64-bit boot protocol.
+"""Linux bzImage by the x86 64-bit boot protocol, or by the 32-bit one where a kernel has no more.
 
 Source: Linux Documentation/arch/x86/boot.rst ("The Real-Mode Kernel Header", "Details of Header
-Fields", "64-bit Boot Protocol"). The real-mode part of the file is never run: its header is copied
-into the zero page, the protected-mode part is loaded, and the vCPU starts at its 64-bit entry.
+Fields", "32-bit Boot Protocol", "64-bit Boot Protocol"). The real-mode part of the file is never
+run: its header is copied into the zero page, the protected-mode part is loaded, and the vCPU starts
+at its 64-bit or 32-bit entry. Not only Linux comes in this format: memtest86+, for one.
 """
 
 from __future__ import annotations
@@ -18,7 +19,11 @@ from pyvmm.memory import layout_x86 as layout
 
 SECTOR = 512
 HEADER_BYTES = 0x290  # as much of the file as may hold a header
-MIN_VERSION = 0x020C  # the first with xloadflags
+PARAGRAPH = 16
+MIN_VERSION = 0x0206  # the first with cmdline_size; Linux 2.6.22
+_PREF_ADDRESS_VERSION = 0x020A  # and init_size
+_XLOADFLAGS_VERSION = 0x020C
+_HEADER_END_MIN = 0x23C  # of MIN_VERSION
 XLF_KERNEL_64 = 1 << 0
 ENTRY_64 = 0x200  # startup_64, from the load address
 _KERNEL_VERSION_MAX = 256
@@ -39,6 +44,7 @@ class BzImage:
     payload_offset: int  # in the protected-mode part
     payload_length: int
     kernel_version: str
+    has_64bit_entry: bool
 
     @property
     def end(self) -> int:
@@ -54,29 +60,25 @@ def parse(kernel: ImageFile) -> BzImage:
         raise kernel.error(f"{kernel.path} is not a bzImage: it has no HdrS signature")
     version = _u16(head, boot_params.VERSION)
     _check_protocol(kernel, head, version)
-    sectors = head[boot_params.HDR] or 4  # boot.rst: 0 stands for 4
+    end = _header_end(kernel, head)
+    fields = head[:end].ljust(HEADER_BYTES, b"\0")  # what follows the header is code, not fields
+    sectors = fields[boot_params.HDR] or 4  # boot.rst: 0 stands for 4
     setup_size = (sectors + 1) * SECTOR
-    code_size = _u32(head, 0x1F4) * 16
-    if code_size <= ENTRY_64:
-        raise kernel.error(f"{kernel.path} is damaged: its header says that it has no kernel in it")
-    if kernel.size < setup_size + code_size:
-        raise kernel.error(
-            f"{kernel.path} is truncated: it has {kernel.size} bytes, "
-            f"its header says {setup_size + code_size}",
-            "copy or build it again",
-        )
+    has_64bit_entry = bool(version >= _XLOADFLAGS_VERSION and _u16(fields, 0x236) & XLF_KERNEL_64)
+    has_pref_address = version >= _PREF_ADDRESS_VERSION
     return BzImage(
         version=version,
-        header=_setup_header(kernel, head),
+        header=fields[boot_params.HDR : end],
         setup_size=setup_size,
-        code_size=code_size,
-        load_addr=_load_addr(kernel, head),
-        init_size=_u32(head, 0x260),
-        initrd_addr_max=_u32(head, 0x22C),
-        cmdline_max=min(_u32(head, boot_params.CMDLINE_SIZE), layout.CMDLINE_SIZE - 1),
-        payload_offset=_u32(head, 0x248),
-        payload_length=_u32(head, 0x24C),
-        kernel_version=_kernel_version(kernel, head),
+        code_size=_code_size(kernel, fields, setup_size),
+        load_addr=_load_addr(kernel, fields, has_pref_address),
+        init_size=_u32(fields, 0x260) if has_pref_address else 0,
+        initrd_addr_max=_u32(fields, 0x22C),
+        cmdline_max=min(_u32(fields, boot_params.CMDLINE_SIZE), layout.CMDLINE_SIZE - 1),
+        payload_offset=_u32(fields, 0x248),
+        payload_length=_u32(fields, 0x24C),
+        kernel_version=_kernel_version(kernel, fields),
+        has_64bit_entry=has_64bit_entry,
     )
 
 
@@ -90,25 +92,39 @@ def _check_protocol(kernel: ImageFile, head: bytes, version: int) -> None:
     said = f"{version >> 8}.{version & 0xFF:02}"
     if version < MIN_VERSION:
         raise kernel.error(
-            f"{kernel.path} speaks boot protocol {said}, 2.12 is the oldest with a 64-bit entry",
-            "use a kernel of Linux 3.8 or later",
+            f"{kernel.path} speaks boot protocol {said}, 2.06 is the oldest that is understood",
+            "use a kernel of Linux 2.6.22 or later",
         )
     if not head[boot_params.LOADFLAGS] & boot_params.LOADED_HIGH:
         raise kernel.error(f"{kernel.path} is a zImage", "build a bzImage")
-    if not _u16(head, 0x236) & XLF_KERNEL_64:
-        raise kernel.error(f"{kernel.path} is a 32-bit kernel", "use a 64-bit one (CONFIG_64BIT)")
 
 
-def _setup_header(kernel: ImageFile, head: bytes) -> bytes:
+def _header_end(kernel: ImageFile, head: bytes) -> int:
     # boot.rst: the byte before the signature is the operand of a jump over the header.
     end = 0x202 + head[0x201]
-    if not 0x268 <= end <= boot_params.HDR_END:
+    if not _HEADER_END_MIN <= end <= boot_params.HDR_END:
         raise kernel.error(f"{kernel.path} is damaged: its setup header ends at {end:#x}")
-    return head[boot_params.HDR : end]
+    return end
 
 
-def _load_addr(kernel: ImageFile, head: bytes) -> int:
-    preferred = struct.unpack_from("<Q", head, 0x258)[0]
+def _code_size(kernel: ImageFile, head: bytes, setup_size: int) -> int:
+    said = _u32(head, 0x1F4) * PARAGRAPH
+    if said <= ENTRY_64:
+        raise kernel.error(f"{kernel.path} is damaged: its header says that it has no kernel in it")
+    # syssize counts paragraphs, so that the last of them need not be whole in the file.
+    if kernel.size <= setup_size + said - PARAGRAPH:
+        raise kernel.error(
+            f"{kernel.path} is truncated: it has {kernel.size} bytes, "
+            f"its header says {setup_size + said}",
+            "copy or build it again",
+        )
+    return min(said, kernel.size - setup_size)
+
+
+def _load_addr(kernel: ImageFile, head: bytes, has_pref_address: bool) -> int:
+    preferred = layout.HIGH_RAM  # where every older bzImage is loaded
+    if has_pref_address:
+        preferred = struct.unpack_from("<Q", head, 0x258)[0]
     alignment = _u32(head, boot_params.KERNEL_ALIGNMENT)
     if not head[0x234]:  # relocatable_kernel
         if preferred < layout.HIGH_RAM:

@@ -1,7 +1,8 @@
 """ELF kernels (vmlinux): entered by their PVH note, or in long mode where they have none.
 
 pyelftools knows the layout of the structures; what may stand in them is checked here, before any of
-it is used. Source: ELF-64 Object File Format; Xen public/elfnote.h, XEN_ELFNOTE_PHYS32_ENTRY.
+it is used. A 32-bit ELF can be entered by its PVH note only. Source: System V ABI, "ELF Header" and
+"Program Header"; Xen public/elfnote.h, XEN_ELFNOTE_PHYS32_ENTRY.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from pyvmm.boot.x86.placement import check_kernel_fits
 from pyvmm.memory import GuestMemory
 from pyvmm.memory import layout_x86 as layout
 
-EHDR_SIZE = 64
-PHDR_SIZE = 56
+_CLASS_32, _CLASS_64 = 1, 2
+_EHDR_SIZE = {_CLASS_32: 52, _CLASS_64: 64}
+_PHDR_SIZE = {_CLASS_32: 32, _CLASS_64: 56}
 MAX_SEGMENTS = 128
 MAX_NOTES_SIZE = 1 << 20
 PN_XNUM = 0xFFFF  # the real number would stand in a section header
-EM_X86_64 = 62
+EM_386, EM_X86_64 = 3, 62
+_MACHINE_OF = {_CLASS_32: EM_386, _CLASS_64: EM_X86_64}
 ET_EXEC, ET_DYN = 2, 3
 PT_LOAD, PT_NOTE = 1, 4
 XEN_ELFNOTE_PHYS32_ENTRY = 18
@@ -29,7 +32,8 @@ XEN_ELFNOTE_PHYS32_ENTRY = 18
 _CLASS, _DATA = 4, 5
 _TRUNCATED = "it is truncated: copy or build it again"
 _MACHINES = {
-    3: "32-bit x86",
+    EM_386: "32-bit x86",
+    EM_X86_64: "64-bit x86",
     40: "32-bit Arm",
     183: "arm64",
     243: "RISC-V",
@@ -71,8 +75,8 @@ class ElfKernel:
 
 def parse(kernel: ImageFile) -> ElfKernel:
     """Check headers, segments and notes of `kernel`. Raises ConfigError, and reads no segment."""
-    _check_ident(kernel)
-    header, rows = _read_headers(kernel)
+    elf_class = _check_ident(kernel)
+    header, rows = _read_headers(kernel, elf_class)
     segments = [_checked_segment(kernel, row) for row in rows if row["p_type"] == PT_LOAD]
     segments = sorted((s for s in segments if s.memsz), key=lambda segment: segment.paddr)
     if not segments:
@@ -86,6 +90,11 @@ def parse(kernel: ImageFile) -> ElfKernel:
     for row in rows:
         if row["p_type"] == PT_NOTE and pvh_entry is None:
             pvh_entry = _find_pvh_entry(kernel, row)
+    if pvh_entry is None and elf_class == _CLASS_32:
+        raise kernel.error(
+            f"{kernel.path} is a 32-bit ELF without a PVH note",
+            "use one with CONFIG_PVH, a bzImage, or a 64-bit x86 kernel",
+        )
     entry = header["e_entry"]
     start = entry if pvh_entry is None else pvh_entry
     if not any(s.paddr <= start < s.paddr + s.filesz for s in segments):
@@ -104,42 +113,46 @@ def load(memory: GuestMemory, kernel: ImageFile, image: ElfKernel) -> None:
         kernel.read_into(memory.view(segment.paddr, segment.filesz), segment.offset)
 
 
-def _check_ident(kernel: ImageFile) -> None:
-    head = kernel.read(0, EHDR_SIZE)
-    if len(head) < EHDR_SIZE:
+def _check_ident(kernel: ImageFile) -> int:
+    """The ELF's class."""
+    head = kernel.read(0, _EHDR_SIZE[_CLASS_64])
+    if len(head) < _EHDR_SIZE[_CLASS_64]:  # as no 32-bit kernel is shorter than this either
         raise kernel.error(
             f"{kernel.path} has {len(head)} bytes, too few for an ELF header", _TRUNCATED
         )
-    if head[_CLASS] != 2:
-        raise kernel.error(f"{kernel.path} is a 32-bit ELF", "use a 64-bit x86 kernel")
+    if head[_CLASS] not in _EHDR_SIZE:
+        raise kernel.error(f"{kernel.path} is an ELF of an unknown class, {head[_CLASS]}")
     if head[_DATA] != 1:
         raise kernel.error(f"{kernel.path} is a big-endian ELF", "use a 64-bit x86 kernel")
+    return head[_CLASS]
 
 
-def _read_headers(kernel: ImageFile) -> tuple[Any, list[Any]]:
+def _read_headers(kernel: ImageFile, elf_class: int) -> tuple[Any, list[Any]]:
     """The ELF header and all program headers, as pyelftools reads them."""
     # elftools.elf.elffile would pull in its DWARF reader, which no kernel needs to be started.
     from elftools.common.utils import struct_parse
     from elftools.elf.structs import ELFStructs
 
-    structs = ELFStructs(little_endian=True, elfclass=64)
+    structs = ELFStructs(little_endian=True, elfclass=32 * elf_class)
     structs.create_basic_structs()
     try:
         structs.create_advanced_structs()
-        header = struct_parse(structs.Elf_Ehdr, io.BytesIO(kernel.read(0, EHDR_SIZE)))
+        head = kernel.read(0, _EHDR_SIZE[elf_class])
+        header = struct_parse(structs.Elf_Ehdr, io.BytesIO(head))
         values = dict(header)
         machine, kind = _number(header, kernel, 18), _number(header, kernel, 16)
     except Exception as error:  # whatever it raises, the file is at fault
         raise kernel.error(f"{kernel.path} is not a readable ELF file: {error}") from None
-    _check_header(kernel, values, machine, kind)
-    table = kernel.read(values["e_phoff"], values["e_phnum"] * PHDR_SIZE)
+    _check_header(kernel, values, machine, kind, elf_class)
+    size = _PHDR_SIZE[elf_class]
+    table = kernel.read(values["e_phoff"], values["e_phnum"] * size)
     try:
         stream = io.BytesIO(table)
         rows = [dict(struct_parse(structs.Elf_Phdr, stream)) for _ in range(values["e_phnum"])]
     except Exception as error:
         raise kernel.error(f"{kernel.path} has unreadable program headers: {error}") from None
     for index, row in enumerate(rows):
-        row["p_type"] = int.from_bytes(table[index * PHDR_SIZE :][:4], "little")
+        row["p_type"] = int.from_bytes(table[index * size :][:4], "little")
     return values, rows
 
 
@@ -147,8 +160,10 @@ def _number(_header: Any, kernel: ImageFile, offset: int) -> int:
     return int.from_bytes(kernel.read(offset, 2), "little")
 
 
-def _check_header(kernel: ImageFile, header: dict[str, Any], machine: int, kind: int) -> None:
-    if machine != EM_X86_64:
+def _check_header(
+    kernel: ImageFile, header: dict[str, Any], machine: int, kind: int, elf_class: int
+) -> None:
+    if machine != _MACHINE_OF[elf_class]:
         what = _MACHINES.get(machine, f"machine {machine}")
         raise kernel.error(f"{kernel.path} is an ELF for {what}", "use a 64-bit x86 kernel")
     if kind not in (ET_EXEC, ET_DYN):
@@ -156,10 +171,11 @@ def _check_header(kernel: ImageFile, header: dict[str, Any], machine: int, kind:
     number, offset = header["e_phnum"], header["e_phoff"]
     if number == PN_XNUM or number > MAX_SEGMENTS:
         raise kernel.error(f"{kernel.path} has {number} program headers: it is not a kernel")
-    if number and header["e_phentsize"] != PHDR_SIZE:
-        size = header["e_phentsize"]
-        raise kernel.error(f"{kernel.path}: its program headers have {size} bytes each, not 56")
-    if offset + number * PHDR_SIZE > kernel.size:
+    size = _PHDR_SIZE[elf_class]
+    if number and header["e_phentsize"] != size:
+        said = header["e_phentsize"]
+        raise kernel.error(f"{kernel.path}: its program headers have {said} bytes each, not {size}")
+    if offset + number * size > kernel.size:
         raise kernel.error(
             f"{kernel.path}: its program headers at {offset:#x} lie past its end", _TRUNCATED
         )

@@ -2,8 +2,8 @@
 
 Two ways in: long mode, as the 64-bit boot protocol of Linux wants it (its file
 Documentation/arch/x86/boot.rst, "64-bit Boot Protocol"), and 32-bit protected mode without paging,
-as the PVH entry wants it (Xen docs/misc/pvh.pandoc). Setting the vCPU's registers accordingly is
-the machine's part.
+as its "32-bit Boot Protocol" and the PVH entry want it (Xen docs/misc/pvh.pandoc). Setting the
+vCPU's registers accordingly is the machine's part.
 """
 
 from __future__ import annotations
@@ -56,13 +56,15 @@ def long_mode_entry(memory: GuestMemory, *, rip: int, rsi: int, cmdline: str) ->
     return Entry(LONG64, rip, layout.BOOT_STACK, rsi, 0, layout.BOOT_PML4, layout.BOOT_GDT, cmdline)
 
 
-def protected_mode_entry(memory: GuestMemory, *, rip: int, rbx: int, cmdline: str) -> Entry:
+def protected_mode_entry(
+    memory: GuestMemory, *, rip: int, rsi: int = 0, rbx: int = 0, cmdline: str
+) -> Entry:
     """Write descriptors to `memory`; the entry to `rip` in flat 32-bit mode without paging.
 
-    `rbx` is the address of struct hvm_start_info.
+    `rbx` is the address of struct hvm_start_info, or `rsi` that of struct boot_params.
     """
     _write_gdt(memory, _CODE32)
-    return Entry(PROTECTED32, rip, layout.BOOT_STACK, 0, rbx, 0, layout.BOOT_GDT, cmdline)
+    return Entry(PROTECTED32, rip, layout.BOOT_STACK, rsi, rbx, 0, layout.BOOT_GDT, cmdline)
 
 
 def _write_gdt(memory: GuestMemory, code: int) -> None:

@@ -48,14 +48,17 @@ def setup_boot_vcpu(
     """Put `vcpu` at a kernel's entry point `rip`, interrupts off.
 
     "long64" is Linux' 64-bit boot protocol: paging on with the tables at `cr3`, which map the first
-    4 GiB one to one; `rsi` is the address of boot_params. "protected32" is PVH's entry: paging off,
-    `rbx` is the address of hvm_start_info. All addresses are guest-physical. Raises HostError.
+    4 GiB one to one; `rsi` is the address of boot_params. "protected32", with paging off, is
+    PVH's entry, where `rbx` is the address of hvm_start_info, and that of Linux' 32-bit boot
+    protocol, which wants RBX, RBP and RDI to be 0. All addresses are guest-physical.
+
+    Raises HostError.
     """
     _setup_sregs(vcpu, mode, gdt_base, cr3)
     regs = ffi.new("struct kvm_regs *")
     regs.rflags = r.RFLAGS_RESERVED
     regs.rip = rip
-    regs.rsp = regs.rbp = rsp
+    regs.rsp = rsp
     regs.rsi = rsi
     regs.rbx = rbx
     r.set_regs(vcpu, regs)
