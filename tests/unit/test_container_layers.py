@@ -517,3 +517,25 @@ def test_an_image_cannot_put_its_own_files_in_place_of_the_guest_s(over) -> None
     found = files(tree)
     assert (found[".pyvmm"], found[".pyvmm/init"]) == (D, b"I")
     assert found["evil/hostname"] == b"web\n"
+
+
+@pytest.mark.parametrize(
+    ("image", "replaced"),
+    [
+        ([directory("sbin")], True),
+        ([directory("usr/sbin"), symlink("sbin", "usr/sbin")], True),
+        ([member("bin/busybox", data=b"b"), symlink("sbin/reboot", "/bin/busybox")], True),
+        ([member("bin/busybox", data=b"b"), hardlink("sbin/reboot", "bin/busybox")], True),
+        ([member("sbin/reboot", data=b"the image's own")], False),
+        ([symlink("sbin/reboot", "../bin/systemctl"), member("bin/systemctl")], False),
+        ([member("sbin", data=b"no directory")], False),
+        ([directory("bin")], False),
+    ],
+)
+def test_a_guest_can_be_rebooted_by_name(over, image, replaced: bool) -> None:
+    programs = dict.fromkeys(("busybox", "agent", *guest.SCRIPTS), b"ours")
+    tree = over(image)
+    guest.prepare(tree, process.read({}, tree), programs, name="web")
+    assert tree.read(".pyvmm/reboot", 9) == b"ours"
+    assert (tree.read("sbin/reboot", 9) == b"ours") == replaced
+    assert tree.read("bin/busybox", 9) != b"ours"

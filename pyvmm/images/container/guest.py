@@ -1,7 +1,8 @@
 """What makes a container's files a guest: an init of its own, and what it needs, in /.pyvmm.
 
 An image may be without any program, so what init runs is a static busybox. Nothing of the image's
-own is replaced but what container engines replace too: /etc/hosts, /etc/hostname, /etc/resolv.conf.
+own is replaced but what container engines replace too: /etc/hosts, /etc/hostname, /etc/resolv.conf;
+and poweroff, halt and reboot where they are busybox's, which would ask an init that is not there.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ SCRIPTS = ("init", "network")  # pyvmm-init, pyvmm-network
 CMDLINE = f"init=/{FOLDER}/init"
 # A system's root disk has them; an image made from nothing has not.
 _FOLDERS = {"dev": 0o755, "proc": 0o555, "sys": 0o555, "run": 0o755, "tmp": 0o1777, "etc": 0o755}
+_ENDINGS = ("poweroff", "halt", "reboot")  # what pyvmm-init does under these names
 _SHELLS = ("bin/sh", "usr/bin/sh")
 _HOSTS = b"127.0.0.1 localhost\n127.0.1.1 pyvmm\n::1 localhost\n"
 
@@ -39,6 +41,16 @@ def prepare(tree: Tree, process: Process, programs: dict[str, bytes], *, name: s
     for file in SCRIPTS:
         tree.write(f"{FOLDER}/{file}", _moved(programs[file]), 0o755)
     tree.write(f"{FOLDER}/entry", entry_script(process, _shell(tree)).encode(), 0o755)
+    for command in _ENDINGS:
+        _add_ending(tree, command)
+
+
+def _add_ending(tree: Tree, command: str) -> None:
+    tree.link(f"{FOLDER}/{command}", "init")
+    folder = tree.find("sbin")
+    own = tree.find(f"sbin/{command}")
+    if folder is not None and folder.is_directory and own in (None, tree.find("bin/busybox")):
+        tree.link(f"sbin/{command}", f"/{FOLDER}/{command}")
 
 
 def _moved(script: bytes) -> bytes:
