@@ -9,12 +9,16 @@ cut, only printable characters are repeated, each kind of finding is made once.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from pyvmm.boot.partitions import Table
 
 LINE_MAX = 2048  # bytes of a line that are looked at in one piece
 _OVERLAP = 256  # of a longer one, so much is looked at again with what follows
 _QUOTE_MAX = 160
+_MINORS = 16  # device numbers of a virtio disk: itself and its partitions
 
 PANIC = "panic"
 OOPS = "oops"
@@ -51,13 +55,19 @@ class ConsoleWatcher:
     """Reads along with what the guest writes to its console; memory and work are bounded.
 
     `disk_ready` is asked, when the guest misses its root device, whether a driver in it has brought
-    up any disk; without it, the console is searched for signs of one.
+    up any disk; without it, the console is searched for signs of one. `tables` tells what the
+    disks hold, as far as it is known, by their names in the guest.
     """
 
-    def __init__(self, disk_ready: Callable[[], bool] | None = None) -> None:
+    def __init__(
+        self,
+        disk_ready: Callable[[], bool] | None = None,
+        tables: Callable[[], Sequence[tuple[str, Table]]] = tuple,
+    ) -> None:
         self.findings: list[Finding] = []
         self.bytes_seen = 0
         self._disk_ready = disk_ready
+        self.tables = tables
         self._disk_seen = False
         self._last_line = ""
         self._line = bytearray()
@@ -98,7 +108,15 @@ class ConsoleWatcher:
         """
         if self.bytes_seen or elapsed < patience:
             return None
-        return _explain_silence(cmdline, elapsed, consoles)
+        return _explain_silence(f"printed nothing in {elapsed:.0f} seconds", cmdline, consoles)
+
+    def silent_reset(
+        self, cmdline: str, *, consoles: Collection[str] = ("ttyS0",)
+    ) -> Finding | None:
+        """What to say of a guest that has reset itself; None if it has printed something."""
+        if self.bytes_seen:
+            return None
+        return _explain_silence("reset itself and printed nothing", cmdline, consoles)
 
     def _look(self, line: bytes) -> None:
         for marker, explain in _RULES:
@@ -145,7 +163,8 @@ def _root_missing(what: str, watcher: ConsoleWatcher) -> Finding:
         return Finding(
             NO_ROOT,
             f"the guest found disks, but not its root device{what}",
-            "check root= in --cmdline: the first --disk is /dev/vda, the second /dev/vdb",
+            f"check root= in --cmdline: the first --disk is /dev/vda, the second /dev/vdb"
+            f"{_there(watcher, what.strip())}",
         )
     return Finding(
         NO_DRIVER,
@@ -153,6 +172,26 @@ def _root_missing(what: str, watcher: ConsoleWatcher) -> Finding:
         "give it a --disk, and virtio_mmio and virtio_blk (CONFIG_VIRTIO_MMIO, CONFIG_VIRTIO_BLK) "
         "in the kernel or, as with Debian's kernels, as modules in an --initrd",
     )
+
+
+def _there(watcher: ConsoleWatcher, wanted: str) -> str:
+    tables = watcher.tables()
+    if not tables:
+        return ""
+    from pyvmm.boot import partitions
+
+    return f"; there are {partitions.listed(tables, wanted)}"
+
+
+def _other_root(disk: str, number: int, watcher: ConsoleWatcher) -> str:
+    """What to say where no root file system could be mounted from partition `number` of `disk`, or
+    from the whole of it if that is 0; nothing if it is no fault of the choice."""
+    table = dict(watcher.tables()).get(disk)
+    if table is None:
+        return ""
+    from pyvmm.boot import partitions
+
+    return partitions.advice(disk, table, number)
 
 
 def _panic(text: str, watcher: ConsoleWatcher) -> Finding | None:
@@ -165,11 +204,16 @@ def _unable_to_mount(text: str, watcher: ConsoleWatcher) -> Finding:
     device = re.search(r"unknown-block\((\d+),(\d+)\)", text)
     if device and device[1] == "0":
         return _root_missing("", watcher)
+    other = ""
+    if device:
+        index, number = divmod(int(device[2]), _MINORS)
+        other = _other_root(f"/dev/vd{chr(ord('a') + index)}", number, watcher)
     return Finding(
         FILESYSTEM,
         "the guest's kernel found the root device but no file system on it that it knows",
-        "see that the image holds a file system (file IMAGE; root=/dev/vda1 if it has partitions), "
-        "that the kernel has its driver built in, or give an --initrd with it",
+        other
+        or "see that the image holds a file system (file IMAGE), that the kernel has its driver "
+        "built in, or give an --initrd with it",
     )
 
 
@@ -183,7 +227,7 @@ def _cannot_open_root(text: str, watcher: ConsoleWatcher) -> Finding | None:
 
 def _no_such_device(text: str, watcher: ConsoleWatcher) -> Finding | None:
     match = re.search(r"(?:ALERT!|Warning:) +((?:/dev/|\w+=)\S+) does not exist", text)
-    match = match or re.search(r"pyvmm-initramfs: no root device (\S+) after", text)
+    match = match or re.search(r"pyvmm-initramfs: no root device (.+?) after", text)
     return _root_missing(f" {_quote(match[1])}", watcher) if match else None
 
 
@@ -200,11 +244,17 @@ def _no_root_given(text: str, watcher: ConsoleWatcher) -> Finding:
 
 
 def _filesystem(text: str, watcher: ConsoleWatcher) -> Finding:
+    device = re.search(r"(/dev/vd[a-z]+|\(vd[a-z]+)(\d{0,4})\b", text)
+    other = ""
+    if device:
+        disk = device[1].replace("(", "/dev/")
+        other = _other_root(disk, int(device[2] or 0), watcher)
     return Finding(
         FILESYSTEM,
         f"the guest could not mount its root file system: {_quote(text)}",
-        "see that the image holds a file system (file IMAGE), that the guest has its driver, and "
-        "that it is clean (e2fsck -f IMAGE)",
+        other
+        or "see that the image holds a file system (file IMAGE), that the guest has its driver, "
+        "and that it is clean (e2fsck -f IMAGE)",
     )
 
 
@@ -364,30 +414,42 @@ _RULES: tuple[tuple[bytes, _Explain], ...] = (
 )
 
 
-def _explain_silence(cmdline: str, elapsed: float, heard: Collection[str]) -> Finding:
+_DRIVERS = {"ttyS0": "CONFIG_SERIAL_8250_CONSOLE", "hvc0": "CONFIG_VIRTIO_CONSOLE"}
+_OTHER = {
+    "ttyS0": "--console virtio gives it the other one, hvc0",
+    "hvc0": "without --console virtio it gets the other one, ttyS0",
+}
+
+
+def _explain_silence(what: str, cmdline: str, heard: Collection[str]) -> Finding:
     words = cmdline.split()
     consoles = [word.partition("=")[2] for word in words if word.startswith("console=")]
-    message = f"the guest has printed nothing in {elapsed:.0f} seconds"
+    named = [console.partition(",")[0] for console in consoles]
+    message = f"the guest has {what}"
     if not consoles:
         return Finding(
             SILENT, f"{message} and was given no console=", "add console=ttyS0 to --cmdline"
         )
-    if not any(console.partition(",")[0] in heard for console in consoles):
+    console = next((console for console in reversed(named) if console in heard), "")
+    if not console:
+        also = ", or give it that device: --console virtio" if named[-1] == "hvc0" else ""
         return Finding(
             SILENT,
             f"{message} on the serial port; its console={_quote(consoles[-1])} is another device",
-            "put console=ttyS0 into --cmdline",
+            f"put console=ttyS0 into --cmdline{also}",
         )
+    no_driver = f"a kernel without {_DRIVERS[console]} has no console on {console}"
     if any(word.startswith("earlyprintk=") for word in words):
         return Finding(
             SILENT,
             f"{message}, not even on its early console",
-            "see that the kernel is for x86-64 and that it has enough --memory",
+            f"see that the kernel is for x86-64 and has enough --memory; {no_driver}, "
+            f"{_OTHER[console]}",
         )
     quiet = ", and leave out quiet," if "quiet" in words else ""
     return Finding(
         SILENT,
         message,
-        f"add earlyprintk=serial,ttyS0,115200 to --cmdline{quiet} to see how far it gets; without "
-        "CONFIG_SERIAL_8250_CONSOLE a kernel has no console on ttyS0",
+        f"{no_driver}: {_OTHER[console]}; earlyprintk=serial,ttyS0,115200 in --cmdline{quiet} "
+        "shows how far it gets",
     )

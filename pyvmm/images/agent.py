@@ -8,6 +8,7 @@ whoever passes an image on.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 from pyvmm.images import tools
 from pyvmm.images.progress import Progress
@@ -35,11 +36,15 @@ LINKING = ("-static", "-Wl,-z,relro,-z,now", "-s")
 
 def build(recipes: Recipes, into: str, progress: Progress) -> None:
     """Write `into`/pyvmm-agent. Raises ConfigError."""
-    target = os.path.join(into, FILE)
     sources = [recipes.file(FOLDER, source) for source in SOURCES]
-    command = ["musl-gcc", *FLAGS, *_KERNEL_HEADERS, *LINKING, "-o", target, *sources]
     with progress.step("agent: compiling (musl-gcc)"):
-        tools.run(command, "compiling the guest's agent")
+        compile_static(sources, os.path.join(into, FILE), "compiling the guest's agent")
+
+
+def compile_static(sources: Sequence[str], target: str, what: str) -> None:
+    """Make the static program `target` of C files; `what` is for messages. Raises ConfigError."""
+    command = ["musl-gcc", *FLAGS, *_KERNEL_HEADERS, *LINKING, "-o", target, *sources]
+    tools.run(command, what)
     os.chmod(target, 0o755)
 
 

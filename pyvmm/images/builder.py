@@ -78,7 +78,8 @@ class Catalogue:
         elif kind == "programs":
             parts.append(asdict(self.recipes.programs[which]))
         elif kind == "initramfs":
-            parts += [asdict(self.recipes.initramfs), self._script("initramfs", "init")]
+            parts += [asdict(self.recipes.initramfs), *agent.FLAGS, *agent.LINKING]
+            parts += [self._script("initramfs", file) for file in initramfs.SOURCES]
         else:
             parts += [self.recipes.release, asdict(self.recipes.rootfs[which])]
             parts += [self._script("rootfs", file) for file in _ROOTFS_SCRIPTS]

@@ -1,4 +1,5 @@
-"""The guest's initramfs: a static busybox, the init script, and the modules init may load.
+"""The guest's initramfs: a static busybox, the init script and its helper, and the modules init may
+load.
 
 It is not compressed: it is 3 MB, and under emulation the kernel takes longer to unpack it than the
 monitor takes to read it.
@@ -7,9 +8,10 @@ monitor takes to read it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from pyvmm.host import cpio
+from pyvmm.images import agent as agent_program
 from pyvmm.images import apt, cache, tools
 from pyvmm.images.lock import Pin
 from pyvmm.images.modules import ModuleTree
@@ -17,6 +19,7 @@ from pyvmm.images.progress import Progress
 from pyvmm.images.recipes import InitramfsRecipe, Recipes
 
 FILE = "initramfs.cpio"
+SOURCES = ("init", "find-root.c")
 _FOLDERS = ("bin", "dev", "modules", "proc", "root", "sys")
 
 
@@ -36,29 +39,46 @@ def build(
         with progress.step(f"{name}: fetching {pin.package} {pin.version}"):
             package = client.download(pin, room)
             tools.run(["dpkg-deb", "-x", package, room], "cannot unpack busybox")
-        with open(os.path.join(room, "bin", "busybox"), "rb") as file:
-            busybox = file.read()
-    with open(recipes.file("initramfs", "init"), "rb") as file:
-        init = file.read()
+        finder = os.path.join(room, "find-root")
+        with progress.step(f"{name}: compiling find-root (musl-gcc)"):
+            compile_finder(recipes, finder)
+        programs = {
+            "bin/busybox": _read(os.path.join(room, "bin", "busybox")),
+            "bin/find-root": _read(finder),
+            "bin/pyvmm-agent": agent,
+            "init": _read(recipes.file("initramfs", "init")),
+        }
     with progress.step(f"{name}: writing the archive"):
         tree = ModuleTree(modules)
-        content = cpio.archive(entries(recipes.initramfs, tree, busybox, init, agent))
+        content = cpio.archive(entries(recipes.initramfs, tree, programs))
         with open(os.path.join(into, FILE), "wb") as file:
             file.write(content)
 
 
+def compile_finder(recipes: Recipes, target: str) -> None:
+    """Make `target`, the helper that finds a root device by its partition table. Raises
+    ConfigError."""
+    source = recipes.file("initramfs", "find-root.c")
+    agent_program.compile_static([source], target, "compiling find-root")
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
 def entries(
-    recipe: InitramfsRecipe, modules: ModuleTree, busybox: bytes, init: bytes, agent: bytes
+    recipe: InitramfsRecipe, modules: ModuleTree, programs: Mapping[str, bytes]
 ) -> Iterator[cpio.Entry]:
-    """The archive's files. `modules/LIST` names the modules of a list in their loading order."""
+    """The archive's files: `programs` by their paths, busybox's applets, and the modules.
+    `modules/LIST` names the modules of a list in their loading order."""
     for folder in _FOLDERS:
         yield cpio.directory(folder)
     yield cpio.character_device("dev/console", 5, 1)  # where init's output goes before devtmpfs
-    yield cpio.regular("bin/busybox", busybox, 0o755)
+    for path, content in programs.items():
+        yield cpio.regular(path, content, 0o755)
     for applet in recipe.applets:
         yield cpio.symlink(f"bin/{applet}", "busybox")
-    yield cpio.regular("init", init, 0o755)
-    yield cpio.regular("bin/pyvmm-agent", agent, 0o755)
     orders = {name: modules.load_order(wanted) for name, wanted in recipe.modules.items()}
     for name, order in orders.items():
         yield cpio.regular(f"modules/{name}", "".join(f"{module}\n" for module in order).encode())

@@ -20,8 +20,10 @@ from pyvmm.platform.console_pump import InputPort
 from pyvmm.platform.shared_console import ConsoleTail, SharedInput
 from pyvmm.transport.mmio import MmioTransport
 from pyvmm.virtio import constants
+from pyvmm.virtio.blk.device import BlockDevice
 
 if TYPE_CHECKING:
+    from pyvmm.boot.partitions import Table
     from pyvmm.host.unix_sockets import Socket
     from pyvmm.machine.control import ResizeOutside
     from pyvmm.machine.watch import Watch
@@ -50,7 +52,8 @@ class Attendant:
         self._consoles = ("ttyS0", "hvc0") if virtio else ("ttyS0",)
         self.console = self._consoles[-1]  # where the keys go
         self._transports: Sequence[MmioTransport] = ()
-        self.watcher = ConsoleWatcher(self._disk_ready)
+        self._devices = prepared.devices
+        self.watcher = ConsoleWatcher(self._disk_ready, self._partition_tables)
         self.on_finding: Callable[[Finding], None] | None = None
         self._passed_on = 0  # findings
         self._said: set[str] = set()
@@ -89,6 +92,26 @@ class Attendant:
         """Whether the guest's kernel panicked."""
         return any(finding.kind == PANIC for finding in self.watcher.findings)
 
+    def silent_reset(self) -> Finding | None:
+        """What to say of a guest that has reset itself, if it has said nothing."""
+        if self._is_silent:
+            return None
+        return self.watcher.silent_reset(self._cmdline, consoles=self._consoles)
+
+    def _partition_tables(self) -> list[tuple[str, Table]]:
+        from pyvmm.boot.partitions import read_disk
+
+        disks = [device for device in self._devices if isinstance(device, BlockDevice)]
+        found = []
+        for index, disk in enumerate(disks):
+            try:
+                table = read_disk(disk.peek, disk.size, disk.block_size)
+            except Exception:  # a class of the user's may raise anything; this is only a hint
+                continue
+            if table is not None:
+                found.append((f"/dev/vd{chr(ord('a') + index)}", table))
+        return found
+
     def _disk_ready(self) -> bool:
         return any(t.read_status() & constants.VIRTIO_CONFIG_S_DRIVER_OK for t in self._transports)
 
@@ -119,6 +142,8 @@ def run_here(
         if outcome.ending is Ending.RESET and attendant.saw_panic():
             line = "" if attendant.said(PANIC) else "the guest's kernel panicked"
             outcome = Outcome(Ending.PANIC, line)
+        elif outcome.ending is Ending.RESET and (silent := attendant.silent_reset()):
+            outcome = Outcome(Ending.RESET, str(silent))
         _report(spec.name, outcome)
         answering.tell_end(outcome)
     finally:

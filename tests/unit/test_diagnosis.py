@@ -281,6 +281,8 @@ def test_findings_do_not_depend_on_chunks(data: st.DataObject) -> None:
     [
         ("root=/dev/vda", "add console=ttyS0"),
         ("console=hvc0", "console=hvc0 is another device"),
+        ("console=hvc0", "or give it that device: --console virtio"),
+        ("console=ttyS0", "--console virtio gives it the other one, hvc0"),
         ("console=ttyS0,115200", "earlyprintk=serial,ttyS0,115200"),
         ("console=ttyS0 quiet", "leave out quiet"),
         ("console=ttyS0 earlyprintk=serial", "not even on its early console"),
@@ -294,6 +296,28 @@ def test_silence(cmdline: str, word: str) -> None:
     assert watcher.silence_hint(cmdline, 12.0, patience=60.0) is None
     watcher.feed(b"x")
     assert watcher.silence_hint(cmdline, 1000.0) is None
+
+
+@pytest.mark.parametrize(
+    ("cmdline", "consoles", "word"),
+    [
+        ("console=ttyS0 panic=-1", ("ttyS0",), "--console virtio gives it the other one"),
+        ("console=hvc0", ("ttyS0", "hvc0"), "without --console virtio it gets the other one"),
+        ("console=tty0 console=ttyS0", ("ttyS0",), "CONFIG_SERIAL_8250_CONSOLE"),
+        ("console=ttyS0 console=hvc0", ("ttyS0", "hvc0"), "CONFIG_VIRTIO_CONSOLE"),
+        ("console=ttyS0 earlyprintk=serial,ttyS0", ("ttyS0",), "hvc0"),
+        ("console=hvc0", ("ttyS0",), "--console virtio"),
+    ],
+)
+def test_a_reset_without_a_word_names_the_other_console(
+    cmdline: str, consoles: tuple[str, ...], word: str
+) -> None:
+    watcher = ConsoleWatcher()
+    found = watcher.silent_reset(cmdline, consoles=consoles)
+    assert found is not None
+    assert "reset itself and printed nothing" in found.message and word in found.cure
+    watcher.feed(b"x")
+    assert watcher.silent_reset(cmdline, consoles=consoles) is None
 
 
 def test_silence_of_a_guest_with_a_virtio_console() -> None:

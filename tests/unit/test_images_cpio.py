@@ -84,7 +84,8 @@ def test_the_initramfs_has_each_list_in_loading_order_and_each_module_once(tmp_p
         applets=("sh",),
         modules={"transport-pci": ("virtio_pci",), "virtio-2": ("virtio_blk",), "x": ("virtio",)},
     )
-    entries = initramfs.entries(recipe, ModuleTree(str(tmp_path)), b"busybox", b"script", b"agent")
+    programs = {"bin/busybox": b"busybox", "init": b"script"}
+    entries = initramfs.entries(recipe, ModuleTree(str(tmp_path)), programs)
     names = [(name, data) for name, _, _, data in read(cpio.archive(entries))]
     assert dict(names)["modules/virtio-2"] == b"virtio\nvirtio_blk\n"
     assert dict(names)["modules/transport-pci"] == b""

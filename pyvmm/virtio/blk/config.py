@@ -18,6 +18,7 @@ MAX_RANGE_SEGMENTS = 32
 MAX_DISCARD_SECTORS = (1 << 30) // SECTOR
 MAX_WRITE_ZEROES_SECTORS = (128 << 20) // SECTOR
 
+BLK_SIZE_OFFSET = 20
 WRITEBACK_OFFSET = 32  # of `wce`, the one field that a driver may write
 
 # (name, struct code) in order; little endian and packed.

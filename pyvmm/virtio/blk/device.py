@@ -15,6 +15,7 @@ from pyvmm.errors import HostError
 from pyvmm.host.log import RateLimited
 from pyvmm.virtio.blk.backend import Backend, cut_all, scatter
 from pyvmm.virtio.blk.config import (
+    BLK_SIZE_OFFSET,
     MAX_DISCARD_SECTORS,
     MAX_RANGE_SEGMENTS,
     MAX_WRITE_ZEROES_SECTORS,
@@ -165,6 +166,23 @@ class BlockDevice(QueueDevice):
     def size(self) -> int:
         """The capacity in bytes."""
         return self._capacity * SECTOR
+
+    @property
+    def block_size(self) -> int:
+        """The logical block that the driver is told of, in bytes."""
+        return int.from_bytes(self._config[BLK_SIZE_OFFSET : BLK_SIZE_OFFSET + 4], "little")
+
+    def peek(self, offset: int, size: int) -> bytes:
+        """What is at `offset`, beside the guest; fewer bytes than `size` past the end.
+
+        Raises HostError, or what a class of the user's raises."""
+        start = offset // SECTOR * SECTOR
+        end = min(-(-(offset + size) // SECTOR) * SECTOR, self.size)
+        if end <= start:
+            return b""
+        data = bytearray(end - start)
+        self._backend.readv([memoryview(data)], len(data), start)
+        return bytes(data[offset - start :][:size])
 
     def stats(self) -> Mapping[str, object]:
         """Bytes of data carried, flushes, and requests that were not answered OK."""
