@@ -143,16 +143,18 @@ def boot_memtest(folder: Path) -> GuestResult:
     subprocess.run(["dpkg", "-x", packages[0], folder / "memtest"], check=True)
     [kernel] = (folder / "memtest").rglob("*x64.bin")
     # First of all it measures how quick the memory is: a minute where that is emulated.
-    guest = Guest(str(kernel), None, cmdline="console=ttyS0,115200 nobench")
+    guest = Guest(str(kernel), None, cmdline="console=ttyS0,115200 nobench", stdin=b"1")
     guest.start()
     guest.wait_for("Memtest86+ v")
-    guest.wait_for("Testing")
+    guest.wait_for("Settings:")  # its menu, which the key opens
     guest.send_signal(signal.SIGINT)
     return guest.wait()
 
 
 @pytest.mark.skipif(shutil.which("apt-get") is None, reason="needs apt-get")
 @pytest.mark.boot.with_args(boot_memtest)
-def test_memtest_shows_its_screen_on_the_serial_port(boot: GuestResult) -> None:
+def test_memtest_shows_its_screen_on_the_serial_port_and_takes_keys_from_it(
+    boot: GuestResult,
+) -> None:
     assert boot.code == 130, boot.ending()
     assert boot.messages == ["pyvmm: vm: interrupted"]

@@ -6,7 +6,10 @@ import random
 import struct
 import zlib
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from hypothesis import given
@@ -16,6 +19,13 @@ from partition_tables import MIB, ROOT_X86_64, SECTOR, needs_tools, partitioned,
 from pyvmm.boot import partitions
 from pyvmm.boot.diagnosis import ConsoleWatcher
 from pyvmm.boot.partitions import Table
+from pyvmm.machine.alarm import Alarm
+from pyvmm.machine.builder import Prepared
+from pyvmm.machine.disks import open_disk
+from pyvmm.machine.launch import Attendant
+from pyvmm.machine.spec import DiskSpec, VmSpec
+from pyvmm.virtio.blk.backend import Backend
+from pyvmm.virtio.blk.device import BlockDevice
 
 GPT = f"""label: gpt
 start=2048, size=65536, type=uefi, name="ESP"
@@ -267,3 +277,33 @@ def test_any_bytes_are_read_in_bounded_time(noise: bytes, seed: int, is_gpt: boo
     if table is not None:
         assert partitions.advice("/dev/vda", table, 0).isprintable()
         assert partitions.listed([("/dev/vda", table)], "LABEL=").isprintable()
+
+
+class Failing(Backend):
+    """A disk whose class is broken."""
+
+    size_sectors = 8
+
+    def readv(self, views: list[memoryview], size: int, offset: int) -> None:
+        raise ZeroDivisionError
+
+
+@needs_tools
+@pytest.mark.parametrize("direct", [False, True])
+def test_the_machine_reads_its_disks_through_their_back_ends(tmp_path: Path, direct: bool) -> None:
+    path = partitioned(tmp_path / "disk", GPT, size=160 * MIB)
+    put_file_system(path, ROOT, 32 * MIB, "ext4")
+    with ExitStack() as closing:
+        spec = VmSpec(kernel="", disks=(DiskSpec(str(path), direct=direct, id="real"),))
+        disk = open_disk(spec.disks[0], None, closing, Alarm())
+        broken = BlockDevice(Failing(), name="broken")
+        entry = SimpleNamespace(cmdline="console=ttyS0 root=/dev/vdb")
+        prepared = SimpleNamespace(spec=spec, entry=entry, devices=(broken, disk))
+        attendant = Attendant("vm", cast(Prepared, prepared))
+        attendant.watcher._disk_ready = lambda: True
+        attendant.observe(CANNOT_MOUNT.replace(b"vda", b"vdb") % b"")
+        found = attendant.watcher.diagnosis
+        assert found is not None
+        assert found.cure.startswith("/dev/vdb holds partitions: put root=/dev/vdb3 (ext4, 32 MiB)")
+        assert disk.peek(disk.size - 4, 100) == path.read_bytes()[-4:]
+        assert disk.peek(1 << 70, 100) == b""
