@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := guest-images/system-packages.txt
 
-.PHONY: help demo shell test lint unit fuzz guest bench doctor images clean
+.PHONY: help demo shell test lint unit fuzz mutants guest bench doctor images clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,6 +29,10 @@ unit: .stamps/dev ## Only the tests that need neither KVM nor a guest
 fuzz: .stamps/dev ## Random drivers against every device for SECONDS=60, from a SEED; CASE=N repeats one
 	@$(BIN)/python tests/fuzz/run.py $(if $(SEED),--seed=$(SEED)) $(if $(SECONDS),--seconds=$(SECONDS)) \
 		$(if $(CASE),--case=$(CASE)) $(if $(DEVICE),--device=$(DEVICE))
+
+mutants: .stamps/dev ## Small faults in the core for SECONDS=600: which does no test notice? ONLY= SAMPLE= SEED=
+	@$(BIN)/python tests/mutation/run.py --seconds=$(or $(SECONDS),600) $(if $(SEED),--seed=$(SEED)) \
+		$(if $(SAMPLE),--sample=$(SAMPLE)) $(foreach part,$(ONLY),--only=$(part)) $(if $(JOBS),--jobs=$(JOBS))
 
 lint: .stamps/dev ## Style and types
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

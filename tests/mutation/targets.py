@@ -1,0 +1,106 @@
+"""What is mutated, and which tests are to notice: those that are about it come first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Target(NamedTuple):
+    """Modules, as globs below pyvmm, and the tests for them, as globs below tests/unit."""
+
+    area: str
+    modules: str
+    tests: str
+
+
+# The first one that a module fits.
+TARGETS = (
+    Target("core", "virtio/chain.py", "chain queue_usual queue_buffers queue blk_request"),
+    Target(
+        "core", "virtio/split_queue.py virtio/split_peek.py",
+        "split_queue queue queue_usual queue_buffers split_queue_hostile queue_model"
+        " vhost_user_inflight chain worker_polling split_queue_fuzz queue_processes",
+    ),
+    Target(
+        "core", "virtio/packed_queue.py virtio/packed_peek.py",
+        "packed_queue queue queue_usual queue_buffers packed_queue_hostile queue_model"
+        " packed_queue_fuzz queue_processes",
+    ),
+    Target(
+        "core", "virtio/ring.py virtio/queue.py virtio/queue_state.py virtio/queue_stats.py",
+        "queue queue_usual queue_buffers split_queue packed_queue split_queue_hostile"
+        " packed_queue_hostile queue_model vhost_user_inflight worker_polling stats"
+        " mmio_robustness_queues start_imports net_vhost",
+    ),
+    Target(
+        "core", "virtio/lifecycle.py virtio/negotiation.py virtio/status.py virtio/features.py"
+        " virtio/defects.py virtio/device.py virtio/events.py transport/events.py",
+        "status negotiation mmio_robustness mmio_robustness_queues queue_reset mmio_registers"
+        " negotiation_threads trace stats queue_device mmio_fuzz vhost_user net_vhost pause"
+        " forgotten",
+    ),
+    Target(
+        "core", "virtio/worker.py virtio/shared_worker.py virtio/device_loop.py",
+        "worker worker_sources worker_polling worker_wakeups shared_worker device_loop queue_device"
+        " net_receive vsock_device stats every_device",
+    ),
+    Target("core", "virtio/offload.py", "offload net_vhost"),
+    Target("core", "virtio/rate_limit.py", "rate_limit net_limits stats"),
+    Target(
+        "core", "transport/mmio.py transport/mmio_registers.py",
+        "mmio_registers mmio_robustness mmio_robustness_queues negotiation negotiation_threads"
+        " trace queue_reset mmio_fuzz net_vhost",
+    ),
+    Target(
+        "vhost-user", "transport/vhost_user/*.py",
+        "vhost_user vhost_user_inflight vhost_user_server vhost_user_hostile vhost_user_fuzz",
+    ),
+    Target("devices", "virtio/blk/*.py", "blk_* disk_queues disk_files stats every_device"),
+    Target(
+        "devices", "virtio/console/*.py",
+        "console_* terminal* window_size device_loop stats every_device",
+    ),
+    Target("devices", "virtio/vsock/*.py", "vsock_* stats every_device"),
+    Target("devices", "virtio/net/*.py", "net_* stats every_device"),
+    Target("devices", "virtio/balloon/*.py", "balloon_* stats every_device"),
+    Target("devices", "virtio/rng/*.py", "rng_device every_device"),
+    Target("core", "virtio/*.py transport/*.py", "every_device mmio_robustness"),  # new ones
+    Target("agent", "agent/*.py", "agent agent_* cli_guest"),
+    Target("container images", "images/container/*.py", "container_*"),
+)  # fmt: skip
+
+
+def files(root: Path) -> list[str]:
+    """The modules, as paths below `root`."""
+    found = {
+        str(path.relative_to(root))
+        for target in TARGETS
+        for module in target.modules.split()
+        for path in (root / "pyvmm").glob(module)
+    }
+    return sorted(found)
+
+
+def tests_of(file: str) -> tuple[str, ...]:
+    """The tests of a module, as paths below the root."""
+    root = Path(__file__).parents[2]
+    found: dict[str, None] = {}
+    for test in _target_of(file).tests.split():
+        for path in sorted((root / "tests" / "unit").glob(f"test_{test}.py")):
+            found[str(path.relative_to(root))] = None
+    return tuple(found)
+
+
+def area_of(file: str) -> str:
+    """What the module counts for in the score."""
+    return _target_of(file).area
+
+
+def _target_of(file: str) -> Target:
+    path = Path(file)
+    return next(
+        target
+        for target in TARGETS
+        if any(path.match(f"pyvmm/{module}") for module in target.modules.split())
+    )
