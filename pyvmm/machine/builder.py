@@ -145,6 +145,7 @@ def assemble(
     _add_irqchip(vm)
     ports, mmio = Bus("I/O port"), Bus("MMIO")
     serial = _add_platform(vm, ports, sink)
+    closing.callback(serial.close)
     transports = tuple(
         attach_virtio_mmio(
             device,

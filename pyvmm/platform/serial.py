@@ -1,9 +1,11 @@
 """A 16550A serial port: registers, 16-byte receive FIFO, interrupts, loopback.
 
 After the PC16550D data sheet (National Semiconductor, 1995; section numbers below) and the names in
-<linux/serial_reg.h>. Three things differ from a chip with a wire behind it:
+<linux/serial_reg.h>. Four things differ from a chip with a wire behind it:
 
-- a byte written is sent at once, so the transmitter is always empty;
+- a byte written is sent at once, and LSR says so: who looks there before each byte never waits;
+- the transmitter's interrupt alone comes after a time such as a wire would take, whatever the
+  divisor says (see `_due`);
 - the receiver's character timeout has always just run out, so that a single key interrupts at once;
 - the far end does not send before the guest listens (see `Serial.enqueue_input`).
 """
@@ -13,6 +15,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from threading import Lock
+from typing import Protocol
+
+from pyvmm.host.timer import Ring, Timer
 
 # Offsets: read / write. With LCR's DLAB set, 0 and 1 are the divisor.
 RBR = THR = 0
@@ -27,7 +32,7 @@ SCR = 7
 IER_RDI, IER_THRI, IER_RLSI, IER_MSI, IER_ALL = 0x01, 0x02, 0x04, 0x08, 0x0F
 IIR_NO_INT, IIR_MSI, IIR_THRI, IIR_RDI, IIR_RLSI, IIR_TIMEOUT = 0x01, 0x00, 0x02, 0x04, 0x06, 0x0C
 IIR_FIFO_ENABLED = 0xC0
-FCR_ENABLE, FCR_CLEAR_RCVR = 0x01, 0x02
+FCR_ENABLE, FCR_CLEAR_RCVR, FCR_CLEAR_XMIT = 0x01, 0x02, 0x04
 LCR_DLAB = 0x80
 MCR_DTR, MCR_RTS, MCR_OUT1, MCR_OUT2, MCR_LOOP = 0x01, 0x02, 0x04, 0x08, 0x10
 LSR_DR, LSR_OE, LSR_THRE, LSR_TEMT = 0x01, 0x02, 0x20, 0x40
@@ -39,11 +44,35 @@ _TRIGGERS = (1, 4, 8, 14)  # by the top bits of FCR (8.4)
 _SENT = LSR_THRE | LSR_TEMT
 _CABLE = MSR_CTS | MSR_DSR | MSR_DCD  # the far end is there and ready
 
+# Seconds that a byte takes on its way, when the guest waits for the interrupt: 64 KB a second. At
+# 9600 baud, which Linux sets unless told otherwise, it would be 1 ms.
+_BYTE_SECONDS = 16e-6
+# An interrupt is this late at most because the guest took long to fill the FIFO.
+_LONGEST_FILL = 5e-3
+
+# What a write to THR is, settled in advance: a byte and nothing else; one more byte of those that
+# the guest is to be interrupted for; anything.
+_PLAIN, _TIMED, _SLOW = range(3)
+
 # So many reads of LSR in a row, with input waiting, can only be a guest that polls for it: the
 # transmitter, which the other pollers wait for, is ready at the first look.
 _POLLS = 32
 
 _BYTE = [bytes([value]) for value in range(256)]
+
+
+class TimerLike(Protocol):
+    """`Timer`, or one whose time a test makes."""
+
+    def now(self) -> float: ...
+
+    def set(self, when: float) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _make_timer(ring: Ring) -> TimerLike:
+    return Timer("serial-port", ring)
 
 
 class Serial:
@@ -54,11 +83,21 @@ class Serial:
     that the guest has yet to clear.
 
     `sink(data)` gets each byte as the guest writes it and may block, which holds up that vCPU.
+    `make_timer(ring)` is the timer of the transmitter.
+
+    To be closed before what `irq` needs.
     """
 
-    def __init__(self, irq: Callable[[bool], None], sink: Callable[[bytes], None]) -> None:
+    def __init__(
+        self,
+        irq: Callable[[bool], None],
+        sink: Callable[[bytes], None],
+        make_timer: Callable[[Ring], TimerLike] = _make_timer,
+    ) -> None:
         self._irq = irq
         self._sink = sink
+        self._timer = make_timer(self._ring)
+        self._now = self._timer.now
         self._on_room: Callable[[], None] | None = None
         self._lock = Lock()
         self._line = False
@@ -70,11 +109,18 @@ class Serial:
         self._lsr = _SENT
         self._msr = _CABLE
         self._thre_pending = False
+        # Bytes that the guest is to be interrupted for are on their way. How many, when the last
+        # one was written, and when the guest took the interrupt before. If they are, the interrupt
+        # is not pending.
+        self._sending = False
+        self._sent_count = 0
+        self._sent_last = 0.0
+        self._acknowledged = -_LONGEST_FILL
         self._listening = False
         self._held = False  # input was turned down
         self._polls = 0
         # What the two hot registers need to know, settled in advance by _settle().
-        self._plain_thr = True
+        self._thr = _PLAIN
         self._plain_lsr = True
 
     # --- the guest's side ------------------------------------------------------------------------
@@ -91,11 +137,19 @@ class Serial:
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Set the register. An access wider than a byte writes as many registers in turn."""
-        if offset == THR and size == 1 and self._plain_thr:
+        if offset == THR and size == 1 and self._thr != _SLOW:
+            if self._thr == _TIMED:
+                # Without the lock: if the time is just over, this byte comes before the interrupt.
+                self._sent_count += 1
+                self._sent_last = self._now()
             self._sink(_BYTE[value & 0xFF])
             return
         for index in range(size):
             self._write_register(offset + index, value >> 8 * index & 0xFF)
+
+    def close(self) -> None:
+        """Once this returns, the transmitter does not interrupt any more."""
+        self._timer.close()
 
     # --- the far end's side ----------------------------------------------------------------------
 
@@ -153,6 +207,7 @@ class Serial:
         cause = self._cause()
         if cause == IIR_THRI:
             self._thre_pending = False  # reading it as the source clears it (table in 8.5)
+            self._acknowledged = self._now()
             self._settle()
         return cause | (IIR_FIFO_ENABLED if self._fifo_enabled else 0)
 
@@ -200,11 +255,41 @@ class Serial:
             self._loop_back(value)
         if not self._ier & IER_THRI:
             return
-        if self._thre_pending and not self._fifo_enabled:
-            # Writing clears the interrupt and, the byte sent, it comes again: one edge for each.
-            # With the FIFO on, a driver writes 16 bytes for an interrupt; one edge is enough.
-            self._thre_pending = False
+        self._thre_pending = False  # writing clears it (table in 8.5)
+        self._sent_last = self._now()
+        if self._sending:
+            self._sent_count += 1
+            return
+        self._sending = True
+        self._sent_count = 1
+        self._timer.set(self._due())
+
+    def _due(self) -> float:
+        """When the bytes on their way will have been sent, and the interrupt is due.
+
+        Linux's handler of an edge starts over if the next one comes while it is still at work, and
+        leaves no time to anything else on its processor for as long as somebody prints. So there is
+        at least as much time after the last byte as the guest has spent in its handler before it,
+        however long an exit takes on this machine.
+        """
+        wire = min(self._sent_count, FIFO_SIZE) * _BYTE_SECONDS
+        fill = min(self._sent_last - self._acknowledged, _LONGEST_FILL)
+        return self._sent_last + max(wire, fill)
+
+    def _ring(self) -> float | None:
+        """The timer's: interrupt if the bytes have been sent, or say when to look again."""
+        with self._lock:
+            if not self._sending:
+                return None
+            due = self._due()
+            if self._now() < due:
+                return due
+            self._finish_sending()
             self._settle()
+            return None
+
+    def _finish_sending(self) -> None:
+        self._sending = False
         self._thre_pending = True
 
     def _loop_back(self, value: int) -> None:
@@ -222,9 +307,9 @@ class Serial:
         changed = value ^ self._ier
         self._ier = value
         if changed & IER_THRI:
-            # The transmitter is empty, so enabling the interrupt raises it, each time: Linux's
+            # Enabling the interrupt of an empty transmitter raises it, each time: Linux's
             # serial8250_do_startup tests for chips that do not.
-            self._thre_pending = bool(value & IER_THRI)
+            self._thre_pending = bool(value & IER_THRI) and not self._sending
         if changed:
             self._settle_listening()
 
@@ -242,6 +327,8 @@ class Serial:
         if self._fifo_enabled > enable or (enable and value & FCR_CLEAR_RCVR):
             self._fifo.clear()
             self._offer_room()
+        if self._sending and (self._fifo_enabled != enable or (enable and value & FCR_CLEAR_XMIT)):
+            self._finish_sending()
         self._fifo_enabled = enable
         if enable:  # the other bits count only with this one (8.4)
             self._trigger = _TRIGGERS[value >> 6]
@@ -296,9 +383,12 @@ class Serial:
         self._lsr = self._lsr & ~LSR_DR | (LSR_DR if self._fifo else 0)
         polled_for = self._held and not self._listening
         self._plain_lsr = not self._lsr & LSR_OE and not polled_for
-        interrupts = self._ier & IER_THRI and not (self._thre_pending and self._fifo_enabled)
-        special = self._lcr & LCR_DLAB or self._mcr & MCR_LOOP
-        self._plain_thr = not (interrupts or special or polled_for)
+        if self._lcr & LCR_DLAB or self._mcr & MCR_LOOP or polled_for:
+            self._thr = _SLOW
+        elif not self._ier & IER_THRI:
+            self._thr = _PLAIN
+        else:
+            self._thr = _TIMED if self._sending else _SLOW
         level = self._cause() != IIR_NO_INT
         if level != self._line:
             self._line = level

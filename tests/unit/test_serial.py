@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from serial_rig import FakeTimer
 
+from pyvmm.host.timer import Ring
 from pyvmm.platform import serial as uart
 from pyvmm.platform.serial import Serial
 
@@ -20,8 +22,12 @@ class Port:
         self.sent = bytearray()
         self.edges: list[bool] = []
         self.rooms = 0
-        self.serial = Serial(self.edges.append, self.sent.extend)
+        self.serial = Serial(self.edges.append, self.sent.extend, self.make_timer)
         self.serial.watch_room(self.count_room)
+
+    def make_timer(self, ring: Ring) -> FakeTimer:
+        self.timer = FakeTimer(ring)
+        return self.timer
 
     def count_room(self) -> None:
         self.rooms += 1
@@ -144,31 +150,147 @@ def test_disabling_thri_drops_the_line(port: Port) -> None:
     assert port.edges == [True, False]
 
 
-def test_write_after_acknowledge_makes_a_new_edge(port: Port) -> None:
+@pytest.fixture
+def sending(port: Port) -> Port:
+    """The interrupt for more bytes has been taken, a second ago."""
     port.put(uart.FCR, FIFO_ON)
     port.put(uart.IER, uart.IER_THRI)
     port.cause()
-    port.put(uart.THR, ord("a"))
-    assert port.edges == [True, False, True]
-    assert port.cause() == uart.IIR_THRI
+    port.timer.advance(1.0)
+    return port
 
 
-def test_sixteen_bytes_per_interrupt_cost_one_edge(port: Port) -> None:
+BYTE = uart._BYTE_SECONDS
+LATE = uart._LONGEST_FILL + 1e-9  # past the interrupt for one byte of a guest that took its time
+
+
+def test_a_written_byte_interrupts_when_it_has_been_sent(sending: Port) -> None:
+    sending.put(uart.THR, ord("a"))
+    assert sending.sent == b"a"
+    assert sending.edges == [True, False]
+    sending.timer.advance(LATE)
+    assert sending.edges == [True, False, True]
+    assert sending.cause() == uart.IIR_THRI
+
+
+@pytest.mark.parametrize(("count", "taken"), [(1, 1), (7, 7), (16, 16), (40, 16)])
+def test_the_interrupt_comes_after_the_time_of_what_is_in_the_fifo(
+    port: Port, count: int, taken: int
+) -> None:
     port.put(uart.FCR, FIFO_ON)
     port.put(uart.IER, uart.IER_THRI)
     port.cause()
-    del port.edges[:]
-    for byte in b"0123456789abcdef":
+    for byte in range(count):
         port.put(uart.THR, byte)
-    assert port.sent == b"0123456789abcdef"
-    assert port.edges == [True]
+    port.timer.advance(BYTE * taken - 1e-9)
+    assert not port.line
+    port.timer.advance(2e-9)
+    assert port.line
+    assert len(port.sent) == count
+    assert port.edges == [True, False, True]  # one edge for all
+    assert port.timer.sets == 1
 
 
-def test_without_fifo_a_driver_that_only_writes_gets_an_edge_per_byte(port: Port) -> None:
+def test_a_guest_that_fills_the_fifo_slowly_gets_as_much_time_for_the_rest(port: Port) -> None:
+    port.put(uart.IER, uart.IER_THRI)
+    port.cause()
+    for byte in range(16):
+        port.timer.advance(100e-6)
+        port.put(uart.THR, byte)
+    port.timer.advance(1600e-6 - 1e-9)
+    assert not port.line
+    port.timer.advance(2e-9)
+    assert port.line
+
+
+def test_a_guest_that_took_very_long_does_not_wait_as_long(sending: Port) -> None:
+    sending.put(uart.THR, 0)
+    sending.timer.advance(LATE)
+    assert sending.line
+
+
+def test_each_byte_makes_the_interrupt_later(sending: Port) -> None:
+    for byte in b"0123456789":
+        sending.put(uart.THR, byte)
+        sending.timer.advance(uart._LONGEST_FILL - 1e-6)
+        assert not sending.line
+    sending.timer.advance(1e-3)
+    assert sending.line
+
+
+def test_writing_takes_back_the_interrupt(port: Port) -> None:
     port.put(uart.IER, uart.IER_THRI)
     port.put(uart.THR, ord("a"))
-    port.put(uart.THR, ord("b"))
-    assert port.edges == [True, False, True, False, True]
+    assert port.edges == [True, False]
+    assert port.cause() == uart.IIR_NO_INT
+    port.timer.ring()
+    assert port.edges == [True, False, True]
+
+
+def test_the_transmitter_always_looks_empty(sending: Port) -> None:
+    for byte in range(100):
+        assert sending.get(uart.LSR) & uart.LSR_THRE
+        assert sending.get(uart.LSR) & uart.LSR_TEMT
+        sending.put(uart.THR, byte)
+    assert sending.sent == bytes(range(100))
+
+
+def test_without_the_interrupt_no_time_is_kept(port: Port) -> None:
+    for byte in bytes(100):
+        port.put(uart.THR, byte)
+    port.put(uart.IER, uart.IER_RDI)
+    port.put(uart.THR, ord("x"))
+    assert port.timer.sets == 0
+    port.put(uart.IER, uart.IER_THRI)
+    assert port.line  # what was sent before is not waited for
+
+
+def test_thri_enabled_while_bytes_are_sent_interrupts_after_them(sending: Port) -> None:
+    sending.put(uart.THR, ord("a"))
+    sending.put(uart.IER, 0)
+    sending.put(uart.IER, uart.IER_THRI)
+    assert not sending.line
+    sending.timer.ring()
+    assert sending.line
+
+
+def test_bytes_that_have_been_sent_interrupt_nobody_who_does_not_ask(sending: Port) -> None:
+    sending.put(uart.THR, ord("a"))
+    sending.put(uart.IER, 0)
+    sending.timer.ring()
+    assert not sending.line
+    sending.put(uart.IER, uart.IER_THRI)
+    assert sending.line
+
+
+@pytest.mark.parametrize("fcr", [FIFO_ON | uart.FCR_CLEAR_XMIT, 0])
+def test_a_cleared_transmitter_is_empty_at_once(sending: Port, fcr: int) -> None:
+    sending.put(uart.THR, ord("a"))
+    sending.put(uart.FCR, fcr)
+    assert sending.line
+    assert sending.cause() == uart.IIR_THRI
+    sending.timer.ring()
+    assert not sending.line
+    # And the next byte has its own time.
+    sending.put(uart.THR, ord("b"))
+    assert not sending.line
+    sending.timer.ring()
+    assert sending.line
+
+
+def test_nothing_rings_when_nothing_is_printed(sending: Port) -> None:
+    sending.put(uart.THR, ord("a"))
+    sending.timer.ring()
+    sending.cause()
+    assert sending.timer.left is None
+    assert sending.timer.sets == 1
+
+
+def test_a_closed_port_interrupts_no_more(sending: Port) -> None:
+    sending.put(uart.THR, ord("a"))
+    sending.serial.close()
+    sending.timer.advance(1.0)
+    assert not sending.line
 
 
 # --- receiver ------------------------------------------------------------------------------------
@@ -408,6 +530,7 @@ def test_any_sequence_of_accesses_is_survived(steps: list) -> None:
             assert 0 <= port.serial.enqueue_input(step) <= 16
             continue
         is_write, offset, size, value = step
+        port.timer.advance(value % 64 * 1e-6)
         if is_write:
             assert port.serial.write(offset, size, value) is None
         else:
