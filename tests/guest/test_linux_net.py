@@ -45,13 +45,13 @@ perl -MSocket -e '
     send(S, length($_) . " bytes", 0, $from) while $from = recv(S, $_, 65536, 0);' &
 until grep -q ":1D4C " /proc/net/udp; do sleep 0.1; done
 busybox ip addr add 192.168.7.1/24 dev eth0
-touch -d 2000-01-01 /run/pyvmm-lease-eth0
+touch -d 2000-01-01 /run/pyvmm-lease.eth0
 for process in /proc/[0-9]*; do # udhcpc renews its lease
     if tr '\\0' ' ' 2> /dev/null < $process/cmdline | grep -q '^/bin/busybox udhcpc -i eth0'; then
         kill -USR1 ${{process#/proc/}}
     fi
 done
-until [ "$(find /run -name pyvmm-lease-eth0 -newermt 2001-01-01)" ]; do sleep 0.1; done
+until [ "$(find /run -name pyvmm-lease.eth0 -newermt 2001-01-01)" ]; do sleep 0.1; done
 echo "renewed=$(busybox ip -4 -o addr show eth0 | sed 's/.*inet \\([^ ]*\\).*/\\1/' | tr '\\n' ' ')"
 echo "servers=$(sed -n 's/^nameserver //p' /etc/resolv.conf | tr '\\n' ' ')"
 echo "listening=yes"
