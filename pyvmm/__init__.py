@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     )
     from pyvmm.api.events import Event
     from pyvmm.api.vm import VM
+    from pyvmm.control.protocol import ControlError
     from pyvmm.errors import ConfigError, HostError, PyvmmError
     from pyvmm.machine.device_balloon import Spec as Balloon
     from pyvmm.machine.device_net import Spec as Net
@@ -58,6 +59,7 @@ _PUBLIC = {
     "CommandTimeout": ("pyvmm.agent", ""),
     "Completed": ("pyvmm.agent", ""),
     "ConfigError": ("pyvmm.errors", ""),
+    "ControlError": ("pyvmm.control.protocol", ""),
     "Copied": ("pyvmm.agent", ""),
     "Disk": ("pyvmm.machine.spec", "DiskSpec"),
     "Event": ("pyvmm.api.events", ""),
@@ -88,6 +90,7 @@ __all__ = [
     "CommandTimeout",
     "Completed",
     "ConfigError",
+    "ControlError",
     "Copied",
     "Disk",
     "Event",

@@ -32,7 +32,7 @@ from pyvmm.control.client import connect_vsock
 
 agent = Agent(lambda: connect_vsock("vm", PORT))
 agent.run(["date", "-s", "@1000000000"], check=True)
-print(round(agent.clock().time), abs(agent.set_clock().offset) < 5)
+print(0 <= agent.clock().time - 10**9 < 600, abs(agent.set_clock().offset) < 5)
 agent.power_off()
 """
 
@@ -251,7 +251,7 @@ def test_files_and_trees_are_copied_both_ways(boot: Reached) -> None:
 
 @reached
 def test_the_clock_is_read_and_set_and_the_power_goes_off_cleanly(boot: Reached) -> None:
-    assert boot.done["clock"].stdout.split() == [b"1000000000", b"True"], boot.done["clock"].stderr
+    assert boot.done["clock"].stdout.split() == [b"True", b"True"], boot.done["clock"].stderr
     assert boot.result.code == 0, boot.result.ending()
     assert boot.fsck == ""
 
