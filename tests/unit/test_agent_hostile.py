@@ -97,7 +97,7 @@ def test_the_words_of_a_guest_cannot_play_tricks_on_a_terminal() -> None:
     assert len(str(caught.value)) < 400
 
 
-def test_output_without_end_is_not_kept_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a6_output_without_end_is_not_kept_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "OUTPUT_LIMIT", 1 << 20)
 
     def act(end: socket.socket) -> None:
@@ -120,7 +120,7 @@ FLOOD = [frame(FrameType.STDOUT, b"x"), frame(FrameType.MORE_STDIN, NUMBER.pack(
 
 
 @pytest.mark.parametrize("said", FLOOD, ids=["output", "grants"])
-def test_a_guest_that_never_stops_talking_is_late_all_the_same(
+def test_a6_a_guest_that_never_stops_talking_is_late_all_the_same(
     said: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client, "_GRACE", 0.05)
@@ -249,7 +249,7 @@ def test_a_guest_writes_nowhere_but_below_the_target(said: bytes, target: Path) 
     assert not [name for name in os.listdir(target) if name.startswith(".pyvmm")]
 
 
-def test_a_file_takes_the_place_of_a_link_and_does_not_go_through_it(target: Path) -> None:
+def test_a2_a_file_takes_the_place_of_a_link_and_does_not_go_through_it(target: Path) -> None:
     said = entry(FrameType.REGULAR, b"link", mode=0o6755) + frame(FrameType.DATA, b"new") + UP + END
     with liar(saying(said)) as agent:
         agent.pull("/link", target)
@@ -284,7 +284,7 @@ def test_a_file_takes_the_place_of_a_link_and_does_not_go_through_it(target: Pat
     ],
     ids=lambda text: ascii(text)[:30],
 )
-def test_the_guest_does_not_choose_the_name(remote: str, name: str, tmp_path: Path) -> None:
+def test_row73_the_guest_does_not_choose_the_name(remote: str, name: str, tmp_path: Path) -> None:
     """CVE-2019-6111: whatever the far end calls it, the copy has the name that was asked for."""
     home = tmp_path / "home"
     (home / ".ssh").mkdir(parents=True)
@@ -324,7 +324,7 @@ def test_the_guest_does_not_choose_the_name(remote: str, name: str, tmp_path: Pa
     ],
     ids=lambda text: ascii(text)[:30],
 )
-def test_names_that_cannot_be_are_one_line(
+def test_a1_names_that_cannot_be_are_one_line(
     remote, local, why, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -334,7 +334,7 @@ def test_names_that_cannot_be_are_one_line(
     assert os.listdir() == []
 
 
-def test_a_link_of_an_earlier_copy_is_not_followed_by_a_later_one(target: Path) -> None:
+def test_a2_a_link_of_an_earlier_copy_is_not_followed_by_a_later_one(target: Path) -> None:
     top = entry(FrameType.DIRECTORY, b"x", mode=0o755)
     out = entry(FrameType.LINK, b"way", b"../../outside")
     first = top + out + entry(FrameType.LINK, b"new", b"../../outside/new") + UP + END
@@ -352,7 +352,7 @@ def test_a_link_of_an_earlier_copy_is_not_followed_by_a_later_one(target: Path) 
     assert not (target / "x/way").is_symlink(), "the file took the link's place"
 
 
-def test_what_becomes_a_link_between_two_frames_is_not_followed(target: Path) -> None:
+def test_a2_what_becomes_a_link_between_two_frames_is_not_followed(target: Path) -> None:
     """Somebody else may write to the target as well."""
 
     def act(end: socket.socket) -> None:
@@ -372,7 +372,7 @@ def test_what_becomes_a_link_between_two_frames_is_not_followed(target: Path) ->
     assert everything_outside(target) == {"precious": "precious"}
 
 
-def test_a_file_with_two_names_is_replaced_and_not_written_to(target: Path) -> None:
+def test_a3_a_file_with_two_names_is_replaced_and_not_written_to(target: Path) -> None:
     (target / "x").hardlink_to(target.parent / "outside/precious")
     with liar(saying(FILE + UP + END)) as agent:
         agent.pull("/x", target)
@@ -393,7 +393,7 @@ TWICE = {
 
 
 @pytest.mark.parametrize("said", TWICE.values(), ids=TWICE)
-def test_one_name_for_two_kinds_is_refused(said: bytes, target: Path) -> None:
+def test_a3_one_name_for_two_kinds_is_refused(said: bytes, target: Path) -> None:
     top = entry(FrameType.DIRECTORY, b"x", mode=0o755)
     with liar(saying(top + said)) as agent, pytest.raises(ConfigError) as caught:
         agent.pull("/x", target)
@@ -414,7 +414,7 @@ def test_the_last_of_two_files_of_one_name_counts(second: bytes, target: Path) -
     assert everything_outside(target) == {"precious": "precious"}
 
 
-def test_modes_are_less_the_users_mask_and_what_was_there_keeps_its_own(target: Path) -> None:
+def test_a4_modes_are_less_the_users_mask_and_what_was_there_keeps_its_own(target: Path) -> None:
     said = (
         entry(FrameType.DIRECTORY, b"x", mode=0o7777)
         + entry(FrameType.REGULAR, b"file", mode=0o7666)
@@ -434,7 +434,7 @@ def test_modes_are_less_the_users_mask_and_what_was_there_keeps_its_own(target: 
     assert found == {".": 0o700, "file": 0o640, "new": 0o750}
 
 
-def test_more_bytes_than_were_said_are_no_more_than_a_longer_file(target: Path) -> None:
+def test_a5_more_bytes_than_were_said_are_no_more_than_a_longer_file(target: Path) -> None:
     head = entry_frame(FrameType.REGULAR, Entry(0o644, 0, 3, b"x"))
     with liar(saying(head + frame(FrameType.DATA, b"12345") * 2 + UP + END)) as agent:
         copied = agent.pull("/x", target)

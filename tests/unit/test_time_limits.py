@@ -83,7 +83,7 @@ def end_by(client: subprocess.Popen[bytes], *numbers: signal.Signals) -> int:
 
 
 @needs_compiler
-def test_the_limit_holds_where_the_guest_stands_still(guest: Guest) -> None:
+def test_a7_the_limit_holds_where_the_guest_stands_still(guest: Guest) -> None:
     client = begun(guest, "--timeout=1", "vm", "--", *STUBBORN)
     guest.stand_still()
     with client:
@@ -93,7 +93,7 @@ def test_the_limit_holds_where_the_guest_stands_still(guest: Guest) -> None:
 
 
 @needs_compiler
-def test_the_limit_holds_before_the_guest_has_heard_of_the_command(guest: Guest) -> None:
+def test_a7_the_limit_holds_before_the_guest_has_heard_of_the_command(guest: Guest) -> None:
     guest.stand_still()
     with pyvmm("exec", "--timeout=0.5", "vm", "--", "true") as client:
         assert client.wait(HANG) == 124
@@ -107,7 +107,7 @@ def test_the_limit_holds_where_nobody_reads_the_output(guest: Guest) -> None:
         assert client.wait(HANG) == 124
 
 
-def test_the_limit_holds_for_a_monitor_that_does_not_answer() -> None:
+def test_a9_the_limit_holds_for_a_monitor_that_does_not_answer() -> None:
     with registry.register("vm"), pyvmm("exec", "--timeout=0.5", "vm", "--", "true") as client:
         assert client.wait(HANG) == 124
 
@@ -123,7 +123,7 @@ def test_the_limit_holds_for_a_monitor_that_does_not_answer() -> None:
         ((signal.SIGTERM, signal.SIGHUP), 129),
     ],
 )
-def test_a_second_signal_ends_the_client(guest: Guest, frozen: bool, numbers, code: int) -> None:
+def test_a8_a_second_signal_ends_the_client(guest: Guest, frozen: bool, numbers, code: int) -> None:
     client = begun(guest, "vm", "--", *STUBBORN)
     if frozen:
         guest.stand_still()
@@ -200,7 +200,7 @@ def half(end) -> None:
 
 @pytest.mark.parametrize("serve", [endless, half])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_copy_ends_by_a_signal_with_nothing_half_done(serve, number, code, tmp_path) -> None:
+def test_a5_a_copy_ends_by_a_signal_with_nothing_half_done(serve, number, code, tmp_path) -> None:
     (tmp_path / "target").mkdir()
     with vm_of(Guest(serve)) as guest:
         client = pyvmm("cp", "vm:/x", str(tmp_path / "target"))
@@ -232,7 +232,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
     ],
     ids=" ".join,
 )
-def test_a_paused_vm_is_named_as_such_at_once(guest: Guest, words: list[str], tmp_path) -> None:
+def test_a9_a_paused_vm_is_named_as_such_at_once(guest: Guest, words: list[str], tmp_path) -> None:
     guest.state = "paused"
     with pyvmm(*words, cwd=tmp_path) as client:
         assert client.wait(HANG) == 1
@@ -424,15 +424,18 @@ sys.exit(run_with_command(spec, registration.listener, run, CommandLine(tuple(ar
 
 @needs_compiler
 class TestRunCommand:
-    def start(self, path: Path, *argv: str, still: Path | str = "") -> subprocess.Popen[bytes]:
+    def launch(self, path: Path, *argv: str, still: Path | str = "") -> subprocess.Popen[bytes]:
         folder = Path(__file__).resolve().parents[1]
         environment = {**os.environ, "PYTHONPATH": str(folder)}
-        client = subprocess.Popen(
+        return subprocess.Popen(
             [sys.executable, "-c", RUN, path, still, *argv],
             **{"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE},
             env=environment,
             start_new_session=True,
         )
+
+    def start(self, path: Path, *argv: str, still: Path | str = "") -> subprocess.Popen[bytes]:
+        client = self.launch(path, *argv, still=still)
         assert client.stdout is not None
         assert client.stdout.readline() == b"begun\n", client.stderr and client.stderr.read()
         return client
@@ -464,6 +467,14 @@ class TestRunCommand:
         client = self.start(path, *STUBBORN, still=tmp_path / "still")
         (tmp_path / "still").touch()
         assert end_by(client, signal.SIGINT, signal.SIGINT) == 130
+
+    def test_one_ctrl_c_ends_a_guest_that_never_comes_up(self, tmp_path: Path) -> None:
+        client = self.launch(tmp_path / "no agent", "true")
+        with client:
+            wait_for(lambda: "vm" in registry.running())
+            time.sleep(1)
+            client.send_signal(signal.SIGINT)
+            assert client.wait(HANG) == 130
 
     def test_without_its_client_the_monitor_ends(self, path: Path) -> None:
         client = self.start(path, *STUBBORN)
