@@ -111,7 +111,7 @@ class SharedWorker:
             for queue in wait_for_kicks:
                 with queue.lock:
                     more |= queue.enable_notification() and not queue.halt
-            if not more or self._stopping:
+            if not more:  # nor if it is to stop: its queues are passed over then
                 break
         if arm:
             self._waiter.arm()

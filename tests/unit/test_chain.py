@@ -228,3 +228,12 @@ def test_a_driver_that_never_uses_a_place_twice_makes_nothing_grow(rig):
         assert len(window.writable_views) <= MAX_VIEWS
         assert len(places) <= MAX_VIEWS
     assert bytes(window.readable((0, 4))) == rig.memory.read(0, 4)
+
+
+def test_a_place_that_is_used_again_is_looked_up_once(rig):
+    window = RamWindow(rig.memory)
+    places = window.places(window.writable_views, 16)
+    assert window.readable((0, 4)) is window.readable((0, 4))
+    assert places[0x100] is places[0x100]
+    window.refresh()
+    assert len(places) == len(window.readable_views) == len(window.writable_views) == 0

@@ -133,6 +133,16 @@ def test_row14_a_queue_whose_size_was_never_accepted_does_not_become_ready(bench
     assert bench.read(QUEUE_READY) == 0
 
 
+def test_addresses_that_were_never_written_are_0(bench: Bench) -> None:
+    """Which is RAM, and aligned."""
+    bench.negotiate()
+    bench.write(QUEUE_SIZE, 16)
+    bench.write(QUEUE_READY, 1)
+    assert (bench.read(QUEUE_READY), bench.lines) == (1, [])
+    [config, _] = bench.negotiation.state.queues
+    assert (config.desc_addr, config.avail_addr, config.used_addr) == (0, 0, 0)
+
+
 def test_row15_size_and_addresses_are_fixed_while_ready(
     bench: Bench, device: RecordingDevice
 ) -> None:

@@ -186,6 +186,16 @@ def test_a_change_before_driver_ok_raises_the_generation_but_interrupts_nobody(
     assert (bench.interrupt_status, bench.edges) == (0, 0)
 
 
+def test_the_generation_is_not_read_while_it_changes(bench: Bench) -> None:
+    reader = Thread(target=bench.read, args=(CONFIG_GENERATION,), daemon=True)
+    with bench.negotiation._events:  # as whoever signals a change has it
+        reader.start()
+        reader.join(0.1)
+        assert reader.is_alive()
+    reader.join(30)
+    assert not reader.is_alive()
+
+
 def test_the_generation_goes_on_over_a_reset(bench: Bench, device: RecordingDevice) -> None:
     bench.go_live()
     device.live.interrupt.signal_config_change()

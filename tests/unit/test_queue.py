@@ -4,6 +4,8 @@ ring they are served over."""
 from __future__ import annotations
 
 import json
+import threading
+import time
 
 import pytest
 from queue_rig import HOLE_END, LAYOUTS, RAM, Rig
@@ -11,8 +13,8 @@ from queue_rig import HOLE_END, LAYOUTS, RAM, Rig
 from pyvmm.errors import DriverError, GuestMemoryError
 from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
-from pyvmm.testing import Buffer, Element, MockPackedDriver, MockSplitDriver, Used
-from pyvmm.testing.ring import INDIRECT
+from pyvmm.testing import Buffer, Element, MockPackedDriver, MockSplitDriver, PackedDesc, Used
+from pyvmm.testing.ring import INDIRECT, WRITE
 from pyvmm.virtio.features import VIRTIO_F_RING_PACKED, mask
 from pyvmm.virtio.queue import build_queue, restore_queue
 from pyvmm.virtio.queue_state import InFlight, QueueConfig, QueueState
@@ -606,6 +608,49 @@ def test_a_queue_goes_on_from_its_state(make, done, event_idx):
     rig.queue.publish_used()
     assert rig.driver.pop_used() == Used(last.head, 3)
     assert serve_one(rig) is True
+
+
+def test_row36_a_chain_of_a_restored_queue_is_not_offered_again(rig):
+    [chain] = offer(rig, 1)
+    rig.queue.pop()
+    again = rig.restored(rig.queue.state())
+    if rig.packed:
+        rig.driver.add_raw([PackedDesc(0x8000, 16, WRITE, chain.head)])
+    else:
+        rig.driver.offer(chain.head)
+    rig.driver.publish()
+    with pytest.raises(DriverError, match="again before it was used"):
+        again.pop()
+
+
+@pytest.mark.parametrize("in_order", [False, True])
+def test_requests_are_counted_as_they_are_shown(make, in_order):
+    rig = make(in_order=in_order)
+    for total in (3, 6):
+        offer(rig, 3)
+        assert rig.serve(1) == 3
+        rig.queue.publish_used()
+        assert rig.queue.stats.requests == total
+        rig.all_used()
+
+
+def test_who_begins_to_serve_does_not_end_somebody_elses_claim(rig):
+    queue = rig.queue
+    for _ in range(2):
+        assert queue.claim()
+        queue.lock.release()
+        assert not queue.halt
+    with queue.lock:
+        claim = threading.Thread(target=queue.claim, daemon=True)
+        claim.start()
+        deadline = time.monotonic() + 30
+        while not queue.halt and time.monotonic() < deadline:
+            time.sleep(0.001)
+        queue.begin_serving()
+        assert queue.halt
+    claim.join(30)
+    assert not claim.is_alive() and not queue.halt
+    queue.lock.release()
 
 
 def test_chains_in_flight_are_part_of_the_state(rig):

@@ -167,6 +167,8 @@ def test_a_saved_state_has_them_like_any_chain(rig):
     again = rig.restored(state)
     assert again.pop().head == chains[2].head
     for head in heads:
+        chain = rig.queue.chain_in_flight(head)
+        assert (chain.readable_size, chain.writable_size) == (0, 64)
         again.add_used(again.chain_in_flight(head), 64)
 
 

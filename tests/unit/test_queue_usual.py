@@ -10,7 +10,7 @@ import pytest
 from queue_rig import HOLE_END, LAYOUTS, RAM, Rig
 
 from pyvmm.errors import DriverError
-from pyvmm.testing import Buffer, PackedDesc, Used
+from pyvmm.testing import Buffer, Desc, PackedDesc, Used
 from pyvmm.testing.packed_driver import AVAIL, USED
 from pyvmm.testing.ring import INDIRECT, NEXT, WRITE, Element
 from pyvmm.virtio import packed_peek, split_peek
@@ -286,6 +286,39 @@ def test_a_batch_can_be_taken_after_a_look_for_more(rig):
     rig.queue.publish_used()
     assert rig.queue.enable_notification()
     assert rig.queue.pop() is not None
+
+
+def test_a_packed_batch_says_of_each_chain_whether_anything_was_written():
+    """In either round of the ring (2.8.2: VIRTQ_DESC_F_WRITE of a used descriptor)."""
+    rig = Rig(16, layout="packed")
+    place = 0
+    for _ in range(8):  # of six entries each: three times round
+        for _ in range(2):
+            offer_write(rig)
+        rig.driver.publish()
+        assert len(peek(rig)[0]) == 2
+        rig.queue.use_peeked([0, 1])
+        rig.queue.publish_used()
+        for written in (0, 1):
+            assert bool(rig.driver.read_desc(place % 16).flags & WRITE) == bool(written)
+            place += 3
+        assert [used.written for used in rig.all_used()] == [0, 1]
+    rig.close()
+
+
+def test_a_list_that_ends_in_its_middle_is_not_of_the_usual_form():
+    """Though all the rest looks like it."""
+    rig = Rig(16)
+    rig.driver.add_raw(
+        [
+            Desc(HEAD.addr, FIRST, NEXT, 1),
+            Desc(DATA.addr, 512, WRITE, 2),
+            Desc(END.addr, LAST, WRITE),
+        ]
+    )
+    rig.driver.publish()
+    assert peek(rig) == ([], True)
+    rig.close()
 
 
 def test_views_are_made_anew_when_memory_changes(rig):

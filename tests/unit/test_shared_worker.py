@@ -131,6 +131,15 @@ def test_both_queues_of_a_pass_are_notified_at_once(bench, event_idx):
     assert all(rig.driver.has_used() for rig in b.rigs)
 
 
+def test_kicks_are_off_while_a_queue_is_served(bench):
+    wanted = []
+    b = bench(Shared(lambda queue, chain: wanted.append(b.rigs[queue.index].driver.used_flags)))
+    for index in (0, 1):
+        wait_for(lambda index=index: b.rigs[index].driver.device_wants_kicks)
+        assert b.echo(b"x", index) == b"x"
+    assert wanted == [1, 1]  # VIRTQ_USED_F_NO_NOTIFY
+
+
 class Busy(Shared):
     """Queue 0 has always more to do."""
 

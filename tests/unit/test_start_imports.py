@@ -86,3 +86,30 @@ def test_nor_does_the_emulated_hosts_side(spec):
     modules = imported("inside", to_json(spec))
     assert "pyvmm.transport.mmio" in modules
     assert not modules & (NEVER | {"pyvmm.cli.main", "pyvmm.cli.run", "pyvmm.control.registry"})
+
+
+# Argument: what a device offers. Prints which layouts of queues are loaded once it stands.
+LAYOUTS = """
+import sys
+from pyvmm.memory import GuestMemory
+from pyvmm.transport.mmio import MmioTransport
+from pyvmm.virtio.device import VirtioDevice
+VirtioDevice.features = int(sys.argv[1])
+class Nothing(VirtioDevice):
+    name, device_type, queue_sizes = "nothing", 42, (8,)
+    def activate(self, activation): pass
+    def reset(self): pass
+MmioTransport(Nothing(), GuestMemory([(0, 1 << 20)]), lambda: None)
+print(*(name for name in ("split", "packed") if f"pyvmm.virtio.{name}_queue" in sys.modules))
+"""
+
+
+@pytest.mark.parametrize(("offered", "loaded"), [(0, "split"), (1 << 34, "split packed")])
+def test_the_layouts_that_a_driver_may_choose_are_there_before_it_does(
+    offered: int, loaded: str
+) -> None:
+    """Or a vCPU would wait for the import."""
+    done = subprocess.run(
+        [sys.executable, "-c", LAYOUTS, str(offered)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == loaded

@@ -229,6 +229,58 @@ def test_an_error_of_the_monitor_fails_the_device_and_says_where(bench, monkeypa
     assert b.driver.used_idx == 0
 
 
+def test_the_line_of_an_error_in_our_own_code_names_the_users(bench, monkeypatch):
+    lines = []
+    monkeypatch.setattr(defects, "_report", lines.append)
+    b = bench(Echo(lambda chain: chain.writer().write(5)))  # raised in pyvmm/virtio/chain.py
+    b.driver.add([b"x"], [1])
+    b.driver.publish()
+    b.activate()
+    assert b.recorder.failed.wait(SAFETY_TIMEOUT)
+    (line,) = lines
+    assert "TypeError" in line and "test_worker.py:" in line and "chain.py" not in line
+
+
+def test_a_worker_that_gives_up_waits_for_whoever_has_its_queue(bench):
+    """A pause, say, that has taken the lock right after the batch."""
+
+    class Handed:
+        """Who first lets go of it hands it to somebody else."""
+
+        def __init__(self):
+            self.lock = threading.Lock()
+            self.handed = threading.Event()
+
+        def acquire(self, *how):
+            return self.lock.acquire(*how)
+
+        def release(self):
+            if self.handed.is_set():
+                self.lock.release()
+            else:
+                self.handed.set()
+
+        __enter__ = acquire
+
+        def __exit__(self, *_):
+            self.release()
+
+    def behave(chain):
+        raise DriverError("broken on purpose", section="2.7")
+
+    b = bench(Echo(behave))
+    lock = b.rig.queue.lock = Handed()
+    b.driver.add([b"x"], [1])
+    b.driver.publish()
+    b.activate()
+    assert lock.handed.wait(SAFETY_TIMEOUT)
+    assert not b.recorder.failed.wait(0.1)
+    assert b.rig.queue.ready
+    lock.release()
+    assert b.recorder.failed.wait(SAFETY_TIMEOUT)
+    assert not b.rig.queue.ready
+
+
 def test_one_broken_queue_does_not_stop_another(bench):
     b = bench(Echo(), queues=2)
     b.activate()
