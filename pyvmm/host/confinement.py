@@ -17,7 +17,6 @@ import ctypes
 import errno
 import json
 import os
-import platform
 import resource
 import struct
 import sys
@@ -37,7 +36,8 @@ class Room:
 
     `read` can be read, each file in `write` also written, and `execute` run. `memory` limits the
     bytes of address space and `size` those of each file that is written; 0 is no limit. `env` is
-    the whole environment of a program that `command` runs.
+    the whole environment of a program that `command` runs. With `serves` it may listen and talk
+    on the sockets that it was given; it can make none, so there is no network all the same.
     """
 
     read: tuple[str, ...] = ()
@@ -46,6 +46,12 @@ class Room:
     memory: int = 0
     size: int = 0
     env: tuple[tuple[str, str], ...] = ()
+    serves: bool = False
+
+
+def available() -> bool:
+    """Whether this machine can `enter` any room."""
+    return os.uname().machine == "x86_64" and landlock_version() > 0
 
 
 def command(room: Room, program: Sequence[str]) -> list[str]:
@@ -102,8 +108,8 @@ def enter(room: Room) -> None:
 
     Raises ConfigError where the kernel cannot do it.
     """
-    if platform.machine() != "x86_64":
-        raise ConfigError(f"no program is confined on {platform.machine()}")
+    if os.uname().machine != "x86_64":
+        raise ConfigError(f"no program is confined on {os.uname().machine}")
     for limit, value in (
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_AS, room.memory or None),
@@ -120,7 +126,8 @@ def enter(room: Room) -> None:
             "this kernel cannot confine a program that reads foreign data: it has no Landlock",
             cure="use Linux 5.13 or newer, with landlock among its security modules (lsm=)",
         )
-    _filter_calls(may_open_to_write=bool(abi))
+    calls = CALLS | SERVING if room.serves else CALLS
+    _filter_calls(calls.values(), may_open_to_write=bool(abi))
 
 
 def _lower(limit: int, value: int) -> None:
@@ -161,7 +168,7 @@ def _restrict_files(room: Room, abi: int) -> None:
     )
     try:
         _allow(rules, (*room.read, *_DEVICES), READ_FILE | READ_DIR, known)
-        _allow(rules, room.write, READ_FILE | WRITE_FILE | TRUNCATE, known)
+        _allow(rules, room.write, READ_FILE | WRITE_FILE | TRUNCATE | IOCTL_DEV, known)
         _allow(rules, room.execute, READ_FILE | READ_DIR | EXECUTE, known)
         _checked(_syscall(_RESTRICT_SELF, rules, 0), "landlock_restrict_self")
     finally:
@@ -216,6 +223,12 @@ CALLS = {
     **{"gettimeofday": 96, "time": 201, "getcpu": 309},
     **{"uname": 63, "sysinfo": 99, "getrandom": 318},
 }
+# On sockets that are there, for a room that `serves`.
+SERVING = {
+    **{"sendto": 44, "recvfrom": 45, "sendmsg": 46, "recvmsg": 47, "shutdown": 48, "listen": 50},
+    **{"getsockname": 51, "getpeername": 52, "setsockopt": 54, "getsockopt": 55},
+    **{"epoll_pwait": 281, "accept4": 288, "signalfd4": 289},
+}
 # Those of which only some are allowed, by an argument.
 OPEN, OPENAT, CLONE, TGKILL, PRLIMIT64 = 2, 257, 56, 234, 302
 # Its arguments lie in memory, where no filter looks. The C library uses clone if it is not there.
@@ -233,15 +246,17 @@ _NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16
 _LOAD, _EQUAL, _ANY, _RETURN = 0x20, 0x15, 0x45, 0x06
 
 
-def _filter_calls(*, may_open_to_write: bool) -> None:
-    program = _program(os.getpid(), may_open_to_write=may_open_to_write)
+def _filter_calls(calls: Iterable[int], *, may_open_to_write: bool) -> None:
+    program = _program(calls, os.getpid(), may_open_to_write=may_open_to_write)
     code = b"".join(struct.pack("=HBBI", *line) for line in program)
     buffer = ctypes.create_string_buffer(code, len(code))
     header = struct.pack("@HP", len(program), ctypes.addressof(buffer))
     _prctl(_PR_SET_SECCOMP, _MODE_FILTER, ctypes.c_char_p(header))
 
 
-def _program(pid: int, *, may_open_to_write: bool) -> list[tuple[int, int, int, int]]:
+def _program(
+    numbers: Iterable[int], pid: int, *, may_open_to_write: bool
+) -> list[tuple[int, int, int, int]]:
     """(code, jump if true, jump if false, value), in order."""
     refuse, allow = (_RETURN, 0, 0, _RET_ERRNO | errno.EPERM), (_RETURN, 0, 0, _RET_ALLOW)
     lines = [
@@ -250,7 +265,7 @@ def _program(pid: int, *, may_open_to_write: bool) -> list[tuple[int, int, int, 
         (_RETURN, 0, 0, _RET_KILL),
         (_LOAD, 0, 0, _NUMBER),
     ]
-    for number in CALLS.values():
+    for number in numbers:
         lines += [(_EQUAL, 0, 1, number), allow]
     calls: dict[int, tuple[int, int, int]] = {
         CLONE: (0, _ANY, _CLONE_THREAD),
@@ -303,6 +318,7 @@ def main(arguments: list[str]) -> int:
         memory=settings["memory"],
         size=settings["size"],
         env=tuple((name, value) for name, value in settings["env"]),
+        serves=settings["serves"],
     )
     program = arguments[1:]
     try:

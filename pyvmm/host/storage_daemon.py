@@ -3,7 +3,8 @@
 The daemon gets a listening socket to which we are connected already, and takes one connection:
 nobody else can come in between, nothing has to be waited for, and no name is left in the file
 system. It gets the image, and what that builds on, as open descriptors (`pyvmm.host.qcow2`), whose
-locks last until the last of us two has closed them; and it ends with us.
+locks last until the last of us two has closed them; and it ends with us. Where the kernel can do
+it, it works in a room in which there are no other files, and no network (`pyvmm.host.confinement`).
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ import tempfile
 import threading
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 
 from pyvmm.errors import ConfigError
-from pyvmm.host import log
+from pyvmm.host import confinement, log
 from pyvmm.host.qcow2 import Layer, blockdev
 
 PROGRAM = "qemu-storage-daemon"
 _PACKAGES = "qemu-system-common qemu-utils"  # in Debian 12 it is in the first, in 13 in the second
 EXPORT = "disk"
+_PLACE = "/proc/self/fd/{}"  # by which another process that has the descriptor opens it again
 _PATIENCE = 10.0  # seconds for a clean end, in which it writes what it holds back
 
 
@@ -41,7 +44,8 @@ class StorageDaemon:
         read_only = layers[0].image.read_only
         arguments = _arguments(layers, listener.fileno(), read_only=read_only, direct=direct)
         self._given = tuple(file.fd for layer in layers for file in layer.files)
-        self._argv = [programs[1], "--pdeathsig", "TERM", "--", programs[0], *arguments]
+        program = _confined([programs[0], *arguments], layers)
+        self._argv = [programs[1], "--pdeathsig", "TERM", "--", *program]
         self._listener = listener
         self._log = log.RateLimited()
         self._said: deque[str] = deque(maxlen=8)
@@ -113,7 +117,7 @@ def _find(program: str, package: str) -> str:
             cure=f"apt-get install --no-install-recommends {package}",
             option="--disk",
         )
-    return found
+    return os.path.realpath(found)
 
 
 def _connected_listener() -> tuple[socket.socket, socket.socket]:
@@ -139,10 +143,27 @@ def _connected_listener() -> tuple[socket.socket, socket.socket]:
     return ours, listener
 
 
+def _confined(program: list[str], layers: Sequence[Layer]) -> list[str]:
+    """The command line that runs `program` with no files but `layers`, of which it can write those
+    that are open for it."""
+    if not confinement.available():
+        log.to_stderr(f"this kernel cannot confine {PROGRAM}: it runs with all your rights")
+        return program
+    room = confinement.for_system_program(program[0], memory=0)
+    files = [file for layer in layers for file in layer.files]
+    room = replace(
+        room,
+        read=(*room.read, *(_PLACE.format(file.fd) for file in files if file.read_only)),
+        write=tuple(_PLACE.format(file.fd) for file in files if not file.read_only),
+        serves=True,
+    )
+    return confinement.command(room, program)
+
+
 def _arguments(
     layers: Sequence[Layer], listener: int, *, read_only: bool, direct: bool
 ) -> list[str]:
-    node = blockdev(layers, "disk", "/proc/self/fd/{}".format, direct=direct)
+    node = blockdev(layers, "disk", _PLACE.format, direct=direct)
     writable = "off" if read_only else "on"
     return [
         *("--blockdev", json.dumps(node)),

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -139,6 +140,22 @@ def test_what_a_program_needs_works(tmp_path: Path) -> None:
         attempt(Room(), "os.abort()")  # a signal to oneself ends it, as ever
 
 
+def test_a_server_talks_on_the_sockets_that_it_was_given_and_makes_none(tmp_path: Path) -> None:
+    given, ours = socket.socketpair()
+    with given, ours:
+        one = f"socket.socket(fileno=os.dup({given.fileno()}))"
+        what = (f"{one}.sendmsg([b'x'])", "socket.socket()", "socket.socketpair()")
+        for serves in (True, False):
+            done = subprocess.run(
+                [sys.executable, "-c", TRY, json.dumps(asdict(Room(serves=serves))), *what],
+                capture_output=True,
+                text=True,
+                pass_fds=[given.fileno()],
+            )
+            assert done.stdout.split() == ["done" if serves else NO, NO, NO], done.stderr
+        assert ours.recv(10) == b"x"
+
+
 def test_memory_and_written_files_are_bounded(tmp_path: Path) -> None:
     (tmp_path / "out").touch()
     room = Room(write=(str(tmp_path / "out"),), memory=1 << 30, size=1 << 20)
@@ -210,8 +227,10 @@ def test_the_kernel_s_numbers(tmp_path: Path) -> None:
         "landlock_add_rule": C._ADD_RULE,
         "landlock_restrict_self": C._RESTRICT_SELF,
     }
-    claims = [f"__NR_{name} == {number}" for name, number in {**C.CALLS, **others}.items()]
-    assert len({*C.CALLS.values(), *others.values()}) == len(claims)
+    claims = [
+        f"__NR_{name} == {number}" for name, number in {**C.CALLS, **C.SERVING, **others}.items()
+    ]
+    assert len({*C.CALLS.values(), *C.SERVING.values(), *others.values()}) == len(claims)
     claims += [
         f"PR_SET_NO_NEW_PRIVS == {C._PR_SET_NO_NEW_PRIVS}",
         f"PR_SET_SECCOMP == {C._PR_SET_SECCOMP}",

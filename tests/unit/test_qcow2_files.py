@@ -17,11 +17,14 @@ from test_blk_nbd import opened, qemu_img, refusal, why_not
 
 from pyvmm.cli.emulated_disks import hand_over
 from pyvmm.emulated_host.qemu import Qcow2Disk, _qcow2_nodes
-from pyvmm.errors import ConfigError
-from pyvmm.host.qcow2 import Header, blockdev, open_chain, read_header
+from pyvmm.errors import ConfigError, HostError
+from pyvmm.host import confinement
+from pyvmm.host.qcow2 import Header, Layer, blockdev, open_chain, read_header
+from pyvmm.host.storage_daemon import EXPORT, StorageDaemon, _confined
 from pyvmm.machine.disks import open_backend
 from pyvmm.machine.spec import DiskSpec, VmSpec, from_json, parse_disk, to_json, validate
 from pyvmm.virtio.blk.backend import Backend
+from pyvmm.virtio.blk.nbd import NbdBackend, load
 
 needs_qemu = pytest.mark.skipif(bool(why_not()), reason=why_not())
 MIB = 1 << 20
@@ -291,18 +294,88 @@ def test_a_backing_file_in_another_format(place: Path) -> None:
 @needs_qemu
 def test_row74_what_was_checked_is_what_is_served(place: Path, closing: ExitStack) -> None:
     """Between the two another file comes to the image's name, and to that of its base."""
-    from pyvmm.host.storage_daemon import EXPORT, StorageDaemon
-    from pyvmm.virtio.blk.nbd import NbdBackend, load
-
     layers = open_chain("mid.qcow2", ("base.qcow2",), None, read_only=False, closing=closing)
     qemu_img("create", "-q", "-f", "qcow2", "-b", "secret", "-F", "raw", "evil.qcow2")
     os.replace("evil.qcow2", "mid.qcow2")
     os.replace("secret", "base.qcow2")
+    _, disk = served(layers, closing)
+    assert content(disk) == b"b" * 512 + b"m" * 512 + bytes(512)
+
+
+# --- the room of the storage daemon ---------------------------------------------------------------
+
+confines = pytest.mark.skipif(
+    not confinement.available(), reason="this kernel has no Landlock, or it is no x86-64"
+)
+
+
+def served(layers: tuple[Layer, ...], closing: ExitStack) -> tuple[StorageDaemon, Backend]:
     daemon = StorageDaemon(layers, direct=False)
     closing.callback(daemon.close)
     disk = NbdBackend(load(), daemon.socket, EXPORT)
     closing.callback(disk.close)
-    assert content(disk) == b"b" * 512 + b"m" * 512 + bytes(512)
+    return daemon, disk
+
+
+@needs_qemu
+@confines
+def test_row74_the_daemon_can_open_nothing_that_it_was_not_given(
+    place: Path, closing: ExitStack
+) -> None:
+    """Somebody who can write to the image changes its header after we have looked at it. No option
+    keeps QEMU from a data file; that it can open no file does."""
+    qemu_img("create", "-q", "-f", "qcow2", "-o", f"data_file={place}/data", "q.qcow2", MIB)
+    changed = (place / "q.qcow2").read_bytes()
+    qemu_img("create", "-q", "-f", "qcow2", "q.qcow2", MIB)
+    layers = open_chain("q.qcow2", (), None, read_only=False, closing=closing)
+    (place / "q.qcow2").write_bytes(changed)
+    daemon = StorageDaemon(layers, direct=False)
+    closing.callback(daemon.close)
+    with pytest.raises(HostError):
+        NbdBackend(load(), daemon.socket, EXPORT)
+    assert "data': Permission denied" in daemon.why_it_failed()
+
+
+@needs_qemu
+@confines
+def test_row74_the_daemon_is_in_a_room(place: Path, closing: ExitStack) -> None:
+    layers = open_chain("mid.qcow2", ("base.qcow2",), None, read_only=False, closing=closing)
+    daemon, _ = served(layers, closing)
+    assert daemon._process is not None
+    status = Path(f"/proc/{daemon._process.pid}/status").read_text()
+    assert "\nNoNewPrivs:\t1\n" in status and "\nSeccomp:\t2\n" in status
+    environment = Path(f"/proc/{daemon._process.pid}/environ").read_bytes()
+    assert environment == b""
+
+
+@needs_qemu
+@confines
+def test_row74_a_base_can_be_read_only(place: Path, closing: ExitStack) -> None:
+    """A daemon that was taken over could open what it inherited again, for writing."""
+    layers = open_chain("mid.qcow2", ("base.qcow2",), None, read_only=False, closing=closing)
+    files = [layer.image for layer in layers]
+    program = shutil.which("dd")
+    assert program is not None
+    for image, may in zip(files, (True, False), strict=True):
+        line = _confined(
+            [program, "if=/dev/zero", f"of=/proc/self/fd/{image.fd}", "conv=notrunc", "count=0"],
+            layers,
+        )
+        done = subprocess.run(line, pass_fds=[file.fd for file in files], capture_output=True)
+        assert (done.returncode == 0) is may, done.stderr
+
+
+def test_a_kernel_that_confines_nothing(
+    place: Path,
+    closing: ExitStack,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (place / "q.qcow2").write_bytes(header())
+    layers = open_chain("q.qcow2", (), None, read_only=False, closing=closing)
+    monkeypatch.setattr(confinement, "landlock_version", lambda: 0)
+    assert _confined(["/usr/bin/qemu-storage-daemon"], layers) == ["/usr/bin/qemu-storage-daemon"]
+    assert "cannot confine qemu-storage-daemon" in capsys.readouterr().err
 
 
 # --- images in other states -----------------------------------------------------------------------
@@ -339,10 +412,7 @@ def test_internal_snapshots_change_nothing(place: Path, closing: ExitStack) -> N
 
 @needs_qemu
 def test_an_encrypted_image(place: Path) -> None:
-    qemu_img(
-        *("create", "-q", "-f", "qcow2", "--object", "secret,id=k,data=1234567890"),
-        *("-o", "encrypt.format=luks,encrypt.key-secret=k,encrypt.iter-time=10", "e.qcow2", MIB),
-    )
+    (place / "e.qcow2").write_bytes(header(crypt=2))  # LUKS
     assert "e.qcow2 is encrypted" in refusal(place / "e.qcow2")
 
 
