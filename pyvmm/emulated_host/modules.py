@@ -27,9 +27,9 @@ class Module:
         Checking signatures takes long under emulation, and the emulated kernel does not insist.
         """
         if self.path.endswith(".xz"):
-            import lzma  # rarely needed
+            from pyvmm.images.modules import unpacked  # rarely needed
 
-            data = lzma.decompress(data)
+            data = unpacked(data)
         return without_signature(data)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pyvmm.errors import ConfigError
 
 SUFFIXES = (".ko", ".ko.xz")  # bookworm's 6.1 has plain files, the 6.12 of backports xz
+_MOST_MODULE = 128 << 20  # bytes; the largest of Debian's has 20 MiB
 
 
 class ModuleTree:
@@ -43,7 +44,7 @@ class ModuleTree:
         path = os.path.join(self.folder, self._paths[_normal(name)])
         with open(path, "rb") as file:
             data = file.read()
-        return lzma.decompress(data) if path.endswith(".xz") else data
+        return unpacked(data) if path.endswith(".xz") else data
 
     def _visit(self, name: str, order: list[str]) -> None:
         if name in self._builtin or name in order:
@@ -53,6 +54,18 @@ class ModuleTree:
         for needed in reversed(self._needs[name]):  # the deepest dependency comes last
             self._visit(needed, order)
         order.append(name)
+
+
+def unpacked(data: bytes) -> bytes:
+    """A module that is compressed with xz. Raises ConfigError."""
+    one = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MOST_MODULE)
+    try:
+        module = one.decompress(data, _MOST_MODULE)
+    except lzma.LZMAError as error:
+        raise ConfigError(f"a kernel module is damaged: {error}") from None
+    if not one.eof:
+        raise ConfigError("a kernel module is cut short, or unpacks to more than 128 MiB")
+    return module
 
 
 def module_name(path: str) -> str:

@@ -24,6 +24,7 @@ _PACKAGES = {
     "apt-config": "apt",
 }
 _ONLY_FOR_TESTS = "# Only for the tests"  # the heading of the last part of system-packages.txt
+_MOST_SAID = 400  # characters
 _NO_SPACE = "No space left on device"
 _CURES = {
     _NO_SPACE: "free 3 GiB, or set XDG_CACHE_HOME to another place",
@@ -94,7 +95,7 @@ def feed(
                 process.stdin.close()
             status = process.wait()
         stderr.seek(0)
-        said = stderr.read().decode(errors="replace")
+        said = stderr.read(1 << 20).decode(errors="replace")
     if status:
         message = complaint(said, status)
         raise ConfigError(f"{what}: {message}", cure=_cure(message))
@@ -131,8 +132,12 @@ def missing_packages(listed: str) -> list[str]:
 
 
 def complaint(stderr: str, status: int) -> str:
-    """The line of `stderr` that says most: the first error, else the last line."""
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    """The line of `stderr` that says most: the first error, else the last line. It may quote what
+    strangers wrote, so it is made fit for a terminal."""
+    printable = "".join(
+        char if char == "\n" or char.isprintable() else ascii(char)[1:-1] for char in stderr
+    )
+    lines = [line.strip()[:_MOST_SAID] for line in printable.splitlines() if line.strip()]
     for line in lines:
         if _NO_SPACE in line:
             return _NO_SPACE

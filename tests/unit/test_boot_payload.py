@@ -5,12 +5,16 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import resource
 import shutil
 import subprocess
 import sys
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import zstandard
 from boot_images import CODE, Elf, Load, bzimage
 
 from pyvmm.boot.x86.payload import unpack_vmlinux
@@ -18,13 +22,15 @@ from pyvmm.errors import ConfigError
 
 VMLINUX = Elf(loads=[Load(data=CODE * 40)]).build() + b"relocations"
 SIZE = len(VMLINUX).to_bytes(4, "little")
+WAYS = ["gzip", "xz", "lzma", "bzip2", "lz4", "lzop", "zstd"]
+MIB = 1 << 20
 X86_XZ = [{"id": lzma.FILTER_X86}, {"id": lzma.FILTER_LZMA2, "dict_size": 1 << 20}]
 
 
-def through(*command: str) -> bytes:
+def through(*command: str, data: bytes = VMLINUX) -> bytes:
     if not shutil.which(command[0]):
         pytest.skip(f"no {command[0]}: apt install {command[0]}")
-    return subprocess.run(command, input=VMLINUX, capture_output=True, check=True).stdout
+    return subprocess.run(command, input=data, capture_output=True, check=True).stdout
 
 
 def compressed(way: str) -> bytes:
@@ -38,7 +44,9 @@ def compressed(way: str) -> bytes:
         return bz2.compress(VMLINUX) + SIZE
     if way == "lz4":
         return through("lz4", "-l", "-c") + SIZE
-    return through("zstd", "-q", "-c") + SIZE
+    if way == "lzop":
+        return through("lzop", "-c") + SIZE
+    return zstandard.ZstdCompressor(write_checksum=True).compress(VMLINUX) + SIZE
 
 
 def image(payload: bytes, *, offset: int = 0x300, length: int | None = None) -> bytes:
@@ -60,12 +68,12 @@ def refused(directory: Path, kernel: bytes) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("way", ["gzip", "xz", "lzma", "bzip2", "lz4", "zstd"])
+@pytest.mark.parametrize("way", WAYS)
 def test_every_compression(tmp_path: Path, way: str) -> None:
     assert unpacked(tmp_path, image(compressed(way))) == VMLINUX
 
 
-@pytest.mark.parametrize("way", ["gzip", "xz", "lzma", "bzip2", "lz4", "zstd"])
+@pytest.mark.parametrize("way", WAYS)
 def test_damaged_payload(tmp_path: Path, way: str) -> None:
     payload = bytearray(compressed(way))
     for offset in range(20, min(len(payload) - 8, 120)):
@@ -84,6 +92,74 @@ def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
     text = refused(tmp_path, image(compressed("xz")[:-4] + b"\xff\xff\xff\xff"))
     assert "damaged" in text
     assert "does not unpack to" in refused(tmp_path, image(compressed("xz")[:-4] + b"\x10\0\0\0"))
+
+
+def pieces(size: int) -> Iterator[bytes]:
+    """An ELF's magic, and zeros."""
+    yield b"\x7fELF".ljust(MIB, b"\0")
+    for _ in range(size // MIB - 1):
+        yield bytes(MIB)
+
+
+def bomb(way: str, size: int) -> bytes:
+    """`size` bytes that compress well, without the field that says how many."""
+    if way in ("lz4", "lzop"):
+        options = ("-l",) if way == "lz4" else ()
+        return through(way, *options, "-c", data=b"".join(pieces(size)))
+    packers = {
+        "gzip": lambda: zlib.compressobj(1, wbits=31),
+        "xz": lambda: lzma.LZMACompressor(check=lzma.CHECK_CRC32, filters=X86_XZ),
+        "lzma": lambda: lzma.LZMACompressor(format=lzma.FORMAT_ALONE, preset=1),
+        "bzip2": bz2.BZ2Compressor,
+        "zstd": lambda: zstandard.ZstdCompressor().compressobj(),
+    }
+    one = packers[way]()
+    return b"".join([*map(one.compress, pieces(size)), one.flush()])
+
+
+# Unpacks sys.argv[1] to sys.argv[2]; says what it had of memory, and its programs.
+MEASURE = """
+import re, resource, sys
+from pyvmm.boot.x86 import payload
+code = payload.main(sys.argv[1:])
+peak = re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]
+print(peak, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("says", [128, 16])
+def test_what_a_bomb_costs(tmp_path: Path, way: str, says: int) -> None:
+    """Of 128 MiB, said or not said: no more in memory than a window, no more on the disk than is
+    said."""
+    stored = bomb(way, 128 * MIB)
+    size = (says * MIB).to_bytes(4, "little")
+    payload = stored[:-4] + size if way == "gzip" else stored + size
+    (tmp_path / "vmlinuz").write_bytes(image(payload))
+    output = tmp_path / "vmlinux"
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, tmp_path / "vmlinuz", output],
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (says * MIB, says * MIB)),
+    )
+    peak, programs = map(int, done.stdout.split())
+    assert peak < 100 << 10 and programs < 100 << 10, done.stdout
+    if says == 128:
+        assert done.returncode == 0 and output.stat().st_size == 128 * MIB
+    else:
+        assert done.returncode == 1 and f"not unpack to the {16 * MIB} bytes" in done.stderr
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["vmlinuz"]
+
+
+def test_a_window_that_wants_all_memory(tmp_path: Path) -> None:
+    # A zstd frame with a window of 1 GiB (RFC 8878, 3.1.1.1.2), of which the first block is raw.
+    frame = b"\x28\xb5\x2f\xfd" + b"\x00\xa0" + (1 | 512 << 3).to_bytes(3, "little") + bytes(512)
+    assert "too much memory" in refused(tmp_path, image(frame + SIZE))
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 512 << 20}]
+    stored = lzma.compress(VMLINUX, filters=filters)
+    assert "Memory usage limit" in refused(tmp_path, image(stored + SIZE))
 
 
 def test_unknown_compression_and_what_is_no_elf(tmp_path: Path) -> None:

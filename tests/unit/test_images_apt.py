@@ -124,3 +124,11 @@ def test_apt_writes_only_in_its_own_folder(tmp_path: Path) -> None:
     written = [line for line in text.splitlines() if line.startswith(("Dir::State", "Dir::Cache"))]
     assert len(written) == 4
     assert all(os.fspath(tmp_path) in line for line in written)
+
+
+def test_what_a_program_says_is_fit_for_a_terminal() -> None:
+    """mke2fs quotes names out of archives."""
+    said = 'mke2fs: while writing file "\x1b]0;x\x07\x1b[2J\r\u202e\udcff ü"\n'
+    shown = tools.complaint(said, 1)
+    assert shown.isprintable() and "ü" in shown and "\\x1b]0;x\\x07" in shown
+    assert len(tools.complaint("x" * 100_000, 1)) < 1000

@@ -62,3 +62,11 @@ def test_compressed_modules_are_unpacked(tree: ModuleTree) -> None:
 def test_a_tree_without_depmods_files_is_an_error_with_a_cure(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"modules\.dep is missing; run depmod"):
         ModuleTree(str(tmp_path))
+
+
+def test_a_module_that_unpacks_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modules, "_MOST_MODULE", 16 << 20)
+    for bad in (lzma.compress(bytes(17 << 20), preset=0), lzma.compress(b"x" * 99)[:-9], b"junk"):
+        with pytest.raises(ConfigError, match="a kernel module is"):
+            modules.unpacked(bad)
+    assert modules.unpacked(lzma.compress(b"\x7fELF", preset=0)) == b"\x7fELF"

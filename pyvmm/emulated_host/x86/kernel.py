@@ -17,6 +17,7 @@ _PROTOCOL = 0x206
 _PAYLOAD = 0x248  # payload_offset and payload_length, protocol 2.08 and later
 _ELF = b"\x7fELF"
 _XZ = b"\xfd7zXZ\0"
+_MOST_UNPACKED = _MOST_MEMORY = 256 << 20  # bytes; Debian's kernels have 60 MiB
 
 
 def vmlinux(kernel: bytes) -> bytes | None:
@@ -39,9 +40,9 @@ def vmlinux(kernel: bytes) -> bytes | None:
     import lzma  # needed once for each kernel
 
     # Four bytes with the unpacked size follow the XZ stream; LZMADecompressor stops before them.
-    decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+    decompressor = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MOST_MEMORY)
     try:
-        unpacked = decompressor.decompress(payload)
+        unpacked = decompressor.decompress(payload, _MOST_UNPACKED)
     except lzma.LZMAError:
         unpacked = b""
     if not decompressor.eof:
