@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import json
 import lzma
+import os
 import random
 import shutil
 import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -495,6 +498,57 @@ def test_a_working_directory_is_where_it_leads(tree, said: str, meant: str) -> N
 def test_a_configuration_that_cannot_be_run_is_refused(tree, config, why: str) -> None:
     with pytest.raises(Refused, match=why):
         process.read(config, tree)
+
+
+def test_no_word_of_a_configuration_is_the_shell_s(tree, tmp_path: Path) -> None:
+    """The script that the guest runs, run here, with its programs replaced by one that tells."""
+    busybox = shutil.which("busybox")
+    if busybox is None:
+        pytest.skip("busybox is missing (guest-images/system-packages.txt)")
+    words = [
+        *(
+            "$(touch x)",
+            "`touch x`",
+            "'",
+            '"',
+            "a'b\"c",
+            "\n",
+            "; touch x",
+            "&& touch x",
+            "-u",
+            "--",
+        ),
+        *("#", "!x", "\\", "*", "~", "", "$HOME", "a=b", "é", "\x1b[2J", "> x"),
+    ]
+    odd = ("-u", "-i", "$(x)", "a b", "'")
+    env = [f"{name}={value}" for name, value in zip(odd, words, strict=False)]
+    config = {
+        "Entrypoint": ["-x;$(touch x)"],
+        "Cmd": words,
+        "Env": ["PATH=/", "HOME=/", *env, "-S=x", "--=y"],
+        "WorkingDir": f"{tmp_path}/a'$(touch x) -b",
+    }
+    os.mkdir(f"{tmp_path}/a'$(touch x) -b")
+    tell = tmp_path / "tell"
+    tell.write_text(
+        f"#!{sys.executable} -IS\nimport json, os, sys\n"
+        "print(json.dumps([sys.argv[1:], dict(os.environ), os.getcwd()]))\n"
+    )
+    tell.chmod(0o755)
+    found = process.read(config, tree)
+    script = guest.entry_script(found, "")
+    script = script.replace("/.pyvmm/busybox", busybox).replace("/.pyvmm/agent", str(tell))
+    (tmp_path / "entry").write_text(script)
+    done = subprocess.run(
+        [busybox, "sh", tmp_path / "entry"], capture_output=True, text=True, check=True
+    )
+    said, environment, folder = json.loads(done.stdout)
+    assert said == ["--as", "0:0", "-x;$(touch x)", *words]
+    expected = dict(line.split("=", 1) for line in config["Env"])
+    assert {name: environment.get(name) for name in expected} == expected
+    assert folder == config["WorkingDir"] and not (tmp_path / "x").exists()
+    with pytest.raises(ValueError, match="surrogates"):  # which `load.named` makes one line of
+        guest.entry_script(process.read({"Cmd": ["\ud800"]}, tree), "").encode()
 
 
 def test_the_guest_s_files_leave_the_image_s_alone(over) -> None:
