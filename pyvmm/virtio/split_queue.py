@@ -151,7 +151,6 @@ class SplitQueue(SplitPeek):
             if wanted <= 0:
                 break
         if heads:
-            self._last = None
             self._next_avail = position
         return heads
 

@@ -97,6 +97,21 @@ def test_waking_it_after_its_end_does_nothing() -> None:
     made.loop.wake()
 
 
+def test_the_end_waits_for_whoever_is_just_waking_it() -> None:
+    """Or what is written to could be somebody else's descriptor by then."""
+    made = Loop()
+    made.loop.start()
+    made.loop.request_stop()
+    end = threading.Thread(target=made.loop.join, daemon=True)
+    with made.loop._closing:
+        end.start()
+        assert made.ended.wait(60)
+        end.join(0.1)
+        assert end.is_alive()
+    end.join(60)
+    assert not end.is_alive()
+
+
 def test_without_a_thread_everything_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")

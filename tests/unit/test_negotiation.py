@@ -20,7 +20,9 @@ from mmio_harness import (
     RecordingDevice,
 )
 
-from pyvmm.errors import DriverError, HostError
+from pyvmm.errors import DriverError, GuestMemoryError, HostError
+from pyvmm.host.syscalls import EventFd
+from pyvmm.memory import GuestMemory
 from pyvmm.testing.mmio_driver import InterruptLine, MmioDriver
 from pyvmm.transport.mmio import MmioTransport
 from pyvmm.virtio import defects
@@ -243,6 +245,28 @@ def test_queues_that_the_driver_leaves_out_are_none(bench: Bench, device: Record
     first, second = device.live.queues
     assert first is None
     assert second is not None and second.index == 1
+
+
+def test_whoever_changes_the_memory_hears_that_a_ring_is_lost(
+    bench: Bench, device: RecordingDevice
+) -> None:
+    bench.go_live()
+    bench.memory.regions = ()
+    with pytest.raises(GuestMemoryError):
+        bench.negotiation.memory_changed()
+    assert bench.status == LIVE | NEEDS_RESET
+
+
+def test_an_activation_has_the_transports_eventfd(device: RecordingDevice) -> None:
+    memory = GuestMemory([(0, 1 << 20)])
+    with EventFd() as irq:
+        transport = MmioTransport(device, memory, lambda: None, irq_eventfd=irq)
+        driver = MmioDriver(transport, memory)
+        driver.start()
+        assert device.live.interrupt.eventfd(0) is irq
+        # Who uses buffers then is not us: the driver is told so whenever it asks.
+        assert transport.read_interrupt_status() == 1
+        transport.close()
 
 
 def test_closing_waits_for_a_write_of_the_driver(bench: Bench, device: RecordingDevice) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 
 import pytest
 from worker_rig import Bench, Echo, receive_datagrams, send_datagrams, wait_for
@@ -13,7 +14,7 @@ from pyvmm.host.waiter import Source
 from pyvmm.testing.mmio_driver import SAFETY_TIMEOUT
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.shared_worker import SharedWorker
-from pyvmm.virtio.worker import AT_ONCE, Rest
+from pyvmm.virtio.worker import AT_ONCE, FOR_SOURCE, Rest
 
 
 class Shared(VirtioDevice):
@@ -138,6 +139,47 @@ def test_kicks_are_off_while_a_queue_is_served(bench):
         wait_for(lambda index=index: b.rigs[index].driver.device_wants_kicks)
         assert b.echo(b"x", index) == b"x"
     assert wanted == [1, 1]  # VIRTQ_USED_F_NO_NOTIFY
+
+
+def test_no_queue_is_served_after_a_stop(bench):
+    """Though their turn had begun: not even by a device that takes its chains one by one."""
+    begun, leave = threading.Event(), threading.Event()
+
+    class Direct(Shared):
+        def serve(self, queue):
+            self.order.append(queue.index)
+            begun.set()
+            assert leave.wait(SAFETY_TIMEOUT)
+
+    b = bench(Direct())
+    assert begun.wait(SAFETY_TIMEOUT)
+    worker, b.device.worker = b.device.worker, None
+    worker.request_stop()
+    leave.set()
+    worker.join()
+    assert b.device.order == [0]
+
+
+def test_a_source_is_watched_for_the_queue_that_wants_it_only(bench):
+    """One that has something all the time would wake the thread again and again."""
+    ours, theirs = socket.socketpair()
+
+    class Resting(Shared):
+        def sources(self, index):
+            return [Source(ours.fileno(), on_demand=True)] if index == 0 else []
+
+        def serve(self, queue):
+            self.order.append(queue.index)
+            return FOR_SOURCE if queue.index == 1 else None
+
+    theirs.send(b"x")
+    b = bench(Resting())
+    wait_for(lambda: b.device.order)
+    time.sleep(0.2)
+    assert len(b.device.order) < 20
+    b.device.reset()
+    ours.close()
+    theirs.close()
 
 
 class Busy(Shared):
