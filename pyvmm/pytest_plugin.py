@@ -19,22 +19,6 @@ if TYPE_CHECKING:
     from pyvmm.api.vm import VM
     from pyvmm.pytest_vms import Factory, Kept, Vms
 
-FIXTURES = ("microvm", "microvm_factory")
-
-# An emulated KVM host ruins a guest now and then (docs/decisions/0071): it hangs or dies. What a
-# test says then; it is run again if pytest-rerunfailures is there. On real KVM the first time
-# counts.
-RUINED = [
-    "the guest hangs",
-    "timed out after",
-    "did not start within",
-    "no agent answers in the guest after",
-    "KVM_EXIT_SHUTDOWN: triple fault",
-    "the guest triple-faulted",
-    "from pytest-timeout",
-    "the emulated KVM host stopped",
-]
-
 _vms: pytest.StashKey[Vms] = pytest.StashKey()
 _kept: pytest.StashKey[list[Kept]] = pytest.StashKey()
 
@@ -60,22 +44,6 @@ def pytest_configure(config: pytest.Config) -> None:
         "fixture microvm is; options are those of pyvmm.VM. With shared, tests with equal marks "
         "share one.",
     )
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    rerun_ruined([item for item in items if set(FIXTURES) & set(getattr(item, "fixturenames", ()))])
-
-
-def rerun_ruined(items: list[pytest.Item]) -> None:
-    """Have tests of guests run again, up to four times, if an emulated KVM host has ruined their
-    guest and pytest-rerunfailures is there."""
-    if not items or not items[0].config.pluginmanager.hasplugin("rerunfailures"):
-        return
-    from pyvmm.cli.choose import why_not_host
-
-    if why_not_host() is not None:
-        for item in items:
-            item.add_marker(pytest.mark.flaky(reruns=4, only_rerun=RUINED))
 
 
 @pytest.fixture

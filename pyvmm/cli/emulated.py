@@ -21,6 +21,7 @@ from pyvmm.emulated_host import (
     HostStream,
 )
 from pyvmm.emulated_host.find import find_image
+from pyvmm.emulated_host.spec import cpus_for
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
 from pyvmm.host.unix_sockets import Socket
@@ -61,6 +62,7 @@ def run_emulated(spec: VmSpec, because: str | None = None, *, control: Socket | 
         host = EmulatedHostSpec(
             image=find_image(make=True),
             memory_mib=spec.memory // _MIB + OWN_MEMORY_MIB,
+            cpus=cpus_for(spec.cpus),
             disks=disks,
             sinks=sinks,
             sockets_in=(*_control_listener(control), *_device_listeners(crossings)),

@@ -14,6 +14,7 @@ from pyvmm.emulated_host.limits import check_memory
 from pyvmm.emulated_host.ports import Port, open_ports
 from pyvmm.emulated_host.qemu import OpenDisk, Qcow2Disk, open_disk, qemu_arguments
 from pyvmm.emulated_host.spec import EmulatedHostError, EmulatedHostSpec, HostDisk
+from pyvmm.emulated_host.x86.tsc import frequency_khz
 from pyvmm.errors import ConfigError
 from pyvmm.host.files import open_image
 from pyvmm.host.programs import find_program
@@ -78,6 +79,7 @@ def launch(spec: EmulatedHostSpec, argv: Sequence[str]) -> Launched:
             ports=ports,
             disks=disks,
             stream_fds=stream_fds,
+            tsc_khz=frequency_khz(),
         )
         process = _spawn(
             [*qemu, *arguments],

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pyvmm.emulated_host.cache import BootFiles
 from pyvmm.emulated_host.ports import Port
 from pyvmm.emulated_host.spec import EmulatedHostSpec
-from pyvmm.emulated_host.x86.machine import KERNEL_PARAMETERS, machine_arguments
+from pyvmm.emulated_host.x86.machine import kernel_parameters, machine_arguments
 from pyvmm.host.qcow2 import Layer, blockdev
 
 SECTOR = 512
@@ -60,6 +60,7 @@ def qemu_arguments(
     ports: Sequence[Port],
     disks: Sequence[OpenDisk | Qcow2Disk],
     stream_fds: Sequence[int] = (),
+    tsc_khz: int | None = None,
 ) -> list[str]:
     """The arguments, without the program. The descriptors in them must be inherited."""
     return [
@@ -70,7 +71,7 @@ def qemu_arguments(
         *("-display", "none", "-monitor", "none"),
         *("-kernel", boot.kernel),
         *("-initrd", f"/proc/self/fd/{initramfs_fd}"),
-        *("-append", KERNEL_PARAMETERS),
+        *("-append", kernel_parameters(tsc_khz)),
         *("-chardev", f"socket,id=console,fd={console_fd}", "-serial", "chardev:console"),
         *("-chardev", f"socket,id=qmp,fd={qmp_fd}", "-mon", "chardev=qmp,mode=control"),
         # The first virtio device, as the ports' names inside begin with its number: /dev/vport0p1.

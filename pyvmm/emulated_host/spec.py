@@ -13,6 +13,16 @@ from pyvmm.host.unix_sockets import Socket
 # What the emulated host itself needs beside the RAM of the guests in it.
 OWN_MEMORY_MIB = 512
 DEFAULT_CPUS = 2
+
+
+def cpus_for(vcpus: int) -> int:
+    """How many CPUs an emulated host has for a guest of so many vCPUs.
+
+    With more than one it ruins guests of several vCPUs now and then (docs/decisions/0071).
+    """
+    return DEFAULT_CPUS if vcpus == 1 else 1
+
+
 # Tells a program that it runs in here, and that its standard input is a plain byte stream.
 INSIDE_VARIABLE = "PYVMM_INSIDE_EMULATED_HOST"
 # Names the port of the relay for Unix sockets, where there is one; see pyvmm.relay.inside.

@@ -12,6 +12,7 @@ from disks import artifacts, root_disk
 from guest import HANG_SECONDS, GuestResult, text
 
 from pyvmm.cli.choose import why_not_host
+from pyvmm.emulated_host.spec import cpus_for
 
 
 def boot_with_taps(
@@ -44,7 +45,7 @@ def boot_with_taps(
         shell = f'{words} & peer=$!; shift {count}; "$@"; code=$?; kill $peer; exit $code'
         argv = ["sh", "-c", shell, "sh", *beside, *run]
         if why_not_host() is not None:
-            options = ["--memory", "900", "--disk", str(disk)]
+            options = ["--cpus", str(cpus_for(cpus)), "--memory", "900", "--disk", str(disk)]
             argv = [sys.executable, "-m", "pyvmm.emulated_host", *options, "--", *argv]
         try:
             done = subprocess.run(

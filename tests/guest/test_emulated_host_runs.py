@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 import select
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from pyvmm.emulated_host import EmulatedHostError, EmulatedHostSpec, HostDisk, H
 from pyvmm.emulated_host.find import find_image
 from pyvmm.emulated_host.host import EmulatedHost, run
 from pyvmm.emulated_host.probe import probe
+from pyvmm.emulated_host.x86.tsc import frequency_khz
 from pyvmm.errors import ConfigError
 from pyvmm.host.files import open_image
 
@@ -238,3 +240,13 @@ def test_a_reader_that_goes_away_ends_the_command(image: HostImage) -> None:
     os.close(reader)
     assert host.wait() == 128 + signal.SIGPIPE
     os.close(writer)
+
+
+def test_its_clock_does_not_go_by_its_emulated_timers(image: HostImage, tmp_path: Path) -> None:
+    """On a busy machine they tell its kernel a frequency that is several times too low."""
+    ran = Run(tmp_path, image)
+    assert ran("sh", "-c", "dmesg | sed -n 's/.* tsc: //p'") == 0
+    assert "reference calibration" not in ran.out and "against PIT" not in ran.out
+    found = re.search(r"Detected ([0-9.]+) MHz", ran.out)
+    assert found is not None
+    assert float(found[1]) * 1000 == pytest.approx(frequency_khz(), rel=1e-3)

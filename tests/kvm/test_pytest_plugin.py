@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from echo_guest import echo_kernel, faulting_kernel
+from echo_guest import echo_kernel
 
 from pyvmm.api.vm import VM
 from pyvmm.control import registry
@@ -136,48 +136,6 @@ def test_hangs(microvm):
         ["*from pytest-timeout*", "*- console of the microVM vm -*", "ready"], consecutive=False
     )
     assert registry.running() == []
-
-
-# As in an emulated host, which is what this machine is said to need.
-RUINED = """
-import pyvmm.cli.choose
-from pathlib import Path
-from pyvmm.pytest_plugin import pytest_collection_modifyitems as mark
-def pytest_collection_modifyitems(items):
-    pyvmm.cli.choose.why_not_host = lambda: "no KVM"
-    try:
-        mark(items)
-    finally:
-        pyvmm.cli.choose.why_not_host = lambda: None
-"""
-
-
-def test_guests_that_an_emulated_host_ruined_are_tried_again(project, pytester):
-    pytester.makeconftest(RUINED)
-    faulting = faulting_kernel(pytester.path)
-    done = project(
-        f"""
-from pathlib import Path
-def tried(name):
-    there = Path(name).exists()
-    Path(name).touch()
-    return there
-def test_fault(microvm_factory):
-    if not tried("fault"):
-        vm = microvm_factory(**OPTIONS | {{"kernel": {faulting!r}}})
-        vm.console.expect("never", timeout=None)
-def test_hang(microvm_factory):
-    if not tried("hang"):
-        vm = microvm_factory(**OPTIONS)
-        vm.console.expect("never", timeout=None)
-def test_wrong(microvm_factory):
-    microvm_factory(**OPTIONS)
-    assert False, "the test's own doing"
-""",
-        *("--timeout=20", "-o", "timeout_func_only=true"),
-    )
-    done.assert_outcomes(passed=2, failed=1)
-    done.stdout.fnmatch_lines(["*2 rerun*"])
 
 
 def test_what_is_wrong_with_a_mark(project):

@@ -207,6 +207,14 @@ def test_the_emulated_host_gets_paths_that_mean_the_same_inside(run, place, monk
     assert [disk.path for disk in spec.disks] == [str(place / "a.img"), str(place / "b.img")]
 
 
+@pytest.mark.parametrize(("vcpus", "cpus"), [(1, 2), (2, 1), (4, 1)])
+def test_the_emulated_host_has_one_cpu_for_a_guest_of_several(run, monkeypatch, vcpus, cpus):
+    made = []
+    monkeypatch.setattr(emulated, "EmulatedHostSpec", lambda **parts: made.append(parts["cpus"]))
+    assert run("--cpus", str(vcpus))[0] == STARTED
+    assert made == [cpus]
+
+
 def test_a_kernel_that_the_emulated_host_cannot_see_is_refused_here(run, place):
     with tempfile.NamedTemporaryFile(dir="/dev/shm") as kernel:
         kernel.write(boot_images.bzimage())

@@ -28,7 +28,8 @@ from pyvmm.emulated_host.qemu import open_disk, qemu_arguments
 from pyvmm.emulated_host.relay import InputPump, OutputPump, mark_prefix
 from pyvmm.emulated_host.session import Session
 from pyvmm.emulated_host.x86.kernel import vmlinux
-from pyvmm.emulated_host.x86.machine import KVM_MODULES, ROOT_MODULES
+from pyvmm.emulated_host.x86.machine import KVM_MODULES, ROOT_MODULES, kernel_parameters
+from pyvmm.emulated_host.x86.tsc import frequency_khz, measure
 from pyvmm.errors import ConfigError
 from pyvmm.host import cpio
 from pyvmm.host.syscalls import EventFd
@@ -214,6 +215,42 @@ def test_a_directory_that_was_removed_is_no_obstacle(
     monkeypatch.chdir(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     assert EmulatedHostSpec(image).cwd == "/"
+
+
+# ---- the time-stamp counter
+
+
+def test_the_counters_frequency_is_measured_where_nobody_ran_in_between() -> None:
+    moments = {"now": 1000}
+    # Nanoseconds that pass after each look at the clock or the counter: somebody else runs.
+    delays = iter([5, 9_000_000, 700, 40, 40, 3_000_000] * 10)
+
+    def pass_time() -> int:
+        now = moments["now"]
+        moments["now"] += next(delays)
+        return now
+
+    def counter() -> int:
+        return pass_time() * 5 // 2  # 2.5 GHz
+
+    def sleep(seconds: float) -> None:
+        moments["now"] += round(seconds * 1e9)
+
+    assert measure(counter, pass_time, sleep) == pytest.approx(2_500_000, rel=1e-4)
+
+
+def test_the_machines_counter_runs_at_one_frequency() -> None:
+    found = [frequency_khz() for _ in range(3)]
+    assert None not in found, "this machine lets no program make code"
+    assert max(found) < min(found) * 1.001
+    assert 500_000 < min(found) < 10_000_000
+
+
+@pytest.mark.parametrize(("khz", "said"), [(2596132, ["tsc_early_khz=2596132"]), (None, [])])
+def test_the_emulated_kernel_is_told_the_frequency(khz: int | None, said: list[str]) -> None:
+    words = kernel_parameters(khz).split()
+    assert [word for word in words if word.startswith("tsc_early")] == said
+    assert "tsc=reliable" in words
 
 
 # ---- QEMU's command line

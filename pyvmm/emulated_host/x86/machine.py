@@ -6,7 +6,7 @@ from __future__ import annotations
 ROOT_MODULES = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay", "virtio_blk")
 KVM_MODULES = ("kvm_amd", "tun", "vhost_net")
 
-KERNEL_PARAMETERS = " ".join(
+_KERNEL_PARAMETERS = " ".join(
     (
         "console=ttyS0 quiet panic=-1",
         # TCG translates code anew at each new address: programs that start at the same one each
@@ -31,6 +31,12 @@ KERNEL_PARAMETERS = " ".join(
 # guest #VMEXIT and VMRUN carry that into RFLAGS for good, up to its VM bit: a double fault. Linux
 # 6.12 allocates memory with that instruction and mostly dies of it; without it, it uses a lock.
 CPU = "max,+svm,+npt,-la57,-xsave,-avx,-avx2,-pku,-cx16"
+
+
+def kernel_parameters(tsc_khz: int | None) -> str:
+    """The kernel's command line; `tsc_khz` is the time-stamp counter's frequency, if it is known
+    (see `tsc`)."""
+    return _KERNEL_PARAMETERS + (f" tsc_early_khz={tsc_khz}" if tsc_khz else "")
 
 
 def machine_arguments(cpus: int, memory_mib: int) -> list[str]:
