@@ -270,6 +270,15 @@ def test_a_small_disk_takes_long_links_and_attributes_too(made) -> None:
     assert b"v" * 2500 in debugfs(image, "ea_get /f user.long")
 
 
+def test_links_of_any_length(made) -> None:
+    """mke2fs 1.47.2 writes behind its buffer for 1,024 bytes, and for 2,048."""
+    lengths = [1, 59, 60, 61, 1023, 1024, 1025, 2047, 2048, 4095]
+    image = made(*(symlink(str(length), "t" * length) for length in lengths))
+    check(image)
+    for length in lengths:
+        assert f"Size: {length}\n" in stat(image, f"/{length}")
+
+
 def test_control_c_while_the_file_system_is_made_is_no_failure_of_it(
     tmp_path: Path, tools: str
 ) -> None:
