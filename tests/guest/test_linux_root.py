@@ -104,6 +104,7 @@ def boot_and_reboot(folder: Path) -> GuestResult:
             options=options,
         )
         guest.start()
+        guest.wait_for("pyvmm: init reached")
         guest.pyvmm("exec", "vm", "sh", "-c", "echo kept > /kept; reboot --no-such; reboot")
         result = guest.wait()
         assert fsck(disk) == ""
@@ -128,7 +129,7 @@ def boot_without_a_word(folder: Path) -> GuestResult:
 def test_a_guest_that_resets_itself_without_a_word(boot: GuestResult) -> None:
     assert boot.code == 10, boot.ending()
     assert boot.console == ""
-    [line] = boot.messages
+    line = boot.messages[-1]  # the same may have been said before, after a long silence
     assert "reset itself and printed nothing" in line and "--console virtio" in line
 
 
@@ -145,8 +146,8 @@ def boot_memtest(folder: Path) -> GuestResult:
     # First of all it measures how quick the memory is: a minute where that is emulated.
     guest = Guest(str(kernel), None, cmdline="console=ttyS0,115200 nobench", stdin=b"1")
     guest.start()
-    guest.wait_for("Memtest86+ v")
     guest.wait_for("Settings:")  # its menu, which the key opens
+    guest.wait_for("Test selection")
     guest.send_signal(signal.SIGINT)
     return guest.wait()
 
@@ -157,4 +158,4 @@ def test_memtest_shows_its_screen_on_the_serial_port_and_takes_keys_from_it(
     boot: GuestResult,
 ) -> None:
     assert boot.code == 130, boot.ending()
-    assert boot.messages == ["pyvmm: vm: interrupted"]
+    assert boot.messages[-1] == "pyvmm: vm: interrupted"
