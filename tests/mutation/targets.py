@@ -37,7 +37,7 @@ TARGETS = (
         "core", "virtio/lifecycle.py virtio/negotiation.py virtio/status.py virtio/features.py"
         " virtio/defects.py virtio/device.py virtio/events.py transport/events.py",
         "status negotiation mmio_robustness mmio_robustness_queues queue_reset mmio_registers"
-        " negotiation_threads trace stats queue_device mmio_fuzz vhost_user net_vhost pause"
+        " negotiation_threads trace stats worker queue_device mmio_fuzz vhost_user net_vhost pause"
         " forgotten",
     ),
     Target(

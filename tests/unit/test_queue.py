@@ -700,6 +700,10 @@ def test_a_restored_chain_whose_place_nobody_knows_cannot_be_stepped_back(rig):
         again.step_back(again.chain_in_flight(chain.head))
 
 
+def test_a_state_has_the_configuration(rig):
+    assert rig.queue.state().config() == rig.config
+
+
 def test_the_numbers_of_vhost_user(rig):
     """VHOST_USER_GET_VRING_BASE: 16 bits for a split queue, 32 for a packed one."""
     for _ in range(5):

@@ -34,6 +34,7 @@ from rings import RINGS, offering
 from pyvmm.errors import HostError
 from pyvmm.testing import MockPackedDriver, MockSplitDriver, attached
 from pyvmm.transport.mmio import MmioTransport
+from pyvmm.virtio.events import QueueStarted
 from pyvmm.virtio.features import RING_FEATURES
 from pyvmm.virtio.queue import Queue
 from pyvmm.virtio.worker import QueueDevice
@@ -84,7 +85,7 @@ def resettable() -> Iterator[tuple[Bench, Resettable]]:
 @pytest.fixture
 def recorder() -> Iterator[tuple[Bench, Recorder]]:
     device = Recorder()
-    bench = Bench(device)
+    bench = Bench(device, trace=True)
     yield bench, device
     device.queue_error = None
     bench.transport.close()
@@ -307,6 +308,7 @@ def test_a_queue_that_cannot_be_started_breaks_the_device(
     bench.enable_queue(0)
     assert bench.status & NEEDS_RESET
     assert not any(queue.ready for queue in device.started)
+    assert not any(isinstance(event, QueueStarted) for event in bench.events)
 
 
 def test_a_reset_of_the_device_ends_a_queue_that_was_started_again(

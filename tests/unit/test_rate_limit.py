@@ -122,6 +122,17 @@ def test_both_limits_are_taken_or_none() -> None:
     assert limits.take(0, 0) == SECOND // 10
 
 
+def test_threads_take_one_after_the_other() -> None:
+    limits = RateLimiter(TokenBucket(10, 1), None)
+    taking = threading.Thread(target=limits.take, args=(1, 0), daemon=True)
+    with limits._lock:
+        taking.start()
+        taking.join(0.1)
+        assert taking.is_alive()
+    taking.join(30)
+    assert not taking.is_alive()
+
+
 def test_no_limits_are_no_limiter() -> None:
     assert limiter(bps=0, iops=0, bps_burst=0, iops_burst=0) is None
     only_bytes = limiter(bps=10, iops=0, bps_burst=0, iops_burst=0)

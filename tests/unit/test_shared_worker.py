@@ -257,14 +257,20 @@ def test_one_descriptor_is_waited_for_by_both_queues(bench):
 class Sleepy(Shared):
     """Each queue asks for its next turn after a while, and gets no kick."""
 
+    def __init__(self, quick):
+        super().__init__()
+        self.quick = quick
+
     def serve(self, queue):
         super().serve(queue)
         self.order.append(queue.index)
-        return Rest(kicks=False, seconds=0.001 if queue.index else 0.002)
+        seconds = 0.001 if queue.index == self.quick else SAFETY_TIMEOUT
+        return Rest(kicks=False, seconds=seconds)
 
 
-def test_the_shortest_rest_counts(bench):
-    b = bench(Sleepy())
+@pytest.mark.parametrize("quick", [0, 1])
+def test_the_shortest_rest_counts(bench, quick):
+    b = bench(Sleepy(quick))
     wait_for(lambda: len(b.device.order) > 20)
     assert set(b.device.order) == {0, 1}
 

@@ -7,7 +7,7 @@ from time import perf_counter_ns
 
 import pytest
 from queue_rig import LAYOUTS, Rig
-from worker_rig import Bench, Echo
+from worker_rig import Bench, Echo, wait_for
 
 LONG = 3_600 * 10**9  # nanoseconds; a test that waits for its end hangs
 
@@ -87,5 +87,8 @@ def test_a_device_that_polls_for_an_hour_serves_and_stops():
         # The first sleep is shorter than an hour, so all later requests find it polling.
         for _ in range(50):
             assert bench.echo(b"echo") == b"echo"
+        bench.driver.add([b"x"], [1])
+        bench.driver.publish()  # and no kick
+        wait_for(bench.driver.has_used)
     finally:
         bench.close()  # would hang, if polling did not look for the stop

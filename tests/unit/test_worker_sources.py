@@ -206,3 +206,18 @@ def test_a_peer_that_has_gone_does_not_keep_the_worker_awake(bench):
     b.device.theirs.close()
     wait_for(lambda: b.device.passes > passes)
     wait_for(lambda: quiet(b.device))
+
+
+def test_a_rest_that_waits_for_kicks_does_not_watch_what_is_watched_on_demand(bench):
+    """Such a source may be ready all the time."""
+
+    class Writable(Sender):
+        def serve(self, queue):
+            self.passes += 1
+            return Rest()
+
+    b = bench(Writable())
+    b.activate()
+    wait_for(lambda: b.device.passes > 0)
+    time.sleep(0.2)
+    assert b.device.passes < 20
