@@ -72,7 +72,7 @@ class AsyncVM:
     async def _end(self, call: Callable[..., T], *args: Any, **options: Any) -> T:
         # In a process that was forked it does nothing, and must not wait for that: the event loop
         # there shares its file descriptors with the one that runs on in the other process.
-        if self.vm.is_elsewhere:
+        if self.is_elsewhere:
             return call(*args, **options)
         return await in_thread(call, *args, **options)
 
@@ -91,6 +91,10 @@ class AsyncVM:
     async def wait(self, timeout: float | None = None) -> Outcome:
         """See `VM.wait`."""
         return await in_thread(self.vm.wait, timeout)
+
+    @property
+    def is_elsewhere(self) -> bool:
+        return self.vm.is_elsewhere
 
     @property
     def outcome(self) -> Outcome | None:
