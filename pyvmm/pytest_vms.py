@@ -55,7 +55,7 @@ class Vms:
             self._of_test.setdefault(test, []).append(vm)
         else:
             while len(self._shared) >= MOST_SHARED:
-                self._shared.pop(next(iter(self._shared))).stop()
+                self._shared.pop(next(iter(self._shared))).close()
             vm = self.start(test, **options)
         self._shared[key] = vm
         return vm
@@ -64,7 +64,7 @@ class Vms:
         """The test with that id has ended: so do its VMs, other than those it shares."""
         for vm in self._of_test.pop(test, ()):
             if vm not in self._shared.values() and vm not in self._kept:
-                vm.stop()
+                vm.close()
 
     def test_failed(self, test: str) -> list[Section]:
         """What its report is to say of its VMs. They are given to no other test."""
@@ -81,7 +81,7 @@ class Vms:
         """End all that are left; those that run on."""
         for vm in [*self._shared.values(), *(vm for vms in self._of_test.values() for vm in vms)]:
             if vm not in self._kept:
-                vm.stop()
+                vm.close()
         return [Kept(vm.name, test) for vm, test in self._kept.items()]
 
 

@@ -23,7 +23,8 @@ from pyvmm.api.console import TIMEOUT_SECONDS, Console, Pattern
 from pyvmm.api.errors import TAIL_LINES, Outcome
 from pyvmm.api.events import Event
 from pyvmm.api.in_guest import READY_SECONDS, Path
-from pyvmm.api.vm import START_SECONDS, STOP_SECONDS, VM
+from pyvmm.api.vm import START_SECONDS, VM
+from pyvmm.machine.outcome import STOP_SECONDS
 
 T = TypeVar("T")
 
@@ -80,9 +81,15 @@ class AsyncVM:
         """See `VM.detach`."""
         self.vm.detach()
 
-    async def stop(self, timeout: float = STOP_SECONDS, *, escalate: bool = True) -> Outcome:
+    async def stop(
+        self, timeout: float = STOP_SECONDS, *, escalate: bool = True, now: bool = False
+    ) -> Outcome:
         """See `VM.stop`."""
-        return await self._end(self.vm.stop, timeout, escalate=escalate)
+        return await self._end(self.vm.stop, timeout, escalate=escalate, now=now)
+
+    async def close(self) -> Outcome:
+        """See `VM.close`."""
+        return await self._end(self.vm.close)
 
     async def kill(self) -> Outcome:
         """See `VM.kill`."""

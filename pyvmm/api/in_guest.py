@@ -27,8 +27,6 @@ READY_SECONDS = 300.0
 class InGuest(ABC):
     """The part of `VM` that needs an agent in the guest, which all our images have."""
 
-    _was_ready = False  # whether it has answered before
-
     @property
     @abstractmethod
     def name(self) -> str:
@@ -42,9 +40,7 @@ class InGuest(ABC):
         """Wait until the guest's agent answers; what it says of itself. Raises NoAgent after
         `timeout` seconds, WrongAgent at once for one of another version."""
         with self._agent() as agent:
-            info = agent.wait_ready(timeout)
-        self._was_ready = True
-        return info
+            return agent.wait_ready(timeout)
 
     def run(
         self,

@@ -19,9 +19,10 @@ from pyvmm.api.events import Event, events_of
 from pyvmm.api.in_guest import InGuest, Path
 from pyvmm.api.in_monitor import PATIENCE, InMonitor
 from pyvmm.api.monitor import Monitor, OwnMonitor
-from pyvmm.control.client import Client, NoAnswer, NotRunning, open_events, patiently
+from pyvmm.control.client import CUT_SECONDS, Client, NoAnswer, NotRunning, open_events, patiently
 from pyvmm.errors import ConfigError, HostError, PyvmmError
 from pyvmm.machine.options import make_spec
+from pyvmm.machine.outcome import STOP_SECONDS
 from pyvmm.machine.spec import DeviceSpec, DiskSpec, VmSpec, validate
 
 if TYPE_CHECKING:
@@ -36,8 +37,7 @@ if TYPE_CHECKING:
 Table = Mapping[str, Any]
 
 START_SECONDS = 300.0  # until the first instruction; an emulated host on a busy machine takes long
-STOP_SECONDS = 30.0
-_POWER_OFF_SECONDS = 5.0  # for the agent to take notice
+_FOR_EVER = 1e9
 _KILL_SECONDS = 10.0
 _ENDING_SECONDS = 2.0  # between what a guest's end breaks, and the monitor's end
 
@@ -78,6 +78,7 @@ class VM(InGuest, InMonitor):
         trace: str | Iterable[str] = (),
         trace_file: Path | None = None,
         discovery: str = "auto",
+        on_reboot: str = "restart",
         name: str = "",
         rm: bool = True,
         kvm: str = "auto",
@@ -180,7 +181,7 @@ class VM(InGuest, InMonitor):
         if self._attached:
             self.detach()
         else:
-            self.stop()
+            self.close()
 
     def detach(self) -> None:
         """Let go of a VM that was attached to; it runs on."""
@@ -189,38 +190,45 @@ class VM(InGuest, InMonitor):
         if isinstance(self._monitor, AttachedMonitor) and not self.is_elsewhere:
             self._monitor.detach()
 
-    def stop(self, timeout: float = STOP_SECONDS, *, escalate: bool = True) -> Outcome:
-        """End it, and wait until it has ended; how it did.
+    def stop(
+        self, timeout: float = STOP_SECONDS, *, escalate: bool = True, now: bool = False
+    ) -> Outcome:
+        """Have the guest power off, and wait until it has ended; how it did.
 
-        If it has disks that are kept, and an agent that has answered before, the guest is asked to
-        power off, so that its file systems are whole; else it stops on the spot, as by `pyvmm
-        stop`. After `timeout` seconds it is killed with `escalate`, and VMTimeout is raised
-        without. A VM that has ended, or has never been started, is left alone.
+        The guest is asked by its agent, or else by its power button, as by `pyvmm stop`. After
+        `timeout` seconds its power is cut with `escalate`, and VMTimeout is raised without. The
+        power is cut at once with `now`, and if there is nobody in the guest to be asked. A VM that
+        has ended, or has never been started, is left alone.
         """
         if self._monitor is None or self.is_elsewhere:
             return Outcome(None)
         monitor = self._monitor
-        if not self._asked_to_power_off(timeout):
-            monitor.signal(signal.SIGTERM)
+        patience = 0.0 if now else timeout if escalate else _FOR_EVER
+        if monitor.outcome is None:
+            try:
+                with woken_by(partial(monitor.signal, signal.SIGKILL)):
+                    self._request_end(patience)
+            except PyvmmError:  # it does not answer, or takes no more requests
+                monitor.signal(signal.SIGTERM)
         try:
-            return monitor.wait(timeout)
+            return monitor.wait(timeout + CUT_SECONDS if escalate else timeout)
         except VMTimeout:
             if not escalate:
                 raise
         return self.kill()
 
-    def _asked_to_power_off(self, timeout: float) -> bool:
+    def _request_end(self, patience: float) -> None:
+        with Client.connect(self.name) as client:
+            client.call("stop", timeout_ms=round(1000 * patience))
+
+    def close(self) -> Outcome:
+        """What the end of a `with` block does: `stop`, and with `now` where nothing that the guest
+        has written is kept: a program that has what it wanted shall not wait for that."""
+        return self.stop(now=not self._keeps_something())
+
+    def _keeps_something(self) -> bool:
         image_kept = self._values["image"] is not None and not self._values["rm"]
-        kept = self._attached or image_kept or any(map(_is_kept, self.spec.disks))
-        if not (kept and self._was_ready) or self.outcome is not None:
-            return False
-        try:
-            patience = min(timeout, _POWER_OFF_SECONDS)
-            with self._agent(patience=patience) as agent:
-                agent.power_off(timeout=patience)
-        except PyvmmError:
-            return False  # It is paused, say, or hangs.
-        return True
+        return self._attached or image_kept or any(disk.keeps for disk in self.spec.disks)
 
     def kill(self) -> Outcome:
         """End its process at once (SIGKILL), and wait until it has ended."""
@@ -330,11 +338,6 @@ def _may_be_its_end(error: Exception) -> bool:
     from pyvmm.agent import AgentGone
 
     return isinstance(error, (NoAnswer, NotRunning, AgentGone, HostError, OSError))
-
-
-def _is_kept(disk: DiskSpec) -> bool:
-    """Whether what is written to `disk` is still there when the VM has ended."""
-    return not (disk.read_only or disk.snapshot or disk.kind == "ram")
 
 
 def _is_list(value: object) -> bool:

@@ -12,7 +12,11 @@ import sys
 import time
 from threading import Thread
 
-_GRACE = 10.0  # seconds between asking a monitor whose parent is gone to end, and ending it
+from pyvmm.machine.outcome import STOP_SECONDS
+
+_GRACE = (
+    STOP_SECONDS + 15.0
+)  # seconds between asking a monitor whose parent is gone to end, and ending it
 
 
 def main() -> int:
@@ -53,6 +57,7 @@ def _run(request_fd: int, name_fd: int) -> int:
         image=request["image"],
         rm=request["rm"],
         on_name=tell,
+        cut_if_nothing_kept=True,
     )
 
 

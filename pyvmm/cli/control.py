@@ -11,6 +11,7 @@ from pyvmm.cli.seconds import Seconds
 from pyvmm.control import client, registry
 from pyvmm.control.client import Client, HasEnded, NoAnswer
 from pyvmm.errors import PyvmmError
+from pyvmm.host import log
 
 _LOOK_PATIENCE = 2.0  # seconds that `ps` waits for each VM
 _END_PATIENCE = 1.0  # and for one to end that takes no requests any more
@@ -62,15 +63,22 @@ def _columns(row: dict[str, Any]) -> tuple[str, ...]:
     type=Seconds(min=0),
     default=30.0,
     show_default=True,
-    help="How long to wait for its end, in seconds.",
+    metavar="SECONDS",
+    help="How long the guest may take to power off; then its power is cut.",
 )
+@click.option("--now", is_flag=True, help="Cut its power at once.")
 @click.option("--kill", is_flag=True, help="Kill the monitor at once (SIGKILL).")
-def stop(vm: str, timeout: float, kill: bool) -> None:
-    """End VM as SIGTERM would, and wait until it has ended.
+def stop(vm: str, timeout: float, now: bool, kill: bool) -> None:
+    """Have the guest of VM power off, and wait until it has.
 
-    The guest is not asked: what it has not written to its disks yet is lost, as at a power cut.
+    It is asked by its agent, or else by its power button. Its power is cut if it does not, or if
+    there is nobody in it to be asked, or when pyvmm stop is called once more: what it has not
+    written to its disks is lost then. SIGTERM to the monitor does the same, and the second one
+    cuts. A paused VM is resumed for it.
     """
-    client.stop(vm, patience=timeout, kill=kill)
+    ended = client.stop(vm, patience=0.0 if now else timeout, kill=kill)
+    if ended is not None and ended["exit_code"] and not now:
+        log.to_stderr(f"{vm}: {ended['message'] or ended['ending']}")
 
 
 @click.command()

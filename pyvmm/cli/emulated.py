@@ -21,13 +21,14 @@ from pyvmm.emulated_host import (
     HostStream,
 )
 from pyvmm.emulated_host.find import find_image
+from pyvmm.emulated_host.host import GRACE
 from pyvmm.emulated_host.spec import cpus_for
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.machine.builder import check_boot
 from pyvmm.machine.devices import Crossing
-from pyvmm.machine.outcome import Ending
+from pyvmm.machine.outcome import STOP_SECONDS, Ending
 from pyvmm.machine.spec import DeviceSpec, DiskSpec, VmSpec, to_json
 from pyvmm.machine.trace import cannot_write
 from pyvmm.platform.console import standard_fds
@@ -40,9 +41,16 @@ _TRACE_PATH = "/run/pyvmm-trace"
 _NOT_SHARED = ("/dev/", "/proc/", "/sys/")  # the emulated host has its own
 
 
-def run_emulated(spec: VmSpec, because: str | None = None, *, control: Socket | None = None) -> int:
+def run_emulated(
+    spec: VmSpec,
+    because: str | None = None,
+    *,
+    control: Socket | None = None,
+    stop_patience: float = STOP_SECONDS,
+) -> int:
     """Run `spec` in an emulated KVM host; the exit code is the guest's. Requests to the listening
-    socket `control` are answered from inside.
+    socket `control` are answered from inside. A guest that a signal asks to power off has
+    `stop_patience` seconds.
 
     Everything the user may have got wrong is found here, before the emulated host starts: it takes
     seconds to come up. Then `because` says why there is an emulated host at all. The disks stay
@@ -78,7 +86,8 @@ def run_emulated(spec: VmSpec, because: str | None = None, *, control: Socket | 
             )
         # -P: the current directory is the user's, not a place for modules.
         argv = [sys.executable, "-P", "-m", "pyvmm.cli.inside", to_json(spec)]
-        return _join_terminal(host, argv, size)
+        argv.append(str(stop_patience))
+        return _join_terminal(host, argv, size, stop_patience)
 
 
 def _size_service(spec: VmSpec) -> SizeService | None:
@@ -184,7 +193,9 @@ def _visible(path: str, option: str) -> str:
     return real
 
 
-def _join_terminal(spec: EmulatedHostSpec, argv: list[str], size: SizeService | None) -> int:
+def _join_terminal(
+    spec: EmulatedHostSpec, argv: list[str], size: SizeService | None, stop_patience: float
+) -> int:
     stdin, stdout = standard_fds()
     keyboard = _Keyboard()
     with ExitStack() as closing:
@@ -198,10 +209,15 @@ def _join_terminal(spec: EmulatedHostSpec, argv: list[str], size: SizeService | 
             stderr=2 if sys.stderr is not None else null,
             on_input=keyboard.filter if is_terminal(stdin) else None,
         )
-        keyboard.on_quit = lambda: host.request_stop(signal.SIGTERM)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            before = signal.signal(number, lambda number, _: host.request_stop(number))
-            closing.callback(signal.signal, number, before)
+        keyboard.on_quit = lambda: host.request_stop(signal.SIGQUIT)
+
+        def on_signal(number: int, frame: object) -> None:
+            # The first may have the guest asked inside, the next cuts its power there.
+            first = number != signal.SIGQUIT and host.stop_requests == 0
+            host.request_stop(number, GRACE + (stop_patience if first else 0.0))
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            closing.callback(signal.signal, number, signal.signal(number, on_signal))
         terminal = closing.enter_context(Terminal(stdin))
         if size is not None:
             terminal.watch_size(stdout, size.tell)

@@ -54,6 +54,7 @@ def flush_or_drop(code: int = 0) -> int:
 
     What is left would have the interpreter fail at the same thing later and change the exit code.
     """
+    log.flush()
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:

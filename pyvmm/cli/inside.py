@@ -16,16 +16,18 @@ CONTROL_PATH = "/run/pyvmm-control"  # where the relay of sockets finds the moni
 
 
 def main() -> int:
-    """Run the specification in argv[1], a JSON text; the guest's exit code."""
+    """Run the specification in argv[1], a JSON text; the guest's exit code. argv[2] are the seconds
+    that a guest has to power off when a signal asks it to."""
     from pyvmm.host import log
     from pyvmm.machine.launch import run_here
     from pyvmm.machine.spec import from_json
 
     try:
         spec = from_json(sys.argv[1])
+        stop_patience = float(sys.argv[2])
         log.set_vm(spec.name)
         if VARIABLE not in os.environ:
-            return run_here(spec, quiet=True)
+            return run_here(spec, quiet=True, stop_patience=stop_patience)
         from pyvmm.host import unix_sockets
         from pyvmm.relay import inside
 
@@ -34,6 +36,7 @@ def main() -> int:
         code = run_here(
             spec,
             quiet=True,
+            stop_patience=stop_patience,
             control=control,
             on_listening=inside.admit,
             resize_outside=_resize_outside,
@@ -57,6 +60,9 @@ def _resize_outside(path: str, size: int | None) -> None:
 
 if __name__ == "__main__":
     code = main()
+    from pyvmm.host.log import flush
+
+    flush()
     with suppress(OSError):
         sys.stdout.flush()
         sys.stderr.flush()

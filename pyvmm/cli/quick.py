@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pyvmm.machine.spec import DISCOVERY
+from pyvmm.machine.spec import DISCOVERY, ON_REBOOT
 
 # The usual parameters of pyvmm.cli.run.run and their values where no option is given.
 DEFAULTS: dict[str, Any] = {
@@ -25,6 +25,7 @@ DEFAULTS: dict[str, Any] = {
     "trace_file": None,
     "kvm": "auto",
     "discovery": "auto",
+    "on_reboot": "restart",
     "name": "",
     "rm": False,
     "detach": False,
@@ -35,6 +36,7 @@ DEFAULTS: dict[str, Any] = {
 CHOICES = {
     "kvm": ("auto", "host", "emulated"),
     "discovery": DISCOVERY,
+    "on_reboot": ON_REBOOT,
     "log_format": ("text", "json"),
 }
 _NO_VALUE = {"--rm": "rm", "--detach": "detach", "-d": "detach"}

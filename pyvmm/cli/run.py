@@ -34,7 +34,8 @@ Keys, where standard input is a terminal:
 
 \b
 Exit codes:
-  0 the guest powered off     10 it asked for a reset    11 its kernel panicked
+  0 the guest powered off     10 it rebooted (--on-reboot end, or it got nowhere three times)
+  11 its kernel panicked
   12 it triple-faulted        13 KVM could not run it    14 Ctrl-A x
   15 a disk with on-error=stop failed
   1 the host failed           2 wrong options            128+N ended by signal N
@@ -162,6 +163,14 @@ class _RunCommand(click.Command):
     default="auto",
     show_default=True,
     help="How the guest learns of its virtio-mmio devices.",
+)
+@click.option(
+    "--on-reboot",
+    type=click.Choice(CHOICES["on_reboot"]),
+    default="restart",
+    show_default=True,
+    help="What a reboot in the guest does: it starts again, as a machine would, or ends the run "
+    "with 10. After a panic or a triple fault the run always ends, and with CMD.",
 )
 @click.option(
     "--name",

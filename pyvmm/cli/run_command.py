@@ -79,7 +79,8 @@ def for_command(spec: VmSpec, *, rm: bool) -> VmSpec:
         spec = replace(spec, devices=(*spec.devices, device_vsock.Spec()))
     if rm and spec.disks:
         spec = replace(spec, disks=(_thrown_away(spec.disks[0]), *spec.disks[1:]))
-    return replace(spec, cmdline=f"{_CMDLINE} {spec.cmdline}".strip())
+    # The command does not survive a reboot: the run is over then, as for one that powers off.
+    return replace(spec, cmdline=f"{_CMDLINE} {spec.cmdline}".strip(), on_reboot="end")
 
 
 def _thrown_away(disk: DiskSpec) -> DiskSpec:
@@ -92,11 +93,6 @@ def _thrown_away(disk: DiskSpec) -> DiskSpec:
             option="--disk",
         )
     return replace(disk, snapshot=True)
-
-
-def nothing_to_keep(spec: VmSpec) -> bool:
-    """Whether all that the guest has written may be lost."""
-    return all(disk.read_only or disk.snapshot or disk.kind == "ram" for disk in spec.disks)
 
 
 def run_with_command(
@@ -327,7 +323,7 @@ class _Client:
         from pyvmm.errors import PyvmmError
 
         try:
-            self._agent.power_off(quick=nothing_to_keep(self._spec))
+            self._agent.power_off(quick=not self._spec.keeps)
         except PyvmmError as error:
             log.to_stderr(f"{self._spec.name}: cannot be powered off: {error}")
         else:

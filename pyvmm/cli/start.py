@@ -11,6 +11,7 @@ from pyvmm.errors import ConfigError
 from pyvmm.host import log
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.machine.options import make_spec
+from pyvmm.machine.outcome import STOP_SECONDS
 from pyvmm.machine.spec import VmSpec, validate
 
 
@@ -57,7 +58,7 @@ def _run_command(
     def wrap(spec: VmSpec, control: Socket | None, run: Callable[[], int]) -> int:
         return run_command.run_with_command(spec, control, run, line, debug=debug)
 
-    return run_spec(spec, kvm, image=image, rm=rm, wrap=wrap)
+    return run_spec(spec, kvm, image=image, rm=rm, wrap=wrap, cut_if_nothing_kept=True)
 
 
 def run_spec(
@@ -68,12 +69,14 @@ def run_spec(
     rm: bool = False,
     on_name: Callable[[str], None] = lambda name: None,
     wrap: Callable[[VmSpec, Socket | None, Callable[[], int]], int] | None = None,
+    cut_if_nothing_kept: bool = False,
 ) -> int:
     """Run `spec`, under the name that it has or the first that is free, which `on_name` is told;
     the exit code.
 
     With `image` its first disk is that image's, and unless `rm` is true what the guest changes on
-    it is kept. `wrap` is called in place of the run, with what carries it out.
+    it is kept. `wrap` is called in place of the run, with what carries it out. A signal asks the
+    guest to power off first; with `cut_if_nothing_kept` only if it can keep something.
     """
     with _registered(spec.name, image or registry.DEFAULT_NAME) as registration:
         spec = replace(spec, name=registration.name)
@@ -92,13 +95,14 @@ def run_spec(
             from pyvmm.api.from_image import keep_changes
 
             spec = keep_changes(spec, image)
+        patience = 0.0 if cut_if_nothing_kept and not spec.keeps else STOP_SECONDS
         listener = registration.listener
         if wrap is None:
-            return _run(spec, kvm, listener)
-        return wrap(spec, listener, lambda: _run(spec, kvm, listener))
+            return _run(spec, kvm, listener, patience)
+        return wrap(spec, listener, lambda: _run(spec, kvm, listener, patience))
 
 
-def _run(spec: VmSpec, kvm: str, control: Socket | None) -> int:
+def _run(spec: VmSpec, kvm: str, control: Socket | None, stop_patience: float) -> int:
     because = None
     if kvm == "auto":
         from pyvmm.cli.choose import why_not_host
@@ -107,10 +111,10 @@ def _run(spec: VmSpec, kvm: str, control: Socket | None) -> int:
     if kvm == "host" or (kvm == "auto" and because is None):
         from pyvmm.machine.launch import run_here
 
-        return run_here(spec, control=control)
+        return run_here(spec, control=control, stop_patience=stop_patience)
     from pyvmm.cli.emulated import run_emulated
 
-    return run_emulated(spec, because, control=control)
+    return run_emulated(spec, because, control=control, stop_patience=stop_patience)
 
 
 def _registered(name: str, default: str) -> registry.Registration:

@@ -9,6 +9,7 @@ import select
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple, Self, TypeVar
 
 from pyvmm.control import protocol, registry
@@ -18,6 +19,7 @@ from pyvmm.host.syscalls import Closable
 from pyvmm.host.unix_sockets import Socket
 
 PATIENCE = 10.0  # seconds for an answer
+CUT_SECONDS = 15.0  # for a monitor to end that has cut its guest's power; an emulated host has ten
 
 _PIECE = 1 << 16
 _BUSY_PAUSE = 0.05  # seconds
@@ -116,28 +118,18 @@ class Client(Closable):
         return line
 
     def line_or_end(self, deadline: float) -> bytes:
-        """The next line, with nothing taken of what follows it; b"" at the connection's end.
+        """As `line_or_end` does."""
+        try:
+            return line_or_end(self.connection, deadline)
+        except NoAnswer:
+            raise self._no_answer() from None
 
-        What follows may be a stream of somebody else's. Raises NoAnswer at `deadline`."""
-        line = b""
-        while not line.endswith(b"\n"):
-            self._wait(select.POLLIN, deadline)
-            try:
-                seen = self.connection.recv(_PIECE, _socket.MSG_PEEK)
-                line += self.connection.recv(seen.find(b"\n") + 1 or len(seen))
-            except BlockingIOError:
-                continue
-            except OSError:
-                return b""
-            if not seen:
-                return b""
-        return line
+    def _no_answer(self) -> NoAnswer:
+        return NoAnswer(f"{self.name} (PID {self.pid}) does not answer")
 
     def _wait(self, event: int, deadline: float) -> None:
-        poll = select.poll()
-        poll.register(self.connection.fileno(), event)
-        if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-            raise NoAnswer(f"{self.name} (PID {self.pid}) does not answer")
+        if not _ready(self.connection, event, deadline):
+            raise self._no_answer()
 
     def has_ended(self, patience: float) -> bool:
         """Whether the monitor's process has ended, within `patience` seconds."""
@@ -156,6 +148,33 @@ class Client(Closable):
             return os.pidfd_open(self.pid)
         except ProcessLookupError:
             return -1
+
+
+def line_or_end(connection: Socket, deadline: float) -> bytes:
+    """The next line, with nothing taken of what follows it; b"" at the connection's end.
+
+    What follows may be a stream of somebody else's. Raises NoAnswer at `deadline`.
+    """
+    line = b""
+    while not line.endswith(b"\n"):
+        if not _ready(connection, select.POLLIN, deadline):
+            raise NoAnswer("no answer")
+        try:
+            seen = connection.recv(_PIECE, _socket.MSG_PEEK)
+            line += connection.recv(seen.find(b"\n") + 1 or len(seen))
+        except BlockingIOError:
+            continue
+        except OSError:
+            return b""
+        if not seen:
+            return b""
+    return line
+
+
+def _ready(connection: Socket, event: int, deadline: float) -> bool:
+    poll = select.poll()
+    poll.register(connection.fileno(), event)
+    return bool(poll.poll(max(0.0, deadline - time.monotonic()) * 1000))
 
 
 def patiently(name: str, ask: Callable[[Client], T], patience: float = PATIENCE) -> T:
@@ -289,35 +308,73 @@ def is_paused(name: str) -> bool:
         return False
 
 
-def stop(name: str, *, patience: float, kill: bool = False) -> None:
-    """End the VM called `name` as SIGTERM would, and wait until its process has ended.
+def stop(name: str, *, patience: float, kill: bool = False) -> dict[str, Any] | None:
+    """Have the guest of the VM called `name` power off, and its power cut if it has not within
+    `patience` seconds; wait until its process has ended. Its event "ended", if that was heard.
 
     With `kill`, its process is killed at once instead. Raises ConfigError if there is none, and
-    NoAnswer if it still runs after `patience` seconds.
+    NoAnswer if it does not end though its power is to be cut.
     """
     with Client.connect(name) as client:
         process = client.watch_process()
         if process < 0:
-            return
+            return None
         try:
-            _ask_to_stop(client, process, patience, kill)
-            if not _ended(process, patience):
+            if kill:
+                with suppress(ProcessLookupError):  # it has just ended
+                    signal.pidfd_send_signal(process, signal.SIGKILL)
+                told = None
+            else:
+                told = _ask_to_stop(client, process, patience)
+            if not _ended(process, CUT_SECONDS):
                 raise NoAnswer(
-                    f"{name} (PID {client.pid}) still runs after {patience:g} seconds; "
-                    f"pyvmm stop --kill {name} ends it on the spot"
+                    f"{name} (PID {client.pid}) still runs after {patience + CUT_SECONDS:g} "
+                    f"seconds; pyvmm stop --kill {name} ends it on the spot"
                 )
+            return told
         finally:
             os.close(process)
 
 
-def _ask_to_stop(client: Client, process: int, patience: float, kill: bool) -> None:
+def _ask_to_stop(client: Client, process: int, patience: float) -> dict[str, Any] | None:
+    deadline = time.monotonic() + patience + CUT_SECONDS
     try:
-        if kill:
-            signal.pidfd_send_signal(process, signal.SIGKILL)
-        else:
-            client.call("stop", patience=patience)
-    except (NoAnswer, ProcessLookupError):
-        pass  # it ended before it could answer, or hangs: seen next
+        stream = open_events(client.name, history=False)
+    except PyvmmError:
+        stream = None  # it hangs, ends, or is looked at by too many
+    try:
+        with suppress(NoAnswer):  # it ended before it could answer, or hangs: seen next
+            client.call("stop", timeout_ms=round(1000 * patience))
+        return None if stream is None else _wait_for_end(stream, process, deadline)
+    finally:
+        if stream is not None:
+            stream.close()
+
+
+def _wait_for_end(stream: Socket, process: int, deadline: float) -> dict[str, Any] | None:
+    """The event "ended", once it comes; None if the process ends, or `deadline` comes, without."""
+    import json
+
+    poll = select.poll()
+    poll.register(stream.fileno(), select.POLLIN)
+    poll.register(process, select.POLLIN)
+    received = b""
+    while ready := poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        if stream.fileno() not in dict(ready):
+            return None
+        try:
+            data = stream.recv(_PIECE)
+        except BlockingIOError:
+            continue
+        except OSError:
+            data = b""
+        if not data:
+            return None
+        *lines, received = (received + data).split(b"\n")
+        for event in map(json.loads, lines):
+            if event["event"] == "ended":
+                return dict(event)
+    return None
 
 
 def _ended(process: int, patience: float) -> bool:

@@ -18,6 +18,7 @@ from pyvmm.host.syscalls import EventFd
 
 START_TIMEOUT = 180.0  # seconds; it takes three on an idle machine
 GRACE = 10.0  # seconds from a request to stop until QEMU is killed
+_MOST_REQUESTS = 2  # to stop; the next kills
 _RELAY_PATIENCE = 1.0  # seconds; the relay ends by itself, now that QEMU has
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -56,6 +57,7 @@ class EmulatedHost:
         self._exit_code = 128 + signal.SIGKILL
         self._error: BaseException | None = None
         self._timer: threading.Timer | None = None
+        self.stop_requests = 0
         self.pid: int | None = None  # QEMU's, while it runs
 
     def start(self) -> None:
@@ -85,13 +87,17 @@ class EmulatedHost:
     def request_stop(self, number: int = signal.SIGTERM, grace: float = GRACE) -> None:
         """Send the command signal `number`; after `grace` seconds more, kill everything.
 
-        `wait` returns 128 + `number` if it comes to that. A second request kills at once.
+        `wait` returns 128 + `number` if it comes to that. A second request sends its signal too,
+        and its `grace` counts; a third kills at once.
         """
         self._exit_code = 128 + number
-        if self._timer is not None:
+        self.stop_requests += 1
+        if self.stop_requests > _MOST_REQUESTS:
             self.kill()
             return
         self.send_signal(number)
+        if self._timer is not None:
+            self._timer.cancel()
         self._timer = threading.Timer(grace, self.kill)
         self._timer.daemon = True
         self._timer.start()

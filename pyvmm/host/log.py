@@ -1,7 +1,10 @@
 """One line per event on standard error, with a bound on what a guest can cause.
 
 A guest can provoke a warning as often as it likes; a `RateLimited` log lets a burst of them through
-and then counts, so that a log cannot grow without bound (ROBUSTNESS: "warnings are rate-limited").
+and then counts, up to so many in all, so that a log cannot grow without bound.
+
+Whoever logs never waits, be it for a pipe that nobody reads or a terminal that is paused: what has
+no room is left out and counted, and a line says so once there is room again.
 
 In the format "json" each line is a JSON object, for programs that collect logs: `time` (RFC 3339,
 UTC), `level`, `vm`, `device`, `message`, and what else is known (`cure`, `exit_code`, …).
@@ -9,11 +12,16 @@ UTC), `level`, `vm`, `device`, `message`, and what else is known (`cure`, `exit_
 
 from __future__ import annotations
 
+import atexit
 import os
+import select
 import sys
 import time
 from collections.abc import Callable, Mapping
+from threading import Lock, Thread
 from typing import Self
+
+from pyvmm.host.output import Outbox
 
 Sink = Callable[[str], None]
 
@@ -22,8 +30,15 @@ INFO, WARNING, ERROR = "info", "warning", "error"
 # An environment variable, so that it holds in an emulated host too, and for those who set it.
 _VARIABLE = "PYVMM_LOG_FORMAT"
 
+MOST_WARNINGS = 2000
+"""Lines of all `RateLimited` logs of a process, which is a VM's, on standard error."""
+
+_WAITING = 256 << 10  # bytes of lines that nobody has read yet
+
 _vm = ""
+_warnings = 0  # of RateLimited logs, on standard error
 _observers: list[Callable[[Line], None]] = []
+_copies: list[Callable[[bytes], None]] = []
 
 
 class Line(str):
@@ -37,6 +52,7 @@ class Line(str):
     device: str
     error: str
     more: Mapping[str, object]
+    by_guest = False  # of a RateLimited log
 
     def __new__(
         cls,
@@ -88,6 +104,7 @@ def of_vm(name: str) -> Sink:
         if isinstance(line, Line):
             kept = (line.level, line.device, line.error, line.more)
             text = Line(text, level=kept[0], device=kept[1], error=kept[2], more=kept[3])
+            text.by_guest = line.by_guest
         to_stderr(text)
 
     return write
@@ -95,21 +112,129 @@ def of_vm(name: str) -> Sink:
 
 def to_stderr(line: str) -> None:
     """Write one line to standard error, whole, whatever thread calls."""
+    global _warnings
     if isinstance(line, Line):
+        if line.by_guest:
+            _warnings += 1
+            if _warnings > MOST_WARNINGS + 1:
+                return
+            if _warnings > MOST_WARNINGS:
+                line = Line(f"{_vm}: no more warnings are shown")
         for observer in _observers:
             observer(line)
+    text = _as_json(line) if is_json() else f"pyvmm: {line}"
+    for copy in _copies:
+        copy(text.encode(errors="replace"))
+    raw_to_stderr(text)
+
+
+def copy_to(copy: Callable[[bytes], None]) -> None:
+    """Have `copy` called with each line as it is written, by any thread; it must not wait."""
+    _copies.append(copy)
+
+
+def do_not_copy_to(copy: Callable[[bytes], None]) -> None:
+    """`copy` is not called any more."""
+    if copy in _copies:
+        _copies.remove(copy)
+
+
+def raw_to_stderr(text: str) -> None:
+    """Write `text`, whole lines without the end of the last, as it is. Never waits."""
     stream = sys.stderr
     if stream is None:
         return  # It was closed when the process started.
-    text = _as_json(line) if is_json() else f"pyvmm: {line}"
     try:
-        # One write call per line keeps lines of several threads apart; \r because the terminal may
-        # be in raw mode.
+        # \r because the terminal may be in raw mode.
         end = "\r\n" if stream.isatty() else "\n"
-        stream.write(text + end)
-        stream.flush()
+        if stream is sys.__stderr__:
+            _stderr.write((text + end).encode(errors="backslashreplace"))
+        else:  # somebody's in this process
+            stream.write(text + end)
+            stream.flush()
     except (OSError, ValueError):
         pass  # A closed standard error must not end the guest.
+
+
+def flush(patience: float = 1.0) -> None:
+    """Write what waits, as long as somebody reads at least every `patience` seconds: the process is
+    about to end."""
+    _stderr.flush(patience)
+
+
+def left_out() -> int:
+    """How many lines nobody has read in time."""
+    return _stderr.left_out
+
+
+def _notice(count: int) -> bytes:
+    return f"pyvmm: {count} messages were left out, as nobody read them\n".encode()
+
+
+class _Stderr:
+    """Standard error, for any thread. What it does not take at once waits for a thread that is
+    there only as long as something waits."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._outbox: Outbox | None = None
+        self._drainer: Thread | None = None
+        self.left_out = 0
+
+    def write(self, data: bytes) -> None:
+        """Raises OSError if it is closed."""
+        with self._lock:
+            found = os.fstat(2)
+            identity = (found.st_dev, found.st_ino, found.st_rdev)
+            outbox = self._outbox
+            if outbox is None or outbox.outlet.identity != identity:
+                if outbox is not None:
+                    outbox.outlet.close()
+                outbox = self._outbox = Outbox(2, _WAITING, _notice)
+            before = outbox.left_out
+            outbox.put(data)
+            self.left_out += outbox.left_out - before
+            self._send(outbox)
+            if len(outbox) and self._drainer is None:
+                self._drainer = Thread(target=self._drain, name="stderr", daemon=True)
+                self._drainer.start()
+                atexit.register(self.flush, 1.0)
+
+    def _send(self, outbox: Outbox) -> None:
+        try:
+            outbox.send()
+        except OSError:
+            outbox.clear()  # nobody reads any more
+
+    def _drain(self) -> None:
+        while True:
+            with self._lock:
+                outbox = self._outbox
+                if outbox is not None:
+                    self._send(outbox)
+                if outbox is None or not len(outbox):
+                    self._drainer = None
+                    return
+                poll = select.poll()
+                poll.register(outbox.outlet.descriptor, select.POLLOUT)
+            poll.poll(1000)
+
+    def flush(self, patience: float) -> None:
+        with self._lock:
+            if self._outbox is not None:
+                self._outbox.flush(patience)
+
+    def after_fork(self) -> None:
+        """In the child: the parent has what waits, and its thread."""
+        self._lock = Lock()
+        self._drainer = None
+        if self._outbox is not None:
+            self._outbox.outlet.close()
+            self._outbox = None
+
+
+_stderr = _Stderr()
+os.register_at_fork(after_in_child=_stderr.after_fork)
 
 
 def message_of(line: str) -> str:
@@ -140,7 +265,8 @@ def _as_json(line: str) -> str:
 
 
 class RateLimited:
-    """Passes `burst` lines per `period` seconds to `sink`, then says how many were dropped."""
+    """Passes `burst` lines per `period` seconds to `sink`, then says how many were dropped; and
+    `total` of them in all. The last line says that it is the last."""
 
     def __init__(
         self,
@@ -151,6 +277,7 @@ class RateLimited:
         error: str = "",
         burst: int = 10,
         period: float = 5.0,
+        total: int = 200,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`device` and `error` are what the lines are about, see Line."""
@@ -163,9 +290,12 @@ class RateLimited:
         self._clock = clock
         self._window_start = clock()
         self._count = 0
+        self._left = total
 
     def __call__(self, line: str) -> None:
         """Log `line`, or only count it."""
+        if not self._left:
+            return
         now = self._clock()
         if now - self._window_start >= self._period:
             dropped = self._count - self._burst
@@ -177,4 +307,14 @@ class RateLimited:
             self._say(line, self._error)
 
     def _say(self, line: str, error: str = "") -> None:
-        self._sink(Line(self._prefix + line, device=self._device, error=error))
+        if not self._left:
+            return
+        self._left -= 1
+        self._tell(line, error)
+        if not self._left:
+            self._tell("no more warnings of this kind are shown")
+
+    def _tell(self, text: str, error: str = "") -> None:
+        line = Line(self._prefix + text, device=self._device, error=error)
+        line.by_guest = True
+        self._sink(line)

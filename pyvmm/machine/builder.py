@@ -8,7 +8,7 @@ stage opens is closed in reverse order, whichever stage fails.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import NamedTuple
 
 from pyvmm.boot import x86 as boot
@@ -45,6 +45,7 @@ class Prepared(NamedTuple):
     slots: tuple[VirtioSlot, ...]
     entry: boot.Entry
     alarm: Alarm
+    quiet: bool = False
 
 
 class Parts(NamedTuple):
@@ -73,8 +74,20 @@ def prepare(spec: VmSpec, trace: Trace, closing: ExitStack, *, quiet: bool = Fal
         *_open_devices(spec, requests, closing),
     )
     slots = virtio_slots(len(devices))
-    memory, entry = _load(spec, slots, closing, quiet=quiet)
-    return Prepared(spec, memory, devices, slots, entry, alarm)
+    memory = _allocate(spec.memory)
+    closing.callback(memory.close)
+    entry = _load(spec, slots, memory, quiet=quiet)
+    return Prepared(spec, memory, devices, slots, entry, alarm, quiet)
+
+
+def prepare_again(prepared: Prepared) -> Prepared:
+    """The same with fresh memory and its kernel loaded anew; nothing of it may run. Raises
+    ConfigError or HostError."""
+    memory = prepared.memory
+    for region in memory.regions:
+        memory.discard(region.guest_addr, region.size)
+    entry = _load(prepared.spec, prepared.slots, memory, quiet=prepared.quiet)
+    return prepared._replace(entry=entry)
 
 
 def _open_devices(spec: VmSpec, trace: Hook | None, closing: ExitStack) -> list[VirtioDevice]:
@@ -88,16 +101,15 @@ def _open_devices(spec: VmSpec, trace: Hook | None, closing: ExitStack) -> list[
 
 def check_boot(spec: VmSpec) -> None:
     """Raise the ConfigError that loading the kernel would raise, and keep nothing."""
-    with ExitStack() as closing:
-        _load(spec, virtio_slots(len(spec.disks) + len(spec.devices)), closing, quiet=True)
+    with closing(_allocate(spec.memory)) as memory:
+        slots = virtio_slots(len(spec.disks) + len(spec.devices))
+        _load(spec, slots, memory, quiet=True)
 
 
 def _load(
-    spec: VmSpec, slots: tuple[VirtioSlot, ...], closing: ExitStack, *, quiet: bool
-) -> tuple[GuestMemory, boot.Entry]:
-    memory = _allocate(spec.memory)
-    closing.callback(memory.close)
-    entry = boot.load(
+    spec: VmSpec, slots: tuple[VirtioSlot, ...], memory: GuestMemory, *, quiet: bool
+) -> boot.Entry:
+    return boot.load(
         memory,
         kernel=spec.kernel,
         initrd=spec.initrd,
@@ -108,7 +120,6 @@ def _load(
         ),
         virtio_discovery=spec.discovery,
     )
-    return memory, entry
 
 
 def _allocate(size: int) -> GuestMemory:

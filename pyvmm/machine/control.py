@@ -11,9 +11,9 @@ from pyvmm import __version__
 from pyvmm.control.protocol import NOT_READY, PAUSED, ControlError, Method, Upgrade
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host.files import SECTOR
-from pyvmm.machine.builder import Prepared
+from pyvmm.machine.builder import Parts, Prepared
 from pyvmm.machine.machine import Machine
-from pyvmm.machine.outcome import Ending, Outcome
+from pyvmm.machine.outcome import STOP_SECONDS, Ending, Outcome
 from pyvmm.machine.spec import DiskSpec
 from pyvmm.virtio.blk.device import BlockDevice
 
@@ -52,16 +52,16 @@ class MachineControl:
         self._watch = watch
         self._resize_outside = resize_outside
         self._start = time.monotonic()
-        self._stats: MachineStats | None = None
+        self._stats: tuple[Parts, MachineStats] | None = None
 
     def methods(self) -> dict[str, Method]:
         """By the names that a request uses. docs/control-socket.md lists them, and a test compares
         it with this."""
-        return {
+        methods = {
             "status": Method(self.status),
             "stats": Method(self.stats),
             "metrics": Method(self.metrics),
-            "stop": Method(self.stop),
+            "stop": Method(self.stop, takes={"timeout_ms": int}),
             "quit": Method(self.quit),
             "pause": Method(self.pause),
             "resume": Method(self.resume),
@@ -74,6 +74,15 @@ class MachineControl:
             "balloon.stats": Method(self.balloon_stats),
             "vsock.connect": Method(self.vsock_connect, needs={"port": int}),
         }
+        return {
+            name: method._replace(run=partial(self._between_starts, method.run))
+            for name, method in methods.items()
+        }
+
+    def _between_starts(self, run: Callable[..., Any], **params: Any) -> Any:
+        """Not while a guest that has rebooted is put together anew."""
+        with self._machine.steady:
+            return run(**params)
 
     def status(self) -> dict[str, Any]:
         """What the machine is and whether it runs."""
@@ -84,6 +93,7 @@ class MachineControl:
             "version": __version__,
             "state": "paused" if self._machine.pauser.paused else "running",
             "uptime_seconds": round(time.monotonic() - self._start, 3),
+            "restarts": self._machine.boots - 1,
             "cpus": spec.cpus,
             "memory": spec.memory,
             "kernel": spec.kernel,
@@ -112,16 +122,18 @@ class MachineControl:
         return {"content_type": CONTENT_TYPE, "text": text}
 
     def _counted(self) -> MachineStats:
-        if self._stats is None:
+        parts = self._machine.parts
+        if self._stats is None or self._stats[0] is not parts:
             from pyvmm.machine.stats import MachineStats
 
-            parts = self._machine.parts
-            self._stats = MachineStats(parts, parts.counts, self._start)
-        return self._stats
+            self._stats = parts, MachineStats(parts, parts.counts, self._start)
+        return self._stats[1]
 
-    def stop(self) -> dict[str, Any]:
-        """End the run as SIGTERM would."""
-        self._machine.end(Outcome(Ending.TERMINATED, "ended by pyvmm stop"))
+    def stop(self, timeout_ms: int = round(1000 * STOP_SECONDS)) -> dict[str, Any]:
+        """Have the guest power off, and cut its power after so many milliseconds, at once for 0 or
+        the second time it is asked. Returns at once."""
+        outcome = Outcome(Ending.TERMINATED, "ended by pyvmm stop")
+        self._machine.request_end(outcome, max(0, timeout_ms) / 1000)
         return {}
 
     def quit(self) -> dict[str, Any]:
@@ -163,7 +175,7 @@ class MachineControl:
         """What is wanted, what the guest has given, and what its kernel says of its memory."""
         balloon = self._balloon()
         statistics = dict(balloon.statistics())
-        resident = self._prepared.memory.resident
+        resident = self._machine.parts.prepared.memory.resident
         return {**balloon.stats(), "resident": resident, "memory": statistics}
 
     def _balloon(self) -> BalloonDevice:

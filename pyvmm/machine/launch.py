@@ -5,14 +5,16 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from pyvmm.boot.diagnosis import PANIC, ConsoleWatcher, Finding
+from pyvmm.errors import PyvmmError
 from pyvmm.host import log
-from pyvmm.machine.builder import Prepared, assemble, prepare
+from pyvmm.machine.builder import Parts, Prepared, assemble, prepare, prepare_again
 from pyvmm.machine.machine import Machine
-from pyvmm.machine.outcome import Ending, Outcome
+from pyvmm.machine.outcome import STOP_SECONDS, Ending, Outcome
+from pyvmm.machine.restart import FRUITLESS, RebootPolicy
 from pyvmm.machine.spec import VmSpec
 from pyvmm.machine.trace import Trace
 from pyvmm.platform.console import Console, standard_fds
@@ -39,6 +41,12 @@ _FAILURES = (
 )
 
 
+GETS_NOWHERE = (
+    f"the guest asked for a reset {FRUITLESS} times before any driver of it was up, and is not "
+    "started again"
+)
+
+
 class Attendant:
     """Watches a guest's console for what goes wrong, and says each thing once."""
 
@@ -60,8 +68,14 @@ class Attendant:
         self._start = time.monotonic()
 
     def attend(self, transports: Sequence[MmioTransport]) -> None:
-        """Take the devices' word for whether a driver has found them."""
+        """The guest starts; take the devices' word for whether a driver has found them."""
         self._transports = transports
+        self._start = time.monotonic()
+
+    @property
+    def guest_came_up(self) -> bool:
+        """Whether a driver of the guest has brought up a device since it started."""
+        return any(t.negotiation.activations for t in self._transports)
 
     def observe(self, data: bytes) -> None:
         """The guest has written `data` to its console."""
@@ -123,10 +137,14 @@ def run_here(
     control: Socket | None = None,
     on_listening: Callable[[], None] = lambda: None,
     resize_outside: ResizeOutside | None = None,
+    stop_patience: float = STOP_SECONDS,
+    on_output: Callable[[bytes], None] = lambda data: None,
 ) -> int:
     """Run `spec`; the exit code. Requests to the listening socket `control` are answered once the
     vCPUs run; `on_listening` is called once all sockets for the host's programs listen;
-    `resize_outside` is MachineControl's. Raises ConfigError or HostError if it cannot be started.
+    `resize_outside` is MachineControl's. A guest that a signal asks to power off has
+    `stop_patience` seconds. `on_output` sees what the console says; it must not wait. Raises
+    ConfigError or HostError if it cannot be started.
     """
     answering = _Answering(control, resize_outside)
     try:
@@ -136,7 +154,10 @@ def run_here(
             prepared = prepare(spec, trace, closing, quiet=quiet)
             on_listening()
             attendant = Attendant(spec.name, prepared)
-            outcome = _run(prepared, attendant, trace, closing, answering)
+            run = _Run(prepared, attendant, trace, answering, on_output)
+            outcome = run(closing, stop_patience)
+            if run.gave_up:
+                outcome = outcome._replace(line=GETS_NOWHERE)
         # The console is closed: the watcher has seen the last byte.
         attendant.look()
         if outcome.ending is Ending.RESET and attendant.saw_panic():
@@ -184,6 +205,11 @@ class _Answering:
         closing.callback(server.close)
         server.start()
 
+    def emit(self, kind: str, **details: object) -> None:
+        """Tell those who watch that `kind` has happened."""
+        if self._watch is not None:
+            self._watch.events.emit(kind, **details)
+
     def tell_end(self, outcome: Outcome) -> None:
         if self._watch is not None:
             self._watch.end(outcome)
@@ -193,37 +219,111 @@ class _Answering:
             self._watch.close()
 
 
-def _run(
-    prepared: Prepared,
-    attendant: Attendant,
-    trace: Trace,
-    closing: ExitStack,
-    answering: _Answering,
-) -> Outcome:
-    machine: Machine | None = None
-    tail = ConsoleTail()
+class _Run:
+    """One run, from the first start of the guest to its last end: the console and the devices stay,
+    the rest is new at each start."""
 
-    def quit_guest() -> None:
-        if machine is not None:
-            machine.end(Outcome(Ending.QUIT, "ended by Ctrl-A x"))
+    def __init__(
+        self,
+        prepared: Prepared,
+        attendant: Attendant,
+        trace: Trace,
+        answering: _Answering,
+        on_output: Callable[[bytes], None],
+    ) -> None:
+        self._prepared = prepared
+        self._attendant = attendant
+        self._trace = trace
+        self._answering = answering
+        self._on_output = on_output
+        self._tail = ConsoleTail()
+        self._console = Console(*standard_fds(), on_quit=self._quit, observer=self._observe)
+        self._input: SharedInput | None = None
+        self._policy = RebootPolicy(prepared.spec.on_reboot == "restart")
+        self._warn = log.RateLimited(log.of_vm(prepared.spec.name))
+        self._machine: Machine | None = None
 
-    def observe(data: bytes) -> None:
-        tail.observe(data)
-        attendant.observe(data)
+    def __call__(self, closing: ExitStack, stop_patience: float) -> Outcome:
+        self._of_boot = closing.enter_context(ExitStack())
+        parts = self._assemble()
+        machine = Machine(parts, self._trace, signal_patience=stop_patience)
+        self._machine = machine
+        self._prepared.alarm.connect(machine.end)
+        with self._console:
+            return machine.run(
+                lambda: self._on_start(machine, closing),
+                self._attendant.look,
+                ask=self._ask,
+                restarting=self,
+            )
 
-    console = Console(*standard_fds(), on_quit=quit_guest, observer=observe)
-    parts = assemble(prepared, trace, console.write, closing)
-    attendant.attend(parts.transports)
-    machine = Machine(parts, trace, console.release)
-    prepared.alarm.connect(machine.end)
+    def _assemble(self) -> Parts:
+        parts = assemble(self._prepared, self._trace, self._console.write, self._of_boot)
+        self._attendant.attend(parts.transports)
+        return parts
 
-    def on_start() -> None:
-        input = SharedInput(_join_virtio_console(prepared, console) or parts.serial)
-        console.connect(input.join())
-        answering.start(machine, prepared, attendant, (tail, input), closing)
+    def _observe(self, data: bytes) -> None:
+        self._tail.observe(data)
+        self._attendant.observe(data)
+        self._on_output(data)
 
-    with console:
-        return machine.run(on_start, attendant.look)
+    def _quit(self) -> None:
+        if self._machine is not None:
+            self._machine.end(Outcome(Ending.QUIT, "ended by Ctrl-A x"))
+
+    def _on_start(self, machine: Machine, closing: ExitStack) -> None:
+        self._policy.started()
+        serial = machine.parts.serial
+        if self._input is None:
+            port = _join_virtio_console(self._prepared, self._console) or serial
+            self._input = SharedInput(port)
+            self._console.connect(self._input.join())
+            console = (self._tail, self._input)
+            self._answering.start(machine, self._prepared, self._attendant, console, closing)
+            return
+        self._input.replace_serial(serial)
+        self._answering.emit("restarted")
+
+    def _ask(self, request: Outcome, patience: float) -> bool:
+        assert self._machine is not None
+        # Imported when it is wanted, as most guests power off by themselves.
+        from pyvmm.machine.power_off import PowerOff
+
+        asking = PowerOff(self._machine, self._prepared.spec.name, self._tell_asked)
+        return asking.ask(patience, request)
+
+    def _tell_asked(self, how: str) -> None:
+        self._answering.emit("stopping", asked=how)
+
+    # What Machine asks when the guest has ended by itself.
+
+    def pause(self, outcome: Outcome) -> float | None:
+        """See Restarting. The last of what the guest has said is looked at first: it may be a
+        panic."""
+        self._console.settle()
+        pause = self._policy.pause(
+            outcome,
+            panicked=self._attendant.saw_panic(),
+            has_devices=bool(self._prepared.devices),
+            came_up=self._attendant.guest_came_up,
+        )
+        if pause is not None:
+            self._warn("the guest asked for a reset, and starts again")
+        return pause
+
+    def build(self) -> Parts | Outcome:
+        """See Restarting."""
+        self._of_boot.close()
+        try:
+            self._prepared = prepare_again(self._prepared)
+            return self._assemble()
+        except PyvmmError as error:
+            return Outcome(Ending.FAILED, f"the guest cannot be started again: {error}")
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether a guest that wants to start again gets nowhere."""
+        return self._policy.gave_up
 
 
 def _join_virtio_console(prepared: Prepared, console: Console) -> InputPort | None:
@@ -250,7 +350,6 @@ def _report(name: str, outcome: Outcome) -> None:
         log.to_stderr(log.Line(message, level=level, more=more))
         return
     if report and sys.stderr is not None:
-        with suppress(OSError):  # nobody reads any more
-            print(report, file=sys.stderr)
+        log.raw_to_stderr(report)
     if outcome.line:
         log.to_stderr(f"{name}: {outcome.line}")

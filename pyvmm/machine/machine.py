@@ -8,12 +8,14 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from queue import Empty, SimpleQueue
+from threading import RLock
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from pyvmm.machine.builder import Parts
-from pyvmm.machine.outcome import Ending, Outcome
+from pyvmm.machine.outcome import STOP_SECONDS, Ending, Outcome
 from pyvmm.machine.pause import Pauser
 from pyvmm.machine.run_loop import make_run_loop
 from pyvmm.machine.trace import Trace
@@ -30,71 +32,202 @@ _SIGNALS = {
     signal.SIGINT: Outcome(Ending.INTERRUPTED, "interrupted"),
     signal.SIGTERM: Outcome(Ending.TERMINATED, "terminated"),
     signal.SIGHUP: Outcome(Ending.HUNG_UP, "the terminal was closed"),
+    signal.SIGQUIT: Outcome(Ending.QUIT, "ended by SIGQUIT"),
 }
+_AT_ONCE = (signal.SIGQUIT,)
+
+
+class _Request(NamedTuple):
+    """Somebody wants the run to end. The guest has `patience` seconds to power off, then `outcome`
+    is how it ended."""
+
+    outcome: Outcome
+    patience: float
+
+
+class _FromGuest(NamedTuple):
+    """How the guest ended; `boot` is the start that it ended."""
+
+    outcome: Outcome
+    boot: int
+
+
+Ask = Callable[[Outcome, float], bool]
+
+
+class Restarting(Protocol):
+    """What becomes of a guest that has ended by itself."""
+
+    def pause(self, outcome: Outcome) -> float | None:
+        """The seconds until it starts again; None if it does not."""
+
+    def build(self) -> Parts | Outcome:
+        """What it starts with; or why it cannot."""
 
 
 class Machine:
     """An assembled machine. `run` it once, in the main thread if signals shall end it."""
 
-    def __init__(self, parts: Parts, trace: Trace, unblock: Callable[[], None]) -> None:
-        """`unblock` frees vCPU threads that wait for somebody to read the console."""
-        self.parts = parts
-        self._unblock = unblock
-        # The first one counts. A SimpleQueue, because a signal's handler may put into it at any
-        # moment; a lock or an Event deadlocks if the signal comes while this thread is inside it.
-        self._outcomes: SimpleQueue[Outcome] = SimpleQueue()
+    def __init__(
+        self, parts: Parts, trace: Trace, *, signal_patience: float = STOP_SECONDS
+    ) -> None:
+        """A guest that a signal asks to power off has `signal_patience` seconds to do so."""
+        self._trace = trace
+        self._signal_patience = signal_patience
+        self.steady = RLock()
+        """Held while the parts are exchanged, and by whoever needs them not to be."""
+        # A SimpleQueue, because a signal's handler may put into it at any moment; a lock or an
+        # Event deadlocks if the signal comes while this thread is inside it.
+        self._inbox: SimpleQueue[Outcome | _Request | _FromGuest | Callable[[], None]]
+        self._inbox = SimpleQueue()
         self._lose_patience_at = math.inf
-        exits = trace.hook("exits")
+        self._asked: _Request | None = None
+        self._cut_at = math.inf
+        self.boots = 0
+        self._take(parts)
+
+    def _take(self, parts: Parts) -> None:
+        self.parts = parts
+        self.boots += 1
+        exits = self._trace.hook("exits")
         loop = make_run_loop(parts.ports, parts.mmio, exits, parts.counts)
+        end = partial(self._guest_ended, self.boots)
         self._runners = [
-            VcpuRunner(vcpu, loop, parts.prepared.memory, self.end, exits) for vcpu in parts.vcpus
+            VcpuRunner(vcpu, loop, parts.prepared.memory, end, exits) for vcpu in parts.vcpus
         ]
         self.pauser = Pauser(self._runners, parts.transports)
 
-    def end(self, outcome: Outcome) -> None:
-        """The run is over, for this reason unless there was one before. Any thread may say so."""
-        self._outcomes.put(outcome)
+    def _guest_ended(self, boot: int, outcome: Outcome) -> None:
+        self._inbox.put(_FromGuest(outcome, boot))
 
-    def run(self, on_start: Callable[[], None], on_idle: Callable[[], None]) -> Outcome:
+    # --- what any thread may say ------------------------------------------------------------------
+
+    def end(self, outcome: Outcome) -> None:
+        """The run is over at once, for this reason unless there was one before."""
+        self._inbox.put(outcome)
+
+    def request_end(self, outcome: Outcome, patience: float) -> None:
+        """Ask the guest to power off, and cut its power after `patience` seconds, or at once if it
+        was asked before, or cannot be: `outcome` is how the run has ended then."""
+        self._inbox.put(_Request(outcome, patience))
+
+    def do(self, what: Callable[[], None]) -> None:
+        """Have `what` called in the thread of `run`, while that waits for the end. It must not
+        wait."""
+        self._inbox.put(what)
+
+    # --- the run ----------------------------------------------------------------------------------
+
+    def run(
+        self,
+        on_start: Callable[[], None],
+        on_idle: Callable[[], None],
+        *,
+        ask: Ask = lambda outcome, patience: False,
+        restarting: Restarting | None = None,
+    ) -> Outcome:
         """Run the guest until it ends; how it ended.
 
-        A signal that comes when stopping, or the answer to the signal before, has already taken
-        long ends the process instead.
+        `on_start` is called each time the vCPUs run, `on_idle` about every second from then on.
+        `ask(outcome, patience)` asks the guest to power off, and is False if there is nobody in it
+        to be asked; if it sees that only later, it ends the run with `outcome`.
+        `restarting` says whether a guest that has ended by itself starts again. On return no vCPU
+        runs, no device works, and guest memory no longer changes.
 
-        `on_start` is called when the vCPUs run, `on_idle` about every second from then on. On
-        return no vCPU runs, no device works, and guest memory no longer changes.
+        The first signal asks the guest, the second cuts its power. One that comes when stopping, or
+        the answer to the signal before, has already taken long ends the process instead.
         """
         sys.setswitchinterval(_SWITCH_INTERVAL)
         with ExitStack() as restoring:
             self._catch_signals(restoring)
-            restoring.callback(self._stop)
+            while True:
+                outcome, by_itself = self._run_once(on_start, on_idle, ask)
+                if not by_itself or self._asked is not None or restarting is None:
+                    return outcome
+                pause = restarting.pause(outcome)
+                if pause is None:
+                    return outcome
+                if (wanted := self._wanted_within(pause)) is not None:
+                    return wanted
+                with self.steady:
+                    parts = restarting.build()
+                    if isinstance(parts, Outcome):
+                        return parts
+                    self._take(parts)
+                self._lose_patience_at = math.inf
+
+    def _wanted_within(self, seconds: float) -> Outcome | None:
+        """What somebody has asked for since the guest ended, or does within `seconds`."""
+        until = time.monotonic() + seconds
+        while True:
+            try:
+                found = self._inbox.get(timeout=max(0.0, until - time.monotonic()))
+            except Empty:
+                return None
+            if isinstance(found, Outcome):
+                return found
+            if isinstance(found, _Request):
+                return found.outcome
+
+    def _run_once(
+        self,
+        on_start: Callable[[], None],
+        on_idle: Callable[[], None],
+        ask: Ask,
+    ) -> tuple[Outcome, bool]:
+        """How it ended, and whether that was the guest's doing."""
+        with ExitStack() as stopping:
+            stopping.callback(self._stop)
             for runner in self._runners:
                 runner.start()
             on_start()
             while True:
                 try:
-                    return self._outcomes.get(timeout=_LOOK_EVERY)
+                    left = max(0.0, self._cut_at - time.monotonic())
+                    found = self._inbox.get(timeout=min(_LOOK_EVERY, left))
                 except Empty:
+                    if self._asked is not None and time.monotonic() >= self._cut_at:
+                        return self._too_late(self._asked), False
                     on_idle()
+                    continue
+                if isinstance(found, Outcome):
+                    return found, False
+                if isinstance(found, _FromGuest):
+                    if found.boot == self.boots:
+                        return found.outcome, True
+                elif isinstance(found, _Request):
+                    if self._asked is not None or found.patience <= 0 or not ask(*found):
+                        return found.outcome, False
+                    self._asked = found
+                    self._cut_at = time.monotonic() + found.patience
+                    self._lose_patience_at = math.inf  # it was heard
+                else:
+                    found()
+
+    def _too_late(self, asked: _Request) -> Outcome:
+        line = f"did not power off within {asked.patience:g} s, so its power was cut"
+        return asked.outcome._replace(line=f"{asked.outcome.line}: {line}")
 
     def _stop(self) -> None:
         self._lose_patience_at = time.monotonic() + _PATIENCE
-        self._unblock()
-        self.pauser.end()
-        for runner in self._runners:
-            runner.stop()
-        for transport in self.parts.transports:
-            transport.device.reset()
+        with self.steady:
+            self.pauser.end()
+            for runner in self._runners:
+                runner.stop()
+            for transport in self.parts.transports:
+                transport.device.reset()
 
     def _catch_signals(self, restoring: ExitStack) -> None:
         before: dict[int, Any] = {}
 
         def on_signal(number: int, frame: FrameType | None) -> None:
-            self.end(_SIGNALS[signal.Signals(number)])
+            wanted = signal.Signals(number)
+            patience = 0.0 if wanted in _AT_ONCE else self._signal_patience
+            self.request_end(_SIGNALS[wanted], patience)
             now = time.monotonic()
             if now > self._lose_patience_at:
-                # A thread hangs in a system call (a disk that does not answer, a pipe that nobody
-                # reads). What SIGTERM did before us ends the process, the terminal restored.
+                # A thread hangs in a system call (a disk that does not answer). What SIGTERM did
+                # before us ends the process, the terminal restored.
                 signal.signal(signal.SIGTERM, before[signal.SIGTERM])
                 signal.raise_signal(signal.SIGTERM)
             self._lose_patience_at = min(self._lose_patience_at, now + _PATIENCE)

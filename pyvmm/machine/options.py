@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from pyvmm.errors import ConfigError
 from pyvmm.machine.spec import (
     DISCOVERY,
+    ON_REBOOT,
     DeviceSpec,
     DiskSpec,
     VmSpec,
@@ -59,6 +60,7 @@ OPTIONS = (
     Option("trace", "--trace", field="trace", many=True, default=()),
     Option("trace_file", "--trace-file", field="trace_file"),
     Option("discovery", "--discovery", field="discovery", default="auto"),
+    Option("on_reboot", "--on-reboot", field="on_reboot", default="restart"),
     Option("name", "--name", field="name", default=""),
     Option("rm", "--rm", default=False),
     Option("kvm", "--kvm", default="auto"),
@@ -156,6 +158,10 @@ def _discovery(value: Any, option: Option) -> str:
     return _choice(value, option, DISCOVERY)
 
 
+def _on_reboot(value: Any, option: Option) -> str:
+    return _choice(value, option, ON_REBOOT)
+
+
 def _choice(value: Any, option: Option, choices: tuple[str, ...]) -> str:
     if value not in choices:
         raise ConfigError(
@@ -177,6 +183,7 @@ _READ: Mapping[str, Callable[[Any, Option], Any]] = {
     "trace": _trace,
     "trace_file": _path,
     "discovery": _discovery,
+    "on_reboot": _on_reboot,
     # These are no part of a specification: they are looked at only.
     "image": _text,
     "rm": _true_or_false,

@@ -5,6 +5,9 @@ from __future__ import annotations
 import enum
 from typing import NamedTuple
 
+STOP_SECONDS = 30.0
+"""How long a guest that was asked to power off may take until its power is cut."""
+
 
 class Ending(enum.Enum):
     """Why the guest no longer runs. The value is `pyvmm run`'s exit code."""

@@ -19,6 +19,7 @@ MAX_CPUS = 64
 MAX_ID_BYTES = 20  # VIRTIO_BLK_ID_BYTES: the driver reads the id by VIRTIO_BLK_T_GET_ID
 TRACE_KINDS = ("registers", "status", "requests", "exits")
 DISCOVERY = ("auto", "acpi", "cmdline", "both")
+ON_REBOOT = ("restart", "end")
 
 ON_ERROR = ("report", "stop")
 BLOCK_SIZES = (512, 1024, 2048, 4096)  # what Linux takes for a logical block on x86
@@ -104,6 +105,11 @@ class DiskSpec:
         return self.format or ("qcow2" if self.path.lower().endswith(".qcow2") else "raw")
 
     @property
+    def keeps(self) -> bool:
+        """Whether what is written to it is still there when the VM has ended."""
+        return not (self.read_only or self.snapshot or self.kind == "ram")
+
+    @property
     def copies_on_write(self) -> bool:
         """Whether changes go to a file of their own."""
         return self.snapshot or self.overlay is not None
@@ -127,8 +133,9 @@ class DeviceSpec:
 @dataclass(frozen=True)
 class VmSpec:
     """A virtual machine. `memory` is in bytes; `cmdline` is added to the defaults and wins over
-    them; `devices` are those beside the disks; `trace` holds members of TRACE_KINDS. An empty
-    `name` is for whoever starts it to fill in."""
+    them; `devices` are those beside the disks; `trace` holds members of TRACE_KINDS; `on_reboot`,
+    one of ON_REBOOT, is what becomes of a guest that asks for a reset. An empty `name` is for
+    whoever starts it to fill in."""
 
     kernel: str
     initrd: str | None = None
@@ -141,6 +148,12 @@ class VmSpec:
     trace: tuple[str, ...] = ()
     trace_file: str | None = None
     discovery: str = "auto"
+    on_reboot: str = "restart"
+
+    @property
+    def keeps(self) -> bool:
+        """Whether anything that the guest writes is still there when the VM has ended."""
+        return any(disk.keeps for disk in self.disks)
 
 
 def parse_memory(text: str, option: str = "--memory") -> int:
@@ -247,6 +260,8 @@ def validate(spec: VmSpec) -> VmSpec:
         )
     if spec.discovery not in DISCOVERY:
         raise ConfigError(f"unknown discovery {spec.discovery!r}", cure=f"use {DISCOVERY}")
+    if spec.on_reboot not in ON_REBOOT:
+        raise ConfigError(f"unknown on_reboot {spec.on_reboot!r}", cure=f"use {ON_REBOOT}")
     check_name(spec.name)
     _check_trace_file(spec)
     return _with_disk_ids(_with_checked_devices(spec))

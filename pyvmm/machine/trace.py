@@ -6,6 +6,8 @@ untraced machine pays one comparison. An event is any value whose `str()` is one
 
 from __future__ import annotations
 
+import os
+import stat
 import sys
 import time
 from collections.abc import Callable, Collection
@@ -33,6 +35,8 @@ class Trace:
             except OSError as error:
                 raise cannot_write(path, error) from None
         self._stream: TextIO | None = self._file or sys.stderr  # None where that is closed
+        # Not for a file, whose buffer saves a system call for each line.
+        self._never_waits = self._file is None and not _is_file(sys.stderr)
         # Raw mode on a terminal needs the carriage return; a file does not want it.
         self._end = "\r\n" if self._file is None and _is_terminal(sys.stderr) else "\n"
 
@@ -53,6 +57,9 @@ class Trace:
         line = f"[{elapsed:10.6f}] {kind:<9} {event}{self._end}"
         with self._lock:
             if self._stream is None:
+                return
+            if self._never_waits:
+                log.raw_to_stderr(line.rstrip())
                 return
             try:
                 self._stream.write(line)
@@ -86,6 +93,13 @@ def cannot_write(path: str, error: OSError) -> ConfigError:
         cure="name a file in a writable directory",
         option="--trace-file",
     )
+
+
+def _is_file(stream: TextIO | None) -> bool:
+    try:
+        return stream is None or stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
+    except (OSError, ValueError):  # a program's own, which is no descriptor
+        return True
 
 
 def _is_terminal(stream: TextIO | None) -> bool:

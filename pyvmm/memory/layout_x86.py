@@ -57,7 +57,8 @@ I8042_COMMAND_PORT = 0x64
 ACPI_SLEEP_CONTROL_PORT = 0x600
 ACPI_SLEEP_STATUS_PORT = 0x601
 ACPI_RESET_PORT = 0x602
-ACPI_SCI_GSI = 9
+ACPI_SCI_GSI = 9  # the FADT wants one; there is no SCI on a hardware-reduced machine, so …
+POWER_BUTTON_GSI = 9  # … this has its line
 ACPI_SLEEP_TYPE_S5 = 5  # what the guest writes to SLP_TYP to power off; the DSDT's \_S5 says so
 ACPI_RESET_VALUE = 1  # what it writes to the reset port
 

@@ -81,9 +81,14 @@ class Console:
         terminal; from a signal's handler."""
         self._terminal.watch_size(self._stdout, on_size)
 
-    def release(self) -> None:
-        """The machine is stopping: no vCPU waits for the output any more."""
-        self._output.release()
+    def settle(self) -> None:
+        """Return when the observer has seen all that the guest has written so far."""
+        self._output.settle()
+
+    @property
+    def left_out(self) -> int:
+        """How many bytes of the output nobody has read in time."""
+        return self._output.left_out
 
     def _command(self, command: Command) -> None:
         if command is Command.QUIT:

@@ -63,6 +63,14 @@ class SharedInput:
         self.shares: tuple[InputShare, ...] = ()
         port.watch_room(self._tell)
 
+    def replace_serial(self, port: InputPort) -> None:
+        """The machine has another serial port now, which gets the input if the old one did."""
+        if type(self._port) is type(port):
+            self._port.watch_room(None)
+            self._port = port
+            port.watch_room(self._tell)
+            self._tell()
+
     def join(self) -> InputShare:
         """Another one who types; `leave` it at the end."""
         share = InputShare(self)

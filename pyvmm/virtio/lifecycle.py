@@ -133,6 +133,7 @@ class Lifecycle:
         self.queue_stats = [QueueStats() for _ in device.queue_sizes]
         self.config_interrupts = 0
         self.failures = 0  # how often it needed a reset
+        self.activations = 0  # how often a driver has set DRIVER_OK
         # Guests can cause both kinds of line at will. They are bounded apart, so that a flood of
         # the one cannot hide the other.
         self.warn = RateLimited(log, prefix=f"{device.name}: ", device=device.name)
@@ -191,6 +192,7 @@ class Lifecycle:
         returned, and no used buffer notification may precede DRIVER_OK (2.1.2 Device Requirements).
         """
         interrupt = _ActivationInterrupt(self, self._events, self._notifier)
+        self.activations += 1
         with self._events:
             self._interrupt = interrupt
         accepted = self.state.driver_features

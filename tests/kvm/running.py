@@ -65,6 +65,15 @@ class Running:
             timeout=SAFETY_TIMEOUT,
         )
 
+    def start_command(self, *args: str) -> subprocess.Popen[str]:
+        """One that takes its time."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "pyvmm", *args],
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
     def ps(self) -> list[dict[str, object]]:
         done = self("ps", "--json")
         assert done.returncode == 0, done.stderr

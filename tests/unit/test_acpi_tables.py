@@ -176,6 +176,14 @@ def test_iasl_reads_the_devices_that_are_meant(tmp_path: Path) -> None:
         assert f"0x{device.gsi:08X}" in block
     serial = dsdt.partition("Device (COM1)")[2]
     assert '_HID, EisaId ("PNP0501")' in serial
+    button = dsdt.partition("Device (PWRB)")[2].partition("Device")[0]
+    assert '_HID, EisaId ("PNP0C0C")' in button
+    events = dsdt.partition("Device (GED)")[2]
+    assert '_HID, "ACPI0013"' in events
+    assert re.search(r"Interrupt \(ResourceConsumer, Edge, ActiveHigh, Exclusive", events)
+    assert f"0x{layout_x86.POWER_BUTTON_GSI:08X}" in events
+    method = events.partition("Method (_EVT, 1, Serialized)")[2]
+    assert re.search(r"Notify \(.*PWRB, 0x80\)", method)
     assert serial.count("0x03F8") == 2 and "0x00000004" in serial
     assert len(re.findall(r'Name \(_HID, "ACPI0007"', dsdt)) == 4
     power_off = re.search(r"Name \(\\?_S5, Package.*?\{(.*?)\}", dsdt, re.DOTALL)

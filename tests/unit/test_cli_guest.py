@@ -125,7 +125,7 @@ def test_a_guest_for_a_command_has_vsock_and_a_root_disk_to_throw_away() -> None
     assert spec.devices == (Vsock(),)
     assert [disk.snapshot for disk in spec.disks] == [True, False]
     assert spec.cmdline.split() == ["quiet", "pyvmm.exec=agent", "loglevel=7"]
-    assert not run_command.nothing_to_keep(spec), "the second disk is the user's"
+    assert spec.keeps, "the second disk is the user's"
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_a_root_disk_that_says_otherwise_stays_as_it_is(disk: DiskSpec) -> None:
     own = (Vsock(path="/run/x"),)
     spec = run_command.for_command(VmSpec("k", disks=(disk,), devices=own), rm=True)
     assert (spec.disks, spec.devices) == ((disk,), own)
-    assert run_command.nothing_to_keep(spec) == (disk.overlay is None)
+    assert spec.keeps == (disk.overlay is not None)
 
 
 def test_without_rm_nothing_is_thrown_away() -> None:

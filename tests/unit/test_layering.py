@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "images": BASE,
     "testing": BASE | {"memory", "bench"},
     "bench": CORE | {"transport", "testing"},
-    "machine": CORE | {"control", "kvm", "boot", "transport", "platform", "device"},
+    "machine": CORE | {"agent", "control", "kvm", "boot", "transport", "platform", "device"},
     "api": CORE | {"machine", "control", "agent", "images", "emulated_host"},
     "pytest_plugin": BASE | {"api", "pytest_vms", "cli"},
     "pytest_vms": BASE | {"api"},

@@ -17,13 +17,27 @@ from pyvmm.machine.trace import Trace
 SAFETY_TIMEOUT = 60
 
 
-def bare_machine(unblock=lambda: None, transports=()):
+class Device:
+    """Of which a reset does `at_reset`, and nothing else."""
+
+    def __init__(self, at_reset):
+        self.device = self
+        self.reset = at_reset
+        self.negotiation = self
+        self.active_queues = ()
+
+
+def bare_machine(at_reset=None):
     """A machine without vCPUs: only what waits for the end and stops is left of it."""
+    transports = () if at_reset is None else (Device(at_reset),)
+    return Machine(bare_parts(transports), Trace(()))
+
+
+def bare_parts(transports=()):
     ports, mmio = Bus("I/O port"), Bus("MMIO")
-    parts = Parts(
+    return Parts(
         prepared=None, vm=None, ports=ports, mmio=mmio, serial=None, transports=transports, vcpus=()
     )
-    return Machine(parts, Trace(()), unblock)
 
 
 def run_python(script: str) -> subprocess.CompletedProcess[str]:
@@ -118,7 +132,7 @@ def test_a_signal_ends_a_stop_that_hangs():
             again.start()
             threading.Event().wait()  # a disk that does not answer
 
-        machine = bare_machine(unblock=hang)
+        machine = bare_machine(at_reset=hang)
         machine.end(Outcome(Ending.QUIT))
         machine.run(lambda: None, lambda: None)
         print("not reached")
@@ -134,7 +148,7 @@ def test_a_second_signal_at_once_does_not_cut_the_stop_short():
         import os, signal
         from test_machine_end import bare_machine
 
-        machine = bare_machine(unblock=lambda: os.kill(os.getpid(), signal.SIGTERM))
+        machine = bare_machine(at_reset=lambda: os.kill(os.getpid(), signal.SIGTERM))
         outcome = machine.run(lambda: os.kill(os.getpid(), signal.SIGINT), lambda: None)
         print(outcome.exit_code)
         """
@@ -155,7 +169,7 @@ def test_a_second_signal_ends_a_monitor_that_hangs_before_it_can_stop():
         def hang():
             for number in (signal.SIGTERM, signal.SIGINT):
                 os.kill(os.getpid(), number)
-            threading.Event().wait()  # standard error is a pipe that nobody reads
+            threading.Event().wait()
 
         bare_machine().run(lambda: None, hang)
         print("not reached")

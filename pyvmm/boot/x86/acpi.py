@@ -1,7 +1,8 @@
 """ACPI tables: how a guest finds its CPUs, interrupt controllers, virtio devices and serial port.
 
 The machine is "hardware-reduced" (ACPI 6.5, 4.1): no PM timer, no SCI, no fixed power button;
-power-off and reset are one register each. Section numbers are those of ACPI 6.5.
+power-off and reset are one register each. The power button is a device, whose event an interrupt of
+a generic event device brings. Section numbers are those of ACPI 6.5.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ _8042 = 1 << 1
 _VGA_NOT_PRESENT = 1 << 2
 _CMOS_RTC_NOT_PRESENT = 1 << 5
 
+_PRESSED = 0x80  # 4.8.2.2.1.2: S0 Power Button Pressed
 _MAX_XAPIC_ID = 254
 _ENABLED = 1
 
@@ -155,6 +157,7 @@ def build_dsdt(config: AcpiConfig) -> bytes:
     devices += [_virtio(index, device) for index, device in enumerate(config.virtio)]
     if config.serial:
         devices.append(_serial())
+    devices += [_power_button(), _event_device()]
     sleep = aml.package(*(aml.integer(value) for value in (layout.ACPI_SLEEP_TYPE_S5, 0, 0, 0)))
     return _table(b"DSDT", 2, aml.scope("\\_SB", *devices) + aml.name("\\_S5", sleep))
 
@@ -189,6 +192,26 @@ def _serial() -> bytes:
         aml.name("_HID", aml.eisa_id("PNP0501")),
         aml.name("_UID", aml.integer(0)),
         aml.name("_CRS", resources),
+    )
+
+
+def _power_button() -> bytes:
+    """4.8.2.2.1.2 "Control Method Power Button": in a hardware-reduced machine the only kind."""
+    return aml.device(
+        "PWRB",
+        aml.name("_HID", aml.eisa_id("PNP0C0C")),
+        aml.name("_UID", aml.integer(0)),
+    )
+
+
+def _event_device() -> bytes:
+    """5.6.9 "Interrupt-signaled ACPI Events": it has one event, that the button was pressed."""
+    return aml.device(
+        "GED",
+        aml.name("_HID", aml.string("ACPI0013")),
+        aml.name("_UID", aml.integer(0)),
+        aml.name("_CRS", aml.resource_template(aml.interrupt(layout.POWER_BUTTON_GSI))),
+        aml.method("_EVT", 1, aml.notify("\\_SB.PWRB", _PRESSED)),
     )
 
 

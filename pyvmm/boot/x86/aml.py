@@ -10,7 +10,7 @@ import struct
 
 _ZERO, _ONE = 0x00, 0x01
 _BYTE, _WORD, _DWORD, _STRING, _QWORD = 0x0A, 0x0B, 0x0C, 0x0D, 0x0E
-_NAME, _SCOPE, _BUFFER, _PACKAGE = 0x08, 0x10, 0x11, 0x12
+_NAME, _SCOPE, _BUFFER, _PACKAGE, _METHOD, _NOTIFY = 0x08, 0x10, 0x11, 0x12, 0x14, 0x86
 _DEVICE = b"\x5b\x82"
 _DUAL_NAME, _MULTI_NAME = 0x2E, 0x2F
 
@@ -63,6 +63,19 @@ def scope(where: str, *terms: bytes) -> bytes:
 def device(where: str, *terms: bytes) -> bytes:
     """Device (where) {terms}."""
     return _DEVICE + _with_length(path(where) + b"".join(terms))
+
+
+def method(where: str, arguments: int, *terms: bytes) -> bytes:
+    """Method (where, arguments, Serialized) {terms}: 20.2.5.2 "Named Objects Encoding"."""
+    serialized = 1 << 3
+    return bytes([_METHOD]) + _with_length(
+        path(where) + bytes([arguments | serialized]) + b"".join(terms)
+    )
+
+
+def notify(where: str, value: int) -> bytes:
+    """Notify (where, value): 20.2.5.3 "Statement Opcodes Encoding"."""
+    return bytes([_NOTIFY]) + path(where) + integer(value)
 
 
 def package(*values: bytes) -> bytes:

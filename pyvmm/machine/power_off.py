@@ -1,0 +1,115 @@
+"""Asking a guest to power off: by its agent, or else by the power button that ACPI tells it of.
+
+Called in the thread of `Machine.run`, which must not wait: what the agent says is heard in a thread
+of its own.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable
+from contextlib import closing
+from threading import Thread
+from typing import TYPE_CHECKING
+
+from pyvmm.errors import HostError, PyvmmError
+from pyvmm.host import log, unix_sockets
+from pyvmm.kvm.x86 import ioapic
+from pyvmm.machine.machine import Machine
+from pyvmm.machine.outcome import Outcome
+from pyvmm.memory.layout_x86 import POWER_BUTTON_GSI
+
+if TYPE_CHECKING:
+    from pyvmm.virtio.vsock.device import VsockDevice
+
+_AGENT_SECONDS = 5.0  # for the agent to take notice; then the button is pressed
+
+AGENT, BUTTON = "agent", "power button"
+
+
+class PowerOff:
+    """Asks the guest of `machine`; `tell` hears by what it was asked."""
+
+    def __init__(self, machine: Machine, name: str, tell: Callable[[str], None]) -> None:
+        self._machine = machine
+        self._name = name
+        self._tell = tell
+
+    def ask(self, patience: float, otherwise: Outcome) -> bool:
+        """Have the guest power off; False if there is nobody in it to be asked. If that shows only
+        later, the machine ends with `otherwise` then. A paused guest goes on."""
+        vsock = self._vsock()
+        if vsock is None and not self._button_is_watched():
+            return False
+        self._machine.pauser.resume()
+        if vsock is None:
+            self._press(otherwise)
+        else:
+            seconds = min(patience, _AGENT_SECONDS)
+            asking = (vsock, seconds, otherwise)
+            Thread(target=self._ask_agent, args=asking, name="power-off", daemon=True).start()
+        return True
+
+    def _vsock(self) -> VsockDevice | None:
+        """The device by which an agent may be reached."""
+        devices = self._machine.parts.prepared.devices
+        if not any(device.kind == "vsock" for device in self._machine.parts.prepared.spec.devices):
+            return None
+        from pyvmm.virtio.vsock.device import VsockDevice
+
+        found = (device for device in devices if isinstance(device, VsockDevice))
+        return next((device for device in found if device.has_driver), None)
+
+    def _ask_agent(self, vsock: VsockDevice, seconds: float, otherwise: Outcome) -> None:
+        from pyvmm.agent import PORT, Agent
+
+        deadline = time.monotonic() + seconds
+        try:
+            Agent(lambda: _call(vsock, PORT, deadline)).power_off(timeout=seconds)
+        except (PyvmmError, OSError):
+            self._machine.do(lambda: self._press(otherwise))
+        else:
+            self._machine.do(lambda: self._say(AGENT))
+
+    # --- the button, in the machine's thread --------------------------------------------------
+
+    def _button_is_watched(self) -> bool:
+        """Whether a driver has switched its interrupt on: Linux's, for one, when it has found it
+        in the DSDT."""
+        try:
+            return not ioapic.is_masked(self._machine.parts.vm, POWER_BUTTON_GSI)
+        except HostError:
+            return False
+
+    def _press(self, otherwise: Outcome) -> None:
+        if not self._button_is_watched():
+            self._machine.end(otherwise)
+            return
+        vm = self._machine.parts.vm
+        for level in (True, False):
+            vm.irq_line(POWER_BUTTON_GSI, level)
+        self._say(BUTTON)
+
+    def _say(self, how: str) -> None:
+        self._tell(how)
+        text = f"{self._name}: asked the guest to power off, by its {how}"
+        log.to_stderr(log.Line(text, level=log.INFO))
+
+
+def _call(vsock: VsockDevice, port: int, deadline: float) -> unix_sockets.Socket:
+    """A stream to `port` of the guest. Raises HostError, ECONNREFUSED if nobody listens there."""
+    from pyvmm.control.client import line_or_end
+
+    ours, theirs = unix_sockets.pair()
+    try:
+        vsock.call(theirs, port)
+    except HostError:
+        ours.close()
+        theirs.close()
+        raise
+    with closing(ours):
+        if not line_or_end(ours, deadline).startswith(b"OK "):
+            raise HostError(errno.ECONNREFUSED, f"port {port} of the guest")
+        return unix_sockets.adopt(os.dup(ours.fileno()))
