@@ -26,6 +26,7 @@ COMMANDS = {
     "disk": "pyvmm.cli.control",
     "balloon": "pyvmm.cli.control",
     "console": "pyvmm.cli.console",
+    "logs": "pyvmm.cli.logs",
     "events": "pyvmm.cli.console",
     "top": "pyvmm.cli.top",
     "stats": "pyvmm.cli.stats",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import click
 
 from pyvmm.api.in_monitor import ByName
 from pyvmm.cli.seconds import Seconds
-from pyvmm.control import client, registry
+from pyvmm.control import client, registry, vm_log
 from pyvmm.control.client import Client, HasEnded, NoAnswer
 from pyvmm.errors import PyvmmError
 from pyvmm.host import log
@@ -18,16 +19,24 @@ _END_PATIENCE = 1.0  # and for one to end that takes no requests any more
 
 
 @click.command()
+@click.option("-a", "--all", "and_ended", is_flag=True, help="Those that have ended, too.")
 @click.option("--json", "as_json", is_flag=True, help="Print all that is known, as JSON.")
-def ps(as_json: bool) -> None:
-    """List the VMs that run."""
+def ps(and_ended: bool, as_json: bool) -> None:
+    """List the VMs that run; with -a also how the others ended, of which pyvmm logs tells more."""
     found = [row for name in registry.running() if (row := _look(name)) is not None]
+    if and_ended:
+        running = {row["name"] for row in found}
+        ended = vm_log.ended(registry.folder())
+        found += [{**row, "state": "ended"} for row in ended if row["name"] not in running]
     if as_json:
         import json
 
         click.echo(json.dumps(found, indent=2))
         return
     lines = [("NAME", "PID", "STATE", "CPUS", "MEMORY", "UPTIME"), *map(_columns, found)]
+    if and_ended:
+        why = [("EXIT", "ENDED", "WHY"), *map(_how_ended, found)]
+        lines = [(*line, *more) for line, more in zip(lines, why, strict=True)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     for line in lines:
         cells = (f"{text:{width}}" for text, width in zip(line, widths, strict=True))
@@ -53,7 +62,22 @@ def _columns(row: dict[str, Any]) -> tuple[str, ...]:
     cpus = str(row.get("cpus", "-"))
     memory = f"{row['memory'] >> 20}M" if "memory" in row else "-"
     uptime = f"{int(row['uptime_seconds'])}s" if "uptime_seconds" in row else "-"
-    return row["name"], str(row["pid"]), row["state"], cpus, memory, uptime
+    return row["name"], str(row.get("pid", "-")), row["state"], cpus, memory, uptime
+
+
+def _how_ended(row: dict[str, Any]) -> tuple[str, ...]:
+    if row["state"] != "ended":
+        return "-", "-", ""
+    code = row.get("exit_code")
+    seconds = max(0, int(time.time() - row.get("ended", 0)))
+    ago = next(
+        f"{seconds // size}{unit} ago"
+        for size, unit in ((86400, "d"), (3600, "h"), (60, "m"), (1, "s"))
+        if seconds >= size or size == 1
+    )
+    why = str(row.get("message") or row.get("ending") or "")
+    shown = "".join(char if char.isprintable() else "?" for char in why)
+    return "-" if code is None else str(code), ago, shown
 
 
 @click.command()

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from pyvmm.cli.emulated_disks import hand_over
 from pyvmm.cli.inside import CONTROL_PATH
@@ -36,6 +37,9 @@ from pyvmm.platform.escape import HELP, Command, EscapeParser
 from pyvmm.platform.terminal import Terminal, is_terminal
 from pyvmm.platform.window_size import SERVICE, SizeService
 
+if TYPE_CHECKING:
+    from pyvmm.control.vm_log import VmLog
+
 _MIB = 1 << 20
 _TRACE_PATH = "/run/pyvmm-trace"
 _NOT_SHARED = ("/dev/", "/proc/", "/sys/")  # the emulated host has its own
@@ -47,10 +51,11 @@ def run_emulated(
     *,
     control: Socket | None = None,
     stop_patience: float = STOP_SECONDS,
+    vm_log: VmLog | None = None,
 ) -> int:
     """Run `spec` in an emulated KVM host; the exit code is the guest's. Requests to the listening
     socket `control` are answered from inside. A guest that a signal asks to power off has
-    `stop_patience` seconds.
+    `stop_patience` seconds. What comes out is kept in `vm_log` too.
 
     Everything the user may have got wrong is found here, before the emulated host starts: it takes
     seconds to come up. Then `because` says why there is an emulated host at all. The disks stay
@@ -87,7 +92,7 @@ def run_emulated(
         # -P: the current directory is the user's, not a place for modules.
         argv = [sys.executable, "-P", "-m", "pyvmm.cli.inside", to_json(spec)]
         argv.append(str(stop_patience))
-        return _join_terminal(host, argv, size, stop_patience)
+        return _join_terminal(host, argv, size, stop_patience, vm_log)
 
 
 def _size_service(spec: VmSpec) -> SizeService | None:
@@ -194,7 +199,11 @@ def _visible(path: str, option: str) -> str:
 
 
 def _join_terminal(
-    spec: EmulatedHostSpec, argv: list[str], size: SizeService | None, stop_patience: float
+    spec: EmulatedHostSpec,
+    argv: list[str],
+    size: SizeService | None,
+    stop_patience: float,
+    vm_log: VmLog | None,
 ) -> int:
     stdin, stdout = standard_fds()
     keyboard = _Keyboard()
@@ -208,6 +217,7 @@ def _join_terminal(
             stdout=null if stdout is None else stdout,
             stderr=2 if sys.stderr is not None else null,
             on_input=keyboard.filter if is_terminal(stdin) else None,
+            on_output=None if vm_log is None else (vm_log.console, vm_log.messages),
         )
         keyboard.on_quit = lambda: host.request_stop(signal.SIGQUIT)
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyvmm.control import registry
-from pyvmm.errors import ConfigError
+from pyvmm.errors import ConfigError, PyvmmError
 from pyvmm.host import log
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.machine.options import make_spec
-from pyvmm.machine.outcome import STOP_SECONDS
+from pyvmm.machine.outcome import STOP_SECONDS, Ending
 from pyvmm.machine.spec import VmSpec, validate
+
+if TYPE_CHECKING:
+    from pyvmm.control.vm_log import VmLog
 
 
 def start(
@@ -95,14 +100,57 @@ def run_spec(
             from pyvmm.api.from_image import keep_changes
 
             spec = keep_changes(spec, image)
+        vm_log = _log_of(registration)
         patience = 0.0 if cut_if_nothing_kept and not spec.keeps else STOP_SECONDS
         listener = registration.listener
-        if wrap is None:
-            return _run(spec, kvm, listener, patience)
-        return wrap(spec, listener, lambda: _run(spec, kvm, listener, patience))
+
+        def run() -> int:
+            return _run(spec, kvm, listener, patience, vm_log)
+
+        try:
+            code = run() if wrap is None else wrap(spec, listener, run)
+        except PyvmmError as error:
+            if vm_log is not None and not isinstance(error, ConfigError):
+                vm_log.end(1, message=str(error))
+            raise
+        if vm_log is not None:
+            _note_end(vm_log, code, of_command=wrap is not None)
+        return code
 
 
-def _run(spec: VmSpec, kvm: str, control: Socket | None, stop_patience: float) -> int:
+def _log_of(registration: registry.Registration) -> VmLog | None:
+    """What keeps the VM's last words: there is a place for them where there is a control socket."""
+    if registration.listener is None:
+        return None
+    from pyvmm.control.vm_log import VmLog
+
+    made = VmLog(os.path.dirname(registration.path), registration.name)
+    log.copy_to(made.message)
+    return made
+
+
+def _note_end(vm_log: VmLog, code: int, *, of_command: bool) -> None:
+    """`code` is the VM's, or a command's in it."""
+    log.do_not_copy_to(vm_log.message)
+    known = not of_command and code in {ending.value for ending in Ending}
+    details = {"ending": Ending(code).name.lower()} if known else {}
+    message = vm_log.last_message.decode(errors="replace") if code and not of_command else ""
+    if log.is_json() and message:
+        import json
+
+        with suppress(ValueError, AttributeError):
+            message = json.loads(message).get("message", "")
+    message = message.removeprefix("pyvmm: ").removeprefix(f"{vm_log.name}: ")
+    vm_log.end(code, message=message, **details)
+
+
+def _run(
+    spec: VmSpec,
+    kvm: str,
+    control: Socket | None,
+    stop_patience: float,
+    vm_log: VmLog | None,
+) -> int:
     because = None
     if kvm == "auto":
         from pyvmm.cli.choose import why_not_host
@@ -111,10 +159,19 @@ def _run(spec: VmSpec, kvm: str, control: Socket | None, stop_patience: float) -
     if kvm == "host" or (kvm == "auto" and because is None):
         from pyvmm.machine.launch import run_here
 
-        return run_here(spec, control=control, stop_patience=stop_patience)
+        return run_here(
+            spec,
+            control=control,
+            stop_patience=stop_patience,
+            on_output=_nothing if vm_log is None else vm_log.console,
+        )
     from pyvmm.cli.emulated import run_emulated
 
-    return run_emulated(spec, because, control=control, stop_patience=stop_patience)
+    return run_emulated(spec, because, control=control, stop_patience=stop_patience, vm_log=vm_log)
+
+
+def _nothing(data: bytes) -> None:
+    pass
 
 
 def _registered(name: str, default: str) -> registry.Registration:

@@ -2,7 +2,8 @@
 
 A VM is alive if somebody listens at its socket; a monitor that was killed leaves a socket that
 refuses, which whoever comes next removes, and with it the other sockets that it had: NAME.left
-lists them. One lock for the directory, held for moments, keeps two from doing that at once.
+lists them. One lock for the directory, held for moments, keeps two from doing that at once. What a
+VM has said is in logs/ (vm_log).
 """
 
 from __future__ import annotations
@@ -170,6 +171,10 @@ def _alive(path: str) -> bool:
             return False
         if error.errno != errno.ECONNREFUSED:
             return True  # EAGAIN: too many wait already
+        from pyvmm.control import vm_log
+
+        place, entry = os.path.split(path)
+        vm_log.note_killed(place, entry.removesuffix(_SUFFIX))
         _remove_left(path)
         with suppress(OSError):
             os.unlink(path)

@@ -23,11 +23,15 @@ _RELAY_PATIENCE = 1.0  # seconds; the relay ends by itself, now that QEMU has
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+Seen = Callable[[bytes], None]
+
+
 class EmulatedHost:
     """One emulated host that runs one command.
 
     `stdin` is a descriptor to read or None for no input; `stdout`, `stderr` descriptors to write.
     None of them is closed or changed. `on_input` sees all input first; what it returns goes in.
+    `on_output` see what comes out for stdout and stderr, in that order.
     `console` is a descriptor that gets the emulated kernel's own console output.
     """
 
@@ -40,12 +44,14 @@ class EmulatedHost:
         stdout: int = 1,
         stderr: int = 2,
         on_input: Callable[[bytes], bytes] | None = None,
+        on_output: tuple[Seen, Seen] | None = None,
         console: int | None = None,
         start_timeout: float = START_TIMEOUT,
     ) -> None:
         self._spec, self._argv = spec, list(argv)
         self._stdin = stdin if stdin is None or _is_open(stdin) else None
         self._outputs = [stdout, stderr, *(sink.fd for sink in spec.sinks)]
+        self._on_output = on_output or ()
         self._on_input = on_input or (lambda data: data)
         self._console = console
         self._start_timeout = start_timeout
@@ -132,6 +138,7 @@ class EmulatedHost:
             stdin=self._stdin,
             outputs=self._outputs,
             on_input=self._on_input,
+            on_output=self._on_output,
             requests=self._requests,
             wake=self._wake,
             console_copy=self._console,

@@ -69,6 +69,7 @@ class OutputPump:
         self.target = target
         self.ended = False  # the mark has come
         self.broken = False  # the target takes no more
+        self.see: Callable[[bytes], None] = lambda data: None
         self._mark = mark
         self._held = b""  # what may be the start of the mark
         self._pending = b""
@@ -101,6 +102,8 @@ class OutputPump:
             keep = mark_prefix(data, self._mark)
             self._held = data[len(data) - keep :]
             self._pending = data[: len(data) - keep]
+        if self._pending:
+            self.see(self._pending)
         if self.broken:
             self._pending = b""
 

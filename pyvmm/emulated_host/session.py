@@ -8,7 +8,7 @@ import select
 import socket
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pyvmm.emulated_host.launch import Launched
 from pyvmm.emulated_host.ports import FIRST_SINK, STDERR, STDIN, STDOUT
@@ -59,6 +59,7 @@ class Session:
         stdin: int | None,
         outputs: list[int],
         on_input: Callable[[bytes], bytes],
+        on_output: Sequence[Callable[[bytes], None]],
         requests: deque[str],
         wake: EventFd,
         console_copy: int | None,
@@ -72,6 +73,8 @@ class Session:
             number: OutputPump(ports[number], target, launched.mark)
             for number, target in enumerate(outputs, start=STDOUT)
         }
+        for number, see in enumerate(on_output, start=STDOUT):
+            self._outputs[number].see = see
         self._console = Tail(launched.console, console_copy)
         self._messages = Tail(launched.messages)
         self._requests = requests

@@ -234,7 +234,14 @@ class _Stderr:
 
 
 _stderr = _Stderr()
-os.register_at_fork(after_in_child=_stderr.after_fork)
+
+
+def _after_fork() -> None:
+    _stderr.after_fork()
+    _copies.clear()  # they are the parent's
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def message_of(line: str) -> str:

@@ -118,10 +118,15 @@ def bases() -> set[str]:
     return found
 
 
+def has(name: str) -> bool:
+    """Whether the VM `name` keeps changes, be its record damaged."""
+    return os.path.isdir(_folder(name))
+
+
 def remove(name: str) -> None:
     """Throw away what the VM `name`, which does not run, has changed. Raises ConfigError."""
     folder = _folder(name)
-    if not os.path.isdir(folder):
+    if not has(name):
         known = ", ".join(names()) or "none"
         raise ConfigError(
             f"there is no VM called {name!r} that keeps changes", cure=f"has: {known}"

@@ -179,7 +179,7 @@ def test_a_panic_that_nobody_reads_ends_it_too(start, tmp_path) -> None:
         # mov ecx,450000; mov dx,0x3f8; mov al,'x'; again: out dx,al; dec ecx; jnz again
         "b9d0dd0600 66baf803 b078 ee ffc9 75fb"
         # lea rsi,[text]; print: lodsb; test al,al; jz reset; out dx,al; jmp print
-        "488d350d000000 ac 84c0 7403 ee ebf8"
+        "488d350e000000 ac 84c0 7403 ee ebf8"
         # reset: mov al,0xfe; out 0x64,al; jmp reset
         "b0fe e664 ebfa"
     )

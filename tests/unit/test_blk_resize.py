@@ -184,7 +184,7 @@ def test_a_block_device_is_resized_by_whoever_has_it(path: Path) -> None:
 def control(rig: Rig, path: Path, *, paused: bool = False, **disk: object) -> MachineControl:
     spec = validate(VmSpec("k", disks=(DiskSpec(str(path), **disk),)))  # type: ignore[arg-type]
     prepared = SimpleNamespace(spec=spec, devices=(rig.device,))
-    machine = SimpleNamespace(pauser=SimpleNamespace(paused=paused))
+    machine = SimpleNamespace(pauser=SimpleNamespace(paused=paused), steady=threading.RLock())
     return MachineControl(machine, prepared, None)  # type: ignore[arg-type]
 
 
