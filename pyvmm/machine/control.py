@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pyvmm import __version__
 from pyvmm.control.protocol import NOT_READY, PAUSED, ControlError, Method, Upgrade
 from pyvmm.errors import ConfigError, HostError
+from pyvmm.host import log
 from pyvmm.host.files import SECTOR
 from pyvmm.machine.builder import Parts, Prepared
 from pyvmm.machine.machine import Machine
@@ -112,7 +113,9 @@ class MachineControl:
 
     def stats(self) -> dict[str, Any]:
         """What was counted since the start; docs/watching.md has the names. Raises HostError."""
-        return self._counted().read()
+        console_bytes = self._watch.console_left_out()
+        left_out = {"console_bytes": console_bytes, "messages": log.left_out()}
+        return {**self._counted().read(), "left_out": left_out}
 
     def metrics(self) -> dict[str, Any]:
         """The same as text in Prometheus' format. Raises HostError."""

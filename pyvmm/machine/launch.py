@@ -187,6 +187,7 @@ class _Answering:
         prepared: Prepared,
         attendant: Attendant,
         console: tuple[ConsoleTail, SharedInput],
+        console_left_out: Callable[[], int],
         closing: ExitStack,
     ) -> None:
         """Answer requests from now on until `closing` ends that."""
@@ -198,6 +199,7 @@ class _Answering:
         from pyvmm.machine.watch import Watch
 
         self._watch = watch = Watch(*console, attendant.console)
+        watch.console_left_out = console_left_out
         watch.events.emit("started")
         attendant.on_finding = watch.tell_finding
         control = MachineControl(machine, prepared, watch, self._resize_outside)
@@ -278,8 +280,14 @@ class _Run:
             port = _join_virtio_console(self._prepared, self._console) or serial
             self._input = SharedInput(port)
             self._console.connect(self._input.join())
-            console = (self._tail, self._input)
-            self._answering.start(machine, self._prepared, self._attendant, console, closing)
+            self._answering.start(
+                machine,
+                self._prepared,
+                self._attendant,
+                (self._tail, self._input),
+                lambda: self._console.left_out,
+                closing,
+            )
             return
         self._input.replace_serial(serial)
         self._answering.emit("restarted")

@@ -64,6 +64,13 @@ def _of_machine(vm: str, status: Mapping[str, Any], stats: Mapping[str, Any]) ->
         family = Family(name, "gauge", help)
         family.add(value, {"vm": vm})
         yield family
+    for name, help, of in (
+        ("console_left_out_bytes_total", "Console output that nobody read.", "console_bytes"),
+        ("messages_left_out_total", "Messages that nobody read.", "messages"),
+    ):
+        family = Family(name, "counter", help)
+        family.add(stats["left_out"][of], {"vm": vm})
+        yield family
 
 
 def _of_vcpus(vm: str, stats: Mapping[str, Any]) -> Iterator[Family]:

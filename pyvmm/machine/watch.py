@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from pyvmm.boot.diagnosis import PANIC, Finding
 from pyvmm.control.events import Events
 from pyvmm.control.protocol import Upgrade
@@ -24,6 +26,7 @@ class Watch(Closable):
         self._tail = tail
         self._input = input
         self._console = console
+        self.console_left_out: Callable[[], int] = lambda: 0
         self._streams = Streams()
         self.events = Events(self._streams)
         log.observe(self.tell_line)

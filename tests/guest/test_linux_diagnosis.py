@@ -85,6 +85,6 @@ def boot_silent(folder: Path) -> GuestResult:
 @pytest.mark.boot.with_args(boot_silent)
 def test_a_console_that_is_not_the_serial_port(boot: GuestResult) -> None:
     assert boot.console == ""
-    hint, _ = boot.messages
+    hint, *_ = boot.messages
     assert "console=tty0" in hint
     assert "put console=ttyS0 into --cmdline" in hint

@@ -14,15 +14,24 @@ pytestmark = pytest.mark.usefixtures("linux_guests")
 MIB = 1 << 20
 
 
-def boot_ending(folder: Path, script: str, cmdline: str = "") -> GuestResult:
+def boot_ending(
+    folder: Path, script: str, cmdline: str = "", options: tuple[str, ...] = ()
+) -> GuestResult:
     files = artifacts()
     with root_disk(folder) as disk:
-        guest = Guest(files.bzimage, files.initramfs, [str(disk)], cpus=2, cmdline=cmdline)
+        guest = Guest(
+            files.bzimage,
+            files.initramfs,
+            [str(disk)],
+            cpus=2,
+            cmdline=cmdline,
+            options=options,
+        )
         return guest.run(script, folder=folder)
 
 
-@pytest.mark.boot.with_args(boot_ending, "busybox reboot -f")
-def test_a_reboot_ends_with_10(boot: GuestResult) -> None:
+@pytest.mark.boot.with_args(boot_ending, "busybox reboot -f", "", ("--on-reboot", "end"))
+def test_a_reboot_ends_with_10_if_that_was_asked_for(boot: GuestResult) -> None:
     assert boot.code == 10, boot.ending()
     assert boot.messages == ["pyvmm: vm: the guest asked for a reset"]
 
@@ -54,9 +63,9 @@ def boot_terminated(folder: Path) -> GuestResult:
 
 
 @pytest.mark.boot.with_args(boot_terminated)
-def test_sigterm_ends_with_143(boot: GuestResult) -> None:
-    assert boot.code == 143, boot.ending()
-    assert boot.messages == ["pyvmm: vm: terminated"]
+def test_sigterm_powers_off(boot: GuestResult) -> None:
+    assert boot.code == 0, boot.ending()
+    assert boot.messages == ["pyvmm: vm: asked the guest to power off, by its power button"]
 
 
 def boot_interrupted(folder: Path) -> GuestResult:

@@ -173,22 +173,6 @@ def test_a_panic_ends_it_though_it_resets(start, tmp_path) -> None:
     assert messages == "pyvmm: vm: the guest's kernel panicked: asked for\n"
 
 
-def test_a_panic_that_nobody_reads_ends_it_too(start, tmp_path) -> None:
-    """The console is full, and what says "panic" is behind all that waits for its reader."""
-    flood = bytes.fromhex(
-        # mov ecx,450000; mov dx,0x3f8; mov al,'x'; again: out dx,al; dec ecx; jnz again
-        "b9d0dd0600 66baf803 b078 ee ffc9 75fb"
-        # lea rsi,[text]; print: lodsb; test al,al; jz reset; out dx,al; jmp print
-        "488d350e000000 ac 84c0 7403 ee ebf8"
-        # reset: mov al,0xfe; out 0x64,al; jmp reset
-        "b0fe e664 ebfa"
-    )
-    text = b"\nKernel panic - not syncing: x\r\n\0"
-    guest = start(kernel_of(flood + text, tmp_path))
-    assert guest.process.wait(SAFETY_TIMEOUT) == 11
-    assert "panicked" in guest.wait()[1]
-
-
 def test_a_triple_fault_ends_it(start, tmp_path) -> None:
     code, messages = start(faulting_kernel(tmp_path)).wait()
     assert code == 12
