@@ -38,6 +38,7 @@ Table = Mapping[str, Any]
 
 START_SECONDS = 300.0  # until the first instruction; an emulated host on a busy machine takes long
 _FOR_EVER = 1e9
+_ASK_SECONDS = 5.0  # for a monitor to answer
 _KILL_SECONDS = 10.0
 _ENDING_SECONDS = 2.0  # between what a guest's end breaks, and the monitor's end
 
@@ -206,8 +207,7 @@ class VM(InGuest, InMonitor):
         patience = 0.0 if now else timeout if escalate else _FOR_EVER
         if monitor.outcome is None:
             try:
-                with woken_by(partial(monitor.signal, signal.SIGKILL)):
-                    self._request_end(patience)
+                self._request_end(patience)
             except PyvmmError:  # it does not answer, or takes no more requests
                 monitor.signal(signal.SIGTERM)
         try:
@@ -218,8 +218,11 @@ class VM(InGuest, InMonitor):
         return self.kill()
 
     def _request_end(self, patience: float) -> None:
-        with Client.connect(self.name) as client:
-            client.call("stop", timeout_ms=round(1000 * patience))
+        with (
+            Client.connect(self.name) as client,
+            woken_by(partial(client.connection.shutdown, SHUT_RDWR)),
+        ):
+            client.call("stop", patience=_ASK_SECONDS, timeout_ms=round(1000 * patience))
 
     def close(self) -> Outcome:
         """What the end of a `with` block does: `stop`, and with `now` where nothing that the guest

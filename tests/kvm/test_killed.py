@@ -119,4 +119,5 @@ def test_taps_and_passt_go_with_it_and_the_next_start_takes_over_the_rest(
     assert process.stderr.read() == b"pyvmm: killed: terminated\n"
     wait_for(lambda: not tap.exists(TAP) and not passts(port))
     left = {path.name for path in tmp_path.rglob("*") if not path.is_dir()}
-    assert left - {".lock"} == {"kernel", "disk", "top"}  # a lock file for all VMs' names
+    # A lock file for all VMs' names, and its last words.
+    assert left - {".lock", "killed.log", "killed.end"} == {"kernel", "disk", "top"}

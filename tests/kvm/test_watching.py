@@ -66,7 +66,11 @@ class Attached:
 
     def end(self) -> tuple[int, str]:
         """Its exit code and what it said on standard error."""
-        code = self.process.wait(SAFETY_TIMEOUT)
+        deadline = time.monotonic() + SAFETY_TIMEOUT
+        while (code := self.process.poll()) is None:  # a terminal that nobody reads is full soon
+            assert time.monotonic() < deadline
+            self.look()
+            time.sleep(0.01)
         self.look()
         assert termios.tcgetattr(self.terminal) == self.before
         os.close(self.terminal)
