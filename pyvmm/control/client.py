@@ -19,6 +19,7 @@ from pyvmm.host.syscalls import Closable
 from pyvmm.host.unix_sockets import Socket
 
 PATIENCE = 10.0  # seconds for an answer
+_ASK_SECONDS = 3.0
 CUT_SECONDS = 15.0  # for a monitor to end that has cut its guest's power; an emulated host has ten
 
 _PIECE = 1 << 16
@@ -320,13 +321,14 @@ def stop(name: str, *, patience: float, kill: bool = False) -> dict[str, Any] | 
         if process < 0:
             return None
         try:
+            deadline = time.monotonic() + patience + CUT_SECONDS
             if kill:
                 with suppress(ProcessLookupError):  # it has just ended
                     signal.pidfd_send_signal(process, signal.SIGKILL)
                 told = None
             else:
-                told = _ask_to_stop(client, process, patience)
-            if not _ended(process, CUT_SECONDS):
+                told = _ask_to_stop(client, process, patience, deadline)
+            if not _ended(process, max(0.0, deadline - time.monotonic())):
                 raise NoAnswer(
                     f"{name} (PID {client.pid}) still runs after {patience + CUT_SECONDS:g} "
                     f"seconds; pyvmm stop --kill {name} ends it on the spot"
@@ -336,15 +338,20 @@ def stop(name: str, *, patience: float, kill: bool = False) -> dict[str, Any] | 
             os.close(process)
 
 
-def _ask_to_stop(client: Client, process: int, patience: float) -> dict[str, Any] | None:
-    deadline = time.monotonic() + patience + CUT_SECONDS
+def _ask_to_stop(
+    client: Client, process: int, patience: float, deadline: float
+) -> dict[str, Any] | None:
+    asking = min(_ASK_SECONDS, CUT_SECONDS)
     try:
-        stream = open_events(client.name, history=False)
+        with Client.connect(client.name) as other:
+            stream = other.upgrade("events", patience=asking, history=False).socket
     except PyvmmError:
         stream = None  # it hangs, ends, or is looked at by too many
     try:
-        with suppress(NoAnswer):  # it ended before it could answer, or hangs: seen next
-            client.call("stop", timeout_ms=round(1000 * patience))
+        # No answer: it ended before, which is seen next, or starts still, or hangs. One that starts
+        # finds the question when it has.
+        with suppress(NoAnswer):
+            client.call("stop", patience=asking, timeout_ms=round(1000 * patience))
         return None if stream is None else _wait_for_end(stream, process, deadline)
     finally:
         if stream is not None:

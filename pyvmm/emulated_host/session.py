@@ -59,7 +59,7 @@ class Session:
         stdin: int | None,
         outputs: list[int],
         on_input: Callable[[bytes], bytes],
-        on_output: Sequence[Callable[[bytes], None]],
+        on_output: Sequence[Callable[[bytes], None]] = (),
         requests: deque[str],
         wake: EventFd,
         console_copy: int | None,

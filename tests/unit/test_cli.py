@@ -196,7 +196,7 @@ def test_why_there_is_an_emulated_host_is_said_only_if_it_starts(pyvmm, monkeypa
 def test_the_emulated_host_gets_paths_that_mean_the_same_inside(run, place, monkeypatch):
     inside = []
     monkeypatch.setattr(
-        emulated, "_join_terminal", lambda spec, argv, size: inside.append(argv[-1]) or 0
+        emulated, "_join_terminal", lambda spec, argv, *more: inside.append(argv[-2]) or 0
     )
     (place / "link").symlink_to("a.img")
     with open(place / "b.img") as opened:
@@ -351,7 +351,7 @@ def test_inside_the_emulated_host_errors_are_one_line_too_and_click_stays_out():
 def started(monkeypatch):
     """The specifications that would have been run in an emulated host."""
     found = []
-    monkeypatch.setattr(emulated, "run_emulated", lambda spec, because, control: found.append(spec))
+    monkeypatch.setattr(emulated, "run_emulated", lambda spec, because, **more: found.append(spec))
     return found
 
 

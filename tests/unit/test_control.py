@@ -428,12 +428,14 @@ def test_nobody_of_that_name() -> None:
         Client.connect("nobody")
 
 
-def test_stopping_one_that_hangs() -> None:
+def test_stopping_one_that_hangs(monkeypatch) -> None:
     """It says so, and --kill ends it."""
+    monkeypatch.setattr(client, "CUT_SECONDS", 0.1)
     process = holder("hung")
     process.send_signal(signal.SIGSTOP)
-    with pytest.raises(NoAnswer, match=r"still runs after 0\.1 seconds; pyvmm stop --kill hung"):
+    with pytest.raises(NoAnswer, match=r"still runs after 0\.2 seconds; pyvmm stop --kill hung"):
         client.stop("hung", patience=0.1)
+    monkeypatch.undo()
     client.stop("hung", patience=HANG, kill=True)
     assert process.wait() == -signal.SIGKILL
     process.stdout.close()  # type: ignore[union-attr]

@@ -77,7 +77,7 @@ def test_what_can_be_awaited_is_what_a_vm_has() -> None:
             theirs = list(inspect.signature(getattr(VM, name)).parameters.values())
             assert ours == theirs, name
     missing = {name for name in dir(VM) if not name.startswith("_")} - set(dir(AsyncVM))
-    assert missing == {"spec", "to_config"} & missing
+    assert missing == {"spec", "to_config", "is_elsewhere"} & missing
 
 
 def test_the_quick_reader_has_the_same_names_and_defaults() -> None:

@@ -176,6 +176,7 @@ STATUS = {"version": "1.0", "state": "running", "cpus": 2}
 def numbers(**devices: Any) -> dict[str, Any]:
     return {
         "uptime_seconds": 1.5,
+        "left_out": {"console_bytes": 5, "messages": 6},
         "memory": {"size": 1 << 30, "resident": 1 << 20},
         "exits": {"total": 10, "io": 4, "other": 6},
         "interrupts": 3,

@@ -194,7 +194,7 @@ def test_what_a_terminal_gets(data: bytes, shown: str) -> None:
 
 
 @given(st.lists(st.binary(max_size=40)))
-def test_no_control_sequence_but_a_colour_reaches_a_terminal(pieces: list[bytes]) -> None:
+def test_w6_no_control_sequence_but_a_colour_reaches_a_terminal(pieces: list[bytes]) -> None:
     import re
 
     shown = plain(*pieces)
