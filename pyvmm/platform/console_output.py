@@ -149,7 +149,8 @@ class ConsoleOutput:
             return
         with self._changed:
             until = time.monotonic() + BRIEFLY
-            while len(self._buffer) > LIMIT and not (self._released or self._stuck):
+            # Also if nobody reads: the writer has room soon, and the observer shall see it all.
+            while len(self._buffer) > LIMIT and not self._released:
                 if not self._changed.wait(max(0.0, until - time.monotonic())):
                     break
             extra = len(self._buffer) - LIMIT

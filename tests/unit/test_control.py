@@ -435,7 +435,7 @@ def test_stopping_one_that_hangs(monkeypatch) -> None:
     process.send_signal(signal.SIGSTOP)
     with pytest.raises(NoAnswer, match=r"still runs after 0\.2 seconds; pyvmm stop --kill hung"):
         client.stop("hung", patience=0.1)
-    monkeypatch.undo()
+    monkeypatch.setattr(client, "CUT_SECONDS", HANG)
     client.stop("hung", patience=HANG, kill=True)
     assert process.wait() == -signal.SIGKILL
     process.stdout.close()  # type: ignore[union-attr]
