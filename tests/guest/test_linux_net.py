@@ -218,7 +218,7 @@ def check_user(boot: Net) -> None:
         "download": DIGEST,
         "closed": "refused",
         "dropped": "0 0",
-        "renewed": f"{passt.GUEST}/{passt.PREFIX} 192.168.7.1/24 ",
+        "renewed": f"{passt.GUEST}/{passt.PREFIX} 192.168.7.1/24",
     }
     assert {key: result.value(key) for key in values} == values
     assert result.value("servers").split()
