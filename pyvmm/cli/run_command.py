@@ -29,7 +29,7 @@ from pyvmm.host.unix_sockets import Socket
 from pyvmm.machine.spec import DiskSpec, VmSpec
 
 BOOT_PATIENCE = 300.0  # seconds until the agent answers; also for a guest in an emulated KVM host
-_OFF_PATIENCE = 30.0
+_OFF_PATIENCE = 90.0  # as systemd gives its services; Ctrl-C does not wait for it
 _END_PATIENCE = 10.0  # a guest that panics says a lot before it is over
 _CUT_SECONDS = 1.0  # between asking the monitor to end, and not asking any more
 _KILL_SECONDS = 10.0
