@@ -35,11 +35,21 @@ CODE = bytes.fromhex(
 HELLO = b"ready\r\n\0"
 PANICKED = b"Kernel panic - not syncing: asked for\r\n\0"
 
+# lidt [of no length]; ud2
+TRIPLE_FAULT = bytes.fromhex("0f011d02000000 0f0b") + bytes(10)
+
 
 def echo_kernel(folder: Path) -> str:
     """The path of its kernel, which is written into `folder`."""
-    path = folder / "echo"
-    code = CODE + HELLO + PANICKED
+    return _kernel(folder / "echo", CODE + HELLO + PANICKED)
+
+
+def faulting_kernel(folder: Path) -> str:
+    """The path of a kernel that triple-faults, which is written into `folder`."""
+    return _kernel(folder / "faulting", TRIPLE_FAULT)
+
+
+def _kernel(path: Path, code: bytes) -> str:
     path.write_bytes(Elf(loads=[Load(data=code.ljust(256, b"\x90"))], note=None).build())
     return str(path)
 
