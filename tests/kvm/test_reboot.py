@@ -20,8 +20,8 @@ from unit.boot_images import Elf, Load
 from pyvmm.control.client import Client, events, open_console
 from pyvmm.kvm.system import Kvm
 
-# mov al,0xfe; out 0x64,al; jmp back
-RESETS = bytes.fromhex("b0fe e664 ebfa")
+# mov dx,0x3f8; mov al,"x"; out dx,al; mov al,0xfe; out 0x64,al; jmp back
+RESETS = bytes.fromhex("66baf803 b078 ee b0fe e664 ebfa")
 # In memory at 32 MiB: if it is 0, make it 1, say 'r' and reset; else say 'M' and power off.
 REMEMBERS = bytes.fromhex(
     # mov ebx,0x2000000; cmp dword [rbx],0; jne old; inc dword [rbx]; mov dx,0x3f8
