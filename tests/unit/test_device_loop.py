@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -88,6 +89,33 @@ def test_what_work_raises_fails_the_device_and_closes_its_files(error: Exception
     assert made.ended.is_set()
     [failure] = made.recorder.failures
     assert isinstance(failure, DriverError)
+
+
+def test_what_woke_it_is_closed_at_its_end() -> None:
+    made = Loop()
+    made.loop.start()
+    fd = made.loop._wake.fd
+    assert os.readlink(f"/proc/self/fd/{fd}").endswith("[eventfd]")
+    made.stop()
+    assert made.loop._wake.fd < 0
+
+
+def test_work_that_never_ends_by_itself_rests_for_whoever_takes_a_queue_out() -> None:
+    begun = threading.Event()
+
+    def work() -> None:
+        while made.loop.may_go_on:
+            begun.set()
+            time.sleep(0.001)
+
+    made = Loop(work)
+    made.loop.start()
+    assert begun.wait(60)
+    drop = threading.Thread(target=made.loop.drop_queue, args=(0,), daemon=True)
+    drop.start()
+    drop.join(30)
+    assert not drop.is_alive()
+    made.stop()
 
 
 def test_waking_it_after_its_end_does_nothing() -> None:

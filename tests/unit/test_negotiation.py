@@ -26,6 +26,7 @@ from pyvmm.memory import GuestMemory
 from pyvmm.testing.mmio_driver import InterruptLine, MmioDriver
 from pyvmm.transport.mmio import MmioTransport
 from pyvmm.virtio import defects
+from pyvmm.virtio.negotiation import Negotiation
 from pyvmm.virtio.queue import Queue
 from pyvmm.virtio.worker import QueueDevice
 
@@ -232,6 +233,20 @@ def test_a_device_that_offers_what_is_not_implemented_is_a_bug(bit: int) -> None
     device.features = 1 << bit
     with pytest.raises(ValueError, match="does not implement"):
         Bench(device)
+
+
+def test_a_device_has_65536_queues_at_most(bench: Bench) -> None:
+    """2.6 Virtqueues."""
+
+    class Wide(RecordingDevice):
+        queue_sizes = (1,) * 65536
+
+    class TooWide(RecordingDevice):
+        queue_sizes = (1,) * 65537
+
+    Negotiation(Wide(), bench.memory, bench.transport, ())
+    with pytest.raises(ValueError, match="more than 65536"):
+        Negotiation(TooWide(), bench.memory, bench.transport, ())
 
 
 def test_version_1_is_offered_for_every_device(bench: Bench, device: RecordingDevice) -> None:

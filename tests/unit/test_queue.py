@@ -646,6 +646,7 @@ def test_who_begins_to_serve_does_not_end_somebody_elses_claim(rig):
         deadline = time.monotonic() + 30
         while not queue.halt and time.monotonic() < deadline:
             time.sleep(0.001)
+        assert queue.halt, "whoever serves the queue is to make room"
         queue.begin_serving()
         assert queue.halt
     claim.join(30)
