@@ -25,7 +25,7 @@ TARGETS = (
     Target(
         "core", "virtio/packed_queue.py virtio/packed_peek.py",
         "packed_queue queue queue_usual queue_buffers packed_queue_hostile queue_model"
-        " packed_queue_fuzz queue_processes",
+        " worker_polling packed_queue_fuzz queue_processes",
     ),
     Target(
         "core", "virtio/ring.py virtio/queue.py virtio/queue_state.py virtio/queue_stats.py",
