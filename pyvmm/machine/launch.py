@@ -289,7 +289,6 @@ class _Run:
                 closing,
             )
             return
-        self._input.replace_serial(serial)
         self._answering.emit("restarted")
 
     def _ask(self, request: Outcome, patience: float) -> bool:
@@ -324,9 +323,12 @@ class _Run:
         self._of_boot.close()
         try:
             self._prepared = prepare_again(self._prepared)
-            return self._assemble()
+            parts = self._assemble()
         except PyvmmError as error:
             return Outcome(Ending.FAILED, f"the guest cannot be started again: {error}")
+        if self._input is not None:  # before the guest runs: what it is told first is not lost
+            self._input.replace_serial(parts.serial)
+        return parts
 
     @property
     def gave_up(self) -> bool:
