@@ -63,6 +63,7 @@ def test_four_queues_carry_every_byte(kernel, packed, microvm_factory, tmp_path)
         options = debian(kernel, variant="test") | {"disks": disks, "cpus": QUEUES}
         vm = microvm_factory(**options)
         said = script(vm, SCRIPT)
+        assert messages(vm) == []
         vm.stop()
         assert fsck(root) == ""
     for disk in ("vda", "vdb", "vdc"):
@@ -74,4 +75,3 @@ def test_four_queues_carry_every_byte(kernel, packed, microvm_factory, tmp_path)
     assert said["source"] == said["direct"] == sha256(source)
     assert said["random"] == sha256(target, size=COPY_BYTES)
     assert said["fio"] == " ".join(["err= 0"] * QUEUES)
-    assert messages(vm) == []
