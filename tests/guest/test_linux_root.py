@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from disks import artifacts, fsck, read_file, root_disk
-from guest import Guest, GuestResult
+from guest import Guest, GuestResult, wait_until
 from partition_tables import MIB, needs_tools, partitioned
 
 pytestmark = pytest.mark.usefixtures("linux_guests")
@@ -105,7 +105,11 @@ def boot_and_reboot(folder: Path) -> GuestResult:
         )
         guest.start()
         guest.wait_for("pyvmm: init reached")
-        guest.pyvmm("exec", "vm", "sh", "-c", "echo kept > /kept; reboot --no-such; reboot")
+        assert wait_until(lambda: guest.pyvmm("exec", "vm", "true").returncode == 0)
+        refused = guest.pyvmm("exec", "vm", "sh", "-c", "echo kept > /kept; reboot --no-such")
+        assert refused.returncode == 2, refused.stderr
+        ended = guest.pyvmm("exec", "vm", "reboot")
+        assert "connection to the guest's agent has ended" in ended.stderr, ended.stderr
         result = guest.wait()
         assert fsck(disk) == ""
         assert read_file(disk, "/kept") == b"kept\n"
