@@ -43,7 +43,7 @@ from mutation.mutate import Mutant, mutants, mutated
 
 ROOT = Path(__file__).parents[2]
 INSIDE = "PYVMM_MUTATION_INSIDE"
-MEMORY = 3 << 30  # bytes that a mutant's process may have
+MEMORY = 3 << 30  # bytes that a mutant's process may have; looked at while it runs
 TEST_SECONDS = 60  # of a single test
 LOOK = 0.05  # seconds between looks at those that run
 
@@ -109,7 +109,6 @@ def _in_child(mutant: Mutant | None, tests: tuple[str, ...], folder: Path) -> in
     null = os.open("/dev/null", os.O_RDONLY)
     for fd, onto in ((null, 0), (out, 1), (out, 2)):
         os.dup2(fd, onto)
-    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.environ["HOME"] = os.environ["XDG_CACHE_HOME"] = str(folder)
     os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(folder / "hypothesis")
