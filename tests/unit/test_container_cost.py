@@ -137,6 +137,15 @@ def a_sparse_map() -> Iterator[bytes]:
     yield header("s", size=len(numbers)) + numbers
 
 
+def a_sparse_map_of_one_number() -> Iterator[bytes]:
+    """Digits without end."""
+    records = (b"GNU.sparse.major=1", b"GNU.sparse.minor=0", b"GNU.sparse.realsize=1")
+    yield pax(tarfile.XHDTYPE, *records)
+    yield header("s", size=200 * MIB)
+    for _ in range(200):
+        yield b"1" * MIB
+
+
 def an_old_sparse_map() -> Iterator[bytes]:
     first = bytearray(header("s", tarfile.GNUTYPE_SPARSE, 0))
     first[482] = 1
@@ -154,7 +163,7 @@ def whiteouts() -> Iterator[bytes]:
 SHAPES = (
     *(behind_a_link, linked_twice, empty_directories, wide_names, attributes, long_links),
     *(global_headers, a_chain_of_headers, one_long_header, a_sparse_map, an_old_sparse_map),
-    whiteouts,
+    *(a_sparse_map_of_one_number, whiteouts),
 )
 
 

@@ -242,6 +242,9 @@ def test_steps_without_end(open_image: Open, monkeypatch: pytest.MonkeyPatch) ->
         [directory(deep)] * 40,
         [member("d/.wh.x")] * 2600,
         [symlink("l", deep), *[hardlink("l/h", "d/f")] * 40],
+        [symlink("l", "d" + "/" * 4000), member("l/f"), member("l/f")],
+        [member("d/" + "x/../" * 6000)],
+        [member("f"), hardlink("h", "./" * 6000 + "f")],
     ):
         with pytest.raises(Refused, match="through too many directories and links"):
             open_image(of(directory(deep), *endless))

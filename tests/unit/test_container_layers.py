@@ -297,6 +297,24 @@ def test_a_compressed_archive_is_unpacked_first(tmp_path: Path, compress) -> Non
     assert files(tree) == {"a": b"1"}
 
 
+def test_a_layer_that_tar_linked_is_found(tmp_path: Path) -> None:
+    """tar has one file of two names once: `tar -C DIR -c .` of a saved image that was unpacked."""
+    content = layer(member("a", data=b"1"))
+    path = tmp_path / "d.tar"
+    docker_archive(path, [content])
+    folder = tmp_path / "saved"
+    with tarfile.open(path) as archive:
+        archive.extractall(folder, filter="data")
+        first = json.loads(archive.extractfile("manifest.json").read())[0]["Layers"][0]
+    os.rename(folder / first, folder / "0" / "first")
+    (folder / first).hardlink_to(folder / "0" / "first")
+    subprocess.run(["tar", "-C", folder, "--sort=name", "-cf", path, "."], check=True)
+    with tarfile.open(path) as archive:
+        assert archive.getmember(f"./{first}").linkname == "./0/first"
+    tree, _ = load("docker-archive", str(path), None, str(tmp_path), MOST, Progress(quiet=True))
+    assert tree.read("a", 9) == b"1"
+
+
 def test_a_layer_that_docker_save_linked_is_found(tmp_path: Path) -> None:
     one = layer(member("a", data=b"1"))
     path = docker_archive(

@@ -84,7 +84,7 @@ def index(file: IO[bytes], most: int) -> dict[str, Member]:
     archive = _Archive(file)
     text = 0
     while (member := archive.next()) is not None:
-        name = member.name.removeprefix("./").rstrip("/")
+        name = plain(member.name)
         text += len(name) + len(member.link)
         if len(found) >= most or text > most * 256:
             raise Refused(f"it has more than {most} files")
@@ -93,6 +93,11 @@ def index(file: IO[bytes], most: int) -> dict[str, Member]:
         found[name] = member
         archive.seek(member.offset + -(-member.stored // _BLOCK) * _BLOCK)
     return found
+
+
+def plain(name: str) -> str:
+    """A member's name, or a hard link's target, by which `index` has it."""
+    return name.removeprefix("./").rstrip("/")
 
 
 class _Archive:
@@ -130,13 +135,13 @@ class _Archive:
             self.skip(to)
 
     def _all(self, size: int) -> bytes:
-        data = b""
+        data = bytearray()
         while len(data) < size:
             more = self.read(size - len(data))
             if not more:
                 raise Refused("it is cut short")
             data += more
-        return data
+        return bytes(data)
 
     # --- headers ------------------------------------------------------------------------------
 
@@ -263,6 +268,8 @@ class _Archive:
             if self._position >= end:
                 raise Refused("it has a sparse file without a whole map")
             *lines, rest = (rest + self._all(_BLOCK)).split(b"\n")
+            if len(rest) > _BLOCK:
+                raise Refused("it has a broken tar header (a sparse file's map)")
             for line in lines:
                 number = _decimal(line, "a sparse file")
                 if count < 0:

@@ -76,7 +76,7 @@ class TarStore(Store):
         for _ in range(_MOST_LINKS):
             if member is None or member.kind not in (tarfile.SYMTYPE, tarfile.LNKTYPE):
                 break
-            target = member.link
+            target = members.plain(member.link)
             if member.kind == tarfile.SYMTYPE:
                 target = os.path.normpath(os.path.join(os.path.dirname(name), target))
             name, member = target, self._members.get(target)

@@ -22,7 +22,7 @@ _MIB = 1 << 20
 MOST_NODES = 500_000
 _MOST_DEPTH = 200
 # What takes no node of its own takes time and memory all the same; no real image comes near.
-_MOST_STEPS = 20_000_000  # from a directory to the next one, or a member
+_MOST_STEPS = 20_000_000  # from a directory to the next one, a slash in a name, or a member
 _MOST_MEMORY = 256 * _MIB  # of all nodes and texts
 _MOST_PATHS = 128 * _MIB  # bytes of all names that lead to a file, with the directories in them
 # What a node, a name in a directory, and an attribute take, beside their texts; as measured.
@@ -120,8 +120,8 @@ class Tree:
 
     def add(self, member: Member, content: IO[bytes] | None) -> None:
         """One member of a layer. Raises Refused for what no image may have."""
+        self._step(1 + member.name.count("/"))
         path = split(member.name)
-        self._step()
         if not path:
             if member.kind == tarfile.DIRTYPE:
                 self._describe(self.root, member)
@@ -145,6 +145,7 @@ class Tree:
         parent.drop_below(name, self._layer)
 
     def _link(self, parent: Node, name: str, member: Member) -> None:
+        self._step(member.link.count("/"))
         path = split(member.link)
         target = None
         if path:
@@ -191,8 +192,8 @@ class Tree:
                 f"its names, links and attributes take more than {_MOST_MEMORY // _MIB} MiB"
             )
 
-    def _step(self) -> None:
-        self._steps += 1
+    def _step(self, count: int = 1) -> None:
+        self._steps += count
         if self._steps > _MOST_STEPS:
             raise Refused("its names lead through too many directories and links")
 
@@ -230,6 +231,7 @@ class Tree:
                 hops += 1
                 if hops > _MOST_HOPS:
                     raise Refused(f"{shown(whole)} lies behind links that lead nowhere")
+                self._step(node.target.count("/"))
                 if node.target.startswith("/"):
                     del stack[1:]
                 left += [part for part in node.target.split("/")[::-1] if part not in ("", ".")]
