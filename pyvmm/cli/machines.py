@@ -16,6 +16,8 @@ def rm(vms: tuple[str, ...]) -> None:
     for name in vms:
         if not name:
             raise ConfigError("a VM has a name", cure="pyvmm rm NAME")
+        if name in registry.running():
+            raise ConfigError(f"the VM {name} is running", cure=f"end it first: pyvmm stop {name}")
         with registry.register(name):  # so it does not run, nor start meanwhile
             had_log = vm_log.remove(registry.folder(), name)
             if machines.has(name) or not had_log:

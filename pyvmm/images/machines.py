@@ -127,9 +127,10 @@ def remove(name: str) -> None:
     """Throw away what the VM `name`, which does not run, has changed. Raises ConfigError."""
     folder = _folder(name)
     if not has(name):
-        known = ", ".join(names()) or "none"
+        known = ", ".join(names())
         raise ConfigError(
-            f"there is no VM called {name!r} that keeps changes", cure=f"has: {known}"
+            f"there is no VM called {name!r} that keeps changes",
+            cure=f"those that do: {known}" if known else "none does",
         )
     try:
         # Under another name first: a half removed VM would be one without its changes.

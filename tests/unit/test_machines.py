@@ -87,14 +87,19 @@ def test_rm_removes_what_stopped_vms_changed(
     assert run("rm", "a", "b") == 0
     assert [*home.glob("STATE/pyvmm/machines/*")] == []
     assert run("rm", "a") == 2
-    assert "there is no VM called 'a' that keeps changes" in capsys.readouterr().err
+    none = "pyvmm: there is no VM called 'a' that keeps changes; none does\n"
+    assert capsys.readouterr().err == none
+    machines.keep("c", "debian", base)
+    assert run("rm", "a") == 2
+    assert "that keeps changes; those that do: c\n" in capsys.readouterr().err
 
 
 def test_rm_of_a_vm_that_runs_is_refused(base: str, capsys: pytest.CaptureFixture[str]) -> None:
     machine = machines.keep("web", "debian", base)
     with registry.register("web"):
         assert run("rm", "web") == 2
-    assert "running" in capsys.readouterr().err
+    refused = "pyvmm: the VM web is running; end it first: pyvmm stop web\n"
+    assert capsys.readouterr().err == refused
     assert machines.find("web") == machine
 
 
