@@ -32,7 +32,7 @@ trees._MOST_MEMORY //= 16
 trees._MOST_PATHS //= 16
 try:
     tree, _ = load(sys.argv[1], sys.argv[2], None, sys.argv[3], 1 << 30, Progress(quiet=True))
-    tree.check_paths()
+    tree.check_names()
     with open(os.devnull, "wb") as sink:
         disk.write_tar(tree, sink, lambda size: None)
 except ConfigError as error:

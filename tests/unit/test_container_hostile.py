@@ -258,6 +258,19 @@ def test_a_directory_is_cleared_once_a_layer(open_image: Open) -> None:
     assert [path for path, _ in open_image(layout).walk()] == [".", "d", "d/x"]
 
 
+def test_names_that_no_file_system_takes(open_image: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mke2fs would take hours for one directory of all names, and lose count of a file's names."""
+    monkeypatch.setattr(trees, "_MOST_COMPARED", 100**2)
+    monkeypatch.setattr(trees, "_MOST_LINKS", 100)
+    open_image(of(*(member(f"{n % 7}/{n}") for n in range(200)))).check_names()
+    with pytest.raises(Refused, match="too many files in one directory"):
+        open_image(of(*(member(f"d/{n}") for n in range(101)))).check_names()
+    links = [hardlink(f"{n % 7}/{n}", "f") for n in range(100)]
+    open_image(of(member("f"), *links[1:])).check_names()
+    with pytest.raises(Refused, match="more than 100 names"):
+        open_image(of(member("f"), *links)).check_names()
+
+
 def test_text_without_end(open_image: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trees, "_MOST_MEMORY", 1 << 20)
     for endless in (

@@ -52,7 +52,7 @@ def make(
     )
     if _content(tree) > size:
         raise too_small
-    tree.check_paths()
+    tree.check_names()
     count = sum(1 for _ in tree.files())
     inodes = max(size // _BYTES_PER_INODE, count * 5 // 4 + 1024)
     command = [

@@ -25,6 +25,9 @@ _MOST_DEPTH = 200
 _MOST_STEPS = 20_000_000  # from a directory to the next one, a slash in a name, or a member
 _MOST_MEMORY = 256 * _MIB  # of all nodes and texts
 _MOST_PATHS = 128 * _MIB  # bytes of all names that lead to a file, with the directories in them
+# mke2fs looks at all names of a directory to add one: about 10 minutes for one of so many names.
+_MOST_COMPARED = 100_000**2
+_MOST_LINKS = 65_000  # names of one file; EXT4_LINK_MAX of the kernel
 # What a node, a name in a directory, and an attribute take, beside their texts; as measured.
 _NODE, _NAME, _ATTRIBUTE = 240, 120, 180
 _MOST_HOPS = 40  # MAXSYMLINKS of the kernel
@@ -302,19 +305,28 @@ class Tree:
             yield node
             left += [child for child, _ in (node.children or {}).values()]
 
-    def check_paths(self) -> None:
-        """Raise Refused if all names, as an archive has them, come to too much."""
-        total = 0
+    def check_names(self) -> None:
+        """Raise Refused if all names, as an archive has them, come to too much, or if a file
+        system cannot have them."""
+        total = compared = 0
+        links: dict[int, int] = {}
         left = [(self.root, 0)]
         while left:
             node, length = left.pop()
+            compared += len(node.children or ()) ** 2
             for name, (child, _) in (node.children or {}).items():
                 whole = length + 1 + len(name)
                 total += whole
+                if child.linked:
+                    links[id(child)] = links.get(id(child), 0) + 1
                 if child.children:
                     left.append((child, whole))
         if total > _MOST_PATHS:
             raise Refused(f"the names of its files come to more than {_MOST_PATHS // _MIB} MiB")
+        if compared > _MOST_COMPARED:
+            raise Refused("it has too many files in one directory for mke2fs to add them")
+        if max(links.values(), default=0) > _MOST_LINKS:
+            raise Refused(f"it has a file of more than {_MOST_LINKS} names, which ext4 cannot have")
 
     # --- for those who add to it --------------------------------------------------------------
 
