@@ -314,3 +314,16 @@ def test_nothing_of_it_is_ever_unpacked_here(made, tmp_path: Path) -> None:
     made(member("caps", data=b"1", xattrs={"user.x": b"1"}), member("etc/shadow", mode=0o4777))
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"image.tar", "contents", "disk.ext4"}
+
+
+def test_lost_found_is_a_directory(made) -> None:
+    check(made(directory("lost+found", mode=0o1777, uid=5)))
+    for other in (member("lost+found"), symlink("lost+found", "/etc")):
+        with pytest.raises(ConfigError, match="is no directory"):
+            made(other)
+
+
+def test_an_empty_access_list_is_none(made) -> None:
+    image = made(member("f", xattrs={"system.posix_acl_access": b"", "user.a": b""}))
+    check(image)
+    assert b"acl" not in debugfs(image, "ea_list /f") and b"user.a" in debugfs(image, "ea_list /f")

@@ -406,6 +406,8 @@ def _xattrs(member: str, pax: dict[bytes, bytes]) -> dict[bytes, bytes]:
     for key, value in pax.items():
         name = key.removeprefix(_XATTR)
         known = name in _ACLS or any(name.startswith(one) and name != one for one in _NAMESPACES)
+        if name in _ACLS and not value:
+            continue  # it stands for none, as for setxattr
         if name != key and known and not name.startswith(_NOT_THE_IMAGES):
             found[name] = value
     if sum(len(name) + len(value) + 32 for name, value in found.items()) > _MOST_XATTRS:

@@ -327,6 +327,9 @@ class Tree:
             raise Refused("it has too many files in one directory for mke2fs to add them")
         if max(links.values(), default=0) > _MOST_LINKS:
             raise Refused(f"it has a file of more than {_MOST_LINKS} names, which ext4 cannot have")
+        kept = self.root.get("lost+found")  # which mke2fs makes, and would not take away whole
+        if kept is not None and not kept.is_directory:
+            raise Refused("its 'lost+found' is no directory, as a file system's has to be")
 
     # --- for those who add to it --------------------------------------------------------------
 
