@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import _socket
-import errno
 import os
 import select
 import stat
@@ -153,8 +152,3 @@ class Outbox:
         except OSError:
             return False
         return True
-
-
-def is_gone(error: OSError) -> bool:
-    """Whether `error` of a write says that nobody reads any more."""
-    return error.errno in (errno.EPIPE, errno.EIO, errno.ECONNRESET, errno.EBADF)

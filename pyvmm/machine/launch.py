@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pyvmm.boot.partitions import Table
     from pyvmm.host.unix_sockets import Socket
     from pyvmm.machine.control import ResizeOutside
+    from pyvmm.machine.power_off import PowerOff
     from pyvmm.machine.watch import Watch
 
 _SILENCE_SECONDS = 20.0
@@ -244,6 +245,7 @@ class _Run:
         self._policy = RebootPolicy(prepared.spec.on_reboot == "restart")
         self._warn = log.RateLimited(log.of_vm(prepared.spec.name))
         self._machine: Machine | None = None
+        self._asking: PowerOff | None = None
 
     def __call__(self, closing: ExitStack, stop_patience: float) -> Outcome:
         self._of_boot = closing.enter_context(ExitStack())
@@ -254,7 +256,7 @@ class _Run:
         with self._console:
             return machine.run(
                 lambda: self._on_start(machine, closing),
-                self._attendant.look,
+                self._look,
                 ask=self._ask,
                 restarting=self,
             )
@@ -296,8 +298,13 @@ class _Run:
         # Imported when it is wanted, as most guests power off by themselves.
         from pyvmm.machine.power_off import PowerOff
 
-        asking = PowerOff(self._machine, self._prepared.spec.name, self._tell_asked)
-        return asking.ask(patience, request)
+        self._asking = PowerOff(self._machine, self._prepared.spec.name, self._tell_asked)
+        return self._asking.ask(patience, request)
+
+    def _look(self) -> None:
+        self._attendant.look()
+        if self._asking is not None:
+            self._asking.look()
 
     def _tell_asked(self, how: str) -> None:
         self._answering.emit("stopping", asked=how)

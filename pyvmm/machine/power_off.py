@@ -7,6 +7,7 @@ of its own.
 from __future__ import annotations
 
 import errno
+import math
 import os
 import time
 from collections.abc import Callable
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from pyvmm.virtio.vsock.device import VsockDevice
 
 _AGENT_SECONDS = 5.0  # for the agent to take notice; then the button is pressed
+# A press is lost on a guest that has the button's driver and not yet who listens to it. Whoever has
+# heard one takes no notice of the next.
+_PRESS_EVERY = 5.0
 
 AGENT, BUTTON = "agent", "power button"
 
@@ -36,6 +40,7 @@ class PowerOff:
         self._machine = machine
         self._name = name
         self._tell = tell
+        self._press_at = math.inf
 
     def ask(self, patience: float, otherwise: Outcome) -> bool:
         """Have the guest power off; False if there is nobody in it to be asked. If that shows only
@@ -73,6 +78,11 @@ class PowerOff:
         else:
             self._machine.do(lambda: self._say(AGENT))
 
+    def look(self) -> None:
+        """Press the button once more if it is time: called about every second."""
+        if time.monotonic() >= self._press_at and self._button_is_watched():
+            self._pulse()
+
     # --- the button, in the machine's thread --------------------------------------------------
 
     def _button_is_watched(self) -> bool:
@@ -87,10 +97,14 @@ class PowerOff:
         if not self._button_is_watched():
             self._machine.end(otherwise)
             return
+        self._pulse()
+        self._say(BUTTON)
+
+    def _pulse(self) -> None:
         vm = self._machine.parts.vm
         for level in (True, False):
             vm.irq_line(POWER_BUTTON_GSI, level)
-        self._say(BUTTON)
+        self._press_at = time.monotonic() + _PRESS_EVERY
 
     def _say(self, how: str) -> None:
         self._tell(how)

@@ -41,6 +41,10 @@ RESET = bytes.fromhex("b0fe e664 ebfa")
 OBEYS = UNMASK + ENABLE + SAY + WAIT + OFF
 IGNORES = UNMASK + ENABLE + SAY + WAIT + IGNORE
 REBOOTS = UNMASK + ENABLE + SAY + WAIT + RESET
+# Nobody listens to the first press: mov dx,0x3f8; mov al,'p'; out dx,al; then pin 9 brings vector
+# 0x41, and the guest waits for that.
+MISSES = UNMASK + ENABLE + SAY + WAIT + IGNORE[:-2] + UNMASK.replace(b"\x10\x40", b"\x10\x41")
+MISSES += WAIT.replace(b"\xa8\x01", b"\xa8\x02") + OFF
 DEAF = SAY + bytes.fromhex("ebfe")
 
 
@@ -119,6 +123,14 @@ def test_a_guest_that_does_not_is_cut_off_and_that_is_said(start) -> None:
     assert (done.returncode, done.stderr) == (0, f"pyvmm: {cut}")
     assert guest.end() == (143, f"{ASKED}pyvmm: {cut}")
     assert b"p" in (guest.folder / "console").read_bytes()
+
+
+def test_a_guest_that_missed_the_press_is_asked_again(start) -> None:
+    guest = start(MISSES)
+    done = guest("stop", "--timeout", "1000", "web")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert guest.end() == (0, ASKED)
+    assert (guest.folder / "console").read_bytes() == b"wp"
 
 
 def test_a_guest_that_reboots_when_asked_does_not_start_again(start) -> None:
