@@ -7,6 +7,7 @@ stage opens is closed in reverse order, whichever stage fails.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from typing import NamedTuple
@@ -30,7 +31,7 @@ from pyvmm.machine.spec import VmSpec
 from pyvmm.machine.trace import Hook, Trace
 from pyvmm.memory import GuestMemory
 from pyvmm.memory import layout_x86 as layout
-from pyvmm.platform.serial import Serial
+from pyvmm.platform.serial import BURST, Serial
 from pyvmm.platform.x86 import acpi_pm, cmos, i8042
 from pyvmm.transport.mmio import MmioTransport
 from pyvmm.virtio.device import VirtioDevice
@@ -155,7 +156,7 @@ def assemble(
     _add_memory(vm, prepared.memory)
     _add_irqchip(vm)
     ports, mmio = Bus("I/O port"), Bus("MMIO")
-    serial = _add_platform(vm, ports, sink)
+    serial = _add_platform(vm, ports, sink, cpus=prepared.spec.cpus)
     closing.callback(serial.close)
     transports = tuple(
         attach_virtio_mmio(
@@ -189,11 +190,11 @@ def _add_irqchip(vm: Vm) -> None:
     vm.create_pit2()
 
 
-def _add_platform(vm: Vm, ports: Bus, sink: Callable[[bytes], None]) -> Serial:
+def _add_platform(vm: Vm, ports: Bus, sink: Callable[[bytes], None], *, cpus: int) -> Serial:
     def interrupt(level: bool) -> None:
         vm.irq_line(layout.SERIAL_GSI, level)
 
-    serial = Serial(interrupt, sink)
+    serial = Serial(interrupt, sink, burst=BURST if cpus > 1 else math.inf)
     fixed: list[tuple[int, int, Handler]] = [
         (layout.SERIAL_PORT, layout.SERIAL_PORTS, serial),
         (layout.I8042_DATA_PORT, i8042.PORTS, i8042.I8042()),

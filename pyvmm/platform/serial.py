@@ -4,8 +4,9 @@ After the PC16550D data sheet (National Semiconductor, 1995; section numbers bel
 <linux/serial_reg.h>. Four things differ from a chip with a wire behind it:
 
 - a byte written is sent at once, and LSR says so: who looks there before each byte never waits;
-- the transmitter's interrupt alone comes after a time such as a wire would take, whatever the
-  divisor says (see `_due`);
+- in long output, the transmitter's interrupt comes after a time such as a wire would take, whatever
+  the divisor says (see `_due`); at first it comes at once, so that the last words of a guest that
+  ends are out before it has ended;
 - the receiver's character timeout has always just run out, so that a single key interrupts at once;
 - the far end does not send before the guest listens (see `Serial.enqueue_input`).
 """
@@ -50,6 +51,11 @@ _BYTE_SECONDS = 16e-6
 # An interrupt is this late at most because the guest took long to fill the FIFO.
 _LONGEST_FILL = 5e-3
 
+BURST = 4096
+"""Bytes that are sent with an interrupt at once, after a rest: what Linux keeps for a port
+(UART_XMIT_SIZE in <linux/serial_core.h>)."""
+_REST = 20e-3  # seconds without a byte on its way
+
 # What a write to THR is, settled in advance: a byte and nothing else; one more byte of those that
 # the guest is to be interrupted for; anything.
 _PLAIN, _TIMED, _SLOW = range(3)
@@ -83,7 +89,9 @@ class Serial:
     that the guest has yet to clear.
 
     `sink(data)` gets each byte as the guest writes it and may block, which holds up that vCPU.
-    `make_timer(ring)` is the timer of the transmitter.
+    `make_timer(ring)` is the timer of the transmitter. After `burst` bytes without a rest its
+    interrupt takes time, which spares a processor whose handler others keep busy: infinity is right
+    for a machine with one.
 
     To be closed before what `irq` needs.
     """
@@ -93,6 +101,8 @@ class Serial:
         irq: Callable[[bool], None],
         sink: Callable[[bytes], None],
         make_timer: Callable[[Ring], TimerLike] = _make_timer,
+        *,
+        burst: float = BURST,
     ) -> None:
         self._irq = irq
         self._sink = sink
@@ -112,6 +122,7 @@ class Serial:
         # Bytes that the guest is to be interrupted for are on their way. How many, when the last
         # one was written, and when the guest took the interrupt before. If they are, the interrupt
         # is not pending.
+        self._burst = self._quick = burst
         self._sending = False
         self._sent_count = 0
         self._sent_last = 0.0
@@ -255,14 +266,30 @@ class Serial:
             self._loop_back(value)
         if not self._ier & IER_THRI:
             return
-        self._thre_pending = False  # writing clears it (table in 8.5)
-        self._sent_last = self._now()
+        now = self._now()
+        rested, self._sent_last = now - self._sent_last > _REST, now
         if self._sending:
             self._sent_count += 1
             return
+        if rested:
+            self._quick = self._burst
+        if self._quick > 0:
+            self._interrupt_at_once()
+            return
+        self._thre_pending = False  # writing clears it (table in 8.5)
         self._sending = True
         self._sent_count = 1
         self._timer.set(self._due())
+
+    def _interrupt_at_once(self) -> None:
+        if self._fifo_enabled:
+            self._quick -= FIFO_SIZE  # which a driver writes for an interrupt: one edge is enough
+        else:
+            self._quick -= 1
+            # Writing clears the interrupt and, the byte sent, it comes again: an edge for each.
+            self._thre_pending = False
+            self._settle()
+        self._thre_pending = True
 
     def _due(self) -> float:
         """When the bytes on their way will have been sent, and the interrupt is due.
@@ -290,6 +317,7 @@ class Serial:
 
     def _finish_sending(self) -> None:
         self._sending = False
+        self._sent_last = self._now()  # a rest begins here at the earliest
         self._thre_pending = True
 
     def _loop_back(self, value: int) -> None:
@@ -388,7 +416,9 @@ class Serial:
         elif not self._ier & IER_THRI:
             self._thr = _PLAIN
         else:
-            self._thr = _TIMED if self._sending else _SLOW
+            # A byte behind the one that has brought the interrupt changes nothing.
+            plain = self._thre_pending and self._fifo_enabled and self._quick > 0
+            self._thr = _TIMED if self._sending else _PLAIN if plain else _SLOW
         level = self._cause() != IIR_NO_INT
         if level != self._line:
             self._line = level

@@ -18,11 +18,11 @@ TRIGGER_8 = 0x80
 class Port:
     """A serial port with everything that comes out of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, burst: float = 0) -> None:
         self.sent = bytearray()
         self.edges: list[bool] = []
         self.rooms = 0
-        self.serial = Serial(self.edges.append, self.sent.extend, self.make_timer)
+        self.serial = Serial(self.edges.append, self.sent.extend, self.make_timer, burst=burst)
         self.serial.watch_room(self.count_room)
 
     def make_timer(self, ring: Ring) -> FakeTimer:

@@ -25,7 +25,7 @@ class Driver:
 
     timer: FakeTimer
 
-    def __init__(self, exit_seconds: float = 10e-6) -> None:
+    def __init__(self, exit_seconds: float = 10e-6, burst: float = 0) -> None:
         self.exit_seconds = exit_seconds
         self.out = bytearray()
         self.received = bytearray()
@@ -39,7 +39,7 @@ class Driver:
         self.dlab = False
         self.ier = 0  # up->ier: the driver does not read the register for it
         self.runs_dry = False
-        self.serial = Serial(self._irq, self.out.extend, self._make_timer)
+        self.serial = Serial(self._irq, self.out.extend, self._make_timer, burst=burst)
 
     def _make_timer(self, ring: Ring) -> FakeTimer:
         self.timer = FakeTimer(ring)
@@ -285,6 +285,35 @@ def test_the_handler_leaves_its_processor_while_another_one_prints_without_end(
         assert not driver.pending_edge
         driver.timer.ring()
     assert len(driver.out) >= 100 * len(text[:8])
+
+
+@pytest.mark.parametrize("exit_seconds", [1e-6, 10e-6, 100e-6, 300e-6, 1e-3])
+@pytest.mark.parametrize("text", [b"x", b"what a guest has to say\n"])
+def test_after_a_burst_the_handler_leaves_its_processor_as_well(
+    exit_seconds: float, text: bytes
+) -> None:
+    driver = Driver(exit_seconds, burst=uart.BURST)
+    driver.startup()
+    driver.printing = text
+    driver.start_tx(text)
+    assert driver.handle_edge() <= uart.BURST // uart.FIFO_SIZE + 1
+    for _ in range(100):
+        assert not driver.pending_edge
+        driver.timer.ring()
+        assert driver.handle_edge() == 1
+
+
+def test_the_last_words_are_out_before_the_guest_has_ended() -> None:
+    """What Linux keeps for the port is sent from its handler, and no timer is waited for."""
+    driver = Driver(burst=uart.BURST)
+    driver.startup()
+    for text in (b"why it ends\n", b"x" * (uart.BURST - 16)):
+        driver.timer.advance(1)
+        before = len(driver.out)
+        driver.start_tx(text)
+        driver.handle_edge()
+        assert driver.out[before:] == text
+    assert driver.timer.sets == 0
 
 
 def test_output_by_interrupts_keeps_tens_of_kilobytes_a_second(driver: Driver) -> None:
