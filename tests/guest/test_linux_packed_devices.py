@@ -80,7 +80,7 @@ def talk(folder: Path, kernel: str) -> Run:
     source = Path(__file__).with_name("vsock_peer.c")
     subprocess.run(["cc", "-static", "-O1", "-o", peer, source], check=True)
     os.truncate(peer, -(-peer.stat().st_size // 512) * 512)
-    server = Server()
+    server = Server("127.0.0.1")
     script = SCRIPT.format(
         digest=DIGEST_PORT, port=server.web.getsockname()[1], upload=server.upload.getsockname()[1]
     )

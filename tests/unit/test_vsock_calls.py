@@ -116,7 +116,7 @@ def test_a_device_without_a_path_refuses_the_guest_and_takes_calls() -> None:
 
 def methods(*devices: Any) -> MachineControl:
     """The methods of a machine that has `devices`."""
-    machine: Any = SimpleNamespace(pauser=None)
+    machine: Any = SimpleNamespace(pauser=SimpleNamespace(paused=False))
     prepared: Any = SimpleNamespace(devices=devices, spec=None)
     return MachineControl(machine, prepared, None)  # type: ignore[arg-type]
 
