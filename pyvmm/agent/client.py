@@ -92,17 +92,23 @@ class Agent:
         for one of another version."""
         start = time.monotonic()
         deadline = None if timeout is None else start + timeout
+        was_refused = False
         while True:
             try:
                 return self._info(deadline)
             except WrongAgent:
                 raise
-            except (HostError, AgentError) as error:
-                if isinstance(error, HostError) and error.errno != errno.ECONNREFUSED:
-                    raise
+            except PyvmmError as error:
+                refused = isinstance(error, AgentError) or (
+                    isinstance(error, HostError) and error.errno == errno.ECONNREFUSED
+                )
                 waited = time.monotonic() - start
-                if timeout is not None and waited >= timeout:
+                # The last try may have had too little time for any answer.
+                if (refused or was_refused) and timeout is not None and waited >= timeout:
                     raise NoAgent(f"{NO_AGENT} after {timeout:g} s", cure=NO_AGENT_CURE) from None
+                if not refused:
+                    raise
+                was_refused = True
             time.sleep(min(max(waited / 10, _FIRST_PAUSE), _LONGEST_PAUSE))
 
     def _info(self, deadline: float | None) -> Info:

@@ -97,7 +97,7 @@ def boot_and_reboot(folder: Path) -> GuestResult:
     """By the agent, which is PID 1 itself."""
     files = artifacts()
     with root_disk(folder) as disk:
-        options = ["--agent"]
+        options = ["--agent", "--on-reboot", "end"]
         guest = Guest(
             *(files.bzimage, files.initramfs, [str(disk)]),
             cmdline="pyvmm.exec=agent",

@@ -7,6 +7,7 @@ when it is told to.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import select
 import signal
@@ -29,6 +30,7 @@ from pyvmm.api.command import Command
 from pyvmm.control import registry
 from pyvmm.control.client import NoAnswer, connect_vsock
 from pyvmm.control.protocol import ControlError
+from pyvmm.errors import HostError
 
 HANG = 60.0  # seconds; no measure of speed
 LIMIT = 0.2
@@ -482,3 +484,29 @@ class TestRunCommand:
         os.kill(int(child), signal.SIGKILL)
         with client:
             assert client.wait(HANG) == 15
+
+
+def test_a_guest_without_an_agent_is_named_so_though_the_last_try_had_no_time_for_an_answer() -> (
+    None
+):
+    tries: list[float] = []
+
+    def connect(seconds: float):
+        tries.append(seconds)
+        if len(tries) == 1:
+            raise HostError(errno.ECONNREFUSED, "port 1023 of the guest")
+        time.sleep(seconds)
+        raise NoAnswer("vm does not answer")
+
+    with pytest.raises(NoAgent, match=r"after 0\.2 s"):
+        Agent(connect).wait_ready(LIMIT)
+    assert len(tries) > 1
+
+
+def test_a_monitor_that_does_not_answer_is_not_taken_for_a_guest_without_an_agent() -> None:
+    def connect(seconds: float):
+        time.sleep(seconds)
+        raise NoAnswer("vm does not answer")
+
+    with pytest.raises(NoAnswer):
+        Agent(connect).wait_ready(LIMIT)
