@@ -207,4 +207,4 @@ def test_kill_9_leaves_neither_processes_nor_sockets(boot: Killed) -> None:
     assert boot.processes_left == []
     assert boot.ps.split() == ["NAME", "PID", "STATE", "CPUS", "MEMORY", "UPTIME"]
     assert not boot.socket_left
-    assert boot.runtime_left == [".lock"]
+    assert boot.runtime_left == [".lock", "logs"]  # what it said can be read still
