@@ -38,13 +38,13 @@ if TYPE_CHECKING:
     from pyvmm.api.vm import VM
     from pyvmm.control.protocol import ControlError
     from pyvmm.errors import ConfigError, HostError, PyvmmError
-    from pyvmm.machine.device_balloon import Spec as Balloon
-    from pyvmm.machine.device_net import Spec as Net
-    from pyvmm.machine.device_ports import PortSpec as Port
-    from pyvmm.machine.device_rng import Spec as Rng
-    from pyvmm.machine.device_user import Spec as UserDevice
-    from pyvmm.machine.device_vsock import Spec as Vsock
-    from pyvmm.machine.spec import DiskSpec as Disk
+    from pyvmm.kinds.balloon import Spec as Balloon
+    from pyvmm.kinds.net import Spec as Net
+    from pyvmm.kinds.port import PortSpec as Port
+    from pyvmm.kinds.rng import Spec as Rng
+    from pyvmm.kinds.user import Spec as UserDevice
+    from pyvmm.kinds.vsock import Spec as Vsock
+    from pyvmm.spec.vm import DiskSpec as Disk
 
 __version__ = "0.1.0"
 
@@ -53,7 +53,7 @@ _PUBLIC = {
     "VM": ("pyvmm.api.vm", ""),
     "AsyncVM": ("pyvmm.api.aio", ""),
     "AgentError": ("pyvmm.agent", ""),
-    "Balloon": ("pyvmm.machine.device_balloon", "Spec"),
+    "Balloon": ("pyvmm.kinds.balloon", "Spec"),
     "Clock": ("pyvmm.agent", ""),
     "Command": ("pyvmm.api.command", ""),
     "CommandTimeout": ("pyvmm.agent", ""),
@@ -61,23 +61,23 @@ _PUBLIC = {
     "ConfigError": ("pyvmm.errors", ""),
     "ControlError": ("pyvmm.control.protocol", ""),
     "Copied": ("pyvmm.agent", ""),
-    "Disk": ("pyvmm.machine.spec", "DiskSpec"),
+    "Disk": ("pyvmm.spec.vm", "DiskSpec"),
     "Event": ("pyvmm.api.events", ""),
     "GuestEnded": ("pyvmm.api.errors", ""),
     "GuestPanic": ("pyvmm.api.errors", ""),
     "HostError": ("pyvmm.errors", ""),
     "Info": ("pyvmm.agent", ""),
     "MonitorDied": ("pyvmm.api.errors", ""),
-    "Net": ("pyvmm.machine.device_net", "Spec"),
+    "Net": ("pyvmm.kinds.net", "Spec"),
     "NoAgent": ("pyvmm.agent", ""),
     "Outcome": ("pyvmm.api.errors", ""),
-    "Port": ("pyvmm.machine.device_ports", "PortSpec"),
+    "Port": ("pyvmm.kinds.port", "PortSpec"),
     "PyvmmError": ("pyvmm.errors", ""),
-    "Rng": ("pyvmm.machine.device_rng", "Spec"),
-    "UserDevice": ("pyvmm.machine.device_user", "Spec"),
+    "Rng": ("pyvmm.kinds.rng", "Spec"),
+    "UserDevice": ("pyvmm.kinds.user", "Spec"),
     "VMError": ("pyvmm.api.errors", ""),
     "VMTimeout": ("pyvmm.api.errors", ""),
-    "Vsock": ("pyvmm.machine.device_vsock", "Spec"),
+    "Vsock": ("pyvmm.kinds.vsock", "Spec"),
     "WrongAgent": ("pyvmm.agent", ""),
 }
 __all__ = [

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import blk_rig
 
-from pyvmm.machine.disks import open_backend
-from pyvmm.machine.spec import DiskSpec
+from pyvmm.kinds.disk import open_backend
+from pyvmm.spec.vm import DiskSpec
 from pyvmm.testing import Buffer, attached
 from pyvmm.testing.blk_driver import IN, OUT, UNTOUCHED, header
 from pyvmm.virtio.blk.backend import Backend

@@ -1,6 +1,6 @@
 """A VM described in a TOML file: `pyvmm run --config vm.toml`, `VM.from_config("vm.toml")`.
 
-The keys are the names of pyvmm.machine.options. Relative paths are relative to the file. A file is
+The keys are the names of pyvmm.spec.options. Relative paths are relative to the file. A file is
 data, which people pass on: the code of a disk or a device that it names is only run if whoever
 starts the VM allows that.
 
@@ -22,9 +22,9 @@ from dataclasses import replace
 from typing import Any
 
 from pyvmm.errors import ConfigError
-from pyvmm.machine import tables
-from pyvmm.machine.options import NAMES, OPTIONS, Option, make_spec
-from pyvmm.machine.spec import DeviceSpec, DiskSpec, VmSpec, validate, write_memory
+from pyvmm.spec import tables
+from pyvmm.spec.options import NAMES, OPTIONS, Option, make_spec
+from pyvmm.spec.vm import DeviceSpec, DiskSpec, VmSpec, validate, write_memory
 
 _ONLY_TYPED = "it is for the command line only"
 # Options of `pyvmm run` that are no keys, and what to do about it.

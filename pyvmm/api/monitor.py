@@ -23,7 +23,7 @@ from pyvmm.api.errors import TAIL_LINES, Outcome, VMError, VMTimeout, check_owne
 from pyvmm.api.transcript import Transcript
 from pyvmm.control.client import NoAnswer
 from pyvmm.errors import ConfigError
-from pyvmm.machine.spec import VmSpec, to_json
+from pyvmm.spec.vm import VmSpec, to_json
 
 PIECE = 1 << 16  # bytes read or written at once
 _DRAIN_SECONDS = 1.0  # for output of a process that has ended: others may hold its pipe
@@ -166,7 +166,7 @@ class OwnMonitor(Monitor):
         try:
             os.write(request_fd, request)
             os.lseek(request_fd, 0, os.SEEK_SET)
-            argv = [sys.executable, "-P", "-m", "pyvmm.cli.child"]
+            argv = [sys.executable, "-P", "-m", "pyvmm.monitor.child"]
             self._process = subprocess.Popen(
                 [*argv, str(request_fd), str(their_name_fd)],
                 stdin=subprocess.PIPE,

@@ -21,18 +21,18 @@ from pyvmm.api.in_monitor import PATIENCE, InMonitor
 from pyvmm.api.monitor import Monitor, OwnMonitor
 from pyvmm.control.client import CUT_SECONDS, Client, NoAnswer, NotRunning, open_events, patiently
 from pyvmm.errors import ConfigError, HostError, PyvmmError
-from pyvmm.machine.options import make_spec
 from pyvmm.machine.outcome import STOP_SECONDS
-from pyvmm.machine.spec import DeviceSpec, DiskSpec, VmSpec, validate
+from pyvmm.spec.options import make_spec
+from pyvmm.spec.vm import DeviceSpec, DiskSpec, VmSpec, validate
 
 if TYPE_CHECKING:
     from pyvmm.api.console import Console
-    from pyvmm.machine.device_balloon import Spec as Balloon
-    from pyvmm.machine.device_net import Spec as Net
-    from pyvmm.machine.device_ports import PortSpec as Port
-    from pyvmm.machine.device_rng import Spec as Rng
-    from pyvmm.machine.device_user import Spec as UserDevice
-    from pyvmm.machine.device_vsock import Spec as Vsock
+    from pyvmm.kinds.balloon import Spec as Balloon
+    from pyvmm.kinds.net import Spec as Net
+    from pyvmm.kinds.port import PortSpec as Port
+    from pyvmm.kinds.rng import Spec as Rng
+    from pyvmm.kinds.user import Spec as UserDevice
+    from pyvmm.kinds.vsock import Spec as Vsock
 
 Table = Mapping[str, Any]
 
@@ -164,7 +164,7 @@ class VM(InGuest, InMonitor):
         """Fill in what an image gives, building it if need be; its name if the disk is its own."""
         if self._values["kernel"] is not None and self._values["image"] is None:
             return None
-        from pyvmm.api.from_image import choose
+        from pyvmm.monitor.from_image import choose
 
         values, image = choose(self._values)
         self.spec = validate(make_spec(values))

@@ -11,7 +11,7 @@ gc.set_threshold(100_000)
 
 def main(args: list[str] | None = None) -> None:
     """See `pyvmm.cli.main.main`."""
-    # Imported only now, as `pyvmm.cli.inside` is in this package too, and click would cost an
+    # Imported only now, as `pyvmm.monitor.inside` is in this package too, and click would cost an
     # emulated processor a second.
     from pyvmm.cli.main import main as run
 

@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from pyvmm import __version__
-from pyvmm.cli.ending import BROKEN_PIPE, explain
 from pyvmm.host import log
+from pyvmm.monitor.ending import BROKEN_PIPE, explain
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 

@@ -11,11 +11,11 @@ import click
 
 from pyvmm.agent import PORT, Agent, Copied
 from pyvmm.agent.errors import TimeLimit
-from pyvmm.cli.attached import TIMED_OUT, Left, attach, leaving_by_signal, terminal_size
 from pyvmm.cli.seconds import Seconds
 from pyvmm.control.client import connect_vsock
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
+from pyvmm.monitor.attached import TIMED_OUT, Left, attach, leaving_by_signal, terminal_size
 from pyvmm.platform.console import standard_fds
 from pyvmm.platform.terminal import is_terminal
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import sys
 
-from pyvmm.cli.ending import explain, flush_or_drop
 from pyvmm.cli.quick import run_quickly
 from pyvmm.host import log
+from pyvmm.monitor.ending import explain, flush_or_drop
 
 
 def main(args: list[str] | None = None) -> None:

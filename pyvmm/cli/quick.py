@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pyvmm.machine.spec import DISCOVERY, ON_REBOOT
+from pyvmm.spec.vm import DISCOVERY, ON_REBOOT
 
 # The usual parameters of pyvmm.cli.run.run and their values where no option is given.
 DEFAULTS: dict[str, Any] = {
@@ -98,6 +98,6 @@ def run_quickly(argv: Sequence[str]) -> Callable[[], int] | None:
     if values is None:
         return None
     del values["debug"], values["log_format"]  # the latter was looked at before all others
-    from pyvmm.cli.start import start
+    from pyvmm.monitor.start import start
 
     return lambda: start(**values)

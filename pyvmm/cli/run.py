@@ -7,8 +7,8 @@ from typing import Any
 import click
 
 from pyvmm.cli.quick import CHOICES, split_command
-from pyvmm.cli.start import start
-from pyvmm.machine.spec import TRACE_KINDS
+from pyvmm.monitor.start import start
+from pyvmm.spec.vm import TRACE_KINDS
 
 EPILOG = """\b
 Examples:
@@ -251,7 +251,7 @@ def run(
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """What the command line says, by the names of pyvmm.machine.options."""
+    """What the command line says, by the names of pyvmm.spec.options."""
     context = click.get_current_context()
     default = click.core.ParameterSource.DEFAULT
     given = {

@@ -9,7 +9,7 @@ import click
 from pyvmm.control import registry
 from pyvmm.control.client import Client
 from pyvmm.errors import ConfigError, PyvmmError
-from pyvmm.machine.stats import quantile
+from pyvmm.monitor.stats import quantile
 
 _PATIENCE = 2.0  # seconds for each of many VMs
 _ONE_PATIENCE = 30.0  # for one: in an emulated host that is busy the first answer takes a while

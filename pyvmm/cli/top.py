@@ -22,7 +22,7 @@ from pyvmm.cli.stats import merged, size_text, time_text
 from pyvmm.control import registry
 from pyvmm.control.client import Client
 from pyvmm.errors import ConfigError, PyvmmError
-from pyvmm.machine.stats import quantile
+from pyvmm.monitor.stats import quantile
 from pyvmm.platform.terminal import Terminal, is_terminal
 
 _PATIENCE = 2.0  # seconds for each VM

@@ -2,5 +2,5 @@
 
 docs/control-socket.md describes it for other programs. `registry` is the place, `protocol` the
 messages, `server` the monitor's end, `client` the other one. What the methods do is not here: see
-`pyvmm.machine.control`.
+`pyvmm.monitor.control`.
 """

@@ -15,6 +15,7 @@ from typing import NamedTuple
 from pyvmm.boot import x86 as boot
 from pyvmm.bus import Bus, Handler
 from pyvmm.errors import ConfigError, HostError
+from pyvmm.kinds.disk import open_disk
 from pyvmm.kvm import kick, uapi
 from pyvmm.kvm.stats import StatsFile
 from pyvmm.kvm.system import Kvm
@@ -24,15 +25,14 @@ from pyvmm.kvm.x86.boot_vcpu import setup_boot_vcpu, setup_vcpu
 from pyvmm.machine.alarm import Alarm
 from pyvmm.machine.attach import attach_virtio_mmio
 from pyvmm.machine.cmdline import command_line
-from pyvmm.machine.disks import open_disk
 from pyvmm.machine.resources import VirtioSlot, virtio_slots
 from pyvmm.machine.run_loop import AccessCounts
-from pyvmm.machine.spec import VmSpec
 from pyvmm.machine.trace import Hook, Trace
 from pyvmm.memory import GuestMemory
 from pyvmm.memory import layout_x86 as layout
 from pyvmm.platform.serial import BURST, Serial
 from pyvmm.platform.x86 import acpi_pm, cmos, i8042
+from pyvmm.spec.vm import VmSpec
 from pyvmm.transport.mmio import MmioTransport
 from pyvmm.virtio.device import VirtioDevice
 
@@ -94,7 +94,7 @@ def prepare_again(prepared: Prepared) -> Prepared:
 def _open_devices(spec: VmSpec, trace: Hook | None, closing: ExitStack) -> list[VirtioDevice]:
     if not spec.devices:
         return []
-    from pyvmm.machine import devices
+    from pyvmm.kinds import registry as devices
 
     context = devices.Context(spec.name, trace, closing)
     return [devices.open_device(device, context) for device in spec.devices]

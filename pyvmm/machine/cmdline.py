@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pyvmm.boot.cmdline import merge
-from pyvmm.machine.spec import VmSpec
+from pyvmm.spec.vm import VmSpec
 
 
 def default_parameters(spec: VmSpec, *, quiet: bool) -> list[str]:

@@ -15,9 +15,9 @@ from typing import Any
 import guest
 import pytest
 
-from pyvmm.cli.choose import why_not_host
 from pyvmm.emulated_host.find import find_image
 from pyvmm.errors import PyvmmError
+from pyvmm.monitor.choose import why_not_host
 
 Key = tuple[Any, ...]
 

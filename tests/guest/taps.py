@@ -11,8 +11,8 @@ import pytest
 from disks import artifacts, root_disk
 from guest import HANG_SECONDS, GuestResult, text
 
-from pyvmm.cli.choose import why_not_host
 from pyvmm.emulated_host.spec import cpus_for
+from pyvmm.monitor.choose import why_not_host
 
 
 def boot_with_taps(

@@ -6,7 +6,7 @@ import subprocess
 
 from guest import HANG_SECONDS, PYVMM
 
-from pyvmm.cli.choose import why_not_host
+from pyvmm.monitor.choose import why_not_host
 
 
 def test_the_doctor_says_how_guests_run_here(linux_guests: None) -> None:

@@ -12,8 +12,8 @@ import pytest
 from disks import artifacts, blank_disk, fsck, random_disk, root_disk, sha256
 from guest import RING_PACKED, Guest, GuestResult
 
-from pyvmm.machine.disks import open_backend
-from pyvmm.machine.spec import DiskSpec
+from pyvmm.kinds.disk import open_backend
+from pyvmm.spec.vm import DiskSpec
 
 pytestmark = pytest.mark.usefixtures("linux_guests")
 

@@ -13,8 +13,8 @@ import pytest
 from guest import HANG_SECONDS
 from taps import boot_with_taps
 
-from pyvmm.cli.choose import why_not_host
 from pyvmm.host import vhost
+from pyvmm.monitor.choose import why_not_host
 
 pytestmark = pytest.mark.usefixtures("linux_guests")
 

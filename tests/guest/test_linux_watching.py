@@ -14,7 +14,7 @@ import pytest
 from disks import artifacts
 from guest import HANG_SECONDS, PYVMM, Guest, pump_into, text, wait_until
 
-from pyvmm.cli.choose import why_not_host
+from pyvmm.monitor.choose import why_not_host
 
 pytestmark = pytest.mark.usefixtures("linux_guests")
 

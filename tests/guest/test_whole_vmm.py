@@ -9,7 +9,7 @@ from pathlib import Path
 from guest import HANG_SECONDS, tail
 
 from pyvmm import images
-from pyvmm.cli.choose import why_not_host
+from pyvmm.monitor.choose import why_not_host
 
 SCRIPT = Path(__file__).parents[2] / "docs/tutorial/whole_vmm.py"
 

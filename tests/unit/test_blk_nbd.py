@@ -19,8 +19,8 @@ import pytest
 from blk_rig import running
 
 from pyvmm.errors import ConfigError
-from pyvmm.machine.disks import open_backend
-from pyvmm.machine.spec import DiskSpec
+from pyvmm.kinds.disk import open_backend
+from pyvmm.spec.vm import DiskSpec
 from pyvmm.testing.blk_driver import IOERR, OK, UNMAP
 from pyvmm.virtio.blk import nbd
 from pyvmm.virtio.blk.backend import Backend
@@ -230,8 +230,8 @@ def test_s11_a_daemon_that_dies_is_an_io_error(image: Path, closing: ExitStack) 
 MONITOR = """
 import sys, time
 from contextlib import ExitStack
-from pyvmm.machine.disks import open_backend
-from pyvmm.machine.spec import DiskSpec
+from pyvmm.kinds.disk import open_backend
+from pyvmm.spec.vm import DiskSpec
 with ExitStack() as closing:
     disk = open_backend(DiskSpec(sys.argv[1]), closing)
     disk.writev([memoryview(b"x" * 512)], 512, 0)

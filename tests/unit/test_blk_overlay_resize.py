@@ -17,8 +17,8 @@ from blk_rig import Rig, file_backend, running
 from overlay_rig import Journal
 
 from pyvmm.errors import ConfigError, HostError
-from pyvmm.machine.control import MachineControl
-from pyvmm.machine.spec import DiskSpec, VmSpec
+from pyvmm.monitor.control import MachineControl
+from pyvmm.spec.vm import DiskSpec, VmSpec
 from pyvmm.testing.blk_driver import IOERR, OK
 from pyvmm.virtio.blk.backend import Backend, FileBackend
 from pyvmm.virtio.blk.overlay import OverlayBackend, open_snapshot

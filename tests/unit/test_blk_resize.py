@@ -14,14 +14,14 @@ from types import SimpleNamespace
 import pytest
 from blk_rig import Rig, file_backend, running
 
-from pyvmm.cli import inside_disks
 from pyvmm.emulated_host.disks import DiskService
 from pyvmm.emulated_host.qmp import Qmp
 from pyvmm.emulated_host.spec import EmulatedHostError, EmulatedHostSpec, HostDisk, HostImage
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import unix_sockets
-from pyvmm.machine.control import MachineControl
-from pyvmm.machine.spec import DiskSpec, VmSpec, validate
+from pyvmm.monitor import inside_disks
+from pyvmm.monitor.control import MachineControl
+from pyvmm.spec.vm import DiskSpec, VmSpec, validate
 from pyvmm.testing.blk_driver import IOERR, OK
 from pyvmm.virtio import constants
 from pyvmm.virtio.blk import device as device_module

@@ -14,9 +14,9 @@ import tempfile
 import boot_images
 import pytest
 
-from pyvmm.cli import emulated
 from pyvmm.cli.main import main
-from pyvmm.machine.spec import from_json
+from pyvmm.monitor import emulated
+from pyvmm.spec.vm import from_json
 
 PYVMM = [sys.executable, "-m", "pyvmm"]
 SAFETY_TIMEOUT = 60
@@ -184,7 +184,7 @@ def test_a_trace_never_overwrites_what_the_guest_uses(run, place, victim):
 
 
 def test_why_there_is_an_emulated_host_is_said_only_if_it_starts(pyvmm, monkeypatch):
-    choose = importlib.import_module("pyvmm.cli.choose")
+    choose = importlib.import_module("pyvmm.monitor.choose")
     monkeypatch.setattr(choose, "why_not_host", lambda: "no KVM on this machine")
     code, error = pyvmm("run", "--kernel", "missing")
     assert (code, error.count("\n")) == (2, 1)
@@ -332,7 +332,7 @@ def test_a_file_that_may_not_be_read_is_one_line(run, place, option, name):
 
 def test_inside_the_emulated_host_errors_are_one_line_too_and_click_stays_out():
     script = (
-        "import sys; sys.argv = ['inside', '{}', '30']; from pyvmm.cli.inside import main;"
+        "import sys; sys.argv = ['inside', '{}', '30']; from pyvmm.monitor.inside import main;"
         "code = main();"
         "print(code, 'click' in sys.modules)"
     )

@@ -14,14 +14,15 @@ from agent_rig import compile_agent, needs_compiler, running
 
 from pyvmm import images
 from pyvmm.agent import Agent
-from pyvmm.cli import guest, run_command
-from pyvmm.cli.attached import attach, terminal_size
+from pyvmm.cli import guest
 from pyvmm.cli.commands import run_command as by_click
 from pyvmm.cli.quick import split_command
 from pyvmm.errors import ConfigError
 from pyvmm.images.bootable import MachineImage, Process
-from pyvmm.machine.device_vsock import Spec as Vsock
-from pyvmm.machine.spec import DiskSpec, VmSpec
+from pyvmm.kinds.vsock import Spec as Vsock
+from pyvmm.monitor import run_command
+from pyvmm.monitor.attached import attach, terminal_size
+from pyvmm.spec.vm import DiskSpec, VmSpec
 
 
 @pytest.fixture(autouse=True)
@@ -158,7 +159,7 @@ def test_a_terminals_size_has_a_default() -> None:
 ATTACH = """
 import sys
 from pyvmm.agent import Agent
-from pyvmm.cli.attached import attach
+from pyvmm.monitor.attached import attach
 from pyvmm.host import unix_sockets
 path, *argv = sys.argv[1:]
 process = Agent(lambda: unix_sockets.connect(path)).open(argv, stdin=True)

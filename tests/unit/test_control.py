@@ -24,7 +24,7 @@ from pyvmm.control.client import Client, NoAnswer
 from pyvmm.control.protocol import MAX_LINE, ControlError, Method, Upgrade
 from pyvmm.control.server import MAX_CLIENTS, ControlServer
 from pyvmm.errors import ConfigError, HostError
-from pyvmm.machine.control import MachineControl
+from pyvmm.monitor.control import MachineControl
 
 HANG = 30.0  # seconds; no measure of speed
 

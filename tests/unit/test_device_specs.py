@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 
 from pyvmm.errors import ConfigError
-from pyvmm.machine import devices
+from pyvmm.kinds import registry as devices
 from pyvmm.machine.cmdline import command_line
-from pyvmm.machine.spec import VmSpec, from_json, to_json, validate
+from pyvmm.spec.vm import VmSpec, from_json, to_json, validate
 
 
 def vm(*specs) -> VmSpec:

@@ -13,9 +13,10 @@ import pytest
 
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
-from pyvmm.machine import device_user, devices
-from pyvmm.machine.device_user import Spec
-from pyvmm.machine.spec import VmSpec, from_json, to_json, validate
+from pyvmm.kinds import registry as devices
+from pyvmm.kinds import user as device_user
+from pyvmm.kinds.user import Spec
+from pyvmm.spec.vm import VmSpec, from_json, to_json, validate
 from pyvmm.testing import DriverTimeout, attached
 from pyvmm.virtio import defects
 

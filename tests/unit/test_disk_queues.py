@@ -9,9 +9,9 @@ from contextlib import ExitStack
 import pytest
 
 from pyvmm.errors import ConfigError
+from pyvmm.kinds.disk import open_disk
 from pyvmm.machine.alarm import Alarm
-from pyvmm.machine.disks import open_disk
-from pyvmm.machine.spec import DiskSpec, VmSpec, from_json, parse_disk, to_json, validate
+from pyvmm.spec.vm import DiskSpec, VmSpec, from_json, parse_disk, to_json, validate
 from pyvmm.testing import attached
 from pyvmm.testing.blk_driver import OK, BlockDriver
 

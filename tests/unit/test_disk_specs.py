@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from blk_rig import running
 
-from pyvmm.cli.emulated_disks import hand_over
 from pyvmm.emulated_host import HostDisk
 from pyvmm.errors import ConfigError
-from pyvmm.machine.disks import open_backend
-from pyvmm.machine.spec import DiskSpec, VmSpec, from_json, parse_disk, to_json, validate
+from pyvmm.kinds.disk import open_backend
+from pyvmm.monitor.emulated_disks import hand_over
+from pyvmm.spec.vm import DiskSpec, VmSpec, from_json, parse_disk, to_json, validate
 from pyvmm.testing.blk_driver import IOERR, OK
 from pyvmm.virtio.blk.backend import Backend
 from pyvmm.virtio.blk.overlay_layout import layout_for

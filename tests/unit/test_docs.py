@@ -12,7 +12,7 @@ import pytest
 
 from pyvmm.machine.cmdline import command_line
 from pyvmm.machine.outcome import Ending
-from pyvmm.machine.spec import DiskSpec, VmSpec
+from pyvmm.spec.vm import DiskSpec, VmSpec
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [

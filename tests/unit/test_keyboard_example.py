@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.machine import devices
+from pyvmm.kinds import registry as devices
 from pyvmm.testing import attached
 
 FILE = Path(__file__).parents[2] / "examples" / "keyboard.py"

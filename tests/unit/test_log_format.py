@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from pyvmm.cli.ending import explain
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
-from pyvmm.machine import launch
 from pyvmm.machine.outcome import Ending, Outcome
+from pyvmm.monitor import launch
+from pyvmm.monitor.ending import explain
 from pyvmm.testing import attached
 from pyvmm.virtio.blk.backend import Backend
 from pyvmm.virtio.blk.device import BlockDevice

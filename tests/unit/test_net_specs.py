@@ -10,10 +10,12 @@ import pytest
 
 from pyvmm.errors import ConfigError
 from pyvmm.host import passt, tap, vhost
-from pyvmm.machine import device_net, devices, rates
-from pyvmm.machine.device_net import Spec, check, parse, parse_forward
-from pyvmm.machine.devices import Context
-from pyvmm.machine.spec import VmSpec, from_json, to_json, validate
+from pyvmm.kinds import net as device_net
+from pyvmm.kinds import registry as devices
+from pyvmm.kinds.net import Spec, check, parse, parse_forward
+from pyvmm.kinds.registry import Context
+from pyvmm.spec import rates
+from pyvmm.spec.vm import VmSpec, from_json, to_json, validate
 
 
 @pytest.mark.parametrize(

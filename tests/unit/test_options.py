@@ -19,17 +19,18 @@ from pyvmm.api.aio import AsyncVM
 from pyvmm.cli.quick import DEFAULTS
 from pyvmm.cli.run import run
 from pyvmm.errors import ConfigError
-from pyvmm.machine import devices, tables
-from pyvmm.machine.device_balloon import Spec as Balloon
-from pyvmm.machine.device_console import Spec as Console
-from pyvmm.machine.device_net import Spec as Net
-from pyvmm.machine.device_ports import PortSpec
-from pyvmm.machine.device_ports import Spec as Ports
-from pyvmm.machine.device_rng import Spec as Rng
-from pyvmm.machine.device_user import Spec as UserDevice
-from pyvmm.machine.device_vsock import Spec as Vsock
-from pyvmm.machine.options import NAMES, OPTIONS, make_spec
-from pyvmm.machine.spec import (
+from pyvmm.kinds import registry as devices
+from pyvmm.kinds.balloon import Spec as Balloon
+from pyvmm.kinds.console import Spec as Console
+from pyvmm.kinds.net import Spec as Net
+from pyvmm.kinds.port import PortSpec
+from pyvmm.kinds.port import Spec as Ports
+from pyvmm.kinds.rng import Spec as Rng
+from pyvmm.kinds.user import Spec as UserDevice
+from pyvmm.kinds.vsock import Spec as Vsock
+from pyvmm.spec import tables
+from pyvmm.spec.options import NAMES, OPTIONS, make_spec
+from pyvmm.spec.vm import (
     TRACE_KINDS,
     DiskSpec,
     VmSpec,

@@ -19,11 +19,11 @@ from partition_tables import MIB, ROOT_X86_64, SECTOR, needs_tools, partitioned,
 from pyvmm.boot import partitions
 from pyvmm.boot.diagnosis import ConsoleWatcher
 from pyvmm.boot.partitions import Table
+from pyvmm.kinds.disk import open_disk
 from pyvmm.machine.alarm import Alarm
 from pyvmm.machine.builder import Prepared
-from pyvmm.machine.disks import open_disk
-from pyvmm.machine.launch import Attendant
-from pyvmm.machine.spec import DiskSpec, VmSpec
+from pyvmm.monitor.launch import Attendant
+from pyvmm.spec.vm import DiskSpec, VmSpec
 from pyvmm.virtio.blk.backend import Backend
 from pyvmm.virtio.blk.device import BlockDevice
 

@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 from test_blk_nbd import opened, qemu_img, refusal, why_not
 
-from pyvmm.cli.emulated_disks import hand_over
 from pyvmm.emulated_host.qemu import Qcow2Disk, _qcow2_nodes
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import confinement
 from pyvmm.host.qcow2 import Header, Layer, blockdev, open_chain, read_header
 from pyvmm.host.storage_daemon import EXPORT, StorageDaemon, _confined
-from pyvmm.machine.disks import open_backend
-from pyvmm.machine.spec import DiskSpec, VmSpec, from_json, parse_disk, to_json, validate
+from pyvmm.kinds.disk import open_backend
+from pyvmm.monitor.emulated_disks import hand_over
+from pyvmm.spec.vm import DiskSpec, VmSpec, from_json, parse_disk, to_json, validate
 from pyvmm.virtio.blk.backend import Backend
 from pyvmm.virtio.blk.nbd import NbdBackend, load
 

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from worker_rig import Bench, Echo, wait_for
 
 from pyvmm.errors import ConfigError
-from pyvmm.machine import devices, rates
-from pyvmm.machine.spec import DiskSpec, VmSpec, from_json, parse_disk, to_json, validate
+from pyvmm.kinds import registry as devices
+from pyvmm.spec import rates
+from pyvmm.spec.vm import DiskSpec, VmSpec, from_json, parse_disk, to_json, validate
 from pyvmm.virtio import rate_limit
 from pyvmm.virtio.rate_limit import RateLimiter, TokenBucket, limiter
 

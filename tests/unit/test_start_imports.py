@@ -11,7 +11,7 @@ import sys
 import boot_images
 import pytest
 
-from pyvmm.machine.spec import DiskSpec, VmSpec, to_json, validate
+from pyvmm.spec.vm import DiskSpec, VmSpec, to_json, validate
 
 # Runs sys.argv[2:] as the command line until the machine is about to be put together.
 RUN = """
@@ -21,8 +21,8 @@ entry, *sys.argv = sys.argv[1:]
 if entry == "command":
     from pyvmm.cli import main
 else:
-    from pyvmm.cli.inside import main
-from pyvmm.machine import launch
+    from pyvmm.monitor.inside import main
+from pyvmm.monitor import launch
 def stop(*parts):
     print(*sorted(set(sys.modules) - before))
     sys.stdout.flush()
@@ -48,11 +48,11 @@ NEVER = {
     *("tempfile", "traceback", "unittest", "urllib", "xml"),
     *("cffi", "click", "pycparser", "elftools", "pkg_resources", "setuptools", "rich"),
     # for failures, other kinds of kernels, other commands
-    *("pyvmm.boot.x86.elf", "pyvmm.cli.doctor", "pyvmm.cli.emulated", "pyvmm.cli.image"),
+    *("pyvmm.boot.x86.elf", "pyvmm.cli.doctor", "pyvmm.monitor.emulated", "pyvmm.cli.image"),
     *("pyvmm.emulated_host", "pyvmm.images", "pyvmm.kvm.exits", "pyvmm.kvm.probe"),
     *("pyvmm.kvm.report", "pyvmm.testing"),
     # once the guest runs, or somebody asks
-    *("pyvmm.control.client", "pyvmm.control.server", "pyvmm.machine.control"),
+    *("pyvmm.control.client", "pyvmm.control.server", "pyvmm.monitor.control"),
 }
 
 

@@ -26,9 +26,9 @@ from pyvmm.cli import stats as cli
 from pyvmm.errors import ConfigError
 from pyvmm.host.syscalls import EventFd
 from pyvmm.kvm import stats as kvm_stats
-from pyvmm.machine import metrics
 from pyvmm.machine.run_loop import AccessCounts, CountedBus
-from pyvmm.machine.stats import _device, exits_by_reason, quantile
+from pyvmm.monitor import metrics
+from pyvmm.monitor.stats import _device, exits_by_reason, quantile
 from pyvmm.testing import attached
 from pyvmm.virtio.features import ring_features
 from pyvmm.virtio.rng.device import EntropyDevice

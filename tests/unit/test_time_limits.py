@@ -397,10 +397,10 @@ RUN = """
 import os, signal, sys, threading
 from pathlib import Path
 from agent_rig import Guest
-from pyvmm.cli.run_command import CommandLine, run_with_command
+from pyvmm.monitor.run_command import CommandLine, run_with_command
 from pyvmm.control import registry
 from pyvmm.control.server import ControlServer
-from pyvmm.machine.spec import VmSpec
+from pyvmm.spec.vm import VmSpec
 
 path, still, *argv = sys.argv[1:]
 guest = Guest(Path(path))

@@ -18,7 +18,7 @@ from pyvmm.control.protocol import NOT_READY, ControlError, Method, Upgrade
 from pyvmm.control.server import ControlServer
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import unix_sockets
-from pyvmm.machine.control import MachineControl
+from pyvmm.monitor.control import MachineControl
 from pyvmm.testing.vsock_driver import REQUEST, RESPONSE, RST, RW, Packet
 from pyvmm.virtio.vsock import switch
 from pyvmm.virtio.vsock.device import VsockDevice

@@ -18,7 +18,7 @@ from pyvmm.control.streams import MAX_STREAMS, OUTPUT_LIMIT
 from pyvmm.errors import ConfigError
 from pyvmm.host import unix_sockets
 from pyvmm.machine.outcome import Ending, Outcome
-from pyvmm.machine.watch import Watch
+from pyvmm.monitor.watch import Watch
 from pyvmm.platform.serial import FCR, FCR_ENABLE, IER, IER_RDI, LSR, LSR_DR, RBR, Serial
 from pyvmm.platform.shared_console import KEPT, ConsoleTail, SharedInput
 

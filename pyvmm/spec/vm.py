@@ -12,8 +12,8 @@ from typing import Any, ClassVar
 
 from pyvmm.control.names import check_name
 from pyvmm.errors import ConfigError
-from pyvmm.machine import rates
 from pyvmm.memory import layout_x86 as layout
+from pyvmm.spec import rates
 
 MAX_CPUS = 64
 MAX_ID_BYTES = 20  # VIRTIO_BLK_ID_BYTES: the driver reads the id by VIRTIO_BLK_T_GET_ID
@@ -60,7 +60,7 @@ class DiskSpec:
     ON_ERROR, says what a failure of the host does: the guest gets an I/O error, or the VM stops.
     `queues` are its request queues, each served by a thread of its own; a guest uses one per vCPU
     at most. `packed` offers the guest packed rings, which it then prefers to split ones.
-    `bps`, `iops` and their bursts limit bytes and operations a second (machine.rates).
+    `bps`, `iops` and their bursts limit bytes and operations a second (spec.rates).
 
     `format` is one of FORMATS; "" goes by the file's name. With `snapshot` what the guest writes is
     thrown away at the end, with `overlay` kept in the file of that name; the image itself may then
@@ -122,7 +122,7 @@ class DiskSpec:
 
 @dataclass(frozen=True)
 class DeviceSpec:
-    """A virtio device beside the disks; a class of its own for each kind (machine.devices).
+    """A virtio device beside the disks; a class of its own for each kind (kinds).
 
     `packed` offers the guest packed rings, which it then prefers to split ones."""
 
@@ -270,7 +270,7 @@ def validate(spec: VmSpec) -> VmSpec:
 def _with_checked_devices(spec: VmSpec) -> VmSpec:
     if not spec.devices:
         return spec
-    from pyvmm.machine import devices
+    from pyvmm.kinds import registry as devices
 
     return replace(spec, devices=devices.check(spec.devices))
 
@@ -383,6 +383,6 @@ def _disk_from_plain(values: Mapping[str, Any]) -> DiskSpec:
 def _devices_from_plain(rows: list[tuple[str, dict[str, Any]]]) -> tuple[DeviceSpec, ...]:
     if not rows:
         return ()
-    from pyvmm.machine import devices
+    from pyvmm.kinds import registry as devices
 
     return tuple(devices.from_plain(kind, values) for kind, values in rows)

@@ -10,8 +10,8 @@ from dataclasses import MISSING, Field, fields
 from typing import Any, TypeVar
 
 from pyvmm.errors import ConfigError
-from pyvmm.machine import rates
-from pyvmm.machine.spec import parse_memory, write_memory
+from pyvmm.spec import rates
+from pyvmm.spec.vm import parse_memory, write_memory
 
 T = TypeVar("T")
 

@@ -14,12 +14,12 @@ from pyvmm.host import log
 from pyvmm.machine.builder import Parts, Prepared, assemble, prepare, prepare_again
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.outcome import STOP_SECONDS, Ending, Outcome
-from pyvmm.machine.restart import FRUITLESS, RebootPolicy
-from pyvmm.machine.spec import VmSpec
 from pyvmm.machine.trace import Trace
+from pyvmm.monitor.restart import FRUITLESS, RebootPolicy
 from pyvmm.platform.console import Console, standard_fds
 from pyvmm.platform.console_pump import InputPort
 from pyvmm.platform.shared_console import ConsoleTail, SharedInput
+from pyvmm.spec.vm import VmSpec
 from pyvmm.transport.mmio import MmioTransport
 from pyvmm.virtio import constants
 from pyvmm.virtio.blk.device import BlockDevice
@@ -27,9 +27,9 @@ from pyvmm.virtio.blk.device import BlockDevice
 if TYPE_CHECKING:
     from pyvmm.boot.partitions import Table
     from pyvmm.host.unix_sockets import Socket
-    from pyvmm.machine.control import ResizeOutside
-    from pyvmm.machine.power_off import PowerOff
-    from pyvmm.machine.watch import Watch
+    from pyvmm.monitor.control import ResizeOutside
+    from pyvmm.monitor.power_off import PowerOff
+    from pyvmm.monitor.watch import Watch
 
 _SILENCE_SECONDS = 20.0
 # The end of every run is told where programs read the log; text has no line for these.
@@ -196,8 +196,8 @@ class _Answering:
             return
         # Imported while the guest runs already, which does not wait for this.
         from pyvmm.control.server import ControlServer
-        from pyvmm.machine.control import MachineControl
-        from pyvmm.machine.watch import Watch
+        from pyvmm.monitor.control import MachineControl
+        from pyvmm.monitor.watch import Watch
 
         self._watch = watch = Watch(*console, attendant.console)
         watch.console_left_out = console_left_out
@@ -296,7 +296,7 @@ class _Run:
     def _ask(self, request: Outcome, patience: float) -> bool:
         assert self._machine is not None
         # Imported when it is wanted, as most guests power off by themselves.
-        from pyvmm.machine.power_off import PowerOff
+        from pyvmm.monitor.power_off import PowerOff
 
         self._asking = PowerOff(self._machine, self._prepared.spec.name, self._tell_asked)
         return self._asking.ask(patience, request)
@@ -347,7 +347,7 @@ def _join_virtio_console(prepared: Prepared, console: Console) -> InputPort | No
     """Give the console to the virtio-console that is to have it; where the input goes then."""
     if not any(device.kind == "console" for device in prepared.spec.devices):
         return None
-    from pyvmm.machine.device_console import TerminalConsole
+    from pyvmm.kinds.console import TerminalConsole
     from pyvmm.platform import window_size
 
     device = next(d for d in prepared.devices if isinstance(d, TerminalConsole))

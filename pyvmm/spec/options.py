@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from pyvmm.errors import ConfigError
-from pyvmm.machine.spec import (
+from pyvmm.spec.vm import (
     DISCOVERY,
     ON_REBOOT,
     DeviceSpec,
@@ -27,7 +27,7 @@ KVM = ("auto", "host", "emulated")
 
 
 class Option(NamedTuple):
-    """One thing to ask for. `field` is the VmSpec's, `device` a kind of machine.devices; with
+    """One thing to ask for. `field` is the VmSpec's, `device` a kind of device (kinds); with
     neither it says how the VM is run, and is not part of its specification.
 
     `many`: a list, of which one value alone may stand for itself. `default` is the value that says
@@ -72,7 +72,7 @@ def make_spec(values: Mapping[str, Any]) -> VmSpec:
     """The machine that `values` describe, by the names above; names that are not there, and those
     of options that are not part of a specification, are left alone. Raises ConfigError.
 
-    Still to be checked by `pyvmm.machine.spec.validate`.
+    Still to be checked by `pyvmm.spec.vm.validate`.
     """
     fields: dict[str, Any] = {}
     found: list[DeviceSpec] = []
@@ -140,7 +140,7 @@ def _disk(value: Any, option: Option) -> DiskSpec:
     if isinstance(value, DiskSpec):
         return value
     if isinstance(value, Mapping):
-        from pyvmm.machine import tables
+        from pyvmm.spec import tables
 
         found = tables.read(DiskSpec, value, option.name)
         if not found.path:
@@ -211,7 +211,7 @@ def _devices(option: Option, value: Any) -> list[DeviceSpec]:
 
 
 def _device(option: Option, value: Any) -> DeviceSpec | None:
-    from pyvmm.machine import devices
+    from pyvmm.kinds import registry as devices
 
     if isinstance(value, DeviceSpec) and value.kind == option.device:
         return value
@@ -227,7 +227,7 @@ def _device(option: Option, value: Any) -> DeviceSpec | None:
 
 
 def _ports(values: list[Any], option: Option) -> DeviceSpec:
-    from pyvmm.machine import device_ports
+    from pyvmm.kinds import port as device_ports
 
     specs = [_port(value, option) for value in values]
     ports = tuple(port for spec in specs for port in spec.ports)
@@ -236,7 +236,9 @@ def _ports(values: list[Any], option: Option) -> DeviceSpec:
 
 
 def _port(value: Any, option: Option) -> Any:
-    from pyvmm.machine import device_ports, devices, tables
+    from pyvmm.kinds import port as device_ports
+    from pyvmm.kinds import registry as devices
+    from pyvmm.spec import tables
 
     if isinstance(value, device_ports.Spec):
         return value

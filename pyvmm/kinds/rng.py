@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pyvmm.errors import ConfigError
-from pyvmm.machine import rates
-from pyvmm.machine.devices import Context
-from pyvmm.machine.spec import DeviceSpec
+from pyvmm.kinds.registry import Context
+from pyvmm.spec import rates
+from pyvmm.spec.vm import DeviceSpec
 from pyvmm.virtio.rng.device import EntropyDevice
 
 OPTION = "--rng-limit"
@@ -16,7 +16,7 @@ OPTION = "--rng-limit"
 
 @dataclass(frozen=True)
 class Spec(DeviceSpec):
-    """An entropy device; `bps`, `iops` and their bursts are its limits (machine.rates)."""
+    """An entropy device; `bps`, `iops` and their bursts are its limits (spec.rates)."""
 
     kind: ClassVar[str] = "rng"
     bps: int = 0

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, ClassVar
 from pyvmm.errors import ConfigError
 from pyvmm.host import log, passt, syscalls, tap
 from pyvmm.host.passt import Forward
-from pyvmm.machine import rates
-from pyvmm.machine.devices import Context
-from pyvmm.machine.spec import DeviceSpec
+from pyvmm.kinds.registry import Context
+from pyvmm.spec import rates
+from pyvmm.spec.vm import DeviceSpec
 from pyvmm.virtio.net.backend import Backend
 from pyvmm.virtio.net.device import NetDevice
 from pyvmm.virtio.net.header import ETH_HEADER, VLAN_TAG
@@ -44,7 +44,7 @@ class Spec(DeviceSpec):
     how it is in an emulated host.
 
     `rx_bps`, `rx_pps` and so on limit bytes and packets a second that the guest receives and sends
-    (machine.rates); those larger than the burst go when the bucket is full.
+    (spec.rates); those larger than the burst go when the bucket is full.
     """
 
     kind: ClassVar[str] = "net"

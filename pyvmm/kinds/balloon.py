@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pyvmm.errors import ConfigError
-from pyvmm.machine.devices import Context
-from pyvmm.machine.spec import DeviceSpec, parse_memory
+from pyvmm.kinds.registry import Context
+from pyvmm.spec.vm import DeviceSpec, parse_memory
 from pyvmm.virtio.balloon.device import BalloonDevice
 
 _OPTION = "--balloon"

@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from pyvmm.errors import ConfigError
 from pyvmm.host.named_listener import NamedListener
-from pyvmm.machine.devices import Context, Crossing
-from pyvmm.machine.spec import DeviceSpec
+from pyvmm.kinds.registry import Context, Crossing
+from pyvmm.spec.vm import DeviceSpec
 from pyvmm.virtio.console.device import MAX_NAMED_PORTS, ConsoleDevice
 from pyvmm.virtio.console.ends import SocketEnd
 

@@ -10,8 +10,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pyvmm.cli.emulated_disks import hand_over
-from pyvmm.cli.inside import CONTROL_PATH
 from pyvmm.emulated_host import (
     OWN_MEMORY_MIB,
     EmulatedHost,
@@ -27,15 +25,17 @@ from pyvmm.emulated_host.spec import cpus_for
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
 from pyvmm.host.unix_sockets import Socket
+from pyvmm.kinds.registry import Crossing
 from pyvmm.machine.builder import check_boot
-from pyvmm.machine.devices import Crossing
 from pyvmm.machine.outcome import STOP_SECONDS, Ending
-from pyvmm.machine.spec import DeviceSpec, DiskSpec, VmSpec, to_json
 from pyvmm.machine.trace import cannot_write
+from pyvmm.monitor.emulated_disks import hand_over
+from pyvmm.monitor.inside import CONTROL_PATH
 from pyvmm.platform.console import standard_fds
 from pyvmm.platform.escape import HELP, Command, EscapeParser
 from pyvmm.platform.terminal import Terminal, is_terminal
 from pyvmm.platform.window_size import SERVICE, SizeService
+from pyvmm.spec.vm import DeviceSpec, DiskSpec, VmSpec, to_json
 
 if TYPE_CHECKING:
     from pyvmm.control.vm_log import VmLog
@@ -90,7 +90,7 @@ def run_emulated(
                 "(--kvm=host insists, `pyvmm doctor` explains)"
             )
         # -P: the current directory is the user's, not a place for modules.
-        argv = [sys.executable, "-P", "-m", "pyvmm.cli.inside", to_json(spec)]
+        argv = [sys.executable, "-P", "-m", "pyvmm.monitor.inside", to_json(spec)]
         argv.append(str(stop_patience))
         return _join_terminal(host, argv, size, stop_patience, vm_log)
 
@@ -126,7 +126,7 @@ def _hand_over_disks(spec: VmSpec, closing: ExitStack) -> tuple[VmSpec, tuple[Ho
 def _cross(spec: VmSpec, closing: ExitStack) -> list[Crossing]:
     if not spec.devices:
         return []
-    from pyvmm.machine import devices
+    from pyvmm.kinds import registry as devices
 
     return [devices.cross(device, closing) for device in spec.devices]
 
@@ -147,7 +147,7 @@ def _networks(spec: VmSpec, closing: ExitStack) -> tuple[VmSpec, tuple[HostStrea
     serves them (passt) runs here, where the network is."""
     if not any(device.kind == "net" for device in spec.devices):
         return spec, ()
-    from pyvmm.machine import device_net
+    from pyvmm.kinds import net as device_net
 
     devices: list[DeviceSpec] = []
     streams: list[HostStream] = []
@@ -182,7 +182,7 @@ def _with_real_paths(spec: VmSpec) -> VmSpec:
 def _devices_inside(spec: VmSpec) -> tuple[DeviceSpec, ...]:
     if not spec.devices:
         return ()
-    from pyvmm.machine import devices
+    from pyvmm.kinds import registry as devices
 
     return devices.for_emulated_host(spec.devices, _visible)
 

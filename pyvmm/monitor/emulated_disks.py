@@ -14,8 +14,8 @@ from dataclasses import replace
 
 from pyvmm.emulated_host import HostDisk
 from pyvmm.errors import HostError
-from pyvmm.machine.disks import lock_image, open_backend, qcow2_layers, ram_image
-from pyvmm.machine.spec import DiskSpec
+from pyvmm.kinds.disk import lock_image, open_backend, qcow2_layers, ram_image
+from pyvmm.spec.vm import DiskSpec
 
 # Inside; these disks have no path of their own.
 _RAM_PATH = "/run/pyvmm-ram-{index}"
@@ -65,7 +65,7 @@ def _ram(disk: DiskSpec, index: int, closing: ExitStack, visible: _Visible) -> _
 
 
 def _python(disk: DiskSpec, index: int, closing: ExitStack, visible: _Visible) -> _Handed:
-    from pyvmm.machine.disk_user import for_emulated_host
+    from pyvmm.kinds.disk_user import for_emulated_host
 
     return for_emulated_host(disk, visible), []
 

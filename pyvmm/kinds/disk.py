@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import log
 from pyvmm.host.files import SECTOR, ImageFile, open_image
-from pyvmm.machine import rates
 from pyvmm.machine.alarm import Alarm
-from pyvmm.machine.spec import DiskSpec, parse_memory
 from pyvmm.machine.trace import Hook
+from pyvmm.spec import rates
+from pyvmm.spec.vm import DiskSpec, parse_memory
 from pyvmm.virtio.blk.backend import Backend, FileBackend
 from pyvmm.virtio.blk.device import BlockDevice
 from pyvmm.virtio.features import ring_features
@@ -139,7 +139,7 @@ def _open_qcow2(disk: DiskSpec, closing: ExitStack) -> Backend:
 
 
 def _open_python(disk: DiskSpec, closing: ExitStack) -> Backend:
-    from pyvmm.machine.disk_user import make_backend
+    from pyvmm.kinds.disk_user import make_backend
 
     backend = make_backend(disk)
     closing.callback(backend.close)

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from pyvmm.errors import ConfigError
-from pyvmm.machine.devices import Context
-from pyvmm.machine.spec import DeviceSpec
-from pyvmm.machine.user_class import UserClass
+from pyvmm.kinds.registry import Context
+from pyvmm.kinds.user_class import UserClass
+from pyvmm.spec.vm import DeviceSpec
 from pyvmm.virtio import features
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.negotiation import RESERVED_BITS, SUPPORTED_RESERVED_BITS

@@ -12,9 +12,9 @@ from pyvmm.control import registry
 from pyvmm.errors import ConfigError, PyvmmError
 from pyvmm.host import log
 from pyvmm.host.unix_sockets import Socket
-from pyvmm.machine.options import make_spec
 from pyvmm.machine.outcome import STOP_SECONDS, Ending
-from pyvmm.machine.spec import VmSpec, validate
+from pyvmm.spec.options import make_spec
+from pyvmm.spec.vm import VmSpec, validate
 
 if TYPE_CHECKING:
     from pyvmm.control.vm_log import VmLog
@@ -29,7 +29,7 @@ def start(
     **options: Any,
 ) -> int:
     """Run the machine that the options describe; the exit code. They have the names, and their
-    values the forms, that pyvmm.machine.options tells. With `detach` it runs in the background, and
+    values the forms, that pyvmm.spec.options tells. With `detach` it runs in the background, and
     the exit code tells whether it does; with `command` that is run in the guest, which then powers
     off, and the exit code is the command's.
 
@@ -37,7 +37,7 @@ def start(
     """
     image = None
     if options.get("image") is not None or options.get("kernel") is None:
-        from pyvmm.api.from_image import choose
+        from pyvmm.monitor.from_image import choose
 
         options, image = choose(options)
     spec, rm = validate(make_spec(options)), bool(options.get("rm"))
@@ -47,7 +47,7 @@ def start(
         return _run_command(spec, kvm, image, rm, command, debug)
     if not detach:
         return run_spec(spec, kvm, image=image, rm=rm)
-    from pyvmm.cli.detach import run_detached
+    from pyvmm.monitor.detach import run_detached
 
     return run_detached(lambda tell: run_spec(spec, kvm, image=image, rm=rm, on_name=tell))
 
@@ -55,7 +55,7 @@ def start(
 def _run_command(
     spec: VmSpec, kvm: str, image: str | None, rm: bool, command: Sequence[str], debug: bool
 ) -> int:
-    from pyvmm.cli import run_command
+    from pyvmm.monitor import run_command
 
     line = run_command.for_image(command, image)
     spec = validate(run_command.for_command(spec, rm=rm))
@@ -97,7 +97,7 @@ def run_spec(
                 passt.newer_by(images.passt_command)
         on_name(registration.name)
         if image is not None and not rm:
-            from pyvmm.api.from_image import keep_changes
+            from pyvmm.monitor.from_image import keep_changes
 
             spec = keep_changes(spec, image)
         vm_log = _log_of(registration)
@@ -153,11 +153,11 @@ def _run(
 ) -> int:
     because = None
     if kvm == "auto":
-        from pyvmm.cli.choose import why_not_host
+        from pyvmm.monitor.choose import why_not_host
 
         because = why_not_host()
     if kvm == "host" or (kvm == "auto" and because is None):
-        from pyvmm.machine.launch import run_here
+        from pyvmm.monitor.launch import run_here
 
         return run_here(
             spec,
@@ -165,7 +165,7 @@ def _run(
             stop_patience=stop_patience,
             on_output=_nothing if vm_log is None else vm_log.console,
         )
-    from pyvmm.cli.emulated import run_emulated
+    from pyvmm.monitor.emulated import run_emulated
 
     return run_emulated(spec, because, control=control, stop_patience=stop_patience, vm_log=vm_log)
 

@@ -22,8 +22,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyvmm.errors import ConfigError
-from pyvmm.machine.spec import DeviceSpec
 from pyvmm.machine.trace import Hook
+from pyvmm.spec.vm import DeviceSpec
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.features import VIRTIO_F_RING_PACKED, mask
 
@@ -32,13 +32,13 @@ if TYPE_CHECKING:
 
 # Kind → module. The order is the one in which a VM's devices appear in the guest, after its disks.
 KINDS = {
-    "net": "pyvmm.machine.device_net",
-    "console": "pyvmm.machine.device_console",
-    "ports": "pyvmm.machine.device_ports",
-    "rng": "pyvmm.machine.device_rng",
-    "user": "pyvmm.machine.device_user",
-    "balloon": "pyvmm.machine.device_balloon",
-    "vsock": "pyvmm.machine.device_vsock",
+    "net": "pyvmm.kinds.net",
+    "console": "pyvmm.kinds.console",
+    "ports": "pyvmm.kinds.port",
+    "rng": "pyvmm.kinds.rng",
+    "user": "pyvmm.kinds.user",
+    "balloon": "pyvmm.kinds.balloon",
+    "vsock": "pyvmm.kinds.vsock",
 }
 
 
@@ -73,7 +73,7 @@ def _without_packed(text: str) -> tuple[str, bool]:
 def from_table(kind: str, table: Mapping[str, Any], where: str) -> DeviceSpec:
     """The device that a table of its specification's fields describes; `where` names it in
     messages. Raises ConfigError."""
-    from pyvmm.machine import tables
+    from pyvmm.spec import tables
 
     spec: DeviceSpec = tables.read(_module(kind).Spec, table, where)
     return spec

@@ -8,8 +8,8 @@ from typing import Any
 
 from pyvmm import images
 from pyvmm.images import machines
-from pyvmm.machine.options import as_list
-from pyvmm.machine.spec import DiskSpec, VmSpec
+from pyvmm.spec.options import as_list
+from pyvmm.spec.vm import DiskSpec, VmSpec
 
 
 def choose(options: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:

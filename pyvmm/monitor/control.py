@@ -15,13 +15,13 @@ from pyvmm.host.files import SECTOR
 from pyvmm.machine.builder import Parts, Prepared
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.outcome import STOP_SECONDS, Ending, Outcome
-from pyvmm.machine.spec import DiskSpec
+from pyvmm.spec.vm import DiskSpec
 from pyvmm.virtio.blk.device import BlockDevice
 
 if TYPE_CHECKING:
     from pyvmm.host.unix_sockets import Socket
-    from pyvmm.machine.stats import MachineStats
-    from pyvmm.machine.watch import Watch
+    from pyvmm.monitor.stats import MachineStats
+    from pyvmm.monitor.watch import Watch
     from pyvmm.virtio.balloon.device import BalloonDevice
     from pyvmm.virtio.vsock.device import VsockDevice
 
@@ -119,7 +119,7 @@ class MachineControl:
 
     def metrics(self) -> dict[str, Any]:
         """The same as text in Prometheus' format. Raises HostError."""
-        from pyvmm.machine.metrics import CONTENT_TYPE, as_text
+        from pyvmm.monitor.metrics import CONTENT_TYPE, as_text
 
         text = as_text(self._prepared.spec.name, self.status(), self.stats())
         return {"content_type": CONTENT_TYPE, "text": text}
@@ -127,7 +127,7 @@ class MachineControl:
     def _counted(self) -> MachineStats:
         parts = self._machine.parts
         if self._stats is None or self._stats[0] is not parts:
-            from pyvmm.machine.stats import MachineStats
+            from pyvmm.monitor.stats import MachineStats
 
             self._stats = parts, MachineStats(parts, parts.counts, self._start)
         return self._stats[1]

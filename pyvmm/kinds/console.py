@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from pyvmm.errors import ConfigError
-from pyvmm.machine.devices import Context
-from pyvmm.machine.spec import DeviceSpec
+from pyvmm.kinds.registry import Context
+from pyvmm.spec.vm import DeviceSpec
 from pyvmm.virtio.console.device import ConsoleDevice
 from pyvmm.virtio.console.ends import TerminalEnd
 

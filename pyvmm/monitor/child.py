@@ -26,7 +26,7 @@ def main() -> int:
     (as `run_spec` has them) and `parent` (a process, or null); argv[2] is one that the VM's name is
     written to.
     """
-    from pyvmm.cli.ending import explain
+    from pyvmm.monitor.ending import explain
 
     try:
         return _run(int(sys.argv[1]), int(sys.argv[2]))
@@ -39,8 +39,8 @@ def main() -> int:
 def _run(request_fd: int, name_fd: int) -> int:
     import json
 
-    from pyvmm.cli.start import run_spec
-    from pyvmm.machine.spec import from_json
+    from pyvmm.monitor.start import run_spec
+    from pyvmm.spec.vm import from_json
 
     with open(request_fd, "rb") as file:
         request = json.loads(file.read())
@@ -78,6 +78,6 @@ def _end_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    from pyvmm.cli.ending import flush_or_drop
+    from pyvmm.monitor.ending import flush_or_drop
 
     os._exit(flush_or_drop(main()))

@@ -14,9 +14,9 @@ from types import FrameType
 from pyvmm.agent import AgentError, Process
 from pyvmm.agent.process import STDERR
 from pyvmm.agent.protocol import WINDOW
-from pyvmm.cli.ending import BROKEN_PIPE
 from pyvmm.host import log
 from pyvmm.host.output import write_all
+from pyvmm.monitor.ending import BROKEN_PIPE
 from pyvmm.platform.terminal import Terminal, is_terminal
 
 TIMED_OUT, CANNOT_RUN, NOT_FOUND = 124, 126, 127  # as env(1), timeout(1), a shell

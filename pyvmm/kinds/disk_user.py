@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from pyvmm.machine.spec import DiskSpec
-from pyvmm.machine.user_class import UserClass
+from pyvmm.kinds.user_class import UserClass
+from pyvmm.spec.vm import DiskSpec
 from pyvmm.virtio.blk.backend import Backend
 
 _LARGEST = 1 << 54  # sectors: 2**63 bytes

@@ -19,8 +19,8 @@ def main() -> int:
     """Run the specification in argv[1], a JSON text; the guest's exit code. argv[2] are the seconds
     that a guest has to power off when a signal asks it to."""
     from pyvmm.host import log
-    from pyvmm.machine.launch import run_here
-    from pyvmm.machine.spec import from_json
+    from pyvmm.monitor.launch import run_here
+    from pyvmm.spec.vm import from_json
 
     try:
         spec = from_json(sys.argv[1])
@@ -47,13 +47,13 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        from pyvmm.cli.ending import explain
+        from pyvmm.monitor.ending import explain
 
         return explain(error)
 
 
 def _resize_outside(path: str, size: int | None) -> None:
-    from pyvmm.cli.inside_disks import resize_outside
+    from pyvmm.monitor.inside_disks import resize_outside
 
     resize_outside(path, size)
 

@@ -26,7 +26,7 @@ from types import FrameType
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import log
 from pyvmm.host.unix_sockets import Socket
-from pyvmm.machine.spec import DiskSpec, VmSpec
+from pyvmm.spec.vm import DiskSpec, VmSpec
 
 BOOT_PATIENCE = 300.0  # seconds until the agent answers; also for a guest in an emulated KVM host
 _OFF_PATIENCE = 90.0  # as systemd gives its services; Ctrl-C does not wait for it
@@ -73,7 +73,7 @@ def for_image(command: Sequence[str], image: str | None) -> CommandLine:
 def for_command(spec: VmSpec, *, rm: bool) -> VmSpec:
     """`spec` for a guest that serves one command: it has a vsock device, and says less. With `rm`
     what the guest changes on the root disk is thrown away."""
-    from pyvmm.machine import device_vsock
+    from pyvmm.kinds import vsock as device_vsock
 
     if not any(device.kind == "vsock" for device in spec.devices):
         spec = replace(spec, devices=(*spec.devices, device_vsock.Spec()))
@@ -216,7 +216,7 @@ class _Client:
 
     def run(self) -> int | None:
         """The exit code; None if it is for the monitor to say, as the guest has ended."""
-        from pyvmm.cli.attached import Left
+        from pyvmm.monitor.attached import Left
 
         def leave(number: int, frame: FrameType | None) -> None:
             raise Left(given[number])
@@ -233,8 +233,8 @@ class _Client:
 
     def _run(self) -> int | None:
         from pyvmm.agent import AgentGone
-        from pyvmm.cli.ending import explain
         from pyvmm.control.client import NoAnswer
+        from pyvmm.monitor.ending import explain
 
         self._console.start()
         self._note("start")
@@ -290,8 +290,8 @@ class _Client:
         return not self._console.is_alive()
 
     def _run_command(self) -> int:
-        from pyvmm.cli.attached import attach, terminal_size
         from pyvmm.cli.guest import agent_of
+        from pyvmm.monitor.attached import attach, terminal_size
         from pyvmm.platform.console import standard_fds
         from pyvmm.platform.terminal import is_terminal
 

@@ -12,8 +12,8 @@ from typing import ClassVar
 
 from pyvmm.errors import ConfigError
 from pyvmm.host.named_listener import NamedListener
-from pyvmm.machine.devices import Context, Crossing
-from pyvmm.machine.spec import DeviceSpec
+from pyvmm.kinds.registry import Context, Crossing
+from pyvmm.spec.vm import DeviceSpec
 from pyvmm.virtio.vsock.device import VsockDevice
 from pyvmm.virtio.vsock.host_side import LONGEST_SUFFIX
 from pyvmm.virtio.vsock.uapi import HIGHEST_GUEST_CID, LOWEST_GUEST_CID

@@ -1,0 +1,1 @@
+"""The VM as pure data: what can be asked for, and what of it makes sense."""
