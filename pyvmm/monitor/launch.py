@@ -320,6 +320,7 @@ class _Run:
             panicked=self._attendant.saw_panic(),
             has_devices=bool(self._prepared.devices),
             came_up=self._attendant.guest_came_up,
+            printed=self._attendant.watcher.bytes_seen > 0,
         )
         if pause is not None:
             self._warn("the guest asked for a reset, and starts again")

@@ -32,18 +32,19 @@ class RebootPolicy:
         self._started = self._clock()
 
     def pause(
-        self, outcome: Outcome, *, panicked: bool, has_devices: bool, came_up: bool
+        self, outcome: Outcome, *, panicked: bool, has_devices: bool, came_up: bool, printed: bool
     ) -> float | None:
         """The seconds to wait until it starts again; None if it does not.
 
         `panicked`: its kernel has panicked, and the reset is the end of that. `has_devices`: it was
         given virtio devices, and `came_up`: a driver has brought up one. A guest without any is
-        judged by the clock.
+        judged by the clock, and by whether it has `printed` anything: how long a kernel takes to
+        fail in silence depends on the machine.
         """
         if outcome.ending is not Ending.RESET or panicked or not self._wanted:
             return None
         short = self._clock() - self._started < _SHORT
-        fruitless = not came_up and (has_devices or short)
+        fruitless = not came_up and (has_devices or short or not printed)
         self._fruitless = self._fruitless + 1 if fruitless else 0
         self._short = self._short + 1 if short else 0
         if self._fruitless >= FRUITLESS:

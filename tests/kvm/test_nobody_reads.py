@@ -47,7 +47,9 @@ class Guest:
 
     def counter(self) -> int:
         for fd in Path(f"/proc/{self.process.pid}/fd").iterdir():
-            if "memfd:" in os.readlink(fd):
+            with suppress(FileNotFoundError):  # one that was closed meanwhile
+                if "memfd:" not in os.readlink(fd):
+                    continue
                 with open(fd, "rb") as memory:
                     return int.from_bytes(os.pread(memory.fileno(), 4, COUNTER_AT), "little")
         assert self.process.poll() is None

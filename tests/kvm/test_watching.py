@@ -57,6 +57,8 @@ class Attached:
         )
 
     def type(self, keys: bytes) -> None:
+        # Before that a terminal echoes keys itself, and may drop them once it is made raw.
+        until(lambda: not termios.tcgetattr(self.terminal)[3] & termios.ECHO)
         os.write(self.keyboard, keys)
 
     def look(self) -> bytes:
