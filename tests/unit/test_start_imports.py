@@ -5,8 +5,10 @@ The start runs for real, in a process of its own, up to where KVM would come in.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import tempfile
 
 import boot_images
 import pytest
@@ -65,9 +67,13 @@ def spec(tmp_path) -> VmSpec:
 
 
 def imported(entry: str, *arguments: str) -> set[str]:
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, entry, "pyvmm", *arguments], capture_output=True, text=True
-    )
+    with tempfile.TemporaryDirectory() as folder:  # as VMs that have ended have more to be read
+        done = subprocess.run(
+            [sys.executable, "-c", RUN, entry, "pyvmm", *arguments],
+            env={**os.environ, "XDG_RUNTIME_DIR": folder},
+            capture_output=True,
+            text=True,
+        )
     assert done.returncode == 0, done.stderr
     return set(done.stdout.split())
 
