@@ -100,6 +100,8 @@ def stop(vm: str, timeout: float, now: bool, kill: bool) -> None:
     written to its disks is lost then. SIGTERM to the monitor does the same, and the second one
     cuts. A paused VM is resumed for it.
     """
+    if now and kill:
+        raise click.UsageError("--now and --kill exclude each other")
     ended = client.stop(vm, patience=0.0 if now else timeout, kill=kill)
     if ended is not None and ended["exit_code"] and not now:
         log.to_stderr(f"{vm}: {ended['message'] or ended['ending']}")

@@ -29,6 +29,7 @@ _EXTERNAL_DATA_FILE = 1 << 2  # an incompatible feature
 _EXTENSION = struct.Struct(">II")
 _BACKING_FORMAT, _DATA_FILE_NAME = 0xE2792ACA, 0x44415441
 _LONGEST_NAME = 1023
+_WHOLE_FILES = ("qcow2", "raw", "file", "host_device")  # drivers that show all of a file
 _MOST = 64 << 10  # bytes looked at for extensions
 
 
@@ -59,15 +60,16 @@ class Header(NamedTuple):
     data_file: str = ""
 
 
-def read_header(path: str, fd: int) -> Header:
-    """The header of the image that is open as `fd`; `path` is its name in messages.
+def read_header(path: str, fd: int, cure: str = "add ,format=raw") -> Header:
+    """The header of the image that is open as `fd`; `path` is its name in messages, `cure` what
+    helps if it is another kind of file.
 
     Raises ConfigError for what is no such image, is damaged, or encrypted; OSError.
     """
     start = os.pread(fd, _HEADER_3, 0).ljust(_HEADER_3, b"\0")
     magic, version, offset, length, cluster_bits, _, encryption = _START.unpack_from(start)
     if magic != QCOW2_MAGIC:
-        raise ConfigError(f"{path} is not a qcow2 image", cure="add ,format=raw", option=_OPTION)
+        raise ConfigError(f"{path} is not a qcow2 image", cure=cure, option=_OPTION)
     if version not in _VERSIONS:
         raise _damaged(path, f"version {version}")
     if cluster_bits not in _CLUSTER_BITS:
@@ -156,7 +158,7 @@ def open_chain(
     format = "qcow2"
     while True:
         image = _open(path, format == "raw", read_only or bool(layers), closing)
-        header = _header_of(image) if format == "qcow2" else Header()
+        header = _header_of(image, layers) if format == "qcow2" else Header()
         data = None
         if header.has_data_file:
             if layers or data_file is None:
@@ -169,6 +171,7 @@ def open_chain(
             break
         if not allowed:
             raise _unnamed(path, "builds on", header.backing, "backing=FILE")
+        _check_that_it_is_a_whole_file(path, header.backing)
         path, format = allowed.pop(0), header.backing_format
         format = format or ("qcow2" if path.lower().endswith(".qcow2") else "raw")
         if format not in ("qcow2", "raw"):
@@ -188,11 +191,50 @@ def _open(path: str, raw: bool, read_only: bool, closing: ExitStack) -> ImageFil
     return image
 
 
-def _header_of(image: ImageFile) -> Header:
+def _header_of(image: ImageFile, above: Sequence[Layer]) -> Header:
     try:
-        return read_header(image.path, image.fd)
+        if not above:
+            return read_header(image.path, image.fd)
+        cure = f"qemu-img rebase -u -F raw -b {image.path} {above[-1].image.path} writes down so"
+        return read_header(image.path, image.fd, cure)
     except OSError as error:
         raise HostError(error.errno or 0, f"read of {image.path}") from None
+
+
+def _check_that_it_is_a_whole_file(path: str, name: str) -> None:
+    """Raises ConfigError if the image at `path` describes what it builds on, by `name`, as anything
+    but one file: as a part of one, say, which would be served from a wrong place."""
+    if not name.startswith("json:"):
+        return
+    import json  # only for such names, which are rare
+
+    try:
+        more = _more_than_a_file(json.loads(name.removeprefix("json:")))
+    except (ValueError, RecursionError):
+        more = "what is no JSON"
+    if more:
+        raise ConfigError(
+            f"{path} builds on more than a file: its name for that has {more:.100}",
+            cure="qemu-img rebase -u -b FILE -F FORMAT, if it is a whole file",
+            option=_OPTION,
+        )
+
+
+def _more_than_a_file(node: object) -> str:
+    """The first of QEMU's options in `node` that is neither a name nor a driver for whole files."""
+    if not isinstance(node, dict):
+        return repr(node)
+    for key, value in node.items():
+        what = key.rpartition(".")[2]  # options may be nested or dotted
+        if what == "file" and isinstance(value, dict):
+            if more := _more_than_a_file(value):
+                return more
+        elif what == "driver":
+            if value not in _WHOLE_FILES:
+                return f"the driver {value!r}"
+        elif what not in ("file", "filename") or not isinstance(value, str):
+            return repr(key)
+    return ""
 
 
 def _unnamed(path: str, how: str, name: str, option: str) -> ConfigError:

@@ -152,6 +152,12 @@ def test_commands_that_do_not_exist_are_one_line(pyvmm):
         assert (code, error.count("\n")) == (2, 1), error
 
 
+def test_stopping_twice_at_once_is_one_line(pyvmm):
+    code, said = pyvmm("stop", "vm", "--now", "--kill")
+    assert (code, said.count("\n")) == (2, 1), said
+    assert "--now and --kill exclude each other" in said
+
+
 def test_without_a_command_the_help_is_shown(pyvmm):
     code, error = pyvmm()
     assert code == 2

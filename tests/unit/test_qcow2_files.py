@@ -522,3 +522,65 @@ def test_row74_an_overlay_names_no_base(tmp_path: Path) -> None:
     wrong = DiskSpec(str(tmp_path / "other"), overlay=str(tmp_path / "changes"))
     with ExitStack() as closing, pytest.raises(ConfigError, match="is for another base"):
         open_backend(wrong, closing)
+
+
+WHOLE = {"driver": "raw", "file": {"driver": "file", "filename": "base"}}
+
+
+@needs_qemu
+@pytest.mark.parametrize(
+    ("node", "said"),
+    [
+        ({**WHOLE, "offset": 65536}, "'offset'"),
+        ({**WHOLE, "size": 512}, "'size'"),
+        ({"driver": "raw", "file.filename": "base", "file.offset": 0}, "'file.offset'"),
+        ({"driver": "raw", "file": {**WHOLE, "offset": 1}}, "'offset'"),
+        ({"driver": "quorum", "children": [WHOLE]}, "the driver 'quorum'"),
+        ({"driver": "raw", "file": {"driver": "nbd", "host": "localhost"}}, "the driver 'nbd'"),
+        ({"driver": ["raw"]}, "the driver ['raw']"),
+        ({"file": 1}, "'file'"),
+        ([WHOLE], "[{"),
+        (None, "None"),
+    ],
+)
+def test_row74_a_base_that_is_more_or_less_than_a_file(
+    tmp_path: Path, node: object, said: str
+) -> None:
+    """QEMU would show another content than the file that the user names."""
+    (tmp_path / "base").write_bytes(bytes(MIB))
+    (tmp_path / "q.qcow2").write_bytes(header(backing=f"json:{json.dumps(node)}".encode()))
+    text = refusal(tmp_path / "q.qcow2", backing=(str(tmp_path / "base"),))
+    assert f"builds on more than a file: its name for that has {said}" in text
+
+
+@needs_qemu
+@pytest.mark.parametrize("text", [b"json:{", b"json:", b"json:" + b"[" * 1000])
+def test_row74_a_base_s_name_that_is_no_json(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "base").write_bytes(bytes(MIB))
+    (tmp_path / "q.qcow2").write_bytes(header(backing=text))
+    assert "has what is no JSON" in refusal(tmp_path / "q.qcow2", backing=(str(tmp_path / "base"),))
+
+
+@needs_qemu
+@pytest.mark.parametrize(
+    "node",
+    [WHOLE, {"driver": "raw", "file.driver": "file", "file.filename": "base"}, {"file": "base"}],
+)
+def test_a_base_by_json_that_is_a_whole_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closing: ExitStack, node: object
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").write_bytes(b"b" * MIB)
+    qemu_img("create", "-q", "-f", "qcow2", "q.qcow2", MIB)
+    name = f"json:{json.dumps(node)}"
+    qemu_img("rebase", "-u", "-f", "qcow2", "-b", name, "-F", "raw", "q.qcow2")
+    assert content(opened(tmp_path / "q.qcow2", closing, backing=("base",)), 512) == b"b" * 512
+
+
+@needs_qemu
+def test_a_raw_base_that_is_called_qcow2(tmp_path: Path) -> None:
+    base = tmp_path / "base.qcow2"
+    base.write_bytes(bytes(MIB))
+    (tmp_path / "q.qcow2").write_bytes(header(backing=b"base.qcow2"))
+    text = refusal(tmp_path / "q.qcow2", backing=(str(base),))
+    assert f"is not a qcow2 image; qemu-img rebase -u -F raw -b {base} " in text
