@@ -29,8 +29,8 @@ from pyvmm.testing.blk_driver import IN, header
 from pyvmm.transport.mmio import MmioTransport
 from pyvmm.virtio.blk.backend import FileBackend
 from pyvmm.virtio.blk.device import BlockDevice
-from pyvmm.virtio.queue_state import QueueConfig
-from pyvmm.virtio.split_queue import SplitQueue
+from pyvmm.virtio.queue.split import SplitQueue
+from pyvmm.virtio.queue.state import QueueConfig
 
 BLOCK = 4096
 IMAGE_MIB = 64

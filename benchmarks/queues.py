@@ -35,8 +35,8 @@ from pyvmm.testing.attached import attached
 from pyvmm.virtio import features as bits
 from pyvmm.virtio.blk.backend import FileBackend
 from pyvmm.virtio.blk.device import BlockDevice
-from pyvmm.virtio.queue import build_queue
-from pyvmm.virtio.queue_state import QueueConfig
+from pyvmm.virtio.queue.protocol import build_queue
+from pyvmm.virtio.queue.state import QueueConfig
 
 RAM = 16 << 20
 LAYOUTS = ("split", "packed")
@@ -125,13 +125,7 @@ def measure(case: Case, rounds: int, *makers: MakeQueue) -> list[float]:
 
 # --- what the checks cost -------------------------------------------------------------------------
 
-MODULES = (
-    "ring",
-    "packed_peek",
-    "split_peek",
-    "split_queue",
-    "packed_queue",
-)  # in the order of their imports
+MODULES = ("ring", "packed_peek", "split_peek", "split", "packed")  # in the order of their imports
 CHECKED = [
     *(Case(layout, indirect=indirect) for layout in LAYOUTS for indirect in (True, False)),
     *(Case(layout, chain=64, batch=16) for layout in LAYOUTS),
@@ -161,7 +155,7 @@ def _is_refusal(statement: ast.stmt) -> bool:
 
 def without_checks() -> tuple[dict[str, MakeQueue], int]:
     """The queues of both layouts without checks, and how many there were."""
-    names = [f"pyvmm.virtio.{module}" for module in MODULES]
+    names = [f"pyvmm.virtio.queue.{module}" for module in MODULES]
     kept = {name: sys.modules[name] for name in names if name in sys.modules}
     transformer = _WithoutChecks()
     try:
@@ -173,8 +167,8 @@ def without_checks() -> tuple[dict[str, MakeQueue], int]:
             sys.modules[name] = stripped
             exec(compile(ast.fix_missing_locations(tree), spec.origin, "exec"), vars(stripped))
         makers = {
-            "split": sys.modules["pyvmm.virtio.split_queue"].SplitQueue,
-            "packed": sys.modules["pyvmm.virtio.packed_queue"].PackedQueue,
+            "split": sys.modules["pyvmm.virtio.queue.split"].SplitQueue,
+            "packed": sys.modules["pyvmm.virtio.queue.packed"].PackedQueue,
         }
     finally:
         for name in names:

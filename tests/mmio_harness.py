@@ -19,7 +19,7 @@ from pyvmm.host.waiter import Waiter
 from pyvmm.memory import GuestMemory
 from pyvmm.transport.mmio import MmioTransport
 from pyvmm.virtio.device import Activation, VirtioDevice
-from pyvmm.virtio.queue import Queue
+from pyvmm.virtio.queue.protocol import Queue
 from pyvmm.virtio.worker import QueueDevice
 
 MAGIC, VERSION, DEVICE_ID, VENDOR_ID = 0x00, 0x04, 0x08, 0x0C

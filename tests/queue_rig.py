@@ -12,8 +12,8 @@ from pyvmm.virtio.features import (
     VIRTIO_F_RING_PACKED,
     mask,
 )
-from pyvmm.virtio.queue import build_queue, restore_queue
-from pyvmm.virtio.queue_state import QueueConfig, QueueState
+from pyvmm.virtio.queue.protocol import build_queue, restore_queue
+from pyvmm.virtio.queue.state import QueueConfig, QueueState
 
 MIB = 1 << 20
 RAM = MIB

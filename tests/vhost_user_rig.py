@@ -13,7 +13,7 @@ from pyvmm.memory import GuestMemory
 from pyvmm.testing.vhost_user_driver import VhostUserDriver
 from pyvmm.transport.vhost_user import serve_connection
 from pyvmm.virtio.device import VirtioDevice
-from pyvmm.virtio.queue import Queue
+from pyvmm.virtio.queue.protocol import Queue
 from pyvmm.virtio.worker import QueueDevice
 
 MIB = 1 << 20

@@ -18,7 +18,7 @@ from pyvmm.spec.vm import DeviceSpec
 from pyvmm.virtio import features
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.negotiation import RESERVED_BITS, SUPPORTED_RESERVED_BITS
-from pyvmm.virtio.queue_state import QUEUE_SIZE_LIMIT, is_valid_size
+from pyvmm.virtio.queue.state import QUEUE_SIZE_LIMIT, is_valid_size
 
 OPTION = "--device"
 _HOW = "use FILE.py:CLASS[,KEY=VALUE...]; a comma is written twice"

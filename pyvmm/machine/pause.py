@@ -9,7 +9,7 @@ from threading import Lock
 from pyvmm.errors import ConfigError
 from pyvmm.machine.vcpu_runner import VcpuRunner
 from pyvmm.transport.mmio import MmioTransport
-from pyvmm.virtio.queue import Queue
+from pyvmm.virtio.queue.protocol import Queue
 
 PATIENCE = 2.0  # seconds in which everything comes to rest, or the pause is called off
 

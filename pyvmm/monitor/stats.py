@@ -13,7 +13,7 @@ from pyvmm.kvm.stats import Values
 from pyvmm.machine.builder import Parts
 from pyvmm.machine.run_loop import AccessCounts
 from pyvmm.transport.mmio import MmioTransport
-from pyvmm.virtio.queue_stats import QueueStats
+from pyvmm.virtio.queue.stats import QueueStats
 
 Plain = dict[str, Any]
 

@@ -17,7 +17,7 @@ from typing import Protocol
 from pyvmm.errors import PyvmmError
 from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
-from pyvmm.virtio.queue import Queue, QueueLock
+from pyvmm.virtio.queue.protocol import Queue, QueueLock
 
 
 class Interrupt(Protocol):

@@ -17,7 +17,7 @@ from pyvmm.host.poller import READABLE, Poller
 from pyvmm.host.syscalls import EventFd
 from pyvmm.virtio.defects import as_device_failure
 from pyvmm.virtio.device import Activation
-from pyvmm.virtio.queue import Queue
+from pyvmm.virtio.queue.protocol import Queue
 
 Serve = Callable[[Queue], None]
 

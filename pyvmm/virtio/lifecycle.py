@@ -29,9 +29,9 @@ from pyvmm.virtio import constants, events, status
 from pyvmm.virtio.defects import as_device_failure
 from pyvmm.virtio.device import Activation, VirtioDevice
 from pyvmm.virtio.features import describe
-from pyvmm.virtio.queue import Queue, build_queue
-from pyvmm.virtio.queue_state import QueueConfig, QueueState
-from pyvmm.virtio.queue_stats import QueueStats
+from pyvmm.virtio.queue.protocol import Queue, build_queue
+from pyvmm.virtio.queue.state import QueueConfig, QueueState
+from pyvmm.virtio.queue.stats import QueueStats
 
 # Bits of the interrupt status; virtio-pci's are the same (4.1.4.5 ISR status capability).
 USED_BUFFER = constants.VIRTIO_MMIO_INT_VRING

@@ -17,8 +17,8 @@ from pyvmm.virtio import features, status
 from pyvmm.virtio.defects import as_device_failure
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.lifecycle import Lifecycle, Notifier, Trace
-from pyvmm.virtio.queue import load_layouts
-from pyvmm.virtio.queue_state import QueueConfig, is_valid_size, size_rule
+from pyvmm.virtio.queue.protocol import load_layouts
+from pyvmm.virtio.queue.state import QueueConfig, is_valid_size, size_rule
 
 RESERVED_BITS = features.mask(*range(24, 50))  # 2.2 Feature Bits: not a device type's own
 SUPPORTED_RESERVED_BITS = features.mask(

@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from threading import Lock
 
-from pyvmm.virtio.chain import DescriptorChain, Usual
-from pyvmm.virtio.queue import Queue
+from pyvmm.virtio.queue.chain import DescriptorChain, Usual
+from pyvmm.virtio.queue.protocol import Queue
 from pyvmm.virtio.worker import Rest, Serve
 
 _SECOND = 1_000_000_000  # nanoseconds

@@ -16,7 +16,7 @@ from pyvmm.host.syscalls import EventFd
 from pyvmm.host.waiter import Source, Waiter
 from pyvmm.virtio.defects import as_device_failure
 from pyvmm.virtio.device import Activation
-from pyvmm.virtio.queue import Queue
+from pyvmm.virtio.queue.protocol import Queue
 from pyvmm.virtio.worker import AT_ONCE, Rest, Serve
 
 

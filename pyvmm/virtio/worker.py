@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.host.syscalls import EventFd
 from pyvmm.host.waiter import Source, Waiter
-from pyvmm.virtio.chain import DescriptorChain
 from pyvmm.virtio.defects import as_device_failure
 from pyvmm.virtio.device import Activation, VirtioDevice
 from pyvmm.virtio.features import RING_FEATURES
-from pyvmm.virtio.queue import Queue
+from pyvmm.virtio.queue.chain import DescriptorChain
+from pyvmm.virtio.queue.protocol import Queue
 
 if TYPE_CHECKING:
     from pyvmm.virtio.rate_limit import RateLimiter

@@ -14,8 +14,8 @@ from unittest import mock
 import _cffi_backend
 
 from pyvmm.errors import DriverError
-from pyvmm.virtio.chain import DescriptorChain, Usual
 from pyvmm.virtio.device_loop import DeviceLoop
+from pyvmm.virtio.queue.chain import DescriptorChain, Usual
 from pyvmm.virtio.shared_worker import SharedWorker
 from pyvmm.virtio.worker import QueueWorker
 

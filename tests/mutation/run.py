@@ -2,7 +2,7 @@
 
     make mutants                                  # ten minutes of mutants, in an order of its own
     make mutants SEED=7 SECONDS=3600
-    make mutants ONLY=virtio/chain SAMPLE=50      # of the modules whose path has this in it
+    make mutants ONLY=queue/chain SAMPLE=50       # of the modules whose path has this in it
     python tests/mutation/run.py --only transport/ --report /tmp/survivors.toml
 
 Each mutant is a process that imports the faulty module from memory and runs the tests of that

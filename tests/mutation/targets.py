@@ -16,19 +16,19 @@ class Target(NamedTuple):
 
 # The first one that a module fits.
 TARGETS = (
-    Target("core", "virtio/chain.py", "chain queue_usual queue_buffers queue blk_request"),
+    Target("core", "virtio/queue/chain.py", "chain queue_usual queue_buffers queue blk_request"),
     Target(
-        "core", "virtio/split_queue.py virtio/split_peek.py",
+        "core", "virtio/queue/split.py virtio/queue/split_peek.py",
         "split_queue queue queue_usual queue_buffers split_queue_hostile queue_model"
         " vhost_user_inflight chain worker_polling split_queue_fuzz queue_processes",
     ),
     Target(
-        "core", "virtio/packed_queue.py virtio/packed_peek.py",
+        "core", "virtio/queue/packed.py virtio/queue/packed_peek.py",
         "packed_queue queue queue_usual queue_buffers packed_queue_hostile queue_model"
         " worker_polling packed_queue_fuzz queue_processes",
     ),
     Target(
-        "core", "virtio/ring.py virtio/queue.py virtio/queue_state.py virtio/queue_stats.py",
+        "core", "virtio/queue/*.py",
         "queue queue_usual queue_buffers split_queue packed_queue split_queue_hostile"
         " packed_queue_hostile queue_model vhost_user_inflight worker_polling stats"
         " mmio_robustness_queues start_imports net_vhost",

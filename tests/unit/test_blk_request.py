@@ -11,7 +11,7 @@ import pytest
 from pyvmm.memory import GuestMemory
 from pyvmm.virtio.blk import request as blk_request
 from pyvmm.virtio.blk.request import RangesRequest, Request, parse
-from pyvmm.virtio.chain import DescriptorChain, RamWindow
+from pyvmm.virtio.queue.chain import DescriptorChain, RamWindow
 
 IN, OUT, FLUSH, GET_ID, DISCARD, WRITE_ZEROES = 0, 1, 4, 8, 11, 13
 OK, IOERR, UNSUPP = 0, 1, 2

@@ -11,7 +11,7 @@ from queue_rig import HOLE_END, RAM, Rig
 
 from pyvmm.errors import DriverError, GuestMemoryError
 from pyvmm.testing import Buffer
-from pyvmm.virtio.chain import MAX_VIEWS, DescriptorChain, RamWindow, Reader, Writer
+from pyvmm.virtio.queue.chain import MAX_VIEWS, DescriptorChain, RamWindow, Reader, Writer
 
 HEADER = struct.Struct("<IIQ")
 

@@ -27,7 +27,7 @@ from pyvmm.testing.mmio_driver import InterruptLine, MmioDriver
 from pyvmm.transport.mmio import MmioTransport
 from pyvmm.virtio import defects
 from pyvmm.virtio.negotiation import Negotiation
-from pyvmm.virtio.queue import Queue
+from pyvmm.virtio.queue.protocol import Queue
 from pyvmm.virtio.worker import QueueDevice
 
 BROKEN_RING = DriverError("available index jumped", section="2.7.6.1")

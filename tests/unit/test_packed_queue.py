@@ -18,8 +18,8 @@ from pyvmm.virtio.features import (
     VIRTIO_F_RING_PACKED,
     mask,
 )
-from pyvmm.virtio.packed_queue import PackedQueue
-from pyvmm.virtio.queue_state import QueueConfig
+from pyvmm.virtio.queue.packed import PackedQueue
+from pyvmm.virtio.queue.state import QueueConfig
 
 RING, DRIVER, DEVICE, DATA, TABLE = 0x1000, 0x2000, 0x2010, 0x8000, 0x9000
 NEXT, WRITE, INDIRECT = 0x0001, 0x0002, 0x0004

@@ -11,7 +11,7 @@ from test_split_queue_fuzz import CountingUnpack, allowed, differences, fill
 
 from pyvmm.errors import DriverError
 from pyvmm.testing import PackedDesc
-from pyvmm.virtio import packed_queue
+from pyvmm.virtio.queue import packed as packed_queue
 
 SIZE = 8
 TABLES = 0x2000  # where indirect tables may lie

@@ -10,8 +10,8 @@ from pyvmm.errors import DriverError, GuestMemoryError
 from pyvmm.testing import PackedDesc as Desc
 from pyvmm.testing.packed_driver import AVAIL, USED, EventSuppression
 from pyvmm.testing.ring import INDIRECT, NEXT, WRITE
-from pyvmm.virtio.packed_queue import PackedQueue
-from pyvmm.virtio.queue_state import QueueConfig
+from pyvmm.virtio.queue.packed import PackedQueue
+from pyvmm.virtio.queue.state import QueueConfig
 
 DATA = 0x8000  # RAM that nothing else uses
 TABLE = 0x9000
@@ -348,7 +348,7 @@ def test_row37_a_descriptor_rewritten_after_it_was_taken_changes_nothing(rig):
 
 def test_row37_each_descriptor_is_read_once(rig, monkeypatch):
     """A driver that rewrites a descriptor right after the device's read never splits its fields."""
-    from pyvmm.virtio import packed_queue
+    from pyvmm.virtio.queue import packed as packed_queue
 
     reads = []
     unpack = packed_queue._unpack_desc
@@ -371,7 +371,7 @@ def test_row37_each_descriptor_is_read_once(rig, monkeypatch):
 
 
 def test_row37_flags_that_change_between_the_first_look_and_the_copy(rig, monkeypatch):
-    from pyvmm.virtio import packed_queue
+    from pyvmm.virtio.queue import packed as packed_queue
 
     unpack = packed_queue._unpack_desc
     [place] = offer(rig, Desc(DATA, 4, WRITE, 4))

@@ -16,8 +16,8 @@ from pyvmm.memory import GuestMemory
 from pyvmm.testing import Buffer, Element, MockPackedDriver, MockSplitDriver, PackedDesc, Used
 from pyvmm.testing.ring import INDIRECT, WRITE
 from pyvmm.virtio.features import VIRTIO_F_RING_PACKED, mask
-from pyvmm.virtio.queue import build_queue, restore_queue
-from pyvmm.virtio.queue_state import InFlight, QueueConfig, QueueState
+from pyvmm.virtio.queue.protocol import build_queue, restore_queue
+from pyvmm.virtio.queue.state import InFlight, QueueConfig, QueueState
 
 WRAP = 1 << 15
 # Where the positions soon come round; for packed rings with either wrap counter.

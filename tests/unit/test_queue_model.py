@@ -9,7 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from queue_rig import LAYOUTS, Rig
 
 from pyvmm.testing import Buffer, Used
-from pyvmm.virtio.queue_state import QueueState
+from pyvmm.virtio.queue.state import QueueState
 
 WRAP = 1 << 15
 BUFFER = 0x8000

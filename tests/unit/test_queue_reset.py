@@ -36,7 +36,7 @@ from pyvmm.testing import MockPackedDriver, MockSplitDriver, attached
 from pyvmm.transport.mmio import MmioTransport
 from pyvmm.virtio.events import QueueStarted
 from pyvmm.virtio.features import RING_FEATURES
-from pyvmm.virtio.queue import Queue
+from pyvmm.virtio.queue.protocol import Queue
 from pyvmm.virtio.worker import QueueDevice
 
 RING_RESET = 1 << 40

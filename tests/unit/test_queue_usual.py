@@ -13,9 +13,9 @@ from pyvmm.errors import DriverError
 from pyvmm.testing import Buffer, Desc, PackedDesc, Used
 from pyvmm.testing.packed_driver import AVAIL, USED
 from pyvmm.testing.ring import INDIRECT, NEXT, WRITE, Element
-from pyvmm.virtio import packed_peek, split_peek
 from pyvmm.virtio.blk.usual import serve_usual
-from pyvmm.virtio.ring import MAX_PEEKED
+from pyvmm.virtio.queue import packed_peek, split_peek
+from pyvmm.virtio.queue.ring import MAX_PEEKED
 
 FIRST, LAST = 16, 1
 HEAD, DATA, END = Buffer(0x8000, FIRST), Buffer(0x9000, 512), Buffer(0xA000, LAST)

@@ -9,7 +9,7 @@ from queue_rig import HOLE_END, RAM, Rig
 
 from pyvmm.errors import DriverError
 from pyvmm.testing import Desc
-from pyvmm.virtio import split_queue
+from pyvmm.virtio.queue import split as split_queue
 
 SIZE = 8
 TABLES = 0x2000  # where indirect tables may lie

@@ -9,8 +9,8 @@ from queue_rig import HOLE_END, RAM, Rig
 from pyvmm.errors import DriverError, GuestMemoryError
 from pyvmm.testing import Desc
 from pyvmm.testing.mock_driver import INDIRECT, NEXT, WRITE
-from pyvmm.virtio.queue_state import QueueConfig
-from pyvmm.virtio.split_queue import SplitQueue
+from pyvmm.virtio.queue.split import SplitQueue
+from pyvmm.virtio.queue.state import QueueConfig
 
 DATA = 0x8000  # RAM that nothing else uses
 TABLE = 0x9000
@@ -383,7 +383,7 @@ def test_row37_a_descriptor_rewritten_after_it_was_taken_changes_nothing(rig):
 
 def test_row37_each_descriptor_is_read_once(rig, monkeypatch):
     """A driver that rewrites a descriptor right after the device's read never splits its fields."""
-    from pyvmm.virtio import split_queue
+    from pyvmm.virtio.queue import split as split_queue
 
     reads = []
 

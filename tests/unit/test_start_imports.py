@@ -106,7 +106,7 @@ class Nothing(VirtioDevice):
     def activate(self, activation): pass
     def reset(self): pass
 MmioTransport(Nothing(), GuestMemory([(0, 1 << 20)]), lambda: None)
-print(*(name for name in ("split", "packed") if f"pyvmm.virtio.{name}_queue" in sys.modules))
+print(*(name for name in ("split", "packed") if f"pyvmm.virtio.queue.{name}" in sys.modules))
 """
 
 

@@ -33,7 +33,8 @@ from pyvmm.testing.vhost_user_driver import (
 from pyvmm.transport.vhost_user import inflight as inflight_module
 from pyvmm.transport.vhost_user.inflight import Inflight
 from pyvmm.transport.vhost_user.protocol import FrontEndError
-from pyvmm.virtio import split_peek, split_queue
+from pyvmm.virtio.queue import split as split_queue
+from pyvmm.virtio.queue import split_peek
 
 SIZE = 16
 REGION = 16 + 16 * SIZE  # QueueRegionSplit with its DescStateSplit

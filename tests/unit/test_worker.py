@@ -233,7 +233,7 @@ def test_an_error_of_the_monitor_fails_the_device_and_says_where(bench, monkeypa
 def test_the_line_of_an_error_in_our_own_code_names_the_users(bench, monkeypatch):
     lines = []
     monkeypatch.setattr(defects, "_report", lines.append)
-    b = bench(Echo(lambda chain: chain.writer().write(5)))  # raised in pyvmm/virtio/chain.py
+    b = bench(Echo(lambda chain: chain.writer().write(5)))  # raised in pyvmm/virtio/queue/chain.py
     b.driver.add([b"x"], [1])
     b.driver.publish()
     b.activate()

@@ -26,9 +26,9 @@ from pyvmm.virtio import features, status
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.lifecycle import Trace
 from pyvmm.virtio.negotiation import Negotiation
-from pyvmm.virtio.queue import Queue, restore_queue
-from pyvmm.virtio.queue_state import QueueConfig, QueueState
-from pyvmm.virtio.split_queue import SplitQueue
+from pyvmm.virtio.queue.protocol import Queue, restore_queue
+from pyvmm.virtio.queue.split import SplitQueue
+from pyvmm.virtio.queue.state import QueueConfig, QueueState
 
 _OWN_FEATURES = features.mask(protocol.VHOST_USER_F_PROTOCOL_FEATURES)
 

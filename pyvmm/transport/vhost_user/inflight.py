@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pyvmm.host.syscalls import create_memfd
 from pyvmm.memory.lent_memory import LentMemory
 from pyvmm.transport.vhost_user.protocol import INFLIGHT, FrontEndError
-from pyvmm.virtio.queue_state import is_valid_size
+from pyvmm.virtio.queue.state import is_valid_size
 
 VERSION = 1  # of a region; 0 is one that nobody has used yet
 _HEADER = 16  # QueueRegionSplit: features, version, desc_num, last_batch_head, used_idx
@@ -91,7 +91,7 @@ def _size(num_queues: int, queue_size: int) -> int:
 
 
 class Journal:
-    """The notes on one split ring: see `pyvmm.virtio.queue.Journal` for when what is called."""
+    """The notes on one split ring: see `virtio.queue.protocol.Journal` for when what is called."""
 
     def __init__(self, view: memoryview, size: int) -> None:
         self._size = size
@@ -141,7 +141,7 @@ class Journal:
     # --- from the queue ---------------------------------------------------------------------------
 
     def taken(self, head: int) -> None:
-        """See `pyvmm.virtio.queue.Journal`."""
+        """See `pyvmm.virtio.queue.protocol.Journal`."""
         self._words[_COUNTER + 2 * head] = self._counter
         self._counter = (self._counter + 1) % _COUNTERS
         if not self._is_set(head):  # one that is taken again is marked already
@@ -149,11 +149,11 @@ class Journal:
             self._bytes[_HEADER + _STATE * head] = 1
 
     def given_back(self, head: int) -> None:
-        """See `pyvmm.virtio.queue.Journal`."""
+        """See `pyvmm.virtio.queue.protocol.Journal`."""
         self._unmark(head)
 
     def publishing(self, heads: Sequence[int]) -> None:
-        """See `pyvmm.virtio.queue.Journal`."""
+        """See `pyvmm.virtio.queue.protocol.Journal`."""
         if self._flagged:  # else there is no mark that the list could help to take away
             halves = self._halves
             for head in heads:
@@ -161,7 +161,7 @@ class Journal:
                 halves[_LAST_BATCH_HEAD] = head
 
     def published(self, heads: Sequence[int], used_idx: int) -> None:
-        """See `pyvmm.virtio.queue.Journal`."""
+        """See `pyvmm.virtio.queue.protocol.Journal`."""
         if self._flagged:
             for head in heads:
                 self._unmark(head)

@@ -39,12 +39,12 @@ from pyvmm.virtio.balloon.uapi import (
     VIRTIO_BALLOON_F_REPORTING,
     VIRTIO_BALLOON_F_STATS_VQ,
 )
-from pyvmm.virtio.chain import DescriptorChain, Part
 from pyvmm.virtio.constants import VIRTIO_ID_BALLOON
 from pyvmm.virtio.device import Activation, VirtioDevice
 from pyvmm.virtio.device_loop import DeviceLoop
 from pyvmm.virtio.features import RING_FEATURES, has, mask
-from pyvmm.virtio.queue import Queue
+from pyvmm.virtio.queue.chain import DescriptorChain, Part
+from pyvmm.virtio.queue.protocol import Queue
 
 _QUEUE_SIZE = 128
 _MAX_STATS = 64  # entries looked at; there are ten kinds

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 from pyvmm.memory import GuestMemory
 from pyvmm.virtio.balloon.uapi import VIRTIO_BALLOON_PFN_SHIFT
-from pyvmm.virtio.chain import DescriptorChain, Part
+from pyvmm.virtio.queue.chain import DescriptorChain, Part
 
 PAGE = 1 << VIRTIO_BALLOON_PFN_SHIFT
 # Page numbers taken from one buffer; Linux sends 256. Each may cost a system call, and a reset

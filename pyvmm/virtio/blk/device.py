@@ -49,11 +49,11 @@ from pyvmm.virtio.blk.uapi import (
     VIRTIO_BLK_T_OUT,
 )
 from pyvmm.virtio.blk.usual import serve_usual
-from pyvmm.virtio.chain import DescriptorChain
 from pyvmm.virtio.constants import VIRTIO_ID_BLOCK
 from pyvmm.virtio.device import Activation
 from pyvmm.virtio.features import RING_FEATURES, has, mask
-from pyvmm.virtio.queue import Queue
+from pyvmm.virtio.queue.chain import DescriptorChain
+from pyvmm.virtio.queue.protocol import Queue
 from pyvmm.virtio.worker import QueueDevice
 
 # After this many bytes the driver gets to see what is done, even if more requests wait: with large

@@ -26,7 +26,7 @@ from pyvmm.virtio.blk.uapi import (
     VIRTIO_BLK_T_WRITE_ZEROES,
     VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 )
-from pyvmm.virtio.chain import DescriptorChain
+from pyvmm.virtio.queue.chain import DescriptorChain
 
 SECTOR = 512
 HEADER = Struct("<IIQ")  # struct virtio_blk_outhdr: type, ioprio, sector

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 from pyvmm.virtio.blk.request import HEADER, SECTOR
 from pyvmm.virtio.blk.uapi import VIRTIO_BLK_S_OK, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT
-from pyvmm.virtio.chain import Usual
-from pyvmm.virtio.queue import Queue
+from pyvmm.virtio.queue.chain import Usual
+from pyvmm.virtio.queue.protocol import Queue
 
 _STATUS_SIZE = 1
 _unpack_header = HEADER.unpack

@@ -30,7 +30,7 @@ from pyvmm.virtio.constants import VIRTIO_ID_CONSOLE
 from pyvmm.virtio.device import Activation, VirtioDevice
 from pyvmm.virtio.device_loop import DeviceLoop
 from pyvmm.virtio.features import RING_FEATURES, has, mask
-from pyvmm.virtio.queue import Queue
+from pyvmm.virtio.queue.protocol import Queue
 
 MAX_NAMED_PORTS = 15
 _DATA_QUEUE = 128

@@ -7,7 +7,6 @@ again and again, or takes no answers, makes nothing grow.
 from __future__ import annotations
 
 from pyvmm.errors import DriverError
-from pyvmm.virtio.chain import DescriptorChain
 from pyvmm.virtio.console.ends import End
 from pyvmm.virtio.console.uapi import (
     CONTROL,
@@ -19,7 +18,8 @@ from pyvmm.virtio.console.uapi import (
     VIRTIO_CONSOLE_PORT_READY,
     VIRTIO_CONSOLE_RESIZE,
 )
-from pyvmm.virtio.queue import Queue
+from pyvmm.virtio.queue.chain import DescriptorChain
+from pyvmm.virtio.queue.protocol import Queue
 
 # In this order a driver has to hear them.
 _ORDER = (

@@ -10,10 +10,10 @@ from dataclasses import replace
 from typing import Protocol
 
 from pyvmm.errors import DriverError, HostError
-from pyvmm.virtio.chain import DescriptorChain
 from pyvmm.virtio.features import has
 from pyvmm.virtio.net import uapi
 from pyvmm.virtio.net.filter import MAC_SIZE, ReceiveFilter
+from pyvmm.virtio.queue.chain import DescriptorChain
 
 # No command's data is longer than this, two tables of 5,000 addresses.
 MOST_DATA = 1 << 16

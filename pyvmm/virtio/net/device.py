@@ -37,7 +37,7 @@ from pyvmm.virtio.net.uapi import (
     VIRTIO_NET_F_STATUS,
     VIRTIO_NET_S_LINK_UP,
 )
-from pyvmm.virtio.queue import Queue
+from pyvmm.virtio.queue.protocol import Queue
 from pyvmm.virtio.shared_worker import SharedWorker
 from pyvmm.virtio.worker import QueueDevice, Rest
 

@@ -13,7 +13,6 @@ from time import monotonic
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 from pyvmm.errors import GuestMemoryError
-from pyvmm.virtio.chain import DescriptorChain
 from pyvmm.virtio.net.backend import Channel
 from pyvmm.virtio.net.counters import Counters
 from pyvmm.virtio.net.filter import ReceiveFilter
@@ -25,7 +24,8 @@ from pyvmm.virtio.net.header import (
     SMALLEST_BUFFER,
     VLAN_TAG,
 )
-from pyvmm.virtio.queue import Queue
+from pyvmm.virtio.queue.chain import DescriptorChain
+from pyvmm.virtio.queue.protocol import Queue
 from pyvmm.virtio.worker import AT_ONCE, FOR_SOURCE, Rest
 
 if TYPE_CHECKING:

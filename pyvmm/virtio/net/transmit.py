@@ -10,11 +10,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pyvmm.errors import DriverError, HostError
-from pyvmm.virtio.chain import DescriptorChain
 from pyvmm.virtio.net.backend import Channel
 from pyvmm.virtio.net.counters import Counters
 from pyvmm.virtio.net.header import HEADER_SIZE, TransmitCheck
-from pyvmm.virtio.queue import Queue
+from pyvmm.virtio.queue.chain import DescriptorChain
+from pyvmm.virtio.queue.protocol import Queue
 from pyvmm.virtio.worker import FOR_SOURCE, Rest
 
 if TYPE_CHECKING:

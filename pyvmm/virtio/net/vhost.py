@@ -25,7 +25,7 @@ from pyvmm.virtio.features import (
 )
 from pyvmm.virtio.net.uapi import VIRTIO_NET_F_MRG_RXBUF
 from pyvmm.virtio.offload import OffloadLock
-from pyvmm.virtio.queue import Queue
+from pyvmm.virtio.queue.protocol import Queue
 
 # What of a driver's features the kernel must know of. All else concerns the tap, or only us.
 KERNEL_FEATURES = mask(

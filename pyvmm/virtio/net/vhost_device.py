@@ -26,7 +26,7 @@ from pyvmm.virtio.net.uapi import (
 )
 from pyvmm.virtio.net.vhost import VhostPair
 from pyvmm.virtio.offload import OffloadLock
-from pyvmm.virtio.queue import Queue, QueueLock
+from pyvmm.virtio.queue.protocol import Queue, QueueLock
 
 
 class VhostNetDevice(NetDevice):

@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping
 
 from pyvmm.errors import GuestMemoryError
-from pyvmm.virtio.chain import DescriptorChain
 from pyvmm.virtio.features import RING_FEATURES
-from pyvmm.virtio.queue import Queue
+from pyvmm.virtio.queue.chain import DescriptorChain
+from pyvmm.virtio.queue.protocol import Queue
 from pyvmm.virtio.worker import QueueDevice
 
 VIRTIO_ID_RNG = 4  # virtio 1.3, 5 Device Types; linux/virtio_ids.h

@@ -19,7 +19,7 @@ from pyvmm.virtio.constants import VIRTIO_ID_VSOCK
 from pyvmm.virtio.device import Activation, VirtioDevice
 from pyvmm.virtio.device_loop import DeviceLoop
 from pyvmm.virtio.features import RING_FEATURES, has, mask
-from pyvmm.virtio.queue import Queue
+from pyvmm.virtio.queue.protocol import Queue
 from pyvmm.virtio.vsock.host_side import HostSide
 from pyvmm.virtio.vsock.packet import HEADER, HEADER_BYTES, Counters, Header, PacketEvent
 from pyvmm.virtio.vsock.switch import Switch

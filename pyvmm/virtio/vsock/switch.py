@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pyvmm.errors import DriverError, HostError
 from pyvmm.host.poller import ENDED, FAILED, HUNG_UP, READABLE, WRITABLE, Poller
 from pyvmm.host.unix_sockets import Socket
-from pyvmm.virtio.chain import DescriptorChain, Reader
+from pyvmm.virtio.queue.chain import DescriptorChain, Reader
 from pyvmm.virtio.vsock.host_side import HostSide
 from pyvmm.virtio.vsock.packet import HEADER, HEADER_BYTES, Counters, Header
 from pyvmm.virtio.vsock.stream import State, Stream

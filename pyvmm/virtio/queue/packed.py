@@ -4,7 +4,7 @@ One ring holds everything: the driver writes descriptors into it in order, and t
 them, from the start again, with the chains that it returns. Whose a descriptor is show two bits in
 its flags, compared with a counter that each side flips whenever it comes round.
 
-What `pyvmm.virtio.split_queue` says of a hostile driver holds here too. A chain is never longer
+What `pyvmm.virtio.queue.split` says of a hostile driver holds here too. A chain is never longer
 than what the ring has room for besides all that the device holds, so a driver that writes past its
 own chains is found out. A used descriptor is one aligned 64-bit store (length, id and flags), and
 those of a batch are stored last first, so that the driver gets to see all or none.
@@ -18,8 +18,8 @@ from pyvmm.errors import DriverError
 from pyvmm.host.fences import WEAKLY_ORDERED
 from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
-from pyvmm.virtio.chain import DescriptorChain, PackedChain, Part
-from pyvmm.virtio.packed_peek import (
+from pyvmm.virtio.queue.chain import DescriptorChain, PackedChain, Part
+from pyvmm.virtio.queue.packed_peek import (
     DESC_F_AVAIL,
     DESC_F_USED,
     OWNER,
@@ -29,15 +29,7 @@ from pyvmm.virtio.packed_peek import (
     WRITTEN_1,
     PackedPeek,
 )
-from pyvmm.virtio.queue_state import (
-    EVENT_BYTES,
-    QueueConfig,
-    QueueState,
-    desc_bytes,
-    pack_position,
-    unpack_position,
-)
-from pyvmm.virtio.ring import (
+from pyvmm.virtio.queue.ring import (
     CHAIN_FLAGS,
     DESC_F_INDIRECT,
     DESC_F_WRITE,
@@ -46,6 +38,14 @@ from pyvmm.virtio.ring import (
     MAX_CHAIN_BYTES,
     MAX_USED_LENGTH,
     UNSETTLED,
+)
+from pyvmm.virtio.queue.state import (
+    EVENT_BYTES,
+    QueueConfig,
+    QueueState,
+    desc_bytes,
+    pack_position,
+    unpack_position,
 )
 
 RING_EVENT_FLAGS_ENABLE = 0  # 2.8.10 Driver and Device Event Suppression
@@ -63,7 +63,7 @@ _CHANGED = "2.8.16 Driver Requirements: The Virtqueue Descriptor Table"
 
 
 class PackedQueue(PackedPeek):
-    """A packed virtqueue as its device sees it; see `pyvmm.virtio.queue.Queue` for the operations.
+    """A packed virtqueue as its device sees it; see `protocol.Queue` for the operations.
 
     Positions count the ring's entries over two rounds, one for each wrap counter: from 0 to
     2 * size - 1, and below size the wrap counter is 1.

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Protocol
 from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
 from pyvmm.virtio import features as feature_bits
-from pyvmm.virtio.chain import DescriptorChain, Usual
-from pyvmm.virtio.queue_state import QueueConfig, QueueState
-from pyvmm.virtio.queue_stats import QueueStats
+from pyvmm.virtio.queue.chain import DescriptorChain, Usual
+from pyvmm.virtio.queue.state import QueueConfig, QueueState
+from pyvmm.virtio.queue.stats import QueueStats
 
 if TYPE_CHECKING:
-    from pyvmm.virtio.ring import Ring
+    from pyvmm.virtio.queue.ring import Ring
 
 
 class Journal(Protocol):
@@ -184,9 +184,9 @@ def load_layouts(offered: int) -> None:
 def _layout(features: int) -> type[Ring]:
     # A machine that has no packed queue does not load the code for it.
     if features >> feature_bits.VIRTIO_F_RING_PACKED & 1:
-        from pyvmm.virtio.packed_queue import PackedQueue
+        from pyvmm.virtio.queue.packed import PackedQueue
 
         return PackedQueue
-    from pyvmm.virtio.split_queue import SplitQueue
+    from pyvmm.virtio.queue.split import SplitQueue
 
     return SplitQueue

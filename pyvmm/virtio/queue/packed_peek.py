@@ -1,6 +1,6 @@
 """A packed virtqueue's usual chains, taken and returned a batch at a time.
 
-`pyvmm.virtio.packed_queue` says how the ring works, and has the way of one chain at a time.
+`pyvmm.virtio.queue.packed` says how the ring works, and has the way of one chain at a time.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from struct import Struct
 
 from pyvmm.errors import GuestMemoryError
 from pyvmm.host.fences import WEAKLY_ORDERED
-from pyvmm.virtio.chain import Usual
-from pyvmm.virtio.ring import (
+from pyvmm.virtio.queue.chain import Usual
+from pyvmm.virtio.queue.ring import (
     CHAIN_FLAGS,
     DESC_F_INDIRECT,
     DESC_F_NEXT,

@@ -18,16 +18,8 @@ from pyvmm.host.fences import WEAKLY_ORDERED
 from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
 from pyvmm.memory.guest_memory import Region
-from pyvmm.virtio.chain import DescriptorChain, Part
-from pyvmm.virtio.queue_state import (
-    QUEUE_SIZE_LIMIT,
-    QueueConfig,
-    QueueState,
-    avail_bytes,
-    desc_bytes,
-    used_bytes,
-)
-from pyvmm.virtio.ring import (
+from pyvmm.virtio.queue.chain import DescriptorChain, Part
+from pyvmm.virtio.queue.ring import (
     CHAIN_FLAGS,
     DESC_F_INDIRECT,
     DESC_F_WRITE,
@@ -37,10 +29,18 @@ from pyvmm.virtio.ring import (
     MAX_USED_LENGTH,
     UNSETTLED,
 )
-from pyvmm.virtio.split_peek import SplitPeek, unpack_desc
+from pyvmm.virtio.queue.split_peek import SplitPeek, unpack_desc
+from pyvmm.virtio.queue.state import (
+    QUEUE_SIZE_LIMIT,
+    QueueConfig,
+    QueueState,
+    avail_bytes,
+    desc_bytes,
+    used_bytes,
+)
 
 if TYPE_CHECKING:
-    from pyvmm.virtio.queue import Journal
+    from pyvmm.virtio.queue.protocol import Journal
 
 AVAIL_F_NO_INTERRUPT = 1
 USED_F_NO_NOTIFY = 1
@@ -53,7 +53,7 @@ _AVAIL = "2.7.6.1 Driver Requirements: The Virtqueue Available Ring"
 
 
 class SplitQueue(SplitPeek):
-    """A split virtqueue as its device sees it; see `pyvmm.virtio.queue.Queue` for the operations.
+    """A split virtqueue as its device sees it; see `protocol.Queue` for the operations.
 
     Positions are free-running 16-bit indices, as in the rings.
     """

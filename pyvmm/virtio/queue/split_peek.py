@@ -1,6 +1,6 @@
 """A split virtqueue's usual chains, taken and returned a batch at a time.
 
-`pyvmm.virtio.split_queue` says how the rings are read, and has the way of one chain at a time.
+`pyvmm.virtio.queue.split` says how the rings are read, and has the way of one chain at a time.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from struct import Struct
 from typing import TYPE_CHECKING
 
 from pyvmm.errors import GuestMemoryError
-from pyvmm.virtio.chain import Usual
-from pyvmm.virtio.ring import (
+from pyvmm.virtio.queue.chain import Usual
+from pyvmm.virtio.queue.ring import (
     CHAIN_FLAGS,
     DESC_F_INDIRECT,
     DESC_F_NEXT,
@@ -24,7 +24,7 @@ from pyvmm.virtio.ring import (
 )
 
 if TYPE_CHECKING:
-    from pyvmm.virtio.queue import Journal
+    from pyvmm.virtio.queue.protocol import Journal
 
 unpack_desc = Struct("<QIHH").unpack_from  # struct virtq_desc: addr, len, flags, next
 _unpack_three = Struct("<" + 3 * "QIHH").unpack_from

@@ -17,10 +17,10 @@ from pyvmm.host.fences import new_fence
 from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
 from pyvmm.virtio import features as feature_bits
-from pyvmm.virtio.chain import DescriptorChain, PackedChain, Places, RamWindow, Usual
-from pyvmm.virtio.queue import QueueLock
-from pyvmm.virtio.queue_state import InFlight, QueueConfig, QueueState
-from pyvmm.virtio.queue_stats import QueueStats
+from pyvmm.virtio.queue.chain import DescriptorChain, PackedChain, Places, RamWindow, Usual
+from pyvmm.virtio.queue.protocol import QueueLock
+from pyvmm.virtio.queue.state import InFlight, QueueConfig, QueueState
+from pyvmm.virtio.queue.stats import QueueStats
 
 DESC_F_NEXT = 1
 DESC_F_WRITE = 2
