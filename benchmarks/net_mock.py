@@ -27,7 +27,8 @@ from pyvmm.virtio.net.header import HEADER, HEADER_SIZE, TransmitCheck
 from pyvmm.virtio.net.receive import Receiver, Rules
 from pyvmm.virtio.net.transmit import Transmitter
 from pyvmm.virtio.net.uapi import VIRTIO_NET_F_CSUM, VIRTIO_NET_F_HOST_TSO4
-from pyvmm.virtio.queue.protocol import Queue, build_queue
+from pyvmm.virtio.queue.build import build_queue
+from pyvmm.virtio.queue.protocol import Queue
 from pyvmm.virtio.queue.state import QueueConfig
 
 RAM = 64 << 20

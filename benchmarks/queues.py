@@ -35,7 +35,7 @@ from pyvmm.testing.attached import attached
 from pyvmm.virtio import features as bits
 from pyvmm.virtio.blk.backend import FileBackend
 from pyvmm.virtio.blk.device import BlockDevice
-from pyvmm.virtio.queue.protocol import build_queue
+from pyvmm.virtio.queue.build import build_queue
 from pyvmm.virtio.queue.state import QueueConfig
 
 RAM = 16 << 20

@@ -25,7 +25,8 @@ from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
 from pyvmm.testing import Arena, Buffer, MockSplitDriver
 from pyvmm.virtio import features as bits
-from pyvmm.virtio.queue.protocol import Queue, build_queue
+from pyvmm.virtio.queue.build import build_queue
+from pyvmm.virtio.queue.protocol import Queue
 from pyvmm.virtio.queue.state import QueueConfig
 from pyvmm.virtio.vsock.host_side import HostSide
 from pyvmm.virtio.vsock.packet import HEADER, HEADER_BYTES, Counters, Header

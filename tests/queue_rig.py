@@ -12,7 +12,7 @@ from pyvmm.virtio.features import (
     VIRTIO_F_RING_PACKED,
     mask,
 )
-from pyvmm.virtio.queue.protocol import build_queue, restore_queue
+from pyvmm.virtio.queue.build import build_queue, restore_queue
 from pyvmm.virtio.queue.state import QueueConfig, QueueState
 
 MIB = 1 << 20

@@ -29,7 +29,8 @@ from pyvmm.virtio import constants, events, status
 from pyvmm.virtio.defects import as_device_failure
 from pyvmm.virtio.device import Activation, VirtioDevice
 from pyvmm.virtio.features import describe
-from pyvmm.virtio.queue.protocol import Queue, build_queue
+from pyvmm.virtio.queue.build import build_queue
+from pyvmm.virtio.queue.protocol import Queue
 from pyvmm.virtio.queue.state import QueueConfig, QueueState
 from pyvmm.virtio.queue.stats import QueueStats
 

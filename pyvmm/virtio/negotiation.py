@@ -17,7 +17,7 @@ from pyvmm.virtio import features, status
 from pyvmm.virtio.defects import as_device_failure
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.lifecycle import Lifecycle, Notifier, Trace
-from pyvmm.virtio.queue.protocol import load_layouts
+from pyvmm.virtio.queue.build import load_layouts
 from pyvmm.virtio.queue.state import QueueConfig, is_valid_size, size_rule
 
 RESERVED_BITS = features.mask(*range(24, 50))  # 2.2 Feature Bits: not a device type's own

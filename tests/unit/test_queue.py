@@ -16,7 +16,7 @@ from pyvmm.memory import GuestMemory
 from pyvmm.testing import Buffer, Element, MockPackedDriver, MockSplitDriver, PackedDesc, Used
 from pyvmm.testing.ring import INDIRECT, WRITE
 from pyvmm.virtio.features import VIRTIO_F_RING_PACKED, mask
-from pyvmm.virtio.queue.protocol import build_queue, restore_queue
+from pyvmm.virtio.queue.build import build_queue, restore_queue
 from pyvmm.virtio.queue.state import InFlight, QueueConfig, QueueState
 
 WRAP = 1 << 15

@@ -26,7 +26,8 @@ from pyvmm.virtio import features, status
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.lifecycle import Trace
 from pyvmm.virtio.negotiation import Negotiation
-from pyvmm.virtio.queue.protocol import Queue, restore_queue
+from pyvmm.virtio.queue.build import restore_queue
+from pyvmm.virtio.queue.protocol import Queue
 from pyvmm.virtio.queue.split import SplitQueue
 from pyvmm.virtio.queue.state import QueueConfig, QueueState
 

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from pyvmm.host.syscalls import EventFd
-from pyvmm.memory import GuestMemory
-from pyvmm.virtio import features as feature_bits
 from pyvmm.virtio.queue.chain import DescriptorChain, Usual
-from pyvmm.virtio.queue.state import QueueConfig, QueueState
+from pyvmm.virtio.queue.state import QueueState
 from pyvmm.virtio.queue.stats import QueueStats
-
-if TYPE_CHECKING:
-    from pyvmm.virtio.queue.ring import Ring
 
 
 class Journal(Protocol):
@@ -154,39 +149,3 @@ class Queue(Protocol):
     def chain_in_flight(self, head: int) -> DescriptorChain:
         """The chain with this head that is in flight, for a device that goes on after its state
         was saved. Raises ValueError if it is not in flight."""
-
-
-def build_queue(
-    memory: GuestMemory, config: QueueConfig, features: int, index: int, kick: EventFd
-) -> Queue:
-    """Queue `index` as the driver configured it, in the layout that `features` ask for.
-
-    Raises DriverError for a configuration that cannot be.
-    """
-    return _layout(features)(memory, config, features, index, kick)
-
-
-def restore_queue(
-    memory: GuestMemory, state: QueueState, features: int, index: int, kick: EventFd
-) -> Queue:
-    """Queue `index`, going on where `state` was taken. Raises DriverError for a state that cannot
-    be, or that is not of the layout which `features` ask for."""
-    return _layout(features).from_state(memory, state, features, index, kick)
-
-
-def load_layouts(offered: int) -> None:
-    """Import what the queues of a device that offers these features may need: not when a guest's
-    vCPU waits for it."""
-    _layout(0)
-    _layout(offered)
-
-
-def _layout(features: int) -> type[Ring]:
-    # A machine that has no packed queue does not load the code for it.
-    if features >> feature_bits.VIRTIO_F_RING_PACKED & 1:
-        from pyvmm.virtio.queue.packed import PackedQueue
-
-        return PackedQueue
-    from pyvmm.virtio.queue.split import SplitQueue
-
-    return SplitQueue
