@@ -125,7 +125,7 @@ def measure(case: Case, rounds: int, *makers: MakeQueue) -> list[float]:
 
 # --- what the checks cost -------------------------------------------------------------------------
 
-MODULES = ("ring", "packed_peek", "split_peek", "split", "packed")  # in the order of their imports
+MODULES = ("ring", "split", "packed")  # in the order of their imports
 CHECKED = [
     *(Case(layout, indirect=indirect) for layout in LAYOUTS for indirect in (True, False)),
     *(Case(layout, chain=64, batch=16) for layout in LAYOUTS),

@@ -18,12 +18,12 @@ class Target(NamedTuple):
 TARGETS = (
     Target("core", "virtio/queue/chain.py", "chain queue_usual queue_buffers queue blk_request"),
     Target(
-        "core", "virtio/queue/split.py virtio/queue/split_peek.py",
+        "core", "virtio/queue/split.py",
         "split_queue queue queue_usual queue_buffers split_queue_hostile queue_model"
         " vhost_user_inflight chain worker_polling split_queue_fuzz queue_processes",
     ),
     Target(
-        "core", "virtio/queue/packed.py virtio/queue/packed_peek.py",
+        "core", "virtio/queue/packed.py",
         "packed_queue queue queue_usual queue_buffers packed_queue_hostile queue_model"
         " worker_polling packed_queue_fuzz queue_processes",
     ),

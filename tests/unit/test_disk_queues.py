@@ -70,7 +70,7 @@ from pyvmm.virtio.rng.device import EntropyDevice
 device = EntropyDevice()
 device.features |= int(sys.argv[1])
 with attached(device, start=False):
-    print(*(f"pyvmm.virtio.{layout}_queue" in sys.modules for layout in ("split", "packed")))
+    print(*(f"pyvmm.virtio.queue.{layout}" in sys.modules for layout in ("split", "packed")))
 """
 
 

@@ -14,7 +14,8 @@ from pyvmm.testing import Buffer, Desc, PackedDesc, Used
 from pyvmm.testing.packed_driver import AVAIL, USED
 from pyvmm.testing.ring import INDIRECT, NEXT, WRITE, Element
 from pyvmm.virtio.blk.usual import serve_usual
-from pyvmm.virtio.queue import packed_peek, split_peek
+from pyvmm.virtio.queue import packed as packed_layout
+from pyvmm.virtio.queue import split as split_layout
 from pyvmm.virtio.queue.ring import MAX_PEEKED
 
 FIRST, LAST = 16, 1
@@ -151,7 +152,7 @@ def test_row32_a_queue_of_two_has_no_chain_of_three(make):
 
 def test_row28_parts_so_large_that_three_of_them_might_be_too_much(rig, monkeypatch):
     """RAM that holds them would have to be as large, so the limit is made small."""
-    monkeypatch.setattr(packed_peek if rig.packed else split_peek, "LARGE_PART", 1024)
+    monkeypatch.setattr(packed_layout if rig.packed else split_layout, "LARGE_PART", 1024)
     offer_read(rig, Buffer(0x9000, 1023))
     offer_read(rig, Buffer(0x9000, 1024))
     rig.driver.publish()
@@ -333,7 +334,7 @@ def test_views_are_made_anew_when_memory_changes(rig):
 
 def test_row37_each_descriptor_is_read_once(rig, monkeypatch):
     """A driver that rewrites all of its descriptors right after the device has read some."""
-    module = packed_peek if rig.packed else split_peek
+    module = packed_layout if rig.packed else split_layout
     unpack, reads = module._unpack_three, []
 
     def spy(table, offset=0):

@@ -90,8 +90,8 @@ def test_random_rings(table, indirect, ring, idx, event_idx, used_event):
 
 
 def run_device(rig: Rig, changed: set[int]) -> None:
-    counter = CountingUnpack(split_queue.unpack_desc)
-    split_queue.unpack_desc = counter
+    counter = CountingUnpack(split_queue._unpack_desc)
+    split_queue._unpack_desc = counter
     try:
         rig.queue.disable_notification()
         for taken, chain in enumerate(rig.queue, 1):
@@ -104,7 +104,7 @@ def run_device(rig: Rig, changed: set[int]) -> None:
     except DriverError as error:
         assert error.section
     finally:
-        split_queue.unpack_desc = counter.unpack
+        split_queue._unpack_desc = counter.unpack
 
 
 def fill(chain) -> int:

@@ -387,7 +387,7 @@ def test_row37_each_descriptor_is_read_once(rig, monkeypatch):
 
     reads = []
 
-    unpack = split_queue.unpack_desc
+    unpack = split_queue._unpack_desc
 
     def read(table, offset):
         reads.append(offset)
@@ -395,7 +395,7 @@ def test_row37_each_descriptor_is_read_once(rig, monkeypatch):
         rig.driver.write_desc(offset // 16, Desc(2**64 - 1, 2**32 - 1, INDIRECT, 0xFFFF))
         return fields
 
-    monkeypatch.setattr(split_queue, "unpack_desc", read)
+    monkeypatch.setattr(split_queue, "_unpack_desc", read)
     offer(rig, Desc(DATA, 4, NEXT, 1), Desc(DATA + 8, 5, NEXT | WRITE, 2), Desc(DATA, 1, WRITE))
     chain = rig.queue.pop()
     assert reads == [0, 16, 32]

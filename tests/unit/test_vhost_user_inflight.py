@@ -34,7 +34,6 @@ from pyvmm.transport.vhost_user import inflight as inflight_module
 from pyvmm.transport.vhost_user.inflight import Inflight
 from pyvmm.transport.vhost_user.protocol import FrontEndError
 from pyvmm.virtio.queue import split as split_queue
-from pyvmm.virtio.queue import split_peek
 
 SIZE = 16
 REGION = 16 + 16 * SIZE  # QueueRegionSplit with its DescStateSplit
@@ -48,7 +47,7 @@ class Killed(BaseException):
 def killed_after(lines: int, work) -> bool:
     """Run `work`, and end it after so many lines of the code that keeps the notes and the ring;
     whether it was."""
-    files = {split_queue.__file__, split_peek.__file__, inflight_module.__file__}
+    files = {split_queue.__file__, inflight_module.__file__}
     left = lines
 
     def each(frame, event, argument):

@@ -1,8 +1,9 @@
 """The device's end of a packed virtqueue (virtio 1.3, 2.8 Packed Virtqueues).
 
 One ring holds everything: the driver writes descriptors into it in order, and the device overwrites
-them, from the start again, with the chains that it returns. Whose a descriptor is show two bits in
-its flags, compared with a counter that each side flips whenever it comes round.
+them, from the start again, with the chains that it returns. Two bits in a descriptor's flags show
+whose it is: each side compares them with a counter of its own, which it flips whenever it comes
+round.
 
 What `pyvmm.virtio.queue.split` says of a hostile driver holds here too. A chain is never longer
 than what the ring has room for besides all that the device holds, so a driver that writes past its
@@ -12,32 +13,27 @@ those of a batch are stored last first, so that the driver gets to see all or no
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from struct import Struct
 
-from pyvmm.errors import DriverError
+from pyvmm.errors import DriverError, GuestMemoryError
 from pyvmm.host.fences import WEAKLY_ORDERED
 from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
-from pyvmm.virtio.queue.chain import DescriptorChain, PackedChain, Part
-from pyvmm.virtio.queue.packed_peek import (
-    DESC_F_AVAIL,
-    DESC_F_USED,
-    OWNER,
-    USED_0,
-    USED_1,
-    WRITTEN_0,
-    WRITTEN_1,
-    PackedPeek,
-)
+from pyvmm.virtio.queue.chain import DescriptorChain, PackedChain, Part, Usual
 from pyvmm.virtio.queue.ring import (
     CHAIN_FLAGS,
     DESC_F_INDIRECT,
+    DESC_F_NEXT,
     DESC_F_WRITE,
     DESC_SIZE,
     IN_FLIGHT,
+    LARGE_PART,
     MAX_CHAIN_BYTES,
+    MAX_PEEKED,
     MAX_USED_LENGTH,
     UNSETTLED,
+    Ring,
 )
 from pyvmm.virtio.queue.state import (
     EVENT_BYTES,
@@ -48,21 +44,34 @@ from pyvmm.virtio.queue.state import (
     unpack_position,
 )
 
+DESC_F_AVAIL = 1 << 7  # 2.8.1 Driver and Device Ring Wrap Counters
+DESC_F_USED = 1 << 15
+OWNER = DESC_F_AVAIL | DESC_F_USED
 RING_EVENT_FLAGS_ENABLE = 0  # 2.8.10 Driver and Device Event Suppression
 RING_EVENT_FLAGS_DISABLE = 1
 RING_EVENT_FLAGS_DESC = 2
+
+# The upper half of a used descriptor, without its id and len: in the round where the wrap counter
+# is 1, and in the other.
+USED_1 = OWNER << 48
+WRITTEN_1 = (OWNER | DESC_F_WRITE) << 48
+USED_0 = 0
+WRITTEN_0 = DESC_F_WRITE << 48
 
 _TABLE_OR_NOT = OWNER | DESC_F_INDIRECT
 _layout = Struct("<QIHH")  # struct pvirtq_desc: addr, len, id, flags
 _unpack_desc = _layout.unpack_from
 _unpack_table = _layout.iter_unpack
+_three = Struct("<" + 3 * "QIHH")
+_unpack_three = _three.unpack_from
+
 _ID = "2.8.21.1 Placing Available Buffers Into The Descriptor Ring"
 _LIST = "2.8.17 Driver Requirements: Scatter-Gather Support"
 _INDIRECT = "2.8.19 Driver Requirements: Indirect Descriptors"
 _CHANGED = "2.8.16 Driver Requirements: The Virtqueue Descriptor Table"
 
 
-class PackedQueue(PackedPeek):
+class PackedQueue(Ring):
     """A packed virtqueue as its device sees it; see `protocol.Queue` for the operations.
 
     Positions count the ring's entries over two rounds, one for each wrap counter: from 0 to
@@ -82,10 +91,11 @@ class PackedQueue(PackedPeek):
         kick: EventFd,
     ) -> None:
         super().__init__(memory, config, features, index, kick)
-        self._room = self.size
-        self._left = 0
-        self._pending = {}
-        self._peeked = {}
+        self._room = self.size  # entries of the ring that the device does not hold
+        self._left = 0  # entries from _next_avail on that are known to be available
+        # Used descriptors to be published: what to store, by place.
+        self._pending: dict[int, int] = {}
+        self._peeked: dict[int, int] = {}  # what peek_usual gave: entries of the ring, by head
 
     def _find_rings(self) -> None:
         memory, config = self._ram.memory, self._config
@@ -299,6 +309,103 @@ class PackedQueue(PackedPeek):
         if found:
             del self._pending[place]
         return found
+
+    # --- usual chains, a batch at a time ----------------------------------------------------------
+
+    def peek_usual(self, first: int, last: int, most: int) -> tuple[list[Usual], bool]:
+        """The next chains as far as they are of the usual form; see Queue."""
+        usual: list[Usual] = []
+        peeked: dict[int, int] = {}
+        self._peeked = peeked
+        if not self.ready:
+            return usual, False
+        if self._in_order or self.size < 3:
+            return usual, True
+        ring, flags_of, size, position = self._ring, self._flags, self.size, self._next_avail
+        readable, writable = self._ram.readable_views, self._ram.writable_views
+        firsts, lasts = self._outer_places(first, last)
+        busy_until, batch, room, left = self._busy_until, self._batch, self._room, most
+        indirect = DESC_F_INDIRECT if self._indirect else -1
+        try:
+            while left > 0 and len(peeked) < MAX_PEEKED:
+                slot, available = (
+                    (position, DESC_F_AVAIL) if position < size else (position - size, DESC_F_USED)
+                )
+                if (flags_of[slot] ^ available) & OWNER:
+                    # Taken back if it was available before, as `pop` then says.
+                    return usual, bool(self._left) and not usual
+                if WEAKLY_ORDERED:
+                    self._fence()  # Acquire, as in `pop`.
+                three = (
+                    _unpack_three(ring, slot * DESC_SIZE)
+                    if slot + 3 <= size
+                    else self._three_around(slot)
+                )
+                a, la, head, fa, b, lb, _, fb, c, lc, end_id, fc = three
+                fa ^= available
+                if fa == indirect and la == _three.size:
+                    slots = 1
+                    a, la, _, fa, b, lb, _, fb, c, lc, _, fc = _unpack_three(readable[a, la])
+                    # A table has no NEXT, and only WRITE means something there (2.8.7).
+                    fa, fb = fa & DESC_F_WRITE | DESC_F_NEXT, fb & DESC_F_WRITE | DESC_F_NEXT
+                    fc &= DESC_F_WRITE
+                else:
+                    slots, head = 3, end_id
+                    fb ^= available
+                    fc ^= available
+                if (
+                    fa != DESC_F_NEXT or fc != DESC_F_WRITE or la != first or lc != last
+                    or not 0 < lb < LARGE_PART or slots > room
+                    or head >= size or busy_until[head] >= batch or head in peeked
+                ):  # fmt: skip
+                    return usual, True
+                if fb == CHAIN_FLAGS:  # NEXT and WRITE
+                    usual.append((firsts[a], writable[b, lb], lasts[c], lb, False))
+                elif fb == DESC_F_NEXT:
+                    usual.append((firsts[a], readable[b, lb], lasts[c], lb, True))
+                else:
+                    return usual, True
+                peeked[head] = slots
+                room -= slots
+                left -= lb
+                position += slots
+                if position >= 2 * size:
+                    position -= 2 * size
+        except GuestMemoryError:
+            return usual, True
+        return usual, False
+
+    def _three_around(self, slot: int) -> list[int]:
+        """Three descriptors of which the last are at the ring's start again, with flags as if they
+        were in the same round."""
+        ring, size = self._ring, self.size
+        raw = bytes(ring[slot * DESC_SIZE :]) + bytes(ring[: (slot + 3 - size) * DESC_SIZE])
+        fields = list(_unpack_three(raw))
+        for place in range(size - slot, 3):
+            fields[4 * place + 3] ^= OWNER
+        return fields
+
+    def use_peeked(self, written: Sequence[int]) -> None:
+        """Take and return chains that `peek_usual` gave; see Queue."""
+        peeked, self._peeked = self._peeked, {}
+        if not self.ready:
+            return
+        pending, size, position = self._pending, self.size, self._next_used
+        busy_until, batch, total = self._busy_until, self._batch, 0
+        for (head, slots), length in zip(peeked.items(), written, strict=False):
+            if position < size:
+                pending[position] = (WRITTEN_1 if length else USED_1) | head << 32 | length
+            else:
+                pending[position - size] = (WRITTEN_0 if length else USED_0) | head << 32 | length
+            busy_until[head] = batch
+            total += slots
+            position += slots
+            if position >= 2 * size:
+                position -= 2 * size
+        self._next_used = position
+        self._next_avail = self._advance(self._next_avail, total)
+        self._room -= total
+        self._left = max(0, self._left - total)
 
     # --- asking for kicks ------------------------------------------------------------------------
 

@@ -11,25 +11,29 @@ nothing has been consumed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from struct import Struct
 from typing import TYPE_CHECKING
 
-from pyvmm.errors import DriverError
+from pyvmm.errors import DriverError, GuestMemoryError
 from pyvmm.host.fences import WEAKLY_ORDERED
 from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
 from pyvmm.memory.guest_memory import Region
-from pyvmm.virtio.queue.chain import DescriptorChain, Part
+from pyvmm.virtio.queue.chain import DescriptorChain, Part, Usual
 from pyvmm.virtio.queue.ring import (
     CHAIN_FLAGS,
     DESC_F_INDIRECT,
+    DESC_F_NEXT,
     DESC_F_WRITE,
     DESC_SIZE,
     IN_FLIGHT,
+    LARGE_PART,
     MAX_CHAIN_BYTES,
+    MAX_PEEKED,
     MAX_USED_LENGTH,
     UNSETTLED,
+    Ring,
 )
-from pyvmm.virtio.queue.split_peek import SplitPeek, unpack_desc
 from pyvmm.virtio.queue.state import (
     QUEUE_SIZE_LIMIT,
     QueueConfig,
@@ -45,6 +49,9 @@ if TYPE_CHECKING:
 AVAIL_F_NO_INTERRUPT = 1
 USED_F_NO_NOTIFY = 1
 
+_unpack_desc = Struct("<QIHH").unpack_from  # struct virtq_desc: addr, len, flags, next
+_unpack_three = Struct("<" + 3 * "QIHH").unpack_from
+
 _TABLE = "2.7.5 The Virtqueue Descriptor Table"
 _TABLE_DRIVER = "2.7.5.2 Driver Requirements: The Virtqueue Descriptor Table"
 _INDIRECT = "2.7.5.3.1 Driver Requirements: Indirect Descriptors"
@@ -52,7 +59,7 @@ _FRAMING = "2.7.4.2 Driver Requirements: Message Framing"
 _AVAIL = "2.7.6.1 Driver Requirements: The Virtqueue Available Ring"
 
 
-class SplitQueue(SplitPeek):
+class SplitQueue(Ring):
     """A split virtqueue as its device sees it; see `protocol.Queue` for the operations.
 
     Positions are free-running 16-bit indices, as in the rings.
@@ -72,12 +79,12 @@ class SplitQueue(SplitPeek):
     ) -> None:
         super().__init__(memory, config, features, index, kick)
         self._mask = self.size - 1
-        self._seen_avail = 0
-        self._peeked = []
-        self._journal = None
-        self._unpublished = []
-        self._unmarked = []
-        self._resubmitted = {}
+        self._seen_avail = 0  # avail.idx as last read
+        self._peeked: list[int] = []  # the heads of what peek_usual gave
+        self._journal: Journal | None = None
+        self._unpublished: list[int] = []  # for the journal: heads that were returned,
+        self._unmarked: list[int] = []  # and which of them it does not know of
+        self._resubmitted: dict[int, int] = {}  # heads by position, instead of the ring's
 
     def _find_rings(self) -> None:
         memory, config, size = self._ram.memory, self._config, self.size
@@ -125,7 +132,7 @@ class SplitQueue(SplitPeek):
         regions = self._ram.memory.regions
         start = end = 0
         avail, table, mask, size = self._avail, self._table, self._mask, self.size
-        busy, batch, taken, unpack = self._busy_until, self._batch, self._taken, unpack_desc
+        busy, batch, taken, unpack = self._busy_until, self._batch, self._taken, _unpack_desc
         position = self._next_avail
         unseen = (self._seen_avail - position) & 0xFFFF
         if unseen < most:
@@ -200,7 +207,7 @@ class SplitQueue(SplitPeek):
     def _walk(self, head: int, position: int) -> DescriptorChain:
         readable: list[Part] = []
         writable: list[Part] = []
-        table, unpack = self._table, unpack_desc
+        table, unpack = self._table, _unpack_desc
         bound = left = self.size
         to_read = to_write = 0
         writing = indirect = False
@@ -334,6 +341,95 @@ class SplitQueue(SplitPeek):
         # have been overwritten by the driver.
         last = (self._next_used - 1) & self._mask
         return self._used_ring[last] & 0xFFFF_FFFF == head
+
+    # --- usual chains, a batch at a time ----------------------------------------------------------
+
+    def peek_usual(self, first: int, last: int, most: int) -> tuple[list[Usual], bool]:
+        """The next chains as far as they are of the usual form; see Queue."""
+        usual: list[Usual] = []
+        self._peeked = []
+        if not self.ready:
+            return usual, False
+        heads = self._next_heads(MAX_PEEKED)
+        if not heads:
+            return usual, False
+        # A head that cannot be, or that stands there twice, is for `pop` to find. One that is in
+        # flight as well, or was returned and the driver cannot know it yet.
+        if (
+            self._in_order
+            or self._resubmitted
+            or self.size < 3
+            or max(heads) >= self.size
+            or len(set(heads)) < len(heads)
+        ):
+            return usual, True
+        self._peeked = heads
+        table, unpack, three = self._table, _unpack_three, 3 * DESC_SIZE
+        readable, writable = self._ram.readable_views, self._ram.writable_views
+        firsts, lasts = self._outer_places(first, last)
+        busy_until, batch, beyond = self._busy_until, self._batch, self.size - 2
+        indirect = DESC_F_INDIRECT if self._indirect else -1
+        left = most
+        try:
+            for head in heads:
+                if busy_until[head] >= batch:
+                    return usual, True
+                if head < beyond:
+                    place = head
+                    a, la, fa, na, b, lb, fb, nb, c, lc, fc, _ = unpack(table, head * DESC_SIZE)
+                else:
+                    a, la, fa, na = _unpack_desc(table, head * DESC_SIZE)
+                if fa == indirect and la == three:
+                    place = 0
+                    a, la, fa, na, b, lb, fb, nb, c, lc, fc, _ = unpack(readable[a, la])
+                elif head >= beyond:
+                    return usual, True
+                if (
+                    fa != DESC_F_NEXT or na != place + 1 or nb != place + 2 or fc != DESC_F_WRITE
+                    or la != first or lc != last or not 0 < lb < LARGE_PART
+                ):  # fmt: skip
+                    return usual, True
+                if fb == CHAIN_FLAGS:  # NEXT and WRITE
+                    usual.append((firsts[a], writable[b, lb], lasts[c], lb, False))
+                elif fb == DESC_F_NEXT:
+                    usual.append((firsts[a], readable[b, lb], lasts[c], lb, True))
+                else:
+                    return usual, True
+                left -= lb
+                if left <= 0:
+                    break
+        except GuestMemoryError:
+            return usual, True
+        return usual, False
+
+    def _next_heads(self, most: int) -> list[int]:
+        """The next heads in the available ring, each read once; nothing is checked."""
+        position = self._next_avail
+        count = (self._read_avail_idx() - position) & 0xFFFF
+        if count > most:
+            count = most
+        start = position & self._mask
+        heads: list[int] = self._heads[start : start + count].tolist()
+        if len(heads) < count:
+            heads += self._heads[: count - len(heads)].tolist()
+        return heads
+
+    def use_peeked(self, written: Sequence[int]) -> None:
+        """Take and return chains that `peek_usual` gave; see Queue."""
+        heads, self._peeked = self._peeked, []
+        if not self.ready:
+            return
+        used_ring, mask, position = self._used_ring, self._mask, self._next_used
+        busy_until, batch = self._busy_until, self._batch
+        for head, length in zip(heads, written, strict=False):
+            used_ring[position & mask] = length << 32 | head
+            busy_until[head] = batch
+            position += 1
+        self._next_used = position & 0xFFFF
+        self._next_avail = (self._next_avail + len(written)) & 0xFFFF
+        if self._journal is not None:
+            self._unpublished += heads[: len(written)]
+            self._unmarked += heads[: len(written)]
 
     # --- asking for kicks ------------------------------------------------------------------------
 
