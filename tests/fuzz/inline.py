@@ -20,7 +20,7 @@ from pyvmm.virtio.shared_worker import SharedWorker
 from pyvmm.virtio.worker import QueueWorker
 
 WATCHED = (
-    *("pop", "add_used", "step_back", "undo_used", "publish_used"),
+    *("pop", "add_used", "step_back", "publish_used"),
     *("peek_usual", "use_peeked", "pop_buffers", "add_used_buffers"),
 )
 MOST_PASSES = 2000  # in one go, before a worker counts as one that never sleeps
@@ -122,15 +122,6 @@ class QueueLog:
             undone = chain[0].head if chain else next(reversed(self.in_flight))
             del self.in_flight[undone]
             self.pops -= 1
-
-        return watched
-
-    def _undo_used(self, undo_used: Any) -> Any:
-        def watched(chain: DescriptorChain) -> None:
-            undo_used(chain)
-            self.in_flight[chain.head] = chain
-            self._unpublished.discard(chain.head)
-            self.returns -= 1
 
         return watched
 

@@ -273,19 +273,13 @@ def test_step_back_undoes_only_what_was_not_returned(rig):
 
 
 @pytest.mark.parametrize("layout, start", NEAR_THE_END)
-def test_what_was_returned_can_be_undone_until_it_is_published(layout, start):
-    """A packet that needs more buffers than there are gives those back that it filled."""
+def test_step_back_leaves_what_was_returned_in_the_same_batch(layout, start):
     rig = Rig(SIZE, layout=layout, start=start)
     chains = [rig.driver.add([b"ab"], [9]) for _ in range(4)]
     rig.driver.publish()
     before = rig.snapshot()
     taken = list(rig.queue)
-    for chain in taken[:3]:
-        rig.queue.add_used(chain, 9)
-    rig.queue.undo_used(taken[2])
-    rig.queue.undo_used(taken[1])
-    rig.queue.add_used(taken[1], 5)
-    rig.queue.undo_used(taken[1])
+    rig.queue.add_used(taken[0], 9)
     for chain in reversed(taken[1:]):
         rig.queue.step_back(chain)
     if rig.packed:
@@ -296,21 +290,6 @@ def test_what_was_returned_can_be_undone_until_it_is_published(layout, start):
     rig.queue.publish_used()
     assert rig.all_used() == [Used(chain.head, 7) for chain in chains[1:]]
     rig.close()
-
-
-def test_only_the_last_that_was_returned_can_be_undone(rig):
-    offer(rig, 2)
-    first, second = list(rig.queue)
-    with pytest.raises(ValueError, match="not returned"):
-        rig.queue.undo_used(first)
-    rig.queue.add_used(first, 1)
-    rig.queue.add_used(second, 1)
-    with pytest.raises(ValueError, match="not the last"):
-        rig.queue.undo_used(first)
-    rig.queue.publish_used()
-    with pytest.raises(ValueError, match="not returned"):
-        rig.queue.undo_used(second)
-    assert len(rig.all_used()) == 2
 
 
 # --- stopped -------------------------------------------------------------------------------------
@@ -576,8 +555,6 @@ def test_in_order_a_chain_cannot_overtake(layout):
     with pytest.raises(ValueError, match="out of order"):
         rig.queue.add_used(second, 0)
     rig.queue.add_used(first, 0)
-    rig.queue.add_used(second, 0)
-    rig.queue.undo_used(second)
     rig.queue.step_back(second)
     rig.queue.publish_used()
     assert len(rig.all_used()) == 1

@@ -88,17 +88,7 @@ class Model(RuleBasedStateMachine):
         self.rig.queue.add_used(chain, written)
         self.returned.append((chain, given, written))
 
-    @precondition(lambda self: self.returned)
-    @rule()
-    def device_undoes_one(self):
-        chain, given, _ = self.returned.pop()
-        self.rig.queue.undo_used(chain)
-        places = [taken.position for taken, _ in self.taken]
-        self.taken.append((chain, given))
-        if places:
-            self.taken.sort(key=lambda one: self.rig.queue._age(one[0]), reverse=True)
-
-    @precondition(lambda self: self.taken and not self.returned)
+    @precondition(lambda self: self.taken)
     @rule()
     def device_steps_back(self):
         chain, given = self.taken[-1]

@@ -303,13 +303,6 @@ class PackedQueue(Ring):
                 used[slot] = word
         pending.clear()
 
-    def _forget_used(self, head: int) -> bool:
-        place = next(reversed(self._pending))
-        found = self._pending[place] >> 32 & 0xFFFF == head
-        if found:
-            del self._pending[place]
-        return found
-
     # --- usual chains, a batch at a time ----------------------------------------------------------
 
     def peek_usual(self, first: int, last: int, most: int) -> tuple[list[Usual], bool]:

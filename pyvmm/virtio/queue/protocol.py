@@ -117,10 +117,6 @@ class Queue(Protocol):
         """Return what `pop_buffers` took, all of them full but the last, which has `last_written`
         bytes. Raises ValueError if one is not in flight."""
 
-    def undo_used(self, chain: DescriptorChain) -> None:
-        """Undo the last `add_used`, which was of `chain`, before it was published: the chain is in
-        flight again. Several can be undone, the last first. Raises ValueError."""
-
     def publish_used(self) -> bool:
         """Make all added used elements visible; whether the driver wants a notification now."""
 

@@ -146,10 +146,6 @@ class Ring(ABC):
         """The pop of `chain` is undone."""
 
     @abstractmethod
-    def _forget_used(self, head: int) -> bool:
-        """Forget the used element added last; False if it is not of `head`."""
-
-    @abstractmethod
     def _resume(self, state: QueueState) -> None:
         """Go on at the positions in `state`, which was validated. Raises DriverError."""
 
@@ -272,22 +268,6 @@ class Ring(ABC):
 
     # --- returning chains ------------------------------------------------------------------------
 
-    def undo_used(self, chain: DescriptorChain) -> None:
-        """Undo the last `add_used`, which was of `chain` and is not published yet.
-
-        Raises ValueError where that is not so.
-        """
-        head = chain.head
-        if self._taken[head] is not None or self._busy_until[head] != self._batch:
-            raise ValueError(f"chain {head} was not returned in this batch")
-        if self.ready:
-            forget = self._forget_returned if self._in_order else self._forget_used
-            if not forget(head):
-                raise ValueError(f"chain {head} is not the last that was returned")
-            self._next_used = self._advance(self._next_used, -chain.slots)
-        self._taken[head] = chain
-        self._busy_until[head] = IN_FLIGHT
-
     def _return_in_order(self, chain: DescriptorChain, written: int) -> None:
         # 6.2 Device Requirements: Reserved Feature Bits
         if chain.position != self._next_used:
@@ -295,12 +275,6 @@ class Ring(ABC):
         complete = written == chain.writable_size
         self._returned.append((chain.head, written, chain.slots, complete))
         self._next_used = self._advance(self._next_used, chain.slots)
-
-    def _forget_returned(self, head: int) -> bool:
-        found = self._returned[-1][0] == head
-        if found:
-            self._returned.pop()
-        return found
 
     def _elements_in_order(self) -> Iterator[tuple[int, int, int]]:
         """The used elements that stand for all that was returned: position, head, bytes written.

@@ -269,15 +269,6 @@ class SplitQueue(Ring):
         if self._journal is not None:
             self._unpublished.append(head)
 
-    def undo_used(self, chain: DescriptorChain) -> None:
-        """Undo the last `add_used`, which was of `chain` and is not published yet.
-
-        Raises ValueError where that is not so.
-        """
-        super().undo_used(chain)
-        if self._journal is not None:
-            self._unpublished.pop()
-
     def add_used_buffers(self, heads: list[int], last_written: int) -> None:
         """See Ring."""
         taken, busy, batch = self._taken, self._busy_until, self._batch
@@ -335,12 +326,6 @@ class SplitQueue(Ring):
                 for place, head in self._resubmitted.items()
                 if (place - position) & 0xFFFF < QUEUE_SIZE_LIMIT
             }
-
-    def _forget_used(self, head: int) -> bool:
-        # Nothing of it is visible before used.idx moves. What is there is only compared: it could
-        # have been overwritten by the driver.
-        last = (self._next_used - 1) & self._mask
-        return self._used_ring[last] & 0xFFFF_FFFF == head
 
     # --- usual chains, a batch at a time ----------------------------------------------------------
 
