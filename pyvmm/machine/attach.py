@@ -1,7 +1,7 @@
-"""Plugs a virtio-mmio transport into a machine: its window, its kicks and its interrupt.
+"""Plugs a virtio device into a machine: its window, its doorbells and its interrupt.
 
 One sequence for every device, so that none can be half attached: the bus answers the registers,
-an ioeventfd per queue catches the writes to QueueNotify in the kernel, an irqfd raises the GSI.
+an ioeventfd per queue catches its doorbell in the kernel, an irqfd raises the GSI.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ from pyvmm.kvm.vm import Vm
 from pyvmm.machine.resources import VirtioSlot
 from pyvmm.machine.trace import Hook, Trace
 from pyvmm.memory import GuestMemory
+from pyvmm.transport.base import Transport
 from pyvmm.transport.mmio import MmioTransport
-from pyvmm.transport.mmio_registers import QUEUE_NOTIFY
 from pyvmm.virtio.device import VirtioDevice
 
-_NOTIFY_BYTES = 4
 
-
-def attach_virtio_mmio(
+def attach_virtio(
     device: VirtioDevice,
     slot: VirtioSlot,
     *,
@@ -32,7 +30,7 @@ def attach_virtio_mmio(
     bus: Bus,
     trace: Trace,
     closing: ExitStack,
-) -> MmioTransport:
+) -> Transport:
     """Give `device` the window and the interrupt of `slot`; `closing` undoes it in reverse order.
 
     Raises HostError if KVM refuses.
@@ -51,9 +49,8 @@ def attach_virtio_mmio(
     bus.register(slot.base, slot.size, transport)
     vm.irqfd(interrupt.fd, slot.gsi)
     closing.callback(vm.irqfd, interrupt.fd, slot.gsi, deassign=True)
-    address = slot.base + QUEUE_NOTIFY
-    for index, kick in enumerate(transport.kicks):
-        vm.ioeventfd(kick.fd, address, _NOTIFY_BYTES, datamatch=index)
+    for bell in transport.doorbells:
+        vm.ioeventfd(bell.kick.fd, slot.base + bell.offset, bell.size, datamatch=bell.match)
     return transport
 
 

@@ -23,7 +23,7 @@ from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.kvm.vm import Vm
 from pyvmm.kvm.x86.boot_vcpu import setup_boot_vcpu, setup_vcpu
 from pyvmm.machine.alarm import Alarm
-from pyvmm.machine.attach import attach_virtio_mmio
+from pyvmm.machine.attach import attach_virtio
 from pyvmm.machine.cmdline import command_line
 from pyvmm.machine.resources import VirtioSlot, virtio_slots
 from pyvmm.machine.run_loop import AccessCounts
@@ -33,7 +33,7 @@ from pyvmm.memory import layout_x86 as layout
 from pyvmm.platform.serial import BURST, Serial
 from pyvmm.platform.x86 import acpi_pm, cmos, i8042
 from pyvmm.spec.vm import VmSpec
-from pyvmm.transport.mmio import MmioTransport
+from pyvmm.transport.base import Transport
 from pyvmm.virtio.device import VirtioDevice
 
 
@@ -57,7 +57,7 @@ class Parts(NamedTuple):
     ports: Bus
     mmio: Bus
     serial: Serial
-    transports: tuple[MmioTransport, ...]
+    transports: tuple[Transport, ...]
     vcpus: tuple[Vcpu, ...]
     stats: tuple[StatsFile, ...] = ()  # of the vCPUs
     counts: AccessCounts | None = None  # where KVM does not count exits itself
@@ -159,7 +159,7 @@ def assemble(
     serial = _add_platform(vm, ports, sink, cpus=prepared.spec.cpus)
     closing.callback(serial.close)
     transports = tuple(
-        attach_virtio_mmio(
+        attach_virtio(
             device,
             slot,
             vm_name=prepared.spec.name,

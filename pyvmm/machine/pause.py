@@ -8,7 +8,7 @@ from threading import Lock
 
 from pyvmm.errors import ConfigError
 from pyvmm.machine.vcpu_runner import VcpuRunner
-from pyvmm.transport.mmio import MmioTransport
+from pyvmm.transport.base import Transport
 from pyvmm.virtio.queue.protocol import Queue
 
 PATIENCE = 2.0  # seconds in which everything comes to rest, or the pause is called off
@@ -21,7 +21,7 @@ class Pauser:
     they are held. Whoever touches guest memory for a queue holds its lock.
     """
 
-    def __init__(self, runners: Sequence[VcpuRunner], transports: Sequence[MmioTransport]) -> None:
+    def __init__(self, runners: Sequence[VcpuRunner], transports: Sequence[Transport]) -> None:
         self._runners = runners
         self._transports = transports
         self._lock = Lock()

@@ -20,7 +20,7 @@ from pyvmm.platform.console import Console, standard_fds
 from pyvmm.platform.console_pump import InputPort
 from pyvmm.platform.shared_console import ConsoleTail, SharedInput
 from pyvmm.spec.vm import VmSpec
-from pyvmm.transport.mmio import MmioTransport
+from pyvmm.transport.base import Transport
 from pyvmm.virtio import constants
 from pyvmm.virtio.blk.device import BlockDevice
 
@@ -60,7 +60,7 @@ class Attendant:
         virtio = any(device.kind == "console" for device in prepared.spec.devices)
         self._consoles = ("ttyS0", "hvc0") if virtio else ("ttyS0",)
         self.console = self._consoles[-1]  # where the keys go
-        self._transports: Sequence[MmioTransport] = ()
+        self._transports: Sequence[Transport] = ()
         self._devices = prepared.devices
         self.watcher = ConsoleWatcher(self._disk_ready, self._partition_tables)
         self.on_finding: Callable[[Finding], None] | None = None
@@ -68,7 +68,7 @@ class Attendant:
         self._said: set[str] = set()
         self._start = time.monotonic()
 
-    def attend(self, transports: Sequence[MmioTransport]) -> None:
+    def attend(self, transports: Sequence[Transport]) -> None:
         """The guest starts; take the devices' word for whether a driver has found them."""
         self._transports = transports
         self._start = time.monotonic()
@@ -128,7 +128,10 @@ class Attendant:
         return found
 
     def _disk_ready(self) -> bool:
-        return any(t.read_status() & constants.VIRTIO_CONFIG_S_DRIVER_OK for t in self._transports)
+        return any(
+            t.negotiation.read_status() & constants.VIRTIO_CONFIG_S_DRIVER_OK
+            for t in self._transports
+        )
 
 
 def run_here(

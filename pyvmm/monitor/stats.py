@@ -12,7 +12,7 @@ from typing import Any
 from pyvmm.kvm.stats import Values
 from pyvmm.machine.builder import Parts
 from pyvmm.machine.run_loop import AccessCounts
-from pyvmm.transport.mmio import MmioTransport
+from pyvmm.transport.base import Transport
 from pyvmm.virtio.queue.stats import QueueStats
 
 Plain = dict[str, Any]
@@ -78,7 +78,7 @@ def _sum(parts: Iterable[dict[str, int]]) -> dict[str, int]:
     return found
 
 
-def _device(transport: MmioTransport) -> Plain:
+def _device(transport: Transport) -> Plain:
     lifecycle = transport.negotiation
     queues: list[Plain] = [
         {

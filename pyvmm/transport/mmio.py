@@ -19,11 +19,11 @@ from pyvmm.host.log import Sink, to_stderr
 from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
 from pyvmm.transport import events
-from pyvmm.transport.mmio_registers import BY_OFFSET, CONFIG, REGISTERS, Register
+from pyvmm.transport.base import Doorbell, Transport
+from pyvmm.transport.mmio_registers import BY_OFFSET, CONFIG, QUEUE_NOTIFY, REGISTERS, Register
 from pyvmm.virtio import constants, status
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.lifecycle import Trace
-from pyvmm.virtio.negotiation import Negotiation
 
 _CONFIG_ROW = BY_OFFSET[CONFIG]
 _OPEN_CONFIG_ROW = _CONFIG_ROW._replace(gate=status.ALWAYS)
@@ -31,7 +31,7 @@ _CONFIG_WIDTHS = (1, 2, 4, 8)
 _NO_REGION = 0xFFFF_FFFF  # half of -1
 
 
-class MmioTransport:
+class MmioTransport(Transport):
     """One virtio-mmio device as the guest sees it: a `pyvmm.bus.Handler`, and its doorbells.
 
     `kicks` has one eventfd per queue, to be made an ioeventfd at QueueNotify with the queue's
@@ -54,12 +54,10 @@ class MmioTransport:
         Raises HostError without file descriptors, ValueError for a device that offers features
         which do not exist here.
         """
-        self.device = device
-        self.kicks = [EventFd() for _ in device.queue_sizes]
+        super().__init__(device, memory, log=log, trace=trace)
         self._irq = irq
         self._irq_eventfd = irq_eventfd
         self._trace = trace
-        self.negotiation = Negotiation(device, memory, self, self.kicks, log=log, trace=trace)
         self._readers: dict[int, Callable[[], int]] = {}
         self._writers: dict[int, Callable[[int], None]] = {}
         self._unlocked_writers: dict[int, Callable[[int], None]] = {}
@@ -75,16 +73,6 @@ class MmioTransport:
             writer = method if row.argument is None else partial(method, *row.argument)
             writers = self._writers if row.locked else self._unlocked_writers
             writers[row.offset] = writer
-
-    def close(self) -> None:
-        """Reset the device and give its doorbells back; the guest must be stopped. A second time
-        changes nothing."""
-        if any(kick.fd < 0 for kick in self.kicks):
-            return
-        with self.negotiation.lock:
-            self.negotiation.reset()
-        for kick in self.kicks:
-            kick.close()
 
     # --- dispatch -----------------------------------------------------------------------------
 
@@ -194,18 +182,12 @@ class MmioTransport:
         if self.negotiation.acknowledge(value):
             self._irq()
 
-    # --- queues -------------------------------------------------------------------------------
+    @property
+    def doorbells(self) -> list[Doorbell]:
+        """Writes of a queue's index to QueueNotify (4.2.3.3 Available Buffer Notifications)."""
+        return [Doorbell(kick, QUEUE_NOTIFY, 4, index) for index, kick in enumerate(self.kicks)]
 
-    def write_queue_notify(self, value: int) -> None:
-        gate_mask, gate_value, _ = status.NOTIFY_GATE
-        if self.negotiation.state.status & gate_mask != gate_value:
-            self.negotiation.warn(
-                f"kick of queue {value:#x} ignored before DRIVER_OK or after an error"
-            )
-        elif value < len(self.kicks):
-            self.kicks[value].signal()
-        else:
-            self.negotiation.warn(f"kick of queue {value:#x} ignored: no such queue")
+    # --- queues -------------------------------------------------------------------------------
 
     def write_queue_select(self, value: int) -> None:
         self.negotiation.state.queue_select = value

@@ -130,3 +130,22 @@ def test_nothing_outside_testing_imports_testing() -> None:
         if name.startswith("pyvmm.testing")
     ]
     assert not wrong, "\n".join(wrong)
+
+
+CHOOSES_TRANSPORT = "machine/attach.py"
+
+
+def test_one_module_chooses_the_transport() -> None:
+    """Machine, monitor and kinds see `pyvmm.transport.base`: no feature is for one transport."""
+    # vhost-user is a command of its own, without a machine.
+    interface = ("pyvmm.transport.base", "pyvmm.transport.events", "pyvmm.transport.vhost_user")
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in modules()
+        for line, name in imports_of(path)
+        if name.startswith("pyvmm.transport") and name not in interface
+        if layer_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        not in ("transport", "testing", "bench")
+        if str(path.relative_to(ROOT / "pyvmm")) != CHOOSES_TRANSPORT
+    ]
+    assert not wrong, "\n".join(wrong)

@@ -1,0 +1,100 @@
+"""What the transports have in common: a device, its doorbells, and what it agrees on with a driver.
+
+The rest of the monitor knows a transport by this interface. How its driver reaches it is told by a
+module for each: `pyvmm.transport.mmio` (virtio 1.3, 4.2 Virtio Over MMIO).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pyvmm.host.log import Sink, to_stderr
+from pyvmm.host.syscalls import EventFd
+from pyvmm.memory import GuestMemory
+from pyvmm.virtio import status
+from pyvmm.virtio.device import VirtioDevice
+from pyvmm.virtio.lifecycle import Trace
+from pyvmm.virtio.negotiation import Negotiation
+
+
+class Doorbell(NamedTuple):
+    """A write by which the driver notifies the device of a queue's new buffers.
+
+    It is `size` bytes wide, `offset` bytes into the transport's window, and has the value `match`.
+    Whoever catches the write in place of the transport signals `kick`.
+    """
+
+    kick: EventFd
+    offset: int
+    size: int
+    match: int
+
+
+class Transport(ABC):
+    """One virtio device as its driver reaches it; also the `Notifier` of its negotiation.
+
+    `kicks` has one eventfd for each queue; a signal of it says that the driver made buffers
+    available. `negotiation` is what driver and device agree on, the same on every transport.
+    """
+
+    def __init__(
+        self,
+        device: VirtioDevice,
+        memory: GuestMemory,
+        *,
+        log: Sink = to_stderr,
+        trace: Trace | None = None,
+    ) -> None:
+        """Raises HostError without file descriptors, ValueError for a device that offers features
+        which do not exist here."""
+        self.device = device
+        self.kicks = [EventFd() for _ in device.queue_sizes]
+        self.negotiation = Negotiation(device, memory, self, self.kicks, log=log, trace=trace)
+
+    def close(self) -> None:
+        """Reset the device and give its doorbells back; the guest must be stopped. A second time
+        changes nothing."""
+        if any(kick.fd < 0 for kick in self.kicks):
+            return
+        with self.negotiation.lock:
+            self.negotiation.reset()
+        for kick in self.kicks:
+            kick.close()
+
+    # --- from the driver to the device: 2.9 Driver Notifications ---------------------------------
+
+    @property
+    @abstractmethod
+    def doorbells(self) -> Sequence[Doorbell]:
+        """The writes that KVM may catch, each by an ioeventfd. One that reaches the transport all
+        the same has the same effect."""
+
+    def write_queue_notify(self, value: int) -> None:
+        """Queue `value` has new buffers. The warnings are here, because no lock is taken on the
+        way: a notification never waits for a reset."""
+        gate_mask, gate_value, _ = status.NOTIFY_GATE
+        if self.negotiation.state.status & gate_mask != gate_value:
+            self.negotiation.warn(
+                f"kick of queue {value:#x} ignored before DRIVER_OK or after an error"
+            )
+        elif value < len(self.kicks):
+            self.kicks[value].signal()
+        else:
+            self.negotiation.warn(f"kick of queue {value:#x} ignored: no such queue")
+
+    # --- from the device to the driver: 2.3 Notifications ----------------------------------------
+
+    @abstractmethod
+    def used_buffer(self, *queue_indexes: int) -> None:
+        """Tell the driver that the device used a buffer of each of these queues. Any thread calls
+        it, after the interrupt status has its bit."""
+
+    @abstractmethod
+    def config_changed(self) -> None:
+        """Tell the driver that the configuration changed or the device needs a reset; likewise."""
+
+    @abstractmethod
+    def used_eventfd(self, index: int) -> EventFd | None:
+        """What does so for queue `index` when another signals it; None if there is none."""
