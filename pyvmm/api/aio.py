@@ -12,51 +12,69 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
-from pyvmm.agent import Clock, Completed, Copied, Info, Output
+from pyvmm.agent import Output
 from pyvmm.api.cancellation import in_thread
 from pyvmm.api.command import Command
-from pyvmm.api.console import TIMEOUT_SECONDS, Console, Pattern
+from pyvmm.api.console import Console
 from pyvmm.api.errors import TAIL_LINES, Outcome
 from pyvmm.api.events import Event
-from pyvmm.api.in_guest import READY_SECONDS, Path
-from pyvmm.api.vm import START_SECONDS, VM
-from pyvmm.machine.outcome import STOP_SECONDS
+from pyvmm.api.in_monitor import BalloonControl
+from pyvmm.api.signatures import Asynchronous, awaited, awaited_for_itself, signature_of
+from pyvmm.api.vm import VM
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
-class AsyncVM:
+async def _end(
+    call: Callable[Concatenate[VM, P], T], vm: VM, *args: P.args, **options: P.kwargs
+) -> T:
+    # In a process that was forked it does nothing, and must not wait for that: the event loop
+    # there shares its file descriptors with the one that runs on in the other process.
+    if vm.is_elsewhere:
+        return call(vm, *args, **options)
+    return await in_thread(call, vm, *args, **options)
+
+
+class AsyncVM(Asynchronous[VM]):
     """A VM whose methods are coroutines. `vm` is the `VM` itself; what does not wait (`name`,
     `outcome`, `messages`, `console.text`) is as there."""
 
+    @signature_of(VM.__init__)
     def __init__(self, *args: Any, **options: Any) -> None:
         """Takes what `VM` takes."""
-        self.vm = VM(*args, **options)
+        super().__init__(VM(*args, **options))
+
+    @classmethod
+    def _of(cls, vm: VM) -> Self:
+        new = cls.__new__(cls)
+        Asynchronous.__init__(new, vm)
+        return new
 
     @classmethod
     def from_config(
         cls, path: str | os.PathLike[str], *, allow_code: bool = False, **options: Any
     ) -> Self:
         """See `VM.from_config`."""
-        new = cls.__new__(cls)
-        new.vm = VM.from_config(path, allow_code=allow_code, **options)
-        return new
+        return cls._of(VM.from_config(path, allow_code=allow_code, **options))
 
     @classmethod
     async def attach(cls, name: str) -> Self:
         """See `VM.attach`."""
-        new = cls.__new__(cls)
-        new.vm = await in_thread(VM.attach, name)
-        return new
+        return cls._of(await in_thread(VM.attach, name))
 
-    async def start(self, timeout: float = START_SECONDS, *, detached: bool = False) -> Self:
-        """See `VM.start`. Cancelled, it leaves no VM behind."""
-        await in_thread(self.vm.start, timeout, detached=detached)
-        return self
+    @property
+    def vm(self) -> VM:
+        """The VM itself."""
+        return self._held
+
+    # --- its life: each leaves no VM behind when it is cancelled ----------------------------------
+
+    start = awaited_for_itself(VM.start)
 
     async def __aenter__(self) -> Self:
         await in_thread(self.vm.__enter__)
@@ -68,36 +86,16 @@ class AsyncVM:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await self._end(self.vm.__exit__, kind, error, trace)
-
-    async def _end(self, call: Callable[..., T], *args: Any, **options: Any) -> T:
-        # In a process that was forked it does nothing, and must not wait for that: the event loop
-        # there shares its file descriptors with the one that runs on in the other process.
-        if self.is_elsewhere:
-            return call(*args, **options)
-        return await in_thread(call, *args, **options)
+        await _end(VM.__exit__, self.vm, kind, error, trace)
 
     def detach(self) -> None:
         """See `VM.detach`."""
         self.vm.detach()
 
-    async def stop(
-        self, timeout: float = STOP_SECONDS, *, escalate: bool = True, now: bool = False
-    ) -> Outcome:
-        """See `VM.stop`."""
-        return await self._end(self.vm.stop, timeout, escalate=escalate, now=now)
-
-    async def close(self) -> Outcome:
-        """See `VM.close`."""
-        return await self._end(self.vm.close)
-
-    async def kill(self) -> Outcome:
-        """See `VM.kill`."""
-        return await self._end(self.vm.kill)
-
-    async def wait(self, timeout: float | None = None) -> Outcome:
-        """See `VM.wait`."""
-        return await in_thread(self.vm.wait, timeout)
+    stop = awaited(VM.stop, _end)
+    close = awaited(VM.close, _end)
+    kill = awaited(VM.kill, _end)
+    wait = awaited(VM.wait)
 
     @property
     def is_elsewhere(self) -> bool:
@@ -106,6 +104,8 @@ class AsyncVM:
     @property
     def outcome(self) -> Outcome | None:
         return self.vm.outcome
+
+    # --- what it is -------------------------------------------------------------------------------
 
     @property
     def name(self) -> str:
@@ -124,97 +124,49 @@ class AsyncVM:
         """See `VM.console`."""
         return AsyncConsole(self.vm.console)
 
-    async def wait_ready(self, timeout: float | None = READY_SECONDS) -> Info:
-        """See `VM.wait_ready`."""
-        return await in_thread(self.vm.wait_ready, timeout)
+    # --- what is asked of its guest: a command ends when it is cancelled --------------------------
 
-    async def run(
-        self,
-        argv: Sequence[str],
-        *,
-        env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
-        user: str | None = None,
-        input: bytes | None = None,
-        timeout: float | None = None,
-        check: bool = False,
-    ) -> Completed:
-        """See `VM.run`. Cancelled, it ends the command."""
-        options = {"env": env, "cwd": cwd, "user": user, "input": input}
-        return await in_thread(self.vm.run, argv, timeout=timeout, check=check, **options)
+    wait_ready = awaited(VM.wait_ready)
+    run = awaited(VM.run)
 
-    async def popen(
-        self,
-        argv: Sequence[str],
-        *,
-        env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
-        user: str | None = None,
-        stdin: bool = False,
-        tty: tuple[int, int] | None = None,
-        timeout: float | None = None,
-    ) -> AsyncCommand:
+    @signature_of(VM.popen)
+    async def popen(self, *args: Any, **options: Any) -> AsyncCommand:
         """See `VM.popen`."""
-        options = {"env": env, "cwd": cwd, "user": user, "stdin": stdin, "tty": tty}
-        return AsyncCommand(await in_thread(self.vm.popen, argv, timeout=timeout, **options))
+        return AsyncCommand(await in_thread(self.vm.popen, *args, **options))
 
-    async def push(self, local: Path, remote: str, *, timeout: float | None = None) -> Copied:
-        """See `VM.push`."""
-        return await in_thread(self.vm.push, local, remote, timeout=timeout)
+    push = awaited(VM.push)
+    pull = awaited(VM.pull)
+    clock = awaited(VM.clock)
+    set_clock = awaited(VM.set_clock)
 
-    async def pull(self, remote: str, local: Path, *, timeout: float | None = None) -> Copied:
-        """See `VM.pull`."""
-        return await in_thread(self.vm.pull, remote, local, timeout=timeout)
+    # --- what is asked of its monitor -------------------------------------------------------------
 
-    async def clock(self) -> Clock:
-        """See `VM.clock`."""
-        return await in_thread(self.vm.clock)
+    status = awaited(VM.status)
+    stats = awaited(VM.stats)
+    pause = awaited(VM.pause)
+    resume = awaited(VM.resume)
+    resize_disk = awaited(VM.resize_disk)
 
-    async def set_clock(self) -> Clock:
-        """See `VM.set_clock`."""
-        return await in_thread(self.vm.set_clock)
-
-    async def status(self) -> dict[str, Any]:
-        """See `VM.status`."""
-        return await in_thread(self.vm.status)
-
-    async def stats(self) -> dict[str, Any]:
-        """See `VM.stats`."""
-        return await in_thread(self.vm.stats)
-
-    async def pause(self) -> None:
-        """See `VM.pause`."""
-        await in_thread(self.vm.pause)
-
-    async def resume(self) -> None:
-        """See `VM.resume`."""
-        await in_thread(self.vm.resume)
-
-    async def resize_disk(
-        self, disk: str, size: int | str | None = None, *, shrink: bool = False
-    ) -> int:
-        """See `VM.resize_disk`."""
-        return await in_thread(self.vm.resize_disk, disk, size, shrink=shrink)
-
-    async def events(self, *, history: bool = True) -> AsyncIterator[Event]:
+    @signature_of(VM.events)
+    async def events(self, *args: Any, **options: Any) -> AsyncIterator[Event]:
         """See `VM.events`."""
-        events = await in_thread(self.vm.events, history=history)
+        events = await in_thread(self.vm.events, *args, **options)
         while (event := await in_thread(next, events, None)) is not None:
             yield event
 
     @property
     def balloon(self) -> AsyncBalloonControl:
         """See `VM.balloon`."""
-        return AsyncBalloonControl(self.vm)
+        return AsyncBalloonControl(self.vm.balloon)
 
 
-class AsyncCommand:
+class AsyncCommand(Asynchronous[Command]):
     """A `Command`, with coroutines. Cancelling `read` or `wait` does not end the command; leaving
     its `async with` block does."""
 
     def __init__(self, command: Command) -> None:
         """`AsyncVM.popen` makes one."""
-        self._command = command
+        super().__init__(command)
         self._pending: list[Output] = []
 
     async def __aenter__(self) -> Self:
@@ -230,15 +182,15 @@ class AsyncCommand:
 
     @property
     def args(self) -> list[str]:
-        return self._command.args
+        return self._held.args
 
     @property
     def returncode(self) -> int | None:
-        return self._command.returncode
+        return self._held.returncode
 
     @property
     def pid(self) -> int | None:
-        return self._command.pid
+        return self._held.pid
 
     async def read(self, timeout: float | None = None) -> Output | None:
         """See `Command.read`; after `timeout` seconds it raises TimeoutError."""
@@ -246,8 +198,8 @@ class AsyncCommand:
             while not self._pending:
                 if self.returncode is not None:
                     return None
-                await _readable(self._command.fileno(), self._command.deadline)
-                self._pending = await in_thread(self._command.receive)
+                await _readable(self._held.fileno(), self._held.deadline)
+                self._pending = await in_thread(self._held.receive)
         return self._pending.pop(0)
 
     async def events(self) -> AsyncIterator[Output]:
@@ -263,25 +215,14 @@ class AsyncCommand:
         assert self.returncode is not None
         return self.returncode
 
-    async def write(self, data: bytes) -> int:
-        """See `Command.write`."""
-        return await in_thread(self._command.write, data)
-
-    async def close_stdin(self) -> None:
-        """See `Command.close_stdin`."""
-        await in_thread(self._command.close_stdin)
-
-    async def kill(self, signal: int) -> None:
-        """See `Command.kill`."""
-        await in_thread(self._command.kill, signal)
-
-    async def resize(self, rows: int, columns: int) -> None:
-        """See `Command.resize`."""
-        await in_thread(self._command.resize, rows, columns)
+    write = awaited(Command.write)
+    close_stdin = awaited(Command.close_stdin)
+    kill = awaited(Command.kill)
+    resize = awaited(Command.resize)
 
     def close(self) -> None:
         """See `Command.close`."""
-        self._command.close()
+        self._held.close()
 
 
 async def _readable(fd: int, deadline: float | None) -> None:
@@ -300,67 +241,38 @@ async def _readable(fd: int, deadline: float | None) -> None:
         loop.remove_reader(fd)
 
 
-class AsyncBalloonControl:
+class AsyncBalloonControl(Asynchronous[BalloonControl]):
     """`VM.balloon`, with coroutines."""
 
-    def __init__(self, vm: VM) -> None:
-        self._balloon = vm.balloon
-
-    async def set(self, size: int | str) -> None:
-        """See `BalloonControl.set`."""
-        await in_thread(self._balloon.set, size)
-
-    async def stats(self) -> dict[str, Any]:
-        """See `BalloonControl.stats`."""
-        return await in_thread(self._balloon.stats)
+    set = awaited(BalloonControl.set)
+    stats = awaited(BalloonControl.stats)
 
 
-class AsyncConsole:
+class AsyncConsole(Asynchronous[Console]):
     """`VM.console`, with coroutines."""
 
-    def __init__(self, console: Console) -> None:
-        self._console = console
-
-    async def expect(
-        self, pattern: Pattern | Sequence[Pattern], timeout: float | None = TIMEOUT_SECONDS
-    ) -> int:
-        """See `Console.expect`."""
-        return await in_thread(self._console.expect, pattern, timeout)
-
-    async def expect_exact(
-        self, pattern: Pattern | Sequence[Pattern], timeout: float | None = TIMEOUT_SECONDS
-    ) -> int:
-        """See `Console.expect_exact`."""
-        return await in_thread(self._console.expect_exact, pattern, timeout)
-
-    async def send(self, text: str | bytes) -> None:
-        """See `Console.send`."""
-        await in_thread(self._console.send, text)
-
-    async def sendline(self, text: str | bytes = "") -> None:
-        """See `Console.sendline`."""
-        await in_thread(self._console.sendline, text)
-
-    async def sendcontrol(self, key: str) -> None:
-        """See `Console.sendcontrol`."""
-        await in_thread(self._console.sendcontrol, key)
+    expect = awaited(Console.expect)
+    expect_exact = awaited(Console.expect_exact)
+    send = awaited(Console.send)
+    sendline = awaited(Console.sendline)
+    sendcontrol = awaited(Console.sendcontrol)
 
     @property
     def before(self) -> Any:
-        return self._console.before
+        return self._held.before
 
     @property
     def after(self) -> Any:
-        return self._console.after
+        return self._held.after
 
     @property
     def match(self) -> Any:
-        return self._console.match
+        return self._held.match
 
     @property
     def text(self) -> str:
-        return self._console.text
+        return self._held.text
 
     def tail(self, lines: int = TAIL_LINES) -> str:
         """See `Console.tail`."""
-        return self._console.tail(lines)
+        return self._held.tail(lines)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from socket import SHUT_RDWR
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from pyvmm.agent import PORT, Agent
 from pyvmm.api.cancellation import check as check_cancelled
 from pyvmm.api.cancellation import woken_by
+from pyvmm.api.signatures import signature_of
 from pyvmm.control.client import connect_vsock
 
 if TYPE_CHECKING:
-    from pyvmm.agent import Agent, Clock, Completed, Copied, Info
+    from pyvmm.agent import Clock, Completed, Copied, Info
     from pyvmm.api.command import Command
     from pyvmm.host.unix_sockets import Socket
 
@@ -42,17 +44,8 @@ class InGuest(ABC):
         with self._agent() as agent:
             return agent.wait_ready(timeout)
 
-    def run(
-        self,
-        argv: Sequence[str],
-        *,
-        env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
-        user: str | None = None,
-        input: bytes | None = None,
-        timeout: float | None = None,
-        check: bool = False,
-    ) -> Completed:
+    @signature_of(Agent.run)
+    def run(self, *args: Any, **options: Any) -> Completed:
         """Run a command in the guest to its end: `returncode` (negative for a signal), `stdout` and
         `stderr` (bytes).
 
@@ -61,29 +54,16 @@ class InGuest(ABC):
         with `check`, for one that fails.
         """
         with self._agent() as agent:
-            return agent.run(
-                argv, env=env, cwd=cwd, user=user, input=input, timeout=timeout, check=check
-            )
+            return agent.run(*args, **options)
 
-    def popen(
-        self,
-        argv: Sequence[str],
-        *,
-        env: Mapping[str, str] | None = None,
-        cwd: str | None = None,
-        user: str | None = None,
-        stdin: bool = False,
-        tty: tuple[int, int] | None = None,
-        timeout: float | None = None,
-    ) -> Command:
+    @signature_of(Agent.open)
+    def popen(self, *args: Any, **options: Any) -> Command:
         """Start a command in the guest and talk to it while it runs; with `stdin` it gets input,
         with `tty` a terminal of so many rows and columns. The rest is as for `run`."""
         from pyvmm.api.command import Command
 
         with self._agent() as agent:
-            process = agent.open(
-                argv, env=env, cwd=cwd, user=user, stdin=stdin, tty=tty, timeout=timeout
-            )
+            process = agent.open(*args, **options)
         return Command(process, self._explained)
 
     def push(self, local: Path, remote: str, *, timeout: float | None = None) -> Copied:
@@ -113,8 +93,6 @@ class InGuest(ABC):
     def _agent(self, patience: float = math.inf) -> Iterator[Agent]:
         """An agent whose connections end when this thread is to give up, and take no longer than
         `patience` seconds to make."""
-        from pyvmm.agent import PORT, Agent
-
         connections: list[Socket] = []
 
         def watch(connection: Socket) -> None:

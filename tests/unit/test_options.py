@@ -64,8 +64,7 @@ def test_the_python_api_has_every_option_and_no_other() -> None:
 
 @pytest.mark.parametrize(("method", "agents"), [("run", "run"), ("popen", "open")])
 def test_a_command_is_run_with_the_same_options_everywhere(method: str, agents: str) -> None:
-    """Typed in full at each place, which is what editors and type checkers show; so they are
-    compared here."""
+    """The agent's signature is the only one that is written out (see tests/types too)."""
     wanted = inspect.signature(getattr(Agent, agents)).parameters
     for cls in (VM, AsyncVM):
         assert inspect.signature(getattr(cls, method)).parameters == wanted, cls
@@ -77,6 +76,7 @@ def test_what_can_be_awaited_is_what_a_vm_has() -> None:
             ours = list(inspect.signature(method).parameters.values())
             theirs = list(inspect.signature(getattr(VM, name)).parameters.values())
             assert ours == theirs, name
+            assert method.__doc__, name
     missing = {name for name in dir(VM) if not name.startswith("_")} - set(dir(AsyncVM))
     assert missing == {"spec", "to_config", "is_elsewhere"} & missing
 
