@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from threading import Lock
 
 from pyvmm.errors import ConfigError
-from pyvmm.machine.vcpu_runner import VcpuRunner
+from pyvmm.machine.vcpu_runner import ENDING, VcpuRunner
 from pyvmm.transport.base import Transport
 from pyvmm.virtio.queue.protocol import Queue
 
@@ -36,7 +36,7 @@ class Pauser:
         """
         with self._lock:
             if self._ended:
-                raise ConfigError("the VM is ending")
+                raise ConfigError(ENDING)
             if self.paused:
                 return
             deadline = time.monotonic() + PATIENCE
