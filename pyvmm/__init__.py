@@ -45,8 +45,7 @@ if TYPE_CHECKING:
     from pyvmm.kinds.user import Spec as UserDevice
     from pyvmm.kinds.vsock import Spec as Vsock
     from pyvmm.spec.vm import DiskSpec as Disk
-
-__version__ = "0.1.0"
+    from pyvmm.version import __version__ as __version__
 
 # Name → the module, and its name there if that is another.
 _PUBLIC = {
@@ -79,6 +78,7 @@ _PUBLIC = {
     "VMTimeout": ("pyvmm.api.errors", ""),
     "Vsock": ("pyvmm.kinds.vsock", "Spec"),
     "WrongAgent": ("pyvmm.agent", ""),
+    "__version__": ("pyvmm.version", ""),
 }
 __all__ = [
     "VM",

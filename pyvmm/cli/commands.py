@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from pyvmm import __version__
 from pyvmm.host import log
 from pyvmm.monitor.ending import BROKEN_PIPE, explain
+from pyvmm.version import __version__
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 

@@ -9,22 +9,23 @@ from collections.abc import Callable
 
 import click
 
-from pyvmm.agent import PORT, Agent, Copied
+from pyvmm.agent import Agent, Copied
 from pyvmm.agent.errors import TimeLimit
 from pyvmm.cli.seconds import Seconds
-from pyvmm.control.client import connect_vsock
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
-from pyvmm.monitor.attached import TIMED_OUT, Left, attach, leaving_by_signal, terminal_size
+from pyvmm.monitor.attached import (
+    TIMED_OUT,
+    Left,
+    agent_of,
+    attach,
+    leaving_by_signal,
+    terminal_size,
+)
 from pyvmm.platform.console import standard_fds
 from pyvmm.platform.terminal import is_terminal
 
 _SHOW_EVERY = 0.1  # seconds
-
-
-def agent_of(vm: str) -> Agent:
-    """The agent in the guest of the VM called `vm`; nothing is asked yet."""
-    return Agent(lambda seconds: connect_vsock(vm, PORT, patience=seconds))
 
 
 def _ready(vm: str, wait: float) -> Agent:

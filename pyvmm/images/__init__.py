@@ -12,34 +12,33 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from pyvmm.errors import ConfigError
+from pyvmm.images.built import (
+    DEFAULT_KERNEL,
+    DEFAULT_VARIANT,
+    Artifacts,
+    HostArtifacts,
+    artifacts,
+    folders,
+    host_artifacts,
+    path,
+)
 
 if TYPE_CHECKING:
     from pyvmm.images.bootable import MachineImage
+    from pyvmm.images.shelf import Row
 
-DEFAULT_KERNEL = "6.1"
-DEFAULT_VARIANT = "minbase"
-
-
-class Artifacts(NamedTuple):
-    """Paths of what one guest boots from. `rootfs` is read-only: boot from a `fresh_disk` of it."""
-
-    bzimage: str
-    vmlinux: str
-    initramfs: str
-    rootfs: str
-    modules: str
-
-
-class HostArtifacts(NamedTuple):
-    """What an emulated host is made of: the paths of its kernel and of …/lib/modules/RELEASE;
-    `qemu` is the beginning of QEMU's command line."""
-
-    vmlinux: str
-    modules: str
-    qemu: tuple[str, ...]
+__all__ = [
+    "DEFAULT_KERNEL",
+    "DEFAULT_VARIANT",
+    "Artifacts",
+    "HostArtifacts",
+    "artifacts",
+    "folders",
+    "host_artifacts",
+    "path",
+]
 
 
 def names() -> list[str]:
@@ -64,33 +63,6 @@ def build(
     builder.build(catalogue, chosen, Progress(quiet=quiet), locked=locked)
 
 
-def path(name: str) -> str:
-    """The folder of an image that has been built. Raises ConfigError where it has not."""
-    from pyvmm.images.builder import Catalogue
-
-    return _present(Catalogue().path(name), name)
-
-
-def artifacts(
-    kernel: str = DEFAULT_KERNEL, variant: str = DEFAULT_VARIANT, *, make: bool = False
-) -> Artifacts:
-    """The files of a guest with that kernel ("6.1", "6.12") and root disk variant.
-
-    Raises ConfigError where they are not in the cache, unless `make` is true: then they are built.
-    """
-    wanted = [f"kernel-{kernel}", f"initramfs-{kernel}", f"rootfs-{variant}"]
-    found = folders(wanted, make=make)
-    from pyvmm.images.kernel import modules_folder
-
-    return Artifacts(
-        bzimage=os.path.join(found[0], "bzImage"),
-        vmlinux=os.path.join(found[0], "vmlinux"),
-        initramfs=os.path.join(found[1], "initramfs.cpio"),
-        rootfs=os.path.join(found[2], "rootfs.ext4"),
-        modules=modules_folder(found[0]),
-    )
-
-
 def machine_image(name: str | None, *, make: bool) -> MachineImage:
     """What a VM boots from: the image called `name`, or the default one for None.
 
@@ -100,19 +72,6 @@ def machine_image(name: str | None, *, make: bool) -> MachineImage:
     from pyvmm.images import bootable
 
     return bootable.resolve(name, make=make)
-
-
-def host_artifacts(*, make: bool = False) -> HostArtifacts:
-    """The emulated host's QEMU and kernel. Raises ConfigError as `artifacts` does."""
-    kernel, emulator = folders(["kernel-host", "programs-emulator"], make=make)
-    from pyvmm.images.kernel import modules_folder
-    from pyvmm.images.programs import qemu_command
-
-    return HostArtifacts(
-        vmlinux=os.path.join(kernel, "vmlinux"),
-        modules=modules_folder(kernel),
-        qemu=tuple(qemu_command(emulator)),
-    )
 
 
 def storage_command(program: str, *, make: bool = False) -> list[str]:
@@ -149,18 +108,6 @@ def listing() -> list[tuple[str, str | None]]:
     catalogue = Catalogue()
     folders = [(name, catalogue.path(name)) for name in catalogue.names()]
     return [(name, folder if os.path.isdir(folder) else None) for name, folder in folders]
-
-
-class Row(NamedTuple):
-    """One image that can be booted by its name. `size` in bytes, as on this machine's disk; `made`
-    an ISO 8601 date; both None for one that has not been built."""
-
-    name: str
-    size: int | None
-    made_from: str
-    made_at: str | None
-    kernel: str
-    details: dict[str, str]
 
 
 def machine_images() -> list[Row]:
@@ -234,23 +181,3 @@ def exec_argument(script: str) -> str:
     from base64 import b64encode
 
     return f"pyvmm.exec={b64encode(script.encode()).decode()}"
-
-
-def folders(wanted: Sequence[str], *, make: bool) -> list[str]:
-    """The folders of the images, built first where missing if `make` is true. Raises ConfigError
-    where it is not, for one that has not been built."""
-    from pyvmm.images import builder
-    from pyvmm.images.progress import Progress
-
-    catalogue = builder.Catalogue()
-    if make:
-        builder.build(catalogue, wanted, Progress())
-    return [_present(catalogue.path(name), name) for name in wanted]
-
-
-def _present(folder: str, name: str) -> str:
-    if not os.path.isdir(folder):
-        raise ConfigError(
-            f"the image {name} has not been built", cure=f"run: pyvmm image build {name}"
-        )
-    return folder

@@ -9,35 +9,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pyvmm.errors import ConfigError
 
+if TYPE_CHECKING:
+    from pyvmm.images.user_image import Process
+
 DEFAULT = "debian"
-
-
-@dataclass(frozen=True)
-class Process:
-    """What a container image says is to be run: `entrypoint` and `command` make up its arguments.
-
-    `env` are "NAME=VALUE"; `cwd` is an absolute path; `user` is "UID:GID", `groups` are the other
-    groups' numbers.
-    """
-
-    entrypoint: tuple[str, ...] = ()
-    command: tuple[str, ...] = ()
-    env: tuple[str, ...] = ()
-    cwd: str = "/"
-    user: str = "0:0"
-    groups: tuple[int, ...] = ()
-
-    def argv(self, command: tuple[str, ...] = ()) -> tuple[str, ...]:
-        """The whole command line, with `command` in place of the image's own if there is one."""
-        return (*self.entrypoint, *(command or self.command))
-
-    @property
-    def account(self) -> str:
-        """The user and all groups, as the agent reads them: "UID:GID" or "UID:GID:GID,GID"."""
-        return ":".join((self.user, *([",".join(map(str, self.groups))] if self.groups else [])))
 
 
 @dataclass(frozen=True)
@@ -80,8 +59,7 @@ def resolve(name: str | None, *, make: bool) -> MachineImage:
 
 def _files_of(name: str, *, make: bool) -> list[str]:
     """Of one of the recipes' images. Raises ConfigError."""
-    from pyvmm import images
-    from pyvmm.images import known, user_image
+    from pyvmm.images import built, known, user_image
 
     paths = known.find(name)
     if paths is not None and len(paths) == 3:
@@ -93,7 +71,7 @@ def _files_of(name: str, *, make: bool) -> list[str]:
             f"there is no image called {name!r}",
             cure=f"there are {there}; pyvmm image build --from … makes more",
         )
-    files = images.artifacts(variant=variants[name], make=make)
+    files = built.artifacts(variant=variants[name], make=make)
     found = [files.vmlinux, files.initramfs, files.rootfs]
     known.remember(name, found)
     return found
@@ -115,12 +93,11 @@ def boot_files(kernel: str, *, make: bool) -> tuple[str, str]:
 
     vmlinux rather than bzImage: a guest has nothing to unpack then. Raises ConfigError.
     """
-    from pyvmm import images
-    from pyvmm.images import known
+    from pyvmm.images import built, known
 
     names = [f"kernel-{kernel}", f"initramfs-{kernel}"]
     folders = known.find("+".join(names))
     if folders is None or len(folders) != 2:
-        folders = images.folders(names, make=make)
+        folders = built.folders(names, make=make)
         known.remember("+".join(names), folders)
     return os.path.join(folders[0], "vmlinux"), os.path.join(folders[1], "initramfs.cpio")

@@ -5,19 +5,32 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
-from pyvmm import images
 from pyvmm.errors import ConfigError
 from pyvmm.images import bootable, user_image
 from pyvmm.images.builder import Catalogue
+from pyvmm.images.built import DEFAULT_KERNEL
 
 
-def rows() -> list[images.Row]:
+class Row(NamedTuple):
+    """One image that can be booted by its name. `size` in bytes, as on this machine's disk; `made`
+    an ISO 8601 date; both None for one that has not been built."""
+
+    name: str
+    size: int | None
+    made_from: str
+    made_at: str | None
+    kernel: str
+    details: dict[str, str]
+
+
+def rows() -> list[Row]:
     """See pyvmm.images.machine_images."""
     return [*_built_in(), *map(_own, user_image.names())]
 
 
-def _built_in() -> Iterator[images.Row]:
+def _built_in() -> Iterator[Row]:
     variants = bootable.built_in()
     if not variants:
         return
@@ -30,18 +43,18 @@ def _built_in() -> Iterator[images.Row]:
             made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(os.stat(folder).st_mtime))
         made_from = f"debian:{catalogue.recipes.release}"
         details = {"packages": ",".join(recipe.packages)}
-        yield images.Row(name, _size(folder), made_from, made, images.DEFAULT_KERNEL, details)
+        yield Row(name, _size(folder), made_from, made, DEFAULT_KERNEL, details)
 
 
-def _own(name: str) -> images.Row:
+def _own(name: str) -> Row:
     size = _size(user_image.path(name))
     try:
         found = user_image.find(name)
     except ConfigError as error:
-        return images.Row(name, size, f"unknown: {error.message}", None, "", {})
+        return Row(name, size, f"unknown: {error.message}", None, "", {})
     if found is None:
-        return images.Row(name, size, "unknown: it has no record", None, "", {})
-    return images.Row(name, size, found.made_from, found.made_at, found.kernel, dict(found.details))
+        return Row(name, size, "unknown: it has no record", None, "", {})
+    return Row(name, size, found.made_from, found.made_at, found.kernel, dict(found.details))
 
 
 def _size(folder: str) -> int | None:

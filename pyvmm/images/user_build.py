@@ -14,7 +14,7 @@ from pyvmm.errors import ConfigError
 from pyvmm.host import locks, user_cache
 from pyvmm.images import bootable, builder, cache, machines, rootfs, user_image
 from pyvmm.images.progress import Progress
-from pyvmm.images.user_image import UserImage
+from pyvmm.images.user_image import Process, UserImage
 
 RELEASES = ("bookworm", "trixie", "sid")
 SOURCES = "debian:bookworm|trixie|sid, oci-archive:FILE, docker-archive:FILE or oci:DIRECTORY"
@@ -47,7 +47,7 @@ class _Made(NamedTuple):
     made_from: str
     details: tuple[tuple[str, str], ...]
     cmdline: str = ""
-    process: bootable.Process | None = None
+    process: Process | None = None
 
 
 def build(order: Order, progress: Progress) -> UserImage:

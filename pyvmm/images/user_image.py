@@ -16,13 +16,37 @@ from typing import Any
 
 from pyvmm.errors import ConfigError
 from pyvmm.host import user_cache
-from pyvmm.images.bootable import Process
 
 DISK = "rootfs.ext4"
 RECORD = "image.json"
 _FORMAT = 1
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _RECORD_LIMIT = 4 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class Process:
+    """What a container image says is to be run: `entrypoint` and `command` make up its arguments.
+
+    `env` are "NAME=VALUE"; `cwd` is an absolute path; `user` is "UID:GID", `groups` are the other
+    groups' numbers.
+    """
+
+    entrypoint: tuple[str, ...] = ()
+    command: tuple[str, ...] = ()
+    env: tuple[str, ...] = ()
+    cwd: str = "/"
+    user: str = "0:0"
+    groups: tuple[int, ...] = ()
+
+    def argv(self, command: tuple[str, ...] = ()) -> tuple[str, ...]:
+        """The whole command line, with `command` in place of the image's own if there is one."""
+        return (*self.entrypoint, *(command or self.command))
+
+    @property
+    def account(self) -> str:
+        """The user and all groups, as the agent reads them: "UID:GID" or "UID:GID:GID,GID"."""
+        return ":".join((self.user, *([",".join(map(str, self.groups))] if self.groups else [])))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """From a checked specification to a machine that can run, in short stages.
 
-`prepare` does all that needs no KVM: it opens the disks and fills guest memory, so whatever the
-user got wrong shows there, also when the machine will run elsewhere. `assemble` adds KVM. What a
-stage opens is closed in reverse order, whichever stage fails.
+`prepare` does all that needs no KVM: it fills guest memory, so whatever the user got wrong shows
+there, also when the machine will run elsewhere. `assemble` adds KVM. What a stage opens is closed
+in reverse order, whichever stage fails.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import NamedTuple
 from pyvmm.boot import x86 as boot
 from pyvmm.bus import Bus, Handler
 from pyvmm.errors import ConfigError, HostError
-from pyvmm.kinds.disk import open_disk
 from pyvmm.kvm import kick, uapi
 from pyvmm.kvm.stats import StatsFile
 from pyvmm.kvm.system import Kvm
@@ -27,7 +26,7 @@ from pyvmm.machine.attach import attach_virtio
 from pyvmm.machine.cmdline import command_line
 from pyvmm.machine.resources import VirtioSlot, virtio_slots
 from pyvmm.machine.run_loop import AccessCounts
-from pyvmm.machine.trace import Hook, Trace
+from pyvmm.machine.trace import Trace
 from pyvmm.memory import GuestMemory
 from pyvmm.memory import layout_x86 as layout
 from pyvmm.platform.serial import BURST, Serial
@@ -63,17 +62,19 @@ class Parts(NamedTuple):
     counts: AccessCounts | None = None  # where KVM does not count exits itself
 
 
-def prepare(spec: VmSpec, trace: Trace, closing: ExitStack, *, quiet: bool = False) -> Prepared:
-    """Open the disks and load the kernel. Raises ConfigError for what the user can mend.
+def prepare(
+    spec: VmSpec,
+    devices: tuple[VirtioDevice, ...],
+    alarm: Alarm,
+    closing: ExitStack,
+    *,
+    quiet: bool = False,
+) -> Prepared:
+    """Load the kernel of a machine with the open `devices`, which end a run by `alarm`. Raises
+    ConfigError for what the user can mend.
 
     `quiet` asks the kernel for little console output (unless the user's command line differs).
     """
-    requests = trace.hook("requests")
-    alarm = Alarm()
-    devices = (
-        *(open_disk(disk, requests, closing, alarm) for disk in spec.disks),
-        *_open_devices(spec, requests, closing),
-    )
     slots = virtio_slots(len(devices))
     memory = _allocate(spec.memory)
     closing.callback(memory.close)
@@ -89,15 +90,6 @@ def prepare_again(prepared: Prepared) -> Prepared:
         memory.discard(region.guest_addr, region.size)
     entry = _load(prepared.spec, prepared.slots, memory, quiet=prepared.quiet)
     return prepared._replace(entry=entry)
-
-
-def _open_devices(spec: VmSpec, trace: Hook | None, closing: ExitStack) -> list[VirtioDevice]:
-    if not spec.devices:
-        return []
-    from pyvmm.kinds import registry as devices
-
-    context = devices.Context(spec.name, trace, closing)
-    return [devices.open_device(device, context) for device in spec.devices]
 
 
 def check_boot(spec: VmSpec) -> None:

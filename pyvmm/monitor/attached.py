@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from pyvmm.agent import AgentError, Process
+from pyvmm.agent import PORT, Agent, AgentError, Process
 from pyvmm.agent.process import STDERR
 from pyvmm.agent.protocol import WINDOW
+from pyvmm.control.client import connect_vsock
 from pyvmm.host import log
 from pyvmm.host.output import write_all
 from pyvmm.monitor.ending import BROKEN_PIPE
@@ -26,6 +27,11 @@ _SOON = 0.001  # seconds; no alarm at all would be 0
 _LONGEST_ALARM = 1e9
 _CTRL_C = b"\x03"
 _KEY_SECONDS = 1.0  # in which a guest that lives has taken what was typed
+
+
+def agent_of(vm: str) -> Agent:
+    """The agent in the guest of the VM called `vm`; nothing is asked yet."""
+    return Agent(lambda seconds: connect_vsock(vm, PORT, patience=seconds))
 
 
 def terminal_size(*fds: int | None) -> tuple[int, int]:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pyvmm import __version__
 from pyvmm.control.protocol import NOT_READY, PAUSED, ControlError, Method, Upgrade
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import log
@@ -16,6 +15,7 @@ from pyvmm.machine.builder import Parts, Prepared
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.outcome import STOP_SECONDS, Ending, Outcome
 from pyvmm.spec.vm import DiskSpec
+from pyvmm.version import __version__
 from pyvmm.virtio.blk.device import BlockDevice
 
 if TYPE_CHECKING:

@@ -29,8 +29,8 @@ from pyvmm.kinds.registry import Crossing
 from pyvmm.machine.builder import check_boot
 from pyvmm.machine.outcome import STOP_SECONDS, Ending
 from pyvmm.machine.trace import cannot_write
+from pyvmm.monitor import inside
 from pyvmm.monitor.emulated_disks import hand_over
-from pyvmm.monitor.inside import CONTROL_PATH
 from pyvmm.platform.console import standard_fds
 from pyvmm.platform.escape import HELP, Command, EscapeParser
 from pyvmm.platform.terminal import Terminal, is_terminal
@@ -90,7 +90,7 @@ def run_emulated(
                 "(--kvm=host insists, `pyvmm doctor` explains)"
             )
         # -P: the current directory is the user's, not a place for modules.
-        argv = [sys.executable, "-P", "-m", "pyvmm.monitor.inside", to_json(spec)]
+        argv = [sys.executable, "-P", "-m", inside.__name__, to_json(spec)]
         argv.append(str(stop_patience))
         return _join_terminal(host, argv, size, stop_patience, vm_log)
 
@@ -102,7 +102,7 @@ def _size_service(spec: VmSpec) -> SizeService | None:
 
 
 def _control_listener(control: Socket | None) -> list[HostListener]:
-    return [] if control is None else [HostListener(CONTROL_PATH, control, owner_only=True)]
+    return [] if control is None else [HostListener(inside.CONTROL_PATH, control, owner_only=True)]
 
 
 def _device_listeners(crossings: list[Crossing]) -> list[HostListener]:
@@ -114,13 +114,13 @@ def _device_listeners(crossings: list[Crossing]) -> list[HostListener]:
 
 
 def _hand_over_disks(spec: VmSpec, closing: ExitStack) -> tuple[VmSpec, tuple[HostDisk, ...]]:
-    inside: list[DiskSpec] = []
+    crossed: list[DiskSpec] = []
     disks: list[HostDisk] = []
     for index, disk in enumerate(spec.disks):
         one, needed = hand_over(disk, index, closing, _visible)
-        inside.append(one)
+        crossed.append(one)
         disks += needed
-    return replace(spec, disks=tuple(inside)), tuple(disks)
+    return replace(spec, disks=tuple(crossed)), tuple(disks)
 
 
 def _cross(spec: VmSpec, closing: ExitStack) -> list[Crossing]:

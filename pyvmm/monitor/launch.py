@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 from pyvmm.boot.diagnosis import PANIC, ConsoleWatcher, Finding
 from pyvmm.errors import PyvmmError
 from pyvmm.host import log
+from pyvmm.kinds.disk import open_disk
+from pyvmm.machine.alarm import Alarm
 from pyvmm.machine.builder import Parts, Prepared, assemble, prepare, prepare_again
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.outcome import STOP_SECONDS, Ending, Outcome
-from pyvmm.machine.trace import Trace
+from pyvmm.machine.trace import Hook, Trace
 from pyvmm.monitor.restart import FRUITLESS, RebootPolicy
 from pyvmm.platform.console import Console, standard_fds
 from pyvmm.platform.console_pump import InputPort
@@ -23,6 +25,7 @@ from pyvmm.spec.vm import VmSpec
 from pyvmm.transport.base import Transport
 from pyvmm.virtio import constants
 from pyvmm.virtio.blk.device import BlockDevice
+from pyvmm.virtio.device import VirtioDevice
 
 if TYPE_CHECKING:
     from pyvmm.boot.partitions import Table
@@ -155,7 +158,9 @@ def run_here(
         with ExitStack() as closing:
             trace = Trace(spec.trace, spec.trace_file)
             closing.callback(trace.close)
-            prepared = prepare(spec, trace, closing, quiet=quiet)
+            alarm = Alarm()
+            devices = _open_devices(spec, trace.hook("requests"), alarm, closing)
+            prepared = prepare(spec, devices, alarm, closing, quiet=quiet)
             on_listening()
             attendant = Attendant(spec.name, prepared)
             run = _Run(prepared, attendant, trace, answering, on_output)
@@ -174,6 +179,18 @@ def run_here(
     finally:
         answering.close()
     return outcome.exit_code
+
+
+def _open_devices(
+    spec: VmSpec, trace: Hook | None, alarm: Alarm, closing: ExitStack
+) -> tuple[VirtioDevice, ...]:
+    disks = [open_disk(disk, trace, closing, alarm) for disk in spec.disks]
+    if not spec.devices:
+        return tuple(disks)
+    from pyvmm.kinds import registry
+
+    context = registry.Context(spec.name, trace, closing)
+    return (*disks, *(registry.open_device(device, context) for device in spec.devices))
 
 
 class _Answering:

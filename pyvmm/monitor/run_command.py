@@ -290,8 +290,7 @@ class _Client:
         return not self._console.is_alive()
 
     def _run_command(self) -> int:
-        from pyvmm.cli.guest import agent_of
-        from pyvmm.monitor.attached import attach, terminal_size
+        from pyvmm.monitor.attached import agent_of, attach, terminal_size
         from pyvmm.platform.console import standard_fds
         from pyvmm.platform.terminal import is_terminal
 

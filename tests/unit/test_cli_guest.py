@@ -18,7 +18,8 @@ from pyvmm.cli import guest
 from pyvmm.cli.commands import run_command as by_click
 from pyvmm.cli.quick import split_command
 from pyvmm.errors import ConfigError
-from pyvmm.images.bootable import MachineImage, Process
+from pyvmm.images.bootable import MachineImage
+from pyvmm.images.user_image import Process
 from pyvmm.kinds.vsock import Spec as Vsock
 from pyvmm.monitor import run_command
 from pyvmm.monitor.attached import attach, terminal_size

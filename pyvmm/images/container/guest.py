@@ -10,8 +10,8 @@ from __future__ import annotations
 import shlex
 import tarfile
 
-from pyvmm.images.bootable import Process
 from pyvmm.images.container.tree import Tree
+from pyvmm.images.user_image import Process
 
 FOLDER = ".pyvmm"
 SCRIPTS = ("init", "network")  # pyvmm-init, pyvmm-network

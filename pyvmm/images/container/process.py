@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from pyvmm.images.bootable import Process
 from pyvmm.images.container.refusal import Refused, shown
 from pyvmm.images.container.tree import Tree
+from pyvmm.images.user_image import Process
 
 _PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _MOST_TEXT = 128 << 10  # bytes of arguments and environment; Linux takes no longer one
