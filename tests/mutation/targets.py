@@ -19,18 +19,18 @@ TARGETS = (
     Target("core", "virtio/queue/chain.py", "chain queue_usual queue_buffers queue blk_request"),
     Target(
         "core", "virtio/queue/split.py",
-        "split_queue queue queue_usual queue_buffers split_queue_hostile queue_model"
+        "split_queue queue queue_usual queue_buffers queue_hostile queue_model"
         " vhost_user_inflight chain worker_polling split_queue_fuzz queue_processes",
     ),
     Target(
         "core", "virtio/queue/packed.py",
-        "packed_queue queue queue_usual queue_buffers packed_queue_hostile queue_model"
+        "packed_queue queue queue_usual queue_buffers queue_hostile queue_model"
         " worker_polling packed_queue_fuzz queue_processes",
     ),
     Target(
         "core", "virtio/queue/*.py",
-        "queue queue_usual queue_buffers split_queue packed_queue split_queue_hostile"
-        " packed_queue_hostile queue_model vhost_user_inflight worker_polling stats"
+        "queue queue_usual queue_buffers split_queue packed_queue queue_hostile"
+        " queue_model vhost_user_inflight worker_polling stats"
         " mmio_robustness_queues start_imports net_vhost",
     ),
     Target(
