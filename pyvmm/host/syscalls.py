@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -70,12 +71,16 @@ def create_memfd(name: str, size: int, *, fixed: bool = False) -> int:
     return fd
 
 
-def map_shared(fd: int, size: int) -> mmap.mmap:
-    """Map `size` bytes of `fd` shared, readable and writable. Raises HostError."""
+def map_shared(fd: int, size: int, *, read_only: bool = False) -> mmap.mmap:
+    """Map `size` bytes of `fd` shared, readable and, unless `read_only`, writable. Raises
+    HostError."""
+    protection = mmap.PROT_READ if read_only else mmap.PROT_READ | mmap.PROT_WRITE
     try:
-        return mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        return mmap.mmap(fd, size, mmap.MAP_SHARED, protection)
     except OSError as error:
         raise HostError(error.errno or 0, f"mmap of {size} bytes") from None
+    except (ValueError, OverflowError):  # Python: the file is shorter, or no length is so large
+        raise HostError(errno.EINVAL, f"mmap of {size} bytes") from None
 
 
 def read_or_empty(path: str) -> str:

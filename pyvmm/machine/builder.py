@@ -10,17 +10,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from pyvmm.boot import x86 as boot
 from pyvmm.bus import Bus, Handler
 from pyvmm.errors import ConfigError, HostError
+from pyvmm.host import log
 from pyvmm.kvm import kick, uapi
 from pyvmm.kvm.stats import StatsFile
 from pyvmm.kvm.system import Kvm
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.kvm.vm import Vm
 from pyvmm.kvm.x86.boot_vcpu import setup_boot_vcpu, setup_vcpu
+from pyvmm.kvm.x86.cpuid import CpuidEntry, address_bits
 from pyvmm.machine.alarm import Alarm
 from pyvmm.machine.attach import attach_virtio
 from pyvmm.machine.cmdline import command_line
@@ -35,6 +37,9 @@ from pyvmm.spec.vm import VmSpec
 from pyvmm.transport.base import Transport
 from pyvmm.virtio.device import VirtioDevice
 
+if TYPE_CHECKING:
+    from pyvmm.machine.mapped_files import MappedFiles
+
 
 class Prepared(NamedTuple):
     """All of a machine that needs no KVM: memory with the kernel in it, and open devices."""
@@ -45,6 +50,7 @@ class Prepared(NamedTuple):
     slots: tuple[VirtioSlot, ...]
     entry: boot.Entry
     alarm: Alarm
+    files: MappedFiles | None = None
     quiet: bool = False
 
 
@@ -68,10 +74,11 @@ def prepare(
     alarm: Alarm,
     closing: ExitStack,
     *,
+    files: MappedFiles | None = None,
     quiet: bool = False,
 ) -> Prepared:
-    """Load the kernel of a machine with the open `devices`, which end a run by `alarm`. Raises
-    ConfigError for what the user can mend.
+    """Load the kernel of a machine with the open `devices`, which end a run by `alarm`, and with
+    the `files` that are memory. Raises ConfigError for what the user can mend.
 
     `quiet` asks the kernel for little console output (unless the user's command line differs).
     """
@@ -79,7 +86,7 @@ def prepare(
     memory = _allocate(spec.memory)
     closing.callback(memory.close)
     entry = _load(spec, slots, memory, quiet=quiet)
-    return Prepared(spec, memory, devices, slots, entry, alarm, quiet)
+    return Prepared(spec, memory, devices, slots, entry, alarm, files, quiet)
 
 
 def prepare_again(prepared: Prepared) -> Prepared:
@@ -148,6 +155,15 @@ def assemble(
     _add_memory(vm, prepared.memory)
     _add_irqchip(vm)
     ports, mmio = Bus("I/O port"), Bus("MMIO")
+    supported = kvm.supported_cpuid()
+    if prepared.files is not None:
+        prepared.files.add_to(
+            vm,
+            mmio,
+            len(prepared.memory.regions),
+            address_bits(supported),
+            log.of_vm(prepared.spec.name),
+        )
     serial = _add_platform(vm, ports, sink, cpus=prepared.spec.cpus)
     closing.callback(serial.close)
     transports = tuple(
@@ -163,7 +179,7 @@ def assemble(
         )
         for device, slot in zip(prepared.devices, prepared.slots, strict=True)
     )
-    vcpus = _add_vcpus(kvm, vm, prepared, closing)
+    vcpus = _add_vcpus(supported, vm, prepared, closing)
     if not vm.check_extension(uapi.KVM_CAP_BINARY_STATS_FD):
         return Parts(prepared, vm, ports, mmio, serial, transports, vcpus, (), AccessCounts())
     stats = tuple(closing.enter_context(StatsFile(vcpu.fd)) for vcpu in vcpus)
@@ -199,9 +215,10 @@ def _add_platform(vm: Vm, ports: Bus, sink: Callable[[bytes], None], *, cpus: in
     return serial
 
 
-def _add_vcpus(kvm: Kvm, vm: Vm, prepared: Prepared, closing: ExitStack) -> tuple[Vcpu, ...]:
+def _add_vcpus(
+    supported: list[CpuidEntry], vm: Vm, prepared: Prepared, closing: ExitStack
+) -> tuple[Vcpu, ...]:
     count = prepared.spec.cpus
-    supported = kvm.supported_cpuid()
     vcpus = []
     for index in range(count):
         vcpu = vm.create_vcpu(index)

@@ -48,6 +48,10 @@ LOCAL_APIC = 0xFEE0_0000
 KVM_IDENTITY_MAP = 0xFFFB_C000  # one page, for KVM on Intel
 KVM_TSS = 0xFFFB_D000  # three pages, likewise
 
+# --- above the RAM -------------------------------------------------------------------------------
+MAPPED_FILE_ALIGN = GIB  # the largest page, eight of Linux's memory sections
+MAX_MAPPED_FILES = 4 << 40  # KASLR leaves 10 TiB above the RAM, a KVM memory slot has at most 8
+
 # --- I/O ports and interrupts --------------------------------------------------------------------
 SERIAL_PORT = 0x3F8
 SERIAL_PORTS = 8
@@ -93,3 +97,9 @@ def ram_ranges(size: int) -> list[tuple[int, int]]:
     if size > low:
         ranges.append((HOLE_END, size - low))
     return ranges
+
+
+def mapped_files_start(ram: int) -> int:
+    """Where the first file lies that is memory of a guest with `ram` bytes of RAM."""
+    end = max(HOLE_END, *(start + size for start, size in ram_ranges(ram)))
+    return -(-end // MAPPED_FILE_ALIGN) * MAPPED_FILE_ALIGN

@@ -74,6 +74,14 @@ def for_vcpu(supported: Sequence[CpuidEntry], index: int, count: int) -> list[Cp
     return entries
 
 
+def address_bits(entries: Iterable[CpuidEntry]) -> int:
+    """How many bits a physical address has (leaf 0x80000008, MAXPHYADDR)."""
+    for entry in entries:
+        if entry.function == 0x8000_0008:
+            return entry.eax & 0xFF
+    return 36  # Intel SDM, volume 3, 4.1.4: what a processor without the leaf has, with PAE
+
+
 def vendor(entries: Iterable[CpuidEntry]) -> str:
     """The twelve letters of leaf 0, or "" without one."""
     for entry in entries:
