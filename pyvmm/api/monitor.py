@@ -23,7 +23,7 @@ from pyvmm.api.errors import TAIL_LINES, Outcome, VMError, VMTimeout, check_owne
 from pyvmm.api.transcript import Transcript
 from pyvmm.control.client import NoAnswer
 from pyvmm.errors import ConfigError
-from pyvmm.monitor import child
+from pyvmm.monitor import process
 from pyvmm.spec.vm import VmSpec, to_json
 
 PIECE = 1 << 16  # bytes read or written at once
@@ -167,7 +167,7 @@ class OwnMonitor(Monitor):
         try:
             os.write(request_fd, request)
             os.lseek(request_fd, 0, os.SEEK_SET)
-            argv = [sys.executable, "-P", "-m", child.__name__]
+            argv = [sys.executable, "-P", "-m", process.__name__]
             self._process = subprocess.Popen(
                 [*argv, str(request_fd), str(their_name_fd)],
                 stdin=subprocess.PIPE,

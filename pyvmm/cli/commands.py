@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from pyvmm.host import log
-from pyvmm.monitor.ending import BROKEN_PIPE, explain
+from pyvmm.monitor.exit_code import BROKEN_PIPE, explain
 from pyvmm.version import __version__
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}

@@ -7,7 +7,7 @@ import sys
 
 from pyvmm.cli.quick import run_quickly
 from pyvmm.host import log
-from pyvmm.monitor.ending import explain, flush_or_drop
+from pyvmm.monitor.exit_code import explain, flush_or_drop
 
 
 def main(args: list[str] | None = None) -> None:

@@ -17,7 +17,7 @@ from pyvmm.agent.protocol import WINDOW
 from pyvmm.control.client import connect_vsock
 from pyvmm.host import log
 from pyvmm.host.output import write_all
-from pyvmm.monitor.ending import BROKEN_PIPE
+from pyvmm.monitor.exit_code import BROKEN_PIPE
 from pyvmm.platform.terminal import Terminal, is_terminal
 
 TIMED_OUT, CANNOT_RUN, NOT_FOUND = 124, 126, 127  # as env(1), timeout(1), a shell

@@ -19,7 +19,7 @@ def main() -> int:
     """Run the specification in argv[1], a JSON text; the guest's exit code. argv[2] are the seconds
     that a guest has to power off when a signal asks it to."""
     from pyvmm.host import log
-    from pyvmm.monitor.launch import run_here
+    from pyvmm.monitor.phases import run_here
     from pyvmm.spec.vm import from_json
 
     try:
@@ -47,7 +47,7 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        from pyvmm.monitor.ending import explain
+        from pyvmm.monitor.exit_code import explain
 
         return explain(error)
 

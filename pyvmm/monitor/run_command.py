@@ -234,7 +234,7 @@ class _Client:
     def _run(self) -> int | None:
         from pyvmm.agent import AgentGone
         from pyvmm.control.client import NoAnswer
-        from pyvmm.monitor.ending import explain
+        from pyvmm.monitor.exit_code import explain
 
         self._console.start()
         self._note("start")

@@ -157,7 +157,7 @@ def _run(
 
         because = why_not_host()
     if kvm == "host" or (kvm == "auto" and because is None):
-        from pyvmm.monitor.launch import run_here
+        from pyvmm.monitor.phases import run_here
 
         return run_here(
             spec,

@@ -229,7 +229,7 @@ def test_a_circle_is_found() -> None:
         ("import pyvmm.bus", "pyvmm.bus"),
         ("def f():\n    from pyvmm.host import log", "pyvmm.host.log"),
         ("if TYPE_CHECKING:\n    from pyvmm.bus import Bus", "pyvmm.bus"),
-        ("run(['-m', 'pyvmm.monitor.child'])", "pyvmm.monitor.child"),
+        ("run(['-m', 'pyvmm.monitor.process'])", "pyvmm.monitor.process"),
         ("run('python -P -m pyvmm.boot.x86.payload a b', shell=True)", "pyvmm.boot.x86.payload"),
         ("run(['-m', 'pyvmm', 'ps'])", "pyvmm.__main__"),
         ("entry = f'pyvmm.cli.run:{name}'", "pyvmm.cli.run"),

@@ -13,8 +13,8 @@ import pytest
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
 from pyvmm.machine.outcome import Ending, Outcome
-from pyvmm.monitor import launch
-from pyvmm.monitor.ending import explain
+from pyvmm.monitor import phases
+from pyvmm.monitor.exit_code import explain
 from pyvmm.testing import attached
 from pyvmm.virtio.blk.backend import Backend
 from pyvmm.virtio.blk.device import BlockDevice
@@ -70,7 +70,7 @@ def test_an_error_has_its_cure_apart(lines: Lines) -> None:
     ],
 )
 def test_every_ending_is_told(lines: Lines, outcome: Outcome, level: str, code: int) -> None:
-    launch._report("web", outcome)
+    phases._report("web", outcome)
     [record] = records(lines)
     assert (record["level"], record["exit_code"]) == (level, code)
     assert record["ending"] == outcome.ending.name.lower()
@@ -81,8 +81,8 @@ def test_every_ending_is_told(lines: Lines, outcome: Outcome, level: str, code: 
 def test_text_is_as_it_was(lines: Lines, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYVMM_LOG_FORMAT", "text")
     log.RateLimited(log.of_vm("web"), prefix="disk0: ", device="disk0")("odd")
-    launch._report("web", Outcome(Ending.QUIT, "ended by Ctrl-A x"))
-    launch._report("web", Outcome(Ending.POWEROFF))
+    phases._report("web", Outcome(Ending.QUIT, "ended by Ctrl-A x"))
+    phases._report("web", Outcome(Ending.POWEROFF))
     assert lines() == "pyvmm: web: disk0: odd\npyvmm: web: ended by Ctrl-A x\n"
 
 

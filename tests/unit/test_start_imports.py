@@ -24,13 +24,13 @@ if entry == "command":
     from pyvmm.cli import main
 else:
     from pyvmm.monitor.inside import main
-from pyvmm.monitor import launch
+from pyvmm.monitor import phases
 def stop(*parts):
     print(*sorted(set(sys.modules) - before))
     sys.stdout.flush()
     import os
     os._exit(0)
-launch._Run = stop
+phases._Run = stop
 main()
 """
 

@@ -26,7 +26,7 @@ def main() -> int:
     (as `run_spec` has them) and `parent` (a process, or null); argv[2] is one that the VM's name is
     written to.
     """
-    from pyvmm.monitor.ending import explain
+    from pyvmm.monitor.exit_code import explain
 
     try:
         return _run(int(sys.argv[1]), int(sys.argv[2]))
@@ -78,6 +78,6 @@ def _end_with(parent: int) -> None:
 
 
 if __name__ == "__main__":
-    from pyvmm.monitor.ending import flush_or_drop
+    from pyvmm.monitor.exit_code import flush_or_drop
 
     os._exit(flush_or_drop(main()))
