@@ -18,10 +18,10 @@ from pyvmm.bus import Bus
 from pyvmm.kvm import kick
 from pyvmm.kvm.system import Kvm
 from pyvmm.kvm.x86.boot_vcpu import setup_boot_vcpu, setup_vcpu
+from pyvmm.machine.board.x86 import layout
 from pyvmm.machine.run_loop import make_run_loop
 from pyvmm.machine.vcpu_runner import VcpuRunner
 from pyvmm.memory import GuestMemory
-from pyvmm.memory import layout_x86 as layout
 from pyvmm.platform.console_output import ConsoleOutput
 from pyvmm.platform.serial import Serial
 

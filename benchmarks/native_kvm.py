@@ -26,8 +26,8 @@ from pyvmm.errors import PyvmmError
 from pyvmm.kvm.loop import run_until_exit
 from pyvmm.kvm.system import Kvm
 from pyvmm.kvm.x86.boot_vcpu import setup_boot_vcpu, setup_vcpu
+from pyvmm.machine.board.x86 import layout
 from pyvmm.memory import GuestMemory
-from pyvmm.memory import layout_x86 as layout
 
 HERE = Path(__file__).parent
 CODE = 0x1000

@@ -14,8 +14,8 @@ from pyvmm.host.syscalls import EventFd
 from pyvmm.kvm.loop import run_until_exit
 from pyvmm.kvm.system import Kvm
 from pyvmm.kvm.x86.boot_vcpu import setup_boot_vcpu, setup_vcpu
+from pyvmm.machine.board.x86 import layout
 from pyvmm.memory import GuestMemory
-from pyvmm.memory import layout_x86 as layout
 from pyvmm.platform.serial import Serial
 from pyvmm.platform.x86 import acpi_pm
 from pyvmm.transport.mmio import MmioTransport
@@ -28,14 +28,15 @@ STDIN = 0
 DISK_ADDRESS, DISK_WINDOW, DISK_GSI = layout.VIRTIO_MMIO_BASE, 0x1000, 5
 
 # 1. Memory, with all in it that the kernel is started with.
-memory = GuestMemory(layout.ram_ranges(512 << 20))
+memory = GuestMemory(boot.ram_ranges(512 << 20))
 entry = boot.load(
     memory,
     kernel=kernel,
     initrd=initrd,
     cmdline="console=ttyS0 quiet pci=off root=/dev/vda rw",
     acpi=boot.AcpiConfig(
-        cpus=1, virtio=(boot.VirtioMmioDevice(DISK_ADDRESS, DISK_WINDOW, DISK_GSI),)
+        fixed=layout.FIXED_DEVICES,
+        virtio=(boot.VirtioMmioDevice(DISK_ADDRESS, DISK_WINDOW, DISK_GSI),),
     ),
 )
 

@@ -25,12 +25,12 @@ from pyvmm.kvm.x86.boot_vcpu import setup_boot_vcpu, setup_vcpu
 from pyvmm.kvm.x86.cpuid import CpuidEntry, address_bits
 from pyvmm.machine.alarm import Alarm
 from pyvmm.machine.attach import attach_virtio
+from pyvmm.machine.board.x86 import layout
 from pyvmm.machine.cmdline import command_line
 from pyvmm.machine.resources import VirtioSlot, virtio_slots
 from pyvmm.machine.run_loop import AccessCounts
 from pyvmm.machine.trace import Trace
 from pyvmm.memory import GuestMemory
-from pyvmm.memory import layout_x86 as layout
 from pyvmm.platform.serial import BURST, Serial
 from pyvmm.platform.x86 import acpi_pm, cmos, i8042
 from pyvmm.spec.vm import VmSpec
@@ -115,6 +115,7 @@ def _load(
         initrd=spec.initrd,
         cmdline=command_line(spec, quiet=quiet),
         acpi=boot.AcpiConfig(
+            fixed=layout.FIXED_DEVICES,
             cpus=spec.cpus,
             virtio=tuple(boot.VirtioMmioDevice(s.base, s.size, s.gsi) for s in slots),
         ),
@@ -124,7 +125,7 @@ def _load(
 
 def _allocate(size: int) -> GuestMemory:
     try:
-        return GuestMemory(layout.ram_ranges(size))
+        return GuestMemory(boot.ram_ranges(size))
     except HostError as error:
         raise ConfigError(
             f"this machine does not give {size >> 20} MiB: {error}",

@@ -20,7 +20,7 @@ from pyvmm.errors import ConfigError
 from pyvmm.host import syscalls
 from pyvmm.kvm import uapi
 from pyvmm.kvm.vm import Vm
-from pyvmm.memory import layout_x86 as layout
+from pyvmm.machine.board.x86 import layout
 
 _ffi = _cffi_backend.FFI()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pyvmm.memory import layout_x86 as layout
+from pyvmm.machine.board.x86 import layout
 
 
 class VirtioSlot(NamedTuple):

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.host import log, unix_sockets
 from pyvmm.kvm.x86 import ioapic
+from pyvmm.machine.board.x86.layout import POWER_BUTTON_GSI
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.outcome import Outcome
-from pyvmm.memory.layout_x86 import POWER_BUTTON_GSI
 
 if TYPE_CHECKING:
     from pyvmm.virtio.vsock.device import VsockDevice

@@ -12,10 +12,13 @@ from typing import Any, ClassVar
 
 from pyvmm.control.names import check_name
 from pyvmm.errors import ConfigError
-from pyvmm.memory import layout_x86 as layout
 from pyvmm.spec import rates
 
 MAX_CPUS = 64
+MIB = 1 << 20
+MIN_MEMORY = 32 * MIB
+MAX_MEMORY = 32 << 40  # half of what Linux can map at once, with four-level page tables on x86
+MAX_DEVICES = 16  # every board has interrupt lines for so many
 MAX_ID_BYTES = 20  # VIRTIO_BLK_ID_BYTES: the driver reads the id by VIRTIO_BLK_T_GET_ID
 TRACE_KINDS = ("registers", "status", "requests", "exits")
 DISCOVERY = ("auto", "acpi", "cmdline", "both")
@@ -142,7 +145,7 @@ class VmSpec:
     disks: tuple[DiskSpec, ...] = ()
     devices: tuple[DeviceSpec, ...] = ()
     cpus: int = 1
-    memory: int = 512 * layout.MIB
+    memory: int = 512 * MIB
     cmdline: str = ""
     name: str = ""
     trace: tuple[str, ...] = ()
@@ -250,12 +253,12 @@ def validate(spec: VmSpec) -> VmSpec:
         raise ConfigError(
             f"{spec.cpus} vCPUs cannot be had", cure=f"use 1 to {MAX_CPUS}", option="--cpus"
         )
-    layout.ram_ranges(spec.memory)
+    _check_memory(spec.memory)
     count = len(spec.disks) + len(spec.devices)
-    if count > len(layout.VIRTIO_GSIS):
+    if count > MAX_DEVICES:
         raise ConfigError(
             f"{count} disks and other devices need more interrupt lines than there are",
-            cure=f"use at most {len(layout.VIRTIO_GSIS)}",
+            cure=f"use at most {MAX_DEVICES}",
             option="--disk",
         )
     if spec.discovery not in DISCOVERY:
@@ -265,6 +268,25 @@ def validate(spec: VmSpec) -> VmSpec:
     check_name(spec.name)
     _check_trace_file(spec)
     return _with_disk_ids(_with_checked_devices(spec))
+
+
+def _check_memory(size: int) -> None:
+    if size < MIN_MEMORY:
+        raise ConfigError(
+            f"{size >> 20} MiB of memory is too little for a guest",
+            cure=f"give it {MIN_MEMORY >> 20}M or more",
+            option="--memory",
+        )
+    if size > MAX_MEMORY:
+        raise ConfigError(
+            f"{size >> 30} GiB of memory is too much for a guest",
+            cure=f"give it {MAX_MEMORY >> 30}G or less",
+            option="--memory",
+        )
+    if size % MIB:
+        raise ConfigError(
+            f"{size} bytes is not a whole number of MiB", cure="round it up", option="--memory"
+        )
 
 
 def _with_checked_devices(spec: VmSpec) -> VmSpec:

@@ -13,8 +13,8 @@ from bare_guest import PDPT, BareGuest
 
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.kvm.exits import MemoryFault
+from pyvmm.machine.board.x86 import layout
 from pyvmm.machine.mapped_files import MappedFiles
-from pyvmm.memory import layout_x86 as layout
 
 MakeGuest = Callable[..., BareGuest]
 

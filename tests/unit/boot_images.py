@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pyvmm.boot import x86
-from pyvmm.memory import GuestMemory, layout_x86
+from pyvmm.machine.board.x86.layout import FIXED_DEVICES
+from pyvmm.memory import GuestMemory
 
 MIB = 1 << 20
 CODE = bytes(range(256)) * 8  # 2 KiB that can be recognised in guest memory
@@ -122,7 +123,7 @@ class Elf:
 
 
 def guest_memory(mebibytes: int = 64) -> GuestMemory:
-    return GuestMemory(layout_x86.ram_ranges(mebibytes * MIB))
+    return GuestMemory(x86.ram_ranges(mebibytes * MIB))
 
 
 def boot(
@@ -148,7 +149,7 @@ def boot(
         kernel=str(path),
         initrd=str(ramdisk) if ramdisk else None,
         cmdline=cmdline,
-        acpi=acpi or x86.AcpiConfig(),
+        acpi=acpi or x86.AcpiConfig(FIXED_DEVICES),
         virtio_discovery=virtio_discovery,
     )
     return entry, memory

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.bus import Action, Bus
-from pyvmm.memory import layout_x86 as layout
+from pyvmm.machine.board.x86 import layout
 from pyvmm.platform.x86.acpi_pm import PORTS, AcpiPm
 
 SLP_EN = 0x20

@@ -11,20 +11,21 @@ from pathlib import Path
 import pytest
 
 from pyvmm.boot.x86 import AcpiConfig, VirtioMmioDevice, acpi, aml
-from pyvmm.memory import layout_x86
+from pyvmm.machine.board.x86 import layout
+from pyvmm.machine.board.x86.layout import FIXED_DEVICES
 
 IASL = shutil.which("iasl")
 needs_iasl = pytest.mark.skipif(not IASL, reason="no iasl: apt install acpica-tools")
 
 DEVICES = tuple(
     VirtioMmioDevice(0xD000_0000 + n * 0x1000, 0x200, gsi)
-    for n, gsi in enumerate(layout_x86.VIRTIO_GSIS)
+    for n, gsi in enumerate(layout.VIRTIO_GSIS)
 )
 CONFIGS = {
-    "one-cpu": AcpiConfig(),
-    "disks": AcpiConfig(cpus=4, virtio=DEVICES[:2]),
-    "everything": AcpiConfig(cpus=300, virtio=DEVICES, i8042=True),
-    "bare": AcpiConfig(cpus=1, serial=False),
+    "one-cpu": AcpiConfig(FIXED_DEVICES),
+    "disks": AcpiConfig(FIXED_DEVICES, cpus=4, virtio=DEVICES[:2]),
+    "everything": AcpiConfig(FIXED_DEVICES, cpus=300, virtio=DEVICES, i8042=True),
+    "bare": AcpiConfig(FIXED_DEVICES, cpus=1, serial=False),
 }
 
 
@@ -63,12 +64,12 @@ def test_every_table_is_reached_with_its_checksum_right(config: AcpiConfig) -> N
 
 
 def test_rsdp_can_also_be_found_by_searching() -> None:
-    address = acpi.build(AcpiConfig()).rsdp
+    address = acpi.build(AcpiConfig(FIXED_DEVICES)).rsdp
     assert 0xE0000 <= address < 0x100000 and address % 16 == 0
 
 
 def test_fadt_has_the_registers_of_the_map() -> None:
-    fadt = parse(acpi.build(AcpiConfig()))["FACP"]
+    fadt = parse(acpi.build(AcpiConfig(FIXED_DEVICES)))["FACP"]
     assert len(fadt) == 276 and fadt[8] == 6
 
     def register(offset: int) -> tuple[int, ...]:
@@ -92,7 +93,7 @@ def test_fadt_says_which_legacy_devices_a_guest_need_not_look_for(name: str, fla
 
 
 def test_madt_has_every_cpu_and_the_io_apic() -> None:
-    madt = parse(acpi.build(AcpiConfig(cpus=300)))["APIC"]
+    madt = parse(acpi.build(AcpiConfig(FIXED_DEVICES, cpus=300)))["APIC"]
     assert struct.unpack_from("<I", madt, 36)[0] == 0xFEE0_0000
     ids, io_apics = [], []
     offset = 44
@@ -181,7 +182,7 @@ def test_iasl_reads_the_devices_that_are_meant(tmp_path: Path) -> None:
     events = dsdt.partition("Device (GED)")[2]
     assert '_HID, "ACPI0013"' in events
     assert re.search(r"Interrupt \(ResourceConsumer, Edge, ActiveHigh, Exclusive", events)
-    assert f"0x{layout_x86.POWER_BUTTON_GSI:08X}" in events
+    assert f"0x{layout.POWER_BUTTON_GSI:08X}" in events
     method = events.partition("Method (_EVT, 1, Serialized)")[2]
     assert re.search(r"Notify \(.*PWRB, 0x80\)", method)
     assert serial.count("0x03F8") == 2 and "0x00000004" in serial
@@ -224,4 +225,4 @@ def test_aml_refuses_what_it_cannot_say() -> None:
     with pytest.raises(ValueError):
         aml.scope("ABCD", bytes(1 << 28))
     with pytest.raises(ValueError):
-        acpi.build(AcpiConfig(cpus=20_000))
+        acpi.build(AcpiConfig(FIXED_DEVICES, cpus=20_000))

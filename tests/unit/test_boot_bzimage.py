@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from pyvmm.boot import x86
 from pyvmm.errors import ConfigError
+from pyvmm.machine.board.x86.layout import FIXED_DEVICES
 
 ZERO_PAGE = 0x7000
 
@@ -163,7 +164,7 @@ def test_the_last_paragraph_need_not_be_whole(tmp_path: Path, missing: int) -> N
 
 
 def test_devices_are_named_by_acpi_alone_where_the_command_line_has_no_room(tmp_path: Path) -> None:
-    acpi = x86.AcpiConfig(virtio=(x86.VirtioMmioDevice(0xD000_0000, 512, 5),) * 8)
+    acpi = x86.AcpiConfig(FIXED_DEVICES, virtio=(x86.VirtioMmioDevice(0xD000_0000, 512, 5),) * 8)
     entry, _ = boot(tmp_path, bzimage(), acpi=acpi)
     assert entry.cmdline.count("virtio_mmio.device=") == 8
     entry, memory = boot(tmp_path, bzimage(cmdline_size=255), acpi=acpi)
@@ -251,7 +252,7 @@ def test_row56_initrd_larger_than_ram(tmp_path: Path) -> None:
             guest_memory(),
             kernel=str(tmp_path / "kernel"),
             initrd=str(tmp_path / "big"),
-            acpi=x86.AcpiConfig(),
+            acpi=x86.AcpiConfig(FIXED_DEVICES),
         )
     text = str(caught.value)
     assert text.startswith("--initrd")

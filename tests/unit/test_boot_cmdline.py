@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from pyvmm.boot.cmdline import encode, has, merge, split
 from pyvmm.errors import ConfigError
+from pyvmm.machine.board.x86.layout import FIXED_DEVICES
 
 DEFAULTS = ["console=ttyS0", "panic=-1", "root=/dev/vda", "rw"]
 
@@ -123,7 +124,7 @@ def test_row57_our_own_parameters_count_too(tmp_path: Path) -> None:
             tmp_path,
             bzimage(cmdline_size=255),
             cmdline="x" * 10,
-            acpi=x86.AcpiConfig(virtio=devices),
+            acpi=x86.AcpiConfig(FIXED_DEVICES, virtio=devices),
             virtio_discovery="both",
         )
 

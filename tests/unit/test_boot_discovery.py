@@ -10,6 +10,7 @@ from boot_images import CODE, Elf, Load, boot, bzimage
 from pyvmm.boot import x86
 from pyvmm.boot.x86.discovery import parameters
 from pyvmm.errors import ConfigError
+from pyvmm.machine.board.x86.layout import FIXED_DEVICES
 from pyvmm.memory import GuestMemory
 
 DEVICES = (x86.VirtioMmioDevice(0xD000_0000, 512, 5), x86.VirtioMmioDevice(0xD000_1000, 512, 6))
@@ -23,7 +24,7 @@ def elf(*strings: bytes) -> bytes:
 
 def told(directory: Path, kernel: bytes, cmdline: str = "", how: str = "auto") -> tuple[bool, str]:
     """Whether the tables name the devices, and the command line that is in memory."""
-    acpi = x86.AcpiConfig(virtio=DEVICES)
+    acpi = x86.AcpiConfig(FIXED_DEVICES, virtio=DEVICES)
     entry, memory = boot(directory, kernel, cmdline=cmdline, acpi=acpi, virtio_discovery=how)
     text = memory.read(0x20000, 2048).partition(b"\0")[0].decode()
     assert text == entry.cmdline

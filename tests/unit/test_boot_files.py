@@ -13,6 +13,7 @@ from descriptors import open_descriptors
 
 from pyvmm.boot import x86
 from pyvmm.errors import ConfigError
+from pyvmm.machine.board.x86.layout import FIXED_DEVICES
 
 
 def said_of(kernel: Path | str, initrd: Path | str | None = None) -> str:
@@ -21,7 +22,7 @@ def said_of(kernel: Path | str, initrd: Path | str | None = None) -> str:
             guest_memory(),
             kernel=str(kernel),
             initrd=None if initrd is None else str(initrd),
-            acpi=x86.AcpiConfig(),
+            acpi=x86.AcpiConfig(FIXED_DEVICES),
         )
     text = str(caught.value)
     assert "\n" not in text
@@ -91,7 +92,7 @@ def test_unreadable_kernel_is_said_with_a_cure(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(ConfigError, match=r"Permission denied; check its permissions"):
-        x86.load(guest_memory(), kernel="/boot/vmlinuz", acpi=x86.AcpiConfig())
+        x86.load(guest_memory(), kernel="/boot/vmlinuz", acpi=x86.AcpiConfig(FIXED_DEVICES))
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""docs/memory-map.md says what pyvmm/memory/layout_x86.py says, and the map holds together."""
+"""docs/memory-map.md says what boot's and the board's layout say, and the map holds together."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import re
 from pathlib import Path
 
 from pyvmm.boot.x86 import AcpiConfig, VirtioMmioDevice, e820
+from pyvmm.boot.x86 import layout as boot_layout
 from pyvmm.boot.x86.acpi import build
-from pyvmm.memory import GuestMemory, layout_x86
+from pyvmm.machine.board.x86 import layout as board_layout
+from pyvmm.machine.board.x86.layout import FIXED_DEVICES
+from pyvmm.memory import GuestMemory
 
 DOC = Path(__file__).resolve().parents[2] / "docs/memory-map.md"
-UNITS = {"KIB", "MIB", "GIB"}
+NOT_PLACES = {"KIB", "MIB", "GIB", "FIXED_DEVICES"}
 
 
 def documented() -> dict[str, int | tuple[int, ...]]:
@@ -25,13 +28,13 @@ def documented() -> dict[str, int | tuple[int, ...]]:
 def in_module() -> dict[str, int | tuple[int, ...]]:
     return {
         name: value
-        for name, value in vars(layout_x86).items()
-        if name.isupper() and name not in UNITS and isinstance(value, int | tuple)
+        for name, value in (vars(boot_layout) | vars(board_layout)).items()
+        if name.isupper() and name not in NOT_PLACES and isinstance(value, int | tuple)
     }
 
 
 def test_the_tables_of_the_document_are_the_module() -> None:
-    assert documented() == in_module(), "change docs/memory-map.md and layout_x86.py together"
+    assert documented() == in_module(), "change docs/memory-map.md and the layouts together"
 
 
 def test_addresses_in_the_pictures_are_the_modules() -> None:
@@ -45,7 +48,7 @@ def test_addresses_in_the_pictures_are_the_modules() -> None:
 
 
 def test_boot_data_does_not_overlap() -> None:
-    at = layout_x86
+    at = boot_layout
     areas = [
         (at.BOOT_GDT, at.BOOT_GDT_SIZE),
         (at.PVH_START_INFO, at.PVH_SIZE),
@@ -66,17 +69,24 @@ def test_boot_data_does_not_overlap() -> None:
 
 
 def test_the_hole_holds_the_devices() -> None:
-    at = layout_x86
+    at = board_layout
     last = at.VIRTIO_MMIO_BASE + len(at.VIRTIO_GSIS) * at.VIRTIO_MMIO_STRIDE
-    assert at.HOLE_START <= at.VIRTIO_MMIO_BASE < last <= at.IOAPIC < at.LOCAL_APIC < at.HOLE_END
-    assert at.KVM_TSS + 0x3000 <= at.HOLE_END
+    assert (
+        boot_layout.HOLE_START
+        <= at.VIRTIO_MMIO_BASE
+        < last
+        <= at.IOAPIC
+        < at.LOCAL_APIC
+        < boot_layout.HOLE_END
+    )
+    assert at.KVM_TSS + 0x3000 <= boot_layout.HOLE_END
     assert not {0, 1, 2, 8, at.SERIAL_GSI, at.ACPI_SCI_GSI} & set(at.VIRTIO_GSIS)
     assert len(set(at.VIRTIO_GSIS)) == len(at.VIRTIO_GSIS)
 
 
 def test_e820_is_ascending_disjoint_and_within_ram() -> None:
     for mebibytes in (32, 3072, 3073, 5120):
-        memory = GuestMemory(layout_x86.ram_ranges(mebibytes << 20))
+        memory = GuestMemory(boot_layout.ram_ranges(mebibytes << 20))
         end = 0
         for entry in e820.memory_map(memory):
             assert entry.addr >= end and entry.size > 0
@@ -87,9 +97,12 @@ def test_e820_is_ascending_disjoint_and_within_ram() -> None:
 
 
 def test_tables_of_a_large_machine_fit_their_place() -> None:
-    at = layout_x86
+    at = board_layout
     devices = tuple(
         VirtioMmioDevice(at.VIRTIO_MMIO_BASE + n * at.VIRTIO_MMIO_STRIDE, 512, gsi)
         for n, gsi in enumerate(at.VIRTIO_GSIS)
     )
-    assert len(build(AcpiConfig(cpus=512, virtio=devices)).blob) <= at.ACPI_TABLES_SIZE
+    assert (
+        len(build(AcpiConfig(FIXED_DEVICES, cpus=512, virtio=devices)).blob)
+        <= boot_layout.ACPI_TABLES_SIZE
+    )

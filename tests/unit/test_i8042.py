@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.bus import Action
-from pyvmm.memory.layout_x86 import I8042_COMMAND_PORT, I8042_DATA_PORT
+from pyvmm.machine.board.x86.layout import I8042_COMMAND_PORT, I8042_DATA_PORT
 from pyvmm.platform.x86.i8042 import I8042, PORTS
 
 DATA, COMMAND = 0, I8042_COMMAND_PORT - I8042_DATA_PORT

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pyvmm.boot import cmdline as command_line
 from pyvmm.boot.image_file import ImageFile
 from pyvmm.boot.x86 import acpi as acpi_tables
-from pyvmm.boot.x86 import boot_params, bzimage, detect, discovery
-from pyvmm.boot.x86.acpi import AcpiConfig, VirtioMmioDevice
+from pyvmm.boot.x86 import boot_params, bzimage, detect, discovery, layout
+from pyvmm.boot.x86.acpi import AcpiConfig, FixedDevices, VirtioMmioDevice
 from pyvmm.boot.x86.entry import (
     LONG64,
     PROTECTED32,
@@ -16,17 +16,19 @@ from pyvmm.boot.x86.entry import (
     long_mode_entry,
     protected_mode_entry,
 )
+from pyvmm.boot.x86.layout import ram_ranges
 from pyvmm.boot.x86.placement import load_initrd
 from pyvmm.memory import GuestMemory
-from pyvmm.memory import layout_x86 as layout
 
 __all__ = [
     "LONG64",
     "PROTECTED32",
     "AcpiConfig",
     "Entry",
+    "FixedDevices",
     "VirtioMmioDevice",
     "load",
+    "ram_ranges",
 ]
 
 _ELF_CMDLINE_MAX = (

@@ -10,9 +10,9 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from pyvmm.boot.x86 import aml
-from pyvmm.memory import layout_x86 as layout
+from pyvmm.boot.x86 import aml, layout
 
 _OEM_ID = b"PYVMM "
 _OEM_TABLE_ID = b"PYVMM   "
@@ -34,6 +34,27 @@ _MAX_XAPIC_ID = 254
 _ENABLED = 1
 
 
+class FixedDevices(NamedTuple):
+    """What every machine has: addresses of registers, I/O ports, interrupts (GSIs) and values.
+
+    A guest powers off by writing `sleep_type_s5` to the sleep control port, and resets by writing
+    `reset_value` to the reset port.
+    """
+
+    local_apic: int
+    io_apic: int
+    serial_port: int
+    serial_ports: int
+    serial_gsi: int
+    sleep_control_port: int
+    sleep_status_port: int
+    sleep_type_s5: int
+    reset_port: int
+    reset_value: int
+    sci_gsi: int
+    power_button_gsi: int
+
+
 @dataclass(frozen=True)
 class VirtioMmioDevice:
     """One virtio-mmio register window: `size` bytes at guest-physical `base`, interrupt `gsi`."""
@@ -45,12 +66,14 @@ class VirtioMmioDevice:
 
 @dataclass(frozen=True)
 class AcpiConfig:
-    """What the tables say: `cpus` vCPUs whose APIC ids are 0 to cpus - 1, and the devices.
+    """What the tables say: `cpus` vCPUs whose APIC ids are 0 to cpus - 1, and the devices: those
+    at `fixed` places, and the virtio devices.
 
     `i8042` is whether there is a keyboard controller that a driver can use. A port that does no
     more than reset is none: a guest would look for the rest of it, in vain and slowly.
     """
 
+    fixed: FixedDevices
     cpus: int = 1
     virtio: tuple[VirtioMmioDevice, ...] = ()
     serial: bool = True
@@ -121,15 +144,15 @@ def build_fadt(config: AcpiConfig, dsdt: int) -> bytes:
     boot_flags = _VGA_NOT_PRESENT | _CMOS_RTC_NOT_PRESENT
     boot_flags |= _LEGACY_DEVICES if config.serial or config.i8042 else 0
     boot_flags |= _8042 if config.i8042 else 0
-    put(46, "H", layout.ACPI_SCI_GSI)
+    put(46, "H", config.fixed.sci_gsi)
     put(109, "H", boot_flags)
     put(112, "I", _PWR_BUTTON | _SLP_BUTTON | _RESET_REG_SUP | _HW_REDUCED_ACPI)
-    put(116, "BBBBQ", *_port(layout.ACPI_RESET_PORT))
-    put(128, "B", layout.ACPI_RESET_VALUE)
+    put(116, "BBBBQ", *_port(config.fixed.reset_port))
+    put(128, "B", config.fixed.reset_value)
     put(131, "B", 0)  # minor version
     put(140, "Q", dsdt)  # X_DSDT
-    put(244, "BBBBQ", *_port(layout.ACPI_SLEEP_CONTROL_PORT))
-    put(256, "BBBBQ", *_port(layout.ACPI_SLEEP_STATUS_PORT))
+    put(244, "BBBBQ", *_port(config.fixed.sleep_control_port))
+    put(256, "BBBBQ", *_port(config.fixed.sleep_status_port))
     body[268 - 36 : 276 - 36] = b"PYVMM\0\0\0"  # hypervisor vendor identity
     return _table(b"FACP", 6, bytes(body))
 
@@ -141,13 +164,13 @@ def build_madt(config: AcpiConfig) -> bytes:
     the I/O APIC, 0 (the PIT) included, and that is what a table without overrides says. There is
     no PCAT_COMPAT flag either: a guest that reads this table needs no 8259.
     """
-    body = struct.pack("<II", layout.LOCAL_APIC, 0)
+    body = struct.pack("<II", config.fixed.local_apic, 0)
     for cpu in range(config.cpus):
         if cpu <= _MAX_XAPIC_ID:
             body += struct.pack("<BBBBI", 0, 8, cpu, cpu, _ENABLED)
         else:
             body += struct.pack("<BBHIII", 9, 16, 0, cpu, _ENABLED, cpu)
-    body += struct.pack("<BBBBII", 1, 12, 0, 0, layout.IOAPIC, 0)
+    body += struct.pack("<BBBBII", 1, 12, 0, 0, config.fixed.io_apic, 0)
     return _table(b"APIC", 5, body)
 
 
@@ -156,9 +179,9 @@ def build_dsdt(config: AcpiConfig) -> bytes:
     devices = [_cpu(index) for index in range(config.cpus)]
     devices += [_virtio(index, device) for index, device in enumerate(config.virtio)]
     if config.serial:
-        devices.append(_serial())
-    devices += [_power_button(), _event_device()]
-    sleep = aml.package(*(aml.integer(value) for value in (layout.ACPI_SLEEP_TYPE_S5, 0, 0, 0)))
+        devices.append(_serial(config.fixed))
+    devices += [_power_button(), _event_device(config.fixed)]
+    sleep = aml.package(*(aml.integer(value) for value in (config.fixed.sleep_type_s5, 0, 0, 0)))
     return _table(b"DSDT", 2, aml.scope("\\_SB", *devices) + aml.name("\\_S5", sleep))
 
 
@@ -183,9 +206,9 @@ def _virtio(index: int, device: VirtioMmioDevice) -> bytes:
     )
 
 
-def _serial() -> bytes:
+def _serial(fixed: FixedDevices) -> bytes:
     resources = aml.resource_template(
-        aml.io(layout.SERIAL_PORT, layout.SERIAL_PORTS), aml.interrupt(layout.SERIAL_GSI)
+        aml.io(fixed.serial_port, fixed.serial_ports), aml.interrupt(fixed.serial_gsi)
     )
     return aml.device(
         "COM1",
@@ -204,13 +227,13 @@ def _power_button() -> bytes:
     )
 
 
-def _event_device() -> bytes:
+def _event_device(fixed: FixedDevices) -> bytes:
     """5.6.9 "Interrupt-signaled ACPI Events": it has one event, that the button was pressed."""
     return aml.device(
         "GED",
         aml.name("_HID", aml.string("ACPI0013")),
         aml.name("_UID", aml.integer(0)),
-        aml.name("_CRS", aml.resource_template(aml.interrupt(layout.POWER_BUTTON_GSI))),
+        aml.name("_CRS", aml.resource_template(aml.interrupt(fixed.power_button_gsi))),
         aml.method("_EVT", 1, aml.notify("\\_SB.PWRB", _PRESSED)),
     )
 

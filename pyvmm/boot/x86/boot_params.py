@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import struct
 
-from pyvmm.boot.x86 import e820
+from pyvmm.boot.x86 import e820, layout
 from pyvmm.memory import GuestMemory
-from pyvmm.memory import layout_x86 as layout
 
 ACPI_RSDP_ADDR = 0x070
 EXT_RAMDISK_IMAGE = 0x0C0

@@ -12,10 +12,9 @@ import struct
 from dataclasses import dataclass
 
 from pyvmm.boot.image_file import ImageFile
-from pyvmm.boot.x86 import boot_params
+from pyvmm.boot.x86 import boot_params, layout
 from pyvmm.boot.x86.placement import check_kernel_fits
 from pyvmm.memory import GuestMemory
-from pyvmm.memory import layout_x86 as layout
 
 SECTOR = 512
 HEADER_BYTES = 0x290  # as much of the file as may hold a header

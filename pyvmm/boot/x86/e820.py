@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from pyvmm.boot.x86 import layout
 from pyvmm.memory import GuestMemory
-from pyvmm.memory import layout_x86 as layout
 
 RAM = 1
 RESERVED = 2

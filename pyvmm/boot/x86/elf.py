@@ -13,9 +13,9 @@ from itertools import pairwise
 from typing import Any
 
 from pyvmm.boot.image_file import ImageFile
+from pyvmm.boot.x86 import layout
 from pyvmm.boot.x86.placement import check_kernel_fits
 from pyvmm.memory import GuestMemory
-from pyvmm.memory import layout_x86 as layout
 
 _CLASS_32, _CLASS_64 = 1, 2
 _EHDR_SIZE = {_CLASS_32: 52, _CLASS_64: 64}

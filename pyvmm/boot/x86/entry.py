@@ -11,8 +11,8 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 
+from pyvmm.boot.x86 import layout
 from pyvmm.memory import GuestMemory
-from pyvmm.memory import layout_x86 as layout
 
 LONG64 = "long64"
 PROTECTED32 = "protected32"

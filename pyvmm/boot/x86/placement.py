@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pyvmm.boot.image_file import ImageFile
+from pyvmm.boot.x86 import layout
 from pyvmm.errors import ConfigError
 from pyvmm.memory import GuestMemory
-from pyvmm.memory import layout_x86 as layout
 
 _PAGE = 0x1000
 
@@ -80,4 +80,4 @@ def _does_not_fit(
 
 
 def _memory_for(needed: int) -> str:
-    return f"{-(-max(needed, layout.MIN_RAM) // layout.MIB)}M"
+    return f"{-(-needed // layout.MIB)}M"

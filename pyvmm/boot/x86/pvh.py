@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import struct
 
-from pyvmm.boot.x86 import e820
+from pyvmm.boot.x86 import e820, layout
 from pyvmm.memory import GuestMemory
-from pyvmm.memory import layout_x86 as layout
 
 MAGIC = 0x336E_C578
 VERSION = 1

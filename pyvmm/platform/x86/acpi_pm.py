@@ -1,23 +1,19 @@
 """Power off and reset for a hardware-reduced ACPI machine: three byte-wide I/O ports.
 
-ACPI 6.5, 4.8.3.7 Sleep Control and Status Registers, and 4.8.3.6 Reset Register. The FADT says
-where they are and what value resets; the DSDT's \\_S5 says which sleep type powers off.
+ACPI 6.5, 4.8.3.7 Sleep Control and Status Registers, and 4.8.3.6 Reset Register. The FADT tells
+the guest where they are and what value resets; the DSDT's \\_S5 which sleep type powers off.
 """
 
 from __future__ import annotations
 
 from pyvmm.bus import Action
-from pyvmm.memory.layout_x86 import (
-    ACPI_RESET_PORT,
-    ACPI_RESET_VALUE,
-    ACPI_SLEEP_CONTROL_PORT,
-    ACPI_SLEEP_TYPE_S5,
-)
 
 PORTS = 3  # sleep control, sleep status, reset
 
-_SLEEP_CONTROL = 0
-_RESET = ACPI_RESET_PORT - ACPI_SLEEP_CONTROL_PORT
+SLEEP_CONTROL, SLEEP_STATUS, RESET = range(PORTS)
+
+SLEEP_TYPE_S5 = 5  # what the guest writes to SLP_TYP to power off
+RESET_VALUE = 1  # what it writes to the reset register
 
 _SLP_TYP_SHIFT = 2
 _SLP_TYP_MASK = 0x7
@@ -25,7 +21,7 @@ _SLP_EN = 0x20
 
 
 class AcpiPm:
-    """`Handler` of the ports from ACPI_SLEEP_CONTROL_PORT.
+    """`Handler` of the three ports.
 
     The sleep status register reads 0, "nothing woke this machine", for it never sleeps.
     """
@@ -37,8 +33,8 @@ class AcpiPm:
         """POWEROFF for S5 with SLP_EN, RESET for the reset value, None for anything else."""
         if size != 1:
             return None
-        if offset == _SLEEP_CONTROL:
+        if offset == SLEEP_CONTROL:
             sleep_type = value >> _SLP_TYP_SHIFT & _SLP_TYP_MASK
-            off = value & _SLP_EN and sleep_type == ACPI_SLEEP_TYPE_S5
+            off = value & _SLP_EN and sleep_type == SLEEP_TYPE_S5
             return Action.POWEROFF if off else None
-        return Action.RESET if offset == _RESET and value == ACPI_RESET_VALUE else None
+        return Action.RESET if offset == RESET and value == RESET_VALUE else None

@@ -13,8 +13,8 @@ from pyvmm.bus import Action
 
 PORTS = 5  # 0x60 data … 0x64 status and command
 
-_DATA = 0
-_COMMAND = 4
+DATA = 0
+COMMAND = 4
 
 # Output buffer full (for ever), input buffer empty: reboot code waits for the latter before it
 # sends its command.
@@ -34,15 +34,15 @@ class I8042:
 
     def read(self, offset: int, size: int) -> int:
         """The status at offset 4, all ones elsewhere."""
-        if offset == _COMMAND and size == 1:
+        if offset == COMMAND and size == 1:
             return _STATUS
         return (1 << 8 * size) - 1
 
     def write(self, offset: int, size: int, value: int) -> Action | None:
         """A command at offset 4, its parameter at offset 0; anything but a reset is ignored."""
-        if size != 1 or offset not in (_DATA, _COMMAND):
+        if size != 1 or offset not in (DATA, COMMAND):
             return None
-        if offset == _COMMAND:
+        if offset == COMMAND:
             self._output_port_next = value == _WRITE_OUTPUT_PORT
             return Action.RESET if value & _PULSE_MASK == _PULSE_RESET else None
         to_output_port, self._output_port_next = self._output_port_next, False

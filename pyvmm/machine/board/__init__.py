@@ -1,0 +1,1 @@
+"""What a machine of one architecture is, and which one this is."""

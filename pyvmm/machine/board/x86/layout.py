@@ -1,0 +1,64 @@
+"""Where an x86 machine has its devices: guest-physical addresses, I/O ports and interrupts.
+
+Where it has RAM, and what boot puts there, is in pyvmm/boot/x86/layout.py. docs/memory-map.md draws
+both; a test compares them.
+"""
+
+from __future__ import annotations
+
+from pyvmm.boot.x86.acpi import FixedDevices
+from pyvmm.boot.x86.layout import GIB, HOLE_END, ram_ranges
+from pyvmm.platform.x86 import acpi_pm, i8042
+
+# --- in the hole below 4 GiB ----------------------------------------------------------------------
+VIRTIO_MMIO_BASE = 0xD000_0000
+VIRTIO_MMIO_STRIDE = 0x1000
+VIRTIO_MMIO_SIZE = 0x200  # registers to 0x100, then the device's configuration space
+IOAPIC = 0xFEC0_0000
+LOCAL_APIC = 0xFEE0_0000
+KVM_IDENTITY_MAP = 0xFFFB_C000  # one page, for KVM on Intel
+KVM_TSS = 0xFFFB_D000  # three pages, likewise
+
+# --- above the RAM -------------------------------------------------------------------------------
+MAPPED_FILE_ALIGN = GIB  # the largest page, eight of Linux's memory sections
+MAX_MAPPED_FILES = 4 << 40  # KASLR leaves 10 TiB above the RAM, a KVM memory slot has at most 8
+
+# --- I/O ports and interrupts --------------------------------------------------------------------
+SERIAL_PORT = 0x3F8
+SERIAL_PORTS = 8
+SERIAL_GSI = 4
+I8042_DATA_PORT = 0x60
+I8042_COMMAND_PORT = I8042_DATA_PORT + i8042.COMMAND
+ACPI_SLEEP_CONTROL_PORT = 0x600
+ACPI_SLEEP_STATUS_PORT = ACPI_SLEEP_CONTROL_PORT + acpi_pm.SLEEP_STATUS
+ACPI_RESET_PORT = ACPI_SLEEP_CONTROL_PORT + acpi_pm.RESET
+ACPI_SCI_GSI = 9  # the FADT wants one; there is no SCI on a hardware-reduced machine, so …
+POWER_BUTTON_GSI = 9  # … this has its line
+ACPI_SLEEP_TYPE_S5 = acpi_pm.SLEEP_TYPE_S5
+ACPI_RESET_VALUE = acpi_pm.RESET_VALUE
+
+# GSIs of virtio-mmio devices, in the order they are given out: the ISA lines first, because a
+# kernel that learns of a device from its command line can only reach those.
+VIRTIO_GSIS = (5, 6, 7, 10, 11, 12, 14, 15, *range(16, 24))
+
+FIXED_DEVICES = FixedDevices(
+    local_apic=LOCAL_APIC,
+    io_apic=IOAPIC,
+    serial_port=SERIAL_PORT,
+    serial_ports=SERIAL_PORTS,
+    serial_gsi=SERIAL_GSI,
+    sleep_control_port=ACPI_SLEEP_CONTROL_PORT,
+    sleep_status_port=ACPI_SLEEP_STATUS_PORT,
+    sleep_type_s5=ACPI_SLEEP_TYPE_S5,
+    reset_port=ACPI_RESET_PORT,
+    reset_value=ACPI_RESET_VALUE,
+    sci_gsi=ACPI_SCI_GSI,
+    power_button_gsi=POWER_BUTTON_GSI,
+)
+"""What the ACPI tables say of the devices that every machine has."""
+
+
+def mapped_files_start(ram: int) -> int:
+    """Where the first file lies that is memory of a guest with `ram` bytes of RAM."""
+    end = max(HOLE_END, *(start + size for start, size in ram_ranges(ram)))
+    return -(-end // MAPPED_FILE_ALIGN) * MAPPED_FILE_ALIGN
