@@ -134,23 +134,33 @@ def _allocate(size: int) -> GuestMemory:
         ) from None
 
 
-def assemble(
-    prepared: Prepared, trace: Trace, sink: Callable[[bytes], None], closing: ExitStack
-) -> Parts:
-    """Put the machine together around KVM; `sink` gets the serial port's output.
-
-    Raises ConfigError or HostError if this machine's KVM is not up to it.
-    """
-    kick.install()
+def open_kvm(cpus: int, closing: ExitStack) -> Kvm:
+    """This machine's KVM. Raises ConfigError or HostError if it is not up to a guest with so many
+    vCPUs."""
     kvm = Kvm.open()
     closing.callback(kvm.close)
     kvm.check_required()
-    if prepared.spec.cpus > kvm.max_vcpus:
+    if cpus > kvm.max_vcpus:
         raise ConfigError(
             f"this machine's KVM gives a guest {kvm.max_vcpus} vCPUs at most",
             cure="ask for fewer",
             option="--cpus",
         )
+    return kvm
+
+
+def assemble(
+    prepared: Prepared,
+    kvm: Kvm,
+    trace: Trace,
+    sink: Callable[[bytes], None],
+    closing: ExitStack,
+) -> Parts:
+    """Put the machine together around `kvm`; `sink` gets the serial port's output.
+
+    Raises HostError if KVM refuses.
+    """
+    kick.install()
     vm = kvm.create_vm()
     closing.callback(vm.close)
     _add_memory(vm, prepared.memory)

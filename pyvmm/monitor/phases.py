@@ -1,40 +1,42 @@
-"""Runs a specification on this machine's KVM, joined to this process's terminal, to its end."""
+"""The life of a monitor on this machine's KVM: open → assemble → run → end.
+
+`run_here` is all of it, in that order. The monitor is joined to this process's terminal. What a
+phase opens is closed in reverse order, whichever phase fails. Decision 0353 says what opens a file
+after the first phase, and why.
+"""
 
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from pyvmm.boot.diagnosis import PANIC, ConsoleWatcher, Finding
+from pyvmm.boot.diagnosis import PANIC
 from pyvmm.errors import PyvmmError
 from pyvmm.host import log
+from pyvmm.host.syscalls import Closable
 from pyvmm.kinds.disk import open_disk
 from pyvmm.machine.alarm import Alarm
-from pyvmm.machine.builder import Parts, Prepared, assemble, prepare, prepare_again
+from pyvmm.machine.builder import Parts, Prepared, assemble, open_kvm, prepare, prepare_again
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.outcome import STOP_SECONDS, Ending, Outcome
 from pyvmm.machine.trace import Hook, Trace
+from pyvmm.monitor.attendant import Attendant
 from pyvmm.monitor.restart import FRUITLESS, RebootPolicy
 from pyvmm.platform.console import Console, standard_fds
 from pyvmm.platform.console_pump import InputPort
 from pyvmm.platform.shared_console import ConsoleTail, SharedInput
 from pyvmm.spec.vm import VmSpec
-from pyvmm.transport.base import Transport
-from pyvmm.virtio import constants
-from pyvmm.virtio.blk.device import BlockDevice
 from pyvmm.virtio.device import VirtioDevice
 
 if TYPE_CHECKING:
-    from pyvmm.boot.partitions import Table
     from pyvmm.host.unix_sockets import Socket
+    from pyvmm.kvm.system import Kvm
     from pyvmm.monitor.control import ResizeOutside
     from pyvmm.monitor.power_off import PowerOff
     from pyvmm.monitor.watch import Watch
 
-_SILENCE_SECONDS = 20.0
 # The end of every run is told where programs read the log; text has no line for these.
 _SILENT_ENDINGS = {
     Ending.POWEROFF: "the guest powered off",
@@ -51,90 +53,12 @@ GETS_NOWHERE = (
 )
 
 
-class Attendant:
-    """Watches a guest's console for what goes wrong, and says each thing once."""
+class Opened(NamedTuple):
+    """All that a VM has of the host: files, sockets and programs, its memory, and KVM."""
 
-    def __init__(self, name: str, prepared: Prepared) -> None:
-        self._name = name
-        self._cmdline = prepared.entry.cmdline
-        # A guest that only serves its agent has nothing to say on a console.
-        self._is_silent = "pyvmm.exec=agent" in self._cmdline.split()
-        # The serial port is always there; both are shown on the terminal.
-        virtio = any(device.kind == "console" for device in prepared.spec.devices)
-        self._consoles = ("ttyS0", "hvc0") if virtio else ("ttyS0",)
-        self.console = self._consoles[-1]  # where the keys go
-        self._transports: Sequence[Transport] = ()
-        self._devices = prepared.devices
-        self.watcher = ConsoleWatcher(self._disk_ready, self._partition_tables)
-        self.on_finding: Callable[[Finding], None] | None = None
-        self._passed_on = 0  # findings
-        self._said: set[str] = set()
-        self._start = time.monotonic()
-
-    def attend(self, transports: Sequence[Transport]) -> None:
-        """The guest starts; take the devices' word for whether a driver has found them."""
-        self._transports = transports
-        self._start = time.monotonic()
-
-    @property
-    def guest_came_up(self) -> bool:
-        """Whether a driver of the guest has brought up a device since it started."""
-        return any(t.negotiation.activations for t in self._transports)
-
-    def observe(self, data: bytes) -> None:
-        """The guest has written `data` to its console."""
-        self.watcher.feed(data)
-        findings = self.watcher.findings
-        while self.on_finding is not None and self._passed_on < len(findings):
-            self._passed_on += 1
-            self.on_finding(findings[self._passed_on - 1])
-
-    def look(self) -> None:
-        """Say what is new since the last look: the most telling finding, or that all is silent."""
-        waited = time.monotonic() - self._start
-        found = self.watcher.diagnosis
-        if found is None and not self._is_silent:
-            found = self.watcher.silence_hint(
-                self._cmdline, waited, patience=_SILENCE_SECONDS, consoles=self._consoles
-            )
-        if found is not None and found.kind not in self._said:
-            self._said.add(found.kind)
-            more = {"finding": found.kind, "message": found.message, "cure": found.cure}
-            log.to_stderr(log.Line(f"{self._name}: {found}", level=log.ERROR, more=more))
-
-    def said(self, kind: str) -> bool:
-        """Whether a finding of that kind was told to the user."""
-        return kind in self._said
-
-    def saw_panic(self) -> bool:
-        """Whether the guest's kernel panicked."""
-        return any(finding.kind == PANIC for finding in self.watcher.findings)
-
-    def silent_reset(self) -> Finding | None:
-        """What to say of a guest that has reset itself, if it has said nothing."""
-        if self._is_silent:
-            return None
-        return self.watcher.silent_reset(self._cmdline, consoles=self._consoles)
-
-    def _partition_tables(self) -> list[tuple[str, Table]]:
-        from pyvmm.boot.partitions import read_disk
-
-        disks = [device for device in self._devices if isinstance(device, BlockDevice)]
-        found = []
-        for index, disk in enumerate(disks):
-            try:
-                table = read_disk(disk.peek, disk.size, disk.block_size)
-            except Exception:  # a class of the user's may raise anything; this is only a hint
-                continue
-            if table is not None:
-                found.append((f"/dev/vd{chr(ord('a') + index)}", table))
-        return found
-
-    def _disk_ready(self) -> bool:
-        return any(
-            t.negotiation.read_status() & constants.VIRTIO_CONFIG_S_DRIVER_OK
-            for t in self._transports
-        )
+    trace: Trace
+    prepared: Prepared
+    kvm: Kvm
 
 
 def run_here(
@@ -153,32 +77,24 @@ def run_here(
     `stop_patience` seconds. `on_output` sees what the console says; it must not wait. Raises
     ConfigError or HostError if it cannot be started.
     """
-    answering = _Answering(control, resize_outside)
-    try:
+    with _Answering(control, resize_outside) as answering:
         with ExitStack() as closing:
-            trace = Trace(spec.trace, spec.trace_file)
-            closing.callback(trace.close)
-            alarm = Alarm()
-            devices = _open_devices(spec, trace.hook("requests"), alarm, closing)
-            prepared = prepare(spec, devices, alarm, closing, quiet=quiet)
+            opened = _open(spec, closing, quiet=quiet)
             on_listening()
-            attendant = Attendant(spec.name, prepared)
-            run = _Run(prepared, attendant, trace, answering, on_output)
-            outcome = run(closing, stop_patience)
-            if run.gave_up:
-                outcome = outcome._replace(line=GETS_NOWHERE)
-        # The console is closed: the watcher has seen the last byte.
-        attendant.look()
-        if outcome.ending is Ending.RESET and attendant.saw_panic():
-            line = "" if attendant.said(PANIC) else "the guest's kernel panicked"
-            outcome = Outcome(Ending.PANIC, line)
-        elif outcome.ending is Ending.RESET and (silent := attendant.silent_reset()):
-            outcome = Outcome(Ending.RESET, str(silent))
-        _report(spec.name, outcome)
-        answering.tell_end(outcome)
-    finally:
-        answering.close()
-    return outcome.exit_code
+            run = _Run(opened, answering, on_output, closing)
+            run.assemble(stop_patience)
+            # What confines the monitor belongs here: all that it works on is open.
+            outcome = run.to_the_end()
+        return _end(run, outcome)
+
+
+def _open(spec: VmSpec, closing: ExitStack, *, quiet: bool) -> Opened:
+    trace = Trace(spec.trace, spec.trace_file)
+    closing.callback(trace.close)
+    alarm = Alarm()
+    devices = _open_devices(spec, trace.hook("requests"), alarm, closing)
+    prepared = prepare(spec, devices, alarm, closing, quiet=quiet)
+    return Opened(trace, prepared, open_kvm(spec.cpus, closing))
 
 
 def _open_devices(
@@ -193,7 +109,22 @@ def _open_devices(
     return (*disks, *(registry.open_device(device, context) for device in spec.devices))
 
 
-class _Answering:
+def _end(run: _Run, outcome: Outcome) -> int:
+    """Say how it has ended, to the user and to those who watch; the exit code. The console is
+    closed: the attendant has seen the last byte."""
+    attendant = run.attendant
+    attendant.look()
+    if outcome.ending is Ending.RESET and attendant.saw_panic():
+        line = "" if attendant.said(PANIC) else "the guest's kernel panicked"
+        outcome = Outcome(Ending.PANIC, line)
+    elif outcome.ending is Ending.RESET and (silent := attendant.silent_reset()):
+        outcome = Outcome(Ending.RESET, str(silent))
+    _report(run.name, outcome)
+    run.answering.tell_end(outcome)
+    return outcome.exit_code
+
+
+class _Answering(Closable):
     """The control socket while the machine runs, and those who watch until its end is told."""
 
     def __init__(self, listener: Socket | None, resize_outside: ResizeOutside | None) -> None:
@@ -248,86 +179,91 @@ class _Run:
 
     def __init__(
         self,
-        prepared: Prepared,
-        attendant: Attendant,
-        trace: Trace,
+        opened: Opened,
         answering: _Answering,
         on_output: Callable[[bytes], None],
+        closing: ExitStack,
     ) -> None:
-        self._prepared = prepared
-        self._attendant = attendant
-        self._trace = trace
-        self._answering = answering
+        self._opened = opened
+        self._prepared = opened.prepared
+        self.name = opened.prepared.spec.name
+        self.attendant = Attendant(self.name, opened.prepared)
+        self.answering = answering
         self._on_output = on_output
+        self._closing = closing
+        self._of_boot = closing.enter_context(ExitStack())
         self._tail = ConsoleTail()
         self._console = Console(*standard_fds(), on_quit=self._quit, observer=self._observe)
         self._input: SharedInput | None = None
-        self._policy = RebootPolicy(prepared.spec.on_reboot == "restart")
-        self._warn = log.RateLimited(log.of_vm(prepared.spec.name))
+        self._policy = RebootPolicy(opened.prepared.spec.on_reboot == "restart")
+        self._warn = log.RateLimited(log.of_vm(self.name))
         self._machine: Machine | None = None
         self._asking: PowerOff | None = None
 
-    def __call__(self, closing: ExitStack, stop_patience: float) -> Outcome:
-        self._of_boot = closing.enter_context(ExitStack())
-        parts = self._assemble()
-        machine = Machine(parts, self._trace, signal_patience=stop_patience)
+    def assemble(self, stop_patience: float) -> None:
+        """Put the machine together. Raises ConfigError or HostError."""
+        machine = Machine(self._parts(), self._opened.trace, signal_patience=stop_patience)
         self._machine = machine
         self._prepared.alarm.connect(machine.end)
-        with self._console:
-            return machine.run(
-                lambda: self._on_start(machine, closing),
-                self._look,
-                ask=self._ask,
-                restarting=self,
-            )
 
-    def _assemble(self) -> Parts:
-        parts = assemble(self._prepared, self._trace, self._console.write, self._of_boot)
-        self._attendant.attend(parts.transports)
+    def to_the_end(self) -> Outcome:
+        """Run the guest until nothing starts it again; how it ended."""
+        machine = self._machine
+        assert machine is not None
+        with self._console:
+            outcome = machine.run(
+                lambda: self._on_start(machine), self._look, ask=self._ask, restarting=self
+            )
+        return outcome._replace(line=GETS_NOWHERE) if self._policy.gave_up else outcome
+
+    def _parts(self) -> Parts:
+        trace, kvm = self._opened.trace, self._opened.kvm
+        parts = assemble(self._prepared, kvm, trace, self._console.write, self._of_boot)
+        self.attendant.attend(parts.transports)
         return parts
 
     def _observe(self, data: bytes) -> None:
         self._tail.observe(data)
-        self._attendant.observe(data)
+        self.attendant.observe(data)
         self._on_output(data)
 
     def _quit(self) -> None:
         if self._machine is not None:
             self._machine.end(Outcome(Ending.QUIT, "ended by Ctrl-A x"))
 
-    def _on_start(self, machine: Machine, closing: ExitStack) -> None:
+    def _on_start(self, machine: Machine) -> None:
         self._policy.started()
         serial = machine.parts.serial
         if self._input is None:
             port = _join_virtio_console(self._prepared, self._console) or serial
             self._input = SharedInput(port)
             self._console.connect(self._input.join())
-            self._answering.start(
+            self.answering.start(
                 machine,
                 self._prepared,
-                self._attendant,
+                self.attendant,
                 (self._tail, self._input),
                 lambda: self._console.left_out,
-                closing,
+                self._closing,
             )
             return
-        self._answering.emit("restarted")
+        self.answering.emit("restarted")
 
     def _ask(self, request: Outcome, patience: float) -> bool:
         assert self._machine is not None
         # Imported when it is wanted, as most guests power off by themselves.
         from pyvmm.monitor.power_off import PowerOff
 
-        self._asking = PowerOff(self._machine, self._prepared.spec.name, self._tell_asked)
+        self._asking = PowerOff(self._machine, self.name, self._tell_asked)
         return self._asking.ask(patience, request)
 
     def _look(self) -> None:
-        self._attendant.look()
+        self.attendant.look()
         if self._asking is not None:
             self._asking.look()
 
     def _tell_asked(self, how: str) -> None:
-        self._answering.emit("stopping", asked=how)
+        self.answering.emit("stopping", asked=how)
 
     # What Machine asks when the guest has ended by itself.
 
@@ -337,10 +273,10 @@ class _Run:
         self._console.settle()
         pause = self._policy.pause(
             outcome,
-            panicked=self._attendant.saw_panic(),
+            panicked=self.attendant.saw_panic(),
             has_devices=bool(self._prepared.devices),
-            came_up=self._attendant.guest_came_up,
-            printed=self._attendant.watcher.bytes_seen > 0,
+            came_up=self.attendant.guest_came_up,
+            printed=self.attendant.watcher.bytes_seen > 0,
         )
         if pause is not None:
             self._warn("the guest asked for a reset, and starts again")
@@ -351,17 +287,12 @@ class _Run:
         self._of_boot.close()
         try:
             self._prepared = prepare_again(self._prepared)
-            parts = self._assemble()
+            parts = self._parts()
         except PyvmmError as error:
             return Outcome(Ending.FAILED, f"the guest cannot be started again: {error}")
         if self._input is not None:  # before the guest runs: what it is told first is not lost
             self._input.replace_serial(parts.serial)
         return parts
-
-    @property
-    def gave_up(self) -> bool:
-        """Whether a guest that wants to start again gets nowhere."""
-        return self._policy.gave_up
 
 
 def _join_virtio_console(prepared: Prepared, console: Console) -> InputPort | None:

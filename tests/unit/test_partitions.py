@@ -22,7 +22,7 @@ from pyvmm.boot.partitions import Table
 from pyvmm.kinds.disk import open_disk
 from pyvmm.machine.alarm import Alarm
 from pyvmm.machine.builder import Prepared
-from pyvmm.monitor.phases import Attendant
+from pyvmm.monitor.attendant import Attendant
 from pyvmm.spec.vm import DiskSpec, VmSpec
 from pyvmm.virtio.blk.backend import Backend
 from pyvmm.virtio.blk.device import BlockDevice

@@ -30,7 +30,7 @@ def stop(*parts):
     sys.stdout.flush()
     import os
     os._exit(0)
-phases._Run = stop
+phases.open_kvm = stop
 main()
 """
 

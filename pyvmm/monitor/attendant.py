@@ -1,0 +1,105 @@
+"""Watches a guest's console for what goes wrong, and says it with the cure."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from pyvmm.boot.diagnosis import PANIC, ConsoleWatcher, Finding
+from pyvmm.host import log
+from pyvmm.machine.builder import Prepared
+from pyvmm.transport.base import Transport
+from pyvmm.virtio import constants
+from pyvmm.virtio.blk.device import BlockDevice
+
+if TYPE_CHECKING:
+    from pyvmm.boot.partitions import Table
+
+_SILENCE_SECONDS = 20.0
+
+
+class Attendant:
+    """Watches a guest's console for what goes wrong, and says each thing once."""
+
+    def __init__(self, name: str, prepared: Prepared) -> None:
+        self._name = name
+        self._cmdline = prepared.entry.cmdline
+        # A guest that only serves its agent has nothing to say on a console.
+        self._is_silent = "pyvmm.exec=agent" in self._cmdline.split()
+        # The serial port is always there; both are shown on the terminal.
+        virtio = any(device.kind == "console" for device in prepared.spec.devices)
+        self._consoles = ("ttyS0", "hvc0") if virtio else ("ttyS0",)
+        self.console = self._consoles[-1]  # where the keys go
+        self._transports: Sequence[Transport] = ()
+        self._devices = prepared.devices
+        self.watcher = ConsoleWatcher(self._disk_ready, self._partition_tables)
+        self.on_finding: Callable[[Finding], None] | None = None
+        self._passed_on = 0  # findings
+        self._said: set[str] = set()
+        self._start = time.monotonic()
+
+    def attend(self, transports: Sequence[Transport]) -> None:
+        """The guest starts; take the devices' word for whether a driver has found them."""
+        self._transports = transports
+        self._start = time.monotonic()
+
+    @property
+    def guest_came_up(self) -> bool:
+        """Whether a driver of the guest has brought up a device since it started."""
+        return any(t.negotiation.activations for t in self._transports)
+
+    def observe(self, data: bytes) -> None:
+        """The guest has written `data` to its console."""
+        self.watcher.feed(data)
+        findings = self.watcher.findings
+        while self.on_finding is not None and self._passed_on < len(findings):
+            self._passed_on += 1
+            self.on_finding(findings[self._passed_on - 1])
+
+    def look(self) -> None:
+        """Say what is new since the last look: the most telling finding, or that all is silent."""
+        waited = time.monotonic() - self._start
+        found = self.watcher.diagnosis
+        if found is None and not self._is_silent:
+            found = self.watcher.silence_hint(
+                self._cmdline, waited, patience=_SILENCE_SECONDS, consoles=self._consoles
+            )
+        if found is not None and found.kind not in self._said:
+            self._said.add(found.kind)
+            more = {"finding": found.kind, "message": found.message, "cure": found.cure}
+            log.to_stderr(log.Line(f"{self._name}: {found}", level=log.ERROR, more=more))
+
+    def said(self, kind: str) -> bool:
+        """Whether a finding of that kind was told to the user."""
+        return kind in self._said
+
+    def saw_panic(self) -> bool:
+        """Whether the guest's kernel panicked."""
+        return any(finding.kind == PANIC for finding in self.watcher.findings)
+
+    def silent_reset(self) -> Finding | None:
+        """What to say of a guest that has reset itself, if it has said nothing."""
+        if self._is_silent:
+            return None
+        return self.watcher.silent_reset(self._cmdline, consoles=self._consoles)
+
+    def _partition_tables(self) -> list[tuple[str, Table]]:
+        from pyvmm.boot.partitions import read_disk
+
+        disks = [device for device in self._devices if isinstance(device, BlockDevice)]
+        found = []
+        for index, disk in enumerate(disks):
+            try:
+                table = read_disk(disk.peek, disk.size, disk.block_size)
+            except Exception:  # a class of the user's may raise anything; this is only a hint
+                continue
+            if table is not None:
+                found.append((f"/dev/vd{chr(ord('a') + index)}", table))
+        return found
+
+    def _disk_ready(self) -> bool:
+        return any(
+            t.negotiation.read_status() & constants.VIRTIO_CONFIG_S_DRIVER_OK
+            for t in self._transports
+        )
