@@ -20,13 +20,17 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from threading import Event, Thread
+from threading import Event, Thread, get_ident
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import log
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.spec.vm import DiskSpec, VmSpec
+
+if TYPE_CHECKING:
+    from pyvmm.agent import Agent
 
 BOOT_PATIENCE = 300.0  # seconds until the agent answers; also for a guest in an emulated KVM host
 _OFF_PATIENCE = 90.0  # as systemd gives its services; Ctrl-C does not wait for it
@@ -39,6 +43,8 @@ _TAIL_BYTES = 16 << 10
 _CMDLINE = "quiet pyvmm.exec=agent"
 # What the monitor gets, and what the client gets for it.
 _PASSED_ON: dict[int, int] = {signal.SIGINT: signal.SIGUSR1, signal.SIGQUIT: signal.SIGUSR2}
+
+_CONSOLE_ENDED = signal.SIGALRM  # what a thread of the client wakes its main thread by
 
 
 @dataclass(frozen=True)
@@ -213,6 +219,8 @@ class _Client:
         self._monitor = os.getppid()
         self._times = [("start", time.monotonic() - _age())]
         self._console = Thread(target=self._watch_console, args=(console,), daemon=True)
+        self._main = get_ident()
+        self._waiting = False  # for the agent
 
     def run(self) -> int | None:
         """The exit code; None if it is for the monitor to say, as the guest has ended."""
@@ -300,7 +308,7 @@ class _Client:
         if tty and "TERM" in os.environ:
             env.setdefault("TERM", os.environ["TERM"])
         agent = agent_of(self._spec.name)
-        agent.wait_ready(BOOT_PATIENCE)
+        self._wait_for(agent)
         self._note("boot")
         process = agent.open(
             self._command.argv,
@@ -316,6 +324,24 @@ class _Client:
         self._note("command")
         self._agent = agent
         return code
+
+    def _wait_for(self, agent: Agent) -> None:
+        """Raises NoAnswer as soon as the monitor has ended its work. The socket at which it was
+        asked is there until we have ended, so that a request may be one that nobody takes."""
+        from pyvmm.control.client import NoAnswer
+
+        def give_up(number: int, frame: FrameType | None) -> None:
+            if self._waiting:
+                raise NoAnswer(f"{self._spec.name} has ended")
+
+        signal.signal(_CONSOLE_ENDED, give_up)
+        self._waiting = True
+        if not self._console.is_alive():
+            raise NoAnswer(f"{self._spec.name} has ended")
+        try:
+            agent.wait_ready(BOOT_PATIENCE)
+        finally:
+            self._waiting = False
 
     def _power_off(self) -> None:
         """The monitor ends when the guest has; if that takes too long, by a signal."""
@@ -340,6 +366,8 @@ class _Client:
             self._kept += len(data)
             while self._kept - len(self._tail[0]) > _TAIL_BYTES:
                 self._kept -= len(self._tail.popleft())
+        if self._waiting:
+            signal.pthread_kill(self._main, _CONSOLE_ENDED)
 
     def _show_tail(self) -> None:
         if self._debug:

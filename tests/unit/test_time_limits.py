@@ -149,13 +149,27 @@ def test_the_first_signal_is_the_commands(guest: Guest) -> None:
     assert end_by(client, signal.SIGINT) == 5
 
 
+# Ends by the third Ctrl-C. A shell that waits for another program may miss one.
+THIRD_TIME = """
+import itertools, signal, sys
+count = itertools.count(1)
+def caught(number, frame):
+    n = next(count)
+    print("caught", n, flush=True)
+    if n == 3:
+        sys.exit(7)
+signal.signal(signal.SIGINT, caught)
+print("begun", flush=True)
+while True:
+    signal.pause()
+"""
+
+
 @needs_compiler
 @pytest.mark.parametrize("frozen", [False, True], ids=["living", "frozen"])
 def test_a_terminals_ctrl_c_is_the_guests_unless_it_takes_none(guest: Guest, frozen: bool) -> None:
     ours, theirs = os.openpty()
-    trap = "n=$((n + 1)); echo caught $n; test $n -lt 3 || exit 7"
-    command = f"trap '{trap}' INT; echo begun; while :; do sleep 0.1; done"
-    words = ["exec", "-it", "vm", "--", "bash", "-c", command]
+    words = ["exec", "-it", "vm", "--", sys.executable, "-c", THIRD_TIME]
     client = pyvmm(*words, stdin=theirs, stdout=theirs, stderr=theirs)
     os.close(theirs)
     read_until(ours, b"begun")
@@ -394,7 +408,7 @@ def test_waiting_for_an_agent_ends_in_time_where_a_guest_only_greets_slowly() ->
 
 # The monitor of a machine that is not there: it ends by the second SIGTERM.
 RUN = """
-import os, signal, sys, threading
+import os, select, signal, sys, threading
 from pathlib import Path
 from agent_rig import Guest
 from pyvmm.monitor.run_command import CommandLine, run_with_command
@@ -407,6 +421,9 @@ guest = Guest(Path(path))
 registration = registry.register("vm")
 
 def run():
+    if still == "deaf":
+        select.select([registration.listener], [], [])
+        return 15
     asked = threading.Semaphore(0)
     signal.signal(signal.SIGTERM, lambda *_: asked.release())
     server = ControlServer(registration.listener, guest.methods())
@@ -477,6 +494,12 @@ class TestRunCommand:
             time.sleep(1)
             client.send_signal(signal.SIGINT)
             assert client.wait(HANG) == 130
+
+    def test_a_monitor_that_ends_while_it_is_asked_is_not_waited_for(self, tmp_path: Path) -> None:
+        """Its socket has the connection, which nobody takes any more."""
+        client = self.launch(tmp_path / "no agent", "true", still="deaf")
+        with client:
+            assert client.wait(HANG) == 15, client.stderr and client.stderr.read()
 
     def test_without_its_client_the_monitor_ends(self, path: Path) -> None:
         client = self.start(path, *STUBBORN)
