@@ -12,7 +12,7 @@ from fuzz.targets import GUEST_CID, TARGETS
 from rings import offering
 
 from pyvmm.kinds import user as device_user
-from pyvmm.kinds.registry import Context
+from pyvmm.kinds.interface import Context
 from pyvmm.testing.attached import AttachedDriver, attached
 from pyvmm.testing.mmio_driver import MmioDriver, Ring
 from pyvmm.testing.vsock_driver import RST, Packet

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import blk_rig
 
-from pyvmm.kinds.disk import open_backend
+from pyvmm.kinds.disk.storage import open_backend
 from pyvmm.spec.vm import DiskSpec
 from pyvmm.testing import Buffer, attached
 from pyvmm.testing.blk_driver import IN, OUT, UNTOUCHED, header

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 from pyvmm.control.client import patiently
-from pyvmm.spec.vm import parse_memory
+from pyvmm.spec.sizes import parse_memory
 
 PATIENCE = 60.0  # seconds for an answer; a disk that shrinks waits for its requests
 

@@ -23,8 +23,9 @@ from pyvmm.api.errors import TAIL_LINES, Outcome, VMError, VMTimeout, check_owne
 from pyvmm.api.transcript import Transcript
 from pyvmm.control.client import NoAnswer
 from pyvmm.errors import ConfigError
+from pyvmm.kinds.vm_spec import to_json
 from pyvmm.monitor import process
-from pyvmm.spec.vm import VmSpec, to_json
+from pyvmm.spec.vm import VmSpec
 
 PIECE = 1 << 16  # bytes read or written at once
 _DRAIN_SECONDS = 1.0  # for output of a process that has ended: others may hold its pipe

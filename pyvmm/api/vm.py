@@ -21,9 +21,9 @@ from pyvmm.api.in_monitor import PATIENCE, InMonitor
 from pyvmm.api.monitor import Monitor, OwnMonitor
 from pyvmm.control.client import CUT_SECONDS, Client, NoAnswer, NotRunning, open_events, patiently
 from pyvmm.errors import ConfigError, HostError, PyvmmError
+from pyvmm.kinds.vm_spec import make_spec, validate
 from pyvmm.machine.outcome import STOP_SECONDS
-from pyvmm.spec.options import make_spec
-from pyvmm.spec.vm import DeviceSpec, DiskSpec, VmSpec, validate
+from pyvmm.spec.vm import DeviceSpec, DiskSpec, VmSpec
 
 if TYPE_CHECKING:
     from pyvmm.api.console import Console

@@ -11,7 +11,7 @@ from pyvmm import images
 from pyvmm.control import registry
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
-from pyvmm.spec.vm import parse_memory
+from pyvmm.spec.sizes import parse_memory
 
 EPILOG = """\b
 Examples:

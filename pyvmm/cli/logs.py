@@ -11,10 +11,10 @@ import click
 from pyvmm.cli.plain_text import RESET, PlainText
 from pyvmm.control import registry, vm_log
 from pyvmm.control.client import Client, NotRunning
-from pyvmm.control.names import check_name
 from pyvmm.host.output import write_all
 from pyvmm.platform.console import standard_fds
 from pyvmm.platform.terminal import is_terminal
+from pyvmm.spec.names import check_name
 
 
 @click.command()

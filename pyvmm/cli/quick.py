@@ -10,42 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pyvmm.spec.vm import DISCOVERY, ON_REBOOT
+from pyvmm.kinds import registry
+from pyvmm.spec.options import ARGUMENT, FLAG, OPTIONAL, Option
 
-# The usual parameters of pyvmm.cli.run.run and their values where no option is given.
-DEFAULTS: dict[str, Any] = {
-    "image": None,
-    "kernel": None,
-    "disks": (),
-    "initrd": None,
-    "cpus": 1,
-    "memory": "512M",
-    "cmdline": "",
-    "trace": "",
-    "trace_file": None,
-    "kvm": "auto",
-    "discovery": "auto",
-    "on_reboot": "restart",
-    "name": "",
-    "rm": False,
-    "detach": False,
-    "log_format": "text",
-    "command": (),
-    "debug": False,
-}
-CHOICES = {
-    "kvm": ("auto", "host", "emulated"),
-    "discovery": DISCOVERY,
-    "on_reboot": ON_REBOOT,
-    "log_format": ("text", "json"),
-}
-_NO_VALUE = {"--rm": "rm", "--detach": "detach", "-d": "detach"}
-_NO_SUCH_FLAG = ("debug", "image", "command", *_NO_VALUE.values())
-_FLAGS = {
-    "--disk" if name == "disks" else f"--{name.replace('_', '-')}": name
-    for name in DEFAULTS
-    if name not in _NO_SUCH_FLAG
-}
+IMAGE, COMMAND = "image", "command"
+_RARE = ("config", "allow_code", "print_config", "debug")  # which need what only click's way has
 
 
 def split_command(argv: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
@@ -61,35 +30,50 @@ def parse_run(argv: Sequence[str]) -> dict[str, Any] | None:
     """The parameters of `run` that `argv` gives, or None if click should look at it."""
     if argv[:1] != ["run"]:
         return None
-    values = dict(DEFAULTS)
-    options, values["command"] = split_command(argv[1:])
-    words = iter(options)
-    for word in words:
-        if word in _NO_VALUE:
-            values[_NO_VALUE[word]] = True
-            continue
-        if word and not word.startswith("-") and values["image"] is None:
-            values["image"] = word
+    words, command = split_command(argv[1:])
+    rows = registry.usual_options()
+    values = _read(words, rows)
+    if values is None:
+        return None
+    return {**{row.name: row.typed_default for row in rows}, **values, COMMAND: command}
+
+
+def _read(words: list[str], rows: Sequence[Option]) -> dict[str, Any] | None:
+    """What `words` give, by the options' names; None for what is not plain."""
+    by_flag = {
+        word: row for row in rows if row.shape != ARGUMENT for word in (row.flag, row.also) if word
+    }
+    given: dict[str, Any] = {}
+    rest = iter(words)
+    for word in rest:
+        if word and not word.startswith("-") and IMAGE not in given:
+            given[IMAGE] = word
             continue
         flag, equals, text = word.partition("=")
-        name = _FLAGS.get(flag)
-        if name is None:
+        row = by_flag.get(flag)
+        if row is None or row.name in _RARE or row.shape == OPTIONAL:
             return None
+        if row.shape == FLAG:
+            if equals:
+                return None
+            given[row.name] = True
+            continue
         if not equals:
-            text = next(words, "-")
+            text = next(rest, "-")
             if text.startswith("-"):
                 return None
-        if name == "disks":
-            values[name] += (text,)
-        elif name == "cpus":
-            if not (text.isascii() and text.isdigit() and len(text) < 10):
-                return None
-            values[name] = int(text)
-        elif text not in CHOICES.get(name, (text,)):
+        value = _value(row, text)
+        if value is None:
             return None
-        else:
-            values[name] = text
-    return values
+        given[row.name] = (*given.get(row.name, ()), value) if row.repeats else value
+    return given
+
+
+def _value(row: Option, text: str) -> str | int | None:
+    """`text` as a value of the option; None where click should say what is wrong."""
+    if row.type is int:
+        return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
+    return text if not row.choices or text in row.choices else None
 
 
 def run_quickly(argv: Sequence[str]) -> Callable[[], int] | None:
@@ -97,7 +81,8 @@ def run_quickly(argv: Sequence[str]) -> Callable[[], int] | None:
     values = parse_run(argv)
     if values is None:
         return None
-    del values["debug"], values["log_format"]  # the latter was looked at before all others
+    for name in ("log_format", *_RARE):  # the former was looked at before all others
+        del values[name]
     from pyvmm.monitor.start import start
 
     return lambda: start(**values)

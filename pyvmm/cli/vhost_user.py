@@ -7,7 +7,7 @@ from contextlib import ExitStack
 import click
 
 from pyvmm.errors import ConfigError
-from pyvmm.spec.vm import parse_disk
+from pyvmm.kinds.disk import parse as parse_disk
 
 MAX_QUEUES = 16
 MAX_POLL = 1000  # microseconds
@@ -63,7 +63,7 @@ def vhost_user_blk(path: str, disk: str, queues: int, poll: int, debug: bool) ->
 
     The same virtio-blk device that `pyvmm run --disk` has. Ends on SIGTERM or Ctrl-C.
     """
-    from pyvmm.kinds.disk import open_backend
+    from pyvmm.kinds.disk.storage import open_backend
     from pyvmm.transport.vhost_user import serve
     from pyvmm.virtio.blk.device import BlockDevice
 

@@ -16,11 +16,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from pyvmm.control.names import check_name
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import unix_sockets
 from pyvmm.host.syscalls import Closable
 from pyvmm.host.unix_sockets import Socket
+from pyvmm.spec.names import check_name
 
 DEFAULT_NAME = "vm"
 

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from pyvmm.errors import ConfigError
-from pyvmm.host import log, passt, syscalls, tap
-from pyvmm.host.passt import Forward
-from pyvmm.kinds.registry import Context
+from pyvmm.kinds import limits
+from pyvmm.kinds.interface import Border, Context, Crossing
 from pyvmm.spec import rates
-from pyvmm.spec.vm import DeviceSpec
-from pyvmm.virtio.net.backend import Backend
-from pyvmm.virtio.net.device import NetDevice
-from pyvmm.virtio.net.header import ETH_HEADER, VLAN_TAG
-from pyvmm.virtio.net.stream import LARGEST_THROUGH_PORT, StreamBackend
-from pyvmm.virtio.net.tap import TapBackend
+from pyvmm.spec.options import Option
+from pyvmm.spec.vm import INTERNAL, DeviceSpec
 
 if TYPE_CHECKING:
+    from pyvmm.host import passt
+    from pyvmm.host.passt import Forward
+    from pyvmm.virtio.net.backend import Backend
+    from pyvmm.virtio.net.device import NetDevice
     from pyvmm.virtio.net.limits import Limits
+    from pyvmm.virtio.net.tap import TapBackend
 
 OPTION = "--net"
 SYNTAX = (
@@ -30,6 +30,20 @@ SYNTAX = (
 LEAST_MTU, MOST_MTU = 68, 65535  # 5.1.4.1 Device Requirements: Device configuration layout
 MOST_QUEUES = 16
 _TAP_NAME = "pyvmm%d"  # the kernel puts a number there
+
+OPTIONS = (
+    Option(
+        "net",
+        OPTION,
+        metavar="user|tap=NAME[,OPTIONS]",
+        device="net",
+        many=True,
+        default=(),
+        repeats=True,
+        help="Add a network card: user-mode networking, as user,forward=8080:80, or a tap "
+        "interface. Both take mac=, mtu= and packed; docs/networking.md has the other options.",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +72,7 @@ class Spec(DeviceSpec):
     host_access: bool = False
     mac: str = ""
     mtu: int = 0
-    stream: str = ""
+    stream: str = field(default="", metadata=INTERNAL)
     rx_bps: int = 0
     rx_pps: int = 0
     rx_bps_burst: int = 0
@@ -116,6 +130,8 @@ def _with_option(spec: Spec, option: str) -> Spec:
 def parse_forward(text: str) -> Forward:
     """``[tcp:|udp:][ADDRESS:]PORT:GUESTPORT``. Without an address, only this machine itself can
     connect. Raises ConfigError."""
+    from pyvmm.host.passt import Forward
+
     rest = text
     protocol = "tcp"
     for known in ("tcp", "udp"):
@@ -162,6 +178,8 @@ def _wrong(what: str) -> ConfigError:
 
 def check(spec: Spec) -> Spec:
     """`spec` with an address of its own. Raises ConfigError for what cannot be."""
+    from pyvmm.host import tap
+
     if len(spec.tap.encode()) >= tap.IFNAMSIZ or "/" in spec.tap or "\0" in spec.tap:
         raise ConfigError(
             f"{spec.tap!r} is no name of an interface",
@@ -212,6 +230,8 @@ def mac_bytes(text: str) -> bytes:
 
 def open_device(spec: Spec, context: Context) -> NetDevice:
     """Open the tap or start passt, and put a device in front of it. Raises ConfigError."""
+    from pyvmm.virtio.net.device import NetDevice
+
     if spec.vhost:
         return _open_vhost(spec, context)
     backend: Backend
@@ -229,7 +249,7 @@ def open_device(spec: Spec, context: Context) -> NetDevice:
 
 
 def _open_vhost(spec: Spec, context: Context) -> NetDevice:
-    from pyvmm.host import vhost
+    from pyvmm.host import log, vhost
     from pyvmm.virtio.net.vhost_device import VhostNetDevice
 
     served = [context.closing.enter_context(vhost.open_net(OPTION)) for _ in range(spec.queues)]
@@ -242,7 +262,7 @@ def _open_vhost(spec: Spec, context: Context) -> NetDevice:
 
 
 def _limits(spec: Spec, way: str) -> Limits | None:
-    limiter = rates.net_limiter(spec, way)
+    limiter = limits.net_limiter(spec, way)
     if limiter is None:
         return None
     from pyvmm.virtio.net.limits import Limits
@@ -251,6 +271,9 @@ def _limits(spec: Spec, way: str) -> Limits | None:
 
 
 def _open_stream(spec: Spec) -> Backend:
+    from pyvmm.host import passt, syscalls
+    from pyvmm.virtio.net.stream import LARGEST_THROUGH_PORT, StreamBackend
+
     if spec.stream:
         fd = syscalls.open_file(spec.stream, os.O_RDWR | os.O_NONBLOCK)
         return StreamBackend(fd, spec.mtu, LARGEST_THROUGH_PORT)
@@ -259,17 +282,44 @@ def _open_stream(spec: Spec) -> Backend:
 
 def start_passt(spec: Spec) -> passt.Socket:
     """User-mode networking as `spec` wants it; our end of the cable. Raises ConfigError."""
+    from pyvmm import images
+    from pyvmm.host import passt
+
+    passt.newer_by(images.passt_command)
     forwards = [parse_forward(text) for text in spec.forwards]
     return passt.start(forwards, spec.mtu or passt.MTU, host_access=spec.host_access)
 
 
+def cross(spec: Spec, border: Border) -> Crossing:
+    """passt stays here, where the network is: its frames come through a stream. Raises ConfigError
+    for a tap, which is here too."""
+    if spec.tap:
+        raise ConfigError(
+            f"the emulated KVM host cannot reach {spec.tap}, a tap of this machine",
+            cure="use --net user",
+            option=OPTION,
+        )
+    from pyvmm.emulated_host import HostStream
+
+    inside = through_port(spec, border.place("net"))
+    cable = start_passt(inside)
+    border.closing.callback(cable.close)
+    return Crossing(inside, streams=(HostStream(inside.stream, cable.fileno()),))
+
+
 def through_port(spec: Spec, path: str) -> Spec:
     """`spec` with its passt elsewhere, at the other end of the virtio-serial port `path`."""
+    from pyvmm.virtio.net.header import ETH_HEADER, VLAN_TAG
+    from pyvmm.virtio.net.stream import LARGEST_THROUGH_PORT
+
     most = LARGEST_THROUGH_PORT - ETH_HEADER - VLAN_TAG
     return replace(spec, stream=path, mtu=min(spec.mtu or most, most))
 
 
 def _open_tap(spec: Spec) -> tuple[TapBackend, str]:
+    from pyvmm.host import log, tap
+    from pyvmm.virtio.net.tap import TapBackend
+
     fds, name = tap.open_tap(spec.tap, spec.queues, create=spec.create)
     try:
         if spec.create:

@@ -3,21 +3,36 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pyvmm.errors import ConfigError
-from pyvmm.host.named_listener import NamedListener
-from pyvmm.kinds.registry import Context, Crossing
+from pyvmm.kinds.interface import Border, Context, Crossing, Reader
+from pyvmm.spec import tables
+from pyvmm.spec.options import Option, as_list, read_text, wrong_type
 from pyvmm.spec.vm import DeviceSpec
-from pyvmm.virtio.console.device import MAX_NAMED_PORTS, ConsoleDevice
-from pyvmm.virtio.console.ends import SocketEnd
 
-_OPTION = "--port"
-_USAGE = "use name=NAME,path=PATH[,packed]"
+if TYPE_CHECKING:
+    from pyvmm.virtio.console.device import ConsoleDevice
+
+_FLAG = "--port"
+_SYNTAX = "name=NAME,path=PATH[,packed]"
 _NAME_BYTES = 64
-_INSIDE = "/run/pyvmm-port"
+
+OPTIONS = (
+    Option(
+        "ports",
+        _FLAG,
+        metavar=_SYNTAX,
+        device="ports",
+        many=True,
+        default=(),
+        repeats=True,
+        help="Add a port, /dev/virtio-ports/NAME in the guest, that a program of the host finds at "
+        "the Unix socket PATH; may be repeated.",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -37,6 +52,29 @@ class Spec(DeviceSpec):
     ports: tuple[PortSpec, ...]
 
 
+def read(value: Any, option: Option, usual: Reader) -> list[DeviceSpec]:
+    """The one device that has all ports. Raises ConfigError."""
+    specs = [spec for one in as_list(value) for spec in _read_port(one, option, usual)]
+    if not specs:
+        return []
+    ports = tuple(port for spec in specs for port in spec.ports)
+    return [Spec(ports, packed=any(spec.packed for spec in specs))]
+
+
+def _read_port(value: Any, option: Option, usual: Reader) -> list[Any]:
+    if isinstance(value, Spec):
+        return [value]
+    if isinstance(value, PortSpec):
+        return [Spec((value,))]
+    if isinstance(value, Mapping):
+        table = dict(value)
+        packed = table.pop("packed", False)
+        if type(packed) is not bool:
+            raise wrong_type(option, value, "with packed as true or false")
+        return [Spec((tables.read(PortSpec, table, option.name),), packed=packed)]
+    return usual(read_text(value, option))
+
+
 def parse(text: str) -> Spec:
     """The device of all ``--port``, each on a line of `text`. A comma is written twice in a path.
 
@@ -50,19 +88,35 @@ def _parse_port(text: str) -> PortSpec:
     for option in text.replace(",,", "\0").split(","):
         key, _, value = option.replace("\0", ",").partition("=")
         if key not in values or not value:
-            raise ConfigError(f"unknown option {option!r}", cure=_USAGE, option=_OPTION)
+            raise ConfigError(f"unknown option {option!r}", cure=f"use {_SYNTAX}", option=_FLAG)
         values[key] = value
     if not all(values.values()):
-        raise ConfigError(f"no name or no path in {text!r}", cure=_USAGE, option=_OPTION)
+        raise ConfigError(f"no name or no path in {text!r}", cure=f"use {_SYNTAX}", option=_FLAG)
     return PortSpec(**values)
+
+
+def plain(specs: list[Spec], option: Option) -> tuple[dict[str, Any], ...]:
+    """What a file says of them: a table for each port."""
+    ports = [tables.write(port) for spec in specs for port in spec.ports]
+    if any(spec.packed for spec in specs):
+        ports[0]["packed"] = True
+    return tuple(ports)
+
+
+def with_paths(spec: Spec, change: Callable[[str], str]) -> Spec:
+    """`spec` with the sockets' paths as `change` gives them."""
+    ports = tuple(replace(port, path=change(port.path)) for port in spec.ports)
+    return replace(spec, ports=ports)
 
 
 def check(spec: Spec) -> Spec:
     """`spec`, or ConfigError for names that a guest cannot have."""
+    from pyvmm.virtio.console.device import MAX_NAMED_PORTS
+
     ports = tuple(_as_port(port) for port in spec.ports)
     if not 1 <= len(ports) <= MAX_NAMED_PORTS:
         raise ConfigError(
-            f"{len(ports)} ports", cure=f"use at most {MAX_NAMED_PORTS}", option=_OPTION
+            f"{len(ports)} ports", cure=f"use at most {MAX_NAMED_PORTS}", option=_FLAG
         )
     for port in ports:
         odd = not port.name.isprintable() or "/" in port.name or port.name in (".", "..")
@@ -70,10 +124,10 @@ def check(spec: Spec) -> Spec:
             raise ConfigError(
                 f"the name {port.name!r} has a slash, is not printable or too long",
                 cure=f"use at most {_NAME_BYTES} bytes",
-                option=_OPTION,
+                option=_FLAG,
             )
         if sum(port.name == other.name for other in ports) > 1:
-            raise ConfigError(f"two ports are called {port.name!r}", option=_OPTION)
+            raise ConfigError(f"two ports are called {port.name!r}", option=_FLAG)
     return replace(spec, ports=ports)
 
 
@@ -84,21 +138,28 @@ def _as_port(port: Any) -> PortSpec:
 
 def open_device(spec: Spec, context: Context) -> ConsoleDevice:
     """A device that listens at the ports' paths. Raises ConfigError if that cannot be."""
+    from pyvmm.host.named_listener import NamedListener
+    from pyvmm.virtio.console.device import ConsoleDevice
+    from pyvmm.virtio.console.ends import SocketEnd
+
     named = []
     for port in spec.ports:
-        listener = NamedListener(port.path, option=_OPTION)
+        listener = NamedListener(port.path, option=_FLAG)
         context.closing.callback(listener.close)
         named.append((port.name, SocketEnd(listener.socket, port.name)))
     return ConsoleDevice(named=named, name="ports")
 
 
-def cross(spec: Spec, closing: ExitStack) -> Crossing:
+def cross(spec: Spec, border: Border) -> Crossing:
     """The sockets stay here; each leads to one in there."""
+    from pyvmm.host.named_listener import NamedListener
+
     listening = []
     inside = []
-    for number, port in enumerate(spec.ports):
-        listener = NamedListener(os.path.abspath(port.path), option=_OPTION)
-        closing.callback(listener.close)
-        listening.append((listener, f"{_INSIDE}{number}"))
-        inside.append(replace(port, path=f"{_INSIDE}{number}"))
+    for port in spec.ports:
+        listener = NamedListener(os.path.abspath(port.path), option=_FLAG)
+        border.closing.callback(listener.close)
+        place = border.place("port")
+        listening.append((listener, place))
+        inside.append(replace(port, path=place))
     return Crossing(replace(spec, ports=tuple(inside)), tuple(listening))

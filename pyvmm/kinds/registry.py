@@ -1,142 +1,228 @@
-"""The kinds of virtio devices beside the disks, and how a specification becomes a device.
+"""The kinds of virtio devices: one line for each in KINDS, and a module that holds all that a kind
+needs from outside the device itself.
 
-A kind is a module of its own, loaded when a VM has such a device. It has
+docs/adding-a-device.md takes a reader through one. The module has
 
-    class Spec(DeviceSpec)                  frozen plain data, what the user asked for
-    parse(text) -> Spec                     from the command line's --KIND TEXT; raises ConfigError
+    OPTIONS                             its rows (pyvmm.spec.options): what stands on the command
+                                        line, in files, in Python, in --help and the reference. The
+                                        one that KINDS names describes devices; others stand for it
+    class Spec(DeviceSpec)              frozen plain data, what the user asked for. A field called
+                                        `size` is in bytes, one with the metadata INTERNAL is not
+                                        for users
+    parse(text) -> Spec                 from the command line's --OPTION TEXT; raises ConfigError.
+                                        `packed` is no concern of it, any device may have that
     open_device(spec, context) -> VirtioDevice
-                                            raises ConfigError for what the user can mend
+                                        raises ConfigError for what the user can mend
 
-and may have `check(spec) -> Spec`, which fills in and refuses what needs no file to be seen wrong,
-and `for_emulated_host(spec, visible) -> Spec`, which does so with the rest before an emulated host
-is started, and makes paths ones that are seen there.
-Where it has sockets for programs of the host, it has `cross(spec, closing) -> Crossing`.
+and may have, for what is not the same for every kind,
+
+    read(value, option, usual) -> specs for values of other forms; `usual(value)` reads the others
+    join_terminal(device, console) -> InputPort
+                                        where Spec.console is set: gives it the terminal
+    check(spec) -> Spec                 fills in, and refuses what needs no file to be seen wrong
+    check_all(specs, vm) -> specs       the same for a kind whose devices must agree with each other
+    with_paths(spec, change) -> Spec    all paths of this machine in it as `change` gives them:
+                                        relative ones in a file are relative to that
+    code_of(spec) -> str                the Python file that it would run, or ""
+    plain(specs, option) -> value       what a configuration file says of them
+    from_plain(values) -> Spec          from what JSON makes of its fields
+    cross(spec, border) -> Crossing     opens here what it needs of this machine, before it is asked
+                                        for in an emulated host; without, a VM may have one there if
+                                        it needs nothing of this machine
+    methods(running) -> {name: Method}  what it adds to the control socket, named KIND.VERB; they
+                                        are there whether the VM has such a device or not
+
+`pyvmm.kinds.interface` has what they are given and give back. The module is loaded for --help too,
+so what only the device needs is imported by the functions that need it. What a device counts is
+told by `VirtioDevice.stats`, with no help from here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
-from dataclasses import replace
+from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyvmm.errors import ConfigError
-from pyvmm.machine.trace import Hook
-from pyvmm.spec.vm import DeviceSpec
-from pyvmm.virtio.device import VirtioDevice
-from pyvmm.virtio.features import VIRTIO_F_RING_PACKED, mask
+from pyvmm.spec.options import FIRST, LAST, Option
 
 if TYPE_CHECKING:
-    from pyvmm.host.named_listener import NamedListener
+    from pyvmm.control.protocol import Method
+    from pyvmm.kinds.interface import Border, Context, Crossing, Running, Spec
+    from pyvmm.spec.vm import VmSpec
+    from pyvmm.virtio.device import VirtioDevice
 
-# Kind → module. The order is the one in which a VM's devices appear in the guest, after its disks.
+
+class Kind(NamedTuple):
+    """A kind's module, and the name of the option that asks for one or more."""
+
+    option: str
+    module: str
+
+
+# The order is the one in which a VM's devices appear in the guest.
 KINDS = {
-    "net": "pyvmm.kinds.net",
-    "console": "pyvmm.kinds.console",
-    "ports": "pyvmm.kinds.port",
-    "rng": "pyvmm.kinds.rng",
-    "user": "pyvmm.kinds.user",
-    "balloon": "pyvmm.kinds.balloon",
-    "vsock": "pyvmm.kinds.vsock",
+    "disk": Kind("disks", "pyvmm.kinds.disk"),
+    "net": Kind("net", "pyvmm.kinds.net"),
+    "console": Kind("console", "pyvmm.kinds.console"),
+    "ports": Kind("ports", "pyvmm.kinds.port"),
+    "rng": Kind("rng", "pyvmm.kinds.rng"),
+    "user": Kind("devices", "pyvmm.kinds.user"),
+    "balloon": Kind("balloon", "pyvmm.kinds.balloon"),
+    "vsock": Kind("vsock", "pyvmm.kinds.vsock"),
 }
 
 
-class Context(NamedTuple):
-    """What a device is opened with: `closing` undoes it, `trace` gets its requests (or None)."""
-
-    vm_name: str
-    trace: Hook | None
-    closing: ExitStack
-
-
-def parse(kind: str, text: str) -> DeviceSpec:
-    """The device that ``--KIND TEXT`` describes; any may have ``packed`` among its options. Raises
-    ConfigError."""
-    rest, packed = _without_packed(text)
-    spec: DeviceSpec = _module(kind).parse(rest)
-    return replace(spec, packed=packed)
+def load(kind: str) -> Any:
+    """The module of `kind`. Raises ConfigError if there is none."""
+    if kind not in KINDS:
+        raise ConfigError(f"there is no device {kind!r}", cure=f"there are {', '.join(KINDS)}")
+    return import_module(KINDS[kind].module)
 
 
-def _without_packed(text: str) -> tuple[str, bool]:
-    """`text` without the option, and whether it was there; a comma in a value is written twice."""
-    lines = []
-    packed = False
-    for line in text.split("\n"):
-        options = line.replace(",,", "\0").split(",")
-        others = [option for option in options if option != "packed"]
-        packed |= len(others) < len(options)
-        lines.append(",".join(others).replace("\0", ",,"))
-    return "\n".join(lines), packed
+# --- the options ----------------------------------------------------------------------------------
 
 
-def from_table(kind: str, table: Mapping[str, Any], where: str) -> DeviceSpec:
-    """The device that a table of its specification's fields describes; `where` names it in
-    messages. Raises ConfigError."""
+def usual_options() -> tuple[Option, ...]:
+    """The rows that nearly every command line gets by with: those of the VM itself and of disks."""
+    return (*FIRST, *load("disk").OPTIONS, *LAST)
+
+
+@cache
+def options() -> tuple[Option, ...]:
+    """All rows, in the order of configuration files."""
+    return (*FIRST, *(row for kind in KINDS for row in load(kind).OPTIONS), *LAST)
+
+
+@cache
+def file_options() -> tuple[Option, ...]:
+    """The rows of what a configuration file and the Python API can say."""
+    return tuple(row for row in options() if not row.not_in_files)
+
+
+def names() -> tuple[str, ...]:
+    """The keywords of `pyvmm.VM`, which are the keys of a configuration file."""
+    return tuple(row.name for row in file_options())
+
+
+def in_order_of_help() -> tuple[Option, ...]:
+    """All rows as --help and the reference have them."""
+    found: list[Option] = []
+    moved = [row for row in options() if row.after]
+    for row in (row for row in options() if not row.after):
+        found.append(row)
+        for late in moved:
+            if late.after == found[-1].flag:
+                found.append(late)
+    return tuple(found)
+
+
+def option_of(kind: str) -> Option:
+    """The row that asks for devices of `kind`."""
+    name = KINDS[kind].option
+    found: Option = next(row for row in load(kind).OPTIONS if row.name == name)
+    return found
+
+
+# --- specifications -------------------------------------------------------------------------------
+
+
+def parse(kind: str, text: str) -> Any:
+    """The device that ``--OPTION TEXT`` describes; any may have ``packed`` among its options.
+    Raises ConfigError."""
+    from pyvmm.kinds import interface
+
+    return interface.parse(load(kind), text)
+
+
+def read(kind: str, value: Any) -> list[Any]:
+    """The devices that a value describes, in one of the forms that `interface.read_value` tells.
+    Raises ConfigError."""
+    from pyvmm.kinds import interface
+
+    module = load(kind)
+    option = option_of(kind)
+
+    def usual(value: Any) -> list[Any]:
+        return list(interface.read_values(module, value, option))
+
+    found: list[Any] = (
+        module.read(value, option, usual) if hasattr(module, "read") else usual(value)
+    )
+    return found
+
+
+def from_plain(kind: str, values: Mapping[str, Any]) -> Any:
+    """The specification whose `asdict` is `values`. Raises ConfigError or TypeError for anything
+    else."""
+    module = load(kind)
+    made = module.from_plain(values) if hasattr(module, "from_plain") else module.Spec(**values)
+    return made
+
+
+def check(kind: str, specs: Iterable[Spec], vm: VmSpec) -> list[Any]:
+    """All devices of one kind, each checked. Raises ConfigError."""
+    module = load(kind)
+    if hasattr(module, "check_all"):
+        return list(module.check_all(specs, vm))
+    refine = getattr(module, "check", lambda spec: spec)
+    return [refine(spec) for spec in specs]
+
+
+def with_paths(spec: Spec, change: Callable[[str], str]) -> Any:
+    """`spec` with all paths of this machine as `change` gives them."""
+    refine = getattr(load(spec.kind), "with_paths", None)
+    return spec if refine is None else refine(spec, change)
+
+
+def code_of(spec: Spec) -> str:
+    """The Python file that the device would run, "" for none."""
+    code: Callable[[Spec], str] | None = getattr(load(spec.kind), "code_of", None)
+    return "" if code is None else code(spec)
+
+
+def plain(kind: str, specs: list[Any]) -> Any:
+    """What a configuration file says of all devices of one kind; None for nothing."""
+    module, option = load(kind), option_of(kind)
+    if hasattr(module, "plain"):
+        return module.plain(specs, option)
     from pyvmm.spec import tables
 
-    spec: DeviceSpec = tables.read(_module(kind).Spec, table, where)
-    return spec
+    written = [tables.write(spec) for spec in specs]
+    if not written:
+        return None
+    return written if option.many else written[0] or True
 
 
-def check(devices: Iterable[DeviceSpec]) -> tuple[DeviceSpec, ...]:
-    """The devices in their order in the guest, each checked. Raises ConfigError."""
-    order = list(KINDS)
-    checked = []
-    for spec in sorted(devices, key=lambda spec: order.index(spec.kind)):
-        refine = getattr(_module(spec.kind), "check", None)
-        checked.append(spec if refine is None else refine(spec))
-    return tuple(checked)
+# --- devices --------------------------------------------------------------------------------------
 
 
-def for_emulated_host(
-    devices: Iterable[DeviceSpec], visible: Callable[[str, str], str]
-) -> tuple[DeviceSpec, ...]:
-    """The devices as they are to be asked for inside an emulated host. Raises ConfigError.
-
-    `visible(path, option)` gives the path by which a file is seen there, or raises ConfigError.
-    """
-    inside = []
-    for spec in devices:
-        refine = getattr(_module(spec.kind), "for_emulated_host", None)
-        inside.append(spec if refine is None else refine(spec, visible))
-    return tuple(inside)
-
-
-def open_device(spec: DeviceSpec, context: Context) -> VirtioDevice:
+def open_device(spec: Spec, context: Context) -> VirtioDevice:
     """The device that `spec` asks for. Raises ConfigError for what the user can mend."""
-    device: VirtioDevice = _module(spec.kind).open_device(spec, context)
+    device: VirtioDevice = load(spec.kind).open_device(spec, context)
     if spec.packed:  # which is served the same, whatever the device
+        from pyvmm.virtio.features import VIRTIO_F_RING_PACKED, mask
+
         device.features |= mask(VIRTIO_F_RING_PACKED)
     return device
 
 
-class Crossing(NamedTuple):
-    """A device that will run in an emulated host while its sockets stay on this machine.
+def cross(spec: Spec, border: Border) -> Crossing:
+    """Make here what the device needs of this machine. Raises ConfigError for what the user can
+    mend."""
+    from pyvmm.kinds.interface import Crossing
 
-    `spec` is for in there; each of `listening` leads to a path in there; `reached` are paths of
-    this machine's sockets that the device may connect to, ``*`` at the end being a number.
-    """
-
-    spec: DeviceSpec
-    listening: tuple[tuple[NamedListener, str], ...] = ()
-    reached: tuple[str, ...] = ()
-
-
-def cross(spec: DeviceSpec, closing: ExitStack) -> Crossing:
-    """Make the device's sockets here. Raises ConfigError for what the user can mend."""
-    cross = getattr(_module(spec.kind), "cross", None)
-    crossing: Crossing = Crossing(spec) if cross is None else cross(spec, closing)
+    cross = getattr(load(spec.kind), "cross", None)
+    crossing: Crossing = Crossing(spec) if cross is None else cross(spec, border)
     return crossing
 
 
-def from_plain(kind: str, values: Mapping[str, Any]) -> DeviceSpec:
-    """The spec whose `asdict` is `values`. Raises ConfigError or TypeError for anything else."""
-    spec: DeviceSpec = _module(kind).Spec(**values)
-    return spec
-
-
-def _module(kind: str) -> Any:
-    if kind not in KINDS:
-        raise ConfigError(f"there is no device {kind!r}", cure=f"there are {', '.join(KINDS)}")
-    return import_module(KINDS[kind])
+def methods(running: Running) -> dict[str, Method]:
+    """What all kinds add to the control socket, by name."""
+    found: dict[str, Method] = {}
+    for kind in KINDS:
+        make = getattr(load(kind), "methods", None)
+        if make is not None:
+            found |= make(running)
+    return found

@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pyvmm.errors import ConfigError
-from pyvmm.kinds.registry import Context
+from pyvmm.kinds import limits
+from pyvmm.kinds.interface import Context
 from pyvmm.spec import rates
+from pyvmm.spec.options import FLAG, Option
 from pyvmm.spec.vm import DeviceSpec
-from pyvmm.virtio.rng.device import EntropyDevice
 
-OPTION = "--rng-limit"
+if TYPE_CHECKING:
+    from pyvmm.virtio.rng.device import EntropyDevice
+
+_LIMITS = "--rng-limit"
+
+OPTIONS = (
+    Option(
+        "rng",
+        "--rng",
+        device="rng",
+        shape=FLAG,
+        after="--net",
+        help="Add a virtio-rng device: random numbers for the guest.",
+    ),
+    Option(
+        "rng_limit",
+        _LIMITS,
+        metavar="[bps=N][,iops=N][,packed]",
+        stands_for="rng",
+        not_in_files='write rng = "bps=…"',
+        after="--rng",
+        help="Add one that gives no more than this: bytes, or requests, a second; bursts as for "
+        "disks.",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -32,19 +57,21 @@ def parse(text: str) -> Spec:
         key, _, value = option.partition("=")
         if key not in rates.KEYS:
             cure = f"use {rates.SYNTAX.replace('[,', '[')}"
-            raise ConfigError(f"unknown option {option!r}", cure=cure, option=OPTION)
-        fields[rates.KEYS[key]] = rates.parse_rate(key, value, OPTION)
+            raise ConfigError(f"unknown option {option!r}", cure=cure, option=_LIMITS)
+        fields[rates.KEYS[key]] = rates.parse_rate(key, value, _LIMITS)
     return Spec(**fields)
 
 
 def check(spec: Spec) -> Spec:
     """Raises ConfigError for limits that make no sense."""
-    rates.check(spec, OPTION)
+    rates.check(spec, _LIMITS)
     return spec
 
 
 def open_device(spec: Spec, context: Context) -> EntropyDevice:
     """A device on the host's random number generator."""
+    from pyvmm.virtio.rng.device import EntropyDevice
+
     device = EntropyDevice()
-    device.limits = rates.limiter(spec)
+    device.limits = limits.limiter(spec)
     return device

@@ -9,18 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pyvmm.errors import ConfigError
-from pyvmm.kinds.registry import Context
-from pyvmm.kinds.user_class import UserClass
+from pyvmm.kinds.interface import Border, Context, Crossing
+from pyvmm.spec.options import Option
 from pyvmm.spec.vm import DeviceSpec
-from pyvmm.virtio import features
-from pyvmm.virtio.device import VirtioDevice
-from pyvmm.virtio.negotiation import RESERVED_BITS, SUPPORTED_RESERVED_BITS
-from pyvmm.virtio.queue.state import QUEUE_SIZE_LIMIT, is_valid_size
+
+if TYPE_CHECKING:
+    from pyvmm.kinds.user_class import UserClass
+    from pyvmm.virtio.device import VirtioDevice
 
 OPTION = "--device"
+OPTIONS = (
+    Option(
+        "devices",
+        OPTION,
+        metavar="FILE.py:CLASS[,KEY=VALUE][,packed]",
+        device="user",
+        many=True,
+        default=(),
+        repeats=True,
+        after="--rng-limit",
+        help="Add a virtio device of your own: a class in a Python file, with its options; may be "
+        "repeated.",
+    ),
+)
 _HOW = "use FILE.py:CLASS[,KEY=VALUE...]; a comma is written twice"
 
 
@@ -62,21 +76,32 @@ def open_device(spec: Spec, context: Context) -> VirtioDevice:
     return _make(spec)[1]
 
 
-def for_emulated_host(spec: Spec, visible: Callable[[str, str], str]) -> Spec:
-    """What to ask for inside an emulated host; `visible` makes a path one that is seen there.
-
-    Raises the ConfigError that making the device would raise, so that nobody waits for it.
-    """
+def cross(spec: Spec, border: Border) -> Crossing:
+    """Raises the ConfigError that making the device would raise, so that nobody waits for it."""
     device_class, _ = _make(spec)
-    inside = _user_class(spec).inside(device_class, visible)
-    return replace(spec, path=inside.path, options=inside.options)
+    inside = _user_class(spec).inside(device_class, border.visible)
+    return Crossing(replace(spec, path=inside.path, options=inside.options))
+
+
+def with_paths(spec: Spec, change: Callable[[str], str]) -> Spec:
+    """`spec` with the file's path as `change` gives it."""
+    return replace(spec, path=change(spec.path)) if spec.path else spec
+
+
+def code_of(spec: Spec) -> str:
+    """The file that is run."""
+    return spec.path
 
 
 def _user_class(spec: Spec) -> UserClass:
+    from pyvmm.kinds.user_class import UserClass
+
     return UserClass(spec.path, spec.class_name, spec.options, OPTION)
 
 
 def _make(spec: Spec) -> tuple[type[VirtioDevice], VirtioDevice]:
+    from pyvmm.virtio.device import VirtioDevice
+
     user = _user_class(spec)
     device_class = user.load(VirtioDevice, "derive it from QueueDevice")  # type: ignore[type-abstract]
     device = user.make(device_class)
@@ -90,6 +115,11 @@ def _wrong(message: str, *, cure: str = "") -> ConfigError:
 
 def _check(spec: Spec, device: VirtioDevice) -> None:
     """Refuse what the transport could not work with, before there is a machine."""
+    from pyvmm.virtio import features
+    from pyvmm.virtio.device import VirtioDevice
+    from pyvmm.virtio.negotiation import RESERVED_BITS, SUPPORTED_RESERVED_BITS
+    from pyvmm.virtio.queue.state import QUEUE_SIZE_LIMIT, is_valid_size
+
     name, number = getattr(device, "name", None), getattr(device, "device_type", None)
     sizes: Any = getattr(device, "queue_sizes", None)
     if not isinstance(name, str) or not name.isprintable() or not name:

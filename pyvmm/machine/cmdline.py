@@ -13,9 +13,7 @@ def default_parameters(spec: VmSpec, *, quiet: bool) -> list[str]:
     reset register is not; without `pci=off` a kernel complains that it finds no PCI bus, of which
     there is none; `quiet` is for where console output is slow.
     """
-    virtio_console = any(device.kind == "console" for device in spec.devices)
-    console = "hvc0" if virtio_console else "ttyS0"
-    parameters = [f"console={console}", "panic=-1", "reboot=k", "pci=off"]
+    parameters = [f"console={spec.console}", "panic=-1", "reboot=k", "pci=off"]
     if quiet:
         parameters.append("quiet")
     if spec.disks:

@@ -7,32 +7,20 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pyvmm.control.protocol import NOT_READY, PAUSED, ControlError, Method, Upgrade
-from pyvmm.errors import ConfigError, HostError
+from pyvmm.control.protocol import Method, Upgrade
 from pyvmm.host import log
-from pyvmm.host.files import SECTOR
+from pyvmm.kinds import registry
+from pyvmm.kinds.interface import Running
 from pyvmm.machine.builder import Parts, Prepared
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.outcome import STOP_SECONDS, Ending, Outcome
-from pyvmm.spec.vm import DiskSpec
 from pyvmm.version import __version__
-from pyvmm.virtio.blk.device import BlockDevice
 
 if TYPE_CHECKING:
-    from pyvmm.host.unix_sockets import Socket
     from pyvmm.monitor.stats import MachineStats
     from pyvmm.monitor.watch import Watch
-    from pyvmm.virtio.balloon.device import BalloonDevice
-    from pyvmm.virtio.vsock.device import VsockDevice
 
 ResizeOutside = Callable[[str, int | None], None]
-_FIXED = {  # kinds of disks that cannot be resized: what they are, and what to do instead
-    "qcow2": (
-        "is a qcow2 image in use",
-        "stop the VM, then qemu-img resize {path} SIZE; with ,overlay=FILE it could be done live",
-    ),
-    "python": ("is of a class without resize", "write one: Backend.resize"),
-}
 
 
 class MachineControl:
@@ -68,12 +56,7 @@ class MachineControl:
             "resume": Method(self.resume),
             "console": Method(self.console, takes={"history": bool, "input": bool}),
             "events": Method(self.events, takes={"history": bool}),
-            "disk.resize": Method(
-                self.disk_resize, needs={"disk": str}, takes={"size": int, "shrink": bool}
-            ),
-            "balloon.set": Method(self.balloon_set, needs={"size": int}),
-            "balloon.stats": Method(self.balloon_stats),
-            "vsock.connect": Method(self.vsock_connect, needs={"port": int}),
+            **registry.methods(self._running()),
         }
         return {
             name: method._replace(run=partial(self._between_starts, method.run))
@@ -84,6 +67,16 @@ class MachineControl:
         """Not while a guest that has rebooted is put together anew."""
         with self._machine.steady:
             return run(**params)
+
+    def _running(self) -> Running:
+        """What the methods of the kinds of devices work with."""
+        return Running(
+            self._prepared.spec,
+            self._prepared.devices,
+            lambda: self._machine.pauser.paused,
+            lambda: self._machine.parts.prepared.memory.resident,
+            self._resize_outside,
+        )
 
     def status(self) -> dict[str, Any]:
         """What the machine is and whether it runs."""
@@ -105,8 +98,7 @@ class MachineControl:
                     "read_only": disk.read_only,
                     "size": device.size,
                 }
-                for disk, device in zip(spec.disks, devices, strict=False)
-                if isinstance(device, BlockDevice)
+                for disk, device in self._running().of_kind("disk")
             ],
             "devices": [device.name for device in devices],
         }
@@ -167,120 +159,3 @@ class MachineControl:
     def events(self, history: bool = True) -> Upgrade:
         """Make the connection one that gets the events, a line of JSON each; see Events."""
         return self._watch.events.listen(history)
-
-    def balloon_set(self, size: int) -> dict[str, Any]:
-        """Have the balloon want `size` bytes. Raises ConfigError if there is none, or no such
-        size."""
-        self._balloon().set_target(size, self._prepared.spec.memory)
-        return {"size": self._balloon().target}
-
-    def balloon_stats(self) -> dict[str, Any]:
-        """What is wanted, what the guest has given, and what its kernel says of its memory."""
-        balloon = self._balloon()
-        statistics = dict(balloon.statistics())
-        resident = self._machine.parts.prepared.memory.resident
-        return {**balloon.stats(), "resident": resident, "memory": statistics}
-
-    def _balloon(self) -> BalloonDevice:
-        from pyvmm.virtio.balloon.device import BalloonDevice
-
-        for device in self._prepared.devices:
-            if isinstance(device, BalloonDevice):
-                return device
-        raise ConfigError("the VM has no balloon", cure="run it with --balloon")
-
-    def vsock_connect(self, port: int) -> Upgrade:
-        """Make the connection one to a port of the guest. Raises ConfigError if there is no such
-        port, or no socket device; ControlError as long as the guest has no driver for it, or the VM
-        is paused."""
-        if not 0 <= port < 1 << 32:
-            raise ConfigError(f"there is no port {port}", cure="use 0 to 4294967295")
-        device = self._vsock()
-        if self._machine.pauser.paused:
-            raise ControlError(PAUSED, f"{self._prepared.spec.name} is paused")
-        if not device.has_driver:
-            raise ControlError(NOT_READY, "the guest has no driver for its vsock device yet")
-
-        def hand_over(connection: Socket, received: bytes) -> None:
-            # What a client says before it has seen OK would be lost: nobody shall rely on it.
-            if received:
-                connection.close()
-                return
-            try:
-                device.call(connection, port)
-            except HostError:  # the driver has just gone
-                connection.close()
-
-        return Upgrade({}, hand_over)
-
-    def _vsock(self) -> VsockDevice:
-        from pyvmm.virtio.vsock.device import VsockDevice
-
-        for device in self._prepared.devices:
-            if isinstance(device, VsockDevice):
-                return device
-        raise ConfigError("the VM has no vsock device", cure="run it with --agent, or --vsock")
-
-    def disk_resize(
-        self, disk: str, size: int | None = None, shrink: bool = False
-    ) -> dict[str, Any]:
-        """Give a disk `size` bytes, its image file with it, or take over those it has by now.
-
-        Raises ConfigError for what would lose data without `shrink`, or cannot be had.
-        """
-        spec, device = self._disk(disk)
-        self._check_resize(spec, device, size, shrink)
-        return {"size": device.resize(size, self._change_outside(spec, device, size))}
-
-    def _change_outside(
-        self, spec: DiskSpec, device: BlockDevice, size: int | None
-    ) -> Callable[[], None] | None:
-        """What somebody else has to do for it, if anything."""
-        outside = self._resize_outside
-        if outside is None:
-            return None
-        if not spec.copies_on_write:
-            return partial(outside, spec.path, size)
-        if size is None or size < device.size:
-            return None  # its file stays as long as it is, but for holes
-        return partial(outside, spec.overlay or spec.scratch or "", device.storage_for(size))
-
-    def _check_resize(
-        self, spec: DiskSpec, device: BlockDevice, size: int | None, shrink: bool
-    ) -> None:
-        if not device.can_resize:
-            what, cure = _FIXED.get(spec.kind, _FIXED["python"])
-            raise ConfigError(
-                f"disk {spec.id} {what}, and keeps its size", cure=cure.format(path=spec.path)
-            )
-        if size is None:
-            if spec.copies_on_write:
-                raise ConfigError(
-                    f"disk {spec.id} copies on write: its size is not its base's",
-                    cure="say which size it shall have",
-                )
-            return
-        if not 0 < size < 1 << 63 or size % SECTOR:
-            raise ConfigError(
-                f"no disk has {size} bytes", cure=f"use a multiple of {SECTOR}, above 0"
-            )
-        if spec.read_only:
-            raise ConfigError(
-                f"disk {spec.id} is read-only",
-                cure="resize its image elsewhere, then the disk, without a size",
-            )
-        if size < device.size and not shrink:
-            raise ConfigError(
-                f"disk {spec.id} has {device.size} bytes; all behind {size} would be lost",
-                cure="if the guest has made room, add --shrink",
-            )
-        if size < device.size and self._machine.pauser.paused:
-            raise ConfigError("a paused VM's disk cannot shrink", cure="resume it first")
-
-    def _disk(self, name: str) -> tuple[DiskSpec, BlockDevice]:
-        disks = zip(self._prepared.spec.disks, self._prepared.devices, strict=False)
-        for spec, device in disks:
-            if spec.id == name and isinstance(device, BlockDevice):
-                return spec, device
-        known = ", ".join(spec.id for spec in self._prepared.spec.disks) or "none"
-        raise ConfigError(f"there is no disk {name!r:.100}", cure=f"there are: {known}")

@@ -14,10 +14,8 @@ from pyvmm.emulated_host import (
     OWN_MEMORY_MIB,
     EmulatedHost,
     EmulatedHostSpec,
-    HostDisk,
     HostListener,
     HostSink,
-    HostStream,
 )
 from pyvmm.emulated_host.find import find_image
 from pyvmm.emulated_host.host import GRACE
@@ -25,17 +23,18 @@ from pyvmm.emulated_host.spec import cpus_for
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
 from pyvmm.host.unix_sockets import Socket
-from pyvmm.kinds.registry import Crossing
+from pyvmm.kinds import registry
+from pyvmm.kinds.interface import Border, Crossing
+from pyvmm.kinds.vm_spec import to_json
 from pyvmm.machine.builder import check_boot
 from pyvmm.machine.outcome import STOP_SECONDS, Ending
 from pyvmm.machine.trace import cannot_write
 from pyvmm.monitor import inside
-from pyvmm.monitor.emulated_disks import hand_over
 from pyvmm.platform.console import standard_fds
 from pyvmm.platform.escape import HELP, Command, EscapeParser
 from pyvmm.platform.terminal import Terminal, is_terminal
 from pyvmm.platform.window_size import SERVICE, SizeService
-from pyvmm.spec.vm import DeviceSpec, DiskSpec, VmSpec, to_json
+from pyvmm.spec.vm import DeviceSpec, DiskSpec, VmSpec
 
 if TYPE_CHECKING:
     from pyvmm.control.vm_log import VmLog
@@ -63,24 +62,21 @@ def run_emulated(
     """
     with ExitStack() as closing:
         check_boot(spec)
-        spec, disks = _hand_over_disks(spec, closing)
-        spec = _with_real_paths(spec)
         crossings = _cross(spec, closing)
-        spec = replace(spec, devices=tuple(crossing.spec for crossing in crossings))
+        spec = _inside(spec, crossings)
         sinks = _trace_sink(spec, closing)
         if sinks:
             spec = replace(spec, trace_file=sinks[0].path)
-        spec, streams = _networks(spec, closing)
-        size = _size_service(spec)
+        size = _size_service(crossings)
         host = EmulatedHostSpec(
             image=find_image(make=True),
             memory_mib=spec.memory // _MIB + OWN_MEMORY_MIB,
             cpus=cpus_for(spec.cpus),
-            disks=disks,
+            disks=tuple(disk for crossing in crossings for disk in crossing.disks),
             sinks=sinks,
             sockets_in=(*_control_listener(control), *_device_listeners(crossings)),
             sockets_out=tuple(path for crossing in crossings for path in crossing.reached),
-            streams=streams,
+            streams=tuple(stream for crossing in crossings for stream in crossing.streams),
             services={} if size is None else {SERVICE: size.connect},
             cwd="/",
         )
@@ -95,9 +91,9 @@ def run_emulated(
         return _join_terminal(host, argv, size, stop_patience, vm_log)
 
 
-def _size_service(spec: VmSpec) -> SizeService | None:
+def _size_service(crossings: list[Crossing]) -> SizeService | None:
     stdout = standard_fds()[1]
-    wanted = any(device.kind == "console" for device in spec.devices)
+    wanted = any(crossing.sizes_terminal for crossing in crossings)
     return SizeService(stdout) if wanted and stdout is not None and is_terminal(stdout) else None
 
 
@@ -113,22 +109,23 @@ def _device_listeners(crossings: list[Crossing]) -> list[HostListener]:
     ]
 
 
-def _hand_over_disks(spec: VmSpec, closing: ExitStack) -> tuple[VmSpec, tuple[HostDisk, ...]]:
-    crossed: list[DiskSpec] = []
-    disks: list[HostDisk] = []
-    for index, disk in enumerate(spec.disks):
-        one, needed = hand_over(disk, index, closing, _visible)
-        crossed.append(one)
-        disks += needed
-    return replace(spec, disks=tuple(crossed)), tuple(disks)
-
-
 def _cross(spec: VmSpec, closing: ExitStack) -> list[Crossing]:
-    if not spec.devices:
-        return []
-    from pyvmm.kinds import registry as devices
+    border = Border(closing, _visible)
+    return [registry.cross(part, border) for part in spec.parts]
 
-    return [devices.cross(device, closing) for device in spec.devices]
+
+def _inside(spec: VmSpec, crossings: list[Crossing]) -> VmSpec:
+    """`spec` with its devices as they are to be asked for inside, and with paths that mean the same
+    there: not relative, not through this process' descriptors (/dev/fd/3). Raises ConfigError for
+    what cannot be seen from inside."""
+    parts = [crossing.spec for crossing in crossings]
+    return replace(
+        spec,
+        kernel=_visible(spec.kernel, "--kernel"),
+        initrd=None if spec.initrd is None else _visible(spec.initrd, "--initrd"),
+        disks=tuple(part for part in parts if isinstance(part, DiskSpec)),
+        devices=tuple(part for part in parts if isinstance(part, DeviceSpec)),
+    )
 
 
 def _trace_sink(spec: VmSpec, closing: ExitStack) -> tuple[HostSink, ...]:
@@ -140,51 +137,6 @@ def _trace_sink(spec: VmSpec, closing: ExitStack) -> tuple[HostSink, ...]:
         raise cannot_write(spec.trace_file, error) from None
     closing.callback(file.close)
     return (HostSink(_TRACE_PATH, file.fileno()),)
-
-
-def _networks(spec: VmSpec, closing: ExitStack) -> tuple[VmSpec, tuple[HostStream, ...]]:
-    """`spec` with its network cards on streams that come from outside, and those streams: what
-    serves them (passt) runs here, where the network is."""
-    if not any(device.kind == "net" for device in spec.devices):
-        return spec, ()
-    from pyvmm.kinds import net as device_net
-
-    devices: list[DeviceSpec] = []
-    streams: list[HostStream] = []
-    for device in spec.devices:
-        if isinstance(device, device_net.Spec):
-            if device.tap:
-                raise ConfigError(
-                    f"the emulated KVM host cannot reach {device.tap}, a tap of this machine",
-                    cure="use --net user",
-                    option=device_net.OPTION,
-                )
-            path = f"/run/pyvmm-net{len(streams)}"
-            device = device_net.through_port(device, path)
-            cable = device_net.start_passt(device)
-            closing.callback(cable.close)
-            streams.append(HostStream(path, cable.fileno()))
-        devices.append(device)
-    return replace(spec, devices=tuple(devices)), tuple(streams)
-
-
-def _with_real_paths(spec: VmSpec) -> VmSpec:
-    """`spec` with paths that mean the same inside: not relative, not through this process'
-    descriptors (/dev/fd/3). Raises ConfigError for what cannot be seen from inside."""
-    return replace(
-        spec,
-        kernel=_visible(spec.kernel, "--kernel"),
-        initrd=None if spec.initrd is None else _visible(spec.initrd, "--initrd"),
-        devices=_devices_inside(spec),
-    )
-
-
-def _devices_inside(spec: VmSpec) -> tuple[DeviceSpec, ...]:
-    if not spec.devices:
-        return ()
-    from pyvmm.kinds import registry as devices
-
-    return devices.for_emulated_host(spec.devices, _visible)
 
 
 def _visible(path: str, option: str) -> str:

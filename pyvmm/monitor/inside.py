@@ -19,8 +19,8 @@ def main() -> int:
     """Run the specification in argv[1], a JSON text; the guest's exit code. argv[2] are the seconds
     that a guest has to power off when a signal asks it to."""
     from pyvmm.host import log
+    from pyvmm.kinds.vm_spec import from_json
     from pyvmm.monitor.phases import run_here
-    from pyvmm.spec.vm import from_json
 
     try:
         spec = from_json(sys.argv[1])
@@ -53,7 +53,7 @@ def main() -> int:
 
 
 def _resize_outside(path: str, size: int | None) -> None:
-    from pyvmm.monitor.inside_disks import resize_outside
+    from pyvmm.kinds.disk.outside import resize_outside
 
     resize_outside(path, size)
 

@@ -16,23 +16,24 @@ from pyvmm.boot.diagnosis import PANIC
 from pyvmm.errors import PyvmmError
 from pyvmm.host import log
 from pyvmm.host.syscalls import Closable
-from pyvmm.kinds.disk import open_disk
+from pyvmm.kinds import registry
+from pyvmm.kinds.interface import Context
 from pyvmm.machine.alarm import Alarm
 from pyvmm.machine.builder import Parts, Prepared, assemble, open_kvm, prepare, prepare_again
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.outcome import STOP_SECONDS, Ending, Outcome
-from pyvmm.machine.trace import Hook, Trace
+from pyvmm.machine.trace import Trace
 from pyvmm.monitor.attendant import Attendant
 from pyvmm.monitor.restart import FRUITLESS, RebootPolicy
 from pyvmm.platform.console import Console, standard_fds
 from pyvmm.platform.console_pump import InputPort
 from pyvmm.platform.shared_console import ConsoleTail, SharedInput
-from pyvmm.spec.vm import VmSpec
-from pyvmm.virtio.device import VirtioDevice
+from pyvmm.spec.vm import DeviceSpec, VmSpec
 
 if TYPE_CHECKING:
     from pyvmm.host.unix_sockets import Socket
     from pyvmm.kvm.system import Kvm
+    from pyvmm.machine.mapped_files import MappedFiles
     from pyvmm.monitor.control import ResizeOutside
     from pyvmm.monitor.power_off import PowerOff
     from pyvmm.monitor.watch import Watch
@@ -92,21 +93,28 @@ def _open(spec: VmSpec, closing: ExitStack, *, quiet: bool) -> Opened:
     trace = Trace(spec.trace, spec.trace_file)
     closing.callback(trace.close)
     alarm = Alarm()
-    devices = _open_devices(spec, trace.hook("requests"), alarm, closing)
-    prepared = prepare(spec, devices, alarm, closing, quiet=quiet)
+    files = _Files(spec.memory, closing)
+    context = Context(spec.name, trace.hook("requests"), closing, alarm, files.map)
+    devices = tuple(registry.open_device(part, context) for part in spec.parts)
+    prepared = prepare(spec, devices, alarm, closing, files=files.mapped, quiet=quiet)
     return Opened(trace, prepared, open_kvm(spec.cpus, closing))
 
 
-def _open_devices(
-    spec: VmSpec, trace: Hook | None, alarm: Alarm, closing: ExitStack
-) -> tuple[VirtioDevice, ...]:
-    disks = [open_disk(disk, trace, closing, alarm) for disk in spec.disks]
-    if not spec.devices:
-        return tuple(disks)
-    from pyvmm.kinds import registry
+class _Files:
+    """What devices make the guest's memory, which most do not."""
 
-    context = registry.Context(spec.name, trace, closing)
-    return (*disks, *(registry.open_device(device, context) for device in spec.devices))
+    def __init__(self, ram: int, closing: ExitStack) -> None:
+        self._ram = ram
+        self._closing = closing
+        self.mapped: MappedFiles | None = None
+
+    def map(self, fd: int, size: int, read_only: bool) -> int:
+        """See MappedFiles."""
+        if self.mapped is None:
+            from pyvmm.machine.mapped_files import MappedFiles
+
+            self.mapped = MappedFiles(self._ram, self._closing)
+        return self.mapped.map(fd, size, read_only)
 
 
 def _end(run: _Run, outcome: Outcome) -> int:
@@ -296,18 +304,12 @@ class _Run:
 
 
 def _join_virtio_console(prepared: Prepared, console: Console) -> InputPort | None:
-    """Give the console to the virtio-console that is to have it; where the input goes then."""
-    if not any(device.kind == "console" for device in prepared.spec.devices):
-        return None
-    from pyvmm.kinds.console import TerminalConsole
-    from pyvmm.platform import window_size
-
-    device = next(d for d in prepared.devices if isinstance(d, TerminalConsole))
-    device.end.attach(console.offer)
-    console.watch_room(device.end.wake)
-    console.watch_size(device.set_size)
-    window_size.follow(device.set_size)
-    return device.end
+    """Give the console to the device that is to have it; where the input goes then."""
+    for spec, device in zip(prepared.spec.parts, prepared.devices, strict=True):
+        if isinstance(spec, DeviceSpec) and spec.console:
+            port: InputPort = registry.load(spec.kind).join_terminal(device, console)
+            return port
+    return None
 
 
 def _report(name: str, outcome: Outcome) -> None:

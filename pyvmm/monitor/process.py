@@ -39,8 +39,8 @@ def main() -> int:
 def _run(request_fd: int, name_fd: int) -> int:
     import json
 
+    from pyvmm.kinds.vm_spec import from_json
     from pyvmm.monitor.start import run_spec
-    from pyvmm.spec.vm import from_json
 
     with open(request_fd, "rb") as file:
         request = json.loads(file.read())

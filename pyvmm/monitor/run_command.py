@@ -90,7 +90,7 @@ def for_command(spec: VmSpec, *, rm: bool) -> VmSpec:
 
 
 def _thrown_away(disk: DiskSpec) -> DiskSpec:
-    if disk.base_read_only or disk.kind == "ram":
+    if disk.base_read_only or disk.storage == "ram":
         return disk
     if disk.direct:
         raise ConfigError(

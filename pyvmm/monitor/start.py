@@ -12,9 +12,9 @@ from pyvmm.control import registry
 from pyvmm.errors import ConfigError, PyvmmError
 from pyvmm.host import log
 from pyvmm.host.unix_sockets import Socket
+from pyvmm.kinds.vm_spec import make_spec, validate
 from pyvmm.machine.outcome import STOP_SECONDS, Ending
-from pyvmm.spec.options import make_spec
-from pyvmm.spec.vm import VmSpec, validate
+from pyvmm.spec.vm import VmSpec
 
 if TYPE_CHECKING:
     from pyvmm.control.vm_log import VmLog
@@ -29,9 +29,9 @@ def start(
     **options: Any,
 ) -> int:
     """Run the machine that the options describe; the exit code. They have the names, and their
-    values the forms, that pyvmm.spec.options tells. With `detach` it runs in the background, and
-    the exit code tells whether it does; with `command` that is run in the guest, which then powers
-    off, and the exit code is the command's.
+    values the forms, that pyvmm.kinds.vm_spec.make_spec tells. With `detach` it runs in the
+    background, and the exit code tells whether it does; with `command` that is run in the guest,
+    which then powers off, and the exit code is the command's.
 
     Raises PyvmmError for what is wrong with them.
     """
@@ -90,11 +90,6 @@ def run_spec(
             from pyvmm.host import named_listener
 
             named_listener.note_by(registration.note)
-            if any(device.kind == "net" for device in spec.devices):
-                from pyvmm import images
-                from pyvmm.host import passt
-
-                passt.newer_by(images.passt_command)
         on_name(registration.name)
         if image is not None and not rm:
             from pyvmm.monitor.from_image import keep_changes

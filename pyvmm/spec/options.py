@@ -1,9 +1,8 @@
-"""What a VM can be asked to be: one table for the command line, the Python API and configuration
-files.
+"""What a VM can be asked to be: rows for the command line, the Python API, configuration files, the
+reference in docs/options.md and `--help`.
 
-A row's `name` is the keyword of `pyvmm.VM` and the key in a configuration file, its `flag` is the
-option of `pyvmm run`. A value may be written as on the command line (``"root.img,snapshot"``), as a
-table of plain values (``{"path": "root.img", "snapshot": True}``), or as the specification itself.
+Here are the rows of the VM itself. The rows of devices are with their kinds, and
+`pyvmm.kinds.registry` joins them all.
 """
 
 from __future__ import annotations
@@ -12,83 +11,219 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from pyvmm.errors import ConfigError
-from pyvmm.spec.vm import (
-    DISCOVERY,
-    ON_REBOOT,
-    DeviceSpec,
-    DiskSpec,
-    VmSpec,
-    parse_disk,
-    parse_memory,
-    parse_trace,
-)
+from pyvmm.spec.sizes import parse_memory
+from pyvmm.spec.vm import DISCOVERY, ON_REBOOT, TRACE_KINDS
 
 KVM = ("auto", "host", "emulated")
+LOG_FORMATS = ("text", "json")
+
+VALUE, FLAG, OPTIONAL, ARGUMENT = "value", "flag", "optional", "argument"
+"""How an option is typed: with a value, without one, with one or none, without a flag."""
+
+ONLY_TYPED = "it is for the command line only"
 
 
 class Option(NamedTuple):
-    """One thing to ask for. `field` is the VmSpec's, `device` a kind of device (kinds); with
-    neither it says how the VM is run, and is not part of its specification.
+    """One thing to ask for.
 
-    `many`: a list, of which one value alone may stand for itself. `default` is the value that says
-    nothing.
+    `name` is the keyword of `pyvmm.VM` and the key in a configuration file, `flag` the option of
+    `pyvmm run`. `field` is the VmSpec's, `device` a kind of device (kinds); with neither it says
+    how the VM is run, and is not part of its specification. `many`: a list, of which one value
+    alone may stand for itself. `default` is the value that says nothing.
+
+    On the command line it is typed as `shape` says, with a value of `type` or one of `choices`,
+    which `metavar` stands for in --help; `repeats` if it may be typed several times. `help` is its
+    text there, `shows_default` whether the default follows; `also` is a short form. In --help it
+    stands behind the option before it, or behind the one named by `after`.
+
+    With `not_in_files` it is typed only: the text says what to write in a file. If it `stands_for`
+    another option, its value is that one's; a flag stands for an empty text, unless the other
+    option was given as well.
     """
 
     name: str
     flag: str
+    help: str = ""
+    metavar: str | None = None
     field: str = ""
     device: str = ""
     many: bool = False
     default: Any = None
+    shape: str = VALUE
+    type: type = str
+    choices: tuple[str, ...] = ()
+    repeats: bool = False
+    shows_default: bool = False
+    also: str = ""
+    after: str = ""
+    not_in_files: str = ""
+    stands_for: str = ""
+
+    @property
+    def typed_default(self) -> Any:
+        """The value on the command line if it is not given."""
+        if self.repeats:
+            return ()
+        if self.shape == FLAG:
+            return False
+        return "" if self.default == () else self.default
 
 
-OPTIONS = (
-    Option("image", "image"),
-    Option("kernel", "--kernel", field="kernel"),
-    Option("initrd", "--initrd", field="initrd"),
-    Option("disks", "--disk", field="disks", many=True, default=()),
-    Option("net", "--net", device="net", many=True, default=()),
-    Option("console", "--console", device="console"),
-    Option("ports", "--port", device="ports", many=True, default=()),
-    Option("rng", "--rng", device="rng"),
-    Option("devices", "--device", device="user", many=True, default=()),
-    Option("balloon", "--balloon", device="balloon"),
-    Option("vsock", "--vsock", device="vsock"),
-    Option("cpus", "--cpus", field="cpus", default=1),
-    Option("memory", "--memory", field="memory", default="512M"),
-    Option("cmdline", "--cmdline", field="cmdline", default=""),
-    Option("trace", "--trace", field="trace", many=True, default=()),
-    Option("trace_file", "--trace-file", field="trace_file"),
-    Option("discovery", "--discovery", field="discovery", default="auto"),
-    Option("on_reboot", "--on-reboot", field="on_reboot", default="restart"),
-    Option("name", "--name", field="name", default=""),
-    Option("rm", "--rm", default=False),
-    Option("kvm", "--kvm", default="auto"),
+# In the order of configuration files; the devices' rows come between the two.
+FIRST = (
+    Option("image", "image", shape=ARGUMENT),
+    Option(
+        "kernel",
+        "--kernel",
+        metavar="PATH",
+        field="kernel",
+        help="Linux kernel: a bzImage (Debian's /boot/vmlinuz) or an ELF vmlinux; instead of "
+        "IMAGE's, and of its initrd.",
+    ),
+    Option(
+        "initrd",
+        "--initrd",
+        metavar="PATH",
+        field="initrd",
+        help="Initial RAM disk. Debian's kernels need one, as their virtio drivers are modules.",
+    ),
 )
-NAMES = tuple(option.name for option in OPTIONS)
-
-
-def make_spec(values: Mapping[str, Any]) -> VmSpec:
-    """The machine that `values` describe, by the names above; names that are not there, and those
-    of options that are not part of a specification, are left alone. Raises ConfigError.
-
-    Still to be checked by `pyvmm.spec.vm.validate`.
-    """
-    fields: dict[str, Any] = {}
-    found: list[DeviceSpec] = []
-    for option in OPTIONS:
-        value = values.get(option.name)
-        if value is None:
-            continue
-        if option.device:
-            found += [] if value is False else _devices(option, value)
-        elif option.field:
-            fields[option.field] = _READ[option.field](value, option)
-        else:
-            _READ[option.name](value, option)
-    if not fields.get("kernel"):
-        raise ConfigError("no kernel is named", cure="--kernel vmlinuz", option="--kernel")
-    return VmSpec(**fields, devices=tuple(found))
+LAST = (
+    Option(
+        "cpus",
+        "--cpus",
+        type=int,
+        field="cpus",
+        default=1,
+        shows_default=True,
+        help="Number of vCPUs.",
+    ),
+    Option(
+        "memory",
+        "--memory",
+        metavar="SIZE",
+        field="memory",
+        default="512M",
+        shows_default=True,
+        help="RAM, such as 512M or 2G.",
+    ),
+    Option(
+        "cmdline",
+        "--cmdline",
+        metavar="TEXT",
+        field="cmdline",
+        default="",
+        help="Added to the kernel command line; a parameter given here (root=, console=, panic=, "
+        "...) replaces pyvmm's own.",
+    ),
+    Option(
+        "trace",
+        "--trace",
+        metavar="KIND[,KIND]",
+        field="trace",
+        many=True,
+        default=(),
+        help=f"Print decoded events on standard error: {', '.join(TRACE_KINDS)} or all.",
+    ),
+    Option(
+        "trace_file",
+        "--trace-file",
+        metavar="PATH",
+        field="trace_file",
+        help="Write the trace to this file instead.",
+    ),
+    Option(
+        "discovery",
+        "--discovery",
+        choices=DISCOVERY,
+        field="discovery",
+        default="auto",
+        shows_default=True,
+        help="How the guest learns of its virtio-mmio devices.",
+    ),
+    Option(
+        "on_reboot",
+        "--on-reboot",
+        choices=ON_REBOOT,
+        field="on_reboot",
+        default="restart",
+        shows_default=True,
+        help="What a reboot in the guest does: it starts again, as a machine would, or ends the "
+        "run with 10. After a panic or a triple fault the run always ends, and with CMD.",
+    ),
+    Option(
+        "name",
+        "--name",
+        field="name",
+        default="",
+        help="The VM's name, in messages and for pyvmm ps, stop, pause…; what it has changed on "
+        "IMAGE's disk is kept under it.  [default: IMAGE's or vm, or vm-2…]",
+    ),
+    Option(
+        "rm",
+        "--rm",
+        shape=FLAG,
+        default=False,
+        help="Throw away what the guest changes on IMAGE's disk; with CMD, on whatever root disk.",
+    ),
+    Option(
+        "kvm",
+        "--kvm",
+        choices=KVM,
+        default="auto",
+        shows_default=True,
+        after="--trace-file",
+        help="Use this machine's KVM, an emulated KVM host (QEMU, slow, works anywhere), or "
+        "whichever can boot Linux.",
+    ),
+    Option(
+        "config",
+        "--config",
+        metavar="FILE",
+        not_in_files=ONLY_TYPED,
+        help="Read options from a TOML file (docs/python-api.md); those given here win.",
+    ),
+    Option(
+        "allow_code",
+        "--allow-code",
+        shape=FLAG,
+        not_in_files="whoever starts the VM allows it, not the file: --allow-code",
+        help="Run the Python files that FILE names for disks and devices, as you; without this "
+        "they are refused.",
+    ),
+    Option(
+        "print_config",
+        "--print-config",
+        shape=FLAG,
+        not_in_files=ONLY_TYPED,
+        help="Print such a file for this VM, and do not start it.",
+    ),
+    Option(
+        "detach",
+        "--detach",
+        also="-d",
+        shape=FLAG,
+        not_in_files=ONLY_TYPED,
+        help="Return once the guest runs, which goes on in the background, and print the VM's "
+        "name; pyvmm console shows what it says.",
+    ),
+    Option(
+        "log_format",
+        "--log-format",
+        choices=LOG_FORMATS,
+        default="text",
+        shows_default=True,
+        not_in_files=ONLY_TYPED,
+        help="What pyvmm's own messages on standard error are: lines for humans, or JSON objects.",
+    ),
+    Option(
+        "debug",
+        "--debug",
+        shape=FLAG,
+        not_in_files=ONLY_TYPED,
+        help="Show a traceback when pyvmm itself fails.",
+    ),
+)
 
 
 def as_list(value: Any) -> list[Any]:
@@ -96,35 +231,39 @@ def as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-# --- values of VmSpec -----------------------------------------------------------------------------
+# --- values of the VM's own -----------------------------------------------------------------------
 
 
-def _text(value: Any, option: Option) -> str:
+def read_own(option: Option, value: Any) -> Any:
+    """What `value` is for the VmSpec, if the option is one of the VM itself. An option that is no
+    part of a specification is looked at only. Raises ConfigError."""
+    return _READ[option.name](value, option)
+
+
+def read_text(value: Any, option: Option) -> str:
+    """`value`, if it is a text. Raises ConfigError."""
     if not isinstance(value, str):
-        raise _wrong_type(option, value, "a text")
+        raise wrong_type(option, value, "a text")
     if "\0" in value:
         raise ConfigError(f"{option.name} has a NUL in it", option=option.flag)
     return value
 
 
-def _path(value: Any, option: Option) -> str:
-    return _text(value.__fspath__() if hasattr(value, "__fspath__") else value, option)
+def read_path(value: Any, option: Option) -> str:
+    """The path that `value` is, a text or one of pathlib's. Raises ConfigError."""
+    return read_text(value.__fspath__() if hasattr(value, "__fspath__") else value, option)
 
 
 def _true_or_false(value: Any, option: Option) -> bool:
     if type(value) is not bool:
-        raise _wrong_type(option, value, "true or false")
+        raise wrong_type(option, value, "true or false")
     return value
-
-
-def _kvm(value: Any, option: Option) -> str:
-    return _choice(value, option, KVM)
 
 
 def _number(value: Any, option: Option) -> int:
     # An exact match, as a bool is an int to Python.
     if type(value) is not int:
-        raise _wrong_type(option, value, "a number")
+        raise wrong_type(option, value, "a number")
     return value
 
 
@@ -132,123 +271,53 @@ def _size(value: Any, option: Option) -> int:
     return parse_memory(value) if isinstance(value, str) else _number(value, option)
 
 
-def _disks(value: Any, option: Option) -> tuple[DiskSpec, ...]:
-    return tuple(_disk(disk, option) for disk in as_list(value))
-
-
-def _disk(value: Any, option: Option) -> DiskSpec:
-    if isinstance(value, DiskSpec):
-        return value
-    if isinstance(value, Mapping):
-        from pyvmm.spec import tables
-
-        found = tables.read(DiskSpec, value, option.name)
-        if not found.path:
-            raise ConfigError("a disk without a path", option=option.flag)
-        return found
-    return parse_disk(_path(value, option))
-
-
 def _trace(value: Any, option: Option) -> tuple[str, ...]:
-    kinds = [_text(kind, option) for kind in as_list(value)]
+    kinds = [read_text(kind, option) for kind in as_list(value)]
     return parse_trace(",".join(kinds)) if any(kinds) else ()
 
 
-def _discovery(value: Any, option: Option) -> str:
-    return _choice(value, option, DISCOVERY)
+def parse_trace(text: str) -> tuple[str, ...]:
+    """The kinds in ``registers,status`` or ``all``, each once. Raises ConfigError."""
+    kinds: list[str] = []
+    for kind in text.split(","):
+        chosen = TRACE_KINDS if kind == "all" else (kind,)
+        if kind != "all" and kind not in TRACE_KINDS:
+            raise ConfigError(
+                f"nothing called {kind!r} can be traced",
+                cure=f"choose from {', '.join(TRACE_KINDS)} or all",
+                option="--trace",
+            )
+        kinds += [one for one in chosen if one not in kinds]
+    return tuple(kinds)
 
 
-def _on_reboot(value: Any, option: Option) -> str:
-    return _choice(value, option, ON_REBOOT)
-
-
-def _choice(value: Any, option: Option, choices: tuple[str, ...]) -> str:
-    if value not in choices:
+def _choice(value: Any, option: Option) -> str:
+    if value not in option.choices:
         raise ConfigError(
             f"{option.name} cannot be {value!r:.100}",
-            cure=f"choose from {', '.join(choices)}",
+            cure=f"choose from {', '.join(option.choices)}",
             option=option.flag,
         )
     return str(value)
 
 
 _READ: Mapping[str, Callable[[Any, Option], Any]] = {
-    "kernel": _path,
-    "initrd": _path,
-    "disks": _disks,
+    "image": read_text,
+    "kernel": read_path,
+    "initrd": read_path,
     "cpus": _number,
     "memory": _size,
-    "cmdline": _text,
-    "name": _text,
+    "cmdline": read_text,
     "trace": _trace,
-    "trace_file": _path,
-    "discovery": _discovery,
-    "on_reboot": _on_reboot,
-    # These are no part of a specification: they are looked at only.
-    "image": _text,
+    "trace_file": read_path,
+    "discovery": _choice,
+    "on_reboot": _choice,
+    "name": read_text,
     "rm": _true_or_false,
-    "kvm": _kvm,
+    "kvm": _choice,
 }
 
 
-def _wrong_type(option: Option, value: object, wanted: str) -> ConfigError:
+def wrong_type(option: Option, value: object, wanted: str) -> ConfigError:
+    """The error that says so."""
     return ConfigError(f"{option.name} is to be {wanted}, not {value!r:.100}", option=option.flag)
-
-
-# --- devices --------------------------------------------------------------------------------------
-
-
-def _devices(option: Option, value: Any) -> list[DeviceSpec]:
-    values = as_list(value)
-    if not values:
-        return []
-    if option.device == "ports":
-        return [_ports(values, option)]
-    if not option.many and len(values) > 1:
-        raise _wrong_type(option, value, "one only")
-    read = [_device(option, one) for one in values]
-    return [device for device in read if device is not None]
-
-
-def _device(option: Option, value: Any) -> DeviceSpec | None:
-    from pyvmm.kinds import registry as devices
-
-    if isinstance(value, DeviceSpec) and value.kind == option.device:
-        return value
-    if option.device == "console" and value == "serial":
-        return None  # which every machine has
-    if isinstance(value, Mapping):
-        return devices.from_table(option.device, value, option.name)
-    if value is True and not option.many:
-        value = ""
-    if not isinstance(value, str):
-        raise _wrong_type(option, value, "a text, a table or a specification")
-    return devices.parse(option.device, value)
-
-
-def _ports(values: list[Any], option: Option) -> DeviceSpec:
-    from pyvmm.kinds import port as device_ports
-
-    specs = [_port(value, option) for value in values]
-    ports = tuple(port for spec in specs for port in spec.ports)
-    # One device has them all.
-    return device_ports.Spec(ports, packed=any(spec.packed for spec in specs))
-
-
-def _port(value: Any, option: Option) -> Any:
-    from pyvmm.kinds import port as device_ports
-    from pyvmm.kinds import registry as devices
-    from pyvmm.spec import tables
-
-    if isinstance(value, device_ports.Spec):
-        return value
-    if isinstance(value, device_ports.PortSpec):
-        return device_ports.Spec((value,))
-    if isinstance(value, Mapping):
-        table = dict(value)
-        packed = table.pop("packed", False)
-        if type(packed) is not bool:
-            raise _wrong_type(option, value, "with packed as true or false")
-        port = tables.read(device_ports.PortSpec, table, option.name)
-        return device_ports.Spec((port,), packed=packed)
-    return devices.parse("ports", _text(value, option))

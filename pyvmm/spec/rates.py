@@ -7,12 +7,8 @@ at once after a rest; without it, that is a tenth of a second's worth.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
 
 from pyvmm.errors import ConfigError
-
-if TYPE_CHECKING:
-    from pyvmm.virtio.rate_limit import RateLimiter
 
 SYNTAX = "[,bps=N][,iops=N][,bps-burst=N][,iops-burst=N]"
 # What stands on the command line → the field that holds it.
@@ -28,20 +24,6 @@ FIELDS = frozenset((*KEYS.values(), *NET_KEYS.values()))
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
 _DIGITS = 15
-
-
-class Rates(Protocol):
-    """The fields of a specification that can be limited: bytes and operations a second, and the
-    bursts of both; 0 is no limit, and the usual burst."""
-
-    @property
-    def bps(self) -> int: ...
-    @property
-    def iops(self) -> int: ...
-    @property
-    def bps_burst(self) -> int: ...
-    @property
-    def iops_burst(self) -> int: ...
 
 
 def parse_rate(key: str, text: str, option: str) -> int:
@@ -64,22 +46,3 @@ def check(rates: object, option: str, keys: Mapping[str, str] = KEYS) -> None:
         rate = key.removesuffix("-burst")
         if getattr(rates, field) and not getattr(rates, keys[rate]):
             raise ConfigError(f"{key} without {rate}", cure=f"give {rate} too", option=option)
-
-
-def limiter(rates: Rates) -> RateLimiter | None:
-    """The limits, full at first; None for none."""
-    return _limiter(rates.bps, rates.iops, rates.bps_burst, rates.iops_burst)
-
-
-def net_limiter(rates: object, way: str) -> RateLimiter | None:
-    """The limits of a network card in direction `way`, "rx" or "tx"; None for none."""
-    fields = (f"{way}_bps", f"{way}_pps", f"{way}_bps_burst", f"{way}_pps_burst")
-    return _limiter(*(getattr(rates, field) for field in fields))
-
-
-def _limiter(bps: int, iops: int, bps_burst: int, iops_burst: int) -> RateLimiter | None:
-    if not bps and not iops:
-        return None
-    from pyvmm.virtio import rate_limit
-
-    return rate_limit.limiter(bps=bps, iops=iops, bps_burst=bps_burst, iops_burst=iops_burst)

@@ -11,12 +11,10 @@ from typing import Any, TypeVar
 
 from pyvmm.errors import ConfigError
 from pyvmm.spec import rates
-from pyvmm.spec.vm import parse_memory, write_memory
+from pyvmm.spec.sizes import parse_memory, write_memory
 
 T = TypeVar("T")
 
-# For our own use between two processes; a user cannot say them.
-INTERNAL = ("scratch", "stream", "listen_at")
 SIZES = ("size",)
 """The fields that are numbers of bytes."""
 
@@ -67,7 +65,7 @@ def write(spec: Any) -> dict[str, Any]:
 
 
 def _fields(cls: Any) -> list[Field[Any]]:
-    return [field for field in fields(cls) if field.name not in INTERNAL]
+    return [field for field in fields(cls) if not field.metadata.get("internal")]
 
 
 def _value(field: Field[Any], value: Any, where: str) -> Any:

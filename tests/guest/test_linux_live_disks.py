@@ -12,7 +12,7 @@ import pytest
 from disks import artifacts, blank_disk, fsck, random_disk, root_disk, sha256
 from guest import RING_PACKED, Guest, GuestResult
 
-from pyvmm.kinds.disk import open_backend
+from pyvmm.kinds.disk.storage import open_backend
 from pyvmm.spec.vm import DiskSpec
 
 pytestmark = pytest.mark.usefixtures("linux_guests")

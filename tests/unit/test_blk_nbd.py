@@ -19,7 +19,7 @@ import pytest
 from blk_rig import running
 
 from pyvmm.errors import ConfigError
-from pyvmm.kinds.disk import open_backend
+from pyvmm.kinds.disk.storage import open_backend
 from pyvmm.spec.vm import DiskSpec
 from pyvmm.testing.blk_driver import IOERR, OK, UNMAP
 from pyvmm.virtio.blk import nbd
@@ -230,7 +230,7 @@ def test_s11_a_daemon_that_dies_is_an_io_error(image: Path, closing: ExitStack) 
 MONITOR = """
 import sys, time
 from contextlib import ExitStack
-from pyvmm.kinds.disk import open_backend
+from pyvmm.kinds.disk.storage import open_backend
 from pyvmm.spec.vm import DiskSpec
 with ExitStack() as closing:
     disk = open_backend(DiskSpec(sys.argv[1]), closing)

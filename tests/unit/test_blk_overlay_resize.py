@@ -7,17 +7,18 @@ import os
 import random
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from blk_rig import Rig, file_backend, running
 from overlay_rig import Journal
 
 from pyvmm.errors import ConfigError, HostError
-from pyvmm.monitor.control import MachineControl
+from pyvmm.kinds import registry
+from pyvmm.kinds.interface import Running
 from pyvmm.spec.vm import DiskSpec, VmSpec
 from pyvmm.testing.blk_driver import IOERR, OK
 from pyvmm.virtio.blk.backend import Backend, FileBackend
@@ -289,10 +290,14 @@ def test_row58_no_crash_while_it_is_resized_shows_other_data(
 # --- the device and the control socket's method ---------------------------------------------------
 
 
-def control(rig: Rig, disk: DiskSpec, outside: object = None) -> MachineControl:
-    prepared = SimpleNamespace(spec=VmSpec("k", disks=(disk,)), devices=(rig.device,))
-    machine = SimpleNamespace(pauser=SimpleNamespace(paused=False))
-    return MachineControl(machine, prepared, None, outside)  # type: ignore[arg-type]
+def control(
+    rig: Rig, disk: DiskSpec, outside: Callable[[str, int | None], None] | None = None
+) -> Callable[..., Any]:
+    """The control socket's disk.resize, of a machine that has `disk`."""
+    spec = VmSpec("k", disks=(disk,))
+    running = Running(spec, (rig.device,), lambda: False, lambda: 0, outside)
+    resize = registry.methods(running)["disk.resize"].run
+    return lambda disk, size=None, **more: resize(disk=disk, size=size, **more)
 
 
 def test_a_driver_uses_what_the_overlay_has_grown(base_path: Path, tmp_path: Path) -> None:
@@ -301,16 +306,16 @@ def test_a_driver_uses_what_the_overlay_has_grown(base_path: Path, tmp_path: Pat
     with ExitStack() as closing, running(lent(base_path, path, closing)) as rig:
         assert rig.disk.write(MIB // 512, b"y" * 512).status == IOERR
         with pytest.raises(ConfigError, match=r"copies on write.*say which size"):
-            control(rig, disk).disk_resize("data")
+            control(rig, disk)("data")
         with pytest.raises(ConfigError, match="would be lost"):
-            control(rig, disk).disk_resize("data", 512)
-        assert control(rig, disk).disk_resize("data", 2 * MIB) == {"size": 2 * MIB}
+            control(rig, disk)("data", 512)
+        assert control(rig, disk)("data", 2 * MIB) == {"size": 2 * MIB}
         assert rig.disk.write(MIB // 512, b"y" * 512).status == OK
         assert rig.disk.read(MIB // 512, 1024).data == b"y" * 512 + bytes(512)
-        assert control(rig, disk).disk_resize("data", MIB, shrink=True) == {"size": MIB}
+        assert control(rig, disk)("data", MIB, shrink=True) == {"size": MIB}
         assert rig.disk.read(MIB // 512, 512).status == IOERR
         with pytest.raises(HostError, match="larger image"):
-            control(rig, disk).disk_resize("data", 1 << 40)
+            control(rig, disk)("data", 1 << 40)
         assert rig.device.size == MIB
 
 
@@ -339,9 +344,9 @@ def test_outside_the_file_of_the_changes_grows_first(
         backend._image.is_block_device = True
         with running(backend) as rig:
             methods = control(rig, disk, outside)
-            assert methods.disk_resize("data", MIB) == {"size": MIB}
+            assert methods("data", MIB) == {"size": MIB}
             assert asked == [(str(path), layout_for(SIZE).resized(MIB).file_size)]
-            assert methods.disk_resize("data", 512, shrink=True) == {"size": 512}
+            assert methods("data", 512, shrink=True) == {"size": 512}
             assert len(asked) == 1
             with pytest.raises(HostError, match="a block device"):
                 rig.device.resize(2 * MIB)

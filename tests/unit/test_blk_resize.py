@@ -7,9 +7,10 @@ import json
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from blk_rig import Rig, file_backend, running
@@ -19,9 +20,10 @@ from pyvmm.emulated_host.qmp import Qmp
 from pyvmm.emulated_host.spec import EmulatedHostError, EmulatedHostSpec, HostDisk, HostImage
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import unix_sockets
-from pyvmm.monitor import inside_disks
+from pyvmm.kinds.disk import outside
+from pyvmm.kinds.vm_spec import validate
 from pyvmm.monitor.control import MachineControl
-from pyvmm.spec.vm import DiskSpec, VmSpec, validate
+from pyvmm.spec.vm import DiskSpec, VmSpec
 from pyvmm.testing.blk_driver import IOERR, OK
 from pyvmm.virtio import constants
 from pyvmm.virtio.blk import device as device_module
@@ -181,18 +183,28 @@ def test_a_block_device_is_resized_by_whoever_has_it(path: Path) -> None:
 # ---- the control socket's method
 
 
-def control(rig: Rig, path: Path, *, paused: bool = False, **disk: object) -> MachineControl:
+Resize = Callable[..., Any]
+
+
+def control(rig: Rig, path: Path, *, paused: bool = False, **disk: object) -> Resize:
+    """The method of a machine whose only disk is `path`."""
     spec = validate(VmSpec("k", disks=(DiskSpec(str(path), **disk),)))  # type: ignore[arg-type]
     prepared = SimpleNamespace(spec=spec, devices=(rig.device,))
     machine = SimpleNamespace(pauser=SimpleNamespace(paused=paused), steady=threading.RLock())
-    return MachineControl(machine, prepared, None)  # type: ignore[arg-type]
+    methods = MachineControl(machine, prepared, None).methods()  # type: ignore[arg-type]
+
+    def resize(disk: str, size: int | None = None, **more: object) -> Any:
+        given = more if size is None else {"size": size, **more}
+        return methods["disk.resize"].run(disk=disk, **given)
+
+    return resize
 
 
 def test_growing_needs_no_more_words(rig: Rig, path: Path) -> None:
-    methods = control(rig, path).methods()
-    assert methods["disk.resize"].run(disk="disk0", size=2 * SIZE) == {"size": 2 * SIZE}
-    assert methods["disk.resize"].run(disk="disk0") == {"size": 2 * SIZE}
-    assert methods["disk.resize"].run(disk="disk0", size=SIZE, shrink=True) == {"size": SIZE}
+    resize = control(rig, path)
+    assert resize(disk="disk0", size=2 * SIZE) == {"size": 2 * SIZE}
+    assert resize(disk="disk0") == {"size": 2 * SIZE}
+    assert resize(disk="disk0", size=SIZE, shrink=True) == {"size": SIZE}
 
 
 @pytest.mark.parametrize(
@@ -208,25 +220,25 @@ def test_growing_needs_no_more_words(rig: Rig, path: Path) -> None:
 )
 def test_what_is_refused(rig: Rig, path: Path, params: dict[str, object], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
-        control(rig, path).disk_resize(**{"disk": "disk0", **params})  # type: ignore[arg-type]
+        control(rig, path)(**{"disk": "disk0", **params})
     assert path.stat().st_size == SIZE
     assert capacity(rig) == SIZE // 512
 
 
 def test_a_paused_disk_may_grow_but_not_shrink(rig: Rig, path: Path) -> None:
     paused = control(rig, path, paused=True)
-    assert paused.disk_resize("disk0", 2 * SIZE) == {"size": 2 * SIZE}
+    assert paused("disk0", 2 * SIZE) == {"size": 2 * SIZE}
     with pytest.raises(ConfigError, match="resume it first"):
-        paused.disk_resize("disk0", SIZE, shrink=True)
+        paused("disk0", SIZE, shrink=True)
 
 
 def test_a_read_only_disk_only_takes_over_a_size(path: Path) -> None:
     with running(file_backend(path, read_only=True)) as rig:
         methods = control(rig, path, read_only=True)
         with pytest.raises(ConfigError, match="read-only"):
-            methods.disk_resize("disk0", 2 * SIZE)
+            methods("disk0", 2 * SIZE)
         os.truncate(path, 2 * SIZE)
-        assert methods.disk_resize("disk0") == {"size": 2 * SIZE}
+        assert methods("disk0") == {"size": 2 * SIZE}
 
 
 class Fixed(Backend):
@@ -246,7 +258,7 @@ class Fixed(Backend):
 def test_other_storage_keeps_its_size(path: Path, format: str, says: str) -> None:
     disk = path if format else Path("fixed.py:Fixed")
     with running(Fixed()) as rig, pytest.raises(ConfigError, match=says):
-        control(rig, disk, format=format).disk_resize("disk0", 2 * SIZE)
+        control(rig, disk, format=format)("disk0", 2 * SIZE)
 
 
 # ---- across the emulated host's border
@@ -301,14 +313,14 @@ def test_a_resize_reaches_qemu(
     qemu = Qemu()
     service(spec, qemu, monkeypatch)
     sizes = iter([SIZE, 2 * SIZE])  # what the block device inside has, first and later
-    monkeypatch.setattr(inside_disks, "_size", lambda path: next(sizes))
-    inside_disks.resize_outside(str(path), 2 * SIZE)
+    monkeypatch.setattr(outside, "_size", lambda path: next(sizes))
+    outside.resize_outside(str(path), 2 * SIZE)
     resize = {"node-name": "disk0", "size": 2 * SIZE}
     assert qemu.asked[-1] == {"execute": "block_resize", "arguments": resize}
     fixed = str(path.with_name("fixed.img"))
     os.truncate(fixed, 5000)
-    monkeypatch.setattr(inside_disks, "_size", lambda path: 4608)
-    inside_disks.resize_outside(fixed, None)  # without a size: what the file has by now
+    monkeypatch.setattr(outside, "_size", lambda path: 4608)
+    outside.resize_outside(fixed, None)  # without a size: what the file has by now
     resize = {"node-name": "disk1", "size": 4608}
     assert qemu.asked[-1] == {"execute": "block_resize", "arguments": resize}
     assert len([one for one in qemu.asked if one["execute"] == "qmp_capabilities"]) == 1
@@ -367,7 +379,7 @@ def test_what_qemu_refuses_is_told(
     qemu = Qemu({"error": {"class": "GenericError", "desc": "Cannot grow device files"}})
     service(spec, qemu, monkeypatch)
     with pytest.raises(ConfigError, match="Cannot grow device files"):
-        inside_disks.resize_outside(str(path), 2 * SIZE)
+        outside.resize_outside(str(path), 2 * SIZE)
 
 
 def test_a_qemu_that_has_gone() -> None:

@@ -15,8 +15,8 @@ import boot_images
 import pytest
 
 from pyvmm.cli.main import main
+from pyvmm.kinds.vm_spec import from_json
 from pyvmm.monitor import emulated
-from pyvmm.spec.vm import from_json
 
 PYVMM = [sys.executable, "-m", "pyvmm"]
 SAFETY_TIMEOUT = 60

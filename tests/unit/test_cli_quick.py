@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyvmm.cli.quick import DEFAULTS, parse_run
+from pyvmm.cli.quick import parse_run
 from pyvmm.cli.run import run
 
+DEFAULTS = parse_run(["run"]) or {}
 FLAGS = [
     *("--kernel", "--disk", "--initrd", "--cpus", "--memory", "--cmdline", "--trace"),
     *(

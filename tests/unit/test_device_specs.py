@@ -9,12 +9,18 @@ import pytest
 
 from pyvmm.errors import ConfigError
 from pyvmm.kinds import registry as devices
+from pyvmm.kinds.interface import Border, Context, Crossing
+from pyvmm.kinds.vm_spec import from_json, to_json, validate
 from pyvmm.machine.cmdline import command_line
-from pyvmm.spec.vm import VmSpec, from_json, to_json, validate
+from pyvmm.spec.vm import VmSpec
 
 
 def vm(*specs) -> VmSpec:
     return validate(VmSpec(kernel="vmlinuz", devices=specs))
+
+
+def border(closing: ExitStack) -> Border:
+    return Border(closing, lambda path, option: path)
 
 
 def test_a_device_survives_the_way_into_another_process():
@@ -68,7 +74,7 @@ def test_any_device_may_be_packed(kind, text):
 def test_a_packed_device_offers_packed_rings(packed):
     with ExitStack() as closing:
         spec = devices.parse("rng", "packed" if packed else "")
-        device = devices.open_device(spec, devices.Context("vm", None, closing))
+        device = devices.open_device(spec, Context("vm", None, closing))
     assert device.features >> 34 & 1 == packed
 
 
@@ -103,24 +109,21 @@ def test_vsock_options_that_cannot_be(text, why):
 
 def test_a_vsock_device_without_a_path_has_no_socket_of_its_own():
     with ExitStack() as closing:
-        crossing = devices.cross(devices.parse("vsock", ""), closing)
-    assert crossing == (devices.parse("vsock", ""), (), ())
+        crossing = devices.cross(devices.parse("vsock", ""), border(closing))
+    assert crossing == Crossing(devices.parse("vsock", ""))
 
 
 def test_vsock_sockets_are_made_here_for_an_emulated_host(tmp_path):
     path = tmp_path / "v"
     with ExitStack() as closing:
-        crossing = devices.cross(devices.parse("vsock", f"path={path}"), closing)
+        crossing = devices.cross(devices.parse("vsock", f"path={path}"), border(closing))
         [(listener, inside)] = crossing.listening
         assert listener.path == str(path) and path.is_socket()
         assert crossing.reached == (f"{path}_*",)
         assert crossing.spec.listen_at == inside and inside != str(path)
     assert not path.exists()
-    assert devices.cross(devices.parse("rng", ""), ExitStack()) == (
-        devices.parse("rng", ""),
-        (),
-        (),
-    )
+    rng = devices.parse("rng", "")
+    assert devices.cross(rng, border(ExitStack())) == Crossing(rng)
 
 
 # --- console and ports ---------------------------------------------------------------------------
@@ -169,7 +172,7 @@ def test_ports_that_cannot_be(text, why):
 def test_sockets_of_ports_are_made_here_for_an_emulated_host(tmp_path):
     text = "\n".join(f"name={name},path={tmp_path / name}" for name in ("a", "b"))
     with ExitStack() as closing:
-        crossing = devices.cross(vm(devices.parse("ports", text)).devices[0], closing)
+        crossing = devices.cross(vm(devices.parse("ports", text)).devices[0], border(closing))
         assert (tmp_path / "a").is_socket() and (tmp_path / "b").is_socket()
         inside = [port.path for port in crossing.spec.ports]
         assert inside == [path for _, path in crossing.listening] and len(set(inside)) == 2

@@ -15,8 +15,10 @@ from pyvmm.errors import ConfigError
 from pyvmm.host import log
 from pyvmm.kinds import registry as devices
 from pyvmm.kinds import user as device_user
+from pyvmm.kinds.interface import Border, Context
 from pyvmm.kinds.user import Spec
-from pyvmm.spec.vm import VmSpec, from_json, to_json, validate
+from pyvmm.kinds.vm_spec import from_json, to_json, validate
+from pyvmm.spec.vm import VmSpec
 from pyvmm.testing import DriverTimeout, attached
 from pyvmm.virtio import defects
 
@@ -71,9 +73,7 @@ def file(tmp_path):
 
 def opened(text: str):
     with ExitStack() as closing:
-        return devices.open_device(
-            devices.parse("user", text), devices.Context("vm", None, closing)
-        )
+        return devices.open_device(devices.parse("user", text), Context("vm", None, closing))
 
 
 # --- the option ----------------------------------------------------------------------------------
@@ -220,11 +220,11 @@ def test_a_device_that_no_transport_could_serve_is_refused(tmp_path, line, wante
 
 def test_mistakes_are_found_before_an_emulated_host_is_started(file):
     def inside(text):
-        specs = [devices.parse("user", text)]
-        return devices.for_emulated_host(specs, lambda path, option: f"/seen{path}")
+        border = Border(ExitStack(), lambda path, option: f"/seen{path}")
+        return devices.cross(devices.parse("user", text), border).spec
 
-    assert inside(f"{file}:Fill,byte=3,path=a,text=a") == (
-        Spec(f"/seen{file}", "Fill", (("byte", "3"), ("path", f"{os.getcwd()}/a"), ("text", "a"))),
+    assert inside(f"{file}:Fill,byte=3,path=a,text=a") == Spec(
+        f"/seen{file}", "Fill", (("byte", "3"), ("path", f"{os.getcwd()}/a"), ("text", "a"))
     )
     with pytest.raises(ConfigError, match="JSONDecodeError"):
         inside(f"{file}:Raises")

@@ -13,9 +13,12 @@ from blk_rig import running
 
 from pyvmm.emulated_host import HostDisk
 from pyvmm.errors import ConfigError
-from pyvmm.kinds.disk import open_backend
-from pyvmm.monitor.emulated_disks import hand_over
-from pyvmm.spec.vm import DiskSpec, VmSpec, from_json, parse_disk, to_json, validate
+from pyvmm.kinds.disk import parse as parse_disk
+from pyvmm.kinds.disk.crossing import hand_over
+from pyvmm.kinds.disk.storage import open_backend
+from pyvmm.kinds.interface import Border
+from pyvmm.kinds.vm_spec import from_json, to_json, validate
+from pyvmm.spec.vm import DiskSpec, VmSpec
 from pyvmm.testing.blk_driver import IOERR, OK
 from pyvmm.virtio.blk.backend import Backend
 from pyvmm.virtio.blk.overlay_layout import layout_for
@@ -94,7 +97,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_the_option_says(text: str, spec: DiskSpec, kind: str) -> None:
     parsed = parse_disk(text)
     assert parsed == spec
-    assert parsed.kind == kind
+    assert parsed.storage == kind
 
 
 @pytest.mark.parametrize(
@@ -196,11 +199,12 @@ Handed = Callable[[str], tuple[DiskSpec, list[HostDisk]]]
 @pytest.fixture
 def handed(place: Path):  # type: ignore[no-untyped-def]
     with ExitStack() as closing:
+        border = Border(closing, lambda path, option: os.path.realpath(path))
 
         def call(text: str) -> tuple[DiskSpec, list[HostDisk]]:
-            return hand_over(
-                parse_disk(text), 3, closing, lambda path, option: os.path.realpath(path)
-            )
+            crossing = hand_over(parse_disk(text), border)
+            assert isinstance(crossing.spec, DiskSpec)
+            return crossing.spec, list(crossing.disks)
 
         yield call
 
@@ -218,7 +222,7 @@ def test_an_image_keeps_its_path(handed: Handed, place: Path) -> None:
 
 def test_a_disk_in_ram_comes_from_outside(handed: Handed) -> None:
     inside, [disk] = handed("ram:4M,id=x")
-    assert inside.path == disk.path and inside.kind == "raw"
+    assert inside.path == disk.path and inside.storage == "raw"
     assert size_of(disk) == 4 * MIB
 
 
@@ -262,7 +266,7 @@ def test_a_qcow2_image_is_raw_inside(handed: Handed, place: Path) -> None:
     [layer] = disk.layers
     assert (layer.format, disk.fd, disk.read_only) == ("qcow2", None, True)
     assert os.fstat(layer.image.fd).st_ino == (place / "q.qcow2").stat().st_ino
-    assert inside.kind == "raw" and inside.path == str(place / "q.qcow2")
+    assert inside.storage == "raw" and inside.path == str(place / "q.qcow2")
     with pytest.raises(ConfigError, match="is not a qcow2 image"):
         handed("a.img,format=qcow2")
 

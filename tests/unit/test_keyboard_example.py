@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pyvmm.kinds import registry as devices
+from pyvmm.kinds.interface import Context
 from pyvmm.testing import attached
 
 FILE = Path(__file__).parents[2] / "examples" / "keyboard.py"
@@ -36,7 +37,7 @@ def events(driver, count):
 @pytest.fixture
 def driver():
     with ExitStack() as closing:
-        context = devices.Context("vm", None, closing)
+        context = Context("vm", None, closing)
         spec = devices.parse("user", f"{FILE}:Keyboard,text=Hi,pause=0.001")
         yield closing.enter_context(attached(devices.open_device(spec, context)))
 

@@ -26,9 +26,10 @@ ALLOWED: dict[str, set[str]] = {
     "cli": PARTS | BESIDE | {"api", "monitor", "kinds", "machine", "spec", "kvm", "version"},
     "api": BASE | {"monitor", "kinds", "machine", "spec", "control", "agent", "images"},
     "monitor": PARTS | BESIDE | {"kinds", "machine", "spec", "kvm", "version"},
-    "kinds": CORE | {"machine", "spec", "device", "platform", "agent", "control"},
-    "machine": CORE | {"spec", "kvm", "boot", "transport", "platform", "device"},
-    "spec": BASE | {"control", "memory", "virtio"},
+    "kinds": CORE
+    | {"machine", "spec", "device", "platform", "control", "images", "emulated_host", "relay"},
+    "machine": CORE | {"spec", "kvm", "boot", "transport", "platform"},
+    "spec": {"errors"},
     "emulated_host": BASE | {"relay", "images"},
     "images": BASE | {"boot"},
     "boot": CORE,
@@ -40,7 +41,7 @@ ALLOWED: dict[str, set[str]] = {
     "memory": BASE,
     "kvm": BASE,
     "relay": BASE,
-    "control": BASE,
+    "control": BASE | {"spec"},
     "agent": BASE,
     "host": {"errors"},
     "errors": set(),
@@ -51,13 +52,6 @@ ALLOWED: dict[str, set[str]] = {
 
 # (module, what it imports), which still go upward or close a circle. One that is mended goes.
 OPEN: set[tuple[str, str]] = {
-    ("pyvmm.spec.options", "pyvmm.kinds.port"),
-    ("pyvmm.spec.options", "pyvmm.kinds.registry"),
-    ("pyvmm.spec.vm", "pyvmm.kinds.registry"),
-    *(
-        ("pyvmm.kinds.registry", f"pyvmm.kinds.{kind}")
-        for kind in ("net", "console", "port", "rng", "user", "balloon", "vsock")
-    ),
     ("pyvmm.virtio.worker", "pyvmm.virtio.rate_limit"),
 }
 

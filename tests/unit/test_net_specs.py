@@ -10,12 +10,13 @@ import pytest
 
 from pyvmm.errors import ConfigError
 from pyvmm.host import passt, tap, vhost
+from pyvmm.kinds import limits
 from pyvmm.kinds import net as device_net
 from pyvmm.kinds import registry as devices
+from pyvmm.kinds.interface import Context
 from pyvmm.kinds.net import Spec, check, parse, parse_forward
-from pyvmm.kinds.registry import Context
-from pyvmm.spec import rates
-from pyvmm.spec.vm import VmSpec, from_json, to_json, validate
+from pyvmm.kinds.vm_spec import from_json, to_json, validate
+from pyvmm.spec.vm import VmSpec
 
 
 @pytest.mark.parametrize(
@@ -176,8 +177,8 @@ def test_limits_of_both_directions() -> None:
     spec = parse("user,rx-bps=10M,tx-pps=500,rx-bps-burst=1m,tx-pps-burst=7")
     assert (spec.rx_bps, spec.rx_bps_burst) == (10 << 20, 1 << 20)
     assert (spec.tx_pps, spec.tx_pps_burst) == (500, 7)
-    assert rates.net_limiter(spec, "rx") is not None
-    assert rates.net_limiter(Spec(rx_bps=1), "tx") is None
+    assert limits.net_limiter(spec, "rx") is not None
+    assert limits.net_limiter(Spec(rx_bps=1), "tx") is None
     whole = validate(VmSpec(kernel="k", devices=(spec,)))
     assert from_json(to_json(whole)) == whole
 

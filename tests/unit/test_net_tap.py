@@ -16,7 +16,7 @@ from net_rig import HEADER, MAC, header, running
 from pyvmm.errors import ConfigError
 from pyvmm.host import tap
 from pyvmm.kinds import net as device_net
-from pyvmm.kinds.registry import Context
+from pyvmm.kinds.interface import Context
 from pyvmm.virtio.net.device import NetDevice
 from pyvmm.virtio.net.tap import TapBackend
 

@@ -29,7 +29,7 @@ from net_rig import (
 
 from pyvmm.host import interfaces, tap, vhost
 from pyvmm.kinds import net as device_net
-from pyvmm.kinds.registry import Context
+from pyvmm.kinds.interface import Context
 from pyvmm.testing import illegal_chains
 from pyvmm.testing.attached import attached
 from pyvmm.testing.mmio_driver import F_EVENT_IDX, F_VERSION_1, INTERRUPT_ACK, INTERRUPT_STATUS

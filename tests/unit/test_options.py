@@ -16,7 +16,7 @@ from pyvmm import VM
 from pyvmm.agent import Agent
 from pyvmm.api import config_file
 from pyvmm.api.aio import AsyncVM
-from pyvmm.cli.quick import DEFAULTS
+from pyvmm.cli.quick import parse_run
 from pyvmm.cli.run import run
 from pyvmm.errors import ConfigError
 from pyvmm.kinds import registry as devices
@@ -27,18 +27,13 @@ from pyvmm.kinds.port import PortSpec
 from pyvmm.kinds.port import Spec as Ports
 from pyvmm.kinds.rng import Spec as Rng
 from pyvmm.kinds.user import Spec as UserDevice
+from pyvmm.kinds.vm_spec import make_spec, validate
 from pyvmm.kinds.vsock import Spec as Vsock
 from pyvmm.spec import tables
-from pyvmm.spec.options import NAMES, OPTIONS, make_spec
-from pyvmm.spec.vm import (
-    TRACE_KINDS,
-    DiskSpec,
-    VmSpec,
-    parse_memory,
-    validate,
-    write_memory,
-)
+from pyvmm.spec.sizes import parse_memory, write_memory
+from pyvmm.spec.vm import TRACE_KINDS, DiskSpec, VmSpec
 
+OPTIONS, NAMES = devices.file_options(), devices.names()
 # What concerns the command, not the VM.
 ONLY_COMMAND = {"agent", "allow_code", "config", "print_config", "detach", "log_format", "debug"}
 ANOTHER_FORM = {"rng_limit"}  # of rng
@@ -82,9 +77,13 @@ def test_what_can_be_awaited_is_what_a_vm_has() -> None:
 
 
 def test_the_quick_reader_has_the_same_names_and_defaults() -> None:
-    for option in OPTIONS:
-        if option.name in DEFAULTS:
-            assert DEFAULTS[option.name] == option.default or not option.default, option.name
+    read = parse_run(["run"])
+    assert read is not None
+    known = [option for option in OPTIONS if option.name in read]
+    assert {option.name for option in devices.usual_options()} <= {*read, *ONLY_COMMAND}
+    for option in known:
+        assert read[option.name] == option.default or not option.default, option.name
+    assert len(known) >= 13
 
 
 def test_every_field_of_a_specification_can_be_said() -> None:
@@ -416,12 +415,15 @@ def test_a_file_that_is_not_there_or_no_text(tmp_path) -> None:
 
 
 def test_keys_that_are_ours_alone_are_not_offered() -> None:
+    internal = {"scratch", "stream", "listen_at"}
     for cls in (DiskSpec, Net, Vsock):
-        assert not set(tables.keys(cls)) & set(tables.INTERNAL)
+        fields = {field.name for field in dataclasses.fields(cls)}
+        assert len(fields & internal) == 1
+        assert set(tables.keys(cls)) == fields - internal
 
 
 def test_every_option_that_is_no_key_is_said_to_be_none() -> None:
-    hinted = config_file._NO_KEYS
+    hinted = config_file.no_keys()
     assert set(hinted) == ONLY_COMMAND | ANOTHER_FORM | {"command"}
 
 

@@ -19,7 +19,7 @@ from partition_tables import MIB, ROOT_X86_64, SECTOR, needs_tools, partitioned,
 from pyvmm.boot import partitions
 from pyvmm.boot.diagnosis import ConsoleWatcher
 from pyvmm.boot.partitions import Table
-from pyvmm.kinds.disk import open_disk
+from pyvmm.kinds.disk.storage import open_disk
 from pyvmm.machine.alarm import Alarm
 from pyvmm.machine.builder import Prepared
 from pyvmm.monitor.attendant import Attendant

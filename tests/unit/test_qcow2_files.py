@@ -20,9 +20,12 @@ from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import confinement
 from pyvmm.host.qcow2 import Header, Layer, blockdev, open_chain, read_header
 from pyvmm.host.storage_daemon import EXPORT, StorageDaemon, _confined
-from pyvmm.kinds.disk import open_backend
-from pyvmm.monitor.emulated_disks import hand_over
-from pyvmm.spec.vm import DiskSpec, VmSpec, from_json, parse_disk, to_json, validate
+from pyvmm.kinds.disk import parse as parse_disk
+from pyvmm.kinds.disk.crossing import hand_over
+from pyvmm.kinds.disk.storage import open_backend
+from pyvmm.kinds.interface import Border
+from pyvmm.kinds.vm_spec import from_json, to_json, validate
+from pyvmm.spec.vm import DiskSpec, VmSpec
 from pyvmm.virtio.blk.backend import Backend
 from pyvmm.virtio.blk.nbd import NbdBackend, load
 
@@ -423,9 +426,11 @@ def test_an_encrypted_image(place: Path) -> None:
 def test_row74_an_emulated_host_gets_descriptors_too(place: Path, closing: ExitStack) -> None:
     disk = validated("mid.qcow2,backing=base.qcow2")
     with ExitStack() as refused, pytest.raises(ConfigError, match="builds on another file"):
-        hand_over(validated("mid.qcow2"), 0, refused, lambda path, option: path)
-    inside, [given] = hand_over(disk, 0, closing, lambda path, option: path)
-    assert (inside.kind, inside.backing) == ("raw", ())
+        hand_over(validated("mid.qcow2"), Border(refused, lambda path, option: path))
+    crossing = hand_over(disk, Border(closing, lambda path, option: path))
+    inside, [given] = crossing.spec, crossing.disks
+    assert isinstance(inside, DiskSpec)
+    assert (inside.storage, inside.backing) == ("raw", ())
     words = _qcow2_nodes(3, Qcow2Disk(given.layers, given.direct))
     assert words[0::2] == ["-add-fd", "-add-fd", "-blockdev"]
     node = json.loads(words[-1])
@@ -444,7 +449,7 @@ def test_row74_qemu_takes_those_descriptors(place: Path, closing: ExitStack, opt
     """The real one, without a machine: it opens the chain, and tells of what it consists."""
     disk = validated(f"mid.qcow2,backing=base.qcow2{options}")
     try:
-        _, [given] = hand_over(disk, 0, closing, lambda path, option: path)
+        [given] = hand_over(disk, Border(closing, lambda path, option: path)).disks
     except ConfigError as error:
         pytest.skip(str(error))
     fds = [layer.image.fd for layer in given.layers]

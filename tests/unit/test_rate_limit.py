@@ -13,9 +13,11 @@ from hypothesis import strategies as st
 from worker_rig import Bench, Echo, wait_for
 
 from pyvmm.errors import ConfigError
+from pyvmm.kinds import limits
 from pyvmm.kinds import registry as devices
-from pyvmm.spec import rates
-from pyvmm.spec.vm import DiskSpec, VmSpec, from_json, parse_disk, to_json, validate
+from pyvmm.kinds.disk import parse as parse_disk
+from pyvmm.kinds.vm_spec import from_json, to_json, validate
+from pyvmm.spec.vm import DiskSpec, VmSpec
 from pyvmm.virtio import rate_limit
 from pyvmm.virtio.rate_limit import RateLimiter, TokenBucket, limiter
 
@@ -303,8 +305,8 @@ def test_disk_options() -> None:
     assert (disk.bps_burst, disk.iops_burst) == (1 << 30, 2048)
     spec = validate(VmSpec("k", disks=(disk,), devices=(devices.parse("rng", "bps=1K"),)))
     assert from_json(to_json(spec)) == spec
-    assert rates.limiter(spec.disks[0]) is not None
-    assert rates.limiter(DiskSpec("a.img")) is None
+    assert limits.limiter(spec.disks[0]) is not None
+    assert limits.limiter(DiskSpec("a.img")) is None
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "", "10x", "9" * 16, "\u0661", "M"])

@@ -13,7 +13,8 @@ import tempfile
 import boot_images
 import pytest
 
-from pyvmm.spec.vm import DiskSpec, VmSpec, to_json, validate
+from pyvmm.kinds.vm_spec import to_json, validate
+from pyvmm.spec.vm import DiskSpec, VmSpec
 
 # Runs sys.argv[2:] as the command line until the machine is about to be put together.
 RUN = """

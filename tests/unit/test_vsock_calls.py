@@ -7,7 +7,6 @@ import errno
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +17,10 @@ from pyvmm.control.protocol import NOT_READY, ControlError, Method, Upgrade
 from pyvmm.control.server import ControlServer
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import unix_sockets
-from pyvmm.monitor.control import MachineControl
+from pyvmm.kinds import registry
+from pyvmm.kinds.interface import Running
+from pyvmm.kinds.vsock import Spec as Vsock
+from pyvmm.spec.vm import VmSpec
 from pyvmm.testing.vsock_driver import REQUEST, RESPONSE, RST, RW, Packet
 from pyvmm.virtio.vsock import switch
 from pyvmm.virtio.vsock.device import VsockDevice
@@ -114,32 +116,35 @@ def test_a_device_without_a_path_refuses_the_guest_and_takes_calls() -> None:
 # --- the control socket --------------------------------------------------------------------------
 
 
-def methods(*devices: Any) -> MachineControl:
-    """The methods of a machine that has `devices`."""
-    machine: Any = SimpleNamespace(pauser=SimpleNamespace(paused=False))
-    prepared: Any = SimpleNamespace(devices=devices, spec=None)
-    return MachineControl(machine, prepared, None)  # type: ignore[arg-type]
+def methods(*devices: VsockDevice) -> dict[str, Method]:
+    """What the control socket of a machine that has `devices` answers."""
+    spec = VmSpec("k", devices=tuple(Vsock() for _ in devices))
+    return registry.methods(Running(spec, devices, lambda: False, lambda: 0))
+
+
+def connect(port: int, *devices: VsockDevice) -> Any:
+    return methods(*devices)["vsock.connect"].run(port=port)
 
 
 def test_a_vm_without_vsock_says_how_to_have_it() -> None:
     with pytest.raises(ConfigError, match="no vsock device; run it with --agent, or --vsock"):
-        methods().vsock_connect(1023)
+        connect(1023)
 
 
 @pytest.mark.parametrize("port", [-1, 1 << 32, 10**30])
 def test_a_port_that_cannot_be_is_refused(rig: Rig, port: int) -> None:
     with pytest.raises(ConfigError, match="there is no port"):
-        methods(rig.device).vsock_connect(port)
+        connect(port, rig.device)
 
 
 def test_a_guest_that_is_not_that_far_is_told_from_one_without(tmp_path: Path) -> None:
     with running(tmp_path, start=False) as rig, pytest.raises(ControlError) as caught:
-        methods(rig.device).vsock_connect(1023)
+        connect(1023, rig.device)
     assert caught.value.code == NOT_READY
 
 
 def test_a_client_that_speaks_too_soon_is_cut_off(rig: Rig) -> None:
-    upgrade = methods(rig.device).vsock_connect(1023)
+    upgrade = connect(1023, rig.device)
     assert isinstance(upgrade, Upgrade)
     ours, theirs = unix_sockets.pair()
     upgrade.hand_over(theirs, b"too soon")
@@ -152,12 +157,11 @@ def vm(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ri
     """A VM called "vm" that has the rig's device, at a real control socket."""
     (tmp_path / "run").mkdir(mode=0o700)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
-    from pyvmm.control import registry
+    from pyvmm.control.registry import register
 
-    with registry.register("vm") as registration:
+    with register("vm") as registration:
         assert registration.listener is not None
-        connect = Method(methods(rig.device).vsock_connect, needs={"port": int})
-        server = ControlServer(registration.listener, {"vsock.connect": connect})
+        server = ControlServer(registration.listener, methods(rig.device))
         server.start()
         yield rig
         server.close()

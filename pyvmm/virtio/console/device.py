@@ -66,7 +66,7 @@ class ConsoleDevice(VirtioDevice):
         if len(named) > MAX_NAMED_PORTS:
             raise ValueError(f"{len(named)} ports, at most {MAX_NAMED_PORTS}")
         self.name = name
-        self._terminal = terminal
+        self.terminal = terminal
         self._size = (0, 0)
         self.warn = RateLimited(prefix=f"{name}: ", device=name) if log is None else log
         self.ports = [Port(0, terminal, is_console=True)] if terminal is not None else []
@@ -110,14 +110,14 @@ class ConsoleDevice(VirtioDevice):
     def write_config(self, offset: int, data: bytes) -> None:
         """A write to `emerg_wr` shows its lowest byte, whatever the device's state (5.3.5.1)."""
         place = EMERG_WR_OFFSET - offset
-        if self._terminal is not None and 0 <= place < len(data):
-            self._terminal.write_at_once(data[place : place + 1])
+        if self.terminal is not None and 0 <= place < len(data):
+            self.terminal.write_at_once(data[place : place + 1])
 
     def activate(self, activation: Activation) -> None:
         """Start the thread. Raises HostError."""
         active = _Active(self, activation)
-        if self._terminal is not None:
-            self._terminal.set_wake(active.loop.wake)
+        if self.terminal is not None:
+            self.terminal.set_wake(active.loop.wake)
         self._active = active
         active.loop.start()
 
@@ -125,8 +125,8 @@ class ConsoleDevice(VirtioDevice):
         """Stop the thread; programs connected to named ports are disconnected."""
         active, self._active = self._active, None
         if active is not None:
-            if self._terminal is not None:
-                self._terminal.set_wake(lambda: None)
+            if self.terminal is not None:
+                self.terminal.set_wake(lambda: None)
             active.loop.request_stop()
             active.loop.join()
 

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import log
 from pyvmm.host.files import SECTOR, ImageFile, open_image
+from pyvmm.kinds.limits import limiter
 from pyvmm.machine.alarm import Alarm
 from pyvmm.machine.trace import Hook
-from pyvmm.spec import rates
-from pyvmm.spec.vm import DiskSpec, parse_memory
+from pyvmm.spec.sizes import parse_memory
+from pyvmm.spec.vm import DiskSpec
 from pyvmm.virtio.blk.backend import Backend, FileBackend
 from pyvmm.virtio.blk.device import BlockDevice
 from pyvmm.virtio.features import ring_features
@@ -54,13 +55,13 @@ def open_disk(disk: DiskSpec, trace: Hook | None, closing: ExitStack, alarm: Ala
         stop=alarm.disk_failed if disk.on_error == "stop" else None,
         trace=trace,
     )
-    device.limits = rates.limiter(disk)
+    device.limits = limiter(disk)
     return device
 
 
 def open_backend(disk: DiskSpec, closing: ExitStack) -> Backend:
     """The storage that `disk` names; `closing` gives it up. Raises ConfigError or HostError."""
-    base = _OPENERS[disk.kind](disk, closing)
+    base = _OPENERS[disk.storage](disk, closing)
     if not disk.copies_on_write:
         return base
     overlay: Backend
@@ -139,7 +140,7 @@ def _open_qcow2(disk: DiskSpec, closing: ExitStack) -> Backend:
 
 
 def _open_python(disk: DiskSpec, closing: ExitStack) -> Backend:
-    from pyvmm.kinds.disk_user import make_backend
+    from pyvmm.kinds.disk.user import make_backend
 
     backend = make_backend(disk)
     closing.callback(backend.close)

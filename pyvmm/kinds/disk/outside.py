@@ -1,4 +1,4 @@
-"""Resizing a disk from inside the emulated host: its image is outside, and QEMU's."""
+"""Resizing a disk from inside an emulated host: its file is another machine's, and QEMU's."""
 
 from __future__ import annotations
 
