@@ -78,7 +78,6 @@ _PUBLIC = {
     "VMTimeout": ("pyvmm.api.errors", ""),
     "Vsock": ("pyvmm.kinds.vsock", "Spec"),
     "WrongAgent": ("pyvmm.agent", ""),
-    "__version__": ("pyvmm.version", ""),
 }
 __all__ = [
     "VM",
@@ -114,6 +113,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
+    if name == "__version__":
+        from pyvmm import version
+
+        return version.__version__
     if name not in _PUBLIC:
         raise AttributeError(f"module 'pyvmm' has no attribute {name!r}")
     from importlib import import_module

@@ -24,7 +24,7 @@ from typing import Any, cast
 
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
-from pyvmm.monitor.metrics import CONTENT_TYPE
+from pyvmm.monitor.stats import CONTENT_TYPE
 
 MAX_CLIENTS = 16
 MAX_REQUEST = 16 << 10  # bytes of a request line and its headers

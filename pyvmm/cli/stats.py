@@ -9,7 +9,6 @@ import click
 from pyvmm.control import registry
 from pyvmm.control.client import Client
 from pyvmm.errors import ConfigError, PyvmmError
-from pyvmm.monitor.stats import quantile
 
 _PATIENCE = 2.0  # seconds for each of many VMs
 _ONE_PATIENCE = 30.0  # for one: in an emulated host that is busy the first answer takes a while
@@ -170,3 +169,15 @@ def joined(texts: list[str]) -> str:
             else:
                 families[name].append(line)
     return "".join(name + "".join(lines) for name, lines in families.items())
+
+
+def quantile(histogram: dict[str, int], share: float) -> int:
+    """The upper bound, in nanoseconds, of the bucket in which `share` of all counted lie; 0 if
+    nothing was counted."""
+    total = sum(histogram.values())
+    seen = 0
+    for bound, count in sorted((int(bound), count) for bound, count in histogram.items()):
+        seen += count
+        if seen >= share * total:
+            return bound
+    return 0

@@ -18,11 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 from pyvmm.cli.seconds import Seconds
-from pyvmm.cli.stats import merged, size_text, time_text
+from pyvmm.cli.stats import merged, quantile, size_text, time_text
 from pyvmm.control import registry
 from pyvmm.control.client import Client
 from pyvmm.errors import ConfigError, PyvmmError
-from pyvmm.monitor.stats import quantile
 from pyvmm.platform.terminal import Terminal, is_terminal
 
 _PATIENCE = 2.0  # seconds for each VM

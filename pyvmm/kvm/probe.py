@@ -39,6 +39,17 @@ class KvmProbe:
     reason: str
 
 
+def why_unusable() -> str | None:
+    """None if this machine's KVM runs unmodified Linux kernels, else the reason in a few words."""
+    try:
+        with Kvm.open() as kvm:
+            kvm.check_required()
+            found = probe(kvm)
+    except PyvmmError as error:
+        return str(error)
+    return None if found.usable else found.reason
+
+
 def probe(kvm: Kvm) -> KvmProbe:
     """Run the probe guest on `kvm`: some 20 ms on an interpreting KVM, 5 ms on hardware.
 

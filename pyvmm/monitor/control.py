@@ -111,7 +111,7 @@ class MachineControl:
 
     def metrics(self) -> dict[str, Any]:
         """The same as text in Prometheus' format. Raises HostError."""
-        from pyvmm.monitor.metrics import CONTENT_TYPE, as_text
+        from pyvmm.monitor.stats import CONTENT_TYPE, as_text
 
         text = as_text(self._prepared.spec.name, self.status(), self.stats())
         return {"content_type": CONTENT_TYPE, "text": text}

@@ -17,7 +17,7 @@ import pytest
 
 from pyvmm.emulated_host.find import find_image
 from pyvmm.errors import PyvmmError
-from pyvmm.monitor.choose import why_not_host
+from pyvmm.kvm.probe import why_unusable
 
 Key = tuple[Any, ...]
 
@@ -29,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def linux_guests() -> None:
     """Skips where no Linux guest can be run, and says why."""
-    no_kvm = why_not_host()
+    no_kvm = why_unusable()
     if no_kvm is None:
         return
     try:

@@ -12,7 +12,7 @@ from disks import artifacts, root_disk
 from guest import HANG_SECONDS, GuestResult, text
 
 from pyvmm.emulated_host.spec import cpus_for
-from pyvmm.monitor.choose import why_not_host
+from pyvmm.kvm.probe import why_unusable
 
 
 def boot_with_taps(
@@ -44,7 +44,7 @@ def boot_with_taps(
         words = " ".join(f'"${{{place}}}"' for place in range(1, count + 1))
         shell = f'{words} & peer=$!; shift {count}; "$@"; code=$?; kill $peer; exit $code'
         argv = ["sh", "-c", shell, "sh", *beside, *run]
-        if why_not_host() is not None:
+        if why_unusable() is not None:
             options = ["--cpus", str(cpus_for(cpus)), "--memory", "900", "--disk", str(disk)]
             argv = [sys.executable, "-m", "pyvmm.emulated_host", *options, "--", *argv]
         try:

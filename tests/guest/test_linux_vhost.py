@@ -14,7 +14,7 @@ from guest import HANG_SECONDS
 from taps import boot_with_taps
 
 from pyvmm.host import vhost
-from pyvmm.monitor.choose import why_not_host
+from pyvmm.kvm.probe import why_unusable
 
 pytestmark = pytest.mark.usefixtures("linux_guests")
 
@@ -73,7 +73,7 @@ def test_data_both_ways_queues_and_the_driver_bound_anew(kernel: str, tmp_path: 
 def test_the_unit_tests_where_the_kernel_has_vhost() -> None:
     if os.access(vhost.DEVICE, os.R_OK | os.W_OK):
         pytest.skip(f"there is a {vhost.DEVICE} here: tests/unit has run them already")
-    assert why_not_host() is not None, "a KVM host without vhost-net: `modprobe vhost_net`"
+    assert why_unusable() is not None, "a KVM host without vhost-net: `modprobe vhost_net`"
     argv = [sys.executable, "-m", "pyvmm.emulated_host", "--memory", "900", "--"]
     argv += [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(UNIT_TESTS)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=HANG_SECONDS)

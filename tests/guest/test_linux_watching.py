@@ -14,7 +14,7 @@ import pytest
 from disks import artifacts
 from guest import HANG_SECONDS, PYVMM, Guest, pump_into, text, wait_until
 
-from pyvmm.monitor.choose import why_not_host
+from pyvmm.kvm.probe import why_unusable
 
 pytestmark = pytest.mark.usefixtures("linux_guests")
 
@@ -202,7 +202,7 @@ def boot_and_kill(folder: Path) -> Killed:
 @pytest.mark.boot.with_args(boot_and_kill)
 def test_kill_9_leaves_neither_processes_nor_sockets(boot: Killed) -> None:
     assert boot.socket_before
-    if why_not_host() is not None:
+    if why_unusable() is not None:
         assert boot.processes_before  # the emulated host's QEMU
     assert boot.processes_left == []
     assert boot.ps.split() == ["NAME", "PID", "STATE", "CPUS", "MEMORY", "UPTIME"]

@@ -9,7 +9,7 @@ from pathlib import Path
 from guest import HANG_SECONDS, tail
 
 from pyvmm import images
-from pyvmm.monitor.choose import why_not_host
+from pyvmm.kvm.probe import why_unusable
 
 SCRIPT = Path(__file__).parents[2] / "docs/tutorial/whole_vmm.py"
 
@@ -19,7 +19,7 @@ def test_it_boots_debian_to_a_shell_on_its_root_disk(tmp_path: Path, linux_guest
     disk = tmp_path / "root.img"
     images.fresh_disk(str(disk))
     command = [sys.executable, SCRIPT, f"{kernel}/vmlinux", f"{initramfs}/initramfs.cpio", disk]
-    if why_not_host() is not None:
+    if why_unusable() is not None:
         host = ["pyvmm.emulated_host", "--memory", "1200", "--disk", disk, "--"]
         command = [sys.executable, "-m", *host, *command]
     done = subprocess.run(

@@ -23,12 +23,12 @@ from prometheus_client.parser import text_string_to_metric_families
 from pyvmm.bus import Action, Bus
 from pyvmm.cli import exporter
 from pyvmm.cli import stats as cli
+from pyvmm.cli.stats import quantile
 from pyvmm.errors import ConfigError
 from pyvmm.host.syscalls import EventFd
 from pyvmm.kvm import stats as kvm_stats
 from pyvmm.machine.run_loop import AccessCounts, CountedBus
-from pyvmm.monitor import metrics
-from pyvmm.monitor.stats import _device, exits_by_reason, quantile
+from pyvmm.monitor.stats import _device, as_text, exits_by_reason
 from pyvmm.testing import attached
 from pyvmm.virtio.features import ring_features
 from pyvmm.virtio.rng.device import EntropyDevice
@@ -207,7 +207,7 @@ def samples(text: str) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
 def test_prometheus_reads_what_was_counted() -> None:
     disk = device(bytes_to_guest=4096, bytes_from_guest=512, errors=1, flushes=2)
     net = device(dropped={"too long": 7})
-    text = metrics.as_text('a"b\\c', STATUS, numbers(disk0=disk, net0=net))
+    text = as_text('a"b\\c', STATUS, numbers(disk0=disk, net0=net))
     found = samples(text)
     vm = ("vm", 'a"b\\c')
 
@@ -234,8 +234,8 @@ def test_prometheus_reads_what_was_counted() -> None:
 
 
 def test_metrics_of_several_vms_are_one_valid_text() -> None:
-    one = metrics.as_text("one", STATUS, numbers(disk0=device()))
-    two = metrics.as_text("two", STATUS, numbers(disk0=device(errors=3)))
+    one = as_text("one", STATUS, numbers(disk0=device()))
+    two = as_text("two", STATUS, numbers(disk0=device(errors=3)))
     text = cli.joined([one, two])
     assert samples(text) == samples(one) | samples(two)
     assert text.count("# TYPE pyvmm_exits_total counter") == 1
@@ -266,7 +266,7 @@ def where(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def server(where: str) -> Iterator[exporter.Server]:
     """A server that serves a VM's metrics."""
-    text = metrics.as_text("one", STATUS, numbers())
+    text = as_text("one", STATUS, numbers())
     names = ["Metrics.example"]
     with exporter.open_server(where, 0, lambda: text, names=names) as made:
         thread = threading.Thread(target=made.serve_forever, args=(0.01,))

@@ -1,0 +1,131 @@
+"""Runs a specification to its end: under its name, with its log, here or in an emulated host."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from pyvmm.control import registry
+from pyvmm.errors import ConfigError, PyvmmError
+from pyvmm.host import log
+from pyvmm.host.unix_sockets import Socket
+from pyvmm.machine.outcome import STOP_SECONDS, Ending
+from pyvmm.spec.vm import VmSpec
+
+if TYPE_CHECKING:
+    from pyvmm.control.vm_log import VmLog
+
+
+def run_spec(
+    spec: VmSpec,
+    kvm: str = "auto",
+    *,
+    image: str | None = None,
+    rm: bool = False,
+    on_name: Callable[[str], None] = lambda name: None,
+    wrap: Callable[[VmSpec, Socket | None, Callable[[], int]], int] | None = None,
+    cut_if_nothing_kept: bool = False,
+) -> int:
+    """Run `spec`, under the name that it has or the first that is free, which `on_name` is told;
+    the exit code.
+
+    With `image` its first disk is that image's, and unless `rm` is true what the guest changes on
+    it is kept. `wrap` is called in place of the run, with what carries it out. A signal asks the
+    guest to power off first; with `cut_if_nothing_kept` only if it can keep something.
+    """
+    with _registered(spec.name, image or registry.DEFAULT_NAME) as registration:
+        spec = replace(spec, name=registration.name)
+        log.set_vm(spec.name)
+        if spec.devices:  # some of which have sockets
+            from pyvmm.host import named_listener
+
+            named_listener.note_by(registration.note)
+        on_name(registration.name)
+        if image is not None and not rm:
+            from pyvmm.monitor.from_image import keep_changes
+
+            spec = keep_changes(spec, image)
+        vm_log = _log_of(registration)
+        patience = 0.0 if cut_if_nothing_kept and not spec.keeps else STOP_SECONDS
+        listener = registration.listener
+
+        def run() -> int:
+            return _run(spec, kvm, listener, patience, vm_log)
+
+        try:
+            code = run() if wrap is None else wrap(spec, listener, run)
+        except PyvmmError as error:
+            if vm_log is not None and not isinstance(error, ConfigError):
+                vm_log.end(1, message=str(error))
+            raise
+        if vm_log is not None:
+            _note_end(vm_log, code, of_command=wrap is not None)
+        return code
+
+
+def _log_of(registration: registry.Registration) -> VmLog | None:
+    """What keeps the VM's last words: there is a place for them where there is a control socket."""
+    if registration.listener is None:
+        return None
+    from pyvmm.control.vm_log import VmLog
+
+    made = VmLog(os.path.dirname(registration.path), registration.name)
+    log.copy_to(made.message)
+    return made
+
+
+def _note_end(vm_log: VmLog, code: int, *, of_command: bool) -> None:
+    """`code` is the VM's, or a command's in it."""
+    log.do_not_copy_to(vm_log.message)
+    known = not of_command and code in {ending.value for ending in Ending}
+    details = {"ending": Ending(code).name.lower()} if known else {}
+    message = vm_log.last_message.decode(errors="replace") if code and not of_command else ""
+    if log.is_json() and message:
+        import json
+
+        with suppress(ValueError, AttributeError):
+            message = json.loads(message).get("message", "")
+    message = message.removeprefix("pyvmm: ").removeprefix(f"{vm_log.name}: ")
+    vm_log.end(code, message=message, **details)
+
+
+def _run(
+    spec: VmSpec,
+    kvm: str,
+    control: Socket | None,
+    stop_patience: float,
+    vm_log: VmLog | None,
+) -> int:
+    because = None
+    if kvm == "auto":
+        from pyvmm.kvm.probe import why_unusable
+
+        because = why_unusable()
+    if kvm == "host" or (kvm == "auto" and because is None):
+        from pyvmm.monitor.phases import run_here
+
+        return run_here(
+            spec,
+            control=control,
+            stop_patience=stop_patience,
+            on_output=_nothing if vm_log is None else vm_log.console,
+        )
+    from pyvmm.monitor.emulated import run_emulated
+
+    return run_emulated(spec, because, control=control, stop_patience=stop_patience, vm_log=vm_log)
+
+
+def _nothing(data: bytes) -> None:
+    pass
+
+
+def _registered(name: str, default: str) -> registry.Registration:
+    try:
+        return registry.register(name, default)
+    except registry.NoPlace as error:
+        # The guest does not depend on it.
+        log.to_stderr(f"{error}; pyvmm ps, stop and the like will not find this VM")
+        return registry.Registration(name or default)
