@@ -23,7 +23,13 @@ from pyvmm.api.console import Console
 from pyvmm.api.errors import TAIL_LINES, Outcome
 from pyvmm.api.events import Event
 from pyvmm.api.in_monitor import BalloonControl
-from pyvmm.api.signatures import Asynchronous, awaited, awaited_for_itself, signature_of
+from pyvmm.api.signatures import (
+    Asynchronous,
+    OfAllOptions,
+    awaited,
+    awaited_for_itself,
+    signature_of,
+)
 from pyvmm.api.vm import VM
 
 P = ParamSpec("P")
@@ -43,6 +49,8 @@ async def _end(
 class AsyncVM(Asynchronous[VM]):
     """A VM whose methods are coroutines. `vm` is the `VM` itself; what does not wait (`name`,
     `outcome`, `messages`, `console.text`) is as there."""
+
+    __signature__ = OfAllOptions(vsock=True)
 
     @signature_of(VM.__init__)
     def __init__(self, *args: Any, **options: Any) -> None:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from pyvmm.api.cancellation import in_thread
+from pyvmm.kinds import registry
+from pyvmm.spec.options import Option
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -28,6 +30,30 @@ def signature_of(
         return function
 
     return decorate
+
+
+class OfAllOptions:
+    """The `__signature__` of a class whose __init__ takes each kind of device as a keyword, from
+    the rows of their options. For `help` and the like; type checkers have registry.Keywords."""
+
+    def __init__(self, **defaults: object) -> None:
+        """`defaults` are those that are others than the command line's."""
+        self._defaults = defaults
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._owner = owner
+
+    def __get__(self, instance: object, owner: type) -> inspect.Signature:
+        if owner.__init__ is not self._owner.__init__:  # type: ignore[misc]
+            raise AttributeError("__signature__")  # a class that takes something else
+        of_init = inspect.signature(self._owner.__init__)  # type: ignore[misc]
+        own = of_init.parameters
+        rows = [own.get(row.name, self._keyword(row)) for row in registry.file_options()]
+        return inspect.Signature(rows, return_annotation=of_init.return_annotation)
+
+    def _keyword(self, row: Option) -> inspect.Parameter:
+        default = self._defaults.get(row.name, row.default)
+        return inspect.Parameter(row.name, inspect.Parameter.KEYWORD_ONLY, default=default)
 
 
 class Asynchronous(Generic[T_co]):

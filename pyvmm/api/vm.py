@@ -19,24 +19,22 @@ from pyvmm.api.events import Event, events_of
 from pyvmm.api.in_guest import InGuest, Path
 from pyvmm.api.in_monitor import PATIENCE, InMonitor
 from pyvmm.api.monitor import Monitor, OwnMonitor
+from pyvmm.api.signatures import OfAllOptions
 from pyvmm.control.client import CUT_SECONDS, Client, NoAnswer, NotRunning, open_events, patiently
 from pyvmm.errors import ConfigError, HostError, PyvmmError
+from pyvmm.kinds import registry
 from pyvmm.kinds.vm_spec import make_spec, validate
 from pyvmm.machine.outcome import STOP_SECONDS
 from pyvmm.spec.vm import DeviceSpec, DiskSpec, VmSpec
 
 if TYPE_CHECKING:
-    from pyvmm.api.console import Console
-    from pyvmm.kinds.balloon import Spec as Balloon
-    from pyvmm.kinds.net import Spec as Net
-    from pyvmm.kinds.port import PortSpec as Port
-    from pyvmm.kinds.rng import Spec as Rng
-    from pyvmm.kinds.user import Spec as UserDevice
-    from pyvmm.kinds.vsock import Spec as Vsock
+    from typing import Unpack
 
-Table = Mapping[str, Any]
+    from pyvmm.api.console import Console
+    from pyvmm.kinds.registry import Keywords
 
 START_SECONDS = 300.0  # until the first instruction; an emulated host on a busy machine takes long
+_DEFAULTS: dict[str, Any] = {"vsock": True}
 _FOR_EVER = 1e9
 _ASK_SECONDS = 5.0  # for a monitor to answer
 _KILL_SECONDS = 10.0
@@ -59,20 +57,14 @@ class VM(InGuest, InMonitor):
     raises VMError; what asks the guest or its monitor (`run`, `status`) works.
     """
 
+    __signature__ = OfAllOptions(**_DEFAULTS)
+
     def __init__(
         self,
         image: str | None = None,
         *,
         kernel: Path | None = None,
         initrd: Path | None = None,
-        disks: DiskSpec | Path | Table | Iterable[DiskSpec | Path | Table] = (),
-        net: Net | str | Table | Iterable[Net | str | Table] = (),
-        console: str | None = None,
-        ports: Port | str | Table | Iterable[Port | str | Table] = (),
-        rng: Rng | bool | str | Table = False,
-        devices: UserDevice | str | Table | Iterable[UserDevice | str | Table] = (),
-        balloon: Balloon | bool | str | Table = False,
-        vsock: Vsock | bool | str | Table = True,
         cpus: int = 1,
         memory: int | str = "512M",
         cmdline: str = "",
@@ -83,16 +75,22 @@ class VM(InGuest, InMonitor):
         name: str = "",
         rm: bool = True,
         kvm: str = "auto",
+        **kinds: Unpack[Keywords],
     ) -> None:
-        """The options are those of `pyvmm run`. With neither an image nor a kernel it is the
-        default image, debian, built if it is not there. Unlike there, `rm` is the default (what
-        the guest changes on an image's disk is thrown away), and `vsock`, which leads to its agent.
+        """The options are those of `pyvmm run` (docs/options.md). With neither an image nor a
+        kernel it is the default image, debian, built if it is not there. Unlike there, `rm` is the
+        default (what the guest changes on an image's disk is thrown away), and `vsock`, which leads
+        to its agent.
 
         Sizes are in bytes, or texts such as "2G"; what is structured is a specification
         (`Disk(…)`), a mapping with its fields, or a text as on the command line. Raises ConfigError
         for what can be seen to be wrong without opening a file.
         """
-        values = {key: value for key, value in locals().items() if key != "self"}
+        for keyword in kinds:
+            if keyword not in registry.keywords():
+                raise TypeError(f"VM.__init__() got an unexpected keyword argument {keyword!r}")
+        own = {key: value for key, value in locals().items() if key not in ("self", "kinds")}
+        values = {**own, **_DEFAULTS, **kinds}
         self._values = {
             key: list(value) if _is_list(value) else value for key, value in values.items()
         }

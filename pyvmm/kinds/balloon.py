@@ -13,8 +13,17 @@ from pyvmm.spec.sizes import parse_memory
 from pyvmm.spec.vm import DeviceSpec
 
 if TYPE_CHECKING:
+    from typing import TypedDict
+
     from pyvmm.control.protocol import Method
+    from pyvmm.kinds.interface import Table
     from pyvmm.virtio.balloon.device import BalloonDevice
+
+    class Keywords(TypedDict, total=False):
+        """What `pyvmm.VM` takes."""
+
+        balloon: Spec | bool | str | Table
+
 
 _FLAG = "--balloon"
 _SYNTAX = "[size=SIZE][,free-page-reporting][,deflate-on-oom][,packed]"

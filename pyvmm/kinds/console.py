@@ -11,9 +11,17 @@ from pyvmm.spec.options import Option
 from pyvmm.spec.vm import DeviceSpec
 
 if TYPE_CHECKING:
+    from typing import TypedDict
+
     from pyvmm.platform.console import Console
     from pyvmm.platform.console_pump import InputPort
     from pyvmm.virtio.console.device import ConsoleDevice
+
+    class Keywords(TypedDict, total=False):
+        """What `pyvmm.VM` takes."""
+
+        console: str | None
+
 
 _SERIAL = "serial"
 

@@ -3,13 +3,13 @@ gives back. pyvmm.kinds.registry tells what a kind consists of."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyvmm.errors import ConfigError
-from pyvmm.spec import tables
 from pyvmm.spec.options import Option, as_list, wrong_type
 from pyvmm.spec.vm import DeviceSpec, DiskSpec, VmSpec
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from pyvmm.virtio.device import VirtioDevice
 
 Spec = DiskSpec | DeviceSpec
+Table = Mapping[str, Any]
+"""The fields of a specification, by name."""
+Path = str | os.PathLike[str]
 Visible = Callable[[str, str], str]
 """Gives the path by which the file at a path is seen in an emulated host, or raises ConfigError,
 which names the option that is the second argument."""
@@ -50,7 +53,6 @@ def _no_memory() -> int:
     raise ConfigError("there is no machine whose guest could have the file as memory")
 
 
-@dataclass
 class Border:
     """Where a VM crosses into an emulated host: what a kind's `cross` is given.
 
@@ -58,9 +60,10 @@ class Border:
     told above.
     """
 
-    closing: ExitStack
-    visible: Visible
-    _given: dict[str, int] = field(default_factory=dict)
+    def __init__(self, closing: ExitStack, visible: Visible) -> None:
+        self.closing = closing
+        self.visible = visible
+        self._given: dict[str, int] = {}
 
     def place(self, what: str) -> str:
         """A new path inside, for a thing of the kind `what` that has none of its own."""
@@ -123,6 +126,8 @@ def read_value(kind: Any, value: Any, option: Option) -> DeviceSpec:
     if isinstance(value, DeviceSpec) and value.kind == option.device:
         return value
     if isinstance(value, Mapping):
+        from pyvmm.spec import tables
+
         found: DeviceSpec = tables.read(kind.Spec, value, option.name)
         return found
     if value is True and not option.many:

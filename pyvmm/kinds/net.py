@@ -14,12 +14,22 @@ from pyvmm.spec.options import Option
 from pyvmm.spec.vm import INTERNAL, DeviceSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import TypedDict
+
     from pyvmm.host import passt
     from pyvmm.host.passt import Forward
+    from pyvmm.kinds.interface import Table
     from pyvmm.virtio.net.backend import Backend
     from pyvmm.virtio.net.device import NetDevice
     from pyvmm.virtio.net.limits import Limits
     from pyvmm.virtio.net.tap import TapBackend
+
+    class Keywords(TypedDict, total=False):
+        """What `pyvmm.VM` takes."""
+
+        net: Spec | str | Table | Iterable[Spec | str | Table]
+
 
 OPTION = "--net"
 SYNTAX = (

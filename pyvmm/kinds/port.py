@@ -14,7 +14,17 @@ from pyvmm.spec.options import Option, as_list, read_text, wrong_type
 from pyvmm.spec.vm import DeviceSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import TypedDict
+
+    from pyvmm.kinds.interface import Table
     from pyvmm.virtio.console.device import ConsoleDevice
+
+    class Keywords(TypedDict, total=False):
+        """What `pyvmm.VM` takes."""
+
+        ports: PortSpec | str | Table | Iterable[PortSpec | str | Table]
+
 
 _FLAG = "--port"
 _SYNTAX = "name=NAME,path=PATH[,packed]"

@@ -3,6 +3,7 @@ needs from outside the device itself.
 
 docs/adding-a-device.md takes a reader through one. The module has
 
+    class Keywords(TypedDict)           the keyword of `pyvmm.VM`, for type checkers alone
     OPTIONS                             its rows (pyvmm.spec.options): what stands on the command
                                         line, in files, in Python, in --help and the reference. The
                                         one that KINDS names describes devices; others stand for it
@@ -49,6 +50,7 @@ from pyvmm.spec.options import FIRST, LAST, Option
 
 if TYPE_CHECKING:
     from pyvmm.control.protocol import Method
+    from pyvmm.kinds import balloon, console, disk, net, port, rng, user, vsock
     from pyvmm.kinds.interface import Border, Context, Crossing, Running, Spec
     from pyvmm.spec.vm import VmSpec
     from pyvmm.virtio.device import VirtioDevice
@@ -59,6 +61,23 @@ class Kind(NamedTuple):
 
     option: str
     module: str
+
+
+if TYPE_CHECKING:
+
+    class Keywords(
+        disk.Keywords,
+        net.Keywords,
+        console.Keywords,
+        port.Keywords,
+        rng.Keywords,
+        user.Keywords,
+        balloon.Keywords,
+        vsock.Keywords,
+        total=False,
+    ):
+        """What `pyvmm.VM` takes for devices, as type checkers see it; without a line here it takes
+        the rest as well."""
 
 
 # The order is the one in which a VM's devices appear in the guest.
@@ -99,6 +118,11 @@ def options() -> tuple[Option, ...]:
 def file_options() -> tuple[Option, ...]:
     """The rows of what a configuration file and the Python API can say."""
     return tuple(row for row in options() if not row.not_in_files)
+
+
+def keywords() -> tuple[str, ...]:
+    """The names of the options that ask for devices."""
+    return tuple(kind.option for kind in KINDS.values())
 
 
 def names() -> tuple[str, ...]:

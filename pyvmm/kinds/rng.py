@@ -13,7 +13,16 @@ from pyvmm.spec.options import FLAG, Option
 from pyvmm.spec.vm import DeviceSpec
 
 if TYPE_CHECKING:
+    from typing import TypedDict
+
+    from pyvmm.kinds.interface import Table
     from pyvmm.virtio.rng.device import EntropyDevice
+
+    class Keywords(TypedDict, total=False):
+        """What `pyvmm.VM` takes."""
+
+        rng: Spec | bool | str | Table
+
 
 _LIMITS = "--rng-limit"
 

@@ -17,8 +17,18 @@ from pyvmm.spec.options import Option
 from pyvmm.spec.vm import DeviceSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import TypedDict
+
+    from pyvmm.kinds.interface import Table
     from pyvmm.kinds.user_class import UserClass
     from pyvmm.virtio.device import VirtioDevice
+
+    class Keywords(TypedDict, total=False):
+        """What `pyvmm.VM` takes."""
+
+        devices: Spec | str | Table | Iterable[Spec | str | Table]
+
 
 OPTION = "--device"
 OPTIONS = (

@@ -18,9 +18,18 @@ from pyvmm.spec.vm import INTERNAL, DeviceSpec
 from pyvmm.virtio.vsock.uapi import HIGHEST_GUEST_CID, LOWEST_GUEST_CID
 
 if TYPE_CHECKING:
+    from typing import TypedDict
+
     from pyvmm.control.protocol import Method, Upgrade
     from pyvmm.host.unix_sockets import Socket
+    from pyvmm.kinds.interface import Table
     from pyvmm.virtio.vsock.device import VsockDevice
+
+    class Keywords(TypedDict, total=False):
+        """What `pyvmm.VM` takes."""
+
+        vsock: Spec | bool | str | Table
+
 
 _FLAG = "--vsock"
 _SYNTAX = "[cid=N][,path=PATH][,packed]"

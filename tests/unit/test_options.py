@@ -47,6 +47,7 @@ def test_the_command_line_has_every_option_and_no_other() -> None:
 
 
 def test_the_python_api_has_every_option_and_no_other() -> None:
+    assert inspect.signature(AsyncVM) == inspect.signature(VM)
     keywords = list(inspect.signature(VM).parameters.values())
     assert [keyword.name for keyword in keywords] == list(NAMES)
     # What a VM of Python's changes goes with it, and its guest has an agent.
@@ -55,6 +56,19 @@ def test_the_python_api_has_every_option_and_no_other() -> None:
     assert {k.name: k.default or None for k in keywords} == {
         name: default or None for name, default in defaults.items()
     }
+
+
+def test_a_vm_takes_no_keyword_that_is_no_option() -> None:
+    with pytest.raises(TypeError, match="unexpected keyword argument 'kernal'"):
+        VM(kernal="vmlinuz")  # type: ignore[call-arg]
+
+
+def test_a_class_of_its_own_arguments_shows_those() -> None:
+    class Small(VM):
+        def __init__(self, size: int) -> None:
+            super().__init__(kernel="vmlinuz", memory=size)
+
+    assert list(inspect.signature(Small).parameters) == ["size"]
 
 
 @pytest.mark.parametrize(("method", "agents"), [("run", "run"), ("popen", "open")])

@@ -15,14 +15,23 @@ from typing import TYPE_CHECKING, Any
 
 from pyvmm.errors import ConfigError
 from pyvmm.kinds.interface import Border, Context, Crossing, Reader, Running
-from pyvmm.spec import rates, tables
+from pyvmm.spec import rates
 from pyvmm.spec.options import Option, as_list, read_path
 from pyvmm.spec.sizes import DIGITS
 from pyvmm.spec.vm import DiskSpec, VmSpec
 
 if TYPE_CHECKING:
+    from typing import TypedDict
+
     from pyvmm.control.protocol import Method
+    from pyvmm.kinds.interface import Path, Table
     from pyvmm.virtio.blk.device import BlockDevice
+
+    class Keywords(TypedDict, total=False):
+        """What `pyvmm.VM` takes."""
+
+        disks: DiskSpec | Path | Table | Iterable[DiskSpec | Path | Table]
+
 
 FLAG = "--disk"
 MAX_ID_BYTES = 20  # VIRTIO_BLK_ID_BYTES: the driver reads the id by VIRTIO_BLK_T_GET_ID
@@ -78,6 +87,8 @@ def _read_disk(value: Any, option: Option) -> DiskSpec:
     if isinstance(value, DiskSpec):
         return value
     if isinstance(value, Mapping):
+        from pyvmm.spec import tables
+
         found = tables.read(DiskSpec, value, option.name)
         if not found.path:
             raise ConfigError("a disk without a path", option=option.flag)
@@ -145,6 +156,8 @@ def plain(specs: list[DiskSpec], option: Option) -> tuple[dict[str, Any], ...]:
 
 
 def _table(index: int, disk: DiskSpec) -> dict[str, Any]:
+    from pyvmm.spec import tables
+
     table = tables.write(disk)
     if table.get("id") == _usual_id(index):  # which it would have been given anyway
         del table["id"]
