@@ -29,7 +29,7 @@ from pyvmm.kinds.vm_spec import to_json
 from pyvmm.machine.builder import check_boot
 from pyvmm.machine.outcome import STOP_SECONDS, Ending
 from pyvmm.machine.trace import cannot_write
-from pyvmm.monitor import inside
+from pyvmm.monitor import emulated_inside
 from pyvmm.platform.console import standard_fds
 from pyvmm.platform.escape import HELP, Command, EscapeParser
 from pyvmm.platform.terminal import Terminal, is_terminal
@@ -86,7 +86,7 @@ def run_emulated(
                 "(--kvm=host insists, `pyvmm doctor` explains)"
             )
         # -P: the current directory is the user's, not a place for modules.
-        argv = [sys.executable, "-P", "-m", inside.__name__, to_json(spec)]
+        argv = [sys.executable, "-P", "-m", emulated_inside.__name__, to_json(spec)]
         argv.append(str(stop_patience))
         return _join_terminal(host, argv, size, stop_patience, vm_log)
 
@@ -98,7 +98,11 @@ def _size_service(crossings: list[Crossing]) -> SizeService | None:
 
 
 def _control_listener(control: Socket | None) -> list[HostListener]:
-    return [] if control is None else [HostListener(inside.CONTROL_PATH, control, owner_only=True)]
+    return (
+        []
+        if control is None
+        else [HostListener(emulated_inside.CONTROL_PATH, control, owner_only=True)]
+    )
 
 
 def _device_listeners(crossings: list[Crossing]) -> list[HostListener]:

@@ -21,6 +21,7 @@ from contextlib import suppress
 from threading import Thread
 from typing import TYPE_CHECKING
 
+from pyvmm import monitor
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.machine.outcome import STOP_SECONDS
 
@@ -39,6 +40,7 @@ def main() -> int:
     (as `run_spec` has them) and `parent` (a process, or null); argv[2] is one that the VM's name is
     written to.
     """
+    monitor.collect_garbage_rarely()
     from pyvmm.monitor.exit_code import explain
 
     try:

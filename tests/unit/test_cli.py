@@ -338,7 +338,8 @@ def test_a_file_that_may_not_be_read_is_one_line(run, place, option, name):
 
 def test_inside_the_emulated_host_errors_are_one_line_too_and_click_stays_out():
     script = (
-        "import sys; sys.argv = ['inside', '{}', '30']; from pyvmm.monitor.inside import main;"
+        "import sys; sys.argv = ['inside', '{}', '30'];"
+        "from pyvmm.monitor.emulated_inside import main;"
         "code = main();"
         "print(code, 'click' in sys.modules)"
     )

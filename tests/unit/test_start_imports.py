@@ -19,14 +19,16 @@ from pyvmm.spec.vm import DiskSpec, VmSpec
 # Runs sys.argv[2:] as the command line until the machine is about to be put together.
 RUN = """
 import sys
-before = set(sys.modules)
+before = set(sys.modules) | {"gc"}
 entry, *sys.argv = sys.argv[1:]
 if entry == "command":
     from pyvmm.cli import main
 else:
-    from pyvmm.monitor.inside import main
+    from pyvmm.monitor.emulated_inside import main
 from pyvmm.monitor import phases
 def stop(*parts):
+    import gc
+    assert gc.get_threshold()[0] >= 100_000, "the start searches for garbage all the time"
     print(*sorted(set(sys.modules) - before))
     sys.stdout.flush()
     import os

@@ -10,6 +10,7 @@ import os
 import sys
 from contextlib import suppress
 
+from pyvmm import monitor
 from pyvmm.relay import VARIABLE
 
 CONTROL_PATH = "/run/pyvmm-control"  # where the relay of sockets finds the monitor
@@ -18,6 +19,7 @@ CONTROL_PATH = "/run/pyvmm-control"  # where the relay of sockets finds the moni
 def main() -> int:
     """Run the specification in argv[1], a JSON text; the guest's exit code. argv[2] are the seconds
     that a guest has to power off when a signal asks it to."""
+    monitor.collect_garbage_rarely()
     from pyvmm.host import log
     from pyvmm.kinds.vm_spec import from_json
     from pyvmm.monitor.phases import run_here
