@@ -58,9 +58,10 @@ Rounds = dict[str, list[dict[str, float]]]  # "quiet" and "busy": p50 and p99 in
 def measure_monitor(rounds: int, seconds: float, found: Sequence[pythons.Python]) -> list[Any]:
     """A row for each Python and interval. Raises PyvmmError without a usable KVM."""
     from pyvmm.kvm.system import Kvm
+    from pyvmm.machine.board.registry import board_of_host
 
     with Kvm.open() as kvm:
-        kvm.check_required()
+        kvm.check_required(board_of_host().requirements)
     rows = []
     for python in found:
         for name, interval in INTERVALS.items():

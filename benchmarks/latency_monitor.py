@@ -17,7 +17,9 @@ from blk_mock import DRIVER_OK, Bench, image_on_tmpfs
 from pyvmm.bus import Bus
 from pyvmm.kvm import kick
 from pyvmm.kvm.system import Kvm
+from pyvmm.kvm.x86 import cpuid, irqchip
 from pyvmm.kvm.x86.boot_vcpu import setup_boot_vcpu, setup_vcpu
+from pyvmm.kvm.x86.state_text import state_lines
 from pyvmm.machine.board.x86 import layout
 from pyvmm.machine.run_loop import make_run_loop
 from pyvmm.machine.vcpu_runner import VcpuRunner
@@ -93,11 +95,11 @@ class Talker:
         self.memory = GuestMemory([(0, RAM)])
         self.memory.write(CODE, OUTPUT_FOR_EVER)
         self._vm = vm = kvm.create_vm()
-        vm.set_tss_addr(layout.KVM_TSS)
-        vm.create_irqchip()
+        irqchip.set_tss_addr(vm, layout.KVM_TSS)
+        irqchip.create_irqchip(vm)
         vm.set_memory_region(0, 0, RAM, self.memory.regions[0].host_addr)
         self._vcpu = vm.create_vcpu(0)
-        setup_vcpu(self._vcpu, kvm.supported_cpuid(), 0, 1)
+        setup_vcpu(self._vcpu, cpuid.supported(kvm), 0, 1)
         setup_boot_vcpu(self._vcpu, mode="protected32", rip=CODE, gdt_base=layout.BOOT_GDT)
         self.written = 0
         self._console = ConsoleOutput(os.open(os.devnull, os.O_WRONLY), observer=self._count)
@@ -106,7 +108,7 @@ class Talker:
         serial = Serial(lambda level: vm.irq_line(layout.SERIAL_GSI, level), self._console.write)
         ports.register(layout.SERIAL_PORT, layout.SERIAL_PORTS, serial)
         loop = make_run_loop(ports, Bus("MMIO"), None)
-        self._runner = VcpuRunner(self._vcpu, loop, self.memory, self._ended, None)
+        self._runner = VcpuRunner(self._vcpu, loop, self.memory, self._ended, None, state_lines)
         self._runner.request_pause()
         self._runner.start()
         self._talking = False

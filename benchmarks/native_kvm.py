@@ -25,7 +25,9 @@ from pyvmm.bus import Action, Bus
 from pyvmm.errors import PyvmmError
 from pyvmm.kvm.loop import run_until_exit
 from pyvmm.kvm.system import Kvm
+from pyvmm.kvm.x86 import cpuid, irqchip
 from pyvmm.kvm.x86.boot_vcpu import setup_boot_vcpu, setup_vcpu
+from pyvmm.machine.board.registry import board_of_host
 from pyvmm.machine.board.x86 import layout
 from pyvmm.memory import GuestMemory
 
@@ -71,11 +73,11 @@ class PythonLoop:
         memory = GuestMemory([(0, RAM)])
         memory.write(CODE, GUESTS[kind])
         vm = closing.enter_context(kvm.create_vm())
-        vm.set_tss_addr(layout.KVM_TSS)
-        vm.create_irqchip()
+        irqchip.set_tss_addr(vm, layout.KVM_TSS)
+        irqchip.create_irqchip(vm)
         vm.set_memory_region(0, 0, RAM, memory.regions[0].host_addr)
         self._vcpu = closing.enter_context(vm.create_vcpu(0))
-        setup_vcpu(self._vcpu, kvm.supported_cpuid(), 0, 1)
+        setup_vcpu(self._vcpu, cpuid.supported(kvm), 0, 1)
         setup_boot_vcpu(self._vcpu, mode="protected32", rip=CODE, gdt_base=layout.BOOT_GDT)
         self._keep = memory
 
@@ -148,16 +150,16 @@ def first_byte() -> None:
     ports = Bus("port")
     ports.register(layout.SERIAL_PORT, layout.SERIAL_PORTS, Serial())
     with Kvm.open() as kvm:
-        kvm.check_required()
+        kvm.check_required(board_of_host().requirements)
         with kvm.create_vm() as vm:
-            vm.set_tss_addr(layout.KVM_TSS)
-            vm.set_identity_map_addr(layout.KVM_IDENTITY_MAP)
-            vm.create_irqchip()
-            vm.create_pit2()
+            irqchip.set_tss_addr(vm, layout.KVM_TSS)
+            irqchip.set_identity_map_addr(vm, layout.KVM_IDENTITY_MAP)
+            irqchip.create_irqchip(vm)
+            irqchip.create_pit2(vm)
             for slot, region in enumerate(memory.regions):
                 vm.set_memory_region(slot, region.guest_addr, region.size, region.host_addr)
             with vm.create_vcpu(0) as vcpu:
-                setup_vcpu(vcpu, kvm.supported_cpuid(), 0, 1)
+                setup_vcpu(vcpu, cpuid.supported(kvm), 0, 1)
                 setup_boot_vcpu(vcpu, mode="protected32", rip=CODE, gdt_base=layout.BOOT_GDT)
                 run_until_exit(vcpu, ports, Bus("MMIO"))
                 print(private_dirty_kib("pyvmm-guest-ram"))

@@ -62,10 +62,11 @@ def lacks_kvm() -> str:
     """Why no guest can run on this machine's KVM, not even a small one; or ""."""
     from pyvmm.errors import PyvmmError
     from pyvmm.kvm.system import Kvm
+    from pyvmm.machine.board.registry import board_of_host
 
     try:
         with Kvm.open() as kvm:
-            kvm.check_required()
+            kvm.check_required(board_of_host().requirements)
     except PyvmmError as error:
         return str(error)
     return ""

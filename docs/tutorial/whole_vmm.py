@@ -13,6 +13,7 @@ from pyvmm.host.files import open_image
 from pyvmm.host.syscalls import EventFd
 from pyvmm.kvm.loop import run_until_exit
 from pyvmm.kvm.system import Kvm
+from pyvmm.kvm.x86 import cpuid, irqchip
 from pyvmm.kvm.x86.boot_vcpu import setup_boot_vcpu, setup_vcpu
 from pyvmm.machine.board.x86 import layout
 from pyvmm.memory import GuestMemory
@@ -45,10 +46,10 @@ kvm = Kvm.open()
 vm = kvm.create_vm()
 for slot, region in enumerate(memory.regions):
     vm.set_memory_region(slot, region.guest_addr, region.size, region.host_addr)
-vm.set_tss_addr(layout.KVM_TSS)
-vm.set_identity_map_addr(layout.KVM_IDENTITY_MAP)
-vm.create_irqchip()
-vm.create_pit2()
+irqchip.set_tss_addr(vm, layout.KVM_TSS)
+irqchip.set_identity_map_addr(vm, layout.KVM_IDENTITY_MAP)
+irqchip.create_irqchip(vm)
+irqchip.create_pit2(vm)
 
 # 3. I/O ports: a serial port that writes to our standard output, and the power switch.
 ports, mmio = Bus("I/O port"), Bus("MMIO")
@@ -72,7 +73,7 @@ vm.irqfd(interrupt.fd, DISK_GSI)
 
 # 5. A processor, which stands where the kernel begins.
 vcpu = vm.create_vcpu(0)
-setup_vcpu(vcpu, kvm.supported_cpuid(), index=0, count=1)
+setup_vcpu(vcpu, cpuid.supported(kvm), index=0, count=1)
 setup_boot_vcpu(
     vcpu,
     mode="long64" if entry.mode == boot.LONG64 else "protected32",

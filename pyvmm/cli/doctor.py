@@ -50,8 +50,10 @@ def check_kvm() -> Iterator[Check]:
     """/dev/kvm, what it offers, and whether it really runs kernels."""
     from pyvmm.kvm.probe import probe
     from pyvmm.kvm.system import Kvm
+    from pyvmm.machine.board.registry import board_of_host
 
     try:
+        board = board_of_host()
         kvm = Kvm.open()
     except PyvmmError as error:
         yield Check("/dev/kvm", False, *_message_and_cure(error))
@@ -59,12 +61,12 @@ def check_kvm() -> Iterator[Check]:
     with kvm:
         yield Check("/dev/kvm", True, f"KVM API 12, up to {kvm.max_vcpus} vCPUs")
         try:
-            kvm.check_required()
+            kvm.check_required(board.requirements)
             yield Check("capabilities", True, "all that pyvmm needs")
         except PyvmmError as error:
             yield Check("capabilities", False, *_message_and_cure(error))
             return
-        found = probe(kvm)
+        found = probe(board.probe_guest(kvm))
         yield Check(
             "probe guest",
             found.usable,

@@ -11,9 +11,9 @@ import os
 from dataclasses import dataclass
 from hashlib import blake2b
 
+from pyvmm.emulated_host.architecture import emulated_machine
 from pyvmm.emulated_host.initramfs import base_archive, base_parts
 from pyvmm.emulated_host.spec import HostImage
-from pyvmm.emulated_host.x86.kernel import vmlinux
 from pyvmm.errors import ConfigError
 from pyvmm.host import user_cache
 
@@ -53,7 +53,7 @@ def _unpacked(kernel: bytes, path: str, directory: str) -> str:
     name = os.path.join(directory, f"vmlinux-{_hash(kernel)}")
     if os.path.exists(name):
         return name
-    elf = vmlinux(kernel)
+    elf = emulated_machine().vmlinux(kernel)
     return path if elf is None else _write(name, elf)
 
 

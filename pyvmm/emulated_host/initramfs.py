@@ -9,6 +9,7 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pyvmm.emulated_host.architecture import emulated_machine
 from pyvmm.emulated_host.modules import Module, load_order
 from pyvmm.emulated_host.ports import relay_device
 from pyvmm.emulated_host.spec import (
@@ -17,7 +18,6 @@ from pyvmm.emulated_host.spec import (
     EmulatedHostSpec,
     HostImage,
 )
-from pyvmm.emulated_host.x86.machine import KVM_MODULES, ROOT_MODULES
 from pyvmm.errors import ConfigError
 from pyvmm.host import cpio
 from pyvmm.host.programs import find_program
@@ -93,8 +93,9 @@ class BaseParts:
 
 def base_parts(image: HostImage) -> BaseParts:
     """The parts of `image`. Raises ConfigError for a file that is missing."""
-    root = tuple(load_order(image.modules_dir, ROOT_MODULES))
-    kvm = tuple(m for m in load_order(image.modules_dir, KVM_MODULES) if m not in root)
+    machine = emulated_machine()
+    root = tuple(load_order(image.modules_dir, machine.ROOT_MODULES))
+    kvm = tuple(m for m in load_order(image.modules_dir, machine.KVM_MODULES) if m not in root)
     here = os.path.dirname(__file__)
     paths = {
         "init": os.path.join(here, "init.sh"),

@@ -8,13 +8,13 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from pyvmm.emulated_host.architecture import emulated_machine
 from pyvmm.emulated_host.cache import boot_files
 from pyvmm.emulated_host.initramfs import run_archive, settings_of
 from pyvmm.emulated_host.limits import check_memory
 from pyvmm.emulated_host.ports import Port, open_ports
 from pyvmm.emulated_host.qemu import OpenDisk, Qcow2Disk, open_disk, qemu_arguments
 from pyvmm.emulated_host.spec import EmulatedHostError, EmulatedHostSpec, HostDisk
-from pyvmm.emulated_host.x86.tsc import frequency_khz
 from pyvmm.errors import ConfigError
 from pyvmm.host.files import open_image
 from pyvmm.host.programs import find_program
@@ -79,7 +79,7 @@ def launch(spec: EmulatedHostSpec, argv: Sequence[str]) -> Launched:
             ports=ports,
             disks=disks,
             stream_fds=stream_fds,
-            tsc_khz=frequency_khz(),
+            tsc_khz=emulated_machine().frequency_khz(),
         )
         process = _spawn(
             [*qemu, *arguments],

@@ -8,10 +8,10 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pyvmm.emulated_host.architecture import emulated_machine
 from pyvmm.emulated_host.cache import BootFiles
 from pyvmm.emulated_host.ports import Port
 from pyvmm.emulated_host.spec import EmulatedHostSpec
-from pyvmm.emulated_host.x86.machine import kernel_parameters, machine_arguments
 from pyvmm.host.qcow2 import Layer, blockdev
 
 SECTOR = 512
@@ -63,15 +63,16 @@ def qemu_arguments(
     tsc_khz: int | None = None,
 ) -> list[str]:
     """The arguments, without the program. The descriptors in them must be inherited."""
+    machine = emulated_machine()
     return [
-        *machine_arguments(spec.cpus, spec.memory_mib),
+        *machine.machine_arguments(spec.cpus, spec.memory_mib),
         *("-nodefaults", "-no-user-config", "-no-reboot"),
         # What ps shows; the program's file is the dynamic loader.
         *("-name", f"pyvmm,process={PROCESS_NAME}"),
         *("-display", "none", "-monitor", "none"),
         *("-kernel", boot.kernel),
         *("-initrd", f"/proc/self/fd/{initramfs_fd}"),
-        *("-append", kernel_parameters(tsc_khz)),
+        *("-append", machine.kernel_parameters(tsc_khz)),
         *("-chardev", f"socket,id=console,fd={console_fd}", "-serial", "chardev:console"),
         *("-chardev", f"socket,id=qmp,fd={qmp_fd}", "-mon", "chardev=qmp,mode=control"),
         # The first virtio device, as the ports' names inside begin with its number: /dev/vport0p1.

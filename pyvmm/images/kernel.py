@@ -56,12 +56,10 @@ def _move(pattern: str, target: str) -> None:
 
 def _extract_vmlinux(into: str) -> None:
     # A program of its own: what it reads is foreign, and it confines itself.
-    from pyvmm import boot
-
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     bzimage, vmlinux = os.path.join(into, "bzImage"), os.path.join(into, "vmlinux")
     tools.run(
-        [sys.executable, "-P", "-m", boot.unpacker(), bzimage, vmlinux],
+        [sys.executable, "-P", "-m", "pyvmm.machine.board", bzimage, vmlinux],
         "cannot unpack vmlinux",
         env={"PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")},
     )

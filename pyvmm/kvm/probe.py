@@ -12,18 +12,37 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from threading import Timer
+from typing import Protocol
 
 from pyvmm.errors import ConfigError, PyvmmError
 from pyvmm.kvm import kick, uapi
-from pyvmm.kvm.system import Kvm
 from pyvmm.kvm.vcpu import Vcpu
-from pyvmm.kvm.x86 import probe_guest
 
 # Interpreters manage 1 to 2 million a second, translators (a KVM inside QEMU's TCG) over a hundred,
 # hardware thousands. Booting Linux takes some billions.
 ENOUGH_INSTRUCTIONS_PER_SECOND = 20_000_000
 _TIME_LIMIT = 2.0  # seconds; only a KVM that hangs in the guest ever gets there
 _BLOCKS = 3
+
+
+class ProbeGuest(Protocol):
+    """A VM with one vCPU that runs a few instructions of its architecture, up to an access that
+    makes KVM_RUN return `done`, one of KVM_EXIT_…. `counting_loop` is code that executes
+    `loop_instructions` before each such access."""
+
+    done: int
+    counting_loop: bytes
+    loop_instructions: int
+    vcpu: Vcpu
+
+    def instructions(self) -> Iterator[tuple[str, bytes]]:
+        """(name, code) of what kernels execute on this machine, each to be run on its own."""
+
+    def start(self, code: bytes) -> None:
+        """Put `code` into memory and the vCPU, all its state fresh, at its beginning."""
+
+    def close(self) -> None:
+        """Give everything back."""
 
 
 @dataclass(frozen=True)
@@ -39,23 +58,9 @@ class KvmProbe:
     reason: str
 
 
-def why_unusable() -> str | None:
-    """None if this machine's KVM runs unmodified Linux kernels, else the reason in a few words."""
-    try:
-        with Kvm.open() as kvm:
-            kvm.check_required()
-            found = probe(kvm)
-    except PyvmmError as error:
-        return str(error)
-    return None if found.usable else found.reason
-
-
-def probe(kvm: Kvm) -> KvmProbe:
-    """Run the probe guest on `kvm`: some 20 ms on an interpreting KVM, 5 ms on hardware.
-
-    Raises HostError where KVM refuses even to set the guest up.
-    """
-    with probe_guest.ProbeGuest(kvm) as guest:
+def probe(guest: ProbeGuest) -> KvmProbe:
+    """Run `guest` and close it: some 20 ms on an interpreting KVM, 5 ms on hardware."""
+    with contextlib.closing(guest):
         vcpu = guest.vcpu
         with _time_limit(vcpu):
             failures = tuple(_failures(guest))
@@ -77,18 +82,18 @@ def verdict(failures: tuple[str, ...], instructions_per_second: float) -> KvmPro
     return KvmProbe(False, failures, instructions_per_second, what)
 
 
-def _failures(guest: probe_guest.ProbeGuest) -> Iterator[str]:
+def _failures(guest: ProbeGuest) -> Iterator[str]:
     for name, code in guest.instructions():
         said = _run_to_the_end(guest, code)
         if said is not None:
             yield f"{name}: {said}"
 
 
-def _run_to_the_end(guest: probe_guest.ProbeGuest, code: bytes) -> str | None:
+def _run_to_the_end(guest: ProbeGuest, code: bytes) -> str | None:
     """None if `code` reaches its end, else what happened instead."""
     try:
         guest.start(code)
-        if guest.vcpu.run() == uapi.KVM_EXIT_IO:
+        if guest.vcpu.run() == guest.done:
             return None
         if guest.vcpu.exit_reason == uapi.KVM_EXIT_INTR:
             return "it did not return"
@@ -97,17 +102,17 @@ def _run_to_the_end(guest: probe_guest.ProbeGuest, code: bytes) -> str | None:
         return str(error)
 
 
-def _instructions_per_second(guest: probe_guest.ProbeGuest) -> float:
+def _instructions_per_second(guest: ProbeGuest) -> float:
     """The best of a few blocks: the first one pays for faulting in, translating and the like."""
     best = 0.0
     try:
-        guest.start(probe_guest.COUNTING_LOOP)
+        guest.start(guest.counting_loop)
         for _ in range(_BLOCKS):
             start = time.perf_counter()
-            if guest.vcpu.run() != uapi.KVM_EXIT_IO:
+            if guest.vcpu.run() != guest.done:
                 break
             elapsed = time.perf_counter() - start
-            best = max(best, probe_guest.LOOP_INSTRUCTIONS / elapsed)
+            best = max(best, guest.loop_instructions / elapsed)
     except PyvmmError:
         pass
     return best

@@ -10,15 +10,16 @@ from pyvmm.kvm.vcpu import Vcpu
 Reader = Callable[[int, int], bytes]
 """(guest-physical address, length) → bytes, raising where there is no RAM."""
 
+StateLines = Callable[[Vcpu, Reader], Iterator[str]]
 
-def crash_report(vcpu: Vcpu, event: Exit, read: Reader) -> str:
+
+def crash_report(vcpu: Vcpu, event: Exit, read: Reader, state_lines: StateLines) -> str:
     """Several lines: the exit by name, registers, segments, and the bytes at the instruction.
 
-    `event` is `vcpu.exit()`, `read` reads guest memory. Never raises: what cannot be had is said to
-    be unavailable, as a report that fails would hide the failure it reports.
+    `event` is `vcpu.exit()`, `read` reads guest memory, `state_lines` gives the state of a vCPU of
+    this architecture. Never raises: what cannot be had is said to be unavailable, as a report that
+    fails would hide the failure it reports.
     """
-    from pyvmm.kvm.x86.state_text import state_lines
-
     lines = [f"vCPU {vcpu.id}: {_text(event)}", *_details(event)]
     try:
         lines += state_lines(vcpu, read)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import syscalls
 from pyvmm.kvm import capabilities, uapi
 from pyvmm.kvm.vm import Vm
-
-if TYPE_CHECKING:
-    from pyvmm.kvm.x86.cpuid import CpuidEntry
 
 EMULATED = "use --kvm=emulated"
 
@@ -46,11 +43,10 @@ class Kvm(syscalls.Closable):
         """KVM_CHECK_EXTENSION: 0 if it is absent, else 1 or the value that belongs to it."""
         return syscalls.ioctl(self.fd, uapi.KVM_CHECK_EXTENSION, capability, "KVM_CHECK_EXTENSION")
 
-    def check_required(self) -> None:
-        """Raise ConfigError that names each capability pyvmm needs and this KVM lacks."""
-        from pyvmm.kvm.x86.capabilities import REQUIRED as REQUIRED_X86
-
-        capabilities.check(self.check_extension, (*capabilities.REQUIRED, *REQUIRED_X86))
+    def check_required(self, more: Sequence[capabilities.Requirement]) -> None:
+        """Raise ConfigError that names each capability pyvmm needs and this KVM lacks; `more` is
+        what it needs on one architecture."""
+        capabilities.check(self.check_extension, (*capabilities.REQUIRED, *more))
 
     @property
     def max_vcpus(self) -> int:
@@ -61,17 +57,10 @@ class Kvm(syscalls.Closable):
             or 4  # KVM's documentation: assume 4 where neither is known
         )
 
-    def supported_cpuid(self) -> list[CpuidEntry]:
-        """The CPUID leaves this KVM can give a guest that has the in-kernel irqchip (x86)."""
-        from pyvmm.kvm.x86 import cpuid
-
-        entries = cpuid.get_supported(self.fd)
-        deadline = self.check_extension(uapi.KVM_CAP_TSC_DEADLINE_TIMER) > 0
-        return cpuid.with_tsc_deadline(entries) if deadline else entries
-
-    def create_vm(self) -> Vm:
-        """A new VM without memory, devices or vCPUs. Raises HostError."""
-        fd = syscalls.ioctl(self.fd, uapi.KVM_CREATE_VM, 0, "KVM_CREATE_VM")
+    def create_vm(self, kind: int = 0) -> Vm:
+        """A new VM without memory, devices or vCPUs. `kind` is what an architecture's KVM takes as
+        the machine type. Raises HostError."""
+        fd = syscalls.ioctl(self.fd, uapi.KVM_CREATE_VM, kind, "KVM_CREATE_VM")
         return Vm(fd, self.vcpu_mmap_size)
 
     def close(self) -> None:

@@ -160,13 +160,6 @@ class Vcpu(syscalls.Closable):
         state.mp_state = mp_state
         struct_ioctl(self.fd, uapi.KVM_SET_MP_STATE, state, "KVM_SET_MP_STATE")
 
-    def translate(self, address: int) -> int | None:
-        """The guest-physical address of the guest's virtual `address` now, or None if unmapped."""
-        translation = ffi.new("struct kvm_translation *")
-        translation.linear_address = address
-        struct_ioctl(self.fd, uapi.KVM_TRANSLATE, translation, "KVM_TRANSLATE")
-        return int(translation.physical_address) if translation.valid else None
-
     # --- the end ---------------------------------------------------------------------------------
 
     def close(self) -> None:

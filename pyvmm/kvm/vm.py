@@ -75,27 +75,6 @@ class Vm(syscalls.Closable):
         struct_ioctl(self.fd, uapi.KVM_GET_DIRTY_LOG, log, "KVM_GET_DIRTY_LOG")
         return bytes(bitmap)
 
-    # --- x86 devices in the kernel ---------------------------------------------------------------
-
-    def set_tss_addr(self, addr: int) -> None:
-        """Where Intel's KVM may put three pages of its own; nothing else may be there."""
-        syscalls.ioctl(self.fd, uapi.KVM_SET_TSS_ADDR, addr, "KVM_SET_TSS_ADDR")
-
-    def set_identity_map_addr(self, addr: int) -> None:
-        """Where Intel's KVM may put one page of its own. Call it before any vCPU is created."""
-        where = ffi.new("uint64_t *", addr)
-        struct_ioctl(self.fd, uapi.KVM_SET_IDENTITY_MAP_ADDR, where, "KVM_SET_IDENTITY_MAP_ADDR")
-
-    def create_irqchip(self) -> None:
-        """Two 8259 PICs, an I/O APIC and a local APIC per vCPU, all in the kernel."""
-        syscalls.ioctl(self.fd, uapi.KVM_CREATE_IRQCHIP, 0, "KVM_CREATE_IRQCHIP")
-
-    def create_pit2(self) -> None:
-        """An i8254 timer in the kernel; it also answers port 0x61, so that no exit is needed."""
-        config = ffi.new("struct kvm_pit_config *")
-        config.flags = uapi.KVM_PIT_SPEAKER_DUMMY
-        struct_ioctl(self.fd, uapi.KVM_CREATE_PIT2, config, "KVM_CREATE_PIT2")
-
     # --- interrupts ------------------------------------------------------------------------------
 
     def irq_line(self, gsi: int, level: bool) -> None:
@@ -127,7 +106,7 @@ class Vm(syscalls.Closable):
     def set_gsi_routing(self, routes: Sequence[IrqchipRoute | MsiRoute]) -> None:
         """Replace the whole table of what each GSI raises.
 
-        `pyvmm.kvm.x86.irq_routing` has the table that KVM starts with.
+        The table that KVM starts with is its architecture's: `kvm/x86/irqchip.py` has x86's.
         """
         table = ffi.new("struct kvm_irq_routing *", {"entries": len(routes)})
         table.nr = len(routes)

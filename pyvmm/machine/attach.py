@@ -12,7 +12,7 @@ from pyvmm.bus import Bus
 from pyvmm.host import log
 from pyvmm.host.syscalls import EventFd
 from pyvmm.kvm.vm import Vm
-from pyvmm.machine.resources import VirtioSlot
+from pyvmm.machine.board.board import VirtioSlot
 from pyvmm.machine.trace import Hook, Trace
 from pyvmm.memory import GuestMemory
 from pyvmm.transport.base import Transport

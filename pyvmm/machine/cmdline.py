@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pyvmm.boot.cmdline import merge
+from pyvmm.machine.board.board import Board
 from pyvmm.spec.vm import VmSpec
 
 
-def default_parameters(spec: VmSpec, *, quiet: bool) -> list[str]:
+def default_parameters(spec: VmSpec, board: Board[Any], *, quiet: bool) -> list[str]:
     """Parameters that let an ordinary kernel come up on this machine.
 
-    `panic=-1` reboots at once after a panic, which ends the run; `reboot=k` is tried where ACPI's
-    reset register is not; without `pci=off` a kernel complains that it finds no PCI bus, of which
-    there is none; `quiet` is for where console output is slow.
+    `panic=-1` reboots at once after a panic, which ends the run; `quiet` is for where console
+    output is slow. The board has what its machine needs.
     """
-    parameters = [f"console={spec.console}", "panic=-1", "reboot=k", "pci=off"]
+    console = spec.console or board.console
+    parameters = [f"console={console}", "panic=-1", *board.kernel_parameters]
     if quiet:
         parameters.append("quiet")
     if spec.disks:
@@ -21,6 +24,6 @@ def default_parameters(spec: VmSpec, *, quiet: bool) -> list[str]:
     return parameters
 
 
-def command_line(spec: VmSpec, *, quiet: bool = False) -> str:
+def command_line(spec: VmSpec, board: Board[Any], *, quiet: bool = False) -> str:
     """The defaults merged with what the user gave, who wins. Raises ConfigError."""
-    return merge(default_parameters(spec, quiet=quiet), spec.cmdline)
+    return merge(default_parameters(spec, board, quiet=quiet), spec.cmdline)

@@ -87,13 +87,14 @@ class Machine:
         self._take(parts)
 
     def _take(self, parts: Parts) -> None:
-        self.parts = parts
+        self.parts, prepared = parts, parts.prepared
         self.boots += 1
         exits = self._trace.hook("exits")
         loop = make_run_loop(parts.ports, parts.mmio, exits, parts.counts)
         end = partial(self._guest_ended, self.boots)
         self._runners = [
-            VcpuRunner(vcpu, loop, parts.prepared.memory, end, exits) for vcpu in parts.vcpus
+            VcpuRunner(vcpu, loop, prepared.memory, end, exits, prepared.board.state_lines)
+            for vcpu in parts.vcpus
         ]
         self.pauser = Pauser(self._runners, parts.transports)
 

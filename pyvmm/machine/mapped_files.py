@@ -20,8 +20,9 @@ from pyvmm.errors import ConfigError
 from pyvmm.host import syscalls
 from pyvmm.kvm import uapi
 from pyvmm.kvm.vm import Vm
-from pyvmm.machine.board.x86 import layout
+from pyvmm.machine.board.registry import board_of_host
 
+_ALIGN = 1 << 30  # the largest page, eight of Linux's memory sections
 _ffi = _cffi_backend.FFI()
 
 
@@ -39,7 +40,8 @@ class MappedFiles:
 
     def __init__(self, ram: int, closing: ExitStack) -> None:
         """For a guest with `ram` bytes of RAM; `closing` unmaps them, after the VM is gone."""
-        self._first = self._next = layout.mapped_files_start(ram)
+        self._room = board_of_host().mapped_files(ram)
+        self._next = self._room.start
         self._closing = closing
         self._files: list[MappedFile] = []
 
@@ -48,7 +50,7 @@ class MappedFiles:
 
     def map(self, fd: int, size: int, read_only: bool) -> int:
         """Make the first `size` bytes of a file, whole pages, memory of the guest; its
-        guest-physical address, a multiple of layout.MAPPED_FILE_ALIGN.
+        guest-physical address, a whole number of GiB.
 
         What the guest writes goes to the file; with `read_only` it cannot write. The file
         descriptor may be closed afterwards. Raises ConfigError if the guest has no room for it,
@@ -56,16 +58,16 @@ class MappedFiles:
         """
         start = self._next
         end = start + size
-        if end - self._first > layout.MAX_MAPPED_FILES:
+        if end > self._room.stop:
             raise ConfigError(
-                f"files of more than {layout.MAX_MAPPED_FILES >> 40} TiB as memory of one guest",
+                f"files of more than {len(self._room) >> 40} TiB as memory of one guest",
                 cure="use smaller ones, or disks",
             )
         mapping = syscalls.map_shared(fd, size, read_only=read_only)
         self._closing.callback(mapping.close)
         host_addr = int(_ffi.cast("uintptr_t", _ffi.from_buffer(mapping)))
         self._files.append(MappedFile(start, size, host_addr, read_only))
-        self._next = -(-end // layout.MAPPED_FILE_ALIGN) * layout.MAPPED_FILE_ALIGN
+        self._next = -(-end // _ALIGN) * _ALIGN
         return start
 
     def add_to(

@@ -17,6 +17,7 @@ from pyvmm.memory import GuestMemory
 
 if TYPE_CHECKING:
     from pyvmm.kvm import exits
+    from pyvmm.kvm.report import StateLines
 
 T = TypeVar("T")
 
@@ -77,8 +78,11 @@ class VcpuRunner:
         memory: GuestMemory,
         end: Callable[[Outcome], None],
         trace: Hook | None,
+        state_lines: StateLines,
     ) -> None:
+        """`state_lines` says of which state a crashed vCPU is, as a board does."""
         self._vcpu = vcpu
+        self._state_lines = state_lines
         self._loop = loop
         self._memory = memory
         self._end = end
@@ -260,7 +264,7 @@ class VcpuRunner:
     def _crash(self, ending: Ending, line: str, event: exits.Exit) -> Outcome:
         from pyvmm.kvm.report import crash_report
 
-        report = crash_report(self._vcpu, event, self._memory.read)
+        report = crash_report(self._vcpu, event, self._memory.read, self._state_lines)
         return Outcome(ending, f"{line} (vCPU {self._vcpu.id})", report)
 
 

@@ -28,8 +28,8 @@ class Attendant:
         # A guest that only serves its agent has nothing to say on a console.
         self._is_silent = "pyvmm.exec=agent" in self._cmdline.split()
         # The serial port is always there; both are shown on the terminal.
-        self.console = prepared.spec.console  # where the keys go
-        self._consoles = tuple(dict.fromkeys(("ttyS0", self.console)))
+        self.console = prepared.console  # where the keys go
+        self._consoles = tuple(dict.fromkeys((prepared.board.console, self.console)))
         self._transports: Sequence[Transport] = ()
         self._devices = prepared.devices
         self.watcher = ConsoleWatcher(self._disk_ready, self._partition_tables)

@@ -97,7 +97,7 @@ def _open(spec: VmSpec, closing: ExitStack, *, quiet: bool) -> Opened:
     context = Context(spec.name, trace.hook("requests"), closing, alarm, files.map)
     devices = tuple(registry.open_device(part, context) for part in spec.parts)
     prepared = prepare(spec, devices, alarm, closing, files=files.mapped, quiet=quiet)
-    return Opened(trace, prepared, open_kvm(spec.cpus, closing))
+    return Opened(trace, prepared, open_kvm(prepared.board, spec.cpus, closing))
 
 
 class _Files:

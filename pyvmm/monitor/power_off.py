@@ -1,4 +1,4 @@
-"""Asking a guest to power off: by its agent, or else by the power button that ACPI tells it of.
+"""Asking a guest to power off: by its agent, or else by the power button of its board.
 
 Called in the thread of `Machine.run`, which must not wait: what the agent says is heard in a thread
 of its own.
@@ -17,8 +17,6 @@ from typing import TYPE_CHECKING
 
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.host import log, unix_sockets
-from pyvmm.kvm.x86 import ioapic
-from pyvmm.machine.board.x86.layout import POWER_BUTTON_GSI
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.outcome import Outcome
 
@@ -86,10 +84,10 @@ class PowerOff:
     # --- the button, in the machine's thread --------------------------------------------------
 
     def _button_is_watched(self) -> bool:
-        """Whether a driver has switched its interrupt on: Linux's, for one, when it has found it
-        in the DSDT."""
+        """Whether there is a button, and a driver of the guest that notices it."""
+        button = self._machine.parts.power_button
         try:
-            return not ioapic.is_masked(self._machine.parts.vm, POWER_BUTTON_GSI)
+            return button is not None and button.is_watched()
         except HostError:
             return False
 
@@ -101,9 +99,9 @@ class PowerOff:
         self._say(BUTTON)
 
     def _pulse(self) -> None:
-        vm = self._machine.parts.vm
-        for level in (True, False):
-            vm.irq_line(POWER_BUTTON_GSI, level)
+        button = self._machine.parts.power_button
+        if button is not None:
+            button.press()
         self._press_at = time.monotonic() + _PRESS_EVERY
 
     def _say(self, how: str) -> None:

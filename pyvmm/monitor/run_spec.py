@@ -101,7 +101,7 @@ def _run(
 ) -> int:
     because = None
     if kvm == "auto":
-        from pyvmm.kvm.probe import why_unusable
+        from pyvmm.machine.host_kvm import why_unusable
 
         because = why_unusable()
     if kvm == "host" or (kvm == "auto" and because is None):

@@ -142,8 +142,9 @@ class VmSpec:
 
     @property
     def console(self) -> str:
-        """What the console on the terminal is called in the guest."""
-        return next((device.console for device in self.devices if device.console), "ttyS0")
+        """What the device that is the console on the terminal is called in the guest; "" if that
+        is the serial port."""
+        return next((device.console for device in self.devices if device.console), "")
 
     @property
     def keeps(self) -> bool:

@@ -17,7 +17,7 @@ import pytest
 
 from pyvmm.emulated_host.find import find_image
 from pyvmm.errors import PyvmmError
-from pyvmm.kvm.probe import why_unusable
+from pyvmm.machine.host_kvm import why_unusable
 
 Key = tuple[Any, ...]
 

@@ -12,7 +12,7 @@ from disks import artifacts, root_disk
 from guest import HANG_SECONDS, GuestResult, text
 
 from pyvmm.emulated_host.spec import cpus_for
-from pyvmm.kvm.probe import why_unusable
+from pyvmm.machine.host_kvm import why_unusable
 
 
 def boot_with_taps(

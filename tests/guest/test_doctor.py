@@ -6,7 +6,7 @@ import subprocess
 
 from guest import HANG_SECONDS, PYVMM
 
-from pyvmm.kvm.probe import why_unusable
+from pyvmm.machine.host_kvm import why_unusable
 
 
 def test_the_doctor_says_how_guests_run_here(linux_guests: None) -> None:

@@ -14,7 +14,7 @@ from guest import HANG_SECONDS
 from taps import boot_with_taps
 
 from pyvmm.host import vhost
-from pyvmm.kvm.probe import why_unusable
+from pyvmm.machine.host_kvm import why_unusable
 
 pytestmark = pytest.mark.usefixtures("linux_guests")
 

@@ -14,7 +14,7 @@ import pytest
 from disks import artifacts
 from guest import HANG_SECONDS, PYVMM, Guest, pump_into, text, wait_until
 
-from pyvmm.kvm.probe import why_unusable
+from pyvmm.machine.host_kvm import why_unusable
 
 pytestmark = pytest.mark.usefixtures("linux_guests")
 

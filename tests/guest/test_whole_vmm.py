@@ -9,7 +9,7 @@ from pathlib import Path
 from guest import HANG_SECONDS, tail
 
 from pyvmm import images
-from pyvmm.kvm.probe import why_unusable
+from pyvmm.machine.host_kvm import why_unusable
 
 SCRIPT = Path(__file__).parents[2] / "docs/tutorial/whole_vmm.py"
 

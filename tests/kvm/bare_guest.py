@@ -16,6 +16,8 @@ from pyvmm.kvm.loop import run_until_exit
 from pyvmm.kvm.system import Kvm
 from pyvmm.kvm.uapi import ffi
 from pyvmm.kvm.vcpu import Vcpu
+from pyvmm.kvm.x86 import cpuid
+from pyvmm.kvm.x86 import irqchip as irqchip_of
 from pyvmm.kvm.x86 import registers as r
 from pyvmm.kvm.x86.boot_vcpu import setup_boot_vcpu, setup_vcpu
 from pyvmm.memory import GuestMemory
@@ -86,10 +88,10 @@ class BareGuest:
         kick.install()
         self.memory = GuestMemory([(0, RAM_SIZE)])
         self.vm = kvm.create_vm()
-        self.vm.set_tss_addr(0xFFFB_D000)
-        self.vm.set_identity_map_addr(0xFFFB_C000)
+        irqchip_of.set_tss_addr(self.vm, 0xFFFB_D000)
+        irqchip_of.set_identity_map_addr(self.vm, 0xFFFB_C000)
         if irqchip:
-            self.vm.create_irqchip()
+            irqchip_of.create_irqchip(self.vm)
         self.set_slot(0)
         self.ports, self.mmio = Bus("port"), Bus("MMIO")
         self.stop = Stop()
@@ -98,7 +100,7 @@ class BareGuest:
         self._fill_tables()
         self.vcpus = [self.vm.create_vcpu(number) for number in range(vcpus)]
         if irqchip:
-            supported = kvm.supported_cpuid()
+            supported = cpuid.supported(kvm)
             for number, vcpu in enumerate(self.vcpus):
                 setup_vcpu(vcpu, supported, number, vcpus)
         self.vcpu = self.vcpus[0]

@@ -9,6 +9,7 @@ from bare_guest import BareGuest
 
 from pyvmm.errors import PyvmmError
 from pyvmm.kvm.system import Kvm
+from pyvmm.machine.board.registry import board_of_host
 
 
 @pytest.fixture
@@ -16,7 +17,7 @@ def kvm() -> Iterator[Kvm]:
     """This machine's KVM; skips, saying why, where there is none to use."""
     try:
         system = Kvm.open()
-        system.check_required()
+        system.check_required(board_of_host().requirements)
     except PyvmmError as error:
         pytest.skip(f"needs /dev/kvm: {error}")
     with system:

@@ -11,7 +11,7 @@ from bare_guest import LOCAL_APIC, MMIO_BASE, BareGuest, Recorder
 from pyvmm.errors import HostError
 from pyvmm.host.syscalls import EventFd
 from pyvmm.kvm.vm import MsiRoute
-from pyvmm.kvm.x86.irq_routing import default_routes
+from pyvmm.kvm.x86.irqchip import default_routes
 
 MakeGuest = Callable[..., BareGuest]
 MakeEventFd = Callable[[], EventFd]

@@ -11,6 +11,7 @@ from pyvmm.kvm import uapi
 from pyvmm.kvm.exits import InternalError, Shutdown
 from pyvmm.kvm.report import crash_report
 from pyvmm.kvm.x86 import registers as r
+from pyvmm.kvm.x86.state_text import state_lines
 
 MakeGuest = Callable[..., BareGuest]
 
@@ -24,7 +25,7 @@ def test_a_triple_fault_is_reported(bare_guest: MakeGuest) -> None:
     assert guest.run() is None
     event = guest.vcpu.exit()
     assert event == Shutdown()
-    report = crash_report(guest.vcpu, event, guest.memory.read)
+    report = crash_report(guest.vcpu, event, guest.memory.read, state_lines)
     assert "vCPU 0: KVM_EXIT_SHUTDOWN: triple fault" in report
     assert "cr0" in report
     assert "idt" in report
@@ -43,7 +44,7 @@ def test_an_internal_error_names_suberror_registers_and_code(bare_guest: MakeGue
     event = guest.vcpu.exit()
     assert isinstance(event, InternalError)
     assert event.name == "KVM_INTERNAL_ERROR_EMULATION"
-    report = crash_report(guest.vcpu, event, guest.memory.read)
+    report = crash_report(guest.vcpu, event, guest.memory.read, state_lines)
     assert "KVM_INTERNAL_ERROR_EMULATION" in report
     assert "rax    00000000deadbeef" in report
     assert "rip    00000000d0000000" in report
@@ -55,7 +56,7 @@ def test_the_report_shows_the_bytes_at_the_instruction_through_page_tables(
     bare_guest: MakeGuest,
 ) -> None:
     guest = bare_guest(bytes.fromhex("90f4e6f4"), mode="long64")
-    report = crash_report(guest.vcpu, Shutdown(), guest.memory.read)
+    report = crash_report(guest.vcpu, Shutdown(), guest.memory.read, state_lines)
     assert f"code at {CODE:x}: 90 f4 e6 f4" in report
     assert "64-bit code" in report
 
@@ -65,7 +66,7 @@ def test_the_report_says_what_is_not_mapped(bare_guest: MakeGuest) -> None:
     regs = r.get_regs(guest.vcpu)
     regs.rip = 0x7FFF_0000_0000
     r.set_regs(guest.vcpu, regs)
-    report = crash_report(guest.vcpu, Shutdown(), guest.memory.read)
+    report = crash_report(guest.vcpu, Shutdown(), guest.memory.read, state_lines)
     assert "code at 7fff00000000: not mapped" in report
 
 
@@ -74,8 +75,8 @@ def test_a_report_never_raises(bare_guest: MakeGuest) -> None:
         raise GuestMemoryError(address, length)
 
     guest = bare_guest(b"")
-    assert "unavailable" in crash_report(guest.vcpu, Shutdown(), unreadable)
+    assert "unavailable" in crash_report(guest.vcpu, Shutdown(), unreadable, state_lines)
     guest.vcpu.close()
-    report = crash_report(guest.vcpu, Shutdown(), unreadable)
+    report = crash_report(guest.vcpu, Shutdown(), unreadable, state_lines)
     assert "general registers unavailable" in report
     assert "segments and control registers unavailable" in report

@@ -16,6 +16,7 @@ from pyvmm.kvm.calls import struct_ioctl
 from pyvmm.kvm.uapi import ffi
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.kvm.x86 import registers as r
+from pyvmm.kvm.x86.state_text import state_lines
 from pyvmm.machine.outcome import Outcome
 from pyvmm.machine.run_loop import make_run_loop
 from pyvmm.machine.vcpu_runner import VcpuRunner
@@ -45,9 +46,8 @@ def run(bare_guest: Callable[..., BareGuest]) -> Iterator[Run]:
 
 
 def make(guest: BareGuest, end: Callable[[Outcome], None] = lambda outcome: None) -> VcpuRunner:
-    return VcpuRunner(
-        guest.vcpu, make_run_loop(guest.ports, guest.mmio, None), guest.memory, end, None
-    )
+    loop = make_run_loop(guest.ports, guest.mmio, None)
+    return VcpuRunner(guest.vcpu, loop, guest.memory, end, None, state_lines)
 
 
 def rbx(vcpu: Vcpu) -> int:

@@ -120,8 +120,8 @@ def bomb(way: str, size: int) -> bytes:
 # Unpacks sys.argv[1] to sys.argv[2]; says what it had of memory, and its programs.
 MEASURE = """
 import re, resource, sys
-from pyvmm.boot.x86 import payload
-code = payload.main(sys.argv[1:])
+from pyvmm.machine.board.__main__ import main
+code = main(sys.argv[1:])
 peak = re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]
 print(peak, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
 sys.exit(code)
@@ -186,7 +186,7 @@ def test_missing_program_is_named_with_its_package(
 def test_the_command(tmp_path: Path) -> None:
     kernel, output = tmp_path / "vmlinuz", tmp_path / "vmlinux"
     kernel.write_bytes(image(compressed("gzip")))
-    module = [sys.executable, "-m", "pyvmm.boot.x86.payload"]
+    module = [sys.executable, "-m", "pyvmm.machine.board"]
     assert subprocess.run([*module, str(kernel), str(output)], check=False).returncode == 0
     assert output.read_bytes() == VMLINUX
     failed = subprocess.run(

@@ -190,8 +190,8 @@ def test_a_trace_never_overwrites_what_the_guest_uses(run, place, victim):
 
 
 def test_why_there_is_an_emulated_host_is_said_only_if_it_starts(pyvmm, monkeypatch):
-    probe = importlib.import_module("pyvmm.kvm.probe")
-    monkeypatch.setattr(probe, "why_unusable", lambda: "no KVM on this machine")
+    host_kvm = importlib.import_module("pyvmm.machine.host_kvm")
+    monkeypatch.setattr(host_kvm, "why_unusable", lambda: "no KVM on this machine")
     code, error = pyvmm("run", "--kernel", "missing")
     assert (code, error.count("\n")) == (2, 1)
     code, error = pyvmm("run", "--kernel", "kernel")

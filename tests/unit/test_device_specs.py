@@ -11,8 +11,11 @@ from pyvmm.errors import ConfigError
 from pyvmm.kinds import registry as devices
 from pyvmm.kinds.interface import Border, Context, Crossing
 from pyvmm.kinds.vm_spec import from_json, to_json, validate
+from pyvmm.machine.board.registry import board_for
 from pyvmm.machine.cmdline import command_line
 from pyvmm.spec.vm import VmSpec
+
+X86 = board_for("x86_64")
 
 
 def vm(*specs) -> VmSpec:
@@ -132,8 +135,8 @@ def test_vsock_sockets_are_made_here_for_an_emulated_host(tmp_path):
 def test_a_virtio_console_is_the_kernels_console():
     spec = vm(devices.parse("console", "virtio"))
     assert from_json(to_json(spec)) == spec
-    assert "console=hvc0" in command_line(spec) and "ttyS0" not in command_line(spec)
-    assert "console=ttyS0" in command_line(vm(devices.parse("ports", "name=a,path=b")))
+    assert "console=hvc0" in command_line(spec, X86) and "ttyS0" not in command_line(spec, X86)
+    assert "console=ttyS0" in command_line(vm(devices.parse("ports", "name=a,path=b")), X86)
     with pytest.raises(ConfigError, match="--console: unknown console 'vga'"):
         devices.parse("console", "vga")
 

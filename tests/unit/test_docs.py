@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from pyvmm.machine.board.registry import board_for
 from pyvmm.machine.cmdline import command_line
 from pyvmm.machine.outcome import Ending
 from pyvmm.spec.vm import DiskSpec, VmSpec
@@ -116,5 +117,6 @@ def test_the_readme_has_every_exit_code() -> None:
 
 
 def test_the_readme_has_the_default_command_line() -> None:
-    default = command_line(VmSpec(kernel="vmlinuz", disks=(DiskSpec("debian.img"),)))
+    spec = VmSpec(kernel="vmlinuz", disks=(DiskSpec("debian.img"),))
+    default = command_line(spec, board_for("x86_64"))
     assert f"`{default}`" in (ROOT / "README.md").read_text()

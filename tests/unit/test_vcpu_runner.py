@@ -10,6 +10,7 @@ from pyvmm.bus import Action
 from pyvmm.errors import HostError
 from pyvmm.kvm import exits
 from pyvmm.kvm.vcpu import EXIT_INTR
+from pyvmm.kvm.x86.state_text import state_lines
 from pyvmm.machine.outcome import Ending
 from pyvmm.machine.vcpu_runner import VcpuRunner
 from pyvmm.memory import GuestMemory
@@ -69,7 +70,7 @@ def run(loop, vcpu=None):
     """Run `loop` to its end in a runner; the one outcome."""
     ended = Ended()
     vcpu = vcpu or FakeVcpu()
-    runner = VcpuRunner(vcpu, loop, MEMORY, ended, None)
+    runner = VcpuRunner(vcpu, loop, MEMORY, ended, None, state_lines)
     runner.start()
     outcome = ended.only()
     runner.stop()
@@ -123,7 +124,7 @@ def test_a_stop_gets_the_vcpu_out_and_is_no_ending():
 
     ended = Ended()
     vcpu = FakeVcpu(exits.Intr())
-    runner = VcpuRunner(vcpu, in_guest, None, ended, None)
+    runner = VcpuRunner(vcpu, in_guest, None, ended, None, state_lines)
     runner.start()
     assert entered.wait(30)
     runner.stop()
@@ -132,7 +133,7 @@ def test_a_stop_gets_the_vcpu_out_and_is_no_ending():
 
 
 def test_a_runner_that_never_started_can_be_stopped():
-    runner = VcpuRunner(FakeVcpu(), lambda vcpu: None, None, Ended(), None)
+    runner = VcpuRunner(FakeVcpu(), lambda vcpu: None, None, Ended(), None, state_lines)
     runner.stop()
 
 
@@ -140,7 +141,7 @@ def test_a_host_without_threads_is_a_host_error(monkeypatch):
     def refuse(thread):
         raise RuntimeError("can't start new thread")
 
-    runner = VcpuRunner(FakeVcpu(), lambda vcpu: None, None, Ended(), None)
+    runner = VcpuRunner(FakeVcpu(), lambda vcpu: None, None, Ended(), None, state_lines)
     with monkeypatch.context() as patched:
         patched.setattr(threading.Thread, "start", refuse)
         with pytest.raises(HostError, match="thread for vCPU 3"):
@@ -157,7 +158,7 @@ def test_a_paused_vcpu_does_not_run_until_it_is_resumed():
         running.set()
         assert vcpu.kicked.wait(30)
 
-    runner = VcpuRunner(vcpu, loop, MEMORY, Ended(), None)
+    runner = VcpuRunner(vcpu, loop, MEMORY, Ended(), None, state_lines)
     runner.start()
     for _ in range(3):
         assert running.wait(30)
@@ -174,7 +175,7 @@ def test_a_paused_vcpu_does_not_run_until_it_is_resumed():
 
 def test_a_vcpu_that_has_ended_counts_as_parked():
     ended = Ended()
-    runner = VcpuRunner(FakeVcpu(), lambda vcpu: Action.POWEROFF, MEMORY, ended, None)
+    runner = VcpuRunner(FakeVcpu(), lambda vcpu: Action.POWEROFF, MEMORY, ended, None, state_lines)
     runner.start()
     ended.only()
     runner.request_pause()

@@ -1,4 +1,4 @@
-"""Take the ELF vmlinux out of a bzImage: ``python -m pyvmm.boot.x86.payload BZIMAGE VMLINUX``.
+"""Take the ELF vmlinux out of a bzImage.
 
 A bzImage unpacks itself in the guest, which takes memory and, where the guest is emulated, seconds.
 What it holds is an ELF with a PVH note, which starts at once. Source: Linux boot.rst,
@@ -9,7 +9,6 @@ append the unpacked size in four bytes (gzip has it in its own trailer).
 from __future__ import annotations
 
 import os
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -204,20 +203,3 @@ _UNPACKERS: tuple[tuple[bytes, _Unpacker], ...] = (
     (b"\x02\x21\x4c\x18", _command("lz4", "lz4")),  # the legacy frame, which the kernel uses
     (b"\x89LZO", _command("lzop", "lzop")),
 )
-
-
-def main(arguments: list[str]) -> int:
-    """The command line of this module; the exit code."""
-    if len(arguments) != 2:
-        print("usage: python -m pyvmm.boot.x86.payload BZIMAGE VMLINUX", file=sys.stderr)
-        return 2
-    try:
-        unpack_vmlinux(*arguments)
-    except ConfigError as error:
-        print(f"pyvmm: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 # Loaded before the command's root is mounted, and beside that, by another CPU.
-ROOT_MODULES = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay", "virtio_blk")
-KVM_MODULES = ("kvm_amd", "tun", "vhost_net")
+ROOT_MODULES: tuple[str, ...] = (
+    "virtio_pci",
+    "virtio_console",
+    "9pnet_virtio",
+    "9p",
+    "overlay",
+    "virtio_blk",
+)
+KVM_MODULES: tuple[str, ...] = ("kvm_amd", "tun", "vhost_net")
 
 _KERNEL_PARAMETERS = " ".join(
     (

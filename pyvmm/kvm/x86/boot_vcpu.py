@@ -26,7 +26,7 @@ Mode = Literal["long64", "protected32"]
 def setup_vcpu(vcpu: Vcpu, supported: Sequence[cpuid.CpuidEntry], index: int, count: int) -> None:
     """CPUID, MSRs, FPU and local APIC of vCPU `index` of `count`.
 
-    `supported` is `Kvm.supported_cpuid()`. Needs the in-kernel irqchip. Raises HostError.
+    `supported` is `cpuid.supported(kvm)`. Needs the in-kernel irqchip. Raises HostError.
     """
     cpuid.set_cpuid(vcpu, cpuid.for_vcpu(supported, index, count))
     msrs.set_msrs(vcpu, msrs.BOOT_MSRS)

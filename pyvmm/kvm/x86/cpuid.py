@@ -17,6 +17,7 @@ from pyvmm.kvm.calls import struct_ioctl
 from pyvmm.kvm.uapi import ffi
 
 if TYPE_CHECKING:
+    from pyvmm.kvm.system import Kvm
     from pyvmm.kvm.vcpu import Vcpu
 
 
@@ -218,6 +219,13 @@ def get_supported(kvm_fd: int) -> list[CpuidEntry]:
             room *= 2
             continue
         return _from_table(table)
+
+
+def supported(kvm: Kvm) -> list[CpuidEntry]:
+    """The leaves that `kvm` can give a guest with the irqchip in the kernel. Raises HostError."""
+    entries = get_supported(kvm.fd)
+    deadline = kvm.check_extension(uapi.KVM_CAP_TSC_DEADLINE_TIMER) > 0
+    return with_tsc_deadline(entries) if deadline else entries
 
 
 def set_cpuid(vcpu: Vcpu, entries: Sequence[CpuidEntry]) -> None:

@@ -7,9 +7,10 @@ import struct
 from collections.abc import Iterator
 
 from pyvmm.host.syscalls import Closable
+from pyvmm.kvm import uapi
 from pyvmm.kvm.system import Kvm
 from pyvmm.kvm.uapi import ffi
-from pyvmm.kvm.x86 import cpuid
+from pyvmm.kvm.x86 import cpuid, irqchip
 from pyvmm.kvm.x86 import registers as r
 from pyvmm.kvm.x86.boot_vcpu import CODE_SELECTOR, set_flat_segments
 
@@ -38,8 +39,8 @@ _CPUID_1_ECX_XSAVE = 1 << 26
 _DONE = bytes.fromhex("e610")  # out 0x10, al
 
 _ITERATIONS = 4000
-LOOP_INSTRUCTIONS = 2 * _ITERATIONS
-COUNTING_LOOP = (
+_LOOP_INSTRUCTIONS = 2 * _ITERATIONS
+_COUNTING_LOOP = (
     b"\xb9" + struct.pack("<I", _ITERATIONS)  # start: mov ecx, iterations
     + bytes.fromhex("ffc9")  # again: dec ecx
     + bytes.fromhex("75fc")  # jnz again
@@ -71,13 +72,17 @@ _XSAVE = bytes.fromhex(
 class ProbeGuest(Closable):
     """The VM. `start` puts code into it; ``vcpu.run()`` runs it up to its `out` to port 0x10."""
 
+    done = uapi.KVM_EXIT_IO
+    counting_loop = _COUNTING_LOOP
+    loop_instructions = _LOOP_INSTRUCTIONS
+
     def __init__(self, kvm: Kvm) -> None:
         """Raises HostError."""
         self._memory = mmap.mmap(-1, _SIZE)
-        self._supported = kvm.supported_cpuid()
+        self._supported = cpuid.supported(kvm)
         self._vm = kvm.create_vm()
         try:
-            self._vm.set_tss_addr(_TSS_ADDR)
+            irqchip.set_tss_addr(self._vm, _TSS_ADDR)
             host_addr = int(ffi.cast("uintptr_t", ffi.from_buffer(self._memory)))
             self._vm.set_memory_region(0, 0, _SIZE, host_addr)
             self.vcpu = self._vm.create_vcpu(0)

@@ -74,6 +74,14 @@ def set_vcpu_events(vcpu: Vcpu, events: Any) -> None:
     struct_ioctl(vcpu.fd, uapi.KVM_SET_VCPU_EVENTS, events, "KVM_SET_VCPU_EVENTS")
 
 
+def translate(vcpu: Vcpu, address: int) -> int | None:
+    """The guest-physical address of the guest's virtual `address` now, or None if unmapped."""
+    translation = ffi.new("struct kvm_translation *")
+    translation.linear_address = address
+    struct_ioctl(vcpu.fd, uapi.KVM_TRANSLATE, translation, "KVM_TRANSLATE")
+    return int(translation.physical_address) if translation.valid else None
+
+
 def set_code_segment(
     segment: Any, *, selector: int, base: int = 0, db: bool = False, long: bool = False
 ) -> None:

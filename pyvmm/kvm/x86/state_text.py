@@ -83,7 +83,7 @@ def code_line(vcpu: Vcpu, address: int, long: bool, read: Callable[[int, int], b
         while len(found) < _BYTES_AT_RIP:
             here = address + len(found)
             room = min(_BYTES_AT_RIP - len(found), _PAGE - here % _PAGE)
-            physical = vcpu.translate(here)
+            physical = registers.translate(vcpu, here)
             if physical is None:
                 break
             found += read(physical, room)

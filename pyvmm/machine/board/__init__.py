@@ -1,1 +1,1 @@
-"""What a machine of one architecture is, and which one this is."""
+"""What a machine is on one architecture, behind one interface, and the registry that chooses."""

@@ -1,1 +1,185 @@
 """The x86 machine: a PC without a past, whose devices ACPI describes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from pyvmm.boot import x86 as boot
+from pyvmm.bus import Bus, Handler
+from pyvmm.kvm.capabilities import Requirement
+from pyvmm.kvm.system import Kvm
+from pyvmm.kvm.vcpu import Vcpu
+from pyvmm.kvm.vm import Vm
+from pyvmm.kvm.x86 import cpuid, irqchip
+from pyvmm.kvm.x86.boot_vcpu import setup_boot_vcpu, setup_vcpu
+from pyvmm.kvm.x86.capabilities import REQUIRED
+from pyvmm.machine.board.board import Board, Core, VirtioSlot
+from pyvmm.machine.board.x86 import layout
+from pyvmm.memory import GuestMemory
+from pyvmm.platform.serial import BURST, Serial
+from pyvmm.platform.x86 import acpi_pm, cmos, i8042
+
+if TYPE_CHECKING:
+    from pyvmm.kvm.x86.probe_guest import ProbeGuest
+
+
+class X86Board(Board[boot.Entry]):
+    """See Board. It is made of `layout` and pyvmm/boot/x86, pyvmm/kvm/x86, pyvmm/platform/x86."""
+
+    console = "ttyS0"
+    # reboot=k is tried where ACPI's reset register is not; without pci=off a kernel complains that
+    # it finds no PCI bus, of which there is none.
+    kernel_parameters = ("reboot=k", "pci=off")
+
+    def ram_ranges(self, size: int) -> list[tuple[int, int]]:
+        return boot.ram_ranges(size)
+
+    def mapped_files(self, ram: int) -> range:
+        start = layout.mapped_files_start(ram)
+        return range(start, start + layout.MAX_MAPPED_FILES)
+
+    def virtio_slots(self, count: int) -> tuple[VirtioSlot, ...]:
+        if count > len(layout.VIRTIO_GSIS):
+            raise ValueError(f"{count} virtio devices, {len(layout.VIRTIO_GSIS)} interrupt lines")
+        return tuple(
+            VirtioSlot(
+                layout.VIRTIO_MMIO_BASE + index * layout.VIRTIO_MMIO_STRIDE,
+                layout.VIRTIO_MMIO_SIZE,
+                gsi,
+            )
+            for index, gsi in enumerate(layout.VIRTIO_GSIS[:count])
+        )
+
+    def load(
+        self,
+        memory: GuestMemory,
+        *,
+        kernel: str,
+        initrd: str | None,
+        cmdline: str,
+        cpus: int,
+        slots: Sequence[VirtioSlot],
+        discovery: str,
+    ) -> boot.Entry:
+        return boot.load(
+            memory,
+            kernel=kernel,
+            initrd=initrd,
+            cmdline=cmdline,
+            acpi=boot.AcpiConfig(
+                fixed=layout.FIXED_DEVICES,
+                cpus=cpus,
+                virtio=tuple(boot.VirtioMmioDevice(*slot) for slot in slots),
+            ),
+            virtio_discovery=discovery,
+        )
+
+    def unpack_kernel(self, path: str, target: str) -> None:
+        from pyvmm.boot.x86.payload import unpack_vmlinux
+
+        unpack_vmlinux(path, target)
+
+    @property
+    def requirements(self) -> Sequence[Requirement]:
+        return REQUIRED
+
+    def probe_guest(self, kvm: Kvm) -> ProbeGuest:
+        from pyvmm.kvm.x86.probe_guest import ProbeGuest
+
+        return ProbeGuest(kvm)
+
+    def address_bits(self, kvm: Kvm) -> int:
+        return cpuid.address_bits(cpuid.supported(kvm))
+
+    def create_vm(self, kvm: Kvm, memory: GuestMemory) -> Vm:
+        return kvm.create_vm()
+
+    def build(
+        self,
+        kvm: Kvm,
+        vm: Vm,
+        *,
+        entry: boot.Entry,
+        cpus: int,
+        ports: Bus,
+        mmio: Bus,
+        sink: Callable[[bytes], None],
+        closing: ExitStack,
+    ) -> Core:
+        _add_irqchip(vm)
+        serial = _add_platform(vm, ports, sink, cpus=cpus)
+        closing.callback(serial.close)
+        vcpus = _add_vcpus(kvm, vm, entry, cpus, closing)
+        return Core(vcpus, serial, PowerButton(vm))
+
+    def state_lines(self, vcpu: Vcpu, read: Callable[[int, int], bytes]) -> Iterator[str]:
+        from pyvmm.kvm.x86.state_text import state_lines
+
+        return state_lines(vcpu, read)
+
+
+class PowerButton:
+    """The button that ACPI tells the guest of: an interrupt of its generic event device."""
+
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+
+    def is_watched(self) -> bool:
+        """Whether a driver has switched its interrupt on: Linux's, for one, when it has found it
+        in the DSDT. Raises HostError."""
+        return not irqchip.is_masked(self._vm, layout.POWER_BUTTON_GSI)
+
+    def press(self) -> None:
+        """Raises HostError."""
+        for level in (True, False):
+            self._vm.irq_line(layout.POWER_BUTTON_GSI, level)
+
+
+def _add_irqchip(vm: Vm) -> None:
+    irqchip.set_tss_addr(vm, layout.KVM_TSS)
+    irqchip.set_identity_map_addr(vm, layout.KVM_IDENTITY_MAP)
+    irqchip.create_irqchip(vm)
+    irqchip.create_pit2(vm)
+
+
+def _add_platform(vm: Vm, ports: Bus, sink: Callable[[bytes], None], *, cpus: int) -> Serial:
+    def interrupt(level: bool) -> None:
+        vm.irq_line(layout.SERIAL_GSI, level)
+
+    serial = Serial(interrupt, sink, burst=BURST if cpus > 1 else math.inf)
+    fixed: list[tuple[int, int, Handler]] = [
+        (layout.SERIAL_PORT, layout.SERIAL_PORTS, serial),
+        (layout.I8042_DATA_PORT, i8042.PORTS, i8042.I8042()),
+        (layout.ACPI_SLEEP_CONTROL_PORT, acpi_pm.PORTS, acpi_pm.AcpiPm()),
+        (cmos.CMOS_PORT, cmos.PORTS, cmos.Cmos()),
+        (cmos.DELAY_PORT, 1, cmos.DelayPort()),
+    ]
+    for start, size, handler in fixed:
+        ports.register(start, size, handler)
+    return serial
+
+
+def _add_vcpus(
+    kvm: Kvm, vm: Vm, entry: boot.Entry, count: int, closing: ExitStack
+) -> tuple[Vcpu, ...]:
+    supported = cpuid.supported(kvm)
+    vcpus = []
+    for index in range(count):
+        vcpu = vm.create_vcpu(index)
+        closing.callback(vcpu.close)
+        setup_vcpu(vcpu, supported, index, count)
+        vcpus.append(vcpu)
+    setup_boot_vcpu(
+        vcpus[0],
+        mode="long64" if entry.mode == boot.LONG64 else "protected32",
+        rip=entry.rip,
+        gdt_base=entry.gdt_base,
+        rsp=entry.rsp,
+        rsi=entry.rsi,
+        rbx=entry.rbx,
+        cr3=entry.cr3,
+    )
+    return tuple(vcpus)

@@ -1,0 +1,59 @@
+"""The interrupt controllers and the timer that KVM emulates in the kernel, and how GSIs reach them.
+
+All raise HostError.
+"""
+
+from __future__ import annotations
+
+from pyvmm.host import syscalls
+from pyvmm.kvm import uapi
+from pyvmm.kvm.calls import struct_ioctl
+from pyvmm.kvm.uapi import ffi
+from pyvmm.kvm.vm import IrqchipRoute, Vm
+
+_MASKED = 1 << 16  # Intel 82093AA data sheet, 3.2.4 "I/O Redirection Table Registers", bit 16
+
+
+def set_tss_addr(vm: Vm, addr: int) -> None:
+    """Where Intel's KVM may put three pages of its own; nothing else may be there."""
+    syscalls.ioctl(vm.fd, uapi.KVM_SET_TSS_ADDR, addr, "KVM_SET_TSS_ADDR")
+
+
+def set_identity_map_addr(vm: Vm, addr: int) -> None:
+    """Where Intel's KVM may put one page of its own. Call it before any vCPU is created."""
+    where = ffi.new("uint64_t *", addr)
+    struct_ioctl(vm.fd, uapi.KVM_SET_IDENTITY_MAP_ADDR, where, "KVM_SET_IDENTITY_MAP_ADDR")
+
+
+def create_irqchip(vm: Vm) -> None:
+    """Two 8259 PICs, an I/O APIC and a local APIC per vCPU, all in the kernel."""
+    syscalls.ioctl(vm.fd, uapi.KVM_CREATE_IRQCHIP, 0, "KVM_CREATE_IRQCHIP")
+
+
+def create_pit2(vm: Vm) -> None:
+    """An i8254 timer in the kernel; it also answers port 0x61, so that no exit is needed."""
+    config = ffi.new("struct kvm_pit_config *")
+    config.flags = uapi.KVM_PIT_SPEAKER_DUMMY
+    struct_ioctl(vm.fd, uapi.KVM_CREATE_PIT2, config, "KVM_CREATE_PIT2")
+
+
+def default_routes() -> list[IrqchipRoute]:
+    """The table KVM_CREATE_IRQCHIP sets up: GSI n is I/O APIC pin n, and PIC line n below 16.
+
+    Setting a routing replaces all of it, so a table with MSI routes starts from this one.
+    """
+    routes = []
+    for gsi in range(uapi.KVM_IOAPIC_NUM_PINS):
+        if gsi < 16:
+            pic = uapi.KVM_IRQCHIP_PIC_MASTER if gsi < 8 else uapi.KVM_IRQCHIP_PIC_SLAVE
+            routes.append(IrqchipRoute(gsi, pic, gsi % 8))
+        routes.append(IrqchipRoute(gsi, uapi.KVM_IRQCHIP_IOAPIC, gsi))
+    return routes
+
+
+def is_masked(vm: Vm, pin: int) -> bool:
+    """Whether the guest has the interrupt of I/O APIC `pin` switched off, as after a reset."""
+    chip = ffi.new("struct kvm_irqchip *")
+    chip.chip_id = uapi.KVM_IRQCHIP_IOAPIC
+    struct_ioctl(vm.fd, uapi.KVM_GET_IRQCHIP, chip, "KVM_GET_IRQCHIP")
+    return bool(chip.chip.ioapic.redirtbl[pin].bits & _MASKED)

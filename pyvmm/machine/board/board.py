@@ -1,0 +1,165 @@
+"""What a machine is on one architecture: the interface between that and the rest of a machine.
+
+The rest puts together memory, buses, virtio devices and threads, and asks the board for all that
+differs. An implementation for each architecture is in a folder beside this module; the registry
+chooses (docs/decisions/0350-boards.md).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple, Protocol, TypeVar
+
+from pyvmm.bus import Bus
+from pyvmm.kvm.capabilities import Requirement
+from pyvmm.kvm.system import Kvm
+from pyvmm.kvm.vcpu import Vcpu
+from pyvmm.kvm.vm import Vm
+from pyvmm.memory import GuestMemory
+from pyvmm.platform.console_pump import InputPort
+
+if TYPE_CHECKING:
+    from pyvmm.kvm.probe import ProbeGuest
+
+
+class Entry(Protocol):
+    """How the first vCPU starts. Only the board that made it knows more of it than this: `cmdline`
+    is what the kernel was given."""
+
+    @property
+    def cmdline(self) -> str: ...
+
+
+class VirtioSlot(NamedTuple):
+    """A virtio-mmio device's place: guest-physical base, size in bytes, and its GSI."""
+
+    base: int
+    size: int
+    gsi: int
+
+
+class SerialPort(InputPort, Protocol):
+    """The console that every machine has: keys go in as with any InputPort."""
+
+    def close(self) -> None:
+        """End what works for it; the guest must be stopped."""
+
+
+class PowerButton(Protocol):
+    """Asks the guest's kernel to power off."""
+
+    def is_watched(self) -> bool:
+        """Whether a driver of the guest would notice. Raises HostError."""
+
+    def press(self) -> None:
+        """Raises HostError."""
+
+
+class Core(NamedTuple):
+    """What a board has put together. `power_button` is None on a machine without one."""
+
+    vcpus: tuple[Vcpu, ...]
+    serial: SerialPort
+    power_button: PowerButton | None
+
+
+E = TypeVar("E", bound=Entry)
+
+
+class Board(ABC, Generic[E]):
+    """A machine of one architecture. It has no state of its own; `E` is how its vCPUs start.
+
+    The methods stand in the order in which they are called.
+    """
+
+    console: ClassVar[str]
+    """What the guest's kernel calls the serial port: "ttyS0"."""
+
+    kernel_parameters: ClassVar[tuple[str, ...]]
+    """What a kernel's command line needs on this machine, whatever else it has."""
+
+    # --- what needs no KVM: memory, and the kernel in it ------------------------------------------
+
+    @abstractmethod
+    def ram_ranges(self, size: int) -> list[tuple[int, int]]:
+        """Where `size` bytes of RAM lie, whole MiB: (guest-physical address, bytes), ascending."""
+
+    @abstractmethod
+    def mapped_files(self, ram: int) -> range:
+        """The guest-physical addresses that files may have as memory, in a guest with `ram` bytes
+        of RAM. It begins at a whole GiB."""
+
+    @abstractmethod
+    def virtio_slots(self, count: int) -> tuple[VirtioSlot, ...]:
+        """The first `count` places, in the order in which Linux names the devices behind them;
+        spec.MAX_DEVICES at least. Raises ValueError for more than there are."""
+
+    @abstractmethod
+    def load(
+        self,
+        memory: GuestMemory,
+        *,
+        kernel: str,
+        initrd: str | None,
+        cmdline: str,
+        cpus: int,
+        slots: Sequence[VirtioSlot],
+        discovery: str,
+    ) -> E:
+        """Put kernel, initrd and all tables that the guest looks for into fresh `memory`.
+
+        `kernel` and `initrd` are paths. `discovery`, one of spec.DISCOVERY, is how the guest is
+        told of the devices in `slots`. Raises ConfigError that names the option at fault.
+        """
+
+    @abstractmethod
+    def unpack_kernel(self, path: str, target: str) -> None:
+        """Write the kernel that is compressed in the file at `path`, as distributions have it, to
+        `target`. Raises ConfigError."""
+
+    # --- the machine around KVM -------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def requirements(self) -> Sequence[Requirement]:
+        """What it needs of KVM beyond what every architecture needs."""
+
+    @abstractmethod
+    def probe_guest(self, kvm: Kvm) -> ProbeGuest:
+        """A guest that finds out whether `kvm` runs kernels. Raises HostError."""
+
+    @abstractmethod
+    def address_bits(self, kvm: Kvm) -> int:
+        """How many bits a guest-physical address has. Raises HostError."""
+
+    @abstractmethod
+    def create_vm(self, kvm: Kvm, memory: GuestMemory) -> Vm:
+        """A VM that can have `memory`, which is not its own yet. Raises HostError."""
+
+    @abstractmethod
+    def build(
+        self,
+        kvm: Kvm,
+        vm: Vm,
+        *,
+        entry: E,
+        cpus: int,
+        ports: Bus,
+        mmio: Bus,
+        sink: Callable[[bytes], None],
+        closing: ExitStack,
+    ) -> Core:
+        """Give `vm`, which has its memory, interrupt controllers, vCPUs and the platform's devices.
+
+        The devices answer on `ports` or `mmio`, the serial port writes to `sink`. The first vCPU
+        stands at `entry`, the others wait for it. Interrupts of `virtio_slots` can be wired up by
+        irqfd afterwards. `closing` undoes all of it in reverse order. Raises ConfigError or
+        HostError.
+        """
+
+    @abstractmethod
+    def state_lines(self, vcpu: Vcpu, read: Callable[[int, int], bytes]) -> Iterator[str]:
+        """The state of a vCPU that cannot go on, for its report, a line at a time. `read` reads
+        guest-physical memory. A part that cannot be had says so in its line."""

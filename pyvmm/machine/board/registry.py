@@ -1,0 +1,36 @@
+"""Which board this machine's guests have: the only module that chooses by architecture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from pyvmm.errors import ConfigError
+from pyvmm.machine.board.board import Board
+
+
+def _x86() -> Board[Any]:
+    from pyvmm.machine.board.x86 import X86Board
+
+    return X86Board()
+
+
+BOARDS: dict[str, Callable[[], Board[Any]]] = {"x86_64": _x86}
+"""By what uname(2) calls the architecture. A board's modules are imported when it is chosen."""
+
+
+def board_for(architecture: str) -> Board[Any]:
+    """The board of `architecture`, as uname(2) calls it. Raises ConfigError if there is none."""
+    make = BOARDS.get(architecture)
+    if make is None:
+        raise ConfigError(
+            f"pyvmm has no machine for the architecture {architecture}",
+            cure=f"use a host that is one of {', '.join(BOARDS)}",
+        )
+    return make()
+
+
+def board_of_host() -> Board[Any]:
+    """The board of the architecture that this process runs on. Raises ConfigError."""
+    return board_for(os.uname().machine)

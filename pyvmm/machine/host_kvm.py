@@ -1,0 +1,20 @@
+"""Whether this machine's KVM can run guests, or an emulated host has to."""
+
+from __future__ import annotations
+
+from pyvmm.errors import PyvmmError
+from pyvmm.kvm.probe import probe
+from pyvmm.kvm.system import Kvm
+from pyvmm.machine.board.registry import board_of_host
+
+
+def why_unusable() -> str | None:
+    """None if this machine's KVM runs unmodified Linux kernels, else the reason in a few words."""
+    try:
+        board = board_of_host()
+        with Kvm.open() as kvm:
+            kvm.check_required(board.requirements)
+            found = probe(board.probe_guest(kvm))
+    except PyvmmError as error:
+        return str(error)
+    return None if found.usable else found.reason
