@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from pyvmm.host.poller import Source
 from pyvmm.host.syscalls import EventFd
-from pyvmm.host.waiter import Source
 from pyvmm.memory import GuestMemory
 from pyvmm.testing import Arena, Buffer, MockDriver, MockPackedDriver, MockSplitDriver
 from pyvmm.virtio import features as bits

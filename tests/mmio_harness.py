@@ -15,7 +15,7 @@ from threading import Event
 import pytest
 
 from pyvmm.errors import PyvmmError
-from pyvmm.host.waiter import Waiter
+from pyvmm.host.poller import Poller
 from pyvmm.memory import GuestMemory
 from pyvmm.transport.mmio import MmioTransport
 from pyvmm.virtio.device import Activation, VirtioDevice
@@ -222,14 +222,14 @@ class Naps:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.begun = 0
         self.ended = 0
-        wait = Waiter.wait
+        wait = Poller.wait
 
-        def counted(waiter: Waiter, seconds: float | None = None) -> None:
+        def counted(poller: Poller, seconds: float | None = None) -> None:
             self.begun += 1
-            wait(waiter, seconds)
+            wait(poller, seconds)
             self.ended += 1
 
-        monkeypatch.setattr(Waiter, "wait", counted)
+        monkeypatch.setattr(Poller, "wait", counted)
 
     def settle(self, wake_ups: int) -> None:
         """Wait until the one worker there is has woken up so often, and sleeps."""

@@ -87,6 +87,10 @@ class RateLimiter:
             if self._bytes is not None:
                 self._bytes.take(size)
 
+    def around(self, serve: Serve, size_of: Callable[[DescriptorChain], int]) -> Serve:
+        """See worker.Limits."""
+        return limited(serve, self, size_of)
+
 
 def limiter(*, bps: int, iops: int, bps_burst: int, iops_burst: int) -> RateLimiter | None:
     """A limiter of bytes and operations a second; 0 is no limit, and None stands for no limits."""

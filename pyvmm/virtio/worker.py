@@ -1,4 +1,4 @@
-"""A thread per queue that sleeps until the driver kicks, and the base of devices that use it.
+"""The threads that serve queues, and the base of devices that need no more than `serve`.
 
 A device with one queue of buffers to fill is this much:
 
@@ -12,29 +12,28 @@ A device with one queue of buffers to fill is this much:
                 queue.add_used(chain, writer.written)
 
 A device that also waits for something else, a socket or a timer, names it in `sources`; `serve` is
-called for that too, and may return a `Rest`.
+called for that too, and may return a `Rest`. One whose queues belong together (vsock's receive and
+transmit queue, a console's ports) uses a `Worker` by itself, or it would need locks between them.
 """
 
 from __future__ import annotations
 
 import errno
-from abc import abstractmethod
-from collections.abc import Callable, Sequence
-from threading import Thread
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import Lock, RLock, Thread
 from time import perf_counter_ns
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 from pyvmm.errors import HostError, PyvmmError
+from pyvmm.host.poller import READABLE, Poller, Source
 from pyvmm.host.syscalls import EventFd
-from pyvmm.host.waiter import Source, Waiter
 from pyvmm.virtio.defects import as_device_failure
 from pyvmm.virtio.device import Activation, VirtioDevice
 from pyvmm.virtio.features import RING_FEATURES
 from pyvmm.virtio.queue.chain import DescriptorChain
 from pyvmm.virtio.queue.protocol import Queue
-
-if TYPE_CHECKING:
-    from pyvmm.virtio.rate_limit import RateLimiter
 
 
 class Rest(NamedTuple):
@@ -56,142 +55,342 @@ AT_ONCE = Rest(kicks=False, seconds=0)  # there is more to do, as far as `serve`
 Serve = Callable[[Queue], Rest | None]
 
 
-class QueueWorker:
-    """Serves one queue in a thread of its own, from `start` until `request_stop` or an error.
+class Limits(Protocol):
+    """How fast a device may be; see `rate_limit.RateLimiter`."""
 
-    Each pass takes at most as many chains as the queue has entries, so that a driver that refills
-    the queue for ever cannot keep the thread from noticing a stop.
+    def around(self, serve: Serve, size_of: Callable[[DescriptorChain], int]) -> Serve:
+        """`serve` within these limits, for one queue; `size_of` says how many bytes a chain counts
+        for."""
+
+    def charge(self, size: int, operations: int = 1) -> None:
+        """Count what went anyway; negative numbers give back what was taken."""
+
+
+class Worker(ABC):
+    """One thread for one to many queues of a device, and for files of the host beside them.
+
+    It works at the start and after every wake-up: a kick of any queue, an event on a file in its
+    poller, or `wake`. `queues` are those in use, by index.
     """
 
     def __init__(
         self,
         name: str,
-        queue: Queue,
-        serve: Serve,
+        thread: str,
+        queues: Iterable[Queue | None],
         activation: Activation,
-        sources: Sequence[Source] = (),
-        poll_ns: int = 0,
+        poller: Poller,
     ) -> None:
-        """`serve` takes the available chains, returns each by `add_used`, and publishes nothing.
-        It is called after a kick, and whenever one of `sources` wakes the worker.
-
-        With `poll_ns` the ring is polled for so many nanoseconds before the worker sleeps, if it
-        slept for less the last time.
-
-        Raises HostError if the host has no more file descriptors.
-        """
+        """`name` is for messages, `thread` the thread's name; `queues` may have a None for one that
+        is not in use. Raises HostError, and then `poller` is the caller's still."""
         self._name = name
-        self.queue = queue
-        self._serve = serve
         self._activation = activation
-        self._stop = EventFd()
+        self._poller = poller
+        self.queues = {queue.index: queue for queue in queues if queue is not None}
         self._stopping = False
-        self._poll_limit = poll_ns
-        self._poll = 0  # nanoseconds to poll before the next sleep
+        self._heard: set[int] = set()  # the kicks that `poller` has
+        self._wake = EventFd()
+        self._closing = RLock()  # a signal handler may come while its own thread holds it
         try:
-            self._waiter = Waiter(queue.kick, self._stop, sources)
+            poller.add(self._wake.fd, None, READABLE)
+            for queue in self.queues.values():
+                self._listen(queue)
         except BaseException:
-            self._stop.close()
+            self._wake.close()
             raise
-        self._thread = Thread(target=self._run, name=f"{name}-q{queue.index}", daemon=True)
+        self._thread = Thread(target=self._run, name=thread, daemon=True)
+
+    def _listen(self, queue: Queue) -> None:
+        if queue.kick.fd not in self._heard:  # which outlives the queue's reset
+            self._poller.add(queue.kick.fd, None, READABLE)
+            self._heard.add(queue.kick.fd)
+
+    @abstractmethod
+    def _work(self) -> float | None:
+        """Do what can be done without waiting, until a stop is asked for; in how many seconds to be
+        called again if nothing happens, or None."""
+
+    def _end(self) -> None:  # noqa: B027 - most have nothing to close
+        """Close what `_work` uses, also when the device failed. `poller` is closed after it."""
+
+    # --- from other threads ----------------------------------------------------------------------
 
     def start(self) -> None:
-        """Begin with what is available already, then wait for kicks. Raises HostError if the host
-        has no more threads."""
-        self.queue.begin_serving()
+        """Start the thread: begin with what is available already. Raises HostError, with all
+        closed, if the host has no more threads."""
+        for queue in self.queues.values():
+            queue.begin_serving()
         try:
             self._thread.start()
         except RuntimeError:  # all that Python says of pthread_create's EAGAIN
             self._close()
+            self._wake.close()
             raise HostError(errno.EAGAIN, f"thread for {self._name}") from None
+
+    def wake(self) -> None:
+        """Have it work soon, if the thread still runs. Any thread may ask, and a signal handler."""
+        with self._closing:
+            if self._wake.fd >= 0:
+                self._wake.signal()
 
     def request_stop(self) -> None:
         """Ask the thread to end after the request at hand, which is completed and published."""
         self._stopping = True
-        self.queue.end_serving()
-        self._stop.signal()
+        for queue in self.queues.values():
+            queue.end_serving()
+        self._wake.signal()
 
     def join(self) -> None:
         """Wait until the thread has ended: after `request_stop`, or because the device failed."""
         self._thread.join()
-        self._close()
+        with self._closing:
+            self._wake.close()
 
-    def stop(self) -> None:
-        """End the thread after the request at hand; the ring is not touched any more."""
-        self.request_stop()
-        self.join()
-        self.queue.ready = False
+    # --- the thread ------------------------------------------------------------------------------
 
-    def _close(self) -> None:
-        self._waiter.close()
-        self._stop.close()
+    def batch(
+        self, queue: Queue | None, serve: Serve, to_notify: list[int] | None = None
+    ) -> Rest | None:
+        """Let `serve` take chains from `queue` and return them; then publish and interrupt, or note
+        in `to_notify` that this is to be done. What `serve` returns.
 
-    def _run(self) -> None:
-        try:
-            while not self._stopping:
-                self._sleep(self._serve_until_idle())
-        except Exception as error:
-            self._give_up(as_device_failure(f"{self._name}: queue {self.queue.index}", error))
-
-    def _sleep(self, rest: Rest | None) -> None:
-        if rest is None:
-            if self._poll_limit:
-                self._sleep_and_learn()
-            else:
-                self._waiter.wait()
-            return
-        if rest.sources and not rest.kicks:
-            self._waiter.arm()
-        self._waiter.wait(rest.seconds)
-
-    def _sleep_and_learn(self) -> None:
-        """Sleep; the next one is preceded by polling if that would have spared us this one."""
-        began = perf_counter_ns()
-        self._waiter.wait()
-        slept = perf_counter_ns() - began
-        self._poll = self._poll_limit if slept < self._poll_limit else 0
-
-    def _serve_until_idle(self) -> Rest | None:
-        queue, stats = self.queue, self.queue.stats
+        Kicks are off until `ask_for_kicks`. Nothing happens to a queue that is not in use. Raises
+        what `serve` raises, with what was returned before published.
+        """
+        if queue is None:
+            return None
         rest = None
-        more = True
+        notify = False
         began = perf_counter_ns()
-        while more and not queue.halt:
+        try:
             with queue.lock:
-                queue.disable_notification()
+                stats = queue.stats
                 before = stats.requests
-                rest = self._serve(queue)
-                notify = queue.publish_used()
-                done = stats.requests - before
-            if done:
-                now = perf_counter_ns()
-                took, began = now - began, now
-                stats.latency[took.bit_length()] += done
-                stats.nanoseconds += took * done
+                queue.disable_notification()
+                try:
+                    if queue.ready:
+                        rest = serve(queue)
+                finally:
+                    notify = queue.publish_used()
+                    done = stats.requests - before
+                    if done:
+                        took = perf_counter_ns() - began
+                        stats.latency[took.bit_length()] += done
+                        stats.nanoseconds += took * done
+        finally:
             # Not under the lock, so that whoever handles the interrupt may take it.
             if notify:
-                self._activation.interrupt.signal_used(queue.index)
-            if rest is AT_ONCE:
-                continue
-            if rest is not None and not rest.kicks:
-                break
-            if self._poll and rest is None and queue.poll(perf_counter_ns() + self._poll):
-                began = perf_counter_ns()
-                continue
-            with queue.lock:
-                more = queue.enable_notification()
+                if to_notify is None:
+                    self._activation.interrupt.signal_used(queue.index)
+                else:
+                    to_notify.append(queue.index)
         return rest
 
-    def _give_up(self, error: PyvmmError) -> None:
-        queue = self.queue
+    def ask_for_kicks(self, queue: Queue | None) -> bool:
+        """Have the driver kick for new buffers; True if some came meanwhile."""
+        if queue is None:
+            return False
         with queue.lock:
-            # What was completed before the error stays completed.
-            notify = queue.publish_used()
-            queue.ready = False
-        if notify:
-            self._activation.interrupt.signal_used(queue.index)
+            return queue.enable_notification() and not queue.halt
+
+    def _run(self) -> None:
+        work, wait = self._work, self._poller.wait
+        try:
+            while not self._stopping:
+                wait(work())
+        except Exception as error:
+            self._give_up(as_device_failure(self._name_of_place(), error))
+        finally:
+            self._close()
+
+    def _name_of_place(self) -> str:
+        """Where a defect of ours was found."""
+        return self._name
+
+    def _close(self) -> None:
+        self._end()
+        self._poller.close()
+
+    def _give_up(self, error: PyvmmError) -> None:
+        for queue in list(self.queues.values()):
+            with queue.lock:
+                queue.ready = False
         if not self._stopping:
             self._activation.fail(error)
+
+
+class DeviceWorker(Worker):
+    """For a device whose queues belong together: it says itself what is served in which order.
+
+    `work` does what can be done, by `batch` and `ask_for_kicks`, and goes on only as long as
+    `may_go_on` says; what it returns is as for `Worker`. `end` closes what `work` uses. Both are
+    called by this thread only. A queue that is reset is taken out.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        activation: Activation,
+        poller: Poller,
+        work: Callable[[], float | None],
+        end: Callable[[], None],
+    ) -> None:
+        """Raises HostError, and then `poller` is the caller's still."""
+        super().__init__(name, f"{name}-loop", activation.queues, activation, poller)
+        self._device_work = work
+        self._device_end = end
+        self._working = Lock()  # held during `work`
+        self._rest_wanted = False  # somebody waits for it
+
+    def _work(self) -> float | None:
+        with self._working:
+            return self._device_work()
+
+    def _end(self) -> None:
+        self._device_end()
+
+    @property
+    def may_go_on(self) -> bool:
+        """Whether `work` may begin another round, or somebody waits for it to return."""
+        return not (self._stopping or self._rest_wanted)
+
+    def drop_queue(self, index: int, forget: Callable[[], None] | None = None) -> None:
+        """Serve queue `index` no more, which is stopped already; `forget` lets go of its chains.
+
+        It is called, by the thread that calls this, while the worker's own rests."""
+        with self._rest():
+            self.queues.pop(index, None)
+            if forget is not None:
+                forget()
+
+    def take_queue(self, queue: Queue) -> None:
+        """Serve `queue`, in the place of one that was dropped or never in use. Raises HostError."""
+        with self._rest():
+            queue.begin_serving()
+            self._listen(queue)
+            self.queues[queue.index] = queue
+
+    @contextmanager
+    def _rest(self) -> Iterator[None]:
+        """`work` is not running meanwhile; what it has left undone is done afterwards."""
+        self._rest_wanted = True
+        with self._working:
+            self._rest_wanted = False
+            yield
+        self.wake()
+
+
+class QueueWorker(Worker):
+    """Serves its queues in turn, in their order: `serve` takes the available chains of one, returns
+    each by `add_used`, and publishes nothing. It is called for each queue after every wake-up.
+
+    What is sent is often answered at once: whoever sends looks next whether something has come,
+    without a second thread to be woken, which on a busy processor takes longer than all the rest.
+
+    Each pass takes at most as many chains as a queue has entries, so that a driver that refills it
+    for ever cannot keep the thread from noticing a stop.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        queues: Sequence[Queue],
+        serve: Serve,
+        activation: Activation,
+        sources: Sequence[Sequence[Source]],
+        *,
+        thread: str | None = None,
+        poll_ns: int = 0,
+    ) -> None:
+        """`sources` has what else wakes the worker, for each queue.
+
+        With `poll_ns` the ring, which must be the only one, is polled for so many nanoseconds
+        before the worker sleeps, if it slept for less the last time.
+
+        Raises HostError if the host has no more file descriptors.
+        """
+        self._serve = serve
+        self._turns = tuple(queues)
+        # One notification for all, where there is more than one.
+        self._to_notify: list[int] | None = [] if len(self._turns) > 1 else None
+        self._to_arm = {
+            queue.index
+            for queue, its in zip(queues, sources, strict=True)
+            if any(source.on_demand for source in its)
+        }
+        self._poll_limit = poll_ns
+        self._poll = 0  # nanoseconds to poll before the next sleep
+        self._slept_from = 0  # when the sleep began that tells whether to poll
+        poller = Poller()
+        try:
+            for its in sources:
+                for source in its:
+                    poller.watch(source)
+            super().__init__(name, thread or name, queues, activation, poller)
+        except BaseException:
+            poller.close()
+            raise
+
+    def _name_of_place(self) -> str:
+        only = f": queue {self._turns[0].index}" if len(self._turns) == 1 else ""
+        return self._name + only
+
+    def _work(self) -> float | None:
+        if self._slept_from:
+            self._learn()
+        while True:
+            served = self._turns
+            rests: dict[int, Rest] = {}
+            more = False
+            try:
+                for queue in self._turns:
+                    if queue.halt or not queue.ready:
+                        served = tuple(other for other in served if other is not queue)
+                        continue
+                    rest = self.batch(queue, self._serve, self._to_notify)
+                    if rest is not None:
+                        rests[queue.index] = rest
+            finally:
+                if self._to_notify:
+                    self._activation.interrupt.signal_used(*self._to_notify)
+                    self._to_notify.clear()
+            for queue in served:
+                if rests and (rest := rests.get(queue.index)) is not None:
+                    if rest is AT_ONCE:
+                        more = True
+                        continue
+                    if not rest.kicks:
+                        continue
+                elif self._poll and queue.poll(perf_counter_ns() + self._poll):
+                    more = True
+                    continue
+                with queue.lock:
+                    more |= queue.enable_notification() and not queue.halt
+            if not more or self._stopping:
+                break
+        if rests:
+            return self._arm_for(rests)
+        if self._poll_limit:
+            self._slept_from = perf_counter_ns()
+        return None
+
+    def _arm_for(self, rests: dict[int, Rest]) -> float | None:
+        """Arm the sources that are to end the sleep; how many seconds it may last, if not for as
+        long as nothing happens."""
+        seconds = None
+        arm = False
+        for index, rest in rests.items():
+            arm |= rest.sources and not rest.kicks and index in self._to_arm
+            if rest.seconds is not None:
+                seconds = rest.seconds if seconds is None else min(seconds, rest.seconds)
+        if arm:
+            self._poller.arm()
+        return seconds
+
+    def _learn(self) -> None:
+        """The next sleep is preceded by polling if that would have spared us the last one."""
+        slept, self._slept_from = perf_counter_ns() - self._slept_from, 0
+        self._poll = self._poll_limit if slept < self._poll_limit else 0
 
 
 class QueueDevice(VirtioDevice):
@@ -208,7 +407,7 @@ class QueueDevice(VirtioDevice):
     """
 
     features = RING_FEATURES
-    limits: RateLimiter | None = None
+    limits: Limits | None = None
     poll_ns: int = 0
     _activation: Activation | None = None
     _workers: dict[int, QueueWorker] = {}  # noqa: RUF012 - replaced, never changed
@@ -216,7 +415,7 @@ class QueueDevice(VirtioDevice):
     @property
     def queues_in_use(self) -> list[Queue]:
         """The queues that have a worker now, those among them that were reset and set up anew."""
-        return [worker.queue for worker in self._workers.values()]
+        return [worker.queues[index] for index, worker in self._workers.items()]
 
     @abstractmethod
     def serve(self, queue: Queue) -> Rest | None:
@@ -252,19 +451,21 @@ class QueueDevice(VirtioDevice):
     def start_queue(self, queue: Queue) -> None:
         """Start a worker for `queue`, on activation or after its reset. Raises HostError."""
         assert self._activation is not None, "only a live device starts queues"
-        sources = self.sources(queue.index)
         worker = QueueWorker(
-            self.name, queue, self._server(), self._activation, sources, self.poll_ns
+            self.name,
+            [queue],
+            self._server(),
+            self._activation,
+            [self.sources(queue.index)],
+            thread=f"{self.name}-q{queue.index}",
+            poll_ns=self.poll_ns,
         )
         worker.start()
         self._workers = {**self._workers, queue.index: worker}
 
     def _server(self) -> Serve:
-        if self.limits is None:
-            return self.serve
-        from pyvmm.virtio.rate_limit import limited
-
-        return limited(self.serve, self.limits, self.size_of)
+        limits = self.limits
+        return self.serve if limits is None else limits.around(self.serve, self.size_of)
 
     def reset_queue(self, index: int) -> None:
         """Stop and join the worker of queue `index`, which completes the request at hand."""
@@ -272,7 +473,8 @@ class QueueDevice(VirtioDevice):
         worker = workers.pop(index, None)
         self._workers = workers
         if worker is not None:
-            worker.stop()
+            worker.request_stop()
+            _finish(worker)
 
     def reset(self) -> None:
         """Stop and join all workers; each completes the request it is in the middle of."""
@@ -280,5 +482,12 @@ class QueueDevice(VirtioDevice):
         for worker in workers.values():
             worker.request_stop()
         for worker in workers.values():
-            worker.stop()
+            _finish(worker)
         self._activation = None
+
+
+def _finish(worker: QueueWorker) -> None:
+    """Join `worker`, which was asked to stop: its rings are not touched any more."""
+    worker.join()
+    for queue in worker.queues.values():
+        queue.ready = False

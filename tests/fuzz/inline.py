@@ -14,10 +14,8 @@ from unittest import mock
 import _cffi_backend
 
 from pyvmm.errors import DriverError
-from pyvmm.virtio.device_loop import DeviceLoop
 from pyvmm.virtio.queue.chain import DescriptorChain, Usual
-from pyvmm.virtio.shared_worker import SharedWorker
-from pyvmm.virtio.worker import QueueWorker
+from pyvmm.virtio.worker import DeviceWorker, QueueWorker, Worker
 
 WATCHED = (
     *("pop", "add_used", "step_back", "publish_used"),
@@ -180,7 +178,7 @@ class Workers:
     """All workers that run now; `pump` has each do what its thread would do until it sleeps."""
 
     def __init__(self) -> None:
-        self.running: list[InlineWorker | InlineLoop | InlineShared] = []
+        self.running: list[Inline] = []
         self.logs: dict[int, QueueLog] = {}
 
     def pump(self) -> None:
@@ -190,20 +188,14 @@ class Workers:
 
     @contextmanager
     def instead_of_threads(self) -> Iterator[None]:
-        def make_worker(*arguments: Any, **options: Any) -> InlineWorker:
-            return InlineWorker(self, *arguments, **options)
+        def make(inline: type[Inline]) -> Any:
+            return lambda *arguments, **options: inline(self, *arguments, **options)
 
-        def make_loop(*arguments: Any, **options: Any) -> InlineLoop:
-            return InlineLoop(self, *arguments, **options)
-
-        def make_shared(*arguments: Any, **options: Any) -> InlineShared:
-            return InlineShared(self, *arguments, **options)
-
-        kinds = ((QueueWorker, make_worker), (DeviceLoop, make_loop), (SharedWorker, make_shared))
+        kinds = ((QueueWorker, InlineQueueWorker), (DeviceWorker, InlineDeviceWorker))
         with ExitStack() as patches:
             for real, inline in kinds:
                 for module, name in _users_of(real):
-                    patches.enter_context(mock.patch.object(module, name, inline))
+                    patches.enter_context(mock.patch.object(module, name, make(inline)))
             yield
 
 
@@ -218,53 +210,16 @@ def _users_of(real: type) -> list[tuple[Any, str]]:
     ]
 
 
-class InlineWorker(QueueWorker):
-    """A worker that runs in the thread of whoever pumps."""
+class Inline(Worker):
+    """A worker that runs in the thread of whoever pumps. Mixed into each class of workers."""
+
+    _passes = 0  # what `work` is called for in one go
+    _rounds = 1
 
     def __init__(self, workers: Workers, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._workers = workers
-        self._log = QueueLog(self.queue)
-        self._serve_for_real = self._serve
-        self._serve = self._watched_serve
-        self._passes = 0
-
-    def start(self) -> None:
-        self.queue.begin_serving()
-        self._workers.running.append(self)
-        self._workers.logs[self.queue.index] = self._log
-
-    def join(self) -> None:
-        if self in self._workers.running:
-            self._workers.running.remove(self)
-        self._close()
-
-    def run_until_idle(self) -> None:
-        self._passes = 0
-        self.queue.kick.drain()
-        try:
-            self._serve_until_idle()
-        except DriverError as error:
-            self._workers.running.remove(self)
-            self._give_up(error)
-
-    def _watched_serve(self, queue: Any) -> Any:
-        self._passes += 1
-        assert self._passes < MOST_PASSES, "the worker never sleeps"
-        self._log.begin_pass()
-        return self._serve_for_real(queue)
-
-
-class InlineShared(SharedWorker):
-    """A worker of several queues that runs in the thread of whoever pumps."""
-
-    def __init__(self, workers: Workers, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._workers = workers
-        self._logs = {queue.index: self._log_of(queue) for queue in self._queues}
-        self._serve_for_real = self._serve
-        self._serve = self._watched_serve
-        self._passes = 0
+        self._logs = {index: self._log_of(queue) for index, queue in self.queues.items()}
 
     def _log_of(self, queue: Any) -> QueueLog:
         """The one that is kept already, if only the other queues were set up anew."""
@@ -272,49 +227,8 @@ class InlineShared(SharedWorker):
         return log if log is not None and log.queue is queue else QueueLog(queue)
 
     def start(self) -> None:
-        for queue in self._queues:
+        for queue in self.queues.values():
             queue.begin_serving()
-        self._workers.running.append(self)
-        self._workers.logs |= self._logs
-
-    def join(self) -> None:
-        if self in self._workers.running:
-            self._workers.running.remove(self)
-        self._close()
-
-    def run_until_idle(self) -> None:
-        self._passes = 0
-        for queue in self._queues:
-            queue.kick.drain()
-        try:
-            self._serve_until_idle()
-        except DriverError as error:
-            self._workers.running.remove(self)
-            self._give_up(error)
-
-    def _watched_serve(self, queue: Any) -> Any:
-        self._passes += 1
-        assert self._passes < MOST_PASSES, "the worker never sleeps"
-        self._logs[queue.index].begin_pass()
-        return self._serve_for_real(queue)
-
-
-class InlineLoop(DeviceLoop):
-    """The loop of a device that serves all its queues by one thread, in that of whoever pumps."""
-
-    def __init__(self, workers: Workers, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self._workers = workers
-        self._logs = {
-            queue.index: QueueLog(queue) for queue in self._activation.queues if queue is not None
-        }
-        self._batches = 0
-
-    def take_queue(self, queue: Any) -> None:
-        self._logs[queue.index] = self._workers.logs[queue.index] = QueueLog(queue)
-        super().take_queue(queue)
-
-    def start(self) -> None:
         self._workers.running.append(self)
         self._workers.logs |= self._logs
 
@@ -325,9 +239,9 @@ class InlineLoop(DeviceLoop):
         self._wake.close()
 
     def run_until_idle(self) -> None:
-        self._batches = 0
+        self._passes = 0
         try:
-            for _ in range(3):  # what was done for the guest may move the host's files, and so on
+            for _ in range(self._rounds):
                 self._poller.wait(0)
                 self._work()
         except DriverError as error:
@@ -335,9 +249,23 @@ class InlineLoop(DeviceLoop):
             self._give_up(error)
             self._close()
 
-    def batch(self, queue: Any, serve: Any) -> None:
-        self._batches += 1
-        assert self._batches < MOST_PASSES, "the loop never sleeps"
+    def batch(self, queue: Any, serve: Any, to_notify: Any = None) -> Any:
+        self._passes += 1
+        assert self._passes < MOST_PASSES, "the worker never sleeps"
         if queue is not None:
             self._logs[queue.index].begin_pass()
-        super().batch(queue, serve)
+        return super().batch(queue, serve, to_notify)
+
+
+class InlineQueueWorker(Inline, QueueWorker):
+    """One that serves its queues in turn."""
+
+
+class InlineDeviceWorker(Inline, DeviceWorker):
+    """One whose device serves all its queues as it likes."""
+
+    _rounds = 3  # what was done for the guest may move the host's files, and so on
+
+    def take_queue(self, queue: Any) -> None:
+        self._logs[queue.index] = self._workers.logs[queue.index] = QueueLog(queue)
+        super().take_queue(queue)

@@ -41,7 +41,7 @@ TARGETS = (
         " forgotten",
     ),
     Target(
-        "core", "virtio/worker.py virtio/shared_worker.py virtio/device_loop.py",
+        "core", "virtio/worker.py",
         "worker worker_sources worker_polling worker_wakeups shared_worker device_loop queue_device"
         " net_receive vsock_device stats every_device",
     ),

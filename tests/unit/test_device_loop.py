@@ -14,7 +14,7 @@ from pyvmm.errors import DriverError, HostError
 from pyvmm.host.poller import READABLE, Poller
 from pyvmm.memory import GuestMemory
 from pyvmm.virtio.device import Activation
-from pyvmm.virtio.device_loop import DeviceLoop
+from pyvmm.virtio.worker import DeviceWorker
 
 
 class Loop:
@@ -28,7 +28,7 @@ class Loop:
         self._work = work
         memory = GuestMemory([(0, 1 << 20)])
         activation = Activation(memory, 0, (None,), self.recorder, self.recorder.fail)
-        self.loop = DeviceLoop("loop", activation, self.poller, self._count, self.ended.set)
+        self.loop = DeviceWorker("loop", activation, self.poller, self._count, self.ended.set)
 
     def _count(self) -> float | None:
         self.calls.release()

@@ -26,16 +26,16 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    from pyvmm.host.waiter import Waiter
+    from pyvmm.host.poller import Poller
 
     clock = Clock()
-    wait = Waiter.wait
+    wait = Poller.wait
 
-    def sleep(self: Waiter, seconds: float | None = None) -> None:
+    def sleep(self: Poller, seconds: float | None = None) -> None:
         clock.slept.append(seconds)
         wait(self, None)
 
-    monkeypatch.setattr(Waiter, "wait", sleep)
+    monkeypatch.setattr(Poller, "wait", sleep)
     return clock
 
 

@@ -165,16 +165,16 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         "limited",
         lambda serve, limits, size_of: limited(serve, limits, size_of, lambda: clock.now),
     )
-    from pyvmm.host.waiter import Waiter
+    from pyvmm.host.poller import Poller
 
-    wait = Waiter.wait
+    wait = Poller.wait
 
-    def sleep(self: Waiter, seconds: float | None = None) -> None:
+    def sleep(self: Poller, seconds: float | None = None) -> None:
         clock.slept.append(seconds)
         clock.asleep.set()
         wait(self, None)
 
-    monkeypatch.setattr(Waiter, "wait", sleep)
+    monkeypatch.setattr(Poller, "wait", sleep)
     return clock
 
 

@@ -365,14 +365,14 @@ def test_row75_a_report_of_much_memory_stops_between_two_pieces(
     real = rig.memory.discard
     active = rig.device._active
     assert active is not None
-    queue = active.loop.queues[balloon_rig.REPORTING]
+    queue = active.worker.queues[balloon_rig.REPORTING]
     assert queue is not None
 
     def discard(addr: int, length: int) -> None:
         calls.append(length)
         if len(calls) == 2:
             reached.set()
-            wait_until(lambda: go.is_set() or queue.halt or not active.loop.may_go_on)
+            wait_until(lambda: go.is_set() or queue.halt or not active.worker.may_go_on)
         real(addr, length)
 
     rig.memory.discard = discard  # type: ignore[method-assign]

@@ -10,11 +10,10 @@ import pytest
 from worker_rig import Bench, Echo, receive_datagrams, send_datagrams, wait_for
 
 from pyvmm.errors import DriverError
-from pyvmm.host.waiter import Source
+from pyvmm.host.poller import Source
 from pyvmm.testing.mmio_driver import SAFETY_TIMEOUT
 from pyvmm.virtio.device import VirtioDevice
-from pyvmm.virtio.shared_worker import SharedWorker
-from pyvmm.virtio.worker import AT_ONCE, FOR_SOURCE, Rest
+from pyvmm.virtio.worker import AT_ONCE, FOR_SOURCE, QueueWorker, Rest
 
 
 class Shared(VirtioDevice):
@@ -31,7 +30,7 @@ class Shared(VirtioDevice):
     def activate(self, activation):
         queues = [queue for queue in activation.queues if queue is not None]
         sources = [self.sources(queue.index) for queue in queues]
-        self.worker = SharedWorker("shared", queues, self.serve, activation, sources)
+        self.worker = QueueWorker("shared", queues, self.serve, activation, sources)
         self.worker.start()
 
     def sources(self, index):

@@ -385,15 +385,15 @@ def test_a_driver_that_refills_for_ever_starves_neither_reset_nor_another_queue(
 
 def test_activation_that_fails_half_way_leaves_nothing_running(bench, monkeypatch):
     b = bench(Echo(), queues=2)
-    real, made = worker_module.Waiter, []
+    real, made = worker_module.Poller, []
 
-    def limited(kick, stop, sources=()):
+    def limited():
         if made:
             raise HostError(24, "epoll")
         made.append(1)
-        return real(kick, stop)
+        return real()
 
-    monkeypatch.setattr(worker_module, "Waiter", limited)
+    monkeypatch.setattr(worker_module, "Poller", limited)
     with pytest.raises(HostError):
         b.activate()
     assert threads_of(b) == []

@@ -9,7 +9,7 @@ import time
 import pytest
 from worker_rig import Bench, receive_datagrams, send_datagrams, wait_for
 
-from pyvmm.host.waiter import Source
+from pyvmm.host.poller import Source
 from pyvmm.virtio.worker import AT_ONCE, FOR_SOURCE, QueueDevice, Rest
 
 

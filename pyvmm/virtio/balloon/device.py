@@ -41,10 +41,10 @@ from pyvmm.virtio.balloon.uapi import (
 )
 from pyvmm.virtio.constants import VIRTIO_ID_BALLOON
 from pyvmm.virtio.device import Activation, VirtioDevice
-from pyvmm.virtio.device_loop import DeviceLoop
 from pyvmm.virtio.features import RING_FEATURES, has, mask
 from pyvmm.virtio.queue.chain import DescriptorChain, Part
 from pyvmm.virtio.queue.protocol import Queue
+from pyvmm.virtio.worker import DeviceWorker
 
 _QUEUE_SIZE = 128
 _MAX_STATS = 64  # entries looked at; there are ten kinds
@@ -123,7 +123,7 @@ class BalloonDevice(VirtioDevice):
         self._num_pages = target // PAGE
         active = self._active
         if active is not None:
-            active.loop.wake()
+            active.worker.wake()
 
     def statistics(self, patience: float = 2.0) -> Mapping[str, int]:
         """What the guest's kernel says of its memory, by name, in bytes and events: fresh, or after
@@ -162,26 +162,26 @@ class BalloonDevice(VirtioDevice):
         """Start the thread. Raises HostError."""
         active = _Active(self, activation)
         self._active = active
-        active.loop.start()
+        active.worker.start()
 
     def reset(self) -> None:
         """Stop the thread. The guest has all its memory again, as the pages come when used."""
         active, self._active = self._active, None
         if active is not None:
-            active.loop.request_stop()
-            active.loop.join()
+            active.worker.request_stop()
+            active.worker.join()
         self._actual = self._poison = 0
 
     def reset_queue(self, index: int) -> None:
         """See VirtioDevice."""
         active = self._active
         if active is not None:
-            active.loop.drop_queue(index, lambda: active.forget(index))
+            active.worker.drop_queue(index, lambda: active.forget(index))
 
     def start_queue(self, queue: Queue) -> None:
         """See VirtioDevice."""
         assert self._active is not None, "only a live device starts queues"
-        self._active.loop.take_queue(queue)
+        self._active.worker.take_queue(queue)
 
     # --- for the thread of an activation ---------------------------------------------------------
 
@@ -217,11 +217,11 @@ class _Active:
         self._asked = False
         poller = Poller()
         try:
-            self.loop = DeviceLoop(device.name, activation, poller, self.work, self._end)
+            self.worker = DeviceWorker(device.name, activation, poller, self.work, self._end)
         except BaseException:
             poller.close()
             raise
-        self._queues = self.loop.queues
+        self._queues = self.worker.queues
 
     def forget(self, index: int) -> None:
         """Queue `index` is reset: nothing that was taken from it goes back."""
@@ -231,7 +231,7 @@ class _Active:
     def ask_for_statistics(self) -> None:
         """Any thread may ask."""
         self._asked = True
-        self.loop.wake()
+        self.worker.wake()
 
     def work(self) -> None:
         """Everything that can be done now."""
@@ -243,18 +243,18 @@ class _Active:
             (REPORTING, self._take_report),
         )
         again = True
-        while again and self.loop.may_go_on:
+        while again and self.worker.may_go_on:
             again = False
             if self._num_pages != self._device.num_pages:
                 self._num_pages = self._device.num_pages
                 self._interrupt.signal_config_change()
-            for index, serve in served[: len(self._queues)]:
-                self.loop.batch(self._queues[index], serve)
-                again |= self.loop.ask_for_kicks(self._queues[index])
+            for index, serve in served:
+                self.worker.batch(self._queues.get(index), serve)
+                again |= self.worker.ask_for_kicks(self._queues.get(index))
 
     def _end(self) -> None:
         # Kept on purpose, so given back on purpose: a queue that is saved has nothing in flight.
-        self.loop.batch(self._queues[STATS], self._return_kept)
+        self.worker.batch(self._queues.get(STATS), self._return_kept)
 
     # --- 5.5.6 Device Operation ------------------------------------------------------------------
 
@@ -318,7 +318,7 @@ class _Active:
         return True
 
     def _may_go_on(self, queue: Queue) -> bool:
-        return self.loop.may_go_on and not queue.halt
+        return self.worker.may_go_on and not queue.halt
 
     # --- 5.5.6.1 Memory Statistics ---------------------------------------------------------------
 

@@ -28,9 +28,9 @@ from pyvmm.virtio.console.uapi import (
 )
 from pyvmm.virtio.constants import VIRTIO_ID_CONSOLE
 from pyvmm.virtio.device import Activation, VirtioDevice
-from pyvmm.virtio.device_loop import DeviceLoop
 from pyvmm.virtio.features import RING_FEATURES, has, mask
 from pyvmm.virtio.queue.protocol import Queue
+from pyvmm.virtio.worker import DeviceWorker
 
 MAX_NAMED_PORTS = 15
 _DATA_QUEUE = 128
@@ -88,7 +88,7 @@ class ConsoleDevice(VirtioDevice):
         self._size = (min(columns, 0xFFFF), min(rows, 0xFFFF))
         active = self._active
         if active is not None:
-            active.loop.wake()
+            active.worker.wake()
 
     @property
     def size(self) -> tuple[int, int]:
@@ -117,9 +117,9 @@ class ConsoleDevice(VirtioDevice):
         """Start the thread. Raises HostError."""
         active = _Active(self, activation)
         if self.terminal is not None:
-            self.terminal.set_wake(active.loop.wake)
+            self.terminal.set_wake(active.worker.wake)
         self._active = active
-        active.loop.start()
+        active.worker.start()
 
     def reset(self) -> None:
         """Stop the thread; programs connected to named ports are disconnected."""
@@ -127,19 +127,19 @@ class ConsoleDevice(VirtioDevice):
         if active is not None:
             if self.terminal is not None:
                 self.terminal.set_wake(lambda: None)
-            active.loop.request_stop()
-            active.loop.join()
+            active.worker.request_stop()
+            active.worker.join()
 
     def reset_queue(self, index: int) -> None:
         """See VirtioDevice. What a port's end has not taken of a buffer is lost."""
         active = self._active
         if active is not None:
-            active.loop.drop_queue(index, lambda: active.forget(index))
+            active.worker.drop_queue(index, lambda: active.forget(index))
 
     def start_queue(self, queue: Queue) -> None:
         """See VirtioDevice."""
         assert self._active is not None, "only a live device starts queues"
-        self._active.loop.take_queue(queue)
+        self._active.worker.take_queue(queue)
 
 
 class _Active:
@@ -162,13 +162,13 @@ class _Active:
                 port.begin(multiport=self._multiport)
                 port.size = self._size if self._size != (0, 0) else None
                 port.end.begin(poller)
-            self.loop = DeviceLoop(device.name, activation, poller, self.work, self._end)
+            self.worker = DeviceWorker(device.name, activation, poller, self.work, self._end)
         except BaseException:
             for port in ports:
                 port.end.finish()
             poller.close()
             raise
-        self._queues = self.loop.queues
+        self._queues = self.worker.queues
 
     def forget(self, index: int) -> None:
         """Queue `index` is reset: nothing that was taken from it goes back."""
@@ -178,42 +178,42 @@ class _Active:
 
     def _end(self) -> None:
         for port in self._ports.values():
-            self.loop.batch(self._queue(receive_queue(port.id) + 1), port.drop_output)
+            self.worker.batch(self._queue(receive_queue(port.id) + 1), port.drop_output)
             port.end.finish()
 
     def work(self) -> float | None:
         """Everything that can be done now; in how many seconds to come again."""
-        loop = self.loop
+        worker = self.worker
         again = True
-        while again and loop.may_go_on:
+        while again and worker.may_go_on:
             again = False
             self._notice_size()
             if self._multiport:
-                loop.batch(self._queue(CONTROL_TRANSMIT), self._take_messages)
+                worker.batch(self._queue(CONTROL_TRANSMIT), self._take_messages)
             for port in self._ports.values():
                 again |= self._serve(port)
             if self._multiport:
                 self._message_waits = True  # also where the driver has no such queue
-                loop.batch(self._queue(CONTROL_RECEIVE), self._give_messages)
-                again |= loop.ask_for_kicks(self._queue(CONTROL_TRANSMIT))
+                worker.batch(self._queue(CONTROL_RECEIVE), self._give_messages)
+                again |= worker.ask_for_kicks(self._queue(CONTROL_TRANSMIT))
                 if self._message_waits:
-                    again |= loop.ask_for_kicks(self._queue(CONTROL_RECEIVE))
+                    again |= worker.ask_for_kicks(self._queue(CONTROL_RECEIVE))
             again |= any(self._has_more(port) for port in self._ports.values())
         return self._remind_of_size()
 
     def _serve(self, port: Port) -> bool:
         """Carry what can be carried; whether the driver has made more available meanwhile."""
-        loop = self.loop
+        worker = self.worker
         receive = self._queue(receive_queue(port.id))
         transmit = self._queue(receive_queue(port.id) + 1)
-        loop.batch(transmit, port.take_output)
+        worker.batch(transmit, port.take_output)
         port.end.attend(port.guest_is_open, port.is_leaving)
-        loop.batch(receive, port.give_input)
+        worker.batch(receive, port.give_input)
         # A client that has gone makes place for the next one.
         port.end.attend(port.guest_is_open, port.is_leaving)
-        again = False if port.is_blocked else loop.ask_for_kicks(transmit)
+        again = False if port.is_blocked else worker.ask_for_kicks(transmit)
         if port.starved:
-            again |= loop.ask_for_kicks(receive)
+            again |= worker.ask_for_kicks(receive)
         return again
 
     def _has_more(self, port: Port) -> bool:
@@ -222,7 +222,7 @@ class _Active:
         return port.has_more_output or (can_give and port.wants_to_give)
 
     def _queue(self, index: int) -> Queue | None:
-        return self._queues[index] if index < len(self._queues) else None
+        return self._queues.get(index)
 
     def _notice_size(self) -> None:
         size = self._device.size

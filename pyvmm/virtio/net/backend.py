@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from pyvmm.host.waiter import Source
+from pyvmm.host.poller import Source
 
 
 class LinkLost(Exception):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from pyvmm.host.log import RateLimited
-from pyvmm.host.waiter import Source
+from pyvmm.host.poller import Source
 from pyvmm.virtio.constants import VIRTIO_ID_NET
 from pyvmm.virtio.device import Activation
 from pyvmm.virtio.features import RING_FEATURES, has, mask
@@ -38,8 +38,7 @@ from pyvmm.virtio.net.uapi import (
     VIRTIO_NET_S_LINK_UP,
 )
 from pyvmm.virtio.queue.protocol import Queue
-from pyvmm.virtio.shared_worker import SharedWorker
-from pyvmm.virtio.worker import QueueDevice, Rest
+from pyvmm.virtio.worker import QueueDevice, QueueWorker, Rest
 
 if TYPE_CHECKING:
     from pyvmm.virtio.net.limits import Limits
@@ -50,7 +49,7 @@ CONTROL_QUEUE_SIZE = 64
 
 
 class PairWorker(Protocol):
-    """Whoever serves a pair of queues, from `start` until `request_stop`; see `SharedWorker`."""
+    """Whoever serves a pair of queues, from `start` until `request_stop`; see `QueueWorker`."""
 
     def start(self) -> None: ...
 
@@ -246,7 +245,7 @@ class NetDevice(QueueDevice):
 
     def _worker(self, pair: int, queues: Sequence[Queue], activation: Activation) -> PairWorker:
         sources = [self.sources(queue.index) for queue in queues]
-        return SharedWorker(f"{self.name}-p{pair}", queues, self.serve, activation, sources)
+        return QueueWorker(f"{self.name}-p{pair}", queues, self.serve, activation, sources)
 
     def _stop_pairs(self, pairs: Iterable[int]) -> None:
         running = self._workers_of_pairs

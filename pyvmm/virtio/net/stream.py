@@ -16,7 +16,7 @@ from struct import Struct
 
 from pyvmm.errors import HostError
 from pyvmm.host.files import IOV_MAX
-from pyvmm.host.waiter import Source
+from pyvmm.host.poller import Source
 from pyvmm.virtio.net.backend import LinkLost
 from pyvmm.virtio.net.header import HEADER_SIZE, LARGEST_FRAME, PLAIN
 

@@ -13,7 +13,7 @@ import select
 from pyvmm.errors import HostError
 from pyvmm.host import tap
 from pyvmm.host.files import IOV_MAX
-from pyvmm.host.waiter import Source
+from pyvmm.host.poller import Source
 from pyvmm.virtio.features import mask
 from pyvmm.virtio.net.backend import LinkLost
 from pyvmm.virtio.net.header import HEADER_SIZE

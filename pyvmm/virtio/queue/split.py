@@ -441,8 +441,7 @@ class SplitQueue(Ring):
         # idx and then looks whether a kick is wanted; without both one could get lost (2.7.13.4).
         self._fence()
 
-    def _first_unavailable(self) -> int:
-        return self._read_avail_idx()
+    _first_unavailable = _read_avail_idx
 
     def _has_more(self) -> bool:
         return self._avail[1] != self._seen_avail

@@ -6,8 +6,6 @@ for `interrupts`) and any thread reads. They live as long as the device, through
 
 from __future__ import annotations
 
-from time import perf_counter_ns
-
 
 class QueueStats:
     """`requests` are chains given back to the driver, `interrupts` the notifications that it got.
@@ -24,12 +22,3 @@ class QueueStats:
         self.interrupts = 0
         self.nanoseconds = 0
         self.latency = [0] * 64  # every number of nanoseconds that there is has its place
-
-    def end_batch(self, before: int, began: int) -> None:
-        """The batch is published that the thread turned to at `began`, by perf_counter_ns(), when
-        there were `before` requests."""
-        done = self.requests - before
-        if done:
-            took = perf_counter_ns() - began
-            self.latency[took.bit_length()] += done
-            self.nanoseconds += took * done

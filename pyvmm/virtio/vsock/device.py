@@ -17,7 +17,6 @@ from pyvmm.host.poller import Poller
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.virtio.constants import VIRTIO_ID_VSOCK
 from pyvmm.virtio.device import Activation, VirtioDevice
-from pyvmm.virtio.device_loop import DeviceLoop
 from pyvmm.virtio.features import RING_FEATURES, has, mask
 from pyvmm.virtio.queue.protocol import Queue
 from pyvmm.virtio.vsock.host_side import HostSide
@@ -36,6 +35,7 @@ from pyvmm.virtio.vsock.uapi import (
     VIRTIO_VSOCK_RX,
     VIRTIO_VSOCK_TX,
 )
+from pyvmm.virtio.worker import DeviceWorker
 
 QUEUE_SIZES = (256, 256, 16)
 # After so much the driver gets to see what has come, even if there is more.
@@ -94,32 +94,32 @@ class VsockDevice(VirtioDevice):
     def activate(self, activation: Activation) -> None:
         """Start the thread; from now on clients are let in. Raises HostError."""
         active = _Active(self, activation)
-        active.loop.start()
+        active.worker.start()
         self._active = active
 
     def reset(self) -> None:
         """Stop the thread and close all streams. Clients that come now wait for the next driver."""
         active, self._active = self._active, None
         if active is not None:
-            active.loop.request_stop()
-            active.loop.join()
+            active.worker.request_stop()
+            active.worker.join()
 
     def reset_queue(self, index: int) -> None:
         """See VirtioDevice. Streams go on; what they have for the guest waits."""
         if self._active is not None:
-            self._active.loop.drop_queue(index)
+            self._active.worker.drop_queue(index)
 
     def start_queue(self, queue: Queue) -> None:
         """See VirtioDevice."""
         assert self._active is not None, "only a live device starts queues"
-        self._active.loop.take_queue(queue)
+        self._active.worker.take_queue(queue)
 
     def interrupt_streams(self) -> None:
         """Streams of before are gone (the guest goes on from a saved state): tell the driver, now
         or when it has a buffer for events (5.10.6.7 Device Events). Any thread may call it."""
         self._interrupted = True
         if self._active is not None:
-            self._active.loop.wake()
+            self._active.worker.wake()
 
     def call(self, connection: Socket, port: int) -> None:
         """Make `connection` a stream to `port` of the guest, as CONNECT does for a client: it gets
@@ -132,7 +132,7 @@ class VsockDevice(VirtioDevice):
         if active is None:
             raise HostError(errno.ECONNREFUSED, f"vsock port {port}: the guest has no driver yet")
         self._calls.append((connection, port))
-        active.loop.wake()
+        active.worker.wake()
 
     @property
     def has_driver(self) -> bool:
@@ -176,11 +176,11 @@ class _Active:
         try:
             self._host = device.open_host_side(poller)
             self._switch = self._make_switch(activation.features, poller)
-            self.loop = DeviceLoop(device.name, activation, poller, self.work, self._end)
+            self.worker = DeviceWorker(device.name, activation, poller, self.work, self._end)
         except BaseException:
             poller.close()
             raise
-        self._queues = self.loop.queues
+        self._queues = self.worker.queues
 
     def _make_switch(self, features: int, poller: Poller) -> Switch:
         device = self._device
@@ -207,21 +207,21 @@ class _Active:
 
     def work(self) -> float | None:
         """Everything that can be done now; seconds until there is something to do again."""
-        loop, switch = self.loop, self._switch
-        receive, transmit = self._queues[VIRTIO_VSOCK_RX], self._queues[VIRTIO_VSOCK_TX]
+        worker, switch = self.worker, self._switch
+        receive, transmit = self._queues.get(VIRTIO_VSOCK_RX), self._queues.get(VIRTIO_VSOCK_TX)
         again = True
-        while again and loop.may_go_on:
+        while again and worker.may_go_on:
             if self._device.take_interruption():
                 switch.close()
                 self._event_due = True
             switch.attend()
-            loop.batch(transmit, self._take_packets)
+            worker.batch(transmit, self._take_packets)
             self._starved = True  # also where the driver has no such queue
-            loop.batch(receive, self._give_packets)
+            worker.batch(receive, self._give_packets)
             self._send_event()
-            again = loop.ask_for_kicks(transmit) if switch.takes_packets else False
+            again = worker.ask_for_kicks(transmit) if switch.takes_packets else False
             if self._starved:
-                again |= loop.ask_for_kicks(receive)
+                again |= worker.ask_for_kicks(receive)
             again |= switch.wants_attention or (switch.has_packets and not self._starved)
         return switch.patience()
 
@@ -263,11 +263,11 @@ class _Active:
             budget -= size
 
     def _send_event(self) -> None:
-        queue = self._queues[VIRTIO_VSOCK_EVENT]
+        queue = self._queues.get(VIRTIO_VSOCK_EVENT)
         if self._event_due:
-            self.loop.batch(queue, self._give_event)
-            if self._event_due and self.loop.ask_for_kicks(queue):
-                self.loop.wake()
+            self.worker.batch(queue, self._give_event)
+            if self._event_due and self.worker.ask_for_kicks(queue):
+                self.worker.wake()
 
     def _give_event(self, queue: Queue) -> None:
         for chain in queue:
