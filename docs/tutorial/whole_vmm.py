@@ -19,8 +19,7 @@ from pyvmm.machine.board.x86 import layout
 from pyvmm.memory import GuestMemory
 from pyvmm.platform.serial import Serial
 from pyvmm.platform.x86 import acpi_pm
-from pyvmm.transport.mmio import MmioTransport
-from pyvmm.transport.mmio_registers import QUEUE_NOTIFY
+from pyvmm.transport.mmio import QUEUE_NOTIFY, MmioTransport
 from pyvmm.virtio.blk.backend import FileBackend
 from pyvmm.virtio.blk.device import BlockDevice
 

@@ -46,7 +46,7 @@ def attach_virtio(
         trace=_virtio_hook(trace),
     )
     closing.callback(transport.close)
-    bus.register(slot.base, slot.size, transport)
+    bus.register(slot.base, slot.size, transport.registers)
     vm.irqfd(interrupt.fd, slot.gsi)
     closing.callback(vm.irqfd, interrupt.fd, slot.gsi, deassign=True)
     for bell in transport.doorbells:

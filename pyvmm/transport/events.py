@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from pyvmm.transport.mmio_registers import CONFIG, Register
 from pyvmm.virtio import features, status
 from pyvmm.virtio.lifecycle import CONFIG_CHANGED, USED_BUFFER, DeviceState
 
@@ -39,21 +38,16 @@ class BadAccess(NamedTuple):
         return f"{self.device}: {self.size}-byte {verb} at {self.offset:#x} ignored"
 
 
-def register_name(row: Register, offset: int, size: int) -> str:
-    """The register's name; for the configuration space with offset and size in bytes."""
-    return f"Config[{offset - CONFIG:#x}:{size}]" if row.offset == CONFIG else row.name
-
-
-def decode(row: Register, value: int, state: DeviceState, feature_names: Mapping[int, str]) -> str:
-    """What `value` of register `row` means, in the specification's names."""
-    if row.decode == "status":
+def decode(kind: str, value: int, state: DeviceState, feature_names: Mapping[int, str]) -> str:
+    """What `value` of a register that is decoded as `kind` means, in the specification's names."""
+    if kind == "status":
         return status.describe(value)
-    if row.decode == "interrupt":
+    if kind == "interrupt":
         names = {USED_BUFFER: "used buffer", CONFIG_CHANGED: "configuration change"}
         return ", ".join(name for bit, name in names.items() if value & bit)
-    if row.decode == "device features":
+    if kind == "device features":
         return _features(value, state.device_features_select, feature_names)
-    if row.decode == "driver features":
+    if kind == "driver features":
         return _features(value, state.driver_features_select, feature_names)
     return ""
 

@@ -1,42 +1,142 @@
-"""The virtio-mmio transport: a device's register window (virtio 1.3, 4.2 Virtio Over MMIO).
+"""Virtio-mmio: a device's registers in guest-physical memory (virtio 1.3, 4.2 Virtio Over MMIO).
 
-`MmioTransport` maps accesses to rows of the register table, and rows to the negotiation state that
-all transports share. Its interrupt is one edge-triggered line; docs/decisions/0030-interrupts.md
-says why nothing gets lost.
+`REGISTERS` is Table 4.1 of 4.2.2 MMIO Device Register Layout, one row each. A row's handler is a
+method of `MmioTransport`, at the end of this page, or where the rule behind it is in chapters 2 and
+3 and the same on every transport, of `pyvmm.virtio.negotiation`.
 
-What a driver must not do changes nothing and costs a rate-limited warning: an access to a register
-that is not 4 bytes wide and aligned, or not in the table, or against its direction, or at the wrong
-time (4.2.2.2 Driver Requirements: MMIO Device Register Layout). Such a read gives 0.
+The device's interrupt is one edge-triggered line; docs/decisions/0030-interrupts.md says why
+nothing gets lost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
-from pyvmm.bus import Action
 from pyvmm.host.log import Sink, to_stderr
 from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
-from pyvmm.transport import events
 from pyvmm.transport.base import Doorbell, Transport
-from pyvmm.transport.mmio_registers import BY_OFFSET, CONFIG, QUEUE_NOTIFY, REGISTERS, Register
-from pyvmm.virtio import constants, status
+from pyvmm.transport.registers import CONFIG_SPACE, Register, RegisterFile
+from pyvmm.virtio import constants
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.lifecycle import Trace
+from pyvmm.virtio.status import (
+    ALWAYS,
+    CONFIG_GATE,
+    FEATURES_GATE,
+    NOTIFY_GATE,
+    QUEUE_CHANGE_GATE,
+    QUEUE_RESET_GATE,
+)
 
-_CONFIG_ROW = BY_OFFSET[CONFIG]
-_OPEN_CONFIG_ROW = _CONFIG_ROW._replace(gate=status.ALWAYS)
-_CONFIG_WIDTHS = (1, 2, 4, 8)
+CONFIG = 0x100
+QUEUE_NOTIFY = 0x050
+
 _NO_REGION = 0xFFFF_FFFF  # half of -1
+
+REGISTERS = (
+    Register(0x000, "MagicValue", "R", ALWAYS, "magic", "MAGIC_VALUE", '"virt"'),
+    Register(0x004, "Version", "R", ALWAYS, "version", "VERSION", "2"),
+    Register(0x008, "DeviceID", "R", ALWAYS, "device_id", "DEVICE_ID", "device type, chapter 5"),
+    Register(0x00C, "VendorID", "R", ALWAYS, "vendor_id", "VENDOR_ID", '"PVMM"'),
+    Register(
+        0x010, "DeviceFeatures", "R", ALWAYS, "device_features", "DEVICE_FEATURES",
+        "32 of the bits that the device offers", "device features",
+    ),
+    Register(
+        0x014, "DeviceFeaturesSel", "W", ALWAYS, "device_features_select", "DEVICE_FEATURES_SEL",
+        "which 32 of them",
+    ),
+    Register(
+        0x020, "DriverFeatures", "W", FEATURES_GATE, "driver_features", "DRIVER_FEATURES",
+        "32 of the bits that the driver accepts", "driver features",
+    ),
+    Register(
+        0x024, "DriverFeaturesSel", "W", ALWAYS, "driver_features_select", "DRIVER_FEATURES_SEL",
+        "which 32 of them",
+    ),
+    Register(
+        0x030, "QueueSel", "W", ALWAYS, "queue_select", "QUEUE_SEL",
+        "the queue that the other Queue… registers are about",
+    ),
+    Register(
+        0x034, "QueueSizeMax", "R", ALWAYS, "queue_size_max", "QUEUE_NUM_MAX",
+        "its largest size; 0: no such queue",
+    ),
+    Register(
+        0x038, "QueueSize", "W", QUEUE_CHANGE_GATE, "queue_size", "QUEUE_NUM",
+        "its size; in a split ring a power of two",
+    ),
+    Register(
+        0x044, "QueueReady", "RW", ALWAYS, "queue_ready", "QUEUE_READY",
+        "1 enables it, where QueueSize could be written; 0 stops it, at any time",
+    ),
+    Register(
+        QUEUE_NOTIFY, "QueueNotify", "W", NOTIFY_GATE, "queue_notify", "QUEUE_NOTIFY",
+        "the queue that has new buffers; KVM takes it as an ioeventfd", locked=False,
+    ),
+    Register(
+        0x060, "InterruptStatus", "R", ALWAYS, "interrupt_status", "INTERRUPT_STATUS",
+        "why the device interrupts", "interrupt",
+    ),
+    Register(
+        0x064, "InterruptACK", "W", ALWAYS, "interrupt_ack", "INTERRUPT_ACK",
+        "what of it the driver has handled", "interrupt", locked=False,
+    ),
+    Register(
+        0x070, "Status", "RW", ALWAYS, "status", "STATUS",
+        "the device status; legal steps only; 0 resets", "status",
+    ),
+    Register(
+        0x080, "QueueDescLow", "W", QUEUE_CHANGE_GATE, "queue_address", "QUEUE_DESC_LOW",
+        "descriptor table", arguments=("desc_addr", 0),
+    ),
+    Register(
+        0x084, "QueueDescHigh", "W", QUEUE_CHANGE_GATE, "queue_address", "QUEUE_DESC_HIGH",
+        "descriptor table", arguments=("desc_addr", 32),
+    ),
+    Register(
+        0x090, "QueueDriverLow", "W", QUEUE_CHANGE_GATE, "queue_address", "QUEUE_AVAIL_LOW",
+        "available ring", arguments=("avail_addr", 0),
+    ),
+    Register(
+        0x094, "QueueDriverHigh", "W", QUEUE_CHANGE_GATE, "queue_address", "QUEUE_AVAIL_HIGH",
+        "available ring", arguments=("avail_addr", 32),
+    ),
+    Register(
+        0x0A0, "QueueDeviceLow", "W", QUEUE_CHANGE_GATE, "queue_address", "QUEUE_USED_LOW",
+        "used ring", arguments=("used_addr", 0),
+    ),
+    Register(
+        0x0A4, "QueueDeviceHigh", "W", QUEUE_CHANGE_GATE, "queue_address", "QUEUE_USED_HIGH",
+        "used ring", arguments=("used_addr", 32),
+    ),
+    Register(
+        0x0AC, "SHMSel", "W", ALWAYS, "shm_select", "SHM_SEL",
+        "a shared memory region; no device has one",
+    ),
+    Register(0x0B0, "SHMLenLow", "R", ALWAYS, "shm", "SHM_LEN_LOW", "-1: no such region"),
+    Register(0x0B4, "SHMLenHigh", "R", ALWAYS, "shm", "SHM_LEN_HIGH", "-1: no such region"),
+    Register(0x0B8, "SHMBaseLow", "R", ALWAYS, "shm", "SHM_BASE_LOW", "-1: no such region"),
+    Register(0x0BC, "SHMBaseHigh", "R", ALWAYS, "shm", "SHM_BASE_HIGH", "-1: no such region"),
+    Register(
+        0x0C0, "QueueReset", "RW", QUEUE_RESET_GATE, "queue_reset", "",
+        "1 resets the queue, with VIRTIO_F_RING_RESET, and is read as long as that goes on",
+    ),
+    Register(
+        0x0FC, "ConfigGeneration", "R", ALWAYS, "config_generation", "CONFIG_GENERATION",
+        "changes when the configuration space may have",
+    ),
+    Register(
+        CONFIG, "Config", "RW", CONFIG_GATE, "config", "CONFIG",
+        "the device's configuration space, accessed by 1, 2, 4 or 8 bytes", width=CONFIG_SPACE,
+    ),
+)  # fmt: skip
+"""All registers in the order of their offsets."""
 
 
 class MmioTransport(Transport):
-    """One virtio-mmio device as the guest sees it: a `pyvmm.bus.Handler`, and its doorbells.
-
-    `kicks` has one eventfd per queue, to be made an ioeventfd at QueueNotify with the queue's
-    index as its datamatch; without that, a QueueNotify write signals the same eventfd.
-    """
+    """One virtio-mmio device as the guest sees it. `registers` is its window, for a bus."""
 
     def __init__(
         self,
@@ -57,106 +157,32 @@ class MmioTransport(Transport):
         super().__init__(device, memory, log=log, trace=trace)
         self._irq = irq
         self._irq_eventfd = irq_eventfd
-        self._trace = trace
-        self._readers: dict[int, Callable[[], int]] = {}
-        self._writers: dict[int, Callable[[int], None]] = {}
-        self._unlocked_writers: dict[int, Callable[[int], None]] = {}
-        for row in REGISTERS:
-            if row.width == 4:
-                self._bind(row)
+        self.registers = RegisterFile(REGISTERS, self, trace=trace)
+        self.read, self.write = self.registers.read, self.registers.write
 
-    def _bind(self, row: Register) -> None:
-        if "R" in row.access:
-            self._readers[row.offset] = getattr(self, f"read_{row.handler}")
-        if "W" in row.access:
-            method = getattr(self, f"write_{row.handler}")
-            writer = method if row.argument is None else partial(method, *row.argument)
-            writers = self._writers if row.locked else self._unlocked_writers
-            writers[row.offset] = writer
+    # --- the device's identity: MagicValue, Version, DeviceID, VendorID -------------------------
 
-    # --- dispatch -----------------------------------------------------------------------------
+    def read_magic(self) -> int:
+        return constants.VIRTIO_MMIO_MAGIC
 
-    def read(self, offset: int, size: int) -> int:
-        """The value of `size` bytes at `offset`; 0 for what is not a register that can be read."""
-        if size == 4:
-            reader = self._readers.get(offset)
-            if reader is not None:
-                value = reader()
-                if self._trace is not None:
-                    self._trace_access(BY_OFFSET[offset], offset, size, value, write=False)
-                return value
-        if offset >= CONFIG and size in _CONFIG_WIDTHS:
-            value = self.negotiation.read_config(offset - CONFIG, size)
-            if self._trace is not None:
-                self._trace_access(_CONFIG_ROW, offset, size, value, write=False)
-            return value
-        self._refuse(offset, size, None)
-        return 0
+    def read_version(self) -> int:
+        return constants.VIRTIO_MMIO_VERSION_MODERN
 
-    def write(self, offset: int, size: int, value: int) -> Action | None:
-        """Write `size` bytes at `offset`. No register of a virtio device ends the machine."""
-        if size == 4:
-            unlocked = self._unlocked_writers.get(offset)
-            if unlocked is not None:
-                if self._trace is not None:
-                    self._trace_access(BY_OFFSET[offset], offset, size, value, write=True)
-                unlocked(value)
-                return None
-            writer = self._writers.get(offset)
-            if writer is not None:
-                self._write_locked(BY_OFFSET[offset], offset, size, value, writer)
-                return None
-        if offset >= CONFIG and size in _CONFIG_WIDTHS:
-            writer = partial(self.negotiation.write_config, offset - CONFIG, size)
-            row = _OPEN_CONFIG_ROW if self.device.config_always_writable else _CONFIG_ROW
-            self._write_locked(row, offset, size, value, writer)
-        else:
-            self._refuse(offset, size, value)
-        return None
+    def read_device_id(self) -> int:
+        return self.device.device_type
 
-    def _write_locked(
-        self, row: Register, offset: int, size: int, value: int, writer: Callable[[int], None]
-    ) -> None:
-        negotiation = self.negotiation
-        with negotiation.lock:
-            if self._trace is not None:
-                self._trace_access(row, offset, size, value, write=True)
-            now = negotiation.state.status
-            if row.gate.open(now):
-                writer(value)
-            else:
-                self._warn_closed(row, value, now)
+    def read_vendor_id(self) -> int:
+        return constants.VIRTIO_MMIO_VENDOR_PYVMM
 
-    def _warn_closed(self, row: Register, value: int, now: int) -> None:
-        self.negotiation.warn(
-            f"write of {value:#x} to {row.name} ignored: only {row.gate.when},"
-            f" the status is {status.describe(now)}"
-        )
+    # --- QueueNotify: 4.2.3.3 Available Buffer Notifications ------------------------------------
 
-    def _refuse(self, offset: int, size: int, value: int | None) -> None:
-        verb = "read" if value is None else f"write of {value:#x}"
-        row = BY_OFFSET.get(offset & ~3)
-        if row is None:
-            why = "there is no register"
-        elif size != row.width or offset != row.offset:
-            why = f"{row.name} takes aligned accesses of {row.width or '1, 2, 4 or 8'} bytes"
-        else:
-            why = f"{row.name} is {'write' if value is None else 'read'}-only"
-        self.negotiation.warn(f"{size}-byte {verb} at {offset:#x} ignored: {why}")
-        if self._trace is not None:
-            event = events.BadAccess(self.device.name, value is not None, offset, size, value or 0)
-            self._trace(event)
+    @property
+    def doorbells(self) -> list[Doorbell]:
+        """Without VIRTIO_F_NOTIFICATION_DATA, which is not offered, the value is the queue's
+        index."""
+        return [Doorbell(kick, QUEUE_NOTIFY, 4, index) for index, kick in enumerate(self.kicks)]
 
-    def _trace_access(
-        self, row: Register, offset: int, size: int, value: int, *, write: bool
-    ) -> None:
-        if self._trace is not None:
-            name = events.register_name(row, offset, size)
-            names = self.device.feature_names
-            meaning = events.decode(row, value, self.negotiation.state, names)
-            self._trace(events.RegisterAccess(self.device.name, write, name, value, meaning))
-
-    # --- the interrupt: 4.2.3.4 Notifications From The Device -----------------------------------
+    # --- InterruptStatus, InterruptACK: 4.2.3.4 Notifications From The Device -------------------
 
     def used_buffer(self, *queue_indexes: int) -> None:
         """The interrupt status has its bit, one for all queues: an edge for the driver to look at
@@ -182,73 +208,7 @@ class MmioTransport(Transport):
         if self.negotiation.acknowledge(value):
             self._irq()
 
-    @property
-    def doorbells(self) -> list[Doorbell]:
-        """Writes of a queue's index to QueueNotify (4.2.3.3 Available Buffer Notifications)."""
-        return [Doorbell(kick, QUEUE_NOTIFY, 4, index) for index, kick in enumerate(self.kicks)]
-
-    # --- queues -------------------------------------------------------------------------------
-
-    def write_queue_select(self, value: int) -> None:
-        self.negotiation.state.queue_select = value
-
-    def read_queue_size_max(self) -> int:
-        return self.negotiation.read_queue_size_max()
-
-    def write_queue_size(self, value: int) -> None:
-        self.negotiation.write_queue_size(value)
-
-    def write_queue_address(self, part: str, shift: int, value: int) -> None:
-        self.negotiation.write_queue_address(part, shift, value)
-
-    def read_queue_ready(self) -> int:
-        return self.negotiation.read_queue_ready()
-
-    def write_queue_ready(self, value: int) -> None:
-        self.negotiation.write_queue_ready(value)
-
-    def read_queue_reset(self) -> int:
-        return self.negotiation.read_queue_reset()
-
-    def write_queue_reset(self, value: int) -> None:
-        self.negotiation.write_queue_reset(value)
-
-    # --- status, features, configuration ------------------------------------------------------
-
-    def read_status(self) -> int:
-        return self.negotiation.read_status()
-
-    def write_status(self, value: int) -> None:
-        self.negotiation.write_status(value)
-
-    def read_device_features(self) -> int:
-        return self.negotiation.read_device_features()
-
-    def write_device_features_select(self, value: int) -> None:
-        self.negotiation.state.device_features_select = value
-
-    def write_driver_features(self, value: int) -> None:
-        self.negotiation.write_driver_features(value)
-
-    def write_driver_features_select(self, value: int) -> None:
-        self.negotiation.state.driver_features_select = value
-
-    def read_config_generation(self) -> int:
-        return self.negotiation.read_config_generation()
-
-    # --- constants ----------------------------------------------------------------------------
-
-    def read_magic(self) -> int:
-        return constants.VIRTIO_MMIO_MAGIC
-
-    def read_version(self) -> int:
-        return constants.VIRTIO_MMIO_VERSION_MODERN
-
-    def read_device_id(self) -> int:
-        return self.device.device_type
-
-    def read_vendor_id(self) -> int:
-        return constants.VIRTIO_MMIO_VENDOR_PYVMM
+    # --- SHMSel, SHMLen, SHMBase: 2.10 Shared Memory Regions ------------------------------------
 
     def write_shm_select(self, value: int) -> None:
         """No device has a shared memory region, so it makes no difference which is selected."""

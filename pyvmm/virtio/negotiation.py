@@ -70,10 +70,18 @@ class Negotiation(Lifecycle):
 
     # --- features: 2.2 Feature Bits -----------------------------------------------------------
 
+    def write_device_features_select(self, value: int) -> None:
+        """Select which 32 of the offered bits are read."""
+        self.state.device_features_select = value
+
     def read_device_features(self) -> int:
         """The 32 offered bits that were selected; 0 for those past bit 63."""
         select = self.state.device_features_select
         return self.offered >> 32 * select & _LOW_32 if select < 2 else 0
+
+    def write_driver_features_select(self, value: int) -> None:
+        """Select which 32 of the accepted bits are written."""
+        self.state.driver_features_select = value
 
     def write_driver_features(self, value: int) -> None:
         """The driver accepts `value` of the 32 bits that it selected."""
@@ -127,6 +135,10 @@ class Negotiation(Lifecycle):
             self.activate()
 
     # --- queues: 2.6 Virtqueues, 2.7 Split Virtqueues -----------------------------------------
+
+    def write_queue_select(self, value: int) -> None:
+        """Select the queue that the other methods on queues are about; there need not be one."""
+        self.state.queue_select = value
 
     def _selected(self) -> QueueConfig | None:
         index = self.state.queue_select

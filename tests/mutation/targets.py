@@ -48,9 +48,9 @@ TARGETS = (
     Target("core", "virtio/offload.py", "offload net_vhost"),
     Target("core", "virtio/rate_limit.py", "rate_limit net_limits stats"),
     Target(
-        "core", "transport/mmio.py transport/mmio_registers.py",
-        "mmio_registers mmio_robustness mmio_robustness_queues negotiation negotiation_threads"
-        " trace queue_reset mmio_fuzz net_vhost",
+        "core", "transport/base.py transport/registers.py transport/mmio.py",
+        "registers transport_base mmio_registers mmio_robustness mmio_robustness_queues negotiation"
+        " negotiation_threads trace queue_reset mmio_fuzz net_vhost",
     ),
     Target(
         "vhost-user", "transport/vhost_user/*.py",

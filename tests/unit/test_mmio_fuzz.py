@@ -28,7 +28,7 @@ from mmio_harness import (
 )
 from test_queue_reset import Recorder
 
-from pyvmm.transport.mmio_registers import REGISTERS
+from pyvmm.transport.mmio import REGISTERS
 from pyvmm.virtio.features import ring_features
 
 OFFSETS = st.one_of(

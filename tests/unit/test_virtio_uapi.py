@@ -6,7 +6,7 @@ from pathlib import Path
 
 from c_claims import assert_in_c, needs_headers
 
-from pyvmm.transport.mmio_registers import REGISTERS
+from pyvmm.transport.mmio import REGISTERS
 from pyvmm.virtio import constants, features
 
 HEADERS = tuple(f"linux/virtio_{part}.h" for part in ("config", "ids", "mmio", "ring"))
