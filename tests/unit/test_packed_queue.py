@@ -337,3 +337,14 @@ def test_in_order_a_chain_that_was_not_filled_ends_a_batch():
     assert ring.get(0) == (3, 1, USED_1 | WRITE)
     assert ring.get(2) == (4, 3, USED_1 | WRITE)
     ring.close()
+
+
+def test_kicks_are_asked_for_where_the_ring_begins_again():
+    """With EVENT_IDX, after the second round's last descriptor: at the third round's first."""
+    ring = Bytes(VIRTIO_F_EVENT_IDX)
+    for turn in range(2 * SIZE - 1):
+        ring.put(turn % SIZE, DATA, 1, 0, WRITE | (AVAIL_1 if turn < SIZE else AVAIL_0))
+        ring.use(1)
+    ring.put(SIZE - 1, DATA, 1, 0, WRITE | AVAIL_0)
+    assert ring.queue.enable_notification() is True
+    assert ring.device_event() == struct.pack("<HH", 0 | 1 << 15, 2)

@@ -16,8 +16,10 @@ from pyvmm.memory import GuestMemory
 from pyvmm.testing import Buffer, Element, MockPackedDriver, MockSplitDriver, PackedDesc, Used
 from pyvmm.testing.ring import INDIRECT, WRITE
 from pyvmm.virtio.features import VIRTIO_F_RING_PACKED, mask
+from pyvmm.virtio.queue import packed as packed_layout
+from pyvmm.virtio.queue import split as split_layout
 from pyvmm.virtio.queue.build import build_queue, restore_queue
-from pyvmm.virtio.queue.state import InFlight, QueueConfig, QueueState
+from pyvmm.virtio.queue.state import InFlight, QueueConfig, QueueState, is_valid_size, size_rule
 
 WRAP = 1 << 15
 # Where the positions soon come round; for packed rings with either wrap counter.
@@ -631,6 +633,21 @@ def test_who_begins_to_serve_does_not_end_somebody_elses_claim(rig):
     queue.lock.release()
 
 
+def test_of_two_claims_the_second_one_lasts_when_the_first_is_given_up(rig):
+    queue = rig.queue
+    with queue.lock:
+        claim = threading.Thread(target=queue.claim, daemon=True)
+        claim.start()
+        deadline = time.monotonic() + 30
+        while not queue.halt and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert queue.claim(timeout=0) is False
+        assert queue.halt
+    claim.join(30)
+    assert not claim.is_alive() and not queue.halt
+    queue.lock.release()
+
+
 def test_chains_in_flight_are_part_of_the_state(rig):
     chains = [rig.driver.add([b"chain%d" % n], [5]) for n in range(3)]
     rig.driver.publish()
@@ -655,6 +672,19 @@ def test_chains_in_flight_are_part_of_the_state(rig):
         again.chain_in_flight(chains[0].head)
     with pytest.raises(ValueError):
         again.chain_in_flight(SIZE)
+
+
+@pytest.mark.parametrize("layout, start", NEAR_THE_END)
+def test_chains_may_be_in_flight_across_the_rings_end(layout, start):
+    rig = Rig(SIZE, layout=layout, start=start)
+    chains = offer(rig, 3)
+    assert len(list(rig.queue)) == 3
+    again = rig.restored(through_json(rig.queue.state()))
+    for chain in chains:
+        again.add_used(again.chain_in_flight(chain.head), 16)
+    again.publish_used()
+    assert rig.all_used() == [Used(chain.head, 16) for chain in chains]
+    rig.close()
 
 
 def test_in_order_a_restored_chain_can_be_returned_and_stepped_back(layout):
@@ -692,6 +722,18 @@ def test_the_numbers_of_vhost_user(rig):
     assert same == state
 
 
+def test_a_configuration_is_a_split_queues_if_nobody_says_otherwise(rig):
+    config = QueueConfig(8, 8, 0x4000, 0x5000, 0x6000)
+    state = QueueState.from_vring_base(config, 7)
+    assert (state.packed, state.next_avail, state.next_used) == (False, 7, 7)
+    config.size = 3
+    config.validate(rig.memory, packed=True)
+    with pytest.raises(DriverError, match="power of two"):
+        config.validate(rig.memory)
+    assert not is_valid_size(3, 8) and is_valid_size(3, 8, packed=True)
+    assert size_rule(8) == "a power of two from 1 to 8"
+
+
 def test_a_packed_base_has_the_wrap_counters():
     config = QueueConfig(8, 8, 0, 0x1000, 0x2000)
     state = QueueState.from_vring_base(config, 0x8007_0003, packed=True)
@@ -712,6 +754,68 @@ def test_a_queue_finds_its_rings_again_after_the_memory_has_moved(rig):
     rig.queue.publish_used()
     assert len(rig.all_used()) == 1
     assert serve_one(rig) is True
+
+
+# --- processors that let loads and stores overtake each other ------------------------------------
+
+
+@pytest.fixture
+def weakly_ordered(rig, monkeypatch):
+    """A rig as on such a processor; what its fences do is the test's."""
+    monkeypatch.setattr(packed_layout if rig.packed else split_layout, "WEAKLY_ORDERED", True)
+    return rig
+
+
+def show_at_the_next_fence(rig):
+    """Have the device see the flags of descriptors, and the rest of them from a fence on."""
+    table = rig.memory.read(rig.driver.desc_addr, 16 * SIZE)
+    keep = slice(14, 16) if rig.packed else slice(12, 16)
+    for place in range(SIZE):
+        desc = table[16 * place : 16 * place + 16]
+        rig.memory.write(rig.driver.desc_addr + 16 * place, bytes(keep.start) + desc[keep])
+    rig.queue._fence = lambda: rig.memory.write(rig.driver.desc_addr, table)
+
+
+def test_descriptors_are_read_after_what_made_them_available(weakly_ordered):
+    rig = weakly_ordered
+    offer(rig, 1, [b"late"])
+    show_at_the_next_fence(rig)
+    assert rig.queue.pop().reader().read(4) == b"late"
+
+
+def test_so_they_are_a_batch_at_a_time(weakly_ordered):
+    rig = weakly_ordered
+    offer(rig, 1, [b"late"], [512, 1])
+    show_at_the_next_fence(rig)
+    [(header, *_)], _ = rig.queue.peek_usual(4, 1, 1 << 20)
+    assert bytes(header) == b"late"
+
+
+def test_used_elements_are_stored_before_what_shows_them(weakly_ordered):
+    rig = weakly_ordered
+    offer(rig, 2)
+    before, seen = rig.snapshot(), []
+    for chain in rig.queue:
+        rig.queue.add_used(chain, 16)
+    rig.queue._fence = lambda: seen.append((rig.driver.has_used(), rig.snapshot() != before))
+    rig.queue.publish_used()
+    # Elements are there and not shown; then they are, before the look at the driver's wish.
+    assert seen == [(False, True), (True, True)]
+
+
+def test_the_wish_for_kicks_is_stored_before_the_last_look(rig):
+    """On any processor: the driver stores first and then looks at the wish."""
+    wished = []
+
+    def driver_comes_now():
+        wished.append(rig.driver.device_wants_kicks)
+        rig.queue._fence = int
+        offer(rig, 1)
+
+    rig.queue.disable_notification()
+    rig.queue._fence = driver_comes_now
+    assert rig.queue.enable_notification() is True
+    assert wished == [True]
 
 
 # --- states that nobody should believe: row 58, CVE-2013-4151 ------------------------------------

@@ -305,6 +305,16 @@ def test_row24_what_was_made_available_is_taken_back(packed):
     refused(packed, "2.8.16")
 
 
+def test_row24_of_several_chains_the_next_one_is_taken_back(packed):
+    places = [offer_packed(packed, PackedDesc(DATA, 1, WRITE, ident))[0] for ident in range(3)]
+    assert packed.queue.enable_notification() is True
+    assert packed.queue.pop() is not None
+    packed.driver.write_desc(places[1], PackedDesc(DATA, 1, WRITE, 1))
+    packed.driver.write_desc(places[1], PackedDesc(DATA, 1, WRITE | AVAIL | USED, 1))
+    with pytest.raises(DriverError, match="taken back"):
+        packed.queue.pop()
+
+
 def test_row24_a_stepped_back_chain_is_taken_back(packed):
     [place] = offer_packed(packed, PackedDesc(DATA, 1, WRITE, 0))
     packed.queue.pop()

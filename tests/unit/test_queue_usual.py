@@ -576,3 +576,27 @@ def test_what_was_seen_and_returned_is_not_missed_later(packed):
     packed.queue.use_peeked([1, 1])
     packed.queue.publish_used()
     assert packed.queue.pop() is None
+
+
+def test_no_more_is_looked_at_than_the_ring_has_room_for():
+    """Four of eight places are the device's already, and each chain takes three."""
+    rig = Rig(8, layout="packed")
+    for _ in range(4):
+        rig.driver.add([], [1])
+    rig.driver.publish()
+    assert len(list(rig.queue)) == 4
+    for ident in (4, 5):
+        rig.driver.add_raw(
+            [
+                PackedDesc(*HEAD, NEXT),
+                PackedDesc(*DATA, NEXT | WRITE),
+                PackedDesc(*END, WRITE, ident),
+            ]
+        )
+        rig.driver.publish()
+    chains, more = peek(rig)
+    assert (len(chains), more) == (1, True)
+    rig.queue.use_peeked([513])
+    with pytest.raises(DriverError, match="longer than the 1 descriptors that are free"):
+        rig.queue.pop()
+    rig.close()
