@@ -130,7 +130,6 @@ class Lifecycle:
         self.memory = memory
         self.lock = Lock()
         self.state = _fresh_state(device)
-        self.active = False
         self.queue_stats = [QueueStats() for _ in device.queue_sizes]
         self.config_interrupts = 0
         self.failures = 0  # how often it needed a reset
@@ -199,7 +198,6 @@ class Lifecycle:
         accepted = self.state.driver_features
         try:
             queues = self._queues = self._build_queues(accepted)
-            self.active = True
             self.device.activate(
                 Activation(
                     self.memory,
@@ -360,7 +358,6 @@ class Lifecycle:
             if queue is not None:
                 queue.ready = False
         self._queues = ()
-        self.active = False
         for kick in self._kicks:
             kick.drain()
         self._clear()

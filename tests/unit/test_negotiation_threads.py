@@ -316,3 +316,20 @@ def test_several_vcpus_reset_and_start_the_same_device_at_once() -> None:
     assert not failures
     bench.write(STATUS, 0)
     assert running[0] == 0
+
+
+def test_a_reset_replaces_the_state_when_no_worker_changes_it(
+    bench: Bench, device: RecordingDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.go_live()
+    negotiation, kept, locked = bench.negotiation, [bench.negotiation.state], []
+
+    def replace(_: object, state: DeviceState) -> None:
+        locked.append(negotiation._events.locked())
+        kept.append(state)
+
+    watched = property(lambda _: kept[-1], replace)
+    monkeypatch.setattr(type(negotiation), "state", watched, raising=False)
+    bench.write(STATUS, 0)
+    assert bench.status == 0
+    assert locked == [True]

@@ -18,13 +18,15 @@ from typing import Any, ClassVar
 import pytest
 from c_claims import assert_in_c, needs_headers
 from click.testing import CliRunner
+from mmio_harness import STATUS as STATUS_REGISTER
+from mmio_harness import Bench, RecordingDevice
 from prometheus_client.parser import text_string_to_metric_families
 
 from pyvmm.bus import Action, Bus
 from pyvmm.cli import exporter
 from pyvmm.cli import stats as cli
 from pyvmm.cli.stats import quantile
-from pyvmm.errors import ConfigError
+from pyvmm.errors import ConfigError, DriverError
 from pyvmm.host.syscalls import EventFd
 from pyvmm.kvm import stats as kvm_stats
 from pyvmm.machine.run_loop import AccessCounts, CountedBus
@@ -79,6 +81,22 @@ def test_what_is_counted_outlives_a_reset() -> None:
         driver.request([], [16])
         assert _device(driver.transport)["requests"] == 2
         assert _device(driver.transport)["kicks"] == 2
+
+
+def test_failures_and_changes_of_the_configuration_are_counted(
+    bench: Bench, device: RecordingDevice
+) -> None:
+    def counted() -> tuple[int, int]:
+        found = _device(bench.transport)
+        return found["interrupts"], found["failures"]
+
+    assert counted() == (0, 0)
+    for failures in (1, 2):
+        bench.go_live()
+        device.live.interrupt.signal_config_change()
+        device.live.fail(DriverError("a broken ring", section="2.7"))
+        assert counted() == (2 * failures, failures)  # a failure is told as a change
+        bench.write(STATUS_REGISTER, 0)
 
 
 # ---- KVM's statistics
