@@ -52,6 +52,9 @@ TARGETS = (
         "registers transport_base mmio_registers mmio_robustness mmio_robustness_queues negotiation"
         " negotiation_threads trace queue_reset mmio_fuzz net_vhost",
     ),
+    Target("core", "bus/*.py", "bus kvm_loop vcpu_runner"),
+    Target("core", "memory/*.py", "guest_memory boot_memory_map chain vhost_user balloon_device"),
+    Target("core", "kvm/loop.py kvm/exits.py kvm/exit_decoding.py kvm/vcpu.py", "kvm_* vcpu_runner"),
     Target(
         "vhost-user", "transport/vhost_user/*.py",
         "vhost_user vhost_user_inflight vhost_user_server vhost_user_hostile vhost_user_fuzz",

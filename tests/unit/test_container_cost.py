@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import subprocess
 import sys
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 from container_archives import INDEX, Layout, docker_archive, layer, member
+
+from pyvmm.images.container.refusal import Refused
+from pyvmm.images.container.store import Store
 
 MIB = 1 << 20
 # Python with this program's modules has some 25 MiB, a decompressor some more.
@@ -220,6 +225,19 @@ def test_json_of_many_values_takes_little_memory(tmp_path: Path, value: bytes) -
     path.write_bytes(gzip.compress(layer(*(member(n, data=d) for n, d in contents.items()))))
     peak, why = cost(path)
     assert peak < 100 * MIB and "index.json' says more than any image has to" in why
+
+
+def test_json_may_have_just_as_many_values_as_it_may() -> None:
+    class OneFile(Store):
+        def __init__(self, values: int) -> None:
+            self.data = b"[" + b",".join([b"0"] * values) + b"]"
+
+        def open(self, name: str) -> IO[bytes]:
+            return io.BytesIO(self.data)
+
+    assert len(OneFile(200_000).json("a")) == 200_000
+    with pytest.raises(Refused, match="says more than any image has to"):
+        OneFile(200_001).json("a")
 
 
 def test_indexes_of_indexes_are_looked_at_so_often_only(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from queue_rig import LAYOUTS, Rig
 from worker_rig import Bench, Echo, wait_for
 
 from pyvmm.errors import ConfigError
@@ -342,3 +343,25 @@ def test_a_queue_in_any_order_of_limits_loses_nothing() -> None:
             assert bench.echo(data) == data
     finally:
         bench.close()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("stop", ["halt", "failure"])
+def test_within_limits_no_chain_is_taken_from_a_queue_that_is_to_rest(
+    layout: str, stop: str
+) -> None:
+    rig = Rig(layout=layout)
+    for _ in range(3):
+        rig.driver.add([], [1])
+    rig.driver.publish()
+    limits = RateLimiter(TokenBucket(1000, 1000), None)
+    queue = rate_limit.LimitedQueue(rig.queue, limits, lambda chain: 0, lambda: 0)
+    taken = 0
+    for _ in queue:
+        taken += 1
+        if stop == "halt":
+            rig.queue.halt = True
+        else:
+            rig.queue.ready = False
+    assert taken == 1
+    rig.close()
