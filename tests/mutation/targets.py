@@ -54,7 +54,9 @@ TARGETS = (
     ),
     Target("core", "bus/*.py", "bus kvm_loop vcpu_runner"),
     Target("core", "memory/*.py", "guest_memory boot_memory_map chain vhost_user balloon_device"),
-    Target("core", "kvm/loop.py kvm/exits.py kvm/exit_decoding.py kvm/vcpu.py", "kvm_* vcpu_runner"),
+    Target(
+        "core", "kvm/loop.py kvm/exits.py kvm/exit_decoding.py kvm/vcpu.py", "kvm_* vcpu_runner"
+    ),
     Target(
         "vhost-user", "transport/vhost_user/*.py",
         "vhost_user vhost_user_inflight vhost_user_server vhost_user_hostile vhost_user_fuzz",

@@ -77,8 +77,10 @@ def opened(path: Path, closing: ExitStack, **options: object) -> Backend:
 
 def daemons() -> list[int]:
     """The storage daemons that are our children."""
-    tasks = Path(f"/proc/{os.getpid()}/task").glob("*/children")
-    children = [int(pid) for task in tasks for pid in task.read_text().split()]
+    children: list[int] = []
+    for task in Path(f"/proc/{os.getpid()}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError):  # a thread that has just ended
+            children += map(int, task.read_text().split())
     return [p for p in children if Path(f"/proc/{p}/comm").read_text().startswith("qemu-storage")]
 
 

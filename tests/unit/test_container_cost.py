@@ -238,6 +238,12 @@ def test_json_may_have_just_as_many_values_as_it_may() -> None:
     assert len(OneFile(200_000).json("a")) == 200_000
     with pytest.raises(Refused, match="says more than any image has to"):
         OneFile(200_001).json("a")
+    store = OneFile(10)
+    store._json_left = 2 * len(store.data)
+    for _ in range(2):
+        store.json("a")
+    with pytest.raises(Refused, match="says more than any image has to"):
+        store.json("a")  # as often as it is looked at
 
 
 def test_indexes_of_indexes_are_looked_at_so_often_only(tmp_path: Path) -> None:
