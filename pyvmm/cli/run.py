@@ -12,7 +12,7 @@ from pyvmm.kinds import registry
 from pyvmm.monitor.start import start
 from pyvmm.spec.options import ARGUMENT, FLAG, OPTIONAL, Option
 
-EPILOG = """\b
+EXAMPLES = """\b
 Examples:
   pyvmm run                       Debian, built at the first use; ends by poweroff
   pyvmm run --rm debian-systemd   another image; what the guest changes is thrown away
@@ -21,16 +21,8 @@ Examples:
   pyvmm run --kernel vmlinux --disk root.img --disk data.img,readonly,id=data,bps=20M,iops=500
   pyvmm run --kernel vmlinux --disk base.img,snapshot --disk big.qcow2
   pyvmm run --kernel vmlinuz --disk root.img --cpus 4 --memory 2G --cmdline "loglevel=7"
-
-\b
-Disk options:
-  readonly, direct (O_DIRECT), snapshot (changes are thrown away), overlay=FILE
-  (changes are kept there), format=raw|qcow2 (else by name), backing=FILE and
-  data-file=FILE (what a qcow2 image may open beside itself), id=NAME,
-  block-size=BYTES, on-error=report|stop; bytes and requests a second at most:
-  bps=N, iops=N, bps-burst=N, iops-burst=N; a class's own for FILE.py:CLASS
-
-\b
+"""
+KEYS_AND_CODES = """\b
 Keys, where standard input is a terminal:
   Ctrl-A x quits, Ctrl-A h shows help, Ctrl-A Ctrl-A sends Ctrl-A to the guest.
 
@@ -42,6 +34,12 @@ Exit codes:
   15 a disk with on-error=stop failed
   1 the host failed           2 wrong options            128+N ended by signal N
 """
+
+
+def _epilog() -> str:
+    """The end of --help; click leaves the lines behind \\b as they are."""
+    notes = (f"\b\n{note}" for note in registry.notes())
+    return "\n".join((EXAMPLES, *notes, KEYS_AND_CODES))
 
 
 class _RunCommand(click.Command):
@@ -81,7 +79,7 @@ def _parameter(row: Option) -> Callable[[Callable[..., int]], Callable[..., int]
     )
 
 
-@click.command(cls=_RunCommand, epilog=EPILOG)
+@click.command(cls=_RunCommand, epilog=_epilog())
 @_parameters
 def run(
     config: str | None,

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pyvmm.errors import ConfigError
-from pyvmm.kinds.interface import Border, Context, Crossing, Reader
+from pyvmm.kinds.interface import Context, Reader
 from pyvmm.spec.options import Option
 from pyvmm.spec.vm import DeviceSpec
 
 if TYPE_CHECKING:
     from typing import TypedDict
 
+    from pyvmm.kinds.border import Border, Crossing
     from pyvmm.platform.console import Console
     from pyvmm.platform.console_pump import InputPort
     from pyvmm.virtio.console.device import ConsoleDevice
@@ -90,4 +91,6 @@ def join_terminal(device: ConsoleDevice, console: Console) -> InputPort:
 
 def cross(spec: Spec, border: Border) -> Crossing:
     """The terminal is here, and so is its size."""
+    from pyvmm.kinds.border import Crossing
+
     return Crossing(spec, sizes_terminal=True)

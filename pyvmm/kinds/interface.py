@@ -4,34 +4,31 @@ gives back. pyvmm.kinds.registry tells what a kind consists of."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from pyvmm.errors import ConfigError
+from pyvmm.spec import rates
 from pyvmm.spec.options import Option, as_list, wrong_type
 from pyvmm.spec.vm import DeviceSpec, DiskSpec, VmSpec
 
 if TYPE_CHECKING:
-    from pyvmm.emulated_host import HostDisk, HostStream
-    from pyvmm.host.named_listener import NamedListener
     from pyvmm.machine.alarm import Alarm
     from pyvmm.machine.trace import Hook
     from pyvmm.virtio.device import VirtioDevice
+    from pyvmm.virtio.rate_limit import RateLimiter
 
 Spec = DiskSpec | DeviceSpec
 Table = Mapping[str, Any]
 """The fields of a specification, by name."""
 Path = str | os.PathLike[str]
-Visible = Callable[[str, str], str]
-"""Gives the path by which the file at a path is seen in an emulated host, or raises ConfigError,
-which names the option that is the second argument."""
 Reader = Callable[[Any], list[DeviceSpec]]
 """Reads the value of an option as it is read for most kinds, see `read_values`."""
 
 
-class Context(NamedTuple):
+class Context:
     """What a device is opened with.
 
     `trace` gets its requests (or is None), `closing` undoes what was opened once the machine has
@@ -42,53 +39,26 @@ class Context(NamedTuple):
     tells the rest. Raises ConfigError if the guest has no room for it, HostError.
     """
 
-    vm_name: str
-    trace: Hook | None
-    closing: ExitStack
-    alarm: Alarm | None = None
-    map_file: Callable[[int, int, bool], int] = lambda fd, size, read_only: _no_memory()
+    def __init__(
+        self,
+        vm_name: str,
+        trace: Hook | None,
+        closing: ExitStack,
+        alarm: Alarm | None = None,
+        map_file: Callable[[int, int, bool], int] | None = None,
+    ) -> None:
+        self.vm_name = vm_name
+        self.trace = trace
+        self.closing = closing
+        self.alarm = alarm
+        self.map_file = map_file or _no_memory
 
 
-def _no_memory() -> int:
+def _no_memory(fd: int, size: int, read_only: bool) -> int:
     raise ConfigError("there is no machine whose guest could have the file as memory")
 
 
-class Border:
-    """Where a VM crosses into an emulated host: what a kind's `cross` is given.
-
-    `closing` keeps open what it has opened, for as long as the emulated host lives. `visible` is
-    told above.
-    """
-
-    def __init__(self, closing: ExitStack, visible: Visible) -> None:
-        self.closing = closing
-        self.visible = visible
-        self._given: dict[str, int] = {}
-
-    def place(self, what: str) -> str:
-        """A new path inside, for a thing of the kind `what` that has none of its own."""
-        number = self._given[what] = self._given.get(what, -1) + 1
-        return f"/run/pyvmm-{what}-{number}"
-
-
-class Crossing(NamedTuple):
-    """A device that will run in an emulated host, while what it uses stays on this machine.
-
-    `spec` is what to ask for in there. Each of `disks` is a block device in there, at the same
-    path; each of `streams` a character device. Each listener of `listening` leads to a path in
-    there; `reached` are paths of this machine's sockets that the device may connect to, ``*`` at
-    the end being a number. `sizes_terminal`: it wants to know the terminal's size.
-    """
-
-    spec: Spec
-    listening: tuple[tuple[NamedListener, str], ...] = ()
-    reached: tuple[str, ...] = ()
-    disks: tuple[HostDisk, ...] = ()
-    streams: tuple[HostStream, ...] = ()
-    sizes_terminal: bool = False
-
-
-class Running(NamedTuple):
+class Running:
     """A machine that runs: what a kind's control methods are given.
 
     `resident` tells the bytes of guest RAM that the host has given, `paused` whether the machine is
@@ -97,16 +67,35 @@ class Running(NamedTuple):
     here.
     """
 
-    spec: VmSpec
-    devices: tuple[VirtioDevice, ...]
-    paused: Callable[[], bool]
-    resident: Callable[[], int]
-    resize_outside: Callable[[str, int | None], None] | None = None
+    def __init__(
+        self,
+        spec: VmSpec,
+        devices: tuple[VirtioDevice, ...],
+        paused: Callable[[], bool],
+        resident: Callable[[], int],
+        resize_outside: Callable[[str, int | None], None] | None = None,
+    ) -> None:
+        self.spec = spec
+        self.devices = devices
+        self.paused = paused
+        self.resident = resident
+        self.resize_outside = resize_outside
 
     def of_kind(self, kind: str) -> list[tuple[Any, Any]]:
         """The specifications of that kind, each with its device."""
         pairs = zip(self.spec.parts, self.devices, strict=False)
         return [(spec, device) for spec, device in pairs if spec.kind == kind]
+
+
+def limiter(spec: object, fields: Iterable[str] = rates.KEYS.values()) -> RateLimiter | None:
+    """What the four `fields` of `spec` limit, full at first: bytes and operations a second and the
+    bursts of both. None for none."""
+    bps, iops, bps_burst, iops_burst = (getattr(spec, field) for field in fields)
+    if not bps and not iops:
+        return None
+    from pyvmm.virtio import rate_limit
+
+    return rate_limit.limiter(bps=bps, iops=iops, bps_burst=bps_burst, iops_burst=iops_burst)
 
 
 # --- reading values -------------------------------------------------------------------------------

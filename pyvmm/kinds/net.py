@@ -7,8 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from pyvmm.errors import ConfigError
-from pyvmm.kinds import limits
-from pyvmm.kinds.interface import Border, Context, Crossing
+from pyvmm.kinds.interface import Context, limiter
 from pyvmm.spec import rates
 from pyvmm.spec.options import Option
 from pyvmm.spec.vm import INTERNAL, DeviceSpec
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 
     from pyvmm.host import passt
     from pyvmm.host.passt import Forward
+    from pyvmm.kinds.border import Border, Crossing
     from pyvmm.kinds.interface import Table
     from pyvmm.virtio.net.backend import Backend
     from pyvmm.virtio.net.device import NetDevice
@@ -272,12 +272,12 @@ def _open_vhost(spec: Spec, context: Context) -> NetDevice:
 
 
 def _limits(spec: Spec, way: str) -> Limits | None:
-    limiter = limits.net_limiter(spec, way)
-    if limiter is None:
+    limits = limiter(spec, rates.net_fields(way))
+    if limits is None:
         return None
     from pyvmm.virtio.net.limits import Limits
 
-    return Limits(limiter)
+    return Limits(limits)
 
 
 def _open_stream(spec: Spec) -> Backend:
@@ -303,6 +303,8 @@ def start_passt(spec: Spec) -> passt.Socket:
 def cross(spec: Spec, border: Border) -> Crossing:
     """passt stays here, where the network is: its frames come through a stream. Raises ConfigError
     for a tap, which is here too."""
+    from pyvmm.kinds.border import Crossing
+
     if spec.tap:
         raise ConfigError(
             f"the emulated KVM host cannot reach {spec.tap}, a tap of this machine",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pyvmm.errors import ConfigError
-from pyvmm.kinds.interface import Border, Context, Crossing, Reader
+from pyvmm.kinds.interface import Context, Reader
 from pyvmm.spec import tables
 from pyvmm.spec.options import Option, as_list, read_text, wrong_type
 from pyvmm.spec.vm import DeviceSpec
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import TypedDict
 
+    from pyvmm.kinds.border import Border, Crossing
     from pyvmm.kinds.interface import Table
     from pyvmm.virtio.console.device import ConsoleDevice
 
@@ -163,6 +164,7 @@ def open_device(spec: Spec, context: Context) -> ConsoleDevice:
 def cross(spec: Spec, border: Border) -> Crossing:
     """The sockets stay here; each leads to one in there."""
     from pyvmm.host.named_listener import NamedListener
+    from pyvmm.kinds.border import Crossing
 
     listening = []
     inside = []

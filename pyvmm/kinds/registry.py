@@ -3,7 +3,6 @@ needs from outside the device itself.
 
 docs/adding-a-device.md takes a reader through one. The module has
 
-    class Keywords(TypedDict)           the keyword of `pyvmm.VM`, for type checkers alone
     OPTIONS                             its rows (pyvmm.spec.options): what stands on the command
                                         line, in files, in Python, in --help and the reference. The
                                         one that KINDS names describes devices; others stand for it
@@ -33,9 +32,14 @@ and may have, for what is not the same for every kind,
     methods(running) -> {name: Method}  what it adds to the control socket, named KIND.VERB; they
                                         are there whether the VM has such a device or not
 
-`pyvmm.kinds.interface` has what they are given and give back. The module is loaded for --help too,
-so what only the device needs is imported by the functions that need it. What a device counts is
-told by `VirtioDevice.stats`, with no help from here.
+    NOTE                                lines for the end of --help: the options within its option
+
+`pyvmm.kinds.interface` and `pyvmm.kinds.border` have what they are given and give back. The module
+is loaded for --help too, so what only the device needs is imported by the functions that need it.
+What a device counts is told by `VirtioDevice.stats`, with no help from here.
+
+For type checkers alone the module has `class Keywords(TypedDict)`, with the keyword of `pyvmm.VM`;
+the Keywords below join them.
 """
 
 from __future__ import annotations
@@ -43,7 +47,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from pyvmm.errors import ConfigError
 from pyvmm.spec.options import FIRST, LAST, Option
@@ -51,19 +55,10 @@ from pyvmm.spec.options import FIRST, LAST, Option
 if TYPE_CHECKING:
     from pyvmm.control.protocol import Method
     from pyvmm.kinds import balloon, console, disk, net, port, rng, user, vsock
-    from pyvmm.kinds.interface import Border, Context, Crossing, Running, Spec
+    from pyvmm.kinds.border import Border, Crossing
+    from pyvmm.kinds.interface import Context, Running, Spec
     from pyvmm.spec.vm import VmSpec
     from pyvmm.virtio.device import VirtioDevice
-
-
-class Kind(NamedTuple):
-    """A kind's module, and the name of the option that asks for one or more."""
-
-    option: str
-    module: str
-
-
-if TYPE_CHECKING:
 
     class Keywords(
         disk.Keywords,
@@ -76,20 +71,20 @@ if TYPE_CHECKING:
         vsock.Keywords,
         total=False,
     ):
-        """What `pyvmm.VM` takes for devices, as type checkers see it; without a line here it takes
-        the rest as well."""
+        """What `pyvmm.VM` takes for devices."""
 
 
-# The order is the one in which a VM's devices appear in the guest.
+# Kind → the option that asks for one or more, and the module. The order is the one in which a VM's
+# devices appear in the guest.
 KINDS = {
-    "disk": Kind("disks", "pyvmm.kinds.disk"),
-    "net": Kind("net", "pyvmm.kinds.net"),
-    "console": Kind("console", "pyvmm.kinds.console"),
-    "ports": Kind("ports", "pyvmm.kinds.port"),
-    "rng": Kind("rng", "pyvmm.kinds.rng"),
-    "user": Kind("devices", "pyvmm.kinds.user"),
-    "balloon": Kind("balloon", "pyvmm.kinds.balloon"),
-    "vsock": Kind("vsock", "pyvmm.kinds.vsock"),
+    "disk": ("disks", "pyvmm.kinds.disk"),
+    "net": ("net", "pyvmm.kinds.net"),
+    "console": ("console", "pyvmm.kinds.console"),
+    "ports": ("ports", "pyvmm.kinds.port"),
+    "rng": ("rng", "pyvmm.kinds.rng"),
+    "user": ("devices", "pyvmm.kinds.user"),
+    "balloon": ("balloon", "pyvmm.kinds.balloon"),
+    "vsock": ("vsock", "pyvmm.kinds.vsock"),
 }
 
 
@@ -97,7 +92,7 @@ def load(kind: str) -> Any:
     """The module of `kind`. Raises ConfigError if there is none."""
     if kind not in KINDS:
         raise ConfigError(f"there is no device {kind!r}", cure=f"there are {', '.join(KINDS)}")
-    return import_module(KINDS[kind].module)
+    return import_module(KINDS[kind][1])
 
 
 # --- the options ----------------------------------------------------------------------------------
@@ -122,7 +117,7 @@ def file_options() -> tuple[Option, ...]:
 
 def keywords() -> tuple[str, ...]:
     """The names of the options that ask for devices."""
-    return tuple(kind.option for kind in KINDS.values())
+    return tuple(option for option, _ in KINDS.values())
 
 
 def names() -> tuple[str, ...]:
@@ -142,9 +137,14 @@ def in_order_of_help() -> tuple[Option, ...]:
     return tuple(found)
 
 
+def notes() -> tuple[str, ...]:
+    """What the kinds add to the end of --help."""
+    return tuple(note for kind in KINDS if (note := getattr(load(kind), "NOTE", "")))
+
+
 def option_of(kind: str) -> Option:
     """The row that asks for devices of `kind`."""
-    name = KINDS[kind].option
+    name = KINDS[kind][0]
     found: Option = next(row for row in load(kind).OPTIONS if row.name == name)
     return found
 
@@ -235,7 +235,7 @@ def open_device(spec: Spec, context: Context) -> VirtioDevice:
 def cross(spec: Spec, border: Border) -> Crossing:
     """Make here what the device needs of this machine. Raises ConfigError for what the user can
     mend."""
-    from pyvmm.kinds.interface import Crossing
+    from pyvmm.kinds.border import Crossing
 
     cross = getattr(load(spec.kind), "cross", None)
     crossing: Crossing = Crossing(spec) if cross is None else cross(spec, border)

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pyvmm.errors import ConfigError
-from pyvmm.kinds import limits
-from pyvmm.kinds.interface import Context
+from pyvmm.kinds.interface import Context, limiter
 from pyvmm.spec import rates
 from pyvmm.spec.options import FLAG, Option
 from pyvmm.spec.vm import DeviceSpec
@@ -82,5 +81,5 @@ def open_device(spec: Spec, context: Context) -> EntropyDevice:
     from pyvmm.virtio.rng.device import EntropyDevice
 
     device = EntropyDevice()
-    device.limits = limits.limiter(spec)
+    device.limits = limiter(spec)
     return device

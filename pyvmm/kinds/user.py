@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pyvmm.errors import ConfigError
-from pyvmm.kinds.interface import Border, Context, Crossing
+from pyvmm.kinds.interface import Context
 from pyvmm.spec.options import Option
 from pyvmm.spec.vm import DeviceSpec
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import TypedDict
 
+    from pyvmm.kinds.border import Border, Crossing
     from pyvmm.kinds.interface import Table
     from pyvmm.kinds.user_class import UserClass
     from pyvmm.virtio.device import VirtioDevice
@@ -88,6 +89,8 @@ def open_device(spec: Spec, context: Context) -> VirtioDevice:
 
 def cross(spec: Spec, border: Border) -> Crossing:
     """Raises the ConfigError that making the device would raise, so that nobody waits for it."""
+    from pyvmm.kinds.border import Crossing
+
     device_class, _ = _make(spec)
     inside = _user_class(spec).inside(device_class, border.visible)
     return Crossing(replace(spec, path=inside.path, options=inside.options))

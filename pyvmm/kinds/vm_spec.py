@@ -23,17 +23,17 @@ def make_spec(values: Mapping[str, Any]) -> VmSpec:
     back is still to be checked by `validate`.
     """
     fields: dict[str, Any] = {}
-    for option in (*FIRST, *LAST):
-        value = values.get(option.name)
-        if value is None or option.not_in_files:
+    for row in (*FIRST, *LAST):
+        value = values.get(row.name)
+        if value is None or row.not_in_files:
             continue
-        read = read_own(option, value)
-        if option.field:
-            fields[option.field] = read
+        read = read_own(row, value)
+        if row.field:
+            fields[row.field] = read
     disks: list[DiskSpec] = []
     devices: list[DeviceSpec] = []
-    for kind, row in registry.KINDS.items():
-        value = values.get(row.option)
+    for kind, (option, _) in registry.KINDS.items():
+        value = values.get(option)
         if value is None or (value is False and kind != "disk"):
             continue
         (disks if kind == "disk" else devices).extend(registry.read(kind, value))

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from pyvmm.errors import ConfigError, HostError
-from pyvmm.kinds.interface import Border, Context, Crossing, Running
+from pyvmm.kinds.interface import Context, Running
 from pyvmm.spec.options import FLAG, OPTIONAL, Option
 from pyvmm.spec.vm import INTERNAL, DeviceSpec
 from pyvmm.virtio.vsock.uapi import HIGHEST_GUEST_CID, LOWEST_GUEST_CID
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from pyvmm.control.protocol import Method, Upgrade
     from pyvmm.host.unix_sockets import Socket
+    from pyvmm.kinds.border import Border, Crossing
     from pyvmm.kinds.interface import Table
     from pyvmm.virtio.vsock.device import VsockDevice
 
@@ -126,6 +127,8 @@ def open_device(spec: Spec, context: Context) -> VsockDevice:
 
 def cross(spec: Spec, border: Border) -> Crossing:
     """The socket stays here, as do those that the guest connects to."""
+    from pyvmm.kinds.border import Crossing
+
     if not spec.path:
         return Crossing(spec)
     from pyvmm.host.named_listener import NamedListener

@@ -24,7 +24,7 @@ from pyvmm.errors import ConfigError
 from pyvmm.host import log
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.kinds import registry
-from pyvmm.kinds.interface import Border, Crossing
+from pyvmm.kinds.border import Border, Crossing
 from pyvmm.kinds.vm_spec import to_json
 from pyvmm.machine.builder import check_boot
 from pyvmm.machine.outcome import STOP_SECONDS, Ending

@@ -20,6 +20,13 @@ NET_KEYS = {
     for what in ("bps", "pps")
     for burst in ("", "-burst")
 }
+
+
+def net_fields(way: str) -> tuple[str, str, str, str]:
+    """The fields of a network card's direction: bytes and packets a second, the bursts of both."""
+    return f"{way}_bps", f"{way}_pps", f"{way}_bps_burst", f"{way}_pps_burst"
+
+
 FIELDS = frozenset((*KEYS.values(), *NET_KEYS.values()))
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}

@@ -9,7 +9,8 @@ import pytest
 
 from pyvmm.errors import ConfigError
 from pyvmm.kinds import registry as devices
-from pyvmm.kinds.interface import Border, Context, Crossing
+from pyvmm.kinds.border import Border, Crossing
+from pyvmm.kinds.interface import Context
 from pyvmm.kinds.vm_spec import from_json, to_json, validate
 from pyvmm.machine.board.registry import board_for
 from pyvmm.machine.cmdline import command_line

@@ -15,7 +15,8 @@ from pyvmm.errors import ConfigError
 from pyvmm.host import log
 from pyvmm.kinds import registry as devices
 from pyvmm.kinds import user as device_user
-from pyvmm.kinds.interface import Border, Context
+from pyvmm.kinds.border import Border
+from pyvmm.kinds.interface import Context
 from pyvmm.kinds.user import Spec
 from pyvmm.kinds.vm_spec import from_json, to_json, validate
 from pyvmm.spec.vm import VmSpec

@@ -13,10 +13,10 @@ from blk_rig import running
 
 from pyvmm.emulated_host import HostDisk
 from pyvmm.errors import ConfigError
+from pyvmm.kinds.border import Border
 from pyvmm.kinds.disk import parse as parse_disk
 from pyvmm.kinds.disk.crossing import hand_over
 from pyvmm.kinds.disk.storage import open_backend
-from pyvmm.kinds.interface import Border
 from pyvmm.kinds.vm_spec import from_json, to_json, validate
 from pyvmm.spec.vm import DiskSpec, VmSpec
 from pyvmm.testing.blk_driver import IOERR, OK

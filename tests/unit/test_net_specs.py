@@ -10,12 +10,12 @@ import pytest
 
 from pyvmm.errors import ConfigError
 from pyvmm.host import passt, tap, vhost
-from pyvmm.kinds import limits
 from pyvmm.kinds import net as device_net
 from pyvmm.kinds import registry as devices
-from pyvmm.kinds.interface import Context
+from pyvmm.kinds.interface import Context, limiter
 from pyvmm.kinds.net import Spec, check, parse, parse_forward
 from pyvmm.kinds.vm_spec import from_json, to_json, validate
+from pyvmm.spec import rates
 from pyvmm.spec.vm import VmSpec
 
 
@@ -177,8 +177,8 @@ def test_limits_of_both_directions() -> None:
     spec = parse("user,rx-bps=10M,tx-pps=500,rx-bps-burst=1m,tx-pps-burst=7")
     assert (spec.rx_bps, spec.rx_bps_burst) == (10 << 20, 1 << 20)
     assert (spec.tx_pps, spec.tx_pps_burst) == (500, 7)
-    assert limits.net_limiter(spec, "rx") is not None
-    assert limits.net_limiter(Spec(rx_bps=1), "tx") is None
+    assert limiter(spec, rates.net_fields("rx")) is not None
+    assert limiter(Spec(rx_bps=1), rates.net_fields("tx")) is None
     whole = validate(VmSpec(kernel="k", devices=(spec,)))
     assert from_json(to_json(whole)) == whole
 

@@ -20,10 +20,10 @@ from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import confinement
 from pyvmm.host.qcow2 import Header, Layer, blockdev, open_chain, read_header
 from pyvmm.host.storage_daemon import EXPORT, StorageDaemon, _confined
+from pyvmm.kinds.border import Border
 from pyvmm.kinds.disk import parse as parse_disk
 from pyvmm.kinds.disk.crossing import hand_over
 from pyvmm.kinds.disk.storage import open_backend
-from pyvmm.kinds.interface import Border
 from pyvmm.kinds.vm_spec import from_json, to_json, validate
 from pyvmm.spec.vm import DiskSpec, VmSpec
 from pyvmm.virtio.blk.backend import Backend

@@ -14,7 +14,7 @@ from queue_rig import LAYOUTS, Rig
 from worker_rig import Bench, Echo, wait_for
 
 from pyvmm.errors import ConfigError
-from pyvmm.kinds import limits
+from pyvmm.kinds import interface
 from pyvmm.kinds import registry as devices
 from pyvmm.kinds.disk import parse as parse_disk
 from pyvmm.kinds.vm_spec import from_json, to_json, validate
@@ -306,8 +306,8 @@ def test_disk_options() -> None:
     assert (disk.bps_burst, disk.iops_burst) == (1 << 30, 2048)
     spec = validate(VmSpec("k", disks=(disk,), devices=(devices.parse("rng", "bps=1K"),)))
     assert from_json(to_json(spec)) == spec
-    assert limits.limiter(spec.disks[0]) is not None
-    assert limits.limiter(DiskSpec("a.img")) is None
+    assert interface.limiter(spec.disks[0]) is not None
+    assert interface.limiter(DiskSpec("a.img")) is None
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "", "10x", "9" * 16, "\u0661", "M"])

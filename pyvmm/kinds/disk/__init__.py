@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pyvmm.errors import ConfigError
-from pyvmm.kinds.interface import Border, Context, Crossing, Reader, Running
+from pyvmm.kinds.interface import Context, Reader, Running
 from pyvmm.spec import rates
 from pyvmm.spec.options import Option, as_list, read_path
 from pyvmm.spec.sizes import DIGITS
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from typing import TypedDict
 
     from pyvmm.control.protocol import Method
+    from pyvmm.kinds.border import Border, Crossing
     from pyvmm.kinds.interface import Path, Table
     from pyvmm.virtio.blk.device import BlockDevice
 
@@ -60,6 +61,15 @@ OPTIONS = (
         "image as it is.",
     ),
 )
+
+NOTE = """\
+Disk options:
+  readonly, direct (O_DIRECT), snapshot (changes are thrown away), overlay=FILE
+  (changes are kept there), format=raw|qcow2 (else by name), backing=FILE and
+  data-file=FILE (what a qcow2 image may open beside itself), id=NAME,
+  block-size=BYTES, on-error=report|stop; bytes and requests a second at most:
+  bps=N, iops=N, bps-burst=N, iops-burst=N; a class's own for FILE.py:CLASS
+"""
 
 # What stands in a --disk option → the field of DiskSpec.
 _FLAGS = {name: name for name in ("direct", "snapshot", "packed")}

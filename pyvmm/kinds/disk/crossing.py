@@ -13,8 +13,8 @@ from dataclasses import replace
 
 from pyvmm.emulated_host import HostDisk
 from pyvmm.errors import HostError
+from pyvmm.kinds.border import Border, Crossing
 from pyvmm.kinds.disk.storage import lock_image, open_backend, qcow2_layers, ram_image
-from pyvmm.kinds.interface import Border, Crossing
 from pyvmm.spec.vm import DiskSpec
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import log
 from pyvmm.host.files import SECTOR, ImageFile, open_image
-from pyvmm.kinds.limits import limiter
+from pyvmm.kinds.interface import limiter
 from pyvmm.machine.alarm import Alarm
 from pyvmm.machine.trace import Hook
 from pyvmm.spec.sizes import parse_memory
