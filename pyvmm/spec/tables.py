@@ -20,8 +20,8 @@ SIZES = ("size",)
 
 
 class UnknownKey(ConfigError):
-    """A key that there is not. `key` is it, and `nearest` what was meant, or ""; `cure` is what to
-    do about it where that is known better."""
+    """An unknown key, `key`. `nearest` is the one that was probably meant, or ""; `cure` says what
+    to do, where a better cure than that is known."""
 
     def __init__(self, key: str, known: list[str], where: str, *, cure: str = "") -> None:
         import difflib
