@@ -349,7 +349,7 @@ def test_writes_happen_one_after_the_other(driver: Driver) -> None:
 
 
 def legal(offset: int, size: int) -> Register | None:
-    """4.1.3.1 Driver Requirements: General, written down without the table's own rule."""
+    """4.1.3.1 Driver Requirements: PCI Device Layout, written down without the table's own rule."""
     for row in COMMON:
         parts = {(row.offset, row.width)}
         if row.width == 8:
