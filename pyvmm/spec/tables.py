@@ -15,6 +15,8 @@ from pyvmm.spec.sizes import parse_memory, write_memory
 
 T = TypeVar("T")
 
+PAIRS = "tuple[tuple[str, str], ...]"
+"""The type of a field that is a table of its own."""
 SIZES = ("size",)
 """The fields that are numbers of bytes."""
 
@@ -80,7 +82,7 @@ def _value(field: Field[Any], value: Any, where: str) -> Any:
         if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
             return tuple(value)
         raise _wrong(what, value, "a list of texts")
-    if kind == "tuple[tuple[str, str], ...]":
+    if kind == PAIRS:
         if isinstance(value, Mapping):
             return tuple((name, _option_text(item)) for name, item in value.items())
         raise _wrong(what, value, "a table")
@@ -100,7 +102,7 @@ def _option_text(value: object) -> str:
 
 
 def _plain(field: Field[Any], value: Any) -> Any:
-    if str(field.type) == "tuple[tuple[str, str], ...]":
+    if str(field.type) == PAIRS:
         return dict(value)
     if field.name in SIZES:
         return write_memory(value)
