@@ -1,0 +1,78 @@
+"""Boards: what every one of them promises, and that a second one needs nothing of x86."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny_board
+
+from pyvmm.emulated_host.architecture import emulated_machine
+from pyvmm.errors import ConfigError
+from pyvmm.machine.board import registry
+from pyvmm.spec.vm import MAX_DEVICES, MIN_MEMORY
+
+GIB = 1 << 30
+
+
+@pytest.fixture(params=sorted(registry.BOARDS))
+def board(request: pytest.FixtureRequest):
+    return registry.board_for(request.param)
+
+
+@pytest.mark.parametrize("memory", [MIN_MEMORY, GIB, 3 * GIB, 5 * GIB, 1 << 40])
+def test_ram_devices_and_files_do_not_overlap(board, memory: int) -> None:
+    places = [*board.ram_ranges(memory)]
+    assert sum(size for _, size in places) == memory
+    slots = board.virtio_slots(MAX_DEVICES)
+    assert len({slot.gsi for slot in slots}) == MAX_DEVICES
+    places += [(slot.base, slot.size) for slot in slots]
+    files = board.mapped_files(memory)
+    assert files.start % GIB == 0 and len(files) >= GIB
+    places.append((files.start, len(files)))
+    end = 0
+    for start, size in sorted(places):
+        assert start >= end and size > 0
+        end = start + size
+
+
+def test_devices_past_the_last_place_are_refused(board) -> None:
+    with pytest.raises(ValueError, match="1000 virtio devices"):
+        board.virtio_slots(1000)
+
+
+def test_a_host_without_a_board_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="vax"))
+    with pytest.raises(ConfigError, match="no machine for the architecture vax") as caught:
+        registry.board_of_host()
+    assert "x86_64" in caught.value.cure
+    with pytest.raises(ConfigError, match="no emulated KVM host for the architecture vax"):
+        emulated_machine()
+
+
+@pytest.mark.parametrize("architecture", sorted(registry.BOARDS))
+def test_what_has_a_board_has_an_emulated_machine(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine=architecture))
+    machine = emulated_machine()
+    assert machine.KVM_MODULES and machine.machine_arguments(1, 512)
+
+
+def test_another_board_needs_nothing_of_x86(tmp_path: Path) -> None:
+    """Up to where KVM would come in; tests/kvm/test_another_board.py runs it."""
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(b"kernel" + bytes(4090))
+    program = [sys.executable, tiny_board.__file__, "prepare", str(kernel)]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "0x100000+0x3ff0000 0xffff0000+0x10000",
+        "kernel TinyEntry(cmdline='console=ttyTINY0 panic=-1 tiny=1 quiet', discovery='auto')",
+        "ttyTINY0 VirtioSlot(base=3758096384, size=512, gsi=16)",
+        "0x200000000",
+    ]
