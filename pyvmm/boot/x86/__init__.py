@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from pyvmm.boot import cmdline as command_line
 from pyvmm.boot.image_file import ImageFile
 from pyvmm.boot.x86 import acpi as acpi_tables
@@ -129,7 +127,7 @@ def _announce(way: str, acpi: AcpiConfig, cmdline: str) -> tuple[AcpiConfig, str
     if way != discovery.ACPI:
         cmdline = command_line.merge(discovery.parameters(acpi.virtio), cmdline)
     if way == discovery.CMDLINE:
-        acpi = replace(acpi, virtio=())
+        acpi = acpi._replace(virtio=())
     return acpi, cmdline
 
 

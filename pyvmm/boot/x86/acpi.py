@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from pyvmm.boot.x86 import aml, layout
@@ -55,8 +54,7 @@ class FixedDevices(NamedTuple):
     power_button_gsi: int
 
 
-@dataclass(frozen=True)
-class VirtioMmioDevice:
+class VirtioMmioDevice(NamedTuple):
     """One virtio-mmio register window: `size` bytes at guest-physical `base`, interrupt `gsi`."""
 
     base: int
@@ -64,8 +62,7 @@ class VirtioMmioDevice:
     gsi: int
 
 
-@dataclass(frozen=True)
-class AcpiConfig:
+class AcpiConfig(NamedTuple):
     """What the tables say: `cpus` vCPUs whose APIC ids are 0 to cpus - 1, and the devices: those
     at `fixed` places, and the virtio devices.
 
@@ -80,8 +77,7 @@ class AcpiConfig:
     i8042: bool = False
 
 
-@dataclass(frozen=True)
-class AcpiTables:
+class AcpiTables(NamedTuple):
     """`blob` goes to guest-physical `rsdp`, which is also the address of the RSDP in it.
 
     `tables` are the same tables one by one, by signature, as ``iasl`` takes them.

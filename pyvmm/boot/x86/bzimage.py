@@ -9,7 +9,7 @@ at its 64-bit or 32-bit entry. Not only Linux comes in this format: memtest86+, 
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pyvmm.boot.image_file import ImageFile
 from pyvmm.boot.x86 import boot_params, layout
@@ -28,8 +28,7 @@ ENTRY_64 = 0x200  # startup_64, from the load address
 _KERNEL_VERSION_MAX = 256
 
 
-@dataclass(frozen=True)
-class BzImage:
+class BzImage(NamedTuple):
     """A checked bzImage header. Sizes and offsets in bytes."""
 
     version: int  # of the boot protocol, 0x020f for 2.15

@@ -9,7 +9,7 @@ vCPU's registers accordingly is the machine's part.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pyvmm.boot.x86 import layout
 from pyvmm.memory import GuestMemory
@@ -27,8 +27,7 @@ _PRESENT_WRITABLE = 0x3
 _PAGE_SIZE_2M = 0x80
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """How the first vCPU enters the guest, interrupts off: plain numbers, addresses guest-physical.
 
     `mode` is ``"long64"`` or ``"protected32"``. At `gdt_base` stand five descriptors: null, null,

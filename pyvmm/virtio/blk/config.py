@@ -7,7 +7,6 @@ zero, and so is the padding, as 5.2.5.2 Device Requirements: Device Initializati
 from __future__ import annotations
 
 import struct
-from dataclasses import astuple, dataclass
 from typing import NamedTuple
 
 from pyvmm.host.files import SECTOR
@@ -84,8 +83,7 @@ class BlockSizes(NamedTuple):
         )
 
 
-@dataclass(frozen=True)
-class BlockConfig:
+class BlockConfig(NamedTuple):
     """What the driver may learn about the disk.
 
     `capacity` is in sectors of 512 bytes; `seg_max` the most data segments of a request; `blk_size`
@@ -113,7 +111,7 @@ class BlockConfig:
     def encode(self) -> bytes:
         """The configuration space, whole."""
         values = dict.fromkeys((name for name, _ in _FIELDS), 0)
-        for name, value in zip(self.__dataclass_fields__, astuple(self), strict=True):
+        for name, value in self._asdict().items():
             values[name] = value
         return b"".join(
             struct.pack("<" + code, b"" if code.endswith("s") else values[name])
