@@ -130,7 +130,8 @@ def _hypercall(run: Any) -> Hypercall:
 
 
 def _debug(run: Any) -> Debug:
-    return Debug(bytes(ffi.buffer(run.debug.arch)))
+    arch = run.debug.arch
+    return Debug(arch.exception, arch.pc, arch.dr6, arch.dr7)
 
 
 def _xen(run: Any) -> Xen:

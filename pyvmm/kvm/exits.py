@@ -210,13 +210,12 @@ class Hypercall(NamedTuple):
 
 
 class Debug(NamedTuple):
-    """KVM_EXIT_DEBUG: a breakpoint or single step asked for by KVM_SET_GUEST_DEBUG.
+    """KVM_EXIT_DEBUG: a breakpoint or single step asked for by KVM_SET_GUEST_DEBUG."""
 
-    `arch` are the bytes of struct kvm_debug_exit_arch, which each architecture reads by itself
-    (x86: `pyvmm.kvm.x86.debugging`).
-    """
-
-    arch: bytes
+    exception: int
+    pc: int
+    dr6: int
+    dr7: int
 
 
 class TprAccess(NamedTuple):

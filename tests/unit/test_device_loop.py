@@ -17,8 +17,8 @@ from pyvmm.virtio.device import Activation
 from pyvmm.virtio.worker import DeviceWorker
 
 
-class Made:
-    """A worker without queues; `calls` counts the calls of `work`, `ended` is set by `end`."""
+class Loop:
+    """A loop without queues; `calls` counts the calls of `work`, `ended` is set by `end`."""
 
     def __init__(self, work: Callable[[], float | None] = lambda: None) -> None:
         self.recorder = Recorder()
@@ -28,45 +28,45 @@ class Made:
         self._work = work
         memory = GuestMemory([(0, 1 << 20)])
         activation = Activation(memory, 0, (None,), self.recorder, self.recorder.fail)
-        self.worker = DeviceWorker("device", activation, self.poller, self._count, self.ended.set)
+        self.loop = DeviceWorker("loop", activation, self.poller, self._count, self.ended.set)
 
     def _count(self) -> float | None:
         self.calls.release()
         return self._work()
 
     def wait_for_call(self) -> None:
-        assert self.calls.acquire(timeout=60), "nobody woke the worker"
+        assert self.calls.acquire(timeout=60), "nobody woke the loop"
 
     def stop(self) -> None:
-        self.worker.request_stop()
-        self.worker.join()
+        self.loop.request_stop()
+        self.loop.join()
         assert self.ended.is_set()
 
 
 def test_work_is_called_at_the_start_and_when_woken() -> None:
-    made = Made()
-    made.worker.start()
+    made = Loop()
+    made.loop.start()
     made.wait_for_call()
-    made.worker.wake()
+    made.loop.wake()
     made.wait_for_call()
     made.stop()
     assert made.recorder.failures == []
 
 
 def test_work_is_called_again_after_the_time_that_it_asked_for() -> None:
-    made = Made(lambda: 0.001)
-    made.worker.start()
+    made = Loop(lambda: 0.001)
+    made.loop.start()
     for _ in range(3):
         made.wait_for_call()
     made.stop()
 
 
 def test_a_file_wakes_it_each_time_it_becomes_readable() -> None:
-    made = Made()
+    made = Loop()
     heard: list[int] = []
     ours, theirs = os.pipe()
     made.poller.add(ours, heard.append, READABLE)
-    made.worker.start()
+    made.loop.start()
     made.wait_for_call()
     for _ in range(2):
         os.write(theirs, b"x")
@@ -82,36 +82,36 @@ def test_what_work_raises_fails_the_device_and_closes_its_files(error: Exception
     def fail() -> float | None:
         raise error
 
-    made = Made(fail)
-    made.worker.start()
+    made = Loop(fail)
+    made.loop.start()
     assert made.recorder.failed.wait(60)
-    made.worker.join()
+    made.loop.join()
     assert made.ended.is_set()
     [failure] = made.recorder.failures
     assert isinstance(failure, DriverError)
 
 
 def test_what_woke_it_is_closed_at_its_end() -> None:
-    made = Made()
-    made.worker.start()
-    fd = made.worker._wake.fd
+    made = Loop()
+    made.loop.start()
+    fd = made.loop._wake.fd
     assert os.readlink(f"/proc/self/fd/{fd}").endswith("[eventfd]")
     made.stop()
-    assert made.worker._wake.fd < 0
+    assert made.loop._wake.fd < 0
 
 
 def test_work_that_never_ends_by_itself_rests_for_whoever_takes_a_queue_out() -> None:
     begun = threading.Event()
 
     def work() -> None:
-        while made.worker.may_go_on:
+        while made.loop.may_go_on:
             begun.set()
             time.sleep(0.001)
 
-    made = Made(work)
-    made.worker.start()
+    made = Loop(work)
+    made.loop.start()
     assert begun.wait(60)
-    drop = threading.Thread(target=made.worker.drop_queue, args=(0,), daemon=True)
+    drop = threading.Thread(target=made.loop.drop_queue, args=(0,), daemon=True)
     drop.start()
     drop.join(30)
     assert not drop.is_alive()
@@ -119,19 +119,19 @@ def test_work_that_never_ends_by_itself_rests_for_whoever_takes_a_queue_out() ->
 
 
 def test_waking_it_after_its_end_does_nothing() -> None:
-    made = Made()
-    made.worker.start()
+    made = Loop()
+    made.loop.start()
     made.stop()
-    made.worker.wake()
+    made.loop.wake()
 
 
 def test_the_end_waits_for_whoever_is_just_waking_it() -> None:
     """Or what is written to could be somebody else's descriptor by then."""
-    made = Made()
-    made.worker.start()
-    made.worker.request_stop()
-    end = threading.Thread(target=made.worker.join, daemon=True)
-    with made.worker._closing:
+    made = Loop()
+    made.loop.start()
+    made.loop.request_stop()
+    end = threading.Thread(target=made.loop.join, daemon=True)
+    with made.loop._closing:
         end.start()
         assert made.ended.wait(60)
         end.join(0.1)
@@ -144,8 +144,8 @@ def test_without_a_thread_everything_is_closed(monkeypatch: pytest.MonkeyPatch) 
     def refuse(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    made = Made()
+    made = Loop()
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    with pytest.raises(HostError, match="thread for device"):
-        made.worker.start()
+    with pytest.raises(HostError, match="thread for loop"):
+        made.loop.start()
     assert made.ended.is_set()
