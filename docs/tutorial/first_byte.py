@@ -3,11 +3,10 @@
 import mmap
 import sys
 
-from pyvmm.kvm import uapi
 from pyvmm.kvm.exits import IoOut
 from pyvmm.kvm.system import Kvm
-from pyvmm.kvm.uapi import ffi
-from pyvmm.kvm.x86 import registers
+from pyvmm.kvm.x86 import registers, uapi
+from pyvmm.kvm.x86.uapi import ffi
 
 SERIAL_PORT = 0x3F8
 CODE_ADDRESS = 0x1000

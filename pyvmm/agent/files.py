@@ -263,7 +263,7 @@ class _Receiver:
     def _begin(self, type: int, payload: bytes) -> None:
         entry = parse_entry(payload)
         if entry is None or (entry.target and type != FrameType.LINK):
-            raise AgentError("the guest's agent sent a name that is none")
+            raise AgentError("the guest's agent sent an invalid name")
         name = os.fsdecode(entry.name)
         if len(self._levels) == 1:
             self.topped = True

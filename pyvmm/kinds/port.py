@@ -63,6 +63,9 @@ class Spec(DeviceSpec):
     ports: tuple[PortSpec, ...]
 
 
+TABLE = PortSpec  # in a file, each port is one
+
+
 def read(value: Any, option: Option, usual: Reader) -> list[DeviceSpec]:
     """The one device that has all ports. Raises ConfigError."""
     specs = [spec for one in as_list(value) for spec in _read_port(one, option, usual)]

@@ -32,6 +32,7 @@ and may have, for what is not the same for every kind,
     methods(running) -> {name: Method}  what it adds to the control socket, named KIND.VERB; they
                                         are there whether the VM has such a device or not
 
+    TABLE                               the dataclass of a table in a file, if that is not Spec
     NOTE                                lines for the end of --help: the options within its option
 
 `pyvmm.kinds.interface` and `pyvmm.kinds.border` have what they are given and give back. The module
@@ -240,14 +241,6 @@ def cross(spec: Spec, border: Border) -> Crossing:
     cross = getattr(load(spec.kind), "cross", None)
     crossing: Crossing = Crossing(spec) if cross is None else cross(spec, border)
     return crossing
-
-
-def method(name: str, running: Running) -> Method | None:
-    """The one of `methods` that has this name, without loading the other kinds."""
-    kind = name.partition(".")[0]
-    make = getattr(load(kind), "methods", None) if kind in KINDS else None
-    found: Method | None = None if make is None else make(running).get(name)
-    return found
 
 
 def methods(running: Running) -> dict[str, Method]:

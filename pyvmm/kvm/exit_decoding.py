@@ -130,8 +130,7 @@ def _hypercall(run: Any) -> Hypercall:
 
 
 def _debug(run: Any) -> Debug:
-    arch = run.debug.arch
-    return Debug(arch.exception, arch.pc, arch.dr6, arch.dr7)
+    return Debug(bytes(ffi.buffer(run.debug.arch)))
 
 
 def _xen(run: Any) -> Xen:

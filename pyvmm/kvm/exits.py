@@ -210,12 +210,13 @@ class Hypercall(NamedTuple):
 
 
 class Debug(NamedTuple):
-    """KVM_EXIT_DEBUG: a breakpoint or single step asked for by KVM_SET_GUEST_DEBUG."""
+    """KVM_EXIT_DEBUG: a breakpoint or single step asked for by KVM_SET_GUEST_DEBUG.
 
-    exception: int
-    pc: int
-    dr6: int
-    dr7: int
+    `arch` are the bytes of struct kvm_debug_exit_arch, which each architecture reads by itself
+    (x86: `pyvmm.kvm.x86.debugging`).
+    """
+
+    arch: bytes
 
 
 class TprAccess(NamedTuple):

@@ -15,13 +15,15 @@ from pyvmm.spec.sizes import parse_memory, write_memory
 
 T = TypeVar("T")
 
+PAIRS = "tuple[tuple[str, str], ...]"
+"""The type of a field that is a table of its own."""
 SIZES = ("size",)
 """The fields that are numbers of bytes."""
 
 
 class UnknownKey(ConfigError):
-    """A key that there is not. `key` is it, and `nearest` what was meant, or ""; `cure` is what to
-    do about it where that is known better."""
+    """An unknown key, `key`. `nearest` is the one that was probably meant, or ""; `cure` says what
+    to do, where a better cure than that is known."""
 
     def __init__(self, key: str, known: list[str], where: str, *, cure: str = "") -> None:
         import difflib
@@ -80,7 +82,7 @@ def _value(field: Field[Any], value: Any, where: str) -> Any:
         if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
             return tuple(value)
         raise _wrong(what, value, "a list of texts")
-    if kind == "tuple[tuple[str, str], ...]":
+    if kind == PAIRS:
         if isinstance(value, Mapping):
             return tuple((name, _option_text(item)) for name, item in value.items())
         raise _wrong(what, value, "a table")
@@ -100,7 +102,7 @@ def _option_text(value: object) -> str:
 
 
 def _plain(field: Field[Any], value: Any) -> Any:
-    if str(field.type) == "tuple[tuple[str, str], ...]":
+    if str(field.type) == PAIRS:
         return dict(value)
     if field.name in SIZES:
         return write_memory(value)

@@ -1,8 +1,9 @@
 """Virtio-mmio: a device's registers in guest-physical memory (virtio 1.3, 4.2 Virtio Over MMIO).
 
-`REGISTERS` is Table 4.1 of 4.2.2 MMIO Device Register Layout, one row each. A row's handler is a
-method of `MmioTransport`, at the end of this page, or where the rule behind it is in chapters 2 and
-3 and the same on every transport, of `pyvmm.virtio.negotiation`.
+`REGISTERS` is Table 4.1 of 4.2.2 MMIO Device Register Layout, a row for each register. A row names
+its handler: ``status`` stands for the methods ``read_status`` and ``write_status``. They are in
+`MmioTransport` below where virtio-mmio has the rule; where chapters 2 and 3 have it for every
+transport, in `pyvmm.virtio.negotiation`.
 
 The device's interrupt is one edge-triggered line; docs/decisions/0030-interrupts.md says why
 nothing gets lost.

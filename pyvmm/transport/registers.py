@@ -6,7 +6,8 @@ rows; ``python -m pyvmm.transport > docs/registers.md`` writes the latter.
 
 What a driver must not do changes nothing and costs a rate-limited warning: an access of another
 width than the register's or not aligned to it, to no register, against its direction, or at the
-wrong time. Such a read gives 0.
+wrong time (virtio 1.3, 4.1.3.1 Driver Requirements: PCI Device Layout, and 4.2.2.2 Driver
+Requirements: MMIO Device Register Layout). Such a read gives 0.
 """
 
 from __future__ import annotations
@@ -45,9 +46,10 @@ class Register(NamedTuple):
     other; those that a driver makes for each request or interrupt are not, so that they never wait
     for a reset.
 
-    `width` is 1, 2, 4 or 8 bytes. One of 8 may be accessed as two halves of 4 as well (4.1.3.1 and
-    4.1.3.2): its handlers get another argument, the `shift` of a half, 0 or 32. The last row may be
-    the device's `CONFIG_SPACE`, accessed by 1, 2, 4 or 8 bytes, whose handler is ``config``.
+    `width` is 1, 2, 4 or 8 bytes. One of 8 may be accessed as two halves of 4 as well (4.1.3.2
+    Device Requirements: PCI Device Layout): its handlers get another argument, the `shift` of a
+    half, 0 or 32. The last row may be the device's `CONFIG_SPACE` (2.5 Device Configuration Space),
+    accessed by 1, 2, 4 or 8 bytes, whose handler is ``config``.
     """
 
     offset: int

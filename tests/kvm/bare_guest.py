@@ -14,12 +14,12 @@ from pyvmm.bus import Action, Bus
 from pyvmm.kvm import kick
 from pyvmm.kvm.loop import run_until_exit
 from pyvmm.kvm.system import Kvm
-from pyvmm.kvm.uapi import ffi
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.kvm.x86 import cpuid
 from pyvmm.kvm.x86 import irqchip as irqchip_of
 from pyvmm.kvm.x86 import registers as r
 from pyvmm.kvm.x86.boot_vcpu import setup_boot_vcpu, setup_vcpu
+from pyvmm.kvm.x86.uapi import ffi
 from pyvmm.memory import GuestMemory
 
 CODE = 0x1000

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from bare_guest import CODE, BareGuest
 
 from pyvmm.errors import GuestMemoryError
-from pyvmm.kvm import uapi
 from pyvmm.kvm.exits import InternalError, Shutdown
 from pyvmm.kvm.report import crash_report
 from pyvmm.kvm.x86 import registers as r
+from pyvmm.kvm.x86 import uapi
 from pyvmm.kvm.x86.state_text import state_lines
 
 MakeGuest = Callable[..., BareGuest]

@@ -8,8 +8,8 @@ import pytest
 from bare_guest import CODE, RAM_SIZE, BareGuest, Recorder
 
 from pyvmm.errors import HostError
-from pyvmm.kvm import uapi
 from pyvmm.kvm.vm import dirty_pages
+from pyvmm.kvm.x86 import uapi
 from pyvmm.memory import GuestMemory
 
 MakeGuest = Callable[..., BareGuest]

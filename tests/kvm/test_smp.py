@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from bare_guest import BareGuest, VcpuThread
 
-from pyvmm.kvm import uapi
 from pyvmm.kvm.vcpu import EXIT_INTR
+from pyvmm.kvm.x86 import uapi
 
 MakeGuest = Callable[..., BareGuest]
 

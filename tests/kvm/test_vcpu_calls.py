@@ -11,12 +11,13 @@ import pytest
 from bare_guest import CODE, BareGuest
 
 from pyvmm.errors import ConfigError
-from pyvmm.kvm import exits, uapi
+from pyvmm.kvm import exits
 from pyvmm.kvm.calls import struct_ioctl
-from pyvmm.kvm.uapi import ffi
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.kvm.x86 import registers as r
+from pyvmm.kvm.x86 import uapi
 from pyvmm.kvm.x86.state_text import state_lines
+from pyvmm.kvm.x86.uapi import ffi
 from pyvmm.machine.outcome import Outcome
 from pyvmm.machine.run_loop import make_run_loop
 from pyvmm.machine.vcpu_runner import VcpuRunner

@@ -8,9 +8,8 @@ import pytest
 from bare_guest import BareGuest
 
 from pyvmm.errors import HostError
-from pyvmm.kvm import uapi
 from pyvmm.kvm.system import Kvm
-from pyvmm.kvm.x86 import cpuid, lapic, msrs
+from pyvmm.kvm.x86 import cpuid, lapic, msrs, uapi
 from pyvmm.kvm.x86 import registers as r
 
 MakeGuest = Callable[..., BareGuest]

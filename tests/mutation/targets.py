@@ -42,7 +42,7 @@ TARGETS = (
     ),
     Target(
         "core", "virtio/worker.py",
-        "worker worker_sources worker_polling worker_wakeups shared_worker device_loop queue_device"
+        "worker worker_* queue_device"
         " net_receive vsock_device stats every_device",
     ),
     Target("core", "virtio/offload.py", "offload net_vhost"),
@@ -64,7 +64,7 @@ TARGETS = (
     Target("devices", "virtio/blk/*.py", "blk_* disk_queues disk_files stats every_device"),
     Target(
         "devices", "virtio/console/*.py",
-        "console_* terminal* window_size device_loop stats every_device",
+        "console_* terminal* window_size worker_device stats every_device",
     ),
     Target("devices", "virtio/vsock/*.py", "vsock_* stats every_device"),
     Target("devices", "virtio/net/*.py", "net_* stats every_device"),

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import pytest
 from boot_images import Elf, boot
 
-from pyvmm.kvm.uapi import ffi
 from pyvmm.kvm.x86 import boot_vcpu
+from pyvmm.kvm.x86.uapi import ffi
 
 
 def decoded(descriptor: int) -> dict[str, int]:

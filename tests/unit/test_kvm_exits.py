@@ -10,6 +10,8 @@ import pytest
 from pyvmm.kvm import exits, uapi
 from pyvmm.kvm.exit_decoding import REASON_NAMES, decode
 from pyvmm.kvm.uapi import ffi
+from pyvmm.kvm.x86 import uapi as x86_uapi
+from pyvmm.kvm.x86.debugging import debug_stop
 
 PAGE_COUNT = 3
 
@@ -206,6 +208,8 @@ def test_members_of_the_union(
 
 def test_debug_exits_tell_where() -> None:
     made = Run(uapi.KVM_EXIT_DEBUG)
-    arch = made.run.debug.arch
-    arch.exception, arch.pc, arch.dr6, arch.dr7 = uapi.BP_VECTOR, 0x1000, 1, 2
-    assert made.decode() == exits.Debug(3, 0x1000, 1, 2)
+    arch = x86_uapi.ffi.cast("struct kvm_debug_exit_arch *", made.run.debug.arch)
+    arch.exception, arch.pc, arch.dr6, arch.dr7 = x86_uapi.BP_VECTOR, 0x1000, 1, 2
+    event = made.decode()
+    assert isinstance(event, exits.Debug)
+    assert debug_stop(event) == (3, 0x1000, 1, 2)

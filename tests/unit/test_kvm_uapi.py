@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from pyvmm.kvm import uapi
-from pyvmm.kvm.uapi import build, x86_structures
-from pyvmm.kvm.uapi.x86_structures import ffi
+from pyvmm.kvm import uapi as common
+from pyvmm.kvm.uapi import build
+from pyvmm.kvm.x86 import uapi
 
 # What headers of Linux 6.1, the oldest ones supported, do not have yet.
 NEWER = {
@@ -33,7 +33,12 @@ NUMBERS = {
     for name, value in vars(uapi).items()
     if isinstance(value, int) and (name.startswith("KVM") or name.endswith("_VECTOR"))
 }
-STRUCTURES = [name for name in ffi.list_types()[1] if name.startswith("kvm_")]
+STRUCTURES = {
+    name: types
+    for types in (common.ffi, uapi.ffi)
+    for name in types.list_types()[1]
+    if name.startswith("kvm_")
+}
 
 
 def _fields(c_type: Any, path: str = "", base: int = 0) -> Iterator[tuple[str, int, int]]:
@@ -42,7 +47,7 @@ def _fields(c_type: Any, path: str = "", base: int = 0) -> Iterator[tuple[str, i
         here = f"{path}.{name}" if path and name else path or name
         offset = base + field.offset
         if name and field.type.kind != "array":
-            yield here, offset, ffi.sizeof(field.type)
+            yield here, offset, common.ffi.sizeof(field.type)
         elif name:
             yield here, offset, -1
         if field.type.kind in ("struct", "union"):
@@ -82,7 +87,7 @@ def test_every_number_is_the_headers(tmp_path: Path) -> None:
 
 def test_every_structure_and_field_lies_where_the_headers_say(tmp_path: Path) -> None:
     body, expected = [], {}
-    for name in STRUCTURES:
+    for name, ffi in STRUCTURES.items():
         c_type = ffi.typeof(f"struct {name}")
         body.append(f'printf("{name} %zu\\n", sizeof(struct {name}));')
         expected[name] = ffi.sizeof(c_type)
@@ -103,12 +108,14 @@ def test_every_structure_and_field_lies_where_the_headers_say(tmp_path: Path) ->
     assert len(found) > 300
 
 
-def test_the_generated_module_is_what_the_generator_makes(tmp_path: Path) -> None:
+def test_the_generated_modules_are_what_the_generator_makes(tmp_path: Path) -> None:
     pytest.importorskip("cffi", reason="needs cffi's parser to regenerate")
-    fresh = tmp_path / "x86_structures.py"
-    build.generate(fresh)
-    committed = Path(x86_structures.__file__).read_text()
-    assert fresh.read_text() == committed, "run: python -m pyvmm.kvm.uapi.build"
+    build.generate(tmp_path)
+    fresh = {path.relative_to(tmp_path) for path in tmp_path.rglob("*.py")}
+    assert len(fresh) == 1 + len(build.architectures()) == 2
+    for path in fresh:
+        committed = (build.KVM / path).read_text()
+        assert (tmp_path / path).read_text() == committed, "run: python -m pyvmm.kvm.uapi.build"
 
 
 def test_running_needs_no_c_parser() -> None:

@@ -8,6 +8,7 @@ same negotiation as virtio-mmio's, with a view of it that has what only PCI has.
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from c_claims import assert_in_c, needs_headers
@@ -322,8 +323,33 @@ def test_a_field_of_8_bytes_has_two_halves_of_4(driver: Driver) -> None:
     assert not driver.lines
 
 
+def test_a_handler_of_a_half_gets_that_half(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    halves: list[tuple[int, int]] = []
+    probe = lambda shift, value: halves.append((shift, value))  # noqa: E731
+    monkeypatch.setattr(driver.view, "write_probe", probe, raising=False)
+    row = Register(0, "probe", "W", ALWAYS, "probe", "", "", width=8)
+    RegisterFile([row], driver.view).write(0, 8, 0x1234_5678_9ABC_DEF0)
+    assert halves == [(0, 0x9ABC_DEF0), (32, 0x1234_5678)]
+
+
+def test_writes_happen_one_after_the_other(driver: Driver) -> None:
+    """But notifications, which wait for nobody."""
+    driver.go_live()
+    writing = Thread(target=driver.write, args=("queue_select", 1), daemon=True)
+    with driver.negotiation.lock:
+        driver.view.notify.write(0, 2, 0)
+        assert driver.view.kicks[0].drain() == 1
+        writing.start()
+        writing.join(0.1)
+        assert driver.read("queue_select") == 0
+    writing.join(30)
+    assert driver.read("queue_select") == 1
+
+
 def legal(offset: int, size: int) -> Register | None:
-    """4.1.3.1 Driver Requirements: General, written down without the table's own rule."""
+    """4.1.3.1 Driver Requirements: PCI Device Layout, written down without the table's own rule."""
     for row in COMMON:
         parts = {(row.offset, row.width)}
         if row.width == 8:

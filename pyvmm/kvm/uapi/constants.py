@@ -1,4 +1,4 @@
-"""Constants of <linux/kvm.h> and, on x86, <asm/kvm.h>: same names, same order.
+"""Constants of <linux/kvm.h>: same names, same order.
 
 Left out is what only other architectures, Hyper-V, Xen, SGX or SEV need. tests/kvm compiles C that
 compares each number with the system's headers.
@@ -7,49 +7,6 @@ compares each number with the system's headers.
 from __future__ import annotations
 
 KVM_API_VERSION = 12
-
-# --- <asm/kvm.h> on x86 --------------------------------------------------------------------------
-KVM_PIO_PAGE_OFFSET = 1
-
-DE_VECTOR = 0
-DB_VECTOR = 1
-BP_VECTOR = 3
-OF_VECTOR = 4
-BR_VECTOR = 5
-UD_VECTOR = 6
-NM_VECTOR = 7
-DF_VECTOR = 8
-TS_VECTOR = 10
-NP_VECTOR = 11
-SS_VECTOR = 12
-GP_VECTOR = 13
-PF_VECTOR = 14
-MF_VECTOR = 16
-AC_VECTOR = 17
-MC_VECTOR = 18
-XM_VECTOR = 19
-VE_VECTOR = 20
-
-KVM_NR_INTERRUPTS = 256
-
-KVM_IOAPIC_NUM_PINS = 24
-
-KVM_IRQCHIP_PIC_MASTER = 0
-KVM_IRQCHIP_PIC_SLAVE = 1
-KVM_IRQCHIP_IOAPIC = 2
-KVM_NR_IRQCHIPS = 3
-
-KVM_RUN_X86_SMM = 1 << 0
-KVM_RUN_X86_BUS_LOCK = 1 << 1
-
-KVM_APIC_REG_SIZE = 0x400
-
-KVM_CPUID_FLAG_SIGNIFCANT_INDEX = 1 << 0  # spelled so in the header
-
-KVM_GUESTDBG_USE_SW_BP = 0x00010000
-KVM_GUESTDBG_USE_HW_BP = 0x00020000
-
-KVM_MAX_XCRS = 16
 
 # --- <linux/kvm.h>: memory slots -----------------------------------------------------------------
 KVM_MEM_LOG_DIRTY_PAGES = 1 << 0

@@ -1,5 +1,6 @@
 // What pyvmm uses of <linux/kvm.h>: same names, same order. Union members that only other
-// architectures fill (s390, PowerPC, RISC-V) are left out; `padding` keeps the size.
+// architectures fill (s390, PowerPC, RISC-V) are left out; `padding` keeps the size. What an
+// architecture defines is in its own folder.
 // Read by build.py, never at run time. tests/kvm compares it with the system's header.
 
 struct kvm_userspace_memory_region {
@@ -16,21 +17,6 @@ struct kvm_irq_level {
 		__s32 status;
 	};
 	__u32 level;
-};
-
-struct kvm_irqchip {
-	__u32 chip_id;
-	__u32 pad;
-	union {
-		char dummy[512];
-		struct kvm_pic_state pic;
-		struct kvm_ioapic_state ioapic;
-	} chip;
-};
-
-struct kvm_pit_config {
-	__u32 flags;
-	__u32 pad[15];
 };
 
 struct kvm_hyperv_exit {
@@ -107,7 +93,7 @@ struct kvm_run {
 			__u64 data_offset;
 		} io;
 		struct {
-			struct kvm_debug_exit_arch arch;
+			__u64 arch[4];  // struct kvm_debug_exit_arch, of so many bytes at most
 		} debug;
 		struct {
 			__u64 phys_addr;
@@ -181,18 +167,8 @@ struct kvm_run {
 	__u64 kvm_valid_regs;
 	__u64 kvm_dirty_regs;
 	union {
-		struct kvm_sync_regs regs;
-		char padding[2048];
+		char padding[2048];  // struct kvm_sync_regs, which each architecture has its own of
 	} s;
-};
-
-struct kvm_translation {
-	__u64 linear_address;
-	__u64 physical_address;
-	__u8 valid;
-	__u8 writeable;
-	__u8 usermode;
-	__u8 pad[5];
 };
 
 struct kvm_interrupt {
@@ -210,12 +186,6 @@ struct kvm_dirty_log {
 
 struct kvm_mp_state {
 	__u32 mp_state;
-};
-
-struct kvm_guest_debug {
-	__u32 control;
-	__u32 pad;
-	struct kvm_guest_debug_arch arch;
 };
 
 struct kvm_ioeventfd {

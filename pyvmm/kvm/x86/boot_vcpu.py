@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pyvmm.kvm.uapi import ffi
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.kvm.x86 import cpuid, lapic, msrs
 from pyvmm.kvm.x86 import registers as r
+from pyvmm.kvm.x86.uapi import ffi
 
 CODE_SELECTOR = 0x10
 DATA_SELECTOR = 0x18

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from pyvmm.kvm import uapi
 from pyvmm.kvm.capabilities import Requirement
+from pyvmm.kvm.x86 import uapi
 
 REQUIRED = (
     Requirement(

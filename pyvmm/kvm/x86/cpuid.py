@@ -12,9 +12,9 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from pyvmm.errors import HostError
-from pyvmm.kvm import uapi
 from pyvmm.kvm.calls import struct_ioctl
-from pyvmm.kvm.uapi import ffi
+from pyvmm.kvm.x86 import uapi
+from pyvmm.kvm.x86.uapi import ffi
 
 if TYPE_CHECKING:
     from pyvmm.kvm.system import Kvm

@@ -6,10 +6,10 @@ All raise HostError.
 from __future__ import annotations
 
 from pyvmm.host import syscalls
-from pyvmm.kvm import uapi
 from pyvmm.kvm.calls import struct_ioctl
-from pyvmm.kvm.uapi import ffi
 from pyvmm.kvm.vm import IrqchipRoute, Vm
+from pyvmm.kvm.x86 import uapi
+from pyvmm.kvm.x86.uapi import ffi
 
 _MASKED = 1 << 16  # Intel 82093AA data sheet, 3.2.4 "I/O Redirection Table Registers", bit 16
 

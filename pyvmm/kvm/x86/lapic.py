@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pyvmm.kvm import uapi
 from pyvmm.kvm.calls import struct_ioctl
-from pyvmm.kvm.uapi import ffi
 from pyvmm.kvm.vcpu import Vcpu
+from pyvmm.kvm.x86 import uapi
+from pyvmm.kvm.x86.uapi import ffi
 
 # Register offsets and delivery modes: Intel SDM, volume 3, table 10-1 and 10.5.1.
 LVT0 = 0x350

@@ -6,10 +6,10 @@ import errno
 from collections.abc import Mapping
 
 from pyvmm.errors import HostError
-from pyvmm.kvm import uapi
 from pyvmm.kvm.calls import struct_ioctl
-from pyvmm.kvm.uapi import ffi
 from pyvmm.kvm.vcpu import Vcpu
+from pyvmm.kvm.x86 import uapi
+from pyvmm.kvm.x86.uapi import ffi
 
 # Numbers: Intel SDM, volume 4, "Architectural MSRs", and AMD APM, volume 2, appendix A.
 MSR_IA32_TSC = 0x10

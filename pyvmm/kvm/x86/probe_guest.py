@@ -7,12 +7,11 @@ import struct
 from collections.abc import Iterator
 
 from pyvmm.host.syscalls import Closable
-from pyvmm.kvm import uapi
 from pyvmm.kvm.system import Kvm
-from pyvmm.kvm.uapi import ffi
-from pyvmm.kvm.x86 import cpuid, irqchip
+from pyvmm.kvm.x86 import cpuid, irqchip, uapi
 from pyvmm.kvm.x86 import registers as r
 from pyvmm.kvm.x86.boot_vcpu import CODE_SELECTOR, set_flat_segments
+from pyvmm.kvm.x86.uapi import ffi
 
 _SIZE = 0x1_0000
 _IDT = 0x0

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyvmm.kvm import uapi
 from pyvmm.kvm.calls import struct_ioctl
-from pyvmm.kvm.uapi import ffi
 from pyvmm.kvm.vcpu import Vcpu
+from pyvmm.kvm.x86 import uapi
+from pyvmm.kvm.x86.uapi import ffi
 
 CR0_PE = 1 << 0
 CR0_ET = 1 << 4

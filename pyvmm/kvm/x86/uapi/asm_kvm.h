@@ -218,3 +218,35 @@ struct kvm_sync_regs {
 	struct kvm_sregs sregs;
 	struct kvm_vcpu_events events;
 };
+
+// --- <linux/kvm.h>: what is made of these, or for x86 alone -------------------------------------
+
+struct kvm_irqchip {
+	__u32 chip_id;
+	__u32 pad;
+	union {
+		char dummy[512];
+		struct kvm_pic_state pic;
+		struct kvm_ioapic_state ioapic;
+	} chip;
+};
+
+struct kvm_pit_config {
+	__u32 flags;
+	__u32 pad[15];
+};
+
+struct kvm_guest_debug {
+	__u32 control;
+	__u32 pad;
+	struct kvm_guest_debug_arch arch;
+};
+
+struct kvm_translation {
+	__u64 linear_address;
+	__u64 physical_address;
+	__u8 valid;
+	__u8 writeable;
+	__u8 usermode;
+	__u8 pad[5];
+};

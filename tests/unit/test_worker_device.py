@@ -17,8 +17,8 @@ from pyvmm.virtio.device import Activation
 from pyvmm.virtio.worker import DeviceWorker
 
 
-class Loop:
-    """A loop without queues; `calls` counts the calls of `work`, `ended` is set by `end`."""
+class Made:
+    """A worker without queues; `calls` counts the calls of `work`, `ended` is set by `end`."""
 
     def __init__(self, work: Callable[[], float | None] = lambda: None) -> None:
         self.recorder = Recorder()
@@ -28,45 +28,45 @@ class Loop:
         self._work = work
         memory = GuestMemory([(0, 1 << 20)])
         activation = Activation(memory, 0, (None,), self.recorder, self.recorder.fail)
-        self.loop = DeviceWorker("loop", activation, self.poller, self._count, self.ended.set)
+        self.worker = DeviceWorker("device", activation, self.poller, self._count, self.ended.set)
 
     def _count(self) -> float | None:
         self.calls.release()
         return self._work()
 
     def wait_for_call(self) -> None:
-        assert self.calls.acquire(timeout=60), "nobody woke the loop"
+        assert self.calls.acquire(timeout=60), "nobody woke the worker"
 
     def stop(self) -> None:
-        self.loop.request_stop()
-        self.loop.join()
+        self.worker.request_stop()
+        self.worker.join()
         assert self.ended.is_set()
 
 
 def test_work_is_called_at_the_start_and_when_woken() -> None:
-    made = Loop()
-    made.loop.start()
+    made = Made()
+    made.worker.start()
     made.wait_for_call()
-    made.loop.wake()
+    made.worker.wake()
     made.wait_for_call()
     made.stop()
     assert made.recorder.failures == []
 
 
 def test_work_is_called_again_after_the_time_that_it_asked_for() -> None:
-    made = Loop(lambda: 0.001)
-    made.loop.start()
+    made = Made(lambda: 0.001)
+    made.worker.start()
     for _ in range(3):
         made.wait_for_call()
     made.stop()
 
 
 def test_a_file_wakes_it_each_time_it_becomes_readable() -> None:
-    made = Loop()
+    made = Made()
     heard: list[int] = []
     ours, theirs = os.pipe()
     made.poller.add(ours, heard.append, READABLE)
-    made.loop.start()
+    made.worker.start()
     made.wait_for_call()
     for _ in range(2):
         os.write(theirs, b"x")
@@ -82,36 +82,36 @@ def test_what_work_raises_fails_the_device_and_closes_its_files(error: Exception
     def fail() -> float | None:
         raise error
 
-    made = Loop(fail)
-    made.loop.start()
+    made = Made(fail)
+    made.worker.start()
     assert made.recorder.failed.wait(60)
-    made.loop.join()
+    made.worker.join()
     assert made.ended.is_set()
     [failure] = made.recorder.failures
     assert isinstance(failure, DriverError)
 
 
 def test_what_woke_it_is_closed_at_its_end() -> None:
-    made = Loop()
-    made.loop.start()
-    fd = made.loop._wake.fd
+    made = Made()
+    made.worker.start()
+    fd = made.worker._wake.fd
     assert os.readlink(f"/proc/self/fd/{fd}").endswith("[eventfd]")
     made.stop()
-    assert made.loop._wake.fd < 0
+    assert made.worker._wake.fd < 0
 
 
 def test_work_that_never_ends_by_itself_rests_for_whoever_takes_a_queue_out() -> None:
     begun = threading.Event()
 
     def work() -> None:
-        while made.loop.may_go_on:
+        while made.worker.may_go_on:
             begun.set()
             time.sleep(0.001)
 
-    made = Loop(work)
-    made.loop.start()
+    made = Made(work)
+    made.worker.start()
     assert begun.wait(60)
-    drop = threading.Thread(target=made.loop.drop_queue, args=(0,), daemon=True)
+    drop = threading.Thread(target=made.worker.drop_queue, args=(0,), daemon=True)
     drop.start()
     drop.join(30)
     assert not drop.is_alive()
@@ -119,19 +119,19 @@ def test_work_that_never_ends_by_itself_rests_for_whoever_takes_a_queue_out() ->
 
 
 def test_waking_it_after_its_end_does_nothing() -> None:
-    made = Loop()
-    made.loop.start()
+    made = Made()
+    made.worker.start()
     made.stop()
-    made.loop.wake()
+    made.worker.wake()
 
 
 def test_the_end_waits_for_whoever_is_just_waking_it() -> None:
     """Or what is written to could be somebody else's descriptor by then."""
-    made = Loop()
-    made.loop.start()
-    made.loop.request_stop()
-    end = threading.Thread(target=made.loop.join, daemon=True)
-    with made.loop._closing:
+    made = Made()
+    made.worker.start()
+    made.worker.request_stop()
+    end = threading.Thread(target=made.worker.join, daemon=True)
+    with made.worker._closing:
         end.start()
         assert made.ended.wait(60)
         end.join(0.1)
@@ -144,8 +144,8 @@ def test_without_a_thread_everything_is_closed(monkeypatch: pytest.MonkeyPatch) 
     def refuse(self: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    made = Loop()
+    made = Made()
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    with pytest.raises(HostError, match="thread for loop"):
-        made.loop.start()
+    with pytest.raises(HostError, match="thread for device"):
+        made.worker.start()
     assert made.ended.is_set()
