@@ -180,7 +180,7 @@ def vm_of(guest: Guest, name: str = "vm") -> Iterator[Guest]:
     """`guest` behind a control socket, as the VM called `name`."""
     with registry.register(name) as registration:
         assert registration.listener is not None
-        server = ControlServer(registration.listener, guest.methods())
+        server = ControlServer(registration.listener, guest.methods().get)
         server.start()
         try:
             yield guest

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import select
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from threading import Thread
 
 from pyvmm.control.protocol import (
@@ -53,15 +53,16 @@ class _Client:
 
 
 class ControlServer:
-    """Answers requests at `listener` by `methods`; connections of other users are closed at once.
+    """Answers requests at `listener`; connections of other users are closed at once.
 
-    Add to `methods` before `start`. `close` lets answers that are ready go out.
+    `close` lets answers that are ready go out.
     """
 
-    def __init__(self, listener: Socket, methods: Mapping[str, Method]) -> None:
-        """`listener` stays the caller's. Raises HostError."""
+    def __init__(self, listener: Socket, find: Callable[[str], Method | None]) -> None:
+        """`find` gives the method of a name, None if there is none. `listener` stays the caller's.
+        Raises HostError."""
         self._listener = listener
-        self._methods = dict(methods)
+        self._find = find
         self._clients: dict[int, _Client] = {}
         self._wake = EventFd()
         self._stopping = False
@@ -179,7 +180,7 @@ class ControlServer:
         try:
             request = parse_request(line)
             id = request.id
-            method = self._methods.get(request.method)
+            method = self._find(request.method)
             if method is None:
                 raise ControlError(UNKNOWN_METHOD, f"no method {request.method!r:.100}")
             check_params(method, request.params)

@@ -243,6 +243,14 @@ def cross(spec: Spec, border: Border) -> Crossing:
     return crossing
 
 
+def method(name: str, running: Running) -> Method | None:
+    """The one of `methods` that has this name, without loading the other kinds."""
+    kind = name.partition(".")[0]
+    make = getattr(load(kind), "methods", None) if kind in KINDS else None
+    found: Method | None = None if make is None else make(running).get(name)
+    return found
+
+
 def methods(running: Running) -> dict[str, Method]:
     """What all kinds add to the control socket, by name."""
     found: dict[str, Method] = {}

@@ -43,10 +43,20 @@ class MachineControl:
         self._start = time.monotonic()
         self._stats: tuple[Parts, MachineStats] | None = None
 
+    def method(self, name: str) -> Method | None:
+        """The one of `methods` that a request names; None if there is none. Kinds of devices that
+        nobody asks about are not loaded for it."""
+        found = self._of_machine().get(name) or registry.method(name, self._running())
+        return None if found is None else self._guarded(found)
+
     def methods(self) -> dict[str, Method]:
         """By the names that a request uses. docs/control-socket.md lists them, and a test compares
         it with this."""
-        methods = {
+        methods = {**self._of_machine(), **registry.methods(self._running())}
+        return {name: self._guarded(method) for name, method in methods.items()}
+
+    def _of_machine(self) -> dict[str, Method]:
+        return {
             "status": Method(self.status),
             "stats": Method(self.stats),
             "metrics": Method(self.metrics),
@@ -56,12 +66,10 @@ class MachineControl:
             "resume": Method(self.resume),
             "console": Method(self.console, takes={"history": bool, "input": bool}),
             "events": Method(self.events, takes={"history": bool}),
-            **registry.methods(self._running()),
         }
-        return {
-            name: method._replace(run=partial(self._between_starts, method.run))
-            for name, method in methods.items()
-        }
+
+    def _guarded(self, method: Method) -> Method:
+        return method._replace(run=partial(self._between_starts, method.run))
 
     def _between_starts(self, run: Callable[..., Any], **params: Any) -> Any:
         """Not while a guest that has rebooted is put together anew."""

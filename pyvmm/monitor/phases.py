@@ -163,7 +163,7 @@ class _Answering(Closable):
         watch.events.emit("started")
         attendant.on_finding = watch.tell_finding
         control = MachineControl(machine, prepared, watch, self._resize_outside)
-        server = ControlServer(self._listener, control.methods())
+        server = ControlServer(self._listener, control.method)
         closing.callback(server.close)
         server.start()
 

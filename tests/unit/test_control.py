@@ -189,7 +189,7 @@ class Served:
                 "host": Method(self.fail(HostError(5, "write"))),
                 "defect": Method(self.fail(KeyError("oops"))),
                 "upgrade": Method(lambda: Upgrade("go on", self.take)),
-            },
+            }.get,
         )
         self.server.start()
 
@@ -457,3 +457,38 @@ def test_the_document_lists_the_methods() -> None:
     prepared: Any = SimpleNamespace(spec=VmSpec("k"), devices=())
     control = MachineControl(machine, prepared, None)  # type: ignore[arg-type]
     assert sorted(listed) == sorted(control.methods())
+
+
+# ---- what a request makes a monitor load
+
+ASK = """
+import sys
+from types import SimpleNamespace
+from pyvmm.monitor.control import MachineControl
+from pyvmm.spec.vm import VmSpec
+control = MachineControl(SimpleNamespace(), SimpleNamespace(spec=VmSpec("k"), devices=()), None)
+assert all(control.method(name) is not None for name in sys.argv[1:])
+print(*(name for name in sys.modules if name.startswith("pyvmm.kinds.")))
+"""
+SHARED = {"pyvmm.kinds.registry", "pyvmm.kinds.interface"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "loaded"), [("status", set()), ("balloon.set", {"pyvmm.kinds.balloon"})]
+)
+def test_a_request_loads_the_kind_that_it_names_and_no_other(asked: str, loaded: set[str]) -> None:
+    """Loading all of them would be in the way of a guest that is just starting."""
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, asked], capture_output=True, text=True, check=True
+    )
+    assert set(done.stdout.split()) - SHARED == loaded
+
+
+def test_methods_are_found_by_their_names() -> None:
+    prepared: Any = SimpleNamespace(spec=VmSpec("k"), devices=())
+    control = MachineControl(SimpleNamespace(), prepared, None)  # type: ignore[arg-type]
+    for name, method in control.methods().items():
+        found = control.method(name)
+        assert found is not None and found._replace(run=None) == method._replace(run=None)  # type: ignore[arg-type]
+    for unknown in ("", "nothing", "disk", "disk.nothing", "nothing.set", "registry.load"):
+        assert control.method(unknown) is None

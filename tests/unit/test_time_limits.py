@@ -429,7 +429,7 @@ def run():
         return 15
     asked = threading.Semaphore(0)
     signal.signal(signal.SIGTERM, lambda *_: asked.release())
-    server = ControlServer(registration.listener, guest.methods())
+    server = ControlServer(registration.listener, guest.methods().get)
     server.start()
     for _ in range(2):
         while not asked.acquire(timeout=0.1):

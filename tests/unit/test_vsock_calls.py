@@ -161,7 +161,7 @@ def vm(rig: Rig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ri
 
     with register("vm") as registration:
         assert registration.listener is not None
-        server = ControlServer(registration.listener, methods(rig.device))
+        server = ControlServer(registration.listener, methods(rig.device).get)
         server.start()
         yield rig
         server.close()
