@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := guest-images/system-packages.txt
+# Tests without a guest, on all processors; those of guests keep them busy by themselves.
+UNITS := tests/unit tests/spec -n auto --maxprocesses=8 --dist=worksteal
 
 .PHONY: help demo shell test lint unit fuzz mutants guest bench doctor images clean
 
@@ -21,10 +23,10 @@ test: .stamps/dev .stamps/system ## Run every test: types, style, units, specifi
 	@$(BIN)/pyvmm image build --all
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/pytest
+	@$(BIN)/pytest $(UNITS); units=$$?; $(BIN)/pytest tests/kvm tests/guest && exit $$units
 
 unit: .stamps/dev ## Only the tests that need neither KVM nor a guest
-	@$(BIN)/pytest tests/unit tests/spec
+	@$(BIN)/pytest $(UNITS)
 
 fuzz: .stamps/dev ## Random drivers against every device for SECONDS=60, from a SEED; CASE=N repeats one
 	@$(BIN)/python tests/fuzz/run.py $(if $(SEED),--seed=$(SEED)) $(if $(SECONDS),--seconds=$(SECONDS)) \

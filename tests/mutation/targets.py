@@ -43,7 +43,7 @@ TARGETS = (
     Target(
         "core", "virtio/worker.py",
         "worker worker_* queue_device"
-        " net_receive vsock_device stats every_device",
+        " net_receive vsock_device stats every_device rate_limit",
     ),
     Target("core", "virtio/offload.py", "offload net_vhost"),
     Target("core", "virtio/rate_limit.py", "rate_limit net_limits stats"),

@@ -329,7 +329,7 @@ def test_clients_that_leave_leave_nothing(served: Served) -> None:
         # One that comes before the server has noticed that others left is turned away.
         with contextlib.suppress(OSError), served.dial() as connection:
             connection.sendall(line(method="large"))
-    assert client.patiently("served", lambda vm: vm.call("echo"), HANG) == {}
+    assert client.patiently("served", lambda vm: vm.call("echo", patience=HANG), HANG) == {}
 
 
 def test_a_connection_can_be_handed_over(served: Served) -> None:

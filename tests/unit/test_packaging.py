@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import zipfile
 from pathlib import Path
@@ -52,3 +53,12 @@ def test_the_list_of_packages_has_a_part_for_the_tests() -> None:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return packaged.build_wheel(tmp_path_factory.mktemp("wheel"))
+
+
+def test_make_test_runs_every_folder_of_tests() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    [units] = re.findall(r"^UNITS := (.*)", makefile, re.MULTILINE)
+    recipe = makefile.partition("\ntest: ")[2].partition("\n\n")[0].replace("$(UNITS)", units)
+    run = set(re.findall(r"\btests/\w+", recipe))
+    tests = (path.relative_to(ROOT) for path in (ROOT / "tests").rglob("test_*.py"))
+    assert run == {f"tests/{path.parts[1]}" for path in tests}
