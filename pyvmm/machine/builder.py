@@ -21,7 +21,7 @@ from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.kvm.vm import Vm
 from pyvmm.machine.alarm import Alarm
 from pyvmm.machine.attach import attach_virtio
-from pyvmm.machine.board.board import Board, Entry, PowerButton, SerialPort, VirtioSlot
+from pyvmm.machine.board.board import Board, VirtioSlot
 from pyvmm.machine.board.registry import board_of_host
 from pyvmm.machine.cmdline import command_line
 from pyvmm.machine.run_loop import AccessCounts
@@ -32,6 +32,7 @@ from pyvmm.transport.base import Transport
 from pyvmm.virtio.device import VirtioDevice
 
 if TYPE_CHECKING:
+    from pyvmm.machine.board.board import Entry, PowerButton, SerialPort
     from pyvmm.machine.mapped_files import MappedFiles
 
 

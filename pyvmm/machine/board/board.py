@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple, TypeVar
 
 from pyvmm.bus import Bus
 from pyvmm.kvm.capabilities import Requirement
@@ -18,18 +18,34 @@ from pyvmm.kvm.system import Kvm
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.kvm.vm import Vm
 from pyvmm.memory import GuestMemory
-from pyvmm.platform.console_pump import InputPort
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # also because a Protocol costs a start 0.1 ms
+    from typing import Protocol
+
     from pyvmm.kvm.probe import ProbeGuest
+    from pyvmm.platform.console_pump import InputPort
 
+    class Entry(Protocol):
+        """How the first vCPU starts. Only the board that made it knows more of it than this:
+        `cmdline` is what the kernel was given."""
 
-class Entry(Protocol):
-    """How the first vCPU starts. Only the board that made it knows more of it than this: `cmdline`
-    is what the kernel was given."""
+        @property
+        def cmdline(self) -> str: ...
 
-    @property
-    def cmdline(self) -> str: ...
+    class SerialPort(InputPort, Protocol):
+        """The console that every machine has: keys go in as with any InputPort."""
+
+        def close(self) -> None:
+            """End what works for it; the guest must be stopped."""
+
+    class PowerButton(Protocol):
+        """Asks the guest's kernel to power off."""
+
+        def is_watched(self) -> bool:
+            """Whether a driver of the guest would notice. Raises HostError."""
+
+        def press(self) -> None:
+            """Raises HostError."""
 
 
 class VirtioSlot(NamedTuple):
@@ -40,23 +56,6 @@ class VirtioSlot(NamedTuple):
     gsi: int
 
 
-class SerialPort(InputPort, Protocol):
-    """The console that every machine has: keys go in as with any InputPort."""
-
-    def close(self) -> None:
-        """End what works for it; the guest must be stopped."""
-
-
-class PowerButton(Protocol):
-    """Asks the guest's kernel to power off."""
-
-    def is_watched(self) -> bool:
-        """Whether a driver of the guest would notice. Raises HostError."""
-
-    def press(self) -> None:
-        """Raises HostError."""
-
-
 class Core(NamedTuple):
     """What a board has put together. `power_button` is None on a machine without one."""
 
@@ -65,7 +64,7 @@ class Core(NamedTuple):
     power_button: PowerButton | None
 
 
-E = TypeVar("E", bound=Entry)
+E = TypeVar("E", bound="Entry")
 
 
 class Board(ABC, Generic[E]):
