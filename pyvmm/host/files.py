@@ -21,7 +21,6 @@ from pyvmm.host import locks
 SECTOR = 512
 IOV_MAX = 1024  # <linux/uio.h> UIO_MAXIOV: the most segments of one preadv(2) or pwritev(2)
 QCOW2_MAGIC = b"QFI\xfb"
-_OPTION = "--disk"
 # <linux/fs.h>, in the order of ImageFile.block_sizes
 BLKSSZGET, BLKPBSZGET, BLKIOMIN, BLKIOOPT = 0x1268, 0x127B, 0x1278, 0x1279
 _Transfer = Callable[[int, list[memoryview], int], int]
@@ -49,16 +48,28 @@ class ImageFile:
 
 
 def open_image(
-    path: str, read_only: bool = False, direct: bool = False, raw: bool = True
+    path: str,
+    read_only: bool = False,
+    direct: bool = False,
+    raw: bool = True,
+    *,
+    option: str = "--disk",
 ) -> ImageFile:
     """Open and lock the disk image, a regular file or a block device, at `path`.
 
     `direct`: with O_DIRECT, past the page cache. Without `raw` its size and what it begins with are
     for somebody else to judge. Never blocks. Raises ConfigError for whatever cannot be a disk,
-    naming the cure.
+    naming the cure, and the `option` that asked for it.
     """
+    try:
+        return _open_image(path, read_only, direct, raw)
+    except ConfigError as error:
+        raise ConfigError(error.message, cure=error.cure, option=option) from None
+
+
+def _open_image(path: str, read_only: bool, direct: bool, raw: bool) -> ImageFile:
     if not path or "\0" in path:
-        raise ConfigError("the path of the image is empty or has a NUL in it", option=_OPTION)
+        raise ConfigError("the path of the image is empty or has a NUL in it")
     # Looked at before it is opened: opening a device node or a FIFO can have effects of its own.
     try:
         kind = stat.S_IFMT(os.stat(path).st_mode)
@@ -148,7 +159,6 @@ def _check_kind(path: str, kind: int) -> None:
     raise ConfigError(
         f"{path} is {names.get(kind, 'not a file')}",
         cure="give it a raw disk image or a block device",
-        option=_OPTION,
     )
 
 
@@ -174,7 +184,6 @@ def _make_direct(path: str, fd: int) -> None:
         raise ConfigError(
             f"{path} is on a file system without direct I/O",
             cure="leave out ,direct",
-            option=_OPTION,
         ) from None
 
 
@@ -188,15 +197,13 @@ def _cannot_open(path: str, error: OSError, read_only: bool) -> ConfigError:
         readable = not read_only and os.access(path, os.R_OK, effective_ids=True)
         cure = f"add ,readonly ({path},readonly)" if readable else "check its permissions"
     reason = os.strerror(error.errno or 0)
-    return ConfigError(f"cannot open {path}: {reason}", cure=cure, option=_OPTION)
+    return ConfigError(f"cannot open {path}: {reason}", cure=cure)
 
 
 def _check_size(path: str, size: int) -> tuple[str, ...]:
     if size < SECTOR:
         what = "is empty" if size == 0 else f"has {size} bytes, less than one sector of {SECTOR}"
-        raise ConfigError(
-            f"{path} {what}", cure=f"truncate -s 1G {path} makes a blank disk of it", option=_OPTION
-        )
+        raise ConfigError(f"{path} {what}", cure=f"truncate -s 1G {path} makes a blank disk of it")
     if tail := size % SECTOR:
         return (f"{path}: its last {tail} bytes are no whole sector and stay hidden",)
     return ()
@@ -215,7 +222,7 @@ def _lock(path: str, fd: int, read_only: bool) -> tuple[str, ...]:
         cure = "stop it first, or give each its own copy"
     if not read_only:
         cure += ", or open it ,readonly everywhere"
-    raise ConfigError(f"{path} is in use by {who or 'another process'}", cure=cure, option=_OPTION)
+    raise ConfigError(f"{path} is in use by {who or 'another process'}", cure=cure)
 
 
 def _look_at_start(path: str, fd: int) -> tuple[str, ...]:
