@@ -33,7 +33,6 @@ from pyvmm.virtio.status import (
 CONFIG = 0x100
 QUEUE_NOTIFY = 0x050
 
-_NO_REGION = 0xFFFF_FFFF  # half of -1
 
 REGISTERS = (
     Register(0x000, "MagicValue", "R", ALWAYS, "magic", "MAGIC_VALUE", '"virt"'),
@@ -114,12 +113,24 @@ REGISTERS = (
     ),
     Register(
         0x0AC, "SHMSel", "W", ALWAYS, "shm_select", "SHM_SEL",
-        "a shared memory region; no device has one",
+        "the shared memory region that the other SHM… registers are about",
     ),
-    Register(0x0B0, "SHMLenLow", "R", ALWAYS, "shm", "SHM_LEN_LOW", "-1: no such region"),
-    Register(0x0B4, "SHMLenHigh", "R", ALWAYS, "shm", "SHM_LEN_HIGH", "-1: no such region"),
-    Register(0x0B8, "SHMBaseLow", "R", ALWAYS, "shm", "SHM_BASE_LOW", "-1: no such region"),
-    Register(0x0BC, "SHMBaseHigh", "R", ALWAYS, "shm", "SHM_BASE_HIGH", "-1: no such region"),
+    Register(
+        0x0B0, "SHMLenLow", "R", ALWAYS, "shm_length", "SHM_LEN_LOW",
+        "its bytes; -1: no such region", arguments=(0,),
+    ),
+    Register(
+        0x0B4, "SHMLenHigh", "R", ALWAYS, "shm_length", "SHM_LEN_HIGH",
+        "its bytes; -1: no such region", arguments=(32,),
+    ),
+    Register(
+        0x0B8, "SHMBaseLow", "R", ALWAYS, "shm_base", "SHM_BASE_LOW",
+        "its guest-physical address; -1: no such region", arguments=(0,),
+    ),
+    Register(
+        0x0BC, "SHMBaseHigh", "R", ALWAYS, "shm_base", "SHM_BASE_HIGH",
+        "its guest-physical address; -1: no such region", arguments=(32,),
+    ),
     Register(
         0x0C0, "QueueReset", "RW", QUEUE_RESET_GATE, "queue_reset", "",
         "1 resets the queue, with VIRTIO_F_RING_RESET, and is read as long as that goes on",
@@ -208,11 +219,3 @@ class MmioTransport(Transport):
         # mean nothing are not there to be cleared.
         if self.negotiation.acknowledge(value):
             self._irq()
-
-    # --- SHMSel, SHMLen, SHMBase: 2.10 Shared Memory Regions ------------------------------------
-
-    def write_shm_select(self, value: int) -> None:
-        """No device has a shared memory region, so it makes no difference which is selected."""
-
-    def read_shm(self) -> int:
-        return _NO_REGION

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from threading import Lock
 from types import MappingProxyType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from pyvmm.errors import PyvmmError
 from pyvmm.host.syscalls import EventFd
@@ -51,6 +51,14 @@ class Activation:
     fail: Callable[[PyvmmError], None]
 
 
+class SharedMemory(NamedTuple):
+    """Memory that driver and device share for good (2.10 Shared Memory Regions): `size` bytes from
+    the guest-physical address `base` on."""
+
+    base: int
+    size: int
+
+
 class VirtioDevice(ABC):
     """A virtio device as every transport sees it.
 
@@ -58,7 +66,8 @@ class VirtioDevice(ABC):
     largest size of each of its queues. `features` are the bits it offers, those of the ring
     included; VERSION_1 is added for it. `feature_names` are those of its type's own bits, by
     number, for traces. `config_always_writable` lets the configuration space be written whatever
-    the status (5.3.5.1 Device Requirements: Device Initialization).
+    the status (5.3.5.1 Device Requirements: Device Initialization). `shared_memory` are its regions
+    of shared memory by their `shmid`; they stay the same as long as the device lives.
     """
 
     name: str
@@ -67,6 +76,7 @@ class VirtioDevice(ABC):
     features: int = 0
     feature_names: Mapping[int, str] = MappingProxyType({})
     config_always_writable: bool = False
+    shared_memory: Mapping[int, SharedMemory] = MappingProxyType({})
 
     def read_config(self, offset: int, length: int) -> bytes:
         """`length` bytes of the configuration space at `offset`, zero past its end (2.5)."""

@@ -66,6 +66,7 @@ class DeviceState:
     driver_features_select: int = 0
     driver_features: int = 0
     queue_select: int = 0
+    shm_select: int = 0
     interrupt_status: int = 0
     used_elsewhere: int = 0  # bits that are always set, because nobody tells us when
     generation: int = 0

@@ -134,6 +134,22 @@ class Negotiation(Lifecycle):
         if added & status.DRIVER_OK:
             self.activate()
 
+    # --- shared memory: 2.10 Shared Memory Regions ---------------------------------------------
+
+    def write_shm_select(self, value: int) -> None:
+        """Select the region that the other methods on shared memory are about."""
+        self.state.shm_select = value
+
+    def read_shm_length(self, shift: int = 0) -> int:
+        """32 bits, from bit `shift` on, of the region's length in bytes; all ones for none."""
+        region = self.device.shared_memory.get(self.state.shm_select)
+        return _LOW_32 if region is None else region.size >> shift & _LOW_32
+
+    def read_shm_base(self, shift: int = 0) -> int:
+        """The same of its guest-physical address."""
+        region = self.device.shared_memory.get(self.state.shm_select)
+        return _LOW_32 if region is None else region.base >> shift & _LOW_32
+
     # --- queues: 2.6 Virtqueues, 2.7 Split Virtqueues -----------------------------------------
 
     def write_queue_select(self, value: int) -> None:

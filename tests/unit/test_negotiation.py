@@ -14,6 +14,11 @@ from mmio_harness import (
     LIVE,
     NEEDS_RESET,
     QUEUE_NOTIFY,
+    SHM_BASE_HIGH,
+    SHM_BASE_LOW,
+    SHM_LEN_HIGH,
+    SHM_LEN_LOW,
+    SHM_SEL,
     STATUS,
     VERSION_1,
     Bench,
@@ -26,6 +31,7 @@ from pyvmm.memory import GuestMemory
 from pyvmm.testing.mmio_driver import InterruptLine, MmioDriver
 from pyvmm.transport.mmio import MmioTransport
 from pyvmm.virtio import defects
+from pyvmm.virtio.device import SharedMemory
 from pyvmm.virtio.negotiation import Negotiation
 from pyvmm.virtio.queue.protocol import Queue
 from pyvmm.virtio.worker import QueueDevice
@@ -304,6 +310,27 @@ def test_closing_quiesces_the_device(bench: Bench, device: RecordingDevice) -> N
     bench.transport.close()
     assert device.resets == resets + 1
     assert bench.status == 0
+
+
+def test_shared_memory_is_shown_by_its_number(bench: Bench, device: RecordingDevice) -> None:
+    """2.10 Shared Memory Regions; at any time, and none is selected for good."""
+    device.shared_memory = {7: SharedMemory(0x12_3456_7000, 0x9_8765_4000)}
+
+    def shown() -> list[int]:
+        return [bench.read(at) for at in (SHM_LEN_LOW, SHM_LEN_HIGH, SHM_BASE_LOW, SHM_BASE_HIGH)]
+
+    assert shown() == [0xFFFF_FFFF] * 4
+    bench.write(SHM_SEL, 7)
+    assert shown() == [0x8765_4000, 0x9, 0x3456_7000, 0x12]
+    bench.go_live()
+    bench.write(SHM_SEL, 7)
+    assert shown() == [0x8765_4000, 0x9, 0x3456_7000, 0x12]
+    for other in (0, 8, 0x107, 0xFFFF_FFFF):
+        bench.write(SHM_SEL, other)
+        assert shown() == [0xFFFF_FFFF] * 4
+    bench.write(SHM_SEL, 7)
+    bench.write(STATUS, 0)
+    assert shown() == [0xFFFF_FFFF] * 4
 
 
 class Echo(QueueDevice):
