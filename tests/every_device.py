@@ -55,6 +55,7 @@ _PROMPT: dict[str, dict[int, tuple[Sequence[bytes], Sequence[int]]]] = {
     },
     "console": {1: ([b"output"], []), 3: ([bytes(8)], [])},
     "net": {1: ([_FRAME], []), 2: ([b"\0\0\1"], [1])},
+    "pmem": {0: ([bytes(4)], [4])},
     "vsock": {1: ([_PACKET], [])},
 }
 

@@ -55,7 +55,7 @@ from pyvmm.spec.options import FIRST, LAST, Option
 
 if TYPE_CHECKING:
     from pyvmm.control.protocol import Method
-    from pyvmm.kinds import balloon, console, disk, net, port, rng, user, vsock
+    from pyvmm.kinds import balloon, console, disk, net, pmem, port, rng, user, vsock
     from pyvmm.kinds.border import Border, Crossing
     from pyvmm.kinds.interface import Context, Running, Spec
     from pyvmm.spec.vm import VmSpec
@@ -68,6 +68,7 @@ if TYPE_CHECKING:
         port.Keywords,
         rng.Keywords,
         user.Keywords,
+        pmem.Keywords,
         balloon.Keywords,
         vsock.Keywords,
         total=False,
@@ -84,6 +85,7 @@ KINDS = {
     "ports": ("ports", "pyvmm.kinds.port"),
     "rng": ("rng", "pyvmm.kinds.rng"),
     "user": ("devices", "pyvmm.kinds.user"),
+    "pmem": ("pmem", "pyvmm.kinds.pmem"),
     "balloon": ("balloon", "pyvmm.kinds.balloon"),
     "vsock": ("vsock", "pyvmm.kinds.vsock"),
 }

@@ -15,6 +15,7 @@ from pathlib import Path
 from random import Random
 from typing import NamedTuple
 
+import pmem_rig
 from fuzz import balloon_target, console_target, net_target
 from fuzz.request import Request, pieces
 
@@ -146,6 +147,26 @@ def _vsock_check(device: VirtioDevice, driver: MmioDriver) -> None:
     assert (answer.op, answer.dst_port) == (RST, 7)  # nobody listens there
 
 
+# --- virtio-pmem ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def _pmem() -> Iterator[VirtioDevice]:
+    with pmem_rig.pmem(log=[]) as device:
+        yield device
+
+
+def _pmem_request(rng: Random) -> Request:
+    kind = struct.pack("<L", rng.choice((0, 0, 0, 1, rng.getrandbits(32))))
+    readable = kind[: rng.choice((0, 2, 4, 4, 4))]
+    room = bytes(rng.choice((0, 3, 4, 4, 4, 64)))
+    return Request(0, pieces(rng, readable), [len(part) for part in pieces(rng, room)])
+
+
+def _pmem_check(device: VirtioDevice, driver: MmioDriver) -> None:
+    assert driver.request(0, [pmem_rig.FLUSH], [4]) == (4, pmem_rig.DONE)
+
+
 TARGETS = {
     "blk": Target(_disk, _disk_request, _disk_check, prompt=(0, 1)),
     "rng": Target(_rng, _rng_request, _rng_check, prompt=(0,)),
@@ -162,5 +183,6 @@ TARGETS = {
         stir=console_target.stir,
     ),
     "net": Target(net_target.make, net_target.request, net_target.check, stir=net_target.stir),
+    "pmem": Target(_pmem, _pmem_request, _pmem_check, prompt=(0,)),
     "vsock": Target(_vsock, _vsock_request, _vsock_check),
 }

@@ -52,7 +52,7 @@ def test_the_page_on_python_from_its_second_block_on(tmp_path):
 def test_the_page_on_the_devices(tmp_path):
     said = run(tmp_path, "-c", "\n".join(python_blocks("docs/devices.md"))).splitlines()
     assert said[0].startswith("virtio_balloon/virtio")
-    names = ["disk0", "scratch", "net-user", "console", "ports", "rng", "balloon", "vsock"]
+    names = ["disk0", "scratch", "net-user", "console", "ports", "rng", "pmem0", "balloon", "vsock"]
     assert [line.split()[0] for line in said[-len(names) :]] == names
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from bare_guest import PDPT, BareGuest
 
-from pyvmm.errors import ConfigError, HostError
+from pyvmm.errors import ConfigError, GuestMemoryError, HostError
 from pyvmm.kvm.exits import MemoryFault
 from pyvmm.machine.board.x86 import layout
 from pyvmm.machine.mapped_files import MappedFiles
@@ -62,7 +62,7 @@ def test_the_guest_reads_the_file_and_writes_it(rig: Rig) -> None:
     assert not rig.lines
 
 
-def test_what_is_read_only_stays_as_it_is_with_one_warning(rig: Rig) -> None:
+def test_m5_what_is_read_only_stays_as_it_is_with_one_warning(rig: Rig) -> None:
     before = rig.path.read_bytes()
     guest = rig.start(READ + 3 * WRITE, read_only=True)
     assert guest.run_to_stop() == 0x0403_0201
@@ -71,7 +71,7 @@ def test_what_is_read_only_stays_as_it_is_with_one_warning(rig: Rig) -> None:
     assert "read-only" in line and "-o ro" in line
 
 
-def test_a_file_that_is_cut_short_costs_the_guest_and_not_the_monitor(rig: Rig) -> None:
+def test_m6_a_file_that_is_cut_short_costs_the_guest_and_not_the_monitor(rig: Rig) -> None:
     guest = rig.start(READ + WRITE)
     os.truncate(rig.path, 0)
     try:
@@ -83,6 +83,17 @@ def test_a_file_that_is_cut_short_costs_the_guest_and_not_the_monitor(rig: Rig) 
         fault = isinstance(guest.vcpu.exit(), MemoryFault)
         assert fault or guest.stop.values == [0xFFFF_FFFF]
     assert rig.path.stat().st_size == 0
+
+
+def test_m7_for_devices_it_is_no_memory(rig: Rig) -> None:
+    """Queues and chains reach memory by nothing else than this."""
+    guest = rig.start(READ)
+    for addr, length in ((AT, 1), (AT, 2 * MIB), (AT + MIB, 16)):
+        assert not guest.memory.contains(addr, length)
+        with pytest.raises(GuestMemoryError):
+            guest.memory.view(addr, length)
+        with pytest.raises(GuestMemoryError):
+            guest.memory.host_addr(addr)
 
 
 def test_what_the_guests_addresses_do_not_reach_is_refused(rig: Rig) -> None:

@@ -70,6 +70,7 @@ TARGETS = (
     Target("devices", "virtio/net/*.py", "net_* stats every_device"),
     Target("devices", "virtio/balloon/*.py", "balloon_* stats every_device"),
     Target("devices", "virtio/rng/*.py", "rng_device every_device"),
+    Target("devices", "virtio/pmem/*.py", "pmem_device every_device"),
     Target("core", "virtio/*.py transport/*.py", "every_device mmio_robustness"),  # new ones
     Target("agent", "agent/*.py", "agent agent_* cli_guest"),
     Target("container images", "images/container/*.py", "container_*"),

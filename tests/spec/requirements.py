@@ -169,7 +169,7 @@ SECTIONS = (
         "2.10.2",
         "Shared Memory Regions",
         "shared-mem.tex",
-        ("no region exposes what controls the device, nor streams data: there is none",),
+        ("no region exposes what controls the device, nor streams data: pmem has one",),
     ),
     Section(
         "2.12.1.6",

@@ -1,0 +1,134 @@
+"""``--pmem FILE[,readonly]``: a file that the guest has as persistent memory, /dev/pmem0."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from pyvmm.errors import ConfigError, HostError
+from pyvmm.kinds.interface import Context
+from pyvmm.spec.options import Option
+from pyvmm.spec.vm import INTERNAL, DeviceSpec, VmSpec
+
+if TYPE_CHECKING:
+    from typing import TypedDict
+
+    from pyvmm.host.files import ImageFile
+    from pyvmm.kinds.border import Border, Crossing
+    from pyvmm.kinds.interface import Table
+    from pyvmm.virtio.pmem.device import PmemDevice
+
+    class Keywords(TypedDict, total=False):
+        """What `pyvmm.VM` takes."""
+
+        pmem: Spec | str | Table | Iterable[Spec | str | Table]
+
+
+_FLAG = "--pmem"
+_SYNTAX = "FILE[,readonly][,packed]"
+_UNIT = 2 << 20  # what Linux can map: a part of a memory section (SUBSECTION_SIZE)
+
+OPTIONS = (
+    Option(
+        "pmem",
+        _FLAG,
+        metavar=_SYNTAX,
+        device="pmem",
+        many=True,
+        default=(),
+        repeats=True,
+        help="Give the guest FILE as persistent memory, /dev/pmem0 and so on, whose pages it uses "
+        "in place (mount -o dax); may be repeated.",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Spec(DeviceSpec):
+    """The file or block device at `path` as persistent memory. With `read_only` what the guest
+    writes is dropped."""
+
+    kind: ClassVar[str] = "pmem"
+
+    path: str
+    read_only: bool = False
+    name: str = field(default="", metadata=INTERNAL)
+
+    @property
+    def keeps(self) -> bool:
+        """What is written is in the file."""
+        return not self.read_only
+
+
+def parse(text: str) -> Spec:
+    """The device of ``--pmem TEXT``; a comma in the path is written twice. Raises ConfigError."""
+    path, *options = (part.replace("\0", ",") for part in text.replace(",,", "\0").split(","))
+    for option in options:
+        if option not in ("readonly", "ro"):
+            raise ConfigError(f"unknown option {option!r}", cure=f"use {_SYNTAX}", option=_FLAG)
+    return Spec(path, read_only=bool(options))
+
+
+def check_all(specs: Iterable[Spec], vm: VmSpec) -> list[Spec]:
+    """Each called as its device in the guest. Raises ConfigError for one without a path."""
+    specs = list(specs)
+    if not all(spec.path for spec in specs):
+        raise ConfigError("no file is named", cure=f"use {_SYNTAX}", option=_FLAG)
+    return [replace(spec, name=f"pmem{number}") for number, spec in enumerate(specs)]
+
+
+def with_paths(spec: Spec, change: Callable[[str], str]) -> Spec:
+    """`spec` with the file where `change` says it is."""
+    return replace(spec, path=change(spec.path))
+
+
+def open_device(spec: Spec, context: Context) -> PmemDevice:
+    """The device, with the file in the guest's memory. Raises ConfigError for a file that cannot be
+    that."""
+    from pyvmm.virtio.device import SharedMemory
+    from pyvmm.virtio.pmem.device import PmemDevice
+
+    file = _open(spec, context.closing)
+    try:
+        place = context.map_file(file.fd, file.size, spec.read_only)
+    except HostError as error:
+        raise ConfigError(
+            f"{spec.path} cannot be mapped: {error}",
+            cure="put it on another file system",
+            option=_FLAG,
+        ) from None
+    return PmemDevice(file.fd, SharedMemory(place, file.size), name=spec.name)
+
+
+def cross(spec: Spec, border: Border) -> Crossing:
+    """Opened and locked here; in the emulated host it is a block device."""
+    from pyvmm.emulated_host import HostDisk
+    from pyvmm.kinds.border import Crossing
+
+    file = _open(spec, border.closing)
+    disk = HostDisk(spec.path, spec.read_only, file.fd)
+    return Crossing(replace(spec, path=os.path.realpath(spec.path)), disks=(disk,))
+
+
+def _open(spec: Spec, closing: ExitStack) -> ImageFile:
+    """The file, open and locked until `closing` ends."""
+    from pyvmm.host import log
+    from pyvmm.host.files import open_image
+
+    file = open_image(spec.path, read_only=spec.read_only, raw=False, option=_FLAG)
+    closing.callback(file.close)
+    for hint in file.hints:
+        log.to_stderr(hint)
+    size = os.lseek(file.fd, 0, os.SEEK_END)  # a disk's would be without an odd tail
+    if size == 0 or size % _UNIT:
+        enough = max(1, -(-size // _UNIT)) * _UNIT
+        cure = f"truncate -s {enough >> 20}M {spec.path}"
+        raise ConfigError(
+            f"{spec.path} has {size} bytes, and memory comes in pieces of 2 MiB",
+            cure="use a partition of whole 2 MiB" if file.is_block_device else f"{cure} mends it",
+            option=_FLAG,
+        )
+    return file

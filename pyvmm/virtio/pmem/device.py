@@ -1,0 +1,125 @@
+"""The pmem device: tells the driver where its memory is, and makes durable what was written to it.
+
+Reads and writes of that memory are the guest's own, without a request; what maps it into the guest
+is the machine's business (`pyvmm.machine`). Nothing here touches a byte of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+
+from pyvmm.errors import GuestMemoryError, HostError
+from pyvmm.host.log import RateLimited
+from pyvmm.virtio.device import SharedMemory
+from pyvmm.virtio.features import RING_FEATURES, mask
+from pyvmm.virtio.pmem import uapi
+from pyvmm.virtio.queue.chain import DescriptorChain
+from pyvmm.virtio.queue.protocol import Queue
+from pyvmm.virtio.worker import QueueDevice
+
+QUEUE_SIZE = 64
+_SHMEM_REGION = mask(uapi.VIRTIO_PMEM_F_SHMEM_REGION)
+
+
+class PmemDevice(QueueDevice):
+    """Memory of the guest that a file of the host holds (5.19 PMEM Device)."""
+
+    device_type = uapi.VIRTIO_ID_PMEM
+    queue_sizes = (QUEUE_SIZE,)
+    features = RING_FEATURES | _SHMEM_REGION
+    feature_names = uapi.FEATURE_NAMES
+
+    def __init__(
+        self,
+        fd: int,
+        memory: SharedMemory,
+        *,
+        name: str = "pmem",
+        log: Callable[[str], None] | None = None,
+        sync: Callable[[int], None] = os.fdatasync,
+    ) -> None:
+        """`memory` is where the guest sees what is in the file `fd`, which stays the caller's.
+        `sync` writes the file's changes to its storage, or raises OSError."""
+        self.name = name
+        self.shared_memory = {uapi.VIRTIO_PMEM_SHMEM_REGION_ID: memory}
+        self._fd = fd
+        self._sync = sync
+        self._place = tuple(memory)
+        self._config = uapi.CONFIG.pack(*memory)
+        self._log = log or RateLimited(prefix=f"{name}: ", device=name, error="io")
+        self._flushes = self._syncs = self._failed = 0
+        self._has_lost = False
+
+    def read_config(self, offset: int, length: int) -> bytes:
+        """5.19.4 Device configuration layout: start and size of the memory."""
+        return self._config[offset : offset + length].ljust(length, b"\0")
+
+    def accept_features(self, features: int) -> None:
+        """5.19.5.1 Device Requirements: Device Initialization: a driver that knows of shared memory
+        regions finds zeros in the configuration."""
+        place = (0, 0) if features & _SHMEM_REGION else self._place
+        self._config = uapi.CONFIG.pack(*place)
+
+    def reset(self) -> None:
+        """2.4 Device Reset; the next driver may want the configuration."""
+        super().reset()
+        self._config = uapi.CONFIG.pack(*self._place)
+
+    def stats(self) -> Mapping[str, object]:
+        """Flushes asked for, how often the file was written out for them, and those that failed."""
+        return {"flushes": self._flushes, "syncs": self._syncs, "failed": self._failed}
+
+    # --- requests: 5.19.6 Driver Operations, 5.19.7 Device Operations ----------------------------
+
+    def serve(self, queue: Queue) -> None:
+        """One fdatasync answers all flushes that are there: each was asked for before it began.
+        Chains come back in their order, as VIRTIO_F_IN_ORDER has it."""
+        taken: list[tuple[DescriptorChain, bool]] = []
+        try:
+            for chain in queue:
+                taken.append((chain, _is_flush(chain)))
+        finally:  # also if the driver broke a rule behind them
+            flushes = sum(is_flush for _, is_flush in taken)
+            result = self._flush(flushes) if flushes else uapi.FAILED
+            for chain, is_flush in taken:
+                _answer(queue, chain, result if is_flush else uapi.FAILED)
+
+    def _flush(self, count: int) -> int:
+        self._flushes += count
+        if not self._has_lost:
+            self._syncs += 1
+            try:
+                self._sync(self._fd)
+                return uapi.OK
+            except OSError as error:
+                # The kernel tells of a page that could not be written once, and forgets it: no
+                # later success would mean that all is there.
+                self._has_lost = True
+                reason = HostError(error.errno or 0, "fdatasync")
+                self._log(f"a flush failed, and so will all that follow: {reason}")
+        self._failed += count
+        return uapi.FAILED
+
+
+def _is_flush(chain: DescriptorChain) -> bool:
+    reader = chain.reader()
+    if reader.available < uapi.REQ.size:
+        return False
+    try:
+        (kind,) = reader.unpack(uapi.REQ)
+    except GuestMemoryError:
+        return False
+    return bool(kind == uapi.VIRTIO_PMEM_REQ_TYPE_FLUSH)
+
+
+def _answer(queue: Queue, chain: DescriptorChain, result: int) -> None:
+    """A driver that has left no room for the answer, or none in RAM, sees a length of 0."""
+    writer = chain.writer()
+    if writer.available >= uapi.RESP.size:
+        try:
+            writer.write(uapi.RESP.pack(result))
+        except GuestMemoryError:
+            queue.add_used(chain, 0)
+            return
+    queue.add_used(chain, writer.written)
