@@ -75,7 +75,7 @@ def test_needs_reset_ends_with_a_reset_only(bench: Bench, device: RecordingDevic
     bench.write(QUEUE_NOTIFY, 0)
     assert bench.transport.kicks[0].drain() == 0
     bench.go_live()
-    assert (bench.status, device.activations) == (LIVE, 2)
+    assert (bench.status, device.activations, bench.negotiation.activations) == (LIVE, 2, 2)
 
 
 def test_a_driver_cannot_set_needs_reset(bench: Bench, device: RecordingDevice) -> None:

@@ -425,6 +425,13 @@ def test_row28_exactly_4_gib_is_a_chain(ring):
     assert chain.readable_size + chain.writable_size == 2**32
 
 
+def test_row28_exactly_4_gib_in_a_table_are_a_chain(ring):
+    table = ring.driver.make_table([Element(DATA, 2**32 - 1), Element(DATA, 1, WRITE)])
+    offer(ring, Element(table, 32, INDIRECT))
+    chain = ring.queue.pop()
+    assert chain.readable_size + chain.writable_size == 2**32
+
+
 @pytest.mark.parametrize("addr", [2**64 - 1, RAM, RAM - 2, HOLE_END - 2])
 def test_row29_a_chain_with_a_buffer_outside_ram_is_returned_all_the_same(ring, addr):
     given = offer(ring, Element(addr, 4, NEXT), Element(DATA, 1, WRITE))

@@ -135,3 +135,36 @@ def test_in_order_one_used_element_stands_for_a_batch():
     ring = struct.unpack("<10I", rig.memory.read(rig.driver.used_addr + 4, 40))
     assert ring == (heads[2], 3, 0, 0, 0, 0, heads[4], 4, 0, 0)
     rig.close()
+
+
+def test_a_journal_hears_of_each_chain_that_is_taken_and_given_back():
+    class Journal:
+        def __init__(self):
+            self.heard = []
+
+        def taken(self, head):
+            self.heard.append(("taken", head))
+
+        def given_back(self, head):
+            self.heard.append(("given back", head))
+
+        def publishing(self, heads):
+            self.heard.append(("publishing", *heads))
+
+        def published(self, heads, position):
+            self.heard.append(("published", *heads, position))
+
+    rig, journal = Rig(8), Journal()
+    rig.queue.keep_journal(journal, [])
+    heads = [rig.driver.add([], [1]).head for _ in range(2)]
+    rig.driver.publish()
+    rig.queue.pop()
+    rig.queue.step_back()
+    assert journal.heard == [("taken", heads[0]), ("given back", heads[0])]
+    journal.heard.clear()
+    assert rig.serve(1) == 2
+    rig.queue.publish_used()
+    assert journal.heard == [
+        *(("taken", head) for head in heads), ("publishing", *heads), ("published", *heads, 2),
+    ]  # fmt: skip
+    rig.close()
