@@ -56,6 +56,12 @@ NEVER = {
     *("pyvmm.boot.x86.elf", "pyvmm.cli.doctor", "pyvmm.monitor.emulated", "pyvmm.cli.image"),
     *("pyvmm.emulated_host", "pyvmm.images", "pyvmm.kvm.exits", "pyvmm.kvm.probe"),
     *("pyvmm.kvm.report", "pyvmm.testing"),
+    # for devices that this VM has not
+    *(
+        f"pyvmm.kinds.{kind}"
+        for kind in ("net", "console", "port", "rng", "user", "balloon", "pmem")
+    ),
+    *("pyvmm.kinds.vsock", "pyvmm.kinds.border", "pyvmm.spec.tables"),
     # once the guest runs, or somebody asks
     *("pyvmm.control.client", "pyvmm.control.server", "pyvmm.monitor.control"),
 }
