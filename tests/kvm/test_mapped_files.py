@@ -7,11 +7,13 @@ import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from bare_guest import PDPT, BareGuest
 
 from pyvmm.errors import ConfigError, GuestMemoryError, HostError
+from pyvmm.kvm import uapi
 from pyvmm.kvm.exits import MemoryFault
 from pyvmm.machine.board.x86 import layout
 from pyvmm.machine.mapped_files import MappedFiles
@@ -45,7 +47,11 @@ class Rig:
         fd = os.open(self.path, os.O_RDONLY if read_only else os.O_RDWR)
         assert files.map(fd, 2 * MIB, read_only) == AT
         os.close(fd)
-        files.add_to(guest.vm, guest.mmio, 1, bits, self.lines.append)
+        with patch.object(guest.vm, "set_memory_region", wraps=guest.vm.set_memory_region) as slots:
+            files.add_to(guest.vm, guest.mmio, 1, bits, self.lines.append)
+        # A KVM that interprets its guests sees no difference, others do.
+        [slot] = slots.call_args_list
+        assert slot.args[-1] == (uapi.KVM_MEM_READONLY if read_only else 0)
         return guest
 
 
