@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from time import perf_counter_ns
 
 import pytest
@@ -76,6 +77,24 @@ def test_it_goes_round_the_ring(rig):
         assert rig.serve() == 1
         rig.queue.publish_used()
         assert rig.driver.pop_used() is not None
+
+
+def test_a_worker_that_has_polled_in_vain_sleeps():
+    device = Echo()
+    device.poll_ns = 200_000_000
+    bench = Bench(device)
+    bench.activate()
+
+    def quiet():
+        passes = device.passes
+        time.sleep(0.05)
+        return device.passes == passes
+
+    try:
+        wait_for(lambda: bench.echo(b"echo") == b"echo" and device._workers[0]._poll)
+        wait_for(quiet)
+    finally:
+        bench.close()
 
 
 def test_a_device_that_polls_for_an_hour_serves_and_stops():

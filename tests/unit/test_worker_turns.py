@@ -12,6 +12,7 @@ from worker_rig import Bench, Echo, receive_datagrams, send_datagrams, wait_for
 from pyvmm.errors import DriverError
 from pyvmm.host.poller import Source
 from pyvmm.testing.mmio_driver import SAFETY_TIMEOUT
+from pyvmm.virtio import defects
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.worker import AT_ONCE, FOR_SOURCE, QueueWorker, Rest
 
@@ -108,6 +109,21 @@ def test_a_broken_ring_fails_the_device_after_the_other_queue_was_notified(bench
     wait_for(lambda: b.recorder.line.count >= 1)
     assert len(b.recorder.failures) == 1
     assert not any(rig.queue.ready for rig in b.rigs)
+
+
+def test_a_defect_of_ours_names_the_worker_and_not_one_of_its_queues(bench, monkeypatch):
+    def behave(queue, chain):
+        raise ZeroDivisionError("oops")
+
+    lines = []
+    monkeypatch.setattr(defects, "_report", lines.append)
+    b = bench(Shared(behave))
+    b.rigs[1].driver.add([b"x"], [1])
+    b.rigs[1].driver.publish()
+    b.rigs[1].kick.signal()
+    assert b.recorder.failed.wait(SAFETY_TIMEOUT)
+    (line,) = lines
+    assert line.startswith("shared failed inside the monitor: ZeroDivisionError: oops")
 
 
 @pytest.mark.parametrize("event_idx", [False, True])
