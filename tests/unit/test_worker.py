@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 import time
@@ -415,3 +416,48 @@ def test_a_host_without_threads_is_a_host_error_that_leaves_nothing_open(bench, 
     b.rig.queue.ready = True
     b.activate()
     assert b.echo(b"later") == b"later"
+
+
+def test_rings_are_touched_with_their_lock_held(bench, monkeypatch):
+    """Whoever holds a queue's lock, such as a pause, has the ring to itself."""
+    b = bench(Echo())
+    queue, without = b.rig.queue, []
+
+    def watched(name):
+        method = getattr(queue, name)
+
+        def call(*arguments):
+            if not queue.lock.locked():
+                without.append(name)
+            return method(*arguments)
+
+        return call
+
+    for name in ("disable_notification", "pop", "publish_used", "enable_notification"):
+        monkeypatch.setattr(queue, name, watched(name))
+    b.activate()
+    for data in (b"a", b"b"):
+        assert b.echo(data) == data
+    b.device.reset()
+    assert without == []
+
+
+def test_a_kick_that_cannot_be_waited_for_leaves_nothing_open(bench, monkeypatch):
+    def refuse(*_):
+        raise HostError(errno.ENOSPC, "epoll_ctl")
+
+    b = bench(Echo())
+    before = open_descriptors()
+    for place in (0, 1):  # the worker's own eventfd, then the queue's kick
+        add, calls = worker_module.Poller.add, []
+
+        def fail(poller, *arguments, add=add, calls=calls, place=place):
+            calls.append(arguments)
+            (refuse if len(calls) > place else add)(poller, *arguments)
+
+        with monkeypatch.context() as patch, pytest.raises(HostError) as kept:
+            patch.setattr(worker_module.Poller, "add", fail)
+            b.activate()
+        # Closed by now, though not forgotten: the error has the worker in its traceback.
+        assert len(os.listdir("/proc/self/fd")) == before
+        del kept

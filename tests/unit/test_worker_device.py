@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 import pytest
+from queue_rig import Rig
 from worker_rig import Recorder
 
 from pyvmm.errors import DriverError, HostError
@@ -149,3 +150,22 @@ def test_without_a_thread_everything_is_closed(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(HostError, match="thread for device"):
         made.worker.start()
     assert made.ended.is_set()
+
+
+def test_kicks_are_asked_for_with_the_queues_lock_held() -> None:
+    made, rig = Made(), Rig()
+    enable, locked = rig.queue.enable_notification, []
+
+    def watched() -> bool:
+        locked.append(rig.queue.lock.locked())
+        return enable()
+
+    rig.queue.enable_notification = watched
+    assert made.worker.ask_for_kicks(rig.queue) is False
+    rig.driver.add([], [1])
+    rig.driver.publish()
+    assert made.worker.ask_for_kicks(rig.queue) is True
+    assert locked == [True, True]
+    made.worker.start()
+    made.stop()
+    rig.close()
