@@ -1,0 +1,204 @@
+"""A PCI bus: functions at device numbers, two ways to their configuration spaces, and the memory
+window in which their BARs answer.
+
+The ways are configuration mechanism #1 (PCI Local Bus Specification 3.0, 3.2.2.3.2 Software
+Generation of Configuration Transactions) and the enhanced configuration access mechanism (PCI
+Express Base Specification, 7.2.2). An access to a function that is not there reads as all ones and
+does nothing.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from threading import Lock
+
+from pyvmm.bus import Action, Handler
+from pyvmm.pci import registers as pci
+from pyvmm.pci.function import Bar, Function
+
+DEVICES = 32  # on a bus
+ECAM_SIZE = DEVICES << 15  # eight functions of 4 KiB each
+_FUNCTIONS = 8
+_ENABLE = 1 << 31  # of CONFIG_ADDRESS
+
+
+def _ones(size: int) -> int:
+    return (1 << 8 * size) - 1
+
+
+class PciBus:
+    """Bus 0: `functions` by device number, each its device's only one. The handlers of its ways in,
+    `ports`, `ecam` and `window`, are for the machine to place."""
+
+    def __init__(self, window_base: int, window_size: int) -> None:
+        """BARs answer at guest-physical addresses within the window only."""
+        self.functions: dict[int, Function] = {}
+        self.window = Window(window_base, window_size)
+        self.ports = ConfigPorts(self)
+        self.ecam = Ecam(self)
+        self._lock = Lock()
+
+    def add(self, device: int, function: Function) -> None:
+        """Plug `function` in as device number `device`. Raises ValueError if that is taken."""
+        with self._lock:
+            if device in self.functions or not 0 <= device < DEVICES:
+                raise ValueError(f"there is no place for device {device}")
+            self.functions = {**self.functions, device: function}
+            self._place(function)
+
+    def remove(self, device: int) -> None:
+        """Take the function at `device` out: from now on nobody answers there."""
+        with self._lock:
+            function = self.functions[device]
+            self.functions = {at: one for at, one in self.functions.items() if at != device}
+            function.reset()
+            self._place(function)
+
+    def read(self, device: int, function: int, offset: int, size: int) -> int:
+        """Read configuration space."""
+        found = None if function else self.functions.get(device)
+        return _ones(size) if found is None else found.read(offset, size)
+
+    def write(self, device: int, function: int, offset: int, size: int, value: int) -> None:
+        """Write configuration space."""
+        found = None if function else self.functions.get(device)
+        if found is None:
+            return
+        with self._lock:
+            if self.functions.get(device) is found:
+                found.write(offset, size, value)
+                self._place(found)
+
+    def _place(self, function: Function) -> None:
+        """Have the function's BARs answer where the driver has put them, and tell it."""
+        placement = function.placement
+        for bar in function.bars:
+            before = self.window.where(bar)
+            if function.decodes_memory:
+                self.window.put(bar, function.address_of(bar))
+            else:
+                self.window.clear(bar)
+            after = self.window.where(bar)
+            if after != before and placement is not None:
+                placement.bar_moved(bar, after)
+        if function.is_bus_master != function.was_bus_master:
+            function.was_bus_master = function.is_bus_master
+            if placement is not None:
+                placement.bus_master_changed(function.is_bus_master)
+
+
+class Window:
+    """The handler of the addresses that BARs may have. Any thread reads and writes; whoever moves a
+    BAR holds the bus's lock.
+
+    A BAR outside the window, or over another one, answers nowhere: what lies there stays.
+    """
+
+    def __init__(self, base: int, size: int) -> None:
+        self.base = base
+        self.size = size
+        # Replaced as one, so that a vCPU that just looks sees the old or the new.
+        self._map: tuple[tuple[int, ...], tuple[tuple[int, int, Bar], ...]] = ((), ())
+
+    def where(self, bar: Bar) -> int | None:
+        """The guest-physical address at which `bar` answers."""
+        return next((self.base + start for start, _, one in self._map[1] if one is bar), None)
+
+    def put(self, bar: Bar, address: int) -> None:
+        """Have `bar` answer at guest-physical `address`, if it can."""
+        if self.where(bar) == address:
+            return
+        self.clear(bar)
+        start, end = address - self.base, address - self.base + bar.size
+        if start < 0 or end > self.size:
+            return
+        placed = list(self._map[1])
+        if any(start < other_end and other_start < end for other_start, other_end, _ in placed):
+            return
+        self._set([*placed, (start, end, bar)])
+
+    def clear(self, bar: Bar) -> None:
+        """Have `bar` answer nowhere."""
+        self._set([one for one in self._map[1] if one[2] is not bar])
+
+    def _set(self, placed: list[tuple[int, int, Bar]]) -> None:
+        placed.sort(key=lambda one: one[0])
+        self._map = tuple(start for start, _, _ in placed), tuple(placed)
+
+    def _find(self, offset: int, size: int) -> tuple[int, Handler] | None:
+        starts, placed = self._map
+        place = bisect_right(starts, offset) - 1
+        if place < 0:
+            return None
+        start, end, bar = placed[place]
+        return (offset - start, bar.handler) if offset + size <= end else None
+
+    def read(self, offset: int, size: int) -> int:
+        """See pyvmm.bus.Handler."""
+        found = self._find(offset, size)
+        return _ones(size) if found is None else found[1].read(found[0], size)
+
+    def write(self, offset: int, size: int, value: int) -> Action | None:
+        """See pyvmm.bus.Handler."""
+        found = self._find(offset, size)
+        return None if found is None else found[1].write(found[0], size, value)
+
+
+class ConfigPorts:
+    """CONFIG_ADDRESS and CONFIG_DATA, eight I/O ports: the former takes aligned accesses of four
+    bytes only, the latter shows four bytes of a function's configuration space."""
+
+    SIZE = 8
+    _DATA = 4
+
+    def __init__(self, bus: PciBus) -> None:
+        self._bus = bus
+        self._address = 0
+
+    def _place(self, offset: int) -> tuple[int, int, int] | None:
+        address = self._address
+        if not address & _ENABLE or address >> 16 & 0xFF:
+            return None
+        register = (address & 0xFC) + offset - self._DATA
+        return address >> 11 & DEVICES - 1, address >> 8 & _FUNCTIONS - 1, register
+
+    def read(self, offset: int, size: int) -> int:
+        """See pyvmm.bus.Handler."""
+        if offset == 0 and size == 4:
+            return self._address
+        place = self._place(offset) if offset >= self._DATA else None
+        return _ones(size) if place is None else self._bus.read(*place, size)
+
+    def write(self, offset: int, size: int, value: int) -> Action | None:
+        """See pyvmm.bus.Handler."""
+        if offset == 0 and size == 4:
+            self._address = value & ~0x7F00_0003  # reserved bits read as zeros
+        elif offset >= self._DATA and (place := self._place(offset)) is not None:
+            self._bus.write(*place, size, value)
+        return None
+
+
+class Ecam:
+    """All configuration spaces of the bus, one after the other, as memory."""
+
+    def __init__(self, bus: PciBus) -> None:
+        self._bus = bus
+
+    @staticmethod
+    def _place(offset: int, size: int) -> tuple[int, int, int] | None:
+        register = offset & pci.PCI_CFG_SPACE_EXP_SIZE - 1
+        if register + size > pci.PCI_CFG_SPACE_EXP_SIZE:
+            return None  # it straddles two functions
+        return offset >> 15, offset >> 12 & _FUNCTIONS - 1, register
+
+    def read(self, offset: int, size: int) -> int:
+        """See pyvmm.bus.Handler."""
+        place = self._place(offset, size)
+        return _ones(size) if place is None else self._bus.read(*place, size)
+
+    def write(self, offset: int, size: int, value: int) -> Action | None:
+        """See pyvmm.bus.Handler."""
+        place = self._place(offset, size)
+        if place is not None:
+            self._bus.write(*place, size, value)
+        return None
