@@ -56,14 +56,17 @@ class ConsoleWatcher:
 
     `disk_ready` is asked, when the guest misses its root device, whether a driver in it has brought
     up any disk; without it, the console is searched for signs of one. `tables` tells what the
-    disks hold, as far as it is known, by their names in the guest.
+    disks hold, as far as it is known, by their names in the guest. `transport`, "mmio" or "pci", is
+    how the guest reaches them.
     """
 
     def __init__(
         self,
         disk_ready: Callable[[], bool] | None = None,
         tables: Callable[[], Sequence[tuple[str, Table]]] = tuple,
+        transport: str = "mmio",
     ) -> None:
+        self.transport = transport
         self.findings: list[Finding] = []
         self.bytes_seen = 0
         self._disk_ready = disk_ready
@@ -169,8 +172,10 @@ def _root_missing(what: str, watcher: ConsoleWatcher) -> Finding:
     return Finding(
         NO_DRIVER,
         f"the guest did not find its root device{what}: no driver in it has brought up a disk",
-        "give it a --disk, and virtio_mmio and virtio_blk (CONFIG_VIRTIO_MMIO, CONFIG_VIRTIO_BLK) "
-        "in the kernel or, as with Debian's kernels, as modules in an --initrd",
+        f"give it a --disk, and virtio_{watcher.transport} and virtio_blk "
+        f"(CONFIG_VIRTIO_{watcher.transport.upper()}, CONFIG_VIRTIO_BLK) in the kernel or, as with "
+        f"Debian's kernels, as modules in an --initrd; or try --transport "
+        f"{'mmio' if watcher.transport == 'pci' else 'pci'}",
     )
 
 

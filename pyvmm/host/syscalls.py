@@ -6,6 +6,7 @@ import errno
 import fcntl
 import mmap
 import os
+import select
 from contextlib import suppress
 from types import TracebackType
 from typing import Self
@@ -160,6 +161,13 @@ class EventFd(Closable):
             return 0
         self._drained += count
         return count
+
+    @property
+    def is_signalled(self) -> bool:
+        """Whether the counter is above zero."""
+        poll = select.poll()
+        poll.register(self.fd, select.POLLIN)
+        return bool(poll.poll(0))
 
     def total(self) -> int:
         """How often it was signalled in all, by whomever; as /proc tells (proc(5), fdinfo)."""

@@ -8,10 +8,11 @@ from contextlib import ExitStack
 import pytest
 from bare_guest import LOCAL_APIC, MMIO_BASE, BareGuest, Recorder
 
-from pyvmm.errors import HostError
+from pyvmm.errors import DriverError, HostError
 from pyvmm.host.syscalls import EventFd
 from pyvmm.kvm.vm import MsiRoute
 from pyvmm.kvm.x86.irqchip import default_routes
+from pyvmm.machine.messages import Messages
 
 MakeGuest = Callable[..., BareGuest]
 MakeEventFd = Callable[[], EventFd]
@@ -197,3 +198,102 @@ def test_an_msi_can_be_sent_directly(bare_guest: MakeGuest) -> None:
     guest = _interrupted_guest(bare_guest)
     assert guest.vm.signal_msi(LOCAL_APIC, VECTOR)
     assert guest.run_to_stop() == VECTOR
+
+
+# --- lines of messages ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lines(bare_guest: MakeGuest) -> Iterator[tuple[BareGuest, Messages]]:
+    guest = _interrupted_guest(bare_guest)
+    yield guest, Messages(guest.vm, default_routes(), lambda address: address >> 20 == 0xFEE)
+
+
+def _nothing_more_comes(guest: BareGuest, so_far: int) -> None:
+    """An interrupt by another way is the only one."""
+    guest.vm.irq_line(5, True)
+    assert guest.run_to_stop() == VECTOR
+    guest.vm.irq_line(5, False)
+    assert _count(guest) == so_far + 1
+
+
+def test_a_line_sends_its_message(lines: tuple[BareGuest, Messages]) -> None:
+    guest, messages = lines
+    with messages.line() as line, messages.line() as other:
+        for one in (line, other):
+            one.connect(LOCAL_APIC, VECTOR)
+            one.eventfd.signal()
+            assert guest.run_to_stop() == VECTOR
+            assert not one.pending
+        _nothing_more_comes(guest, 2)
+
+
+def test_row65_signals_wait_while_a_line_is_not_connected(
+    lines: tuple[BareGuest, Messages],
+) -> None:
+    guest, messages = lines
+    with messages.line() as line:
+        for so_far in (0, 2):
+            line.eventfd.signal()
+            line.eventfd.signal()
+            assert line.pending
+            _nothing_more_comes(guest, so_far)
+            line.connect(LOCAL_APIC, VECTOR)
+            assert guest.run_to_stop() == VECTOR
+            assert not line.pending
+            line.disconnect()
+            assert not line.pending, "what went out does not wait still"
+        assert _count(guest) == 4
+
+
+def test_another_message_on_a_connected_line(lines: tuple[BareGuest, Messages]) -> None:
+    guest, messages = lines
+    with messages.line() as line:
+        line.connect(LOCAL_APIC | 5 << 12, VECTOR)  # to APIC 5, which is not there
+        line.eventfd.signal()
+        _nothing_more_comes(guest, 0)
+        line.connect(LOCAL_APIC, VECTOR)
+        line.eventfd.signal()
+        assert guest.run_to_stop() == VECTOR
+        assert _count(guest) == 2
+
+
+@pytest.mark.parametrize("address", [0, 0xFED0_0000, 0x1_0000_0000 | LOCAL_APIC])
+def test_row66_an_address_of_no_apic(lines: tuple[BareGuest, Messages], address: int) -> None:
+    guest, messages = lines
+    with messages.line() as line:
+        with pytest.raises(DriverError, match="interrupts nobody"):
+            line.connect(address, VECTOR)
+        line.eventfd.signal()
+        assert line.pending
+        _nothing_more_comes(guest, 0)
+
+
+def test_the_table_changes_for_another_message_only(
+    lines: tuple[BareGuest, Messages], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest, messages = lines
+    tables: list[int] = []
+    set_routing = guest.vm.set_gsi_routing
+
+    def count(routes: list[object]) -> None:
+        tables.append(len(routes))
+        set_routing(routes)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(guest.vm, "set_gsi_routing", count)
+    with messages.line() as line, messages.line() as other:
+        for one in (line, other, line):
+            one.connect(LOCAL_APIC, VECTOR)
+            one.disconnect()
+        assert tables == [len(default_routes()) + 1, len(default_routes()) + 2]
+    with messages.line() as line:
+        line.connect(LOCAL_APIC, VECTOR)
+    assert tables[2:] == [len(default_routes()) + 1], "routes of closed lines are gone"
+
+
+def test_lines_end(lines: tuple[BareGuest, Messages]) -> None:
+    _, messages = lines
+    messages._free[1:] = []
+    with messages.line(), pytest.raises(HostError, match="KVM has no more interrupts to route"):
+        messages.line()
+    messages.line().close()

@@ -21,11 +21,13 @@ DEVICES = tuple(
     VirtioMmioDevice(0xD000_0000 + n * 0x1000, 0x200, gsi)
     for n, gsi in enumerate(layout.VIRTIO_GSIS)
 )
+PCI = acpi.PciHost(0xE000_0000, 0x10_0000, 0xC000_0000, 0x1000_0000, 0xCF8)
 CONFIGS = {
     "one-cpu": AcpiConfig(FIXED_DEVICES),
     "disks": AcpiConfig(FIXED_DEVICES, cpus=4, virtio=DEVICES[:2]),
     "everything": AcpiConfig(FIXED_DEVICES, cpus=300, virtio=DEVICES, i8042=True),
     "bare": AcpiConfig(FIXED_DEVICES, cpus=1, serial=False),
+    "pci": AcpiConfig(FIXED_DEVICES, cpus=2, pci=PCI),
 }
 
 
@@ -60,7 +62,8 @@ def parse(tables: acpi.AcpiTables) -> dict[str, bytes]:
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 def test_every_table_is_reached_with_its_checksum_right(config: AcpiConfig) -> None:
     found = parse(acpi.build(config))
-    assert set(found) == {"XSDT", "FACP", "APIC", "DSDT"}
+    expected = {"XSDT", "FACP", "APIC", "DSDT"}
+    assert set(found) == (expected if config.pci is None else {*expected, "MCFG"})
 
 
 def test_rsdp_can_also_be_found_by_searching() -> None:
@@ -90,6 +93,13 @@ def test_fadt_has_the_registers_of_the_map() -> None:
 def test_fadt_says_which_legacy_devices_a_guest_need_not_look_for(name: str, flags: int) -> None:
     fadt = parse(acpi.build(CONFIGS[name]))["FACP"]
     assert struct.unpack_from("<H", fadt, 109)[0] == flags
+
+
+def test_mcfg_has_the_ecam_of_bus_0() -> None:
+    mcfg = parse(acpi.build(CONFIGS["pci"]))["MCFG"]
+    assert struct.unpack_from("<QHBB", mcfg, 44) == (PCI.ecam, 0, 0, 0)
+    assert len(mcfg) == 60
+    assert "MCFG" not in parse(acpi.build(CONFIGS["bare"]))
 
 
 def test_madt_has_every_cpu_and_the_io_apic() -> None:
@@ -191,6 +201,29 @@ def test_iasl_reads_the_devices_that_are_meant(tmp_path: Path) -> None:
     assert power_off
     assert "0x05" in power_off[1].split(",")[0]
     assert "COM1" not in disassemble(tmp_path, CONFIGS["bare"])["DSDT"]
+
+
+@needs_iasl
+def test_iasl_reads_the_host_bridge_that_is_meant(tmp_path: Path) -> None:
+    dsdt = disassemble(tmp_path, CONFIGS["pci"])["DSDT"]
+    bridge = dsdt.partition("Device (PCI0)")[2]
+    words = " ".join(re.sub(r"//[^\n]*|/\*.*?\*/", "", bridge).split())
+    for wanted in (
+        'Name (_HID, EisaId ("PNP0A08") )',
+        'Name (_CID, EisaId ("PNP0A03") )',
+        "WordBusNumber (ResourceProducer, MinFixed, MaxFixed, PosDecode, 0x0000, 0x0000, 0x0000,"
+        " 0x0000, 0x0001, ,, )",
+        "IO (Decode16, 0x0CF8, 0x0CF8, 0x01, 0x08, )",
+        "DWordMemory (ResourceProducer, PosDecode, MinFixed, MaxFixed, NonCacheable, ReadWrite,"
+        " 0x00000000, 0xC0000000, 0xCFFFFFFF, 0x00000000, 0x10000000, ,, , AddressRangeMemory,"
+        " TypeStatic)",
+        'ToUUID ("e5c937d0-3553-4d7a-9117-ea4d19c3434d")',
+        "If ((Arg2 == Zero)) { Return (Buffer (One) { 0x21 }) }",
+        "If ((Arg2 == 0x05)) { Return (Zero) }",
+        "Device (MBRD)",
+        "Memory32Fixed (ReadWrite, 0xE0000000, 0x00100000, )",
+    ):
+        assert wanted in words, words
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from pyvmm.boot import cmdline as command_line
 from pyvmm.boot.image_file import ImageFile
 from pyvmm.boot.x86 import acpi as acpi_tables
 from pyvmm.boot.x86 import boot_params, bzimage, detect, discovery, layout
-from pyvmm.boot.x86.acpi import AcpiConfig, FixedDevices, VirtioMmioDevice
+from pyvmm.boot.x86.acpi import AcpiConfig, FixedDevices, PciHost, VirtioMmioDevice
 from pyvmm.boot.x86.entry import (
     LONG64,
     PROTECTED32,
@@ -24,6 +24,7 @@ __all__ = [
     "AcpiConfig",
     "Entry",
     "FixedDevices",
+    "PciHost",
     "VirtioMmioDevice",
     "load",
     "ram_ranges",

@@ -62,9 +62,21 @@ class VirtioMmioDevice(NamedTuple):
     gsi: int
 
 
+class PciHost(NamedTuple):
+    """A PCI host bridge for bus 0: its ECAM, `ecam_size` bytes at guest-physical `ecam`, the window
+    of memory in which BARs lie, `window_size` bytes at `window`, below 4 GiB, and the first of the
+    eight I/O ports for configuration accesses."""
+
+    ecam: int
+    ecam_size: int
+    window: int
+    window_size: int
+    config_port: int
+
+
 class AcpiConfig(NamedTuple):
     """What the tables say: `cpus` vCPUs whose APIC ids are 0 to cpus - 1, and the devices: those
-    at `fixed` places, and the virtio devices.
+    at `fixed` places, and the virtio devices. Without `pci` there is no such bus.
 
     `i8042` is whether there is a keyboard controller that a driver can use. A port that does no
     more than reset is none: a guest would look for the rest of it, in vain and slowly.
@@ -75,6 +87,7 @@ class AcpiConfig(NamedTuple):
     virtio: tuple[VirtioMmioDevice, ...] = ()
     serial: bool = True
     i8042: bool = False
+    pci: PciHost | None = None
 
 
 class AcpiTables(NamedTuple):
@@ -106,8 +119,10 @@ def build(config: AcpiConfig, base: int = layout.ACPI_TABLES) -> AcpiTables:
 
     dsdt = place(build_dsdt(config))
     fadt = place(build_fadt(config, dsdt))
-    madt = place(build_madt(config))
-    xsdt = place(build_xsdt([fadt, madt]))
+    described = [fadt, place(build_madt(config))]
+    if config.pci is not None:
+        described.append(place(build_mcfg(config.pci)))
+    xsdt = place(build_xsdt(described))
     blob[:rsdp_size] = build_rsdp(xsdt)
     if len(blob) > layout.ACPI_TABLES_SIZE:
         raise ValueError(f"the ACPI tables need {len(blob)} bytes, more than the map has for them")
@@ -170,10 +185,18 @@ def build_madt(config: AcpiConfig) -> bytes:
     return _table(b"APIC", 5, body)
 
 
+def build_mcfg(host: PciHost) -> bytes:
+    """The memory mapped configuration table (PCI Firmware Specification 3.3, 4.1.2 "MCFG Table
+    Description"): bus 0 of segment 0."""
+    return _table(b"MCFG", 1, struct.pack("<8xQHBB4x", host.ecam, 0, 0, 0))
+
+
 def build_dsdt(config: AcpiConfig) -> bytes:
     """5.2.11.1 "Differentiated System Description Table (DSDT)": the devices, in AML."""
     devices = [_cpu(index) for index in range(config.cpus)]
     devices += [_virtio(index, device) for index, device in enumerate(config.virtio)]
+    if config.pci is not None:
+        devices += [_pci_host(config.pci), _motherboard(config.pci)]
     if config.serial:
         devices.append(_serial(config.fixed))
     devices += [_power_button(), _event_device(config.fixed)]
@@ -199,6 +222,53 @@ def _virtio(index: int, device: VirtioMmioDevice) -> bytes:
         aml.name("_UID", aml.integer(index)),
         aml.name("_CCA", aml.integer(1)),  # its DMA is coherent with the CPU's caches
         aml.name("_CRS", resources),
+    )
+
+
+def _pci_host(host: PciHost) -> bytes:
+    """A PCI Express host bridge, which older systems may drive as one of PCI. Its devices have
+    no INTx, so there is no _PRT."""
+    resources = aml.resource_template(
+        aml.bus_numbers(0, 0),
+        aml.io(host.config_port, 8),
+        aml.memory32_window(host.window, host.window_size),
+    )
+    return aml.device(
+        "PCI0",
+        aml.name("_HID", aml.eisa_id("PNP0A08")),
+        aml.name("_CID", aml.eisa_id("PNP0A03")),
+        aml.name("_UID", aml.integer(0)),
+        aml.name("_SEG", aml.integer(0)),
+        aml.name("_BBN", aml.integer(0)),
+        aml.name("_CCA", aml.integer(1)),
+        aml.name("_CRS", resources),
+        aml.method("_DSM", 4, *_keep_bars()),
+    )
+
+
+def _motherboard(host: PciHost) -> bytes:
+    """Where Linux looks whether an ECAM that MCFG names is nobody else's memory."""
+    return aml.device(
+        "MBRD",
+        aml.name("_HID", aml.eisa_id("PNP0C02")),
+        aml.name("_UID", aml.integer(0)),
+        aml.name("_CRS", aml.resource_template(aml.memory32_fixed(host.ecam, host.ecam_size))),
+    )
+
+
+def _keep_bars() -> tuple[bytes, ...]:
+    """PCI Firmware Specification 3.3, 4.6.5 "_DSM for Preserving PCI Boot Configurations": BARs
+    stay where they are."""
+    function, preserve = aml.argument(2), 5
+    known = aml.buffer(bytes([1 << 0 | 1 << preserve]))
+    return (
+        aml.if_equal(
+            aml.argument(0),
+            aml.uuid("e5c937d0-3553-4d7a-9117-ea4d19c3434d"),
+            aml.if_equal(function, aml.integer(0), aml.return_(known)),
+            aml.if_equal(function, aml.integer(preserve), aml.return_(aml.integer(0))),
+        ),
+        aml.return_(aml.buffer(bytes(1))),
     )
 
 

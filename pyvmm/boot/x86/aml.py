@@ -11,9 +11,12 @@ import struct
 _ZERO, _ONE = 0x00, 0x01
 _BYTE, _WORD, _DWORD, _STRING, _QWORD = 0x0A, 0x0B, 0x0C, 0x0D, 0x0E
 _NAME, _SCOPE, _BUFFER, _PACKAGE, _METHOD, _NOTIFY = 0x08, 0x10, 0x11, 0x12, 0x14, 0x86
+_IF, _LEQUAL, _RETURN, _ARG0 = 0xA0, 0x93, 0xA4, 0x68
 _DEVICE = b"\x5b\x82"
 _DUAL_NAME, _MULTI_NAME = 0x2E, 0x2F
 
+_MEMORY, _BUS_NUMBERS = 0, 2  # types of address spaces
+_READ_WRITE = 1 << 0
 _END_TAG = b"\x79\x00"  # the checksum 0 stands for "not checked"
 
 
@@ -78,6 +81,32 @@ def notify(where: str, value: int) -> bytes:
     return bytes([_NOTIFY]) + path(where) + integer(value)
 
 
+def buffer(data: bytes) -> bytes:
+    """Buffer () {data}: 20.2.5.4 "Expression Opcodes Encoding"."""
+    return bytes([_BUFFER]) + _with_length(integer(len(data)) + data)
+
+
+def uuid(text: str) -> bytes:
+    """ToUUID (text), 19.6.142: its first three groups are little-endian."""
+    groups = [bytes.fromhex(group) for group in text.split("-")]
+    return buffer(b"".join([*(group[::-1] for group in groups[:3]), *groups[3:]]))
+
+
+def argument(number: int) -> bytes:
+    """ArgN of a method (20.2.6.1)."""
+    return bytes([_ARG0 + number])
+
+
+def return_(value: bytes) -> bytes:
+    """Return (value)."""
+    return bytes([_RETURN]) + value
+
+
+def if_equal(left: bytes, right: bytes, *terms: bytes) -> bytes:
+    """If (LEqual (left, right)) {terms}."""
+    return bytes([_IF]) + _with_length(bytes([_LEQUAL]) + left + right + b"".join(terms))
+
+
 def package(*values: bytes) -> bytes:
     """Package () {values}."""
     return bytes([_PACKAGE]) + _with_length(bytes([len(values)]) + b"".join(values))
@@ -85,8 +114,7 @@ def package(*values: bytes) -> bytes:
 
 def resource_template(*descriptors: bytes) -> bytes:
     """ResourceTemplate () {descriptors}: a buffer that ends in an end tag."""
-    body = b"".join(descriptors) + _END_TAG
-    return bytes([_BUFFER]) + _with_length(integer(len(body)) + body)
+    return buffer(b"".join(descriptors) + _END_TAG)
 
 
 def memory32_fixed(base: int, size: int) -> bytes:
@@ -103,6 +131,23 @@ def interrupt(gsi: int) -> bytes:
     """Interrupt (ResourceConsumer, Edge, ActiveHigh, Exclusive) {gsi}, 6.4.3.6."""
     consumer, edge = 1 << 0, 1 << 1
     return struct.pack("<BHBBI", 0x89, 6, consumer | edge, 1, gsi)
+
+
+def bus_numbers(first: int, last: int) -> bytes:
+    """WordBusNumber (ResourceProducer, MinFixed, MaxFixed, PosDecode, …), 6.4.3.5.3."""
+    return _window(0x88, "H", _BUS_NUMBERS, 0, first, last)
+
+
+def memory32_window(base: int, size: int) -> bytes:
+    """DWordMemory (ResourceProducer, …, NonCacheable, ReadWrite, …), 6.4.3.5.2."""
+    return _window(0x87, "I", _MEMORY, _READ_WRITE, base, base + size - 1)
+
+
+def _window(tag: int, code: str, kind: int, flags: int, first: int, last: int) -> bytes:
+    """6.4.3.5 "Address Space Resource Descriptors": what a bridge passes on, all of it fixed."""
+    fixed = 1 << 3 | 1 << 2  # maximum and minimum address
+    numbers = struct.pack(f"<5{code}", 0, first, last, 0, last - first + 1)
+    return struct.pack("<BHBBB", tag, 3 + len(numbers), kind, fixed, flags) + numbers
 
 
 def _with_length(body: bytes) -> bytes:

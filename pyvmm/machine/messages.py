@@ -1,0 +1,102 @@
+"""Message-signalled interrupts: eventfds that KVM turns into messages to a local APIC.
+
+Each line has a GSI of its own beyond the pins of the interrupt controller. KVM's routing table says
+which message a GSI sends, and changes only when a driver really sets another; an irqfd joins the
+line's eventfd to the GSI while the line is connected.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Sequence
+from threading import Lock
+
+from pyvmm.errors import DriverError, HostError
+from pyvmm.host.syscalls import Closable, EventFd
+from pyvmm.kvm.vm import IrqchipRoute, MsiRoute, Vm
+
+_MOST_ROUTES = 4096  # KVM_MAX_IRQ_ROUTES, in the kernel's <linux/kvm_host.h>
+
+
+class Messages:
+    """KVM's routing table, and the lines whose messages are in it. Any thread may call it."""
+
+    def __init__(
+        self, vm: Vm, fixed: Sequence[IrqchipRoute], is_a_message: Callable[[int], bool]
+    ) -> None:
+        """`fixed` are the routes that are always there; `is_a_message` tells of a guest-physical
+        address whether a write there is an interrupt."""
+        self._vm = vm
+        self._fixed = fixed
+        self._is_a_message = is_a_message
+        self._routes: dict[int, MsiRoute] = {}
+        self._lock = Lock()
+        first = 1 + max(route.gsi for route in fixed)
+        self._free = list(range(first, first + _MOST_ROUTES - len(fixed)))
+
+    def line(self) -> Line:
+        """A line that is not connected yet. Raises HostError if KVM has no more, or without file
+        descriptors."""
+        with self._lock:
+            if not self._free:
+                raise HostError(errno.ENOSPC, "KVM has no more interrupts to route")
+            gsi = self._free.pop(0)
+        return Line(self, self._vm, gsi)
+
+    def route(self, gsi: int, address: int, data: int) -> None:
+        """Have `gsi` send `data` to `address`. Raises DriverError, HostError."""
+        if not self._is_a_message(address):
+            raise DriverError(
+                f"a write to {address:#x} interrupts nobody",
+                section="4.1.5.1.2 MSI-X Vector Configuration",
+            )
+        wanted = MsiRoute(gsi, address, data)
+        with self._lock:
+            if self._routes.get(gsi) != wanted:
+                self._routes[gsi] = wanted
+                self._vm.set_gsi_routing([*self._fixed, *self._routes.values()])
+
+    def give_back(self, gsi: int) -> None:
+        """`gsi` is used no more; its route is forgotten with the next change."""
+        with self._lock:
+            self._routes.pop(gsi, None)
+            self._free.append(gsi)
+
+
+class Line(Closable):
+    """One vector's signals: see pyvmm.pci.msix.MessageLine. Whoever interrupts signals `eventfd`,
+    and KVM does the rest."""
+
+    def __init__(self, messages: Messages, vm: Vm, gsi: int) -> None:
+        self.eventfd = EventFd()
+        self._messages = messages
+        self._vm = vm
+        self._gsi = gsi
+        self._connected = False
+
+    def connect(self, address: int, data: int) -> None:
+        """Raises DriverError if nobody takes messages at `address`, HostError."""
+        self._messages.route(self._gsi, address, data)
+        if not self._connected:
+            # KVM looks whether the eventfd was signalled before, and then interrupts once; but it
+            # leaves the count, which would read as a signal that still waits.
+            self._vm.irqfd(self.eventfd.fd, self._gsi)
+            self.eventfd.drain()
+            self._connected = True
+
+    def disconnect(self) -> None:
+        """When this returns nothing more is on its way. Raises HostError."""
+        if self._connected:
+            self._vm.irqfd(self.eventfd.fd, self._gsi, deassign=True)
+            self._connected = False
+
+    @property
+    def pending(self) -> bool:
+        """Whether a signal waits."""
+        return not self._connected and self.eventfd.is_signalled
+
+    def close(self) -> None:
+        if self.eventfd.fd >= 0:
+            self.disconnect()
+            self.eventfd.close()
+            self._messages.give_back(self._gsi)
