@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import hypothesis
 import pytest
 from mmio_harness import Bench, RecordingDevice, SlowDevice
+from pci_harness import OVER
 
 # How long an example takes says more about what else the machine is doing.
 hypothesis.settings.register_profile("pyvmm", deadline=None)
@@ -19,20 +20,27 @@ def device() -> RecordingDevice:
     return RecordingDevice()
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Whatever pokes registers does so on every transport, unless it is about one of them."""
+    if "transport_name" in metafunc.fixturenames:
+        marked = metafunc.definition.get_closest_marker("mmio_only")
+        metafunc.parametrize("transport_name", ["mmio"] if marked else sorted(OVER))
+
+
 @pytest.fixture
-def bench(device: RecordingDevice) -> Iterator[Bench]:
-    """A virtio-mmio transport with nothing behind it, and a hand on its registers."""
-    bench = Bench(device)
+def bench(transport_name: str, device: RecordingDevice) -> Iterator[Bench]:
+    """A transport with nothing behind it, and a hand on its registers."""
+    bench = OVER[transport_name](device)
     yield bench
     bench.transport.close()
     bench.memory.close()
 
 
 @pytest.fixture
-def slow() -> Iterator[tuple[Bench, SlowDevice]]:
+def slow(transport_name: str) -> Iterator[tuple[Bench, SlowDevice]]:
     """One with a device that serves a request when the test lets it."""
     device = SlowDevice()
-    bench = Bench(device)
+    bench = OVER[transport_name](device)
     yield bench, device
     device.release.set()
     bench.transport.close()

@@ -13,7 +13,7 @@ from rings import offering
 
 from pyvmm.kinds import user as device_user
 from pyvmm.kinds.interface import Context
-from pyvmm.testing.attached import AttachedDriver, attached
+from pyvmm.testing.attached import AttachedDriver, Over, attached
 from pyvmm.testing.mmio_driver import MmioDriver, Ring
 from pyvmm.testing.vsock_driver import RST, Packet
 from pyvmm.virtio.device import VirtioDevice
@@ -105,13 +105,14 @@ def every_device(
     start: bool = True,
     queue_size: int = 0,
     without: int = 0,
+    over: Over = "mmio",
 ) -> Iterator[EveryRig]:
     """A device of that kind behind that ring; queues are of `queue_size`, or the largest they can
     be. The driver does not take the features in `without`."""
     kind = KINDS[name]
     with kind.make() as device:
         offering(ring, device)
-        with attached(device, ring=ring, start=False, ram=8 << 20) as driver:
+        with attached(device, ring=ring, start=False, ram=8 << 20, over=over) as driver:
             rig = EveryRig(kind, device, driver)
             if start:
                 sizes = [min(queue_size or size, size) for size in device.queue_sizes]

@@ -14,11 +14,14 @@ from threading import Event
 
 import pytest
 
+from pyvmm.bus import Handler
 from pyvmm.errors import PyvmmError
 from pyvmm.host.poller import Poller
 from pyvmm.memory import GuestMemory
+from pyvmm.transport.base import Transport
 from pyvmm.transport.mmio import MmioTransport
 from pyvmm.virtio.device import Activation, VirtioDevice
+from pyvmm.virtio.lifecycle import Trace
 from pyvmm.virtio.queue.protocol import Queue
 from pyvmm.virtio.worker import QueueDevice
 
@@ -115,25 +118,28 @@ class Bench:
         self.memory = GuestMemory([(0, RAM)])
         self.device = device
         self.edges = 0
+        self.at_edge: Callable[[], object] = lambda: None
         self.lines: list[str] = []
         self.events: list[object] = []
-        self.transport = MmioTransport(
-            device,
-            self.memory,
-            self.edge,
-            log=self.lines.append,
-            trace=self.events.append if trace else None,
-        )
+        self.transport = self._attach(self.events.append if trace else None)
         self.negotiation = self.transport.negotiation
+
+    def _attach(self, trace: Trace | None) -> Transport:
+        transport = MmioTransport(
+            self.device, self.memory, self.edge, log=self.lines.append, trace=trace
+        )
+        self.registers: Handler = transport.registers
+        return transport
 
     def edge(self) -> None:
         self.edges += 1
+        self.at_edge()
 
     def read(self, offset: int, size: int = 4) -> int:
-        return self.transport.read(offset, size)
+        return self.registers.read(offset, size)
 
     def write(self, offset: int, value: int, size: int = 4) -> None:
-        assert self.transport.write(offset, size, value) is None
+        assert self.registers.write(offset, size, value) is None
 
     @property
     def status(self) -> int:

@@ -1,4 +1,4 @@
-"""A device on a real virtio-mmio transport with a mock driver in front: no KVM, no guest.
+"""A device on a real transport with a mock driver in front: no KVM, no guest.
 
     with attached(MyDevice()) as driver:
         assert driver.request([b"question"], [64]).data == b"answer"
@@ -10,15 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from pyvmm.memory import GuestMemory
+from pyvmm.pci.bus import PciBus
 from pyvmm.testing.mmio_driver import InterruptLine, IrqFd, MmioDriver, Ring
+from pyvmm.testing.pci_driver import MockLine, PciDriver
 from pyvmm.testing.ring import Buffer, MockDriver
+from pyvmm.transport.base import Transport
 from pyvmm.transport.mmio import MmioTransport
+from pyvmm.transport.pci import PciTransport, vectors_for
 from pyvmm.virtio.device import VirtioDevice
 
 MIB = 1 << 20
+_WINDOW, _WINDOW_SIZE, _SLOT = 0xC000_0000, 0x1000_0000, 1
+
+Over = Literal["mmio", "pci"]
 
 
 class Answer(NamedTuple):
@@ -37,20 +44,44 @@ class AttachedDriver:
     its interrupts; `mmio` is the driver underneath, for registers and rings.
     """
 
-    def __init__(self, device: VirtioDevice, ring: Ring, ram: int, *, irqfd: bool) -> None:
+    def __init__(
+        self, device: VirtioDevice, ring: Ring, ram: int, *, irqfd: bool, over: Over = "mmio"
+    ) -> None:
         self.device = device
         self.memory = GuestMemory([(0, ram)])
         self.log: list[str] = []
         self.irq = InterruptLine()
         self._irqfd = IrqFd(self.irq) if irqfd else None
+        self.transport: Transport
+        self.mmio: MmioDriver
+        if over == "pci":
+            self._attach_pci(ring)
+        else:
+            self._attach_mmio(ring)
+
+    def _attach_mmio(self, ring: Ring) -> None:
         self.transport = MmioTransport(
-            device,
+            self.device,
             self.memory,
             self.irq,
             irq_eventfd=None if self._irqfd is None else self._irqfd.eventfd,
             log=self.log.append,
         )
-        self.mmio = MmioDriver(self.transport, self.memory, irq=self.irq, ring=ring)
+        self.mmio = MmioDriver(self.transport.registers, self.memory, irq=self.irq, ring=ring)
+
+    def _attach_pci(self, ring: Ring) -> None:
+        lines = [MockLine(self.irq) for _ in range(vectors_for(self.device))]
+        transport = PciTransport(self.device, self.memory, lines, log=self.log.append)
+        self.transport = transport
+        bus = PciBus(_WINDOW, _WINDOW_SIZE)
+        transport.function.placement = transport
+        bus.add(_SLOT, transport.function)
+        driver = PciDriver(
+            bus.ecam, bus.window, _WINDOW, _SLOT, self.memory, irq=self.irq, ring=ring
+        )
+        driver.find()
+        driver.place(_WINDOW)
+        self.mmio = driver
 
     def request(
         self,
@@ -116,6 +147,7 @@ def attached(
     start: bool = True,
     ram: int = MIB,
     irqfd: bool = False,
+    over: Over = "mmio",
 ) -> Iterator[AttachedDriver]:
     """Attach `device` to a transport and bring it up with a driver; it is reset at the end.
 
@@ -123,8 +155,9 @@ def attached(
     unless given), `queue_sizes` one size for each queue (the largest unless given, 0 for a queue to
     leave alone), `ram` bytes of guest memory. Without `start` the device is left as after reset.
     With `irqfd` it can be interrupted by an eventfd too, for a device that the kernel serves.
+    `over` is the transport, ``"mmio"`` or ``"pci"``; the latter always has eventfds.
     """
-    driver = AttachedDriver(device, ring, ram, irqfd=irqfd)
+    driver = AttachedDriver(device, ring, ram, irqfd=irqfd, over=over)
     try:
         if start:
             driver.mmio.start(features=features, queue_sizes=queue_sizes)

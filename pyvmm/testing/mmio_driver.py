@@ -31,7 +31,7 @@ DEVICE_FEATURES, DEVICE_FEATURES_SEL = 0x010, 0x014
 DRIVER_FEATURES, DRIVER_FEATURES_SEL = 0x020, 0x024
 QUEUE_SEL, QUEUE_SIZE_MAX, QUEUE_SIZE, QUEUE_READY = 0x030, 0x034, 0x038, 0x044
 QUEUE_NOTIFY, INTERRUPT_STATUS, INTERRUPT_ACK, STATUS = 0x050, 0x060, 0x064, 0x070
-QUEUE_RESET = 0x0C0
+QUEUE_RESET, CONFIG_GENERATION = 0x0C0, 0x0FC
 QUEUE_DESC, QUEUE_DRIVER, QUEUE_DEVICE = 0x080, 0x090, 0x0A0  # low half; the high one is at + 4
 CONFIG = 0x100
 
@@ -195,6 +195,10 @@ class MmioDriver(QueueUser):
         assert self.read(MAGIC_VALUE) == 0x74726976, "no virtio-mmio device here"
         assert self.read(VERSION) == 2, "not a device of virtio 1.x"
         self.reset()
+        self.agree(features)
+
+    def agree(self, features: int | None = None) -> None:
+        """3.1.1, steps 2 to 6: with a device that was just reset."""
         self.add_status(ACKNOWLEDGE)
         self.add_status(DRIVER)
         self.features = self._usual_features() if features is None else features
@@ -288,7 +292,11 @@ class MmioDriver(QueueUser):
         if self.kicks:
             self.kicks[index].signal()
         else:
-            self.write(QUEUE_NOTIFY, index)
+            self.notify(index)
+
+    def notify(self, index: int) -> None:
+        """Notify it by a register."""
+        self.write(QUEUE_NOTIFY, index)
 
     def _wait_for_buffer(self, index: int) -> None:
         has_used = self.queues[index].has_used

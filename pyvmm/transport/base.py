@@ -22,14 +22,15 @@ from pyvmm.virtio.negotiation import Negotiation
 class Doorbell(NamedTuple):
     """A write by which the driver notifies the device of a queue's new buffers.
 
-    It is `size` bytes wide, `offset` bytes into the transport's window, and has the value `match`.
-    Whoever catches the write in place of the transport signals `kick`.
+    It is `size` bytes wide (0: however many), `offset` bytes into the transport's window, and has
+    the value `match` (None: whichever). Whoever catches the write in place of the transport signals
+    `kick`.
     """
 
     kick: EventFd
     offset: int
     size: int
-    match: int
+    match: int | None
 
 
 class Transport(ABC):

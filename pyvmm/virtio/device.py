@@ -68,6 +68,7 @@ class VirtioDevice(ABC):
     number, for traces. `config_always_writable` lets the configuration space be written whatever
     the status (5.3.5.1 Device Requirements: Device Initialization). `shared_memory` are its regions
     of shared memory by their `shmid`; they stay the same as long as the device lives.
+    `shared_memory_features` are the bits that mean something only where a transport shows them.
     """
 
     name: str
@@ -77,6 +78,7 @@ class VirtioDevice(ABC):
     feature_names: Mapping[int, str] = MappingProxyType({})
     config_always_writable: bool = False
     shared_memory: Mapping[int, SharedMemory] = MappingProxyType({})
+    shared_memory_features: int = 0
 
     def read_config(self, offset: int, length: int) -> bytes:
         """`length` bytes of the configuration space at `offset`, zero past its end (2.5)."""

@@ -111,9 +111,9 @@ class _ActivationInterrupt:
 class Lifecycle:
     """What happens to a device between two resets, whoever asked for it.
 
-    Methods that act for the driver (`activate`, `stop_queue`, `reset_queue`, `start_queue` and
-    `reset`) want `lock` held; `fail`, `acknowledge`, `config_changed` and the interrupt are called
-    by any thread without it.
+    Methods that act for the driver (`activate`, `stop_queue`, `set_bus_master`, `reset_queue`,
+    `start_queue` and `reset`) want `lock` held; `fail`, `acknowledge`, `config_changed` and the
+    interrupt are called by any thread without it.
     """
 
     def __init__(
@@ -147,6 +147,8 @@ class Lifecycle:
         self._events = Lock()
         self._interrupt: _ActivationInterrupt | None = None
         self._queues: tuple[Queue | None, ...] = ()
+        self._bus_master = True
+        self._waiting: list[Queue] = []  # for bus mastering
 
     @property
     def active_queues(self) -> list[Queue]:
@@ -225,6 +227,9 @@ class Lifecycle:
     def _new_queue(self, index: int, config: QueueConfig, accepted: int) -> Queue:
         queue = self._build_queue(index, config, accepted)
         queue.lock = self.device.queue_lock()  # before anybody else can see the queue
+        if not self._bus_master:
+            queue.ready = False
+            self._waiting.append(queue)
         return queue
 
     def _build_queue(self, index: int, config: QueueConfig, accepted: int) -> Queue:
@@ -243,6 +248,27 @@ class Lifecycle:
             # Once the lock is ours, the batch in progress has ended, and no other will begin.
             with queue.lock:
                 queue.ready = False
+
+    def set_bus_master(self, on: bool) -> None:
+        """Whether the device may access memory at all, as a PCI driver says by its function's
+        command register. Without it requests wait in the rings; when this returns none is being
+        served."""
+        self._bus_master = on
+        if on:
+            waiting, self._waiting = self._waiting, []
+            failed = self.state.status & status.NEEDS_RESET
+            for queue in waiting:
+                if queue in self._queues and self.state.queues[queue.index].ready and not failed:
+                    with queue.lock:
+                        queue.ready = True
+                    queue.kick.signal()
+            return
+        for queue in self.active_queues:
+            queue.claim()  # a driver may refill the ring for ever
+            if queue.ready:
+                queue.ready = False
+                self._waiting.append(queue)
+            queue.lock.release()
 
     def reset_queue(self, index: int) -> None:
         """2.6.1.1 Virtqueue Reset: quiesce queue `index` alone, then forget all about it.
@@ -359,6 +385,7 @@ class Lifecycle:
             if queue is not None:
                 queue.ready = False
         self._queues = ()
+        self._waiting = []
         for kick in self._kicks:
             kick.drain()
         self._clear()

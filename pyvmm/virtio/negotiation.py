@@ -165,6 +165,11 @@ class Negotiation(Lifecycle):
         config = self._selected()
         return config.max_size if config is not None else 0
 
+    def read_queue_size(self) -> int:
+        """The size that the selected queue was given; 0 if none was."""
+        config = self._selected()
+        return config.size if config is not None else 0
+
     def write_queue_size(self, value: int) -> None:
         """Set the selected queue's size; refused unless within its maximum, and for a split queue
         a power of two."""
@@ -179,6 +184,12 @@ class Negotiation(Lifecycle):
                 f"queue {self.state.queue_select}: size {value:#x} refused: not"
                 f" {size_rule(config.max_size, packed=packed)}"
             )
+
+    def read_queue_address(self, part: str, shift: int) -> int:
+        """32 bits, `shift` 0 or 32, of the address that a part of the selected queue was given."""
+        config = self._selected()
+        address: int = getattr(config, part) if config is not None else 0
+        return address >> shift & _LOW_32
 
     def write_queue_address(self, part: str, shift: int, value: int) -> None:
         """Set 32 bits, `shift` 0 or 32, of the address of a part of the selected queue: one of

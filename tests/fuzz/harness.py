@@ -22,8 +22,10 @@ from unittest import mock
 from fuzz.inline import Workers
 from fuzz.targets import TARGETS, Target
 
+from pyvmm.bus import Handler
 from pyvmm.host.log import RateLimited
 from pyvmm.memory import GuestMemory
+from pyvmm.pci.bus import PciBus
 from pyvmm.testing import (
     Arena,
     Element,
@@ -40,12 +42,13 @@ from pyvmm.testing.mmio_driver import (
     F_RING_PACKED,
     F_RING_RESET,
     NEEDS_RESET,
-    QUEUE_NOTIFY,
-    STATUS,
     Ring,
 )
+from pyvmm.testing.pci_driver import MockLine, PciDriver
 from pyvmm.testing.ring import INDIRECT, WRITE
+from pyvmm.transport.base import Transport
 from pyvmm.transport.mmio import MmioTransport
+from pyvmm.transport.pci import PciTransport, vectors_for
 from pyvmm.virtio import defects
 
 RAM = ((0, 0xF_0000), (0x40_0000, 0x1_0000))  # 1 MiB with a hole in it
@@ -53,6 +56,7 @@ RINGS_AT = 0x1000
 PAGE = 4096
 LARGEST_TABLE = 1 << 16  # as much of an indirect table as the oracle looks at
 REGISTERS = [*range(0, 0x100, 4), 0x100, 0x104, 0x108, 0x118, 0x120, 0x1FC]
+WINDOW, WINDOW_SIZE, SLOT = 0xC000_0000, 0x1000_0000, 1
 VALUES = (0, 1, 2, 3, 4, 8, 11, 15, 16, 64, 128, 256, 0x1000, 0xF_0000, 0x40_0000, 0xFFFF_FFFF)
 
 
@@ -64,7 +68,7 @@ class Pump:
         self.index = index
 
     def signal(self) -> None:
-        self.case.transport.write(QUEUE_NOTIFY, 4, self.index)
+        self.case.driver.notify(self.index)
         self.case.workers.pump()
 
 
@@ -92,16 +96,55 @@ class Case:
             device.features |= F_RING_PACKED
         if len(target.prompt) == len(device.queue_sizes):
             device.features |= F_IN_ORDER
-        self.transport = MmioTransport(device, self.memory, self._interrupt, log=lambda line: None)
-        closing.callback(self.transport.close)
         pumps = [Pump(self, index) for index in range(len(device.queue_sizes))]
-        self.driver = MmioDriver(self.transport, self.memory, kicks=pumps, ring=ring)
         self.interrupts = 0
+        self.over = rng.choice(("mmio", "mmio", "pci"))
+        self.transport: Transport
+        self.driver: MmioDriver
+        if self.over == "pci":
+            self._attach_pci(pumps)
+        else:
+            mmio = MmioTransport(device, self.memory, self._interrupt, log=lambda line: None)
+            self.transport = mmio
+            self.driver = MmioDriver(mmio.registers, self.memory, kicks=pumps, ring=ring)
+            self.places: list[tuple[Handler, Sequence[int]]] = [
+                (mmio.registers, [*REGISTERS * 60, *range(0x200)])
+            ]
+        closing.callback(self.transport.close)
         self.clean = True  # whether the driver has broken no rule since the last reset
         self.must_fail = False
         self.good_steps = 0
         self.oracle: list[tuple[int, int]] = []
         self.structures: list[tuple[int, int]] = []
+
+    def _attach_pci(self, pumps: Sequence[Pump]) -> None:
+        lines = [
+            MockLine(self._interrupt)  # type: ignore[arg-type]
+            for _ in range(vectors_for(self.device))
+        ]
+        transport = PciTransport(self.device, self.memory, lines, log=lambda line: None)
+        bus = PciBus(WINDOW, WINDOW_SIZE)
+        transport.function.placement = transport
+        bus.add(SLOT, transport.function)
+        driver = PciDriver(
+            bus.ecam, bus.window, WINDOW, SLOT, self.memory, kicks=pumps, ring=self.ring
+        )
+        driver.find()
+        driver.place(WINDOW)
+        self.transport, self.driver = transport, driver
+        registers = [
+            one.offset + at
+            for one in driver.structures.values()
+            for at in range(min(one.length, 64))
+        ]
+        table = range(driver.msix.offset, driver.msix.offset + driver.msix.length, 4)
+        configuration = [SLOT << 15 | at for at in range(256)]
+        self.places = [
+            (bus.window, registers),
+            (bus.window, table),
+            (bus.ecam, configuration),
+            (bus.ports, range(8)),
+        ]
 
     def _watch_discards(self) -> None:
         discard = self.memory.discard
@@ -120,7 +163,7 @@ class Case:
     def start(self) -> None:
         """Bring the device up, with some of its features and queues of some size."""
         rng = self.rng
-        self.driver.arena = Arena(self.memory, RINGS_AT)
+        self._begin_anew()
         self.driver.reset()
         self.workers.logs.clear()
         features = self.driver._usual_features()
@@ -138,6 +181,17 @@ class Case:
         self.clean = True
         self.good_steps = rng.choice((0, 0, 2, 12))  # enough to go around a ring, sometimes
         self.oracle = []
+
+    def _begin_anew(self) -> None:
+        """What the driver did before, to memory or to its BAR, is of no account."""
+        self.driver.arena = Arena(self.memory, RINGS_AT)
+        if isinstance(self.driver, PciDriver):
+            self.driver.place(WINDOW)
+
+    @property
+    def status(self) -> int:
+        """The device status field, whether or not the driver can reach it."""
+        return self.transport.negotiation.state.status
 
     @property
     def queue(self) -> MockDriver:
@@ -195,7 +249,7 @@ class Case:
     def renew(self) -> None:
         """Reset one queue, and set it up anew (2.6.1)."""
         index = self.rng.randrange(len(self.driver.queues))
-        live = self.transport.read(STATUS, 4) & (DRIVER_OK | NEEDS_RESET) == DRIVER_OK
+        live = self.status & (DRIVER_OK | NEEDS_RESET) == DRIVER_OK
         if not self.driver.features & F_RING_RESET or not live or not self.clean:
             return  # of a device that was reset behind the driver's back nothing can be expected
         size = self.rng.choice((1, 2, 4, 8))
@@ -266,15 +320,17 @@ class Case:
         rng = self.rng
         self.clean = False
         for _ in range(rng.randint(1, 4)):
-            offset = rng.choice(REGISTERS) if rng.random() < 0.9 else rng.randrange(0x200)
+            place, offsets = rng.choice(self.places)
+            offset = rng.choice(offsets)
             size = rng.choice((4, 4, 4, 4, 1, 2, 8))
+            where = f"{size} bytes of {type(place).__name__} at {offset:#x}"
             if rng.random() < 0.3:
-                self.note(f"read {size} bytes of register {offset:#x}")
-                assert 0 <= self.transport.read(offset, size) < 1 << 8 * size
+                self.note(f"read {where}")
+                assert 0 <= place.read(offset, size) < 1 << 8 * size
             else:
                 value = rng.choice(VALUES) if rng.random() < 0.8 else rng.getrandbits(32)
-                self.note(f"write {size} bytes of register {offset:#x}: {value:#x}")
-                self.transport.write(offset, size, value)
+                self.note(f"write {where}: {value:#x}")
+                place.write(offset, size, value)
 
     def number(self, size: int) -> int:
         """A number of `size` bytes, likely one that is nearly right."""
@@ -309,7 +365,7 @@ class Case:
         self._check_memory(before, independent)
         assert not self.defects, self.defects
         if self.must_fail:
-            assert self.transport.read(STATUS, 4) & NEEDS_RESET, "a broken ring was accepted"
+            assert self.status & NEEDS_RESET, "a broken ring was accepted"
             self.must_fail = False
         if independent and self.ring == "split":
             self._count_completions()
@@ -420,7 +476,7 @@ class Case:
 
     def _check_completions(self) -> None:
         """While the driver was lawful: each chain comes back once, and none is forgotten."""
-        status = self.transport.read(STATUS, 4)
+        status = self.status
         assert not status & NEEDS_RESET, "a lawful driver got DEVICE_NEEDS_RESET"
         for index, queue in enumerate(self.driver.queues):
             published = queue.outstanding
@@ -438,7 +494,7 @@ class Case:
     def finish(self) -> None:
         """A reset, and a good request."""
         self.note("the end: reset, and a good request")
-        self.driver.arena = Arena(self.memory, RINGS_AT)
+        self._begin_anew()
         self.driver.start()
         self.target.check(self.device, self.driver)
         assert not self.defects, self.defects

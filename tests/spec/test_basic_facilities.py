@@ -68,7 +68,7 @@ def test_no_buffer_is_consumed_before_driver_ok(serving: Bench) -> None:
 def test_no_used_buffer_notification_before_driver_ok(serving: Bench) -> None:
     """2.1.2 Device Requirements: MUST NOT send any used buffer notifications before DRIVER_OK."""
     status_at_edge: list[int] = []
-    serving.transport._irq = lambda: status_at_edge.append(serving.status)
+    serving.at_edge = lambda: status_at_edge.append(serving.status)
     serving.negotiate()
     serving.enable_queue()
     serving.offer_buffer(0)
@@ -97,7 +97,7 @@ def test_needs_reset_is_notified_if_driver_ok(bench: Bench, device: RecordingDev
     """2.1.2 Device Requirements: if DRIVER_OK is set, MUST send a device configuration change
     notification after it sets DEVICE_NEEDS_RESET."""
     seen: list[tuple[int, int]] = []
-    bench.transport._irq = lambda: seen.append((bench.status, bench.interrupt_status))
+    bench.at_edge = lambda: seen.append((bench.status, bench.interrupt_status))
     bench.go_live()
     device.live.fail(DriverError("any rule", section="2.7"))
     assert seen == [(LIVE | NEEDS_RESET, 2)]
@@ -202,6 +202,7 @@ def test_version_1_is_offered(bench: Bench) -> None:
 # --- 2.10 Shared Memory Regions ----------------------------------------------------------------
 
 
+@pytest.mark.mmio_only
 def test_there_are_no_shared_memory_regions(bench: Bench) -> None:
     """2.10.2 Device Requirements: a region MUST NOT expose what controls the device, nor be used to
     stream data. Whichever the driver asks for, its length is -1: it does not exist (4.2.2)."""

@@ -24,6 +24,8 @@ from mmio_harness import (
     SlowDevice,
 )
 
+pytestmark = pytest.mark.mmio_only
+
 RING_RESET = 1 << 40
 
 

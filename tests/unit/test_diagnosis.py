@@ -49,6 +49,13 @@ def diagnosis(text: bytes, **options: object) -> Finding:
     return found
 
 
+@pytest.mark.parametrize(("transport", "other"), [("mmio", "pci"), ("pci", "mmio")])
+def test_without_a_driver_the_other_transport_is_named(transport: str, other: str) -> None:
+    cure = diagnosis(NO_ROOT_61, transport=transport).cure
+    assert f"CONFIG_VIRTIO_{transport.upper()}, " in cure
+    assert cure.endswith(f"; or try --transport {other}")
+
+
 @pytest.mark.parametrize("step", [0, 1, 7, 64])
 def test_no_driver_for_the_disk(step: int) -> None:
     watcher = read(NO_ROOT_61, step=step)

@@ -10,6 +10,7 @@ from every_device import KINDS, EveryRig, every_device
 from mmio_harness import wait_for
 from robustness_rows import illegal_params, legal_params
 
+from pyvmm.testing.attached import Over
 from pyvmm.testing.chains import LegalChain
 from pyvmm.testing.illegal import IllegalChain
 from pyvmm.testing.mmio_driver import (
@@ -63,8 +64,10 @@ def refusals(rig: EveryRig) -> list[str]:
 
 
 @pytest.mark.parametrize(("name", "ring", "illegal"), illegal_params(NAMES))
-def test_what_no_driver_may_put_into_a_ring(name: str, ring: Ring, illegal: IllegalChain) -> None:
-    with every_device(name, ring, queue_size=SMALL) as rig:
+def test_what_no_driver_may_put_into_a_ring(
+    transport_name: Over, name: str, ring: Ring, illegal: IllegalChain
+) -> None:
+    with every_device(name, ring, over=transport_name, queue_size=SMALL) as rig:
         queue = rig.prompt[0]
         illegal.offer(rig.driver.queues[queue])
         rig.driver.kick(queue)
@@ -77,8 +80,10 @@ def test_what_no_driver_may_put_into_a_ring(name: str, ring: Ring, illegal: Ille
 
 
 @pytest.mark.parametrize(("name", "ring", "legal"), legal_params(NAMES))
-def test_every_lawful_arrangement_comes_back(name: str, ring: Ring, legal: LegalChain) -> None:
-    with every_device(name, ring, queue_size=SMALL) as rig:
+def test_every_lawful_arrangement_comes_back(
+    transport_name: Over, name: str, ring: Ring, legal: LegalChain
+) -> None:
+    with every_device(name, ring, over=transport_name, queue_size=SMALL) as rig:
         for queue in rig.prompt:
             chain = legal.offer(rig.driver.queues[queue])
             rig.driver.kick(queue)
@@ -92,8 +97,10 @@ def test_every_lawful_arrangement_comes_back(name: str, ring: Ring, legal: Legal
 
 @each
 @each_device
-def test_row11_nothing_is_consumed_before_driver_ok(name: str, ring: Ring) -> None:
-    with every_device(name, ring, start=False) as rig:
+def test_row11_nothing_is_consumed_before_driver_ok(
+    transport_name: Over, name: str, ring: Ring
+) -> None:
+    with every_device(name, ring, over=transport_name, start=False) as rig:
         mmio = rig.driver.mmio
         mmio.negotiate()
         mmio.setup_queues()
@@ -111,8 +118,8 @@ def test_row11_nothing_is_consumed_before_driver_ok(name: str, ring: Ring) -> No
 
 @each
 @each_device
-def test_row12_after_a_reset_nothing_moves(name: str, ring: Ring) -> None:
-    with every_device(name, ring, queue_size=SMALL) as rig:
+def test_row12_after_a_reset_nothing_moves(transport_name: Over, name: str, ring: Ring) -> None:
+    with every_device(name, ring, over=transport_name, queue_size=SMALL) as rig:
         for _ in range(2):
             for queue in rig.prompt:
                 rig.submit(queue)
@@ -128,10 +135,13 @@ def test_row12_after_a_reset_nothing_moves(name: str, ring: Ring) -> None:
         rig.assert_alive(restart=True)
 
 
+@pytest.mark.mmio_only
 @each
 @each_device
-def test_row18_a_queue_that_is_not_ready_is_left_alone(name: str, ring: Ring) -> None:
-    with every_device(name, ring, queue_size=SMALL) as rig:
+def test_row18_a_queue_that_is_not_ready_is_left_alone(
+    transport_name: Over, name: str, ring: Ring
+) -> None:
+    with every_device(name, ring, over=transport_name, queue_size=SMALL) as rig:
         stopped, *others = rig.prompt
         rig.driver.mmio.write(QUEUE_SEL, stopped)
         rig.driver.mmio.write(QUEUE_READY, 0)
@@ -149,8 +159,8 @@ def test_row18_a_queue_that_is_not_ready_is_left_alone(name: str, ring: Ring) ->
 
 @each
 @each_device
-def test_row19_a_queue_that_there_is_not(name: str, ring: Ring) -> None:
-    with every_device(name, ring) as rig:
+def test_row19_a_queue_that_there_is_not(transport_name: Over, name: str, ring: Ring) -> None:
+    with every_device(name, ring, over=transport_name) as rig:
         for index in (len(rig.device.queue_sizes), 0xFFFF, 0xFFFF_FFFF):
             rig.driver.mmio.write(QUEUE_NOTIFY, index)
         rig.assert_alive()
@@ -158,8 +168,10 @@ def test_row19_a_queue_that_there_is_not(name: str, ring: Ring) -> None:
 
 @each
 @each_device
-def test_row21_kicks_without_a_reason_are_no_interrupts(name: str, ring: Ring) -> None:
-    with every_device(name, ring) as rig:
+def test_row21_kicks_without_a_reason_are_no_interrupts(
+    transport_name: Over, name: str, ring: Ring
+) -> None:
+    with every_device(name, ring, over=transport_name) as rig:
         for _ in range(300):
             for queue in range(len(rig.driver.queues)):
                 rig.driver.kick(queue)
@@ -170,9 +182,9 @@ def test_row21_kicks_without_a_reason_are_no_interrupts(name: str, ring: Ring) -
 
 @each
 @each_device
-def test_row25_the_ring_goes_round(name: str, ring: Ring) -> None:
+def test_row25_the_ring_goes_round(transport_name: Over, name: str, ring: Ring) -> None:
     """A packed one many times; the indices of a split one are followed by tests of the queue."""
-    with every_device(name, ring, queue_size=SMALL) as rig:
+    with every_device(name, ring, over=transport_name, queue_size=SMALL) as rig:
         for _ in range(3 * SMALL + 1):
             for queue in rig.prompt:
                 rig.serves(queue)
@@ -180,9 +192,9 @@ def test_row25_the_ring_goes_round(name: str, ring: Ring) -> None:
 
 @each
 @each_device
-def test_row36_more_than_the_ring_holds(name: str, ring: Ring) -> None:
+def test_row36_more_than_the_ring_holds(transport_name: Over, name: str, ring: Ring) -> None:
     """As many chains as there is room for, several times over: each comes back once."""
-    with every_device(name, ring, queue_size=SMALL) as rig:
+    with every_device(name, ring, over=transport_name, queue_size=SMALL) as rig:
         for queue in rig.prompt:
             mock = rig.driver.queues[queue]
             for _ in range(3):
@@ -198,8 +210,12 @@ def test_row36_more_than_the_ring_holds(name: str, ring: Ring) -> None:
 @each
 @each_device
 @pytest.mark.parametrize("event_idx", [False, True], ids=["flags", "event idx"])
-def test_row38_who_wants_no_interrupts_gets_none(name: str, ring: Ring, event_idx: bool) -> None:
-    with every_device(name, ring, queue_size=SMALL, without=0 if event_idx else F_EVENT_IDX) as rig:
+def test_row38_who_wants_no_interrupts_gets_none(
+    transport_name: Over, name: str, ring: Ring, event_idx: bool
+) -> None:
+    with every_device(
+        name, ring, over=transport_name, queue_size=SMALL, without=0 if event_idx else F_EVENT_IDX
+    ) as rig:
         [queue, *_] = rig.prompt
         mock = rig.driver.queues[queue]
         mock.want_interrupts = False
@@ -229,8 +245,10 @@ def test_every_ring_feature_is_offered(name: str) -> None:
 
 @each
 @each_device
-def test_each_queue_can_be_reset_and_goes_on_elsewhere(name: str, ring: Ring) -> None:
-    with every_device(name, ring) as rig:
+def test_each_queue_can_be_reset_and_goes_on_elsewhere(
+    transport_name: Over, name: str, ring: Ring
+) -> None:
+    with every_device(name, ring, over=transport_name) as rig:
         mmio = rig.driver.mmio
         assert rig.driver.features & F_RING_RESET
         for index, largest in enumerate(rig.device.queue_sizes):
@@ -243,9 +261,9 @@ def test_each_queue_can_be_reset_and_goes_on_elsewhere(name: str, ring: Ring) ->
 
 @each
 @each_device
-def test_a_reset_queue_gives_nothing_back(name: str, ring: Ring) -> None:
+def test_a_reset_queue_gives_nothing_back(transport_name: Over, name: str, ring: Ring) -> None:
     """Neither what it had taken nor what waited in its ring, now or later."""
-    with every_device(name, ring, queue_size=SMALL) as rig:
+    with every_device(name, ring, over=transport_name, queue_size=SMALL) as rig:
         mmio = rig.driver.mmio
         for index in range(len(rig.device.queue_sizes)):
             if index not in rig.prompt:  # these wait for the host
@@ -265,8 +283,10 @@ def test_a_reset_queue_gives_nothing_back(name: str, ring: Ring) -> None:
 
 @each
 @each_device
-def test_a_queue_that_was_never_enabled_can_be_reset_and_used(name: str, ring: Ring) -> None:
-    with every_device(name, ring, start=False) as rig:
+def test_a_queue_that_was_never_enabled_can_be_reset_and_used(
+    transport_name: Over, name: str, ring: Ring
+) -> None:
+    with every_device(name, ring, over=transport_name, start=False) as rig:
         mmio = rig.driver.mmio
         late = rig.prompt[0]
         sizes = [0 if index == late else size for index, size in enumerate(rig.device.queue_sizes)]
@@ -278,8 +298,10 @@ def test_a_queue_that_was_never_enabled_can_be_reset_and_used(name: str, ring: R
 
 @each
 @each_device
-def test_a_queue_is_reset_while_the_others_are_busy(name: str, ring: Ring) -> None:
-    with every_device(name, ring, queue_size=SMALL) as rig:
+def test_a_queue_is_reset_while_the_others_are_busy(
+    transport_name: Over, name: str, ring: Ring
+) -> None:
+    with every_device(name, ring, over=transport_name, queue_size=SMALL) as rig:
         mmio = rig.driver.mmio
         reset, *busy = rig.prompt
         for _ in range(20):

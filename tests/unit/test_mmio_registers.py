@@ -13,6 +13,8 @@ from pyvmm.transport.__main__ import page
 from pyvmm.transport.mmio import REGISTERS
 from pyvmm.transport.registers import Register
 
+pytestmark = pytest.mark.mmio_only
+
 # virtio 1.3, 4.2.2, Table 4.1: offset, name, direction.
 SPECIFIED = """
 000 MagicValue R, 004 Version R, 008 DeviceID R, 00c VendorID R, 010 DeviceFeatures R,

@@ -312,6 +312,7 @@ def test_closing_quiesces_the_device(bench: Bench, device: RecordingDevice) -> N
     assert bench.status == 0
 
 
+@pytest.mark.mmio_only
 def test_shared_memory_is_shown_by_its_number(bench: Bench, device: RecordingDevice) -> None:
     """2.10 Shared Memory Regions; at any time, and none is selected for good."""
     device.shared_memory = {7: SharedMemory(0x12_3456_7000, 0x9_8765_4000)}

@@ -56,6 +56,7 @@ def test_queues_notified_together_share_an_edge_and_are_counted_each(
     assert [stats.interrupts for stats in bench.transport.negotiation.queue_stats[:2]] == [1, 1]
 
 
+@pytest.mark.mmio_only
 def test_what_stays_unacknowledged_interrupts_again(bench: Bench, device: RecordingDevice) -> None:
     bench.go_live()
     device.live.interrupt.signal_used(0)
@@ -118,6 +119,7 @@ def test_no_event_is_lost_between_signalling_and_acknowledging_threads(
     finish(*workers)
 
 
+@pytest.mark.mmio_only
 def test_an_event_in_the_middle_of_an_acknowledgement_is_kept(
     bench: Bench, device: RecordingDevice
 ) -> None:

@@ -28,6 +28,7 @@ class PmemDevice(QueueDevice):
     device_type = uapi.VIRTIO_ID_PMEM
     queue_sizes = (QUEUE_SIZE,)
     features = RING_FEATURES | _SHMEM_REGION
+    shared_memory_features = _SHMEM_REGION
     feature_names = uapi.FEATURE_NAMES
 
     def __init__(

@@ -16,9 +16,9 @@ from mmio_harness import (
     DESC,
     DEVICE_BIT,
     DRIVEN,
+    DRIVER_FEATURES,
     INTERRUPT_ACK,
     LIVE,
-    MAGIC,
     QUEUE_NOTIFY,
     QUEUE_READY,
     QUEUE_RESET,
@@ -126,6 +126,7 @@ def test_row14_a_bad_size_is_refused_whole(
     assert queue is not None and queue.size == 16
 
 
+@pytest.mark.mmio_only
 def test_row14_a_queue_whose_size_was_never_accepted_does_not_become_ready(bench: Bench) -> None:
     bench.negotiate()
     bench.place_queue(size=0x1_0008)
@@ -155,6 +156,7 @@ def test_row15_size_and_addresses_are_fixed_while_ready(
     assert bench.negotiation.state.queues[0].desc_addr == DESC
 
 
+@pytest.mark.mmio_only
 def test_row15_the_size_cannot_change_under_a_live_device(
     bench: Bench, device: RecordingDevice
 ) -> None:
@@ -191,6 +193,7 @@ def test_row17_a_ring_that_does_not_lie_in_ram_is_refused(
     assert "is not RAM" in bench.lines[-1]
 
 
+@pytest.mark.mmio_only
 def test_row18_a_stopped_queue_is_left_alone(
     slow: tuple[Bench, SlowDevice], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,6 +219,7 @@ def test_row18_a_stopped_queue_is_left_alone(
     assert bench.read(QUEUE_READY) == 0, "stays stopped until reset"
 
 
+@pytest.mark.mmio_only
 def test_row18_stopping_a_queue_ends_the_batch_after_the_request_at_hand(
     slow: tuple[Bench, SlowDevice],
 ) -> None:
@@ -236,6 +240,7 @@ def test_row18_stopping_a_queue_ends_the_batch_after_the_request_at_hand(
     assert bench.used_index() == 1
 
 
+@pytest.mark.mmio_only
 def test_row18_stopping_a_queue_waits_for_the_batch_in_progress(
     slow: tuple[Bench, SlowDevice],
 ) -> None:
@@ -257,6 +262,7 @@ def test_row18_stopping_a_queue_waits_for_the_batch_in_progress(
 # --- 19 to 22 -------------------------------------------------------------------------------------
 
 
+@pytest.mark.mmio_only
 @pytest.mark.parametrize("index", [2, 0x1_0000, 0xFFFF_FFFF])
 def test_row19_a_kick_of_a_queue_that_is_not_there_is_ignored(bench: Bench, index: int) -> None:
     bench.go_live()
@@ -293,6 +299,7 @@ def test_row21_a_kick_storm_on_an_empty_ring_interrupts_nobody(
     assert (bench.edges, bench.interrupt_status) == (0, 0)
 
 
+@pytest.mark.mmio_only
 @pytest.mark.parametrize("region", [0, 1, 0xFF, 0xFFFF_FFFF])
 def test_row22_a_shared_memory_region_that_is_not_there(bench: Bench, region: int) -> None:
     bench.write(SHM_SEL, region)
@@ -305,8 +312,8 @@ def test_row22_a_shared_memory_region_that_is_not_there(bench: Bench, region: in
 
 def test_a_flood_of_bad_accesses_leaves_a_short_log(bench: Bench) -> None:
     for _ in range(10_000):
-        bench.write(MAGIC, 1)
-        bench.write(QUEUE_NOTIFY, 9)
+        bench.write(DRIVER_FEATURES, 1)  # at a wrong time
+        bench.write(QUEUE_SIZE, 9)
     assert len(bench.lines) <= 25
 
 
