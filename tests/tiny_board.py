@@ -15,7 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.abc import MetaPathFinder
 from typing import Any
 
@@ -82,6 +82,7 @@ def make_board() -> Any:
     class TinyBoard(Board[TinyEntry]):
         console = "ttyTINY0"
         kernel_parameters = ("tiny=1",)
+        kernel_parameters_without_pci = ()
 
         def ram_ranges(self, size: int) -> list[tuple[int, int]]:
             return [(LOW, size - 0x1_0000), (HIGH, 0x1_0000)]
@@ -101,6 +102,7 @@ def make_board() -> Any:
             cmdline: str,
             cpus: int,
             slots: Sequence[VirtioSlot],
+            pci: bool,
             discovery: str,
         ) -> TinyEntry:
             with open(kernel, "rb") as file:
@@ -153,6 +155,7 @@ def make_board() -> Any:
 
 def main(how: str, kernel: str) -> None:
     sys.meta_path.insert(0, NoX86())
+    from pyvmm.errors import ConfigError
     from pyvmm.machine.alarm import Alarm
     from pyvmm.machine.board import registry
     from pyvmm.machine.builder import assemble, check_boot, open_kvm, prepare
@@ -165,6 +168,10 @@ def main(how: str, kernel: str) -> None:
     registry.BOARDS[os.uname().machine] = make_board
     spec = VmSpec(kernel=kernel, memory=64 * MIB, cmdline="quiet", name="tiny")
     check_boot(spec)
+    try:
+        check_boot(replace(spec, transport="pci"))
+    except ConfigError as error:
+        print(error)
     with ExitStack() as closing:
         prepared = prepare(spec, (EntropyDevice(),), Alarm(), closing)
         print(*(f"{r.guest_addr:#x}+{r.size:#x}" for r in prepared.memory.regions))

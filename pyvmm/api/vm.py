@@ -71,6 +71,7 @@ class VM(InGuest, InMonitor):
         trace: str | Iterable[str] = (),
         trace_file: Path | None = None,
         discovery: str = "auto",
+        transport: str = "mmio",
         on_reboot: str = "restart",
         name: str = "",
         rm: bool = True,

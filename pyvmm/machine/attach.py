@@ -6,10 +6,12 @@ an ioeventfd per queue catches its doorbell in the kernel, an irqfd raises the G
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from pyvmm.bus import Bus
-from pyvmm.host import log
+from pyvmm.host.log import Sink
 from pyvmm.host.syscalls import EventFd
 from pyvmm.kvm.vm import Vm
 from pyvmm.machine.board.board import VirtioSlot
@@ -19,42 +21,61 @@ from pyvmm.transport.base import Transport
 from pyvmm.transport.mmio import MmioTransport
 from pyvmm.virtio.device import VirtioDevice
 
+if TYPE_CHECKING:  # as a Protocol costs a start 0.1 ms
+    from typing import Protocol
 
-def attach_virtio(
-    device: VirtioDevice,
-    slot: VirtioSlot,
-    *,
-    vm_name: str,
-    vm: Vm,
-    memory: GuestMemory,
-    bus: Bus,
-    trace: Trace,
-    closing: ExitStack,
-) -> Transport:
-    """Give `device` the window and the interrupt of `slot`; `closing` undoes it in reverse order.
+    class Plug(Protocol):
+        """Where virtio devices are plugged in, one after the other."""
 
-    Raises HostError if KVM refuses.
-    """
-    interrupt = EventFd()
-    closing.callback(interrupt.close)
-    transport = MmioTransport(
-        device,
-        memory,
-        interrupt.signal,
-        irq_eventfd=interrupt,
-        log=log.of_vm(vm_name),  # the transport limits the rate
-        trace=_virtio_hook(trace),
-    )
-    closing.callback(transport.close)
-    bus.register(slot.base, slot.size, transport.registers)
-    vm.irqfd(interrupt.fd, slot.gsi)
-    closing.callback(vm.irqfd, interrupt.fd, slot.gsi, deassign=True)
-    for bell in transport.doorbells:
-        vm.ioeventfd(bell.kick.fd, slot.base + bell.offset, bell.size, datamatch=bell.match)
-    return transport
+        def attach(
+            self,
+            device: VirtioDevice,
+            *,
+            memory: GuestMemory,
+            log: Sink,
+            trace: Hook | None,
+            closing: ExitStack,
+        ) -> Transport:
+            """Plug `device` in at the next place; `closing` undoes it in reverse order.
+
+            Raises HostError if KVM refuses.
+            """
 
 
-def _virtio_hook(trace: Trace) -> Hook | None:
+class MmioSlots:
+    """See Plug: windows and interrupt lines that a board has for virtio-mmio."""
+
+    def __init__(self, slots: Sequence[VirtioSlot], vm: Vm, bus: Bus) -> None:
+        self._slots = iter(slots)
+        self._vm = vm
+        self._bus = bus
+
+    def attach(
+        self,
+        device: VirtioDevice,
+        *,
+        memory: GuestMemory,
+        log: Sink,
+        trace: Hook | None,
+        closing: ExitStack,
+    ) -> Transport:
+        """See Plug."""
+        slot, vm = next(self._slots), self._vm
+        interrupt = EventFd()
+        closing.callback(interrupt.close)
+        transport = MmioTransport(
+            device, memory, interrupt.signal, irq_eventfd=interrupt, log=log, trace=trace
+        )
+        closing.callback(transport.close)
+        self._bus.register(slot.base, slot.size, transport.registers)
+        vm.irqfd(interrupt.fd, slot.gsi)
+        closing.callback(vm.irqfd, interrupt.fd, slot.gsi, deassign=True)
+        for bell in transport.doorbells:
+            vm.ioeventfd(bell.kick.fd, slot.base + bell.offset, bell.size, datamatch=bell.match)
+        return transport
+
+
+def virtio_hook(trace: Trace) -> Hook | None:
     """One hook for what a transport tells: register accesses, and all that follows from them."""
     registers, status = trace.hook("registers"), trace.hook("status")
     if registers is None and status is None:

@@ -20,7 +20,7 @@ from pyvmm.kvm.system import Kvm
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.kvm.vm import Vm
 from pyvmm.machine.alarm import Alarm
-from pyvmm.machine.attach import attach_virtio
+from pyvmm.machine.attach import MmioSlots, virtio_hook
 from pyvmm.machine.board.board import Board, VirtioSlot
 from pyvmm.machine.board.registry import board_of_host
 from pyvmm.machine.cmdline import command_line
@@ -32,6 +32,7 @@ from pyvmm.transport.base import Transport
 from pyvmm.virtio.device import VirtioDevice
 
 if TYPE_CHECKING:
+    from pyvmm.machine.attach import Plug
     from pyvmm.machine.board.board import Entry, PowerButton, SerialPort
     from pyvmm.machine.mapped_files import MappedFiles
 
@@ -85,7 +86,7 @@ def prepare(
     `quiet` asks the kernel for little console output (unless the user's command line differs).
     """
     board = board_of_host()
-    slots = board.virtio_slots(len(devices))
+    slots = _slots(board, spec, len(devices))
     memory = _allocate(board, spec.memory)
     closing.callback(memory.close)
     entry = _load(board, spec, slots, memory, quiet=quiet)
@@ -106,8 +107,21 @@ def check_boot(spec: VmSpec) -> None:
     """Raise the ConfigError that loading the kernel would raise, and keep nothing."""
     board = board_of_host()
     with closing(_allocate(board, spec.memory)) as memory:
-        slots = board.virtio_slots(len(spec.disks) + len(spec.devices))
+        slots = _slots(board, spec, len(spec.disks) + len(spec.devices))
         _load(board, spec, slots, memory, quiet=True)
+
+
+def _slots(board: Board[Any], spec: VmSpec, count: int) -> tuple[VirtioSlot, ...]:
+    """The places of virtio-mmio devices. Raises ConfigError where there is no PCI bus."""
+    if spec.transport == "mmio":
+        return board.virtio_slots(count)
+    if board.pci_places is None:
+        raise ConfigError(
+            "machines of this architecture have no PCI bus",
+            cure="use --transport mmio",
+            option="--transport",
+        )
+    return ()
 
 
 def _load(
@@ -125,6 +139,7 @@ def _load(
         cmdline=command_line(spec, board, quiet=quiet),
         cpus=spec.cpus,
         slots=slots,
+        pci=spec.transport == "pci",
         discovery=spec.discovery,
     )
     return entry
@@ -191,24 +206,37 @@ def assemble(
             board.address_bits(kvm),
             log.of_vm(spec.name),
         )
-    transports = tuple(
-        attach_virtio(
-            device,
-            slot,
-            vm_name=spec.name,
-            vm=vm,
-            memory=prepared.memory,
-            bus=mmio,
-            trace=trace,
-            closing=closing,
-        )
-        for device, slot in zip(prepared.devices, prepared.slots, strict=True)
-    )
+    transports = _attach(prepared, vm, ports, mmio, trace, closing)
     vcpus, serial, button = core
     parts = Parts(prepared, vm, ports, mmio, serial, transports, vcpus, button)
     if not vm.check_extension(uapi.KVM_CAP_BINARY_STATS_FD):
         return parts._replace(counts=AccessCounts())
     return parts._replace(stats=tuple(closing.enter_context(StatsFile(v.fd)) for v in vcpus))
+
+
+def _attach(
+    prepared: Prepared, vm: Vm, ports: Bus, mmio: Bus, trace: Trace, closing: ExitStack
+) -> tuple[Transport, ...]:
+    """The devices' transports, in their order."""
+    board, spec = prepared.board, prepared.spec
+    plug: Plug
+    places = board.pci_places
+    if spec.transport == "pci" and places is not None:
+        from pyvmm.machine.pci_host import PciHost
+
+        plug = PciHost(places, vm, board.messages(vm), ports=ports, mmio=mmio)
+    else:
+        plug = MmioSlots(prepared.slots, vm, mmio)
+    return tuple(
+        plug.attach(
+            device,
+            memory=prepared.memory,
+            log=log.of_vm(spec.name),  # the transport limits the rate
+            trace=virtio_hook(trace),
+            closing=closing,
+        )
+        for device in prepared.devices
+    )
 
 
 def _add_memory(vm: Vm, memory: GuestMemory) -> None:

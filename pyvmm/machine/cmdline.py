@@ -17,6 +17,8 @@ def default_parameters(spec: VmSpec, board: Board[Any], *, quiet: bool) -> list[
     """
     console = spec.console or board.console
     parameters = [f"console={console}", "panic=-1", *board.kernel_parameters]
+    if spec.transport != "pci":
+        parameters += board.kernel_parameters_without_pci
     if quiet:
         parameters.append("quiet")
     if spec.disks:

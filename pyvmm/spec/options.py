@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from pyvmm.errors import ConfigError
 from pyvmm.spec.sizes import parse_memory
-from pyvmm.spec.vm import DISCOVERY, ON_REBOOT, TRACE_KINDS
+from pyvmm.spec.vm import DISCOVERY, ON_REBOOT, TRACE_KINDS, TRANSPORTS
 
 KVM = ("auto", "host", "emulated")
 LOG_FORMATS = ("text", "json")
@@ -140,6 +140,15 @@ LAST = (
         default="auto",
         shows_default=True,
         help="How the guest learns of its virtio-mmio devices.",
+    ),
+    Option(
+        "transport",
+        "--transport",
+        choices=TRANSPORTS,
+        field="transport",
+        default="mmio",
+        shows_default=True,
+        help="How the guest reaches its virtio devices: virtio-mmio, or a PCI bus with MSI-X.",
     ),
     Option(
         "on_reboot",
@@ -312,6 +321,7 @@ _READ: Mapping[str, Callable[[Any, Option], Any]] = {
     "trace_file": read_path,
     "discovery": _choice,
     "on_reboot": _choice,
+    "transport": _choice,
     "name": read_text,
     "rm": _true_or_false,
     "kvm": _choice,

@@ -18,6 +18,7 @@ MAX_MEMORY = 32 << 40  # half of what Linux can map at once, with four-level pag
 MAX_DEVICES = 16  # every board has interrupt lines for so many
 TRACE_KINDS = ("registers", "status", "requests", "exits")
 DISCOVERY = ("auto", "acpi", "cmdline", "both")
+TRANSPORTS = ("mmio", "pci")
 ON_REBOOT = ("restart", "end")
 
 INTERNAL = {"internal": True}
@@ -133,6 +134,7 @@ class VmSpec:
     trace: tuple[str, ...] = ()
     trace_file: str | None = None
     discovery: str = "auto"
+    transport: str = "mmio"
     on_reboot: str = "restart"
 
     @property
@@ -165,6 +167,8 @@ def check(spec: VmSpec) -> None:
             cure=f"use at most {MAX_DEVICES}",
             option="--disk",
         )
+    if spec.transport not in TRANSPORTS:
+        raise ConfigError(f"unknown transport {spec.transport!r}", cure=f"use {TRANSPORTS}")
     if spec.discovery not in DISCOVERY:
         raise ConfigError(f"unknown discovery {spec.discovery!r}", cure=f"use {DISCOVERY}")
     if spec.on_reboot not in ON_REBOOT:

@@ -14,6 +14,7 @@ import tiny_board
 from pyvmm.emulated_host.architecture import emulated_machine
 from pyvmm.errors import ConfigError
 from pyvmm.machine.board import registry
+from pyvmm.pci.bus import ECAM_SIZE
 from pyvmm.spec.vm import MAX_DEVICES, MIN_MEMORY
 
 GIB = 1 << 30
@@ -31,6 +32,9 @@ def test_ram_devices_and_files_do_not_overlap(board, memory: int) -> None:
     slots = board.virtio_slots(MAX_DEVICES)
     assert len({slot.gsi for slot in slots}) == MAX_DEVICES
     places += [(slot.base, slot.size) for slot in slots]
+    pci = board.pci_places
+    if pci is not None:
+        places += [(pci.ecam, ECAM_SIZE), (pci.window, pci.window_size)]
     files = board.mapped_files(memory)
     assert files.start % GIB == 0 and len(files) >= GIB
     places.append((files.start, len(files)))
@@ -71,6 +75,7 @@ def test_another_board_needs_nothing_of_x86(tmp_path: Path) -> None:
     done = subprocess.run(program, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
+        "--transport: machines of this architecture have no PCI bus; use --transport mmio",
         "0x100000+0x3ff0000 0xffff0000+0x10000",
         "kernel TinyEntry(cmdline='console=ttyTINY0 panic=-1 tiny=1 quiet', discovery='auto')",
         "ttyTINY0 VirtioSlot(base=3758096384, size=512, gsi=16)",

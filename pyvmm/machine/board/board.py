@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # also because a Protocol costs a start 0.1 ms
     from typing import Protocol
 
     from pyvmm.kvm.probe import ProbeGuest
+    from pyvmm.machine.messages import Messages
     from pyvmm.platform.console_pump import InputPort
 
     class Entry(Protocol):
@@ -56,6 +57,17 @@ class VirtioSlot(NamedTuple):
     gsi: int
 
 
+class PciPlaces(NamedTuple):
+    """Where a PCI host bridge answers: guest-physical addresses of the configuration spaces (ECAM)
+    and of the window in which BARs lie, with its size in bytes, and the first of the I/O ports for
+    configuration accesses, if there are any."""
+
+    ecam: int
+    window: int
+    window_size: int
+    config_port: int | None
+
+
 class Core(NamedTuple):
     """What a board has put together. `power_button` is None on a machine without one."""
 
@@ -79,6 +91,9 @@ class Board(ABC, Generic[E]):
     kernel_parameters: ClassVar[tuple[str, ...]]
     """What a kernel's command line needs on this machine, whatever else it has."""
 
+    kernel_parameters_without_pci: ClassVar[tuple[str, ...]]
+    """What it needs besides where the machine has no PCI bus."""
+
     # --- what needs no KVM: memory, and the kernel in it ------------------------------------------
 
     @abstractmethod
@@ -95,6 +110,11 @@ class Board(ABC, Generic[E]):
         """The first `count` places, in the order in which Linux names the devices behind them;
         spec.MAX_DEVICES at least. Raises ValueError for more than there are."""
 
+    @property
+    def pci_places(self) -> PciPlaces | None:
+        """Where the PCI host bridge is, in a machine that has one; None if none can."""
+        return None
+
     @abstractmethod
     def load(
         self,
@@ -105,12 +125,14 @@ class Board(ABC, Generic[E]):
         cmdline: str,
         cpus: int,
         slots: Sequence[VirtioSlot],
+        pci: bool,
         discovery: str,
     ) -> E:
         """Put kernel, initrd and all tables that the guest looks for into fresh `memory`.
 
         `kernel` and `initrd` are paths. `discovery`, one of spec.DISCOVERY, is how the guest is
-        told of the devices in `slots`. Raises ConfigError that names the option at fault.
+        told of the devices in `slots`; with `pci` it is told of a PCI bus as well. Raises
+        ConfigError that names the option at fault.
         """
 
     @abstractmethod
@@ -136,6 +158,11 @@ class Board(ABC, Generic[E]):
     @abstractmethod
     def create_vm(self, kvm: Kvm, memory: GuestMemory) -> Vm:
         """A VM that can have `memory`, which is not its own yet. Raises HostError."""
+
+    def messages(self, vm: Vm) -> Messages:
+        """Carries the messages of PCI devices to the interrupt controllers, which `vm` has. Of a
+        board with `pci_places`."""
+        raise NotImplementedError
 
     @abstractmethod
     def build(

@@ -16,7 +16,7 @@ from pyvmm.kvm.vm import Vm
 from pyvmm.kvm.x86 import cpuid, irqchip
 from pyvmm.kvm.x86.boot_vcpu import setup_boot_vcpu, setup_vcpu
 from pyvmm.kvm.x86.capabilities import REQUIRED
-from pyvmm.machine.board.board import Board, Core, VirtioSlot
+from pyvmm.machine.board.board import Board, Core, PciPlaces, VirtioSlot
 from pyvmm.machine.board.x86 import layout
 from pyvmm.memory import GuestMemory
 from pyvmm.platform.serial import BURST, Serial
@@ -24,15 +24,15 @@ from pyvmm.platform.x86 import acpi_pm, cmos, i8042
 
 if TYPE_CHECKING:
     from pyvmm.kvm.x86.probe_guest import ProbeGuest
+    from pyvmm.machine.messages import Messages
 
 
 class X86Board(Board[boot.Entry]):
     """See Board. It is made of `layout` and pyvmm/boot/x86, pyvmm/kvm/x86, pyvmm/platform/x86."""
 
     console = "ttyS0"
-    # reboot=k is tried where ACPI's reset register is not; without pci=off a kernel complains that
-    # it finds no PCI bus, of which there is none.
-    kernel_parameters = ("reboot=k", "pci=off")
+    kernel_parameters = ("reboot=k",)  # which is tried where ACPI's reset register is not
+    kernel_parameters_without_pci = ("pci=off",)  # else it looks for a bus, and complains
 
     def ram_ranges(self, size: int) -> list[tuple[int, int]]:
         return boot.ram_ranges(size)
@@ -53,6 +53,11 @@ class X86Board(Board[boot.Entry]):
             for index, gsi in enumerate(layout.VIRTIO_GSIS[:count])
         )
 
+    @property
+    def pci_places(self) -> PciPlaces:
+        host = layout.PCI_HOST
+        return PciPlaces(host.ecam, host.window, host.window_size, host.config_port)
+
     def load(
         self,
         memory: GuestMemory,
@@ -62,6 +67,7 @@ class X86Board(Board[boot.Entry]):
         cmdline: str,
         cpus: int,
         slots: Sequence[VirtioSlot],
+        pci: bool,
         discovery: str,
     ) -> boot.Entry:
         return boot.load(
@@ -73,6 +79,7 @@ class X86Board(Board[boot.Entry]):
                 fixed=layout.FIXED_DEVICES,
                 cpus=cpus,
                 virtio=tuple(boot.VirtioMmioDevice(*slot) for slot in slots),
+                pci=layout.PCI_HOST if pci else None,
             ),
             virtio_discovery=discovery,
         )
@@ -96,6 +103,11 @@ class X86Board(Board[boot.Entry]):
 
     def create_vm(self, kvm: Kvm, memory: GuestMemory) -> Vm:
         return kvm.create_vm()
+
+    def messages(self, vm: Vm) -> Messages:
+        from pyvmm.machine.messages import Messages
+
+        return Messages(vm, irqchip.default_routes(), layout.is_message)
 
     def build(
         self,

@@ -6,14 +6,18 @@ both; a test compares them.
 
 from __future__ import annotations
 
-from pyvmm.boot.x86.acpi import FixedDevices
+from pyvmm.boot.x86.acpi import FixedDevices, PciHost
 from pyvmm.boot.x86.layout import GIB, HOLE_END, ram_ranges
 from pyvmm.platform.x86 import acpi_pm, i8042
 
 # --- in the hole below 4 GiB ----------------------------------------------------------------------
+PCI_WINDOW = 0xC000_0000  # where BARs answer
+PCI_WINDOW_SIZE = 0x1000_0000
 VIRTIO_MMIO_BASE = 0xD000_0000
 VIRTIO_MMIO_STRIDE = 0x1000
 VIRTIO_MMIO_SIZE = 0x200  # registers to 0x100, then the device's configuration space
+PCI_ECAM = 0xE000_0000  # the configuration spaces of bus 0
+PCI_ECAM_SIZE = 0x10_0000
 IOAPIC = 0xFEC0_0000
 LOCAL_APIC = 0xFEE0_0000
 KVM_IDENTITY_MAP = 0xFFFB_C000  # one page, for KVM on Intel
@@ -29,6 +33,7 @@ SERIAL_PORTS = 8
 SERIAL_GSI = 4
 I8042_DATA_PORT = 0x60
 I8042_COMMAND_PORT = I8042_DATA_PORT + i8042.COMMAND
+PCI_CONFIG_PORT = 0xCF8
 ACPI_SLEEP_CONTROL_PORT = 0x600
 ACPI_SLEEP_STATUS_PORT = ACPI_SLEEP_CONTROL_PORT + acpi_pm.SLEEP_STATUS
 ACPI_RESET_PORT = ACPI_SLEEP_CONTROL_PORT + acpi_pm.RESET
@@ -56,6 +61,15 @@ FIXED_DEVICES = FixedDevices(
     power_button_gsi=POWER_BUTTON_GSI,
 )
 """What the ACPI tables say of the devices that every machine has."""
+
+PCI_HOST = PciHost(PCI_ECAM, PCI_ECAM_SIZE, PCI_WINDOW, PCI_WINDOW_SIZE, PCI_CONFIG_PORT)
+"""What they say of a PCI bus, in a machine that has one."""
+
+
+def is_message(address: int) -> bool:
+    """Whether a write to guest-physical `address` is an interrupt (Intel SDM, volume 3, 11.11.1
+    "Message Address Register Format")."""
+    return address & ~0xF_FFFF == LOCAL_APIC
 
 
 def mapped_files_start(ram: int) -> int:

@@ -1,0 +1,131 @@
+"""Linux's own drivers on virtio-pci: every device, its interrupts, and functions that the guest
+resets, takes away, finds again and moves."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from disks import blank_disk
+from test_linux_net import DIGEST, Server
+from vms import debian, messages, script
+
+from pyvmm import VM, Disk
+from pyvmm.host.programs import find_program
+
+pytestmark = pytest.mark.usefixtures("linux_guests")
+
+FIND = """\
+of() { # DRIVER [N]: the function of the Nth virtio device that the driver has
+    for one in /sys/bus/virtio/drivers/$1/virtio*; do readlink -f $one/..; done | sed -n "${2:-1}p"
+}
+"""
+EVERY_DEVICE = """\
+set -e
+for driver in blk net console rng balloon; do
+    function=$(of virtio_$driver)
+    echo "$driver=$(cat $function/vendor) $(cat $function/device) $(cat $function/revision)"
+done
+echo "messages=$(grep -c PCI-MSI /proc/interrupts)"
+echo "lines=$(grep -c 'IO-APIC.*virtio' /proc/interrupts || true)"
+echo "shared=$(grep PCI-MSI /proc/interrupts | grep -c , || true)"
+dmesg > /run/dmesg
+echo "fatal=$(grep -c 'PCI: Fatal' /run/dmesg || true)"
+echo "complaints=$(grep -ciE 'pci.*(fail|error|invalid|no space|conflict)' /run/dmesg || true)"
+echo "ecam=$(grep -c 'PCI MMCONFIG' /proc/iomem)"
+echo "read=$(sha256sum < /dev/vdb | cut -d' ' -f1)"
+dd if=/dev/vdb of=/run/data bs=64k status=none
+dd if=/run/data of=/dev/vdc bs=64k conv=fsync status=none
+dd if=/dev/hwrng bs=64 count=16 iflag=fullblock status=none | od -An -v -tx1 -w1 | sort -u | wc -l |
+    sed 's/^/random=/'
+busybox wget -q -O /run/page http://10.0.2.2:PORT/data
+echo "download=$(sha256sum < /run/page | cut -d' ' -f1)"
+"""
+
+
+@pytest.mark.parametrize(("kernel", "cpus"), [("6.1", 1), ("6.12", 2)])
+@pytest.mark.skipif(find_program("passt") is None, reason="needs passt (package passt)")
+def test_every_device(
+    kernel: str, cpus: int, microvm_factory: Callable[..., VM], tmp_path: Path
+) -> None:
+    data = random.Random(7).randbytes(4 << 20)
+    (tmp_path / "in").write_bytes(data)
+    blank_disk(tmp_path / "out", len(data))
+    disks = [Disk(str(tmp_path / "in"), read_only=True), Disk(str(tmp_path / "out"), queues=cpus)]
+    vm = microvm_factory(
+        **debian(kernel, *disks),
+        transport="pci",
+        cpus=cpus,
+        net="user,host",
+        console="virtio",
+        rng=True,
+        balloon=True,
+    )
+    port = Server("127.0.0.1").web.getsockname()[1]
+    found = script(vm, FIND + EVERY_DEVICE.replace("PORT", str(port)))
+    digest = hashlib.sha256(data).hexdigest()
+    ids = {"blk": 2, "net": 1, "console": 3, "rng": 4, "balloon": 5}
+    for driver, kind in ids.items():
+        assert found.pop(driver) == f"0x1af4 {0x1040 + kind:#06x} 0x01"
+    assert int(found.pop("messages")) >= 2 * len(ids)
+    assert int(found.pop("random")) > 100
+    assert found == {
+        **{"lines": "0", "shared": "0", "fatal": "0", "complaints": "0", "ecam": "1"},
+        **{"read": digest, "download": DIGEST},
+    }
+    assert (tmp_path / "out").read_bytes() == data
+    # A slow guest that has hvc0 only says nothing for long.
+    assert [line for line in messages(vm) if "has printed nothing in" not in line] == []
+
+
+FUNCTIONS = """\
+set -e
+function=$(of virtio_blk 2)
+name=${function##*/}
+sum() { sha256sum < /dev/vdb | cut -d' ' -f1; }
+echo "first=$(sum)"
+echo 1 > $function/remove
+echo "gone=$(ls /dev/vdb 2>/dev/null)"
+echo 1 > /sys/bus/pci/rescan
+until [ -b /dev/vdb ]; do sleep 0.1; done
+echo "again=$(sum)"
+device=$(basename $function/virtio*)
+echo $name > /sys/bus/pci/drivers/virtio-pci/unbind
+echo "methods=$(cat $function/reset_method)"
+echo 1 > $function/reset
+echo $name > /sys/bus/pci/drivers/virtio-pci/bind
+until [ -b /dev/vdb ]; do sleep 0.1; done
+echo "after_reset=$(sum)"
+echo $name > /sys/bus/pci/drivers/virtio-pci/unbind
+echo 0 > $function/enable 2>/dev/null || true
+echo $name > /sys/bus/pci/drivers/virtio-pci/bind
+until [ -b /dev/vdb ]; do sleep 0.1; done
+echo "after_disable=$(sum)"
+dd if=/dev/vdb of=/dev/null bs=4k count=2000 iflag=direct status=none &
+irq=$(sed -n "s/^ *\\([0-9]*\\):.*virtio.*-req.*/\\1/p" /proc/interrupts | tail -1)
+for n in 1 2 3 4 5 6 7 8 9 10; do
+    for mask in 1 2; do echo $mask > /proc/irq/$irq/smp_affinity; sleep 0.05; done
+done
+wait
+echo "moved=$(sum)"
+"""
+
+
+def test_functions_that_the_guest_resets_takes_away_and_finds_again(
+    microvm_factory: Callable[..., VM], tmp_path: Path
+) -> None:
+    data = random.Random(8).randbytes(16 << 20)
+    (tmp_path / "disk").write_bytes(data)
+    disk = Disk(str(tmp_path / "disk"), read_only=True)
+    vm = microvm_factory(**debian("6.1", disk), transport="pci", cpus=2)
+    found = script(vm, FIND + FUNCTIONS)
+    digest = hashlib.sha256(data).hexdigest()
+    assert "flr" in found.pop("methods")
+    assert found == {
+        **dict.fromkeys(("first", "again", "after_reset", "after_disable", "moved"), digest),
+        "gone": "",
+    }
+    assert messages(vm) == []
