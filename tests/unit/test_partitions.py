@@ -298,7 +298,14 @@ def test_the_machine_reads_its_disks_through_their_back_ends(tmp_path: Path, dir
         disk = open_disk(spec.disks[0], None, closing, Alarm())
         broken = BlockDevice(Failing(), name="broken")
         entry = SimpleNamespace(cmdline="console=ttyS0 root=/dev/vdb")
-        prepared = SimpleNamespace(spec=spec, entry=entry, devices=(broken, disk))
+        port = object()
+        prepared = SimpleNamespace(
+            spec=spec,
+            entry=entry,
+            devices=(broken, disk),
+            console=port,
+            board=SimpleNamespace(console=port),
+        )
         attendant = Attendant("vm", cast(Prepared, prepared))
         attendant.watcher._disk_ready = lambda: True
         attendant.observe(CANNOT_MOUNT.replace(b"vda", b"vdb") % b"")
