@@ -36,8 +36,8 @@ sync -f /run/memory
 echo "data=$(sha256sum < /run/memory/data | cut -d' ' -f1)"
 echo "source=$(sha256sum < /dev/pmem1 | cut -d' ' -f1)"
 echo "size=$(blockdev --getsize64 /dev/pmem0) $(blockdev --getsize64 /dev/pmem1)"
-# Linux cannot be told that it may only read.
-dd if=/dev/zero of=/dev/pmem1 bs=64k count=4 oflag=direct status=none || true
+# Linux cannot be told that it may only read. Each of these words is an exit.
+dd if=/dev/zero of=/dev/pmem1 bs=4k count=1 oflag=direct status=none || true
 echo "after=$(sha256sum < /dev/pmem1 | cut -d' ' -f1)"
 umount /run/memory
 """
@@ -73,8 +73,7 @@ def test_a_file_is_memory_with_a_file_system_in_it(microvm_factory, tmp_path):
     assert said["size"] == f"{SIZE} {2 * MIB}"
     assert said["source"] == said["after"] == checksum == sha256(source)
     assert vm.stats()["devices"]["pmem0"]["flushes"] > 0
-    [warning] = messages(vm)
-    assert "read-only" in warning
+    assert len([line for line in messages(vm) if "read-only" in line]) == 1
     vm.stop()
     assert fsck(memory) == ""
     assert checksum_in(memory, "/data") == said["data"]
