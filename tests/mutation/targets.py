@@ -31,14 +31,14 @@ TARGETS = (
         "core", "virtio/queue/*.py",
         "queue queue_usual queue_buffers split_queue packed_queue queue_hostile"
         " queue_model vhost_user_inflight worker_polling stats"
-        " mmio_robustness_queues start_imports net_vhost",
+        " transport_robustness_queues start_imports net_vhost",
     ),
     Target(
         "core", "virtio/lifecycle.py virtio/negotiation.py virtio/status.py virtio/features.py"
         " virtio/defects.py virtio/device.py virtio/events.py transport/events.py",
-        "status negotiation mmio_robustness mmio_robustness_queues queue_reset mmio_registers"
-        " negotiation_threads trace stats worker queue_device mmio_fuzz vhost_user net_vhost pause"
-        " forgotten",
+        "status negotiation transport_robustness transport_robustness_queues queue_reset"
+        " mmio_registers negotiation_threads trace stats worker queue_device mmio_fuzz vhost_user"
+        " net_vhost pause forgotten",
     ),
     Target(
         "core", "virtio/worker.py",
@@ -48,9 +48,9 @@ TARGETS = (
     Target("core", "virtio/offload.py", "offload net_vhost"),
     Target("core", "virtio/rate_limit.py", "rate_limit net_limits stats"),
     Target(
-        "core", "transport/base.py transport/registers.py transport/mmio.py",
-        "registers transport_base mmio_registers mmio_robustness mmio_robustness_queues negotiation"
-        " negotiation_threads trace queue_reset mmio_fuzz net_vhost",
+        "core", "transport/*.py",
+        "registers transport_base mmio_registers transport_robustness transport_robustness_queues"
+        " negotiation negotiation_threads trace queue_reset mmio_fuzz net_vhost pci_transport",
     ),
     Target("core", "bus/*.py", "bus kvm_loop vcpu_runner"),
     Target("core", "memory/*.py", "guest_memory boot_memory_map chain vhost_user balloon_device"),
@@ -71,7 +71,7 @@ TARGETS = (
     Target("devices", "virtio/balloon/*.py", "balloon_* stats every_device"),
     Target("devices", "virtio/rng/*.py", "rng_device every_device"),
     Target("devices", "virtio/pmem/*.py", "pmem_device every_device"),
-    Target("core", "virtio/*.py transport/*.py", "every_device mmio_robustness"),  # new ones
+    Target("core", "virtio/*.py transport/*.py", "every_device transport_robustness"),  # new ones
     Target("agent", "agent/*.py", "agent agent_* cli_guest"),
     Target("container images", "images/container/*.py", "container_*"),
 )  # fmt: skip
