@@ -58,7 +58,7 @@ else
     echo "direct=$(grep -o -m 1 'Input/output error' /run/error)"
 fi
 dd if=/run/memory/more of=/dev/vdb bs=64k conv=fsync status=none
-dd if=/run/memory/more of=/dev/vdb bs=64k seek=16 oflag=direct status=none
+dd if=/run/memory/more of=/dev/vdb bs=64k seek=16 oflag=direct conv=fsync status=none
 """
 )
 
