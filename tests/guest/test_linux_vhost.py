@@ -18,7 +18,7 @@ from pyvmm.machine.host_kvm import why_unusable
 
 pytestmark = pytest.mark.usefixtures("linux_guests")
 
-UNIT_TESTS = Path(__file__).parent.parent / "unit" / "test_net_vhost.py"
+UNIT_TESTS = Path(__file__).parent.parent / "unit" / "virtio/net" / "test_net_vhost.py"
 PEER = Path(__file__).parent / "net_peer.py"
 SEED, BYTES = 7, 8_000_001
 SCRIPT = """\

@@ -10,7 +10,7 @@ import signal
 import time
 from pathlib import Path
 
-from unit.boot_images import Elf, Load
+from boot_images import Elf, Load
 
 CODE = bytes.fromhex(
     # start: xor ebx,ebx; lea rsi,[hello]

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Self
 
-from unit.boot_images import Elf, Load
+from boot_images import Elf, Load
 
 SAFETY_TIMEOUT = 60
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from unit.boot_images import Elf, Load
+from boot_images import Elf, Load
 
 from pyvmm.errors import ConfigError
 from pyvmm.host import tap

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from unit.boot_images import Elf, Load
-from unit.test_layering import ALLOWED, layer_of
+from boot_images import Elf, Load
+from unit.project.test_layering import ALLOWED, layer_of
 
 from pyvmm.kvm.system import Kvm
 

@@ -11,8 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from boot_images import Elf, Load
 from running import SAFETY_TIMEOUT
-from unit.boot_images import Elf, Load
 
 from pyvmm.control.client import Client, open_console, open_events
 from pyvmm.errors import ConfigError

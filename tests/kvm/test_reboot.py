@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from boot_images import Elf, Load
 from echo_guest import echo_kernel, faulting_kernel
 from running import SAFETY_TIMEOUT
-from unit.boot_images import Elf, Load
 
 from pyvmm.control.client import Client, events, open_console
 from pyvmm.kvm.system import Kvm

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from unit.boot_images import Elf, Load
+from boot_images import Elf, Load
 
 from pyvmm.kvm.system import Kvm
 

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from boot_images import Elf, Load
 from running import SAFETY_TIMEOUT, Running
-from unit.boot_images import Elf, Load
 
 from pyvmm import VM
 from pyvmm.api.errors import VMTimeout

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Target(NamedTuple):
-    """Modules, as globs below pyvmm, and the tests for them, as globs below tests/unit."""
+    """Modules, as globs below pyvmm, and the tests for them, as globs of names in tests/unit."""
 
     area: str
     modules: str
@@ -93,7 +93,7 @@ def tests_of(file: str) -> tuple[str, ...]:
     root = Path(__file__).parents[2]
     found: dict[str, None] = {}
     for test in _target_of(file).tests.split():
-        for path in sorted((root / "tests" / "unit").glob(f"test_{test}.py")):
+        for path in sorted((root / "tests" / "unit").rglob(f"test_{test}.py")):
             found[str(path.relative_to(root))] = None
     return tuple(found)
 

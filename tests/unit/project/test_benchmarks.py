@@ -1,0 +1,226 @@
+"""The benchmarks' own arithmetic, and what becomes of a part that hangs or fails."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import select
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+# A line of fio 3.33's terse output, of a run of reads: 419 requests a second, 421 ms.
+TERSE = (
+    "3;fio-3.33;l;0;0;704;1676;419;420;3;77;10.7;8.2;905;9611;2350.1;1411.9;"
+    "1.000000%=1044;5.000000%=1122;10.000000%=1187;20.000000%=1302;30.000000%=1417;"
+    "40.000000%=1548;50.000000%=1728;60.000000%=2057;70.000000%=2441;80.000000%=3162;"
+    "90.000000%=4292;95.000000%=5210;99.000000%=7634;99.500000%=8454;99.900000%=9633;"
+    "99.950000%=9633;99.990000%=9633;0%=0;0%=0;0%=0;912;9650;2361.0;1413.2;0;0;0.0%;0.0;0.0;"
+    "0;0;0;0;0;0;0.0;0.0;0;0;0.0;0.0;" + 20 * "0%=0;" + "0;0;0.0;0.0;0;0;0.0%;0.0;0.0;2;5;80;0;60"
+)
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Imports a module of benchmarks/ by name."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    before = set(sys.modules)
+
+    def load(name: str) -> ModuleType:
+        return importlib.import_module(name)
+
+    yield load
+    for name in set(sys.modules) - before:
+        if (
+            getattr(sys.modules[name], "__file__", None)
+            and BENCHMARKS in Path(str(sys.modules[name].__file__)).parents
+        ):
+            del sys.modules[name]
+
+
+def test_fio_terse_line_is_read(benchmark: Any) -> None:
+    found = benchmark("guest_disk").read_terse(TERSE, write=False)
+    assert found.rate == 419
+    assert found.requests == pytest.approx(419 * 0.42)
+    assert (found.p50, found.p99) == (1728, 7634)
+
+
+@pytest.mark.parametrize("line", ["fio: cannot open /dev/vdc", TERSE.replace(";l;0;0;", ";l;0;5;")])
+def test_fio_that_failed_is_an_error(benchmark: Any, line: str) -> None:
+    with pytest.raises(RuntimeError, match="fio failed"):
+        benchmark("guest_disk").read_terse(line, write=False)
+
+
+def test_ratio_is_to_the_better_qemu(benchmark: Any) -> None:
+    guest_disk = benchmark("guest_disk")
+    counts = dict.fromkeys(guest_disk.COUNTS, 1.0)
+
+    def runs(*rates: float) -> list[Any]:
+        return [guest_disk.Run(rate=r, p99_us=1, requests=r, counts=counts) for r in rates]
+
+    load = guest_disk.LOADS[0].name
+    programs = {
+        "pyvmm": runs(90, 100, 120),
+        "qemu threads": runs(50, 60, 55),
+        "qemu io_uring": runs(100, 80, 80),
+    }
+    [row] = guest_disk.summary({load: programs})["rows"]
+    assert row["best_qemu"] == "qemu io_uring"
+    assert row["ratio"] == 1.25
+    assert row["ratios"] == [0.9, 1.25, 1.5]
+    assert f"| {load} | 100 | 80 | io_uring | 1.25 | 0.90 1.25 1.50 | 1.0 |" in guest_disk.table(
+        {"rows": [row]}
+    )
+
+
+def test_only_the_better_qemu_goes_on_after_the_warm_up(benchmark: Any) -> None:
+    guest_disk = benchmark("guest_disk")
+    rates = {"pyvmm": 1.0, "qemu threads": 2.0, "qemu io_uring": 3.0}
+    said: list[str] = []
+
+    def one(name: str) -> Any:
+        said.append(name)
+        return guest_disk.Run(rate=rates[name], p99_us=1, requests=1, counts={})
+
+    found = guest_disk.in_turn(list(rates), one, 2)
+    assert {name: len(runs) for name, runs in found.items()} == {"pyvmm": 2, "qemu io_uring": 2}
+    # In alternating order.
+    assert said[3:] == ["pyvmm", "qemu io_uring", "qemu io_uring", "pyvmm"]
+
+
+def test_latency_ratio_is_that_of_the_rounds(benchmark: Any) -> None:
+    rounds = {
+        "quiet": [{"p50": 10, "p99": 20}, {"p50": 10, "p99": 40}, {"p50": 12, "p99": 20}],
+        "busy": [{"p50": 11, "p99": 30}, {"p50": 11, "p99": 40}, {"p50": 11, "p99": 80}],
+    }
+    row = benchmark("disk_latency").summary("name", rounds)
+    assert row["ratios"] == [1.5, 1.0, 4.0]
+    assert (row["ratio"], row["quiet_p99_us"], row["busy_p99_us"]) == (1.5, 20, 40)
+
+
+# --- run.py ---------------------------------------------------------------------------------------
+
+
+def part(run: Any, tmp_path: Path, script: str, *, limit: int = 30, lacks: str = "") -> Any:
+    """A part of a benchmarks folder of its own, which is `script`."""
+    (tmp_path / "mine.py").write_text(script)
+    run.HERE = tmp_path
+    return run.Part("mine", "Mine", limit, (), lambda: lacks)
+
+
+def test_part_that_ran(benchmark: Any, tmp_path: Path) -> None:
+    run = benchmark("run")
+    script = "import sys; print('| a |'); open(sys.argv[2], 'w').write('{\"rows\": [1]}')"
+    outcome = run.run_part(part(run, tmp_path, script), quick=False)
+    assert outcome == run.Measured({"rows": [1]}, "| a |")
+
+
+def test_part_that_fails_is_not_a_skipped_one(benchmark: Any, tmp_path: Path) -> None:
+    run = benchmark("run")
+    assert run.run_part(part(run, tmp_path, "import sys; sys.exit(3)"), quick=False) == run.Failed(
+        3
+    )
+    lacking = part(run, tmp_path, "", lacks="there is no gcc")
+    assert run.run_part(lacking, quick=False) == run.Skipped("there is no gcc")
+
+
+def test_part_over_its_limit_is_ended_with_all_it_started(benchmark: Any, tmp_path: Path) -> None:
+    run = benchmark("run")
+    # A grandchild holds the write end of a FIFO: end of file says that it has gone.
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    script = (
+        "import subprocess, time\n"
+        f"subprocess.Popen(['sh', '-c', 'exec sleep 600 > {fifo}'])\n"
+        "time.sleep(600)\n"
+    )
+    outcome = run.run_part(part(run, tmp_path, script, limit=3), quick=False)
+    assert outcome == run.Skipped("it took longer than its limit of 3 s")
+    ended, _, _ = select.select([reader], [], [], 30)
+    assert ended and os.read(reader, 1) == b""
+    os.close(reader)
+
+
+def test_results_of_other_parts_are_kept(
+    benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = benchmark("run")
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    about = run.machine()
+    old = {"boot": {"machine": about, "figures": {}, "table": "| old |"}}
+    (tmp_path / "latest.json").write_text(json.dumps(old))
+    assert run.earlier() == old
+    results = {**run.earlier(), "net": run.entry_of(run.Skipped("no tap"), about)}
+    text = run.markdown(results)
+    assert "| old |" in text
+    assert "skipped: no tap" in text
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_only_figures_of_whole_runs_are_kept(
+    benchmark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: bool
+) -> None:
+    run = benchmark("run")
+    script = "import sys; print('| a |'); open(sys.argv[2], 'w').write('{}')"
+    monkeypatch.setattr(run, "PARTS", (part(run, tmp_path, script),))
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(run, "draw", lambda: "")
+    monkeypatch.setattr(sys, "argv", ["run.py", *(["--quick"] if quick else [])])
+    assert run.main() == 0
+    assert (tmp_path / "results/latest.json").exists() is not quick
+
+
+def test_unknown_part_is_refused(benchmark: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = benchmark("run")
+    monkeypatch.setattr(sys, "argv", ["run.py", "boot,nothing"])
+    with pytest.raises(SystemExit) as error:
+        run.main()
+    assert error.value.code == 2
+
+
+# --- charts.py ------------------------------------------------------------------------------------
+
+
+def test_charts_are_the_same_bytes_again(benchmark: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: no charts")
+    charts = benchmark("charts")
+    row = {"load": "4k read", "ratio": 1.1, "ratios": [0.9, 1.1, 1.2], "wanted": 1.0}
+    latency = {"name": "Python", "quiet_p99_us": 20.0, "busy_p99_us": 31.0}
+    ping = {"sent": 300.0, "received": 200.0, "ping": 2.0}
+    figures = {
+        "vhost_user": {"rows": [row]},
+        "guest_disk": {"rows": [row, row]},
+        "disk_latency": {"monitor": [latency], "guest": []},
+        "net": {"tap": {"pyvmm": [ping], "qemu": [ping]}},
+        "boot": {
+            "programs": {
+                "pyvmm": {"median": 2.0, "seconds": [2.0, 2.1]},
+                "qemu": {"median": 1.0, "seconds": [1.0, 1.0]},
+            }
+        },
+    }
+    source = tmp_path / "latest.json"
+    source.write_text(json.dumps({name: {"figures": data} for name, data in figures.items()}))
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert charts.draw_all(source, first) == list(figures)
+    charts.draw_all(source, second)
+    for name in figures:
+        text = (first / f"{name}.svg").read_text()
+        assert text == (second / f"{name}.svg").read_text()
+        assert "<text" in text  # text stays text
+        assert len(text) < 60_000
+    assert "1.10" in (first / "vhost_user.svg").read_text()
+
+
+def test_charts_without_figures_stay_as_they_are(benchmark: Any, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: no charts")
+    source = tmp_path / "latest.json"
+    source.write_text(json.dumps({"boot": {"skipped": "no QEMU"}}))
+    assert benchmark("charts").draw_all(source, tmp_path / "charts") == []

@@ -1,0 +1,177 @@
+"""The documents' Python runs, and what they point at is there."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from markdown_it import MarkdownIt
+
+from pyvmm.machine.board.registry import board_for
+from pyvmm.machine.cmdline import command_line
+from pyvmm.machine.outcome import Ending
+from pyvmm.spec.vm import DiskSpec, VmSpec
+
+ROOT = Path(__file__).resolve().parents[3]
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "guest-images/README.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+
+# Their Python is run by tests/guest/test_api_docs.py.
+IN_GUESTS = ("docs/python-api.md", "docs/pytest.md", "docs/devices.md")
+
+
+def python_blocks() -> list[tuple[str, str]]:
+    found = []
+    for document in DOCUMENTS:
+        for number, block in enumerate(
+            re.findall(r"^```python\n(.*?)^```", document.read_text(), re.DOTALL | re.MULTILINE)
+        ):
+            found.append((f"{document.relative_to(ROOT)}#{number}", block))
+    return found
+
+
+@pytest.mark.parametrize(("where", "code"), python_blocks(), ids=lambda value: str(value)[:40])
+def test_python_runs(where: str, code: str) -> None:
+    if where.startswith("docs/tutorial/01"):
+        pytest.skip("run by tests/kvm/test_tutorial.py, which needs /dev/kvm")
+    if where.startswith("docs/tutorial/04"):
+        pytest.skip("run by tests/guest/test_whole_vmm.py, which needs a Linux guest")
+    if where.startswith("docs/adding-a-device.md"):
+        pytest.skip("run by tests/unit/project/test_adding_a_device.py, in a copy of pyvmm")
+    if where.startswith(IN_GUESTS) or "import VM\n" in code:
+        pytest.skip("run by tests/guest/test_api_docs.py, which needs a Linux guest")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, f"{where}\n{done.stdout}\n{done.stderr}"
+
+
+def test_readme_has_a_device_in_thirty_lines() -> None:
+    [block] = [code for where, code in python_blocks() if where == "README.md#0"]
+    assert len([line for line in block.splitlines() if line.strip()]) <= 30
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", document.read_text())
+    missing = [target for target in targets if not (document.parent / target).exists()]
+    assert not missing, f"{document.relative_to(ROOT)} points at {missing}"
+
+
+WIDTH = 100
+KEPT = ("fence", "code_block", "table_open", "html_block")  # lines that nobody can break
+ONE_LINK = re.compile(r"\s*(?:[-*+] |\d+\. )?(?:\S+|!?\[[^]]*\]\([^)]*\))[.,;:]?")
+
+
+def too_wide(text: str) -> list[int]:
+    """The numbers of lines of a document that could be shorter than they are."""
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    kept = {
+        line
+        for token in tokens
+        if token.type in KEPT and token.map is not None
+        for line in range(*token.map)
+    }
+    return [
+        number + 1
+        for number, line in enumerate(text.split("\n"))
+        if len(line) > WIDTH and number not in kept and not ONE_LINK.fullmatch(line)
+    ]
+
+
+@pytest.mark.parametrize(
+    "document", [*DOCUMENTS, ROOT / "CHANGELOG.md"], ids=lambda p: str(p.relative_to(ROOT))
+)
+def test_lines_have_at_most_100_columns(document: Path) -> None:
+    lines = too_wide(document.read_text())
+    assert not lines, f"{document.relative_to(ROOT)}: lines {lines} are wider"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("short\n\n" + "a " * 50 + "b\n", [3]),
+        ("a " * 50 + "\n", []),
+        ("- " + "a " * 50 + "b\n", [1]),
+        ("# " + "a " * 50 + "b\n", [1]),
+        ("text\n    " + "a " * 50 + "b\n", [2]),
+        ("```\n" + "a " * 60 + "\n```\n" + "a " * 60 + "\n", [4]),
+        ("text\n\n    " + "a " * 60 + "\n", []),
+        ("| a | b |\n|---|---|\n| " + "a " * 60 + "| b |\n\n" + "a " * 60 + "\n", [5]),
+        ("- [a link](" + "x" * 100 + ").\n", []),
+        ("- see [a link](" + "x" * 100 + ")\n", [1]),
+        ("x" * 101 + "\n", []),
+    ],
+)  # fmt: skip
+def test_what_is_too_wide(text: str, found: list[int]) -> None:
+    assert too_wide(text) == found
+
+
+# What a reader makes by following the page.
+MADE = {"docs/adding-a-device.md": {"pyvmm/kinds/seed.py", "pyvmm/virtio/seed/device.py"}}
+PLACES = ("", "pyvmm", "guest-images")  # where a path in a document may begin
+MODULES = re.compile(r"(?<![\w./-])((?:[\w-]+/)*[\w-]+\.(?:py|sh|toml|c))\b")
+METHODS = re.compile(r"\b([A-Z]\w*[a-z]\w*)\.([a-z_]+)\b")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_files_that_are_named_exist(document: Path) -> None:
+    named = set(MODULES.findall(document.read_text()))
+    named -= {"FILE.py"} | MADE.get(str(document.relative_to(ROOT)), set())
+    known = {path.name for path in (ROOT / "pyvmm").rglob("*.py")}
+    missing = [
+        name
+        for name in named
+        if not any(
+            (base / name).exists() for base in (document.parent, *map(ROOT.joinpath, PLACES))
+        )
+        and name not in known
+    ]
+    assert not missing, f"{document.relative_to(ROOT)} names {missing}"
+
+
+def test_methods_that_are_named_exist() -> None:
+    known: dict[str, set[str]] = {"Struct": {"unpack_from"}}  # Python's own
+    for path in (ROOT / "pyvmm").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ClassDef):
+                known.setdefault(node.name, set()).update(members(node))
+    for document in DOCUMENTS:
+        for owner, member in METHODS.findall(document.read_text()):
+            assert member in known.get(owner, ()), f"{document.name} names {owner}.{member}"
+
+
+def members(node: ast.ClassDef) -> set[str]:
+    """Methods, fields and what __init__ and others assign to self."""
+    found = {item.name for item in node.body if isinstance(item, ast.FunctionDef)}
+    for item in ast.walk(node):
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+            found.add(item.target.id)
+        elif isinstance(item, ast.Attribute) and isinstance(item.ctx, ast.Store):
+            found.add(item.attr)
+    return found
+
+
+def test_readme_commands_are_make_targets() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^    make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_the_readme_has_every_exit_code() -> None:
+    rows = re.findall(r"^\| ([\d, ]+) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    documented = {int(code) for row in rows for code in row.split(",")}
+    assert documented == {ending.value for ending in Ending} | {2, 70}
+
+
+def test_the_readme_has_the_default_command_line() -> None:
+    spec = VmSpec(kernel="vmlinuz", disks=(DiskSpec("debian.img"),))
+    default = command_line(spec, board_for("x86_64"))
+    assert f"`{default}`" in (ROOT / "README.md").read_text()
