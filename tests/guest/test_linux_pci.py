@@ -35,7 +35,7 @@ echo "shared=$(grep PCI-MSI /proc/interrupts | grep -c , || true)"
 dmesg > /run/dmesg
 echo "fatal=$(grep -c 'PCI: Fatal' /run/dmesg || true)"
 echo "complaints=$(grep -ciE 'pci.*(fail|error|invalid|no space|conflict)' /run/dmesg || true)"
-echo "ecam=$(grep -c 'PCI MMCONFIG' /proc/iomem)"
+echo "ecam=$(grep -cE 'PCI (MMCONFIG|ECAM)' /proc/iomem)"
 echo "read=$(sha256sum < /dev/vdb | cut -d' ' -f1)"
 dd if=/dev/vdb of=/run/data bs=64k status=none
 dd if=/run/data of=/dev/vdc bs=64k conv=fsync status=none
@@ -77,8 +77,12 @@ def test_every_device(
         **{"read": digest, "download": DIGEST},
     }
     assert (tmp_path / "out").read_bytes() == data
-    # A slow guest that has hvc0 only says nothing for long.
-    assert [line for line in messages(vm) if "has printed nothing in" not in line] == []
+    assert complaints(vm) == []
+
+
+def complaints(vm: VM) -> list[str]:
+    """What the monitor has said, but not that a slow guest was silent for long."""
+    return [line for line in messages(vm) if "has printed nothing in" not in line]
 
 
 FUNCTIONS = """\
@@ -104,13 +108,13 @@ echo 0 > $function/enable 2>/dev/null || true
 echo $name > /sys/bus/pci/drivers/virtio-pci/bind
 until [ -b /dev/vdb ]; do sleep 0.1; done
 echo "after_disable=$(sum)"
-dd if=/dev/vdb of=/dev/null bs=4k count=2000 iflag=direct status=none &
-irq=$(sed -n "s/^ *\\([0-9]*\\):.*virtio.*-req.*/\\1/p" /proc/interrupts | tail -1)
-for n in 1 2 3 4 5 6 7 8 9 10; do
+dd if=/dev/hwrng bs=64 count=500 iflag=fullblock status=none | wc -c > /run/count &
+irq=$(sed -n "s/^ *\\([0-9]*\\):.*virtio.*-input.*/\\1/p" /proc/interrupts | tail -1)
+for n in 1 2 3 4 5 6 7 8 9 10; do # a disk's interrupts are bound to their CPU
     for mask in 1 2; do echo $mask > /proc/irq/$irq/smp_affinity; sleep 0.05; done
 done
 wait
-echo "moved=$(sum)"
+echo "moved=$(cat /run/count)"
 """
 
 
@@ -120,12 +124,13 @@ def test_functions_that_the_guest_resets_takes_away_and_finds_again(
     data = random.Random(8).randbytes(16 << 20)
     (tmp_path / "disk").write_bytes(data)
     disk = Disk(str(tmp_path / "disk"), read_only=True)
-    vm = microvm_factory(**debian("6.1", disk), transport="pci", cpus=2)
+    vm = microvm_factory(**debian("6.1", disk), transport="pci", cpus=2, rng=True)
     found = script(vm, FIND + FUNCTIONS)
     digest = hashlib.sha256(data).hexdigest()
     assert "flr" in found.pop("methods")
     assert found == {
-        **dict.fromkeys(("first", "again", "after_reset", "after_disable", "moved"), digest),
+        **dict.fromkeys(("first", "again", "after_reset", "after_disable"), digest),
         "gone": "",
+        "moved": str(64 * 500),
     }
-    assert messages(vm) == []
+    assert complaints(vm) == []
