@@ -256,11 +256,13 @@ class Lifecycle:
         self._bus_master = on
         if on:
             waiting, self._waiting = self._waiting, []
-            failed = self.state.status & status.NEEDS_RESET
             for queue in waiting:
-                if queue in self._queues and self.state.queues[queue.index].ready and not failed:
+                if queue in self._queues and self.state.queues[queue.index].ready:
                     with queue.lock:
                         queue.ready = True
+                        # Looked at afterwards: a worker that fails sets the status first.
+                        if self.state.status & status.NEEDS_RESET:
+                            queue.ready = False
                     queue.kick.signal()
             return
         for queue in self.active_queues:
@@ -307,7 +309,10 @@ class Lifecycle:
 
     def _replace_queue(self, index: int, queue: Queue | None) -> None:
         if self._queues:
+            before = self._queues[index]
             self._queues = (*self._queues[:index], queue, *self._queues[index + 1 :])
+            # A driver may reset a queue as often as it likes while all wait for bus mastering.
+            self._waiting = [one for one in self._waiting if one is not before]
 
     def suspend(self) -> tuple[QueueState | None, ...]:
         """Quiesce the device: what it has begun is completed and the driver notified.

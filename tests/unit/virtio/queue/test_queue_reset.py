@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import select
 from collections.abc import Iterator
 from threading import Thread
@@ -323,6 +324,48 @@ def test_a_reset_of_the_device_ends_a_queue_that_was_started_again(
     bench.write(STATUS, 0)
     assert workers(device) == []
     assert bench.read(QUEUE_READY) == 0
+
+
+def test_queues_that_were_reset_wait_for_no_bus_mastering(
+    recorder: tuple[Bench, Recorder],
+) -> None:
+    """However often a driver resets a queue meanwhile."""
+    bench, device = recorder
+    bench.go_live(VERSION_1 | RING_RESET)
+    with bench.negotiation.lock:
+        bench.negotiation.set_bus_master(False)
+    kinds = {type(queue) for queue in bench.negotiation.active_queues}
+    for _ in range(20):
+        bench.write(QUEUE_RESET, 1)
+        bench.enable_queue()
+    device.started.clear()
+    device.activation = None
+    gc.collect()
+    kick = bench.transport.kicks[0]
+    kept = [one for one in gc.get_objects() if type(one) in kinds and one.kick is kick]
+    assert kept == bench.negotiation.active_queues
+    with bench.negotiation.lock:
+        bench.negotiation.set_bus_master(True)
+    assert kept[0].ready
+
+
+def test_a_device_that_fails_as_bus_mastering_comes_touches_no_ring(
+    recorder: tuple[Bench, Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker of the first queue may fail before the second is let go."""
+    bench, _ = recorder
+    bench.negotiate(VERSION_1 | RING_RESET)
+    bench.enable_queue(0)
+    bench.enable_queue(1)
+    bench.write(STATUS, LIVE)
+    first, second = bench.negotiation.active_queues
+    failure = HostError(5, "the first queue's worker")
+    with bench.negotiation.lock:
+        bench.negotiation.set_bus_master(False)
+        monkeypatch.setattr(first.kick, "signal", lambda: bench.negotiation.fail(failure))
+        bench.negotiation.set_bus_master(True)
+    assert bench.status & NEEDS_RESET
+    assert (first.ready, second.ready) == (False, False)
 
 
 def test_who_offers_it_can_do_it() -> None:
