@@ -221,6 +221,7 @@ class _Client:
         self._console = Thread(target=self._watch_console, args=(console,), daemon=True)
         self._main = get_ident()
         self._waiting = False  # for the agent
+        self._console_ended = False
 
     def run(self) -> int | None:
         """The exit code; None if it is for the monitor to say, as the guest has ended."""
@@ -335,10 +336,12 @@ class _Client:
                 raise NoAnswer(f"{self._spec.name} has ended")
 
         signal.signal(_CONSOLE_ENDED, give_up)
-        self._waiting = True
-        if not self._console.is_alive():
-            raise NoAnswer(f"{self._spec.name} has ended")
         try:
+            # We say that we wait and then look; the console's thread does it the other way round.
+            # So one of the two sees the other.
+            self._waiting = True
+            if self._console_ended:
+                raise NoAnswer(f"{self._spec.name} has ended")
             agent.wait_ready(BOOT_PATIENCE)
         finally:
             self._waiting = False
@@ -366,6 +369,7 @@ class _Client:
             self._kept += len(data)
             while self._kept - len(self._tail[0]) > _TAIL_BYTES:
                 self._kept -= len(self._tail.popleft())
+        self._console_ended = True
         if self._waiting:
             signal.pthread_kill(self._main, _CONSOLE_ENDED)
 
