@@ -71,7 +71,19 @@ class PciBus:
 
     def _place(self, function: Function) -> None:
         """Have the function's BARs answer where the driver has put them, and tell it."""
-        placement = function.placement
+        if self._place_bars(function):
+            # Another BAR may have waited for the place that has become free.
+            for other in self.functions.values():
+                if other is not function:
+                    self._place_bars(other)
+        if function.is_bus_master != function.was_bus_master:
+            function.was_bus_master = function.is_bus_master
+            if function.placement is not None:
+                function.placement.bus_master_changed(function.is_bus_master)
+
+    def _place_bars(self, function: Function) -> bool:
+        """Whether one of them has moved."""
+        moved = False
         for bar in function.bars:
             before = self.window.where(bar)
             if function.decodes_memory:
@@ -79,19 +91,19 @@ class PciBus:
             else:
                 self.window.clear(bar)
             after = self.window.where(bar)
-            if after != before and placement is not None:
-                placement.bar_moved(bar, after)
-        if function.is_bus_master != function.was_bus_master:
-            function.was_bus_master = function.is_bus_master
-            if placement is not None:
-                placement.bus_master_changed(function.is_bus_master)
+            if after != before:
+                moved = True
+                if function.placement is not None:
+                    function.placement.bar_moved(bar, after)
+        return moved
 
 
 class Window:
     """The handler of the addresses that BARs may have. Any thread reads and writes; whoever moves a
     BAR holds the bus's lock.
 
-    A BAR outside the window, or over another one, answers nowhere: what lies there stays.
+    A BAR outside the window, or over another one, answers nowhere: what lies there stays. The bus
+    tries again when that one has moved.
     """
 
     def __init__(self, base: int, size: int) -> None:

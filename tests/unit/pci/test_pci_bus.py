@@ -356,3 +356,25 @@ def test_firmware_places_a_bar(bench: Bench) -> None:
     assert bench.read(pci.PCI_BASE_ADDRESS_0, 8) == BASE + BAR_SIZE | 4
     bench.write(pci.PCI_COMMAND, 2, pci.PCI_COMMAND_MEMORY)
     assert bench.answers_at(BASE + BAR_SIZE)
+
+
+@pytest.mark.parametrize("leaves", ["moves", "decodes no more", "is taken out"])
+def test_row62_a_bar_over_another_answers_once_that_has_left(bench: Bench, leaves: str) -> None:
+    """As when a driver exchanges the addresses of two functions."""
+    first = Bar(0, BAR_SIZE, Registers())
+    other = function(first)
+    bench.bus.add(SLOT + 1, other)
+    at = (SLOT + 1) << 15
+    bench.bus.ecam.write(at | pci.PCI_BASE_ADDRESS_0 + 4, 4, BASE >> 32)
+    bench.bus.ecam.write(at | pci.PCI_COMMAND, 2, pci.PCI_COMMAND_MEMORY)
+    bench.place(BASE)
+    assert bench.told.places[-1:] in ([], [None])
+    if leaves == "moves":
+        bench.bus.ecam.write(at | pci.PCI_BASE_ADDRESS_0, 4, BAR_SIZE)
+    elif leaves == "decodes no more":
+        bench.bus.ecam.write(at | pci.PCI_COMMAND, 2, 0)
+    else:
+        bench.bus.remove(SLOT + 1)
+    assert bench.told.places[-1] == BASE
+    bench.bus.window.write(0, 4, 7)
+    assert bench.registers.written == [(0, 4, 7)]
