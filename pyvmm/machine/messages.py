@@ -53,8 +53,9 @@ class Messages:
         wanted = MsiRoute(gsi, address, data)
         with self._lock:
             if self._routes.get(gsi) != wanted:
-                self._routes[gsi] = wanted
-                self._vm.set_gsi_routing([*self._fixed, *self._routes.values()])
+                routes = {**self._routes, gsi: wanted}
+                self._vm.set_gsi_routing([*self._fixed, *routes.values()])
+                self._routes = routes
 
     def give_back(self, gsi: int) -> None:
         """`gsi` is used no more; its route is forgotten with the next change."""

@@ -15,12 +15,11 @@ from pyvmm.machine.board.board import PciPlaces
 from pyvmm.machine.messages import Messages
 from pyvmm.machine.trace import Hook
 from pyvmm.memory import GuestMemory
-from pyvmm.pci.bus import DEVICES, ECAM_SIZE, ConfigPorts, PciBus
+from pyvmm.pci.bus import ECAM_SIZE, ConfigPorts, PciBus
 from pyvmm.pci.function import Bar, Function
 from pyvmm.transport.pci import PciTransport, vectors_for
 from pyvmm.virtio.device import VirtioDevice
 
-MOST_DEVICES = DEVICES - 1  # the bridge is one itself
 _INTEL, _BRIDGE, _HOST_BRIDGE_CLASS = 0x8086, 0x0D57, 0x060000
 
 

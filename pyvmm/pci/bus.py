@@ -36,7 +36,7 @@ class PciBus:
         self.window = Window(window_base, window_size)
         self.ports = ConfigPorts(self)
         self.ecam = Ecam(self)
-        self._lock = Lock()
+        self._lock = Lock()  # of the window and of `functions`; taken after a function's
 
     def add(self, device: int, function: Function) -> None:
         """Plug `function` in as device number `device`. Raises ValueError if that is taken."""
@@ -44,13 +44,15 @@ class PciBus:
             if device in self.functions or not 0 <= device < DEVICES:
                 raise ValueError(f"there is no place for device {device}")
             self.functions = {**self.functions, device: function}
+        with function.lock:
             self._place(function)
 
     def remove(self, device: int) -> None:
         """Take the function at `device` out: from now on nobody answers there."""
-        with self._lock:
-            function = self.functions[device]
-            self.functions = {at: one for at, one in self.functions.items() if at != device}
+        function = self.functions[device]
+        with function.lock:
+            with self._lock:
+                self.functions = {at: one for at, one in self.functions.items() if at != device}
             function.reset()
             self._place(function)
 
@@ -64,18 +66,20 @@ class PciBus:
         found = None if function else self.functions.get(device)
         if found is None:
             return
-        with self._lock:
+        with found.lock:
             if self.functions.get(device) is found:
                 found.write(offset, size, value)
                 self._place(found)
 
     def _place(self, function: Function) -> None:
-        """Have the function's BARs answer where the driver has put them, and tell it."""
-        if self._place_bars(function):
-            # Another BAR may have waited for the place that has become free.
-            for other in self.functions.values():
-                if other is not function:
-                    self._place_bars(other)
+        """Have the function's BARs answer where the driver has put them, and tell it. Its lock is
+        held; a write to it may wait for a request in flight, and must hold up no other function."""
+        with self._lock:
+            if self._place_bars(function):
+                # Another BAR may have waited for the place that has become free.
+                for other in self.functions.values():
+                    if other is not function:
+                        self._place_bars(other)
         if function.is_bus_master != function.was_bus_master:
             function.was_bus_master = function.is_bus_master
             if function.placement is not None:

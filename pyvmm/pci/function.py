@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from threading import Lock
 from typing import NamedTuple, Protocol
 
 from pyvmm.bus import Handler
@@ -64,7 +65,7 @@ class Capability(NamedTuple):
 
 class Function:
     """A function of a device. `read` and `write` are its configuration space; the bus alone writes,
-    under its lock, so that one write happens after the other.
+    under `lock`, so that one write happens after the other.
 
     `placement` hears what a write has done to BARs and bus mastering.
     """
@@ -81,6 +82,7 @@ class Function:
         bars: Sequence[Bar] = (),
     ) -> None:
         """`class_code` has 24 bits: class, subclass, programming interface."""
+        self.lock = Lock()
         self.space = bytearray(pci.PCI_CFG_SPACE_EXP_SIZE)
         self._writable = bytearray(pci.PCI_CFG_SPACE_EXP_SIZE)
         self._watched: list[tuple[int, int, Watcher]] = []

@@ -16,7 +16,7 @@ from mmio_harness import RecordingDevice, SlowDevice, wait_for
 from pyvmm.memory import GuestMemory
 from pyvmm.pci import registers as pci
 from pyvmm.pci.bus import PciBus
-from pyvmm.pci.function import Bar
+from pyvmm.pci.function import Bar, Function
 from pyvmm.testing import mmio_driver as mmio
 from pyvmm.testing.mmio_driver import InterruptLine
 from pyvmm.testing.pci_driver import (
@@ -475,6 +475,31 @@ def test_row63_turning_it_off_waits_for_the_request_in_flight(
     # Its message was sent when there was no bus master any more, or before.
     bench.command(MEMORY | BUS_MASTER)
     wait_for(lambda: bench.sent() == [[], [1]])
+
+
+@pytest.mark.parametrize("device", [SlowDevice()], ids=["slow"])
+def test_row63_a_request_in_flight_holds_up_no_other_function(
+    bench: Bench, device: SlowDevice
+) -> None:
+    other = Function(1, 2, 0)
+    bench.bus.add(SLOT + 1, other)
+    device.started.clear()
+    device.release.clear()
+    bench.driver.start()
+    bench.driver.submit(0, [], [4])
+    assert device.started.wait(30)
+    turning = threading.Thread(target=bench.command, args=(MEMORY,))
+    turning.start()
+    turning.join(0.1)
+    assert turning.is_alive()
+    writing = threading.Thread(
+        target=bench.bus.write, args=(SLOT + 1, 0, COMMAND, 2, MEMORY), daemon=True
+    )
+    writing.start()
+    writing.join(30)
+    assert other.decodes_memory
+    device.release.set()
+    turning.join(30)
 
 
 def test_row62_the_doorbells_follow_the_bar(bench: Bench) -> None:
