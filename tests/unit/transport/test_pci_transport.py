@@ -496,7 +496,7 @@ def test_row63_a_request_in_flight_holds_up_no_other_function(
         target=bench.bus.write, args=(SLOT + 1, 0, COMMAND, 2, MEMORY), daemon=True
     )
     writing.start()
-    writing.join(30)
+    writing.join(10)  # less than the device waits
     assert other.decodes_memory
     device.release.set()
     turning.join(30)
