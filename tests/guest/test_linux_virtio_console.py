@@ -78,6 +78,7 @@ def talk(folder: Path, kernel: str, ring: str) -> Run:
     guest.type(
         "cut -c35 /sys/bus/virtio/drivers/virtio_console/virtio*/features | sed s/^/ring-/\r"
     )
+    guest.wait_for("# ", times=3)  # what is typed before that is echoed among the output
     guest.type(f"seq 1 {LINES}; echo all-$((1+1))\r")
     guest.wait_for("all-2")
 
