@@ -59,6 +59,7 @@ class Mutant(NamedTuple):
     after: str
     again: int
     line: int
+    lines: range  # of the statement, of a longer one of its head; none: runs at the import
     node: int
     variant: int
 
@@ -93,7 +94,10 @@ def mutants(file: str, source: str) -> list[Mutant]:
     """All of them."""
     seen: Counter[tuple[str, str, str]] = Counter()
     found = []
-    places = list(_places(ast.parse(source)))
+    tree = ast.parse(source)
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    bodies = [_whole(function) for function in functions]
+    places = list(_places(tree))
     for number, place in enumerate(places):
         faults = _faults(place)
         before = _headline(place.statement) if faults else ""
@@ -108,8 +112,12 @@ def mutants(file: str, source: str) -> list[Mutant]:
                 continue
             same = place.function, before, after
             line = getattr(place.node, "lineno", place.statement.lineno)
+            called = any(place.statement.lineno in body for body in bodies)
+            lines = _head(place.statement) if called else range(0)
             found.append(
-                Mutant(file, place.function, before, after, seen[same], line, number, variant)
+                Mutant(
+                    file, place.function, before, after, seen[same], line, lines, number, variant
+                )
             )
             seen[same] += 1
     return found
@@ -121,6 +129,19 @@ def mutated(source: str, mutant: Mutant) -> ast.Module:
     place = list(_places(tree))[mutant.node]
     place.put(ast.copy_location(_faults(place)[mutant.variant], place.node))
     return ast.fix_missing_locations(tree)
+
+
+def _whole(function: ast.FunctionDef) -> range:
+    return range(_head(function).start, (function.end_lineno or function.lineno) + 1)
+
+
+def _head(statement: ast.stmt) -> range:
+    # A function that is called tells the line of its first decorator.
+    decorators = getattr(statement, "decorator_list", [])
+    first = decorators[0].lineno if decorators else statement.lineno
+    body = getattr(statement, "body", None)
+    last = body[0].lineno - 1 if body else statement.end_lineno or statement.lineno
+    return range(first, max(last, statement.lineno) + 1)
 
 
 def _headline(statement: ast.stmt) -> str:

@@ -5,8 +5,9 @@
     make mutants ONLY=queue/chain SAMPLE=50       # of the modules whose path has this in it
     python tests/mutation/run.py --only transport/ --report /tmp/survivors.toml
 
-Each mutant is a process that imports the faulty module from memory and runs the tests of that
-module (targets.py) until one fails. A survivor that accepted.toml does not list is a failure.
+Each mutant is a process that imports the faulty module from memory. It runs those tests of that
+module (targets.py) that reach the faulty statement (reach.py), until one fails. A survivor that
+accepted.toml does not list is a failure.
 
 Faulty code may do anything, so all of it runs in namespaces of its own (unshare of util-linux): it
 sees no process but its own, cannot write to the checkout, and has a home that goes away. A mutant
@@ -38,13 +39,13 @@ from types import CodeType, ModuleType
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from mutation import known, targets
+from mutation import known, reach, targets
 from mutation.mutate import Mutant, mutants, mutated
 
 ROOT = Path(__file__).parents[2]
 INSIDE = "PYVMM_MUTATION_INSIDE"
 MEMORY = 3 << 30  # bytes that a mutant's process may have; looked at while it runs
-TEST_SECONDS = 60  # of a single test
+TEST_SECONDS = 20  # of a single test, and five times what it takes as it is
 LOOK = 0.05  # seconds between looks at those that run
 
 
@@ -87,23 +88,34 @@ class Try:
     pid: int
     folder: Path
     deadline: float
-    began: float
 
 
-def begin(mutant: Mutant | None, tests: tuple[str, ...], seconds: float) -> Try:
+def begin(
+    mutant: Mutant | None,
+    tests: tuple[str, ...],
+    seconds: float,
+    chosen: Sequence[reach.Test] | None = None,
+    record: Sequence[str] = (),
+) -> Try:
+    """Run these files of tests, of them those `chosen`, and `record` what they reach."""
     folder = Path(tempfile.mkdtemp(prefix="m"))
     pid = os.fork()
     if pid == 0:
         try:
-            code = _in_child(mutant, tests, folder)
+            code = _in_child(mutant, tests, folder, chosen, record)
         except BaseException:
             code = 3
         os._exit(code)
-    now = time.monotonic()
-    return Try(mutant, tests, pid, folder, now + seconds, now)
+    return Try(mutant, tests, pid, folder, time.monotonic() + seconds)
 
 
-def _in_child(mutant: Mutant | None, tests: tuple[str, ...], folder: Path) -> int:
+def _in_child(
+    mutant: Mutant | None,
+    tests: tuple[str, ...],
+    folder: Path,
+    chosen: Sequence[reach.Test] | None,
+    record: Sequence[str],
+) -> int:
     os.setsid()
     out = os.open(folder / "output", os.O_WRONLY | os.O_CREAT)
     null = os.open("/dev/null", os.O_RDONLY)
@@ -120,10 +132,25 @@ def _in_child(mutant: Mutant | None, tests: tuple[str, ...], folder: Path) -> in
 
     options = ["-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts="]
     options += ["--assert=plain"]  # rewriting has an import of its own, of the module as it is
-    options += ["-o", f"timeout={TEST_SECONDS}", "--hypothesis-seed=0"]
-    options += [f"--basetemp={folder / 't'}"]
+    options += ["--hypothesis-seed=0", f"--basetemp={folder / 't'}", "-o"]
+    plugins: list[object] = []
+    if record:
+        options.append("timeout=600")
+        plugins.append(recorder := reach.Recorder(ROOT, record))
+    else:
+        slowest = max((test.seconds for test in chosen or ()), default=0)
+        options.append(f"timeout={TEST_SECONDS + 5 * slowest:.0f}")
+    if chosen is not None:
+        plugins.append(reach.Choice(chosen))
+        files = {test.name.partition("::")[0] for test in chosen}
+        tests = tuple(test for test in tests if test in files)
     # One file after the other: most mutants do not live to see the second one.
-    return next((int(code) for test in tests if (code := pytest.main([*options, test]))), 0)
+    for test in tests:
+        if code := pytest.main([*options, test], plugins):
+            return int(code)
+    if record:
+        recorder.save(folder / "reach")
+    return 0
 
 
 def end(running: Try) -> None:
@@ -150,11 +177,16 @@ class Runner:
     def __init__(self, jobs: int) -> None:
         self.jobs = jobs
         self.running: dict[int, Try] = {}
-        self.seconds: dict[tuple[str, ...], float] = {}  # that the tests take as they are
+        self.tests: dict[tuple[str, ...], list[reach.Test]] = {}  # as they are without a fault
 
     def start(self, mutant: Mutant | None, tests: tuple[str, ...]) -> None:
-        limit = 3 * self.seconds.get(tests, 400) + 2 * TEST_SECONDS
-        started = begin(mutant, tests, limit)
+        chosen = None
+        if mutant is not None and tests in self.tests:
+            chosen = [test for test in self.tests[tests] if test.reaches(mutant)]
+        seconds = sum(test.seconds for test in chosen) if chosen is not None else 200
+        self._add(begin(mutant, tests, 3 * seconds + 4 * TEST_SECONDS, chosen))
+
+    def _add(self, started: Try) -> None:
         self.running[started.pid] = started
 
     def next_end(self) -> tuple[Try, bool, str]:
@@ -165,6 +197,8 @@ class Runner:
             if done is not None:
                 passed = status == 0
                 lines = (done.folder / "output").read_text(errors="replace").splitlines()
+                if (done.folder / "reach").exists():
+                    self.tests[done.tests] = reach.load(done.folder / "reach")
                 end(done)
                 return done, passed, "\n".join(lines[-15:])
             if pid:
@@ -178,17 +212,19 @@ class Runner:
         for one in self.running.values():
             end(one)
 
-    def measure(self, tests: Iterable[tuple[str, ...]]) -> None:
-        """Run the tests on the code as it is. Exits if they fail."""
-        left = list(tests)
+    def measure(self, files: Iterable[str]) -> None:
+        """Run the tests of these modules on the code as it is. Exits if they fail."""
+        left: dict[tuple[str, ...], list[str]] = {}
+        for file in files:
+            left.setdefault(targets.tests_of(file), []).append(file)
         while left or self.running:
             while left and len(self.running) < self.jobs:
-                self.start(None, left.pop())
+                tests, record = left.popitem()
+                self._add(begin(None, tests, 2400, record=record))
             done, passed, output = self.next_end()
             if not passed:
                 self.stop()
                 sys.exit(f"without a fault these fail: {' '.join(done.tests)}\n{output}")
-            self.seconds[done.tests] = time.monotonic() - done.began
 
 
 def main() -> int:
@@ -237,8 +273,8 @@ def _try_all(
     news = count = 0
     told = time.monotonic()
     queue = chosen[::-1]
-    runner.measure({targets.tests_of(mutant.file) for mutant in chosen})
-    print(f"the tests pass, the longest take {max(runner.seconds.values(), default=0):.0f} s")
+    runner.measure(sorted({mutant.file for mutant in chosen}))
+    print("the tests pass", flush=True)
     try:
         while (queue and time.monotonic() < end_time) or runner.running:
             while queue and len(runner.running) < jobs and time.monotonic() < end_time:

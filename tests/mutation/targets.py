@@ -16,62 +16,74 @@ class Target(NamedTuple):
 
 # The first one that a module fits.
 TARGETS = (
-    Target("core", "virtio/queue/chain.py", "chain queue_usual queue_buffers queue blk_request"),
     Target(
-        "core", "virtio/queue/split.py",
+        "queue and chain", "virtio/queue/chain.py",
+        "chain queue_usual queue_buffers queue blk_request",
+    ),
+    Target(
+        "queue and chain", "virtio/queue/split.py",
         "split_queue queue queue_usual queue_buffers queue_hostile queue_model"
         " vhost_user_inflight chain worker_polling split_queue_fuzz queue_processes",
     ),
     Target(
-        "core", "virtio/queue/packed.py",
+        "queue and chain", "virtio/queue/packed.py",
         "packed_queue queue queue_usual queue_buffers queue_hostile queue_model"
         " worker_polling packed_queue_fuzz queue_processes",
     ),
     Target(
-        "core", "virtio/queue/*.py",
+        "queue and chain", "virtio/queue/*.py",
         "queue queue_usual queue_buffers split_queue packed_queue queue_hostile"
         " queue_model vhost_user_inflight worker_polling stats"
         " transport_robustness_queues start_imports net_vhost",
     ),
     Target(
-        "core", "virtio/lifecycle.py virtio/negotiation.py virtio/status.py virtio/features.py"
+        "negotiation and lifecycle",
+        "virtio/lifecycle.py virtio/negotiation.py virtio/status.py virtio/features.py"
         " virtio/defects.py virtio/device.py virtio/events.py transport/events.py",
         "status negotiation transport_robustness transport_robustness_queues queue_reset"
         " mmio_registers negotiation_threads trace stats worker queue_device mmio_fuzz vhost_user"
         " net_vhost pause forgotten",
     ),
     Target(
-        "core", "virtio/worker.py",
+        "worker", "virtio/worker.py",
         "worker worker_* queue_device"
         " net_receive vsock_device stats every_device rate_limit",
     ),
-    Target("core", "virtio/offload.py", "offload net_vhost"),
-    Target("core", "virtio/rate_limit.py", "rate_limit net_limits stats"),
+    Target("worker", "virtio/offload.py", "offload net_vhost"),
+    Target("worker", "virtio/rate_limit.py", "rate_limit net_limits stats"),
     Target(
-        "core", "transport/*.py",
+        "transports", "transport/*.py",
         "registers transport_base mmio_registers transport_robustness transport_robustness_queues"
         " negotiation negotiation_threads trace queue_reset mmio_fuzz net_vhost pci_transport",
     ),
-    Target("core", "bus/*.py", "bus kvm_loop vcpu_runner"),
-    Target("core", "memory/*.py", "guest_memory boot_memory_map chain vhost_user balloon_device"),
+    Target("PCI bus", "pci/*.py", "pci_bus pci_msix pci_transport"),
+    Target("bus, memory, vCPU loop", "bus/*.py", "bus kvm_loop vcpu_runner"),
     Target(
-        "core", "kvm/loop.py kvm/exits.py kvm/exit_decoding.py kvm/vcpu.py", "kvm_* vcpu_runner"
+        "bus, memory, vCPU loop", "memory/*.py",
+        "guest_memory boot_memory_map chain vhost_user balloon_device",
+    ),
+    Target(
+        "bus, memory, vCPU loop", "kvm/loop.py kvm/exits.py kvm/exit_decoding.py kvm/vcpu.py",
+        "kvm_* vcpu_runner",
     ),
     Target(
         "vhost-user", "transport/vhost_user/*.py",
         "vhost_user vhost_user_inflight vhost_user_server vhost_user_hostile vhost_user_fuzz",
     ),
-    Target("devices", "virtio/blk/*.py", "blk_* disk_queues disk_files stats every_device"),
+    Target("blk", "virtio/blk/*.py", "blk_* disk_queues disk_files stats every_device"),
     Target(
-        "devices", "virtio/console/*.py",
+        "console", "virtio/console/*.py",
         "console_* terminal* window_size worker_device stats every_device",
     ),
-    Target("devices", "virtio/vsock/*.py", "vsock_* stats every_device"),
-    Target("devices", "virtio/net/*.py", "net_* stats every_device"),
-    Target("devices", "virtio/balloon/*.py", "balloon_* stats every_device"),
-    Target("devices", "virtio/rng/*.py", "rng_device every_device"),
-    Target("devices", "virtio/pmem/*.py", "pmem_device every_device"),
-    Target("core", "virtio/*.py transport/*.py", "every_device transport_robustness"),  # new ones
+    Target("vsock", "virtio/vsock/*.py", "vsock_* stats every_device"),
+    Target("net", "virtio/net/*.py", "net_* stats every_device"),
+    Target("balloon", "virtio/balloon/*.py", "balloon_* stats every_device"),
+    Target("rng", "virtio/rng/*.py", "rng_device every_device"),
+    Target("pmem", "virtio/pmem/*.py", "pmem_device every_device"),
+    Target(  # new ones
+        "negotiation and lifecycle", "virtio/*.py transport/*.py",
+        "every_device transport_robustness",
+    ),
     Target("agent", "agent/*.py", "agent agent_* cli_guest"),
     Target("container images", "images/container/*.py", "container_*"),
 )  # fmt: skip

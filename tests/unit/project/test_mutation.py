@@ -145,6 +145,63 @@ def test_a_fault_is_noticed_and_the_code_as_it_is_passes() -> None:
     assert (ROOT / file).read_bytes() == before
 
 
+REACHED = """
+import json, sys
+sys.path.insert(0, "tests")
+from mutation.mutate import mutants
+from mutation.run import ROOT, Runner
+from mutation import targets
+
+file, test = sys.argv[1:]
+targets.tests_of = lambda _: (test,)
+runner = Runner(1)
+runner.measure([file])
+print(json.dumps({
+    f"{m.function} {m.before} {m.after}":
+        [t.name.partition("::")[2] for t in runner.tests[test,] if t.reaches(m)]
+    for m in mutants(file, (ROOT / file).read_text())
+}))
+"""
+
+
+def test_a_mutant_meets_the_tests_that_reach_its_statement(tmp_path: Path) -> None:
+    test = tmp_path / "test_reach.py"
+    test.write_text(
+        "import os, threading\n"
+        "from pyvmm.bus.bus import Bus\n"
+        "def test_nothing(): pass\n"
+        "def test_looks(): Bus('b').find(0)\n"
+        "def test_thread():\n"
+        "    thread = threading.Thread(target=lambda: Bus('b').find(0))\n"
+        "    thread.start(); thread.join()\n"
+        "def test_fork():\n"
+        "    if not (pid := os.fork()): os._exit(0)\n"
+        "    os.waitpid(pid, 0)\n"
+    )
+    file = "pyvmm/bus/bus.py"
+    done = subprocess.run(
+        [sys.executable, "-c", REACHED, file, str(test)],
+        cwd=ROOT, capture_output=True, text=True, timeout=200, check=True,
+    )  # fmt: skip
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["Bus.find if place >= 0: if place > 0:"] == [
+        "test_looks", "test_thread", "test_fork",
+    ]  # fmt: skip
+    assert found["Bus.find return (start, handler) return"] == ["test_fork"]
+
+
+def test_the_lines_by_which_a_mutant_is_reached() -> None:
+    source = (
+        "class C:\n    a: int = 7\n    @d\n    def f(\n        self, b=8\n    ): return (\n 9)\n"
+    )
+    lines = {mutant.before: mutant.lines for mutant in mutants("m.py", source)}
+    assert lines == {
+        "a: int = 7": range(0),  # done at the import
+        "def f(self, b=8):": range(3, 6),
+        "return 9": range(6, 8),
+    }
+
+
 def test_a_mutant_that_hangs_is_noticed(tmp_path: Path) -> None:
     test = tmp_path / "test_hang.py"
     test.write_text("import time\ndef test_hang(): time.sleep(1000)\n")
