@@ -20,10 +20,10 @@ class Entry(NamedTuple):
     reason: str
 
 
-def load() -> dict[Key, Entry]:
-    """All of them. Raises ValueError for an entry that says too little."""
+def load(path: Path | None = None) -> dict[Key, Entry]:
+    """All those in FILE, or in `path`. Raises ValueError for an entry that says too little."""
     found = {}
-    for row in tomllib.loads(FILE.read_text()).get("survivor", []):
+    for row in tomllib.loads((path or FILE).read_text()).get("survivor", []):
         function, mutation = row["in"], row["mutation"]
         file, _, name = function.partition(":")
         before, arrow, after = mutation.partition("  =>  ")

@@ -236,7 +236,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--nice", type=int, default=10, help="how far others go first")
     parser.add_argument("--report", type=Path, help="write survivors there, as accepted.toml is")
-    parser.add_argument("--listed", action="store_true", help="try those in accepted.toml only")
+    parser.add_argument("--again", type=Path, help="only those in a --report, or in accepted.toml")
     options = parser.parse_args()
     if INSIDE not in os.environ:
         return _enter(options.nice)
@@ -244,8 +244,9 @@ def main() -> int:
 
     listed = known.load()
     chosen = _choose(options.only)
-    if options.listed:
-        chosen = [mutant for mutant in chosen if mutant.key in listed]
+    if options.again:
+        again = known.load(options.again)
+        chosen = [mutant for mutant in chosen if mutant.key in again]
     random.Random(options.seed).shuffle(chosen)
     if options.sample:
         del chosen[options.sample :]

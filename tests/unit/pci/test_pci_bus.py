@@ -352,8 +352,10 @@ def test_bars_that_cannot_be(bar: tuple[int, int]) -> None:
 
 
 def test_firmware_places_a_bar(bench: Bench) -> None:
+    after = bytes(bench.function.space[pci.PCI_BASE_ADDRESS_0 + 8 :])
     bench.function.place(bench.bar, BASE + BAR_SIZE)
     assert bench.read(pci.PCI_BASE_ADDRESS_0, 8) == BASE + BAR_SIZE | 4
+    assert bench.function.space[pci.PCI_BASE_ADDRESS_0 + 8 :] == after
     bench.write(pci.PCI_COMMAND, 2, pci.PCI_COMMAND_MEMORY)
     assert bench.answers_at(BASE + BAR_SIZE)
 
@@ -378,3 +380,20 @@ def test_row62_a_bar_over_another_answers_once_that_has_left(bench: Bench, leave
     assert bench.told.places[-1] == BASE
     bench.bus.window.write(0, 4, 7)
     assert bench.registers.written == [(0, 4, 7)]
+
+
+def test_a_function_with_several_bars(bench: Bench) -> None:
+    bars = [Bar(number, BAR_SIZE << number, Registers()) for number in (0, 2, 4)]
+    made = function(*bars)
+    places = [BASE + (number << 20) for number in (1, 2, 3)]
+    for bar, address in zip(bars, places, strict=True):
+        made.place(bar, address)
+    assert [made.address_of(bar) for bar in bars] == places
+    bench.bus.add(SLOT + 1, made)
+    bench.bus.ecam.write((SLOT + 1) << 15 | pci.PCI_COMMAND, 2, pci.PCI_COMMAND_MEMORY)
+    assert [bench.bus.window.where(bar) for bar in bars] == places
+    for at in range(pci.PCI_BASE_ADDRESS_0, pci.PCI_BASE_ADDRESS_0 + 24, 4):
+        bench.bus.ecam.write((SLOT + 1) << 15 | at, 4, ONES[4])
+    for bar in bars:
+        at = pci.PCI_BASE_ADDRESS_0 + 4 * bar.number
+        assert bench.read(at, 8, SLOT + 1) == (1 << 64) - bar.size | 4

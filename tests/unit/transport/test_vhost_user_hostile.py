@@ -7,12 +7,14 @@ descriptor stays open.
 from __future__ import annotations
 
 import os
+import select
 import socket
 import struct
 from types import SimpleNamespace
 
 import pytest
 from descriptors import open_descriptors
+from mmio_harness import wait_for
 from robustness_rows import illegal_params, legal_params
 from vhost_user_rig import HOLE_END, MIB, Echo, connected, started
 
@@ -427,12 +429,15 @@ def test_what_is_no_eventfd_is_refused(ready, kind, request_number, tmp_path):
 
 def test_a_call_that_is_full_and_would_block_does_not_stop_the_device(ready):
     blocking = os.eventfd(0, os.EFD_CLOEXEC)
-    os.eventfd_write(blocking, 2**64 - 2)
     ready.driver.set_up(0)
     ready.driver.tell_u64(SET_VRING_CALL, 0, [blocking])
     assert ready.echoes()
+    wait_for(lambda: select.select([blocking], [], [], 0)[0])
+    assert os.eventfd_read(blocking) == 1
+    os.eventfd_write(blocking, 2**64 - 2)
     assert ready.echoes()
-    assert ready.driver.stop() == 2
+    assert ready.echoes()
+    assert ready.driver.stop() == 3
     os.close(blocking)
 
 

@@ -140,14 +140,14 @@ def test_row35_the_last_byte_is_found_in_any_layout(rig, layout):
 
 
 def test_last_bytes_are_taken_from_the_end_until_none_is_left(rig):
-    given_chain = rig.driver.add([], [1, 2])
+    given_chain = rig.driver.add([], [1, 2, 1, 1])
     rig.driver.publish()
     writer = rig.queue.pop().writer()
-    for value in (3, 2, 1):
-        writer.take_last_byte()[0] = value
+    for value in (5, 4, 3, 2, 1):
+        writer.take_last_byte()[:] = bytes([value])
     with pytest.raises(DriverError):
         writer.take_last_byte()
-    assert rig.driver.contents(given_chain) == bytes([1, 2, 3])
+    assert rig.driver.contents(given_chain) == bytes([1, 2, 3, 4, 5])
 
 
 @pytest.mark.parametrize(

@@ -490,6 +490,14 @@ def test_news_are_not_taken_for_what_was_left_when_the_positions_have_gone_round
     assert rig.queue.enable_notification() is True
 
 
+def test_what_was_left_is_news_again_after_another_has_served_the_ring(rig):
+    offer(rig, 1)
+    assert rig.queue.enable_notification() is True
+    assert rig.queue.enable_notification() is False
+    rig.queue.served_to(rig.queue.state().next_avail)  # as often as it takes to come round
+    assert rig.queue.enable_notification() is True
+
+
 def test_a_stepped_back_chain_is_found_when_its_time_comes(rig):
     """CVE-2020-16843: a receive queue must go on after it was starved."""
     [chain] = offer(rig, 1)
@@ -684,6 +692,20 @@ def test_chains_may_be_in_flight_across_the_rings_end(layout, start):
         again.add_used(again.chain_in_flight(chain.head), 16)
     again.publish_used()
     assert rig.all_used() == [Used(chain.head, 16) for chain in chains]
+    rig.close()
+
+
+@pytest.mark.parametrize("layout, start", NEAR_THE_END)
+def test_chains_of_a_restored_queue_are_older_than_those_taken_since(layout, start):
+    rig = Rig(SIZE, layout=layout, start=start)
+    chains = offer(rig, 5)
+    queue = rig.queue
+    for taken in range(1, 6):
+        queue.pop()
+        state = queue.state()
+        assert [one.head for one in state.in_flight] == [one.head for one in chains[:taken]]
+        if taken % 2:
+            queue = rig.restored(through_json(state))
     rig.close()
 
 

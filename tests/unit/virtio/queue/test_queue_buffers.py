@@ -64,6 +64,19 @@ def test_the_ring_goes_round_many_times(rig):
         assert [rig.driver.pop_used().head for _ in chains] == heads
 
 
+def test_only_what_is_available_is_taken_where_the_positions_come_round():
+    rig = Rig(size=8, start=65530)
+    for _ in range(4):
+        chains = [rig.driver.add([], [64]) for _ in range(3)]
+        rig.driver.publish()
+        heads = taken(rig, most=1)[0] + taken(rig)[0]
+        assert heads == [chain.head for chain in chains]
+        rig.queue.add_used_buffers(heads, 64)
+        rig.queue.publish_used()
+        assert len(rig.all_used()) == 3
+    rig.close()
+
+
 def test_chains_of_other_kinds_are_left_for_pop(rig):
     driver = rig.driver
     first = driver.add([], [64])
@@ -76,7 +89,7 @@ def test_chains_of_other_kinds_are_left_for_pop(rig):
     for chain in (two_parts, table, small):
         assert taken(rig, least=12)[0] == []
         assert rig.queue.pop().head == chain.head
-    assert taken(rig, least=12)[0] == [last.head]
+    assert taken(rig, least=64)[0] == [last.head]
 
 
 def test_buffers_in_another_region_of_ram(rig):
@@ -86,7 +99,7 @@ def test_buffers_in_another_region_of_ram(rig):
     _, views = taken(rig)
     views[1][:4] = b"high"
     assert rig.memory.read(HOLE_END + 0x100, 4) == b"high"
-    assert len(views) == 3
+    assert [len(view) for view in views] == [64, 64, 64]
 
 
 @pytest.mark.parametrize(
@@ -120,6 +133,15 @@ def test_rows_26_and_36_a_bad_head_is_refused_by_pop(rig):
     assert taken(rig)[0] == [chain.head]
     assert taken(rig)[0] == []
     with pytest.raises(DriverError, match="again"):
+        rig.queue.pop()
+
+
+@pytest.mark.parametrize("head", [8, 9, 0xFFFF])
+def test_row26_a_head_past_the_table_is_refused_by_pop(rig, head):
+    rig.driver.offer(head)
+    rig.driver.publish()
+    assert taken(rig)[0] == []
+    with pytest.raises(DriverError, match=f"available head {head}"):
         rig.queue.pop()
 
 

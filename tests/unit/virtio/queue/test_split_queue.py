@@ -167,4 +167,11 @@ def test_a_journal_hears_of_each_chain_that_is_taken_and_given_back():
     assert journal.heard == [
         *(("taken", head) for head in heads), ("publishing", *heads), ("published", *heads, 2),
     ]  # fmt: skip
+    journal.heard.clear()
+    later = rig.driver.add([], [1]).head
+    rig.driver.publish()
+    assert rig.serve(1) == 1
+    rig.queue.publish_used()
+    # Of the batch before, nothing: its heads may be in flight once more.
+    assert journal.heard == [("taken", later), ("publishing", later), ("published", later, 3)]
     rig.close()
