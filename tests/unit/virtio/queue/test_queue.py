@@ -874,6 +874,7 @@ SPLIT = [
 PACKED = [
     {"next_avail": 0x8008},
     {"next_avail": 0x8001},
+    {"next_avail": 0x8008, "next_used": 0x8008},
     {"next_used": 0x0007},
     {"next_avail": 0x7FFF},
     {"next_avail": 0x8001, "in_flight": (InFlight(8, 1),)},
@@ -905,6 +906,22 @@ def test_row58_a_state_that_cannot_be_is_refused(layout, change):
     with pytest.raises(DriverError):
         rig.restored(QueueState(**{**fields, **change}))
     assert rig.snapshot() == before
+    rig.close()
+
+
+def test_a_chain_in_flight_may_be_as_long_as_any(layout):
+    rig = Rig(SIZE, layout=layout)
+    good = rig.queue.state()
+    parts = ((0, 2**32 // SIZE),) * SIZE
+    fields = {name: getattr(good, name) for name in QueueState.__dataclass_fields__}
+    next_avail = 0x8001 if rig.packed else 1
+    for readable, writable in ((parts, ()), ((), parts), (parts[:3], parts[3:])):
+        chain = InFlight(0, 1, readable, writable)
+        state = QueueState(**{**fields, "next_avail": next_avail, "in_flight": (chain,)})
+        if not rig.packed:
+            rig.driver.avail_idx = 1
+        again = rig.restored(state)
+        assert again.state() == state
     rig.close()
 
 

@@ -214,4 +214,6 @@ def test_where_there_is_no_quick_way_none_are_taken(options):
     rig.driver.publish()
     assert taken(rig)[0] == []
     assert rig.queue.pop().head == chain.head
+    with pytest.raises(ValueError):
+        rig.queue.add_used_buffers([chain.head], 64)
     rig.close()

@@ -174,4 +174,11 @@ def test_a_journal_hears_of_each_chain_that_is_taken_and_given_back():
     rig.queue.publish_used()
     # Of the batch before, nothing: its heads may be in flight once more.
     assert journal.heard == [("taken", later), ("publishing", later), ("published", later, 3)]
+    journal.heard.clear()
+    usual = rig.driver.add([bytes(16)], [512, 1]).head
+    rig.driver.publish()
+    assert len(rig.queue.peek_usual(16, 1, 1 << 20)[0]) == 1
+    rig.queue.use_peeked([513])
+    rig.queue.publish_used()
+    assert journal.heard == [("publishing", usual), ("published", usual, 4)]
     rig.close()
