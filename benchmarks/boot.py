@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, TypedDict
 MARK = b"pyvmm: init reached"
 MEMORY_MIB = 512
 PATIENCE = 120.0  # seconds for one boot
-# What both get: pyvmm's defaults, which suit QEMU's microvm, without PCI, as well.
+# pyvmm's defaults for QEMU's microvm, which has no PCI bus.
 PARAMETERS = "console=ttyS0 panic=-1 reboot=k pci=off quiet root=/dev/vda rw"
 # The lean machine of QEMU's documentation of microvm, with two changes in QEMU's favour: the ISA
 # serial port is the console, and there is a clock (rtc=off costs seconds, in which Debian's kernel

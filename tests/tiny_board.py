@@ -82,7 +82,6 @@ def make_board() -> Any:
     class TinyBoard(Board[TinyEntry]):
         console = "ttyTINY0"
         kernel_parameters = ("tiny=1",)
-        kernel_parameters_without_pci = ()
 
         def ram_ranges(self, size: int) -> list[tuple[int, int]]:
             return [(LOW, size - 0x1_0000), (HIGH, 0x1_0000)]
@@ -102,7 +101,6 @@ def make_board() -> Any:
             cmdline: str,
             cpus: int,
             slots: Sequence[VirtioSlot],
-            pci: bool,
             discovery: str,
         ) -> TinyEntry:
             with open(kernel, "rb") as file:

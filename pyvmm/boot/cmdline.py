@@ -98,8 +98,14 @@ def merge(defaults: list[str], user: str) -> str:
     return " ".join([*kept, *wanted])
 
 
-def has(cmdline: str, wanted: str) -> bool:
-    """Whether `cmdline` sets the parameter named `wanted` for the kernel."""
+def values(cmdline: str, wanted: str) -> list[str]:
+    """What `cmdline` sets the kernel's parameter named `wanted` to, each time it does."""
     parameters = split(cmdline)
     end = parameters.index("--") if "--" in parameters else len(parameters)
-    return any(name(parameter) == name(wanted) for parameter in parameters[:end])
+    found = [one for one in parameters[:end] if name(one) == name(wanted)]
+    return [one.strip('"').partition("=")[2].strip('"') for one in found]
+
+
+def has(cmdline: str, wanted: str) -> bool:
+    """Whether `cmdline` sets the parameter named `wanted` for the kernel."""
+    return bool(values(cmdline, wanted))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack, closing
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyvmm.bus import Bus
@@ -23,7 +24,7 @@ from pyvmm.machine.alarm import Alarm
 from pyvmm.machine.attach import MmioSlots, virtio_hook
 from pyvmm.machine.board.board import Board, VirtioSlot
 from pyvmm.machine.board.registry import board_of_host
-from pyvmm.machine.cmdline import command_line
+from pyvmm.machine.cmdline import command_line, turns_pci_off
 from pyvmm.machine.run_loop import AccessCounts
 from pyvmm.machine.trace import Trace
 from pyvmm.memory import GuestMemory
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from pyvmm.machine.attach import Plug
     from pyvmm.machine.board.board import Entry, PowerButton, SerialPort
     from pyvmm.machine.mapped_files import MappedFiles
+    from pyvmm.machine.pci_host import PciHost
 
 
 class Prepared(NamedTuple):
@@ -67,6 +69,7 @@ class Parts(NamedTuple):
     transports: tuple[Transport, ...]
     vcpus: tuple[Vcpu, ...]
     power_button: PowerButton | None = None
+    pci: PciHost | None = None  # of a board with a PCI bus
     stats: tuple[StatsFile, ...] = ()  # of the vCPUs
     counts: AccessCounts | None = None  # where KVM does not count exits itself
 
@@ -90,6 +93,11 @@ def prepare(
     memory = _allocate(board, spec.memory)
     closing.callback(memory.close)
     entry = _load(board, spec, slots, memory, quiet=quiet)
+    if spec.transport == "pci" and turns_pci_off(entry.cmdline):
+        log.of_vm(spec.name)(
+            "the guest finds no device: pci=off on its command line hides their bus; leave that "
+            "out, or use --transport mmio"
+        )
     return Prepared(board, spec, memory, devices, slots, entry, alarm, files, quiet)
 
 
@@ -139,7 +147,6 @@ def _load(
         cmdline=command_line(spec, board, quiet=quiet),
         cpus=spec.cpus,
         slots=slots,
-        pci=spec.transport == "pci",
         discovery=spec.discovery,
     )
     return entry
@@ -206,27 +213,38 @@ def assemble(
             board.address_bits(kvm),
             log.of_vm(spec.name),
         )
-    transports = _attach(prepared, vm, ports, mmio, trace, closing)
+    pci = _add_pci(board, vm, ports, mmio)
+    transports = _attach(prepared, vm, mmio, pci, trace, closing)
     vcpus, serial, button = core
-    parts = Parts(prepared, vm, ports, mmio, serial, transports, vcpus, button)
+    parts = Parts(prepared, vm, ports, mmio, serial, transports, vcpus, button, pci)
     if not vm.check_extension(uapi.KVM_CAP_BINARY_STATS_FD):
         return parts._replace(counts=AccessCounts())
     return parts._replace(stats=tuple(closing.enter_context(StatsFile(v.fd)) for v in vcpus))
 
 
+def _add_pci(board: Board[Any], vm: Vm, ports: Bus, mmio: Bus) -> PciHost | None:
+    """The PCI bus, whether a device is on it or not: one may come later."""
+    places = board.pci_places
+    if places is None:
+        return None
+    from pyvmm.machine.pci_host import PciHost
+
+    return PciHost(places, vm, partial(board.messages, vm), ports=ports, mmio=mmio)
+
+
 def _attach(
-    prepared: Prepared, vm: Vm, ports: Bus, mmio: Bus, trace: Trace, closing: ExitStack
+    prepared: Prepared,
+    vm: Vm,
+    mmio: Bus,
+    pci: PciHost | None,
+    trace: Trace,
+    closing: ExitStack,
 ) -> tuple[Transport, ...]:
     """The devices' transports, in their order."""
-    board, spec = prepared.board, prepared.spec
-    plug: Plug
-    places = board.pci_places
-    if spec.transport == "pci" and places is not None:
-        from pyvmm.machine.pci_host import PciHost
-
-        plug = PciHost(places, vm, board.messages(vm), ports=ports, mmio=mmio)
-    else:
-        plug = MmioSlots(prepared.slots, vm, mmio)
+    spec = prepared.spec
+    plug: Plug = MmioSlots(prepared.slots, vm, mmio)
+    if spec.transport == "pci" and pci is not None:
+        plug = pci
     return tuple(
         plug.attach(
             device,

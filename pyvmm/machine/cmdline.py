@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyvmm.boot.cmdline import merge
+from pyvmm.boot.cmdline import merge, values
 from pyvmm.machine.board.board import Board
 from pyvmm.spec.vm import VmSpec
 
@@ -17,8 +17,6 @@ def default_parameters(spec: VmSpec, board: Board[Any], *, quiet: bool) -> list[
     """
     console = spec.console or board.console
     parameters = [f"console={console}", "panic=-1", *board.kernel_parameters]
-    if spec.transport != "pci":
-        parameters += board.kernel_parameters_without_pci
     if quiet:
         parameters.append("quiet")
     if spec.disks:
@@ -29,3 +27,9 @@ def default_parameters(spec: VmSpec, board: Board[Any], *, quiet: bool) -> list[
 def command_line(spec: VmSpec, board: Board[Any], *, quiet: bool = False) -> str:
     """The defaults merged with what the user gave, who wins. Raises ConfigError."""
     return merge(default_parameters(spec, board, quiet=quiet), spec.cmdline)
+
+
+def turns_pci_off(cmdline: str) -> bool:
+    """Whether a kernel with this command line looks for no PCI bus (Linux
+    kernel-parameters.txt, "pci=")."""
+    return any("off" in value.split(",") for value in values(cmdline, "pci"))

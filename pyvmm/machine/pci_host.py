@@ -6,19 +6,23 @@ ioeventfds at the BAR's address of the moment, interrupts are messages.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
 from pyvmm.bus import Bus
 from pyvmm.host.log import Sink
 from pyvmm.kvm.vm import Vm
 from pyvmm.machine.board.board import PciPlaces
-from pyvmm.machine.messages import Messages
 from pyvmm.machine.trace import Hook
 from pyvmm.memory import GuestMemory
 from pyvmm.pci.bus import ECAM_SIZE, ConfigPorts, PciBus
 from pyvmm.pci.function import Bar, Function
-from pyvmm.transport.pci import PciTransport, vectors_for
 from pyvmm.virtio.device import VirtioDevice
+
+if TYPE_CHECKING:  # a machine with nothing on its bus starts without them
+    from pyvmm.machine.messages import Messages
+    from pyvmm.transport.pci import PciTransport
 
 _INTEL, _BRIDGE, _HOST_BRIDGE_CLASS = 0x8086, 0x0D57, 0x060000
 
@@ -27,10 +31,18 @@ class PciHost:
     """Bus 0, and what has been plugged into it."""
 
     def __init__(
-        self, places: PciPlaces, vm: Vm, messages: Messages, *, ports: Bus, mmio: Bus
+        self,
+        places: PciPlaces,
+        vm: Vm,
+        make_messages: Callable[[], Messages],
+        *,
+        ports: Bus,
+        mmio: Bus,
     ) -> None:
+        """`make_messages` is called once, for the first device."""
         self._vm = vm
-        self._messages = messages
+        self._make_messages = make_messages
+        self._messages: Messages | None = None
         self._next = places.window
         self.bus = PciBus(places.window, places.window_size)
         self.bus.add(0, Function(_INTEL, _BRIDGE, _HOST_BRIDGE_CLASS))
@@ -49,6 +61,10 @@ class PciHost:
         closing: ExitStack,
     ) -> PciTransport:
         """See pyvmm.machine.attach.Plug."""
+        from pyvmm.transport.pci import PciTransport, vectors_for
+
+        if self._messages is None:
+            self._messages = self._make_messages()
         lines = []
         for _ in range(vectors_for(device)):
             lines.append(self._messages.line())

@@ -17,6 +17,10 @@ ZEROES = 1 << 20
 SCRIPT = f"""\
 set -e
 echo "release=$(uname -r)"
+echo "bridge=$(cat /sys/bus/pci/devices/0000:00:00.0/vendor)"
+echo "functions=$(ls /sys/bus/pci/devices | wc -l)"
+dmesg > /run/dmesg
+echo "complaints=$(grep -ciE 'pci.*(fatal|fail|error|invalid|conflict)' /run/dmesg || true)"
 echo "root=$(findmnt -n -o SOURCE /)"
 echo "type=$(findmnt -n -o FSTYPE /)"
 echo "nproc=$(nproc)"
@@ -89,6 +93,15 @@ def test_boots_from_its_root_disk_and_powers_off(kernel: Kernel, boot: Booted) -
     assert result.value("root") == "/dev/vda"
     assert result.value("type") == "ext4"
     assert result.messages == []
+
+
+@each_kernel
+def test_there_is_a_pci_bus_and_the_kernel_has_no_complaint_about_it(
+    kernel: Kernel, boot: Booted
+) -> None:
+    result = boot.result.check()
+    assert result.value("bridge") == "0x8086"
+    assert (result.value("functions"), result.value("complaints")) == ("1", "0")
 
 
 @each_kernel

@@ -91,9 +91,6 @@ class Board(ABC, Generic[E]):
     kernel_parameters: ClassVar[tuple[str, ...]]
     """What a kernel's command line needs on this machine, whatever else it has."""
 
-    kernel_parameters_without_pci: ClassVar[tuple[str, ...]]
-    """What it needs besides where the machine has no PCI bus."""
-
     # --- what needs no KVM: memory, and the kernel in it ------------------------------------------
 
     @abstractmethod
@@ -112,7 +109,7 @@ class Board(ABC, Generic[E]):
 
     @property
     def pci_places(self) -> PciPlaces | None:
-        """Where the PCI host bridge is, in a machine that has one; None if none can."""
+        """Where the PCI host bridge is, which every machine has; None if none can."""
         return None
 
     @abstractmethod
@@ -125,14 +122,12 @@ class Board(ABC, Generic[E]):
         cmdline: str,
         cpus: int,
         slots: Sequence[VirtioSlot],
-        pci: bool,
         discovery: str,
     ) -> E:
         """Put kernel, initrd and all tables that the guest looks for into fresh `memory`.
 
         `kernel` and `initrd` are paths. `discovery`, one of spec.DISCOVERY, is how the guest is
-        told of the devices in `slots`; with `pci` it is told of a PCI bus as well. Raises
-        ConfigError that names the option at fault.
+        told of the devices in `slots`. Raises ConfigError that names the option at fault.
         """
 
     @abstractmethod

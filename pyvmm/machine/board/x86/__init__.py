@@ -32,7 +32,6 @@ class X86Board(Board[boot.Entry]):
 
     console = "ttyS0"
     kernel_parameters = ("reboot=k",)  # which is tried where ACPI's reset register is not
-    kernel_parameters_without_pci = ("pci=off",)  # else it looks for a bus, and complains
 
     def ram_ranges(self, size: int) -> list[tuple[int, int]]:
         return boot.ram_ranges(size)
@@ -67,7 +66,6 @@ class X86Board(Board[boot.Entry]):
         cmdline: str,
         cpus: int,
         slots: Sequence[VirtioSlot],
-        pci: bool,
         discovery: str,
     ) -> boot.Entry:
         return boot.load(
@@ -79,7 +77,7 @@ class X86Board(Board[boot.Entry]):
                 fixed=layout.FIXED_DEVICES,
                 cpus=cpus,
                 virtio=tuple(boot.VirtioMmioDevice(*slot) for slot in slots),
-                pci=layout.PCI_HOST if pci else None,
+                pci=layout.PCI_HOST,
             ),
             virtio_discovery=discovery,
         )

@@ -63,7 +63,7 @@ FIXED_DEVICES = FixedDevices(
 """What the ACPI tables say of the devices that every machine has."""
 
 PCI_HOST = PciHost(PCI_ECAM, PCI_ECAM_SIZE, PCI_WINDOW, PCI_WINDOW_SIZE, PCI_CONFIG_PORT)
-"""What they say of a PCI bus, in a machine that has one."""
+"""What they say of the PCI bus."""
 
 
 def is_message(address: int) -> bool:
