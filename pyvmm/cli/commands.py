@@ -32,6 +32,7 @@ COMMANDS = {
     "stats": "pyvmm.cli.stats",
     "metrics": "pyvmm.cli.stats",
     "rm": "pyvmm.cli.machines",
+    "vhost-user": "pyvmm.cli.vhost_user",
     "vhost-user-blk": "pyvmm.cli.vhost_user",
     "doctor": "pyvmm.cli.doctor",
     "image": "pyvmm.cli.image",

@@ -56,11 +56,12 @@ class _RunCommand(click.Command):
 def _parameters(command: Callable[..., int]) -> Callable[..., int]:
     """`command` with all options, from their rows."""
     for row in reversed(registry.in_order_of_help()):
-        command = _parameter(row)(command)
+        command = parameter(row)(command)
     return command
 
 
-def _parameter(row: Option) -> Callable[[Callable[..., int]], Callable[..., int]]:
+def parameter(row: Option) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """What click makes an option or an argument of, from its row."""
     if row.shape == ARGUMENT:
         return click.argument(row.name, required=False)
     more: dict[str, Any] = {}

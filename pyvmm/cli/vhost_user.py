@@ -1,33 +1,49 @@
-"""`pyvmm vhost-user-blk`: a disk for another monitor."""
+"""`pyvmm vhost-user` and `pyvmm vhost-user-blk`: devices for another monitor."""
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from pyvmm.cli.run import parameter
 from pyvmm.errors import ConfigError
+from pyvmm.kinds import registry
 from pyvmm.kinds.disk import parse as parse_disk
+
+if TYPE_CHECKING:
+    from pyvmm.virtio.device import VirtioDevice
 
 MAX_QUEUES = 16
 MAX_POLL = 1000  # microseconds
-# A ring's size is the front end's choice, and nothing tells it of a limit: 128 with QEMU and Cloud
-# Hypervisor, 256 with Firecracker, 512 with SPDK. No chain may be longer than its ring, so
-# requests are for the smallest of these.
+# A ring's size is the front end's choice, and nothing tells it of a limit: 128 with QEMU's disk and
+# Cloud Hypervisor, 256 with Firecracker, 512 with SPDK, up to 1024 with QEMU's network card. No
+# chain may be longer than its ring, so a disk's requests are for the smallest of these.
 MAX_QUEUE_SIZE = 1024
 SEG_MAX = 126  # and header and status
+# The others are part of a machine: its terminal, its memory.
+KINDS = ("net", "rng", "vsock", "user")
 
 EPILOG = """\b
+Examples, with QEMU as the monitor; its guest's memory must be shared:
+  pyvmm vhost-user --socket /tmp/net.sock --net user
+  qemu-system-x86_64 -accel kvm -m 1G \\
+    -object memory-backend-memfd,id=ram,size=1G,share=on -machine q35,memory-backend=ram \\
+    -chardev socket,id=net,path=/tmp/net.sock -netdev vhost-user,id=net,chardev=net \\
+    -device virtio-net-pci,netdev=net
+For a guest on s390x that is -machine s390-ccw-virtio and -device virtio-net-ccw. --rng and --vsock
+go with -device vhost-user-rng-pci,chardev=… and vhost-user-vsock-pci,chardev=…
+"""
+BLK_EPILOG = """\b
 Example, with QEMU (10 or 7.2) as the monitor:
   pyvmm vhost-user-blk --socket /tmp/disk.sock --disk debian.img
   qemu-system-x86_64 -accel kvm -m 1G \\
     -object memory-backend-memfd,id=ram,size=1G,share=on -machine q35,memory-backend=ram \\
     -chardev socket,id=disk,path=/tmp/disk.sock,reconnect=1 -device vhost-user-blk-pci,chardev=disk
 """
-
-
-@click.command("vhost-user-blk", epilog=EPILOG)
-@click.option(
+SOCKET = click.option(
     "--socket",
     "--socket-path",
     "path",
@@ -35,6 +51,93 @@ Example, with QEMU (10 or 7.2) as the monitor:
     required=True,
     help="Unix socket to listen at. One front end is served at a time; another may follow.",
 )
+DEBUG = click.option("--debug", is_flag=True, help="Show a traceback when pyvmm itself fails.")
+
+
+def _devices(command: Callable[..., int]) -> Callable[..., int]:
+    """`command` with the options that ask for devices, from their rows."""
+    for row in reversed(registry.in_order_of_help()):
+        if _kind(row.stands_for or row.name) and row.name != "agent":
+            command = parameter(row)(command)
+    return command
+
+
+def _kind(name: str) -> str:
+    """The kind of which the option called `name` asks for a device; "" for one not served here."""
+    return next((kind for kind in KINDS if registry.KINDS[kind][0] == name), "")
+
+
+@click.command("vhost-user", epilog=EPILOG)
+@SOCKET
+@_devices
+@DEBUG
+def vhost_user(path: str, debug: bool, **options: Any) -> int:
+    """Serve a device to QEMU, Cloud Hypervisor or another monitor over vhost-user.
+
+    One device, the same that `pyvmm run` has with that option; each front end finds it as new. For
+    disks there is `pyvmm vhost-user-blk`. Ends on SIGTERM or Ctrl-C.
+    """
+    from pyvmm.transport.vhost_user import serve_each
+
+    spec = _spec(options)
+
+    @contextmanager
+    def opened() -> Iterator[VirtioDevice]:
+        from pyvmm.kinds.interface import Context
+
+        with ExitStack() as closing:
+            device = registry.open_device(spec, Context("", None, closing))
+            device.queue_sizes = (MAX_QUEUE_SIZE,) * len(device.queue_sizes)
+            yield device
+
+    serve_each(opened, path)
+    return 0
+
+
+def _spec(options: dict[str, Any]) -> Any:
+    """What the options ask for. Raises ConfigError, also for a number of devices other than one."""
+    from pyvmm.spec.vm import VmSpec
+
+    rows = {row.name: row for row in registry.options()}
+    found = []
+    for name, value in options.items():
+        row = rows[name]
+        if value is None or value == row.typed_default:
+            continue
+        kind = _kind(row.stands_for or name)
+        found += registry.check(kind, registry.read(kind, value), VmSpec(kernel=""))
+    if len(found) != 1:
+        flags = [rows[name].flag for name in options]
+        raise ConfigError(
+            f"{len(found)} devices at one socket", cure=f"give one of {', '.join(flags)}"
+        )
+    [spec] = found
+    _refuse(spec)
+    return spec
+
+
+def _refuse(spec: Any) -> None:
+    flag = registry.option_of(spec.kind).flag
+    if spec.packed:
+        raise ConfigError(
+            "packed is for a machine of our own; over vhost-user rings are split",
+            cure="leave it out",
+            option=flag,
+        )
+    if spec.kind == "net" and spec.vhost:
+        raise ConfigError(
+            "vhost needs memory that is this process' own, and here it is the front end's",
+            cure="leave out vhost",
+            option=flag,
+        )
+    if spec.kind == "vsock" and not spec.path:
+        raise ConfigError(
+            "without a path nobody could reach the guest", cure="add path=PATH", option=flag
+        )
+
+
+@click.command("vhost-user-blk", epilog=BLK_EPILOG)
+@SOCKET
 @click.option(
     "--disk",
     metavar="PATH[,OPTION...]",
@@ -57,7 +160,7 @@ Example, with QEMU (10 or 7.2) as the monitor:
     help="Look for the next request for so long before sleeping, while requests come that fast; 0 "
     "never does. It takes a processor's time for latency, and with one queue only.",
 )
-@click.option("--debug", is_flag=True, help="Show a traceback when pyvmm itself fails.")
+@DEBUG
 def vhost_user_blk(path: str, disk: str, queues: int, poll: int, debug: bool) -> int:
     """Serve a disk to QEMU, Cloud Hypervisor or libblkio over vhost-user.
 

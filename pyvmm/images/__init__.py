@@ -53,14 +53,16 @@ def build(
 ) -> None:
     """Make those of the images (default: all) that are not in the cache. Raises ConfigError.
 
-    Progress goes to standard error. `locked`: a pinned version that is gone is an error.
+    Progress goes to standard error. `locked`: a pinned version that is gone is an error. Of all
+    images the optional ones are left out where they cannot be made, which is said.
     """
     from pyvmm.images import builder
     from pyvmm.images.progress import Progress
 
     catalogue = builder.Catalogue()
     chosen = catalogue.names() if wanted is None else wanted
-    builder.build(catalogue, chosen, Progress(quiet=quiet), locked=locked)
+    spare = wanted is None and not locked
+    builder.build(catalogue, chosen, Progress(quiet=quiet), locked=locked, spare=spare)
 
 
 def machine_image(name: str | None, *, make: bool) -> MachineImage:

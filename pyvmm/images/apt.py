@@ -18,14 +18,18 @@ from pyvmm.images.lock import Pin
 
 # The machine's own settings that reaching its mirror may take.
 _KEPT_SETTINGS = ("http", "https", "ftp", "Retries", "Check-Valid-Until", "Check-Date")
+# What a kernel's package only depends on since it has been split.
+_PARTS = ("linux-base-", "linux-binary-", "linux-modules-")
 
 
 class Apt:
-    """apt with its lists and caches in `folder`, for `suites` on the machine's own mirror."""
+    """apt with its lists and caches in `folder`, for `suites` on the machine's own mirror, and for
+    packages of `architecture`, none of whose programs is run."""
 
-    def __init__(self, folder: str, suites: Sequence[str]) -> None:
+    def __init__(self, folder: str, suites: Sequence[str], architecture: str = "amd64") -> None:
         self._folder = folder
         self._suites = suites
+        self._architecture = architecture
         self._updated = False
         self._env = {"APT_CONFIG": os.path.join(folder, "apt.conf")}
         self.sources = os.path.join(folder, "sources.list")
@@ -64,15 +68,20 @@ class Apt:
         version = file.split("_")[1].replace("%3a", ":")
         return self._known(package, version)
 
-    def dependency(self, pin: Pin) -> Pin:
-        """The kernel proper that a kernel's metapackage `pin` depends on."""
-        text = self._run(["apt-cache", "show", f"{pin.package}={pin.version}"], "apt-cache")
-        depends = next(apt_sources.paragraphs(text))["depends"]
-        for alternative in depends.split(","):  # linux-image-6.1.0-9-amd64 (= 6.1.27-1)
-            words = alternative.replace("(=", "").replace(")", "").split()
-            if len(words) == 2 and words[0].startswith("linux-image-"):
-                return self._known(words[0], words[1])
+    def kernel(self, pin: Pin) -> list[Pin]:
+        """The kernel proper that a kernel's metapackage `pin` depends on: a package, or those that
+        it has been split into since Linux 7."""
+        depends = self._depends(pin)
+        for package, version in _exact(depends):  # linux-image-6.1.0-9-amd64 (= 6.1.27-1)
+            if package.startswith("linux-image-"):
+                image = self._known(package, version)
+                parts = [row for row in _exact(self._depends(image)) if row[0].startswith(_PARTS)]
+                return [self._known(*part) for part in parts] or [image]
         raise ConfigError(f"{pin.package} {pin.version} depends on no kernel, but on: {depends}")
+
+    def _depends(self, pin: Pin) -> str:
+        text = self._run(["apt-cache", "show", f"{pin.package}={pin.version}"], "apt-cache")
+        return next(apt_sources.paragraphs(text)).get("depends", "")
 
     def closure(self, packages: Sequence[str]) -> list[Pin]:
         """The packages and all that they depend on, from the last of the suites where it has them.
@@ -140,7 +149,8 @@ class Apt:
         _write(self.sources, apt_sources.render(sources))
         settings = machine_settings()
         _write(self.settings, settings)
-        _write(self._env["APT_CONFIG"], settings + _private_folders(self._folder))
+        private = _private_folders(self._folder, self._architecture)
+        _write(self._env["APT_CONFIG"], settings + private)
         _write(os.path.join(self._folder, "status"), "")  # nothing is installed
 
 
@@ -179,6 +189,12 @@ def check_sum(path: str, pin: Pin) -> None:
         )
 
 
+def _exact(depends: str) -> list[tuple[str, str]]:
+    """The dependencies on one version of a package, as (package, version)."""
+    rows = [row.replace("(=", "").replace(")", "").split() for row in depends.split(",")]
+    return [(row[0], row[1]) for row in rows if len(row) == 2]
+
+
 def machine_settings() -> str:
     """How this machine's apt reaches its mirrors: proxies, retries, credentials' place."""
     names = [f"Acquire::{name}" for name in _KEPT_SETTINGS]
@@ -191,7 +207,7 @@ def machine_settings() -> str:
     return "".join(f"{line}\n" for line in kept)
 
 
-def _private_folders(folder: str) -> str:
+def _private_folders(folder: str, architecture: str) -> str:
     """apt.conf: every folder that apt writes is in `folder`; the machine's hooks are not run."""
     values = {
         "Dir::Etc::main": "/dev/null",
@@ -204,8 +220,8 @@ def _private_folders(folder: str) -> str:
         "Dir::State::lists": f"{folder}/lists",
         "Dir::State::status": f"{folder}/status",
         "Dir::Cache": f"{folder}/cache",
-        "APT::Architecture": "amd64",
-        "APT::Architectures": "amd64",
+        "APT::Architecture": architecture,
+        "APT::Architectures": architecture,
         "APT::Sandbox::User": "root",  # the folders are not the user _apt's to write
         "APT::Update::Error-Mode": "any",
         "Acquire::Languages": "none",

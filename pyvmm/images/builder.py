@@ -50,7 +50,7 @@ class Catalogue:
             "agent",
             *(f"kernel-{name}" for name in self.recipes.kernels),
             *(f"programs-{name}" for name in self.recipes.programs),
-            *(f"initramfs-{name}" for name in self.recipes.guest_kernels),
+            *(f"initramfs-{name}" for name in self.recipes.booted_kernels),
             *(f"rootfs-{name}" for name in self.recipes.rootfs),
         ]
 
@@ -74,11 +74,12 @@ class Catalogue:
             files = (*agent.HEADERS, *agent.SOURCES)
             parts += [self._script(agent.FOLDER, file) for file in files]
         elif kind == "kernel":
-            parts.append(asdict(self.recipes.kernels[which]))
+            parts.append(self.recipes.kernels[which].stated())
         elif kind == "programs":
             parts.append(asdict(self.recipes.programs[which]))
         elif kind == "initramfs":
-            parts += [asdict(self.recipes.initramfs), *agent.FLAGS, *agent.LINKING]
+            recipe = self.recipes.initramfs.for_kernel(self.recipes.kernels[which])
+            parts += [asdict(recipe), *agent.FLAGS, *agent.LINKING]
             parts += [self._script("initramfs", file) for file in initramfs.SOURCES]
         else:
             parts += [self.recipes.release, asdict(self.recipes.rootfs[which])]
@@ -86,7 +87,24 @@ class Catalogue:
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
     def pins(self, name: str) -> list[Pin]:
-        return self.lock.get(lock_name(name), [])
+        return self.lock.get(self.lock_name(name), [])
+
+    def lock_name(self, name: str) -> str:
+        """Under which name the lock file has the image's packages: all initramfs of one
+        architecture share a busybox."""
+        kernel = self.kernel_of(name)
+        is_initramfs = name.startswith("initramfs-") and kernel and not kernel.is_foreign
+        return "initramfs" if is_initramfs else name
+
+    def kernel_of(self, name: str) -> recipes.KernelRecipe | None:
+        """The recipe of the kernel that the image is, or is made for; None for neither."""
+        kind, _, which = name.partition("-")
+        return self.recipes.kernels.get(which) if kind in ("kernel", "initramfs") else None
+
+    def is_optional(self, name: str) -> bool:
+        """Whether the image may be missing where all of them are built."""
+        kernel = self.kernel_of(name)
+        return kernel is not None and kernel.optional
 
     def _split(self, name: str) -> tuple[str, str]:
         if name not in self.names():
@@ -100,11 +118,6 @@ class Catalogue:
             return file.read()
 
 
-def lock_name(image: str) -> str:
-    """Under which name the lock file has the image's packages: all initramfs share a busybox."""
-    return "initramfs" if image.startswith("initramfs-") else image
-
-
 def missing(catalogue: Catalogue, names: Iterable[str]) -> list[str]:
     """Those of `names`, and of what they are made from, that are not in the cache, in order."""
     wanted = {
@@ -116,12 +129,18 @@ def missing(catalogue: Catalogue, names: Iterable[str]) -> list[str]:
 
 
 def build(
-    catalogue: Catalogue, names: Sequence[str], progress: Progress, *, locked: bool = False
+    catalogue: Catalogue,
+    names: Sequence[str],
+    progress: Progress,
+    *,
+    locked: bool = False,
+    spare: bool = False,
 ) -> None:
     """Make those of `names` that are not in the cache. Raises ConfigError.
 
     `locked` makes it an error when the mirror no longer has a pinned version; otherwise what it
-    has is taken, and said.
+    has is taken, and said. With `spare` an optional image that cannot be made is left out, with
+    those that are made from it, and that is said too.
     """
     if not missing(catalogue, names):
         return
@@ -130,8 +149,18 @@ def build(
         if not todo:
             return
         builder = Builder(catalogue, progress, locked=locked)
+        left_out: set[str] = set()
         for name in todo:
-            builder.build(name)
+            if not left_out.isdisjoint(catalogue.needs(name)):
+                left_out.add(name)
+                continue
+            try:
+                builder.build(name)
+            except ConfigError as error:
+                if not (spare and catalogue.is_optional(name)):
+                    raise
+                progress.notice(f"{name} is left out: {error}")
+                left_out.add(name)
 
 
 class Builder:
@@ -166,7 +195,7 @@ class Builder:
             elif name.startswith("programs-"):
                 packages = self._build_programs(name, into)
             else:
-                packages = [self._build_from_package(name, into)]
+                packages = self._build_from_packages(name, into)
             with open(os.path.join(into, "packages"), "w", encoding="utf-8") as file:
                 file.writelines(f"{package} {version}\n" for package, version in packages)
 
@@ -175,7 +204,7 @@ class Builder:
         if name.startswith("programs-"):
             return self._newest_programs(name)
         if not name.startswith("rootfs-"):
-            return [self._newest(name)]
+            return self._newest(name)
         with cache.workspace() as room:
             packages = self._make_rootfs(name, [], room)
         found = self._apt.lookup(packages)
@@ -195,49 +224,70 @@ class Builder:
         recipe = self._recipes.programs[name.removeprefix("programs-")]
         return self.client(recipe.suites).closure(recipe.packages)
 
-    def client(self, suites: Sequence[str]) -> apt.Apt:
+    def client(self, suites: Sequence[str], architecture: str = "amd64") -> apt.Apt:
         """apt for `suites`, its lists fetched."""
-        if tuple(suites) == tuple(self._recipes.suites):
+        is_native = architecture == "amd64"
+        if is_native and tuple(suites) == tuple(self._recipes.suites):
             return self._apt
-        folder = os.path.join(user_cache.folder(), f"apt-{'+'.join(suites)}")
+        name = f"apt-{'+'.join(suites)}" + ("" if is_native else f"-{architecture}")
+        folder = os.path.join(user_cache.folder(), name)
         if folder not in self._clients:
-            client = apt.Apt(folder, suites)
-            step = self._progress.step(f"fetching {suites[0]}'s package lists")
+            client = apt.Apt(folder, suites, architecture)
+            of = "" if is_native else f" of {architecture}"
+            step = self._progress.step(f"fetching {suites[0]}'s package lists{of}")
             with cache.explain_os_errors(), step:
                 client.update()
             self._clients[folder] = client
         return self._clients[folder]
 
-    def _build_from_package(self, name: str, into: str) -> tuple[str, str]:
-        pin = self._choose(name)
+    def _client_of(self, kernel: recipes.KernelRecipe) -> apt.Apt:
+        return self.client(kernel.suites or self._recipes.suites, kernel.architecture)
+
+    def _client_for(self, name: str) -> apt.Apt:
+        """The one for the package of a kernel or an initramfs: busybox is from the guests' release
+        unless the kernel is foreign."""
+        kernel = self._catalogue.kernel_of(name)
+        assert kernel is not None
+        own = name.startswith("kernel-") or kernel.is_foreign
+        return self._client_of(kernel) if own else self._apt
+
+    def _build_from_packages(self, name: str, into: str) -> list[tuple[str, str]]:
+        pins = self._choose(name)
+        client = self._client_for(name)
+        recipe = self._catalogue.kernel_of(name)
+        assert recipe is not None
         if name.startswith("kernel-"):
-            kernel.build(name, pin, self._apt, into, self._progress)
+            foreign = recipe.is_foreign
+            kernel.build(name, pins, client, into, self._progress, is_foreign=foreign)
         else:
             program, below = map(self._catalogue.path, self._catalogue.needs(name))
             modules = kernel.modules_folder(below)
             initramfs.build(
-                *(name, self._recipes, modules, agent.read(program), pin),
-                *(self._apt, into, self._progress),
+                *(name, self._recipes, recipe, modules, agent.read(program), pins[0]),
+                *(client, into, self._progress),
             )
-        return pin.package, pin.version
+        return [(pin.package, pin.version) for pin in pins]
 
-    def _choose(self, name: str) -> Pin:
+    def _choose(self, name: str) -> list[Pin]:
         pins = self._catalogue.pins(name)
-        if apt.usable(self._apt, name, pins, locked=self._locked):
-            return pins[0]
-        pin = self._newest(name)
+        if apt.usable(self._client_for(name), name, pins, locked=self._locked):
+            return pins
+        found = self._newest(name)
         if pins:
             self._progress.notice(
                 f"{name}: the pinned {pins[0].package} {pins[0].version} is no longer on the "
-                f"mirror; using {pin.package} {pin.version}"
+                f"mirror; using {found[0].package} {found[0].version}"
             )
-        return pin
+        return found
 
-    def _newest(self, name: str) -> Pin:
-        if not name.startswith("kernel-"):
-            return self._apt.newest(self._recipes.initramfs.busybox, self._recipes.release)
-        recipe = self._recipes.kernels[name.removeprefix("kernel-")]
-        return self._apt.dependency(self._apt.newest(recipe.package, recipe.suite))
+    def _newest(self, name: str) -> list[Pin]:
+        client = self._client_for(name)
+        recipe = self._catalogue.kernel_of(name)
+        assert recipe is not None
+        if name.startswith("kernel-"):
+            return client.kernel(client.newest(recipe.package, recipe.suite))
+        suite = recipe.suite if recipe.is_foreign else self._recipes.release
+        return [client.newest(self._recipes.initramfs.busybox, suite)]
 
     def agent(self) -> str:
         """The path of the guest's agent, which has been built."""
@@ -268,6 +318,7 @@ def refresh_lock(catalogue: Catalogue, progress: Progress) -> None:
         builder = Builder(catalogue, progress)
         fresh: lock.Lock = {}
         for name in catalogue.names():
-            if name != "agent" and lock_name(name) not in fresh:
-                fresh[lock_name(name)] = builder.current(name)
+            where = catalogue.lock_name(name)
+            if name != "agent" and where not in fresh:
+                fresh[where] = builder.current(name)
     lock.write(catalogue.recipes.lock_file, fresh)

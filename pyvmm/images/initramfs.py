@@ -16,7 +16,7 @@ from pyvmm.images import apt, cache, tools
 from pyvmm.images.lock import Pin
 from pyvmm.images.modules import ModuleTree
 from pyvmm.images.progress import Progress
-from pyvmm.images.recipes import InitramfsRecipe, Recipes
+from pyvmm.images.recipes import InitramfsRecipe, KernelRecipe, Recipes
 
 FILE = "initramfs.cpio"
 SOURCES = ("init", "find-root.c")
@@ -26,6 +26,7 @@ _FOLDERS = ("bin", "dev", "modules", "proc", "root", "sys")
 def build(
     name: str,
     recipes: Recipes,
+    kernel: KernelRecipe,
     modules: str,
     agent: bytes,
     pin: Pin,
@@ -33,24 +34,24 @@ def build(
     into: str,
     progress: Progress,
 ) -> None:
-    """Write `into`/initramfs.cpio for the kernel whose module folder is `modules`, with the
-    program `agent` in it."""
+    """Write `into`/initramfs.cpio for `kernel`, whose module folder is `modules`, with the program
+    `agent` in it. What we compile ourselves is missing for a foreign one, which has no agent."""
     with cache.workspace() as room:
         with progress.step(f"{name}: fetching {pin.package} {pin.version}"):
             package = client.download(pin, room)
             tools.run(["dpkg-deb", "-x", package, room], "cannot unpack busybox")
-        finder = os.path.join(room, "find-root")
-        with progress.step(f"{name}: compiling find-root (musl-gcc)"):
-            compile_finder(recipes, finder)
         programs = {
             "bin/busybox": _read(os.path.join(room, "bin", "busybox")),
-            "bin/find-root": _read(finder),
-            "bin/pyvmm-agent": agent,
             "init": _read(recipes.file("initramfs", "init")),
         }
+        if not kernel.is_foreign:
+            finder = os.path.join(room, "find-root")
+            with progress.step(f"{name}: compiling find-root (musl-gcc)"):
+                compile_finder(recipes, finder)
+            programs |= {"bin/find-root": _read(finder), "bin/pyvmm-agent": agent}
     with progress.step(f"{name}: writing the archive"):
         tree = ModuleTree(modules)
-        content = cpio.archive(entries(recipes.initramfs, tree, programs))
+        content = cpio.archive(entries(recipes.initramfs.for_kernel(kernel), tree, programs))
         with open(os.path.join(into, FILE), "wb") as file:
             file.write(content)
 

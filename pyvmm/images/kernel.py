@@ -2,6 +2,8 @@
 
 bzImage  vmlinux  config          files
 lib/modules/RELEASE/              with depmod's indexes
+
+A kernel of another architecture has no vmlinux: whoever boots it takes Debian's file.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import glob
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 
 from pyvmm.errors import ConfigError
 from pyvmm.images import apt, cache, tools
@@ -17,13 +20,23 @@ from pyvmm.images.lock import Pin
 from pyvmm.images.progress import Progress
 
 
-def build(name: str, pin: Pin, client: apt.Apt, into: str, progress: Progress) -> None:
-    """Fill the folder `into` from the kernel package `pin`. Raises ConfigError."""
+def build(
+    name: str,
+    pins: Sequence[Pin],
+    client: apt.Apt,
+    into: str,
+    progress: Progress,
+    *,
+    is_foreign: bool = False,
+) -> None:
+    """Fill the folder `into` from the kernel packages `pins`. Raises ConfigError."""
     with cache.workspace() as room:
-        with progress.step(f"{name}: fetching {pin.package} {pin.version}"):
-            package = client.download(pin, room)
+        with progress.step(f"{name}: fetching {pins[0].package} {pins[0].version}"):
+            packages = client.download_all(pins, room)
         with progress.step(f"{name}: unpacking the kernel and its modules"):
-            _unpack(package, os.path.join(room, "tree"), into)
+            _unpack(packages, os.path.join(room, "tree"), into)
+    if is_foreign:
+        return
     with progress.step(f"{name}: unpacking vmlinux from bzImage"):
         _extract_vmlinux(into)
 
@@ -34,24 +47,28 @@ def modules_folder(kernel: str) -> str:
     return found
 
 
-def _unpack(package: str, tree: str, into: str) -> None:
-    tools.run(["dpkg-deb", "-x", package, tree], "cannot unpack the kernel package")
-    _move(f"{tree}/boot/vmlinuz-*", os.path.join(into, "bzImage"))
-    _move(f"{tree}/boot/config-*", os.path.join(into, "config"))
+def _unpack(packages: Sequence[str], tree: str, into: str) -> None:
+    for package in packages:
+        tools.run(["dpkg-deb", "-x", package, tree], "cannot unpack the kernel package")
+    # A folder of modules is in /usr since trixie, and has the kernel beside them since Linux 7.
+    modules = _only(f"{tree}/lib/modules/*", f"{tree}/usr/lib/modules/*")
+    image = _only(f"{tree}/boot/vmlinuz-*", f"{modules}/vmlinuz")
+    shutil.move(image, os.path.join(into, "bzImage"))
+    config = _only(f"{tree}/boot/config-*", f"{modules}/config")
+    shutil.move(config, os.path.join(into, "config"))
     os.makedirs(os.path.join(into, "lib", "modules"))
-    pattern = f"{tree}/lib/modules/*"
-    if not glob.glob(pattern):
-        pattern = f"{tree}/usr/lib/modules/*"  # since trixie
-    release = os.path.basename(next(iter(glob.glob(pattern)), ""))
-    _move(pattern, os.path.join(into, "lib", "modules", release))
+    release = os.path.basename(modules)
+    shutil.move(modules, os.path.join(into, "lib", "modules", release))
     tools.run(["depmod", "-b", into, release], "depmod")
 
 
-def _move(pattern: str, target: str) -> None:
-    found = glob.glob(pattern)
+def _only(*patterns: str) -> str:
+    """The one file that one of the patterns finds. Raises ConfigError."""
+    found = [path for pattern in patterns for path in glob.glob(pattern)]
     if len(found) != 1:
-        raise ConfigError(f"the kernel package has {len(found)} files {os.path.basename(pattern)}")
-    shutil.move(found[0], target)
+        name = os.path.basename(patterns[0])
+        raise ConfigError(f"the kernel package has {len(found)} files {name}")
+    return found[0]
 
 
 def _extract_vmlinux(into: str) -> None:

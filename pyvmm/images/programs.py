@@ -45,10 +45,12 @@ def command(image: str, program: str, name: str) -> list[str]:
     return [*loader, "--argv0", name, os.path.join(root, program)]
 
 
-def qemu_command(image: str) -> list[str]:
-    """The same for the QEMU in the image's folder, which is told where its firmware is."""
+def qemu_command(image: str, architecture: str = "x86_64") -> list[str]:
+    """The same for the QEMU in the image's folder, which is told where its firmware is; it emulates
+    an `architecture` of the recipe's."""
     firmware = [os.path.join(image, "root/usr/share", name) for name in ("qemu", "seabios")]
-    program = command(image, "usr/bin/qemu-system-x86_64", "qemu-system-x86_64")
+    name = f"qemu-system-{architecture}"
+    program = command(image, f"usr/bin/{name}", name)
     return [*program, *(word for folder in firmware for word in ("-L", folder))]
 
 

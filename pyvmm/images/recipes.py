@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from pyvmm.errors import ConfigError
@@ -13,10 +13,28 @@ FOLDER_VARIABLE = "PYVMM_GUEST_IMAGES"
 
 @dataclass(frozen=True)
 class KernelRecipe:
-    """Debian's kernel metapackage, and the suite it is taken from."""
+    """Debian's kernel metapackage, and the suite it is taken from.
+
+    `suites` are where apt looks, those of the recipes if there are none. A kernel for another
+    `architecture` is no guest of ours, but of another monitor; its initramfs is without the lists
+    of modules that it `lacks`. One that is `optional` may fail when all images are built.
+    """
 
     package: str
     suite: str
+    suites: tuple[str, ...] = ()
+    architecture: str = "amd64"
+    lacks: tuple[str, ...] = ()
+    optional: bool = False
+
+    @property
+    def is_foreign(self) -> bool:
+        return self.architecture != "amd64"
+
+    def stated(self) -> dict[str, Any]:
+        """What is not as it usually is, by name."""
+        values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
+        return {name: value for name, (value, usual) in values.items() if value != usual}
 
 
 @dataclass(frozen=True)
@@ -26,6 +44,11 @@ class InitramfsRecipe:
     busybox: str
     applets: tuple[str, ...]
     modules: dict[str, tuple[str, ...]]
+
+    def for_kernel(self, kernel: KernelRecipe) -> InitramfsRecipe:
+        """The same without the lists that `kernel` has no modules for."""
+        modules = {name: row for name, row in self.modules.items() if name not in kernel.lacks}
+        return replace(self, modules=modules)
 
 
 @dataclass(frozen=True)
@@ -65,7 +88,12 @@ class Recipes:
 
     @property
     def guest_kernels(self) -> list[str]:
-        """The kernels that are run as guests, so that have an initramfs."""
+        """The kernels that `pyvmm run` can run."""
+        return [name for name in self.booted_kernels if not self.kernels[name].is_foreign]
+
+    @property
+    def booted_kernels(self) -> list[str]:
+        """The kernels that are run as guests of any monitor, so that have an initramfs."""
         return [name for name in self.kernels if name != "host"]
 
 
@@ -107,7 +135,7 @@ def _parse(where: str, table: dict[str, Any]) -> Recipes:
         folder=where,
         release=table["release"],
         suites=tuple(table["suites"]),
-        kernels={name: KernelRecipe(**row) for name, row in table["kernel"].items()},
+        kernels={name: KernelRecipe(**_with_tuples(row)) for name, row in table["kernel"].items()},
         programs={
             name: ProgramsRecipe(suites=tuple(row["suites"]), packages=tuple(row["packages"]))
             for name, row in table["programs"].items()
@@ -122,3 +150,7 @@ def _parse(where: str, table: dict[str, Any]) -> Recipes:
             for name, row in table["rootfs"].items()
         },
     )
+
+
+def _with_tuples(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in row.items()}

@@ -6,6 +6,6 @@ and QEMU, Cloud Hypervisor or libblkio connect to it. Any VirtioDevice can be se
 """
 
 from pyvmm.transport.vhost_user.protocol import FrontEndError
-from pyvmm.transport.vhost_user.server import serve, serve_connection
+from pyvmm.transport.vhost_user.server import serve, serve_connection, serve_each
 
-__all__ = ["FrontEndError", "serve", "serve_connection"]
+__all__ = ["FrontEndError", "serve", "serve_connection", "serve_each"]

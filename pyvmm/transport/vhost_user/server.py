@@ -14,9 +14,10 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
-from pyvmm.errors import HostError, PyvmmError
+from pyvmm.errors import PyvmmError
 from pyvmm.host import parent, unix_sockets
 from pyvmm.host.log import RateLimited, Sink
 from pyvmm.host.named_listener import NamedListener
@@ -26,6 +27,9 @@ from pyvmm.transport.vhost_user.back_end import BackEnd
 from pyvmm.transport.vhost_user.channel import Channel
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.lifecycle import Trace
+
+Opener = Callable[[], AbstractContextManager[VirtioDevice]]
+"""Opens a device, which is closed with the context. Raises ConfigError, HostError."""
 
 _ENDING = (signal.SIGTERM, signal.SIGINT)
 _NO_ROOM_SECONDS = 0.2
@@ -42,21 +46,39 @@ def serve(device: VirtioDevice, path: str, *, trace: Trace | None = None) -> Non
     is for its owner only; who wants a front end of another user changes its mode or group. Raises
     ConfigError for a path where nothing can listen, HostError.
     """
-    log = RateLimited(prefix=f"{device.name}: ")
-    with NamedListener(path, option="--socket") as listener, _ending_signals() as ended:
-        log(f"waiting for a vhost-user front end at {path}")
-        while _wait(listener.socket, ended):
-            try:
-                waiting = unix_sockets.accept(listener.socket)
-                if waiting is None:
-                    continue  # it has gone again
-                with socket.socket(fileno=waiting.detach()) as connection:
-                    connection.setblocking(True)
-                    _serve_in_child(device, connection, listener, ended, log, trace)
-            except (HostError, OSError) as error:
-                # No descriptor, memory or process for it, for now; others may have more luck.
-                log(f"a front end cannot be served: {error}")
-                time.sleep(_NO_ROOM_SECONDS)
+    serve_each(lambda: contextlib.nullcontext(device), path, trace=trace)
+
+
+def serve_each(open_device: Opener, path: str, *, trace: Trace | None = None) -> None:
+    """The same with a device for each front end, for one whose other side cannot be shared by two
+    processes one after the other: a stream in which the first stopped anywhere, say.
+
+    The first is opened at once, each further one when a front end has left, and closed with the
+    context. Raises what opening the first raises, ConfigError, HostError.
+    """
+    with contextlib.ExitStack() as current:
+        first = current.enter_context(open_device())
+        device: VirtioDevice | None = first
+        log = RateLimited(prefix=f"{first.name}: ")
+        with NamedListener(path, option="--socket") as listener, _ending_signals() as ended:
+            log(f"waiting for a vhost-user front end at {path}")
+            while _wait(listener.socket, ended):
+                try:
+                    waiting = unix_sockets.accept(listener.socket)
+                    if waiting is None:
+                        continue  # it has gone again
+                    with socket.socket(fileno=waiting.detach()) as connection:
+                        connection.setblocking(True)
+                        if device is None:
+                            device = current.enter_context(open_device())
+                        _serve_in_child(device, connection, listener, ended, log, trace)
+                    device = None
+                    current.close()
+                    device = current.enter_context(open_device())
+                except (PyvmmError, OSError) as error:
+                    # No descriptor, memory or process for it, for now; others may have more luck.
+                    log(f"a front end cannot be served: {error}")
+                    time.sleep(_NO_ROOM_SECONDS)
 
 
 def serve_connection(

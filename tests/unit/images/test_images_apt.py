@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pyvmm.errors import ConfigError
-from pyvmm.images import apt, builder, rootfs, tools
+from pyvmm.images import apt, builder, kernel, rootfs, tools
 from pyvmm.images.lock import Pin
 from pyvmm.images.progress import Progress
 
@@ -72,7 +72,7 @@ def test_the_substitute_for_a_gone_version_is_said_in_one_line(
     maker = builder.Builder(catalogue, Progress())
     maker._apt = Mirror(newer)
     capsys.readouterr()
-    assert maker._choose("initramfs-6.1") == newer
+    assert maker._choose("initramfs-6.1") == [newer]
     assert capsys.readouterr().err == (
         "pyvmm: initramfs-6.1: the pinned busybox-static 1:1.35.0-4 is no longer on the mirror; "
         "using busybox-static 1:1.36-1\n"
@@ -120,7 +120,7 @@ def test_a_program_that_fills_the_disk_comes_with_a_cure() -> None:
 
 
 def test_apt_writes_only_in_its_own_folder(tmp_path: Path) -> None:
-    text = apt._private_folders(str(tmp_path))
+    text = apt._private_folders(str(tmp_path), "amd64")
     written = [line for line in text.splitlines() if line.startswith(("Dir::State", "Dir::Cache"))]
     assert len(written) == 4
     assert all(os.fspath(tmp_path) in line for line in written)
@@ -132,3 +132,87 @@ def test_what_a_program_says_is_fit_for_a_terminal() -> None:
     shown = tools.complaint(said, 1)
     assert shown.isprintable() and "ü" in shown and "\\x1b]0;x\\x07" in shown
     assert len(tools.complaint("x" * 100_000, 1)) < 1000
+
+
+class Shows(apt.Apt):
+    """What `apt-cache show` says of packages, without apt."""
+
+    def __init__(self, depends: dict[str, str]) -> None:
+        self.depends = depends
+
+    def _run(self, command, what, **_):  # type: ignore[no-untyped-def]
+        assert command[:2] == ["apt-cache", "show"]
+        rows = [argument.partition("=") for argument in command[2:]]
+        return "\n".join(
+            f"Package: {package}\nVersion: {version}\nDepends: {self.depends[package]}\n"
+            f"SHA256: {SUM}\n"
+            for package, _, version in rows
+        )
+
+
+def test_a_kernel_is_one_package_or_those_that_it_was_split_into() -> None:
+    meta = Pin("linux-image-cloud-amd64", "7.2-1", SUM)
+    split = Shows(
+        {
+            "linux-image-cloud-amd64": "linux-base-cloud (= 7.2-1), linux-image-7.2 (= 7.2-1)",
+            "linux-image-7.2": "dracut | initramfs-tools (>= 0.120), linux-base (>= 4.17~), "
+            "linux-base-7.2 (= 7.2-1), linux-binary-7.2 (= 7.2-1), linux-modules-7.2 (= 7.2-1)",
+            **dict.fromkeys(("linux-base-7.2", "linux-binary-7.2", "linux-modules-7.2"), "kmod"),
+        }
+    )
+    assert [pin[:2] for pin in split.kernel(meta)] == [
+        (f"linux-{part}-7.2", "7.2-1") for part in ("base", "binary", "modules")
+    ]
+    whole = Shows(
+        {
+            "linux-image-cloud-amd64": "linux-image-6.1 (= 6.1-1)",
+            "linux-image-6.1": "kmod, linux-base (>= 4.3~), initramfs-tools | linux-initramfs-tool",
+        }
+    )
+    assert [pin.package for pin in whole.kernel(meta)] == ["linux-image-6.1"]
+    with pytest.raises(ConfigError, match="depends on no kernel, but on: kmod"):
+        Shows({"linux-image-cloud-amd64": "kmod"}).kernel(meta)
+
+
+def package(folder: Path, name: str, files: dict[str, bytes]) -> str:
+    """A Debian package with these files in it."""
+    tree = folder / name
+    for path, content in {
+        "DEBIAN/control": CONTROL.replace("NAME", name).encode(),
+        **files,
+    }.items():
+        (tree / path).parent.mkdir(parents=True, exist_ok=True)
+        (tree / path).write_bytes(content)
+    target = folder / f"{name}.deb"
+    tools.run(["dpkg-deb", "--root-owner-group", "-b", str(tree), str(target)], "dpkg-deb")
+    return str(target)
+
+
+CONTROL = "Package: NAME\nVersion: 1\nArchitecture: all\nMaintainer: x <x@x>\nDescription: x\n"
+IN_ONE = {"boot/vmlinuz-9": b"kernel", "boot/config-9": b"config", "lib/modules/9.1/a.ko": b""}
+IN_PARTS = [
+    {"usr/lib/modules/9.1/vmlinuz": b"kernel"},
+    {"usr/lib/modules/9.1/config": b"config"},
+    {"usr/lib/modules/9.1/kernel/a.ko": b""},
+]
+SINCE_TRIXIE = {**IN_ONE, "usr/lib/modules/9.1/a.ko": b""}
+del SINCE_TRIXIE["lib/modules/9.1/a.ko"]
+
+
+@pytest.mark.parametrize("parts", [[IN_ONE], [SINCE_TRIXIE], IN_PARTS], ids=["6.1", "6.12", "7"])
+def test_a_kernel_is_found_wherever_its_packages_have_it(tmp_path: Path, parts) -> None:
+    debs = [package(tmp_path, f"part{number}", files) for number, files in enumerate(parts)]
+    into = tmp_path / "image"
+    into.mkdir()
+    kernel._unpack(debs, str(tmp_path / "tree"), str(into))
+    assert (into / "bzImage").read_bytes() == b"kernel"
+    assert (into / "config").read_bytes() == b"config"
+    assert (into / "lib/modules/9.1/modules.dep").exists()
+    assert kernel.modules_folder(str(into)) == str(into / "lib/modules/9.1")
+    assert list(into.rglob("vmlinuz*")) == []
+
+
+def test_a_package_without_a_kernel_is_an_error(tmp_path: Path) -> None:
+    deb = package(tmp_path, "none", {"usr/lib/modules/9.1/config": b""})
+    with pytest.raises(ConfigError, match=r"has 0 files vmlinuz-\*"):
+        kernel._unpack([deb], str(tmp_path / "tree"), str(tmp_path))

@@ -171,3 +171,42 @@ def test_images_that_no_recipe_makes_can_be_removed(home: Path) -> None:
     removed = cache.prune({cache.image("kernel-1", "new")})
     assert removed == [cache.image("kernel-1", "old")]
     assert os.path.isdir(cache.image("kernel-1", "new"))
+
+
+def test_all_images_are_built_but_optional_ones_that_cannot_be(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What another is made from takes it along; one that was asked for by name is an error."""
+    made: list[str] = []
+
+    def build(self: builder.Builder, name: str) -> None:
+        if name in broken:
+            raise ConfigError("the mirror is in pieces")
+        made.append(name)
+
+    monkeypatch.setattr(builder.Builder, "build", build)
+    broken = {"kernel-7", "initramfs-s390x"}
+    images.build()
+    left = {"kernel-7", "initramfs-7", "initramfs-s390x"}
+    assert made == [name for name in images.names() if name not in left]
+    said = capsys.readouterr().err
+    assert said == (
+        "pyvmm: kernel-7 is left out: the mirror is in pieces\n"
+        "pyvmm: initramfs-s390x is left out: the mirror is in pieces\n"
+    )
+    with pytest.raises(ConfigError, match="in pieces"):
+        images.build(["initramfs-7"])
+    with pytest.raises(ConfigError, match="in pieces"):
+        images.build(locked=True)
+    broken = {"kernel-6.12"}
+    with pytest.raises(ConfigError, match="in pieces"):
+        images.build()
+
+
+def test_a_foreign_initramfs_is_no_part_of_a_vm_of_ours(home: Path) -> None:
+    catalogue = builder.Catalogue()
+    assert catalogue.recipes.guest_kernels == ["6.1", "6.12", "7"]
+    assert catalogue.lock_name("initramfs-7") == "initramfs"
+    assert catalogue.lock_name("initramfs-s390x") == "initramfs-s390x"
+    foreign = catalogue.recipes.initramfs.for_kernel(catalogue.recipes.kernels["s390x"])
+    assert "virtio-2" in foreign.modules and "virtio-27" not in foreign.modules

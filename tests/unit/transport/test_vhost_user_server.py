@@ -1,4 +1,5 @@
-"""`pyvmm vhost-user-blk` as a process: front ends that come, go and misbehave in turn."""
+"""`pyvmm vhost-user-blk` and `pyvmm vhost-user` as processes: front ends that come, go and
+misbehave in turn."""
 
 from __future__ import annotations
 
@@ -10,13 +11,14 @@ import stat
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from pyvmm.memory import GuestMemory
 from pyvmm.testing.blk_driver import OK, BlockDriver
 from pyvmm.testing.ring import Buffer
-from pyvmm.testing.vhost_user_driver import ADD_MEM_REG, USER_BASE, VhostUserDriver, connect
+from pyvmm.testing.vhost_user_driver import ADD_MEM_REG, USER_BASE, Gone, VhostUserDriver, connect
 
 MIB = 1 << 20
 
@@ -272,6 +274,129 @@ def test_what_cannot_be_had_is_one_line(tmp_path, options):
     )  # fmt: skip
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
+
+
+ROOT = Path(__file__).parents[3]
+
+
+class AnyServer:
+    """`pyvmm vhost-user` with those options, or another command."""
+
+    def __init__(self, folder, *options, command=(sys.executable, "-m", "pyvmm", "vhost-user")):
+        self.path = folder / "any.sock"
+        argv = [*command, "--socket", str(self.path), *options]
+        self.process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, cwd=folder)
+
+    def front_end(self):
+        return VhostUserDriver(connect(self.path), GuestMemory([(0, MIB)]))
+
+    def end(self):
+        self.process.send_signal(signal.SIGTERM)
+        _, text = self.process.communicate(timeout=60)
+        return self.process.returncode, text
+
+
+@pytest.mark.parametrize(
+    "options", [["--rng"], ["--rng-limit", "iops=1000000"],
+                ["--device", f"{ROOT}/examples/entropy.py:Entropy"]], ids=" ".join
+)  # fmt: skip
+def test_a_device_of_another_kind_serves_one_front_end_after_the_other(tmp_path, options):
+    server = AnyServer(tmp_path, *options)
+    answers = set()
+    for size in (64, 1024):
+        with server.front_end() as driver:
+            driver.start(sizes=(size,))
+            written, data = driver.request(0, [], [32])
+            assert written == 32
+            answers.add(data)
+    assert len(answers) == 2
+    assert server.end()[0] == 0
+    assert not server.path.exists()
+
+
+def test_a_vsock_device_lets_programs_reach_the_guest(tmp_path):
+    server = AnyServer(tmp_path, "--vsock", "cid=77,path=guest.sock")
+    for _ in range(2):
+        with server.front_end() as driver:
+            driver.start(sizes=(64, 64))
+            assert driver.config(0, 8) == (77).to_bytes(8, "little")
+            incoming = driver.submit(0, [], [4096])
+            with connect(tmp_path / "guest.sock") as program:
+                program.sendall(b"CONNECT 7000\n")
+                driver.wait_used(0, incoming)
+            header = driver.memory.read(*incoming.writable[0])[:44]
+            assert struct.unpack_from("<QQIIIHH", header)[1::2] == (77, 7000, 1), "no request"
+    assert server.end()[0] == 0
+
+
+COUNTING = """\
+import sys
+from contextlib import contextmanager
+from pyvmm.errors import ConfigError
+from pyvmm.transport.vhost_user import serve_each
+from vhost_user_rig import Echo
+
+opened = []
+
+@contextmanager
+def open_device():
+    opened.append(None)
+    if len(opened) in (2, 3):
+        raise ConfigError("the cable is being moved")
+    device = Echo()
+    device.space = bytearray([len(opened)])
+    yield device
+    print(f"closed {len(opened)}", file=sys.stderr, flush=True)
+
+serve_each(open_device, sys.argv[2])
+"""
+
+
+def test_each_front_end_finds_a_device_of_its_own(tmp_path):
+    """One that cannot be opened costs a front end its connection, and no more."""
+    program = tmp_path / "counting.py"
+    program.write_text(COUNTING)
+    path = f"{ROOT / 'tests'}:{os.environ.get('PYTHONPATH', '')}"
+    server = AnyServer(
+        tmp_path, command=("env", f"PYTHONPATH={path}", sys.executable, str(program))
+    )
+    seen = []
+    while len(seen) < 3:
+        with server.front_end() as driver:
+            try:
+                driver.start()
+            except Gone:
+                continue  # the second, for which there was none
+            seen += driver.config(0, 1)
+    code, text = server.end()
+    assert (code, seen) == (0, [1, 4, 5])
+    assert text.count("cannot be served: the cable is being moved") == 2
+    assert re.findall("closed [0-9]", text) == ["closed 1", "closed 4", "closed 5", "closed 6"]
+
+
+WRONG_DEVICES = {
+    "none": ([], "0 devices at one socket"),
+    "two": (["--rng", "--net", "user"], "2 devices at one socket"),
+    "two cards": (["--net", "user", "--net", "user"], "2 devices at one socket"),
+    "packed": (["--net", "user,packed"], "rings are split"),
+    "vhost": (["--net", "tap=none,vhost"], "leave out vhost"),
+    "deaf": (["--vsock"], "add path=PATH"),
+    "limit": (["--rng-limit", "bps=x"], "--rng-limit"),
+    "class": (["--device", "none.py:Nobody"], "none.py"),
+    "tap": (["--net", "tap=" + "x" * 40], "no name of an interface"),
+    "disk": (["--disk", "x.img"], "No such option"),
+}
+
+
+@pytest.mark.parametrize(("options", "why"), WRONG_DEVICES.values(), ids=WRONG_DEVICES)
+def test_a_device_that_cannot_be_served_is_one_line(tmp_path, options, why):
+    done = subprocess.run(
+        [sys.executable, "-m", "pyvmm", "vhost-user", "--socket", "s", *options],
+        capture_output=True, text=True, timeout=60, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert why in done.stderr and done.stderr.count("\n") == 1
+    assert os.listdir(tmp_path) == []
 
 
 def wait_for_socket(server):
