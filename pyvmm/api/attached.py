@@ -7,7 +7,7 @@ import os
 import select
 import signal
 from contextlib import suppress
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
 from pyvmm.api.errors import Outcome
@@ -29,12 +29,14 @@ class AttachedMonitor(Monitor):
         self._console = open_console(name)
         self._events = open_events(name)
         self._leaving = EventFd()
+        self._closing = Lock()
         self._told = Outcome(None, "it did not say why")
         Thread(target=self._pump, name="pyvmm console", daemon=True).start()
 
     def signal(self, number: signal.Signals) -> None:
-        if self._process >= 0 and self.outcome is None:
-            with suppress(ProcessLookupError):  # it has just ended
+        # A number that `_close` gives back may be another file's at once.
+        with self._closing, suppress(ProcessLookupError):  # it has just ended
+            if self._process >= 0:
                 signal.pidfd_send_signal(self._process, number)
 
     def type(self, data: bytes) -> None:
@@ -42,8 +44,9 @@ class AttachedMonitor(Monitor):
 
     def detach(self) -> None:
         """Let go of it; it runs on."""
-        if self.outcome is None:
-            self._leaving.signal()
+        with self._closing:
+            if self._leaving.fd >= 0:
+                self._leaving.signal()
 
     # --- the thread that reads --------------------------------------------------------------------
 
@@ -82,9 +85,11 @@ class AttachedMonitor(Monitor):
     def _close(self) -> None:
         self._console.close()
         self._events.close()
-        self._leaving.close()
-        if self._process >= 0:
-            os.close(self._process)
+        with self._closing:
+            self._leaving.close()
+            if self._process >= 0:
+                os.close(self._process)
+                self._process = -1
 
 
 def _receive(stream: Socket) -> bytes:

@@ -165,6 +165,9 @@ class OwnMonitor(Monitor):
     def _start(self, request: bytes) -> None:
         request_fd = os.memfd_create("pyvmm-request", 0)
         name_fd, their_name_fd = os.pipe()
+        # Not for `_close`, which another thread calls: whoever asks for the name reads it to its
+        # end, also after the process has ended.
+        self._name_pipe = os.fdopen(name_fd, "rb")
         try:
             os.write(request_fd, request)
             os.lseek(request_fd, 0, os.SEEK_SET)
@@ -180,7 +183,6 @@ class OwnMonitor(Monitor):
         finally:
             os.close(request_fd)
             os.close(their_name_fd)
-            self._name_fd = name_fd
         self.pid = self._process.pid
         assert self._process.stdin and self._process.stdout and self._process.stderr
         self._stdin = self._process.stdin.fileno()
@@ -188,14 +190,14 @@ class OwnMonitor(Monitor):
         self._outputs = (self._process.stdout.fileno(), self._process.stderr.fileno())
 
     def wait_for_name(self, timeout: float) -> str:
-        """The name under which the VM runs. Raises the error for one that does not come so far, and
-        NoAnswer after `timeout` seconds."""
+        """The name under which the VM runs; to be asked for once. Raises the error for one that
+        does not come so far, and NoAnswer after `timeout` seconds."""
         poll = select.poll()
-        poll.register(self._name_fd, select.POLLIN)
+        poll.register(self._name_pipe, select.POLLIN)
         if not poll.poll(timeout * 1000):
             raise NoAnswer(f"the monitor (PID {self.pid}) does not come up")
-        with open(self._name_fd, "rb", closefd=False) as file:
-            name = file.readline()
+        with self._name_pipe as pipe:
+            name = pipe.readline()
         if not name:
             self.wait(None)
             raise self.failure()
@@ -258,7 +260,6 @@ class OwnMonitor(Monitor):
         self.finish(Outcome(code, self._last_line(code)), self._close)
 
     def _close(self) -> None:
-        os.close(self._name_fd)
         for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
             if stream is not None:
                 stream.close()

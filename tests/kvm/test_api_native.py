@@ -16,6 +16,8 @@ from echo_guest import echo_kernel, stop_process
 
 import pyvmm
 from pyvmm import VM, ConfigError, Disk, GuestEnded, GuestPanic, MonitorDied, VMError, VMTimeout
+from pyvmm.api.attached import AttachedMonitor
+from pyvmm.api.monitor import OwnMonitor
 from pyvmm.control import registry
 from pyvmm.kvm.system import Kvm
 from pyvmm.machine.outcome import Ending
@@ -225,6 +227,23 @@ def test_a_name_that_is_taken(kernel):
         with pytest.raises(ConfigError, match="'mine' is running"):
             VM(kernel=kernel, kvm="host", name="mine").start()
         assert vm.status()["state"] == "running"
+
+
+def test_a_monitor_that_has_ended_before_its_name_is_asked_for(kernel):
+    with VM(kernel=kernel, kvm="host", name="mine") as vm:
+        monitor = OwnMonitor(vm.spec, "host")
+        assert monitor.wait(SAFETY_TIMEOUT).exit_code == 2
+        with pytest.raises(ConfigError, match="'mine' is running"):
+            monitor.wait_for_name(SAFETY_TIMEOUT)
+
+
+def test_a_monitor_that_has_ended_is_not_signalled(kernel):
+    with VM(kernel=kernel, kvm="host", name="mine") as vm:
+        attached = AttachedMonitor("mine")
+    assert attached.wait(SAFETY_TIMEOUT).exit_code == 143
+    attached.signal(signal.SIGTERM)
+    attached.detach()
+    assert vm.outcome.ending is Ending.TERMINATED
 
 
 def test_stopping_again_and_before_it_was_started(kernel):
