@@ -184,13 +184,16 @@ class Guest:
             pytest.fail(f"the guest hangs\n{self.result().ending()}")
         return self._finish()
 
-    def wait_for(self, text: str, *, times: int = 1, stderr: bool = False) -> None:
+    def wait_for(self, text: str, *, times: int = 1, after: str = "", stderr: bool = False) -> None:
         """Wait until the console (or standard error) has shown `text` so often; fail if it ends
         before."""
         stream = self.stderr if stderr else self.console
 
         def shown() -> bool:
-            return stream.count(text.encode()) >= times
+            said = bytes(stream)
+            if after:
+                said = said.partition(after.encode())[2]
+            return said.count(text.encode()) >= times
 
         if not wait_until(lambda: shown() or self.process.poll() is not None):
             self.kill()

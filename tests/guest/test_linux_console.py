@@ -53,7 +53,7 @@ def boot_shell(folder: Path) -> OnTerminal:
         guest.wait_for("purr", times=2)  # its echo, and `cat`
         # Ctrl-C is a key like any other: it ends `cat` in the guest, and nothing here.
         guest.type("\x03")
-        guest.wait_for("# ", times=2)
+        guest.wait_for("# ", after="^C")
         guest.type("echo $((222*222))\r")
         guest.wait_for("49284")
         guest.type(f"{CTRL_A}h")
