@@ -46,7 +46,9 @@ def image() -> None:
 )
 @click.option("--size", metavar="SIZE", help="Of the root disk; its file is sparse.  [default: 2G]")
 @click.option(
-    "--kernel", metavar="VERSION", help="The kernel that goes with it, 6.1 or 6.12.  [default: 6.1]"
+    "--kernel",
+    metavar="VERSION",
+    help="The kernel that goes with it, 6.1, 6.12 or 7 (the newest).  [default: 6.1]",
 )
 @click.option("--script", metavar="FILE", help="Run this in it (in Debian), as root, at the end.")
 @click.option(

@@ -285,7 +285,10 @@ class Builder:
         recipe = self._catalogue.kernel_of(name)
         assert recipe is not None
         if name.startswith("kernel-"):
-            return client.kernel(client.newest(recipe.package, recipe.suite))
+            newest = client.newest(recipe.package, recipe.suite)
+            if not newest.version.startswith(recipe.series):
+                raise ConfigError(f"{name}: {recipe.suite} has Linux {newest.version} by now")
+            return client.kernel(newest)
         suite = recipe.suite if recipe.is_foreign else self._recipes.release
         return [client.newest(self._recipes.initramfs.busybox, suite)]
 
@@ -319,6 +322,13 @@ def refresh_lock(catalogue: Catalogue, progress: Progress) -> None:
         fresh: lock.Lock = {}
         for name in catalogue.names():
             where = catalogue.lock_name(name)
-            if name != "agent" and where not in fresh:
+            if name == "agent" or where in fresh:
+                continue
+            try:
                 fresh[where] = builder.current(name)
+            except ConfigError as error:
+                if not catalogue.is_optional(name):
+                    raise
+                progress.notice(f"{name} keeps its pins: {error}")
+                fresh[where] = catalogue.pins(name)
     lock.write(catalogue.recipes.lock_file, fresh)

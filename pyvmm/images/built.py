@@ -41,7 +41,7 @@ def path(name: str) -> str:
 def artifacts(
     kernel: str = DEFAULT_KERNEL, variant: str = DEFAULT_VARIANT, *, make: bool = False
 ) -> Artifacts:
-    """The files of a guest with that kernel ("6.1", "6.12") and root disk variant.
+    """The files of a guest with that kernel ("6.1", "6.12", "7") and root disk variant.
 
     Raises ConfigError where they are not in the cache, unless `make` is true: then they are built.
     """

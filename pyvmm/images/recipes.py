@@ -17,7 +17,8 @@ class KernelRecipe:
 
     `suites` are where apt looks, those of the recipes if there are none. A kernel for another
     `architecture` is no guest of ours, but of another monitor; its initramfs is without the lists
-    of modules that it `lacks`. One that is `optional` may fail when all images are built.
+    of modules that it `lacks`. One that is `optional` may fail when all images are built; so does
+    one of another `series` than the start of its version, if that is told.
     """
 
     package: str
@@ -26,6 +27,7 @@ class KernelRecipe:
     architecture: str = "amd64"
     lacks: tuple[str, ...] = ()
     optional: bool = False
+    series: str = ""
 
     @property
     def is_foreign(self) -> bool:

@@ -174,6 +174,14 @@ def test_a_kernel_is_one_package_or_those_that_it_was_split_into() -> None:
         Shows({"linux-image-cloud-amd64": "kmod"}).kernel(meta)
 
 
+def test_a_kernel_of_another_series_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    maker = builder.Builder(builder.Catalogue(), Progress())
+    mirror = Mirror(Pin("linux-image-cloud-amd64", "8.0.1-1", SUM))
+    monkeypatch.setattr(maker, "client", lambda suites, architecture: mirror)
+    with pytest.raises(ConfigError, match=r"kernel-7: sid has Linux 8\.0\.1-1 by now"):
+        maker._newest("kernel-7")
+
+
 def package(folder: Path, name: str, files: dict[str, bytes]) -> str:
     """A Debian package with these files in it."""
     tree = folder / name

@@ -14,6 +14,8 @@ import pytest
 from pyvmm import images
 from pyvmm.errors import ConfigError
 from pyvmm.images import builder, cache, disk, recipes
+from pyvmm.images.lock import Pin
+from pyvmm.images.progress import Progress
 
 
 @pytest.fixture(autouse=True)
@@ -201,6 +203,32 @@ def test_all_images_are_built_but_optional_ones_that_cannot_be(
     broken = {"kernel-6.12"}
     with pytest.raises(ConfigError, match="in pieces"):
         images.build()
+
+
+def test_a_refreshed_lock_keeps_the_pins_of_optional_images_that_cannot_be_had(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = home / "recipes"
+    shutil.copytree(recipes.folder(), folder)
+    catalogue = builder.Catalogue(str(folder))
+    before = {name: catalogue.pins(name) for name in catalogue.names()}
+
+    def current(self: builder.Builder, name: str) -> list[Pin]:
+        if name == broken:
+            raise ConfigError("the mirror is in pieces")
+        return [Pin(name, "2", "0" * 64)]
+
+    monkeypatch.setattr(builder.Builder, "current", current)
+    broken = "kernel-7"
+    builder.refresh_lock(catalogue, Progress())
+    assert capsys.readouterr().err == "pyvmm: kernel-7 keeps its pins: the mirror is in pieces\n"
+    after = builder.Catalogue(str(folder))
+    assert after.pins("kernel-7") == before["kernel-7"] != []
+    assert after.pins("kernel-6.1") == [Pin("kernel-6.1", "2", "0" * 64)]
+    broken = "kernel-6.1"
+    with pytest.raises(ConfigError, match="in pieces"):
+        builder.refresh_lock(catalogue, Progress())
+    assert builder.Catalogue(str(folder)).lock == after.lock
 
 
 def test_a_foreign_initramfs_is_no_part_of_a_vm_of_ours(home: Path) -> None:
