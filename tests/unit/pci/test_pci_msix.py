@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import threading
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -187,6 +189,46 @@ def test_eight_bytes_at_once(bench: Bench) -> None:
     assert bench.lines[1].sent == [(0xFEE0_1000, 0x55)]
     assert bench.msix.read_table(16, 8) == 0xFEE0_1000
     assert bench.msix.read_table(24, 8) == 0x55
+    for at in (32, 40):
+        bench.msix.write_table(at, 8, 0x1_1234_5678)
+    assert bench.msix.read_table(32, 8) == bench.msix.read_table(40, 8) == 0x1_1234_5678
+
+
+@pytest.mark.parametrize(
+    "shut",
+    [
+        lambda bench: bench.msix.bus_master_changed(False),
+        lambda bench: bench.control(0),
+        lambda bench: bench.msix.reset(),
+        lambda bench: bench.msix.write_table(12, 4, 1),
+    ],
+    ids=["bus mastering", "control", "reset", "mask"],
+)
+def test_row65_a_gate_that_is_shut_while_a_line_is_being_connected_stays_shut(
+    bench: Bench, shut: Callable[[Bench], None]
+) -> None:
+    bench.go()
+    line = bench.lines[0]
+    connects, goes_on = threading.Event(), threading.Event()
+    connect = line.connect
+
+    def slowly(address: int, data: int) -> None:
+        connects.set()
+        goes_on.wait(60)
+        connect(address, data)
+
+    line.connect = slowly  # type: ignore[method-assign]
+    opens = threading.Thread(target=bench.msix.write_table, args=(8, 4, 0x77))
+    shuts = threading.Thread(target=shut, args=(bench,))
+    opens.start()
+    assert connects.wait(60)
+    shuts.start()
+    shuts.join(0.2)  # it waits; without a lock it would be done, and too early
+    goes_on.set()
+    opens.join(60)
+    shuts.join(60)
+    line.signal()
+    assert line.sent == []
 
 
 @pytest.mark.parametrize(

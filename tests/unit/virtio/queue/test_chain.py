@@ -90,6 +90,10 @@ def test_views_taken_join_up_across_descriptors(rig):
     views = reader.take(5)
     assert [bytes(view) for view in views] == [b"23", b"456"]
     assert reader.available == 3
+    reader = chain.reader()
+    assert [bytes(view) for size in (1, 3, 6) for view in reader.take(size)] == [
+        b"0", b"123", b"456789",
+    ]  # fmt: skip
 
 
 def test_more_than_there_is_raises_and_moves_nothing(rig):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 from queue_rig import HOLE_END, LAYOUTS, RAM, Rig
@@ -490,6 +491,29 @@ def test_news_are_not_taken_for_what_was_left_when_the_positions_have_gone_round
     assert rig.queue.enable_notification() is True
 
 
+def test_news_are_news_when_the_indices_of_a_split_ring_have_gone_round():
+    rig = Rig(256)
+    offer(rig, 1)
+    assert rig.queue.enable_notification() is True
+    for count in (255, *[256] * 255, 1):
+        rig.serve(1)
+        rig.queue.publish_used()
+        rig.all_used()
+        offer(rig, count, writable=[Buffer(0x8000, 1)])
+    assert rig.queue.state().next_avail == 0
+    assert rig.queue.enable_notification() is True
+    rig.close()
+
+
+def test_a_halted_queue_is_not_looked_at_again(rig):
+    offer(rig, 2)
+    rig.queue.pop()
+    rig.queue.halt = True
+    assert rig.queue.poll(0) is False
+    rig.queue.halt = False
+    assert rig.queue.poll(0) is True
+
+
 def test_what_was_left_is_news_again_after_another_has_served_the_ring(rig):
     offer(rig, 1)
     assert rig.queue.enable_notification() is True
@@ -922,6 +946,15 @@ def test_a_chain_in_flight_may_be_as_long_as_any(layout):
             rig.driver.avail_idx = 1
         again = rig.restored(state)
         assert again.state() == state
+    rig.close()
+
+
+def test_what_is_wrong_in_a_state_is_told_by_the_layouts_section(layout):
+    rig = Rig(SIZE, layout=layout)
+    state = replace(rig.queue.state(), next_avail=-1)
+    with pytest.raises(DriverError) as refused:
+        rig.restored(state)
+    assert refused.value.section.startswith({"split": "2.7 ", "packed": "2.8 "}[layout])
     rig.close()
 
 

@@ -240,12 +240,15 @@ def test_row23_more_than_the_ring_holds_bit_by_bit(split):
         split.queue.enable_notification()
 
 
-def test_row23_a_chain_that_runs_over_what_the_device_holds(packed):
+@pytest.mark.parametrize("restored", [False, True])
+def test_row23_a_chain_that_runs_over_what_the_device_holds(packed, restored):
     """More made available than the ring has room for."""
     assert packed.queue.pop() is None
     for ident in range(7):
         offer_head(packed, ident)
     assert len(list(packed.queue)) == 7
+    if restored:
+        packed.queue = packed.restored(packed.queue.state())
     # One entry is left, and this takes two: the second is the first chain's.
     offer_packed(packed, PackedDesc(DATA, 1, NEXT), PackedDesc(DATA, 1, WRITE, 7))
     refused_for_want_of_room(packed)

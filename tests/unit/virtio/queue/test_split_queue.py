@@ -181,4 +181,14 @@ def test_a_journal_hears_of_each_chain_that_is_taken_and_given_back():
     rig.queue.use_peeked([513])
     rig.queue.publish_used()
     assert journal.heard == [("publishing", usual), ("published", usual, 4)]
+    journal.heard.clear()
+    assert len(rig.all_used()) == 4
+    usual = rig.driver.add([bytes(16)], [512, 1]).head
+    heads = [rig.driver.add([], [1]).head for _ in range(2)]
+    rig.driver.publish()
+    rig.queue.peek_usual(16, 1, 512)
+    rig.queue.use_peeked([513])
+    assert len(list(rig.queue)) == 2
+    # What stands in front of them in the ring, once.
+    assert journal.heard == [("taken", head) for head in (usual, *heads)]
     rig.close()
