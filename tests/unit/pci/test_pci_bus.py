@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from pathlib import Path
 
 import pytest
@@ -168,7 +169,8 @@ def test_row59_the_end_of_the_ecam(bench: Bench) -> None:
 
 def test_row59_the_address_port(bench: Bench) -> None:
     ports = bench.bus.ports
-    assert ports.read(4, 4) == ONES[4]  # nothing is addressed yet
+    assert ports.SIZE == 8
+    assert (ports.read(0, 4), ports.read(4, 4)) == (0, ONES[4])  # nothing is addressed yet
     ports.write(0, 4, SLOT << 11)  # not enabled
     assert (ports.read(0, 4), ports.read(4, 4)) == (SLOT << 11, ONES[4])
     ports.write(0, 4, 0xFFFF_FFFF)
@@ -178,6 +180,9 @@ def test_row59_the_address_port(bench: Bench) -> None:
         ports.write(offset, size, 0)
         assert ports.read(offset, size) == ONES[size]
     assert ports.read(4, 4) == 0x1042_1AF4
+    bench.by_ports(pci.PCI_COMMAND + 4)
+    ports.write(0, 2, pci.PCI_COMMAND_MEMORY)
+    assert bench.function.command == 0
 
 
 def test_row60_only_what_may_be_written_changes(bench: Bench) -> None:
@@ -187,6 +192,7 @@ def test_row60_only_what_may_be_written_changes(bench: Bench) -> None:
     changed = {at for at, byte in enumerate(bench.function.space) if byte != before[at]}
     command = {pci.PCI_COMMAND, pci.PCI_COMMAND + 1}
     bar = set(range(pci.PCI_BASE_ADDRESS_0 + 1, pci.PCI_BASE_ADDRESS_0 + 8))
+    assert len(bench.function.space) == pci.PCI_CFG_SPACE_EXP_SIZE
     assert changed == command | bar | {pci.PCI_CACHE_LINE_SIZE, pci.PCI_INTERRUPT_LINE}
     assert bench.function.command == 0x406
     for offset in range(0, pci.PCI_CFG_SPACE_EXP_SIZE, 4):
@@ -320,6 +326,46 @@ def test_capabilities_are_a_list(bench: Bench) -> None:
     assert found == [(pci.PCI_CAP_ID_VNDR, places[0]), (pci.PCI_CAP_ID_MSIX, places[1])]
     bench.write(places[0] + 4, 2, 0xFFFF)
     assert bench.read(places[0] + 4, 2) == 0xF0
+    bench.write(places[0] + 4, 2, 0)
+    before = bytes(function.space)
+    for at in range(pci.PCI_STD_HEADER_SIZEOF, pci.PCI_CFG_SPACE_EXP_SIZE, 4):
+        bench.write(at, 4, ONES[4])
+    changed = [at for at, byte in enumerate(function.space) if byte != before[at]]
+    assert (changed, len(function.space)) == ([places[0] + 4], len(before))
+
+
+class Watch:
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int, int]] = []
+
+    def before_read(self, offset: int, size: int) -> None:
+        self.seen.append(("read", offset, size))
+
+    def after_write(self, offset: int, size: int) -> None:
+        self.seen.append(("write", offset, size))
+
+
+@pytest.mark.parametrize("size", [*WIDTHS, 8])
+def test_a_watcher_hears_of_accesses_to_its_capability_and_of_no_others(
+    bench: Bench, size: int
+) -> None:
+    length = 7  # of which the last byte is not aligned
+    watch = Watch()
+    at = bench.function.add_capability(Capability(pci.PCI_CAP_ID_VNDR, bytes(length - 2)), watch)
+    for offset in range(at - 10, at + length + 4):
+        watch.seen.clear()
+        bench.read(offset, size)
+        bench.write(offset, size, 0)
+        inside = offset < at + length and offset + size > at
+        expected = [("read", offset - at, size), ("write", offset - at, size)] if inside else []
+        assert watch.seen == expected
+
+
+def test_a_capability_may_fill_all_there_is(bench: Bench) -> None:
+    room = pci.PCI_CFG_SPACE_SIZE - pci.PCI_STD_HEADER_SIZEOF
+    body = bytes(range(room - 2))
+    at = bench.function.add_capability(Capability(pci.PCI_CAP_ID_VNDR, body))
+    assert bytes(bench.read(at + 2 + n, 1) for n in range(len(body))) == body
 
 
 def test_too_many_capabilities(bench: Bench) -> None:
@@ -339,6 +385,54 @@ def test_a_function_that_is_removed_answers_no_more(bench: Bench) -> None:
     bench.bus.add(SLOT, function())
 
 
+def test_a_function_that_decodes_already_answers_once_it_is_plugged_in(bench: Bench) -> None:
+    """As one that comes back with all that a driver had set."""
+    bar = Bar(2, BAR_SIZE, Registers())
+    made = function(bar)
+    made.place(bar, BASE)
+    made.write(pci.PCI_COMMAND, 2, pci.PCI_COMMAND_MEMORY | pci.PCI_COMMAND_MASTER)
+    bench.bus.add(0, made)
+    assert bench.answers_at(BASE)
+    assert isinstance(made.placement, Told)
+    assert (made.placement.places, made.placement.master) == ([BASE], [True])
+
+
+def test_bars_may_lie_side_by_side(bench: Bench) -> None:
+    bench.place(BASE + BAR_SIZE)
+    for device, address in ((4, BASE), (5, BASE + 2 * BAR_SIZE)):
+        bar = Bar(0, BAR_SIZE, Registers())
+        made = function(bar)
+        made.place(bar, address)
+        made.write(pci.PCI_COMMAND, 2, pci.PCI_COMMAND_MEMORY)
+        bench.bus.add(device, made)
+        assert bench.bus.window.where(bar) == address
+
+
+def test_row63_what_comes_last_is_told_last(bench: Bench) -> None:
+    """One vCPU turns bus mastering on while another turns it off."""
+    told, going = bench.told, threading.Event()
+    goes_on = threading.Event()
+
+    class Slow(Told):
+        def bus_master_changed(self, on: bool) -> None:
+            if on:
+                going.set()
+                goes_on.wait(60)
+            told.bus_master_changed(on)
+
+    bench.function.placement = Slow()
+    on = threading.Thread(target=bench.write, args=(pci.PCI_COMMAND, 2, pci.PCI_COMMAND_MASTER))
+    off = threading.Thread(target=bench.write, args=(pci.PCI_COMMAND, 2, 0))
+    on.start()
+    assert going.wait(60)
+    off.start()
+    off.join(0.2)  # it waits; without a lock it would be done, and too early
+    goes_on.set()
+    on.join(60)
+    off.join(60)
+    assert told.master == [True, False]
+
+
 def test_a_place_is_taken_once(bench: Bench) -> None:
     for device in (SLOT, DEVICES, -1):
         with pytest.raises(ValueError, match="no place"):
@@ -349,6 +443,18 @@ def test_a_place_is_taken_once(bench: Bench) -> None:
 def test_bars_that_cannot_be(bar: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match="no such BAR"):
         function(Bar(*bar, Registers()))
+
+
+def test_the_smallest_bar(bench: Bench) -> None:
+    bench.bus.add(4, function(Bar(4, 4096, Registers())))
+    bench.bus.ecam.write(4 << 15 | pci.PCI_BASE_ADDRESS_0 + 16, 8, ONES[8])
+    assert bench.read(pci.PCI_BASE_ADDRESS_0 + 16, 8, 4) == (1 << 64) - 4096 | 4
+
+
+def test_a_function_without_a_subsystem(bench: Bench) -> None:
+    bench.bus.add(4, Function(vendor_id=1, device_id=2, class_code=0))
+    assert bench.read(pci.PCI_SUBSYSTEM_VENDOR_ID, 4, 4) == 0
+    assert bench.read(pci.PCI_CLASS_REVISION, 4, 4) == 0
 
 
 def test_firmware_places_a_bar(bench: Bench) -> None:

@@ -250,6 +250,53 @@ def test_reserved_bits_read_as_zeros(bench: Bench) -> None:
     assert words == [0xFFFF_FFFC, 0xFFFF_FFFF, 0xFFFF_FFFF, 1]
 
 
+@pytest.mark.parametrize(("offset", "size"), [(0, 1), (0, 2), (2, 4), (4, 8)])
+def test_row64_pending_bits_are_read_by_four_or_eight_bytes(
+    bench: Bench, offset: int, size: int
+) -> None:
+    bench.lines[0].signal()
+    assert bench.msix.read_pending(offset, size) == 0
+    assert bench.msix.read_pending(0, 4) == bench.msix.read_pending(0, 8) == 1
+
+
+def test_row63_before_bus_mastering_was_ever_on(bench: Bench) -> None:
+    bench.control(ENABLE)
+    bench.fill()
+    bench.lines[0].signal()
+    assert bench.lines[0].sent == []
+    bench.master(True)
+    assert bench.lines[0].sent == [MESSAGE]
+
+
+def test_an_address_above_4_gib(bench: Bench) -> None:
+    bench.go()
+    bench.fill(2, (0x12_FEE0_0000, 7))
+    bench.lines[2].signal()
+    assert bench.lines[2].sent == [(0x12_FEE0_0000, 7)]
+    assert bench.said == []
+
+
+def test_a_function_of_one_vector() -> None:
+    bench = Bench(1)
+    bench.go()
+    bench.lines[0].signal()
+    assert bench.lines[0].sent == [MESSAGE]
+
+
+def test_row66_what_was_refused_is_tried_again_and_the_old_message_is_gone(bench: Bench) -> None:
+    bench.go()
+    line = bench.lines[0]
+    bench.msix.write_table(0, 4, 0)  # while nothing masks it
+    line.signal()
+    assert (line.sent, line.to) == ([], None)
+    connect = line.connect
+    line.connect = lambda address, data: connect(0, data)  # type: ignore[method-assign]
+    bench.msix.write_table(0, 4, MESSAGE[0])
+    line.connect = connect  # type: ignore[method-assign]
+    bench.msix.write_table(0, 4, MESSAGE[0])
+    assert line.sent == [MESSAGE]
+
+
 def test_row66_a_message_to_nobody_is_said_once_and_waits(bench: Bench) -> None:
     bench.go()
     for _ in range(3):
@@ -275,6 +322,8 @@ def test_a_reset_masks_all_and_turns_it_off(bench: Bench) -> None:
     bench.go()
     bench.msix.reset()
     assert not bench.msix.enabled
+    bench.lines[0].signal()
+    assert bench.lines[0].sent == []
     bench.control(ENABLE)
     assert bench.msix.read_table(12, 4) == 1
     assert [bench.msix.read_table(at, 4) for at in (0, 4, 8)] == [0, 0, 0]

@@ -118,6 +118,21 @@ def test_the_function_is_a_modern_one(bench: Bench) -> None:
     bench.driver.find()
     assert set(bench.driver.structures) == {COMMON_CFG, NOTIFY_CFG, ISR_CFG, DEVICE_CFG, PCI_CFG}
     assert bench.driver.structures[COMMON_CFG].length == COMMON_SIZE
+    assert bench.driver.structures[ISR_CFG].length == 1
+    assert bench.driver.structures[PCI_CFG][1:] == (0, 0, 0)
+    for kind, one in bench.driver.structures.items():
+        # cap_len with what follows struct virtio_pci_cap; then id and padding.
+        assert read(one.at + 2, 1) == (20 if kind in (NOTIFY_CFG, PCI_CFG) else 16)
+        assert read(one.at + 4, 4) == 0
+
+
+def test_what_is_written_to_capabilities_reaches_no_other(bench: Bench) -> None:
+    before = bench.driver.capabilities()
+    for at in range(0x40, 0x100, 4):
+        bench.driver.write_config(at, 4, 0xFFFF_FFFF)
+        bench.driver.read_config(at, 4)
+    assert bench.driver.capabilities() == before
+    assert len(bench.transport.function.space) == pci.PCI_CFG_SPACE_EXP_SIZE
 
 
 @pytest.mark.parametrize(
@@ -154,6 +169,17 @@ def test_every_structure_lies_in_the_bar(bench: Bench) -> None:
     assert spans[-1][1] <= bench.transport.bar.size
 
 
+def assert_as_small_as_can_be(bench: Bench) -> None:
+    """The structures lie side by side in a BAR of the next power of two."""
+    pending = bench.driver.read_config(bench.driver.msix.at + 8, 4)
+    size = -(-bench.driver.vectors // 64) * 8
+    spans = [(one.offset, one.length) for one in bench.driver.structures.values() if one.length]
+    spans += [(bench.driver.msix.offset, bench.driver.msix.length), (pending, size)]
+    pages = [page for at, length in spans for page in range(at >> 12, (at + length + 4095) >> 12)]
+    assert sorted(pages) == list(range(len(pages)))
+    assert bench.transport.bar.size // 2 < 4096 * len(pages) <= bench.transport.bar.size
+
+
 @pytest.mark.parametrize("queues", [1, 2, 64, 1024, 2047, 2048, 5000])
 def test_devices_of_many_queues(queues: int) -> None:
     device = RecordingDevice()
@@ -163,6 +189,8 @@ def test_devices_of_many_queues(queues: int) -> None:
     bench.driver.place(BASE)
     assert bench.driver.field(NUM_QUEUES) == queues
     assert bench.driver.vectors == min(queues + 1, 2048)
+    assert bench.driver.structures[NOTIFY_CFG].length == 4 * queues
+    assert_as_small_as_can_be(bench)
     bench.driver.set_field((0x16, 2), queues - 1)
     assert bench.driver.field(NOTIFY_OFF) == queues - 1
     offset = bench.driver.structures[NOTIFY_CFG].offset + 4 * (queues - 1)
@@ -201,6 +229,15 @@ def test_queue_fields_read_back(bench: Bench) -> None:
     assert [driver.field(place) for place in (Q_SIZE, Q_ENABLE, NOTIFY_OFF)] == [0, 0, 0]
     assert driver.field(QUEUE_VECTOR) == NO_VECTOR
     assert driver.field((0x20, 8)) == 0
+    count = driver.field(NUM_QUEUES)
+    driver.set_field((0x16, 2), count)  # the first one that is not there
+    driver.set_field(Q_RESET, 1)
+    driver.set_field(QUEUE_VECTOR, 0)
+    assert driver.field(QUEUE_VECTOR) == NO_VECTOR
+    assert [driver.field(place) for place in (Q_SIZE, Q_ENABLE, NOTIFY_OFF)] == [0, 0, 0]
+    for select in (0, 1, 7):
+        driver.set_field((0, 4), select)
+        assert driver.field((0, 4)) == select
 
 
 @recording
@@ -244,6 +281,9 @@ def test_row14_queue_enable_with_size_0_or_twice_or_0(bench: Bench) -> None:
     driver.set_field((0x16, 2), 1)
     driver.set_field(Q_SIZE, 0)
     assert driver.field(Q_SIZE) == 64
+    for value in (0, 2, 0xFFFF):
+        driver.set_field(Q_ENABLE, value)
+        assert driver.field(Q_ENABLE) == 0
     driver.set_field((0x16, 2), 9)
     driver.set_field(Q_ENABLE, 1)
     assert driver.field(Q_ENABLE) == 0
@@ -282,6 +322,17 @@ def test_accesses_between_and_over_structures(bench: Bench) -> None:
     assert window.read(COMMON_SIZE - 2, 4) == 0
     window.write(COMMON_SIZE - 2, 4, 0)
     ask(bench)
+    bench.driver.find()
+    pending = bench.driver.read_config(bench.driver.msix.at + 8, 4)
+    ends = [(one.offset, one.length) for one in bench.driver.structures.values() if one.length]
+    ends += [(bench.driver.msix.offset, bench.driver.msix.length), (pending, 8)]
+    for start, length in ends:
+        for at in range(start + length - 8, start + length + 64):
+            for width in (1, 2, 4, 8):
+                if at + width > start + length and at + width <= start + 4096:
+                    assert window.read(at, width) == 0
+                    window.write(at, width, (1 << 8 * width) - 1)
+    ask(bench)
 
 
 # --- vectors --------------------------------------------------------------------------------------
@@ -317,6 +368,45 @@ def test_vectors_that_are_shared(bench: Bench, device: RecordingDevice) -> None:
     bench.transport.used_buffer(1)
     device.live.interrupt.signal_config_change()
     assert bench.sent() == [[0], [], [2, 2]]
+
+
+@recording
+def test_queues_with_vectors_of_their_own_each_interrupt(bench: Bench) -> None:
+    bench.driver.start()
+    bench.transport.used_buffer(0, 1)
+    assert [len(sent) for sent in bench.sent()] == [0, 1, 1]
+    for index in (0, 1):
+        assert bench.transport.used_eventfd(index) is bench.lines[index + 1]
+    bench.driver.set_field((0x16, 2), 1)
+    bench.driver.set_field(QUEUE_VECTOR, NO_VECTOR)
+    assert bench.transport.used_eventfd(1) is None
+    bench.transport.used_buffer(0, 1)
+    assert [len(sent) for sent in bench.sent()] == [0, 2, 1]
+
+
+def test_a_queue_that_is_not_reset_keeps_its_vector(bench: Bench) -> None:
+    bench.driver.start()
+    bench.driver.set_field((0x16, 2), 0)
+    bench.driver.set_field(Q_RESET, 0)
+    assert bench.driver.field(QUEUE_VECTOR) == 1
+    ask(bench)
+
+
+@pytest.mark.parametrize("what", ["bus mastering", "reset"])
+def test_what_the_function_does_waits_for_a_register_that_is_being_written(
+    bench: Bench, what: str
+) -> None:
+    change = {
+        "bus mastering": lambda: bench.transport.bus_master_changed(True),
+        "reset": bench.transport.reset_function,
+    }[what]
+    changing = threading.Thread(target=change)
+    with bench.transport.negotiation.lock:
+        changing.start()
+        changing.join(0.2)
+        assert changing.is_alive()
+    changing.join(60)
+    assert not changing.is_alive()
 
 
 def test_row12_a_reset_forgets_the_vectors(bench: Bench) -> None:
@@ -546,7 +636,7 @@ def test_the_whole_device_through_pci_cfg(bench: Bench) -> None:
     [
         *[(bar, 0x14, 1) for bar in (1, 2, 5, 6, 255)],
         *[(0, 0x14, length) for length in (0, 3, 5, 8, 0xFFFF_FFFF)],
-        *[(0, 1, 2), (0, 2, 4), (0, 0x15, 2)],
+        *[(0, 1, 2), (0, 2, 4), (0, 0x15, 2), (0, 0x13, 2)],
         *[(0, 1 << 31, 1), (0, 0xFFFF_FFFC, 4), (0, 0xFFFF_FFFF, 1)],
     ],
 )
@@ -554,6 +644,26 @@ def test_row67_a_window_to_nowhere(bench: Bench, bar: int, offset: int, length: 
     bench.driver.start()
     before = bench.driver.status
     by_config(bench, offset, length, 0, bar)
+    assert bench.driver.status == before
+    ask(bench)
+
+
+def test_row67_only_the_data_is_an_access(bench: Bench) -> None:
+    """Not the fields that say where it goes."""
+    bench.driver.start()
+    at = bench.driver.structures[PCI_CFG].at
+    assert by_config(bench, bench.driver.structures[ISR_CFG].offset, 1) == 0
+    bench.transport.negotiation.config_changed()
+    for offset, size in ((0, 4), (4, 1), (8, 4), (12, 4), (8, 8)):
+        bench.driver.read_config(at + offset, size)
+    assert bench.driver.read_config(at + 16, 1) == 2
+    before = bench.driver.status
+    bench.driver.write_config(at + 16, 4, 0)
+    assert by_config(bench, 0x14, 1) == before
+    bench.driver.write_config(at + 8, 4, 0x12)
+    bench.driver.write_config(at + 16, 1, 0)  # of a register that is read-only
+    bench.driver.write_config(at + 8, 4, 0x14)
+    bench.driver.write_config(at + 4, 1, 0)
     assert bench.driver.status == before
     ask(bench)
 
