@@ -42,7 +42,7 @@ TARGETS = (
         " virtio/defects.py virtio/device.py virtio/events.py transport/events.py",
         "status negotiation transport_robustness transport_robustness_queues queue_reset"
         " mmio_registers negotiation_threads trace stats worker queue_device mmio_fuzz vhost_user"
-        " net_vhost pause forgotten",
+        " net_vhost pause forgotten pci_transport",
     ),
     Target(
         "worker", "virtio/worker.py",

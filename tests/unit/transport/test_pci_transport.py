@@ -180,7 +180,7 @@ def assert_as_small_as_can_be(bench: Bench) -> None:
     assert bench.transport.bar.size // 2 < 4096 * len(pages) <= bench.transport.bar.size
 
 
-@pytest.mark.parametrize("queues", [1, 2, 64, 1024, 2047, 2048, 5000])
+@pytest.mark.parametrize("queues", [1, 2, 64, 600, 1024, 2047, 2048, 5000])
 def test_devices_of_many_queues(queues: int) -> None:
     device = RecordingDevice()
     device.queue_sizes = (8,) * queues
@@ -389,6 +389,8 @@ def test_a_queue_that_is_not_reset_keeps_its_vector(bench: Bench) -> None:
     bench.driver.set_field((0x16, 2), 0)
     bench.driver.set_field(Q_RESET, 0)
     assert bench.driver.field(QUEUE_VECTOR) == 1
+    bench.driver.set_field((0x16, 2), bench.driver.field(NUM_QUEUES))
+    bench.driver.set_field(Q_RESET, 1)
     ask(bench)
 
 
@@ -629,6 +631,7 @@ def test_the_whole_device_through_pci_cfg(bench: Bench) -> None:
     assert by_config(bench, 0x14, 1) == 11
     by_config(bench, 0x14, 1, 0)
     assert by_config(bench, 0x14, 1) == 0
+    assert len(bench.transport.function.space) == pci.PCI_CFG_SPACE_EXP_SIZE
 
 
 @pytest.mark.parametrize(
@@ -646,6 +649,16 @@ def test_row67_a_window_to_nowhere(bench: Bench, bar: int, offset: int, length: 
     by_config(bench, offset, length, 0, bar)
     assert bench.driver.status == before
     ask(bench)
+
+
+@recording
+def test_row67_an_access_that_is_not_aligned_notifies_nobody(bench: Bench) -> None:
+    bench.driver.start()
+    notify = bench.driver.structures[NOTIFY_CFG].offset
+    by_config(bench, notify + 1, 2, 0)
+    assert not bench.transport.kicks[0].is_signalled
+    by_config(bench, notify, 2, 0)
+    assert bench.transport.kicks[0].is_signalled
 
 
 def test_row67_only_the_data_is_an_access(bench: Bench) -> None:

@@ -14,6 +14,7 @@ from mmio_harness import (
     LIVE,
     NEEDS_RESET,
     QUEUE_NOTIFY,
+    QUEUE_READY,
     SHM_BASE_HIGH,
     SHM_BASE_LOW,
     SHM_LEN_HIGH,
@@ -30,10 +31,11 @@ from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
 from pyvmm.testing.mmio_driver import InterruptLine, MmioDriver
 from pyvmm.transport.mmio import MmioTransport
-from pyvmm.virtio import defects
+from pyvmm.virtio import defects, features
 from pyvmm.virtio.device import SharedMemory
 from pyvmm.virtio.negotiation import Negotiation
 from pyvmm.virtio.queue.protocol import Queue
+from pyvmm.virtio.rng.device import EntropyDevice
 from pyvmm.virtio.worker import QueueDevice
 
 BROKEN_RING = DriverError("available index jumped", section="2.7.6.1")
@@ -98,6 +100,10 @@ def test_an_activation_that_fails_needs_a_reset(
     assert bench.status == LIVE | NEEDS_RESET
     assert bench.interrupt_status == 2
     assert str(error) in bench.lines[-1]
+    traced = Bench(device, trace=True)
+    traced.go_live()
+    kinds = [type(event).__name__ for event in traced.events]
+    assert "NeedsReset" in kinds and "Activated" not in kinds
     device.activate_error = None
     bench.go_live()
     assert bench.status == LIVE
@@ -183,6 +189,10 @@ def test_a_change_between_two_reads_is_seen_before_it_is_signalled(
     high = bench.read(CONFIG + 4)
     assert (low, high) == (0x04030201, 0), "this is the torn value that must be noticed"
     assert bench.read(CONFIG_GENERATION) != before
+    for place in (0, len(device.config) - 1):
+        before = bench.read(CONFIG_GENERATION)
+        device.config[place] ^= 0xFF
+        assert bench.read(CONFIG_GENERATION) != before
 
 
 def test_a_change_before_driver_ok_raises_the_generation_but_interrupts_nobody(
@@ -203,6 +213,19 @@ def test_the_generation_is_not_read_while_it_changes(bench: Bench) -> None:
         assert reader.is_alive()
     reader.join(30)
     assert not reader.is_alive()
+
+
+def test_no_interrupt_is_told_of_while_a_reset_ends_the_activation(
+    bench: Bench, device: RecordingDevice
+) -> None:
+    bench.go_live()
+    signals = Thread(target=device.live.interrupt.signal_used, args=(0,), daemon=True)
+    with bench.negotiation._events:  # as the reset has it
+        signals.start()
+        signals.join(0.1)
+        assert signals.is_alive()
+    signals.join(30)
+    assert bench.interrupt_status == 1
 
 
 def test_the_generation_goes_on_over_a_reset(bench: Bench, device: RecordingDevice) -> None:
@@ -268,14 +291,75 @@ def test_queues_that_the_driver_leaves_out_are_none(bench: Bench, device: Record
     assert second is not None and second.index == 1
 
 
+@pytest.mark.parametrize("index", [0, 1])
 def test_whoever_changes_the_memory_hears_that_a_ring_is_lost(
-    bench: Bench, device: RecordingDevice
+    bench: Bench, device: RecordingDevice, index: int
 ) -> None:
-    bench.go_live()
+    bench.negotiate()
+    bench.enable_queue(index)
+    bench.write(STATUS, LIVE)
     bench.memory.regions = ()
     with pytest.raises(GuestMemoryError):
         bench.negotiation.memory_changed()
     assert bench.status == LIVE | NEEDS_RESET
+
+
+def test_only_1_enables_a_queue_and_0_stops_it_at_any_time(
+    bench: Bench, device: RecordingDevice
+) -> None:
+    bench.negotiate()
+    bench.place_queue()
+    for value in (2, 3, 0x10001, 0xFFFF_FFFF):
+        bench.write(QUEUE_READY, value)
+        assert bench.read(QUEUE_READY) == 0
+    bench.write(QUEUE_READY, 1)
+    with bench.negotiation.lock:  # PCI has no register for it
+        bench.negotiation.write_queue_ready(0)
+    assert (bench.read(QUEUE_READY), bench.status) == (0, AGREED)
+    bench.write(STATUS, LIVE)
+    assert device.live.queues == (None, None)
+
+
+def test_row18_a_queue_that_is_stopped_without_bus_mastering_stays_stopped(
+    bench: Bench, device: RecordingDevice
+) -> None:
+    bench.go_live()
+    [queue] = bench.negotiation.active_queues
+    bench.negotiation.set_bus_master(False)
+    assert not queue.ready
+    bench.negotiation.write_queue_ready(0)
+    bench.negotiation.set_bus_master(True)
+    assert not queue.ready
+
+
+def test_after_a_reset_there_are_no_queues(bench: Bench) -> None:
+    bench.go_live()
+    assert len(bench.negotiation.active_queues) == 1
+    bench.write(STATUS, 0)
+    assert bench.negotiation.active_queues == []
+
+
+def test_a_device_without_a_configuration_reads_as_zeros() -> None:
+    bench = Bench(EntropyDevice())
+    assert [bench.read(CONFIG + at, size) for at, size in ((0, 1), (0, 4), (252, 4))] == [0, 0, 0]
+    bench.transport.close()
+
+
+def test_a_defect_is_told_with_its_innermost_place() -> None:
+    with pytest.raises(TypeError) as raised:
+        features.has("", 1)  # type: ignore[arg-type]
+    file, _, line = defects.raised_at(raised.value).rpartition(":")
+    # Files of pytest and of this test are somebody's who wrote a device.
+    assert file == __file__ and int(line) > 0
+    error = raised.value.with_traceback(raised.value.__traceback__.tb_next)  # type: ignore[union-attr]
+    file, _, line = defects.raised_at(error).rpartition(":")
+    assert file == features.__file__ and int(line) > 0
+    assert defects.raised_at(ValueError("never raised")) == "unknown place"
+
+
+def test_packed_rings_are_offered_where_they_are_asked_for() -> None:
+    assert not features.ring_features() & 1 << 34
+    assert features.ring_features(packed=True) == features.ring_features() | 1 << 34
 
 
 def test_an_activation_has_the_transports_eventfd(device: RecordingDevice) -> None:

@@ -88,3 +88,7 @@ def test_no_gate_is_open_once_the_device_needs_a_reset(name: str) -> None:
 def test_a_driver_that_gave_up_sets_nothing_up(name: str) -> None:
     gate, rungs = GATES[name]
     assert not any(gate.open(rung | 128) for rung in rungs)
+
+
+def test_bits_without_a_name_are_shown_as_a_number() -> None:
+    assert status.describe(0x31) == "ACKNOWLEDGE|0x30"

@@ -202,6 +202,9 @@ def test_a_queue_that_was_never_enabled_can_be_reset_and_then_set_up(
     assert bench.read(QUEUE_READY) == 1
     assert device.queue_resets == [1]
     assert [(queue.index, queue.size) for queue in device.started] == [(1, 16)]
+    bench.write(QUEUE_RESET, 1)
+    bench.enable_queue(1)
+    assert [queue.index for queue in bench.negotiation.active_queues] == [0, 1]
 
 
 @pytest.mark.parametrize("value", [0, 2, 0xFFFF_FFFF])
