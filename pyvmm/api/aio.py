@@ -154,6 +154,12 @@ class AsyncVM(Asynchronous[VM]):
     pause = awaited(VM.pause)
     resume = awaited(VM.resume)
     resize_disk = awaited(VM.resize_disk)
+    add_disk = awaited(VM.add_disk)
+    add_net = awaited(VM.add_net)
+    add_rng = awaited(VM.add_rng)
+    remove_disk = awaited(VM.remove_disk)
+    remove_net = awaited(VM.remove_net)
+    remove_rng = awaited(VM.remove_rng)
 
     @signature_of(VM.events)
     async def events(self, *args: Any, **options: Any) -> AsyncIterator[Event]:

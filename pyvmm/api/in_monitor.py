@@ -1,23 +1,30 @@
 """What a VM's monitor is asked to do, by the VM's control socket: for `VM`, and for the commands
-`pyvmm pause`, `resume`, `disk resize` and `balloon`."""
+`pyvmm pause`, `resume`, `disk`, `net`, `rng` and `balloon`."""
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyvmm.control.client import patiently
 from pyvmm.spec.sizes import parse_memory
 
+if TYPE_CHECKING:
+    from pyvmm.kinds import net, rng
+    from pyvmm.kinds.interface import Path, Table
+    from pyvmm.spec.vm import DiskSpec
+
 PATIENCE = 60.0  # seconds for an answer; a disk that shrinks waits for its requests
+GIVE_UP_SECONDS = 10.0  # that a guest has to give up a device
 
 
 class InMonitor(ABC):
     """The part of `VM` that its monitor answers."""
 
     @abstractmethod
-    def _ask(self, method: str, **params: Any) -> dict[str, Any]:
-        """The monitor's answer to the control socket's `method`."""
+    def _ask(self, method: str, *, patience: float = PATIENCE, **params: Any) -> dict[str, Any]:
+        """The monitor's answer to the control socket's `method`, which may take so many seconds."""
 
     def status(self) -> dict[str, Any]:
         """What it is and whether it runs: the control socket's `status`."""
@@ -44,6 +51,62 @@ class InMonitor(ABC):
             params["shrink"] = True
         return int(self._ask("disk.resize", disk=disk, **params)["size"])
 
+    # --- devices that come and go: docs/hotplug.md ------------------------------------------------
+
+    def add_disk(self, disk: DiskSpec | Path | Table) -> str:
+        """Plug in a disk, described as for `pyvmm.VM`; its id. The guest finds it by itself.
+
+        Raises ConfigError for what is wrong with the description, ControlError for what cannot be
+        had: a VM without a PCI bus, an image that another VM writes.
+        """
+        return self._add("disk", disk)
+
+    def add_net(self, net: net.Spec | str | Table = "user") -> str:
+        """Plug in a network card; likewise."""
+        return self._add("net", net)
+
+    def add_rng(self, rng: rng.Spec | bool | str | Table = True) -> str:
+        """Plug in a random number generator; likewise."""
+        return self._add("rng", rng)
+
+    def remove_disk(
+        self, disk: str, *, timeout: float = GIVE_UP_SECONDS, force: bool = False
+    ) -> None:
+        """Have the guest give up the disk called `disk`; nothing of it is left then.
+
+        Raises ControlError if the guest says by its agent that it uses the disk, or has not given
+        it up within `timeout` seconds. With `force` the guest is not asked what for, and the disk
+        goes when the time is over: what is on its way to it may be lost.
+        """
+        self._remove("disk", disk, timeout, force)
+
+    def remove_net(
+        self, net: str, *, timeout: float = GIVE_UP_SECONDS, force: bool = False
+    ) -> None:
+        """Have the guest give up the network card called `net`; likewise."""
+        self._remove("net", net, timeout, force)
+
+    def remove_rng(
+        self, rng: str, *, timeout: float = GIVE_UP_SECONDS, force: bool = False
+    ) -> None:
+        """Have the guest give up the random number generator called `rng`; likewise."""
+        self._remove("rng", rng, timeout, force)
+
+    def _add(self, kind: str, value: Any) -> str:
+        from pyvmm.kinds import registry
+        from pyvmm.spec import tables
+
+        [spec] = registry.read(kind, value)
+        # The monitor may have another current directory.
+        spec = registry.with_paths(spec, os.path.abspath)
+        return str(self._ask(f"{kind}.add", table=tables.write(spec))["id"])
+
+    def _remove(self, kind: str, id: str, timeout: float, force: bool) -> None:
+        params: dict[str, Any] = {"timeout_ms": round(1000 * timeout)}
+        if force:
+            params["force"] = True
+        self._ask(f"{kind}.remove", patience=timeout + PATIENCE, id=id, **params)
+
     @property
     def balloon(self) -> BalloonControl:
         """The balloon of a VM that has one."""
@@ -56,9 +119,9 @@ class ByName(InMonitor):
     def __init__(self, name: str) -> None:
         self._name = name
 
-    def _ask(self, method: str, **params: Any) -> dict[str, Any]:
+    def _ask(self, method: str, *, patience: float = PATIENCE, **params: Any) -> dict[str, Any]:
         return patiently(
-            self._name, lambda client: client.call(method, patience=PATIENCE, **params)
+            self._name, lambda client: client.call(method, patience=patience, **params)
         )
 
 

@@ -305,10 +305,10 @@ class VM(InGuest, InMonitor):
             stream = open_events(self.name, history=history)
         return events_of(stream)
 
-    def _ask(self, method: str, **params: Any) -> dict[str, Any]:
+    def _ask(self, method: str, *, patience: float = PATIENCE, **params: Any) -> dict[str, Any]:
         def ask(client: Client) -> dict[str, Any]:
             with woken_by(partial(client.connection.shutdown, SHUT_RDWR)):
-                answer: dict[str, Any] = client.call(method, patience=PATIENCE, **params)
+                answer: dict[str, Any] = client.call(method, patience=patience, **params)
                 return answer
 
         with self._explained():

@@ -24,6 +24,8 @@ COMMANDS = {
     "pause": "pyvmm.cli.control",
     "resume": "pyvmm.cli.control",
     "disk": "pyvmm.cli.control",
+    "net": "pyvmm.cli.control",
+    "rng": "pyvmm.cli.control",
     "balloon": "pyvmm.cli.control",
     "console": "pyvmm.cli.console",
     "logs": "pyvmm.cli.logs",

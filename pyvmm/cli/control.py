@@ -1,4 +1,5 @@
-"""`pyvmm ps`, `stop`, `pause`, `resume`, `disk resize`: what is asked of VMs that run."""
+"""`pyvmm ps`, `stop`, `pause`, `resume`, `disk`, `net`, `rng`, `balloon`: what is asked of VMs that
+run."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import Any
 
 import click
 
-from pyvmm.api.in_monitor import ByName
+from pyvmm.api.in_monitor import GIVE_UP_SECONDS, ByName
 from pyvmm.cli.seconds import Seconds
 from pyvmm.control import client, registry, vm_log
 from pyvmm.control.client import Client, HasEnded, NoAnswer
@@ -124,6 +125,87 @@ def resume(vm: str) -> None:
 @click.group()
 def disk() -> None:
     """Change the disks of a running VM."""
+
+
+@click.group()
+def net() -> None:
+    """Change the network cards of a running VM."""
+
+
+@click.group()
+def rng() -> None:
+    """Change the random number generator of a running VM."""
+
+
+_timeout = click.option(
+    "--timeout",
+    type=Seconds(min=0),
+    default=GIVE_UP_SECONDS,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long the guest may take.",
+)
+_force = click.option(
+    "--force", is_flag=True, help="Ask nobody what it is used for; it goes when the time is over."
+)
+
+
+@disk.command("add")
+@click.argument("vm")
+@click.argument("disk")
+def add_disk(vm: str, disk: str) -> None:
+    """Plug DISK, as after --disk of pyvmm run, into VM; prints its id. The guest finds it."""
+    click.echo(ByName(vm).add_disk(disk))
+
+
+@disk.command("rm")
+@click.argument("vm")
+@click.argument("id")
+@_timeout
+@_force
+def remove_disk(vm: str, id: str, timeout: float, force: bool) -> None:
+    """Have the guest of VM give up the disk ID, and take it out.
+
+    Where the guest has pyvmm's agent it is asked first, and a disk that it uses (a file system that
+    is mounted, say) stays.
+    """
+    ByName(vm).remove_disk(id, timeout=timeout, force=force)
+
+
+@net.command("add")
+@click.argument("vm")
+@click.argument("net", default="user")
+def add_net(vm: str, net: str) -> None:
+    """Plug a network card, NET as after --net of pyvmm run, into VM; prints its id."""
+    click.echo(ByName(vm).add_net(net))
+
+
+@net.command("rm")
+@click.argument("vm")
+@click.argument("id")
+@_timeout
+@_force
+def remove_net(vm: str, id: str, timeout: float, force: bool) -> None:
+    """Have the guest of VM give up the network card ID, and take it out."""
+    ByName(vm).remove_net(id, timeout=timeout, force=force)
+
+
+@rng.command("add")
+@click.argument("vm")
+@click.argument("limits", default="")
+def add_rng(vm: str, limits: str) -> None:
+    """Plug a random number generator, with LIMITS as after --rng-limit, into VM; prints its id."""
+    click.echo(ByName(vm).add_rng(limits))
+
+
+@rng.command("rm")
+@click.argument("vm")
+@click.argument("id")
+@_timeout
+@_force
+def remove_rng(vm: str, id: str, timeout: float, force: bool) -> None:
+    """Have the guest of VM give up the random number generator ID, and take it out."""
+    ByName(vm).remove_rng(id, timeout=timeout, force=force)
 
 
 @disk.command()

@@ -31,7 +31,7 @@ class Events:
         self._listeners: list[_Listener] = []
         self._count = 0
 
-    def emit(self, kind: str, **details: object) -> None:
+    def emit(self, kind: str, /, **details: object) -> None:
         """Tell that `kind` has happened. `details` are fit for JSON, and none is called event,
         number or time. Never waits."""
         with self._lock:

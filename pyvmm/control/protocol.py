@@ -38,14 +38,21 @@ class Method(NamedTuple):
     """What a request can ask for: `run` is called with the parameters by name.
 
     `needs` and `takes` are their types, of those that must be there and of those that may. What
-    `run` returns is the result, plain data fit for JSON, or an `Upgrade`; a PyvmmError that it
-    raises is the answer's error. It is called in the server's thread and holds up other requests
-    while it runs, but never the guest.
+    `run` returns is the result, plain data fit for JSON, or an `Upgrade` or `Later`; a PyvmmError
+    that it raises is the answer's error. It is called in the server's thread and holds up other
+    requests while it runs, but never the guest.
     """
 
     run: Callable[..., Any]
     needs: Mapping[str, type] = {}
     takes: Mapping[str, type] = {}
+
+
+class Later(NamedTuple):
+    """A result that takes its time: `run`, called in a thread of its own, returns or raises what a
+    method would. The client waits, and others are served meanwhile."""
+
+    run: Callable[[], Any]
 
 
 class Upgrade(NamedTuple):

@@ -7,10 +7,15 @@ leave the processor to the guest.
 
 from __future__ import annotations
 
+import errno
 import select
 import time
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from threading import Thread
+from typing import Any
 
 from pyvmm.control.protocol import (
     BAD_REQUEST,
@@ -20,7 +25,9 @@ from pyvmm.control.protocol import (
     REFUSED,
     UNKNOWN_METHOD,
     ControlError,
+    Later,
     Method,
+    Request,
     Upgrade,
     check_params,
     error_line,
@@ -46,10 +53,28 @@ class _Client:
         self.to_send = b""
         self.ending = False  # once `to_send` is out
         self.upgrade: Upgrade | None = None
+        self.waits = False  # for an answer that takes its time
 
     @property
     def has_line(self) -> bool:
-        return not self.to_send and not self.ending and b"\n" in self.received
+        busy = self.to_send or self.ending or self.waits
+        return not busy and b"\n" in self.received
+
+
+def _answered(id: int | str | None, find: Callable[[], Any]) -> bytes:
+    """The answer that `find` returns or raises; none if it comes later."""
+    try:
+        result = find()
+        return b"" if isinstance(result, Later) else result_line(id, result)
+    except ControlError as error:
+        return error_line(id, error.code, str(error))
+    except ConfigError as error:
+        return error_line(id, REFUSED, str(error))
+    except PyvmmError as error:
+        return error_line(id, FAILED, str(error))
+    except Exception as error:
+        log.to_stderr(f"a defect in pyvmm, met by a control request: {error!r}")
+        return error_line(id, FAILED, f"a defect in pyvmm: {error!r}")
 
 
 class ControlServer:
@@ -65,6 +90,8 @@ class ControlServer:
         self._find = find
         self._clients: dict[int, _Client] = {}
         self._wake = EventFd()
+        self._late: deque[tuple[_Client, bytes]] = deque()  # answers that took their time
+        self._at_work = 0  # threads that make such answers
         self._stopping = False
         self._no_room_until = 0.0
         self._epoll = select.epoll()
@@ -92,15 +119,20 @@ class ControlServer:
     def _run(self) -> None:
         while not self._stopping:
             self._step()
+        self._take_late()
         for client in list(self._clients.values()):
             self._send(client)
             self._drop(client)
 
     def _step(self) -> None:
+        self._take_late()
         waiting = any(client.has_line for client in self._clients.values())
         for fd, events in self._epoll.poll(0 if waiting else -1):
             if fd == self._listener.fileno():
                 self._accept()
+            elif fd == self._wake.fd:
+                if not self._stopping:
+                    self._wake.drain()
             elif (client := self._clients.get(fd)) is not None:
                 if events & select.EPOLLOUT:
                     self._send(client)
@@ -114,6 +146,16 @@ class ControlServer:
         if ready:
             time.sleep(_PACE)
 
+    def _take_late(self) -> None:
+        while self._late:
+            client, answer = self._late.popleft()
+            self._at_work -= 1
+            if self._clients.get(client.socket.fileno()) is client:
+                client.waits = False
+                client.to_send = answer
+                self._send(client)
+                self._watch(client)
+
     def _watch(self, client: _Client) -> None:
         if client.to_send:
             events = select.EPOLLOUT
@@ -125,7 +167,7 @@ class ControlServer:
             return
         else:
             # With a whole line there, no more is read: that line comes first.
-            events = 0 if client.has_line else select.EPOLLIN
+            events = 0 if client.has_line or client.waits else select.EPOLLIN
         self._epoll.modify(client.socket.fileno(), events)
 
     def _accept(self) -> None:
@@ -151,7 +193,7 @@ class ControlServer:
         self._epoll.register(socket.fileno(), select.EPOLLIN)
 
     def _receive(self, client: _Client) -> None:
-        if client.has_line or client.to_send:
+        if client.has_line or client.to_send or client.waits:
             # A hang-up while it is answered: whoever asked has gone, and no answer is wanted.
             self._drop(client)
             return
@@ -176,28 +218,45 @@ class ControlServer:
         self._send(client)
 
     def _answer(self, client: _Client, line: bytes) -> bytes:
-        id = None
+        """What to send for `line`; nothing yet for what takes its time."""
         try:
             request = parse_request(line)
-            id = request.id
-            method = self._find(request.method)
-            if method is None:
-                raise ControlError(UNKNOWN_METHOD, f"no method {request.method!r:.100}")
-            check_params(method, request.params)
-            result = method.run(**request.params)
-            if isinstance(result, Upgrade):
-                client.upgrade = result
-                result = result.result
-            return result_line(id, result)
         except ControlError as error:
-            return error_line(id, error.code, str(error))
-        except ConfigError as error:
-            return error_line(id, REFUSED, str(error))
-        except PyvmmError as error:
-            return error_line(id, FAILED, str(error))
-        except Exception as error:
-            log.to_stderr(f"a defect in pyvmm, met by a control request: {error!r}")
-            return error_line(id, FAILED, f"a defect in pyvmm: {error!r}")
+            return error_line(None, error.code, str(error))
+        return _answered(request.id, partial(self._result, client, request))
+
+    def _result(self, client: _Client, request: Request) -> Any:
+        method = self._find(request.method)
+        if method is None:
+            raise ControlError(UNKNOWN_METHOD, f"no method {request.method!r:.100}")
+        check_params(method, request.params)
+        result = method.run(**request.params)
+        if isinstance(result, Upgrade):
+            client.upgrade = result
+            return result.result
+        if isinstance(result, Later):
+            self._begin(client, request.id, result)
+        return result
+
+    def _begin(self, client: _Client, id: int | str | None, later: Later) -> None:
+        # One that hangs up and comes again with the next request must not cost a thread each time.
+        if self._at_work >= MAX_CLIENTS:
+            raise ControlError(BUSY, f"{MAX_CLIENTS} such requests are being answered already")
+        thread = Thread(
+            target=self._answer_later, args=(client, id, later), name="answer", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError:  # all that Python says of pthread_create's EAGAIN
+            raise HostError(errno.EAGAIN, "thread for a request") from None
+        self._at_work += 1
+        client.waits = True
+
+    def _answer_later(self, client: _Client, id: int | str | None, later: Later) -> None:
+        self._late.append((client, _answered(id, later.run)))
+        if not self._stopping:
+            with suppress(OSError, HostError):  # it has just ended
+                self._wake.signal()
 
     def _send(self, client: _Client) -> None:
         try:

@@ -21,6 +21,7 @@ and may have, for what is not the same for every kind,
                                         where Spec.console is set: gives it the terminal
     check(spec) -> Spec                 fills in, and refuses what needs no file to be seen wrong
     check_all(specs, vm) -> specs       the same for a kind whose devices must agree with each other
+    named_beside(spec, others) -> Spec  gives one that comes later a name that no other has
     with_paths(spec, change) -> Spec    all paths of this machine in it as `change` gives them:
                                         relative ones in a file are relative to that
     code_of(spec) -> str                the Python file that it would run, or ""
@@ -48,7 +49,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyvmm.errors import ConfigError
 from pyvmm.spec.options import FIRST, LAST, Option
@@ -76,26 +77,39 @@ if TYPE_CHECKING:
         """What `pyvmm.VM` takes for devices."""
 
 
-# Kind → the option that asks for one or more, and the module. The order is the one in which a VM's
-# devices appear in the guest.
+class Kind(NamedTuple):
+    """A row of KINDS: the option that asks for one or more devices, the module, and whether they
+    can come and go while the guest runs."""
+
+    option: str
+    module: str
+    comes_and_goes: bool = False
+
+
+# The order is the one in which a VM's devices appear in the guest.
 KINDS = {
-    "disk": ("disks", "pyvmm.kinds.disk"),
-    "net": ("net", "pyvmm.kinds.net"),
-    "console": ("console", "pyvmm.kinds.console"),
-    "ports": ("ports", "pyvmm.kinds.port"),
-    "rng": ("rng", "pyvmm.kinds.rng"),
-    "user": ("devices", "pyvmm.kinds.user"),
-    "pmem": ("pmem", "pyvmm.kinds.pmem"),
-    "balloon": ("balloon", "pyvmm.kinds.balloon"),
-    "vsock": ("vsock", "pyvmm.kinds.vsock"),
+    "disk": Kind("disks", "pyvmm.kinds.disk", comes_and_goes=True),
+    "net": Kind("net", "pyvmm.kinds.net", comes_and_goes=True),
+    "console": Kind("console", "pyvmm.kinds.console"),
+    "ports": Kind("ports", "pyvmm.kinds.port"),
+    "rng": Kind("rng", "pyvmm.kinds.rng", comes_and_goes=True),
+    "user": Kind("devices", "pyvmm.kinds.user"),
+    "pmem": Kind("pmem", "pyvmm.kinds.pmem"),
+    "balloon": Kind("balloon", "pyvmm.kinds.balloon"),
+    "vsock": Kind("vsock", "pyvmm.kinds.vsock"),
 }
+
+
+def come_and_go() -> tuple[str, ...]:
+    """The kinds whose devices can come and go while the guest runs."""
+    return tuple(kind for kind, row in KINDS.items() if row.comes_and_goes)
 
 
 def load(kind: str) -> Any:
     """The module of `kind`. Raises ConfigError if there is none."""
     if kind not in KINDS:
         raise ConfigError(f"there is no device {kind!r}", cure=f"there are {', '.join(KINDS)}")
-    return import_module(KINDS[kind][1])
+    return import_module(KINDS[kind].module)
 
 
 # --- the options ----------------------------------------------------------------------------------
@@ -120,7 +134,7 @@ def file_options() -> tuple[Option, ...]:
 
 def keywords() -> tuple[str, ...]:
     """The names of the options that ask for devices."""
-    return tuple(option for option, _ in KINDS.values())
+    return tuple(row.option for row in KINDS.values())
 
 
 def names() -> tuple[str, ...]:
@@ -147,7 +161,7 @@ def notes() -> tuple[str, ...]:
 
 def option_of(kind: str) -> Option:
     """The row that asks for devices of `kind`."""
-    name = KINDS[kind][0]
+    name = KINDS[kind].option
     found: Option = next(row for row in load(kind).OPTIONS if row.name == name)
     return found
 
@@ -195,6 +209,15 @@ def check(kind: str, specs: Iterable[Spec], vm: VmSpec) -> list[Any]:
         return list(module.check_all(specs, vm))
     refine = getattr(module, "check", lambda spec: spec)
     return [refine(spec) for spec in specs]
+
+
+def check_one_more(kind: str, spec: Spec, others: list[Any], vm: VmSpec) -> Any:
+    """`spec`, which is to come to a VM that has `others` of its kind, checked. Raises
+    ConfigError."""
+    module = load(kind)
+    if hasattr(module, "named_beside"):
+        spec = module.named_beside(spec, others)
+    return check(kind, [*others, spec], vm)[-1]
 
 
 def with_paths(spec: Spec, change: Callable[[str], str]) -> Any:

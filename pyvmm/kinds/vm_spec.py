@@ -32,8 +32,8 @@ def make_spec(values: Mapping[str, Any]) -> VmSpec:
             fields[row.field] = read
     disks: list[DiskSpec] = []
     devices: list[DeviceSpec] = []
-    for kind, (option, _) in registry.KINDS.items():
-        value = values.get(option)
+    for kind, of_kind in registry.KINDS.items():
+        value = values.get(of_kind.option)
         if value is None or (value is False and kind != "disk"):
             continue
         (disks if kind == "disk" else devices).extend(registry.read(kind, value))

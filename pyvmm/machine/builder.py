@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 
 
 class Prepared(NamedTuple):
-    """All of a machine that needs no KVM: memory with the kernel in it, and open devices."""
+    """All of a machine that needs no KVM: memory with the kernel in it, and open devices. Those in
+    `late` came after the start: they are on PCI, whatever the transport of the others."""
 
     board: Board[Any]
     spec: VmSpec
@@ -51,6 +52,7 @@ class Prepared(NamedTuple):
     alarm: Alarm
     files: MappedFiles | None = None
     quiet: bool = False
+    late: frozenset[VirtioDevice] = frozenset()
 
     @property
     def console(self) -> str:
@@ -214,6 +216,8 @@ def assemble(
             log.of_vm(spec.name),
         )
     pci = _add_pci(board, vm, ports, mmio)
+    if pci is not None:
+        closing.callback(pci.close)
     transports = _attach(prepared, vm, mmio, pci, trace, closing)
     vcpus, serial, button = core
     parts = Parts(prepared, vm, ports, mmio, serial, transports, vcpus, button, pci)
@@ -242,11 +246,11 @@ def _attach(
 ) -> tuple[Transport, ...]:
     """The devices' transports, in their order."""
     spec = prepared.spec
-    plug: Plug = MmioSlots(prepared.slots, vm, mmio)
+    usual: Plug = MmioSlots(prepared.slots, vm, mmio)
     if spec.transport == "pci" and pci is not None:
-        plug = pci
+        usual = pci
     return tuple(
-        plug.attach(
+        (pci if device in prepared.late and pci is not None else usual).attach(
             device,
             memory=prepared.memory,
             log=log.of_vm(spec.name),  # the transport limits the rate

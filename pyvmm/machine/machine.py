@@ -98,6 +98,18 @@ class Machine:
         ]
         self.pauser = Pauser(self._runners, parts.transports)
 
+    def exchange(self, parts: Parts) -> None:
+        """`parts` are those that there were, with other devices: some have come or gone."""
+        with self.steady:
+            self.parts = parts
+            self.pauser.exchange(parts.transports)
+
+    def settle(self) -> None:
+        """Return once each vCPU has left what it was in the middle of, if that was an access to a
+        device."""
+        for runner in self._runners:
+            runner.settle()
+
     def _guest_ended(self, boot: int, outcome: Outcome) -> None:
         self._inbox.put(_FromGuest(outcome, boot))
 

@@ -48,6 +48,11 @@ class Pauser:
                 raise
             self.paused = True
 
+    def exchange(self, transports: Sequence[Transport]) -> None:
+        """These are the machine's from now on."""
+        with self._lock:
+            self._transports = transports
+
     def resume(self) -> None:
         """Go on; nothing happens if the machine runs."""
         with self._lock:

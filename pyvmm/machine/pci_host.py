@@ -1,4 +1,5 @@
-"""The PCI host bridge of a machine: bus 0, where it answers, and how virtio devices are plugged in.
+"""The PCI host bridge of a machine: bus 0, where it answers, and how virtio devices are plugged in
+and taken out, also while the guest runs.
 
 A driver moves BARs and turns decoding and bus mastering on and off; KVM follows: doorbells are
 ioeventfds at the BAR's address of the moment, interrupts are messages.
@@ -6,17 +7,19 @@ ioeventfds at the BAR's address of the moment, interrupts are messages.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from pyvmm.bus import Bus
+from pyvmm.errors import ConfigError
 from pyvmm.host.log import Sink
 from pyvmm.kvm.vm import Vm
 from pyvmm.machine.board.board import PciPlaces
 from pyvmm.machine.trace import Hook
 from pyvmm.memory import GuestMemory
-from pyvmm.pci.bus import ECAM_SIZE, ConfigPorts, PciBus
+from pyvmm.pci import slots
+from pyvmm.pci.bus import DEVICES, ECAM_SIZE, ConfigPorts, PciBus
 from pyvmm.pci.function import Bar, Function
 from pyvmm.virtio.device import VirtioDevice
 
@@ -27,8 +30,20 @@ if TYPE_CHECKING:  # a machine with nothing on its bus starts without them
 _INTEL, _BRIDGE, _HOST_BRIDGE_CLASS = 0x8086, 0x0D57, 0x060000
 
 
+class _Plugged(NamedTuple):
+    """What is in a slot, its place in the window, and what unplugs it."""
+
+    transport: PciTransport
+    start: int
+    closing: ExitStack
+
+
 class PciHost:
-    """Bus 0, and what has been plugged into it."""
+    """Bus 0, and what has been plugged into it.
+
+    `on_eject` hears of a device number that the guest gives up, in a vCPU's thread: whoever sets it
+    takes the device out, or does not.
+    """
 
     def __init__(
         self,
@@ -43,13 +58,25 @@ class PciHost:
         self._vm = vm
         self._make_messages = make_messages
         self._messages: Messages | None = None
-        self._next = places.window
+        self._window_start = places.window
+        self._window_end = places.window + places.window_size
+        self._plugged: dict[int, _Plugged] = {}
+        self.on_eject: Callable[[int], None] = lambda number: None
         self.bus = PciBus(places.window, places.window_size)
         self.bus.add(0, Function(_INTEL, _BRIDGE, _HOST_BRIDGE_CLASS))
         if places.config_port is not None:
             ports.register(places.config_port, ConfigPorts.SIZE, self.bus.ports)
         mmio.register(places.ecam, ECAM_SIZE, self.bus.ecam)
         mmio.register(places.window, places.window_size, self.bus.window)
+        self.slots: slots.Slots | None = None
+        if places.slots_port is not None:
+            self._slots_gsi = places.slots_gsi
+            self.slots = slots.Slots(self._interrupt, lambda number: self.on_eject(number))
+            ports.register(places.slots_port, slots.SIZE, self.slots)
+
+    def _interrupt(self) -> None:
+        for level in (True, False):
+            self._vm.irq_line(self._slots_gsi, level)
 
     def attach(
         self,
@@ -60,26 +87,106 @@ class PciHost:
         trace: Hook | None,
         closing: ExitStack,
     ) -> PciTransport:
-        """See pyvmm.machine.attach.Plug."""
+        """See pyvmm.machine.attach.Plug; raises ConfigError if every slot is taken."""
+        number, transport = self._plug(device, memory, log, trace)
+        closing.callback(self.unplug, number, transport)
+        return transport
+
+    def _plug(
+        self, device: VirtioDevice, memory: GuestMemory, log: Sink, trace: Hook | None
+    ) -> tuple[int, PciTransport]:
+        number = next((n for n in range(1, DEVICES) if n not in self.bus.functions), None)
+        if number is None:
+            raise ConfigError(f"a PCI bus has {DEVICES - 1} devices at most", cure="remove one")
         from pyvmm.transport.pci import PciTransport, vectors_for
 
         if self._messages is None:
             self._messages = self._make_messages()
-        lines = []
-        for _ in range(vectors_for(device)):
-            lines.append(self._messages.line())
-            closing.callback(lines[-1].close)
-        transport = PciTransport(device, memory, lines, log=log, trace=trace)
-        closing.callback(transport.close)
-        bar = transport.bar
-        self._next = -(-self._next // bar.size) * bar.size
-        transport.function.place(bar, self._next)
-        self._next += bar.size
-        transport.function.placement = _Place(transport, self._vm)
-        number = 1 + max(self.bus.functions)
-        self.bus.add(number, transport.function)
-        closing.callback(self.bus.remove, number)
-        return transport
+        with ExitStack() as closing:
+            lines = []
+            for _ in range(vectors_for(device)):
+                lines.append(self._messages.line())
+                closing.callback(lines[-1].close)
+            transport = PciTransport(device, memory, lines, log=log, trace=trace)
+            closing.callback(transport.close)
+            start = self._room_for(transport.bar.size)
+            transport.function.place(transport.bar, start)
+            transport.function.placement = _Place(transport, self._vm)
+            self.bus.add(number, transport.function)
+            self._plugged[number] = _Plugged(transport, start, closing.pop_all())
+        return number, transport
+
+    def _room_for(self, size: int) -> int:
+        """Where a BAR of `size` bytes can be: where nobody is, nor comes back to by a reset."""
+        start = self._window_start
+        for other_start, other_end in sorted(self._taken()):
+            if start + size <= other_start:
+                break
+            start = -(-max(start, other_end) // size) * size
+        if start + size > self._window_end:
+            raise ConfigError("the PCI bus has no room for another device", cure="remove one")
+        return start
+
+    def _taken(self) -> Iterator[tuple[int, int]]:
+        for transport, start, _ in self._plugged.values():
+            bar = transport.bar
+            for at in {start, transport.function.address_of(bar)}:
+                if self._window_start <= at < self._window_end:
+                    yield at, at + bar.size
+
+    # --- devices that come and go -----------------------------------------------------------------
+
+    def arrive(
+        self, device: VirtioDevice, *, memory: GuestMemory, log: Sink, trace: Hook | None
+    ) -> tuple[int, PciTransport]:
+        """Plug `device` in and tell the guest; its device number. Raises ConfigError without a
+        place, HostError if KVM refuses."""
+        number, transport = self._plug(device, memory, log, trace)
+        self.tell(slots.ARRIVED, number)
+        return number, transport
+
+    def tell(self, what: int, number: int) -> None:
+        """Have the guest look at a slot: slots.ARRIVED or LEAVING."""
+        if self.slots is not None:
+            self.slots.tell(what, number)
+
+    def withdraw(self, number: int) -> None:
+        """What the guest has not learnt of a slot yet, it shall not."""
+        if self.slots is not None:
+            self.slots.withdraw(number)
+
+    def number_of(self, transport: object) -> int | None:
+        """The device number of `transport`; None if it is not plugged in here."""
+        found = (n for n, plugged in self._plugged.items() if plugged.transport is transport)
+        return next(found, None)
+
+    def transport_at(self, number: int) -> PciTransport | None:
+        """What is plugged in as device `number`."""
+        plugged = self._plugged.get(number)
+        return None if plugged is None else plugged.transport
+
+    def detach(self, number: int) -> None:
+        """Have nobody answer at `number` any more: no register, no doorbell, no DMA, no interrupt.
+        What the device is served by is there until `unplug`."""
+        if number in self._plugged and number in self.bus.functions:
+            self.bus.remove(number)
+
+    def unplug(self, number: int, transport: object) -> None:
+        """Take out what is `transport`, and leave nothing of it. No vCPU may be inside one of its
+        handlers. A second time changes nothing."""
+        plugged = self._plugged.get(number)
+        if plugged is None or plugged.transport is not transport:
+            return
+        if self.bus.functions.get(number) is plugged.transport.function:
+            self.bus.remove(number)
+        self.withdraw(number)
+        plugged.closing.close()
+        del self._plugged[number]
+
+    def close(self) -> None:
+        """Unplug all that is left; the guest must be stopped."""
+        for number, plugged in reversed(self._plugged.copy().items()):
+            self.unplug(number, plugged.transport)
 
 
 class _Place:

@@ -166,6 +166,15 @@ class VcpuRunner:
             self._changed.wait_for(lambda: call.done)
         return call.outcome()
 
+    def settle(self) -> None:
+        """Return once it has left what it was in the middle of, however long that takes."""
+        while self._thread.ident is not None and not (self._ended or self._stopping):
+            try:
+                self.call(lambda vcpu: None)
+                return
+            except ConfigError:  # it is busy still, or ends
+                continue
+
     def _attend(self) -> None:
         """Make the calls that wait, and stay here while the vCPU is to be paused."""
         while (call := self._next_call()) is not None:

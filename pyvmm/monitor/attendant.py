@@ -15,6 +15,7 @@ from pyvmm.virtio.blk.device import BlockDevice
 
 if TYPE_CHECKING:
     from pyvmm.boot.partitions import Table
+    from pyvmm.virtio.device import VirtioDevice
 
 _SILENCE_SECONDS = 20.0
 
@@ -44,6 +45,10 @@ class Attendant:
         """The guest starts; take the devices' word for whether a driver has found them."""
         self._transports = transports
         self._start = time.monotonic()
+
+    def exchange(self, devices: tuple[VirtioDevice, ...], transports: Sequence[Transport]) -> None:
+        """The machine has these from now on."""
+        self._devices, self._transports = devices, transports
 
     @property
     def guest_came_up(self) -> bool:

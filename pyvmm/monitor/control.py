@@ -17,6 +17,7 @@ from pyvmm.machine.outcome import STOP_SECONDS, Ending, Outcome
 from pyvmm.version import __version__
 
 if TYPE_CHECKING:
+    from pyvmm.monitor.hotplug import Hotplug
     from pyvmm.monitor.stats import MachineStats
     from pyvmm.monitor.watch import Watch
 
@@ -29,15 +30,16 @@ class MachineControl:
     def __init__(
         self,
         machine: Machine,
-        prepared: Prepared,
         watch: Watch,
+        hotplug: Callable[[], Hotplug],
         resize_outside: ResizeOutside | None = None,
     ) -> None:
-        """`resize_outside` is for where the disks are somebody else's: it resizes the storage at a
-        path, to so many bytes or (None) to those it has by now, and returns when that shows here.
+        """`hotplug` is asked for devices that are to come or go. `resize_outside` is for where the
+        disks are somebody else's: it resizes the storage at a path, to so many bytes or (None) to
+        those it has by now, and returns when that shows here.
         """
         self._machine = machine
-        self._prepared = prepared
+        self._hotplug = hotplug
         self._watch = watch
         self._resize_outside = resize_outside
         self._start = time.monotonic()
@@ -46,13 +48,17 @@ class MachineControl:
     def method(self, name: str) -> Method | None:
         """The one of `methods` that a request names; None if there is none. Kinds of devices that
         nobody asks about are not loaded for it."""
-        found = self._of_machine().get(name) or registry.method(name, self._running())
+        found = self._of_machine().get(name)
+        if found is None and name.endswith((".add", ".remove")):
+            found = self._of_hotplug().get(name)
+        found = found or registry.method(name, self._running())
         return None if found is None else self._guarded(found)
 
     def methods(self) -> dict[str, Method]:
         """By the names that a request uses. docs/control-socket.md lists them, and a test compares
         it with this."""
-        methods = {**self._of_machine(), **registry.methods(self._running())}
+        of_kinds = {**self._of_hotplug(), **registry.methods(self._running())}
+        methods = {**self._of_machine(), **of_kinds}
         return {name: self._guarded(method) for name, method in methods.items()}
 
     def _of_machine(self) -> dict[str, Method]:
@@ -68,6 +74,11 @@ class MachineControl:
             "events": Method(self.events, takes={"history": bool}),
         }
 
+    def _of_hotplug(self) -> dict[str, Method]:
+        from pyvmm.monitor import hotplug  # only once somebody asks
+
+        return hotplug.methods(self._hotplug)
+
     def _guarded(self, method: Method) -> Method:
         return method._replace(run=partial(self._between_starts, method.run))
 
@@ -75,6 +86,10 @@ class MachineControl:
         """Not while a guest that has rebooted is put together anew."""
         with self._machine.steady:
             return run(**params)
+
+    @property
+    def _prepared(self) -> Prepared:
+        return self._machine.parts.prepared
 
     def _running(self) -> Running:
         """What the methods of the kinds of devices work with."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
 from pyvmm.boot.diagnosis import PANIC
@@ -17,13 +18,13 @@ from pyvmm.errors import PyvmmError
 from pyvmm.host import log
 from pyvmm.host.syscalls import Closable
 from pyvmm.kinds import registry
-from pyvmm.kinds.interface import Context
 from pyvmm.machine.alarm import Alarm
 from pyvmm.machine.builder import Parts, Prepared, assemble, open_kvm, prepare, prepare_again
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.outcome import STOP_SECONDS, Ending, Outcome
 from pyvmm.machine.trace import Trace
 from pyvmm.monitor.attendant import Attendant
+from pyvmm.monitor.open_devices import OpenDevices
 from pyvmm.monitor.restart import FRUITLESS, RebootPolicy
 from pyvmm.platform.console import Console, standard_fds
 from pyvmm.platform.console_pump import InputPort
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from pyvmm.kvm.system import Kvm
     from pyvmm.machine.mapped_files import MappedFiles
     from pyvmm.monitor.control import ResizeOutside
+    from pyvmm.monitor.hotplug import Hotplug
     from pyvmm.monitor.power_off import PowerOff
     from pyvmm.monitor.watch import Watch
 
@@ -60,6 +62,7 @@ class Opened(NamedTuple):
     trace: Trace
     prepared: Prepared
     kvm: Kvm
+    devices: OpenDevices
 
 
 def run_here(
@@ -94,10 +97,12 @@ def _open(spec: VmSpec, closing: ExitStack, *, quiet: bool) -> Opened:
     closing.callback(trace.close)
     alarm = Alarm()
     files = _Files(spec.memory, closing)
-    context = Context(spec.name, trace.hook("requests"), closing, alarm, files.map)
-    devices = tuple(registry.open_device(part, context) for part in spec.parts)
+    opening = closing.enter_context(
+        OpenDevices(spec.name, trace.hook("requests"), alarm, files.map)
+    )
+    devices = tuple(opening.open(part) for part in spec.parts)
     prepared = prepare(spec, devices, alarm, closing, files=files.mapped, quiet=quiet)
-    return Opened(trace, prepared, open_kvm(prepared.board, spec.cpus, closing))
+    return Opened(trace, prepared, open_kvm(prepared.board, spec.cpus, closing), opening)
 
 
 class _Files:
@@ -139,18 +144,20 @@ class _Answering(Closable):
         """`resize_outside` resizes disks that are somebody else's."""
         self._listener = listener
         self._resize_outside = resize_outside
+        self.is_inside = resize_outside is not None
         self._watch: Watch | None = None
 
     def start(
         self,
         machine: Machine,
-        prepared: Prepared,
+        hotplug: Callable[[], Hotplug],
         attendant: Attendant,
         console: tuple[ConsoleTail, SharedInput],
         console_left_out: Callable[[], int],
         closing: ExitStack,
     ) -> None:
-        """Answer requests from now on until `closing` ends that."""
+        """Answer requests from now on until `closing` ends that. `hotplug` is asked for devices
+        that are to come or go."""
         if self._listener is None:
             return
         # Imported while the guest runs already, which does not wait for this.
@@ -162,12 +169,12 @@ class _Answering(Closable):
         watch.console_left_out = console_left_out
         watch.events.emit("started")
         attendant.on_finding = watch.tell_finding
-        control = MachineControl(machine, prepared, watch, self._resize_outside)
+        control = MachineControl(machine, watch, hotplug, self._resize_outside)
         server = ControlServer(self._listener, control.method)
         closing.callback(server.close)
         server.start()
 
-    def emit(self, kind: str, **details: object) -> None:
+    def emit(self, kind: str, /, **details: object) -> None:
         """Tell those who watch that `kind` has happened."""
         if self._watch is not None:
             self._watch.events.emit(kind, **details)
@@ -200,6 +207,7 @@ class _Run:
         self._on_output = on_output
         self._closing = closing
         self._of_boot = closing.enter_context(ExitStack())
+        closing.callback(self._close_hotplug)
         self._tail = ConsoleTail()
         self._console = Console(*standard_fds(), on_quit=self._quit, observer=self._observe)
         self._input: SharedInput | None = None
@@ -207,6 +215,8 @@ class _Run:
         self._warn = log.RateLimited(log.of_vm(self.name))
         self._machine: Machine | None = None
         self._asking: PowerOff | None = None
+        self._hotplug: Hotplug | None = None
+        self._making_hotplug = Lock()
 
     def assemble(self, stop_patience: float) -> None:
         """Put the machine together. Raises ConfigError or HostError."""
@@ -228,7 +238,34 @@ class _Run:
         trace, kvm = self._opened.trace, self._opened.kvm
         parts = assemble(self._prepared, kvm, trace, self._console.write, self._of_boot)
         self.attendant.attend(parts.transports)
+        if parts.pci is not None:
+            parts.pci.on_eject = lambda number: self._hot().ejected(number)
         return parts
+
+    def _hot(self) -> Hotplug:
+        """What devices come and go by, which is for few runs."""
+        with self._making_hotplug:
+            if self._hotplug is None:
+                from pyvmm.monitor.hotplug import Hotplug
+
+                assert self._machine is not None
+                self._hotplug = Hotplug(
+                    self._machine,
+                    self._opened.devices,
+                    self._opened.trace,
+                    tell=self.answering.emit,
+                    changed=self._devices_changed,
+                    is_inside=self.answering.is_inside,
+                )
+            return self._hotplug
+
+    def _devices_changed(self, parts: Parts) -> None:
+        self._prepared = parts.prepared
+        self.attendant.exchange(parts.prepared.devices, parts.transports)
+
+    def _close_hotplug(self) -> None:
+        if self._hotplug is not None:
+            self._hotplug.close()
 
     def _observe(self, data: bytes) -> None:
         self._tail.observe(data)
@@ -248,7 +285,7 @@ class _Run:
             self._console.connect(self._input.join())
             self.answering.start(
                 machine,
-                self._prepared,
+                self._hot,
                 self.attendant,
                 (self._tail, self._input),
                 lambda: self._console.left_out,
@@ -269,6 +306,8 @@ class _Run:
         self.attendant.look()
         if self._asking is not None:
             self._asking.look()
+        if self._hotplug is not None:
+            self._hotplug.look()
 
     def _tell_asked(self, how: str) -> None:
         self.answering.emit("stopping", asked=how)
@@ -293,6 +332,8 @@ class _Run:
     def build(self) -> Parts | Outcome:
         """See Restarting."""
         self._of_boot.close()
+        if self._hotplug is not None:
+            self._hotplug.guest_restarts()
         try:
             self._prepared = prepare_again(self._prepared)
             parts = self._parts()

@@ -6,19 +6,17 @@ of its own.
 
 from __future__ import annotations
 
-import errno
 import math
-import os
 import time
 from collections.abc import Callable
-from contextlib import closing
 from threading import Thread
 from typing import TYPE_CHECKING
 
 from pyvmm.errors import HostError, PyvmmError
-from pyvmm.host import log, unix_sockets
+from pyvmm.host import log
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.outcome import Outcome
+from pyvmm.monitor.guest_agent import agent_at, vsock_of
 
 if TYPE_CHECKING:
     from pyvmm.virtio.vsock.device import VsockDevice
@@ -43,7 +41,7 @@ class PowerOff:
     def ask(self, patience: float, otherwise: Outcome) -> bool:
         """Have the guest power off; False if there is nobody in it to be asked. If that shows only
         later, the machine ends with `otherwise` then. A paused guest goes on."""
-        vsock = self._vsock()
+        vsock = vsock_of(self._machine)
         if vsock is None and not self._button_is_watched():
             return False
         self._machine.pauser.resume()
@@ -55,22 +53,9 @@ class PowerOff:
             Thread(target=self._ask_agent, args=asking, name="power-off", daemon=True).start()
         return True
 
-    def _vsock(self) -> VsockDevice | None:
-        """The device by which an agent may be reached."""
-        devices = self._machine.parts.prepared.devices
-        if not any(device.kind == "vsock" for device in self._machine.parts.prepared.spec.devices):
-            return None
-        from pyvmm.virtio.vsock.device import VsockDevice
-
-        found = (device for device in devices if isinstance(device, VsockDevice))
-        return next((device for device in found if device.has_driver), None)
-
     def _ask_agent(self, vsock: VsockDevice, seconds: float, otherwise: Outcome) -> None:
-        from pyvmm.agent import PORT, Agent
-
-        deadline = time.monotonic() + seconds
         try:
-            Agent(lambda: _call(vsock, PORT, deadline)).power_off(timeout=seconds)
+            agent_at(vsock, seconds).power_off(timeout=seconds)
         except (PyvmmError, OSError):
             self._machine.do(lambda: self._press(otherwise))
         else:
@@ -108,20 +93,3 @@ class PowerOff:
         self._tell(how)
         text = f"{self._name}: asked the guest to power off, by its {how}"
         log.to_stderr(log.Line(text, level=log.INFO))
-
-
-def _call(vsock: VsockDevice, port: int, deadline: float) -> unix_sockets.Socket:
-    """A stream to `port` of the guest. Raises HostError, ECONNREFUSED if nobody listens there."""
-    from pyvmm.control.client import line_or_end
-
-    ours, theirs = unix_sockets.pair()
-    try:
-        vsock.call(theirs, port)
-    except HostError:
-        ours.close()
-        theirs.close()
-        raise
-    with closing(ours):
-        if not line_or_end(ours, deadline).startswith(b"OK "):
-            raise HostError(errno.ECONNREFUSED, f"port {port} of the guest")
-        return unix_sockets.adopt(os.dup(ours.fileno()))

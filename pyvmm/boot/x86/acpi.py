@@ -2,7 +2,8 @@
 
 The machine is "hardware-reduced" (ACPI 6.5, 4.1): no PM timer, no SCI, no fixed power button;
 power-off and reset are one register each. The power button is a device, whose event an interrupt of
-a generic event device brings. Section numbers are those of ACPI 6.5.
+a generic event device brings; another one brings those of PCI slots. Section numbers are those of
+ACPI 6.5.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ _VGA_NOT_PRESENT = 1 << 2
 _CMOS_RTC_NOT_PRESENT = 1 << 5
 
 _PRESSED = 0x80  # 4.8.2.2.1.2: S0 Power Button Pressed
+_DEVICE_CHECK, _EJECT_REQUEST = 1, 3  # 5.6.6 "Device Object Notifications"
+_SLOTS = range(1, 32)  # device numbers; 0 is the host bridge
 _MAX_XAPIC_ID = 254
 _ENABLED = 1
 
@@ -65,13 +68,16 @@ class VirtioMmioDevice(NamedTuple):
 class PciHost(NamedTuple):
     """A PCI host bridge for bus 0: its ECAM, `ecam_size` bytes at guest-physical `ecam`, the window
     of memory in which BARs lie, `window_size` bytes at `window`, below 4 GiB, and the first of the
-    eight I/O ports for configuration accesses."""
+    eight I/O ports for configuration accesses. The registers of its slots (pyvmm.pci.slots) are at
+    I/O port `slots_port`, and `slots_gsi` tells of changes."""
 
     ecam: int
     ecam_size: int
     window: int
     window_size: int
     config_port: int
+    slots_port: int
+    slots_gsi: int
 
 
 class AcpiConfig(NamedTuple):
@@ -199,7 +205,7 @@ def build_dsdt(config: AcpiConfig) -> bytes:
         devices += [_pci_host(config.pci), _motherboard(config.pci)]
     if config.serial:
         devices.append(_serial(config.fixed))
-    devices += [_power_button(), _event_device(config.fixed)]
+    devices += [_power_button(), _event_device(config.fixed, config.pci)]
     sleep = aml.package(*(aml.integer(value) for value in (config.fixed.sleep_type_s5, 0, 0, 0)))
     return _table(b"DSDT", 2, aml.scope("\\_SB", *devices) + aml.name("\\_S5", sleep))
 
@@ -243,7 +249,38 @@ def _pci_host(host: PciHost) -> bytes:
         aml.name("_CCA", aml.integer(1)),
         aml.name("_CRS", resources),
         aml.method("_DSM", 4, *_keep_bars()),
+        aml.io_registers("SLTS", host.slots_port, "ARRV", "LEAV", "EJCT"),
+        *(_slot(number) for number in _SLOTS),
+        aml.method("EVNT", 0, *_slot_events()),
     )
+
+
+def _slot(number: int) -> bytes:
+    """A place from which a device can be ejected (6.3.3 "_EJx (Eject)"). There is no _STA: whether
+    there is a device is seen in configuration space, as every system looks for one there."""
+    return aml.device(
+        _slot_name(number),
+        aml.name("_ADR", aml.integer(number << 16)),
+        aml.name("_SUN", aml.integer(number)),
+        aml.method("_EJ0", 1, aml.store(aml.integer(1 << number), aml.path("EJCT"))),
+    )
+
+
+def _slot_name(number: int) -> str:
+    return f"S{number:02X}"
+
+
+def _slot_events() -> list[bytes]:
+    """Each slot of which something is told hears of it, once."""
+    told = aml.local(0)
+    terms = []
+    for register, event in (("ARRV", _DEVICE_CHECK), ("LEAV", _EJECT_REQUEST)):
+        terms += [aml.store(aml.path(register), told), aml.store(told, aml.path(register))]
+        terms += [
+            aml.if_any(told, aml.integer(1 << number), aml.notify(_slot_name(number), event))
+            for number in _SLOTS
+        ]
+    return terms
 
 
 def _motherboard(host: PciHost) -> bytes:
@@ -293,14 +330,19 @@ def _power_button() -> bytes:
     )
 
 
-def _event_device(fixed: FixedDevices) -> bytes:
-    """5.6.9 "Interrupt-signaled ACPI Events": it has one event, that the button was pressed."""
+def _event_device(fixed: FixedDevices, pci: PciHost | None) -> bytes:
+    """5.6.9 "Interrupt-signaled ACPI Events": that the button was pressed, and with `pci` that
+    there is something to be seen of a slot."""
+    events = {fixed.power_button_gsi: aml.notify("\\_SB.PWRB", _PRESSED)}
+    if pci is not None:
+        events[pci.slots_gsi] = aml.path("\\_SB.PCI0.EVNT")
+    happen = (aml.if_equal(aml.argument(0), aml.integer(gsi), term) for gsi, term in events.items())
     return aml.device(
         "GED",
         aml.name("_HID", aml.string("ACPI0013")),
         aml.name("_UID", aml.integer(0)),
-        aml.name("_CRS", aml.resource_template(aml.interrupt(fixed.power_button_gsi))),
-        aml.method("_EVT", 1, aml.notify("\\_SB.PWRB", _PRESSED)),
+        aml.name("_CRS", aml.resource_template(*(aml.interrupt(gsi) for gsi in events))),
+        aml.method("_EVT", 1, *happen),
     )
 
 

@@ -12,7 +12,10 @@ _ZERO, _ONE = 0x00, 0x01
 _BYTE, _WORD, _DWORD, _STRING, _QWORD = 0x0A, 0x0B, 0x0C, 0x0D, 0x0E
 _NAME, _SCOPE, _BUFFER, _PACKAGE, _METHOD, _NOTIFY = 0x08, 0x10, 0x11, 0x12, 0x14, 0x86
 _IF, _LEQUAL, _RETURN, _ARG0 = 0xA0, 0x93, 0xA4, 0x68
-_DEVICE = b"\x5b\x82"
+_STORE, _AND, _LOCAL0 = 0x70, 0x7B, 0x60
+_REGION, _FIELD, _DEVICE = b"\x5b\x80", b"\x5b\x81", b"\x5b\x82"
+_SYSTEM_IO = 1
+_DWORD_ACCESS = 3
 _DUAL_NAME, _MULTI_NAME = 0x2E, 0x2F
 
 _MEMORY, _BUS_NUMBERS = 0, 2  # types of address spaces
@@ -105,6 +108,31 @@ def return_(value: bytes) -> bytes:
 def if_equal(left: bytes, right: bytes, *terms: bytes) -> bytes:
     """If (LEqual (left, right)) {terms}."""
     return bytes([_IF]) + _with_length(bytes([_LEQUAL]) + left + right + b"".join(terms))
+
+
+def if_any(left: bytes, right: bytes, *terms: bytes) -> bytes:
+    """If (And (left, right)) {terms}."""
+    both = bytes([_AND]) + left + right + bytes([_ZERO])  # which are stored nowhere
+    return bytes([_IF]) + _with_length(both + b"".join(terms))
+
+
+def local(number: int) -> bytes:
+    """LocalN of a method (20.2.6.2)."""
+    return bytes([_LOCAL0 + number])
+
+
+def store(value: bytes, target: bytes) -> bytes:
+    """Store (value, target)."""
+    return bytes([_STORE]) + value + target
+
+
+def io_registers(where: str, port: int, *registers: str) -> bytes:
+    """OperationRegion (where, SystemIO, port, …) and Field (where, DWordAcc, NoLock, Preserve)
+    {registers}, each of 32 bits: 20.2.5.2 "Named Objects Encoding"."""
+    size = 4 * len(registers)
+    region = _REGION + path(where) + bytes([_SYSTEM_IO]) + integer(port) + integer(size)
+    fields = b"".join(path(register) + bytes([32]) for register in registers)
+    return region + _FIELD + _with_length(path(where) + bytes([_DWORD_ACCESS]) + fields)
 
 
 def package(*values: bytes) -> bytes:

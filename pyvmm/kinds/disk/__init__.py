@@ -9,6 +9,7 @@ crossing.py     how it gets into an emulated host
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -231,6 +232,13 @@ def check_all(disks: Iterable[DiskSpec], vm: VmSpec) -> list[DiskSpec]:
         _check_options(disk)
         checked.append(replace(disk, id=disk_id))
     return checked
+
+
+def named_beside(disk: DiskSpec, others: list[DiskSpec]) -> DiskSpec:
+    """`disk` with an id, which a disk that was there before it may have left."""
+    taken = {other.id for other in others}
+    free = (id for number in itertools.count() if (id := _usual_id(number)) not in taken)
+    return disk if disk.id else replace(disk, id=next(free))
 
 
 def _check_options(disk: DiskSpec) -> None:

@@ -60,12 +60,15 @@ class VirtioSlot(NamedTuple):
 class PciPlaces(NamedTuple):
     """Where a PCI host bridge answers: guest-physical addresses of the configuration spaces (ECAM)
     and of the window in which BARs lie, with its size in bytes, and the first of the I/O ports for
-    configuration accesses, if there are any."""
+    configuration accesses, if there are any. Where devices can come and go, `slots_port` is the
+    first I/O port of pyvmm.pci.slots, and the GSI tells of changes."""
 
     ecam: int
     window: int
     window_size: int
     config_port: int | None
+    slots_port: int | None = None
+    slots_gsi: int = 0
 
 
 class Core(NamedTuple):

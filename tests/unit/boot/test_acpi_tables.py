@@ -21,7 +21,7 @@ DEVICES = tuple(
     VirtioMmioDevice(0xD000_0000 + n * 0x1000, 0x200, gsi)
     for n, gsi in enumerate(layout.VIRTIO_GSIS)
 )
-PCI = acpi.PciHost(0xE000_0000, 0x10_0000, 0xC000_0000, 0x1000_0000, 0xCF8)
+PCI = layout.PCI_HOST
 CONFIGS = {
     "one-cpu": AcpiConfig(FIXED_DEVICES),
     "disks": AcpiConfig(FIXED_DEVICES, cpus=4, virtio=DEVICES[:2]),
@@ -224,6 +224,36 @@ def test_iasl_reads_the_host_bridge_that_is_meant(tmp_path: Path) -> None:
         "Memory32Fixed (ReadWrite, 0xE0000000, 0x00100000, )",
     ):
         assert wanted in words, words
+
+
+@needs_iasl
+def test_iasl_reads_the_slots_that_are_meant(tmp_path: Path) -> None:
+    dsdt = disassemble(tmp_path, CONFIGS["pci"])["DSDT"]
+    words = " ".join(re.sub(r"//[^\n]*|/\*.*?\*/", "", dsdt).split())
+    assert "OperationRegion (SLTS, SystemIO, 0x0620, 0x0C)" in words
+    fields = "ARRV, 32, LEAV, 32, EJCT, 32"
+    assert f"Field (SLTS, DWordAcc, NoLock, Preserve) {{ {fields} }}" in words
+    for number in range(1, 32):
+        slot = words.partition(f"Device (S{number:02X})")[2].partition("Device (")[0]
+        names = {2: "0x02", 1: "One"}
+        sun = names.get(number, f"0x{number:02X}")
+        assert f"Name (_SUN, {sun})" in slot
+        assert re.search(rf"Name \(_ADR, 0x0*{number << 16:X}\)", slot)
+        bit = {1: "0x02"}.get(number, rf"0x0*{1 << number:X}")
+        assert re.search(rf"Method \(_EJ0, 1, \w+\) {{ EJCT = {bit} }}", slot)
+    told = words.partition("Method (EVNT, 0, Serialized)")[2].partition("Device (")[0]
+    arrived, _, leaving = told.partition("Local0 = LEAV LEAV = Local0")
+    assert "Local0 = ARRV ARRV = Local0" in arrived
+    for part, event in ((arrived, "One"), (leaving, "0x03")):
+        notified = re.findall(
+            rf"If \(\(Local0 & (0x[0-9A-F]+)\)\) {{ Notify \(S([0-9A-F]+), {event}\)", part
+        )
+        assert [int(slot, 16) for _, slot in notified] == list(range(1, 32))
+        assert all(int(bit, 16) == 1 << int(slot, 16) for bit, slot in notified)
+    events = words.partition("Method (_EVT, 1, Serialized)")[2]
+    assert f"If ((Arg0 == 0x{layout.POWER_BUTTON_GSI:02X})) {{ Notify (\\_SB.PWRB, 0x80)" in events
+    assert re.search(rf"If \(\(Arg0 == 0x{layout.PCI_SLOTS_GSI:02X}\)\) {{ .*EVNT \(\)", events)
+    assert "SLTS" not in disassemble(tmp_path, CONFIGS["disks"])["DSDT"]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ import pytest
 from pyvmm.cli import control as looking
 from pyvmm.control import client, registry, server
 from pyvmm.control.client import Client, NoAnswer
-from pyvmm.control.protocol import MAX_LINE, ControlError, Method, Upgrade
+from pyvmm.control.protocol import MAX_LINE, ControlError, Later, Method, Upgrade
 from pyvmm.control.server import MAX_CLIENTS, ControlServer
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.monitor.control import MachineControl
@@ -189,6 +189,9 @@ class Served:
                 "host": Method(self.fail(HostError(5, "write"))),
                 "defect": Method(self.fail(KeyError("oops"))),
                 "upgrade": Method(lambda: Upgrade("go on", self.take)),
+                "later": Method(lambda: Later(lambda: self.release.wait(HANG))),
+                "late defect": Method(lambda: Later(self.fail(KeyError("oops")))),
+                "late refusal": Method(lambda: Later(self.fail(ConfigError("no", cure="do not")))),
             }.get,
         )
         self.server.start()
@@ -347,6 +350,52 @@ def test_a_connection_can_be_handed_over(served: Served) -> None:
         theirs.close()  # type: ignore[attr-defined]
 
 
+def test_an_answer_that_takes_its_time_holds_up_no_other(served: Served) -> None:
+    with served.dial() as patient, served.dial() as other:
+        patient.sendall(line(id=1, method="later") + line(id=2, method="echo"))
+        assert ask(other, line(method="echo"))["result"] == {}
+        served.release.set()
+        lines = patient.makefile("rb")
+        answers = [json.loads(lines.readline()) for _ in range(2)]
+        assert [answer["id"] for answer in answers] == [1, 2]
+        assert answers[0]["result"] is True
+
+
+def test_late_errors_are_answers_too(served: Served) -> None:
+    with served.dial() as connection:
+        refused = ask(connection, line(method="late refusal"))
+        assert refused["error"] == {"code": "refused", "message": "no; do not"}
+        assert "oops" in str(ask(connection, line(method="late defect"))["error"])
+
+
+def test_late_answers_are_bounded_and_those_who_left_get_none(served: Served) -> None:
+    for _ in range(MAX_CLIENTS):
+        with served.dial() as leaving:
+            leaving.sendall(line(method="later"))
+            client.patiently("served", lambda vm: vm.call("echo", patience=HANG), HANG)
+    deadline = time.monotonic() + HANG
+    while True:  # until the last of them has begun
+        with served.dial() as late:
+            late.sendall(line(method="later"))
+            late.settimeout(0.2)
+            with suppress(TimeoutError):
+                assert json.loads(late.makefile("rb").readline())["error"]["code"] == "busy"
+                break
+        assert time.monotonic() < deadline
+    served.release.set()
+    with served.dial() as again:
+        while "error" in ask(again, line(method="later")):
+            assert time.monotonic() < deadline
+
+
+def test_it_ends_while_an_answer_takes_its_time(served: Served) -> None:
+    with served.dial() as connection:
+        connection.sendall(line(method="later"))
+        client.patiently("served", lambda vm: vm.call("echo", patience=HANG), HANG)
+        served.server.close()
+        assert connection.recv(1) == b""
+
+
 def test_other_users_are_turned_away(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server.unix_sockets, "is_ours", lambda connection: False)
     with served.dial() as connection:
@@ -449,13 +498,17 @@ def test_stopping_one_that_hangs(monkeypatch) -> None:
 # ---- the documentation
 
 
+def bare_machine() -> Any:
+    prepared = SimpleNamespace(spec=VmSpec("k"), devices=())
+    return SimpleNamespace(parts=SimpleNamespace(prepared=prepared))
+
+
 def test_the_document_lists_the_methods() -> None:
     document = Path(__file__).resolve().parents[3] / "docs/control-socket.md"
     methods, _, _ = document.read_text().partition("An answer that is an error")
-    listed = re.findall(r"^\| `([a-z.]+)` \|", methods, re.MULTILINE)
-    machine: Any = SimpleNamespace()
-    prepared: Any = SimpleNamespace(spec=VmSpec("k"), devices=())
-    control = MachineControl(machine, prepared, None)  # type: ignore[arg-type]
+    rows = re.findall(r"^\| (`[a-z.]+`(?:, `[a-z.]+`)*) \|", methods, re.MULTILINE)
+    listed = [name.strip("`") for row in rows for name in row.split(", ")]
+    control = MachineControl(bare_machine(), None, None)  # type: ignore[arg-type]
     assert sorted(listed) == sorted(control.methods())
 
 
@@ -466,7 +519,8 @@ import sys
 from types import SimpleNamespace
 from pyvmm.monitor.control import MachineControl
 from pyvmm.spec.vm import VmSpec
-control = MachineControl(SimpleNamespace(), SimpleNamespace(spec=VmSpec("k"), devices=()), None)
+prepared = SimpleNamespace(spec=VmSpec("k"), devices=())
+control = MachineControl(SimpleNamespace(parts=SimpleNamespace(prepared=prepared)), None, None)
 assert all(control.method(name) is not None for name in sys.argv[1:])
 print(*(name for name in sys.modules if name.startswith("pyvmm.kinds.")))
 """
@@ -485,8 +539,7 @@ def test_a_request_loads_the_kind_that_it_names_and_no_other(asked: str, loaded:
 
 
 def test_methods_are_found_by_their_names() -> None:
-    prepared: Any = SimpleNamespace(spec=VmSpec("k"), devices=())
-    control = MachineControl(SimpleNamespace(), prepared, None)  # type: ignore[arg-type]
+    control = MachineControl(bare_machine(), None, None)  # type: ignore[arg-type]
     for name, method in control.methods().items():
         found = control.method(name)
         assert found is not None and found._replace(run=None) == method._replace(run=None)  # type: ignore[arg-type]

@@ -55,7 +55,14 @@ class X86Board(Board[boot.Entry]):
     @property
     def pci_places(self) -> PciPlaces:
         host = layout.PCI_HOST
-        return PciPlaces(host.ecam, host.window, host.window_size, host.config_port)
+        return PciPlaces(
+            host.ecam,
+            host.window,
+            host.window_size,
+            host.config_port,
+            host.slots_port,
+            host.slots_gsi,
+        )
 
     def load(
         self,

@@ -41,6 +41,8 @@ ACPI_SCI_GSI = 9  # the FADT wants one; there is no SCI on a hardware-reduced ma
 POWER_BUTTON_GSI = 9  # … this has its line
 ACPI_SLEEP_TYPE_S5 = acpi_pm.SLEEP_TYPE_S5
 ACPI_RESET_VALUE = acpi_pm.RESET_VALUE
+PCI_SLOTS_PORT = 0x620
+PCI_SLOTS_GSI = 13  # a PC's coprocessor had it
 
 # GSIs of virtio-mmio devices, in the order they are given out: the ISA lines first, because a
 # kernel that learns of a device from its command line can only reach those.
@@ -62,7 +64,15 @@ FIXED_DEVICES = FixedDevices(
 )
 """What the ACPI tables say of the devices that every machine has."""
 
-PCI_HOST = PciHost(PCI_ECAM, PCI_ECAM_SIZE, PCI_WINDOW, PCI_WINDOW_SIZE, PCI_CONFIG_PORT)
+PCI_HOST = PciHost(
+    PCI_ECAM,
+    PCI_ECAM_SIZE,
+    PCI_WINDOW,
+    PCI_WINDOW_SIZE,
+    PCI_CONFIG_PORT,
+    PCI_SLOTS_PORT,
+    PCI_SLOTS_GSI,
+)
 """What they say of the PCI bus."""
 
 

@@ -190,8 +190,12 @@ def control(rig: Rig, path: Path, *, paused: bool = False, **disk: object) -> Re
     """The method of a machine whose only disk is `path`."""
     spec = validate(VmSpec("k", disks=(DiskSpec(str(path), **disk),)))  # type: ignore[arg-type]
     prepared = SimpleNamespace(spec=spec, devices=(rig.device,))
-    machine = SimpleNamespace(pauser=SimpleNamespace(paused=paused), steady=threading.RLock())
-    methods = MachineControl(machine, prepared, None).methods()  # type: ignore[arg-type]
+    machine = SimpleNamespace(
+        pauser=SimpleNamespace(paused=paused),
+        steady=threading.RLock(),
+        parts=SimpleNamespace(prepared=prepared),
+    )
+    methods = MachineControl(machine, None, None).methods()  # type: ignore[arg-type]
 
     def resize(disk: str, size: int | None = None, **more: object) -> Any:
         given = more if size is None else {"size": size, **more}

@@ -1,0 +1,428 @@
+"""Devices that come to a running machine and go: asked for on the control socket, or given up by
+the guest.
+
+A guest gives a device up by the _EJ0 of its slot. From then on nobody answers there, and a thread
+does the rest: it waits for what vCPUs and the device are in the middle of, and gives back all that
+the device had. Who has asked for the removal waits for that. See decision 0365.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from threading import Event, Lock, Thread, current_thread
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pyvmm.control.protocol import FAILED, PAUSED, ControlError, Later, Method
+from pyvmm.errors import ConfigError, PyvmmError
+from pyvmm.host import log
+from pyvmm.host.syscalls import Closable
+from pyvmm.kinds import registry
+from pyvmm.machine.attach import virtio_hook
+from pyvmm.machine.builder import Parts
+from pyvmm.machine.machine import Machine
+from pyvmm.machine.trace import Trace
+from pyvmm.monitor.guest_agent import agent_at, vsock_of
+from pyvmm.monitor.open_devices import OpenDevices
+from pyvmm.pci import slots
+from pyvmm.spec.vm import DeviceSpec, DiskSpec
+
+if TYPE_CHECKING:
+    from pyvmm.kinds.interface import Spec
+    from pyvmm.machine.pci_host import PciHost
+    from pyvmm.transport.base import Transport
+    from pyvmm.virtio.device import VirtioDevice
+
+PATIENCE = 10.0  # seconds for a guest to give a device up, unless somebody says otherwise
+MOST_SECONDS = 24 * 3600.0
+_AGENT_SECONDS = 5.0
+_MOST_WORDS = 200  # bytes of what a guest says of a device that it uses
+
+HOST, GUEST = "host", "guest"  # who has wanted a device to go
+
+# $1 is the PCI function. Says what a disk of it is used for, and ends with 3 then.
+_USED_FOR = """\
+for disk in /sys/bus/pci/devices/"$1"/virtio*/block/*; do
+    for part in "$disk" "$disk"/*; do
+        [ -r "$part/dev" ] || continue
+        name=${part##*/}
+        read -r number < "$part/dev"
+        while read -r id parent device root place rest; do
+            case "$device $rest" in
+            "$number "*|*" - "*" /dev/$name "*) echo "$name is mounted at $place"; exit 3 ;;
+            esac
+        done < /proc/self/mountinfo
+        while read -r file rest; do
+            [ "$file" != "/dev/$name" ] || { echo "$name is swap space"; exit 3; }
+        done < /proc/swaps
+        for holder in "$part"/holders/*; do
+            [ ! -e "$holder" ] || { echo "$name is part of ${holder##*/}"; exit 3; }
+        done
+    done
+done
+"""
+_IN_USE = 3
+
+
+class _Part(NamedTuple):
+    """One device of the machine."""
+
+    spec: Spec
+    device: VirtioDevice
+    transport: Transport
+
+
+class _Leaving:
+    """A device that is to go, or goes."""
+
+    def __init__(self, part: _Part, number: int) -> None:
+        self.part = part
+        self.number = number
+        self.waiting = 0  # how many wait for it
+        self.by = HOST
+        self.ejected = False
+        self.gone = Event()
+        self.failure = ""
+
+
+def methods(hotplug: Callable[[], Hotplug]) -> dict[str, Method]:
+    """What the control socket can ask for, by name."""
+    found = {}
+    for kind in registry.come_and_go():
+        takes: dict[str, type] = {"device": str, "table": dict}
+        found[f"{kind}.add"] = Method(partial(_add_later, hotplug, kind), takes=takes)
+        takes = {"timeout_ms": int, "force": bool}
+        run = partial(_remove_later, hotplug, kind)
+        found[f"{kind}.remove"] = Method(run, needs={"id": str}, takes=takes)
+    return found
+
+
+def _add_later(
+    hotplug: Callable[[], Hotplug],
+    kind: str,
+    device: str | None = None,
+    table: dict[str, Any] | None = None,
+) -> Later:
+    value = table if device is None else device
+    if value is None or (device is not None and table is not None):
+        raise ConfigError("say what to add", cure="by device, a text, or by table")
+    return Later(partial(hotplug().add, kind, value))
+
+
+def _remove_later(
+    hotplug: Callable[[], Hotplug],
+    kind: str,
+    id: str,
+    timeout_ms: int = round(1000 * PATIENCE),
+    force: bool = False,
+) -> Later:
+    seconds = min(max(0, timeout_ms) / 1000, MOST_SECONDS)
+    return Later(partial(hotplug().remove, kind, id, seconds, force))
+
+
+class Hotplug(Closable):
+    """Adds and removes devices of `machine`. Any thread may call it."""
+
+    def __init__(
+        self,
+        machine: Machine,
+        devices: OpenDevices,
+        trace: Trace,
+        *,
+        tell: Callable[..., None],
+        changed: Callable[[Parts], None],
+        is_inside: bool = False,
+    ) -> None:
+        """`tell` hears of events, `changed` of the machine's parts each time they are others.
+        `is_inside`: this is an emulated host, which the machine's files cannot get into."""
+        self._machine = machine
+        self._devices = devices
+        self._trace = trace
+        self._tell = tell
+        self._changed = changed
+        self._is_inside = is_inside
+        self._name = machine.parts.prepared.spec.name
+        self._warn = log.RateLimited(log.of_vm(self._name))
+        self._one_at_a_time = Lock()  # of those that add
+        self._lock = Lock()  # a leaf: of `_leaving` and what it holds
+        self._leaving: dict[Transport, _Leaving] = {}
+        self._finishing: set[Thread] = set()
+        self._ended = False  # changes with `machine.steady` held
+
+    # --- a device comes ---------------------------------------------------------------------------
+
+    def add(self, kind: str, value: str | dict[str, Any]) -> dict[str, Any]:
+        """Open the device that `value` describes, as its option would, and plug it in; its `id`,
+        and the PCI `slot` that it is in. Raises ConfigError, HostError."""
+        self._bus()
+        [spec] = self._read(kind, value)
+        with self._one_at_a_time:
+            spec = self._checked(kind, spec)
+            device = self._devices.open(spec)
+            try:
+                slot = self._plug(spec, device)
+            except BaseException:
+                self._devices.close_one(device)
+                raise
+        told = {"kind": kind, "id": device.name, "slot": slot}
+        self._tell("device_added", **told)
+        return told
+
+    def _bus(self) -> PciHost:
+        pci = self._machine.parts.pci
+        if pci is None or pci.slots is None:
+            raise ConfigError("devices come to and go from a PCI bus, which this machine has not")
+        return pci
+
+    def _read(self, kind: str, value: Any) -> list[Any]:
+        specs = registry.read(kind, value)
+        if len(specs) != 1:
+            raise ConfigError(f"{len(specs)} devices at once", cure="add one after the other")
+        if isinstance(specs[0], DeviceSpec) and specs[0].console:
+            raise ConfigError("a console is there from the start, or not at all")
+        return specs
+
+    def _checked(self, kind: str, spec: Any) -> Any:
+        if self._is_inside and not (kind == "rng" or getattr(spec, "storage", "") == "ram"):
+            raise ConfigError("nothing of this machine gets into an emulated KVM host that runs")
+        whole = self._machine.parts.prepared.spec
+        others = [part for part in whole.parts if part.kind == kind]
+        if others and not registry.option_of(kind).many:
+            raise ConfigError(f"the VM has a device of the kind {kind} already")
+        return registry.check_one_more(kind, spec, others, whole)
+
+    def _plug(self, spec: Spec, device: VirtioDevice) -> int:
+        machine = self._machine
+        with machine.steady:
+            if self._ended:
+                raise ControlError(FAILED, f"{self._name} is about to end")
+            pci, parts = self._bus(), machine.parts
+            number, transport = pci.arrive(
+                device,
+                memory=parts.prepared.memory,
+                log=log.of_vm(self._name),
+                trace=virtio_hook(self._trace),
+            )
+            place = len(parts.prepared.spec.disks) if spec.kind == "disk" else None
+            found = _parts_of(parts)
+            found.insert(len(found) if place is None else place, _Part(spec, device, transport))
+            self._exchange(found, parts.prepared.late | {device})
+        return number
+
+    def _exchange(self, found: list[_Part], late: frozenset[VirtioDevice]) -> None:
+        """`found` is what the machine has from now on, and `late` what came after its start. The
+        machine is steady."""
+        parts = self._machine.parts
+        prepared = parts.prepared
+        spec = replace(
+            prepared.spec,
+            disks=tuple(one.spec for one in found if isinstance(one.spec, DiskSpec)),
+            devices=tuple(one.spec for one in found if isinstance(one.spec, DeviceSpec)),
+        )
+        devices = tuple(one.device for one in found)
+        parts = parts._replace(
+            prepared=prepared._replace(spec=spec, devices=devices, late=late),
+            transports=tuple(one.transport for one in found),
+        )
+        self._machine.exchange(parts)
+        self._changed(parts)
+
+    # --- a device is to go ------------------------------------------------------------------------
+
+    def remove(self, kind: str, id: str, timeout: float, force: bool) -> dict[str, Any]:
+        """Have the guest give up the device `id`, and return when nothing is left of it.
+
+        With `force` nobody asks what it is used for, and after `timeout` seconds it goes without
+        the guest's consent. Raises ConfigError if the guest uses it or does not give it up,
+        ControlError for a paused VM.
+        """
+        _, number = self._find(kind, id)
+        if not force and (use := self._use_of(number)):
+            raise ConfigError(
+                f"the guest uses {id}: {use}", cure="have it let go, or add --force to remove it"
+            )
+        with self._machine.steady:
+            if self._ended:
+                raise ControlError(FAILED, f"{self._name} is about to end")
+            part, number = self._find(kind, id)  # which may have gone meanwhile
+            with self._lock:
+                leaving = self._leaving.setdefault(part.transport, _Leaving(part, number))
+                leaving.waiting += 1
+            self._bus().tell(slots.LEAVING, number)
+        if not leaving.gone.wait(timeout) and not self._give_up(leaving, force):
+            raise ConfigError(
+                f"the guest has not given up {id} within {timeout:g} s",
+                cure="add --force to take it away",
+            )
+        leaving.gone.wait()
+        if leaving.failure:
+            raise ControlError(FAILED, leaving.failure)
+        return {"kind": kind, "id": id}
+
+    def _find(self, kind: str, id: str) -> tuple[_Part, int]:
+        """The device, and its slot."""
+        pci = self._bus()
+        found = [part for part in _parts_of(self._machine.parts) if part.spec.kind == kind]
+        for part in found:
+            if part.device.name == id:
+                number = pci.number_of(part.transport)
+                if number is None:
+                    raise ConfigError(
+                        f"{id} is on virtio-mmio, and stays", cure="run the VM with --transport pci"
+                    )
+                if self._machine.pauser.paused:
+                    raise ControlError(PAUSED, f"{self._name} is paused")
+                return part, number
+        known = ", ".join(part.device.name for part in found) or "none"
+        raise ConfigError(f"there is no {kind} {id!r:.100}", cure=f"there are: {known}")
+
+    def _use_of(self, number: int) -> str:
+        """What the guest's agent says that the device is used for; "" for nothing, or if nobody
+        answers."""
+        vsock = vsock_of(self._machine)
+        if vsock is None:
+            return ""
+        from pyvmm.agent.session import printable
+
+        argv = ["/bin/sh", "-c", _USED_FOR, "sh", f"0000:00:{number:02x}.0"]
+        try:
+            done = agent_at(vsock, _AGENT_SECONDS).run(argv, timeout=_AGENT_SECONDS)
+        except (PyvmmError, OSError):
+            return ""
+        if done.returncode != _IN_USE:
+            return ""
+        return printable(done.stdout.strip()[:_MOST_WORDS]) or "it does not say what for"
+
+    def _give_up(self, leaving: _Leaving, force: bool) -> bool:
+        """The guest has had its time. Whether the device goes all the same, or does already."""
+        with self._machine.steady:
+            pci = self._machine.parts.pci
+            assert pci is not None
+            with self._lock:
+                leaving.waiting -= 1
+                if leaving.ejected or leaving.gone.is_set():
+                    return True
+                if not force and leaving.waiting:
+                    return False  # others wait for longer
+                leaving.ejected = force
+                if not force:
+                    self._leaving.pop(leaving.part.transport, None)
+            pci.withdraw(leaving.number)
+            if force:
+                pci.detach(leaving.number)
+        if force:
+            self._finish(leaving)
+            # So that the guest sees that nobody is there any more.
+            with self._machine.steady:
+                pci = self._machine.parts.pci
+                if pci is not None and not self._ended:
+                    pci.tell(slots.ARRIVED, leaving.number)
+        return force
+
+    # --- a device goes ----------------------------------------------------------------------------
+
+    def ejected(self, number: int) -> None:
+        """The guest has given up what is in slot `number`. Called in a vCPU's thread."""
+        parts = self._machine.parts
+        pci = parts.pci
+        transport = None if pci is None else pci.transport_at(number)
+        part = next((one for one in _parts_of(parts) if one.transport is transport), None)
+        if pci is None or transport is None or part is None:
+            return  # it has been ejected before, or nothing was there
+        if part.spec.kind not in registry.come_and_go():
+            self._warn(f"the guest ejects {part.device.name}, which stays")
+            return
+        with self._lock:
+            leaving = self._leaving.get(transport)
+            if leaving is None:
+                leaving = self._leaving[transport] = _Leaving(part, number)
+                leaving.by = GUEST
+            if leaving.ejected:
+                return
+            leaving.ejected = True
+        pci.detach(number)
+        self._start_finishing(leaving)
+
+    def _start_finishing(self, leaving: _Leaving) -> None:
+        thread = Thread(target=self._finish, args=(leaving,), name="unplug", daemon=True)
+        with self._lock:
+            self._finishing.add(thread)
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads: the end of the run, or the next start, does it
+            with self._lock:
+                self._finishing.discard(thread)
+            self._warn(f"the host has no thread to take {leaving.part.device.name} out")
+
+    def _finish(self, leaving: _Leaving) -> None:
+        """Give back all that the device had, which nobody answers for any more."""
+        transport = leaving.part.transport
+        try:
+            # A vCPU may have found the device a moment before it left the bus.
+            self._machine.settle()
+            # What is in flight is waited for; a guest that starts anew has it waited for as well.
+            with suppress(PyvmmError, OSError), transport.negotiation.lock:
+                transport.negotiation.reset()
+            with self._machine.steady:
+                if leaving.gone.is_set():
+                    return  # the guest has been started anew meanwhile
+                pci = self._machine.parts.pci
+                assert pci is not None
+                pci.unplug(leaving.number, transport)
+                self._forget(leaving)
+        finally:
+            with self._lock:
+                self._finishing.discard(current_thread())
+
+    def _forget(self, leaving: _Leaving) -> None:
+        """The device is no part of the machine any more. The machine is steady."""
+        part = leaving.part
+        others = [one for one in _parts_of(self._machine.parts) if one.device is not part.device]
+        self._exchange(others, self._machine.parts.prepared.late - {part.device})
+        with self._lock:
+            self._leaving.pop(part.transport, None)
+        try:
+            self._devices.close_one(part.device)
+        except Exception as error:
+            log.to_stderr(f"{part.device.name} was not taken out cleanly: {error}")
+        self._tell("device_removed", kind=part.spec.kind, id=part.device.name, by=leaving.by)
+        leaving.gone.set()
+
+    # --- the machine's life -----------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Remind the guest of what it has not looked at: called about every second."""
+        pci = self._machine.parts.pci
+        if pci is not None and pci.slots is not None:
+            pci.slots.remind()
+
+    def guest_restarts(self) -> None:
+        """The guest has ended and starts anew, without what it was asked to give up: nobody uses
+        that any more. The machine is steady, and its transports are closed."""
+        with self._lock:
+            leaving = list(self._leaving.values())
+        for one in leaving:
+            self._forget(one)
+
+    def close(self) -> None:
+        """The run is over: nobody adds anything any more, and whoever waits is told."""
+        with self._machine.steady:
+            self._ended = True
+        with self._lock:
+            leaving, finishing = list(self._leaving.values()), list(self._finishing)
+        for one in leaving:
+            if not one.ejected:
+                one.failure = f"{self._name} is about to end"
+                one.gone.set()
+        for thread in finishing:
+            thread.join()
+        with self._one_at_a_time:
+            pass  # one that has begun to add gives back what it has opened
+
+
+def _parts_of(parts: Parts) -> list[_Part]:
+    prepared = parts.prepared
+    found = zip(prepared.spec.parts, prepared.devices, parts.transports, strict=True)
+    return [_Part(*one) for one in found]

@@ -1,0 +1,61 @@
+"""The devices of a VM, opened: each with what it has of the host, which is given back when the
+device goes or the run ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from threading import Lock
+from typing import TYPE_CHECKING
+
+from pyvmm.host.syscalls import Closable
+from pyvmm.kinds import registry
+from pyvmm.kinds.interface import Context, Spec
+from pyvmm.machine.alarm import Alarm
+
+if TYPE_CHECKING:
+    from pyvmm.machine.trace import Hook
+    from pyvmm.virtio.device import VirtioDevice
+
+
+class OpenDevices(Closable):
+    """Opens them, under names that no two share. Any thread may call it."""
+
+    def __init__(
+        self,
+        vm_name: str,
+        trace: Hook | None,
+        alarm: Alarm,
+        map_file: Callable[[int, int, bool], int],
+    ) -> None:
+        """What they are opened with: see pyvmm.kinds.interface.Context."""
+        self._context = vm_name, trace, alarm, map_file
+        self._lock = Lock()
+        self._closing: dict[VirtioDevice, ExitStack] = {}
+
+    def open(self, spec: Spec) -> VirtioDevice:
+        """Raises ConfigError for what the user can mend; nothing is left open then."""
+        name, trace, alarm, map_file = self._context
+        with ExitStack() as closing:
+            device = registry.open_device(spec, Context(name, trace, closing, alarm, map_file))
+            with self._lock:
+                taken = {other.name for other in self._closing}
+                usual, number = device.name, 2
+                while device.name in taken:
+                    device.name = f"{usual}-{number}"
+                    number += 1
+                self._closing[device] = closing.pop_all()
+        return device
+
+    def close_one(self, device: VirtioDevice) -> None:
+        """Give back what `device` has; nothing may use it any more."""
+        with self._lock:
+            closing = self._closing.pop(device, None)
+        if closing is not None:
+            closing.close()
+
+    def close(self) -> None:
+        with ExitStack() as closing:  # the last first, and all of them whatever one raises
+            for stack in self._closing.values():
+                closing.callback(stack.close)
+            self._closing = {}

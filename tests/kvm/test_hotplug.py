@@ -1,0 +1,171 @@
+"""Devices that come to a machine on real KVM, and go, with a guest that only knows the registers of
+the slots."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from boot_images import Elf, Load
+
+from pyvmm import VM
+from pyvmm.control.protocol import ControlError
+from pyvmm.kvm.system import Kvm
+
+SAFETY_TIMEOUT = 60
+ROUNDS = 10
+
+
+def says(char: str) -> str:
+    """mov dx,0x3f8; mov al,char; out dx,al"""
+    return f"66baf803 b0{ord(char):02x} ee"
+
+
+# Says A for what has come, and E for what it ejects because it was asked to.
+OBEDIENT = bytes.fromhex(
+    # poll: mov dx,0x620; in eax,dx; test eax,eax; jz next; out dx,eax
+    "66ba2006 ed 85c0 7408 ef"
+    + says("A")
+    # next: mov dx,0x624; in eax,dx; test eax,eax; jz poll; out dx,eax; mov dx,0x628; out dx,eax
+    + "66ba2406 ed 85c0 74e6 ef 66ba2806 ef"
+    + says("E")
+    + "ebd7"  # jmp poll
+)
+# Says A for what has come, and resets; says B if a virtio device is in slot 1 when it starts.
+RESETS = bytes.fromhex(
+    # mov edi,0xe0008000; mov eax,[rdi]; cmp ax,0x1af4; je found
+    "bf008000e0 8b07 663df41a 7417"
+    # poll: mov dx,0x620; in eax,dx; test eax,eax; jz poll; out dx,eax
+    "66ba2006 ed 85c0 74f7 ef"
+    + says("A")
+    # mov al,0xfe; out 0x64,al; jmp here
+    + "b0fe e664 ebfe"
+    # found
+    + says("B")
+    # off: mov dx,0x600; mov al,5 << 2 | 0x20; out dx,al; jmp off
+    + "66ba0006 b034 ee ebf7"
+)
+
+
+@pytest.fixture
+def folder(kvm: Kvm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    runtime = tmp_path / "runtime"
+    runtime.mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+    (tmp_path / "data").write_bytes(bytes(1 << 20))
+    return tmp_path
+
+
+def guest(folder: Path, code: bytes, **options: Any) -> VM:
+    kernel = folder / "kernel"
+    kernel.write_bytes(Elf(loads=[Load(data=code.ljust(256, b"\x90"))], note=None).build())
+    return VM(kernel=str(kernel), kvm="host", vsock=False, **options)
+
+
+@pytest.fixture(params=["mmio", "pci"])
+def vm(folder: Path, request: pytest.FixtureRequest) -> Iterator[VM]:
+    with guest(folder, OBEDIENT, transport=request.param, disks=["ram:1M,id=root"]) as made:
+        yield made
+
+
+def left(vm: VM) -> Counter[str]:
+    """What the monitor has: descriptors by what they are, and threads."""
+    process = Path(f"/proc/{vm.pid}")
+    found: Counter[str] = Counter()
+    for fd in (process / "fd").iterdir():
+        with suppress(FileNotFoundError):
+            found[os.readlink(fd).partition(":[")[0]] += 1
+    for task in (process / "task").iterdir():
+        with suppress(FileNotFoundError):
+            name = (task / "comm").read_text().strip()
+            found["a thread"] += not name.startswith("kvm-")  # those are KVM's
+    return found
+
+
+def has_no_more_than(vm: VM, before: Counter[str]) -> None:
+    """The monitor sees a moment later that its clients have left."""
+    give_up_at = time.monotonic() + SAFETY_TIMEOUT
+    while more := left(vm) - before:
+        assert time.monotonic() < give_up_at, more
+        time.sleep(0.05)
+
+
+def test_what_comes_and_goes_leaves_nothing(vm: VM, folder: Path) -> None:
+    # The first time it loads what it needs.
+    for disk in ("ram:1M,id=data", f"{folder}/data,id=data"):
+        assert vm.add_disk(disk) == "data"
+        vm.console.expect_exact("A", timeout=SAFETY_TIMEOUT)
+        vm.remove_disk("data", timeout=SAFETY_TIMEOUT)
+        vm.console.expect_exact("E", timeout=SAFETY_TIMEOUT)
+    before = left(vm)
+    for _ in range(ROUNDS):
+        assert vm.add_disk(f"{folder}/data,id=data,queues=1") == "data"
+        vm.console.expect_exact("A", timeout=SAFETY_TIMEOUT)
+        assert vm.add_rng() == "rng"
+        vm.console.expect_exact("A", timeout=SAFETY_TIMEOUT)
+        assert vm.status()["devices"] == ["root", "data", "rng"]
+        assert list(vm.stats()["devices"]) == ["root", "data", "rng"]
+        vm.remove_rng("rng", timeout=SAFETY_TIMEOUT)
+        vm.remove_disk("data", timeout=SAFETY_TIMEOUT)
+        for _ in ("rng", "data"):
+            vm.console.expect_exact("E", timeout=SAFETY_TIMEOUT)
+    has_no_more_than(vm, before)
+    assert vm.status()["devices"] == ["root"]
+
+
+def test_a_guest_that_is_not_there_keeps_nothing_by_force(vm: VM) -> None:
+    vm.add_disk("ram:1M,id=data")
+    vm.console.expect_exact("A", timeout=SAFETY_TIMEOUT)
+    vm.pause()
+    with pytest.raises(ControlError, match="paused"):
+        vm.remove_disk("data")
+    vm.resume()
+    vm.remove_disk("data", timeout=0, force=True)
+    assert vm.status()["devices"] == ["root"]
+
+
+def test_events_and_the_command_line_tell(vm: VM, folder: Path) -> None:
+    from click.testing import CliRunner
+
+    from pyvmm.cli.commands import cli
+
+    def pyvmm(*words: str) -> str:
+        done = CliRunner().invoke(cli, [*words], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    assert pyvmm("disk", "add", vm.name, f"{folder}/data,readonly") == "disk0\n"
+    assert pyvmm("rng", "add", vm.name, "bps=1M") == "rng\n"
+    assert pyvmm("disk", "rm", vm.name, "disk0", "--timeout", "60") == ""
+    assert pyvmm("rng", "rm", vm.name, "rng", "--timeout", "60", "--force") == ""
+    told = list(islice(vm.events(), 5))
+    assert [event.kind for event in told] == [
+        "started",
+        *2 * ["device_added"],
+        *2 * ["device_removed"],
+    ]
+    assert [event.details["id"] for event in told[1:]] == ["disk0", "rng", "disk0", "rng"]
+    assert told[1].details["kind"] == "disk" and told[-1].details["by"] == "host"
+
+
+@pytest.mark.parametrize("transport", ["mmio", "pci"])
+def test_what_came_is_there_after_a_reboot(folder: Path, transport: str) -> None:
+    with guest(folder, RESETS, transport=transport) as vm:
+        vm.add_disk(f"{folder}/data")
+        assert vm.console.expect(["AB", "A.*A"], timeout=SAFETY_TIMEOUT) == 0, vm.console.text
+        assert vm.wait(timeout=SAFETY_TIMEOUT).exit_code == 0
+
+
+def test_a_disk_of_virtio_mmio_stays(folder: Path) -> None:
+    with (
+        guest(folder, OBEDIENT, transport="mmio", disks=["ram:1M,id=root"]) as vm,
+        pytest.raises(ControlError, match="root is on virtio-mmio, and stays"),
+    ):
+        vm.remove_disk("root")

@@ -1,0 +1,385 @@
+"""Devices that come and go, up to where KVM would come in: the test plays the guest.
+
+tests/guest/test_linux_hotplug.py has Linux do it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hotplug_rig import MIB, SAFETY_TIMEOUT, Asking, Rig, image, machine, until
+
+from pyvmm import Disk
+from pyvmm.control.protocol import FAILED, PAUSED, ControlError
+from pyvmm.errors import ConfigError
+from pyvmm.host.files import open_image
+from pyvmm.kinds import balloon
+from pyvmm.machine.pci_host import PciHost
+from pyvmm.pci import slots
+from pyvmm.spec.vm import VmSpec
+from pyvmm.testing.blk_driver import IN, OK, BlockDriver, header
+from pyvmm.virtio.blk.backend import FileBackend
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Rig]:
+    """A VM with a root disk and a balloon, in slots 1 and 2."""
+    root = Disk(str(image(tmp_path, "root")), id="root")
+    with machine(VmSpec("kernel", disks=(root,), devices=(balloon.Spec(),))) as made:
+        yield made
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    return image(tmp_path)
+
+
+def disk_of(rig: Rig, slot: int) -> BlockDriver:
+    """The guest's driver for a disk, up and running."""
+    driver = rig.driver(slot)
+    driver.program_vectors()
+    driver.start()
+    return BlockDriver(driver)
+
+
+def give_up(rig: Rig, asking: Asking, slot: int) -> None:
+    """What a guest does that agrees."""
+    assert rig.asked(slots.LEAVING) == 1 << slot
+    rig.eject(slot)
+    asking.result()
+
+
+# --- coming and going -----------------------------------------------------------------------------
+
+
+def test_a_disk_comes_serves_and_goes_and_nothing_is_left(rig: Rig, data: Path) -> None:
+    before = rig.footprint()
+    for _ in range(3):
+        told = rig.add("disk", {"path": str(data), "id": "data"})
+        assert told == {"kind": "disk", "id": "data", "slot": 3}
+        assert rig.asked(slots.ARRIVED) == 1 << 3
+        assert rig.ids == ["root", "data", "balloon"]  # disks are first, as the specification is
+        disk = disk_of(rig, 3)
+        assert disk.read(0, 4096).data == data.read_bytes()[:4096]
+        with pytest.raises(ConfigError, match="in use"):
+            open_image(str(data), read_only=False)
+        asking = rig.removing("disk", "data")
+        give_up(rig, asking, 3)
+        assert asking.result() == {"kind": "disk", "id": "data"}
+        assert not rig.is_there(3)
+        assert rig.footprint() == before
+        open_image(str(data), read_only=False).close()  # no lock is left either
+    assert [kind for kind, _ in rig.events] == ["device_added", "device_removed"] * 3
+    assert rig.events[-1][1] == {"kind": "disk", "id": "data", "by": "host"}
+    assert rig.vm.pulses == 6
+
+
+def test_a_generator_comes_and_goes_and_there_is_one(rig: Rig) -> None:
+    before = rig.footprint()
+    rig.add("rng", "")
+    with pytest.raises(ConfigError, match="has a device of the kind rng already"):
+        rig.add("rng", "bps=1M")
+    asking = rig.removing("rng", "rng")
+    rig.asked(slots.ARRIVED)
+    give_up(rig, asking, 3)
+    assert rig.footprint() == before
+
+
+def test_a_disk_that_was_there_from_the_start_goes_and_its_slot_is_taken_again(
+    rig: Rig, data: Path
+) -> None:
+    asking = rig.removing("disk", "root")
+    give_up(rig, asking, 1)
+    assert rig.ids == ["balloon"]
+    assert rig.add("disk", str(data)) == {"kind": "disk", "id": "disk0", "slot": 1}
+    other = image(data.parent, "other")
+    assert rig.add("disk", str(other))["id"] == "disk1"
+
+
+def test_names_are_never_two_devices(rig: Rig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="two disks are called 'root'"):
+        rig.add("disk", f"{image(tmp_path)},id=root")
+    ids = [rig.add("disk", "ram:1M")["id"] for _ in range(3)]
+    assert ids == ["disk0", "disk1", "disk2"]
+    asking = rig.removing("disk", "disk1")
+    rig.asked(slots.ARRIVED)
+    give_up(rig, asking, 4)
+    assert rig.add("disk", "ram:1M")["id"] == "disk1"
+
+
+def test_every_slot_can_be_taken_and_no_more(rig: Rig) -> None:
+    before = rig.footprint()
+    for _ in range(29):
+        rig.add("disk", "ram:1M")
+    full = rig.footprint()
+    with pytest.raises(ConfigError, match="31 devices at most"):
+        rig.add("disk", "ram:1M")
+    assert rig.footprint() == full
+    for slot in range(3, 32):
+        rig.eject(slot)
+    until(lambda: len(rig.ids) == 2 and not rig.hotplug._finishing)
+    rig.set_port(slots.ARRIVED, 0xFFFF_FFFF)
+    assert rig.footprint() == before
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "why"),
+    [
+        ("disk", "/nowhere/at/all", "No such file|not there|cannot"),
+        ("disk", "", "no path"),
+        ("disk", {"path": "ram:1M", "colour": "red"}, "unknown key 'colour'"),
+        ("disk", {"path": 7}, "is to be a text"),
+        ("disk", "ram:1M,queues=7", "7 queues"),
+        ("net", "cable", "neither user nor tap"),
+        ("net", "tap=a/b", "no name of an interface"),
+        ("rng", "bps=none", "bps"),
+    ],
+)
+def test_what_cannot_be_added_is_one_line_and_leaves_nothing(
+    rig: Rig, kind: str, value: object, why: str
+) -> None:
+    before = rig.footprint()
+    with pytest.raises(ConfigError, match=why) as caught:
+        rig.add(kind, value)
+    assert "\n" not in str(caught.value)
+    assert rig.footprint() == before
+    assert rig.events == [] and rig.vm.pulses == 0
+
+
+def test_what_kvm_refuses_leaves_nothing(
+    rig: Rig, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = rig.footprint()
+    lines = rig.messages.line
+    made = []
+
+    def third() -> object:
+        made.append(lines())
+        if len(made) == 2:
+            made.pop().close()
+            raise ConfigError("no more")
+        return made[-1]
+
+    monkeypatch.setattr(rig.messages, "line", third)
+    with pytest.raises(ConfigError, match="no more"):
+        rig.add("disk", str(data))
+    made.clear()
+    assert rig.footprint() == before
+    open_image(str(data), read_only=False).close()
+
+
+@pytest.mark.parametrize("id", ["data", "", "balloon", "root\n", "x" * 1000])
+def test_what_is_not_there_cannot_be_removed(rig: Rig, id: str) -> None:
+    with pytest.raises(ConfigError, match="there is no disk") as caught:
+        rig.remove("disk", id)
+    assert len(str(caught.value)) < 200 and "there are: root" in str(caught.value)
+
+
+def test_a_paused_guest_gives_nothing_up(rig: Rig) -> None:
+    rig.machine.pauser.pause()
+    for force in (False, True):
+        with pytest.raises(ControlError, match="paused") as caught:
+            rig.remove("disk", "root", force=force)
+        assert caught.value.code == PAUSED
+    rig.add("disk", "ram:1M")  # which it will find
+    rig.machine.pauser.resume()
+    assert rig.asked(slots.ARRIVED) == 1 << 3
+
+
+def test_without_a_pci_bus_nothing_comes_or_goes(rig: Rig, data: Path) -> None:
+    rig.machine.exchange(rig.machine.parts._replace(pci=None))
+    for call in (lambda: rig.add("disk", str(data)), lambda: rig.remove("disk", "root")):
+        with pytest.raises(ConfigError, match="a PCI bus, which this machine has not"):
+            call()
+
+
+# --- guests that do as they like ------------------------------------------------------------------
+
+
+def test_a_guest_that_refuses_keeps_the_disk(rig: Rig) -> None:
+    disk = disk_of(rig, 1)
+    before = rig.footprint()
+    with pytest.raises(ConfigError, match=r"has not given up root within 0 s; add --force"):
+        rig.remove("disk", "root", timeout=0)
+    assert rig.port(slots.LEAVING) == 0  # it is not asked any more
+    assert disk.read(0, 512).status == OK
+    assert rig.footprint() == before and rig.events == []
+
+
+def test_a_guest_that_ejects_after_all_has_given_it_up(rig: Rig) -> None:
+    with pytest.raises(ConfigError):
+        rig.remove("disk", "root", timeout=0)
+    rig.eject(1)
+    until(lambda: rig.ids == ["balloon"])
+    until(lambda: rig.events == [("device_removed", {"kind": "disk", "id": "root", "by": "guest"})])
+
+
+def test_a_guest_that_refuses_loses_it_by_force(rig: Rig) -> None:
+    disk = disk_of(rig, 1)
+    rig.remove("disk", "root", timeout=0, force=True)
+    assert not rig.is_there(1)
+    assert disk.driver.field((0x14, 1)) == 0xFF  # as of hardware that was pulled out
+    assert rig.asked(slots.ARRIVED) == 1 << 1  # it is to look
+    assert rig.vm.doorbells == set() and rig.vm.irqfds == set()
+    rig.eject(1)  # what a guest does that has looked
+    assert rig.ids == ["balloon"] and len(rig.events) == 1
+
+
+def test_a_guest_that_ejects_on_its_own_has_nothing_left_either(rig: Rig, data: Path) -> None:
+    before = rig.footprint()
+    rig.add("disk", f"{data},id=data")
+    rig.asked(slots.ARRIVED)
+    disk_of(rig, 3)
+    rig.eject(3)
+    assert not rig.is_there(3)  # at once, before anybody else has done a thing
+    until(lambda: rig.footprint() == before)
+    assert rig.events[-1] == ("device_removed", {"kind": "disk", "id": "data", "by": "guest"})
+
+
+def test_a_guest_that_ejects_twice_does_no_harm(rig: Rig, data: Path) -> None:
+    rig.add("disk", f"{data},id=data")
+    rig.asked(slots.ARRIVED)
+    before = rig.ids
+    for _ in range(2):
+        rig.eject(3)
+    until(lambda: "data" not in rig.ids)
+    rig.eject(3)
+    assert [kind for kind, _ in rig.events].count("device_removed") == 1
+    assert rig.add("disk", f"{data},id=data")["slot"] == 3
+    assert rig.ids == before
+    assert disk_of(rig, 3).read(0, 512).status == OK
+
+
+def test_a_guest_that_ejects_all_and_nothing_does_no_harm(rig: Rig) -> None:
+    for value in (0, 1, 1 << 31, 0xFFFF_FFFF & ~(1 << 1)):
+        rig.set_port(slots.EJECT, value)
+    for size, offset in ((1, 8), (2, 8), (4, 9), (8, 4), (4, 12)):
+        rig.machine.parts.ports.write(0x620 + offset, size, 0xFFFF_FFFF)
+    assert rig.ids == ["root", "balloon"] and rig.events == []  # a balloon stays
+    assert rig.is_there(0x1) and rig.is_there(2) and 0 in rig.host.bus.functions
+
+
+class Held(FileBackend):
+    """Storage that answers a read when it may."""
+
+    busy = threading.Event()
+    may_go_on = threading.Event()
+
+    def readv(self, buffers, size, offset):
+        self.busy.set()
+        assert self.may_go_on.wait(SAFETY_TIMEOUT)
+        return super().readv(buffers, size, offset)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_device_pulled_with_io_in_flight_does_no_harm(
+    rig: Rig, data: Path, force: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyvmm.kinds.disk.storage.FileBackend", Held)
+    Held.busy.clear()
+    Held.may_go_on.clear()
+    before = rig.footprint()
+    rig.add("disk", f"{data},id=data")
+    rig.asked(slots.ARRIVED)
+    disk = disk_of(rig, 3)
+    written = bytes(rig.memory.read(0, 2 * MIB))
+    disk.driver.submit(0, [header(IN, 0)], [512, 1])
+    assert Held.busy.wait(SAFETY_TIMEOUT)
+    if force:
+        pulling = rig.removing("disk", "data", timeout=0, force=True)
+    else:
+        # Its driver is still bound: this waits for what is in flight, as a reset would.
+        pulling = Asking(lambda: rig.eject(3))
+    until(lambda: not rig.is_there(3))
+    assert "data" in rig.ids  # until that is done
+    Held.may_go_on.set()
+    pulling.result()
+    until(lambda: "data" not in rig.ids)
+    rig.set_port(slots.ARRIVED, 0xFFFF_FFFF)
+    until(lambda: rig.footprint() == before)
+    assert len(written) == 2 * MIB
+    after = bytes(rig.memory.read(0, 2 * MIB))
+    threading.Event().wait(0.02)
+    assert bytes(rig.memory.read(0, 2 * MIB)) == after  # nobody writes any more
+
+
+# --- several at once, restarts, ends --------------------------------------------------------------
+
+
+def test_two_who_ask_get_the_same_answer(rig: Rig) -> None:
+    first, second = (rig.removing("disk", "root") for _ in range(2))
+    until(lambda: sum(one.waiting for one in rig.hotplug._leaving.values()) == 2)
+    rig.eject(1)
+    assert first.result() == second.result() == {"kind": "disk", "id": "root"}
+    assert len(rig.events) == 1
+
+
+def test_one_who_gives_up_leaves_the_other_waiting(rig: Rig) -> None:
+    patient = rig.removing("disk", "root")
+    until(lambda: len(rig.hotplug._leaving) == 1)
+    with pytest.raises(ConfigError, match="not given up"):
+        rig.remove("disk", "root", timeout=0)
+    rig.eject(1)
+    assert patient.result()["id"] == "root"
+    assert rig.events[0][1]["by"] == "host"
+
+
+def test_a_guest_that_starts_anew_has_given_up_what_it_was_asked_for(rig: Rig, data: Path) -> None:
+    rig.add("disk", f"{data},id=data")
+    asking = rig.removing("disk", "root")
+    until(lambda: len(rig.hotplug._leaving) == 1)
+    with rig.machine.steady:  # as the monitor does it
+        rig.boot.close()
+        rig.hotplug.guest_restarts()
+        prepared = rig.machine.parts.prepared
+        rig.machine._take(rig.assemble(prepared))
+    assert asking.result()["id"] == "root"
+    assert rig.ids == ["data", "balloon"]
+    assert disk_of(rig, 1).read(0, 4096).data == data.read_bytes()[:4096]
+    assert rig.port(slots.ARRIVED) == rig.port(slots.LEAVING) == 0  # a guest looks by itself
+
+
+def test_the_end_of_the_run_ends_the_waiting(rig: Rig, data: Path) -> None:
+    asking = rig.removing("disk", "root")
+    until(lambda: len(rig.hotplug._leaving) == 1)
+    rig.hotplug.close()
+    with pytest.raises(ControlError, match="about to end") as caught:
+        asking.result()
+    assert caught.value.code == FAILED
+    for call in (lambda: rig.add("disk", str(data)), lambda: rig.remove("disk", "root")):
+        with pytest.raises(ControlError, match="about to end"):
+            call()
+    open_image(str(data), read_only=False).close()
+
+
+def test_a_guest_without_the_driver_yet_is_told_again(rig: Rig) -> None:
+    rig.add("rng", "")
+    assert rig.vm.pulses == 1
+    rig.hotplug.look()
+    assert rig.vm.pulses == 2
+    rig.asked(slots.ARRIVED)
+    rig.hotplug.look()
+    assert rig.vm.pulses == 2
+
+
+def test_a_bar_that_was_moved_is_not_overlaid(rig: Rig) -> None:
+    """What comes is put where nobody is, whatever a driver has done with the window."""
+    assert isinstance(rig.host, PciHost)
+    first = rig.driver(1)
+    bar = rig.host.bus.functions[1].bars[0]
+    was = first.address
+    behind = max(
+        function.address_of(function.bars[0]) + function.bars[0].size
+        for number, function in rig.host.bus.functions.items()
+        if number
+    )
+    behind = -(-behind // bar.size) * bar.size
+    first.place(behind)  # where the next one would have come
+    rig.add("disk", "ram:1M")
+    added = rig.host.bus.functions[3]
+    assert added.address_of(added.bars[0]) not in (was, behind)
+    assert disk_of(rig, 3).read(0, 512).status == OK
+    assert first.field((0x14, 1)) == 0
