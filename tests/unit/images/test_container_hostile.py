@@ -176,6 +176,59 @@ def test_a_sparse_file_that_claims_to_be_huge(open_image: Open) -> None:
 
 
 @pytest.mark.parametrize(
+    ("map", "why"),
+    [
+        ("0,2,1,2", "pieces overlap"),
+        ("4,1,0,1", "pieces overlap"),
+        ("0,-1", "broken tar header|pieces overlap"),
+        ("0,2,2", "pieces that are not there"),
+        ("0,2,6,3", "pieces that are not there"),  # longer than the file
+        ("0,5", "pieces that are not there"),  # than what is stored
+    ],
+)
+def test_a_sparse_file_whose_map_cannot_be(open_image: Open, map: str, why: str) -> None:
+    headers = {"GNU.sparse.map": map, "GNU.sparse.size": "8", "GNU.sparse.name": "x"}
+    with pytest.raises(Refused, match=why):
+        open_image(of(member("x", data=b"1234", pax_headers=headers)))
+
+
+def with_records(records: bytes) -> bytes:
+    """A file behind an extended header that holds just these bytes."""
+    info = tarfile.TarInfo("pax")
+    info.type, info.size = tarfile.XHDTYPE, len(records)
+    header = info.tobuf(tarfile.USTAR_FORMAT) + records.ljust(512, b"\0")
+    return header + layer(member("x", data=b"1"))
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        b"10 path=ab",  # without a newline
+        b"11 path=abc",
+        b"99 path=ab\n",  # longer than all there is
+        b"11 pathabcd\n",  # no equals sign
+        b"5 pat\nh=1234\n",  # one that belongs to the next record
+        b"0 path=ab\n",
+        b"x path=ab\n",
+        b"path=ab\n",
+        b" 10 path=ab\n",
+    ],
+)
+def test_extended_headers_that_are_broken(open_image: Open, records: bytes) -> None:
+    assert open_image(raw(with_records(b"12 path=abc\n"))).read("abc", 9) == b"1"
+    with pytest.raises(Refused, match="broken tar header"):
+        open_image(raw(with_records(records)))
+
+
+@pytest.mark.parametrize("place", [0, 100, 124, 148, 156, 257, 345, 511])
+def test_a_header_whose_sum_is_wrong(open_image: Open, place: int) -> None:
+    archive = bytearray(layer(member("x", data=b"1")))
+    archive[place] ^= 1
+    with pytest.raises(Refused, match="broken tar header"):
+        open_image(raw(bytes(archive)))
+
+
+@pytest.mark.parametrize(
     "compress", [gzip.compress, zstandard.compress, bz2.compress, lzma.compress]
 )
 def test_a_layer_that_inflates_without_end(open_image: Open, compress) -> None:

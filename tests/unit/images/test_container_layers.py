@@ -135,7 +135,30 @@ def test_a_directory_that_comes_again_keeps_its_files_and_changes_its_owner(over
 
 
 def test_a_directory_that_is_not_there_is_made(over) -> None:
-    assert files(over([member("a/b/c", data=b"x")])) == {"a": D, "a/b": D, "a/b/c": b"x"}
+    tree = over([member("a/b/c", data=b"x", uid=7, gid=8)])
+    assert files(tree) == {"a": D, "a/b": D, "a/b/c": b"x"}
+    made = tree.find("a/b")
+    assert (made.uid, made.gid, made.mode) == (0, 0, 0o755)
+
+
+def test_long_names_as_older_tars_store_them(open_image) -> None:
+    names = ["d" * 90 + "/" + "f" * 90, "x" * 100, "e" * 155 + "/" + "g" * 100]
+    for format in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        archive = b"".join(tarfile.TarInfo(name).tobuf(format) for name in names)
+        layout = Layout()
+        layout.add([archive])
+        found = files(open_image(layout))
+        assert {name for name, kind in found.items() if kind == b""} == set(names)
+
+
+def test_a_sparse_file_that_is_all_hole(over) -> None:
+    for data, headers in (
+        (b"0\n".ljust(512, b"\0"), {"GNU.sparse.realsize": "5000"}),
+        (b"1\n5000\n0\n".ljust(512, b"\0"), {"GNU.sparse.realsize": "5000"}),
+    ):
+        headers |= {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.name": "x"}
+        tree = over([member("y", data=data, pax_headers=headers), member("z", data=b"z")])
+        assert files(tree) == {"x": bytes(5000), "z": b"z"}
 
 
 def test_of_a_name_that_comes_twice_the_last_one_counts(over) -> None:
@@ -441,6 +464,9 @@ def test_a_path_with_colons_is_told_from_a_name(tmp_path: Path) -> None:
     file.write_bytes(b"")
     assert split_source("oci-archive", str(file)) == (str(file), None)
     assert split_source("oci-archive", f"{file}:x/y:1") == (str(file), "x/y:1")
+    plain = tmp_path / "plain.tar"
+    plain.write_bytes(b"")
+    assert split_source("oci-archive", str(plain)) == (str(plain), None)
     for path, kind in ((tmp_path, "oci-archive"), (file, "oci"), (tmp_path / "no", "oci")):
         with pytest.raises(ConfigError, match=r"is not a|No such file"):
             split_source(kind, str(path))
@@ -474,6 +500,18 @@ def test_the_user_becomes_numbers_by_the_image_s_own_files(
     found = process.read({"User": user}, tree)
     assert (found.user, found.groups) == (numbers, groups)
     assert f"HOME={home}" in found.env
+
+
+def test_without_users_of_its_own_an_image_has_root(over) -> None:
+    found = process.read({}, over([member("x")]))
+    assert (found.user, found.groups) == ("0:0", ())
+    assert "HOME=/root" in found.env
+
+
+def test_root_is_whoever_the_image_calls_so(over) -> None:
+    tree = over([member("etc/passwd", data=b"root:x:0:5::/home/admin:/bin/sh\n")])
+    found = process.read({}, tree)
+    assert found.user == "0:5" and "HOME=/home/admin" in found.env
 
 
 def test_entrypoint_command_and_environment(tree) -> None:
@@ -578,6 +616,7 @@ def test_the_guest_s_files_leave_the_image_s_alone(over) -> None:
     assert found["sbin/init"] == b"the image's own"
     assert found[".pyvmm/init"] == (b"#!/.pyvmm/busybox sh\nagent=/.pyvmm/agent\n/.pyvmm/network\n")
     assert found["etc/hostname"] == b"web\n"
+    assert b"127.0.0.1" in found["etc/hosts"]
     assert found["etc/passwd"] == PASSWD + b"pyvmm1000:x:1000:0::/:/bin/sh\n"
     assert {"dev", "proc", "sys", "run", "tmp"} <= set(found)
 
