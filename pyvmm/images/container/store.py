@@ -6,6 +6,7 @@ machine.
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -24,6 +25,10 @@ _MOST_JSON = 64 << 20  # bytes of all, each as often as it is looked at
 _MOST_VALUES = 200_000  # in one file; an empty list takes two bytes there, and 64 in memory
 
 
+class _Missing(Refused):
+    """There is no such file."""
+
+
 class Store:
     """`where` is how messages call it."""
 
@@ -37,7 +42,7 @@ class Store:
     def has(self, name: str) -> bool:
         try:
             self.open(name).close()
-        except Refused:
+        except _Missing:
             return False
         return True
 
@@ -81,7 +86,7 @@ class TarStore(Store):
                 target = os.path.normpath(os.path.join(os.path.dirname(name), target))
             name, member = target, self._members.get(target)
         if member is None or not member.is_file or member.pieces is not None:
-            raise Refused(f"{self.where} has no {shown(name)}", cure="save the image again")
+            raise _Missing(f"{self.where} has no {shown(name)}", cure="save the image again")
         if member.offset + member.size > self._size:
             raise Refused(f"{self.where} is cut short", cure="save the image again")
         file = open(self._path, "rb")  # noqa: SIM115 - _Part closes it
@@ -89,7 +94,8 @@ class TarStore(Store):
 
 
 class DirStore(Store):
-    """The files of a directory."""
+    """The files of a directory. No symbolic link in it is followed: whoever made the image chose
+    where it leads."""
 
     def __init__(self, where: str, path: str) -> None:
         self.where, self._path = where, path
@@ -97,16 +103,33 @@ class DirStore(Store):
     def open(self, name: str) -> IO[bytes]:
         """See Store. `name` is one of ours, or holds a digest that was checked."""
         try:
-            # O_NONBLOCK: a FIFO has nobody at its other end.
-            fd = os.open(os.path.join(self._path, name), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-            if not stat.S_ISREG(os.fstat(fd).st_mode):
-                os.close(fd)
-                raise FileNotFoundError
-        except OSError:
-            raise Refused(f"{self.where} has no {shown(name)}", cure="save the image again") from (
+            fd = self._open(name)
+        except OSError as error:
+            if error.errno in (errno.ELOOP, errno.ENOTDIR):
+                raise Refused(
+                    f"{self.where}: {shown(name)} is a symbolic link, or lies behind one",
+                    cure="copy the directory with cp -rL, if you trust it",
+                ) from None
+            raise _Missing(f"{self.where} has no {shown(name)}", cure="save the image again") from (
                 None
             )
         return os.fdopen(fd, "rb")
+
+    def _open(self, name: str) -> int:
+        *folders, file = name.split("/")
+        flags = os.O_RDONLY | os.O_CLOEXEC
+        fd = os.open(self._path, flags | os.O_DIRECTORY)
+        for part, kind in (*((part, os.O_DIRECTORY) for part in folders), (file, os.O_NONBLOCK)):
+            # O_NONBLOCK: a FIFO has nobody at its other end.
+            try:
+                opened = os.open(part, flags | os.O_NOFOLLOW | kind, dir_fd=fd)
+            finally:
+                os.close(fd)
+            fd = opened
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            os.close(fd)
+            raise FileNotFoundError
+        return fd
 
 
 class _Part(io.RawIOBase):

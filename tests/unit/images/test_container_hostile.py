@@ -28,6 +28,7 @@ from container_archives import (
     member,
     symlink,
 )
+from descriptors import open_descriptors
 
 from pyvmm.errors import ConfigError
 from pyvmm.images.container import layers, members, store
@@ -537,10 +538,34 @@ def test_a_directory_s_blobs_that_are_no_files(open_image: Open, tmp_path: Path)
     os.mkfifo(blob)  # nobody will ever write to it
     with pytest.raises(Refused, match="has no"):
         open_image(str(path), "oci")
-    blob.unlink()
-    blob.symlink_to("/etc/passwd")
-    with pytest.raises(Refused, match=r"what is to be sha256:.* is not"):
+
+
+@pytest.mark.parametrize("linked", ["blob", "algorithm", "blobs", "index.json", "oci-layout"])
+@pytest.mark.parametrize("leads", ["out", "in", "by an absolute path"])
+def test_a_directory_whose_files_are_links(
+    open_image: Open, tmp_path: Path, linked: str, leads: str
+) -> None:
+    """They would be read as whoever builds the image, wherever they lead."""
+    layout = of()
+    path = Path(layout.folder(tmp_path / "layout"))
+    blob = path / "blobs" / layout.manifests[0]["digest"].replace(":", "/")
+    link = {"blob": blob, "algorithm": blob.parent, "blobs": path / "blobs"}.get(
+        linked, path / linked
+    )
+    target = (tmp_path if leads == "out" else path) / "elsewhere"
+    link.rename(target)
+    up = os.path.relpath(target, link.parent)
+    link.symlink_to(target if leads == "by an absolute path" else up)
+    before = open_descriptors()
+    with pytest.raises(ConfigError, match="is a symbolic link, or lies behind one") as refused:
         open_image(str(path), "oci")
+    assert "cp -rL" in str(refused.value)
+    assert open_descriptors() == before
+    # The directory itself may be one: its path is the user's.
+    link.unlink()
+    target.rename(link)
+    (tmp_path / "by-name").symlink_to(path)
+    assert open_image(str(tmp_path / "by-name"), "oci").read("d/f", 9) == b"x"
 
 
 # --- the archive itself ---------------------------------------------------------------------------
