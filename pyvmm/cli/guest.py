@@ -10,7 +10,7 @@ from collections.abc import Callable
 import click
 
 from pyvmm.agent import Agent, Copied
-from pyvmm.agent.errors import TimeLimit
+from pyvmm.agent.errors import AgentGone, TimeLimit
 from pyvmm.cli.seconds import Seconds
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
@@ -94,12 +94,26 @@ def exec(
             timeout=timeout,
         )
         with process:
-            return attach(process, stdin if interactive else None, stdout, tty=tty)
+            try:
+                return attach(process, stdin if interactive else None, stdout, tty=tty)
+            except AgentGone:
+                # The guest took the agent with it, as it was told to.
+                if process.pid is None or not _ends_the_guest(argv):
+                    raise
+                return 0
     except TimeLimit as error:
         log.to_stderr(str(error))
         return TIMED_OUT
     except Left as left:
         return left.code
+
+
+def _ends_the_guest(argv: tuple[str, ...]) -> bool:
+    """Whether it is in the nature of the command that the guest ends, or begins anew."""
+    words = [os.path.basename(word) for word in argv]
+    if words[0] in ("systemctl", "busybox"):
+        words = [word for word in words[1:] if not word.startswith("-")]
+    return words[:1] != [] and words[0] in ("reboot", "poweroff", "halt", "shutdown")
 
 
 def _variable(text: str) -> tuple[str, str]:

@@ -18,6 +18,7 @@ from pyvmm.cli import guest
 from pyvmm.cli.commands import run_command as by_click
 from pyvmm.cli.quick import split_command
 from pyvmm.errors import ConfigError
+from pyvmm.host import unix_sockets
 from pyvmm.images.bootable import MachineImage
 from pyvmm.images.user_image import Process
 from pyvmm.kinds.vsock import Spec as Vsock
@@ -213,6 +214,32 @@ class TestAttached:
             client.stdout.read(1)
             client.stdout.close()
             assert client.wait(60) == 141
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["{}/reboot"], 0),
+        (["{}/busybox", "poweroff", "-f"], 0),
+        (["{}/systemctl", "--force", "reboot"], 0),
+        (["{}/systemctl", "restart", "reboot"], 1),
+        (["{}/other", "reboot"], 1),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else str(value),
+)
+def test_a_reboot_that_was_asked_for_is_no_failure(
+    path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd, words: list[str], code: int
+) -> None:
+    argv = [word.format(tmp_path) for word in words]
+    # As the guest's init does it: the agent ends before it can tell of the command.
+    program = Path(argv[0])
+    program.write_text("#!/bin/sh\nkill -9 $PPID\n")
+    program.chmod(0o755)
+    agent = Agent(lambda: unix_sockets.connect(path))
+    monkeypatch.setattr(guest, "agent_of", lambda vm: agent)
+    assert by_click(["exec", "vm", "--", *argv]) == code
+    assert ("the guest's agent has ended" in capfd.readouterr().err) == bool(code)
 
 
 def test_a_command_that_has_ended_already_is_attached_all_the_same(tmp_path: Path) -> None:
