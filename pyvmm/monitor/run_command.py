@@ -108,9 +108,10 @@ def run_with_command(
     command: CommandLine,
     *,
     debug: bool,
-) -> int:
+) -> tuple[int, bool]:
     """Have `run` be the monitor of `spec`, whose control socket is `control`, and run `command` in
-    the guest; the command's exit code, or the guest's if it ends before. Raises HostError."""
+    the guest; the command's exit code and True, or the guest's and False if it ends before. Raises
+    HostError."""
     if control is None:
         raise ConfigError(
             "without a control socket no command reaches the guest",
@@ -139,7 +140,7 @@ def run_with_command(
     return _be_monitor(run, child, console[1], result[0])
 
 
-def _be_monitor(run: Callable[[], int], child: int, console: int, result: int) -> int:
+def _be_monitor(run: Callable[[], int], child: int, console: int, result: int) -> tuple[int, bool]:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON.values())
     attending = _Attending(child)
     null = os.open(os.devnull, os.O_RDWR)
@@ -159,10 +160,10 @@ def _be_monitor(run: Callable[[], int], child: int, console: int, result: int) -
         for fd in (null, stdout, result):
             os.close(fd)
     if told:
-        return told[0]
+        return told[0], True
     if not code:
         log.to_stderr("the guest powered off before the command had ended")
-    return code or 1
+    return code or 1, False
 
 
 class _Attending:

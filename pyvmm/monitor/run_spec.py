@@ -26,15 +26,16 @@ def run_spec(
     image: str | None = None,
     rm: bool = False,
     on_name: Callable[[str], None] = lambda name: None,
-    wrap: Callable[[VmSpec, Socket | None, Callable[[], int]], int] | None = None,
+    wrap: Callable[[VmSpec, Socket | None, Callable[[], int]], tuple[int, bool]] | None = None,
     cut_if_nothing_kept: bool = False,
 ) -> int:
     """Run `spec`, under the name that it has or the first that is free, which `on_name` is told;
     the exit code.
 
     With `image` its first disk is that image's, and unless `rm` is true what the guest changes on
-    it is kept. `wrap` is called in place of the run, with what carries it out. A signal asks the
-    guest to power off first; with `cut_if_nothing_kept` only if it can keep something.
+    it is kept. `wrap` is called in place of the run, with what carries it out; it returns the
+    exit code, and whether that is one of a command in the guest and not the VM's own. A signal asks
+    the guest to power off first; with `cut_if_nothing_kept` only if it can keep something.
     """
     with _registered(spec.name, image or registry.DEFAULT_NAME) as registration:
         spec = replace(spec, name=registration.name)
@@ -56,13 +57,13 @@ def run_spec(
             return _run(spec, kvm, listener, patience, vm_log)
 
         try:
-            code = run() if wrap is None else wrap(spec, listener, run)
+            code, of_command = (run(), False) if wrap is None else wrap(spec, listener, run)
         except PyvmmError as error:
             if vm_log is not None and not isinstance(error, ConfigError):
                 vm_log.end(1, message=str(error))
             raise
         if vm_log is not None:
-            _note_end(vm_log, code, of_command=wrap is not None)
+            _note_end(vm_log, code, of_command=of_command)
         return code
 
 
@@ -89,6 +90,8 @@ def _note_end(vm_log: VmLog, code: int, *, of_command: bool) -> None:
         with suppress(ValueError, AttributeError):
             message = json.loads(message).get("message", "")
     message = message.removeprefix("pyvmm: ").removeprefix(f"{vm_log.name}: ")
+    if of_command:
+        message = f"its command ended with {code}"
     vm_log.end(code, message=message, **details)
 
 

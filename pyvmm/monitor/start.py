@@ -53,7 +53,7 @@ def _run_command(
     line = run_command.for_image(command, image)
     spec = validate(run_command.for_command(spec, rm=rm))
 
-    def wrap(spec: VmSpec, control: Socket | None, run: Callable[[], int]) -> int:
+    def wrap(spec: VmSpec, control: Socket | None, run: Callable[[], int]) -> tuple[int, bool]:
         return run_command.run_with_command(spec, control, run, line, debug=debug)
 
     return run_spec(spec, kvm, image=image, rm=rm, wrap=wrap, cut_if_nothing_kept=True)

@@ -440,7 +440,8 @@ def run():
     return 15
 
 spec = VmSpec("kernel", name="vm")
-sys.exit(run_with_command(spec, registration.listener, run, CommandLine(tuple(argv)), debug=False))
+line = CommandLine(tuple(argv))
+sys.exit(run_with_command(spec, registration.listener, run, line, debug=False)[0])
 """
 
 

@@ -6,13 +6,18 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
+from pyvmm.control import registry, vm_log
 from pyvmm.control.client import NoAnswer
+from pyvmm.host import log
 from pyvmm.monitor import run_command
+from pyvmm.monitor.run_spec import run_spec
+from pyvmm.spec.vm import VmSpec
 
 
 class _SlowClient(run_command._Client):
@@ -56,3 +61,31 @@ def test_a_monitor_that_ends_just_before_the_wait_is_not_waited_for() -> None:
         client._console.join(30)
         signal.signal(run_command._CONSOLE_ENDED, before)
         os.close(console)
+
+
+@pytest.mark.parametrize(
+    ("code", "of_command", "ending", "message"),
+    [
+        (0, True, None, "its command ended with 0"),
+        (3, True, None, "its command ended with 3"),
+        (11, True, None, "its command ended with 11"),  # which is no panic
+        (11, False, "panic", "the guest's kernel panicked: so it said"),
+    ],
+)
+def test_ps_a_says_why_a_vm_of_a_command_has_ended(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    code: int,
+    of_command: bool,
+    ending: str | None,
+    message: str,
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+
+    def wrap(spec: VmSpec, *_: object) -> tuple[int, bool]:
+        log.to_stderr(f"{spec.name}: the guest's kernel panicked: so it said")
+        return code, of_command
+
+    assert run_spec(VmSpec(kernel="k", name="web"), wrap=wrap) == code
+    [row] = vm_log.ended(registry.folder())
+    assert (row["exit_code"], row.get("ending"), row["message"]) == (code, ending, message)
