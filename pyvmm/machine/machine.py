@@ -209,8 +209,10 @@ class Machine:
                     if found.boot == self.boots:
                         return found.outcome, True
                 elif isinstance(found, _Request):
-                    if self._asked is not None or found.patience <= 0 or not ask(*found):
+                    if self._asked is not None or found.patience <= 0:
                         return found.outcome, False
+                    if not ask(*found):
+                        return nobody_to_ask(found.outcome), False
                     self._asked = found
                     self._cut_at = time.monotonic() + found.patience
                     self._lose_patience_at = math.inf  # it was heard
@@ -219,7 +221,7 @@ class Machine:
 
     def _too_late(self, asked: _Request) -> Outcome:
         line = f"did not power off within {asked.patience:g} s, so its power was cut"
-        return asked.outcome._replace(line=f"{asked.outcome.line}: {line}")
+        return _explained(asked.outcome, line)
 
     def _stop(self) -> None:
         self._lose_patience_at = time.monotonic() + _PATIENCE
@@ -251,3 +253,12 @@ class Machine:
             except ValueError:
                 return  # Not the main thread: whoever runs us takes the signals.
             restoring.callback(signal.signal, number, before[number])
+
+
+def nobody_to_ask(outcome: Outcome) -> Outcome:
+    """`outcome` of a guest that could not be asked to power off."""
+    return _explained(outcome, "nobody in the guest can be asked, so its power was cut")
+
+
+def _explained(outcome: Outcome, line: str) -> Outcome:
+    return outcome._replace(line=f"{outcome.line}: {line}" if outcome.line else line)

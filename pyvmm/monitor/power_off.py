@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.host import log
-from pyvmm.machine.machine import Machine
+from pyvmm.machine.machine import Machine, nobody_to_ask
 from pyvmm.machine.outcome import Outcome
 from pyvmm.monitor.guest_agent import agent_at, vsock_of
 
@@ -78,7 +78,7 @@ class PowerOff:
 
     def _press(self, otherwise: Outcome) -> None:
         if not self._button_is_watched():
-            self._machine.end(otherwise)
+            self._machine.end(nobody_to_ask(otherwise))
             return
         self._pulse()
         self._say(BUTTON)

@@ -83,4 +83,6 @@ def boot_interrupted(folder: Path) -> GuestResult:
 @pytest.mark.boot.with_args(boot_interrupted)
 def test_sigint_ends_with_130(boot: GuestResult) -> None:
     assert boot.code == 130, boot.ending()
-    assert boot.messages == ["pyvmm: vm: interrupted"]
+    assert boot.messages == [
+        "pyvmm: vm: interrupted: nobody in the guest can be asked, so its power was cut"
+    ]

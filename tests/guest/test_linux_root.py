@@ -162,4 +162,6 @@ def test_memtest_shows_its_screen_on_the_serial_port_and_takes_keys_from_it(
     boot: GuestResult,
 ) -> None:
     assert boot.code == 130, boot.ending()
-    assert boot.messages[-1] == "pyvmm: vm: interrupted"
+    assert boot.messages[-1] == (
+        "pyvmm: vm: interrupted: nobody in the guest can be asked, so its power was cut"
+    )

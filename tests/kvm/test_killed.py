@@ -116,7 +116,9 @@ def test_taps_and_passt_go_with_it_and_the_next_start_takes_over_the_rest(
     process.send_signal(signal.SIGTERM)
     assert process.wait(SAFETY_TIMEOUT) == 143
     assert process.stderr is not None
-    assert process.stderr.read() == b"pyvmm: killed: terminated\n"
+    assert process.stderr.read() == (
+        b"pyvmm: killed: terminated: nobody in the guest can be asked, so its power was cut\n"
+    )
     wait_for(lambda: not tap.exists(TAP) and not passts(port))
     left = {path.name for path in tmp_path.rglob("*") if not path.is_dir()}
     # A lock file for all VMs' names, and its last words.

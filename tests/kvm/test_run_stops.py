@@ -65,7 +65,9 @@ def test_a_guest_that_floods_a_console_nobody_reads(start) -> None:
     wait_until_full(writer)
     process.send_signal(signal.SIGTERM)
     assert process.wait(SAFETY_TIMEOUT) == 143
-    assert process.stderr.read() == b"pyvmm: vm: terminated\n"
+    assert process.stderr.read() == (
+        b"pyvmm: vm: terminated: nobody in the guest can be asked, so its power was cut\n"
+    )
     os.close(reader)
     os.close(writer)
 
@@ -94,4 +96,6 @@ def test_a_trace_whose_disk_is_full_does_not_hurt_the_guest(start) -> None:
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     assert process.wait(SAFETY_TIMEOUT) == 130
-    assert process.stderr.read() == b"pyvmm: vm: interrupted\n"
+    assert process.stderr.read() == (
+        b"pyvmm: vm: interrupted: nobody in the guest can be asked, so its power was cut\n"
+    )

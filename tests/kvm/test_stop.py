@@ -19,7 +19,7 @@ from running import SAFETY_TIMEOUT, Running
 
 from pyvmm import VM
 from pyvmm.api.errors import VMTimeout
-from pyvmm.control.client import events
+from pyvmm.control.client import HasEnded, events
 from pyvmm.kvm.system import Kvm
 
 # Unmask pin 9 of the I/O APIC, as vector 0x40 of CPU 0: its index register, then its window.
@@ -146,9 +146,11 @@ def test_nobody_to_be_asked_is_no_reason_to_wait(start) -> None:
     guest = start(DEAF)
     began = time.monotonic()
     done = guest("stop", "--timeout", "1000", "web")
-    assert (done.returncode, done.stderr) == (0, "pyvmm: web: ended by pyvmm stop\n")
+    cut = "nobody in the guest can be asked, so its power was cut"
+    line = f"pyvmm: web: ended by pyvmm stop: {cut}\n"
+    assert (done.returncode, done.stderr) == (0, line)
     assert time.monotonic() - began < 500
-    assert guest.end() == (143, "pyvmm: web: ended by pyvmm stop\n")
+    assert guest.end() == (143, line)
 
 
 @pytest.mark.parametrize("option", ["--now", "--timeout=0"])
@@ -256,7 +258,10 @@ os.kill(os.getpid(), signal.SIGKILL)
     ) as program:
         assert program.stdout is not None
         pid = int(program.stdout.readline())
-        heard = [event["event"] for event in events("web")]
+        try:
+            heard = [event["event"] for event in events("web")]
+        except HasEnded:  # where nothing is waited for, it may have ended already
+            heard = [] if said else ["ended"]
     assert ("stopping" in heard) == said
     assert heard[-1] == "ended"
     deadline = time.monotonic() + SAFETY_TIMEOUT

@@ -157,7 +157,8 @@ def test_events_tell_the_story(vm: Running, how: str) -> None:
     if how == "stop":
         assert [event["event"] for event in rest] == ["paused", "resumed", "ended"]
         assert (rest[-1]["ending"], rest[-1]["exit_code"]) == ("terminated", 143)
-        assert rest[-1]["message"] == "ended by pyvmm stop"
+        cut = "nobody in the guest can be asked, so its power was cut"
+        assert rest[-1]["message"] == f"ended by pyvmm stop: {cut}"
     else:
         assert rest == []
 
@@ -203,7 +204,8 @@ def test_messages_of_a_detached_one_go_to_the_file_that_was_chosen(
             check=True,
         )
     assert vm("stop", "behind").returncode == 0
-    assert (tmp_path / "log").read_text() == "pyvmm: behind: ended by pyvmm stop\n"
+    cut = "nobody in the guest can be asked, so its power was cut"
+    assert (tmp_path / "log").read_text() == f"pyvmm: behind: ended by pyvmm stop: {cut}\n"
 
 
 def test_exits_are_counted_by_kvm_itself(vm: Running) -> None:
