@@ -14,7 +14,12 @@
 
 static int64_t mtime_of(const struct stat *found)
 {
-    return (int64_t)found->st_mtim.tv_sec * 1000000000 + found->st_mtim.tv_nsec;
+    int64_t ns;
+    /* Before the year 1678 or after 2262, which some file systems can say: as near as it goes. */
+    if (__builtin_mul_overflow((int64_t)found->st_mtim.tv_sec, 1000000000, &ns) ||
+        __builtin_add_overflow(ns, (int64_t)found->st_mtim.tv_nsec, &ns))
+        return found->st_mtim.tv_sec < 0 ? INT64_MIN : INT64_MAX;
+    return ns;
 }
 
 static void send_entry(enum frame_type type, const struct stat *found, const char *name,

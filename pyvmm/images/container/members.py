@@ -22,7 +22,7 @@ _BLOCK = 512
 _BUFFER = 1 << 16
 _ZEROS = bytes(_BUFFER)
 _MOST_ID = (1 << 32) - 2  # the highest number stands for "none"
-_LATEST = (1 << 34) - 1  # the last second that ext4 can say
+_LATEST = (1 << 31) - 1  # in 2038: mke2fs writes no later second, though ext4 has a place for it
 _XATTR = b"SCHILY.xattr."
 # The namespaces that Linux has for files on ext4; engines leave out others too.
 _NAMESPACES = (b"user.", b"trusted.", b"security.")

@@ -390,6 +390,25 @@ def test_a_tree_goes_there_and_back_unchanged(agent: Agent, tree: Path, tmp_path
 
 
 @pytest.mark.parametrize("copy", ["push", "pull"])
+@pytest.mark.parametrize(
+    "seconds", [-(1 << 33), -(1 << 31) - 1, -1, 1 << 31, (1 << 32) + 1, (1 << 33) - 1, 1 << 34]
+)
+def test_times_before_1970_and_after_2038(
+    agent: Agent, tmp_path: Path, copy: str, seconds: int
+) -> None:
+    """A file's time is a number of nanoseconds in 64 bits: from 1678 to 2262. Beyond that it is as
+    near as it goes."""
+    source, target = tmp_path / "from", tmp_path / "to"
+    source.write_text("x")
+    os.utime(source, (0, seconds))
+    had = source.stat().st_mtime_ns
+    # What a file system cannot say, it makes the nearest that it can: 2^34 seconds are its last.
+    getattr(agent, copy)(str(source), str(target))
+    expected = min(had, (1 << 63) - 1)
+    assert abs(target.stat().st_mtime_ns - expected) < 10**9
+
+
+@pytest.mark.parametrize("copy", ["push", "pull"])
 def test_the_target_is_a_directory_or_a_name(agent: Agent, tmp_path: Path, copy: str) -> None:
     do = getattr(agent, copy)
     source = tmp_path / "file"

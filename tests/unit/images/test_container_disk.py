@@ -103,6 +103,25 @@ def test_everything_about_a_file_gets_into_the_file_system(made, tmp_path: Path)
     assert re.search(r"FIFO +Mode: +0600", stat(image, "/fifo"))
 
 
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ((1 << 31) - 1, (1 << 31) - 1),
+        (1 << 31, (1 << 31) - 1),  # in 2038
+        ((1 << 32) + 7, (1 << 31) - 1),
+        (1 << 33, (1 << 31) - 1),  # in 2242: beyond what octal digits of tar say
+        (1 << 40, (1 << 31) - 1),
+        (1, 1),
+        (-1, 0),
+        (-(1 << 40), 0),
+    ],
+)
+def test_times_from_1970_to_2038_are_kept(made, time: int, seconds: int) -> None:
+    """What lies outside is as near as it goes."""
+    found = stat(made(member("file", mtime=time)), "/file")
+    assert f"mtime: 0x{seconds:08x}:00000000" in found
+
+
 def test_extended_attributes_get_there_whatever_they_and_the_names_hold(
     made, tmp_path: Path
 ) -> None:
