@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 from agent_rig import GREETING, liar, saying
+from descriptors import open_descriptors
+from mmio_harness import wait_for
 
 from pyvmm.agent import Agent, AgentError, CommandTimeout, client, process
 from pyvmm.agent.protocol import (
@@ -29,6 +31,7 @@ from pyvmm.agent.protocol import (
     entry_frame,
     frame,
 )
+from pyvmm.agent.session import NOT_THE_AGENT
 from pyvmm.errors import ConfigError, HostError, PyvmmError
 
 
@@ -247,6 +250,47 @@ def test_a_guest_writes_nowhere_but_below_the_target(said: bytes, target: Path) 
     assert everything_outside(target) == {"precious": "precious"}
     assert sorted(os.listdir(target.parent)) == ["outside", "target"]
     assert not [name for name in os.listdir(target) if name.startswith(".pyvmm")]
+
+
+@pytest.mark.parametrize(
+    ("said", "left"),
+    [
+        (FILE + UP + entry(FrameType.REGULAR, b"x") + frame(FrameType.DATA, b"2") + UP, b"evil"),
+        (FILE + UP + UP, b"evil"),
+        (FILE + UP + frame(FrameType.DATA, b"2"), b"evil"),
+        (FILE + FILE, None),
+        (FILE + END, None),
+        (frame(FrameType.DATA, b"2"), None),
+        (UP, None),
+        (entry(FrameType.LINK, b"new", b"/etc/passwd") + END, None),
+    ],
+    ids=range(8),
+)
+def test_s8_frames_out_of_turn_end_a_copy(said: bytes, left: bytes | None, target: Path) -> None:
+    before = open_descriptors()
+    with (
+        liar(saying(said)) as agent,
+        pytest.raises(AgentError, match=f"{NOT_THE_AGENT}|invalid name"),
+    ):
+        agent.pull("/new", target)
+    new = target / "new"
+    assert not new.is_symlink()
+    assert (new.read_bytes() if new.exists() else None) == left
+    assert not [name for name in os.listdir(target) if name.startswith(".pyvmm")]
+    assert open_descriptors() == before
+
+
+def test_a_half_copy_is_nobody_elses_to_read(target: Path) -> None:
+    modes: list[int] = []
+
+    def act(end: socket.socket) -> None:
+        saying(entry(FrameType.REGULAR, b"x", mode=0o666) + frame(FrameType.DATA, b"1"))(end)
+        wait_for(lambda: any(target.glob(".pyvmm-part*")))
+        modes.extend(part.stat().st_mode & 0o7777 for part in target.glob(".pyvmm-part*"))
+
+    with liar(act) as agent, suppress(AgentError):
+        agent.pull("/new", target)
+    assert modes == [0o600]
 
 
 def test_a2_a_file_takes_the_place_of_a_link_and_does_not_go_through_it(target: Path) -> None:
