@@ -232,9 +232,10 @@ def test_a_reboot_that_was_asked_for_is_no_failure(
     path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd, words: list[str], code: int
 ) -> None:
     argv = [word.format(tmp_path) for word in words]
-    # As the guest's init does it: the agent ends before it can tell of the command.
+    # As the guest's init does it: the agent ends before it can tell of the command. More than a
+    # pipe holds is written first, so that the agent has told that the command has started.
     program = Path(argv[0])
-    program.write_text("#!/bin/sh\nkill -9 $PPID\n")
+    program.write_text("#!/bin/sh\nhead -c 200000 /dev/zero\nkill -9 $PPID\n")
     program.chmod(0o755)
     agent = Agent(lambda: unix_sockets.connect(path))
     monkeypatch.setattr(guest, "agent_of", lambda vm: agent)
