@@ -207,7 +207,7 @@ def with_records(records: bytes) -> bytes:
         b"10 path=ab",  # without a newline
         b"11 path=abc",
         b"99 path=ab\n",  # longer than all there is
-        b"11 pathabcd\n",  # no equals sign
+        b"12 pathabcd\n",  # no equals sign
         b"5 pat\nh=1234\n",  # one that belongs to the next record
         b"0 path=ab\n",
         b"x path=ab\n",
