@@ -263,3 +263,63 @@ def test_row3_the_configuration_is_zero_past_its_end(offset: int) -> None:
         assert rig.transport.read(0x100 + (offset & ~3), 4) == 0
         rig.driver.write(0x050, 0xFFFF_FFFF)
         rig.assert_alive()
+
+
+class Vast(Backend):
+    """Nothing but zeros, which nobody keeps; it says what was asked of it."""
+
+    def __init__(self, read_only: bool = False) -> None:
+        self.size_sectors = 1 << 32
+        self.read_only = read_only
+        self.can_discard = True
+        self.asked: list[str] = []
+
+    def readv(self, views: list[memoryview], size: int, offset: int) -> None:
+        self.asked.append("read")
+
+    def writev(self, views: list[memoryview], size: int, offset: int) -> None:
+        self.asked.append("write")
+
+    def discard(self, offset: int, size: int) -> None:
+        self.asked.append("discard")
+
+    def write_zeroes(self, offset: int, size: int, unmap: bool) -> None:
+        self.asked.append("zero")
+
+    def flush(self) -> None:
+        self.asked.append("flush")
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("writeback", [0, 1])
+def test_a_write_of_several_pieces_through_the_cache_ends_with_a_flush(writeback: int) -> None:
+    disk = Vast()
+    with running(disk) as rig:
+        rig.driver.registers.write(0x100 + WRITEBACK, 1, writeback)
+        data = [Buffer(0x100000, MIB)] * 6
+        written, status = rig.driver.request(0, [header(OUT, 0), *data], [1])
+        assert (written, status[0]) == (1, OK)
+        assert disk.asked == ["write", "write", *([] if writeback else ["flush"])]
+
+
+@pytest.mark.parametrize(("ask", "most"), [("discard", 1 << 21), ("write_zeroes", 1 << 18)])
+def test_row47_a_segment_as_large_as_the_limit_says_and_no_larger(ask: str, most: int) -> None:
+    disk = Vast()
+    with running(disk) as rig:
+        request = getattr(rig.disk, ask)
+        assert request((0, most, 0)).status == OK
+        disk.asked.clear()
+        assert request((0, most + 1, 0)).status == IOERR
+        assert disk.asked == []
+
+
+def test_row42_a_read_only_disk_offers_no_way_to_change_it() -> None:
+    with running(Vast(read_only=True), start=False) as rig:
+        # Of struct virtio_blk_config: what a discard and a write of zeroes may have, and unmap.
+        assert [rig.driver.registers.read(0x100 + at, 4) for at in range(36, 56, 4)] == [0] * 5
+        assert not rig.driver.offered_features() & (1 << 13 | 1 << 14)
+    with running(Vast(), start=False) as rig:
+        assert all(rig.driver.registers.read(0x100 + at, 4) for at in range(36, 56, 4))
+        assert rig.driver.offered_features() & (1 << 13 | 1 << 14) == 1 << 13 | 1 << 14
