@@ -45,7 +45,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Info:
-    """What an agent says of itself: its protocol's version, and its clock."""
+    """An agent's greeting: its protocol's version, and its clock."""
 
     version: int
     clock: Clock

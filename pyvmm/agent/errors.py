@@ -1,4 +1,4 @@
-"""What can go wrong with a guest's agent."""
+"""Errors about a guest's agent."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class NoAgent(AgentError):
 
 
 class WrongAgent(AgentError):
-    """What answers in the guest is no agent, or one of another version: waiting does not help."""
+    """The guest answers, but not as an agent of this version: waiting does not help."""
 
 
 class AgentGone(AgentError):

@@ -42,8 +42,8 @@ _DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
 @dataclass
 class Copied:
-    """What was copied. `skipped` are names of what is no file, directory or link (sockets, devices)
-    or lies on another file system of the guest's."""
+    """The result of a copy. `skipped` are the names of sockets, devices and the like, and of what
+    lies on another file system of the guest's."""
 
     files: int = 0
     bytes: int = 0
@@ -104,7 +104,7 @@ def _no_place(path: str, error: Exception) -> ConfigError:
 
 
 def _own_name(path: str) -> str:
-    """What the file at `path` is called, also where `path` ends with a dot or two."""
+    """The name of the file at `path`, also where `path` ends with a dot or two."""
     name = os.path.basename(path.rstrip("/"))
     return name if name not in ("", ".", "..") else os.path.basename(os.path.realpath(path))
 
@@ -197,7 +197,7 @@ def pull(
 
 
 def name_of(remote: str) -> str:
-    """What the copy of the guest's `remote` is called in a directory: the last name of that path,
+    """The name in a directory for the copy of the guest's `remote`: the last name of that path,
     as it is written. The guest has no say in it. Without a name, as "/" and "..", it is "root".
     """
     return posixpath.basename(posixpath.normpath("/" + remote.lstrip("/"))) or _ROOT
@@ -351,7 +351,7 @@ class _Receiver:
 
 
 def _part_name() -> str:
-    """What is not whole is called: nobody else's, and nothing that the guest could know."""
+    """A name for a half copy: unused by others, and unknown to the guest."""
     return f".pyvmm-part.{os.urandom(8).hex()}"
 
 

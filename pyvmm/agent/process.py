@@ -147,7 +147,7 @@ class Process(Closable):
             elif type == FrameType.STDERR:
                 found.append(Output(STDERR, payload))
             elif type == FrameType.MORE_STDIN:
-                # What the guest grants beyond what it took would only cost itself memory.
+                # A grant of more than the guest has taken would only cost its own memory.
                 self._room = min(WINDOW, self._room + _number(payload))
             elif type == FrameType.STARTED:
                 self.pid = _number(payload)

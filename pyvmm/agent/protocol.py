@@ -1,4 +1,4 @@
-"""What a client and the guest's agent say to each other: frames of a type and a payload.
+"""The protocol between a client and the guest's agent: frames of a type and a payload.
 
 A frame is its length and type in four bytes, and the payload; all numbers are little-endian.
 docs/guest-agent.md describes each. guest-images/agent/ has the other end.
@@ -97,7 +97,7 @@ def entry_frame(type: FrameType, entry: Entry) -> bytes:
 
 
 def parse_entry(payload: bytes) -> Entry | None:
-    """What such a frame says; None if it makes no sense. The name is a name: not empty, no path."""
+    """The entry in such a frame; None if it makes no sense. Its name is not empty and no path."""
     if len(payload) <= ENTRY.size:
         return None
     mode, _, mtime_ns, size = ENTRY.unpack_from(payload)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class Action(enum.Enum):
-    """What a guest's write asks of the machine; a handler returns it, nothing calls back up."""
+    """A request of a guest's write to the machine; a handler returns it, nothing calls back up."""
 
     POWEROFF = "poweroff"
     RESET = "reset"

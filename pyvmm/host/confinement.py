@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 
 from pyvmm.errors import ConfigError
 
-# What the dynamic loader and the C library of this machine read. None of it is anybody's secret.
+# The dynamic loader and the C library of this machine read these. They hold no secrets.
 SYSTEM = ("/usr", "/lib", "/lib64", "/nix/store", "/etc/ld.so.cache")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 

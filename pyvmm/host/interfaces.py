@@ -1,4 +1,4 @@
-"""What a network interface that we made still needs, by rtnetlink(7); pyroute2 speaks it."""
+"""Settings of a network interface that we made, by rtnetlink(7); pyroute2 speaks it."""
 
 from __future__ import annotations
 

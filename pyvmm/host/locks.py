@@ -60,7 +60,7 @@ def lock_image(fd: int, *, read_only: bool) -> bool:
 
 
 def holder(fd: int) -> str:
-    """Who else holds a lock on the open file `fd`: ``"qemu-system-x86 (PID 1234)"``, or "".
+    """The process that holds a lock on the open file `fd`: ``"qemu-system-x86 (PID 1234)"``, or "".
 
     The kernel does not tell the owner of an open-file-description lock, but every process's own
     list of open files says which of them are locked (proc(5), /proc/PID/fdinfo). Processes of other

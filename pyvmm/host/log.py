@@ -245,7 +245,7 @@ os.register_at_fork(after_in_child=_after_fork)
 
 
 def message_of(line: str) -> str:
-    """What `line` says, without the names of the VM and of the device in front."""
+    """The text of `line`, without the names of the VM and of the device in front."""
     text = str(line).removeprefix(f"{_vm}: ")
     if isinstance(line, Line) and line.device:
         for kind in ("", "disk ", "port "):

@@ -57,7 +57,7 @@ class Outlet:
 
     @property
     def descriptor(self) -> int:
-        """What is to be watched for room."""
+        """The descriptor to be watched for room."""
         return self._own if self._own >= 0 else self._fd
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
@@ -90,7 +90,7 @@ def _is_terminal(found: os.stat_result) -> bool:
 
 
 class Outbox:
-    """What waits to be written to `fd`, up to `limit` bytes. What has no room is left out whole and
+    """Text that waits to be written to `fd`, up to `limit` bytes. Text without room is left out and
     counted, and `notice(count)` says so in its place. One thread at a time may use it."""
 
     def __init__(self, fd: int, limit: int, notice: Callable[[int], bytes]) -> None:

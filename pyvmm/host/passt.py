@@ -224,14 +224,14 @@ class _NameServers(NamedTuple):
         return next((server for server in self.local if ":" not in server), "")
 
     def arguments(self, *, recent: bool) -> list[str]:
-        """What passt is to be told."""
+        """The options for passt."""
         if recent and self.forwarded:
             return ["--dns-forward", DNS, "--dns-host", self.forwarded]
         told = [] if self.others else self.behind
         return [word for server in told for word in ("--dns", server)]
 
     def lacking(self) -> list[str]:
-        """What does not work by an old passt."""
+        """A message about what an old passt cannot do."""
         if self.forwarded and not self.others and not self.behind:
             return [f"queries of the guest's to the name server {self.forwarded} are not passed on"]
         return []

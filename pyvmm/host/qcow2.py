@@ -48,7 +48,7 @@ class Layer(NamedTuple):
 
 
 class Header(NamedTuple):
-    """What an image says of other files; "" for what it does not say.
+    """The other files that an image names; "" for one that it does not name.
 
     `backing` and `data_file` are names as they stand there, `backing_format` the driver that QEMU
     would take. `has_data_file` counts, whether or not there is a name.

@@ -90,7 +90,7 @@ class StorageDaemon:
         self._serving = True
 
     def why_it_failed(self) -> str:
-        """What it said, in one line, after the connection has ended without a word."""
+        """Its last message, in one line, after the connection has ended."""
         if self._process is not None:
             self.close()
         text = " ".join(self._said)

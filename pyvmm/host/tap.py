@@ -151,7 +151,7 @@ def has_udp_segmentation(fd: int) -> bool:
 
 
 def set_offload(fd: int, offloads: int) -> None:
-    """What frames may come with undone: TUN_F_* bits, for all queues. Raises HostError."""
+    """Set the offloads of incoming frames: TUN_F_* bits, for all queues. Raises HostError."""
     syscalls.ioctl(fd, TUNSETOFFLOAD, offloads, "TUNSETOFFLOAD")
 
 
@@ -176,7 +176,7 @@ def is_up(name: str) -> bool:
 
 
 def counters(name: str) -> dict[str, int]:
-    """What an interface has counted: frames and bytes to and from the guest, and the frames to it
+    """The counters of an interface: frames and bytes to and from the guest, and the frames to it
     that were dropped (proc_pid_net(5), /proc/net/dev). Raises HostError if it is gone."""
     for line in read_or_empty("/proc/self/net/dev").splitlines():
         interface, _, numbers = line.strip().partition(":")

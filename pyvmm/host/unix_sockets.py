@@ -22,7 +22,7 @@ _UCRED = struct.Struct("iII")  # struct ucred of unix(7)
 
 
 class Peer(NamedTuple):
-    """Who is at the other end, as the kernel vouches for it (unix(7), SO_PEERCRED)."""
+    """The process at the other end, as the kernel knows it (unix(7), SO_PEERCRED)."""
 
     pid: int
     uid: int
@@ -92,7 +92,7 @@ def adopt(fd: int) -> Socket:
 
 
 def peer(connection: Socket) -> Peer:
-    """Who connected, or whom `connection` reached. Raises HostError."""
+    """The process at the other end of `connection`. Raises HostError."""
     try:
         raw = connection.getsockopt(_socket.SOL_SOCKET, _socket.SO_PEERCRED, _UCRED.size)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Where a user's files are kept that can be made again."""
+"""The folder of a user's files that can be made again."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class VhostNet(Closable):
         self._ioctl(VHOST_SET_FEATURES, bytearray(FEATURES.pack(features)), "VHOST_SET_FEATURES")
 
     def set_memory(self, regions: Iterable[MappedRegion]) -> None:
-        """Where guest-physical addresses lie; nothing else can be reached. Raises HostError."""
+        """Set the memory that the kernel can reach, by guest-physical address. Raises HostError."""
         rows = [MEMORY_REGION.pack(*region, 0) for region in regions]
         table = bytearray(MEMORY.pack(len(rows), 0) + b"".join(rows))
         self._ioctl(VHOST_SET_MEM_TABLE, table, "VHOST_SET_MEM_TABLE")

@@ -66,7 +66,7 @@ def build(
 
 
 def machine_image(name: str | None, *, make: bool) -> MachineImage:
-    """What a VM boots from: the image called `name`, or the default one for None.
+    """The image called `name`, which a VM boots from, or the default one for None.
 
     The recipes' images are built first where missing, if `make` is true. Raises ConfigError for a
     name that nothing has, and for what has not been built.

@@ -18,7 +18,7 @@ from pyvmm.images.lock import Pin
 
 # The machine's own settings that reaching its mirror may take.
 _KEPT_SETTINGS = ("http", "https", "ftp", "Retries", "Check-Valid-Until", "Check-Date")
-# What a kernel's package only depends on since it has been split.
+# A kernel's package only depends on these since it was split.
 _PARTS = ("linux-base-", "linux-binary-", "linux-modules-")
 
 

@@ -1,4 +1,4 @@
-"""Where this machine's apt gets Debian from, so that images come from the same mirror.
+"""The mirror from which this machine's apt gets Debian: images come from the same one.
 
 Read from apt's own files, in both of their formats (sources.list(5): one line per source, and
 deb822 paragraphs). Our list names other suites on the same mirror, and the same keyring.

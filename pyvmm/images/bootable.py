@@ -1,5 +1,5 @@
-"""What a VM boots from, by one name: a kernel, an initial RAM disk, and a root disk that is only
-read.
+"""Images that a VM boots from, by one name: a kernel, an initial RAM disk, and a read-only root
+disk.
 
 There are the images the recipes make (debian, debian-systemd …) and those a user has built, which
 `user_image` keeps.

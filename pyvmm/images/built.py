@@ -23,7 +23,7 @@ class Artifacts(NamedTuple):
 
 
 class HostArtifacts(NamedTuple):
-    """What an emulated host is made of: the paths of its kernel and of …/lib/modules/RELEASE;
+    """The parts of an emulated host: the paths of its kernel and of …/lib/modules/RELEASE;
     `qemu` is the beginning of QEMU's command line."""
 
     vmlinux: str

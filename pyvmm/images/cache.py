@@ -24,7 +24,7 @@ _ROOM = 1 << 30  # bytes; a large image takes somewhat more, and fails in good o
 
 
 def image(name: str, key: str) -> str:
-    """Where the image is, or will be."""
+    """The image's folder, which may not exist yet."""
     return os.path.join(folder(), "images", f"{name}-{key}")
 
 

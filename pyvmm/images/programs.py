@@ -17,7 +17,7 @@ from pyvmm.images.progress import Progress
 
 _LOADER = "usr/lib64/ld-linux-x86-64.so.2"
 _LIBRARIES = "usr/lib/x86_64-linux-gnu"
-# What only people read, or what a package manager would want to know.
+# Files for people, or for a package manager.
 _LEFT_OUT = ("usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info", "var")
 
 

@@ -1,4 +1,4 @@
-"""What a build says while it works: a line for each step, with the seconds it took.
+"""The progress of a build: a line for each step, with the seconds it took.
 
 On a terminal a step is shown while it runs, with a bar (by rich, which is imported only then).
 """

@@ -34,7 +34,7 @@ class KernelRecipe:
         return self.architecture != "amd64"
 
     def stated(self) -> dict[str, Any]:
-        """What is not as it usually is, by name."""
+        """The settings that differ from the usual ones, by name."""
         values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
         return {name: value for name, (value, usual) in values.items() if value != usual}
 

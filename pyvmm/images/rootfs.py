@@ -44,7 +44,7 @@ said=$(chroot "$1" /pyvmm-script 2>&1) || {
 
 @dataclass(frozen=True)
 class Plan:
-    """What a root disk is made of. `name` is for messages, `size` in MiB, `variant` what customize
+    """The parts of a root disk. `name` is for messages, `size` in MiB, `variant` what customize
     is told, `agent` the path of the guest's agent. With `pins` exactly their versions are
     installed, without them the mirror's newest.
 
@@ -113,7 +113,7 @@ def _bootstrap(plan: Plan, client: apt.Apt, room: str) -> None:
 
 
 def _own_hooks(plan: Plan) -> Iterator[str]:
-    """What the user wants done; his paths are those of our own copies."""
+    """The user's requests; the paths are those of our own copies."""
     if plan.additions:
         yield f"tar-in {shlex.quote(plan.additions)} /"
     if plan.script:

@@ -12,7 +12,7 @@ from typing import IO
 
 from pyvmm.errors import ConfigError
 
-# Which Debian package has a program, where the name does not say.
+# The Debian packages of programs whose names differ from the package's.
 _PACKAGES = {
     "mke2fs": "e2fsprogs",
     "depmod": "kmod",
@@ -31,7 +31,7 @@ _CURES = {
     "Failed to fetch": "check the network, and the mirrors in this machine's /etc/apt",
     "Unable to locate package": "check the name: apt-cache search, or https://packages.debian.org",
 }
-# Where Debian keeps an administrator's programs; not on everybody's PATH.
+# Debian's folders of an administrator's programs; not on every PATH.
 _ADMIN_PATH = "/usr/local/sbin:/usr/sbin:/sbin"
 
 

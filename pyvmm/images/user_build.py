@@ -27,7 +27,7 @@ _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+([/=:][A-Za-z0-9+.:~-]+)?")
 
 @dataclass(frozen=True)
 class Order:
-    """What is to be built. `source` is one of SOURCES; `size` in bytes, 0 for what is enough;
+    """A request for an image. `source` is one of SOURCES; `size` in bytes, 0 for what is enough;
     `kernel` the name of a guest kernel. `packages`, `script` and `copies` (pairs of a path here
     and one in the image) are for Debian."""
 
@@ -42,7 +42,7 @@ class Order:
 
 
 class _Made(NamedTuple):
-    """What a source adds to the record."""
+    """A source's part of the record."""
 
     made_from: str
     details: tuple[tuple[str, str], ...]
@@ -285,7 +285,7 @@ def _room(order: Order) -> int:
 
 
 def _programs(work: builder.Builder, catalogue: builder.Catalogue) -> dict[str, bytes]:
-    """What the guest's first programs are, by name."""
+    """The guest's first programs, by name."""
     from pyvmm.images.container import guest
 
     busybox = os.path.join(catalogue.path("programs-busybox"), "root", "bin", "busybox")
@@ -329,7 +329,7 @@ def remove(name: str, running: Sequence[str], *, force: bool = False) -> None:
 
 
 def _who_reads(disk: str) -> str:
-    """Who has the disk open as a VM's, such as one that keeps nothing; "" if nobody has."""
+    """The process that has the disk open for a VM, such as one that keeps nothing; "" if none."""
     try:
         fd = os.open(disk, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

@@ -26,7 +26,7 @@ _RECORD_LIMIT = 4 << 20  # bytes
 
 @dataclass(frozen=True)
 class Process:
-    """What a container image says is to be run: `entrypoint` and `command` make up its arguments.
+    """The command of a container image: `entrypoint` and `command` make up its arguments.
 
     `env` are "NAME=VALUE"; `cwd` is an absolute path; `user` is "UID:GID", `groups` are the other
     groups' numbers.

@@ -99,7 +99,7 @@ class GuestMemory:
         raise GuestMemoryError(addr, length)
 
     def host_addr(self, addr: int) -> int:
-        """Where guest-physical `addr` is mapped in this process. Raises GuestMemoryError."""
+        """The address in this process of guest-physical `addr`. Raises GuestMemoryError."""
         for region in self.regions:
             if region.guest_addr <= addr < region.end:
                 return region.host_addr + addr - region.guest_addr

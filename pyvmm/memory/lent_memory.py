@@ -81,7 +81,7 @@ class LentMemory(GuestMemory):
         what = f"region {guest_addr:#x} + {size:#x}"
         if not size:
             raise LentMemoryError(f"{what} is empty")
-        # What is aligned in the guest has to be aligned here. Sizes need not be whole pages.
+        # An aligned address of the guest has to be aligned here. Sizes need not be whole pages.
         if (guest_addr - fd_offset) % PAGE_SIZE:
             raise LentMemoryError(f"{what} lies askew in its file, at {fd_offset:#x}")
         if guest_addr + size > _ADDRESSES:

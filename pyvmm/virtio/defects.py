@@ -1,4 +1,4 @@
-"""What a device's code raises and nobody foresaw: a defect of ours that a guest has found.
+"""Unforeseen exceptions of a device's code: defects of ours that a guest has found.
 
 It must cost the guest its device until the next reset, not its life.
 """

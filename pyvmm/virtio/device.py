@@ -1,4 +1,4 @@
-"""What a virtio device is: a type, queues, features, a configuration space, activate and reset.
+"""A virtio device: a type, queues, features, a configuration space, activate and reset.
 
 Negotiation, queue addresses, the status register and interrupts are the transport's business; see
 `pyvmm.virtio.negotiation` and `pyvmm.transport`. Most devices derive from `QueueDevice` in
@@ -37,7 +37,7 @@ class Interrupt(Protocol):
 
 @dataclass(frozen=True)
 class Activation:
-    """What the driver set up, handed to the device when the driver sets DRIVER_OK.
+    """The driver's set-up, handed to the device when the driver sets DRIVER_OK.
 
     `features` are the negotiated feature bits, `queues` has one entry per device queue, None where
     the driver did not enable it. `fail` reports a rule that the driver broke, or a host that

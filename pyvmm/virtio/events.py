@@ -1,4 +1,4 @@
-"""What a device's negotiation tells a trace: one value per event, one line each."""
+"""Events of a device's negotiation for a trace: one value per event, one line each."""
 
 from __future__ import annotations
 

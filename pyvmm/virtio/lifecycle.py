@@ -58,7 +58,7 @@ class Notifier(Protocol):
 
 @dataclass
 class DeviceState:
-    """What was negotiated so far, as plain data; all zero after a reset but for the generation."""
+    """The negotiated state as plain data; all zero after a reset but for the generation."""
 
     queues: list[QueueConfig]
     status: int = 0
@@ -109,7 +109,7 @@ class _ActivationInterrupt:
 
 
 class Lifecycle:
-    """What happens to a device between two resets, whoever asked for it.
+    """The life of a device between two resets.
 
     Methods that act for the driver (`activate`, `stop_queue`, `set_bus_master`, `reset_queue`,
     `start_queue` and `reset`) want `lock` held; `fail`, `acknowledge`, `config_changed` and the

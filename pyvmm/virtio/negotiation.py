@@ -1,4 +1,4 @@
-"""What a driver and a device negotiate, and the rules of it, shared by every transport.
+"""The negotiation between driver and device, and its rules, shared by every transport.
 
 A transport is a view: it maps its registers, capabilities or messages to the methods here, and no
 rule of chapters 2 and 3 is written a second time. What then happens to the device, and which locks

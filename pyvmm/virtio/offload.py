@@ -14,7 +14,7 @@ from typing import Protocol
 
 
 class Server(Protocol):
-    """What serves one queue. Both are called with the queue's lock held, and must not raise."""
+    """A server of one queue. Both methods are called with its lock held, and must not raise."""
 
     def hand_over(self) -> None:
         """Begin to serve the queue where it stands."""

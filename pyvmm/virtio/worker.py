@@ -204,7 +204,7 @@ class Worker(ABC):
             self._close()
 
     def _name_of_place(self) -> str:
-        """Where a defect of ours was found."""
+        """The name of this worker for a message about a defect of ours."""
         return self._name
 
     def _close(self) -> None:

@@ -1,4 +1,4 @@
-"""What makes a container's files a guest: an init of its own, and what it needs, in /.pyvmm.
+"""Additions that make a container's files a guest: an init and its programs, in /.pyvmm.
 
 An image may be without any program, so what init runs is a static busybox. Nothing of the image's
 own is replaced but what container engines replace too: /etc/hosts, /etc/hostname, /etc/resolv.conf;

@@ -58,7 +58,7 @@ class Budget:
 
 
 class LayerStream:
-    """What a layer unpacks to, to be read to its end and then `finish`ed.
+    """The archive in a layer, to be read to its end and then `finish`ed.
 
     `digest` and `size` are of the stored bytes, `diff_id` of the unpacked ones; None is not
     checked.

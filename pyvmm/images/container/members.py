@@ -281,7 +281,7 @@ class _Archive:
 
 
 class _Content:
-    """What a file holds, to be read from its start to its end."""
+    """The contents of a file, to be read from its start to its end."""
 
     def __init__(self, archive: _Archive, member: Member) -> None:
         self._archive = archive

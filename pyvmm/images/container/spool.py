@@ -20,7 +20,7 @@ class Spool:
         self._most = most
 
     def write(self, content: IO[bytes], size: int, what: str) -> tuple[int, int]:
-        """Where the `size` bytes that `content` is to have are: (offset, size).
+        """Append the `size` bytes of `content`: (offset, size).
 
         Raises Refused if it has fewer, or there are too many, and OSError.
         """

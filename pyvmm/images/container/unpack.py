@@ -20,7 +20,7 @@ _SKIPPABLE = (
 
 
 class Stored(Protocol):
-    """Where the bytes come from."""
+    """The source of the bytes."""
 
     def peek(self, size: int) -> bytes: ...
     def read(self, size: int = ...) -> bytes: ...

@@ -187,7 +187,7 @@ class BalloonDevice(VirtioDevice):
 
     @property
     def poison(self) -> int:
-        """What the driver fills free pages with, if it does."""
+        """The value that the driver fills free pages with, if it does."""
         return self._poison
 
     @property

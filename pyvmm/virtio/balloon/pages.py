@@ -1,4 +1,4 @@
-"""Which memory a driver gives back: page numbers and ranges that are checked and joined.
+"""Memory that a driver gives back: page numbers and ranges, checked and joined.
 
 Nothing here is trusted: what is not RAM is left out and counted.
 """

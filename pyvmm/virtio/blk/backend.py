@@ -1,4 +1,4 @@
-"""Where a disk's bytes are: a backend moves them between guest memory and its storage.
+"""Backends of disks: they move bytes between guest memory and their storage.
 
 A backend knows nothing of rings and requests; a new one (another format, a network disk, a function
 of the sector number) is a class with a few methods:

@@ -84,7 +84,7 @@ class BlockSizes(NamedTuple):
 
 
 class BlockConfig(NamedTuple):
-    """What the driver may learn about the disk.
+    """The disk's configuration, as the driver reads it.
 
     `capacity` is in sectors of 512 bytes; `seg_max` the most data segments of a request; `blk_size`
     the logical block in bytes; `physical_block_exp` says that a physical block is 2**exp logical

@@ -39,7 +39,7 @@ class DirectBackend(FileBackend):
             self._cut_off_tail()
 
     def _cut_off_tail(self) -> None:
-        # What is left of an odd tail cannot be read in one piece.
+        # The rest of an odd tail cannot be read in one piece.
         self.size_sectors -= self.size_sectors % (self.block // SECTOR)
 
     def resize(self, size: int | None) -> None:

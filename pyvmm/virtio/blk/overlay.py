@@ -236,7 +236,7 @@ class OverlayBackend(Backend):
             raise HostError(error.errno or 0, f"resize of {self._image.path}") from None
 
     def _zero_tail(self, old: Layout) -> None:
-        """What the last cluster has behind the old end, perhaps from before a shrink."""
+        """Clear the last cluster behind the old end, which may hold bytes from before a shrink."""
         left = -old.size % (1 << self._bits)
         if left and self._has(old.size >> self._bits):
             self._file.write_zeroes(old.size + old.data_offset, left, True)

@@ -1,4 +1,4 @@
-"""Where things are in an overlay's file; see `overlay`."""
+"""The layout of an overlay's file; see `overlay`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _GROWTH = 16  # and to this many times its size
 
 
 class Layout(NamedTuple):
-    """Where things are in an overlay's file, in bytes, for a disk of `size` bytes; of the base
+    """The layout of an overlay's file, in bytes, for a disk of `size` bytes; of the base
     `shown` bytes show through."""
 
     size: int
@@ -25,12 +25,12 @@ class Layout(NamedTuple):
 
     @property
     def bitmap_size(self) -> int:
-        """What the bitmap takes, in whole pages."""
+        """The size of the bitmap, in whole pages."""
         return _bitmap_size(self.size, self.cluster_bits)
 
     @property
     def file_size(self) -> int:
-        """What the file has at least."""
+        """The least size of the file."""
         bits = self.cluster_bits
         return self.data_offset + (self.size + (1 << bits) - 1 >> bits << bits)
 

@@ -37,7 +37,7 @@ NO_HEADER = -1  # the type of a request whose header could not be read
 
 
 class Request:
-    """What the driver asks for.
+    """A request of the driver.
 
     `type` and `sector` are the header's; `data` the data buffers, in place, `size` bytes in all.
     `status` is the one byte to answer in; `room` the writable bytes in front of it. `refusal` is

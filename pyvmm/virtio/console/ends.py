@@ -1,4 +1,4 @@
-"""Where a port's bytes go to and come from on the host: the user's terminal, or a Unix socket."""
+"""The host's end of a port: the user's terminal, or a Unix socket."""
 
 from __future__ import annotations
 

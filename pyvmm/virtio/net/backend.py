@@ -1,4 +1,4 @@
-"""Where frames go to and come from: a backend moves them, and knows nothing of rings.
+"""Backends of network devices: they send and receive frames, and know nothing of rings.
 
 Each frame is preceded by a struct virtio_net_hdr_v1 (`pyvmm.virtio.net.header`).
 """

@@ -37,7 +37,7 @@ def layout() -> dict[str, tuple[int, int]]:
 
 @dataclass(frozen=True)
 class NetConfig:
-    """What the driver may learn about its network card. `mac` is 6 bytes, `mtu` in bytes and
+    """The network card's configuration, as a driver reads it. `mac` is 6 bytes, `mtu` in bytes and
     without the Ethernet header; a `max_virtqueue_pairs` of 0 means that there is no choice."""
 
     mac: bytes

@@ -30,7 +30,7 @@ _MODES = {
 
 
 class Target(Protocol):
-    """What commands change. Each setter raises HostError if the host refuses."""
+    """The settings that commands change. A setter raises HostError if the host refuses."""
 
     def set_filter(self, filter: ReceiveFilter) -> None: ...
 

@@ -1,4 +1,4 @@
-"""What a network device counts, and how a frame looks in a trace."""
+"""The counters of a network device, and a frame in a trace."""
 
 from __future__ import annotations
 

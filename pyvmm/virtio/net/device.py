@@ -49,7 +49,7 @@ CONTROL_QUEUE_SIZE = 64
 
 
 class PairWorker(Protocol):
-    """Whoever serves a pair of queues, from `start` until `request_stop`; see `QueueWorker`."""
+    """A server of a pair of queues, from `start` until `request_stop`; see `QueueWorker`."""
 
     def start(self) -> None: ...
 
@@ -322,7 +322,7 @@ class NetDevice(QueueDevice):
             return None if self._lost else self._receivers[pair].serve(queue)
         except LinkLost as lost:
             self._lose_link(str(lost))
-            # What is in a transmit queue must not wait for ever.
+            # Frames in a transmit queue must not wait for ever.
             return self._transmitters[pair].serve(queue) if sends else None
 
     def _lose_link(self, why: str) -> None:

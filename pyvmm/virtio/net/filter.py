@@ -1,4 +1,4 @@
-"""Which incoming frames the driver wants: virtio 1.3, 5.1.6.5.1 Packet Receive Filtering and
+"""The driver's filter of incoming frames: virtio 1.3, 5.1.6.5.1 Packet Receive Filtering and
 5.1.6.5.2 Setting MAC Address Filtering.
 
 A filter is a value. The control queue's thread replaces it whole; receive threads use the one that

@@ -65,7 +65,7 @@ class _Waiting(NamedTuple):
 
 
 class Rules(NamedTuple):
-    """What was negotiated that concerns receiving. `largest` is the largest frame without
+    """The negotiated rules of receiving. `largest` is the largest frame without
     segmentation, or 0 for no limit."""
 
     mergeable: bool

@@ -57,7 +57,7 @@ _ALWAYS = mask(
     VIRTIO_NET_F_GUEST_ECN,
     VIRTIO_NET_F_GUEST_UFO,
 )
-# What the kernel answers for good, once the interface has gone (drivers/net/tun.c).
+# The kernel's answer for good, once the interface has gone (drivers/net/tun.c).
 _GONE = (errno.EBADFD, errno.EIO, errno.EBADF, errno.ENODEV)
 _MOST_UNREADABLE = 1000  # frames in a row
 _UNREADABLE = 1  # as a length: the receiver drops what is too short for a header

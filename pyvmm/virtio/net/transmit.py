@@ -75,7 +75,7 @@ class Transmitter:
             budget -= length
             if budget <= 0:
                 break
-        # What is kept back goes out before anything else does, so no kick is needed until then.
+        # The frame that is kept back goes out first, so no kick is needed until then.
         return FOR_SOURCE if channel.unsent else None
 
     def _carry_out(self, queue: Queue, chain: DescriptorChain, length: int) -> str | None:

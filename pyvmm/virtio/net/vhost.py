@@ -27,7 +27,7 @@ from pyvmm.virtio.net.uapi import VIRTIO_NET_F_MRG_RXBUF
 from pyvmm.virtio.offload import OffloadLock
 from pyvmm.virtio.queue.protocol import Queue
 
-# What of a driver's features the kernel must know of. All else concerns the tap, or only us.
+# The features of a driver that the kernel must know. The others concern the tap, or only us.
 KERNEL_FEATURES = mask(
     VIRTIO_F_INDIRECT_DESC, VIRTIO_F_EVENT_IDX, VIRTIO_F_VERSION_1, VIRTIO_NET_F_MRG_RXBUF
 )

@@ -86,7 +86,7 @@ class VhostNetDevice(NetDevice):
 
     def _worker(self, pair: int, queues: Sequence[Queue], activation: Activation) -> PairWorker:
         if not self._link_up:
-            # What comes is not for the driver. Nobody takes it from the tap until the link is up.
+            # The driver is to get no frames: they stay in the tap until the link is up.
             sending = [queue for queue in queues if queue.index & 1]
             return super()._worker(pair, sending or queues, activation)
         name, end = f"{self.name}-p{pair}", self._tap.channels[pair].readable.fd

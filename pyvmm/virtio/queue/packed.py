@@ -276,7 +276,7 @@ class PackedQueue(Ring):
             # Whether the descriptor it names is one that was just used: in [old, new).
             place = unpack_position(event & 0xFFFF, self.size)
             return (place - old) % (2 * self.size) < held
-        # What is reserved, or needs a feature that was not negotiated, loses no interrupt.
+        # No interrupt is lost by a reserved value, or one of a feature that was not negotiated.
         return kind != RING_EVENT_FLAGS_DISABLE
 
     def _pend_in_order(self) -> None:

@@ -70,7 +70,7 @@ class Queue(Protocol):
         """Somebody serves the queue from now on."""
 
     def end_serving(self) -> None:
-        """Whoever serves the queue is to end after the chain at hand."""
+        """Ask the worker that serves the queue to end after the chain at hand."""
 
     def claim(self, timeout: float = -1) -> bool:
         """Take `lock`, for which the batch in progress ends after the chain at hand; whether it

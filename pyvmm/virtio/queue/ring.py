@@ -1,4 +1,4 @@
-"""What split and packed virtqueues share: bounds, what is in flight, in-order batches, state.
+"""The common part of split and packed virtqueues: bounds, chains in flight, batches, state.
 
 The walks over descriptors are written out in each layout: they are most of what a request costs.
 """
@@ -39,12 +39,12 @@ _LOOKS = 16  # at the ring for each at the clock, while polling
 
 Self = TypeVar("Self", bound="Ring")
 
-# What `pop_buffers` took: address, length in bytes, position in the ring
+# A buffer that `pop_buffers` took: address, length in bytes, position in the ring
 PlainBuffer = tuple[int, int, int]
 
 
 class Ring(ABC):
-    """What the two layouts have in common. Not thread-safe: hold `lock` for a batch of operations.
+    """The common part of the two layouts. Not thread-safe: hold `lock` for a batch of operations.
 
     Positions are where in the ring the next chain is taken, `_next_avail`, and where the next one
     is returned, `_next_used`; the layouts count them differently.
@@ -207,7 +207,7 @@ class Ring(ABC):
         """Take and return chains that `peek_usual` gave; see Queue."""
 
     def _outer_places(self, first: int, last: int) -> tuple[Places, Places]:
-        """Where to look for the outer parts of chains of the usual form."""
+        """Views for the outer parts of chains of the usual form, by address."""
         found = self._outer.get((first, last))
         if found is None:
             ram = self._ram

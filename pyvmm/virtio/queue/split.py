@@ -320,7 +320,7 @@ class SplitQueue(Ring):
         self._unpublished.clear()
         self._unmarked.clear()
         if self._resubmitted:
-            # What was taken at the places before this one has been returned.
+            # All chains that were taken at earlier places have been returned.
             self._resubmitted = {
                 place: head
                 for place, head in self._resubmitted.items()

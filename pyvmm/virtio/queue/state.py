@@ -1,4 +1,4 @@
-"""What a virtqueue is made of, as plain data: the driver's configuration and the saved state.
+"""A virtqueue as plain data: the driver's configuration and the saved state.
 
 Both come from outside (a driver's register writes, a snapshot file, a vhost-user master) and are
 checked before use. The two layouts share the names of the split one: `avail_addr` is the driver
@@ -47,13 +47,13 @@ def is_valid_size(size: int, max_size: int, *, packed: bool = False) -> bool:
 
 
 def size_rule(max_size: int, *, packed: bool = False) -> str:
-    """What `is_valid_size` wants, for a message."""
+    """The rule of `is_valid_size`, for a message."""
     return f"{'a number' if packed else 'a power of two'} from 1 to {max_size}"
 
 
 @dataclass
 class QueueConfig:
-    """What the driver writes to a queue's registers; changes until the queue is ready.
+    """A queue's registers, as the driver writes them; they change until the queue is ready.
 
     `max_size` is the device's limit, `size` the number of descriptors. The addresses are
     guest-physical: descriptors, driver area and device area. `was_reset` says that the driver reset

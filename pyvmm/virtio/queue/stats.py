@@ -1,4 +1,4 @@
-"""What is counted of a queue, so that it costs a request next to nothing: once for each batch.
+"""The counters of a queue. They change once for each batch, which costs a request nearly nothing.
 
 Plain integers that one thread adds to at a time (whoever holds the queue's lock, or the device's
 for `interrupts`) and any thread reads. They live as long as the device, through all its resets.

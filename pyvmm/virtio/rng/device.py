@@ -38,7 +38,7 @@ class EntropyDevice(QueueDevice):
         return {"bytes_to_guest": self._bytes}
 
     def size_of(self, chain: DescriptorChain) -> int:
-        """What `serve` makes for it; a limit counts it."""
+        """The number of bytes that `serve` makes for it; a limit counts them."""
         return min(chain.writable_size, MOST_BYTES)
 
     def serve(self, queue: Queue) -> None:

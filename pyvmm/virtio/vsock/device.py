@@ -151,7 +151,7 @@ class VsockDevice(VirtioDevice):
         return told
 
     def packet_hook(self) -> Callable[[Header], None] | None:
-        """What takes each packet's header for the trace, if somebody listens."""
+        """The trace's function for packet headers, or None."""
         trace, name = self._trace, self.name
         return None if trace is None else lambda header: trace(PacketEvent(name, header))
 

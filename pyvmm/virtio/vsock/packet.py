@@ -34,7 +34,7 @@ class Header(NamedTuple):
 
 @dataclass
 class Counters:
-    """What has gone through a device since the start; bytes are payload."""
+    """Counters of a device since the start; bytes are payload."""
 
     packets_from_guest: int = 0
     packets_to_guest: int = 0

@@ -28,7 +28,7 @@ _U32 = 0xFFFF_FFFF
 
 
 class State(Enum):
-    """Where a stream is in its life (5.10.6.5 Stream Sockets)."""
+    """The states of a stream's life (5.10.6.5 Stream Sockets)."""
 
     REQUESTED = "the guest has not answered our REQUEST yet"
     CONNECTED = "both ends know each other"
