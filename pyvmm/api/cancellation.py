@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 class Cancelled(Exception):
-    """What this thread waited for is not wanted any more."""
+    """The call that this thread waited for has been cancelled."""
 
 
 class Cancellation:
@@ -90,7 +90,7 @@ def woken_by(wake: Callable[[], object]) -> Iterator[None]:
 
 
 async def in_thread(call: Callable[..., T], *args: Any, **options: Any) -> T:
-    """What `call` returns, called in a thread of its own."""
+    """The result of `call`, which runs in a thread of its own."""
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
     cancellation = Cancellation()

@@ -17,7 +17,7 @@ TIMEOUT_SECONDS = 30.0
 
 
 class Console:
-    """What a guest says and is told. After `expect`, `before` is the text in front of the match,
+    """A guest's console. After `expect`, `before` is the text in front of the match,
     `after` the match, and `match` a re.Match or, after `expect_exact`, the string.
 
     Lines end with "\\r\\n", as pexpect's do on every terminal; in `text` they end with "\\n".

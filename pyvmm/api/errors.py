@@ -1,4 +1,4 @@
-"""What goes wrong with a VM, as exceptions. Each has the end of the guest's console with it."""
+"""Errors of a VM, as exceptions. Each has the end of the guest's console with it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Outcome(NamedTuple):
 
     @property
     def ending(self) -> Ending | None:
-        """What `exit_code` means, if it is one of a VM that ran."""
+        """The meaning of `exit_code`, if it is one of a VM that ran."""
         try:
             return Ending(self.exit_code)
         except ValueError:

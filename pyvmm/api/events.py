@@ -1,4 +1,4 @@
-"""What happens to a VM, as values."""
+"""Events of a VM, as values."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a VM's guest is asked to do, by its agent."""
+"""Requests to a VM's guest, by its agent."""
 
 from __future__ import annotations
 

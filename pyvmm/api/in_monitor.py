@@ -27,7 +27,7 @@ class InMonitor(ABC):
         """The monitor's answer to the control socket's `method`, which may take so many seconds."""
 
     def status(self) -> dict[str, Any]:
-        """What it is and whether it runs: the control socket's `status`."""
+        """The VM and its state: the control socket's `status`."""
         return self._ask("status")
 
     def stats(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a guest has said on its console: written by one thread, read by any number from anywhere."""
+"""The output of a guest's console: written by one thread, read by any number from anywhere."""
 
 from __future__ import annotations
 

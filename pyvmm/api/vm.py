@@ -119,7 +119,7 @@ class VM(InGuest, InMonitor):
         of a `with` block. Raises ConfigError if there is none."""
         from pyvmm.api.attached import AttachedMonitor
 
-        # What it was made from is known to its monitor only; `status` tells.
+        # Only its monitor knows the specification; `status` tells.
         vm = cls(kernel="/", name=name, vsock=False)
         vm._monitor = AttachedMonitor(name)
         vm._attached = True
@@ -288,7 +288,7 @@ class VM(InGuest, InMonitor):
 
     @property
     def console(self) -> Console:
-        """What the guest says and is told."""
+        """The guest's console."""
         monitor = self._ours()
         if self._console is None:
             from pyvmm.api.console import Console

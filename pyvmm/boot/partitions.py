@@ -265,7 +265,7 @@ def _holds(disk: str, one: Partition) -> str:
 
 
 def _needs(one: Partition) -> str:
-    """What it takes to mount it: our initramfs has ext4 alone."""
+    """Advice on how to mount it: our initramfs has ext4 alone."""
     if one.content.kind == "ext4":
         return ""
     return f"rootfstype={one.content.kind} and an --initrd that has its driver"

@@ -81,7 +81,7 @@ def check_emulated_host() -> Iterator[Check]:
 
 
 def check_networks() -> Iterator[Check]:
-    """What `--net` can be connected to."""
+    """The network backends that `--net` can use here."""
     from pyvmm import images
     from pyvmm.host import passt, tap
 
@@ -115,7 +115,7 @@ def check_packages() -> Iterator[Check]:
 
 
 def check_images() -> Iterator[Check]:
-    """What has been built; nothing is wrong with an image that has not been."""
+    """The images that have been built; an image that has not been is no fault."""
     from pyvmm import images
 
     for name, folder in images.listing():

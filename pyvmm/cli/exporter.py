@@ -126,7 +126,7 @@ class _TooLarge(Exception):
 
 
 class _Bounded(io.BufferedIOBase):
-    """What a client sends, MAX_REQUEST bytes of it."""
+    """A client's request, MAX_REQUEST bytes of it."""
 
     def __init__(self, source: Any) -> None:
         self._source = source

@@ -1,4 +1,4 @@
-"""What a guest has said, made harmless for a terminal.
+"""A guest's output, made harmless for a terminal.
 
 A terminal obeys what is shown on it: control sequences move the cursor over what was there before,
 change its title, and make some answer as if the user had typed. What an untrusted guest has said
@@ -56,7 +56,7 @@ class PlainText:
         return "".join(shown)
 
     def end(self) -> str:
-        """What was held back, as the beginning of something that has not come."""
+        """The text that was held back as the beginning of a sequence."""
         held, self._held = self._held + self._decoder.decode(b"", final=True), ""
         return "".join("\n" if char == "\r" else _visible(char) for char in held)
 

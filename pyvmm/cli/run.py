@@ -120,7 +120,7 @@ def run(
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """What the command line says, by the names of the options."""
+    """The values on the command line, by the names of the options."""
     context = click.get_current_context()
     default = click.core.ParameterSource.DEFAULT
     return {

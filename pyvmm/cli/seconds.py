@@ -1,4 +1,4 @@
-"""What `--timeout`, `--wait` and `--interval` take."""
+"""The values of `--timeout`, `--wait` and `--interval`."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ Plain = dict[str, Any]
 
 
 class Look(NamedTuple):
-    """What a VM said, and when, by time.monotonic()."""
+    """A VM's answer, and its time by time.monotonic()."""
 
     at: float
     status: Plain
@@ -79,7 +79,7 @@ def top(vm: str | None, interval: float, once: bool) -> None:
 
 
 def _look(vm: str | None) -> dict[str, Look]:
-    """What each VM says now; those that do not answer are left out."""
+    """The answer of each VM; those that do not answer are left out."""
     found = {}
     for name in registry.running() if vm is None else [vm]:
         try:
@@ -196,7 +196,7 @@ def _count(rate: float) -> str:
 
 
 class Rates:
-    """What has changed from one look to the next, per second."""
+    """The changes from one look to the next, per second."""
 
     def __init__(self, before: Look, now: Look) -> None:
         """The same look twice gives zeros, and so does a VM that has taken another's name."""

@@ -1,4 +1,4 @@
-"""What made KVM_RUN return, as values: one type per exit reason of <linux/kvm.h>.
+"""The exits of KVM_RUN, as values: one type per exit reason of <linux/kvm.h>.
 
 `Vcpu.exit` makes them (exit_decoding.py). They hold copies, so they stay true after the next
 KVM_RUN. The hot path (loop.py) does without.

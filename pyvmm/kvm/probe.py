@@ -69,7 +69,7 @@ def probe(guest: ProbeGuest) -> KvmProbe:
 
 
 def verdict(failures: tuple[str, ...], instructions_per_second: float) -> KvmProbe:
-    """What the findings mean."""
+    """The meaning of the findings."""
     millions = f"{instructions_per_second / 1e6:,.0f} million instructions a second"
     interpreted = instructions_per_second < ENOUGH_INSTRUCTIONS_PER_SECOND
     if not failures and not interpreted:

@@ -1,4 +1,4 @@
-"""What KVM itself counts: binary statistics (KVM API, 4.133 KVM_GET_STATS_FD).
+"""KVM's own counters: binary statistics (KVM API, 4.133 KVM_GET_STATS_FD).
 
 The file describes itself: a header, a descriptor for each statistic, then the values. So what a
 newer kernel counts shows without a line changed here.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from pyvmm.kvm.exits import Exit
 
 EXIT_INTR: Final = uapi.KVM_EXIT_INTR
-"""What `Vcpu.run` returns for EINTR and for immediate_exit: nothing happened in the guest."""
+"""`Vcpu.run` returns this for EINTR and for immediate_exit: nothing happened in the guest."""
 
 _IMMEDIATE_EXIT = ffi.offsetof("struct kvm_run", "immediate_exit")
 _EXIT_REASON_U32 = ffi.offsetof("struct kvm_run", "exit_reason") // 4

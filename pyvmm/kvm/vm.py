@@ -62,7 +62,7 @@ class Vm(syscalls.Closable):
         struct_ioctl(self.fd, uapi.KVM_SET_USER_MEMORY_REGION, region, "KVM_SET_USER_MEMORY_REGION")
 
     def get_dirty_log(self, slot: int, size: int) -> bytes:
-        """Which pages of `slot`, `size` bytes long, the guest wrote since the last call.
+        """The pages of `slot`, `size` bytes long, that the guest wrote since the last call.
 
         One bit per page, lowest first, padded to 64 pages. The slot needs KVM_MEM_LOG_DIRTY_PAGES.
         Raises HostError (ENOENT: the slot does not log).

@@ -27,7 +27,7 @@ _BACKGROUND_CHECK = 0.25  # seconds
 
 
 class InputPort(Protocol):
-    """Where input goes: `Serial`, for one."""
+    """A receiver of input, such as `Serial`."""
 
     def enqueue_input(self, data: bytes) -> int: ...
 

@@ -16,7 +16,7 @@ CONSOLE_HELP = "Ctrl-A d       leave the console; the VM runs on\n" + HELP
 
 
 class Command(enum.Enum):
-    """What the user asks of the monitor."""
+    """A request of the user to the monitor."""
 
     QUIT = "quit"
     HELP = "help"

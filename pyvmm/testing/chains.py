@@ -41,7 +41,7 @@ class LegalChain:
 
     @property
     def content(self) -> bytes:
-        """What the readable parts hold, joined."""
+        """The contents of the readable parts, joined."""
         return bytes(number * 7 % 251 for number in range(sum(self.readable)))
 
     def offer(self, queue: MockDriver) -> Chain:

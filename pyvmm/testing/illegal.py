@@ -1,4 +1,4 @@
-"""What no driver may put into a ring, by name, for tests to be parametrised over.
+"""Chains that no driver may put into a ring, by name, for tests to be parametrised over.
 
     @pytest.mark.parametrize("illegal", illegal_chains("split"), ids=str)
     def test_hostile(illegal):
@@ -322,4 +322,4 @@ ILLEGAL = (
     IllegalChain("empty readable buffer", _BUFFERS, _elements_of(_buffer(0)), "contained"),
     IllegalChain("empty writable buffer", _BUFFERS, _elements_of(_buffer(0, WRITE)), "contained"),
 )
-"""What a device has to survive, one rule broken at a time."""
+"""Chains that a device has to survive, one broken rule in each."""

@@ -54,7 +54,7 @@ class Registers(Protocol):
 
 
 class Doorbell(Protocol):
-    """What stands for a write to QueueNotify, as an ioeventfd does."""
+    """A stand-in for a write to QueueNotify, as an ioeventfd is one."""
 
     def signal(self) -> None: ...
 
@@ -82,7 +82,7 @@ class InterruptLine:
 
 
 class IrqFd(Closable):
-    """What KVM's irqfd does: each signal of `eventfd` raises an interrupt."""
+    """A stand-in for KVM's irqfd: each signal of `eventfd` raises an interrupt."""
 
     def __init__(self, irq: InterruptLine) -> None:
         self.eventfd = EventFd()

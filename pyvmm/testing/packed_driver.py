@@ -97,7 +97,7 @@ class MockPackedDriver(MockDriver):
 
     @property
     def next_position(self) -> int:
-        """Where the next chain will begin: offset, and the wrap counter in bit 15."""
+        """The place of the next chain: offset, and the wrap counter in bit 15."""
         return self._encode(self._next)
 
     def _encode(self, position: int) -> int:
@@ -190,7 +190,7 @@ class MockPackedDriver(MockDriver):
 
     @property
     def device_event(self) -> EventSuppression:
-        """What the device says of its kicks (2.8.10)."""
+        """The device's wish for kicks (2.8.10)."""
         position, flags = self._device_event
         return EventSuppression(position % WRAP, position // WRAP, flags & 3)
 
@@ -202,7 +202,7 @@ class MockPackedDriver(MockDriver):
 
     @property
     def driver_event(self) -> EventSuppression:
-        """What the driver says of its interrupts; settable, to anything."""
+        """The driver's wish for interrupts; settable, to anything."""
         position, flags = self._driver_event
         return EventSuppression(position % WRAP, position // WRAP, flags)
 

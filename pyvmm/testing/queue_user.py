@@ -1,4 +1,4 @@
-"""What every mock driver does with queues that have been set up, whatever the transport."""
+"""The part of a mock driver that uses queues which are set up, over any transport."""
 
 from __future__ import annotations
 

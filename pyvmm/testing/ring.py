@@ -1,4 +1,4 @@
-"""What the driver's ends of split and packed virtqueues have in common: one interface for both.
+"""The common part of the driver's ends of split and packed virtqueues: one interface for both.
 
 A test that is written against `MockDriver` runs over both rings:
 
@@ -103,7 +103,7 @@ class MockDriver(ABC):
         self._chains: dict[int, Chain] = {}
         self._order: deque[int] = deque()  # heads in the order in which they were made available
         self._implied: deque[Used] = deque()  # returned by a later buffer's used element
-        # What `_take` hands out: descriptors of a table, or ids of buffers.
+        # The supply of `_take`: descriptors of a table, or ids of buffers.
         self._free: deque[int] = deque(range(size))
 
     # --- making chains ---------------------------------------------------------------------------
@@ -247,7 +247,7 @@ class MockDriver(ABC):
         """The chain's descriptors may be used again."""
 
     def contents(self, chain: Chain) -> bytes:
-        """What lies in the chain's writable buffers now, joined."""
+        """The present contents of the chain's writable buffers, joined."""
         return b"".join(self.memory.read(*buffer) for buffer in chain.writable)
 
     # --- interrupts ------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What the transports have in common: a device, its doorbells, and what it agrees on with a driver.
+"""The common part of the transports: a device, its doorbells, and what it agrees on with a driver.
 
 The rest of the monitor knows a transport by this interface. How its driver reaches it is told by a
 module for each: `pyvmm.transport.mmio` (virtio 1.3, 4.2 Virtio Over MMIO).

@@ -1,4 +1,4 @@
-"""What the transport tells a trace: register accesses, by name and with decoded values."""
+"""Events of a transport for a trace: register accesses, by name and with decoded values."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class BadAccess(NamedTuple):
 
 
 def decode(kind: str, value: int, state: DeviceState, feature_names: Mapping[int, str]) -> str:
-    """What `value` of a register that is decoded as `kind` means, in the specification's names."""
+    """The meaning of a register's `value`, decoded as `kind`, in the specification's names."""
     if kind == "status":
         return status.describe(value)
     if kind == "interrupt":

@@ -1,4 +1,4 @@
-"""What kind of kernel a file is, by its first bytes; what is no kernel gets a clear word."""
+"""The kind of a kernel file, by its first bytes; a clear message for any other file."""
 
 from __future__ import annotations
 

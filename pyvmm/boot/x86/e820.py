@@ -1,4 +1,4 @@
-"""What the guest is told of its physical memory: the E820 map, the same for every way to boot."""
+"""The guest's map of its physical memory: E820, the same for every way to boot."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def _payload(kernel: ImageFile) -> bytes:
 
 
 def _unpack(kernel: ImageFile, payload: bytes) -> Iterator[bytes]:
-    """What it unpacks to, in pieces that are not empty."""
+    """The unpacked bytes, in pieces that are not empty."""
     if payload.startswith(_ELF_MAGIC):
         yield payload  # CONFIG_KERNEL_UNCOMPRESSED
         return

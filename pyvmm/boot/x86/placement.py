@@ -1,4 +1,4 @@
-"""Where the initrd goes: as high as kernel and RAM let it, so that it is in nobody's way."""
+"""The initrd's place: as high as kernel and RAM allow, out of the kernel's way."""
 
 from __future__ import annotations
 

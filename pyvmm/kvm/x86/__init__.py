@@ -1,1 +1,1 @@
-"""What is x86 about a KVM virtual CPU: registers, CPUID, MSRs, local APIC."""
+"""The x86 part of a KVM virtual CPU: registers, CPUID, MSRs, local APIC."""

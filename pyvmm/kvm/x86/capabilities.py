@@ -1,4 +1,4 @@
-"""What pyvmm needs of KVM on x86, beyond ../capabilities.py."""
+"""KVM's capabilities that pyvmm needs on x86, beyond ../capabilities.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stopped an x86 vCPU for a debugger."""
+"""The reasons for which an x86 vCPU stops for a debugger."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ class DebugStop(NamedTuple):
 
 
 def debug_stop(event: Debug) -> DebugStop:
-    """What `event`, an exit of an x86 vCPU, says."""
+    """The meaning of `event`, an exit of an x86 vCPU."""
     arch = ffi.from_buffer("struct kvm_debug_exit_arch *", event.arch)
     return DebugStop(arch.exception, arch.pc, arch.dr6, arch.dr7)

@@ -15,12 +15,12 @@ _MASKED = 1 << 16  # Intel 82093AA data sheet, 3.2.4 "I/O Redirection Table Regi
 
 
 def set_tss_addr(vm: Vm, addr: int) -> None:
-    """Where Intel's KVM may put three pages of its own; nothing else may be there."""
+    """Give Intel's KVM the place of three pages of its own; nothing else may be there."""
     syscalls.ioctl(vm.fd, uapi.KVM_SET_TSS_ADDR, addr, "KVM_SET_TSS_ADDR")
 
 
 def set_identity_map_addr(vm: Vm, addr: int) -> None:
-    """Where Intel's KVM may put one page of its own. Call it before any vCPU is created."""
+    """Give Intel's KVM the place of one page of its own. Call it before any vCPU is created."""
     where = ffi.new("uint64_t *", addr)
     struct_ioctl(vm.fd, uapi.KVM_SET_IDENTITY_MAP_ADDR, where, "KVM_SET_IDENTITY_MAP_ADDR")
 

@@ -1,1 +1,1 @@
-"""What a PC has at fixed I/O ports: keyboard controller reset, ACPI power registers, CMOS clock."""
+"""A PC's fixed I/O ports: keyboard controller reset, ACPI power registers, CMOS clock."""

@@ -35,7 +35,7 @@ _OWN_FEATURES = features.mask(protocol.VHOST_USER_F_PROTOCOL_FEATURES)
 
 
 class Reply(NamedTuple):
-    """What answers a request; the file descriptors stay ours."""
+    """The answer to a request; the file descriptors stay ours."""
 
     payload: bytes
     fds: tuple[int, ...] = ()
@@ -107,7 +107,7 @@ class BackEnd:
             reply = self._call(request, message)
         except PyvmmError as error:
             name = f"{request.name} refused: " if request is not None else ""
-            # Where it waits for another reply, or for none, the front end cannot be told.
+            # A front end that waits for another reply, or for none, cannot be told.
             if not acknowledged or (request is not None and request.replies):
                 raise FrontEndError(f"{name}{error}") from None
             self.negotiation.warn(f"{name}{error}")

@@ -25,7 +25,7 @@ class Slot(NamedTuple):
 
 
 class MemoryTable:
-    """Which regions there are, and the `memory` that they make up."""
+    """The front end's regions, and the `memory` that they make up."""
 
     def __init__(self) -> None:
         self.memory = LentMemory()
@@ -57,7 +57,7 @@ class MemoryTable:
         self._slots = kept
 
     def guest_address(self, user_addr: int) -> int:
-        """Where in the guest `user_addr` of the front end is. Raises FrontEndError."""
+        """The guest-physical address of the front end's `user_addr`. Raises FrontEndError."""
         for slot in self._slots:
             if 0 <= user_addr - slot.user_addr < slot.size:
                 return slot.guest_addr + user_addr - slot.user_addr

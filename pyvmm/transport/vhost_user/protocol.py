@@ -40,7 +40,7 @@ PROTOCOL_FEATURES = (
     | 1 << VHOST_USER_PROTOCOL_F_RESET_DEVICE
     | 1 << VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS
 )
-"""What we offer."""
+"""The protocol features that we offer."""
 
 # --- Payloads ------------------------------------------------------------------------------------
 NOTHING = Struct("")

@@ -1,4 +1,4 @@
-"""What a front end has said of one ring, and where the ring stands."""
+"""One ring: the front end's settings for it, and its state."""
 
 from __future__ import annotations
 
