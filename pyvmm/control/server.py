@@ -61,7 +61,7 @@ class _Client:
         return not busy and b"\n" in self.received
 
 
-def _answered(id: int | str | None, find: Callable[[], Any]) -> bytes:
+def answered(id: int | str | None, find: Callable[[], Any]) -> bytes:
     """The answer that `find` returns or raises; none if it comes later."""
     try:
         result = find()
@@ -223,7 +223,7 @@ class ControlServer:
             request = parse_request(line)
         except ControlError as error:
             return error_line(None, error.code, str(error))
-        return _answered(request.id, partial(self._result, client, request))
+        return answered(request.id, partial(self._result, client, request))
 
     def _result(self, client: _Client, request: Request) -> Any:
         method = self._find(request.method)
@@ -253,7 +253,7 @@ class ControlServer:
         client.waits = True
 
     def _answer_later(self, client: _Client, id: int | str | None, later: Later) -> None:
-        self._late.append((client, _answered(id, later.run)))
+        self._late.append((client, answered(id, later.run)))
         if not self._stopping:
             with suppress(OSError, HostError):  # it has just ended
                 self._wake.signal()

@@ -36,6 +36,14 @@ class DiskService:
         self._qmp = qmp
         self._busy = Lock()
 
+    def add(self, path: str, number: int, disk: HostDisk) -> None:
+        """`disk`, which is number `number`, is known inside by `path` from now on."""
+        self._disks[path] = number, disk
+
+    def drop(self, path: str) -> None:
+        """What was known by `path` has gone."""
+        self._disks.pop(path, None)
+
     def connect(self) -> Socket:
         """The other end of a connection; a thread answers at ours. Raises HostError, EAGAIN while
         there is another."""

@@ -16,8 +16,8 @@ from pyvmm.host.qcow2 import Layer, blockdev
 
 SECTOR = 512
 _QCOW2_SETS = 1000  # numbers for the files of one disk; there are fewer disks than that
-# Else QEMU stops its machine when the file system is full, and nobody is there to let it go on.
-_ON_ERROR = "werror=report,rerror=report"
+BRIDGE = "plugs"  # behind which disks can come and go
+SPARE_PORTS = 8  # for streams that come later
 PROCESS_NAME = "pyvmm-emulator"  # at most 15 characters
 
 
@@ -79,6 +79,7 @@ def qemu_arguments(
         *_port_arguments(ports, stream_fds),
         *_root_arguments(),
         *_disk_arguments(disks),
+        *("-device", f"pcie-pci-bridge,id={BRIDGE}"),
     ]
 
 
@@ -94,7 +95,7 @@ def _port_arguments(ports: Sequence[Port], stream_fds: Sequence[int]) -> list[st
     rows = [(port.number, port.name, port.theirs.fileno()) for port in others]
     rows += [(first + n, f"stream{n}", fd) for n, fd in enumerate(stream_fds)]
     rows.append((control.number, control.name, control.theirs.fileno()))
-    arguments = ["-device", f"virtio-serial-pci,max_ports={len(rows) + 1}"]
+    arguments = ["-device", f"virtio-serial-pci,max_ports={len(rows) + 1 + SPARE_PORTS}"]
     for number, name, fd in rows:
         arguments += [
             *("-chardev", f"socket,id={name},fd={fd}"),
@@ -110,11 +111,17 @@ def _disk_arguments(disks: Sequence[OpenDisk | Qcow2Disk]) -> list[str]:
             arguments += _qcow2_nodes(index, disk)
         else:
             arguments += _raw_nodes(index, disk)
-        arguments += [
-            "-device",
-            f"virtio-blk-pci,drive=disk{index},serial=pyvmm{index},{_ON_ERROR}",
-        ]
+        device = disk_device(f"disk{index}", f"pyvmm{index}")
+        driver, *options = device.items()
+        arguments += ["-device", ",".join((driver[1], *(f"{key}={word}" for key, word in options)))]
     return arguments
+
+
+def disk_device(node: str, serial: str) -> dict[str, str]:
+    """The device in front of a node, as QMP's device_add has it."""
+    # Else QEMU stops its machine when the file system is full, and nobody is there to let it go on.
+    on_error = {"werror": "report", "rerror": "report"}
+    return {"driver": "virtio-blk-pci", "drive": node, "serial": serial, **on_error}
 
 
 def _raw_nodes(index: int, disk: OpenDisk) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from threading import Lock
 from typing import Any
 
 from pyvmm.emulated_host.spec import EmulatedHostError
@@ -14,28 +15,34 @@ _MAX_LINE = 1 << 20
 
 class Qmp:
     """A QMP monitor at a connected socket, which stays the caller's. Nothing is said before the
-    first command, and QEMU says nothing before that but its greeting."""
+    first command, and QEMU says nothing before that but its greeting. Any thread may use it."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._received = b""
         self._ready = False
         self._id = 0
+        self._lock = Lock()
 
-    def execute(self, command: str, **arguments: object) -> Any:
-        """The command's result. Raises EmulatedHostError for an error or no answer."""
-        if not self._ready:
-            self._connection.settimeout(_PATIENCE)
-            self._read()  # the greeting
-            self._call("qmp_capabilities", {})
-            self._ready = True
-        return self._call(command, arguments)
+    def execute(self, command: str, fd: int | None = None, /, **arguments: object) -> Any:
+        """The command's result; `fd` is a descriptor that goes with it. Raises EmulatedHostError
+        for an error or no answer."""
+        with self._lock:
+            if not self._ready:
+                self._connection.settimeout(_PATIENCE)
+                self._read()  # the greeting
+                self._call("qmp_capabilities", {})
+                self._ready = True
+            return self._call(command, arguments, fd)
 
-    def _call(self, command: str, arguments: dict[str, object]) -> Any:
+    def _call(self, command: str, arguments: dict[str, object], fd: int | None = None) -> Any:
         self._id += 1  # an answer that came too late is not taken for the next one
         request = {"execute": command, "arguments": arguments, "id": self._id}
         try:
-            self._connection.sendall(json.dumps(request).encode() + b"\n")
+            line = json.dumps(request).encode() + b"\n"
+            if fd is not None:  # with the first byte
+                line = line[socket.send_fds(self._connection, [line], [fd]) :]
+            self._connection.sendall(line)
         except OSError as error:
             raise EmulatedHostError(f"QEMU takes no commands: {error.strerror}") from None
         while True:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
+from functools import partial
 
 from pyvmm.emulated_host.disks import DiskService
+from pyvmm.emulated_host.plugs import Plugger
 from pyvmm.emulated_host.ports import Port
 from pyvmm.emulated_host.qmp import Qmp
-from pyvmm.emulated_host.spec import EmulatedHostSpec
+from pyvmm.emulated_host.spec import EmulatedHostSpec, Plugs
 from pyvmm.errors import HostError
 from pyvmm.host import log, unix_sockets
 from pyvmm.host.syscalls import allow_descriptors
@@ -26,8 +29,24 @@ def outside_end(spec: EmulatedHostSpec, ports: list[Port], qmp: Qmp) -> Multiple
     if port is None:
         return None
     allow_descriptors(DESCRIPTORS)
-    services = {DISK_SERVICE: DiskService(spec, qmp).connect, **spec.services}
-    listeners = [Listener(item.socket, item.path, item.owner_only) for item in spec.sockets_in]
+    disks = DiskService(spec, qmp)
+    services = {DISK_SERVICE: disks.connect, **spec.services}
+    plugger = Plugger(spec, qmp, disks)
+    plugs = Plugs(
+        plugger.plug_disk,
+        plugger.plug_stream,
+        lambda path: made.connect(path),
+        lambda socket, path: made.take_back(socket, path),
+    )
+    listeners = [
+        Listener(
+            item.socket,
+            item.path,
+            item.owner_only,
+            None if item.take is None else partial(_take, item.take, plugs),
+        )
+        for item in spec.sockets_in
+    ]
 
     def reach(name: str) -> Socket:
         service = services.get(name)
@@ -40,7 +59,14 @@ def outside_end(spec: EmulatedHostSpec, ports: list[Port], qmp: Qmp) -> Multiple
     def say(reason: str) -> None:
         log.to_stderr(f"sockets into the emulated KVM host are cut off: {reason}")
 
-    return Multiplexer(port.ours.fileno(), OUTSIDE, reach=reach, listeners=listeners, on_broken=say)
+    made = Multiplexer(port.ours.fileno(), OUTSIDE, reach=reach, listeners=listeners, on_broken=say)
+    return made
+
+
+def _take(
+    take: Callable[[bytes, Plugs], Callable[[Socket], None] | None], plugs: Plugs, said: bytes
+) -> Callable[[Socket], None] | None:
+    return take(said, plugs)
 
 
 def connect_now(path: str) -> Socket:

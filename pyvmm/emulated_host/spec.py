@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pyvmm.errors import PyvmmError
 from pyvmm.host.qcow2 import Layer
@@ -76,11 +78,15 @@ class HostSink:
 @dataclass(frozen=True)
 class HostListener:
     """A listening Unix socket of the machine: connections to it reach whoever listens at `path`
-    inside. With `owner_only`, those of other users are closed at once."""
+    inside. With `owner_only`, those of other users are closed at once.
+
+    `take` sees what each connection says first. If it returns something, that is called with the
+    connection, which goes nowhere else; it must not wait."""
 
     path: str
     socket: Socket
     owner_only: bool = False
+    take: Callable[[bytes, Plugs], Callable[[Socket], None] | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,17 @@ class HostStream:
 
     path: str
     fd: int
+
+
+class Plugs(NamedTuple):
+    """How something gets into the emulated host: `plug_disk` and `plug_stream` until `closing`
+    ends; `connect` reaches who listens at a path inside; `take_back` gives a connection that has
+    been taken from a listener back to it."""
+
+    plug_disk: Callable[[HostDisk, str, ExitStack], str]
+    plug_stream: Callable[[HostStream, ExitStack], str]
+    connect: Callable[[str], Socket]
+    take_back: Callable[[Socket, str], None]
 
 
 def _current_directory() -> str:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from pyvmm.monitor.stats import MachineStats
     from pyvmm.monitor.watch import Watch
 
+PLUG = "plug"  # what one side of an emulated host's border asks the other
+
 ResizeOutside = Callable[[str, int | None], None]
 
 
@@ -49,6 +51,10 @@ class MachineControl:
         """The one of `methods` that a request names; None if there is none. Kinds of devices that
         nobody asks about are not loaded for it."""
         found = self._of_machine().get(name)
+        if found is None and name == PLUG and self._resize_outside is not None:
+            from pyvmm.monitor import plugged_inside
+
+            found = Method(partial(plugged_inside.plug, self._hotplug), needs=plugged_inside.NEEDS)
         if found is None and name.endswith((".add", ".remove")):
             found = self._of_hotplug().get(name)
         found = found or registry.method(name, self._running())

@@ -30,6 +30,7 @@ from pyvmm.machine.builder import check_boot
 from pyvmm.machine.outcome import STOP_SECONDS, Ending
 from pyvmm.machine.trace import cannot_write
 from pyvmm.monitor import emulated_inside
+from pyvmm.monitor.emulated_plug import Plugging
 from pyvmm.platform.console import standard_fds
 from pyvmm.platform.escape import HELP, Command, EscapeParser
 from pyvmm.platform.terminal import Terminal, is_terminal
@@ -68,13 +69,14 @@ def run_emulated(
         if sinks:
             spec = replace(spec, trace_file=sinks[0].path)
         size = _size_service(crossings)
+        plugging = closing.enter_context(Plugging(spec, _visible, emulated_inside.CONTROL_PATH))
         host = EmulatedHostSpec(
             image=find_image(make=True),
             memory_mib=spec.memory // _MIB + OWN_MEMORY_MIB,
             cpus=cpus_for(spec.cpus),
             disks=tuple(disk for crossing in crossings for disk in crossing.disks),
             sinks=sinks,
-            sockets_in=(*_control_listener(control), *_device_listeners(crossings)),
+            sockets_in=(*_control_listener(control, plugging), *_device_listeners(crossings)),
             sockets_out=tuple(path for crossing in crossings for path in crossing.reached),
             streams=tuple(stream for crossing in crossings for stream in crossing.streams),
             services={} if size is None else {SERVICE: size.connect},
@@ -97,11 +99,11 @@ def _size_service(crossings: list[Crossing]) -> SizeService | None:
     return SizeService(stdout) if wanted and stdout is not None and is_terminal(stdout) else None
 
 
-def _control_listener(control: Socket | None) -> list[HostListener]:
+def _control_listener(control: Socket | None, plugging: Plugging) -> list[HostListener]:
     return (
         []
         if control is None
-        else [HostListener(emulated_inside.CONTROL_PATH, control, owner_only=True)]
+        else [HostListener(emulated_inside.CONTROL_PATH, control, True, take=plugging.take)]
     )
 
 

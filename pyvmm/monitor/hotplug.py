@@ -136,7 +136,8 @@ class Hotplug(Closable):
         is_inside: bool = False,
     ) -> None:
         """`tell` hears of events, `changed` of the machine's parts each time they are others.
-        `is_inside`: this is an emulated host, which the machine's files cannot get into."""
+        `is_inside`: this is an emulated host, which files of the machine only get into if the
+        monitor outside sees the request first (emulated_plug)."""
         self._machine = machine
         self._devices = devices
         self._trace = trace
@@ -153,11 +154,13 @@ class Hotplug(Closable):
 
     # --- a device comes ---------------------------------------------------------------------------
 
-    def add(self, kind: str, value: str | dict[str, Any]) -> dict[str, Any]:
+    def add(self, kind: str, value: str | dict[str, Any] | Spec) -> dict[str, Any]:
         """Open the device that `value` describes, as its option would, and plug it in; its `id`,
         and the PCI `slot` that it is in. Raises ConfigError, HostError."""
         self._bus()
         [spec] = self._read(kind, value)
+        if self._is_inside and isinstance(value, (str, dict)):
+            _check_crossing(kind, spec)
         with self._one_at_a_time:
             spec = self._checked(kind, spec)
             device = self._devices.open(spec)
@@ -185,8 +188,6 @@ class Hotplug(Closable):
         return specs
 
     def _checked(self, kind: str, spec: Any) -> Any:
-        if self._is_inside and not (kind == "rng" or getattr(spec, "storage", "") == "ram"):
-            raise ConfigError("nothing of this machine gets into an emulated KVM host that runs")
         whole = self._machine.parts.prepared.spec
         others = [part for part in whole.parts if part.kind == kind]
         if others and not registry.option_of(kind).many:
@@ -420,6 +421,14 @@ class Hotplug(Closable):
             thread.join()
         with self._one_at_a_time:
             pass  # one that has begun to add gives back what it has opened
+
+
+def _check_crossing(kind: str, spec: Spec) -> None:
+    if kind != "rng":
+        raise ConfigError(
+            "this machine's files and network do not get into the emulated KVM host so",
+            cure=f"make {kind}.add the first request of its connection",
+        )
 
 
 def _parts_of(parts: Parts) -> list[_Part]:

@@ -11,6 +11,7 @@ import errno
 import os
 import select
 import time
+from _socket import MSG_PEEK
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -55,11 +56,23 @@ _Watched = dict[int, tuple[int, object]]  # by descriptor: epoll's events, and w
 
 class Listener(NamedTuple):
     """Connections to `socket` lead to whoever the other end finds under `name`; with `owner_only`
-    those of other users are closed at once."""
+    those of other users are closed at once.
+
+    `take` sees what a connection says first, and returns what the connection is to be given to in
+    place of the other end, or None. Neither may wait."""
 
     socket: Socket
     name: str
     owner_only: bool = False
+    take: Callable[[bytes], Callable[[Socket], None] | None] | None = None
+
+
+class _Undecided:
+    """A connection that has said nothing yet."""
+
+    def __init__(self, socket: Socket, listener: Listener) -> None:
+        self.socket = socket
+        self.listener = listener
 
 
 class _Request:
@@ -112,6 +125,7 @@ class Multiplexer:
         self._full = False  # which has been said
         self._log = RateLimited()
         self._stopping = False
+        self._undecided: list[_Undecided] = []
         self._epoll = select.epoll()
         self._thread = Thread(target=self._main, name="socket-relay", daemon=True)
 
@@ -167,6 +181,13 @@ class Multiplexer:
         number = errno.ECONNREFUSED if answered or self._ended else errno.ETIMEDOUT
         raise HostError(number, f"connection to {name}")
 
+    def take_back(self, socket: Socket, name: str) -> None:
+        """`socket` is a connection that a listener to `name` has given away; what it says next
+        decides anew. Any thread may call it."""
+        listener = next(one for one in self._listeners.values() if one.name == name)
+        self._undecided.append(_Undecided(socket, listener))
+        self._wake.signal()
+
     # --- the thread ------------------------------------------------------------------------------
 
     def _main(self) -> None:
@@ -191,6 +212,8 @@ class Multiplexer:
         for request in (*self._waiting.values(), *self._asked):
             request.socket.close()
             request.answered.set()
+        for undecided in self._undecided:
+            undecided.socket.close()
 
     def _step(self) -> None:
         no_room, self._no_room = self._no_room, False
@@ -205,6 +228,8 @@ class Multiplexer:
                 self._accept(self._listeners[fd])
             elif isinstance(owner := self._watched[fd][1], Channel):
                 self._serve(owner, events)
+            elif isinstance(owner, _Undecided):
+                self._decide(owner)
         if not self._hold:
             self._answer_held()
         while self._asked:
@@ -222,6 +247,8 @@ class Multiplexer:
         # A listener that cannot be served would be ready for ever: it is looked at again later.
         if listen and self._listeners and self._has_slot():
             wanted.update((fd, (select.EPOLLIN, self)) for fd in self._listeners)
+        if listen:
+            wanted.update((one.socket.fileno(), (_READ, one)) for one in self._undecided)
         for channel in self._channels.values():
             events = self._events_of(channel)
             if channel.socket is not None and events is not None:
@@ -348,8 +375,34 @@ class Multiplexer:
         except HostError:
             self._no_room = True  # no more descriptors, for now
             return
-        if socket is not None:
+        if socket is None:
+            return
+        if listener.take is None:
             self._open(slot, socket, os.fsencode(listener.name))
+        else:
+            self._undecided.append(_Undecided(socket, listener))
+
+    def _decide(self, one: _Undecided) -> None:
+        """Whose the connection is, now that it has said something."""
+        assert one.listener.take is not None
+        try:
+            said = one.socket.recv(_CHUNK, MSG_PEEK)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            said = b""
+        slot = self._free_slot()
+        if said and slot is None:
+            self._no_room = True
+            return
+        self._undecided.remove(one)
+        give = one.listener.take(said) if said else None
+        if give is not None:
+            give(one.socket)
+        elif said and slot is not None:
+            self._open(slot, one.socket, os.fsencode(one.listener.name))
+        else:
+            one.socket.close()
 
     def _open_asked(self) -> None:
         """Open what was asked for; without a slot it is refused, as whoever asked may have other

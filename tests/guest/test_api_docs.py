@@ -56,6 +56,14 @@ def test_the_page_on_the_devices(tmp_path):
     assert [line.split()[0] for line in said[-len(names) :]] == names
 
 
+def test_the_page_on_devices_that_come_and_go(tmp_path):
+    said = run(tmp_path, "-c", "\n".join(python_blocks("docs/hotplug.md"))).splitlines()
+    assert said == [
+        "disk1 ['disk0', 'disk1', 'vsock']",
+        "['started', 'device_added', 'device_removed']",
+    ]
+
+
 def test_the_page_on_pytest(tmp_path):
     (tmp_path / "test_it.py").write_text("\n".join(python_blocks("docs/pytest.md")))
     said = run(tmp_path, "-m", "pytest", "-p", "no:cacheprovider", "--strict-markers", "-q")

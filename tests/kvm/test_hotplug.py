@@ -3,17 +3,14 @@ the slots."""
 
 from __future__ import annotations
 
-import os
-import time
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 from boot_images import Elf, Load
+from footprint import footprint, has_no_more_than
 
 from pyvmm import VM
 from pyvmm.control.protocol import ControlError
@@ -75,28 +72,6 @@ def vm(folder: Path, request: pytest.FixtureRequest) -> Iterator[VM]:
         yield made
 
 
-def left(vm: VM) -> Counter[str]:
-    """What the monitor has: descriptors by what they are, and threads."""
-    process = Path(f"/proc/{vm.pid}")
-    found: Counter[str] = Counter()
-    for fd in (process / "fd").iterdir():
-        with suppress(FileNotFoundError):
-            found[os.readlink(fd).partition(":[")[0]] += 1
-    for task in (process / "task").iterdir():
-        with suppress(FileNotFoundError):
-            name = (task / "comm").read_text().strip()
-            found["a thread"] += not name.startswith("kvm-")  # those are KVM's
-    return found
-
-
-def has_no_more_than(vm: VM, before: Counter[str]) -> None:
-    """The monitor sees a moment later that its clients have left."""
-    give_up_at = time.monotonic() + SAFETY_TIMEOUT
-    while more := left(vm) - before:
-        assert time.monotonic() < give_up_at, more
-        time.sleep(0.05)
-
-
 def test_what_comes_and_goes_leaves_nothing(vm: VM, folder: Path) -> None:
     # The first time it loads what it needs.
     for disk in ("ram:1M,id=data", f"{folder}/data,id=data"):
@@ -104,7 +79,7 @@ def test_what_comes_and_goes_leaves_nothing(vm: VM, folder: Path) -> None:
         vm.console.expect_exact("A", timeout=SAFETY_TIMEOUT)
         vm.remove_disk("data", timeout=SAFETY_TIMEOUT)
         vm.console.expect_exact("E", timeout=SAFETY_TIMEOUT)
-    before = left(vm)
+    before = footprint(vm.pid)
     for _ in range(ROUNDS):
         assert vm.add_disk(f"{folder}/data,id=data,queues=1") == "data"
         vm.console.expect_exact("A", timeout=SAFETY_TIMEOUT)
@@ -116,7 +91,7 @@ def test_what_comes_and_goes_leaves_nothing(vm: VM, folder: Path) -> None:
         vm.remove_disk("data", timeout=SAFETY_TIMEOUT)
         for _ in ("rng", "data"):
             vm.console.expect_exact("E", timeout=SAFETY_TIMEOUT)
-    has_no_more_than(vm, before)
+    has_no_more_than(vm.pid, before)
     assert vm.status()["devices"] == ["root"]
 
 

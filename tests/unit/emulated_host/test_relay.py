@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -43,7 +44,9 @@ def wait_for(condition: Callable[[], object]) -> None:
 class Ends:
     """Both ends of a relay. What either reaches are paths in `folder`; `path` leads to `inner`."""
 
-    def __init__(self, folder: Path, hold: bool = False) -> None:
+    def __init__(
+        self, folder: Path, hold: bool = False, take: Callable[[bytes], Any] | None = None
+    ) -> None:
         self.folder = folder
         self.broken: list[str] = []
         self.streams = unix_sockets.pair()
@@ -53,7 +56,7 @@ class Ends:
             self.streams[0].fileno(),
             OUTSIDE,
             reach=unix_sockets.connect,
-            listeners=[Listener(self.listener, self.inner, owner_only=True)],
+            listeners=[Listener(self.listener, self.inner, owner_only=True, take=take)],
             on_broken=self.broken.append,
         )
         self.inside = Multiplexer(
@@ -486,3 +489,38 @@ def test_sockets_of_long_paths(tmp_path: Path) -> None:
     with pytest.raises(HostError) as refused:
         unix_sockets.connect(path)
     assert refused.value.errno == errno.ECONNREFUSED
+
+
+# ---- connections that this end takes for itself
+
+
+def test_what_a_connection_says_first_decides_whose_it_is(tmp_path: Path) -> None:
+    taken: list[unix_sockets.Socket] = []
+
+    def take(said: bytes) -> Callable[[unix_sockets.Socket], None] | None:
+        return taken.append if said.startswith(b"ours") else None
+
+    ends = Ends(tmp_path, take=take)
+    try:
+        serve(ends.inner, echo)
+        silent = ends.call()  # which holds up no other
+        with ends.call() as theirs:
+            theirs.sendall(b"theirs")
+            assert theirs.recv(6) == b"theirs"
+        ours = ends.call()
+        ours.sendall(b"ours\n")
+        wait_for(lambda: taken)
+        mine = blocking(taken[0])
+        assert mine.recv(100) == b"ours\n"  # nothing was read from it
+        mine.sendall(b"done")
+        assert ours.recv(4) == b"done"
+        mine.setblocking(False)
+        ends.outside.take_back(unix_sockets.adopt(mine.detach()), ends.inner)
+        ours.sendall(b"then theirs")
+        assert ours.recv(11) == b"then theirs"
+        assert len(taken) == 1
+        for one in (silent, ours):
+            one.close()
+        wait_for(lambda: not ends.outside._undecided)
+    finally:
+        ends.close()

@@ -1,7 +1,4 @@
-"""Devices that come and go, up to where KVM would come in: the test plays the guest.
-
-tests/guest/test_linux_hotplug.py has Linux do it.
-"""
+"""Devices that come and go, up to where KVM would come in: the test plays the guest."""
 
 from __future__ import annotations
 

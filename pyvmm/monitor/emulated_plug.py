@@ -1,0 +1,202 @@
+"""Devices that come to a guest in an emulated host, as the machine outside sees it.
+
+Requests for them are caught on their way in: what a device has of this machine is opened here, by
+the user's own word, and gets in by QEMU's hot-plug; the monitor inside is then asked for the device
+(`plug`). What is inside cannot ask for anything of the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, suppress
+from dataclasses import asdict, replace
+from functools import partial
+from threading import Lock, Thread
+from typing import TYPE_CHECKING, Any
+
+from pyvmm.errors import ConfigError, HostError, PyvmmError
+from pyvmm.host.syscalls import Closable
+from pyvmm.host.unix_sockets import Socket
+from pyvmm.kinds import registry
+from pyvmm.kinds.border import Border, Crossing, Visible
+from pyvmm.spec.vm import DiskSpec, VmSpec
+
+if TYPE_CHECKING:
+    from pyvmm.control.protocol import Request
+    from pyvmm.emulated_host.spec import Plugs
+
+_CROSS = ("disk", "net")  # kinds that have something of the machine
+_PLACE = "/run/pyvmm-plug"
+_PATIENCE = 90.0  # seconds for the monitor inside to plug something in
+_SENDING = 10.0
+
+
+class Plugging(Closable):
+    """What the outer monitor does for devices that come and go, from its control socket on."""
+
+    def __init__(self, vm: VmSpec, visible: Visible, inside: str) -> None:
+        """For `vm`. `visible` is a Border's; the monitor inside listens at `inside`."""
+        self._vm = vm
+        self._visible = visible
+        self._inside = inside
+        self._lock = Lock()
+        self._releasing = Lock()
+        self._number = 0
+        self._plugged: dict[tuple[str, str], ExitStack] = {}
+        self._listening = False
+
+    def take(self, said: bytes, plugs: Plugs) -> Callable[[Socket], None] | None:
+        """See HostListener: requests to add or remove what is this machine's."""
+        if not any(f'"{kind}.'.encode() in said for kind in _CROSS):
+            return None
+        from pyvmm.control.protocol import ControlError, parse_request
+
+        line, newline, _ = said.partition(b"\n")
+        try:
+            method = parse_request(line).method if newline else ""
+        except ControlError:
+            return None
+        if method not in {f"{kind}.{verb}" for kind in _CROSS for verb in ("add", "remove")}:
+            return None
+        return partial(self._begin, plugs)
+
+    def _begin(self, plugs: Plugs, socket: Socket) -> None:
+        try:
+            Thread(target=self._serve, args=(plugs, socket), name="plug", daemon=True).start()
+        except RuntimeError:  # no more threads
+            socket.close()
+
+    def _serve(self, plugs: Plugs, socket: Socket) -> None:
+        from pyvmm.control.client import line_or_end
+        from pyvmm.control.protocol import parse_request
+        from pyvmm.control.server import answered
+
+        try:
+            request = parse_request(line_or_end(socket, time.monotonic() + _SENDING))
+            answer = answered(request.id, lambda: self._answer(plugs, request))
+            give_up_at = time.monotonic() + _SENDING
+            while answer and time.monotonic() < give_up_at:
+                with suppress(BlockingIOError):
+                    answer = answer[socket.send(answer) :]
+        except (PyvmmError, OSError):
+            socket.close()
+            return
+        plugs.take_back(socket, self._inside)
+
+    def _answer(self, plugs: Plugs, request: Request) -> Any:
+        from pyvmm.control.protocol import check_params
+        from pyvmm.monitor.hotplug import methods
+
+        kind, _, verb = request.method.partition(".")
+        check_params(methods(_nobody)[request.method], request.params)
+        if verb == "remove":
+            return self._remove(plugs, kind, request.params)
+        params = request.params
+        value = params.get("device", params.get("table"))
+        if len(params) != 1:
+            raise ConfigError("say what to add", cure="by device, a text, or by table")
+        return self._add(plugs, kind, value)
+
+    # --- a device comes ---------------------------------------------------------------------------
+
+    def _add(self, plugs: Plugs, kind: str, value: Any) -> Any:
+        specs = registry.read(kind, value)
+        if len(specs) != 1:
+            raise ConfigError(f"{len(specs)} devices at once", cure="add one after the other")
+        [checked] = registry.check(kind, specs, self._vm)
+        if isinstance(checked, DiskSpec):  # which others there are is known inside
+            checked = replace(checked, id=specs[0].id)
+        with ExitStack() as opened:
+            crossing = registry.cross(checked, Border(opened, self._visible))
+            spec, disks = self._plug_disks(plugs, crossing, opened)
+            spec, streams = self._plug_streams(plugs, crossing, spec, opened)
+            self._listen(plugs)
+            plain = json.loads(json.dumps(asdict(spec)))
+            told = self._ask(
+                plugs, _PATIENCE, "plug", kind=kind, spec=plain, disks=disks, streams=streams
+            )
+            with self._lock:
+                self._plugged[kind, told["id"]] = opened.pop_all()
+        return told
+
+    def _plug_disks(
+        self, plugs: Plugs, crossing: Crossing, opened: ExitStack
+    ) -> tuple[Any, dict[str, str]]:
+        """The specification with paths that nothing else has inside, and by them the serial numbers
+        of the block devices that are to be there."""
+        moved: dict[str, str] = {}
+        serials: dict[str, str] = {}
+        for disk in crossing.disks:
+            real = os.path.realpath(disk.path)
+            with self._lock:
+                self._number += 1
+                moved[real] = f"{_PLACE}/{self._number}{real}"
+            serials[moved[real]] = plugs.plug_disk(disk, moved[real], opened)
+        spec = registry.with_paths(crossing.spec, lambda path: moved.get(path, path))
+        if isinstance(spec, DiskSpec) and spec.scratch is not None:
+            spec = replace(spec, scratch=moved.get(spec.scratch, spec.scratch))
+        return spec, serials
+
+    @staticmethod
+    def _plug_streams(
+        plugs: Plugs, crossing: Crossing, spec: Any, opened: ExitStack
+    ) -> tuple[Any, list[str]]:
+        places = [plugs.plug_stream(stream, opened) for stream in crossing.streams]
+        return (replace(spec, stream=places[0]) if places else spec), places
+
+    # --- a device goes ----------------------------------------------------------------------------
+
+    def _remove(self, plugs: Plugs, kind: str, params: dict[str, Any]) -> Any:
+        patience = params.get("timeout_ms", 10_000) / 1000 + _PATIENCE
+        told = self._ask(plugs, patience, f"{kind}.remove", **params)
+        self._release(kind, told["id"])
+        return told
+
+    def _release(self, kind: str, id: str) -> None:
+        with self._releasing:  # so that whoever comes second waits for the first
+            with self._lock:
+                opened = self._plugged.pop((kind, id), None)
+            if opened is not None:
+                opened.close()
+
+    def _listen(self, plugs: Plugs) -> None:
+        """From the first one on: the guest may eject it by itself."""
+        with self._lock:
+            if self._listening:
+                return
+            self._listening = True
+        Thread(target=self._hear, args=(plugs,), name="plug-events", daemon=True).start()
+
+    def _hear(self, plugs: Plugs) -> None:
+        with suppress(PyvmmError, OSError):
+            for event in self._events(plugs):
+                if event.get("event") == "device_removed":
+                    self._release(str(event.get("kind")), str(event.get("id")))
+
+    def _events(self, plugs: Plugs) -> Iterator[dict[str, Any]]:
+        from pyvmm.control.client import Client, read_events
+
+        stream = Client("", plugs.connect(self._inside)).upgrade("events", history=False).socket
+        return read_events(stream)
+
+    def _ask(self, plugs: Plugs, patience: float, method: str, **params: Any) -> Any:
+        """The answer of the monitor inside. Raises ControlError, PyvmmError."""
+        from pyvmm.control.client import Client
+
+        with closing(Client("the VM", plugs.connect(self._inside))) as client:
+            return client.call(method, patience=patience, **params)
+
+    def close(self) -> None:
+        """The emulated host has gone, and QEMU with it."""
+        with self._lock:
+            plugged, self._plugged = list(self._plugged.values()), {}
+        for opened in plugged:
+            with suppress(PyvmmError, HostError, OSError):
+                opened.close()
+
+
+def _nobody() -> Any:
+    raise AssertionError("it is asked inside")
