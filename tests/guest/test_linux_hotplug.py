@@ -1,0 +1,141 @@
+"""Disks and network cards that come to a Linux guest and go, under load, and leave nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from footprint import footprint, has_no_more_than
+from vms import debian, script, until
+
+from pyvmm import VM
+from pyvmm.control.protocol import ControlError
+from pyvmm.errors import ConfigError
+from pyvmm.host.files import open_image
+from pyvmm.host.programs import find_program
+
+pytestmark = pytest.mark.usefixtures("linux_guests")
+
+MIB = 1 << 20
+SIZE = 4 * MIB
+ROUNDS = 3
+PATIENCE = 120  # seconds for the guest; how long it really takes is the machine's affair
+
+FIND = """\
+set -e
+find_disk() { # the disk called data, once it is there
+    until disk=$(grep -lx data /sys/block/vd*/serial 2> /dev/null); do sleep 0.1; done
+    disk=${disk%/serial}
+    disk=/dev/${disk##*/}
+    until [ -b $disk ]; do sleep 0.1; done
+}
+"""
+READ = """\
+find_disk
+echo "sum=$(sha256sum < $disk | cut -d' ' -f1)"
+"""
+LOAD = """\
+find_disk
+fio --name=load --filename=$disk --rw=randread --bs=4k --direct=1 --ioengine=libaio --iodepth=16 \\
+    --time_based --runtime=3600 --thread > /run/fio 2>&1 < /dev/null &
+echo $! > /run/pid
+until read -r reads rest < /sys/block/${disk##*/}/stat && [ $reads -gt 500 ]; do sleep 0.1; done
+echo "busy=yes"
+"""
+# Where the disk was, fio reads nothing, and for ever.
+PULLED = """\
+kill -9 $(cat /run/pid) && echo "was_at_work=yes"
+! grep -qx data /sys/block/vd*/serial
+"""
+CARD = """\
+until [ -d /sys/class/net/eth1 ]; do sleep 0.1; done
+busybox ip link set eth1 up
+busybox udhcpc -i eth1 -n -q -t 20 -T 3 -s /sbin/pyvmm-network > /run/lease 2>&1 ||
+    cat /run/lease
+echo "address=$(busybox ip -4 -o addr show eth1 | sed 's/.*inet \\([^ /]*\\).*/\\1/')"
+"""
+MOUNT = """\
+find_disk
+mkfs.ext4 -q -F $disk
+mkdir -p /run/mnt
+mount $disk /run/mnt
+"""
+EJECT = """\
+find_disk
+umount /run/mnt
+function=$(readlink -f /sys/block/${disk##*/}/device/..)
+for slot in /sys/bus/pci/slots/*; do
+    case ${function##*/} in "$(cat $slot/address)".*) echo 0 > $slot/power ;; esac
+done
+"""
+END = """\
+dmesg > /run/dmesg
+echo "warnings=$(grep -ciE 'warning|bug:|call trace|hung|fail' /run/dmesg || true)"
+grep -iE 'warning|bug:|call trace|hung|fail' /run/dmesg >&2 || true
+echo "cards=$(ls /sys/class/net | tr '\\n' ' ')"
+"""
+
+
+@pytest.mark.parametrize("kernel", ["6.1", "6.12"])
+@pytest.mark.skipif(find_program("passt") is None, reason="needs passt (package passt)")
+def test_disks_and_cards_come_and_go(
+    kernel: str, microvm_factory: Callable[..., VM], tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    data.write_bytes(random.Random(3).randbytes(SIZE))
+    digest = hashlib.sha256(data.read_bytes()).hexdigest()
+    transport = {"6.1": "mmio", "6.12": "pci"}[kernel]
+    vm = microvm_factory(**debian(kernel, variant="test"), transport=transport, net="user", cpus=2)
+    before = None
+    for number in range(ROUNDS):
+        assert vm.add_disk(f"{data},id=data") == "data"
+        assert script(vm, FIND + READ)["sum"] == digest
+        with pytest.raises(ConfigError):  # it is locked
+            open_image(str(data), read_only=False)
+        assert script(vm, FIND + LOAD)["busy"] == "yes"
+        vm.remove_disk("data", timeout=PATIENCE)
+        assert script(vm, PULLED)["was_at_work"] == "yes"
+        open_image(str(data), read_only=False).close()
+        card = vm.add_net("user")
+        assert card == "net-user-2"
+        assert script(vm, CARD)["address"] == "10.0.2.15"
+        vm.remove_net(card, timeout=PATIENCE)
+        if number == 0:
+            before = footprint(vm.pid)  # the first time it loads what it needs
+    assert before is not None
+    has_no_more_than(vm.pid, before)
+    assert vm.status()["devices"] == ["disk0", "net-user", "vsock"]
+
+    vm.add_disk(f"{data},id=data")
+    script(vm, FIND + MOUNT)
+    with pytest.raises(ControlError, match=r"the guest uses data: vd. is mounted at /run/mnt"):
+        vm.remove_disk("data", timeout=PATIENCE)
+    script(vm, FIND + EJECT)
+    count = 2 + 4 * ROUNDS + 1
+    told = [event for event in islice(vm.events(), count) if event.kind == "device_removed"]
+    assert [event.details["by"] for event in told] == [*["host"] * 2 * ROUNDS, "guest"], json.dumps(
+        [dict(event.details) for event in told]
+    )
+    until("unlocked", lambda: _is_free(data), bool)
+    assert has_ext4(data)
+    end = script(vm, END)
+    assert end["warnings"] == "0", vm.run(["cat", "/run/dmesg"]).stdout.decode()
+    assert end["cards"].split() == ["eth0", "lo"]
+
+
+def _is_free(path: Path) -> bool:
+    try:
+        open_image(str(path), read_only=False).close()
+    except ConfigError:
+        return False
+    return True
+
+
+def has_ext4(path: Path) -> bool:
+    """What the guest had written before it ejected the disk is there."""
+    return path.read_bytes()[0x438:0x43A] == b"\x53\xef"
