@@ -3,6 +3,7 @@ the slots."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,7 +18,7 @@ from pyvmm.control.protocol import ControlError
 from pyvmm.kvm.system import Kvm
 
 SAFETY_TIMEOUT = 60
-ROUNDS = 10
+ROUNDS = int(os.environ.get("HOTPLUG_ROUNDS", "10"))
 
 
 def says(char: str) -> str:
