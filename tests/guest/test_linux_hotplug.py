@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("linux_guests")
 
 MIB = 1 << 20
 SIZE = 4 * MIB
-ROUNDS = 3
+ROUNDS = 2
 PATIENCE = 120  # seconds for the guest; how long it really takes is the machine's affair
 
 FIND = """\
@@ -44,7 +44,7 @@ find_disk
 fio --name=load --filename=$disk --rw=randread --bs=4k --direct=1 --ioengine=libaio --iodepth=16 \\
     --time_based --runtime=3600 --thread > /run/fio 2>&1 < /dev/null &
 echo $! > /run/pid
-until read -r reads rest < /sys/block/${disk##*/}/stat && [ $reads -gt 500 ]; do sleep 0.1; done
+until read -r reads rest < /sys/block/${disk##*/}/stat && [ $reads -gt 200 ]; do sleep 0.1; done
 echo "busy=yes"
 """
 # Where the disk was, fio reads nothing, and for ever.
