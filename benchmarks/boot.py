@@ -62,6 +62,7 @@ def commands(setup: Setup, disk: str) -> dict[str, list[str]]:
     common += ["-device", "virtio-blk-device,drive=root"]
     return {
         "pyvmm": pyvmm,
+        **{f"pyvmm-{way}": [*pyvmm, "--transport", way] for way in ("mmio", "pci")},
         "qemu": ["qemu-system-x86_64", "-M", MICROVM, *common],
         "qemu-plain": ["qemu-system-x86_64", "-M", "microvm", *common],
     }

@@ -8,6 +8,11 @@ What is in there is 10 to 20 times slower than on real KVM, so the ratios are wh
 
 QEMU has a thread for the disk (an iothread) and comes twice, with aio=threads and aio=io_uring;
 which of the two was better in the first round, which warms up, is compared with in the others.
+"pyvmm pci" and "pyvmm mmio" among the --programs are pyvmm with that --transport:
+
+    python benchmarks/guest_disk.py --programs "pyvmm mmio,pyvmm pci" \
+        --loads "4k randread QD1,4k randread QD32"
+
 Exits and interrupts are KVM's own counters, without those that fio needs to start.
 """
 
@@ -138,8 +143,9 @@ def command_of(name: str, setup: Setup) -> list[str]:
     machine = Machine(
         setup["kernel"], setup["initrd"], setup["root"], setup["script"], disk, setup["cpus"]
     )
-    if name == OURS:
-        return guest_lab.pyvmm_command(machine, [sys.executable])
+    if name.startswith(OURS):
+        options = [f"--transport={transport}" for transport in name.split()[1:]]
+        return guest_lab.pyvmm_command(machine, [sys.executable], options)
     return guest_lab.qemu_command(machine, name.split()[1])
 
 
@@ -170,9 +176,9 @@ def in_turn(names: list[str], one: Callable[[str], Run], rounds: int) -> dict[st
     """Run `one` of each name, round after round. The first round warms up and does not count, but
     only the QEMU that was the quickest in it goes on: the others would not be compared with."""
     first = {name: one(name)["rate"] for name in names}
-    others = [name for name in names if name != OURS]
+    others = [name for name in names if not name.startswith(OURS)]
     best = max(others, key=lambda name: first[name], default=None)
-    going_on = [name for name in names if name in (OURS, best)]
+    going_on = [name for name in names if name.startswith(OURS) or name == best]
     found: dict[str, list[Run]] = {name: [] for name in going_on}
     for number in range(rounds):
         # Whoever comes first in a round, so that none always follows the other.
@@ -196,7 +202,7 @@ def summary(found: dict[str, dict[str, list[Run]]]) -> dict[str, Any]:
             continue
         programs = {name: median_of(runs) for name, runs in found[load.name].items()}
         row: dict[str, Any] = {"load": load.name, "wanted": load.wanted, "programs": programs}
-        others = {name: data for name, data in programs.items() if name != OURS}
+        others = {name: data for name, data in programs.items() if not name.startswith(OURS)}
         if others and OURS in programs:
             best = max(others, key=lambda name: others[name]["rate"])
             row["best_qemu"] = best
@@ -234,12 +240,13 @@ def table(result: dict[str, Any]) -> str:
             f" {row['ratio']:.2f} | {each} | {row['wanted']:.1f} |"
         )
     titles = " | ".join(COUNTS.values())
-    lines += ["", f"| for each request | | {titles} | p99, µs |"]
-    lines.append("|---|---|" + "---|" * (len(COUNTS) + 1))
+    lines += ["", f"| for each request | | requests/s | {titles} | p99, µs |"]
+    lines.append("|---|---|" + "---|" * (len(COUNTS) + 2))
     for row in result["rows"]:
         for name, data in row["programs"].items():
             counts = " | ".join(f"{data['counts'][key]:.2f}" for key in COUNTS)
-            lines.append(f"| {row['load']} | {name} | {counts} | {data['p99_us']:,} |")
+            rate, p99 = f"{data['rate']:,.0f}", f"{data['p99_us']:,}"
+            lines.append(f"| {row['load']} | {name} | {rate} | {counts} | {p99} |")
     return "\n".join(lines)
 
 

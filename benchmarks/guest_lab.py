@@ -50,14 +50,17 @@ class Machine(NamedTuple):
     memory_mib: int = 256
 
 
-def pyvmm_command(machine: Machine, python: Sequence[str]) -> list[str]:
-    """pyvmm, as a user would type it."""
+def pyvmm_command(
+    machine: Machine, python: Sequence[str], options: Sequence[str] = ()
+) -> list[str]:
+    """pyvmm, as a user would type it, with more `options`."""
     return [
         *(*python, "-m", "pyvmm", "run", "--kvm=host", "--memory", f"{machine.memory_mib}M"),
         *("--cpus", str(machine.cpus), "--kernel", machine.kernel, "--initrd", machine.initrd),
         *("--disk", f"{machine.root},snapshot", "--disk", f"{machine.script},readonly"),
         *("--disk", machine.disk),
         *("--cmdline", "quiet pyvmm.exec=/dev/vdb"),
+        *options,
     ]
 
 

@@ -85,19 +85,28 @@ class VhostNet(Closable):
         self._ioctl(VHOST_SET_MEM_TABLE, table, "VHOST_SET_MEM_TABLE")
 
     def start(
-        self, index: int, ring: Ring, tap: int, *, kick: EventFd, call: EventFd, error: EventFd
+        self,
+        index: int,
+        ring: Ring,
+        tap: int,
+        *,
+        kick: EventFd,
+        call: EventFd | None,
+        error: EventFd,
     ) -> None:
         """Serve queue `index`, RECEIVE or SEND, with frames of `tap`, from `ring.next_avail` on.
 
-        The kernel waits for `kick`, signals `call` for what the driver is to be interrupted for,
-        and `error` when the ring is broken. Raises HostError; the queue is not served then.
+        The kernel waits for `kick`, signals `call`, if there is one, for what the driver is to be
+        interrupted for, and `error` when the ring is broken. Raises HostError; the queue is not
+        served then.
         """
         self._state(VHOST_SET_VRING_NUM, index, ring.size, "VHOST_SET_VRING_NUM")
         self._state(VHOST_SET_VRING_BASE, index, ring.next_avail, "VHOST_SET_VRING_BASE")
         addresses = VRING_ADDR.pack(index, 0, ring.desc, ring.used, ring.avail, 0)
         self._ioctl(VHOST_SET_VRING_ADDR, bytearray(addresses), "VHOST_SET_VRING_ADDR")
         self._file(VHOST_SET_VRING_ERR, index, error.fd, "VHOST_SET_VRING_ERR")
-        self._file(VHOST_SET_VRING_CALL, index, call.fd, "VHOST_SET_VRING_CALL")
+        signalled = _NO_FILE if call is None else call.fd
+        self._file(VHOST_SET_VRING_CALL, index, signalled, "VHOST_SET_VRING_CALL")
         self._file(VHOST_SET_VRING_KICK, index, kick.fd, "VHOST_SET_VRING_KICK")
         self._file(VHOST_NET_SET_BACKEND, index, tap, "VHOST_NET_SET_BACKEND")
 

@@ -41,7 +41,11 @@ class Messages:
             if not self._free:
                 raise HostError(errno.ENOSPC, "KVM has no more interrupts to route")
             gsi = self._free.pop(0)
-        return Line(self, self._vm, gsi)
+        try:
+            return Line(self, self._vm, gsi)
+        except HostError:
+            self.give_back(gsi)
+            raise
 
     def route(self, gsi: int, address: int, data: int) -> None:
         """Have `gsi` send `data` to `address`. Raises DriverError, HostError."""

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
 from pyvmm.bus import Bus
-from pyvmm.errors import ConfigError
+from pyvmm.errors import ConfigError, HostError
 from pyvmm.host.log import Sink
 from pyvmm.kvm.vm import Vm
 from pyvmm.machine.board.board import PciPlaces
@@ -25,6 +25,7 @@ from pyvmm.virtio.device import VirtioDevice
 
 if TYPE_CHECKING:  # a machine with nothing on its bus starts without them
     from pyvmm.machine.messages import Messages
+    from pyvmm.transport.base import Doorbell
     from pyvmm.transport.pci import PciTransport
 
 _INTEL, _BRIDGE, _HOST_BRIDGE_CLASS = 0x8086, 0x0D57, 0x060000
@@ -111,7 +112,7 @@ class PciHost:
             closing.callback(transport.close)
             start = self._room_for(transport.bar.size)
             transport.function.place(transport.bar, start)
-            transport.function.placement = _Place(transport, self._vm)
+            transport.function.placement = _Place(transport, self._vm, transport.negotiation.warn)
             self.bus.add(number, transport.function)
             self._plugged[number] = _Plugged(transport, start, closing.pop_all())
         return number, transport
@@ -190,24 +191,41 @@ class PciHost:
 
 
 class _Place:
-    """Keeps the doorbells of one device where its BAR is."""
+    """Keeps the doorbells of one device where its BAR is.
 
-    def __init__(self, transport: PciTransport, vm: Vm) -> None:
+    A driver says when, so what KVM refuses then is no reason to end the VM: a write that it does
+    not catch reaches the transport, at the price of an exit.
+    """
+
+    def __init__(self, transport: PciTransport, vm: Vm, warn: Callable[[str], None]) -> None:
         self._transport = transport
         self._vm = vm
-        self._at: int | None = None
+        self._warn = warn
+        self._bound: list[tuple[Doorbell, int]] = []
 
     def bar_moved(self, bar: Bar, address: int | None) -> None:
-        if self._at is not None:
-            self._bind(self._at, deassign=True)
-        self._at = address
-        if address is not None:
-            self._bind(address, deassign=False)
-
-    def _bind(self, address: int, *, deassign: bool) -> None:
+        bound, self._bound = self._bound, []
+        for bell, at in bound:
+            try:
+                self._bind(bell, at, deassign=True)
+            except HostError as error:
+                self._warn(f"a doorbell stays at {at:#x}: {error}")
+        if address is None:
+            return
         for bell in self._transport.doorbells:
             at = address + bell.offset
-            self._vm.ioeventfd(bell.kick.fd, at, bell.size, datamatch=bell.match, deassign=deassign)
+            try:
+                self._bind(bell, at, deassign=False)
+            except HostError as error:
+                self._warn(f"kicks of queues cost an exit each: {error}")
+                return
+            self._bound.append((bell, at))
+
+    def _bind(self, bell: Doorbell, at: int, *, deassign: bool) -> None:
+        self._vm.ioeventfd(bell.kick.fd, at, bell.size, datamatch=bell.match, deassign=deassign)
 
     def bus_master_changed(self, on: bool) -> None:
         self._transport.bus_master_changed(on)
+
+    def function_reset(self) -> None:
+        self._transport.function_reset()

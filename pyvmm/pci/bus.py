@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from threading import Lock
+from typing import NamedTuple
 
-from pyvmm.bus import Action, Handler
+from pyvmm.bus import Action
 from pyvmm.pci import registers as pci
 from pyvmm.pci.function import Bar, Function
 
@@ -74,16 +75,25 @@ class PciBus:
     def _place(self, function: Function) -> None:
         """Have the function's BARs answer where the driver has put them, and tell it. Its lock is
         held; a write to it may wait for a request in flight, and must hold up no other function."""
+        reset, function.wants_reset = function.wants_reset, False
+        if reset:
+            function.reset()
         with self._lock:
             if self._place_bars(function):
                 # Another BAR may have waited for the place that has become free.
                 for other in self.functions.values():
                     if other is not function:
                         self._place_bars(other)
+            left = self.window.take_left()
+        for access in left:
+            with access:
+                pass  # a write that was under way has ended
         if function.is_bus_master != function.was_bus_master:
             function.was_bus_master = function.is_bus_master
             if function.placement is not None:
                 function.placement.bus_master_changed(function.is_bus_master)
+        if reset and function.placement is not None:
+            function.placement.function_reset()
 
     def _place_bars(self, function: Function) -> bool:
         """Whether one of them has moved."""
@@ -102,23 +112,36 @@ class PciBus:
         return moved
 
 
+class _Placed(NamedTuple):
+    """A BAR where it answers, by offsets into the window; `access` is held for a write to it."""
+
+    start: int
+    end: int
+    bar: Bar
+    access: Lock
+
+
 class Window:
     """The handler of the addresses that BARs may have. Any thread reads and writes; whoever moves a
     BAR holds the bus's lock.
 
     A BAR outside the window, or over another one, answers nowhere: what lies there stays. The bus
     tries again when that one has moved.
+
+    Writes to one BAR happen one after the other, each with the lock of its place; so whoever takes
+    the lock of a place that a BAR has left knows that no write by it is under way.
     """
 
     def __init__(self, base: int, size: int) -> None:
         self.base = base
         self.size = size
         # Replaced as one, so that a vCPU that just looks sees the old or the new.
-        self._map: tuple[tuple[int, ...], tuple[tuple[int, int, Bar], ...]] = ((), ())
+        self._map: tuple[tuple[int, ...], tuple[_Placed, ...]] = ((), ())
+        self._left: list[Lock] = []
 
     def where(self, bar: Bar) -> int | None:
         """The guest-physical address at which `bar` answers."""
-        return next((self.base + start for start, _, one in self._map[1] if one is bar), None)
+        return next((self.base + one.start for one in self._map[1] if one.bar is bar), None)
 
     def put(self, bar: Bar, address: int) -> None:
         """Have `bar` answer at guest-physical `address`, if it can."""
@@ -129,35 +152,46 @@ class Window:
         if start < 0 or end > self.size:
             return
         placed = list(self._map[1])
-        if any(start < other_end and other_start < end for other_start, other_end, _ in placed):
+        if any(start < other.end and other.start < end for other in placed):
             return
-        self._set([*placed, (start, end, bar)])
+        self._set([*placed, _Placed(start, end, bar, Lock())])
 
     def clear(self, bar: Bar) -> None:
         """Have `bar` answer nowhere."""
-        self._set([one for one in self._map[1] if one[2] is not bar])
+        self._left += [one.access for one in self._map[1] if one.bar is bar]
+        self._set([one for one in self._map[1] if one.bar is not bar])
 
-    def _set(self, placed: list[tuple[int, int, Bar]]) -> None:
-        placed.sort(key=lambda one: one[0])
-        self._map = tuple(start for start, _, _ in placed), tuple(placed)
+    def take_left(self) -> list[Lock]:
+        """The locks of the places that BARs have left since the last call."""
+        left, self._left = self._left, []
+        return left
 
-    def _find(self, offset: int, size: int) -> tuple[int, Handler] | None:
+    def _set(self, placed: list[_Placed]) -> None:
+        placed.sort(key=lambda one: one.start)
+        self._map = tuple(one.start for one in placed), tuple(placed)
+
+    def _find(self, offset: int, size: int) -> _Placed | None:
         starts, placed = self._map
         place = bisect_right(starts, offset) - 1
         if place < 0:
             return None
-        start, end, bar = placed[place]
-        return (offset - start, bar.handler) if offset + size <= end else None
+        found = placed[place]
+        return found if offset + size <= found.end else None
 
     def read(self, offset: int, size: int) -> int:
         """See pyvmm.bus.Handler."""
         found = self._find(offset, size)
-        return _ones(size) if found is None else found[1].read(found[0], size)
+        return _ones(size) if found is None else found.bar.handler.read(offset - found.start, size)
 
     def write(self, offset: int, size: int, value: int) -> Action | None:
         """See pyvmm.bus.Handler."""
         found = self._find(offset, size)
-        return None if found is None else found[1].write(found[0], size, value)
+        if found is None:
+            return None
+        with found.access:
+            if self._find(offset, size) is not found:
+                return None  # the BAR has left meanwhile
+            return found.bar.handler.write(offset - found.start, size, value)
 
 
 class ConfigPorts:

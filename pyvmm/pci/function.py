@@ -53,6 +53,10 @@ class Placement(Protocol):
     def bus_master_changed(self, on: bool) -> None:
         """Whether the function may access memory and send messages."""
 
+    def function_reset(self) -> None:
+        """The driver has reset the function: what is behind it starts anew. Its BARs answer nowhere
+        by now, and no access to them is under way."""
+
 
 class Capability(NamedTuple):
     """A capability to be put into the list: `body` follows its ID and the pointer to the next one;
@@ -91,6 +95,7 @@ class Function:
         self.bars = tuple(bars)
         self.placement: Placement | None = None
         self.was_bus_master = False  # when `placement` last heard of it
+        self.wants_reset = False  # a write has asked for a function-level reset
         struct.pack_into("<HH", self.space, pci.PCI_VENDOR_ID, vendor_id, device_id)
         struct.pack_into("<I", self.space, pci.PCI_CLASS_REVISION, class_code << 8 | revision)
         struct.pack_into(

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from threading import Lock
 from typing import Protocol
 
+from pyvmm.errors import HostError
 from pyvmm.host.log import RateLimited
 from pyvmm.pci import registers as pci
 from pyvmm.pci.function import Capability, Function
@@ -31,7 +32,7 @@ class MessageLine(Protocol):
         one. Raises PyvmmError if there is nobody to take such a message."""
 
     def disconnect(self) -> None:
-        """From now on signals wait."""
+        """From now on signals wait. Raises HostError."""
 
     @property
     def pending(self) -> bool:
@@ -118,15 +119,21 @@ class Msix:
         line = self.lines[vector]
         self._messages[vector] = None
         if message is None:
-            line.disconnect()
+            self._disconnect(vector)
             return
         try:
             line.connect(*message)
         except Exception as error:
-            line.disconnect()
+            self._disconnect(vector)
             self._warn(f"vector {vector} sends nothing: {error}")
             return
         self._messages[vector] = message
+
+    def _disconnect(self, vector: int) -> None:
+        try:
+            self.lines[vector].disconnect()
+        except HostError as error:
+            self._warn(f"vector {vector} is not masked: {error}")
 
     # --- the table and the pending bits in a BAR --------------------------------------------------
 

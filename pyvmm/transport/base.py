@@ -98,4 +98,5 @@ class Transport(ABC):
 
     @abstractmethod
     def used_eventfd(self, index: int) -> EventFd | None:
-        """What does so for queue `index` when another signals it; None if there is none."""
+        """What does so for queue `index` when another signals it; None while the driver wants no
+        interrupt for it. Raises HostError if there is no such thing."""

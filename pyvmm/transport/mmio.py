@@ -11,8 +11,10 @@ nothing gets lost.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 
+from pyvmm.errors import HostError
 from pyvmm.host.log import Sink, to_stderr
 from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
@@ -207,6 +209,8 @@ class MmioTransport(Transport):
 
     def used_eventfd(self, index: int) -> EventFd | None:
         """One for all queues, as they have one line."""
+        if self._irq_eventfd is None:
+            raise HostError(errno.EOPNOTSUPP, "an eventfd for interrupts")
         return self._irq_eventfd
 
     def read_interrupt_status(self) -> int:

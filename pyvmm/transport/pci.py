@@ -236,12 +236,11 @@ class PciTransport(Transport):
             self.negotiation.set_bus_master(on)
         self.msix.bus_master_changed(on)
 
-    def reset_function(self) -> None:
-        """A function-level reset: the device's, and all that a driver has set in the function."""
+    def function_reset(self) -> None:
+        """A function-level reset is one of the device and of MSI-X."""
         with self.negotiation.lock:
             self.write_status(0)
         self.msix.reset()
-        self.function.reset()
 
     @property
     def doorbells(self) -> list[Doorbell]:
@@ -296,6 +295,7 @@ class PciTransport(Transport):
         index = self.negotiation.state.queue_select
         if index < len(self._vectors):
             self._vectors[index] = self._vector(value)
+            self.negotiation.interrupt_moved(index)
 
     def _vector(self, value: int) -> int:
         """`value`, or what a driver reads back to learn that there is no such vector."""
@@ -502,4 +502,4 @@ class _Express:
         (control,) = struct.unpack_from("<H", space, at)
         if control & pci.PCI_EXP_DEVCTL_BCR_FLR:
             struct.pack_into("<H", space, at, 0)
-            self._transport.reset_function()
+            self._transport.function.wants_reset = True

@@ -29,7 +29,8 @@ class Interrupt(Protocol):
 
     def eventfd(self, index: int) -> EventFd | None:
         """What the kernel signals for queue `index` in place of `signal_used`, where it uses
-        buffers by itself. None where the transport has none."""
+        buffers by itself. None while the driver wants no interrupt for it. Raises HostError where
+        the transport has none."""
 
     def signal_config_change(self) -> None:
         """The configuration space changed; also raises the configuration generation (2.3)."""

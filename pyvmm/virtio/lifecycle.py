@@ -50,7 +50,8 @@ class Notifier(Protocol):
 
     def used_eventfd(self, index: int) -> EventFd | None:
         """What interrupts the driver for queue `index` when another signals it; the driver is then
-        told of used buffers whenever it asks. None if there is none."""
+        told of used buffers whenever it asks. None if it wants no interrupt for this queue now.
+        Raises HostError if the transport has no such thing."""
 
     def config_changed(self) -> None:
         """The configuration changed, or the device needs a reset."""
@@ -100,8 +101,7 @@ class _ActivationInterrupt:
 
     def eventfd(self, index: int) -> EventFd | None:
         found = self._notifier.used_eventfd(index)
-        if found is not None:
-            self._state.used_elsewhere = USED_BUFFER
+        self._state.used_elsewhere = USED_BUFFER
         return found
 
     def signal_config_change(self) -> None:
@@ -111,9 +111,9 @@ class _ActivationInterrupt:
 class Lifecycle:
     """The life of a device between two resets.
 
-    Methods that act for the driver (`activate`, `stop_queue`, `set_bus_master`, `reset_queue`,
-    `start_queue` and `reset`) want `lock` held; `fail`, `acknowledge`, `config_changed` and the
-    interrupt are called by any thread without it.
+    Methods that act for the driver (`activate`, `stop_queue`, `interrupt_moved`, `set_bus_master`,
+    `reset_queue`, `start_queue` and `reset`) want `lock` held; `fail`, `acknowledge`,
+    `config_changed` and the interrupt are called by any thread without it.
     """
 
     def __init__(
@@ -248,6 +248,14 @@ class Lifecycle:
             # Once the lock is ours, the batch in progress has ended, and no other will begin.
             with queue.lock:
                 queue.ready = False
+
+    def interrupt_moved(self, index: int) -> None:
+        """The eventfd that interrupts the driver for queue `index` is another now: whoever serves
+        the queue in our place learns of it."""
+        queue = self._queues[index] if self._queues else None
+        if queue is not None and self.state.used_elsewhere:
+            queue.claim()  # a driver may refill the ring for ever
+            queue.lock.release()
 
     def set_bus_master(self, on: bool) -> None:
         """Whether the device may access memory at all, as a PCI driver says by its function's

@@ -9,11 +9,12 @@ steps a driver takes: reset, features, queues, DRIVER_OK. No rule of virtio is w
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from pyvmm.errors import PyvmmError
+from pyvmm.errors import HostError, PyvmmError
 from pyvmm.host.log import Sink, to_stderr
 from pyvmm.host.syscalls import EventFd
 from pyvmm.transport.vhost_user import protocol
@@ -400,8 +401,8 @@ class BackEnd:
             self._calls[index]()
 
     def used_eventfd(self, index: int) -> EventFd | None:
-        """None: the front end may change a queue's file at any time."""
-        return None
+        """The front end may change a queue's file at any time."""
+        raise HostError(errno.EOPNOTSUPP, "an eventfd for interrupts over vhost-user")
 
     def config_changed(self) -> None:
         """Any thread calls it. There is no word for a changed configuration without BACKEND_REQ,

@@ -122,15 +122,12 @@ class VhostPair:
         if not queue.ready:
             return
         try:
-            call = self._activation.interrupt.eventfd(queue.index)
-            if call is None:
-                raise HostError(errno.EOPNOTSUPP, "interrupts of vhost on this transport")
             self._vhost.start(
                 queue.index & 1,
                 self._ring(queue),
                 self._tap,
                 kick=queue.kick,
-                call=call,
+                call=self._activation.interrupt.eventfd(queue.index),
                 error=self._broken,
             )
         except PyvmmError as error:

@@ -72,6 +72,9 @@ class Bench:
     def bus_master_changed(self, on: bool) -> None:
         self.msix.bus_master_changed(on)
 
+    def function_reset(self) -> None:
+        self.msix.reset()
+
     def master(self, on: bool) -> None:
         self.bus.write(1, 0, pci.PCI_COMMAND, 2, pci.PCI_COMMAND_MASTER if on else 0)
 

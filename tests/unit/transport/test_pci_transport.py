@@ -40,7 +40,8 @@ from pyvmm.testing.pci_driver import (
     PciDriver,
 )
 from pyvmm.transport.pci import COMMON, COMMON_SIZE, PciTransport, vectors_for
-from pyvmm.virtio.device import VirtioDevice
+from pyvmm.virtio.device import Activation, VirtioDevice
+from pyvmm.virtio.offload import OffloadLock
 from pyvmm.virtio.rng.device import EntropyDevice
 
 BASE, SIZE = 0xC000_0000, 0x1000_0000
@@ -71,6 +72,9 @@ class Bench:
 
     def bus_master_changed(self, on: bool) -> None:
         self.transport.bus_master_changed(on)
+
+    def function_reset(self) -> None:
+        self.transport.function_reset()
 
     def command(self, value: int) -> None:
         self.driver.write_config(COMMAND, 2, value)
@@ -356,6 +360,45 @@ def test_row64_a_queue_without_a_vector_interrupts_nobody(bench: Bench) -> None:
     assert bench.sent() == [[], []]
     assert not any(line.pending for line in bench.lines)
     assert bench.transport.used_eventfd(0) is None
+
+
+class Served(RecordingDevice):
+    """Its queue is served elsewhere, by somebody who asks once what to signal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[object] = []
+        self.features &= ~(1 << 34)
+
+    def queue_lock(self) -> OffloadLock:
+        return OffloadLock()
+
+    def activate(self, activation: Activation) -> None:
+        super().activate(activation)
+        queue = activation.queues[0]
+        assert queue is not None and isinstance(queue.lock, OffloadLock)
+        queue.lock.serve_by(self)
+
+    def hand_over(self) -> None:
+        self.calls.append(self.live.interrupt.eventfd(0))
+
+    def take_back(self) -> None:
+        self.calls.append("back")
+
+
+def test_who_serves_a_queue_elsewhere_learns_of_its_vector() -> None:
+    device = Served()
+    bench = Bench(device)
+    bench.driver.start()
+    assert device.calls == [bench.lines[1]]
+    bench.driver.set_field((0x16, 2), 0)
+    for vector, line in ((2, bench.lines[2]), (NO_VECTOR, None), (1, bench.lines[1])):
+        device.calls.clear()
+        bench.driver.set_field(QUEUE_VECTOR, vector)
+        assert device.calls == ["back", line]
+    # Without a vector the driver polls: it is told of used buffers whenever it asks.
+    assert bench.driver.read(mmio.INTERRUPT_STATUS) & mmio.USED_BUFFER
+    bench.transport.close()
 
 
 @recording
@@ -730,6 +773,44 @@ def test_row68_a_function_reset_with_a_request_in_flight() -> None:
     bench.driver.start()
     bench.driver.request(0, [], [4])
     bench.transport.close()
+
+
+def reset_function(bench: Bench) -> threading.Thread:
+    """A vCPU that resets the function, and may have to wait."""
+    at = express(bench) + 8
+    flags = pci.PCI_EXP_DEVCTL_BCR_FLR
+    started = threading.Thread(target=bench.driver.write_config, args=(at, 2, flags))
+    started.start()
+    return started
+
+
+def test_row68_no_write_reaches_a_function_that_is_being_reset(bench: Bench) -> None:
+    bench.driver.start()
+    with bench.transport.negotiation.lock:
+        resetting = reset_function(bench)
+        wait_for(lambda: bench.places[-1:] == [None])
+        status, table = bench.driver.access(COMMON_CFG, 0x14), bench.driver.msix.offset
+        bench.bus.window.write(status, 1, 1)
+        bench.bus.window.write(table + 8, 4, 0x1234)
+    resetting.join(30)
+    assert bench.transport.negotiation.state.status == 0
+    assert bench.transport.msix.read_table(8, 4) == 0
+
+
+def test_row68_a_write_that_is_under_way_is_before_the_reset(bench: Bench) -> None:
+    bench.driver.negotiate()
+    bench.driver.reset()
+    where = bench.driver.access(COMMON_CFG, 0x14)
+    with bench.transport.negotiation.lock:
+        writing = threading.Thread(target=bench.bus.window.write, args=(where, 1, 1))
+        writing.start()
+        writing.join(0.1)
+        resetting = reset_function(bench)
+        resetting.join(0.1)
+        assert writing.is_alive() and resetting.is_alive()
+    writing.join(30)
+    resetting.join(30)
+    assert bench.transport.negotiation.state.status == 0
 
 
 def test_row68_a_function_that_is_removed_with_a_request_in_flight() -> None:
