@@ -443,7 +443,7 @@ def test_what_the_function_does_waits_for_a_register_that_is_being_written(
 ) -> None:
     change = {
         "bus mastering": lambda: bench.transport.bus_master_changed(True),
-        "reset": bench.transport.reset_function,
+        "reset": bench.transport.function_reset,
     }[what]
     changing = threading.Thread(target=change)
     with bench.transport.negotiation.lock:
