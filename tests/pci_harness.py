@@ -6,15 +6,12 @@ from __future__ import annotations
 from mmio_harness import CONFIG, Bench
 
 from pyvmm.bus import Handler
-from pyvmm.pci.bus import PciBus
+from pyvmm.testing.attached import WINDOW, on_a_bus
 from pyvmm.testing.mmio_driver import InterruptLine
-from pyvmm.testing.pci_driver import CONFIG_VECTOR, DEVICE_CFG, QUEUE_VECTOR, MockLine, PciDriver
+from pyvmm.testing.pci_driver import CONFIG_VECTOR, DEVICE_CFG, QUEUE_VECTOR, MockLine
 from pyvmm.transport.base import Transport
 from pyvmm.transport.pci import PciTransport, vectors_for
 from pyvmm.virtio.lifecycle import Trace
-
-WINDOW, WINDOW_SIZE = 0xC000_0000, 0x1000_0000
-SLOT = 1
 
 
 class PciBench(Bench):
@@ -27,10 +24,7 @@ class PciBench(Bench):
         transport = PciTransport(
             self.device, self.memory, self.vectors, log=self.lines.append, trace=trace
         )
-        self.bus = PciBus(WINDOW, WINDOW_SIZE)
-        transport.function.placement = transport
-        self.bus.add(SLOT, transport.function)
-        self.driver = PciDriver(self.bus.ecam, self.bus.window, WINDOW, SLOT, self.memory, irq=line)
+        self.bus, self.driver = on_a_bus(transport, self.memory, irq=line)
         self.driver.find()
         self.driver.place(WINDOW)
         self.registers: Handler = _Registers(self)

@@ -14,7 +14,8 @@ from typing import Literal, NamedTuple
 
 from pyvmm.memory import GuestMemory
 from pyvmm.pci.bus import PciBus
-from pyvmm.testing.mmio_driver import InterruptLine, IrqFd, MmioDriver, Ring
+from pyvmm.pci.function import Placement
+from pyvmm.testing.mmio_driver import Doorbell, InterruptLine, IrqFd, MmioDriver, Ring
 from pyvmm.testing.pci_driver import MockLine, PciDriver
 from pyvmm.testing.ring import Buffer, MockDriver
 from pyvmm.transport.base import Transport
@@ -23,9 +24,29 @@ from pyvmm.transport.pci import PciTransport, vectors_for
 from pyvmm.virtio.device import VirtioDevice
 
 MIB = 1 << 20
-_WINDOW, _WINDOW_SIZE, _SLOT = 0xC000_0000, 0x1000_0000, 1
+WINDOW, WINDOW_SIZE = 0xC000_0000, 0x1000_0000  # where BARs go, on a mock driver's bus
+SLOT = 1
 
 Over = Literal["mmio", "pci"]
+
+
+def on_a_bus(
+    transport: PciTransport,
+    memory: GuestMemory,
+    *,
+    placement: Placement | None = None,
+    irq: InterruptLine | None = None,
+    kicks: Sequence[Doorbell] = (),
+    ring: Ring = "split",
+) -> tuple[PciBus, PciDriver]:
+    """A bus with the function of `transport` at `SLOT`, and a driver that has yet to find it. The
+    transport itself learns of the function's BARs, unless there is another `placement`."""
+    bus = PciBus(WINDOW, WINDOW_SIZE)
+    transport.function.placement = placement or transport
+    bus.add(SLOT, transport.function)
+    return bus, PciDriver(
+        *(bus.ecam, bus.window, WINDOW, SLOT, memory), irq=irq, kicks=kicks, ring=ring
+    )
 
 
 class Answer(NamedTuple):
@@ -73,14 +94,9 @@ class AttachedDriver:
         lines = [MockLine(self.irq) for _ in range(vectors_for(self.device))]
         transport = PciTransport(self.device, self.memory, lines, log=self.log.append)
         self.transport = transport
-        bus = PciBus(_WINDOW, _WINDOW_SIZE)
-        transport.function.placement = transport
-        bus.add(_SLOT, transport.function)
-        driver = PciDriver(
-            bus.ecam, bus.window, _WINDOW, _SLOT, self.memory, irq=self.irq, ring=ring
-        )
+        _, driver = on_a_bus(transport, self.memory, irq=self.irq, ring=ring)
         driver.find()
-        driver.place(_WINDOW)
+        driver.place(WINDOW)
         self.mmio = driver
 
     def request(

@@ -25,7 +25,6 @@ from fuzz.targets import TARGETS, Target
 from pyvmm.bus import Handler
 from pyvmm.host.log import RateLimited
 from pyvmm.memory import GuestMemory
-from pyvmm.pci.bus import PciBus
 from pyvmm.testing import (
     Arena,
     Element,
@@ -34,6 +33,7 @@ from pyvmm.testing import (
     illegal_chains,
     legal_chains,
 )
+from pyvmm.testing.attached import SLOT, WINDOW, on_a_bus
 from pyvmm.testing.mmio_driver import (
     DRIVER_OK,
     F_EVENT_IDX,
@@ -56,7 +56,6 @@ RINGS_AT = 0x1000
 PAGE = 4096
 LARGEST_TABLE = 1 << 16  # as much of an indirect table as the oracle looks at
 REGISTERS = [*range(0, 0x100, 4), 0x100, 0x104, 0x108, 0x118, 0x120, 0x1FC]
-WINDOW, WINDOW_SIZE, SLOT = 0xC000_0000, 0x1000_0000, 1
 VALUES = (0, 1, 2, 3, 4, 8, 11, 15, 16, 64, 128, 256, 0x1000, 0xF_0000, 0x40_0000, 0xFFFF_FFFF)
 
 
@@ -123,12 +122,7 @@ class Case:
             for _ in range(vectors_for(self.device))
         ]
         transport = PciTransport(self.device, self.memory, lines, log=lambda line: None)
-        bus = PciBus(WINDOW, WINDOW_SIZE)
-        transport.function.placement = transport
-        bus.add(SLOT, transport.function)
-        driver = PciDriver(
-            bus.ecam, bus.window, WINDOW, SLOT, self.memory, kicks=pumps, ring=self.ring
-        )
+        bus, driver = on_a_bus(transport, self.memory, kicks=pumps, ring=self.ring)
         driver.find()
         driver.place(WINDOW)
         self.transport, self.driver = transport, driver

@@ -15,9 +15,9 @@ from mmio_harness import RecordingDevice, SlowDevice, wait_for
 
 from pyvmm.memory import GuestMemory
 from pyvmm.pci import registers as pci
-from pyvmm.pci.bus import PciBus
 from pyvmm.pci.function import Bar, Function
 from pyvmm.testing import mmio_driver as mmio
+from pyvmm.testing.attached import SLOT, WINDOW, on_a_bus
 from pyvmm.testing.mmio_driver import InterruptLine
 from pyvmm.testing.pci_driver import (
     BAR0,
@@ -37,16 +37,13 @@ from pyvmm.testing.pci_driver import (
     PCI_CFG,
     QUEUE_VECTOR,
     MockLine,
-    PciDriver,
 )
 from pyvmm.transport.pci import COMMON, COMMON_SIZE, PciTransport, vectors_for
 from pyvmm.virtio.device import Activation, VirtioDevice
 from pyvmm.virtio.offload import OffloadLock
 from pyvmm.virtio.rng.device import EntropyDevice
 
-BASE, SIZE = 0xC000_0000, 0x1000_0000
 RAM = 1 << 20
-SLOT = 1
 Q_SIZE, Q_ENABLE, Q_RESET = (0x18, 2), (0x1C, 2), (0x3A, 2)
 
 
@@ -59,13 +56,8 @@ class Bench:
         self.said: list[str] = []
         self.lines = [MockLine(self.irq) for _ in range(vectors_for(device))]
         self.transport = PciTransport(device, self.memory, self.lines, log=self.said.append)
-        self.bus = PciBus(BASE, SIZE)
-        self.transport.function.placement = self
         self.places: list[int | None] = []
-        self.bus.add(SLOT, self.transport.function)
-        self.driver = PciDriver(
-            self.bus.ecam, self.bus.window, BASE, SLOT, self.memory, irq=self.irq
-        )
+        self.bus, self.driver = on_a_bus(self.transport, self.memory, placement=self, irq=self.irq)
 
     def bar_moved(self, bar: Bar, address: int | None) -> None:
         self.places.append(address)
@@ -84,8 +76,10 @@ class Bench:
 
 
 @pytest.fixture
-def device() -> VirtioDevice:
-    return EntropyDevice()
+def device(request: pytest.FixtureRequest) -> VirtioDevice:
+    """One of the test's own, of the class that `of_class` names."""
+    kind: type[VirtioDevice] = getattr(request, "param", EntropyDevice)
+    return kind()
 
 
 @pytest.fixture
@@ -95,7 +89,11 @@ def bench(device: VirtioDevice) -> Iterator[Bench]:
     made.transport.close()
 
 
-recording = pytest.mark.parametrize("device", [RecordingDevice()], ids=["recording"])
+def of_class(kind: type[VirtioDevice]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("device", [kind], ids=[kind.__name__], indirect=True)
+
+
+recording = of_class(RecordingDevice)
 
 
 def ask(bench: Bench) -> None:
@@ -190,7 +188,7 @@ def test_devices_of_many_queues(queues: int) -> None:
     device.queue_sizes = (8,) * queues
     bench = Bench(device)
     bench.driver.find()
-    bench.driver.place(BASE)
+    bench.driver.place(WINDOW)
     assert bench.driver.field(NUM_QUEUES) == queues
     assert bench.driver.vectors == min(queues + 1, 2048)
     assert bench.driver.structures[NOTIFY_CFG].length == 4 * queues
@@ -211,7 +209,7 @@ def test_features_for_shared_memory_are_not_offered(device: RecordingDevice) -> 
     bench = Bench(device)
     assert device.features & 1 << 5
     bench.driver.find()
-    bench.driver.place(BASE)
+    bench.driver.place(WINDOW)
     assert not bench.driver.offered_features() & 1 << 5
     bench.transport.close()
 
@@ -571,7 +569,7 @@ def test_row63_without_bus_mastering_nothing_is_read_or_written(bench: Bench) ->
 
 
 def test_row63_a_device_that_starts_without_bus_mastering_waits_for_it(bench: Bench) -> None:
-    bench.driver.place(BASE, MEMORY)
+    bench.driver.place(WINDOW, MEMORY)
     bench.driver.start()
     queue = bench.driver.queues[0]
     queue.add([], [64])
@@ -592,7 +590,7 @@ def test_row63_a_reset_without_bus_mastering(bench: Bench) -> None:
     ask(bench)
 
 
-@pytest.mark.parametrize("device", [SlowDevice()], ids=["slow"])
+@of_class(SlowDevice)
 def test_row63_turning_it_off_waits_for_the_request_in_flight(
     bench: Bench, device: SlowDevice
 ) -> None:
@@ -612,7 +610,7 @@ def test_row63_turning_it_off_waits_for_the_request_in_flight(
     wait_for(lambda: bench.sent() == [[], [1]])
 
 
-@pytest.mark.parametrize("device", [SlowDevice()], ids=["slow"])
+@of_class(SlowDevice)
 def test_row63_a_request_in_flight_holds_up_no_other_function(
     bench: Bench, device: SlowDevice
 ) -> None:
@@ -639,8 +637,8 @@ def test_row63_a_request_in_flight_holds_up_no_other_function(
 
 def test_row62_the_doorbells_follow_the_bar(bench: Bench) -> None:
     bench.driver.start()
-    bench.driver.place(BASE + 0x10_0000)
-    assert bench.places[-2:] == [None, BASE + 0x10_0000]
+    bench.driver.place(WINDOW + 0x10_0000)
+    assert bench.places[-2:] == [None, WINDOW + 0x10_0000]
     ask(bench)
     bench.command(BUS_MASTER)
     assert bench.places[-1] is None
@@ -769,7 +767,7 @@ def test_row68_a_function_reset_with_a_request_in_flight() -> None:
     assert not bench.driver.read_config(bench.driver.msix.at + 2, 2) & MSIX_ENABLE
     assert bench.transport.negotiation.state.status == 0
     device.started.clear()
-    bench.driver.place(BASE)
+    bench.driver.place(WINDOW)
     bench.driver.start()
     bench.driver.request(0, [], [4])
     bench.transport.close()
