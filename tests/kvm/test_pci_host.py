@@ -19,9 +19,11 @@ from pyvmm.host.syscalls import EventFd
 from pyvmm.kvm.system import Kvm
 from pyvmm.kvm.x86.irqchip import default_routes
 from pyvmm.machine.board.registry import board_for
+from pyvmm.machine.board.x86 import layout
 from pyvmm.machine.messages import Messages
 from pyvmm.machine.pci_host import PciHost
-from pyvmm.testing.pci_driver import COMMAND, MEMORY, PciDriver
+from pyvmm.pci.registers import PCI_EXP_DEVCTL_BCR_FLR
+from pyvmm.testing.pci_driver import BUS_MASTER, CAP_EXPRESS, COMMAND, MEMORY, PciDriver
 from pyvmm.virtio.rng.device import EntropyDevice
 
 CODE = bytes.fromhex(
@@ -108,6 +110,101 @@ def test_doorbells_that_kvm_refuses_cost_exits_and_no_more(
     bench.driver.place(first + 0x10_0000)
     bench.driver.write_config(COMMAND, 2, MEMORY)
     assert len(bench.said) == said
+
+
+def assert_no_doorbell_at(bench: Bench, closing: ExitStack, *places: int) -> None:
+    """KVM refuses a second one where one is."""
+    other = closing.enter_context(EventFd())
+    for at in places:
+        where = at + bench.transport.doorbells[0].offset
+        bench.vm.ioeventfd(other.fd, where, 0)
+        bench.vm.ioeventfd(other.fd, where, 0, deassign=True)
+
+
+ELSEWHERE = {
+    "RAM": 0,
+    "the ECAM": layout.PCI_ECAM,
+    "virtio-mmio": layout.VIRTIO_MMIO_BASE,
+    "the I/O APIC": layout.IOAPIC & ~0xFFFF,
+    "the local APIC": layout.LOCAL_APIC,
+    "half out of the window": layout.PCI_WINDOW + layout.PCI_WINDOW_SIZE,
+    "below the window": layout.PCI_WINDOW - 0x1_0000,
+    "above 4 GiB": 1 << 32,
+    "above the address width": 1 << 52,
+    "the end of all addresses": (1 << 64) - 0x1_0000,
+}
+
+
+@pytest.mark.parametrize("where", ELSEWHERE)
+def test_row62_a_bar_over_what_is_no_window_is_nowhere(
+    where: str, bare_guest: MakeGuest, closing: ExitStack
+) -> None:
+    guest = bare_guest(b"\xf4")
+    bench = Bench(guest, closing)
+    bench.driver.start()
+    ram = guest.memory.read(0, 0x8000)
+    first = bench.driver.address
+    bench.driver.place(ELSEWHERE[where])
+    assert bench.host.bus.window.where(bench.transport.bar) is None
+    assert_no_doorbell_at(bench, closing, first, ELSEWHERE[where])
+    assert guest.memory.read(0, 0x8000) == ram
+    bench.driver.place(first)
+    bench.ask()
+    assert bench.said == []
+
+
+@pytest.mark.parametrize("how", ["decoding off", "moved", "function reset", "unplugged"])
+def test_row62_no_doorbell_stays_where_a_bar_was(
+    how: str, bare_guest: MakeGuest, closing: ExitStack
+) -> None:
+    bench = Bench(bare_guest(b"\xf4"), closing)
+    bench.driver.start()
+    first = bench.driver.address
+    with pytest.raises(HostError, match="File exists"):
+        assert_no_doorbell_at(bench, closing, first)
+    if how == "decoding off":
+        bench.driver.write_config(COMMAND, 2, BUS_MASTER)
+    elif how == "moved":
+        bench.driver.place(first + 0x10_0000)
+        bench.ask()
+    elif how == "function reset":
+        express = dict(bench.driver.capabilities())[CAP_EXPRESS]
+        bench.driver.write_config(express + 8, 2, PCI_EXP_DEVCTL_BCR_FLR)
+    else:
+        bench.host.unplug(1, bench.transport)
+    assert_no_doorbell_at(bench, closing, first)
+    assert bench.said == []
+
+
+def test_row63_without_bus_mastering_kvm_sends_no_message(
+    bare_guest: MakeGuest, closing: ExitStack
+) -> None:
+    bench = Bench(bare_guest(b"\xf4"), closing)
+    bench.driver.start()
+    line = bench.transport.msix.lines[1]
+    bench.driver.write_config(COMMAND, 2, MEMORY)
+    bench.transport.used_buffer(0)
+    assert line.pending
+    bench.driver.write_config(COMMAND, 2, MEMORY | BUS_MASTER)
+    assert not line.pending
+    bench.transport.used_buffer(0)
+    assert not line.pending
+
+
+@pytest.mark.parametrize("apic", [1, 0x7F, 0xFE])
+def test_row66_a_message_to_an_apic_that_is_not_there(
+    apic: int, bare_guest: MakeGuest, closing: ExitStack
+) -> None:
+    """KVM drops it; the device goes on, and so does the next message to one that is there."""
+    bench = Bench(bare_guest(b"\xf4"), closing)
+    bench.driver.start()
+    at = bench.driver.msix.offset + 16
+    for address in (layout.LOCAL_APIC | apic << 12, layout.LOCAL_APIC):
+        bench.host.bus.window.write(at, 4, address)
+        for _ in range(3):
+            bench.ask()
+        assert not bench.transport.msix.lines[1].pending
+    assert bench.said == []
 
 
 @pytest.mark.parametrize("deassign", [False, True])

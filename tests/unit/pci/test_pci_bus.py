@@ -11,6 +11,7 @@ from c_claims import assert_in_c, needs_headers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pyvmm.bus import Bus
 from pyvmm.pci import registers as pci
 from pyvmm.pci.bus import DEVICES, ECAM_SIZE, PciBus
 from pyvmm.pci.function import Bar, Capability, Function
@@ -162,6 +163,45 @@ def test_row59_wide_unaligned_and_straddling_accesses(bench: Bench) -> None:
     before = bytes(bench.function.space)
     bench.write(last, 8, ONES[8])
     bench.write(0x800, 8, ONES[8])
+    assert bench.function.space == before
+
+
+@pytest.mark.parametrize("size", [*WIDTHS, 8])
+def test_row59_a_write_at_any_offset_is_one_of_its_bytes(size: int) -> None:
+    at_most = pci.PCI_STD_HEADER_SIZEOF + 4
+    for offset in (*range(at_most), *range(pci.PCI_CFG_SPACE_EXP_SIZE - 8, ECAM_SIZE // DEVICES)):
+        one, other = Bench(), Bench()
+        one.write(offset, size, ONES[size])
+        if offset + size <= pci.PCI_CFG_SPACE_EXP_SIZE:  # or it straddles, and does nothing
+            for byte in range(offset, offset + size):
+                other.write(byte, 1, 0xFF)
+        assert one.function.space == other.function.space
+        if offset >= pci.PCI_CFG_SPACE_EXP_SIZE:
+            break
+
+
+@pytest.mark.parametrize(
+    ("port", "size"), [(port, size) for port in range(-3, 11) for size in (1, 2, 4)]
+)
+def test_row59_ports_at_every_offset_and_what_straddles_them(
+    bench: Bench, port: int, size: int
+) -> None:
+    """On the machine's bus of ports, where CONFIG_DATA ends with nobody behind it."""
+    first = 0xCF8
+    ports = Bus("I/O port")
+    ports.register(first, bench.bus.ports.SIZE, bench.bus.ports)
+    ports.write(first, 4, 1 << 31 | SLOT << 11 | 0xFC)  # the last that the ports reach
+    before = bytes(bench.function.space)
+    bench.function.space[0xFC:0x104] = bytes(range(1, 9))
+    inside = port >= 4 and port + size <= 8
+    expected = int.from_bytes(bytes(range(1, 9))[port - 4 : port - 4 + size], "little")
+    if (port, size) == (0, 4):
+        expected = 1 << 31 | SLOT << 11 | 0xFC
+    elif not inside:
+        expected = ONES[size]
+    assert ports.read(first + port, size) == expected
+    bench.function.space[:] = before
+    ports.write(first + port, size, ONES[size])
     assert bench.function.space == before
 
 

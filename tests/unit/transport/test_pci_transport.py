@@ -215,7 +215,7 @@ def test_features_for_shared_memory_are_not_offered(device: RecordingDevice) -> 
 
 
 @recording
-def test_queue_fields_read_back(bench: Bench) -> None:
+def test_row13_queue_fields_read_back_and_those_of_no_queue_are_0(bench: Bench) -> None:
     driver = bench.driver
     driver.negotiate()
     driver.set_field((0x16, 2), 1)
@@ -658,7 +658,7 @@ def by_config(bench: Bench, offset: int, length: int, value: int | None = None, 
     return bench.driver.read_config(at + 16, 4)
 
 
-def test_the_whole_device_through_pci_cfg(bench: Bench) -> None:
+def test_row67_the_status_and_features_through_pci_cfg(bench: Bench) -> None:
     """Nothing is decoded: not even the status register."""
     bench.driver.find()
     assert by_config(bench, 0x14, 1) == 0
@@ -673,6 +673,23 @@ def test_the_whole_device_through_pci_cfg(bench: Bench) -> None:
     by_config(bench, 0x14, 1, 0)
     assert by_config(bench, 0x14, 1) == 0
     assert len(bench.transport.function.space) == pci.PCI_CFG_SPACE_EXP_SIZE
+
+
+def test_row12_a_reset_through_pci_cfg_waits_for_the_request_in_flight() -> None:
+    device = SlowDevice()
+    bench = Bench(device)
+    bench.driver.start()
+    bench.driver.submit(0, [], [4])
+    assert device.started.wait(30)
+    resetting = threading.Thread(target=by_config, args=(bench, 0x14, 1, 0))
+    resetting.start()
+    resetting.join(0.1)
+    assert resetting.is_alive(), "it waits for the request"
+    device.release.set()
+    resetting.join(30)
+    assert bench.driver.queues[0].has_used()
+    assert by_config(bench, 0x14, 1) == 0
+    bench.transport.close()
 
 
 @pytest.mark.parametrize(
@@ -771,6 +788,17 @@ def test_row68_a_function_reset_with_a_request_in_flight() -> None:
     bench.driver.start()
     bench.driver.request(0, [], [4])
     bench.transport.close()
+
+
+def test_row68_a_function_reset_forgets_what_was_written_to_capabilities(bench: Bench) -> None:
+    before = bytes(bench.transport.function.space)
+    bench.driver.start()
+    by_config(bench, 0x10, 2, 0x5A5A)
+    for at in range(0x40, pci.PCI_CFG_SPACE_SIZE, 4):
+        if at != express(bench) + 8:
+            bench.driver.write_config(at, 4, 0xFFFF_FFFF)
+    bench.driver.write_config(express(bench) + 8, 2, pci.PCI_EXP_DEVCTL_BCR_FLR | 0x7FFF)
+    assert bench.transport.function.space == before
 
 
 def reset_function(bench: Bench) -> threading.Thread:

@@ -40,6 +40,15 @@ def test_row_is_tested(row: int) -> None:
     assert row in rows_with_tests(), f"no test has row{row} in its name"
 
 
+def test_the_tests_that_the_document_names_are_there() -> None:
+    text = (ROOT / "docs/robustness.md").read_text()
+    named = set(re.findall(r"`(test_row\w+)`", text))
+    assert len(named) > 30
+    paths = (ROOT / "tests").rglob("test_*.py")
+    there = {name for path in paths for name in re.findall(r"def (test_\w+)", path.read_text())}
+    assert named - there == set()
+
+
 def other_rows_of_the_document() -> list[str]:
     """Those of one kind of device or stream: V1, S3 and so on."""
     text = (ROOT / "docs/robustness.md").read_text()
