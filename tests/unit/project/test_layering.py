@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
@@ -299,3 +300,10 @@ def test_one_module_chooses_the_transport() -> None:
         if str(path.relative_to(ROOT / "pyvmm")) not in CHOOSE_TRANSPORT
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_two_files_of_tests_share_a_name() -> None:
+    """Folders of tests are no packages: pytest would take the second for the first, and collects
+    nothing of either when both are asked for."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, times in names.items() if times > 1] == []
