@@ -15,6 +15,7 @@ from pyvmm.host.unix_sockets import Socket
 
 VERSION = 1
 MAX_LINE = 64 << 10  # bytes of a request
+_LARGEST = (1 << 63) - 1  # of a number, either way
 
 BAD_REQUEST = "bad_request"  # not JSON, not an object, a wrong parameter
 UNKNOWN_METHOD = "unknown_method"
@@ -50,9 +51,11 @@ class Method(NamedTuple):
 
 class Later(NamedTuple):
     """A result that takes its time: `run`, called in a thread of its own, returns or raises what a
-    method would. The client waits, and others are served meanwhile."""
+    method would. The client waits, and others are served meanwhile. If it hangs up, `cancel` is
+    called, in the server's thread; `run` is to return soon then."""
 
     run: Callable[[], Any]
+    cancel: Callable[[], None] = lambda: None
 
 
 class Upgrade(NamedTuple):
@@ -100,6 +103,8 @@ def check_params(method: Method, params: Mapping[str, Any]) -> None:
         # An exact match, as a bool is an int to Python.
         if type(value) is not known[name]:
             raise ControlError(BAD_REQUEST, f"{name!r} must be of type {known[name].__name__}")
+        if type(value) is int and abs(value) > _LARGEST:
+            raise ControlError(BAD_REQUEST, f"{name!r} must be within {-_LARGEST} and {_LARGEST}")
     for name in method.needs:
         if name not in params:
             raise ControlError(BAD_REQUEST, f"the parameter {name!r} is missing")

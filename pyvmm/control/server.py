@@ -53,11 +53,11 @@ class _Client:
         self.to_send = b""
         self.ending = False  # once `to_send` is out
         self.upgrade: Upgrade | None = None
-        self.waits = False  # for an answer that takes its time
+        self.waits: Later | None = None  # for an answer that takes its time
 
     @property
     def has_line(self) -> bool:
-        busy = self.to_send or self.ending or self.waits
+        busy = self.to_send or self.ending or self.waits is not None
         return not busy and b"\n" in self.received
 
 
@@ -151,7 +151,7 @@ class ControlServer:
             client, answer = self._late.popleft()
             self._at_work -= 1
             if self._clients.get(client.socket.fileno()) is client:
-                client.waits = False
+                client.waits = None
                 client.to_send = answer
                 self._send(client)
                 self._watch(client)
@@ -167,7 +167,7 @@ class ControlServer:
             return
         else:
             # With a whole line there, no more is read: that line comes first.
-            events = 0 if client.has_line or client.waits else select.EPOLLIN
+            events = 0 if client.has_line or client.waits is not None else select.EPOLLIN
         self._epoll.modify(client.socket.fileno(), events)
 
     def _accept(self) -> None:
@@ -193,7 +193,7 @@ class ControlServer:
         self._epoll.register(socket.fileno(), select.EPOLLIN)
 
     def _receive(self, client: _Client) -> None:
-        if client.has_line or client.to_send or client.waits:
+        if client.has_line or client.to_send or client.waits is not None:
             # A hang-up while it is answered: whoever asked has gone, and no answer is wanted.
             self._drop(client)
             return
@@ -250,7 +250,7 @@ class ControlServer:
         except RuntimeError:  # all that Python says of pthread_create's EAGAIN
             raise HostError(errno.EAGAIN, "thread for a request") from None
         self._at_work += 1
-        client.waits = True
+        client.waits = later
 
     def _answer_later(self, client: _Client, id: int | str | None, later: Later) -> None:
         self._late.append((client, answered(id, later.run)))
@@ -277,6 +277,8 @@ class ControlServer:
 
     def _drop(self, client: _Client) -> None:
         self._forget(client)
+        if client.waits is not None:
+            client.waits.cancel()
         client.socket.close()
 
     def _forget(self, client: _Client) -> None:

@@ -61,7 +61,7 @@ class PciHost:
         self._messages: Messages | None = None
         self._window_start = places.window
         self._window_end = places.window + places.window_size
-        self._plugged: dict[int, _Plugged] = {}
+        self._plugged: dict[int, _Plugged] = {}  # replaced as a whole, as any thread looks
         self.on_eject: Callable[[int], None] = lambda number: None
         self.bus = PciBus(places.window, places.window_size)
         self.bus.add(0, Function(_INTEL, _BRIDGE, _HOST_BRIDGE_CLASS))
@@ -114,7 +114,8 @@ class PciHost:
             transport.function.place(transport.bar, start)
             transport.function.placement = _Place(transport, self._vm, transport.negotiation.warn)
             self.bus.add(number, transport.function)
-            self._plugged[number] = _Plugged(transport, start, closing.pop_all())
+            plugged = _Plugged(transport, start, closing.pop_all())
+            self._plugged = {**self._plugged, number: plugged}
         return number, transport
 
     def _room_for(self, size: int) -> int:
@@ -166,11 +167,13 @@ class PciHost:
         plugged = self._plugged.get(number)
         return None if plugged is None else plugged.transport
 
-    def detach(self, number: int) -> None:
-        """Have nobody answer at `number` any more: no register, no doorbell, no DMA, no interrupt.
-        What the device is served by is there until `unplug`."""
-        if number in self._plugged and number in self.bus.functions:
-            self.bus.remove(number)
+    def detach(self, number: int, transport: object) -> None:
+        """Have `transport` not answer at `number` any more: no register, no doorbell, no DMA, no
+        interrupt. What the device is served by is there until `unplug`. If it has left, or another
+        one has come since, nothing happens."""
+        plugged = self._plugged.get(number)
+        if plugged is not None and plugged.transport is transport:
+            self.bus.remove(number, plugged.transport.function)
 
     def unplug(self, number: int, transport: object) -> None:
         """Take out what is `transport`, and leave nothing of it. No vCPU may be inside one of its
@@ -178,15 +181,14 @@ class PciHost:
         plugged = self._plugged.get(number)
         if plugged is None or plugged.transport is not transport:
             return
-        if self.bus.functions.get(number) is plugged.transport.function:
-            self.bus.remove(number)
+        self.bus.remove(number, plugged.transport.function)
         self.withdraw(number)
         plugged.closing.close()
-        del self._plugged[number]
+        self._plugged = {at: one for at, one in self._plugged.items() if at != number}
 
     def close(self) -> None:
         """Unplug all that is left; the guest must be stopped."""
-        for number, plugged in reversed(self._plugged.copy().items()):
+        for number, plugged in reversed(self._plugged.items()):
             self.unplug(number, plugged.transport)
 
 

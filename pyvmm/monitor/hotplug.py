@@ -81,10 +81,19 @@ class _Leaving:
         self.part = part
         self.number = number
         self.waiting = 0  # how many wait for it
+        self.wakes: set[Event] = set()  # theirs
         self.by = HOST
         self.ejected = False
+        self.lacks_thread = False
         self.gone = Event()
         self.failure = ""
+
+    def end(self, failure: str = "") -> None:
+        """Tell all who wait that it has gone, or why it has not."""
+        self.failure = failure
+        self.gone.set()
+        for wake in list(self.wakes):
+            wake.set()
 
 
 def methods(hotplug: Callable[[], Hotplug]) -> dict[str, Method]:
@@ -119,7 +128,8 @@ def _remove_later(
     force: bool = False,
 ) -> Later:
     seconds = min(max(0, timeout_ms) / 1000, MOST_SECONDS)
-    return Later(partial(hotplug().remove, kind, id, seconds, force))
+    wake = Event()
+    return Later(partial(hotplug().remove, kind, id, seconds, force, wake), cancel=wake.set)
 
 
 class Hotplug(Closable):
@@ -232,13 +242,17 @@ class Hotplug(Closable):
 
     # --- a device is to go ------------------------------------------------------------------------
 
-    def remove(self, kind: str, id: str, timeout: float, force: bool) -> dict[str, Any]:
+    def remove(
+        self, kind: str, id: str, timeout: float, force: bool, wake: Event | None = None
+    ) -> dict[str, Any]:
         """Have the guest give up the device `id`, and return when nothing is left of it.
 
         With `force` nobody asks what it is used for, and after `timeout` seconds it goes without
-        the guest's consent. Raises ConfigError if the guest uses it or does not give it up,
-        ControlError for a paused VM.
+        the guest's consent. Whoever sets `wake` wants that no more: the device stays then, unless
+        the guest has given it up already. Raises ConfigError if the guest uses it or does not give
+        it up, ControlError for a paused VM.
         """
+        wake = wake or Event()
         _, number = self._find(kind, id)
         if not force and (use := self._use_of(number)):
             raise ConfigError(
@@ -247,12 +261,16 @@ class Hotplug(Closable):
         with self._machine.steady:
             if self._ended:
                 raise ControlError(FAILED, f"{self._name} is about to end")
+            if wake.is_set():
+                raise ControlError(FAILED, "nobody wants that any more")
             part, number = self._find(kind, id)  # which may have gone meanwhile
             with self._lock:
                 leaving = self._leaving.setdefault(part.transport, _Leaving(part, number))
                 leaving.waiting += 1
+                leaving.wakes.add(wake)
             self._bus().tell(slots.LEAVING, number)
-        if not leaving.gone.wait(timeout) and not self._give_up(leaving, force):
+        told = wake.wait(timeout)
+        if not leaving.gone.is_set() and not self._give_up(leaving, force and not told):
             raise ConfigError(
                 f"the guest has not given up {id} within {timeout:g} s",
                 cure="add --force to take it away",
@@ -312,7 +330,7 @@ class Hotplug(Closable):
                     self._leaving.pop(leaving.part.transport, None)
             pci.withdraw(leaving.number)
             if force:
-                pci.detach(leaving.number)
+                pci.detach(leaving.number, leaving.part.transport)
         if force:
             self._finish(leaving)
             # So that the guest sees that nobody is there any more.
@@ -343,7 +361,7 @@ class Hotplug(Closable):
             if leaving.ejected:
                 return
             leaving.ejected = True
-        pci.detach(number)
+        pci.detach(number, transport)
         self._start_finishing(leaving)
 
     def _start_finishing(self, leaving: _Leaving) -> None:
@@ -352,15 +370,22 @@ class Hotplug(Closable):
             self._finishing.add(thread)
         try:
             thread.start()
-        except RuntimeError:  # no more threads: the end of the run, or the next start, does it
+        except RuntimeError:  # no more threads: `look` tries again
             with self._lock:
                 self._finishing.discard(thread)
+                leaving.lacks_thread = True
             self._warn(f"the host has no thread to take {leaving.part.device.name} out")
 
     def _finish(self, leaving: _Leaving) -> None:
         """Give back all that the device had, which nobody answers for any more."""
         transport = leaving.part.transport
         try:
+            if transport not in self._machine.parts.transports:
+                # The guest has ejected it once more, from a vCPU that had found it there still.
+                with self._lock:
+                    self._leaving.pop(transport, None)
+                leaving.end()
+                return
             # A vCPU may have found the device a moment before it left the bus.
             self._machine.settle()
             # What is in flight is waited for; a guest that starts anew has it waited for as well.
@@ -373,6 +398,9 @@ class Hotplug(Closable):
                 assert pci is not None
                 pci.unplug(leaving.number, transport)
                 self._forget(leaving)
+        except Exception as error:
+            log.to_stderr(f"a defect in pyvmm, met by a device that goes: {error!r}")
+            leaving.end(f"a defect in pyvmm: {error!r}")
         finally:
             with self._lock:
                 self._finishing.discard(current_thread())
@@ -389,12 +417,19 @@ class Hotplug(Closable):
         except Exception as error:
             log.to_stderr(f"{part.device.name} was not taken out cleanly: {error}")
         self._tell("device_removed", kind=part.spec.kind, id=part.device.name, by=leaving.by)
-        leaving.gone.set()
+        leaving.end()
 
     # --- the machine's life -----------------------------------------------------------------------
 
     def look(self) -> None:
-        """Remind the guest of what it has not looked at: called about every second."""
+        """Remind the guest of what it has not looked at, and finish what there was no thread for:
+        called about every second."""
+        with self._lock:
+            stranded = [one for one in self._leaving.values() if one.lacks_thread]
+            for one in stranded:
+                one.lacks_thread = False
+        for one in stranded:
+            self._start_finishing(one)
         pci = self._machine.parts.pci
         if pci is not None and pci.slots is not None:
             pci.slots.remind()
@@ -414,9 +449,8 @@ class Hotplug(Closable):
         with self._lock:
             leaving, finishing = list(self._leaving.values()), list(self._finishing)
         for one in leaving:
-            if not one.ejected:
-                one.failure = f"{self._name} is about to end"
-                one.gone.set()
+            if not one.ejected or one.lacks_thread:
+                one.end(f"{self._name} is about to end")
         for thread in finishing:
             thread.join()
         with self._one_at_a_time:

@@ -48,11 +48,13 @@ class PciBus:
         with function.lock:
             self._place(function)
 
-    def remove(self, device: int) -> None:
-        """Take the function at `device` out: from now on nobody answers there."""
-        function = self.functions[device]
+    def remove(self, device: int, function: Function) -> None:
+        """Take `function` out of `device`: from now on nobody answers there. If it is not there any
+        more, nothing happens: a guest and its host may both want it gone."""
         with function.lock:
             with self._lock:
+                if self.functions.get(device) is not function:
+                    return
                 self.functions = {at: one for at, one in self.functions.items() if at != device}
             function.reset()
             self._place(function)

@@ -190,6 +190,9 @@ class Served:
                 "defect": Method(self.fail(KeyError("oops"))),
                 "upgrade": Method(lambda: Upgrade("go on", self.take)),
                 "later": Method(lambda: Later(lambda: self.release.wait(HANG))),
+                "cancelled": Method(
+                    lambda: Later(lambda: self.release.wait(HANG), cancel=self.release.set)
+                ),
                 "late defect": Method(lambda: Later(self.fail(KeyError("oops")))),
                 "late refusal": Method(lambda: Later(self.fail(ConfigError("no", cure="do not")))),
             }.get,
@@ -386,6 +389,23 @@ def test_late_answers_are_bounded_and_those_who_left_get_none(served: Served) ->
     with served.dial() as again:
         while "error" in ask(again, line(method="later")):
             assert time.monotonic() < deadline
+
+
+def test_one_who_hangs_up_cancels_what_takes_its_time(served: Served) -> None:
+    with served.dial() as connection:
+        connection.sendall(line(method="cancelled"))
+        client.patiently("served", lambda vm: vm.call("echo", patience=HANG), HANG)
+        assert not served.release.is_set()
+    assert served.release.wait(HANG)
+
+
+@pytest.mark.parametrize("number", [1 << 63, -(1 << 63), 10**400])
+def test_a_number_without_bounds_is_refused(served: Served, number: int) -> None:
+    with served.dial() as connection:
+        answer = ask(connection, line(method="need", params={"object": number}))
+        assert answer["error"]["code"] == "bad_request"  # type: ignore[index]
+        assert "must be within" in str(answer["error"])
+    assert served.calls == []
 
 
 def test_it_ends_while_an_answer_takes_its_time(served: Served) -> None:

@@ -15,6 +15,7 @@ from pyvmm.errors import ConfigError
 from pyvmm.host.files import open_image
 from pyvmm.kinds import balloon
 from pyvmm.machine.pci_host import PciHost
+from pyvmm.monitor.hotplug import methods
 from pyvmm.pci import slots
 from pyvmm.spec.vm import VmSpec
 from pyvmm.testing.blk_driver import IN, OK, BlockDriver, header
@@ -380,3 +381,114 @@ def test_a_bar_that_was_moved_is_not_overlaid(rig: Rig) -> None:
     assert added.address_of(added.bars[0]) not in (was, behind)
     assert disk_of(rig, 3).read(0, 512).status == OK
     assert first.field((0x14, 1)) == 0
+
+
+# --- races, and those who change their mind -------------------------------------------------------
+
+
+def test_an_eject_that_comes_late_takes_out_nothing_that_has_come_since(rig: Rig) -> None:
+    """A vCPU has found a device in its slot when others take it out and put the next one there."""
+    looked = rig.host.transport_at(1)
+    asking = rig.removing("disk", "root")
+    give_up(rig, asking, 1)
+    assert rig.add("disk", "ram:1M,id=next")["slot"] == 1
+    rig.asked(slots.ARRIVED)
+    rig.host.detach(1, looked)
+    assert rig.is_there(1) and disk_of(rig, 1).read(0, 512).status == OK
+
+
+def test_a_device_goes_once_however_many_vcpus_eject_it(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second one has looked at the machine's parts before the first has changed them."""
+    before = rig.machine.parts
+    rig.eject(1)
+    until(lambda: rig.ids == ["balloon"] and not rig.hotplug._finishing)
+    now, late = rig.machine.parts, rig.footprint()
+    monkeypatch.setattr(type(rig.host), "transport_at", lambda host, number: before.transports[0])
+    rig.machine.parts = before
+    start = rig.hotplug._start_finishing
+
+    def begin(leaving: object) -> None:
+        rig.machine.parts = now
+        start(leaving)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(rig.hotplug, "_start_finishing", begin)
+    rig.eject(1)
+    until(lambda: rig.footprint() == late)
+    assert [kind for kind, _ in rig.events] == ["device_removed"]
+
+
+def test_it_is_looked_up_while_others_come_and_go(rig: Rig, monkeypatch) -> None:
+    """Whoever looks for a slot holds no lock, and sees the bus as it was or is."""
+    seen = iter(rig.host._plugged.items())
+    next(seen)
+    rig.add("disk", "ram:1M")
+    rig.remove("disk", "disk0", timeout=0, force=True)
+    assert [number for number, _ in seen] == [2]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_one_who_hangs_up_leaves_the_device_and_no_thread(rig: Rig, force: bool) -> None:
+    disk = disk_of(rig, 1)
+    before = rig.footprint()
+    asked = methods(lambda: rig.hotplug)["disk.remove"].run(
+        id="root", timeout_ms=3_600_000, force=force
+    )
+    asking = Asking(asked.run)
+    until(lambda: rig.port(slots.LEAVING) == 1 << 1)
+    asked.cancel()
+    with pytest.raises(ConfigError, match="has not given up root"):
+        asking.result()
+    assert rig.port(slots.LEAVING) == 0 and disk.read(0, 512).status == OK
+    until(lambda: rig.footprint() == before)
+
+
+def test_one_who_hangs_up_leaves_the_other_waiting(rig: Rig) -> None:
+    wake = threading.Event()
+    leaving = Asking(lambda: rig.hotplug.remove("disk", "root", SAFETY_TIMEOUT, False, wake))
+    patient = rig.removing("disk", "root")
+    until(lambda: sum(one.waiting for one in rig.hotplug._leaving.values()) == 2)
+    wake.set()
+    with pytest.raises(ConfigError):
+        leaving.result()
+    assert rig.port(slots.LEAVING) == 0 or patient.is_alive()
+    rig.eject(1)
+    assert patient.result() == {"kind": "disk", "id": "root"}
+
+
+def test_what_there_was_no_thread_for_is_done_later(
+    rig: Rig, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig.add("disk", f"{data},id=data")
+    rig.asked(slots.ARRIVED)
+    asking = rig.removing("disk", "data")
+    rig.asked(slots.LEAVING)
+
+    class NoThread(threading.Thread):
+        def start(self) -> None:
+            raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pyvmm.monitor.hotplug.Thread", NoThread)
+        rig.eject(3)
+        rig.hotplug.look()
+    assert not rig.is_there(3) and asking.is_alive()
+    rig.hotplug.look()
+    assert asking.result()["id"] == "data"
+    open_image(str(data), read_only=False).close()
+
+
+def test_a_defect_while_a_device_goes_leaves_nobody_waiting(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*of: object) -> None:
+        raise ValueError("oops")
+
+    monkeypatch.setattr(rig.host, "unplug", fail)
+    asking = rig.removing("disk", "root")
+    rig.asked(slots.LEAVING)
+    rig.eject(1)
+    with pytest.raises(ControlError, match="oops"):
+        asking.result()
+    monkeypatch.undo()

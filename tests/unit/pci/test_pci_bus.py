@@ -421,7 +421,7 @@ def test_too_many_capabilities(bench: Bench) -> None:
 def test_a_function_that_is_removed_answers_no_more(bench: Bench) -> None:
     bench.place(BASE)
     bench.write(pci.PCI_COMMAND, 2, 6)
-    bench.bus.remove(SLOT)
+    bench.bus.remove(SLOT, bench.bus.functions[SLOT])
     assert bench.read(0, 4) == ONES[4]
     assert not bench.answers_at(BASE)
     assert (bench.told.places[-1], bench.told.master) == (None, [True, False])
@@ -525,7 +525,7 @@ def test_row62_a_bar_over_another_answers_once_that_has_left(bench: Bench, leave
     elif leaves == "decodes no more":
         bench.bus.ecam.write(at | pci.PCI_COMMAND, 2, 0)
     else:
-        bench.bus.remove(SLOT + 1)
+        bench.bus.remove(SLOT + 1, bench.bus.functions[SLOT + 1])
     assert bench.told.places[-1] == BASE
     bench.bus.window.write(0, 4, 7)
     assert bench.registers.written == [(0, 4, 7)]

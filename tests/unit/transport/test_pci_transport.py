@@ -846,7 +846,7 @@ def test_row68_a_function_that_is_removed_with_a_request_in_flight() -> None:
     bench.driver.submit(0, [], [4])
     assert device.started.wait(30)
     device.release.set()
-    bench.bus.remove(SLOT)
+    bench.bus.remove(SLOT, bench.bus.functions[SLOT])
     bench.transport.close()
     assert bench.driver.read_config(0, 4) == 0xFFFF_FFFF
     assert struct.unpack("<B", bench.memory.read(0, 1))
