@@ -81,7 +81,7 @@ echo "cards=$(ls /sys/class/net | tr '\\n' ' ')"
 """
 
 
-@pytest.mark.parametrize("kernel", ["6.12"])
+@pytest.mark.parametrize("kernel", ["6.1", "6.12"])
 @pytest.mark.skipif(find_program("passt") is None, reason="needs passt (package passt)")
 def test_disks_and_cards_come_and_go(
     kernel: str, microvm_factory: Callable[..., VM], tmp_path: Path
