@@ -179,7 +179,7 @@ def limited(
 
     def serve_limited(queue: Queue) -> Rest | None:
         nonlocal wrapped
-        if wrapped is None or wrapped._queue is not queue:
+        if wrapped is None:  # it stays the same queue
             wrapped = LimitedQueue(queue, limits, size_of, clock)
         wrapped.wait = 0
         rest = serve(wrapped)  # type: ignore[arg-type]  # the rest of Queue is by __getattr__

@@ -366,7 +366,7 @@ class QueueWorker(Worker):
                     continue
                 with queue.lock:
                     more |= queue.enable_notification() and not queue.halt
-            if not more or self._stopping:
+            if not more:  # nor after a stop, which halts all queues
                 break
         if rests:
             return self._arm_for(rests)

@@ -55,10 +55,12 @@ def test_an_eventfd_knows_how_often_it_was_signalled() -> None:
 def test_a_device_counts_requests_interrupts_kicks_and_bytes(packed: bool) -> None:
     device = EntropyDevice()
     device.features = ring_features(packed=packed)
+    began = time.perf_counter_ns()
     with attached(device, ring="packed" if packed else "split") as driver:
         for _ in range(5):
             driver.request([], [16])
         driver.mmio.reset()  # its thread has ended: all is counted
+        all_of_it = time.perf_counter_ns() - began
         found = _device(driver.transport)
         [queue] = found["queues"]
         assert found["type"] == 4
@@ -71,6 +73,7 @@ def test_a_device_counts_requests_interrupts_kicks_and_bytes(packed: bool) -> No
         # No more than if each had taken its bucket's upper bound, no less than half of that.
         most = sum(int(bound) * count for bound, count in queue["latency_ns"].items())
         assert most / 2 <= queue["latency_sum_ns"] <= most
+        assert 0 < queue["latency_sum_ns"] <= 5 * all_of_it
         assert found["failures"] == 0
 
 

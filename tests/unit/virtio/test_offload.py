@@ -94,6 +94,23 @@ def test_a_lock_that_cannot_be_had_leaves_the_ring_to_its_holder(ring: Ring) -> 
     assert ring.owner is server
 
 
+@pytest.mark.parametrize("change", ["serve_by", "acquire", "release"])
+def test_a_ring_changes_hands_by_one_thread_at_a_time(ring: Ring, change: str) -> None:
+    lock, server = OffloadLock(), Server(ring)
+    lock.serve_by(server)
+    if change == "release":
+        lock.acquire()
+    before = ring.owner
+    arguments = (None,) if change == "serve_by" else ()
+    changing = Thread(target=getattr(lock, change), args=arguments, daemon=True)
+    with lock._changing:
+        changing.start()
+        changing.join(0.1)
+        assert changing.is_alive() and ring.owner is before
+    changing.join(60)
+    assert not changing.is_alive() and ring.owner is not before
+
+
 def test_holders_and_servers_from_many_threads(ring: Ring) -> None:
     lock, servers = OffloadLock(), [Server(ring), Server(ring)]
     failures: list[BaseException] = []

@@ -126,9 +126,12 @@ def test_both_limits_are_taken_or_none() -> None:
     assert limits.take(0, 0) == SECOND // 10
 
 
-def test_threads_take_one_after_the_other() -> None:
+@pytest.mark.parametrize(
+    ("method", "arguments"), [("take", (1, 0)), ("charge", (1,)), ("ready", (0,))]
+)
+def test_threads_take_one_after_the_other(method: str, arguments: tuple[int, ...]) -> None:
     limits = RateLimiter(TokenBucket(10, 1), None)
-    taking = threading.Thread(target=limits.take, args=(1, 0), daemon=True)
+    taking = threading.Thread(target=getattr(limits, method), args=arguments, daemon=True)
     with limits._lock:
         taking.start()
         taking.join(0.1)
@@ -364,4 +367,33 @@ def test_within_limits_no_chain_is_taken_from_a_queue_that_is_to_rest(
         else:
             rig.queue.ready = False
     assert taken == 1
+    rig.close()
+
+
+def test_within_limits_several_chains_can_be_stepped_back_from_the_youngest_on() -> None:
+    rig = Rig()
+    for size in (100, 200, 300):
+        rig.driver.add([], [size])
+    rig.driver.publish()
+    limits = RateLimiter(TokenBucket(1000, 600), TokenBucket(1000, 3))
+    queue = rate_limit.LimitedQueue(rig.queue, limits, lambda chain: chain.writable_size, lambda: 0)
+    first, second, third = queue
+    assert (first.writable_size, second.writable_size, third.writable_size) == (100, 200, 300)
+    assert limits.take(1, 0) > 0
+    queue.step_back(third)
+    queue.step_back(second)
+    assert limits.take(501, 0) > 0, "more was given back than was taken"
+    assert limits.take(500, 0) == 0
+    limits.charge(-500, -1)
+    assert [chain.head for chain in queue] == [second.head, third.head]
+    rig.close()
+
+
+def test_a_device_sees_through_its_limits_that_it_is_to_stop() -> None:
+    rig = Rig()
+    limits = RateLimiter(TokenBucket(1000), None)
+    queue = rate_limit.LimitedQueue(rig.queue, limits, lambda chain: 0, lambda: 0)
+    assert not queue.halt
+    rig.queue.halt = True
+    assert queue.halt
     rig.close()

@@ -332,6 +332,33 @@ def test_reset_of_a_device_that_was_never_activated():
     Echo().reset()
 
 
+def test_a_device_that_was_reset_starts_no_queue(bench):
+    b = bench(Echo())
+    b.activate()
+    b.device.reset()
+    with pytest.raises(AssertionError, match="live device"):
+        b.device.start_queue(b.rig.queue)
+
+
+def test_the_queues_in_use_are_those_with_a_worker(bench):
+    b = bench(Echo(), queues=2)
+    b.activate()
+    first, second = (rig.queue for rig in b.rigs)
+    assert b.device.queues_in_use == [first, second]
+    b.device.reset_queue(0)
+    assert b.device.queues_in_use == [second]
+    successor = b.rig.built()
+    b.device.start_queue(successor)
+    assert b.device.queues_in_use == [second, successor]
+
+
+def test_no_worker_keeps_a_process_that_ends(bench):
+    b = bench(Echo(), queues=2)
+    b.activate()
+    workers = [each for each in threading.enumerate() if each.name.startswith("echo-q")]
+    assert [worker.daemon for worker in workers] == [True, True]
+
+
 def test_a_device_serves_again_after_reset(bench):
     b = bench(Echo())
     for turn in range(5):

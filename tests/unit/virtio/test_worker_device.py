@@ -116,7 +116,51 @@ def test_work_that_never_ends_by_itself_rests_for_whoever_takes_a_queue_out() ->
     drop.start()
     drop.join(30)
     assert not drop.is_alive()
+    begun.clear()
+    assert begun.wait(60), "it rests for ever"
     made.stop()
+
+
+def test_whoever_takes_a_queue_out_waits_for_the_work_at_hand() -> None:
+    begun, leave, forgotten = threading.Event(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        assert leave.wait(60)
+
+    made = Made(work)
+    made.worker.start()
+    assert begun.wait(60)
+    drop = threading.Thread(target=made.worker.drop_queue, args=(0, forgotten.set), daemon=True)
+    drop.start()
+    drop.join(0.1)
+    assert drop.is_alive() and not forgotten.is_set()
+    leave.set()
+    drop.join(60)
+    assert not drop.is_alive() and forgotten.is_set()
+    made.stop()
+
+
+def test_a_queue_is_served_once_taken_and_may_be_replaced_by_its_successor() -> None:
+    made, rig = Made(), Rig()
+    made.worker.start()
+    made.wait_for_call()
+    for queue in (rig.queue, rig.built()):
+        queue.end_serving()  # as the reset before left it
+        made.worker.take_queue(queue)
+        made.wait_for_call()
+        assert made.worker.queues == {0: queue}
+        assert not queue.halt
+        rig.kick.signal()
+        made.wait_for_call()
+        made.worker.drop_queue(0)
+        made.wait_for_call()
+        assert made.worker.queues == {}
+    made.worker.take_queue(queue)
+    made.stop()
+    assert queue.halt
+    assert made.recorder.failures == []
+    rig.close()
 
 
 def test_waking_it_after_its_end_does_nothing() -> None:
