@@ -194,10 +194,8 @@ class Lifecycle:
         DRIVER_OK is set before, because a worker may use a buffer before `device.activate` has
         returned, and no used buffer notification may precede DRIVER_OK (2.1.2 Device Requirements).
         """
-        interrupt = _ActivationInterrupt(self, self._events, self._notifier)
+        interrupt = self._interrupt = _ActivationInterrupt(self, self._events, self._notifier)
         self.activations += 1
-        with self._events:
-            self._interrupt = interrupt
         accepted = self.state.driver_features
         try:
             queues = self._queues = self._build_queues(accepted)
@@ -387,7 +385,6 @@ class Lifecycle:
         with self._events:
             if self._interrupt is not None:
                 self._interrupt.live = False
-                self._interrupt = None
         try:
             self.device.reset()
         except Exception as error:

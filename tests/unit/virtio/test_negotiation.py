@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
+from copy import deepcopy
 from threading import Thread
 
 import pytest
@@ -228,6 +230,35 @@ def test_no_interrupt_is_told_of_while_a_reset_ends_the_activation(
     assert bench.interrupt_status == 1
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda negotiation: negotiation.add_status(FAILED),
+        lambda negotiation: negotiation.acknowledge(1),
+        lambda negotiation: negotiation.config_changed(),
+        lambda negotiation: negotiation.fail(BROKEN_RING),
+        lambda negotiation: negotiation.reset(),
+        lambda negotiation: negotiation._clear(),
+    ],
+    ids=["status", "acknowledgement", "configuration", "failure", "reset", "last step of a reset"],
+)
+def test_what_workers_and_drivers_change_is_changed_by_one_thread_at_a_time(
+    bench: Bench, device: RecordingDevice, change: Callable[[Negotiation], object]
+) -> None:
+    bench.go_live()
+    device.live.interrupt.signal_used(0)
+    before, resets = deepcopy(bench.negotiation.state), device.resets
+    changing = Thread(target=change, args=(bench.negotiation,), daemon=True)
+    with bench.negotiation._events:
+        changing.start()
+        changing.join(0.1)
+        assert changing.is_alive()
+        assert (bench.negotiation.state, device.resets) == (before, resets)
+    changing.join(30)
+    assert not changing.is_alive()
+    assert bench.negotiation.state != before
+
+
 def test_the_generation_goes_on_over_a_reset(bench: Bench, device: RecordingDevice) -> None:
     bench.go_live()
     device.live.interrupt.signal_config_change()
@@ -330,6 +361,68 @@ def test_row18_a_queue_that_is_stopped_without_bus_mastering_stays_stopped(
     bench.negotiation.write_queue_ready(0)
     bench.negotiation.set_bus_master(True)
     assert not queue.ready
+
+
+@pytest.mark.parametrize("ready", [True, False], ids=["let go", "stopped"])
+def test_a_ring_is_stopped_and_let_go_under_its_lock(bench: Bench, ready: bool) -> None:
+    bench.go_live()
+    [queue] = bench.negotiation.active_queues
+    if ready:
+        bench.negotiation.set_bus_master(False)
+        change = Thread(target=bench.negotiation.set_bus_master, args=(True,), daemon=True)
+    else:
+        change = Thread(target=bench.negotiation.stop_queue, args=(0,), daemon=True)
+    with queue.lock:  # as its worker has it
+        change.start()
+        change.join(0.1)
+        assert change.is_alive() and queue.ready is not ready
+    change.join(30)
+    assert not change.is_alive() and queue.ready is ready
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_an_interrupt_that_moves_concerns_only_a_ring_that_is_served_elsewhere(
+    bench: Bench, elsewhere: bool
+) -> None:
+    """Our own worker looks it up each time: its batch is not disturbed."""
+    bench.go_live()
+    [queue] = bench.negotiation.active_queues
+    bench.negotiation.state.used_elsewhere = int(elsewhere)
+    moved = Thread(target=bench.negotiation.interrupt_moved, args=(0,), daemon=True)
+    with queue.lock:
+        moved.start()
+        moved.join(0.1 if elsewhere else 30)
+        assert (moved.is_alive(), queue.halt) == (elsewhere, elsewhere)
+    moved.join(30)
+    assert not moved.is_alive()
+    assert queue.lock.acquire(timeout=30)
+    queue.lock.release()
+    bench.negotiation.interrupt_moved(1)  # that is not in use
+
+
+@pytest.mark.parametrize("word", [2, 3, 0xFFFF_FFFF])
+def test_features_past_bit_63_are_neither_offered_nor_accepted(bench: Bench, word: int) -> None:
+    negotiation = bench.negotiation
+    bench.negotiate()
+    negotiation.write_device_features_select(word)
+    assert negotiation.read_device_features() == 0
+    bench.write(STATUS, 0)
+    accepted = negotiation.state.driver_features
+    negotiation.write_driver_features_select(word)
+    negotiation.write_driver_features(0)
+    assert bench.lines == []
+    negotiation.write_driver_features(1)
+    assert negotiation.state.driver_features == accepted
+    [line] = bench.lines
+    assert f"features 0x1 in word {word}, ignored" in line
+
+
+def test_a_write_to_the_configuration_has_no_more_bytes_than_it_says(
+    bench: Bench, device: RecordingDevice
+) -> None:
+    bench.go_live()
+    bench.negotiation.write_config(3, 2, 0x12_3456)
+    assert device.config_writes == [(3, b"\x56\x34")]
 
 
 def test_after_a_reset_there_are_no_queues(bench: Bench) -> None:

@@ -8,7 +8,11 @@ from time import perf_counter_ns
 
 import pytest
 from queue_rig import LAYOUTS, Rig
-from worker_rig import Bench, Echo, wait_for
+from worker_rig import Bench, Echo, Recorder, wait_for
+
+from pyvmm.virtio import worker as worker_module
+from pyvmm.virtio.device import Activation
+from pyvmm.virtio.worker import QueueWorker
 
 LONG = 3_600 * 10**9  # nanoseconds; a test that waits for its end hangs
 
@@ -111,3 +115,21 @@ def test_a_device_that_polls_for_an_hour_serves_and_stops():
         wait_for(bench.driver.has_used)
     finally:
         bench.close()  # would hang, if polling did not look for the stop
+
+
+def test_only_a_sleep_that_polling_would_have_spared_is_preceded_by_it(rig, monkeypatch):
+    clock = [1000]
+    monkeypatch.setattr(worker_module, "perf_counter_ns", lambda: clock[0])
+    recorder = Recorder()
+    activation = Activation(rig.memory, 0, (rig.queue,), recorder, recorder.fail)
+    worker = QueueWorker("polls", [rig.queue], lambda queue: None, activation, [()], poll_ns=50)
+    polls = []
+    for slept in (49, 51, 10**9, 10, 60):
+        worker._work()  # as its thread does, which is not started
+        clock[0] += slept
+        worker._learn()
+        polls.append(worker._poll)
+        worker._poll = 0  # the clock stands still, so polling would have no end
+    assert polls == [50, 0, 0, 50, 0]
+    worker._close()
+    worker._wake.close()

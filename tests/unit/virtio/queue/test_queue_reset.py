@@ -329,18 +329,22 @@ def test_a_reset_of_the_device_ends_a_queue_that_was_started_again(
     assert bench.read(QUEUE_READY) == 0
 
 
+@pytest.mark.parametrize("alone", [True, False], ids=["queue", "device"])
 def test_queues_that_were_reset_wait_for_no_bus_mastering(
-    recorder: tuple[Bench, Recorder],
+    recorder: tuple[Bench, Recorder], alone: bool
 ) -> None:
-    """However often a driver resets a queue meanwhile."""
+    """However often a driver resets a queue, or the device, meanwhile."""
     bench, device = recorder
     bench.go_live(VERSION_1 | RING_RESET)
     with bench.negotiation.lock:
         bench.negotiation.set_bus_master(False)
     kinds = {type(queue) for queue in bench.negotiation.active_queues}
     for _ in range(20):
-        bench.write(QUEUE_RESET, 1)
-        bench.enable_queue()
+        if alone:
+            bench.write(QUEUE_RESET, 1)
+            bench.enable_queue()
+        else:
+            bench.go_live(VERSION_1 | RING_RESET)
     device.started.clear()
     device.activation = None
     gc.collect()
