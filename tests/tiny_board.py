@@ -102,6 +102,7 @@ def make_board() -> Any:
             cpus: int,
             slots: Sequence[VirtioSlot],
             discovery: str,
+            memory_window: range = range(0),
         ) -> TinyEntry:
             with open(kernel, "rb") as file:
                 memory.write(LOW, file.read())

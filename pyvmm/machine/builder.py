@@ -35,7 +35,7 @@ from pyvmm.virtio.device import VirtioDevice
 if TYPE_CHECKING:
     from pyvmm.machine.attach import Plug
     from pyvmm.machine.board.board import Entry, PowerButton, SerialPort
-    from pyvmm.machine.mapped_files import MappedFiles
+    from pyvmm.machine.mapped_files import FileSlot, MappedFiles
     from pyvmm.machine.pci_host import PciHost
 
 
@@ -94,7 +94,7 @@ def prepare(
     slots = _slots(board, spec, len(devices))
     memory = _allocate(board, spec.memory)
     closing.callback(memory.close)
-    entry = _load(board, spec, slots, memory, quiet=quiet)
+    entry = _load(board, spec, slots, memory, quiet=quiet, files=files)
     if spec.transport == "pci" and turns_pci_off(entry.cmdline):
         log.of_vm(spec.name)(
             "the guest finds no device: pci=off on its command line hides their bus; leave that "
@@ -109,7 +109,14 @@ def prepare_again(prepared: Prepared) -> Prepared:
     memory = prepared.memory
     for region in memory.regions:
         memory.discard(region.guest_addr, region.size)
-    entry = _load(prepared.board, prepared.spec, prepared.slots, memory, quiet=prepared.quiet)
+    entry = _load(
+        prepared.board,
+        prepared.spec,
+        prepared.slots,
+        memory,
+        quiet=prepared.quiet,
+        files=prepared.files,
+    )
     return prepared._replace(entry=entry)
 
 
@@ -141,6 +148,7 @@ def _load(
     memory: GuestMemory,
     *,
     quiet: bool,
+    files: MappedFiles | None = None,
 ) -> Entry:
     entry: Entry = board.load(
         memory,
@@ -150,6 +158,7 @@ def _load(
         cpus=spec.cpus,
         slots=slots,
         discovery=spec.discovery,
+        memory_window=_memory_window(spec, files),
     )
     return entry
 
@@ -207,15 +216,7 @@ def assemble(
         sink=sink,
         closing=closing,
     )
-    if prepared.files is not None:
-        prepared.files.add_to(
-            vm,
-            mmio,
-            len(prepared.memory.regions),
-            board.address_bits(kvm),
-            log.of_vm(spec.name),
-        )
-    pci = _add_pci(board, vm, ports, mmio)
+    pci = _add_pci(prepared, vm, ports, mmio, _add_files(prepared, kvm, vm, mmio))
     if pci is not None:
         closing.callback(pci.close)
     transports = _attach(prepared, vm, mmio, pci, trace, closing)
@@ -226,14 +227,44 @@ def assemble(
     return parts._replace(stats=tuple(closing.enter_context(StatsFile(v.fd)) for v in vcpus))
 
 
-def _add_pci(board: Board[Any], vm: Vm, ports: Bus, mmio: Bus) -> PciHost | None:
+def _add_files(prepared: Prepared, kvm: Kvm, vm: Vm, mmio: Bus) -> list[FileSlot]:
+    """The files that are memory: at their places, or on PCI for their devices' BARs."""
+    files = prepared.files
+    if files is None:
+        return []
+    bits = prepared.board.address_bits(kvm)
+    first, warn = len(prepared.memory.regions), log.of_vm(prepared.spec.name)
+    if prepared.spec.transport != "pci":
+        files.add_to(vm, mmio, first, bits, warn)
+        return []
+    files.check_reach(bits)
+    return files.slots(vm, first, warn)
+
+
+def _add_pci(
+    prepared: Prepared, vm: Vm, ports: Bus, mmio: Bus, files: list[FileSlot]
+) -> PciHost | None:
     """The PCI bus, whether a device is on it or not: one may come later."""
+    board = prepared.board
     places = board.pci_places
     if places is None:
         return None
     from pyvmm.machine.pci_host import PciHost
 
-    return PciHost(places, vm, partial(board.messages, vm), ports=ports, mmio=mmio)
+    return PciHost(
+        places,
+        vm,
+        partial(board.messages, vm),
+        ports=ports,
+        mmio=mmio,
+        memory_window=_memory_window(prepared.spec, prepared.files),
+        files=files,
+    )
+
+
+def _memory_window(spec: VmSpec, files: MappedFiles | None) -> range:
+    """Where BARs can be that are memory."""
+    return range(0) if files is None or spec.transport != "pci" else files.window
 
 
 def _attach(

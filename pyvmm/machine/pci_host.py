@@ -2,12 +2,13 @@
 and taken out, also while the guest runs.
 
 A driver moves BARs and turns decoding and bus mastering on and off; KVM follows: doorbells are
-ioeventfds at the BAR's address of the moment, interrupts are messages.
+ioeventfds at the BAR's address of the moment, shared memory is a memory slot there, interrupts are
+messages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -21,9 +22,10 @@ from pyvmm.memory import GuestMemory
 from pyvmm.pci import slots
 from pyvmm.pci.bus import DEVICES, ECAM_SIZE, ConfigPorts, PciBus
 from pyvmm.pci.function import Bar, Function
-from pyvmm.virtio.device import VirtioDevice
+from pyvmm.virtio.device import SharedMemory, VirtioDevice
 
 if TYPE_CHECKING:  # a machine with nothing on its bus starts without them
+    from pyvmm.machine.mapped_files import FileSlot
     from pyvmm.machine.messages import Messages
     from pyvmm.transport.base import Doorbell
     from pyvmm.transport.pci import PciTransport
@@ -54,8 +56,11 @@ class PciHost:
         *,
         ports: Bus,
         mmio: Bus,
+        memory_window: range = range(0),
+        files: Sequence[FileSlot] = (),
     ) -> None:
-        """`make_messages` is called once, for the first device."""
+        """`make_messages` is called once, for the first device. `files` are those that devices have
+        as shared memory, within `memory_window`."""
         self._vm = vm
         self._make_messages = make_messages
         self._messages: Messages | None = None
@@ -69,6 +74,10 @@ class PciHost:
             ports.register(places.config_port, ConfigPorts.SIZE, self.bus.ports)
         mmio.register(places.ecam, ECAM_SIZE, self.bus.ecam)
         mmio.register(places.window, places.window_size, self.bus.window)
+        self._files = {slot.file.guest_addr: slot for slot in files}
+        if memory_window:
+            start, size = memory_window.start, len(memory_window)
+            mmio.register(start, size, self.bus.add_window(start, size))
         self.slots: slots.Slots | None = None
         if places.slots_port is not None:
             self._slots_gsi = places.slots_gsi
@@ -108,15 +117,20 @@ class PciHost:
             for _ in range(vectors_for(device)):
                 lines.append(self._messages.line())
                 closing.callback(lines[-1].close)
-            transport = PciTransport(device, memory, lines, log=log, trace=trace)
+            file = next(map(self._file_of, device.shared_memory.values()), None)
+            transport = PciTransport(device, memory, lines, shared=file, log=log, trace=trace)
             closing.callback(transport.close)
             start = self._room_for(transport.bar.size)
             transport.function.place(transport.bar, start)
-            transport.function.placement = _Place(transport, self._vm, transport.negotiation.warn)
+            place = _Place(transport, self._vm, file, transport.negotiation.warn)
+            transport.function.placement = place
             self.bus.add(number, transport.function)
             plugged = _Plugged(transport, start, closing.pop_all())
             self._plugged = {**self._plugged, number: plugged}
         return number, transport
+
+    def _file_of(self, region: SharedMemory) -> FileSlot | None:
+        return self._files.get(region.base)
 
     def _room_for(self, size: int) -> int:
         """Where a BAR of `size` bytes can be: where nobody is, nor comes back to by a reset."""
@@ -131,10 +145,12 @@ class PciHost:
 
     def _taken(self) -> Iterator[tuple[int, int]]:
         for transport, start, _ in self._plugged.values():
-            bar = transport.bar
-            for at in {start, transport.function.address_of(bar)}:
+            places = [(start, transport.bar.size)]
+            function = transport.function
+            places += [(function.address_of(bar), bar.size) for bar in function.bars]
+            for at, size in places:
                 if self._window_start <= at < self._window_end:
-                    yield at, at + bar.size
+                    yield at, at + size
 
     # --- devices that come and go -----------------------------------------------------------------
 
@@ -193,19 +209,37 @@ class PciHost:
 
 
 class _Place:
-    """Keeps the doorbells of one device where its BAR is.
+    """Keeps the doorbells of one device where its BAR is, and the `file` that is its shared memory
+    where that one's is.
 
     A driver says when, so what KVM refuses then is no reason to end the VM: a write that it does
-    not catch reaches the transport, at the price of an exit.
+    not catch reaches the transport, and memory that is none its file, at the price of an exit.
     """
 
-    def __init__(self, transport: PciTransport, vm: Vm, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        transport: PciTransport,
+        vm: Vm,
+        file: FileSlot | None,
+        warn: Callable[[str], None],
+    ) -> None:
         self._transport = transport
         self._vm = vm
+        self._file = file
         self._warn = warn
         self._bound: list[tuple[Doorbell, int]] = []
 
     def bar_moved(self, bar: Bar, address: int | None) -> None:
+        self._transport.bar_moved(bar, address)
+        if bar is self._transport.bar:
+            self._move_doorbells(address)
+        elif self._file is not None:
+            try:
+                self._file.put(address)
+            except HostError as error:
+                self._warn(f"accesses to shared memory cost an exit each: {error}")
+
+    def _move_doorbells(self, address: int | None) -> None:
         bound, self._bound = self._bound, []
         for bell, at in bound:
             try:

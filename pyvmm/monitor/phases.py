@@ -96,7 +96,7 @@ def _open(spec: VmSpec, closing: ExitStack, *, quiet: bool) -> Opened:
     trace = Trace(spec.trace, spec.trace_file)
     closing.callback(trace.close)
     alarm = Alarm()
-    files = _Files(spec.memory, closing)
+    files = _Files(spec, closing)
     opening = closing.enter_context(
         OpenDevices(spec.name, trace.hook("requests"), alarm, files.map)
     )
@@ -108,8 +108,8 @@ def _open(spec: VmSpec, closing: ExitStack, *, quiet: bool) -> Opened:
 class _Files:
     """What devices make the guest's memory, which most do not."""
 
-    def __init__(self, ram: int, closing: ExitStack) -> None:
-        self._ram = ram
+    def __init__(self, spec: VmSpec, closing: ExitStack) -> None:
+        self._spec = spec
         self._closing = closing
         self.mapped: MappedFiles | None = None
 
@@ -118,7 +118,8 @@ class _Files:
         if self.mapped is None:
             from pyvmm.machine.mapped_files import MappedFiles
 
-            self.mapped = MappedFiles(self._ram, self._closing)
+            as_bars = self._spec.transport == "pci"
+            self.mapped = MappedFiles(self._spec.memory, self._closing, as_bars=as_bars)
         return self.mapped.map(fd, size, read_only)
 
 

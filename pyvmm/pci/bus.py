@@ -1,5 +1,5 @@
-"""A PCI bus: functions at device numbers, two ways to their configuration spaces, and the memory
-window in which their BARs answer.
+"""A PCI bus: functions at device numbers, two ways to their configuration spaces, and the windows
+of memory in which their BARs answer.
 
 The ways are configuration mechanism #1 (PCI Local Bus Specification 3.0, 3.2.2.3.2 Software
 Generation of Configuration Transactions) and the enhanced configuration access mechanism (PCI
@@ -32,12 +32,24 @@ class PciBus:
     `ports`, `ecam` and `window`, are for the machine to place."""
 
     def __init__(self, window_base: int, window_size: int) -> None:
-        """BARs answer at guest-physical addresses within the window only."""
+        """BARs answer at guest-physical addresses within a window only."""
         self.functions: dict[int, Function] = {}
         self.window = Window(window_base, window_size)
+        self._windows = [self.window]
         self.ports = ConfigPorts(self)
         self.ecam = Ecam(self)
         self._lock = Lock()  # of the window and of `functions`; taken after a function's
+
+    def add_window(self, base: int, size: int) -> Window:
+        """Another one, which is for the machine to place as well; before the guest runs."""
+        window = Window(base, size)
+        self._windows.append(window)
+        return window
+
+    def where(self, bar: Bar) -> int | None:
+        """The guest-physical address at which `bar` answers."""
+        places = (window.where(bar) for window in self._windows)
+        return next((place for place in places if place is not None), None)
 
     def add(self, device: int, function: Function) -> None:
         """Plug `function` in as device number `device`. Raises ValueError if that is taken."""
@@ -86,7 +98,7 @@ class PciBus:
                 for other in self.functions.values():
                     if other is not function:
                         self._place_bars(other)
-            left = self.window.take_left()
+            left = [lock for window in self._windows for lock in window.take_left()]
         for access in left:
             with access:
                 pass  # a write that was under way has ended
@@ -101,12 +113,11 @@ class PciBus:
         """Whether one of them has moved."""
         moved = False
         for bar in function.bars:
-            before = self.window.where(bar)
-            if function.decodes_memory:
-                self.window.put(bar, function.address_of(bar))
-            else:
-                self.window.clear(bar)
-            after = self.window.where(bar)
+            before = self.where(bar)
+            address = function.address_of(bar) if function.decodes_memory else None
+            for window in self._windows:
+                window.put(bar, address)
+            after = self.where(bar)
             if after != before:
                 moved = True
                 if function.placement is not None:
@@ -145,11 +156,13 @@ class Window:
         """The guest-physical address at which `bar` answers."""
         return next((self.base + one.start for one in self._map[1] if one.bar is bar), None)
 
-    def put(self, bar: Bar, address: int) -> None:
-        """Have `bar` answer at guest-physical `address`, if it can."""
+    def put(self, bar: Bar, address: int | None) -> None:
+        """Have `bar` answer at guest-physical `address`, if it can, or nowhere."""
         if self.where(bar) == address:
             return
-        self.clear(bar)
+        self._clear(bar)
+        if address is None:
+            return
         start, end = address - self.base, address - self.base + bar.size
         if start < 0 or end > self.size:
             return
@@ -158,8 +171,7 @@ class Window:
             return
         self._set([*placed, _Placed(start, end, bar, Lock())])
 
-    def clear(self, bar: Bar) -> None:
-        """Have `bar` answer nowhere."""
+    def _clear(self, bar: Bar) -> None:
         self._left += [one.access for one in self._map[1] if one.bar is bar]
         self._set([one for one in self._map[1] if one.bar is not bar])
 

@@ -27,11 +27,12 @@ _ONES = 0xFF
 
 class Bar(NamedTuple):
     """A 64-bit memory BAR, register `number` (0, 2 or 4): `size` bytes, a power of two of 4 KiB or
-    more, that `handler` answers."""
+    more, that `handler` answers. It is `prefetchable` where a read has no effect, as of memory."""
 
     number: int
     size: int
     handler: Handler
+    prefetchable: bool = False
 
 
 class Watcher(Protocol):
@@ -117,8 +118,10 @@ class Function:
         ):
             raise ValueError(f"no such BAR: {bar.number}, {bar.size} bytes")
         at = pci.PCI_BASE_ADDRESS_0 + 4 * bar.number
-        # Not prefetchable: a read may have an effect, as that of virtio's ISR status has.
-        struct.pack_into("<Q", self.space, at, pci.PCI_BASE_ADDRESS_MEM_TYPE_64)
+        kind = pci.PCI_BASE_ADDRESS_MEM_TYPE_64
+        if bar.prefetchable:
+            kind |= pci.PCI_BASE_ADDRESS_MEM_PREFETCH
+        struct.pack_into("<Q", self.space, at, kind)
         # The address bits below the size are read-only zeros: that is what sizing finds out.
         struct.pack_into("<Q", self._writable, at, (1 << 64) - bar.size)
 

@@ -5,7 +5,8 @@ interface.
 for each field. A row's handler is a method of `PciTransport` or, where the rule behind it is in
 chapters 2 and 3 and the same on every transport, of `pyvmm.virtio.negotiation`.
 
-All structures lie in BAR 0, each on pages of its own, and the capabilities say where. Each queue
+All structures lie in BAR 0, each on pages of its own, and the capabilities say where. A region of
+shared memory is a BAR of its own, which the machine makes memory. Each queue
 has a doorbell address of its own, and a vector of its own if the driver wants it so. There is no
 INTx: the function's interrupt pin is 0.
 """
@@ -25,7 +26,7 @@ from pyvmm.pci.function import Bar, Capability, Function
 from pyvmm.pci.msix import MAX_VECTORS, MessageLine, Msix
 from pyvmm.transport.base import Doorbell, Transport
 from pyvmm.transport.registers import CONFIG_SPACE, Register, RegisterFile
-from pyvmm.virtio.device import VirtioDevice
+from pyvmm.virtio.device import SharedMemory, VirtioDevice
 from pyvmm.virtio.lifecycle import Trace
 from pyvmm.virtio.status import (
     ALWAYS,
@@ -144,7 +145,9 @@ _DEVICE_ID_BASE = 0x1040
 _REVISION = 1
 # 4.1.4 Virtio Structure PCI Capabilities: cfg_type
 _COMMON_CFG, _NOTIFY_CFG, _ISR_CFG, _DEVICE_CFG, _PCI_CFG = 1, 2, 3, 4, 5
+_SHARED_MEMORY_CFG = 8
 _BAR = 0
+_MEMORY_BAR = 2
 
 # Class codes of the PCI Code and ID Assignment Specification, by device type (chapter 5).
 _CLASSES = {1: 0x020000, 2: 0x010000, 3: 0x078000}
@@ -171,13 +174,16 @@ class PciTransport(Transport):
         memory: GuestMemory,
         lines: Sequence[Line],
         *,
+        shared: Handler | None = None,
         log: Sink = to_stderr,
         trace: Trace | None = None,
     ) -> None:
         """`lines` are its vectors, one for each queue and one more if all are to have their own.
+        `shared` answers what is in the device's region of shared memory, where the machine does
+        not make it memory.
 
         Raises HostError without file descriptors, ValueError for a device that offers features
-        which do not exist here.
+        which do not exist here, or has more than one such region.
         """
         super().__init__(device, memory, log=log, trace=trace)
         self._lines = lines
@@ -185,8 +191,9 @@ class PciTransport(Transport):
         self._vectors = [NO_VECTOR] * len(self.kicks)
         self.msix = Msix(lines, self.negotiation.warn)
         self.negotiation.set_bus_master(False)
-        # A region would be a BAR, which a driver may move, and the memory with it.
-        self.negotiation.offered &= ~device.shared_memory_features
+        if not device.shared_memory:
+            self.negotiation.offered &= ~device.shared_memory_features
+        self._memory = _shared_memory(device)
         notify_size = _pages(NOTIFY_MULTIPLIER * len(self.kicks))
         table_at = _NOTIFY_AT + notify_size
         pending_at = table_at + _pages(self.msix.table_size)
@@ -201,6 +208,10 @@ class PciTransport(Transport):
             (pending_at, self.msix.pending_size, _Pending(self.msix)),
         ]
         self.bar = Bar(_BAR, 1 << (end - 1).bit_length(), _Regions(regions))
+        self.memory_bar: Bar | None = None
+        if self._memory is not None:
+            size = bar_size(self._memory[1].size)
+            self.memory_bar = Bar(_MEMORY_BAR, size, shared or _Nothing(), prefetchable=True)
         self.function = Function(
             vendor_id=_VENDOR_ID,
             device_id=_DEVICE_ID_BASE + device.device_type,
@@ -208,8 +219,12 @@ class PciTransport(Transport):
             class_code=_CLASSES.get(device.device_type, _OTHER_CLASS),
             subsystem_vendor_id=_VENDOR_ID,
             subsystem_id=_DEVICE_ID_BASE + device.device_type,
-            bars=(self.bar,),
+            bars=(self.bar,) if self.memory_bar is None else (self.bar, self.memory_bar),
         )
+        if self._memory is not None and self.memory_bar is not None:
+            shmid, region = self._memory
+            self.function.place(self.memory_bar, region.base)
+            device.shared_memory_moved(shmid, region.base)
         self._add_capabilities(table_at, pending_at)
 
     def _add_capabilities(self, table_at: int, pending_at: int) -> None:
@@ -222,13 +237,18 @@ class PciTransport(Transport):
         add(_structure(_ISR_CFG, _ISR_AT, 1))
         add(_structure(_DEVICE_CFG, _CONFIG_AT, _PAGE))
         _ConfigAccess(self).add()
+        if self._memory is not None:
+            add(_region(*self._memory))
         self.msix.add_to(self.function, _BAR, table_at, pending_at)
         _Express(self).add()
 
     # --- on the bus -------------------------------------------------------------------------------
 
     def bar_moved(self, bar: Bar, address: int | None) -> None:
-        """See pyvmm.pci.function.Placement: the registers know no address."""
+        """See pyvmm.pci.function.Placement: the registers know no address, a region of shared
+        memory does."""
+        if bar is self.memory_bar and address is not None and self._memory is not None:
+            self.device.shared_memory_moved(self._memory[0], address)
 
     def bus_master_changed(self, on: bool) -> None:
         """Without bus mastering there is no access to memory, and no message: both wait."""
@@ -370,6 +390,19 @@ def vectors_for(device: VirtioDevice) -> int:
     return min(len(device.queue_sizes) + 1, MAX_VECTORS)
 
 
+def bar_size(size: int) -> int:
+    """Of a BAR with room for `size` bytes."""
+    return max(_PAGE, 1 << (size - 1).bit_length())
+
+
+def _shared_memory(device: VirtioDevice) -> tuple[int, SharedMemory] | None:
+    """The shmid of the device's region, and the region. There is room for one more capability."""
+    regions = list(device.shared_memory.items())
+    if len(regions) > 1:
+        raise ValueError(f"{device.name} has {len(regions)} shared memory regions, PCI has one")
+    return regions[0] if regions else None
+
+
 def _pages(size: int) -> int:
     return -(-max(size, 1) // _PAGE) * _PAGE
 
@@ -378,6 +411,13 @@ def _structure(kind: int, offset: int, length: int, more: bytes = b"") -> Capabi
     """struct virtio_pci_cap, and what follows it."""
     body = struct.pack("<BBBBxxII", 16 + len(more), kind, _BAR, 0, offset, length)
     return Capability(pci.PCI_CAP_ID_VNDR, body + more)
+
+
+def _region(shmid: int, region: SharedMemory) -> Capability:
+    """4.1.4.7 Shared memory capability: struct virtio_pci_cap64, at the start of its BAR."""
+    high, low = divmod(region.size, 1 << 32)
+    body = struct.pack("<BBBBxxIIII", 24, _SHARED_MEMORY_CFG, _MEMORY_BAR, shmid, 0, low, 0, high)
+    return Capability(pci.PCI_CAP_ID_VNDR, body)
 
 
 # --- what BAR 0 consists of -----------------------------------------------------------------------
@@ -402,6 +442,16 @@ class _Regions:
         found = self._by_page.get(offset // _PAGE)
         if found is not None and offset + size <= found[1]:
             found[2].write(offset - found[0], size, value)
+        return None
+
+
+class _Nothing:
+    """Answers where nobody does."""
+
+    def read(self, offset: int, size: int) -> int:
+        return (1 << 8 * size) - 1
+
+    def write(self, offset: int, size: int, value: int) -> Action | None:
         return None
 
 
@@ -441,15 +491,14 @@ class _Pending:
 
 
 class _ConfigAccess:
-    """4.1.4.9 PCI configuration access capability: a window of four bytes to the BAR, for whoever
-    cannot reach that."""
+    """4.1.4.9 PCI configuration access capability: a window of four bytes to the BARs, for whoever
+    cannot reach those."""
 
     _DATA = 16  # pci_cfg_data, after struct virtio_pci_cap
 
     def __init__(self, transport: PciTransport) -> None:
         self._function = transport.function
-        self._handler = transport.bar.handler
-        self._size = transport.bar.size
+        self._bars = {bar.number: bar for bar in transport.function.bars}
 
     def add(self) -> None:
         body = _structure(_PCI_CFG, 0, 0, bytes(4)).body
@@ -458,23 +507,25 @@ class _ConfigAccess:
         capability = Capability(pci.PCI_CAP_ID_VNDR, body, writable)
         self._at = self._function.add_capability(capability, self)
 
-    def _wanted(self) -> tuple[int, int] | None:
+    def _wanted(self) -> tuple[Handler, int, int] | None:
         space, at = self._function.space, self._at
         offset, length = struct.unpack_from("<II", space, at + 8)
-        if space[at + 4] != _BAR or length not in (1, 2, 4) or offset % length:
+        bar = self._bars.get(space[at + 4])
+        if bar is None or length not in (1, 2, 4) or offset % length:
             return None
-        return (offset, length) if offset + length <= self._size else None
+        return (bar.handler, offset, length) if offset + length <= bar.size else None
 
     def before_read(self, offset: int, size: int) -> None:
         if offset + size > self._DATA and (wanted := self._wanted()) is not None:
-            at = self._at + self._DATA
-            self._function.space[at : at + 4] = self._handler.read(*wanted).to_bytes(4, "little")
+            at, (handler, where, length) = self._at + self._DATA, wanted
+            found = handler.read(where, length)
+            self._function.space[at : at + 4] = found.to_bytes(4, "little")
 
     def after_write(self, offset: int, size: int) -> None:
         if offset + size > self._DATA and (wanted := self._wanted()) is not None:
-            at, (where, length) = self._at + self._DATA, wanted
+            at, (handler, where, length) = self._at + self._DATA, wanted
             value = int.from_bytes(self._function.space[at : at + length], "little")
-            self._handler.write(where, length, value)
+            handler.write(where, length, value)
 
 
 class _Express:

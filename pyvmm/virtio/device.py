@@ -68,7 +68,7 @@ class VirtioDevice(ABC):
     included; VERSION_1 is added for it. `feature_names` are those of its type's own bits, by
     number, for traces. `config_always_writable` lets the configuration space be written whatever
     the status (5.3.5.1 Device Requirements: Device Initialization). `shared_memory` are its regions
-    of shared memory by their `shmid`; they stay the same as long as the device lives.
+    of shared memory by their `shmid`, where they are at first; over PCI there can be one.
     `shared_memory_features` are the bits that mean something only where a transport shows them.
     """
 
@@ -91,6 +91,10 @@ class VirtioDevice(ABC):
     def accept_features(self, features: int) -> None:  # noqa: B027 - a choice, not a duty
         """The driver has set FEATURES_OK with `features`: for configuration fields that depend on
         what was negotiated, which the driver may read before `activate` (2.2 Feature Bits)."""
+
+    def shared_memory_moved(self, shmid: int, base: int) -> None:  # noqa: B027 - likewise
+        """Region `shmid` is at guest-physical `base` from now on: at the start, and where its
+        driver moves it, as over PCI. Any thread calls it, and it must not wait."""
 
     def queue_lock(self) -> QueueLock:
         """The lock of a queue that is being built, which it keeps for life. Another kind than

@@ -83,6 +83,16 @@ def test_5_19_5_1_start_and_size_are_where_it_is(rig: Rig) -> None:
         assert rig.driver.config(8, 16) == struct.pack("<QQ", PLACE.size, 0)
 
 
+def test_5_19_5_1_over_pci_the_memory_is_where_its_bar_is() -> None:
+    with pmem(Storage(), []) as device, attached(device, over="pci") as driver:
+        assert driver.features & SHMEM_REGION
+        assert driver.config(0, 16) == bytes(16)
+        driver.restart(features=driver.mmio.offered_features() & ~SHMEM_REGION)
+        assert driver.config(0, 16) == struct.pack("<QQ", *PLACE)
+        device.shared_memory_moved(0, 9 << 30)
+        assert driver.config(0, 16) == struct.pack("<QQ", 9 << 30, PLACE.size)
+
+
 def test_5_19_7_1_the_file_is_synced_before_a_flush_is_completed(rig: Rig) -> None:
     rig.driver.mmio.start()
     rig.storage.may_end.clear()

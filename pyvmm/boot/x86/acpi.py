@@ -69,7 +69,8 @@ class PciHost(NamedTuple):
     """A PCI host bridge for bus 0: its ECAM, `ecam_size` bytes at guest-physical `ecam`, the window
     of memory in which BARs lie, `window_size` bytes at `window`, below 4 GiB, and the first of the
     eight I/O ports for configuration accesses. The registers of its slots (pyvmm.pci.slots) are at
-    I/O port `slots_port`, and `slots_gsi` tells of changes."""
+    I/O port `slots_port`, and `slots_gsi` tells of changes. In `memory_window`, if it is not empty,
+    lie BARs that are memory."""
 
     ecam: int
     ecam_size: int
@@ -78,6 +79,7 @@ class PciHost(NamedTuple):
     config_port: int
     slots_port: int
     slots_gsi: int
+    memory_window: range = range(0)
 
 
 class AcpiConfig(NamedTuple):
@@ -234,11 +236,10 @@ def _virtio(index: int, device: VirtioMmioDevice) -> bytes:
 def _pci_host(host: PciHost) -> bytes:
     """A PCI Express host bridge, which older systems may drive as one of PCI. Its devices have
     no INTx, so there is no _PRT."""
-    resources = aml.resource_template(
-        aml.bus_numbers(0, 0),
-        aml.io(host.config_port, 8),
-        aml.memory32_window(host.window, host.window_size),
-    )
+    windows = [aml.memory32_window(host.window, host.window_size)]
+    if host.memory_window:
+        windows.append(aml.memory64_window(host.memory_window.start, len(host.memory_window)))
+    resources = aml.resource_template(aml.bus_numbers(0, 0), aml.io(host.config_port, 8), *windows)
     return aml.device(
         "PCI0",
         aml.name("_HID", aml.eisa_id("PNP0A08")),

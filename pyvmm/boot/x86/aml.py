@@ -20,6 +20,7 @@ _DUAL_NAME, _MULTI_NAME = 0x2E, 0x2F
 
 _MEMORY, _BUS_NUMBERS = 0, 2  # types of address spaces
 _READ_WRITE = 1 << 0
+_PREFETCHABLE = 3 << 1
 _END_TAG = b"\x79\x00"  # the checksum 0 stands for "not checked"
 
 
@@ -169,6 +170,11 @@ def bus_numbers(first: int, last: int) -> bytes:
 def memory32_window(base: int, size: int) -> bytes:
     """DWordMemory (ResourceProducer, …, NonCacheable, ReadWrite, …), 6.4.3.5.2."""
     return _window(0x87, "I", _MEMORY, _READ_WRITE, base, base + size - 1)
+
+
+def memory64_window(base: int, size: int) -> bytes:
+    """QWordMemory (ResourceProducer, …, Prefetchable, ReadWrite, …), 6.4.3.5.1."""
+    return _window(0x8A, "Q", _MEMORY, _PREFETCHABLE | _READ_WRITE, base, base + size - 1)
 
 
 def _window(tag: int, code: str, kind: int, flags: int, first: int, last: int) -> bytes:

@@ -126,11 +126,13 @@ class Board(ABC, Generic[E]):
         cpus: int,
         slots: Sequence[VirtioSlot],
         discovery: str,
+        memory_window: range = range(0),
     ) -> E:
         """Put kernel, initrd and all tables that the guest looks for into fresh `memory`.
 
         `kernel` and `initrd` are paths. `discovery`, one of spec.DISCOVERY, is how the guest is
-        told of the devices in `slots`. Raises ConfigError that names the option at fault.
+        told of the devices in `slots`. In the guest-physical addresses of `memory_window` PCI
+        devices have BARs that are memory. Raises ConfigError that names the option at fault.
         """
 
     @abstractmethod

@@ -46,26 +46,30 @@ class PmemDevice(QueueDevice):
         self.shared_memory = {uapi.VIRTIO_PMEM_SHMEM_REGION_ID: memory}
         self._fd = fd
         self._sync = sync
-        self._place = tuple(memory)
-        self._config = uapi.CONFIG.pack(*memory)
+        self._place = memory
+        self._knows_regions = False  # the driver does
         self._log = log or RateLimited(prefix=f"{name}: ", device=name, error="io")
         self._flushes = self._syncs = self._failed = 0
         self._has_lost = False
 
     def read_config(self, offset: int, length: int) -> bytes:
         """5.19.4 Device configuration layout: start and size of the memory."""
-        return self._config[offset : offset + length].ljust(length, b"\0")
+        config = uapi.CONFIG.pack(*((0, 0) if self._knows_regions else self._place))
+        return config[offset : offset + length].ljust(length, b"\0")
 
     def accept_features(self, features: int) -> None:
         """5.19.5.1 Device Requirements: Device Initialization: a driver that knows of shared memory
         regions finds zeros in the configuration."""
-        place = (0, 0) if features & _SHMEM_REGION else self._place
-        self._config = uapi.CONFIG.pack(*place)
+        self._knows_regions = bool(features & _SHMEM_REGION)
+
+    def shared_memory_moved(self, shmid: int, base: int) -> None:
+        """A driver that does not know of regions finds it by the configuration all the same."""
+        self._place = self._place._replace(base=base)
 
     def reset(self) -> None:
         """2.4 Device Reset; the next driver may want the configuration."""
         super().reset()
-        self._config = uapi.CONFIG.pack(*self._place)
+        self._knows_regions = False
 
     def stats(self) -> Mapping[str, object]:
         """Flushes asked for, how often the file was written out for them, and those that failed."""

@@ -227,6 +227,20 @@ def test_iasl_reads_the_host_bridge_that_is_meant(tmp_path: Path) -> None:
 
 
 @needs_iasl
+def test_iasl_reads_the_window_of_memory_that_is_meant(tmp_path: Path) -> None:
+    window = range(5 << 32, 7 << 32)
+    config = AcpiConfig(FIXED_DEVICES, pci=PCI._replace(memory_window=window))
+    dsdt = disassemble(tmp_path, config)["DSDT"]
+    words = " ".join(re.sub(r"//[^\n]*|/\*.*?\*/", "", dsdt).split())
+    assert (
+        "QWordMemory (ResourceProducer, PosDecode, MinFixed, MaxFixed, Prefetchable, ReadWrite,"
+        " 0x0000000000000000, 0x0000000500000000, 0x00000006FFFFFFFF, 0x0000000000000000,"
+        " 0x0000000200000000, ,, , AddressRangeMemory, TypeStatic)"
+    ) in words, words
+    assert "QWordMemory" not in disassemble(tmp_path, CONFIGS["pci"])["DSDT"]
+
+
+@needs_iasl
 def test_iasl_reads_the_slots_that_are_meant(tmp_path: Path) -> None:
     dsdt = disassemble(tmp_path, CONFIGS["pci"])["DSDT"]
     words = " ".join(re.sub(r"//[^\n]*|/\*.*?\*/", "", dsdt).split())

@@ -531,6 +531,30 @@ def test_row62_a_bar_over_another_answers_once_that_has_left(bench: Bench, leave
     assert bench.registers.written == [(0, 4, 7)]
 
 
+def test_a_prefetchable_bar_in_either_window(bench: Bench) -> None:
+    other = bench.bus.add_window(BASE + 4 * SIZE, SIZE)
+    content = Registers()
+    bar = Bar(2, BAR_SIZE, content, prefetchable=True)
+    made = function(bar)
+    bench.bus.add(SLOT + 1, made)
+    at = (SLOT + 1) << 15
+    assert bench.bus.ecam.read(at | 0x18, 4) == 0xC
+    bench.bus.ecam.write(at | pci.PCI_COMMAND, 2, pci.PCI_COMMAND_MEMORY)
+    assert isinstance(made.placement, Told)
+    for address in (BASE + 4 * SIZE, BASE, BASE + 5 * SIZE - BAR_SIZE, BASE + 5 * SIZE, BASE):
+        bench.bus.ecam.write(at | 0x18, 8, address)
+        inside = address != BASE + 5 * SIZE
+        assert bench.bus.where(bar) == made.placement.places[-1] == (address if inside else None)
+        low, high = bench.bus.window.where(bar), other.where(bar)
+        assert (low, high).count(None) == (1 if inside else 2)
+        content.written.clear()
+        for window, first in ((bench.bus.window, BASE), (other, BASE + 4 * SIZE)):
+            window.write(address - first, 4, 1)
+        assert content.written == ([(0, 4, 1)] if inside else [])
+    bench.bus.remove(SLOT + 1)
+    assert bench.bus.where(bar) is None
+
+
 def test_a_function_with_several_bars(bench: Bench) -> None:
     bars = [Bar(number, BAR_SIZE << number, Registers()) for number in (0, 2, 4)]
     made = function(*bars)

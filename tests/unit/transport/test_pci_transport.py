@@ -39,7 +39,7 @@ from pyvmm.testing.pci_driver import (
     MockLine,
 )
 from pyvmm.transport.pci import COMMON, COMMON_SIZE, PciTransport, vectors_for
-from pyvmm.virtio.device import Activation, VirtioDevice
+from pyvmm.virtio.device import Activation, SharedMemory, VirtioDevice
 from pyvmm.virtio.offload import OffloadLock
 from pyvmm.virtio.rng.device import EntropyDevice
 
@@ -211,6 +211,61 @@ def test_features_for_shared_memory_are_not_offered(device: RecordingDevice) -> 
     bench.driver.find()
     bench.driver.place(WINDOW)
     assert not bench.driver.offered_features() & 1 << 5
+    bench.transport.close()
+
+
+class Shared(RecordingDevice):
+    """Has 5 GiB and 1 MiB of shared memory, as region 7."""
+
+    shared_memory_features = 1 << 5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features |= 1 << 5
+        self.shared_memory = {7: SharedMemory(1 << 40, (5 << 30) + (1 << 20))}
+        self.moves: list[tuple[int, int]] = []
+
+    def shared_memory_moved(self, shmid: int, base: int) -> None:
+        self.moves.append((shmid, base))
+
+
+def test_shared_memory_is_a_bar_of_its_own() -> None:
+    device = Shared()
+    bench = Bench(device)
+    read, write = bench.driver.read_config, bench.driver.write_config
+    assert read(0x18, 8) == 1 << 40 | 0xC  # where it is at first; of 64 bits, prefetchable
+    write(0x18, 8, (1 << 64) - 1)
+    assert read(0x18, 8) == (1 << 64) - (8 << 30) | 0xC
+    places = [at for kind, at in bench.driver.capabilities() if kind == pci.PCI_CAP_ID_VNDR]
+    [at] = [at for at in places if read(at + 3, 1) == 8]
+    assert [read(at + where, 1) for where in (2, 4, 5)] == [24, 2, 7]
+    words = [read(at + where, 4) for where in (8, 12, 16, 20)]  # offset, length, then their highs
+    assert words == [0, 0x4010_0000, 0, 1]
+    bench.driver.find()
+    bench.driver.place(WINDOW)
+    assert bench.driver.offered_features() & 1 << 5
+    memory = bench.transport.memory_bar
+    assert memory is not None
+    for address in (WINDOW, None, 3 << 40):
+        bench.transport.bar_moved(memory, address)
+        bench.transport.bar_moved(bench.transport.bar, WINDOW)
+    assert device.moves == [(7, 1 << 40), (7, WINDOW), (7, 3 << 40)]
+    bench.transport.close()
+
+
+def test_there_is_room_for_one_region() -> None:
+    device = Shared()
+    device.shared_memory = {**device.shared_memory, 8: SharedMemory(0, 4096)}
+    with pytest.raises(ValueError, match="2 shared memory regions"):
+        Bench(device)
+
+
+def test_shared_memory_that_no_machine_has_answers_nothing() -> None:
+    bench = Bench(Shared())
+    assert bench.transport.memory_bar is not None
+    handler = bench.transport.memory_bar.handler
+    handler.write(0, 4, 1)
+    assert handler.read(0, 4) == 0xFFFF_FFFF
     bench.transport.close()
 
 

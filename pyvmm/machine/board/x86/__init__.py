@@ -74,6 +74,7 @@ class X86Board(Board[boot.Entry]):
         cpus: int,
         slots: Sequence[VirtioSlot],
         discovery: str,
+        memory_window: range = range(0),
     ) -> boot.Entry:
         return boot.load(
             memory,
@@ -84,7 +85,7 @@ class X86Board(Board[boot.Entry]):
                 fixed=layout.FIXED_DEVICES,
                 cpus=cpus,
                 virtio=tuple(boot.VirtioMmioDevice(*slot) for slot in slots),
-                pci=layout.PCI_HOST,
+                pci=layout.PCI_HOST._replace(memory_window=memory_window),
             ),
             virtio_discovery=discovery,
         )
