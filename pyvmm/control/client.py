@@ -103,14 +103,12 @@ class Client(Closable):
         return Upgraded(result, unix_sockets.adopt(fd))
 
     def _send(self, data: bytes, deadline: float) -> None:
-        while data:
-            self._wait(select.POLLOUT, deadline)
-            try:
-                data = data[self.connection.send(data) :]
-            except BlockingIOError:
-                continue
-            except OSError:
-                return  # it has hung up, and may have said why
+        try:
+            send_all(self.connection, data, deadline)
+        except NoAnswer:
+            raise self._no_answer() from None
+        except OSError:
+            return  # it has hung up, and may have said why
 
     def _read_line(self, deadline: float) -> bytes:
         line = self.line_or_end(deadline)
@@ -127,10 +125,6 @@ class Client(Closable):
 
     def _no_answer(self) -> NoAnswer:
         return NoAnswer(f"{self.name} (PID {self.pid}) does not answer")
-
-    def _wait(self, event: int, deadline: float) -> None:
-        if not _ready(self.connection, event, deadline):
-            raise self._no_answer()
 
     def has_ended(self, patience: float) -> bool:
         """Whether the monitor's process has ended, within `patience` seconds."""
@@ -170,6 +164,15 @@ def line_or_end(connection: Socket, deadline: float) -> bytes:
         if not seen:
             return b""
     return line
+
+
+def send_all(connection: Socket, data: bytes, deadline: float) -> None:
+    """Send all of it. Raises NoAnswer at `deadline`, OSError if the other end has gone."""
+    while data:
+        if not _ready(connection, select.POLLOUT, deadline):
+            raise NoAnswer("it takes no answer")
+        with suppress(BlockingIOError):
+            data = data[connection.send(data) :]
 
 
 def _ready(connection: Socket, event: int, deadline: float) -> bool:

@@ -117,9 +117,10 @@ class Plugger:
 
     def plug_stream(self, stream: HostStream, closing: ExitStack) -> str:
         """Make a port of `stream`; its path inside. Raises EmulatedHostError, HostError."""
-        if not self._free_ports:
-            raise HostError(errno.ENOSPC, "ports into the emulated KVM host")
-        port = self._free_ports.pop(0)
+        try:
+            port = self._free_ports.pop(0)
+        except IndexError:
+            raise HostError(errno.ENOSPC, "ports into the emulated KVM host") from None
         name = f"port{port}"
         with ExitStack() as undo:
             undo.callback(self._free_ports.append, port)

@@ -7,18 +7,20 @@ the user's own word, and gets in by QEMU's hot-plug; the monitor inside is then 
 
 from __future__ import annotations
 
+import _socket
 import json
 import os
+import select
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from threading import Lock, Thread
 from typing import TYPE_CHECKING, Any
 
 from pyvmm.errors import ConfigError, HostError, PyvmmError
-from pyvmm.host.syscalls import Closable
+from pyvmm.host.syscalls import Closable, EventFd
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.kinds import registry
 from pyvmm.kinds.border import Border, Crossing, Visible
@@ -70,30 +72,27 @@ class Plugging(Closable):
             socket.close()
 
     def _serve(self, plugs: Plugs, socket: Socket) -> None:
-        from pyvmm.control.client import line_or_end
+        from pyvmm.control.client import line_or_end, send_all
         from pyvmm.control.protocol import parse_request
         from pyvmm.control.server import answered
 
         try:
             request = parse_request(line_or_end(socket, time.monotonic() + _SENDING))
-            answer = answered(request.id, lambda: self._answer(plugs, request))
-            give_up_at = time.monotonic() + _SENDING
-            while answer and time.monotonic() < give_up_at:
-                with suppress(BlockingIOError):
-                    answer = answer[socket.send(answer) :]
+            answer = answered(request.id, lambda: self._answer(plugs, request, socket))
+            send_all(socket, answer, time.monotonic() + _SENDING)
         except (PyvmmError, OSError):
             socket.close()
             return
         plugs.take_back(socket, self._inside)
 
-    def _answer(self, plugs: Plugs, request: Request) -> Any:
+    def _answer(self, plugs: Plugs, request: Request, asker: Socket) -> Any:
         from pyvmm.control.protocol import check_params
         from pyvmm.monitor.hotplug import methods
 
         kind, _, verb = request.method.partition(".")
         check_params(methods(_nobody)[request.method], request.params)
         if verb == "remove":
-            return self._remove(plugs, kind, request.params)
+            return self._remove(plugs, kind, request.params, asker)
         params = request.params
         value = params.get("device", params.get("table"))
         if len(params) != 1:
@@ -119,7 +118,12 @@ class Plugging(Closable):
                 plugs, _PATIENCE, "plug", kind=kind, spec=plain, disks=disks, streams=streams
             )
             with self._lock:
+                before = self._plugged.get((kind, told["id"]))
                 self._plugged[kind, told["id"]] = opened.pop_all()
+        if before is not None:  # its device has gone, as the name was free
+            before.close()
+        with suppress(PyvmmError, OSError):
+            self._sweep(plugs)  # the guest may have ejected it before it was known here
         return told
 
     def _plug_disks(
@@ -149,18 +153,34 @@ class Plugging(Closable):
 
     # --- a device goes ----------------------------------------------------------------------------
 
-    def _remove(self, plugs: Plugs, kind: str, params: dict[str, Any]) -> Any:
-        patience = params.get("timeout_ms", 10_000) / 1000 + _PATIENCE
-        told = self._ask(plugs, patience, f"{kind}.remove", **params)
-        self._release(kind, told["id"])
+    def _remove(self, plugs: Plugs, kind: str, params: dict[str, Any], asker: Socket) -> Any:
+        from pyvmm.monitor.hotplug import MOST_SECONDS
+
+        with self._lock:
+            opened = self._plugged.get((kind, params["id"]))
+        patience = min(max(0, params.get("timeout_ms", 10_000)) / 1000, MOST_SECONDS) + _PATIENCE
+        told = self._ask(plugs, patience, f"{kind}.remove", asker, **params)
+        if opened is not None:
+            self._release(kind, params["id"], opened)
         return told
 
-    def _release(self, kind: str, id: str) -> None:
+    def _release(self, kind: str, id: str, opened: ExitStack) -> None:
         with self._releasing:  # so that whoever comes second waits for the first
             with self._lock:
-                opened = self._plugged.pop((kind, id), None)
-            if opened is not None:
-                opened.close()
+                if self._plugged.get((kind, id)) is not opened:
+                    return  # another device has that name by now
+                del self._plugged[kind, id]
+            opened.close()
+
+    def _sweep(self, plugs: Plugs) -> None:
+        """Give back what devices had that have gone inside. An event that says so may be older than
+        a device that has the same name, so those that are there are asked for."""
+        with self._lock:
+            known = self._plugged.copy()
+        there = self._ask(plugs, _SENDING, "status")["devices"]
+        for (kind, id), opened in known.items():
+            if id not in there:
+                self._release(kind, id, opened)
 
     def _listen(self, plugs: Plugs) -> None:
         """From the first one on: the guest may eject it by itself."""
@@ -171,10 +191,16 @@ class Plugging(Closable):
         Thread(target=self._hear, args=(plugs,), name="plug-events", daemon=True).start()
 
     def _hear(self, plugs: Plugs) -> None:
-        with suppress(PyvmmError, OSError):
+        try:
             for event in self._events(plugs):
                 if event.get("event") == "device_removed":
-                    self._release(str(event.get("kind")), str(event.get("id")))
+                    with suppress(PyvmmError, OSError):  # the next one sweeps for it as well
+                        self._sweep(plugs)
+        except (PyvmmError, OSError):
+            pass
+        finally:
+            with self._lock:
+                self._listening = False  # the next one that comes tries again
 
     def _events(self, plugs: Plugs) -> Iterator[dict[str, Any]]:
         from pyvmm.control.client import Client, read_events
@@ -182,11 +208,16 @@ class Plugging(Closable):
         stream = Client("", plugs.connect(self._inside)).upgrade("events", history=False).socket
         return read_events(stream)
 
-    def _ask(self, plugs: Plugs, patience: float, method: str, **params: Any) -> Any:
-        """The answer of the monitor inside. Raises ControlError, PyvmmError."""
+    def _ask(
+        self, plugs: Plugs, patience: float, method: str, asker: Socket | None = None, **params: Any
+    ) -> Any:
+        """The answer of the monitor inside, or its end once `asker` has hung up. Raises
+        ControlError, PyvmmError."""
         from pyvmm.control.client import Client
 
-        with closing(Client("the VM", plugs.connect(self._inside))) as client:
+        with closing(Client("the VM", plugs.connect(self._inside))) as client, ExitStack() as ends:
+            if asker is not None:
+                ends.enter_context(_cut_with(asker, client.connection))
             return client.call(method, patience=patience, **params)
 
     def close(self) -> None:
@@ -196,6 +227,28 @@ class Plugging(Closable):
         for opened in plugged:
             with suppress(PyvmmError, HostError, OSError):
                 opened.close()
+
+
+@contextmanager
+def _cut_with(asker: Socket, connection: Socket) -> Iterator[None]:
+    """As soon as `asker` has hung up, `connection` is at its end."""
+
+    def watch() -> None:
+        poll = select.poll()
+        poll.register(asker.fileno(), 0)  # a hang-up is always told
+        poll.register(done.fd, select.POLLIN)
+        if all(fd != done.fd for fd, _ in poll.poll()):
+            with suppress(OSError):
+                connection.shutdown(_socket.SHUT_RDWR)
+
+    with EventFd() as done:
+        thread = Thread(target=watch, name="plug-asker", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.signal()
+            thread.join()
 
 
 def _nobody() -> Any:

@@ -245,7 +245,8 @@ class Multiplexer:
             self._stream: (stream_events, self),
         }
         # A listener that cannot be served would be ready for ever: it is looked at again later.
-        if listen and self._listeners and self._has_slot():
+        silent = len(self._undecided) >= len(self._own_slots)
+        if listen and self._listeners and not silent and self._has_slot():
             wanted.update((fd, (select.EPOLLIN, self)) for fd in self._listeners)
         if listen:
             wanted.update((one.socket.fileno(), (_READ, one)) for one in self._undecided)
