@@ -187,6 +187,8 @@ class Multiplexer:
         listener = next(one for one in self._listeners.values() if one.name == name)
         self._undecided.append(_Undecided(socket, listener))
         self._wake.signal()
+        if self._ended:  # nobody would read from it
+            socket.close()
 
     # --- the thread ------------------------------------------------------------------------------
 
@@ -397,6 +399,10 @@ class Multiplexer:
             self._no_room = True
             return
         self._undecided.remove(one)
+        # Whoever is given it may give it back before the next look: epoll then takes it as new.
+        fd = one.socket.fileno()
+        self._epoll.unregister(fd)
+        del self._watched[fd]
         give = one.listener.take(said) if said else None
         if give is not None:
             give(one.socket)

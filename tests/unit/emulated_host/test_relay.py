@@ -524,3 +524,27 @@ def test_what_a_connection_says_first_decides_whose_it_is(tmp_path: Path) -> Non
         wait_for(lambda: not ends.outside._undecided)
     finally:
         ends.close()
+
+
+def test_a_connection_may_come_back_before_the_relay_has_looked_again(tmp_path: Path) -> None:
+    def take(said: bytes) -> Callable[[unix_sockets.Socket], None] | None:
+        return answer if said.startswith(b"ours") else None
+
+    def answer(connection: unix_sockets.Socket) -> None:
+        # In the relay's own thread: so it is back before the next look in any case.
+        assert connection.recv(5) == b"ours\n"
+        connection.send(b"no")
+        ends.outside.take_back(connection, ends.inner)
+
+    ends = Ends(tmp_path, take=take)
+    try:
+        serve(ends.inner, echo)
+        with ends.call() as client:
+            for _ in range(3):
+                client.sendall(b"ours\n")
+                assert client.recv(2) == b"no"
+            client.sendall(b"theirs")
+            assert client.recv(6) == b"theirs"
+        assert ends.broken == []
+    finally:
+        ends.close()
