@@ -138,7 +138,8 @@ def test_what_is_written_to_capabilities_reaches_no_other(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "code"), [(1, 0x020000), (2, 0x010000), (3, 0x078000), (4, 0xFF0000)]
+    ("kind", "code"),
+    [(1, 0x020000), (2, 0x010000), (3, 0x078000), (4, 0xFF0000), (18, 0x098000), (19, 0x078000)],
 )
 def test_class_codes(kind: int, code: int) -> None:
     device = RecordingDevice()
