@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
 from collections.abc import Callable
 from itertools import islice
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("linux_guests")
 MIB = 1 << 20
 SIZE = 4 * MIB
 ROUNDS = 2
+MANY = int(os.environ.get("HOTPLUG_ROUNDS", "0"))
 PATIENCE = 120  # seconds for the guest; how long it really takes is the machine's affair
 
 FIND = """\
@@ -125,6 +127,33 @@ def test_disks_and_cards_come_and_go(
     end = script(vm, END)
     assert end["warnings"] == "0", vm.run(["cat", "/run/dmesg"]).stdout.decode()
     assert end["cards"].split() == ["eth0", "lo"]
+
+
+@pytest.mark.skipif(not MANY, reason="long; HOTPLUG_ROUNDS=100 asks for so many rounds")
+@pytest.mark.timeout(60 + 120 * MANY)
+@pytest.mark.parametrize("kernel", ["6.12"])
+def test_a_disk_under_load_comes_and_goes_many_times(
+    kernel: str, microvm_factory: Callable[..., VM], tmp_path: Path
+) -> None:
+    """With a question to the agent first, and with --force and time for the guest, in turns."""
+    data = tmp_path / "data"
+    data.write_bytes(random.Random(3).randbytes(SIZE))
+    vm = microvm_factory(**debian(kernel, variant="test"), transport="pci", cpus=2)
+    before = None
+    for number in range(MANY):
+        vm.add_disk(f"{data},id=data")
+        assert script(vm, FIND + LOAD)["busy"] == "yes"
+        vm.remove_disk("data", timeout=PATIENCE, force=number % 2 == 1)
+        assert script(vm, PULLED)["was_at_work"] == "yes"
+        open_image(str(data), read_only=False).close()
+        if number == 3:
+            before = footprint(vm.pid)  # each way loads what it needs, once
+        print(f"round {number + 1} of {MANY}: {footprint(vm.pid)}")
+    if before is not None:
+        has_no_more_than(vm.pid, before)
+    assert vm.status()["devices"] == ["disk0", "vsock"]
+    end = script(vm, END)
+    assert end["warnings"] == "0", vm.run(["cat", "/run/dmesg"]).stdout.decode()
 
 
 def _is_free(path: Path) -> bool:
