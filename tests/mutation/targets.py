@@ -7,11 +7,13 @@ from typing import NamedTuple
 
 
 class Target(NamedTuple):
-    """Modules, as globs below pyvmm, and the tests for them, as globs of names in tests/unit."""
+    """Modules, as globs below pyvmm, and the tests for them, as globs of names in tests/unit, and
+    in tests/kvm, which are skipped on a host without /dev/kvm."""
 
     area: str
     modules: str
     tests: str
+    kvm: str = ""
 
 
 # The first one that a module fits.
@@ -60,11 +62,11 @@ TARGETS = (
     Target("bus, memory, vCPU loop", "bus/*.py", "bus kvm_loop vcpu_runner"),
     Target(
         "bus, memory, vCPU loop", "memory/*.py",
-        "guest_memory boot_memory_map chain vhost_user balloon_device",
+        "guest_memory lent_memory boot_memory_map chain vhost_user balloon_device",
     ),
     Target(
         "bus, memory, vCPU loop", "kvm/loop.py kvm/exits.py kvm/exit_decoding.py kvm/vcpu.py",
-        "kvm_* vcpu_runner",
+        "kvm_* vcpu_runner", "port_io mmio kick halt vcpu_calls vcpu_state",
     ),
     Target(
         "vhost-user", "transport/vhost_user/*.py",
@@ -104,9 +106,11 @@ def tests_of(file: str) -> tuple[str, ...]:
     """The tests of a module, as paths below the root."""
     root = Path(__file__).parents[2]
     found: dict[str, None] = {}
-    for test in _target_of(file).tests.split():
-        for path in sorted((root / "tests" / "unit").rglob(f"test_{test}.py")):
-            found[str(path.relative_to(root))] = None
+    target = _target_of(file)
+    for folder, tests in (("unit", target.tests), ("kvm", target.kvm)):
+        for test in tests.split():
+            for path in sorted((root / "tests" / folder).rglob(f"test_{test}.py")):
+                found[str(path.relative_to(root))] = None
     return tuple(found)
 
 

@@ -217,3 +217,165 @@ def test_what_a_handler_raises_comes_out(scripted: Scripted) -> None:
     device = Missing()
     with pytest.raises(KeyError):
         scripted.play(out(1, b"x"), out(1, b"x"), pio=bus(1, 1, device))
+
+
+class Watched(Bus):
+    """Counts how often a handler is looked for."""
+
+    def __init__(self, device: Device) -> None:
+        super().__init__("test")
+        self.register(0x10, 0x40, device)
+        self.looks = 0
+
+    def find(self, address: int) -> Any:
+        self.looks += 1
+        return super().find(address)
+
+
+def into(port: int, size: int, count: int = 1) -> Step:
+    def step(run: Any, page: memoryview) -> None:
+        run.exit_reason = uapi.KVM_EXIT_IO
+        run.io.direction, run.io.size, run.io.port = uapi.KVM_EXIT_IO_IN, size, port
+        run.io.count, run.io.data_offset = count, 4096
+        page[4096:4120] = bytes(24)
+
+    return step
+
+
+VALUE = 0x8877_6655_4433_2211
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_port_is_looked_up_once_and_served_alike_ever_after(
+    scripted: Scripted, size: int
+) -> None:
+    device, got = Device(answer=VALUE), []
+    watched, cut = Watched(device), VALUE & (1 << 8 * size) - 1
+    turn = [out(0x18, cut.to_bytes(size, "little"), size), into(0x20, size)]
+
+    def look(run: Any, page: memoryview) -> None:
+        got.append(bytes(page[4096:4104]))
+        out(0x18, cut.to_bytes(size, "little"), size)(run, page)
+
+    scripted.play(*turn, pio=watched)
+    looks = watched.looks
+    watched.looks = 0
+    device.seen.clear()
+    scripted.play(*turn, look, *turn, look, *turn, look, pio=watched)
+    assert watched.looks == looks
+    assert device.seen == [(8, size, cut), (0x10, size), (8, size, cut)] * 3
+    assert got == [cut.to_bytes(8, "little")] * 3
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_a_register_is_looked_up_once_and_served_alike_ever_after(
+    scripted: Scripted, size: int
+) -> None:
+    device, got = Device(answer=VALUE), []
+    watched, cut = Watched(device), VALUE & (1 << 8 * size) - 1
+    turn = [mmio(0x18, size, cut), mmio(0x20, size)]
+
+    def look(run: Any, page: memoryview) -> None:
+        got.append(int.from_bytes(bytes(run.mmio.data), "little"))
+        mmio(0x18, size, cut)(run, page)
+
+    scripted.play(*turn, mmio=watched)
+    looks = watched.looks
+    watched.looks = 0
+    device.seen.clear()
+    scripted.play(*turn, look, *turn, look, *turn, look, mmio=watched)
+    assert watched.looks == looks
+    assert device.seen == [(8, size, cut), (0x10, size), (8, size, cut)] * 3
+    assert got == [cut] * 3
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_a_string_instruction_is_served_whole_each_time(scripted: Scripted, size: int) -> None:
+    device, got = Device(answer=VALUE), []
+    data = bytes(range(1, 3 * size + 1))
+
+    def look(run: Any, page: memoryview) -> None:
+        got.append(bytes(page[4096:4120]))
+        out(0x18, data, size)(run, page)
+
+    steps = [out(0x18, data, size), into(0x18, size, 3), look] * 2
+    scripted.play(*steps, pio=bus(0x10, 0x20, device))
+    written = [int.from_bytes(data[at : at + size], "little") for at in range(0, 3 * size, size)]
+    writes, reads = [(8, size, value) for value in written], [(8, size)] * 3
+    assert device.seen == (writes + reads + writes) * 2
+    assert (
+        got == [((VALUE & (1 << 8 * size) - 1).to_bytes(size, "little") * 3).ljust(24, b"\0")] * 2
+    )
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["at first", "later"])
+@pytest.mark.parametrize("kind", ["port", "register"])
+def test_what_a_handler_asks_for_ends_the_loop(scripted: Scripted, kind: str, first: bool) -> None:
+    device = Device(action=Action.RESET if first else None)
+
+    def asks(run: Any, page: memoryview) -> None:
+        device.action = Action.RESET
+        access(run, page)
+
+    access = out(0x18, b"x") if kind == "port" else mmio(0x18, 1, ord("x"))
+    space = bus(0x10, 0x20, device)
+    steps = [access, access, asks, access]
+    assert scripted.play(*steps, pio=space, mmio=space) is Action.RESET
+    assert device.seen == [(8, 1, ord("x"))] * (1 if first else 3)
+
+
+def test_a_guest_that_uses_all_ports_does_not_make_it_grow(
+    scripted: Scripted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "_MAX_KEPT", 4)
+    kept: list[int] = []
+    real = loop._first_port_access
+
+    def spying(page: Any, views: Any, space: Any, ports: dict[int, Any]) -> Any:
+        result = real(page, views, space, ports)
+        kept.append(len(ports))
+        return result
+
+    monkeypatch.setattr(loop, "_first_port_access", spying)
+    device = Device()
+    scripted.play(*[out(port, b"x") for port in range(9)], pio=bus(0, 0x100, device))
+    assert kept == [1, 2, 3, 4, 1, 2, 3, 4, 1]
+    assert [offset for offset, _, _ in device.seen] == list(range(9))
+
+
+def test_an_access_over_the_end_of_a_range_is_never_its_handlers(scripted: Scripted) -> None:
+    device, got = Device(), []
+
+    def look(run: Any, page: memoryview) -> None:
+        got.append(int.from_bytes(bytes(run.mmio.data), "little"))
+
+    space = Bus("test")
+    space.register(0x10, 4, device)
+    space.register(0x14, 4, device)
+    over = [mmio(0x12, 4), look, mmio(0x12, 4, 7), mmio(0x16, 4), look, mmio(0x16, 4, 7)]
+    scripted.play(*over * 2, out(0x13, b"xy", 2), out(0x13, b"xy", 2), pio=space, mmio=space)
+    assert device.seen == []
+    assert got == [0xFFFF_FFFF] * 4
+
+
+@pytest.mark.parametrize(
+    "asked", [[], [None, None], [Action.RESET], [None, Action.RESET, Action.POWEROFF, None]]
+)
+def test_what_is_half_done_is_completed_and_the_first_wish_told(
+    scripted: Scripted, asked: list[Action | None]
+) -> None:
+    device = Device()
+
+    def step(action: Action | None) -> Step:
+        def access(run: Any, page: memoryview) -> None:
+            assert scripted.vcpu.immediate_exit
+            device.action = action
+            out(1, b"x")(run, page)
+
+        return access
+
+    scripted.steps = iter([step(action) for action in asked])
+    wish = loop.finish_pending(scripted.vcpu, bus(1, 1, device), Bus("MMIO"))
+    assert wish is next((action for action in asked if action is not None), None)
+    assert len(device.seen) == len(asked)
+    assert scripted.vcpu.immediate_exit, "the caller lets the guest go on"
