@@ -96,10 +96,7 @@ class LentMemory(GuestMemory):
         if end > status.st_size:
             raise LentMemoryError(f"{what} ends at {end:#x} of a file of {status.st_size:#x} bytes")
         # From the file's start, as a file of huge pages takes no other offset of ours for granted.
-        try:
-            mapping = syscalls.map_shared(fd, end)
-        except (ValueError, OverflowError):  # it was cut short since we looked; or it is immense
-            raise LentMemoryError(f"{what} cannot be mapped") from None
+        mapping = syscalls.map_shared(fd, end)
         view = memoryview(mapping)[fd_offset:end]
         return Region(guest_addr, size, fd_offset, _address(mapping) + fd_offset, view)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 from collections.abc import Iterator
 
 import pytest
 
 from pyvmm.errors import HostError
+from pyvmm.host import syscalls
+from pyvmm.memory import joined
 from pyvmm.memory.lent_memory import LentMemory, LentMemoryError
 
 PAGE = 4096
@@ -85,11 +88,42 @@ def test_regions_apart_stay_apart_with_the_largest_first(memory: LentMemory, fil
 
 
 def test_regions_that_touch_within_a_page_cannot_be_one(memory: LentMemory, file: int) -> None:
+    given_up = list(joined._given_up)
     memory.add(0x1000, PAGE + 0x10, file, 0)
     memory.add(0x2010, PAGE, file, 5 * PAGE + 0x10)
     assert shape(memory) == [(0x1000, PAGE + 0x10), (0x2010, PAGE)]
     assert memory.read(0x200F, 1) + memory.read(0x2010, 1) == b"\1\5"
     assert not memory.contains(0x200F, 2)
+    assert joined._given_up == given_up, "it was not even tried"
+
+
+def test_regions_that_cannot_be_put_side_by_side_stay_apart(
+    memory: LentMemory, file: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages of different sizes, say. The addresses that were held for both are held for good."""
+    given_up: list[mmap.mmap] = []
+    monkeypatch.setattr(joined, "_given_up", given_up)
+    monkeypatch.setattr(joined, "_mremap", lambda *_: joined._FAILED)
+    memory.add(0x1000, PAGE, file, 0)
+    memory.add(0x2000, PAGE, file, 3 * PAGE)
+    assert sorted(shape(memory)) == [(0x1000, PAGE), (0x2000, PAGE)]
+    assert memory.read(0x1FFF, 1) + memory.read(0x2000, 1) == b"\0\3"
+    assert [len(mapping) for mapping in given_up] == [2 * PAGE]
+
+
+def test_a_file_that_is_cut_short_meanwhile_is_refused(
+    memory: LentMemory, file: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    map_shared = syscalls.map_shared
+
+    def too_late(fd: int, size: int) -> mmap.mmap:
+        os.ftruncate(fd, 0)
+        return map_shared(fd, size)
+
+    monkeypatch.setattr(syscalls, "map_shared", too_late)
+    with pytest.raises(HostError, match="mmap"):
+        memory.add(0, PAGE, file, 0)
+    assert memory.regions == ()
 
 
 def test_what_begins_within_a_page_is_not_made_one(memory: LentMemory, file: int) -> None:

@@ -20,7 +20,9 @@ from pyvmm.kinds.disk import parse as parse_disk
 from pyvmm.kinds.vm_spec import from_json, to_json, validate
 from pyvmm.spec.vm import DiskSpec, VmSpec
 from pyvmm.virtio import rate_limit
+from pyvmm.virtio.queue.protocol import Queue
 from pyvmm.virtio.rate_limit import RateLimiter, TokenBucket, limiter
+from pyvmm.virtio.worker import FOR_SOURCE, Rest
 
 SECOND = 1_000_000_000
 
@@ -396,4 +398,23 @@ def test_a_device_sees_through_its_limits_that_it_is_to_stop() -> None:
     assert not queue.halt
     rig.queue.halt = True
     assert queue.halt
+    rig.close()
+
+
+def test_within_limits_a_device_sleeps_as_it_wants_unless_chains_are_held_back() -> None:
+    """Then no source could end the sleep with anything to do."""
+    rig = Rig()
+    limits = RateLimiter(None, TokenBucket(10, 1))
+
+    def serve_all(queue: Queue) -> Rest:
+        for chain in queue:
+            queue.add_used(chain, 0)
+        return FOR_SOURCE
+
+    serve = rate_limit.limited(serve_all, limits, lambda chain: 0, lambda: 0)
+    assert serve(rig.queue) is FOR_SOURCE
+    for _ in range(2):
+        rig.driver.add([], [1])
+    rig.driver.publish()
+    assert serve(rig.queue) == Rest(kicks=False, seconds=0.1, sources=False)
     rig.close()
