@@ -29,6 +29,8 @@ from pyvmm.spec.options import ONLY_TYPED, Option
 from pyvmm.spec.sizes import write_memory
 from pyvmm.spec.vm import VmSpec
 
+_SHOWN = "pyvmm run --print-config shows how such a file is written"
+
 
 def load(path: str, *, allow_code: bool = False) -> dict[str, Any]:
     """The values that the file gives, by name, in the forms that `make_spec` takes.
@@ -45,9 +47,9 @@ def load(path: str, *, allow_code: bool = False) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}", cure="check the path") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not a text file in UTF-8") from None
+        raise ConfigError(f"{path} is not a text file in UTF-8", cure=_SHOWN) from None
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: {error}") from None
+        raise ConfigError(f"{path}: {error}", cure=_SHOWN) from None
     folder = os.path.dirname(os.path.abspath(path))
     try:
         for key in values:

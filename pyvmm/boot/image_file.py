@@ -54,7 +54,8 @@ class ImageFile(syscalls.Closable):
         status = os.fstat(self.fd)
         kind = stat.S_IFMT(status.st_mode)
         if kind != stat.S_IFREG:
-            raise self.error(f"{self.path} is {_KINDS.get(kind, 'not a regular file')}")
+            what = _KINDS.get(kind, "not a regular file")
+            raise self.error(f"{self.path} is {what}", "name a file")
         if status.st_size == 0:
             raise self.error(f"{self.path} is empty", "was its download or build cut short?")
         return status.st_size

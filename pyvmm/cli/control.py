@@ -176,7 +176,10 @@ def remove_disk(vm: str, id: str, timeout: float, force: bool) -> None:
 @click.argument("vm")
 @click.argument("net", default="user")
 def add_net(vm: str, net: str) -> None:
-    """Plug a network card, NET as after --net of pyvmm run, into VM; prints its id."""
+    """Plug a network card, NET as after --net of pyvmm run, into VM; prints its id.
+
+    Without NET it is user: the guest reaches what this machine reaches.
+    """
     click.echo(ByName(vm).add_net(net))
 
 
@@ -194,7 +197,10 @@ def remove_net(vm: str, id: str, timeout: float, force: bool) -> None:
 @click.argument("vm")
 @click.argument("limits", default="")
 def add_rng(vm: str, limits: str) -> None:
-    """Plug a random number generator, with LIMITS as after --rng-limit, into VM; prints its id."""
+    """Plug a random number generator, with LIMITS as after --rng-limit, into VM; prints its id.
+
+    Without LIMITS it gives all that the guest asks for. A VM has one at most.
+    """
     click.echo(ByName(vm).add_rng(limits))
 
 

@@ -74,8 +74,9 @@ def _kind(name: str) -> str:
 def vhost_user(path: str, debug: bool, **options: Any) -> int:
     """Serve a device to QEMU, Cloud Hypervisor or another monitor over vhost-user.
 
-    One device, the same that `pyvmm run` has with that option; each front end finds it as new. For
-    disks there is `pyvmm vhost-user-blk`. Ends on SIGTERM or Ctrl-C.
+    Give one of --net, --rng, --rng-limit, --device and --vsock path=PATH, once: the device is the
+    one that `pyvmm run` has with that option. Each front end finds it as new. For disks there is
+    `pyvmm vhost-user-blk`. Ends on SIGTERM or Ctrl-C.
     """
     from pyvmm.transport.vhost_user import serve_each
 
@@ -108,9 +109,8 @@ def _spec(options: dict[str, Any]) -> Any:
         found += registry.check(kind, registry.read(kind, value), VmSpec(kernel=""))
     if len(found) != 1:
         flags = [rows[name].flag for name in options]
-        raise ConfigError(
-            f"{len(found)} devices at one socket", cure=f"give one of {', '.join(flags)}"
-        )
+        many = f"{len(found)} devices at one socket" if found else "no device for the socket"
+        raise ConfigError(many, cure=f"give one of {', '.join(flags)}")
     [spec] = found
     _refuse(spec)
     return spec

@@ -147,6 +147,8 @@ def parse_forward(text: str) -> Forward:
     for known in ("tcp", "udp"):
         if rest.startswith(known + ":"):
             protocol, rest = known, rest[len(known) + 1 :]
+    if ":" not in rest:
+        raise _wrong(f"forward={text} does not name two ports, this machine's and the guest's")
     host, _, ports = rest.rpartition(":")
     host, _, port = host.rpartition(":")
     host = host.removeprefix("[").removesuffix("]") or "127.0.0.1"

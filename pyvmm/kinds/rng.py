@@ -64,7 +64,7 @@ def parse(text: str) -> Spec:
     for option in text.split(",") if text else ():
         key, _, value = option.partition("=")
         if key not in rates.KEYS:
-            cure = f"use {rates.SYNTAX.replace('[,', '[')}"
+            cure = f"use {rates.SYNTAX.replace('[,', '[', 1)}[,packed]"
             raise ConfigError(f"unknown option {option!r}", cure=cure, option=_LIMITS)
         fields[rates.KEYS[key]] = rates.parse_rate(key, value, _LIMITS)
     return Spec(**fields)

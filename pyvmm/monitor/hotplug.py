@@ -201,7 +201,9 @@ class Hotplug(Closable):
         whole = self._machine.parts.prepared.spec
         others = [part for part in whole.parts if part.kind == kind]
         if others and not registry.option_of(kind).many:
-            raise ConfigError(f"the VM has a device of the kind {kind} already")
+            raise ConfigError(
+                f"the VM has a device of the kind {kind} already", cure="remove that one first"
+            )
         return registry.check_one_more(kind, spec, others, whole)
 
     def _plug(self, spec: Spec, device: VirtioDevice) -> int:
@@ -292,7 +294,7 @@ class Hotplug(Closable):
                         f"{id} is on virtio-mmio, and stays", cure="run the VM with --transport pci"
                     )
                 if self._machine.pauser.paused:
-                    raise ControlError(PAUSED, f"{self._name} is paused")
+                    raise ControlError(PAUSED, f"{self._name} is paused; resume it first")
                 return part, number
         known = ", ".join(part.device.name for part in found) or "none"
         raise ConfigError(f"there is no {kind} {id!r:.100}", cure=f"there are: {known}")

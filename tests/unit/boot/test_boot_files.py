@@ -61,7 +61,7 @@ def test_missing_directory_fifo_and_device(tmp_path: Path) -> None:
     for path, word in (
         (tmp_path / "absent", "No such file"),
         (tmp_path / "absent" / "deeper", "No such file"),
-        (tmp_path, "a directory"),
+        (tmp_path, "a directory; name a file"),
         (tmp_path / "fifo", "a FIFO"),
         ("/dev/null", "a device"),
         ("", "empty"),

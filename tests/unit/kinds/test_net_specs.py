@@ -73,6 +73,11 @@ def test_what_is_wrong_is_one_line_with_a_cure(text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def test_a_forward_with_one_port_is_told_that_there_are_two() -> None:
+    with pytest.raises(ConfigError, match="forward=8080 does not name two ports"):
+        parse("user,forward=8080")
+
+
 @pytest.mark.parametrize(
     "spec",
     [

@@ -78,7 +78,7 @@ def test_a_disk_comes_serves_and_goes_and_nothing_is_left(rig: Rig, data: Path) 
 def test_a_generator_comes_and_goes_and_there_is_one(rig: Rig) -> None:
     before = rig.footprint()
     rig.add("rng", "")
-    with pytest.raises(ConfigError, match="has a device of the kind rng already"):
+    with pytest.raises(ConfigError, match="has a device of the kind rng already; remove"):
         rig.add("rng", "bps=1M")
     asking = rig.removing("rng", "rng")
     rig.asked(slots.ARRIVED)
@@ -179,7 +179,7 @@ def test_what_is_not_there_cannot_be_removed(rig: Rig, id: str) -> None:
 def test_a_paused_guest_gives_nothing_up(rig: Rig) -> None:
     rig.machine.pauser.pause()
     for force in (False, True):
-        with pytest.raises(ControlError, match="paused") as caught:
+        with pytest.raises(ControlError, match="paused; resume it first") as caught:
             rig.remove("disk", "root", force=force)
         assert caught.value.code == PAUSED
     rig.add("disk", "ram:1M")  # which it will find

@@ -375,7 +375,7 @@ def test_each_front_end_finds_a_device_of_its_own(tmp_path):
 
 
 WRONG_DEVICES = {
-    "none": ([], "0 devices at one socket"),
+    "none": ([], "no device for the socket; give one of --net"),
     "two": (["--rng", "--net", "user"], "2 devices at one socket"),
     "two cards": (["--net", "user", "--net", "user"], "2 devices at one socket"),
     "packed": (["--net", "user,packed"], "rings are split"),

@@ -334,6 +334,9 @@ def test_rng_options() -> None:
     for wrong in ("bps", "rate=3", "bps=1,,"):
         with pytest.raises(ConfigError, match="--rng-limit"):
             devices.parse("rng", wrong)
+    with pytest.raises(ConfigError) as caught:
+        devices.parse("rng", "rate=3")
+    assert caught.value.cure == "use [bps=N][,iops=N][,bps-burst=N][,iops-burst=N][,packed]"
 
 
 def test_a_queue_in_any_order_of_limits_loses_nothing() -> None:
