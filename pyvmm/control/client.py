@@ -148,7 +148,7 @@ class Client(Closable):
 def line_or_end(connection: Socket, deadline: float) -> bytes:
     """The next line, with nothing taken of what follows it; b"" at the connection's end.
 
-    What follows may be a stream of somebody else's. Raises NoAnswer at `deadline`.
+    The bytes behind it may be a stream for another reader. Raises NoAnswer at `deadline`.
     """
     line = b""
     while not line.endswith(b"\n"):
@@ -257,10 +257,10 @@ def connect_vsock(
     patience: float = 60.0,
     watch: Callable[[Socket], object] = lambda socket: None,
 ) -> Socket:
-    """A stream to `port` of the guest of the VM called `name`. `watch` is called with each socket
-    that is waited for: whoever shuts it down has this fail at once.
+    """A stream to `port` of the guest of the VM called `name`. This calls `watch` with each
+    socket that it waits for; it fails at once when another thread shuts that socket down.
 
-    Raises HostError, ECONNREFUSED, if nobody listens there, or the guest is not that far yet;
+    Raises HostError, ECONNREFUSED, if no program listens there, or not yet;
     ConfigError if no such VM runs; ControlError if it has no vsock device, or is paused; NoAnswer
     after `patience` seconds, which the VM may take to start, or if it ends meanwhile.
     """

@@ -75,7 +75,7 @@ class Request(NamedTuple):
 
 
 def parse_request(line: bytes) -> Request:
-    """The request in `line`. Raises ControlError, and then nobody knows the id."""
+    """The request in `line`. Raises ControlError; the id is unknown then."""
     import json  # only once somebody asks
 
     try:

@@ -1,9 +1,9 @@
 """Which VMs of this user run: a directory with a control socket for each, NAME.sock.
 
 A VM is alive if somebody listens at its socket; a monitor that was killed leaves a socket that
-refuses, which whoever comes next removes, and with it the other sockets that it had: NAME.left
-lists them. One lock for the directory, held for moments, keeps two from doing that at once. What a
-VM has said is in logs/ (vm_log).
+refuses. The next process that finds it removes it, and with it the other sockets that the monitor
+had: NAME.left lists them. One lock for the directory, held for moments, keeps two processes from
+doing that at once. The output of VMs is in logs/ (vm_log).
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def _path(place: str, name: str) -> str:
 
 
 def _alive(path: str) -> bool:
-    """Whether somebody listens there; if not, there is nothing at `path` any more."""
+    """Whether a monitor listens at `path`; a socket without one is removed."""
     try:
         unix_sockets.connect(path).close()
     except HostError as error:
@@ -183,7 +183,7 @@ def _alive(path: str) -> bool:
 
 
 def _left_at(path: str) -> str:
-    """Where the names are of what a VM leaves when it is killed."""
+    """The path of the list of files that a VM leaves when it is killed."""
     return path.removesuffix(_SUFFIX) + _LEFT
 
 

@@ -1,7 +1,7 @@
-"""The monitor's end of its control socket: one thread, which no client can make work without end.
+"""The monitor's end of its control socket: one thread, which clients cannot keep busy for ever.
 
-A client is served one request at a time, and the next is read when the answer is out; so what is
-kept for it is one line and one answer. Answers are paced, so that clients who ask all the time
+It serves one request of a client at a time, and reads the next when the answer is out; so it keeps
+one line and one answer for each. Answers are paced, so that clients who ask all the time
 leave the processor to the guest.
 """
 
@@ -194,7 +194,7 @@ class ControlServer:
 
     def _receive(self, client: _Client) -> None:
         if client.has_line or client.to_send or client.waits is not None:
-            # A hang-up while it is answered: whoever asked has gone, and no answer is wanted.
+            # A hang-up while it is answered: the client has gone, and wants no answer.
             self._drop(client)
             return
         try:

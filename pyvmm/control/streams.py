@@ -1,7 +1,7 @@
 """Connections that have become streams (protocol.Upgrade): a console's watchers, who hears events.
 
-One thread serves them all. What is for one of them is kept for it up to a limit and no further, so
-that nobody who does not read holds up anybody, least of all the guest.
+One thread serves them all. It keeps bytes for each of them up to a limit and no further, so that a
+client that does not read holds up neither the others nor the guest.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Stream:
         self._at_end = False  # of what comes in
 
     def offer(self, data: bytes) -> bool:
-        """Send `data` behind what is waiting; False, and nothing is sent, if too much waits. Any
+        """Send `data` after the bytes that wait; False, without sending it, if too many wait. Any
         thread may call it."""
         with self._lock:
             if self._deaf or len(self._outgoing) + len(data) > OUTPUT_LIMIT:

@@ -1,7 +1,7 @@
 """Resizing the disks of a running emulated host, asked for by the monitor inside.
 
-What is inside is not trusted with more than it has: it can write all of these disks, and so may
-give them another size, but nothing else.
+The monitor inside is trusted only with these disks: it can write all of them, and so may give them
+another size, and may do no more.
 """
 
 from __future__ import annotations

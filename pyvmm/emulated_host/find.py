@@ -1,4 +1,4 @@
-"""Finds what an emulated host is made of where nobody says it."""
+"""Finds the parts of an emulated host that the caller has not named."""
 
 from __future__ import annotations
 

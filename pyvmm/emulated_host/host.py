@@ -154,11 +154,11 @@ class EmulatedHost:
             if not session.killed:
                 raise
         finally:
-            # Nothing is lost: the init inside has synced, and the writes are in our page cache.
+            # This loses no data: the init inside has synced, and the writes are in our page cache.
             launched.process.kill()
             launched.process.wait()
             if relay is not None:
-                # What came out of it last is still on its way to those who wait for it.
+                # The relay still carries the last bytes to the clients that wait for them.
                 relay.stop(patience=_RELAY_PATIENCE)
             for end in launched.ends:
                 end.close()

@@ -184,6 +184,6 @@ def run_script(settings: RunSettings) -> bytes:
 
 def _command_line(settings: RunSettings) -> str:
     variables = [f"{name}={value}" for name, value in settings.env.items()]
-    # Where env would take the command's name for one more variable, a shell comes in between.
+    # env would read a name with "=" as a variable: so it runs a shell, which runs the command.
     guard = [_BUSYBOX, "sh", "-c", 'exec "$@"', "sh"] if "=" in settings.argv[0] else []
     return shlex.join([_BUSYBOX, "env", "-i", *variables, *guard, *settings.argv])

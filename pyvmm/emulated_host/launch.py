@@ -122,7 +122,7 @@ def _spawn(command: list[str], messages: socket.socket, fds: list[int]) -> subpr
 
 
 def _joined(base: str, addition: bytes) -> int:
-    # An anonymous file: the settings hold the environment, which is nobody else's business.
+    # An anonymous file: the settings hold the environment, which other users must not read.
     fd = os.memfd_create("initramfs", os.MFD_CLOEXEC)
     with open(base, "rb") as file:
         while os.sendfile(fd, file.fileno(), os.lseek(fd, 0, os.SEEK_END), 1 << 30):

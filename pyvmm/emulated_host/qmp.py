@@ -14,8 +14,8 @@ _MAX_LINE = 1 << 20
 
 
 class Qmp:
-    """A QMP monitor at a connected socket, which stays the caller's. Nothing is said before the
-    first command, and QEMU says nothing before that but its greeting. Any thread may use it."""
+    """A QMP monitor at a connected socket, which stays the caller's. This side is silent
+    until the first command, and QEMU sends only its greeting before. Any thread may use it."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection

@@ -59,7 +59,7 @@ class Spec(DeviceSpec):
 
     @property
     def keeps(self) -> bool:
-        """What is written is in the file."""
+        """Whether the file keeps the guest's writes."""
         return not self.read_only
 
 

@@ -88,7 +88,8 @@ def open_device(spec: Spec, context: Context) -> VirtioDevice:
 
 
 def cross(spec: Spec, border: Border) -> Crossing:
-    """Raises the ConfigError that making the device would raise, so that nobody waits for it."""
+    """The device as it is asked for inside. Raises the ConfigError that making it would raise, so
+    that the user sees it at once."""
     from pyvmm.kinds.border import Crossing
 
     device_class, _ = _make(spec)

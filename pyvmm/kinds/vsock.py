@@ -165,7 +165,7 @@ def _connect(running: Running, port: int) -> Upgrade:
         raise ControlError(NOT_READY, "the guest has no driver for its vsock device yet")
 
     def hand_over(connection: Socket, received: bytes) -> None:
-        # What a client says before it has seen OK would be lost: nobody shall rely on it.
+        # Bytes that a client sends before it has seen OK would be lost: no client shall do that.
         if received:
             connection.close()
             return

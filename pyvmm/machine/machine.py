@@ -116,7 +116,7 @@ class Machine:
     # --- what any thread may say ------------------------------------------------------------------
 
     def end(self, outcome: Outcome) -> None:
-        """The run is over at once, for this reason unless there was one before."""
+        """End the run at once, for this reason unless there was one before."""
         self._inbox.put(outcome)
 
     def request_end(self, outcome: Outcome, patience: float) -> None:

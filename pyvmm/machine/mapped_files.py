@@ -59,7 +59,7 @@ class MappedFiles:
         """Make the first `size` bytes of a file, whole pages, memory of the guest; its
         guest-physical address, a whole number of GiB.
 
-        What the guest writes goes to the file; with `read_only` it cannot write. The file
+        The guest's writes go to the file; with `read_only` it cannot write. The file
         descriptor may be closed afterwards. Raises ConfigError if the guest has no room for it,
         HostError if it cannot be mapped (ENODEV: its file system has no shared mappings).
         """

@@ -80,7 +80,7 @@ class Line(Closable):
         self._connected = False
 
     def connect(self, address: int, data: int) -> None:
-        """Raises DriverError if nobody takes messages at `address`, HostError."""
+        """Connect the line. Raises DriverError if `address` takes no messages, HostError."""
         self._messages.route(self._gsi, address, data)
         if not self._connected:
             # KVM looks whether the eventfd was signalled before, and then interrupts once; but it
@@ -90,7 +90,8 @@ class Line(Closable):
             self._connected = True
 
     def disconnect(self) -> None:
-        """When this returns nothing more is on its way. Raises HostError."""
+        """Disconnect the line. No signal is under way any more when this returns. Raises
+        HostError."""
         if self._connected:
             self._vm.irqfd(self.eventfd.fd, self._gsi, deassign=True)
             self._connected = False

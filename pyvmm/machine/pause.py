@@ -30,7 +30,7 @@ class Pauser:
         self.paused = False
 
     def pause(self) -> None:
-        """Return when all has come to rest; nothing happens if it has already.
+        """Have the machine stand still, and return when it does; a paused one stays as it is.
 
         Raises ConfigError if something is busy for too long; the machine then runs on.
         """
@@ -54,7 +54,7 @@ class Pauser:
             self._transports = transports
 
     def resume(self) -> None:
-        """Go on; nothing happens if the machine runs."""
+        """Have the machine go on; one that runs goes on in any case."""
         with self._lock:
             self._go_on()
 

@@ -133,7 +133,8 @@ class PciHost:
         return self._files.get(region.base)
 
     def _room_for(self, size: int) -> int:
-        """Where a BAR of `size` bytes can be: where nobody is, nor comes back to by a reset."""
+        """An address for a BAR of `size` bytes: no other BAR is there, and none returns there by a
+        reset."""
         start = self._window_start
         for other_start, other_end in sorted(self._taken()):
             if start + size <= other_start:
@@ -169,7 +170,7 @@ class PciHost:
             self.slots.tell(what, number)
 
     def withdraw(self, number: int) -> None:
-        """What the guest has not learnt of a slot yet, it shall not."""
+        """Take back the news of a slot that the guest has not read yet."""
         if self.slots is not None:
             self.slots.withdraw(number)
 
@@ -185,15 +186,15 @@ class PciHost:
 
     def detach(self, number: int, transport: object) -> None:
         """Have `transport` not answer at `number` any more: no register, no doorbell, no DMA, no
-        interrupt. What the device is served by is there until `unplug`. If it has left, or another
-        one has come since, nothing happens."""
+        interrupt. The parts that serve the device stay until `unplug`. The bus stays as it is if
+        the device has left, or if another one has come since."""
         plugged = self._plugged.get(number)
         if plugged is not None and plugged.transport is transport:
             self.bus.remove(number, plugged.transport.function)
 
     def unplug(self, number: int, transport: object) -> None:
-        """Take out what is `transport`, and leave nothing of it. No vCPU may be inside one of its
-        handlers. A second time changes nothing."""
+        """Take out `transport`, and remove all that it had. No vCPU may be inside one of its
+        handlers. A second call has no effect."""
         plugged = self._plugged.get(number)
         if plugged is None or plugged.transport is not transport:
             return

@@ -13,7 +13,7 @@ from pyvmm.errors import ConfigError, PyvmmError
 from pyvmm.host import log
 
 BROKEN_PIPE = 141  # as a shell's for SIGPIPE
-# What is no defect of ours wherever it is met.
+# Failures of the host: pyvmm has no defect wherever it meets one of these.
 _HOST_FAILURES = (
     errno.ENOSPC,
     errno.EDQUOT,
@@ -49,10 +49,10 @@ def explain(error: Exception) -> int:
 
 
 def flush_or_drop(code: int = 0) -> int:
-    """Write what is left of the output, if there is still somebody who takes it; the exit code,
-    which is `code` unless that was 0 and a disk is full.
+    """Write the rest of the output, if it still has a reader; the exit code, which is `code` unless
+    that was 0 and a disk is full.
 
-    What is left would have the interpreter fail at the same thing later and change the exit code.
+    Otherwise the interpreter would fail at that rest later, and change the exit code.
     """
     log.flush()
     for stream in (sys.stdout, sys.stderr):

@@ -1,9 +1,9 @@
 """Devices that come to a running machine and go: asked for on the control socket, or given up by
 the guest.
 
-A guest gives a device up by the _EJ0 of its slot. From then on nobody answers there, and a thread
-does the rest: it waits for what vCPUs and the device are in the middle of, and gives back all that
-the device had. Who has asked for the removal waits for that. See decision 0365.
+A guest gives a device up by the _EJ0 of its slot. From then on the slot is empty, and a thread
+does the rest: it waits until vCPUs and the device have ended their work there, and gives back all
+that the device had. The client that has asked for the removal waits for that. See decision 0365.
 """
 
 from __future__ import annotations
@@ -247,12 +247,12 @@ class Hotplug(Closable):
     def remove(
         self, kind: str, id: str, timeout: float, force: bool, wake: Event | None = None
     ) -> dict[str, Any]:
-        """Have the guest give up the device `id`, and return when nothing is left of it.
+        """Have the guest give up the device `id`, and return when all of it is gone.
 
-        With `force` nobody asks what it is used for, and after `timeout` seconds it goes without
-        the guest's consent. Whoever sets `wake` wants that no more: the device stays then, unless
-        the guest has given it up already. Raises ConfigError if the guest uses it or does not give
-        it up, ControlError for a paused VM.
+        With `force` this does not ask what it is used for, and after `timeout` seconds it takes it
+        away without the guest's consent. A caller that sets `wake` withdraws the request: the
+        device stays then, unless the guest has given it up already. Raises ConfigError if the guest
+        uses it or does not give it up, ControlError for a paused VM.
         """
         wake = wake or Event()
         _, number = self._find(kind, id)
@@ -300,7 +300,7 @@ class Hotplug(Closable):
         raise ConfigError(f"there is no {kind} {id!r:.100}", cure=f"there are: {known}")
 
     def _use_of(self, number: int) -> str:
-        """What the guest's agent says that the device is used for; "" for nothing, or if nobody
+        """The use of the device, as the guest's agent tells it; "" if it is unused, or if no agent
         answers."""
         vsock = vsock_of(self._machine)
         if vsock is None:
@@ -335,7 +335,7 @@ class Hotplug(Closable):
                 pci.detach(leaving.number, leaving.part.transport)
         if force:
             self._finish(leaving)
-            # So that the guest sees that nobody is there any more.
+            # So that the guest sees that the device is gone.
             with self._machine.steady:
                 pci = self._machine.parts.pci
                 if pci is not None and not self._ended:
@@ -379,7 +379,7 @@ class Hotplug(Closable):
             self._warn(f"the host has no thread to take {leaving.part.device.name} out")
 
     def _finish(self, leaving: _Leaving) -> None:
-        """Give back all that the device had, which nobody answers for any more."""
+        """Give back all that the device had; it has left the bus."""
         transport = leaving.part.transport
         try:
             if transport not in self._machine.parts.transports:
@@ -390,7 +390,7 @@ class Hotplug(Closable):
                 return
             # A vCPU may have found the device a moment before it left the bus.
             self._machine.settle()
-            # What is in flight is waited for; a guest that starts anew has it waited for as well.
+            # The reset waits for requests under way; a guest that starts anew waits for them too.
             with suppress(PyvmmError, OSError), transport.negotiation.lock:
                 transport.negotiation.reset()
             with self._machine.steady:
@@ -437,15 +437,15 @@ class Hotplug(Closable):
             pci.slots.remind()
 
     def guest_restarts(self) -> None:
-        """The guest has ended and starts anew, without what it was asked to give up: nobody uses
-        that any more. The machine is steady, and its transports are closed."""
+        """The guest has ended and starts anew, without the devices that it was asked to give up,
+        as it uses them no more. The machine is steady, and its transports are closed."""
         with self._lock:
             leaving = list(self._leaving.values())
         for one in leaving:
             self._forget(one)
 
     def close(self) -> None:
-        """The run is over: nobody adds anything any more, and whoever waits is told."""
+        """The run is over: add no more devices, and tell the clients that wait."""
         with self._machine.steady:
             self._ended = True
         with self._lock:

@@ -102,7 +102,7 @@ def run_detached(run: Run) -> int:
 
     `run` gets a callable to tell the VM's name with, and this returns when a VM of that name
     answers, or with the exit code of `run` if that comes first. In the process in the background
-    this returns what `run` returns. Raises HostError, or ConfigError if nobody could find the VM.
+    this returns what `run` returns. Raises HostError, or ConfigError if the VM could not be found.
     """
     from pyvmm.control import registry
 

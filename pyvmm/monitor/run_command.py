@@ -1,11 +1,11 @@
 """`pyvmm run … -- CMD`: boot, run one command with this terminal, power off, exit with its code.
 
 The process forks. The parent becomes the monitor: whatever ends it, the guest goes with it. The
-child is a client like `pyvmm exec`, and so takes no time from the vCPUs; it keeps the end of what
-the guest's console says, to show it if the command never runs.
+child is a client like `pyvmm exec`, and so takes no time from the vCPUs; it keeps the end of the
+guest's console output, to show it if the command never runs.
 
 Ctrl-C is the client's. A terminal sends it to both, and a program to the parent, whose number it
-knows: so the parent takes it and passes it on, as a signal that the client gets from nobody else.
+knows: so the parent takes it and passes it on, as a signal that only the parent sends the client.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@ of memory in which their BARs answer.
 
 The ways are configuration mechanism #1 (PCI Local Bus Specification 3.0, 3.2.2.3.2 Software
 Generation of Configuration Transactions) and the enhanced configuration access mechanism (PCI
-Express Base Specification, 7.2.2). An access to a function that is not there reads as all ones and
-does nothing.
+Express Base Specification, 7.2.2). A read of a function that is not there gives all ones, and a
+write to it has no effect.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class PciBus:
             self._place(function)
 
     def remove(self, device: int, function: Function) -> None:
-        """Take `function` out of `device`: from now on nobody answers there. If it is not there any
-        more, nothing happens: a guest and its host may both want it gone."""
+        """Take `function` out of `device`: from now on the place is empty. A function that has left
+        already may be removed again: a guest and its host may both want it gone."""
         with function.lock:
             with self._lock:
                 if self.functions.get(device) is not function:

@@ -172,8 +172,8 @@ class Function:
         self.space[at : at + 8] = (address | low).to_bytes(8, "little")
 
     def reset(self) -> None:
-        """What a driver has set reads as at the beginning, in the header and in capabilities (PCI
-        Express Base Specification, 6.6.2 Function Level Reset)."""
+        """Give the fields that a driver can set their first values, in the header and in
+        capabilities (PCI Express Base Specification, 6.6.2 Function Level Reset)."""
         for at, mask in enumerate(self._writable[: pci.PCI_CFG_SPACE_SIZE]):
             self.space[at] &= ~mask
 

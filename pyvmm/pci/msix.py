@@ -2,9 +2,9 @@
 Specification 3.0, 6.8.2 MSI-X Capability and Table Structure).
 
 A vector's interrupt is a signal on its `MessageLine`. While the vector is masked, or MSI-X is off,
-the line is not connected to anything: a signal waits there, which is what a pending bit says, and
-goes out when the line is connected. So masking and signalling need no lock between them, and the
-way of an interrupt is one system call.
+the line is disconnected. A signal waits there, a pending bit says so, and the signal goes out when
+the line is connected. So masking and signalling need no lock between them, and an interrupt takes
+one system call.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ Three registers of 32 bits, in which bit N is device number N; a write of ones c
     4    leaving    the guest is asked to give the device up
     8    eject      (written only) the guest has given it up: _EJ0
 
-An interrupt tells of new bits. Nothing here knows what is in a slot: who ejects what is the bus's
-business.
+An interrupt tells of new bits. This module does not know which device is in a slot; the owner of
+the bus ejects devices.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Slots:
         self._interrupt()
 
     def withdraw(self, device: int) -> None:
-        """What the guest has not learnt of `device` yet, it shall not."""
+        """Take back the news of `device` that the guest has not read yet."""
         with self._lock:
             for register in self._bits:
                 self._bits[register] &= ~(1 << device)

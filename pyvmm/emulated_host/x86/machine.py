@@ -22,7 +22,7 @@ _KERNEL_PARAMETERS = " ".join(
         # There is no hardware whose flaws had to be worked around, and the TSC of an emulated CPU
         # is the machine's own, so the kernel need not doubt it.
         "mitigations=off tsc=reliable no_timer_check",
-        # What costs 0.3 s of start-up and is of no use here: self-tests of cryptography, the
+        # These cost 0.3 s of start-up and are of no use here: self-tests of cryptography, the
         # certificates of modules, tracing of kernel functions.
         "cryptomgr.notests apparmor=0 audit=0",
         "initcall_blacklist=load_system_certificate_list,init_encrypted,init_kprobe_trace",

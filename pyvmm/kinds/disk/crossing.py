@@ -1,7 +1,7 @@
 """How a VM's disks get into the emulated host: opened and locked here, block devices there.
 
-What a disk consists of is opened outside, so that mistakes show at once and only those files can be
-written from inside. The layers above (snapshot, overlay, a class in Python) run inside, where the
+The files of a disk are opened outside: mistakes show at once, and the inside can write only those
+files. The layers above (snapshot, overlay, a class in Python) run inside, where the
 virtio device is.
 """
 

@@ -21,7 +21,7 @@ def make_backend(disk: DiskSpec) -> Backend:
 def for_emulated_host(disk: DiskSpec, visible: Callable[[str, str], str]) -> DiskSpec:
     """What to ask for inside an emulated host; `visible` makes a path one that is seen there.
 
-    Raises the ConfigError that making the backend would raise, so that nobody waits for it.
+    Raises the ConfigError that making the backend would raise, so that the user sees it at once.
     """
     backend_class, backend = _make(disk)
     backend.close()
