@@ -551,7 +551,7 @@ def test_a_prefetchable_bar_in_either_window(bench: Bench) -> None:
         for window, first in ((bench.bus.window, BASE), (other, BASE + 4 * SIZE)):
             window.write(address - first, 4, 1)
         assert content.written == ([(0, 4, 1)] if inside else [])
-    bench.bus.remove(SLOT + 1)
+    bench.bus.remove(SLOT + 1, made)
     assert bench.bus.where(bar) is None
 
 
