@@ -49,9 +49,9 @@ echo $! > /run/pid
 until read -r reads rest < /sys/block/${disk##*/}/stat && [ $reads -gt 200 ]; do sleep 0.1; done
 echo "busy=yes"
 """
-# Where the disk was, fio reads nothing, and for ever.
+# Where the disk was, fio reads nothing, and for ever; or a read has failed, and it has ended.
 PULLED = """\
-kill -9 $(cat /run/pid) && echo "was_at_work=yes"
+if kill -9 $(cat /run/pid) || grep -i error /run/fio; then echo "was_at_work=yes"; fi
 ! grep -qx data /sys/block/vd*/serial
 """
 CARD = """\
