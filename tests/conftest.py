@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import hypothesis
@@ -12,6 +13,10 @@ from pci_harness import OVER
 # How long an example takes says more about what else the machine is doing.
 hypothesis.settings.register_profile("pyvmm", deadline=None)
 hypothesis.settings.load_profile("pyvmm")
+
+# A shell has its background jobs ignore Ctrl-C, and what they start inherits that: the programs
+# that tests interrupt would go on.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
