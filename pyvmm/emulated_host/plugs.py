@@ -15,14 +15,13 @@ from contextlib import ExitStack, suppress
 
 from pyvmm.emulated_host.disks import DiskService
 from pyvmm.emulated_host.ports import first_stream
-from pyvmm.emulated_host.qemu import BRIDGE, SPARE_PORTS, disk_device, open_disk
+from pyvmm.emulated_host.qemu import BRIDGE, QCOW2_SETS, SPARE_PORTS, disk_device, open_disk
 from pyvmm.emulated_host.qmp import Qmp
 from pyvmm.emulated_host.spec import EmulatedHostError, EmulatedHostSpec, HostDisk, HostStream
 from pyvmm.errors import HostError
 from pyvmm.host.qcow2 import blockdev
 
 _FIRST_DISK = 100  # numbers that no disk from the start has
-_QCOW2_SETS = 1000  # numbers for the files of one disk
 _PATIENCE = 20.0  # seconds for the emulated host's kernel to let a disk go
 _STEP = 0.02
 
@@ -84,7 +83,7 @@ class Plugger:
 
     def _add_layers(self, disk: HostDisk, number: int, undo: ExitStack) -> None:
         files = [file for layer in disk.layers for file in layer.files]
-        sets = {file.fd: _QCOW2_SETS * (number + 1) + n for n, file in enumerate(files)}
+        sets = {file.fd: QCOW2_SETS * (number + 1) + n for n, file in enumerate(files)}
         for fd, number_of_set in sets.items():
             self._give(fd, number_of_set, undo)
         node = blockdev(

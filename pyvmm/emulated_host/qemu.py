@@ -15,7 +15,7 @@ from pyvmm.emulated_host.spec import EmulatedHostSpec
 from pyvmm.host.qcow2 import Layer, blockdev
 
 SECTOR = 512
-_QCOW2_SETS = 1000  # numbers for the files of one disk; there are fewer disks than that
+QCOW2_SETS = 1000  # numbers for the files of one disk; there are fewer disks than that
 BRIDGE = "plugs"  # behind which disks can come and go
 SPARE_PORTS = 8  # for streams that come later
 PROCESS_NAME = "pyvmm-emulator"  # at most 15 characters
@@ -146,7 +146,7 @@ def _raw_nodes(index: int, disk: OpenDisk) -> list[str]:
 def _qcow2_nodes(index: int, disk: Qcow2Disk) -> list[str]:
     files = [file for layer in disk.layers for file in layer.files]
     # Sets that no other disk has.
-    sets = {file.fd: number for number, file in enumerate(files, _QCOW2_SETS * (index + 1))}
+    sets = {file.fd: number for number, file in enumerate(files, QCOW2_SETS * (index + 1))}
     given = [("-add-fd", f"fd={fd},set={number}") for fd, number in sets.items()]
     node = blockdev(
         disk.layers, f"disk{index}", lambda fd: f"/dev/fdset/{sets[fd]}", direct=disk.direct

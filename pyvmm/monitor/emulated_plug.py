@@ -154,11 +154,12 @@ class Plugging(Closable):
     # --- a device goes ----------------------------------------------------------------------------
 
     def _remove(self, plugs: Plugs, kind: str, params: dict[str, Any], asker: Socket) -> Any:
-        from pyvmm.monitor.hotplug import MOST_SECONDS
+        from pyvmm.monitor.hotplug import MOST_SECONDS, PATIENCE
 
         with self._lock:
             opened = self._plugged.get((kind, params["id"]))
-        patience = min(max(0, params.get("timeout_ms", 10_000)) / 1000, MOST_SECONDS) + _PATIENCE
+        timeout = params.get("timeout_ms", round(1000 * PATIENCE)) / 1000
+        patience = min(max(0.0, timeout), MOST_SECONDS) + _PATIENCE
         told = self._ask(plugs, patience, f"{kind}.remove", asker, **params)
         if opened is not None:
             self._release(kind, params["id"], opened)
