@@ -85,6 +85,7 @@ def boot_silent(folder: Path) -> GuestResult:
 @pytest.mark.boot.with_args(boot_silent)
 def test_a_console_that_is_not_the_serial_port(boot: GuestResult) -> None:
     assert boot.console == ""
-    hint, *_ = boot.messages
+    # `messages` leaves this line out, because a slow machine prints it of any guest.
+    [hint] = [line for line in boot.stderr.splitlines() if "printed nothing" in line]
     assert "console=tty0" in hint
     assert "put console=ttyS0 into --cmdline" in hint
