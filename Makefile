@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PACKAGES := guest-images/system-packages.txt
+LINT := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && \
+	$(BIN)/mypy benchmarks/*.py examples/*.py
 # Tests without a guest, on all processors; those of guests keep them busy by themselves.
 UNITS := tests/unit tests/spec -n auto --maxprocesses=8 --dist=worksteal
 
@@ -21,8 +23,7 @@ shell: .stamps/venv .stamps/system ## An interactive root shell in a Debian gues
 
 test: .stamps/dev .stamps/system ## Run every test: types, style, units, specification, KVM, Linux guests
 	@$(BIN)/pyvmm image build --all
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	@$(BIN)/mypy
+	@$(LINT)
 	@$(BIN)/pytest $(UNITS); units=$$?; $(BIN)/pytest tests/kvm tests/guest && exit $$units
 
 unit: .stamps/dev ## Only the tests that need neither KVM nor a guest
@@ -37,7 +38,7 @@ mutants: .stamps/dev ## Small faults in the core for SECONDS=600: which does no 
 		$(if $(SAMPLE),--sample=$(SAMPLE)) $(foreach part,$(ONLY),--only=$(part)) $(if $(JOBS),--jobs=$(JOBS))
 
 lint: .stamps/dev ## Style and types
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	@$(LINT)
 
 bench: .stamps/bench .stamps/system ## Measure against QEMU and C, or ONLY="vhost_user boot"; charts in docs/charts
 	@$(BIN)/python benchmarks/run.py $(ONLY)

@@ -52,7 +52,9 @@ class Bench:
         self.driver = MmioDriver(self.transport, self.memory, kicks=self.transport.kicks)
         self.driver.negotiate()
         self.driver.setup_queues()
-        self.queue: MockSplitDriver = self.driver.queues[0]
+        queue = self.driver.queues[0]
+        assert isinstance(queue, MockSplitDriver)
+        self.queue = queue
 
     def chains(self, depth: int) -> list[Chain]:
         """`depth` reads of random blocks, in the ring already but not published."""

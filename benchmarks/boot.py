@@ -145,7 +145,12 @@ def measure(kernel: str, cpus: int, runs: int, programs: list[str]) -> dict[str,
     host = EmulatedHost(spec, argv, stdin=None, stdout=writer)
     host.start()
     assert host.pid is not None
-    waiter = threading.Thread(target=lambda: (host.wait(), os.close(writer)), daemon=True)
+
+    def close_when_over() -> None:
+        host.wait()
+        os.close(writer)
+
+    waiter = threading.Thread(target=close_when_over, daemon=True)
     waiter.start()
     with open(reader) as lines:
         boots = watch(lines, host.pid)
@@ -178,7 +183,7 @@ def processor_seconds(qemu: int) -> float:
 
 def summary(boots: dict[str, list[Boot]], *, kernel: str, cpus: int) -> dict[str, Any]:
     """Medians, extremes and ratios to QEMU's fastest; the warm-up round does not count."""
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name, values in boots.items():
         seconds = [round(boot.seconds, 3) for boot in values]
         rows[name] = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,7 +77,7 @@ def draw_bars(bars: Sequence[Bar], title: str, axis: str, path: Path) -> None:
 
 
 def draw_groups(
-    labels: Sequence[str], groups: dict[str, Sequence[float]], title: str, axis: str, path: Path
+    labels: Sequence[str], groups: Mapping[str, Sequence[float]], title: str, axis: str, path: Path
 ) -> None:
     """Two bars for each label, on a logarithmic axis."""
     figure, axes = pyplot.subplots(figsize=(6.4, 0.9 + 0.5 * len(labels)))

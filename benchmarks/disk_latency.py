@@ -24,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,8 +114,8 @@ def guest_command(name: str, setup: dict[str, Any]) -> list[str]:
     """The monitor called `name`, with a disk of its own."""
     disk = f"/dev/shm/{list(setup['names']).index(name)}.img"
     guest_lab.prepare_disk(disk, guest_disk.DISK_MIB)
-    files = (setup[key] for key in ("kernel", "initrd", "root", "script"))
-    machine = Machine(*files, disk, cpus=2)
+    files = {key: setup[key] for key in ("kernel", "initrd", "root", "script")}
+    machine = Machine(**files, disk=disk, cpus=2)
     program = setup["names"][name]
     if not program:
         return guest_lab.qemu_command(machine, "threads")
@@ -209,7 +209,7 @@ def main() -> int:
 
     found, unusable = pythons.find([name for name in options.pythons.split(",") if name])
     result: dict[str, Any] = {"monitor": [], "guest": [], "unusable": unusable, "skipped": {}}
-    parts = {
+    parts: dict[str, Callable[[], list[Any]]] = {
         "monitor": lambda: measure_monitor(options.rounds, options.seconds, found),
         "guest": lambda: measure_guests(options, found),
     }

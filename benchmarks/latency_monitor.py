@@ -14,6 +14,7 @@ from typing import Any
 
 from blk_mock import DRIVER_OK, Bench, image_on_tmpfs
 
+from pyvmm.boot.x86.layout import BOOT_GDT
 from pyvmm.bus import Bus
 from pyvmm.kvm import kick
 from pyvmm.kvm.system import Kvm
@@ -100,7 +101,7 @@ class Talker:
         vm.set_memory_region(0, 0, RAM, self.memory.regions[0].host_addr)
         self._vcpu = vm.create_vcpu(0)
         setup_vcpu(self._vcpu, cpuid.supported(kvm), 0, 1)
-        setup_boot_vcpu(self._vcpu, mode="protected32", rip=CODE, gdt_base=layout.BOOT_GDT)
+        setup_boot_vcpu(self._vcpu, mode="protected32", rip=CODE, gdt_base=BOOT_GDT)
         self.written = 0
         self._console = ConsoleOutput(os.open(os.devnull, os.O_WRONLY), observer=self._count)
         self._console.start()

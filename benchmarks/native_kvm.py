@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from pyvmm.boot.x86.layout import BOOT_GDT, MIB, ram_ranges
 from pyvmm.bus import Action, Bus
 from pyvmm.errors import PyvmmError
 from pyvmm.kvm.loop import run_until_exit
@@ -78,7 +79,7 @@ class PythonLoop:
         vm.set_memory_region(0, 0, RAM, memory.regions[0].host_addr)
         self._vcpu = closing.enter_context(vm.create_vcpu(0))
         setup_vcpu(self._vcpu, cpuid.supported(kvm), 0, 1)
-        setup_boot_vcpu(self._vcpu, mode="protected32", rip=CODE, gdt_base=layout.BOOT_GDT)
+        setup_boot_vcpu(self._vcpu, mode="protected32", rip=CODE, gdt_base=BOOT_GDT)
         self._keep = memory
 
     def round(self) -> float:
@@ -145,7 +146,7 @@ def first_byte() -> None:
             print(time.clock_gettime(time.CLOCK_MONOTONIC), flush=True)
             return Action.POWEROFF
 
-    memory = GuestMemory(layout.ram_ranges(128 * layout.MIB))
+    memory = GuestMemory(ram_ranges(128 * MIB))
     memory.write(CODE, FIRST_BYTE)
     ports = Bus("port")
     ports.register(layout.SERIAL_PORT, layout.SERIAL_PORTS, Serial())
@@ -160,7 +161,7 @@ def first_byte() -> None:
                 vm.set_memory_region(slot, region.guest_addr, region.size, region.host_addr)
             with vm.create_vcpu(0) as vcpu:
                 setup_vcpu(vcpu, cpuid.supported(kvm), 0, 1)
-                setup_boot_vcpu(vcpu, mode="protected32", rip=CODE, gdt_base=layout.BOOT_GDT)
+                setup_boot_vcpu(vcpu, mode="protected32", rip=CODE, gdt_base=BOOT_GDT)
                 run_until_exit(vcpu, ports, Bus("MMIO"))
                 print(private_dirty_kib("pyvmm-guest-ram"))
 

@@ -10,6 +10,7 @@ import time
 
 from pyvmm.virtio.device import Activation
 from pyvmm.virtio.queue import Queue
+from pyvmm.virtio.queue.chain import DescriptorChain
 from pyvmm.virtio.worker import QueueDevice, Rest
 
 EVENTQ, STATUSQ = 0, 1  # 5.8.2 Virtqueues
@@ -71,7 +72,7 @@ class Keyboard(QueueDevice):
     def press(self, queue: Queue, code: int) -> bool:
         """Press and release a key; False if there are too few buffers for the whole sequence."""
         events = [(EV_KEY, code, 1), (EV_SYN, 0, 0), (EV_KEY, code, 0), (EV_SYN, 0, 0)]
-        taken = []
+        taken: list[DescriptorChain] = []
         for _ in events:
             chain = queue.pop()
             if chain is None:
