@@ -116,7 +116,11 @@ def vhost_user(figures: dict[str, Any], path: Path) -> None:
 
 
 def guest_disk(figures: dict[str, Any], path: Path) -> None:
-    bars = [row_bar(row) for row in figures["rows"]]
+    bars = []
+    for row in figures["rows"]:
+        for pair in row["against"]:
+            ours, theirs = (pair[side].split()[-1] for side in ("ours", "theirs"))
+            bars.append(row_bar(pair | {"load": f"{row['load']}, {ours} ÷ {theirs}"}))
     draw_bars(bars, "fio in a Linux guest", "requests/s: pyvmm ÷ QEMU microvm", path)
 
 

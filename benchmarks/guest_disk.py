@@ -6,11 +6,11 @@ All monitors run in one emulated KVM host at the same time, with the same kernel
 and alike files on tmpfs; only one of them has work at a time, and they change after every load.
 What is in there is 10 to 20 times slower than on real KVM, so the ratios are what counts.
 
-QEMU has a thread for the disk (an iothread) and comes twice, with aio=threads and aio=io_uring;
-which of the two was better in the first round, which warms up, is compared with in the others.
-"pyvmm pci" and "pyvmm mmio" among the --programs are pyvmm with that --transport:
+Each is there with virtio-pci and with virtio-mmio (QEMU with `pcie=on` and without). QEMU has a
+thread for the disk (an iothread) and comes twice, with aio=threads and aio=io_uring; which of the
+two was better in the first round, which warms up, is compared with in the others. A part of it:
 
-    python benchmarks/guest_disk.py --programs "pyvmm mmio,pyvmm pci" \
+    python benchmarks/guest_disk.py --programs "pyvmm pci,qemu threads pci" \
         --loads "4k randread QD1,4k randread QD32"
 
 Exits and interrupts are KVM's own counters, without those that fio needs to start.
@@ -25,6 +25,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -46,14 +47,21 @@ RUNTIME, RATE, PERCENTILES = 8, 7, 17
 WRITE_OFFSET = 41
 
 
+PROGRAMS = [
+    *("pyvmm pci", "qemu threads pci", "qemu io_uring pci"),
+    *("pyvmm mmio", "qemu threads mmio", "qemu io_uring mmio"),
+]
+# The least ratio of our rate to QEMU's, by our transport and its.
+WANTED = {("pci", "pci"): 1.0, ("pci", "mmio"): 1.2, ("mmio", "mmio"): 1.0}
+
+
 class Load(NamedTuple):
-    """One of fio's jobs. `wanted` is the least ratio of our rate to QEMU's."""
+    """One of fio's jobs."""
 
     name: str
     rw: str
     size: str
     depth: int
-    wanted: float = 1.0
 
     @property
     def command(self) -> str:
@@ -144,9 +152,14 @@ def command_of(name: str, setup: Setup) -> list[str]:
         setup["kernel"], setup["initrd"], setup["root"], setup["script"], disk, setup["cpus"]
     )
     if name.startswith(OURS):
-        options = [f"--transport={transport}" for transport in name.split()[1:]]
+        options = [f"--transport={transport_of(name)}"]
         return guest_lab.pyvmm_command(machine, [sys.executable], options)
-    return guest_lab.qemu_command(machine, name.split()[1])
+    return guest_lab.qemu_command(machine, name.split()[1], transport_of(name))
+
+
+def transport_of(name: str) -> str:
+    """The transport that a monitor's name ends with."""
+    return name.split()[-1]
 
 
 def inside(setup: Setup) -> dict[str, Any]:
@@ -174,11 +187,14 @@ def inside(setup: Setup) -> dict[str, Any]:
 
 def in_turn(names: list[str], one: Callable[[str], Run], rounds: int) -> dict[str, list[Run]]:
     """Run `one` of each name, round after round. The first round warms up and does not count, but
-    only the QEMU that was the quickest in it goes on: the others would not be compared with."""
+    for each transport only the QEMU that was the quickest in it goes on: the others would not be
+    compared with."""
     first = {name: one(name)["rate"] for name in names}
-    others = [name for name in names if not name.startswith(OURS)]
-    best = max(others, key=lambda name: first[name], default=None)
-    going_on = [name for name in names if name.startswith(OURS) or name == best]
+    best: dict[str, str] = {}
+    for name in sorted(names, key=lambda name: first[name]):
+        if not name.startswith(OURS):
+            best[transport_of(name)] = name
+    going_on = [name for name in names if name.startswith(OURS) or name in best.values()]
     found: dict[str, list[Run]] = {name: [] for name in going_on}
     for number in range(rounds):
         # Whoever comes first in a round, so that none always follows the other.
@@ -201,16 +217,30 @@ def summary(found: dict[str, dict[str, list[Run]]]) -> dict[str, Any]:
         if load.name not in found:
             continue
         programs = {name: median_of(runs) for name, runs in found[load.name].items()}
-        row: dict[str, Any] = {"load": load.name, "wanted": load.wanted, "programs": programs}
-        others = {name: data for name, data in programs.items() if not name.startswith(OURS)}
-        if others and OURS in programs:
-            best = max(others, key=lambda name: others[name]["rate"])
-            row["best_qemu"] = best
-            row["ratio"] = round(programs[OURS]["rate"] / others[best]["rate"], 2)
-            pairs = zip(found[load.name][OURS], found[load.name][best], strict=True)
-            row["ratios"] = [round(ours["rate"] / theirs["rate"], 2) for ours, theirs in pairs]
+        row: dict[str, Any] = {"load": load.name, "programs": programs, "against": []}
+        for ours, theirs in product(programs, programs):
+            if not ours.startswith(OURS) or theirs.startswith(OURS):
+                continue
+            wanted = WANTED.get((transport_of(ours), transport_of(theirs)))
+            if wanted is not None:
+                row["against"].append(
+                    compare(found[load.name], programs, ours, theirs) | {"wanted": wanted}
+                )
         rows.append(row)
     return {"rows": rows}
+
+
+def compare(
+    found: dict[str, list[Run]], programs: dict[str, Any], ours: str, theirs: str
+) -> dict[str, Any]:
+    """Our rate divided by theirs: of the medians, and round by round."""
+    pairs = zip(found[ours], found[theirs], strict=True)
+    return {
+        "ours": ours,
+        "theirs": theirs,
+        "ratio": round(programs[ours]["rate"] / programs[theirs]["rate"], 2),
+        "ratios": [round(one["rate"] / other["rate"], 2) for one, other in pairs],
+    }
 
 
 def median_of(runs: list[Run]) -> dict[str, Any]:
@@ -228,17 +258,16 @@ def median_of(runs: list[Run]) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """`result` as two Markdown tables."""
-    lines = ["| load | pyvmm, requests/s | QEMU | its aio | ratio | each round | wanted |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = ["| load | | requests/s | against | requests/s | ratio | each round | wanted |"]
+    lines.append("|---|---|---|---|---|---|---|---|")
     for row in result["rows"]:
-        if "ratio" not in row:
-            continue
-        ours, best = row["programs"][OURS]["rate"], row["programs"][row["best_qemu"]]["rate"]
-        each = " ".join(f"{ratio:.2f}" for ratio in row["ratios"])
-        lines.append(
-            f"| {row['load']} | {ours:,.0f} | {best:,.0f} | {row['best_qemu'].split()[-1]} |"
-            f" {row['ratio']:.2f} | {each} | {row['wanted']:.1f} |"
-        )
+        for pair in row["against"]:
+            ours, theirs = (row["programs"][pair[side]]["rate"] for side in ("ours", "theirs"))
+            each = " ".join(f"{ratio:.2f}" for ratio in pair["ratios"])
+            lines.append(
+                f"| {row['load']} | {pair['ours']} | {ours:,.0f} | {pair['theirs']} |"
+                f" {theirs:,.0f} | {pair['ratio']:.2f} | {each} | {pair['wanted']:.1f} |"
+            )
     titles = " | ".join(COUNTS.values())
     lines += ["", f"| for each request | | requests/s | {titles} | p99, µs |"]
     lines.append("|---|---|" + "---|" * (len(COUNTS) + 2))
@@ -269,7 +298,7 @@ def outside(options: argparse.Namespace) -> dict[str, Any]:
             programs=options.programs.split(","),
             loads=options.loads.split(","),
         )
-        found = guest_lab.run_inside(__file__, dict(setup), memory_mib=2560, timeout=TIMEOUT)
+        found = guest_lab.run_inside(__file__, dict(setup), memory_mib=3072, timeout=TIMEOUT)
     return {"kernel": options.kernel, "cpus": options.cpus, **summary(found)}
 
 
@@ -280,7 +309,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="for each load")
     parser.add_argument("--cpus", type=int, default=1)
     parser.add_argument("--kernel", default="6.1")
-    parser.add_argument("--programs", default="pyvmm,qemu threads,qemu io_uring")
+    parser.add_argument("--programs", default=",".join(PROGRAMS))
     parser.add_argument(
         "--loads",
         default=",".join(load.name for load in LOADS),

@@ -21,7 +21,7 @@ DEBUGFS = Path("/sys/kernel/debug")
 PATIENCE = 120.0  # seconds for one answer of a guest
 # As in boot.py: the lean machine of QEMU's documentation, with a serial port and a clock.
 MICROVM = "microvm,x-option-roms=off,pit=off,pic=off,isa-serial=on,rtc=on"
-PARAMETERS = "console=ttyS0 panic=-1 reboot=k pci=off quiet root=/dev/vda rw"
+PARAMETERS = "console=ttyS0 panic=-1 reboot=k quiet root=/dev/vda rw"
 # The guest's side. An order is a line: shell commands. What they print goes to the serial port only
 # when all is done and counted, because each character of it is an exit.
 SCRIPT = """\
@@ -64,19 +64,23 @@ def pyvmm_command(
     ]
 
 
-def qemu_command(machine: Machine, aio: str) -> list[str]:
+def qemu_command(machine: Machine, aio: str, transport: str = "mmio") -> list[str]:
     """QEMU's microvm: the same disks, the last one with a thread of its own."""
-    command = ["qemu-system-x86_64", "-M", MICROVM, "-enable-kvm", "-cpu", "host"]
+    pci = transport == "pci"
+    model = f"{MICROVM},pcie=on" if pci else MICROVM
+    blk = "virtio-blk-pci" if pci else "virtio-blk-device"
+    parameters = PARAMETERS if pci else f"{PARAMETERS} pci=off"
+    command = ["qemu-system-x86_64", "-M", model, "-enable-kvm", "-cpu", "host"]
     command += ["-m", str(machine.memory_mib), "-smp", str(machine.cpus)]
     command += ["-global", "virtio-mmio.force-legacy=false"]
     command += ["-nodefaults", "-no-user-config", "-nographic", "-serial", "stdio"]
     command += ["-kernel", machine.kernel, "-initrd", machine.initrd]
-    command += ["-append", f"{PARAMETERS} pyvmm.exec=/dev/vdb", "-object", "iothread,id=thread"]
+    command += ["-append", f"{parameters} pyvmm.exec=/dev/vdb", "-object", "iothread,id=thread"]
     for index, file in enumerate((machine.root, machine.script)):
         command += ["-drive", f"id=d{index},file={file},format=raw,if=none,snapshot=on"]
-        command += ["-device", f"virtio-blk-device,drive=d{index}"]
+        command += ["-device", f"{blk},drive=d{index}"]
     command += ["-drive", f"id=disk,file={machine.disk},format=raw,if=none,aio={aio}"]
-    command += ["-device", "virtio-blk-device,drive=disk,iothread=thread"]
+    command += ["-device", f"{blk},drive=disk,iothread=thread"]
     return command
 
 

@@ -75,7 +75,7 @@ def qemu_command(setup: Setup, device: str) -> list[str]:
     command += ["-global", "virtio-mmio.force-legacy=false"]
     command += ["-nodefaults", "-no-user-config", "-nographic", "-serial", "stdio"]
     command += ["-kernel", setup.kernel, "-initrd", setup.initrd]
-    command += ["-append", f"{PARAMETERS} pyvmm.exec=/dev/vdb"]
+    command += ["-append", f"{PARAMETERS} pci=off pyvmm.exec=/dev/vdb"]
     for index, file in enumerate((setup.root, setup.script, setup.load)):
         command += ["-drive", f"id=d{index},file={file},format=raw,if=none,snapshot=on"]
         command += ["-device", f"virtio-blk-device,drive=d{index}"]
