@@ -60,7 +60,7 @@ class Setup(NamedTuple):
 
 def pyvmm_command(setup: Setup, way: str) -> list[str]:
     """pyvmm, as a user would type it."""
-    net = {"tap": f"tap={TAP}", "vhost": f"tap={TAP},vhost", "passt": "user,host"}[way]
+    net = {"tap": f"tap={TAP},vhost=off", "vhost": f"tap={TAP},vhost", "passt": "user,host"}[way]
     return [
         *(sys.executable, "-m", "pyvmm", "run", "--kvm=host", "--memory", "256M"),
         *("--kernel", setup.kernel, "--initrd", setup.initrd),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -113,7 +114,7 @@ def _spec(options: dict[str, Any]) -> Any:
         raise ConfigError(many, cure=f"give one of {', '.join(flags)}")
     [spec] = found
     _refuse(spec)
-    return spec
+    return replace(spec, vhost=False) if spec.kind == "net" else spec
 
 
 def _refuse(spec: Any) -> None:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from pyvmm.errors import ConfigError
+from pyvmm.errors import ConfigError, PyvmmError
 from pyvmm.kinds.interface import Context, limiter
 from pyvmm.spec import rates
 from pyvmm.spec.options import Option
 from pyvmm.spec.vm import INTERNAL, DeviceSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
     from typing import TypedDict
 
     from pyvmm.host import passt
     from pyvmm.host.passt import Forward
+    from pyvmm.host.vhost import VhostNet
     from pyvmm.kinds.border import Border, Crossing
     from pyvmm.kinds.interface import Table
     from pyvmm.virtio.net.backend import Backend
@@ -34,11 +36,12 @@ if TYPE_CHECKING:
 OPTION = "--net"
 SYNTAX = (
     "user[,forward=[tcp:|udp:][ADDRESS:]PORT:GUESTPORT][,host] or "
-    "tap=NAME[,queues=N][,vhost][,create][,address=A.B.C.D/N][,bridge=NAME], and mac=, mtu=, "
-    "packed, rx-bps=, rx-pps=, tx-bps=, tx-pps= and their -burst="
+    "tap=NAME[,queues=N][,vhost[=on|off]][,create][,address=A.B.C.D/N][,bridge=NAME], "
+    "and mac=, mtu=, packed, rx-bps=, rx-pps=, tx-bps=, tx-pps= and their -burst="
 )
 LEAST_MTU, MOST_MTU = 68, 65535  # 5.1.4.1 Device Requirements: Device configuration layout
 MOST_QUEUES = 16
+_ON_OFF = {"on": True, "off": False}
 _TAP_NAME = "pyvmm%d"  # the kernel puts a number there
 
 OPTIONS = (
@@ -62,10 +65,10 @@ class Spec(DeviceSpec):
 
     `mac` is as in 52:54:00:12:34:56; `mtu` is in bytes, 0 for what suits the other end. A tap with
     `create` is made, and vanishes with the VM; `address` and `bridge` say what becomes of the
-    host's end. `queues` are pairs. With `vhost` the kernel moves the frames. `forwards` are
-    `Forward` as text; `host_access` lets the guest reach this machine's loopback address through
-    its gateway. `stream` is the path of a character device that a passt serves already, which is
-    how it is in an emulated host.
+    host's end. `queues` are pairs. With `vhost` the kernel moves the frames, if it is None where it
+    can. `forwards` are `Forward` as text; `host_access` lets the guest reach this machine's
+    loopback address through its gateway. `stream` is the path of a character device that a passt
+    serves already, which is how it is in an emulated host.
 
     `rx_bps`, `rx_pps` and so on limit bytes and packets a second that the guest receives and sends
     (spec.rates); those larger than the burst go when the bucket is full.
@@ -77,7 +80,7 @@ class Spec(DeviceSpec):
     address: str = ""
     bridge: str = ""
     queues: int = 1
-    vhost: bool = False
+    vhost: bool | None = None
     forwards: tuple[str, ...] = ()
     host_access: bool = False
     mac: str = ""
@@ -126,8 +129,10 @@ def _with_option(spec: Spec, option: str) -> Spec:
         return replace(spec, mtu=_number(option, value, LEAST_MTU, MOST_MTU))
     if is_tap and key == "queues":
         return replace(spec, queues=_number(option, value, 1, MOST_QUEUES))
-    if is_tap and key in ("create", "vhost") and not equals:
-        return replace(spec, **{key: True})  # type: ignore[arg-type]
+    if is_tap and key == "create" and not equals:
+        return replace(spec, create=True)
+    if is_tap and key == "vhost" and (not equals or value in _ON_OFF):
+        return replace(spec, vhost=_ON_OFF[value or "on"])
     if is_tap and key in ("address", "bridge") and value:
         return replace(spec, create=True, **{key: value})  # type: ignore[arg-type]
     if not is_tap and key == "forward":
@@ -211,16 +216,21 @@ def check(spec: Spec) -> Spec:
 
 
 def _check_vhost(spec: Spec) -> None:
+    why_not = _excludes_vhost(spec)
+    if why_not:
+        raise ConfigError(f"vhost {why_not}", cure="leave out vhost", option=OPTION)
+
+
+def _excludes_vhost(spec: Spec) -> str:
+    """What keeps the kernel from moving the frames of `spec`; "" if nothing does."""
     limits = [key for key, field in rates.NET_KEYS.items() if getattr(spec, field)]
     if not spec.tap:
-        what = "goes with a tap: passt's frames come through a socket"
-    elif limits:
-        what = f"and {limits[0]} exclude each other: the kernel moves frames as fast as it can"
-    elif spec.packed:
-        what = "and packed exclude each other: the kernel knows split virtqueues only"
-    else:
-        return
-    raise ConfigError(f"vhost {what}", cure="leave out vhost", option=OPTION)
+        return "goes with a tap: passt's frames come through a socket"
+    if limits:
+        return f"and {limits[0]} exclude each other: the kernel moves frames as fast as it can"
+    if spec.packed:
+        return "and packed exclude each other: the kernel knows split virtqueues only"
+    return ""
 
 
 def mac_bytes(text: str) -> bytes:
@@ -244,8 +254,8 @@ def open_device(spec: Spec, context: Context) -> NetDevice:
     """Open the tap or start passt, and put a device in front of it. Raises ConfigError."""
     from pyvmm.virtio.net.device import NetDevice
 
-    if spec.vhost:
-        return _open_vhost(spec, context)
+    if served := vhosts(spec, context):
+        return _open_vhost(spec, context, served)
     backend: Backend
     backend, other_end = _open_tap(spec) if spec.tap else (_open_stream(spec), "user")
     context.closing.callback(backend.close)
@@ -260,11 +270,29 @@ def open_device(spec: Spec, context: Context) -> NetDevice:
     )
 
 
-def _open_vhost(spec: Spec, context: Context) -> NetDevice:
-    from pyvmm.host import log, vhost
+def vhosts(spec: Spec, context: Context) -> list[VhostNet]:
+    """One for each pair of queues, if the kernel is to move the frames. Raises ConfigError."""
+    from pyvmm.host import vhost
+
+    is_asked_for = spec.vhost is not None
+    # Whoever traces requests wants to see the frames, which only our own path shows.
+    if not (spec.vhost if is_asked_for else not (_excludes_vhost(spec) or context.trace)):
+        return []
+    with ExitStack() as opened:
+        try:
+            served = [opened.enter_context(vhost.open_net(OPTION)) for _ in range(spec.queues)]
+        except PyvmmError:
+            if is_asked_for:
+                raise
+            return []
+        context.closing.push(opened.pop_all())
+    return served
+
+
+def _open_vhost(spec: Spec, context: Context, served: Sequence[VhostNet]) -> NetDevice:
+    from pyvmm.host import log
     from pyvmm.virtio.net.vhost_device import VhostNetDevice
 
-    served = [context.closing.enter_context(vhost.open_net(OPTION)) for _ in range(spec.queues)]
     backend, interface = _open_tap(spec)
     context.closing.callback(backend.close)
     name = f"net-{interface}"

@@ -70,6 +70,8 @@ def _table(row: Option) -> str:
 def _field(field: Field[Any]) -> str:
     if field.default is MISSING:
         return field.name
+    if field.type == "bool | None":  # which is neither, by default
+        return f"{field.name} = true|false"
     default = (
         {}
         if field.type == PAIRS

@@ -86,8 +86,9 @@ def _value(field: Field[Any], value: Any, where: str) -> Any:
         if isinstance(value, Mapping):
             return tuple((name, _option_text(item)) for name, item in value.items())
         raise _wrong(what, value, "a table")
+    plain = kind.removesuffix(" | None")
     wanted, name = {"int": (int, "a number"), "bool": (bool, "true or false")}.get(
-        kind, (str, "a text")
+        plain, (str, "a text")
     )
     if type(value) is not wanted:
         raise _wrong(what, value, name)

@@ -23,6 +23,7 @@ def boot_with_taps(
     beside: Sequence[str],
     *,
     cpus: int = 1,
+    transport: str = "mmio",
 ) -> GuestResult:
     """Run `script` in a guest with network cards as in ``--net``, the first of which is
     10.77.0.2/24. `beside` is a command that runs meanwhile, on the same machine, and prints to the
@@ -35,7 +36,16 @@ def boot_with_taps(
         run = [
             *(sys.executable, "-m", "pyvmm", "run", "--kvm", "host"),
             *("--kernel", files.bzimage, "--initrd", files.initramfs, "--cpus", str(cpus)),
-            *("--memory", "256M", "--disk", str(disk), "--disk", f"{script_disk},readonly"),
+            *(
+                "--transport",
+                transport,
+                "--memory",
+                "256M",
+                "--disk",
+                str(disk),
+                "--disk",
+                f"{script_disk},readonly",
+            ),
             *(part for net in nets for part in ("--net", net)),
             *("--cmdline", "pyvmm.exec=/dev/vdb pyvmm.ip=10.77.0.2/24"),
         ]

@@ -275,7 +275,7 @@ def test_a_tap_with_two_queues_offloads_and_a_flood(kernel: str, tmp_path: Path)
     if iperf3 is None:
         pytest.skip("iperf3 is not installed")
     nets = [
-        "tap=vmtap0,address=10.77.0.1/24,queues=2",
+        "tap=vmtap0,address=10.77.0.1/24,queues=2,vhost=off",
         f"tap=vmtap1,address=10.78.0.1/24,rx-bps={LIMIT},tx-bps={LIMIT}",
     ]
     beside = [iperf3, "-s", "--logfile", "/dev/null"]

@@ -1,4 +1,5 @@
-"""Linux's own virtio-net driver on vhost-net, and the unit tests where the kernel has that."""
+"""Linux's own virtio-net driver on vhost-net, which is there by default, on either transport; and
+the unit tests where the kernel has that."""
 
 from __future__ import annotations
 
@@ -44,15 +45,20 @@ echo "$device" > $driver/bind
 busybox ip addr add 10.77.0.2/24 dev eth0
 busybox ip link set eth0 up
 transfers 3
+# Both ways of both pairs, each by a message of its own.
+echo "messages=$(busybox awk '/PCI-MSI.*-(in|out)put/ && $2 > 0 { n++ } END { print n + 0 }' \\
+    /proc/interrupts)"
 echo "errors=$(cat /sys/class/net/eth0/statistics/rx_errors)"
 """
 
 
-@pytest.mark.parametrize("kernel", ["6.1", "6.12"])
-def test_data_both_ways_queues_and_the_driver_bound_anew(kernel: str, tmp_path: Path) -> None:
-    nets = ["tap=vmtap0,address=10.77.0.1/24,vhost,queues=2"]
+@pytest.mark.parametrize(("kernel", "transport"), [("6.1", "mmio"), ("6.12", "pci")])
+def test_data_both_ways_queues_and_the_driver_bound_anew(
+    kernel: str, transport: str, tmp_path: Path
+) -> None:
+    nets = ["tap=vmtap0,address=10.77.0.1/24,queues=2"]
     peer = [sys.executable, str(PEER), str(SEED), str(BYTES)]
-    result = boot_with_taps(tmp_path, kernel, SCRIPT, nets, peer).check()
+    result = boot_with_taps(tmp_path, kernel, SCRIPT, nets, peer, transport=transport).check()
     digest = hashlib.sha256(random.Random(SEED).randbytes(BYTES)).hexdigest()
     values = {
         "kernel_threads": "2",
@@ -64,6 +70,7 @@ def test_data_both_ways_queues_and_the_driver_bound_anew(kernel: str, tmp_path: 
         "two": "yes",
         "one": "yes",
         "ping": "ok",
+        "messages": "4" if transport == "pci" else "0",
         "errors": "0",
     }
     assert {key: result.value(key) for key in values} == values

@@ -10,6 +10,7 @@ import pytest
 
 from pyvmm.errors import ConfigError
 from pyvmm.host import passt, tap, vhost
+from pyvmm.host.syscalls import Closable
 from pyvmm.kinds import net as device_net
 from pyvmm.kinds import registry as devices
 from pyvmm.kinds.interface import Context, limiter
@@ -35,6 +36,8 @@ from pyvmm.spec.vm import VmSpec
         ("tap=t,create", Spec(tap="t", create=True)),
         ("tap=t,vhost,queues=2", Spec(tap="t", vhost=True, queues=2)),
         ("tap,vhost", Spec(tap="pyvmm%d", create=True, vhost=True)),
+        ("tap=t,vhost=on", Spec(tap="t", vhost=True)),
+        ("tap=t,vhost=off", Spec(tap="t", vhost=False)),
         ("tap", Spec(tap="pyvmm%d", create=True)),
         (
             "tap,address=10.1.0.1/24,bridge=br0",
@@ -51,7 +54,10 @@ def test_what_the_option_says(text: str, spec: Spec) -> None:
     [
         *(
             "user,vhost",
-            "tap=t,vhost=on",
+            "user,vhost=off",
+            "tap=t,vhost=",
+            "tap=t,vhost=yes",
+            "tap=t,create=on",
             "",
             "bridge",
             "user=x",
@@ -97,6 +103,7 @@ def test_addresses_and_names_are_checked(spec: Spec) -> None:
         ("tap=t,vhost,rx-bps=1M", "vhost and rx-bps exclude each other"),
         ("tap=t,vhost,tx-pps-burst=5,tx-pps=5", "vhost and tx-pps exclude each other"),
         ("tap=t,vhost,packed", "vhost and packed exclude each other"),
+        ("tap=t,vhost=on,packed", "vhost and packed exclude each other"),
     ],
 )
 def test_what_the_kernel_cannot_do(text: str, why: str) -> None:
@@ -116,6 +123,71 @@ def test_without_vhost_in_the_kernel_it_is_one_line(
         device_net.open_device(spec, Context("vm", None, closing))
     assert caught.value.cure == "`modprobe vhost_net` may help, or leave out vhost"
     assert not tap.exists("pyvmmv8")
+
+
+class _Opened(Closable):
+    """A vhost-net that can be had."""
+
+    features = 0
+
+    def __init__(self) -> None:
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[_Opened]:
+    """What is opened of a /dev/vhost-net of which there are three."""
+    found: list[_Opened] = []
+
+    def open_net(option: str) -> _Opened:
+        if len(found) == 3:
+            raise ConfigError("no vhost: no more", option=option)
+        found.append(_Opened())
+        return found[-1]
+
+    monkeypatch.setattr(vhost, "open_net", open_net)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "traced", "count"),
+    [
+        ("tap=t", False, 1),
+        ("tap=t,queues=3", False, 3),
+        ("tap=t,vhost", True, 1),
+        ("tap=t,vhost=off", False, 0),
+        ("tap=t", True, 0),  # whose frames are to be seen
+        ("tap=t,rx-bps=1M", False, 0),
+        ("tap=t,packed", False, 0),
+        ("user", False, 0),
+    ],
+)
+def test_the_kernel_moves_the_frames_where_it_can(
+    text: str, traced: bool, count: int, opened: list[_Opened]
+) -> None:
+    [spec] = devices.read("net", text)
+    with ExitStack() as closing:
+        trace = (lambda *_: None) if traced else None
+        context = Context("vm", trace, closing)
+        assert device_net.vhosts(check(spec), context) == opened  # type: ignore[arg-type]
+        assert len(opened) == count and not any(one.closed for one in opened)
+    assert all(one.closed for one in opened)
+
+
+def test_without_vhost_for_every_pair_frames_are_ours_unless_asked_for(
+    opened: list[_Opened],
+) -> None:
+    with ExitStack() as closing:
+        context = Context("vm", None, closing)
+        assert device_net.vhosts(check(parse("tap=t,queues=4")), context) == []
+        assert len(opened) == 3 and all(one.closed for one in opened)
+        opened.clear()
+        with pytest.raises(ConfigError, match="no vhost: no more"):
+            device_net.vhosts(check(parse("tap=t,queues=4,vhost=on")), context)
+        assert len(opened) == 3 and all(one.closed for one in opened)
 
 
 def test_every_card_gets_an_address_of_its_own() -> None:

@@ -145,6 +145,13 @@ def test_no_option_is_a_specification_of_defaults() -> None:
             {"tap": "tap0", "create": True, "address": "10.0.0.1/24"},
             Net(tap="tap0", create=True, address="10.0.0.1/24"),
         ),
+        (
+            "net",
+            "tap=tap0,vhost=off",
+            {"tap": "tap0", "vhost": False},
+            Net(tap="tap0", vhost=False),
+        ),
+        ("net", "tap=tap0,vhost", {"tap": "tap0", "vhost": True}, Net(tap="tap0", vhost=True)),
         ("rng", "bps=4K", {"bps": "4K"}, Rng(bps=4096)),
         ("rng", True, {}, Rng()),
         (
@@ -201,6 +208,7 @@ def test_what_is_not_wanted_is_not_there() -> None:
         ({"kvm": "sometimes"}, "choose from auto, host, emulated"),
         ({"console": "hvc"}, "unknown console"),
         ({"image": 5}, "image is to be a text, not 5"),
+        ({"net": {"tap": "t", "vhost": "on"}}, "net.vhost is to be true or false, not 'on'"),
         ({"rm": "no"}, "rm is to be true or false, not 'no'"),
         ({"disks": "a\0b"}, "disks has a NUL in it"),
         ({"disks": {"path": "a\0b"}}, r"disks.path has a NUL in it"),
@@ -240,7 +248,13 @@ options = st.dictionaries(word, text, max_size=3).map(lambda d: tuple(d.items())
 forward = st.integers(1, 65535).map(lambda port: f"tcp:127.0.0.1:{port}:80")
 device = st.one_of(
     st.builds(Net, forwards=st.lists(forward, max_size=2), host_access=st.booleans()),
-    st.builds(Net, tap=word, queues=st.integers(1, 4), mtu=st.sampled_from([0, 1400])),
+    st.builds(
+        Net,
+        tap=word,
+        queues=st.integers(1, 4),
+        mtu=st.sampled_from([0, 1400]),
+        vhost=st.sampled_from([None, True, False]),
+    ),
     st.builds(UserDevice, path, word, options),
 )
 single = st.tuples(

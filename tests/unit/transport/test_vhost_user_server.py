@@ -379,7 +379,7 @@ WRONG_DEVICES = {
     "two": (["--rng", "--net", "user"], "2 devices at one socket"),
     "two cards": (["--net", "user", "--net", "user"], "2 devices at one socket"),
     "packed": (["--net", "user,packed"], "rings are split"),
-    "vhost": (["--net", "tap=none,vhost"], "leave out vhost"),
+    "vhost": (["--net", "tap=none,vhost=on"], "leave out vhost"),
     "deaf": (["--vsock"], "add path=PATH"),
     "limit": (["--rng-limit", "bps=x"], "--rng-limit"),
     "class": (["--device", "none.py:Nobody"], "none.py"),
@@ -397,6 +397,13 @@ def test_a_device_that_cannot_be_served_is_one_line(tmp_path, options, why):
     assert done.returncode == 2
     assert why in done.stderr and done.stderr.count("\n") == 1
     assert os.listdir(tmp_path) == []
+
+
+def test_a_front_ends_tap_is_never_the_kernels():
+    """Whose memory the kernel could not reach."""
+    from pyvmm.cli.vhost_user import _spec
+
+    assert _spec({"net": ("tap=t",)}).vhost is False
 
 
 def wait_for_socket(server):

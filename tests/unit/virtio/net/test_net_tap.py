@@ -43,7 +43,7 @@ def opened(text: str, closing: ExitStack) -> NetDevice:
 
 
 def test_a_tap_that_we_make_is_up_and_vanishes_with_us(closing: ExitStack) -> None:
-    device = opened("tap=pyvmmt7,address=10.99.7.1/24,mtu=1400", closing)
+    device = opened("tap=pyvmmt7,address=10.99.7.1/24,mtu=1400,vhost=off", closing)
     assert device.name == "net-pyvmmt7"
     assert tap.is_up("pyvmmt7") and tap.mtu_of("pyvmmt7") == 1400
     assert device.read_config(10, 2) == (1400).to_bytes(2, "little")
