@@ -31,6 +31,10 @@ _CMOS_RTC_NOT_PRESENT = 1 << 5
 
 _PRESSED = 0x80  # 4.8.2.2.1.2: S0 Power Button Pressed
 _DEVICE_CHECK, _EJECT_REQUEST = 1, 3  # 5.6.6 "Device Object Notifications"
+# PCI Firmware Specification 3.3, 4.5.1 "_OSC Interface for PCI Host Bridge Devices"; ACPI 6.2.11
+# "_OSC (Operating System Capabilities)"
+_PCIE_CAPABILITY_CONTROL = 1 << 4
+_UNRECOGNIZED_UUID, _UNRECOGNIZED_REVISION, _CAPABILITIES_MASKED = 1 << 2, 1 << 3, 1 << 4
 _SLOTS = range(1, 32)  # device numbers; 0 is the host bridge
 _MAX_XAPIC_ID = 254
 _ENABLED = 1
@@ -250,6 +254,7 @@ def _pci_host(host: PciHost) -> bytes:
         aml.name("_CCA", aml.integer(1)),
         aml.name("_CRS", resources),
         aml.method("_DSM", 4, *_keep_bars()),
+        aml.method("_OSC", 4, *_grant_control()),
         aml.io_registers("SLTS", host.slots_port, "ARRV", "LEAV", "EJCT"),
         *(_slot(number) for number in _SLOTS),
         aml.method("EVNT", 0, *_slot_events()),
@@ -307,6 +312,35 @@ def _keep_bars() -> tuple[bytes, ...]:
             aml.if_equal(function, aml.integer(preserve), aml.return_(aml.integer(0))),
         ),
         aml.return_(aml.buffer(bytes(1))),
+    )
+
+
+def _grant_control() -> tuple[bytes, ...]:
+    """What a system may do itself: see to PCI Express capabilities. Hot-plug is by ACPI, and there
+    are no power management events and no error reporting."""
+    revision, capabilities = aml.argument(1), aml.argument(3)
+    status, control, granted = aml.path("CDW1"), aml.path("CDW3"), aml.local(0)
+    return (
+        aml.dword_field("CDW1", capabilities, 0),
+        aml.if_equal(
+            aml.argument(0),
+            aml.uuid("33db4d5b-1ff7-401c-9657-7441c03dd766"),
+            aml.dword_field("CDW3", capabilities, 8),
+            aml.if_not_equal(
+                revision,
+                aml.integer(1),
+                aml.or_(status, aml.integer(_UNRECOGNIZED_REVISION), status),
+            ),
+            aml.and_(control, aml.integer(_PCIE_CAPABILITY_CONTROL), granted),
+            aml.if_not_equal(
+                granted,
+                control,
+                aml.or_(status, aml.integer(_CAPABILITIES_MASKED), status),
+            ),
+            aml.store(granted, control),
+        ),
+        aml.else_(aml.or_(status, aml.integer(_UNRECOGNIZED_UUID), status)),
+        aml.return_(capabilities),
     )
 
 

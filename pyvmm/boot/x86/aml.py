@@ -11,8 +11,8 @@ import struct
 _ZERO, _ONE = 0x00, 0x01
 _BYTE, _WORD, _DWORD, _STRING, _QWORD = 0x0A, 0x0B, 0x0C, 0x0D, 0x0E
 _NAME, _SCOPE, _BUFFER, _PACKAGE, _METHOD, _NOTIFY = 0x08, 0x10, 0x11, 0x12, 0x14, 0x86
-_IF, _LEQUAL, _RETURN, _ARG0 = 0xA0, 0x93, 0xA4, 0x68
-_STORE, _AND, _LOCAL0 = 0x70, 0x7B, 0x60
+_IF, _ELSE, _LEQUAL, _LNOT, _RETURN, _ARG0 = 0xA0, 0xA1, 0x93, 0x92, 0xA4, 0x68
+_STORE, _AND, _OR, _LOCAL0, _DWORD_FIELD = 0x70, 0x7B, 0x7D, 0x60, 0x8A
 _REGION, _FIELD, _DEVICE = b"\x5b\x80", b"\x5b\x81", b"\x5b\x82"
 _SYSTEM_IO = 1
 _DWORD_ACCESS = 3
@@ -109,6 +109,31 @@ def return_(value: bytes) -> bytes:
 def if_equal(left: bytes, right: bytes, *terms: bytes) -> bytes:
     """If (LEqual (left, right)) {terms}."""
     return bytes([_IF]) + _with_length(bytes([_LEQUAL]) + left + right + b"".join(terms))
+
+
+def if_not_equal(left: bytes, right: bytes, *terms: bytes) -> bytes:
+    """If (LNot (LEqual (left, right))) {terms}."""
+    return bytes([_IF]) + _with_length(bytes([_LNOT, _LEQUAL]) + left + right + b"".join(terms))
+
+
+def else_(*terms: bytes) -> bytes:
+    """Else {terms}, after an If: 20.2.5.3 "Statement Opcodes Encoding"."""
+    return bytes([_ELSE]) + _with_length(b"".join(terms))
+
+
+def and_(left: bytes, right: bytes, target: bytes) -> bytes:
+    """And (left, right, target)."""
+    return bytes([_AND]) + left + right + target
+
+
+def or_(left: bytes, right: bytes, target: bytes) -> bytes:
+    """Or (left, right, target)."""
+    return bytes([_OR]) + left + right + target
+
+
+def dword_field(where: str, source: bytes, at: int) -> bytes:
+    """CreateDWordField (source, at, where): 20.2.5.2 "Named Objects Encoding"."""
+    return bytes([_DWORD_FIELD]) + source + integer(at) + path(where)
 
 
 def if_any(left: bytes, right: bytes, *terms: bytes) -> bytes:

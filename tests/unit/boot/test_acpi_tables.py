@@ -6,6 +6,7 @@ import re
 import shutil
 import struct
 import subprocess
+import uuid
 from pathlib import Path
 
 import pytest
@@ -224,6 +225,45 @@ def test_iasl_reads_the_host_bridge_that_is_meant(tmp_path: Path) -> None:
         "Memory32Fixed (ReadWrite, 0xE0000000, 0x00100000, )",
     ):
         assert wanted in words, words
+
+
+HOST_BRIDGES = uuid.UUID("33db4d5b-1ff7-401c-9657-7441c03dd766")
+
+
+@needs_iasl
+@pytest.mark.parametrize(
+    ("whose", "revision", "asked", "answered"),
+    [
+        # A query, and what is granted: PCI Express capabilities, and no more than is asked for.
+        (HOST_BRIDGES, 1, (1, 0x1F, 0x3F), (0x11, 0x1F, 0x10)),
+        (HOST_BRIDGES, 1, (0, 0x1F, 0x10), (0, 0x1F, 0x10)),
+        (HOST_BRIDGES, 1, (0, 0x1F, 0), (0, 0x1F, 0)),
+        (HOST_BRIDGES, 2, (0, 0x1F, 0x10), (8, 0x1F, 0x10)),
+        (uuid.UUID(int=7), 1, (0, 0x1F, 0x3F), (4, 0x1F, 0x3F)),
+    ],
+)
+def test_acpica_runs_the_method_that_grants_control(
+    whose: uuid.UUID,
+    revision: int,
+    asked: tuple[int, ...],
+    answered: tuple[int, ...],
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "DSDT.dat").write_bytes(parse(acpi.build(CONFIGS["pci"]))["DSDT"])
+    buffers = [data.hex(" ") for data in (whose.bytes_le, struct.pack("<3I", *asked))]
+    command = f"execute \\_SB.PCI0._OSC ({buffers[0]}) {revision} 3 ({buffers[1]})"
+    done = subprocess.run(
+        ["acpiexec", "-b", command, "DSDT.dat"],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    answer = re.search(r"\[Buffer\] Length 0C = +0000: ([0-9A-F ]{35})", done.stdout)
+    assert answer, done.stdout
+    assert struct.unpack("<3I", bytes.fromhex(answer[1])) == answered
 
 
 @needs_iasl
