@@ -25,6 +25,7 @@ from pyvmm.errors import ConfigError
 from pyvmm.kinds import registry
 from pyvmm.kinds.vm_spec import make_spec, validate, with_paths
 from pyvmm.spec import tables
+from pyvmm.spec.names import check_name
 from pyvmm.spec.options import ONLY_TYPED, Option
 from pyvmm.spec.sizes import write_memory
 from pyvmm.spec.vm import VmSpec
@@ -57,6 +58,8 @@ def load(path: str, *, allow_code: bool = False) -> dict[str, Any]:
                 cure = no_keys().get(key.replace("-", "_"), "")
                 raise tables.UnknownKey(key, list(registry.names()), "", cure=cure)
         _check_sizes(values)
+        if values.get("name") == "":
+            check_name("", option="")
         return _from_folder(values, folder, allow_code)
     except tables.UnknownKey as error:
         raise ConfigError(f"{path}{_line_of(error.key, text)}: {error}") from None

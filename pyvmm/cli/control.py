@@ -26,9 +26,11 @@ def ps(and_ended: bool, as_json: bool) -> None:
     """List the VMs that run; with -a also how the others ended, of which pyvmm logs tells more."""
     found = [row for name in registry.running() if (row := _look(name)) is not None]
     if and_ended:
+        ended = {row["name"]: {**row, "state": "ended"} for row in vm_log.ended(registry.folder())}
+        # One that is about to end has said already how, as the last thing.
+        found = [row for row in found if row["state"] != "ending" or row["name"] not in ended]
         running = {row["name"] for row in found}
-        ended = vm_log.ended(registry.folder())
-        found += [{**row, "state": "ended"} for row in ended if row["name"] not in running]
+        found += [row for name, row in ended.items() if name not in running]
     if as_json:
         import json
 

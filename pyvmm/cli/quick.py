@@ -71,6 +71,8 @@ def _read(words: list[str], rows: Sequence[Option]) -> dict[str, Any] | None:
 
 def _value(row: Option, text: str) -> str | int | None:
     """`text` as a value of the option; None where click should say what is wrong."""
+    if not text:
+        return None
     if row.type is int:
         return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
     return text if not row.choices or text in row.choices else None

@@ -10,6 +10,7 @@ import click
 from pyvmm.cli.quick import split_command
 from pyvmm.kinds import registry
 from pyvmm.monitor.start import start
+from pyvmm.spec.names import check_name
 from pyvmm.spec.options import ARGUMENT, FLAG, OPTIONAL, Option
 
 EXAMPLES = """\b
@@ -123,11 +124,14 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     """The values on the command line, by the names of the options."""
     context = click.get_current_context()
     default = click.core.ParameterSource.DEFAULT
-    return {
+    given = {
         name: value
         for name, value in options.items()
         if context.get_parameter_source(name) is not default
     }
+    if "name" in given:  # an empty one is none, and not one to be chosen
+        check_name(given["name"])
+    return given
 
 
 def _stand_in(values: dict[str, Any]) -> None:

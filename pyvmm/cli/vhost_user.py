@@ -27,6 +27,30 @@ SEG_MAX = 126  # and header and status
 # The others are part of a machine: its terminal, its memory.
 KINDS = ("net", "rng", "vsock", "user")
 
+# What such a device is asked for by, where that differs from a machine's own: metavar and help.
+_ROWS = {
+    "net": (
+        "user|tap=NAME[,OPTIONS]",
+        "Serve a network card: on user-mode networking, as user,forward=8080:80, or on a tap "
+        "interface; docs/networking.md has the options.",
+    ),
+    "rng": ("", "Serve a random number generator."),
+    "rng_limit": (
+        "[bps=N][,iops=N]",
+        "Serve one that gives no more than this: bytes, or requests, a second; with bps-burst= and "
+        "iops-burst= for how much at once.",
+    ),
+    "devices": (
+        "FILE.py:CLASS[,KEY=VALUE]",
+        "Serve a virtio device of your own: a class in a Python file, with its options.",
+    ),
+    "vsock": (
+        "path=PATH[,cid=N]",
+        "Serve a virtio-vsock device. A program connects to the socket at PATH and sends CONNECT "
+        "PORT; a guest that connects to port N of CID 2 reaches the listener at PATH_N.",
+    ),
+}
+
 EPILOG = """\b
 Examples, with QEMU as the monitor; its guest's memory must be shared:
   pyvmm vhost-user --socket /tmp/net.sock --net user
@@ -59,7 +83,8 @@ def _devices(command: Callable[..., int]) -> Callable[..., int]:
     """`command` with the options that ask for devices, from their rows."""
     for row in reversed(registry.in_order_of_help()):
         if _kind(row.stands_for or row.name) and row.name != "agent":
-            command = parameter(row)(command)
+            metavar, text = _ROWS[row.name]
+            command = parameter(row._replace(metavar=metavar, help=text))(command)
     return command
 
 

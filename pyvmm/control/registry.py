@@ -117,7 +117,8 @@ def register(name: str = "", default: str = DEFAULT_NAME) -> Registration:
 
     Raises ConfigError if a VM of that name runs, or no socket can be made.
     """
-    check_name(name)
+    if name:
+        check_name(name)
     place = folder()
     with _locked(place):
         if name:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pyvmm.errors import ConfigError
 from pyvmm.kinds.interface import Context, Running
-from pyvmm.spec.options import OPTIONAL, Option
+from pyvmm.spec.options import OPTIONAL, Option, unknown_option
 from pyvmm.spec.sizes import parse_memory
 from pyvmm.spec.vm import DeviceSpec
 
@@ -66,7 +66,8 @@ def parse(text: str) -> Spec:
         elif key in flags and not equals:
             flags[key] = True
         else:
-            raise ConfigError(f"unknown option {option!r}", cure=f"use {_SYNTAX}", option=_FLAG)
+            known = ("size", *flags, "packed")
+            raise unknown_option(option, known, usage=f"use {_SYNTAX}", flag=_FLAG)
     return Spec(size, flags["free-page-reporting"], flags["deflate-on-oom"])
 
 

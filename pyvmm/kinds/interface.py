@@ -98,6 +98,14 @@ def limiter(spec: object, fields: Iterable[str] = rates.KEYS.values()) -> RateLi
     return rate_limit.limiter(bps=bps, iops=iops, bps_burst=bps_burst, iops_burst=iops_burst)
 
 
+def unknown_id(kind: str, id: str, known: Iterable[str]) -> ConfigError:
+    """The error for `id`, which is none of the devices of `kind` that are there."""
+    there = ", ".join(known)
+    if not there:
+        return ConfigError(f"there is no {kind} {id!r:.100}, nor any other {kind}")
+    return ConfigError(f"there is no {kind} {id!r:.100}", cure=f"there are: {there}")
+
+
 # --- reading values -------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pyvmm.errors import ConfigError, PyvmmError
 from pyvmm.kinds.interface import Context, limiter
 from pyvmm.spec import rates
-from pyvmm.spec.options import Option
+from pyvmm.spec.options import Option, unknown_option
 from pyvmm.spec.vm import INTERNAL, DeviceSpec
 
 if TYPE_CHECKING:
@@ -42,6 +42,9 @@ SYNTAX = (
 LEAST_MTU, MOST_MTU = 68, 65535  # 5.1.4.1 Device Requirements: Device configuration layout
 MOST_QUEUES = 16
 _ON_OFF = {"on": True, "off": False}
+_FOR_BOTH = ("mac", "mtu", "packed", *rates.NET_KEYS)
+_FOR_TAP = ("queues", "create", "vhost", "address", "bridge")
+_FOR_USER = ("forward", "host")
 _TAP_NAME = "pyvmm%d"  # the kernel puts a number there
 
 OPTIONS = (
@@ -139,7 +142,9 @@ def _with_option(spec: Spec, option: str) -> Spec:
         return replace(spec, forwards=(*spec.forwards, str(parse_forward(value))))
     if not is_tap and key == "host" and not equals:
         return replace(spec, host_access=True)
-    raise _wrong(f"unknown option {option!r} of {'a tap' if is_tap else 'user'}")
+    known = (*_FOR_BOTH, *(_FOR_TAP if is_tap else _FOR_USER))
+    where = f" of {'a tap' if is_tap else 'user'}"
+    raise unknown_option(option, known, usage=f"write {SYNTAX}", flag=OPTION, where=where)
 
 
 def parse_forward(text: str) -> Forward:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.kinds.interface import Context
-from pyvmm.spec.options import Option
+from pyvmm.spec.options import Option, unknown_option
 from pyvmm.spec.vm import INTERNAL, DeviceSpec, VmSpec
 
 if TYPE_CHECKING:
@@ -68,7 +68,8 @@ def parse(text: str) -> Spec:
     path, *options = (part.replace("\0", ",") for part in text.replace(",,", "\0").split(","))
     for option in options:
         if option not in ("readonly", "ro"):
-            raise ConfigError(f"unknown option {option!r}", cure=f"use {_SYNTAX}", option=_FLAG)
+            known = ("readonly", "ro", "packed")
+            raise unknown_option(option, known, usage=f"use {_SYNTAX}", flag=_FLAG)
     return Spec(path, read_only=bool(options))
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pyvmm.errors import ConfigError
 from pyvmm.kinds.interface import Context, Reader
 from pyvmm.spec import tables
-from pyvmm.spec.options import Option, as_list, read_text, wrong_type
+from pyvmm.spec.options import Option, as_list, read_text, unknown_option, wrong_type
 from pyvmm.spec.vm import DeviceSpec
 
 if TYPE_CHECKING:
@@ -102,7 +102,8 @@ def _parse_port(text: str) -> PortSpec:
     for option in text.replace(",,", "\0").split(","):
         key, _, value = option.replace("\0", ",").partition("=")
         if key not in values or not value:
-            raise ConfigError(f"unknown option {option!r}", cure=f"use {_SYNTAX}", option=_FLAG)
+            known = (*values, "packed")
+            raise unknown_option(option, known, usage=f"use {_SYNTAX}", flag=_FLAG)
         values[key] = value
     if not all(values.values()):
         raise ConfigError(f"no name or no path in {text!r}", cure=f"use {_SYNTAX}", option=_FLAG)

@@ -166,6 +166,15 @@ def option_of(kind: str) -> Option:
     return found
 
 
+def untyped(kind: str, error: ConfigError) -> ConfigError:
+    """`error` for somebody who has typed none of the options that ask for devices of `kind`, but a
+    device alone."""
+    message, cure = error.message, error.cure
+    for row in load(kind).OPTIONS:
+        message, cure = (text.replace(f"{row.flag} ", "") for text in (message, cure))
+    return ConfigError(message, cure=cure)
+
+
 # --- specifications -------------------------------------------------------------------------------
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from pyvmm.errors import ConfigError
 from pyvmm.kinds.interface import Context, limiter
 from pyvmm.spec import rates
-from pyvmm.spec.options import FLAG, Option
+from pyvmm.spec.options import FLAG, Option, unknown_option
 from pyvmm.spec.vm import DeviceSpec
 
 if TYPE_CHECKING:
@@ -64,8 +63,8 @@ def parse(text: str) -> Spec:
     for option in text.split(",") if text else ():
         key, _, value = option.partition("=")
         if key not in rates.KEYS:
-            cure = f"use {rates.SYNTAX.replace('[,', '[', 1)}[,packed]"
-            raise ConfigError(f"unknown option {option!r}", cure=cure, option=_LIMITS)
+            usage = f"use {rates.SYNTAX.replace('[,', '[', 1)}[,packed]"
+            raise unknown_option(option, (*rates.KEYS, "packed"), usage=usage, flag=_LIMITS)
         fields[rates.KEYS[key]] = rates.parse_rate(key, value, _LIMITS)
     return Spec(**fields)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.kinds.interface import Context, Running
-from pyvmm.spec.options import FLAG, OPTIONAL, Option
+from pyvmm.spec.options import FLAG, OPTIONAL, Option, unknown_option
 from pyvmm.spec.vm import INTERNAL, DeviceSpec
 from pyvmm.virtio.vsock.uapi import HIGHEST_GUEST_CID, LOWEST_GUEST_CID
 
@@ -81,7 +81,8 @@ def parse(text: str) -> Spec:
         elif key == "cid" and value:
             cid = value
         else:
-            raise ConfigError(f"unknown option {option!r}", cure=f"use {_SYNTAX}", option=_FLAG)
+            known = ("path", "cid", "packed")
+            raise unknown_option(option, known, usage=f"use {_SYNTAX}", flag=_FLAG)
     if not (cid.isascii() and cid.isdigit()):
         raise ConfigError(f"cannot read the cid {cid!r}", cure=f"use {_SYNTAX}", option=_FLAG)
     return Spec(path, int(cid[:20]))

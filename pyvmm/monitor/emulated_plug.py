@@ -97,7 +97,10 @@ class Plugging(Closable):
         value = params.get("device", params.get("table"))
         if len(params) != 1:
             raise ConfigError("say what to add", cure="by device, a text, or by table")
-        return self._add(plugs, kind, value)
+        try:
+            return self._add(plugs, kind, value)
+        except ConfigError as error:
+            raise registry.untyped(kind, error) from None
 
     # --- a device comes ---------------------------------------------------------------------------
 

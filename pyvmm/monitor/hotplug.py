@@ -20,6 +20,7 @@ from pyvmm.errors import ConfigError, PyvmmError
 from pyvmm.host import log
 from pyvmm.host.syscalls import Closable
 from pyvmm.kinds import registry
+from pyvmm.kinds.interface import unknown_id
 from pyvmm.machine.attach import virtio_hook
 from pyvmm.machine.builder import Parts
 from pyvmm.machine.machine import Machine
@@ -168,6 +169,17 @@ class Hotplug(Closable):
         """Open the device that `value` describes, as its option would, and plug it in; its `id`,
         and the PCI `slot` that it is in. Raises ConfigError, HostError."""
         self._bus()
+        try:
+            device, slot = self._open_and_plug(kind, value)
+        except ConfigError as error:
+            raise registry.untyped(kind, error) from None
+        told = {"kind": kind, "id": device.name, "slot": slot}
+        self._tell("device_added", **told)
+        return told
+
+    def _open_and_plug(
+        self, kind: str, value: str | dict[str, Any] | Spec
+    ) -> tuple[VirtioDevice, int]:
         [spec] = self._read(kind, value)
         if self._is_inside and isinstance(value, (str, dict)):
             _check_crossing(kind, spec)
@@ -175,13 +187,10 @@ class Hotplug(Closable):
             spec = self._checked(kind, spec)
             device = self._devices.open(spec)
             try:
-                slot = self._plug(spec, device)
+                return device, self._plug(spec, device)
             except BaseException:
                 self._devices.close_one(device)
                 raise
-        told = {"kind": kind, "id": device.name, "slot": slot}
-        self._tell("device_added", **told)
-        return told
 
     def _bus(self) -> PciHost:
         pci = self._machine.parts.pci
@@ -296,8 +305,7 @@ class Hotplug(Closable):
                 if self._machine.pauser.paused:
                     raise ControlError(PAUSED, f"{self._name} is paused; resume it first")
                 return part, number
-        known = ", ".join(part.device.name for part in found) or "none"
-        raise ConfigError(f"there is no {kind} {id!r:.100}", cure=f"there are: {known}")
+        raise unknown_id(kind, id, [part.device.name for part in found])
 
     def _use_of(self, number: int) -> str:
         """The use of the device, as the guest's agent tells it; "" if it is unused, or if no agent

@@ -7,7 +7,7 @@ Here are the rows of the VM itself. The rows of devices are with their kinds, an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from pyvmm.errors import ConfigError
@@ -233,6 +233,32 @@ LAST = (
         help="Show a traceback when pyvmm itself fails.",
     ),
 )
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The one of `known` that was probably meant by `word`, or ""."""
+    import difflib
+
+    [found] = difflib.get_close_matches(word[:100], known, 1) or [""]
+    return found
+
+
+def unknown_option(
+    option: str,
+    known: Collection[str],
+    *,
+    usage: str,
+    flag: str,
+    what: str = "option",
+    where: str = "",
+) -> ConfigError:
+    """The error for `option`, one of those after commas, whose word is none of `known` or has a
+    value or none where it should not. The message is about an unknown `what`, and goes on with
+    `where`."""
+    word = option.partition("=")[0]
+    meant = "" if word in known else nearest(word, known)
+    cure = f"did you mean {meant}?" if meant else usage
+    return ConfigError(f"unknown {what} {option!r}{where}", cure=cure, option=flag)
 
 
 def as_list(value: Any) -> list[Any]:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from pyvmm.errors import ConfigError
 from pyvmm.spec import rates
+from pyvmm.spec.options import nearest
 from pyvmm.spec.sizes import parse_memory, write_memory
 
 T = TypeVar("T")
@@ -26,10 +27,8 @@ class UnknownKey(ConfigError):
     to do, where a better cure than that is known."""
 
     def __init__(self, key: str, known: list[str], where: str, *, cure: str = "") -> None:
-        import difflib
-
         self.key = key
-        [self.nearest] = difflib.get_close_matches(key, known, 1) or [""]
+        self.nearest = nearest(key, known)
         if not cure and self.nearest:
             cure = f"did you mean {self.nearest}?"
         cure = cure or f"there are {', '.join(known)}"

@@ -173,7 +173,8 @@ def check(spec: VmSpec) -> None:
         raise ConfigError(f"unknown discovery {spec.discovery!r}", cure=f"use {DISCOVERY}")
     if spec.on_reboot not in ON_REBOOT:
         raise ConfigError(f"unknown on_reboot {spec.on_reboot!r}", cure=f"use {ON_REBOOT}")
-    check_name(spec.name)
+    if spec.name:
+        check_name(spec.name)
     if spec.trace_file is not None and not spec.trace:
         raise ConfigError(
             "nothing is traced", cure="say what: --trace all, for instance", option="--trace-file"

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pyvmm.errors import ConfigError
 from pyvmm.kinds.interface import Context, Reader, Running
 from pyvmm.spec import rates
-from pyvmm.spec.options import Option, as_list, read_path
+from pyvmm.spec.options import Option, as_list, read_path, unknown_option
 from pyvmm.spec.sizes import DIGITS
 from pyvmm.spec.vm import DiskSpec, VmSpec
 
@@ -77,6 +77,7 @@ _FLAGS = {name: name for name in ("direct", "snapshot", "packed")}
 _FLAGS |= {"readonly": "read_only", "ro": "read_only"}
 _VALUES = {name: name for name in ("id", "format", "overlay", "queues")}
 _VALUES |= {"block-size": "block_size", "on-error": "on_error", **rates.KEYS}
+_WORDS = (*_FLAGS, *_VALUES, "backing", "data-file")
 _CHOICES: dict[str, tuple[object, ...]] = {
     "block-size": BLOCK_SIZES,
     "on-error": ON_ERROR,
@@ -129,11 +130,9 @@ def parse(text: str) -> DiskSpec:
         elif is_python and equals and key.isidentifier():
             arguments.append((key, value))
         else:
-            raise ConfigError(
-                f"unknown disk option {option!r} in {text!r}",
-                cure=f"use {SYNTAX}; a comma in the path is written twice",
-                option=FLAG,
-            )
+            usage = f"use {SYNTAX}; a comma in the path is written twice"
+            what, where = "disk option", f" in {text!r}"
+            raise unknown_option(option, _WORDS, usage=usage, flag=FLAG, what=what, where=where)
     if not path:
         raise ConfigError(f"no path in {text!r}", cure="use PATH[,readonly]", option=FLAG)
     disk = DiskSpec(path, arguments=tuple(arguments), **fields)

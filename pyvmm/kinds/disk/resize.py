@@ -9,7 +9,7 @@ from typing import Any
 from pyvmm.control.protocol import Method
 from pyvmm.errors import ConfigError
 from pyvmm.host.files import SECTOR
-from pyvmm.kinds.interface import Running
+from pyvmm.kinds.interface import Running, unknown_id
 from pyvmm.spec.vm import DiskSpec
 from pyvmm.virtio.blk.device import BlockDevice
 
@@ -91,5 +91,4 @@ def _disk(running: Running, name: str) -> tuple[DiskSpec, BlockDevice]:
     for spec, device in running.of_kind("disk"):
         if spec.id == name:
             return spec, device
-    known = ", ".join(spec.id for spec in running.spec.disks) or "none"
-    raise ConfigError(f"there is no disk {name!r:.100}", cure=f"there are: {known}")
+    raise unknown_id("disk", name, [spec.id or "" for spec in running.spec.disks])

@@ -128,6 +128,12 @@ WRONG = [
     (["--kvm", "maybe"], "--kvm"),
     (["--discovery", "maybe"], "--discovery"),
     (["--name", "a\nb"], "--name"),
+    (["--name", ""], "--name: an empty text is no name"),
+    (
+        ["--name", "a b"],
+        "--name: the name 'a b' is not printable, has a slash or a colon or a space",
+    ),
+    (["--name=-a"], "begins with a dot or a dash"),
     (["--no-such-option"], "--no-such-option"),
     (["leftover"], "leftover"),
     (["--kernel"], "--kernel"),

@@ -53,6 +53,10 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["exec", "--timeout=inf", "vm", "true"], 2, "no number of seconds"),
         (["exec", "--wait=1e300", "vm", "true"], 2, "no number of seconds"),
         (["stop", "--timeout=inf", "vm"], 2, "no number of seconds"),
+        (["exec", "", "true"], 2, "pyvmm: an empty text is no name"),
+        (["stop", ""], 2, "pyvmm: an empty text is no name"),
+        (["logs", ""], 2, "pyvmm: VM: an empty text is no name"),
+        (["disk", "add", "", "x"], 2, "pyvmm: an empty text is no name"),
         (["exec", "a/b", "true"], 2, "pyvmm: the name 'a/b' is not printable, has a slash"),
         (
             ["run", "--kernel=k", "--name", "a:b"],

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from pyvmm.cli import control as looking
-from pyvmm.control import client, registry, server
+from pyvmm.control import client, registry, server, vm_log
 from pyvmm.control.client import Client, NoAnswer
 from pyvmm.control.protocol import MAX_LINE, ControlError, Later, Method, Upgrade
 from pyvmm.control.server import MAX_CLIENTS, ControlServer
@@ -75,7 +75,9 @@ def test_a_name_that_runs_is_an_error_of_one_line() -> None:
     registry.register("web").close()
 
 
-@pytest.mark.parametrize("name", ["a/b", "a:b", ".a", "..", "a\nb", "x" * 65, "\udc80"])
+@pytest.mark.parametrize(
+    "name", ["a/b", "a:b", ".a", "..", "a\nb", "x" * 65, "\udc80", "a b", " ", "-a"]
+)
 def test_what_cannot_be_a_name(name: str) -> None:
     with pytest.raises(ConfigError):
         registry.register(name)
@@ -112,6 +114,35 @@ def test_what_a_killed_monitor_left_is_removed(runtime: Path, who_comes: str) ->
     else:
         with registry.register("dead") as registration:
             assert registration.name == "dead"
+
+
+def test_a_vm_that_has_told_how_it_ended_has_ended(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its monitor still has something to clear away, and answers no more."""
+
+    def hang_up() -> None:
+        with registration:
+            while not told.is_set():
+                with suppress(OSError):
+                    registration.listener.accept()[0].close()  # type: ignore[union-attr]
+
+    told = threading.Event()
+    registration = registry.register("late")
+    assert registration.listener is not None
+    registration.listener.settimeout(0.05)
+    thread = threading.Thread(target=hang_up)
+    thread.start()
+    try:
+        looking.ps.main(["-a", "--json"], standalone_mode=False)
+        [row] = json.loads(capsys.readouterr().out)
+        assert row["state"] == "ending"  # nothing is told yet
+        vm_log.note_end(registry.folder(), "late", 3, message="the guest was reset")
+        looking.ps.main(["-a", "--json"], standalone_mode=False)
+        [row] = json.loads(capsys.readouterr().out)
+    finally:
+        told.set()
+        thread.join()
+    assert (row["name"], row["state"], row["exit_code"]) == ("late", "ended", 3)
+    assert row["message"] == "the guest was reset"
 
 
 def test_many_starts_at_once_get_many_names() -> None:

@@ -134,6 +134,7 @@ def test_every_slot_can_be_taken_and_no_more(rig: Rig) -> None:
         ("net", "cable", "neither user nor tap"),
         ("net", "tap=a/b", "no name of an interface"),
         ("rng", "bps=none", "bps"),
+        ("rng", "bsp=3", "did you mean bps"),
     ],
 )
 def test_what_cannot_be_added_is_one_line_and_leaves_nothing(
@@ -142,7 +143,7 @@ def test_what_cannot_be_added_is_one_line_and_leaves_nothing(
     before = rig.footprint()
     with pytest.raises(ConfigError, match=why) as caught:
         rig.add(kind, value)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and f"--{kind}" not in str(caught.value)
     assert rig.footprint() == before
     assert rig.events == [] and rig.vm.pulses == 0
 
@@ -174,6 +175,8 @@ def test_what_is_not_there_cannot_be_removed(rig: Rig, id: str) -> None:
     with pytest.raises(ConfigError, match="there is no disk") as caught:
         rig.remove("disk", id)
     assert len(str(caught.value)) < 200 and "there are: root" in str(caught.value)
+    with pytest.raises(ConfigError, match="there is no rng 'x', nor any other rng"):
+        rig.remove("rng", "x")
 
 
 def test_a_paused_guest_gives_nothing_up(rig: Rig) -> None:

@@ -337,6 +337,7 @@ def test_relative_paths_are_relative_to_the_file(load, tmp_path, monkeypatch) ->
         ('kernel = "k"\nmemry = "1G"', "vm.toml:2: unknown key 'memry'; did you mean memory?"),
         ("\n[[disks]]\npath = 'x'\nreadonly = true", "vm.toml:4: .*'readonly' in disks.*read_only"),
         ("xyzzy = 1", "vm.toml:1: unknown key 'xyzzy'; there are image, kernel, initrd"),
+        ('name = ""', "an empty text is no name"),
         ("[nett]\nmtu = 3", "vm.toml:1: unknown key 'nett'; did you mean net"),
         ("cpus = false", "vm.toml: --cpus: cpus is to be a number, not False"),
         ("cpus = \nmemory = 1", "vm.toml: Invalid value .at line 1.*; pyvmm run --print-config"),
@@ -547,3 +548,28 @@ def test_the_example_is_what_the_document_shows() -> None:
     vm = VM.from_config(root / "examples/vm.toml")
     assert vm.spec.disks[0].path == "ram:256M"
     assert vm.spec.memory == 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "cure"),
+    [
+        ("disk", "a.img,readonli", "did you mean readonly?"),
+        ("disk", "a.img,blok-size=512", "did you mean block-size?"),
+        ("disk", "a.img,data_file=x", "did you mean data-file?"),
+        ("disk", "a.img,readonly=yes", "use PATH"),
+        ("disk", "a.img,xyzzy", "use PATH"),
+        ("net", "tap=t,queue=2", "did you mean queues?"),
+        ("net", "user,foward=1:2", "did you mean forward?"),
+        ("net", "user,queues=2", "write user"),
+        ("rng", "iop=3", "did you mean iops?"),
+        ("vsock", "pth=x", "did you mean path?"),
+        ("balloon", "deflate-on-omm", "did you mean deflate-on-oom?"),
+        ("ports", "name=a,pat=b", "did you mean path?"),
+        ("pmem", "file,readonyl", "did you mean readonly?"),
+        ("pmem", f"file,{'readonly' * 1000}", "use "),
+    ],
+)
+def test_a_misspelt_option_of_a_device(kind: str, text: str, cure: str) -> None:
+    with pytest.raises(ConfigError, match=r"unknown (disk )?option") as caught:
+        devices.parse(kind, text)
+    assert caught.value.cure.startswith(cure)

@@ -406,6 +406,15 @@ def test_a_front_ends_tap_is_never_the_kernels():
     assert _spec({"net": ("tap=t",)}).vhost is False
 
 
+def test_its_help_is_about_a_device_that_is_served():
+    done = subprocess.run(
+        [sys.executable, "-m", "pyvmm", "vhost-user", "--help"],
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    for word in ("Add ", "repeated", "packed", "control socket", "as for disks"):
+        assert word not in done.stdout
+
+
 def wait_for_socket(server):
     with connect(server.path):
         return str(server.path)
