@@ -282,7 +282,7 @@ def run(*words: str, command: str, input: bytes = b"") -> Ran:
         [*PYVMM, "run", "--memory=256M", *words, "--", "sh", "-c", command],
         input=input,
         capture_output=True,
-        timeout=HANG_SECONDS,
+        timeout=HANG_SECONDS + 60,  # it gives up by itself before, and shows the console
     )
     return Ran(done.returncode, done.stdout, text(done.stderr))
 
