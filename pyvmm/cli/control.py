@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from pyvmm.api.in_monitor import GIVE_UP_SECONDS, ByName
-from pyvmm.cli.seconds import Seconds
+from pyvmm.cli.parameter_types import Seconds
 from pyvmm.control import client, registry, vm_log
 from pyvmm.control.client import Client, HasEnded, NoAnswer
 from pyvmm.errors import PyvmmError

@@ -11,7 +11,7 @@ import click
 
 from pyvmm.agent import Agent, Copied
 from pyvmm.agent.errors import AgentGone, TimeLimit
-from pyvmm.cli.seconds import Seconds
+from pyvmm.cli.parameter_types import Seconds
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
 from pyvmm.monitor.attached import (

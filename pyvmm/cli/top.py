@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from pyvmm.cli.seconds import Seconds
+from pyvmm.cli.parameter_types import Seconds
 from pyvmm.cli.stats import merged, quantile, size_text, time_text
 from pyvmm.control import registry
 from pyvmm.control.client import Client

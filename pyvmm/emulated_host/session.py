@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from pyvmm.emulated_host.launch import Launched
 from pyvmm.emulated_host.ports import FIRST_SINK, STDERR, STDIN, STDOUT
-from pyvmm.emulated_host.relay import InputPump, OutputPump
+from pyvmm.emulated_host.pumps import InputPump, OutputPump
 from pyvmm.emulated_host.spec import EmulatedHostError
 from pyvmm.host.syscalls import EventFd
 

@@ -27,7 +27,7 @@ from pyvmm.images.built import (
 
 if TYPE_CHECKING:
     from pyvmm.images.bootable import MachineImage
-    from pyvmm.images.shelf import Row
+    from pyvmm.images.image_list import Row
 
 __all__ = [
     "DEFAULT_KERNEL",
@@ -115,9 +115,9 @@ def listing() -> list[tuple[str, str | None]]:
 def machine_images() -> list[Row]:
     """All images that can be booted by name: the recipes' and then the user's. A user's image with
     a broken record says so in `made_from`."""
-    from pyvmm.images import shelf
+    from pyvmm.images import image_list
 
-    return shelf.rows()
+    return image_list.rows()
 
 
 def build_from(

@@ -59,9 +59,9 @@ def resolve(name: str | None, *, make: bool) -> MachineImage:
 
 def _files_of(name: str, *, make: bool) -> list[str]:
     """Of one of the recipes' images. Raises ConfigError."""
-    from pyvmm.images import built, known, user_image
+    from pyvmm.images import built, found_before, user_image
 
-    paths = known.find(name)
+    paths = found_before.find(name)
     if paths is not None and len(paths) == 3:
         return paths
     variants = built_in()
@@ -73,7 +73,7 @@ def _files_of(name: str, *, make: bool) -> list[str]:
         )
     files = built.artifacts(variant=variants[name], make=make)
     found = [files.vmlinux, files.initramfs, files.rootfs]
-    known.remember(name, found)
+    found_before.remember(name, found)
     return found
 
 
@@ -93,11 +93,11 @@ def boot_files(kernel: str, *, make: bool) -> tuple[str, str]:
 
     vmlinux rather than bzImage: a guest has nothing to unpack then. Raises ConfigError.
     """
-    from pyvmm.images import built, known
+    from pyvmm.images import built, found_before
 
     names = [f"kernel-{kernel}", f"initramfs-{kernel}"]
-    folders = known.find("+".join(names))
+    folders = found_before.find("+".join(names))
     if folders is None or len(folders) != 2:
         folders = built.folders(names, make=make)
-        known.remember("+".join(names), folders)
+        found_before.remember("+".join(names), folders)
     return os.path.join(folders[0], "vmlinux"), os.path.join(folders[1], "initramfs.cpio")

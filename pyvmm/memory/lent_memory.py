@@ -15,8 +15,8 @@ import _cffi_backend
 
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.host import syscalls
+from pyvmm.memory.contiguous_view import join
 from pyvmm.memory.guest_memory import PAGE_SIZE, GuestMemory, Region
-from pyvmm.memory.joined import join
 
 _ffi = _cffi_backend.FFI()
 _ADDRESSES = 1 << 64

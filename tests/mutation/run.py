@@ -39,7 +39,7 @@ from types import CodeType, ModuleType
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from mutation import known, reach, targets
+from mutation import reach, survivors, targets
 from mutation.mutate import Mutant, mutants, mutated
 
 ROOT = Path(__file__).parents[2]
@@ -244,10 +244,10 @@ def main() -> int:
         return _enter(options.nice)
     _make_read_only()
 
-    listed = known.load()
+    listed = survivors.load()
     chosen = _choose(options.only)
     if options.again:
-        again = known.load(options.again)
+        again = survivors.load(options.again)
         chosen = [mutant for mutant in chosen if mutant.key in again]
     random.Random(options.seed).shuffle(chosen)
     if options.sample:
@@ -266,7 +266,7 @@ def _try_all(
     chosen: list[Mutant],
     jobs: int,
     end_time: float,
-    listed: dict[known.Key, known.Entry],
+    listed: dict[survivors.Key, survivors.Entry],
     report: Path | None,
 ) -> int:
     runner = Runner(jobs)
@@ -306,7 +306,7 @@ def _try_all(
                 print(f"survives: {mutant}", flush=True)
                 if report is not None:
                     with report.open("a") as file:
-                        file.write(known.as_toml(mutant))
+                        file.write(survivors.as_toml(mutant))
     except KeyboardInterrupt:
         print("interrupted")
     finally:

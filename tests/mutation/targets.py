@@ -20,21 +20,21 @@ class Target(NamedTuple):
 TARGETS = (
     Target(
         "queue and chain", "virtio/queue/chain.py",
-        "chain queue_usual queue_buffers queue blk_request",
+        "chain queue_fast_path queue_buffers queue blk_request",
     ),
     Target(
         "queue and chain", "virtio/queue/split.py",
-        "split_queue queue queue_usual queue_buffers queue_hostile queue_model"
+        "split_queue queue queue_fast_path queue_buffers queue_hostile queue_model"
         " vhost_user_inflight chain worker_polling split_queue_fuzz queue_processes",
     ),
     Target(
         "queue and chain", "virtio/queue/packed.py",
-        "packed_queue queue queue_usual queue_buffers queue_hostile queue_model"
+        "packed_queue queue queue_fast_path queue_buffers queue_hostile queue_model"
         " worker_polling packed_queue_fuzz queue_processes",
     ),
     Target(
         "queue and chain", "virtio/queue/*.py",
-        "queue queue_usual queue_buffers split_queue packed_queue queue_hostile"
+        "queue queue_fast_path queue_buffers split_queue packed_queue queue_hostile"
         " queue_model vhost_user_inflight worker_polling stats"
         " transport_robustness_queues start_imports net_vhost",
     ),

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Sequence
 from types import TracebackType
 
-from pyvmm.host import unix_socket
+from pyvmm.host import descriptor_passing
 from pyvmm.transport.vhost_user.protocol import (
     HEADER,
     MAX_FDS,
@@ -69,7 +69,7 @@ class Channel:
         fds: list[int] = []
         try:
             return self._receive(fds)
-        except unix_socket.TooManyFds:
+        except descriptor_passing.TooManyFds:
             _close(fds)
             raise FrontEndError(f"a message with more than {MAX_FDS} file descriptors") from None
         except BaseException:
@@ -77,7 +77,7 @@ class Channel:
             raise
 
     def _receive(self, fds: list[int]) -> Message | None:
-        header = unix_socket.receive(self._connection, HEADER.size, fds, MAX_FDS)
+        header = descriptor_passing.receive(self._connection, HEADER.size, fds, MAX_FDS)
         if not header:
             return None
         if len(header) < HEADER.size:
@@ -87,7 +87,7 @@ class Channel:
             raise FrontEndError(f"request {request} with flags {flags:#x}")
         if size > MAX_PAYLOAD:
             raise FrontEndError(f"request {request} with a payload of {size} bytes")
-        payload = unix_socket.receive(self._connection, size, fds, MAX_FDS)
+        payload = descriptor_passing.receive(self._connection, size, fds, MAX_FDS)
         if len(payload) < size:
             raise FrontEndError(f"request {request} that ends after {len(payload)} of {size} bytes")
         return Message(request, flags, payload, fds)
@@ -95,7 +95,7 @@ class Channel:
     def reply(self, request: int, payload: bytes, fds: Sequence[int] = ()) -> bool:
         """Answer `request`; False if the front end has gone. Raises HostError."""
         header = HEADER.pack(request, VERSION | REPLY, len(payload))
-        return unix_socket.send(self._connection, header + payload, fds)
+        return descriptor_passing.send(self._connection, header + payload, fds)
 
 
 def _close(fds: list[int]) -> None:

@@ -24,6 +24,7 @@ from pyvmm.virtio.blk.config import (
     read_zero_filled,
     topology,
 )
+from pyvmm.virtio.blk.fast_path import serve_usual
 from pyvmm.virtio.blk.request import HEADER, NO_HEADER, SECTOR, RangesRequest, Request, parse
 from pyvmm.virtio.blk.uapi import (
     FEATURE_NAMES,
@@ -48,7 +49,6 @@ from pyvmm.virtio.blk.uapi import (
     VIRTIO_BLK_T_IN,
     VIRTIO_BLK_T_OUT,
 )
-from pyvmm.virtio.blk.usual import serve_usual
 from pyvmm.virtio.constants import VIRTIO_ID_BLOCK
 from pyvmm.virtio.device import Activation
 from pyvmm.virtio.features import RING_FEATURES, has, mask

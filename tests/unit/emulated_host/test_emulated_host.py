@@ -24,8 +24,8 @@ from pyvmm.emulated_host.limits import available_mib, check_memory
 from pyvmm.emulated_host.modules import load_order, without_signature
 from pyvmm.emulated_host.ports import open_ports
 from pyvmm.emulated_host.probe import check_qemu, probe
+from pyvmm.emulated_host.pumps import InputPump, OutputPump, mark_prefix
 from pyvmm.emulated_host.qemu import open_disk, qemu_arguments
-from pyvmm.emulated_host.relay import InputPump, OutputPump, mark_prefix
 from pyvmm.emulated_host.session import Session
 from pyvmm.emulated_host.x86.kernel import vmlinux
 from pyvmm.emulated_host.x86.machine import KVM_MODULES, ROOT_MODULES, kernel_parameters

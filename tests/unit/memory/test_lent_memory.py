@@ -11,7 +11,7 @@ import pytest
 
 from pyvmm.errors import HostError
 from pyvmm.host import syscalls
-from pyvmm.memory import joined
+from pyvmm.memory import contiguous_view
 from pyvmm.memory.lent_memory import LentMemory, LentMemoryError
 
 PAGE = 4096
@@ -88,13 +88,13 @@ def test_regions_apart_stay_apart_with_the_largest_first(memory: LentMemory, fil
 
 
 def test_regions_that_touch_within_a_page_cannot_be_one(memory: LentMemory, file: int) -> None:
-    given_up = list(joined._given_up)
+    given_up = list(contiguous_view._given_up)
     memory.add(0x1000, PAGE + 0x10, file, 0)
     memory.add(0x2010, PAGE, file, 5 * PAGE + 0x10)
     assert shape(memory) == [(0x1000, PAGE + 0x10), (0x2010, PAGE)]
     assert memory.read(0x200F, 1) + memory.read(0x2010, 1) == b"\1\5"
     assert not memory.contains(0x200F, 2)
-    assert joined._given_up == given_up, "it was not even tried"
+    assert contiguous_view._given_up == given_up, "it was not even tried"
 
 
 def test_regions_that_cannot_be_put_side_by_side_stay_apart(
@@ -102,8 +102,8 @@ def test_regions_that_cannot_be_put_side_by_side_stay_apart(
 ) -> None:
     """Pages of different sizes, say. The addresses that were held for both are held for good."""
     given_up: list[mmap.mmap] = []
-    monkeypatch.setattr(joined, "_given_up", given_up)
-    monkeypatch.setattr(joined, "_mremap", lambda *_: joined._FAILED)
+    monkeypatch.setattr(contiguous_view, "_given_up", given_up)
+    monkeypatch.setattr(contiguous_view, "_mremap", lambda *_: contiguous_view._FAILED)
     memory.add(0x1000, PAGE, file, 0)
     memory.add(0x2000, PAGE, file, 3 * PAGE)
     assert sorted(shape(memory)) == [(0x1000, PAGE), (0x2000, PAGE)]

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from mutation import known, targets
+from mutation import survivors, targets
 from mutation.mutate import Mutant, mutants, mutated
 
 ROOT = Path(__file__).parents[3]
@@ -99,8 +99,8 @@ def test_the_whole_core_is_mutated() -> None:
 
 
 def test_every_listed_survivor_is_a_mutant_still() -> None:
-    there: set[known.Key] = set()
-    listed = known.load()
+    there: set[survivors.Key] = set()
+    listed = survivors.load()
     for file in {key[0] for key in listed}:
         there |= {mutant.key for mutant in mutants(file, (ROOT / file).read_text())}
     assert [key for key in listed if key not in there] == []
@@ -111,9 +111,9 @@ def test_an_entry_of_the_list_reads_back_as_the_mutant(
 ) -> None:
     found = mutants("m.py", in_a_function("x('=>', 1); x('=>', 1)"))
     path = tmp_path / "list.toml"
-    path.write_text("".join(known.as_toml(mutant) for mutant in found))
-    monkeypatch.setattr(known, "FILE", path)
-    assert list(known.load()) == [mutant.key for mutant in found]
+    path.write_text("".join(survivors.as_toml(mutant) for mutant in found))
+    monkeypatch.setattr(survivors, "FILE", path)
+    assert list(survivors.load()) == [mutant.key for mutant in found]
 
 
 # Runs mutants of a module against one file of tests: those whose statement has a text in it.

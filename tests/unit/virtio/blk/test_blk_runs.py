@@ -12,7 +12,7 @@ from pyvmm.errors import HostError
 from pyvmm.testing import Used
 from pyvmm.testing.blk_driver import FLUSH, IN, IOERR, OK, OUT, UNTOUCHED, header
 from pyvmm.virtio.blk.backend import Backend, scatter
-from pyvmm.virtio.blk.usual import serve_usual
+from pyvmm.virtio.blk.fast_path import serve_usual
 
 SECTORS = 64
 

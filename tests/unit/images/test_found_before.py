@@ -12,7 +12,7 @@ import pytest
 
 from pyvmm import images
 from pyvmm.errors import ConfigError
-from pyvmm.images import builder, known, recipes
+from pyvmm.images import builder, found_before, recipes
 
 PARTS = ("agent", "kernel-6.1", "initramfs-6.1", "rootfs-minbase")
 FILES = {"kernel": "vmlinux", "initramfs": "initramfs.cpio", "rootfs": "rootfs.ext4"}
@@ -75,14 +75,14 @@ def test_what_was_removed_is_not_known(home: Path) -> None:
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"state": [], "paths": 5}', "\0" * 100])
 def test_a_broken_memory_is_made_again(home: Path, text: str) -> None:
     image = images.machine_image(None, make=False)
-    file = home / "cache/pyvmm/known.json"
+    file = home / "cache/pyvmm/found_before.json"
     file.write_text(text)
     assert images.machine_image(None, make=False) == image
-    assert known.find("debian") == [image.kernel, image.initrd, image.disk]
+    assert found_before.find("debian") == [image.kernel, image.initrd, image.disk]
 
 
 def test_a_cache_that_cannot_be_written_does_not_matter(home: Path) -> None:
-    (home / "cache/pyvmm/known.json").mkdir()
+    (home / "cache/pyvmm/found_before.json").mkdir()
     assert images.machine_image(None, make=False).name == "debian"
 
 

@@ -13,7 +13,7 @@ from pyvmm.errors import DriverError
 from pyvmm.testing import Buffer, Desc, PackedDesc, Used
 from pyvmm.testing.packed_driver import AVAIL, USED
 from pyvmm.testing.ring import INDIRECT, NEXT, WRITE, Element
-from pyvmm.virtio.blk.usual import serve_usual
+from pyvmm.virtio.blk.fast_path import serve_usual
 from pyvmm.virtio.queue import packed as packed_layout
 from pyvmm.virtio.queue import split as split_layout
 from pyvmm.virtio.queue.ring import MAX_PEEKED
