@@ -116,6 +116,8 @@ def _from_folder(values: Mapping[str, Any], folder: str, allow_code: bool) -> di
     if not allow_code:
         _refuse_code(spec)
     found = dict(values)
+    if "modules" in given:
+        found["modules"] = _join(folder, given["modules"])
     for option in options:
         if option.name not in given:
             continue
@@ -150,6 +152,8 @@ def dump(spec: VmSpec, **values: Any) -> str:
     import tomli_w
 
     spec = with_paths(spec, os.path.abspath)
+    if values.get("modules"):
+        values["modules"] = os.path.abspath(values["modules"])
     found: dict[str, Any] = {}
     for option in registry.file_options():
         value = _plain(option, spec) if option.field or option.device else values.get(option.name)

@@ -65,6 +65,7 @@ class VM(InGuest, InMonitor):
         *,
         kernel: Path | None = None,
         initrd: Path | None = None,
+        modules: Path | None = None,
         cpus: int = 1,
         memory: int | str = "512M",
         cmdline: str = "",
@@ -161,12 +162,9 @@ class VM(InGuest, InMonitor):
 
     def _resolve(self) -> str | None:
         """Fill in what an image gives, building it if need be; its name if the disk is its own."""
-        if self._values["kernel"] is not None and self._values["image"] is None:
-            return None
-        from pyvmm.monitor.from_image import choose
+        from pyvmm.monitor.kernel_choice import specify
 
-        values, image = choose(self._values)
-        self.spec = validate(make_spec(values))
+        self.spec, image = specify(self._values)
         return image
 
     def __enter__(self) -> Self:

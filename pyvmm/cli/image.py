@@ -12,6 +12,7 @@ from pyvmm.control import registry
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
 from pyvmm.spec.sizes import parse_memory
+from pyvmm.spec.vm import names_kernel
 
 EPILOG = """\b
 Examples:
@@ -75,7 +76,8 @@ def build(
 ) -> None:
     """Make an image of your own (--from), or the named parts that pyvmm has recipes for.
 
-    Without a name: what it takes to boot Debian, the emulated KVM host's kernel included.
+    Without a name: what it takes to boot Debian, the emulated KVM host's kernel included. A name
+    like debian:sid stands for a kernel of Debian's, which is fetched anew.
     """
     own = {
         "--include": include,
@@ -92,10 +94,20 @@ def build(
         for option, value in own.items():
             if value:
                 raise ConfigError("is for an image of your own", cure="add --from", option=option)
-        images.build(None if everything else names or _FOR_A_START, locked=locked)
+        _fetch_kernels([name for name in names if names_kernel(name)])
+        parts = [name for name in names if not names_kernel(name)]
+        if parts or not names:
+            images.build(None if everything else parts or _FOR_A_START, locked=locked)
     except KeyboardInterrupt:
         log.to_stderr("interrupted; what was being built is gone")
         raise click.exceptions.Exit(130) from None
+
+
+def _fetch_kernels(names: list[str]) -> None:
+    from pyvmm.images import debian_kernels
+
+    for name in names:
+        debian_kernels.find(name, refresh=True)
 
 
 def _build_own(names: tuple[str, ...], source: str, own: dict[str, Any]) -> None:
@@ -133,6 +145,10 @@ def list_images(everything: bool, as_json: bool) -> None:
     """Show the images that `pyvmm run` takes."""
     rows = images.machine_images()
     parts = images.listing() if everything else []
+    if everything:
+        from pyvmm.images import debian_kernels
+
+        parts += [(name, debian_kernels.folder(name)) for name in debian_kernels.names()]
     if as_json:
         import json
 
@@ -156,8 +172,13 @@ def list_images(everything: bool, as_json: bool) -> None:
 @click.argument("names", metavar="NAME...", nargs=-1, required=True)
 @click.option("--force", is_flag=True, help="Even if VMs need it, which then cannot go on.")
 def remove(names: tuple[str, ...], force: bool) -> None:
-    """Remove images that you have built."""
+    """Remove images that you have built, and kernels (debian:…) that were fetched."""
     for name in names:
+        if names_kernel(name):
+            from pyvmm.images import debian_kernels
+
+            debian_kernels.remove(name)
+            continue
         images.remove(name, running=registry.running(), force=force)
 
 

@@ -50,6 +50,7 @@ class Catalogue:
             "agent",
             *(f"kernel-{name}" for name in self.recipes.kernels),
             *(f"programs-{name}" for name in self.recipes.programs),
+            initramfs.BASE,
             *(f"initramfs-{name}" for name in self.recipes.booted_kernels),
             *(f"rootfs-{name}" for name in self.recipes.rootfs),
         ]
@@ -61,9 +62,9 @@ class Catalogue:
     def needs(self, name: str) -> list[str]:
         """What it is made from."""
         kind, _, which = name.partition("-")
-        if kind == "initramfs":
+        if kind == "initramfs" and name != initramfs.BASE:
             return ["agent", f"kernel-{which}"]
-        return ["agent"] if kind == "rootfs" else []
+        return ["agent"] if kind in ("rootfs", "initramfs") else []
 
     def key(self, name: str) -> str:
         kind, which = self._split(name)
@@ -78,7 +79,7 @@ class Catalogue:
         elif kind == "programs":
             parts.append(asdict(self.recipes.programs[which]))
         elif kind == "initramfs":
-            recipe = self.recipes.initramfs.for_kernel(self.recipes.kernels[which])
+            recipe = self.recipes.initramfs.for_kernel(self.recipes.kernels.get(which))
             parts += [asdict(recipe), *agent.FLAGS, *agent.LINKING]
             parts += [self._script("initramfs", file) for file in initramfs.SOURCES]
         else:
@@ -93,8 +94,8 @@ class Catalogue:
         """Under which name the lock file has the image's packages: all initramfs of one
         architecture share a busybox."""
         kernel = self.kernel_of(name)
-        is_initramfs = name.startswith("initramfs-") and kernel and not kernel.is_foreign
-        return "initramfs" if is_initramfs else name
+        is_foreign = kernel is not None and kernel.is_foreign
+        return "initramfs" if name.startswith("initramfs-") and not is_foreign else name
 
     def kernel_of(self, name: str) -> recipes.KernelRecipe | None:
         """The recipe of the kernel that the image is, or is made for; None for neither."""
@@ -183,6 +184,11 @@ class Builder:
             client.update()
         return client
 
+    @property
+    def suites(self) -> Sequence[str]:
+        """Of the guests' release."""
+        return self._recipes.suites
+
     def build(self, name: str) -> None:
         catalogue = self._catalogue
         cache.require_room()
@@ -247,21 +253,20 @@ class Builder:
         """The one for the package of a kernel or an initramfs: busybox is from the guests' release
         unless the kernel is foreign."""
         kernel = self._catalogue.kernel_of(name)
-        assert kernel is not None
-        own = name.startswith("kernel-") or kernel.is_foreign
-        return self._client_of(kernel) if own else self._apt
+        if kernel is not None and (name.startswith("kernel-") or kernel.is_foreign):
+            return self._client_of(kernel)
+        return self._apt
 
     def _build_from_packages(self, name: str, into: str) -> list[tuple[str, str]]:
         pins = self._choose(name)
         client = self._client_for(name)
         recipe = self._catalogue.kernel_of(name)
-        assert recipe is not None
-        if name.startswith("kernel-"):
+        if recipe is not None and name.startswith("kernel-"):
             foreign = recipe.is_foreign
             kernel.build(name, pins, client, into, self._progress, is_foreign=foreign)
         else:
-            program, below = map(self._catalogue.path, self._catalogue.needs(name))
-            modules = kernel.modules_folder(below)
+            program, *below = map(self._catalogue.path, self._catalogue.needs(name))
+            modules = kernel.modules_folder(below[0]) if below else None
             initramfs.build(
                 *(name, self._recipes, recipe, modules, agent.read(program), pins[0]),
                 *(client, into, self._progress),
@@ -283,13 +288,13 @@ class Builder:
     def _newest(self, name: str) -> list[Pin]:
         client = self._client_for(name)
         recipe = self._catalogue.kernel_of(name)
-        assert recipe is not None
-        if name.startswith("kernel-"):
+        if recipe is not None and name.startswith("kernel-"):
             newest = client.newest(recipe.package, recipe.suite)
             if not newest.version.startswith(recipe.series):
                 raise ConfigError(f"{name}: {recipe.suite} has Linux {newest.version} by now")
             return client.kernel(newest)
-        suite = recipe.suite if recipe.is_foreign else self._recipes.release
+        foreign = recipe is not None and recipe.is_foreign
+        suite = recipe.suite if recipe is not None and foreign else self._recipes.release
         return [client.newest(self._recipes.initramfs.busybox, suite)]
 
     def agent(self) -> str:

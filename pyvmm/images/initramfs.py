@@ -8,7 +8,7 @@ monitor takes to read it.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from pyvmm.host import cpio
 from pyvmm.images import agent as agent_program
@@ -19,6 +19,7 @@ from pyvmm.images.progress import Progress
 from pyvmm.images.recipes import InitramfsRecipe, KernelRecipe, Recipes
 
 FILE = "initramfs.cpio"
+BASE = "initramfs-base"  # the image without any modules; `fresh_initramfs` puts them behind it
 SOURCES = ("init", "find-root.c")
 _FOLDERS = ("bin", "dev", "modules", "proc", "root", "sys")
 
@@ -26,8 +27,8 @@ _FOLDERS = ("bin", "dev", "modules", "proc", "root", "sys")
 def build(
     name: str,
     recipes: Recipes,
-    kernel: KernelRecipe,
-    modules: str,
+    kernel: KernelRecipe | None,
+    modules: str | None,
     agent: bytes,
     pin: Pin,
     client: apt.Apt,
@@ -35,7 +36,8 @@ def build(
     progress: Progress,
 ) -> None:
     """Write `into`/initramfs.cpio for `kernel`, whose module folder is `modules`, with the program
-    `agent` in it. What we compile ourselves is missing for a foreign one, which has no agent."""
+    `agent` in it; without modules for None. What we compile ourselves is missing for a foreign one,
+    which has no agent."""
     with cache.workspace() as room:
         with progress.step(f"{name}: fetching {pin.package} {pin.version}"):
             package = client.download(pin, room)
@@ -44,13 +46,13 @@ def build(
             "bin/busybox": _read(os.path.join(room, "bin", "busybox")),
             "init": _read(recipes.file("initramfs", "init")),
         }
-        if not kernel.is_foreign:
+        if kernel is None or not kernel.is_foreign:
             finder = os.path.join(room, "find-root")
             with progress.step(f"{name}: compiling find-root (musl-gcc)"):
                 compile_finder(recipes, finder)
             programs |= {"bin/find-root": _read(finder), "bin/pyvmm-agent": agent}
     with progress.step(f"{name}: writing the archive"):
-        tree = ModuleTree(modules)
+        tree = None if modules is None else ModuleTree(modules)
         content = cpio.archive(entries(recipes.initramfs.for_kernel(kernel), tree, programs))
         with open(os.path.join(into, FILE), "wb") as file:
             file.write(content)
@@ -69,10 +71,10 @@ def _read(path: str) -> bytes:
 
 
 def entries(
-    recipe: InitramfsRecipe, modules: ModuleTree, programs: Mapping[str, bytes]
+    recipe: InitramfsRecipe, modules: ModuleTree | None, programs: Mapping[str, bytes]
 ) -> Iterator[cpio.Entry]:
-    """The archive's files: `programs` by their paths, busybox's applets, and the modules.
-    `modules/LIST` names the modules of a list in their loading order."""
+    """The archive's files: `programs` by their paths, busybox's applets, and the modules, if there
+    are any."""
     for folder in _FOLDERS:
         yield cpio.directory(folder)
     yield cpio.character_device("dev/console", 5, 1)  # where init's output goes before devtmpfs
@@ -80,7 +82,14 @@ def entries(
         yield cpio.regular(path, content, 0o755)
     for applet in recipe.applets:
         yield cpio.symlink(f"bin/{applet}", "busybox")
-    orders = {name: modules.load_order(wanted) for name, wanted in recipe.modules.items()}
+    if modules is not None:
+        yield from module_entries(recipe.modules, modules)
+
+
+def module_entries(lists: Mapping[str, Sequence[str]], modules: ModuleTree) -> Iterator[cpio.Entry]:
+    """The files of modules: `modules/LIST` names those of a list in their loading order. Raises
+    ConfigError for one that is not there."""
+    orders = {name: modules.load_order(wanted) for name, wanted in lists.items()}
     for name, order in orders.items():
         yield cpio.regular(f"modules/{name}", "".join(f"{module}\n" for module in order).encode())
     for module in dict.fromkeys(module for order in orders.values() for module in order):

@@ -47,8 +47,10 @@ class InitramfsRecipe:
     applets: tuple[str, ...]
     modules: dict[str, tuple[str, ...]]
 
-    def for_kernel(self, kernel: KernelRecipe) -> InitramfsRecipe:
-        """The same without the lists that `kernel` has no modules for."""
+    def for_kernel(self, kernel: KernelRecipe | None) -> InitramfsRecipe:
+        """The same without the lists that `kernel` has no modules for; without any for None."""
+        if kernel is None:
+            return replace(self, modules={})
         modules = {name: row for name, row in self.modules.items() if name not in kernel.lacks}
         return replace(self, modules=modules)
 

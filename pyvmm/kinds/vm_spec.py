@@ -89,12 +89,16 @@ def with_paths(spec: VmSpec, change: Callable[[str], str]) -> VmSpec:
     """`spec` with all paths as `change` gives them."""
     return replace(
         spec,
-        kernel=change(spec.kernel) if spec.kernel else "",
+        kernel=_changed_kernel(spec.kernel, change),
         initrd=None if spec.initrd is None else change(spec.initrd),
         disks=tuple(registry.with_paths(disk, change) for disk in spec.disks),
         devices=tuple(registry.with_paths(device, change) for device in spec.devices),
         trace_file=None if spec.trace_file is None else change(spec.trace_file),
     )
+
+
+def _changed_kernel(kernel: str, change: Callable[[str], str]) -> str:
+    return kernel if not kernel or vm.names_kernel(kernel) else change(kernel)
 
 
 def to_json(spec: VmSpec) -> str:

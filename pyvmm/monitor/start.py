@@ -8,7 +8,8 @@ from typing import Any
 
 from pyvmm.errors import ConfigError
 from pyvmm.host.unix_sockets import Socket
-from pyvmm.kinds.vm_spec import make_spec, validate
+from pyvmm.kinds.vm_spec import validate
+from pyvmm.monitor.kernel_choice import specify
 from pyvmm.monitor.run_spec import run_spec
 from pyvmm.spec.vm import VmSpec
 
@@ -28,12 +29,8 @@ def start(
 
     Raises PyvmmError for what is wrong with them.
     """
-    image = None
-    if options.get("image") is not None or options.get("kernel") is None:
-        from pyvmm.monitor.from_image import choose
-
-        options, image = choose(options)
-    spec, rm = validate(make_spec(options)), bool(options.get("rm"))
+    spec, image = specify(options)
+    rm = bool(options.get("rm"))
     if command:
         if detach:
             raise ConfigError("a command is waited for", cure="use pyvmm exec", option="--detach")

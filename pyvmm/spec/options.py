@@ -75,10 +75,12 @@ FIRST = (
     Option(
         "kernel",
         "--kernel",
-        metavar="PATH",
+        metavar="KERNEL",
         field="kernel",
-        help="Linux kernel: a bzImage (Debian's /boot/vmlinuz) or an ELF vmlinux; instead of "
-        "IMAGE's, and of its initrd.",
+        help="Linux kernel, instead of IMAGE's and of its initrd: a bzImage (Debian's "
+        "/boot/vmlinuz), an ELF vmlinux, the tree it was built in, or debian:6.12, debian:trixie, "
+        "debian:sid… (docs/kernels.md). The last two come with their modules, and boot debian "
+        "where neither an image nor a disk is named.",
     ),
     Option(
         "initrd",
@@ -86,6 +88,13 @@ FIRST = (
         metavar="PATH",
         field="initrd",
         help="Initial RAM disk. Debian's kernels need one, as their virtio drivers are modules.",
+    ),
+    Option(
+        "modules",
+        "--modules",
+        metavar="DIR",
+        help="The kernel's modules: …/lib/modules/VERSION, or its build tree. What the guest needs "
+        "of them goes into an initramfs, in place of --initrd.",
     ),
 )
 LAST = (
@@ -340,6 +349,7 @@ _READ: Mapping[str, Callable[[Any, Option], Any]] = {
     "image": read_text,
     "kernel": read_path,
     "initrd": read_path,
+    "modules": read_path,
     "cpus": _number,
     "memory": _size,
     "cmdline": read_text,

@@ -154,6 +154,11 @@ class VmSpec:
         return any(part.keeps for part in self.parts)
 
 
+def names_kernel(kernel: str) -> bool:
+    """Whether `kernel` is the name of one ("debian:6.1"), and no path."""
+    return kernel.startswith("debian:")
+
+
 def check(spec: VmSpec) -> None:
     """Raise ConfigError for what is wrong with the machine itself, whatever devices it has."""
     if not 1 <= spec.cpus <= MAX_CPUS:

@@ -9,6 +9,11 @@ ELF = "ELF"
 
 _ELF_MAGIC = b"\x7fELF"
 
+_CPIO = (b"070701", b"070702")
+_CPIO_HEADER = 110  # bytes: the magic, and 13 fields of 8 hexadecimal digits
+_TRAILER = b"TRAILER!!!"
+_MOST_FILES = 200_000  # of an archive, that are looked at
+
 _HEAD = 0x40_08  # up to where a bootable disk's or a file system's signature may stand
 # How to get at what is inside a compressed file, by its first bytes.
 _COMPRESSED = (
@@ -40,10 +45,35 @@ _OTHERS = (
 
 
 def check_initrd(initrd: ImageFile) -> None:
-    """Raise ConfigError if the file is a kernel; of what else it is, the guest is the judge."""
+    """Raise ConfigError if the file is a kernel, or a damaged cpio archive; of what else it is, the
+    guest is the judge."""
     head = initrd.read(0, 0x206)
     if head[:4] == _ELF_MAGIC or head[0x202:] == b"HdrS":
         raise initrd.error(f"{initrd.path} is a kernel", "give it to --kernel")
+    if head.startswith(_CPIO):
+        _check_cpio(initrd)
+
+
+def _check_cpio(initrd: ImageFile) -> None:
+    """Of the first archive in the file: others may follow it, compressed ones too. The format is
+    that of Linux Documentation/driver-api/early-userspace/buffer-format.rst."""
+    at = 0
+    for _ in range(_MOST_FILES):
+        header = initrd.read(at, _CPIO_HEADER)
+        try:
+            if len(header) < _CPIO_HEADER or not header.startswith(_CPIO):
+                raise ValueError
+            size, name_size = (int(header[place : place + 8], 16) for place in (54, 94))
+        except ValueError:
+            raise initrd.error(
+                f"{initrd.path} is a damaged initrd: its cpio archive breaks off at byte {at}",
+                "copy or build it again",
+            ) from None
+        name = initrd.read(at + _CPIO_HEADER, min(name_size, len(_TRAILER) + 1))
+        if name.startswith(_TRAILER):
+            return
+        at += -(-(_CPIO_HEADER + name_size) // 4) * 4
+        at += -(-size // 4) * 4
 
 
 def kind_of(kernel: ImageFile) -> str:

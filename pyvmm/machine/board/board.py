@@ -94,6 +94,9 @@ class Board(ABC, Generic[E]):
     kernel_parameters: ClassVar[tuple[str, ...]]
     """What a kernel's command line needs on this machine, whatever else it has."""
 
+    kernel_files: ClassVar[tuple[str, ...]]
+    """Where the tree in which a kernel is built has it, in several forms."""
+
     # --- what needs no KVM: memory, and the kernel in it ------------------------------------------
 
     @abstractmethod
@@ -134,6 +137,16 @@ class Board(ABC, Generic[E]):
         told of the devices in `slots`. In the guest-physical addresses of `memory_window` PCI
         devices have BARs that are memory. Raises ConfigError that names the option at fault.
         """
+
+    @abstractmethod
+    def kernel_release(self, path: str) -> str:
+        """What the kernel in the file at `path` calls itself (uname -r), whose modules have that
+        in them as well; "" if it does not say. Raises ConfigError for what is no kernel."""
+
+    @abstractmethod
+    def kernel_config(self, path: str) -> str:
+        """The text of the configuration that is in the kernel at `path`; "" if it has none. Raises
+        ConfigError for what is no kernel, or is damaged; OSError."""
 
     @abstractmethod
     def unpack_kernel(self, path: str, target: str) -> None:

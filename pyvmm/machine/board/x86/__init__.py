@@ -32,6 +32,7 @@ class X86Board(Board[boot.Entry]):
 
     console = "ttyS0"
     kernel_parameters = ("reboot=k",)  # which is tried where ACPI's reset register is not
+    kernel_files = ("arch/x86/boot/bzImage", "vmlinux")
 
     def ram_ranges(self, size: int) -> list[tuple[int, int]]:
         return boot.ram_ranges(size)
@@ -89,6 +90,16 @@ class X86Board(Board[boot.Entry]):
             ),
             virtio_discovery=discovery,
         )
+
+    def kernel_release(self, path: str) -> str:
+        from pyvmm.boot.x86.release import release_of
+
+        return release_of(path)
+
+    def kernel_config(self, path: str) -> str:
+        from pyvmm.boot.x86.release import config_of
+
+        return config_of(path)
 
     def unpack_kernel(self, path: str, target: str) -> None:
         from pyvmm.boot.x86.payload import unpack_vmlinux

@@ -1,0 +1,106 @@
+"""What a kernel was configured with: found beside it or in it, and what a guest would lack.
+
+A configuration is text (Linux Documentation/kbuild/kconfig-language.rst): "CONFIG_NAME=y", "=m", or
+"# CONFIG_NAME is not set". A kernel built with CONFIG_IKCONFIG has it in itself, packed by gzip
+between two markers (Linux kernel/configs.c).
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from pyvmm.boot.image_file import ImageFile
+
+_START, _END = b"IKCFG_ST", b"IKCFG_ED"
+_MOST = 4 << 20  # bytes of text; Debian's has 300 KiB
+_CHUNK = 4 << 20
+_LINE = re.compile(r"^CONFIG_(\w+)=([ym])$", re.MULTILINE)
+
+
+class Wants(NamedTuple):
+    """What a guest is to have. `console` is "serial", "virtio", or "" for none to look after;
+    `modules` tells whether there are any for it to load, `own_init` whether its first program is
+    that of pyvmm's initramfs. `filesystem` is the root's, "" for none."""
+
+    transport: str = "mmio"
+    disks: bool = False
+    nets: bool = False
+    vsock: bool = False
+    console: str = "serial"
+    initrd: bool = False
+    modules: bool = False
+    own_init: bool = False
+    filesystem: str = ""
+
+
+def embedded(file: ImageFile) -> str:
+    """The configuration in an uncompressed kernel; "" if it has none, or a damaged one."""
+    for offset in range(0, file.size, _CHUNK):
+        found = file.read(offset, _CHUNK + len(_START)).find(_START)
+        if found < 0:
+            continue
+        packed = file.read(offset + found + len(_START), _MOST).partition(_END)[0]
+        try:
+            text = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(packed, _MOST)
+        except zlib.error:
+            continue
+        return text.decode("utf-8", "replace")
+    return ""
+
+
+def lacking(text: str, wants: Wants) -> list[str]:
+    """What the kernel with the configuration `text` lacks of what the guest `wants`: one phrase
+    each, such as "CONFIG_VIRTIO_BLK (for its disks)"."""
+    values = dict(_LINE.findall(text))
+    if not values:
+        return []  # It is no configuration.
+    missing = []
+    for names, must_be_built_in, why in _needs(wants):
+        states = [values.get(name, "n") for name in names]
+        usable = "y" if must_be_built_in or not wants.modules else "ym"
+        if not any(state in usable for state in states):
+            what = " or ".join(f"CONFIG_{name}" for name in names)
+            module = "=y, which is a module there," if "m" in states else ""
+            missing.append(f"{what}{module} ({why})")
+    return missing
+
+
+def _needs(wants: Wants) -> Iterator[tuple[tuple[str, ...], bool, str]]:
+    """(names of which one is enough, whether it must not be a module, what for)."""
+    if wants.console == "serial":
+        yield ("SERIAL_8250_CONSOLE",), True, "for its console"
+    elif wants.console:
+        yield ("VIRTIO_CONSOLE",), False, "for its console"
+    if wants.initrd:
+        yield ("BLK_DEV_INITRD",), True, "for its initrd"
+    if wants.own_init:
+        yield ("BINFMT_SCRIPT",), True, "for the first program of its initramfs"
+        yield ("DEVTMPFS",), True, "for its device files"
+    if wants.disks or wants.nets or wants.vsock:
+        if wants.transport == "pci":
+            yield ("VIRTIO_PCI",), False, "for its devices"
+            yield ("PCI_MMCONFIG", "PCI_DIRECT"), True, "for its PCI bus"
+        else:
+            yield ("VIRTIO_MMIO",), False, "for its devices"
+            yield ("ACPI", "VIRTIO_MMIO_CMDLINE_DEVICES"), True, "to find its devices"
+    if wants.disks:
+        yield ("VIRTIO_BLK",), False, "for its disks"
+        if wants.filesystem in _FILE_SYSTEMS:
+            yield (_FILE_SYSTEMS[wants.filesystem],), False, "for its root file system"
+    if wants.nets:
+        yield ("VIRTIO_NET",), False, "for its network"
+    if wants.vsock:
+        yield ("VIRTIO_VSOCKETS",), False, "for its agent, over vsock"
+
+
+_FILE_SYSTEMS = {
+    "ext4": "EXT4_FS",
+    "xfs": "XFS_FS",
+    "btrfs": "BTRFS_FS",
+    "squashfs": "SQUASHFS",
+    "erofs": "EROFS_FS",
+    "f2fs": "F2FS_FS",
+}

@@ -1,0 +1,51 @@
+"""What a kernel file says of itself: its release, and the configuration that it was built with.
+
+A bzImage has its release in its header (Linux boot.rst, kernel_version), an ELF in its banner alone
+(Linux init/version.c, linux_banner: "Linux version RELEASE (…").
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+from pyvmm.boot import kernel_config
+from pyvmm.boot.image_file import ImageFile
+from pyvmm.boot.x86 import bzimage, detect
+
+_BANNER = re.compile(rb"Linux version ([!-~]{1,64}) \(")
+_DEBIAN = "(debian-kernel@"  # whose kernels have no CONFIG_IKCONFIG
+_CHUNK = 4 << 20
+_OVERLAP = 128
+
+
+def release_of(path: str) -> str:
+    """The release of the kernel at `path`, "" if it does not say. Raises ConfigError for a file
+    that is no kernel."""
+    with ImageFile(path, "--kernel") as file:
+        if detect.kind_of(file) == detect.BZIMAGE:
+            return bzimage.parse(file).kernel_version.partition(" ")[0]
+        for offset in range(0, file.size, _CHUNK):
+            found = _BANNER.search(file.read(offset, _CHUNK + _OVERLAP))
+            if found:
+                return found[1].decode("ascii")
+        return ""
+
+
+def config_of(path: str) -> str:
+    """The configuration in the kernel at `path`, "" if there is none. Raises ConfigError for a file
+    that is no kernel, or cannot be unpacked; OSError."""
+    with ImageFile(path, "--kernel") as file:
+        if detect.kind_of(file) == detect.ELF:
+            return kernel_config.embedded(file)
+        if _DEBIAN in bzimage.parse(file).kernel_version:
+            return ""
+    import tempfile
+
+    from pyvmm.boot.x86.payload import unpack_vmlinux
+
+    with tempfile.TemporaryDirectory() as folder:
+        unpacked = os.path.join(folder, "vmlinux")
+        unpack_vmlinux(path, unpacked)
+        with ImageFile(unpacked, "--kernel") as file:
+            return kernel_config.embedded(file)

@@ -1,0 +1,156 @@
+"""Debian's kernels by a version or a release: fetched at the first use, and then kept.
+
+"debian:6.1"                    a recipe's kernel, pinned in the lock file
+"debian:trixie", "debian:sid"   what that release has at the first use
+"debian:6.17"                   that series, from whichever release has it
+"debian:trixie=6.12.57-1"       that very version, or none
+
+$XDG_CACHE_HOME/pyvmm/kernels/NAME/    bzImage, vmlinux, config, lib/modules/RELEASE, packages
+
+apt checks signatures and checksums, as for every image.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from pyvmm.errors import ConfigError
+from pyvmm.host import user_cache
+from pyvmm.images import apt, builder, built, cache, found_before, kernel
+from pyvmm.images.lock import Pin
+from pyvmm.images.progress import Progress
+
+PREFIX = "debian:"
+_PACKAGE = "linux-image-cloud-amd64"
+_TRIXIE = ("trixie", "trixie-updates", "trixie-security")
+# Release → where apt looks; None for the recipes' own suites. The order is that of a search.
+_SUITES: dict[str, tuple[str, ...] | None] = {
+    "bookworm": None,
+    "bookworm-backports": None,
+    "trixie": _TRIXIE,
+    "trixie-backports": (*_TRIXIE, "trixie-backports"),
+    "sid": ("sid",),
+}
+_SERIES = re.compile(r"[0-9]{1,2}(\.[0-9]{1,3}){0,2}")
+_VERSION = re.compile(r"[0-9][A-Za-z0-9.+~-]{0,62}")
+USE = f"use a series such as debian:6.12, or debian:{'|'.join(_SUITES)}, with =VERSION to pin it"
+
+
+class Found(NamedTuple):
+    """A kernel that is there: the path of the ELF, of its configuration and of its modules, and of
+    an initramfs where one has been made for it already."""
+
+    kernel: str
+    config: str
+    modules: str
+    initrd: str | None = None
+
+
+def find(name: str, *, refresh: bool = False) -> Found:
+    """The kernel that `name` ("debian:6.1") stands for, fetched where it is missing, or if
+    `refresh` is true. Raises ConfigError for a name that Debian has no kernel for."""
+    wanted, _, version = name.removeprefix(PREFIX).partition("=")
+    _check(name, wanted, version)
+    if not version and not refresh and wanted in _recipes():
+        files = _of_recipe(wanted)
+        return Found(files[0], *files[1:])
+    place = folder(name)
+    if refresh or not os.path.isdir(place):
+        _fetch(name, wanted, version, place, refresh=refresh)
+    return Found(
+        os.path.join(place, "vmlinux"),
+        os.path.join(place, "config"),
+        kernel.modules_folder(place),
+    )
+
+
+def folder(name: str) -> str:
+    """Where the kernel `name` is kept once it was fetched."""
+    return os.path.join(user_cache.folder(), "kernels", name.removeprefix(PREFIX))
+
+
+def names() -> list[str]:
+    """Of those that have been fetched, sorted."""
+    try:
+        found = os.listdir(os.path.join(user_cache.folder(), "kernels"))
+    except OSError:
+        return []
+    return sorted(f"{PREFIX}{name}" for name in found)
+
+
+def remove(name: str) -> None:
+    """Remove one that was fetched. Raises ConfigError if it is not there."""
+    if name not in names():
+        there = ", ".join(names())
+        raise ConfigError(
+            f"no kernel {name!r:.80} has been fetched", cure=f"there are {there}" if there else ""
+        )
+    with cache.building(Progress().waiting):
+        cache.remove(folder(name))
+
+
+def _check(name: str, wanted: str, version: str) -> None:
+    usable = wanted in _SUITES or _SERIES.fullmatch(wanted)
+    pinned = "=" in name
+    if not usable or (pinned and not _VERSION.fullmatch(version)):
+        raise ConfigError(f"there is no kernel {name!r:.80}", cure=USE, option="--kernel")
+
+
+def _recipes() -> list[str]:
+    from pyvmm.images import recipes
+
+    return recipes.load().guest_kernels
+
+
+def _of_recipe(wanted: str) -> list[str]:
+    paths = found_before.find(f"{PREFIX}{wanted}")
+    if paths is None or len(paths) != 4:
+        folders = built.folders([f"kernel-{wanted}", f"initramfs-{wanted}"], make=True)
+        vmlinux, config = (os.path.join(folders[0], file) for file in ("vmlinux", "config"))
+        initrd = os.path.join(folders[1], "initramfs.cpio")
+        paths = [vmlinux, config, kernel.modules_folder(folders[0]), initrd]
+        found_before.remember(f"{PREFIX}{wanted}", paths)
+    return paths
+
+
+def _fetch(name: str, wanted: str, version: str, place: str, *, refresh: bool) -> None:
+    progress = Progress()
+    with cache.building(progress.waiting):
+        if os.path.isdir(place) and not refresh:
+            return  # Somebody was quicker.
+        work = builder.Builder(builder.Catalogue(), progress)
+        client, pins = _search(name, wanted, version, work)
+        with cache.new_folder(place) as into:
+            kernel.build(name, pins, client, into, progress)
+            with open(os.path.join(into, "packages"), "w", encoding="utf-8") as file:
+                file.writelines(f"{' '.join(pin)}\n" for pin in pins)
+
+
+def _search(
+    name: str, wanted: str, version: str, work: builder.Builder
+) -> tuple[apt.Apt, list[Pin]]:
+    """Who has the kernel, and its packages. Raises ConfigError if nobody has it."""
+    seen: list[str] = []
+    for release, client in _clients(wanted, work):
+        if version:
+            pin = client.lookup([(_PACKAGE, version)]).get(_PACKAGE)
+        else:
+            pin = client.newest(_PACKAGE, release)
+        if pin is None:
+            continue
+        if wanted in _SUITES or f"{pin.version}.".startswith((f"{wanted}.", f"{wanted}-")):
+            return client, client.kernel(pin)
+        seen.append(f"{release} {pin.version}")
+    there = f"there are {', '.join(seen)}" if seen else USE
+    raise ConfigError(
+        f"the mirror has no kernel {name.removeprefix(PREFIX)}", cure=there, option="--kernel"
+    )
+
+
+def _clients(wanted: str, work: builder.Builder) -> Iterator[tuple[str, apt.Apt]]:
+    for release, suites in _SUITES.items():
+        if wanted == release or wanted not in _SUITES:
+            yield release, work.client(suites or work.suites)

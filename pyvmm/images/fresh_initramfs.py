@@ -1,0 +1,78 @@
+"""The initramfs for a kernel that is no recipe's: made when it is wanted, of the modules at hand.
+
+It is the recipes' own, without modules (initramfs-base), and behind it an archive of those that the
+guest needs; to the kernel two archives in one file are one (Linux
+Documentation/driver-api/early-userspace/buffer-format.rst).
+
+$XDG_CACHE_HOME/pyvmm/made/HASH.cpio    named after its content; old ones go when new ones come
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+from pyvmm.errors import ConfigError
+from pyvmm.host import cpio
+from pyvmm.images import initramfs, made_files
+from pyvmm.images.modules import ModuleTree
+
+FILE_SYSTEM = "fs-"
+"""How the list of a file system's modules begins: fs-ext4."""
+_USUAL_FILE_SYSTEM = "ext4"
+
+
+def make(modules: ModuleTree | None, needed: Mapping[str, str], filesystem: str = "") -> str:
+    """The path of an initramfs for the kernel that `modules` are of. `needed` tells which lists of
+    the recipes the guest cannot do without, and what each is for; of the others it gets those that
+    can be had. `filesystem` is the root's, if it is known.
+
+    Raises ConfigError that names the modules that are missing.
+    """
+    base, lists = _recipe()
+    kinds = dict.fromkeys(kind for kind in (filesystem, _USUAL_FILE_SYSTEM) if kind)
+    lists = {**lists, **{f"{FILE_SYSTEM}{kind}": (kind,) for kind in kinds}}
+    parts = [base]
+    if modules is not None:
+        if filesystem:
+            needed = {**needed, f"{FILE_SYSTEM}{filesystem}": "for its root file system"}
+        chosen = _choose(modules, lists, needed)
+        parts.append(cpio.archive(initramfs.module_entries(chosen, modules)))
+    return made_files.keep(parts, ".cpio")
+
+
+def _recipe() -> tuple[bytes, dict[str, tuple[str, ...]]]:
+    """What every initramfs begins with, and the lists of modules that init knows."""
+    from pyvmm.images import built, found_before, recipes
+
+    folders = found_before.find(initramfs.BASE)
+    if folders is None:
+        folders = built.folders([initramfs.BASE], make=True)
+        found_before.remember(initramfs.BASE, folders)
+    with open(os.path.join(folders[0], initramfs.FILE), "rb") as file:
+        return file.read(), recipes.load().initramfs.modules
+
+
+def _choose(
+    modules: ModuleTree, lists: Mapping[str, Sequence[str]], needed: Mapping[str, str]
+) -> dict[str, Sequence[str]]:
+    chosen = {}
+    missing = []
+    for name, wanted in lists.items():
+        try:
+            modules.load_order(wanted)
+        except ConfigError as error:
+            if name in needed:
+                gone = [module for module in wanted if not modules.has(module)]
+                what = ", ".join(gone) or error.message
+                missing.append(f"{what} ({needed[name]})")
+            continue
+        chosen[name] = wanted
+    if missing and modules.knows_builtin:
+        raise ConfigError(
+            f"the kernel {modules.release} has neither built in nor in {modules.folder}: "
+            f"{', '.join(missing)}",
+            cure="build them, and then: make modules",
+            option="--modules",
+        )
+    return chosen

@@ -1,0 +1,274 @@
+"""Which kernel a VM boots, and on what terms: `--kernel` and `--modules` become files.
+
+A kernel may be a file, the tree it was built in, or one of Debian's by its name. With the last two,
+and with --modules, an initramfs is made that has the modules the guest needs. What a kernel lacks
+by its own configuration is told before it boots.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from pyvmm.boot.cmdline import values as values_of
+from pyvmm.errors import ConfigError
+from pyvmm.host import log
+from pyvmm.kinds.vm_spec import make_spec, validate
+from pyvmm.spec.vm import VmSpec, names_kernel
+
+_OPTION = "--kernel"
+_SMALLEST_REAL = 1 << 20  # bytes; a kernel with less has no configuration in it
+# What the initramfs calls the modules of a device, by its kind; all of them drive a virtio type.
+_LISTS = {
+    "disk": ("virtio-2", "for its disks"),
+    "net": ("virtio-1", "for its network"),
+    "console": ("virtio-3", "for its console"),
+    "ports": ("virtio-3", "for its ports"),
+    "rng": ("virtio-4", "for its random numbers"),
+    "balloon": ("virtio-5", "for its balloon"),
+    "vsock": ("virtio-19", "for its agent, over vsock"),
+    "pmem": ("virtio-27", "for its persistent memory"),
+}
+
+
+class _Kernel(NamedTuple):
+    """A kernel's file; where its configuration and its modules are, "" for nowhere; and an
+    initramfs that has been made for it."""
+
+    path: str
+    config: str = ""
+    modules: str = ""
+    initrd: str | None = None
+
+
+def specify(options: Mapping[str, Any]) -> tuple[VmSpec, str | None]:
+    """The machine that `options` describe (pyvmm.kinds.vm_spec.make_spec), with an image's files
+    and the kernel's filled in, and the name of the image that its first disk is.
+
+    Raises ConfigError for what cannot be booted.
+    """
+    image: str | None = None
+    given = options
+    named = _is_more_than_a_file(given)
+    if given.get("image") is not None or given.get("kernel") is None or _needs_an_image(given):
+        from pyvmm.monitor.from_image import choose
+
+        options, image = choose(options)
+    if named:
+        return _with_kernel(options, given.get("initrd")), image
+    spec = validate(make_spec(options))
+    if given.get("kernel") is not None:
+        _tell_lacking(spec, _beside(spec.kernel), own_init=False)
+    return spec, image
+
+
+def _is_more_than_a_file(options: Mapping[str, Any]) -> bool:
+    kernel = options.get("kernel")
+    if options.get("modules"):
+        return True
+    return kernel is not None and (names_kernel(str(kernel)) or os.path.isdir(kernel))
+
+
+def _needs_an_image(options: Mapping[str, Any]) -> bool:
+    """A kernel that comes with its modules has a root disk to boot from."""
+    kernel = str(options.get("kernel"))
+    return (names_kernel(kernel) or os.path.isdir(kernel)) and not (
+        options.get("disks") or options.get("initrd")
+    )
+
+
+def _with_kernel(options: Mapping[str, Any], initrd: str | None) -> VmSpec:
+    """The machine, whose kernel is more than a file; `initrd` is the one that the user names."""
+    kernel = _find(str(options["kernel"]))
+    modules = options.get("modules")
+    options = {**options, "kernel": kernel.path, "initrd": initrd}
+    spec = validate(make_spec(options))
+    own_init = initrd is None
+    if own_init:
+        made = kernel.initrd
+        if modules or made is None:
+            made = _make_initramfs(spec, kernel, os.fspath(modules) if modules else "")
+        spec = validate(make_spec({**options, "initrd": made}))
+    _tell_lacking(spec, kernel.config, own_init=own_init)
+    return spec
+
+
+# --- the kernel -----------------------------------------------------------------------------------
+
+
+def _find(kernel: str) -> _Kernel:
+    if kernel.startswith("debian:"):
+        from pyvmm.images import debian_kernels
+
+        found = debian_kernels.find(kernel)
+        return _Kernel(found.kernel, found.config, found.modules, found.initrd)
+    if os.path.isdir(kernel):
+        return _of_tree(kernel)
+    return _Kernel(kernel, _beside(kernel))
+
+
+def _of_tree(tree: str) -> _Kernel:
+    """The kernel of a build tree, or of the files that its `make tar-pkg` or a package has."""
+    from pyvmm.images import modules
+    from pyvmm.machine.board.registry import board_of_host
+
+    built = [os.path.join(tree, path) for path in board_of_host().kernel_files]
+    there = [path for path in built if os.path.isfile(path)]
+    if there:
+        config = os.path.join(tree, ".config")
+        return _Kernel(max(there, key=_age), config if os.path.isfile(config) else "", tree)
+    installed = _installed(tree)
+    if len(installed) == 1:
+        return _Kernel(installed[0], _beside(installed[0]), tree)
+    if installed:
+        raise ConfigError(
+            f"{tree} has {len(installed)} kernels",
+            cure=f"name one of them, such as {installed[-1]}",
+            option=_OPTION,
+        )
+    looked = " or ".join(board_of_host().kernel_files)
+    if modules.is_build_tree(tree):
+        raise ConfigError(
+            f"{tree} has no kernel yet: there is no {looked} in it",
+            cure=f"build it: make -C {tree}",
+            option=_OPTION,
+        )
+    raise ConfigError(
+        f"{tree} is a directory without a kernel: there is no {looked} in it",
+        cure="name a kernel's file, or the tree it was built in",
+        option=_OPTION,
+    )
+
+
+def _age(path: str) -> float:
+    return os.stat(path).st_mtime
+
+
+def _installed(tree: str) -> list[str]:
+    found = []
+    with suppress(OSError):
+        boot = os.path.join(tree, "boot")
+        found = [os.path.join(boot, one) for one in os.listdir(boot) if one.startswith("vmlinuz-")]
+    return sorted(found)
+
+
+def _beside(kernel: str) -> str:
+    """The path of a configuration that is beside the kernel's file; "" if there is none."""
+    folder, name = os.path.split(os.path.realpath(kernel))
+    tree = os.path.dirname(os.path.dirname(os.path.dirname(folder)))  # …/arch/x86/boot/bzImage
+    kind, _, version = name.partition("-")
+    places = []
+    if kind in ("vmlinuz", "vmlinux", "bzImage", "kernel") and version:
+        places.append(os.path.join(folder, f"config-{version}"))
+    if name in ("vmlinux", "bzImage", "vmlinuz"):
+        places += [os.path.join(folder, one) for one in (".config", "config")]
+    if folder.endswith("/boot") and "/arch/" in folder:
+        places.append(os.path.join(tree, ".config"))
+    return next((path for path in places if os.path.isfile(path)), "")
+
+
+# --- its modules ----------------------------------------------------------------------------------
+
+
+def _make_initramfs(spec: VmSpec, kernel: _Kernel, given: str) -> str:
+    from pyvmm.images import fresh_initramfs, modules
+    from pyvmm.machine.board.registry import board_of_host
+
+    release = board_of_host().kernel_release(kernel.path)
+    place = given or kernel.modules
+    tree = modules.find(place, release)
+    if release and tree.release and tree.release != release:
+        raise ConfigError(
+            f"the modules in {tree.folder} are for Linux {tree.release}, and the kernel "
+            f"{kernel.path} is {release}, which does not load them",
+            cure="build both of one tree, or name the other ones",
+            option="--modules" if given else _OPTION,
+        )
+    return fresh_initramfs.make(tree, _lists_for(spec), _filesystem(spec))
+
+
+def _lists_for(spec: VmSpec) -> dict[str, str]:
+    """What the guest cannot do without, and why, by the names of the initramfs' lists."""
+    found = {}
+    for part in spec.parts:
+        if part.kind in _LISTS:
+            name, why = _LISTS[part.kind]
+            found[name] = why
+    if found:
+        found[f"transport-{spec.transport}"] = "for its devices"
+    return found
+
+
+def _filesystem(spec: VmSpec) -> str:
+    """Of the root, as far as the command line says; "" if it does not."""
+    found = values_of(spec.cmdline, "rootfstype")
+    return found[-1] if found and found[-1].isalnum() else ""
+
+
+# --- its configuration ----------------------------------------------------------------------------
+
+
+def _tell_lacking(spec: VmSpec, config: str, *, own_init: bool) -> None:
+    """One line for the user where the kernel's configuration lacks what the guest needs."""
+    text = _read_config(config) if config else _embedded(spec.kernel)
+    if not text:
+        return
+    from pyvmm.boot import kernel_config
+
+    other_console = bool(values_of(spec.cmdline, "console"))
+    wants = kernel_config.Wants(
+        transport=spec.transport,
+        disks=bool(spec.disks),
+        nets=any(device.kind == "net" for device in spec.devices),
+        vsock=any(device.kind == "vsock" for device in spec.devices),
+        console="" if other_console else "virtio" if spec.console else "serial",
+        initrd=spec.initrd is not None,
+        modules=spec.initrd is not None,
+        own_init=own_init,
+        filesystem=_filesystem(spec) or ("ext4" if own_init else ""),
+    )
+    lacking = kernel_config.lacking(text, wants)
+    if lacking:
+        said = config or f"the configuration in {spec.kernel}"
+        log.to_stderr(
+            f"the kernel will not serve this guest: by {said} it lacks {', '.join(lacking)}"
+        )
+
+
+def _read_config(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read(4 << 20)
+    except OSError:
+        return ""
+
+
+def _embedded(kernel: str) -> str:
+    """The configuration that is in the kernel's file; "" if it has none. Looking for it takes as
+    long as unpacking the kernel, so that what was found is remembered for that very file."""
+    try:
+        status = os.stat(kernel)
+    except OSError:
+        return ""  # Whoever opens it says so.
+    if status.st_size < _SMALLEST_REAL:
+        return ""
+    from pyvmm.host import user_cache
+
+    mark = f"{status.st_dev:x}-{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}"
+    folder = os.path.join(user_cache.folder(), "kernel-configs")
+    known = os.path.join(folder, mark)
+    with suppress(OSError), open(known, encoding="utf-8") as file:
+        return file.read()
+    from pyvmm.machine.board.registry import board_of_host
+
+    text = ""
+    with suppress(ConfigError, OSError):
+        text = board_of_host().kernel_config(kernel)
+    with suppress(OSError):
+        os.makedirs(folder, exist_ok=True)
+        with open(f"{known}.{os.getpid()}", "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(f"{known}.{os.getpid()}", known)
+    return text

@@ -1,0 +1,131 @@
+"""What a kernel says of itself: its release and its configuration, and what a guest would lack."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import boot_images
+import pytest
+
+from pyvmm.boot.image_file import ImageFile
+from pyvmm.boot.kernel_config import Wants, embedded, lacking
+from pyvmm.boot.x86 import detect
+from pyvmm.boot.x86.release import config_of, release_of
+from pyvmm.errors import ConfigError
+from pyvmm.host import cpio
+
+WHOLE = "\n".join(
+    f"CONFIG_{name}=y"
+    for name in (
+        *("SERIAL_8250_CONSOLE", "BLK_DEV_INITRD", "BINFMT_SCRIPT", "DEVTMPFS", "VIRTIO_MMIO"),
+        *("ACPI", "VIRTIO_PCI", "PCI_DIRECT", "VIRTIO_BLK", "EXT4_FS", "VIRTIO_NET"),
+        *("VIRTIO_VSOCKETS", "VIRTIO_CONSOLE"),
+    )
+)
+ALL = Wants(disks=True, nets=True, vsock=True, initrd=True, own_init=True, filesystem="ext4")
+
+
+def test_a_kernel_that_has_it_all_lacks_nothing() -> None:
+    for transport in ("mmio", "pci"):
+        for console in ("serial", "virtio", ""):
+            assert lacking(WHOLE, ALL._replace(transport=transport, console=console)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "wants", "word"),
+    [
+        ("SERIAL_8250_CONSOLE", Wants(), "console"),
+        ("VIRTIO_CONSOLE", Wants(console="virtio"), "console"),
+        ("BLK_DEV_INITRD", Wants(initrd=True), "initrd"),
+        ("DEVTMPFS", ALL, "device files"),
+        ("BINFMT_SCRIPT", ALL, "first program"),
+        ("VIRTIO_MMIO", Wants(disks=True), "devices"),
+        ("ACPI", Wants(vsock=True), "find its devices"),
+        ("VIRTIO_PCI", Wants(nets=True, transport="pci"), "devices"),
+        ("VIRTIO_BLK", ALL, "disks"),
+        ("EXT4_FS", ALL, "root file system"),
+        ("VIRTIO_NET", ALL, "network"),
+        ("VIRTIO_VSOCKETS", ALL, "vsock"),
+    ],
+)
+def test_what_is_missing_is_named_with_its_use(name: str, wants: Wants, word: str) -> None:
+    without = WHOLE.replace(f"CONFIG_{name}=y", f"# CONFIG_{name} is not set")
+    [said] = lacking(without, wants)
+    assert f"CONFIG_{name}" in said and word in said
+    assert lacking(without, Wants(console="")) == []  # a guest that needs none of it
+
+
+def test_a_module_is_enough_where_it_can_be_loaded() -> None:
+    as_modules = WHOLE.replace("VIRTIO_BLK=y", "VIRTIO_BLK=m")
+    assert lacking(as_modules, Wants(disks=True, modules=True)) == []
+    [said] = lacking(as_modules, Wants(disks=True))
+    assert said.startswith("CONFIG_VIRTIO_BLK=y, which is a module there")
+    console = WHOLE.replace("8250_CONSOLE=y", "8250_CONSOLE=m")
+    assert lacking(console, Wants(modules=True))  # it would come too late
+
+
+def test_what_is_no_configuration_says_nothing() -> None:
+    assert lacking("root:x:0:0:root:/root:/bin/bash\n", ALL) == []
+
+
+# --- in a kernel ----------------------------------------------------------------------------------
+
+
+def kernel_with(path: Path, config: bytes, *, before: int = 5 << 20) -> Path:
+    marked = b"IKCFG_ST" + config + b"IKCFG_ED"
+    banner = b"Linux version 6.9.1-mine (me@here) #1"
+    load = boot_images.Load(data=bytes(before) + marked + banner + bytes(100))
+    path.write_bytes(boot_images.Elf(loads=[load]).build())
+    return path
+
+
+def test_the_configuration_in_a_kernel(tmp_path: Path) -> None:
+    for before in (5 << 20, (4 << 20) - 0x1000 - 4, 3):  # also across the pieces that are read
+        path = kernel_with(tmp_path / "vmlinux", gzip.compress(WHOLE.encode()), before=before)
+        assert config_of(str(path)) == WHOLE
+        assert release_of(str(path)) == "6.9.1-mine"
+
+
+@pytest.mark.parametrize("damaged", [b"", b"\x1f\x8bnonsense", gzip.compress(b"x" * 99)[:9]])
+def test_a_damaged_one_is_none(tmp_path: Path, damaged: bytes) -> None:
+    path = kernel_with(tmp_path / "vmlinux", damaged)
+    with ImageFile(str(path), "--kernel") as file:
+        assert embedded(file) == ""
+
+
+def test_one_that_unpacks_without_end_costs_little(tmp_path: Path) -> None:
+    path = kernel_with(tmp_path / "vmlinux", gzip.compress(bytes(64 << 20)))
+    assert len(config_of(str(path))) == 4 << 20
+
+
+def test_the_release_of_a_bzimage(tmp_path: Path) -> None:
+    (tmp_path / "bzImage").write_bytes(boot_images.bzimage(banner=b"6.12.3+deb13-amd64 (x@y) #1"))
+    assert release_of(str(tmp_path / "bzImage")) == "6.12.3+deb13-amd64"
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(ConfigError, match="neither a bzImage"):
+        release_of(str(tmp_path / "text"))
+
+
+# --- an initrd ------------------------------------------------------------------------------------
+
+
+def checked(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    with ImageFile(str(path), "--initrd") as file:
+        detect.check_initrd(file)
+
+
+def test_a_damaged_cpio_archive_is_told_before_the_boot(tmp_path: Path) -> None:
+    archive = cpio.archive([cpio.directory("a"), cpio.regular("a/b", b"c" * 3001)])
+    path = tmp_path / "initrd"
+    checked(path, archive)
+    checked(path, archive + b"\x1f\x8b and another one, packed")
+    for bad in (archive[:-200], archive[:500], archive[:8], archive.replace(b"070701", b"07070x")):
+        if bad.startswith(b"070701"):
+            with pytest.raises(ConfigError, match=r"a damaged initrd: its cpio archive breaks off"):
+                checked(path, bad)
+    at = archive.index(b"070701", 10)
+    with pytest.raises(ConfigError, match=f"breaks off at byte {at}; copy or build it again"):
+        checked(path, archive[:at] + b"\0" + archive[at + 1 :])
+    checked(path, b"junk that the guest may judge")

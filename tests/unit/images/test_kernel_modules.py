@@ -1,0 +1,174 @@
+"""Modules of any kernel: found, read, and put behind the initramfs."""
+
+from __future__ import annotations
+
+import gzip
+import lzma
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from pyvmm.errors import ConfigError
+from pyvmm.images import fresh_initramfs, made_files, modules
+from pyvmm.images.modules import UnreadTree
+
+RELEASE = "6.9.1-mine"
+
+
+def module(depends: str = "", softdep: str = "", release: str = RELEASE) -> bytes:
+    """An ELF object whose only section with content is .modinfo."""
+    texts = [f"vermagic={release} SMP", f"depends={depends}", "license=GPL"]
+    texts += [f"softdep={softdep}"] if softdep else []
+    info = b"".join(text.encode() + b"\0" for text in texts)
+    names = b"\0.modinfo\0.shstrtab\0"
+    start = 64 + len(info) + len(names)
+    header = b"\x7fELF\x02\x01\x01" + bytes(9)
+    header += struct.pack("<HHIQQQIHHHHHH", 1, 62, 1, 0, 0, start, 0, 64, 0, 0, 64, 3, 2)
+    sections = bytes(64)
+    for name, kind, at, size in ((1, 1, 64, len(info)), (10, 3, 64 + len(info), len(names))):
+        sections += struct.pack("<IIQQQQIIQQ", name, kind, 0, 0, at, size, 0, 0, 1, 0)
+    return header + info + names + sections
+
+
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
+    "": lambda data: data,
+    ".xz": lambda data: lzma.compress(data, check=lzma.CHECK_CRC32),
+    ".zst": zstandard.compress,
+    ".gz": gzip.compress,
+}
+
+
+def build_tree(folder: Path, suffix: str = ".o") -> Path:
+    (folder / "include/config").mkdir(parents=True)
+    (folder / "include/config/kernel.release").write_text(f"{RELEASE}\n")
+    files = {
+        "drivers/virtio/virtio_mmio": module(),
+        "drivers/block/virtio_blk": module(),
+        "fs/jbd2/jbd2": module(),
+        "fs/mbcache": module(),
+        "fs/ext4/ext4": module("mbcache,jbd2", "pre: crc32c"),
+        "crypto/crc32c_generic": module(),
+    }
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.ko").write_bytes(content)
+    (folder / "modules.order").write_text("".join(f"{name}{suffix}\n" for name in files))
+    (folder / "modules.builtin").write_text("kernel/drivers/virtio/virtio.ko\n")
+    return folder
+
+
+@pytest.mark.parametrize("suffix", [".o", ".ko"])
+def test_a_build_tree_says_what_its_modules_need(tmp_path: Path, suffix: str) -> None:
+    tree = modules.find(str(build_tree(tmp_path, suffix)), RELEASE)
+    assert tree.release == RELEASE
+    assert tree.load_order(["ext4"]) == ["crc32c_generic", "jbd2", "mbcache", "ext4"]
+    assert tree.load_order(["virtio"]) == []
+    with pytest.raises(ConfigError, match=r"6\.9\.1-mine has no module 'xfs'"):
+        tree.load_order(["xfs"])
+
+
+@pytest.mark.parametrize("packer", PACKERS)
+def test_modules_that_depmod_has_not_seen_packed_in_any_way(tmp_path: Path, packer: str) -> None:
+    place = tmp_path / "usr/lib/modules" / RELEASE
+    for name, content in {"a/one": module("two"), "two": module()}.items():
+        path = place / f"kernel/{name}.ko{packer}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(PACKERS[packer](content))
+    (place / "modules.builtin").write_text("")
+    for given in (tmp_path, tmp_path / "usr/lib/modules", place):
+        tree = modules.find(str(given), RELEASE)
+        assert tree.load_order(["one"]) == ["two", "one"]
+        assert tree.contents("one") == module("two")
+
+
+@pytest.mark.parametrize("packer", [".xz", ".zst", ".gz"])
+def test_a_packed_module_that_is_damaged_or_without_end(
+    tmp_path: Path, packer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modules, "_MOST_MODULE", 1 << 20)
+    whole = PACKERS[packer](module() + bytes(9000))
+    for bad in (whole[: len(whole) // 2], b"junk", PACKERS[packer](bytes(2 << 20))):
+        (tmp_path / f"bad.ko{packer}").write_bytes(bad)
+        tree = UnreadTree(str(tmp_path), {"bad": f"bad.ko{packer}"}, RELEASE)
+        with pytest.raises(ConfigError, match=rf"bad\.ko{packer}: a kernel module is"):
+            tree.load_order(["bad"])
+
+
+@pytest.mark.parametrize(
+    "bad", [b"", b"\x7fELF", b"text", module()[:80], b"\x7fELF\2\1" + bytes(99)]
+)
+def test_what_is_no_module_is_named(tmp_path: Path, bad: bytes) -> None:
+    (tmp_path / "bad.ko").write_bytes(bad)
+    tree = UnreadTree(str(tmp_path), {"bad": "bad.ko"}, RELEASE)
+    with pytest.raises(ConfigError, match=r"bad\.ko is no kernel module"):
+        tree.load_order(["bad"])
+
+
+def test_modules_that_need_each_other_end(tmp_path: Path) -> None:
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / f"{name}.ko").write_bytes(module(other))
+    tree = UnreadTree(str(tmp_path), {"a": "a.ko", "b": "b.ko"}, "")
+    assert tree.load_order(["a"]) == ["b", "a"]
+    assert tree.release == RELEASE  # by what the modules say
+
+
+def test_of_several_kernels_the_right_one(tmp_path: Path) -> None:
+    for release in ("5.1", "6.9"):
+        (tmp_path / "lib/modules" / release / "kernel").mkdir(parents=True)
+        (tmp_path / "lib/modules" / release / "modules.order").write_text("")
+    assert modules.find(str(tmp_path), "6.9").release == "6.9"
+    with pytest.raises(ConfigError, match=r"has the modules of 5\.1, 6\.9, and none of .* 7"):
+        modules.find(str(tmp_path), "7")
+
+
+def test_a_folder_without_modules(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--modules: there are no kernel modules in .*; name …"):
+        modules.find(str(tmp_path), "")
+    with pytest.raises(ConfigError, match="is no directory"):
+        modules.find(str(tmp_path / "missing"), "")
+
+
+# --- the initramfs --------------------------------------------------------------------------------
+
+LISTS = {
+    "transport-mmio": ("virtio_mmio",),
+    "virtio-2": ("virtio_blk",),
+    "virtio-1": ("virtio_net",),
+}
+
+
+@pytest.fixture
+def recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(fresh_initramfs, "_recipe", lambda: (b"BASE", LISTS))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_the_archive_has_what_can_be_had(tmp_path: Path, recipe: None) -> None:
+    tree = modules.find(str(build_tree(tmp_path)), RELEASE)
+    path = Path(fresh_initramfs.make(tree, {"virtio-2": "for its disks"}))
+    content = path.read_bytes()
+    assert content.startswith(b"BASE070701")
+    for name in (b"modules/virtio-2\0", b"modules/virtio_blk.ko\0", b"modules/fs-ext4\0"):
+        assert name in content
+    assert b"crc32c_generic\njbd2\nmbcache\next4\n" in content
+    assert b"virtio-1" not in content  # this kernel has no virtio_net, and nobody asked for it
+    assert fresh_initramfs.make(tree, {}) == str(path)  # equal content is one file
+
+
+def test_all_that_is_missing_is_named_at_once(tmp_path: Path, recipe: None) -> None:
+    tree = modules.find(str(build_tree(tmp_path)), RELEASE)
+    needed = {"virtio-1": "for its network", "virtio-2": "for its disks"}
+    with pytest.raises(ConfigError) as caught:
+        fresh_initramfs.make(tree, needed, "xfs")
+    text = str(caught.value)
+    assert "virtio_net (for its network), xfs (for its root file system)" in text
+    assert "virtio_blk" not in text and "6.9.1-mine has neither built in nor in" in text
+
+
+def test_a_file_that_grows_too_large_leaves_nothing(tmp_path: Path, recipe: None) -> None:
+    with pytest.raises(ConfigError, match="too large"):
+        made_files.keep((bytes(1 << 20) for _ in range(9)), ".x", most=4 << 20)
+    assert list((tmp_path / "cache/pyvmm/made").iterdir()) == []

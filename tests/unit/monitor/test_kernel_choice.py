@@ -1,0 +1,160 @@
+"""`--kernel` and `--modules`: a tree, a file, a name of Debian's; and what is said beforehand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import boot_images
+import pytest
+
+from pyvmm.api import config_file
+from pyvmm.errors import ConfigError
+from pyvmm.host import log
+from pyvmm.images import bootable, debian_kernels, fresh_initramfs
+from pyvmm.monitor.kernel_choice import specify
+
+RELEASE = "6.9.1-mine"
+LISTS = {"virtio-2": ("virtio_blk",)}
+
+
+@pytest.fixture(autouse=True)
+def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """A cache of its own, no image that is built, and what the user is told."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(
+        fresh_initramfs, "_recipe", lambda: (b"BASE", {"virtio-2": ("virtio_blk",)})
+    )
+    image = bootable.MachineImage("debian", "/image/vmlinux", "/image/initrd", "/image/disk")
+    monkeypatch.setattr(bootable, "resolve", lambda name, make: image)
+    said: list[str] = []
+    monkeypatch.setattr(log, "to_stderr", lambda line: said.append(str(line)))
+    return said
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A kernel that was just built, with all that it needs in it."""
+    linux = tmp_path / "linux"
+    (linux / "arch/x86/boot").mkdir(parents=True)
+    (linux / "include/config").mkdir(parents=True)
+    banner = f"{RELEASE} (me@here) #1".encode()
+    (linux / "arch/x86/boot/bzImage").write_bytes(boot_images.bzimage(banner=banner))
+    (linux / "include/config/kernel.release").write_text(f"{RELEASE}\n")
+    (linux / "modules.order").write_text("")
+    built_in = ("virtio_blk", "virtio_mmio", "ext4")
+    (linux / "modules.builtin").write_text("".join(f"kernel/{name}.ko\n" for name in built_in))
+    return linux
+
+
+def test_a_tree_boots_an_image_by_an_initramfs_of_its_own(tree: Path, world: list[str]) -> None:
+    spec, image = specify({"kernel": str(tree)})
+    assert (spec.kernel, image) == (str(tree / "arch/x86/boot/bzImage"), "debian")
+    assert spec.initrd and Path(spec.initrd).read_bytes().startswith(b"BASE0707")
+    assert spec.disks[0].path == "/image/disk"
+    assert world == []
+    spec, image = specify({"kernel": str(tree), "disks": ["ram:1M"]})
+    assert image is None and spec.disks[0].path == "ram:1M" and spec.initrd
+
+
+def test_an_initrd_that_is_named_is_taken(tree: Path) -> None:
+    spec, image = specify({"kernel": str(tree), "initrd": "/my/initrd"})
+    assert (spec.initrd, image) == ("/my/initrd", None)
+
+
+def test_the_newer_of_a_trees_kernels(tree: Path) -> None:
+    import os
+
+    (tree / "vmlinux").write_bytes(boot_images.Elf().build())
+    os.utime(tree / "vmlinux", (1, 1))
+    assert specify({"kernel": str(tree)})[0].kernel.endswith("bzImage")
+    (tree / "arch/x86/boot/bzImage").unlink()
+    assert specify({"kernel": str(tree)})[0].kernel.endswith("vmlinux")
+
+
+def test_a_tree_without_a_kernel(tree: Path, tmp_path: Path) -> None:
+    (tree / "arch/x86/boot/bzImage").unlink()
+    with pytest.raises(ConfigError, match=r"has no kernel yet: .*bzImage or vmlinux.*; build it"):
+        specify({"kernel": str(tree)})
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="is a directory without a kernel"):
+        specify({"kernel": str(tmp_path / "empty")})
+
+
+def test_what_make_tar_pkg_leaves(tmp_path: Path) -> None:
+    tree = tmp_path / "tar-install"
+    (tree / "boot").mkdir(parents=True)
+    (tree / "lib/modules" / RELEASE / "kernel").mkdir(parents=True)
+    (tree / "lib/modules" / RELEASE / "modules.order").write_text("")
+    (tree / f"boot/vmlinuz-{RELEASE}").write_bytes(
+        boot_images.bzimage(banner=RELEASE.encode() + b" (me@here)")
+    )
+    assert specify({"kernel": str(tree)})[0].kernel.endswith(f"vmlinuz-{RELEASE}")
+    (tree / "boot/vmlinuz-7").write_bytes(boot_images.bzimage())
+    with pytest.raises(ConfigError, match="has 2 kernels; name one"):
+        specify({"kernel": str(tree)})
+
+
+def test_modules_of_another_version(tree: Path, tmp_path: Path) -> None:
+    (tmp_path / "bzImage").write_bytes(boot_images.bzimage(banner=b"5.4.0 (me@here) #1"))
+    with pytest.raises(ConfigError) as caught:
+        specify({"kernel": str(tmp_path / "bzImage"), "modules": str(tree), "disks": ["ram:1M"]})
+    assert f"are for Linux {RELEASE}, and the kernel {tmp_path}/bzImage is 5.4.0" in str(
+        caught.value
+    )
+    (tree / "include/config/kernel.release").write_text("6.9.2\n")  # modules were built later
+    with pytest.raises(ConfigError, match=r"--kernel: the modules in .* are for Linux 6\.9\.2"):
+        specify({"kernel": str(tree)})
+
+
+def test_a_module_that_the_guest_needs_and_nobody_has(tree: Path) -> None:
+    (tree / "modules.builtin").write_text("kernel/virtio_mmio.ko\n")
+    with pytest.raises(ConfigError, match=r"neither built in nor .*: virtio_blk \(for its disks\)"):
+        specify({"kernel": str(tree), "disks": ["ram:1M"]})
+
+
+def test_what_the_configuration_lacks_is_one_line(tree: Path, world: list[str]) -> None:
+    (tree / ".config").write_text("CONFIG_VIRTIO_BLK=m\nCONFIG_EXT4_FS=y\n")
+    specify({"kernel": str(tree), "disks": ["ram:1M"]})
+    [line] = world
+    assert f"by {tree}/.config it lacks CONFIG_SERIAL_8250_CONSOLE (for its console)" in line
+    assert "VIRTIO_BLK" not in line and "EXT4" not in line
+    world.clear()
+    # The same kernel as a file, without an initramfs: a module is no use then.
+    specify({"kernel": str(tree / "arch/x86/boot/bzImage"), "disks": ["ram:1M"]})
+    [line] = world
+    assert "CONFIG_VIRTIO_BLK=y, which is a module there, (for its disks)" in line
+
+
+@pytest.mark.parametrize(
+    "name", ["debian:", "debian:potato", "debian:6.1=", "debian:6.1=$(reboot)", "debian:../../etc"]
+)
+def test_names_that_debian_has_no_kernel_for(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"--kernel: there is no kernel .*use a series such as"):
+        specify({"kernel": name})
+
+
+def test_a_kernel_of_debians_that_was_fetched_is_taken_as_it_is(
+    tmp_path: Path, world: list[str]
+) -> None:
+    folder = tmp_path / "cache/pyvmm/kernels/sid"
+    (folder / "lib/modules" / RELEASE / "kernel").mkdir(parents=True)
+    for name in ("modules.order", "modules.dep"):
+        (folder / "lib/modules" / RELEASE / name).write_text("")
+    built_in = "".join(f"kernel/{name}.ko\n" for name in ("virtio_blk", "virtio_mmio"))
+    (folder / "lib/modules" / RELEASE / "modules.builtin").write_text(built_in)
+    (folder / "config").write_text("CONFIG_64BIT=y\n")
+    (folder / "vmlinux").write_bytes(boot_images.Elf().build())
+    spec, image = specify({"kernel": "debian:sid"})
+    assert (spec.kernel, image) == (str(folder / "vmlinux"), "debian")
+    assert "CONFIG_VIRTIO_BLK" in world[0]
+    assert debian_kernels.names() == ["debian:sid"]
+
+
+def test_a_name_in_a_file_is_no_path(tmp_path: Path) -> None:
+    file = tmp_path / "vm.toml"
+    file.write_text('kernel = "debian:6.12"\nmodules = "modules"\n')
+    values = config_file.load(str(file))
+    assert values["kernel"] == "debian:6.12"
+    assert values["modules"] == str(tmp_path / "modules")
+    assert 'kernel = "debian:6.12"' in config_file.describe(values)
+    assert f'modules = "{tmp_path}/modules"' in config_file.describe(values)
