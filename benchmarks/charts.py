@@ -152,11 +152,7 @@ def net(figures: dict[str, Any], path: Path) -> None:
 
 
 def boot(figures: dict[str, Any], path: Path) -> None:
-    programs = figures["programs"]
-    others = {name: row for name, row in programs.items() if name != "pyvmm"}
-    best = min(others.values(), key=lambda row: row["median"])
-    pairs = zip(programs["pyvmm"]["seconds"], best["seconds"], strict=True)
-    bars = [time_bar("seconds", [a / b for a, b in pairs], 1.1)]
+    bars = [time_bar(way, ratio["each"], 1.0) for way, ratio in figures["ratios"].items()]
     draw_bars(bars, "exec to the guest's init", "time: pyvmm ÷ QEMU microvm", path)
 
 

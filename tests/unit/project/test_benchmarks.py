@@ -100,6 +100,21 @@ def test_only_the_better_qemu_of_a_transport_goes_on_after_the_warm_up(benchmark
     assert said[5:] == [*going_on, *reversed(going_on)]
 
 
+def test_boots_are_compared_with_the_faster_qemu_of_their_transport(benchmark: Any) -> None:
+    boot = benchmark("boot")
+    seconds = {
+        "pyvmm mmio": [9, 2, 3, 4],
+        "qemu mmio": [9, 2, 2, 2],
+        "qemu plain mmio": [1, 1.5, 1.5, 1.5],
+        "pyvmm pci": [9, 1, 1, 1],
+    }
+    boots = {name: [boot.Boot(value, 1.0) for value in row] for name, row in seconds.items()}
+    result = boot.summary(boots, kernel="6.1", cpus=1)
+    ratio = {"best_qemu": "qemu plain mmio", "median": 2.0, "busy": 1.0, "each": [1.333, 2, 2.667]}
+    assert result["ratios"] == {"mmio": ratio}
+    assert "pyvmm / qemu plain mmio, mmio: 2.00 by the clock, 1.00 in" in boot.table(result)
+
+
 def test_latency_ratio_is_that_of_the_rounds(benchmark: Any) -> None:
     rounds = {
         "quiet": [{"p50": 10, "p99": 20}, {"p50": 10, "p99": 40}, {"p50": 12, "p99": 20}],
@@ -209,12 +224,7 @@ def test_charts_are_the_same_bytes_again(benchmark: Any, tmp_path: Path) -> None
         },
         "disk_latency": {"monitor": [latency], "guest": []},
         "net": {"tap": {"pyvmm": [ping], "qemu": [ping]}},
-        "boot": {
-            "programs": {
-                "pyvmm": {"median": 2.0, "seconds": [2.0, 2.1]},
-                "qemu": {"median": 1.0, "seconds": [1.0, 1.0]},
-            }
-        },
+        "boot": {"ratios": {"pci": {"each": [2.0, 2.1]}}},
     }
     source = tmp_path / "latest.json"
     source.write_text(json.dumps({name: {"figures": data} for name, data in figures.items()}))
