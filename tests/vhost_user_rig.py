@@ -20,6 +20,12 @@ MIB = 1 << 20
 HOLE_END = 4 * MIB
 
 
+class UnsealedMemory(GuestMemory):
+    """Memory as most front ends lend it: of a file that may be cut short later."""
+
+    _fixed = False
+
+
 class Echo(QueueDevice):
     """Answers each chain with the bytes that it reads, and keeps a byte of configuration."""
 

@@ -7,6 +7,7 @@ import fcntl
 import mmap
 import os
 import select
+import sys
 from contextlib import suppress
 from types import TracebackType
 from typing import Self
@@ -56,7 +57,8 @@ def ioctl(fd: int, request: int, arg: int | bytearray | memoryview, call: str) -
 def create_memfd(name: str, size: int, *, fixed: bool = False) -> int:
     """An anonymous file of `size` bytes, all zero and not yet allocated. Raises HostError.
 
-    With `fixed` nobody can change its size, not even another process that it is given to.
+    With `fixed` nobody can change its size, nor seal it further, not even another process that it
+    is given to.
     """
     try:
         fd = os.memfd_create(name, os.MFD_CLOEXEC | (os.MFD_ALLOW_SEALING if fixed else 0))
@@ -65,7 +67,8 @@ def create_memfd(name: str, size: int, *, fixed: bool = False) -> int:
     try:
         os.ftruncate(fd, size)
         if fixed:
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+            seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
     except OSError as error:
         os.close(fd)
         raise HostError(error.errno or 0, f"ftruncate of {name} to {size} bytes") from None
@@ -135,6 +138,7 @@ class EventFd(Closable):
     nobody refers to any more is closed."""
 
     fd = -1
+    _lent = False
 
     def __init__(self) -> None:
         self._drained = 0
@@ -146,8 +150,16 @@ class EventFd(Closable):
     def fileno(self) -> int:
         return self.fd
 
+    def lend(self) -> int:
+        """The descriptor, for another process that is not trusted. O_NONBLOCK belongs to all who
+        have the file, so from now on neither `signal` nor `drain` relies on it."""
+        self._lent = True
+        return self.fd
+
     def signal(self) -> None:
         """Add one. A counter that is full stays full: the reader is already woken."""
+        if self._lent and not self._has_room:
+            return
         try:
             os.eventfd_write(self.fd, 1)
         except BlockingIOError:
@@ -156,11 +168,22 @@ class EventFd(Closable):
     def drain(self) -> int:
         """Take the counter's value, leaving zero; 0 if it was zero already."""
         try:
-            count = os.eventfd_read(self.fd)
+            count = self._read_at_once() if self._lent else os.eventfd_read(self.fd)
         except BlockingIOError:
             return 0
         self._drained += count
         return count
+
+    def _read_at_once(self) -> int:
+        counter = bytearray(8)
+        os.preadv(self.fd, [counter], -1, os.RWF_NOWAIT)
+        return int.from_bytes(counter, sys.byteorder)
+
+    @property
+    def _has_room(self) -> bool:
+        poll = select.poll()
+        poll.register(self.fd, select.POLLOUT)
+        return bool(poll.poll(0))
 
     @property
     def is_signalled(self) -> bool:

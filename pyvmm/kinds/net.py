@@ -209,8 +209,7 @@ def check(spec: Spec) -> Spec:
             option=OPTION,
         )
     if not spec.mac:
-        # Locally administered, unicast (IEEE 802); QEMU's and KVM's usual prefix.
-        spec = replace(spec, mac=b"\x52\x54\x00".hex(":") + ":" + os.urandom(3).hex(":"))
+        spec = replace(spec, mac=random_mac())
     mac_bytes(spec.mac)
     rates.check(spec, OPTION, rates.NET_KEYS)
     if spec.vhost:
@@ -236,6 +235,12 @@ def _excludes_vhost(spec: Spec) -> str:
     if spec.packed:
         return "and packed exclude each other: the kernel knows split virtqueues only"
     return ""
+
+
+def random_mac() -> str:
+    """A card's address that no other has, most likely."""
+    # Locally administered, unicast (IEEE 802); QEMU's and KVM's usual prefix.
+    return b"\x52\x54\x00".hex(":") + ":" + os.urandom(3).hex(":")
 
 
 def mac_bytes(text: str) -> bytes:

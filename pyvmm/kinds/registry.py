@@ -56,7 +56,7 @@ from pyvmm.spec.options import FIRST, LAST, Option
 
 if TYPE_CHECKING:
     from pyvmm.control.protocol import Method
-    from pyvmm.kinds import balloon, console, disk, net, pmem, port, rng, user, vsock
+    from pyvmm.kinds import balloon, console, disk, net, pmem, port, rng, user, vhost_user, vsock
     from pyvmm.kinds.border import Border, Crossing
     from pyvmm.kinds.interface import Context, Running, Spec
     from pyvmm.spec.vm import VmSpec
@@ -72,6 +72,7 @@ if TYPE_CHECKING:
         pmem.Keywords,
         balloon.Keywords,
         vsock.Keywords,
+        vhost_user.Keywords,
         total=False,
     ):
         """What `pyvmm.VM` takes for devices."""
@@ -97,6 +98,7 @@ KINDS = {
     "pmem": Kind("pmem", "pyvmm.kinds.pmem"),
     "balloon": Kind("balloon", "pyvmm.kinds.balloon"),
     "vsock": Kind("vsock", "pyvmm.kinds.vsock"),
+    "vhost_user": Kind("vhost_user", "pyvmm.kinds.vhost_user"),
 }
 
 

@@ -1,8 +1,9 @@
 """Checked, zero-copy access to guest RAM by guest-physical address.
 
 All RAM is one memfd, mapped once and shared, so that another process (a vhost-user back end, say)
-can map the same memory by file descriptor and offset. A `Region` is one range of guest-physical
-addresses within it; between regions there are holes, where an access is a `GuestMemoryError`.
+can map the same memory by file descriptor and offset; it cannot cut it short. A `Region` is one
+range of guest-physical addresses within it; between regions there are holes, where an access is a
+`GuestMemoryError`.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class GuestMemory:
     """
 
     fd = -1
+    _fixed = True  # the file's size, whoever has it
 
     def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Create zeroed RAM for `ranges` of (guest-physical address, size in bytes).
@@ -57,7 +59,7 @@ class GuestMemory:
         wanted = list(ranges)
         self._check(wanted)
         total = sum(size for _, size in wanted)
-        self.fd = syscalls.create_memfd("pyvmm-guest-ram", total)
+        self.fd = syscalls.create_memfd("pyvmm-guest-ram", total, fixed=self._fixed)
         try:
             self._map = syscalls.map_shared(self.fd, total)
             syscalls.prefer_huge_pages(self._map)

@@ -51,7 +51,11 @@ TARGETS = (
         "worker worker_* queue_device"
         " net_receive vsock_device stats every_device rate_limit",
     ),
-    Target("worker", "virtio/offload.py", "offload net_vhost"),
+    Target("worker", "virtio/offload.py", "offload net_vhost vhost_user_front_end"),
+    Target(
+        "vhost-user", "virtio/vhost_user/*.py",
+        "vhost_user_front_end vhost_user_hostile_back_end",
+    ),
     Target("worker", "virtio/rate_limit.py", "rate_limit net_limits stats"),
     Target(
         "transports", "transport/*.py",

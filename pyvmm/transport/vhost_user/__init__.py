@@ -5,7 +5,7 @@
 and QEMU, Cloud Hypervisor or libblkio connect to it. Any VirtioDevice can be served.
 """
 
-from pyvmm.transport.vhost_user.protocol import FrontEndError
 from pyvmm.transport.vhost_user.server import serve, serve_connection, serve_each
+from pyvmm.vhost_user.protocol import FrontEndError
 
 __all__ = ["FrontEndError", "serve", "serve_connection", "serve_each"]

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.host.log import Sink, to_stderr
 from pyvmm.host.syscalls import EventFd
-from pyvmm.transport.vhost_user import protocol
-from pyvmm.transport.vhost_user.channel import Message
-from pyvmm.transport.vhost_user.inflight import Inflight, Journal
 from pyvmm.transport.vhost_user.memory_table import MemoryTable, Slot
-from pyvmm.transport.vhost_user.protocol import FrontEndError, Request
 from pyvmm.transport.vhost_user.vring import Vring
+from pyvmm.vhost_user import protocol
+from pyvmm.vhost_user.channel import Message
+from pyvmm.vhost_user.inflight import Inflight, Journal
+from pyvmm.vhost_user.protocol import FrontEndError, Request
 from pyvmm.virtio import features, status
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.lifecycle import Trace
@@ -80,7 +80,7 @@ class BackEnd:
         self._inflight: Inflight | None = None
         self._running: set[int] = set()
         self._methods: dict[int, Callable[..., bytes | Reply | None]] = {
-            request.number: getattr(self, request.method) for request in protocol.REQUESTS
+            request.number: getattr(self, request.method) for request in protocol.BY_NUMBER.values()
         }
 
     def close(self) -> None:

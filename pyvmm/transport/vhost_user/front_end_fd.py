@@ -9,7 +9,7 @@ import select
 
 from pyvmm.errors import HostError
 from pyvmm.host.syscalls import EventFd
-from pyvmm.transport.vhost_user.protocol import FrontEndError
+from pyvmm.vhost_user.protocol import FrontEndError
 
 
 class FrontEndFd(EventFd):

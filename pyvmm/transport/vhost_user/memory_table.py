@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from pyvmm.memory.lent_memory import LentMemory
-from pyvmm.transport.vhost_user.protocol import MAX_MEM_SLOTS, FrontEndError
+from pyvmm.vhost_user.protocol import MAX_MEM_SLOTS, FrontEndError
 
 _ADDRESSES = 1 << 64
 

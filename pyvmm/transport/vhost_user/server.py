@@ -24,7 +24,7 @@ from pyvmm.host.named_listener import NamedListener
 from pyvmm.host.syscalls import EventFd
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.transport.vhost_user.back_end import BackEnd
-from pyvmm.transport.vhost_user.channel import Channel
+from pyvmm.vhost_user.channel import Channel
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.lifecycle import Trace
 

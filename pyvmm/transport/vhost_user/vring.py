@@ -5,7 +5,7 @@ from __future__ import annotations
 from pyvmm.errors import DriverError
 from pyvmm.transport.vhost_user.front_end_fd import FrontEndFd
 from pyvmm.transport.vhost_user.memory_table import MemoryTable
-from pyvmm.transport.vhost_user.protocol import FrontEndError
+from pyvmm.vhost_user.protocol import FrontEndError
 from pyvmm.virtio.queue.state import WRAP, QueueConfig, QueueState, is_valid_size, size_rule
 
 _POSITION = "2.7.8 The Virtqueue Used Ring"

@@ -17,10 +17,10 @@ from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
 from pyvmm.testing import vhost_user_driver as front_end
 from pyvmm.testing.vhost_user_driver import USER_BASE
-from pyvmm.transport.vhost_user import protocol
 from pyvmm.transport.vhost_user.back_end import BackEnd
-from pyvmm.transport.vhost_user.channel import Message
-from pyvmm.transport.vhost_user.protocol import FrontEndError
+from pyvmm.vhost_user import protocol
+from pyvmm.vhost_user.channel import Message
+from pyvmm.vhost_user.protocol import FrontEndError
 
 U32, U64 = (1 << 32) - 1, (1 << 64) - 1
 index = st.integers(0, 2)

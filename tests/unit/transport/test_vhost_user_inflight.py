@@ -30,9 +30,9 @@ from pyvmm.testing.vhost_user_driver import (
     VhostUserDriver,
     connect,
 )
-from pyvmm.transport.vhost_user import inflight as inflight_module
-from pyvmm.transport.vhost_user.inflight import Inflight
-from pyvmm.transport.vhost_user.protocol import FrontEndError
+from pyvmm.vhost_user import inflight as inflight_module
+from pyvmm.vhost_user.inflight import Inflight
+from pyvmm.vhost_user.protocol import FrontEndError
 from pyvmm.virtio.queue import split as split_queue
 
 SIZE = 16

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from vhost_user_rig import UnsealedMemory
 
-from pyvmm.memory import GuestMemory
 from pyvmm.testing.blk_driver import OK, BlockDriver
 from pyvmm.testing.ring import Buffer
 from pyvmm.testing.vhost_user_driver import ADD_MEM_REG, USER_BASE, Gone, VhostUserDriver, connect
@@ -38,7 +38,7 @@ class Server:
         )  # fmt: skip
 
     def front_end(self):
-        return VhostUserDriver(connect(self.path), GuestMemory([(0, MIB)]))
+        return VhostUserDriver(connect(self.path), UnsealedMemory([(0, MIB)]))
 
     def reads(self):
         """Whether a new front end can read the disk."""
@@ -121,7 +121,7 @@ def test_a_front_end_that_truncates_its_buffers_gets_an_error(server):
     """The kernel notices: EFAULT, not SIGBUS."""
     with server.front_end() as driver:
         driver.start()
-        late = GuestMemory([(0, MIB)])
+        late = UnsealedMemory([(0, MIB)])
         row = struct.pack("=5Q", 0, 16 * MIB, MIB, USER_BASE + 16 * MIB, 0)
         driver.tell(ADD_MEM_REG, row, [late.fd])
         os.ftruncate(late.fd, 0)
@@ -288,7 +288,7 @@ class AnyServer:
         self.process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True, cwd=folder)
 
     def front_end(self):
-        return VhostUserDriver(connect(self.path), GuestMemory([(0, MIB)]))
+        return VhostUserDriver(connect(self.path), UnsealedMemory([(0, MIB)]))
 
     def end(self):
         self.process.send_signal(signal.SIGTERM)

@@ -12,9 +12,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 
+from pyvmm.errors import HostError
 from pyvmm.host.syscalls import create_memfd
 from pyvmm.memory.lent_memory import LentMemory
-from pyvmm.transport.vhost_user.protocol import INFLIGHT, FrontEndError
+from pyvmm.vhost_user.protocol import INFLIGHT, FrontEndError
 from pyvmm.virtio.queue.state import is_valid_size
 
 VERSION = 1  # of a region; 0 is one that nobody has used yet
@@ -64,6 +65,20 @@ class Inflight:
             raise FrontEndError(f"{size} bytes for {num_queues} rings of {queue_size}")
         view = LentMemory.map_region(offset, needed, fd, offset).view
         return cls(view, num_queues, queue_size)
+
+    @classmethod
+    def copy_of(cls, payload: bytes, fd: int) -> Inflight:
+        """What is in the memory `fd` now, which a back end described by `payload`; the copy is
+        nobody else's. It is not mapped, as a back end may cut it short. Raises PyvmmError."""
+        _, offset, num_queues, queue_size = INFLIGHT.unpack_from(payload)
+        size = _size(num_queues, queue_size)
+        try:
+            notes = os.pread(fd, size, offset)
+        except OSError as error:
+            raise HostError(error.errno or 0, "reading the notes of requests in flight") from None
+        except OverflowError:
+            raise FrontEndError(f"notes of requests in flight at {offset:#x}") from None
+        return cls(memoryview(bytearray(notes.ljust(size, b"\0"))), num_queues, queue_size)
 
     def describe(self) -> bytes:
         """The inflight description."""

@@ -1,8 +1,7 @@
 """The vhost-user protocol's numbers and layouts, by the names of its specification.
 
 That is QEMU's docs/interop/vhost-user.rst; all numbers are in the machine's own byte order. Rows of
-`REQUESTS` say of each request what comes with it and when it is legal; the connection does the
-rest.
+`REQUESTS` say of each request what comes with it and when it is legal; both ends go by them.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ VHOST_USER_PROTOCOL_F_CONFIG = 9
 VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD = 12
 VHOST_USER_PROTOCOL_F_RESET_DEVICE = 13
 VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS = 15
+VHOST_USER_PROTOCOL_F_STATUS = 16
 
 PROTOCOL_FEATURES = (
     1 << VHOST_USER_PROTOCOL_F_MQ
@@ -40,7 +40,7 @@ PROTOCOL_FEATURES = (
     | 1 << VHOST_USER_PROTOCOL_F_RESET_DEVICE
     | 1 << VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS
 )
-"""The protocol features that we offer."""
+"""The protocol features that our back end offers."""
 
 # --- Payloads ------------------------------------------------------------------------------------
 NOTHING = Struct("")
@@ -64,7 +64,8 @@ CONFIG_FLAGS = (0, 1)  # a driver's write; live migration
 class Request(NamedTuple):
     """A front-end message: its number and name, the payload's layout (None: the handler looks at
     it itself), how many file descriptors come with it, the protocol feature (bit number) without
-    which it is illegal, and whether it has a reply of its own. `method` of the back end takes it.
+    which it is illegal, and whether it has a reply of its own. `method` of our back end takes it;
+    "" is for one that only our front end knows.
     """
 
     number: int
@@ -122,9 +123,26 @@ REQUESTS = (
         38, "REM_MEM_REG", "rem_mem_reg", SINGLE_REGION, _ANY_FD,
         needs=VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
     ),
+    Request(
+        21, "SET_BACKEND_REQ_FD", "", NOTHING, _ONE_FD, needs=VHOST_USER_PROTOCOL_F_BACKEND_REQ
+    ),
+    Request(39, "SET_STATUS", "", U64, needs=VHOST_USER_PROTOCOL_F_STATUS),
+    Request(40, "GET_STATUS", "", needs=VHOST_USER_PROTOCOL_F_STATUS, replies=True),
 )  # fmt: skip
-BY_NUMBER = {request.number: request for request in REQUESTS}
+BY_NUMBER = {request.number: request for request in REQUESTS if request.method}
+BY_NAME = {request.name: request for request in REQUESTS}
+
+# --- Back-end requests ---------------------------------------------------------------------------
+VHOST_USER_BACKEND_CONFIG_CHANGE_MSG = 2
 
 
-class FrontEndError(PyvmmError):
+class PeerError(PyvmmError):
+    """The other end broke the protocol."""
+
+
+class FrontEndError(PeerError):
     """The front end broke the protocol, or asked for what is not offered."""
+
+
+class BackEndError(PeerError):
+    """The back end broke the protocol, refused a request, or did not answer."""

@@ -1,0 +1,1 @@
+"""A device that another process serves: vhost-user's front end."""

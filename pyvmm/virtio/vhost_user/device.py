@@ -1,0 +1,679 @@
+"""A virtio device whose queues another process serves: vhost-user's front end.
+
+The driver's kicks go to the back end and the back end's interrupts to the driver without a step in
+this process; what is here is the conversation about it, and what happens when it ends. While
+somebody holds a queue's lock the back end has stopped that ring (`pyvmm.virtio.offload`).
+docs/decisions/0420-vhost-user-front-end.md tells why things are as they are.
+
+Locks, in the order in which they are taken: the device lock of the negotiation, a queue's, then
+`_talking`, which is held for requests to the back end, each bounded in time. A thread of the
+activation's own waits for the end of the connection and for what the back end asks.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from threading import Lock, Thread
+
+from pyvmm.errors import HostError, PyvmmError
+from pyvmm.host.log import RateLimited
+from pyvmm.host.syscalls import EventFd
+from pyvmm.vhost_user import protocol
+from pyvmm.vhost_user.inflight import Inflight
+from pyvmm.vhost_user.protocol import BackEndError
+from pyvmm.virtio import features, status
+from pyvmm.virtio.device import Activation, VirtioDevice
+from pyvmm.virtio.features import (
+    VIRTIO_F_EVENT_IDX,
+    VIRTIO_F_INDIRECT_DESC,
+    VIRTIO_F_RING_PACKED,
+    VIRTIO_F_RING_RESET,
+    VIRTIO_F_VERSION_1,
+    mask,
+)
+from pyvmm.virtio.offload import OffloadLock
+from pyvmm.virtio.queue.protocol import Queue, QueueLock
+from pyvmm.virtio.queue.split import SplitQueue
+from pyvmm.virtio.queue.state import QueueState
+from pyvmm.virtio.vhost_user import rings
+from pyvmm.virtio.vhost_user.link import CONFIG_CHANGED, PATIENCE, Link
+from pyvmm.virtio.worker import QueueWorker, Serve
+
+RING_FEATURES = mask(
+    VIRTIO_F_INDIRECT_DESC, VIRTIO_F_EVENT_IDX, VIRTIO_F_VERSION_1, VIRTIO_F_RING_PACKED
+)
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0  # seconds between attempts to reconnect
+_SETTLED = 2.0  # seconds that a connection must last, or the time for the next one goes on
+_STEP = 0.001
+
+
+def _as_given(config: bytes, connected: bool) -> bytes:
+    return config
+
+
+@dataclass(frozen=True)
+class Served:
+    """What kind of device a back end serves: `number` in chapter 5 of the specification, with so
+    many `queues`.
+
+    `features` are the bits of its own that a back end's are passed on of, `own_features` those that
+    we offer whatever it does. Its configuration space has `config_size` bytes; with `needs_config`
+    they have to come from the back end, else they are zero where it has none. `config` makes of
+    them what the driver sees, while there is a back end or not. With `resumes` another back end can
+    go on where one has died. `refuse` answers requests when there is none for good; without it the
+    device needs a reset then.
+    """
+
+    number: int
+    queues: int
+    features: int = 0
+    own_features: int = 0
+    config_size: int = 0
+    needs_config: bool = False
+    config: Callable[[bytes, bool], bytes] = _as_given
+    resumes: bool = True
+    refuse: Serve | None = None
+
+
+class _Ring:
+    """See offload.Server."""
+
+    def __init__(self, device: VhostUserDevice, queue: Queue) -> None:
+        self._device, self._queue = device, queue
+
+    def hand_over(self) -> None:
+        """See offload.Server."""
+        self._device.hand_over(self._queue)
+
+    def take_back(self) -> None:
+        """See offload.Server."""
+        self._device.take_back(self._queue)
+
+
+class VhostUserDevice(VirtioDevice):
+    """The device that the back end at `path` serves."""
+
+    def __init__(
+        self,
+        path: str,
+        served: Served,
+        *,
+        name: str,
+        queue_size: int = 128,
+        reconnect: float = 30.0,
+        patience: float = PATIENCE,
+        log: Callable[[str], None] | None = None,
+    ) -> None:
+        """Connect, and find out what the back end can do. It has `patience` seconds for each
+        answer. After its death another one has `reconnect` seconds to be there.
+
+        Raises HostError where nobody listens, BackEndError for one that cannot serve this.
+        """
+        self.name = name
+        self.device_type = served.number
+        self.queue_sizes = (queue_size,) * served.queues
+        self._path = path
+        self._served = served
+        self._reconnect = reconnect
+        self._patience = patience
+        self._log = log or RateLimited(prefix=f"{name}: ", device=name, error="back_end")
+        self._talking = Lock()
+        self._wake, self._error = EventFd(), EventFd()
+        self._connecting: Link | None = None
+        self._needed = 0
+        self._config = bytes(served.config_size)
+        self._link: Link | None = None
+        self._session: Link | None = None  # the link that has heard of the activation
+        self._activation: Activation | None = None
+        self._thread: Thread | None = None
+        self._stopping = self._failed = self._has_given_up = False
+        self._give_up_at = self._linked_at = 0.0
+        self._queues: dict[int, Queue] = {}
+        self._began: dict[int, int] = {}  # where the back end found a queue first
+        self._away: dict[int, Link] = {}  # queues that a back end has, and which
+        self._unclean: set[int] = set()  # that it had when it died
+        self._workers: dict[int, QueueWorker] = {}  # those that refuse everything
+        self._inflight: tuple[bytes, int] | None = None
+        self._reconnections = 0
+        try:
+            self._link = link = self._open_link()
+        except BaseException:
+            self._close_own()
+            raise
+        self._from_back_end = link.features & (served.features | RING_FEATURES)
+        self.features = self._from_back_end & ~mask(VIRTIO_F_RING_PACKED)
+        self._needed = self.features
+        self.features |= served.own_features | mask(VIRTIO_F_RING_RESET)  # which is ours to do
+
+    @property
+    def knows_packed(self) -> bool:
+        """Whether the back end can serve packed rings."""
+        return features.has(self._from_back_end, VIRTIO_F_RING_PACKED)
+
+    def close(self) -> None:
+        """Leave the back end; the device must be reset."""
+        with self._talking:
+            link, self._link = self._link, None
+            if link is not None:
+                link.close()
+            self._forget_inflight()
+        self._close_own()
+
+    def _close_own(self) -> None:
+        self._wake.close()
+        self._error.close()
+
+    def stats(self) -> Mapping[str, object]:
+        """Whether there is a back end, and how often there was a new one."""
+        return {"connected": self._link is not None, "reconnections": self._reconnections}
+
+    def queue_lock(self) -> QueueLock:
+        """See VirtioDevice: the back end serves the queues while nobody holds it."""
+        return OffloadLock()
+
+    # --- configuration space: 2.5 -----------------------------------------------------------------
+
+    def read_config(self, offset: int, length: int) -> bytes:
+        """See VirtioDevice."""
+        config = self._served.config(self._config, self._link is not None)
+        return config[offset : offset + length].ljust(length, b"\0")
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """The back end takes it, and says what the configuration is then."""
+        with self._talking:
+            link = self._link
+            if link is None or not link.has(protocol.VHOST_USER_PROTOCOL_F_CONFIG):
+                return
+            if offset + len(data) > self._served.config_size:
+                return
+            try:
+                link.write_config(offset, data)
+                self._config = self._fetch_config(link)
+            except PyvmmError as error:
+                self._lose(error)
+
+    def _fetch_config(self, link: Link) -> bytes:
+        size = self._served.config_size
+        found = None
+        if size and link.has(protocol.VHOST_USER_PROTOCOL_F_CONFIG):
+            found = link.read_config(size)
+        if found is None:
+            if self._served.needs_config:
+                raise BackEndError(f"gives no {size} bytes of configuration")
+            found = bytes(size)
+        return found
+
+    # --- the connection ---------------------------------------------------------------------------
+
+    def _open_link(self) -> Link:
+        """A connection to a back end that can serve what the driver was offered. Raises HostError,
+        BackEndError."""
+        link = self._connecting = Link(self._path, self._patience)
+        try:
+            link.agree()
+            self._check(link)
+            self._config = self._fetch_config(link)
+        except BaseException:
+            link.close()
+            raise
+        finally:
+            self._connecting = None
+        return link
+
+    def _check(self, link: Link) -> None:
+        if not features.has(link.features, VIRTIO_F_VERSION_1):
+            raise BackEndError("knows no virtio 1 (VIRTIO_F_VERSION_1)")
+        missing = self._needed & ~link.features
+        if missing:
+            raise BackEndError(f"lacks what the guest was offered: {features.describe(missing)}")
+        count = self._served.queues
+        if link.has(protocol.VHOST_USER_PROTOCOL_F_MQ) and link.queues < count:
+            raise BackEndError(f"has {link.queues} queues, and {count} are wanted")
+
+    def _lose(self, error: PyvmmError) -> None:
+        """The back end is of no more use, because of `error`. `_talking` is held."""
+        link, self._link, self._session = self._link, None, None
+        if link is not None:
+            link.close()
+            self._log(f"the back end at {self._path} {_what_it_does(error)}")
+        self._wake.signal()
+
+    # --- the driver's doing -----------------------------------------------------------------------
+
+    def activate(self, activation: Activation) -> None:
+        """Have the back end serve the queues. Without one, another is waited for."""
+
+        def fail(error: PyvmmError) -> None:
+            activation.fail(error)
+            self._failed = True
+            self._wake.signal()
+
+        self._activation = replace(activation, fail=fail)
+        self._stopping = self._failed = self._has_given_up = False
+        self._give_up_at = self._linked_at = 0.0
+        # What the driver has been offered and the registry has added to it.
+        self._needed = self.features & self._from_back_end
+        self._wake.drain()
+        self._error.drain()
+        with self._talking:
+            self._find_link()
+        for queue in activation.queues:
+            if queue is not None:
+                self._serve(queue)
+        self._say_driver_ok()
+        self._thread = Thread(target=self._watch, name=f"{self.name}-link", daemon=True)
+        try:
+            self._thread.start()
+        except RuntimeError:  # all that Python says of pthread_create's EAGAIN
+            self._thread = None
+            raise HostError(errno.EAGAIN, f"thread for {self.name}") from None
+
+    def _find_link(self) -> None:
+        """One that died while no driver was there is noticed now."""
+        if self._link is not None and _has_ended(self._link):
+            self._lose(BackEndError("has gone"))
+        if self._link is None:
+            with suppress(BackEndError, HostError):
+                self._link = self._open_link()
+
+    def start_queue(self, queue: Queue) -> None:
+        """See VirtioDevice."""
+        self._serve(queue)
+
+    def _serve(self, queue: Queue) -> None:
+        queue.begin_serving()
+        self._queues[queue.index] = queue
+        self._began[queue.index] = queue.state().next_used
+        self._unclean.discard(queue.index)
+        if self._has_given_up:
+            self._refuse(queue)
+        else:
+            _lock_of(queue).serve_by(_Ring(self, queue))
+
+    def reset_queue(self, index: int) -> None:
+        """See VirtioDevice."""
+        queue = self._queues.pop(index, None)
+        if queue is not None:
+            _lock_of(queue).serve_by(None)
+        self._end_worker(index)
+
+    def reset(self) -> None:
+        """See VirtioDevice: when this returns the back end has stopped all rings, or is gone."""
+        self._stopping = True
+        self._wake.signal()
+        connecting = self._connecting
+        if connecting is not None:
+            connecting.hang_up()
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join()
+        for index in list(self._queues):
+            self.reset_queue(index)
+        with self._talking:
+            link, self._session = self._session, None
+            if link is not None:
+                try:
+                    self._say_reset(link)
+                except PyvmmError as error:
+                    self._lose(error)
+            self._forget_inflight()
+        self._away.clear()
+        self._unclean.clear()
+        self._activation = None
+
+    def _say_reset(self, link: Link) -> None:
+        if link.has(protocol.VHOST_USER_PROTOCOL_F_STATUS):
+            link.tell("SET_STATUS", protocol.U64.pack(0))
+        elif link.has(protocol.VHOST_USER_PROTOCOL_F_RESET_DEVICE):
+            link.tell("RESET_DEVICE")
+
+    def _forget_inflight(self) -> None:
+        inflight, self._inflight = self._inflight, None
+        if inflight is not None:
+            os.close(inflight[1])
+
+    # --- for the rings ----------------------------------------------------------------------------
+
+    def hand_over(self, queue: Queue) -> None:
+        """The back end serves `queue`, if there is one; else it waits for one."""
+        activation = self._activation
+        if activation is None or not queue.ready or self._failed:
+            return
+        try:
+            with self._talking:
+                link = self._link
+                if link is None:
+                    return
+                try:
+                    self._check_left(queue, activation)
+                    self._begin_session(link, activation)
+                    self._start_ring(link, queue, activation)
+                except (BackEndError, HostError) as error:
+                    self._lose(error)
+                    return
+                self._away[queue.index] = link
+                self._unclean.discard(queue.index)
+        except PyvmmError as error:  # the ring cannot be served by anybody
+            activation.fail(error)
+            return
+        # For what the driver made available when nobody looked, and what it was not told of.
+        queue.kick.signal()
+        activation.interrupt.signal_used(queue.index)
+
+    def _begin_session(self, link: Link, activation: Activation) -> None:
+        if self._session is link:
+            return
+        accepted = activation.features & self._from_back_end
+        if link.enables_rings:
+            accepted |= mask(protocol.VHOST_USER_F_PROTOCOL_FEATURES)
+        link.tell("SET_FEATURES", protocol.U64.pack(accepted))
+        if link.has(protocol.VHOST_USER_PROTOCOL_F_STATUS):
+            wanted = status.ACKNOWLEDGE | status.DRIVER | status.FEATURES_OK
+            link.tell("SET_STATUS", protocol.U64.pack(wanted))
+            (found,) = link.ask_fields("GET_STATUS")
+            if not found & status.FEATURES_OK:
+                raise BackEndError("does not work with the features that the guest accepts")
+        self._lend(link, activation)
+        if link.has(protocol.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD):
+            if self._inflight is None:
+                sizes = [queue.size for queue in activation.queues if queue is not None]
+                self._inflight = link.make_inflight(len(self.queue_sizes), max(sizes, default=1))
+            if self._inflight is not None:
+                described, fd = self._inflight
+                link.tell("SET_INFLIGHT_FD", described, [fd])
+        self._session = link
+
+    @staticmethod
+    def _lend(link: Link, activation: Activation) -> None:
+        memory = activation.memory
+        regions = [(r.guest_addr, r.size, r.host_addr, r.fd_offset) for r in memory.regions]
+        link.lend(memory.fd, regions)
+
+    def _start_ring(self, link: Link, queue: Queue, activation: Activation) -> None:
+        self._lend(link, activation)  # it may be more memory by now
+        index, state, where = queue.index, queue.state(), activation.memory.host_addr
+        link.tell_ring("SET_VRING_NUM", index, state.size)
+        link.tell_ring("SET_VRING_BASE", index, state.vring_base())
+        areas = where(state.desc_addr), where(state.used_addr), where(state.avail_addr)
+        link.tell("SET_VRING_ADDR", protocol.VRING_ADDR.pack(index, 0, *areas, 0))
+        link.tell("SET_VRING_ERR", protocol.U64.pack(index), [self._error.lend()])
+        call = activation.interrupt.eventfd(index)
+        if call is None:
+            link.tell("SET_VRING_CALL", protocol.U64.pack(index | protocol.VRING_NOFD))
+        else:
+            link.tell("SET_VRING_CALL", protocol.U64.pack(index), [call.lend()])
+        link.tell("SET_VRING_KICK", protocol.U64.pack(index), [queue.kick.lend()])
+        if link.enables_rings:
+            link.tell_ring("SET_VRING_ENABLE", index, 1)
+
+    def _say_driver_ok(self) -> None:
+        with self._talking:
+            link = self._session
+            if link is not None and link.has(protocol.VHOST_USER_PROTOCOL_F_STATUS):
+                steps = status.ACKNOWLEDGE | status.DRIVER | status.FEATURES_OK | status.DRIVER_OK
+                try:
+                    link.tell("SET_STATUS", protocol.U64.pack(steps))
+                except PyvmmError as error:
+                    self._lose(error)
+
+    def take_back(self, queue: Queue) -> None:
+        """The back end lets go of `queue`, which is as if we had served it."""
+        activation = self._activation
+        if activation is None or queue.index not in self._away:
+            return
+        base = None
+        with self._talking:
+            link = self._away.pop(queue.index)
+            if link is self._link:
+                try:
+                    base = self._stop_ring(link, queue.index)
+                except PyvmmError as error:
+                    self._lose(error)
+        if not queue.ready:
+            return
+        try:
+            self._find_position(queue, activation, base)
+        except PyvmmError as error:
+            activation.fail(error)
+
+    @staticmethod
+    def _stop_ring(link: Link, index: int) -> int:
+        asked = protocol.VRING_STATE.pack(index, 0)
+        answered, base = link.ask_fields("GET_VRING_BASE", asked, protocol.VRING_STATE)
+        if answered != index:
+            raise BackEndError(f"answers GET_VRING_BASE of ring {index} for ring {answered}")
+        return int(base)
+
+    def _find_position(self, queue: Queue, activation: Activation, base: int | None) -> None:
+        state = queue.state()
+        if state.packed:
+            if base is None:
+                raise BackEndError("has gone, and a packed ring does not tell where it was")
+            queue.served_to(base >> 16 or base)  # some give the available half alone
+            return
+        if base is None or not self._settles(activation, state, base):
+            self._unclean.add(queue.index)
+        # Not the base: what was taken and not returned is to be taken again.
+        queue.served_to(rings.used_idx(activation.memory, state))
+
+    def _settles(self, activation: Activation, state: QueueState, base: int) -> bool:
+        """Whether all that the back end took is returned; some answer before they are done."""
+        give_up_at = time.monotonic() + self._patience
+        while rings.used_idx(activation.memory, state) != base & 0xFFFF:
+            if time.monotonic() > give_up_at or self._link is None:
+                return False
+            time.sleep(_STEP)
+        return True
+
+    def _check_left(self, queue: Queue, activation: Activation) -> None:
+        """Raise PyvmmError unless another can go on with a ring that a back end has left."""
+        if queue.index not in self._unclean or self._inflight is not None:
+            return
+        state, memory = queue.state(), activation.memory
+        if not rings.outstanding(memory, state):
+            return
+        if not rings.looks_in_order(memory, state, self._began[queue.index]):
+            raise _Lost(
+                "the back end has gone without notes (INFLIGHT) on requests that it had taken in "
+                "another order than it was given them"
+            )
+
+    # --- the thread: the connection's end, and another one ----------------------------------------
+
+    def _watch(self) -> None:
+        try:
+            while not self._stopping:
+                with self._talking:
+                    link = self._link
+                if self._failed:
+                    self._stop_all()
+                if link is not None or self._failed:
+                    self._sleep(link)
+                elif not self._recover():
+                    return
+        except PyvmmError as error:
+            assert self._activation is not None
+            self._activation.fail(error)
+
+    def _stop_all(self) -> None:
+        for queue in list(self._queues.values()):
+            _lock_of(queue).serve_by(None)
+
+    def _sleep(self, link: Link | None) -> None:
+        """Until something happens; deal with it."""
+        poll = select.poll()
+        poll.register(self._wake.fd, select.POLLIN)
+        poll.register(self._error.fd, select.POLLIN)
+        requests = -1
+        if link is not None and not self._failed:
+            with suppress(ValueError, OSError):  # closed meanwhile
+                poll.register(link.fileno(), select.POLLRDHUP)
+                requests = link.requests_fd
+                if requests >= 0:
+                    poll.register(requests, select.POLLIN)
+        happened = dict(poll.poll())
+        self._wake.drain()
+        if self._stopping or self._activation is None:
+            return
+        if self._error.drain():
+            self._activation.fail(BackEndError("the back end reports a ring that it cannot serve"))
+        elif requests in happened and link is not None:
+            self._take_request(link)
+        elif link is not None and self._link is link and _has_ended(link):
+            with self._talking:
+                if self._link is link:
+                    self._lose(BackEndError("has gone"))
+
+    def _take_request(self, link: Link) -> None:
+        try:
+            asked = link.take_request()
+        except (BackEndError, HostError) as error:
+            with self._talking:
+                if self._link is link:
+                    self._lose(error)
+            return
+        if asked == CONFIG_CHANGED:
+            self._refresh_config()
+        elif asked:
+            self._log(f"the back end at {self._path} makes {asked}, which is not offered")
+
+    def _refresh_config(self) -> None:
+        with self._talking:
+            link = self._link
+            if link is None:
+                return
+            before = self._config
+            try:
+                self._config = self._fetch_config(link)
+            except PyvmmError as error:
+                self._lose(error)
+                return
+        if self._config != before and self._activation is not None:
+            self._activation.interrupt.signal_config_change()
+
+    def _recover(self) -> bool:
+        """Find another back end, and have it go on; False if there is to be none."""
+        activation = self._activation
+        assert activation is not None
+        activation.interrupt.signal_config_change()  # a card's link is down, say
+        now = time.monotonic()
+        if not self._linked_at or now - self._linked_at > _SETTLED:
+            self._give_up_at = now + self._reconnect
+        # What one back end alone knew has gone with it.
+        hopeless = not self._served.resumes and bool(self._away or self._unclean)
+        pause = _FIRST_PAUSE
+        while not self._stopping and not self._failed:
+            if hopeless or time.monotonic() > self._give_up_at:
+                self._give_up()
+                return False
+            try:
+                link = self._open_link()
+            except (BackEndError, HostError):
+                self._pause(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+                continue
+            self._go_on(link, activation)
+            break
+        return True
+
+    def _go_on(self, link: Link, activation: Activation) -> None:
+        with self._talking:
+            self._link = link
+        for queue in list(self._queues.values()):
+            _lock_of(queue).serve_by(_Ring(self, queue))
+        self._say_driver_ok()
+        if self._link is link:
+            self._reconnections += 1
+            self._log(f"another back end is at {self._path}, and goes on")
+            activation.interrupt.signal_config_change()
+        self._linked_at = time.monotonic()
+
+    def _pause(self, seconds: float) -> None:
+        poll = select.poll()
+        poll.register(self._wake.fd, select.POLLIN)
+        poll.poll(1000 * seconds)
+        self._wake.drain()
+
+    # --- no back end any more ---------------------------------------------------------------------
+
+    def _give_up(self) -> None:
+        activation = self._activation
+        assert activation is not None
+        self._has_given_up = True
+        if self._served.refuse is None:
+            activation.fail(BackEndError(f"there is no back end at {self._path} any more"))
+            return
+        self._log(
+            f"there is no back end at {self._path} any more: requests fail until the guest resets "
+            "the device"
+        )
+        for queue in list(self._queues.values()):
+            self._refuse(queue)
+
+    def _refuse(self, queue: Queue) -> None:
+        """Answer all that is in `queue`, and all that will be, with an error."""
+        activation, refuse = self._activation, self._served.refuse
+        assert activation is not None and refuse is not None
+        lock = _lock_of(queue)
+        lock.serve_by(None)
+        while not lock.acquire(timeout=_LONGEST_PAUSE):  # a VM that is paused
+            if self._stopping:
+                return
+        try:
+            if not queue.ready:
+                return
+            if queue.index in self._unclean:
+                self._check_left(queue, activation)
+                self._take_up(queue)
+        except PyvmmError as error:
+            activation.fail(error)
+            return
+        finally:
+            lock.release()
+        worker = QueueWorker(
+            self.name, [queue], refuse, activation, [()], thread=f"{self.name}-q{queue.index}"
+        )
+        worker.start()
+        self._workers[queue.index] = worker
+
+    def _take_up(self, queue: Queue) -> None:
+        """What the back end had taken comes first, by its notes."""
+        if self._inflight is None or not isinstance(queue, SplitQueue):
+            return
+        notes = Inflight.copy_of(*self._inflight).journal(queue.index, queue.size)
+        queue.keep_journal(notes, notes.resume(queue.state().next_used))
+
+    def _end_worker(self, index: int) -> None:
+        worker = self._workers.pop(index, None)
+        if worker is not None:
+            worker.request_stop()
+            worker.join()
+
+
+class _Lost(PyvmmError):
+    """Nothing but a reset helps."""
+
+
+def _what_it_does(error: PyvmmError) -> str:
+    return str(error) if isinstance(error, BackEndError) else f"cannot be reached: {error}"
+
+
+def _has_ended(link: Link) -> bool:
+    poll = select.poll()
+    try:
+        poll.register(link.fileno(), select.POLLRDHUP)
+    except (ValueError, OSError):
+        return True
+    return bool(poll.poll(0))
+
+
+def _lock_of(queue: Queue) -> OffloadLock:
+    lock = queue.lock
+    assert isinstance(lock, OffloadLock), "its device gave it another lock"
+    return lock

@@ -1,0 +1,253 @@
+"""One connection to a back end: requests with an answer each, checked and bounded in time.
+
+What a back end sends is hostile input: an answer to something else, of another size, with file
+descriptors, twice, late or never. It raises BackEndError or HostError, and the connection is of no
+more use then.
+"""
+
+from __future__ import annotations
+
+import errno
+import select
+import socket
+import time
+from collections.abc import Sequence
+from struct import Struct
+from typing import Any
+
+from pyvmm.errors import HostError
+from pyvmm.host import unix_sockets
+from pyvmm.host.syscalls import Closable
+from pyvmm.vhost_user import protocol
+from pyvmm.vhost_user.channel import Channel, Message
+from pyvmm.vhost_user.protocol import BY_NAME, BackEndError
+from pyvmm.virtio import features
+
+CONFIG_CHANGED = "config"  # what a back end asks for
+PATIENCE = 10.0  # seconds for the answer to a request; a back end may have to end its I/O first
+# The protocol features of which we make use.
+WANTED = features.mask(
+    protocol.VHOST_USER_PROTOCOL_F_MQ,
+    protocol.VHOST_USER_PROTOCOL_F_REPLY_ACK,
+    protocol.VHOST_USER_PROTOCOL_F_CONFIG,
+    protocol.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD,
+    protocol.VHOST_USER_PROTOCOL_F_RESET_DEVICE,
+    protocol.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
+    protocol.VHOST_USER_PROTOCOL_F_STATUS,
+)
+# What goes with CONFIG only: a back end says there that its configuration has changed.
+WANTED_WITH_CONFIG = features.mask(protocol.VHOST_USER_PROTOCOL_F_BACKEND_REQ)
+
+
+class Link(Closable):
+    """A connection. `features` and `protocol_features` are what both ends know, once `agree` has
+    returned; `queues` is how many rings the back end has, 0 where it does not say."""
+
+    def __init__(self, path: str, patience: float = PATIENCE) -> None:
+        """Connect to whoever listens at `path`. Raises HostError."""
+        self._socket = socket.socket(fileno=unix_sockets.connect(path).detach())
+        self._channel = Channel(self._socket, BackEndError)
+        self._patience = patience
+        self._requests: socket.socket | None = None
+        self.features = 0
+        self.protocol_features = 0
+        self.queues = 0
+        self.lent: list[tuple[int, int, int, int]] = []  # the memory regions that it has
+
+    def close(self) -> None:
+        self._socket.close()
+        self._close_requests()
+
+    def _close_requests(self) -> None:
+        requests, self._requests = self._requests, None
+        if requests is not None:
+            requests.close()
+
+    def hang_up(self) -> None:
+        """End a wait of another thread's for an answer, which fails."""
+        try:
+            self._socket.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            return
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def has(self, feature: int) -> bool:
+        """Whether a protocol feature (bit number) was agreed on."""
+        return features.has(self.protocol_features, feature)
+
+    # --- requests ---------------------------------------------------------------------------------
+
+    def ask(self, name: str, payload: bytes = b"", fds: Sequence[int] = ()) -> Message:
+        """The answer to a request that always has one; for a ``with`` block."""
+        self._send(name, payload, fds, acknowledged=False)
+        return self._answer(name)
+
+    def ask_fields(self, name: str, payload: bytes = b"", layout: Struct = protocol.U64) -> Any:
+        """The fields of an answer of `layout`, without file descriptors."""
+        with self.ask(name, payload) as answer:
+            if len(answer.payload) != layout.size or answer.fds:
+                raise BackEndError(
+                    f"answers {name} with {len(answer.payload)} bytes and {len(answer.fds)} file "
+                    "descriptors"
+                )
+            return layout.unpack(answer.payload)
+
+    def tell(self, name: str, payload: bytes = b"", fds: Sequence[int] = ()) -> None:
+        """Make a request. A refusal raises BackEndError if the back end can tell (REPLY_ACK)."""
+        acknowledged = self.has(protocol.VHOST_USER_PROTOCOL_F_REPLY_ACK)
+        self._send(name, payload, fds, acknowledged=acknowledged)
+        if acknowledged:
+            with self._answer(name) as answer:
+                if len(answer.payload) != protocol.U64.size:
+                    raise BackEndError(f"answers {name} with {len(answer.payload)} bytes")
+                if answer.payload != bytes(protocol.U64.size):
+                    raise BackEndError(f"refuses {name}")
+
+    def tell_ring(self, name: str, index: int, number: int) -> None:
+        """A request with a vring state description."""
+        self.tell(name, protocol.VRING_STATE.pack(index, number))
+
+    def _send(self, name: str, payload: bytes, fds: Sequence[int], *, acknowledged: bool) -> None:
+        if self._has_something():
+            raise BackEndError(f"says something that nobody asked for, before {name}")
+        self._socket.settimeout(self._patience)
+        sent = self._channel.send(BY_NAME[name].number, payload, fds, acknowledged=acknowledged)
+        if not sent:
+            raise BackEndError(f"has gone before {name}")
+
+    def _has_something(self) -> bool:
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        if not poll.poll(0):
+            return False
+        try:
+            return bool(self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        except OSError:
+            return False
+
+    def _answer(self, name: str) -> Message:
+        try:
+            answer = self._channel.receive(replies=True, until=time.monotonic() + self._patience)
+        except HostError as error:
+            if error.errno != errno.ETIMEDOUT:
+                raise
+            raise BackEndError(f"has not answered {name} in {self._patience:g} seconds") from None
+        if answer is None:
+            raise BackEndError(f"has gone at {name}")
+        if answer.request != BY_NAME[name].number:
+            with answer:
+                raise BackEndError(f"answers request {answer.request}, which is not {name}")
+        return answer
+
+    # --- the beginning ----------------------------------------------------------------------------
+
+    def agree(self) -> None:
+        """Find out what the back end can do, and say what of it is wanted."""
+        own = features.mask(protocol.VHOST_USER_F_PROTOCOL_FEATURES)
+        (offered,) = self.ask_fields("GET_FEATURES")
+        if offered & own:
+            (known,) = self.ask_fields("GET_PROTOCOL_FEATURES")
+            wanted = WANTED
+            if features.has(known, protocol.VHOST_USER_PROTOCOL_F_CONFIG):
+                wanted |= WANTED_WITH_CONFIG
+            # By what it was told before: SET_PROTOCOL_FEATURES itself is not acknowledged by all.
+            self.tell("SET_PROTOCOL_FEATURES", protocol.U64.pack(known & wanted))
+            self.protocol_features = known & wanted
+        self.features = offered
+        self.tell("SET_OWNER")
+        if self.has(protocol.VHOST_USER_PROTOCOL_F_MQ):
+            (self.queues,) = self.ask_fields("GET_QUEUE_NUM")
+        if self.has(protocol.VHOST_USER_PROTOCOL_F_BACKEND_REQ):
+            self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            with theirs:
+                self.tell("SET_BACKEND_REQ_FD", fds=[theirs.fileno()])
+
+    @property
+    def enables_rings(self) -> bool:
+        """Whether rings begin to work when they are enabled; else when they have a kick."""
+        return features.has(self.features, protocol.VHOST_USER_F_PROTOCOL_FEATURES)
+
+    # --- configuration space ----------------------------------------------------------------------
+
+    def read_config(self, size: int) -> bytes | None:
+        """The first `size` bytes of the configuration space; None if the back end refuses that."""
+        asked = protocol.CONFIG_HEADER.pack(0, size, 0)
+        with self.ask("GET_CONFIG", asked + bytes(size)) as answer:
+            payload = answer.payload
+            if not payload:
+                return None
+            start = protocol.CONFIG_HEADER.size
+            if answer.fds or len(payload) != start + size or payload[:8] != asked[:8]:
+                raise BackEndError(f"gives {len(payload)} bytes for {size} of its configuration")
+            return payload[start:]
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """The driver has written `data` at `offset`."""
+        header = protocol.CONFIG_HEADER.pack(offset, len(data), 0)
+        self.tell("SET_CONFIG", header + data)
+
+    # --- requests in flight -----------------------------------------------------------------------
+
+    def make_inflight(self, num_queues: int, queue_size: int) -> tuple[bytes, int] | None:
+        """Memory for notes on requests in flight, made by the back end: its description and file
+        descriptor, which is the caller's. None if it has none after all."""
+        asked = protocol.INFLIGHT.pack(0, 0, num_queues, queue_size) + bytes(4)
+        with self.ask("GET_INFLIGHT_FD", asked) as answer:
+            if len(answer.payload) != len(asked) or len(answer.fds) > 1:
+                raise BackEndError(
+                    f"answers GET_INFLIGHT_FD with {len(answer.payload)} bytes and "
+                    f"{len(answer.fds)} file descriptors"
+                )
+            if not answer.fds:
+                return None
+            return answer.payload, answer.take_fd()
+
+    # --- memory -----------------------------------------------------------------------------------
+
+    def lend(self, fd: int, regions: Sequence[tuple[int, int, int, int]]) -> None:
+        """Let the back end have just these `regions` of the file `fd`: (guest address, size, our
+        address, offset in the file)."""
+        wanted = list(regions)
+        if wanted == self.lent:
+            return
+        slots = self.has(protocol.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS)
+        if slots and (self.lent or len(wanted) > protocol.MAX_FDS):
+            for row in [row for row in self.lent if row not in wanted]:
+                self.tell("REM_MEM_REG", protocol.SINGLE_REGION.pack(0, *row))
+            for row in [row for row in wanted if row not in self.lent]:
+                self.tell("ADD_MEM_REG", protocol.SINGLE_REGION.pack(0, *row), [fd])
+        elif len(wanted) > protocol.MAX_FDS:
+            raise BackEndError(f"takes {protocol.MAX_FDS} memory regions, not {len(wanted)}")
+        else:
+            rows = b"".join(protocol.MEMORY_REGION.pack(*row) for row in wanted)
+            header = protocol.MEMORY_HEADER.pack(len(wanted), 0)
+            self.tell("SET_MEM_TABLE", header + rows, [fd] * len(wanted))
+        self.lent = wanted
+
+    # --- what the back end asks for: BACKEND_REQ --------------------------------------------------
+
+    @property
+    def requests_fd(self) -> int:
+        """What becomes readable when the back end asks for something; -1 if it cannot."""
+        return -1 if self._requests is None else self._requests.fileno()
+
+    def take_request(self) -> str:
+        """Answer what it has asked for: what that was, in a word, and "" for nothing.
+
+        Raises BackEndError for what is no request, HostError."""
+        if self._requests is None:
+            return ""
+        channel = Channel(self._requests, BackEndError)
+        message = channel.receive(until=time.monotonic() + self._patience)
+        if message is None:
+            self._close_requests()
+            return ""
+        with message:
+            known = message.request == protocol.VHOST_USER_BACKEND_CONFIG_CHANGE_MSG
+            known = known and not message.payload and not message.fds
+            # At once: it may wait for this before it answers what we ask.
+            if message.needs_reply and self.has(protocol.VHOST_USER_PROTOCOL_F_REPLY_ACK):
+                channel.reply(message.request, protocol.U64.pack(int(not known)))
+            return CONFIG_CHANGED if known else f"request {message.request}"

@@ -1,0 +1,118 @@
+"""A disk and a random number generator of other processes, driven by a guest without an operating
+system: through our own back end, and through QEMU's."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import pytest
+from front_end_rig import process, until
+
+from pyvmm import VM, ConfigError, images
+from pyvmm.kvm.system import Kvm
+from pyvmm.machine.board.x86 import layout
+
+MIB = 1 << 20
+TEXT = b"sector 0 of the image"
+
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler (gcc)")
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = tmp_path / "runtime"
+    runtime.mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The guest's, built from its source."""
+    target = tmp_path_factory.mktemp("guest") / "virtio_guest"
+    slots = [layout.VIRTIO_MMIO_BASE + n * layout.VIRTIO_MMIO_STRIDE for n in range(2)]
+    subprocess.run(
+        [
+            *("cc", "-O1", "-static", "-nostdlib", "-ffreestanding", "-fno-pie", "-no-pie"),
+            *(
+                "-mgeneral-regs-only",
+                "-mno-red-zone",
+                "-fno-stack-protector",
+                "-fcf-protection=none",
+            ),
+            *("-Wl,-Ttext=0x200000,-e,run,--build-id=none,-z,noseparate-code", "-Wall", "-Werror"),
+            "-fcf-protection=none",
+            *(f"-DDISK={slots[0]:#x}ull", f"-DRNG={slots[1]:#x}ull"),
+            *("-o", str(target), str(Path(__file__).with_name("virtio_guest.c"))),
+        ],
+        check=True,
+    )
+    return str(target)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.img"
+    path.write_bytes(TEXT.ljust(MIB, b"\0"))
+    return path
+
+
+@contextmanager
+def storage_daemon(image: Path, path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """QEMU's export of `image` at `path`."""
+    try:
+        program = images.storage_command("qemu-storage-daemon")
+    except ConfigError as error:
+        pytest.skip(str(error))
+    export = f"type=vhost-user-blk,id=e,node-name=f,writable=on,addr.type=unix,addr.path={path}"
+    file = f"driver=file,node-name=f,filename={image}"
+    daemon = subprocess.Popen([*program, "--blockdev", file, "--export", export])
+    try:
+        until(lambda: path.exists() or daemon.poll() is not None)
+        yield daemon
+    finally:
+        daemon.kill()
+        daemon.wait()
+        path.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("peer", ["ours", "qemu"])
+def test_a_guest_uses_devices_of_other_processes(
+    kvm: Kvm, tmp_path: Path, kernel: str, image: Path, peer: str
+) -> None:
+    disk, rng = tmp_path / "disk.sock", tmp_path / "rng.sock"
+
+    def back_end() -> AbstractContextManager[subprocess.Popen[bytes]]:
+        if peer == "qemu":
+            return storage_daemon(image, disk)
+        return process("vhost-user-blk", "--disk", str(image), path=disk)
+
+    devices = [f"socket={disk},type=blk", f"socket={rng},type=rng"]
+    with (
+        process("vhost-user", "--rng", path=rng),
+        back_end() as serving,
+        VM(kernel=kernel, kvm="host", vhost_user=devices, vsock=False) as vm,
+    ):
+        vm.console.expect("ready")
+        vm.console.send("r")
+        vm.console.expect(TEXT.decode())
+        vm.console.send("w")
+        vm.console.expect("written")
+        assert image.read_bytes()[512:1024] == b"g" * 512
+        vm.console.send("n")
+        vm.console.expect("random")
+        vm.pause()
+        vm.resume()
+        serving.kill()
+        serving.wait()
+        disk.unlink()
+        vm.console.send("r")
+        with back_end():
+            vm.console.expect(TEXT.decode())
+            stats = vm.stats()["devices"]["vhost-user-blk"]
+            assert (stats["connected"], stats["reconnections"]) == (True, 1)
+            vm.console.send("O")
+            assert vm.wait().exit_code == 0

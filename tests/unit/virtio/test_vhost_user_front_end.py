@@ -1,0 +1,552 @@
+"""The vhost-user front end in front of our own back end, and what it asks of any."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from contextlib import contextmanager, suppress
+
+import pytest
+from descriptors import open_descriptors
+from front_end_rig import (
+    ADD_MEM_REG,
+    ALL,
+    F_EVENT_IDX,
+    F_INDIRECT,
+    F_PROTOCOL,
+    F_VERSION_1,
+    GET_INFLIGHT_FD,
+    GET_VRING_BASE,
+    P_BACKEND_REQ,
+    P_CONFIG,
+    P_REPLY_ACK,
+    P_SLOTS,
+    REM_MEM_REG,
+    RESET_DEVICE,
+    SET_CONFIG,
+    SET_FEATURES,
+    SET_INFLIGHT_FD,
+    SET_MEM_TABLE,
+    SET_STATUS,
+    SET_VRING_CALL,
+    SET_VRING_ENABLE,
+    fake,
+    front,
+    in_thread,
+    opened,
+    process,
+    until,
+)
+from vhost_user_rig import Echo
+
+from pyvmm.kinds.vhost_user.types import served
+from pyvmm.testing.blk_driver import IN, IOERR, OK, BlockDriver, header
+from pyvmm.testing.mmio_driver import CONFIG
+from pyvmm.virtio.vhost_user.device import Served
+from pyvmm.virtio.vhost_user.link import Link
+
+MIB = 1 << 20
+BLK = served("blk", 1, tag="", mac=b"")
+ECHO = Served(42, 2, features=0xFF, config_size=16)
+over_both = pytest.mark.parametrize("over", ["mmio", "pci"])
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "disk.img"
+    path.write_bytes(bytes(range(256)) * (MIB // 256))
+    return path
+
+
+@pytest.fixture
+def place(tmp_path):
+    return tmp_path / "s"
+
+
+def disk(driver):
+    return BlockDriver(driver.mmio)
+
+
+# --- our own back end -----------------------------------------------------------------------------
+
+
+@over_both
+def test_a_disk_of_our_own_back_end(image, place, over):
+    with (
+        process("vhost-user-blk", "--disk", str(image), path=place),
+        opened(f"socket={place},type=blk", over=over) as driver,
+    ):
+        assert driver.config(0, 8) == struct.pack("<Q", MIB // 512)
+        assert disk(driver).read(1, 512).data == bytes(range(256)) * 2
+        assert disk(driver).write(1, b"w" * 512).status == OK
+        assert disk(driver).flush().status == OK
+        driver.restart()
+        assert disk(driver).read(1, 512).data == b"w" * 512
+        assert not driver.log
+    assert image.read_bytes()[512:1024] == b"w" * 512
+
+
+def test_several_queues(image, place):
+    with (
+        process("vhost-user-blk", "--disk", str(image), "--queues", "3", path=place),
+        opened(f"socket={place},type=blk,queues=3") as driver,
+    ):
+        assert driver.config(34, 2) == struct.pack("<H", 3)
+        for queue in range(3):
+            answer = BlockDriver(driver.mmio, queue).read(queue, 512)
+            assert (answer.status, answer.data) == (OK, bytes(range(256)) * 2)
+
+
+@over_both
+def test_packed_rings(place, over):
+    with (
+        in_thread(lambda: Echo(packed=True), place),
+        front(place, ECHO, over=over, ring="packed") as rig,
+    ):
+        assert rig.driver.features >> 34 & 1
+        for n in range(40):  # more than the ring has
+            assert rig.driver.request([bytes([n])], [1]).data == bytes([n])
+        [queue, _] = rig.driver.transport.negotiation.active_queues
+        with queue.lock:
+            pass
+        assert rig.driver.request([b"on"], [2]).data == b"on"
+        rig.driver.restart()
+        assert rig.driver.request([b"again"], [5]).data == b"again"
+        assert not rig.driver.log
+
+
+def test_random_numbers(place):
+    with (
+        process("vhost-user", "--rng", path=place),
+        opened(f"socket={place},type=rng") as driver,
+    ):
+        answer = driver.request([], [64])
+        assert answer.written == 64 and any(answer.data)
+
+
+@over_both
+def test_one_queue_is_reset_and_set_up_again(image, place, over):
+    with (
+        process("vhost-user-blk", "--disk", str(image), "--queues", "2", path=place),
+        opened(f"socket={place},type=blk,queues=2", over=over) as driver,
+    ):
+        for _ in range(2):
+            assert BlockDriver(driver.mmio, 1).read(0, 512).status == OK
+            driver.mmio.reset_queue(1)
+            assert BlockDriver(driver.mmio, 0).read(0, 512).status == OK
+        assert BlockDriver(driver.mmio, 1).read(0, 512).status == OK
+        assert not driver.log and not driver.needs_reset
+
+
+def test_while_its_lock_is_held_a_queue_rests(image, place):
+    with (
+        process("vhost-user-blk", "--disk", str(image), path=place),
+        opened(f"socket={place},type=blk") as driver,
+    ):
+        assert disk(driver).read(0, 512).status == OK
+        [queue] = driver.transport.negotiation.active_queues
+        with queue.lock:
+            chain = driver.mmio.submit(0, [header(IN)], [512, 1])
+            before = driver.mmio.queues[0].used_idx
+            assert queue.state().next_avail == queue.state().next_used == before
+            assert driver.mmio.queues[0].used_idx == before
+        driver.mmio.wait_used(0, chain)
+
+
+# --- what a back end is asked ---------------------------------------------------------------------
+
+
+def test_what_it_is_told_and_in_what_order(place):
+    with fake(place) as back_end, front(place, ECHO, patience=60) as rig:
+        rig.until(lambda: back_end.status & 4)
+        numbers = back_end.numbers()
+        assert numbers.index(SET_FEATURES) < numbers.index(SET_MEM_TABLE)
+        assert numbers.index(SET_MEM_TABLE) < numbers.index(GET_INFLIGHT_FD)
+        assert numbers.index(GET_INFLIGHT_FD) < numbers.index(SET_INFLIGHT_FD)
+        assert numbers.index(SET_INFLIGHT_FD) < numbers.index(SET_VRING_ENABLE)
+        asked = dict(back_end.asked)
+        assert asked[SET_FEATURES] == struct.pack(
+            "=Q", F_VERSION_1 | F_INDIRECT | F_EVENT_IDX | F_PROTOCOL
+        )
+        assert asked[SET_STATUS] == struct.pack("=Q", 15)
+        count, _, *row = struct.unpack("=II4Q", asked[SET_MEM_TABLE])
+        assert count == 1 and row[:2] == [0, MIB]
+        rig.driver.mmio.reset()
+        assert back_end.numbers()[-3:] == [GET_VRING_BASE, GET_VRING_BASE, SET_STATUS]
+        assert back_end.status == 0
+
+
+def test_a_back_end_that_knows_nothing_of_it_all(place):
+    """Without protocol features rings begin with their kick, and nothing is acknowledged."""
+    with (
+        fake(place, features=F_VERSION_1) as back_end,
+        front(place, ECHO) as rig,
+    ):
+        rig.driver.mmio.reset()
+        assert not {SET_VRING_ENABLE, SET_STATUS, GET_INFLIGHT_FD} & {*back_end.numbers()}
+        assert rig.lines == []
+
+
+def test_a_device_that_knows_no_status_is_reset_by_its_own_request(place):
+    with fake(place, protocol=P_REPLY_ACK | 1 << 13) as back_end, front(place, ECHO) as rig:
+        rig.driver.mmio.reset()
+        assert back_end.numbers()[-1] == RESET_DEVICE
+
+
+def test_a_queue_without_an_interrupt_has_no_call(place):
+    """A driver on PCI that polls a queue gives it no vector."""
+    with fake(place) as back_end, front(place, ECHO, over="pci", start=False) as rig:
+        rig.driver.mmio.wants_vectors = False
+        rig.driver.mmio.start()
+        assert rig.device.stats()["connected"]
+        assert back_end.numbers().count(SET_VRING_CALL) == 2
+
+
+@pytest.mark.parametrize("slots", [0, P_SLOTS])
+def test_memory_that_is_added_and_removed_later(place, slots):
+    with fake(place, protocol=P_REPLY_ACK | slots) as back_end:
+        link = Link(str(place))
+        link.agree()
+        memory = os.memfd_create("memory")
+        first, second = (0, MIB, 1 << 30, 0), (4 * MIB, MIB, 1 << 31, MIB)
+        link.lend(memory, [first])
+        link.lend(memory, [first])
+        link.lend(memory, [first, second])
+        link.lend(memory, [second])
+        number = [n for n in back_end.numbers() if n in (SET_MEM_TABLE, ADD_MEM_REG, REM_MEM_REG)]
+        later = [ADD_MEM_REG, REM_MEM_REG] if slots else [SET_MEM_TABLE] * 2
+        assert number == [SET_MEM_TABLE, *later]
+        os.close(memory)
+        link.close()
+
+
+def test_more_regions_than_a_table_has_room_for(place):
+    with fake(place) as back_end:
+        link = Link(str(place))
+        link.agree()
+        memory = os.memfd_create("memory")
+        link.lend(memory, [(n * MIB, 4096, n * MIB, 0) for n in range(9)])
+        assert back_end.numbers().count(ADD_MEM_REG) == 9
+        os.close(memory)
+        link.close()
+
+
+def test_the_memory_cannot_be_cut_short_by_the_back_end(place):
+    with fake(place) as back_end, front(place, ECHO) as rig:
+        rig.until(lambda: back_end.status & 4)
+        sizes = {fd: os.fstat(fd).st_size for fd in back_end.kept}
+        [memory] = [fd for fd, size in sizes.items() if size == MIB]
+        with pytest.raises(PermissionError):
+            os.ftruncate(memory, 0)
+
+
+def test_what_the_driver_writes_to_the_configuration(place):
+    with fake(place, config=b"before".ljust(64, b"\0")) as back_end, front(place, ECHO) as rig:
+        assert rig.driver.config(0, 6) == b"before"
+        back_end.config = b"after!".ljust(64, b"\0")
+        rig.driver.mmio.registers.write(CONFIG + 2, 2, int.from_bytes(b"xy", "little"))
+        assert dict(back_end.asked)[SET_CONFIG] == struct.pack("=III", 2, 2, 0) + b"xy"
+        assert rig.driver.config(0, 6) == b"after!"
+        rig.driver.mmio.registers.write(CONFIG + 200, 1, 1)  # past its end: nobody's business
+        assert back_end.numbers().count(SET_CONFIG) == 1
+
+
+def test_a_configuration_that_changes(place):
+    with fake(place, protocol=ALL | P_BACKEND_REQ) as back_end, front(place, ECHO) as rig:
+        rig.until(lambda: back_end.requests is not None)
+        before = rig.driver.irq.count
+        back_end.config = b"changed".ljust(64, b"\0")
+        back_end.requests.sendall(struct.pack("=III", 2, 1 | 8, 0))
+        assert back_end.requests.recv(20) == struct.pack("=IIIQ", 2, 5, 8, 0)
+        rig.until(lambda: rig.driver.config(0, 7) == b"changed")
+        assert rig.driver.irq.wait(before + 1, 60)
+        back_end.requests.sendall(struct.pack("=III", 3, 1 | 8, 0))  # what nobody offered
+        assert back_end.requests.recv(20) == struct.pack("=IIIQ", 3, 5, 8, 1)
+        rig.until(lambda: rig.lines != [])
+        assert rig.lines == [f"the back end at {place} makes request 3, which is not offered"]
+        assert rig.device.stats()["connected"]
+
+
+def test_a_configuration_space_that_lies_about_its_queues(place):
+    config = bytearray(64)
+    config[34:36] = b"\xff\xff"
+    with fake(place, features=F_VERSION_1 | F_PROTOCOL | 1 << 12, config=bytes(config)):
+        several = served("blk", 2, tag="", mac=b"")
+        with front(place, several) as rig:
+            assert rig.driver.config(34, 2) == struct.pack("<H", 2)
+        with front(place, BLK, start=False) as rig:
+            assert not rig.device.features >> 12 & 1
+    with fake(place, config=b"\xff" * 64), front(place, served("fs", 1, tag="t", mac=b"")) as rig:
+        assert rig.driver.config(0, 40) == b"t".ljust(36, b"\0") + struct.pack("<I", 1)
+
+
+def test_features_that_we_cannot_pass_on_are_not_offered(place):
+    offered = (1 << 64) - 1
+    with fake(place, features=offered), front(place, ECHO, start=False) as rig:
+        assert rig.device.features & ~(1 << 40) == 0xFF | F_INDIRECT | F_EVENT_IDX | F_VERSION_1
+
+
+def test_a_cards_link_is_down_while_nobody_serves_it(place):
+    card = served("net", 1, tag="", mac=bytes.fromhex("525400112233"))
+    with fake(place, protocol=P_REPLY_ACK) as back_end, front(place, card) as rig:
+        assert rig.driver.config(0, 8) == bytes.fromhex("525400112233") + b"\1\0"
+        back_end.close()
+        rig.until(lambda: rig.driver.config(6, 2) == b"\0\0")
+
+
+# --- the back end dies ----------------------------------------------------------------------------
+
+
+@over_both
+def test_another_back_end_goes_on(image, place, over):
+    with opened_disk(image, place, over) as (driver, back_end):
+        back_end.kill()
+        back_end.wait()
+        place.unlink()
+        chain = driver.mmio.submit(0, [header(IN)], [512, 1])
+        with process("vhost-user-blk", "--disk", str(image), path=place):
+            driver.mmio.wait_used(0, chain)
+            assert disk(driver).read(1, 512).status == OK
+            assert driver.device.stats() == {"connected": True, "reconnections": 1}
+            assert not driver.needs_reset
+
+
+@contextmanager
+def opened_disk(image, place, over="mmio", disk_text=""):
+    text = disk_text or str(image)
+    with (
+        process("vhost-user-blk", "--disk", text, path=place) as back_end,
+        opened(f"socket={place},type=blk", over=over) as driver,
+    ):
+        yield driver, back_end
+
+
+SLOW = """
+import os, time
+from pyvmm.virtio.blk.backend import Backend, scatter
+
+class Slow(Backend):
+    read_only = True
+    size_sectors = 2048
+
+    def readv(self, views, size, offset):
+        while offset >= 4096 and not os.path.exists({gate!r}):
+            open({reached!r}, "w").close()
+            time.sleep(0.01)
+        numbers = range(offset // 512, (offset + size) // 512)
+        scatter(b"".join(bytes([n]) * 512 for n in numbers), views)
+"""
+
+
+@pytest.fixture
+def slow(tmp_path):
+    """A disk that hangs in a request until the file `gate` is there; `reached` when it does."""
+    gate, reached = tmp_path / "gate", tmp_path / "reached"
+    path = tmp_path / "slow.py"
+    path.write_text(SLOW.format(gate=str(gate), reached=str(reached)))
+    return f"{path}:Slow", gate, reached
+
+
+def test_requests_that_a_dead_back_end_had_taken_are_done_by_the_next(image, place, slow):
+    """Of several in flight, in more than one batch, by the notes on them."""
+    text, gate, reached = slow
+    with opened_disk(image, place, disk_text=text) as (driver, back_end):
+        assert disk(driver).read(1, 512).data == b"\1" * 512
+        chains = [driver.mmio.submit(0, [header(IN, 8 + n)], [512, 1]) for n in range(4)]
+        until(reached.exists)
+        back_end.kill()
+        back_end.wait()
+        place.unlink()
+        gate.touch()
+        with process("vhost-user-blk", "--disk", text, path=place):
+            for n, chain in enumerate(chains):
+                driver.mmio.wait_used(0, chain)
+                assert driver.mmio.queues[0].contents(chain) == bytes([8 + n]) * 512 + b"\0"
+            assert disk(driver).read(2, 512).data == b"\2" * 512
+            assert not driver.needs_reset
+
+
+def test_without_another_they_fail_and_a_reset_mends_it(image, place, slow):
+    text, gate, reached = slow
+    spec = f"socket={place},type=blk,reconnect=0"
+    with process("vhost-user-blk", "--disk", text, path=place) as back_end, opened(spec) as driver:
+        chains = [driver.mmio.submit(0, [header(IN, 8 + n)], [512, 1]) for n in range(3)]
+        until(reached.exists)
+        back_end.kill()
+        back_end.wait()
+        place.unlink()
+        for chain in chains:
+            driver.mmio.wait_used(0, chain)
+            assert driver.mmio.queues[0].contents(chain)[-1] == IOERR
+        assert disk(driver).read(1, 512).status == IOERR
+        assert disk(driver).flush().status == IOERR
+        assert not driver.needs_reset
+        gate.touch()
+        with process("vhost-user-blk", "--disk", text, path=place):
+            driver.restart()
+            assert disk(driver).read(9, 512).data == b"\x09" * 512
+
+
+def in_use(rig, readable, writable, count):
+    """As many chains as given in queue 0, which nobody serves."""
+    return [rig.driver.mmio.submit(0, readable, writable) for _ in range(count)]
+
+
+def use(rig, chain, written=0):
+    """Return `chain` as a back end would."""
+    queue = rig.driver.mmio.queues[0]
+    memory, at = rig.driver.memory, queue.device_addr
+    [idx] = struct.unpack("<H", memory.read(at + 2, 2))
+    memory.write(at + 4 + 8 * (idx % queue.size), struct.pack("<II", chain.head, written))
+    memory.write(at + 2, struct.pack("<H", (idx + 1) & 0xFFFF))
+
+
+def test_without_notes_requests_in_order_fail_one_by_one(place):
+    with (
+        fake(place, protocol=P_REPLY_ACK | P_CONFIG) as back_end,
+        front(place, BLK, reconnect=0) as rig,
+    ):
+        chains = in_use(rig, [header(IN)], [512, 1], 3)
+        use(rig, chains[0], 513)
+        back_end.close()
+        for chain in chains:
+            rig.driver.mmio.wait_used(0, chain)
+        assert rig.driver.mmio.queues[0].contents(chains[1])[-1] == IOERR
+        assert not rig.driver.needs_reset
+
+
+def test_without_notes_requests_out_of_order_want_a_reset(place):
+    """Which of them is still to be answered cannot be known."""
+    with (
+        fake(place, protocol=P_REPLY_ACK | P_CONFIG) as back_end,
+        front(place, BLK, reconnect=0) as rig,
+    ):
+        chains = in_use(rig, [header(IN)], [512, 1], 3)
+        use(rig, chains[1], 513)
+        back_end.close()
+        rig.until(lambda: rig.driver.needs_reset)
+        assert "without notes" in rig.driver.log[0]
+
+
+def test_nothing_in_flight_needs_no_notes(place):
+    with fake(place, protocol=P_REPLY_ACK | P_CONFIG) as back_end, front(place, BLK) as rig:
+        chains = in_use(rig, [header(IN)], [512, 1], 2)
+        use(rig, chains[1])
+        use(rig, chains[0])
+        back_end.die()
+        rig.until(lambda: rig.device.stats()["reconnections"] == 1)
+        assert back_end.bases[0] == 2
+        assert not rig.driver.needs_reset
+
+
+def test_a_packed_ring_does_not_tell_where_it_was(place):
+    with (
+        in_thread(lambda: Echo(packed=True), place) as connections,
+        front(place, ECHO, ring="packed") as rig,
+    ):
+        assert rig.driver.request([b"x"], [1]).data == b"x"
+        connections[0].shutdown(socket.SHUT_RDWR)
+        rig.until(lambda: rig.driver.needs_reset)
+        rig.driver.restart()
+        assert rig.driver.request([b"x"], [1]).data == b"x"
+
+
+def test_a_file_system_answers_that_it_is_gone(place):
+    """Its state is one process's, so no other goes on."""
+    share = served("fs", 1, tag="home", mac=b"")
+    with fake(place, protocol=P_REPLY_ACK) as back_end, front(place, share) as rig:
+        request = struct.pack("<IIQQIIII", 40, 3, 77, 1, 0, 0, 0, 0)
+        chain = rig.driver.mmio.submit(1, [request], [16, 104])
+        back_end.die()
+        rig.driver.mmio.wait_used(1, chain)
+        answer = rig.driver.mmio.queues[1].contents(chain)
+        assert struct.unpack("<IiQ", answer[:16]) == (16, -107, 77)
+        forget = struct.pack("<IIQQIIIIQ", 48, 2, 78, 1, 0, 0, 0, 0, 1)
+        assert rig.driver.request([forget], [], queue=0).written == 0
+        assert not rig.driver.needs_reset
+
+
+def test_a_device_that_cannot_fail_otherwise_wants_a_reset(place):
+    with fake(place) as back_end, front(place, ECHO, reconnect=0) as rig:
+        back_end.close()
+        rig.until(lambda: rig.driver.needs_reset)
+        assert "no back end" in rig.driver.log[0]
+
+
+def test_a_back_end_that_lacks_what_the_guest_has_is_not_taken(place):
+    with fake(place) as back_end, front(place, ECHO, reconnect=0.5) as rig:
+        back_end.features = F_VERSION_1 | F_PROTOCOL
+        back_end.die()
+        rig.until(lambda: rig.driver.needs_reset)
+        assert rig.device.stats()["reconnections"] == 0
+
+
+def test_a_back_end_that_dies_again_and_again_is_given_up(place):
+    def die(back_end, *_):
+        back_end.die()
+        return False
+
+    with fake(place) as back_end, front(place, BLK, reconnect=1) as rig:
+        chain = rig.driver.mmio.submit(0, [header(IN)], [512, 1])
+        back_end.actions[SET_VRING_ENABLE] = die
+        back_end.die()
+        rig.driver.mmio.wait_used(0, chain)
+        assert rig.driver.mmio.queues[0].contents(chain)[-1] == IOERR
+        assert any("requests fail" in line for line in rig.lines)
+
+
+def test_a_ring_that_the_back_end_calls_broken(place):
+    with fake(place) as back_end, front(place, ECHO) as rig:
+        rig.until(lambda: back_end.status & 4)
+        os.eventfd_write(error_of(back_end), 1)
+        rig.until(lambda: rig.driver.needs_reset)
+        assert "a ring that it cannot serve" in rig.driver.log[0]
+        rig.driver.restart()
+        assert not rig.driver.needs_reset
+
+
+def error_of(back_end):
+    """The eventfd of SET_VRING_ERR, which comes first of a ring's."""
+    return eventfds(back_end)[0]
+
+
+def eventfds(back_end):
+    return [
+        fd for fd in back_end.kept
+        if os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"
+    ]  # fmt: skip
+
+
+def test_a_back_end_that_makes_our_eventfds_wait(place):
+    """O_NONBLOCK is the file's, so it can take that away: a reset drains the kick all the same."""
+    with fake(place) as back_end, front(place, ECHO) as rig:
+        rig.until(lambda: back_end.status & 4)
+        kicks = [back_end.kept[-1], back_end.kept[-4]]
+        for full in kicks:
+            with suppress(BlockingIOError):
+                os.eventfd_read(full)
+            os.eventfd_write(full, (1 << 64) - 2)
+        for fd in eventfds(back_end):
+            os.set_blocking(fd, True)
+        rig.driver.kick(0)
+        rig.driver.mmio.reset()
+        rig.driver.kick(0)
+        rig.driver.mmio.reset()
+
+
+def test_there_is_nothing_left(place):
+    def use():
+        with (
+            fake(place, protocol=ALL | P_BACKEND_REQ) as back_end,
+            front(place, ECHO, reconnect=0) as rig,
+        ):
+            rig.driver.restart()
+            back_end.close()
+            rig.until(lambda: rig.driver.needs_reset)
+
+    use()
+    before = open_descriptors()
+    for _ in range(5):
+        use()
+    assert open_descriptors() == before

@@ -1,0 +1,355 @@
+"""Back ends that lie, stall, send what nobody asked for, or die at each stage: one clear line each,
+no wait without a bound, and a device that its driver can reset."""
+
+from __future__ import annotations
+
+import os
+import struct
+import time
+from contextlib import suppress
+
+import pytest
+from front_end_rig import (
+    ALL,
+    GET_CONFIG,
+    GET_FEATURES,
+    GET_INFLIGHT_FD,
+    GET_PROTOCOL_FEATURES,
+    GET_QUEUE_NUM,
+    GET_STATUS,
+    GET_VRING_BASE,
+    P_BACKEND_REQ,
+    P_MQ,
+    PATIENCE,
+    REPLY,
+    REPLYING,
+    SET_BACKEND_REQ_FD,
+    SET_FEATURES,
+    SET_INFLIGHT_FD,
+    SET_MEM_TABLE,
+    SET_OWNER,
+    SET_STATUS,
+    SET_VRING_ADDR,
+    SET_VRING_BASE,
+    SET_VRING_CALL,
+    SET_VRING_ENABLE,
+    SET_VRING_ERR,
+    SET_VRING_KICK,
+    SET_VRING_NUM,
+    VERSION,
+    fake,
+    front,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pyvmm.errors import HostError, PyvmmError
+from pyvmm.vhost_user.protocol import BackEndError
+from pyvmm.virtio.vhost_user.device import Served
+
+ECHO = Served(42, 2, features=0xFF, config_size=16)
+EVERYTHING = ALL | P_BACKEND_REQ
+
+# --- what it may do in place of an answer ---------------------------------------------------------
+
+
+def silence(back_end, number, payload, fds):
+    return False
+
+
+def death(back_end, number, payload, fds):
+    back_end.die()
+    return False
+
+
+def other_number(back_end, number, payload, fds):
+    back_end.answer(number + 1, bytes(8))
+    return False
+
+
+def short(back_end, number, payload, fds):
+    back_end.answer(number, b"\1\0\0")
+    return False
+
+
+def long(back_end, number, payload, fds):
+    back_end.answer(number, bytes(1000))
+    return False
+
+
+def huge(back_end, number, payload, fds):
+    back_end.connection.sendall(struct.pack("=III", number, VERSION | REPLY, 0xFFFF_FFF0))
+    return False
+
+
+def half(back_end, number, payload, fds):
+    back_end.connection.sendall(struct.pack("=III", number, VERSION | REPLY, 8) + b"1234")
+    return False
+
+
+def request_of_its_own(back_end, number, payload, fds):
+    back_end.answer(number, bytes(8), flags=VERSION)
+    return False
+
+
+def other_version(back_end, number, payload, fds):
+    back_end.answer(number, bytes(8), flags=2 | REPLY)
+    return False
+
+
+def many_descriptors(back_end, number, payload, fds):
+    back_end.answer(number, bytes(8), [0] * 9)
+    return False
+
+
+def a_descriptor_too_many(back_end, number, payload, fds):
+    back_end.answer(number, bytes(8), [0, 0])
+    return False
+
+
+def twice(back_end, number, payload, fds):
+    back_end.usual(number, 8, payload, fds)
+    back_end.answer(number, bytes(8))
+    return False
+
+
+def refusal(back_end, number, payload, fds):
+    back_end.answer(number, struct.pack("=Q", 1))
+    return False
+
+
+WRONG = (silence, death, other_number, short, long, huge, half, request_of_its_own)
+WRONG += (other_version, many_descriptors)
+AT_FIRST = (GET_FEATURES, GET_PROTOCOL_FEATURES, SET_OWNER, GET_QUEUE_NUM, SET_BACKEND_REQ_FD)
+AT_FIRST += (GET_CONFIG,)
+LATER = (SET_FEATURES, SET_STATUS, GET_STATUS, SET_MEM_TABLE, GET_INFLIGHT_FD, SET_INFLIGHT_FD)
+LATER += (SET_VRING_NUM, SET_VRING_BASE, SET_VRING_ADDR, SET_VRING_ERR, SET_VRING_CALL)
+LATER += (SET_VRING_KICK, SET_VRING_ENABLE)
+
+
+def cases(numbers):
+    return [
+        pytest.param(number, action, id=f"{number}-{action.__name__}")
+        for number in numbers
+        for action in (*WRONG, *(() if number in REPLYING else (refusal,)))
+    ]
+
+
+def patience(action):
+    """How long to wait for an answer: for one that does not come, not long."""
+    return PATIENCE if action in (silence, half) else 60
+
+
+def one_line(error):
+    text = str(error)
+    return "\n" not in text and len(text) < 200
+
+
+@pytest.mark.parametrize(("number", "action"), cases(AT_FIRST))
+def test_before_there_is_a_device(tmp_path, number, action):
+    path = tmp_path / "s"
+    began = time.monotonic()
+    with fake(path, protocol=EVERYTHING, actions={number: action}):
+        with pytest.raises((BackEndError, HostError)) as caught:  # noqa: SIM117
+            with front(path, ECHO, start=False, patience=patience(action)):
+                pass
+        assert one_line(caught.value)
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize(("number", "action"), cases(LATER))
+def test_when_the_driver_begins(tmp_path, number, action):
+    """The device fails, as it has no other back end, and serves again once that is better."""
+    path = tmp_path / "s"
+    with (
+        fake(path, protocol=EVERYTHING, actions={number: action}) as back_end,
+        front(path, ECHO, start=False, patience=patience(action), reconnect=0) as rig,
+    ):
+        rig.driver.mmio.start()
+        rig.until(lambda: rig.driver.needs_reset)
+        assert rig.lines and all(map(one_line, rig.lines))
+        back_end.actions.clear()
+        rig.device._patience = 60
+        rig.driver.restart()
+        rig.until(lambda: back_end.status & 4)
+        assert rig.device.stats()["connected"]
+        assert not rig.driver.needs_reset
+
+
+@pytest.mark.parametrize(
+    "action", [*WRONG, a_descriptor_too_many], ids=lambda action: action.__name__
+)
+def test_when_a_ring_is_to_stop(tmp_path, action):
+    """The reset ends, and no ring is with the back end then."""
+    path = tmp_path / "s"
+    with (
+        fake(path, protocol=EVERYTHING) as back_end,
+        front(path, ECHO, patience=patience(action)) as rig,
+    ):
+        rig.until(lambda: back_end.status & 4)
+        back_end.actions[GET_VRING_BASE] = action
+        began = time.monotonic()
+        rig.driver.mmio.reset()
+        assert time.monotonic() - began < 30
+        assert not rig.device.stats()["connected"]
+        assert rig.lines and all(map(one_line, rig.lines))
+        back_end.actions.clear()
+        rig.device._patience = 60
+        rig.driver.mmio.start()
+        rig.until(lambda: back_end.status & 4)
+
+
+def test_the_base_of_another_ring(tmp_path):
+    path = tmp_path / "s"
+    with fake(path) as back_end, front(path, ECHO) as rig:
+        rig.until(lambda: back_end.status & 4)
+
+        def other(back_end, number, payload, fds):
+            back_end.answer(number, struct.pack("=II", 7, 0))
+            return False
+
+        back_end.actions[GET_VRING_BASE] = other
+        rig.driver.mmio.reset()
+        assert "ring 7" in rig.lines[0]
+
+
+def test_a_base_that_says_more_than_the_used_ring(tmp_path):
+    """It may be about to return them: it gets some time, but no more."""
+    path = tmp_path / "s"
+    with fake(path) as back_end, front(path, ECHO, patience=PATIENCE) as rig:
+        rig.until(lambda: back_end.status & 4)
+        back_end.bases[0] = 9
+        queue = rig.driver.transport.negotiation.active_queues[0]
+        with queue.lock:
+            assert queue.state().next_avail == 0
+
+
+def test_what_nobody_asked_for(tmp_path):
+    path = tmp_path / "s"
+    with (
+        fake(path, actions={SET_MEM_TABLE: twice}) as back_end,
+        front(path, ECHO, start=False, patience=60, reconnect=0) as rig,
+    ):
+        rig.driver.mmio.start()
+        rig.until(lambda: rig.driver.needs_reset)
+        assert "nobody asked for" in rig.lines[0]
+        assert SET_VRING_NUM not in back_end.numbers()
+
+
+def test_a_back_end_that_does_not_read(tmp_path):
+    """It gets no further than its socket's buffer."""
+    path = tmp_path / "s"
+
+    def sleep(back_end, number, payload, fds):
+        time.sleep(1)
+        return False
+
+    with fake(path, actions={SET_FEATURES: sleep}), front(path, ECHO, patience=0.1) as rig:
+        rig.until(lambda: rig.lines != [])
+        assert "has not answered SET_FEATURES in 0.1 seconds" in rig.lines[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"features": 1 << 30}, "VIRTIO_F_VERSION_1"),
+        ({"protocol": P_MQ, "queues": 1}, "has 1 queues, and 2 are wanted"),
+    ],
+)
+def test_a_back_end_that_is_of_no_use(tmp_path, options, text):
+    queues = options.pop("queues", None)
+
+    def few(back_end, number, payload, fds):
+        back_end.answer(number, struct.pack("=Q", queues))
+        return False
+
+    path = tmp_path / "s"
+    actions = {GET_QUEUE_NUM: few} if queues else {}
+    with fake(path, actions=actions, **options), pytest.raises(BackEndError, match=text):  # noqa: SIM117
+        with front(path, ECHO):
+            pass
+
+
+def test_features_that_it_takes_back(tmp_path):
+    """FEATURES_OK stays clear there."""
+    path = tmp_path / "s"
+
+    def not_ok(back_end, number, payload, fds):
+        back_end.answer(number, struct.pack("=Q", 3))
+        return False
+
+    with fake(path, actions={GET_STATUS: not_ok}), front(path, ECHO, reconnect=0) as rig:
+        rig.until(lambda: rig.driver.needs_reset)
+        assert "does not work with the features" in rig.lines[0]
+
+
+def test_notes_that_are_nonsense(tmp_path):
+    """The file of notes is the back end's: it is read once, and never mapped."""
+    path = tmp_path / "s"
+    from pyvmm.kinds.vhost_user.types import served
+
+    blk = served("blk", 1, tag="", mac=b"")
+    with fake(path) as back_end, front(path, blk, reconnect=0) as rig:
+        rig.until(lambda: back_end.status & 4)
+        rig.driver.mmio.submit(0, [bytes(16)], [512, 1])
+        notes = back_end.kept[-1]
+        for fd in back_end.kept:
+            if os.readlink(f"/proc/self/fd/{fd}").startswith("/memfd:notes"):
+                notes = fd
+                os.pwrite(notes, b"\xff" * 4096, 0)
+                os.ftruncate(notes, 100)
+        back_end.close()
+        rig.until(lambda: rig.driver.needs_reset)
+        assert "notes" in rig.driver.log[0]
+
+
+# --- anything at all ------------------------------------------------------------------------------
+
+answers = st.one_of(
+    st.sampled_from([*WRONG, twice, refusal, a_descriptor_too_many]),
+    st.tuples(st.integers(0, 50), st.integers(0, 15), st.binary(max_size=70), st.integers(0, 3)),
+)
+stages = st.sampled_from([*AT_FIRST, *LATER, GET_VRING_BASE])
+
+
+@given(
+    wrong=st.dictionaries(
+        st.sampled_from([*AT_FIRST, *LATER, GET_VRING_BASE]), answers, max_size=2
+    ),
+    features=st.integers(0, (1 << 64) - 1) | st.just((1 << 32) | (1 << 30)),
+    protocol=st.integers(0, (1 << 20) - 1) | st.just(EVERYTHING),
+    own=st.binary(max_size=40),
+)
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_anything(tmp_path_factory, wrong, features, protocol, own):
+    """Whatever it says, what is raised is ours, and every step ends."""
+    path = tmp_path_factory.mktemp("fuzz") / "s"
+
+    def action(answer):
+        if callable(answer):
+            return answer
+
+        def send(back_end, number, payload, fds):
+            given, flags, data, count = answer
+            back_end.answer(given, data, [0] * count, flags)
+            return False
+
+        return send
+
+    actions = {number: action(answer) for number, answer in wrong.items()}
+    with fake(path, features=features, protocol=protocol, actions=actions) as back_end:
+        try:
+            with front(path, ECHO, start=False, patience=0.05, reconnect=0) as rig:
+                for _ in range(2):
+                    rig.driver.mmio.start()
+                    if back_end.requests is not None:
+                        with suppress(OSError):  # we have hung up
+                            back_end.requests.sendall(own)
+                    rig.driver.mmio.submit(0, [b"question"], [8])
+                    rig.driver.config(0, 16)
+                    rig.driver.mmio.reset()
+                    assert rig.driver.mmio.status == 0
+        except PyvmmError as error:
+            assert one_line(error)
