@@ -76,8 +76,7 @@ class Negotiation(Lifecycle):
 
     def read_device_features(self) -> int:
         """The 32 offered bits that were selected; 0 for those past bit 63."""
-        select = self.state.device_features_select
-        return self.offered >> 32 * select & _LOW_32 if select < 2 else 0
+        return self.offered >> 32 * self.state.device_features_select & _LOW_32
 
     def write_driver_features_select(self, value: int) -> None:
         """Select which 32 of the accepted bits are written."""
@@ -112,12 +111,10 @@ class Negotiation(Lifecycle):
 
     def write_status(self, written: int) -> None:
         """The driver writes the status field: a reset, a legal step, or nothing at all."""
+        current = self.state.status
         if written == 0:
             self.reset()
-            return
-        current = self.state.status
-        wanted = status.next_status(current, written)
-        if wanted is None:
+        elif (wanted := status.next_status(current, written)) is None:
             self.warn(f"status {written:#x} ignored: {status.explain_refusal(current, written)}")
         else:
             self._take_step(wanted & ~current)
@@ -140,12 +137,12 @@ class Negotiation(Lifecycle):
         """Select the region that the other methods on shared memory are about."""
         self.state.shm_select = value
 
-    def read_shm_length(self, shift: int = 0) -> int:
+    def read_shm_length(self, shift: int) -> int:
         """32 bits, from bit `shift` on, of the region's length in bytes; all ones for none."""
         region = self.device.shared_memory.get(self.state.shm_select)
         return _LOW_32 if region is None else region.size >> shift & _LOW_32
 
-    def read_shm_base(self, shift: int = 0) -> int:
+    def read_shm_base(self, shift: int) -> int:
         """The same of its guest-physical address."""
         region = self.device.shared_memory.get(self.state.shm_select)
         return _LOW_32 if region is None else region.base >> shift & _LOW_32

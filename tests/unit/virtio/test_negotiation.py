@@ -17,6 +17,8 @@ from mmio_harness import (
     NEEDS_RESET,
     QUEUE_NOTIFY,
     QUEUE_READY,
+    QUEUE_RESET,
+    QUEUE_SEL,
     SHM_BASE_HIGH,
     SHM_BASE_LOW,
     SHM_LEN_HIGH,
@@ -417,11 +419,24 @@ def test_features_past_bit_63_are_neither_offered_nor_accepted(bench: Bench, wor
     assert f"features 0x1 in word {word}, ignored" in line
 
 
+def test_features_are_accepted_word_by_word_and_the_last_writes_count(bench: Bench) -> None:
+    negotiation = bench.negotiation
+    negotiation.write_driver_features(0x5)  # a driver may leave the selector as it finds it
+    assert negotiation.state.driver_features == 0x5
+    negotiation.write_driver_features_select(1)
+    negotiation.write_driver_features(0x9)
+    negotiation.write_driver_features(0x6)
+    assert negotiation.state.driver_features == 0x6_0000_0005
+    negotiation.write_driver_features_select(0)
+    negotiation.write_driver_features(0x2)
+    assert negotiation.state.driver_features == 0x6_0000_0002
+
+
 def test_a_write_to_the_configuration_has_no_more_bytes_than_it_says(
     bench: Bench, device: RecordingDevice
 ) -> None:
     bench.go_live()
-    bench.negotiation.write_config(3, 2, 0x12_3456)
+    bench.negotiation.write_config(3, 2, 0xFF_3456)
     assert device.config_writes == [(3, b"\x56\x34")]
 
 
@@ -494,6 +509,8 @@ def test_shared_memory_is_shown_by_its_number(bench: Bench, device: RecordingDev
     """2.10 Shared Memory Regions; at any time, and none is selected for good."""
     device.shared_memory = {7: SharedMemory(0x12_3456_7000, 0x9_8765_4000)}
 
+    assert bench.negotiation.state.shm_select == 0
+
     def shown() -> list[int]:
         return [bench.read(at) for at in (SHM_LEN_LOW, SHM_LEN_HIGH, SHM_BASE_LOW, SHM_BASE_HIGH)]
 
@@ -541,3 +558,23 @@ def test_a_driver_from_end_to_end(bench: Bench) -> None:
         driver.reset()
     transport.close()
     assert driver.status != AGREED
+
+
+class ThreeEchoes(Echo):
+    queue_sizes = (64, 64, 64)
+    features = Echo.features | 1 << features.VIRTIO_F_RING_RESET
+
+
+def test_a_queue_that_is_reset_alone_leaves_the_others_their_places(bench: Bench) -> None:
+    line = InterruptLine()
+    transport = MmioTransport(ThreeEchoes(), bench.memory, line)
+    driver = MmioDriver(transport, bench.memory, irq=line)
+    driver.start()
+    first, second, third = transport.negotiation.active_queues
+    driver.write(QUEUE_SEL, 0)
+    driver.write(QUEUE_RESET, 1)
+    assert transport.negotiation.active_queues == [second, third]
+    driver.reset_queue(0)
+    assert transport.negotiation.active_queues[1:] == [second, third]
+    assert transport.negotiation.active_queues[0] is not first
+    transport.close()
