@@ -61,6 +61,7 @@ class RecordingDevice(VirtioDevice):
         self.activations = 0
         self.resets = 0
         self.config_writes: list[tuple[int, bytes]] = []
+        self.accepted: list[int] = []
         self.activate_error: Exception | None = None
         self.reset_error: PyvmmError | None = None
 
@@ -75,6 +76,9 @@ class RecordingDevice(VirtioDevice):
 
     def write_config(self, offset: int, data: bytes) -> None:
         self.config_writes.append((offset, data))
+
+    def accept_features(self, features: int) -> None:
+        self.accepted.append(features)
 
     def activate(self, activation: Activation) -> None:
         self.activations += 1
