@@ -23,7 +23,8 @@ def boot_without_initrd(folder: Path) -> GuestResult:
 @pytest.mark.boot.with_args(boot_without_initrd)
 def test_no_driver_for_the_root_disk(boot: GuestResult) -> None:
     assert boot.code == 11, boot.ending()
-    line, _ = boot.messages
+    told, line, _ = boot.messages
+    assert "CONFIG_VIRTIO_BLK=y, which is a module there, (for its disks)" in told
     assert "did not find its root device" in line
     assert "--initrd" in line
 
