@@ -109,6 +109,24 @@ def _block_sizes(fd: int) -> tuple[int, int, int, int] | None:
     return logical, physical, minimum, optimal
 
 
+def read_regular(path: str, most: int) -> bytes:
+    """All of the regular file at `path`, which may be a stranger's: a FIFO is not waited for, and a
+    device is not read.
+
+    Raises OSError: EINVAL for what is no regular file, EFBIG for one of more than `most` bytes.
+    """
+    if "\0" in path:
+        raise OSError(errno.EINVAL, "the path has a NUL in it")
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    with open(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(errno.EINVAL, "no regular file")
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"more than {most >> 20} MiB")
+    return data
+
+
 def preadv_all(fd: int, views: list[memoryview], offset: int) -> int:
     """Read from `offset` on into `views` until they are full or the file ends; bytes read.
 

@@ -122,10 +122,18 @@ def to_stderr(line: str) -> None:
                 line = Line(f"{_vm}: no more warnings are shown")
         for observer in _observers:
             observer(line)
-    text = _as_json(line) if is_json() else f"pyvmm: {line}"
+    text = _as_json(line) if is_json() else f"pyvmm: {harmless(line)}"
     for copy in _copies:
         copy(text.encode(errors="replace"))
     raw_to_stderr(text)
+
+
+def harmless(text: str) -> str:
+    """`text` without what a terminal obeys: it may quote a stranger's file or a guest. Control
+    characters but newlines and tabs are shown as Python writes them."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() or one in "\n\t" else ascii(one)[1:-1] for one in text)
 
 
 def copy_to(copy: Callable[[bytes], None]) -> None:

@@ -9,8 +9,9 @@ $XDG_CACHE_HOME/pyvmm/made/HASH.cpio    named after its content; old ones go whe
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from pyvmm.errors import ConfigError
 from pyvmm.host import cpio
@@ -20,6 +21,7 @@ from pyvmm.images.modules import ModuleTree
 FILE_SYSTEM = "fs-"
 """How the list of a file system's modules begins: fs-ext4."""
 _USUAL_FILE_SYSTEM = "ext4"
+_MOST = 1 << 30  # bytes
 
 
 def make(modules: ModuleTree | None, needed: Mapping[str, str], filesystem: str = "") -> str:
@@ -32,13 +34,14 @@ def make(modules: ModuleTree | None, needed: Mapping[str, str], filesystem: str 
     base, lists = _recipe()
     kinds = dict.fromkeys(kind for kind in (filesystem, _USUAL_FILE_SYSTEM) if kind)
     lists = {**lists, **{f"{FILE_SYSTEM}{kind}": (kind,) for kind in kinds}}
-    parts = [base]
+    parts: Iterable[bytes] = [base]
     if modules is not None:
         if filesystem:
             needed = {**needed, f"{FILE_SYSTEM}{filesystem}": "for its root file system"}
         chosen = _choose(modules, lists, needed)
-        parts.append(cpio.archive(initramfs.module_entries(chosen, modules)))
-    return made_files.keep(parts, ".cpio")
+        # Piece by piece: a stranger's modules may be large.
+        parts = itertools.chain(parts, cpio.chunks(initramfs.module_entries(chosen, modules)))
+    return made_files.keep(parts, ".cpio", _MOST)
 
 
 def _recipe() -> tuple[bytes, dict[str, tuple[str, ...]]]:

@@ -9,19 +9,30 @@ kernel itself and needs no loading.
 
 from __future__ import annotations
 
-import io
 import lzma
 import os
+import re
+import struct
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 
 from pyvmm.errors import ConfigError
+from pyvmm.host import files
 
 # bookworm's 6.1 has plain files, the 6.12 of backports xz, other distributions zstd or gzip
 SUFFIXES = (".ko", ".ko.xz", ".ko.zst", ".ko.gz")
 _MOST_MODULE = 128 << 20  # bytes; the largest of Debian's has 20 MiB
 _MOST_MODULES = 100_000  # in one folder; Debian's generic kernel has 4,000
+_MOST_LOADED = 1000  # that are loaded together
+_MOST_UNPACKED = 2 << 30  # bytes of all modules that are read
+_MOST_LIST = 32 << 20  # bytes of one of depmod's lists; Debian's generic kernel's have 600 KiB
+_MOST_INFO = 4 << 20  # bytes of a .modinfo section; that of a driver with many aliases has 200 KiB
+_NAME = re.compile(r"[A-Za-z0-9_.+]{1,64}")  # a module's: MODULE_NAME_LEN of <linux/moduleparam.h>
+_RELEASE = re.compile(r"[!-~]{1,64}")  # a kernel's: __NEW_UTS_LEN of <linux/utsname.h>
+_ELF_MAGIC = b"\x7fELF"
+# By EI_CLASS: where e_shoff is and its form, where e_shentsize is, and a section header (elf(5)).
+_SECTIONS = {1: (0x20, "I", 0x2E, "6I"), 2: (0x28, "Q", 0x3A, "2I4Q")}
 _OPTION = "--modules"
 
 
@@ -34,6 +45,7 @@ class ModuleTree:
         self._paths, self._needs = _parse_dep(_read(folder, "modules.dep"))
         self._builtin = {module_name(line) for line in _read(folder, "modules.builtin")}
         self._soft = _parse_softdep(_read_if_there(folder, "modules.softdep"))
+        self._unpacked = 0
         self.knows_builtin = True
 
     def is_builtin(self, name: str) -> bool:
@@ -48,25 +60,46 @@ class ModuleTree:
 
         Raises ConfigError for a module this kernel has neither as a file nor built in.
         """
-        order: list[str] = []
-        for name in names:
-            self._visit(_normal(name), order, set())
-        return order
+        order: dict[str, None] = {}
+        above: set[str] = set()  # what waits for the modules that it needs
+        left: list[tuple[str, Iterator[str]]] = [("", map(_normal, names))]
+        while left:
+            name, before = left[-1]
+            needed = next(before, None)
+            if needed is None:
+                left.pop()
+                above.discard(name)
+                if name:
+                    order[name] = None
+            elif not (needed in self._builtin or needed in order or needed in above):
+                if needed not in self._paths:
+                    raise ConfigError(f"the kernel {self.release} has no module {needed!r:.80}")
+                if len(order) + len(above) == _MOST_LOADED:
+                    raise ConfigError(f"{next(iter(order), needed)} needs too many modules")
+                above.add(needed)
+                left.append((needed, iter(self._before(needed))))
+        return list(order)
 
     def contents(self, name: str) -> bytes:
-        """The module's own bytes, uncompressed (with its signature, which the kernel checks)."""
+        """The module's own bytes, uncompressed (with its signature, which the kernel checks).
+
+        Raises ConfigError for what is no module: whoever made the tree may have put a link to any
+        other file there, which is not to get into a guest.
+        """
         path = os.path.join(self.folder, self._paths[_normal(name)])
         try:
-            with open(path, "rb") as file:
-                data = file.read(_MOST_MODULE + 1)
-        except OSError as error:
-            raise ConfigError(f"{path}: {error.strerror}", option=_OPTION) from None
-        if len(data) > _MOST_MODULE:
-            raise ConfigError(f"{path} has more than 128 MiB", option=_OPTION)
-        try:
-            return _unpacked(path, data)
+            module = _unpacked(path, _read_bytes(path, _MOST_MODULE))
         except ConfigError as error:
             raise ConfigError(f"{path}: {error.message}", option=_OPTION) from None
+        if not module.startswith(_ELF_MAGIC):
+            raise _no_module(path)
+        self._unpacked += len(module)
+        if self._unpacked > _MOST_UNPACKED:
+            raise ConfigError(
+                f"the modules in {self.folder} have more than {_MOST_UNPACKED >> 30} GiB together",
+                option=_OPTION,
+            )
+        return module
 
     def _needs_of(self, name: str) -> list[str]:
         """The modules that `name` cannot be loaded without, the deepest last."""
@@ -76,19 +109,11 @@ class ModuleTree:
         """What it is better loaded after, under names that may be aliases."""
         return self._soft.get(name, [])
 
-    def _visit(self, name: str, order: list[str], above: set[str]) -> None:
-        if name in self._builtin or name in order or name in above:
-            return
-        if name not in self._paths:
-            raise ConfigError(f"the kernel {self.release} has no module {name!r:.80}")
-        above = above | {name}
+    def _before(self, name: str) -> Iterator[str]:
+        """What is loaded before `name`, as far as it is known, in this order."""
         for soft in self._soft_needs_of(name):
-            for known in (soft, f"{soft}_generic"):
-                if known in self._paths:
-                    self._visit(known, order, above)
-        for needed in reversed(self._needs_of(name)):  # the deepest dependency comes last
-            self._visit(needed, order, above)
-        order.append(name)
+            yield from (one for one in (soft, f"{soft}_generic") if one in self._paths)
+        yield from reversed(self._needs_of(name))  # the deepest dependency comes last
 
 
 class UnreadTree(ModuleTree):
@@ -98,14 +123,15 @@ class UnreadTree(ModuleTree):
         """`paths` are their files, relative to `folder`, by their names."""
         self.folder = folder
         self.release = release
-        self._paths = dict(paths)
+        self._paths = {name: path for name, path in paths.items() if _NAME.fullmatch(name)}
+        self._unpacked = 0
         lines = _read_if_there(folder, "modules.builtin")
         self.knows_builtin = bool(lines)
         self._builtin = {module_name(line) for line in lines}
         self._info: dict[str, dict[str, list[str]]] = {}
         if not self.release and self._paths:
             magic = self._info_of(next(iter(self._paths))).get("vermagic", [""])[0]
-            self.release = magic.partition(" ")[0]
+            self.release = _release(magic.partition(" ")[0])
 
     def _needs_of(self, name: str) -> list[str]:
         texts = self._info_of(name).get("depends", [])
@@ -182,9 +208,9 @@ def _installed(place: str) -> ModuleTree:
     if os.path.isfile(os.path.join(place, "modules.dep")):
         return ModuleTree(place)
     paths: dict[str, str] = {}
-    for at, folders, files in os.walk(place):
+    for at, folders, names in os.walk(place):
         folders.sort()
-        for name in sorted(files):
+        for name in sorted(names):
             if name.endswith(SUFFIXES):
                 paths[module_name(name)] = os.path.relpath(os.path.join(at, name), place)
         if len(paths) > _MOST_MODULES:
@@ -205,31 +231,58 @@ def _build_tree(folder: str) -> ModuleTree:
 
 def build_release(folder: str) -> str:
     """What a kernel's build tree is the tree of, such as "6.12.1-dirty"; "" if it does not say."""
-    return "".join(_read_if_there(folder, "include/config/kernel.release")[:1]).strip()
+    return _release("".join(_read_if_there(folder, "include/config/kernel.release")[:1]).strip())
+
+
+def _release(text: str) -> str:
+    """What somebody gives out as a kernel's release, if it can be one; else ""."""
+    return text if _RELEASE.fullmatch(text) else ""
 
 
 def read_info(path: str, data: bytes) -> dict[str, list[str]]:
     """What a module says of itself (its .modinfo: "name=value" texts), by name. Raises ConfigError
     for what is no module; `path` is its name there."""
-    from elftools.elf.elffile import ELFFile
-
     try:
-        section = ELFFile(io.BytesIO(data)).get_section_by_name(".modinfo")
-        texts = b"" if section is None else section.data()
-    except Exception as error:  # whatever a damaged file makes the library raise
-        raise ConfigError(
-            f"{path} is no kernel module: {type(error).__name__}",
-            cure="build it again",
-            option=_OPTION,
-        ) from None
+        texts = _modinfo(data)
+    except (struct.error, KeyError, ValueError):
+        raise _no_module(path) from None
     found: dict[str, list[str]] = {}
     for text in texts.split(b"\0"):
         name, equals, value = text.decode("ascii", "replace").partition("=")
         if equals:
             found.setdefault(name, []).append(value)
     if "vermagic" not in found:
-        raise ConfigError(f"{path} is no kernel module", cure="build it again", option=_OPTION)
+        raise _no_module(path)
     return found
+
+
+def _modinfo(data: bytes) -> bytes:
+    """The section .modinfo of an ELF file, b"" if there is none. Raises ValueError, KeyError and
+    struct.error for what is damaged."""
+    if not data.startswith(_ELF_MAGIC) or len(data) < 64:
+        raise ValueError
+    order = ">" if data[5] == 2 else "<"
+    start_at, form, sizes_at, layout = _SECTIONS[data[4]]
+    (start,) = struct.unpack_from(order + form, data, start_at)
+    size, count, strings = struct.unpack_from(f"{order}3H", data, sizes_at)
+
+    def section(index: int) -> tuple[int, int, int]:
+        name, _, _, _, offset, length = struct.unpack_from(
+            order + layout, data, start + index * size
+        )
+        return name, offset, length
+
+    _, names, _ = section(strings)
+    for name, offset, length in map(section, range(count)):
+        if data.startswith(b".modinfo\0", names + name):
+            if length > _MOST_INFO or offset + length > len(data):
+                raise ValueError
+            return data[offset : offset + length]
+    return b""
+
+
+def _no_module(path: str) -> ConfigError:
+    return ConfigError(f"{path} is no kernel module", cure="build it again", option=_OPTION)
 
 
 def _unpacked(path: str, data: bytes) -> bytes:
@@ -304,6 +357,8 @@ def _parse_dep(lines: Iterable[str]) -> tuple[dict[str, str], dict[str, list[str
     for line in lines:
         path, _, rest = line.partition(":")
         name = module_name(path)
+        if not _NAME.fullmatch(name):
+            continue
         paths[name] = path.strip()
         needs[name] = [module_name(needed) for needed in rest.split()]
     return paths, needs
@@ -326,9 +381,13 @@ def _before(text: str) -> list[str]:
 
 def _read(folder: str, name: str) -> list[str]:
     path = os.path.join(folder, name)
+    text = _read_bytes(path, _MOST_LIST).decode("utf-8", "replace")
+    return [line for line in text.split("\n") if line.strip()]
+
+
+def _read_bytes(path: str, most: int) -> bytes:
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return [line for line in file if line.strip()]
+        return files.read_regular(path, most)
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing", cure="run depmod on the unpacked kernel") from None
     except OSError as error:

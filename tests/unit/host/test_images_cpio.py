@@ -78,7 +78,7 @@ def test_the_initramfs_has_each_list_in_loading_order_and_each_module_once(tmp_p
     (tmp_path / "modules.builtin").write_text("a/virtio_pci.ko\n")
     (tmp_path / "a").mkdir()
     for name in ("virtio", "virtio_blk"):
-        (tmp_path / "a" / f"{name}.ko").write_bytes(name.encode())
+        (tmp_path / "a" / f"{name}.ko").write_bytes(b"\x7fELF" + name.encode())
     recipe = InitramfsRecipe(
         busybox="busybox-static",
         applets=("sh",),

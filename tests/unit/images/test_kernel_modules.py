@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -172,3 +173,118 @@ def test_a_file_that_grows_too_large_leaves_nothing(tmp_path: Path, recipe: None
     with pytest.raises(ConfigError, match="too large"):
         made_files.keep((bytes(1 << 20) for _ in range(9)), ".x", most=4 << 20)
     assert list((tmp_path / "cache/pyvmm/made").iterdir()) == []
+
+
+# --- hostile trees --------------------------------------------------------------------------------
+
+
+def installed(folder: Path, dep: bytes, **files: bytes) -> Path:
+    """What depmod has seen, by its list `dep`, with these modules."""
+    place = folder / "lib/modules" / RELEASE
+    (place / "kernel").mkdir(parents=True)
+    (place / "modules.dep").write_bytes(dep)
+    (place / "modules.builtin").write_text("")
+    for name, content in files.items():
+        (place / f"kernel/{name}.ko").write_bytes(content)
+    return place
+
+
+@pytest.mark.parametrize("name", ["modules.order", "modules.builtin"])
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+def test_a_list_that_is_no_file_is_not_waited_for(tmp_path: Path, name: str, kind: str) -> None:
+    path = build_tree(tmp_path) / name
+    path.unlink()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    tree = modules.find(str(tmp_path), RELEASE)
+    assert tree.has("virtio_blk") == (name == "modules.builtin")
+
+
+def test_a_list_that_is_too_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(modules, "_MOST_LIST", 1 << 20)
+    place = installed(tmp_path, b"kernel/a.ko:\n" * (1 << 20 >> 3))
+    with pytest.raises(ConfigError, match=r"modules\.dep: more than 1 MiB"):
+        modules.find(str(place), RELEASE)
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "../../../../../../../../../../etc/passwd"])
+def test_no_other_file_gets_into_a_guest(tmp_path: Path, recipe: None, path: str) -> None:
+    """Neither by a path in the list nor by a link."""
+    line = f"kernel/virtio_blk.ko: {path}\n{path}:\n"
+    place = installed(tmp_path, line.encode(), virtio_blk=module())
+    with pytest.raises(ConfigError, match="passwd is no kernel module"):
+        fresh_initramfs.make(modules.find(str(place), RELEASE), {"virtio-2": "for its disks"})
+    (place / "kernel/virtio_blk.ko").unlink()
+    (place / "kernel/virtio_blk.ko").symlink_to("/etc/passwd")
+    (place / "modules.dep").write_text("kernel/virtio_blk.ko:\n")
+    with pytest.raises(ConfigError, match=r"virtio_blk\.ko is no kernel module"):
+        fresh_initramfs.make(modules.find(str(place), RELEASE), {"virtio-2": "for its disks"})
+    assert list((tmp_path / "cache/pyvmm/made").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", [b"a\0b", b"x" * 8192, b"\xff", b"a;b", b"-\x1b[m"])
+def test_names_that_no_module_has(tmp_path: Path, name: bytes) -> None:
+    dep = b"kernel/one.ko: kernel/%s.ko\nkernel/%s.ko:\n" % (name, name)
+    tree = modules.find(str(installed(tmp_path, dep, one=module())), RELEASE)
+    with pytest.raises(ConfigError, match="has no module") as caught:
+        tree.load_order(["one"])
+    assert len(str(caught.value)) < 200 and str(caught.value).isprintable()
+
+
+def test_chains_of_any_length(tmp_path: Path) -> None:
+    def dep(count: int) -> bytes:
+        lines = [f"kernel/m{one}.ko: kernel/m{one + 1}.ko\n" for one in range(count - 1)]
+        return "".join([*lines, f"kernel/m{count - 1}.ko:\n"]).encode()
+
+    tree = modules.find(str(installed(tmp_path / "a", dep(1000))), RELEASE)
+    assert tree.load_order(["m0"]) == [f"m{one}" for one in reversed(range(1000))]
+    tree = modules.find(str(installed(tmp_path / "b", dep(9000))), RELEASE)
+    with pytest.raises(ConfigError, match="needs too many modules"):
+        tree.load_order(["m0"])
+
+
+def test_modules_that_are_too_large_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: None
+) -> None:
+    monkeypatch.setattr(modules, "_MOST_UNPACKED", 3 * len(module()))
+    tree = modules.find(str(build_tree(tmp_path)), RELEASE)
+    with pytest.raises(ConfigError, match="have more than 0 GiB together"):
+        fresh_initramfs.make(tree, {})
+    assert list((tmp_path / "cache/pyvmm/made").iterdir()) == []
+
+
+def test_sections_without_end(tmp_path: Path) -> None:
+    """Headers of no size, a section past the end, and one that would be millions of texts."""
+    endless = bytearray(module())
+    struct.pack_into("<HH", endless, 58, 0, 0xFFFF)
+    far = bytearray(module())
+    start = struct.unpack_from("<Q", far, 40)[0]
+    struct.pack_into("<Q", far, start + 64 + 24, 1 << 63)
+    large = bytearray(module()) + b"a=\0" * (3 << 20)
+    struct.pack_into("<QQ", large, start + 64 + 24, 64, len(large) - 64)
+    for bad in (endless, far, large):
+        with pytest.raises(ConfigError, match="is no kernel module"):
+            modules.read_info("bad", bytes(bad))
+
+
+def test_a_release_that_no_kernel_has(tmp_path: Path) -> None:
+    tree = build_tree(tmp_path)
+    for text in ("\x1b]0;title\x07\n", "6.1 and more\n", "x" * 100):
+        (tree / "include/config/kernel.release").write_text(text)
+        assert modules.build_release(str(tree)) == ""
+
+
+def test_file_names_that_no_module_has(tmp_path: Path) -> None:
+    place = tmp_path / "lib/modules" / RELEASE
+    (place / "kernel").mkdir(parents=True)
+    (place / "modules.order").write_text("")
+    for name in (b"a\nvirtio_net", b"\xff", b"-f", b"x" * 200):
+        (place / "kernel" / os.fsdecode(name + b".ko")).write_bytes(module())
+    (place / "kernel/virtio_blk.ko").write_bytes(module("a\nvirtio_net"))
+    tree = modules.find(str(place), RELEASE)
+    with pytest.raises(ConfigError, match=r"has no module 'a\\nvirtio_net'"):
+        tree.load_order(["virtio_blk"])
