@@ -312,6 +312,16 @@ def test_a_device_has_65536_queues_at_most(bench: Bench) -> None:
         Negotiation(TooWide(), bench.memory, bench.transport, ())
 
 
+class ManyFeatures(RecordingDevice):
+    features = (1 << 24) - 1
+
+
+def test_all_features_of_a_device_are_offered() -> None:
+    bench = Bench(ManyFeatures())
+    assert bench.negotiation.offered == ManyFeatures.features | VERSION_1
+    bench.transport.close()
+
+
 def test_version_1_is_offered_for_every_device(bench: Bench, device: RecordingDevice) -> None:
     assert bench.offered() == device.features | VERSION_1
 
@@ -346,6 +356,7 @@ def test_only_1_enables_a_queue_and_0_stops_it_at_any_time(
     for value in (2, 3, 0x10001, 0xFFFF_FFFF):
         bench.write(QUEUE_READY, value)
         assert bench.read(QUEUE_READY) == 0
+    assert sum("0xffffffff ignored" in line for line in bench.lines) == 1
     bench.write(QUEUE_READY, 1)
     with bench.negotiation.lock:  # PCI has no register for it
         bench.negotiation.write_queue_ready(0)
@@ -448,6 +459,21 @@ def test_a_write_to_the_configuration_has_no_more_bytes_than_it_says(
     bench.go_live()
     bench.negotiation.write_config(3, 2, 0xFF_3456)
     assert device.config_writes == [(3, b"\x56\x34")]
+
+
+def test_a_device_that_cannot_be_suspended_says_so(bench: Bench, device: RecordingDevice) -> None:
+    bench.go_live()
+    device.reset_error = HostError(errno.EIO, "fsync")
+    with pytest.raises(HostError, match="fsync"), bench.negotiation.lock:
+        bench.negotiation.suspend()
+
+
+def test_bits_have_the_names_of_the_devices_own_features() -> None:
+    assert features.describe(1 << 3 | 1 << 5 | 1 << 32, {5: "SIZE"}) == [
+        "bit 3",
+        "SIZE",
+        "VIRTIO_F_VERSION_1",
+    ]
 
 
 def test_after_a_reset_there_are_no_queues(bench: Bench) -> None:
