@@ -23,6 +23,7 @@ COMMANDS = {
     "stop": "pyvmm.cli.control",
     "pause": "pyvmm.cli.control",
     "resume": "pyvmm.cli.control",
+    "snapshot": "pyvmm.cli.snapshot",
     "disk": "pyvmm.cli.control",
     "net": "pyvmm.cli.control",
     "rng": "pyvmm.cli.control",

@@ -7,9 +7,10 @@ in reverse order, whichever stage fails.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, closing
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyvmm.bus import Bus
@@ -34,9 +35,16 @@ from pyvmm.virtio.device import VirtioDevice
 
 if TYPE_CHECKING:
     from pyvmm.machine.attach import Plug
-    from pyvmm.machine.board.board import Entry, PowerButton, SerialPort
+    from pyvmm.machine.board.board import Component, Entry, PowerButton, SerialPort
     from pyvmm.machine.mapped_files import FileSlot, MappedFiles
     from pyvmm.machine.pci_host import PciHost
+
+
+class GoesOn(NamedTuple):
+    """In the place of an Entry: the vCPUs go on from a saved state. `cmdline` is what the kernel
+    was given once."""
+
+    cmdline: str
 
 
 class Prepared(NamedTuple):
@@ -74,6 +82,8 @@ class Parts(NamedTuple):
     pci: PciHost | None = None  # of a board with a PCI bus
     stats: tuple[StatsFile, ...] = ()  # of the vCPUs
     counts: AccessCounts | None = None  # where KVM does not count exits itself
+    platform: Mapping[str, Component] = MappingProxyType({})  # the board's devices, by name
+    kvm: Kvm | None = None
 
 
 def prepare(
@@ -101,6 +111,22 @@ def prepare(
             "out, or use --transport mmio"
         )
     return Prepared(board, spec, memory, devices, slots, entry, alarm, files, quiet)
+
+
+def prepare_restored(
+    spec: VmSpec,
+    devices: tuple[VirtioDevice, ...],
+    alarm: Alarm,
+    closing: ExitStack,
+    memory: GuestMemory,
+    cmdline: str,
+) -> Prepared:
+    """A machine that goes on from a saved state, in whose `memory` all lies already; `closing`
+    gives that back. Its kernel was started with `cmdline`. Raises ConfigError."""
+    board = board_of_host()
+    closing.callback(memory.close)
+    slots = _slots(board, spec, len(devices))
+    return Prepared(board, spec, memory, devices, slots, GoesOn(cmdline), alarm)
 
 
 def prepare_again(prepared: Prepared) -> Prepared:
@@ -209,7 +235,7 @@ def assemble(
     core = board.build(
         kvm,
         vm,
-        entry=prepared.entry,
+        entry=None if isinstance(prepared.entry, GoesOn) else prepared.entry,
         cpus=spec.cpus,
         ports=ports,
         mmio=mmio,
@@ -220,11 +246,22 @@ def assemble(
     if pci is not None:
         closing.callback(pci.close)
     transports = _attach(prepared, vm, mmio, pci, trace, closing)
-    vcpus, serial, button = core
-    parts = Parts(prepared, vm, ports, mmio, serial, transports, vcpus, button, pci)
+    parts = Parts(
+        prepared,
+        vm,
+        ports,
+        mmio,
+        core.serial,
+        transports,
+        core.vcpus,
+        core.power_button,
+        pci,
+        platform=core.platform,
+        kvm=kvm,
+    )
     if not vm.check_extension(uapi.KVM_CAP_BINARY_STATS_FD):
         return parts._replace(counts=AccessCounts())
-    return parts._replace(stats=tuple(closing.enter_context(StatsFile(v.fd)) for v in vcpus))
+    return parts._replace(stats=tuple(closing.enter_context(StatsFile(v.fd)) for v in core.vcpus))
 
 
 def _add_files(prepared: Prepared, kvm: Kvm, vm: Vm, mmio: Bus) -> list[FileSlot]:

@@ -14,6 +14,7 @@ from threading import RLock
 from types import FrameType
 from typing import Any, NamedTuple, Protocol
 
+from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.machine.builder import Parts
 from pyvmm.machine.outcome import STOP_SECONDS, Ending, Outcome
 from pyvmm.machine.pause import Pauser
@@ -103,6 +104,11 @@ class Machine:
         with self.steady:
             self.parts = parts
             self.pauser.exchange(parts.transports)
+
+    def on_vcpus(self, function: Callable[[Vcpu], Any]) -> list[Any]:
+        """What `function` returns for each vCPU, called in its thread. Raises ConfigError if one of
+        them does not come to rest."""
+        return [runner.call(function) for runner in self._runners]
 
     def settle(self) -> None:
         """Return once each vCPU has left what it was in the middle of, if that was an access to a
@@ -225,6 +231,7 @@ class Machine:
 
     def _stop(self) -> None:
         self._lose_patience_at = time.monotonic() + _PATIENCE
+        self.pauser.ending = True  # before waiting for whoever holds the machine still
         with self.steady:
             self.pauser.end()
             for runner in self._runners:

@@ -101,6 +101,10 @@ class Line(Closable):
         """Whether a signal waits."""
         return not self._connected and self.eventfd.is_signalled
 
+    def wait(self) -> None:
+        """Have a signal wait until the line is connected."""
+        self.eventfd.signal()
+
     def close(self) -> None:
         if self.eventfd.fd >= 0:
             self.disconnect()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from threading import Lock
 
 from pyvmm.errors import ConfigError
@@ -27,6 +28,7 @@ class Pauser:
         self._lock = Lock()
         self._held: list[Queue] = []
         self._ended = False
+        self.ending = False  # soon, by `end`
         self.paused = False
 
     def pause(self) -> None:
@@ -37,16 +39,35 @@ class Pauser:
         with self._lock:
             if self._ended:
                 raise ConfigError(ENDING)
-            if self.paused:
-                return
-            deadline = time.monotonic() + PATIENCE
+            if not self.paused:
+                self._stand_still()
+
+    def _stand_still(self) -> None:
+        deadline = time.monotonic() + PATIENCE
+        try:
+            self._park(deadline)
+            self._hold(deadline)
+        except BaseException:
+            self._go_on()
+            raise
+        self.paused = True
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """The machine stands still inside, whoever asks for what meanwhile; then it is as it was:
+        it runs, or is paused. Raises ConfigError as `pause` does. `ending` says that whoever holds
+        it so is to be quick."""
+        with self._lock:
+            if self._ended or self.ending:
+                raise ConfigError(ENDING)
+            was = self.paused
+            if not was:
+                self._stand_still()
             try:
-                self._park(deadline)
-                self._hold(deadline)
-            except BaseException:
-                self._go_on()
-                raise
-            self.paused = True
+                yield
+            finally:
+                if not was:
+                    self._go_on()
 
     def exchange(self, transports: Sequence[Transport]) -> None:
         """These are the machine's from now on."""

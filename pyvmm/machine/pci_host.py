@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyvmm.bus import Bus
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host.log import Sink
+from pyvmm.host.saved import Saved
 from pyvmm.kvm.vm import Vm
 from pyvmm.machine.board.board import PciPlaces
 from pyvmm.machine.trace import Hook
@@ -30,6 +31,8 @@ if TYPE_CHECKING:  # a machine with nothing on its bus starts without them
     from pyvmm.transport.base import Doorbell
     from pyvmm.transport.pci import PciTransport
 
+COME_OR_GONE = "devices have come or gone since the VM was started, so it cannot be saved"
+WITH_ALL = "start it with all of them"
 _INTEL, _BRIDGE, _HOST_BRIDGE_CLASS = 0x8086, 0x0D57, 0x060000
 
 
@@ -152,6 +155,24 @@ class PciHost:
             for at, size in places:
                 if self._window_start <= at < self._window_end:
                     yield at, at + size
+
+    # --- saved and restored -----------------------------------------------------------------------
+
+    def save(self) -> dict[str, Any]:
+        """The bus and the news of its slots; its devices' transports are saved by themselves.
+        Raises ConfigError if devices have come or gone."""
+        if list(self._plugged) != list(range(1, 1 + len(self._plugged))):
+            raise ConfigError(COME_OR_GONE, cure=WITH_ALL)
+        return {
+            "bus": self.bus.save(),
+            "slots": None if self.slots is None else self.slots.save(),
+        }
+
+    def restore(self, saved: Saved) -> None:
+        """What `save` gave, to a bus with the same devices. Raises ConfigError."""
+        self.bus.restore(saved.table("bus"))
+        if self.slots is not None:
+            self.slots.restore(saved.table("slots"))
 
     # --- devices that come and go -----------------------------------------------------------------
 

@@ -8,13 +8,15 @@ range of guest-physical addresses within it; between regions there are holes, wh
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import _cffi_backend
 
-from pyvmm.errors import GuestMemoryError
+from pyvmm.errors import GuestMemoryError, HostError
 from pyvmm.host import holes, syscalls
 
 _ffi = _cffi_backend.FFI()
@@ -39,6 +41,25 @@ class Region:
     def end(self) -> int:
         """The first guest-physical address past the region."""
         return self.guest_addr + self.size
+
+
+def pieces(fd: int, offset: int, view: memoryview) -> Iterator[memoryview | int]:
+    """See GuestMemory.touched, for a `view` of the file `fd` from `offset` on. Raises HostError."""
+    at, end = offset, offset + len(view)
+    while at < end:
+        try:
+            data = os.lseek(fd, at, os.SEEK_DATA)
+            hole = min(end, os.lseek(fd, data, os.SEEK_HOLE)) if data < end else end
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # nothing but a hole is behind
+                raise HostError(error.errno or 0, "lseek in guest memory") from None
+            data = hole = end
+        data = min(data, end)
+        if data > at:
+            yield data - at
+        if hole > data:
+            yield view[data - offset : hole - offset]
+        at = max(hole, data)
 
 
 class GuestMemory:
@@ -66,7 +87,11 @@ class GuestMemory:
         except BaseException:
             self.close()
             raise
-        whole = memoryview(self._map)
+        self._lay_out(wanted, self._map)
+
+    def _lay_out(self, wanted: list[tuple[int, int]], mapping: mmap.mmap) -> None:
+        """Have `mapping`, which holds them one after the other, be the ranges."""
+        whole = memoryview(mapping)
         base = int(_ffi.cast("uintptr_t", _ffi.from_buffer(whole)))
         regions = []
         offset = 0
@@ -75,7 +100,7 @@ class GuestMemory:
             regions.append(Region(guest_addr, size, offset, base + offset, view))
             offset += size
         self.regions = tuple(regions)
-        self.size = total
+        self.size = offset
 
     @staticmethod
     def _check(ranges: list[tuple[int, int]]) -> None:
@@ -125,6 +150,12 @@ class GuestMemory:
     def resident(self) -> int:
         """How many bytes of it the host has given, for what was written or read so far."""
         return os.fstat(self.fd).st_blocks * _BLOCK
+
+    def touched(self) -> Iterator[memoryview | int]:
+        """All of it in the order of the regions, in pieces: a view of what may not be zero, or how
+        many bytes are zero for certain, as nobody has written there. Raises HostError."""
+        for region in self.regions:
+            yield from pieces(self.fd, region.fd_offset, region.view)
 
     def discard(self, addr: int, length: int) -> None:
         """Give the whole pages at guest-physical `addr` back to the host; they read as zero then.

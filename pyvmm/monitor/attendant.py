@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from pyvmm.boot.diagnosis import PANIC, ConsoleWatcher, Finding
 from pyvmm.host import log
-from pyvmm.machine.builder import Prepared
+from pyvmm.machine.builder import GoesOn, Prepared
 from pyvmm.transport.base import Transport
 from pyvmm.virtio import constants
 from pyvmm.virtio.blk.device import BlockDevice
@@ -26,8 +26,10 @@ class Attendant:
     def __init__(self, name: str, prepared: Prepared) -> None:
         self._name = name
         self._cmdline = prepared.entry.cmdline
-        # A guest that only serves its agent has nothing to say on a console.
-        self._is_silent = "pyvmm.exec=agent" in self._cmdline.split()
+        # A guest that only serves its agent has nothing to say on a console, and one that goes on
+        # from a snapshot may have said it all before.
+        serves_agent = "pyvmm.exec=agent" in self._cmdline.split()
+        self._is_silent = serves_agent or isinstance(prepared.entry, GoesOn)
         # The serial port is always there; both are shown on the terminal.
         self.console = prepared.console  # where the keys go
         self._consoles = tuple(dict.fromkeys((prepared.board.console, self.console)))

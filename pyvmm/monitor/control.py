@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pyvmm.monitor.hotplug import Hotplug
     from pyvmm.monitor.stats import MachineStats
     from pyvmm.monitor.watch import Watch
+    from pyvmm.spec.vm import VmSpec
 
 PLUG = "plug"  # what one side of an emulated host's border asks the other
 
@@ -35,8 +36,10 @@ class MachineControl:
         watch: Watch,
         hotplug: Callable[[], Hotplug],
         resize_outside: ResizeOutside | None = None,
+        described: VmSpec | None = None,
     ) -> None:
-        """`hotplug` is asked for devices that are to come or go. `resize_outside` is for where the
+        """`hotplug` is asked for devices that are to come or go. `described` is the VM as the
+        user's machine knows it, where that is another one. `resize_outside` is for where the
         disks are somebody else's: it resizes the storage at a path, to so many bytes or (None) to
         those it has by now, and returns when that shows here.
         """
@@ -44,6 +47,7 @@ class MachineControl:
         self._hotplug = hotplug
         self._watch = watch
         self._resize_outside = resize_outside
+        self._described = described
         self._start = time.monotonic()
         self._stats: tuple[Parts, MachineStats] | None = None
 
@@ -75,6 +79,7 @@ class MachineControl:
             "stop": Method(self.stop, takes={"timeout_ms": int}),
             "quit": Method(self.quit),
             "pause": Method(self.pause),
+            "snapshot": Method(self.snapshot, takes={"stop": bool}),
             "resume": Method(self.resume),
             "console": Method(self.console, takes={"history": bool, "input": bool}),
             "events": Method(self.events, takes={"history": bool}),
@@ -180,6 +185,13 @@ class MachineControl:
         if was:
             self._watch.events.emit("resumed")
         return {"state": "running"}
+
+    def snapshot(self, stop: bool = False) -> Upgrade:
+        """Have the machine stand still, and make the connection a stream of all that it is; with
+        `stop` the run ends then. See pyvmm.monitor.snapshot_sender. Raises ConfigError."""
+        from pyvmm.monitor.snapshot_sender import snapshot
+
+        return snapshot(self._machine, self._described or self._prepared.spec, stop)
 
     def console(self, history: bool = True, input: bool = True) -> Upgrade:
         """Make the connection one end of the console; see Watch."""

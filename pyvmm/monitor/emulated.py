@@ -62,7 +62,9 @@ def run_emulated(
     locked by this process until it has gone.
     """
     with ExitStack() as closing:
-        check_boot(spec)
+        described = to_json(spec)
+        if not spec.restored_from:
+            check_boot(spec)
         crossings = _cross(spec, closing)
         spec = _inside(spec, crossings)
         sinks = _trace_sink(spec, closing)
@@ -88,8 +90,8 @@ def run_emulated(
                 "(--kvm=host insists, `pyvmm doctor` explains)"
             )
         # -P: the current directory is the user's, not a place for modules.
-        argv = [sys.executable, "-P", "-m", emulated_inside.__name__, to_json(spec)]
-        argv.append(str(stop_patience))
+        argv = [sys.executable, "-P", "-m", emulated_inside.__name__, described]
+        argv += [to_json(spec), str(stop_patience)]
         return _join_terminal(host, argv, size, stop_patience, vm_log)
 
 
@@ -128,6 +130,7 @@ def _inside(spec: VmSpec, crossings: list[Crossing]) -> VmSpec:
     return replace(
         spec,
         kernel=_visible(spec.kernel, "--kernel"),
+        restored_from=spec.restored_from and _visible(spec.restored_from, "--restore"),
         initrd=None if spec.initrd is None else _visible(spec.initrd, "--initrd"),
         disks=tuple(part for part in parts if isinstance(part, DiskSpec)),
         devices=tuple(part for part in parts if isinstance(part, DeviceSpec)),

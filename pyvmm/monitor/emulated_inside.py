@@ -17,16 +17,17 @@ CONTROL_PATH = "/run/pyvmm-control"  # where the relay of sockets finds the moni
 
 
 def main() -> int:
-    """Run the specification in argv[1], a JSON text; the guest's exit code. argv[2] are the seconds
-    that a guest has to power off when a signal asks it to."""
+    """Run the specification in argv[2], a JSON text; the guest's exit code. argv[1] is the same as
+    the machine outside knows it, argv[3] are the seconds that a guest has to power off when a
+    signal asks it to."""
     monitor.collect_garbage_rarely()
     from pyvmm.host import log
     from pyvmm.kinds.vm_spec import from_json
     from pyvmm.monitor.phases import run_here
 
     try:
-        spec = from_json(sys.argv[1])
-        stop_patience = float(sys.argv[2])
+        spec = from_json(sys.argv[2])
+        stop_patience = float(sys.argv[3])
         log.set_vm(spec.name)
         if VARIABLE not in os.environ:
             return run_here(spec, quiet=True, stop_patience=stop_patience)
@@ -42,6 +43,7 @@ def main() -> int:
             control=control,
             on_listening=inside.admit,
             resize_outside=_resize_outside,
+            described=from_json(sys.argv[1]),
         )
         control.close()
         inside.finish()

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pyvmm.monitor.control import ResizeOutside
     from pyvmm.monitor.hotplug import Hotplug
     from pyvmm.monitor.power_off import PowerOff
+    from pyvmm.monitor.restored import Restoring
     from pyvmm.monitor.watch import Watch
 
 # The end of every run is told where programs read the log; text has no line for these.
@@ -63,6 +64,7 @@ class Opened(NamedTuple):
     prepared: Prepared
     kvm: Kvm
     devices: OpenDevices
+    restoring: Restoring | None = None
 
 
 def run_here(
@@ -74,14 +76,15 @@ def run_here(
     resize_outside: ResizeOutside | None = None,
     stop_patience: float = STOP_SECONDS,
     on_output: Callable[[bytes], None] = lambda data: None,
+    described: VmSpec | None = None,
 ) -> int:
     """Run `spec`; the exit code. Requests to the listening socket `control` are answered once the
     vCPUs run; `on_listening` is called once all sockets for the host's programs listen;
     `resize_outside` is MachineControl's. A guest that a signal asks to power off has
-    `stop_patience` seconds. `on_output` sees what the console says; it must not wait. Raises
-    ConfigError or HostError if it cannot be started.
+    `stop_patience` seconds. `described` is MachineControl's too. `on_output` sees what the console
+    says; it must not wait. Raises ConfigError or HostError if it cannot be started.
     """
-    with _Answering(control, resize_outside) as answering:
+    with _Answering(control, resize_outside, described) as answering:
         with ExitStack() as closing:
             opened = _open(spec, closing, quiet=quiet)
             on_listening()
@@ -100,9 +103,22 @@ def _open(spec: VmSpec, closing: ExitStack, *, quiet: bool) -> Opened:
     opening = closing.enter_context(
         OpenDevices(spec.name, trace.hook("requests"), alarm, files.map)
     )
+    restoring = _restoring(spec)
     devices = tuple(opening.open(part) for part in spec.parts)
-    prepared = prepare(spec, devices, alarm, closing, files=files.mapped, quiet=quiet)
-    return Opened(trace, prepared, open_kvm(prepared.board, spec.cpus, closing), opening)
+    if restoring is None:
+        prepared = prepare(spec, devices, alarm, closing, files=files.mapped, quiet=quiet)
+    else:
+        prepared = restoring.prepare(devices, alarm, closing)
+    kvm = open_kvm(prepared.board, spec.cpus, closing)
+    return Opened(trace, prepared, kvm, opening, restoring)
+
+
+def _restoring(spec: VmSpec) -> Restoring | None:
+    if not spec.restored_from:
+        return None
+    from pyvmm.monitor.restored import Restoring
+
+    return Restoring(spec)
 
 
 class _Files:
@@ -141,9 +157,16 @@ def _end(run: _Run, outcome: Outcome) -> int:
 class _Answering(Closable):
     """The control socket while the machine runs, and those who watch until its end is told."""
 
-    def __init__(self, listener: Socket | None, resize_outside: ResizeOutside | None) -> None:
-        """`resize_outside` resizes disks that are somebody else's."""
+    def __init__(
+        self,
+        listener: Socket | None,
+        resize_outside: ResizeOutside | None,
+        described: VmSpec | None = None,
+    ) -> None:
+        """`resize_outside` resizes disks that are somebody else's, `described` is
+        MachineControl's."""
         self._listener = listener
+        self._described = described
         self._resize_outside = resize_outside
         self.is_inside = resize_outside is not None
         self._watch: Watch | None = None
@@ -170,7 +193,7 @@ class _Answering(Closable):
         watch.console_left_out = console_left_out
         watch.events.emit("started")
         attendant.on_finding = watch.tell_finding
-        control = MachineControl(machine, watch, hotplug, self._resize_outside)
+        control = MachineControl(machine, watch, hotplug, self._resize_outside, self._described)
         server = ControlServer(self._listener, control.method)
         closing.callback(server.close)
         server.start()
@@ -221,7 +244,10 @@ class _Run:
 
     def assemble(self, stop_patience: float) -> None:
         """Put the machine together. Raises ConfigError or HostError."""
-        machine = Machine(self._parts(), self._opened.trace, signal_patience=stop_patience)
+        parts = self._parts()
+        if self._opened.restoring is not None:
+            self._opened.restoring.restore(parts, self._warn)
+        machine = Machine(parts, self._opened.trace, signal_patience=stop_patience)
         self._machine = machine
         self._prepared.alarm.connect(machine.end)
 

@@ -28,6 +28,7 @@ def run_spec(
     on_name: Callable[[str], None] = lambda name: None,
     wrap: Callable[[VmSpec, Socket | None, Callable[[], int]], tuple[int, bool]] | None = None,
     cut_if_nothing_kept: bool = False,
+    on_open: Callable[[], None] = lambda: None,
 ) -> int:
     """Run `spec`, under the name that it has or the first that is free, which `on_name` is told;
     the exit code.
@@ -36,6 +37,7 @@ def run_spec(
     it is kept. `wrap` is called in place of the run, with what carries it out; it returns the
     exit code, and whether that is one of a command in the guest and not the VM's own. A signal asks
     the guest to power off first; with `cut_if_nothing_kept` only if it can keep something.
+    `on_open` is called once all files of a VM on this machine's KVM are open.
     """
     with _registered(spec.name, image or registry.DEFAULT_NAME) as registration:
         spec = replace(spec, name=registration.name)
@@ -54,7 +56,7 @@ def run_spec(
         listener = registration.listener
 
         def run() -> int:
-            return _run(spec, kvm, listener, patience, vm_log)
+            return _run(spec, kvm, listener, patience, vm_log, on_open)
 
         try:
             code, of_command = (run(), False) if wrap is None else wrap(spec, listener, run)
@@ -101,6 +103,7 @@ def _run(
     control: Socket | None,
     stop_patience: float,
     vm_log: VmLog | None,
+    on_open: Callable[[], None],
 ) -> int:
     because = None
     if kvm == "auto":
@@ -113,6 +116,7 @@ def _run(
         return run_here(
             spec,
             control=control,
+            on_listening=on_open,
             stop_patience=stop_patience,
             on_output=_nothing if vm_log is None else vm_log.console,
         )

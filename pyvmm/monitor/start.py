@@ -3,7 +3,7 @@ one in the background, or for one command."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from pyvmm.errors import ConfigError
@@ -20,15 +20,19 @@ def start(
     detach: bool = False,
     command: Sequence[str] = (),
     debug: bool = False,
+    restore: str | None = None,
     **options: Any,
 ) -> int:
     """Run the machine that the options describe; the exit code. They have the names, and their
     values the forms, that pyvmm.kinds.vm_spec.make_spec tells. With `detach` it runs in the
     background, and the exit code tells whether it does; with `command` that is run in the guest,
-    which then powers off, and the exit code is the command's.
+    which then powers off, and the exit code is the command's. With `restore` it goes on from the
+    snapshot of that name.
 
     Raises PyvmmError for what is wrong with them.
     """
+    if restore is not None:
+        return _restore(restore, kvm, options, detach=detach, command=command)
     spec, image = specify(options)
     rm = bool(options.get("rm"))
     if command:
@@ -40,6 +44,30 @@ def start(
     from pyvmm.monitor.process import run_detached
 
     return run_detached(lambda tell: run_spec(spec, kvm, image=image, rm=rm, on_name=tell))
+
+
+def _restore(
+    name: str, kvm: str, options: Mapping[str, Any], *, detach: bool, command: Sequence[str]
+) -> int:
+    from pyvmm.monitor.snapshots import restored
+
+    if command:
+        raise ConfigError(
+            "a command runs in a guest that boots for it",
+            cure="restore it with --detach, then use pyvmm exec",
+            option="--restore",
+        )
+    if not detach:
+        with restored(name, options) as (spec, release):
+            return run_spec(spec, kvm, on_open=release)
+    from pyvmm.monitor.process import run_detached
+
+    # In the process in the background, so that the snapshot stays locked until its files are open.
+    def run(tell: Callable[[str], None]) -> int:
+        with restored(name, options) as (spec, release):
+            return run_spec(spec, kvm, on_name=tell, on_open=release)
+
+    return run_detached(run)
 
 
 def _run_command(

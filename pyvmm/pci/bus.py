@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pyvmm.bus import Action
+from pyvmm.host.saved import Saved
 from pyvmm.pci import registers as pci
 from pyvmm.pci.function import Bar, Function
 
@@ -21,6 +22,7 @@ DEVICES = 32  # on a bus
 ECAM_SIZE = DEVICES << 15  # eight functions of 4 KiB each
 _FUNCTIONS = 8
 _ENABLE = 1 << 31  # of CONFIG_ADDRESS
+_RESERVED = 0x7F00_0003  # bits of it that read as zeros
 
 
 def _ones(size: int) -> int:
@@ -70,6 +72,26 @@ class PciBus:
                 self.functions = {at: one for at, one in self.functions.items() if at != device}
             function.reset()
             self._place(function)
+
+    def save(self) -> dict[str, Any]:
+        """All configuration spaces, and the address that the ports stand at."""
+        spaces = [{"device": at, "space": one.save()} for at, one in self.functions.items()]
+        return {"address": self.ports.address, "functions": spaces}
+
+    def restore(self, saved: Saved) -> None:
+        """What `save` gave, to a bus with the same functions: their BARs answer where they did, and
+        they are told of bus mastering. Raises ConfigError."""
+        self.ports.address = saved.bits("address", 32) & ~_RESERVED
+        rest = dict(self.functions)
+        for one in saved.tables("functions", DEVICES):
+            function = rest.pop(one.integer("device", DEVICES - 1), None)
+            if function is None:
+                raise one.wrong("there is no such device on the bus")
+            with function.lock:
+                function.load(one)
+                self._place(function)
+        if rest:
+            raise saved.wrong(f"device {min(rest)} is missing")
 
     def read(self, device: int, function: int, offset: int, size: int) -> int:
         """Read configuration space."""
@@ -217,10 +239,10 @@ class ConfigPorts:
 
     def __init__(self, bus: PciBus) -> None:
         self._bus = bus
-        self._address = 0
+        self.address = 0
 
     def _place(self, offset: int) -> tuple[int, int, int] | None:
-        address = self._address
+        address = self.address
         if not address & _ENABLE or address >> 16 & 0xFF:
             return None
         register = (address & 0xFC) + offset - self._DATA
@@ -229,14 +251,14 @@ class ConfigPorts:
     def read(self, offset: int, size: int) -> int:
         """See pyvmm.bus.Handler."""
         if offset == 0 and size == 4:
-            return self._address
+            return self.address
         place = self._place(offset) if offset >= self._DATA else None
         return _ones(size) if place is None else self._bus.read(*place, size)
 
     def write(self, offset: int, size: int, value: int) -> Action | None:
         """See pyvmm.bus.Handler."""
         if offset == 0 and size == 4:
-            self._address = value & ~0x7F00_0003  # reserved bits read as zeros
+            self.address = value & ~_RESERVED
         elif offset >= self._DATA and (place := self._place(offset)) is not None:
             self._bus.write(*place, size, value)
         return None

@@ -17,6 +17,7 @@ from threading import Lock
 from typing import NamedTuple, Protocol
 
 from pyvmm.bus import Handler
+from pyvmm.host.saved import Saved
 from pyvmm.pci import registers as pci
 
 _BARS = 6  # 32-bit registers; a 64-bit BAR takes two
@@ -176,6 +177,21 @@ class Function:
         capabilities (PCI Express Base Specification, 6.6.2 Function Level Reset)."""
         for at, mask in enumerate(self._writable[: pci.PCI_CFG_SPACE_SIZE]):
             self.space[at] &= ~mask
+
+    # --- saved and restored ---------------------------------------------------------------------
+
+    def save(self) -> str:
+        """The configuration space, as hexadecimal digits."""
+        return self.space.hex()
+
+    def load(self, saved: Saved) -> None:
+        """What `save` gave, the value `space` of `saved`; the bus has BARs follow. Raises
+        ConfigError for the space of another device: only what a driver can set may differ."""
+        space = saved.data("space", pci.PCI_CFG_SPACE_EXP_SIZE)
+        for at, (byte, now, mask) in enumerate(zip(space, self.space, self._writable, strict=True)):
+            if (byte ^ now) & ~mask:
+                raise saved.wrong(f"configuration space differs at {at:#x}, so the device does")
+        self.space[:] = space
 
     # --- accesses -------------------------------------------------------------------------------
 

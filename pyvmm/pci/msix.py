@@ -12,10 +12,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from threading import Lock
-from typing import Protocol
+from typing import Any, Protocol
 
 from pyvmm.errors import HostError
 from pyvmm.host.log import RateLimited
+from pyvmm.host.saved import Saved
 from pyvmm.pci import registers as pci
 from pyvmm.pci.function import Capability, Function
 
@@ -37,6 +38,10 @@ class MessageLine(Protocol):
     @property
     def pending(self) -> bool:
         """Whether a signal waits."""
+
+    def wait(self) -> None:
+        """Have a signal wait, as one did when the state was saved. Of a line that is not connected;
+        raises HostError."""
 
 
 class Msix:
@@ -134,6 +139,36 @@ class Msix:
             self.lines[vector].disconnect()
         except HostError as error:
             self._warn(f"vector {vector} is not masked: {error}")
+
+    # --- saved and restored -----------------------------------------------------------------------
+
+    def save(self) -> dict[str, Any]:
+        """The table, and the vectors whose messages wait. The rest is in configuration space."""
+        with self._lock:
+            pending = [vector for vector, line in enumerate(self.lines) if line.pending]
+            return {"entries": [list(entry) for entry in self._entries], "pending": pending}
+
+    def restore(self, saved: Saved) -> None:
+        """What `save` gave, once configuration space is restored. Raises ConfigError, HostError."""
+        rows = saved.items("entries", MAX_VECTORS)
+        if len(rows) != len(self._entries):
+            raise saved.wrong(f"there are {len(rows)} vectors, not {len(self._entries)}")
+        for row in rows:
+            good = isinstance(row, list) and len(row) == _WORDS
+            if not good or not all(type(word) is int and 0 <= word < 1 << 32 for word in row):
+                raise saved.wrong(f"an entry is {row!r:.60}")
+        pending = saved.integers("pending", len(rows), len(rows) - 1)
+        with self._lock:
+            # Before the entries: a signal that waits goes out when its line is connected.
+            for vector in pending:
+                self.lines[vector].wait()
+            for entry, row in zip(self._entries, rows, strict=True):
+                entry[:] = row
+                entry[0] &= ~3
+                entry[3] &= pci.PCI_MSIX_ENTRY_CTRL_MASKBIT
+            at = self._at + _FLAGS_AT
+            self._flags = int.from_bytes(self._function.space[at : at + 2], "little")
+            self._update_all()
 
     # --- the table and the pending bits in a BAR --------------------------------------------------
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from threading import Lock
 
 from pyvmm.bus import Action
+from pyvmm.host.saved import Saved
 
 SIZE = 12  # bytes of I/O ports
 ARRIVED, LEAVING, EJECT = 0, 4, 8
@@ -49,6 +50,17 @@ class Slots:
         no driver for the interrupt when that came."""
         if any(self._bits.values()):
             self._interrupt()
+
+    def save(self) -> dict[str, int]:
+        """The news that the guest has not read."""
+        with self._lock:
+            return {"arrived": self._bits[ARRIVED], "leaving": self._bits[LEAVING]}
+
+    def restore(self, saved: Saved) -> None:
+        """What `save` gave. Raises ConfigError."""
+        bits = {ARRIVED: saved.bits("arrived", 32), LEAVING: saved.bits("leaving", 32)}
+        with self._lock:
+            self._bits = bits
 
     def read(self, offset: int, size: int) -> int:
         """See pyvmm.bus.Handler; 0 but for whole registers."""

@@ -16,8 +16,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from threading import Lock
-from typing import Protocol
+from typing import Any, Protocol
 
+from pyvmm.host.saved import Saved
 from pyvmm.host.timer import Ring, Timer
 
 # Offsets: read / write. With LCR's DLAB set, 0 and 1 are the divisor.
@@ -41,6 +42,7 @@ MSR_DCTS, MSR_DDSR, MSR_TERI, MSR_DDCD = 0x01, 0x02, 0x04, 0x08
 MSR_CTS, MSR_DSR, MSR_RI, MSR_DCD = 0x10, 0x20, 0x40, 0x80
 
 FIFO_SIZE = 16
+_REGISTERS = ("ier", "lcr", "mcr", "scr", "lsr", "msr")  # what is saved of them
 _TRIGGERS = (1, 4, 8, 14)  # by the top bits of FCR (8.4)
 _SENT = LSR_THRE | LSR_TEMT
 _CABLE = MSR_CTS | MSR_DSR | MSR_DCD  # the far end is there and ready
@@ -189,6 +191,41 @@ class Serial:
         block, nor call back. Once this returns, the one set before is not called any more."""
         with self._lock:
             self._on_room = on_room
+
+    # --- saved and restored ----------------------------------------------------------------------
+
+    def save(self) -> dict[str, Any]:
+        """The registers and the FIFO. Bytes on their way count as sent, as the far end has them."""
+        with self._lock:
+            return {
+                "fifo": bytes(self._fifo).hex(),
+                "fifo_enabled": self._fifo_enabled,
+                "trigger": _TRIGGERS.index(self._trigger),
+                "divisor": self._divisor,
+                **{name: getattr(self, f"_{name}") for name in _REGISTERS},
+                "thre_pending": self._thre_pending or self._sending,
+                "listening": self._listening,
+            }
+
+    def restore(self, saved: Saved) -> None:
+        """What `save` gave, to a port that is new. Raises ConfigError.
+
+        The line is low before, so that a cause makes an edge once more: an interrupt that the guest
+        has had already is a glance at IIR, one that it never gets is the end of its output."""
+        values = {name: saved.bits(name, 8) for name in _REGISTERS}
+        fifo = saved.data("fifo", most=FIFO_SIZE)
+        trigger, divisor = saved.integer("trigger", len(_TRIGGERS) - 1), saved.bits("divisor", 16)
+        flags = [saved.flag(name) for name in ("fifo_enabled", "thre_pending", "listening")]
+        with self._lock:
+            for name, value in values.items():
+                setattr(self, f"_{name}", value)
+            self._ier &= IER_ALL
+            self._mcr &= 0x1F
+            self._lsr = self._lsr & (LSR_OE | LSR_DR) | _SENT
+            self._fifo = deque(fifo)
+            self._trigger, self._divisor = _TRIGGERS[trigger], divisor
+            self._fifo_enabled, self._thre_pending, self._listening = flags
+            self._settle()
 
     # --- registers, the lock held ----------------------------------------------------------------
 

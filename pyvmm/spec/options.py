@@ -226,6 +226,14 @@ LAST = (
         "name; pyvmm console shows what it says.",
     ),
     Option(
+        "restore",
+        "--restore",
+        metavar="NAME",
+        not_in_files=ONLY_TYPED,
+        help="Go on from the snapshot of that name, which pyvmm snapshot has taken; what the guest "
+        "changes on its disks is thrown away at its end.",
+    ),
+    Option(
         "log_format",
         "--log-format",
         choices=LOG_FORMATS,

@@ -43,7 +43,8 @@ class DiskSpec:
     then be shared and stays as it is. `backing` are the images that a qcow2 image may build on,
     from the upper one down, and `data_file` is the file in which it may keep its data; one that
     needs others is refused, as an image can name any file of the host. `scratch` is the file for a
-    snapshot's changes where no temporary one will do. `arguments` are what the class in a Python
+    snapshot's changes where no temporary one will do; `saved` has changes to the image that were
+    made before, and is only read. `arguments` are what the class in a Python
     file is called with.
     """
 
@@ -63,6 +64,7 @@ class DiskSpec:
     backing: tuple[str, ...] = ()
     data_file: str | None = None
     scratch: str | None = field(default=None, metadata=INTERNAL)
+    saved: str | None = field(default=None, metadata=INTERNAL)
     arguments: tuple[tuple[str, str], ...] = ()
     bps: int = 0
     iops: int = 0
@@ -121,7 +123,8 @@ class VmSpec:
     """A virtual machine. `memory` is in bytes; `cmdline` is added to the defaults and wins over
     them; `devices` are those beside the disks; `trace` holds members of TRACE_KINDS; `on_reboot`,
     one of ON_REBOOT, is what becomes of a guest that asks for a reset. An empty `name` is for
-    whoever starts it to fill in."""
+    whoever starts it to fill in. `restored_from` is the directory of the snapshot that it goes on
+    from."""
 
     kernel: str
     initrd: str | None = None
@@ -136,6 +139,7 @@ class VmSpec:
     discovery: str = "auto"
     transport: str = "mmio"
     on_reboot: str = "restart"
+    restored_from: str = field(default="", metadata=INTERNAL)
 
     @property
     def parts(self) -> tuple[DiskSpec | DeviceSpec, ...]:

@@ -234,6 +234,10 @@ class MockLine(EventFd):
         """Whether a signal waits."""
         return self.is_signalled
 
+    def wait(self) -> None:
+        """Have a signal wait."""
+        self.signal()
+
     def connect(self, address: int, data: int) -> None:
         """Send `data` for each signal from now on, and once for those that wait."""
         assert address == ADDRESS, f"a message to {address:#x}"

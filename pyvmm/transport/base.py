@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pyvmm.host.log import Sink, to_stderr
+from pyvmm.host.saved import Saved
 from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
 from pyvmm.virtio import status
 from pyvmm.virtio.device import VirtioDevice
-from pyvmm.virtio.lifecycle import Trace
+from pyvmm.virtio.lifecycle import CONFIG_CHANGED, Trace
 from pyvmm.virtio.negotiation import Negotiation
 
 
@@ -63,6 +64,43 @@ class Transport(ABC):
             self.negotiation.reset()
         for kick in self.kicks:
             kick.close()
+
+    # --- saved and restored ----------------------------------------------------------------------
+
+    def save(self) -> dict[str, Any]:
+        """The device, what it has agreed on with its driver, and the transport's own registers, as
+        plain data. The machine stands still. Raises ConfigError for a device that cannot be saved,
+        DriverError for one that is busy."""
+        return {
+            "device_type": self.device.device_type,
+            "device": self.device.save(),
+            "negotiation": self.negotiation.save(),
+            "transport": self._save(),
+        }
+
+    def restore(self, saved: Saved) -> None:
+        """What `save` gave, to a device that is new; it works from then on if it did. Raises
+        ConfigError for state that cannot be, HostError."""
+        if saved.bits("device_type", 32) != self.device.device_type:
+            raise saved.wrong(f"it is not of type {self.device.device_type}")
+        self._restore(saved.table("transport"))
+        with self.negotiation.lock:
+            self.negotiation.restore(saved.table("negotiation"), saved.table("device"))
+        if self.negotiation.state.status & status.DRIVER_OK:
+            # A worker shows what it has used, lets go of the queue and then interrupts: the state
+            # may have been saved in between. One interrupt too many does no harm.
+            self.negotiation.remind()
+            self.used_buffer(*range(len(self.kicks)))
+            if self.negotiation.state.interrupt_status & CONFIG_CHANGED:
+                self.config_changed()
+
+    @abstractmethod
+    def _save(self) -> dict[str, Any]:
+        """The registers that this transport alone has."""
+
+    @abstractmethod
+    def _restore(self, saved: Saved) -> None:
+        """What `_save` gave."""
 
     # --- from the driver to the device: 2.9 Driver Notifications ---------------------------------
 

@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
+from typing import Any
 
 from pyvmm.errors import HostError
 from pyvmm.host.log import Sink, to_stderr
+from pyvmm.host.saved import Saved
 from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
 from pyvmm.transport.base import Doorbell, Transport
@@ -195,6 +197,15 @@ class MmioTransport(Transport):
         """Without VIRTIO_F_NOTIFICATION_DATA, which is not offered, the value is the queue's
         index."""
         return [Doorbell(kick, QUEUE_NOTIFY, 4, index) for index, kick in enumerate(self.kicks)]
+
+    # --- saved and restored ---------------------------------------------------------------------
+
+    def _save(self) -> dict[str, Any]:
+        """All registers are views of the negotiation."""
+        return {}
+
+    def _restore(self, saved: Saved) -> None:
+        """Likewise."""
 
     # --- InterruptStatus, InterruptACK: 4.2.3.4 Notifications From The Device -------------------
 

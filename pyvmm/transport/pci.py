@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from pyvmm.bus import Action, Handler
 from pyvmm.host.log import Sink, to_stderr
+from pyvmm.host.saved import Saved
 from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
 from pyvmm.pci import registers as pci
@@ -324,6 +325,25 @@ class PciTransport(Transport):
         if value != NO_VECTOR:
             self.negotiation.warn(f"vector {value:#x} refused: there are {len(self._lines)}")
         return NO_VECTOR
+
+    # --- saved and restored -----------------------------------------------------------------------
+
+    def _save(self) -> dict[str, Any]:
+        """The vectors, and MSI-X. Configuration space is the bus's."""
+        return {
+            "config_vector": self._vector_of_config,
+            "vectors": self._vectors,
+            "msix": self.msix.save(),
+        }
+
+    def _restore(self, saved: Saved) -> None:
+        """What `_save` gave, once the bus is restored."""
+        vectors = saved.integers("vectors", len(self._vectors), NO_VECTOR)
+        if len(vectors) != len(self._vectors):
+            raise saved.wrong(f"there are {len(vectors)} vectors")
+        self._vector_of_config = self._vector(saved.integer("config_vector", NO_VECTOR))
+        self._vectors = [self._vector(vector) for vector in vectors]
+        self.msix.restore(saved.table("msix"))
 
     # --- fields that other transports do not have, or have otherwise ------------------------------
 

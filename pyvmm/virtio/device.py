@@ -12,9 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from threading import Lock
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from pyvmm.errors import PyvmmError
+from pyvmm.errors import ConfigError, PyvmmError
+from pyvmm.host.saved import Saved
 from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
 from pyvmm.virtio.queue.protocol import Queue, QueueLock
@@ -119,8 +120,26 @@ class VirtioDevice(ABC):
         Virtqueue Reset). Also called for a queue that was never enabled."""
         raise NotImplementedError
 
+    def save(self) -> dict[str, Any]:
+        """What the device itself has of state, as plain data: what its driver has set beyond the
+        negotiation, and what its driver knows that a new device would not. It is at rest: the locks
+        of its queues are held. Raises ConfigError if it cannot be saved, as here."""
+        raise unsaveable(self)
+
+    def restore(self, saved: Saved) -> None:
+        """Be as what `save` gave says; if the device was live then, `activate` comes next, and has
+        it go on from there. Features are accepted already. Raises ConfigError."""
+        raise unsaveable(self)
+
     @abstractmethod
     def reset(self) -> None:
         """Stop: when this returns no request is in flight, no guest memory is written and no
         interrupt is sent until the next `activate` (2.4 Device Reset). Also called when the
         device was never activated."""
+
+
+def unsaveable(device: VirtioDevice, why: str = "nobody knows what state it has") -> ConfigError:
+    """The refusal of a device that cannot be saved."""
+    return ConfigError(
+        f"{device.name} cannot be in a snapshot: {why}", cure="use a VM without it for that"
+    )

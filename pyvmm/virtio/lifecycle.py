@@ -19,16 +19,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import Protocol
+from typing import Any, Protocol
 
-from pyvmm.errors import GuestMemoryError, PyvmmError
+from pyvmm.errors import DriverError, GuestMemoryError, PyvmmError
 from pyvmm.host.log import RateLimited, Sink, to_stderr
+from pyvmm.host.saved import Saved
 from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
 from pyvmm.virtio import constants, events, status
 from pyvmm.virtio.defects import as_device_failure
 from pyvmm.virtio.device import Activation, VirtioDevice
-from pyvmm.virtio.features import describe
+from pyvmm.virtio.features import VIRTIO_F_RING_PACKED, describe, has
 from pyvmm.virtio.queue.build import build_queue
 from pyvmm.virtio.queue.protocol import Queue
 from pyvmm.virtio.queue.state import QueueConfig, QueueState
@@ -71,6 +72,20 @@ class DeviceState:
     interrupt_status: int = 0
     used_elsewhere: int = 0  # bits that are always set, because nobody tells us when
     generation: int = 0
+
+
+# What is saved of DeviceState and of each QueueConfig; numbers with their bits.
+_NUMBERS = {
+    "status": 8,
+    "device_features_select": 32,
+    "driver_features_select": 32,
+    "driver_features": 64,
+    "queue_select": 32,
+    "shm_select": 32,
+    "interrupt_status": 2,
+    "generation": 32,
+}
+_ADDRESSES = ("desc_addr", "avail_addr", "used_addr")
 
 
 class _ActivationInterrupt:
@@ -183,13 +198,20 @@ class Lifecycle:
         if live:
             self._notifier.config_changed()
 
+    def remind(self) -> None:
+        """There may be used buffers that the driver was not told of: the interrupt status says
+        so."""
+        with self._events:
+            self.state.interrupt_status |= USED_BUFFER
+
     def _raise_generation(self) -> None:
         self.state.generation = self.state.generation + 1 & 0xFFFF_FFFF
 
     # --- activate, stop, fail, reset ----------------------------------------------------------
 
-    def activate(self) -> None:
-        """Hand the device what was negotiated: the driver has just set DRIVER_OK.
+    def activate(self, going_on: Sequence[QueueState | None] | None = None) -> None:
+        """Hand the device what was negotiated: the driver has just set DRIVER_OK, or did so before
+        it was saved, and the queues are `going_on` from these states.
 
         DRIVER_OK is set before, because a worker may use a buffer before `device.activate` has
         returned, and no used buffer notification may precede DRIVER_OK (2.1.2 Device Requirements).
@@ -198,7 +220,7 @@ class Lifecycle:
         self.activations += 1
         accepted = self.state.driver_features
         try:
-            queues = self._queues = self._build_queues(accepted)
+            queues = self._queues = self._build_queues(accepted, going_on)
             self.device.activate(
                 Activation(
                     self.memory,
@@ -216,14 +238,21 @@ class Lifecycle:
             names = tuple(describe(accepted, self.device.feature_names))
             self._trace(events.Activated(self.device.name, names, sizes))
 
-    def _build_queues(self, accepted: int) -> tuple[Queue | None, ...]:
+    def _build_queues(
+        self, accepted: int, going_on: Sequence[QueueState | None] | None
+    ) -> tuple[Queue | None, ...]:
+        states = going_on or [None] * len(self.state.queues)
         return tuple(
-            self._new_queue(index, config, accepted) if config.ready else None
+            self._new_queue(index, config, accepted, states[index]) if config.ready else None
             for index, config in enumerate(self.state.queues)
         )
 
-    def _new_queue(self, index: int, config: QueueConfig, accepted: int) -> Queue:
+    def _new_queue(
+        self, index: int, config: QueueConfig, accepted: int, state: QueueState | None = None
+    ) -> Queue:
         queue = self._build_queue(index, config, accepted)
+        if state is not None:
+            queue.served_to(state.next_avail)
         queue.lock = self.device.queue_lock()  # before anybody else can see the queue
         if not self._bus_master:
             queue.ready = False
@@ -332,6 +361,101 @@ class Lifecycle:
         except Exception as error:
             raise as_device_failure(self.device.name, error) from None
         return tuple(queue.state() if queue is not None else None for queue in queues)
+
+    # --- saved and restored ------------------------------------------------------------------
+
+    def save(self) -> dict[str, Any]:
+        """What was negotiated, and where each queue stands. Nobody acts for the driver, and the
+        locks of the queues are held. Raises DriverError for a queue that cannot be saved."""
+        state = self.state
+        with self._events:
+            numbers = {name: getattr(state, name) for name in _NUMBERS}
+        live = state.status & status.DRIVER_OK and not state.status & status.NEEDS_RESET
+        return {
+            **numbers,
+            "queues": [
+                {
+                    **{name: getattr(config, name) for name in _ADDRESSES},
+                    "max_size": config.max_size,
+                    "size": config.size,
+                    "ready": config.ready,
+                    "was_reset": config.was_reset,
+                    "place": self._place_of(index) if live and config.ready else None,
+                }
+                for index, config in enumerate(state.queues)
+            ],
+        }
+
+    def _place_of(self, index: int) -> int | None:
+        queue = self._queues[index] if self._queues else None
+        return None if queue is None else queue.rewound().next_avail
+
+    def restore(self, saved: Saved, of_device: Saved) -> None:
+        """What `save` gave, and `of_device` what the device's own gave, to one that is new. The
+        device is activated if it was. Raises ConfigError for state that cannot be."""
+        numbers = {name: saved.bits(name, bits) for name, bits in _NUMBERS.items()}
+        if numbers["status"] not in status.TRANSITIONS:
+            raise saved.wrong(f"the device status is {numbers['status']:#x}")
+        queues = list(saved.tables("queues", len(self.state.queues)))
+        if len(queues) != len(self.state.queues):
+            raise saved.wrong(f"there are {len(queues)} queues, not {len(self.state.queues)}")
+        configs = [
+            self._restored_config(one, config)
+            for one, config in zip(queues, self.state.queues, strict=True)
+        ]
+        with self._events:
+            self.state = DeviceState(configs, **numbers)
+        if numbers["status"] & status.FEATURES_OK:
+            self.device.accept_features(numbers["driver_features"])
+        self.device.restore(of_device)
+        live = numbers["status"] & status.DRIVER_OK and not numbers["status"] & status.NEEDS_RESET
+        if not live:
+            return
+        accepted = numbers["driver_features"]
+        states = [
+            self._restored_queue(one, config, accepted)
+            for one, config in zip(queues, configs, strict=True)
+        ]
+        self.activate(states)
+        if self.state.status & status.NEEDS_RESET:
+            raise saved.wrong("the device does not go on from there")
+
+    @staticmethod
+    def _restored_config(saved: Saved, config: QueueConfig) -> QueueConfig:
+        if saved.bits("max_size", 16) != config.max_size:
+            raise saved.wrong(f"its largest size is not {config.max_size}")
+        desc, avail, used = (saved.bits(name, 64) for name in _ADDRESSES)
+        return QueueConfig(
+            config.max_size,
+            saved.integer("size", config.max_size),
+            desc,
+            avail,
+            used,
+            ready=saved.flag("ready"),
+            was_reset=saved.flag("was_reset"),
+        )
+
+    def _restored_queue(
+        self, saved: Saved, config: QueueConfig, accepted: int
+    ) -> QueueState | None:
+        if not config.ready:
+            return None
+        place = saved.bits("place", 16)
+        state = QueueState(
+            config.max_size,
+            config.size,
+            config.desc_addr,
+            config.avail_addr,
+            config.used_addr,
+            next_avail=place,
+            next_used=place,
+            packed=has(accepted, VIRTIO_F_RING_PACKED),
+        )
+        try:
+            state.validate(self.memory)
+        except DriverError as error:
+            raise saved.wrong(str(error)) from None
+        return state
 
     def memory_changed(self) -> None:
         """The memory has other regions now: each queue finds its rings anew.

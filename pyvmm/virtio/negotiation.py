@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from pyvmm.errors import PyvmmError
 from pyvmm.host.log import Sink, to_stderr
+from pyvmm.host.saved import Saved
 from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
 from pyvmm.virtio import features, status
@@ -267,6 +268,17 @@ class Negotiation(Lifecycle):
             self.reset_queue(index)
             return
         self.warn(f"queue {index}: reset {value:#x} ignored: {refusal}")
+
+    # --- saved and restored ---------------------------------------------------------------------
+
+    def restore(self, saved: Saved, of_device: Saved) -> None:
+        """See Lifecycle. The features must be ones that a driver of this device could have."""
+        accepted, agreed = saved.bits("driver_features", 64), saved.bits("status", 8)
+        if agreed & status.FEATURES_OK:
+            self.state.driver_features = accepted
+            if (refusal := self._features_refusal()) is not None:
+                raise saved.wrong(f"the driver {refusal}")
+        super().restore(saved, of_device)
 
     # --- configuration: 2.5 Device Configuration Space ----------------------------------------
 

@@ -186,6 +186,7 @@ def with_paths(disk: DiskSpec, change: Callable[[str], str]) -> DiskSpec:
         overlay=None if disk.overlay is None else change(disk.overlay),
         backing=tuple(map(change, disk.backing)),
         data_file=None if disk.data_file is None else change(disk.data_file),
+        saved=None if disk.saved is None else change(disk.saved),
     )
 
 

@@ -87,4 +87,5 @@ def _scratch(disk: DiskSpec, inside: DiskSpec, border: Border) -> tuple[DiskSpec
         raise HostError(error.errno or 0, "temporary file for a disk's changes") from None
     border.closing.callback(os.close, fd)
     path = border.place("scratch")
-    return replace(inside, scratch=path), HostDisk(path, False, fd)
+    saved = None if disk.saved is None else border.visible(disk.saved, "--restore")
+    return replace(inside, scratch=path, saved=saved), HostDisk(path, False, fd)

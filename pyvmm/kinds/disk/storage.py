@@ -64,6 +64,11 @@ def open_backend(disk: DiskSpec, closing: ExitStack) -> Backend:
     base = _OPENERS[disk.storage](disk, closing)
     if not disk.copies_on_write:
         return base
+    if disk.saved is not None:
+        from pyvmm.virtio.blk.saved_overlay import open_saved
+
+        base = open_saved(base, disk.saved)
+        closing.callback(base.close)
     overlay: Backend
     if disk.overlay is not None:
         from pyvmm.virtio.blk.overlay_file import open_overlay

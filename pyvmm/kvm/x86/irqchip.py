@@ -5,8 +5,12 @@ All raise HostError.
 
 from __future__ import annotations
 
+from typing import Any
+
 from pyvmm.host import syscalls
+from pyvmm.host.saved import Saved
 from pyvmm.kvm.calls import struct_ioctl
+from pyvmm.kvm.plain import fill, to_plain
 from pyvmm.kvm.vm import IrqchipRoute, Vm
 from pyvmm.kvm.x86 import uapi
 from pyvmm.kvm.x86.uapi import ffi
@@ -49,6 +53,44 @@ def default_routes() -> list[IrqchipRoute]:
             routes.append(IrqchipRoute(gsi, pic, gsi % 8))
         routes.append(IrqchipRoute(gsi, uapi.KVM_IRQCHIP_IOAPIC, gsi))
     return routes
+
+
+_CHIPS = {
+    "pic_master": uapi.KVM_IRQCHIP_PIC_MASTER,
+    "pic_slave": uapi.KVM_IRQCHIP_PIC_SLAVE,
+    "ioapic": uapi.KVM_IRQCHIP_IOAPIC,
+}
+_CHIP_SIZE = 512  # struct kvm_irqchip's union
+
+
+def save(vm: Vm) -> dict[str, Any]:
+    """The interrupt controllers, the timer and the paravirtual clock, of a `vm` whose vCPUs stand
+    still."""
+    state: dict[str, Any] = {"clock": vm.get_clock()}
+    pit = ffi.new("struct kvm_pit_state2 *")
+    struct_ioctl(vm.fd, uapi.KVM_GET_PIT2, pit, "KVM_GET_PIT2")
+    state["pit"] = to_plain(ffi, pit)
+    for name, number in _CHIPS.items():
+        chip = ffi.new("struct kvm_irqchip *")
+        chip.chip_id = number
+        struct_ioctl(vm.fd, uapi.KVM_GET_IRQCHIP, chip, "KVM_GET_IRQCHIP")
+        state[name] = bytes(ffi.buffer(chip.chip.dummy)).hex()
+    return state
+
+
+def restore(vm: Vm, state: Saved) -> None:
+    """What `save` gave, after the vCPUs: KVM hands interrupts that wait in the I/O APIC to local
+    APICs, which must be on by then. Raises ConfigError for state that cannot be."""
+    pit = ffi.new("struct kvm_pit_state2 *")
+    fill(ffi, pit, state.table("pit"))
+    struct_ioctl(vm.fd, uapi.KVM_SET_PIT2, pit, "KVM_SET_PIT2")
+    # After the vCPUs' time stamp counters, from which KVM makes it.
+    vm.set_clock(state.bits("clock", 63))
+    for name, number in _CHIPS.items():
+        chip = ffi.new("struct kvm_irqchip *")
+        chip.chip_id = number
+        ffi.buffer(chip.chip.dummy)[:] = state.data(name, _CHIP_SIZE)
+        struct_ioctl(vm.fd, uapi.KVM_SET_IRQCHIP, chip, "KVM_SET_IRQCHIP")
 
 
 def is_masked(vm: Vm, pin: int) -> bool:

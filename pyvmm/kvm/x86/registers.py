@@ -64,6 +64,46 @@ def get_xcrs(vcpu: Vcpu) -> Any:
     return _get(vcpu, "kvm_xcrs", uapi.KVM_GET_XCRS, "KVM_GET_XCRS")
 
 
+def set_xcrs(vcpu: Vcpu, xcrs: Any) -> None:
+    """Set struct kvm_xcrs."""
+    struct_ioctl(vcpu.fd, uapi.KVM_SET_XCRS, xcrs, "KVM_SET_XCRS")
+
+
+def get_debugregs(vcpu: Vcpu) -> Any:
+    """struct kvm_debugregs: DR0 to DR3, DR6, DR7."""
+    return _get(vcpu, "kvm_debugregs", uapi.KVM_GET_DEBUGREGS, "KVM_GET_DEBUGREGS")
+
+
+def set_debugregs(vcpu: Vcpu, debugregs: Any) -> None:
+    """Set struct kvm_debugregs."""
+    struct_ioctl(vcpu.fd, uapi.KVM_SET_DEBUGREGS, debugregs, "KVM_SET_DEBUGREGS")
+
+
+XSAVE_SIZE = 4096  # bytes of struct kvm_xsave's region, which is always there
+
+
+def get_xsave(vcpu: Vcpu, size: int = XSAVE_SIZE) -> bytes:
+    """KVM_GET_XSAVE, or KVM_GET_XSAVE2 for a `size` beyond what that gives (KVM_CAP_XSAVE2 says
+    it): the FPU, SSE, AVX and what else the processor has there, as XSAVE would store it."""
+    structure = _xsave(size)
+    if size <= XSAVE_SIZE:
+        struct_ioctl(vcpu.fd, uapi.KVM_GET_XSAVE, structure, "KVM_GET_XSAVE")
+    else:
+        struct_ioctl(vcpu.fd, uapi.KVM_GET_XSAVE2, structure, "KVM_GET_XSAVE2")
+    return bytes(ffi.buffer(structure))[:size]
+
+
+def set_xsave(vcpu: Vcpu, state: bytes) -> None:
+    """KVM_SET_XSAVE."""
+    structure = _xsave(len(state))
+    ffi.buffer(structure)[: len(state)] = state
+    struct_ioctl(vcpu.fd, uapi.KVM_SET_XSAVE, structure, "KVM_SET_XSAVE")
+
+
+def _xsave(size: int) -> Any:
+    return ffi.new("struct kvm_xsave *", {"extra": max(0, -(-(size - XSAVE_SIZE) // 4))})
+
+
 def get_vcpu_events(vcpu: Vcpu) -> Any:
     """struct kvm_vcpu_events: pending exceptions, interrupts, NMIs."""
     return _get(vcpu, "kvm_vcpu_events", uapi.KVM_GET_VCPU_EVENTS, "KVM_GET_VCPU_EVENTS")

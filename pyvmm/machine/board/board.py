@@ -8,11 +8,14 @@ chooses (docs/decisions/0350-boards.md).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, ClassVar, Generic, NamedTuple, TypeVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from pyvmm.bus import Bus
+from pyvmm.errors import ConfigError
+from pyvmm.host.saved import Saved
 from pyvmm.kvm.capabilities import Requirement
 from pyvmm.kvm.system import Kvm
 from pyvmm.kvm.vcpu import Vcpu
@@ -38,6 +41,15 @@ if TYPE_CHECKING:  # also because a Protocol costs a start 0.1 ms
 
         def close(self) -> None:
             """End what works for it; the guest must be stopped."""
+
+    class Component(Protocol):
+        """What a board has beside vCPUs and interrupt controllers, as far as it has state."""
+
+        def save(self) -> dict[str, Any]:
+            """As plain data; the machine stands still."""
+
+        def restore(self, saved: Saved) -> None:
+            """What `save` gave, before the machine runs. Raises ConfigError."""
 
     class PowerButton(Protocol):
         """Asks the guest's kernel to power off."""
@@ -72,11 +84,13 @@ class PciPlaces(NamedTuple):
 
 
 class Core(NamedTuple):
-    """What a board has put together. `power_button` is None on a machine without one."""
+    """What a board has put together. `power_button` is None on a machine without one; `platform`
+    are all its devices that are not virtio, by names that a saved state has."""
 
     vcpus: tuple[Vcpu, ...]
     serial: SerialPort
     power_button: PowerButton | None
+    platform: Mapping[str, Component] = MappingProxyType({})
 
 
 E = TypeVar("E", bound="Entry")
@@ -183,7 +197,7 @@ class Board(ABC, Generic[E]):
         kvm: Kvm,
         vm: Vm,
         *,
-        entry: E,
+        entry: E | None,
         cpus: int,
         ports: Bus,
         mmio: Bus,
@@ -193,10 +207,32 @@ class Board(ABC, Generic[E]):
         """Give `vm`, which has its memory, interrupt controllers, vCPUs and the platform's devices.
 
         The devices answer on `ports` or `mmio`, the serial port writes to `sink`. The first vCPU
-        stands at `entry`, the others wait for it. Interrupts of `virtio_slots` can be wired up by
-        irqfd afterwards. `closing` undoes all of it in reverse order. Raises ConfigError or
-        HostError.
+        stands at `entry`, the others wait for it; with None all wait for `restore`. Interrupts of
+        `virtio_slots` can be wired up by irqfd afterwards. `closing` undoes all of it in reverse
+        order. Raises ConfigError or HostError.
         """
+
+    # --- saved and restored -----------------------------------------------------------------------
+
+    def save(
+        self, kvm: Kvm, vm: Vm, on_vcpus: Callable[[Callable[[Vcpu], Any]], list[Any]]
+    ) -> dict[str, Any]:
+        """The vCPUs and interrupt controllers of a machine that stands still, as plain data.
+        `on_vcpus` has a function called with each vCPU, in its thread. Raises ConfigError for what
+        cannot be saved, HostError."""
+        raise ConfigError("machines of this architecture cannot be saved")
+
+    def restore(
+        self,
+        kvm: Kvm,
+        vm: Vm,
+        vcpus: Sequence[Vcpu],
+        saved: Saved,
+        warn: Callable[[str], None],
+    ) -> None:
+        """What `save` gave, to a machine that was built with the same number of vCPUs. `warn` hears
+        of what is not as it was. Raises ConfigError for what cannot be, or not here; HostError."""
+        raise ConfigError("machines of this architecture cannot be restored")
 
     @abstractmethod
     def state_lines(self, vcpu: Vcpu, read: Callable[[int, int], bytes]) -> Iterator[str]:

@@ -7,6 +7,7 @@ the guest where they are and what value resets; the DSDT's \\_S5 which sleep typ
 from __future__ import annotations
 
 from pyvmm.bus import Action
+from pyvmm.host.saved import Saved
 
 PORTS = 3  # sleep control, sleep status, reset
 
@@ -38,3 +39,10 @@ class AcpiPm:
             off = value & _SLP_EN and sleep_type == SLEEP_TYPE_S5
             return Action.POWEROFF if off else None
         return Action.RESET if offset == RESET and value == RESET_VALUE else None
+
+    def save(self) -> dict[str, object]:
+        """It keeps nothing from one access to the next."""
+        return {}
+
+    def restore(self, saved: Saved) -> None:
+        """Likewise."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from pyvmm.host.saved import Saved
+
 PORTS = 2  # 0x70 index, 0x71 data
 CMOS_PORT = 0x70
 DELAY_PORT = 0x80
@@ -52,6 +54,15 @@ class Cmos:
         if offset == 0:
             self._index = value & 0xFF & ~_NMI_DISABLE
 
+    def save(self) -> dict[str, object]:
+        """The register that is selected; the time is always the host's."""
+        return {"index": self._index}
+
+    def restore(self, saved: Saved) -> None:
+        """What `save` gave. Raises ConfigError."""
+        self._index = saved.bits("index", 7)
+        self._time = self._sample()
+
     def _sample(self) -> dict[int, int]:
         now = time.gmtime(self._clock())
         return {
@@ -75,3 +86,10 @@ class DelayPort:
 
     def write(self, offset: int, size: int, value: int) -> None:
         return None
+
+    def save(self) -> dict[str, object]:
+        """There is nothing in it."""
+        return {}
+
+    def restore(self, saved: Saved) -> None:
+        """Likewise."""

@@ -10,6 +10,7 @@ and every unanswered command costs a boot half a second.
 from __future__ import annotations
 
 from pyvmm.bus import Action
+from pyvmm.host.saved import Saved
 
 PORTS = 5  # 0x60 data … 0x64 status and command
 
@@ -47,3 +48,11 @@ class I8042:
             return Action.RESET if value & _PULSE_MASK == _PULSE_RESET else None
         to_output_port, self._output_port_next = self._output_port_next, False
         return Action.RESET if to_output_port and not value & _RESET_LINE else None
+
+    def save(self) -> dict[str, object]:
+        """Whether the next byte of data is for the output port."""
+        return {"output_port_next": self._output_port_next}
+
+    def restore(self, saved: Saved) -> None:
+        """What `save` gave. Raises ConfigError."""
+        self._output_port_next = saved.flag("output_port_next")

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from threading import Condition
+from typing import Any
 
 from pyvmm.errors import ConfigError, DriverError, HostError
 from pyvmm.host.log import RateLimited, Sink
 from pyvmm.host.poller import Poller
+from pyvmm.host.saved import Saved
 from pyvmm.memory import GuestMemory
 from pyvmm.virtio.balloon.pages import (
     PAGE,
@@ -171,6 +173,15 @@ class BalloonDevice(VirtioDevice):
             active.worker.request_stop()
             active.worker.join()
         self._actual = self._poison = 0
+
+    def save(self) -> dict[str, Any]:
+        """See VirtioDevice: what the balloon wants, and what the driver says is in it."""
+        return {"num_pages": self._num_pages, "actual": self._actual, "poison": self._poison}
+
+    def restore(self, saved: Saved) -> None:
+        """See VirtioDevice."""
+        names = ("num_pages", "actual", "poison")
+        self._num_pages, self._actual, self._poison = (saved.bits(name, 32) for name in names)
 
     def reset_queue(self, index: int) -> None:
         """See VirtioDevice."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator, Mapping
 from threading import Lock
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pyvmm.errors import HostError
 from pyvmm.host.log import RateLimited
+from pyvmm.host.saved import Saved
 from pyvmm.virtio.blk.backend import Backend, cut_all, scatter
 from pyvmm.virtio.blk.config import (
     BLK_SIZE_OFFSET,
@@ -163,6 +164,11 @@ class BlockDevice(QueueDevice):
         self._host_log = log or RateLimited(prefix=prefix, device=name, error="io")
 
     @property
+    def backend(self) -> Backend:
+        """Its storage."""
+        return self._backend
+
+    @property
     def size(self) -> int:
         """The capacity in bytes."""
         return self._capacity * SECTOR
@@ -270,6 +276,17 @@ class BlockDevice(QueueDevice):
     def reset(self) -> None:
         super().reset()
         self.accept_features(0)
+
+    def save(self) -> dict[str, Any]:
+        """See VirtioDevice: the size that the driver knows, and its choice of the cache."""
+        return {"capacity": self._capacity, "write_through": self._write_through}
+
+    def restore(self, saved: Saved) -> None:
+        """See VirtioDevice. Raises ConfigError also for a disk of another size."""
+        capacity = saved.bits("capacity", 64)
+        if capacity != self._capacity:
+            raise saved.wrong(f"the disk had {capacity} sectors, and has {self._capacity}")
+        self._set_writeback(not saved.flag("write_through"))
 
     def size_of(self, chain: DescriptorChain) -> int:
         """The data, without header and status; a limit counts it."""

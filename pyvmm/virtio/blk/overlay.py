@@ -70,6 +70,28 @@ class OverlayBackend(Backend):
         """The open file of the changes, whose lock lives as long as it is open somewhere."""
         return self._image.fd
 
+    def changes(self) -> tuple[Layout, bytearray]:
+        """What differs from the lowest base, as an overlay of its own would have it: the layout of
+        that, and its bitmap. Nobody writes meanwhile. Raises HostError if it cannot be said so."""
+        layout, bitmap = self._layout, bytearray(self._bitmap)
+        if not isinstance(self._base, OverlayBackend):
+            return layout, bitmap
+        below, under = self._base.changes()
+        if below.cluster_bits != layout.cluster_bits:
+            raise HostError(errno.EOPNOTSUPP, "joining overlays with clusters of two sizes")
+        # Of what is below only that counts which shows through.
+        clusters = layout.shown + (1 << self._bits) - 1 >> self._bits
+        shown = int.from_bytes(under, "little") & (1 << clusters) - 1
+        both = int.from_bytes(bitmap, "little") | shown
+        merged = both.to_bytes(max(len(bitmap), len(under)), "little")[: len(bitmap)]
+        return layout._replace(shown=min(layout.shown, below.shown)), bytearray(merged)
+
+    @property
+    def lowest(self) -> Backend:
+        """The storage under all overlays."""
+        base = self._base
+        return base.lowest if isinstance(base, OverlayBackend) else base
+
     # --- which bytes are where ----------------------------------------------------------------
 
     def _runs(self, offset: int, size: int) -> Iterator[tuple[int, int, bool]]:

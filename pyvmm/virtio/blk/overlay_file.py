@@ -69,7 +69,7 @@ def open_overlay(base: Backend, path: str) -> OverlayBackend:
         _create(path, layout_for(size), size, mark)
     image = open_image(path)
     try:
-        layout = _read_header(path, image.fd, size, mark)
+        layout = read_header(path, image.fd, size, mark)
         bitmap = bytearray(layout.bitmap_size)
         if preadv_all(image.fd, [memoryview(bitmap)], PAGE) != len(bitmap):
             raise _refusal(path, "is cut short", _RESTORE)
@@ -82,14 +82,14 @@ def open_overlay(base: Backend, path: str) -> OverlayBackend:
 
     def write_header(layout: Layout) -> None:
         try:
-            os.pwrite(image.fd, _header(layout, size, mark), 0)
+            os.pwrite(image.fd, header(layout, size, mark), 0)
         except OSError as error:
             raise HostError(error.errno or 0, f"write of {path}") from None
 
     return OverlayBackend(base, image, layout, bitmap, write_header)
 
 
-def _header(layout: Layout, base_size: int, mark: bytes) -> bytes:
+def header(layout: Layout, base_size: int, mark: bytes) -> bytes:
     """The 4 KiB of it. What changes later is within one sector, which storage writes as one."""
     fields = _FIELDS.pack(
         *(MAGIC, VERSION, layout.cluster_bits, base_size, mark),
@@ -105,7 +105,7 @@ def _create(path: str, layout: Layout, base_size: int, mark: bytes) -> None:
         raise _refusal(path, f"cannot be made: {error.strerror}", "name another") from None
     try:
         try:
-            os.pwrite(fd, _header(layout, base_size, mark), 0)
+            os.pwrite(fd, header(layout, base_size, mark), 0)
             os.ftruncate(fd, layout.file_size)
             os.fsync(fd)
         finally:
@@ -115,7 +115,7 @@ def _create(path: str, layout: Layout, base_size: int, mark: bytes) -> None:
         raise _refusal(path, f"cannot be made: {error.strerror}", "name another") from None
 
 
-def _read_header(path: str, fd: int, base_size: int, mark: bytes) -> Layout:
+def read_header(path: str, fd: int, base_size: int, mark: bytes) -> Layout:
     header = os.pread(fd, SECTOR, 0)
     if not header.startswith(MAGIC) or len(header) < SECTOR:
         raise _refusal(path, "is not an overlay", "name a new file, or one that pyvmm made")

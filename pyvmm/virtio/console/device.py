@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
+from typing import Any
 
 from pyvmm.errors import DriverError
 from pyvmm.host.log import RateLimited, Sink
 from pyvmm.host.poller import Poller
+from pyvmm.host.saved import Saved
 from pyvmm.virtio.console.ends import End, TerminalEnd
 from pyvmm.virtio.console.port import Port
 from pyvmm.virtio.console.uapi import (
@@ -81,6 +83,7 @@ class ConsoleDevice(VirtioDevice):
         )
         self._max_nr_ports = len(named) + 1 if named else 0
         self._active: _Active | None = None
+        self._restored: list[Saved] = []  # of the ports, for the next activation
 
     def set_size(self, columns: int, rows: int) -> None:
         """The terminal has this size now; the driver is told. Any thread may call it, and a signal
@@ -112,6 +115,25 @@ class ConsoleDevice(VirtioDevice):
         place = EMERG_WR_OFFSET - offset
         if self.terminal is not None and 0 <= place < len(data):
             self.terminal.write_at_once(data[place : place + 1])
+
+    def save(self) -> dict[str, Any]:
+        """See VirtioDevice: what each port's driver knows. What programs have sent, and the guest
+        has not taken, stays with this one."""
+        return {"size": list(self._size), "ports": [port.save() for port in self.ports]}
+
+    def restore(self, saved: Saved) -> None:
+        """See VirtioDevice. A program that was connected to a port is not any more."""
+        columns, rows = [*saved.integers("size", 2, 0xFFFF), 0, 0][:2]
+        if self._size == (0, 0):
+            self._size = columns, rows
+        self._restored = list(saved.tables("ports", len(self.ports)))
+        if len(self._restored) != len(self.ports):
+            raise saved.wrong(f"there are {len(self._restored)} ports")
+
+    def take_restored(self) -> list[Saved]:
+        """What the ports are to go on from, once."""
+        restored, self._restored = self._restored, []
+        return restored
 
     def activate(self, activation: Activation) -> None:
         """Start the thread. Raises HostError."""
@@ -162,6 +184,9 @@ class _Active:
                 port.begin(multiport=self._multiport)
                 port.size = self._size if self._size != (0, 0) else None
                 port.end.begin(poller)
+            for port, saved in zip(device.ports, device.take_restored(), strict=False):
+                if port in ports:
+                    port.restore(saved)
             self.worker = DeviceWorker(device.name, activation, poller, self.work, self._end)
         except BaseException:
             for port in ports:

@@ -6,7 +6,10 @@ again and again, or takes no answers, makes nothing grow.
 
 from __future__ import annotations
 
+from typing import Any
+
 from pyvmm.errors import DriverError
+from pyvmm.host.saved import Saved
 from pyvmm.virtio.console.ends import End
 from pyvmm.virtio.console.uapi import (
     CONTROL,
@@ -31,6 +34,7 @@ _ORDER = (
 )
 # After so much other ports get their turn: a buffer may be as long as all memory, and longer.
 _BATCH_BYTES = 256 << 10
+_FORMER = -1  # the number of a connection that was saved with the driver, and is no more
 _MULTIPORT = "5.3.6.2 Multiport Device Operation"
 
 
@@ -62,7 +66,34 @@ class Port:
         self._leaving: DescriptorChain | None = None  # the chain whose bytes the end is taking
         self._rest: list[memoryview] = []
         self._budget = 0
+        self._skip = 0  # bytes of the first buffer that the end had before
         self.has_more_output = False
+
+    # --- saved and restored ----------------------------------------------------------------------
+
+    def save(self) -> dict[str, Any]:
+        """What the driver has said and was told, and how much of the buffer that the end is taking
+        it has: the rest of it is for whoever goes on."""
+        left = sum(map(len, self._rest))
+        taken = self._leaving.readable_size - left if self._leaving is not None else 0
+        return {
+            "guest_is_open": self.guest_is_open,
+            "added": self._added,
+            "ready": self._ready,
+            "owed": sorted(self._owed),
+            "told_open": bool(self._told),
+            "taken": max(0, taken),
+        }
+
+    def restore(self, saved: Saved) -> None:
+        """What `save` gave, after `begin`. A client of before has gone: if the driver knows of one,
+        it is told so. Raises ConfigError."""
+        self.guest_is_open = saved.flag("guest_is_open")
+        self._added, self._ready = saved.flag("added"), saved.flag("ready")
+        self._owed = set(saved.integers("owed", len(_ORDER), max(_ORDER))) & set(_ORDER)
+        if self._multiport and saved.flag("told_open"):
+            self._told = self.end.connection if self.is_console else _FORMER
+        self._skip = saved.bits("taken", 64)
 
     # --- messages --------------------------------------------------------------------------------
 
@@ -154,6 +185,8 @@ class Port:
                 if self._leaving is None:
                     return
                 self._rest = _views(self._leaving)
+                if self._skip:
+                    self._rest, self._skip = _without(self._rest, self._skip), 0
             if not self._push():
                 return
             queue.add_used(self._leaving, 0)
@@ -210,6 +243,17 @@ class Port:
                 return
             self.bytes_to_guest += count
             queue.add_used(chain, count)
+
+
+def _without(views: list[memoryview], count: int) -> list[memoryview]:
+    """`views` without their first `count` bytes."""
+    rest = []
+    for view in views:
+        dropped = min(count, len(view))
+        count -= dropped
+        if dropped < len(view):
+            rest.append(view[dropped:])
+    return rest
 
 
 def _views(chain: DescriptorChain) -> list[memoryview]:

@@ -7,10 +7,11 @@ queue.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pyvmm.host.log import RateLimited
 from pyvmm.host.poller import Source
+from pyvmm.host.saved import Saved
 from pyvmm.virtio.constants import VIRTIO_ID_NET
 from pyvmm.virtio.device import Activation
 from pyvmm.virtio.features import RING_FEATURES, has, mask
@@ -18,7 +19,7 @@ from pyvmm.virtio.net.backend import Backend, LinkLost
 from pyvmm.virtio.net.config import NetConfig
 from pyvmm.virtio.net.control import GUEST_OFFLOADS, NEEDED_OFFLOADS, Control
 from pyvmm.virtio.net.counters import Counters, NetEvent
-from pyvmm.virtio.net.filter import ReceiveFilter
+from pyvmm.virtio.net.filter import ReceiveFilter, filter_from
 from pyvmm.virtio.net.header import ETH_HEADER, HEADER_SIZE, TransmitCheck
 from pyvmm.virtio.net.receive import Receiver, Rules
 from pyvmm.virtio.net.transmit import Transmitter
@@ -56,6 +57,14 @@ class PairWorker(Protocol):
     def request_stop(self) -> None: ...
 
     def join(self) -> None: ...
+
+
+class _Settings(NamedTuple):
+    """What a driver can set by its control queue."""
+
+    filter: ReceiveFilter
+    pairs: int
+    offloads: int
 
 
 class NetDevice(QueueDevice):
@@ -112,6 +121,8 @@ class NetDevice(QueueDevice):
         self._link_up = True
         self._lost = False  # the backend gives and takes no more, whatever happens
         self._active_pairs = 1
+        self._offloads = 0
+        self._restored: _Settings | None = None  # what the next driver has set before
         self._control_index = 2 * pairs
         self._receivers: list[Receiver] = []
         self._transmitters: list[Transmitter] = []
@@ -183,11 +194,15 @@ class NetDevice(QueueDevice):
         # A driver that cannot choose gets all there is; one that can begins with its own address.
         promisc = not has(features, VIRTIO_NET_F_CTRL_RX)
         self._filter = ReceiveFilter(self._first_mac, promisc=promisc)
+        settings, self._restored = self._restored, None
+        if settings is None:
+            settings = _Settings(self._filter, 1, _usable(features & GUEST_OFFLOADS))
+        self._filter = settings.filter
         self._control = Control(self, features, self._filter, pairs)
-        self.set_offloads(_usable(features & GUEST_OFFLOADS))
+        self.set_offloads(settings.offloads & features)
+        self._active_pairs = min(settings.pairs, pairs)
         if not self._lost:
-            self._backend.set_active(1)
-        self._active_pairs = 1
+            self._backend.set_active(self._active_pairs)
         self._make_paths(features, pairs)
         self._live = {
             queue.index: queue
@@ -205,6 +220,23 @@ class NetDevice(QueueDevice):
         except BaseException:
             self.reset()
             raise
+
+    def save(self) -> dict[str, Any]:
+        """See VirtioDevice: what the driver has set by its control queue, and the link."""
+        return {
+            "link_up": self._link_up,
+            "filter": self._filter.save(),
+            "pairs": self._active_pairs,
+            "offloads": self._offloads,
+        }
+
+    def restore(self, saved: Saved) -> None:
+        """See VirtioDevice. The other end of the cable is another one: what was on its way is
+        lost, as on any network."""
+        self._link_up = saved.flag("link_up") and not self._lost
+        self._filter = filter_from(saved.table("filter"))
+        pairs = saved.integer("pairs", self._pairs, 1)
+        self._restored = _Settings(self._filter, pairs, saved.bits("offloads", 64))
 
     def start_queue(self, queue: Queue) -> None:
         """See VirtioDevice."""
@@ -373,6 +405,7 @@ class NetDevice(QueueDevice):
 
     def set_offloads(self, offloads: int) -> None:
         """See control.Target."""
+        self._offloads = offloads
         try:
             if not self._lost:
                 self._backend.set_offloads(offloads)

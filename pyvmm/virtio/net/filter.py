@@ -8,12 +8,19 @@ they find.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
+
+from pyvmm.host.saved import Saved
 
 BROADCAST = b"\xff" * 6
 MAC_SIZE = 6
 # A driver may give any number of addresses; past this many of a kind all of that kind pass, which
 # the specification leaves us free to do.
 MOST_ADDRESSES = 1024
+
+
+# In the order of the fields.
+_MODES = ("promisc", "allmulti", "alluni", "nomulti", "nouni", "nobcast")
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,15 @@ class ReceiveFilter:
     nomulti: bool = False
     nouni: bool = False
     nobcast: bool = False
+
+    def save(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "mac": self.mac.hex(),
+            "unicast": b"".join(sorted(self.unicast)).hex(),
+            "multicast": b"".join(sorted(self.multicast)).hex(),
+            **{mode: getattr(self, mode) for mode in _MODES},
+        }
 
     def accepts(self, destination: bytes) -> bool:
         """Whether a frame to this address, 6 bytes, is for the driver."""
@@ -53,3 +69,17 @@ class ReceiveFilter:
             or destination in self.unicast
             or len(self.unicast) > MOST_ADDRESSES
         )
+
+
+def filter_from(saved: Saved) -> ReceiveFilter:
+    """What `ReceiveFilter.save` gave. Raises ConfigError."""
+    unicast, multicast = _table(saved, "unicast"), _table(saved, "multicast")
+    modes = [saved.flag(mode) for mode in _MODES]
+    return ReceiveFilter(saved.data("mac", MAC_SIZE), unicast, multicast, *modes)
+
+
+def _table(saved: Saved, name: str) -> frozenset[bytes]:
+    data = saved.data(name)
+    if len(data) % MAC_SIZE:
+        raise saved.wrong(f"{name} has {len(data)} bytes")
+    return frozenset(data[at : at + MAC_SIZE] for at in range(0, len(data), MAC_SIZE))

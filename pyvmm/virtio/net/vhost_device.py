@@ -10,11 +10,12 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from threading import RLock, Thread
+from typing import Any
 
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.host import tap
 from pyvmm.host.vhost import VhostNet
-from pyvmm.virtio.device import Activation
+from pyvmm.virtio.device import Activation, unsaveable
 from pyvmm.virtio.features import RING_FEATURES, VIRTIO_F_RING_RESET, mask
 from pyvmm.virtio.net.backend import LinkLost
 from pyvmm.virtio.net.device import NetDevice, PairWorker
@@ -68,6 +69,10 @@ class VhostNetDevice(NetDevice):
         since = {key: self._counted[key] - before for key, before in self._before.items()}
         dropped = since.pop("dropped_to_guest")
         return {**since, "dropped": {"the tap's queue was full": dropped} if dropped else {}}
+
+    def save(self) -> dict[str, Any]:
+        """See VirtioDevice: refused."""
+        raise unsaveable(self, "the kernel serves its rings (vhost)")
 
     def activate(self, activation: Activation) -> None:
         def fail(error: PyvmmError) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from pyvmm.errors import GuestMemoryError, HostError
 from pyvmm.host.log import RateLimited
-from pyvmm.virtio.device import SharedMemory
+from pyvmm.virtio.device import SharedMemory, unsaveable
 from pyvmm.virtio.features import RING_FEATURES, mask
 from pyvmm.virtio.pmem import uapi
 from pyvmm.virtio.queue.chain import DescriptorChain
@@ -74,6 +75,10 @@ class PmemDevice(QueueDevice):
     def stats(self) -> Mapping[str, object]:
         """Flushes asked for, how often the file was written out for them, and those that failed."""
         return {"flushes": self._flushes, "syncs": self._syncs, "failed": self._failed}
+
+    def save(self) -> dict[str, Any]:
+        """See VirtioDevice: refused."""
+        raise unsaveable(self, "its memory is a file, which the guest goes on writing to")
 
     # --- requests: 5.19.6 Driver Operations, 5.19.7 Device Operations ----------------------------
 

@@ -138,6 +138,11 @@ class Queue(Protocol):
     def state(self) -> QueueState:
         """The queue as plain data; the device must be at rest, and used chains published."""
 
+    def rewound(self) -> QueueState:
+        """The queue as plain data, as if the chains that were taken and not yet returned had not
+        been taken: whoever goes on there does their work anew. The device is at rest, and used
+        chains are published. Raises DriverError if chains taken later were returned already."""
+
     def served_to(self, position: int) -> None:
         """Another has served the ring while none of its chains was in flight here: all in front of
         `position`, which is as in QueueState, are used. Raises DriverError for a broken ring."""

@@ -341,6 +341,44 @@ class Ring(ABC):
             packed=self.packed,
         )
 
+    def rewound(self) -> QueueState:
+        """The queue as plain data, with the chains in flight in the ring again, to be taken anew;
+        the queue itself stays as it is. See Queue."""
+        config = self._config
+        start, ahead = self._next_used, self._distance_to(self._next_avail)
+        slots = 0
+        for taken in self._taken:
+            if taken is None:
+                continue
+            if isinstance(taken, tuple):
+                position, entries = taken[2], 1
+            else:
+                position, entries = taken.position, taken.slots
+            slots += entries
+            if position < 0 or self._distance_to(position) >= ahead:
+                slots = -1
+                break
+        if slots != ahead:
+            raise DriverError(
+                "chains in flight are not the last that were taken", section=self.table_section
+            )
+        place = self._encode(start)
+        return QueueState(
+            max_size=config.max_size,
+            size=config.size,
+            desc_addr=config.desc_addr,
+            avail_addr=config.avail_addr,
+            used_addr=config.used_addr,
+            next_avail=place,
+            next_used=place,
+            packed=self.packed,
+        )
+
+    def _distance_to(self, position: int) -> int:
+        """Ring entries from the place of the next used one on."""
+        span = 2 * self.size if self.packed else 0x10000
+        return (position - self._next_used) % span
+
     def served_to(self, position: int) -> None:
         """Another has served the ring; see Queue."""
         state = replace(self.state(), next_avail=position, next_used=position)

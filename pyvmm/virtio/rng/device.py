@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 from pyvmm.errors import GuestMemoryError
+from pyvmm.host.saved import Saved
 from pyvmm.virtio.features import RING_FEATURES
 from pyvmm.virtio.queue.chain import DescriptorChain
 from pyvmm.virtio.queue.protocol import Queue
@@ -36,6 +38,13 @@ class EntropyDevice(QueueDevice):
     def stats(self) -> Mapping[str, object]:
         """Bytes given to the driver."""
         return {"bytes_to_guest": self._bytes}
+
+    def save(self) -> dict[str, Any]:
+        """See VirtioDevice: there is nothing to be saved."""
+        return {}
+
+    def restore(self, saved: Saved) -> None:
+        """Likewise."""
 
     def size_of(self, chain: DescriptorChain) -> int:
         """The number of bytes that `serve` makes for it; a limit counts them."""

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from threading import Lock, Thread
+from typing import Any
 
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.host.log import RateLimited
@@ -28,7 +29,7 @@ from pyvmm.vhost_user import protocol
 from pyvmm.vhost_user.inflight import Inflight
 from pyvmm.vhost_user.protocol import BackEndError
 from pyvmm.virtio import features, status
-from pyvmm.virtio.device import Activation, VirtioDevice
+from pyvmm.virtio.device import Activation, VirtioDevice, unsaveable
 from pyvmm.virtio.features import (
     VIRTIO_F_EVENT_IDX,
     VIRTIO_F_INDIRECT_DESC,
@@ -245,6 +246,10 @@ class VhostUserDevice(VirtioDevice):
         self._wake.signal()
 
     # --- the driver's doing -----------------------------------------------------------------------
+
+    def save(self) -> dict[str, Any]:
+        """See VirtioDevice: refused."""
+        raise unsaveable(self, "another process serves it (vhost-user)")
 
     def activate(self, activation: Activation) -> None:
         """Have the back end serve the queues. Without one, another is waited for."""

@@ -10,10 +10,12 @@ import errno
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from typing import Any
 
 from pyvmm.errors import DriverError, HostError
 from pyvmm.host.log import RateLimited
 from pyvmm.host.poller import Poller
+from pyvmm.host.saved import Saved
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.virtio.constants import VIRTIO_ID_VSOCK
 from pyvmm.virtio.device import Activation, VirtioDevice
@@ -113,6 +115,16 @@ class VsockDevice(VirtioDevice):
         """See VirtioDevice."""
         assert self._active is not None, "only a live device starts queues"
         self._active.worker.take_queue(queue)
+
+    def save(self) -> dict[str, Any]:
+        """See VirtioDevice. Streams are not in it: their other ends stay with this one."""
+        return {"guest_cid": self._cid}
+
+    def restore(self, saved: Saved) -> None:
+        """See VirtioDevice. The driver is told that its streams have gone."""
+        if saved.bits("guest_cid", 64) != self._cid:
+            raise saved.wrong(f"its CID is not {self._cid}")
+        self.interrupt_streams()
 
     def interrupt_streams(self) -> None:
         """Streams of before are gone (the guest goes on from a saved state): tell the driver, now

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 from c_claims import assert_in_c, needs_headers
@@ -31,6 +32,7 @@ from mmio_harness import (
 
 from pyvmm.errors import DriverError
 from pyvmm.host.log import Sink
+from pyvmm.host.saved import Saved
 from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
 from pyvmm.testing.mmio_driver import InterruptLine
@@ -171,6 +173,12 @@ class PciView(Transport):
 
     def used_eventfd(self, index: int) -> EventFd | None:
         return None
+
+    def _save(self) -> dict[str, Any]:
+        return {}
+
+    def _restore(self, saved: Saved) -> None:
+        pass
 
     def read_isr(self) -> int:
         pending = self.negotiation.state.interrupt_status

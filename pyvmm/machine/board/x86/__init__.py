@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyvmm.boot import x86 as boot
 from pyvmm.bus import Bus, Handler
+from pyvmm.host.saved import Saved
 from pyvmm.kvm.capabilities import Requirement
 from pyvmm.kvm.system import Kvm
 from pyvmm.kvm.vcpu import Vcpu
@@ -131,7 +132,7 @@ class X86Board(Board[boot.Entry]):
         kvm: Kvm,
         vm: Vm,
         *,
-        entry: boot.Entry,
+        entry: boot.Entry | None,
         cpus: int,
         ports: Bus,
         mmio: Bus,
@@ -139,10 +140,39 @@ class X86Board(Board[boot.Entry]):
         closing: ExitStack,
     ) -> Core:
         _add_irqchip(vm)
-        serial = _add_platform(vm, ports, sink, cpus=cpus)
+        serial, platform = _add_platform(vm, ports, sink, cpus=cpus)
         closing.callback(serial.close)
         vcpus = _add_vcpus(kvm, vm, entry, cpus, closing)
-        return Core(vcpus, serial, PowerButton(vm))
+        return Core(vcpus, serial, PowerButton(vm), platform)
+
+    def save(
+        self, kvm: Kvm, vm: Vm, on_vcpus: Callable[[Callable[[Vcpu], Any]], list[Any]]
+    ) -> dict[str, Any]:
+        from pyvmm.kvm.x86 import saved_vcpu
+
+        host = saved_vcpu.HostAbilities(kvm)
+        vcpus = on_vcpus(lambda vcpu: saved_vcpu.save(vcpu, host))
+        return {"vcpus": vcpus, "vm": irqchip.save(vm)}
+
+    def restore(
+        self,
+        kvm: Kvm,
+        vm: Vm,
+        vcpus: Sequence[Vcpu],
+        saved: Saved,
+        warn: Callable[[str], None],
+    ) -> None:
+        from pyvmm.kvm.x86 import saved_vcpu
+
+        states = list(saved.tables("vcpus", len(vcpus)))
+        if len(states) != len(vcpus):
+            raise saved.wrong(f"there are {len(states)} vCPUs, not {len(vcpus)}")
+        for vcpu, state in zip(vcpus, states, strict=True):
+            saved_vcpu.check_cpu(vcpu, state)
+        host = saved_vcpu.HostAbilities(kvm)
+        for vcpu, state in zip(vcpus, states, strict=True):
+            saved_vcpu.restore(vcpu, state, host, warn)
+        irqchip.restore(vm, saved.table("vm"))
 
     def state_lines(self, vcpu: Vcpu, read: Callable[[int, int], bytes]) -> Iterator[str]:
         from pyvmm.kvm.x86.state_text import state_lines
@@ -174,25 +204,27 @@ def _add_irqchip(vm: Vm) -> None:
     irqchip.create_pit2(vm)
 
 
-def _add_platform(vm: Vm, ports: Bus, sink: Callable[[bytes], None], *, cpus: int) -> Serial:
+def _add_platform(
+    vm: Vm, ports: Bus, sink: Callable[[bytes], None], *, cpus: int
+) -> tuple[Serial, Mapping[str, Any]]:
     def interrupt(level: bool) -> None:
         vm.irq_line(layout.SERIAL_GSI, level)
 
     serial = Serial(interrupt, sink, burst=BURST if cpus > 1 else math.inf)
-    fixed: list[tuple[int, int, Handler]] = [
-        (layout.SERIAL_PORT, layout.SERIAL_PORTS, serial),
-        (layout.I8042_DATA_PORT, i8042.PORTS, i8042.I8042()),
-        (layout.ACPI_SLEEP_CONTROL_PORT, acpi_pm.PORTS, acpi_pm.AcpiPm()),
-        (cmos.CMOS_PORT, cmos.PORTS, cmos.Cmos()),
-        (cmos.DELAY_PORT, 1, cmos.DelayPort()),
-    ]
-    for start, size, handler in fixed:
+    fixed: dict[str, tuple[int, int, Handler]] = {
+        "serial": (layout.SERIAL_PORT, layout.SERIAL_PORTS, serial),
+        "i8042": (layout.I8042_DATA_PORT, i8042.PORTS, i8042.I8042()),
+        "acpi_pm": (layout.ACPI_SLEEP_CONTROL_PORT, acpi_pm.PORTS, acpi_pm.AcpiPm()),
+        "cmos": (cmos.CMOS_PORT, cmos.PORTS, cmos.Cmos()),
+        "delay_port": (cmos.DELAY_PORT, 1, cmos.DelayPort()),
+    }
+    for start, size, handler in fixed.values():
         ports.register(start, size, handler)
-    return serial
+    return serial, {name: handler for name, (_, _, handler) in fixed.items()}
 
 
 def _add_vcpus(
-    kvm: Kvm, vm: Vm, entry: boot.Entry, count: int, closing: ExitStack
+    kvm: Kvm, vm: Vm, entry: boot.Entry | None, count: int, closing: ExitStack
 ) -> tuple[Vcpu, ...]:
     supported = cpuid.supported(kvm)
     vcpus = []
@@ -201,6 +233,8 @@ def _add_vcpus(
         closing.callback(vcpu.close)
         setup_vcpu(vcpu, supported, index, count)
         vcpus.append(vcpu)
+    if entry is None:
+        return tuple(vcpus)
     setup_boot_vcpu(
         vcpus[0],
         mode="long64" if entry.mode == boot.LONG64 else "protected32",

@@ -1,0 +1,310 @@
+"""Where snapshots are kept: a directory with one directory for each, of their owner alone.
+
+    NAME/state.json    what the VM was, as text: version, specification, machine, disks, checksum
+    NAME/memory        its RAM, in the order of addresses; holes are zeroes
+    NAME/disk-N        what its disk N differs in from its image: an overlay
+
+Nothing in it is believed: the state is checked value by value by whoever restores itself from it.
+A snapshot that is being made has another name until all of it is on the storage, so that it is
+there whole or not at all; what a killed process has left is removed by the next one. This is the
+only place that writes snapshots.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, NamedTuple
+
+from pyvmm.errors import ConfigError, HostError
+from pyvmm.host.syscalls import Closable
+from pyvmm.spec.names import check_name
+
+FORMAT, VERSION = "pyvmm snapshot", 1
+STATE, MEMORY = "state.json", "memory"
+MOST_STATE = 64 << 20  # bytes of state.json
+_NEW, _OLD = ".new-", ".old-"
+_OPTION = "snapshot"
+
+
+def disk_file(index: int) -> str:
+    """The name of the file with the changes of disk number `index`."""
+    return f"disk-{index}"
+
+
+def folder() -> str:
+    """The directory of all snapshots, made if it is not there: $XDG_STATE_HOME/pyvmm/snapshots, by
+    default in ~/.local/state. Raises ConfigError if it cannot be had, or is not its owner's
+    alone."""
+    base = os.environ.get("XDG_STATE_HOME", "")
+    if not base.startswith("/"):
+        base = os.path.expanduser("~/.local/state")
+    path = os.path.join(base, "pyvmm", "snapshots")
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        found = os.stat(path)
+    except OSError as error:
+        raise ConfigError(
+            f"there is no place for snapshots: {path}: {error.strerror}",
+            cure="set XDG_STATE_HOME to a directory of yours",
+        ) from None
+    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        raise ConfigError(
+            f"{path} is not a directory that only you have access to", cure=f"chmod 700 {path}"
+        )
+    return path
+
+
+def names() -> list[str]:
+    """Those that there are, and whole."""
+    place = folder()
+    _sweep(place)
+    return sorted(name for name in os.listdir(place) if not name.startswith("."))
+
+
+class Saved(NamedTuple):
+    """An open snapshot: its name, its directory, and what its state says, unchecked but for form
+    and checksum. From `release` on it may be removed."""
+
+    name: str
+    path: str
+    state: Mapping[str, Any]
+    release: Callable[[], None]
+
+
+@contextmanager
+def reading(name: str) -> Iterator[Saved]:
+    """The snapshot called `name`, which nobody removes meanwhile. Raises ConfigError."""
+    check_name(name)
+    path = os.path.join(folder(), name)
+    fd = _open_folder(path, name)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        if not os.path.isdir(path):  # it was removed just now
+            raise _unknown(name)
+        yield Saved(name, path, read_state(path), lambda: fcntl.flock(fd, fcntl.LOCK_UN))
+    except BlockingIOError:
+        raise ConfigError(f"the snapshot {name} is being removed", cure="use another") from None
+    finally:
+        os.close(fd)
+
+
+def _open_folder(path: str, name: str) -> int:
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            raise _unknown(name) from None
+        raise ConfigError(f"{path}: {error.strerror}", cure="see who owns it") from None
+    found = os.fstat(fd)
+    if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o022:
+        os.close(fd)
+        raise ConfigError(
+            f"the snapshot {path} is not yours alone to write", cure="take one of your own"
+        )
+    return fd
+
+
+def _unknown(name: str) -> ConfigError:
+    return ConfigError(f"there is no snapshot {name!r}", cure="pyvmm snapshot list shows all")
+
+
+def read_state(path: str) -> dict[str, Any]:
+    """What the state of the snapshot in the directory `path` says. Raises ConfigError for what is
+    no such text, of another version or damaged."""
+    import json
+
+    try:
+        text = read_file(os.path.join(path, STATE), MOST_STATE)
+    except OSError as error:
+        raise _bad(path, f"{STATE}: {error.strerror}") from None
+    try:
+        state = json.loads(text)
+    except (ValueError, RecursionError):
+        raise _bad(path, "its state is damaged: not JSON") from None
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise _bad(path, "its state is of another kind")
+    if state.get("version") != VERSION:
+        raise ConfigError(
+            f"the snapshot {path} has version {state.get('version')!r:.20}",
+            cure=f"this pyvmm reads version {VERSION}; restore it with the pyvmm that made it",
+        )
+    if state.get("checksum") != checksum(state):
+        raise _bad(path, "its state is damaged: the checksum differs")
+    return state
+
+
+def read_file(path: str, most: int) -> bytes:
+    """What is in a regular file of `most` bytes at most, which is no link. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(fd, "rb") as file:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "no regular file")
+        if found.st_size > most:
+            raise OSError(errno.EFBIG, f"{found.st_size} bytes, {most} at most")
+        return file.read(most)
+
+
+def _bad(path: str, what: str) -> ConfigError:
+    return ConfigError(f"the snapshot {path} cannot be used: {what}", cure="take a new one")
+
+
+def checksum(state: Mapping[str, Any]) -> str:
+    """Of all that `state` says but for this."""
+    import json
+    from hashlib import blake2b
+
+    rest = {key: value for key, value in state.items() if key != "checksum"}
+    try:
+        text = json.dumps(rest, sort_keys=True, separators=(",", ":"))
+    except (ValueError, RecursionError):
+        return ""
+    return blake2b(text.encode(), digest_size=32).hexdigest()
+
+
+class Writer(Closable):
+    """A snapshot that is being made. What is not finished is removed by `close`."""
+
+    def __init__(self, name: str) -> None:
+        """Raises ConfigError for a name that is taken or cannot be, HostError."""
+        check_name(name)
+        self.name = name
+        self._place = folder()
+        _sweep(self._place)
+        self.path = os.path.join(self._place, name)
+        if os.path.lexists(self.path):
+            raise ConfigError(
+                f"there is a snapshot {name!r} already", cure=f"pyvmm snapshot rm {name}"
+            )
+        self._made = os.path.join(self._place, f"{_NEW}{os.getpid()}-{os.urandom(6).hex()}")
+        self._closing = ExitStack()
+        try:
+            os.mkdir(self._made, 0o700)
+            self._closing.callback(_remove_tree, self._made)
+            self._folder = os.open(self._made, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            self._closing.callback(os.close, self._folder)
+            fcntl.flock(self._folder, fcntl.LOCK_EX)  # it has a maker: see _sweep
+        except OSError as error:
+            self._closing.close()
+            raise HostError(error.errno or 0, f"making of {self._made}") from None
+        self._files: dict[str, int] = {}
+
+    def make(self, file: str, size: int) -> None:
+        """Begin `file` of the snapshot, `size` bytes of zeroes. Raises HostError."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        try:
+            fd = os.open(os.path.join(self._made, file), flags, 0o600)
+            self._closing.callback(os.close, fd)
+            self._files[file] = fd
+            os.ftruncate(fd, size)
+        except OSError as error:
+            raise HostError(error.errno or 0, f"making of the snapshot's {file}") from None
+
+    def write(self, file: str, offset: int, data: bytes | bytearray | memoryview) -> None:
+        """Put `data` there. Raises HostError (ENOSPC)."""
+        rest = memoryview(data)
+        try:
+            while rest:
+                done = os.pwrite(self._files[file], rest, offset)
+                rest, offset = rest[done:], offset + done
+        except OSError as error:
+            raise HostError(error.errno or 0, f"writing of the snapshot's {file}") from None
+
+    def finish(self, state: Mapping[str, Any]) -> None:
+        """Write `state` and have the snapshot be there, on the storage. Raises ConfigError if
+        somebody has made one of that name meanwhile, HostError."""
+        import json
+
+        whole = {"format": FORMAT, "version": VERSION, **state}
+        whole["checksum"] = checksum(whole)
+        text = json.dumps(whole, indent=1).encode()
+        self.make(STATE, len(text))
+        self.write(STATE, 0, text)
+        try:
+            for fd in (*self._files.values(), self._folder):
+                os.fsync(fd)
+            # Of a directory onto another one: only if that is empty, which a snapshot never is.
+            os.rename(self._made, self.path)
+            _sync_folder(self._place)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise ConfigError(
+                    f"there is a snapshot {self.name!r} already",
+                    cure=f"pyvmm snapshot rm {self.name}",
+                ) from None
+            raise HostError(error.errno or 0, f"naming of the snapshot {self.path}") from None
+
+    def close(self) -> None:
+        self._closing.close()
+
+
+def remove(name: str) -> None:
+    """Remove a snapshot. VMs that were restored from it go on: they keep its files open. Raises
+    ConfigError if there is none, or it is needed: a VM is being restored, or is in an emulated
+    host, which looks for the files itself."""
+    check_name(name)
+    place = folder()
+    path = os.path.join(place, name)
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        raise _unknown(name) from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        gone = os.path.join(place, f"{_OLD}{os.getpid()}-{os.urandom(6).hex()}")
+        os.rename(path, gone)
+        _remove_tree(gone)
+    except BlockingIOError:
+        raise ConfigError(
+            f"a VM is being restored from the snapshot {name}, or runs from it in an emulated host",
+            cure="pyvmm ps shows which",
+        ) from None
+    except OSError as error:
+        raise HostError(error.errno or 0, f"removing of {path}") from None
+    finally:
+        os.close(fd)
+
+
+def size_of(path: str) -> int:
+    """The bytes of storage that a snapshot takes."""
+    total = 0
+    with suppress(OSError):
+        for entry in os.scandir(path):
+            total += entry.stat(follow_symlinks=False).st_blocks * 512
+    return total
+
+
+def _sweep(place: str) -> None:
+    """Remove what processes have left that were killed: they hold no lock any more."""
+    for name in os.listdir(place):
+        if not name.startswith((_NEW, _OLD)):
+            continue
+        path = os.path.join(place, name)
+        with suppress(OSError):
+            fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove_tree(path)
+            finally:
+                os.close(fd)
+
+
+def _remove_tree(path: str) -> None:
+    """A directory of files, as snapshots are; nothing is followed."""
+    with suppress(FileNotFoundError):
+        for entry in os.scandir(path):
+            os.unlink(entry.path)
+        os.rmdir(path)
+
+
+def _sync_folder(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,238 @@
+"""A running machine's side of a snapshot: it stands still and sends all that it is.
+
+The monitor opens no file for it. Whoever asked, on the control socket, gets the state and all
+memory as a stream and writes them, with rights of its own, on a machine of its own: the same from
+this machine's KVM and from an emulated host.
+
+    a line of JSON      {"state": bytes, "files": {name: size, …}}, or {"error": message}
+    the state           JSON text
+    pieces              struct PIECE: number of the file, offset, length; then so many bytes
+    the last piece      has the number END, and is JSON: {"paused_ms": …} or {"error": message}
+
+With `stop` the client answers with a byte when all is on its storage, and the run ends then; if it
+hangs up without, the machine goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import select
+import struct
+import time
+from collections.abc import Iterable, Iterator
+from threading import Thread
+from typing import Any
+
+from pyvmm.control import snapshot_store
+from pyvmm.control.protocol import Upgrade
+from pyvmm.errors import ConfigError, HostError, PyvmmError
+from pyvmm.host import log
+from pyvmm.host.unix_sockets import Socket
+from pyvmm.kinds.vm_spec import to_json
+from pyvmm.machine import saved_machine
+from pyvmm.machine.machine import Machine
+from pyvmm.machine.outcome import Ending, Outcome
+from pyvmm.memory import GuestMemory
+from pyvmm.spec.vm import DiskSpec, VmSpec
+from pyvmm.version import __version__
+from pyvmm.virtio.blk.backend import Backend
+
+PIECE = struct.Struct("<IQI")
+END = 0xFFFF_FFFF
+LARGEST_PIECE = 1 << 20
+DONE = b"!"
+_PAGE = 4096
+_PATIENCE = 10.0  # seconds in which a client takes something, or the snapshot is called off
+_DONE_PATIENCE = 600.0  # and in which it has written all to its storage
+_GLANCE = 0.1  # seconds between looks whether the machine is to end
+_ZEROES = bytes(LARGEST_PIECE)
+
+
+class _CalledOff(Exception):
+    """The client has gone or takes nothing, or the machine ends."""
+
+
+def snapshot(machine: Machine, described: VmSpec, stop: bool = False) -> Upgrade:
+    """Make the connection a stream as above. `described` is the machine as its user's machine knows
+    it. Raises ConfigError for what cannot be saved, before anything stands still."""
+    check(described)
+
+    def hand_over(connection: Socket, rest: bytes) -> None:
+        sender = _Sender(machine, described, connection, stop=stop)
+        Thread(target=sender.run, name="snapshot", daemon=True).start()
+
+    return Upgrade({}, hand_over)
+
+
+def check(spec: VmSpec) -> None:
+    """Raise ConfigError for a VM with disks that have no file that outlives it."""
+    for disk in spec.disks:
+        if disk.storage in ("ram", "python"):
+            raise ConfigError(
+                f"the disk {disk.id} cannot be in a snapshot: {disk.path} is no file",
+                cure="use a VM without it for that",
+            )
+
+
+class _Sender:
+    def __init__(
+        self, machine: Machine, described: VmSpec, connection: Socket, *, stop: bool
+    ) -> None:
+        self._machine = machine
+        self._described = described
+        self._connection = connection
+        self._stop = stop
+        self._poll = select.poll()
+        self._has_begun = False  # the stream, so that an error is its last piece
+
+    def run(self) -> None:
+        try:
+            self._run()
+        except _CalledOff:
+            pass
+        except Exception as error:
+            log.to_stderr(f"a defect in pyvmm, met by a snapshot: {error!r}")
+        finally:
+            self._connection.close()
+
+    def _run(self) -> None:
+        machine = self._machine
+        try:
+            with machine.steady, machine.pauser.still():
+                began = time.monotonic()
+                try:
+                    self._send_all()
+                except PyvmmError as error:
+                    self._send_error(error)
+                    return
+                if not self._stop:
+                    paused = time.monotonic() - began
+                else:
+                    self._send_end(time.monotonic() - began)
+                    self._wait_until_written()
+                    machine.end(Outcome(Ending.TERMINATED, "ended by pyvmm snapshot --stop"))
+                    return
+        except ConfigError as error:  # something does not come to rest
+            self._send_error(error)
+            return
+        self._send_end(paused)
+
+    def _send_all(self) -> None:
+        machine, spec = self._machine, self._described
+        prepared = machine.parts.prepared
+        state = {
+            "pyvmm": __version__,
+            "made": time.time(),
+            "spec": json.loads(to_json(spec)),
+            "cmdline": prepared.entry.cmdline,
+            "machine": saved_machine.save(machine),
+        }
+        files = {snapshot_store.MEMORY: prepared.memory.size}
+        pieces: list[Iterable[tuple[int, Any]]] = [_memory(prepared.memory)]
+        for index, (disk, device) in enumerate(zip(spec.disks, prepared.devices, strict=False)):
+            changes = _changes(disk, device.backend)  # type: ignore[attr-defined]  # disks are first
+            if changes is not None:
+                files[snapshot_store.disk_file(index)], found = changes
+                pieces.append(found)
+        text = json.dumps(state).encode()
+        self._has_begun = True
+        self._send(_line({"state": len(text), "files": files}))
+        self._send(text)
+        for number, of_file in enumerate(pieces):
+            for offset, data in of_file:
+                self._send(PIECE.pack(number, offset, len(data)))
+                self._send(data)
+
+    def _send_end(self, paused: float) -> None:
+        self._send(_last({"paused_ms": round(1000 * paused, 3)}))
+
+    def _send_error(self, error: PyvmmError) -> None:
+        values = {"error": str(error)}
+        self._send(_last(values) if self._has_begun else _line(values))
+
+    def _send(self, data: bytes | bytearray | memoryview) -> None:
+        rest = memoryview(data)
+        deadline = time.monotonic() + _PATIENCE
+        while rest:
+            try:
+                rest = rest[self._connection.send(rest) :]
+                deadline = time.monotonic() + _PATIENCE
+            except (BlockingIOError, InterruptedError):
+                self._wait(select.POLLOUT, deadline)
+            except OSError:
+                raise _CalledOff from None
+
+    def _wait(self, events: int, deadline: float) -> None:
+        self._poll.register(self._connection.fileno(), events)
+        while not self._poll.poll(1000 * _GLANCE):
+            if self._machine.pauser.ending or time.monotonic() > deadline:
+                raise _CalledOff
+
+    def _wait_until_written(self) -> None:
+        self._wait(select.POLLIN, time.monotonic() + _DONE_PATIENCE)
+        try:
+            answer = self._connection.recv(len(DONE))
+        except OSError:
+            answer = b""
+        if answer != DONE:
+            raise _CalledOff
+
+
+def _line(values: dict[str, Any]) -> bytes:
+    return json.dumps(values).encode() + b"\n"
+
+
+def _last(values: dict[str, Any]) -> bytes:
+    text = json.dumps(values).encode()
+    return PIECE.pack(END, 0, len(text)) + text
+
+
+def _memory(memory: GuestMemory) -> Iterator[tuple[int, memoryview]]:
+    """What of it is not zero."""
+    offset = 0
+    for piece in memory.touched():
+        if isinstance(piece, int):
+            offset += piece
+            continue
+        for start in range(0, len(piece), LARGEST_PIECE):
+            part = piece[start : start + LARGEST_PIECE]
+            for at, data in _not_zero(part):
+                yield offset + start + at, data
+        offset += len(piece)
+
+
+def _not_zero(part: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """The runs of pages that are not all zeroes."""
+    copy = bytes(part)  # views are compared byte by byte, bytes by memcmp
+    if copy == (_ZEROES if len(copy) == len(_ZEROES) else bytes(len(copy))):
+        return
+    start, zero_page = -1, _ZEROES[:_PAGE]
+    for at in range(0, len(part), _PAGE):
+        if copy.startswith(zero_page, at):
+            if start >= 0:
+                yield start, part[start:at]
+                start = -1
+        elif start < 0:
+            start = at
+    if start >= 0:
+        yield start, part[start:]
+
+
+def _changes(
+    disk: DiskSpec, backend: Backend
+) -> tuple[int, Iterator[tuple[int, bytes | bytearray]]] | None:
+    """What goes along of a disk: the size of a file, and its pieces. What is in images themselves
+    is written to them. Raises HostError."""
+    if not disk.base_read_only:
+        backend.flush()
+        return None
+    if not disk.copies_on_write:
+        return None
+    from pyvmm.virtio.blk.overlay import OverlayBackend
+    from pyvmm.virtio.blk.saved_overlay import file_of
+
+    assert isinstance(backend, OverlayBackend)
+    try:
+        return file_of(backend)
+    except HostError as error:
+        raise ConfigError(f"the disk {disk.id} cannot be in a snapshot: {error}") from None

@@ -1,0 +1,267 @@
+"""Snapshots from outside their VMs: taken of one that runs, and a VM that goes on from one."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import stat
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from pyvmm.control import snapshot_store as store
+from pyvmm.control.client import Client
+from pyvmm.errors import ConfigError, HostError
+from pyvmm.host.syscalls import Closable
+from pyvmm.host.unix_sockets import Socket
+from pyvmm.kinds import registry
+from pyvmm.kinds.vm_spec import from_json, to_json, validate, with_paths
+from pyvmm.monitor.snapshot_sender import DONE, END, LARGEST_PIECE, PIECE
+from pyvmm.spec.options import read_own
+from pyvmm.spec.vm import DiskSpec, VmSpec
+
+_PATIENCE = 60.0  # seconds without a byte from the VM
+_MOST_LINE = 1 << 16
+_MOST_FILES = 64
+_LARGEST_FILE = 1 << 52
+
+
+class Taken(NamedTuple):
+    """A snapshot that was taken: its name, and the seconds for which the VM stood still."""
+
+    name: str
+    paused: float
+
+
+def take(vm: str, name: str, *, stop: bool = False) -> Taken:
+    """Take the snapshot `name` of the VM called `vm`, which runs on, or with `stop` ends. Nothing
+    is left of one that fails. Raises ConfigError, ControlError, NoAnswer or HostError."""
+    with store.Writer(name) as writer, Client.connect(vm) as client:
+        stream = client.upgrade("snapshot", stop=stop)
+        with _Receiver(vm, stream.socket) as receiver:
+            paused = _receive(receiver, writer, stop=stop)
+    return Taken(name, paused)
+
+
+def _receive(receiver: _Receiver, writer: store.Writer, *, stop: bool) -> float:
+    header = receiver.line()
+    files = header.get("files")
+    if not isinstance(files, dict) or not 0 < len(files) <= _MOST_FILES:
+        raise receiver.nonsense()
+    names = list(files)
+    for name, size in files.items():
+        known = name == store.MEMORY or name in map(store.disk_file, range(_MOST_FILES))
+        if not known or type(size) is not int or not 0 <= size < _LARGEST_FILE:
+            raise receiver.nonsense()
+    state = receiver.state(header.get("state"))
+    for name, size in files.items():
+        writer.make(name, size)
+    while True:
+        number, offset, length = PIECE.unpack(receiver.take(PIECE.size))
+        if length > LARGEST_PIECE:
+            raise receiver.nonsense()
+        data = receiver.take(length)
+        if number == END:
+            break
+        if number >= len(names) or offset + length > files[names[number]]:
+            raise receiver.nonsense()
+        writer.write(names[number], offset, data)
+    end = receiver.parsed(data)
+    paused = end.get("paused_ms")
+    if not isinstance(paused, int | float):
+        raise receiver.nonsense()
+    spec = from_json(json.dumps(state["spec"]))
+    spec = with_paths(spec, os.path.abspath)
+    state["spec"] = json.loads(to_json(spec))
+    state["disks"] = [marks_of(disk) for disk in spec.disks]
+    state["paused_ms"] = paused
+    state["files"] = files
+    writer.finish(state)
+    if stop:
+        receiver.answer(DONE)
+    return paused / 1000
+
+
+class _Receiver(Closable):
+    """The stream of a machine that is being saved."""
+
+    def __init__(self, vm: str, socket: Socket) -> None:
+        self._vm = vm
+        self._socket = socket
+        self._poll = select.poll()
+        self._poll.register(socket.fileno(), select.POLLIN)
+        self._received = bytearray()
+
+    def nonsense(self) -> HostError:
+        """The error for a stream that is not as it should be."""
+        return HostError(0, f"the snapshot that {self._vm} sends")
+
+    def take(self, count: int) -> bytes:
+        """The next `count` bytes. Raises HostError if they do not come."""
+        while len(self._received) < count:
+            self._more()
+        data = bytes(self._received[:count])
+        del self._received[:count]
+        return data
+
+    def _more(self) -> None:
+        if not self._poll.poll(1000 * _PATIENCE):
+            raise ConfigError(f"{self._vm} does not go on with its snapshot", cure="try again")
+        try:
+            data = self._socket.recv(LARGEST_PIECE)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""
+        if not data:
+            raise ConfigError(
+                f"{self._vm} has called its snapshot off", cure="has it ended? pyvmm ps shows it"
+            )
+        self._received += data
+
+    def line(self) -> dict[str, Any]:
+        """The first line, or the error that it is."""
+        while b"\n" not in self._received:
+            if len(self._received) > _MOST_LINE:
+                raise self.nonsense()
+            self._more()
+        return self.parsed(self.take(self._received.index(b"\n") + 1))
+
+    def parsed(self, text: bytes) -> dict[str, Any]:
+        """An object of JSON; raises ConfigError if it is an error."""
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            raise self.nonsense()
+        if "error" in found:
+            raise ConfigError(f"{found['error']}")
+        return found
+
+    def state(self, size: object) -> dict[str, Any]:
+        """The state, of so many bytes."""
+        if type(size) is not int or not 0 < size <= store.MOST_STATE:
+            raise self.nonsense()
+        found = self.parsed(self.take(size))
+        if "spec" not in found or "machine" not in found:
+            raise self.nonsense()
+        return found
+
+    def answer(self, data: bytes) -> None:
+        """Say so, and wait until the machine has heard it."""
+        deadline = time.monotonic() + _PATIENCE
+        self._socket.send(data)
+        while time.monotonic() < deadline and self._poll.poll(1000 * _PATIENCE):
+            try:
+                if not self._socket.recv(1):
+                    return
+            except BlockingIOError:
+                continue
+            except OSError:
+                return
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+# --- disks ----------------------------------------------------------------------------------------
+
+
+def marks_of(disk: DiskSpec) -> dict[str, Any]:
+    """What tells whether the images of `disk` are still what they were: for each file its size, and
+    when it was last written."""
+    files = [disk.path, *disk.backing, *filter(None, (disk.data_file,))]
+    return {"id": disk.id, "files": {path: _mark(path) for path in files}}
+
+
+def _mark(path: str) -> list[int]:
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}", cure="put it back") from None
+    if stat.S_ISBLK(found.st_mode):
+        return [0, found.st_rdev, 0]  # whether it was written nobody can say
+    return [found.st_size, found.st_ino, found.st_mtime_ns]
+
+
+def _check_disks(name: str, disks: tuple[DiskSpec, ...], saved: object) -> None:
+    if not isinstance(saved, list) or len(saved) != len(disks):
+        raise _bad(name, "it has other disks than its machine")
+    for disk, marks in zip(disks, saved, strict=True):
+        if marks != marks_of(disk):
+            raise ConfigError(
+                f"the snapshot {name} is of no use: {disk.path} has changed since it was taken",
+                cure="put the image back as it was, or take a new snapshot",
+            )
+
+
+def _bad(name: str, what: str) -> ConfigError:
+    return ConfigError(f"the snapshot {name} cannot be used: {what}", cure="take a new one")
+
+
+# --- restored -------------------------------------------------------------------------------------
+
+
+def spec_of(name: str, path: str, state: Mapping[str, Any]) -> VmSpec:
+    """The VM that goes on from the snapshot `name` in the directory `path`. It writes to none of
+    the files that the VM had which was saved: what it changes on its disks is thrown away at its
+    end. Raises ConfigError for a snapshot that cannot be, or whose disks have changed."""
+    spec = from_json(json.dumps(state.get("spec")))
+    _check_disks(name, spec.disks, state.get("disks"))
+    files = state.get("files")
+    if not isinstance(files, dict) or files.get(store.MEMORY) != spec.memory:
+        raise _bad(name, "its memory is not as large as its machine's")
+    for file, size in files.items():
+        if "/" in file or file.startswith(".") or not _has_size(os.path.join(path, file), size):
+            raise _bad(name, f"{file!r} is not as large as it was")
+    disks = []
+    for index, disk in enumerate(spec.disks):
+        if disk.read_only:
+            disks.append(disk)
+            continue
+        changes = store.disk_file(index)
+        if disk.copies_on_write != (changes in files):
+            raise _bad(name, f"the changes of disk {disk.id} are missing")
+        saved = os.path.join(path, changes) if changes in files else None
+        disks.append(replace(disk, snapshot=True, overlay=None, direct=False, saved=saved))
+    return replace(spec, disks=tuple(disks), restored_from=path)
+
+
+_OF_A_RUN = ("name", "trace", "trace_file", "on_reboot")
+
+
+@contextmanager
+def restored(name: str, options: Mapping[str, Any]) -> Iterator[tuple[VmSpec, Callable[[], None]]]:
+    """The VM that goes on from the snapshot `name`, which nobody removes meanwhile, unless what is
+    yielded beside it is called: once its files are open. `options` are those of `pyvmm run` that
+    were given: a name, and what is to be traced. Raises ConfigError."""
+    rows = {row.name: row for row in registry.options()}
+    given = {
+        key: value
+        for key, value in options.items()
+        if value is not None and value not in (rows[key].default, rows[key].typed_default)
+    }
+    more = [key for key in given if key not in _OF_A_RUN]
+    if more:
+        raise ConfigError(
+            f"{more[0]} is what the snapshot says: a VM goes on with what it had",
+            cure=f"use only {', '.join(_OF_A_RUN)} beside it",
+            option="--restore",
+        )
+    with store.reading(name) as found:
+        spec = spec_of(found.name, found.path, found.state)
+        fields = {rows[key].field: read_own(rows[key], value) for key, value in given.items()}
+        usual = {"name": "", "trace": (), "trace_file": None}
+        yield validate(replace(spec, **{**usual, **fields})), found.release
+
+
+def _has_size(path: str, size: object) -> bool:
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return False
+    return stat.S_ISREG(found.st_mode) and found.st_size == size

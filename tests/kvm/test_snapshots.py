@@ -1,0 +1,390 @@
+"""Snapshots of a guest on real KVM: taken while it runs, restored as often as one likes, refused
+where they cannot be, and never half there."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from echo_guest import echo_kernel
+
+from pyvmm.control import snapshot_store as store
+from pyvmm.errors import ConfigError, PyvmmError
+from pyvmm.kvm.system import Kvm
+from pyvmm.machine.alarm import Alarm
+from pyvmm.machine.builder import assemble, open_kvm
+from pyvmm.machine.trace import Trace
+from pyvmm.monitor.open_devices import OpenDevices
+from pyvmm.monitor.restored import Restoring
+from pyvmm.monitor.snapshots import spec_of
+
+SAFETY_TIMEOUT = 60
+CASES = int(os.environ.get("SNAPSHOT_CASES", "60"))
+SEED = os.environ.get("SNAPSHOT_SEED", "1")
+OPTIONS = ("--memory", "64M")
+
+
+@pytest.fixture
+def folder(kvm: Kvm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "runtime").mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "runtime"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    (tmp_path / "disk").write_bytes(bytes(1 << 20))
+    return tmp_path
+
+
+class Guest:
+    """A `pyvmm run` with the keys and the screen of its guest, which echoes what it is told."""
+
+    def __init__(self, *args: str) -> None:
+        argv = [sys.executable, "-m", "pyvmm", "run", "--kvm=host", *args]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(argv, stdin=pipe, stdout=pipe, stderr=pipe, bufsize=0)
+        self.said = b""
+
+    def hears(self, text: bytes) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(text)
+
+    def says(self, text: bytes) -> None:
+        assert self.process.stdout is not None and self.process.stderr is not None
+        end = time.monotonic() + SAFETY_TIMEOUT
+        while text not in self.said:
+            ready, _, _ = select.select([self.process.stdout], [], [], end - time.monotonic())
+            data = os.read(self.process.stdout.fileno(), 4096) if ready else b""
+            assert data, (self.said, self.process.poll(), self.process.stderr.read())
+            self.said += data
+
+    def off(self) -> None:
+        self.hears(b"O")
+        _, errors = self.process.communicate(timeout=SAFETY_TIMEOUT)
+        assert self.process.returncode == 0, errors
+
+    def __enter__(self) -> Guest:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def pyvmm(*args: str) -> subprocess.CompletedProcess[str]:
+    argv = [sys.executable, "-m", "pyvmm", *args]
+    return subprocess.run(argv, capture_output=True, text=True, timeout=SAFETY_TIMEOUT)
+
+
+def refused(*args: str) -> str:
+    """The one line that a command is refused with."""
+    done = pyvmm(*args)
+    assert done.returncode == 2, done
+    [line] = done.stderr.splitlines()
+    assert line.startswith("pyvmm: ") and "Traceback" not in line
+    return line
+
+
+@pytest.fixture
+def one(folder: Path) -> Iterator[Guest]:
+    """A guest called `one`, which has said something, and has a disk that is thrown away."""
+    disk = f"{folder}/disk,snapshot"
+    with Guest("--kernel", echo_kernel(folder), "--name", "one", "--disk", disk, *OPTIONS) as made:
+        made.says(b"ready")
+        made.hears(b"abc")
+        made.says(b"abc")
+        yield made
+
+
+@pytest.fixture
+def snapshot(one: Guest, folder: Path) -> Path:
+    """The directory of a snapshot called `first`, whose VM has gone."""
+    done = pyvmm("snapshot", "one", "first")
+    assert done.returncode == 0, done.stderr
+    assert "stood still for" in done.stdout
+    one.off()
+    return folder / "state/pyvmm/snapshots/first"
+
+
+@pytest.mark.parametrize("transport", ["mmio", "pci"])
+def test_a_guest_goes_on_where_it_was(folder: Path, transport: str) -> None:
+    options = (
+        *("--kernel", echo_kernel(folder), "--name", "one", "--transport", transport, *OPTIONS),
+        *("--disk", f"{folder}/disk,snapshot", "--port", f"name=org.test,path={folder}/port"),
+        *("--rng", "--balloon", "size=16M", "--vsock", f"path={folder}/vsock"),
+    )
+    with Guest(*options) as guest:
+        guest.says(b"ready")
+        assert pyvmm("snapshot", "one", "first").returncode == 0
+        # It has not noticed.
+        guest.hears(b"xyz")
+        guest.says(b"xyz")
+        guest.off()
+    for again in (b"first time", b"second time"):
+        with Guest("--restore", "first") as guest:
+            guest.hears(again)
+            guest.says(again)
+            assert b"ready" not in guest.said, "it has booted"
+            guest.off()
+
+
+def test_several_go_on_side_by_side(snapshot: Path) -> None:
+    with ExitStack() as closing:
+        guests = [closing.enter_context(Guest("--restore", "first")) for _ in range(3)]
+        for number, guest in enumerate(guests):
+            guest.hears(b"%d" % number)
+        for number, guest in enumerate(guests):
+            guest.says(b"%d" % number)
+            assert guest.said == b"%d" % number
+        # A restored one is saved in turn, while the files that it came from are there no more.
+        [name, *_] = [vm["name"] for vm in json.loads(pyvmm("ps", "--json").stdout)]
+        assert pyvmm("snapshot", "rm", "first").returncode == 0
+        assert pyvmm("snapshot", str(name), "second").returncode == 0
+        for guest in guests:
+            guest.off()
+    with Guest("--restore", "second") as guest:
+        guest.hears(b"again")
+        guest.says(b"again")
+        guest.off()
+
+
+def test_a_restored_guest_can_boot_anew(snapshot: Path) -> None:
+    with Guest("--restore", "first") as guest:
+        guest.hears(b"R")
+        guest.says(b"ready")
+        guest.off()
+
+
+def test_with_stop_the_vm_ends(one: Guest, snapshot_dir: Callable[[], list[str]]) -> None:
+    assert pyvmm("snapshot", "one", "last", "--stop").returncode == 0
+    _, errors = one.process.communicate(timeout=SAFETY_TIMEOUT)
+    assert one.process.returncode == 143 and b"snapshot --stop" in errors
+    assert snapshot_dir() == ["last"]
+
+
+@pytest.fixture
+def snapshot_dir(folder: Path) -> Callable[[], list[str]]:
+    """What is in the directory of snapshots, hidden names too."""
+    return lambda: sorted(os.listdir(folder / "state/pyvmm/snapshots"))
+
+
+def test_list_show_and_rm(snapshot: Path, snapshot_dir: Callable[[], list[str]]) -> None:
+    [row] = json.loads(pyvmm("snapshot", "list", "--json").stdout)
+    assert (row["name"], row["vm"], row["memory"]) == ("first", "one", 64 << 20)
+    assert "first" in pyvmm("snapshot", "list").stdout
+    shown = json.loads(pyvmm("snapshot", "show", "first").stdout)
+    assert shown["spec"]["name"] == "one" and "machine" not in shown
+    assert shown["stored"] < 8 << 20, "zero pages are stored"
+    assert pyvmm("snapshot", "rm", "first").returncode == 0
+    assert snapshot_dir() == []
+    assert "no snapshot 'first'" in refused("snapshot", "rm", "first")
+    assert "no snapshot 'first'" in refused("run", "--restore", "first")
+
+
+def test_only_its_owner_can_read_it(snapshot: Path) -> None:
+    for path in (snapshot, *snapshot.iterdir()):
+        assert path.stat().st_mode & 0o077 == 0, path
+
+
+def test_a_snapshot_is_never_replaced(one: Guest) -> None:
+    assert pyvmm("snapshot", "one", "first").returncode == 0
+    assert "there is a snapshot 'first' already" in refused("snapshot", "one", "first")
+
+
+def test_what_cannot_be_saved_is_named(folder: Path, snapshot_dir: Callable[[], list[str]]) -> None:
+    (folder / "pmem").write_bytes(bytes(2 << 20))
+    options = ("--pmem", f"{folder}/pmem", *OPTIONS)
+    with Guest("--kernel", echo_kernel(folder), "--name", "one", *options) as guest:
+        guest.says(b"ready")
+        assert "its memory is a file" in refused("snapshot", "one", "first")
+        guest.hears(b"on")  # it goes on all the same
+        guest.says(b"on")
+        assert snapshot_dir() == []
+
+
+def test_a_disk_that_has_changed_is_refused(snapshot: Path, folder: Path) -> None:
+    (folder / "disk").write_bytes(b"x" + bytes((1 << 20) - 1))
+    assert "disk has changed since" in refused("run", "--kvm=host", "--restore", "first")
+
+
+def test_what_a_snapshot_says_is_not_for_options(snapshot: Path) -> None:
+    line = refused("run", "--kvm=host", "--restore", "first", "--memory", "128M")
+    assert "memory is what the snapshot says" in line
+
+
+def test_a_client_that_dies_leaves_nothing(
+    one: Guest, snapshot_dir: Callable[[], list[str]]
+) -> None:
+    for delay in (0.0, 0.1, 0.2, 0.3, 0.4):
+        argv = [sys.executable, "-m", "pyvmm", "snapshot", "one", f"s{delay}"]
+        with subprocess.Popen(argv, stdout=subprocess.DEVNULL) as client:
+            time.sleep(delay)
+            client.send_signal(signal.SIGKILL)
+    names = json.loads(pyvmm("snapshot", "list", "--json").stdout)
+    assert not [row for row in names if "error" in row], "one is half there"
+    assert snapshot_dir() == sorted(row["name"] for row in names), "something was left"
+    one.hears(b"alive")
+    one.says(b"alive")
+
+
+# --- row 58 of docs/robustness.md -----------------------------------------------------------------
+
+
+def _state(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def damage(path: Path) -> None:
+        state = json.loads((path / "state.json").read_text())
+        change(state)
+        state["checksum"] = store.checksum(state)
+        (path / "state.json").write_text(json.dumps(state))
+
+    return damage
+
+
+def _flip(path: Path) -> None:
+    data = bytearray((path / "state.json").read_bytes())
+    at = data.index(b'"rip"') + 8
+    data[at] = data[at] % 9 + 49 if chr(data[at]).isdigit() else 49
+    (path / "state.json").write_bytes(data)
+
+
+BAD: dict[str, tuple[Callable[[Path], object], str]] = {
+    "flipped": (_flip, "checksum differs"),
+    "cut short": (lambda p: os.truncate(p / "state.json", 1000), "not JSON"),
+    "empty": (lambda p: os.truncate(p / "state.json", 0), "not JSON"),
+    "no state": (lambda p: (p / "state.json").unlink(), "state.json: No such file"),
+    "state is a link": (
+        lambda p: (p / "state.json").unlink() or (p / "state.json").symlink_to("/etc/passwd"),
+        "state.json",
+    ),
+    "state is a FIFO": (
+        lambda p: (p / "state.json").unlink() or os.mkfifo(p / "state.json"),
+        "no regular file",
+    ),
+    "huge": (lambda p: os.truncate(p / "state.json", 1 << 40), "bytes, 67108864 at most"),
+    "deep": (lambda p: (p / "state.json").write_text("[" * 100_000), "not JSON"),
+    "foreign": (lambda p: (p / "state.json").write_text('{"a": 1}'), "of another kind"),
+    "newer": (_state(lambda s: s.update(version=2)), "has version 2"),
+    "older": (_state(lambda s: s.update(version=0)), "has version 0"),
+    "memory cut short": (lambda p: os.truncate(p / "memory", 1 << 20), "'memory' is not as large"),
+    "memory longer": (lambda p: os.truncate(p / "memory", 1 << 30), "'memory' is not as large"),
+    "no memory": (lambda p: (p / "memory").unlink(), "'memory' is not as large"),
+    "no changes of the disk": (lambda p: (p / "disk-0").unlink(), "'disk-0' is not as large"),
+    "changes that are none": (
+        lambda p: (p / "disk-0").write_bytes(bytes((p / "disk-0").stat().st_size)),
+        "is not an overlay",
+    ),
+    "other memory size": (
+        _state(lambda s: s["spec"].update(memory=128 << 20)),
+        "not as large as its machine's",
+    ),
+    "more vCPUs": (_state(lambda s: s["spec"].update(cpus=2)), "1 vCPUs, not 2"),
+    "other spec": (_state(lambda s: s.update(spec=7)), "not a VM specification"),
+    "a device too many": (
+        _state(lambda s: s["machine"]["devices"].append({})),
+        "2 devices, not 1",
+    ),
+    "no machine": (_state(lambda s: s.update(machine=None)), "is no table"),
+    "a processor from elsewhere": (
+        _state(lambda s: [row.__setitem__(5, 0xFFFF_FFFF) for row in _leaf_one(s)]),
+        "lacks what the guest's processor had: CPUID 0x1.0 ecx bit",
+    ),
+    "others may write it": (lambda p: p.chmod(0o777), "not yours alone to write"),
+}
+
+
+def _leaf_one(state: dict[str, Any]) -> list[list[int]]:
+    vcpus = state["machine"]["board"]["vcpus"]
+    return [row for vcpu in vcpus for row in vcpu["cpuid"] if row[0] == 1]
+
+
+def test_row_58_a_bad_snapshot_is_refused_in_one_line(snapshot: Path, folder: Path) -> None:
+    good = folder / "good"
+    shutil.copytree(snapshot, good)
+    for name, (damage, message) in BAD.items():
+        shutil.rmtree(snapshot)
+        shutil.copytree(good, snapshot)
+        damage(snapshot)
+        line = refused("run", "--kvm=host", "--restore", "first")
+        assert message in line, (name, line)
+        sockets = [path for path in (folder / "runtime").rglob("*") if path.is_socket()]
+        assert not sockets, (name, sockets)
+
+
+def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, one in items:
+        yield (*path, key)
+        if isinstance(one, dict | list):
+            yield from _leaves(one, (*path, key))
+
+
+def _other(rng: random.Random, value: Any) -> Any:
+    """Something else in the place of `value`."""
+    strange = (None, True, -1, 1 << 64, 1 << 200, "", "zz", "00" * 5000, [], {}, [[]], 1.5)
+    if isinstance(value, int) and rng.random() < 0.6:
+        return value ^ 1 << rng.randrange(64)
+    if isinstance(value, str) and value and rng.random() < 0.6:
+        at = rng.randrange(len(value))
+        return value[:at] + rng.choice("0123456789abcdef") + value[at + 1 :]
+    return rng.choice(strange)
+
+
+def _restore_and_end(path: Path) -> None:
+    """All of a restore but that the guest runs."""
+    spec = spec_of("first", str(path), store.read_state(str(path)))
+    trace = Trace((), None)
+    with ExitStack() as closing:
+        restoring, alarm = Restoring(spec), Alarm()
+
+        def no_file(fd: int, size: int, read_only: bool) -> int:
+            raise ConfigError("no file")
+
+        opening = closing.enter_context(OpenDevices("first", None, alarm, no_file))
+        devices = tuple(opening.open(part) for part in spec.parts)
+        prepared = restoring.prepare(devices, alarm, closing)
+        kvm = open_kvm(prepared.board, spec.cpus, closing)
+        parts = assemble(prepared, kvm, trace, lambda data: None, closing)
+        restoring.restore(parts, lambda line: None)
+
+
+def test_row_58_a_fuzzed_snapshot_is_restored_or_refused(snapshot: Path) -> None:
+    """SNAPSHOT_CASES cases from SNAPSHOT_SEED: nothing but one of our own errors, nothing left."""
+    good = json.loads((snapshot / "state.json").read_text())
+    _restore_and_end(snapshot)
+    gc.collect()
+    threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    ends = {"restored": 0, "refused": 0}
+    for case in range(CASES):
+        rng = random.Random(f"{SEED}/{case}")
+        state = json.loads(json.dumps(good))
+        for _ in range(rng.choice((1, 1, 2, 5))):
+            path = rng.choice(list(_leaves(state["machine"], ("machine",))))
+            place = state
+            for key in path[:-1]:
+                place = place[key]
+            place[path[-1]] = _other(rng, place[path[-1]])
+        state["checksum"] = store.checksum(state)
+        (snapshot / "state.json").write_text(json.dumps(state))
+        try:
+            _restore_and_end(snapshot)
+            ends["restored"] += 1
+        except PyvmmError as error:
+            assert "\n" not in str(error)
+            ends["refused"] += 1
+        except Exception as error:
+            raise AssertionError(f"SNAPSHOT_SEED={SEED}, case {case}") from error
+        assert threading.active_count() == threads, case
+        gc.collect()  # what an error's traceback has kept
+        assert len(os.listdir("/proc/self/fd")) == descriptors, case
+    assert ends["refused"] and ends["restored"], ends
