@@ -3,13 +3,17 @@ resets, takes away, finds again and moves. The newest Linux has every device on 
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import random
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from disks import blank_disk
+from lspci import NAMES, lspci
 from test_linux_net import DIGEST, Server
 from vms import debian, messages, script
 
@@ -25,6 +29,9 @@ of() { # DRIVER [N]: the function of the Nth virtio device that the driver has
 """
 EVERY_DEVICE = """\
 set -e
+for function in /sys/bus/pci/devices/*; do
+    echo "space:${function##*/}=$(base64 -w 0 $function/config)"
+done
 for driver in blk net console rng balloon; do
     parent=$(of virtio_$driver)
     if [ -e $parent/vendor ]; then
@@ -77,6 +84,12 @@ def test_every_device(
     )
     port = Server("127.0.0.1").web.getsockname()[1]
     found = script(vm, FIND + EVERY_DEVICE.replace("PORT", str(port)))
+    spaces = {
+        name.partition(":")[2]: base64.b64decode(found.pop(name))
+        for name in list(found)
+        if name.startswith("space:")
+    }
+    lspci_reads_well(spaces, len(vm.status()["devices"]) if transport == "pci" else 0, tmp_path)
     digest = hashlib.sha256(data).hexdigest()
     ids = {"blk": 2, "net": 1, "console": 3, "rng": 4, "balloon": 5}
     is_pci = transport == "pci"
@@ -103,6 +116,27 @@ def test_every_device(
     }
     assert (tmp_path / "out").read_bytes() == data
     assert complaints(vm) == []
+
+
+def lspci_reads_well(spaces: dict[str, bytes], devices: int, folder: Path) -> None:
+    """What the guest has read of its functions, while its drivers had them, says what they are."""
+    assert {len(space) for space in spaces.values()} == {4096}
+    if shutil.which("lspci") is None:
+        return  # which tests/unit/transport/test_lspci.py has skipped itself for
+    texts = lspci(spaces, folder)
+    bridge = texts.pop("00:00.0")
+    assert re.match(r"00:00\.0 Host bridge: Intel Corporation", bridge), bridge
+    assert len(texts) == devices
+    firsts = [text.partition("\n")[0] for text in texts.values()]
+    for name in NAMES.values() if devices else ():
+        assert any(re.match(rf"00:\S+ {name}", first) for first in firsts), firsts
+    for text in texts.values():
+        assert re.match(r"00:\S+ .*Red Hat.*\(rev 01\)\n", text), text
+        assert "Mem+ BusMaster+" in text and "MSI-X: Enable+" in text, text
+        assert "Express (v2) Root Complex Integrated Endpoint" in text, text
+        assert "Region 0: Memory at c" in text and "Interrupt: pin" not in text, text
+        for wrong in ("disabled", "unassigned", "denied", "!!!", "rror+", "Abort+"):
+            assert wrong not in text, text
 
 
 def complaints(vm: VM) -> list[str]:
