@@ -236,6 +236,25 @@ def roots(table: Table) -> list[Partition]:
     return sorted(found, key=lambda one: (one.type != ROOT_TYPE, -one.size))
 
 
+def is_damaged(read: Read, size: int) -> bool:
+    """Whether the disk says that it has a GPT, where `read_disk` found none."""
+    sector = read(0, _SECTOR)
+    if len(sector) < _SECTOR or sector[510:] != _TABLE_MAGIC:
+        return False
+    return any(
+        _ROW.unpack_from(sector, _ENTRIES + 16 * index)[1] == _PROTECTIVE for index in range(4)
+    )
+
+
+def overlapping(table: Table, one: Partition) -> Partition | None:
+    """A partition that lies where `one` lies, if there is any."""
+    for other in table.partitions:
+        within = other.start < one.start + one.size and one.start < other.start + other.size
+        if other.number != one.number and within:
+            return other
+    return None
+
+
 def advice(disk: str, table: Table, number: int) -> str:
     """What to change where `disk`, such as /dev/vda, has `table` and partition `number` of it (0:
     the whole disk) was no root file system; "" if it looks like one."""
@@ -249,7 +268,7 @@ def advice(disk: str, table: Table, number: int) -> str:
         return f"{why}, and no Linux file system" + (
             "" if number == 0 and chosen else f" ({', '.join(kinds)})"
         )
-    text = " or ".join(f"root={_device(disk, one)} ({_about(one)})" for one in found[:_MOST_NAMED])
+    text = " or ".join(f"root={_device(disk, one)} ({about(one)})" for one in found[:_MOST_NAMED])
     more = f", or one of {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
     needs = f", with {_needs(found[0])}" if _needs(found[0]) else ""
     damaged = "; and gpt, as the first copy of the table is damaged" if table.damaged else ""
@@ -285,12 +304,13 @@ def listed(disks: Sequence[tuple[str, Table]], wanted: str) -> str:
             names = {"PARTUUID": one.uuid, "PARTLABEL": one.name}
             names |= {"UUID": one.content.uuid, "LABEL": one.content.label}
             name = f', {key}="{_printable(names[key])}"' if names.get(key) else ""
-            texts.append(f"{_device(disk, one)} ({_about(one)}{name})")
+            texts.append(f"{_device(disk, one)} ({about(one)}{name})")
         left += table.total - len(table.partitions)
     return ", ".join(texts) + (f" and {left} more" if left else "")
 
 
-def _about(one: Partition) -> str:
+def about(one: Partition) -> str:
+    """What a partition holds, and its size, in a few words."""
     size = f"{one.size >> 30} GiB" if one.size >= 10 << 30 else f"{one.size >> 20} MiB"
     return f"{one.content.kind or 'unknown'}, {size}"
 

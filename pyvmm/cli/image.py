@@ -12,7 +12,6 @@ from pyvmm.control import registry
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
 from pyvmm.spec.sizes import parse_memory
-from pyvmm.spec.vm import names_kernel
 
 EPILOG = """\b
 Examples:
@@ -94,13 +93,17 @@ def build(
         for option, value in own.items():
             if value:
                 raise ConfigError("is for an image of your own", cure="add --from", option=option)
-        _fetch_kernels([name for name in names if names_kernel(name)])
-        parts = [name for name in names if not names_kernel(name)]
+        _fetch_kernels([name for name in names if _is_kernel(name)])
+        parts = [name for name in names if not _is_kernel(name)]
         if parts or not names:
             images.build(None if everything else parts or _FOR_A_START, locked=locked)
     except KeyboardInterrupt:
         log.to_stderr("interrupted; what was being built is gone")
         raise click.exceptions.Exit(130) from None
+
+
+def _is_kernel(name: str) -> bool:
+    return name.startswith("debian:")
 
 
 def _fetch_kernels(names: list[str]) -> None:
@@ -174,7 +177,7 @@ def list_images(everything: bool, as_json: bool) -> None:
 def remove(names: tuple[str, ...], force: bool) -> None:
     """Remove images that you have built, and kernels (debian:…) that were fetched."""
     for name in names:
-        if names_kernel(name):
+        if _is_kernel(name):
             from pyvmm.images import debian_kernels
 
             debian_kernels.remove(name)

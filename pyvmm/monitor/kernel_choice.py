@@ -16,7 +16,7 @@ from pyvmm.boot.cmdline import values as values_of
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
 from pyvmm.kinds.vm_spec import make_spec, validate
-from pyvmm.spec.vm import VmSpec, names_kernel
+from pyvmm.spec.vm import IN_DISK, VmSpec, names_kernel
 
 _OPTION = "--kernel"
 _SMALLEST_REAL = 1 << 20  # bytes; a kernel with less has no configuration in it
@@ -50,6 +50,8 @@ def specify(options: Mapping[str, Any]) -> tuple[VmSpec, str | None]:
     Raises ConfigError for what cannot be booted.
     """
     image: str | None = None
+    if options.get("kernel") == IN_DISK:
+        options = _with_disks_own(options)
     given = options
     named = _is_more_than_a_file(given)
     if given.get("image") is not None or given.get("kernel") is None or _needs_an_image(given):
@@ -88,11 +90,34 @@ def _with_kernel(options: Mapping[str, Any], initrd: str | None) -> VmSpec:
     own_init = initrd is None
     if own_init:
         made = kernel.initrd
-        if modules or made is None:
+        if modules or made is None or _filesystem(spec) not in ("", "ext4"):
             made = _make_initramfs(spec, kernel, os.fspath(modules) if modules else "")
         spec = validate(make_spec({**options, "initrd": made}))
     _tell_lacking(spec, kernel.config, own_init=own_init)
     return spec
+
+
+def _with_disks_own(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The options with the kernel that stands in the disk, or in the image, that they name."""
+    from pyvmm.monitor.whole_disk import kernel_in
+
+    if options.get("modules"):
+        raise ConfigError(
+            "the kernel in a disk has an initrd of its own", cure="leave it out", option="--modules"
+        )
+    disks = options.get("disks")
+    if options.get("image") is not None:
+        raise ConfigError(
+            "an image has no kernel in its disk", cure="name a disk: --disk", option=_OPTION
+        )
+    kernel, initrd, cmdline = kernel_in(disks)
+    cmdline = f"{cmdline} {options.get('cmdline') or ''}".strip()
+    return {
+        **options,
+        "kernel": kernel,
+        "initrd": options.get("initrd") or initrd,
+        "cmdline": cmdline,
+    }
 
 
 # --- the kernel -----------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from pyvmm.machine.trace import Trace
 from pyvmm.monitor.attendant import Attendant
 from pyvmm.monitor.open_devices import OpenDevices
 from pyvmm.monitor.restart import FRUITLESS, RebootPolicy
+from pyvmm.monitor.whole_disk import with_root
 from pyvmm.platform.console import Console, standard_fds
 from pyvmm.platform.console_pump import InputPort
 from pyvmm.platform.shared_console import ConsoleTail, SharedInput
@@ -106,6 +107,7 @@ def _open(spec: VmSpec, closing: ExitStack, *, quiet: bool) -> Opened:
     restoring = _restoring(spec)
     devices = tuple(opening.open(part) for part in spec.parts)
     if restoring is None:
+        spec = with_root(spec, devices)
         prepared = prepare(spec, devices, alarm, closing, files=files.mapped, quiet=quiet)
     else:
         prepared = restoring.prepare(devices, alarm, closing)

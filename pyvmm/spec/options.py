@@ -80,7 +80,7 @@ FIRST = (
         help="Linux kernel, instead of IMAGE's and of its initrd: a bzImage (Debian's "
         "/boot/vmlinuz), an ELF vmlinux, the tree it was built in, or debian:6.12, debian:trixie, "
         "debian:sid… (docs/kernels.md). The last two come with their modules, and boot debian "
-        "where neither an image nor a disk is named.",
+        "where neither an image nor a disk is named. disk is the one in the first disk.",
     ),
     Option(
         "initrd",

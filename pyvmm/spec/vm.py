@@ -21,6 +21,9 @@ DISCOVERY = ("auto", "acpi", "cmdline", "both")
 TRANSPORTS = ("mmio", "pci")
 ON_REBOOT = ("restart", "end")
 
+IN_DISK = "disk"
+"""The kernel that stands in the first disk."""
+
 INTERNAL = {"internal": True}
 """The metadata of a field that is for our own use between two processes; a user cannot say it."""
 
@@ -159,8 +162,8 @@ class VmSpec:
 
 
 def names_kernel(kernel: str) -> bool:
-    """Whether `kernel` is the name of one ("debian:6.1"), and no path."""
-    return kernel.startswith("debian:")
+    """Whether `kernel` is the name of one ("debian:6.1", "disk"), and no path."""
+    return kernel == IN_DISK or kernel.startswith("debian:")
 
 
 def check(spec: VmSpec) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 from disks import artifacts
+from partition_tables import MIB, ROOT_X86_64, needs_tools, partitioned, run
 from vms import messages, script
 
 from pyvmm import Disk
@@ -42,3 +44,50 @@ def test_a_kernel_with_modules_that_nobody_has_seen(microvm_factory, tmp_path) -
     said = script(vm, "echo release=$(uname -r); echo root=$(findmnt -no FSTYPE /)")
     assert said == {"release": release, "root": "ext4"}, vm.console.tail(40)
     assert messages(vm) == []  # its configuration lacks nothing
+
+
+GRUB = """\
+set default="0"
+menuentry 'Debian' {
+    linux /boot/vmlinuz-6.1 ro from.grub=yes $extra
+    initrd /boot/initrd.img-6.1
+}
+"""
+
+
+def whole_disk(folder: Path) -> Path:
+    """A qcow2 image as clouds have them: a GPT, and a root that has its kernel in it."""
+    files = artifacts()
+    root = folder / "root.img"
+    subprocess.run(["cp", "--sparse=always", files.rootfs, root], check=True)
+    root.chmod(0o600)
+    (folder / "grub.cfg").write_text(GRUB)
+    put = [
+        "mkdir /boot/grub",
+        f"write {files.bzimage} /boot/vmlinuz-6.1",
+        f"write {files.initramfs} /boot/initrd.img-6.1",
+        f"write {folder}/grub.cfg /boot/grub/grub.cfg",
+    ]
+    run("debugfs", "-w", "-f", "/dev/stdin", root, input="\n".join(put))
+    size = root.stat().st_size
+    table = f"""label: gpt
+start=2048, size=2048, type=21686148-6449-6E6F-744E-656564454649
+start=4096, size={size // 512}, type={ROOT_X86_64}
+"""
+    disk = partitioned(folder / "disk.img", table, size=size + 4 * MIB)
+    run("dd", f"if={root}", f"of={disk}", "bs=1M", "seek=2", "conv=notrunc,sparse")
+    image = folder / "disk.qcow2"
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", disk, image)
+    return image
+
+
+@needs_tools
+def test_a_whole_disk_boots_its_own_kernel(microvm_factory, tmp_path) -> None:
+    """The kernel, its initrd and command line are in the disk; the root is told by its type."""
+    image = whole_disk(tmp_path)
+    vm = microvm_factory(kernel="disk", disks=[f"{image},snapshot"], memory="256M")
+    said = script(vm, "echo root=$(findmnt -no SOURCE /); cat /proc/cmdline | sed s/^/cmdline=/")
+    assert said["root"] == "/dev/vda2", vm.console.tail(40)
+    assert "from.grub=yes" in said["cmdline"] and "$" not in said["cmdline"]
+    lines = "\n".join(messages(vm))
+    assert "the root is partition 2 of" in lines and "by its type" in lines

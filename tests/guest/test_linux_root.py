@@ -64,8 +64,8 @@ def test_a_partition_that_is_not_there(boot: GuestResult) -> None:
 
 
 @needs_tools
-@pytest.mark.boot.with_args(boot_from_a_partition, "")
-def test_a_disk_with_partitions_and_no_root(boot: GuestResult) -> None:
+@pytest.mark.boot.with_args(boot_from_a_partition, "root=/dev/vda")
+def test_a_disk_with_partitions_as_the_root(boot: GuestResult) -> None:
     assert boot.code == 11, boot.ending()
     line, _ = boot.messages
     assert "could not mount its root file system" in line

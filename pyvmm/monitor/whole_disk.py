@@ -1,0 +1,213 @@
+"""A disk that holds a whole system: which partition is its root, and what it would boot itself.
+
+The root is found once the disks are open and before the kernel gets its command line; the kernel,
+for `--kernel disk`, before there is a machine.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from pyvmm.boot.cmdline import has
+from pyvmm.errors import ConfigError
+from pyvmm.host import log
+from pyvmm.spec.vm import DiskSpec, VmSpec
+
+if TYPE_CHECKING:
+    from pyvmm.boot.ext4 import Ext4
+    from pyvmm.boot.partitions import Partition, Table
+    from pyvmm.virtio.device import VirtioDevice
+
+    Read = Callable[[int, int], bytes]
+
+_SIGNATURE_AT = 510  # of a sector with a partition table
+_MOST_FSTAB = 64 << 10  # bytes
+_MOST_KERNEL, _MOST_INITRD = 256 << 20, 1 << 30
+_ROOT_NAMES = ("root", "rootfs", "cloudimg-rootfs", "pyvmm-root", "system", "/")
+
+
+def with_root(spec: VmSpec, devices: Sequence[VirtioDevice]) -> VmSpec:
+    """`spec` with the partition of its first disk that is the root on its command line, unless
+    there is a root= already or the disk has no partitions. One line says which it is.
+
+    Raises ConfigError for a table that nobody could boot from.
+    """
+    if not spec.disks or has(spec.cmdline, "root"):
+        return spec
+    from pyvmm.virtio.blk.device import BlockDevice
+
+    disk = next((device for device in devices if isinstance(device, BlockDevice)), None)
+    if disk is None:
+        return spec
+    try:
+        if disk.peek(_SIGNATURE_AT, 2) != b"\x55\xaa":
+            return spec
+        words = _root_words(spec.disks[0].path, disk.peek, disk.size, disk.block_size)
+    except ConfigError:
+        raise
+    except Exception:  # of the host, or whatever a class of the user's raises: the guest meets it
+        return spec
+    words = [word for word in words if not has(spec.cmdline, word.partition("=")[0])]
+    return replace(spec, cmdline=" ".join([*words, spec.cmdline]).strip())
+
+
+def _root_words(name: str, read: Read, size: int, block: int) -> list[str]:
+    from pyvmm.boot import partitions
+
+    table = partitions.read_disk(read, size, block)
+    if table is None:
+        if partitions.is_damaged(read, size):
+            raise ConfigError(
+                f"{name} has a GPT whose both copies are damaged (a wrong sum or size)",
+                cure="repair it (gdisk, or sfdisk), or name another disk",
+                option="--disk",
+            )
+        return []
+    if not any(one.number for one in table.partitions):
+        return []
+    root, why = choose_root(table, read, name)
+    if root is None:
+        return []  # the diagnosis has advice for a guest that finds none
+    words = [f"root=/dev/vda{root.number}"]
+    if root.content.kind != "ext4":
+        words.append(f"rootfstype={root.content.kind}")
+    if table.damaged:
+        words.append("gpt")
+    more = " by the table's second copy, as the first is damaged" if table.damaged else ""
+    log.to_stderr(
+        f"the root is partition {root.number} of {name} ({partitions.about(root)}), {why}{more}; "
+        "root= in --cmdline names another"
+    )
+    return words
+
+
+def choose_root(table: Table, read: Read, name: str) -> tuple[Partition | None, str]:
+    """The partition of `table` that is the root, and why; None if that cannot be told. Raises
+    ConfigError for one that overlaps another."""
+    from pyvmm.boot import partitions
+
+    found = partitions.roots(table)
+    if not found:
+        return None, ""
+    typed = [one for one in found if one.type == partitions.ROOT_TYPE]
+    named = [
+        one
+        for one in found
+        if {one.name.lower(), one.content.label.lower()}.intersection(_ROOT_NAMES)
+    ]
+    root, why = None, ""
+    if len(typed) == 1:
+        root, why = typed[0], "by its type"
+    elif len(found) == 1:
+        root, why = found[0], "the only one with a Linux file system"
+    elif len(named) == 1:
+        root, why = named[0], "by its label"
+    else:
+        root, why = _by_fstab(found, read, name), "by /etc/fstab"
+    if root is not None:
+        other = partitions.overlapping(table, root)
+        if other is not None:
+            raise ConfigError(
+                f"partitions {root.number} and {other.number} of {name} overlap, and the first "
+                "would be the root",
+                cure="repair the table, or choose: --cmdline root=/dev/vdaN",
+                option="--disk",
+            )
+    return root, why
+
+
+def _by_fstab(found: Sequence[Partition], read: Read, name: str) -> Partition | None:
+    """The one of `found` that the /etc/fstab in one of them has as the root."""
+    for one in found:
+        system = _system(one, read, name)
+        if system is None:
+            continue
+        try:
+            text = system.read_text("/etc/fstab", _MOST_FSTAB)
+        except (FileNotFoundError, ConfigError):
+            continue
+        for line in text.splitlines():
+            words = line.split()
+            if len(words) > 1 and not words[0].startswith("#") and words[1] == "/":
+                return next((other for other in found if words[0] in _names(other)), one)
+    return None
+
+
+def _names(one: Partition) -> Iterable[str]:
+    """What fstab(5) may call a partition."""
+    names = {"UUID": one.content.uuid, "LABEL": one.content.label}
+    names |= {"PARTUUID": one.uuid, "PARTLABEL": one.name}
+    return [f"{key}={quote}{value}{quote}" for key, value in names.items() for quote in ("", '"')
+            if value]  # fmt: skip
+
+
+def _system(one: Partition, read: Read, name: str) -> Ext4 | None:
+    """The file system in a partition; None if it is of another kind, or damaged."""
+    from pyvmm.boot.ext4 import Ext4
+
+    if one.content.kind != "ext4":
+        return None
+    where = f"partition {one.number} of {name}" if one.number else name
+    try:
+        return Ext4(lambda offset, size: read(one.start + offset, size), one.size, where)
+    except ConfigError:
+        return None
+
+
+# --- the kernel that is in it ---------------------------------------------------------------------
+
+
+def kernel_in(disks: Any) -> tuple[str, str | None, str]:
+    """The paths of copies of the kernel and the initrd that the first disk of the option `disks`
+    would boot, and what it gives them as a command line. Raises ConfigError if it has none."""
+    from pyvmm.kinds import registry
+
+    specs: list[DiskSpec] = registry.read("disk", disks) if disks else []
+    if not specs:
+        raise ConfigError(
+            "there is no disk that the kernel could be in", cure="add --disk", option="--kernel"
+        )
+    disk = specs[0]
+    from pyvmm.kinds.disk.storage import open_backend
+    from pyvmm.virtio.blk.device import BlockDevice
+
+    if not disk.copies_on_write:
+        disk = replace(disk, read_only=True)
+    with ExitStack() as closing:
+        device = BlockDevice(open_backend(disk, closing), name="disk0", block_size=disk.block_size)
+        return _extract(disk.path, device.peek, device.size, device.block_size)
+
+
+def _extract(name: str, read: Read, size: int, block: int) -> tuple[str, str | None, str]:
+    from pyvmm.boot import boot_entry, partitions
+    from pyvmm.images import made_files
+
+    table = partitions.read_disk(read, size, block)
+    kinds: Mapping[int, str] = {}
+    systems = []
+    if table is not None:
+        kinds = {one.number: one.content.kind for one in table.partitions}
+        found = sorted(table.partitions, key=lambda one: not one.may_be_root)
+        systems = [one for one in (_system(part, read, name) for part in found) if one is not None]
+    entry = boot_entry.find(systems) if systems else None
+    if entry is None:
+        there = ", ".join(sorted(set(filter(None, kinds.values())))) or "nothing that is known"
+        what = "no kernel in /boot" if systems else f"no ext4 file system, but {there}"
+        raise ConfigError(
+            f"{name} has {what}", cure="name a kernel: --kernel, --initrd", option="--kernel"
+        )
+    kernel = made_files.keep(entry.system.read_file(entry.kernel, _MOST_KERNEL), ".kernel")
+    initrd = None
+    if entry.initrds:
+        pieces = (
+            piece for one in entry.initrds for piece in entry.system.read_file(one, _MOST_INITRD)
+        )
+        initrd = made_files.keep(pieces, ".initrd", _MOST_INITRD)
+    log.to_stderr(
+        f"booting {os.path.basename(entry.kernel)} by {entry.source} in {entry.system.where}"
+    )
+    return kernel, initrd, " ".join(entry.cmdline)

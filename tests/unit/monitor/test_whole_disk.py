@@ -1,0 +1,179 @@
+"""Disks that hold a whole system: the partition that is the root, and the kernel in it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from contextlib import ExitStack
+from pathlib import Path
+
+import boot_images
+import pytest
+from partition_tables import MIB, ROOT_X86_64, needs_tools, partitioned, put_file_system
+
+from pyvmm.errors import ConfigError
+from pyvmm.host import log
+from pyvmm.kinds.disk.storage import open_backend
+from pyvmm.monitor.kernel_choice import specify
+from pyvmm.monitor.whole_disk import with_root
+from pyvmm.spec.vm import DiskSpec, VmSpec
+from pyvmm.virtio.blk.device import BlockDevice
+
+pytestmark = needs_tools
+LINUX = "0FC63DAF-8483-4772-8E79-3D69D8477DE4"
+TWO = "label: gpt\nstart=2048, size=20480, type={0}\nstart=24576, size=20480, type={1}, name={2}\n"
+
+
+@pytest.fixture(autouse=True)
+def said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    lines: list[str] = []
+    monkeypatch.setattr(log, "to_stderr", lambda line: lines.append(str(line)))
+    return lines
+
+
+def root_of(disk: Path, cmdline: str = "") -> str:
+    """What `with_root` puts on the command line."""
+    spec = VmSpec(kernel="/k", disks=(DiskSpec(str(disk)),), cmdline=cmdline)
+    with ExitStack() as closing:
+        backend = open_backend(DiskSpec(str(disk), read_only=True), closing)
+        return with_root(spec, (BlockDevice(backend, name="disk0"),)).cmdline
+
+
+def two(tmp_path: Path, first: str = LINUX, second: str = LINUX, name: str = "data") -> Path:
+    disk = partitioned(tmp_path / "disk.img", TWO.format(first, second, name))
+    put_file_system(disk, 1 * MIB, 10 * MIB, "ext4", "-L", "one")
+    put_file_system(disk, 12 * MIB, 10 * MIB, "ext4", "-L", "two")
+    return disk
+
+
+def test_the_type_says_which(tmp_path: Path, said: list[str]) -> None:
+    disk = two(tmp_path, second=ROOT_X86_64)
+    assert root_of(disk) == "root=/dev/vda2"
+    assert said == [
+        f"the root is partition 2 of {disk} (ext4, 10 MiB), by its type; root= in --cmdline names "
+        "another"
+    ]
+    assert root_of(disk, "root=/dev/vda1 quiet") == "root=/dev/vda1 quiet"
+    assert root_of(disk, "quiet") == "root=/dev/vda2 quiet"
+
+
+def test_the_label_says_which(tmp_path: Path, said: list[str]) -> None:
+    assert root_of(two(tmp_path, name="root")) == "root=/dev/vda2"
+    assert "by its label" in said[0]
+
+
+def test_fstab_says_which(tmp_path: Path, said: list[str]) -> None:
+    disk = partitioned(tmp_path / "disk.img", TWO.format(LINUX, LINUX, "data"))
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/fstab").write_text(
+        "# comment\nLABEL=boot /boot ext4\nLABEL=sys / ext4 ro 0 1\n"
+    )
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    shutil.move(tmp_path / "etc", tree / "etc")
+    put_file_system(disk, 1 * MIB, 10 * MIB, "ext4", "-L", "boot")
+    put_file_system(disk, 12 * MIB, 10 * MIB, "ext4", "-L", "sys", "-d", str(tree))
+    assert root_of(disk) == "root=/dev/vda2"
+    assert "by /etc/fstab" in said[0]
+
+
+def test_nobody_says_which_of_two(tmp_path: Path, said: list[str]) -> None:
+    assert root_of(two(tmp_path)) == ""  # the guest's diagnosis has advice
+    assert said == []
+
+
+def test_another_file_system_is_named_to_the_guest(tmp_path: Path) -> None:
+    script = "label: dos\nstart=2048, type=83\n"
+    disk = partitioned(tmp_path / "disk.img", script, size=400 * MIB)
+    put_file_system(disk, 1 * MIB, 399 * MIB, "xfs")
+    assert root_of(disk) == "root=/dev/vda1 rootfstype=xfs"
+    assert root_of(disk, "rootfstype=auto") == "root=/dev/vda1 rootfstype=auto"
+
+
+def test_a_disk_without_a_table_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "disk").write_bytes(bytes(MIB))
+    assert root_of(tmp_path / "disk") == ""
+
+
+def test_the_second_copy_of_a_damaged_table_counts(tmp_path: Path, said: list[str]) -> None:
+    disk = two(tmp_path, second=ROOT_X86_64)
+    with open(disk, "r+b", buffering=0) as file:
+        file.seek(512 + 16)  # the header's sum
+        file.write(b"\0\0\0\0")
+        assert root_of(disk) == "root=/dev/vda2 gpt"
+        assert "by the table's second copy, as the first is damaged" in said[0]
+        file.seek(disk.stat().st_size - 512 + 16)
+        file.write(b"\0\0\0\0")
+    with pytest.raises(ConfigError, match=r"a GPT whose both copies are damaged .*; repair it"):
+        root_of(disk)
+
+
+def test_a_root_that_another_partition_lies_on(tmp_path: Path) -> None:
+    disk = partitioned(tmp_path / "disk.img", "label: dos\nstart=2048, size=20480, type=83\n")
+    put_file_system(disk, 1 * MIB, 10 * MIB, "ext4")
+    with open(disk, "r+b") as file:
+        file.seek(446 + 16)
+        file.write(
+            b"\0\0\0\0\x83\0\0\0" + (4096).to_bytes(4, "little") + (999).to_bytes(4, "little")
+        )
+    with pytest.raises(ConfigError, match=r"partitions 1 and 2 of .* overlap.*root=/dev/vdaN"):
+        root_of(disk)
+    assert root_of(disk, "root=/dev/vda1") == "root=/dev/vda1"
+
+
+# --- the kernel in it -----------------------------------------------------------------------------
+
+GRUB = "menuentry x {\nlinux /boot/vmlinuz-6.1 root=LABEL=sys ro\ninitrd /boot/initrd.img-6.1\n}\n"
+
+
+def whole(tmp_path: Path, grub: str = GRUB) -> Path:
+    tree = tmp_path / "tree"
+    (tree / "boot/grub").mkdir(parents=True)
+    (tree / "boot/vmlinuz-6.1").write_bytes(boot_images.bzimage())
+    (tree / "boot/initrd.img-6.1").write_bytes(b"the initrd")
+    (tree / "boot/grub/grub.cfg").write_text(grub)
+    script = f"label: gpt\nstart=2048, size=2048, type=uefi\nstart=4096, type={ROOT_X86_64}\n"
+    disk = partitioned(tmp_path / "disk.img", script)
+    put_file_system(disk, 2 * MIB, 61 * MIB, "ext4", "-L", "sys", "-d", str(tree))
+    return disk
+
+
+@pytest.mark.parametrize("form", ["raw", "qcow2"])
+def test_the_disks_own_kernel(tmp_path: Path, said: list[str], form: str) -> None:
+    disk = whole(tmp_path)
+    if form == "qcow2":
+        if shutil.which("qemu-img") is None:
+            pytest.skip("needs qemu-img (qemu-utils)")
+        image = tmp_path / "disk.qcow2"
+        command = ["qemu-img", "convert", "-f", "raw", "-O", "qcow2", str(disk), str(image)]
+        subprocess.run(command, check=True)
+        disk = image
+    spec, image_name = specify({"kernel": "disk", "disks": [str(disk)], "cmdline": "quiet"})
+    assert Path(spec.kernel).read_bytes() == boot_images.bzimage()
+    assert spec.initrd is not None and Path(spec.initrd).read_bytes() == b"the initrd"
+    assert spec.cmdline == "root=LABEL=sys ro quiet"
+    assert image_name is None
+    assert said == [
+        f"booting vmlinuz-6.1 by /boot/grub/grub.cfg in partition 2 of {disk}",
+    ]
+
+
+def test_a_disk_without_a_kernel(tmp_path: Path) -> None:
+    disk = two(tmp_path)
+    with pytest.raises(ConfigError, match=r"has no kernel in /boot; name a kernel: --kernel"):
+        specify({"kernel": "disk", "disks": [str(disk)]})
+    (tmp_path / "empty.img").write_bytes(bytes(MIB))
+    with pytest.raises(ConfigError, match="has no ext4 file system, but nothing that is known"):
+        specify({"kernel": "disk", "disks": [str(tmp_path / "empty.img")]})
+    with pytest.raises(
+        ConfigError, match=re.escape("there is no disk that the kernel could be in")
+    ):
+        specify({"kernel": "disk"})
+
+
+def test_a_configuration_that_names_what_is_not_there(tmp_path: Path) -> None:
+    disk = whole(tmp_path, GRUB.replace("/boot/vmlinuz-6.1", "/../../etc/passwd"))
+    with pytest.raises(ConfigError, match=r"names '/\.\./\.\./etc/passwd', which is not in that"):
+        specify({"kernel": "disk", "disks": [str(disk)]})
