@@ -44,23 +44,49 @@ def pytest_configure(config: pytest.Config) -> None:
         "fixture microvm is; options are those of pyvmm.VM. With shared, tests with equal marks "
         "share one.",
     )
+    config.addinivalue_line(
+        "markers",
+        "microvm_kernels(*kernels): run the test on each of these kernels, as pyvmm.VM takes them: "
+        "files, build trees, debian:6.12… Its microvm and microvm_factory boot it.",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    mark = metafunc.definition.get_closest_marker("microvm_kernels")
+    if mark is None:
+        return
+    if not mark.args or mark.kwargs:
+        raise pytest.UsageError(
+            f"{metafunc.definition.nodeid}: the mark microvm_kernels takes one or more kernels"
+        )
+    if "microvm_kernel" in metafunc.fixturenames:
+        kernels = [str(kernel) for kernel in mark.args]
+        metafunc.parametrize("microvm_kernel", kernels, ids=kernels, indirect=True)
+
+
+@pytest.fixture(scope="module")
+def microvm_kernel(request: pytest.FixtureRequest) -> str | None:
+    """The kernel of this run of the test, of those that @pytest.mark.microvm_kernels names; None
+    without it. Tests of a module that have one in common run one after another."""
+    kernel: str | None = getattr(request, "param", None)
+    return kernel
 
 
 @pytest.fixture
-def microvm_factory(request: pytest.FixtureRequest) -> Factory:
+def microvm_factory(request: pytest.FixtureRequest, microvm_kernel: str | None) -> Factory:
     """Makes microVMs: `microvm_factory(image=None, *, ready=True, timeout=300, **options)` is a
     `pyvmm.VM` that runs, and with `ready` one whose agent answers. They end with the test."""
     from pyvmm.pytest_vms import Factory
 
-    return Factory(request.node, _vms_of(request.config))
+    return Factory(request.node, _vms_of(request.config), microvm_kernel)
 
 
 @pytest.fixture
-def microvm(request: pytest.FixtureRequest) -> VM:
+def microvm(request: pytest.FixtureRequest, microvm_kernel: str | None) -> VM:
     """A microVM that is ready: of the default image, or what @pytest.mark.microvm says."""
     from pyvmm.pytest_vms import for_test
 
-    return for_test(request.node, _vms_of(request.config))
+    return for_test(request.node, _vms_of(request.config), microvm_kernel)
 
 
 def _vms_of(config: pytest.Config) -> Vms:

@@ -99,9 +99,11 @@ def _sections(vm: VM) -> list[Section]:
 class Factory:
     """What the fixture microvm_factory is."""
 
-    def __init__(self, item: pytest.Item, vms: Vms) -> None:
+    def __init__(self, item: pytest.Item, vms: Vms, kernel: str | None = None) -> None:
+        """`kernel` is what its VMs boot, unless a test says otherwise."""
         self._test = item.nodeid
         self._vms = vms
+        self._kernel = kernel
 
     def __call__(
         self,
@@ -113,17 +115,21 @@ class Factory:
     ) -> VM:
         """A VM that runs; with `ready` its agent answers, within `timeout` seconds. `options` are
         those of `pyvmm.VM`."""
+        if self._kernel is not None:
+            options.setdefault("kernel", self._kernel)
         return self._vms.start(self._test, image, ready=ready, timeout=timeout, **options)
 
 
-def for_test(item: pytest.Item, vms: Vms) -> VM:
-    """The VM that the marks of `item` ask for."""
+def for_test(item: pytest.Item, vms: Vms, kernel: str | None = None) -> VM:
+    """The VM that the marks of `item` ask for, with `kernel` if that is given."""
     options: dict[str, Any] = {"image": None, "ready": True, "timeout": READY_SECONDS}
     # The nearest mark comes first and wins; those of its class and module fill in.
     for mark in reversed(list(item.iter_markers("microvm"))):
         if len(mark.args) > 1:
             raise pytest.UsageError(f"{item.nodeid}: the mark microvm takes one image")
         options |= {**({"image": mark.args[0]} if mark.args else {}), **mark.kwargs}
+    if kernel is not None:
+        options["kernel"] = kernel
     if options.pop("shared", False):
         return vms.share(item.nodeid, options)
     return vms.start(item.nodeid, **options)

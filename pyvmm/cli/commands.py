@@ -17,6 +17,7 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 # By name: its module, in the order of --help. In there the command has the same name, - being _.
 COMMANDS = {
     "run": "pyvmm.cli.run",
+    "matrix": "pyvmm.cli.matrix",
     "exec": "pyvmm.cli.guest",
     "cp": "pyvmm.cli.guest",
     "ps": "pyvmm.cli.control",

@@ -67,7 +67,7 @@ def test_the_page_on_devices_that_come_and_go(tmp_path):
 def test_the_page_on_pytest(tmp_path):
     (tmp_path / "test_it.py").write_text("\n".join(python_blocks("docs/pytest.md")))
     said = run(tmp_path, "-m", "pytest", "-p", "no:cacheprovider", "--strict-markers", "-q")
-    assert "2 passed, 1 skipped" in said
+    assert "6 passed, 1 skipped" in said
 
 
 def test_an_example_for_asyncio(tmp_path):

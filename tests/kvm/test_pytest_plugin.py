@@ -212,3 +212,41 @@ def test_the_plugin_is_found_by_its_entry_point():
 
     [found] = [entry for entry in entry_points(group="pytest11") if entry.name == "pyvmm"]
     assert Path(found.load().__file__).name == "pytest_plugin.py"
+
+
+def test_a_test_runs_on_each_kernel_that_its_mark_names(project, pytester: pytest.Pytester):
+    """Tests that share a VM come kernel by kernel: each is booted once."""
+    other = pytester.path / "other-kernel"
+    other.write_bytes(Path(echo_kernel(pytester.path)).read_bytes())
+    done = project(
+        """
+FIRST = OPTIONS.pop("kernel")
+pytestmark = [
+    pytest.mark.microvm(shared=True, **OPTIONS),
+    pytest.mark.microvm_kernels(FIRST, "./other-kernel"),
+]
+seen = []
+def test_one(microvm, microvm_kernel):
+    seen.append((microvm_kernel, microvm.spec.kernel, microvm.pid))
+def test_two(microvm, microvm_kernel):
+    seen.append((microvm_kernel, microvm.spec.kernel, microvm.pid))
+def test_the_factory(microvm_factory):
+    vm = microvm_factory(**OPTIONS)
+    seen.append((None, vm.spec.kernel, vm.pid))
+def test_without_a_vm():
+    assert [kernel for _, kernel, _ in seen] == 3 * [FIRST] + 3 * ["./other-kernel"]
+    assert len({pid for asked, _, pid in seen if asked}) == 2
+""",
+        "-v",
+    )
+    done.assert_outcomes(passed=7)
+    done.stdout.fnmatch_lines(["*::test_two[[]./other-kernel[]] PASSED*"])
+
+
+def test_a_mark_without_kernels(project):
+    done = project("""
+@pytest.mark.microvm_kernels()
+def test_it(microvm):
+    pass
+""")
+    done.stdout.fnmatch_lines(["*takes one or more kernels*"])
