@@ -193,6 +193,18 @@ def path(name: str) -> None:
 
 
 @image.command()
+@click.argument("kernel", metavar="debian:VERSION")
+def headers(kernel: str) -> None:
+    """Print the folder in which modules for a kernel of Debian's are built: make -C FOLDER M=….
+
+    It is fetched at the first use; docs/kernels.md has an example.
+    """
+    from pyvmm.images import debian_kernels
+
+    click.echo(debian_kernels.headers(kernel))
+
+
+@image.command()
 @click.argument("target")
 @click.option("--variant", default=images.DEFAULT_VARIANT, show_default=True)
 @click.option("--force", is_flag=True, help="Replace TARGET if it exists.")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import subprocess
+import os
+import select
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -13,6 +15,7 @@ import click
 from pyvmm.cli.quick import split_command
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
+from pyvmm.monitor.exit_code import explain, flush_or_drop
 
 EPILOG = """\b
 Examples:
@@ -96,28 +99,48 @@ def matrix(
 
 
 def _run(kernel: str, words: Sequence[str], timeout: float | None) -> Row:
+    """Have a child of ours be `pyvmm run`."""
+    root = click.get_current_context().find_root().command
     began = time.monotonic()
-    # -P: the current directory is the user's, not a place for modules.
-    process = subprocess.Popen([sys.executable, "-P", "-m", "pyvmm", "run", *words])
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            code = _carry_out(root, ["run", *words])
+        finally:
+            os._exit(flush_or_drop(code) & 0xFF)
+    process = os.pidfd_open(child)
     try:
-        code: int | None = process.wait(timeout)
-    except subprocess.TimeoutExpired:
-        code = None
-    except KeyboardInterrupt:
-        _end(process)  # which has got the signal as well
-        raise
-    if code is None:
-        process.terminate()
-        _end(process)
-    return Row(kernel, code, time.monotonic() - began)
+        in_time = _wait(process, timeout)
+        if not in_time:
+            signal.pidfd_send_signal(process, signal.SIGTERM)
+    finally:  # also after Ctrl-C, which it has got as well
+        if not _wait(process, _END_SECONDS):
+            signal.pidfd_send_signal(process, signal.SIGKILL)
+        os.close(process)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return Row(kernel, code if in_time else None, time.monotonic() - began)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _carry_out(root: click.Command, words: list[str]) -> int:
     try:
-        process.wait(_END_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+        return int(root.main(args=words, prog_name="pyvmm", standalone_mode=False) or 0)
+    except click.ClickException as wrong:
+        wrong.show()
+        return wrong.exit_code
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except BaseException as wrong:
+        return explain(wrong) if isinstance(wrong, Exception) else 130
+
+
+def _wait(process: int, timeout: float | None) -> bool:
+    """Whether it has ended within `timeout` seconds."""
+    poll = select.poll()
+    poll.register(process, select.POLLIN)
+    return bool(poll.poll(None if timeout is None else timeout * 1000))
 
 
 def _print(rows: Sequence[Row], left_out: Sequence[str]) -> None:

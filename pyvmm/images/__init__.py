@@ -76,6 +76,14 @@ def machine_image(name: str | None, *, make: bool) -> MachineImage:
     return bootable.resolve(name, make=make)
 
 
+def kernel_headers(name: str) -> str:
+    """The folder in which modules for a kernel of Debian's ("debian:6.12") are built, fetched where
+    it is missing. Raises ConfigError."""
+    from pyvmm.images import debian_kernels
+
+    return debian_kernels.headers(name)
+
+
 def storage_command(program: str, *, make: bool = False) -> list[str]:
     """The beginning of a command line that runs qemu-img, qemu-io or qemu-storage-daemon 10, which
     speak vhost-user. Raises ConfigError as `artifacts` does."""

@@ -79,6 +79,17 @@ class Apt:
                 return [self._known(*part) for part in parts] or [image]
         raise ConfigError(f"{pin.package} {pin.version} depends on no kernel, but on: {depends}")
 
+    def headers(self, release: str, version: str) -> list[Pin]:
+        """What modules for the kernel `release` are built with: its headers, those of all flavours,
+        and the tools. `version` is that of its packages. Empty where the mirror has none."""
+        name = f"linux-headers-{release}"
+        pin = self.lookup([(name, version)]).get(name)
+        if pin is None:
+            return []
+        others = [row.split()[0] for row in self._depends(pin).split(",")]
+        parts = [one for one in others if one.startswith(("linux-headers-", "linux-kbuild-"))]
+        return [pin, *(self._known(part, version) for part in parts)]
+
     def _depends(self, pin: Pin) -> str:
         text = self._run(["apt-cache", "show", f"{pin.package}={pin.version}"], "apt-cache")
         return next(apt_sources.paragraphs(text)).get("depends", "")

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from pyvmm.errors import ConfigError
 from pyvmm.host import user_cache
-from pyvmm.images import apt, builder, built, cache, found_before, kernel
+from pyvmm.images import apt, builder, built, cache, found_before, kernel, tools
 from pyvmm.images.lock import Pin
 from pyvmm.images.progress import Progress
 
@@ -64,6 +64,51 @@ def find(name: str, *, refresh: bool = False) -> Found:
         os.path.join(place, "vmlinux"),
         os.path.join(place, "config"),
         kernel.modules_folder(place),
+    )
+
+
+def headers(name: str) -> str:
+    """The folder to build modules for the kernel `name` in (make -C FOLDER M=…), fetched if it is
+    missing. The tools in it run on a Debian of that kernel's release, or a later one, and want its
+    gcc. Raises ConfigError, also where the mirror has them no more."""
+    found = find(name)
+    release = os.path.basename(found.modules)
+    place = os.path.join(user_cache.folder(), "headers", release)
+    target = os.path.join(place, "usr", "src", f"linux-headers-{release}")
+    if os.path.isdir(target):
+        return target
+    with open(os.path.join(os.path.dirname(found.config), "packages"), encoding="utf-8") as file:
+        version = file.readline().split()[1]
+    progress = Progress()
+    with cache.building(progress.waiting):
+        work = builder.Builder(builder.Catalogue(), progress)
+        client, pins = _search_headers(name, release, version, work)
+        with cache.new_folder(place) as into, cache.workspace() as room:
+            with progress.step(f"{name}: fetching {pins[0].package} {version}"):
+                packages = client.download_all(pins, room)
+            for package in packages:
+                tools.run(["dpkg-deb", "-x", package, into], "cannot unpack the kernel's headers")
+            # It names the other package's Makefile by its place in a system.
+            makefile = os.path.join(into, "usr", "src", f"linux-headers-{release}", "Makefile")
+            with open(makefile, encoding="utf-8") as file:
+                text = file.read()
+            with open(makefile, "w", encoding="utf-8") as file:
+                file.write(text.replace("/usr/src/", f"{place}/usr/src/"))
+    return target
+
+
+def _search_headers(
+    name: str, release: str, version: str, work: builder.Builder
+) -> tuple[apt.Apt, list[Pin]]:
+    wanted = name.removeprefix(PREFIX).partition("=")[0]
+    for _, client in _clients(wanted, work):
+        pins = client.headers(release, version)
+        if pins:
+            return client, pins
+    raise ConfigError(
+        f"the mirror has no headers for the kernel {release} {version}",
+        cure=f"fetch a kernel that it has: pyvmm image build {name}",
+        option="--kernel",
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
+import click
 import pytest
 
 from pyvmm.cli import matrix
@@ -65,6 +67,15 @@ def test_what_a_matrix_cannot_be(runs, words, why, capsys: pytest.CaptureFixture
     assert run_command(["matrix", *words]) == 2
     assert why in capsys.readouterr().err
     assert not runs
+
+
+def test_a_run_that_does_not_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real child, which sleeps instead of running a guest."""
+    root = click.Command("root", params=[click.Argument(["words"], nargs=-1)])
+    root.callback = lambda words: time.sleep(600)
+    with click.Context(root):
+        row = matrix._run("slow", [], 0.2)
+    assert row.code is None and row.seconds < 300
 
 
 def test_what_is_wrong_with_a_kernel_fails_its_row(capfd: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,7 @@ DOCUMENTS = [
 ]
 
 # Their Python is run by tests/guest/test_api_docs.py.
-IN_GUESTS = ("docs/python-api.md", "docs/pytest.md", "docs/devices.md")
+IN_GUESTS = ("docs/python-api.md", "docs/pytest.md", "docs/devices.md", "docs/kernels.md")
 
 
 def python_blocks() -> list[tuple[str, str]]:
@@ -115,7 +115,10 @@ def test_what_is_too_wide(text: str, found: list[int]) -> None:
 
 
 # What a reader makes by following the page.
-MADE = {"docs/adding-a-device.md": {"pyvmm/kinds/seed.py", "pyvmm/virtio/seed/device.py"}}
+MADE = {
+    "docs/adding-a-device.md": {"pyvmm/kinds/seed.py", "pyvmm/virtio/seed/device.py"},
+    "docs/kernels.md": {"greeting.c", "test_greeting.py"},
+}
 PLACES = ("", "pyvmm", "guest-images")  # where a path in a document may begin
 MODULES = re.compile(r"(?<![\w./-])((?:[\w-]+/)*[\w-]+\.(?:py|sh|toml|c))\b")
 METHODS = re.compile(r"\b([A-Z]\w*[a-z]\w*)\.([a-z_]+)\b")
