@@ -221,7 +221,7 @@ def _lists_for(spec: VmSpec) -> dict[str, str]:
         if part.kind in _LISTS:
             name, why = _LISTS[part.kind]
             found[name] = why
-    if found:
+    if spec.parts:
         found[f"transport-{spec.transport}"] = "for its devices"
     return found
 
