@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Iterator
 
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import syscalls
@@ -70,6 +71,11 @@ class ImageFile(syscalls.Closable):
             return os.pread(self.fd, length, offset)
         except (OSError, OverflowError) as error:
             raise self.error(f"cannot read {self.path}: {error}") from None
+
+    def pieces(self, length: int, most: int) -> Iterator[bytes]:
+        """The file's first `most` bytes, `length` at a time. Raises ConfigError."""
+        for offset in range(0, min(self.size, most), length):
+            yield self.read(offset, length)
 
     def read_into(self, view: memoryview, offset: int) -> None:
         """Fill `view` from `offset` on, with no copy. Raises ConfigError if the file ends first."""

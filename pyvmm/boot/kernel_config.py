@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import NamedTuple
-
-from pyvmm.boot.image_file import ImageFile
 
 _START, _END = b"IKCFG_ST", b"IKCFG_ED"
 _MOST = 4 << 20  # bytes of text; Debian's has 300 KiB
-_CHUNK = 4 << 20
+_MOST_TRIES = 8  # of what stands behind the first marker and is no configuration
 _LINE = re.compile(r"^CONFIG_(\w+)=([ym])$", re.MULTILINE)
 
 
@@ -36,19 +35,37 @@ class Wants(NamedTuple):
     filesystem: str = ""
 
 
-def embedded(file: ImageFile) -> str:
-    """The configuration in an uncompressed kernel; "" if it has none, or a damaged one."""
-    for offset in range(0, file.size, _CHUNK):
-        found = file.read(offset, _CHUNK + len(_START)).find(_START)
-        if found < 0:
-            continue
-        packed = file.read(offset + found + len(_START), _MOST).partition(_END)[0]
+def embedded(pieces: Iterable[bytes]) -> str:
+    """The configuration in an uncompressed kernel, which comes in `pieces`; "" if it has none, or a
+    damaged one. Raises what they raise."""
+    for packed in islice(_packed(pieces), _MOST_TRIES):
         try:
             text = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(packed, _MOST)
         except zlib.error:
             continue
         return text.decode("utf-8", "replace")
     return ""
+
+
+def _packed(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """What stands between the two markers, or at most so much behind the first."""
+    rest, found = b"", None
+    for piece in pieces:
+        if found is None:
+            _, mark, behind = (rest + piece).partition(_START)
+            if not mark:
+                rest = (rest + piece)[1 - len(_START) :]
+                continue
+            found = behind
+        else:
+            found += piece
+        end = found.find(_END)
+        if end < 0 and len(found) < _MOST:
+            continue
+        yield found[:_MOST] if end < 0 else found[:end]
+        rest, found = found, None
+    if found is not None:
+        yield found[:_MOST]
 
 
 def lacking(text: str, wants: Wants) -> list[str]:

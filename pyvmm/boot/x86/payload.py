@@ -19,6 +19,7 @@ from pyvmm.errors import ConfigError
 
 _ELF_MAGIC = b"\x7fELF"
 _MAX_UNPACKED = 1 << 30
+_MAX_PAYLOAD = 512 << 20  # bytes, which are in memory; a kernel of Debian's has 12 MiB
 _SIZE_FIELD = 4
 _CHUNK = 1 << 20
 # Bytes of memory that a payload may ask for: xz and zstd have windows of 128 MiB at most there.
@@ -39,7 +40,7 @@ def unpack_vmlinux(path: str, output: str) -> None:
         with ImageFile(path, "--kernel") as kernel, open(partial, "wb") as file:
             if detect.kind_of(kernel) != detect.BZIMAGE:
                 raise kernel.error(f"{path} is an ELF already")
-            for piece in _unpack(kernel, _payload(kernel)):
+            for piece in unpacked(kernel):
                 if not file.tell() and not piece.startswith(_ELF_MAGIC):
                     raise kernel.error(f"{path}: what it unpacks to is not an ELF file")
                 file.write(piece)
@@ -51,11 +52,18 @@ def unpack_vmlinux(path: str, output: str) -> None:
             os.unlink(partial)
 
 
+def unpacked(kernel: ImageFile) -> Iterator[bytes]:
+    """What the payload of a bzImage unpacks to, in pieces: 1 GiB at most. Raises ConfigError."""
+    return _unpack(kernel, _payload(kernel))
+
+
 def _payload(kernel: ImageFile) -> bytes:
     image = bzimage.parse(kernel)
     offset = image.setup_size + image.payload_offset
     if not image.payload_length or image.payload_offset + image.payload_length > image.code_size:
         raise kernel.error(f"{kernel.path} is damaged: its payload does not lie within it")
+    if image.payload_length > _MAX_PAYLOAD:
+        raise kernel.error(f"{kernel.path} has a payload of {image.payload_length} bytes")
     return kernel.read(offset, image.payload_length)
 
 

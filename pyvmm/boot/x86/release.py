@@ -6,7 +6,6 @@ A bzImage has its release in its header (Linux boot.rst, kernel_version), an ELF
 
 from __future__ import annotations
 
-import os
 import re
 
 from pyvmm.boot import kernel_config
@@ -17,6 +16,7 @@ _BANNER = re.compile(rb"Linux version ([!-~]{1,64}) \(")
 _DEBIAN = "(debian-kernel@"  # whose kernels have no CONFIG_IKCONFIG
 _CHUNK = 4 << 20
 _OVERLAP = 128
+_MOST = 1 << 30  # bytes of a kernel that are looked at; a file may have holes and no end
 
 
 def release_of(path: str) -> str:
@@ -25,10 +25,12 @@ def release_of(path: str) -> str:
     with ImageFile(path, "--kernel") as file:
         if detect.kind_of(file) == detect.BZIMAGE:
             return bzimage.parse(file).kernel_version.partition(" ")[0]
-        for offset in range(0, file.size, _CHUNK):
-            found = _BANNER.search(file.read(offset, _CHUNK + _OVERLAP))
+        end = b""
+        for piece in file.pieces(_CHUNK, _MOST):
+            found = _BANNER.search(end + piece)
             if found:
                 return found[1].decode("ascii")
+            end = piece[-_OVERLAP:]
         return ""
 
 
@@ -37,15 +39,9 @@ def config_of(path: str) -> str:
     that is no kernel, or cannot be unpacked; OSError."""
     with ImageFile(path, "--kernel") as file:
         if detect.kind_of(file) == detect.ELF:
-            return kernel_config.embedded(file)
+            return kernel_config.embedded(file.pieces(_CHUNK, _MOST))
         if _DEBIAN in bzimage.parse(file).kernel_version:
             return ""
-    import tempfile
+        from pyvmm.boot.x86.payload import unpacked
 
-    from pyvmm.boot.x86.payload import unpack_vmlinux
-
-    with tempfile.TemporaryDirectory() as folder:
-        unpacked = os.path.join(folder, "vmlinux")
-        unpack_vmlinux(path, unpacked)
-        with ImageFile(unpacked, "--kernel") as file:
-            return kernel_config.embedded(file)
+        return kernel_config.embedded(unpacked(file))

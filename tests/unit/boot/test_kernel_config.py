@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import gzip
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import boot_images
 import pytest
 
+from pyvmm.boot import kernel_config
 from pyvmm.boot.image_file import ImageFile
 from pyvmm.boot.kernel_config import Wants, embedded, lacking
 from pyvmm.boot.x86 import detect
@@ -91,7 +95,7 @@ def test_the_configuration_in_a_kernel(tmp_path: Path) -> None:
 def test_a_damaged_one_is_none(tmp_path: Path, damaged: bytes) -> None:
     path = kernel_with(tmp_path / "vmlinux", damaged)
     with ImageFile(str(path), "--kernel") as file:
-        assert embedded(file) == ""
+        assert embedded(file.pieces(1 << 20, 1 << 30)) == ""
 
 
 def test_one_that_unpacks_without_end_costs_little(tmp_path: Path) -> None:
@@ -129,3 +133,54 @@ def test_a_damaged_cpio_archive_is_told_before_the_boot(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"breaks off at byte {at}; copy or build it again"):
         checked(path, archive[:at] + b"\0" + archive[at + 1 :])
     checked(path, b"junk that the guest may judge")
+
+
+def test_a_configuration_that_is_cut_anywhere_into_pieces() -> None:
+    whole = b"x" * 9 + b"IKCFG_ST" + gzip.compress(b"CONFIG_A=y\n") + b"IKCFG_ED" + b"y" * 9
+    for size in range(1, len(whole) + 1):
+        pieces = [whole[at : at + size] for at in range(0, len(whole), size)]
+        assert embedded(pieces) == "CONFIG_A=y\n"
+
+
+def test_markers_without_end() -> None:
+    """Each of them is worth one look, and no kernel has so many."""
+    taken = 0
+
+    def pieces() -> Iterator[bytes]:
+        nonlocal taken
+        while True:
+            taken += 1
+            yield b"IKCFG_ST" * (1 << 17)
+
+    assert embedded(pieces()) == ""
+    assert taken < 100
+
+
+def test_a_kernel_file_that_is_all_hole(tmp_path: Path) -> None:
+    """Its end is not waited for."""
+    path = tmp_path / "vmlinux"
+    path.write_bytes(boot_images.Elf().build())
+    os.truncate(path, 1 << 43)
+    assert release_of(str(path)) == ""
+    assert config_of(str(path)) == ""
+
+
+def test_looking_for_a_configuration_leaves_nothing_at_any_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is killed meanwhile has nothing to remove."""
+    room = tmp_path / "tmp"
+    room.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(room))
+    packed = gzip.compress(b"\x7fELF" + bytes(9 << 20))
+    path = tmp_path / "bzImage"
+    path.write_bytes(boot_images.bzimage(code=packed, payload=(0, len(packed))))
+    seen: list[int] = []
+    original = kernel_config.embedded
+
+    def embedded(pieces: Iterable[bytes]) -> str:
+        return original(seen.append(len(list(room.iterdir()))) or piece for piece in pieces)
+
+    monkeypatch.setattr(kernel_config, "embedded", embedded)
+    config_of(str(path))
+    assert set(seen) == {0}
