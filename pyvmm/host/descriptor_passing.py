@@ -32,10 +32,10 @@ def receive(
     room = socket.CMSG_SPACE(max_fds * array.array("i").itemsize)
     data = b""
     while len(data) < size:
-        if until is not None:
-            # Not 0, which would be not to wait at all, for another error.
-            connection.settimeout(max(until - time.monotonic(), 0.001))
         try:
+            if until is not None:
+                # Not 0, which would be not to wait at all, for another error.
+                connection.settimeout(max(until - time.monotonic(), 0.001))
             part, ancillary, flags, _ = connection.recvmsg(
                 size - len(data), room, socket.MSG_CMSG_CLOEXEC
             )

@@ -217,6 +217,8 @@ class VhostUserDevice(VirtioDevice):
         BackEndError."""
         link = self._connecting = Link(self._path, self._patience)
         try:
+            if self._stopping:  # Whoever said so may have looked for a connection too early.
+                link.hang_up()
             link.agree()
             self._check(link)
             self._config = self._fetch_config(link)
@@ -356,7 +358,7 @@ class VhostUserDevice(VirtioDevice):
                 if link is None:
                     return
                 try:
-                    self._check_left(queue, activation)
+                    self._check_left(queue, activation, link)
                     self._begin_session(link, activation)
                     self._start_ring(link, queue, activation)
                 except (BackEndError, HostError) as error:
@@ -392,6 +394,8 @@ class VhostUserDevice(VirtioDevice):
             if self._inflight is not None:
                 described, fd = self._inflight
                 link.tell("SET_INFLIGHT_FD", described, [fd])
+        else:
+            self._forget_inflight()  # They would not be true any more when they are wanted.
         self._session = link
 
     @staticmethod
@@ -443,7 +447,7 @@ class VhostUserDevice(VirtioDevice):
         if not queue.ready:
             return
         try:
-            self._find_position(queue, activation, base)
+            self._find_position(link, queue, activation, base)
         except PyvmmError as error:
             activation.fail(error)
 
@@ -455,30 +459,34 @@ class VhostUserDevice(VirtioDevice):
             raise BackEndError(f"answers GET_VRING_BASE of ring {index} for ring {answered}")
         return int(base)
 
-    def _find_position(self, queue: Queue, activation: Activation, base: int | None) -> None:
+    def _find_position(
+        self, link: Link, queue: Queue, activation: Activation, base: int | None
+    ) -> None:
         state = queue.state()
         if state.packed:
             if base is None:
                 raise BackEndError("has gone, and a packed ring does not tell where it was")
             queue.served_to(base >> 16 or base)  # some give the available half alone
             return
-        if base is None or not self._settles(activation, state, base):
+        if base is None or not self._settles(link, activation, state, base):
             self._unclean.add(queue.index)
         # Not the base: what was taken and not returned is to be taken again.
         queue.served_to(rings.used_idx(activation.memory, state))
 
-    def _settles(self, activation: Activation, state: QueueState, base: int) -> bool:
+    def _settles(self, link: Link, activation: Activation, state: QueueState, base: int) -> bool:
         """Whether all that the back end took is returned; some answer before they are done."""
-        give_up_at = time.monotonic() + self._patience
-        while rings.used_idx(activation.memory, state) != base & 0xFFFF:
-            if time.monotonic() > give_up_at or self._link is None:
-                return False
-            time.sleep(_STEP)
+        with link.waiting() as give_up_at:
+            while rings.used_idx(activation.memory, state) != base & 0xFFFF:
+                if time.monotonic() > give_up_at or self._link is not link:
+                    return False
+                time.sleep(_STEP)
         return True
 
-    def _check_left(self, queue: Queue, activation: Activation) -> None:
-        """Raise PyvmmError unless another can go on with a ring that a back end has left."""
-        if queue.index not in self._unclean or self._inflight is not None:
+    def _check_left(self, queue: Queue, activation: Activation, link: Link | None = None) -> None:
+        """Raise PyvmmError unless another, at `link` or we ourselves, can go on with a ring that a
+        back end has left."""
+        reads_notes = link is None or link.has(protocol.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD)
+        if queue.index not in self._unclean or (self._inflight is not None and reads_notes):
             return
         state, memory = queue.state(), activation.memory
         if not rings.outstanding(memory, state):

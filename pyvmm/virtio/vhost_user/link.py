@@ -8,10 +8,12 @@ more use then.
 from __future__ import annotations
 
 import errno
+import fcntl
 import select
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from struct import Struct
 from typing import Any
 
@@ -25,6 +27,9 @@ from pyvmm.virtio import features
 
 CONFIG_CHANGED = "config"  # what a back end asks for
 PATIENCE = 10.0  # seconds for the answer to a request; a back end may have to end its I/O first
+# Patiences for all answers together, when they come one after the other. Of the time that passes
+# half is given back.
+_ALLOWANCE, _GIVEN_BACK = 3, 0.5
 # The protocol features of which we make use.
 WANTED = features.mask(
     protocol.VHOST_USER_PROTOCOL_F_MQ,
@@ -48,6 +53,8 @@ class Link(Closable):
         self._socket = socket.socket(fileno=unix_sockets.connect(path).detach())
         self._channel = Channel(self._socket, BackEndError)
         self._patience = patience
+        self._allowance = _ALLOWANCE * patience
+        self._counted_at = time.monotonic()
         self._requests: socket.socket | None = None
         self.features = 0
         self.protocol_features = 0
@@ -129,10 +136,14 @@ class Link(Closable):
 
     def _answer(self, name: str) -> Message:
         try:
-            answer = self._channel.receive(replies=True, until=time.monotonic() + self._patience)
+            with self.waiting() as until:
+                answer = self._channel.receive(replies=True, until=until)
         except HostError as error:
             if error.errno != errno.ETIMEDOUT:
                 raise
+            if self._allowance <= 0:
+                many = f"{_ALLOWANCE * self._patience:g}"
+                raise BackEndError(f"lets us wait for more than {many} seconds in all") from None
             raise BackEndError(f"has not answered {name} in {self._patience:g} seconds") from None
         if answer is None:
             raise BackEndError(f"has gone at {name}")
@@ -140,6 +151,20 @@ class Link(Closable):
             with answer:
                 raise BackEndError(f"answers request {answer.request}, which is not {name}")
         return answer
+
+    @contextmanager
+    def waiting(self) -> Iterator[float]:
+        """Around a wait for the back end, which is counted: by when, of time.monotonic, it must
+        end. A vCPU may be waiting, and a back end with many rings is asked many things at once."""
+        began = time.monotonic()
+        whole = _ALLOWANCE * self._patience
+        given_back = _GIVEN_BACK * (began - self._counted_at)
+        self._allowance = min(whole, max(self._allowance, 0) + given_back)
+        try:
+            yield began + min(self._patience, self._allowance)
+        finally:
+            self._counted_at = time.monotonic()
+            self._allowance -= self._counted_at - began
 
     # --- the beginning ----------------------------------------------------------------------------
 
@@ -202,6 +227,9 @@ class Link(Closable):
                 )
             if not answer.fds:
                 return None
+            # What it says is how much is read of the notes, and they must not let us wait.
+            if answer.payload[16:20] != asked[16:20] or not _is_memory(answer.fds[0]):
+                raise BackEndError("gives other notes on requests in flight than it was asked for")
             return answer.payload, answer.take_fd()
 
     # --- memory -----------------------------------------------------------------------------------
@@ -251,3 +279,12 @@ class Link(Closable):
             if message.needs_reply and self.has(protocol.VHOST_USER_PROTOCOL_F_REPLY_ACK):
                 channel.reply(message.request, protocol.U64.pack(int(not known)))
             return CONFIG_CHANGED if known else f"request {message.request}"
+
+
+def _is_memory(fd: int) -> bool:
+    """Whether a file is memory (memfd, tmpfs, hugetlbfs), which alone has seals (fcntl(2))."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_GET_SEALS)
+    except OSError:
+        return False
+    return True

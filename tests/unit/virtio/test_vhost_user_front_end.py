@@ -429,6 +429,29 @@ def test_without_notes_requests_out_of_order_want_a_reset(place):
         assert "without notes" in rig.driver.log[0]
 
 
+def test_notes_are_of_no_use_to_one_that_cannot_read_them(place):
+    """Features may change from one back end to the next."""
+    with fake(place) as back_end, front(place, BLK) as rig:
+        rig.until(lambda: back_end.status & 4)
+        chains = in_use(rig, [header(IN)], [512, 1], 3)
+        use(rig, chains[1], 513)
+        back_end.protocol = P_REPLY_ACK | P_CONFIG
+        back_end.die()
+        rig.until(lambda: rig.driver.needs_reset)
+        assert "without notes" in rig.driver.log[0]
+
+
+def test_notes_that_one_back_end_did_not_keep_are_not_given_to_the_next(place):
+    with fake(place) as back_end, front(place, BLK) as rig:
+        for number, protocol in enumerate((P_REPLY_ACK | P_CONFIG, ALL), 1):
+            rig.until(lambda: back_end.numbers().count(SET_VRING_ENABLE) == number)  # noqa: B023
+            back_end.protocol = protocol
+            back_end.die()
+        rig.until(lambda: rig.device.stats()["reconnections"] == 2)
+        assert back_end.numbers().count(GET_INFLIGHT_FD) == 2
+        assert not rig.driver.needs_reset
+
+
 def test_nothing_in_flight_needs_no_notes(place):
     with fake(place, protocol=P_REPLY_ACK | P_CONFIG) as back_end, front(place, BLK) as rig:
         chains = in_use(rig, [header(IN)], [512, 1], 2)

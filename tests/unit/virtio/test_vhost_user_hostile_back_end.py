@@ -303,6 +303,67 @@ def test_notes_that_are_nonsense(tmp_path):
         assert "notes" in rig.driver.log[0]
 
 
+def test_a_back_end_with_many_rings_has_not_ten_seconds_for_each(tmp_path):
+    """All that a vCPU, a pause or an end waits for is bounded together."""
+    path = tmp_path / "s"
+
+    def slowly(back_end, number, payload, fds):
+        time.sleep(0.8 * PATIENCE)
+        return True
+
+    def answered(back_end):
+        return back_end.numbers().count(GET_VRING_BASE)
+
+    many = Served(42, 16, features=0xFF)
+    with fake(path) as back_end, front(path, many, patience=PATIENCE) as rig:
+        rig.until(lambda: back_end.status & 4)
+        back_end.actions[GET_VRING_BASE] = slowly
+        rig.driver.mmio.reset()
+        assert answered(back_end) < 8
+        assert not rig.device.stats()["connected"]
+
+
+def test_positions_that_never_come_true_on_many_rings(tmp_path):
+    """Three patiences for them together, not sixteen."""
+    path = tmp_path / "s"
+    many = Served(42, 16, features=0xFF)
+    with fake(path) as back_end, front(path, many, patience=1) as rig:
+        rig.until(lambda: back_end.status & 4)
+        back_end.bases = dict.fromkeys(range(16), 9)
+        began = time.monotonic()
+        rig.driver.mmio.reset()
+        assert time.monotonic() - began < 12
+
+
+@pytest.mark.parametrize("which", ["many rings", "long rings", "a pipe", "a file"])
+def test_notes_that_would_take_memory_or_time_to_read(tmp_path, which):
+    """34 GiB by their own account, or a file that some process makes up (FUSE)."""
+    path = tmp_path / "s"
+    ends = os.pipe()
+    (tmp_path / "file").write_bytes(bytes(4096))
+    file = os.open(tmp_path / "file", os.O_RDONLY)
+
+    def notes(back_end, number, payload, fds):
+        rings, size = struct.unpack_from("=HH", payload, 16)
+        rings = 0xFFFF if which == "many rings" else rings
+        size = 1 << 15 if which == "long rings" else size
+        fd = {"a pipe": ends[0], "a file": file}.get(which, back_end.kept[0])
+        back_end.answer(number, struct.pack("=QQHH", 1 << 20, 0, rings, size) + bytes(4), [fd])
+        return False
+
+    try:
+        with (
+            fake(path, actions={GET_INFLIGHT_FD: notes}) as back_end,
+            front(path, ECHO, reconnect=0) as rig,
+        ):
+            rig.until(lambda: rig.driver.needs_reset)
+            assert "gives other notes" in rig.lines[0]
+            assert SET_INFLIGHT_FD not in back_end.numbers()
+    finally:
+        for fd in (*ends, file):
+            os.close(fd)
+
+
 # --- anything at all ------------------------------------------------------------------------------
 
 answers = st.one_of(
