@@ -145,6 +145,7 @@ class OwnMonitor(Monitor):
         spec: VmSpec,
         kvm: str,
         *,
+        confine: str = "auto",
         image: str | None = None,
         rm: bool = True,
         outlives_us: bool = False,
@@ -155,6 +156,7 @@ class OwnMonitor(Monitor):
         request = {
             "spec": to_json(spec),
             "kvm": kvm,
+            "confine": confine,
             "image": image,
             "rm": rm,
             "parent": None if outlives_us else os.getpid(),

@@ -77,6 +77,7 @@ class VM(InGuest, InMonitor):
         name: str = "",
         rm: bool = True,
         kvm: str = "auto",
+        confine: str = "auto",
         **kinds: Unpack[Keywords],
     ) -> None:
         """The options are those of `pyvmm run` (docs/options.md). With neither an image nor a
@@ -137,8 +138,9 @@ class VM(InGuest, InMonitor):
             raise VMError(f"{self.name} has been started before")
         image = self._resolve()
         kvm, rm = str(self._values["kvm"]), bool(self._values["rm"])
+        confine = str(self._values["confine"])
         monitor = self._monitor = OwnMonitor(
-            self.spec, kvm, image=image, rm=rm, outlives_us=detached
+            self.spec, kvm, confine=confine, image=image, rm=rm, outlives_us=detached
         )
         deadline = time.monotonic() + timeout
         try:

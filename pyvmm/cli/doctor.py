@@ -23,6 +23,7 @@ def doctor() -> None:
     _show("KVM of this machine", host)
     _show("Emulated KVM host", emulated)
     _show("Networks", list(check_networks()))
+    _show("Confinement", list(check_confinement()))
     _show("Debian packages", list(check_packages()))
     _show("Images", list(check_images()))
     host_runs, emulation_runs = (all(check.ok for check in checks) for checks in (host, emulated))
@@ -95,6 +96,18 @@ def check_networks() -> Iterator[Check]:
         f"{tap.DEVICE} can be opened" if usable else f"{tap.DEVICE} cannot be opened",
         "`modprobe tun`, or use --net user",
     )
+
+
+def check_confinement() -> Iterator[Check]:
+    """The layers of a monitor's box, and what each needs of the kernel."""
+    from pyvmm.host import box
+
+    found = box.probe()
+    if found.on:
+        yield Check("monitor", True, ", ".join(found.on))
+    for layer, reason in found.off:
+        cure = "monitors go without it; --confine strict refuses to"
+        yield Check(layer, False, reason, cure)
 
 
 def check_packages() -> Iterator[Check]:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from pyvmm.errors import ConfigError, HostError
-from pyvmm.host import unix_sockets
+from pyvmm.host import named_listener, unix_sockets
 from pyvmm.host.syscalls import Closable
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.spec.names import check_name
@@ -86,6 +86,11 @@ class Registration(Closable):
         self.path = path
         self.listener = listener
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """What closing removes, as far as it is there."""
+        return () if self.listener is None else (_left_at(self.path), self.path)
+
     def note(self, path: str) -> None:
         """This process has made a socket at `path`; whoever finds that it was killed removes it."""
         if self.listener is None or "\n" in path:
@@ -105,9 +110,9 @@ class Registration(Closable):
         if self.listener is None or self.listener.fileno() < 0:
             return
         # First unlinked, then closed: nobody takes it for a dead VM's and puts his own there.
-        for path in (_left_at(self.path), self.path):
+        for path in self.files:
             with suppress(OSError):
-                os.unlink(path)
+                named_listener.remove(path)
         self.listener.close()
 
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 import os
 import select
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -48,8 +49,10 @@ class VmLog:
 
     def __init__(self, place: str, name: str) -> None:
         """`place` is the directory of the control sockets."""
-        self._place = place
         self.name = name
+        # Where this process no longer can, somebody else does it.
+        self.open_by: Callable[[bool], int] = partial(open_log, place, name)
+        self.note_end_by: Callable[..., None] = partial(note_end, place, name)
         self._lock = Lock()
         self._fd = -1
         self._size = 0
@@ -81,7 +84,7 @@ class VmLog:
             if self._fd >= 0:
                 os.close(self._fd)
             self._fd, self._failed = -1, True
-        note_end(self._place, self.name, exit_code, **details)
+        self.note_end_by(exit_code, **details)
 
     def _write(self, kind: str, data: bytes) -> None:
         record = b"%s %.6f %d\n%s\n" % (kind.encode(), time.time(), len(data), data)
@@ -100,20 +103,26 @@ class VmLog:
         log.to_stderr(f"{self.name}: pyvmm logs gets no more of this VM: {reason}")
 
     def _open(self, *, rotate: bool) -> None:
-        path = _path(self._place, self.name, _LOG)
-        if not rotate:
-            with suppress(FileExistsError):
-                os.mkdir(_folder(self._place), 0o700)
-            with suppress(FileNotFoundError):
-                rotate = os.lstat(path).st_size > PIECE // 2
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        if rotate:
-            os.replace(path, _path(self._place, self.name, _OLD))
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._fd = os.open(path, flags, 0o600)
+        self._fd = self.open_by(rotate)
         self._size = os.fstat(self._fd).st_size
+
+
+def open_log(place: str, name: str, rotate: bool) -> int:
+    """The log of the VM `name`, open to be added to. With `rotate`, or if there is enough in it,
+    it is begun anew, and what there is becomes the old piece. Raises OSError."""
+    path = _path(place, name, _LOG)
+    if not rotate:
+        with suppress(FileExistsError):
+            os.mkdir(_folder(place), 0o700)
+        with suppress(FileNotFoundError):
+            rotate = os.lstat(path).st_size > PIECE // 2
+    if rotate:
+        os.replace(path, _path(place, name, _OLD))
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(path, flags, 0o600)
 
 
 # --- how VMs ended --------------------------------------------------------------------------------

@@ -15,12 +15,11 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import json
 import os
 import resource
 import struct
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from pyvmm.errors import ConfigError
@@ -56,6 +55,8 @@ def available() -> bool:
 
 def command(room: Room, program: Sequence[str]) -> list[str]:
     """The command line that runs `program`, which begins with an absolute path, in `room`."""
+    import json  # not for a process that enters a room itself
+
     return python(__name__, json.dumps(asdict(room)), *program)
 
 
@@ -116,11 +117,11 @@ def enter(room: Room) -> None:
         (resource.RLIMIT_FSIZE, room.size or None),
     ):
         if value is not None:
-            _lower(limit, value)
-    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+            lower(limit, value)
+    no_new_privileges()
     abi = landlock_version()
     if abi:
-        _restrict_files(room, abi)
+        restrict_files(_rules_of(room), abi)
     elif room.write:
         raise ConfigError(
             "this kernel cannot confine a program that reads foreign data: it has no Landlock",
@@ -130,7 +131,13 @@ def enter(room: Room) -> None:
     _filter_calls(calls.values(), may_open_to_write=bool(abi))
 
 
-def _lower(limit: int, value: int) -> None:
+def no_new_privileges() -> None:
+    """No program that this thread becomes has more rights than it. Raises ConfigError."""
+    prctl(_PR_SET_NO_NEW_PRIVS, 1)
+
+
+def lower(limit: int, value: int) -> None:
+    """Bring a limit of this process (resource.RLIMIT_*), hard and soft, down to `value`."""
     _, hard = resource.getrlimit(limit)
     if hard != resource.RLIM_INFINITY:
         value = min(value, hard)
@@ -149,30 +156,44 @@ TRUNCATE, IOCTL_DEV = 1 << 14, 1 << 15
 _RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}
 _RIGHTS_SINCE_5 = 16
 _NET = 0b11  # LANDLOCK_ACCESS_NET_BIND_TCP and _CONNECT_TCP, since version 4
-_SCOPES = 0b11  # LANDLOCK_SCOPE_ABSTRACT_UNIX_SOCKET and _SIGNAL, since version 6
+# LANDLOCK_SCOPE_ABSTRACT_UNIX_SOCKET and _SIGNAL, since version 6
+SCOPE_ABSTRACT, SCOPE_SIGNAL = 1 << 0, 1 << 1
+SCOPES = SCOPE_ABSTRACT | SCOPE_SIGNAL
+
+# Paths, and the rights at each and at all that is in it.
+FileRule = tuple[Iterable[str], int]
 
 
 def landlock_version() -> int:
     """Of the kernel's interface; 0 where there is none."""
-    return max(_syscall(_CREATE_RULESET, 0, 0, _RULESET_VERSION), 0)
+    return max(call_kernel(_CREATE_RULESET, 0, 0, _RULESET_VERSION), 0)
 
 
-def _restrict_files(room: Room, abi: int) -> None:
+def _rules_of(room: Room) -> list[FileRule]:
+    return [
+        ((*room.read, *_DEVICES), READ_FILE | READ_DIR),
+        (room.write, READ_FILE | WRITE_FILE | TRUNCATE | IOCTL_DEV),
+        (room.execute, READ_FILE | READ_DIR | EXECUTE),
+    ]
+
+
+def restrict_files(rules: Iterable[FileRule], abi: int, *, scopes: int = SCOPES) -> None:
+    """Let this thread, and those that it starts, open what `rules` allow and nothing else; no TCP,
+    and none of `scopes`, as far as version `abi` of the interface can. Raises ConfigError."""
     known = (1 << _RIGHTS.get(abi, _RIGHTS_SINCE_5)) - 1
-    attributes = struct.pack("=QQQ", known, _NET if abi >= 4 else 0, _SCOPES if abi >= 6 else 0)[
+    attributes = struct.pack("=QQQ", known, _NET if abi >= 4 else 0, scopes if abi >= 6 else 0)[
         : 8 if abi < 4 else 16 if abi < 6 else 24
     ]
-    rules = _checked(
-        _syscall(_CREATE_RULESET, ctypes.c_char_p(attributes), len(attributes), 0),
+    ruleset = checked(
+        call_kernel(_CREATE_RULESET, ctypes.c_char_p(attributes), len(attributes), 0),
         "landlock_create_ruleset",
     )
     try:
-        _allow(rules, (*room.read, *_DEVICES), READ_FILE | READ_DIR, known)
-        _allow(rules, room.write, READ_FILE | WRITE_FILE | TRUNCATE | IOCTL_DEV, known)
-        _allow(rules, room.execute, READ_FILE | READ_DIR | EXECUTE, known)
-        _checked(_syscall(_RESTRICT_SELF, rules, 0), "landlock_restrict_self")
+        for paths, access in rules:
+            _allow(ruleset, paths, access, known)
+        checked(call_kernel(_RESTRICT_SELF, ruleset, 0), "landlock_restrict_self")
     finally:
-        os.close(rules)
+        os.close(ruleset)
 
 
 def _allow(rules: int, paths: Iterable[str], access: int, known: int) -> None:
@@ -185,8 +206,8 @@ def _allow(rules: int, paths: Iterable[str], access: int, known: int) -> None:
             # A rule for a file may have no right that only a folder can have.
             rights = access & known & (~0 if os.path.isdir(path) else ~READ_DIR)
             rule = struct.pack("=Qi", rights, fd)
-            added = _syscall(_ADD_RULE, rules, _PATH_BENEATH, ctypes.c_char_p(rule), 0)
-            _checked(added, "landlock_add_rule")
+            added = call_kernel(_ADD_RULE, rules, _PATH_BENEATH, ctypes.c_char_p(rule), 0)
+            checked(added, "landlock_add_rule")
         finally:
             os.close(fd)
 
@@ -234,55 +255,102 @@ OPEN, OPENAT, CLONE, TGKILL, PRLIMIT64 = 2, 257, 56, 234, 302
 # Its arguments lie in memory, where no filter looks. The C library uses clone if it is not there.
 CLONE3 = 435
 _CLONE_THREAD = 0x10000
-_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_TMPFILE & ~os.O_DIRECTORY
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_TMPFILE & ~os.O_DIRECTORY
 
-_PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP = 38, 22
-_MODE_FILTER = 2
+_PR_SET_NO_NEW_PRIVS = 38
+_SECCOMP = 317
+_SET_MODE_FILTER = 1
+FILTER_TSYNC, FILTER_SPEC_ALLOW = 1 << 0, 1 << 2
 _AUDIT_ARCH_X86_64 = 0xC000003E
 _RET_ALLOW, _RET_ERRNO, _RET_KILL = 0x7FFF0000, 0x00050000, 0x80000000
 # struct seccomp_data
 _NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16
-# Classic BPF: load a word, jump if equal, jump if any bit is set, return.
-_LOAD, _EQUAL, _ANY, _RETURN = 0x20, 0x15, 0x45, 0x06
+# Classic BPF: load a word, jump if equal, jump if any bit is set, jump if not less, jump, return.
+_LOAD, EQUAL, ANY, _AT_LEAST, _SKIP, _RETURN = 0x20, 0x15, 0x45, 0x35, 0x05, 0x06
+NONE = -ANY
+# What passes goes on with the next line, what does not with the one behind.
+_TESTS = {EQUAL: (EQUAL, 0, 1), ANY: (ANY, 0, 1), NONE: (ANY, 1, 0)}
+_X32 = 0x40000000  # <asm/unistd.h>, __X32_SYSCALL_BIT
+
+Line = tuple[int, int, int, int]
+"""(code, jump if true, jump if false, value): struct sock_filter"""
+
+_ALLOW: Line = (_RETURN, 0, 0, _RET_ALLOW)
+_REFUSE: Line = (_RETURN, 0, 0, _RET_ERRNO | errno.EPERM)
+_BEGIN: tuple[Line, ...] = (
+    (_LOAD, 0, 0, _ARCH),
+    (EQUAL, 1, 0, _AUDIT_ARCH_X86_64),
+    (_RETURN, 0, 0, _RET_KILL),
+    (_LOAD, 0, 0, _NUMBER),
+)
 
 
 def _filter_calls(calls: Iterable[int], *, may_open_to_write: bool) -> None:
     program = _program(calls, os.getpid(), may_open_to_write=may_open_to_write)
+    install(program, 0)
+
+
+def install(program: Sequence[Line], flags: int) -> None:
+    """Make `program` a filter of this thread's calls, and of others' as `flags` say
+    (SECCOMP_FILTER_FLAG_*). Raises ConfigError."""
     code = b"".join(struct.pack("=HBBI", *line) for line in program)
     buffer = ctypes.create_string_buffer(code, len(code))
     header = struct.pack("@HP", len(program), ctypes.addressof(buffer))
-    _prctl(_PR_SET_SECCOMP, _MODE_FILTER, ctypes.c_char_p(header))
+    done = call_kernel(_SECCOMP, _SET_MODE_FILTER, flags, ctypes.c_char_p(header))
+    if done > 0:
+        raise ConfigError(f"this kernel cannot confine a program: thread {done} takes no filter")
+    checked(done, "seccomp")
 
 
-def _program(
-    numbers: Iterable[int], pid: int, *, may_open_to_write: bool
-) -> list[tuple[int, int, int, int]]:
-    """(code, jump if true, jump if false, value), in order."""
-    refuse, allow = (_RETURN, 0, 0, _RET_ERRNO | errno.EPERM), (_RETURN, 0, 0, _RET_ALLOW)
-    lines = [
-        (_LOAD, 0, 0, _ARCH),
-        (_EQUAL, 1, 0, _AUDIT_ARCH_X86_64),
-        (_RETURN, 0, 0, _RET_KILL),
-        (_LOAD, 0, 0, _NUMBER),
-    ]
-    for number in numbers:
-        lines += [(_EQUAL, 0, 1, number), allow]
-    calls: dict[int, tuple[int, int, int]] = {
-        CLONE: (0, _ANY, _CLONE_THREAD),
-        TGKILL: (0, _EQUAL, pid),
-        PRLIMIT64: (0, _EQUAL, 0),
+Check = tuple[int, int, Iterable[int]]
+"""Which argument, a test (EQUAL, ANY, NONE), and the numbers that it equals, or the bits of which
+it has any or none. Only the lower 32 bits of an argument are looked at."""
+
+
+def _program(numbers: Iterable[int], pid: int, *, may_open_to_write: bool) -> list[Line]:
+    checks = own_process_only(pid)
+    if not may_open_to_write:
+        checks |= {OPEN: (1, NONE, (WRITING,)), OPENAT: (2, NONE, (WRITING,))}
+    return allow_list([*numbers, OPEN, OPENAT], checks)
+
+
+def own_process_only(pid: int) -> dict[int, Check]:
+    """Threads, not processes, and nothing that is done to other processes than `pid`."""
+    return {
+        CLONE: (0, ANY, (_CLONE_THREAD,)),
+        TGKILL: (0, EQUAL, (pid,)),
+        PRLIMIT64: (0, EQUAL, (0,)),
     }
-    for number, (argument, test, value) in calls.items():
-        one = (_LOAD, 0, 0, _ARGUMENTS + 8 * argument)
-        lines += [(_EQUAL, 0, 4, number), one, (test, 0, 1, value), allow, refuse]
-    for number, argument in ((OPEN, 1), (OPENAT, 2)):
-        if may_open_to_write:
-            lines += [(_EQUAL, 0, 1, number), allow]
-        else:
-            one = (_LOAD, 0, 0, _ARGUMENTS + 8 * argument)
-            lines += [(_EQUAL, 0, 4, number), one, (_ANY, 1, 0, _WRITING), allow, refuse]
-    lines += [(_EQUAL, 0, 1, CLONE3), (_RETURN, 0, 0, _RET_ERRNO | errno.ENOSYS)]
-    return [*lines, refuse]
+
+
+def allow_list(numbers: Iterable[int], checks: Mapping[int, Check]) -> list[Line]:
+    """A filter that lets calls pass that are among `checks` and fulfil theirs, or else among
+    `numbers`. The checks come first: the kernel looks no calls up that always pass."""
+    lines = list(_BEGIN)
+    for number, (argument, test, values) in checks.items():
+        block: list[Line] = [(_LOAD, 0, 0, _ARGUMENTS + 8 * argument)]
+        for value in values:
+            block += [(*_TESTS[test], value), _ALLOW]
+        block.append(_REFUSE)
+        lines += [(EQUAL, 1, 0, number), (_SKIP, 0, 0, len(block)), *block]
+    for number in numbers:
+        lines += [(EQUAL, 0, 1, number), _ALLOW]
+    lines += [(EQUAL, 0, 1, CLONE3), (_RETURN, 0, 0, _RET_ERRNO | errno.ENOSYS)]
+    return [*lines, _REFUSE]
+
+
+def deny_list(numbers: Iterable[int], checks: Mapping[int, Check]) -> list[Line]:
+    """A filter that lets no call pass of `numbers`, nor one that fulfils its check in `checks`."""
+    lines = [*_BEGIN, (_AT_LEAST, 0, 1, _X32), _REFUSE]
+    for number, (argument, test, values) in checks.items():
+        block: list[Line] = [(_LOAD, 0, 0, _ARGUMENTS + 8 * argument)]
+        for value in values:
+            block += [(*_TESTS[test], value), _REFUSE]
+        block.append(_ALLOW)
+        lines += [(EQUAL, 1, 0, number), (_SKIP, 0, 0, len(block)), *block]
+    for number in numbers:
+        lines += [(EQUAL, 0, 1, number), _REFUSE]
+    return [*lines, _ALLOW]
 
 
 # --- the kernel ----------------------------------------------------------------------------------
@@ -290,19 +358,20 @@ def _program(
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _syscall(number: int, *arguments: object) -> int:
+def call_kernel(number: int, *arguments: object) -> int:
+    """A system call without a wrapper of the C library; below 0 it has failed: ctypes.get_errno."""
     words = (ctypes.c_long(word) if isinstance(word, int) else word for word in arguments)
     result: int = _libc.syscall(ctypes.c_long(number), *words)
     return result
 
 
-def _prctl(option: int, *arguments: object) -> None:
+def prctl(option: int, *arguments: object) -> None:
     words = [ctypes.c_ulong(word) if isinstance(word, int) else word for word in arguments]
     zeros = [ctypes.c_ulong(0)] * (4 - len(words))
-    _checked(_libc.prctl(ctypes.c_int(option), *words, *zeros), f"prctl {option}")
+    checked(_libc.prctl(ctypes.c_int(option), *words, *zeros), f"prctl {option}")
 
 
-def _checked(result: int, call: str) -> int:
+def checked(result: int, call: str) -> int:
     if result < 0:
         reason = os.strerror(ctypes.get_errno())
         raise ConfigError(f"this kernel cannot confine a program: {call}: {reason}")
@@ -312,6 +381,8 @@ def _checked(result: int, call: str) -> int:
 def main(arguments: list[str]) -> int:
     """Run the program that `command` has put into a line. Returns only with a failure's exit code,
     after a line on standard error."""
+    import json
+
     settings = json.loads(arguments[0])
     room = Room(
         **{name: tuple(settings[name]) for name in ("read", "write", "execute")},

@@ -17,6 +17,20 @@ from pyvmm.host.unix_sockets import Socket
 _note: Callable[[str], None] | None = None
 
 
+def remove(path: str) -> None:
+    """Remove the file at `path`. Raises OSError."""
+    _remove(path)
+
+
+_remove: Callable[[str], None] = os.unlink
+
+
+def remove_by(remover: Callable[[str], None]) -> None:
+    """From now on `remover` removes files: it can where this process no longer can."""
+    global _remove
+    _remove = remover
+
+
 def note_by(note: Callable[[str], None]) -> None:
     """From now on `note` is told the path of each socket that is made: who kills this process with
     SIGKILL leaves it there."""
@@ -91,7 +105,7 @@ class NamedListener(Closable):
         self.socket.close()
         with suppress(OSError):  # somebody has removed it, or put something else there
             if _identity(os.lstat(self.path)) == self._identity:
-                os.unlink(self.path)
+                remove(self.path)
 
 
 def _is_alive(path: str) -> bool:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pyvmm.errors import ConfigError
-from pyvmm.host import confinement, log
+from pyvmm.host import box, confinement, log
 from pyvmm.host.qcow2 import Layer, blockdev
 
 PROGRAM = "qemu-storage-daemon"
@@ -73,6 +73,7 @@ class StorageDaemon:
                     pass_fds=(self._listener.fileno(), *self._given),
                     start_new_session=True,  # Ctrl-C is for us, not for it to die of
                 )
+            box.may_signal(self._process.pid)
         except OSError as error:
             self._said.append(error.strerror or "unknown error")
             return

@@ -63,6 +63,11 @@ def connect(path: str) -> Socket:
     Raises HostError: ENOENT, ECONNREFUSED for a socket without a listener, EAGAIN for a listener
     with as many waiting as it wants.
     """
+    return _connect(path)
+
+
+def connect_here(path: str) -> Socket:
+    """The same, whatever `connect_by` was told."""
     made = _new()
     try:
         with _short(path) as name:
@@ -113,6 +118,15 @@ def set_route(route: Callable[[str], Socket] | None) -> None:
     """Have `reach` ask `route` from now on; None undoes it."""
     global _route
     _route = route
+
+
+_connect: Callable[[str], Socket] = connect_here
+
+
+def connect_by(other: Callable[[str], Socket]) -> None:
+    """From now on `connect` asks `other`, which can where this process no longer can."""
+    global _connect
+    _connect = other
 
 
 def is_routed() -> bool:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyvmm.control.protocol import Method, Upgrade
 from pyvmm.host import log
+from pyvmm.host.box import NO_BOX, Box
 from pyvmm.kinds import registry
 from pyvmm.kinds.interface import Running
 from pyvmm.machine.builder import Parts, Prepared
@@ -37,17 +38,20 @@ class MachineControl:
         hotplug: Callable[[], Hotplug],
         resize_outside: ResizeOutside | None = None,
         described: VmSpec | None = None,
+        *,
+        box: Box = NO_BOX,
     ) -> None:
         """`hotplug` is asked for devices that are to come or go. `described` is the VM as the
         user's machine knows it, where that is another one. `resize_outside` is for where the
         disks are somebody else's: it resizes the storage at a path, to so many bytes or (None) to
-        those it has by now, and returns when that shows here.
+        those it has by now, and returns when that shows here. `box` is what this process is in.
         """
         self._machine = machine
         self._hotplug = hotplug
         self._watch = watch
         self._resize_outside = resize_outside
         self._described = described
+        self._box = box
         self._start = time.monotonic()
         self._stats: tuple[Parts, MachineStats] | None = None
 
@@ -135,7 +139,11 @@ class MachineControl:
                 for disk, device in self._running().of_kind("disk")
             ],
             "devices": [device.name for device in devices],
+            "confinement": self._confinement(),
         }
+
+    def _confinement(self) -> dict[str, Any]:
+        return {"on": list(self._box.on), "off": dict(self._box.off)}
 
     def stats(self) -> dict[str, Any]:
         """What was counted since the start; docs/watching.md has the names. Raises HostError."""

@@ -52,10 +52,12 @@ def run_emulated(
     control: Socket | None = None,
     stop_patience: float = STOP_SECONDS,
     vm_log: VmLog | None = None,
+    confine: str = "auto",
 ) -> int:
     """Run `spec` in an emulated KVM host; the exit code is the guest's. Requests to the listening
     socket `control` are answered from inside. A guest that a signal asks to power off has
-    `stop_patience` seconds. What comes out is kept in `vm_log` too.
+    `stop_patience` seconds. What comes out is kept in `vm_log` too. `confine` is for the monitor
+    inside (pyvmm.monitor.confine).
 
     Everything the user may have got wrong is found here, before the emulated host starts: it takes
     seconds to come up. Then `because` says why there is an emulated host at all. The disks stay
@@ -91,7 +93,7 @@ def run_emulated(
             )
         # -P: the current directory is the user's, not a place for modules.
         argv = [sys.executable, "-P", "-m", emulated_inside.__name__, described]
-        argv += [to_json(spec), str(stop_patience)]
+        argv += [to_json(spec), str(stop_patience), confine]
         return _join_terminal(host, argv, size, stop_patience, vm_log)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import suppress
+from functools import partial
 
 from pyvmm import monitor
 from pyvmm.relay import VARIABLE
@@ -19,18 +20,20 @@ CONTROL_PATH = "/run/pyvmm-control"  # where the relay of sockets finds the moni
 def main() -> int:
     """Run the specification in argv[2], a JSON text; the guest's exit code. argv[1] is the same as
     the machine outside knows it, argv[3] are the seconds that a guest has to power off when a
-    signal asks it to."""
+    signal asks it to, argv[4] says how this is confined."""
     monitor.collect_garbage_rarely()
     from pyvmm.host import log
     from pyvmm.kinds.vm_spec import from_json
+    from pyvmm.monitor.confine import Confinement
     from pyvmm.monitor.phases import run_here
 
     try:
         spec = from_json(sys.argv[2])
         stop_patience = float(sys.argv[3])
+        confinement = Confinement(sys.argv[4])
         log.set_vm(spec.name)
         if VARIABLE not in os.environ:
-            return run_here(spec, quiet=True, stop_patience=stop_patience)
+            return run_here(spec, quiet=True, stop_patience=stop_patience, confinement=confinement)
         from pyvmm.host import unix_sockets
         from pyvmm.relay import inside
 
@@ -42,8 +45,9 @@ def main() -> int:
             stop_patience=stop_patience,
             control=control,
             on_listening=inside.admit,
-            resize_outside=_resize_outside,
+            resize_outside=lambda *args: confinement.run(partial(_resize_outside, *args)),
             described=from_json(sys.argv[1]),
+            confinement=confinement,
         )
         control.close()
         inside.finish()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from contextlib import suppress
 
 from pyvmm.errors import ConfigError, PyvmmError
 from pyvmm.host import log
@@ -62,7 +63,8 @@ def flush_or_drop(code: int = 0) -> int:
         except OSError as error:
             if stream is sys.stdout and error.errno in _HOST_FAILURES:
                 code = code or explain(error)
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, stream.fileno())
-            os.close(null)
+            with suppress(OSError):  # a box without Landlock opens nothing to write
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, stream.fileno())
+                os.close(null)
     return code

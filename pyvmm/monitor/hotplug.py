@@ -165,6 +165,10 @@ class Hotplug(Closable):
 
     # --- a device comes ---------------------------------------------------------------------------
 
+    def run_outside(self, job: Callable[[], Any]) -> Any:
+        """Do what needs names, outside of the box that this may be in; what `job` returns."""
+        return self._devices.run_by(job)
+
     def add(self, kind: str, value: str | dict[str, Any] | Spec) -> dict[str, Any]:
         """Open the device that `value` describes, as its option would, and plug it in; its `id`,
         and the PCI `slot` that it is in. Raises ConfigError, HostError."""

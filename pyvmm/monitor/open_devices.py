@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from threading import Lock
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyvmm.host.syscalls import Closable
 from pyvmm.kinds import registry
@@ -32,12 +33,15 @@ class OpenDevices(Closable):
         self._context = vm_name, trace, alarm, map_file
         self._lock = Lock()
         self._closing: dict[VirtioDevice, ExitStack] = {}
+        # In a box what has a name is opened, and its programs are ended, elsewhere.
+        self.run_by: Callable[[Callable[[], Any]], Any] = lambda job: job()
 
     def open(self, spec: Spec) -> VirtioDevice:
         """Raises ConfigError for what the user can mend; nothing is left open then."""
         name, trace, alarm, map_file = self._context
         with ExitStack() as closing:
-            device = registry.open_device(spec, Context(name, trace, closing, alarm, map_file))
+            context = Context(name, trace, closing, alarm, map_file)
+            device: VirtioDevice = self.run_by(partial(registry.open_device, spec, context))
             with self._lock:
                 taken = {other.name for other in self._closing}
                 usual, number = device.name, 2
@@ -52,10 +56,11 @@ class OpenDevices(Closable):
         with self._lock:
             closing = self._closing.pop(device, None)
         if closing is not None:
-            closing.close()
+            self.run_by(closing.close)
 
     def close(self) -> None:
-        with ExitStack() as closing:  # the last first, and all of them whatever one raises
-            for stack in self._closing.values():
-                closing.callback(stack.close)
-            self._closing = {}
+        closing = ExitStack()  # the last first, and all of them whatever one raises
+        for stack in self._closing.values():
+            closing.callback(stack.close)
+        self._closing = {}
+        self.run_by(closing.close)

@@ -1,4 +1,4 @@
-"""The life of a monitor on this machine's KVM: open → assemble → run → end.
+"""The life of a monitor on this machine's KVM: open → assemble → confine → run → end.
 
 `run_here` is all of it, in that order. The monitor is joined to this process's terminal. What a
 phase opens is closed in reverse order, whichever phase fails. Decision 0353 says what opens a file
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from pyvmm.boot.diagnosis import PANIC
 from pyvmm.errors import PyvmmError
 from pyvmm.host import log
+from pyvmm.host.box import NO_BOX
 from pyvmm.host.syscalls import Closable
 from pyvmm.kinds import registry
 from pyvmm.machine.alarm import Alarm
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from pyvmm.host.unix_sockets import Socket
     from pyvmm.kvm.system import Kvm
     from pyvmm.machine.mapped_files import MappedFiles
+    from pyvmm.monitor.confine import Confinement
     from pyvmm.monitor.control import ResizeOutside
     from pyvmm.monitor.hotplug import Hotplug
     from pyvmm.monitor.power_off import PowerOff
@@ -78,20 +80,25 @@ def run_here(
     stop_patience: float = STOP_SECONDS,
     on_output: Callable[[bytes], None] = lambda data: None,
     described: VmSpec | None = None,
+    confinement: Confinement | None = None,
 ) -> int:
     """Run `spec`; the exit code. Requests to the listening socket `control` are answered once the
     vCPUs run; `on_listening` is called once all sockets for the host's programs listen;
     `resize_outside` is MachineControl's. A guest that a signal asks to power off has
     `stop_patience` seconds. `described` is MachineControl's too. `on_output` sees what the console
-    says; it must not wait. Raises ConfigError or HostError if it cannot be started.
+    says; it must not wait. `confinement` is entered when all is open that the machine works on.
+    Raises ConfigError or HostError if it cannot be started.
     """
     with _Answering(control, resize_outside, described) as answering:
         with ExitStack() as closing:
             opened = _open(spec, closing, quiet=quiet)
+            if confinement is not None:
+                opened.devices.run_by = confinement.run
             on_listening()
             run = _Run(opened, answering, on_output, closing)
             run.assemble(stop_patience)
-            # What confines the monitor belongs here: all that it works on is open.
+            if confinement is not None:
+                answering.box = confinement.enter(opened.prepared.spec)
             outcome = run.to_the_end()
         return _end(run, outcome)
 
@@ -171,6 +178,7 @@ class _Answering(Closable):
         self._described = described
         self._resize_outside = resize_outside
         self.is_inside = resize_outside is not None
+        self.box = NO_BOX
         self._watch: Watch | None = None
 
     def start(
@@ -195,7 +203,9 @@ class _Answering(Closable):
         watch.console_left_out = console_left_out
         watch.events.emit("started")
         attendant.on_finding = watch.tell_finding
-        control = MachineControl(machine, watch, hotplug, self._resize_outside, self._described)
+        control = MachineControl(
+            machine, watch, hotplug, self._resize_outside, self._described, box=self.box
+        )
         server = ControlServer(self._listener, control.method)
         closing.callback(server.close)
         server.start()

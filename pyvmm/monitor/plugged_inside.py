@@ -40,15 +40,19 @@ def plug(
 def _plug(
     hotplug: Hotplug, kind: str, spec: dict[str, Any], disks: dict[str, str], streams: list[str]
 ) -> dict[str, Any]:
+    hotplug.run_outside(partial(_bring_in, disks, streams))
+    try:
+        return hotplug.add(kind, registry.from_plain(kind, spec))
+    except TypeError as error:
+        raise ConfigError(f"not a device: {error}") from None
+
+
+def _bring_in(disks: dict[str, str], streams: list[str]) -> None:
     # The nodes stay, for a resize looks there; a RAM disk has them, and each has its own path.
     for path, serial in disks.items():
         _place(path, _until(serial, partial(_device_of, serial)))
     for port in streams:
         _until(port, partial(os.path.exists, port))
-    try:
-        return hotplug.add(kind, registry.from_plain(kind, spec))
-    except TypeError as error:
-        raise ConfigError(f"not a device: {error}") from None
 
 
 def _until(what: str, look: Callable[[], Any]) -> Any:

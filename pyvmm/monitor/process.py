@@ -36,9 +36,9 @@ _PIECE = 4096
 def main() -> int:
     """Run the request that sys.argv names; the exit code is as `pyvmm run`'s.
 
-    argv[1] is a descriptor with a JSON object: `spec` (as `to_json` has it), `kvm`, `image`, `rm`
-    (as `run_spec` has them) and `parent` (a process, or null); argv[2] is one that the VM's name is
-    written to.
+    argv[1] is a descriptor with a JSON object: `spec` (as `to_json` has it), `kvm`, `confine`,
+    `image`, `rm` (as `run_spec` has them) and `parent` (a process, or null); argv[2] is one that
+    the VM's name is written to.
     """
     monitor.collect_garbage_rarely()
     from pyvmm.monitor.exit_code import explain
@@ -60,7 +60,7 @@ def _run(request_fd: int, name_fd: int) -> int:
     with open(request_fd, "rb") as file:
         request = json.loads(file.read())
     if request["parent"] is not None:
-        Thread(target=_end_with, args=(request["parent"],), name="parent", daemon=True).start()
+        _end_with(request["parent"])
 
     def tell(name: str) -> None:
         os.write(name_fd, name.encode() + b"\n")
@@ -69,6 +69,7 @@ def _run(request_fd: int, name_fd: int) -> int:
     return run_spec(
         from_json(request["spec"]),
         request["kvm"],
+        confine=request["confine"],
         image=request["image"],
         rm=request["rm"],
         on_name=tell,
@@ -77,16 +78,22 @@ def _run(request_fd: int, name_fd: int) -> int:
 
 
 def _end_with(parent: int) -> None:
-    """Wait until the process `parent`, which has started this one, is gone; then end as by SIGTERM,
-    or else by SIGKILL. (PR_SET_PDEATHSIG looks at the thread that started us only.)"""
-    try:
+    """Once the process `parent`, which has started this one, is gone, end as by SIGTERM, or else by
+    SIGKILL. (PR_SET_PDEATHSIG looks at the thread that started us only.)"""
+    fd = -1
+    with suppress(OSError):  # it was gone before we looked
         fd = os.pidfd_open(parent)
+    Thread(target=_await_end, args=(parent, fd), name="parent", daemon=True).start()
+
+
+def _await_end(parent: int, fd: int) -> None:
+    try:
         poll = select.poll()
         poll.register(fd, select.POLLIN)
         while os.getppid() == parent:
             poll.poll()
     except OSError:
-        pass  # It was gone before we looked.
+        pass  # it was gone before we looked
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_GRACE)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -17,12 +17,14 @@ from pyvmm.spec.vm import VmSpec
 
 if TYPE_CHECKING:
     from pyvmm.control.vm_log import VmLog
+    from pyvmm.monitor.confine import Confinement
 
 
 def run_spec(
     spec: VmSpec,
     kvm: str = "auto",
     *,
+    confine: str = "auto",
     image: str | None = None,
     rm: bool = False,
     on_name: Callable[[str], None] = lambda name: None,
@@ -37,7 +39,8 @@ def run_spec(
     it is kept. `wrap` is called in place of the run, with what carries it out; it returns the
     exit code, and whether that is one of a command in the guest and not the VM's own. A signal asks
     the guest to power off first; with `cut_if_nothing_kept` only if it can keep something.
-    `on_open` is called once all files of a VM on this machine's KVM are open.
+    `on_open` is called once all files of a VM on this machine's KVM are open. `confine` is one of
+    pyvmm.monitor.confine's modes.
     """
     with _registered(spec.name, image or registry.DEFAULT_NAME) as registration:
         spec = replace(spec, name=registration.name)
@@ -56,7 +59,16 @@ def run_spec(
         listener = registration.listener
 
         def run() -> int:
-            return _run(spec, kvm, listener, patience, vm_log, on_open)
+            return _run(
+                spec,
+                kvm,
+                registration,
+                patience,
+                vm_log,
+                on_open,
+                confine,
+                passes_signals=wrap is not None,
+            )
 
         try:
             code, of_command = (run(), False) if wrap is None else wrap(spec, listener, run)
@@ -100,10 +112,13 @@ def _note_end(vm_log: VmLog, code: int, *, of_command: bool) -> None:
 def _run(
     spec: VmSpec,
     kvm: str,
-    control: Socket | None,
+    registration: registry.Registration,
     stop_patience: float,
     vm_log: VmLog | None,
     on_open: Callable[[], None],
+    confine: str,
+    *,
+    passes_signals: bool,
 ) -> int:
     because = None
     if kvm == "auto":
@@ -115,14 +130,35 @@ def _run(
 
         return run_here(
             spec,
-            control=control,
+            control=registration.listener,
             on_listening=on_open,
             stop_patience=stop_patience,
             on_output=_nothing if vm_log is None else vm_log.console,
+            confinement=_confinement(confine, registration, vm_log, passes_signals),
         )
     from pyvmm.monitor.emulated import run_emulated
 
-    return run_emulated(spec, because, control=control, stop_patience=stop_patience, vm_log=vm_log)
+    return run_emulated(
+        spec,
+        because,
+        control=registration.listener,
+        stop_patience=stop_patience,
+        vm_log=vm_log,
+        confine=confine,
+    )
+
+
+def _confinement(
+    mode: str,
+    registration: registry.Registration,
+    vm_log: VmLog | None,
+    passes_signals: bool,
+) -> Confinement:
+    from pyvmm.monitor.confine import Confinement
+
+    confinement = Confinement(mode, passes_signals=passes_signals)
+    confinement.watch_over(registration, vm_log)
+    return confinement
 
 
 def _nothing(data: bytes) -> None:

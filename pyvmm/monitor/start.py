@@ -17,6 +17,7 @@ from pyvmm.spec.vm import VmSpec
 def start(
     *,
     kvm: str = "auto",
+    confine: str = "auto",
     detach: bool = False,
     command: Sequence[str] = (),
     debug: bool = False,
@@ -32,22 +33,30 @@ def start(
     Raises PyvmmError for what is wrong with them.
     """
     if restore is not None:
-        return _restore(restore, kvm, options, detach=detach, command=command)
+        return _restore(restore, kvm, confine, options, detach=detach, command=command)
     spec, image = specify(options)
     rm = bool(options.get("rm"))
     if command:
         if detach:
             raise ConfigError("a command is waited for", cure="use pyvmm exec", option="--detach")
-        return _run_command(spec, kvm, image, rm, command, debug)
+        return _run_command(spec, kvm, confine, image, rm, command, debug)
     if not detach:
-        return run_spec(spec, kvm, image=image, rm=rm)
+        return run_spec(spec, kvm, confine=confine, image=image, rm=rm)
     from pyvmm.monitor.process import run_detached
 
-    return run_detached(lambda tell: run_spec(spec, kvm, image=image, rm=rm, on_name=tell))
+    return run_detached(
+        lambda tell: run_spec(spec, kvm, confine=confine, image=image, rm=rm, on_name=tell)
+    )
 
 
 def _restore(
-    name: str, kvm: str, options: Mapping[str, Any], *, detach: bool, command: Sequence[str]
+    name: str,
+    kvm: str,
+    confine: str,
+    options: Mapping[str, Any],
+    *,
+    detach: bool,
+    command: Sequence[str],
 ) -> int:
     from pyvmm.monitor.snapshots import restored
 
@@ -59,19 +68,25 @@ def _restore(
         )
     if not detach:
         with restored(name, options) as (spec, release):
-            return run_spec(spec, kvm, on_open=release)
+            return run_spec(spec, kvm, confine=confine, on_open=release)
     from pyvmm.monitor.process import run_detached
 
     # In the process in the background, so that the snapshot stays locked until its files are open.
     def run(tell: Callable[[str], None]) -> int:
         with restored(name, options) as (spec, release):
-            return run_spec(spec, kvm, on_name=tell, on_open=release)
+            return run_spec(spec, kvm, confine=confine, on_name=tell, on_open=release)
 
     return run_detached(run)
 
 
 def _run_command(
-    spec: VmSpec, kvm: str, image: str | None, rm: bool, command: Sequence[str], debug: bool
+    spec: VmSpec,
+    kvm: str,
+    confine: str,
+    image: str | None,
+    rm: bool,
+    command: Sequence[str],
+    debug: bool,
 ) -> int:
     from pyvmm.monitor import run_command
 
@@ -81,4 +96,6 @@ def _run_command(
     def wrap(spec: VmSpec, control: Socket | None, run: Callable[[], int]) -> tuple[int, bool]:
         return run_command.run_with_command(spec, control, run, line, debug=debug)
 
-    return run_spec(spec, kvm, image=image, rm=rm, wrap=wrap, cut_if_nothing_kept=True)
+    return run_spec(
+        spec, kvm, confine=confine, image=image, rm=rm, wrap=wrap, cut_if_nothing_kept=True
+    )

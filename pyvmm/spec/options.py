@@ -15,6 +15,7 @@ from pyvmm.spec.sizes import parse_memory
 from pyvmm.spec.vm import DISCOVERY, ON_REBOOT, TRACE_KINDS, TRANSPORTS
 
 KVM = ("auto", "host", "emulated")
+CONFINE = ("auto", "strict", "off")
 LOG_FORMATS = ("text", "json")
 
 VALUE, FLAG, OPTIONAL, ARGUMENT = "value", "flag", "optional", "argument"
@@ -195,6 +196,16 @@ LAST = (
         "whichever can boot Linux.",
     ),
     Option(
+        "confine",
+        "--confine",
+        choices=CONFINE,
+        default="auto",
+        shows_default=True,
+        after="--kvm",
+        help="Take away from the monitor what it does not need once the guest runs: as far as this "
+        "machine can and the VM allows, or strictly or not at all, or not (docs/security.md).",
+    ),
+    Option(
         "config",
         "--config",
         metavar="FILE",
@@ -369,6 +380,7 @@ _READ: Mapping[str, Callable[[Any, Option], Any]] = {
     "name": read_text,
     "rm": _true_or_false,
     "kvm": _choice,
+    "confine": _choice,
 }
 
 

@@ -12,6 +12,13 @@ from ioctl_opt import IOC, IOC_NONE, IOC_READ, IOC_WRITE
 
 from pyvmm.kvm.uapi.constants import KVMIO
 
+_made: set[int] = set()
+
+
+def made() -> frozenset[int]:
+    """All that were computed so far: those that this process may use."""
+    return frozenset(_made)
+
 
 class Numbers:
     """The macros for structures that `ffi` knows."""
@@ -21,16 +28,21 @@ class Numbers:
 
     def io(self, nr: int) -> int:
         """_IO: takes no structure."""
-        return int(IOC(IOC_NONE, KVMIO, nr, 0))
+        return self._number(IOC_NONE, nr, 0)
 
     def ior(self, nr: int, c_type: str) -> int:
         """_IOR: the kernel writes the structure."""
-        return int(IOC(IOC_READ, KVMIO, nr, self._sizeof(c_type)))
+        return self._number(IOC_READ, nr, self._sizeof(c_type))
 
     def iow(self, nr: int, c_type: str) -> int:
         """_IOW: the kernel reads it."""
-        return int(IOC(IOC_WRITE, KVMIO, nr, self._sizeof(c_type)))
+        return self._number(IOC_WRITE, nr, self._sizeof(c_type))
 
     def iowr(self, nr: int, c_type: str) -> int:
         """_IOWR: the kernel reads and writes it."""
-        return int(IOC(IOC_READ | IOC_WRITE, KVMIO, nr, self._sizeof(c_type)))
+        return self._number(IOC_READ | IOC_WRITE, nr, self._sizeof(c_type))
+
+    def _number(self, direction: int, nr: int, size: int) -> int:
+        number = int(IOC(direction, KVMIO, nr, size))
+        _made.add(number)
+        return number

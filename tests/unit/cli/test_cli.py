@@ -208,7 +208,7 @@ def test_why_there_is_an_emulated_host_is_said_only_if_it_starts(pyvmm, monkeypa
 def test_the_emulated_host_gets_paths_that_mean_the_same_inside(run, place, monkeypatch):
     inside = []
     monkeypatch.setattr(
-        emulated, "_join_terminal", lambda spec, argv, *more: inside.append(argv[-2]) or 0
+        emulated, "_join_terminal", lambda spec, argv, *more: inside.append(argv[-3]) or 0
     )
     (place / "link").symlink_to("a.img")
     with open(place / "b.img") as opened:

@@ -223,6 +223,7 @@ def test_the_kernel_s_numbers(tmp_path: Path) -> None:
         "tgkill": C.TGKILL,
         "prlimit64": C.PRLIMIT64,
         "clone3": C.CLONE3,
+        "seccomp": C._SECCOMP,
         "landlock_create_ruleset": C._CREATE_RULESET,
         "landlock_add_rule": C._ADD_RULE,
         "landlock_restrict_self": C._RESTRICT_SELF,
@@ -233,15 +234,19 @@ def test_the_kernel_s_numbers(tmp_path: Path) -> None:
     assert len({*C.CALLS.values(), *C.SERVING.values(), *others.values()}) == len(claims)
     claims += [
         f"PR_SET_NO_NEW_PRIVS == {C._PR_SET_NO_NEW_PRIVS}",
-        f"PR_SET_SECCOMP == {C._PR_SET_SECCOMP}",
-        f"SECCOMP_MODE_FILTER == {C._MODE_FILTER}",
+        f"SECCOMP_SET_MODE_FILTER == {C._SET_MODE_FILTER}",
+        f"SECCOMP_FILTER_FLAG_TSYNC == {C.FILTER_TSYNC}",
+        f"SECCOMP_FILTER_FLAG_SPEC_ALLOW == {C.FILTER_SPEC_ALLOW}",
         f"SECCOMP_RET_ALLOW == {C._RET_ALLOW}",
         f"SECCOMP_RET_ERRNO == {C._RET_ERRNO}",
         f"SECCOMP_RET_KILL_PROCESS == {C._RET_KILL}",
         f"AUDIT_ARCH_X86_64 == {C._AUDIT_ARCH_X86_64}",
         f"(BPF_LD | BPF_W | BPF_ABS) == {C._LOAD}",
-        f"(BPF_JMP | BPF_JEQ | BPF_K) == {C._EQUAL}",
-        f"(BPF_JMP | BPF_JSET | BPF_K) == {C._ANY}",
+        f"(BPF_JMP | BPF_JEQ | BPF_K) == {C.EQUAL}",
+        f"(BPF_JMP | BPF_JSET | BPF_K) == {C.ANY}",
+        f"(BPF_JMP | BPF_JGE | BPF_K) == {C._AT_LEAST}",
+        f"(BPF_JMP | BPF_JA) == {C._SKIP}",
+        f"__X32_SYSCALL_BIT == {C._X32}",
         f"(BPF_RET | BPF_K) == {C._RETURN}",
         f"LANDLOCK_ACCESS_FS_EXECUTE == {C.EXECUTE}",
         f"LANDLOCK_ACCESS_FS_WRITE_FILE == {C.WRITE_FILE}",
@@ -254,7 +259,7 @@ def test_the_kernel_s_numbers(tmp_path: Path) -> None:
         f"LANDLOCK_ACCESS_FS_IOCTL_DEV == {C.IOCTL_DEV}",
     ]
     headers = [
-        *("asm/unistd_64.h", "linux/prctl.h", "linux/seccomp.h", "linux/audit.h"),
+        *("asm/unistd.h", "asm/unistd_64.h", "linux/prctl.h", "linux/seccomp.h", "linux/audit.h"),
         *("linux/filter.h", "linux/landlock.h", "linux/sched.h"),
     ]
     newer = ("LANDLOCK_ACCESS_FS_TRUNCATE", "LANDLOCK_ACCESS_FS_IOCTL_DEV")

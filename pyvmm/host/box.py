@@ -1,0 +1,264 @@
+"""The box of a monitor: what a process that works on open things keeps, once all is open.
+
+Layers, each of which stands without the others; decision 0410 says what each is for.
+
+Files and capabilities are each thread's own affair: threads that run already keep them, those that
+are started later do not get them. The filter of calls is the whole process's, or this thread's and
+those that it starts.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import stat
+import struct
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+
+from pyvmm.errors import ConfigError
+from pyvmm.host import confinement as c
+
+PRIVILEGES, CAPABILITIES, LIMITS = "no-new-privileges", "capabilities", "limits"
+FILES, CALLS = "files", "calls"
+LAYERS = (LIMITS, CAPABILITIES, PRIVILEGES, FILES, CALLS)
+_children: set[int] = set()
+
+
+def may_signal(pid: int) -> None:
+    """From a box that is entered later, signals may be sent to `pid`, a child of ours."""
+    _children.add(pid)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What is needed in the box beside open files, memory, threads and time.
+
+    `ioctls` are numbers. `read` are paths, of files or of folders with all that is in them;
+    `devices` those of device nodes that are opened.
+    `hears_of_interfaces`: opens a socket of rtnetlink.
+    `passes_signals`: by descriptors of processes. `outside`: threads that run already start other
+    programs later, and stay outside.
+    """
+
+    ioctls: tuple[int, ...] = ()
+    read: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
+    hears_of_interfaces: bool = False
+    passes_signals: bool = False
+    outside: bool = False
+
+
+@dataclass(frozen=True)
+class Box:
+    """The names of the layers that are on, and of those that are not: why."""
+
+    on: tuple[str, ...] = ()
+    off: tuple[tuple[str, str], ...] = ()
+
+
+NO_BOX = Box()
+
+
+def probe() -> Box:
+    """Which layers this kernel has."""
+    if _machine_lacks():
+        return Box((), tuple((layer, _machine_lacks()) for layer in LAYERS))
+    off = () if c.landlock_version() else ((FILES, _NO_LANDLOCK),)
+    return Box(tuple(layer for layer in LAYERS if layer not in dict(off)), off)
+
+
+_NO_LANDLOCK = "this kernel has no Landlock, or it is switched off"
+
+
+def _machine_lacks() -> str:
+    machine = os.uname().machine
+    return "" if machine == "x86_64" else f"not written for {machine}"
+
+
+def enter(needs: Needs) -> Box:
+    """Bring this process into the box, for good, with all layers that the kernel has."""
+    if reason := _machine_lacks():
+        return Box((), tuple((layer, reason) for layer in LAYERS))
+    on, off = [], []
+    for layer in LAYERS:
+        try:
+            _enter(layer, needs)
+            on.append(layer)
+        except ConfigError as error:
+            off.append((layer, error.message))
+    return Box(tuple(on), tuple(off))
+
+
+def stay_outside() -> None:
+    """For a thread that starts other programs: give up what neither it nor they ever need."""
+    for give_up in (partial(_drop_capabilities, _NEVER_NEEDED), c.no_new_privileges, _never_call):
+        with suppress(ConfigError):  # as far as the kernel can
+            give_up()
+
+
+def _never_call() -> None:
+    if not _machine_lacks():
+        c.install(_some_calls(), c.FILTER_SPEC_ALLOW)
+
+
+def _enter(layer: str, needs: Needs) -> None:
+    """Switch `layer` on. Raises ConfigError."""
+    if layer == LIMITS:
+        c.lower(resource.RLIMIT_CORE, 0)
+    elif layer == CAPABILITIES:
+        _drop_capabilities(None)
+    elif layer == PRIVILEGES:
+        c.no_new_privileges()
+    elif layer == FILES:
+        _leave_files(needs)
+    else:
+        others = 0 if needs.outside else c.FILTER_TSYNC
+        c.install(_calls(needs), others | c.FILTER_SPEC_ALLOW)
+
+
+# --- capabilities --------------------------------------------------------------------------------
+
+_CAPGET, _CAPSET = 125, 126  # <asm/unistd_64.h>
+_CAPABILITY_VERSION_3 = 0x20080522  # <linux/capability.h>
+_PR_CAPBSET_DROP, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 24, 47, 4  # <linux/prctl.h>
+_MOST = 64
+# Of <linux/capability.h>: LINUX_IMMUTABLE, SYS_MODULE, SYS_RAWIO, SYS_PTRACE, SYS_PACCT, SYS_BOOT,
+# SYS_TIME, AUDIT_WRITE, AUDIT_CONTROL, MAC_OVERRIDE, MAC_ADMIN, SYSLOG, WAKE_ALARM, BLOCK_SUSPEND,
+# AUDIT_READ, PERFMON, BPF, CHECKPOINT_RESTORE. No program that is started later needs one of them.
+_NEVER_NEEDED = frozenset({9, 16, 17, 19, 20, 22, 25, 29, 30, 32, 33, 34, 35, 36, 37, 38, 39, 40})
+
+
+def _drop_capabilities(which: frozenset[int] | None) -> None:
+    """Give up `which`, or all of them, so that no program gets them back. Raises ConfigError."""
+    for number in range(_MOST):
+        if which is None or number in which:
+            try:
+                c.prctl(_PR_CAPBSET_DROP, number)
+            except ConfigError:
+                # EINVAL: the kernel knows no more of them; EPERM: there is nothing to give up
+                break
+    header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
+    sets = ctypes.create_string_buffer(24)
+    c.checked(c.call_kernel(_CAPGET, ctypes.c_char_p(header), sets), "capget")
+    # Two halves, each: effective, permitted, inheritable.
+    gone = (1 << _MOST) - 1 if which is None else sum(1 << number for number in which)
+    words = struct.unpack("=6I", sets.raw)
+    kept = [word & ~(gone >> (32 * (place // 3))) & 0xFFFFFFFF for place, word in enumerate(words)]
+    done = c.call_kernel(
+        _CAPSET, ctypes.c_char_p(header), ctypes.c_char_p(struct.pack("=6I", *kept))
+    )
+    c.checked(done, "capset")
+    with suppress(ConfigError):  # Linux before 4.3 has none
+        c.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+# Numbers of the process itself: statistics, messages.
+_SELF = "/proc/self"
+_own_folder = -1
+
+
+def _leave_files(needs: Needs) -> None:
+    global _own_folder
+    abi = c.landlock_version()
+    if not abi:
+        raise ConfigError(_NO_LANDLOCK)
+    # What is open stays in the kernel's memory, and with it the rule for it.
+    with suppress(OSError):
+        _own_folder = os.open(_SELF, os.O_PATH | os.O_CLOEXEC)
+    output = c.READ_FILE | c.WRITE_FILE | c.TRUNCATE | c.IOCTL_DEV
+    rules: list[c.FileRule] = [
+        ((*c.SYSTEM, *needs.read, _SELF, "/dev/zero", "/dev/urandom"), c.READ_FILE | c.READ_DIR),
+        (("/dev/null", *needs.devices, *_terminals()), output),
+    ]
+    # Signals are for the filter to decide: some are for children of ours.
+    c.restrict_files(rules, abi, scopes=c.SCOPE_ABSTRACT)
+
+
+def _terminals() -> Iterator[str]:
+    """The standard streams that are opened once more, so that not to wait is our own affair."""
+    for fd in (0, 1, 2):
+        path = f"/proc/self/fd/{fd}"
+        with suppress(OSError):
+            mode = os.stat(path).st_mode
+            named = os.readlink(path).startswith("/")  # a pipe without a name is open to all
+            if named and (stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)):
+                yield path
+
+
+# --- calls ---------------------------------------------------------------------------------------
+
+_IOCTL, _FCNTL, _KILL, _SOCKET, _SOCKETPAIR, _PRCTL = 16, 72, 62, 41, 53, 157
+_OPEN_CALLS = {"open": c.OPEN, "openat": c.OPENAT}
+# Of open files, memory, threads and children, beside confinement.CALLS.
+_MORE = {
+    **{"msync": 26, "sync_file_range": 277, "rt_sigtimedwait": 128, "rt_sigsuspend": 130},
+    **{"pause": 34, "wait4": 61, "waitid": 247, "getpgrp": 111, "getpgid": 121, "getsid": 124},
+    **{"madvise": 28, "setitimer": 38, "getitimer": 36},
+}
+_BINDING = {"bind": 49}
+_PASSING_SIGNALS = {"pidfd_send_signal": 424}
+_NO_LONGER = {"execve": 59}
+
+_AF_UNIX, _AF_NETLINK = 1, 16  # <linux/socket.h>
+_PR_SET_NAME = 15
+# <asm-generic/ioctls.h>, <linux/fs.h>: terminals (no TIOCSTI, which types at others' terminals),
+# open files, block devices; taps (<linux/if_tun.h>).
+_IOCTLS = {
+    **{"TCGETS": 0x5401, "TCSETS": 0x5402, "TCSETSW": 0x5403, "TCSETSF": 0x5404},
+    **{"TCFLSH": 0x540B, "TIOCGPGRP": 0x540F, "TIOCGWINSZ": 0x5413, "FIONREAD": 0x541B},
+    **{"FIONBIO": 0x5421, "FIONCLEX": 0x5450, "FIOCLEX": 0x5451},
+    **{"BLKDISCARD": 0x1277, "BLKZEROOUT": 0x127F, "BLKGETSIZE64": 0x80081272},
+    **{"FICLONE": 0x40049409, "FICLONERANGE": 0x4020940D},
+    **{"TUNSETOFFLOAD": 0x400454D0, "TUNSETQUEUE": 0x400454D9, "TUNGETIFF": 0x800454D2},
+}
+# <linux/fcntl.h>: F_DUPFD to F_SETLKW, open-file-description locks, F_DUPFD_CLOEXEC, the size of
+# pipes, seals. Not: who gets signals, leases, notices.
+_FCNTLS = (*range(8), 36, 37, 38, 1030, 1031, 1032, 1033, 1034)
+
+
+def _calls(needs: Needs) -> list[c.Line]:
+    """The filter of a monitor that starts no other program."""
+    calls = {**c.CALLS, **c.SERVING, **_MORE, **_OPEN_CALLS}
+    if needs.hears_of_interfaces:
+        calls |= _BINDING
+    if needs.passes_signals:
+        calls |= _PASSING_SIGNALS
+    checks: dict[int, c.Check] = {
+        _IOCTL: (1, c.EQUAL, (*needs.ioctls, *_IOCTLS.values())),
+        _FCNTL: (1, c.EQUAL, _FCNTLS),
+        _KILL: (0, c.EQUAL, (os.getpid(), *sorted(_children))),
+        _SOCKET: (0, c.EQUAL, (_AF_NETLINK,) if needs.hears_of_interfaces else ()),
+        _SOCKETPAIR: (0, c.EQUAL, (_AF_UNIX,)),
+        _PRCTL: (0, c.EQUAL, (_PR_SET_NAME,)),
+        **c.own_process_only(os.getpid()),
+    }
+    if not c.landlock_version():  # which decides what is written, elsewhere
+        checks |= {c.OPEN: (1, c.NONE, (c.WRITING,)), c.OPENAT: (2, c.NONE, (c.WRITING,))}
+    return c.allow_list([calls[name] for name in calls if name not in _NO_LONGER], checks)
+
+
+# What neither pyvmm nor a program that it starts ever does.
+_NEVER = {
+    **{"ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311, "kcmp": 312},
+    **{"pidfd_getfd": 438, "bpf": 321, "perf_event_open": 298, "userfaultfd": 323},
+    **{"add_key": 248, "request_key": 249, "keyctl": 250, "init_module": 175},
+    **{"finit_module": 313, "delete_module": 176, "kexec_load": 246, "kexec_file_load": 320},
+    **{"open_by_handle_at": 304, "reboot": 169, "swapon": 167, "swapoff": 168, "iopl": 172},
+    **{"ioperm": 173, "acct": 163, "quotactl": 179, "settimeofday": 164, "clock_settime": 227},
+    **{"adjtimex": 159, "clock_adjtime": 305, "sethostname": 170, "setdomainname": 171},
+    **{"vhangup": 153, "syslog": 103, "setns": 308, "fanotify_init": 300, "fsopen": 430},
+    **{"fsmount": 432, "move_mount": 429, "open_tree": 428, "mount_setattr": 442},
+    **{"io_uring_setup": 425, "personality": 135},
+}
+_TIOCSTI = 0x5412
+
+
+def _some_calls() -> list[c.Line]:
+    """The filter of a thread that starts other programs, which are under it as well."""
+    return c.deny_list(_NEVER.values(), {_IOCTL: (1, c.EQUAL, (_TIOCSTI,))})

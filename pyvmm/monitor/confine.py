@@ -1,0 +1,143 @@
+"""How a monitor is confined: what of its VM's needs what, and who does what it no longer can.
+
+Decision 0410 has the moment, the layers, and all that needs a name after it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from pyvmm.errors import ConfigError, HostError
+from pyvmm.host import box, named_listener, unix_sockets
+from pyvmm.host.box import NO_BOX, Box, Needs
+from pyvmm.host.outside import Outside
+from pyvmm.kvm.uapi import KVM_RUN, numbers
+from pyvmm.spec.vm import VmSpec
+
+if TYPE_CHECKING:
+    from pyvmm.control.registry import Registration
+    from pyvmm.control.vm_log import VmLog
+    from pyvmm.monitor.keeper import Keeper
+
+AUTO, STRICT, OFF = "auto", "strict", "off"
+MODES = (AUTO, STRICT, OFF)
+
+T = TypeVar("T")
+
+
+class Confinement:
+    """What confines the monitor of one VM: made while nothing is open yet, entered when all is."""
+
+    def __init__(self, mode: str, *, passes_signals: bool = False) -> None:
+        """`mode` is one of MODES. `passes_signals`: to another process, by its descriptor."""
+        self._mode = mode
+        self._passes_signals = passes_signals
+        self._outside: Outside | None = None
+        self._keeper: Keeper | None = None
+        self.box = NO_BOX
+
+    def watch_over(self, registration: Registration, vm_log: VmLog | None) -> None:
+        """The files of this VM are opened, made and removed for it once it is confined."""
+        if self._mode == OFF:
+            return
+        if self._mode == STRICT:
+            from pyvmm.monitor.keeper import Keeper
+
+            keeper = self._keeper = Keeper(os.path.dirname(registration.path), registration.name)
+            for path in registration.files:
+                keeper.announce(path)
+            named_listener.remove_by(keeper.remove)
+            unix_sockets.connect_by(keeper.reach)
+        else:
+            named_listener.remove_by(lambda path: self.run(partial(os.unlink, path)))
+            unix_sockets.connect_by(lambda path: self.run(partial(unix_sockets.connect_here, path)))
+
+        def note(path: str) -> None:
+            registration.note(path)
+            if self._keeper is not None:
+                self._keeper.announce(path)
+
+        named_listener.note_by(note)
+        if vm_log is not None:
+            self._watch_over_log(vm_log)
+
+    def _watch_over_log(self, vm_log: VmLog) -> None:
+        if self._keeper is not None:
+            vm_log.open_by, vm_log.note_end_by = self._keeper.open_log, self._keeper.note_end
+            return
+        open_log, note_end = vm_log.open_by, vm_log.note_end_by
+        vm_log.open_by = lambda rotate: self.run(partial(open_log, rotate))
+        vm_log.note_end_by = lambda *args, **details: self.run(partial(note_end, *args, **details))
+
+    def enter(self, spec: VmSpec) -> Box:
+        """Confine this process, which is about to run `spec`; the layers that are on. Raises
+        ConfigError for a layer that is wanted and cannot be had."""
+        if self._mode == OFF:
+            return self.box
+        needs = Needs(
+            ioctls=(KVM_RUN, *sorted(numbers.made() - {KVM_RUN})),  # it is looked for first
+            read=(*_code(), *_files(spec)),
+            hears_of_interfaces=self._mode == AUTO  # a tap may come later
+            or any(device.kind == "net" for device in spec.devices),
+            passes_signals=self._passes_signals,
+            outside=self._mode == AUTO,
+        )
+        if needs.outside:
+            self._outside = Outside(box.stay_outside)
+        elif self._keeper is not None:
+            for device in spec.devices:
+                if device.kind == "vhost_user":  # whose back end may be followed by another one
+                    self._keeper.announce(getattr(device, "path", ""), removes=False)
+            self._keeper.enter_box()
+        self.box = box.enter(needs)
+        if self._mode == STRICT and self.box.off:
+            layer, reason = self.box.off[0]
+            raise ConfigError(
+                f"the monitor cannot be confined: {layer}: {reason}",
+                cure="use --confine auto, which does without",
+                option="--confine",
+            )
+        return self.box
+
+    def run(self, job: Callable[[], T]) -> T:
+        """Do what the user has asked for by name, where that is possible still. Raises what `job`
+        raises."""
+        if self._outside is not None:
+            return self._outside.run(job)
+        try:
+            return job()
+        except (ConfigError, HostError, OSError) as error:
+            if self.box == NO_BOX:
+                raise
+            message = error.message if isinstance(error, ConfigError) else str(error)
+            raise ConfigError(
+                f"a strictly confined monitor opens nothing by name: {message}",
+                cure="start the VM with --confine auto",
+            ) from None
+
+
+def _code() -> Iterator[str]:
+    """Where Python's own modules and those of packages are, which are loaded when they are wanted;
+    not the folders that a program adds to its path, which may be anybody's."""
+    yield os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    yield os.path.dirname(os.path.abspath(os.__file__))
+    for path in sys.path:
+        if os.path.basename(path) in ("site-packages", "dist-packages", "lib-dynload"):
+            yield path
+
+
+def _files(spec: VmSpec) -> Iterator[str]:
+    """What a restart of the guest reads again, and what a traceback shows."""
+    yield spec.kernel
+    if spec.initrd is not None:
+        yield spec.initrd
+    for disk in spec.disks:
+        if disk.storage == "python":
+            yield disk.path.rpartition(":")[0]
+    for device in spec.devices:
+        if device.kind == "user":  # which few load
+            yield getattr(device, "path", "")

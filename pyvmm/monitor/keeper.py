@@ -1,0 +1,216 @@
+"""What a monitor in a box cannot do itself is done by its keeper: a process that was forked before.
+
+It does four things, for one VM whose name it knows from before, and nothing else:
+
+    b"log" + one byte       open the VM's log, which is begun anew if the byte is not 0
+    b"end" + a JSON object  remember how the VM has ended
+    b"del" + a number       remove the file that was announced as that one
+    b"con" + a number       connect to the socket that was announced as that one
+    b"con" + two numbers    connect to the socket whose name is that file's, "_" and the second one
+
+An answer is an error number in four bytes, and a descriptor where one is asked for. Files are
+announced (``b"add" + path``, or ``b"nam" + path`` for one that is not removed) until the monitor is
+about to enter the box, which it says (``b"box"``): a file is removed only if it is still the same.
+The keeper has no other descriptor than its socket, and ends with the monitor.
+"""
+
+from __future__ import annotations
+
+import _socket
+import errno
+import os
+import signal
+import struct
+from contextlib import suppress
+from threading import Lock
+from typing import Any
+
+from pyvmm.control import vm_log
+from pyvmm.errors import HostError
+from pyvmm.host import unix_sockets
+from pyvmm.host.unix_sockets import Socket
+
+_MOST = 64 << 10  # bytes of a message
+_ANSWER = struct.Struct("=i")
+_MOST_TEXT = 4096
+_KEYS = {"message": str, "ending": str}
+
+
+class Keeper:
+    """The monitor's end. Any thread may call it."""
+
+    def __init__(self, place: str, name: str) -> None:
+        """Fork the keeper of the VM `name`; `place` is the folder of control sockets. To be called
+        before anything is opened for the VM. Raises HostError."""
+        try:
+            self._socket, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
+            child = os.fork()
+        except OSError as error:
+            raise HostError(error.errno or 0, "fork") from None
+        self.pid = child
+        if not child:
+            try:
+                _be_alone(theirs.fileno())
+                _Serving(theirs, place, name).run()
+            finally:
+                os._exit(0)
+        theirs.close()
+        self._lock = Lock()
+        self._numbers: dict[str, int] = {}
+        self._boxed = False
+
+    def announce(self, path: str, *, removes: bool = True) -> None:
+        """`path` is a file that this VM is to remove, or to connect to. Before `enter_box`."""
+        path = os.path.abspath(path)
+        with self._lock:
+            self._ask((b"add" if removes else b"nam") + os.fsencode(path))
+            self._numbers[path] = len(self._numbers)
+
+    def enter_box(self) -> None:
+        """From now on the keeper does not believe us any more."""
+        with self._lock:
+            self._ask(b"box")
+            self._boxed = True
+
+    def remove(self, path: str) -> None:
+        """Remove a file that was announced, or, before `enter_box`, any. Raises OSError."""
+        number = self._numbers.get(os.path.abspath(path))
+        if not self._boxed:
+            os.unlink(path)
+            return
+        if number is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        with self._lock:
+            self._ask(b"del%d" % number)
+
+    def reach(self, path: str) -> Socket:
+        """A connection to the socket of a host's program that a guest wants. Raises HostError."""
+        if not self._boxed:
+            return unix_sockets.connect_here(path)
+        path = os.path.abspath(path)
+        prefix, _, port = path.rpartition("_")
+        if path in self._numbers:
+            which = b"con%d" % self._numbers[path]
+        elif prefix in self._numbers and port.isdecimal():
+            which = b"con%d %d" % (self._numbers[prefix], int(port))
+        else:
+            raise HostError(errno.ECONNREFUSED, f"connect to {path}")
+        try:
+            with self._lock:
+                return unix_sockets.adopt(self._ask(which))
+        except OSError as error:
+            raise HostError(error.errno or 0, f"connect to {path}") from None
+
+    def open_log(self, rotate: bool) -> int:
+        """See vm_log.open_log."""
+        with self._lock:
+            return self._ask(b"log%c" % rotate)
+
+    def note_end(self, exit_code: int | None, **details: object) -> None:
+        """See vm_log.note_end."""
+        import json
+
+        told = {
+            key: value[:_MOST_TEXT] if isinstance(value, str) else value
+            for key, value in details.items()
+        }
+        with self._lock, suppress(OSError):
+            self._ask(b"end" + json.dumps({"exit_code": exit_code, **told}).encode())
+
+    def _ask(self, message: bytes) -> int:
+        """The descriptor in the answer, or -1. Raises OSError."""
+        self._socket.send(message)
+        data, ancillary, _, _ = self._socket.recvmsg(
+            _ANSWER.size, _socket.CMSG_SPACE(4), _socket.MSG_CMSG_CLOEXEC
+        )
+        fds = [_ANSWER.unpack(content[:4])[0] for _, _, content in ancillary]
+        failed = _ANSWER.unpack(data)[0] if len(data) == _ANSWER.size else errno.EPIPE
+        if failed:
+            raise OSError(failed, os.strerror(failed))
+        return int(fds[0]) if fds else -1
+
+
+def _be_alone(fd: int) -> None:
+    """Keep nothing of the monitor but the descriptor `fd`, and end with it."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP):
+        signal.signal(number, signal.SIG_IGN)
+    os.closerange(0, fd)
+    os.closerange(fd + 1, os.sysconf("SC_OPEN_MAX"))
+    os.chdir("/")
+
+
+class _Serving:
+    def __init__(self, socket: _socket.socket, place: str, name: str) -> None:
+        self._socket = socket
+        self._place, self._name = place, name
+        self._files: list[tuple[str, tuple[int, int] | None]] = []
+        self._stay: set[str] = set()
+        self._boxed = False
+
+    def run(self) -> None:
+        """Serve until the other end is closed."""
+        while message := self._socket.recv(_MOST):
+            fd, failed = -1, 0
+            try:
+                fd = self._do(message[:3], message[3:])
+            except OSError as error:
+                failed = error.errno or errno.EIO
+            except (ValueError, IndexError, RecursionError):
+                failed = errno.EINVAL
+            rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, _ANSWER.pack(fd))] if fd >= 0 else []
+            self._socket.sendmsg([_ANSWER.pack(failed)], rights)
+            if fd >= 0:
+                os.close(fd)
+
+    def _do(self, what: bytes, rest: bytes) -> int:
+        """The descriptor to answer with, or -1. Raises OSError, ValueError, IndexError."""
+        if what == b"log":
+            return vm_log.open_log(self._place, self._name, rest != b"\0")
+        if what == b"end":
+            vm_log.note_end(self._place, self._name, **_end(rest))
+        elif what == b"del":
+            path, identity = self._files[int(rest)]
+            if identity is not None and _identity(path) == identity:
+                os.unlink(path)
+        elif what == b"con":
+            number, *port = map(int, rest.split())
+            return _connected("_".join((self._files[number][0], *map(str, port[:1]))))
+        elif what in (b"add", b"nam") and not self._boxed:
+            self._files.append((os.fsdecode(rest), None))
+            if what == b"nam":
+                self._stay.add(os.fsdecode(rest))
+        elif what == b"box" and not self._boxed:
+            self._boxed = True
+            self._files = [
+                (path, None if path in self._stay else _identity(path)) for path, _ in self._files
+            ]
+        else:
+            raise ValueError
+        return -1
+
+
+def _connected(path: str) -> int:
+    """Raises OSError."""
+    try:
+        return unix_sockets.connect_here(path).detach()
+    except HostError as error:
+        raise OSError(error.errno, "connect") from None
+
+
+def _end(text: bytes) -> dict[str, Any]:
+    """How a VM has ended, with nothing in it but what is known. Raises ValueError."""
+    import json
+
+    said = json.loads(text)
+    if not isinstance(said, dict) or type(said.get("exit_code")) not in (int, type(None)):
+        raise ValueError
+    kept = {key: said[key][:_MOST_TEXT] for key in _KEYS if isinstance(said.get(key), str)}
+    return {"exit_code": said["exit_code"], **kept}
+
+
+def _identity(path: str) -> tuple[int, int] | None:
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino

@@ -1,0 +1,304 @@
+"""What code in a device of a running VM can still do: tried in one, with each layer alone, with
+none and with all.
+
+A guest on real KVM reads the device's configuration space, and so runs the code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from boot_images import Elf, Load
+from echo_guest import echo_kernel, faulting_kernel
+from running import Running
+
+from pyvmm.host import box, confinement
+from pyvmm.host.box import CALLS, CAPABILITIES, FILES, LAYERS, LIMITS, PRIVILEGES
+from pyvmm.kvm.system import Kvm
+
+SAFETY_TIMEOUT = 60
+
+# mov ebx, 0xd0000100; mov eax, [rbx]: a disk comes first, so 0xd0001100; then the power-off
+READS_AND_ENDS = bytes.fromhex("bb001100d0 8b03 66ba0006 b034 ee f4 ebfd")
+
+DEVICE = '''
+import ctypes, errno, fcntl, json, os, resource, signal, socket, sys
+from pyvmm.virtio.worker import QueueDevice
+
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+def call(number, *words):
+    """A system call that may only fail for what its arguments are."""
+    arguments = (ctypes.c_long(w) if isinstance(w, int) else ctypes.c_char_p(w) for w in words)
+    if libc.syscall(ctypes.c_long(number), *arguments) < 0:
+        code = ctypes.get_errno()
+        if code in (errno.EPERM, errno.EACCES, errno.ENOSYS):
+            raise OSError(code, "call")
+
+
+class Attacker(QueueDevice):
+    name, device_type, queue_sizes = "attacker", 42, (8,)
+
+    def __init__(self, plan):
+        with open(plan) as file:
+            self.attacks = json.load(file)
+        self.report = open(plan + ".report", "w")
+
+    def serve(self, queue):
+        pass
+
+    def read_config(self, offset, length):
+        attacks, self.attacks = self.attacks, {}
+        found = {}
+        for name, code in attacks.items():
+            try:
+                exec(code, globals())
+                found[name] = "done"
+            except OSError as error:
+                found[name] = errno.errorcode.get(error.errno, repr(error))
+        if attacks:
+            json.dump(found, self.report)
+            self.report.flush()
+        return bytes(length)
+'''
+
+# Runs `pyvmm` with sys.argv[2:], its box made of the layers in sys.argv[1].
+RUN = """
+import sys
+from pyvmm.host import box
+_, layers, *arguments = sys.argv
+box.LAYERS = tuple(layers.split())
+sys.argv = ["pyvmm", *arguments]
+from pyvmm.cli import main
+sys.exit(main())
+"""
+
+
+class Attack(NamedTuple):
+    """`code` fails with EPERM or EACCES if any of `layers` is on, and if none is, it does not."""
+
+    code: str
+    layers: tuple[str, ...]
+
+
+def attacks(folder: Path, victim: int, port: int) -> dict[str, Attack]:
+    other, new, place = folder / "other.img", folder / "new", folder / "place"
+    return {
+        "read a file": Attack("open('/etc/passwd').read(1)", (FILES,)),
+        "write to another VM's disk": Attack(f"open({str(other)!r}, 'r+b').write(b'x')", (FILES,)),
+        "make a file": Attack(f"open({str(new)!r}, 'w'); os.unlink({str(new)!r})", (FILES, CALLS)),
+        "look into a folder": Attack("os.listdir('/etc')", (FILES,)),
+        "read of another process": Attack(
+            f"open('/proc/{victim}/environ').read(1)", (CAPABILITIES, FILES)
+        ),
+        "run a program": Attack(
+            "os.waitpid(os.posix_spawn('/bin/true', ['true'], {}), 0)", (FILES, CALLS)
+        ),
+        "fork": Attack("pid = os.fork() or os._exit(0); os.waitpid(pid, 0)", (CALLS,)),
+        "kill another process": Attack(f"os.kill({victim}, 0)", (CALLS,)),
+        "have signals sent": Attack(f"fcntl.fcntl(0, fcntl.F_SETOWN, {victim})", (CALLS,)),
+        "hold another process": Attack(f"os.close(os.pidfd_open({victim}))", (CALLS,)),
+        "trace another process": Attack(
+            f"call(101, 0x4206, {victim}, 0, 0); call(101, 17, {victim}, 0, 0)",
+            (CAPABILITIES, FILES, CALLS),
+        ),
+        "read another process's memory": Attack(f"call(310, {victim}, 0, 0, 0, 0, 0)", (CALLS,)),
+        "reach the network": Attack(
+            f"s = socket.socket(); s.connect(('127.0.0.1', {port})); s.close()", (FILES, CALLS)
+        ),
+        "send a datagram": Attack(
+            "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', 9))",
+            (CALLS,),
+        ),
+        "reach another VM's control socket": Attack(
+            f"s = socket.socket(socket.AF_UNIX); s.connect({str(folder / 'control')!r}); s.close()",
+            (CALLS,),
+        ),
+        "mount": Attack(
+            f"call(165, b'none', {str(place)!r}.encode(), b'tmpfs', 0, 0);"
+            f"call(166, {str(place)!r}.encode(), 2)",
+            (CAPABILITIES, FILES, CALLS),
+        ),
+        "enter new namespaces": Attack("call(272, 0x04000000)", (CAPABILITIES, CALLS)),
+        "load a module": Attack("call(313, -1, b'', 0)", (CAPABILITIES, CALLS)),
+        "name the machine": Attack(
+            "n = os.uname().nodename.encode(); call(170, n, len(n))", (CAPABILITIES, CALLS)
+        ),
+        "use kernel keys": Attack("call(250, 0, -3, 0)", (CALLS,)),
+        "use io_uring": Attack("call(425, 1, b'\\0' * 120)", (CALLS,)),
+        "type at a terminal": Attack("call(16, 0, 0x5412, b'x')", (CALLS,)),
+        "make another VM": Attack("call(16, 0, 0xAE03FF, 0)", (CALLS,)),
+        "gain rights by a program": Attack(
+            "assert 'NoNewPrivs:\\t0' in open('/proc/self/status').read() or call_refused()",
+            (PRIVILEGES,),
+        ),
+        "dump its memory": Attack(
+            "resource.getrlimit(resource.RLIMIT_CORE)[0] or call_refused()", (LIMITS,)
+        ),
+    }
+
+
+HELPERS = """
+
+def call_refused():
+    raise PermissionError(errno.EPERM, "refused before")
+"""
+
+
+class Scene(NamedTuple):
+    folder: Path
+    attacks: dict[str, Attack]
+
+    def attempt(self, layers: str, *options: str) -> dict[str, str]:
+        """What becomes of each attack in a VM with `layers` only."""
+        plan = self.folder / "plan"
+        plan.write_text(json.dumps({name: one.code for name, one in self.attacks.items()}))
+        kernel, disk = self.folder / "kernel", self.folder / "disk"
+        done = subprocess.run(
+            [
+                *(sys.executable, "-c", RUN, layers, "run", "--kvm=host", "--kernel", str(kernel)),
+                *("--disk", str(disk)),
+                *("--device", f"{self.folder}/attacker.py:Attacker,plan={plan}", *options),
+            ],
+            env={**os.environ, "XDG_RUNTIME_DIR": str(self.folder)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=SAFETY_TIMEOUT,
+        )
+        assert done.returncode == 0, done.stderr
+        found: dict[str, str] = json.loads((self.folder / "plan.report").read_text())
+        assert list(found) == list(self.attacks)
+        return found
+
+
+def refused(found: dict[str, str]) -> set[str]:
+    return {name for name, result in found.items() if result in ("EPERM", "EACCES")}
+
+
+@pytest.fixture
+def scene(kvm: Kvm, tmp_path: Path) -> Iterator[Scene]:
+    tmp_path.chmod(0o700)
+    if missing := box.probe().off:
+        pytest.skip(f"this machine lacks layers: {missing}")
+    if os.geteuid():
+        pytest.skip("only root has the rights that some layers take away")
+    if confinement.landlock_version() < 4:
+        pytest.skip("Landlock knows of no networks here")
+    (tmp_path / "attacker.py").write_text(DEVICE + HELPERS)
+    load = Load(data=READS_AND_ENDS.ljust(256, b"\x90"))
+    (tmp_path / "kernel").write_bytes(Elf(loads=[load], note=None).build())
+    (tmp_path / "disk").write_bytes(bytes(512))
+    (tmp_path / "other.img").write_bytes(bytes(512))
+    (tmp_path / "place").mkdir()
+    with (
+        subprocess.Popen(["sleep", "1000"]) as victim,
+        socket.create_server(("127.0.0.1", 0)) as server,
+        socket.socket(socket.AF_UNIX) as control,
+    ):
+        control.bind(str(tmp_path / "control"))
+        control.listen(100)
+        try:
+            yield Scene(tmp_path, attacks(tmp_path, victim.pid, server.getsockname()[1]))
+        finally:
+            victim.kill()
+
+
+def test_each_attack_fails_by_the_layers_that_are_named_for_it(scene: Scene) -> None:
+    """docs/security.md has the same table."""
+    possible = {name for name, result in scene.attempt("").items() if result == "done"}
+    # What this machine forbids whatever we do proves nothing; most it does not.
+    assert len(possible) >= 15, possible
+    for layer in LAYERS:
+        expected = {name for name in possible if layer in scene.attacks[name].layers}
+        found = scene.attempt(layer)
+        assert refused(found) & possible == expected, (layer, found)
+
+
+@pytest.mark.parametrize("mode", ["auto", "strict"])
+def test_in_the_whole_box_all_attacks_fail(scene: Scene, mode: str) -> None:
+    found = scene.attempt(" ".join(LAYERS), "--confine", mode)
+    assert refused(found) == set(scene.attacks), found
+
+
+def test_without_confinement_nothing_is_taken_away(scene: Scene) -> None:
+    assert scene.attempt(" ".join(LAYERS), "--confine=off") == scene.attempt("")
+
+
+@pytest.mark.parametrize("mode", ["auto", "strict"])
+def test_a_confined_monitor_does_all_its_work(kvm: Kvm, tmp_path: Path, mode: str) -> None:
+    """All that is imported or opened late: by clients, restarts, panics, ends."""
+    kernel = echo_kernel(tmp_path)
+    disk = tmp_path / "disk"
+    options = ("--kernel", kernel, "--disk", f"{disk},id=one", "--balloon", "size=0")
+    options += ("--vsock", f"path={tmp_path}/vsock", "--confine", mode)
+    with Running(tmp_path, "vm", b"", *options) as vm:
+        [row] = vm.ps()
+        assert row["confinement"] == {"on": list(box.probe().on), "off": dict(box.probe().off)}
+        for command in (
+            *(("stats", "vm"), ("stats", "vm", "--json"), ("pause", "vm"), ("resume", "vm")),
+            *(("disk", "resize", "vm", "one", "1M"), ("rng", "add", "vm")),
+            *(("metrics", "vm"), ("balloon", "vm")),
+        ):
+            done = vm(*command)
+            assert done.returncode == 0, (command, done.stderr)
+        assert disk.stat().st_size == 1 << 20
+        (tmp_path / "data").write_bytes(bytes(512))
+        added = vm("disk", "add", "vm", str(tmp_path / "data"))
+        assert added.returncode == (0 if mode == "auto" else 1), added.stderr
+        assert mode == "auto" or "strictly confined" in added.stderr
+        assert vm("stop", "vm", "--timeout", "0").returncode == 0
+        vm.process.wait(SAFETY_TIMEOUT)
+        assert not (tmp_path / "vsock").exists()
+        [ended] = json.loads(vm("ps", "-a", "--json").stdout)
+        assert (ended["name"], ended["state"]) == ("vm", "ended")
+        assert "ready" in vm("logs", "vm").stdout
+        left = {entry.name for entry in (tmp_path / "runtime/pyvmm").iterdir()}
+        assert left <= {"logs", ".lock"}
+
+
+@pytest.mark.parametrize("mode", ["auto", "strict"])
+def test_a_crash_is_reported_from_the_box(kvm: Kvm, tmp_path: Path, mode: str) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pyvmm", "run", "--kvm=host", "--confine", mode),
+            *("--kernel", faulting_kernel(tmp_path)),
+        ],
+        env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=SAFETY_TIMEOUT,
+    )
+    assert done.returncode == 12, done.stderr
+    assert "rip" in done.stderr.lower()
+
+
+def test_a_layer_that_cannot_be_had_is_said_and_strict_insists(kvm: Kvm, tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    script = "from pyvmm.host import confinement\nconfinement.landlock_version = lambda: 0\n"
+    codes = {}
+    for mode in ("auto", "strict"):
+        done = subprocess.run(
+            [
+                *(sys.executable, "-c", script + RUN, " ".join(LAYERS), "run", "--kvm=host"),
+                *("--kernel", faulting_kernel(tmp_path), "--confine", mode),
+            ],
+            env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=SAFETY_TIMEOUT,
+        )
+        codes[mode] = done.returncode
+    assert codes == {"auto": 12, "strict": 2}
+    assert "--confine: the monitor cannot be confined: files: this kernel has no Lan" in done.stderr

@@ -1,0 +1,121 @@
+"""The keeper of a confined monitor does its four things for one VM, and believes nothing else."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pyvmm.control import vm_log
+from pyvmm.errors import HostError
+from pyvmm.monitor.keeper import Keeper
+
+
+@pytest.fixture
+def keeper(tmp_path: Path) -> Iterator[Keeper]:
+    made = Keeper(str(tmp_path), "web")
+    yield made
+    made._socket.close()
+    os.waitpid(made.pid, 0)
+
+
+def test_it_opens_the_log_and_remembers_the_end(keeper: Keeper, tmp_path: Path) -> None:
+    keeper.enter_box()
+    for rotate in (False, True):
+        fd = keeper.open_log(rotate)
+        assert not os.get_inheritable(fd)
+        os.write(fd, b"said")
+        os.close(fd)
+    logs = tmp_path / "logs"
+    assert sorted(os.listdir(logs)) == ["web.log", "web.old"]
+    keeper.note_end(11, message="x" * 10_000, ending="panic", other=[1])
+    [end] = vm_log.ended(str(tmp_path))
+    assert (end["exit_code"], end["ending"], len(end["message"])) == (11, "panic", 4096)
+    assert "other" not in end
+
+
+def test_it_removes_what_was_announced_and_is_the_same(keeper: Keeper, tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("one", "two", "three")]
+    for file in files:
+        file.touch()
+    for file in files[:2]:
+        keeper.announce(str(file))
+    keeper.enter_box()
+    files[1].rename(tmp_path / "two-before")
+    files[1].touch()  # somebody else's by now
+    for file in files[:2]:
+        keeper.remove(str(file))
+    with pytest.raises(FileNotFoundError):
+        keeper.remove(str(files[2]))
+    assert [file.exists() for file in files] == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        *(b"add/etc/passwd", b"box", b"del7", b"del-9", b"delx", b"xyz", b"x", b"con0", b"con5 5"),
+        *(b"end[]", b'end{"exit_code": "1"}', b"end{", b"end" + b"[" * 50_000),
+    ],
+)
+def test_it_believes_nothing(keeper: Keeper, tmp_path: Path, message: bytes) -> None:
+    keeper.enter_box()
+    with pytest.raises(OSError, match=rf"\[Errno {errno.EINVAL}\]"):
+        keeper._ask(message)
+    os.close(keeper.open_log(False))  # it is still there
+    assert os.listdir(tmp_path) == ["logs"] and os.listdir(tmp_path / "logs") == ["web.log"]
+
+
+def test_it_connects_to_ports_of_the_vm_only(keeper: Keeper, tmp_path: Path) -> None:
+    keeper.announce(str(tmp_path / "vsock"))
+    keeper.announce(str(tmp_path / "back-end"), removes=False)
+    keeper.enter_box()
+    with socket.socket(socket.AF_UNIX) as program, socket.socket(socket.AF_UNIX) as other:
+        program.bind(str(tmp_path / "vsock_7"))
+        other.bind(str(tmp_path / "other_7"))
+        for one in (program, other):
+            one.listen(1)
+        connection = keeper.reach(f"{tmp_path}/vsock_7")
+        assert program.accept()[0].send(b"x") == 1
+        connection.close()
+        program.close()
+        with socket.socket(socket.AF_UNIX) as back_end:  # one that comes later
+            back_end.bind(str(tmp_path / "back-end"))
+            back_end.listen(1)
+            keeper.reach(f"{tmp_path}/back-end").close()
+            keeper.remove(f"{tmp_path}/back-end")
+            assert (tmp_path / "back-end").exists()
+        for path in ("vsock_8", "other_7", "vsock_x", "vsock"):
+            with pytest.raises(HostError):
+                keeper.reach(f"{tmp_path}/{path}")
+
+
+def test_it_has_no_other_descriptor_and_ends_with_the_monitor(tmp_path: Path) -> None:
+    with open(tmp_path / "disk", "w"):
+        made = Keeper(str(tmp_path), "web")
+        made.announce(str(tmp_path / "disk"))  # so it has begun
+        held = os.listdir(f"/proc/{made.pid}/fd")
+        assert len(held) == 1, held
+        os.kill(made.pid, signal.SIGINT)
+        os.kill(made.pid, signal.SIGTERM)
+        made.announce(str(tmp_path / "disk"))
+    made._socket.close()
+    _, status = os.waitpid(made.pid, 0)
+    assert status == 0
+
+
+def test_without_it_the_monitor_goes_on(tmp_path: Path) -> None:
+    made = Keeper(str(tmp_path), "web")
+    made.enter_box()
+    os.kill(made.pid, signal.SIGKILL)
+    os.waitpid(made.pid, 0)
+    with pytest.raises(OSError):
+        made.open_log(False)
+    made.note_end(0)
+    assert time.monotonic() and json.dumps(vm_log.ended(str(tmp_path))) == "[]"
