@@ -123,7 +123,7 @@ def test_a_vm_that_has_told_how_it_ended_has_ended(capsys: pytest.CaptureFixture
         with registration:
             while not told.is_set():
                 with suppress(OSError):
-                    registration.listener.accept()[0].close()  # type: ignore[union-attr]
+                    os.close(registration.listener._accept()[0])  # type: ignore[union-attr]
 
     told = threading.Event()
     registration = registry.register("late")
