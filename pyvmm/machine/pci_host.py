@@ -70,6 +70,8 @@ class PciHost:
         self._window_start = places.window
         self._window_end = places.window + places.window_size
         self._plugged: dict[int, _Plugged] = {}  # replaced as a whole, as any thread looks
+        # Where functions were that were pulled away, by device numbers; the latest last.
+        self._pulled: dict[int, tuple[int, int]] = {}
         self.on_eject: Callable[[int], None] = lambda number: None
         self.bus = PciBus(places.window, places.window_size)
         self.bus.add(0, Function(_INTEL, _BRIDGE, _HOST_BRIDGE_CLASS))
@@ -108,9 +110,7 @@ class PciHost:
     def _plug(
         self, device: VirtioDevice, memory: GuestMemory, log: Sink, trace: Hook | None
     ) -> tuple[int, PciTransport]:
-        number = next((n for n in range(1, DEVICES) if n not in self.bus.functions), None)
-        if number is None:
-            raise ConfigError(f"a PCI bus has {DEVICES - 1} devices at most", cure="remove one")
+        number = self._free_number()
         from pyvmm.transport.pci import PciTransport, vectors_for
 
         if self._messages is None:
@@ -130,22 +130,34 @@ class PciHost:
             self.bus.add(number, transport.function)
             plugged = _Plugged(transport, start, closing.pop_all())
             self._plugged = {**self._plugged, number: plugged}
+            self._pulled.pop(number, None)
         return number, transport
+
+    def _free_number(self) -> int:
+        """One from which no function was pulled away, or else as long ago as can be: the guest may
+        not have seen yet that it has gone, and would take what comes for the same one."""
+        free = [n for n in range(1, DEVICES) if n not in self.bus.functions]
+        if not free:
+            raise ConfigError(f"a PCI bus has {DEVICES - 1} devices at most", cure="remove one")
+        pulled = list(self._pulled)
+        return min(free, key=lambda n: (pulled.index(n) if n in pulled else -1, n))
 
     def _file_of(self, region: SharedMemory) -> FileSlot | None:
         return self._files.get(region.base)
 
     def _room_for(self, size: int) -> int:
         """An address for a BAR of `size` bytes: no other BAR is there, and none returns there by a
-        reset."""
-        start = self._window_start
-        for other_start, other_end in sorted(self._taken()):
-            if start + size <= other_start:
-                break
-            start = -(-max(start, other_end) // size) * size
-        if start + size > self._window_end:
-            raise ConfigError("the PCI bus has no room for another device", cure="remove one")
-        return start
+        reset. A driver whose function was pulled away may still write to where that was."""
+        taken = list(self._taken())
+        for avoided in ((*taken, *self._pulled.values()), taken):
+            start = self._window_start
+            for other_start, other_end in sorted(avoided):
+                if start + size <= other_start:
+                    break
+                start = -(-max(start, other_end) // size) * size
+            if start + size <= self._window_end:
+                return start
+        raise ConfigError("the PCI bus has no room for another device", cure="remove one")
 
     def _taken(self) -> Iterator[tuple[int, int]]:
         for transport, start, _ in self._plugged.values():
@@ -205,13 +217,19 @@ class PciHost:
         plugged = self._plugged.get(number)
         return None if plugged is None else plugged.transport
 
-    def detach(self, number: int, transport: object) -> None:
+    def detach(self, number: int, transport: object, *, pulled: bool = False) -> None:
         """Have `transport` not answer at `number` any more: no register, no doorbell, no DMA, no
         interrupt. The parts that serve the device stay until `unplug`. The bus stays as it is if
-        the device has left, or if another one has come since."""
+        the device has left, or if another one has come since. `pulled`: see PciBus.remove."""
         plugged = self._plugged.get(number)
         if plugged is not None and plugged.transport is transport:
-            self.bus.remove(number, plugged.transport.function)
+            function = plugged.transport.function
+            if pulled:
+                bar = plugged.transport.bar
+                start = self.bus.where(bar)
+                self._pulled.pop(number, None)  # it is the latest now
+                self._pulled[number] = (0, 0) if start is None else (start, start + bar.size)
+            self.bus.remove(number, function, pulled=pulled)
 
     def unplug(self, number: int, transport: object) -> None:
         """Take out `transport`, and remove all that it had. No vCPU may be inside one of its

@@ -23,12 +23,14 @@ from pyvmm.kinds import registry
 from pyvmm.kinds.interface import unknown_id
 from pyvmm.machine.attach import virtio_hook
 from pyvmm.machine.builder import Parts
+from pyvmm.machine.cmdline import turns_pci_off
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.trace import Trace
 from pyvmm.monitor.guest_agent import agent_at, vsock_of
 from pyvmm.monitor.open_devices import OpenDevices
 from pyvmm.pci import slots
 from pyvmm.spec.vm import DeviceSpec, DiskSpec
+from pyvmm.virtio.status import DRIVER_OK
 
 if TYPE_CHECKING:
     from pyvmm.kinds.interface import Spec
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 
 PATIENCE = 10.0  # seconds for a guest to give a device up, unless somebody says otherwise
 MOST_SECONDS = 24 * 3600.0
+# Seconds in which a guest that has drivers at work takes what has come, however slow it is.
+TAKES_WITHIN = 60
 _AGENT_SECONDS = 5.0
 _MOST_WORDS = 200  # bytes of what a guest says of a device that it uses
 
@@ -73,6 +77,14 @@ class _Part(NamedTuple):
     spec: Spec
     device: VirtioDevice
     transport: Transport
+
+
+class _Arrived:
+    """A device that has come, and that no driver has looked at yet."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.seconds = 0  # of a guest that has drivers at work
 
 
 class _Leaving:
@@ -156,10 +168,12 @@ class Hotplug(Closable):
         self._changed = changed
         self._is_inside = is_inside
         self._name = machine.parts.prepared.spec.name
-        self._warn = log.RateLimited(log.of_vm(self._name))
+        self._say = log.of_vm(self._name)
+        self._warn = log.RateLimited(self._say)
         self._one_at_a_time = Lock()  # of those that add
         self._lock = Lock()  # a leaf: of `_leaving` and what it holds
         self._leaving: dict[Transport, _Leaving] = {}
+        self._arrived: dict[Transport, _Arrived] = {}
         self._finishing: set[Thread] = set()
         self._ended = False  # changes with `machine.steady` held
 
@@ -177,6 +191,7 @@ class Hotplug(Closable):
             device, slot = self._open_and_plug(kind, value)
         except ConfigError as error:
             raise registry.untyped(kind, error) from None
+        self._watch_arrival(device, slot)
         told = {"kind": kind, "id": device.name, "slot": slot}
         self._tell("device_added", **told)
         return told
@@ -195,6 +210,18 @@ class Hotplug(Closable):
             except BaseException:
                 self._devices.close_one(device)
                 raise
+
+    def _watch_arrival(self, device: VirtioDevice, slot: int) -> None:
+        parts = self._machine.parts
+        if turns_pci_off(parts.prepared.entry.cmdline):
+            self._say(
+                f"the guest does not find {device.name}: pci=off on its command line hides the bus"
+            )
+            return
+        transport = None if parts.pci is None else parts.pci.transport_at(slot)
+        if transport is not None and transport.device is device:
+            with self._lock:
+                self._arrived[transport] = _Arrived(device.name)
 
     def _bus(self) -> PciHost:
         pci = self._machine.parts.pci
@@ -344,7 +371,7 @@ class Hotplug(Closable):
                     self._leaving.pop(leaving.part.transport, None)
             pci.withdraw(leaving.number)
             if force:
-                pci.detach(leaving.number, leaving.part.transport)
+                pci.detach(leaving.number, leaving.part.transport, pulled=True)
         if force:
             self._finish(leaving)
             # So that the guest sees that the device is gone.
@@ -447,12 +474,38 @@ class Hotplug(Closable):
         pci = self._machine.parts.pci
         if pci is not None and pci.slots is not None:
             pci.slots.remind()
+        self._look_at_arrivals()
+
+    def _look_at_arrivals(self) -> None:
+        with self._lock:
+            arrived = self._arrived.copy()
+        if not arrived or self._machine.pauser.paused:
+            return
+        transports = self._machine.parts.transports
+        others = [one for one in transports if one not in arrived]
+        # A guest that is about to start takes its time, and then has drivers for what was there.
+        is_up = not others or any(one.negotiation.state.status & DRIVER_OK for one in others)
+        for transport, one in arrived.items():
+            negotiation = transport.negotiation
+            one.seconds += is_up
+            taken = negotiation.state.status or negotiation.activations
+            if not taken and transport in transports and one.seconds < TAKES_WITHIN:
+                continue
+            with self._lock:
+                self._arrived.pop(transport, None)
+            if not taken and transport in transports:
+                self._say(
+                    f"no driver in the guest has taken {one.name} for {TAKES_WITHIN} s; its kernel "
+                    "needs a PCI bus with hot-plug (CONFIG_HOTPLUG_PCI_ACPI), virtio_pci, and the "
+                    "device's own driver"
+                )
 
     def guest_restarts(self) -> None:
         """The guest has ended and starts anew, without the devices that it was asked to give up,
         as it uses them no more. The machine is steady, and its transports are closed."""
         with self._lock:
             leaving = list(self._leaving.values())
+            self._arrived.clear()
         for one in leaving:
             self._forget(one)
 

@@ -10,6 +10,7 @@ write to it has no effect.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ ECAM_SIZE = DEVICES << 15  # eight functions of 4 KiB each
 _FUNCTIONS = 8
 _ENABLE = 1 << 31  # of CONFIG_ADDRESS
 _RESERVED = 0x7F00_0003  # bits of it that read as zeros
+_MOST_PULLED = DEVICES  # places that are remembered
 
 
 def _ones(size: int) -> int:
@@ -62,14 +64,22 @@ class PciBus:
         with function.lock:
             self._place(function)
 
-    def remove(self, device: int, function: Function) -> None:
+    def remove(self, device: int, function: Function, *, pulled: bool = False) -> None:
         """Take `function` out of `device`: from now on the place is empty. A function that has left
-        already may be removed again: a guest and its host may both want it gone."""
+        already may be removed again: a guest and its host may both want it gone.
+
+        If it is `pulled`, away from a driver that has not let go, its BARs read as zeros where they
+        were (see Window).
+        """
         with function.lock:
             with self._lock:
                 if self.functions.get(device) is not function:
                     return
                 self.functions = {at: one for at, one in self.functions.items() if at != device}
+            if pulled:
+                with self._lock:
+                    for window in self._windows:
+                        window.note_pulled(function.bars)
             function.reset()
             self._place(function)
 
@@ -163,6 +173,10 @@ class Window:
     A BAR outside the window, or over another one, answers nowhere: what lies there stays. The bus
     tries again when that one has moved.
 
+    Nothing answers elsewhere, which reads as all ones. Where BARs were whose function was pulled
+    away it reads as zeros, until another BAR comes there: a driver of virtio waits for its device's
+    status to be 0 after a reset (4.1.4.3.2), and would wait for ever.
+
     Writes to one BAR happen one after the other, each with the lock of its place; so whoever takes
     the lock of a place that a BAR has left knows that no write by it is under way.
     """
@@ -173,6 +187,7 @@ class Window:
         # Replaced as one, so that a vCPU that just looks sees the old or the new.
         self._map: tuple[tuple[int, ...], tuple[_Placed, ...]] = ((), ())
         self._left: list[Lock] = []
+        self._pulled: tuple[range, ...] = ()  # offsets; the latest last
 
     def where(self, bar: Bar) -> int | None:
         """The guest-physical address at which `bar` answers."""
@@ -191,7 +206,15 @@ class Window:
         placed = list(self._map[1])
         if any(start < other.end and other.start < end for other in placed):
             return
+        self._pulled = tuple(
+            one for one in self._pulled if not (start < one.stop and one.start < end)
+        )
         self._set([*placed, _Placed(start, end, bar, Lock())])
+
+    def note_pulled(self, bars: Sequence[Bar]) -> None:
+        """The function of `bars` is about to be pulled away."""
+        places = (range(one.start, one.end) for one in self._map[1] if one.bar in bars)
+        self._pulled = (*self._pulled, *places)[-_MOST_PULLED:]
 
     def _clear(self, bar: Bar) -> None:
         self._left += [one.access for one in self._map[1] if one.bar is bar]
@@ -217,7 +240,10 @@ class Window:
     def read(self, offset: int, size: int) -> int:
         """See pyvmm.bus.Handler."""
         found = self._find(offset, size)
-        return _ones(size) if found is None else found.bar.handler.read(offset - found.start, size)
+        if found is not None:
+            return found.bar.handler.read(offset - found.start, size)
+        was_pulled = any(offset in one and offset + size <= one.stop for one in self._pulled)
+        return 0 if was_pulled else _ones(size)
 
     def write(self, offset: int, size: int, value: int) -> Action | None:
         """See pyvmm.bus.Handler."""

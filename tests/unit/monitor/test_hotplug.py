@@ -15,6 +15,7 @@ from pyvmm.errors import ConfigError
 from pyvmm.host.files import open_image
 from pyvmm.kinds import balloon
 from pyvmm.machine.pci_host import PciHost
+from pyvmm.monitor import hotplug
 from pyvmm.monitor.hotplug import methods
 from pyvmm.pci import slots
 from pyvmm.spec.vm import VmSpec
@@ -48,6 +49,56 @@ def give_up(rig: Rig, asking: Asking, slot: int) -> None:
     assert rig.asked(slots.LEAVING) == 1 << slot
     rig.eject(slot)
     asking.result()
+
+
+# --- a device that no driver takes ----------------------------------------------------------------
+
+
+def look(rig: Rig, times: int) -> None:
+    for _ in range(times):
+        rig.hotplug.look()
+
+
+def test_a_device_that_no_driver_takes_is_told_of_once(
+    rig: Rig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rig.add("disk", "ram:1M,id=data")
+    look(rig, 10 * hotplug.TAKES_WITHIN)
+    assert capsys.readouterr().err == "", "no driver is at work: the guest starts still"
+    disk_of(rig, 1)
+    look(rig, hotplug.TAKES_WITHIN - 1)
+    rig.machine.pauser.paused = True
+    look(rig, hotplug.TAKES_WITHIN)
+    rig.machine.pauser.paused = False
+    assert capsys.readouterr().err == "", "its time is not over, and a paused guest has none"
+    look(rig, hotplug.TAKES_WITHIN)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "no driver in the guest has taken data for 60 s" in said
+
+
+@pytest.mark.parametrize("what", ["taken", "removed", "restarted"])
+def test_one_that_is_taken_or_gone_is_not_told_of(
+    rig: Rig, what: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk_of(rig, 1)
+    rig.add("disk", "ram:1M,id=data")
+    if what == "taken":
+        disk_of(rig, 3)
+    elif what == "removed":
+        rig.remove("disk", "data", timeout=0, force=True)
+    else:
+        rig.hotplug.guest_restarts()
+    look(rig, 3 * hotplug.TAKES_WITHIN)
+    assert capsys.readouterr().err == ""
+    assert not rig.hotplug._arrived
+
+
+def test_pci_off_is_told_of_at_once(rig: Rig, capsys: pytest.CaptureFixture[str]) -> None:
+    rig.prepared.entry.cmdline = "console=ttyS0 pci=off"  # type: ignore[misc]
+    rig.add("disk", "ram:1M,id=data")
+    assert "does not find data: pci=off on its command line" in capsys.readouterr().err
+    look(rig, 3 * hotplug.TAKES_WITHIN)
+    assert capsys.readouterr().err == ""
 
 
 # --- coming and going -----------------------------------------------------------------------------
@@ -222,11 +273,27 @@ def test_a_guest_that_refuses_loses_it_by_force(rig: Rig) -> None:
     disk = disk_of(rig, 1)
     rig.remove("disk", "root", timeout=0, force=True)
     assert not rig.is_there(1)
-    assert disk.driver.field((0x14, 1)) == 0xFF  # as of hardware that was pulled out
+    assert disk.driver.field((0x14, 1)) == 0  # a driver that resets it sees that it has
     assert rig.asked(slots.ARRIVED) == 1 << 1  # it is to look
     assert rig.vm.doorbells == set() and rig.vm.irqfds == set()
     rig.eject(1)  # what a guest does that has looked
     assert rig.ids == ["balloon"] and len(rig.events) == 1
+
+
+def test_what_comes_after_one_that_was_pulled_out_is_elsewhere(rig: Rig, data: Path) -> None:
+    """The guest may not have looked yet: it would take the new one for the old one."""
+    rig.add("disk", f"{data},id=data")
+    disk = disk_of(rig, 3)
+    at = rig.host.bus.where(rig.host.transport_at(3).bar)  # type: ignore[union-attr]
+    rig.remove("disk", "data", timeout=0, force=True)
+    assert rig.add("disk", f"{data},id=data")["slot"] == 4
+    other = disk_of(rig, 4)
+    assert rig.host.bus.where(rig.host.transport_at(4).bar) != at  # type: ignore[union-attr]
+    disk.driver.set_field((0x14, 1), 0)
+    assert other.read(0, 4096).data == data.read_bytes()[:4096], "the old one's reset is not its"
+    # When all others are taken, the place is as good as any.
+    slots_taken = {rig.add("disk", "ram:1M")["slot"] for _ in range(28)}
+    assert slots_taken == {3, *range(5, 32)}
 
 
 def test_a_guest_that_ejects_on_its_own_has_nothing_left_either(rig: Rig, data: Path) -> None:

@@ -428,6 +428,40 @@ def test_a_function_that_is_removed_answers_no_more(bench: Bench) -> None:
     bench.bus.add(SLOT, function())
 
 
+def test_where_a_function_was_pulled_away_zeros_are_read(bench: Bench) -> None:
+    """So that a driver that waits for its reset's end does not wait for ever."""
+    window = bench.bus.window
+    bench.place(BASE)
+    bench.write(pci.PCI_COMMAND, 2, 6)
+    bench.bus.remove(SLOT, bench.bus.functions[SLOT], pulled=True)
+    assert bench.read(0, 4) == ONES[4]
+    assert [window.read(at, 1) for at in (0, BAR_SIZE - 1, BAR_SIZE)] == [0, 0, ONES[1]]
+    assert window.read(BAR_SIZE - 2, 4) == ONES[4], "which straddles its end"
+    assert window.write(0, 4, 7) is None and window.read(0, 4) == 0
+    bar = Bar(0, BAR_SIZE, Registers())
+    other = function(bar)
+    other.place(bar, BASE)
+    other.write(pci.PCI_COMMAND, 2, pci.PCI_COMMAND_MEMORY)
+    bench.bus.add(SLOT, other)
+    assert bench.answers_at(BASE)
+    bench.bus.remove(SLOT, other)
+    assert window.read(0, 4) == ONES[4], "a function that was given up leaves nothing"
+
+
+def test_only_the_last_places_that_functions_were_pulled_from_are_remembered(bench: Bench) -> None:
+    window = bench.bus.window
+    bench.bus.remove(SLOT, bench.bus.functions[SLOT])
+    for place in range(40):
+        bar = Bar(0, BAR_SIZE, Registers())
+        one = function(bar)
+        one.place(bar, BASE + place * BAR_SIZE)
+        one.write(pci.PCI_COMMAND, 2, pci.PCI_COMMAND_MEMORY)
+        bench.bus.add(SLOT, one)
+        bench.bus.remove(SLOT, one, pulled=True)
+    zeros = [window.read(place * BAR_SIZE, 4) == 0 for place in range(40)]
+    assert zeros == [False] * 8 + [True] * 32
+
+
 def test_a_function_that_decodes_already_answers_once_it_is_plugged_in(bench: Bench) -> None:
     """As one that comes back with all that a driver had set."""
     bar = Bar(2, BAR_SIZE, Registers())
