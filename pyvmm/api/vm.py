@@ -72,7 +72,7 @@ class VM(InGuest, InMonitor):
         trace: str | Iterable[str] = (),
         trace_file: Path | None = None,
         discovery: str = "auto",
-        transport: str = "mmio",
+        transport: str = "auto",
         on_reboot: str = "restart",
         name: str = "",
         rm: bool = True,

@@ -156,7 +156,7 @@ def check_boot(spec: VmSpec) -> None:
 
 def _slots(board: Board[Any], spec: VmSpec, count: int) -> tuple[VirtioSlot, ...]:
     """The places of virtio-mmio devices. Raises ConfigError where there is no PCI bus."""
-    if spec.transport == "mmio":
+    if spec.transport != "pci":
         return board.virtio_slots(count)
     if board.pci_places is None:
         raise ConfigError(

@@ -35,9 +35,8 @@ class Attendant:
         self._consoles = tuple(dict.fromkeys((prepared.board.console, self.console)))
         self._transports: Sequence[Transport] = ()
         self._devices = prepared.devices
-        self.watcher = ConsoleWatcher(
-            self._disk_ready, self._partition_tables, prepared.spec.transport
-        )
+        transport = "pci" if prepared.spec.transport == "pci" else "mmio"
+        self.watcher = ConsoleWatcher(self._disk_ready, self._partition_tables, transport)
         self.on_finding: Callable[[Finding], None] | None = None
         self._passed_on = 0  # findings
         self._said: set[str] = set()

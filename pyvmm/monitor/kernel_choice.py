@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from pyvmm.boot.cmdline import values as values_of
@@ -62,7 +63,9 @@ def specify(options: Mapping[str, Any]) -> tuple[VmSpec, str | None]:
         return _with_kernel(options, given.get("initrd")), image
     spec = validate(make_spec(options))
     if given.get("kernel") is not None:
-        _tell_lacking(spec, _beside(spec.kernel), own_init=False)
+        text = _configuration(spec.kernel, _beside(spec.kernel))
+        spec = _on_its_bus(spec, text, own_init=False)
+        _tell_lacking(spec, text, _beside(spec.kernel), own_init=False)
     return spec, image
 
 
@@ -86,14 +89,15 @@ def _with_kernel(options: Mapping[str, Any], initrd: str | None) -> VmSpec:
     kernel = _find(str(options["kernel"]))
     modules = options.get("modules")
     options = {**options, "kernel": kernel.path, "initrd": initrd}
-    spec = validate(make_spec(options))
     own_init = initrd is None
+    text = _configuration(kernel.path, kernel.config)
+    spec = _on_its_bus(validate(make_spec(options)), text, own_init=own_init)
     if own_init:
         made = kernel.initrd
         if modules or made is None or _filesystem(spec) not in ("", "ext4"):
             made = _make_initramfs(spec, kernel, os.fspath(modules) if modules else "")
-        spec = validate(make_spec({**options, "initrd": made}))
-    _tell_lacking(spec, kernel.config, own_init=own_init)
+        spec = validate(replace(spec, initrd=made))
+    _tell_lacking(spec, text, kernel.config, own_init=own_init)
     return spec
 
 
@@ -222,7 +226,7 @@ def _lists_for(spec: VmSpec) -> dict[str, str]:
             name, why = _LISTS[part.kind]
             found[name] = why
     if spec.parts:
-        found[f"transport-{spec.transport}"] = "for its devices"
+        found["transport-pci" if spec.transport == "pci" else "transport-mmio"] = "for its devices"
     return found
 
 
@@ -235,31 +239,50 @@ def _filesystem(spec: VmSpec) -> str:
 # --- its configuration ----------------------------------------------------------------------------
 
 
-def _tell_lacking(spec: VmSpec, config: str, *, own_init: bool) -> None:
-    """One line for the user where the kernel's configuration lacks what the guest needs."""
-    text = _read_config(config) if config else _embedded(spec.kernel)
-    if not text:
-        return
-    from pyvmm.boot import kernel_config
-
-    other_console = bool(values_of(spec.cmdline, "console"))
-    wants = kernel_config.Wants(
-        transport=spec.transport,
-        disks=bool(spec.disks),
-        nets=any(device.kind == "net" for device in spec.devices),
-        vsock=any(device.kind == "vsock" for device in spec.devices),
-        console="" if other_console else "virtio" if spec.console else "serial",
-        initrd=spec.initrd is not None,
-        modules=spec.initrd is not None,
-        own_init=own_init,
-        filesystem=_filesystem(spec) or ("ext4" if own_init else ""),
-    )
-    lacking = kernel_config.lacking(text, wants)
+def _tell_lacking(spec: VmSpec, text: str, config: str, *, own_init: bool) -> None:
+    """One line for the user where the kernel's configuration `text`, which the file `config` or the
+    kernel itself has, lacks what the guest needs."""
+    lacking = _lacking(spec, text, own_init=own_init)
     if lacking:
         said = config or f"the configuration in {spec.kernel}"
         log.to_stderr(
             f"the kernel will not serve this guest: by {said} it lacks {', '.join(lacking)}"
         )
+
+
+def _on_its_bus(spec: VmSpec, text: str, *, own_init: bool) -> VmSpec:
+    """`spec` on PCI, if nobody has chosen and by the kernel's configuration `text` it lacks less
+    there than on virtio-mmio."""
+    if spec.transport != "auto" or not text:
+        return spec
+    pci = replace(spec, transport="pci")
+    on_pci, on_mmio = (_lacking(one, text, own_init=own_init) for one in (pci, spec))
+    return pci if len(on_pci) < len(on_mmio) else spec
+
+
+def _lacking(spec: VmSpec, text: str, *, own_init: bool) -> list[str]:
+    if not text:
+        return []
+    from pyvmm.boot import kernel_config
+
+    other_console = bool(values_of(spec.cmdline, "console"))
+    wants = kernel_config.Wants(
+        transport="pci" if spec.transport == "pci" else "mmio",
+        disks=bool(spec.disks),
+        nets=any(device.kind == "net" for device in spec.devices),
+        vsock=any(device.kind == "vsock" for device in spec.devices),
+        console="" if other_console else "virtio" if spec.console else "serial",
+        initrd=spec.initrd is not None or own_init,
+        modules=spec.initrd is not None or own_init,
+        own_init=own_init,
+        filesystem=_filesystem(spec) or ("ext4" if own_init else ""),
+    )
+    return kernel_config.lacking(text, wants)
+
+
+def _configuration(kernel: str, config: str) -> str:
+    """The configuration in the file `config`, or in the kernel itself; "" if nothing tells it."""
+    return _read_config(config) if config else _embedded(kernel)
 
 
 def _read_config(path: str) -> str:

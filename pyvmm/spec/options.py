@@ -156,9 +156,11 @@ LAST = (
         "--transport",
         choices=TRANSPORTS,
         field="transport",
-        default="mmio",
+        default="auto",
         shows_default=True,
-        help="How the guest reaches its virtio devices: virtio-mmio, or a PCI bus with MSI-X.",
+        help="How the guest reaches its virtio devices: virtio-mmio, or a PCI bus with MSI-X. "
+        "auto is pci with the kernel of an image, or one that by its configuration knows pci only; "
+        "else mmio.",
     ),
     Option(
         "on_reboot",

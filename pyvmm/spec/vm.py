@@ -18,7 +18,7 @@ MAX_MEMORY = 32 << 40  # half of what Linux can map at once, with four-level pag
 MAX_DEVICES = 16  # every board has interrupt lines for so many
 TRACE_KINDS = ("registers", "status", "requests", "exits")
 DISCOVERY = ("auto", "acpi", "cmdline", "both")
-TRANSPORTS = ("mmio", "pci")
+TRANSPORTS = ("auto", "mmio", "pci")
 ON_REBOOT = ("restart", "end")
 
 IN_DISK = "disk"
@@ -125,9 +125,10 @@ class DeviceSpec:
 class VmSpec:
     """A virtual machine. `memory` is in bytes; `cmdline` is added to the defaults and wins over
     them; `devices` are those beside the disks; `trace` holds members of TRACE_KINDS; `on_reboot`,
-    one of ON_REBOOT, is what becomes of a guest that asks for a reset. An empty `name` is for
-    whoever starts it to fill in. `restored_from` is the directory of the snapshot that it goes on
-    from."""
+    one of ON_REBOOT, is what becomes of a guest that asks for a reset. `transport` is one of
+    TRANSPORTS; "auto" is mmio, unless an image's kernel boots (monitor.from_image). An empty `name`
+    is for whoever starts it to fill in. `restored_from` is the directory of the snapshot that it
+    goes on from."""
 
     kernel: str
     initrd: str | None = None
@@ -140,7 +141,7 @@ class VmSpec:
     trace: tuple[str, ...] = ()
     trace_file: str | None = None
     discovery: str = "auto"
-    transport: str = "mmio"
+    transport: str = "auto"
     on_reboot: str = "restart"
     restored_from: str = field(default="", metadata=INTERNAL)
 

@@ -158,3 +158,31 @@ def test_a_name_in_a_file_is_no_path(tmp_path: Path) -> None:
     assert values["modules"] == str(tmp_path / "modules")
     assert 'kernel = "debian:6.12"' in config_file.describe(values)
     assert f'modules = "{tmp_path}/modules"' in config_file.describe(values)
+
+
+@pytest.mark.parametrize(
+    ("configuration", "asked", "transport"),
+    [
+        ("VIRTIO_PCI PCI_DIRECT", "auto", "pci"),
+        ("VIRTIO_PCI PCI_DIRECT", "mmio", "mmio"),
+        ("VIRTIO_PCI PCI_DIRECT VIRTIO_MMIO ACPI", "auto", "auto"),
+        ("VIRTIO_PCI PCI_DIRECT VIRTIO_MMIO", "auto", "pci"),
+        ("VIRTIO_MMIO ACPI", "auto", "auto"),
+        ("", "auto", "auto"),
+    ],
+)
+@pytest.mark.parametrize("as_file", [False, True])
+def test_a_kernel_that_finds_devices_on_pci_only_gets_them_there(
+    configuration: str, asked: str, transport: str, as_file: bool, tree: Path, tmp_path: Path
+) -> None:
+    (tree / "modules.builtin").write_text(
+        "".join(f"kernel/{n}.ko\n" for n in ("virtio_blk", "ext4"))
+    )
+    text = "".join(f"CONFIG_{name}=y\n" for name in configuration.split())
+    (tree / ".config").write_text(text)
+    kernel = tree / "arch/x86/boot/bzImage"
+    if as_file:
+        (tmp_path / "config-mine").write_text(text)
+        kernel = kernel.rename(tmp_path / "vmlinuz-mine")
+    options = {"kernel": str(kernel if as_file else tree), "disks": ["ram:1M"]}
+    assert specify({**options, "transport": asked})[0].transport == transport
