@@ -8,16 +8,19 @@ in use: only those that nobody has wanted for a week, when there are many.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from typing import BinaryIO
 
 from pyvmm.errors import ConfigError
 from pyvmm.host import user_cache
 
 _MANY = 16
 _OLD_SECONDS = 7 * 24 * 3600
+_UNFINISHED = ".unfinished-"
 
 
 def keep(pieces: Iterable[bytes], suffix: str, most: int = 4 << 30) -> str:
@@ -26,28 +29,62 @@ def keep(pieces: Iterable[bytes], suffix: str, most: int = 4 << 30) -> str:
     import hashlib
 
     folder = os.path.join(user_cache.folder(), "made")
-    partial = os.path.join(folder, f".{os.getpid()}{suffix}")
     digest, size = hashlib.sha256(), 0
     try:
-        os.makedirs(folder, exist_ok=True)
-        with open(partial, "wb") as file:
+        with _unfinished(folder) as file:
             for piece in pieces:
                 size += len(piece)
                 if size > most:
                     raise ConfigError(f"a file of more than {most >> 20} MiB is too large to boot")
                 digest.update(piece)
                 file.write(piece)
-        path = os.path.join(folder, f"{digest.hexdigest()[:32]}{suffix}")
-        os.replace(partial, path)
+            file.flush()
+            path = os.path.join(folder, f"{digest.hexdigest()[:32]}{suffix}")
+            os.replace(file.name, path)
     except OSError as error:
         raise ConfigError(
             f"cannot write {folder}: {error.strerror}", cure="set XDG_CACHE_HOME to another place"
         ) from None
-    finally:
-        with suppress(FileNotFoundError):
-            os.unlink(partial)
     _forget_old(folder, path)
     return path
+
+
+def keep_as(folder: str, name: str, content: bytes) -> None:
+    """Keep `content` as the file `name` in the cache's `folder`, of which old ones go. A cache that
+    cannot be written is no reason to fail."""
+    folder = os.path.join(user_cache.folder(), folder)
+    path = os.path.join(folder, name)
+    with suppress(OSError):
+        with _unfinished(folder) as file:
+            file.write(content)
+            file.flush()
+            os.replace(file.name, path)
+        _forget_old(folder, path)
+
+
+@contextmanager
+def _unfinished(folder: str) -> Iterator[BinaryIO]:
+    """A new file in `folder`, to be renamed when it is whole; it goes if it is not. What processes
+    that were killed have left there goes as well. Raises OSError."""
+    os.makedirs(folder, exist_ok=True)
+    for entry in list(os.scandir(folder)):
+        if entry.name.startswith(_UNFINISHED):
+            with suppress(OSError), open(entry.path, "rb") as left:
+                # Whoever is at work on it has it locked, and the kernel unlocks it when he dies.
+                fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(entry.path)
+    while True:
+        path = os.path.join(folder, f"{_UNFINISHED}{os.getpid()}-{os.urandom(8).hex()}")
+        with open(path, "xb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if not os.fstat(file.fileno()).st_nlink:
+                    continue  # Somebody was here before the lock was, and took it for left.
+                yield file
+                return
+            finally:
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
 
 
 def _forget_old(folder: str, fresh: str) -> None:
@@ -56,5 +93,6 @@ def _forget_old(folder: str, fresh: str) -> None:
         if len(files) <= _MANY:
             return
         for entry in files:
-            if time.time() - entry.stat().st_mtime > _OLD_SECONDS:
-                os.unlink(entry.path)
+            with suppress(FileNotFoundError):  # another run's doing
+                if time.time() - entry.stat().st_mtime > _OLD_SECONDS:
+                    os.unlink(entry.path)

@@ -305,18 +305,15 @@ def _embedded(kernel: str) -> str:
     from pyvmm.host import user_cache
 
     mark = f"{status.st_dev:x}-{status.st_ino:x}-{status.st_size:x}-{status.st_mtime_ns:x}"
-    folder = os.path.join(user_cache.folder(), "kernel-configs")
-    known = os.path.join(folder, mark)
-    with suppress(OSError), open(known, encoding="utf-8") as file:
+    folder = "kernel-configs"
+    known = os.path.join(user_cache.folder(), folder, mark)
+    with suppress(OSError), open(known, encoding="utf-8", errors="replace") as file:
         return file.read()
+    from pyvmm.images import made_files
     from pyvmm.machine.board.registry import board_of_host
 
     text = ""
     with suppress(ConfigError, OSError):
         text = board_of_host().kernel_config(kernel)
-    with suppress(OSError):
-        os.makedirs(folder, exist_ok=True)
-        with open(f"{known}.{os.getpid()}", "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(f"{known}.{os.getpid()}", known)
+    made_files.keep_as(folder, mark, text.encode())
     return text
