@@ -57,6 +57,8 @@ def _by_entries(system: Ext4) -> BootEntry | None:
         names = [name for name in system.names(folder) if name.endswith(".conf")]
         for name in names[:_MOST_ENTRIES]:
             path = f"{folder}/{name}"
+            if not system.has(path):
+                continue  # a link to nowhere
             fields = _fields(_text(system, path))
             if "linux" not in fields:
                 continue  # an EFI program
@@ -64,10 +66,9 @@ def _by_entries(system: Ext4) -> BootEntry | None:
             if best is not None and order <= best[0]:
                 continue
             words = [word for text in fields.get("options", []) for word in _words(text, path)]
+            named = [one for one in " ".join(fields.get("initrd", [])).split() if one[0] != "$"]
             kernel, *initrds = [
-                _place(system, prefix, one, path)
-                for one in (fields["linux"][-1], *" ".join(fields.get("initrd", [])).split())
-                if not one.startswith("$")
+                _place(system, prefix, one, path) for one in (fields["linux"][-1], *named)
             ]
             best = order, BootEntry(system, kernel, tuple(initrds), _plain(words), path)
     return None if best is None else best[1]
@@ -140,12 +141,13 @@ def _newest(system: Ext4) -> BootEntry | None:
     for folder in _PREFIXES:
         names = system.names(folder or "/")
         kernels = [one for one in names if one.startswith("vmlinuz-") and "rescue" not in one]
+        kernels = [one for one in kernels if system.has(f"{folder}/{one}")]  # no links to nowhere
         if not kernels:
             continue
         kernel = max(kernels, key=_natural)
         version = kernel.removeprefix("vmlinuz-")
         usual = (f"initrd.img-{version}", f"initramfs-{version}.img", f"initrd-{version}")
-        initrds = [f"{folder}/{one}" for one in usual if one in names]
+        initrds = [f"{folder}/{one}" for one in usual if system.has(f"{folder}/{one}")]
         source = f"{folder}/{kernel}"
         return BootEntry(system, source, tuple(initrds[:1]), (), source)
     return None

@@ -35,6 +35,7 @@ _MOST_PIECES = 1 << 16  # of one file
 _MOST_DIRECTORY = 2 << 20  # bytes
 _MOST_LOOKED_AT = 64 << 20  # bytes of directories, in all
 _MOST_LINKS = 16
+_MOST_PATH = 4095  # bytes, as the kernel
 _CHUNK = 1 << 20
 
 
@@ -110,14 +111,16 @@ class Ext4:
         return b"".join(self.read_file(path, most)).decode("utf-8", "replace")
 
     def names(self, path: str) -> list[str]:
-        """What is in the directory at `path`, sorted; nothing if there is none."""
+        """What is in the directory at `path`, sorted, without names that are not printable; nothing
+        if there is none."""
         try:
             inode = self._find(path)
         except FileNotFoundError:
             return []
         if not stat.S_ISDIR(inode.mode):
             return []
-        return sorted(name.decode("utf-8", "replace") for name in self._entries(inode))
+        found = (name.decode("utf-8", "replace") for name in self._entries(inode))
+        return sorted(name for name in found if name.isprintable() and "\ufffd" not in name)
 
     def has(self, path: str) -> bool:
         """Whether there is anything at `path`."""
@@ -130,6 +133,8 @@ class Ext4:
     # --- from a path to an inode ------------------------------------------------------------------
 
     def _find(self, path: str) -> _Inode:
+        if len(path) > _MOST_PATH:
+            raise FileNotFoundError(path[:_MOST_PATH])
         trail = [self._inode(_ROOT)]
         left = [part for part in path.encode().split(b"/") if part]
         links = 0
@@ -178,9 +183,9 @@ class Ext4:
         return _Inode(number, _u16(raw, 0), size, _u32(raw, 0x20), raw[0x28:0x64])
 
     def _entries(self, inode: _Inode) -> dict[bytes, int]:
-        self._looked_at += inode.size
-        if inode.size > _MOST_DIRECTORY or self._looked_at > _MOST_LOOKED_AT:
-            raise ConfigError(f"directories in {self.where} are too large to be searched")
+        if inode.size > _MOST_DIRECTORY:
+            raise self._too_large()
+        self._look_at(inode.size)
         data = b"".join(self._content(inode))
         found: dict[bytes, int] = {}
         at = 0
@@ -194,6 +199,15 @@ class Ext4:
                 found[data[at + 8 : at + 8 + name]] = number
             at += length
         return found
+
+    def _look_at(self, size: int) -> None:
+        """Count what is read only to find something: a small directory may have a large tree."""
+        self._looked_at += size
+        if self._looked_at > _MOST_LOOKED_AT:
+            raise self._too_large()
+
+    def _too_large(self) -> ConfigError:
+        return ConfigError(f"directories in {self.where} are too large to be searched")
 
     # --- from an inode to bytes -------------------------------------------------------------------
 
@@ -235,6 +249,8 @@ class Ext4:
         seen = 0
         while nodes:
             block, above = nodes.pop()
+            if seen:
+                self._look_at(self._block)
             node = self._bytes(block * self._block, self._block) if seen else inode.block
             seen += 1
             magic, count, _, depth = struct.unpack_from("<HHHH", node)

@@ -115,7 +115,10 @@ def _with_disks_own(options: Mapping[str, Any]) -> Mapping[str, Any]:
             "an image has no kernel in its disk", cure="name a disk: --disk", option=_OPTION
         )
     kernel, initrd, cmdline = kernel_in(disks)
-    cmdline = f"{cmdline} {options.get('cmdline') or ''}".strip()
+    # The user has the last word: it stands before what the disk has behind "--", for its init.
+    own, ends, for_init = f" {cmdline} ".partition(" -- ")
+    words = (own, str(options.get("cmdline") or ""), ends, for_init)
+    cmdline = " ".join(filter(None, map(str.strip, words)))
     return {
         **options,
         "kernel": kernel,

@@ -207,7 +207,9 @@ def _extract(name: str, read: Read, size: int, block: int) -> tuple[str, str | N
             piece for one in entry.initrds for piece in entry.system.read_file(one, _MOST_INITRD)
         )
         initrd = made_files.keep(pieces, ".initrd", _MOST_INITRD)
+    cmdline = " ".join(entry.cmdline)
     log.to_stderr(
         f"booting {os.path.basename(entry.kernel)} by {entry.source} in {entry.system.where}"
+        f"{': ' if entry.cmdline else ''}{cmdline:.300}"
     )
-    return kernel, initrd, " ".join(entry.cmdline)
+    return kernel, initrd, cmdline

@@ -146,3 +146,10 @@ def test_what_cannot_be_followed_is_one_line(look: Look, text: str, why: str) ->
 def test_a_configuration_without_an_entry_is_none(look: Look, text: str) -> None:
     entry = look({**KERNELS, "/boot/grub/grub.cfg": text})
     assert entry is not None and entry.source == "/boot/vmlinuz-6.12"
+
+
+@pytest.mark.parametrize("more", ["", "initrd /boot/initrd.img-6.1\n"])
+def test_an_entry_whose_kernel_is_a_variable(look: Look, more: str) -> None:
+    entry = f"linux $kernel\n{more}"
+    with pytest.raises(ConfigError, match=r"names '\$kernel', which is not in"):
+        look({**KERNELS, "/boot/loader/entries/a.conf": entry})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import struct
 import time
 from pathlib import Path
 
@@ -101,6 +102,31 @@ def test_large_directories_are_not_searched_for_ever(
     with pytest.raises(ConfigError, match="too large to be searched"):
         for _ in range(1000):
             system.has("/many/none")
+
+
+def test_a_path_that_no_kernel_would_follow(tree: Path, tmp_path: Path) -> None:
+    system = opened(make(tree, tmp_path / "disk", "-t", "ext4"))
+    assert system.has("/." * 2000 + "/boot/small")
+    assert not system.has("/." * 200_000 + "/boot/small")
+
+
+def test_a_small_directory_with_a_large_tree_of_extents(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is read of the tree counts as well."""
+    system = opened(make(tree, tmp_path / "disk", "-t", "ext4", "-b", "1024"))
+    root = system._inode(2)
+    leaf = system._by_extents(root)[0].physical + 40
+    node = struct.pack("<HHHHI", 0xF30A, 4, 4, 1, 0) + struct.pack("<IIHH", 0, leaf, 0, 0) * 4
+    bad = root._replace(block=node.ljust(60, b"\0"), size=1)
+    original = system._bytes
+    empty = struct.pack("<HHHHI", 0xF30A, 0, 80, 0, 0).ljust(1024, b"\0")
+    monkeypatch.setattr(
+        system, "_bytes", lambda at, size: empty if at == leaf * 1024 else original(at, size)
+    )
+    before = system._looked_at
+    assert system._entries(bad) == {}
+    assert system._looked_at == before + 1 + 4 * 1024
 
 
 def test_what_is_not_understood_is_refused(tree: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -156,7 +157,7 @@ def test_the_disks_own_kernel(tmp_path: Path, said: list[str], form: str) -> Non
     assert spec.cmdline == "root=LABEL=sys ro quiet"
     assert image_name is None
     assert said == [
-        f"booting vmlinuz-6.1 by /boot/grub/grub.cfg in partition 2 of {disk}",
+        f"booting vmlinuz-6.1 by /boot/grub/grub.cfg in partition 2 of {disk}: root=LABEL=sys ro",
     ]
 
 
@@ -177,3 +178,26 @@ def test_a_configuration_that_names_what_is_not_there(tmp_path: Path) -> None:
     disk = whole(tmp_path, GRUB.replace("/boot/vmlinuz-6.1", "/../../etc/passwd"))
     with pytest.raises(ConfigError, match=r"names '/\.\./\.\./etc/passwd', which is not in that"):
         specify({"kernel": "disk", "disks": [str(disk)]})
+
+
+def test_the_user_has_the_last_word_whatever_the_disk_says(tmp_path: Path, said: list[str]) -> None:
+    disk = whole(tmp_path, GRUB.replace("ro\n", "init=/evil -- more\n"))
+    spec, _ = specify({"kernel": "disk", "disks": [str(disk)], "cmdline": "init=/mine"})
+    assert spec.cmdline == "root=LABEL=sys init=/evil init=/mine -- more"
+    assert said[0].endswith(": root=LABEL=sys init=/evil -- more")
+
+
+@pytest.mark.parametrize("name", [b"vmlinuz-9\xff", b"vmlinuz-9\x1b[2J", b"vmlinuz-9\nx", b"link"])
+def test_names_in_a_disk_that_are_no_kernels(tmp_path: Path, said: list[str], name: bytes) -> None:
+    disk = whole(tmp_path, "")
+    boot = tmp_path / "tree/boot"
+    if name == b"link":
+        (boot / "vmlinuz-9").symlink_to("/nowhere")
+        (boot / "loader/entries").mkdir(parents=True)
+        (boot / "loader/entries/a.conf").symlink_to("/nowhere")
+    else:
+        (boot / os.fsdecode(name)).write_bytes(b"other")
+    put_file_system(disk, 2 * MIB, 61 * MIB, "ext4", "-d", str(tmp_path / "tree"))
+    spec, _ = specify({"kernel": "disk", "disks": [str(disk)]})
+    assert Path(spec.kernel).read_bytes() == boot_images.bzimage()
+    assert said[0].isprintable() and "vmlinuz-6.1 by" in said[0]
