@@ -75,6 +75,11 @@ class AsyncVM(Asynchronous[VM]):
         """See `VM.attach`."""
         return cls._of(await in_thread(VM.attach, name))
 
+    @classmethod
+    async def restore(cls, snapshot: str, *, name: str = "", kvm: str = "auto") -> Self:
+        """See `VM.restore`."""
+        return cls._of(await in_thread(VM.restore, snapshot, name=name, kvm=kvm))
+
     @property
     def vm(self) -> VM:
         """The VM itself."""
@@ -153,6 +158,7 @@ class AsyncVM(Asynchronous[VM]):
     stats = awaited(VM.stats)
     pause = awaited(VM.pause)
     resume = awaited(VM.resume)
+    snapshot = awaited(VM.snapshot)
     resize_disk = awaited(VM.resize_disk)
     add_disk = awaited(VM.add_disk)
     add_net = awaited(VM.add_net)

@@ -22,6 +22,11 @@ GIVE_UP_SECONDS = 10.0  # that a guest has to give up a device
 class InMonitor(ABC):
     """The part of `VM` that its monitor answers."""
 
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The VM's name."""
+
     @abstractmethod
     def _ask(self, method: str, *, patience: float = PATIENCE, **params: Any) -> dict[str, Any]:
         """The monitor's answer to the control socket's `method`, which may take so many seconds."""
@@ -41,6 +46,14 @@ class InMonitor(ABC):
     def resume(self) -> None:
         """Have it go on."""
         self._ask("resume")
+
+    def snapshot(self, name: str, *, stop: bool = False) -> float:
+        """Save it as the snapshot `name`, from which `VM.restore` goes on; the seconds for which it
+        stood still. With `stop` it ends then. Raises ConfigError for what cannot be saved, and for
+        a name that is taken."""
+        from pyvmm.monitor import snapshots
+
+        return snapshots.take(self.name, name, stop=stop).paused
 
     def resize_disk(self, disk: str, size: int | str | None = None, *, shrink: bool = False) -> int:
         """Give the disk called `disk` ("disk0", or its id) `size` bytes, and its image too; without
@@ -118,6 +131,10 @@ class ByName(InMonitor):
 
     def __init__(self, name: str) -> None:
         self._name = name
+
+    @property
+    def name(self) -> str:
+        return self._name
 
     def _ask(self, method: str, *, patience: float = PATIENCE, **params: Any) -> dict[str, Any]:
         return patiently(

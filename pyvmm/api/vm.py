@@ -99,7 +99,7 @@ class VM(InGuest, InMonitor):
         }
         self.spec: VmSpec = validate(make_spec({**self._values, "kernel": kernel or "/"}))
         self._monitor: Monitor | None = None
-        self._attached = False
+        self._attached = self._restored = False
         self._console: Console | None = None
 
     @classmethod
@@ -125,6 +125,18 @@ class VM(InGuest, InMonitor):
         vm = cls(kernel="/", name=name, vsock=False)
         vm._monitor = AttachedMonitor(name)
         vm._attached = True
+        return vm
+
+    @classmethod
+    def restore(cls, snapshot: str, *, name: str = "", kvm: str = "auto") -> Self:
+        """A VM that goes on from the snapshot of that name once it is started, as often as you
+        like; what it changes on its disks is thrown away at its end. Raises ConfigError if there is
+        none, or its disks have changed since."""
+        from pyvmm.monitor import snapshots
+
+        vm = cls(kernel="/", name=name, kvm=kvm, vsock=False)
+        vm.spec = snapshots.restored(snapshot, {"name": name})
+        vm._restored = True
         return vm
 
     # --- its life ---------------------------------------------------------------------------------
@@ -164,6 +176,8 @@ class VM(InGuest, InMonitor):
 
     def _resolve(self) -> str | None:
         """Fill in what an image gives, building it if need be; its name if the disk is its own."""
+        if self._restored:
+            return None
         from pyvmm.monitor.kernel_choice import specify
 
         self.spec, image = specify(self._values)

@@ -68,12 +68,11 @@ def names() -> list[str]:
 
 class Saved(NamedTuple):
     """An open snapshot: its name, its directory, and what its state says, unchecked but for form
-    and checksum. From `release` on it may be removed."""
+    and checksum."""
 
     name: str
     path: str
     state: Mapping[str, Any]
-    release: Callable[[], None]
 
 
 @contextmanager
@@ -81,14 +80,24 @@ def reading(name: str) -> Iterator[Saved]:
     """The snapshot called `name`, which nobody removes meanwhile. Raises ConfigError."""
     check_name(name)
     path = os.path.join(folder(), name)
+    with held(path):
+        yield Saved(name, path, read_state(path))
+
+
+@contextmanager
+def held(path: str) -> Iterator[Callable[[], None]]:
+    """Nobody removes the snapshot in the directory `path` meanwhile, unless what is yielded is
+    called. Raises ConfigError if there is none."""
+    name = os.path.basename(path)
     fd = _open_folder(path, name)
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"the snapshot {name} is being removed", cure="use another") from None
         if not os.path.isdir(path):  # it was removed just now
             raise _unknown(name)
-        yield Saved(name, path, read_state(path), lambda: fcntl.flock(fd, fcntl.LOCK_UN))
-    except BlockingIOError:
-        raise ConfigError(f"the snapshot {name} is being removed", cure="use another") from None
+        yield lambda: fcntl.flock(fd, fcntl.LOCK_UN)
     finally:
         os.close(fd)
 

@@ -65,3 +65,5 @@ def restore(parts: Parts, saved: Saved, warn: Callable[[str], None]) -> None:
     for transport, state in zip(parts.transports, states, strict=True):
         state.place = f"{saved.place}, {transport.device.name}"
         transport.restore(state)
+    # Last, so that its interrupt is not among those that a state replaces.
+    parts.prepared.board.tell_of_copy(parts.vm, parts.prepared.memory)

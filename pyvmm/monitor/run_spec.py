@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,6 @@ def run_spec(
     on_name: Callable[[str], None] = lambda name: None,
     wrap: Callable[[VmSpec, Socket | None, Callable[[], int]], tuple[int, bool]] | None = None,
     cut_if_nothing_kept: bool = False,
-    on_open: Callable[[], None] = lambda: None,
 ) -> int:
     """Run `spec`, under the name that it has or the first that is free, which `on_name` is told;
     the exit code.
@@ -39,8 +38,7 @@ def run_spec(
     it is kept. `wrap` is called in place of the run, with what carries it out; it returns the
     exit code, and whether that is one of a command in the guest and not the VM's own. A signal asks
     the guest to power off first; with `cut_if_nothing_kept` only if it can keep something.
-    `on_open` is called once all files of a VM on this machine's KVM are open. `confine` is one of
-    pyvmm.monitor.confine's modes.
+    `confine` is one of pyvmm.monitor.confine's modes.
     """
     with _registered(spec.name, image or registry.DEFAULT_NAME) as registration:
         spec = replace(spec, name=registration.name)
@@ -59,16 +57,17 @@ def run_spec(
         listener = registration.listener
 
         def run() -> int:
-            return _run(
-                spec,
-                kvm,
-                registration,
-                patience,
-                vm_log,
-                on_open,
-                confine,
-                passes_signals=wrap is not None,
-            )
+            with _held(spec) as release:
+                return _run(
+                    spec,
+                    kvm,
+                    registration,
+                    patience,
+                    vm_log,
+                    release,
+                    confine,
+                    passes_signals=wrap is not None,
+                )
 
         try:
             code, of_command = (run(), False) if wrap is None else wrap(spec, listener, run)
@@ -79,6 +78,19 @@ def run_spec(
         if vm_log is not None:
             _note_end(vm_log, code, of_command=of_command)
         return code
+
+
+@contextmanager
+def _held(spec: VmSpec) -> Iterator[Callable[[], None]]:
+    """The snapshot that `spec` goes on from, if it does, is not removed until what is yielded is
+    called. Raises ConfigError if it is there no more."""
+    if not spec.restored_from:
+        yield lambda: None
+        return
+    from pyvmm.control import snapshot_store
+
+    with snapshot_store.held(spec.restored_from) as release:
+        yield release
 
 
 def _log_of(registration: registry.Registration) -> VmLog | None:
@@ -120,6 +132,8 @@ def _run(
     *,
     passes_signals: bool,
 ) -> int:
+    """`on_open` is called once all files of a VM on this machine's KVM are open; an emulated host
+    looks for them until its end."""
     because = None
     if kvm == "auto":
         from pyvmm.machine.host_kvm import why_unusable

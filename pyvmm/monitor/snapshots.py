@@ -7,8 +7,7 @@ import os
 import select
 import stat
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -234,11 +233,9 @@ def spec_of(name: str, path: str, state: Mapping[str, Any]) -> VmSpec:
 _OF_A_RUN = ("name", "trace", "trace_file", "on_reboot")
 
 
-@contextmanager
-def restored(name: str, options: Mapping[str, Any]) -> Iterator[tuple[VmSpec, Callable[[], None]]]:
-    """The VM that goes on from the snapshot `name`, which nobody removes meanwhile, unless what is
-    yielded beside it is called: once its files are open. `options` are those of `pyvmm run` that
-    were given: a name, and what is to be traced. Raises ConfigError."""
+def restored(name: str, options: Mapping[str, Any]) -> VmSpec:
+    """The VM that goes on from the snapshot `name`. `options` are those of `pyvmm run` that were
+    given: a name, and what is to be traced. Raises ConfigError."""
     rows = {row.name: row for row in registry.options()}
     given = {
         key: value
@@ -256,7 +253,7 @@ def restored(name: str, options: Mapping[str, Any]) -> Iterator[tuple[VmSpec, Ca
         spec = spec_of(found.name, found.path, found.state)
         fields = {rows[key].field: read_own(rows[key], value) for key, value in given.items()}
         usual = {"name": "", "trace": (), "trace_file": None}
-        yield validate(replace(spec, **{**usual, **fields})), found.release
+        return validate(replace(spec, **{**usual, **fields}))
 
 
 def _has_size(path: str, size: object) -> bool:

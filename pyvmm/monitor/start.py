@@ -66,17 +66,12 @@ def _restore(
             cure="restore it with --detach, then use pyvmm exec",
             option="--restore",
         )
+    spec = restored(name, options)
     if not detach:
-        with restored(name, options) as (spec, release):
-            return run_spec(spec, kvm, confine=confine, on_open=release)
+        return run_spec(spec, kvm, confine=confine)
     from pyvmm.monitor.process import run_detached
 
-    # In the process in the background, so that the snapshot stays locked until its files are open.
-    def run(tell: Callable[[str], None]) -> int:
-        with restored(name, options) as (spec, release):
-            return run_spec(spec, kvm, confine=confine, on_name=tell, on_open=release)
-
-    return run_detached(run)
+    return run_detached(lambda tell: run_spec(spec, kvm, confine=confine, on_name=tell))
 
 
 def _run_command(

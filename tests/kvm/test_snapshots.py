@@ -3,6 +3,7 @@ where they cannot be, and never half there."""
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import json
 import os
@@ -22,6 +23,9 @@ from typing import Any
 import pytest
 from echo_guest import echo_kernel
 
+from pyvmm import VM
+from pyvmm.api.aio import AsyncVM
+from pyvmm.boot.x86 import layout
 from pyvmm.control import snapshot_store as store
 from pyvmm.errors import ConfigError, PyvmmError
 from pyvmm.kvm.system import Kvm
@@ -177,6 +181,39 @@ def test_with_stop_the_vm_ends(one: Guest, snapshot_dir: Callable[[], list[str]]
 def snapshot_dir(folder: Path) -> Callable[[], list[str]]:
     """What is in the directory of snapshots, hidden names too."""
     return lambda: sorted(os.listdir(folder / "state/pyvmm/snapshots"))
+
+
+def test_python_saves_and_restores(folder: Path) -> None:
+    with VM(kernel=echo_kernel(folder), kvm="host", memory="64M", vsock=False) as vm:
+        vm.console.expect_exact("ready", timeout=SAFETY_TIMEOUT)
+        assert vm.snapshot("first") > 0
+        with pytest.raises(ConfigError, match="there is a snapshot 'first' already"):
+            vm.snapshot("first")
+        assert vm.snapshot("last", stop=True) > 0
+        assert vm.wait(SAFETY_TIMEOUT).exit_code == 143
+    for name in ("first", "last"):
+        with VM.restore(name, kvm="host", name="back") as vm:
+            assert vm.name == "back"
+            vm.console.send("hello")
+            vm.console.expect_exact("hello", timeout=SAFETY_TIMEOUT)
+
+    async def from_a_loop() -> None:
+        async with await AsyncVM.restore("first", kvm="host") as vm:
+            await vm.snapshot("third")
+
+    asyncio.run(from_a_loop())
+    assert store.names() == ["first", "last", "third"]
+    with pytest.raises(ConfigError, match="no snapshot"):
+        VM.restore("fourth")
+
+
+def test_copies_have_numbers_of_their_own(snapshot: Path) -> None:
+    """VMGenID: the guest's kernel mixes it into its random numbers."""
+    at, size = layout.GENERATION_ID, layout.GENERATION_ID_SIZE
+    with open(snapshot / "memory", "rb") as file:
+        file.seek(at)
+        numbers = [file.read(size), *(_restore_and_end(snapshot, at, size) for _ in range(2))]
+    assert len(set(numbers)) == 3 and all(map(any, numbers)), numbers
 
 
 def test_list_show_and_rm(snapshot: Path, snapshot_dir: Callable[[], list[str]]) -> None:
@@ -340,8 +377,8 @@ def _other(rng: random.Random, value: Any) -> Any:
     return rng.choice(strange)
 
 
-def _restore_and_end(path: Path) -> None:
-    """All of a restore but that the guest runs."""
+def _restore_and_end(path: Path, address: int = 0, size: int = 0) -> bytes:
+    """All of a restore but that the guest runs; what its memory has there."""
     spec = spec_of("first", str(path), store.read_state(str(path)))
     trace = Trace((), None)
     with ExitStack() as closing:
@@ -356,6 +393,7 @@ def _restore_and_end(path: Path) -> None:
         kvm = open_kvm(prepared.board, spec.cpus, closing)
         parts = assemble(prepared, kvm, trace, lambda data: None, closing)
         restoring.restore(parts, lambda line: None)
+        return prepared.memory.read(address, size)
 
 
 def test_row_58_a_fuzzed_snapshot_is_restored_or_refused(snapshot: Path) -> None:

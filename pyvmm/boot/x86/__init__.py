@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from pyvmm.boot import cmdline as command_line
 from pyvmm.boot.image_file import ImageFile
 from pyvmm.boot.x86 import acpi as acpi_tables
@@ -147,4 +149,10 @@ def _write_common(memory: GuestMemory, cmdline: bytes, acpi: AcpiConfig) -> int:
     tables = acpi_tables.build(acpi)
     memory.write(tables.rsdp, tables.blob)
     memory.write(layout.CMDLINE, cmdline)
+    renew_generation(memory)
     return tables.rsdp
+
+
+def renew_generation(memory: GuestMemory) -> None:
+    """Put another number where VMGenID says that the guest's is: it begins, or is a copy."""
+    memory.write(layout.GENERATION_ID, os.urandom(layout.GENERATION_ID_SIZE))

@@ -30,6 +30,7 @@ _VGA_NOT_PRESENT = 1 << 2
 _CMOS_RTC_NOT_PRESENT = 1 << 5
 
 _PRESSED = 0x80  # 4.8.2.2.1.2: S0 Power Button Pressed
+_GENERATION_CHANGED = 0x80  # "Virtual Machine Generation ID"
 _DEVICE_CHECK, _EJECT_REQUEST = 1, 3  # 5.6.6 "Device Object Notifications"
 # PCI Firmware Specification 3.3, 4.5.1 "_OSC Interface for PCI Host Bridge Devices"; ACPI 6.2.11
 # "_OSC (Operating System Capabilities)"
@@ -211,6 +212,8 @@ def build_dsdt(config: AcpiConfig) -> bytes:
         devices += [_pci_host(config.pci), _motherboard(config.pci)]
     if config.serial:
         devices.append(_serial(config.fixed))
+    if config.pci is not None:
+        devices.append(_generation())
     devices += [_power_button(), _event_device(config.fixed, config.pci)]
     sleep = aml.package(*(aml.integer(value) for value in (config.fixed.sleep_type_s5, 0, 0, 0)))
     return _table(b"DSDT", 2, aml.scope("\\_SB", *devices) + aml.name("\\_S5", sleep))
@@ -365,13 +368,31 @@ def _power_button() -> bytes:
     )
 
 
+def _generation() -> bytes:
+    """Microsoft's "Virtual Machine Generation ID" (2012): where the number lies that another one
+    takes the place of in each copy of a running guest, whose random numbers would be the same."""
+    address = aml.package(aml.integer(layout.GENERATION_ID), aml.integer(0))
+    return aml.device(
+        "VGEN",
+        # Drivers go by the _CID, which has not the form that a _HID must have.
+        aml.name("_HID", aml.string("PVMM0001")),
+        aml.name("_CID", aml.string("VM_Gen_Counter")),
+        aml.name("_DDN", aml.string("VM_Gen_Counter")),
+        aml.name("ADDR", address),
+    )
+
+
 def _event_device(fixed: FixedDevices, pci: PciHost | None) -> bytes:
     """5.6.9 "Interrupt-signaled ACPI Events": that the button was pressed, and with `pci` that
-    there is something to be seen of a slot."""
-    events = {fixed.power_button_gsi: aml.notify("\\_SB.PWRB", _PRESSED)}
+    there is something to be seen of a slot, or that the guest is a copy: a driver looks whether
+    its generation has changed."""
+    events = {fixed.power_button_gsi: [aml.notify("\\_SB.PWRB", _PRESSED)]}
     if pci is not None:
-        events[pci.slots_gsi] = aml.path("\\_SB.PCI0.EVNT")
-    happen = (aml.if_equal(aml.argument(0), aml.integer(gsi), term) for gsi, term in events.items())
+        changed = aml.notify("\\_SB.VGEN", _GENERATION_CHANGED)
+        events[pci.slots_gsi] = [changed, aml.path("\\_SB.PCI0.EVNT")]
+    happen = (
+        aml.if_equal(aml.argument(0), aml.integer(gsi), *terms) for gsi, terms in events.items()
+    )
     return aml.device(
         "GED",
         aml.name("_HID", aml.string("ACPI0013")),

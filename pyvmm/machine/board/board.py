@@ -234,6 +234,10 @@ class Board(ABC, Generic[E]):
         of what is not as it was. Raises ConfigError for what cannot be, or not here; HostError."""
         raise ConfigError("machines of this architecture cannot be restored")
 
+    def tell_of_copy(self, vm: Vm, memory: GuestMemory) -> None:
+        """The guest in `memory` goes on as a copy of another one, which its kernel is to know: its
+        random numbers must not be the same. Raises HostError."""
+
     @abstractmethod
     def state_lines(self, vcpu: Vcpu, read: Callable[[int, int], bytes]) -> Iterator[str]:
         """The state of a vCPU that cannot go on, for its report, a line at a time. `read` reads

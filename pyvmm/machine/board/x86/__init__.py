@@ -174,6 +174,11 @@ class X86Board(Board[boot.Entry]):
             saved_vcpu.restore(vcpu, state, host, warn)
         irqchip.restore(vm, saved.table("vm"))
 
+    def tell_of_copy(self, vm: Vm, memory: GuestMemory) -> None:
+        boot.renew_generation(memory)
+        for level in (True, False):
+            vm.irq_line(layout.PCI_SLOTS_GSI, level)
+
     def state_lines(self, vcpu: Vcpu, read: Callable[[int, int], bytes]) -> Iterator[str]:
         from pyvmm.kvm.x86.state_text import state_lines
 

@@ -1,0 +1,100 @@
+"""A Linux guest, saved under load and restored twice: nothing is lost, and both are strangers."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+import vms
+
+from pyvmm import VM
+from pyvmm.control import client
+from pyvmm.monitor import snapshots
+
+SAFETY_TIMEOUT = 600
+
+# Files are written, read back past the page cache and compared, for ever; a tick each 100 ms.
+LOAD = """
+cat > /root/load <<'END'
+n=0
+while :; do
+    n=$((n + 1))
+    dd if=/dev/urandom of=/root/file bs=64k count=8 2>/dev/null
+    sha256sum /root/file > /root/sum
+    sync
+    echo 1 > /proc/sys/vm/drop_caches
+    sha256sum -c /root/sum >/dev/null 2>&1 || { echo "round $n differs" > /root/lost; exit 1; }
+    echo $n > /root/round
+done
+END
+setsid sh /root/load >/dev/null 2>&1 &
+cat > /root/clock <<'END'
+while :; do cut -d" " -f1 /proc/uptime >> /run/ticks; sleep 0.1; done
+END
+setsid sh /root/clock >/dev/null 2>&1 &
+sleep 1
+dmesg -C
+"""
+LOOK = """
+first=$(cat /root/round)
+i=0
+while [ "$(cat /root/round)" -lt $((first + 2)) ] && [ $i -lt 400 ]; do
+    sleep 0.25
+    i=$((i + 1))
+done
+echo "rounds=$(($(cat /root/round) - first))"
+echo "lost=$(cat /root/lost 2>/dev/null)"
+awk 'NR > 1 && $1 < before { n++ } { before = $1 } END { print "backwards=" n + 0 }' /run/ticks
+echo "warnings=$(dmesg -l emerg,alert,crit,err,warn | tr '\\n' '|')"
+"""
+UNIQUE = "head -c 16 /dev/urandom | od -An -tx1; cat /proc/sys/kernel/random/uuid"
+
+
+def pyvmm(*args: str) -> str:
+    argv = [sys.executable, "-m", "pyvmm", *args]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=SAFETY_TIMEOUT)
+    assert done.returncode == 0, f"{args}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.fixture
+def saved(linux_guests: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    yield
+
+
+@pytest.mark.parametrize("transport", ["mmio", "pci"])
+def test_nothing_is_lost_and_copies_are_strangers(saved: None, transport: str) -> None:
+    with VM(**vms.debian(), cpus=2, transport=transport, vsock=True) as vm:
+        vm.wait_ready()
+        vms.script(vm, LOAD)
+        taken = snapshots.take(vm.name, "warm")
+        assert taken.paused > 0
+        # The one that was saved goes on.
+        check(vms.script(vm, LOOK))
+    names = [f"copy-{transport}-{number}" for number in (1, 2)]
+    said = []
+    with ExitStack() as closing:
+        for name in names:
+            pyvmm("run", "--detach", "--restore", "warm", "--name", name)
+            closing.callback(client.stop, name, patience=0.0)
+            said.append(pyvmm("exec", "--wait", "300", name, "--", "sh", "-c", UNIQUE))
+        first, second = (text.split() for text in said)
+        assert first[:16] != second[:16], f"the same random bytes: {said}"
+        assert first[-1] != second[-1], f"the same UUID: {said}"
+        for name in names:
+            text = pyvmm("exec", name, "--", "sh", "-c", LOOK)
+            pairs = (line.partition("=") for line in text.splitlines())
+            check({key: value for key, _, value in pairs})
+
+
+def check(seen: dict[str, str]) -> None:
+    assert int(seen["rounds"]) >= 2, seen
+    assert not seen["lost"], seen
+    assert seen["backwards"] == "0", seen
+    warnings = [line for line in seen["warnings"].split("|") if line.strip()]
+    assert not [line for line in warnings if "stuck" in line or "stall" in line], seen
