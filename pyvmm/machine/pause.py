@@ -55,8 +55,8 @@ class Pauser:
     @contextmanager
     def still(self) -> Iterator[None]:
         """The machine stands still inside, whoever asks for what meanwhile; then it is as it was:
-        it runs, or is paused. Raises ConfigError as `pause` does. `ending` says that whoever holds
-        it so is to be quick."""
+        it runs, or is paused, unless it is `ending`: then it never runs again, and whoever holds it
+        still is to be quick. Raises ConfigError as `pause` does."""
         with self._lock:
             if self._ended or self.ending:
                 raise ConfigError(ENDING)
@@ -66,7 +66,7 @@ class Pauser:
             try:
                 yield
             finally:
-                if not was:
+                if not was and not self.ending:
                     self._go_on()
 
     def exchange(self, transports: Sequence[Transport]) -> None:

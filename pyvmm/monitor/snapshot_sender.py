@@ -110,6 +110,7 @@ class _Sender:
                 else:
                     self._send_end(time.monotonic() - began)
                     self._wait_until_written()
+                    machine.pauser.ending = True  # not one more write to a disk
                     machine.end(Outcome(Ending.TERMINATED, "ended by pyvmm snapshot --stop"))
                     return
         except ConfigError as error:  # something does not come to rest

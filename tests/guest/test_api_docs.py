@@ -67,6 +67,13 @@ def test_the_page_on_devices_that_come_and_go(tmp_path):
     ]
 
 
+def test_the_page_on_snapshots(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    said = run(tmp_path, "-c", "\n".join(python_blocks("docs/snapshots.md"))).splitlines()
+    assert re.fullmatch(r"it stood still for [\d.]+ s", said[0])
+    assert said[1:] == ["b'prepared\\n'", "True"]
+
+
 def test_the_page_on_pytest(tmp_path):
     (tmp_path / "test_it.py").write_text("\n".join(python_blocks("docs/pytest.md")))
     said = run(tmp_path, "-m", "pytest", "-p", "no:cacheprovider", "--strict-markers", "-q")

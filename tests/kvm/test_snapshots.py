@@ -308,7 +308,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: (p / "state.json").unlink() or os.mkfifo(p / "state.json"),
         "no regular file",
     ),
-    "huge": (lambda p: os.truncate(p / "state.json", 1 << 40), "bytes, 67108864 at most"),
+    "huge": (lambda p: os.truncate(p / "state.json", 1 << 36), "bytes, 67108864 at most"),
     "deep": (lambda p: (p / "state.json").write_text("[" * 100_000), "not JSON"),
     "foreign": (lambda p: (p / "state.json").write_text('{"a": 1}'), "of another kind"),
     "newer": (_state(lambda s: s.update(version=2)), "has version 2"),

@@ -187,3 +187,33 @@ def test_a_command_that_takes_the_other_queues_locks_ends_before_the_pause(bench
     pauser.resume()
     asked.join(30)
     assert not asked.is_alive()
+
+
+def test_it_stands_still_inside_whoever_asks_for_what(bench):
+    runner = Runner()
+    pauser = Pauser([runner], [transport(bench)])
+    asked = []
+    with pauser.still():
+        assert pauser.paused and not runner.running
+        other = threading.Thread(target=lambda: (pauser.resume(), asked.append("resumed")))
+        other.start()
+        assert not threading.Event().wait(0.05)
+        assert not asked and not runner.running
+    other.join(30)
+    assert asked and runner.running and not pauser.paused
+    pauser.pause()
+    with pauser.still():
+        pass
+    assert pauser.paused and not runner.running, "it was paused before"
+    pauser.resume()
+
+
+def test_one_that_ends_never_runs_again_after_it_stood_still(bench):
+    runner = Runner()
+    pauser = Pauser([runner], [transport(bench)])
+    with pauser.still():
+        pauser.ending = True
+    assert not runner.running
+    with pytest.raises(ConfigError, match="ending"), pauser.still():
+        pass
+    pauser.end()
