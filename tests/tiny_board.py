@@ -109,6 +109,12 @@ def make_board() -> Any:
             memory.write(RESET_VECTOR, CODE)
             return TinyEntry(cmdline, discovery)
 
+        def kernel_release(self, path: str) -> str:
+            raise NotImplementedError
+
+        def kernel_config(self, path: str) -> str:
+            raise NotImplementedError
+
         def unpack_kernel(self, path: str, target: str) -> None:
             raise NotImplementedError
 
