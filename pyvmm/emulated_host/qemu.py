@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pyvmm.emulated_host.architecture import emulated_machine
 from pyvmm.emulated_host.cache import BootFiles
 from pyvmm.emulated_host.ports import Port
-from pyvmm.emulated_host.spec import EmulatedHostSpec
+from pyvmm.emulated_host.spec import EmulatedHostSpec, HostFolder
 from pyvmm.host.qcow2 import Layer, blockdev
 
 SECTOR = 512
@@ -80,6 +80,7 @@ def qemu_arguments(
         *_root_arguments(),
         *_disk_arguments(disks),
         *("-device", f"pcie-pci-bridge,id={BRIDGE}"),
+        *_folder_arguments(spec.folders),
     ]
 
 
@@ -87,6 +88,18 @@ def _root_arguments() -> list[str]:
     # multidevs=remap: the machine's mounts below / are seen too, with inode numbers of their own.
     fsdev = "local,id=machine,path=/,security_model=none,readonly=on,multidevs=remap"
     return ["-fsdev", fsdev, "-device", "virtio-9p-pci,fsdev=machine,mount_tag=machine"]
+
+
+def _folder_arguments(folders: Sequence[HostFolder]) -> list[str]:
+    """As root QEMU keeps owners as they are inside; as another user all is that user's."""
+    arguments = []
+    for folder in folders:
+        path = folder.path.replace(",", ",,")
+        mode = "on" if folder.read_only else "off"
+        fsdev = f"local,id={folder.tag},path={path},security_model=none,readonly={mode}"
+        device = f"virtio-9p-pci,fsdev={folder.tag},mount_tag={folder.tag}"
+        arguments += ["-fsdev", f"{fsdev},multidevs=remap", "-device", device]
+    return arguments
 
 
 def _port_arguments(ports: Sequence[Port], stream_fds: Sequence[int]) -> list[str]:

@@ -98,6 +98,16 @@ class HostStream:
     fd: int
 
 
+@dataclass(frozen=True)
+class HostFolder:
+    """A directory of the machine that is a 9p file system inside, by the mount tag `tag`, for the
+    command to mount. What it writes stays, unless it is `read_only`."""
+
+    tag: str
+    path: str
+    read_only: bool = False
+
+
 class Plugs(NamedTuple):
     """How something gets into the emulated host: `plug_disk` and `plug_stream` until `closing`
     ends; `connect` reaches who listens at a path inside; `take_back` gives a connection that has
@@ -120,7 +130,8 @@ def _current_directory() -> str:
 class EmulatedHostSpec:
     """An emulated host: `memory_mib` in all (guest RAM + OWN_MEMORY_MIB), files as on the machine.
 
-    `env` and `cwd` are the command's; everything it writes other than `disks` and `sinks` is lost.
+    `env` and `cwd` are the command's; everything it writes other than `disks`, `sinks` and
+    `folders` is lost.
 
     `sockets_out` are paths of the machine's Unix sockets that the command may connect to, from
     where it serves pyvmm.relay.inside; one that ends in ``*`` stands for all with a decimal number
@@ -134,6 +145,7 @@ class EmulatedHostSpec:
     disks: tuple[HostDisk, ...] = ()
     sinks: tuple[HostSink, ...] = ()
     streams: tuple[HostStream, ...] = ()
+    folders: tuple[HostFolder, ...] = ()
     sockets_in: tuple[HostListener, ...] = ()
     sockets_out: tuple[str, ...] = ()
     services: Mapping[str, Callable[[], Socket]] = field(default_factory=dict)

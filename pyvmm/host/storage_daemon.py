@@ -12,9 +12,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Sequence
@@ -22,6 +20,7 @@ from dataclasses import replace
 
 from pyvmm.errors import ConfigError
 from pyvmm.host import box, confinement, log
+from pyvmm.host.private_listener import connected_listener
 from pyvmm.host.qcow2 import Layer, blockdev
 
 PROGRAM = "qemu-storage-daemon"
@@ -40,7 +39,7 @@ class StorageDaemon:
         (`why_it_failed`)."""
         self.path = layers[0].image.path
         programs = [_find(PROGRAM, _PACKAGES), _find("setpriv", "util-linux")]
-        self.socket, listener = _connected_listener()
+        self.socket, listener = connected_listener()
         read_only = layers[0].image.read_only
         arguments = _arguments(layers, listener.fileno(), read_only=read_only, direct=direct)
         self._given = tuple(file.fd for layer in layers for file in layer.files)
@@ -119,29 +118,6 @@ def _find(program: str, package: str) -> str:
             option="--disk",
         )
     return os.path.realpath(found)
-
-
-def _connected_listener() -> tuple[socket.socket, socket.socket]:
-    """A connected stream socket, and the listening one to which it is connected."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    ours = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    folder = tempfile.mkdtemp(prefix="pyvmm-")  # nobody else may look into it
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        name = f"/proc/self/fd/{fd}/nbd"  # short, wherever the folder is
-        listener.bind(name)
-        listener.listen(1)
-        ours.connect(name)
-        os.unlink(os.path.join(folder, "nbd"))
-    except BaseException:
-        listener.close()
-        ours.close()
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    finally:
-        os.close(fd)
-    os.rmdir(folder)
-    return ours, listener
 
 
 def _confined(program: list[str], layers: Sequence[Layer]) -> list[str]:

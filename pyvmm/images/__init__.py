@@ -102,6 +102,15 @@ def passt_command(make: bool = False) -> list[str]:
     return command(folder, "usr/bin/passt", "passt")
 
 
+def virtiofsd_command(make: bool = False) -> list[str]:
+    """The beginning of a command line that runs virtiofsd 1.13, which serves directories. Raises
+    ConfigError as `artifacts` does."""
+    [folder] = folders(["programs-virtiofsd"], make=make)
+    from pyvmm.images.programs import command
+
+    return command(folder, "usr/libexec/virtiofsd", "virtiofsd")
+
+
 def fresh_disk(target: str, variant: str = DEFAULT_VARIANT, *, make: bool = False) -> str:
     """A sparse, writable copy of a root disk at `target`, which is replaced; returns `target`."""
     [folder] = folders([f"rootfs-{variant}"], make=make)

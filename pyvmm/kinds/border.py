@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from pyvmm.emulated_host import HostDisk, HostStream
+    from pyvmm.emulated_host import HostDisk, HostFolder, HostStream
     from pyvmm.host.named_listener import NamedListener
     from pyvmm.kinds.interface import Spec
 
@@ -38,9 +38,10 @@ class Crossing(NamedTuple):
     """A device that will run in an emulated host, while what it uses stays on this machine.
 
     `spec` is what to ask for in there. Each of `disks` is a block device in there, at the same
-    path; each of `streams` a character device. Each listener of `listening` leads to a path in
-    there; `reached` are paths of this machine's sockets that the device may connect to, ``*`` at
-    the end being a number. `sizes_terminal`: it wants to know the terminal's size.
+    path; each of `streams` a character device; each of `folders` a 9p file system. Each listener of
+    `listening` leads to a path in there; `reached` are paths of this machine's sockets that the
+    device may connect to, ``*`` at the end being a number. `sizes_terminal`: it wants to know the
+    terminal's size.
     """
 
     spec: Spec
@@ -48,4 +49,5 @@ class Crossing(NamedTuple):
     reached: tuple[str, ...] = ()
     disks: tuple[HostDisk, ...] = ()
     streams: tuple[HostStream, ...] = ()
+    folders: tuple[HostFolder, ...] = ()
     sizes_terminal: bool = False

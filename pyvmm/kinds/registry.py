@@ -56,7 +56,19 @@ from pyvmm.spec.options import FIRST, LAST, Option
 
 if TYPE_CHECKING:
     from pyvmm.control.protocol import Method
-    from pyvmm.kinds import balloon, console, disk, net, pmem, port, rng, user, vhost_user, vsock
+    from pyvmm.kinds import (
+        balloon,
+        console,
+        disk,
+        net,
+        pmem,
+        port,
+        rng,
+        share,
+        user,
+        vhost_user,
+        vsock,
+    )
     from pyvmm.kinds.border import Border, Crossing
     from pyvmm.kinds.interface import Context, Running, Spec
     from pyvmm.spec.vm import VmSpec
@@ -73,6 +85,7 @@ if TYPE_CHECKING:
         balloon.Keywords,
         vsock.Keywords,
         vhost_user.Keywords,
+        share.Keywords,
         total=False,
     ):
         """What `pyvmm.VM` takes for devices."""
@@ -99,6 +112,7 @@ KINDS = {
     "balloon": Kind("balloon", "pyvmm.kinds.balloon"),
     "vsock": Kind("vsock", "pyvmm.kinds.vsock"),
     "vhost_user": Kind("vhost_user", "pyvmm.kinds.vhost_user"),
+    "share": Kind("shares", "pyvmm.kinds.share"),
 }
 
 

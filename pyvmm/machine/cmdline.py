@@ -21,6 +21,8 @@ def default_parameters(spec: VmSpec, board: Board[Any], *, quiet: bool) -> list[
         parameters.append("quiet")
     if spec.disks:
         parameters += ["root=/dev/vda", "ro" if spec.disks[0].read_only else "rw"]
+    for device in spec.devices:
+        parameters += device.kernel_parameters
     return parameters
 
 

@@ -91,7 +91,7 @@ class Confinement:
         elif self._keeper is not None:
             for device in spec.devices:
                 if device.kind == "vhost_user":  # whose back end may be followed by another one
-                    self._keeper.announce(getattr(device, "path", ""), removes=False)
+                    self._keeper.announce(getattr(device, "socket", ""), removes=False)
             self._keeper.enter_box()
         self.box = box.enter(needs)
         if self._mode == STRICT and self.box.off:

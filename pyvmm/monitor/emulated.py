@@ -83,6 +83,7 @@ def run_emulated(
             sockets_in=(*_control_listener(control, plugging), *_device_listeners(crossings)),
             sockets_out=tuple(path for crossing in crossings for path in crossing.reached),
             streams=tuple(stream for crossing in crossings for stream in crossing.streams),
+            folders=tuple(folder for crossing in crossings for folder in crossing.folders),
             services={} if size is None else {SERVICE: size.connect},
             cwd="/",
         )

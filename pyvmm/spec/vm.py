@@ -120,6 +120,11 @@ class DeviceSpec:
         """Whether what the guest writes to it is still there when the VM has ended."""
         return False
 
+    @property
+    def kernel_parameters(self) -> tuple[str, ...]:
+        """What the kernel's command line is to say of it, for a guest's init."""
+        return ()
+
 
 @dataclass(frozen=True)
 class VmSpec:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import os
 import select
+import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -110,9 +111,11 @@ class VhostUserDevice(VirtioDevice):
         reconnect: float = 30.0,
         patience: float = PATIENCE,
         log: Callable[[str], None] | None = None,
+        connection: socket.socket | None = None,
     ) -> None:
         """Connect, and find out what the back end can do. It has `patience` seconds for each
-        answer. After its death another one has `reconnect` seconds to be there.
+        answer. After its death another one has `reconnect` seconds to be there. `connection` is one
+        to a back end that nobody else can reach: `path` is for messages then.
 
         Raises HostError where nobody listens, BackEndError for one that cannot serve this.
         """
@@ -126,6 +129,7 @@ class VhostUserDevice(VirtioDevice):
         self._log = log or RateLimited(prefix=f"{name}: ", device=name, error="back_end")
         self._talking = Lock()
         self._wake, self._error = EventFd(), EventFd()
+        self._given, self._only_given = connection, connection is not None
         self._connecting: Link | None = None
         self._needed = 0
         self._config = bytes(served.config_size)
@@ -215,7 +219,7 @@ class VhostUserDevice(VirtioDevice):
     def _open_link(self) -> Link:
         """A connection to a back end that can serve what the driver was offered. Raises HostError,
         BackEndError."""
-        link = self._connecting = Link(self._path, self._patience)
+        link = self._connecting = self._connect()
         try:
             if self._stopping:  # Whoever said so may have looked for a connection too early.
                 link.hang_up()
@@ -228,6 +232,14 @@ class VhostUserDevice(VirtioDevice):
         finally:
             self._connecting = None
         return link
+
+    def _connect(self) -> Link:
+        if not self._only_given:
+            return Link.to(self._path, self._patience)
+        given, self._given = self._given, None
+        if given is None:
+            raise HostError(errno.ECONNREFUSED, f"connect to {self._path}")
+        return Link(given, self._patience)
 
     def _check(self, link: Link) -> None:
         if not features.has(link.features, VIRTIO_F_VERSION_1):

@@ -48,9 +48,9 @@ class Link(Closable):
     """A connection. `features` and `protocol_features` are what both ends know, once `agree` has
     returned; `queues` is how many rings the back end has, 0 where it does not say."""
 
-    def __init__(self, path: str, patience: float = PATIENCE) -> None:
-        """Connect to whoever listens at `path`. Raises HostError."""
-        self._socket = socket.socket(fileno=unix_sockets.connect(path).detach())
+    def __init__(self, connection: socket.socket, patience: float = PATIENCE) -> None:
+        """`connection` is closed with it."""
+        self._socket = connection
         self._channel = Channel(self._socket, BackEndError)
         self._patience = patience
         self._allowance = _ALLOWANCE * patience
@@ -60,6 +60,11 @@ class Link(Closable):
         self.protocol_features = 0
         self.queues = 0
         self.lent: list[tuple[int, int, int, int]] = []  # the memory regions that it has
+
+    @classmethod
+    def to(cls, path: str, patience: float = PATIENCE) -> Link:
+        """One to whoever listens at `path`. Raises HostError."""
+        return cls(socket.socket(fileno=unix_sockets.connect(path).detach()), patience)
 
     def close(self) -> None:
         self._socket.close()

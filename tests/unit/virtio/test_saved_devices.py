@@ -72,7 +72,7 @@ def fresh(rig: EveryRig, ring: Ring) -> Iterator[tuple[VirtioDevice, MmioTranspo
 def test_each_kind_of_a_vm_is_saved_or_refused_by_name() -> None:
     """A new kind joins KINDS of every_device and is tested below, or is refused here."""
     names = {"disk": "blk", "ports": "console"}
-    served_elsewhere = {"vhost_user"}
+    served_elsewhere = {"vhost_user", "share"}
     known = {*SAVED, *REFUSED, *served_elsewhere}
     assert {names.get(kind, kind) for kind in registry.KINDS} == known
     for refusing in (VhostUserDevice, VhostNetDevice):

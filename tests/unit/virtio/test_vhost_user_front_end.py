@@ -206,7 +206,7 @@ def test_a_queue_without_an_interrupt_has_no_call(place):
 @pytest.mark.parametrize("slots", [0, P_SLOTS])
 def test_memory_that_is_added_and_removed_later(place, slots):
     with fake(place, protocol=P_REPLY_ACK | slots) as back_end:
-        link = Link(str(place))
+        link = Link.to(str(place))
         link.agree()
         memory = os.memfd_create("memory")
         first, second = (0, MIB, 1 << 30, 0), (4 * MIB, MIB, 1 << 31, MIB)
@@ -223,7 +223,7 @@ def test_memory_that_is_added_and_removed_later(place, slots):
 
 def test_more_regions_than_a_table_has_room_for(place):
     with fake(place) as back_end:
-        link = Link(str(place))
+        link = Link.to(str(place))
         link.agree()
         memory = os.memfd_create("memory")
         link.lend(memory, [(n * MIB, 4096, n * MIB, 0) for n in range(9)])

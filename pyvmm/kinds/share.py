@@ -1,0 +1,220 @@
+"""``--share DIR[:MOUNTPOINT][,readonly][,tag=TAG]``: a directory of this machine in the guest."""
+
+from __future__ import annotations
+
+import os
+import re
+from base64 import b64encode
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar
+
+from pyvmm.errors import ConfigError, HostError
+from pyvmm.kinds.interface import Context
+from pyvmm.spec.options import Option
+from pyvmm.spec.vm import INTERNAL, DeviceSpec, VmSpec
+
+if TYPE_CHECKING:
+    from typing import TypedDict
+
+    from pyvmm.kinds.border import Border, Crossing
+    from pyvmm.kinds.interface import Table
+    from pyvmm.virtio.vhost_user.device import VhostUserDevice
+
+    class Keywords(TypedDict, total=False):
+        """What `pyvmm.VM` takes."""
+
+        shares: Spec | str | Table | Iterable[Spec | str | Table]
+
+
+_FLAG = "--share"
+_SYNTAX = "DIR[:MOUNTPOINT][,readonly][,tag=TAG]"
+_TAG = re.compile(r"[A-Za-z0-9._-]{1,36}")
+_LONGEST_MOUNTPOINT = 255  # bytes; it goes on the kernel's command line
+_GUESTS_OWN = ("/dev", "/proc", "/run", "/sys", "/tmp")  # its init mounts over them
+
+OPTIONS = (
+    Option(
+        "shares",
+        _FLAG,
+        metavar=_SYNTAX,
+        device="share",
+        many=True,
+        default=(),
+        repeats=True,
+        help="Share the directory DIR with the guest (virtiofs), at MOUNTPOINT in an image of "
+        "pyvmm's, else by `mount -t virtiofs TAG …`; may be repeated. docs/shares.md has the rest.",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Spec(DeviceSpec):
+    """The directory `path`, which the guest finds as the file system `tag` and has at `mountpoint`,
+    if that is not "". With `read_only` the guest can change nothing in it."""
+
+    kind: ClassVar[str] = "share"
+
+    path: str
+    mountpoint: str = ""
+    read_only: bool = False
+    tag: str = ""
+    # Where it is a 9p file system by this name, which has yet to be mounted at `path`.
+    ninep: str = field(default="", metadata=INTERNAL)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether the guest's writes stay."""
+        return not self.read_only
+
+    @property
+    def kernel_parameters(self) -> tuple[str, ...]:
+        """The initramfs mounts it."""
+        if not self.mountpoint:
+            return ()
+        place = b64encode(self.mountpoint.encode()).decode()
+        return (f"pyvmm.share={self.tag}:{'ro' if self.read_only else 'rw'}:{place}",)
+
+
+def parse(text: str) -> Spec:
+    """The device of ``--share TEXT``; a comma in a path is written twice. What follows the last
+    colon is the mountpoint if it begins with a slash. Raises ConfigError."""
+    place, *options = (part.replace("\0", ",") for part in text.replace(",,", "\0").split(","))
+    path, colon, mountpoint = place.rpartition(":")
+    if not colon or not mountpoint.startswith("/"):
+        path, mountpoint = place, ""
+    tag, read_only = "", False
+    for option in options:
+        key, equals, value = option.partition("=")
+        if key == "tag" and value:
+            tag = value
+        elif key in ("readonly", "ro") and not equals:
+            read_only = True
+        else:
+            raise ConfigError(f"unknown option {option!r}", cure=f"use {_SYNTAX}", option=_FLAG)
+    return Spec(path, mountpoint, read_only, tag)
+
+
+def check_all(specs: Iterable[Spec], vm: VmSpec) -> list[Spec]:
+    """Each with a tag of its own. Raises ConfigError for what cannot be shared."""
+    specs, found = list(specs), list[Spec]()
+    taken = {spec.tag for spec in specs if spec.tag}
+    for number, spec in enumerate(specs):
+        if not spec.tag:
+            spec = replace(spec, tag=_free_tag(number, taken))
+        _check(spec)
+        for other in found:
+            if other.tag == spec.tag:
+                _refuse(f"two shares with the tag {spec.tag}", "give each its own")
+            if other.mountpoint and other.mountpoint == spec.mountpoint:
+                _refuse(f"two shares at {spec.mountpoint}", "mount them at different places")
+        found.append(spec)
+    return found
+
+
+def _free_tag(number: int, taken: set[str]) -> str:
+    while f"share{number}" in taken:
+        number += 1
+    taken.add(f"share{number}")
+    return f"share{number}"
+
+
+def _check(spec: Spec) -> None:
+    if not _TAG.fullmatch(spec.tag):
+        _refuse(f"{spec.tag!r:.100} is no tag", "use 1 to 36 letters, digits, dots and dashes")
+    place = spec.mountpoint
+    if place:
+        try:
+            length = len(place.encode())
+        except UnicodeEncodeError:
+            _refuse(f"the mountpoint {place!r:.100} is no UTF-8", "use one that is")
+        if place != os.path.normpath(place) or not re.match("/[^/]", place):
+            _refuse(
+                f"{place!r:.100} is no place to mount it at", "use a path such as /home/user/src"
+            )
+        if length > _LONGEST_MOUNTPOINT:
+            _refuse("the mountpoint is too long", f"use at most {_LONGEST_MOUNTPOINT} bytes")
+        if any(place == own or place.startswith(f"{own}/") for own in _GUESTS_OWN):
+            _refuse(f"the guest's init mounts over {place}", "use another place, such as /mnt")
+    if not spec.path:
+        _refuse("no directory is named", f"use {_SYNTAX}")
+    if spec.ninep:
+        return
+    if not os.path.lexists(spec.path):
+        _refuse(f"there is no {spec.path}", "check the path")
+    if not os.path.isdir(spec.path):
+        _refuse(f"{spec.path} is no directory", "share the directory that it is in")
+    if not os.access(spec.path, os.R_OK | os.X_OK):
+        _refuse(f"{spec.path} is not yours to read", "share another, or change its mode")
+    if os.path.realpath(spec.path) == "/" and not spec.read_only:
+        _refuse("all of this machine's files would be the guest's to change", "add ,readonly")
+
+
+def _refuse(what: str, cure: str) -> None:
+    raise ConfigError(what, cure=cure, option=_FLAG)
+
+
+def with_paths(spec: Spec, change: Callable[[str], str]) -> Spec:
+    """`spec` with the directory where `change` says it is."""
+    return replace(spec, path=change(spec.path))
+
+
+def open_device(spec: Spec, context: Context) -> VhostUserDevice:
+    """Start a virtiofsd for it, which ends with the device. Raises ConfigError."""
+    from pyvmm import images
+    from pyvmm.host.virtiofsd import Virtiofsd
+    from pyvmm.kinds.vhost_user import types
+    from pyvmm.vhost_user.protocol import BackEndError
+    from pyvmm.virtio.vhost_user.device import VhostUserDevice
+
+    if spec.ninep:
+        _mount_9p(spec)
+    path = os.path.realpath(spec.path)
+    server = Virtiofsd(images.virtiofsd_command(True), path, read_only=spec.read_only)
+    context.closing.callback(server.close)
+    try:
+        device = VhostUserDevice(
+            path,
+            types.served("fs", 1, tag=spec.tag, mac=b""),
+            name=f"share-{spec.tag}",
+            queue_size=1024,
+            connection=server.socket,
+        )
+    except (BackEndError, HostError):
+        raise ConfigError(
+            f"{spec.path} cannot be shared: {server.why_it_ended()}", option=_FLAG
+        ) from None
+    context.closing.callback(device.close)
+    if spec.packed and not device.knows_packed:
+        _refuse("virtiofsd has no packed rings", "leave out packed")
+    return device
+
+
+def _mount_9p(spec: Spec) -> None:
+    """In an emulated host: the directory comes as a file system of its own."""
+    import subprocess
+
+    os.makedirs(spec.path, exist_ok=True)
+    options = "trans=virtio,version=9p2000.L,msize=512000,cache=none"
+    done = subprocess.run(
+        ["mount", "-t", "9p", "-o", options, spec.ninep, spec.path],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        text = " ".join(done.stderr.split())
+        _refuse(f"it cannot be mounted in the emulated KVM host: {text}", "use --kvm host")
+
+
+def cross(spec: Spec, border: Border) -> Crossing:
+    """The directory is here, its virtiofsd in there: QEMU carries one to the other."""
+    from pyvmm import images
+    from pyvmm.emulated_host import HostFolder
+    from pyvmm.kinds.border import Crossing
+
+    images.virtiofsd_command(True)
+    place = border.place("share")
+    name = os.path.basename(place)
+    folder = HostFolder(name, os.path.realpath(spec.path), spec.read_only)
+    return Crossing(replace(spec, path=place, ninep=name), folders=(folder,))

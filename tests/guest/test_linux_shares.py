@@ -1,0 +1,74 @@
+"""Linux's own virtiofs driver on shared directories, mounted by the initramfs and by hand."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from vms import debian, script
+
+from pyvmm import VM
+
+pytestmark = pytest.mark.usefixtures("linux_guests")
+
+USE = """\
+cd "/mnt/a b"
+echo "mounted=$(sed -n 's|^share0 /mnt/a\\\\040b \\(virtiofs rw\\).*|\\1|p' /proc/mounts)"
+echo "read=$(cat file) $(cat $(printf '\\377\\376'))"
+echo "link=$(readlink out) $(cat out 2> /dev/null || echo nothing)"
+echo from the guest > new
+mkdir -p deep/er && mv new deep/er/
+ln file twin && rm file
+dd if=/dev/urandom of=large bs=64k count=32 status=none
+sync large
+echo "sum=$(sha256sum < large | cut -d' ' -f1)"
+echo "again=$(dd if=large bs=64k iflag=direct status=none | sha256sum | cut -d' ' -f1)"
+mknod null c 1 3 2> /dev/null && echo node=made || echo node=refused
+mkdir /mnt/usr
+mount -t virtiofs tools /mnt/usr
+echo "tools=$(cat /mnt/usr/tool)"
+touch /mnt/usr/new 2> /dev/null && echo readonly=no || echo readonly=yes
+echo "error=$(touch /mnt/usr/new 2>&1 | grep -o 'Read-only file system')"
+cd /
+umount "/mnt/a b"
+mount -t virtiofs share0 /mnt && echo "remounted=$(cat /mnt/deep/er/new)"
+echo "host=$(cat /mnt/later 2> /dev/null || echo missing)"
+"""
+
+
+@pytest.mark.parametrize(("kernel", "transport"), [("6.1", "mmio"), ("6.12", "pci")])
+def test_a_guest_works_in_a_shared_directory(
+    microvm_factory, tmp_path: Path, kernel: str, transport: str
+) -> None:
+    folder, tools = tmp_path / "a,b", tmp_path / "tools"
+    folder.mkdir()
+    tools.mkdir()
+    (folder / "file").write_text("hello")
+    Path(os.fsdecode(os.fsencode(folder) + b"/\xff\xfe")).write_text("bytes")
+    (folder / "out").symlink_to(tmp_path / "secret")
+    (tmp_path / "secret").write_text("out of reach")
+    (tools / "tool").write_text("a tool")
+    shares = [
+        {"path": str(folder), "mountpoint": "/mnt/a b"},
+        {"path": str(tools), "read_only": True, "tag": "tools"},
+    ]
+    vm: VM = microvm_factory(**debian(kernel), shares=shares, transport=transport)
+    vm.wait_ready()
+    found = script(vm, USE)
+    expected = {
+        "mounted": "virtiofs rw",
+        "read": "hello bytes",
+        "link": f"{tmp_path / 'secret'} nothing",
+        "again": found["sum"],
+        "node": "refused",
+        "tools": "a tool",
+        "readonly": "yes",
+        "error": "Read-only file system",
+        "remounted": "from the guest",
+        "host": "missing",
+    }
+    assert {key: found.get(key) for key in expected} == expected, vm.console.tail()
+    assert (folder / "deep/er/new").read_text() == "from the guest\n"
+    assert (folder / "twin").read_text() == "hello" and not (folder / "file").exists()
+    assert not (folder / "null").exists() and os.listdir(tools) == ["tool"]

@@ -1,0 +1,331 @@
+"""``--share``: what it takes, one line for each thing that it refuses, and virtiofsd itself with a
+driver in front that speaks FUSE."""
+
+from __future__ import annotations
+
+import base64
+import os
+import stat
+import struct
+import subprocess
+import sys
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from front_end_rig import until
+
+from pyvmm import images
+from pyvmm.emulated_host.qemu import _folder_arguments
+from pyvmm.errors import ConfigError
+from pyvmm.kinds import registry
+from pyvmm.kinds.border import Border
+from pyvmm.kinds.interface import Context
+from pyvmm.kinds.share import Spec
+from pyvmm.testing.attached import attached
+
+
+def check(*texts):
+    return registry.check("share", [registry.parse("share", text) for text in texts], None)
+
+
+# --- what can be said -----------------------------------------------------------------------------
+
+
+def test_all_that_can_be_said(tmp_path):
+    odd = tmp_path / "a:b,c"
+    odd.mkdir()
+    text = str(odd).replace(",", ",,")
+    [spec] = check(f"{text}:/mnt/x,readonly,tag=src")
+    assert spec == Spec(str(odd), "/mnt/x", True, "src")
+    assert not spec.keeps and replace(spec, read_only=False).keeps
+    assert check(text)[0].path == str(odd)
+    place = base64.b64encode(b"/mnt/x").decode()
+    assert spec.kernel_parameters == (f"pyvmm.share=src:ro:{place}",)
+    assert check(str(tmp_path))[0].kernel_parameters == ()
+
+
+def test_tags_are_made_up_and_never_twice(tmp_path):
+    texts = [str(tmp_path), f"{tmp_path},tag=share0", str(tmp_path)]
+    assert [spec.tag for spec in check(*texts)] == ["share1", "share0", "share2"]
+
+
+def test_a_file_says_the_same(tmp_path):
+    table = {"path": str(tmp_path), "mountpoint": "/mnt", "read_only": True}
+    assert registry.read("share", table) == [Spec(str(tmp_path), "/mnt", True)]
+    assert registry.plain("share", [Spec(str(tmp_path), "/mnt", True)]) == [table]
+    assert registry.with_paths(Spec("src"), lambda path: f"/there/{path}").path == "/there/src"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "no directory is named; use DIR"),
+        ("/nowhere", "there is no /nowhere; check the path"),
+        ("FILE", "is no directory; share the directory that it is in"),
+        ("/", "all of this machine's files would be the guest's to change; add ,readonly"),
+        ("/tmp/..", "add ,readonly"),
+        ("DIR,color=red", "unknown option 'color=red'"),
+        ("DIR,readonly=1", "unknown option 'readonly=1'"),
+        ("DIR,tag=", "unknown option 'tag='"),
+        ("DIR,tag=a b", "'a b' is no tag"),
+        ("DIR,tag=ä", "is no tag"),
+        ("DIR,tag=" + 37 * "x", "is no tag"),
+        ("DIR:/", "no place to mount it at"),
+        ("DIR:/mnt/../etc", "no place to mount it at"),
+        ("DIR:/mnt/", "no place to mount it at"),
+        ("DIR://mnt", "no place to mount it at"),
+        ("DIR:/mnt/\udcff", "no UTF-8"),
+        ("DIR:/" + 260 * "x", "at most 255 bytes"),
+        ("DIR:/run/x", "init mounts over /run/x; use another place"),
+        ("DIR:/tmp", "init mounts over /tmp"),
+    ],
+)
+def test_what_it_refuses(tmp_path, text, why):
+    (tmp_path / "file").write_bytes(b"")
+    text = text.replace("FILE", str(tmp_path / "file")).replace("DIR", str(tmp_path))
+    with pytest.raises(ConfigError, match="--share") as caught:
+        check(text)
+    assert why in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_two_that_collide(tmp_path):
+    with pytest.raises(ConfigError, match="two shares with the tag x"):
+        check(f"{tmp_path},tag=x", f"{tmp_path},tag=x")
+    with pytest.raises(ConfigError, match="two shares at /mnt"):
+        check(f"{tmp_path}:/mnt", f"{tmp_path}:/mnt")
+
+
+def test_a_directory_that_is_somebody_elses(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(ConfigError, match="is not yours to read"):
+        check(str(tmp_path))
+
+
+def test_all_of_the_machine_may_be_read():
+    assert check("/,readonly")[0].read_only
+
+
+def test_what_an_emulated_host_gets(tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "virtiofsd_command", lambda make: ["virtiofsd"])
+    border = Border(None, lambda path, flag: path)  # type: ignore[arg-type]
+    odd = tmp_path / "a,b"
+    odd.mkdir()
+    (tmp_path / "link").symlink_to(odd)
+    crossing = registry.cross(Spec(str(tmp_path / "link"), "/mnt", True, "t"), border)
+    assert crossing.spec.path == "/run/pyvmm-share-0"
+    [folder] = crossing.folders
+    assert (folder.tag, folder.path, folder.read_only) == ("pyvmm-share-0", str(odd), True)
+    arguments = _folder_arguments(crossing.folders)
+    assert f"path={str(odd).replace(',', ',,')},security_model=none,readonly=on" in arguments[1]
+
+
+# --- virtiofsd ------------------------------------------------------------------------------------
+
+# <linux/fuse.h>: opcodes, and struct fuse_in_header, fuse_init_in, fuse_entry_out, …
+LOOKUP, FORGET, GETATTR, READLINK, SYMLINK, MKNOD, MKDIR, UNLINK = 1, 2, 3, 5, 6, 8, 9, 10
+OPEN, READ, WRITE, INIT, CREATE = 14, 15, 16, 26, 35
+ROOT = 1
+ENOENT, EACCES, EPERM, EROFS = 2, 13, 1, 30
+
+
+class Fuse:
+    """A guest's file system client, as far as it goes."""
+
+    def __init__(self, driver):
+        self.driver = driver
+        self.unique = 0
+        self.ask(INIT, 0, struct.pack("<IIIIII40x", 7, 36, 0, 0, 0, 0), room=64)
+
+    def ask(self, opcode, node, body=b"", room=4096, queue=1):
+        """What a request comes back with: its error, and the body of the answer."""
+        self.unique += 1
+        size = 40 + len(body)
+        head = struct.pack(
+            "<IIQQIIIHH", size, opcode, self.unique, node, os.getuid(), os.getgid(), 1, 0, 0
+        )
+        answer = self.driver.request([head + body], [16, room], queue=queue).data
+        length, error, unique = struct.unpack("<IiQ", answer[:16])
+        assert (length, unique) == (len(answer), self.unique)
+        return -error, answer[16:]
+
+    def lookup(self, name, node=ROOT):
+        """Error, number of the node, its mode and owner."""
+        error, body = self.ask(LOOKUP, node, name + b"\0")
+        if error:
+            return error, 0, 0, 0
+        mode, _, uid = struct.unpack("<III", body[40 + 60 : 40 + 72])
+        return 0, struct.unpack("<Q", body[:8])[0], mode, uid
+
+    def read(self, name):
+        error, node, _, _ = self.lookup(name)
+        if error:
+            return error
+        error, body = self.ask(OPEN, node, struct.pack("<II", os.O_RDONLY, 0))
+        if error:
+            return error
+        [handle] = struct.unpack("<Q", body[:8])
+        error, data = self.ask(READ, node, struct.pack("<QQIIQII", handle, 0, 4096, 0, 0, 0, 0))
+        return error or data
+
+    def create(self, name, data):
+        body = struct.pack("<IIII", os.O_RDWR | os.O_CREAT, 0o100644, 0, 0) + name + b"\0"
+        error, body = self.ask(CREATE, ROOT, body)
+        if error:
+            return error
+        [node] = struct.unpack("<Q", body[:8])
+        [handle] = struct.unpack("<Q", body[128:136])
+        head = struct.pack("<QQIIQII", handle, 0, len(data), 0, 0, 0, 0)
+        error, _ = self.ask(WRITE, node, head + data)
+        return error
+
+
+@contextmanager
+def shared(text):
+    """The device of ``--share TEXT`` with a client, and virtiofsd's process."""
+    try:
+        images.virtiofsd_command()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    [spec] = check(text)
+    with ExitStack() as closing:
+        device = registry.open_device(spec, Context("vm", None, closing))
+        [server] = children()
+        with attached(device, irqfd=True, queue_sizes=[64, 64]) as driver:
+            yield Fuse(driver), driver, server
+
+
+def children():
+    """The processes called virtiofsd that this one has started; its own child, if any, too."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (entry / "stat").read_text().rpartition(")")[2].split()
+            line = (entry / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if int(words[1]) == os.getpid() and b"--shared-dir=" in line:
+            found.append(int(entry.name))
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """With a file, one that is not UTF-8, a link out of it, a hard link, a socket and a FIFO."""
+    place = tmp_path / "shared"
+    place.mkdir()
+    (tmp_path / "secret").write_text("out of reach")
+    (place / "file").write_text("hello")
+    os.link(place / "file", place / "twin")
+    Path(os.fsdecode(os.fsencode(place) + b"/\xff\xfe")).write_text("bytes")
+    (place / "out").symlink_to(tmp_path / "secret")
+    os.mkfifo(place / "fifo")
+    return place
+
+
+def test_a_guest_reads_and_writes(folder):
+    with shared(str(folder)) as (fuse, driver, server):
+        assert driver.config(0, 40) == b"share0".ljust(36, b"\0") + struct.pack("<I", 1)
+        assert fuse.read(b"file") == b"hello"
+        assert fuse.read(b"\xff\xfe") == b"bytes"
+        assert fuse.lookup(b"nothing")[0] == ENOENT
+        assert fuse.create(b"new", b"from the guest") == 0
+        assert (folder / "new").read_text() == "from the guest"
+        assert fuse.lookup(b"file")[1] == fuse.lookup(b"twin")[1]  # one file
+        assert stat.S_ISFIFO(fuse.lookup(b"fifo")[2])
+        _, node, mode, _ = fuse.lookup(b"out")
+        assert stat.S_ISLNK(mode)  # for the guest to follow, in its own files
+        assert fuse.ask(READLINK, node)[1] == str(folder.parent / "secret").encode()
+    assert children() == []
+    with pytest.raises(ProcessLookupError):
+        os.kill(server, 0)
+
+
+def test_a_guest_that_boots_again_has_it_again(folder):
+    """It did not unmount, and its kernel knows nothing of what was open."""
+    with shared(str(folder)) as (fuse, driver, _):
+        assert fuse.read(b"file") == b"hello"
+        driver.mmio.start(queue_sizes=[64, 64])
+        assert Fuse(driver).read(b"file") == b"hello"
+        assert not driver.needs_reset and not driver.log
+
+
+def test_nothing_above_it_is_there(folder):
+    with shared(str(folder)) as (fuse, _, _):
+        assert fuse.lookup(b"..")[0] != 0 or fuse.lookup(b"..")[1] in (0, ROOT)
+        assert fuse.lookup(b"../secret")[0] != 0
+        assert fuse.lookup(b"/etc/passwd")[0] != 0
+
+
+def test_a_device_node_is_not_made(folder):
+    with shared(str(folder)) as (fuse, _, _):
+        body = struct.pack("<IIII", stat.S_IFCHR | 0o666, os.makedev(1, 1), 0, 0) + b"mem\0"
+        assert fuse.ask(MKNOD, ROOT, body)[0] == EPERM
+    assert not (folder / "mem").exists()
+
+
+def test_read_only_means_that(folder):
+    with shared(f"{folder},readonly") as (fuse, _, _):
+        assert fuse.read(b"file") == b"hello"
+        assert fuse.create(b"new", b"x") == EROFS
+        assert fuse.ask(UNLINK, ROOT, b"file\0")[0] == EROFS
+    assert sorted(os.listdir(os.fsencode(folder))) == [
+        b"fifo",
+        b"file",
+        b"out",
+        b"twin",
+        b"\xff\xfe",
+    ]
+
+
+def test_a_directory_that_vanishes(folder):
+    """What the guest asks fails; the VM goes on."""
+    with shared(str(folder)) as (fuse, driver, _):
+        assert fuse.read(b"file") == b"hello"
+        subprocess.run(["rm", "-r", str(folder)], check=True)
+        assert fuse.lookup(b"other")[0] == ENOENT
+        assert fuse.create(b"new", b"x") == ENOENT
+        assert not driver.needs_reset
+
+
+def test_a_virtiofsd_that_is_killed(folder, capfd):
+    """The guest is told that the file system is gone, at once and from then on."""
+    with shared(str(folder)) as (fuse, driver, server):
+        os.killpg(server, 9)  # it forks for its namespaces
+        for _ in range(3):
+            assert fuse.lookup(b"file")[0] == 107
+        assert not driver.needs_reset
+        until(lambda: not driver.device.stats()["connected"])
+    assert f"{folder} is served no more" in capfd.readouterr().err
+
+
+def test_it_goes_with_whoever_started_it(folder):
+    """By SIGKILL, that is with nobody left to end it."""
+    try:
+        images.virtiofsd_command()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    code = (
+        "import sys, time\n"
+        "from pyvmm import images\n"
+        "from pyvmm.host.virtiofsd import Virtiofsd\n"
+        "one = Virtiofsd(images.virtiofsd_command(), sys.argv[1], read_only=False)\n"
+        "print(one._process.pid, flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE)
+    assert owner.stdout is not None
+    server = int(owner.stdout.readline())
+    owner.kill()
+    owner.wait()
+    owner.stdout.close()
+    until(lambda: not _serves(server))
+
+
+def _serves(pid):
+    """Whether it is there, and no corpse."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
