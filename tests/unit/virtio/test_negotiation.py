@@ -316,10 +316,10 @@ class ManyFeatures(RecordingDevice):
     features = (1 << 24) - 1
 
 
-def test_all_features_of_a_device_are_offered() -> None:
-    bench = Bench(ManyFeatures())
-    assert bench.negotiation.offered == ManyFeatures.features | VERSION_1
-    bench.transport.close()
+def test_all_features_of_a_device_are_offered(bench: Bench) -> None:
+    other = type(bench)(ManyFeatures())
+    assert other.negotiation.offered == ManyFeatures.features | VERSION_1
+    other.transport.close()
 
 
 def test_version_1_is_offered_for_every_device(bench: Bench, device: RecordingDevice) -> None:
