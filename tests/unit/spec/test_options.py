@@ -36,6 +36,7 @@ from pyvmm.spec.vm import TRACE_KINDS, DiskSpec, VmSpec
 OPTIONS, NAMES = devices.file_options(), devices.names()
 # What concerns the command, not the VM.
 ONLY_COMMAND = {"agent", "allow_code", "config", "print_config", "detach", "log_format", "debug"}
+ONLY_COMMAND |= {"restore"}
 ANOTHER_FORM = {"rng_limit"}  # of rng
 
 
@@ -102,7 +103,10 @@ def test_the_quick_reader_has_the_same_names_and_defaults() -> None:
 
 def test_every_field_of_a_specification_can_be_said() -> None:
     fields = {field.name for field in dataclasses.fields(VmSpec)}
-    assert {option.field for option in OPTIONS if option.field} == fields - {"devices"}
+    assert {option.field for option in OPTIONS if option.field} == fields - {
+        "devices",
+        "restored_from",
+    }
 
 
 def test_every_kind_of_device_can_be_asked_for() -> None:
@@ -444,10 +448,10 @@ def test_a_file_that_is_not_there_or_no_text(tmp_path) -> None:
 
 
 def test_keys_that_are_ours_alone_are_not_offered() -> None:
-    internal = {"scratch", "stream", "listen_at"}
-    for cls in (DiskSpec, Net, Vsock):
+    internal = {"scratch", "saved", "stream", "listen_at"}
+    for cls, count in ((DiskSpec, 2), (Net, 1), (Vsock, 1)):
         fields = {field.name for field in dataclasses.fields(cls)}
-        assert len(fields & internal) == 1
+        assert len(fields & internal) == count
         assert set(tables.keys(cls)) == fields - internal
 
 
