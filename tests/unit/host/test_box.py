@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from c_claims import assert_in_c, needs_headers
 
-from pyvmm.host import box, confinement
+from pyvmm.host import box, confinement, vhost
 from pyvmm.host.outside import Outside
 
 
@@ -45,7 +45,7 @@ def test_the_kernel_s_numbers(tmp_path: Path) -> None:
     claims += [f"{name} != {n}" for name in fcntls for n in box._FCNTLS]
     headers = [
         *("asm/unistd_64.h", "linux/prctl.h", "linux/capability.h", "asm/ioctls.h", "linux/fs.h"),
-        *("linux/if_tun.h", "linux/fcntl.h", "sys/socket.h"),
+        *("linux/vhost.h", "linux/if_tun.h", "linux/fcntl.h", "sys/socket.h"),
     ]
     assert_in_c(tmp_path, headers, claims)
 
@@ -96,3 +96,9 @@ def test_a_job_outside_is_not_in_the_box_and_all_others_are() -> None:
         [sys.executable, "-c", INSIDE_AND_OUTSIDE], capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["False", "False", "True", "False", "False"]
+
+
+def test_the_box_lets_pass_what_vhost_asks_the_kernel_for() -> None:
+    asked = {name: number for name, number in vars(vhost).items() if name.startswith("VHOST_")}
+    requests = {name for name, number in asked.items() if isinstance(number, int) and number > 0xAF}
+    assert requests and not {asked[name] for name in requests} - set(box._IOCTLS.values()), requests
