@@ -190,7 +190,7 @@ def _there(watcher: ConsoleWatcher, wanted: str) -> str:
 
 def _other_root(disk: str, number: int, watcher: ConsoleWatcher) -> str:
     """What to say where no root file system could be mounted from partition `number` of `disk`, or
-    from the whole of it if that is 0; nothing if it is no fault of the choice."""
+    from the whole of it if that is 0; nothing if it is not a fault of the choice."""
     table = dict(watcher.tables()).get(disk)
     if table is None:
         return ""

@@ -99,7 +99,7 @@ class Ext4:
         system. Raises FileNotFoundError, and ConfigError for one of more than `most` bytes."""
         inode = self._find(path)
         if not stat.S_ISREG(inode.mode):
-            raise ConfigError(f"{path} in {self.where} is no file")
+            raise ConfigError(f"{path} in {self.where} is not a file")
         if inode.size > most:
             raise ConfigError(
                 f"{path} in {self.where} has {inode.size} bytes, more than the {most} it may have"

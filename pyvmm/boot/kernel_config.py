@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 _START, _END = b"IKCFG_ST", b"IKCFG_ED"
 _MOST = 4 << 20  # bytes of text; Debian's has 300 KiB
-_MOST_TRIES = 8  # of what stands behind the first marker and is no configuration
+_MOST_TRIES = 8  # of what stands behind the first marker and is not a configuration
 _LINE = re.compile(r"^CONFIG_(\w+)=([ym])$", re.MULTILINE)
 
 
@@ -73,7 +73,7 @@ def lacking(text: str, wants: Wants) -> list[str]:
     each, such as "CONFIG_VIRTIO_BLK (for its disks)"."""
     values = dict(_LINE.findall(text))
     if not values:
-        return []  # It is no configuration.
+        return []  # It is not a configuration.
     missing = []
     for names, must_be_built_in, why in _needs(wants):
         states = [values.get(name, "n") for name in names]

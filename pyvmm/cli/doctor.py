@@ -128,7 +128,7 @@ def check_packages() -> Iterator[Check]:
 
 
 def check_images() -> Iterator[Check]:
-    """The images that have been built; an image that has not been is no fault."""
+    """The images that have been built; an image that has not been is not a fault."""
     from pyvmm import images
 
     for name, folder in images.listing():

@@ -119,7 +119,7 @@ def _ends_the_guest(argv: tuple[str, ...]) -> bool:
 def _variable(text: str) -> tuple[str, str]:
     name, equals, value = text.partition("=")
     if not name:
-        raise ConfigError(f"{text!r} is no variable", cure="use NAME=VALUE", option="-e")
+        raise ConfigError(f"{text!r} is not a variable", cure="use NAME=VALUE", option="-e")
     return name, value if equals else os.environ.get(name, "")
 
 

@@ -213,7 +213,9 @@ def disk(target: str, variant: str, force: bool) -> None:
     if os.path.exists(target) and not force:
         raise ConfigError(f"{target} exists", cure="name another file, or use --force")
     if os.path.exists(target) and not os.path.isfile(target):
-        raise ConfigError(f"{target} is no regular file, to be replaced", cure="name another file")
+        raise ConfigError(
+            f"{target} is not a regular file, to be replaced", cure="name another file"
+        )
     images.fresh_disk(target, variant, make=True)
 
 

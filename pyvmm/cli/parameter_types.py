@@ -17,7 +17,7 @@ class Seconds(click.FloatRange):
         """As click wants it."""
         seconds: float = super().convert(value, param, ctx)
         if not math.isfinite(seconds) or seconds > _LONGEST:
-            self.fail(f"{value!r} is no number of seconds up to {_LONGEST}", param, ctx)
+            self.fail(f"{value!r} is not a number of seconds up to {_LONGEST}", param, ctx)
         return seconds
 
 

@@ -26,7 +26,7 @@ from pyvmm.platform.terminal import Terminal, is_terminal
 
 _PATIENCE = 2.0  # seconds for each VM
 _WIDE = 110  # columns of a terminal with room for all
-_WIDTH = 140  # where the output is no terminal
+_WIDTH = 140  # where the output is not a terminal
 _REASONS = 3  # so many reasons of exits in the table of all VMs
 
 Plain = dict[str, Any]

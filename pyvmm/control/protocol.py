@@ -90,7 +90,7 @@ def parse_request(line: bytes) -> Request:
     if not (id is None or type(id) is int or isinstance(id, str)):
         raise ControlError(BAD_REQUEST, "the id is neither a number nor a string")
     if not isinstance(method, str) or not isinstance(params, dict):
-        raise ControlError(BAD_REQUEST, "the method is no string or params is no object")
+        raise ControlError(BAD_REQUEST, "the method is not a string or params is not an object")
     return Request(id, method, params)
 
 

@@ -95,7 +95,7 @@ class Registration(Closable):
         """This process has made a socket at `path`; whoever finds that it was killed removes it."""
         if self.listener is None or "\n" in path:
             return
-        with suppress(OSError):  # then it stays, which is no reason not to run
+        with suppress(OSError):  # then it stays, which is not a reason not to run
             absolute = os.path.abspath(path)
             found = os.lstat(absolute)
             line = os.fsencode(f"{found.st_dev} {found.st_ino} {absolute}\n")

@@ -148,7 +148,7 @@ def read_state(path: str) -> dict[str, Any]:
 
 
 def read_file(path: str, most: int) -> bytes:
-    """What is in a regular file of `most` bytes at most, which is no link. Raises OSError."""
+    """What is in a regular file of `most` bytes at most, which is not a link. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(fd, "rb") as file:
         found = os.fstat(fd)

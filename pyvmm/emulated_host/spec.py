@@ -135,7 +135,7 @@ class EmulatedHostSpec:
 
     `sockets_out` are paths of the machine's Unix sockets that the command may connect to, from
     where it serves pyvmm.relay.inside; one that ends in ``*`` stands for all with a decimal number
-    there. `services` are reached the same way, by a name that is no path: each call makes the
+    there. `services` are reached the same way, by a name that is not a path: each call makes the
     machine's end of a connection.
     """
 

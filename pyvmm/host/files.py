@@ -113,7 +113,7 @@ def read_regular(path: str, most: int) -> bytes:
     """All of the regular file at `path`, which may be a stranger's: a FIFO is not waited for, and a
     device is not read.
 
-    Raises OSError: EINVAL for what is no regular file, EFBIG for one of more than `most` bytes.
+    Raises OSError: EINVAL for what is not a regular file, EFBIG for one of more than `most` bytes.
     """
     if "\0" in path:
         raise OSError(errno.EINVAL, "the path has a NUL in it")

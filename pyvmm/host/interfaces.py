@@ -45,7 +45,7 @@ def _add_address(route: IPRoute, index: int, address: str) -> None:
         interface = ipaddress.ip_interface(address)
     except ValueError:
         raise ConfigError(
-            f"{address!r} is no address with a prefix",
+            f"{address!r} is not an address with a prefix",
             cure="write address=192.168.7.1/24",
             option=_OPTION,
         ) from None

@@ -19,10 +19,10 @@ class Saved:
     """One dict of a saved state; `place` says in messages where it is from."""
 
     def __init__(self, values: object, place: str) -> None:
-        """Raises ConfigError for what is no dict."""
+        """Raises ConfigError for what is not a dict."""
         self.place = place
         if not isinstance(values, dict):
-            raise self.wrong(f"{_shown(values)} is no table")
+            raise self.wrong(f"{_shown(values)} is not a table")
         self._values: dict[str, Any] = values
 
     def wrong(self, what: str) -> ConfigError:
@@ -99,7 +99,7 @@ class Saved:
         """All names and values, which are not checked yet."""
         for name, value in self._values.items():
             if not isinstance(name, str):
-                raise self.wrong(f"{_shown(name)} is no name")
+                raise self.wrong(f"{_shown(name)} is not a name")
             yield name, value
 
 

@@ -132,7 +132,7 @@ def _cannot_attach(name: str, error: HostError, many: bool, create: bool) -> Con
         what, cure = f"the tap {name} is in use", "stop the other VM, or give each its own"
     elif error.errno == errno.EINVAL:
         mode = "with" if many else "without"
-        what = f"{name} is no tap interface, or not one {mode} multi_queue"
+        what = f"{name} is not a tap interface, or not one {mode} multi_queue"
         cure = "see `ip -d link`; queues=N goes with `ip tuntap add … multi_queue` only"
     else:
         what, cure = f"cannot use the tap {name}: {error}", ""

@@ -35,7 +35,7 @@ def find(name: str) -> list[str] | None:
 
 
 def remember(name: str, paths: Sequence[str]) -> None:
-    """Keep what was found; a cache that cannot be written is no reason to fail."""
+    """Keep what was found; a cache that cannot be written is not a reason to fail."""
     state, kept = _state(), {}
     with suppress(OSError, ValueError, TypeError, KeyError):
         with open(_file(), encoding="utf-8") as file:

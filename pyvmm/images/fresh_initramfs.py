@@ -1,4 +1,4 @@
-"""The initramfs for a kernel that is no recipe's: made when it is wanted, of the modules at hand.
+"""The initramfs for a kernel that no recipe made: built at the start, of the modules at hand.
 
 It is the recipes' own, without modules (initramfs-base), and behind it an archive of those that the
 guest needs; to the kernel two archives in one file are one (Linux

@@ -51,7 +51,7 @@ def keep(pieces: Iterable[bytes], suffix: str, most: int = 4 << 30) -> str:
 
 def keep_as(folder: str, name: str, content: bytes) -> None:
     """Keep `content` as the file `name` in the cache's `folder`, of which old ones go. A cache that
-    cannot be written is no reason to fail."""
+    cannot be written is not a reason to fail."""
     folder = os.path.join(user_cache.folder(), folder)
     path = os.path.join(folder, name)
     with suppress(OSError):

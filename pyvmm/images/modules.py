@@ -83,8 +83,8 @@ class ModuleTree:
     def contents(self, name: str) -> bytes:
         """The module's own bytes, uncompressed (with its signature, which the kernel checks).
 
-        Raises ConfigError for what is no module: whoever made the tree may have put a link to any
-        other file there, which is not to get into a guest.
+        Raises ConfigError for any other file: whoever made the tree may have put a link to one
+        there, which is not to get into a guest.
         """
         path = os.path.join(self.folder, self._paths[_normal(name)])
         try:
@@ -155,7 +155,7 @@ def find(folder: str, release: str) -> ModuleTree:
     Raises ConfigError for a folder without modules.
     """
     if not os.path.isdir(folder):
-        raise ConfigError(f"{folder} is no directory", cure="check the path", option=_OPTION)
+        raise ConfigError(f"{folder} is not a directory", cure="check the path", option=_OPTION)
     if is_build_tree(folder):
         return _build_tree(folder)
     if _is_release(folder):
@@ -241,7 +241,7 @@ def _release(text: str) -> str:
 
 def read_info(path: str, data: bytes) -> dict[str, list[str]]:
     """What a module says of itself (its .modinfo: "name=value" texts), by name. Raises ConfigError
-    for what is no module; `path` is its name there."""
+    for what is not a module; `path` is its name there."""
     try:
         texts = _modinfo(data)
     except (struct.error, KeyError, ValueError):
@@ -282,7 +282,7 @@ def _modinfo(data: bytes) -> bytes:
 
 
 def _no_module(path: str) -> ConfigError:
-    return ConfigError(f"{path} is no kernel module", cure="build it again", option=_OPTION)
+    return ConfigError(f"{path} is not a kernel module", cure="build it again", option=_OPTION)
 
 
 def _unpacked(path: str, data: bytes) -> bytes:

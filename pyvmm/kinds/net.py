@@ -169,7 +169,7 @@ def parse_forward(text: str) -> Forward:
 
 def _port(forward: str, text: str) -> int:
     if not (text.isascii() and text.isdigit() and 0 < int(text[:9]) < 1 << 16):
-        raise _wrong(f"{text!r} in forward={forward} is no port")
+        raise _wrong(f"{text!r} in forward={forward} is not a port")
     return int(text)
 
 
@@ -204,7 +204,7 @@ def check(spec: Spec) -> Spec:
 
     if len(spec.tap.encode()) >= tap.IFNAMSIZ or "/" in spec.tap or "\0" in spec.tap:
         raise ConfigError(
-            f"{spec.tap!r} is no name of an interface",
+            f"{spec.tap!r} is not a name of an interface",
             cure=f"use at most {tap.IFNAMSIZ - 1} characters",
             option=OPTION,
         )
@@ -252,7 +252,7 @@ def mac_bytes(text: str) -> bytes:
         mac = b""
     if len(mac) != 6 or len(parts) != 6 or mac[0] & 1 or not any(mac):
         raise ConfigError(
-            f"{text!r} is no card's address", cure="write it as 52:54:00:12:34:56", option=OPTION
+            f"{text!r} is not a card's address", cure="write it as 52:54:00:12:34:56", option=OPTION
         )
     return mac
 

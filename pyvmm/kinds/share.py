@@ -121,7 +121,7 @@ def _free_tag(number: int, taken: set[str]) -> str:
 
 def _check(spec: Spec) -> None:
     if not _TAG.fullmatch(spec.tag):
-        _refuse(f"{spec.tag!r:.100} is no tag", "use 1 to 36 letters, digits, dots and dashes")
+        _refuse(f"{spec.tag!r:.100} is not a tag", "use 1 to 36 letters, digits, dots and dashes")
     place = spec.mountpoint
     if place:
         try:
@@ -130,7 +130,7 @@ def _check(spec: Spec) -> None:
             _refuse(f"the mountpoint {place!r:.100} is no UTF-8", "use one that is")
         if place != os.path.normpath(place) or not re.match("/[^/]", place):
             _refuse(
-                f"{place!r:.100} is no place to mount it at", "use a path such as /home/user/src"
+                f"{place!r:.100} is not a place to mount it at", "use a path such as /home/user/src"
             )
         if length > _LONGEST_MOUNTPOINT:
             _refuse("the mountpoint is too long", f"use at most {_LONGEST_MOUNTPOINT} bytes")
@@ -143,7 +143,7 @@ def _check(spec: Spec) -> None:
     if not os.path.lexists(spec.path):
         _refuse(f"there is no {spec.path}", "check the path")
     if not os.path.isdir(spec.path):
-        _refuse(f"{spec.path} is no directory", "share the directory that it is in")
+        _refuse(f"{spec.path} is not a directory", "share the directory that it is in")
     if not os.access(spec.path, os.R_OK | os.X_OK):
         _refuse(f"{spec.path} is not yours to read", "share another, or change its mode")
     if os.path.realpath(spec.path) == "/" and not spec.read_only:

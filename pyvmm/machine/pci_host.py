@@ -252,7 +252,7 @@ class _Place:
     """Keeps the doorbells of one device where its BAR is, and the `file` that is its shared memory
     where that one's is.
 
-    A driver says when, so what KVM refuses then is no reason to end the VM: a write that it does
+    A driver says when, so what KVM refuses then is not a reason to end the VM: a write that it does
     not catch reaches the transport, and memory that is none its file, at the price of an exit.
     """
 

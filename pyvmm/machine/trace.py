@@ -98,7 +98,7 @@ def cannot_write(path: str, error: OSError) -> ConfigError:
 def _is_file(stream: TextIO | None) -> bool:
     try:
         return stream is None or stat.S_ISREG(os.fstat(stream.fileno()).st_mode)
-    except (OSError, ValueError):  # a program's own, which is no descriptor
+    except (OSError, ValueError):  # a program's own, which is not a descriptor
         return True
 
 

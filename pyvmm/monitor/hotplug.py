@@ -447,7 +447,7 @@ class Hotplug(Closable):
                 self._finishing.discard(current_thread())
 
     def _forget(self, leaving: _Leaving) -> None:
-        """The device is no part of the machine any more. The machine is steady."""
+        """The device is not a part of the machine any more. The machine is steady."""
         part = leaving.part
         others = [one for one in _parts_of(self._machine.parts) if one.device is not part.device]
         self._exchange(others, self._machine.parts.prepared.late - {part.device})

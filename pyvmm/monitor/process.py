@@ -194,7 +194,7 @@ class _Starter:
         """Show what the background has to say; False at its end."""
         data = os.read(self._messages, _PIECE)
         if sys.stderr is not None and data:
-            with suppress(OSError):  # nobody reads any more, which is no reason not to run
+            with suppress(OSError):  # nobody reads any more, which is not a reason not to run
                 os.write(2, data)
         return bool(data)
 

@@ -69,7 +69,7 @@ def check(spec: VmSpec) -> None:
     for disk in spec.disks:
         if disk.storage in ("ram", "python"):
             raise ConfigError(
-                f"the disk {disk.id} cannot be in a snapshot: {disk.path} is no file",
+                f"the disk {disk.id} cannot be in a snapshot: {disk.path} is not a file",
                 cure="use a VM without it for that",
             )
 

@@ -36,7 +36,7 @@ def in_background(fd: int) -> bool:
 
 
 class Terminal:
-    """``with Terminal(fd):`` raw mode for the block. Does nothing if `fd` is no terminal.
+    """``with Terminal(fd):`` raw mode for the block. Does nothing if `fd` is not a terminal.
 
     In the background nothing is changed until the shell brings the process to the foreground.
     Signal handlers are set only where the program has none of its own, and only if this is the

@@ -11,7 +11,9 @@ def check_name(name: str, option: str = "--name") -> None:
     """Raise ConfigError for a name that a VM cannot have. A colon would end it for `pyvmm cp`, a
     space for a shell, and with a dash in front it would be an option."""
     if not name:
-        raise ConfigError("an empty text is no name", cure="use letters and digits", option=option)
+        raise ConfigError(
+            "an empty text is not a name", cure="use letters and digits", option=option
+        )
     if not name.isprintable() or {"/", ":", " "} & set(name) or name[0] in ".-":
         raise ConfigError(
             f"the name {name!r:.100} is not printable, has a slash or a colon or a space in it or "

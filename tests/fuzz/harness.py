@@ -90,7 +90,7 @@ class Case:
             mock.patch.object(defects, "_report", RateLimited(self.defects.append, burst=100))
         )
         self.device = device = closing.enter_context(target.make())
-        # What the rings are like is no device's business, so each is tried with all of them.
+        # What the rings are like is not a device's business, so each is tried with all of them.
         if ring == "packed":
             device.features |= F_RING_PACKED
         if len(target.prompt) == len(device.queue_sizes):

@@ -259,7 +259,7 @@ def pump_into(into: bytearray, fd: int) -> Thread:
 
 def wait_until(condition: Callable[[], bool]) -> bool:
     """Whether `condition` became true before a hang has to be assumed."""
-    # Sleeps are counted and no clock is read: a suspended machine is no hang.
+    # Sleeps are counted and no clock is read: a suspended machine is not a hang.
     for _ in range(int(HANG_SECONDS / _STEP)):
         if condition():
             return True

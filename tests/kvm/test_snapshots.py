@@ -331,7 +331,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         _state(lambda s: s["machine"]["devices"].append({})),
         "2 devices, not 1",
     ),
-    "no machine": (_state(lambda s: s.update(machine=None)), "is no table"),
+    "no machine": (_state(lambda s: s.update(machine=None)), "is not a table"),
     "a processor from elsewhere": (
         _state(lambda s: [row.__setitem__(5, 0xFFFF_FFFF) for row in _leaf_one(s)]),
         "lacks what the guest's processor had: CPUID 0x1.0 ecx bit",

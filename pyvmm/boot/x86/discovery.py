@@ -37,7 +37,7 @@ def choose(wish: str, kernel: ImageFile, *, elf: bool, banner: str, cmdline: str
     """
     if wish not in CHOICES:
         raise ConfigError(
-            f"{wish!r} is no way to find virtio devices",
+            f"{wish!r} is not a way to find virtio devices",
             cure="choose one of " + ", ".join(CHOICES),
             option="--discovery",
         )

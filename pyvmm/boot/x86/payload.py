@@ -32,7 +32,7 @@ def unpack_vmlinux(path: str, output: str) -> None:
 
     The file may be longer than the ELF: relocations, which only the bzImage needs, follow it.
     It has 1 GiB at most, and little of it is in memory at a time.
-    Raises ConfigError for a file that is no bzImage, a payload that is damaged, or a compressor
+    Raises ConfigError for a file that is not a bzImage, a payload that is damaged, or a compressor
     that this machine has no program for.
     """
     partial = f"{output}.{os.getpid()}.part"

@@ -21,7 +21,7 @@ _MOST = 1 << 30  # bytes of a kernel that are looked at; a file may have holes a
 
 def release_of(path: str) -> str:
     """The release of the kernel at `path`, "" if it does not say. Raises ConfigError for a file
-    that is no kernel."""
+    that is not a kernel."""
     with ImageFile(path, "--kernel") as file:
         if detect.kind_of(file) == detect.BZIMAGE:
             return bzimage.parse(file).kernel_version.partition(" ")[0]
@@ -36,7 +36,7 @@ def release_of(path: str) -> str:
 
 def config_of(path: str) -> str:
     """The configuration in the kernel at `path`, "" if there is none. Raises ConfigError for a file
-    that is no kernel, or cannot be unpacked; OSError."""
+    that is not a kernel, or cannot be unpacked; OSError."""
     with ImageFile(path, "--kernel") as file:
         if detect.kind_of(file) == detect.ELF:
             return kernel_config.embedded(file.pieces(_CHUNK, _MOST))

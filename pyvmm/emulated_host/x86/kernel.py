@@ -24,7 +24,7 @@ def vmlinux(kernel: bytes) -> bytes | None:
     """The ELF kernel in `kernel`, a bzImage or an ELF file already.
 
     None if it is compressed with something else than XZ: QEMU then boots the bzImage as it is.
-    Raises ConfigError if it is no kernel at all.
+    Raises ConfigError if it is not a kernel at all.
     """
     if kernel.startswith(_ELF):
         return kernel

@@ -17,7 +17,7 @@ _CHUNK = 1 << 16
 def check_digest(digest: object) -> str:
     """`digest` if it is one that can be checked. Raises Refused."""
     if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
-        raise Refused(f"{shown(str(digest)[:200])} is no digest")
+        raise Refused(f"{shown(str(digest)[:200])} is not a digest")
     return digest
 
 
@@ -25,7 +25,7 @@ def check_size(size: object) -> int | None:
     """`size` if it is one, or there is none: the digest says enough. Raises Refused."""
     if size is None or (type(size) is int and size >= 0):
         return size
-    raise Refused(f"{shown(str(size)[:100])} is no size")
+    raise Refused(f"{shown(str(size)[:100])} is not a size")
 
 
 def verifier(digest: str, size: int | None) -> Callable[[bytes], None]:

@@ -206,7 +206,7 @@ class _Archive:
         for number in (member.uid, member.gid):
             if not 0 <= number <= _MOST_ID:
                 raise Refused(
-                    f"{shown(member.name)} belongs to {number}, which is no user or group"
+                    f"{shown(member.name)} belongs to {number}, which is not a user or group"
                 )
         if member.is_file:
             self._find_pieces(member, block, pax, sparse)

@@ -37,7 +37,7 @@ def read(config: dict[str, Any], tree: Tree) -> Process:
     env = [_text(line, "Env") for line in _list(config.get("Env"), "Env")]
     wrong = next((line for line in env if not _VARIABLE.fullmatch(line)), None)
     if wrong is not None:
-        raise Refused(f"its Env has {shown(wrong)}, which is no variable")
+        raise Refused(f"its Env has {shown(wrong)}, which is not a variable")
     account, groups = _account(_text(config.get("User") or "", "User"), tree)
     names = {line.partition("=")[0] for line in env}
     if "PATH" not in names:
@@ -61,7 +61,7 @@ def read(config: dict[str, Any], tree: Tree) -> Process:
 
 def _folder(path: str) -> str:
     if not path.startswith("/"):
-        raise Refused(f"its WorkingDir is {shown(path)}, which is no absolute path")
+        raise Refused(f"its WorkingDir is {shown(path)}, which is not an absolute path")
     return "/" + posixpath.normpath(path).lstrip("/")
 
 
@@ -121,7 +121,7 @@ def _lines(tree: Tree, path: str) -> Iterator[list[str]]:
 def _id(digits: str) -> int:
     number = int(digits[:12])
     if number > _MOST_ID:
-        raise Refused(f"{digits[:40]} is no user or group")
+        raise Refused(f"{digits[:40]} is not a user or group")
     return number
 
 
@@ -129,11 +129,11 @@ def _list(value: object, what: str) -> list[Any]:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise Refused(f"its {what} is no list")
+        raise Refused(f"its {what} is not a list")
     return value
 
 
 def _text(value: object, what: str) -> str:
     if not isinstance(value, str) or "\0" in value:
-        raise Refused(f"its {what} has something in it that is no text")
+        raise Refused(f"its {what} has something in it that is not a text")
     return value

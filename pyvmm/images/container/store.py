@@ -1,6 +1,6 @@
 """The files of a saved image by name: those in an archive, or in a directory of the OCI layout.
 
-A name that comes out of a manifest is only ever looked up among these; it is no path of this
+A name that comes out of a manifest is only ever looked up among these; it is not a path of this
 machine.
 """
 

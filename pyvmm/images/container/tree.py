@@ -158,7 +158,7 @@ class Tree:
             target = None if folder is None else folder.get(last)
         if target is None or target.is_directory:
             raise Refused(
-                f"{shown(member.name)} is a hard link to {shown(member.link)}, which is no file"
+                f"{shown(member.name)} is a hard link to {shown(member.link)}, which is not a file"
             )
         target.linked = True
         self._name(parent, name, target)
@@ -239,7 +239,7 @@ class Tree:
                     del stack[1:]
                 left += [part for part in node.target.split("/")[::-1] if part not in ("", ".")]
             elif not node.is_directory:
-                raise Refused(f"{shown(whole)} lies in {shown(name)}, which is no directory")
+                raise Refused(f"{shown(whole)} lies in {shown(name)}, which is not a directory")
             else:
                 stack.append(node)
             if len(stack) > _MOST_DEPTH:
@@ -329,7 +329,7 @@ class Tree:
             raise Refused(f"it has a file of more than {_MOST_LINKS} names, which ext4 cannot have")
         kept = self.root.get("lost+found")  # which mke2fs makes, and would not take away whole
         if kept is not None and not kept.is_directory:
-            raise Refused("its 'lost+found' is no directory, as a file system's has to be")
+            raise Refused("its 'lost+found' is not a directory, as a file system's has to be")
 
     # --- for those who add to it --------------------------------------------------------------
 
@@ -372,7 +372,7 @@ def split(name: str) -> list[str]:
         elif part not in ("", "."):
             parts.append(part)
     if "\0" in name:
-        raise Refused(f"{shown(name)} is no name of a file")
+        raise Refused(f"{shown(name)} is not a name of a file")
     if any(len(part.encode("utf-8", "surrogateescape")) > _MOST_NAME for part in parts):
         raise Refused(f"{shown(name)} is too long a name")
     if len(parts) > _MOST_DEPTH:

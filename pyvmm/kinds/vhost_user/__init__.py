@@ -98,7 +98,7 @@ def parse(text: str) -> Spec:
         if kind is None or not value:
             raise _wrong(f"unknown option {option!r}")
         if kind is int and not (value.isascii() and value.isdigit() and len(value) < 10):
-            raise _wrong(f"{value!r} is no number for {key}")
+            raise _wrong(f"{value!r} is not a number for {key}")
         fields[key.replace("-", "_")] = kind(value)
     for key in ("socket", "type"):
         if key not in fields:
@@ -140,7 +140,7 @@ def _check(spec: Spec) -> Spec:
         if not least <= value <= most:
             raise _wrong(f"{what}={value} of type {spec.type} is not between {least} and {most}")
     if spec.queue_size & (spec.queue_size - 1):
-        raise _wrong(f"queue-size={spec.queue_size} is no power of two")
+        raise _wrong(f"queue-size={spec.queue_size} is not a power of two")
     if spec.tag and (spec.type != "fs" or len(spec.tag.encode(errors="replace")) > TAG_BYTES):
         raise _wrong(f"tag={spec.tag:.100}: only fs has one, of {TAG_BYTES} bytes at most")
     if spec.type != "net":

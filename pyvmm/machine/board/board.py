@@ -155,12 +155,12 @@ class Board(ABC, Generic[E]):
     @abstractmethod
     def kernel_release(self, path: str) -> str:
         """What the kernel in the file at `path` calls itself (uname -r), whose modules have that
-        in them as well; "" if it does not say. Raises ConfigError for what is no kernel."""
+        in them as well; "" if it does not say. Raises ConfigError for what is not a kernel."""
 
     @abstractmethod
     def kernel_config(self, path: str) -> str:
         """The text of the configuration that is in the kernel at `path`; "" if it has none. Raises
-        ConfigError for what is no kernel, or is damaged; OSError."""
+        ConfigError for what is not a kernel, or is damaged; OSError."""
 
     @abstractmethod
     def unpack_kernel(self, path: str, target: str) -> None:

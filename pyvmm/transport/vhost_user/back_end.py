@@ -276,7 +276,7 @@ class BackEnd:
 
     def _vring_of_fd(self, value: int, fds: tuple[int, ...]) -> Vring:
         if value & ~(protocol.VRING_INDEX_MASK | protocol.VRING_NOFD):
-            raise FrontEndError(f"{value:#x} is no ring")
+            raise FrontEndError(f"{value:#x} is not a ring")
         if bool(value & protocol.VRING_NOFD) == bool(fds):
             raise FrontEndError(f"{len(fds)} file descriptors came along, where it says otherwise")
         return self._vring(value & protocol.VRING_INDEX_MASK)

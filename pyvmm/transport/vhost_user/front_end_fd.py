@@ -50,7 +50,7 @@ class FrontEndFd(EventFd):
             raise HostError(error.errno or 0, "a front end's file descriptor") from None
         # A pipe or a socket could be full for ever, a file would never be readable.
         if kind != "anon_inode:[eventfd]":
-            raise FrontEndError(f"{kind} is no eventfd")
+            raise FrontEndError(f"{kind} is not an eventfd")
         # O_NONBLOCK belongs to both sides, and a front end may rely on a read that blocks: it is
         # not ours to set.
         return not flags & os.O_NONBLOCK

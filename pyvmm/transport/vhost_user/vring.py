@@ -52,11 +52,11 @@ class Vring:
             self.addresses = addresses
 
     def set_base(self, base: int, *, packed: bool) -> None:
-        """Raises FrontEndError for what is no position, or another one in a ring that runs."""
+        """Raises FrontEndError for what is not a position, or another one in a ring that runs."""
         if base != self.base:
             self._check_stopped("base")
         if base > 0xFFFF and not packed:
-            raise FrontEndError(f"ring {self.index}: {base:#x} is no position in it")
+            raise FrontEndError(f"ring {self.index}: {base:#x} is not a position in it")
         self.base = base
 
     def _check_stopped(self, what: str) -> None:

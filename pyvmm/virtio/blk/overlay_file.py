@@ -60,8 +60,8 @@ def identity(base: Backend) -> bytes:
 def open_overlay(base: Backend, path: str) -> OverlayBackend:
     """`base` with the changes in the overlay file at `path`, which is made if it is not there.
 
-    Locked for us alone until closed. Raises ConfigError for a file that is no overlay, or not one
-    of this base; HostError.
+    Locked for us alone until closed. Raises ConfigError for a file that is not an overlay of
+    this base; HostError.
     """
     size = base.size_sectors * SECTOR
     mark = identity(base)

@@ -125,7 +125,7 @@ class InFlight:
         parts = (*self.readable, *self.writable)
         for part in parts:
             if len(part) != 2 or not (_is_int(part[0], 2**64 - 1) and _is_int(part[1], 2**32 - 1)):
-                raise DriverError(f"{part!r} is no part of a chain", section=section)
+                raise DriverError(f"{part!r} is not a part of a chain", section=section)
         if len(parts) > size or sum(length for _, length in parts) > 1 << 32:
             raise DriverError(f"chain {self.head} in flight is too long", section=section)
 
@@ -218,7 +218,7 @@ class QueueState:
         self.config().validate(memory, packed=self.packed)
         for name, index in (("next_avail", self.next_avail), ("next_used", self.next_used)):
             if not _is_int(index, 0xFFFF) or (self.packed and index % WRAP >= self.size):
-                raise DriverError(f"{name} {index!r} is no place in the ring", section=section)
+                raise DriverError(f"{name} {index!r} is not a place in the ring", section=section)
         self._check_in_flight(section)
 
     def _check_in_flight(self, section: str) -> None:

@@ -269,7 +269,7 @@ class Link(Closable):
     def take_request(self) -> str:
         """Answer what it has asked for: what that was, in a word, and "" for nothing.
 
-        Raises BackEndError for what is no request, HostError."""
+        Raises BackEndError for what is not a request, HostError."""
         if self._requests is None:
             return ""
         channel = Channel(self._requests, BackEndError)

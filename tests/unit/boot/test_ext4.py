@@ -90,7 +90,7 @@ def test_every_form_is_read(tree: Path, tmp_path: Path, form: str) -> None:
         read(system, "/loop")
     with pytest.raises(ConfigError, match="has 5 bytes, more than the 4 it may have"):
         read(system, "/boot/small", 4)
-    with pytest.raises(ConfigError, match="/boot in the disk is no file"):
+    with pytest.raises(ConfigError, match="/boot in the disk is not a file"):
         read(system, "/boot")
 
 

@@ -128,7 +128,7 @@ WRONG = [
     (["--kvm", "maybe"], "--kvm"),
     (["--discovery", "maybe"], "--discovery"),
     (["--name", "a\nb"], "--name"),
-    (["--name", ""], "--name: an empty text is no name"),
+    (["--name", ""], "--name: an empty text is not a name"),
     (
         ["--name", "a b"],
         "--name: the name 'a b' is not printable, has a slash or a colon or a space",
@@ -240,7 +240,7 @@ def test_only_a_regular_file_is_replaced_by_a_fresh_disk(pyvmm, place):
     code, error = pyvmm("image", "disk", "--force", "dir")
     assert (code, error) == (
         2,
-        "pyvmm: dir is no regular file, to be replaced; name another file\n",
+        "pyvmm: dir is not a regular file, to be replaced; name another file\n",
     )
 
 

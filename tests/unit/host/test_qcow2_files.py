@@ -308,7 +308,7 @@ def test_row74_what_was_checked_is_what_is_served(place: Path, closing: ExitStac
 # --- the room of the storage daemon ---------------------------------------------------------------
 
 confines = pytest.mark.skipif(
-    not confinement.available(), reason="this kernel has no Landlock, or it is no x86-64"
+    not confinement.available(), reason="this kernel has no Landlock, or it is not x86-64"
 )
 
 

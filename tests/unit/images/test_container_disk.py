@@ -338,7 +338,7 @@ def test_nothing_of_it_is_ever_unpacked_here(made, tmp_path: Path) -> None:
 def test_lost_found_is_a_directory(made) -> None:
     check(made(directory("lost+found", mode=0o1777, uid=5)))
     for other in (member("lost+found"), symlink("lost+found", "/etc")):
-        with pytest.raises(ConfigError, match="is no directory"):
+        with pytest.raises(ConfigError, match="is not a directory"):
             made(other)
 
 

@@ -79,18 +79,18 @@ REFUSED = [
     (of(member("d/../../x")), "leads out of the image"),
     (of(directory("..")), "leads out of the image"),
     (of(pax("x", path="../../x")), "leads out of the image"),
-    (of(pax("x", path="a\0b")), "no name of a file"),
+    (of(pax("x", path="a\0b")), "not a name of a file"),
     (of(member("x" * 256)), "too long a name"),
     (of(member("a/" * 201 + "x")), "deeper than 200 directories"),
-    (of(hardlink("h", "/etc/passwd")), "a hard link to '/etc/passwd', which is no file"),
+    (of(hardlink("h", "/etc/passwd")), "a hard link to '/etc/passwd', which is not a file"),
     (of(hardlink("h", "../../etc/passwd")), "leads out of the image"),
-    (of(hardlink("h", "missing")), "a hard link to 'missing', which is no file"),
-    (of(hardlink("h", "d")), "a hard link to 'd', which is no file"),
-    (of(hardlink("h", ".")), "which is no file"),
+    (of(hardlink("h", "missing")), "a hard link to 'missing', which is not a file"),
+    (of(hardlink("h", "d")), "a hard link to 'd', which is not a file"),
+    (of(hardlink("h", ".")), "which is not a file"),
     (of(symlink("l", "x" * 4097)), "a link to no name of a file"),
     (of(symlink("l", "")), "a link to no name of a file"),
     (of(symlink("a", "b"), symlink("b", "a"), member("a/x")), "links that lead nowhere"),
-    (of(member("d/f/x")), "'d/f/x' lies in 'f', which is no directory"),
+    (of(member("d/f/x")), "'d/f/x' lies in 'f', which is not a directory"),
     (of(member("d/.wh.")), "takes away nothing that has a name"),
     (of(member("d/.wh...")), "takes away nothing that has a name"),
     (of(member("s", b"s")), "of the unknown kind"),
@@ -277,7 +277,7 @@ def test_a_size_that_is_not_what_there_is(open_image: Open, what: str, size: Any
     descriptor = layout.add([layer(member("a"))], change=change)
     if what == "manifest":
         descriptor["size"] = size
-    with pytest.raises(Refused, match=r"is to have|is no size"):
+    with pytest.raises(Refused, match=r"is to have|is not a size"):
         open_image(layout)
 
 
@@ -418,7 +418,7 @@ def test_a_digest_is_a_digest_and_no_path(
     layout = Layout()
     layout.add([layer(member("a"))], change=change)
     image = layout if kind == "oci-archive" else layout.folder(tmp_path / "layout")
-    with pytest.raises(Refused, match="is no digest"):
+    with pytest.raises(Refused, match="is not a digest"):
         open_image(image, kind)
 
 

@@ -104,7 +104,7 @@ def test_a_packed_module_that_is_damaged_or_without_end(
 def test_what_is_no_module_is_named(tmp_path: Path, bad: bytes) -> None:
     (tmp_path / "bad.ko").write_bytes(bad)
     tree = UnreadTree(str(tmp_path), {"bad": "bad.ko"}, RELEASE)
-    with pytest.raises(ConfigError, match=r"bad\.ko is no kernel module"):
+    with pytest.raises(ConfigError, match=r"bad\.ko is not a kernel module"):
         tree.load_order(["bad"])
 
 
@@ -128,7 +128,7 @@ def test_of_several_kernels_the_right_one(tmp_path: Path) -> None:
 def test_a_folder_without_modules(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--modules: there are no kernel modules in .*; name …"):
         modules.find(str(tmp_path), "")
-    with pytest.raises(ConfigError, match="is no directory"):
+    with pytest.raises(ConfigError, match="is not a directory"):
         modules.find(str(tmp_path / "missing"), "")
 
 
@@ -216,12 +216,12 @@ def test_no_other_file_gets_into_a_guest(tmp_path: Path, recipe: None, path: str
     """Neither by a path in the list nor by a link."""
     line = f"kernel/virtio_blk.ko: {path}\n{path}:\n"
     place = installed(tmp_path, line.encode(), virtio_blk=module())
-    with pytest.raises(ConfigError, match="passwd is no kernel module"):
+    with pytest.raises(ConfigError, match="passwd is not a kernel module"):
         fresh_initramfs.make(modules.find(str(place), RELEASE), {"virtio-2": "for its disks"})
     (place / "kernel/virtio_blk.ko").unlink()
     (place / "kernel/virtio_blk.ko").symlink_to("/etc/passwd")
     (place / "modules.dep").write_text("kernel/virtio_blk.ko:\n")
-    with pytest.raises(ConfigError, match=r"virtio_blk\.ko is no kernel module"):
+    with pytest.raises(ConfigError, match=r"virtio_blk\.ko is not a kernel module"):
         fresh_initramfs.make(modules.find(str(place), RELEASE), {"virtio-2": "for its disks"})
     assert list((tmp_path / "cache/pyvmm/made").iterdir()) == []
 
@@ -267,7 +267,7 @@ def test_sections_without_end(tmp_path: Path) -> None:
     large = bytearray(module()) + b"a=\0" * (3 << 20)
     struct.pack_into("<QQ", large, start + 64 + 24, 64, len(large) - 64)
     for bad in (endless, far, large):
-        with pytest.raises(ConfigError, match="is no kernel module"):
+        with pytest.raises(ConfigError, match="is not a kernel module"):
             modules.read_info("bad", bytes(bad))
 
 

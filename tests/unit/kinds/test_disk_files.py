@@ -1,4 +1,4 @@
-"""Opening, sizing and locking disk images: what is no disk gets one line that says what to do."""
+"""Opening, sizing and locking disk images: other files get one line that says what to do."""
 
 from __future__ import annotations
 

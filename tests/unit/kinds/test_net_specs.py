@@ -244,7 +244,7 @@ def test_a_tap_that_is_not_there_is_one_line() -> None:
 
 def test_what_is_no_tap_is_one_line() -> None:
     try:
-        with pytest.raises(ConfigError, match=r"lo is no tap interface|taps"):
+        with pytest.raises(ConfigError, match=r"lo is not a tap interface|taps"):
             tap.open_tap("lo")
     except PermissionError:
         pytest.skip("no /dev/net/tun here")

@@ -183,7 +183,7 @@ def test_every_slot_can_be_taken_and_no_more(rig: Rig) -> None:
         ("disk", {"path": 7}, "is to be a text"),
         ("disk", "ram:1M,queues=7", "7 queues"),
         ("net", "cable", "neither user nor tap"),
-        ("net", "tap=a/b", "no name of an interface"),
+        ("net", "tap=a/b", "not a name of an interface"),
         ("rng", "bps=none", "bps"),
         ("rng", "bsp=3", "did you mean bps"),
     ],

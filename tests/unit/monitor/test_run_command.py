@@ -68,7 +68,7 @@ def test_a_monitor_that_ends_just_before_the_wait_is_not_waited_for() -> None:
     [
         (0, True, None, "its command ended with 0"),
         (3, True, None, "its command ended with 3"),
-        (11, True, None, "its command ended with 11"),  # which is no panic
+        (11, True, None, "its command ended with 11"),  # which is not a panic
         (11, False, "panic", "the guest's kernel panicked: so it said"),
     ],
 )

@@ -341,7 +341,7 @@ def test_relative_paths_are_relative_to_the_file(load, tmp_path, monkeypatch) ->
         ('kernel = "k"\nmemry = "1G"', "vm.toml:2: unknown key 'memry'; did you mean memory?"),
         ("\n[[disks]]\npath = 'x'\nreadonly = true", "vm.toml:4: .*'readonly' in disks.*read_only"),
         ("xyzzy = 1", "vm.toml:1: unknown key 'xyzzy'; there are image, kernel, initrd"),
-        ('name = ""', "an empty text is no name"),
+        ('name = ""', "an empty text is not a name"),
         ("[nett]\nmtu = 3", "vm.toml:1: unknown key 'nett'; did you mean net"),
         ("cpus = false", "vm.toml: --cpus: cpus is to be a number, not False"),
         ("cpus = \nmemory = 1", "vm.toml: Invalid value .at line 1.*; pyvmm run --print-config"),

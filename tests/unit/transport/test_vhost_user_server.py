@@ -383,7 +383,7 @@ WRONG_DEVICES = {
     "deaf": (["--vsock"], "add path=PATH"),
     "limit": (["--rng-limit", "bps=x"], "--rng-limit"),
     "class": (["--device", "none.py:Nobody"], "none.py"),
-    "tap": (["--net", "tap=" + "x" * 40], "no name of an interface"),
+    "tap": (["--net", "tap=" + "x" * 40], "not a name of an interface"),
     "disk": (["--disk", "x.img"], "No such option"),
 }
 

@@ -186,7 +186,7 @@ COMMANDS = {
     "class 255": (255, 255, b"\1"),
     "unknown command": (0, 6, b"\1"),
     "no data": (0, 0, b""),
-    "a mode that is no truth value": (0, 0, b"\2"),
+    "a mode that is not a truth value": (0, 0, b"\2"),
     "two bytes for one": (0, 0, b"\1\0"),
     "VLAN, not offered": (2, 0, b"\1\0"),
     "announce, not offered": (3, 0, b""),

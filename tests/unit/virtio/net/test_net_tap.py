@@ -79,7 +79,7 @@ def test_a_tap_that_exists_or_is_busy_is_one_line(closing: ExitStack) -> None:
 
 
 def test_a_wrong_address_or_bridge_is_one_line_and_leaves_no_tap(closing: ExitStack) -> None:
-    with pytest.raises(ConfigError, match=r"'10\.99' is no address"):
+    with pytest.raises(ConfigError, match=r"'10\.99' is not an address"):
         opened("tap=pyvmmt10,address=10.99", closing)
     with pytest.raises(ConfigError, match="there is no bridge nosuchbr0"):
         opened("tap=pyvmmt10,bridge=nosuchbr0", closing)
