@@ -16,6 +16,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from typing import Any
 
 from pyvmm.errors import ConfigError
 from pyvmm.host import files
@@ -289,27 +290,19 @@ def _unpacked(path: str, data: bytes) -> bytes:
     if path.endswith(".xz"):
         return unpacked(data)
     if path.endswith(".gz"):
-        return _gunzipped(data)
+        return _decompressed(zlib.decompressobj(zlib.MAX_WBITS | 16), data)
     return _unzstd(data) if path.endswith(".zst") else data
 
 
 def unpacked(data: bytes) -> bytes:
     """A module that is compressed with xz. Raises ConfigError."""
-    one = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MOST_MODULE)
-    try:
-        module = one.decompress(data, _MOST_MODULE)
-    except lzma.LZMAError as error:
-        raise ConfigError(f"a kernel module is damaged: {error}") from None
-    if not one.eof:
-        raise _cut_short()
-    return module
+    return _decompressed(lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MOST_MODULE), data)
 
 
-def _gunzipped(data: bytes) -> bytes:
-    one = zlib.decompressobj(zlib.MAX_WBITS | 16)
+def _decompressed(one: Any, data: bytes) -> bytes:
     try:
-        module = one.decompress(data, _MOST_MODULE)
-    except zlib.error as error:
+        module: bytes = one.decompress(data, _MOST_MODULE)
+    except (lzma.LZMAError, zlib.error) as error:
         raise ConfigError(f"a kernel module is damaged: {error}") from None
     if not one.eof:
         raise _cut_short()
