@@ -33,7 +33,7 @@ _DIRENT = struct.Struct("<IHBB")
 _MOST_DEPTH = 5  # of a tree of extents, as the kernel
 _MOST_PIECES = 1 << 16  # of one file
 _MOST_DIRECTORY = 2 << 20  # bytes
-_MOST_LOOKED_AT = 64 << 20  # bytes of directories, in all
+_MOST_LOOKED_AT = 64 << 20  # bytes of directories, texts and trees, in all
 _MOST_LINKS = 16
 _MOST_PATH = 4095  # bytes, as the kernel
 _CHUNK = 1 << 20
@@ -56,16 +56,31 @@ class _Piece(NamedTuple):
     physical: int
 
 
+class Search:
+    """What may be read only to find something, in all file systems of a disk: a disk may have many,
+    and a small directory a large tree."""
+
+    def __init__(self) -> None:
+        self.left = _MOST_LOOKED_AT
+
+    def take(self, size: int, where: str) -> None:
+        """Count `size` bytes more, in `where`. Raises ConfigError when it is too much."""
+        self.left -= size
+        if self.left < 0:
+            raise _too_large(where)
+
+
 class Ext4:
     """A file system of `size` bytes, which `read` reads. Raises ConfigError for one that is
     damaged, or has features that are not understood; methods do as well, and what `read` raises."""
 
-    def __init__(self, read: Read, size: int, where: str) -> None:
-        """`where` is what it is called in messages."""
+    def __init__(self, read: Read, size: int, where: str, search: Search | None = None) -> None:
+        """`where` is what it is called in messages; `search` is one with the other file systems of
+        its disk."""
         self._read = read
         self._size = size
         self.where = where
-        self._looked_at = 0
+        self._search = search or Search()
         raw = read(_SUPERBLOCK, 1024)
         if len(raw) < 1024 or _u16(raw, 0x38) != _MAGIC:
             raise self._damaged("no superblock")
@@ -108,7 +123,11 @@ class Ext4:
 
     def read_text(self, path: str, most: int) -> str:
         """The same as a text."""
-        return b"".join(self.read_file(path, most)).decode("utf-8", "replace")
+        pieces = []
+        for piece in self.read_file(path, most):
+            self._search.take(len(piece), self.where)
+            pieces.append(piece)
+        return b"".join(pieces).decode("utf-8", "replace")
 
     def names(self, path: str) -> list[str]:
         """What is in the directory at `path`, sorted, without names that are not printable; nothing
@@ -184,8 +203,8 @@ class Ext4:
 
     def _entries(self, inode: _Inode) -> dict[bytes, int]:
         if inode.size > _MOST_DIRECTORY:
-            raise self._too_large()
-        self._look_at(inode.size)
+            raise _too_large(self.where)
+        self._search.take(inode.size, self.where)
         data = b"".join(self._content(inode))
         found: dict[bytes, int] = {}
         at = 0
@@ -199,15 +218,6 @@ class Ext4:
                 found[data[at + 8 : at + 8 + name]] = number
             at += length
         return found
-
-    def _look_at(self, size: int) -> None:
-        """Count what is read only to find something: a small directory may have a large tree."""
-        self._looked_at += size
-        if self._looked_at > _MOST_LOOKED_AT:
-            raise self._too_large()
-
-    def _too_large(self) -> ConfigError:
-        return ConfigError(f"directories in {self.where} are too large to be searched")
 
     # --- from an inode to bytes -------------------------------------------------------------------
 
@@ -250,7 +260,7 @@ class Ext4:
         while nodes:
             block, above = nodes.pop()
             if seen:
-                self._look_at(self._block)
+                self._search.take(self._block, self.where)
             node = self._bytes(block * self._block, self._block) if seen else inode.block
             seen += 1
             magic, count, _, depth = struct.unpack_from("<HHHH", node)
@@ -320,6 +330,13 @@ class Ext4:
             f"the file system in {self.where} is damaged: {what}",
             cure="give --kernel and --initrd, or repair it (e2fsck -f)",
         )
+
+
+def _too_large(where: str) -> ConfigError:
+    return ConfigError(
+        f"directories and texts in {where} are too large to be searched",
+        cure="give --kernel and --initrd, and root= in --cmdline",
+    )
 
 
 def _u16(data: bytes, at: int) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import glob
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -42,19 +43,25 @@ def build(
 
 
 def modules_folder(kernel: str) -> str:
-    """…/lib/modules/RELEASE of the kernel image `kernel`."""
-    [found] = glob.glob(os.path.join(kernel, "lib", "modules", "*"))
-    return found
+    """…/lib/modules/RELEASE of the kernel image `kernel`. Raises ConfigError for a damaged one."""
+    found = glob.glob(os.path.join(glob.escape(kernel), "lib", "modules", "*"))
+    if len(found) != 1:
+        raise ConfigError(
+            f"the cached kernel in {kernel} is damaged: it has modules of {len(found)} releases",
+            cure=f"it is made again after: rm -r {shlex.quote(kernel)}",
+        )
+    return found[0]
 
 
 def _unpack(packages: Sequence[str], tree: str, into: str) -> None:
     for package in packages:
         tools.run(["dpkg-deb", "-x", package, tree], "cannot unpack the kernel package")
+    below = glob.escape(tree)
     # A folder of modules is in /usr since trixie, and has the kernel beside them since Linux 7.
-    modules = _only(f"{tree}/lib/modules/*", f"{tree}/usr/lib/modules/*")
-    image = _only(f"{tree}/boot/vmlinuz-*", f"{modules}/vmlinuz")
+    modules = _only(f"{below}/lib/modules/*", f"{below}/usr/lib/modules/*")
+    image = _only(f"{below}/boot/vmlinuz-*", f"{glob.escape(modules)}/vmlinuz")
     shutil.move(image, os.path.join(into, "bzImage"))
-    config = _only(f"{tree}/boot/config-*", f"{modules}/config")
+    config = _only(f"{below}/boot/config-*", f"{glob.escape(modules)}/config")
     shutil.move(config, os.path.join(into, "config"))
     os.makedirs(os.path.join(into, "lib", "modules"))
     release = os.path.basename(modules)

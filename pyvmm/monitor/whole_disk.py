@@ -18,7 +18,7 @@ from pyvmm.host import log
 from pyvmm.spec.vm import DiskSpec, VmSpec
 
 if TYPE_CHECKING:
-    from pyvmm.boot.ext4 import Ext4
+    from pyvmm.boot.ext4 import Ext4, Search
     from pyvmm.boot.partitions import Partition, Table
     from pyvmm.virtio.device import VirtioDevice
 
@@ -122,8 +122,11 @@ def choose_root(table: Table, read: Read, name: str) -> tuple[Partition | None, 
 
 def _by_fstab(found: Sequence[Partition], read: Read, name: str) -> Partition | None:
     """The one of `found` that the /etc/fstab in one of them has as the root."""
+    from pyvmm.boot.ext4 import Search
+
+    search = Search()
     for one in found:
-        system = _system(one, read, name)
+        system = _system(one, read, name, search)
         if system is None:
             continue
         try:
@@ -145,7 +148,7 @@ def _names(one: Partition) -> Iterable[str]:
             if value]  # fmt: skip
 
 
-def _system(one: Partition, read: Read, name: str) -> Ext4 | None:
+def _system(one: Partition, read: Read, name: str, search: Search) -> Ext4 | None:
     """The file system in a partition; None if it is of another kind, or damaged."""
     from pyvmm.boot.ext4 import Ext4
 
@@ -153,7 +156,7 @@ def _system(one: Partition, read: Read, name: str) -> Ext4 | None:
         return None
     where = f"partition {one.number} of {name}" if one.number else name
     try:
-        return Ext4(lambda offset, size: read(one.start + offset, size), one.size, where)
+        return Ext4(lambda offset, size: read(one.start + offset, size), one.size, where, search)
     except ConfigError:
         return None
 
@@ -184,6 +187,7 @@ def kernel_in(disks: Any) -> tuple[str, str | None, str]:
 
 def _extract(name: str, read: Read, size: int, block: int) -> tuple[str, str | None, str]:
     from pyvmm.boot import boot_entry, partitions
+    from pyvmm.boot.ext4 import Search
     from pyvmm.images import made_files
 
     table = partitions.read_disk(read, size, block)
@@ -192,7 +196,9 @@ def _extract(name: str, read: Read, size: int, block: int) -> tuple[str, str | N
     if table is not None:
         kinds = {one.number: one.content.kind for one in table.partitions}
         found = sorted(table.partitions, key=lambda one: not one.may_be_root)
-        systems = [one for one in (_system(part, read, name) for part in found) if one is not None]
+        search = Search()
+        every = (_system(part, read, name, search) for part in found)
+        systems = [one for one in every if one is not None]
     entry = boot_entry.find(systems) if systems else None
     if entry is None:
         there = ", ".join(sorted(set(filter(None, kinds.values())))) or "nothing that is known"

@@ -124,9 +124,9 @@ def test_a_small_directory_with_a_large_tree_of_extents(
     monkeypatch.setattr(
         system, "_bytes", lambda at, size: empty if at == leaf * 1024 else original(at, size)
     )
-    before = system._looked_at
+    before = system._search.left
     assert system._entries(bad) == {}
-    assert system._looked_at == before + 1 + 4 * 1024
+    assert system._search.left == before - 1 - 4 * 1024
 
 
 def test_what_is_not_understood_is_refused(tree: Path, tmp_path: Path) -> None:

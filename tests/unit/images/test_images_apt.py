@@ -210,8 +210,9 @@ del SINCE_TRIXIE["lib/modules/9.1/a.ko"]
 @pytest.mark.parametrize("parts", [[IN_ONE], [SINCE_TRIXIE], IN_PARTS], ids=["6.1", "6.12", "7"])
 def test_a_kernel_is_found_wherever_its_packages_have_it(tmp_path: Path, parts) -> None:
     debs = [package(tmp_path, f"part{number}", files) for number, files in enumerate(parts)]
+    tmp_path = tmp_path / "the [cache]"  # no pattern of file names
     into = tmp_path / "image"
-    into.mkdir()
+    into.mkdir(parents=True)
     kernel._unpack(debs, str(tmp_path / "tree"), str(into))
     assert (into / "bzImage").read_bytes() == b"kernel"
     assert (into / "config").read_bytes() == b"config"
@@ -224,3 +225,17 @@ def test_a_package_without_a_kernel_is_an_error(tmp_path: Path) -> None:
     deb = package(tmp_path, "none", {"usr/lib/modules/9.1/config": b""})
     with pytest.raises(ConfigError, match=r"has 0 files vmlinuz-\*"):
         kernel._unpack([deb], str(tmp_path / "tree"), str(tmp_path))
+
+
+@pytest.mark.parametrize("there", [[], ["lib"], ["lib/modules/9.1", "lib/modules/9.2"]])
+def test_a_damaged_kernel_in_the_cache_is_one_line(tmp_path: Path, there: list[str]) -> None:
+    image = tmp_path / "my cache"
+    for folder in there:
+        (image / folder).mkdir(parents=True)
+    with pytest.raises(ConfigError) as raised:
+        kernel.modules_folder(str(image))
+    count = sum("modules/" in one for one in there)
+    assert str(raised.value) == (
+        f"the cached kernel in {image} is damaged: it has modules of {count} releases; it is made "
+        f"again after: rm -r '{image}'"
+    )

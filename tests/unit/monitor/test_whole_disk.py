@@ -13,11 +13,12 @@ import boot_images
 import pytest
 from partition_tables import MIB, ROOT_X86_64, needs_tools, partitioned, put_file_system
 
+from pyvmm.boot import ext4, partitions
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
 from pyvmm.kinds.disk.storage import open_backend
 from pyvmm.monitor.kernel_choice import specify
-from pyvmm.monitor.whole_disk import with_root
+from pyvmm.monitor.whole_disk import _extract, choose_root, with_root
 from pyvmm.spec.vm import DiskSpec, VmSpec
 from pyvmm.virtio.blk.device import BlockDevice
 
@@ -78,6 +79,51 @@ def test_fstab_says_which(tmp_path: Path, said: list[str]) -> None:
     put_file_system(disk, 12 * MIB, 10 * MIB, "ext4", "-L", "sys", "-d", str(tree))
     assert root_of(disk) == "root=/dev/vda2"
     assert "by /etc/fstab" in said[0]
+
+
+@pytest.mark.parametrize("large", ["directory", "text"])
+def test_many_partitions_cost_no_more_than_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: str
+) -> None:
+    """The search for /etc/fstab and for a kernel's configuration is bounded for the whole disk."""
+    most = 128 << 10
+    monkeypatch.setattr(ext4, "_MOST_LOOKED_AT", most)
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    if large == "directory":
+        (tree / "real").mkdir()
+        (tree / "etc").symlink_to("real/../" * 120)  # the root is searched each time
+        (tree / "boot").symlink_to("real/../" * 120)
+    else:
+        (tree / "etc").mkdir()
+        (tree / "etc/fstab").write_text("#" * (63 << 10))
+        (tree / "loader/entries").mkdir(parents=True)
+        for number in range(4):
+            (tree / f"loader/entries/{number}.conf").write_text("#" * (63 << 10))
+    script = "label: gpt\n" + "size=20480, type=linux\n" * 6
+    disk = partitioned(tmp_path / "disk.img", script)
+    data = disk.read_bytes()
+    table = partitions.read_disk(lambda at, size: data[at : at + size], len(data))
+    assert table is not None and len(table.partitions) == 6
+    for one in table.partitions:
+        put_file_system(disk, one.start, one.size, "ext4", "-b", "4096", "-d", str(tree))
+    data = disk.read_bytes()
+    taken = 0
+
+    def read(at: int, size: int) -> bytes:
+        nonlocal taken
+        taken += size
+        return data[at : at + size]
+
+    table = partitions.read_disk(read, len(data))
+    assert table is not None
+    taken = 0
+    assert choose_root(table, read, "disk.img") == (None, "by /etc/fstab")
+    assert taken < 2 * most  # and the superblocks
+    taken = 0
+    with pytest.raises(ConfigError, match=r"no kernel in /boot|too large to be searched"):
+        _extract("disk.img", read, len(data), 512)
+    assert taken < 3 * most  # and the table
 
 
 def test_nobody_says_which_of_two(tmp_path: Path, said: list[str]) -> None:
