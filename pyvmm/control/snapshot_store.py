@@ -28,7 +28,7 @@ FORMAT, VERSION = "pyvmm snapshot", 1
 STATE, MEMORY = "state.json", "memory"
 MOST_STATE = 64 << 20  # bytes of state.json
 _NEW, _OLD = ".new-", ".old-"
-_OPTION = "snapshot"
+_MOST_TRIALS = 1000  # to make a directory that nobody takes for left behind
 
 
 def disk_file(index: int) -> str:
@@ -95,7 +95,7 @@ def held(path: str) -> Iterator[Callable[[], None]]:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"the snapshot {name} is being removed", cure="use another") from None
-        if not os.path.isdir(path):  # it was removed just now
+        if not _is_there(path, fd):  # it was removed just now
             raise _unknown(name)
         yield lambda: fcntl.flock(fd, fcntl.LOCK_UN)
     finally:
@@ -116,6 +116,14 @@ def _open_folder(path: str, name: str) -> int:
             f"the snapshot {path} is not yours alone to write", cure="take one of your own"
         )
     return fd
+
+
+def _is_there(path: str, fd: int) -> bool:
+    """Whether `path` is the directory `fd` still, now that it is locked."""
+    try:
+        return os.path.samestat(os.lstat(path), os.fstat(fd))
+    except FileNotFoundError:
+        return False
 
 
 def _unknown(name: str) -> ConfigError:
@@ -190,18 +198,33 @@ class Writer(Closable):
             raise ConfigError(
                 f"there is a snapshot {name!r} already", cure=f"pyvmm snapshot rm {name}"
             )
-        self._made = os.path.join(self._place, f"{_NEW}{os.getpid()}-{os.urandom(6).hex()}")
         self._closing = ExitStack()
         try:
-            os.mkdir(self._made, 0o700)
-            self._closing.callback(_remove_tree, self._made)
-            self._folder = os.open(self._made, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            self._closing.callback(os.close, self._folder)
-            fcntl.flock(self._folder, fcntl.LOCK_EX)  # it has a maker: see _sweep
+            self._made, self._folder = self._new_folder()
         except OSError as error:
-            self._closing.close()
-            raise HostError(error.errno or 0, f"making of {self._made}") from None
+            raise HostError(error.errno or 0, f"making of a snapshot in {self._place}") from None
         self._files: dict[str, int] = {}
+
+    def _new_folder(self) -> tuple[str, int]:
+        """An empty directory that has a maker, so that no `_sweep` removes it: its path, and a
+        descriptor of it. Raises OSError."""
+        for _ in range(_MOST_TRIALS):
+            path = os.path.join(self._place, f"{_NEW}{os.getpid()}-{os.urandom(6).hex()}")
+            with ExitStack() as closing:
+                os.mkdir(path, 0o700)
+                closing.callback(_remove_tree, path)
+                try:
+                    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                except FileNotFoundError:
+                    continue  # a sweep was quicker than the lock
+                closing.callback(os.close, fd)
+                # Shared, as it stays so when the directory has its name, and others read it.
+                fcntl.flock(fd, fcntl.LOCK_SH)
+                if not _is_there(path, fd):
+                    continue
+                self._closing = closing.pop_all()
+                return path, fd
+        raise OSError(errno.EBUSY, "other processes remove it")
 
     def make(self, file: str, size: int) -> None:
         """Begin `file` of the snapshot, `size` bytes of zeroes. Raises HostError."""
@@ -239,7 +262,11 @@ class Writer(Closable):
                 os.fsync(fd)
             # Of a directory onto another one: only if that is empty, which a snapshot never is.
             os.rename(self._made, self.path)
-            _sync_folder(self._place)
+            try:
+                _sync_folder(self._place)
+            except OSError:
+                os.rename(self.path, self._made)  # for `close`: who hears of a failure has nothing
+                raise
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise ConfigError(
