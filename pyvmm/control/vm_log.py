@@ -71,6 +71,11 @@ class VmLog:
         self.last_message = line
         self._write(MESSAGE, line)
 
+    def note(self, text: str) -> None:
+        """The monitor says `text` here only, not to whoever has started it."""
+        line = log.Line(f"{self.name}: {text}", level=log.INFO)
+        self._write(MESSAGE, log.as_written(line).encode(errors="replace"))
+
     def messages(self, data: bytes) -> None:
         """The monitor has said `data`, lines or parts of them."""
         *lines, self._rest = (self._rest + data).split(b"\n")

@@ -41,7 +41,8 @@ class Needs:
     `devices` those of device nodes that are opened.
     `hears_of_interfaces`: opens a socket of rtnetlink.
     `passes_signals`: by descriptors of processes. `outside`: threads that run already start other
-    programs later, and stay outside.
+    programs later, and stay outside. `tells`: what is refused raises SIGSYS, which
+    pyvmm.host.refusals hears.
     """
 
     ioctls: tuple[int, ...] = ()
@@ -50,6 +51,7 @@ class Needs:
     hears_of_interfaces: bool = False
     passes_signals: bool = False
     outside: bool = False
+    tells: bool = False
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,8 @@ _MORE = {
 _BINDING = {"bind": 49}
 _PASSING_SIGNALS = {"pidfd_send_signal": 424}
 _NO_LONGER = {"execve": 59}
+# fork, vfork and clone, before which the C library and Python block all signals
+_MAKING_PROCESSES = (57, 58, c.CLONE)
 
 _AF_UNIX, _AF_NETLINK = 1, 16  # <linux/socket.h>
 _PR_SET_NAME = 15
@@ -248,7 +252,8 @@ def _calls(needs: Needs) -> list[c.Line]:
     }
     if not c.landlock_version():  # which decides what is written, elsewhere
         checks |= {c.OPEN: (1, c.NONE, (c.WRITING,)), c.OPENAT: (2, c.NONE, (c.WRITING,))}
-    return c.allow_list([calls[name] for name in calls if name not in _NO_LONGER], checks)
+    numbers = [calls[name] for name in calls if name not in _NO_LONGER]
+    return c.allow_list(numbers, checks, raises=needs.tells, silently=_MAKING_PROCESSES)
 
 
 # What neither pyvmm nor a program that it starts ever does.

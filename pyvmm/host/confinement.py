@@ -263,6 +263,7 @@ _SET_MODE_FILTER = 1
 FILTER_TSYNC, FILTER_SPEC_ALLOW = 1 << 0, 1 << 2
 _AUDIT_ARCH_X86_64 = 0xC000003E
 _RET_ALLOW, _RET_ERRNO, _RET_KILL = 0x7FFF0000, 0x00050000, 0x80000000
+_RET_TRAP = 0x00030000
 # struct seccomp_data
 _NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16
 # Classic BPF: load a word, jump if equal, jump if any bit is set, jump if not less, jump, return.
@@ -277,6 +278,7 @@ Line = tuple[int, int, int, int]
 
 _ALLOW: Line = (_RETURN, 0, 0, _RET_ALLOW)
 _REFUSE: Line = (_RETURN, 0, 0, _RET_ERRNO | errno.EPERM)
+_RAISE: Line = (_RETURN, 0, 0, _RET_TRAP)
 _BEGIN: tuple[Line, ...] = (
     (_LOAD, 0, 0, _ARCH),
     (EQUAL, 1, 0, _AUDIT_ARCH_X86_64),
@@ -323,20 +325,33 @@ def own_process_only(pid: int) -> dict[int, Check]:
     }
 
 
-def allow_list(numbers: Iterable[int], checks: Mapping[int, Check]) -> list[Line]:
+def allow_list(
+    numbers: Iterable[int],
+    checks: Mapping[int, Check],
+    *,
+    raises: bool = False,
+    silently: Iterable[int] = (),
+) -> list[Line]:
     """A filter that lets calls pass that are among `checks` and fulfil theirs, or else among
-    `numbers`. The checks come first: the kernel looks no calls up that always pass."""
+    `numbers`. The checks come first: the kernel looks no calls up that always pass.
+
+    The others fail; with `raises` by SIGSYS, whose handler gives them their result, but those that
+    are refused `silently`."""
+    refuse = _RAISE if raises else _REFUSE
+    quiet = set(silently)
     lines = list(_BEGIN)
     for number, (argument, test, values) in checks.items():
         block: list[Line] = [(_LOAD, 0, 0, _ARGUMENTS + 8 * argument)]
         for value in values:
             block += [(*_TESTS[test], value), _ALLOW]
-        block.append(_REFUSE)
+        block.append(_REFUSE if number in quiet else refuse)
         lines += [(EQUAL, 1, 0, number), (_SKIP, 0, 0, len(block)), *block]
     for number in numbers:
         lines += [(EQUAL, 0, 1, number), _ALLOW]
     lines += [(EQUAL, 0, 1, CLONE3), (_RETURN, 0, 0, _RET_ERRNO | errno.ENOSYS)]
-    return [*lines, _REFUSE]
+    for number in quiet - set(checks):
+        lines += [(EQUAL, 0, 1, number), _REFUSE]
+    return [*lines, refuse]
 
 
 def deny_list(numbers: Iterable[int], checks: Mapping[int, Check]) -> list[Line]:

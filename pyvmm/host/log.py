@@ -122,10 +122,15 @@ def to_stderr(line: str) -> None:
                 line = Line(f"{_vm}: no more warnings are shown")
         for observer in _observers:
             observer(line)
-    text = _as_json(line) if is_json() else f"pyvmm: {harmless(line)}"
+    text = as_written(line)
     for copy in _copies:
         copy(text.encode(errors="replace"))
     raw_to_stderr(text)
+
+
+def as_written(line: str) -> str:
+    """What is written for `line`, in the format that was chosen."""
+    return _as_json(line) if is_json() else f"pyvmm: {harmless(line)}"
 
 
 def harmless(text: str) -> str:

@@ -8,11 +8,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyvmm.errors import ConfigError, HostError
-from pyvmm.host import box, named_listener, unix_sockets
+from pyvmm.host import box, log, named_listener, unix_sockets
 from pyvmm.host.box import NO_BOX, Box, Needs
 from pyvmm.host.outside import Outside
 from pyvmm.kvm.uapi import KVM_RUN, numbers
@@ -21,6 +22,7 @@ from pyvmm.spec.vm import VmSpec
 if TYPE_CHECKING:
     from pyvmm.control.registry import Registration
     from pyvmm.control.vm_log import VmLog
+    from pyvmm.host.refusals import Refusals
     from pyvmm.monitor.keeper import Keeper
 
 AUTO, STRICT, OFF = "auto", "strict", "off"
@@ -38,10 +40,14 @@ class Confinement:
         self._passes_signals = passes_signals
         self._outside: Outside | None = None
         self._keeper: Keeper | None = None
+        self._vm_log: VmLog | None = None
+        self._refusals: Refusals | None = None
+        self._warn: log.RateLimited | None = None
         self.box = NO_BOX
 
     def watch_over(self, registration: Registration, vm_log: VmLog | None) -> None:
         """The files of this VM are opened, made and removed for it once it is confined."""
+        self._vm_log = vm_log
         if self._mode == OFF:
             return
         if self._mode == STRICT:
@@ -77,7 +83,9 @@ class Confinement:
         """Confine this process, which is about to run `spec`; the layers that are on. Raises
         ConfigError for a layer that is wanted and cannot be had."""
         if self._mode == OFF:
+            self._say_what_is_on()
             return self.box
+        self._hear_refusals(spec.name)
         needs = Needs(
             ioctls=(KVM_RUN, *sorted(numbers.made() - {KVM_RUN})),  # it is looked for first
             read=(*_code(), *_files(spec)),
@@ -85,6 +93,7 @@ class Confinement:
             or any(device.kind == "net" for device in spec.devices),
             passes_signals=self._passes_signals,
             outside=self._mode == AUTO,
+            tells=self._refusals is not None,
         )
         if needs.outside:
             self._outside = Outside(box.stay_outside)
@@ -101,7 +110,40 @@ class Confinement:
                 cure="use --confine auto, which does without",
                 option="--confine",
             )
+        self._say_what_is_on()
         return self.box
+
+    def _hear_refusals(self, name: str) -> None:
+        if box.probe().on:
+            from pyvmm.host.refusals import Refusals
+
+            with suppress(OSError):  # then a call fails without a line
+                self._refusals = Refusals()
+                self._warn = log.RateLimited(log.of_vm(name))
+
+    def _say_what_is_on(self) -> None:
+        """The first line of the VM's log."""
+        if self._vm_log is not None:
+            off = "".join(f"; not {layer}: {reason}" for layer, reason in self.box.off)
+            layers = ", ".join(self.box.on) or "by nothing"
+            self._vm_log.note(f"confined ({self._mode}): {layers}{off}")
+
+    def described(self) -> dict[str, Any]:
+        """What confines this process, as plain data."""
+        refused = 0 if self._refusals is None else self._refusals.count
+        box = {"on": list(self.box.on), "off": dict(self.box.off)}
+        return {"mode": self._mode, **box, "refused_calls": refused}
+
+    def started(self) -> None:
+        """The vCPUs run."""
+        if self._refusals is not None:
+            self._refusals.meet_threads()
+
+    def look(self) -> None:
+        """Tell of calls that were refused since the last look."""
+        if self._refusals is not None and self._warn is not None:
+            for line in self._refusals.take():
+                self._warn(line)
 
     def run(self, job: Callable[[], T]) -> T:
         """Do what the user has asked for by name, where that is possible still. Raises what `job`

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from pyvmm.control.protocol import Method, Upgrade
 from pyvmm.host import log
-from pyvmm.host.box import NO_BOX, Box
 from pyvmm.kinds import registry
 from pyvmm.kinds.interface import Running
 from pyvmm.machine.builder import Parts, Prepared
@@ -25,6 +24,12 @@ if TYPE_CHECKING:
 
 PLUG = "plug"  # what one side of an emulated host's border asks the other
 
+
+def not_confined() -> dict[str, Any]:
+    """What is told of a process that no Confinement is for."""
+    return {"mode": "off", "on": [], "off": {}, "refused_calls": 0}
+
+
 ResizeOutside = Callable[[str, int | None], None]
 
 
@@ -39,19 +44,20 @@ class MachineControl:
         resize_outside: ResizeOutside | None = None,
         described: VmSpec | None = None,
         *,
-        box: Box = NO_BOX,
+        confinement: Callable[[], dict[str, Any]] = not_confined,
     ) -> None:
         """`hotplug` is asked for devices that are to come or go. `described` is the VM as the
         user's machine knows it, where that is another one. `resize_outside` is for where the
         disks are somebody else's: it resizes the storage at a path, to so many bytes or (None) to
-        those it has by now, and returns when that shows here. `box` is what this process is in.
+        those it has by now, and returns when that shows here. `confinement` tells of
+        the box that this process is in.
         """
         self._machine = machine
         self._hotplug = hotplug
         self._watch = watch
         self._resize_outside = resize_outside
         self._described = described
-        self._box = box
+        self._confinement = confinement
         self._start = time.monotonic()
         self._stats: tuple[Parts, MachineStats] | None = None
 
@@ -142,14 +148,12 @@ class MachineControl:
             "confinement": self._confinement(),
         }
 
-    def _confinement(self) -> dict[str, Any]:
-        return {"on": list(self._box.on), "off": dict(self._box.off)}
-
     def stats(self) -> dict[str, Any]:
         """What was counted since the start; docs/watching.md has the names. Raises HostError."""
         console_bytes = self._watch.console_left_out()
         left_out = {"console_bytes": console_bytes, "messages": log.left_out()}
-        return {**self._counted().read(), "left_out": left_out}
+        more = {"left_out": left_out, "confinement": self._confinement()}
+        return {**self._counted().read(), **more}
 
     def metrics(self) -> dict[str, Any]:
         """The same as text in Prometheus' format. Raises HostError."""

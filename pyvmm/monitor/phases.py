@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from pyvmm.boot.diagnosis import PANIC
 from pyvmm.errors import PyvmmError
 from pyvmm.host import log
-from pyvmm.host.box import NO_BOX
 from pyvmm.host.syscalls import Closable
 from pyvmm.kinds import registry
 from pyvmm.machine.alarm import Alarm
@@ -98,7 +97,8 @@ def run_here(
             run = _Run(opened, answering, on_output, closing)
             run.assemble(stop_patience)
             if confinement is not None:
-                answering.box = confinement.enter(opened.prepared.spec)
+                confinement.enter(opened.prepared.spec)
+                answering.confinement = run.confinement = confinement
             outcome = run.to_the_end()
         return _end(run, outcome)
 
@@ -153,6 +153,8 @@ def _end(run: _Run, outcome: Outcome) -> int:
     closed: the attendant has seen the last byte."""
     attendant = run.attendant
     attendant.look()
+    if run.confinement is not None:
+        run.confinement.look()
     if outcome.ending is Ending.RESET and attendant.saw_panic():
         line = "" if attendant.said(PANIC) else "the guest's kernel panicked"
         outcome = Outcome(Ending.PANIC, line)
@@ -178,7 +180,7 @@ class _Answering(Closable):
         self._described = described
         self._resize_outside = resize_outside
         self.is_inside = resize_outside is not None
-        self.box = NO_BOX
+        self.confinement: Confinement | None = None
         self._watch: Watch | None = None
 
     def start(
@@ -196,7 +198,7 @@ class _Answering(Closable):
             return
         # Imported while the guest runs already, which does not wait for this.
         from pyvmm.control.server import ControlServer
-        from pyvmm.monitor.control import MachineControl
+        from pyvmm.monitor.control import MachineControl, not_confined
         from pyvmm.monitor.watch import Watch
 
         self._watch = watch = Watch(*console, attendant.console)
@@ -204,7 +206,12 @@ class _Answering(Closable):
         watch.events.emit("started")
         attendant.on_finding = watch.tell_finding
         control = MachineControl(
-            machine, watch, hotplug, self._resize_outside, self._described, box=self.box
+            machine,
+            watch,
+            hotplug,
+            self._resize_outside,
+            self._described,
+            confinement=not_confined if self.confinement is None else self.confinement.described,
         )
         server = ControlServer(self._listener, control.method)
         closing.callback(server.close)
@@ -253,6 +260,7 @@ class _Run:
         self._asking: PowerOff | None = None
         self._hotplug: Hotplug | None = None
         self._making_hotplug = Lock()
+        self.confinement: Confinement | None = None
 
     def assemble(self, stop_patience: float) -> None:
         """Put the machine together. Raises ConfigError or HostError."""
@@ -317,6 +325,8 @@ class _Run:
 
     def _on_start(self, machine: Machine) -> None:
         self._policy.started()
+        if self.confinement is not None:
+            self.confinement.started()
         serial = machine.parts.serial
         if self._input is None:
             port = _join_virtio_console(self._prepared, self._console) or serial
@@ -347,6 +357,8 @@ class _Run:
             self._asking.look()
         if self._hotplug is not None:
             self._hotplug.look()
+        if self.confinement is not None:
+            self.confinement.look()
 
     def _tell_asked(self, how: str) -> None:
         self.answering.emit("stopping", asked=how)

@@ -71,7 +71,9 @@ def test_a_detached_vm_leaves_its_last_words(call, tmp_path) -> None:
     assert (row["exit_code"], row["ending"], row["message"]) == (11, "panic", why)
     done = call("logs", "web")
     assert done.stdout == b"ready\r\nKernel panic - not syncing: asked for\r\n"
-    assert done.stderr == f"pyvmm: web: {why}\n".encode()
+    first, last = done.stderr.decode().splitlines()
+    assert first.startswith("pyvmm: web: confined (auto): ")
+    assert last == f"pyvmm: web: {why}"
     [head, line] = call("ps", "-a").stdout.decode().splitlines()
     assert head.split()[-3:] == ["EXIT", "ENDED", "WHY"]
     assert line.split()[:3] == ["web", "-", "ended"] and why in line

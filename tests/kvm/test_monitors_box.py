@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +29,9 @@ SAFETY_TIMEOUT = 60
 
 # mov ebx, 0xd0000100; mov eax, [rbx]: a disk comes first, so 0xd0001100; then the power-off
 READS_AND_ENDS = bytes.fromhex("bb001100d0 8b03 66ba0006 b034 ee f4 ebfd")
+
+# The same, of the first device; then hlt for ever
+READS_AND_WAITS = bytes.fromhex("bb000100d0 8b03 f4 ebfd")
 
 DEVICE = '''
 import ctypes, errno, fcntl, json, os, resource, signal, socket, sys
@@ -230,6 +234,56 @@ def test_in_the_whole_box_all_attacks_fail(scene: Scene, mode: str) -> None:
     assert refused(found) == set(scene.attacks), found
 
 
+@pytest.mark.parametrize("mode", ["auto", "strict"])
+def test_a_refused_call_is_told_by_number_and_name_with_its_thread(scene: Scene, mode: str) -> None:
+    named = {
+        "use kernel keys": "keyctl (system call 250)",
+        "type at a terminal": "ioctl (system call 16) 0x5412",
+        "reach another VM's control socket": f"socket (system call 41) of family {socket.AF_UNIX}",
+    }
+    plan = scene.folder / "plan"
+    plan.write_text(json.dumps({name: scene.attacks[name].code for name in named}))
+    device = f"{scene.folder}/attacker.py:Attacker,plan={plan}"
+    with Running(scene.folder, "vm", READS_AND_WAITS, "--device", device, "--confine", mode) as vm:
+        deadline = time.monotonic() + SAFETY_TIMEOUT
+        while json.loads(vm("stats", "vm", "--json").stdout)["confinement"]["refused_calls"] < 3:
+            assert time.monotonic() < deadline
+        said = vm("logs", "vm").stderr.splitlines()
+        told = [line for line in said if "the box refused" in line]
+        assert told == [
+            f"pyvmm: vm: the box refused {what} in the thread vcpu0" for what in named.values()
+        ]
+
+
+# A signal of that number which is not the filter's does no harm, nor does a full pipe.
+REFUSED = """
+import os, signal, sys
+from pyvmm.host import box
+from pyvmm.host.refusals import Refusals
+refusals = Refusals()
+box.enter(box.Needs(tells=True))
+os.kill(os.getpid(), signal.SIGSYS)
+for _ in range(5000):
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, 0)
+    except PermissionError:
+        continue
+    sys.exit("nothing was refused")
+told = list(refusals.take())
+print(len(told), refusals.count, set(told))
+"""
+
+
+def test_more_refused_calls_than_anybody_reads_cost_nothing() -> None:
+    if missing := box.probe().off:
+        pytest.skip(f"this machine lacks layers: {missing}")
+    done = subprocess.run(
+        [sys.executable, "-c", REFUSED], capture_output=True, text=True, timeout=SAFETY_TIMEOUT
+    )
+    line = "the box refused setpriority (system call 141) in the thread MainThread"
+    assert done.stdout == f"2048 2048 {{{line!r}}}\n", done.stderr
+
+
 def test_without_confinement_nothing_is_taken_away(scene: Scene) -> None:
     assert scene.attempt(" ".join(LAYERS), "--confine=off") == scene.attempt("")
 
@@ -243,7 +297,10 @@ def test_a_confined_monitor_does_all_its_work(kvm: Kvm, tmp_path: Path, mode: st
     options += ("--vsock", f"path={tmp_path}/vsock", "--confine", mode)
     with Running(tmp_path, "vm", b"", *options) as vm:
         [row] = vm.ps()
-        assert row["confinement"] == {"on": list(box.probe().on), "off": dict(box.probe().off)}
+        layers = {"on": list(box.probe().on), "off": dict(box.probe().off)}
+        assert row["confinement"] == {"mode": mode, **layers, "refused_calls": 0}
+        counted = json.loads(vm("stats", "vm", "--json").stdout)
+        assert counted["confinement"] == row["confinement"]
         for command in (
             *(("stats", "vm"), ("stats", "vm", "--json"), ("pause", "vm"), ("resume", "vm")),
             *(("disk", "resize", "vm", "one", "1M"), ("rng", "add", "vm")),
@@ -261,7 +318,11 @@ def test_a_confined_monitor_does_all_its_work(kvm: Kvm, tmp_path: Path, mode: st
         assert not (tmp_path / "vsock").exists()
         [ended] = json.loads(vm("ps", "-a", "--json").stdout)
         assert (ended["name"], ended["state"]) == ("vm", "ended")
-        assert "ready" in vm("logs", "vm").stdout
+        said = vm("logs", "vm")
+        assert "ready" in said.stdout
+        first, *others = said.stderr.splitlines()
+        assert first.startswith(f"pyvmm: vm: confined ({mode}): {', '.join(box.probe().on)}")
+        assert not [line for line in others if "the box refused" in line]
         left = {entry.name for entry in (tmp_path / "runtime/pyvmm").iterdir()}
         assert left <= {"logs", ".lock"}
 

@@ -1,0 +1,94 @@
+"""What the filter of calls has refused, so that it can be told: which call, in which thread.
+
+The filter raises SIGSYS in the thread that calls (SECCOMP_RET_TRAP, signal(7)). Its handler must
+give the call its result, EPERM, and must not need Python's lock, which that thread may hold. So it
+is a few instructions of the processor: they put the result into the thread's registers, and a
+record into a pipe, or nowhere if that is full. Whoever has the time reads it.
+
+A thread that blocks SIGSYS would be ended with its process instead. So the filter raises none for
+those calls before which the C library blocks all signals: the ones that make processes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import struct
+import threading
+from collections.abc import Iterator
+from contextlib import suppress
+
+from pyvmm.host.call_names import name_of
+
+_RECORD = struct.Struct("=4Q")
+_SIGSYS = 31
+_SA_SIGINFO, _SA_RESTART, _SA_NODEFER = 4, 0x10000000, 0x40000000
+_PROT_READ, _PROT_EXEC = 1, 4
+_PAGE = 4096
+_MOST_READ = 64 << 10
+# Calls of which the second argument says what is asked for.
+_BY_REQUEST = ("ioctl", "fcntl")
+
+# void handler(int, siginfo_t *rsi, ucontext_t *rdx), for the descriptor FD. In siginfo_t si_code is
+# at 8 and si_syscall at 24; in ucontext_t (<sys/ucontext.h>) RDI at 104, RSI at 112, RAX at 144.
+_CODE = (
+    "837e0801 754d"  # cmp dword [rsi+8], SYS_SECCOMP; jne end: it may be anybody's signal
+    "4883ec20"  # sub rsp, 32
+    "48634618 48890424"  # movsxd rax, [rsi+24]; mov [rsp], rax
+    "488b4268 4889442410"  # mov rax, [rdx+104]; mov [rsp+16], rax
+    "488b4270 4889442418"  # mov rax, [rdx+112]; mov [rsp+24], rax
+    "48c78290000000 ffffffff"  # mov qword [rdx+144], -EPERM
+    "b8ba000000 0f05 4889442408"  # mov eax, SYS_gettid; syscall; mov [rsp+8], rax
+    "bf {fd} 4889e6 ba20000000"  # mov edi, FD; mov rsi, rsp; mov edx, 32
+    "b801000000 0f05"  # mov eax, SYS_write; syscall
+    "4883c420 c3"  # add rsp, 32; end: ret
+)
+
+
+class Refusals:
+    """The calls that were refused to this process, from now on and until its end."""
+
+    def __init__(self) -> None:
+        """Raises OSError where the kernel lets no code be made."""
+        self.count = 0
+        self._threads: dict[int, str] = {}
+        self._reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        # Never freed: a thread may come into it at any time.
+        self._page = mmap.mmap(-1, _PAGE)
+        code = bytes.fromhex(_CODE.format(fd=struct.pack("<I", writer).hex()))
+        # `end` is the last byte, and the jump to it counts from behind itself.
+        assert code[5] == len(code) - 7
+        self._page.write(code)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(self._page))
+        libc = ctypes.CDLL(None, use_errno=True)
+        place = ctypes.c_void_p(address)
+        if libc.mprotect(place, ctypes.c_size_t(_PAGE), _PROT_READ | _PROT_EXEC):
+            raise OSError(ctypes.get_errno(), "mprotect")
+        # struct sigaction (<bits/sigaction.h>): the handler, a mask of 128 bytes, flags, restorer
+        action = struct.pack("=Q128xI4xQ", address, _SA_SIGINFO | _SA_RESTART | _SA_NODEFER, 0)
+        if libc.sigaction(_SIGSYS, ctypes.c_char_p(action), None):
+            raise OSError(ctypes.get_errno(), "sigaction")
+
+    def meet_threads(self) -> None:
+        """Learn the names of the threads that there are, which may end before they are told of."""
+        self._threads |= {one.native_id or 0: one.name for one in threading.enumerate()}
+
+    def take(self) -> Iterator[str]:
+        """Those that nobody has taken yet, each in words."""
+        data = b""
+        with suppress(OSError):  # EAGAIN: there are none
+            data = os.read(self._reader, _MOST_READ)
+        if not data:
+            return
+        self.meet_threads()
+        for number, thread, first, second in _RECORD.iter_unpack(data):
+            self.count += 1
+            name = name_of(number)
+            what = f"{name} (system call {number})" if not name.endswith(str(number)) else name
+            if name in _BY_REQUEST:
+                what += f" {second & 0xFFFFFFFF:#x}"
+            elif name == "socket":
+                what += f" of family {first & 0xFFFFFFFF}"
+            where = f"the thread {self._threads[thread]}" if thread in self._threads else "a thread"
+            yield f"the box refused {what} in {where}"
