@@ -29,7 +29,7 @@ test: .stamps/dev .stamps/system ## Run every test: types, style, units, specifi
 unit: .stamps/dev ## Only the tests that need neither KVM nor a guest
 	@$(BIN)/pytest $(UNITS)
 
-fuzz: .stamps/dev ## Random drivers against every device for SECONDS=60, from a SEED; CASE=N repeats one
+fuzz: .stamps/dev ## Random drivers against every device, damaged snapshots, for SECONDS=60, from a SEED; CASE=N repeats one
 	@$(BIN)/python tests/fuzz/run.py $(if $(SEED),--seed=$(SEED)) $(if $(SECONDS),--seconds=$(SECONDS)) \
 		$(if $(CASE),--case=$(CASE)) $(if $(DEVICE),--device=$(DEVICE))
 

@@ -158,13 +158,16 @@ def read_state(path: str) -> dict[str, Any]:
 def read_file(path: str, most: int) -> bytes:
     """What is in a regular file of `most` bytes at most, which is not a link. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(fd, "rb") as file:
+    try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "no regular file")
         if found.st_size > most:
             raise OSError(errno.EFBIG, f"{found.st_size} bytes, {most} at most")
-        return file.read(most)
+        with open(fd, "rb", closefd=False) as file:
+            return file.read(most)
+    finally:
+        os.close(fd)
 
 
 def _bad(path: str, what: str) -> ConfigError:

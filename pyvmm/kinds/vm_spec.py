@@ -11,6 +11,7 @@ from pyvmm.errors import ConfigError
 from pyvmm.kinds import registry
 from pyvmm.spec import vm
 from pyvmm.spec.options import FIRST, LAST, read_own
+from pyvmm.spec.plain import checked
 from pyvmm.spec.vm import DeviceSpec, DiskSpec, VmSpec
 
 
@@ -115,9 +116,12 @@ def from_json(text: str) -> VmSpec:
 
     try:
         data: Mapping[str, Any] = json.loads(text)
-        disks = tuple(registry.from_plain("disk", disk) for disk in data["disks"])
-        devices = tuple(registry.from_plain(kind, values) for kind, values in data["devices"])
+        disks = tuple(checked(registry.from_plain("disk", disk)) for disk in data["disks"])
+        devices = tuple(
+            checked(registry.from_plain(kind, values)) for kind, values in data["devices"]
+        )
         trace = tuple(data["trace"])
-        return validate(VmSpec(**{**data, "disks": disks, "devices": devices, "trace": trace}))
-    except (ValueError, TypeError, KeyError) as error:
+        values = {**data, "disks": disks, "devices": devices, "trace": trace}
+        return validate(checked(VmSpec(**values)))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"not a VM specification: {error}") from None

@@ -1,8 +1,9 @@
-"""`make fuzz`: random cases against every device until the time is up.
+"""`make fuzz`: random cases against every device, then damaged snapshots, until the time is up.
 
     make fuzz                          # a minute, a seed of its own
     make fuzz SEED=7 SECONDS=600
     make fuzz SEED=7 CASE=12345        # this case only, the way a failure says
+    make fuzz DEVICE=snapshot          # snapshots alone, for which a fifth of the time is otherwise
 
 Case N of seed S is drawn from the random numbers of "S/N" and no other: it runs alone as well.
 """
@@ -12,20 +13,25 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import itertools
+import os
 import random
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(1, str(Path(__file__).parents[1] / "kvm"))
 
 from fuzz.harness import run_case
 from fuzz.targets import TARGETS
 from rings import RINGS
 
 HANG_SECONDS = 60  # of one case, which takes milliseconds
+SNAPSHOT = "snapshot"
 
 
 def main() -> int:
@@ -33,33 +39,85 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32))
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--case", type=int, help="run this case only")
-    parser.add_argument("--device", choices=sorted(TARGETS), action="append")
+    parser.add_argument("--device", choices=[*sorted(TARGETS), SNAPSHOT], action="append")
     options = parser.parse_args()
-    names = options.device or sorted(TARGETS)
+    names = options.device or [*sorted(TARGETS), SNAPSHOT]
+    devices = [name for name in names if name != SNAPSHOT]
+    with_snapshots = SNAPSHOT in names and (options.case is None or not devices)
+    if SNAPSHOT in names and not os.access("/dev/kvm", os.R_OK | os.W_OK):
+        print("snapshots are left out: they need a /dev/kvm")
+        with_snapshots = False
+    share = 0.8 if with_snapshots else 1.0
+    ended = 0
+    if devices:
+        ended = _fuzz_devices(devices, options, options.seconds * share)
+    if not ended and with_snapshots:
+        ended = _fuzz_snapshots(options, options.seconds * (1 - share if devices else 1.0))
+    return ended
+
+
+def _fuzz_devices(names: list[str], options: argparse.Namespace, seconds: float) -> int:
     pairs = list(itertools.product(names, RINGS))
     print(f"seed {options.seed}, devices {' '.join(names)}, rings {' '.join(RINGS)}", flush=True)
-    numbers = itertools.count() if options.case is None else [options.case]
-    end = time.monotonic() + options.seconds
-    cases: Counter[str] = Counter()
     steps = 0
+
+    def run(rng: random.Random, number: int) -> str:
+        nonlocal steps
+        name, ring = pairs[number % len(pairs)]
+        steps += run_case(rng, name, ring)
+        return f"{name}/{ring}"
+
+    cases = _run(run, options, seconds, "".join(f" DEVICE={one}" for one in options.device or ()))
+    if cases is None:
+        return 1
+    print(f"{sum(cases.values())} cases, {steps} steps, no failure: {_counts(cases)}")
+    return 0
+
+
+def _fuzz_snapshots(options: argparse.Namespace, seconds: float) -> int:
+    from fuzz.snapshots import Snapshots
+
+    with tempfile.TemporaryDirectory() as folder:
+        snapshots = Snapshots(Path(folder))
+        print(f"seed {options.seed}, snapshots {' '.join(snapshots.names)}", flush=True)
+
+        def run(rng: random.Random, number: int) -> str:
+            return "restored" if snapshots.run_case(rng) else "refused"
+
+        cases = _run(run, options, seconds, f" DEVICE={SNAPSHOT}")
+        if cases is None:
+            return 1
+        print(f"{sum(cases.values())} snapshots, no failure: {_counts(cases)}")
+        return 0
+
+
+def _run(
+    run: Callable[[random.Random, int], str],
+    options: argparse.Namespace,
+    seconds: float,
+    chosen: str,
+) -> Counter[str] | None:
+    """Cases until the time is up, counted by what `run` calls them; None after one that failed."""
+    numbers = itertools.count() if options.case is None else [options.case]
+    end = time.monotonic() + seconds
+    cases: Counter[str] = Counter()
     for number in numbers:
         if options.case is None and time.monotonic() >= end:
             break
-        name, ring = pairs[number % len(pairs)]
         faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
         try:
-            steps += run_case(random.Random(f"{options.seed}/{number}"), name, ring)
+            cases[run(random.Random(f"{options.seed}/{number}"), number)] += 1
         except Exception:
             traceback.print_exc()
-            chosen = "".join(f" DEVICE={one}" for one in options.device or ())
             print(f"\nagain: make fuzz SEED={options.seed} CASE={number}{chosen}")
-            return 1
+            return None
         finally:
             faulthandler.cancel_dump_traceback_later()
-        cases[f"{name}/{ring}"] += 1
-    counts = ", ".join(f"{pair} {count}" for pair, count in sorted(cases.items()))
-    print(f"{sum(cases.values())} cases, {steps} steps, no failure: {counts}")
-    return 0
+    return cases
+
+
+def _counts(cases: Counter[str]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(cases.items()))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ where they cannot be, and never half there."""
 from __future__ import annotations
 
 import asyncio
-import gc
 import json
 import os
 import random
@@ -13,8 +12,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,19 +21,14 @@ from typing import Any
 
 import pytest
 from echo_guest import echo_kernel
+from fuzz.snapshots import Snapshots, restore_and_end
 
 from pyvmm import VM
 from pyvmm.api.aio import AsyncVM
 from pyvmm.boot.x86 import layout
 from pyvmm.control import snapshot_store as store
-from pyvmm.errors import ConfigError, PyvmmError
+from pyvmm.errors import ConfigError
 from pyvmm.kvm.system import Kvm
-from pyvmm.machine.alarm import Alarm
-from pyvmm.machine.builder import assemble, open_kvm
-from pyvmm.machine.trace import Trace
-from pyvmm.monitor.open_devices import OpenDevices
-from pyvmm.monitor.restored import Restoring
-from pyvmm.monitor.snapshots import spec_of
 
 SAFETY_TIMEOUT = 60
 CASES = int(os.environ.get("SNAPSHOT_CASES", "60"))
@@ -212,7 +206,7 @@ def test_copies_have_numbers_of_their_own(snapshot: Path) -> None:
     at, size = layout.GENERATION_ID, layout.GENERATION_ID_SIZE
     with open(snapshot / "memory", "rb") as file:
         file.seek(at)
-        numbers = [file.read(size), *(_restore_and_end(snapshot, at, size) for _ in range(2))]
+        numbers = [file.read(size), *(restore_and_end("first", at, size) for _ in range(2))]
     assert len(set(numbers)) == 3 and all(map(any, numbers)), numbers
 
 
@@ -336,6 +330,26 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         _state(lambda s: [row.__setitem__(5, 0xFFFF_FFFF) for row in _leaf_one(s)]),
         "lacks what the guest's processor had: CPUID 0x1.0 ecx bit",
     ),
+    "the state is a folder": (
+        lambda p: (p / "state.json").unlink() or (p / "state.json").mkdir(),
+        "no regular file",
+    ),
+    "a name that is a number": (
+        _state(lambda s: s["spec"].update(name=7)),
+        "not a VM specification: name is 7",
+    ),
+    "a path that is a number": (
+        _state(lambda s: s["spec"]["disks"][0].update(scratch=7)),
+        "not a VM specification: scratch is 7",
+    ),
+    "a format that there is not": (
+        _state(lambda s: s["spec"]["disks"][0].update(format="xx")),
+        "format cannot be 'xx'",
+    ),
+    "a path with a NUL": (
+        _state(lambda s: s["spec"].update(kernel="a\0b")),
+        "not a VM specification: kernel is",
+    ),
     "others may write it": (lambda p: p.chmod(0o777), "not yours alone to write"),
 }
 
@@ -358,71 +372,15 @@ def test_row_58_a_bad_snapshot_is_refused_in_one_line(snapshot: Path, folder: Pa
         assert not sockets, (name, sockets)
 
 
-def _leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, one in items:
-        yield (*path, key)
-        if isinstance(one, dict | list):
-            yield from _leaves(one, (*path, key))
+def test_row_58_a_fuzzed_snapshot_is_restored_or_refused(kvm: Kvm, folder: Path) -> None:
+    """SNAPSHOT_CASES cases from SNAPSHOT_SEED; `make fuzz` runs more of them."""
+    fuzzed = Snapshots(folder / "fuzz")
+    ends = Counter(_fuzzed(fuzzed, case) for case in range(CASES))
+    assert ends[True] and ends[False], ends
 
 
-def _other(rng: random.Random, value: Any) -> Any:
-    """Something else in the place of `value`."""
-    strange = (None, True, -1, 1 << 64, 1 << 200, "", "zz", "00" * 5000, [], {}, [[]], 1.5)
-    if isinstance(value, int) and rng.random() < 0.6:
-        return value ^ 1 << rng.randrange(64)
-    if isinstance(value, str) and value and rng.random() < 0.6:
-        at = rng.randrange(len(value))
-        return value[:at] + rng.choice("0123456789abcdef") + value[at + 1 :]
-    return rng.choice(strange)
-
-
-def _restore_and_end(path: Path, address: int = 0, size: int = 0) -> bytes:
-    """All of a restore but that the guest runs; what its memory has there."""
-    spec = spec_of("first", str(path), store.read_state(str(path)))
-    trace = Trace((), None)
-    with ExitStack() as closing:
-        restoring, alarm = Restoring(spec), Alarm()
-
-        def no_file(fd: int, size: int, read_only: bool) -> int:
-            raise ConfigError("no file")
-
-        opening = closing.enter_context(OpenDevices("first", None, alarm, no_file))
-        devices = tuple(opening.open(part) for part in spec.parts)
-        prepared = restoring.prepare(devices, alarm, closing)
-        kvm = open_kvm(prepared.board, spec.cpus, closing)
-        parts = assemble(prepared, kvm, trace, lambda data: None, closing)
-        restoring.restore(parts, lambda line: None)
-        return prepared.memory.read(address, size)
-
-
-def test_row_58_a_fuzzed_snapshot_is_restored_or_refused(snapshot: Path) -> None:
-    """SNAPSHOT_CASES cases from SNAPSHOT_SEED: nothing but one of our own errors, nothing left."""
-    good = json.loads((snapshot / "state.json").read_text())
-    _restore_and_end(snapshot)
-    gc.collect()
-    threads, descriptors = threading.active_count(), len(os.listdir("/proc/self/fd"))
-    ends = {"restored": 0, "refused": 0}
-    for case in range(CASES):
-        rng = random.Random(f"{SEED}/{case}")
-        state = json.loads(json.dumps(good))
-        for _ in range(rng.choice((1, 1, 2, 5))):
-            path = rng.choice(list(_leaves(state["machine"], ("machine",))))
-            place = state
-            for key in path[:-1]:
-                place = place[key]
-            place[path[-1]] = _other(rng, place[path[-1]])
-        state["checksum"] = store.checksum(state)
-        (snapshot / "state.json").write_text(json.dumps(state))
-        try:
-            _restore_and_end(snapshot)
-            ends["restored"] += 1
-        except PyvmmError as error:
-            assert "\n" not in str(error)
-            ends["refused"] += 1
-        except Exception as error:
-            raise AssertionError(f"SNAPSHOT_SEED={SEED}, case {case}") from error
-        assert threading.active_count() == threads, case
-        gc.collect()  # what an error's traceback has kept
-        assert len(os.listdir("/proc/self/fd")) == descriptors, case
-    assert ends["refused"] and ends["restored"], ends
+def _fuzzed(fuzzed: Snapshots, case: int) -> bool:
+    try:
+        return fuzzed.run_case(random.Random(f"{SEED}/{case}"))
+    except Exception as error:
+        raise AssertionError(f"SNAPSHOT_SEED={SEED}, case {case}") from error

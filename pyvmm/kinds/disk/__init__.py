@@ -152,12 +152,16 @@ def _value(key: str, value: str) -> object:
         if value == str(choice):
             return choice
     if choices:
-        raise ConfigError(
-            f"{key} cannot be {value!r}",
-            cure=f"choose from {', '.join(map(str, choices))}",
-            option=FLAG,
-        )
+        raise _not_among(key, value, choices)
     return value
+
+
+def _not_among(key: str, value: object, choices: tuple[object, ...]) -> ConfigError:
+    return ConfigError(
+        f"{key} cannot be {value!r:.100}",
+        cure=f"choose from {', '.join(map(str, choices))}",
+        option=FLAG,
+    )
 
 
 def plain(specs: list[DiskSpec], option: Option) -> tuple[dict[str, Any], ...]:
@@ -242,7 +246,11 @@ def named_beside(disk: DiskSpec, others: list[DiskSpec]) -> DiskSpec:
 
 
 def _check_options(disk: DiskSpec) -> None:
-    """Refuse options that do not go together."""
+    """Refuse options that do not go together, and values that there are not."""
+    for key, choices in _CHOICES.items():
+        value = getattr(disk, _VALUES[key])
+        if value not in (*choices, getattr(DiskSpec, _VALUES[key])):  # or left open
+            raise _not_among(key, value, choices)
     changes = [name for name in ("read_only", "snapshot", "overlay") if getattr(disk, name)]
     wrong = ""
     if len(changes) > 1:
