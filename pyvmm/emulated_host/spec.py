@@ -20,7 +20,7 @@ DEFAULT_CPUS = 2
 def cpus_for(vcpus: int) -> int:
     """How many CPUs an emulated host has for a guest of so many vCPUs.
 
-    With more than one it ruins guests of several vCPUs now and then (docs/decisions/0071).
+    With more than one it ruined guests of several vCPUs now and then (docs/decisions/0071).
     """
     return DEFAULT_CPUS if vcpus == 1 else 1
 

@@ -77,7 +77,7 @@ class Catalogue:
         elif kind == "kernel":
             parts.append(self.recipes.kernels[which].stated())
         elif kind == "programs":
-            parts.append(asdict(self.recipes.programs[which]))
+            parts.append(self.recipes.programs[which].stated())
         elif kind == "initramfs":
             recipe = self.recipes.initramfs.for_kernel(self.recipes.kernels.get(which))
             parts += [asdict(recipe), *agent.FLAGS, *agent.LINKING]
@@ -218,12 +218,14 @@ class Builder:
 
     def _build_programs(self, name: str, into: str) -> list[tuple[str, str]]:
         pins = self._catalogue.pins(name)
-        client = self.client(self._recipes.programs[name.removeprefix("programs-")].suites)
+        recipe = self._recipes.programs[name.removeprefix("programs-")]
+        client = self.client(recipe.suites)
         if not apt.usable(client, name, pins, locked=self._locked):
             if pins:
                 self._progress.notice(_SUPERSEDED.format(name))
             pins = self._newest_programs(name)
         programs.build(name, pins, client, into, self._progress)
+        programs.mend(into, recipe.patches, pins, self._progress)
         return [(pin.package, pin.version) for pin in pins]
 
     def _newest_programs(self, name: str) -> list[Pin]:

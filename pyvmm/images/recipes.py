@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from pyvmm.errors import ConfigError
@@ -64,11 +64,30 @@ class RootfsRecipe:
 
 
 @dataclass(frozen=True)
+class Patch:
+    """Mends one fault of one `version` of a `package`: at `offset` bytes in `file` (a path below /)
+    the bytes `new` take the place of `old`; both are hexadecimal and equally long."""
+
+    package: str
+    version: str
+    file: str
+    offset: int
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
 class ProgramsRecipe:
     """`packages` of the Debian `suites`; what they depend on comes along."""
 
     suites: tuple[str, ...]
     packages: tuple[str, ...]
+    patches: tuple[Patch, ...] = ()
+
+    def stated(self) -> dict[str, Any]:
+        """The settings by name, without patches where there are none."""
+        values = asdict(self)
+        return values if self.patches else {"suites": self.suites, "packages": self.packages}
 
 
 @dataclass(frozen=True)
@@ -141,7 +160,11 @@ def _parse(where: str, table: dict[str, Any]) -> Recipes:
         suites=tuple(table["suites"]),
         kernels={name: KernelRecipe(**_with_tuples(row)) for name, row in table["kernel"].items()},
         programs={
-            name: ProgramsRecipe(suites=tuple(row["suites"]), packages=tuple(row["packages"]))
+            name: ProgramsRecipe(
+                suites=tuple(row["suites"]),
+                packages=tuple(row["packages"]),
+                patches=tuple(Patch(**patch) for patch in row.get("patches", ())),
+            )
             for name, row in table["programs"].items()
         },
         initramfs=InitramfsRecipe(

@@ -16,7 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from pyvmm.emulated_host import EmulatedHostError, EmulatedHostSpec, HostDisk, HostImage, HostSink
+from pyvmm.emulated_host import (
+    EmulatedHostError,
+    EmulatedHostSpec,
+    HostDisk,
+    HostImage,
+    HostSink,
+    x86,
+)
 from pyvmm.emulated_host.find import find_image
 from pyvmm.emulated_host.host import EmulatedHost, run
 from pyvmm.emulated_host.probe import probe
@@ -59,6 +66,25 @@ class Run:
     @property
     def err(self) -> str:
         return (self.folder / "err").read_text()
+
+
+def test_an_interrupt_is_delivered_once_when_its_processor_is_kicked(
+    image: HostImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One thread for both processors: each leaves its loop ten times a second without a reason of
+    its own, which had interrupts delivered twice. No guest got as far as its init."""
+    several = x86.machine_arguments
+
+    def one_thread(cpus: int, memory_mib: int) -> list[str]:
+        arguments = several(cpus, memory_mib)
+        return [word.replace("thread=multi", "thread=single") for word in arguments]
+
+    assert one_thread(2, MEMORY_MIB) != several(2, MEMORY_MIB)
+    monkeypatch.setattr(x86, "machine_arguments", one_thread)
+    ran = Run(tmp_path, image, cpus=2)
+    command = ["run", "debian", "--kvm", "host", "--memory", "256M", "--rm", "--", "uname", "-n"]
+    code = ran("timeout", str(HANG_SECONDS), sys.executable, "-m", "pyvmm", *command)
+    assert (code, ran.out) == (0, "pyvmm\n"), ran.err[-2000:]
 
 
 def test_a_command_keeps_its_surroundings(image: HostImage, tmp_path: Path) -> None:
