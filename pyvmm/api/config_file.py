@@ -24,7 +24,7 @@ from typing import Any
 from pyvmm.errors import ConfigError
 from pyvmm.kinds import registry
 from pyvmm.kinds.vm_spec import make_spec, validate, with_paths
-from pyvmm.spec import tables
+from pyvmm.spec import surroundings, tables
 from pyvmm.spec.names import check_name
 from pyvmm.spec.options import ONLY_TYPED, Option
 from pyvmm.spec.sizes import write_memory
@@ -118,6 +118,9 @@ def _from_folder(values: Mapping[str, Any], folder: str, allow_code: bool) -> di
     found = dict(values)
     if "modules" in given:
         found["modules"] = _join(folder, given["modules"])
+    if surrounding := [key for key in given if key in surroundings.NAMES]:
+        around = surroundings.read_surroundings(given).with_paths(lambda path: _join(folder, path))
+        found |= {key: around.as_values()[key] for key in surrounding}
     for option in options:
         if option.name not in given:
             continue
@@ -154,10 +157,12 @@ def dump(spec: VmSpec, **values: Any) -> str:
     spec = with_paths(spec, os.path.abspath)
     if values.get("modules"):
         values["modules"] = os.path.abspath(values["modules"])
+    around = surroundings.read_surroundings(values).with_paths(os.path.abspath)
+    values |= around.as_values()
     found: dict[str, Any] = {}
     for option in registry.file_options():
         value = _plain(option, spec) if option.field or option.device else values.get(option.name)
-        if value not in (None, option.default, (), ""):
+        if value not in (None, option.default, (), [], ""):
             found[option.name] = value
     return tomli_w.dumps(found)
 

@@ -25,6 +25,7 @@ from pyvmm.control.client import NoAnswer
 from pyvmm.errors import ConfigError
 from pyvmm.kinds.vm_spec import to_json
 from pyvmm.monitor import process
+from pyvmm.spec.surroundings import USUAL, Surroundings
 from pyvmm.spec.vm import VmSpec
 
 PIECE = 1 << 16  # bytes read or written at once
@@ -145,7 +146,7 @@ class OwnMonitor(Monitor):
         spec: VmSpec,
         kvm: str,
         *,
-        confine: str = "auto",
+        surroundings: Surroundings = USUAL,
         image: str | None = None,
         rm: bool = True,
         outlives_us: bool = False,
@@ -156,7 +157,7 @@ class OwnMonitor(Monitor):
         request = {
             "spec": to_json(spec),
             "kvm": kvm,
-            "confine": confine,
+            "surroundings": surroundings.as_values(),
             "image": image,
             "rm": rm,
             "parent": None if outlives_us else os.getpid(),

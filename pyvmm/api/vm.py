@@ -25,6 +25,7 @@ from pyvmm.errors import ConfigError, HostError, PyvmmError
 from pyvmm.kinds import registry
 from pyvmm.kinds.vm_spec import make_spec, validate
 from pyvmm.machine.outcome import STOP_SECONDS
+from pyvmm.spec.surroundings import read_surroundings
 from pyvmm.spec.vm import DeviceSpec, DiskSpec, VmSpec
 
 if TYPE_CHECKING:
@@ -78,6 +79,10 @@ class VM(InGuest, InMonitor):
         rm: bool = True,
         kvm: str = "auto",
         confine: str = "auto",
+        allow_read: Path | Iterable[Path] = (),
+        user: str = "",
+        cgroup: str = "",
+        control_socket: str | Mapping[str, str] | Iterable[str | Mapping[str, str]] = (),
         **kinds: Unpack[Keywords],
     ) -> None:
         """The options are those of `pyvmm run` (docs/options.md). With neither an image nor a
@@ -98,6 +103,7 @@ class VM(InGuest, InMonitor):
             key: list(value) if _is_list(value) else value for key, value in values.items()
         }
         self.spec: VmSpec = validate(make_spec({**self._values, "kernel": kernel or "/"}))
+        read_surroundings(self._values)
         self._monitor: Monitor | None = None
         self._attached = self._restored = False
         self._console: Console | None = None
@@ -150,9 +156,13 @@ class VM(InGuest, InMonitor):
             raise VMError(f"{self.name} has been started before")
         image = self._resolve()
         kvm, rm = str(self._values["kvm"]), bool(self._values["rm"])
-        confine = str(self._values["confine"])
         monitor = self._monitor = OwnMonitor(
-            self.spec, kvm, confine=confine, image=image, rm=rm, outlives_us=detached
+            self.spec,
+            kvm,
+            surroundings=read_surroundings(self._values),
+            image=image,
+            rm=rm,
+            outlives_us=detached,
         )
         deadline = time.monotonic() + timeout
         try:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from pyvmm.errors import PyvmmError
 from pyvmm.host.unix_sockets import Socket
+from pyvmm.spec.surroundings import CONTROL, EXEC, WATCH
 
 VERSION = 1
 MAX_LINE = 64 << 10  # bytes of a request
@@ -20,6 +21,7 @@ _LARGEST = (1 << 63) - 1  # of a number, either way
 BAD_REQUEST = "bad_request"  # not JSON, not an object, a wrong parameter
 UNKNOWN_METHOD = "unknown_method"
 UNSUPPORTED_VERSION = "unsupported_version"
+FORBIDDEN = "forbidden"  # it needs more rights than the socket gives
 REFUSED = "refused"  # understood, but it cannot be had
 NOT_READY = "not_ready"  # it can be had once the guest is further
 PAUSED = "paused"  # it can be had once the VM goes on
@@ -35,18 +37,38 @@ class ControlError(PyvmmError):
         super().__init__(message)
 
 
+Right = Callable[[Mapping[str, Any]], str]
+"""Which rights (pyvmm.spec.surroundings.RIGHTS) a request with such parameters needs."""
+
+
+def watches(params: Mapping[str, Any]) -> str:
+    """For methods that only tell something."""
+    return WATCH
+
+
+def controls(params: Mapping[str, Any]) -> str:
+    """For methods that change the VM."""
+    return CONTROL
+
+
+def executes(params: Mapping[str, Any]) -> str:
+    """For methods by which a client can run something in the guest, or read its memory."""
+    return EXEC
+
+
 class Method(NamedTuple):
     """What a request can ask for: `run` is called with the parameters by name.
 
     `needs` and `takes` are their types, of those that must be there and of those that may. What
     `run` returns is the result, plain data fit for JSON, or an `Upgrade` or `Later`; a PyvmmError
     that it raises is the answer's error. It is called in the server's thread and holds up other
-    requests while it runs, but never the guest.
+    requests while it runs, but never the guest. `right` says which rights a request needs.
     """
 
     run: Callable[..., Any]
     needs: Mapping[str, type] = {}
     takes: Mapping[str, type] = {}
+    right: Right = controls
 
 
 class Later(NamedTuple):

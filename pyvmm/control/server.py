@@ -11,16 +11,17 @@ import errno
 import select
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from threading import Thread
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyvmm.control.protocol import (
     BAD_REQUEST,
     BUSY,
     FAILED,
+    FORBIDDEN,
     MAX_LINE,
     REFUSED,
     UNKNOWN_METHOD,
@@ -38,17 +39,30 @@ from pyvmm.errors import ConfigError, HostError, PyvmmError
 from pyvmm.host import log, unix_sockets
 from pyvmm.host.syscalls import EventFd
 from pyvmm.host.unix_sockets import Socket
+from pyvmm.spec.surroundings import EXEC, RIGHTS
 
 MAX_CLIENTS = 32
+MAX_AT_DOOR = 8
 _PACE = 0.002  # seconds between two rounds of answers
 _NO_ROOM_SECONDS = 0.2
+
+
+class Door(NamedTuple):
+    """A listening socket. Who connects has `rights`, one of RIGHTS; with `owner_only` connections
+    of other users are closed at once. At most `most` clients have come in by it."""
+
+    socket: Socket
+    rights: str = EXEC
+    owner_only: bool = True
+    most: int = MAX_CLIENTS
 
 
 class _Client:
     """One connection: what came and is not a whole line yet, what is to go out."""
 
-    def __init__(self, socket: Socket) -> None:
+    def __init__(self, socket: Socket, door: Door) -> None:
         self.socket = socket
+        self.door = door
         self.received = bytearray()
         self.to_send = b""
         self.ending = False  # once `to_send` is out
@@ -78,15 +92,18 @@ def answered(id: int | str | None, find: Callable[[], Any]) -> bytes:
 
 
 class ControlServer:
-    """Answers requests at `listener`; connections of other users are closed at once.
+    """Answers requests at doors. Connections of other users are closed at once, unless a door says
+    otherwise.
 
     `close` lets answers that are ready go out.
     """
 
-    def __init__(self, listener: Socket, find: Callable[[str], Method | None]) -> None:
-        """`find` gives the method of a name, None if there is none. `listener` stays the caller's.
-        Raises HostError."""
-        self._listener = listener
+    def __init__(
+        self, listener: Socket, find: Callable[[str], Method | None], doors: Iterable[Door] = ()
+    ) -> None:
+        """`find` gives the method of a name, None if there is none. `listener` is a door for who
+        has all rights, beside `doors`. Their sockets stay the caller's. Raises HostError."""
+        self._doors = {door.socket.fileno(): door for door in (Door(listener), *doors)}
         self._find = find
         self._clients: dict[int, _Client] = {}
         self._wake = EventFd()
@@ -96,7 +113,8 @@ class ControlServer:
         self._no_room_until = 0.0
         self._epoll = select.epoll()
         self._epoll.register(self._wake.fd, select.EPOLLIN)
-        self._epoll.register(listener.fileno(), select.EPOLLIN)
+        for fd in self._doors:
+            self._epoll.register(fd, select.EPOLLIN)
         self._thread = Thread(target=self._run, name="control", daemon=True)
 
     def start(self) -> None:
@@ -128,8 +146,8 @@ class ControlServer:
         self._take_late()
         waiting = any(client.has_line for client in self._clients.values())
         for fd, events in self._epoll.poll(0 if waiting else -1):
-            if fd == self._listener.fileno():
-                self._accept()
+            if (door := self._doors.get(fd)) is not None:
+                self._accept(door)
             elif fd == self._wake.fd:
                 if not self._stopping:
                     self._wake.drain()
@@ -170,26 +188,26 @@ class ControlServer:
             events = 0 if client.has_line or client.waits is not None else select.EPOLLIN
         self._epoll.modify(client.socket.fileno(), events)
 
-    def _accept(self) -> None:
+    def _accept(self, door: Door) -> None:
         try:
-            socket = unix_sockets.accept(self._listener)
+            socket = unix_sockets.accept(door.socket)
         except HostError:  # no more file descriptors
             time.sleep(_NO_ROOM_SECONDS)
             return
         if socket is None:
             return
         try:
-            if not unix_sockets.is_ours(socket):
+            if door.owner_only and not unix_sockets.is_ours(socket):
                 socket.close()
                 return
-            if len(self._clients) >= MAX_CLIENTS:
-                socket.send(error_line(None, BUSY, f"there are {MAX_CLIENTS} clients already"))
+            if sum(one.door is door for one in self._clients.values()) >= door.most:
+                socket.send(error_line(None, BUSY, f"there are {door.most} clients already"))
                 socket.close()
                 return
         except (OSError, HostError):
             socket.close()
             return
-        self._clients[socket.fileno()] = _Client(socket)
+        self._clients[socket.fileno()] = _Client(socket, door)
         self._epoll.register(socket.fileno(), select.EPOLLIN)
 
     def _receive(self, client: _Client) -> None:
@@ -230,6 +248,13 @@ class ControlServer:
         if method is None:
             raise ControlError(UNKNOWN_METHOD, f"no method {request.method!r:.100}")
         check_params(method, request.params)
+        needed = method.right(request.params)
+        if RIGHTS.index(client.door.rights) < RIGHTS.index(needed):
+            raise ControlError(
+                FORBIDDEN,
+                f"{request.method} needs the rights {needed}: this socket's are "
+                f"{client.door.rights}",
+            )
         result = method.run(**request.params)
         if isinstance(result, Upgrade):
             client.upgrade = result

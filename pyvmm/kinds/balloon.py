@@ -92,11 +92,11 @@ def open_device(spec: Spec, context: Context) -> BalloonDevice:
 
 def methods(running: Running) -> dict[str, Method]:
     """What the control socket can ask of a balloon."""
-    from pyvmm.control.protocol import Method
+    from pyvmm.control.protocol import Method, watches
 
     return {
         "balloon.set": Method(partial(_set, running), needs={"size": int}),
-        "balloon.stats": Method(partial(_stats, running)),
+        "balloon.stats": Method(partial(_stats, running), right=watches),
     }
 
 

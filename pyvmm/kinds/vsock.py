@@ -146,9 +146,11 @@ def cross(spec: Spec, border: Border) -> Crossing:
 
 def methods(running: Running) -> dict[str, Method]:
     """What the control socket can ask of a socket device."""
-    from pyvmm.control.protocol import Method
+    from pyvmm.control.protocol import Method, executes
 
-    return {"vsock.connect": Method(partial(_connect, running), needs={"port": int})}
+    return {
+        "vsock.connect": Method(partial(_connect, running), needs={"port": int}, right=executes)
+    }
 
 
 def _connect(running: Running, port: int) -> Upgrade:

@@ -17,6 +17,7 @@ from pyvmm.host import box, log, named_listener, unix_sockets
 from pyvmm.host.box import NO_BOX, Box, Needs
 from pyvmm.host.outside import Outside
 from pyvmm.kvm.uapi import KVM_RUN, numbers
+from pyvmm.spec.surroundings import AUTO, OFF, STRICT, USUAL, Surroundings
 from pyvmm.spec.vm import VmSpec
 
 if TYPE_CHECKING:
@@ -25,18 +26,16 @@ if TYPE_CHECKING:
     from pyvmm.host.refusals import Refusals
     from pyvmm.monitor.keeper import Keeper
 
-AUTO, STRICT, OFF = "auto", "strict", "off"
-MODES = (AUTO, STRICT, OFF)
-
 T = TypeVar("T")
 
 
 class Confinement:
     """What confines the monitor of one VM: made while nothing is open yet, entered when all is."""
 
-    def __init__(self, mode: str, *, passes_signals: bool = False) -> None:
-        """`mode` is one of MODES. `passes_signals`: to another process, by its descriptor."""
-        self._mode = mode
+    def __init__(self, surroundings: Surroundings = USUAL, *, passes_signals: bool = False) -> None:
+        """`passes_signals`: to another process, by its descriptor."""
+        self._surroundings = surroundings
+        self._mode = surroundings.confine
         self._passes_signals = passes_signals
         self._outside: Outside | None = None
         self._keeper: Keeper | None = None
@@ -88,7 +87,7 @@ class Confinement:
         self._hear_refusals(spec.name)
         needs = Needs(
             ioctls=(KVM_RUN, *sorted(numbers.made() - {KVM_RUN})),  # it is looked for first
-            read=(*_code(), *_files(spec)),
+            read=(*_code(), *_files(spec), *self._surroundings.allow_read),
             hears_of_interfaces=self._mode == AUTO  # a tap may come later
             or any(device.kind == "net" for device in spec.devices),
             passes_signals=self._passes_signals,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pyvmm.control.protocol import Method, Upgrade
+from pyvmm.control.protocol import Method, Upgrade, executes, watches
 from pyvmm.host import log
 from pyvmm.kinds import registry
 from pyvmm.kinds.interface import Running
@@ -28,6 +28,10 @@ PLUG = "plug"  # what one side of an emulated host's border asks the other
 def not_confined() -> dict[str, Any]:
     """What is told of a process that no Confinement is for."""
     return {"mode": "off", "on": [], "off": {}, "refused_calls": 0}
+
+
+def _types_or_watches(params: Mapping[str, Any]) -> str:
+    return executes(params) if params.get("input", True) else watches(params)
 
 
 ResizeOutside = Callable[[str, int | None], None]
@@ -68,7 +72,11 @@ class MachineControl:
         if found is None and name == PLUG and self._resize_outside is not None:
             from pyvmm.monitor import plugged_inside
 
-            found = Method(partial(plugged_inside.plug, self._hotplug), needs=plugged_inside.NEEDS)
+            found = Method(
+                partial(plugged_inside.plug, self._hotplug),
+                needs=plugged_inside.NEEDS,
+                right=executes,
+            )
         if found is None and name.endswith((".add", ".remove")):
             found = self._of_hotplug().get(name)
         found = found or registry.method(name, self._running())
@@ -83,16 +91,18 @@ class MachineControl:
 
     def _of_machine(self) -> dict[str, Method]:
         return {
-            "status": Method(self.status),
-            "stats": Method(self.stats),
-            "metrics": Method(self.metrics),
+            "status": Method(self.status, right=watches),
+            "stats": Method(self.stats, right=watches),
+            "metrics": Method(self.metrics, right=watches),
             "stop": Method(self.stop, takes={"timeout_ms": int}),
             "quit": Method(self.quit),
             "pause": Method(self.pause),
-            "snapshot": Method(self.snapshot, takes={"stop": bool}),
+            "snapshot": Method(self.snapshot, takes={"stop": bool}, right=executes),
             "resume": Method(self.resume),
-            "console": Method(self.console, takes={"history": bool, "input": bool}),
-            "events": Method(self.events, takes={"history": bool}),
+            "console": Method(
+                self.console, takes={"history": bool, "input": bool}, right=_types_or_watches
+            ),
+            "events": Method(self.events, takes={"history": bool}, right=watches),
         }
 
     def _of_hotplug(self) -> dict[str, Method]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -35,9 +36,11 @@ from pyvmm.platform.console import standard_fds
 from pyvmm.platform.escape import HELP, Command, EscapeParser
 from pyvmm.platform.terminal import Terminal, is_terminal
 from pyvmm.platform.window_size import SERVICE, SizeService
+from pyvmm.spec.surroundings import EXEC, USUAL, Surroundings
 from pyvmm.spec.vm import DeviceSpec, DiskSpec, VmSpec
 
 if TYPE_CHECKING:
+    from pyvmm.control.server import Door
     from pyvmm.control.vm_log import VmLog
 
 _MIB = 1 << 20
@@ -52,12 +55,13 @@ def run_emulated(
     control: Socket | None = None,
     stop_patience: float = STOP_SECONDS,
     vm_log: VmLog | None = None,
-    confine: str = "auto",
+    surroundings: Surroundings = USUAL,
+    doors: Sequence[Door] = (),
 ) -> int:
     """Run `spec` in an emulated KVM host; the exit code is the guest's. Requests to the listening
     socket `control` are answered from inside. A guest that a signal asks to power off has
-    `stop_patience` seconds. What comes out is kept in `vm_log` too. `confine` is for the monitor
-    inside (pyvmm.monitor.confine).
+    `stop_patience` seconds. What comes out is kept in `vm_log` too. `surroundings` are for the
+    monitor inside (pyvmm.monitor.confine), as far as they can be; `doors` are their sockets.
 
     Everything the user may have got wrong is found here, before the emulated host starts: it takes
     seconds to come up. Then `because` says why there is an emulated host at all. The disks stay
@@ -80,7 +84,10 @@ def run_emulated(
             cpus=cpus_for(spec.cpus),
             disks=tuple(disk for crossing in crossings for disk in crossing.disks),
             sinks=sinks,
-            sockets_in=(*_control_listener(control, plugging), *_device_listeners(crossings)),
+            sockets_in=(
+                *_control_listeners(control, doors, plugging),
+                *_device_listeners(crossings),
+            ),
             sockets_out=tuple(path for crossing in crossings for path in crossing.reached),
             streams=tuple(stream for crossing in crossings for stream in crossing.streams),
             folders=tuple(folder for crossing in crossings for folder in crossing.folders),
@@ -94,8 +101,24 @@ def run_emulated(
             )
         # -P: the current directory is the user's, not a place for modules.
         argv = [sys.executable, "-P", "-m", emulated_inside.__name__, described]
-        argv += [to_json(spec), str(stop_patience), confine]
+        argv += [to_json(spec), str(stop_patience), _around(surroundings)]
         return _join_terminal(host, argv, size, stop_patience, vm_log)
+
+
+def _around(surroundings: Surroundings) -> str:
+    """What surrounds the monitor inside. Raises ConfigError for what it cannot have there."""
+    if surroundings.user:
+        raise ConfigError(
+            "the monitor in an emulated KVM host is that machine's root",
+            cure="start pyvmm as that user",
+            option="--user",
+        )
+    inside = replace(
+        surroundings,
+        allow_read=tuple(_visible(path, "--allow-read") for path in surroundings.allow_read),
+        cgroup="",
+    )
+    return json.dumps(inside.as_values())
 
 
 def _size_service(crossings: list[Crossing]) -> SizeService | None:
@@ -104,12 +127,25 @@ def _size_service(crossings: list[Crossing]) -> SizeService | None:
     return SizeService(stdout) if wanted and stdout is not None and is_terminal(stdout) else None
 
 
-def _control_listener(control: Socket | None, plugging: Plugging) -> list[HostListener]:
-    return (
-        []
-        if control is None
-        else [HostListener(emulated_inside.CONTROL_PATH, control, True, take=plugging.take)]
-    )
+def _control_listeners(
+    control: Socket | None, doors: Sequence[Door], plugging: Plugging
+) -> list[HostListener]:
+    path = emulated_inside.CONTROL_PATH
+    if control is None:
+        return []
+    return [
+        HostListener(path, control, True, take=plugging.take),
+        *(
+            HostListener(
+                emulated_inside.door_path(number),
+                door.socket,
+                door.owner_only,
+                # What is this machine's is for those who have all rights.
+                take=plugging.take if door.rights == EXEC else None,
+            )
+            for number, door in enumerate(doors)
+        ),
+    ]
 
 
 def _device_listeners(crossings: list[Crossing]) -> list[HostListener]:

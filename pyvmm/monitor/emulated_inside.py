@@ -10,27 +10,41 @@ import os
 import sys
 from contextlib import suppress
 from functools import partial
+from typing import TYPE_CHECKING
 
 from pyvmm import monitor
 from pyvmm.relay import VARIABLE
 
+if TYPE_CHECKING:
+    from pyvmm.control.server import Door
+    from pyvmm.spec.surroundings import Surroundings
+
 CONTROL_PATH = "/run/pyvmm-control"  # where the relay of sockets finds the monitor
+
+
+def door_path(number: int) -> str:
+    """Where the relay finds the control socket of that number, beside the first."""
+    return f"{CONTROL_PATH}-{number}"
 
 
 def main() -> int:
     """Run the specification in argv[2], a JSON text; the guest's exit code. argv[1] is the same as
     the machine outside knows it, argv[3] are the seconds that a guest has to power off when a
-    signal asks it to, argv[4] says how this is confined."""
+    signal asks it to, argv[4] says how this is confined, as the values of options in JSON."""
+    import json
+
     monitor.collect_garbage_rarely()
     from pyvmm.host import log
     from pyvmm.kinds.vm_spec import from_json
     from pyvmm.monitor.confine import Confinement
     from pyvmm.monitor.phases import run_here
+    from pyvmm.spec.surroundings import read_surroundings
 
     try:
         spec = from_json(sys.argv[2])
         stop_patience = float(sys.argv[3])
-        confinement = Confinement(sys.argv[4])
+        surroundings = read_surroundings(json.loads(sys.argv[4]))
+        confinement = Confinement(surroundings)
         log.set_vm(spec.name)
         if VARIABLE not in os.environ:
             return run_here(spec, quiet=True, stop_patience=stop_patience, confinement=confinement)
@@ -39,6 +53,7 @@ def main() -> int:
 
         inside.start()
         control = unix_sockets.listen(CONTROL_PATH)
+        doors = _doors(surroundings) if surroundings.sockets else []
         code = run_here(
             spec,
             quiet=True,
@@ -48,6 +63,7 @@ def main() -> int:
             resize_outside=lambda *args: confinement.run(partial(_resize_outside, *args)),
             described=from_json(sys.argv[1]),
             confinement=confinement,
+            doors=doors,
         )
         control.close()
         inside.finish()
@@ -58,6 +74,16 @@ def main() -> int:
         from pyvmm.monitor.exit_code import explain
 
         return explain(error)
+
+
+def _doors(surroundings: Surroundings) -> list[Door]:
+    from pyvmm.control.server import MAX_AT_DOOR, Door
+    from pyvmm.host import unix_sockets
+
+    return [
+        Door(unix_sockets.listen(door_path(number)), one.rights, most=MAX_AT_DOOR)
+        for number, one in enumerate(surroundings.sockets)
+    ]
 
 
 def _resize_outside(path: str, size: int | None) -> None:

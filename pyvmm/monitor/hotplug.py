@@ -15,7 +15,7 @@ from functools import partial
 from threading import Event, Lock, Thread, current_thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pyvmm.control.protocol import FAILED, PAUSED, ControlError, Later, Method
+from pyvmm.control.protocol import FAILED, PAUSED, ControlError, Later, Method, executes
 from pyvmm.errors import ConfigError, PyvmmError
 from pyvmm.host import log
 from pyvmm.host.syscalls import Closable
@@ -114,7 +114,9 @@ def methods(hotplug: Callable[[], Hotplug]) -> dict[str, Method]:
     found = {}
     for kind in registry.come_and_go():
         takes: dict[str, type] = {"device": str, "table": dict}
-        found[f"{kind}.add"] = Method(partial(_add_later, hotplug, kind), takes=takes)
+        found[f"{kind}.add"] = Method(
+            partial(_add_later, hotplug, kind), takes=takes, right=executes
+        )
         takes = {"timeout_ms": int, "force": bool}
         run = partial(_remove_later, hotplug, kind)
         found[f"{kind}.remove"] = Method(run, needs={"id": str}, takes=takes)

@@ -8,7 +8,7 @@ after the first phase, and why.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
@@ -33,6 +33,7 @@ from pyvmm.platform.shared_console import ConsoleTail, SharedInput
 from pyvmm.spec.vm import DeviceSpec, VmSpec
 
 if TYPE_CHECKING:
+    from pyvmm.control.server import Door
     from pyvmm.host.unix_sockets import Socket
     from pyvmm.kvm.system import Kvm
     from pyvmm.machine.mapped_files import MappedFiles
@@ -80,15 +81,17 @@ def run_here(
     on_output: Callable[[bytes], None] = lambda data: None,
     described: VmSpec | None = None,
     confinement: Confinement | None = None,
+    doors: Sequence[Door] = (),
 ) -> int:
     """Run `spec`; the exit code. Requests to the listening socket `control` are answered once the
     vCPUs run; `on_listening` is called once all sockets for the host's programs listen;
     `resize_outside` is MachineControl's. A guest that a signal asks to power off has
     `stop_patience` seconds. `described` is MachineControl's too. `on_output` sees what the console
     says; it must not wait. `confinement` is entered when all is open that the machine works on.
+    At `doors` requests are answered as well.
     Raises ConfigError or HostError if it cannot be started.
     """
-    with _Answering(control, resize_outside, described) as answering:
+    with _Answering(control, resize_outside, described, doors) as answering:
         with ExitStack() as closing:
             opened = _open(spec, closing, quiet=quiet)
             if confinement is not None:
@@ -173,9 +176,11 @@ class _Answering(Closable):
         listener: Socket | None,
         resize_outside: ResizeOutside | None,
         described: VmSpec | None = None,
+        doors: Sequence[Door] = (),
     ) -> None:
         """`resize_outside` resizes disks that are somebody else's, `described` is
         MachineControl's."""
+        self._doors = doors
         self._listener = listener
         self._described = described
         self._resize_outside = resize_outside
@@ -213,7 +218,7 @@ class _Answering(Closable):
             self._described,
             confinement=not_confined if self.confinement is None else self.confinement.described,
         )
-        server = ControlServer(self._listener, control.method)
+        server = ControlServer(self._listener, control.method, self._doors)
         closing.callback(server.close)
         server.start()
 

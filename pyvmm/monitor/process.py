@@ -36,9 +36,9 @@ _PIECE = 4096
 def main() -> int:
     """Run the request that sys.argv names; the exit code is as `pyvmm run`'s.
 
-    argv[1] is a descriptor with a JSON object: `spec` (as `to_json` has it), `kvm`, `confine`,
-    `image`, `rm` (as `run_spec` has them) and `parent` (a process, or null); argv[2] is one that
-    the VM's name is written to.
+    argv[1] is a descriptor with a JSON object: `spec` (as `to_json` has it), `kvm`, `image`,
+    `rm` (as `run_spec` has them), `surroundings` (the values of their options) and `parent` (a
+    process, or null); argv[2] is one that the VM's name is written to.
     """
     monitor.collect_garbage_rarely()
     from pyvmm.monitor.exit_code import explain
@@ -56,6 +56,7 @@ def _run(request_fd: int, name_fd: int) -> int:
 
     from pyvmm.kinds.vm_spec import from_json
     from pyvmm.monitor.run_spec import run_spec
+    from pyvmm.spec.surroundings import read_surroundings
 
     with open(request_fd, "rb") as file:
         request = json.loads(file.read())
@@ -69,7 +70,7 @@ def _run(request_fd: int, name_fd: int) -> int:
     return run_spec(
         from_json(request["spec"]),
         request["kvm"],
-        confine=request["confine"],
+        surroundings=read_surroundings(request["surroundings"]),
         image=request["image"],
         rm=request["rm"],
         on_name=tell,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -13,9 +13,11 @@ from pyvmm.errors import ConfigError, PyvmmError
 from pyvmm.host import log
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.machine.outcome import STOP_SECONDS, Ending
+from pyvmm.spec.surroundings import USUAL, Surroundings
 from pyvmm.spec.vm import VmSpec
 
 if TYPE_CHECKING:
+    from pyvmm.control.server import Door
     from pyvmm.control.vm_log import VmLog
     from pyvmm.monitor.confine import Confinement
 
@@ -24,7 +26,7 @@ def run_spec(
     spec: VmSpec,
     kvm: str = "auto",
     *,
-    confine: str = "auto",
+    surroundings: Surroundings = USUAL,
     image: str | None = None,
     rm: bool = False,
     on_name: Callable[[str], None] = lambda name: None,
@@ -38,12 +40,12 @@ def run_spec(
     it is kept. `wrap` is called in place of the run, with what carries it out; it returns the
     exit code, and whether that is one of a command in the guest and not the VM's own. A signal asks
     the guest to power off first; with `cut_if_nothing_kept` only if it can keep something.
-    `confine` is one of pyvmm.monitor.confine's modes.
     """
+    surroundings.check_files()
     with _registered(spec.name, image or registry.DEFAULT_NAME) as registration:
         spec = replace(spec, name=registration.name)
         log.set_vm(spec.name)
-        if spec.devices:  # some of which have sockets
+        if spec.devices or surroundings.sockets:  # some devices have sockets
             from pyvmm.host import named_listener
 
             named_listener.note_by(registration.note)
@@ -65,7 +67,7 @@ def run_spec(
                     patience,
                     vm_log,
                     release,
-                    confine,
+                    surroundings,
                     passes_signals=wrap is not None,
                 )
 
@@ -128,7 +130,7 @@ def _run(
     stop_patience: float,
     vm_log: VmLog | None,
     on_open: Callable[[], None],
-    confine: str,
+    surroundings: Surroundings,
     *,
     passes_signals: bool,
 ) -> int:
@@ -142,35 +144,54 @@ def _run(
     if kvm == "host" or (kvm == "auto" and because is None):
         from pyvmm.monitor.phases import run_here
 
-        return run_here(
-            spec,
-            control=registration.listener,
-            on_listening=on_open,
-            stop_patience=stop_patience,
-            on_output=_nothing if vm_log is None else vm_log.console,
-            confinement=_confinement(confine, registration, vm_log, passes_signals),
-        )
+        confinement = _confinement(surroundings, registration, vm_log, passes_signals)
+        with _doors(surroundings, registration) as doors:
+            return run_here(
+                spec,
+                control=registration.listener,
+                on_listening=on_open,
+                stop_patience=stop_patience,
+                on_output=_nothing if vm_log is None else vm_log.console,
+                confinement=confinement,
+                doors=doors,
+            )
     from pyvmm.monitor.emulated import run_emulated
 
-    return run_emulated(
-        spec,
-        because,
-        control=registration.listener,
-        stop_patience=stop_patience,
-        vm_log=vm_log,
-        confine=confine,
-    )
+    with _doors(surroundings, registration) as doors:
+        return run_emulated(
+            spec,
+            because,
+            control=registration.listener,
+            stop_patience=stop_patience,
+            vm_log=vm_log,
+            surroundings=surroundings,
+            doors=doors,
+        )
+
+
+@contextmanager
+def _doors(
+    surroundings: Surroundings, registration: registry.Registration
+) -> Iterator[Sequence[Door]]:
+    """The control sockets that were asked for. Raises ConfigError."""
+    if not surroundings.sockets:
+        yield ()
+        return
+    from pyvmm.control.doors import Doors
+
+    with Doors(surroundings.sockets, registration) as doors:
+        yield doors.doors
 
 
 def _confinement(
-    mode: str,
+    surroundings: Surroundings,
     registration: registry.Registration,
     vm_log: VmLog | None,
     passes_signals: bool,
 ) -> Confinement:
     from pyvmm.monitor.confine import Confinement
 
-    confinement = Confinement(mode, passes_signals=passes_signals)
+    confinement = Confinement(surroundings, passes_signals=passes_signals)
     confinement.watch_over(registration, vm_log)
     return confinement
 

@@ -11,13 +11,13 @@ from pyvmm.host.unix_sockets import Socket
 from pyvmm.kinds.vm_spec import validate
 from pyvmm.monitor.kernel_choice import specify
 from pyvmm.monitor.run_spec import run_spec
+from pyvmm.spec.surroundings import NAMES, Surroundings, read_surroundings
 from pyvmm.spec.vm import VmSpec
 
 
 def start(
     *,
     kvm: str = "auto",
-    confine: str = "auto",
     detach: bool = False,
     command: Sequence[str] = (),
     debug: bool = False,
@@ -32,27 +32,31 @@ def start(
 
     Raises PyvmmError for what is wrong with them.
     """
+    surroundings = read_surroundings(options)
+    options = {name: value for name, value in options.items() if name not in NAMES}
     if restore is not None:
-        return _restore(restore, kvm, confine, options, detach=detach, command=command)
+        return _restore(restore, kvm, surroundings, options, detach=detach, command=command)
     spec, image = specify(options)
     rm = bool(options.get("rm"))
     if command:
         if detach:
             raise ConfigError("a command is waited for", cure="use pyvmm exec", option="--detach")
-        return _run_command(spec, kvm, confine, image, rm, command, debug)
+        return _run_command(spec, kvm, surroundings, image, rm, command, debug)
     if not detach:
-        return run_spec(spec, kvm, confine=confine, image=image, rm=rm)
+        return run_spec(spec, kvm, surroundings=surroundings, image=image, rm=rm)
     from pyvmm.monitor.process import run_detached
 
     return run_detached(
-        lambda tell: run_spec(spec, kvm, confine=confine, image=image, rm=rm, on_name=tell)
+        lambda tell: run_spec(
+            spec, kvm, surroundings=surroundings, image=image, rm=rm, on_name=tell
+        )
     )
 
 
 def _restore(
     name: str,
     kvm: str,
-    confine: str,
+    surroundings: Surroundings,
     options: Mapping[str, Any],
     *,
     detach: bool,
@@ -68,16 +72,16 @@ def _restore(
         )
     spec = restored(name, options)
     if not detach:
-        return run_spec(spec, kvm, confine=confine)
+        return run_spec(spec, kvm, surroundings=surroundings)
     from pyvmm.monitor.process import run_detached
 
-    return run_detached(lambda tell: run_spec(spec, kvm, confine=confine, on_name=tell))
+    return run_detached(lambda tell: run_spec(spec, kvm, surroundings=surroundings, on_name=tell))
 
 
 def _run_command(
     spec: VmSpec,
     kvm: str,
-    confine: str,
+    surroundings: Surroundings,
     image: str | None,
     rm: bool,
     command: Sequence[str],
@@ -92,5 +96,11 @@ def _run_command(
         return run_command.run_with_command(spec, control, run, line, debug=debug)
 
     return run_spec(
-        spec, kvm, confine=confine, image=image, rm=rm, wrap=wrap, cut_if_nothing_kept=True
+        spec,
+        kvm,
+        surroundings=surroundings,
+        image=image,
+        rm=rm,
+        wrap=wrap,
+        cut_if_nothing_kept=True,
     )

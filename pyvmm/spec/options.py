@@ -208,6 +208,46 @@ LAST = (
         "machine can and the VM allows, or strictly or not at all, or not (docs/security.md).",
     ),
     Option(
+        "allow_read",
+        "--allow-read",
+        metavar="PATH",
+        many=True,
+        repeats=True,
+        default=(),
+        after="--confine",
+        help="A file or folder that a device or disk of yours may still open for reading once the "
+        "monitor is confined; once for each.",
+    ),
+    Option(
+        "user",
+        "--user",
+        metavar="NAME",
+        default="",
+        after="--allow-read",
+        help="For root: the monitor becomes this user, a name or UID:GID, before the guest runs; "
+        "best one of its own for each VM.",
+    ),
+    Option(
+        "cgroup",
+        "--cgroup",
+        metavar="PATH[,KEY=VALUE]",
+        default="",
+        after="--user",
+        help="Join this group of processes (cgroup v2) with all helpers; memory=SIZE, pids=N and "
+        "cpus=N are limits for a new group below it; own is one beside this process's.",
+    ),
+    Option(
+        "control_socket",
+        "--control-socket",
+        metavar="PATH[,KEY=VALUE]",
+        many=True,
+        repeats=True,
+        default=(),
+        after="--cgroup",
+        help="One more control socket, for those who may only do some things: rights=watch (the "
+        "default), control or exec, and group=NAME (docs/control-socket.md).",
+    ),
+    Option(
         "config",
         "--config",
         metavar="FILE",
@@ -366,6 +406,11 @@ def _choice(value: Any, option: Option) -> str:
     return str(value)
 
 
+def _anything(value: Any, option: Option) -> Any:
+    """What pyvmm.spec.surroundings reads."""
+    return value
+
+
 _READ: Mapping[str, Callable[[Any, Option], Any]] = {
     "image": read_text,
     "kernel": read_path,
@@ -383,6 +428,10 @@ _READ: Mapping[str, Callable[[Any, Option], Any]] = {
     "rm": _true_or_false,
     "kvm": _choice,
     "confine": _choice,
+    "allow_read": _anything,
+    "user": read_text,
+    "cgroup": read_path,
+    "control_socket": _anything,
 }
 
 

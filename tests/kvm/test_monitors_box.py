@@ -235,6 +235,19 @@ def test_in_the_whole_box_all_attacks_fail(scene: Scene, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["auto", "strict"])
+def test_a_device_may_read_late_what_the_user_has_named(scene: Scene, mode: str) -> None:
+    named, other = scene.folder / "place", scene.folder / "other.img"
+    (named / "data").write_text("x")
+    scene.attacks.clear()
+    scene.attacks["read"] = Attack(f"open('{named}/data').read(1)", (FILES,))
+    scene.attacks["write"] = Attack(f"open('{named}/data', 'w')", (FILES,))
+    scene.attacks["read another"] = Attack(f"open('{other}').read(1)", (FILES,))
+    found = scene.attempt(" ".join(LAYERS), "--confine", mode, "--allow-read", str(named))
+    assert found == {"read": "done", "write": "EACCES", "read another": "EACCES"}
+    assert set(scene.attempt(" ".join(LAYERS), "--confine", mode).values()) == {"EACCES"}
+
+
+@pytest.mark.parametrize("mode", ["auto", "strict"])
 def test_a_refused_call_is_told_by_number_and_name_with_its_thread(scene: Scene, mode: str) -> None:
     named = {
         "use kernel keys": "keyctl (system call 250)",

@@ -1,0 +1,159 @@
+"""What surrounds the monitor of a VM and is no part of the VM: its box, its user, who may ask it.
+
+Made from the same options as the VM itself (`pyvmm.spec.options`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Self
+
+from pyvmm.errors import ConfigError
+
+AUTO, STRICT, OFF = "auto", "strict", "off"
+MODES = (AUTO, STRICT, OFF)
+
+WATCH, CONTROL, EXEC = "watch", "control", "exec"
+RIGHTS = (WATCH, CONTROL, EXEC)
+"""Of whoever connects to a control socket: each has those before it as well."""
+
+_SOCKET_OPTION = "--control-socket"
+_MOST_SOCKETS = 8
+
+
+@dataclass(frozen=True)
+class ControlSocket:
+    """One more control socket at `path`. Who connects has `rights`, one of RIGHTS; who may, its
+    file says: its owner, and with `group` that group's members."""
+
+    path: str
+    rights: str = WATCH
+    group: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """``PATH[,rights=RIGHTS][,group=NAME]``. Raises ConfigError."""
+        path, *words = text.split(",")
+        given: dict[str, str] = {}
+        for word in words:
+            key, equals, value = word.partition("=")
+            if key not in ("rights", "group") or not equals or key in given:
+                raise ConfigError(
+                    f"{word!r:.100} says nothing about a control socket",
+                    cure=f"PATH[,rights={'|'.join(RIGHTS)}][,group=NAME]",
+                    option=_SOCKET_OPTION,
+                )
+            given[key] = value
+        return cls(path, **given)
+
+    def check(self) -> None:
+        """Raises ConfigError."""
+        if not self.path or "\0" in self.path:
+            raise ConfigError(
+                f"{self.path!r} cannot be a socket", cure="name a path", option=_SOCKET_OPTION
+            )
+        if self.rights not in RIGHTS:
+            raise ConfigError(
+                f"there are no rights {self.rights!r:.100}",
+                cure=f"choose from {', '.join(RIGHTS)}",
+                option=_SOCKET_OPTION,
+            )
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """`confine` is one of MODES. `allow_read` are paths that code of the user's may read once the
+    monitor is confined. `user` is whom the monitor becomes then, "" for nobody else. `cgroup` is
+    the group of processes that it joins first, "" for none. `sockets` are more control sockets."""
+
+    confine: str = AUTO
+    allow_read: tuple[str, ...] = ()
+    user: str = ""
+    cgroup: str = ""
+    sockets: tuple[ControlSocket, ...] = ()
+
+    def with_paths(self, change: Callable[[str], str]) -> Self:
+        """The same with all paths as `change` gives them."""
+        return replace(
+            self,
+            allow_read=tuple(map(change, self.allow_read)),
+            cgroup=change(self.cgroup) if "/" in self.cgroup else self.cgroup,
+            sockets=tuple(replace(one, path=change(one.path)) for one in self.sockets),
+        )
+
+    def check_files(self) -> None:
+        """Raises ConfigError."""
+        for path in self.allow_read:
+            if not os.path.exists(path):
+                raise ConfigError(
+                    f"{path} is not there", cure="name a file or a folder", option="--allow-read"
+                )
+
+    def as_values(self) -> dict[str, Any]:
+        """The values of the options that it was made from."""
+        sockets = [asdict(one) for one in self.sockets]
+        return {
+            **{"confine": self.confine, "allow_read": list(self.allow_read), "user": self.user},
+            **{"cgroup": self.cgroup, "control_socket": sockets},
+        }
+
+
+NAMES = tuple(Surroundings().as_values())
+USUAL = Surroundings()
+
+
+def read_surroundings(values: Mapping[str, Any]) -> Surroundings:
+    """What the options among `values` say, by their names. Raises ConfigError."""
+    found = Surroundings(
+        confine=values.get("confine") or AUTO,
+        allow_read=tuple(_texts(values.get("allow_read"), "--allow-read")),
+        user=values.get("user") or "",
+        cgroup=values.get("cgroup") or "",
+        sockets=tuple(map(_socket, _list(values.get("control_socket")))),
+    )
+    if len(found.sockets) > _MOST_SOCKETS:
+        raise ConfigError(
+            f"{len(found.sockets)} control sockets are too many",
+            cure=f"name {_MOST_SOCKETS} at the most",
+            option=_SOCKET_OPTION,
+        )
+    for one in found.sockets:
+        one.check()
+    if len({os.path.abspath(one.path) for one in found.sockets}) < len(found.sockets):
+        raise ConfigError(
+            "two control sockets have one path", cure="name another", option=_SOCKET_OPTION
+        )
+    return found
+
+
+def _list(value: Any) -> list[Any]:
+    if value is None or value == "":
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _texts(value: Any, option: str) -> list[str]:
+    found = [os.fspath(one) if hasattr(one, "__fspath__") else one for one in _list(value)]
+    for one in found:
+        if not isinstance(one, str) or not one or "\0" in one:
+            raise ConfigError(f"{one!r:.100} is no path", cure="name a path", option=option)
+    return found
+
+
+def _socket(value: Any) -> ControlSocket:
+    if isinstance(value, ControlSocket):
+        return value
+    if isinstance(value, str):
+        return ControlSocket.parse(value)
+    if isinstance(value, Mapping) and all(isinstance(word, str) for word in value.values()):
+        try:
+            return ControlSocket(**value)
+        except TypeError:
+            pass
+    raise ConfigError(
+        f"{value!r:.100} is no control socket",
+        cure="a text such as PATH,rights=watch, or a table with path, rights and group",
+        option=_SOCKET_OPTION,
+    )
