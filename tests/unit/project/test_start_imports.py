@@ -98,7 +98,7 @@ def test_a_run_imports_nothing_that_it_does_not_need(spec):
 
 
 def test_nor_does_the_emulated_hosts_side(spec):
-    modules = imported("inside", to_json(spec), to_json(spec), "30", "auto")
+    modules = imported("inside", to_json(spec), to_json(spec), "30", "{}")
     assert "pyvmm.transport.mmio" in modules
     assert not modules & (NEVER | {"pyvmm.cli.main", "pyvmm.cli.run", "pyvmm.control.registry"})
 
