@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from pyvmm.emulated_host.architecture import emulated_machine
 from pyvmm.emulated_host.cache import boot_files
@@ -153,6 +153,6 @@ def _open_disks(disks: Sequence[HostDisk], inherited: list[int]) -> list[OpenDis
 def _duplicate(layer: Layer) -> Layer:
     image, data = layer.image, layer.data
     return layer._replace(
-        image=replace(image, fd=os.dup(image.fd)),
-        data=None if data is None else replace(data, fd=os.dup(data.fd)),
+        image=image.duplicate(),
+        data=None if data is None else data.duplicate(),
     )

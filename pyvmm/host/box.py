@@ -16,8 +16,8 @@ import stat
 import struct
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 from pyvmm.errors import ConfigError
 from pyvmm.host import confinement as c
@@ -33,8 +33,7 @@ def may_signal(pid: int) -> None:
     _children.add(pid)
 
 
-@dataclass(frozen=True)
-class Needs:
+class Needs(NamedTuple):
     """What is needed in the box beside open files, memory, threads and time.
 
     `ioctls` are numbers. `read` are paths, of files or of folders with all that is in them;
@@ -54,8 +53,7 @@ class Needs:
     tells: bool = False
 
 
-@dataclass(frozen=True)
-class Box:
+class Box(NamedTuple):
     """The names of the layers that are on, and of those that are not: why."""
 
     on: tuple[str, ...] = ()

@@ -20,7 +20,7 @@ import resource
 import struct
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 from pyvmm.errors import ConfigError
 
@@ -29,8 +29,7 @@ SYSTEM = ("/usr", "/lib", "/lib64", "/nix/store", "/etc/ld.so.cache")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/urandom")
 
 
-@dataclass(frozen=True)
-class Room:
+class Room(NamedTuple):
     """Paths that are there; folders stand for all that is in them, and what is missing is skipped.
 
     `read` can be read, each file in `write` also written, and `execute` run. `memory` limits the
@@ -57,7 +56,7 @@ def command(room: Room, program: Sequence[str]) -> list[str]:
     """The command line that runs `program`, which begins with an absolute path, in `room`."""
     import json  # not for a process that enters a room itself
 
-    return python(__name__, json.dumps(asdict(room)), *program)
+    return python(__name__, json.dumps(room._asdict()), *program)
 
 
 def python(module: str, *arguments: str) -> list[str]:

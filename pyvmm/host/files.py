@@ -13,7 +13,7 @@ import os
 import stat
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from copy import copy
 
 from pyvmm.errors import ConfigError
 from pyvmm.host import locks
@@ -26,20 +26,35 @@ BLKSSZGET, BLKPBSZGET, BLKIOMIN, BLKIOOPT = 0x1268, 0x127B, 0x1278, 0x1279
 _Transfer = Callable[[int, list[memoryview], int], int]
 
 
-@dataclass
 class ImageFile:
     """An open image. `size` is in bytes, whole sectors of 512; `hints` are lines for the user, of
     things that are legal but probably not meant. `block_sizes` of a block device are those of its
     logical and physical block and of its minimum and optimal request, in bytes. Closing it gives up
     the lock."""
 
-    path: str
-    fd: int
-    size: int
-    read_only: bool
-    hints: tuple[str, ...] = ()
-    is_block_device: bool = False
-    block_sizes: tuple[int, int, int, int] | None = None
+    def __init__(
+        self,
+        path: str,
+        fd: int,
+        size: int,
+        read_only: bool,
+        hints: tuple[str, ...] = (),
+        is_block_device: bool = False,
+        block_sizes: tuple[int, int, int, int] | None = None,
+    ) -> None:
+        self.path = path
+        self.fd = fd
+        self.size = size
+        self.read_only = read_only
+        self.hints = hints
+        self.is_block_device = is_block_device
+        self.block_sizes = block_sizes
+
+    def duplicate(self) -> ImageFile:
+        """The same image, with a descriptor of its own."""
+        other = copy(self)
+        other.fd = os.dup(self.fd)
+        return other
 
     def close(self) -> None:
         if self.fd >= 0:

@@ -16,7 +16,6 @@ import subprocess
 import threading
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import replace
 
 from pyvmm.errors import ConfigError
 from pyvmm.host import box, confinement, log
@@ -128,8 +127,7 @@ def _confined(program: list[str], layers: Sequence[Layer]) -> list[str]:
         return program
     room = confinement.for_system_program(program[0], memory=0)
     files = [file for layer in layers for file in layer.files]
-    room = replace(
-        room,
+    room = room._replace(
         read=(*room.read, *(_PLACE.format(file.fd) for file in files if file.read_only)),
         write=tuple(_PLACE.format(file.fd) for file in files if not file.read_only),
         serves=True,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -44,7 +43,6 @@ OPTIONS = (
 )
 
 
-@dataclass(frozen=True)
 class Spec(DeviceSpec):
     """A balloon that wants `size` bytes at first. With `reporting` pages that are free just now
     come back too; with `deflate_on_oom` the guest may take pages back when it has none left."""

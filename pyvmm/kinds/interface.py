@@ -6,12 +6,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pyvmm.errors import ConfigError
 from pyvmm.spec import rates
 from pyvmm.spec.options import Option, as_list, wrong_type
+from pyvmm.spec.record import replace
 from pyvmm.spec.vm import DeviceSpec, DiskSpec, VmSpec
 
 if TYPE_CHECKING:

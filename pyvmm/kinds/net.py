@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from pyvmm.errors import ConfigError, PyvmmError
 from pyvmm.kinds.interface import Context, limiter
 from pyvmm.spec import rates
 from pyvmm.spec.options import Option, unknown_option
+from pyvmm.spec.record import field, replace
 from pyvmm.spec.vm import INTERNAL, DeviceSpec
 
 if TYPE_CHECKING:
@@ -62,7 +62,6 @@ OPTIONS = (
 )
 
 
-@dataclass(frozen=True)
 class Spec(DeviceSpec):
     """A network card on the tap interface `tap`, or on user-mode networking where `tap` is "".
 

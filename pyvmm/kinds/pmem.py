@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.kinds.interface import Context
 from pyvmm.spec.options import Option, unknown_option
+from pyvmm.spec.record import field, replace
 from pyvmm.spec.vm import INTERNAL, DeviceSpec, VmSpec
 
 if TYPE_CHECKING:
@@ -46,7 +46,6 @@ OPTIONS = (
 )
 
 
-@dataclass(frozen=True)
 class Spec(DeviceSpec):
     """The file or block device at `path` as persistent memory. With `read_only` what the guest
     writes is dropped."""

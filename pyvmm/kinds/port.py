@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pyvmm.errors import ConfigError
 from pyvmm.kinds.interface import Context, Reader
 from pyvmm.spec import tables
 from pyvmm.spec.options import Option, as_list, read_text, unknown_option, wrong_type
+from pyvmm.spec.record import Record, replace
 from pyvmm.spec.vm import DeviceSpec
 
 if TYPE_CHECKING:
@@ -46,15 +46,13 @@ OPTIONS = (
 )
 
 
-@dataclass(frozen=True)
-class PortSpec:
+class PortSpec(Record):
     """One port: its name in the guest, and the socket at which a program of the host finds it."""
 
     name: str
     path: str
 
 
-@dataclass(frozen=True)
 class Spec(DeviceSpec):
     """A console device with named ports and no console."""
 

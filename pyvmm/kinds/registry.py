@@ -33,7 +33,7 @@ and may have, for what is not the same for every kind,
     methods(running) -> {name: Method}  what it adds to the control socket, named KIND.VERB; they
                                         are there whether the VM has such a device or not
 
-    TABLE                               the dataclass of a table in a file, if that is not Spec
+    TABLE                               the Record of a table in a file, if that is not Spec
     NOTE                                lines for the end of --help: the options within its option
 
 `pyvmm.kinds.interface` and `pyvmm.kinds.border` have what they are given and give back. The module

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pyvmm.kinds.interface import Context, limiter
@@ -46,7 +45,6 @@ OPTIONS = (
 )
 
 
-@dataclass(frozen=True)
 class Spec(DeviceSpec):
     """An entropy device; `bps`, `iops` and their bursts are its limits (spec.rates)."""
 

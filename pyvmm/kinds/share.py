@@ -6,12 +6,12 @@ import os
 import re
 from base64 import b64encode
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar
 
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.kinds.interface import Context
 from pyvmm.spec.options import Option
+from pyvmm.spec.record import field, replace
 from pyvmm.spec.vm import INTERNAL, DeviceSpec, VmSpec
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ OPTIONS = (
 )
 
 
-@dataclass(frozen=True)
 class Spec(DeviceSpec):
     """The directory `path`, which the guest finds as the file system `tag` and has at `mountpoint`,
     if that is not "". With `read_only` the guest can change nothing in it."""

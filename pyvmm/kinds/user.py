@@ -8,12 +8,12 @@ here, so that mistakes show at once, and there, where the file is seen at the sa
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pyvmm.errors import ConfigError
 from pyvmm.kinds.interface import Context
 from pyvmm.spec.options import Option
+from pyvmm.spec.record import replace
 from pyvmm.spec.vm import DeviceSpec
 
 if TYPE_CHECKING:
@@ -49,7 +49,6 @@ OPTIONS = (
 _HOW = "use FILE.py:CLASS[,KEY=VALUE...]; a comma is written twice"
 
 
-@dataclass(frozen=True)
 class Spec(DeviceSpec):
     """The class `class_name` in the Python file `path`, and its options as (name, text)."""
 

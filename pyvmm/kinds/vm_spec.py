@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
 from typing import Any
 
 from pyvmm.errors import ConfigError
@@ -12,6 +11,7 @@ from pyvmm.kinds import registry
 from pyvmm.spec import vm
 from pyvmm.spec.options import FIRST, LAST, read_own
 from pyvmm.spec.plain import checked
+from pyvmm.spec.record import replace
 from pyvmm.spec.vm import DeviceSpec, DiskSpec, VmSpec
 
 
@@ -105,6 +105,7 @@ def _changed_kernel(kernel: str, change: Callable[[str], str]) -> str:
 def to_json(spec: VmSpec) -> str:
     """`spec` as JSON text, for `from_json` in another process."""
     import json
+    from dataclasses import asdict  # not for a start without an emulated host
 
     devices = [(device.kind, asdict(device)) for device in spec.devices]
     return json.dumps({**asdict(spec), "devices": devices})

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.kinds.interface import Context, Running
 from pyvmm.spec.options import FLAG, OPTIONAL, Option, unknown_option
+from pyvmm.spec.record import field, replace
 from pyvmm.spec.vm import INTERNAL, DeviceSpec
 from pyvmm.virtio.vsock.uapi import HIGHEST_GUEST_CID, LOWEST_GUEST_CID
 
@@ -58,7 +58,6 @@ OPTIONS = (
 )
 
 
-@dataclass(frozen=True)
 class Spec(DeviceSpec):
     """The guest's context id, and the path of the socket that the host's programs connect to, or
     ""."""

@@ -12,7 +12,7 @@ import errno
 import mmap
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import _cffi_backend
 
@@ -24,8 +24,7 @@ PAGE_SIZE = 4096
 _BLOCK = 512  # st_blocks is in these (stat(2))
 
 
-@dataclass(frozen=True)
-class Region:
+class Region(NamedTuple):
     """One contiguous range of guest RAM; sizes and offsets in bytes.
 
     `view` is the whole region as writable bytes; `host_addr` is where it is mapped in this process.

@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from pyvmm.boot.cmdline import values as values_of
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
 from pyvmm.kinds.vm_spec import make_spec, validate
+from pyvmm.spec.record import replace
 from pyvmm.spec.vm import IN_DISK, VmSpec, names_kernel
 
 _OPTION = "--kernel"

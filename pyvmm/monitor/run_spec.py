@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pyvmm.control import registry
@@ -13,6 +12,7 @@ from pyvmm.errors import ConfigError, PyvmmError
 from pyvmm.host import log
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.machine.outcome import STOP_SECONDS, Ending
+from pyvmm.spec.record import replace
 from pyvmm.spec.surroundings import USUAL, Surroundings
 from pyvmm.spec.vm import VmSpec
 

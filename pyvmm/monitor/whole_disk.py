@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pyvmm.boot.cmdline import has
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
+from pyvmm.spec.record import replace
 from pyvmm.spec.vm import DiskSpec, VmSpec
 
 if TYPE_CHECKING:

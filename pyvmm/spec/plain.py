@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import fields
 from typing import Any, TypeVar
 
-T = TypeVar("T")
+from pyvmm.spec.record import Record, kinds_of
+
+T = TypeVar("T", bound=Record)
 
 
 def checked(spec: T) -> T:
-    """`spec`, a dataclass instance. Raises TypeError that names the field which is wrong; one that
+    """`spec`, a record. Raises TypeError that names the field which is wrong; one that
     is a specification in its turn, or several, is whoever made it to check."""
-    for field in fields(spec):  # type: ignore[arg-type]
-        value = getattr(spec, field.name)
-        kinds = str(field.type).split(" | ")
+    for name, text in kinds_of(spec).items():
+        value = getattr(spec, name)
+        kinds = text.split(" | ")
         if not any(_IS.get(kind, _is_anything)(value) for kind in kinds):
-            raise TypeError(f"{field.name} is {value!r:.60}")
+            raise TypeError(f"{name} is {value!r:.60}")
     return spec
 
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 from pyvmm.errors import ConfigError
+from pyvmm.spec.record import Record, replace
 
 AUTO, STRICT, OFF = "auto", "strict", "off"
 MODES = (AUTO, STRICT, OFF)
@@ -23,8 +23,7 @@ _SOCKET_OPTION = "--control-socket"
 _MOST_SOCKETS = 8
 
 
-@dataclass(frozen=True)
-class ControlSocket:
+class ControlSocket(Record):
     """One more control socket at `path`. Who connects has `rights`, one of RIGHTS; who may, its
     file says: its owner, and with `group` that group's members."""
 
@@ -62,8 +61,7 @@ class ControlSocket:
             )
 
 
-@dataclass(frozen=True)
-class Surroundings:
+class Surroundings(Record):
     """`confine` is one of MODES. `allow_read` are paths that code of the user's may read once the
     monitor is confined. `user` is whom the monitor becomes then, "" for nobody else. `cgroup` is
     the group of processes that it joins first, "" for none. `sockets` are more control sockets."""
@@ -93,7 +91,7 @@ class Surroundings:
 
     def as_values(self) -> dict[str, Any]:
         """The values of the options that it was made from."""
-        sockets = [asdict(one) for one in self.sockets]
+        sockets = [dict(vars(one)) for one in self.sockets]
         return {
             **{"confine": self.confine, "allow_read": list(self.allow_read), "user": self.user},
             **{"cgroup": self.cgroup, "control_socket": sockets},

@@ -5,11 +5,11 @@ The command line, a configuration file and the Python API all make the same `VmS
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import ClassVar
 
 from pyvmm.errors import ConfigError
 from pyvmm.spec.names import check_name
+from pyvmm.spec.record import Record, field
 
 MAX_CPUS = 64
 MIB = 1 << 20
@@ -28,8 +28,7 @@ INTERNAL = {"internal": True}
 """The metadata of a field that is for our own use between two processes; a user cannot say it."""
 
 
-@dataclass(frozen=True)
-class DiskSpec:
+class DiskSpec(Record):
     """One virtio-blk disk: the image or block device at `path`, or what else `storage` says.
 
     `id` is what the guest reads as the serial number (/sys/block/vda/serial), at most 20 bytes;
@@ -103,8 +102,7 @@ class DiskSpec:
         return self.read_only or self.copies_on_write
 
 
-@dataclass(frozen=True)
-class DeviceSpec:
+class DeviceSpec(Record):
     """A virtio device beside the disks; a class of its own for each kind (kinds).
 
     `packed` offers the guest packed rings, which it then prefers to split ones."""
@@ -126,8 +124,7 @@ class DeviceSpec:
         return ()
 
 
-@dataclass(frozen=True)
-class VmSpec:
+class VmSpec(Record):
     """A virtual machine. `memory` is in bytes; `cmdline` is added to the defaults and wins over
     them; `devices` are those beside the disks; `trace` holds members of TRACE_KINDS; `on_reboot`,
     one of ON_REBOOT, is what becomes of a guest that asks for a reset. `transport` is one of

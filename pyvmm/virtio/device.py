@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from threading import Lock
 from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
@@ -37,8 +36,7 @@ class Interrupt(Protocol):
         """The configuration space changed; also raises the configuration generation (2.3)."""
 
 
-@dataclass(frozen=True)
-class Activation:
+class Activation(NamedTuple):
     """The driver's set-up, handed to the device when the driver sets DRIVER_OK.
 
     `features` are the negotiated feature bits, `queues` has one entry per device queue, None where

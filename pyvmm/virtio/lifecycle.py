@@ -17,7 +17,6 @@ workers that are just failing or signalling.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from threading import Lock
 from typing import Any, Protocol
 
@@ -58,20 +57,35 @@ class Notifier(Protocol):
         """The configuration changed, or the device needs a reset."""
 
 
-@dataclass
 class DeviceState:
     """The negotiated state as plain data; all zero after a reset but for the generation."""
 
-    queues: list[QueueConfig]
-    status: int = 0
-    device_features_select: int = 0
-    driver_features_select: int = 0
-    driver_features: int = 0
-    queue_select: int = 0
-    shm_select: int = 0
-    interrupt_status: int = 0
-    used_elsewhere: int = 0  # bits that are always set, because nobody tells us when
-    generation: int = 0
+    def __init__(
+        self,
+        queues: list[QueueConfig],
+        *,
+        status: int = 0,
+        device_features_select: int = 0,
+        driver_features_select: int = 0,
+        driver_features: int = 0,
+        queue_select: int = 0,
+        shm_select: int = 0,
+        interrupt_status: int = 0,
+        generation: int = 0,
+    ) -> None:
+        self.queues = queues
+        self.status = status
+        self.device_features_select = device_features_select
+        self.driver_features_select = driver_features_select
+        self.driver_features = driver_features
+        self.queue_select = queue_select
+        self.shm_select = shm_select
+        self.interrupt_status = interrupt_status
+        self.used_elsewhere = 0  # bits that are always set, because nobody tells us when
+        self.generation = generation
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, DeviceState) and vars(self) == vars(other)
 
 
 # What is saved of DeviceState and of each QueueConfig; numbers with their bits.

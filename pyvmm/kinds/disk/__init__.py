@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pyvmm.errors import ConfigError
 from pyvmm.kinds.interface import Context, Reader, Running
 from pyvmm.spec import rates
 from pyvmm.spec.options import Option, as_list, read_path, unknown_option
+from pyvmm.spec.record import replace
 from pyvmm.spec.sizes import DIGITS
 from pyvmm.spec.vm import DiskSpec, VmSpec
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from dataclasses import replace
 
 from pyvmm.emulated_host import HostDisk
 from pyvmm.errors import HostError
 from pyvmm.kinds.border import Border, Crossing
 from pyvmm.kinds.disk.storage import lock_image, open_backend, qcow2_layers, ram_image
+from pyvmm.spec.record import replace
 from pyvmm.spec.vm import DiskSpec
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from pyvmm.kinds.user_class import UserClass
+from pyvmm.spec.record import replace
 from pyvmm.spec.vm import DiskSpec
 from pyvmm.virtio.blk.backend import Backend
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.kinds.interface import Context
 from pyvmm.spec.options import Option
+from pyvmm.spec.record import replace
 from pyvmm.spec.vm import DeviceSpec
 
 if TYPE_CHECKING:
@@ -52,7 +52,6 @@ OPTIONS = (
 )
 
 
-@dataclass(frozen=True)
 class Spec(DeviceSpec):
     """A device of `type` that the back end at the Unix socket `socket` serves.
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from pyvmm.errors import HostError, PyvmmError
@@ -218,7 +217,8 @@ class BackEnd:
             for index in self._running:
                 # A ring's user addresses must still mean the same place in the guest.
                 config = self.vrings[index].config(self.table)
-                if replace(config, ready=True) != self.negotiation.state.queues[index]:
+                config.ready = True
+                if config != self.negotiation.state.queues[index]:
                     raise FrontEndError(f"ring {index} moved while it runs")
             self.negotiation.memory_changed()
         except PyvmmError as error:

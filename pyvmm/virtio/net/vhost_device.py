@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from threading import RLock, Thread
 from typing import Any
 
@@ -83,7 +82,7 @@ class VhostNetDevice(NetDevice):
             self._halt()
 
         with self._switching:
-            super().activate(replace(activation, fail=fail))
+            super().activate(activation._replace(fail=fail))
 
     def queue_lock(self) -> QueueLock:
         """See VirtioDevice: the kernel serves the queues while nobody holds it."""

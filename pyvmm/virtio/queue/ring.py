@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from copy import copy
 from threading import Lock
 from time import perf_counter_ns
 from typing import TypeVar
@@ -67,7 +67,7 @@ class Ring(ABC):
         `features` are the negotiated bits. Raises DriverError for a configuration that cannot be.
         The configuration is copied: what the driver writes to the registers later changes nothing.
         """
-        config = replace(config)
+        config = copy(config)
         config.validate(memory, packed=self.packed)
         self.index = index
         self.size = config.size
@@ -381,7 +381,7 @@ class Ring(ABC):
 
     def served_to(self, position: int) -> None:
         """Another has served the ring; see Queue."""
-        state = replace(self.state(), next_avail=position, next_used=position)
+        state = self.state()._replace(next_avail=position, next_used=position)
         self._settled = UNSETTLED
         self._resume(state)
 

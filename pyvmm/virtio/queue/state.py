@@ -8,8 +8,7 @@ area and `used_addr` the device area of a packed queue (virtio 1.3, 2.6 Virtqueu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyvmm.errors import DriverError, GuestMemoryError
 from pyvmm.memory import GuestMemory
@@ -51,7 +50,6 @@ def size_rule(max_size: int, *, packed: bool = False) -> str:
     return f"{'a number' if packed else 'a power of two'} from 1 to {max_size}"
 
 
-@dataclass
 class QueueConfig:
     """A queue's registers, as the driver writes them; they change until the queue is ready.
 
@@ -61,14 +59,28 @@ class QueueConfig:
     going on (2.6.1 Virtqueue Reset).
     """
 
-    max_size: int
-    size: int = 0
-    desc_addr: int = 0
-    avail_addr: int = 0
-    used_addr: int = 0
-    ready: bool = False
-    was_reset: bool = False
-    resetting: bool = False
+    def __init__(
+        self,
+        max_size: int,
+        size: int = 0,
+        desc_addr: int = 0,
+        avail_addr: int = 0,
+        used_addr: int = 0,
+        ready: bool = False,
+        was_reset: bool = False,
+        resetting: bool = False,
+    ) -> None:
+        self.max_size = max_size
+        self.size = size
+        self.desc_addr = desc_addr
+        self.avail_addr = avail_addr
+        self.used_addr = used_addr
+        self.ready = ready
+        self.was_reset = was_reset
+        self.resetting = resetting
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, QueueConfig) and vars(self) == vars(other)
 
     def validate(self, memory: GuestMemory, *, packed: bool = False) -> None:
         """Check that a queue can be built from this.
@@ -109,8 +121,7 @@ class QueueConfig:
         )
 
 
-@dataclass(frozen=True)
-class InFlight:
+class InFlight(NamedTuple):
     """A chain that the device has taken and not yet returned: its `head` (a packed queue's buffer
     id), the ring entries that it takes, and its parts as (guest-physical address, length)."""
 
@@ -130,8 +141,7 @@ class InFlight:
             raise DriverError(f"chain {self.head} in flight is too long", section=section)
 
 
-@dataclass(frozen=True)
-class QueueState:
+class QueueState(NamedTuple):
     """A queue at rest, enough to build it again: for snapshots and for handing a queue over.
 
     `next_avail` and `next_used` are where the device takes the next chain and returns the next one:
@@ -182,7 +192,8 @@ class QueueState:
 
     def to_plain(self) -> dict[str, Any]:
         """As dict, lists, numbers: for JSON and the like."""
-        return asdict(self)
+        in_flight = tuple(chain._asdict() for chain in self.in_flight)
+        return {**self._asdict(), "in_flight": in_flight}
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> QueueState:

@@ -19,7 +19,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from threading import Lock, Thread
 from typing import Any
 
@@ -273,7 +273,7 @@ class VhostUserDevice(VirtioDevice):
             self._failed = True
             self._wake.signal()
 
-        self._activation = replace(activation, fail=fail)
+        self._activation = activation._replace(fail=fail)
         self._stopping = self._failed = self._has_given_up = False
         self._give_up_at = self._linked_at = 0.0
         # What the driver has been offered and the registry has added to it.

@@ -10,7 +10,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -48,7 +47,7 @@ pytestmark = pytest.mark.skipif(
 
 def attempt(room: Room, *what: str, **env: str) -> list[str]:
     done = subprocess.run(
-        [sys.executable, "-c", TRY, json.dumps(asdict(room)), *what],
+        [sys.executable, "-c", TRY, json.dumps(room._asdict()), *what],
         capture_output=True,
         text=True,
         env={**os.environ, **env},
@@ -147,7 +146,7 @@ def test_a_server_talks_on_the_sockets_that_it_was_given_and_makes_none(tmp_path
         what = (f"{one}.sendmsg([b'x'])", "socket.socket()", "socket.socketpair()")
         for serves in (True, False):
             done = subprocess.run(
-                [sys.executable, "-c", TRY, json.dumps(asdict(Room(serves=serves))), *what],
+                [sys.executable, "-c", TRY, json.dumps(Room(serves=serves)._asdict()), *what],
                 capture_output=True,
                 text=True,
                 pass_fds=[given.fileno()],
@@ -191,7 +190,7 @@ def test_a_program_becomes_another_one_in_the_room(tmp_path: Path) -> None:
     assert cat
     cat = os.path.realpath(cat)
     (tmp_path / "json.py").write_text("raise SystemExit('mine was imported')")
-    room = replace(confinement.for_system_program(cat, 1 << 30), env=(("A", "b"),))
+    room = confinement.for_system_program(cat, 1 << 30)._replace(env=(("A", "b"),))
 
     def run(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

@@ -39,6 +39,7 @@ main()
 
 NEVER = {
     *("argparse", "asyncio", "concurrent", "email", "hashlib", "http", "importlib.metadata"),
+    *("ast", "dataclasses", "inspect"),
     *(
         "logging",
         "multiprocessing",

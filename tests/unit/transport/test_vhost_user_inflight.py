@@ -12,7 +12,6 @@ import signal
 import struct
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 from queue_rig import Rig
@@ -129,7 +128,7 @@ def test_killed_at_any_line_nothing_is_lost_and_nothing_is_done_twice(seed):
 
 
 def _at(state, position):
-    return replace(state, next_avail=position, next_used=position, in_flight=())
+    return state._replace(next_avail=position, next_used=position, in_flight=())
 
 
 def test_the_order_in_which_they_were_taken_is_kept():

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import threading
 import time
-from dataclasses import replace
 
 import pytest
 from queue_rig import HOLE_END, LAYOUTS, RAM, Rig
@@ -925,7 +924,7 @@ PACKED = [
 def test_row58_a_state_that_cannot_be_is_refused(layout, change):
     rig = Rig(SIZE, layout=layout)
     good = rig.queue.state()
-    fields = {name: getattr(good, name) for name in QueueState.__dataclass_fields__}
+    fields = {name: getattr(good, name) for name in QueueState._fields}
     before = rig.snapshot()
     with pytest.raises(DriverError):
         rig.restored(QueueState(**{**fields, **change}))
@@ -951,7 +950,7 @@ def test_a_chain_in_flight_may_be_as_long_as_any(layout):
 
 def test_what_is_wrong_in_a_state_is_told_by_the_layouts_section(layout):
     rig = Rig(SIZE, layout=layout)
-    state = replace(rig.queue.state(), next_avail=-1)
+    state = rig.queue.state()._replace(next_avail=-1)
     with pytest.raises(DriverError) as refused:
         rig.restored(state)
     assert refused.value.section.startswith({"split": "2.7 ", "packed": "2.8 "}[layout])
