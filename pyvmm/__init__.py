@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         VMTimeout,
     )
     from pyvmm.api.events import Event
+    from pyvmm.api.pool import Pool
     from pyvmm.api.vm import VM
     from pyvmm.control.protocol import ControlError
     from pyvmm.errors import ConfigError, HostError, PyvmmError
@@ -70,6 +71,7 @@ _PUBLIC = {
     "Net": ("pyvmm.kinds.net", "Spec"),
     "NoAgent": ("pyvmm.agent", ""),
     "Outcome": ("pyvmm.api.errors", ""),
+    "Pool": ("pyvmm.api.pool", ""),
     "Port": ("pyvmm.kinds.port", "PortSpec"),
     "PyvmmError": ("pyvmm.errors", ""),
     "Rng": ("pyvmm.kinds.rng", "Spec"),
@@ -101,6 +103,7 @@ __all__ = [
     "Net",
     "NoAgent",
     "Outcome",
+    "Pool",
     "Port",
     "PyvmmError",
     "Rng",

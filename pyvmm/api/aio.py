@@ -80,6 +80,16 @@ class AsyncVM(Asynchronous[VM]):
         """See `VM.restore`."""
         return cls._of(await in_thread(VM.restore, snapshot, name=name, kvm=kvm))
 
+    @signature_of(VM.clone)
+    async def clone(self, *args: Any, **options: Any) -> Self:
+        """See `VM.clone`."""
+        return self._of(await in_thread(self.vm.clone, *args, **options))
+
+    @signature_of(VM.clones)
+    async def clones(self, *args: Any, **options: Any) -> list[Self]:
+        """See `VM.clones`."""
+        return [self._of(vm) for vm in await in_thread(self.vm.clones, *args, **options)]
+
     @property
     def vm(self) -> VM:
         """The VM itself."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from socket import SHUT_RDWR
 from types import TracebackType
@@ -18,7 +18,7 @@ from pyvmm.api.errors import TAIL_LINES, Outcome, VMError, VMTimeout, add_consol
 from pyvmm.api.events import Event, events_of
 from pyvmm.api.in_guest import InGuest, Path
 from pyvmm.api.in_monitor import PATIENCE, InMonitor
-from pyvmm.api.monitor import Monitor, OwnMonitor
+from pyvmm.api.monitor import START_SECONDS, Monitor, OwnMonitor
 from pyvmm.api.signatures import OfAllOptions
 from pyvmm.control.client import CUT_SECONDS, Client, NoAnswer, NotRunning, open_events, patiently
 from pyvmm.errors import ConfigError, HostError, PyvmmError
@@ -32,14 +32,13 @@ if TYPE_CHECKING:
     from typing import Unpack
 
     from pyvmm.api.console import Console
+    from pyvmm.api.template import ForkedMonitor
     from pyvmm.kinds.registry import Keywords
 
-START_SECONDS = 300.0  # until the first instruction; an emulated host on a busy machine takes long
 _DEFAULTS: dict[str, Any] = {"vsock": True}
 _FOR_EVER = 1e9
 _ASK_SECONDS = 5.0  # for a monitor to answer
 _KILL_SECONDS = 10.0
-_ENDING_SECONDS = 2.0  # between what a guest's end breaks, and the monitor's end
 
 
 class VM(InGuest, InMonitor):
@@ -105,7 +104,7 @@ class VM(InGuest, InMonitor):
         self.spec: VmSpec = validate(make_spec({**self._values, "kernel": kernel or "/"}))
         read_surroundings(self._values)
         self._monitor: Monitor | None = None
-        self._attached = self._restored = False
+        self._attached = self._restored = self._is_copy = False
         self._console: Console | None = None
 
     @classmethod
@@ -145,6 +144,35 @@ class VM(InGuest, InMonitor):
         vm._restored = True
         return vm
 
+    @classmethod
+    def _copy(cls, monitor: ForkedMonitor) -> Self:
+        """The VM, a copy, whose `monitor` has begun already."""
+        vm = cls(kernel="/", vsock=False)
+        vm.spec, vm._monitor, vm._is_copy = monitor.spec, monitor, True
+        return vm
+
+    def clone(self, *, name: str = "") -> Self:
+        """A VM that goes on from where this one is now, in a process of its own; this one stands
+        still meanwhile for a moment. It runs already, and ends with its `with` block, or by `stop`.
+
+        The two are strangers: docs/snapshots.md tells what is another one. Raises ConfigError for
+        what cannot be saved, or has a disk that two VMs cannot share; VMError if it does not start.
+        """
+        return self.clones(1, name=name)[0]
+
+    def clones(self, count: int, *, name: str = "") -> list[Self]:
+        """So many, of one moment; with `name` they are called NAME-1, NAME-2… Raises as `clone`
+        does, and then none of them runs."""
+        from pyvmm.api.clones import clone
+
+        made = clone(
+            *(self.name, count),
+            name=name,
+            kvm=str(self._values["kvm"]),
+            surroundings=replace(read_surroundings(self._values), sockets=()),
+        )
+        return [self._copy(monitor) for monitor in made]
+
     # --- its life ---------------------------------------------------------------------------------
 
     def start(self, timeout: float = START_SECONDS, *, detached: bool = False) -> Self:
@@ -164,24 +192,7 @@ class VM(InGuest, InMonitor):
             rm=rm,
             outlives_us=detached,
         )
-        deadline = time.monotonic() + timeout
-        try:
-            with (
-                woken_by(partial(monitor.signal, signal.SIGKILL)),
-                Client.connect(monitor.wait_for_name(timeout)) as client,
-            ):
-                client.call("status", patience=max(0.0, deadline - time.monotonic()))
-        except (NoAnswer, ConfigError):
-            if self._ends_soon():
-                raise monitor.failure() from None
-            console = monitor.transcript.tail(TAIL_LINES)
-            monitor.end()
-            raise VMTimeout(
-                f"{monitor.name or 'vm'} did not start within {timeout:g} seconds", console=console
-            ) from None
-        except BaseException:
-            monitor.end()
-            raise
+        monitor.await_start(timeout)
         return self
 
     def _resolve(self) -> str | None:
@@ -194,7 +205,7 @@ class VM(InGuest, InMonitor):
         return image
 
     def __enter__(self) -> Self:
-        return self if self._attached else self.start()
+        return self if self._attached or self._is_copy else self.start()
 
     def __exit__(
         self,
@@ -285,13 +296,7 @@ class VM(InGuest, InMonitor):
         return monitor
 
     def _ends_soon(self) -> bool:
-        if self.is_elsewhere:
-            return False
-        try:
-            self._running().wait(_ENDING_SECONDS)
-        except VMTimeout:
-            return False
-        return True
+        return not self.is_elsewhere and self._running().ends_soon()
 
     # --- what it is -------------------------------------------------------------------------------
 

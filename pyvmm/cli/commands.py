@@ -25,6 +25,7 @@ COMMANDS = {
     "pause": "pyvmm.cli.control",
     "resume": "pyvmm.cli.control",
     "snapshot": "pyvmm.cli.snapshot",
+    "clone": "pyvmm.cli.clone",
     "disk": "pyvmm.cli.control",
     "net": "pyvmm.cli.control",
     "rng": "pyvmm.cli.control",

@@ -27,8 +27,8 @@ from pyvmm.spec.names import check_name
 FORMAT, VERSION = "pyvmm snapshot", 1
 STATE, MEMORY = "state.json", "memory"
 MOST_STATE = 64 << 20  # bytes of state.json
-_NEW, _OLD = ".new-", ".old-"
 _MOST_TRIALS = 1000  # to make a directory that nobody takes for left behind
+_NEW, _OLD, _ONCE = ".new-", ".old-", ".once-"
 
 
 def disk_file(index: int) -> str:
@@ -190,13 +190,17 @@ def checksum(state: Mapping[str, Any]) -> str:
 class Writer(Closable):
     """A snapshot that is being made. What is not finished is removed by `close`."""
 
-    def __init__(self, name: str) -> None:
-        """Raises ConfigError for a name that is taken or cannot be, HostError."""
-        check_name(name)
-        self.name = name
+    def __init__(self, name: str = "") -> None:
+        """Without a name it is for those who begin with it now, and nobody finds it later: it goes
+        when none of them needs it any more. Raises ConfigError for a name that is taken or cannot
+        be, HostError."""
+        self._is_for_now = not name
+        if name:
+            check_name(name)
+        self.name = name or f"{_ONCE}{os.urandom(6).hex()}"
         self._place = folder()
         _sweep(self._place)
-        self.path = os.path.join(self._place, name)
+        self.path = os.path.join(self._place, self.name)
         if os.path.lexists(self.path):
             raise ConfigError(
                 f"there is a snapshot {name!r} already", cure=f"pyvmm snapshot rm {name}"
@@ -261,8 +265,9 @@ class Writer(Closable):
         self.make(STATE, len(text))
         self.write(STATE, 0, text)
         try:
-            for fd in (*self._files.values(), self._folder):
-                os.fsync(fd)
+            if not self._is_for_now:
+                for fd in (*self._files.values(), self._folder):
+                    os.fsync(fd)
             # Of a directory onto another one: only if that is empty, which a snapshot never is.
             os.rename(self._made, self.path)
             try:
@@ -280,6 +285,8 @@ class Writer(Closable):
 
     def close(self) -> None:
         self._closing.close()
+        if self._is_for_now:
+            _sweep(self._place)
 
 
 def remove(name: str) -> None:
@@ -321,7 +328,7 @@ def size_of(path: str) -> int:
 def _sweep(place: str) -> None:
     """Remove what processes have left that were killed: they hold no lock any more."""
     for name in os.listdir(place):
-        if not name.startswith((_NEW, _OLD)):
+        if not name.startswith((_NEW, _OLD, _ONCE)):
             continue
         path = os.path.join(place, name)
         with suppress(OSError):

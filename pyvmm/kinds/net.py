@@ -218,6 +218,18 @@ def check(spec: Spec) -> Spec:
     return spec
 
 
+def for_copy(spec: Spec, name: str) -> Spec:
+    """`spec` for the VM `name`, a copy of one that has this: with an address and another end of
+    its own. Raises ConfigError for another end that only one VM can have."""
+    if spec.tap and not (spec.create and "%d" in spec.tap and not spec.address):
+        raise ConfigError(
+            f"copies cannot share the tap {spec.tap}, or its address",
+            cure="use --net user, or --net tap,bridge=NAME, in a VM that is to be copied",
+        )
+    # What this machine forwards stays the original's: a port has one listener.
+    return replace(spec, mac=random_mac(), forwards=())
+
+
 def _check_vhost(spec: Spec) -> None:
     why_not = _excludes_vhost(spec)
     if why_not:

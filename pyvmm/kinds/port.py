@@ -122,6 +122,11 @@ def with_paths(spec: Spec, change: Callable[[str], str]) -> Spec:
     return replace(spec, ports=ports)
 
 
+def for_copy(spec: Spec, name: str) -> Spec:
+    """`spec` for the VM `name`, a copy of one that has this: with sockets of its own."""
+    return with_paths(spec, lambda path: f"{path}-{name}")
+
+
 def check(spec: Spec) -> Spec:
     """`spec`, or ConfigError for names that a guest cannot have."""
     from pyvmm.virtio.console.device import MAX_NAMED_PORTS

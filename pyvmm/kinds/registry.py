@@ -24,6 +24,7 @@ and may have, for what is not the same for every kind,
     named_beside(spec, others) -> Spec  gives one that comes later a name that no other has
     with_paths(spec, change) -> Spec    all paths of this machine in it as `change` gives them:
                                         relative ones in a file are relative to that
+    for_copy(spec, name) -> Spec        what a copy of the VM, to be called that, has in its place
     code_of(spec) -> str                the Python file that it would run, or ""
     plain(specs, option) -> value       what a configuration file says of them
     from_plain(values) -> Spec          from what JSON makes of its fields
@@ -249,6 +250,13 @@ def with_paths(spec: Spec, change: Callable[[str], str]) -> Any:
     """`spec` with all paths of this machine as `change` gives them."""
     refine = getattr(load(spec.kind), "with_paths", None)
     return spec if refine is None else refine(spec, change)
+
+
+def for_copy(spec: Spec, name: str) -> Any:
+    """`spec` for the VM `name`, which is a copy of one that has it: nothing in it that two VMs
+    cannot have at once. Raises ConfigError."""
+    refine = getattr(load(spec.kind), "for_copy", None)
+    return spec if refine is None else refine(spec, name)
 
 
 def code_of(spec: Spec) -> str:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _FLAG = "--vsock"
 _SYNTAX = "[cid=N][,path=PATH][,packed]"
+_MOST_OWN = 0x7FFF_FFFF  # some programs take a CID for a signed number
 _PATH_BYTES = 107  # sun_path of <linux/un.h>, less the NUL: programs cannot name a longer one
 
 OPTIONS = (
@@ -90,6 +91,12 @@ def parse(text: str) -> Spec:
 def with_paths(spec: Spec, change: Callable[[str], str]) -> Spec:
     """`spec` with the socket's path as `change` gives it."""
     return replace(spec, path=change(spec.path)) if spec.path else spec
+
+
+def for_copy(spec: Spec, name: str) -> Spec:
+    """`spec` for the VM `name`, a copy of one that has this: with a CID and a path of its own."""
+    own = LOWEST_GUEST_CID + int.from_bytes(os.urandom(4)) % (_MOST_OWN - LOWEST_GUEST_CID)
+    return replace(spec, cid=own, path=f"{spec.path}-{name}" if spec.path else "")
 
 
 def check(spec: Spec) -> Spec:

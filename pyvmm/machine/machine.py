@@ -70,11 +70,18 @@ class Machine:
     """An assembled machine. `run` it once, in the main thread if signals shall end it."""
 
     def __init__(
-        self, parts: Parts, trace: Trace, *, signal_patience: float = STOP_SECONDS
+        self,
+        parts: Parts,
+        trace: Trace,
+        *,
+        signal_patience: float = STOP_SECONDS,
+        waits: bool = False,
     ) -> None:
-        """A guest that a signal asks to power off has `signal_patience` seconds to do so."""
+        """A guest that a signal asks to power off has `signal_patience` seconds to do so. One that
+        `waits` is paused before its first instruction."""
         self._trace = trace
         self._signal_patience = signal_patience
+        self._waits = waits
         self.steady = RLock()
         """Held while the parts are exchanged, and by whoever needs them not to be."""
         # A SimpleQueue, because a signal's handler may put into it at any moment; a lock or an
@@ -197,8 +204,13 @@ class Machine:
         """How it ended, and whether that was the guest's doing."""
         with ExitStack() as stopping:
             stopping.callback(self._stop)
+            waits, self._waits = self._waits, False
             for runner in self._runners:
+                if waits:
+                    runner.request_pause()
                 runner.start()
+            if waits:
+                self.pauser.pause()
             on_start()
             while True:
                 try:

@@ -272,7 +272,8 @@ class _Run:
         parts = self._parts()
         if self._opened.restoring is not None:
             self._opened.restoring.restore(parts, self._warn)
-        machine = Machine(parts, self._opened.trace, signal_patience=stop_patience)
+        waits = self._prepared.spec.waits
+        machine = Machine(parts, self._opened.trace, signal_patience=stop_patience, waits=waits)
         self._machine = machine
         self._prepared.alarm.connect(machine.end)
 

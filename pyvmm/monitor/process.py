@@ -61,7 +61,7 @@ def _run(request_fd: int, name_fd: int) -> int:
     with open(request_fd, "rb") as file:
         request = json.loads(file.read())
     if request["parent"] is not None:
-        _end_with(request["parent"])
+        end_with(request["parent"])
 
     def tell(name: str) -> None:
         os.write(name_fd, name.encode() + b"\n")
@@ -78,7 +78,7 @@ def _run(request_fd: int, name_fd: int) -> int:
     )
 
 
-def _end_with(parent: int) -> None:
+def end_with(parent: int) -> None:
     """Once the process `parent`, which has started this one, is gone, end as by SIGTERM, or else by
     SIGKILL. (PR_SET_PDEATHSIG looks at the thread that started us only.)"""
     fd = -1

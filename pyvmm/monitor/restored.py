@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import Any
 
 from pyvmm.control import snapshot_store as store
 from pyvmm.errors import ConfigError, HostError
@@ -18,6 +19,14 @@ from pyvmm.memory.private_memory import PrivateMemory
 from pyvmm.spec.vm import VmSpec
 from pyvmm.virtio.device import VirtioDevice
 
+_read: dict[str, dict[str, Any]] = {}
+
+
+def read_once(path: str) -> None:
+    """Read the state of the snapshot in the directory `path` now, for all who begin with it in this
+    process or those forked from it. Raises ConfigError."""
+    _read[path] = store.read_state(path)
+
 
 class Restoring:
     """The snapshot that `spec` names, until the machine runs."""
@@ -26,7 +35,8 @@ class Restoring:
         """Raises ConfigError."""
         self._spec = spec
         self._path = spec.restored_from
-        self._state = Saved(store.read_state(self._path), "the VM")
+        state = _read.get(self._path) or store.read_state(self._path)
+        self._state = Saved(state, "the VM")
 
     def prepare(
         self, devices: tuple[VirtioDevice, ...], alarm: Alarm, closing: ExitStack

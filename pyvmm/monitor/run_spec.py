@@ -29,12 +29,13 @@ def run_spec(
     surroundings: Surroundings = USUAL,
     image: str | None = None,
     rm: bool = False,
+    default_name: str = registry.DEFAULT_NAME,
     on_name: Callable[[str], None] = lambda name: None,
     wrap: Callable[[VmSpec, Socket | None, Callable[[], int]], tuple[int, bool]] | None = None,
     cut_if_nothing_kept: bool = False,
 ) -> int:
-    """Run `spec`, under the name that it has or the first that is free, which `on_name` is told;
-    the exit code.
+    """Run `spec`, under the name that it has or the first that is free of `image` (or
+    `default_name`), IMAGE-2…, which `on_name` is told; the exit code.
 
     With `image` its first disk is that image's, and unless `rm` is true what the guest changes on
     it is kept. `wrap` is called in place of the run, with what carries it out; it returns the
@@ -42,7 +43,7 @@ def run_spec(
     the guest to power off first; with `cut_if_nothing_kept` only if it can keep something.
     """
     surroundings.check_files()
-    with _registered(spec.name, image or registry.DEFAULT_NAME) as registration:
+    with _registered(spec.name, image or default_name) as registration:
         spec = replace(spec, name=registration.name)
         log.set_vm(spec.name)
         if spec.devices or surroundings.sockets:  # some devices have sockets

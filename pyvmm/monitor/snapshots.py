@@ -7,7 +7,8 @@ import os
 import select
 import stat
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -43,6 +44,46 @@ def take(vm: str, name: str, *, stop: bool = False) -> Taken:
         with _Receiver(vm, stream.socket) as receiver:
             paused = _receive(receiver, writer, stop=stop)
     return Taken(name, paused)
+
+
+@contextmanager
+def taken_once(vm: str) -> Iterator[VmSpec]:
+    """A VM that goes on from where the one called `vm` is now, to be started as often as one likes
+    inside. Raises as `take` does, and ConfigError for a VM whose disks its copies could not
+    share."""
+    with store.Writer() as writer:
+        with Client.connect(vm) as client:
+            stream = client.upgrade("snapshot", stop=False)
+            with _Receiver(vm, stream.socket) as receiver:
+                _receive(receiver, writer, stop=False)
+        state = store.read_state(writer.path)
+        for disk in from_json(json.dumps(state["spec"])).disks:
+            if not disk.base_read_only:
+                raise ConfigError(
+                    f"copies of {vm} cannot share the disk {disk.id}, which it writes itself",
+                    cure="run it with --rm, or the disk with snapshot or overlay=",
+                )
+        yield _of_now(spec_of(vm, writer.path, state))
+
+
+@contextmanager
+def kept(name: str) -> Iterator[VmSpec]:
+    """A VM that goes on from the snapshot `name`, which nobody removes inside. Raises
+    ConfigError."""
+    with store.reading(name) as found:
+        yield _of_now(spec_of(found.name, found.path, found.state))
+
+
+def _of_now(spec: VmSpec) -> VmSpec:
+    """Without what was for another run."""
+    return validate(replace(spec, name="", trace=(), trace_file=None))
+
+
+def copy_of(spec: VmSpec, name: str, *, waits: bool = False) -> VmSpec:
+    """`spec` for a VM that shall be a stranger to all others that go on from there: what only one
+    VM can have is another one. Its files are called by `name`. Raises ConfigError."""
+    devices = tuple(registry.for_copy(device, name) for device in spec.devices)
+    return validate(replace(spec, devices=devices, waits=waits))
 
 
 def _receive(receiver: _Receiver, writer: store.Writer, *, stop: bool) -> float:
@@ -227,7 +268,7 @@ def spec_of(name: str, path: str, state: Mapping[str, Any]) -> VmSpec:
             raise _bad(name, f"the changes of disk {disk.id} are missing")
         saved = os.path.join(path, changes) if changes in files else None
         disks.append(replace(disk, snapshot=True, overlay=None, direct=False, saved=saved))
-    return replace(spec, disks=tuple(disks), restored_from=path)
+    return replace(spec, disks=tuple(disks), restored_from=path, waits=False)
 
 
 _OF_A_RUN = ("name", "trace", "trace_file", "on_reboot")

@@ -305,6 +305,11 @@ LAST = (
 )
 
 
+def own_row(name: str) -> Option:
+    """The row of the VM itself that is called `name`, for other commands than `pyvmm run`."""
+    return next(row for row in (*FIRST, *LAST) if row.name == name)
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """The one of `known` that was probably meant by `word`, or ""."""
     import difflib

@@ -130,7 +130,7 @@ class VmSpec(Record):
     one of ON_REBOOT, is what becomes of a guest that asks for a reset. `transport` is one of
     TRANSPORTS; "auto" is mmio, unless an image's kernel boots (monitor.from_image). An empty `name`
     is for whoever starts it to fill in. `restored_from` is the directory of the snapshot that it
-    goes on from."""
+    goes on from; one that `waits` is paused before its first instruction."""
 
     kernel: str
     initrd: str | None = None
@@ -146,6 +146,7 @@ class VmSpec(Record):
     transport: str = "auto"
     on_reboot: str = "restart"
     restored_from: str = field(default="", metadata=INTERNAL)
+    waits: bool = field(default=False, metadata=INTERNAL)
 
     @property
     def parts(self) -> tuple[DiskSpec | DeviceSpec, ...]:

@@ -106,6 +106,7 @@ def test_every_field_of_a_specification_can_be_said() -> None:
     assert {option.field for option in OPTIONS if option.field} == fields - {
         "devices",
         "restored_from",
+        "waits",
     }
 
 

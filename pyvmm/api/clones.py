@@ -1,0 +1,207 @@
+"""Copies of a VM that are strangers to each other: `VM.clone`, `pyvmm clone` and pools.
+
+Each goes on from one moment, in a process of its own, with disks, sockets and a network of its own.
+What its guest would have in common with the others, its agent changes.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
+from functools import partial
+from threading import Thread
+
+from pyvmm.agent import PORT, Agent, AgentGone, NoAgent
+from pyvmm.api.errors import VMError
+from pyvmm.api.monitor import START_SECONDS
+from pyvmm.api.template import ForkedMonitor, Template
+from pyvmm.control import registry
+from pyvmm.control.client import connect_vsock
+from pyvmm.control.protocol import ControlError
+from pyvmm.errors import ConfigError, HostError, PyvmmError
+from pyvmm.monitor import snapshots
+from pyvmm.spec.names import check_name
+from pyvmm.spec.surroundings import USUAL, Surroundings
+from pyvmm.spec.vm import VmSpec
+
+MOST = 256  # clones at a time
+_SECONDS = 60.0  # that an agent has for each answer
+_PAUSE = 0.05  # seconds between two tries
+_REFUSALS = 3  # after which there is no agent
+_MOST_LINES = 8
+
+
+def clone(
+    source: str,
+    count: int = 1,
+    *,
+    name: str = "",
+    kvm: str = "auto",
+    surroundings: Surroundings = USUAL,
+    detached: bool = False,
+) -> list[ForkedMonitor]:
+    """The monitors of `count` VMs that go on from the VM called `source`, as it is now, or else
+    from the snapshot of that name. All of them run, or none does.
+
+    With `name` they are called that, or NAME-1, NAME-2…; without, as is free of SOURCE-1, SOURCE-2…
+    With `detached` they go on when this process ends. Raises ConfigError for what cannot be, with
+    nothing started; VMError, which names them, if some of them do not start.
+    """
+    if not 1 <= count <= MOST:
+        raise ConfigError(f"{count} clones cannot be had", cure=f"ask for 1 to {MOST}")
+    names = _names(name, count)
+    with _moment_of(source) as original:
+        usual = [chosen or f"{source}-{number}" for number, chosen in enumerate(names, 1)]
+        specs = [
+            replace(snapshots.copy_of(original, called), name=chosen)
+            for chosen, called in zip(names, usual, strict=True)
+        ]
+        with (
+            ExitStack() as undoing,
+            Template(original, kvm, surroundings, outlives_us=detached) as template,
+        ):
+            monitors = []
+            for spec, called in zip(specs, usual, strict=True):
+                monitors.append(monitor := template.fork(spec, called))
+                undoing.callback(monitor.end)
+            begin = [partial(_begin, monitor, original) for monitor in monitors]
+            _at_once(list(zip(usual, begin, strict=True)))
+            undoing.pop_all()
+    return monitors
+
+
+def _begin(monitor: ForkedMonitor, original: VmSpec) -> None:
+    monitor.await_start(START_SECONDS)
+    introduce(monitor, original)
+
+
+def _names(name: str, count: int) -> list[str]:
+    """The names of clones; "" for those that are to be chosen. Raises ConfigError."""
+    if not name:
+        return [""] * count
+    names = [name] if count == 1 else [f"{name}-{number}" for number in range(1, count + 1)]
+    running = set(registry.running())
+    for one in names:
+        check_name(one)
+        if one in running:
+            raise ConfigError(
+                f"a VM called {one!r} is running",
+                cure=f"choose another name, or end it: pyvmm stop {one}",
+                option="--name",
+            )
+    return names
+
+
+def _moment_of(source: str) -> AbstractContextManager[VmSpec]:
+    check_name(source, option="")
+    if source in registry.running():
+        return snapshots.taken_once(source)
+    return snapshots.kept(source)
+
+
+def _at_once(jobs: Sequence[tuple[str, Callable[[], None]]]) -> None:
+    """Do all of them. Raises what the only one raises, VMError that names those that failed."""
+    if len(jobs) == 1:
+        jobs[0][1]()
+        return
+    failures: list[tuple[str, BaseException]] = []
+
+    def work(called: str, job: Callable[[], None]) -> None:
+        try:
+            job()
+        except BaseException as error:
+            failures.append((called, error))
+
+    threads = [Thread(target=work, args=one, name="pyvmm clone", daemon=True) for one in jobs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        which = "; ".join(f"{called}: {error}" for called, error in sorted(failures, key=_first))
+        raise VMError(
+            f"{len(failures)} of {len(jobs)} clones did not start, and none runs: {which}"
+        )
+
+
+def _first(failure: tuple[str, BaseException]) -> str:
+    return failure[0]
+
+
+# --- strangers ------------------------------------------------------------------------------------
+
+# Arguments: the host name, the machine-id, and for each network card its address and its new one.
+# It says what cannot be changed. Nothing in it but what a shell has itself, and ip or busybox.
+_SCRIPT = r"""
+name=$1 id=$2
+shift 2
+{ echo "$name" > /proc/sys/kernel/hostname; } 2>/dev/null || echo "the host name"
+if [ -s /etc/hostname ]; then
+    { echo "$name" > /etc/hostname; } 2>/dev/null || echo "/etc/hostname"
+fi
+for file in /etc/machine-id /var/lib/dbus/machine-id; do
+    if [ -s "$file" ] && [ ! -L "$file" ]; then
+        { echo "$id" > "$file"; } 2>/dev/null || echo "$file"
+    fi
+done
+while [ $# -ge 2 ]; do
+    for card in /sys/class/net/*; do
+        read -r address < "$card/address" 2>/dev/null || continue
+        [ "$address" = "$1" ] || continue
+        for ip in ip "busybox ip" "/bin/busybox ip" "/.pyvmm/busybox ip" none; do
+            if [ "$ip" = none ]; then
+                echo "the address of ${card##*/}"
+            else
+                $ip link set dev "${card##*/}" address "$2" 2>/dev/null && break
+            fi
+        done
+    done
+    shift 2
+done
+"""
+
+
+def introduce(monitor: ForkedMonitor, original: VmSpec) -> None:
+    """Have the guest of `monitor`, a copy of `original` that runs, be another machine: its clock is
+    set, and it has a host name, a machine-id and network addresses of its own. A guest without an
+    agent stays as it is. What cannot be changed is told in `messages`."""
+    if not any(device.kind == "vsock" for device in monitor.spec.devices):
+        return
+    wanted = [monitor.name, os.urandom(16).hex()]
+    for before, now in zip(original.devices, monitor.spec.devices, strict=True):
+        if now.kind == "net":
+            wanted += [getattr(before, "mac", ""), getattr(now, "mac", "")]
+    try:
+        unchanged = _tell(monitor, wanted)
+    except PyvmmError as error:
+        monitor.note(f"{monitor.name}: its guest is as the original: {error}")
+        return
+    for what in unchanged:
+        monitor.note(f"{monitor.name}: its guest cannot change {what}")
+
+
+def _tell(monitor: ForkedMonitor, wanted: list[str]) -> list[str]:
+    """What cannot be changed. Raises AgentError and what asking a monitor raises."""
+    agent = Agent(
+        lambda seconds: connect_vsock(monitor.name, PORT, patience=min(seconds, _SECONDS))
+    )
+    deadline, refusals = time.monotonic() + _SECONDS, 0
+    while True:
+        try:
+            agent.set_clock()
+            done = agent.run(["/bin/sh", "-c", _SCRIPT, "pyvmm", *wanted], timeout=_SECONDS)
+        except NoAgent:
+            refusals += 1
+            if refusals >= _REFUSALS:
+                return []
+        except (AgentGone, ControlError, HostError):
+            # A connection may be older than what the guest has heard: that all have gone.
+            if time.monotonic() > deadline or monitor.outcome is not None:
+                raise
+        else:
+            lines = done.stdout.decode(errors="replace").splitlines()[:_MOST_LINES]
+            return ["".join(filter(str.isprintable, line[:80])) for line in lines]
+        time.sleep(_PAUSE)

@@ -1,0 +1,62 @@
+"""What a copy of a VM has in place of what only one VM can have."""
+
+from __future__ import annotations
+
+import pytest
+
+from pyvmm.errors import ConfigError
+from pyvmm.kinds import net, port, vsock
+from pyvmm.kinds.vm_spec import from_json, to_json, validate
+from pyvmm.monitor.snapshots import copy_of
+from pyvmm.spec.vm import DeviceSpec, VmSpec
+
+
+def of(*devices: DeviceSpec) -> VmSpec:
+    return validate(VmSpec("/kernel", devices=devices, memory=64 << 20))
+
+
+def test_addresses_and_cids_are_each_ones_own() -> None:
+    original = of(net.Spec(), vsock.Spec())
+    copies = [copy_of(original, f"copy-{number}") for number in range(20)]
+    cards = {
+        device.mac for vm in (original, *copies) for device in vm.devices if device.kind == "net"
+    }  # type: ignore[attr-defined]
+    cids = {
+        device.cid for vm in (original, *copies) for device in vm.devices if device.kind == "vsock"
+    }  # type: ignore[attr-defined]
+    assert len(cards) == len(cids) == 21
+
+
+def test_sockets_are_called_by_its_name() -> None:
+    original = of(port.Spec((port.PortSpec("org.test", "/run/port"),)), vsock.Spec("/run/vsock"))
+    ports, socket = copy_of(original, "copy").devices
+    assert ports.ports[0].path == "/run/port-copy"  # type: ignore[attr-defined]
+    assert socket.path == "/run/vsock-copy"  # type: ignore[attr-defined]
+    # Without a path it has none.
+    assert copy_of(of(vsock.Spec()), "copy").devices[0].path == ""  # type: ignore[attr-defined]
+
+
+def test_what_is_forwarded_stays_with_the_original() -> None:
+    [card] = copy_of(of(net.Spec(forwards=("tcp:127.0.0.1:8080:80",))), "copy").devices
+    assert card.forwards == ()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("text", ["tap=tap0", "tap=tap0,create", "tap,address=10.0.0.1/24"])
+def test_a_tap_that_only_one_can_have_is_named(text: str) -> None:
+    with pytest.raises(ConfigError, match="copies cannot share the tap"):
+        copy_of(of(net.parse(text)), "copy")
+
+
+def test_each_has_a_tap_of_its_own_on_a_bridge() -> None:
+    [card] = copy_of(of(net.parse("tap,bridge=br0")), "copy").devices
+    assert "%d" in card.tap and card.bridge == "br0"  # type: ignore[attr-defined]
+
+
+def test_a_path_that_is_too_long_is_told() -> None:
+    with pytest.raises(ConfigError, match="too long"):
+        copy_of(of(vsock.Spec("/run/" + "x" * 80)), "a-long-name")
+
+
+def test_one_that_waits_says_so_to_another_process() -> None:
+    assert from_json(to_json(copy_of(of(), "copy", waits=True))).waits
+    assert not copy_of(of(), "copy").waits
