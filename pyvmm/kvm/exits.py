@@ -240,10 +240,17 @@ class Hyperv(NamedTuple):
 
 
 class ArmNisv(NamedTuple):
-    """KVM_EXIT_ARM_NISV: an arm64 access KVM could not decode."""
+    """KVM_EXIT_ARM_NISV: an arm64 access KVM could not decode: one that loads or stores two
+    registers, say. `esr_iss` is what the processor tells of it, `fault_ipa` where it went."""
 
     esr_iss: int
     fault_ipa: int
+
+    def __str__(self) -> str:
+        return (
+            f"KVM_EXIT_ARM_NISV: an access to {self.fault_ipa:#x} by an instruction that KVM "
+            f"cannot decode (syndrome {self.esr_iss:#x})"
+        )
 
 
 class Rdmsr(NamedTuple):

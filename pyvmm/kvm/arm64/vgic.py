@@ -1,0 +1,97 @@
+"""The interrupt controller that KVM emulates in the kernel: a GICv3, or a GICv2 where the host's
+own one can do no more (KVM API, devices/arm-vgic-v3.rst and arm-vgic.rst).
+
+All raise HostError.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import NamedTuple
+
+from pyvmm.errors import HostError
+from pyvmm.host import syscalls
+from pyvmm.kvm.arm64 import uapi
+from pyvmm.kvm.arm64.uapi import ffi
+from pyvmm.kvm.calls import struct_ioctl
+from pyvmm.kvm.vm import Vm
+
+FIRST_SPI = 32
+"""The interrupt id of the first line that is not a vCPU's own. A GSI is a number from there on."""
+
+MAX_VCPUS_V2 = 8
+
+
+class Places(NamedTuple):
+    """Guest-physical addresses: of the distributor, of a GICv2's CPU interfaces, of the first
+    vCPU's redistributor in a GICv3."""
+
+    distributor: int
+    cpu_interface: int
+    redistributors: int
+
+
+class Vgic(syscalls.Closable):
+    """A VM's interrupt controller of `version` 3 or 2. It works once `initialise` was called, after
+    the vCPUs."""
+
+    def __init__(self, vm: Vm, places: Places, interrupts: int) -> None:
+        """Make the newest that this KVM can, with so many `interrupts`, FIRST_SPI included."""
+        self.version, self._fd = _create(vm)
+        try:
+            if self.version == 3:
+                self._place(uapi.KVM_VGIC_V3_ADDR_TYPE_DIST, places.distributor)
+                self._place(uapi.KVM_VGIC_V3_ADDR_TYPE_REDIST, places.redistributors)
+            else:
+                self._place(uapi.KVM_VGIC_V2_ADDR_TYPE_DIST, places.distributor)
+                self._place(uapi.KVM_VGIC_V2_ADDR_TYPE_CPU, places.cpu_interface)
+            number = ffi.new("uint32_t *", interrupts)
+            self._set(uapi.KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, number)
+        except BaseException:
+            self.close()
+            raise
+
+    def initialise(self) -> None:
+        """Call it when all vCPUs are there."""
+        self._set(uapi.KVM_DEV_ARM_VGIC_GRP_CTRL, uapi.KVM_DEV_ARM_VGIC_CTRL_INIT, None)
+
+    def _place(self, what: int, address: int) -> None:
+        self._set(uapi.KVM_DEV_ARM_VGIC_GRP_ADDR, what, ffi.new("uint64_t *", address))
+
+    def _set(self, group: int, attribute: int, value: object) -> None:
+        request = ffi.new("struct kvm_device_attr *")
+        request.group = group
+        request.attr = attribute
+        request.addr = 0 if value is None else int(ffi.cast("uintptr_t", value))
+        struct_ioctl(self._fd, uapi.KVM_SET_DEVICE_ATTR, request, "KVM_SET_DEVICE_ATTR of the GIC")
+
+    def close(self) -> None:
+        """Close our descriptor; the VM keeps its controller."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def _create(vm: Vm) -> tuple[int, int]:
+    """(version, file descriptor)."""
+    try:
+        return 3, _create_device(vm, uapi.KVM_DEV_TYPE_ARM_VGIC_V3)
+    except HostError as error:
+        if error.errno != errno.ENODEV:
+            raise
+    return 2, _create_device(vm, uapi.KVM_DEV_TYPE_ARM_VGIC_V2)
+
+
+def _create_device(vm: Vm, kind: int) -> int:
+    request = ffi.new("struct kvm_create_device *")
+    request.type = kind
+    struct_ioctl(vm.fd, uapi.KVM_CREATE_DEVICE, request, "KVM_CREATE_DEVICE of the GIC")
+    return int(request.fd)
+
+
+def set_line(vm: Vm, gsi: int, level: bool) -> None:
+    """Drive the line of `gsi` high or low: KVM_IRQ_LINE has fields for the kind of interrupt and
+    its id here (KVM API, 4.25)."""
+    kind = uapi.KVM_ARM_IRQ_TYPE_SPI << uapi.KVM_ARM_IRQ_TYPE_SHIFT
+    vm.irq_line(kind | FIRST_SPI + gsi, level)
