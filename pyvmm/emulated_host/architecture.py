@@ -1,11 +1,12 @@
-"""Which machine is emulated: one of this computer's own architecture, for its programs run in it.
+"""Which machine is emulated: one of this computer's own architecture, whose programs run in it, or
+one of another, which brings its own.
 
 The only module here that chooses by architecture, as the registry of boards does for guests.
 """
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from typing import Protocol
 
 from pyvmm.errors import ConfigError
@@ -34,14 +35,28 @@ class EmulatedMachine(Protocol):
         """QEMU's arguments for the machine, its CPUs and its RAM."""
 
 
-def emulated_machine() -> EmulatedMachine:
-    """The machine of this computer's architecture. Raises ConfigError if there is none."""
-    architecture = os.uname().machine
-    if architecture != "x86_64":
-        raise ConfigError(
-            f"there is no emulated KVM host for the architecture {architecture}",
-            cure="use a host that is x86_64",
-        )
+def _x86() -> EmulatedMachine:
     from pyvmm.emulated_host import x86
 
     return x86
+
+
+def _arm64() -> EmulatedMachine:
+    from pyvmm.emulated_host import arm64
+
+    return arm64
+
+
+MACHINES: dict[str, Callable[[], EmulatedMachine]] = {"x86_64": _x86, "aarch64": _arm64}
+"""By what uname(2) calls the architecture."""
+
+
+def emulated_machine(architecture: str) -> EmulatedMachine:
+    """The machine of that `architecture`. Raises ConfigError if there is none."""
+    make = MACHINES.get(architecture)
+    if make is None:
+        raise ConfigError(
+            f"there is no emulated KVM host for the architecture {architecture}",
+            cure=f"use a host that is one of {', '.join(MACHINES)}",
+        )
+    return make()

@@ -44,17 +44,17 @@ def boot_files(image: HostImage, directory: str | None = None) -> BootFiles:
         raise ConfigError(
             f"cannot read the emulated host's kernel {image.kernel}: {error.strerror}"
         ) from None
-    return BootFiles(_unpacked(kernel, image.kernel, directory), _initramfs(image, directory))
+    return BootFiles(_unpacked(kernel, image, directory), _initramfs(image, directory))
 
 
-def _unpacked(kernel: bytes, path: str, directory: str) -> str:
+def _unpacked(kernel: bytes, image: HostImage, directory: str) -> str:
     if kernel.startswith(b"\x7fELF"):
-        return path
+        return image.kernel
     name = os.path.join(directory, f"vmlinux-{_hash(kernel)}")
     if os.path.exists(name):
         return name
-    elf = emulated_machine().vmlinux(kernel)
-    return path if elf is None else _write(name, elf)
+    elf = emulated_machine(image.architecture).vmlinux(kernel)
+    return image.kernel if elf is None else _write(name, elf)
 
 
 def _initramfs(image: HostImage, directory: str) -> str:

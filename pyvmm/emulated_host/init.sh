@@ -23,6 +23,17 @@ mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=loose,ro machine
 mount -t tmpfs -o mode=755 tmpfs /upper
 mkdir /upper/changes /upper/work
 mount -t overlay -o lowerdir=/lower,upperdir=/upper/changes,workdir=/upper/work overlay /root
+if [ "$FOREIGN" = 1 ]; then
+    # Another architecture's programs and libraries in the place of the machine's own, which are
+    # still below /run/machine. Where / has links to /usr they lead to the right ones.
+    mkdir -p /root/run/machine
+    mount --bind /root /root/run/machine
+    mount -t 9p -o trans=virtio,version=9p2000.L,msize=512000,cache=loose,ro programs /lower
+    mount --bind /lower/usr /root/usr
+    for folder in bin sbin lib; do
+        [ -L "/root/$folder" ] || mount --bind "/root/usr/$folder" "/root/$folder"
+    done
+fi
 mkdir -p /dev/pts /dev/shm /dev/.pyvmm
 mount -t devpts -o mode=620,ptmxmode=666 devpts /dev/pts
 mount -t tmpfs -o mode=1777 tmpfs /dev/shm

@@ -32,7 +32,8 @@ class RunSettings:
     """What one run hands to the init: the command, where it runs, and its files.
 
     `mark` ends each output stream. `disks`, `sinks` and `streams` are absolute paths. `relay`:
-    whether there is a port for sockets.
+    whether there is a port for sockets. `foreign`: whether programs are the image's, not the
+    machine's.
     """
 
     argv: Sequence[str]
@@ -44,6 +45,7 @@ class RunSettings:
     sinks: Sequence[str] = ()
     relay: bool = False
     streams: Sequence[str] = ()
+    foreign: bool = False
 
 
 def new_mark() -> str:
@@ -66,6 +68,7 @@ def settings_of(spec: EmulatedHostSpec, argv: Sequence[str]) -> RunSettings:
         sinks=tuple(os.path.realpath(sink.path) for sink in spec.sinks),
         relay=spec.has_relay,
         streams=tuple(os.path.realpath(stream.path) for stream in spec.streams),
+        foreign=spec.image.is_foreign,
     )
 
 
@@ -93,7 +96,7 @@ class BaseParts:
 
 def base_parts(image: HostImage) -> BaseParts:
     """The parts of `image`. Raises ConfigError for a file that is missing."""
-    machine = emulated_machine()
+    machine = emulated_machine(image.architecture)
     root = tuple(load_order(image.modules_dir, machine.ROOT_MODULES))
     kvm = tuple(m for m in load_order(image.modules_dir, machine.KVM_MODULES) if m not in root)
     here = os.path.dirname(__file__)
@@ -174,6 +177,7 @@ def run_script(settings: RunSettings) -> bytes:
         f"SINK_COUNT={len(settings.sinks)}",
         *(f"SINK_{n}={shlex.quote(path)}" for n, path in enumerate(settings.sinks)),
         f"RELAY_COUNT={int(settings.relay)}",
+        f"FOREIGN={int(settings.foreign)}",
         f"STREAM_COUNT={len(settings.streams)}",
         *(f"STREAM_{n}={shlex.quote(path)}" for n, path in enumerate(settings.streams)),
         f"run_command() {{ exec {_command_line(settings)}; }}",

@@ -55,6 +55,7 @@ def launch(spec: EmulatedHostSpec, argv: Sequence[str]) -> Launched:
     """
     if not argv:
         raise ConfigError("there is no command to run in the emulated host")
+    machine = emulated_machine(spec.image.architecture)
     # Whatever kills us takes QEMU along: prctl(2), PR_SET_PDEATHSIG.
     qemu = [require_setpriv(), "--pdeathsig", "KILL", "--", *spec.image.qemu]
     check_memory(spec.memory_mib)
@@ -79,7 +80,7 @@ def launch(spec: EmulatedHostSpec, argv: Sequence[str]) -> Launched:
             ports=ports,
             disks=disks,
             stream_fds=stream_fds,
-            tsc_khz=emulated_machine().frequency_khz(),
+            tsc_khz=None if spec.image.is_foreign else machine.frequency_khz(),
         )
         process = _spawn(
             [*qemu, *arguments],

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pyvmm.emulated_host.architecture import emulated_machine
 from pyvmm.emulated_host.cache import BootFiles
 from pyvmm.emulated_host.ports import Port
-from pyvmm.emulated_host.spec import EmulatedHostSpec, HostFolder
+from pyvmm.emulated_host.spec import EmulatedHostSpec, HostFolder, HostImage
 from pyvmm.host.qcow2 import Layer, blockdev
 
 SECTOR = 512
 QCOW2_SETS = 1000  # numbers for the files of one disk; there are fewer disks than that
+PROGRAMS = "programs"  # the mount tag of another architecture's; init.sh knows it
 BRIDGE = "plugs"  # behind which disks can come and go
 SPARE_PORTS = 8  # for streams that come later
 PROCESS_NAME = "pyvmm-emulator"  # at most 15 characters
@@ -63,7 +64,7 @@ def qemu_arguments(
     tsc_khz: int | None = None,
 ) -> list[str]:
     """The arguments, without the program. The descriptors in them must be inherited."""
-    machine = emulated_machine()
+    machine = emulated_machine(spec.image.architecture)
     return [
         *machine.machine_arguments(spec.cpus, spec.memory_mib),
         *("-nodefaults", "-no-user-config", "-no-reboot"),
@@ -80,7 +81,7 @@ def qemu_arguments(
         *_root_arguments(),
         *_disk_arguments(disks),
         *("-device", f"pcie-pci-bridge,id={BRIDGE}"),
-        *_folder_arguments(spec.folders),
+        *_folder_arguments([*_program_folders(spec.image), *spec.folders]),
     ]
 
 
@@ -88,6 +89,10 @@ def _root_arguments() -> list[str]:
     # multidevs=remap: the machine's mounts below / are seen too, with inode numbers of their own.
     fsdev = "local,id=machine,path=/,security_model=none,readonly=on,multidevs=remap"
     return ["-fsdev", fsdev, "-device", "virtio-9p-pci,fsdev=machine,mount_tag=machine"]
+
+
+def _program_folders(image: HostImage) -> list[HostFolder]:
+    return [HostFolder(PROGRAMS, image.programs, read_only=True)] if image.is_foreign else []
 
 
 def _folder_arguments(folders: Sequence[HostFolder]) -> list[str]:

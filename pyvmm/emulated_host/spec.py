@@ -37,14 +37,25 @@ class EmulatedHostError(PyvmmError):
 
 @dataclass(frozen=True)
 class HostImage:
-    """What it boots. `kernel`: a generic Debian kernel (bzImage or ELF vmlinux). `modules_dir`: its
-    modules, with a modules.dep as depmod(8) writes it. `busybox`: a statically linked one. `qemu`:
-    the beginning of QEMU's command line, its program first."""
+    """What it boots. `kernel`: a generic Debian kernel, in any form that distributions have.
+    `modules_dir`: its modules, with a modules.dep as depmod(8) writes it. `busybox`: a statically
+    linked one. `qemu`: the beginning of QEMU's command line, its program first.
+
+    `architecture` is what uname(2) calls it. Where that is another than the machine's, `programs`
+    is a directory whose /usr is that architecture's: in it are Python and what pyvmm needs.
+    """
 
     kernel: str
     modules_dir: str
     busybox: str
     qemu: tuple[str, ...]
+    architecture: str = field(default_factory=lambda: os.uname().machine)
+    programs: str = ""
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the machine's own programs are of no use in it."""
+        return self.architecture != os.uname().machine
 
 
 @dataclass(frozen=True)

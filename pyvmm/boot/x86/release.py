@@ -1,21 +1,18 @@
 """What a kernel file says of itself: its release, and the configuration that it was built with.
 
-A bzImage has its release in its header (Linux boot.rst, kernel_version), an ELF in its banner alone
-(Linux init/version.c, linux_banner: "Linux version RELEASE (…").
+A bzImage has its release in its header (Linux boot.rst, kernel_version), an ELF in its banner
+alone.
 """
 
 from __future__ import annotations
 
-import re
-
 from pyvmm.boot import kernel_config
+from pyvmm.boot.banner import release_in
 from pyvmm.boot.image_file import ImageFile
 from pyvmm.boot.x86 import bzimage, detect
 
-_BANNER = re.compile(rb"Linux version ([!-~]{1,64}) \(")
 _DEBIAN = "(debian-kernel@"  # whose kernels have no CONFIG_IKCONFIG
 _CHUNK = 4 << 20
-_OVERLAP = 128
 _MOST = 1 << 30  # bytes of a kernel that are looked at; a file may have holes and no end
 
 
@@ -25,13 +22,7 @@ def release_of(path: str) -> str:
     with ImageFile(path, "--kernel") as file:
         if detect.kind_of(file) == detect.BZIMAGE:
             return bzimage.parse(file).kernel_version.partition(" ")[0]
-        end = b""
-        for piece in file.pieces(_CHUNK, _MOST):
-            found = _BANNER.search(end + piece)
-            if found:
-                return found[1].decode("ascii")
-            end = piece[-_OVERLAP:]
-        return ""
+        return release_in(file.pieces(_CHUNK, _MOST))
 
 
 def config_of(path: str) -> str:

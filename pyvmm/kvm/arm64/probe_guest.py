@@ -37,6 +37,7 @@ _FLOATING_POINT = struct.pack(
     0xD5033FDF,  # isb
     0x4EA11C20,  # mov v0.16b, v1.16b
 )
+_NOP = struct.pack("<I", 0xD503201F)
 _COUNTER = struct.pack("<I", 0xD53BE043)  # mrs x3, cntvct_el0
 
 
@@ -66,6 +67,8 @@ class ProbeGuest(Closable):
 
     def start(self, code: bytes) -> None:
         """Put `code` into memory and the vCPU, all its state fresh, at its beginning."""
+        # KVM completes the store of the code before when it enters the guest: it skips one.
+        code = _NOP + code
         self._memory[_CODE : _CODE + len(code)] = code
         boot_vcpu.setup_vcpu(self._vm, self.vcpu, pmu=False)
         boot_vcpu.setup_boot_vcpu(self.vcpu, pc=_CODE, x0=_DATA)

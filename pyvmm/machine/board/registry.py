@@ -16,7 +16,13 @@ def _x86() -> Board[Any]:
     return X86Board()
 
 
-BOARDS: dict[str, Callable[[], Board[Any]]] = {"x86_64": _x86}
+def _arm64() -> Board[Any]:
+    from pyvmm.machine.board.arm64 import Arm64Board
+
+    return Arm64Board()
+
+
+BOARDS: dict[str, Callable[[], Board[Any]]] = {"x86_64": _x86, "aarch64": _arm64}
 """By what uname(2) calls the architecture. A board's modules are imported when it is chosen."""
 
 

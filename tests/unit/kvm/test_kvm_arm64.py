@@ -138,6 +138,7 @@ def test_the_probe_guests_code_is_what_its_comments_say(tmp_path: Path) -> None:
     floating = "mov x5, #0x300000\nmsr cpacr_el1, x5\nisb\nmov v0.16b, v1.16b\n"
     assert assembled(tmp_path, floating) == probe_guest._FLOATING_POINT
     assert assembled(tmp_path, "mrs x3, cntvct_el0\n") == probe_guest._COUNTER
+    assert assembled(tmp_path, "nop\n") == probe_guest._NOP
 
 
 def test_affinities_are_kvms() -> None:

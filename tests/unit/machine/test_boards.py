@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import tiny_board
 
-from pyvmm.emulated_host.architecture import emulated_machine
+from pyvmm.emulated_host.architecture import MACHINES, emulated_machine
 from pyvmm.errors import ConfigError
 from pyvmm.machine.board import registry
 from pyvmm.pci.bus import ECAM_SIZE
@@ -55,15 +55,16 @@ def test_a_host_without_a_board_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
         registry.board_of_host()
     assert "x86_64" in caught.value.cure
     with pytest.raises(ConfigError, match="no emulated KVM host for the architecture vax"):
-        emulated_machine()
+        emulated_machine("vax")
+
+
+def test_what_has_a_board_has_an_emulated_machine() -> None:
+    assert set(registry.BOARDS) == set(MACHINES)
 
 
 @pytest.mark.parametrize("architecture", sorted(registry.BOARDS))
-def test_what_has_a_board_has_an_emulated_machine(
-    architecture: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine=architecture))
-    machine = emulated_machine()
+def test_an_emulated_machine_has_what_differs(architecture: str) -> None:
+    machine = emulated_machine(architecture)
     assert machine.KVM_MODULES and machine.machine_arguments(1, 512)
 
 

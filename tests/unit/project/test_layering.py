@@ -232,7 +232,11 @@ def test_no_module_is_imported_by_a_name_that_no_test_sees() -> None:
     assert using == IMPORT_BY_NAME
 
 
-GENERATED = {"pyvmm.kvm.uapi.structures", "pyvmm.kvm.x86.uapi.structures"}
+ARCHITECTURES = ("x86", "arm64")
+GENERATED = {
+    "pyvmm.kvm.uapi.structures",
+    *(f"pyvmm.kvm.{one}.uapi.structures" for one in ARCHITECTURES),
+}
 
 
 def test_modules_say_what_they_are() -> None:
@@ -248,28 +252,27 @@ def test_modules_say_what_they_are() -> None:
 CHOOSES_ARCHITECTURE = {"machine/board/registry.py", "emulated_host/architecture.py"}
 
 
-def test_x86_stays_in_modules_that_say_so() -> None:
-    """The other architectures come as folders beside these, and as rows of the registry."""
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_architecture_stays_in_modules_that_say_so(architecture: str) -> None:
+    """The others are folders beside these, and rows of the registry."""
     wrong = []
     for path in modules():
         relative = str(path.relative_to(ROOT / "pyvmm"))
-        if "/x86/" in relative or relative in CHOOSES_ARCHITECTURE:
+        if f"/{architecture}/" in relative or relative in CHOOSES_ARCHITECTURE:
             continue
         wrong += [
-            f"{relative}:{line} imports {name}" for line, name in imports_of(path) if "x86" in name
+            f"{relative}:{line} imports {name}"
+            for line, name in imports_of(path)
+            if architecture in name
         ]
     assert not wrong, "\n".join(wrong)
 
 
-def test_x86_is_in_as_many_places_as_an_architecture_has() -> None:
-    places = {str(path.relative_to(ROOT / "pyvmm")) for path in (ROOT / "pyvmm").rglob("x86")}
-    assert places == {
-        "machine/board/x86",
-        "kvm/x86",
-        "boot/x86",
-        "platform/x86",
-        "emulated_host/x86",
-    }
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_an_architecture_is_in_as_many_places_as_there_are(architecture: str) -> None:
+    found = {path.relative_to(ROOT / "pyvmm") for path in (ROOT / "pyvmm").rglob(architecture)}
+    places = ("machine/board", "kvm", "boot", "platform", "emulated_host")
+    assert {str(place) for place in found} == {f"{one}/{architecture}" for one in places}
 
 
 def test_nothing_outside_testing_imports_testing() -> None:

@@ -1,0 +1,90 @@
+"""Boot an arm64 guest: put kernel, initrd and device tree into RAM; say where to start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pyvmm.boot import cmdline as command_line
+from pyvmm.boot.arm64 import device_tree, image, layout
+from pyvmm.boot.arm64.device_tree import Device, Gic, Machine
+from pyvmm.boot.arm64.layout import ram_ranges
+from pyvmm.boot.image_file import ImageFile
+from pyvmm.errors import ConfigError
+from pyvmm.memory import GuestMemory
+
+__all__ = ["Device", "Entry", "Gic", "Machine", "load", "ram_ranges"]
+
+_PAGE = 0x1000
+_ELF = b"\x7fELF"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How the first vCPU starts: at `pc`, with the address of a device tree in x0: one of `trees`,
+    by the version of the interrupt controller that the machine gets. `cmdline` is the kernel's."""
+
+    pc: int
+    trees: dict[int, int]
+    cmdline: str
+
+
+def load(
+    memory: GuestMemory,
+    *,
+    kernel: str,
+    initrd: str | None,
+    machine: Machine,
+    gics: Sequence[Gic],
+) -> Entry:
+    """Fill fresh guest RAM for `kernel`; how the first vCPU starts. `machine` is without its
+    initrd, which is the file at that path. `gics` are those that the machine may get, so many as
+    layout.TREES. Raises ConfigError that names the option at fault."""
+    command_line.encode(machine.cmdline, layout.CMDLINE_MAX)
+    with ImageFile(kernel, "--kernel") as file:
+        start, kernel_end = image.load(memory, file)
+    ram = memory.regions[0]
+    top = min(ram.end, ram.guest_addr + layout.WINDOW)
+    trees_start = (top - layout.TREES * layout.TREE_SIZE) & -layout.TREE_SIZE
+    if trees_start < kernel_end:
+        raise ConfigError(
+            f"the guest's {ram.size // layout.MIB} MiB of memory have no room for the kernel and "
+            "the device tree",
+            cure="give it more",
+            option="--memory",
+        )
+    ramdisk = _load_initrd(memory, initrd, kernel_end, trees_start)
+    machine = machine._replace(initrd=ramdisk)
+    trees = {}
+    for number, gic in enumerate(gics):
+        blob = device_tree.build(machine, gic)
+        if len(blob) > layout.TREE_SIZE:
+            raise ConfigError(
+                f"the device tree has {len(blob)} bytes, Linux takes {layout.TREE_SIZE} at most"
+            )
+        trees[gic.version] = trees_start + number * layout.TREE_SIZE
+        memory.write(trees[gic.version], blob)
+    return Entry(start, trees, machine.cmdline)
+
+
+def _load_initrd(
+    memory: GuestMemory, path: str | None, kernel_end: int, top: int
+) -> tuple[int, int]:
+    """(address, size) of the initrd, as high as the device tree leaves room."""
+    if path is None:
+        return 0, 0
+    with ImageFile(path, "--initrd") as file:
+        head = file.read(0, image.HEADER_SIZE)
+        if head.startswith(_ELF) or image.has_magic(head):
+            raise file.error(f"{path} is a kernel", "give it to --kernel")
+        start = (top - file.size) & -_PAGE
+        if start < kernel_end:
+            size, left = file.size, max(0, top - kernel_end)
+            needed = memory.regions[0].size + size - left
+            raise file.error(
+                f"{path} has {-(-size // layout.MIB)} MiB ({size} bytes), the kernel leaves "
+                f"{left // layout.MIB} MiB of the guest's memory",
+                f"give it --memory {-(-needed // layout.MIB) + 1}M or more",
+            )
+        file.read_into(memory.view(start, file.size), 0)
+        return start, file.size

@@ -1,0 +1,186 @@
+"""The device tree of an arm64 guest: what Linux is told of the machine.
+
+Bindings: Linux Documentation/devicetree/bindings, by the `compatible` of each node; the properties
+that every node may have: Devicetree Specification v0.4, chapters 2 and 3.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pyvmm.boot.arm64.fdt import Node, cells, flatten, places, words
+
+# The first cell of an interrupt: whether it is shared or a vCPU's own (arm,gic-v3.yaml).
+_SPI, _PPI = 0, 1
+_EDGE, _HIGH, _LOW = 1, 4, 8
+_GIC, _CLOCK = 1, 2  # phandles
+_SEED_SIZE = 64
+_CLOCK_HZ = 24_000_000  # of the real-time clock's bus, which nobody measures
+_UART_HZ = 1_843_200  # a PC's: the divisor for 115,200 baud is 1
+
+
+class Gic(NamedTuple):
+    """The interrupt controller: of `version` 3 or 2; `reg` are (address, size) of the distributor,
+    then of the redistributors or of the CPU interfaces."""
+
+    version: int
+    reg: tuple[tuple[int, int], tuple[int, int]]
+
+
+class Device(NamedTuple):
+    """A device: its registers' address and size, and its interrupt, counted from the first shared
+    one on."""
+
+    base: int
+    size: int
+    spi: int
+
+
+class Machine(NamedTuple):
+    """All that the tree tells but the interrupt controller. `affinities` are the vCPUs' (MPIDR_EL1
+    without its flags); `timers` and `pmu` are their own interrupts, counted from 16 on; `clock` is
+    the real-time clock's address and size: it interrupts nobody."""
+
+    ram: Sequence[tuple[int, int]]
+    affinities: Sequence[int]
+    serial: Device
+    clock: tuple[int, int]
+    virtio: Sequence[Device]
+    timers: tuple[int, int, int, int]
+    pmu: int
+    cmdline: str
+    initrd: tuple[int, int]  # address and size; (0, 0) without one
+
+
+def build(machine: Machine, gic: Gic) -> bytes:
+    """The flattened tree of `machine` with that interrupt controller."""
+    two_and_two = {"#address-cells": cells(2), "#size-cells": cells(2)}
+    root = Node(
+        "",
+        {
+            "compatible": words("linux,dummy-virt"),
+            "model": words("pyvmm"),
+            **two_and_two,
+            "interrupt-parent": cells(_GIC),
+            "dma-coherent": b"",
+        },
+    )
+    _chosen(root, machine)
+    for start, size in machine.ram:
+        root.child(
+            f"memory@{start:x}",
+            {"device_type": words("memory"), "reg": places((start, size))},
+        )
+    _cpus(root, machine)
+    root.child(
+        "psci",
+        {"compatible": words("arm,psci-1.0", "arm,psci-0.2"), "method": words("hvc")},
+    )
+    _interrupts(root, machine, gic)
+    root.child(
+        "apb-pclk",
+        {
+            "compatible": words("fixed-clock"),
+            "#clock-cells": cells(0),
+            "clock-frequency": cells(_CLOCK_HZ),
+            "clock-output-names": words("clk24mhz"),
+            "phandle": cells(_CLOCK),
+        },
+    )
+    _devices(root, machine)
+    return flatten(root)
+
+
+def _chosen(root: Node, machine: Machine) -> None:
+    chosen = {
+        "bootargs": words(machine.cmdline),
+        "stdout-path": words(f"/serial@{machine.serial.base:x}"),
+        "kaslr-seed": os.urandom(8),
+        "rng-seed": os.urandom(_SEED_SIZE),
+    }
+    start, size = machine.initrd
+    if size:
+        chosen["linux,initrd-start"] = start.to_bytes(8, "big")
+        chosen["linux,initrd-end"] = (start + size).to_bytes(8, "big")
+    root.child("chosen", chosen)
+
+
+def _cpus(root: Node, machine: Machine) -> None:
+    cpus = root.child("cpus", {"#address-cells": cells(1), "#size-cells": cells(0)})
+    for affinity in machine.affinities:
+        cpus.child(
+            f"cpu@{affinity:x}",
+            {
+                "device_type": words("cpu"),
+                "compatible": words("arm,armv8"),
+                "enable-method": words("psci"),
+                "reg": cells(affinity),
+            },
+        )
+
+
+def _interrupts(root: Node, machine: Machine, gic: Gic) -> None:
+    kind = "arm,gic-v3" if gic.version == 3 else "arm,cortex-a15-gic"
+    distributor = gic.reg[0][0]
+    root.child(
+        f"interrupt-controller@{distributor:x}",
+        {
+            "compatible": words(kind),
+            "#address-cells": cells(0),
+            "#interrupt-cells": cells(3),
+            "interrupt-controller": b"",
+            "reg": places(*gic.reg),
+            "phandle": cells(_GIC),
+        },
+    )
+    # A GICv2's private interrupts have a bit for each CPU in the last cell; a GICv3's have none.
+    everybody = 0 if gic.version == 3 else (1 << min(len(machine.affinities), 8)) - 1 << 8
+    root.child(
+        "timer",
+        {
+            "compatible": words("arm,armv8-timer"),
+            "always-on": b"",
+            "interrupts": b"".join(cells(_PPI, n, everybody | _LOW) for n in machine.timers),
+        },
+    )
+    root.child(
+        "pmu",
+        {
+            "compatible": words("arm,armv8-pmuv3"),
+            "interrupts": cells(_PPI, machine.pmu, everybody | _HIGH),
+        },
+    )
+
+
+def _devices(root: Node, machine: Machine) -> None:
+    serial, (clock, clock_size) = machine.serial, machine.clock
+    root.child(
+        f"serial@{serial.base:x}",
+        {
+            "compatible": words("ns16550a"),
+            "reg": places((serial.base, serial.size)),
+            "clock-frequency": cells(_UART_HZ),
+            "interrupts": cells(_SPI, serial.spi, _HIGH),
+        },
+    )
+    root.child(
+        f"rtc@{clock:x}",
+        {
+            "compatible": words("arm,pl031", "arm,primecell"),
+            "reg": places((clock, clock_size)),
+            "clocks": cells(_CLOCK),
+            "clock-names": words("apb_pclk"),
+        },
+    )
+    for device in machine.virtio:
+        root.child(
+            f"virtio_mmio@{device.base:x}",
+            {
+                "compatible": words("virtio,mmio"),
+                "reg": places((device.base, device.size)),
+                "interrupts": cells(_SPI, device.spi, _EDGE),
+                "dma-coherent": b"",
+            },
+        )

@@ -1,0 +1,181 @@
+"""Linux' Image for arm64: its header, and the files that it comes in (Linux
+Documentation/arch/arm64/booting.rst, "Call the kernel image").
+
+Distributions have it as it is, compressed by gzip or zstd, or in an EFI program that unpacks it
+(Linux drivers/firmware/efi/libstub/zboot-header.S), which is taken apart here. What is compressed
+is unpacked straight into guest memory, and never past what its header asks for.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from pyvmm.boot.arm64 import layout
+from pyvmm.boot.image_file import ImageFile
+from pyvmm.boot.unpack import GZIP, unpack
+from pyvmm.errors import ConfigError
+from pyvmm.memory import GuestMemory
+
+HEADER_SIZE = 64
+_MAGIC_OFFSET, _MAGIC = 56, b"ARM\x64"
+_BIG_ENDIAN = 1 << 0
+_PLAUSIBLE_MIB = 1 << 12  # a header that says more is none
+_ZSTD = b"\x28\xb5\x2f\xfd"
+_EFI, _ZBOOT = b"MZ", b"zimg"
+_MOST_PACKED = 512 << 20  # bytes, which are in memory; Debian's have 15 MiB
+_CHUNK = 4 << 20
+
+_HOW_X86 = "use --arch x86_64, or a kernel for arm64"
+# (offset, magic, what it is, cure)
+_OTHERS = (
+    (0x202, b"HdrS", "a kernel for x86", _HOW_X86),
+    (0, b"070701", "a cpio archive, that is an initrd", "give it to --initrd"),
+    (0, b"070702", "a cpio archive, that is an initrd", "give it to --initrd"),
+    (0, b"\xfd7zXZ\0", "xz-compressed", "decompress it first (xz -dc)"),
+    (0, b"BZh", "bzip2-compressed", "decompress it first (bzip2 -dc)"),
+    (0, b"\x02\x21\x4c\x18", "lz4-compressed", "decompress it first (lz4 -dc)"),
+    (0, b"\x04\x22\x4d\x18", "lz4-compressed", "decompress it first (lz4 -dc)"),
+    (0, b"\x27\x05\x19\x56", "a U-Boot image (uImage)", "use the Image that it was made of"),
+    (0, b"QFI\xfb", "a QCOW2 disk image", "give disks to --disk"),
+    (0, b"!<arch>\n", "a Debian package or ar archive", "unpack it: dpkg -x FILE DIRECTORY"),
+    (0x38, b"RSC\x05", "a kernel for RISC-V", "use one for arm64"),
+    (0x438, b"\x53\xef", "an ext2/3/4 file system", "give disks to --disk"),
+)
+_ELF = b"\x7fELF"
+_ELF_X86 = (3, 62)  # EM_386, EM_X86_64
+_HEAD = 0x440
+
+
+class Image(NamedTuple):
+    """A checked header: where it goes from an address that is a multiple of 2 MiB, and how much
+    memory it needs there."""
+
+    text_offset: int
+    size: int
+
+
+def load(memory: GuestMemory, kernel: ImageFile) -> tuple[int, int]:
+    """Put the kernel into fresh RAM; where it begins, and the end of what it needs. Raises
+    ConfigError."""
+    image, pieces = contents(kernel)
+    ram = memory.regions[0]
+    start = at = ram.guest_addr + image.text_offset
+    end = start + image.size
+    if end > ram.end:
+        needed = -(-(end - ram.guest_addr) // layout.MIB)
+        raise kernel.error(
+            f"{kernel.path} needs {needed} MiB of memory to start, the guest has "
+            f"{ram.size // layout.MIB} MiB",
+            "is the file damaged?" if needed > _PLAUSIBLE_MIB else f"give it --memory {needed}M",
+        )
+    for piece in pieces:
+        memory.write(at, piece)
+        at += len(piece)
+    return start, end
+
+
+def contents(kernel: ImageFile) -> tuple[Image, Iterator[bytes]]:
+    """The header, and the bytes of the Image, unpacked, in pieces: no more than the header says.
+    Raises ConfigError, also while the pieces are taken."""
+    pieces = _pieces(kernel)
+    first = next(pieces, b"")
+    image = parse(kernel, first)
+    return image, _within(kernel, image.size, _and(first, pieces))
+
+
+def _within(kernel: ImageFile, size: int, pieces: Iterator[bytes]) -> Iterator[bytes]:
+    left = size
+    for piece in pieces:
+        left -= len(piece)
+        if left < 0:
+            raise kernel.error(
+                f"{kernel.path} is damaged: it has more than the {size} bytes that its header says"
+            )
+        yield piece
+
+
+def parse(kernel: ImageFile, head: bytes) -> Image:
+    """Check the header in `head`, what an Image begins with. Raises ConfigError."""
+    if len(head) < HEADER_SIZE or not has_magic(head):
+        raise kernel.error(f"{kernel.path} is damaged: what is packed in it is no Image for arm64")
+    text_offset, size, flags = struct.unpack_from("<3Q", head, 8)
+    if size == 0:
+        raise kernel.error(
+            f"{kernel.path} does not say how much memory it needs",
+            "use a kernel of Linux 3.17 or later",
+        )
+    if flags & _BIG_ENDIAN:
+        raise kernel.error(f"{kernel.path} is a big-endian kernel", "use a little-endian one")
+    if text_offset >= layout.KERNEL_ALIGN:
+        raise kernel.error(f"{kernel.path} is damaged: its text_offset is {text_offset:#x}")
+    return Image(text_offset, size)
+
+
+def has_magic(head: bytes) -> bool:
+    """Whether a file that begins with `head` is an Image, not compressed."""
+    return head[_MAGIC_OFFSET : _MAGIC_OFFSET + len(_MAGIC)] == _MAGIC
+
+
+def _and(first: bytes, rest: Iterable[bytes]) -> Iterator[bytes]:
+    yield first
+    yield from rest
+
+
+def _pieces(kernel: ImageFile) -> Iterator[bytes]:
+    head = kernel.read(0, _HEAD)
+    if head.startswith(_EFI) and head[4:8] == _ZBOOT:
+        return _unpacked(kernel, *_zboot(kernel, head))
+    if head.startswith((GZIP, _ZSTD)):
+        return _unpacked(kernel, 0, kernel.size)
+    if has_magic(head):
+        return kernel.pieces(_CHUNK, kernel.size)
+    raise _not_a_kernel(kernel, head)
+
+
+def _zboot(kernel: ImageFile, head: bytes) -> tuple[int, int]:
+    """(offset, size) of the payload of an EFI program that unpacks a kernel."""
+    offset, size = struct.unpack_from("<2I", head.ljust(HEADER_SIZE, b"\0"), 8)
+    method = head[24:56].split(b"\0", 1)[0]
+    if not size or offset + size > kernel.size:
+        raise kernel.error(
+            f"{kernel.path} is truncated: its payload lies past its end", "copy or build it again"
+        )
+    if not kernel.read(offset, 4).startswith((GZIP, _ZSTD)):
+        said = method.decode("ascii", "replace")
+        said = said if said.isprintable() else "something unknown"
+        raise kernel.error(
+            f"{kernel.path} is compressed by {said}", "use one that is compressed by gzip or zstd"
+        )
+    return offset, size
+
+
+def _unpacked(kernel: ImageFile, offset: int, size: int) -> Iterator[bytes]:
+    if size > _MOST_PACKED:
+        raise kernel.error(f"{kernel.path} has {size} bytes of compressed data: it is no kernel")
+    # The header is in the first piece, however little the first one is.
+    pieces = unpack(kernel, kernel.read(offset, size))
+    first = b""
+    for piece in pieces:
+        first += piece
+        if len(first) >= HEADER_SIZE:
+            break
+    return _and(first, pieces)
+
+
+def _not_a_kernel(kernel: ImageFile, head: bytes) -> ConfigError:
+    if head.startswith(_ELF):
+        machine = int.from_bytes(head[18:20], "little")
+        if machine in _ELF_X86:
+            return kernel.error(f"{kernel.path} is an ELF kernel for x86", _HOW_X86)
+        return kernel.error(
+            f"{kernel.path} is an ELF file", "use the Image that is built beside vmlinux"
+        )
+    for offset, magic, what, cure in _OTHERS:
+        if head[offset : offset + len(magic)] == magic:
+            return kernel.error(f"{kernel.path} is {what}", cure)
+    return kernel.error(
+        f"{kernel.path} is not an Image for arm64 (it lacks its magic number)",
+        "give it a Linux kernel, such as /boot/vmlinuz-* of an arm64 Debian",
+    )

@@ -1,0 +1,23 @@
+"""Where an arm64 guest has RAM, and what boot puts into it: guest-physical addresses.
+
+The devices' addresses, all below the RAM, are the board's (pyvmm/machine/board/arm64/layout.py).
+docs/memory-map.md draws both; a test compares them.
+"""
+
+from __future__ import annotations
+
+KIB = 1 << 10
+MIB = 1 << 20
+GIB = 1 << 30
+
+RAM = GIB
+KERNEL_ALIGN = 2 * MIB  # Linux Documentation/arch/arm64/booting.rst
+TREE_SIZE = 2 * MIB  # the largest device tree that Linux maps
+TREES = 2  # one for each kind of interrupt controller
+WINDOW = 32 * GIB  # in which Linux wants kernel, initrd and device tree together
+CMDLINE_MAX = 2047  # <asm/setup.h>, COMMAND_LINE_SIZE less the NUL
+
+
+def ram_ranges(size: int) -> list[tuple[int, int]]:
+    """Where `size` bytes of RAM lie: one range, as no device is above its start."""
+    return [(RAM, size)]

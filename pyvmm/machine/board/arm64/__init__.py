@@ -1,0 +1,201 @@
+"""The arm64 machine: KVM's GIC, a serial port, a clock and virtio-mmio, told by a device tree."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from pyvmm.boot import arm64 as boot
+from pyvmm.bus import Bus
+from pyvmm.errors import ConfigError
+from pyvmm.kvm.arm64 import boot_vcpu, uapi, vgic
+from pyvmm.kvm.arm64.capabilities import REQUIRED
+from pyvmm.kvm.capabilities import Requirement
+from pyvmm.kvm.system import Kvm
+from pyvmm.kvm.vcpu import Vcpu
+from pyvmm.kvm.vm import Vm
+from pyvmm.machine.board.arm64 import layout
+from pyvmm.machine.board.board import Board, Core, VirtioSlot
+from pyvmm.memory import GuestMemory
+from pyvmm.platform.arm64.pl031 import Pl031
+from pyvmm.platform.serial import BURST, Serial
+
+if TYPE_CHECKING:
+    from pyvmm.kvm.arm64.probe_guest import ProbeGuest
+
+_GICS = (
+    boot.Gic(
+        3,
+        (
+            (layout.GIC_DISTRIBUTOR, uapi.KVM_VGIC_V3_DIST_SIZE),
+            (layout.GIC_REDISTRIBUTORS, layout.GIC_REDISTRIBUTORS_SIZE),
+        ),
+    ),
+    boot.Gic(
+        2,
+        (
+            (layout.GIC_DISTRIBUTOR, uapi.KVM_VGIC_V2_DIST_SIZE),
+            (layout.GIC_CPU_INTERFACE, uapi.KVM_VGIC_V2_CPU_SIZE),
+        ),
+    ),
+)
+_PLACES = vgic.Places(layout.GIC_DISTRIBUTOR, layout.GIC_CPU_INTERFACE, layout.GIC_REDISTRIBUTORS)
+_FIRST_PPI = 16
+
+
+class Arm64Board(Board[boot.Entry]):
+    """See Board. It is made of `layout` and pyvmm/boot/arm64, kvm/arm64, platform/arm64."""
+
+    console = "ttyS0"
+    kernel_parameters = ()
+    kernel_files = ("arch/arm64/boot/Image", "arch/arm64/boot/Image.gz")
+
+    def ram_ranges(self, size: int) -> list[tuple[int, int]]:
+        return boot.ram_ranges(size)
+
+    def mapped_files(self, ram: int) -> range:
+        end = sum(boot.ram_ranges(ram)[-1])
+        start = -(-end // layout.MAPPED_FILE_ALIGN) * layout.MAPPED_FILE_ALIGN
+        return range(start, start + layout.MAX_MAPPED_FILES)
+
+    def virtio_slots(self, count: int) -> tuple[VirtioSlot, ...]:
+        if count > layout.VIRTIO_SLOTS:
+            raise ValueError(f"{count} virtio devices, {layout.VIRTIO_SLOTS} places")
+        return tuple(
+            VirtioSlot(
+                layout.VIRTIO_MMIO_BASE + index * layout.VIRTIO_MMIO_STRIDE,
+                layout.VIRTIO_MMIO_SIZE,
+                layout.VIRTIO_GSI + index,
+            )
+            for index in range(count)
+        )
+
+    def load(
+        self,
+        memory: GuestMemory,
+        *,
+        kernel: str,
+        initrd: str | None,
+        cmdline: str,
+        cpus: int,
+        slots: Sequence[VirtioSlot],
+        discovery: str,
+        memory_window: range = range(0),
+    ) -> boot.Entry:
+        if discovery != "auto":
+            raise ConfigError(
+                f"arm64 guests are told of their devices by a device tree, not by {discovery}",
+                cure="leave the option out",
+                option="--discovery",
+            )
+        if cpus > layout.MAX_CPUS:
+            raise ConfigError(
+                f"an arm64 guest has {layout.MAX_CPUS} vCPUs at most",
+                cure="ask for fewer",
+                option="--cpus",
+            )
+        machine = boot.Machine(
+            ram=[(region.guest_addr, region.size) for region in memory.regions],
+            affinities=[boot_vcpu.mpidr(index) for index in range(cpus)],
+            serial=boot.Device(layout.SERIAL, layout.SERIAL_SIZE, layout.SERIAL_GSI),
+            clock=(layout.CLOCK, layout.CLOCK_SIZE),
+            virtio=[boot.Device(*slot) for slot in slots],
+            timers=layout.TIMER_PPIS,
+            pmu=layout.PMU_PPI,
+            cmdline=cmdline,
+            initrd=(0, 0),
+        )
+        return boot.load(memory, kernel=kernel, initrd=initrd, machine=machine, gics=_GICS)
+
+    def kernel_release(self, path: str) -> str:
+        from pyvmm.boot.arm64.kernel_file import release_of
+
+        return release_of(path)
+
+    def kernel_config(self, path: str) -> str:
+        from pyvmm.boot.arm64.kernel_file import config_of
+
+        return config_of(path)
+
+    def unpack_kernel(self, path: str, target: str) -> None:
+        from pyvmm.boot.arm64.kernel_file import unpack_image
+
+        unpack_image(path, target)
+
+    @property
+    def requirements(self) -> Sequence[Requirement]:
+        return REQUIRED
+
+    def probe_guest(self, kvm: Kvm) -> ProbeGuest:
+        from pyvmm.kvm.arm64.probe_guest import ProbeGuest
+
+        return ProbeGuest(kvm)
+
+    def address_bits(self, kvm: Kvm) -> int:
+        return kvm.check_extension(uapi.KVM_CAP_ARM_VM_IPA_SIZE) or _USUAL_ADDRESS_BITS
+
+    def create_vm(self, kvm: Kvm, memory: GuestMemory) -> Vm:
+        # As wide as this KVM has it: files as memory come after the VM is made.
+        bits = kvm.check_extension(uapi.KVM_CAP_ARM_VM_IPA_SIZE)
+        return kvm.create_vm(bits & uapi.KVM_VM_TYPE_ARM_IPA_SIZE_MASK)
+
+    def build(
+        self,
+        kvm: Kvm,
+        vm: Vm,
+        *,
+        entry: boot.Entry | None,
+        cpus: int,
+        ports: Bus,
+        mmio: Bus,
+        sink: Callable[[bytes], None],
+        closing: ExitStack,
+    ) -> Core:
+        if vm.check_extension(uapi.KVM_CAP_ARM_NISV_TO_USER):
+            vm.enable_cap(uapi.KVM_CAP_ARM_NISV_TO_USER)  # else KVM_RUN fails with ENOSYS
+        gic = vgic.Vgic(vm, _PLACES, layout.GIC_INTERRUPTS)
+        closing.callback(gic.close)
+        if gic.version == 2 and cpus > vgic.MAX_VCPUS_V2:
+            raise ConfigError(
+                f"this machine's KVM has a GICv2, which serves {vgic.MAX_VCPUS_V2} vCPUs",
+                cure="ask for fewer",
+                option="--cpus",
+            )
+        vcpus = _add_vcpus(vm, gic, cpus, closing)
+        if entry is not None:
+            boot_vcpu.setup_boot_vcpu(vcpus[0], pc=entry.pc, x0=entry.trees[gic.version])
+
+        def interrupt(level: bool) -> None:
+            vgic.set_line(vm, layout.SERIAL_GSI, level)
+
+        serial = Serial(interrupt, sink, burst=BURST if cpus > 1 else math.inf)
+        closing.callback(serial.close)
+        clock = Pl031()
+        mmio.register(layout.SERIAL, layout.SERIAL_SIZE, serial)
+        mmio.register(layout.CLOCK, layout.CLOCK_SIZE, clock)
+        return Core(vcpus, serial, None, {"serial": serial, "clock": clock})
+
+    def state_lines(self, vcpu: Vcpu, read: Callable[[int, int], bytes]) -> Iterator[str]:
+        from pyvmm.kvm.arm64.state_text import state_lines
+
+        return state_lines(vcpu, read)
+
+
+_USUAL_ADDRESS_BITS = 40  # of a VM of type 0 (KVM API, 4.2 KVM_CREATE_VM)
+
+
+def _add_vcpus(vm: Vm, gic: vgic.Vgic, count: int, closing: ExitStack) -> tuple[Vcpu, ...]:
+    pmu = boot_vcpu.has_pmu(vm)
+    vcpus = []
+    for index in range(count):
+        vcpu = vm.create_vcpu(index)
+        closing.callback(vcpu.close)
+        boot_vcpu.setup_vcpu(vm, vcpu, pmu=pmu)
+        vcpus.append(vcpu)
+    gic.initialise()
+    if pmu:
+        for vcpu in vcpus:
+            boot_vcpu.finish_pmu(vcpu, _FIRST_PPI + layout.PMU_PPI)
+    return tuple(vcpus)

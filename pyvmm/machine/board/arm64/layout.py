@@ -1,0 +1,42 @@
+"""Where an arm64 machine has its devices: guest-physical addresses and interrupts.
+
+All are below the RAM (pyvmm/boot/arm64/layout.py). docs/arm64.md has them; a test compares them.
+"""
+
+from __future__ import annotations
+
+from pyvmm.boot.arm64.layout import GIB
+from pyvmm.kvm.arm64 import uapi
+from pyvmm.platform.arm64 import pl031
+
+MAX_CPUS = 64
+
+# --- guest-physical addresses ---------------------------------------------------------------------
+GIC_DISTRIBUTOR = 0x0800_0000
+GIC_CPU_INTERFACE = 0x0801_0000  # a GICv2's
+GIC_REDISTRIBUTORS = 0x0880_0000  # a GICv3's, one for each vCPU
+GIC_REDISTRIBUTORS_SIZE = MAX_CPUS * uapi.KVM_VGIC_V3_REDIST_SIZE
+SERIAL = 0x0900_0000
+SERIAL_SIZE = 8
+CLOCK = 0x0901_0000
+CLOCK_SIZE = pl031.SIZE
+VIRTIO_MMIO_BASE = 0x0A00_0000
+VIRTIO_MMIO_STRIDE = 0x1000
+VIRTIO_MMIO_SIZE = 0x200  # registers to 0x100, then the device's configuration space
+
+# --- interrupts -----------------------------------------------------------------------------------
+# GSIs, which count the shared ones from 0 on: the GIC's id is 32 more.
+SERIAL_GSI = 0
+VIRTIO_GSI = 16
+VIRTIO_SLOTS = 32
+GIC_INTERRUPTS = 96  # of all kinds; KVM wants a multiple of 32
+
+# A vCPU's own, counted from 16 on: the timers of secure and non-secure EL1, of the guest's own time
+# and of the hypervisor (Arm Base System Architecture, "PPI assignments"), and the counters'.
+TIMER_PPIS = (13, 14, 11, 10)
+PMU_PPI = 7
+
+# --- above the RAM -------------------------------------------------------------------------------
+MAPPED_FILE_ALIGN = GIB
+MAX_MAPPED_FILES = 4 << 40
+SMALLEST_ADDRESS_BITS = 32  # that KVM makes a VM for
