@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +30,7 @@ from pyvmm.spec.options import ONLY_TYPED, Option
 from pyvmm.spec.sizes import write_memory
 from pyvmm.spec.vm import VmSpec
 
+_FOLDERS = ("modules", "root", "rw")  # which are no part of a specification
 _SHOWN = "pyvmm run --print-config shows how such a file is written"
 
 
@@ -116,8 +117,9 @@ def _from_folder(values: Mapping[str, Any], folder: str, allow_code: bool) -> di
     if not allow_code:
         _refuse_code(spec)
     found = dict(values)
-    if "modules" in given:
-        found["modules"] = _join(folder, given["modules"])
+    for name in _FOLDERS:
+        if given.get(name):
+            found[name] = _each(given[name], lambda path: _join(folder, path))
     if surrounding := [key for key in given if key in surroundings.NAMES]:
         around = surroundings.read_surroundings(given).with_paths(lambda path: _join(folder, path))
         found |= {key: around.as_values()[key] for key in surrounding}
@@ -131,6 +133,11 @@ def _from_folder(values: Mapping[str, Any], folder: str, allow_code: bool) -> di
             # An empty list takes away what a default would give, such as --console serial.
             found[option.name] = devices or given[option.name]
     return found
+
+
+def _each(value: Any, change: Callable[[str], str]) -> Any:
+    """A path, or each of several, as `change` gives it."""
+    return list(map(change, value)) if isinstance(value, (list, tuple)) else change(value)
 
 
 def _join(folder: str, path: str) -> str:
@@ -155,8 +162,9 @@ def dump(spec: VmSpec, **values: Any) -> str:
     import tomli_w
 
     spec = with_paths(spec, os.path.abspath)
-    if values.get("modules"):
-        values["modules"] = os.path.abspath(values["modules"])
+    for name in _FOLDERS:
+        if values.get(name):
+            values[name] = _each(values[name], os.path.abspath)
     around = surroundings.read_surroundings(values).with_paths(os.path.abspath)
     values |= around.as_values()
     found: dict[str, Any] = {}

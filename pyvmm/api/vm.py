@@ -66,6 +66,8 @@ class VM(InGuest, InMonitor):
         kernel: Path | None = None,
         initrd: Path | None = None,
         modules: Path | None = None,
+        root: Path | None = None,
+        rw: Path | Iterable[Path] = (),
         cpus: int = 1,
         memory: int | str = "512M",
         cmdline: str = "",
@@ -265,7 +267,11 @@ class VM(InGuest, InMonitor):
 
     def _keeps_something(self) -> bool:
         image_kept = self._values["image"] is not None and not self._values["rm"]
-        return self._attached or image_kept or any(disk.keeps for disk in self.spec.disks)
+        return (
+            self._attached
+            or image_kept
+            or any(part.keeps for part in self.spec.parts if part.kind in ("disk", "share"))
+        )
 
     def kill(self) -> Outcome:
         """End its process at once (SIGKILL), and wait until it has ended."""

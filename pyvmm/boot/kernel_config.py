@@ -22,12 +22,15 @@ _LINE = re.compile(r"^CONFIG_(\w+)=([ym])$", re.MULTILINE)
 class Wants(NamedTuple):
     """What a guest is to have. `console` is "serial", "virtio", or "" for none to look after;
     `modules` tells whether there are any for it to load, `own_init` whether its first program is
-    that of pyvmm's initramfs. `filesystem` is the root's, "" for none."""
+    that of pyvmm's initramfs. `filesystem` is the root's, "" for none; with
+    `overlay` it is a directory of the host's, and what the guest changes goes elsewhere."""
 
     transport: str = "mmio"
     disks: bool = False
     nets: bool = False
     vsock: bool = False
+    shares: bool = False
+    overlay: bool = False
     console: str = "serial"
     initrd: bool = False
     modules: bool = False
@@ -96,7 +99,7 @@ def _needs(wants: Wants) -> Iterator[tuple[tuple[str, ...], bool, str]]:
     if wants.own_init:
         yield ("BINFMT_SCRIPT",), True, "for the first program of its initramfs"
         yield ("DEVTMPFS",), True, "for its device files"
-    if wants.disks or wants.nets or wants.vsock:
+    if wants.disks or wants.nets or wants.vsock or wants.shares:
         if wants.transport == "pci":
             yield ("VIRTIO_PCI",), False, "for its devices"
             yield ("PCI_MMCONFIG", "PCI_DIRECT"), True, "for its PCI bus"
@@ -111,6 +114,11 @@ def _needs(wants: Wants) -> Iterator[tuple[tuple[str, ...], bool, str]]:
         yield ("VIRTIO_NET",), False, "for its network"
     if wants.vsock:
         yield ("VIRTIO_VSOCKETS",), False, "for its agent, over vsock"
+    if wants.shares:
+        yield ("VIRTIO_FS",), False, "for its shared directories"
+    if wants.overlay:
+        yield ("OVERLAY_FS",), False, "to keep its root as it is"
+        yield ("TMPFS",), True, "for what it changes"
 
 
 _FILE_SYSTEMS = {

@@ -4,22 +4,34 @@ It is told nothing but the directory, and a socket that is connected to us alrea
 has a name, and it ends when our end is closed, by whatever ends us. It sees no files but those of
 the directory (its own sandbox: namespaces), and cannot make device nodes. An ordinary user's files
 belong to root in the guest; what root starts passes owners on as they are.
+
+Its sandbox has the directory as its root, by pivot_root(2), which refuses to have / in place of /.
+So for / there is a bind mount of it elsewhere, in a namespace of its own, which this module enters
+as a program before it becomes virtiofsd.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
+import sys
 import threading
 from collections import deque
 from collections.abc import Sequence
+from typing import NoReturn
 
 from pyvmm.errors import ConfigError
-from pyvmm.host import box, log
+from pyvmm.host import box, confinement, log
 from pyvmm.host.private_listener import connected_listener
 
 PROGRAM = "virtiofsd"
 _PATIENCE = 10.0  # seconds for its end, once our end of the socket is closed
+# <linux/sched.h>, <linux/mount.h>
+_CLONE_NEWNS, _CLONE_NEWUSER = 0x00020000, 0x10000000
+_MS_BIND, _MS_REC, _MS_PRIVATE = 1 << 12, 1 << 14, 1 << 18
+_SECOND_ROOT = "/sys"  # which is everywhere, and has nothing that virtiofsd needs
+_NOBODY = 65534  # /proc/sys/kernel/overflowuid and overflowgid
 _NOISE = ("Failure when trying to set the limit",)
 
 
@@ -27,10 +39,19 @@ class Virtiofsd:
     """A running virtiofsd that serves `folder`. `socket` is our end, for one front end to take."""
 
     def __init__(
-        self, command: Sequence[str], folder: str, *, read_only: bool, sandbox: str = "namespace"
+        self,
+        command: Sequence[str],
+        folder: str,
+        *,
+        read_only: bool,
+        sandbox: str = "namespace",
+        keeps_owners: bool = False,
+        tells_mounts: bool = True,
     ) -> None:
-        """`command` is the beginning of its command line. Raises ConfigError if it cannot be
-        started; what it says of the folder is in `why_it_ended`."""
+        """`command` is the beginning of its command line. With `keeps_owners` an ordinary user's
+        files are that user's in the guest as well, and not root's; with `tells_mounts` the guest
+        sees which directories are other file systems. Raises ConfigError if it cannot be started;
+        what it says of the folder is in `why_it_ended`."""
         self.folder = folder
         self.socket, listener = connected_listener()
         self._said: deque[str] = deque(maxlen=8)
@@ -40,8 +61,10 @@ class Virtiofsd:
             try:
                 self._process = subprocess.Popen(
                     [
-                        *command,
+                        *_begin(command, folder),
                         *_arguments(folder, listener.fileno(), read_only=read_only),
+                        *_owners(keeps_owners),
+                        *([] if tells_mounts else ["--no-announce-submounts"]),
                         f"--sandbox={sandbox}",
                     ],
                     stdin=subprocess.DEVNULL,
@@ -87,10 +110,36 @@ class Virtiofsd:
             self._thread.join(_PATIENCE)
 
 
+def _begin(command: Sequence[str], folder: str) -> Sequence[str]:
+    return confinement.python(__name__, *command) if folder == "/" else command
+
+
+def main(arguments: list[str]) -> NoReturn:
+    """Mount / on `_SECOND_ROOT`, where nobody else sees it, and become the program `arguments`."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    uid, gid = os.geteuid(), os.getegid()
+    try:
+        _check(libc.unshare(_CLONE_NEWNS if uid == 0 else _CLONE_NEWNS | _CLONE_NEWUSER))
+        if uid != 0:
+            for name, text in (("setgroups", "deny"), ("uid_map", uid), ("gid_map", gid)):
+                with open(f"/proc/self/{name}", "w") as file:
+                    file.write(text if isinstance(text, str) else f"{text} {text} 1")
+        _check(libc.mount(None, b"/", None, _MS_REC | _MS_PRIVATE, None))
+        _check(libc.mount(b"/", os.fsencode(_SECOND_ROOT), None, _MS_REC | _MS_BIND, None))
+        os.execv(arguments[0], arguments)
+    except OSError as error:
+        sys.exit(f"no namespace for it: {error.strerror}")
+
+
+def _check(result: int) -> None:
+    if result:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
 def _arguments(folder: str, listener: int, *, read_only: bool) -> list[str]:
     arguments = [
         f"--fd={listener}",
-        f"--shared-dir={folder}",
+        f"--shared-dir={_SECOND_ROOT if folder == '/' else folder}",
         "--cache=auto",
         "--allow-direct-io",
         "--xattr",
@@ -98,11 +147,12 @@ def _arguments(folder: str, listener: int, *, read_only: bool) -> list[str]:
     ]
     if read_only:
         arguments.append("--readonly")
-    if os.geteuid() == 0:
-        arguments.append("--modcaps=-mknod")
-    else:
-        arguments += [
-            f"--translate-uid=map:0:{os.geteuid()}:1",
-            f"--translate-gid=map:0:{os.getegid()}:1",
-        ]
     return arguments
+
+
+def _owners(keeps: bool) -> list[str]:
+    """An ordinary user's virtiofsd knows that user alone: to it all other files are nobody's."""
+    if os.geteuid() == 0:
+        return ["--modcaps=-mknod"]
+    uid, gid = (_NOBODY, _NOBODY) if keeps else (os.geteuid(), os.getegid())
+    return [f"--translate-uid=map:0:{uid}:1", f"--translate-gid=map:0:{gid}:1"]

@@ -81,7 +81,7 @@ class Catalogue:
         elif kind == "initramfs":
             recipe = self.recipes.initramfs.for_kernel(self.recipes.kernels.get(which))
             parts += [asdict(recipe), *agent.FLAGS, *agent.LINKING]
-            parts += [self._script("initramfs", file) for file in initramfs.SOURCES]
+            parts += [self._script(*names) for names in initramfs.SOURCES]
         else:
             parts += [self.recipes.release, asdict(self.recipes.rootfs[which])]
             parts += [self._script("rootfs", file) for file in _ROOTFS_SCRIPTS]

@@ -24,20 +24,23 @@ _USUAL_FILE_SYSTEM = "ext4"
 _MOST = 1 << 30  # bytes
 
 
-def make(modules: ModuleTree | None, needed: Mapping[str, str], filesystem: str = "") -> str:
+def make(
+    modules: ModuleTree | None, needed: Mapping[str, str], filesystems: Sequence[str] = ()
+) -> str:
     """The path of an initramfs for the kernel that `modules` are of. `needed` tells which lists of
     the recipes the guest cannot do without, and what each is for; of the others it gets those that
-    can be had. `filesystem` is the root's, if it is known.
+    can be had. `filesystems` are those of the root, if
+    they are known.
 
     Raises ConfigError that names the modules that are missing.
     """
     base, lists = _recipe()
-    kinds = dict.fromkeys(kind for kind in (filesystem, _USUAL_FILE_SYSTEM) if kind)
+    kinds = dict.fromkeys((*filesystems, _USUAL_FILE_SYSTEM))
     lists = {**lists, **{f"{FILE_SYSTEM}{kind}": (kind,) for kind in kinds}}
     parts: Iterable[bytes] = [base]
     if modules is not None:
-        if filesystem:
-            needed = {**needed, f"{FILE_SYSTEM}{filesystem}": "for its root file system"}
+        roots = dict.fromkeys(map(FILE_SYSTEM.__add__, filesystems), "for its root file system")
+        needed = {**needed, **roots}
         chosen = _choose(modules, lists, needed)
         # Piece by piece: a stranger's modules may be large.
         parts = itertools.chain(parts, cpio.chunks(initramfs.module_entries(chosen, modules)))

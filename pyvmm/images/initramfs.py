@@ -20,7 +20,12 @@ from pyvmm.images.recipes import InitramfsRecipe, KernelRecipe, Recipes
 
 FILE = "initramfs.cpio"
 BASE = "initramfs-base"  # the image without any modules; `fresh_initramfs` puts them behind it
-SOURCES = ("init", "find-root.c")
+SOURCES = (
+    ("initramfs", "init"),
+    ("initramfs", "shared-root"),
+    ("initramfs", "find-root.c"),
+    ("rootfs", "pyvmm-network"),
+)
 _FOLDERS = ("bin", "dev", "modules", "proc", "root", "sys")
 
 
@@ -45,6 +50,8 @@ def build(
         programs = {
             "bin/busybox": _read(os.path.join(room, "bin", "busybox")),
             "init": _read(recipes.file("initramfs", "init")),
+            "shared-root": _read(recipes.file("initramfs", "shared-root")),
+            "bin/pyvmm-network": _read(recipes.file("rootfs", "pyvmm-network")),
         }
         if kernel is None or not kernel.is_foreign:
             finder = os.path.join(room, "find-root")

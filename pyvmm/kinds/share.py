@@ -31,7 +31,9 @@ _FLAG = "--share"
 _SYNTAX = "DIR[:MOUNTPOINT][,readonly][,tag=TAG]"
 _TAG = re.compile(r"[A-Za-z0-9._-]{1,36}")
 _LONGEST_MOUNTPOINT = 255  # bytes; it goes on the kernel's command line
-_GUESTS_OWN = ("/dev", "/proc", "/run", "/sys", "/tmp")  # its init mounts over them
+# What a guest's init mounts over; it has a /tmp of its own where the root is a disk.
+_OWN_OF_ANY = ("/dev", "/proc", "/run", "/sys")
+_OWN_OF_DISKS = (*_OWN_OF_ANY, "/tmp")
 
 OPTIONS = (
     Option(
@@ -60,6 +62,9 @@ class Spec(DeviceSpec):
     tag: str = ""
     # Where it is a 9p file system by this name, which has yet to be mounted at `path`.
     ninep: str = field(default="", metadata=INTERNAL)
+    # Of a guest whose root is a directory of this machine: the root itself, or a part of that.
+    is_root: bool = field(default=False, metadata=INTERNAL)
+    is_part: bool = field(default=False, metadata=INTERNAL)
 
     @property
     def keeps(self) -> bool:
@@ -69,10 +74,13 @@ class Spec(DeviceSpec):
     @property
     def kernel_parameters(self) -> tuple[str, ...]:
         """The initramfs mounts it."""
+        mode = "ro" if self.read_only else "rw"
+        if self.is_root:
+            return (f"pyvmm.root={self.tag}:{mode}",)
         if not self.mountpoint:
             return ()
         place = b64encode(self.mountpoint.encode()).decode()
-        return (f"pyvmm.share={self.tag}:{'ro' if self.read_only else 'rw'}:{place}",)
+        return (f"pyvmm.share={self.tag}:{mode}:{place}",)
 
 
 def parse(text: str) -> Spec:
@@ -98,10 +106,11 @@ def check_all(specs: Iterable[Spec], vm: VmSpec) -> list[Spec]:
     """Each with a tag of its own. Raises ConfigError for what cannot be shared."""
     specs, found = list(specs), list[Spec]()
     taken = {spec.tag for spec in specs if spec.tag}
+    own = _OWN_OF_ANY if any(spec.is_root for spec in specs) else _OWN_OF_DISKS
     for number, spec in enumerate(specs):
         if not spec.tag:
             spec = replace(spec, tag=_free_tag(number, taken))
-        _check(spec)
+        _check(spec, own)
         for other in found:
             if other.tag == spec.tag:
                 _refuse(f"two shares with the tag {spec.tag}", "give each its own")
@@ -118,7 +127,7 @@ def _free_tag(number: int, taken: set[str]) -> str:
     return f"share{number}"
 
 
-def _check(spec: Spec) -> None:
+def _check(spec: Spec, own: tuple[str, ...]) -> None:
     if not _TAG.fullmatch(spec.tag):
         _refuse(f"{spec.tag!r:.100} is not a tag", "use 1 to 36 letters, digits, dots and dashes")
     place = spec.mountpoint
@@ -133,7 +142,7 @@ def _check(spec: Spec) -> None:
             )
         if length > _LONGEST_MOUNTPOINT:
             _refuse("the mountpoint is too long", f"use at most {_LONGEST_MOUNTPOINT} bytes")
-        if any(place == own or place.startswith(f"{own}/") for own in _GUESTS_OWN):
+        if any(place == one or place.startswith(f"{one}/") for one in own):
             _refuse(f"the guest's init mounts over {place}", "use another place, such as /mnt")
     if not spec.path:
         _refuse("no directory is named", f"use {_SYNTAX}")
@@ -169,7 +178,14 @@ def open_device(spec: Spec, context: Context) -> VhostUserDevice:
     if spec.ninep:
         _mount_9p(spec)
     path = os.path.realpath(spec.path)
-    server = Virtiofsd(images.virtiofsd_command(True), path, read_only=spec.read_only)
+    server = Virtiofsd(
+        images.virtiofsd_command(True),
+        path,
+        read_only=spec.read_only,
+        keeps_owners=spec.is_root or spec.is_part,
+        # An overlay takes nothing from beyond the mountpoints that it is told of.
+        tells_mounts=not spec.is_root,
+    )
     context.closing.callback(server.close)
     try:
         device = VhostUserDevice(

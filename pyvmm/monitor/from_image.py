@@ -30,7 +30,7 @@ def choose(options: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
         chosen["kernel"] = found.kernel
         if not chosen.get("initrd"):
             chosen["initrd"] = found.initrd
-            _choose_transport(chosen)
+            choose_transport(chosen)
     if name is None and disks:
         return chosen, None
     # Until the VM has its name, what it changes has no place: a snapshot stands for it.
@@ -39,10 +39,10 @@ def choose(options: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
     return chosen, found.name
 
 
-def _choose_transport(chosen: dict[str, Any]) -> None:
-    """The kernel and the initrd are an image's, which have both drivers; PCI makes fewer exits
-    (decision 0442). Whoever hides the bus from the guest, or says how virtio-mmio devices are told
-    of, wants these."""
+def choose_transport(chosen: dict[str, Any]) -> None:
+    """Put a guest on PCI where nobody has chosen: its initramfs has both drivers, and PCI makes
+    fewer exits (decision 0442). Whoever hides the bus from the guest, or says how virtio-mmio
+    devices are told of, wants these."""
     wishes = chosen.get("transport") or "auto", chosen.get("discovery") or "auto"
     if wishes == ("auto", "auto") and not turns_pci_off(chosen.get("cmdline") or ""):
         chosen["transport"] = "pci"

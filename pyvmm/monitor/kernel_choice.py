@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyvmm.boot.cmdline import values as values_of
 from pyvmm.errors import ConfigError
@@ -18,6 +18,9 @@ from pyvmm.host import log
 from pyvmm.kinds.vm_spec import make_spec, validate
 from pyvmm.spec.record import replace
 from pyvmm.spec.vm import IN_DISK, VmSpec, names_kernel
+
+if TYPE_CHECKING:
+    from pyvmm.images.modules import ModuleTree
 
 _OPTION = "--kernel"
 _SMALLEST_REAL = 1 << 20  # bytes; a kernel with less has no configuration in it
@@ -30,8 +33,10 @@ _LISTS = {
     "rng": ("virtio-4", "for its random numbers"),
     "balloon": ("virtio-5", "for its balloon"),
     "vsock": ("virtio-19", "for its agent, over vsock"),
+    "share": ("virtio-26", "for its shared directories"),
     "pmem": ("virtio-27", "for its persistent memory"),
 }
+_USUAL = frozenset(("ext4",))  # the file systems that the recipes' initramfs can have as root
 
 
 class _Kernel(NamedTuple):
@@ -51,6 +56,10 @@ def specify(options: Mapping[str, Any]) -> tuple[VmSpec, str | None]:
     Raises ConfigError for what cannot be booted.
     """
     image: str | None = None
+    if options.get("root") is not None or options.get("rw"):
+        from pyvmm.monitor import host_root
+
+        return _with_kernel(host_root.choose(options), None), None
     if options.get("kernel") == IN_DISK:
         options = _with_disks_own(options)
     given = options
@@ -94,8 +103,13 @@ def _with_kernel(options: Mapping[str, Any], initrd: str | None) -> VmSpec:
     spec = _on_its_bus(validate(make_spec(options)), text, own_init=own_init)
     if own_init:
         made = kernel.initrd
-        if modules or made is None or _filesystem(spec) not in ("", "ext4"):
-            made = _make_initramfs(spec, kernel, os.fspath(modules) if modules else "")
+        if modules or made is None or not _USUAL.issuperset(_filesystems(spec)):
+            from pyvmm.images import fresh_initramfs
+
+            tree = _modules_of(kernel, os.fspath(modules) if modules else "")
+            made = fresh_initramfs.make(tree, _lists_for(spec), _filesystems(spec))
+            if tree is not None:
+                spec = _with_all_modules(spec, tree)
         spec = validate(replace(spec, initrd=made))
     _tell_lacking(spec, text, kernel.config, own_init=own_init)
     return spec
@@ -204,12 +218,15 @@ def _beside(kernel: str) -> str:
 # --- its modules ----------------------------------------------------------------------------------
 
 
-def _make_initramfs(spec: VmSpec, kernel: _Kernel, given: str) -> str:
-    from pyvmm.images import fresh_initramfs, modules
+def _modules_of(kernel: _Kernel, given: str) -> ModuleTree | None:
+    """The modules in `given`, or else the kernel's own; None for a kernel that has none."""
+    from pyvmm.images import modules
     from pyvmm.machine.board.registry import board_of_host
 
     release = board_of_host().kernel_release(kernel.path)
-    place = given or kernel.modules
+    place = given or kernel.modules or _modules_beside(kernel.path, release)
+    if not place:
+        return None
     tree = modules.find(place, release)
     if release and tree.release and tree.release != release:
         raise ConfigError(
@@ -218,7 +235,32 @@ def _make_initramfs(spec: VmSpec, kernel: _Kernel, given: str) -> str:
             cure="build both of one tree, or name the other ones",
             option="--modules" if given else _OPTION,
         )
-    return fresh_initramfs.make(tree, _lists_for(spec), _filesystem(spec))
+    return tree
+
+
+def _modules_beside(kernel: str, release: str) -> str:
+    """Where a kernel that is a file may have its modules: …/boot/vmlinuz-RELEASE has them in
+    …/lib/modules/RELEASE, and …/arch/x86/boot/bzImage in the tree. "" if they are not there."""
+    boot = os.path.dirname(os.path.realpath(kernel))
+    tree = os.path.dirname(os.path.dirname(os.path.dirname(boot)))
+    installed = os.path.join(os.path.dirname(boot), "lib", "modules", release)
+    if release and os.path.isdir(installed):
+        return installed
+    is_built = os.path.isfile(os.path.join(tree, "include", "config", "kernel.release"))
+    return tree if is_built else ""
+
+
+def _with_all_modules(spec: VmSpec, tree: ModuleTree) -> VmSpec:
+    """A guest whose root is a directory of this machine has the kernel's modules where modprobe
+    looks for them, if depmod has been there."""
+    from pyvmm.kinds import share
+
+    in_root = any(device.is_root for device in spec.devices if isinstance(device, share.Spec))
+    if not in_root or not os.path.isfile(os.path.join(tree.folder, "modules.dep")):
+        return spec
+    place = f"/lib/modules/{tree.release}"
+    one = share.Spec(tree.folder, place, read_only=True, tag="pyvmm-modules", is_part=True)
+    return replace(spec, devices=(*spec.devices, one))
 
 
 def _lists_for(spec: VmSpec) -> dict[str, str]:
@@ -233,10 +275,13 @@ def _lists_for(spec: VmSpec) -> dict[str, str]:
     return found
 
 
-def _filesystem(spec: VmSpec) -> str:
-    """Of the root, as far as the command line says; "" if it does not."""
+def _filesystems(spec: VmSpec) -> tuple[str, ...]:
+    """Of the root, as far as the command line and the shares say."""
+    for device in spec.devices:
+        if getattr(device, "is_root", False):
+            return ("virtiofs", "overlay") if getattr(device, "read_only", True) else ("virtiofs",)
     found = values_of(spec.cmdline, "rootfstype")
-    return found[-1] if found and found[-1].isalnum() else ""
+    return (found[-1],) if found and found[-1].isalnum() else ()
 
 
 # --- its configuration ----------------------------------------------------------------------------
@@ -269,16 +314,20 @@ def _lacking(spec: VmSpec, text: str, *, own_init: bool) -> list[str]:
     from pyvmm.boot import kernel_config
 
     other_console = bool(values_of(spec.cmdline, "console"))
+    kinds = {device.kind for device in spec.devices}
+    filesystems = _filesystems(spec) or (("ext4",) if own_init else ())
     wants = kernel_config.Wants(
         transport="pci" if spec.transport == "pci" else "mmio",
         disks=bool(spec.disks),
-        nets=any(device.kind == "net" for device in spec.devices),
-        vsock=any(device.kind == "vsock" for device in spec.devices),
+        nets="net" in kinds,
+        vsock="vsock" in kinds,
+        shares="share" in kinds,
+        overlay="overlay" in filesystems,
         console="" if other_console else "virtio" if spec.console else "serial",
         initrd=spec.initrd is not None or own_init,
         modules=spec.initrd is not None or own_init,
         own_init=own_init,
-        filesystem=_filesystem(spec) or ("ext4" if own_init else ""),
+        filesystem=filesystems[0] if filesystems else "",
     )
     return kernel_config.lacking(text, wants)
 

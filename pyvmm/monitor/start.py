@@ -4,7 +4,7 @@ one in the background, or for one command."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyvmm.errors import ConfigError
 from pyvmm.host.unix_sockets import Socket
@@ -13,6 +13,9 @@ from pyvmm.monitor.kernel_choice import specify
 from pyvmm.monitor.run_spec import run_spec
 from pyvmm.spec.surroundings import NAMES, Surroundings, read_surroundings
 from pyvmm.spec.vm import VmSpec
+
+if TYPE_CHECKING:
+    from pyvmm.monitor.run_command import CommandLine
 
 
 def start(
@@ -36,12 +39,13 @@ def start(
     options = {name: value for name, value in options.items() if name not in NAMES}
     if restore is not None:
         return _restore(restore, kvm, surroundings, options, detach=detach, command=command)
+    if command and detach:
+        raise ConfigError("a command is waited for", cure="use pyvmm exec", option="--detach")
     spec, image = specify(options)
     rm = bool(options.get("rm"))
-    if command:
-        if detach:
-            raise ConfigError("a command is waited for", cure="use pyvmm exec", option="--detach")
-        return _run_command(spec, kvm, surroundings, image, rm, command, debug)
+    line = None if detach else _command_line(command, options.get("root"), image)
+    if line is not None:
+        return _run_command(spec, kvm, surroundings, image, rm, line, debug)
     if not detach:
         return run_spec(spec, kvm, surroundings=surroundings, image=image, rm=rm)
     from pyvmm.monitor.process import run_detached
@@ -78,18 +82,30 @@ def _restore(
     return run_detached(lambda tell: run_spec(spec, kvm, surroundings=surroundings, on_name=tell))
 
 
+def _command_line(command: Sequence[str], root: Any, image: str | None) -> CommandLine | None:
+    """What runs in the guest; None if it is for its init to say."""
+    if root is not None:
+        from pyvmm.monitor.host_root import command_line
+
+        return command_line(root, command)
+    if not command:
+        return None
+    from pyvmm.monitor.run_command import for_image
+
+    return for_image(command, image)
+
+
 def _run_command(
     spec: VmSpec,
     kvm: str,
     surroundings: Surroundings,
     image: str | None,
     rm: bool,
-    command: Sequence[str],
+    line: CommandLine,
     debug: bool,
 ) -> int:
     from pyvmm.monitor import run_command
 
-    line = run_command.for_image(command, image)
     spec = validate(run_command.for_command(spec, rm=rm))
 
     def wrap(spec: VmSpec, control: Socket | None, run: Callable[[], int]) -> tuple[int, bool]:

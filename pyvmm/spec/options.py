@@ -97,6 +97,23 @@ FIRST = (
         help="The kernel's modules: …/lib/modules/VERSION, or its build tree. What the guest needs "
         "of them goes into an initramfs, in place of --initrd.",
     ),
+    Option(
+        "root",
+        "--root",
+        metavar="DIR",
+        help="The guest's root is the directory DIR of this machine, such as /: what the guest "
+        "changes is thrown away. With CMD, or else a shell, it runs in the current directory, as "
+        "you. docs/host-files.md has the rest.",
+    ),
+    Option(
+        "rw",
+        "--rw",
+        metavar="PATH",
+        many=True,
+        default=(),
+        repeats=True,
+        help="With --root: the directory PATH below DIR is the guest's to change; may be repeated.",
+    ),
 )
 LAST = (
     Option(
@@ -364,6 +381,10 @@ def read_path(value: Any, option: Option) -> str:
     return read_text(value.__fspath__() if hasattr(value, "__fspath__") else value, option)
 
 
+def _paths(value: Any, option: Option) -> tuple[str, ...]:
+    return tuple(read_path(path, option) for path in as_list(value))
+
+
 def _true_or_false(value: Any, option: Option) -> bool:
     if type(value) is not bool:
         raise wrong_type(option, value, "true or false")
@@ -421,6 +442,8 @@ _READ: Mapping[str, Callable[[Any, Option], Any]] = {
     "kernel": read_path,
     "initrd": read_path,
     "modules": read_path,
+    "root": read_path,
+    "rw": _paths,
     "cpus": _number,
     "memory": _size,
     "cmdline": read_text,

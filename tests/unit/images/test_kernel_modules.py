@@ -163,7 +163,7 @@ def test_all_that_is_missing_is_named_at_once(tmp_path: Path, recipe: None) -> N
     tree = modules.find(str(build_tree(tmp_path)), RELEASE)
     needed = {"virtio-1": "for its network", "virtio-2": "for its disks"}
     with pytest.raises(ConfigError) as caught:
-        fresh_initramfs.make(tree, needed, "xfs")
+        fresh_initramfs.make(tree, needed, ["xfs"])
     text = str(caught.value)
     assert "virtio_net (for its network), xfs (for its root file system)" in text
     assert "virtio_blk" not in text and "6.9.1-mine has neither built in nor in" in text

@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import base64
 import os
+import shutil
 import stat
 import struct
 import subprocess
 import sys
+import tempfile
+import traceback
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +22,7 @@ from front_end_rig import until
 from pyvmm import images
 from pyvmm.emulated_host.qemu import _folder_arguments
 from pyvmm.errors import ConfigError
+from pyvmm.images import programs
 from pyvmm.kinds import registry
 from pyvmm.kinds.border import Border
 from pyvmm.kinds.interface import Context
@@ -136,15 +140,14 @@ class Fuse:
     def __init__(self, driver):
         self.driver = driver
         self.unique = 0
+        self.user = os.getuid(), os.getgid()  # who asks, in the guest
         self.ask(INIT, 0, struct.pack("<IIIIII40x", 7, 36, 0, 0, 0, 0), room=64)
 
     def ask(self, opcode, node, body=b"", room=4096, queue=1):
         """What a request comes back with: its error, and the body of the answer."""
         self.unique += 1
         size = 40 + len(body)
-        head = struct.pack(
-            "<IIQQIIIHH", size, opcode, self.unique, node, os.getuid(), os.getgid(), 1, 0, 0
-        )
+        head = struct.pack("<IIQQIIIHH", size, opcode, self.unique, node, *self.user, 1, 0, 0)
         answer = self.driver.request([head + body], [16, room], queue=queue).data
         length, error, unique = struct.unpack("<IiQ", answer[:16])
         assert (length, unique) == (len(answer), self.unique)
@@ -189,6 +192,12 @@ def shared(text):
     except ConfigError as error:
         pytest.skip(str(error))
     [spec] = check(text)
+    with served(spec) as found:
+        yield found
+
+
+@contextmanager
+def served(spec):
     with ExitStack() as closing:
         device = registry.open_device(spec, Context("vm", None, closing))
         [server] = children()
@@ -289,6 +298,102 @@ def test_a_directory_that_vanishes(folder):
         assert not driver.needs_reset
 
 
+def test_all_of_the_machine_is_served():
+    """/ cannot be exchanged for itself (pivot_root(2)): it is served from another place."""
+    with shared("/,readonly") as (fuse, _, _):
+        assert fuse.lookup(b"etc")[0] == 0 and fuse.lookup(b"..")[1] in (0, ROOT)
+        assert fuse.lookup(b"proc")[1] != fuse.lookup(b"sys")[1]
+        assert fuse.create(b"new", b"x") == EROFS
+    assert children() == []
+    with open("/proc/self/mounts") as mounts:
+        assert [line.split()[1] for line in mounts].count("/sys") <= 1  # here nothing is new
+
+
+def test_an_overlay_gets_what_is_mounted_in_its_root(folder):
+    """Where a mountpoint is announced, Linux's overlay shows nothing."""
+    try:
+        images.virtiofsd_command()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    seen = []
+    usual = Spec(str(folder), tag="t")
+    for spec in (replace(usual, read_only=True, is_root=True), usual):
+        with served(spec) as (_, _, server):
+            seen.append(Path(f"/proc/{server}/cmdline").read_bytes())
+    assert [b"--no-announce-submounts" in line for line in seen] == [True, False]
+
+
+@pytest.fixture
+def as_user(monkeypatch):
+    """A function that has another user call one, in a process of its own, and asserts that it
+    returns."""
+    if os.getuid():
+        pytest.skip("only root can be another user; as an ordinary one the other tests run")
+    try:
+        images.virtiofsd_command()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    with tempfile.TemporaryDirectory() as place:
+        os.chmod(place, 0o755)
+        [source] = images.folders(["programs-virtiofsd"], make=False)
+        copied = shutil.copytree(source, os.path.join(place, "program"), symlinks=True)
+        os.chmod(copied, 0o755)
+        command = programs.command(copied, "usr/libexec/virtiofsd", "virtiofsd")
+        monkeypatch.setattr(images, "virtiofsd_command", lambda make=False: command)
+        folder = Path(place, "folder")
+        folder.mkdir()
+        os.chown(folder, USER, USER)
+        (folder / "strangers").write_text("for all to read")
+
+        def call(function):
+            child = os.fork()
+            if not child:
+                code = 1
+                try:
+                    os.setgroups([])
+                    os.setgid(USER)
+                    os.setuid(USER)
+                    function(folder)
+                    code = 0
+                except BaseException:
+                    traceback.print_exc()
+                finally:
+                    os._exit(code)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+        yield call
+
+
+USER = 4711
+EINVAL = 22
+
+
+def test_an_ordinary_user_is_root_in_the_guest(as_user):
+    def use(folder):
+        [spec] = check(str(folder))
+        with served(spec) as (fuse, _, _):
+            fuse.user = (0, 0)
+            assert fuse.create(b"new", b"x") == 0
+            assert fuse.lookup(b"new")[3] == 0 and os.stat(folder / "new").st_uid == USER
+            fuse.user = (33, 33)
+            assert fuse.create(b"other", b"x") == EINVAL
+
+    as_user(use)
+
+
+def test_an_ordinary_user_is_the_same_in_a_guest_on_his_files(as_user):
+    def use(folder):
+        with served(Spec(str(folder), "/mnt", tag="t", is_part=True)) as (fuse, _, _):
+            fuse.user = (USER, USER)
+            assert fuse.create(b"new", b"x") == 0
+            assert fuse.lookup(b"new")[3] == USER == os.stat(folder / "new").st_uid
+            assert fuse.lookup(b"strangers")[3] == 0
+            fuse.user = (0, 0)
+            assert fuse.create(b"other", b"x") == EINVAL
+
+    as_user(use)
+
+
 def test_a_virtiofsd_that_is_killed(folder, capfd):
     """The guest is told that the file system is gone, at once and from then on."""
     with shared(str(folder)) as (fuse, driver, server):
@@ -297,7 +402,9 @@ def test_a_virtiofsd_that_is_killed(folder, capfd):
             assert fuse.lookup(b"file")[0] == 107
         assert not driver.needs_reset
         until(lambda: not driver.device.stats()["connected"])
-    assert f"{folder} is served no more" in capfd.readouterr().err
+        said = []
+        until(lambda: said.append(capfd.readouterr().err) or "is served no more" in "".join(said))
+    assert f"{folder} is served no more" in "".join(said)
 
 
 def test_it_goes_with_whoever_started_it(folder):
