@@ -10,7 +10,8 @@ module (targets.py) that reach the faulty statement (reach.py), until one fails.
 accepted.toml does not list is a failure.
 
 Faulty code may do anything, so all of it runs in namespaces of its own (unshare of util-linux): it
-sees no process but its own, cannot write to the checkout, and has a home that goes away. A mutant
+sees no process but its own, cannot write to the checkout nor to the images that were built, and has
+a home that goes away, with those images in it: program images are not made for mutants. A mutant
 that hangs, or takes more memory than it may have, counts as noticed.
 """
 
@@ -44,6 +45,7 @@ from mutation.mutate import Mutant, mutants, mutated
 
 ROOT = Path(__file__).parents[2]
 INSIDE = "PYVMM_MUTATION_INSIDE"
+IMAGES = "PYVMM_MUTATION_IMAGES"  # the folder of the images that were built
 MEMORY = 3 << 30  # bytes that a mutant's process may have; looked at while it runs
 TEST_SECONDS = 20  # of a single test, and five times what it takes as it is
 LOOK = 0.05  # seconds between looks at those that run
@@ -123,6 +125,9 @@ def _in_child(
         os.dup2(fd, onto)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.environ["HOME"] = os.environ["XDG_CACHE_HOME"] = str(folder)
+    if IMAGES in os.environ:
+        (folder / "pyvmm").mkdir()
+        (folder / "pyvmm" / "images").symlink_to(os.environ[IMAGES])
     os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(folder / "hypothesis")
     os.chdir(ROOT)
     sys.dont_write_bytecode = True
@@ -326,6 +331,11 @@ def _try_all(
 
 def _enter(nice: int) -> int:
     """Run this program again in namespaces of its own."""
+    sys.path.insert(0, str(ROOT))
+    from pyvmm.host import user_cache  # not in the process that the mutants are forked from
+
+    images = Path(user_cache.folder(), "images")
+    images.mkdir(parents=True, exist_ok=True)
     for below in ("pyvmm", "tests"):
         compileall.compile_dir(ROOT / below, quiet=1)  # once; from then on nothing is written there
     who = [] if os.geteuid() == 0 else ["--map-root-user"]
@@ -334,6 +344,7 @@ def _enter(nice: int) -> int:
         environment = {
             **os.environ,
             INSIDE: folder,
+            IMAGES: str(images),
             "TMPDIR": folder,
             "PYTHONDONTWRITEBYTECODE": "1",
         }
@@ -345,8 +356,9 @@ def _enter(nice: int) -> int:
 
 
 def _make_read_only() -> None:
-    for command in (["mount", "--bind", ROOT, ROOT], ["mount", "-o", "remount,bind,ro", ROOT]):
-        subprocess.run(command, check=True)
+    for place in (str(ROOT), os.environ[IMAGES]):
+        for command in (["--bind", place, place], ["-o", "remount,bind,ro", place]):
+            subprocess.run(["mount", *command], check=True)
     # What every mutant imports anyway, once for all of them.
     import hypothesis  # noqa: F401
     import pytest  # noqa: F401

@@ -169,20 +169,16 @@ def from_docker(store: Store, wanted: str | None) -> Image:
         layout = store.has("oci-layout")
         cure = "as it is an OCI layout, use oci-archive:" if layout else _SAVE
         raise Refused(f"{store.where} has no 'manifest.json'", cure=cure)
-    rows = [
-        _table(row, "manifest.json") for row in _list(store.json("manifest.json"), "manifest.json")
+    rows = _list(store.json("manifest.json"), "manifest.json")
+    if len(rows) > _MOST_MANIFESTS:
+        raise _too_many(store)
+    tagged = [
+        (row, [str(tag) for tag in _list(row.get("RepoTags") or [], "RepoTags")])
+        for row in (_table(row, "manifest.json") for row in rows)
     ]
-    tags = [
-        [str(tag) for tag in _list(row.get("RepoTags") or [], "RepoTags")]
-        for row in rows[:_MOST_MANIFESTS]
-    ]
-    found = [
-        row
-        for row, names in zip(rows, tags, strict=False)
-        if wanted is None or _called(wanted, names)
-    ]
+    found = [row for row, names in tagged if wanted is None or _called(wanted, names)]
     if len({repr(row) for row in found}) != 1:
-        raise _several(store, wanted, len(found), {name for row in tags for name in row})
+        raise _several(store, wanted, len(found), {name for _, names in tagged for name in names})
     row = found[0]
     name = _text(row.get("Config"), "Config")
     config = _table(store.json(name), "the configuration")

@@ -18,7 +18,8 @@ import pytest
 from agent_rig import compile_agent, needs_compiler, running
 
 from pyvmm.agent import Agent, AgentError, CommandTimeout, NoAgent
-from pyvmm.agent.protocol import HEADER, RUN, WANTS_STDIN, WINDOW, FrameType, frame
+from pyvmm.agent.process import run_request, window_size
+from pyvmm.agent.protocol import HEADER, RUN, WANTS_STDIN, WINDOW, WINDOW_SIZE, FrameType, frame
 from pyvmm.errors import ConfigError, HostError
 
 pytestmark = needs_compiler
@@ -101,6 +102,23 @@ def test_without_input_a_command_reads_none(agent: Agent) -> None:
 def test_input_that_nobody_reads_does_not_hold_up_the_end(agent: Agent) -> None:
     assert agent.run(["true"], input=BULK).returncode == 0
     assert agent.run(["sh", "-c", "exec <&-; sleep 0.1; echo done"], input=BULK).stdout == b"done\n"
+
+
+def test_a_command_takes_input_until_it_or_its_input_has_ended(agent: Agent) -> None:
+    with agent.open(["sleep", "1000"]) as none:
+        assert (none.room, none.write(b"x")) == (0, 0)
+    with agent.open(["sleep", "1000"], stdin=True) as closed:
+        assert closed.room == WINDOW and closed.write(b"x") == 1
+        assert closed.room == WINDOW - 1
+        closed.close_stdin()
+        assert (closed.room, closed.write(b"x")) == (0, 0)
+    with agent.open(["echo", "out"], stdin=True) as ended:
+        assert ended.read() == (1, b"out\n") and ended.read() is None
+        assert (ended.returncode, ended.room, ended.write(b"x")) == (0, 0, 0)
+        assert (ended.receive(), ended.read()) == ([], None)
+        ended.close_stdin()
+        ended.kill(signal.SIGTERM)
+        ended.resize(1, 1)
 
 
 def test_the_environment_is_a_plain_one_and_what_is_asked_for(agent: Agent, tmp_path: Path) -> None:
@@ -329,6 +347,24 @@ def test_what_no_guest_could_run_is_refused_here(argv, options) -> None:
 def test_a_path_is_a_word_and_a_timeout_may_be_endless(agent: Agent) -> None:
     done = agent.run(["cat", Path("/dev/null")], cwd=Path("/"), timeout=float("inf"))
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("timeout", "milliseconds"), [(None, 0), (1e-9, 1), (0.0015, 2), (2.5, 2500), (1e12, 2**31 - 1)]
+)
+def test_the_least_limit_is_one_all_the_same(timeout: float | None, milliseconds: int) -> None:
+    options = dict.fromkeys(("env", "cwd", "user", "tty"))
+    request = run_request(["x"], **options, stdin=False, timeout=timeout)
+    assert RUN.unpack_from(request)[1] == milliseconds
+
+
+def test_a_terminal_may_be_of_any_size() -> None:
+    sizes = [(24, 80), (1 << 20, 1 << 20), (-1, -1), (65535, 65535)]
+    packed = [WINDOW_SIZE.unpack(window_size(*size)) for size in sizes]
+    assert packed == [(24, 80), (65535, 65535), (0, 0), (65535, 65535)]
+    options = dict.fromkeys(("env", "cwd", "user", "timeout"))
+    for size, wanted in zip(sizes, packed, strict=True):
+        assert RUN.unpack_from(run_request(["x"], **options, stdin=False, tty=size))[2:4] == wanted
 
 
 def test_a_long_command_line_is_none_too_long(agent: Agent) -> None:

@@ -3,12 +3,14 @@ and no more kept than it said it would."""
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import resource
 import shutil
 import signal
 import socket
+import threading
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -18,7 +20,7 @@ from agent_rig import GREETING, liar, saying
 from descriptors import open_descriptors
 from mmio_harness import wait_for
 
-from pyvmm.agent import Agent, AgentError, CommandTimeout, client, process
+from pyvmm.agent import Agent, AgentError, CommandTimeout, NoAgent, client, process
 from pyvmm.agent.protocol import (
     EXIT,
     HEADER,
@@ -70,6 +72,20 @@ def test_s8_what_is_no_agent_is_not_taken_for_one(said: bytes) -> None:
                 ask()
 
 
+@pytest.mark.parametrize("type", [FrameType.STARTED, FrameType.STDOUT, FrameType.DONE])
+def test_what_greets_in_another_frame_is_no_agent(type: FrameType) -> None:
+    def act(end: socket.socket) -> None:
+        end.sendall(
+            frame(type, HELLO.pack(VERSION, 0, 0, 0)) + frame(FrameType.EXIT, EXIT.pack(0, 0))
+        )
+        end.recv(1)
+
+    with liar(act) as agent:
+        for ask in (lambda: agent.run(["true"]), agent.wait_ready):
+            with pytest.raises(AgentError, match=NOT_THE_AGENT):
+                ask()
+
+
 @pytest.mark.parametrize(
     "said",
     [
@@ -87,7 +103,9 @@ def test_s8_what_is_no_agent_is_not_taken_for_one(said: bytes) -> None:
     ids=lambda said: f"{len(said)}-{said[:6].hex()}",
 )
 def test_s8_answers_that_make_no_sense_end_a_command(said: bytes) -> None:
-    with liar(saying(said)) as agent, pytest.raises(AgentError) as caught:
+    is_cut_short = said[:1] in (b"", bytes([FrameType.STDOUT]))
+    why = "has ended|is not" if is_cut_short else "what answers in the guest is not"
+    with liar(saying(said)) as agent, pytest.raises(AgentError, match=why) as caught:
         agent.run(["true"], input=bytes(1 << 20))
     assert "\n" not in str(caught.value)
 
@@ -114,8 +132,10 @@ def test_a6_output_without_end_is_not_kept_without_end(monkeypatch: pytest.Monke
 
 def test_an_agent_that_grants_too_much_gets_no_more_at_a_time() -> None:
     said = frame(FrameType.MORE_STDIN, NUMBER.pack(0xFFFFFFFF)) * 3
+    said += frame(FrameType.STDOUT, b"granted")
     with liar(saying(said, stay=True)) as agent, agent.open(["cat"], stdin=True) as command:
-        command.receive()
+        assert command.write(bytes(5)) == 5 and command.room == (1 << 16) - 5
+        assert command.read(60) == (1, b"granted")
         assert command.room == 1 << 16
 
 
@@ -150,6 +170,23 @@ def test_a_guest_that_grants_and_never_reads_is_given_up(monkeypatch: pytest.Mon
 
     with liar(act) as agent, pytest.raises(CommandTimeout):
         agent.run(["cat"], input=bytes(4 << 20), timeout=1000)
+
+
+def test_who_is_silent_or_does_not_read_costs_the_time_that_was_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(client, "PATIENCE", 1000.0)
+    silent = threading.Event()
+    with liar(lambda end: silent.wait() and None) as agent:
+        with pytest.raises(NoAgent, match=r"no agent answers in the guest after 0\.05 s"):
+            agent.wait_ready(0.05)
+        for ask in (
+            lambda: agent.run(["true", "x" * (1 << 19), "x" * (1 << 18)], timeout=0.05),
+            lambda: agent.pull("x" * 60_000, "/tmp", timeout=0.05),
+        ):
+            with pytest.raises(CommandTimeout, match=r"took longer than 0\.05 s"):
+                ask()
+        silent.set()
 
 
 def test_waiting_for_an_agent_of_another_version_does_not_help() -> None:
@@ -231,6 +268,7 @@ def everything_outside(target: Path) -> dict[str, str]:
         + entry(FrameType.DIRECTORY, b"way")
         + FILE,
         entry(FrameType.LINK, b"name", b""),
+        entry(FrameType.DIRECTORY, b"top", mode=0o755) + entry(FrameType.LINK, b"way", b"a\0b"),
         entry(FrameType.DIRECTORY, b"d") * 100,
         FILE + UP + FILE + UP,
         FILE + END,
@@ -278,6 +316,40 @@ def test_s8_frames_out_of_turn_end_a_copy(said: bytes, left: bytes | None, targe
     assert (new.read_bytes() if new.exists() else None) == left
     assert not [name for name in os.listdir(target) if name.startswith(".pyvmm")]
     assert open_descriptors() == before
+
+
+def test_a_file_system_that_keeps_no_times_is_no_reason_to_fail(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def utime(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, "a FUSE file system without them")
+
+    monkeypatch.setattr(os, "utime", utime)
+    with liar(saying(FILE + UP + END)) as agent:
+        agent.pull("/x", target)
+    assert (target / "x").read_text() == "evil"
+
+
+def test_names_that_are_skipped_are_kept_to_a_thousand(target: Path) -> None:
+    skipped = entry(FrameType.SKIPPED, b"s" * 255) * 3000
+    top = entry(FrameType.DIRECTORY, b"x", mode=0o755)
+    with liar(saying(top + skipped + frame(FrameType.SKIPPED, b"bad") + UP + END)) as agent:
+        assert agent.pull("/x", target).skipped == ["s" * 255] * 1000
+    with liar(saying(top + frame(FrameType.SKIPPED, b"bad") + UP + END)) as agent:
+        assert agent.pull("/x", target).skipped == ["?"]
+
+
+@pytest.mark.parametrize(
+    "said", [entry(FrameType.LINK, b"l"), frame(FrameType.DONE), frame(FrameType.EXIT)]
+)
+def test_s8_what_is_no_file_below_a_directory_ends_a_copy(said: bytes, target: Path) -> None:
+    top = entry(FrameType.DIRECTORY, b"x", mode=0o755)
+    with (
+        liar(saying(top + said)) as agent,
+        pytest.raises(AgentError, match=f"{NOT_THE_AGENT}|invalid name"),
+    ):
+        agent.pull("/x", target)
+    assert os.listdir(target / "x") == []
 
 
 def test_a_half_copy_is_nobody_elses_to_read(target: Path) -> None:
@@ -536,3 +608,28 @@ def test_connecting_may_fail_in_its_own_way() -> None:
         Agent(connect).run(["true"])
     with pytest.raises(ConfigError, match="no VM called"):
         Agent(connect).wait_ready(1)
+
+
+def test_a_way_that_does_not_say_what_it_wants_gets_nothing() -> None:
+    class Way:
+        @property
+        def __signature__(self) -> object:
+            raise ValueError("a function in C")
+
+        def __call__(self) -> object:
+            raise ConfigError("called without arguments")
+
+    with pytest.raises(ConfigError, match="called without"):
+        Agent(Way()).run(["true"])  # type: ignore[arg-type]
+
+
+def test_only_a_refused_connection_may_become_an_agent() -> None:
+    calls = []
+
+    def connect():
+        calls.append(1)
+        raise HostError(errno.ECONNREFUSED if len(calls) < 3 else errno.EACCES, "connect")
+
+    with pytest.raises(HostError, match="Permission denied"):
+        Agent(connect).wait_ready()
+    assert len(calls) == 3

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import os
+import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,7 +22,7 @@ from pyvmm import images
 from pyvmm.errors import ConfigError
 from pyvmm.host import confinement
 from pyvmm.images import programs
-from pyvmm.images.container import disk
+from pyvmm.images.container import attributes, disk
 from pyvmm.images.container.load import load
 from pyvmm.images.container.tree import Tree
 from pyvmm.images.progress import Progress
@@ -58,6 +61,90 @@ def tree_of(room: Path, *members: tuple[tarfile.TarInfo, bytes]) -> Tree:
     layout.add([layer(*members)])
     path = layout.archive(room / "image.tar")
     return load("oci-archive", path, None, str(room), 64 * MIB, Progress(quiet=True))[0]
+
+
+def test_the_tar_stream_has_all_of_the_tree(tmp_path: Path) -> None:
+    content = random.Random(1).randbytes(3 * MIB + 17)
+    tree = tree_of(
+        tmp_path,
+        directory(".", mode=0o751, uid=3, gid=4),
+        member("f", data=content, mode=0o4750, uid=70000, gid=80000, mtime=1234567890),
+        hardlink("g", "f"),
+        symlink("l", "target"),
+        member("n", tarfile.CHRTYPE, devmajor=1, devminor=3),
+        member("e/ü", data=b"2"),
+        hardlink("e/v", "e/ü"),
+    )
+    file, heard = io.BytesIO(), []
+    disk.write_tar(tree, file, heard.append)
+    file.seek(0)
+    with tarfile.open(fileobj=file) as archive:
+        found = archive.getmembers()
+        assert archive.extractfile("f").read() == content
+        assert archive.extractfile("e/v").read() == b"2"
+    assert sum(heard) == len(content) + 1
+    assert [(one.name, one.type, one.linkname, one.size) for one in found] == [
+        (".", tarfile.DIRTYPE, "", 0),
+        ("f", tarfile.REGTYPE, "", len(content)),
+        ("g", tarfile.LNKTYPE, "f", 0),
+        ("l", tarfile.SYMTYPE, "target", 0),
+        ("n", tarfile.CHRTYPE, "", 0),
+        ("e", tarfile.DIRTYPE, "", 0),
+        ("e/ü", tarfile.REGTYPE, "", 1),
+        ("e/v", tarfile.LNKTYPE, "e/ü", 0),
+    ]
+    assert [(one.mode, one.uid, one.gid, one.mtime) for one in found[:2]] == [
+        (0o751, 3, 4, 0),
+        (0o4750, 70000, 80000, 1234567890),
+    ]
+    assert (found[4].devmajor, found[4].devminor) == (1, 3)
+    binary = [one.name for one in found if one.pax_headers.get("hdrcharset") == "BINARY"]
+    assert binary == ["e/ü", "e/v"]
+
+
+def test_no_file_is_ever_in_memory_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = tree_of(tmp_path, member("f", data=b"x" * (16 * MIB)))
+    pieces, fetched, most = tree.spool.pieces, 0, 0
+
+    def counted(start: int, size: int) -> Iterator[bytes]:
+        nonlocal fetched
+        for piece in pieces(start, size):
+            fetched += len(piece)
+            yield piece
+
+    class Pipe(io.BytesIO):
+        def write(self, data: object) -> int:
+            nonlocal most
+            most = max(most, fetched - self.tell())
+            return super().write(data)
+
+    monkeypatch.setattr(tree.spool, "pieces", counted)
+    disk.write_tar(tree, Pipe(), lambda size: None)
+    assert fetched == 16 * MIB and most <= 2 * MIB
+
+
+def test_the_attributes_of_a_file_of_many_names_are_written_once(tmp_path: Path) -> None:
+    tree = tree_of(
+        tmp_path,
+        member("a", xattrs={"user.x": b"1"}),
+        hardlink("b", "a"),
+        member("c", xattrs={"user.x": b"1"}),
+        member("d"),
+    )
+    assert [*disk._attributes(tree)] == [
+        attributes.record(path, {b"user.x": b"1"}) for path in (b"a", b"c")
+    ]
+
+
+def test_a_disk_s_size_follows_its_files(tmp_path: Path) -> None:
+    tree = tree_of(tmp_path, member("a"), hardlink("b", "a"), directory("d"))
+    assert sum(1 for _ in tree.files()) == 3  # with the root; a file of two names is one
+    assert disk.size_for(tree) == 1024 * MIB
+    tree.find("a").size = 4096 * MIB
+    assert 4096 * MIB + 512 * MIB <= disk.size_for(tree) <= 4096 * MIB * 5 // 4 + 513 * MIB
+    assert disk.size_for(tree) % MIB == 0
 
 
 def debugfs(image: Path, command: str) -> bytes:
@@ -325,6 +412,8 @@ def test_an_image_that_does_not_fit_is_told(made) -> None:
 def test_many_small_files_fit(made, tmp_path: Path) -> None:
     image = made(*(member(f"d/{number}") for number in range(5000)), size=32 * MIB)
     check(image)
+    free = re.search(rb"Free inodes: +(\d+)", debugfs(image, "stats"))
+    assert int(free[1]) > 2000  # a guest adds files of its own
     tree = tree_of(tmp_path, member("x", data=b"x" * MIB))
     assert disk.size_for(tree) == 1024 * MIB
 

@@ -31,10 +31,10 @@ from container_archives import (
 from descriptors import open_descriptors
 
 from pyvmm.errors import ConfigError
-from pyvmm.images.container import layers, members, store
+from pyvmm.images.container import layers, manifest, members, store
 from pyvmm.images.container import tree as trees
 from pyvmm.images.container.load import load
-from pyvmm.images.container.refusal import Refused
+from pyvmm.images.container.refusal import Refused, explained, shown
 from pyvmm.images.container.tree import Tree
 from pyvmm.images.progress import Progress
 
@@ -103,6 +103,7 @@ REFUSED = [
     (of(member("x", xattrs={"user.a\0b": b"x"})), "has an attribute called"),
     (of(member("x", xattrs={f"user.{n}": b"" for n in range(90)})), "too large for ext4"),
     (raw(layer(member("x", data=b"x" * 2000))[:1000]), "is cut short|is damaged"),
+    (raw(layer(member("x", data=b"12345"))[:517]), "is cut short"),
     (raw(layer(member("a"), member("b"))[:700] + b"junk" * 300), "broken tar header"),
     (raw(b"not a tar archive at all" * 100), "is damaged|broken tar header"),
 ]
@@ -193,6 +194,72 @@ def test_a_sparse_file_whose_map_cannot_be(open_image: Open, map: str, why: str)
         open_image(of(member("x", data=b"1234", pax_headers=headers)))
 
 
+def old_sparse(blocks: int) -> bytes:
+    """A file of GNU's first sparse format: four pieces in its header, 21 in each block more."""
+    info = tarfile.TarInfo("old")
+    info.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    piece = b"00000000000\0" * 2
+    header[386:482] = piece * 4
+    header[482:495] = (b"\1" if blocks else b"\0") + b"00000000000\0"
+    header[148:156] = b"        "
+    header[148:156] = b"%06o\0 " % sum(header)
+    more = [piece * 21 + (b"\1" if left else b"\0") + bytes(7) for left in range(blocks)[::-1]]
+    return bytes(header) + b"".join(more)
+
+
+def test_a_sparse_file_of_pieces_without_end(
+    open_image: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = 4 + 2 * 21
+    monkeypatch.setattr(members, "_MOST_PIECES", most)
+    assert open_image(raw(old_sparse(2))).find("old") is not None
+    lines = b"%d\n" % most + b"0\n0\n" * most
+    map = ",".join(["0,0"] * most)
+    headers = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "9"}
+    data = lines.ljust(-(-len(lines) // 512) * 512, b"\0")
+    open_image(of(member("x", data=data, pax_headers=headers)))
+    open_image(of(pax("x", **{"GNU.sparse.map": map, "GNU.sparse.size": "9"})))
+    bad = b"%d\n" % (most + 1) + lines
+    data = bad.ljust(-(-len(bad) // 512) * 512, b"\0")
+    for image in (
+        raw(old_sparse(4)),
+        of(member("x", data=data, pax_headers=headers)),
+        of(pax("x", **{"GNU.sparse.map": f"{map},0,0", "GNU.sparse.size": "9"})),
+    ):
+        with pytest.raises(Refused, match=f"a sparse file of more than {most} pieces"):
+            open_image(image)
+
+
+def test_an_old_sparse_file_s_numbers_may_fill_their_fields(open_image: Open) -> None:
+    archive = bytearray(old_sparse(0))
+    archive[386:482] = b"000000000001" * 2 + bytes(72)
+    archive[124:136], archive[483:495] = b"00000000001\0", b"000000000003"
+    archive[148:156] = b"        "
+    archive[148:156] = b"%06o\0 " % sum(archive[:512])
+    data = bytes(archive) + b"x".ljust(512, b"\0")
+    assert open_image(raw(data)).read("old", 9) == b"\0x\0"
+
+
+@pytest.mark.parametrize(("place", "length"), [(124, 12), (108, 8), (116, 8)])
+def test_a_number_to_the_base_of_256_counts_as_a_whole(
+    open_image: Open, place: int, length: int
+) -> None:
+    """Of a size, a user, a group."""
+    archive = bytearray(claims(0) + bytes(1024))
+    archive[place : place + length] = b"\x80\x01" + bytes(length - 3) + b"\1"
+    archive[148:156] = b"        "
+    archive[148:156] = b"%06o\0 " % sum(archive[:512])
+    with pytest.raises(Refused, match=r"more than 16 MiB|belongs to 281474976710657"):
+        open_image(raw(bytes(archive)))
+
+
+@pytest.mark.parametrize("time", ["never", "nan", "inf", "-inf", "1e999", "-7", "0x10"])
+def test_a_time_that_is_none_is_1970(open_image: Open, time: str) -> None:
+    found = open_image(of(member("x", mtime=5, pax_headers={"mtime": time}))).find("x")
+    assert found is not None and found.mtime == 0
+
+
 def with_records(records: bytes) -> bytes:
     """A file behind an extended header that holds just these bytes."""
     info = tarfile.TarInfo("pax")
@@ -217,6 +284,7 @@ def with_records(records: bytes) -> bytes:
 )
 def test_extended_headers_that_are_broken(open_image: Open, records: bytes) -> None:
     assert open_image(raw(with_records(b"12 path=abc\n"))).read("abc", 9) == b"1"
+    assert open_image(raw(with_records(b"")[:512] + layer(member("x")))).find("x") is not None
     with pytest.raises(Refused, match="broken tar header"):
         open_image(raw(with_records(records)))
 
@@ -310,6 +378,19 @@ def test_a_directory_is_cleared_once_a_layer(open_image: Open) -> None:
     layout = Layout()
     layout.add([many, layer(*(member("d/.wh..wh..opq") for _ in range(20_000)), member("d/x"))])
     assert [path for path, _ in open_image(layout).walk()] == [".", "d", "d/x"]
+
+
+def test_steps_are_counted_one_by_one(open_image: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A member, the slashes in its name, the directories and links on its way."""
+    layout = raw(
+        layer(*[member("a/b/c")] * 3, symlink("l", "a/b"), hardlink("h", "a/b/c"), member("l/c"))
+    )
+    steps = 3 * (1 + 2 + 2) + 1 + (1 + 2 + 2) + (1 + 1 + 1 + 1 + 2)
+    monkeypatch.setattr(trees, "_MOST_STEPS", steps)
+    open_image(layout)
+    monkeypatch.setattr(trees, "_MOST_STEPS", steps - 1)
+    with pytest.raises(Refused, match="lead through too many directories and links"):
+        open_image(layout)
 
 
 def test_names_that_no_file_system_takes(open_image: Open, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -505,6 +586,54 @@ def test_a_manifest_that_makes_no_sense(open_image: Open, key: str, value: Any, 
         open_image(layout)
 
 
+def test_manifests_without_end(
+    open_image: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "_MOST_MANIFESTS", 3)
+    for count in (3, 4):
+        layout = of()
+        layout.manifests *= count
+        path = tmp_path / "d.tar"
+        docker_archive(path, [layer(member("a"))])
+        with tarfile.open(path) as archive:
+            files = [(one, archive.extractfile(one).read()) for one in archive]  # type: ignore[union-attr]
+        rows = json.loads(files[-1][1])
+        files[-1] = member("manifest.json", data=json.dumps(rows * count).encode())
+        path.write_bytes(layer(*files))
+        if count == 3:
+            open_image(layout)
+            open_image(str(path), "docker-archive")
+            continue
+        for image, kind in ((layout, "oci-archive"), (str(path), "docker-archive")):
+            with pytest.raises(Refused, match="more than 3 manifests"):
+                open_image(image, kind)
+
+
+def test_what_a_library_says_is_cut() -> None:
+    with pytest.raises(Refused) as refused, explained("image.tar"):
+        raise ValueError("x" * 500 + "\nmore")
+    assert refused.value.message == f"image.tar is damaged: {'x' * 200}"
+    with (
+        pytest.raises(Refused, match=r"image\.tar is damaged: MemoryError"),
+        explained("image.tar"),
+    ):
+        raise MemoryError
+
+
+def test_an_image_of_no_layers_or_too_many(
+    open_image: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "_MOST_LAYERS", 3)
+    for count in range(5):
+        layout = Layout()
+        layout.add([layer(member("a"))] * count)
+        if 0 < count <= 3:
+            open_image(layout)
+            continue
+        with pytest.raises(Refused, match=f"has {count} layers; use 1 to 3"):
+            open_image(layout)
+
+
 def test_an_index_that_contains_itself_in_spirit(open_image: Open) -> None:
     layout = of()
     for _ in range(6):
@@ -594,6 +723,27 @@ def test_an_archive_that_was_cut_short_anywhere(open_image: Open, tmp_path: Path
         path.write_bytes(whole[:length])
         with pytest.raises(Refused):
             open_image(str(path))
+
+
+def test_members_of_long_names(
+    open_image: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "_MOST_FILES", 20)
+    path = tmp_path / "image.tar"
+    image = of()
+    files = [member(name, data=data) for name, data in image.contents().items()]
+    path.write_bytes(layer(*files, *(member("x" * 1000 + str(n)) for n in range(4))))
+    open_image(str(path))
+    for more in (member("x" * 3000), symlink("l", "x" * 3000)):
+        path.write_bytes(layer(*files, more, member("y" * 2500)))
+        with pytest.raises(Refused, match="more than 20 files"):
+            open_image(str(path))
+
+
+def test_a_name_is_shown_in_plain_letters() -> None:
+    for name in ("ü", "\u202e", "\x1b[2J", "a\nb", "bad\udcff", "x" * 500):
+        assert shown(name).isascii() and shown(name).isprintable() and len(shown(name)) <= 120
+    assert shown("a'b c") == '"a\'b c"'
 
 
 def test_too_many_members(

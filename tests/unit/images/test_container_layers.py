@@ -151,6 +151,28 @@ def test_long_names_as_older_tars_store_them(open_image) -> None:
         assert {name for name, kind in found.items() if kind == b""} == set(names)
 
 
+def test_directories_as_the_oldest_tars_store_them(open_image) -> None:
+    """Their kind is that of a file, and their name ends in a slash."""
+    kinds = (("d/", tarfile.AREGTYPE), ("f", tarfile.AREGTYPE), ("g/", tarfile.REGTYPE))
+    layout = Layout()
+    layout.add([layer(*(member(name, kind) for name, kind in kinds), member("d/x"))])
+    assert files(open_image(layout)) == {"d": D, "f": b"", "g": b"", "d/x": b""}
+
+
+def test_numbers_may_fill_their_fields(open_image) -> None:
+    archive = bytearray(layer(member("f", data=b"x")))
+    fields = {100: b"00000644", 108: b"00001750", 116: b"00001751", 124: b"000000000001"}
+    fields |= {136: b"000000000007", 148: b"        "}
+    for place, digits in fields.items():
+        archive[place : place + len(digits)] = digits
+    archive[148:156] = b"%06o\0 " % sum(archive[:512])
+    layout = Layout()
+    layout.add([bytes(archive)])
+    node = open_image(layout).find("f")
+    assert (node.mode, node.uid, node.gid, node.size) == (0o644, 1000, 1001, 1)
+    assert node.mtime == 7
+
+
 def test_a_sparse_file_that_is_all_hole(over) -> None:
     for data, headers in (
         (b"0\n".ljust(512, b"\0"), {"GNU.sparse.realsize": "5000"}),
@@ -251,9 +273,13 @@ def test_sparse_files_as_gnu_tar_stores_them(open_image, tmp_path: Path, format:
     assert tree.read("after", 9) == b"after"
 
 
-def test_large_and_sparse_files_come_whole(over) -> None:
-    data = bytes(3 << 20) + b"end" + bytes(2 << 20)
-    assert over([member("a", data=b"before"), member("f", data=data)]).read("f", len(data)) == data
+@pytest.mark.parametrize("byte", [b"\0", b"\1", b"\xff"])
+def test_large_and_sparse_files_come_whole(over, tmp_path: Path, byte: bytes) -> None:
+    data = byte * (3 << 20) + b"end" + byte * (2 << 20)
+    tree = over([member("a", data=b"before"), member("f", data=data)])
+    assert tree.read("f", len(data)) == data
+    taken = (tmp_path / "contents").stat().st_blocks * 512
+    assert taken < 2 << 20 if byte == b"\0" else taken >= 5 << 20  # zeros take no room
 
 
 # --- how they are stored --------------------------------------------------------------------------
@@ -413,6 +439,16 @@ def test_containerd_s_names_are_found_as_people_say_them(open_image) -> None:
         open_image(layout, "3")
 
 
+def test_images_without_names_cannot_be_named(open_image) -> None:
+    layout = Layout()
+    for name in ("one", "two"):
+        layout.add([layer(member(name))])
+    with pytest.raises(Refused, match=r"has 2 images; save the one that you want alone"):
+        open_image(layout)
+    with pytest.raises(Refused, match="has no image called 'three' for linux/amd64"):
+        open_image(layout, "three")
+
+
 def test_two_images_of_one_name_cannot_be_told_apart(open_image, tmp_path: Path) -> None:
     layout = Layout()
     for name in ("one", "two"):
@@ -467,15 +503,19 @@ def test_a_path_with_colons_is_told_from_a_name(tmp_path: Path) -> None:
     plain = tmp_path / "plain.tar"
     plain.write_bytes(b"")
     assert split_source("oci-archive", str(plain)) == (str(plain), None)
-    for path, kind in ((tmp_path, "oci-archive"), (file, "oci"), (tmp_path / "no", "oci")):
-        with pytest.raises(ConfigError, match=r"is not a|No such file"):
+    for path, kind, why in (
+        (tmp_path, "oci-archive", "is not a file; oci-archive: is for one"),
+        (file, "oci", "is not a directory; oci: is for one"),
+        (tmp_path / "no", "oci", "No such file"),
+    ):
+        with pytest.raises(ConfigError, match=why):
             split_source(kind, str(path))
 
 
 # --- what they run --------------------------------------------------------------------------------
 
-PASSWD = b"root:x:0:0::/root:/bin/sh\nweb:x:33:44::/srv:/bin/sh\n#x\nbroken\n"
-GROUP = b"root:x:0:\nweb:x:44:\nlog:x:4:web,other\nadm:x:9:other,web\n"
+PASSWD = b"root:x:0:0::/root:/bin/sh\nweb:x:33:44::/srv:/bin/sh\n#x\nbroken\nsix:x:7:8::/six\n"
+GROUP = b"root:x:0:\nweb:x:44:\nlog:x:4:web,other\nadm:x:9:other,web\nshort:x:5\nno:x:-:web\n\n"
 
 
 @pytest.fixture
@@ -490,6 +530,7 @@ def tree(over) -> Tree:
         ("web", "33:44", (4, 9), "/srv"),
         ("33", "33:44", (4, 9), "/srv"),
         ("web:log", "33:4", (), "/srv"),
+        ("six", "7:8", (), "/six"),
         ("1000", "1000:0", (), "/"),
         ("1000:2000", "1000:2000", (), "/"),
     ],
@@ -618,7 +659,32 @@ def test_the_guest_s_files_leave_the_image_s_alone(over) -> None:
     assert found["etc/hostname"] == b"web\n"
     assert b"127.0.0.1" in found["etc/hosts"]
     assert found["etc/passwd"] == PASSWD + b"pyvmm1000:x:1000:0::/:/bin/sh\n"
-    assert {"dev", "proc", "sys", "run", "tmp"} <= set(found)
+    modes = {"dev": 0o755, "proc": 0o555, "sys": 0o555, "run": 0o755, "tmp": 0o1777, "etc": 0o755}
+    modes |= dict.fromkeys(("etc/hosts", "etc/hostname", "etc/passwd"), 0o644)
+    modes |= {f".pyvmm/{file}": 0o755 for file in (*programs, "entry")} | {".pyvmm": 0o755}
+    assert {path: tree.find(path).mode for path in modes} == modes
+
+
+@pytest.mark.parametrize(
+    ("image", "shell"),
+    [
+        ([member("bin/sh"), member("usr/bin/sh")], "/bin/sh"),
+        (
+            [symlink("bin", "usr/bin"), symlink("usr/bin/sh", "dash"), member("usr/bin/dash")],
+            "/bin/sh",
+        ),
+        ([member("usr/bin/sh")], "/usr/bin/sh"),
+        ([directory("bin/sh")], "/.pyvmm/busybox sh"),
+        ([], "/.pyvmm/busybox sh"),
+    ],
+)
+def test_an_image_that_says_nothing_runs_its_shell(over, image, shell: str) -> None:
+    tree = over([member("x"), *image])
+    programs = dict.fromkeys(("busybox", "agent", *guest.SCRIPTS), b"ours")
+    guest.prepare(tree, process.read({}, tree), programs, name="web")
+    entry = tree.read(".pyvmm/entry", 9999).decode()
+    assert entry.endswith(f"/.pyvmm/agent --as 0:0 {shell}\n")
+    assert entry.startswith("#!/.pyvmm/busybox sh\ncd / || exit 126\n")
 
 
 def test_an_image_cannot_put_its_own_files_in_place_of_the_guest_s(over) -> None:
