@@ -67,6 +67,7 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 WIDTH = 100
 KEPT = ("fence", "code_block", "table_open", "html_block")  # lines that nobody can break
+DRAWN = re.compile("[\u2190-\u21ff\u2500-\u257f]")  # arrows, and lines of boxes
 ONE_LINK = re.compile(r"\s*(?:[-*+] |\d+\. )?(?:\S+|!?\[[^]]*\]\([^)]*\))[.,;:]?")
 
 
@@ -79,10 +80,16 @@ def too_wide(text: str) -> list[int]:
         if token.type in KEPT and token.map is not None
         for line in range(*token.map)
     }
+    drawn = {
+        line
+        for token in tokens
+        if token.type == "fence" and token.map is not None and DRAWN.search(token.content)
+        for line in range(*token.map)
+    }
     return [
         number + 1
         for number, line in enumerate(text.split("\n"))
-        if len(line) > WIDTH and number not in kept and not ONE_LINK.fullmatch(line)
+        if len(line) > WIDTH and number not in kept - drawn and not ONE_LINK.fullmatch(line)
     ]
 
 
@@ -103,6 +110,7 @@ def test_lines_have_at_most_100_columns(document: Path) -> None:
         ("# " + "a " * 50 + "b\n", [1]),
         ("text\n    " + "a " * 50 + "b\n", [2]),
         ("```\n" + "a " * 60 + "\n```\n" + "a " * 60 + "\n", [4]),
+        ("```\n" + "a " * 60 + "\n│\n```\n", [2]),
         ("text\n\n    " + "a " * 60 + "\n", []),
         ("| a | b |\n|---|---|\n| " + "a " * 60 + "| b |\n\n" + "a " * 60 + "\n", [5]),
         ("- [a link](" + "x" * 100 + ").\n", []),
