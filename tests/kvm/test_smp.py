@@ -81,3 +81,5 @@ def test_mp_state_can_be_set(bare_guest: MakeGuest) -> None:
     guest = bare_guest(BOOT_CPU, vcpus=2)
     guest.vcpus[1].set_mp_state(uapi.KVM_MP_STATE_RUNNABLE)
     assert guest.vcpus[1].get_mp_state() == uapi.KVM_MP_STATE_RUNNABLE
+    guest.vcpus[1].set_mp_state(uapi.KVM_MP_STATE_UNINITIALIZED)
+    assert guest.vcpus[1].get_mp_state() == uapi.KVM_MP_STATE_UNINITIALIZED

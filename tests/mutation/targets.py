@@ -68,8 +68,9 @@ TARGETS = (
         "bus, memory, vCPU loop", "memory/*.py",
         "guest_memory lent_memory boot_memory_map chain vhost_user balloon_device",
     ),
+    Target("bus, memory, vCPU loop", "kvm/vcpu.py", "kvm_vcpu kvm_loop", "kick smp"),
     Target(
-        "bus, memory, vCPU loop", "kvm/loop.py kvm/exits.py kvm/exit_decoding.py kvm/vcpu.py",
+        "bus, memory, vCPU loop", "kvm/loop.py kvm/exits.py kvm/exit_decoding.py",
         "kvm_* vcpu_runner", "port_io mmio kick halt vcpu_calls vcpu_state",
     ),
     Target(
