@@ -47,13 +47,21 @@ class InMonitor(ABC):
         """Have it go on."""
         self._ask("resume")
 
-    def snapshot(self, name: str, *, stop: bool = False) -> float:
+    def snapshot(
+        self, name: str, *, stop: bool = False, track: bool = False, diff_of: str | None = None
+    ) -> float:
         """Save it as the snapshot `name`, from which `VM.restore` goes on; the seconds for which it
-        stood still. With `stop` it ends then. Raises ConfigError for what cannot be saved, and for
-        a name that is taken."""
+        stood still. With `stop` it ends then.
+
+        With `track` it keeps note of what changes from then on: a later one that is `diff_of` this
+        one, by name, has only that, and is kept note from as well. So can be one of a VM that was
+        restored, of the snapshot that it began with.
+
+        Raises ConfigError for what cannot be saved, and for a name that is taken.
+        """
         from pyvmm.monitor import snapshots
 
-        return snapshots.take(self.name, name, stop=stop).paused
+        return snapshots.take(self.name, name, stop=stop, track=track, diff_of=diff_of).paused
 
     def resize_disk(self, disk: str, size: int | str | None = None, *, shrink: bool = False) -> int:
         """Give the disk called `disk` ("disk0", or its id) `size` bytes, and its image too; without

@@ -25,7 +25,7 @@ class _Snapshot(click.Group):
         return super().resolve_command(ctx, args)
 
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
-        return ["VM NAME [--stop] | list | show NAME | rm NAME..."]
+        return ["VM NAME [OPTIONS] | list | show NAME | merge NAME NEW | rm NAME..."]
 
 
 @click.group(cls=_Snapshot)
@@ -41,9 +41,16 @@ def snapshot() -> None:
 @click.argument("vm")
 @click.argument("name")
 @click.option("--stop", is_flag=True, help="End the VM then, its disks as they are.")
-def take(vm: str, name: str, stop: bool) -> None:
-    """Take the snapshot NAME of VM, and say for how long it stood still."""
-    taken = snapshots.take(vm, name, stop=stop)
+@click.option("--track", is_flag=True, help="Keep note of what changes then, for --diff-of NAME.")
+@click.option(
+    "--diff-of", metavar="BASE", help="Store only what has changed since the snapshot BASE."
+)
+def take(vm: str, name: str, stop: bool, track: bool, diff_of: str | None) -> None:
+    """Take the snapshot NAME of VM, and say for how long it stood still.
+
+    BASE is one that was taken with --track or --diff-of, or the one that VM began with.
+    """
+    taken = snapshots.take(vm, name, stop=stop, track=track, diff_of=diff_of)
     click.echo(f"{vm} stood still for {1000 * taken.paused:.0f} ms")
 
 
@@ -55,7 +62,7 @@ def list_(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=2))
         return
-    lines = [("NAME", "OF", "CPUS", "MEMORY", "STORED", "TAKEN"), *map(_columns, found)]
+    lines = [("NAME", "OF", "CPUS", "MEMORY", "STORED", "BASE", "TAKEN"), *map(_columns, found)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     for line in lines:
         cells = (f"{text:{width}}" for text, width in zip(line, widths, strict=True))
@@ -67,8 +74,20 @@ def list_(as_json: bool) -> None:
 def show(name: str) -> None:
     """Show what the snapshot NAME is of, as JSON."""
     with store.reading(name) as found:
-        rest = {key: value for key, value in found.state.items() if key != "machine"}
+        rest = {
+            key: value
+            for key, value in found.state.items()
+            if key not in ("machine", "pages", "below")
+        }
         click.echo(json.dumps({**rest, "stored": store.size_of(found.path)}, indent=2))
+
+
+@snapshot.command()
+@click.argument("name")
+@click.argument("new")
+def merge(name: str, new: str) -> None:
+    """Make the snapshot NEW of NAME, with all of its memory in one file."""
+    snapshots.merge(name, new)
 
 
 @snapshot.command()
@@ -93,9 +112,14 @@ def _row(name: str) -> dict[str, Any]:
                 "memory": values.get("memory"),
                 "stored": store.size_of(found.path),
                 "made": found.state.get("made"),
+                "base": _name_of(found.state.get("base")),
             }
     except ConfigError as error:
         return {"name": name, "error": str(error)}
+
+
+def _name_of(base: object) -> object:
+    return base.get("name") if isinstance(base, dict) else None
 
 
 def _columns(row: dict[str, Any]) -> tuple[str, ...]:
@@ -106,6 +130,7 @@ def _columns(row: dict[str, Any]) -> tuple[str, ...]:
         _shown(row.get("cpus") or "-"),
         f"{memory >> 20}M" if type(memory) is int else "-",
         f"{row['stored'] >> 20}M" if "stored" in row else "-",
+        _shown(row.get("base") or "-"),
         time.strftime("%Y-%m-%d %H:%M", time.localtime(made))
         if isinstance(made, int | float) and 0 <= made < 1 << 34
         else "damaged",

@@ -2,6 +2,8 @@
 
     NAME/state.json    what the VM was, as text: version, specification, machine, disks, checksum
     NAME/memory        its RAM, in the order of addresses; holes are zeroes
+    NAME/memory-N      where `memory` has only what had changed, the files below it: links to those
+                       of another snapshot
     NAME/disk-N        what its disk N differs in from its image: an overlay
 
 Nothing in it is believed: the state is checked value by value by whoever restores itself from it.
@@ -25,6 +27,7 @@ from pyvmm.host.syscalls import Closable
 from pyvmm.spec.names import check_name
 
 FORMAT, VERSION = "pyvmm snapshot", 1
+WITH_LAYERS = 2  # the version of those whose memory is several files
 STATE, MEMORY = "state.json", "memory"
 MOST_STATE = 64 << 20  # bytes of state.json
 _MOST_TRIALS = 1000  # to make a directory that nobody takes for left behind
@@ -145,10 +148,12 @@ def read_state(path: str) -> dict[str, Any]:
         raise _bad(path, "its state is damaged: not JSON") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise _bad(path, "its state is of another kind")
-    if state.get("version") != VERSION:
+    version = state.get("version")
+    if type(version) is not int or version != (WITH_LAYERS if "below" in state else VERSION):
         raise ConfigError(
-            f"the snapshot {path} has version {state.get('version')!r:.20}",
-            cure=f"this pyvmm reads version {VERSION}; restore it with the pyvmm that made it",
+            f"the snapshot {path} has version {version!r:.20}",
+            cure=f"this pyvmm reads versions {VERSION} and {WITH_LAYERS}; restore it with the "
+            "pyvmm that made it",
         )
     if state.get("checksum") != checksum(state):
         raise _bad(path, "its state is damaged: the checksum differs")
@@ -254,12 +259,21 @@ class Writer(Closable):
         except OSError as error:
             raise HostError(error.errno or 0, f"writing of the snapshot's {file}") from None
 
+    def link(self, file: str, path: str) -> None:
+        """Have `file` of the snapshot be the file at `path`, which is never written. Raises
+        HostError."""
+        try:
+            os.link(path, os.path.join(self._made, file), follow_symlinks=False)
+        except OSError as error:
+            raise HostError(error.errno or 0, f"making of the snapshot's {file}") from None
+
     def finish(self, state: Mapping[str, Any]) -> None:
         """Write `state` and have the snapshot be there, on the storage. Raises ConfigError if
         somebody has made one of that name meanwhile, HostError."""
         import json
 
-        whole = {"format": FORMAT, "version": VERSION, **state}
+        version = WITH_LAYERS if "below" in state else VERSION
+        whole = {**state, "format": FORMAT, "version": version}
         whole["checksum"] = checksum(whole)
         text = json.dumps(whole, indent=1).encode()
         self.make(STATE, len(text))

@@ -131,7 +131,7 @@ def check(spec: Spec) -> Spec:
     """`spec`, or ConfigError for names that a guest cannot have."""
     from pyvmm.virtio.console.device import MAX_NAMED_PORTS
 
-    ports = tuple(_as_port(port) for port in spec.ports)
+    ports = spec.ports
     if not 1 <= len(ports) <= MAX_NAMED_PORTS:
         raise ConfigError(
             f"{len(ports)} ports", cure=f"use at most {MAX_NAMED_PORTS}", option=_FLAG
@@ -147,6 +147,11 @@ def check(spec: Spec) -> Spec:
         if sum(port.name == other.name for other in ports) > 1:
             raise ConfigError(f"two ports are called {port.name!r}", option=_FLAG)
     return replace(spec, ports=ports)
+
+
+def from_plain(values: Mapping[str, Any]) -> Spec:
+    """What JSON has made of a specification. Raises TypeError, KeyError."""
+    return Spec(**{**values, "ports": tuple(map(_as_port, values["ports"]))})
 
 
 def _as_port(port: Any) -> PortSpec:

@@ -12,7 +12,7 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from threading import RLock
 from types import FrameType
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.machine.builder import Parts
@@ -21,6 +21,9 @@ from pyvmm.machine.pause import Pauser
 from pyvmm.machine.run_loop import make_run_loop
 from pyvmm.machine.trace import Trace
 from pyvmm.machine.vcpu_runner import VcpuRunner
+
+if TYPE_CHECKING:
+    from pyvmm.machine.changes import Changes
 
 # How long one Python thread may keep the interpreter from the others, in seconds. At the default of
 # 5 ms a vCPU busy with register accesses would hold up a disk's worker for that long.
@@ -92,6 +95,7 @@ class Machine:
         self._asked: _Request | None = None
         self._cut_at = math.inf
         self.boots = 0
+        self.changes: Changes | None = None  # since snapshots, once somebody wants to know
         self._take(parts)
 
     def _take(self, parts: Parts) -> None:

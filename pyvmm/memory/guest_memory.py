@@ -69,6 +69,7 @@ class GuestMemory:
 
     fd = -1
     _fixed = True  # the file's size, whoever has it
+    _discarded: list[tuple[int, int]] | None = None
 
     def __init__(self, ranges: Iterable[tuple[int, int]]) -> None:
         """Create zeroed RAM for `ranges` of (guest-physical address, size in bytes).
@@ -168,8 +169,28 @@ class GuestMemory:
             offset = addr - region.guest_addr
             if offset >= 0 and offset + length <= region.size:
                 holes.punch(self.fd, region.fd_offset + offset, length)
+                if self._discarded is not None:
+                    self._discarded.append((region.fd_offset + offset, length))
                 return
         raise GuestMemoryError(addr, length)
+
+    def watch_discards(self) -> None:
+        """From now on `discarded` knows."""
+        self._discarded = []
+
+    def discarded(self) -> bytes:
+        """The set of pages (pages.py) that were discarded since the last call."""
+        found = bytearray(b"0" * (self.size // PAGE_SIZE))
+        # A balloon's threads may come in between: one at a time is taken, and none is lost.
+        while self._discarded:
+            offset, length = self._discarded.pop()
+            first, count = offset // PAGE_SIZE, length // PAGE_SIZE
+            found[first : first + count] = b"1" * count
+        return bytes(found)
+
+    def let_go(self) -> None:
+        """Have this process have no page of it mapped, until one is touched; nothing is lost."""
+        self._map.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
         """Give the memory back. No view may be used afterwards; the VM must be gone already."""

@@ -97,7 +97,11 @@ class MachineControl:
             "stop": Method(self.stop, takes={"timeout_ms": int}),
             "quit": Method(self.quit),
             "pause": Method(self.pause),
-            "snapshot": Method(self.snapshot, takes={"stop": bool}, right=executes),
+            "snapshot": Method(
+                self.snapshot,
+                takes={"stop": bool, "track": bool, "since": str},
+                right=executes,
+            ),
             "resume": Method(self.resume),
             "console": Method(
                 self.console, takes={"history": bool, "input": bool}, right=_types_or_watches
@@ -208,12 +212,15 @@ class MachineControl:
             self._watch.events.emit("resumed")
         return {"state": "running"}
 
-    def snapshot(self, stop: bool = False) -> Upgrade:
+    def snapshot(self, stop: bool = False, track: bool = False, since: str = "") -> Upgrade:
         """Have the machine stand still, and make the connection a stream of all that it is; with
-        `stop` the run ends then. See pyvmm.monitor.snapshot_sender. Raises ConfigError."""
+        `stop` the run ends then. With `track` note is kept of what changes from then on; with
+        `since`, an id, the memory is what has changed since that snapshot. See
+        pyvmm.monitor.snapshot_sender. Raises ConfigError."""
         from pyvmm.monitor.snapshot_sender import snapshot
 
-        return snapshot(self._machine, self._described or self._prepared.spec, stop)
+        described = self._described or self._prepared.spec
+        return snapshot(self._machine, described, stop=stop, track=track, since=since)
 
     def console(self, history: bool = True, input: bool = True) -> Upgrade:
         """Make the connection one end of the console; see Watch."""

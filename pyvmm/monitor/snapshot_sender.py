@@ -11,11 +11,15 @@ this machine's KVM and from an emulated host.
 
 With `stop` the client answers with a byte when all is on its storage, and the run ends then; if it
 hangs up without, the machine goes on.
+
+The state has an id of the snapshot. Where what has changed since another one is asked for, it has
+the set of those pages, and no other page is sent.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import select
 import struct
 import time
@@ -32,7 +36,7 @@ from pyvmm.kinds.vm_spec import to_json
 from pyvmm.machine import saved_machine
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.outcome import Ending, Outcome
-from pyvmm.memory import GuestMemory
+from pyvmm.memory import GuestMemory, pages
 from pyvmm.spec.vm import DiskSpec, VmSpec
 from pyvmm.version import __version__
 from pyvmm.virtio.blk.backend import Backend
@@ -52,13 +56,15 @@ class _CalledOff(Exception):
     """The client has gone or takes nothing, or the machine ends."""
 
 
-def snapshot(machine: Machine, described: VmSpec, stop: bool = False) -> Upgrade:
+def snapshot(
+    machine: Machine, described: VmSpec, *, stop: bool, track: bool, since: str
+) -> Upgrade:
     """Make the connection a stream as above. `described` is the machine as its user's machine knows
     it. Raises ConfigError for what cannot be saved, before anything stands still."""
     check(described)
 
     def hand_over(connection: Socket, rest: bytes) -> None:
-        sender = _Sender(machine, described, connection, stop=stop)
+        sender = _Sender(machine, described, connection, stop=stop, track=track, since=since)
         Thread(target=sender.run, name="snapshot", daemon=True).start()
 
     return Upgrade({}, hand_over)
@@ -76,12 +82,21 @@ def check(spec: VmSpec) -> None:
 
 class _Sender:
     def __init__(
-        self, machine: Machine, described: VmSpec, connection: Socket, *, stop: bool
+        self,
+        machine: Machine,
+        described: VmSpec,
+        connection: Socket,
+        *,
+        stop: bool,
+        track: bool,
+        since: str,
     ) -> None:
         self._machine = machine
         self._described = described
         self._connection = connection
         self._stop = stop
+        self._track = track
+        self._since = since
         self._poll = select.poll()
         self._has_begun = False  # the stream, so that an error is its last piece
 
@@ -105,6 +120,9 @@ class _Sender:
                 except PyvmmError as error:
                     self._send_error(error)
                     return
+                finally:
+                    if machine.changes is not None:
+                        machine.changes.after_reading(machine.parts.vm)
                 if not self._stop:
                     paused = time.monotonic() - began
                 else:
@@ -121,15 +139,23 @@ class _Sender:
     def _send_all(self) -> None:
         machine, spec = self._machine, self._described
         prepared = machine.parts.prepared
+        snapshot_id = os.urandom(16).hex()
+        changed = self._changes(snapshot_id)
         state = {
             "pyvmm": __version__,
+            "id": snapshot_id,
             "made": time.time(),
             "spec": json.loads(to_json(spec)),
             "cmdline": prepared.entry.cmdline,
             "machine": saved_machine.save(machine),
         }
         files = {snapshot_store.MEMORY: prepared.memory.size}
-        pieces: list[Iterable[tuple[int, Any]]] = [_memory(prepared.memory)]
+        pieces: list[Iterable[tuple[int, Any]]]
+        if changed is None:
+            pieces = [_memory(prepared.memory)]
+        else:
+            state["pages"] = pages.to_bitmap(changed).hex()
+            pieces = [_pages_of(prepared.memory, changed)]
         for index, (disk, device) in enumerate(zip(spec.disks, prepared.devices, strict=False)):
             changes = _changes(disk, device.backend)  # type: ignore[attr-defined]  # disks are first
             if changes is not None:
@@ -143,6 +169,23 @@ class _Sender:
             for offset, data in of_file:
                 self._send(PIECE.pack(number, offset, len(data)))
                 self._send(data)
+
+    def _changes(self, snapshot_id: str) -> bytes | None:
+        """The pages that are to be sent, None for all; what changes from now on is noted if
+        somebody may ask for it."""
+        machine = self._machine
+        memory, vm = machine.parts.prepared.memory, machine.parts.vm
+        if not (self._track or self._since):
+            if machine.changes is not None:
+                machine.changes.before_reading(vm)
+            return None
+        from pyvmm.machine.changes import Changes
+
+        if machine.changes is None:
+            machine.changes = Changes(memory)
+        changed = machine.changes.since(self._since, vm) if self._since else None
+        machine.changes.begin(snapshot_id, vm)
+        return changed
 
     def _send_end(self, paused: float) -> None:
         self._send(_last({"paused_ms": round(1000 * paused, 3)}))
@@ -200,6 +243,16 @@ def _memory(memory: GuestMemory) -> Iterator[tuple[int, memoryview]]:
             for at, data in _not_zero(part):
                 yield offset + start + at, data
         offset += len(piece)
+
+
+def _pages_of(memory: GuestMemory, wanted: bytes) -> Iterator[tuple[int, memoryview]]:
+    """Those of the set `wanted`, zeroes too."""
+    for region in memory.regions:
+        first = region.fd_offset // _PAGE
+        for start, count in pages.runs(wanted[first : first + region.size // _PAGE]):
+            for at in range(start * _PAGE, (start + count) * _PAGE, LARGEST_PIECE):
+                end = min(at + LARGEST_PIECE, (start + count) * _PAGE)
+                yield region.fd_offset + at, region.view[at:end]
 
 
 def _not_zero(part: memoryview) -> Iterator[tuple[int, memoryview]]:

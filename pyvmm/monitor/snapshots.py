@@ -8,17 +8,21 @@ import select
 import stat
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from pyvmm.control import snapshot_store as store
 from pyvmm.control.client import Client
 from pyvmm.errors import ConfigError, HostError
+from pyvmm.host.saved import Saved
 from pyvmm.host.syscalls import Closable
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.kinds import registry
 from pyvmm.kinds.vm_spec import from_json, to_json, validate, with_paths
+from pyvmm.memory import pages
+from pyvmm.memory.guest_memory import PAGE_SIZE
+from pyvmm.monitor.saved_memory import SavedMemory, below, is_zero, layers_of
 from pyvmm.monitor.snapshot_sender import DONE, END, LARGEST_PIECE, PIECE
 from pyvmm.spec.options import read_own
 from pyvmm.spec.vm import DiskSpec, VmSpec
@@ -36,14 +40,31 @@ class Taken(NamedTuple):
     paused: float
 
 
-def take(vm: str, name: str, *, stop: bool = False) -> Taken:
+def take(
+    vm: str, name: str, *, stop: bool = False, track: bool = False, diff_of: str | None = None
+) -> Taken:
     """Take the snapshot `name` of the VM called `vm`, which runs on, or with `stop` ends. Nothing
-    is left of one that fails. Raises ConfigError, ControlError, NoAnswer or HostError."""
-    with store.Writer(name) as writer, Client.connect(vm) as client:
-        stream = client.upgrade("snapshot", stop=stop)
-        with _Receiver(vm, stream.socket) as receiver:
-            paused = _receive(receiver, writer, stop=stop)
-    return Taken(name, paused)
+    is left of one that fails.
+
+    With `track` the VM keeps note of what changes from then on. With `diff_of`, the name of another
+    snapshot from which it has kept note, what has not changed since is not stored again; it keeps
+    note from the new one on as well.
+
+    Raises ConfigError, ControlError, NoAnswer or HostError.
+    """
+    with ExitStack() as closing:
+        writer = closing.enter_context(store.Writer(name))
+        base = None if diff_of is None else _Base(closing.enter_context(store.reading(diff_of)))
+        asked: dict[str, Any] = {"stop": stop}
+        if track:
+            asked["track"] = True
+        if base is not None:
+            asked["since"] = base.id
+            closing.enter_context(base)
+        client = closing.enter_context(Client.connect(vm))
+        stream = client.upgrade("snapshot", **asked)
+        receiver = closing.enter_context(_Receiver(vm, stream.socket))
+        return Taken(name, _receive(receiver, writer, base, stop=stop))
 
 
 @contextmanager
@@ -55,7 +76,7 @@ def taken_once(vm: str) -> Iterator[VmSpec]:
         with Client.connect(vm) as client:
             stream = client.upgrade("snapshot", stop=False)
             with _Receiver(vm, stream.socket) as receiver:
-                _receive(receiver, writer, stop=False)
+                _receive(receiver, writer, None, stop=False)
         state = store.read_state(writer.path)
         for disk in from_json(json.dumps(state["spec"])).disks:
             if not disk.base_read_only:
@@ -86,7 +107,50 @@ def copy_of(spec: VmSpec, name: str, *, waits: bool = False) -> VmSpec:
     return validate(replace(spec, devices=devices, waits=waits))
 
 
-def _receive(receiver: _Receiver, writer: store.Writer, *, stop: bool) -> float:
+def merge(name: str, new: str) -> None:
+    """Make the snapshot `new`, which has all of its memory in one file, of the snapshot `name`,
+    which stays. Raises ConfigError, HostError."""
+    with store.Writer(new) as writer, store.reading(name) as found:
+        spec = spec_of(found.name, found.path, found.state)
+        state = {key: value for key, value in found.state.items() if key not in _OF_LAYERS}
+        disks = {
+            file: size for file, size in state["files"].items() if not file.startswith(store.MEMORY)
+        }
+        state["files"] = {store.MEMORY: spec.memory, **disks}
+        writer.make(store.MEMORY, spec.memory)
+        with SavedMemory(found.path, found.state, spec.memory) as memory:
+            for offset, data in memory.pieces():
+                writer.write(store.MEMORY, offset, data)
+        for file in disks:
+            writer.link(file, os.path.join(found.path, file))
+        writer.finish(state)
+
+
+_OF_LAYERS = ("below", "pages", "base")
+
+
+class _Base(Closable):
+    """The snapshot since which only what has changed is stored."""
+
+    def __init__(self, found: store.Saved) -> None:
+        """Raises ConfigError."""
+        known = found.state.get("id")
+        files = found.state.get("files")
+        size = files.get(store.MEMORY) if isinstance(files, dict) else None
+        if not isinstance(known, str) or not known or type(size) is not int or size % PAGE_SIZE:
+            raise ConfigError(
+                f"nothing can be told apart from the snapshot {found.name}: it has no id",
+                cure="take a new one with --track",
+            )
+        self.name, self.id, self.size = found.name, known, size
+        self.below = below(found.path, found.state, size)
+        self.memory = SavedMemory(found.path, found.state, size)
+
+    def close(self) -> None:
+        self.memory.close()
+
+
+def _receive(receiver: _Receiver, writer: store.Writer, base: _Base | None, *, stop: bool) -> float:
     header = receiver.line()
     files = header.get("files")
     if not isinstance(files, dict) or not 0 < len(files) <= _MOST_FILES:
@@ -99,6 +163,7 @@ def _receive(receiver: _Receiver, writer: store.Writer, *, stop: bool) -> float:
     state = receiver.state(header.get("state"))
     for name, size in files.items():
         writer.make(name, size)
+    changed = None if base is None else _Changed(receiver, base, state, files[store.MEMORY])
     while True:
         number, offset, length = PIECE.unpack(receiver.take(PIECE.size))
         if length > LARGEST_PIECE:
@@ -108,7 +173,10 @@ def _receive(receiver: _Receiver, writer: store.Writer, *, stop: bool) -> float:
             break
         if number >= len(names) or offset + length > files[names[number]]:
             raise receiver.nonsense()
-        writer.write(names[number], offset, data)
+        if changed is None or names[number] != store.MEMORY:
+            writer.write(names[number], offset, data)
+        else:
+            changed.write(writer, offset, data)
     end = receiver.parsed(data)
     paused = end.get("paused_ms")
     if not isinstance(paused, int | float):
@@ -118,11 +186,49 @@ def _receive(receiver: _Receiver, writer: store.Writer, *, stop: bool) -> float:
     state["spec"] = json.loads(to_json(spec))
     state["disks"] = [marks_of(disk) for disk in spec.disks]
     state["paused_ms"] = paused
+    if base is not None and changed is not None:
+        for path, row in base.below:
+            writer.link(row["file"], path)
+            files[row["file"]] = base.size
+        state["below"] = [row for _, row in base.below]
+        state["pages"] = pages.to_bitmap(changed.pages).hex()
+        state["base"] = {"name": base.name, "id": base.id}
     state["files"] = files
     writer.finish(state)
     if stop:
         receiver.answer(DONE)
     return paused / 1000
+
+
+class _Changed:
+    """The pages of a machine's memory that are stored: it names some that are as they were."""
+
+    def __init__(self, receiver: _Receiver, base: _Base, state: dict[str, Any], size: int) -> None:
+        """Raises HostError for what the machine should not have sent."""
+        self._base, self._receiver = base, receiver
+        count = base.size // PAGE_SIZE
+        try:
+            Saved(state, "the VM").data("pages", -(-count // 8), most=count)
+        except ConfigError:
+            raise receiver.nonsense() from None
+        if size != base.size:
+            raise receiver.nonsense()
+        self._kept = bytearray(pages.NO * count)
+
+    @property
+    def pages(self) -> bytes:
+        """The set of them."""
+        return bytes(self._kept)
+
+    def write(self, writer: store.Writer, offset: int, data: bytes) -> None:
+        """What of `data` is new goes into the file."""
+        if offset % PAGE_SIZE or len(data) % PAGE_SIZE:
+            raise self._receiver.nonsense()
+        for at in self._base.memory.differing(offset, data):
+            self._kept[(offset + at) // PAGE_SIZE] = pages.YES[0]
+            page = data[at : at + PAGE_SIZE]
+            if not is_zero(page):
+                writer.write(store.MEMORY, offset + at, page)
 
 
 class _Receiver(Closable):
@@ -255,11 +361,15 @@ def spec_of(name: str, path: str, state: Mapping[str, Any]) -> VmSpec:
     files = state.get("files")
     if not isinstance(files, dict) or files.get(store.MEMORY) != spec.memory:
         raise _bad(name, "its memory is not as large as its machine's")
+    for layer in layers_of(state, spec.memory):
+        if files.get(layer.file) != spec.memory:
+            raise _bad(name, f"{layer.file} is not as large as its machine's memory")
     for file, size in files.items():
         if "/" in file or file.startswith(".") or not _has_size(os.path.join(path, file), size):
             raise _bad(name, f"{file!r} is not as large as it was")
     disks = []
     for index, disk in enumerate(spec.disks):
+        disk = replace(disk, saved=None, scratch=None)  # not for a snapshot to say
         if disk.read_only:
             disks.append(disk)
             continue

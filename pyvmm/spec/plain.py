@@ -16,12 +16,12 @@ T = TypeVar("T", bound=Record)
 
 
 def checked(spec: T) -> T:
-    """`spec`, a record. Raises TypeError that names the field which is wrong; one that
-    is a specification in its turn, or several, is whoever made it to check."""
+    """`spec`, a record, and those that its fields have. Raises TypeError that names the field
+    which is wrong."""
     for name, text in kinds_of(spec).items():
         value = getattr(spec, name)
         kinds = text.split(" | ")
-        if not any(_IS.get(kind, _is_anything)(value) for kind in kinds):
+        if not any(_IS.get(kind, _is_specs)(value) for kind in kinds):
             raise TypeError(f"{name} is {value!r:.60}")
     return spec
 
@@ -46,8 +46,10 @@ def _is_pairs(value: object) -> bool:
     )
 
 
-def _is_anything(value: object) -> bool:
-    return True
+def _is_specs(value: object) -> bool:
+    if not isinstance(value, list | tuple) or not all(isinstance(one, Record) for one in value):
+        return False
+    return all(checked(one) is one for one in value)
 
 
 _IS: dict[str, Callable[[Any], bool]] = {

@@ -10,6 +10,7 @@ run, on real KVM, or it is refused. It raises AssertionError if
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import os
@@ -92,7 +93,7 @@ def other(rng: Random, value: Any) -> Any:
     if isinstance(value, dict) and value and kind < 0.5:
         gone = rng.choice(list(value))
         return {key: one for key, one in value.items() if key != gone}
-    return rng.choice(_STRANGE)
+    return copy.deepcopy(rng.choice(_STRANGE))
 
 
 def _values(rng: Random, path: Path) -> None:
@@ -175,6 +176,17 @@ _WEIGHTS = (8, 1, 2)
 
 # --- snapshots that are good, and cases -----------------------------------------------------------
 
+_SNAPSHOTS = {
+    "small": [
+        ("snapshot", "small", "small", "--track"),
+        ("snapshot", "small", "changes", "--diff-of", "small"),
+        ("snapshot", "small", "more", "--diff-of", "changes"),
+        ("snapshot", "rm", "changes"),
+    ],
+    "mmio": [("snapshot", "mmio", "mmio")],
+    "pci": [("snapshot", "pci", "pci")],
+}
+
 
 class Snapshots:
     """Snapshots of several VMs in a folder of its own, which are as they should be."""
@@ -224,13 +236,15 @@ class Snapshots:
             assert vm.stdin is not None and vm.stdout is not None
             try:
                 assert b"ready" in vm.stdout.readline()
-                subprocess.run([*pyvmm, "snapshot", name, name], check=True, capture_output=True)
+                for command in _SNAPSHOTS[name]:
+                    subprocess.run([*pyvmm, *command], check=True, capture_output=True)
                 vm.stdin.write(b"O")
                 vm.stdin.flush()
                 assert vm.wait(60) == 0
             finally:
                 vm.kill()
-        (self._place / name).rename(self._good / name)
+        for path in self._place.iterdir():
+            path.rename(self._good / path.name)
 
     @contextmanager
     def _copy(self, name: str) -> Iterator[Path]:

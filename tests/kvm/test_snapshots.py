@@ -342,6 +342,14 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         _state(lambda s: s["spec"]["disks"][0].update(scratch=7)),
         "not a VM specification: scratch is 7",
     ),
+    "a port's path that is a number": (
+        _state(
+            lambda s: s["spec"]["devices"].append(
+                ["ports", {"ports": [{"name": "a", "path": 7}], "packed": False}]
+            )
+        ),
+        "not a VM specification: path is 7",
+    ),
     "a format that there is not": (
         _state(lambda s: s["spec"]["disks"][0].update(format="xx")),
         "format cannot be 'xx'",

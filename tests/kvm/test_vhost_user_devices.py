@@ -10,11 +10,11 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
+from c_guest import c_guest
 from front_end_rig import process, until
 
 from pyvmm import VM, ConfigError, images
 from pyvmm.kvm.system import Kvm
-from pyvmm.machine.board.x86 import layout
 
 MIB = 1 << 20
 TEXT = b"sector 0 of the image"
@@ -32,25 +32,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The guest's, built from its source."""
-    target = tmp_path_factory.mktemp("guest") / "virtio_guest"
-    slots = [layout.VIRTIO_MMIO_BASE + n * layout.VIRTIO_MMIO_STRIDE for n in range(2)]
-    subprocess.run(
-        [
-            *("cc", "-O1", "-static", "-nostdlib", "-ffreestanding", "-fno-pie", "-no-pie"),
-            *(
-                "-mgeneral-regs-only",
-                "-mno-red-zone",
-                "-fno-stack-protector",
-                "-fcf-protection=none",
-            ),
-            *("-Wl,-Ttext=0x200000,-e,run,--build-id=none,-z,noseparate-code", "-Wall", "-Werror"),
-            "-fcf-protection=none",
-            *(f"-DDISK={slots[0]:#x}ull", f"-DRNG={slots[1]:#x}ull"),
-            *("-o", str(target), str(Path(__file__).with_name("virtio_guest.c"))),
-        ],
-        check=True,
-    )
-    return str(target)
+    folder = tmp_path_factory.mktemp("guest")
+    return c_guest("virtio_guest.c", folder, "DISK", "RNG")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pyvmm.errors import ConfigError, GuestMemoryError
-from pyvmm.memory import GuestMemory
+from pyvmm.memory import GuestMemory, private_memory
 from pyvmm.memory.private_memory import PrivateMemory
 
 PAGE = 4096
@@ -109,4 +109,61 @@ def test_memory_of_its_own_has_holes_where_nobody_wrote() -> None:
     views = [piece for piece in memory.touched() if not isinstance(piece, int)]
     assert sum(map(len, views)) < 64 * PAGE, "all of it is looked at"
     assert contents(memory) == b"".join(bytes(region.view) for region in memory.regions)
+    memory.close()
+
+
+# --- files over one another -----------------------------------------------------------------------
+
+
+def over(path: Path, *upper: dict[int, bytes]) -> PrivateMemory:
+    """A memory of the file at `path`, with files over it that have these pages."""
+    fds, layers = [os.open(path, os.O_RDONLY)], []
+    for number, changes in enumerate(upper):
+        other = path.with_name(f"upper{number}")
+        with open(other, "wb") as file:
+            file.truncate(SIZE)
+            for page, data in changes.items():
+                os.pwrite(file.fileno(), data, page * PAGE)
+        fds.append(os.open(other, os.O_RDONLY))
+        which = bytes(ord("1") if page in changes else ord("0") for page in range(SIZE // PAGE))
+        layers.append((fds[-1], which))
+    try:
+        return PrivateMemory(RANGES, fds[0], layers)
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+@pytest.mark.parametrize("most", [8192, 2, 0])
+def test_the_highest_file_that_has_a_page_counts(
+    path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    monkeypatch.setattr(private_memory, "_MOST_MAPPED", most)
+    one = {page: bytes([0xA0]) * PAGE for page in (2, 3, 63, 64, 65, 900)}
+    two = {page: bytes([0xB0]) * PAGE for page in (3, 65)} | {700: bytes(PAGE), 901: b"x" * PAGE}
+    wanted = bytearray(path.read_bytes())
+    for changes in (one, two):
+        for page, data in changes.items():
+            wanted[page * PAGE : (page + 1) * PAGE] = data
+    memory = over(path, one, two)
+    assert contents(memory) == wanted
+    memory.write(PAGE * 2, b"own")
+    wanted[PAGE * 2 : PAGE * 2 + 3] = b"own"
+    memory.discard(3 * PAGE, PAGE)
+    wanted[PAGE * 3 : PAGE * 4] = bytes(PAGE)
+    assert contents(memory) == wanted
+    memory.close()
+
+
+def test_what_may_have_changed_is_what_was_written_or_discarded(path: Path) -> None:
+    memory = over(path, {2: b"a" * PAGE})
+    assert b"1" not in memory.changed()
+    contents(memory)  # reading changes nothing
+    assert b"1" not in memory.changed()
+    memory.write(PAGE * 5, b"x")
+    memory.write(RANGES[1][0] + PAGE, b"x")
+    memory.discard(3 * PAGE, 2 * PAGE)
+    changed = memory.changed()
+    assert len(changed) == SIZE // PAGE
+    assert [page for page, is_it in enumerate(changed) if is_it == ord("1")] == [3, 4, 5, 65]
     memory.close()

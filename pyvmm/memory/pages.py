@@ -1,0 +1,95 @@
+"""Sets of pages of guest memory, and files that lie over one another page by page.
+
+A set of pages is a text of "0" and "1", a byte for each page in the order of the regions: what the
+interpreter's own functions on bytes and numbers are quick with.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from pyvmm.memory.guest_memory import PAGE_SIZE
+
+NO, YES = b"0", b"1"
+_ENTRY = 8
+# Documentation/admin-guide/mm/pagemap.rst: the highest byte of a page's entry
+_PRESENT, _SWAPPED, _OF_FILE = 0x80, 0x40, 0x20
+
+
+def _table(has: Callable[[int], object]) -> bytes:
+    return b"".join(YES if has(byte) else NO for byte in range(256))
+
+
+ANY = _table(lambda byte: byte & (_PRESENT | _SWAPPED))
+"""What has a page in this process: it has read or written it, or the kernel has for it."""
+OWN = _table(lambda byte: byte & _SWAPPED or (byte & _PRESENT and not byte & _OF_FILE))
+"""What is a page of this process alone, as it has written to a private mapping."""
+
+
+def looked_up(address: int, size: int, table: bytes) -> bytes:
+    """Those of `size` bytes of this process from `address` on that `table` (ANY or OWN) means; all
+    of them where the kernel does not say."""
+    count = size // PAGE_SIZE
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as file:
+            entries = _read(file.fileno(), address // PAGE_SIZE * _ENTRY, count * _ENTRY)
+    except OSError:
+        entries = b""
+    if len(entries) < count * _ENTRY:
+        return YES * count
+    return entries[_ENTRY - 1 :: _ENTRY].translate(table)
+
+
+def _read(fd: int, offset: int, size: int) -> bytes:
+    found = bytearray()
+    while len(found) < size:
+        more = os.pread(fd, size - len(found), offset + len(found))
+        if not more:
+            break
+        found += more
+    return bytes(found)
+
+
+def both(one: bytes, other: bytes) -> bytes:
+    """What is in one of them or in both."""
+    number = int.from_bytes(one, "big") | int.from_bytes(other, "big")
+    return number.to_bytes(len(one), "big")
+
+
+def from_bitmap(bitmap: bytes, count: int) -> bytes:
+    """The set that has a bit for each of `count` pages in `bitmap`, the lowest first."""
+    digits = format(int.from_bytes(bitmap, "little"), "b").encode()[::-1]
+    return digits[:count].ljust(count, NO)
+
+
+def to_bitmap(pages: bytes) -> bytes:
+    """The bitmap of a set, in whole bytes."""
+    size = -(-len(pages) // 8)
+    return int(pages[::-1], 2).to_bytes(size, "little")
+
+
+def runs(pages: bytes) -> Iterator[tuple[int, int]]:
+    """The first page and the number of pages of each run that is in the set."""
+    for run in re.finditer(rb"1+", pages):
+        yield run.start(), run.end() - run.start()
+
+
+def extents(count: int, over: Sequence[bytes]) -> Iterator[tuple[int, int, int]]:
+    """Which layer `count` pages are in: (first page, number of pages, layer), in order. Layer 0 has
+    all of them, and layer n those in `over[n - 1]`; the highest one counts."""
+    owner = bytearray(count)
+    for number, pages in enumerate(over, 1):
+        for first, length in runs(pages):
+            owner[first : first + length] = bytes([number]) * length
+    for run in re.finditer(rb"(.)\1*", owner, re.DOTALL):
+        yield run.start(), run.end() - run.start(), owner[run.start()]
+
+
+def clear(pages: bytes, gone: Iterable[int]) -> bytes:
+    """The set without the pages in `gone`."""
+    rest = bytearray(pages)
+    for page in gone:
+        rest[page] = NO[0]
+    return bytes(rest)
