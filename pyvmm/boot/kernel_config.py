@@ -78,7 +78,7 @@ def lacking(text: str, wants: Wants) -> list[str]:
     if not values:
         return []  # It is not a configuration.
     missing = []
-    for names, must_be_built_in, why in _needs(wants):
+    for names, must_be_built_in, why in _needs(wants, has_pci="PCI" in values):
         states = [values.get(name, "n") for name in names]
         usable = "y" if must_be_built_in or not wants.modules else "ym"
         if not any(state in usable for state in states):
@@ -88,7 +88,7 @@ def lacking(text: str, wants: Wants) -> list[str]:
     return missing
 
 
-def _needs(wants: Wants) -> Iterator[tuple[tuple[str, ...], bool, str]]:
+def _needs(wants: Wants, *, has_pci: bool) -> Iterator[tuple[tuple[str, ...], bool, str]]:
     """(names of which one is enough, whether it must not be a module, what for)."""
     if wants.console == "serial":
         yield ("SERIAL_8250_CONSOLE",), True, "for its console"
@@ -101,8 +101,11 @@ def _needs(wants: Wants) -> Iterator[tuple[tuple[str, ...], bool, str]]:
         yield ("DEVTMPFS",), True, "for its device files"
     if wants.disks or wants.nets or wants.vsock or wants.shares:
         if wants.transport == "pci":
+            yield ("PCI",), True, "for its PCI bus"
             yield ("VIRTIO_PCI",), False, "for its devices"
-            yield ("PCI_MMCONFIG", "PCI_DIRECT"), True, "for its PCI bus"
+            if has_pci:  # which the others depend on
+                yield ("PCI_MMCONFIG", "PCI_DIRECT"), True, "for its PCI bus"
+                yield ("PCI_MSI",), True, "for its devices' interrupts"
         else:
             yield ("VIRTIO_MMIO",), False, "for its devices"
             yield ("ACPI", "VIRTIO_MMIO_CMDLINE_DEVICES"), True, "to find its devices"

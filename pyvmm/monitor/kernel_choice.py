@@ -293,8 +293,11 @@ def _tell_lacking(spec: VmSpec, text: str, config: str, *, own_init: bool) -> No
     lacking = _lacking(spec, text, own_init=own_init)
     if lacking:
         said = config or f"the configuration in {spec.kernel}"
+        other = replace(spec, transport="mmio" if spec.transport == "pci" else "pci")
+        is_better = len(_lacking(other, text, own_init=own_init)) < len(lacking)
+        cure = f"; use --transport {other.transport}" if is_better else ""
         log.to_stderr(
-            f"the kernel will not serve this guest: by {said} it lacks {', '.join(lacking)}"
+            f"the kernel will not serve this guest: by {said} it lacks {', '.join(lacking)}{cure}"
         )
 
 

@@ -24,7 +24,7 @@ WHOLE = "\n".join(
     for name in (
         *("SERIAL_8250_CONSOLE", "BLK_DEV_INITRD", "BINFMT_SCRIPT", "DEVTMPFS", "VIRTIO_MMIO"),
         *("ACPI", "VIRTIO_PCI", "PCI_DIRECT", "VIRTIO_BLK", "EXT4_FS", "VIRTIO_NET"),
-        *("VIRTIO_VSOCKETS", "VIRTIO_CONSOLE"),
+        *("VIRTIO_VSOCKETS", "VIRTIO_CONSOLE", "PCI", "PCI_MSI"),
     )
 )
 ALL = Wants(disks=True, nets=True, vsock=True, initrd=True, own_init=True, filesystem="ext4")
@@ -47,6 +47,9 @@ def test_a_kernel_that_has_it_all_lacks_nothing() -> None:
         ("VIRTIO_MMIO", Wants(disks=True), "devices"),
         ("ACPI", Wants(vsock=True), "find its devices"),
         ("VIRTIO_PCI", Wants(nets=True, transport="pci"), "devices"),
+        ("PCI", Wants(nets=True, transport="pci"), "PCI bus"),
+        ("PCI_DIRECT", Wants(nets=True, transport="pci"), "PCI bus"),
+        ("PCI_MSI", Wants(nets=True, transport="pci"), "interrupts"),
         ("VIRTIO_BLK", ALL, "disks"),
         ("EXT4_FS", ALL, "root file system"),
         ("VIRTIO_NET", ALL, "network"),

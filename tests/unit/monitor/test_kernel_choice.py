@@ -163,10 +163,13 @@ def test_a_name_in_a_file_is_no_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("configuration", "asked", "transport"),
     [
-        ("VIRTIO_PCI PCI_DIRECT", "auto", "pci"),
-        ("VIRTIO_PCI PCI_DIRECT", "mmio", "mmio"),
-        ("VIRTIO_PCI PCI_DIRECT VIRTIO_MMIO ACPI", "auto", "auto"),
-        ("VIRTIO_PCI PCI_DIRECT VIRTIO_MMIO", "auto", "pci"),
+        ("PCI PCI_MSI VIRTIO_PCI PCI_DIRECT", "auto", "pci"),
+        ("PCI PCI_MSI VIRTIO_PCI PCI_DIRECT", "mmio", "mmio"),
+        ("PCI PCI_MSI VIRTIO_PCI PCI_DIRECT VIRTIO_MMIO ACPI", "auto", "auto"),
+        ("PCI PCI_MSI VIRTIO_PCI PCI_DIRECT VIRTIO_MMIO", "auto", "pci"),
+        ("PCI PCI_DIRECT VIRTIO_PCI VIRTIO_MMIO ACPI", "auto", "auto"),
+        ("VIRTIO_BLK", "auto", "auto"),  # neither bus
+        ("VIRTIO_MMIO ACPI", "pci", "pci"),
         ("VIRTIO_MMIO ACPI", "auto", "auto"),
         ("", "auto", "auto"),
     ],
@@ -186,3 +189,42 @@ def test_a_kernel_that_finds_devices_on_pci_only_gets_them_there(
         kernel = kernel.rename(tmp_path / "vmlinuz-mine")
     options = {"kernel": str(kernel if as_file else tree), "disks": ["ram:1M"]}
     assert specify({**options, "transport": asked})[0].transport == transport
+
+
+OTHERS = ("SERIAL_8250_CONSOLE", "VIRTIO_BLK", "EXT4_FS")
+ON_MMIO = ("VIRTIO_MMIO", "ACPI", *OTHERS)
+ON_PCI = ("PCI", "PCI_MSI", "PCI_MMCONFIG", "VIRTIO_PCI", *OTHERS)
+NO_BUS = "CONFIG_PCI (for its PCI bus), CONFIG_VIRTIO_PCI (for its devices); use --transport mmio"
+NO_MSI = "CONFIG_PCI_MSI (for its devices' interrupts); use --transport mmio"
+
+
+@pytest.mark.parametrize(
+    ("configuration", "transport", "said"),
+    [
+        (ON_MMIO, "auto", ""),
+        (ON_MMIO, "mmio", ""),
+        (ON_MMIO, "pci", NO_BUS),
+        (ON_PCI, "auto", ""),
+        (ON_PCI, "mmio", "use --transport pci"),
+        ((*ON_PCI, *ON_MMIO), "pci", ""),
+        ([name for name in (*ON_PCI, *ON_MMIO) if name != "PCI_MSI"], "auto", ""),
+        ([name for name in (*ON_PCI, *ON_MMIO) if name != "PCI_MSI"], "pci", NO_MSI),
+        (OTHERS, "auto", "to find its devices)"),  # no other transport would be better
+        (OTHERS, "pci", "CONFIG_VIRTIO_PCI (for its devices)"),
+    ],
+)
+def test_a_bus_that_a_kernel_does_not_know_is_told_with_the_cure(
+    configuration: tuple[str, ...],
+    transport: str,
+    said: str,
+    tmp_path: Path,
+    world: list[str],
+) -> None:
+    (tmp_path / "vmlinuz-mine").write_bytes(boot_images.bzimage())
+    absent = "# CONFIG_PCI is not set\n" if "PCI" not in configuration else ""
+    text = absent + "".join(f"CONFIG_{name}=y\n" for name in configuration)
+    (tmp_path / "config-mine").write_text(text)
+    kernel = str(tmp_path / "vmlinuz-mine")
+    specify({"kernel": kernel, "disks": ["ram:1M"], "transport": transport})
+    assert len(world) == bool(said)
+    assert not said or world[0].endswith(said)
