@@ -67,7 +67,7 @@ class Vms:
                 vm.close()
 
     def test_failed(self, test: str) -> list[Section]:
-        """What its report is to say of its VMs. They are given to no other test."""
+        """The sections of its report on its VMs. They are given to no other test."""
         sections = []
         vms = self._of_test.get(test, ())
         for vm in vms:
@@ -97,7 +97,7 @@ def _sections(vm: VM) -> list[Section]:
 
 
 class Factory:
-    """What the fixture microvm_factory is."""
+    """The type of the fixture microvm_factory."""
 
     def __init__(self, item: pytest.Item, vms: Vms, kernel: str | None = None) -> None:
         """`kernel` is what its VMs boot, unless a test says otherwise."""

@@ -20,7 +20,7 @@ class Cancelled(Exception):
 
 
 class Cancellation:
-    """Whether a thread is to give up, and how to have it notice."""
+    """True if a thread is to give up, and how to have it notice."""
 
     def __init__(self) -> None:
         self.cancelled = False

@@ -184,7 +184,7 @@ def introduce(monitor: ForkedMonitor, original: VmSpec) -> None:
 
 
 def _tell(monitor: ForkedMonitor, wanted: list[str]) -> list[str]:
-    """What cannot be changed. Raises AgentError and what asking a monitor raises."""
+    """Refuse what cannot be changed. Raises AgentError and what asking a monitor raises."""
     agent = Agent(
         lambda seconds: connect_vsock(monitor.name, PORT, patience=min(seconds, _SECONDS))
     )

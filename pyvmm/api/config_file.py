@@ -69,7 +69,7 @@ def load(path: str, *, allow_code: bool = False) -> dict[str, Any]:
 
 
 def no_keys() -> dict[str, str]:
-    """What `pyvmm run` has and a file has not, and what to do about it."""
+    """The options of `pyvmm run` that a file has not, and what to do about it."""
     rows = {row.name: row.not_in_files for row in registry.options() if row.not_in_files}
     return {**rows, "command": ONLY_TYPED}
 

@@ -1,4 +1,4 @@
-"""What a VM's monitor is asked to do, by the VM's control socket: for `VM`, and for the commands
+"""The requests to a VM's monitor, by the VM's control socket: for `VM`, and for the commands
 `pyvmm pause`, `resume`, `disk`, `net`, `rng` and `balloon`."""
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class BalloonControl:
         self._vm._ask("balloon.set", size=_bytes(size))
 
     def stats(self) -> dict[str, Any]:
-        """What is wanted (`target`), given (`actual`) and more: the control socket's
+        """The sizes that are wanted (`target`), given (`actual`) and more: the control socket's
         `balloon.stats`."""
         return self._vm._ask("balloon.stats")
 

@@ -58,7 +58,7 @@ class Monitor(ABC):
 
     @property
     def is_elsewhere(self) -> bool:
-        """Whether it is the monitor of the process that this one was forked from. Its thread is
+        """True if it is the monitor of the process that this one was forked from. Its thread is
         there, its locks may be held for ever here, and what it does is not for us to end."""
         return os.getpid() != self.owner
 
@@ -84,7 +84,7 @@ class Monitor(ABC):
         return self._outcome
 
     def ends_soon(self) -> bool:
-        """Whether it ends within moments, or has."""
+        """True if it ends within moments, or has."""
         try:
             self.wait(_ENDING_SECONDS)
         except VMTimeout:

@@ -261,7 +261,7 @@ class VM(InGuest, InMonitor):
             client.call("stop", patience=_ASK_SECONDS, timeout_ms=round(1000 * patience))
 
     def close(self) -> Outcome:
-        """What the end of a `with` block does: `stop`, and with `now` where nothing that the guest
+        """End as a `with` block does: `stop`, and with `now` where nothing that the guest
         has written is kept: a program that has what it wanted shall not wait for that."""
         return self.stop(now=not self._keeps_something())
 
@@ -293,7 +293,7 @@ class VM(InGuest, InMonitor):
 
     @property
     def is_elsewhere(self) -> bool:
-        """Whether it belongs to the process that this one was forked from."""
+        """True if it belongs to the process that this one was forked from."""
         return self._monitor is not None and self._monitor.is_elsewhere
 
     def _ours(self) -> Monitor:
@@ -334,7 +334,7 @@ class VM(InGuest, InMonitor):
     # --- what is asked of its monitor -------------------------------------------------------------
 
     def events(self, *, history: bool = True) -> Iterator[Event]:
-        """What happens to it, one after another, until it has ended; with `history` what has
+        """The events of it, one after another, until it has ended; with `history` what has
         happened already comes first."""
         with self._explained():
             stream = open_events(self.name, history=history)
@@ -371,13 +371,13 @@ class VM(InGuest, InMonitor):
 
 
 def _may_be_its_end(error: Exception) -> bool:
-    """Whether `error` is what a VM's end looks like to who has asked it for something."""
+    """True if `error` is what a VM's end looks like to who has asked it for something."""
     from pyvmm.agent import AgentGone
 
     return isinstance(error, (NoAnswer, NotRunning, AgentGone, HostError, OSError))
 
 
 def _is_list(value: object) -> bool:
-    """Whether it stands for several values: a generator, say, but not a text, table or path."""
+    """True if it stands for several values: a generator, say, but not a text, table or path."""
     single = (str, Mapping, os.PathLike, DeviceSpec, DiskSpec)
     return isinstance(value, Iterable) and not isinstance(value, single)

@@ -1,4 +1,4 @@
-"""What an unpacked kernel calls itself in its banner (Linux init/version.c, linux_banner: "Linux
+"""The release in an unpacked kernel's banner (Linux init/version.c, linux_banner: "Linux
 version RELEASE (…")."""
 
 from __future__ import annotations

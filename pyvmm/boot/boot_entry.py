@@ -1,4 +1,4 @@
-"""What a disk says it boots: a Boot Loader Specification entry, GRUB's configuration, or the newest
+"""The boot entry of a disk: a Boot Loader Specification entry, GRUB's configuration, or the newest
 kernel in /boot.
 
 Sources: the Boot Loader Specification (uapi-group.org), type 1 entries; the GNU GRUB manual
@@ -37,7 +37,7 @@ class BootEntry(NamedTuple):
 
 
 def find(systems: Sequence[Ext4]) -> BootEntry | None:
-    """What the first of `systems` that says anything says; None if none does. Raises ConfigError
+    """The entry of the first of `systems` that has one; None if none does. Raises ConfigError
     for one that names what is not there."""
     for look in (_by_entries, _by_grub, _newest):
         for system in systems:
@@ -167,7 +167,7 @@ def _plain(words: Sequence[str]) -> tuple[str, ...]:
 
 
 def _place(system: Ext4, prefix: str, path: str, source: str) -> str:
-    """Where in `system` the file is that `source` names: by its own root, or by /boot's."""
+    """The path in `system` of the file that `source` names: by its own root, or by /boot's."""
     path = re.sub(r"^\([^)]*\)", "", path)  # GRUB's name of a device
     for place in (path, f"{prefix}/{path.lstrip('/')}"):
         if "$" not in place and system.has(place):

@@ -99,7 +99,7 @@ def merge(defaults: list[str], user: str) -> str:
 
 
 def values(cmdline: str, wanted: str) -> list[str]:
-    """What `cmdline` sets the kernel's parameter named `wanted` to, each time it does."""
+    """The values that `cmdline` gives the kernel's parameter named `wanted`, in order."""
     parameters = split(cmdline)
     end = parameters.index("--") if "--" in parameters else len(parameters)
     found = [one for one in parameters[:end] if name(one) == name(wanted)]
@@ -107,5 +107,5 @@ def values(cmdline: str, wanted: str) -> list[str]:
 
 
 def has(cmdline: str, wanted: str) -> bool:
-    """Whether `cmdline` sets the parameter named `wanted` for the kernel."""
+    """True if `cmdline` sets the parameter named `wanted` for the kernel."""
     return bool(values(cmdline, wanted))

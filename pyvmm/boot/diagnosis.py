@@ -104,7 +104,7 @@ class ConsoleWatcher:
         patience: float = 10.0,
         consoles: Collection[str] = ("ttyS0",),
     ) -> Finding | None:
-        """What to say of a guest that has printed nothing in `elapsed` seconds on `consoles`, as
+        """The line for a guest that has printed nothing in `elapsed` seconds on `consoles`, as
         its kernel calls them.
 
         None while it has printed something or less than `patience` seconds have gone by.
@@ -116,7 +116,7 @@ class ConsoleWatcher:
     def silent_reset(
         self, cmdline: str, *, consoles: Collection[str] = ("ttyS0",)
     ) -> Finding | None:
-        """What to say of a guest that has reset itself; None if it has printed something."""
+        """The line for a guest that has reset itself; None if it has printed something."""
         if self.bytes_seen:
             return None
         return _explain_silence("reset itself and printed nothing", cmdline, consoles)
@@ -138,7 +138,7 @@ class ConsoleWatcher:
             self.findings.append(finding)
 
     def disk_came_up(self) -> bool:
-        """Whether a driver in the guest has found a disk of ours, as far as can be told."""
+        """True if a driver in the guest has found a disk of ours, as far as can be told."""
         return self._disk_ready() if self._disk_ready else self._disk_seen
 
     @property
@@ -189,8 +189,8 @@ def _there(watcher: ConsoleWatcher, wanted: str) -> str:
 
 
 def _other_root(disk: str, number: int, watcher: ConsoleWatcher) -> str:
-    """What to say where no root file system could be mounted from partition `number` of `disk`, or
-    from the whole of it if that is 0; nothing if it is not a fault of the choice."""
+    """The line for a boot in which no root file system could be mounted from partition `number` of
+    `disk`, or from the whole of it if that is 0; nothing if it is not a fault of the choice."""
     table = dict(watcher.tables()).get(disk)
     if table is None:
         return ""

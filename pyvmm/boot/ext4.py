@@ -57,8 +57,8 @@ class _Piece(NamedTuple):
 
 
 class Search:
-    """What may be read only to find something, in all file systems of a disk: a disk may have many,
-    and a small directory a large tree."""
+    """The bytes that may be read to find something, in all file systems of a disk: a disk may have
+    many, and a small directory a large tree."""
 
     def __init__(self) -> None:
         self.left = _MOST_LOOKED_AT
@@ -130,8 +130,8 @@ class Ext4:
         return b"".join(pieces).decode("utf-8", "replace")
 
     def names(self, path: str) -> list[str]:
-        """What is in the directory at `path`, sorted, without names that are not printable; nothing
-        if there is none."""
+        """The names in the directory at `path`, sorted, without names that are not printable;
+        nothing if there is none."""
         try:
             inode = self._find(path)
         except FileNotFoundError:
@@ -142,7 +142,7 @@ class Ext4:
         return sorted(name for name in found if name.isprintable() and "\ufffd" not in name)
 
     def has(self, path: str) -> bool:
-        """Whether there is anything at `path`."""
+        """True if there is anything at `path`."""
         try:
             self._find(path)
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What a kernel was configured with: found beside it or in it, and what a guest would lack.
+"""The configuration of a kernel: found beside it or in it, and what a guest would lack.
 
 A configuration is text (Linux Documentation/kbuild/kconfig-language.rst): "CONFIG_NAME=y", "=m", or
 "# CONFIG_NAME is not set". A kernel built with CONFIG_IKCONFIG has it in itself, packed by gzip
@@ -20,10 +20,10 @@ _LINE = re.compile(r"^CONFIG_(\w+)=([ym])$", re.MULTILINE)
 
 
 class Wants(NamedTuple):
-    """What a guest is to have. `console` is "serial", "virtio", or "" for none to look after;
-    `modules` tells whether there are any for it to load, `own_init` whether its first program is
-    that of pyvmm's initramfs. `filesystem` is the root's, "" for none; with
-    `overlay` it is a directory of the host's, and what the guest changes goes elsewhere."""
+    """The features that a guest is to have. `console` is "serial", "virtio", or "" for none to look
+    after; `modules` tells whether there are any for it to load, `own_init` whether its first
+    program is that of pyvmm's initramfs. `filesystem` is the root's, "" for none; with `overlay` it
+    is a directory of the host's, and what the guest changes goes elsewhere."""
 
     transport: str = "mmio"
     disks: bool = False
@@ -51,7 +51,7 @@ def embedded(pieces: Iterable[bytes]) -> str:
 
 
 def _packed(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """What stands between the two markers, or at most so much behind the first."""
+    """The bytes between the two markers, or at most so much behind the first."""
     rest, found = b"", None
     for piece in pieces:
         if found is None:
@@ -72,8 +72,8 @@ def _packed(pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def lacking(text: str, wants: Wants) -> list[str]:
-    """What the kernel with the configuration `text` lacks of what the guest `wants`: one phrase
-    each, such as "CONFIG_VIRTIO_BLK (for its disks)"."""
+    """The options that the kernel with the configuration `text` lacks of those that the guest
+    `wants`: one phrase each, such as "CONFIG_VIRTIO_BLK (for its disks)"."""
     values = dict(_LINE.findall(text))
     if not values:
         return []  # It is not a configuration.

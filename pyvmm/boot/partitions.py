@@ -1,4 +1,4 @@
-"""What a disk that holds partitions could be booted from: its table, and what each partition holds.
+"""The boot choices of a disk with partitions: its table, and what each partition holds.
 
 Only for a word to the user when a guest has not found its root file system. A table is untrusted:
 every size in it is bounded, and a table that the guest's kernel would not take is none. Sources:
@@ -61,7 +61,7 @@ _CONTENTS = (
 
 
 class Content(NamedTuple):
-    """What a partition holds: `kind` is ext4, xfs, …, or empty for what is not known."""
+    """The content of a partition: `kind` is ext4, xfs, …, or empty for what is not known."""
 
     kind: str = ""
     label: str = ""
@@ -85,7 +85,7 @@ class Partition(NamedTuple):
 
     @property
     def may_be_root(self) -> bool:
-        """Whether a Linux system may live here."""
+        """True if a Linux system may live here."""
         return self.content.kind in _ROOTS and self.type not in _NOT_ROOT
 
 
@@ -99,8 +99,8 @@ class Table(NamedTuple):
 
 
 def read_disk(read: Read, size: int, block: int = _SECTOR) -> Table | None:
-    """What is on a disk of `size` bytes in blocks of `block`: its partitions, or the one thing that
-    it holds; None if neither is known.
+    """The table of a disk of `size` bytes in blocks of `block`: its partitions, or the one thing
+    that it holds; None if neither is known.
 
     Raises what `read` raises.
     """
@@ -237,7 +237,7 @@ def roots(table: Table) -> list[Partition]:
 
 
 def is_damaged(read: Read, size: int) -> bool:
-    """Whether the disk says that it has a GPT, where `read_disk` found none."""
+    """True if the disk says that it has a GPT, where `read_disk` found none."""
     sector = read(0, _SECTOR)
     if len(sector) < _SECTOR or sector[510:] != _TABLE_MAGIC:
         return False
@@ -256,7 +256,7 @@ def overlapping(table: Table, one: Partition) -> Partition | None:
 
 
 def advice(disk: str, table: Table, number: int) -> str:
-    """What to change where `disk`, such as /dev/vda, has `table` and partition `number` of it (0:
+    """The cure where `disk`, such as /dev/vda, has `table` and partition `number` of it (0:
     the whole disk) was no root file system; "" if it looks like one."""
     chosen = next((one for one in table.partitions if one.number == number), None)
     if chosen is not None and chosen.may_be_root:
@@ -291,8 +291,8 @@ def _needs(one: Partition) -> str:
 
 
 def listed(disks: Sequence[tuple[str, Table]], wanted: str) -> str:
-    """What `disks` hold in a few words, by the kind of name that `wanted`, the value of root=, has:
-    PARTUUID=…, LABEL=… and so on."""
+    """The content of `disks` in a few words, by the kind of name that `wanted`, the value of root=,
+    has: PARTUUID=…, LABEL=… and so on."""
     key = wanted.partition("=")[0]
     texts: list[str] = []
     left = 0
@@ -310,7 +310,7 @@ def listed(disks: Sequence[tuple[str, Table]], wanted: str) -> str:
 
 
 def about(one: Partition) -> str:
-    """What a partition holds, and its size, in a few words."""
+    """The content of a partition, and its size, in a few words."""
     size = f"{one.size >> 30} GiB" if one.size >= 10 << 30 else f"{one.size >> 20} MiB"
     return f"{one.content.kind or 'unknown'}, {size}"
 

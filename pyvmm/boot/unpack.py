@@ -30,7 +30,7 @@ def check_kind(kernel: ImageFile, payload: bytes) -> None:
 
 
 def unpack(kernel: ImageFile, payload: bytes) -> Iterator[bytes]:
-    """What `payload`, compressed data in the file `kernel`, unpacks to, in pieces that are not
+    """The content of `payload`, compressed data in the file `kernel`, in pieces that are not
     empty. Raises ConfigError for data that is damaged, or of a kind that this machine has no
     program for."""
     check_kind(kernel, payload)
@@ -117,7 +117,7 @@ def _zstd(payload: bytes) -> Callable[[], bytes]:
 
 
 def _end_of_frame(data: bytes) -> int:
-    """Where the zstd frame at the start of `data` ends, as the library stumbles over what follows
+    """The end of the zstd frame at the start of `data`, as the library stumbles over what follows
     it (RFC 8878, 3.1.1 "Zstandard Frames")."""
     import zstandard
 

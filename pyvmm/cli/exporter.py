@@ -83,7 +83,7 @@ class Server(socketserver.ThreadingTCPServer):
             return self._gather()
 
     def is_ours(self, host: str) -> bool:
-        """Whether `host`, of a request's header, is what this server may be called."""
+        """True if `host`, of a request's header, is what this server may be called."""
         name, colon, port = host.strip().lower().rpartition(":")
         if not colon or not port.isdigit():
             name = host.strip().lower()

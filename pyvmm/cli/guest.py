@@ -109,7 +109,7 @@ def exec(
 
 
 def _ends_the_guest(argv: tuple[str, ...]) -> bool:
-    """Whether it is in the nature of the command that the guest ends, or begins anew."""
+    """True if it is in the nature of the command that the guest ends, or begins anew."""
     words = [os.path.basename(word) for word in argv]
     if words[0] in ("systemctl", "busybox"):
         words = [word for word in words[1:] if not word.startswith("-")]

@@ -137,7 +137,7 @@ def _carry_out(root: click.Command, words: list[str]) -> int:
 
 
 def _wait(process: int, timeout: float | None) -> bool:
-    """Whether it has ended within `timeout` seconds."""
+    """True if it has ended within `timeout` seconds."""
     poll = select.poll()
     poll.register(process, select.POLLIN)
     return bool(poll.poll(None if timeout is None else timeout * 1000))

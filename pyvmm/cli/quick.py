@@ -18,7 +18,7 @@ _RARE = ("config", "allow_code", "print_config", "debug")  # which need what onl
 
 
 def split_command(argv: Sequence[str]) -> tuple[list[str], tuple[str, ...]]:
-    """What is for `pyvmm run` and, behind the first ``--``, what is to run in the guest."""
+    """The words for `pyvmm run` and, behind the first ``--``, those that run in the guest."""
     words = list(argv)
     if "--" not in words:
         return words, ()
@@ -39,7 +39,7 @@ def parse_run(argv: Sequence[str]) -> dict[str, Any] | None:
 
 
 def _read(words: list[str], rows: Sequence[Option]) -> dict[str, Any] | None:
-    """What `words` give, by the options' names; None for what is not plain."""
+    """The values in `words`, by the options' names; None for what is not plain."""
     by_flag = {
         word: row for row in rows if row.shape != ARGUMENT for word in (row.flag, row.also) if word
     }
@@ -79,7 +79,7 @@ def _value(row: Option, text: str) -> str | int | None:
 
 
 def run_quickly(argv: Sequence[str]) -> Callable[[], int] | None:
-    """What carries out `argv`, or None if click should."""
+    """The function that carries out `argv`, or None if click should."""
     values = parse_run(argv)
     if values is None:
         return None

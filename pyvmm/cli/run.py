@@ -62,7 +62,7 @@ def _parameters(command: Callable[..., int]) -> Callable[..., int]:
 
 
 def parameter(row: Option) -> Callable[[Callable[..., int]], Callable[..., int]]:
-    """What click makes an option or an argument of, from its row."""
+    """The arguments from which click makes an option, by its row."""
     if row.shape == ARGUMENT:
         return click.argument(row.name, required=False)
     more: dict[str, Any] = {}

@@ -127,7 +127,7 @@ class Client(Closable):
         return NoAnswer(f"{self.name} (PID {self.pid}) does not answer")
 
     def has_ended(self, patience: float) -> bool:
-        """Whether the monitor's process has ended, within `patience` seconds."""
+        """True if the monitor's process has ended, within `patience` seconds."""
         process = self.watch_process()
         if process < 0:
             return True
@@ -182,8 +182,8 @@ def _ready(connection: Socket, event: int, deadline: float) -> bool:
 
 
 def patiently(name: str, ask: Callable[[Client], T], patience: float = PATIENCE) -> T:
-    """What `ask` returns for a connection to the VM called `name`; again, up to `patience` seconds,
-    while that has as many clients as it takes. Raises as `Client.connect` and `ask` do."""
+    """The result of `ask` for a connection to the VM called `name`; again, up to `patience`
+    seconds, while that has as many clients as it takes. Raises as `Client.connect` and `ask` do."""
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -212,7 +212,7 @@ def open_console(name: str, *, history: bool = True, input: bool = True) -> Sock
 
 
 def open_events(name: str, *, history: bool = True) -> Socket:
-    """What happens to the VM called `name`, as a non-blocking stream of lines, a JSON object each;
+    """The events of the VM called `name`, as a non-blocking stream of lines, a JSON object each;
     docs/control-socket.md has their kinds. With `history` those that were before come first.
 
     Raises as `open_console` does.
@@ -221,7 +221,7 @@ def open_events(name: str, *, history: bool = True) -> Socket:
 
 
 def events(name: str, *, history: bool = True) -> Iterator[dict[str, Any]]:
-    """What happens to the VM called `name`, one event after another until it has ended; the last is
+    """The events of the VM called `name`, one event after another until it has ended; the last is
     called "ended" unless its monitor was killed. Raises as `open_console` does."""
     return read_events(open_events(name, history=history))
 
@@ -303,7 +303,7 @@ def _raise_if_paused(name: str) -> None:
 
 
 def is_paused(name: str) -> bool:
-    """Whether the VM called `name` is paused, as far as it says so at once."""
+    """True if the VM called `name` is paused, as far as it says so at once."""
     try:
         with Client.connect(name) as client:
             state: str = client.call("status", patience=_LOOK_SECONDS)["state"]

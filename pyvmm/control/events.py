@@ -1,4 +1,4 @@
-"""What happens to a VM, told to whoever listens on its control socket: a line of JSON each.
+"""The events of a VM, told to whoever listens on its control socket: a line of JSON each.
 
 docs/control-socket.md has the kinds. The last ones are kept, so that who comes later knows too what
 happened before.
@@ -42,7 +42,7 @@ class Events:
                 listener.tell(event)
 
     def listen(self, history: bool = True) -> Upgrade:
-        """What makes a control connection one that gets the events: with `history` those that were
+        """Make a control connection one that gets the events: with `history` those that were
         kept, then each as it comes. Raises ConfigError if there are too many such connections."""
         self._streams.check_room()
 

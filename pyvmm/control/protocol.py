@@ -1,4 +1,4 @@
-"""What is spoken on a control socket: a JSON object a line, a request and its answer.
+"""The protocol of a control socket: a JSON object a line, a request and its answer.
 
 {"version": 1, "id": 7, "method": "disk.resize", "params": {"disk": "disk0", "size": 4294967296}}
 {"version": 1, "id": 7, "result": {"size": 4294967296}}
@@ -38,7 +38,7 @@ class ControlError(PyvmmError):
 
 
 Right = Callable[[Mapping[str, Any]], str]
-"""Which rights (pyvmm.spec.surroundings.RIGHTS) a request with such parameters needs."""
+"""The rights (pyvmm.spec.surroundings.RIGHTS) that a request with such parameters needs."""
 
 
 def watches(params: Mapping[str, Any]) -> str:
@@ -57,7 +57,7 @@ def executes(params: Mapping[str, Any]) -> str:
 
 
 class Method(NamedTuple):
-    """What a request can ask for: `run` is called with the parameters by name.
+    """A method that a request can ask for: `run` is called with the parameters by name.
 
     `needs` and `takes` are their types, of those that must be there and of those that may. What
     `run` returns is the result, plain data fit for JSON, or an `Upgrade` or `Later`; a PyvmmError

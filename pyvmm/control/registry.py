@@ -1,4 +1,4 @@
-"""Which VMs of this user run: a directory with a control socket for each, NAME.sock.
+"""The running VMs of this user: a directory with a control socket for each, NAME.sock.
 
 A VM is alive if somebody listens at its socket; a monitor that was killed leaves a socket that
 refuses. The next process that finds it removes it, and with it the other sockets that the monitor
@@ -88,7 +88,7 @@ class Registration(Closable):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """What closing removes, as far as it is there."""
+        """The files that closing removes, as far as they are there."""
         return () if self.listener is None else (_left_at(self.path), self.path)
 
     def note(self, path: str) -> None:
@@ -169,7 +169,7 @@ def _path(place: str, name: str) -> str:
 
 
 def _alive(path: str) -> bool:
-    """Whether a monitor listens at `path`; a socket without one is removed."""
+    """True if a monitor listens at `path`; a socket without one is removed."""
     try:
         unix_sockets.connect(path).close()
     except HostError as error:

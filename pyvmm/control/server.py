@@ -236,7 +236,7 @@ class ControlServer:
         self._send(client)
 
     def _answer(self, client: _Client, line: bytes) -> bytes:
-        """What to send for `line`; nothing yet for what takes its time."""
+        """The answer to `line`; nothing yet for what takes its time."""
         try:
             request = parse_request(line)
         except ControlError as error:

@@ -60,7 +60,7 @@ class Stream:
 
     @property
     def events(self) -> int:
-        """What epoll is to watch for, beside a hang-up."""
+        """The events that epoll is to watch for, beside a hang-up."""
         wanted = 0
         if self._outgoing:
             wanted |= select.EPOLLOUT
@@ -70,7 +70,7 @@ class Stream:
 
     @property
     def empty(self) -> bool:
-        """Whether nothing waits to be sent."""
+        """True if nothing waits to be sent."""
         return not self._outgoing
 
     def receive(self) -> bool:

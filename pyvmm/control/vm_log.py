@@ -1,4 +1,4 @@
-"""What a VM has said, and how it ended: files beside the control sockets, for `pyvmm logs` and
+"""The words of a VM, and how it ended: files beside the control sockets, for `pyvmm logs` and
 `pyvmm ps -a`.
 
     logs/NAME.log, NAME.old     the console and the monitor's messages, the newest last
@@ -211,8 +211,8 @@ def _path(place: str, name: str, suffix: str) -> str:
 
 
 def read(place: str, name: str, process: int | None = None) -> Iterator[Record]:
-    """What the VM `name` has said, the oldest first. With `process`, a pidfd of its monitor, it
-    goes on until that has ended.
+    """The lines that the VM `name` has said, the oldest first. With `process`, a pidfd of its
+    monitor, it goes on until that has ended.
 
     Raises ConfigError if nothing is known of it.
     """

@@ -34,7 +34,7 @@ def may_signal(pid: int) -> None:
 
 
 class Needs(NamedTuple):
-    """What is needed in the box beside open files, memory, threads and time.
+    """The needs of a monitor in the box beside open files, memory, threads and time.
 
     `ioctls` are numbers. `read` are paths, of files or of folders with all that is in them;
     `devices` those of device nodes that are opened.
@@ -64,7 +64,7 @@ NO_BOX = Box()
 
 
 def probe() -> Box:
-    """Which layers this kernel has."""
+    """The layers that this kernel has."""
     if _machine_lacks():
         return Box((), tuple((layer, _machine_lacks()) for layer in LAYERS))
     off = () if c.landlock_version() else ((FILES, _NO_LANDLOCK),)

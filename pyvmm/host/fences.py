@@ -50,7 +50,7 @@ def _fence_by_libatomic() -> Fence:
 
 
 WEAKLY_ORDERED = os.uname().machine != "x86_64"
-"""Whether the processor may reorder loads with loads, or stores with stores."""
+"""The processor may reorder loads with loads, or stores with stores."""
 
 
 def new_fence() -> Fence:

@@ -75,7 +75,7 @@ def set_format(name: str) -> None:
 
 
 def is_json() -> bool:
-    """Whether each line is a JSON object."""
+    """True if each line is a JSON object."""
     return os.environ.get(_VARIABLE) == "json"
 
 
@@ -129,7 +129,7 @@ def to_stderr(line: str) -> None:
 
 
 def as_written(line: str) -> str:
-    """What is written for `line`, in the format that was chosen."""
+    """The text that is written for `line`, in the format that was chosen."""
     return _as_json(line) if is_json() else f"pyvmm: {harmless(line)}"
 
 

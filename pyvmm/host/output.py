@@ -85,7 +85,7 @@ class Outlet:
 
 
 def _is_terminal(found: os.stat_result) -> bool:
-    """Whether opening it once more gives the same terminal: /dev/ptmx, for one, makes another."""
+    """True if opening it once more gives the same terminal: /dev/ptmx, for one, makes another."""
     return stat.S_ISCHR(found.st_mode) and os.major(found.st_rdev) in (*_PTS, _TTY)
 
 
@@ -105,7 +105,7 @@ class Outbox:
         return len(self._waiting)
 
     def has_room(self, size: int) -> bool:
-        """Whether `size` bytes would not be left out."""
+        """True if `size` bytes would not be left out."""
         return not self._waiting or len(self._waiting) + size <= self._limit
 
     def put(self, data: bytes, count: int = 1) -> None:
@@ -141,7 +141,7 @@ class Outbox:
             done += taken
 
     def flush(self, patience: float) -> bool:
-        """Whether all was written within `patience` seconds since the last progress."""
+        """True if all was written within `patience` seconds since the last progress."""
         try:
             while len(self) or self._untold:
                 if not self.send():

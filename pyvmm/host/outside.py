@@ -25,7 +25,8 @@ class Outside:
         Thread(target=self._spawn, name="outside", daemon=True).start()
 
     def run(self, job: Callable[[], T]) -> T:
-        """What `job` returns or raises, done outside. Others that are under way hold up none."""
+        """Do `job` outside, and return or raise what it does. Others that are under way hold up
+        none."""
         if getattr(self._here, "outside", False):
             return job()
         answer: list[Any] = []

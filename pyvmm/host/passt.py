@@ -113,7 +113,7 @@ class _Program(NamedTuple):
 
 
 def is_recent(command: Sequence[str]) -> bool:
-    """Whether that passt is of August 2024 or later: it then tracks UDP flows by both addresses,
+    """True if that passt is of August 2024 or later: it then tracks UDP flows by both addresses,
     and has --dns-host. Debian's do not tell their version."""
     import subprocess  # only where passt is used
 
@@ -171,7 +171,7 @@ def which() -> str | None:
 
 
 def _is_lost(forward: Forward, host_access: bool) -> bool:
-    """Whether an old passt loses the guest's answers to this machine's own clients: they come from
+    """True if an old passt loses the guest's answers to this machine's own clients: they come from
     a loopback address, which it shows as its own, and does not know again."""
     return forward.protocol == "udp" and _is_local(forward.host) and not host_access
 

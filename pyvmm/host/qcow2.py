@@ -256,8 +256,8 @@ def _needless(path: str, name: str, option: str) -> ConfigError:
 def blockdev(
     layers: Sequence[Layer], node: str, place: Callable[[int], str], *, direct: bool
 ) -> dict[str, Any]:
-    """What QEMU is to open, as QMP's blockdev-add has it (its qapi/block-core.json): the chain as
-    the node called `node`. `place` is by what name QEMU opens one of our descriptors.
+    """The nodes that QEMU is to open, as QMP's blockdev-add has it (its qapi/block-core.json): the
+    chain as the node called `node`. `place` is by what name QEMU opens one of our descriptors.
 
     Nothing is left for QEMU to take from an image. Nor does it lock: the descriptors are locked.
     """

@@ -1,4 +1,4 @@
-"""What the filter of calls has refused, so that it can be told: which call, in which thread.
+"""The calls that the filter has refused, so that they can be told: which call, in which thread.
 
 The filter raises SIGSYS in the thread that calls (SECCOMP_RET_TRAP, signal(7)). Its handler must
 give the call its result, EPERM, and must not need Python's lock, which that thread may hold. So it

@@ -115,7 +115,7 @@ def prefer_huge_pages(mapping: mmap.mmap) -> None:
 
 
 class Closable:
-    """What a ``with`` block closes at its end."""
+    """A thing that a ``with`` block closes at its end."""
 
     def close(self) -> None:
         """Give up what is held; a second time changes nothing."""
@@ -187,7 +187,7 @@ class EventFd(Closable):
 
     @property
     def is_signalled(self) -> bool:
-        """Whether the counter is above zero."""
+        """True if the counter is above zero."""
         poll = select.poll()
         poll.register(self.fd, select.POLLIN)
         return bool(poll.poll(0))

@@ -55,12 +55,12 @@ DEVICE = "/dev/net/tun"
 
 
 def device_usable() -> bool:
-    """Whether this process may ask for taps at all."""
+    """True if this process may ask for taps at all."""
     return os.access(DEVICE, os.R_OK | os.W_OK)
 
 
 def exists(name: str) -> bool:
-    """Whether there is a network interface of that name, of whatever kind."""
+    """True if there is a network interface of that name, of whatever kind."""
     with suppress(OSError):
         return socket.if_nametoindex(name) > 0
     return False
@@ -140,7 +140,7 @@ def _cannot_attach(name: str, error: HostError, many: bool, create: bool) -> Con
 
 
 def has_udp_segmentation(fd: int) -> bool:
-    """Whether this kernel's taps know UDP segmentation (Linux 6.2). Turns all offloads off."""
+    """True if this kernel's taps know UDP segmentation (Linux 6.2). Turns all offloads off."""
     known = True
     try:
         set_offload(fd, TUN_F_CSUM | TUN_F_USO4 | TUN_F_USO6)
@@ -169,7 +169,7 @@ def mtu_of(name: str) -> int:
 
 
 def is_up(name: str) -> bool:
-    """Whether an interface is up (``ip link set NAME up``). Raises HostError."""
+    """True if an interface is up (``ip link set NAME up``). Raises HostError."""
     request = bytearray(_IFREQ.pack(name.encode(), 0))
     _ask(SIOCGIFFLAGS, request, "SIOCGIFFLAGS")
     return bool(_IFREQ.unpack(request)[1] & IFF_UP)
@@ -223,7 +223,7 @@ def drain_changes(changes: socket.socket) -> bool:
 
 
 def is_attached(fd: int) -> bool:
-    """Whether there is still an interface behind this queue of a tap, and it is attached."""
+    """True if there is still an interface behind this queue of a tap, and it is attached."""
     try:
         syscalls.ioctl(fd, TUNGETIFF, bytearray(_IFREQ.size), "TUNGETIFF")
     except HostError:

@@ -106,7 +106,7 @@ def peer(connection: Socket) -> Peer:
 
 
 def is_ours(connection: Socket) -> bool:
-    """Whether the other end belongs to the user that we run as."""
+    """True if the other end belongs to the user that we run as."""
     return peer(connection).uid == os.geteuid()
 
 
@@ -130,7 +130,7 @@ def connect_by(other: Callable[[str], Socket]) -> None:
 
 
 def is_routed() -> bool:
-    """Whether `reach` goes to another machine than `connect`."""
+    """True if `reach` goes to another machine than `connect`."""
     return _route is not None
 
 

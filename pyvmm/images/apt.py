@@ -80,8 +80,9 @@ class Apt:
         raise ConfigError(f"{pin.package} {pin.version} depends on no kernel, but on: {depends}")
 
     def headers(self, release: str, version: str) -> list[Pin]:
-        """What modules for the kernel `release` are built with: its headers, those of all flavours,
-        and the tools. `version` is that of its packages. Empty where the mirror has none."""
+        """The packages that modules for the kernel `release` are built with: its headers, those of
+        all flavours, and the tools. `version` is that of its packages. Empty where the mirror has
+        none."""
         name = f"linux-headers-{release}"
         pin = self.lookup([(name, version)]).get(name)
         if pin is None:
@@ -166,7 +167,7 @@ class Apt:
 
 
 def usable(apt: Apt, image: str, pins: Sequence[Pin], *, locked: bool) -> bool:
-    """Whether the mirror still has all of the pinned packages (and there are any).
+    """True if the mirror still has all of the pinned packages (and there are any).
 
     Raises ConfigError where a pinned version's checksum is another one, always, and, if `locked`,
     where a version is gone or nothing is pinned.

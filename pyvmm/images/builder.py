@@ -1,4 +1,4 @@
-"""Which images there are, what each is made from, and how the missing ones get made."""
+"""The images, what each is made from, and how missing ones get made."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Catalogue:
         return cache.image(name, self.key(name))
 
     def needs(self, name: str) -> list[str]:
-        """What it is made from."""
+        """The inputs that it is made from."""
         kind, _, which = name.partition("-")
         if kind == "initramfs" and name != initramfs.BASE:
             return ["agent", f"kernel-{which}"]
@@ -103,7 +103,7 @@ class Catalogue:
         return self.recipes.kernels.get(which) if kind in ("kernel", "initramfs") else None
 
     def is_optional(self, name: str) -> bool:
-        """Whether the image may be missing where all of them are built."""
+        """True if the image may be missing where all of them are built."""
         kernel = self.kernel_of(name)
         return kernel is not None and kernel.optional
 

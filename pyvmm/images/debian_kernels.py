@@ -113,7 +113,7 @@ def _search_headers(
 
 
 def folder(name: str) -> str:
-    """Where the kernel `name` is kept once it was fetched."""
+    """The folder in which the kernel `name` is kept once it was fetched."""
     return os.path.join(user_cache.folder(), "kernels", name.removeprefix(PREFIX))
 
 
@@ -177,7 +177,7 @@ def _fetch(name: str, wanted: str, version: str, place: str, *, refresh: bool) -
 def _search(
     name: str, wanted: str, version: str, work: builder.Builder
 ) -> tuple[apt.Apt, list[Pin]]:
-    """Who has the kernel, and its packages. Raises ConfigError if nobody has it."""
+    """The release that has the kernel, and its packages. Raises ConfigError if nobody has it."""
     seen: list[str] = []
     for release, client in _clients(wanted, work):
         if version:

@@ -1,5 +1,5 @@
-"""Where an image's files were found last time: reading the recipes and hashing them anew takes a
-fifth of a start.
+"""The places where an image's files were found last time: reading the recipes and hashing them anew
+takes a fifth of a start.
 
 $XDG_CACHE_HOME/pyvmm/known.json has paths by name, and what all files that decide about them looked
 like: the recipes', and this package's own. If any of them has changed since, or a path is not there

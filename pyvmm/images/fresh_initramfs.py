@@ -48,7 +48,7 @@ def make(
 
 
 def _recipe() -> tuple[bytes, dict[str, tuple[str, ...]]]:
-    """What every initramfs begins with, and the lists of modules that init knows."""
+    """The beginning of every initramfs, and the lists of modules that init knows."""
     from pyvmm.images import built, found_before, recipes
 
     folders = found_before.find(initramfs.BASE)

@@ -119,7 +119,7 @@ def bases() -> set[str]:
 
 
 def has(name: str) -> bool:
-    """Whether the VM `name` keeps changes, be its record damaged."""
+    """True if the VM `name` keeps changes, be its record damaged."""
     return os.path.isdir(_folder(name))
 
 

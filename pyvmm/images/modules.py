@@ -53,7 +53,7 @@ class ModuleTree:
         return _normal(name) in self._builtin
 
     def has(self, name: str) -> bool:
-        """Whether it is there, as a file or built in."""
+        """True if it is there, as a file or built in."""
         return _normal(name) in self._paths or self.is_builtin(name)
 
     def load_order(self, names: Iterable[str]) -> list[str]:
@@ -107,11 +107,11 @@ class ModuleTree:
         return self._needs[name]
 
     def _soft_needs_of(self, name: str) -> list[str]:
-        """What it is better loaded after, under names that may be aliases."""
+        """The modules that are better loaded before it, under names that may be aliases."""
         return self._soft.get(name, [])
 
     def _before(self, name: str) -> Iterator[str]:
-        """What is loaded before `name`, as far as it is known, in this order."""
+        """The modules that are loaded before `name`, as far as it is known, in this order."""
         for soft in self._soft_needs_of(name):
             yield from (one for one in (soft, f"{soft}_generic") if one in self._paths)
         yield from reversed(self._needs_of(name))  # the deepest dependency comes last
@@ -191,7 +191,7 @@ def _names(place: str) -> list[str]:
 
 
 def is_build_tree(folder: str) -> bool:
-    """Whether a kernel is, or could be, built in `folder`."""
+    """True if a kernel is, or could be, built in `folder`."""
     return any(
         os.path.isfile(os.path.join(folder, *names))
         for names in (("include", "config", "kernel.release"), ("Kbuild",), (".config",))
@@ -231,17 +231,18 @@ def _build_tree(folder: str) -> ModuleTree:
 
 
 def build_release(folder: str) -> str:
-    """What a kernel's build tree is the tree of, such as "6.12.1-dirty"; "" if it does not say."""
+    """The release that a kernel's build tree is of, such as "6.12.1-dirty"; "" if it does not
+    say."""
     return _release("".join(_read_if_there(folder, "include/config/kernel.release")[:1]).strip())
 
 
 def _release(text: str) -> str:
-    """What somebody gives out as a kernel's release, if it can be one; else ""."""
+    """`text` as a kernel's release, if it can be one; else ""."""
     return text if _RELEASE.fullmatch(text) else ""
 
 
 def read_info(path: str, data: bytes) -> dict[str, list[str]]:
-    """What a module says of itself (its .modinfo: "name=value" texts), by name. Raises ConfigError
+    """A module's own description (its .modinfo: "name=value" texts), by name. Raises ConfigError
     for what is not a module; `path` is its name there."""
     try:
         texts = _modinfo(data)

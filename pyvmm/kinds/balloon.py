@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pyvmm.virtio.balloon.device import BalloonDevice
 
     class Keywords(TypedDict, total=False):
-        """What `pyvmm.VM` takes."""
+        """The keywords that `pyvmm.VM` takes."""
 
         balloon: Spec | bool | str | Table
 
@@ -89,7 +89,7 @@ def open_device(spec: Spec, context: Context) -> BalloonDevice:
 
 
 def methods(running: Running) -> dict[str, Method]:
-    """What the control socket can ask of a balloon."""
+    """The methods of the control socket for a balloon."""
     from pyvmm.control.protocol import Method, watches
 
     return {
@@ -106,7 +106,7 @@ def _set(running: Running, size: int) -> dict[str, Any]:
 
 
 def _stats(running: Running) -> dict[str, Any]:
-    """What is wanted, what the guest has given, and what its kernel says of its memory."""
+    """The balloon's aim, the memory that the guest has given, and its kernel's statistics."""
     balloon = _device(running)
     statistics = dict(balloon.statistics())
     return {**balloon.stats(), "resident": running.resident(), "memory": statistics}

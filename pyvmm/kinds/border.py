@@ -1,4 +1,4 @@
-"""Where a VM crosses into an emulated host: what a kind's `cross` is given, and gives back."""
+"""How a VM crosses into an emulated host: what a kind's `cross` is given, and gives back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ which names the option that is the second argument."""
 
 
 class Border:
-    """What a kind's `cross` is given.
+    """The border as a kind's `cross` is given it.
 
     `closing` keeps open what it has opened, for as long as the emulated host lives. `visible` is
     told above.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pyvmm.virtio.console.device import ConsoleDevice
 
     class Keywords(TypedDict, total=False):
-        """What `pyvmm.VM` takes."""
+        """The keywords that `pyvmm.VM` takes."""
 
         console: str | None
 
@@ -59,7 +59,7 @@ def parse(text: str) -> Spec:
 
 
 def plain(specs: list[Spec], option: Option) -> str | None:
-    """What a file says of it."""
+    """The values that a file has for it."""
     if not specs:
         return None
     return "virtio,packed" if specs[0].packed else "virtio"

@@ -1,4 +1,4 @@
-"""What the registry and the kinds of devices have in common: what a kind is given, and what it
+"""The parts that the registry and the kinds of devices share: what a kind is given, and what it
 gives back. pyvmm.kinds.registry tells what a kind consists of."""
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Reader = Callable[[Any], list[DeviceSpec]]
 
 
 class Context:
-    """What a device is opened with.
+    """The surroundings in which a device is opened.
 
     `trace` gets its requests (or is None), `closing` undoes what was opened once the machine has
     ended. `alarm` ends the machine.
@@ -88,8 +88,8 @@ class Running:
 
 
 def limiter(spec: object, fields: Iterable[str] = rates.KEYS.values()) -> RateLimiter | None:
-    """What the four `fields` of `spec` limit, full at first: bytes and operations a second and the
-    bursts of both. None for none."""
+    """The buckets for the four `fields` of `spec`, full at first: bytes and operations a second and
+    the bursts of both. None for none."""
     bps, iops, bps_burst, iops_burst = (getattr(spec, field) for field in fields)
     if not bps and not iops:
         return None

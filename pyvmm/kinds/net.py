@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pyvmm.virtio.net.tap import TapBackend
 
     class Keywords(TypedDict, total=False):
-        """What `pyvmm.VM` takes."""
+        """The keywords that `pyvmm.VM` takes."""
 
         net: Spec | str | Table | Iterable[Spec | str | Table]
 
@@ -237,7 +237,7 @@ def _check_vhost(spec: Spec) -> None:
 
 
 def _excludes_vhost(spec: Spec) -> str:
-    """What keeps the kernel from moving the frames of `spec`; "" if nothing does."""
+    """The reason why the kernel cannot move the frames of `spec`; "" if nothing does."""
     limits = [key for key, field in rates.NET_KEYS.items() if getattr(spec, field)]
     if not spec.tap:
         return "goes with a tap: passt's frames come through a socket"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pyvmm.virtio.pmem.device import PmemDevice
 
     class Keywords(TypedDict, total=False):
-        """What `pyvmm.VM` takes."""
+        """The keywords that `pyvmm.VM` takes."""
 
         pmem: Spec | str | Table | Iterable[Spec | str | Table]
 
@@ -58,7 +58,7 @@ class Spec(DeviceSpec):
 
     @property
     def keeps(self) -> bool:
-        """Whether the file keeps the guest's writes."""
+        """True if the file keeps the guest's writes."""
         return not self.read_only
 
 

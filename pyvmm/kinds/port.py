@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pyvmm.virtio.console.device import ConsoleDevice
 
     class Keywords(TypedDict, total=False):
-        """What `pyvmm.VM` takes."""
+        """The keywords that `pyvmm.VM` takes."""
 
         ports: PortSpec | str | Table | Iterable[PortSpec | str | Table]
 
@@ -109,7 +109,7 @@ def _parse_port(text: str) -> PortSpec:
 
 
 def plain(specs: list[Spec], option: Option) -> tuple[dict[str, Any], ...]:
-    """What a file says of them: a table for each port."""
+    """The values that a file has for them: a table for each port."""
     ports = [tables.write(port) for spec in specs for port in spec.ports]
     if any(spec.packed for spec in specs):
         ports[0]["packed"] = True

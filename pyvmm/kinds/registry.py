@@ -89,7 +89,7 @@ if TYPE_CHECKING:
         share.Keywords,
         total=False,
     ):
-        """What `pyvmm.VM` takes for devices."""
+        """The keywords that `pyvmm.VM` takes for devices."""
 
 
 class Kind(NamedTuple):
@@ -172,7 +172,7 @@ def in_order_of_help() -> tuple[Option, ...]:
 
 
 def notes() -> tuple[str, ...]:
-    """What the kinds add to the end of --help."""
+    """The lines that the kinds add to the end of --help."""
     return tuple(note for kind in KINDS if (note := getattr(load(kind), "NOTE", "")))
 
 
@@ -266,7 +266,7 @@ def code_of(spec: Spec) -> str:
 
 
 def plain(kind: str, specs: list[Any]) -> Any:
-    """What a configuration file says of all devices of one kind; None for nothing."""
+    """The value that a configuration file has for all devices of one kind; None for nothing."""
     module, option = load(kind), option_of(kind)
     if hasattr(module, "plain"):
         return module.plain(specs, option)
@@ -310,7 +310,7 @@ def method(name: str, running: Running) -> Method | None:
 
 
 def methods(running: Running) -> dict[str, Method]:
-    """What all kinds add to the control socket, by name."""
+    """The methods that all kinds add to the control socket, by name."""
     found: dict[str, Method] = {}
     for kind in KINDS:
         make = getattr(load(kind), "methods", None)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pyvmm.virtio.rng.device import EntropyDevice
 
     class Keywords(TypedDict, total=False):
-        """What `pyvmm.VM` takes."""
+        """The keywords that `pyvmm.VM` takes."""
 
         rng: Spec | bool | str | Table
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pyvmm.virtio.vhost_user.device import VhostUserDevice
 
     class Keywords(TypedDict, total=False):
-        """What `pyvmm.VM` takes."""
+        """The keywords that `pyvmm.VM` takes."""
 
         shares: Spec | str | Table | Iterable[Spec | str | Table]
 
@@ -68,7 +68,7 @@ class Spec(DeviceSpec):
 
     @property
     def keeps(self) -> bool:
-        """Whether the guest's writes stay."""
+        """True if the guest's writes stay."""
         return not self.read_only
 
     @property

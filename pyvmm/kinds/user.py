@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from pyvmm.virtio.device import VirtioDevice
 
     class Keywords(TypedDict, total=False):
-        """What `pyvmm.VM` takes."""
+        """The keywords that `pyvmm.VM` takes."""
 
         devices: Spec | str | Table | Iterable[Spec | str | Table]
 

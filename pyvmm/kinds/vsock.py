@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pyvmm.virtio.vsock.device import VsockDevice
 
     class Keywords(TypedDict, total=False):
-        """What `pyvmm.VM` takes."""
+        """The keywords that `pyvmm.VM` takes."""
 
         vsock: Spec | bool | str | Table
 
@@ -151,7 +151,7 @@ def cross(spec: Spec, border: Border) -> Crossing:
 
 
 def methods(running: Running) -> dict[str, Method]:
-    """What the control socket can ask of a socket device."""
+    """The methods of the control socket for a socket device."""
     from pyvmm.control.protocol import Method, executes
 
     return {

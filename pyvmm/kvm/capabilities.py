@@ -1,4 +1,5 @@
-"""What pyvmm needs of KVM, each with the reason, so that a refusal teaches something.
+"""The capabilities of KVM that pyvmm needs, each with the reason, so that a refusal teaches
+something.
 
 The capabilities that only x86 has are in x86/capabilities.py.
 """

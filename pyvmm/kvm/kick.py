@@ -38,5 +38,5 @@ def install() -> None:
 
 
 def installed() -> bool:
-    """Whether a kick may be sent: without the handler the signal would end the process."""
+    """True if a kick may be sent: without the handler the signal would end the process."""
     return signal.getsignal(SIGNAL) is _ignore

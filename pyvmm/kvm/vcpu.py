@@ -77,7 +77,7 @@ class Vcpu(syscalls.Closable):
             return int(self._u32[_EXIT_REASON_U32])
 
     def failed_run(self, number: int) -> int | None:
-        """What errno `number` of KVM_RUN means: an exit reason, or None for "enter again".
+        """The meaning of errno `number` of KVM_RUN: an exit reason, or None for "enter again".
 
         Raises HostError for what is neither. For those who call KVM_RUN themselves, as loop.py.
         """
@@ -111,7 +111,7 @@ class Vcpu(syscalls.Closable):
 
     @property
     def immediate_exit(self) -> bool:
-        """Whether `run` would return at once: somebody kicked, or `set_immediate_exit` is on."""
+        """True if `run` would return at once: somebody kicked, or `set_immediate_exit` is on."""
         return bool(self.run_page[_IMMEDIATE_EXIT])
 
     # --- stopping from another thread ------------------------------------------------------------

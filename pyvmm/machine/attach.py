@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # as a Protocol costs a start 0.1 ms
     from typing import Protocol
 
     class Plug(Protocol):
-        """Where virtio devices are plugged in, one after the other."""
+        """A bus into which virtio devices are plugged, one after the other."""
 
         def attach(
             self,

@@ -64,7 +64,7 @@ class Prepared(NamedTuple):
 
     @property
     def console(self) -> str:
-        """What the guest's kernel calls the console that is on the terminal."""
+        """The guest's kernel's name of the console that is on the terminal."""
         return self.spec.console or self.board.console
 
 
@@ -300,7 +300,7 @@ def _add_pci(
 
 
 def _memory_window(spec: VmSpec, files: MappedFiles | None) -> range:
-    """Where BARs can be that are memory."""
+    """The window for BARs that are memory."""
     return range(0) if files is None or spec.transport != "pci" else files.window
 
 

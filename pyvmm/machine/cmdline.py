@@ -32,6 +32,6 @@ def command_line(spec: VmSpec, board: Board[Any], *, quiet: bool = False) -> str
 
 
 def turns_pci_off(cmdline: str) -> bool:
-    """Whether a kernel with this command line looks for no PCI bus (Linux
+    """True if a kernel with this command line looks for no PCI bus (Linux
     kernel-parameters.txt, "pci=")."""
     return any("off" in value.split(",") for value in values(cmdline, "pci"))

@@ -1,4 +1,4 @@
-"""Whether this machine's KVM can run guests, or an emulated host has to."""
+"""The choice between this machine's KVM and an emulated host."""
 
 from __future__ import annotations
 

@@ -60,13 +60,13 @@ Ask = Callable[[Outcome, float], bool]
 
 
 class Restarting(Protocol):
-    """What becomes of a guest that has ended by itself."""
+    """Answers on what becomes of a guest that has ended by itself."""
 
     def pause(self, outcome: Outcome) -> float | None:
         """The seconds until it starts again; None if it does not."""
 
     def build(self) -> Parts | Outcome:
-        """What it starts with; or why it cannot."""
+        """The parts that it starts with; or why it cannot."""
 
 
 class Machine:
@@ -117,8 +117,8 @@ class Machine:
             self.pauser.exchange(parts.transports)
 
     def on_vcpus(self, function: Callable[[Vcpu], Any]) -> list[Any]:
-        """What `function` returns for each vCPU, called in its thread. Raises ConfigError if one of
-        them does not come to rest."""
+        """The results of `function` for each vCPU, called in its thread. Raises ConfigError if one
+        of them does not come to rest."""
         return [runner.call(function) for runner in self._runners]
 
     def settle(self) -> None:
@@ -187,7 +187,8 @@ class Machine:
                 self._lose_patience_at = math.inf
 
     def _wanted_within(self, seconds: float) -> Outcome | None:
-        """What somebody has asked for since the guest ended, or does within `seconds`."""
+        """The outcome that somebody has asked for since the guest ended, or does within
+        `seconds`."""
         until = time.monotonic() + seconds
         while True:
             try:

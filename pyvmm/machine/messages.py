@@ -98,7 +98,7 @@ class Line(Closable):
 
     @property
     def pending(self) -> bool:
-        """Whether a signal waits."""
+        """True if a signal waits."""
         return not self._connected and self.eventfd.is_signalled
 
     def wait(self) -> None:

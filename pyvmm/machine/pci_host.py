@@ -37,7 +37,7 @@ _INTEL, _BRIDGE, _HOST_BRIDGE_CLASS = 0x8086, 0x0D57, 0x060000
 
 
 class _Plugged(NamedTuple):
-    """What is in a slot, its place in the window, and what unplugs it."""
+    """The transport in a slot, its place in the window, and what unplugs it."""
 
     transport: PciTransport
     start: int
@@ -181,7 +181,7 @@ class PciHost:
         }
 
     def restore(self, saved: Saved) -> None:
-        """What `save` gave, to a bus with the same devices. Raises ConfigError."""
+        """Restore what `save` gave, to a bus with the same devices. Raises ConfigError."""
         self.bus.restore(saved.table("bus"))
         if self.slots is not None:
             self.slots.restore(saved.table("slots"))
@@ -213,7 +213,7 @@ class PciHost:
         return next(found, None)
 
     def transport_at(self, number: int) -> PciTransport | None:
-        """What is plugged in as device `number`."""
+        """The transport of device `number`."""
         plugged = self._plugged.get(number)
         return None if plugged is None else plugged.transport
 

@@ -87,7 +87,7 @@ class Trace:
 
 
 def cannot_write(path: str, error: OSError) -> ConfigError:
-    """What to tell the user of a trace file that cannot be opened."""
+    """The error for a trace file that cannot be opened."""
     return ConfigError(
         f"cannot write {path or 'a file without a name'}: {error.strerror}",
         cure="name a file in a writable directory",

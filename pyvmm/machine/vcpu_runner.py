@@ -124,7 +124,7 @@ class VcpuRunner:
         self._vcpu.kick()
 
     def wait_parked(self, seconds: float) -> bool:
-        """Whether the vCPU is parked, or has ended, within `seconds`."""
+        """True if the vCPU is parked, or has ended, within `seconds`."""
         with self._changed:
             return self._changed.wait_for(lambda: self._parked or self._ended, max(0.0, seconds))
 
@@ -135,7 +135,7 @@ class VcpuRunner:
             self._changed.notify_all()
 
     def call(self, function: Callable[[Vcpu], T], *, seconds: float = CALL_SECONDS) -> T:
-        """What `function(vcpu)` returns or raises, called in the vCPU's own thread.
+        """The result of `function(vcpu)`, or its exception; it is called in the vCPU's own thread.
 
         KVM wants the calls on a vCPU made by the thread that runs it. The guest is between two
         instructions then, so registers and state are complete. A vCPU that runs leaves the guest

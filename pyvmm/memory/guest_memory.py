@@ -133,7 +133,7 @@ class GuestMemory:
         raise GuestMemoryError(addr, 1)
 
     def contains(self, addr: int, length: int) -> bool:
-        """Whether all `length` bytes at guest-physical `addr` lie within one region."""
+        """True if all `length` bytes at guest-physical `addr` lie within one region."""
         return any(
             region.guest_addr <= addr and addr + length <= region.end for region in self.regions
         )

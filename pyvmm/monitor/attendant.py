@@ -53,7 +53,7 @@ class Attendant:
 
     @property
     def guest_came_up(self) -> bool:
-        """Whether a driver of the guest has brought up a device since it started."""
+        """True if a driver of the guest has brought up a device since it started."""
         return any(t.negotiation.activations for t in self._transports)
 
     def observe(self, data: bytes) -> None:
@@ -78,15 +78,15 @@ class Attendant:
             log.to_stderr(log.Line(f"{self._name}: {found}", level=log.ERROR, more=more))
 
     def said(self, kind: str) -> bool:
-        """Whether a finding of that kind was told to the user."""
+        """True if a finding of that kind was told to the user."""
         return kind in self._said
 
     def saw_panic(self) -> bool:
-        """Whether the guest's kernel panicked."""
+        """True if the guest's kernel panicked."""
         return any(finding.kind == PANIC for finding in self.watcher.findings)
 
     def silent_reset(self) -> Finding | None:
-        """What to say of a guest that has reset itself, if it has said nothing."""
+        """The line for a guest that has reset itself, if it has said nothing."""
         if self._is_silent:
             return None
         return self.watcher.silent_reset(self._cmdline, consoles=self._consoles)

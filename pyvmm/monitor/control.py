@@ -1,4 +1,4 @@
-"""What a running machine answers on its control socket: a method a line, see `methods`."""
+"""The answers of a running machine on its control socket: a method a line, see `methods`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PLUG = "plug"  # what one side of an emulated host's border asks the other
 
 
 def not_confined() -> dict[str, Any]:
-    """What is told of a process that no Confinement is for."""
+    """The description of a process that no Confinement is for."""
     return {"mode": "off", "on": [], "off": {}, "refused_calls": 0}
 
 
@@ -127,7 +127,7 @@ class MachineControl:
         return self._machine.parts.prepared
 
     def _running(self) -> Running:
-        """What the methods of the kinds of devices work with."""
+        """The machine as the methods of the kinds of devices see it."""
         return Running(
             self._prepared.spec,
             self._prepared.devices,
@@ -137,7 +137,7 @@ class MachineControl:
         )
 
     def status(self) -> dict[str, Any]:
-        """What the machine is and whether it runs."""
+        """A description of the machine and of its state."""
         spec = self._prepared.spec
         devices = self._prepared.devices
         return {
@@ -163,7 +163,7 @@ class MachineControl:
         }
 
     def stats(self) -> dict[str, Any]:
-        """What was counted since the start; docs/watching.md has the names. Raises HostError."""
+        """The counters since the start; docs/watching.md has the names. Raises HostError."""
         console_bytes = self._watch.console_left_out()
         left_out = {"console_bytes": console_bytes, "messages": log.left_out()}
         more = {"left_out": left_out, "confinement": self._confinement()}

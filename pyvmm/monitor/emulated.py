@@ -106,7 +106,7 @@ def run_emulated(
 
 
 def _around(surroundings: Surroundings) -> str:
-    """What surrounds the monitor inside. Raises ConfigError for what it cannot have there."""
+    """The surroundings of the monitor inside. Raises ConfigError for what it cannot have there."""
     if surroundings.user:
         raise ConfigError(
             "the monitor in an emulated KVM host is that machine's root",
@@ -248,7 +248,7 @@ class _Keyboard:
         self.on_quit: Callable[[], None] = lambda: None
 
     def filter(self, data: bytes) -> bytes:
-        """What of `data` is for the guest."""
+        """The part of `data` that is for the guest."""
         to_guest, commands = self._parser.feed(data)
         for command in commands:
             if command is Command.QUIT:

@@ -1,4 +1,4 @@
-"""What runs inside the emulated KVM host: a checked specification, straight to the machine.
+"""The monitor inside the emulated KVM host: a checked specification, straight to the machine.
 
 The outer `pyvmm run` has read the options and checked the files; importing the command line again
 would cost the emulated processor half a second.
@@ -23,7 +23,7 @@ CONTROL_PATH = "/run/pyvmm-control"  # where the relay of sockets finds the moni
 
 
 def door_path(number: int) -> str:
-    """Where the relay finds the control socket of that number, beside the first."""
+    """The path at which the relay finds the control socket of that number, beside the first."""
     return f"{CONTROL_PATH}-{number}"
 
 

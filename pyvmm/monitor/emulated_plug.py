@@ -37,7 +37,7 @@ _SENDING = 10.0
 
 
 class Plugging(Closable):
-    """What the outer monitor does for devices that come and go, from its control socket on."""
+    """The outer monitor's part in devices that come and go, from its control socket on."""
 
     def __init__(self, vm: VmSpec, visible: Visible, inside: str) -> None:
         """For `vm`. `visible` is a Border's; the monitor inside listens at `inside`."""

@@ -117,7 +117,7 @@ def _part(folder: str, path: str) -> str:
 
 
 def _in_guest(path: str, folder: str) -> str:
-    """Where the guest has `path`, which is `folder` or in it."""
+    """The guest's path of `path`, which is `folder` or in it."""
     return os.path.normpath(f"/{os.path.relpath(path, folder)}")
 
 
@@ -137,7 +137,7 @@ def command_line(root: Any, command: Sequence[str]) -> CommandLine:
 
 
 def _passes(name: str, folder: str) -> bool:
-    """Whether a variable of this process is the command's as well."""
+    """True if a variable of this process is the command's as well."""
     if name in _OF_FILES:
         return folder == "/"
     return name in _OF_TERMINALS or name.startswith("LC_")
@@ -150,7 +150,7 @@ def _user() -> str:
 
 
 def _directory(folder: str) -> str:
-    """Where the guest has the current directory; "/" if that is not in its root."""
+    """The guest's path of the current directory; "/" if that is not in its root."""
     try:
         current = os.getcwd()
     except OSError:
@@ -179,7 +179,7 @@ def _shell(folder: str) -> str:
 
 
 def _is_program(folder: str, path: str) -> bool:
-    """Whether whoever has `folder` as root finds a program at `path`: links begin there too."""
+    """True if whoever has `folder` as root finds a program at `path`: links begin there too."""
     left, found = path.split("/")[::-1], ""
     for _ in range(_MOST_STEPS):
         if not left:

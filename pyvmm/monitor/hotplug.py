@@ -110,7 +110,7 @@ class _Leaving:
 
 
 def methods(hotplug: Callable[[], Hotplug]) -> dict[str, Method]:
-    """What the control socket can ask for, by name."""
+    """The methods of the control socket, by name."""
     found = {}
     for kind in registry.come_and_go():
         takes: dict[str, type] = {"device": str, "table": dict}

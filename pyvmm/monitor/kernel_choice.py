@@ -1,4 +1,4 @@
-"""Which kernel a VM boots, and on what terms: `--kernel` and `--modules` become files.
+"""The kernel that a VM boots, and its terms: `--kernel` and `--modules` become files.
 
 A kernel may be a file, the tree it was built in, or one of Debian's by its name. With the last two,
 and with --modules, an initramfs is made that has the modules the guest needs. What a kernel lacks
@@ -239,8 +239,9 @@ def _modules_of(kernel: _Kernel, given: str) -> ModuleTree | None:
 
 
 def _modules_beside(kernel: str, release: str) -> str:
-    """Where a kernel that is a file may have its modules: …/boot/vmlinuz-RELEASE has them in
-    …/lib/modules/RELEASE, and …/arch/x86/boot/bzImage in the tree. "" if they are not there."""
+    """The places where a kernel that is a file may have its modules: …/boot/vmlinuz-RELEASE has
+    them in …/lib/modules/RELEASE, and …/arch/x86/boot/bzImage in the tree. "" if they are not
+    there."""
     boot = os.path.dirname(os.path.realpath(kernel))
     tree = os.path.dirname(os.path.dirname(os.path.dirname(boot)))
     installed = os.path.join(os.path.dirname(boot), "lib", "modules", release)
@@ -264,7 +265,8 @@ def _with_all_modules(spec: VmSpec, tree: ModuleTree) -> VmSpec:
 
 
 def _lists_for(spec: VmSpec) -> dict[str, str]:
-    """What the guest cannot do without, and why, by the names of the initramfs' lists."""
+    """The modules that the guest cannot do without, and why, by the names of the initramfs'
+    lists."""
     found = {}
     for part in spec.parts:
         if part.kind in _LISTS:

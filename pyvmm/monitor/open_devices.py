@@ -29,7 +29,7 @@ class OpenDevices(Closable):
         alarm: Alarm,
         map_file: Callable[[int, int, bool], int],
     ) -> None:
-        """What they are opened with: see pyvmm.kinds.interface.Context."""
+        """The context that they are opened with: see pyvmm.kinds.interface.Context."""
         self._context = vm_name, trace, alarm, map_file
         self._lock = Lock()
         self._closing: dict[VirtioDevice, ExitStack] = {}

@@ -134,7 +134,7 @@ def _restoring(spec: VmSpec) -> Restoring | None:
 
 
 class _Files:
-    """What devices make the guest's memory, which most do not."""
+    """The files that devices make the guest's memory, which most do not."""
 
     def __init__(self, spec: VmSpec, closing: ExitStack) -> None:
         self._spec = spec
@@ -296,7 +296,7 @@ class _Run:
         return parts
 
     def _hot(self) -> Hotplug:
-        """What devices come and go by, which is for few runs."""
+        """The hot-plug of this run, which few runs need."""
         with self._making_hotplug:
             if self._hotplug is None:
                 from pyvmm.monitor.hotplug import Hotplug

@@ -69,7 +69,7 @@ class PowerOff:
     # --- the button, in the machine's thread --------------------------------------------------
 
     def _button_is_watched(self) -> bool:
-        """Whether there is a button, and a driver of the guest that notices it."""
+        """True if there is a button, and a driver of the guest that notices it."""
         button = self._machine.parts.power_button
         try:
             return button is not None and button.is_watched()

@@ -1,5 +1,5 @@
-"""Whether a guest that has asked for a reset starts again: as a machine would, but not for ever if
-it gets nowhere.
+"""The choice to start a guest again that has asked for a reset: as a machine would, but not without
+end if it gets nowhere.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ _CONSOLE_ENDED = signal.SIGALRM  # what a thread of the client wakes its main th
 
 @dataclass(frozen=True)
 class CommandLine:
-    """What runs in the guest; `env` are NAME=VALUE."""
+    """The command that runs in the guest; `env` are NAME=VALUE."""
 
     argv: tuple[str, ...]
     env: tuple[str, ...] = ()
@@ -167,7 +167,7 @@ def _be_monitor(run: Callable[[], int], child: int, console: int, result: int) -
 
 
 class _Attending:
-    """What the monitor does for its client: pass Ctrl-C on, and not go on without it."""
+    """The monitor's duties to its client: pass Ctrl-C on, and not go on without it."""
 
     def __init__(self, client: int) -> None:
         self._client = client

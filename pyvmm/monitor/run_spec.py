@@ -97,7 +97,8 @@ def _held(spec: VmSpec) -> Iterator[Callable[[], None]]:
 
 
 def _log_of(registration: registry.Registration) -> VmLog | None:
-    """What keeps the VM's last words: there is a place for them where there is a control socket."""
+    """The log that keeps the VM's last words: there is a place for them where there is a control
+    socket."""
     if registration.listener is None:
         return None
     from pyvmm.control.vm_log import VmLog

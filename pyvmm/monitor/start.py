@@ -1,4 +1,4 @@
-"""What `pyvmm run` does once its options are read: it runs what they describe in this process, in
+"""The work of `pyvmm run` once its options are read: it runs what they describe in this process, in
 one in the background, or for one command."""
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _restore(
 
 
 def _command_line(command: Sequence[str], root: Any, image: str | None) -> CommandLine | None:
-    """What runs in the guest; None if it is for its init to say."""
+    """The command that runs in the guest; None if it is for its init to say."""
     if root is not None:
         from pyvmm.monitor.host_root import command_line
 

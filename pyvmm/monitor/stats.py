@@ -1,4 +1,4 @@
-"""What a machine has counted, as plain data and as text for Prometheus (exposition format 0.0.4).
+"""The counters of a machine, as plain data and as text for Prometheus (exposition format 0.0.4).
 
 Nothing is gathered before somebody asks: KVM counts exits itself, queues count by the batch.
 docs/watching.md has the names, which stay. Prometheus' follow its conventions: base units (seconds,
@@ -147,7 +147,7 @@ class Family:
 
 
 def as_text(vm: str, status: Mapping[str, Any], stats: Mapping[str, Any]) -> str:
-    """What the control socket's `status` and `stats` say of the VM called `vm`."""
+    """The answers to the control socket's `status` and `stats` of the VM called `vm`."""
     families = (*_of_machine(vm, status, stats), *_of_vcpus(vm, stats), *_of_devices(vm, stats))
     return "".join(family.text() for family in families)
 

@@ -221,7 +221,7 @@ def _which_kvm(kvm: str) -> tuple[str, str | None]:
 
 
 def _import_all(kinds: Collection[str]) -> None:
-    """What a monitor of a VM with devices of these kinds imports, now or soon."""
+    """The modules that a monitor of a VM with devices of these kinds imports, now or soon."""
     from pyvmm.control import server, vm_log  # noqa: F401
     from pyvmm.kinds import registry
     from pyvmm.machine import pci_host  # noqa: F401

@@ -1,4 +1,4 @@
-"""Who looks at a running machine through its control socket: its console, and what happens."""
+"""The viewers of a running machine through its control socket: its console, and what happens."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Watch(Closable):
         log.observe(self.tell_line)
 
     def console(self, history: bool = True, input: bool = True) -> Upgrade:
-        """What makes a control connection one end of the console: it gets the last output (with
+        """Make a control connection one end of the console: it gets the last output (with
         `history`), then all that comes; what it sends is typed (with `input`).
 
         Raises ConfigError if there are too many such connections.

@@ -141,7 +141,7 @@ def _by_fstab(found: Sequence[Partition], read: Read, name: str) -> Partition | 
 
 
 def _names(one: Partition) -> Iterable[str]:
-    """What fstab(5) may call a partition."""
+    """The names that fstab(5) may give a partition."""
     names = {"UUID": one.content.uuid, "LABEL": one.content.label}
     names |= {"PARTUUID": one.uuid, "PARTLABEL": one.name}
     return [f"{key}={quote}{value}{quote}" for key, value in names.items() for quote in ("", '"')

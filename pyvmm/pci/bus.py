@@ -89,8 +89,8 @@ class PciBus:
         return {"address": self.ports.address, "functions": spaces}
 
     def restore(self, saved: Saved) -> None:
-        """What `save` gave, to a bus with the same functions: their BARs answer where they did, and
-        they are told of bus mastering. Raises ConfigError."""
+        """Restore what `save` gave, to a bus with the same functions: their BARs answer where they
+        did, and they are told of bus mastering. Raises ConfigError."""
         self.ports.address = saved.bits("address", 32) & ~_RESERVED
         rest = dict(self.functions)
         for one in saved.tables("functions", DEVICES):
@@ -142,7 +142,7 @@ class PciBus:
             function.placement.function_reset()
 
     def _place_bars(self, function: Function) -> bool:
-        """Whether one of them has moved."""
+        """True if one of them has moved."""
         moved = False
         for bar in function.bars:
             before = self.where(bar)

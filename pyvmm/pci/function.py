@@ -37,7 +37,7 @@ class Bar(NamedTuple):
 
 
 class Watcher(Protocol):
-    """What a driver's access to a part of the space does, at offsets into that part."""
+    """The effect of a driver's access to a part of the space, at offsets into that part."""
 
     def before_read(self, offset: int, size: int) -> None:
         """The driver reads the `size` bytes at `offset` next: they may be brought up to date."""
@@ -53,7 +53,7 @@ class Placement(Protocol):
         """`bar` answers at guest-physical `address` from now on, or nowhere."""
 
     def bus_master_changed(self, on: bool) -> None:
-        """Whether the function may access memory and send messages."""
+        """True if the function may access memory and send messages."""
 
     def function_reset(self) -> None:
         """The driver has reset the function: what is behind it starts anew. Its BARs answer nowhere
@@ -153,12 +153,12 @@ class Function:
 
     @property
     def decodes_memory(self) -> bool:
-        """Whether the BARs answer."""
+        """True if the BARs answer."""
         return bool(self.command & pci.PCI_COMMAND_MEMORY)
 
     @property
     def is_bus_master(self) -> bool:
-        """Whether the function may access memory, which includes sending messages."""
+        """True if the function may access memory, which includes sending messages."""
         return bool(self.command & pci.PCI_COMMAND_MASTER)
 
     def address_of(self, bar: Bar) -> int:
@@ -185,7 +185,7 @@ class Function:
         return self.space.hex()
 
     def load(self, saved: Saved) -> None:
-        """What `save` gave, the value `space` of `saved`; the bus has BARs follow. Raises
+        """Restore what `save` gave, the value `space` of `saved`; the bus has BARs follow. Raises
         ConfigError for the space of another device: only what a driver can set may differ."""
         space = saved.data("space", pci.PCI_CFG_SPACE_EXP_SIZE)
         for at, (byte, now, mask) in enumerate(zip(space, self.space, self._writable, strict=True)):

@@ -26,7 +26,8 @@ _WORDS = 4  # of an entry
 
 
 class MessageLine(Protocol):
-    """Where the signals of one vector go. The machine has it; a device signals it at any time."""
+    """The target of the signals of one vector. The machine has it; a device signals it at any
+    time."""
 
     def connect(self, address: int, data: int) -> None:
         """From now on each signal writes `data` to `address`; signals that wait do so at once, as
@@ -37,7 +38,7 @@ class MessageLine(Protocol):
 
     @property
     def pending(self) -> bool:
-        """Whether a signal waits."""
+        """True if a signal waits."""
 
     def wait(self) -> None:
         """Have a signal wait, as one did when the state was saved. Of a line that is not connected;
@@ -79,7 +80,7 @@ class Msix:
 
     @property
     def enabled(self) -> bool:
-        """Whether the driver has turned MSI-X on."""
+        """True if the driver has turned MSI-X on."""
         return bool(self._flags & pci.PCI_MSIX_FLAGS_ENABLE)
 
     # --- what may change whether a vector's messages go out ---------------------------------------
@@ -149,7 +150,8 @@ class Msix:
             return {"entries": [list(entry) for entry in self._entries], "pending": pending}
 
     def restore(self, saved: Saved) -> None:
-        """What `save` gave, once configuration space is restored. Raises ConfigError, HostError."""
+        """Restore what `save` gave, once configuration space is restored. Raises ConfigError,
+        HostError."""
         rows = saved.items("entries", MAX_VECTORS)
         if len(rows) != len(self._entries):
             raise saved.wrong(f"there are {len(rows)} vectors, not {len(self._entries)}")

@@ -57,7 +57,7 @@ class Slots:
             return {"arrived": self._bits[ARRIVED], "leaving": self._bits[LEAVING]}
 
     def restore(self, saved: Saved) -> None:
-        """What `save` gave. Raises ConfigError."""
+        """Restore what `save` gave. Raises ConfigError."""
         bits = {ARRIVED: saved.bits("arrived", 32), LEAVING: saved.bits("leaving", 32)}
         with self._lock:
             self._bits = bits

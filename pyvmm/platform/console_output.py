@@ -31,7 +31,7 @@ _GATHER = 0.002  # seconds between the first byte of a batch and its write
 
 
 def notice(count: int) -> bytes:
-    """What stands in a console's output for `count` bytes of it."""
+    """The text that stands in a console's output for `count` bytes of it."""
     return f"\r\n[pyvmm: {count} bytes left out]\r\n".encode()
 
 
@@ -182,7 +182,7 @@ class ConsoleOutput:
         return not waiting or time.monotonic() >= self._close_by
 
     def _has_room(self) -> bool:
-        """Whether what is in the buffer is to be taken now."""
+        """True if what is in the buffer is to be taken now."""
         free = self._outbox is None or self._outbox.has_room(min(len(self._buffer), LIMIT))
         return free or self._stuck or self._released
 

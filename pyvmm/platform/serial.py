@@ -208,7 +208,7 @@ class Serial:
             }
 
     def restore(self, saved: Saved) -> None:
-        """What `save` gave, to a port that is new. Raises ConfigError.
+        """Restore what `save` gave, to a port that is new. Raises ConfigError.
 
         The line is low before, so that a cause makes an edge once more: an interrupt that the guest
         has had already is a glance at IIR, one that it never gets is the end of its output."""

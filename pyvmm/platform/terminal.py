@@ -23,12 +23,12 @@ _IFLAG, _OFLAG, _CFLAG, _LFLAG, _CC = 0, 1, 2, 3, 6  # places in termios.tcgetat
 
 
 def is_terminal(fd: int | None) -> bool:
-    """Whether `fd` is an open terminal."""
+    """True if `fd` is an open terminal."""
     return fd is not None and os.isatty(fd)
 
 
 def in_background(fd: int) -> bool:
-    """Whether `fd` is the terminal that controls this process, and other processes now have it."""
+    """True if `fd` is the terminal that controls this process, and other processes now have it."""
     try:
         return os.tcgetpgrp(fd) != os.getpgrp()
     except OSError:
@@ -146,7 +146,7 @@ class Terminal:
 
 
 def _raw(attributes: list[Any]) -> list[Any]:
-    """What cfmakeraw(3) makes of these attributes: no echo, no lines, no signals, no newlines
+    """These attributes after cfmakeraw(3): no echo, no lines, no signals, no newlines
     added, because the guest's own terminal driver does all that."""
     raw = [*attributes[:_CC], list(attributes[_CC])]
     raw[_IFLAG] &= ~(

@@ -34,12 +34,12 @@ class Channel:
 
     @property
     def free(self) -> bool:
-        """Whether the slot may be used anew."""
+        """True if the slot may be used anew."""
         return self.sent_close and self.got_close
 
     @property
     def wants_input(self) -> bool:
-        """Whether to read from the local socket."""
+        """True if the local socket is to be read."""
         return self.credit > 0 and not self.sent_eof and not self.sent_close and not self.got_close
 
     # --- the local socket is ready ---------------------------------------------------------------

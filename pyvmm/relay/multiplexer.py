@@ -358,7 +358,7 @@ class Multiplexer:
         return next((slot for slot in self._own_slots if slot not in self._channels), None)
 
     def _has_slot(self) -> bool:
-        """Whether a connection may be opened; when that ends, it is said."""
+        """True if a connection may be opened; when that ends, it is said."""
         full = self._free_slot() is None
         if full and not self._full:
             many = len(self._own_slots)
@@ -386,7 +386,7 @@ class Multiplexer:
             self._undecided.append(_Undecided(socket, listener))
 
     def _decide(self, one: _Undecided) -> None:
-        """Whose the connection is, now that it has said something."""
+        """The owner of the connection, now that it has said something."""
         assert one.listener.take is not None
         try:
             said = one.socket.recv(_CHUNK, MSG_PEEK)

@@ -1,4 +1,4 @@
-"""What a VM can be called: its control socket is a file of that name."""
+"""The names that a VM can have: its control socket is a file of that name."""
 
 from __future__ import annotations
 

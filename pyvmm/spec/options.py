@@ -1,4 +1,4 @@
-"""What a VM can be asked to be: rows for the command line, the Python API, configuration files, the
+"""The options of a VM: rows for the command line, the Python API, configuration files, the
 reference in docs/options.md and `--help`.
 
 Here are the rows of the VM itself. The rows of devices are with their kinds, and
@@ -362,7 +362,7 @@ def as_list(value: Any) -> list[Any]:
 
 
 def read_own(option: Option, value: Any) -> Any:
-    """What `value` is for the VmSpec, if the option is one of the VM itself. An option that is no
+    """The VmSpec's value for `value`, if the option is one of the VM itself. An option that is no
     part of a specification is looked at only. Raises ConfigError."""
     return _READ[option.name](value, option)
 
@@ -433,7 +433,7 @@ def _choice(value: Any, option: Option) -> str:
 
 
 def _anything(value: Any, option: Option) -> Any:
-    """What pyvmm.spec.surroundings reads."""
+    """The options that pyvmm.spec.surroundings reads."""
     return value
 
 

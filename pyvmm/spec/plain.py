@@ -1,4 +1,4 @@
-"""Whether the values of a specification that comes from text are of the kinds that its fields have.
+"""A check that the values of a specification from text are of the kinds that its fields have.
 
 JSON has any value anywhere; the checks that follow, and whoever opens the devices, expect a number
 where the field is a number, and a text that can be a path where it is a text.

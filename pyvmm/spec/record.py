@@ -52,7 +52,7 @@ class _OfDataclass:
 
 @cache
 def _as_dataclass(cls: Any) -> dict[str, Any]:
-    """What `dataclasses` and `inspect` know of a dataclass like `cls`."""
+    """The attributes by which `dataclasses` and `inspect` know a dataclass like `cls`."""
     from dataclasses import MISSING, make_dataclass
     from dataclasses import field as real
     from inspect import signature

@@ -1,4 +1,5 @@
-"""What surrounds the monitor of a VM and is no part of the VM: its box, its user, who may ask it.
+"""The surroundings of a VM's monitor, which are no part of the VM: its box, its user, who may ask
+it.
 
 Made from the same options as the VM itself (`pyvmm.spec.options`).
 """
@@ -103,7 +104,8 @@ USUAL = Surroundings()
 
 
 def read_surroundings(values: Mapping[str, Any]) -> Surroundings:
-    """What the options among `values` say, by their names. Raises ConfigError."""
+    """The surroundings that the options among `values` describe, by their names. Raises
+    ConfigError."""
     found = Surroundings(
         confine=values.get("confine") or AUTO,
         allow_read=tuple(_texts(values.get("allow_read"), "--allow-read")),

@@ -97,7 +97,7 @@ def _value(field: Field[Any], value: Any, where: str) -> Any:
 
 
 def _option_text(value: object) -> str:
-    """What a class of the user's is called with: texts, as on the command line."""
+    """The arguments of a class of the user's: texts, as on the command line."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

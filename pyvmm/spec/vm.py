@@ -1,4 +1,4 @@
-"""What the user asks for: plain frozen values.
+"""The VM that a user asks for: plain frozen values.
 
 The command line, a configuration file and the Python API all make the same `VmSpec`.
 """
@@ -75,7 +75,8 @@ class DiskSpec(Record):
 
     @property
     def storage(self) -> str:
-        """What serves it: "ram" (``ram:SIZE``), "python" (``FILE.py:CLASS``), "qcow2" or "raw".
+        """The storage that serves it: "ram" (``ram:SIZE``), "python" (``FILE.py:CLASS``), "qcow2"
+        or "raw".
 
         Never by what the file contains: a guest can write that.
         """
@@ -88,17 +89,17 @@ class DiskSpec(Record):
 
     @property
     def keeps(self) -> bool:
-        """Whether what is written to it is still there when the VM has ended."""
+        """True if what is written to it is still there when the VM has ended."""
         return not (self.read_only or self.snapshot or self.storage == "ram")
 
     @property
     def copies_on_write(self) -> bool:
-        """Whether changes go to a file of their own."""
+        """True if changes go to a file of their own."""
         return self.snapshot or self.overlay is not None
 
     @property
     def base_read_only(self) -> bool:
-        """Whether the image itself is only read."""
+        """True if the image itself is only read."""
         return self.read_only or self.copies_on_write
 
 
@@ -115,12 +116,12 @@ class DeviceSpec(Record):
 
     @property
     def keeps(self) -> bool:
-        """Whether what the guest writes to it is still there when the VM has ended."""
+        """True if what the guest writes to it is still there when the VM has ended."""
         return False
 
     @property
     def kernel_parameters(self) -> tuple[str, ...]:
-        """What the kernel's command line is to say of it, for a guest's init."""
+        """The kernel's parameters for it, which a guest's init reads."""
         return ()
 
 
@@ -155,18 +156,18 @@ class VmSpec(Record):
 
     @property
     def console(self) -> str:
-        """What the device that is the console on the terminal is called in the guest; "" if that
+        """The guest's name of the device that is the console on the terminal; "" if that
         is the serial port."""
         return next((device.console for device in self.devices if device.console), "")
 
     @property
     def keeps(self) -> bool:
-        """Whether anything that the guest writes is still there when the VM has ended."""
+        """True if anything that the guest writes is still there when the VM has ended."""
         return any(part.keeps for part in self.parts)
 
 
 def names_kernel(kernel: str) -> bool:
-    """Whether `kernel` is the name of one ("debian:6.1", "disk"), and no path."""
+    """True if `kernel` is the name of one ("debian:6.1", "disk"), and no path."""
     return kernel == IN_DISK or kernel.startswith("debian:")
 
 

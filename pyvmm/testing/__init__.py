@@ -1,4 +1,5 @@
-"""What device authors test with: the driver's side of virtio, written without the device's side.
+"""The tools that device authors test with: the driver's side of virtio, written without the
+device's side.
 
 The drivers import nothing of `pyvmm.virtio`, so that a mistake there cannot hide by being made
 twice; only `attached` joins the two sides. Nothing in a running monitor imports this.

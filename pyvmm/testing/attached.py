@@ -50,7 +50,7 @@ def on_a_bus(
 
 
 class Answer(NamedTuple):
-    """What a request came back with: `data` is what the device wrote, `written` its length as the
+    """The result of a request: `data` is what the device wrote, `written` its length as the
     used element has it, `buffers` all of the writable buffers, joined."""
 
     data: bytes
@@ -127,7 +127,7 @@ class AttachedDriver:
 
     @property
     def needs_reset(self) -> bool:
-        """Whether the device has asked for a reset; `log` says why."""
+        """True if the device has asked for a reset; `log` says why."""
         return self.mmio.needs_reset
 
     @property

@@ -148,7 +148,7 @@ class MmioDriver(QueueUser):
 
     @property
     def needs_reset(self) -> bool:
-        """Whether the device has set DEVICE_NEEDS_RESET."""
+        """True if the device has set DEVICE_NEEDS_RESET."""
         return bool(self.status & NEEDS_RESET)
 
     def add_status(self, bit: int) -> None:

@@ -181,7 +181,7 @@ class MockPackedDriver(MockDriver):
         return event.flags != DISABLE
 
     def _passes(self, event: EventSuppression, old: int, new: int) -> bool:
-        """Whether the descriptor that `event` names is one of those from `old` to before `new`."""
+        """True if the descriptor that `event` names is one of those from `old` to before `new`."""
         round_start = old - old % self.size
         return any(
             old <= position < new and self.wrap(position) == event.wrap

@@ -55,7 +55,8 @@ CONFIG_VECTOR, NUM_QUEUES, QUEUE_VECTOR, NOTIFY_OFF = (0x10, 2), (0x12, 2), (0x1
 
 
 class Structure(NamedTuple):
-    """Where a capability says that a structure is: `offset` into BAR `bar`, `length` bytes."""
+    """The place that a capability gives for a structure: `offset` into BAR `bar`, `length`
+    bytes."""
 
     at: int
     bar: int
@@ -216,7 +217,7 @@ class PciDriver(MmioDriver):
 
 
 class MockLine(EventFd):
-    """What a machine has for a vector: signals interrupt `irq` once the line is connected."""
+    """The machine's line for a vector: signals interrupt `irq` once the line is connected."""
 
     def __init__(self, irq: InterruptLine) -> None:
         super().__init__()
@@ -231,7 +232,7 @@ class MockLine(EventFd):
 
     @property
     def pending(self) -> bool:
-        """Whether a signal waits."""
+        """True if a signal waits."""
         return self.is_signalled
 
     def wait(self) -> None:

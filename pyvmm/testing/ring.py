@@ -191,7 +191,7 @@ class MockDriver(ABC):
     @property
     @abstractmethod
     def device_wants_kicks(self) -> bool:
-        """Whether the device has not switched its kicks off (with EVENT_IDX: not altogether)."""
+        """True if the device has not switched its kicks off (with EVENT_IDX: not altogether)."""
 
     @property
     def outstanding(self) -> frozenset[int]:
@@ -204,7 +204,7 @@ class MockDriver(ABC):
         return len(self._free)
 
     def has_used(self) -> bool:
-        """Whether `pop_used` would find something."""
+        """True if `pop_used` would find something."""
         return bool(self._implied) or self._device_used()
 
     def pop_used(self) -> Used | None:
@@ -217,7 +217,7 @@ class MockDriver(ABC):
 
     @abstractmethod
     def _device_used(self) -> bool:
-        """Whether the ring holds a used element that was not taken."""
+        """True if the ring holds a used element that was not taken."""
 
     @abstractmethod
     def _take_used(self) -> None:

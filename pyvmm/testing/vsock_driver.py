@@ -113,7 +113,7 @@ class VsockDriver:
         self._offered.clear()
 
     def has_packet(self) -> bool:
-        """Whether the device has used a receive buffer that was not looked at."""
+        """True if the device has used a receive buffer that was not looked at."""
         return self.driver.queues[RX].has_used()
 
     def answer(self, to: Packet, op: int, **fields: object) -> None:

@@ -79,8 +79,8 @@ class Transport(ABC):
         }
 
     def restore(self, saved: Saved) -> None:
-        """What `save` gave, to a device that is new; it works from then on if it did. Raises
-        ConfigError for state that cannot be, HostError."""
+        """Restore what `save` gave, to a device that is new; it works from then on if it did.
+        Raises ConfigError for state that cannot be, HostError."""
         if saved.bits("device_type", 32) != self.device.device_type:
             raise saved.wrong(f"it is not of type {self.device.device_type}")
         self._restore(saved.table("transport"))
@@ -100,7 +100,7 @@ class Transport(ABC):
 
     @abstractmethod
     def _restore(self, saved: Saved) -> None:
-        """What `_save` gave."""
+        """Restore what `_save` gave."""
 
     # --- from the driver to the device: 2.9 Driver Notifications ---------------------------------
 
@@ -136,5 +136,5 @@ class Transport(ABC):
 
     @abstractmethod
     def used_eventfd(self, index: int) -> EventFd | None:
-        """What does so for queue `index` when another signals it; None while the driver wants no
-        interrupt for it. Raises HostError if there is no such thing."""
+        """The eventfd that does so for queue `index` when another signals it; None while the driver
+        wants no interrupt for it. Raises HostError if there is no such thing."""

@@ -156,7 +156,7 @@ _OTHER_CLASS = 0xFF0000  # "device does not fit in any defined classes"
 
 
 class Line(MessageLine, Protocol):
-    """Where the interrupts of one vector go: whoever interrupts signals `eventfd`."""
+    """The line for the interrupts of one vector: whoever interrupts signals `eventfd`."""
 
     @property
     def eventfd(self) -> EventFd: ...
@@ -337,7 +337,7 @@ class PciTransport(Transport):
         }
 
     def _restore(self, saved: Saved) -> None:
-        """What `_save` gave, once the bus is restored."""
+        """Restore what `_save` gave, once the bus is restored."""
         vectors = saved.integers("vectors", len(self._vectors), NO_VECTOR)
         if len(vectors) != len(self._vectors):
             raise saved.wrong(f"there are {len(vectors)} vectors")
@@ -373,7 +373,7 @@ class PciTransport(Transport):
         return index if index < len(self.kicks) else 0
 
     def read_current_queue_size(self) -> int:
-        """What the driver has set; until then, the largest."""
+        """The size that the driver has set; until then, the largest."""
         return self.negotiation.read_queue_size() or self.negotiation.read_queue_size_max()
 
     def write_current_queue_size(self, value: int) -> None:

@@ -28,9 +28,9 @@ class Interrupt(Protocol):
         an interrupt get one for all."""
 
     def eventfd(self, index: int) -> EventFd | None:
-        """What the kernel signals for queue `index` in place of `signal_used`, where it uses
-        buffers by itself. None while the driver wants no interrupt for it. Raises HostError where
-        the transport has none."""
+        """The eventfd that the kernel signals for queue `index` in place of `signal_used`, where it
+        uses buffers by itself. None while the driver wants no interrupt for it. Raises HostError
+        where the transport has none."""
 
     def signal_config_change(self) -> None:
         """The configuration space changed; also raises the configuration generation (2.3)."""
@@ -119,7 +119,7 @@ class VirtioDevice(ABC):
         raise NotImplementedError
 
     def save(self) -> dict[str, Any]:
-        """What the device itself has of state, as plain data: what its driver has set beyond the
+        """The device's own state, as plain data: what its driver has set beyond the
         negotiation, and what its driver knows that a new device would not. It is at rest: the locks
         of its queues are held. Raises ConfigError if it cannot be saved, as here."""
         raise unsaveable(self)

@@ -40,8 +40,8 @@ RESERVED_NAMES = {
 
 
 RING_FEATURES = 1 << VIRTIO_F_INDIRECT_DESC | 1 << VIRTIO_F_EVENT_IDX | 1 << VIRTIO_F_RING_RESET
-"""What a device offers whose queues are served by `pyvmm.virtio.worker`. RING_PACKED goes with any
-device, IN_ORDER with one that returns chains in the order in which it took them."""
+"""The features of a device whose queues are served by `pyvmm.virtio.worker`. RING_PACKED goes with
+any device, IN_ORDER with one that returns chains in the order in which it took them."""
 
 
 def ring_features(*, packed: bool = False) -> int:
@@ -58,7 +58,7 @@ def mask(*bits: int) -> int:
 
 
 def has(features: int, bit: int) -> bool:
-    """Whether bit number `bit` is in the set `features`."""
+    """True if bit number `bit` is in the set `features`."""
     return bool(features >> bit & 1)
 
 

@@ -49,9 +49,9 @@ class Notifier(Protocol):
         """The device used a buffer of each of these queues."""
 
     def used_eventfd(self, index: int) -> EventFd | None:
-        """What interrupts the driver for queue `index` when another signals it; the driver is then
-        told of used buffers whenever it asks. None if it wants no interrupt for this queue now.
-        Raises HostError if the transport has no such thing."""
+        """The eventfd that interrupts the driver for queue `index` when another signals it; the
+        driver is then told of used buffers whenever it asks. None if it wants no interrupt for this
+        queue now. Raises HostError if the transport has no such thing."""
 
     def config_changed(self) -> None:
         """The configuration changed, or the device needs a reset."""
@@ -299,7 +299,7 @@ class Lifecycle:
             queue.lock.release()
 
     def set_bus_master(self, on: bool) -> None:
-        """Whether the device may access memory at all, as a PCI driver says by its function's
+        """True if the device may access memory at all, as a PCI driver says by its function's
         command register. Without it requests wait in the rings; when this returns none is being
         served."""
         self._bus_master = on
@@ -379,7 +379,7 @@ class Lifecycle:
     # --- saved and restored ------------------------------------------------------------------
 
     def save(self) -> dict[str, Any]:
-        """What was negotiated, and where each queue stands. Nobody acts for the driver, and the
+        """The negotiated state, and the position of each queue. Nobody acts for the driver, and the
         locks of the queues are held. Raises DriverError for a queue that cannot be saved."""
         state = self.state
         with self._events:
@@ -405,8 +405,8 @@ class Lifecycle:
         return None if queue is None else queue.rewound().next_avail
 
     def restore(self, saved: Saved, of_device: Saved) -> None:
-        """What `save` gave, and `of_device` what the device's own gave, to one that is new. The
-        device is activated if it was. Raises ConfigError for state that cannot be."""
+        """Restore what `save` gave, and `of_device` what the device's own gave, to one that is new.
+        The device is activated if it was. Raises ConfigError for state that cannot be."""
         numbers = {name: saved.bits(name, bits) for name, bits in _NUMBERS.items()}
         if numbers["status"] not in status.TRANSITIONS:
             raise saved.wrong(f"the device status is {numbers['status']:#x}")

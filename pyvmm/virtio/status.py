@@ -99,7 +99,7 @@ class Gate(NamedTuple):
     when: str
 
     def open(self, status: int) -> bool:
-        """Whether the write is taken in `status`."""
+        """True if the write is taken in `status`."""
         return status & self.mask == self.value
 
 

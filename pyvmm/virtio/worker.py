@@ -37,7 +37,8 @@ from pyvmm.virtio.queue.protocol import Queue
 
 
 class Rest(NamedTuple):
-    """What ends a worker's sleep, returned by `serve` where it is not just "a kick or a source".
+    """The reasons that end a worker's sleep, returned by `serve` where it is not just "a kick or a
+    source".
 
     Without `kicks` the driver is told that kicks are not needed: what is left in the ring waits for
     a source, and those that are watched on demand are armed, unless `sources` is false. After
@@ -251,7 +252,7 @@ class DeviceWorker(Worker):
 
     @property
     def may_go_on(self) -> bool:
-        """Whether `work` may begin another round, or somebody waits for it to return."""
+        """True if `work` may begin another round, or somebody waits for it to return."""
         return not (self._stopping or self._rest_wanted)
 
     def drop_queue(self, index: int, forget: Callable[[], None] | None = None) -> None:
@@ -433,8 +434,9 @@ class QueueDevice(VirtioDevice):
         return chain.readable_size + chain.writable_size
 
     def sources(self, index: int) -> Sequence[Source]:
-        """What else `serve` is to be called for, in the thread of queue `index`: descriptors that
-        are ready to read, say. Asked once for each activation; they stay the device's."""
+        """The further sources that `serve` is to be called for, in the thread of queue `index`:
+        descriptors that are ready to read, say. Asked once for each activation; they stay the
+        device's."""
         return ()
 
     def activate(self, activation: Activation) -> None:

@@ -42,7 +42,8 @@ _ENABLED = 1
 
 
 class FixedDevices(NamedTuple):
-    """What every machine has: addresses of registers, I/O ports, interrupts (GSIs) and values.
+    """The parts that every machine has: addresses of registers, I/O ports, interrupts (GSIs) and
+    values.
 
     A guest powers off by writing `sleep_type_s5` to the sleep control port, and resets by writing
     `reset_value` to the reset port.
@@ -88,8 +89,8 @@ class PciHost(NamedTuple):
 
 
 class AcpiConfig(NamedTuple):
-    """What the tables say: `cpus` vCPUs whose APIC ids are 0 to cpus - 1, and the devices: those
-    at `fixed` places, and the virtio devices. Without `pci` there is no such bus.
+    """The facts for the tables: `cpus` vCPUs whose APIC ids are 0 to cpus - 1, and the devices:
+    those at `fixed` places, and the virtio devices. Without `pci` there is no such bus.
 
     `i8042` is whether there is a keyboard controller that a driver can use. A port that does no
     more than reset is none: a guest would look for the rest of it, in vain and slowly.
@@ -293,7 +294,7 @@ def _slot_events() -> list[bytes]:
 
 
 def _motherboard(host: PciHost) -> bytes:
-    """Where Linux looks whether an ECAM that MCFG names is nobody else's memory."""
+    """A device by which Linux sees that an ECAM which MCFG names is nobody else's memory."""
     return aml.device(
         "MBRD",
         aml.name("_HID", aml.eisa_id("PNP0C02")),
@@ -319,8 +320,8 @@ def _keep_bars() -> tuple[bytes, ...]:
 
 
 def _grant_control() -> tuple[bytes, ...]:
-    """What a system may do itself: see to PCI Express capabilities. Hot-plug is by ACPI, and there
-    are no power management events and no error reporting."""
+    """The features that a system may handle itself: see to PCI Express capabilities. Hot-plug is by
+    ACPI, and there are no power management events and no error reporting."""
     revision, capabilities = aml.argument(1), aml.argument(3)
     status, control, granted = aml.path("CDW1"), aml.path("CDW3"), aml.local(0)
     return (

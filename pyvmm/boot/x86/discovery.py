@@ -57,7 +57,7 @@ def _acpi_is_off(cmdline: str) -> bool:
 
 
 def _look_inside(kernel: ImageFile) -> str:
-    """What an uncompressed kernel says of itself."""
+    """The facts that an uncompressed kernel tells of itself."""
     takes_parameter = False
     for offset in range(0, kernel.size, _CHUNK):
         chunk = kernel.read(offset, _CHUNK + _OVERLAP)

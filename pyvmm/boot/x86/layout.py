@@ -1,4 +1,4 @@
-"""Where an x86 guest has RAM, and what boot puts into it: guest-physical addresses.
+"""The RAM of an x86 guest, and what boot puts into it: guest-physical addresses.
 
 The devices' addresses are the board's (pyvmm/machine/board/x86/layout.py). docs/memory-map.md draws
 both; a test compares them.
@@ -41,7 +41,8 @@ HOLE_END = 0x1_0000_0000
 
 
 def ram_ranges(size: int) -> list[tuple[int, int]]:
-    """Where `size` bytes of RAM lie: (guest-physical address, bytes) below and above the hole."""
+    """The places of `size` bytes of RAM: (guest-physical address, bytes) below and above the
+    hole."""
     low = min(size, HOLE_START)
     ranges = [(0, low)]
     if size > low:

@@ -45,7 +45,7 @@ def _elf_pieces(kernel: ImageFile) -> Iterator[bytes]:
 
 
 def unpacked(kernel: ImageFile) -> Iterator[bytes]:
-    """What the payload of a bzImage unpacks to, in pieces: 1 GiB at most. Raises ConfigError."""
+    """The unpacked payload of a bzImage, in pieces: 1 GiB at most. Raises ConfigError."""
     return _unpack(kernel, _payload(kernel))
 
 

@@ -1,4 +1,5 @@
-"""What a kernel file says of itself: its release, and the configuration that it was built with.
+"""The facts that a kernel file tells of itself: its release, and the configuration that it was
+built with.
 
 A bzImage has its release in its header (Linux boot.rst, kernel_version), an ELF in its banner
 alone.

@@ -23,7 +23,7 @@ _MEMORY = 1 << 30
 
 
 def record(path: bytes, attributes: Mapping[bytes, bytes]) -> bytes:
-    """What the program reads on its standard input, for one file: texts with their lengths."""
+    """The input that the program reads, for one file: texts with their lengths."""
     texts = [path, *(text for pair in attributes.items() for text in pair)]
     return b"".join(
         len(text).to_bytes(4, "little") + text

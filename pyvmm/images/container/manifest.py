@@ -1,4 +1,4 @@
-"""Which image is meant, and what it is made of: OCI image layouts and Docker's archives.
+"""The image that is meant, and its parts: OCI image layouts and Docker's archives.
 
 OCI image specification 1.1 ("Image Layout", "Image Index", "Image Manifest", "Image
 Configuration"); the media types of Docker's registry are the same thing under other names.

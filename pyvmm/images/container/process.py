@@ -1,4 +1,5 @@
-"""What a container image runs: its configuration, with names turned into numbers by its own files.
+"""The process that a container image runs: its configuration, with names turned into numbers by its
+own files.
 
 OCI image specification 1.1, "Image Configuration": Entrypoint, Cmd, Env, WorkingDir, User.
 """
@@ -33,7 +34,7 @@ class Account(NamedTuple):
 
 
 def read(config: dict[str, Any], tree: Tree) -> Process:
-    """What `config` says is to be run in `tree`. Raises Refused."""
+    """The process that `config` describes, to be run in `tree`. Raises Refused."""
     env = [_text(line, "Env") for line in _list(config.get("Env"), "Env")]
     wrong = next((line for line in env if not _VARIABLE.fullmatch(line)), None)
     if wrong is not None:

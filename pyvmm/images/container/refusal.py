@@ -1,4 +1,4 @@
-"""What is wrong with an archive, in one line."""
+"""The fault of an archive, in one line."""
 
 from __future__ import annotations
 

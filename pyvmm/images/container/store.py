@@ -47,7 +47,8 @@ class Store:
         return True
 
     def json(self, name: str, check: Callable[[bytes], None] | None = None) -> Any:
-        """What the JSON file called `name` says; `check` sees its bytes first. Raises Refused."""
+        """The value in the JSON file called `name`; `check` sees its bytes first. Raises
+        Refused."""
         with self.open(name) as file:
             data = file.read(_JSON_LIMIT + 1)
         if len(data) > _JSON_LIMIT:

@@ -74,7 +74,7 @@ class Node:
         return self.kind == tarfile.DIRTYPE
 
     def get(self, name: str) -> Node | None:
-        """What a directory has at `name`."""
+        """The entry of a directory at `name`."""
         found = None if self.children is None else self.children.get(name)
         return None if found is None else found[0]
 
@@ -107,7 +107,7 @@ class Node:
 
 
 class Tree:
-    """What the layers that were added so far make up; file contents go to `spool`."""
+    """The files that the layers added so far make up; file contents go to `spool`."""
 
     def __init__(self, spool: Spool) -> None:
         self.root = Node(tarfile.DIRTYPE)
@@ -249,7 +249,7 @@ class Tree:
     # --- for those who look at it -------------------------------------------------------------
 
     def find(self, path: str) -> Node | None:
-        """What is at `path`, through links; None if there is nothing. Raises Refused."""
+        """The entry at `path`, through links; None if there is nothing. Raises Refused."""
         left, hops = path, 0
         while True:
             parts = [part for part in left.split("/") if part not in ("", ".")]

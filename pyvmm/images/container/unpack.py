@@ -47,7 +47,7 @@ def unpacker(stored: Stored) -> Any:
 
 
 def is_compressed(file: IO[bytes]) -> bool:
-    """Whether it begins like a compressed file; it is read from its start afterwards."""
+    """True if it begins like a compressed file; it is read from its start afterwards."""
     magic = file.read(4)
     file.seek(0)
     return bool(_kind(magic))

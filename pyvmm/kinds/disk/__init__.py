@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pyvmm.virtio.blk.device import BlockDevice
 
     class Keywords(TypedDict, total=False):
-        """What `pyvmm.VM` takes."""
+        """The keywords that `pyvmm.VM` takes."""
 
         disks: DiskSpec | Path | Table | Iterable[DiskSpec | Path | Table]
 
@@ -165,7 +165,7 @@ def _not_among(key: str, value: object, choices: tuple[object, ...]) -> ConfigEr
 
 
 def plain(specs: list[DiskSpec], option: Option) -> tuple[dict[str, Any], ...]:
-    """What a file says of all disks: a table for each."""
+    """The values that a file has for all disks: a table for each."""
     return tuple(_table(index, disk) for index, disk in enumerate(specs))
 
 
@@ -289,7 +289,7 @@ def cross(disk: DiskSpec, border: Border) -> Crossing:
 
 
 def methods(running: Running) -> dict[str, Method]:
-    """What the control socket can ask of disks."""
+    """The methods of the control socket for disks."""
     from pyvmm.kinds.disk.resize import methods
 
     return methods(running)

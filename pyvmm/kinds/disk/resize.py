@@ -45,7 +45,7 @@ def _resize(
 def _change_outside(
     running: Running, spec: DiskSpec, device: BlockDevice, size: int | None
 ) -> Callable[[], None] | None:
-    """What somebody else has to do for it, if anything."""
+    """The work that somebody else has to do for it, if any."""
     outside = running.resize_outside
     if outside is None:
         return None

@@ -19,7 +19,8 @@ def make_backend(disk: DiskSpec) -> Backend:
 
 
 def for_emulated_host(disk: DiskSpec, visible: Callable[[str, str], str]) -> DiskSpec:
-    """What to ask for inside an emulated host; `visible` makes a path one that is seen there.
+    """The specification for the inside of an emulated host; `visible` makes a path one that is seen
+    there.
 
     Raises the ConfigError that making the backend would raise, so that the user sees it at once.
     """

@@ -175,7 +175,7 @@ def _has_topology_leaf(supported: Sequence[CpuidEntry], leaf: int) -> bool:
 
 
 def _needs_extended_apic_id(supported: Sequence[CpuidEntry]) -> bool:
-    """Whether the processor says it has leaf 0x8000001E while KVM does not list it."""
+    """True if the processor says it has leaf 0x8000001E while KVM does not list it."""
     if any(entry.function == 0x8000_001E for entry in supported):
         return False
     promised = any(

@@ -79,8 +79,8 @@ def save(vm: Vm) -> dict[str, Any]:
 
 
 def restore(vm: Vm, state: Saved) -> None:
-    """What `save` gave, after the vCPUs: KVM hands interrupts that wait in the I/O APIC to local
-    APICs, which must be on by then. Raises ConfigError for state that cannot be."""
+    """Restore what `save` gave, after the vCPUs: KVM hands interrupts that wait in the I/O APIC to
+    local APICs, which must be on by then. Raises ConfigError for state that cannot be."""
     pit = ffi.new("struct kvm_pit_state2 *")
     fill(ffi, pit, state.table("pit"))
     struct_ioctl(vm.fd, uapi.KVM_SET_PIT2, pit, "KVM_SET_PIT2")
@@ -94,7 +94,7 @@ def restore(vm: Vm, state: Saved) -> None:
 
 
 def is_masked(vm: Vm, pin: int) -> bool:
-    """Whether the guest has the interrupt of I/O APIC `pin` switched off, as after a reset."""
+    """True if the guest has the interrupt of I/O APIC `pin` switched off, as after a reset."""
     chip = ffi.new("struct kvm_irqchip *")
     chip.chip_id = uapi.KVM_IRQCHIP_IOAPIC
     struct_ioctl(vm.fd, uapi.KVM_GET_IRQCHIP, chip, "KVM_GET_IRQCHIP")

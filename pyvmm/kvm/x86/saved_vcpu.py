@@ -32,7 +32,7 @@ _EFER_SVME, _CR4_VMXE = 1 << 12, 1 << 13
 
 
 class HostAbilities:
-    """What state a vCPU of this KVM has."""
+    """The parts of a vCPU's state on this KVM."""
 
     def __init__(self, kvm: Kvm) -> None:
         """Raises HostError."""

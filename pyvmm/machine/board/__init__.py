@@ -1,1 +1,1 @@
-"""What a machine is on one architecture, behind one interface, and the registry that chooses."""
+"""The machine of one architecture, behind one interface, and the registry that chooses."""

@@ -1,4 +1,4 @@
-"""What a machine is on one architecture: the interface between that and the rest of a machine.
+"""The machine of one architecture: the interface between that and the rest of a machine.
 
 The rest puts together memory, buses, virtio devices and threads, and asks the board for all that
 differs. An implementation for each architecture is in a folder beside this module; the registry
@@ -43,19 +43,19 @@ if TYPE_CHECKING:  # also because a Protocol costs a start 0.1 ms
             """End what works for it; the guest must be stopped."""
 
     class Component(Protocol):
-        """What a board has beside vCPUs and interrupt controllers, as far as it has state."""
+        """The parts of a board, beside vCPUs and interrupt controllers, that have state."""
 
         def save(self) -> dict[str, Any]:
             """As plain data; the machine stands still."""
 
         def restore(self, saved: Saved) -> None:
-            """What `save` gave, before the machine runs. Raises ConfigError."""
+            """Restore what `save` gave, before the machine runs. Raises ConfigError."""
 
     class PowerButton(Protocol):
         """Asks the guest's kernel to power off."""
 
         def is_watched(self) -> bool:
-            """Whether a driver of the guest would notice. Raises HostError."""
+            """True if a driver of the guest would notice. Raises HostError."""
 
         def press(self) -> None:
             """Raises HostError."""
@@ -70,7 +70,7 @@ class VirtioSlot(NamedTuple):
 
 
 class PciPlaces(NamedTuple):
-    """Where a PCI host bridge answers: guest-physical addresses of the configuration spaces (ECAM)
+    """The places of a PCI host bridge: guest-physical addresses of the configuration spaces (ECAM)
     and of the window in which BARs lie, with its size in bytes, and the first of the I/O ports for
     configuration accesses, if there are any. Where devices can come and go, `slots_port` is the
     first I/O port of pyvmm.pci.slots, and the GSI tells of changes."""
@@ -84,8 +84,8 @@ class PciPlaces(NamedTuple):
 
 
 class Core(NamedTuple):
-    """What a board has put together. `power_button` is None on a machine without one; `platform`
-    are all its devices that are not virtio, by names that a saved state has."""
+    """The parts that a board has put together. `power_button` is None on a machine without one;
+    `platform` are all its devices that are not virtio, by names that a saved state has."""
 
     vcpus: tuple[Vcpu, ...]
     serial: SerialPort
@@ -103,19 +103,20 @@ class Board(ABC, Generic[E]):
     """
 
     console: ClassVar[str]
-    """What the guest's kernel calls the serial port: "ttyS0"."""
+    """The guest's kernel's name of the serial port: "ttyS0"."""
 
     kernel_parameters: ClassVar[tuple[str, ...]]
-    """What a kernel's command line needs on this machine, whatever else it has."""
+    """The words that every kernel's command line needs on this machine."""
 
     kernel_files: ClassVar[tuple[str, ...]]
-    """Where the tree in which a kernel is built has it, in several forms."""
+    """The paths of a kernel in the tree in which it is built, in several forms."""
 
     # --- what needs no KVM: memory, and the kernel in it ------------------------------------------
 
     @abstractmethod
     def ram_ranges(self, size: int) -> list[tuple[int, int]]:
-        """Where `size` bytes of RAM lie, whole MiB: (guest-physical address, bytes), ascending."""
+        """The places of `size` bytes of RAM, whole MiB: (guest-physical address, bytes),
+        ascending."""
 
     @abstractmethod
     def mapped_files(self, ram: int) -> range:
@@ -129,7 +130,7 @@ class Board(ABC, Generic[E]):
 
     @property
     def pci_places(self) -> PciPlaces | None:
-        """Where the PCI host bridge is, which every machine has; None if none can."""
+        """The places of the PCI host bridge, which every machine has; None if none can."""
         return None
 
     @abstractmethod
@@ -154,7 +155,7 @@ class Board(ABC, Generic[E]):
 
     @abstractmethod
     def kernel_release(self, path: str) -> str:
-        """What the kernel in the file at `path` calls itself (uname -r), whose modules have that
+        """The release of the kernel in the file at `path` (uname -r), whose modules have that
         in them as well; "" if it does not say. Raises ConfigError for what is not a kernel."""
 
     @abstractmethod
@@ -172,7 +173,7 @@ class Board(ABC, Generic[E]):
     @property
     @abstractmethod
     def requirements(self) -> Sequence[Requirement]:
-        """What it needs of KVM beyond what every architecture needs."""
+        """The capabilities of KVM that it needs beyond those of every architecture."""
 
     @abstractmethod
     def probe_guest(self, kvm: Kvm) -> ProbeGuest:
@@ -230,8 +231,9 @@ class Board(ABC, Generic[E]):
         saved: Saved,
         warn: Callable[[str], None],
     ) -> None:
-        """What `save` gave, to a machine that was built with the same number of vCPUs. `warn` hears
-        of what is not as it was. Raises ConfigError for what cannot be, or not here; HostError."""
+        """Restore what `save` gave, to a machine that was built with the same number of vCPUs.
+        `warn` hears of what is not as it was. Raises ConfigError for what cannot be, or not here;
+        HostError."""
         raise ConfigError("machines of this architecture cannot be restored")
 
     def tell_of_copy(self, vm: Vm, memory: GuestMemory) -> None:

@@ -1,4 +1,4 @@
-"""Which board this machine's guests have: the only module that chooses by architecture."""
+"""The board that this machine's guests have: the only module that chooses by architecture."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Cmos:
         return {"index": self._index}
 
     def restore(self, saved: Saved) -> None:
-        """What `save` gave. Raises ConfigError."""
+        """Restore what `save` gave. Raises ConfigError."""
         self._index = saved.bits("index", 7)
         self._time = self._sample()
 

@@ -50,9 +50,9 @@ class I8042:
         return Action.RESET if to_output_port and not value & _RESET_LINE else None
 
     def save(self) -> dict[str, object]:
-        """Whether the next byte of data is for the output port."""
+        """True if the next byte of data is for the output port."""
         return {"output_port_next": self._output_port_next}
 
     def restore(self, saved: Saved) -> None:
-        """What `save` gave. Raises ConfigError."""
+        """Restore what `save` gave. Raises ConfigError."""
         self._output_port_next = saved.flag("output_port_next")

@@ -128,8 +128,9 @@ class BalloonDevice(VirtioDevice):
             active.worker.wake()
 
     def statistics(self, patience: float = 2.0) -> Mapping[str, int]:
-        """What the guest's kernel says of its memory, by name, in bytes and events: fresh, or after
-        `patience` seconds what it said before; nothing if it never has. Any thread may call it."""
+        """The guest's kernel's statistics of its memory, by name, in bytes and events: fresh, or
+        after `patience` seconds what it said before; nothing if it never has. Any thread may call
+        it."""
         active = self._active
         with self._reported:
             if active is not None:
@@ -309,7 +310,7 @@ class _Active:
         return False
 
     def _give_back(self, queue: Queue, wanted: list[Part]) -> bool:
-        """Whether all of it could be seen to before the queue is to stop."""
+        """True if all of it could be seen to before the queue is to stop."""
         given = 0
         for addr, size in in_ram(self._memory, wanted):
             for offset in range(0, size, _PIECE):

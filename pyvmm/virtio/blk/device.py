@@ -179,7 +179,7 @@ class BlockDevice(QueueDevice):
         return int.from_bytes(self._config[BLK_SIZE_OFFSET : BLK_SIZE_OFFSET + 4], "little")
 
     def peek(self, offset: int, size: int) -> bytes:
-        """What is at `offset`, beside the guest; fewer bytes than `size` past the end.
+        """The bytes at `offset`, read beside the guest; fewer bytes than `size` past the end.
 
         Raises HostError, or what a class of the user's raises."""
         start = offset // SECTOR * SECTOR
@@ -226,7 +226,7 @@ class BlockDevice(QueueDevice):
 
     @property
     def can_resize(self) -> bool:
-        """Whether `resize` may work."""
+        """True if `resize` may work."""
         return self._backend.can_resize
 
     def storage_for(self, size: int) -> int:
@@ -365,7 +365,7 @@ class BlockDevice(QueueDevice):
             queue.add_used(chain, request.answer(status))
 
     def _carry_out_at_once(self, requests: list[Request]) -> bool:
-        """Whether that could be done; if not, each has to be carried out for itself, to see which
+        """True if that could be done; if not, each has to be carried out for itself, to see which
         one it is that fails."""
         if self._trace is not None:
             return False

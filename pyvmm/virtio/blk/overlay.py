@@ -71,8 +71,9 @@ class OverlayBackend(Backend):
         return self._image.fd
 
     def changes(self) -> tuple[Layout, bytearray]:
-        """What differs from the lowest base, as an overlay of its own would have it: the layout of
-        that, and its bitmap. Nobody writes meanwhile. Raises HostError if it cannot be said so."""
+        """The difference from the lowest base, as an overlay of its own would have it: the layout
+        of that, and its bitmap. Nobody writes meanwhile. Raises HostError if it cannot be said
+        so."""
         layout, bitmap = self._layout, bytearray(self._bitmap)
         if not isinstance(self._base, OverlayBackend):
             return layout, bitmap

@@ -1,5 +1,5 @@
-"""What a disk with an overlay differs in from its image, as pieces of an overlay's file; and such a
-file as a layer that is only read."""
+"""The difference of a disk with an overlay from its image, as pieces of an overlay's file; and such
+a file as a layer that is only read."""
 
 from __future__ import annotations
 

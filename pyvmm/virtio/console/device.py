@@ -131,7 +131,7 @@ class ConsoleDevice(VirtioDevice):
             raise saved.wrong(f"there are {len(self._restored)} ports")
 
     def take_restored(self) -> list[Saved]:
-        """What the ports are to go on from, once."""
+        """The state that the ports are to go on from, once."""
         restored, self._restored = self._restored, []
         return restored
 
@@ -318,8 +318,8 @@ class _Reminders:
         self._at: float | None = None
 
     def after(self, output: int) -> tuple[bool, float | None]:
-        """Whether it is time now, and in how many seconds to ask again; `output` counts the bytes
-        that the guest has written."""
+        """Two answers: is it time now, and the seconds until the next question. `output` counts the
+        bytes that the guest has written."""
         now = self._clock()
         if output != self._seen and self._at is None and self._given < _REMINDERS:
             self._at = now + (_SOON if self._given < _QUICK_REMINDERS else _LATER)

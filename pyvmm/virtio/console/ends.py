@@ -36,7 +36,7 @@ class End(ABC):
     @property
     @abstractmethod
     def has_input(self) -> bool:
-        """Whether `read_into` may find something."""
+        """True if `read_into` may find something."""
 
     def begin(self, poller: Poller) -> None:  # noqa: B027 - a choice, not a duty
         """A driver is there; `poller` tells what happens from now on. Raises HostError."""

@@ -72,8 +72,8 @@ class Port:
     # --- saved and restored ----------------------------------------------------------------------
 
     def save(self) -> dict[str, Any]:
-        """What the driver has said and was told, and how much of the buffer that the end is taking
-        it has: the rest of it is for whoever goes on."""
+        """The driver's announcements, those that it was told, and how much of the buffer that the
+        end is taking it has: the rest of it is for whoever goes on."""
         left = sum(map(len, self._rest))
         taken = self._leaving.readable_size - left if self._leaving is not None else 0
         return {
@@ -86,8 +86,8 @@ class Port:
         }
 
     def restore(self, saved: Saved) -> None:
-        """What `save` gave, after `begin`. A client of before has gone: if the driver knows of one,
-        it is told so. Raises ConfigError."""
+        """Restore what `save` gave, after `begin`. A client of before has gone: if the driver knows
+        of one, it is told so. Raises ConfigError."""
         self.guest_is_open = saved.flag("guest_is_open")
         self._added, self._ready = saved.flag("added"), saved.flag("ready")
         self._owed = set(saved.integers("owed", len(_ORDER), max(_ORDER))) & set(_ORDER)
@@ -129,11 +129,11 @@ class Port:
 
     @property
     def owes_message(self) -> bool:
-        """Whether the driver is to be told something."""
+        """True if the driver is to be told something."""
         return bool(self._owed) or (self._ready and self.end.connection != self._told)
 
     def next_message(self) -> bytes:
-        """What to tell the driver first; `told` if it was."""
+        """The event that the driver is told first; `told` if it was."""
         event = self._next_event()
         value, more = 0, b""
         if event == VIRTIO_CONSOLE_PORT_OPEN:
@@ -161,17 +161,17 @@ class Port:
 
     @property
     def is_leaving(self) -> bool:
-        """Whether a buffer of the guest's is not taken whole yet."""
+        """True if a buffer of the guest's is not taken whole yet."""
         return self._leaving is not None
 
     @property
     def is_blocked(self) -> bool:
-        """Whether the end takes no more of a buffer now: the device is woken when it does."""
+        """True if the end takes no more of a buffer now: the device is woken when it does."""
         return self._leaving is not None and not self.has_more_output
 
     @property
     def wants_to_give(self) -> bool:
-        """Whether there may be input for the guest, which can take it."""
+        """True if there may be input for the guest, which can take it."""
         known = not self._multiport or self._told == self.end.connection
         return self.guest_is_open and known and self.end.has_input
 

@@ -43,7 +43,7 @@ class Channel(Protocol):
 
 
 class Backend(Protocol):
-    """What a network device is connected to. `offloads` are the feature bits that it can do,
+    """The network that a device is connected to. `offloads` are the feature bits that it can do,
     `mtu` the largest payload of a frame, in bytes."""
 
     offloads: int

@@ -60,7 +60,7 @@ class PairWorker(Protocol):
 
 
 class _Settings(NamedTuple):
-    """What a driver can set by its control queue."""
+    """The settings that a driver makes by its control queue."""
 
     filter: ReceiveFilter
     pairs: int
@@ -157,7 +157,7 @@ class NetDevice(QueueDevice):
 
     @property
     def link_up(self) -> bool:
-        """Whether the cable is plugged in."""
+        """True if the cable is plugged in."""
         return self._link_up
 
     def set_link(self, up: bool) -> None:

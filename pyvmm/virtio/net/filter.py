@@ -48,7 +48,7 @@ class ReceiveFilter:
         }
 
     def accepts(self, destination: bytes) -> bool:
-        """Whether a frame to this address, 6 bytes, is for the driver."""
+        """True if a frame to this address, 6 bytes, is for the driver."""
         if self.promisc:
             return True
         if destination == BROADCAST:
@@ -72,7 +72,7 @@ class ReceiveFilter:
 
 
 def filter_from(saved: Saved) -> ReceiveFilter:
-    """What `ReceiveFilter.save` gave. Raises ConfigError."""
+    """Restore what `ReceiveFilter.save` gave. Raises ConfigError."""
     unicast, multicast = _table(saved, "unicast"), _table(saved, "multicast")
     modes = [saved.flag(mode) for mode in _MODES]
     return ReceiveFilter(saved.data("mac", MAC_SIZE), unicast, multicast, *modes)

@@ -13,7 +13,7 @@ from pyvmm.virtio.queue.stats import QueueStats
 
 
 class Journal(Protocol):
-    """Where a queue notes what it has in flight, for whoever goes on when its process was killed at
+    """A record of what a queue has in flight, for whoever goes on when its process was killed at
     any moment. Called with the queue's lock held; heads as the driver knows them."""
 
     def taken(self, head: int) -> None:

@@ -136,7 +136,7 @@ class Ring(ABC):
 
     @abstractmethod
     def _has_more(self) -> bool:
-        """Whether the driver seems to have made more available than was seen; a hint."""
+        """True if the driver seems to have made more available than was seen; a hint."""
 
     @abstractmethod
     def _advance(self, position: int, slots: int) -> int:

@@ -40,7 +40,7 @@ def used_bytes(size: int) -> int:
 
 
 def is_valid_size(size: int, max_size: int, *, packed: bool = False) -> bool:
-    """Whether a queue may have `size` entries: 1 to `max_size`, and in a split one a power of two
+    """True if a queue may have `size` entries: 1 to `max_size`, and in a split one a power of two
     (2.7 Split Virtqueues; 2.8.10.1 Structure Size and Alignment)."""
     return 0 < size <= min(max_size, QUEUE_SIZE_LIMIT) and (packed or size & (size - 1) == 0)
 

@@ -148,7 +148,7 @@ class VsockDevice(VirtioDevice):
 
     @property
     def has_driver(self) -> bool:
-        """Whether there is somebody for `call`."""
+        """True if there is somebody for `call`."""
         return self._active is not None
 
     # What the thread of an activation asks.
@@ -158,7 +158,7 @@ class VsockDevice(VirtioDevice):
         self._log(line)
 
     def take_interruption(self) -> bool:
-        """Whether a transport reset is to be told, which is then no longer so."""
+        """True if a transport reset is to be told, which is then no longer so."""
         told, self._interrupted = self._interrupted, False
         return told
 

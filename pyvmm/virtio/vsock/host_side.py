@@ -91,7 +91,7 @@ class HostSide:
 
     @property
     def has_arrivals(self) -> bool:
-        """Whether somebody may want in."""
+        """True if somebody may want in."""
         return self._may_accept or bool(self._calls)
 
     def accept(self, room: int) -> None:

@@ -105,13 +105,13 @@ class Stream:
         return max(0, self._peer_buf_alloc - in_flight)
 
     def take_credit_request(self) -> bool:
-        """Whether the guest is to be asked for its credit: once, until it has spoken."""
+        """True if the guest is to be asked for its credit: once, until it has spoken."""
         asked, self._asked_for_credit = self._asked_for_credit, True
         return not asked
 
     @property
     def owes_update(self) -> bool:
-        """Whether the guest should hear that there is room again."""
+        """True if the guest should hear that there is room again."""
         return (self._fwd_cnt - self._fwd_cnt_told) & _U32 >= _UPDATE_AFTER
 
     def force_update(self) -> None:
@@ -214,7 +214,7 @@ class Stream:
         return count
 
     def has_data(self) -> bool:
-        """Whether the host has sent something that was not read; notes the end like `receive`."""
+        """True if the host has sent something that was not read; notes the end like `receive`."""
         try:
             if self.sock.recv(1, _socket.MSG_PEEK):
                 return True

@@ -107,7 +107,7 @@ class Switch:
 
     @property
     def wants_attention(self) -> bool:
-        """Whether `attend` has something to do before anything else happens."""
+        """True if `attend` has something to do before anything else happens."""
         return self._freed
 
     def patience(self) -> float | None:
@@ -177,7 +177,7 @@ class Switch:
 
     @property
     def takes_packets(self) -> bool:
-        """Whether another packet of the guest's may be looked at: its answer needs a place."""
+        """True if another packet of the guest's may be looked at: its answer needs a place."""
         return len(self._replies) < MAX_REPLIES
 
     def take_packet(self, header: Header, payload: Reader) -> None:
@@ -315,7 +315,7 @@ class Switch:
 
     @property
     def has_packets(self) -> bool:
-        """Whether there may be a packet for the guest."""
+        """True if there may be a packet for the guest."""
         return bool(self._replies or self._talking)
 
     def give_packet(self, chain: DescriptorChain) -> int:

@@ -192,7 +192,7 @@ class PowerButton:
         self._vm = vm
 
     def is_watched(self) -> bool:
-        """Whether a driver has switched its interrupt on: Linux's, for one, when it has found it
+        """True if a driver has switched its interrupt on: Linux's, for one, when it has found it
         in the DSDT. Raises HostError."""
         return not irqchip.is_masked(self._vm, layout.POWER_BUTTON_GSI)
 

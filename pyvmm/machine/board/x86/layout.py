@@ -1,4 +1,4 @@
-"""Where an x86 machine has its devices: guest-physical addresses, I/O ports and interrupts.
+"""The places of an x86 machine's devices: guest-physical addresses, I/O ports and interrupts.
 
 Where it has RAM, and what boot puts there, is in pyvmm/boot/x86/layout.py. docs/memory-map.md draws
 both; a test compares them.
@@ -62,7 +62,7 @@ FIXED_DEVICES = FixedDevices(
     sci_gsi=ACPI_SCI_GSI,
     power_button_gsi=POWER_BUTTON_GSI,
 )
-"""What the ACPI tables say of the devices that every machine has."""
+"""The facts in the ACPI tables of the devices that every machine has."""
 
 PCI_HOST = PciHost(
     PCI_ECAM,
@@ -73,16 +73,16 @@ PCI_HOST = PciHost(
     PCI_SLOTS_PORT,
     PCI_SLOTS_GSI,
 )
-"""What they say of the PCI bus."""
+"""The facts in them of the PCI bus."""
 
 
 def is_message(address: int) -> bool:
-    """Whether a write to guest-physical `address` is an interrupt (Intel SDM, volume 3, 11.11.1
+    """True if a write to guest-physical `address` is an interrupt (Intel SDM, volume 3, 11.11.1
     "Message Address Register Format")."""
     return address & ~0xF_FFFF == LOCAL_APIC
 
 
 def mapped_files_start(ram: int) -> int:
-    """Where the first file lies that is memory of a guest with `ram` bytes of RAM."""
+    """The address of the first file that is memory of a guest with `ram` bytes of RAM."""
     end = max(HOLE_END, *(start + size for start, size in ram_ranges(ram)))
     return -(-end // MAPPED_FILE_ALIGN) * MAPPED_FILE_ALIGN
