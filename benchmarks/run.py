@@ -130,6 +130,13 @@ PARTS = (
     ),
     Part("start", "Start of `pyvmm run`", 90, ("--rounds", "5"), lacks_kvm),
     Part(
+        "clones",
+        "Clones: from a pool, by `run --restore`, a hundred at once",
+        180,
+        ("--rounds", "10", "--clones", "20"),
+        lacks_kvm,
+    ),
+    Part(
         "blk_mock",
         "virtio-blk without a guest: 4 KiB reads a second",
         60,

@@ -36,11 +36,11 @@ class Start(NamedTuple):
     private_dirty_kib: int
 
 
-def first_byte_kernel(bzimage: str, target: str) -> None:
-    """Write a copy of `bzimage` whose 64-bit entry writes one byte and halts."""
+def first_byte_kernel(bzimage: str, target: str, code: bytes = FIRST_BYTE) -> None:
+    """Write a copy of `bzimage` whose 64-bit entry is `code`: it writes one byte and halts."""
     kernel = bytearray(Path(bzimage).read_bytes())
     entry = (kernel[SETUP_SECTS] + 1) * 512 + ENTRY_64
-    kernel[entry : entry + len(FIRST_BYTE)] = FIRST_BYTE
+    kernel[entry : entry + len(code)] = code
     Path(target).write_bytes(kernel)
 
 

@@ -126,12 +126,7 @@ def register(name: str = "", default: str = DEFAULT_NAME) -> Registration:
         check_name(name)
     place = folder()
     with _locked(place):
-        if name:
-            candidates = [name]
-        else:
-            numbered = (f"{default}-{number}" for number in range(2, _MOST_SUFFIXES))
-            candidates = [default, *numbered]
-        for candidate in candidates:
+        for candidate in [name] if name else _numbered(default):
             path = _path(place, candidate)
             if not _alive(path):
                 return Registration(candidate, path, _listen(path))
@@ -140,6 +135,12 @@ def register(name: str = "", default: str = DEFAULT_NAME) -> Registration:
         cure=f"choose another name, or end it: pyvmm stop {name}",
         option="--name",
     )
+
+
+def _numbered(name: str) -> Iterator[str]:
+    yield name
+    for number in range(2, _MOST_SUFFIXES):
+        yield f"{name}-{number}"
 
 
 def _listen(path: str) -> Socket:

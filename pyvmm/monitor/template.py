@@ -223,8 +223,10 @@ def _which_kvm(kvm: str) -> tuple[str, str | None]:
 def _import_all(kinds: Collection[str]) -> None:
     """The modules that a monitor of a VM with devices of these kinds imports, now or soon."""
     from pyvmm.control import server, vm_log  # noqa: F401
+    from pyvmm.host import refusals  # noqa: F401
     from pyvmm.kinds import registry
     from pyvmm.machine import pci_host  # noqa: F401
+    from pyvmm.machine.board.registry import board_of_host
     from pyvmm.monitor import (  # noqa: F401
         confine,
         control,
@@ -237,6 +239,7 @@ def _import_all(kinds: Collection[str]) -> None:
     )
     from pyvmm.virtio.queue import split  # noqa: F401
 
+    board_of_host().import_restoring()
     for kind in kinds:
         registry.load(kind)
     if "disk" in kinds:

@@ -236,6 +236,9 @@ class Board(ABC, Generic[E]):
         HostError."""
         raise ConfigError("machines of this architecture cannot be restored")
 
+    def import_restoring(self) -> None:
+        """Import what `restore` does, before this process forks: it is there once then."""
+
     def tell_of_copy(self, vm: Vm, memory: GuestMemory) -> None:
         """The guest in `memory` goes on as a copy of another one, which its kernel is to know: its
         random numbers must not be the same. Raises HostError."""

@@ -174,6 +174,11 @@ class X86Board(Board[boot.Entry]):
             saved_vcpu.restore(vcpu, state, host, warn)
         irqchip.restore(vm, saved.table("vm"))
 
+    def import_restoring(self) -> None:
+        """See Board."""
+        from pyvmm.kvm.x86 import saved_vcpu  # noqa: F401
+        from pyvmm.machine import messages  # noqa: F401
+
     def tell_of_copy(self, vm: Vm, memory: GuestMemory) -> None:
         boot.renew_generation(memory)
         for level in (True, False):
