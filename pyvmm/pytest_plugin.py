@@ -40,9 +40,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers",
-        "microvm(image=None, *, shared=False, ready=True, timeout=300, **options): the VM that the "
-        "fixture microvm is; options are those of pyvmm.VM. With shared, tests with equal marks "
-        "share one.",
+        "microvm(image=None, *, shared=False, ready=True, timeout=300, prepare=None, **options): "
+        "the VM that the fixture microvm is; options are those of pyvmm.VM. With shared, tests "
+        "with equal marks share one. microvm_restored is a copy, of when prepare(vm) was done.",
     )
     config.addinivalue_line(
         "markers",
@@ -87,6 +87,15 @@ def microvm(request: pytest.FixtureRequest, microvm_kernel: str | None) -> VM:
     from pyvmm.pytest_vms import for_test
 
     return for_test(request.node, _vms_of(request.config), microvm_kernel)
+
+
+@pytest.fixture
+def microvm_restored(request: pytest.FixtureRequest, microvm_kernel: str | None) -> VM:
+    """A microVM that was ready already: as `microvm`, but one boots for all tests with equal marks,
+    and each has a copy of it."""
+    from pyvmm.pytest_vms import restored_for_test
+
+    return restored_for_test(request.node, _vms_of(request.config), microvm_kernel)
 
 
 def _vms_of(config: pytest.Config) -> Vms:

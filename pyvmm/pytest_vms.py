@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
 from pyvmm.api.errors import VMError
 from pyvmm.api.vm import VM
+
+if TYPE_CHECKING:
+    from pyvmm.api.clones import Moment
 
 READY_SECONDS = 300.0
 MOST_SHARED = 2  # that run at a time
@@ -33,6 +37,7 @@ class Vms:
         self._of_test: dict[str, list[VM]] = {}
         self._shared: dict[str, VM] = {}  # the most recently used is the last
         self._kept: dict[VM, str] = {}
+        self._moments: dict[str, Moment] = {}  # by what the VM was that they are of
 
     def start(
         self, test: str, image: str | None, *, ready: bool, timeout: float, **options: Any
@@ -60,6 +65,28 @@ class Vms:
         self._shared[key] = vm
         return vm
 
+    def restore(self, test: str, options: dict[str, Any]) -> VM:
+        """A copy, for the test with that id, of the one VM with these `options`: it goes on from
+        when that was ready, and `prepare` had been called with it."""
+        key = repr(sorted(options.items()))
+        if key not in self._moments:
+            self._moments[key] = self._moment(test, **options)
+        vm = VM._copy(self._moments[key].copy())
+        self._of_test.setdefault(test, []).append(vm)
+        return vm
+
+    def _moment(
+        self, test: str, *, prepare: Callable[[VM], object] = lambda vm: None, **options: Any
+    ) -> Moment:
+        from pyvmm.api.clones import Moment
+
+        vm = self.start(test, **options)
+        prepare(vm)
+        made = Moment(vm.name, kvm=options.get("kvm", "auto"), outlive_us=self._keep)
+        self._of_test[test].remove(vm)
+        vm.close()
+        return made
+
     def release(self, test: str) -> None:
         """The test with that id has ended: so do its VMs, other than those it shares."""
         for vm in self._of_test.pop(test, ()):
@@ -79,6 +106,8 @@ class Vms:
 
     def close(self) -> list[Kept]:
         """End all that are left; those that run on."""
+        while self._moments:
+            self._moments.popitem()[1].close()
         for vm in [*self._shared.values(), *(vm for vms in self._of_test.values() for vm in vms)]:
             if vm not in self._kept:
                 vm.close()
@@ -122,6 +151,22 @@ class Factory:
 
 def for_test(item: pytest.Item, vms: Vms, kernel: str | None = None) -> VM:
     """The VM that the marks of `item` ask for, with `kernel` if that is given."""
+    options = _marked(item, kernel)
+    if "prepare" in options:
+        raise pytest.UsageError(f"{item.nodeid}: prepare is for microvm_restored")
+    if options.pop("shared", False):
+        return vms.share(item.nodeid, options)
+    return vms.start(item.nodeid, **options)
+
+
+def restored_for_test(item: pytest.Item, vms: Vms, kernel: str | None = None) -> VM:
+    """A copy, for `item` alone, of the VM that its marks ask for."""
+    options = _marked(item, kernel)
+    options.pop("shared", None)
+    return vms.restore(item.nodeid, options)
+
+
+def _marked(item: pytest.Item, kernel: str | None) -> dict[str, Any]:
     options: dict[str, Any] = {"image": None, "ready": True, "timeout": READY_SECONDS}
     # The nearest mark comes first and wins; those of its class and module fill in.
     for mark in reversed(list(item.iter_markers("microvm"))):
@@ -130,6 +175,4 @@ def for_test(item: pytest.Item, vms: Vms, kernel: str | None = None) -> VM:
         options |= {**({"image": mark.args[0]} if mark.args else {}), **mark.kwargs}
     if kernel is not None:
         options["kernel"] = kernel
-    if options.pop("shared", False):
-        return vms.share(item.nodeid, options)
-    return vms.start(item.nodeid, **options)
+    return options

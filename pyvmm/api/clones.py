@@ -22,6 +22,7 @@ from pyvmm.control import registry
 from pyvmm.control.client import connect_vsock
 from pyvmm.control.protocol import ControlError
 from pyvmm.errors import ConfigError, HostError, PyvmmError
+from pyvmm.host.syscalls import Closable
 from pyvmm.monitor import snapshots
 from pyvmm.spec.names import check_name
 from pyvmm.spec.surroundings import USUAL, Surroundings
@@ -71,6 +72,41 @@ def clone(
             _at_once(list(zip(usual, begin, strict=True)))
             undoing.pop_all()
     return monitors
+
+
+class Moment(Closable):
+    """A moment of the VM called `source`, which may end; copies go on from there until `close`."""
+
+    def __init__(
+        self,
+        source: str,
+        *,
+        kvm: str = "auto",
+        surroundings: Surroundings = USUAL,
+        outlive_us: bool = False,
+    ) -> None:
+        """With `outlive_us` the copies go on when this process ends. Raises as `clone` does."""
+        self._source, self._made = source, 0
+        with ExitStack() as closing:
+            self._original = closing.enter_context(_moment_of(source))
+            self._template = Template(self._original, kvm, surroundings, outlives_us=outlive_us)
+            closing.callback(self._template.close)
+            self._closing = closing.pop_all()
+
+    def copy(self) -> ForkedMonitor:
+        """The monitor of one more copy, which runs. Raises VMError, HostError."""
+        self._made += 1
+        name = f"{self._source}-{self._made}"
+        monitor = self._template.fork(snapshots.copy_of(self._original, name), name)
+        try:
+            _begin(monitor, self._original)
+        except BaseException:
+            monitor.end()
+            raise
+        return monitor
+
+    def close(self) -> None:
+        self._closing.close()
 
 
 def _begin(monitor: ForkedMonitor, original: VmSpec) -> None:

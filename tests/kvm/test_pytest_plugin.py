@@ -86,6 +86,43 @@ def test_they_have_ended():
     done.assert_outcomes(passed=2)
 
 
+def test_each_test_has_a_copy_of_one_that_has_booted_once(project):
+    done = project("""
+def prepare(vm):
+    vm.console.expect("ready", timeout=60)
+    vm.console.send("prepared")
+    vm.console.expect("prepared", timeout=60)
+    with open("prepared", "a") as file:
+        file.write(vm.name)
+pytestmark = pytest.mark.microvm(prepare=prepare, **OPTIONS)
+pids = []
+@pytest.mark.parametrize("number", range(4))
+def test_it(microvm_restored, number):
+    pids.append(microvm_restored.pid)
+    assert len(set(pids)) == number + 1
+    microvm_restored.console.send(f"test{number}")
+    microvm_restored.console.expect(f"test{number}", timeout=60)
+    assert microvm_restored.console.text == f"test{number}", "it has booted, or is another test's"
+    assert pyvmm.control.registry.running() == [microvm_restored.name]
+    if number == 2:
+        microvm_restored.kill()
+def test_one_that_fails(microvm_restored):
+    microvm_restored.console.send("so far")
+    microvm_restored.console.expect("so far", timeout=60)
+    assert False
+@pytest.mark.microvm(cpus=2)
+def test_of_another(microvm_restored):
+    assert microvm_restored.status()["cpus"] == 2
+def test_once():
+    assert open("prepared").read() == "vmvm"
+def test_it_is_for_copies_only(microvm):
+    pass
+""")
+    done.assert_outcomes(passed=6, failed=1, errors=1)
+    done.stdout.fnmatch_lines(["*- console of the microVM vm-* -*", "so far"])
+    assert registry.running() == []
+
+
 def test_a_failure_shows_the_console_and_what_the_monitor_said(project):
     done = project("""
 @pytest.mark.microvm(**OPTIONS)
