@@ -71,13 +71,18 @@ def test_the_page_on_snapshots(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     said = run(tmp_path, "-c", "\n".join(python_blocks("docs/snapshots.md"))).splitlines()
     assert re.fullmatch(r"it stood still for [\d.]+ s", said[0])
-    assert said[1:] == ["b'prepared\\n'", "b'/run/prepared\\n'"]
+    assert said[1:] == ["b'prepared\\n'", "b'/run/prepared\\n'", "b'prepared\\n'"]
+
+
+def test_the_readmes_pool_is_the_one_of_the_page_on_snapshots():
+    [block] = [code for code in python_blocks("README.md") if "import Pool\n" in code]
+    assert block in python_blocks("docs/snapshots.md") and len(block.splitlines()) <= 6
 
 
 def test_the_page_on_pytest(tmp_path):
     (tmp_path / "test_it.py").write_text("\n".join(python_blocks("docs/pytest.md")))
     said = run(tmp_path, "-m", "pytest", "-p", "no:cacheprovider", "--strict-markers", "-q")
-    assert "2 passed, 1 skipped" in said
+    assert "2 passed, 2 skipped" in said
 
 
 def test_an_example_for_asyncio(tmp_path):
