@@ -19,11 +19,11 @@ from descriptors import open_descriptors
 from pyvmm.bus import Bus
 from pyvmm.kinds.vm_spec import validate
 from pyvmm.kvm.x86 import irqchip
-from pyvmm.machine.alarm import Alarm
 from pyvmm.machine.board.board import PciPlaces
 from pyvmm.machine.builder import Parts, Prepared
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.messages import Messages
+from pyvmm.machine.outcome import Alarm
 from pyvmm.machine.pci_host import PciHost
 from pyvmm.machine.trace import Trace
 from pyvmm.memory import GuestMemory

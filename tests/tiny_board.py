@@ -161,11 +161,11 @@ def make_board() -> Any:
 def main(how: str, kernel: str) -> None:
     sys.meta_path.insert(0, NoX86())
     from pyvmm.errors import ConfigError
-    from pyvmm.machine.alarm import Alarm
     from pyvmm.machine.board import registry
     from pyvmm.machine.builder import assemble, check_boot, open_kvm, prepare
     from pyvmm.machine.machine import Machine
     from pyvmm.machine.mapped_files import MappedFiles
+    from pyvmm.machine.outcome import Alarm
     from pyvmm.machine.trace import Trace
     from pyvmm.spec.vm import VmSpec
     from pyvmm.virtio.rng.device import EntropyDevice

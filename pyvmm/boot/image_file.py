@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import syscalls
@@ -97,3 +97,19 @@ class ImageFile(syscalls.Closable):
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+def write_whole(output: str, pieces: Iterable[bytes]) -> None:
+    """Write `pieces` to the file `output`, which appears when all of them were written. Raises
+    ConfigError, and what the pieces raise."""
+    partial = f"{output}.{os.getpid()}.part"
+    try:
+        with open(partial, "wb") as file:
+            for piece in pieces:
+                file.write(piece)
+        os.replace(partial, output)
+    except OSError as error:
+        raise ConfigError(f"cannot write {output}: {os.strerror(error.errno or 0)}") from None
+    finally:
+        if os.path.exists(partial):
+            os.unlink(partial)

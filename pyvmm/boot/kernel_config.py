@@ -1,8 +1,10 @@
-"""The configuration of a kernel: found beside it or in it, and what a guest would lack.
+"""The configuration and the release in a kernel, and what a guest would lack by the former.
 
 A configuration is text (Linux Documentation/kbuild/kconfig-language.rst): "CONFIG_NAME=y", "=m", or
 "# CONFIG_NAME is not set". A kernel built with CONFIG_IKCONFIG has it in itself, packed by gzip
 between two markers (Linux kernel/configs.c).
+
+Its release stands in its banner (Linux init/version.c, linux_banner: "Linux version RELEASE (…").
 """
 
 from __future__ import annotations
@@ -132,3 +134,19 @@ _FILE_SYSTEMS = {
     "erofs": "EROFS_FS",
     "f2fs": "F2FS_FS",
 }
+
+
+_BANNER = re.compile(rb"Linux version ([!-~]{1,64}) \(")
+_OVERLAP = 128
+
+
+def release_in(pieces: Iterable[bytes]) -> str:
+    """The release of the kernel that comes in `pieces`; "" if it does not say. Raises what they
+    raise."""
+    end = b""
+    for piece in pieces:
+        found = _BANNER.search(end + piece)
+        if found:
+            return found[1].decode("ascii")
+        end = piece[-_OVERLAP:]
+    return ""

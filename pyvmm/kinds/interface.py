@@ -15,7 +15,7 @@ from pyvmm.spec.record import replace
 from pyvmm.spec.vm import DeviceSpec, DiskSpec, VmSpec
 
 if TYPE_CHECKING:
-    from pyvmm.machine.alarm import Alarm
+    from pyvmm.machine.outcome import Alarm
     from pyvmm.machine.trace import Hook
     from pyvmm.virtio.device import VirtioDevice
     from pyvmm.virtio.rate_limit import RateLimiter

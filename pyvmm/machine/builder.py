@@ -21,11 +21,11 @@ from pyvmm.kvm.stats import StatsFile
 from pyvmm.kvm.system import Kvm
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.kvm.vm import Vm
-from pyvmm.machine.alarm import Alarm
 from pyvmm.machine.attach import MmioSlots, virtio_hook
 from pyvmm.machine.board.board import Board, VirtioSlot
 from pyvmm.machine.board.registry import board_of_host
 from pyvmm.machine.cmdline import command_line, turns_pci_off
+from pyvmm.machine.outcome import Alarm
 from pyvmm.machine.run_loop import AccessCounts
 from pyvmm.machine.trace import Trace
 from pyvmm.memory import GuestMemory

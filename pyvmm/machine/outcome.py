@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from typing import NamedTuple
 
 STOP_SECONDS = 30.0
@@ -35,3 +36,25 @@ class Outcome(NamedTuple):
     @property
     def exit_code(self) -> int:
         return self.ending.value
+
+
+class Alarm:
+    """A device's means to end the run: made before the machine is, and connected by whoever runs
+    that. Devices tell it from any thread."""
+
+    def __init__(self) -> None:
+        self._end: Callable[[Outcome], None] | None = None
+        self._early: Outcome | None = None
+
+    def connect(self, end: Callable[[Outcome], None]) -> None:
+        """From now on, and for what was raised before, `end` ends the run."""
+        self._end = end
+        if self._early is not None:
+            end(self._early)
+
+    def disk_failed(self, line: str) -> None:
+        """The host cannot serve a disk any more that was asked for with on-error=stop."""
+        outcome = Outcome(Ending.DISK_ERROR, f"{line}; stopped (on-error=stop)")
+        self._early = self._early or outcome
+        if self._end is not None:
+            self._end(outcome)

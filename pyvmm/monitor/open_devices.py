@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pyvmm.host.syscalls import Closable
 from pyvmm.kinds import registry
 from pyvmm.kinds.interface import Context, Spec
-from pyvmm.machine.alarm import Alarm
+from pyvmm.machine.outcome import Alarm
 
 if TYPE_CHECKING:
     from pyvmm.machine.trace import Hook

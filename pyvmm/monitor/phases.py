@@ -18,10 +18,9 @@ from pyvmm.errors import PyvmmError
 from pyvmm.host import log
 from pyvmm.host.syscalls import Closable
 from pyvmm.kinds import registry
-from pyvmm.machine.alarm import Alarm
 from pyvmm.machine.builder import Parts, Prepared, assemble, open_kvm, prepare, prepare_again
 from pyvmm.machine.machine import Machine
-from pyvmm.machine.outcome import STOP_SECONDS, Ending, Outcome
+from pyvmm.machine.outcome import STOP_SECONDS, Alarm, Ending, Outcome
 from pyvmm.machine.trace import Trace
 from pyvmm.monitor.attendant import Attendant
 from pyvmm.monitor.open_devices import OpenDevices

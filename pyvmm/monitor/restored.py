@@ -9,9 +9,9 @@ from typing import Any
 from pyvmm.control import snapshot_store as store
 from pyvmm.host.saved import Saved
 from pyvmm.machine import saved_machine
-from pyvmm.machine.alarm import Alarm
 from pyvmm.machine.board.registry import board_of_host
 from pyvmm.machine.builder import Parts, Prepared, prepare_restored
+from pyvmm.machine.outcome import Alarm
 from pyvmm.memory.private_memory import PrivateMemory
 from pyvmm.monitor.saved_memory import SavedMemory
 from pyvmm.spec.vm import VmSpec

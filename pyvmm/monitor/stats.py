@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pyvmm.machine.builder import Parts
     from pyvmm.machine.run_loop import AccessCounts
     from pyvmm.transport.base import Transport
-    from pyvmm.virtio.queue.stats import QueueStats
+    from pyvmm.virtio.queue.protocol import QueueStats
 
 Plain = dict[str, Any]
 

@@ -30,9 +30,8 @@ from pyvmm.virtio.defects import as_device_failure
 from pyvmm.virtio.device import Activation, VirtioDevice
 from pyvmm.virtio.features import VIRTIO_F_RING_PACKED, describe, has
 from pyvmm.virtio.queue.build import build_queue
-from pyvmm.virtio.queue.protocol import Queue
+from pyvmm.virtio.queue.protocol import Queue, QueueStats
 from pyvmm.virtio.queue.state import QueueConfig, QueueState
-from pyvmm.virtio.queue.stats import QueueStats
 
 # Bits of the interrupt status; virtio-pci's are the same (4.1.4.5 ISR status capability).
 USED_BUFFER = constants.VIRTIO_MMIO_INT_VRING

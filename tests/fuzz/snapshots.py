@@ -29,8 +29,8 @@ from typing import Any
 from pyvmm.control import snapshot_store as store
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
-from pyvmm.machine.alarm import Alarm
 from pyvmm.machine.builder import assemble, open_kvm
+from pyvmm.machine.outcome import Alarm
 from pyvmm.machine.trace import Trace
 from pyvmm.monitor import snapshots
 from pyvmm.monitor.open_devices import OpenDevices

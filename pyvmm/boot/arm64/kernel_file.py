@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from pyvmm.boot import kernel_config
 from pyvmm.boot.arm64 import image
-from pyvmm.boot.banner import release_in
-from pyvmm.boot.image_file import ImageFile
-from pyvmm.boot.whole_file import write_whole
+from pyvmm.boot.image_file import ImageFile, write_whole
+from pyvmm.boot.kernel_config import release_in
 
 
 def release_of(path: str) -> str:

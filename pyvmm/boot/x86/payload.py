@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from pyvmm.boot.image_file import ImageFile
+from pyvmm.boot.image_file import ImageFile, write_whole
 from pyvmm.boot.unpack import GZIP, check_kind, unpack
-from pyvmm.boot.whole_file import write_whole
 from pyvmm.boot.x86 import bzimage, detect
 
 _ELF_MAGIC = b"\x7fELF"

@@ -8,8 +8,8 @@ alone.
 from __future__ import annotations
 
 from pyvmm.boot import kernel_config
-from pyvmm.boot.banner import release_in
 from pyvmm.boot.image_file import ImageFile
+from pyvmm.boot.kernel_config import release_in
 from pyvmm.boot.x86 import bzimage, detect
 
 _DEBIAN = "(debian-kernel@"  # whose kernels have no CONFIG_IKCONFIG

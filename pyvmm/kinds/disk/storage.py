@@ -9,7 +9,7 @@ from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import log
 from pyvmm.host.files import SECTOR, ImageFile, open_image
 from pyvmm.kinds.interface import limiter
-from pyvmm.machine.alarm import Alarm
+from pyvmm.machine.outcome import Alarm
 from pyvmm.machine.trace import Hook
 from pyvmm.spec.sizes import parse_memory
 from pyvmm.spec.vm import DiskSpec

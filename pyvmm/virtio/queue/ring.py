@@ -18,9 +18,8 @@ from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
 from pyvmm.virtio import features as feature_bits
 from pyvmm.virtio.queue.chain import DescriptorChain, PackedChain, Places, RamWindow, Usual
-from pyvmm.virtio.queue.protocol import QueueLock
+from pyvmm.virtio.queue.protocol import QueueLock, QueueStats
 from pyvmm.virtio.queue.state import InFlight, QueueConfig, QueueState
-from pyvmm.virtio.queue.stats import QueueStats
 
 DESC_F_NEXT = 1
 DESC_F_WRITE = 2

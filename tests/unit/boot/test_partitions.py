@@ -20,8 +20,8 @@ from pyvmm.boot import partitions
 from pyvmm.boot.diagnosis import ConsoleWatcher
 from pyvmm.boot.partitions import Table
 from pyvmm.kinds.disk.storage import open_disk
-from pyvmm.machine.alarm import Alarm
 from pyvmm.machine.builder import Prepared
+from pyvmm.machine.outcome import Alarm
 from pyvmm.monitor.attendant import Attendant
 from pyvmm.spec.vm import DiskSpec, VmSpec
 from pyvmm.virtio.blk.backend import Backend

@@ -12,7 +12,7 @@ from pyvmm.errors import ConfigError
 from pyvmm.kinds.disk import parse as parse_disk
 from pyvmm.kinds.disk.storage import open_disk
 from pyvmm.kinds.vm_spec import from_json, to_json, validate
-from pyvmm.machine.alarm import Alarm
+from pyvmm.machine.outcome import Alarm
 from pyvmm.spec.vm import DiskSpec, VmSpec
 from pyvmm.testing import attached
 from pyvmm.testing.blk_driver import OK, BlockDriver

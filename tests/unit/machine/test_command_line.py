@@ -9,10 +9,10 @@ from pathlib import Path
 import boot_images
 import pytest
 
-from pyvmm.machine.alarm import Alarm
 from pyvmm.machine.board.registry import board_for
 from pyvmm.machine.builder import prepare
 from pyvmm.machine.cmdline import command_line, turns_pci_off
+from pyvmm.machine.outcome import Alarm
 from pyvmm.spec.vm import VmSpec
 
 SPEC = VmSpec(kernel="vmlinuz", memory=64 << 20, name="web")

@@ -17,8 +17,7 @@ from blk_rig import MIB, file_backend, running
 from pyvmm.errors import HostError
 from pyvmm.kinds.disk import parse as parse_disk
 from pyvmm.kinds.disk.storage import open_disk
-from pyvmm.machine.alarm import Alarm
-from pyvmm.machine.outcome import Ending, Outcome
+from pyvmm.machine.outcome import Alarm, Ending, Outcome
 from pyvmm.spec.vm import DiskSpec
 from pyvmm.testing.blk_driver import IN, IOERR, OK, header
 from pyvmm.virtio.blk.backend import FileBackend
