@@ -194,6 +194,7 @@ class PciHost:
         """Plug `device` in and tell the guest; its device number. Raises ConfigError without a
         place, HostError if KVM refuses."""
         number, transport = self._plug(device, memory, log, trace)
+        self.withdraw(number)  # else the guest would eject this one in place of a former one
         self.tell(slots.ARRIVED, number)
         return number, transport
 

@@ -376,11 +376,12 @@ class Hotplug(Closable):
                 pci.detach(leaving.number, leaving.part.transport, pulled=True)
         if force:
             self._finish(leaving)
-            # So that the guest sees that the device is gone.
+            # A guest that has not read the request yet is still to remove what has gone. A device
+            # check would not do: Linux then looks for new devices only.
             with self._machine.steady:
                 pci = self._machine.parts.pci
-                if pci is not None and not self._ended:
-                    pci.tell(slots.ARRIVED, leaving.number)
+                if pci is not None and not self._ended and pci.transport_at(leaving.number) is None:
+                    pci.tell(slots.LEAVING, leaving.number)
         return force
 
     # --- a device goes ----------------------------------------------------------------------------

@@ -274,7 +274,7 @@ def test_a_guest_that_refuses_loses_it_by_force(rig: Rig) -> None:
     rig.remove("disk", "root", timeout=0, force=True)
     assert not rig.is_there(1)
     assert disk.driver.field((0x14, 1)) == 0  # a driver that resets it sees that it has
-    assert rig.asked(slots.ARRIVED) == 1 << 1  # it is to look
+    assert rig.asked(slots.LEAVING) == 1 << 1  # it is to remove what is not there any more
     assert rig.vm.doorbells == set() and rig.vm.irqfds == set()
     rig.eject(1)  # what a guest does that has looked
     assert rig.ids == ["balloon"] and len(rig.events) == 1
@@ -291,9 +291,11 @@ def test_what_comes_after_one_that_was_pulled_out_is_elsewhere(rig: Rig, data: P
     assert rig.host.bus.where(rig.host.transport_at(4).bar) != at  # type: ignore[union-attr]
     disk.driver.set_field((0x14, 1), 0)
     assert other.read(0, 4096).data == data.read_bytes()[:4096], "the old one's reset is not its"
+    assert rig.port(slots.LEAVING) == 1 << 3
     # When all others are taken, the place is as good as any.
     slots_taken = {rig.add("disk", "ram:1M")["slot"] for _ in range(28)}
     assert slots_taken == {3, *range(5, 32)}
+    assert rig.port(slots.LEAVING) == 0, "the guest would eject the new one"
 
 
 def test_a_guest_that_ejects_on_its_own_has_nothing_left_either(rig: Rig, data: Path) -> None:
