@@ -68,6 +68,7 @@ class VM(InGuest, InMonitor):
         modules: Path | None = None,
         root: Path | None = None,
         rw: Path | Iterable[Path] = (),
+        arch: str | None = None,
         cpus: int = 1,
         memory: int | str = "512M",
         cmdline: str = "",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from pyvmm import images
 from pyvmm.emulated_host.spec import HostImage
 from pyvmm.errors import ConfigError
@@ -20,12 +22,30 @@ def find_busybox() -> str:
     return path
 
 
-def find_image(*, make: bool = False) -> HostImage:
-    """The machine's busybox, and QEMU and the kernel from the cache of pyvmm.images.
+def find_image(*, make: bool = False, architecture: str = "") -> HostImage:
+    """The machine's busybox, and QEMU and the kernel from the cache of pyvmm.images; for another
+    `architecture` than the machine's, by uname(2)'s name, also the programs in it.
 
     Raises ConfigError if there is no busybox, or if an image has not been built and is not to be
     made.
     """
+    if architecture not in ("", os.uname().machine):
+        return _find_foreign(architecture, make=make)
     busybox = find_busybox()
     found = images.host_artifacts(make=make)
     return HostImage(found.vmlinux, found.modules, busybox, found.qemu)
+
+
+def _find_foreign(architecture: str, *, make: bool) -> HostImage:
+    if (os.uname().machine, architecture) != ("x86_64", "aarch64"):
+        raise ConfigError(
+            f"a machine of the architecture {architecture} cannot be emulated on this one, which "
+            f"is {os.uname().machine}",
+            cure="use a host of that architecture",
+            option="--arch",
+        )
+    found = images.arm64_host_artifacts(make=make)
+    busybox = os.path.join(found.programs, "usr/bin/busybox")
+    return HostImage(
+        found.vmlinux, found.modules, busybox, found.qemu, architecture, found.programs
+    )

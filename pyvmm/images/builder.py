@@ -104,6 +104,9 @@ class Catalogue:
 
     def is_optional(self, name: str) -> bool:
         """True if the image may be missing where all of them are built."""
+        kind, _, which = name.partition("-")
+        if kind == "programs":
+            return self.recipes.programs[which].optional
         kernel = self.kernel_of(name)
         return kernel is not None and kernel.optional
 
@@ -219,7 +222,7 @@ class Builder:
     def _build_programs(self, name: str, into: str) -> list[tuple[str, str]]:
         pins = self._catalogue.pins(name)
         recipe = self._recipes.programs[name.removeprefix("programs-")]
-        client = self.client(recipe.suites)
+        client = self.client(recipe.suites, recipe.architecture)
         if not apt.usable(client, name, pins, locked=self._locked):
             if pins:
                 self._progress.notice(_SUPERSEDED.format(name))
@@ -230,7 +233,7 @@ class Builder:
 
     def _newest_programs(self, name: str) -> list[Pin]:
         recipe = self._recipes.programs[name.removeprefix("programs-")]
-        return self.client(recipe.suites).closure(recipe.packages)
+        return self.client(recipe.suites, recipe.architecture).closure(recipe.packages)
 
     def client(self, suites: Sequence[str], architecture: str = "amd64") -> apt.Apt:
         """apt for `suites`, its lists fetched."""

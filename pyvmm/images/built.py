@@ -24,11 +24,13 @@ class Artifacts(NamedTuple):
 
 class HostArtifacts(NamedTuple):
     """The parts of an emulated host: the paths of its kernel and of …/lib/modules/RELEASE;
-    `qemu` is the beginning of QEMU's command line."""
+    `qemu` is the beginning of QEMU's command line. `programs` is the root of what runs in it, where
+    that is not this machine's own."""
 
     vmlinux: str
     modules: str
     qemu: tuple[str, ...]
+    programs: str = ""
 
 
 def path(name: str) -> str:
@@ -69,6 +71,28 @@ def host_artifacts(*, make: bool = False) -> HostArtifacts:
         modules=modules_folder(kernel),
         qemu=tuple(qemu_command(emulator)),
     )
+
+
+def arm64_host_artifacts(*, make: bool = False) -> HostArtifacts:
+    """The emulated arm64 host's. Raises ConfigError as `artifacts` does."""
+    wanted = ["kernel-arm64", "programs-emulator-arm64", "programs-arm64"]
+    kernel, emulator, programs = folders(wanted, make=make)
+    from pyvmm.images.kernel import modules_folder
+    from pyvmm.images.programs import qemu_command
+
+    return HostArtifacts(
+        vmlinux=os.path.join(kernel, "bzImage"),
+        modules=modules_folder(kernel),
+        qemu=tuple(qemu_command(emulator, "aarch64")),
+        programs=os.path.join(programs, "root"),
+    )
+
+
+def arm64_boot_files(*, make: bool = False) -> tuple[str, str]:
+    """The paths of a kernel and an initramfs for an arm64 guest. Raises ConfigError as `artifacts`
+    does."""
+    kernel, initramfs = folders(["kernel-arm64", "initramfs-arm64"], make=make)
+    return os.path.join(kernel, "bzImage"), os.path.join(initramfs, "initramfs.cpio")
 
 
 def folders(wanted: Sequence[str], *, make: bool) -> list[str]:

@@ -17,9 +17,8 @@ from pyvmm.errors import ConfigError
 from pyvmm.host import cpio
 from pyvmm.images import initramfs, made_files
 from pyvmm.images.modules import ModuleTree
+from pyvmm.images.recipes import FILE_SYSTEM
 
-FILE_SYSTEM = "fs-"
-"""How the list of a file system's modules begins: fs-ext4."""
 _USUAL_FILE_SYSTEM = "ext4"
 _MOST = 1 << 30  # bytes
 

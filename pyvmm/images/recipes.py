@@ -9,6 +9,8 @@ from typing import Any
 from pyvmm.errors import ConfigError
 
 FOLDER_VARIABLE = "PYVMM_GUEST_IMAGES"
+FILE_SYSTEM = "fs-"
+"""How the list of a file system's modules begins: fs-ext4."""
 
 
 @dataclass(frozen=True)
@@ -17,8 +19,9 @@ class KernelRecipe:
 
     `suites` are where apt looks, those of the recipes if there are none. A kernel for another
     `architecture` is no guest of ours, but of another monitor; its initramfs is without the lists
-    of modules that it `lacks`. One that is `optional` may fail when all images are built; so does
-    one of another `series` than the start of its version, if that is told.
+    of modules that it `lacks`, and has one for each of `filesystems`, which a root disk may have
+    and the kernel has as modules. One that is `optional` may fail when all images are built; so
+    does one of another `series` than the start of its version, if that is told.
     """
 
     package: str
@@ -26,6 +29,7 @@ class KernelRecipe:
     suites: tuple[str, ...] = ()
     architecture: str = "amd64"
     lacks: tuple[str, ...] = ()
+    filesystems: tuple[str, ...] = ()
     optional: bool = False
     series: str = ""
 
@@ -48,10 +52,11 @@ class InitramfsRecipe:
     modules: dict[str, tuple[str, ...]]
 
     def for_kernel(self, kernel: KernelRecipe | None) -> InitramfsRecipe:
-        """The same without the lists that `kernel` has no modules for; without any for None."""
+        """The same with the lists that `kernel` has modules for; without any for None."""
         if kernel is None:
             return replace(self, modules={})
         modules = {name: row for name, row in self.modules.items() if name not in kernel.lacks}
+        modules |= {f"{FILE_SYSTEM}{one}": (one,) for one in kernel.filesystems}
         return replace(self, modules=modules)
 
 
@@ -78,16 +83,23 @@ class Patch:
 
 @dataclass(frozen=True)
 class ProgramsRecipe:
-    """`packages` of the Debian `suites`; what they depend on comes along."""
+    """`packages` of the Debian `suites`; what they depend on comes along. Those for another
+    `architecture` run in an emulated machine. `optional` is as for kernels."""
 
     suites: tuple[str, ...]
     packages: tuple[str, ...]
     patches: tuple[Patch, ...] = ()
+    architecture: str = "amd64"
+    optional: bool = False
 
     def stated(self) -> dict[str, Any]:
-        """The settings by name, without patches where there are none."""
-        values = asdict(self)
-        return values if self.patches else {"suites": self.suites, "packages": self.packages}
+        """The settings that differ from the usual ones, by name."""
+        values: dict[str, Any] = {"suites": self.suites, "packages": self.packages}
+        if self.patches:
+            values["patches"] = asdict(self)["patches"]
+        if self.architecture != "amd64":
+            values["architecture"] = self.architecture
+        return values
 
 
 @dataclass(frozen=True)
@@ -164,6 +176,8 @@ def _parse(where: str, table: dict[str, Any]) -> Recipes:
                 suites=tuple(row["suites"]),
                 packages=tuple(row["packages"]),
                 patches=tuple(Patch(**patch) for patch in row.get("patches", ())),
+                architecture=row.get("architecture", "amd64"),
+                optional=row.get("optional", False),
             )
             for name, row in table["programs"].items()
         },

@@ -23,7 +23,7 @@ from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.kvm.vm import Vm
 from pyvmm.machine.attach import MmioSlots, virtio_hook
 from pyvmm.machine.board.board import Board, VirtioSlot
-from pyvmm.machine.board.registry import board_of_host
+from pyvmm.machine.board.registry import board_of
 from pyvmm.machine.cmdline import command_line, turns_pci_off
 from pyvmm.machine.outcome import Alarm
 from pyvmm.machine.run_loop import AccessCounts
@@ -100,7 +100,7 @@ def prepare(
 
     `quiet` asks the kernel for little console output (unless the user's command line differs).
     """
-    board = board_of_host()
+    board = board_of(spec.arch)
     slots = _slots(board, spec, len(devices))
     memory = _allocate(board, spec.memory)
     closing.callback(memory.close)
@@ -123,7 +123,7 @@ def prepare_restored(
 ) -> Prepared:
     """A machine that goes on from a saved state, in whose `memory` all lies already; `closing`
     gives that back. Its kernel was started with `cmdline`. Raises ConfigError."""
-    board = board_of_host()
+    board = board_of(spec.arch)
     closing.callback(memory.close)
     slots = _slots(board, spec, len(devices))
     return Prepared(board, spec, memory, devices, slots, GoesOn(cmdline), alarm)
@@ -148,7 +148,7 @@ def prepare_again(prepared: Prepared) -> Prepared:
 
 def check_boot(spec: VmSpec) -> None:
     """Raise the ConfigError that loading the kernel would raise, and keep nothing."""
-    board = board_of_host()
+    board = board_of(spec.arch)
     with closing(_allocate(board, spec.memory)) as memory:
         slots = _slots(board, spec, len(spec.disks) + len(spec.devices))
         _load(board, spec, slots, memory, quiet=True)

@@ -18,6 +18,7 @@ from pyvmm.emulated_host import (
     HostListener,
     HostSink,
 )
+from pyvmm.emulated_host import foreign as foreign_programs
 from pyvmm.emulated_host.find import find_image
 from pyvmm.emulated_host.host import GRACE
 from pyvmm.emulated_host.spec import cpus_for
@@ -27,6 +28,7 @@ from pyvmm.host.unix_sockets import Socket
 from pyvmm.kinds import registry
 from pyvmm.kinds.border import Border, Crossing
 from pyvmm.kinds.vm_spec import to_json
+from pyvmm.machine.board.registry import is_foreign, uname_of
 from pyvmm.machine.builder import check_boot
 from pyvmm.machine.outcome import STOP_SECONDS, Ending
 from pyvmm.machine.trace import cannot_write
@@ -78,8 +80,9 @@ def run_emulated(
             spec = replace(spec, trace_file=sinks[0].path)
         size = _size_service(crossings)
         plugging = closing.enter_context(Plugging(spec, _visible, emulated_inside.CONTROL_PATH))
+        foreign = is_foreign(spec.arch)
         host = EmulatedHostSpec(
-            image=find_image(make=True),
+            image=find_image(make=True, architecture=uname_of(spec.arch)),
             memory_mib=spec.memory // _MIB + OWN_MEMORY_MIB,
             cpus=cpus_for(spec.cpus),
             disks=tuple(disk for crossing in crossings for disk in crossing.disks),
@@ -93,14 +96,17 @@ def run_emulated(
             folders=tuple(folder for crossing in crossings for folder in crossing.folders),
             services={} if size is None else {SERVICE: size.connect},
             cwd="/",
+            env=foreign_programs.environment(os.environ) if foreign else dict(os.environ),
         )
         if because is not None:
+            hint = "" if foreign else " (--kvm=host insists, `pyvmm doctor` explains)"
             log.to_stderr(
-                f"{because}; running in an emulated KVM host, 10 to 20 times slower than real KVM "
-                "(--kvm=host insists, `pyvmm doctor` explains)"
+                f"{because}; running in an emulated KVM host, 10 to 20 times slower than real KVM"
+                f"{hint}"
             )
         # -P: the current directory is the user's, not a place for modules.
-        argv = [sys.executable, "-P", "-m", emulated_inside.__name__, described]
+        python = foreign_programs.PYTHON if foreign else sys.executable
+        argv = [python, "-P", "-m", emulated_inside.__name__, described]
         argv += [to_json(spec), str(stop_patience), _around(surroundings)]
         return _join_terminal(host, argv, size, stop_patience, vm_log)
 
@@ -168,12 +174,17 @@ def _inside(spec: VmSpec, crossings: list[Crossing]) -> VmSpec:
     parts = [crossing.spec for crossing in crossings]
     return replace(
         spec,
-        kernel=_visible(spec.kernel, "--kernel"),
+        kernel=_boot_file(spec, spec.kernel, "--kernel"),
         restored_from=spec.restored_from and _visible(spec.restored_from, "--restore"),
-        initrd=None if spec.initrd is None else _visible(spec.initrd, "--initrd"),
+        initrd=None if spec.initrd is None else _boot_file(spec, spec.initrd, "--initrd"),
         disks=tuple(part for part in parts if isinstance(part, DiskSpec)),
         devices=tuple(part for part in parts if isinstance(part, DeviceSpec)),
     )
+
+
+def _boot_file(spec: VmSpec, path: str, option: str) -> str:
+    found = _visible(path, option)
+    return foreign_programs.path_inside(found) if is_foreign(spec.arch) else found
 
 
 def _trace_sink(spec: VmSpec, closing: ExitStack) -> tuple[HostSink, ...]:

@@ -17,7 +17,7 @@ from pyvmm.errors import ConfigError
 from pyvmm.host import log
 from pyvmm.kinds.vm_spec import make_spec, validate
 from pyvmm.spec.record import replace
-from pyvmm.spec.vm import IN_DISK, VmSpec, names_kernel
+from pyvmm.spec.vm import ARCHITECTURES, IN_DISK, VmSpec, names_kernel
 
 if TYPE_CHECKING:
     from pyvmm.images.modules import ModuleTree
@@ -56,6 +56,11 @@ def specify(options: Mapping[str, Any]) -> tuple[VmSpec, str | None]:
     Raises ConfigError for what cannot be booted.
     """
     image: str | None = None
+    if options.get("arch") in ARCHITECTURES:
+        from pyvmm.machine.board.registry import is_foreign
+
+        if is_foreign(options["arch"]):
+            return _of_another_architecture(options), None
     if options.get("root") is not None or options.get("rw"):
         from pyvmm.monitor import host_root
 
@@ -76,6 +81,26 @@ def specify(options: Mapping[str, Any]) -> tuple[VmSpec, str | None]:
         spec = _on_its_bus(spec, text, own_init=False)
         _tell_lacking(spec, text, _beside(spec.kernel), own_init=False)
     return spec, image
+
+
+def _of_another_architecture(options: Mapping[str, Any]) -> VmSpec:
+    """The machine, for which there are files, and a kernel of Debian's for arm64."""
+    of_this_machine = [name for name in ("image", "root", "rw") if options.get(name)]
+    if of_this_machine or _is_more_than_a_file(options):
+        raise ConfigError(
+            f"what is asked for is made for this machine, and not for {options['arch']}",
+            cure="name files: --kernel, --initrd, --disk",
+            option=_OPTION if not of_this_machine else "--arch",
+        )
+    if options.get("kernel") is None and options["arch"] == "arm64":
+        from pyvmm import images
+
+        kernel, initrd = images.arm64_boot_files(make=True)
+        options = {**options, "kernel": kernel, "initrd": options.get("initrd") or initrd}
+        if not options.get("disks"):
+            cmdline = str(options.get("cmdline") or "")
+            options = {**options, "cmdline": f"pyvmm.initramfs=shell {cmdline}".strip()}
+    return validate(make_spec(options))
 
 
 def _is_more_than_a_file(options: Mapping[str, Any]) -> bool:

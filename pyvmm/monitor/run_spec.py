@@ -11,6 +11,7 @@ from pyvmm.control import registry
 from pyvmm.errors import ConfigError, PyvmmError
 from pyvmm.host import log
 from pyvmm.host.unix_sockets import Socket
+from pyvmm.machine.board.registry import is_foreign
 from pyvmm.machine.outcome import STOP_SECONDS, Ending
 from pyvmm.spec.record import replace
 from pyvmm.spec.surroundings import USUAL, Surroundings
@@ -139,7 +140,15 @@ def _run(
     """`on_open` is called once all files of a VM on this machine's KVM are open; an emulated host
     looks for them until its end."""
     because = None
-    if kvm == "auto":
+    if spec.arch and is_foreign(spec.arch):
+        if kvm == "host":
+            raise ConfigError(
+                f"this machine's KVM runs no guests for {spec.arch}",
+                cure="leave that out",
+                option="--kvm",
+            )
+        because = f"this machine's KVM runs no guests for {spec.arch}"
+    elif kvm == "auto":
         from pyvmm.machine.host_kvm import why_unusable
 
         because = why_unusable()

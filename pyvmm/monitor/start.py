@@ -45,6 +45,7 @@ def start(
     rm = bool(options.get("rm"))
     line = None if detach else _command_line(command, options.get("root"), image)
     if line is not None:
+        _refuse_command(spec)
         return _run_command(spec, kvm, surroundings, image, rm, line, debug)
     if not detach:
         return run_spec(spec, kvm, surroundings=surroundings, image=image, rm=rm)
@@ -55,6 +56,18 @@ def start(
             spec, kvm, surroundings=surroundings, image=image, rm=rm, on_name=tell
         )
     )
+
+
+def _refuse_command(spec: VmSpec) -> None:
+    if spec.arch:
+        from pyvmm.machine.board.registry import is_foreign
+
+        if is_foreign(spec.arch):
+            raise ConfigError(
+                f"a command is run by the guest's agent, of which there is none for {spec.arch}",
+                cure="leave the command out",
+                option="--arch",
+            )
 
 
 def _restore(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from pyvmm.errors import ConfigError
 from pyvmm.spec.sizes import parse_memory
-from pyvmm.spec.vm import DISCOVERY, ON_REBOOT, TRACE_KINDS, TRANSPORTS
+from pyvmm.spec.vm import ARCHITECTURES, DISCOVERY, ON_REBOOT, TRACE_KINDS, TRANSPORTS
 
 KVM = ("auto", "host", "emulated")
 CONFINE = ("auto", "strict", "off")
@@ -116,6 +116,14 @@ FIRST = (
     ),
 )
 LAST = (
+    Option(
+        "arch",
+        "--arch",
+        choices=ARCHITECTURES,
+        field="arch",
+        help="The guest's architecture; it runs in an emulated machine if it is not this one's. "
+        "Without --kernel it is Debian's (docs/arm64.md).",
+    ),
     Option(
         "cpus",
         "--cpus",
@@ -452,6 +460,7 @@ _READ: Mapping[str, Callable[[Any, Option], Any]] = {
     "discovery": _choice,
     "on_reboot": _choice,
     "transport": _choice,
+    "arch": _choice,
     "name": read_text,
     "rm": _true_or_false,
     "kvm": _choice,

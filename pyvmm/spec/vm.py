@@ -17,6 +17,7 @@ MIN_MEMORY = 32 * MIB
 MAX_MEMORY = 32 << 40  # half of what Linux can map at once, with four-level page tables on x86
 MAX_DEVICES = 16  # every board has interrupt lines for so many
 TRACE_KINDS = ("registers", "status", "requests", "exits")
+ARCHITECTURES = ("x86_64", "arm64")
 DISCOVERY = ("auto", "acpi", "cmdline", "both")
 TRANSPORTS = ("auto", "mmio", "pci")
 ON_REBOOT = ("restart", "end")
@@ -130,8 +131,9 @@ class VmSpec(Record):
     them; `devices` are those beside the disks; `trace` holds members of TRACE_KINDS; `on_reboot`,
     one of ON_REBOOT, is what becomes of a guest that asks for a reset. `transport` is one of
     TRANSPORTS; "auto" is mmio, unless an image's kernel boots (monitor.from_image). An empty `name`
-    is for whoever starts it to fill in. `restored_from` is the directory of the snapshot that it
-    goes on from; one that `waits` is paused before its first instruction."""
+    is for whoever starts it to fill in. `arch` is one of ARCHITECTURES, or "" for this machine's.
+    `restored_from` is the directory of the snapshot that it goes on from; one that `waits` is
+    paused before its first instruction."""
 
     kernel: str
     initrd: str | None = None
@@ -148,6 +150,7 @@ class VmSpec(Record):
     on_reboot: str = "restart"
     restored_from: str = field(default="", metadata=INTERNAL)
     waits: bool = field(default=False, metadata=INTERNAL)
+    arch: str = ""
 
     @property
     def parts(self) -> tuple[DiskSpec | DeviceSpec, ...]:
@@ -186,6 +189,10 @@ def check(spec: VmSpec) -> None:
         )
     if spec.transport not in TRANSPORTS:
         raise ConfigError(f"unknown transport {spec.transport!r}", cure=f"use {TRANSPORTS}")
+    if spec.arch not in ("", *ARCHITECTURES):
+        raise ConfigError(
+            f"unknown architecture {spec.arch!r}", cure=f"use {ARCHITECTURES}", option="--arch"
+        )
     if spec.discovery not in DISCOVERY:
         raise ConfigError(f"unknown discovery {spec.discovery!r}", cure=f"use {DISCOVERY}")
     if spec.on_reboot not in ON_REBOOT:

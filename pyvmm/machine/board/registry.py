@@ -37,6 +37,24 @@ def board_for(architecture: str) -> Board[Any]:
     return make()
 
 
+_UNAME = {"arm64": "aarch64"}  # the kernel's name, by that of a specification
+
+
+def uname_of(arch: str) -> str:
+    """What uname(2) calls the architecture `arch` of a specification; "" is this machine's."""
+    return _UNAME.get(arch, arch) or os.uname().machine
+
+
+def is_foreign(arch: str) -> bool:
+    """Whether a guest of a specification's `arch` cannot run on this machine's own processor."""
+    return uname_of(arch) != os.uname().machine
+
+
+def board_of(arch: str) -> Board[Any]:
+    """The board of a specification's `arch`. Raises ConfigError if there is none."""
+    return board_for(uname_of(arch))
+
+
 def board_of_host() -> Board[Any]:
     """The board of the architecture that this process runs on. Raises ConfigError."""
     return board_for(os.uname().machine)

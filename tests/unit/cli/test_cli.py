@@ -36,7 +36,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "dir").mkdir()
     os.mkfifo(tmp_path / "fifo")
     monkeypatch.setattr(emulated, "_join_terminal", lambda *given: STARTED)
-    monkeypatch.setattr(emulated, "find_image", lambda make: None)
+    monkeypatch.setattr(emulated, "find_image", lambda make, architecture: None)
     monkeypatch.setattr(emulated, "EmulatedHostSpec", lambda **parts: None)
     return tmp_path
 

@@ -1,0 +1,90 @@
+"""`--arch` for a guest of another architecture than this machine's, up to where it would run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from pyvmm.emulated_host import foreign
+from pyvmm.emulated_host.find import find_image
+from pyvmm.emulated_host.spec import HostImage
+from pyvmm.errors import ConfigError
+from pyvmm.machine.board import registry
+from pyvmm.monitor.kernel_choice import specify
+from pyvmm.monitor.run_spec import run_spec
+from pyvmm.monitor.start import start
+from pyvmm.spec.vm import ARCHITECTURES, VmSpec
+
+OTHER = "arm64" if os.uname().machine == "x86_64" else "x86_64"
+
+
+def test_every_architecture_has_a_board() -> None:
+    assert {registry.uname_of(one) for one in ARCHITECTURES} == set(registry.BOARDS)
+    assert registry.uname_of("") == os.uname().machine
+    assert registry.is_foreign(OTHER) and not registry.is_foreign("")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"root": "/"},
+        {"rw": ["/srv"]},
+        {"image": "debian"},
+        {"kernel": "debian:6.12"},
+        {"kernel": "disk"},
+        {"modules": "."},
+    ],
+)
+def test_what_has_a_name_is_for_this_machine(options: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="is made for this machine, and not for"):
+        specify({"arch": OTHER, **options})
+
+
+def test_a_kernel_is_the_guests(tmp_path: Path) -> None:
+    (tmp_path / "kernel").write_bytes(bytes(4096))
+    spec, image = specify({"arch": OTHER, "kernel": str(tmp_path / "kernel")})
+    assert (spec.arch, image) == (OTHER, None)
+
+
+def test_this_machines_kvm_is_no_use() -> None:
+    with pytest.raises(ConfigError, match="--kvm: this machine's KVM runs no guests for"):
+        run_spec(VmSpec(kernel="kernel", arch=OTHER), "host")
+
+
+def test_there_is_no_agent_for_a_command(tmp_path: Path) -> None:
+    (tmp_path / "kernel").write_bytes(bytes(4096))
+    with pytest.raises(ConfigError, match=r"--arch: a command is run by the guest's agent"):
+        start(arch=OTHER, kernel=str(tmp_path / "kernel"), command=["true"])
+
+
+def test_an_unknown_architecture_is_said() -> None:
+    with pytest.raises(ConfigError, match="choose from x86_64, arm64"):
+        specify({"arch": "vax", "kernel": "kernel"})
+
+
+def test_only_arm64_is_emulated_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="aarch64"))
+    with pytest.raises(ConfigError, match="x86_64 cannot be emulated on this one"):
+        find_image(architecture="x86_64")
+
+
+def test_an_image_knows_whose_programs_it_runs() -> None:
+    here = HostImage("kernel", "modules", "busybox", ("qemu",))
+    assert not here.is_foreign
+    assert HostImage("kernel", "modules", "busybox", ("qemu",), "vax", "/programs").is_foreign
+
+
+def test_a_python_of_its_own_finds_pyvmm_and_what_it_needs() -> None:
+    found = foreign.environment({"PYTHONPATH": "/mine", "PYTHONHOME": "/x", "LANG": "C"})
+    first, *others = found["PYTHONPATH"].split(":")
+    assert first.startswith("/usr/")
+    assert "PYTHONHOME" not in found and found["LANG"] == "C"
+    path = ":".join(one.removeprefix("/run/machine") for one in others)
+    code = "import pyvmm.errors, ioctl_opt"
+    done = subprocess.run([sys.executable, "-S", "-c", code], env={"PYTHONPATH": path}, cwd="/")
+    assert done.returncode == 0
