@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
 from functools import partial
 from threading import Thread
 
@@ -25,6 +24,7 @@ from pyvmm.errors import ConfigError, HostError, PyvmmError
 from pyvmm.host.syscalls import Closable
 from pyvmm.monitor import snapshots
 from pyvmm.spec.names import check_name
+from pyvmm.spec.record import replace
 from pyvmm.spec.surroundings import USUAL, Surroundings
 from pyvmm.spec.vm import VmSpec
 

@@ -182,7 +182,7 @@ def _bad(path: str, what: str) -> ConfigError:
 def checksum(state: Mapping[str, Any]) -> str:
     """Of all that `state` says but for this."""
     import json
-    from hashlib import blake2b
+    from _blake2 import blake2b  # hashlib would load OpenSSL
 
     rest = {key: value for key, value in state.items() if key != "checksum"}
     try:

@@ -9,7 +9,6 @@ import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from pyvmm.control import snapshot_store as store
@@ -25,6 +24,7 @@ from pyvmm.memory.guest_memory import PAGE_SIZE
 from pyvmm.monitor.saved_memory import SavedMemory, below, is_zero, layers_of
 from pyvmm.monitor.snapshot_sender import DONE, END, LARGEST_PIECE, PIECE
 from pyvmm.spec.options import read_own
+from pyvmm.spec.record import replace
 from pyvmm.spec.vm import DiskSpec, VmSpec
 
 _PATIENCE = 60.0  # seconds without a byte from the VM
@@ -387,7 +387,9 @@ _OF_A_RUN = ("name", "trace", "trace_file", "on_reboot")
 def restored(name: str, options: Mapping[str, Any]) -> VmSpec:
     """The VM that goes on from the snapshot `name`. `options` are those of `pyvmm run` that were
     given: a name, and what is to be traced. Raises ConfigError."""
-    rows = {row.name: row for row in registry.options()}
+    rows = {row.name: row for row in registry.usual_options()}
+    if not options.keys() <= rows.keys():  # which loads all kinds of devices
+        rows = {row.name: row for row in registry.options()}
     given = {
         key: value
         for key, value in options.items()
