@@ -173,6 +173,8 @@ class AsyncVM(Asynchronous[VM]):
     add_disk = awaited(VM.add_disk)
     add_net = awaited(VM.add_net)
     add_rng = awaited(VM.add_rng)
+    share = awaited(VM.share)
+    unshare = awaited(VM.unshare)
     remove_disk = awaited(VM.remove_disk)
     remove_net = awaited(VM.remove_net)
     remove_rng = awaited(VM.remove_rng)

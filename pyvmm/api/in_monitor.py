@@ -1,5 +1,5 @@
 """The requests to a VM's monitor, by the VM's control socket: for `VM`, and for the commands
-`pyvmm pause`, `resume`, `disk`, `net`, `rng` and `balloon`."""
+`pyvmm pause`, `resume`, `disk`, `net`, `rng`, `share` and `balloon`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from pyvmm.control.client import patiently
 from pyvmm.spec.sizes import parse_memory
 
 if TYPE_CHECKING:
-    from pyvmm.kinds import net, rng
+    from pyvmm.kinds import net, rng, share
     from pyvmm.kinds.interface import Path, Table
     from pyvmm.spec.vm import DiskSpec
 
 PATIENCE = 60.0  # seconds for an answer; a disk that shrinks waits for its requests
+_MOUNT_SECONDS = 150.0  # for an answer, once a guest has mounted what it found
 GIVE_UP_SECONDS = 10.0  # that a guest has to give up a device
 
 
@@ -90,6 +91,13 @@ class InMonitor(ABC):
         """Plug in a random number generator; likewise."""
         return self._add("rng", rng)
 
+    def share(self, share: share.Spec | Path | Table) -> str:
+        """Share a directory with the guest, described as for `pyvmm.VM`; likewise. With a
+        mountpoint the guest's agent mounts it there, and ControlError is also raised if it does
+        not, though it is plugged in then."""
+        value = os.fspath(share) if isinstance(share, os.PathLike) else share
+        return self._add("share", value, patience=_MOUNT_SECONDS)
+
     def remove_disk(
         self, disk: str, *, timeout: float = GIVE_UP_SECONDS, force: bool = False
     ) -> None:
@@ -113,14 +121,19 @@ class InMonitor(ABC):
         """Have the guest give up the random number generator called `rng`; likewise."""
         self._remove("rng", rng, timeout, force)
 
-    def _add(self, kind: str, value: Any) -> str:
+    def unshare(self, share: str, *, timeout: float = GIVE_UP_SECONDS, force: bool = False) -> None:
+        """Have the guest give up the shared directory called `share`; likewise. One that is mounted
+        is in use."""
+        self._remove("share", share, timeout, force)
+
+    def _add(self, kind: str, value: Any, *, patience: float = PATIENCE) -> str:
         from pyvmm.kinds import registry
         from pyvmm.spec import tables
 
         [spec] = registry.read(kind, value)
         # The monitor may have another current directory.
         spec = registry.with_paths(spec, os.path.abspath)
-        return str(self._ask(f"{kind}.add", table=tables.write(spec))["id"])
+        return str(self._ask(f"{kind}.add", patience=patience, table=tables.write(spec))["id"])
 
     def _remove(self, kind: str, id: str, timeout: float, force: bool) -> None:
         params: dict[str, Any] = {"timeout_ms": round(1000 * timeout)}

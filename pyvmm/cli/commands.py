@@ -29,6 +29,7 @@ COMMANDS = {
     "disk": "pyvmm.cli.control",
     "net": "pyvmm.cli.control",
     "rng": "pyvmm.cli.control",
+    "share": "pyvmm.cli.control",
     "balloon": "pyvmm.cli.control",
     "console": "pyvmm.cli.console",
     "logs": "pyvmm.cli.logs",

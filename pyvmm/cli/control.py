@@ -1,5 +1,5 @@
-"""`pyvmm ps`, `stop`, `pause`, `resume`, `disk`, `net`, `rng`, `balloon`: what is asked of VMs that
-run."""
+"""`pyvmm ps`, `stop`, `pause`, `resume`, `disk`, `net`, `rng`, `share`, `balloon`: what is asked of
+VMs that run."""
 
 from __future__ import annotations
 
@@ -139,6 +139,11 @@ def rng() -> None:
     """Change the random number generator of a running VM."""
 
 
+@click.group()
+def share() -> None:
+    """Change the shared directories of a running VM."""
+
+
 _timeout = click.option(
     "--timeout",
     type=Seconds(min=0),
@@ -214,6 +219,27 @@ def add_rng(vm: str, limits: str) -> None:
 def remove_rng(vm: str, id: str, timeout: float, force: bool) -> None:
     """Have the guest of VM give up the random number generator ID, and take it out."""
     ByName(vm).remove_rng(id, timeout=timeout, force=force)
+
+
+@share.command("add")
+@click.argument("vm")
+@click.argument("directory", metavar="DIR[:MOUNTPOINT]")
+def add_share(vm: str, directory: str) -> None:
+    """Share a directory, as after --share of pyvmm run, with the guest of VM; prints its id.
+
+    With MOUNTPOINT the guest's agent mounts it there.
+    """
+    click.echo(ByName(vm).share(directory))
+
+
+@share.command("rm")
+@click.argument("vm")
+@click.argument("id")
+@_timeout
+@_force
+def remove_share(vm: str, id: str, timeout: float, force: bool) -> None:
+    """Have the guest of VM give up the shared directory ID; one that is mounted stays."""
+    ByName(vm).unshare(id, timeout=timeout, force=force)
 
 
 @disk.command()

@@ -226,7 +226,8 @@ def lock() -> None:
 
 
 @image.command()
-def prune() -> None:
-    """Remove images from the cache that no current recipe makes."""
-    for folder in images.prune():
+@click.option("--kernels", is_flag=True, help="Also all of Debian's kernels that were fetched.")
+def prune(kernels: bool) -> None:
+    """Remove images from the cache that no current recipe makes, and headers without a kernel."""
+    for folder in images.prune(kernels=kernels):
         click.echo(f"removed {folder}")

@@ -187,16 +187,22 @@ def refresh_lock() -> None:
     builder.refresh_lock(builder.Catalogue(), Progress())
 
 
-def prune() -> list[str]:
-    """Remove images that no current recipe makes and no VM needs; their folders. Waits for a build
-    to end. What a user has built stays."""
-    from pyvmm.images import builder, cache, machines
+def prune(*, kernels: bool = False) -> list[str]:
+    """Remove images that no current recipe makes and no VM needs, and the headers of kernels that
+    are not there; their folders. With `kernels` Debian's kernels that were fetched go as well.
+    Waits for a build to end. What a user has built stays."""
+    from pyvmm.images import builder, cache, debian_kernels, machines
     from pyvmm.images.progress import Progress
 
     catalogue = builder.Catalogue()
     with cache.building(Progress().waiting):
         needed = {os.path.dirname(base) for base in machines.bases()}
-        return cache.prune({catalogue.path(name) for name in catalogue.names()} | needed)
+        removed = cache.prune({catalogue.path(name) for name in catalogue.names()} | needed)
+        if kernels:
+            removed += debian_kernels.remove_all()
+        return removed + debian_kernels.remove_headers_without_kernel(
+            [catalogue.path(f"kernel-{name}") for name in catalogue.recipes.guest_kernels]
+        )
 
 
 def exec_argument(script: str) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from pyvmm.errors import ConfigError
@@ -135,6 +135,32 @@ def remove(name: str) -> None:
         )
     with cache.building(Progress().waiting):
         cache.remove(folder(name))
+
+
+def remove_all() -> list[str]:
+    """Remove all that were fetched; their folders. The cache is the caller's (cache.building)."""
+    gone = [folder(name) for name in names()]
+    for place in gone:
+        cache.remove(place)
+    return gone
+
+
+def remove_headers_without_kernel(of_recipes: Sequence[str]) -> list[str]:
+    """Remove what was fetched to build modules for kernels that neither are in the folders
+    `of_recipes` nor were fetched; the folders. The cache is the caller's."""
+    kernels = [*of_recipes, *map(folder, names())]
+    there = {
+        release
+        for place in kernels
+        if os.path.isdir(modules := os.path.join(place, "lib", "modules"))
+        for release in os.listdir(modules)
+    }
+    place = os.path.join(user_cache.folder(), "headers")
+    found = os.listdir(place) if os.path.isdir(place) else []
+    gone = [os.path.join(place, name) for name in sorted(found) if name not in there]
+    for headers in gone:
+        cache.remove(headers)
+    return gone
 
 
 def _check(name: str, wanted: str, version: str) -> None:

@@ -20,12 +20,13 @@ class Border:
     """The border as a kind's `cross` is given it.
 
     `closing` keeps open what it has opened, for as long as the emulated host lives. `visible` is
-    told above.
+    told above. `runs`: the emulated host is there already, and takes no more file systems.
     """
 
-    def __init__(self, closing: ExitStack, visible: Visible) -> None:
+    def __init__(self, closing: ExitStack, visible: Visible, *, runs: bool = False) -> None:
         self.closing = closing
         self.visible = visible
+        self.runs = runs
         self._given: dict[str, int] = {}
 
     def place(self, what: str) -> str:

@@ -113,7 +113,7 @@ KINDS = {
     "balloon": Kind("balloon", "pyvmm.kinds.balloon"),
     "vsock": Kind("vsock", "pyvmm.kinds.vsock"),
     "vhost_user": Kind("vhost_user", "pyvmm.kinds.vhost_user"),
-    "share": Kind("shares", "pyvmm.kinds.share"),
+    "share": Kind("shares", "pyvmm.kinds.share", comes_and_goes=True),
 }
 
 

@@ -229,6 +229,13 @@ def cross(spec: Spec, border: Border) -> Crossing:
     from pyvmm.kinds.border import Crossing
 
     images.virtiofsd_command(True)
+    if border.runs:  # it sees all of this machine's files, and can change none
+        if not spec.read_only:
+            _refuse(
+                "what the guest may change does not get into an emulated KVM host that runs",
+                "add ,readonly, or share it from the start",
+            )
+        return Crossing(replace(spec, path=border.visible(spec.path, _FLAG)))
     place = border.place("share")
     name = os.path.basename(place)
     folder = HostFolder(name, os.path.realpath(spec.path), spec.read_only)

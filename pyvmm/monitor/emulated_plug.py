@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pyvmm.control.protocol import Request
     from pyvmm.emulated_host.spec import Plugs
 
-_CROSS = ("disk", "net")  # kinds that have something of the machine
+_CROSS = ("disk", "net", "share")  # kinds that have something of the machine
 _PLACE = "/run/pyvmm-plug"
 _PATIENCE = 90.0  # seconds for the monitor inside to plug something in
 _SENDING = 10.0
@@ -111,8 +111,10 @@ class Plugging(Closable):
         [checked] = registry.check(kind, specs, self._vm)
         if isinstance(checked, DiskSpec):  # which others there are is known inside
             checked = replace(checked, id=specs[0].id)
+        elif kind == "share":
+            checked = replace(checked, tag=specs[0].tag)
         with ExitStack() as opened:
-            crossing = registry.cross(checked, Border(opened, self._visible))
+            crossing = registry.cross(checked, Border(opened, self._visible, runs=True))
             spec, disks = self._plug_disks(plugs, crossing, opened)
             spec, streams = self._plug_streams(plugs, crossing, spec, opened)
             self._listen(plugs)

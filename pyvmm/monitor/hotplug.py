@@ -47,8 +47,14 @@ _MOST_WORDS = 200  # bytes of what a guest says of a device that it uses
 
 HOST, GUEST = "host", "guest"  # who has wanted a device to go
 
-# $1 is the PCI function. Says what a disk of it is used for, and ends with 3 then.
+# $1 is the PCI function, $2 the tag of a shared directory, if it is one. Says what it is used for,
+# and ends with 3 then.
 _USED_FOR = """\
+while [ "$2" ] && read -r id parent device root place rest; do
+    case "$rest" in
+    *" - virtiofs $2 "*) echo "it is mounted at $place"; exit 3 ;;
+    esac
+done < /proc/self/mountinfo
 for disk in /sys/bus/pci/devices/"$1"/virtio*/block/*; do
     for part in "$disk" "$disk"/*; do
         [ -r "$part/dev" ] || continue
@@ -69,6 +75,17 @@ for disk in /sys/bus/pci/devices/"$1"/virtio*/block/*; do
 done
 """
 _IN_USE = 3
+# Mounts the shared directory $1 at $2 with the options $3, once the driver has found it.
+_MOUNT = """\
+mkdir -p "$2" || exit
+step=0
+until said=$(mount -t virtiofs -o "$3" "$1" "$2" 2>&1); do
+    step=$((step + 1))
+    [ $step -lt 60 ] || { echo "$said"; exit 1; }
+    sleep 0.2
+done
+"""
+_MOUNT_SECONDS = 60.0
 
 
 class _Part(NamedTuple):
@@ -190,17 +207,43 @@ class Hotplug(Closable):
         and the PCI `slot` that it is in. Raises ConfigError, HostError."""
         self._bus()
         try:
-            device, slot = self._open_and_plug(kind, value)
+            spec, device, slot = self._open_and_plug(kind, value)
         except ConfigError as error:
             raise registry.untyped(kind, error) from None
         self._watch_arrival(device, slot)
         told = {"kind": kind, "id": device.name, "slot": slot}
         self._tell("device_added", **told)
+        if getattr(spec, "mountpoint", ""):
+            self._mount(spec, device.name)
         return told
+
+    def _mount(self, share: Any, name: str) -> None:
+        """Have the guest's agent mount it. Raises ConfigError if that does not succeed; it stays
+        plugged in."""
+        from pyvmm.agent.session import printable
+
+        mode = "ro" if share.read_only else "rw"
+        argv = ["/bin/sh", "-c", _MOUNT, "sh", share.tag, share.mountpoint, mode]
+        vsock = vsock_of(self._machine)
+        try:
+            if vsock is None:
+                raise ConfigError("it has no agent, as it has no --vsock")
+            agent = agent_at(vsock, _AGENT_SECONDS)
+            done = agent.run(argv, timeout=_MOUNT_SECONDS)
+        except (PyvmmError, OSError) as error:
+            why = str(error)
+        else:
+            if not done.returncode:
+                return
+            why = printable((done.stdout + done.stderr).strip()[:_MOST_WORDS])
+        raise ConfigError(
+            f"{name} is plugged in, but the guest has not mounted it: {why}",
+            cure=f"mount it there: mount -t virtiofs {share.tag} {share.mountpoint}",
+        )
 
     def _open_and_plug(
         self, kind: str, value: str | dict[str, Any] | Spec
-    ) -> tuple[VirtioDevice, int]:
+    ) -> tuple[Spec, VirtioDevice, int]:
         [spec] = self._read(kind, value)
         if self._is_inside and isinstance(value, (str, dict)):
             _check_crossing(kind, spec)
@@ -208,7 +251,7 @@ class Hotplug(Closable):
             spec = self._checked(kind, spec)
             device = self._devices.open(spec)
             try:
-                return device, self._plug(spec, device)
+                return spec, device, self._plug(spec, device)
             except BaseException:
                 self._devices.close_one(device)
                 raise
@@ -297,8 +340,8 @@ class Hotplug(Closable):
         uses it or does not give it up, ControlError for a paused VM.
         """
         wake = wake or Event()
-        _, number = self._find(kind, id)
-        if not force and (use := self._use_of(number)):
+        part, number = self._find(kind, id)
+        if not force and (use := self._use_of(number, getattr(part.spec, "tag", ""))):
             raise ConfigError(
                 f"the guest uses {id}: {use}", cure="have it let go, or add --force to remove it"
             )
@@ -340,7 +383,7 @@ class Hotplug(Closable):
                 return part, number
         raise unknown_id(kind, id, [part.device.name for part in found])
 
-    def _use_of(self, number: int) -> str:
+    def _use_of(self, number: int, tag: str) -> str:
         """The use of the device, as the guest's agent tells it; "" if it is unused, or if no agent
         answers."""
         vsock = vsock_of(self._machine)
@@ -348,7 +391,7 @@ class Hotplug(Closable):
             return ""
         from pyvmm.agent.session import printable
 
-        argv = ["/bin/sh", "-c", _USED_FOR, "sh", f"0000:00:{number:02x}.0"]
+        argv = ["/bin/sh", "-c", _USED_FOR, "sh", f"0000:00:{number:02x}.0", tag]
         try:
             done = agent_at(vsock, _AGENT_SECONDS).run(argv, timeout=_AGENT_SECONDS)
         except (PyvmmError, OSError):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import shutil
+from contextlib import ExitStack
 from pathlib import Path
+from socket import AF_UNIX, socket
 
 import pytest
 from vms import debian, script
 
 from pyvmm import VM
+from pyvmm.control.protocol import ControlError
 
 pytestmark = pytest.mark.usefixtures("linux_guests")
 
@@ -30,6 +35,12 @@ mount -t virtiofs tools /mnt/usr
 echo "tools=$(cat /mnt/usr/tool)"
 touch /mnt/usr/new 2> /dev/null && echo readonly=no || echo readonly=yes
 echo "error=$(touch /mnt/usr/new 2>&1 | grep -o 'Read-only file system')"
+exec 9> lock && flock -xn 9 && ! flock -xn lock true && echo "locked=here"
+exec 9>&-
+exec 9< hostlock && flock -xn 9 && echo "hosts_lock=unseen"
+exec 9>&-
+[ -p fifo ] && [ -S socket ] && echo "kinds=fifo socket"
+ln -s "$(printf '\\377')" odd && echo "odd=$(readlink odd | base64)"
 cd /
 umount "/mnt/a b"
 mount -t virtiofs share0 /mnt && echo "remounted=$(cat /mnt/deep/er/new)"
@@ -39,7 +50,7 @@ echo "host=$(cat /mnt/later 2> /dev/null || echo missing)"
 
 @pytest.mark.parametrize(("kernel", "transport"), [("6.1", "mmio"), ("6.12", "pci")])
 def test_a_guest_works_in_a_shared_directory(
-    microvm_factory, tmp_path: Path, kernel: str, transport: str
+    microvm_factory, tmp_path: Path, request, kernel: str, transport: str
 ) -> None:
     folder, tools = tmp_path / "a,b", tmp_path / "tools"
     folder.mkdir()
@@ -49,6 +60,12 @@ def test_a_guest_works_in_a_shared_directory(
     (folder / "out").symlink_to(tmp_path / "secret")
     (tmp_path / "secret").write_text("out of reach")
     (tools / "tool").write_text("a tool")
+    os.mkfifo(folder / "fifo")
+    closing = ExitStack()
+    request.addfinalizer(closing.close)
+    closing.enter_context(socket(AF_UNIX)).bind(str(folder / "socket"))
+    lock = closing.enter_context((folder / "hostlock").open("w"))
+    fcntl.flock(lock, fcntl.LOCK_EX)
     shares = [
         {"path": str(folder), "mountpoint": "/mnt/a b"},
         {"path": str(tools), "read_only": True, "tag": "tools"},
@@ -66,9 +83,32 @@ def test_a_guest_works_in_a_shared_directory(
         "readonly": "yes",
         "error": "Read-only file system",
         "remounted": "from the guest",
+        "locked": "here",
+        "hosts_lock": "unseen",
+        "kinds": "fifo socket",
+        "odd": "/w==",
         "host": "missing",
     }
     assert {key: found.get(key) for key in expected} == expected, vm.console.tail()
     assert (folder / "deep/er/new").read_text() == "from the guest\n"
     assert (folder / "twin").read_text() == "hello" and not (folder / "file").exists()
     assert not (folder / "null").exists() and os.listdir(tools) == ["tool"]
+    assert os.readlink(os.fsencode(folder / "odd")) == b"\xff"
+    one_that_comes_and_goes(vm, tmp_path / "late")
+    shutil.rmtree(tools)
+    found = script(vm, "echo left=$(ls /mnt/usr); cat /mnt/usr/tool 2> /dev/null || echo gone=yes")
+    assert found == {"left": "", "gone": "yes"}
+
+
+def one_that_comes_and_goes(vm: VM, folder: Path) -> None:
+    """The guest's agent mounts it; while it is mounted it stays."""
+    folder.mkdir()
+    (folder / "file").write_text("came late")
+    name = vm.share(f"{folder}:/mnt/a new place,readonly,tag=late")
+    assert name == "share-late" and "share-late" in vm.status()["devices"]
+    assert script(vm, "echo said=$(cat '/mnt/a new place/file')") == {"said": "came late"}
+    with pytest.raises(ControlError, match="mounted at"):
+        vm.unshare(name)
+    script(vm, "umount '/mnt/a new place'")
+    vm.unshare(name)
+    assert "share-late" not in vm.status()["devices"]

@@ -343,6 +343,18 @@ def test_prune_leaves_what_users_built_and_vms_need(capsys, used, home: Path) ->
     assert user_image.find("hello") is not None
 
 
+def test_prune_removes_headers_without_a_kernel_and_kernels_if_told(capsys, used, home: Path):
+    cache = home / "CACHE/pyvmm"
+    for folder in ("kernels/sid/lib/modules/7.1", "headers/7.1/usr", "headers/6.9/usr"):
+        (cache / folder).mkdir(parents=True)
+    _, out, _ = run(capsys, "image", "prune")
+    assert "headers/6.9" in out and "7.1" not in out and "sid" not in out
+    assert sorted(path.name for path in (cache / "headers").iterdir()) == ["7.1"]
+    _, out, _ = run(capsys, "image", "prune", "--kernels")
+    assert "kernels/sid" in out and "headers/7.1" in out
+    assert not list((cache / "kernels").iterdir()) + list((cache / "headers").iterdir())
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[]", '{"format": 99}', "\xff"])
 def test_a_broken_record_is_told_and_can_be_removed(capsys, quick_disk, archive, text) -> None:
     run(capsys, "image", "build", "--from", f"oci-archive:{archive}", "hello")

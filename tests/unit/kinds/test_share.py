@@ -131,7 +131,7 @@ def test_what_an_emulated_host_gets(tmp_path, monkeypatch):
 LOOKUP, FORGET, GETATTR, READLINK, SYMLINK, MKNOD, MKDIR, UNLINK = 1, 2, 3, 5, 6, 8, 9, 10
 OPEN, READ, WRITE, INIT, CREATE = 14, 15, 16, 26, 35
 ROOT = 1
-ENOENT, EACCES, EPERM, EROFS = 2, 13, 1, 30
+ENOENT, EACCES, EPERM, EROFS, ENOSPC = 2, 13, 1, 30, 28
 
 
 class Fuse:
@@ -392,6 +392,20 @@ def test_an_ordinary_user_is_the_same_in_a_guest_on_his_files(as_user):
             assert fuse.create(b"other", b"x") == EINVAL
 
     as_user(use)
+
+
+def test_a_full_file_system(folder):
+    tmpfs = ["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(folder)]
+    done = subprocess.run(tmpfs, capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"a small file system cannot be mounted here: {done.stderr}")
+    try:
+        with shared(str(folder)) as (fuse, driver, _):
+            assert fuse.create(b"large", bytes(3 * 4096)) == ENOSPC
+            assert fuse.create(b"small", b"x") in (0, ENOSPC)
+            assert fuse.lookup(b"large")[0] == 0 and not driver.needs_reset
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
 
 
 def test_a_virtiofsd_that_is_killed(folder, capfd):

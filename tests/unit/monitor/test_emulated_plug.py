@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from hotplug_rig import SAFETY_TIMEOUT, image, until
 
+from pyvmm import images
 from pyvmm.control import registry
 from pyvmm.control.protocol import Later, Method, Upgrade
 from pyvmm.control.server import ControlServer
@@ -31,6 +32,7 @@ class Inside:
 
     def __init__(self) -> None:
         self.devices: list[str] = []
+        self.specs: list[dict[str, Any]] = []
         self.before_answer: Callable[[], None] = lambda: None
         self.cancelled = threading.Event()
         self.may_go = threading.Event()
@@ -51,7 +53,8 @@ class Inside:
         self.server.start()
 
     def plug(self, kind: str, spec: dict[str, Any], disks: Any, streams: Any) -> dict[str, Any]:
-        id = spec["id"] or "disk0"
+        self.specs.append(spec)
+        id = spec.get("id") or f"{kind}0"
         self.devices.append(id)
         self.before_answer()
         return {"kind": kind, "id": id, "slot": 3}
@@ -230,3 +233,18 @@ def test_a_client_that_never_reads_costs_no_processor(
         outside.plugging._serve(outside.plugs, theirs)
         assert time.process_time() - before < 0.25  # it waits 0.5 s, and works for less
     assert outside.back == []  # half an answer is no beginning of another one
+
+
+def test_a_directory_that_is_only_read_gets_in_as_it_is_seen_there(
+    outside: Outside, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU takes no more file systems, but shows this machine's, to be read."""
+    monkeypatch.setattr(images, "virtiofsd_command", lambda make: ["virtiofsd"])
+    told = outside.ask("share.add", device=f"{tmp_path}:/mnt,readonly")
+    assert told["result"]["id"] == "share0"
+    [spec] = outside.inside.specs
+    # Which tags are taken is known inside.
+    assert (spec["path"], spec["ninep"], spec["tag"]) == (str(tmp_path), "", "")
+    told = outside.ask("share.add", device=str(tmp_path))
+    assert "does not get into an emulated KVM host that runs" in told["error"]["message"]
+    assert len(outside.inside.specs) == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hotplug_rig import MIB, SAFETY_TIMEOUT, Asking, Rig, image, machine, until
 
-from pyvmm import Disk
+from pyvmm import Disk, images
 from pyvmm.control.protocol import FAILED, PAUSED, ControlError
 from pyvmm.errors import ConfigError
 from pyvmm.host.files import open_image
@@ -135,6 +135,36 @@ def test_a_generator_comes_and_goes_and_there_is_one(rig: Rig) -> None:
     rig.asked(slots.ARRIVED)
     give_up(rig, asking, 3)
     assert rig.footprint() == before
+
+
+def test_a_shared_directory_comes_and_goes_with_its_virtiofsd(rig: Rig, tmp_path: Path) -> None:
+    try:
+        images.virtiofsd_command()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    for number in (3, 4):
+        told = rig.add("share", str(tmp_path))
+        assert told == {"kind": "share", "id": f"share-share{number - 3}", "slot": number}
+    assert [f"share-share{n}" for n in (0, 1)] == rig.ids[-2:]  # never twice the same tag
+    rig.asked(slots.ARRIVED)
+    asking = rig.removing("share", "share-share0")
+    give_up(rig, asking, 3)
+    assert not rig.is_there(3) and rig.is_there(4)
+    with pytest.raises(ConfigError, match="there is no /nowhere"):
+        rig.add("share", "/nowhere")
+
+
+def test_a_share_that_nobody_in_the_guest_mounts_is_there_all_the_same(
+    rig: Rig, tmp_path: Path
+) -> None:
+    try:
+        images.virtiofsd_command()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    with pytest.raises(ConfigError, match="is plugged in, but the guest has not mounted it") as no:
+        rig.add("share", {"path": str(tmp_path), "mountpoint": "/mnt", "tag": "t"})
+    assert "it has no agent" in str(no.value) and "mount -t virtiofs t /mnt" in str(no.value)
+    assert rig.ids[-1] == "share-t"
 
 
 def test_a_disk_that_was_there_from_the_start_goes_and_its_slot_is_taken_again(
