@@ -15,7 +15,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from pyvmm.boot.ext4 import Ext4
+from pyvmm.boot.fat import Fat
 from pyvmm.errors import ConfigError
+
+System = Ext4 | Fat
 
 _MOST_TEXT = 1 << 20  # bytes of a configuration
 _MOST_ENTRIES = 256
@@ -29,14 +32,14 @@ class BootEntry(NamedTuple):
     """A kernel and its initrds, as paths in `system`; `cmdline` has the words that it is to get,
     `source` is the file that says so."""
 
-    system: Ext4
+    system: System
     kernel: str
     initrds: tuple[str, ...]
     cmdline: tuple[str, ...]
     source: str
 
 
-def find(systems: Sequence[Ext4]) -> BootEntry | None:
+def find(systems: Sequence[System]) -> BootEntry | None:
     """The entry of the first of `systems` that has one; None if none does. Raises ConfigError
     for one that names what is not there."""
     for look in (_by_entries, _by_grub, _newest):
@@ -50,7 +53,7 @@ def find(systems: Sequence[Ext4]) -> BootEntry | None:
 # --- Boot Loader Specification --------------------------------------------------------------------
 
 
-def _by_entries(system: Ext4) -> BootEntry | None:
+def _by_entries(system: System) -> BootEntry | None:
     best: tuple[list[tuple[int, int, str]], BootEntry] | None = None
     for prefix in _PREFIXES:
         folder = f"{prefix}/loader/entries"
@@ -86,7 +89,7 @@ def _fields(text: str) -> dict[str, list[str]]:
 # --- GRUB -----------------------------------------------------------------------------------------
 
 
-def _by_grub(system: Ext4) -> BootEntry | None:
+def _by_grub(system: System) -> BootEntry | None:
     for prefix in _PREFIXES:
         for name in _GRUB:
             path = f"{prefix}/{name}"
@@ -137,7 +140,7 @@ def _words(line: str, path: str) -> list[str]:
 # --- neither of them ------------------------------------------------------------------------------
 
 
-def _newest(system: Ext4) -> BootEntry | None:
+def _newest(system: System) -> BootEntry | None:
     for folder in _PREFIXES:
         names = system.names(folder or "/")
         kernels = [one for one in names if one.startswith("vmlinuz-") and "rescue" not in one]
@@ -156,7 +159,7 @@ def _newest(system: Ext4) -> BootEntry | None:
 # --- what they have in common ---------------------------------------------------------------------
 
 
-def _text(system: Ext4, path: str) -> str:
+def _text(system: System, path: str) -> str:
     return system.read_text(path, _MOST_TEXT)
 
 
@@ -166,7 +169,7 @@ def _plain(words: Sequence[str]) -> tuple[str, ...]:
     return tuple(f'"{word}"' if " " in word else word for word in usable)
 
 
-def _place(system: Ext4, prefix: str, path: str, source: str) -> str:
+def _place(system: System, prefix: str, path: str, source: str) -> str:
     """The path in `system` of the file that `source` names: by its own root, or by /boot's."""
     path = re.sub(r"^\([^)]*\)", "", path)  # GRUB's name of a device
     for place in (path, f"{prefix}/{path.lstrip('/')}"):

@@ -19,6 +19,7 @@ from pyvmm.spec.vm import DiskSpec, VmSpec
 
 if TYPE_CHECKING:
     from pyvmm.boot.ext4 import Ext4, Search
+    from pyvmm.boot.fat import Fat
     from pyvmm.boot.partitions import Partition, Table
     from pyvmm.virtio.device import VirtioDevice
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 _SIGNATURE_AT = 510  # of a sector with a partition table
 _MOST_FSTAB = 64 << 10  # bytes
 _MOST_KERNEL, _MOST_INITRD = 256 << 20, 1 << 30
+_READ = ("ext4", "vfat")  # the file systems that a kernel is looked for in
 _ROOT_NAMES = ("root", "rootfs", "cloudimg-rootfs", "pyvmm-root", "system", "/")
 
 
@@ -148,15 +150,17 @@ def _names(one: Partition) -> Iterable[str]:
             if value]  # fmt: skip
 
 
-def _system(one: Partition, read: Read, name: str, search: Search) -> Ext4 | None:
-    """The file system in a partition; None if it is of another kind, or damaged."""
+def _system(one: Partition, read: Read, name: str, search: Search) -> Ext4 | Fat | None:
+    """The file system in a partition; None if it is of a kind that is not read here, or damaged."""
     from pyvmm.boot.ext4 import Ext4
+    from pyvmm.boot.fat import Fat
 
-    if one.content.kind != "ext4":
+    if one.content.kind not in _READ:
         return None
+    kind = Ext4 if one.content.kind == "ext4" else Fat
     where = f"partition {one.number} of {name}" if one.number else name
     try:
-        return Ext4(lambda offset, size: read(one.start + offset, size), one.size, where, search)
+        return kind(lambda offset, size: read(one.start + offset, size), one.size, where, search)
     except ConfigError:
         return None
 
@@ -201,8 +205,10 @@ def _extract(name: str, read: Read, size: int, block: int) -> tuple[str, str | N
         systems = [one for one in every if one is not None]
     entry = boot_entry.find(systems) if systems else None
     if entry is None:
-        there = ", ".join(sorted(set(filter(None, kinds.values())))) or "nothing that is known"
-        what = "no kernel in /boot" if systems else f"no ext4 file system, but {there}"
+        unread = ", ".join(sorted({kind for kind in kinds.values() if kind} - {*_READ, "swap"}))
+        what = "no kernel in its ext4 and vfat file systems" if systems else "no ext4 or vfat"
+        if unread:
+            what += f", and {unread} cannot be read"
         raise ConfigError(
             f"{name} has {what}", cure="name a kernel: --kernel, --initrd", option="--kernel"
         )

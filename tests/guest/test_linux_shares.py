@@ -86,7 +86,7 @@ def test_a_guest_works_in_a_shared_directory(
         "locked": "here",
         "hosts_lock": "unseen",
         "kinds": "fifo socket",
-        "odd": "/w==",
+        "odd": "/wo=",
         "host": "missing",
     }
     assert {key: found.get(key) for key in expected} == expected, vm.console.tail()

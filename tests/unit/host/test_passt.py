@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import passt_rig
@@ -21,6 +22,9 @@ from pyvmm.errors import ConfigError
 from pyvmm.host import passt
 from pyvmm.host.passt import Forward
 from pyvmm.host.programs import find_program
+from pyvmm.kinds import registry
+from pyvmm.kinds.interface import Context
+from pyvmm.testing.attached import attached
 from pyvmm.virtio.net.stream import StreamBackend
 
 GUEST_PORT = 7500
@@ -247,3 +251,32 @@ def test_a_machine_without_a_name_server_for_the_guest_says_so(
     found, said = ask(resolv_conf, image_command())
     assert found["servers"] == []
     assert said == [f"pyvmm: the guest has no name server: /etc/resolv.conf names {named}"]
+
+
+def test_passt_as_a_vhost_user_back_end(recent: list[str], tmp_path: Path) -> None:
+    """Somebody else's network card behind our front end: a question goes out, its answer comes."""
+    path = tmp_path / "passt.socket"
+    addresses = ["-a", passt.GUEST, "-n", "24", "-g", passt.GATEWAY, "-i", "lo"]
+    process = subprocess.Popen(
+        [*recent, "--foreground", "--vhost-user", "-s", str(path), *addresses],
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(path.exists)
+        [spec] = registry.check(
+            "vhost_user", [registry.parse("vhost_user", f"socket={path},type=net")], None
+        )
+        with ExitStack() as closing:
+            device = registry.open_device(spec, Context("vm", None, closing))
+            with attached(device, irqfd=True, queue_sizes=[64, 64]) as driver:
+                room = driver.mmio.submit(0, writable=[2048])
+                driver.request([bytes(12) + passt_rig.arp_request(passt_rig.MAC)], queue=1)
+                driver.mmio.wait_used(0, room)
+                frame = driver.queues[0].contents(room)[12:]
+                assert frame[:6] == passt_rig.MAC and frame[12:14] == passt_rig.ARP
+                assert frame[20:22] == b"\0\2"  # an answer
+                assert socket.inet_ntoa(frame[28:32]) == passt.GATEWAY
+                assert not driver.needs_reset and not driver.log
+    finally:
+        process.terminate()
+        process.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import re
 import shutil
 import subprocess
@@ -13,7 +14,8 @@ import boot_images
 import pytest
 from partition_tables import MIB, ROOT_X86_64, needs_tools, partitioned, put_file_system
 
-from pyvmm.boot import ext4, partitions
+from pyvmm.boot import boot_entry, ext4, partitions
+from pyvmm.boot.fat import Fat
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
 from pyvmm.kinds.disk.storage import open_backend
@@ -209,15 +211,90 @@ def test_the_disks_own_kernel(tmp_path: Path, said: list[str], form: str) -> Non
 
 def test_a_disk_without_a_kernel(tmp_path: Path) -> None:
     disk = two(tmp_path)
-    with pytest.raises(ConfigError, match=r"has no kernel in /boot; name a kernel: --kernel"):
+    with pytest.raises(ConfigError, match=r"no kernel in its ext4 and vfat file systems; name a"):
         specify({"kernel": "disk", "disks": [str(disk)]})
     (tmp_path / "empty.img").write_bytes(bytes(MIB))
-    with pytest.raises(ConfigError, match="has no ext4 file system, but nothing that is known"):
+    with pytest.raises(ConfigError, match="has no ext4 or vfat; name a kernel"):
         specify({"kernel": "disk", "disks": [str(tmp_path / "empty.img")]})
     with pytest.raises(
         ConfigError, match=re.escape("there is no disk that the kernel could be in")
     ):
         specify({"kernel": "disk"})
+
+
+def test_a_file_system_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    """The root is xfs, and what is read of the rest has no kernel."""
+    script = f"label: gpt\nstart=2048, size=81920, type=uefi\nstart=83968, type={ROOT_X86_64}\n"
+    disk = partitioned(tmp_path / "disk.img", script, size=400 * MIB)
+    put_file_system(disk, 41 * MIB, 320 * MIB, "xfs")
+    with pytest.raises(ConfigError, match="has no ext4 or vfat, and xfs cannot be read; name a"):
+        specify({"kernel": "disk", "disks": [str(disk)]})
+    put_file_system(disk, 1 * MIB, 40 * MIB, "vfat", "-F", "32", "-s", "1")
+    with pytest.raises(ConfigError, match=r"no kernel in its ext4 and vfat .*, and xfs cannot be"):
+        specify({"kernel": "disk", "disks": [str(disk)]})
+
+
+def in_an_esp(tmp_path: Path, *options: str) -> Path:
+    """A disk whose root cannot be read, and whose /boot is a vfat with what systemd-boot has."""
+    tree = tmp_path / "esp"
+    (tree / "loader/entries").mkdir(parents=True)
+    (tree / "debian/6.1.0-a-long-name").mkdir(parents=True)
+    kernel = tree / "debian/6.1.0-a-long-name/linux"
+    kernel.write_bytes(boot_images.bzimage())
+    (kernel.parent / "initrd.img-6.1").write_bytes(bytes(range(256)) * 9000)
+    for number in range(40):  # a directory of several clusters
+        (tree / f"loader/entries/old entry number {number}.conf").write_text("title old\n")
+    (tree / "loader/entries/debian-6.1.0.conf").write_text(
+        "title Debian\nversion 6.1.0\noptions root=LABEL=sys quiet\n"
+        "linux /Debian/6.1.0-a-long-name/LINUX\ninitrd /debian/6.1.0-a-long-name/initrd.img-6.1\n"
+    )
+    script = f"label: gpt\nstart=2048, size=81920, type=uefi\nstart=83968, type={ROOT_X86_64}\n"
+    disk = partitioned(tmp_path / "disk.img", script, size=400 * MIB)
+    put_file_system(disk, 41 * MIB, 320 * MIB, "xfs")
+    put_file_system(disk, 1 * MIB, 40 * MIB, "vfat", *options)
+    words = ["mcopy", "-s", "-i", f"{disk}@@1M", *map(str, sorted(tree.iterdir())), "::"]
+    subprocess.run(words, check=True, env={**os.environ, "MTOOLS_SKIP_CHECK": "1"})
+    return disk
+
+
+@pytest.mark.skipif(shutil.which("mcopy") is None, reason="needs mcopy (mtools)")
+@pytest.mark.parametrize("options", [["-F", "16"], ["-F", "32", "-s", "1"]], ids=" ".join)
+def test_a_kernel_in_a_vfat(tmp_path: Path, said: list[str], options: list[str]) -> None:
+    disk = in_an_esp(tmp_path, *options)
+    spec, _ = specify({"kernel": "disk", "disks": [str(disk)]})
+    assert Path(spec.kernel).read_bytes() == boot_images.bzimage()
+    assert spec.initrd and Path(spec.initrd).read_bytes() == bytes(range(256)) * 9000
+    assert spec.cmdline == "root=LABEL=sys quiet"
+    assert "/loader/entries/debian-6.1.0.conf in partition 1" in said[0]
+
+
+@pytest.mark.skipif(shutil.which("mcopy") is None, reason="needs mcopy (mtools)")
+@pytest.mark.parametrize("options", [["-F", "16"], ["-F", "32", "-s", "1"]], ids=" ".join)
+def test_a_damaged_vfat_costs_little_and_is_one_line(tmp_path: Path, options: list[str]) -> None:
+    """Whatever is in its first sector, its tables and its directories."""
+    disk = in_an_esp(tmp_path, *options)
+    whole = disk.read_bytes()[MIB : 41 * MIB]
+    chance = random.Random(5)
+    told = set()
+    for number in range(60):
+        head = bytearray(whole[: MIB // 2])
+        begin, end = (0, 90) if number % 4 == 0 else (2048, len(head))
+        for _ in range(chance.choice((3, 2000, 20000))):
+            head[chance.randrange(begin, end)] = chance.choice((0, 1, 2, 0xFF))
+
+        def read(at: int, size: int, head: bytearray = head) -> bytes:
+            return bytes(head[at : at + size]) + whole[max(at, len(head)) : at + size]
+
+        try:
+            system = Fat(read, len(whole), "it")
+            entry = boot_entry.find([system])
+            for path in () if entry is None else (entry.kernel, *entry.initrds):
+                for _ in system.read_file(path, 8 * MIB):
+                    pass
+        except ConfigError as error:
+            assert "\n" not in str(error)
+            told.add(str(error)[:75])
+    assert len(told) > 3
 
 
 def test_a_configuration_that_names_what_is_not_there(tmp_path: Path) -> None:
