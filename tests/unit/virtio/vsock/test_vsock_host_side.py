@@ -136,12 +136,25 @@ def test_clients_come_in_as_there_is_room(side: Side) -> None:
     assert side.look() == [] and len(side.host) == 3
     clients[0].sendall(b"0\n")
     clients[1].sendall(b"GET / HTTP/1.0\r\n")
-    clients[2].sendall(b"CONNECT 7\n")
-    assert sorted(side.look()) == [7, 10] and len(side.host) == 0
+    clients[2].sendall(b"CONNECT 0\n")
+    assert sorted(side.look()) == [0, 10] and len(side.host) == 0
     assert all(is_closed(client) for client in clients)
     for client in clients:
         client.close()
     assert open_descriptors() == before
+
+
+def test_a_client_that_is_not_ready_holds_up_nobody(side: Side) -> None:
+    clients = [side.client(said) for said in (b"CONN", b"CONNECT 5\n", b"", b"CONNECT 6\n")]
+    side.look()
+    side.host.accept(9)
+    assert sorted(side.look()) == [5, 6] and len(side.host) == 2
+    clients[0].sendall(b"ECT 7\n")
+    clients[0].sendall(b"more")  # heard of twice
+    clients[2].sendall(b"CONNECT 8\n")
+    assert sorted(side.look()) == [7, 8] and side.look() == []
+    for client in clients:
+        client.close()
 
 
 def test_who_was_handed_over_without_room_is_closed(side: Side) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from pyvmm.errors import DriverError
 from pyvmm.host import unix_sockets
-from pyvmm.virtio.vsock.packet import Header, PacketEvent
+from pyvmm.virtio.vsock.packet import Counters, Header, PacketEvent
 from pyvmm.virtio.vsock.stream import BUF_ALLOC, State, Stream
 from pyvmm.virtio.vsock.uapi import (
     SHUTDOWN_BOTH,
@@ -94,6 +94,17 @@ def test_the_guest_is_asked_once_until_it_has_spoken(ends: Ends) -> None:
     assert [stream.take_credit_request() for _ in range(3)] == [True, False, False]
     credit(stream, 0, 0)
     assert [stream.take_credit_request() for _ in range(2)] == [True, False]
+
+
+def test_a_stream_begins_with_nothing_owed_and_nothing_there(ends: Ends) -> None:
+    stream = ends.stream
+    assert (stream.queued, stream.opening, stream.hung_up) == (False, True, False)
+    assert (stream.guest_done, stream.host_done, stream.told_done) == (0, 0, 0)
+    assert stream.credit_fields() == (BUF_ALLOC, 0)
+    stream.hear_credit(Header(3, 2, 2, 1, buf_alloc=9))
+    assert stream.credit == 9
+    assert Header(1, 2, 3, 4) == (1, 2, 3, 4, 0, 1, 0, 0, 0, 0)
+    assert Counters() == Counters(0, 0, 0, 0)
 
 
 def test_a_quarter_of_the_buffer_is_worth_an_update(ends: Ends) -> None:
@@ -256,5 +267,7 @@ def test_a_packet_as_a_trace_shows_it() -> None:
         "vsock: cid3:1024 -> host:80 RW 5 bytes flags 0x3, buf_alloc 7 fwd_cnt 8"
     )
     odd = header._replace(src_cid=2, dst_cid=9, op=8, flags=0)
-    assert str(PacketEvent("vsock", odd)).startswith("vsock: host:1024 -> cid9:80 operation 8 5 by")
+    assert str(PacketEvent("vsock", odd)) == (
+        "vsock: host:1024 -> cid9:80 operation 8 5 bytes, buf_alloc 7 fwd_cnt 8"
+    )
     assert "operation" not in str(PacketEvent("vsock", header._replace(op=7)))
