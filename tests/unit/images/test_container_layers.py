@@ -549,6 +549,12 @@ def test_without_users_of_its_own_an_image_has_root(over) -> None:
     assert "HOME=/root" in found.env
 
 
+def test_a_link_that_leads_to_itself_is_no_list_of_users(over) -> None:
+    tree = over([symlink("etc/passwd", "group"), symlink("etc/group", "/etc/passwd")])
+    assert tree.read("etc/passwd", 99) == b""
+    assert process.read({}, tree).user == "0:0"
+
+
 def test_root_is_whoever_the_image_calls_so(over) -> None:
     tree = over([member("etc/passwd", data=b"root:x:0:5::/home/admin:/bin/sh\n")])
     found = process.read({}, tree)
