@@ -35,6 +35,8 @@ MEMORY = "out-of-memory"
 DECOMPRESSOR = "decompressor"
 EMERGENCY = "emergency-shell"
 SILENT = "silent"
+EARLY = "earlyprintk=serial,ttyS0,115200"
+"""What gives a PC's kernel an early console."""
 
 # Consequences rather than causes: anything else that was found says more.
 _GENERIC = (PANIC, EMERGENCY, NO_DEV_CONSOLE)
@@ -103,23 +105,25 @@ class ConsoleWatcher:
         *,
         patience: float = 10.0,
         consoles: Collection[str] = ("ttyS0",),
+        early: str = EARLY,
     ) -> Finding | None:
         """The line for a guest that has printed nothing in `elapsed` seconds on `consoles`, as
-        its kernel calls them.
+        its kernel calls them. `early` is the parameter that gives it an early console.
 
         None while it has printed something or less than `patience` seconds have gone by.
         """
         if self.bytes_seen or elapsed < patience:
             return None
-        return _explain_silence(f"printed nothing in {elapsed:.0f} seconds", cmdline, consoles)
+        what = f"printed nothing in {elapsed:.0f} seconds"
+        return _explain_silence(what, cmdline, consoles, early)
 
     def silent_reset(
-        self, cmdline: str, *, consoles: Collection[str] = ("ttyS0",)
+        self, cmdline: str, *, consoles: Collection[str] = ("ttyS0",), early: str = EARLY
     ) -> Finding | None:
         """The line for a guest that has reset itself; None if it has printed something."""
         if self.bytes_seen:
             return None
-        return _explain_silence("reset itself and printed nothing", cmdline, consoles)
+        return _explain_silence("reset itself and printed nothing", cmdline, consoles, early)
 
     def _look(self, line: bytes) -> None:
         for marker, explain in _RULES:
@@ -426,7 +430,7 @@ _OTHER = {
 }
 
 
-def _explain_silence(what: str, cmdline: str, heard: Collection[str]) -> Finding:
+def _explain_silence(what: str, cmdline: str, heard: Collection[str], early: str) -> Finding:
     words = cmdline.split()
     consoles = [word.partition("=")[2] for word in words if word.startswith("console=")]
     named = [console.partition(",")[0] for console in consoles]
@@ -444,17 +448,16 @@ def _explain_silence(what: str, cmdline: str, heard: Collection[str]) -> Finding
             f"put console=ttyS0 into --cmdline{also}",
         )
     no_driver = f"a kernel without {_DRIVERS[console]} has no console on {console}"
-    if any(word.startswith("earlyprintk=") for word in words):
+    if any(word.startswith(early.partition("=")[0] + "=") for word in words):
         return Finding(
             SILENT,
             f"{message}, not even on its early console",
-            f"see that the kernel is for x86-64 and has enough --memory; {no_driver}, "
+            f"see that the kernel is for this architecture and has enough --memory; {no_driver}, "
             f"{_OTHER[console]}",
         )
     quiet = ", and leave out quiet," if "quiet" in words else ""
     return Finding(
         SILENT,
         message,
-        f"{no_driver}: {_OTHER[console]}; earlyprintk=serial,ttyS0,115200 in --cmdline{quiet} "
-        "shows how far it gets",
+        f"{no_driver}: {_OTHER[console]}; {early} in --cmdline{quiet} shows how far it gets",
     )

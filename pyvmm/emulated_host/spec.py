@@ -54,7 +54,7 @@ class HostImage:
 
     @property
     def is_foreign(self) -> bool:
-        """Whether the machine's own programs are of no use in it."""
+        """True if the machine's own programs are of no use in it."""
         return self.architecture != os.uname().machine
 
 

@@ -33,6 +33,7 @@ class Attendant:
         # The serial port is always there; both are shown on the terminal.
         self.console = prepared.console  # where the keys go
         self._consoles = tuple(dict.fromkeys((prepared.board.console, self.console)))
+        self._early = prepared.board.early_console
         self._transports: Sequence[Transport] = ()
         self._devices = prepared.devices
         transport = "pci" if prepared.spec.transport == "pci" else "mmio"
@@ -70,7 +71,11 @@ class Attendant:
         found = self.watcher.diagnosis
         if found is None and not self._is_silent:
             found = self.watcher.silence_hint(
-                self._cmdline, waited, patience=_SILENCE_SECONDS, consoles=self._consoles
+                self._cmdline,
+                waited,
+                patience=_SILENCE_SECONDS,
+                consoles=self._consoles,
+                early=self._early,
             )
         if found is not None and found.kind not in self._said:
             self._said.add(found.kind)
@@ -89,7 +94,7 @@ class Attendant:
         """The line for a guest that has reset itself, if it has said nothing."""
         if self._is_silent:
             return None
-        return self.watcher.silent_reset(self._cmdline, consoles=self._consoles)
+        return self.watcher.silent_reset(self._cmdline, consoles=self._consoles, early=self._early)
 
     def _partition_tables(self) -> list[tuple[str, Table]]:
         from pyvmm.boot.partitions import read_disk

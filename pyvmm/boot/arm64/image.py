@@ -114,7 +114,7 @@ def parse(kernel: ImageFile, head: bytes) -> Image:
 
 
 def has_magic(head: bytes) -> bool:
-    """Whether a file that begins with `head` is an Image, not compressed."""
+    """True if a file that begins with `head` is an Image, not compressed."""
     return head[_MAGIC_OFFSET : _MAGIC_OFFSET + len(_MAGIC)] == _MAGIC
 
 

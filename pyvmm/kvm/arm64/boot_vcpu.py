@@ -37,7 +37,7 @@ def _features(vm: Vm, vcpu_id: int, pmu: bool) -> list[int]:
 
 
 def has_pmu(vm: Vm) -> bool:
-    """Whether vCPUs of this KVM can have performance counters."""
+    """True if vCPUs of this KVM can have performance counters."""
     return vm.check_extension(uapi.KVM_CAP_ARM_PMU_V3) > 0
 
 

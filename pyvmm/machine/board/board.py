@@ -105,6 +105,9 @@ class Board(ABC, Generic[E]):
     console: ClassVar[str]
     """The guest's kernel's name of the serial port: "ttyS0"."""
 
+    early_console: ClassVar[str]
+    """The kernel's parameter by which it speaks on that port before it has a driver for it."""
+
     kernel_parameters: ClassVar[tuple[str, ...]]
     """The words that every kernel's command line needs on this machine."""
 

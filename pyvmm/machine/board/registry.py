@@ -46,7 +46,7 @@ def uname_of(arch: str) -> str:
 
 
 def is_foreign(arch: str) -> bool:
-    """Whether a guest of a specification's `arch` cannot run on this machine's own processor."""
+    """True if a guest of a specification's `arch` cannot run on this machine's own processor."""
     return uname_of(arch) != os.uname().machine
 
 

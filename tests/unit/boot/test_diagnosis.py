@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyvmm.boot.diagnosis import LINE_MAX, ConsoleWatcher, Finding
+from pyvmm.boot.diagnosis import EARLY, LINE_MAX, ConsoleWatcher, Finding
+from pyvmm.machine.board.registry import board_for
 
 NO_ROOT_61 = b"""\
 [    0.812345] /dev/root: Can't open blockdev
@@ -325,6 +326,16 @@ def test_a_reset_without_a_word_names_the_other_console(
     assert "reset itself and printed nothing" in found.message and word in found.cure
     watcher.feed(b"x")
     assert watcher.silent_reset(cmdline, consoles=consoles) is None
+
+
+def test_the_early_console_is_the_machines() -> None:
+    early = "earlycon=uart8250,mmio,0x9000000"
+    assert [board_for(one).early_console for one in ("x86_64", "aarch64")] == [EARLY, early]
+    watcher = ConsoleWatcher()
+    hint = watcher.silence_hint("console=ttyS0", 12.0, early=early)
+    assert hint and early in hint.cure and "earlyprintk" not in hint.cure
+    hint = watcher.silence_hint(f"console=ttyS0 {early}", 12.0, early=early)
+    assert hint and "not even on its early console" in str(hint)
 
 
 def test_silence_of_a_guest_with_a_virtio_console() -> None:

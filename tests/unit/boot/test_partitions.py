@@ -304,7 +304,7 @@ def test_the_machine_reads_its_disks_through_their_back_ends(tmp_path: Path, dir
             entry=entry,
             devices=(broken, disk),
             console=port,
-            board=SimpleNamespace(console=port),
+            board=SimpleNamespace(console=port, early_console=""),
         )
         attendant = Attendant("vm", cast(Prepared, prepared))
         attendant.watcher._disk_ready = lambda: True

@@ -49,6 +49,7 @@ class Arm64Board(Board[boot.Entry]):
     """See Board. It is made of `layout` and pyvmm/boot/arm64, kvm/arm64, platform/arm64."""
 
     console = "ttyS0"
+    early_console = f"earlycon=uart8250,mmio,{layout.SERIAL:#x}"
     kernel_parameters = ()
     kernel_files = ("arch/arm64/boot/Image", "arch/arm64/boot/Image.gz")
 

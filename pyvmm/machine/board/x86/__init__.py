@@ -32,6 +32,7 @@ class X86Board(Board[boot.Entry]):
     """See Board. It is made of `layout` and pyvmm/boot/x86, pyvmm/kvm/x86, pyvmm/platform/x86."""
 
     console = "ttyS0"
+    early_console = "earlyprintk=serial,ttyS0,115200"
     kernel_parameters = ("reboot=k",)  # which is tried where ACPI's reset register is not
     kernel_files = ("arch/x86/boot/bzImage", "vmlinux")
 
