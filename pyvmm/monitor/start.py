@@ -35,7 +35,7 @@ def start(
 
     Raises PyvmmError for what is wrong with them.
     """
-    surroundings = read_surroundings(options)
+    surroundings = read_surroundings({name: options.get(name) for name in NAMES})
     options = {name: value for name, value in options.items() if name not in NAMES}
     if restore is not None:
         return _restore(restore, kvm, surroundings, options, detach=detach, command=command)

@@ -61,8 +61,8 @@ def station(frame):
     module, code = frame.f_globals.get("__name__", ""), frame.f_code
     if not module.startswith("pyvmm.") or code.co_name.startswith(("<", "__")):
         return None
-    if code.co_qualname.split(".")[0] in HOLDERS:
-        return None
+    if code.co_qualname.split(".")[0] in HOLDERS or module == "pyvmm.spec.record":
+        return None  # what a value does itself: be equal, be copied
     count = code.co_argcount + code.co_kwonlyargcount
     names = code.co_varnames[: count + bool(code.co_flags & 4) + bool(code.co_flags & 8)]
     return module if any(holds(frame.f_locals.get(name)) for name in names) else None
