@@ -101,8 +101,7 @@ class Changes:
             pages.from_bitmap(vm.get_dirty_log(slot, region.size), region.size // PAGE_SIZE)
             for slot, region in enumerate(memory.regions)
         ]
-        touched = pages.looked_up(memory.regions[0].host_addr, memory.size, pages.ANY)
-        found = pages.both(b"".join(by_kvm), touched)
+        found = pages.both(b"".join(by_kvm), memory.mapped())
         found = pages.both(found, memory.discarded())
         memory.let_go()
         return found

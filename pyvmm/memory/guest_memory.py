@@ -188,6 +188,22 @@ class GuestMemory:
             found[first : first + count] = b"1" * count
         return bytes(found)
 
+    def mapped(self) -> bytes:
+        """The set of pages (pages.py) that this process has mapped. Raises HostError."""
+        from pyvmm.memory import pages
+
+        found = bytearray(pages.NO * (self.size // PAGE_SIZE))
+        at = 0
+        for piece in pieces(self.fd, 0, memoryview(self._map)):
+            if isinstance(piece, int):  # nobody has a page there, and to be told so takes long
+                at += piece
+                continue
+            address = self.regions[0].host_addr + at
+            here = pages.looked_up(address, len(piece), pages.ANY)
+            found[at // PAGE_SIZE : at // PAGE_SIZE + len(here)] = here
+            at += len(piece)
+        return bytes(found)
+
     def let_go(self) -> None:
         """Have this process have no page of it mapped, until one is touched; nothing is lost."""
         self._map.madvise(mmap.MADV_DONTNEED)

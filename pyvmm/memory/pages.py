@@ -7,10 +7,8 @@ interpreter's own functions on bytes and numbers are quick with.
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-
-from pyvmm.memory.guest_memory import PAGE_SIZE
+from collections.abc import Callable, Iterator, Sequence
+from mmap import PAGESIZE as PAGE_SIZE
 
 NO, YES = b"0", b"1"
 _ENTRY = 8
@@ -53,9 +51,11 @@ def _read(fd: int, offset: int, size: int) -> bytes:
 
 
 def both(one: bytes, other: bytes) -> bytes:
-    """What is in one of them or in both."""
-    number = int.from_bytes(one, "big") | int.from_bytes(other, "big")
-    return number.to_bytes(len(one), "big")
+    """What is in one of them or in both; quick if `other` has few runs."""
+    found = bytearray(one)
+    for first, length in runs(other):
+        found[first : first + length] = YES * length
+    return bytes(found)
 
 
 def from_bitmap(bitmap: bytes, count: int) -> bytes:
@@ -72,8 +72,12 @@ def to_bitmap(pages: bytes) -> bytes:
 
 def runs(pages: bytes) -> Iterator[tuple[int, int]]:
     """The first page and the number of pages of each run that is in the set."""
-    for run in re.finditer(rb"1+", pages):
-        yield run.start(), run.end() - run.start()
+    start = pages.find(YES)
+    while start >= 0:
+        end = pages.find(NO, start)
+        end = len(pages) if end < 0 else end
+        yield start, end - start
+        start = pages.find(YES, end)
 
 
 def extents(count: int, over: Sequence[bytes]) -> Iterator[tuple[int, int, int]]:
@@ -83,13 +87,16 @@ def extents(count: int, over: Sequence[bytes]) -> Iterator[tuple[int, int, int]]
     for number, pages in enumerate(over, 1):
         for first, length in runs(pages):
             owner[first : first + length] = bytes([number]) * length
-    for run in re.finditer(rb"(.)\1*", owner, re.DOTALL):
-        yield run.start(), run.end() - run.start(), owner[run.start()]
-
-
-def clear(pages: bytes, gone: Iterable[int]) -> bytes:
-    """The set without the pages in `gone`."""
-    rest = bytearray(pages)
-    for page in gone:
-        rest[page] = NO[0]
-    return bytes(rest)
+    # Where each layer is next, from where this one is on: no page is looked at twice for a layer.
+    layers = range(len(over) + 1)
+    following = [-1] * len(layers)
+    at = 0
+    while at < count:
+        for layer in layers:
+            if following[layer] < at:
+                found = owner.find(layer, at)
+                following[layer] = count if found < 0 else found
+        here = owner[at]
+        end = min((following[layer] for layer in layers if layer != here), default=count)
+        yield at, end - at, here
+        at = end
