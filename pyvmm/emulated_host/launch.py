@@ -16,6 +16,7 @@ from pyvmm.emulated_host.ports import Port, open_ports
 from pyvmm.emulated_host.qemu import OpenDisk, Qcow2Disk, open_disk, qemu_arguments
 from pyvmm.emulated_host.spec import EmulatedHostError, EmulatedHostSpec, HostDisk
 from pyvmm.errors import ConfigError
+from pyvmm.host import helper_box
 from pyvmm.host.files import open_image
 from pyvmm.host.programs import find_program
 from pyvmm.host.qcow2 import Layer
@@ -57,7 +58,9 @@ def launch(spec: EmulatedHostSpec, argv: Sequence[str]) -> Launched:
         raise ConfigError("there is no command to run in the emulated host")
     machine = emulated_machine(spec.image.architecture)
     # Whatever kills us takes QEMU along: prctl(2), PR_SET_PDEATHSIG.
-    qemu = [require_setpriv(), "--pdeathsig", "KILL", "--", *spec.image.qemu]
+    written = [folder.path for folder in spec.folders if not folder.read_only]
+    qemu = _in_box(spec.image.qemu, written)
+    qemu = [require_setpriv(), "--pdeathsig", "KILL", "--", *qemu]
     check_memory(spec.memory_mib)
     boot = boot_files(spec.image)
     settings = settings_of(spec, argv)
@@ -105,6 +108,13 @@ def launch(spec: EmulatedHostSpec, argv: Sequence[str]) -> Launched:
     console.setblocking(False)
     messages.setblocking(False)
     return Launched(process, ports, console, messages, qmp, settings.mark.encode())
+
+
+def _in_box(qemu: Sequence[str], written: Sequence[str]) -> list[str]:
+    """QEMU's command line, in a box in which it writes to `written` only. Its program may be named
+    as a shell would find it."""
+    path = find_program(qemu[0]) if "/" not in qemu[0] else qemu[0]
+    return list(qemu) if path is None else helper_box.command([path, *qemu[1:]], written)
 
 
 def _spawn(command: list[str], messages: socket.socket, fds: list[int]) -> subprocess.Popen[bytes]:

@@ -33,6 +33,11 @@ def may_signal(pid: int) -> None:
     _children.add(pid)
 
 
+def signals_others() -> bool:
+    """Whether there are such children."""
+    return bool(_children)
+
+
 class Needs(NamedTuple):
     """The needs of a monitor in the box beside open files, memory, threads and time.
 
@@ -95,12 +100,14 @@ def enter(needs: Needs) -> Box:
 
 def stay_outside() -> None:
     """For a thread that starts other programs: give up what neither it nor they ever need."""
-    for give_up in (partial(_drop_capabilities, _NEVER_NEEDED), c.no_new_privileges, _never_call):
+    for give_up in (partial(drop_capabilities, _NEVER_NEEDED), c.no_new_privileges, never_call):
         with suppress(ConfigError):  # as far as the kernel can
             give_up()
 
 
-def _never_call() -> None:
+def never_call() -> None:
+    """Refuse this thread, and the programs that it becomes or starts, what none of them needs.
+    Raises ConfigError."""
     if not _machine_lacks():
         c.install(_some_calls(), c.FILTER_SPEC_ALLOW)
 
@@ -110,7 +117,7 @@ def _enter(layer: str, needs: Needs) -> None:
     if layer == LIMITS:
         c.lower(resource.RLIMIT_CORE, 0)
     elif layer == CAPABILITIES:
-        _drop_capabilities(None)
+        drop_capabilities(None)
     elif layer == PRIVILEGES:
         c.no_new_privileges()
     elif layer == FILES:
@@ -132,7 +139,7 @@ _MOST = 64
 _NEVER_NEEDED = frozenset({9, 16, 17, 19, 20, 22, 25, 29, 30, 32, 33, 34, 35, 36, 37, 38, 39, 40})
 
 
-def _drop_capabilities(which: frozenset[int] | None) -> None:
+def drop_capabilities(which: frozenset[int] | None) -> None:
     """Give up `which`, or all of them, so that no program gets them back. Raises ConfigError."""
     for number in range(_MOST):
         if which is None or number in which:

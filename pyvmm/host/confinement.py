@@ -151,6 +151,8 @@ _PATH_BENEATH = 1
 # <linux/landlock.h>, LANDLOCK_ACCESS_FS_…
 EXECUTE, WRITE_FILE, READ_FILE, READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
 TRUNCATE, IOCTL_DEV = 1 << 14, 1 << 15
+EVERYTHING = (1 << 16) - 1  # as far as the kernel knows it
+_OF_FOLDERS = READ_DIR | 0x1FF0 | 1 << 13  # what a rule for a file may not have
 # How many of the rights, from the lowest on, each version of the interface knows.
 _RIGHTS = {1: 13, 2: 14, 3: 15, 4: 15}
 _RIGHTS_SINCE_5 = 16
@@ -199,11 +201,11 @@ def _allow(rules: int, paths: Iterable[str], access: int, known: int) -> None:
     for path in paths:
         try:
             fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        except FileNotFoundError:
+        except (FileNotFoundError, PermissionError):
             continue
         try:
             # A rule for a file may have no right that only a folder can have.
-            rights = access & known & (~0 if os.path.isdir(path) else ~READ_DIR)
+            rights = access & known & (~0 if os.path.isdir(path) else ~_OF_FOLDERS)
             rule = struct.pack("=Qi", rights, fd)
             added = call_kernel(_ADD_RULE, rules, _PATH_BENEATH, ctypes.c_char_p(rule), 0)
             checked(added, "landlock_add_rule")

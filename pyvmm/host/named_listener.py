@@ -104,8 +104,15 @@ class NamedListener(Closable):
             return
         self.socket.close()
         with suppress(OSError):  # somebody has removed it, or put something else there
-            if _identity(os.lstat(self.path)) == self._identity:
+            if self._is_there():
                 remove(self.path)
+
+    def _is_there(self) -> bool:
+        """Raises OSError."""
+        try:
+            return _identity(os.lstat(self.path)) == self._identity
+        except PermissionError:
+            return True  # another user cannot look; whoever removes for him looks again
 
 
 def _is_alive(path: str) -> bool:

@@ -14,6 +14,14 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
+_latest: Outside | None = None
+
+
+def run(job: Callable[[], T]) -> T:
+    """What `job` returns or raises, done by threads that are outside if there are any."""
+    return job() if _latest is None else _latest.run(job)
+
+
 class Outside:
     """To be made before the box is entered, by a thread that has all rights still."""
 
@@ -21,6 +29,8 @@ class Outside:
         """`begin` is called first in each of the threads; what it gives up stays so."""
         self._begin = begin
         self._jobs: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        global _latest
+        _latest = self
         self._here = local()
         Thread(target=self._spawn, name="outside", daemon=True).start()
 

@@ -106,8 +106,17 @@ def peer(connection: Socket) -> Peer:
 
 
 def is_ours(connection: Socket) -> bool:
-    """True if the other end belongs to the user that we run as."""
-    return peer(connection).uid == os.geteuid()
+    """True if the other end belongs to the user that we run as, or ran as first."""
+    return peer(connection).uid == (os.geteuid() if _owner is None else _owner)
+
+
+_owner: int | None = None
+
+
+def belong_to(uid: int) -> None:
+    """Whatever user we become: others are ours if they are the user `uid`."""
+    global _owner
+    _owner = uid
 
 
 # In an emulated host the machine's sockets are out of reach for connect(2): the relay sets this.

@@ -23,6 +23,7 @@ from pyvmm.spec.vm import VmSpec
 if TYPE_CHECKING:
     from pyvmm.control.registry import Registration
     from pyvmm.control.vm_log import VmLog
+    from pyvmm.host.other_user import OtherUser
     from pyvmm.host.refusals import Refusals
     from pyvmm.monitor.keeper import Keeper
 
@@ -36,6 +37,12 @@ class Confinement:
         """`passes_signals`: to another process, by its descriptor."""
         self._surroundings = surroundings
         self._mode = surroundings.confine
+        self._user: OtherUser | None = None
+        if surroundings.user:
+            from pyvmm.host.other_user import OtherUser
+
+            self._user = OtherUser.named(surroundings.user)
+            self._user.check_reads(_code())
         self._passes_signals = passes_signals
         self._outside: Outside | None = None
         self._keeper: Keeper | None = None
@@ -47,9 +54,9 @@ class Confinement:
     def watch_over(self, registration: Registration, vm_log: VmLog | None) -> None:
         """The files of this VM are opened, made and removed for it once it is confined."""
         self._vm_log = vm_log
-        if self._mode == OFF:
+        if self._mode == OFF and self._user is None:
             return
-        if self._mode == STRICT:
+        if self._mode == STRICT or self._user is not None:  # whose files these are not
             from pyvmm.monitor.keeper import Keeper
 
             keeper = self._keeper = Keeper(os.path.dirname(registration.path), registration.name)
@@ -81,6 +88,15 @@ class Confinement:
     def enter(self, spec: VmSpec) -> Box:
         """Confine this process, which is about to run `spec`; the layers that are on. Raises
         ConfigError for a layer that is wanted and cannot be had."""
+        if self._keeper is not None:
+            for device in spec.devices:
+                if device.kind == "vhost_user":  # whose back end may be followed by another one
+                    self._keeper.announce(getattr(device, "socket", ""), removes=False)
+            self._keeper.enter_box()
+        if self._mode == AUTO:
+            self._outside = Outside(box.stay_outside)
+        if self._user is not None:
+            self._become(self._user)
         if self._mode == OFF:
             self._say_what_is_on()
             return self.box
@@ -94,13 +110,6 @@ class Confinement:
             outside=self._mode == AUTO,
             tells=self._refusals is not None,
         )
-        if needs.outside:
-            self._outside = Outside(box.stay_outside)
-        elif self._keeper is not None:
-            for device in spec.devices:
-                if device.kind == "vhost_user":  # whose back end may be followed by another one
-                    self._keeper.announce(getattr(device, "socket", ""), removes=False)
-            self._keeper.enter_box()
         self.box = box.enter(needs)
         if self._mode == STRICT and self.box.off:
             layer, reason = self.box.off[0]
@@ -111,6 +120,25 @@ class Confinement:
             )
         self._say_what_is_on()
         return self.box
+
+    def _become(self, user: OtherUser) -> None:
+        """Raises ConfigError."""
+        if box.signals_others() or self._passes_signals:
+            raise ConfigError(
+                "what serves qcow2 disks, --share or CMD stays root's, and cannot be ended by "
+                "another user",
+                cure="use raw disks (qemu-img convert -O raw), and pyvmm exec",
+                option="--user",
+            )
+        unix_sockets.belong_to(os.geteuid())
+        try:
+            user.become()
+        except OSError as error:
+            raise ConfigError(
+                f"this process cannot become user {user.uid}: {error.strerror}",
+                cure="give it CAP_SETUID and CAP_SETGID, or start it as that user",
+                option="--user",
+            ) from None
 
     def _hear_refusals(self, name: str) -> None:
         if box.probe().on:
@@ -125,13 +153,14 @@ class Confinement:
         if self._vm_log is not None:
             off = "".join(f"; not {layer}: {reason}" for layer, reason in self.box.off)
             layers = ", ".join(self.box.on) or "by nothing"
-            self._vm_log.note(f"confined ({self._mode}): {layers}{off}")
+            user = "" if self._user is None else f"; as user {self._user.uid}"
+            self._vm_log.note(f"confined ({self._mode}): {layers}{off}{user}")
 
     def described(self) -> dict[str, Any]:
         """What confines this process, as plain data."""
         refused = 0 if self._refusals is None else self._refusals.count
         box = {"on": list(self.box.on), "off": dict(self.box.off)}
-        return {"mode": self._mode, **box, "refused_calls": refused}
+        return {"mode": self._mode, "user": os.geteuid(), **box, "refused_calls": refused}
 
     def started(self) -> None:
         """The vCPUs run."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -27,7 +28,7 @@ PLUG = "plug"  # what one side of an emulated host's border asks the other
 
 def not_confined() -> dict[str, Any]:
     """The description of a process that no Confinement is for."""
-    return {"mode": "off", "on": [], "off": {}, "refused_calls": 0}
+    return {"mode": "off", "user": os.geteuid(), "on": [], "off": {}, "refused_calls": 0}
 
 
 def _types_or_watches(params: Mapping[str, Any]) -> str:

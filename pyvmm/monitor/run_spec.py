@@ -43,7 +43,8 @@ def run_spec(
     exit code, and whether that is one of a command in the guest and not the VM's own. A signal asks
     the guest to power off first; with `cut_if_nothing_kept` only if it can keep something.
     """
-    surroundings.check_files()
+    if surroundings.allow_read:
+        surroundings.check_files()
     with _registered(spec.name, image or default_name) as registration:
         spec = replace(spec, name=registration.name)
         log.set_vm(spec.name)
@@ -61,7 +62,7 @@ def run_spec(
         listener = registration.listener
 
         def run() -> int:
-            with _held(spec) as release:
+            with _held(spec) as release, _in_group(surroundings.cgroup, spec.name):
                 return _run(
                     spec,
                     kvm,
@@ -178,6 +179,23 @@ def _run(
             surroundings=surroundings,
             doors=doors,
         )
+
+
+@contextmanager
+def _in_group(text: str, name: str) -> Iterator[None]:
+    """In the group of processes that was asked for, with all that is started. Raises
+    ConfigError."""
+    if not text:
+        yield
+        return
+    from pyvmm.host import outside
+    from pyvmm.monitor import cgroup
+
+    group = cgroup.Group(cgroup.Wanted.parse(text), name)
+    try:
+        yield
+    finally:
+        outside.run(group.leave)
 
 
 @contextmanager

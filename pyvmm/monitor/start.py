@@ -11,7 +11,7 @@ from pyvmm.host.unix_sockets import Socket
 from pyvmm.kinds.vm_spec import validate
 from pyvmm.monitor.kernel_choice import specify
 from pyvmm.monitor.run_spec import run_spec
-from pyvmm.spec.surroundings import NAMES, Surroundings, read_surroundings
+from pyvmm.spec.surroundings import NAMES, USUAL, Surroundings, read_surroundings
 from pyvmm.spec.vm import VmSpec
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ def start(
 
     Raises PyvmmError for what is wrong with them.
     """
-    surroundings = read_surroundings({name: options.get(name) for name in NAMES})
+    around = {name: options[name] for name in NAMES if name in options}
+    surroundings = read_surroundings(around) if around else USUAL
     options = {name: value for name, value in options.items() if name not in NAMES}
     if restore is not None:
         return _restore(restore, kvm, surroundings, options, detach=detach, command=command)

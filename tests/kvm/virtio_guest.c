@@ -1,9 +1,10 @@
 /* A guest without an operating system that drives a disk and a random number generator over virtio-mmio
  * (virtio 1.3, 4.2), at DISK and RNG, and polls their used rings. Told "r" on its serial port it prints the
- * text that sector 0 begins with, "w" writes sector 1, "n" says whether it got random bytes, "O" powers off. */
+ * text that sector 0 begins with, "w" writes sector 1, "n" says whether it got random bytes, "O" powers off.
+ * Told "k" it writes 1, 2, 3… in turn to SECTORS sectors for ever, and says "k" and each once it is written. */
 #include <stdint.h>
 
-enum { SIZE = 4, SERIAL = 0x3f8, SLEEP = 0x600 };
+enum { SIZE = 4, SERIAL = 0x3f8, SLEEP = 0x600, SECTORS = 7 };
 enum { FEATURES_SEL = 0x14, DRIVER_FEATURES = 0x20, DRIVER_FEATURES_SEL = 0x24, QUEUE_SEL = 0x30,
        QUEUE_SIZE = 0x38, QUEUE_READY = 0x44, NOTIFY = 0x50, STATUS = 0x70, DESC = 0x80, DRIVER = 0x90,
        DEVICE = 0xa0 };
@@ -16,7 +17,7 @@ struct queue {
 } __attribute__((aligned(16)));
 static struct queue queues[2];
 static struct { uint32_t type, reserved; uint64_t sector; } header;
-static char data[512];
+static char data[512] __attribute__((aligned(8)));
 static volatile uint8_t status;
 
 static void out(uint16_t port, uint8_t value) { asm volatile("outb %0, %1" : : "a"(value), "Nd"(port)); }
@@ -91,6 +92,25 @@ static void use_disk(uint32_t type, uint64_t sector)
         print(status == 1 ? "IOERR" : "no answer");
 }
 
+static void print_number(char letter, uint64_t number)
+{
+    static char text[18];
+    text[0] = letter;
+    for (unsigned digit = 0; digit < 16; digit++)
+        text[16 - digit] = "0123456789abcdef"[number >> (4 * digit) & 15];
+    print(text);
+}
+
+static void write_for_ever(void)
+{
+    for (uint64_t number = 1;; number++) {
+        for (unsigned index = 0; index < sizeof data / sizeof number; index++)
+            ((volatile uint64_t *)data)[index] = number;
+        use_disk(1, 1 + (number - 1) % SECTORS);
+        print_number('k', number);
+    }
+}
+
 void run(void)
 {
     start(DISK, &queues[0]);
@@ -115,6 +135,9 @@ void run(void)
             describe(&queues[1], 0, data, 64, 2);
             request(RNG, &queues[1]);
             print(queues[1].used.ring[(queues[1].used.index - 1) % SIZE].length == 64 ? "random" : "none");
+            break;
+        case 'k':
+            write_for_ever();
             break;
         case 'O':
             out(SLEEP, 5 << 2 | 0x20);

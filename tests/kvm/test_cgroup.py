@@ -1,0 +1,113 @@
+"""`--cgroup`: a monitor and its helpers in a group of processes, and nothing of it left."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from echo_guest import echo_kernel
+from running import SAFETY_TIMEOUT, Running
+
+from pyvmm.errors import ConfigError
+from pyvmm.host.programs import find_program
+from pyvmm.kvm.system import Kvm
+from pyvmm.monitor import cgroup
+
+
+@pytest.fixture
+def group() -> Iterator[Path]:
+    """One that is there, and empty."""
+    ours = cgroup._ours()
+    if not ours:
+        pytest.skip("this machine has no cgroup v2")
+    path = Path(ours) / f"pyvmm.test.{os.getpid()}"
+    try:
+        path.mkdir()
+    except OSError as error:
+        pytest.skip(f"no groups of processes can be made here: {error}")
+    yield path
+    for folder in (*path.glob("pyvmm-*"), path):
+        folder.rmdir()
+
+
+def members(group: Path) -> set[int]:
+    return {int(line) for line in (group / "cgroup.procs").read_text().split()}
+
+
+@pytest.mark.parametrize("mode", ["auto", "strict", "off"])
+def test_a_monitor_and_its_helpers_are_in_the_group(
+    kvm: Kvm, tmp_path: Path, group: Path, mode: str
+) -> None:
+    helper = find_program("qemu-img")
+    options = ["--kernel", echo_kernel(tmp_path), "--cgroup", str(group), "--confine", mode]
+    if helper is not None and find_program("qemu-storage-daemon") is not None:
+        image = tmp_path / "image.qcow2"
+        subprocess.run([helper, "create", "-q", "-f", "qcow2", image, "1M"], check=True)
+        options += ["--disk", str(image)]
+    with Running(tmp_path, "vm", b"", *options) as vm:
+        inside = members(group)
+        assert vm.process.pid in inside
+        assert len(inside) >= 1 + ("--disk" in options) + (mode == "strict"), inside
+        assert vm("stop", "vm", "--timeout", "0").returncode == 0
+        vm.process.wait(SAFETY_TIMEOUT)
+    assert not members(group)
+
+
+@pytest.mark.parametrize("mode", ["auto", "strict"])
+def test_a_group_of_its_own_goes_with_it_or_with_the_next(
+    kvm: Kvm, tmp_path: Path, group: Path, mode: str
+) -> None:
+    (group / "pyvmm-left").mkdir()
+    wanted = f"{group},pids=512"
+    has_pids = "pids" in (group / "cgroup.controllers").read_text().split()
+    options = ("--kernel", echo_kernel(tmp_path), "--cgroup", wanted, "--confine", mode)
+    if not has_pids:
+        done = Running.__new__(Running)
+        with pytest.raises(AssertionError, match="has no pids controller"):
+            done.__init__(tmp_path, "vm", b"", *options)  # type: ignore[misc]
+        done.process.wait(SAFETY_TIMEOUT)
+        assert not list(group.glob("pyvmm-*"))  # the one that another has left has gone, too
+        return
+    with Running(tmp_path, "vm", b"", *options) as vm:
+        made = group / "pyvmm-vm"
+        assert vm.process.pid in members(made) and not (group / "pyvmm-left").exists()
+        assert (made / "pids.max").read_text() == "512\n"
+        assert vm("stop", "vm", "--timeout", "0").returncode == 0
+        vm.process.wait(SAFETY_TIMEOUT)
+    assert not members(made) if mode == "strict" else not made.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is no group"),
+        ("/x,memory=much", "memory=much is no limit"),
+        ("/x,memory=1G,memory=2G", "memory is there twice"),
+        ("/x,pids=0", "pids=0 is no limit"),
+        ("/x,pids=-3", "pids=-3 is no limit"),
+        ("/x,cpus=0", "cpus=0 is no limit"),
+        ("/x,cpus=nan", "cpus=nan is no limit"),
+        ("/x,cpus=inf", "cpus=inf is no limit"),
+        ("/x,io=1", "io=1 is no limit"),
+        ("/x,", "= is no limit"),
+    ],
+)
+def test_a_group_that_cannot_be_read_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        cgroup.Wanted.parse(text)
+
+
+def test_limits_are_the_kernel_s_words() -> None:
+    assert cgroup.Wanted.parse("own,memory=1G,pids=64,cpus=1.5") == (
+        "",
+        {"memory.max": str(1 << 30), "pids.max": "64", "cpu.max": "150000 100000"},
+    )
+
+
+@pytest.mark.parametrize("place", ["/no/such/place", "/tmp", "/proc/self"])
+def test_a_place_that_is_no_group_is_told_in_one_line(place: str) -> None:
+    with pytest.raises(ConfigError, match="is no group of cgroup v2"):
+        cgroup.Group(cgroup.Wanted(place, {}), "vm")
