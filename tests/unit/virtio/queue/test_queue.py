@@ -936,7 +936,7 @@ def test_a_chain_in_flight_may_be_as_long_as_any(layout):
     rig = Rig(SIZE, layout=layout)
     good = rig.queue.state()
     parts = ((0, 2**32 // SIZE),) * SIZE
-    fields = {name: getattr(good, name) for name in QueueState.__dataclass_fields__}
+    fields = good._asdict()
     next_avail = 0x8001 if rig.packed else 1
     for readable, writable in ((parts, ()), ((), parts), (parts[:3], parts[3:])):
         chain = InFlight(0, 1, readable, writable)
@@ -991,6 +991,6 @@ def test_row58_a_ring_that_contradicts_the_state_is_refused(make):
 
 def test_row17_a_state_with_rings_outside_ram_is_refused(rig):
     state = rig.queue.state()
-    fields = {name: getattr(state, name) for name in QueueState.__dataclass_fields__}
+    fields = state._asdict()
     with pytest.raises(GuestMemoryError):
         rig.restored(QueueState(**{**fields, "used_addr": HOLE_END - 4}))
