@@ -9,6 +9,7 @@ from pyvmm.boot import cmdline as command_line
 from pyvmm.boot.arm64 import device_tree, image, layout
 from pyvmm.boot.arm64.device_tree import Device, Gic, Machine
 from pyvmm.boot.arm64.layout import ram_ranges
+from pyvmm.boot.file_kinds import check_initrd
 from pyvmm.boot.image_file import ImageFile
 from pyvmm.errors import ConfigError
 from pyvmm.memory import GuestMemory
@@ -16,7 +17,6 @@ from pyvmm.memory import GuestMemory
 __all__ = ["Device", "Entry", "Gic", "Machine", "load", "ram_ranges"]
 
 _PAGE = 0x1000
-_ELF = b"\x7fELF"
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,7 @@ def _load_initrd(
     if path is None:
         return 0, 0
     with ImageFile(path, "--initrd") as file:
-        head = file.read(0, image.HEADER_SIZE)
-        if head.startswith(_ELF) or image.has_magic(head):
-            raise file.error(f"{path} is a kernel", "give it to --kernel")
+        check_initrd(file)
         start = (top - file.size) & -_PAGE
         if start < kernel_end:
             size, left = file.size, max(0, top - kernel_end)

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from pyvmm.boot.arm64 import layout
+from pyvmm.boot.file_kinds import HEAD, not_a_kernel
 from pyvmm.boot.image_file import ImageFile
 from pyvmm.boot.unpack import GZIP, unpack
 from pyvmm.errors import ConfigError
@@ -28,24 +29,8 @@ _MOST_PACKED = 512 << 20  # bytes, which are in memory; Debian's have 15 MiB
 _CHUNK = 4 << 20
 
 _HOW_X86 = "use --arch x86_64, or a kernel for arm64"
-# (offset, magic, what it is, cure)
-_OTHERS = (
-    (0x202, b"HdrS", "a kernel for x86", _HOW_X86),
-    (0, b"070701", "a cpio archive, that is an initrd", "give it to --initrd"),
-    (0, b"070702", "a cpio archive, that is an initrd", "give it to --initrd"),
-    (0, b"\xfd7zXZ\0", "xz-compressed", "decompress it first (xz -dc)"),
-    (0, b"BZh", "bzip2-compressed", "decompress it first (bzip2 -dc)"),
-    (0, b"\x02\x21\x4c\x18", "lz4-compressed", "decompress it first (lz4 -dc)"),
-    (0, b"\x04\x22\x4d\x18", "lz4-compressed", "decompress it first (lz4 -dc)"),
-    (0, b"\x27\x05\x19\x56", "a U-Boot image (uImage)", "use the Image that it was made of"),
-    (0, b"QFI\xfb", "a QCOW2 disk image", "give disks to --disk"),
-    (0, b"!<arch>\n", "a Debian package or ar archive", "unpack it: dpkg -x FILE DIRECTORY"),
-    (0x38, b"RSC\x05", "a kernel for RISC-V", "use one for arm64"),
-    (0x438, b"\x53\xef", "an ext2/3/4 file system", "give disks to --disk"),
-)
 _ELF = b"\x7fELF"
 _ELF_X86 = (3, 62)  # EM_386, EM_X86_64
-_HEAD = 0x440
 
 
 class Image(NamedTuple):
@@ -124,7 +109,7 @@ def _and(first: bytes, rest: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _pieces(kernel: ImageFile) -> Iterator[bytes]:
-    head = kernel.read(0, _HEAD)
+    head = kernel.read(0, HEAD)
     if head.startswith(_EFI) and head[4:8] == _ZBOOT:
         return _unpacked(kernel, *_zboot(kernel, head))
     if head.startswith((GZIP, _ZSTD)):
@@ -172,10 +157,5 @@ def _not_a_kernel(kernel: ImageFile, head: bytes) -> ConfigError:
         return kernel.error(
             f"{kernel.path} is an ELF file", "use the Image that is built beside vmlinux"
         )
-    for offset, magic, what, cure in _OTHERS:
-        if head[offset : offset + len(magic)] == magic:
-            return kernel.error(f"{kernel.path} is {what}", cure)
-    return kernel.error(
-        f"{kernel.path} is not an Image for arm64 (it lacks its magic number)",
-        "give it a Linux kernel, such as /boot/vmlinuz-* of an arm64 Debian",
-    )
+    wanted = "not an Image for arm64 (it lacks its magic number)"
+    return not_a_kernel(kernel, head, wanted, "/boot/vmlinuz-* of an arm64 Debian")

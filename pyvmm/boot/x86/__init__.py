@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from pyvmm.boot import cmdline as command_line
+from pyvmm.boot.file_kinds import check_initrd
 from pyvmm.boot.image_file import ImageFile
 from pyvmm.boot.x86 import acpi as acpi_tables
 from pyvmm.boot.x86 import boot_params, bzimage, detect, discovery, layout
@@ -140,7 +141,7 @@ def _load_initrd(
     if path is None:
         return 0, 0
     with ImageFile(path, "--initrd") as file:
-        detect.check_initrd(file)
+        check_initrd(file)
         return load_initrd(memory, file, kernel=kernel, addr_max=addr_max)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pyvmm.boot import file_kinds
 from pyvmm.boot.image_file import ImageFile
 
 BZIMAGE = "bzImage"
@@ -9,91 +10,13 @@ ELF = "ELF"
 
 _ELF_MAGIC = b"\x7fELF"
 
-_CPIO = (b"070701", b"070702")
-_CPIO_HEADER = 110  # bytes: the magic, and 13 fields of 8 hexadecimal digits
-_TRAILER = b"TRAILER!!!"
-_MOST_FILES = 200_000  # of an archive, that are looked at
-
-_HEAD = 0x40_08  # up to where a bootable disk's or a file system's signature may stand
-# How to get at what is inside a compressed file, by its first bytes.
-_COMPRESSED = (
-    (b"\x1f\x8b", "gzip", "gzip -dc"),
-    (b"\x28\xb5\x2f\xfd", "zstd", "zstd -dc"),
-    (b"\xfd7zXZ\0", "xz", "xz -dc"),
-    (b"BZh", "bzip2", "bzip2 -dc"),
-    (b"\x5d\0\0", "lzma", "xz --format=lzma -dc"),
-    (b"\x02\x21\x4c\x18", "lz4", "lz4 -dc"),
-    (b"\x04\x22\x4d\x18", "lz4", "lz4 -dc"),
-    (b"\x89LZO", "lzo", "lzop -dc"),
-)
-_OTHERS = (
-    (0, b"070701", "a cpio archive, that is an initrd", "give it to --initrd"),
-    (0, b"070702", "a cpio archive, that is an initrd", "give it to --initrd"),
-    (
-        0,
-        b"\x27\x05\x19\x56",
-        "a U-Boot image (uImage)",
-        "use the bzImage or vmlinux it was made of",
-    ),
-    (0, b"QFI\xfb", "a QCOW2 disk image", "give disks to --disk"),
-    (0, b"!<arch>\n", "a Debian package or ar archive", "unpack it: dpkg -x FILE DIRECTORY"),
-    (0, b"\xed\xab\xee\xdb", "an RPM package", "unpack it: rpm2cpio FILE | cpio -id"),
-    (0x38, b"ARM\x64", "a kernel for arm64", "use a 64-bit x86 kernel"),
-    (0x38, b"RSC\x05", "a kernel for RISC-V", "use a 64-bit x86 kernel"),
-    (0x438, b"\x53\xef", "an ext2/3/4 file system", "give disks to --disk"),
-)
-
-
-def check_initrd(initrd: ImageFile) -> None:
-    """Raise ConfigError if the file is a kernel, or a damaged cpio archive; of what else it is, the
-    guest is the judge."""
-    head = initrd.read(0, 0x206)
-    if head[:4] == _ELF_MAGIC or head[0x202:] == b"HdrS":
-        raise initrd.error(f"{initrd.path} is a kernel", "give it to --kernel")
-    if head.startswith(_CPIO):
-        _check_cpio(initrd)
-
-
-def _check_cpio(initrd: ImageFile) -> None:
-    """Of the first archive in the file: others may follow it, compressed ones too. The format is
-    that of Linux Documentation/driver-api/early-userspace/buffer-format.rst."""
-    at = 0
-    for _ in range(_MOST_FILES):
-        header = initrd.read(at, _CPIO_HEADER)
-        try:
-            if len(header) < _CPIO_HEADER or not header.startswith(_CPIO):
-                raise ValueError
-            size, name_size = (int(header[place : place + 8], 16) for place in (54, 94))
-        except ValueError:
-            raise initrd.error(
-                f"{initrd.path} is a damaged initrd: its cpio archive breaks off at byte {at}",
-                "copy or build it again",
-            ) from None
-        name = initrd.read(at + _CPIO_HEADER, min(name_size, len(_TRAILER) + 1))
-        if name.startswith(_TRAILER):
-            return
-        at += -(-(_CPIO_HEADER + name_size) // 4) * 4
-        at += -(-size // 4) * 4
-
 
 def kind_of(kernel: ImageFile) -> str:
     """`BZIMAGE` or `ELF`. Raises ConfigError that says what the file is instead."""
-    head = kernel.read(0, _HEAD)
+    head = kernel.read(0, file_kinds.HEAD)
     if head[:4] == _ELF_MAGIC:
         return ELF
     if head[0x202:0x206] == b"HdrS":
         return BZIMAGE
-    for magic, what, command in _COMPRESSED:
-        if head.startswith(magic):
-            raise kernel.error(
-                f"{kernel.path} is {what}-compressed",
-                f"decompress it first ({command} {kernel.path} > vmlinux); "
-                "if it is an initrd, give it to --initrd",
-            )
-    for offset, magic, what, cure in _OTHERS:
-        if head[offset : offset + len(magic)] == magic:
-            raise kernel.error(f"{kernel.path} is {what}", cure)
-    raise kernel.error(
-        f"{kernel.path} is neither a bzImage (no HdrS signature) nor an ELF vmlinux",
-        "give it a Linux kernel, such as /boot/vmlinuz-*",
-    )
+    wanted = "neither a bzImage (no HdrS signature) nor an ELF vmlinux"
+    raise file_kinds.not_a_kernel(kernel, head, wanted, "/boot/vmlinuz-*")

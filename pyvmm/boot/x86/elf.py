@@ -23,7 +23,7 @@ _PHDR_SIZE = {_CLASS_32: 32, _CLASS_64: 56}
 MAX_SEGMENTS = 128
 MAX_NOTES_SIZE = 1 << 20
 PN_XNUM = 0xFFFF  # the real number would stand in a section header
-EM_386, EM_X86_64 = 3, 62
+EM_386, EM_X86_64, EM_AARCH64 = 3, 62, 183
 _MACHINE_OF = {_CLASS_32: EM_386, _CLASS_64: EM_X86_64}
 ET_EXEC, ET_DYN = 2, 3
 PT_LOAD, PT_NOTE = 1, 4
@@ -35,7 +35,7 @@ _MACHINES = {
     EM_386: "32-bit x86",
     EM_X86_64: "64-bit x86",
     40: "32-bit Arm",
-    183: "arm64",
+    EM_AARCH64: "arm64",
     243: "RISC-V",
     21: "POWER",
     22: "s390",
@@ -165,7 +165,9 @@ def _check_header(
 ) -> None:
     if machine != _MACHINE_OF[elf_class]:
         what = _MACHINES.get(machine, f"machine {machine}")
-        raise kernel.error(f"{kernel.path} is an ELF for {what}", "use a 64-bit x86 kernel")
+        arm64 = "--arch arm64 with the Image that is built beside it, or "
+        cure = f"use {arm64 if machine == EM_AARCH64 else ''}a 64-bit x86 kernel"
+        raise kernel.error(f"{kernel.path} is an ELF for {what}", cure)
     if kind not in (ET_EXEC, ET_DYN):
         raise kernel.error(f"{kernel.path} is an ELF object file, not a linked kernel")
     number, offset = header["e_phnum"], header["e_phoff"]

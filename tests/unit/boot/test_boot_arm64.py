@@ -168,13 +168,13 @@ def test_nothing_is_left_of_a_kernel_that_cannot_be_unpacked(tmp_path: Path) -> 
 
 
 def test_an_initrd_lies_below_the_trees(tmp_path: Path) -> None:
-    initrd = put(tmp_path, b"070701" + b"i" * 10_000, "initrd")
+    initrd = put(tmp_path, b"i" * 10_000, "initrd")
     ram, entry = load(put(tmp_path, PLAIN), initrd=initrd)
     trees = sorted(entry.trees.values())
     assert len(trees) == layout.TREES and all(at % 8 == 0 for at in trees)
     blob = tree_of(ram, entry, 3)
     start, end = (number(blob, "/chosen", f"linux,initrd-{what}") for what in ("start", "end"))
-    assert ram.read(start, end - start) == b"070701" + b"i" * 10_000
+    assert ram.read(start, end - start) == b"i" * 10_000
     assert RAM + 4 * MIB <= start < end <= trees[0]
     assert trees[-1] + layout.TREE_SIZE <= RAM + 64 * MIB
 
@@ -185,6 +185,8 @@ def test_an_initrd_lies_below_the_trees(tmp_path: Path) -> None:
         (b"i" * (64 * MIB), "give it --memory"),
         (kernel_bytes(), "is a kernel; give it to --kernel"),
         (b"\x7fELF" + bytes(100), "is a kernel; give it to --kernel"),
+        (bytes(0x202) + b"HdrS", "is a kernel; give it to --kernel"),
+        (b"070701" + b"i" * 200, "is a damaged initrd: its cpio archive breaks off at byte 0"),
     ],
 )
 def test_an_initrd_that_cannot_be_one(tmp_path: Path, initrd: bytes, said: str) -> None:

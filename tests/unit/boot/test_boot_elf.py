@@ -118,7 +118,7 @@ def test_row53_truncated_anywhere_is_refused(tmp_path: Path) -> None:
         (Elf(**{**ELF32, "phentsize": 56}), "56 bytes each, not 32"),
         (Elf(**{**ELF32, "phoff": 1 << 30}), "past its end"),
         (Elf(data=2), "big-endian"),
-        (Elf(machine=183), "arm64"),
+        (Elf(machine=183), "for arm64; use --arch arm64 with the Image"),
         (Elf(machine=9999), "9999"),
         (Elf(kind=1), "object"),
         (Elf(phoff=1 << 62), "past its end"),

@@ -39,7 +39,7 @@ def said_of(kernel: Path | str, initrd: Path | str | None = None) -> str:
         (b"\x02\x21\x4c\x18....", ["lz4", "decompress"]),
         (b"070701" + b"0" * 100, ["cpio", "--initrd"]),
         (b"\x27\x05\x19\x56" + bytes(100), ["uImage"]),
-        (b"MZ" + bytes(0x36) + b"ARM\x64" + bytes(64), ["arm64"]),
+        (b"MZ" + bytes(0x36) + b"ARM\x64" + bytes(64), ["for arm64; use --arch arm64"]),
         (b"QFI\xfb" + bytes(100), ["QCOW2", "--disk"]),
         (bytes(0x438) + b"\x53\xef" + bytes(100), ["ext2/3/4", "--disk"]),
         (b"!<arch>\ndebian-binary", ["dpkg -x"]),

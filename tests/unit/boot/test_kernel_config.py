@@ -12,9 +12,9 @@ import boot_images
 import pytest
 
 from pyvmm.boot import kernel_config
+from pyvmm.boot.file_kinds import check_initrd
 from pyvmm.boot.image_file import ImageFile
 from pyvmm.boot.kernel_config import Wants, embedded, lacking
-from pyvmm.boot.x86 import detect
 from pyvmm.boot.x86.release import config_of, release_of
 from pyvmm.errors import ConfigError
 from pyvmm.host import cpio
@@ -122,7 +122,7 @@ def test_the_release_of_a_bzimage(tmp_path: Path) -> None:
 def checked(path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with ImageFile(str(path), "--initrd") as file:
-        detect.check_initrd(file)
+        check_initrd(file)
 
 
 def test_a_damaged_cpio_archive_is_told_before_the_boot(tmp_path: Path) -> None:
