@@ -93,12 +93,13 @@ if TYPE_CHECKING:
 
 
 class Kind(NamedTuple):
-    """A row of KINDS: the option that asks for one or more devices, the module, and whether they
-    can come and go while the guest runs."""
+    """A row of KINDS: the option that asks for one or more devices, the module, whether they can
+    come and go while the guest runs, and whether a snapshot can have them."""
 
     option: str
     module: str
     comes_and_goes: bool = False
+    in_snapshots: bool = True
 
 
 # The order is the one in which a VM's devices appear in the guest.
@@ -108,12 +109,12 @@ KINDS = {
     "console": Kind("console", "pyvmm.kinds.console"),
     "ports": Kind("ports", "pyvmm.kinds.port"),
     "rng": Kind("rng", "pyvmm.kinds.rng", comes_and_goes=True),
-    "user": Kind("devices", "pyvmm.kinds.user"),
-    "pmem": Kind("pmem", "pyvmm.kinds.pmem"),
+    "user": Kind("devices", "pyvmm.kinds.user", in_snapshots=False),
+    "pmem": Kind("pmem", "pyvmm.kinds.pmem", in_snapshots=False),
     "balloon": Kind("balloon", "pyvmm.kinds.balloon"),
     "vsock": Kind("vsock", "pyvmm.kinds.vsock"),
-    "vhost_user": Kind("vhost_user", "pyvmm.kinds.vhost_user"),
-    "share": Kind("shares", "pyvmm.kinds.share", comes_and_goes=True),
+    "vhost_user": Kind("vhost_user", "pyvmm.kinds.vhost_user", in_snapshots=False),
+    "share": Kind("shares", "pyvmm.kinds.share", comes_and_goes=True, in_snapshots=False),
 }
 
 

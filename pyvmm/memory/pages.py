@@ -83,6 +83,9 @@ def runs(pages: bytes) -> Iterator[tuple[int, int]]:
 def extents(count: int, over: Sequence[bytes]) -> Iterator[tuple[int, int, int]]:
     """Which layer `count` pages are in: (first page, number of pages, layer), in order. Layer 0 has
     all of them, and layer n those in `over[n - 1]`; the highest one counts."""
+    if not over and count:
+        yield 0, count, 0
+        return
     owner = bytearray(count)
     for number, pages in enumerate(over, 1):
         for first, length in runs(pages):

@@ -86,7 +86,8 @@ def below(path: str, state: Mapping[str, Any], size: int) -> list[tuple[str, dic
 
 class SavedMemory(Closable):
     """The open files of a snapshot's memory. `files` are their descriptors, each with the set of
-    the pages that count in it, the lowest first; `size` is in bytes."""
+    the pages that count in it, the lowest first, which has all of them and no set; `size` is in
+    bytes."""
 
     def __init__(self, path: str, state: Mapping[str, Any], size: int) -> None:
         """Raises ConfigError."""
@@ -100,7 +101,7 @@ class SavedMemory(Closable):
                 self._closing.callback(os.close, fd)
                 if os.fstat(fd).st_size != size:
                     raise ConfigError(f"{layer.file} is not as large as it was", cure=_CURE)
-                self.files.append((fd, layer.pages or pages.YES * count))
+                self.files.append((fd, layer.pages or b""))
         except BaseException:
             self.close()
             raise

@@ -22,10 +22,10 @@ from pyvmm.kinds.vm_spec import from_json, to_json, validate, with_paths
 from pyvmm.memory import pages
 from pyvmm.memory.guest_memory import PAGE_SIZE
 from pyvmm.monitor.saved_memory import SavedMemory, below, is_zero, layers_of
-from pyvmm.monitor.snapshot_sender import DONE, END, LARGEST_PIECE, PIECE
+from pyvmm.monitor.snapshot_sender import DONE, END, LARGEST_PIECE, PIECE, check
 from pyvmm.spec.options import read_own
-from pyvmm.spec.record import replace
-from pyvmm.spec.vm import DiskSpec, VmSpec
+from pyvmm.spec.record import replace, with_defaults
+from pyvmm.spec.vm import INTERNAL, DiskSpec, VmSpec
 
 _PATIENCE = 60.0  # seconds without a byte from the VM
 _MOST_LINE = 1 << 16
@@ -356,7 +356,7 @@ def spec_of(name: str, path: str, state: Mapping[str, Any]) -> VmSpec:
     """The VM that goes on from the snapshot `name` in the directory `path`. It writes to none of
     the files that the VM had which was saved: what it changes on its disks is thrown away at its
     end. Raises ConfigError for a snapshot that cannot be, or whose disks have changed."""
-    spec = from_json(json.dumps(state.get("spec")))
+    spec = _as_a_user_could(from_json(json.dumps(state.get("spec"))))
     _check_disks(name, spec.disks, state.get("disks"))
     files = state.get("files")
     if not isinstance(files, dict) or files.get(store.MEMORY) != spec.memory:
@@ -369,7 +369,6 @@ def spec_of(name: str, path: str, state: Mapping[str, Any]) -> VmSpec:
             raise _bad(name, f"{file!r} is not as large as it was")
     disks = []
     for index, disk in enumerate(spec.disks):
-        disk = replace(disk, saved=None, scratch=None)  # not for a snapshot to say
         if disk.read_only:
             disks.append(disk)
             continue
@@ -379,6 +378,23 @@ def spec_of(name: str, path: str, state: Mapping[str, Any]) -> VmSpec:
         saved = os.path.join(path, changes) if changes in files else None
         disks.append(replace(disk, snapshot=True, overlay=None, direct=False, saved=saved))
     return replace(spec, disks=tuple(disks), restored_from=path, waits=False)
+
+
+def _as_a_user_could(spec: VmSpec) -> VmSpec:
+    """`spec`, which a state has, with nothing in it that is not for a user to say. Raises
+    ConfigError if it has what no snapshot of ours has: code, above all, which would run as us."""
+    check(spec)
+    for device in spec.devices:
+        if not registry.KINDS[device.kind].in_snapshots:
+            raise ConfigError(
+                f"a device of the kind {device.kind} cannot be in a snapshot",
+                cure="pyvmm has not made this one: take one of your own",
+            )
+    return replace(
+        with_defaults(spec, INTERNAL),
+        disks=tuple(with_defaults(disk, INTERNAL) for disk in spec.disks),
+        devices=tuple(with_defaults(device, INTERNAL) for device in spec.devices),
+    )
 
 
 _OF_A_RUN = ("name", "trace", "trace_file", "on_reboot")

@@ -8,8 +8,9 @@ six methods for each class, and loads a compiler's worth of modules for that: a 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, dataclass_transform
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar, dataclass_transform
 
 if TYPE_CHECKING:  # whose arguments type checkers know
     from dataclasses import replace as replace
@@ -18,6 +19,9 @@ else:
     def replace(record, /, **changes):
         """A copy of `record` with other values in the fields that `changes` names."""
         return type(record)(**{**vars(record), **changes})
+
+
+R = TypeVar("R", bound="Record")
 
 
 class _Field(NamedTuple):
@@ -34,6 +38,14 @@ def field(*, default: Any, kw_only: bool = False, metadata: dict[str, Any] | Non
 def kinds_of(record: Record) -> dict[str, str]:
     """The names of the fields, and the annotation of each as text."""
     return {name: str(kind) for name, (kind, _) in record._rows.items()}
+
+
+def with_defaults(record: R, metadata: Mapping[str, Any]) -> R:
+    """A copy of `record` with the defaults in all fields that have this metadata."""
+    rows = record._rows.items()
+    return replace(
+        record, **{name: one.default for name, (_, one) in rows if one.metadata == metadata}
+    )
 
 
 class _Missing:

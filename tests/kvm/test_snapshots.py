@@ -380,6 +380,38 @@ def test_row_58_a_bad_snapshot_is_refused_in_one_line(snapshot: Path, folder: Pa
         assert not sockets, (name, sockets)
 
 
+# None of them can be saved, so that a state that has one was not written by pyvmm.
+@pytest.mark.parametrize("what", ["device", "disk", "share", "vhost-user", "pmem"])
+def test_a_state_brings_no_code_and_none_of_the_hosts_folders(snapshot: Path, what: str) -> None:
+    mark, secret = snapshot / "mark", snapshot / "mine"
+    code = snapshot / "evil.py"
+    code.write_text(f"open({str(mark)!r}, 'w').close()\n")
+    secret.write_bytes(bytes(2 << 20))
+    device: dict[str, Any] = {
+        "device": ["user", {"path": str(code), "class_name": "Evil"}],
+        "share": ["share", {"path": str(snapshot.parents[3]), "mountpoint": "/mnt"}],
+        "vhost-user": ["vhost_user", {"socket": str(snapshot / "socket"), "type": "blk"}],
+        "pmem": ["pmem", {"path": str(secret)}],
+    }
+
+    def change(state: dict[str, Any]) -> None:
+        if what == "disk":
+            path = f"{code}:Evil"
+            Path(path).touch()
+            state["spec"]["disks"][0].update(path=path, snapshot=False)
+            marks = os.stat(path)
+            state["disks"][0]["files"] = {path: [0, marks.st_ino, marks.st_mtime_ns]}
+            del state["files"]["disk-0"]
+        else:
+            state["spec"]["devices"].append(device[what])
+
+    _state(change)(snapshot)
+    for command in (("run", "--kvm=host", "--restore", "first"), ("clone", "first")):
+        line = refused(*command)
+        assert not mark.exists(), f"it has run: {line}"
+        assert "cannot be in a snapshot" in line
+
+
 def test_row_58_a_fuzzed_snapshot_is_restored_or_refused(kvm: Kvm, folder: Path) -> None:
     """SNAPSHOT_CASES cases from SNAPSHOT_SEED; `make fuzz` runs more of them."""
     fuzzed = Snapshots(folder / "fuzz")

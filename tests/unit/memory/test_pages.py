@@ -58,3 +58,8 @@ def test_memory_knows_what_this_process_has_mapped() -> None:
     assert [n for n, one in enumerate(memory.discarded()) if one & 1] == [3, 4]
     assert b"1" not in memory.discarded()
     memory.close()
+
+
+def test_one_layer_costs_nothing_for_each_page() -> None:
+    assert list(pages.extents(1 << 50, [])) == [(0, 1 << 50, 0)]
+    assert list(pages.extents(0, [])) == []

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
 from pyvmm.errors import ConfigError
 from pyvmm.kinds import net, port, vsock
 from pyvmm.kinds.vm_spec import from_json, to_json, validate
-from pyvmm.monitor.snapshots import copy_of
+from pyvmm.monitor.snapshots import copy_of, spec_of
 from pyvmm.spec.vm import DeviceSpec, VmSpec
 
 
@@ -60,3 +63,19 @@ def test_a_path_that_is_too_long_is_told() -> None:
 def test_one_that_waits_says_so_to_another_process() -> None:
     assert from_json(to_json(copy_of(of(), "copy", waits=True))).waits
     assert not copy_of(of(), "copy").waits
+
+
+def test_a_snapshot_says_nothing_that_a_user_cannot(tmp_path: Path) -> None:
+    spec = of(net.Spec(stream="/dev/sda", mac="52:54:00:00:00:01"), vsock.Spec(listen_at="/etc/x"))
+    (tmp_path / "memory").touch()
+    (tmp_path / "memory").open("r+b").truncate(spec.memory)
+    state = {
+        "spec": {**json.loads(to_json(spec)), "waits": True, "restored_from": "/elsewhere"},
+        "disks": [],
+        "files": {"memory": spec.memory},
+    }
+    found = spec_of("a", str(tmp_path), state)
+    card, socket = found.devices
+    assert (card.stream, card.mac) == ("", "52:54:00:00:00:01")  # type: ignore[attr-defined]
+    assert socket.listen_at == ""  # type: ignore[attr-defined]
+    assert (found.waits, found.restored_from) == (False, str(tmp_path))
