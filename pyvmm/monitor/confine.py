@@ -59,7 +59,11 @@ class Confinement:
         if self._mode == STRICT or self._user is not None:  # whose files these are not
             from pyvmm.monitor.keeper import Keeper
 
-            keeper = self._keeper = Keeper(os.path.dirname(registration.path), registration.name)
+            keeper = self._keeper = Keeper(
+                os.path.dirname(registration.path),
+                registration.name,
+                for_another=self._user is not None,
+            )
             for path in registration.files:
                 keeper.announce(path)
             named_listener.remove_by(keeper.remove)

@@ -12,6 +12,9 @@ An answer is an error number in four bytes, and a descriptor where one is asked 
 announced (``b"add" + path``, or ``b"nam" + path`` for one that is not removed) until the monitor is
 about to enter the box, which it says (``b"box"``): a file is removed only if it is still the same.
 The keeper has no other descriptor than its socket, and ends with the monitor.
+
+Where the monitor becomes another user, the keeper is root, and the folder of a socket may be that
+user's: what he makes a link of later is not followed for him.
 """
 
 from __future__ import annotations
@@ -20,10 +23,12 @@ import _socket
 import errno
 import os
 import signal
+import stat
 import struct
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyvmm.control import vm_log
 from pyvmm.errors import HostError
@@ -39,9 +44,10 @@ _KEYS = {"message": str, "ending": str}
 class Keeper:
     """The monitor's end. Any thread may call it."""
 
-    def __init__(self, place: str, name: str) -> None:
-        """Fork the keeper of the VM `name`; `place` is the folder of control sockets. To be called
-        before anything is opened for the VM. Raises HostError."""
+    def __init__(self, place: str, name: str, *, for_another: bool = False) -> None:
+        """Fork the keeper of the VM `name`; `place` is the folder of control sockets. The monitor
+        is to become another user if it is `for_another`. To be called before anything is opened
+        for the VM. Raises HostError."""
         try:
             self._socket, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
             child = os.fork()
@@ -51,7 +57,7 @@ class Keeper:
         if not child:
             try:
                 _be_alone(theirs.fileno())
-                _Serving(theirs, place, name).run()
+                _Serving(theirs, place, name, for_another).run()
             finally:
                 os._exit(0)
         theirs.close()
@@ -139,12 +145,26 @@ def _be_alone(fd: int) -> None:
     os.chdir("/")
 
 
+class _File(NamedTuple):
+    """A file that was announced: its `path`, and the same without links in its folder's."""
+
+    path: str
+    exactly: str
+    removes: bool
+    identity: tuple[int, int] | None = None
+
+    @classmethod
+    def announced(cls, path: str, *, removes: bool) -> _File:
+        folder, name = os.path.split(path)
+        return cls(path, os.path.join(os.path.realpath(folder), name), removes)
+
+
 class _Serving:
-    def __init__(self, socket: _socket.socket, place: str, name: str) -> None:
+    def __init__(self, socket: _socket.socket, place: str, name: str, for_another: bool) -> None:
         self._socket = socket
+        self._for_another = for_another
         self._place, self._name = place, name
-        self._files: list[tuple[str, tuple[int, int] | None]] = []
-        self._stay: set[str] = set()
+        self._files: list[_File] = []
         self._boxed = False
 
     def run(self) -> None:
@@ -169,24 +189,60 @@ class _Serving:
         if what == b"end":
             vm_log.note_end(self._place, self._name, **_end(rest))
         elif what == b"del":
-            path, identity = self._files[int(rest)]
-            if identity is not None and _identity(path) == identity:
-                os.unlink(path)
+            file = self._files[int(rest)]
+            if file.identity is not None:
+                _remove(file.exactly, file.identity)
         elif what == b"con":
             number, *port = map(int, rest.split())
-            return _connected("_".join((self._files[number][0], *map(str, port[:1]))))
+            suffix = "".join(f"_{one}" for one in port[:1])
+            file = self._files[number]
+            if self._for_another:
+                return _connected_exactly(file.exactly + suffix)
+            return _connected(file.path + suffix)
         elif what in (b"add", b"nam") and not self._boxed:
-            self._files.append((os.fsdecode(rest), None))
-            if what == b"nam":
-                self._stay.add(os.fsdecode(rest))
+            self._files.append(_File.announced(os.fsdecode(rest), removes=what == b"add"))
         elif what == b"box" and not self._boxed:
             self._boxed = True
             self._files = [
-                (path, None if path in self._stay else _identity(path)) for path, _ in self._files
+                one._replace(identity=_identity(one.path)) if one.removes else one
+                for one in self._files
             ]
         else:
             raise ValueError
         return -1
+
+
+@contextmanager
+def _exactly(path: str) -> Iterator[int]:
+    """A descriptor (O_PATH) of what is at `path`, an absolute one in which no link is followed.
+    Raises OSError."""
+    fd = os.open("/", os.O_PATH | os.O_CLOEXEC)
+    try:
+        for name in filter(None, path.split("/")):
+            above, fd = fd, os.open(name, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=fd)
+            os.close(above)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _remove(path: str, identity: tuple[int, int]) -> None:
+    """Remove what is at `path` if it is that. Raises OSError."""
+    folder, name = os.path.split(path)
+    with _exactly(folder) as fd:
+        found = os.stat(name, dir_fd=fd, follow_symlinks=False)
+        if (found.st_dev, found.st_ino) == identity:
+            os.unlink(name, dir_fd=fd)
+
+
+def _connected_exactly(path: str) -> int:
+    """Raises OSError."""
+    with _exactly(path) as fd:
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISSOCK(mode):
+            number = errno.ELOOP if stat.S_ISLNK(mode) else errno.ECONNREFUSED
+            raise OSError(number, os.strerror(number))
+        return _connected(f"/proc/self/fd/{fd}")
 
 
 def _connected(path: str) -> int:

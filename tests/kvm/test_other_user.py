@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -179,6 +180,38 @@ def test_root_looks_after_a_vm_that_is_another_user_s(python: str, folder: Path,
         assert not (folder / "vsock").exists() and not (folder / "pyvmm/a.sock").exists()
         [ended] = json.loads(vm("ps", "-a", "--json").stdout)
         assert (ended["name"], ended["state"]) == ("a", "ended")
+
+
+REACHES = """
+from pyvmm.errors import HostError
+from pyvmm.host import unix_sockets
+try:
+    unix_sockets.reach({path!r}).close()
+except HostError as error:
+    raise OSError(error.errno, "reach")
+"""
+
+
+# Whoever owns the folder of a VM's sockets puts links there: root must not follow them for him.
+@pytest.mark.parametrize("mode", ["auto", "strict"])
+def test_root_connects_him_to_no_other_socket(python: str, folder: Path, mode: str) -> None:
+    his = folder / "his"
+    (folder / "roots").mkdir(mode=0o700)
+    his.mkdir()
+    with socket.socket(socket.AF_UNIX) as secret, socket.socket(socket.AF_UNIX) as usual:
+        for one, path in ((secret, folder / "roots/vsock_8"), (usual, his / "vsock_5")):
+            one.bind(str(path))
+            one.listen(8)
+        (his / "vsock_7").symlink_to("../roots/vsock_8")
+        plan = {
+            "a listener": REACHES.format(path=f"{his}/vsock_5"),
+            "a link": REACHES.format(path=f"{his}/vsock_7"),
+        }
+        os.chmod(folder, 0o711)
+        os.chown(his, ONE, ONE)
+        options = ("--user", f"{ONE}:{ONE}", "--confine", mode, "--vsock", f"path={his}/vsock")
+        with running(python, folder, "a", plan, *options) as vm:
+            assert vm.found() == {"a listener": "done", "a link": "ELOOP"}
 
 
 @pytest.mark.parametrize(

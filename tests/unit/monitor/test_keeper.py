@@ -96,6 +96,37 @@ def test_it_connects_to_ports_of_the_vm_only(keeper: Keeper, tmp_path: Path) -> 
                 keeper.reach(f"{tmp_path}/{path}")
 
 
+@pytest.mark.parametrize("link", ["socket", "folder"])
+def test_for_another_user_it_follows_no_link_that_came_later(tmp_path: Path, link: str) -> None:
+    keeper = Keeper(str(tmp_path), "web", for_another=True)
+    his, secret = tmp_path / "his", tmp_path / "secret"
+    for folder in (his, secret):
+        folder.mkdir()
+    (tmp_path / "way").symlink_to("his")  # one that was there
+    with socket.socket(socket.AF_UNIX) as roots, socket.socket(socket.AF_UNIX) as program:
+        for one, place in ((roots, secret / "vsock_7"), (program, his / "vsock_5")):
+            one.bind(str(place))
+            one.listen(4)
+        (his / "vsock").touch()
+        keeper.announce(f"{tmp_path}/way/vsock")
+        keeper.enter_box()
+        keeper.reach(f"{tmp_path}/way/vsock_5").close()
+        if link == "socket":
+            (his / "vsock_7").symlink_to("../secret/vsock_7")
+        else:
+            his.rename(tmp_path / "before")
+            os.link(tmp_path / "before/vsock", secret / "vsock")
+            his.symlink_to("secret")
+        with pytest.raises(HostError):
+            keeper.reach(f"{tmp_path}/way/vsock_7")
+        if link == "folder":
+            with pytest.raises(OSError):
+                keeper.remove(f"{tmp_path}/way/vsock")
+            assert (secret / "vsock").exists()
+    keeper._socket.close()
+    os.waitpid(keeper.pid, 0)
+
+
 def test_it_has_no_other_descriptor_and_ends_with_the_monitor(tmp_path: Path) -> None:
     with open(tmp_path / "disk", "w"):
         made = Keeper(str(tmp_path), "web")
