@@ -16,6 +16,7 @@ from pyvmm.errors import ConfigError
 
 GZIP = b"\x1f\x8b"
 _CHUNK = 1 << 20
+_GIVEN = 1 << 16
 # Bytes of memory that a payload may ask for: xz and zstd have windows of 128 MiB at most there.
 _WINDOW = 128 << 20
 _CUT_OFF = "it is cut off"
@@ -67,15 +68,22 @@ def _gzip(payload: bytes) -> Callable[[], bytes]:
     import zlib
 
     one = zlib.decompressobj(zlib.MAX_WBITS | 16)
-    rest = payload
+    given, rest = 0, b""
 
     def following() -> bytes:
-        nonlocal rest
-        piece = one.decompress(rest, _CHUNK)
-        rest = one.unconsumed_tail
-        if not piece and not one.eof:
-            raise EOFError(_CUT_OFF)
-        return piece
+        nonlocal given, rest
+        while not one.eof:
+            is_last = not rest and given >= len(payload)
+            if not rest:
+                # A little at a time: what it does not take yet is copied.
+                rest, given = payload[given : given + _GIVEN], given + _GIVEN
+            piece = one.decompress(rest, _CHUNK)
+            rest = one.unconsumed_tail
+            if piece:
+                return piece
+            if is_last and not one.eof:
+                raise EOFError(_CUT_OFF)
+        return b""
 
     return following
 

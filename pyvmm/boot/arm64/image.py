@@ -25,6 +25,7 @@ _BIG_ENDIAN = 1 << 0
 _PLAUSIBLE_MIB = 1 << 12  # a header that says more is none
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _EFI, _ZBOOT = b"MZ", b"zimg"
+_MOST = 1 << 30  # bytes, as of a kernel for x86
 _MOST_PACKED = 512 << 20  # bytes, which are in memory; Debian's have 15 MiB
 _CHUNK = 4 << 20
 
@@ -62,8 +63,8 @@ def load(memory: GuestMemory, kernel: ImageFile) -> tuple[int, int]:
 
 
 def contents(kernel: ImageFile) -> tuple[Image, Iterator[bytes]]:
-    """The header, and the bytes of the Image, unpacked, in pieces: no more than the header says.
-    Raises ConfigError, also while the pieces are taken."""
+    """The header, and the bytes of the Image, unpacked, in pieces: no more than the header says,
+    and 1 GiB at most. Raises ConfigError, also while the pieces are taken."""
     pieces = _pieces(kernel)
     first = next(pieces, b"")
     image = parse(kernel, first)
@@ -71,13 +72,12 @@ def contents(kernel: ImageFile) -> tuple[Image, Iterator[bytes]]:
 
 
 def _within(kernel: ImageFile, size: int, pieces: Iterator[bytes]) -> Iterator[bytes]:
-    left = size
+    left = most = min(size, _MOST)
     for piece in pieces:
         left -= len(piece)
         if left < 0:
-            raise kernel.error(
-                f"{kernel.path} is damaged: it has more than the {size} bytes that its header says"
-            )
+            why = "that its header says" if most == size else "that a kernel may have"
+            raise kernel.error(f"{kernel.path} is damaged: it has more than the {most} bytes {why}")
         yield piece
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import gzip
 import itertools
+import os
 import re
 import shutil
 import struct
@@ -155,6 +156,21 @@ def test_the_release_and_the_configuration(tmp_path: Path) -> None:
         assert release_of(path) == "6.1.0-9-arm64"
         assert config_of(path) == "CONFIG_VIRTIO_MMIO=m\n"
     assert release_of(put(tmp_path, kernel_bytes())) == ""
+
+
+@pytest.mark.parametrize("wrapping", ["zstd", "sparse"])
+def test_a_kernel_without_end_is_not_read_to_its_end(tmp_path: Path, wrapping: str) -> None:
+    head = kernel_bytes(bytes(MIB), size=1 << 62)
+    if wrapping == "zstd":
+        packer = zstandard.ZstdCompressor(level=1).compressobj()
+        zeros = (packer.compress(bytes(64 * MIB)) for _ in range(17))
+        path = put(tmp_path, b"".join([packer.compress(head), *zeros, packer.flush()]))
+    else:
+        path = put(tmp_path, head)
+        os.truncate(path, 1 << 40)
+    for read in (release_of, config_of):
+        with pytest.raises(ConfigError, match="more than the 1073741824 bytes that a kernel may"):
+            read(path)
 
 
 def test_nothing_is_left_of_a_kernel_that_cannot_be_unpacked(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import tracemalloc
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ import pytest
 import zstandard
 from boot_images import CODE, Elf, Load, bzimage
 
+from pyvmm.boot.image_file import ImageFile
+from pyvmm.boot.unpack import unpack
 from pyvmm.boot.x86.payload import unpack_vmlinux
 from pyvmm.errors import ConfigError
 
@@ -195,3 +198,17 @@ def test_the_command(tmp_path: Path) -> None:
     assert failed.returncode == 1 and "a directory" in failed.stderr
     assert "Traceback" not in failed.stderr
     assert subprocess.run(module, check=False, capture_output=True).returncode == 2
+
+
+# A piece of 1 MiB out of a few bytes must not cost what is left of the payload each time.
+def test_a_piece_costs_no_copy_of_the_rest(tmp_path: Path) -> None:
+    stored = gzip.compress(bytes(8 * MIB)) + bytes(64 * MIB)
+    (tmp_path / "vmlinuz").write_bytes(b"x")
+    with ImageFile(str(tmp_path / "vmlinuz"), "--kernel") as kernel:
+        tracemalloc.start()
+        try:
+            assert sum(map(len, unpack(kernel, stored))) == 8 * MIB
+            _, most = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert most < 8 * MIB, most
