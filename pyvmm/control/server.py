@@ -43,13 +43,17 @@ from pyvmm.spec.surroundings import EXEC, RIGHTS
 
 MAX_CLIENTS = 32
 MAX_AT_DOOR = 8
+# Of the connections that have become others (Upgrade) so many may be from doors for more than their
+# owner, who is to find room among the streams (pyvmm.control.streams) all the same.
+MAX_HANDED = 16
 _PACE = 0.002  # seconds between two rounds of answers
 _NO_ROOM_SECONDS = 0.2
 
 
 class Door(NamedTuple):
     """A listening socket. Who connects has `rights`, one of RIGHTS; with `owner_only` connections
-    of other users are closed at once. At most `most` clients have come in by it."""
+    of other users are closed at once. At most `most` clients have come in by it; unless it is for
+    its owner only, those whose connections have become others count as well."""
 
     socket: Socket
     rights: str = EXEC
@@ -106,6 +110,7 @@ class ControlServer:
         self._doors = {door.socket.fileno(): door for door in (Door(listener), *doors)}
         self._find = find
         self._clients: dict[int, _Client] = {}
+        self._handed: list[tuple[Door, Socket]] = []  # over, from doors for more than their owner
         self._wake = EventFd()
         self._late: deque[tuple[_Client, bytes]] = deque()  # answers that took their time
         self._at_work = 0  # threads that make such answers
@@ -200,7 +205,8 @@ class ControlServer:
             if door.owner_only and not unix_sockets.is_ours(socket):
                 socket.close()
                 return
-            if sum(one.door is door for one in self._clients.values()) >= door.most:
+            at_door = sum(one.door is door for one in self._clients.values())
+            if at_door + sum(one is door for one, _ in self._still_handed()) >= door.most:
                 socket.send(error_line(None, BUSY, f"there are {door.most} clients already"))
                 socket.close()
                 return
@@ -257,6 +263,8 @@ class ControlServer:
             )
         result = method.run(**request.params)
         if isinstance(result, Upgrade):
+            if not client.door.owner_only and self._count_handed() >= MAX_HANDED:
+                raise ControlError(BUSY, f"{MAX_HANDED} look at this VM by such sockets already")
             client.upgrade = result
             return result.result
         if isinstance(result, Later):
@@ -292,8 +300,20 @@ class ControlServer:
         except OSError:
             client.to_send, client.ending = b"", True
 
+    def _still_handed(self) -> list[tuple[Door, Socket]]:
+        self._handed = [one for one in self._handed if one[1].fileno() >= 0]
+        return self._handed
+
+    def _count_handed(self) -> int:
+        """Those that are about to be included."""
+        clients = self._clients.values()
+        soon = sum(one.upgrade is not None and not one.door.owner_only for one in clients)
+        return soon + len(self._still_handed())
+
     def _hand_over(self, client: _Client, upgrade: Upgrade) -> None:
         self._forget(client)
+        if not client.door.owner_only:
+            self._handed.append((client.door, client.socket))
         try:
             upgrade.hand_over(client.socket, bytes(client.received))
         except Exception as error:

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import stat
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +79,22 @@ def test_a_client_may_do_what_its_socket_is_for(kvm: Kvm, tmp_path: Path, mode: 
             assert is_forbidden(ask(path, "snapshot", {})) == (rights != EXEC)
             said = ask(path, "stop", {"timeout_ms": True})["error"]["message"]
             assert "timeout_ms" in said  # what is wrong is told first, and nothing has happened
-        # Many who watch keep nobody else out.
-        watching = [socket.socket(socket.AF_UNIX) for _ in range(40)]
-        for one in watching:
-            one.connect(str(sockets[WATCH]))
-        assert "result" in ask(sockets[CONTROL], "pause", {}) and vm("ps").returncode == 0
-        for one in watching:
-            one.close()
+        # Many who watch keep nobody else out, of the console neither.
+        for asked in (None, "events", "console"):
+            watching = [socket.socket(socket.AF_UNIX) for _ in range(40)]
+            for one in watching:
+                one.settimeout(SAFETY_TIMEOUT)
+                one.connect(str(sockets[WATCH]))
+                if asked is not None:
+                    params = {"input": False} if asked == "console" else {}
+                    line = json.dumps({"version": 1, "method": asked, "params": params})
+                    with suppress(OSError):  # it may be turned away before it has asked
+                        one.sendall(line.encode() + b"\n")
+                        one.recv(1 << 16)
+            assert "result" in ask(sockets[CONTROL], "pause", {}) and vm("ps").returncode == 0
+            assert "result" in ask(tmp_path / "runtime/pyvmm/vm.sock", "console", {})
+            for one in watching:
+                one.close()
         assert is_forbidden(ask(sockets[WATCH], "quit", {}))
         assert "result" in ask(sockets[CONTROL], "quit", {})
         vm.process.wait(SAFETY_TIMEOUT)
