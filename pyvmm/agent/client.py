@@ -188,17 +188,18 @@ class Agent:
         input: bytes | None = None,
         timeout: float | None = None,
         check: bool = False,
+        most: int | None = None,
     ) -> Completed:
         """Run a command to its end. Options as in `open`; with `check`, a code other than 0 raises.
 
         Raises CommandTimeout after `timeout` seconds, AgentError for a command that is not there or
-        that writes more than 256 MiB.
+        that writes more than `most` bytes, by default 256 MiB, to one of its streams.
         """
         output = {STDOUT: bytearray(), STDOUT + 1: bytearray()}
         with self.open(
             argv, env=env, cwd=cwd, user=user, stdin=input is not None, timeout=timeout
         ) as process:
-            _communicate(process, input, output)
+            _communicate(process, input, output, OUTPUT_LIMIT if most is None else most)
             stdout, stderr = map(bytes, output.values())
             if process.timed_out or process.returncode is None:
                 raise _late(argv, timeout, stdout, stderr)
@@ -298,7 +299,9 @@ def _copying(timeout: float | None, deadline: float | None) -> Iterator[None]:
         raise TimeLimit(f"the copy took longer than {timeout:g} s") from error
 
 
-def _communicate(process: Process, input: bytes | None, output: dict[int, bytearray]) -> None:
+def _communicate(
+    process: Process, input: bytes | None, output: dict[int, bytearray], most: int
+) -> None:
     left = memoryview(input or b"")
     poll = select.poll()
     poll.register(process.fileno(), select.POLLIN)
@@ -312,8 +315,9 @@ def _communicate(process: Process, input: bytes | None, output: dict[int, bytear
         poll.poll(milliseconds_to(process.deadline))
         for stream, data in process.receive():
             output[stream] += data
-            if len(output[stream]) > OUTPUT_LIMIT:
+            if len(output[stream]) > most:
+                size = f"{most >> 20} MiB" if most >> 20 else f"{most} bytes"
                 raise AgentError(
-                    f"{process.args[0]} writes more than {OUTPUT_LIMIT >> 20} MiB",
+                    f"{process.args[0]} writes more than {size}",
                     cure="use open(), or write to a file",
                 )

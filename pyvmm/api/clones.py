@@ -33,6 +33,7 @@ _SECONDS = 60.0  # that an agent has for each answer
 _PAUSE = 0.05  # seconds between two tries
 _REFUSALS = 3  # after which there is no agent
 _MOST_LINES = 8
+_MOST_SAID = 1 << 16  # bytes of a guest's answer: there may be many that say much at once
 
 
 def clone(
@@ -228,7 +229,9 @@ def _tell(monitor: ForkedMonitor, wanted: list[str]) -> list[str]:
     while True:
         try:
             agent.set_clock()
-            done = agent.run(["/bin/sh", "-c", _SCRIPT, "pyvmm", *wanted], timeout=_SECONDS)
+            done = agent.run(
+                ["/bin/sh", "-c", _SCRIPT, "pyvmm", *wanted], timeout=_SECONDS, most=_MOST_SAID
+            )
         except NoAgent:
             refusals += 1
             if refusals >= _REFUSALS:

@@ -43,6 +43,7 @@ MOST_SECONDS = 24 * 3600.0
 # Seconds in which a guest that has drivers at work takes what has come, however slow it is.
 TAKES_WITHIN = 60
 _AGENT_SECONDS = 5.0
+_MOST_SAID = 1 << 16  # bytes of its answer
 _MOST_WORDS = 200  # bytes of what a guest says of a device that it uses
 
 HOST, GUEST = "host", "guest"  # who has wanted a device to go
@@ -229,7 +230,7 @@ class Hotplug(Closable):
             if vsock is None:
                 raise ConfigError("it has no agent, as it has no --vsock")
             agent = agent_at(vsock, _AGENT_SECONDS)
-            done = agent.run(argv, timeout=_MOUNT_SECONDS)
+            done = agent.run(argv, timeout=_MOUNT_SECONDS, most=_MOST_SAID)
         except (PyvmmError, OSError) as error:
             why = str(error)
         else:
@@ -393,7 +394,8 @@ class Hotplug(Closable):
 
         argv = ["/bin/sh", "-c", _USED_FOR, "sh", f"0000:00:{number:02x}.0", tag]
         try:
-            done = agent_at(vsock, _AGENT_SECONDS).run(argv, timeout=_AGENT_SECONDS)
+            agent = agent_at(vsock, _AGENT_SECONDS)
+            done = agent.run(argv, timeout=_AGENT_SECONDS, most=_MOST_SAID)
         except (PyvmmError, OSError):
             return ""
         if done.returncode != _IN_USE:

@@ -14,6 +14,7 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from agent_rig import GREETING, liar, saying
@@ -34,7 +35,10 @@ from pyvmm.agent.protocol import (
     frame,
 )
 from pyvmm.agent.session import NOT_THE_AGENT
+from pyvmm.api import clones
 from pyvmm.errors import ConfigError, HostError, PyvmmError
+from pyvmm.kinds import vsock
+from pyvmm.spec.vm import VmSpec
 
 
 def entry(type: FrameType, name: bytes, target: bytes = b"", mode: int = 0o644) -> bytes:
@@ -128,6 +132,32 @@ def test_a6_output_without_end_is_not_kept_without_end(monkeypatch: pytest.Monke
 
     with liar(act) as agent, pytest.raises(AgentError, match="writes more than 1 MiB"):
         agent.run(["true"])
+
+
+def test_many_clones_keep_little_of_what_their_guests_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = VmSpec("/kernel", devices=(vsock.Spec(),))
+    notes: list[str] = []
+    sent: list[int] = []
+
+    def act(end: socket.socket) -> None:
+        end.sendall(GREETING)
+        sent.append(0)
+        if len(sent) == 1:
+            end.recv(1 << 16)
+            end.sendall(frame(FrameType.CLOCK_IS, TIMES.pack(1, 2)))
+        while len(sent) > 1 and sent[-1] < 64 << 20:
+            end.sendall(frame(FrameType.STDERR, bytes(1 << 16)))
+            sent[-1] += 1 << 16
+
+    with liar(act) as agent:
+        monkeypatch.setattr(clones, "connect_vsock", lambda *_, **__: agent._connection(1))
+        monitor = SimpleNamespace(name="a", spec=spec, note=notes.append, outcome=None)
+        clones.introduce(monitor, spec)  # type: ignore[arg-type]
+    assert len(sent) == 2 and sent[-1] < 4 << 20, sent
+    assert notes == [
+        "a: its guest is as the original: /bin/sh writes more than 65536 bytes; use open(), or "
+        "write to a file"
+    ]
 
 
 def test_an_agent_that_grants_too_much_gets_no_more_at_a_time() -> None:
