@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable
+from contextlib import closing
 
 from pyvmm.control.registry import Registration
 from pyvmm.control.server import MAX_AT_DOOR, Door
-from pyvmm.errors import ConfigError
+from pyvmm.errors import ConfigError, HostError
+from pyvmm.host import unix_sockets
 from pyvmm.host.named_listener import NamedListener
 from pyvmm.host.syscalls import Closable
 from pyvmm.spec.surroundings import ControlSocket
@@ -35,7 +37,7 @@ class Doors(Closable):
                 listener = NamedListener(one.path, option=_OPTION)
                 self._listeners.append(listener)
                 if group is not None:
-                    _admit(one.path, group)
+                    _admit(listener, group)
                 self.doors.append(Door(listener.socket, one.rights, False, MAX_AT_DOOR))
         except BaseException:
             self.close()
@@ -58,15 +60,21 @@ def _group_of(name: str) -> int:
         ) from None
 
 
-def _admit(path: str, group: int) -> None:
+def _admit(listener: NamedListener, group: int) -> None:
     """Let members of `group` connect. Raises ConfigError."""
+    path = listener.path
     try:
-        # The socket itself, and not what somebody may put in its place.
+        # The socket itself, and not what somebody has put in its place: in a folder of another
+        # user's that may be a way to any socket of ours.
         fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
-            if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-                raise ConfigError(f"{path} is no socket any more", cure="name one", option=_OPTION)
             place = f"/proc/self/fd/{fd}"
+            if not stat.S_ISSOCK(os.fstat(fd).st_mode) or not _leads_to(place, listener):
+                raise ConfigError(
+                    f"{path} is not the socket that was made there any more",
+                    cure="name one in a directory of yours",
+                    option=_OPTION,
+                )
             os.chown(place, -1, group)
             os.chmod(place, 0o660)
         finally:
@@ -77,3 +85,14 @@ def _admit(path: str, group: int) -> None:
             cure="be a member of it",
             option=_OPTION,
         ) from None
+
+
+def _leads_to(place: str, listener: NamedListener) -> bool:
+    """Whether who connects to `place` comes to `listener`."""
+    try:
+        with closing(unix_sockets.connect_here(place)) as ours:
+            # To one end of a connection, the process at the other is the one that listens.
+            is_ours = unix_sockets.peer(ours).pid == os.getpid()
+            return is_ours and bool(ours.getpeername() == listener.socket.getsockname())
+    except HostError:
+        return False
