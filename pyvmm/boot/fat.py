@@ -205,6 +205,8 @@ class Fat:
                 self._pieces.clear()
             begin = self._table + number * _TABLE_PIECE
             piece = self._bytes(begin, min(_TABLE_PIECE, self._size - begin))
+            # A chain may go to and fro, so that each of its clusters costs a piece.
+            self._search.take(len(piece), self.where)
             self._pieces[number] = piece
         if at + self._width > len(piece):
             raise self._damaged("its table is cut short")

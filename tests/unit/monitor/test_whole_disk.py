@@ -6,6 +6,7 @@ import os
 import random
 import re
 import shutil
+import struct
 import subprocess
 from contextlib import ExitStack
 from pathlib import Path
@@ -324,3 +325,36 @@ def test_names_in_a_disk_that_are_no_kernels(tmp_path: Path, said: list[str], na
     spec, _ = specify({"kernel": "disk", "disks": [str(disk)]})
     assert Path(spec.kernel).read_bytes() == boot_images.bzimage()
     assert said[0].isprintable() and "vmlinuz-6.1 by" in said[0]
+
+
+def test_a_fat_whose_chain_goes_to_and_fro_costs_no_table_for_each_cluster() -> None:
+    pieces, reserved = 70, 32  # of 64 KiB, which are more than are kept
+    table = pieces << 16
+    data, clusters = reserved * 512 + table, pieces << 14
+    first = bytearray(512)
+    struct.pack_into("<HBHB", first, 11, 512, 1, reserved, 1)
+    struct.pack_into("<III", first, 32, data // 512 + clusters - 2, table // 512, 0)
+    struct.pack_into("<I", first, 44, 2)
+    entry = struct.pack("<11sB8xHH2xHI", b"KERNEL     ", 0, 0, 0, 5, 200 << 20)
+    read = 0
+
+    def read_at(offset: int, size: int) -> bytes:
+        nonlocal read
+        read += size
+        found = bytearray(size)
+        if offset == 0:
+            found[:512] = first
+        elif offset == data:
+            found[:32] = entry
+        elif reserved * 512 <= offset < data:
+            number = (offset - reserved * 512) >> 16
+            struct.pack_into("<I", found, 20, ((number + 1) % pieces << 14) + 5)
+            if not number:
+                struct.pack_into("<I", found, 8, 0x0FFFFFFF)
+        return bytes(found)
+
+    system = Fat(read_at, data + (clusters << 9), "a disk")
+    with pytest.raises(ConfigError, match="too large to be searched"):
+        for _ in system.read_file("/kernel", 256 << 20):
+            assert read < 128 << 20
+    assert read < 128 << 20
