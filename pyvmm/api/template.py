@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -83,13 +84,17 @@ class Template(Closable):
         is free of `default_name`, DEFAULT_NAME-2… Raises HostError, VMError."""
         check_owner(self._owner, "this pool")
         with ExitStack() as undoing, ExitStack() as theirs:
-            (stdin, our_stdin), *rest = (os.pipe() for _ in range(template.OF_A_MONITOR))
-            fds = [stdin, *(writing for _, writing in rest)]
-            ours = [our_stdin, *(reading for reading, _ in rest)]
-            for fd in fds:
-                theirs.callback(os.close, fd)
-            for fd in ours:
-                undoing.callback(os.close, fd)
+            fds, ours = [], []
+            for number in range(template.OF_A_MONITOR):
+                try:
+                    reading, writing = os.pipe()
+                except OSError as error:
+                    raise HostError(error.errno or 0, "pipe") from None
+                ends = (reading, writing) if number else (writing, reading)  # its input is first
+                theirs.callback(os.close, ends[1])
+                undoing.callback(os.close, ends[0])
+                ours.append(ends[0])
+                fds.append(ends[1])
             request = {"spec": to_json(spec), "default": default_name or spec.name}
             with self._lock:
                 if self._closing:
@@ -99,6 +104,10 @@ class Template(Closable):
                 except OSError as error:
                     raise VMError(f"the prepared process has gone: {error.strerror}") from None
                 answer, process = self._receive()
+                if process is None and "pid" in answer:  # there was no room for its descriptor
+                    with suppress(ProcessLookupError):
+                        os.kill(answer["pid"], signal.SIGKILL)
+                    raise HostError(errno.EMFILE, "a descriptor of a process")
                 if process is None:
                     raise VMError(str(answer.get("error")))
                 undoing.pop_all()

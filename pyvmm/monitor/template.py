@@ -18,9 +18,11 @@ its socket is closed, unless it is to outlive us.
 from __future__ import annotations
 
 import _socket
+import errno
 import json
 import os
 import select
+import signal
 import struct
 import sys
 from collections.abc import Collection, Sequence
@@ -107,7 +109,7 @@ class _Template:
         asks any more."""
         room = _socket.CMSG_SPACE(OF_A_MONITOR * _FD.size)
         try:
-            data, ancillary, _, _ = self._socket.recvmsg(
+            data, ancillary, flags, _ = self._socket.recvmsg(
                 MOST_REQUEST, room, _socket.MSG_CMSG_CLOEXEC
             )
         except OSError:
@@ -119,16 +121,14 @@ class _Template:
             for _, _, content in ancillary
             for at in range(0, len(content) - _FD.size + 1, _FD.size)
         ]
-        if not fds:
+        if not fds and not flags & _socket.MSG_CTRUNC:
             self._closing.close()
             _say(self._socket, {})
             return -1
         try:
-            if len(fds) != OF_A_MONITOR:
-                raise OSError(0, "descriptors are missing")
-            child = os.fork()
-            if not child:
-                self._be_monitor(data, fds)
+            if len(fds) != OF_A_MONITOR:  # there was no room for them
+                raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            child, process = self._fork(data, fds)
         except OSError as error:
             for fd in fds:
                 os.close(fd)
@@ -137,10 +137,21 @@ class _Template:
         *of_child, code = fds
         for fd in of_child:
             os.close(fd)
-        process = os.pidfd_open(child)
         self._children[process] = child, code
         _say(self._socket, {"pid": child}, process)
         return process
+
+    def _fork(self, data: bytes, fds: Sequence[int]) -> tuple[int, int]:
+        """A monitor's process, and a descriptor of it. Raises OSError."""
+        child = os.fork()
+        if not child:
+            self._be_monitor(data, fds)
+        try:
+            return child, os.pidfd_open(child)
+        except OSError:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            raise
 
     def _ended(self, process: int) -> None:
         child, code = self._children.pop(process)

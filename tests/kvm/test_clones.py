@@ -8,12 +8,14 @@ import fcntl
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -22,11 +24,13 @@ from echo_guest import echo_kernel
 from pyvmm import VM, Pool
 from pyvmm.api.aio import AsyncVM
 from pyvmm.api.errors import VMError, VMTimeout
-from pyvmm.api.template import ForkedMonitor
+from pyvmm.api.template import ForkedMonitor, Template
 from pyvmm.control import registry
 from pyvmm.control import snapshot_store as store
-from pyvmm.errors import ConfigError
+from pyvmm.errors import ConfigError, HostError
 from pyvmm.kvm.system import Kvm
+from pyvmm.monitor import snapshots
+from pyvmm.spec.surroundings import USUAL
 
 SAFETY_TIMEOUT = 60
 
@@ -312,6 +316,43 @@ def test_a_pool_that_is_not_closed_ends_with_its_process(ready: str) -> None:
         assert len(pids) == 3 and all(map(alive, pids))
         user.kill()
     until(lambda: not any(map(alive, pids)), "they outlive whose pool they were")
+
+
+def test_without_descriptors_there_is_no_process_and_nothing_else_is_lost(ready: str) -> None:
+    with ExitStack() as closing:
+        with snapshots.kept(ready) as original:
+            template = closing.enter_context(Template(original, "host", USUAL))
+            spec = snapshots.copy_of(original, "copy")
+        usual = resource.prlimit(template.pid, resource.RLIMIT_NOFILE)
+        held = set(map(int, os.listdir(f"/proc/{template.pid}/fd")))
+        free = [number for number in range(len(held) + 9) if number not in held]
+        for limit in free[:6]:
+            resource.prlimit(template.pid, resource.RLIMIT_NOFILE, (limit, usual[1]))
+            with pytest.raises(VMError, match="Too many open files"):
+                template.fork(spec, "copy")
+            with pytest.raises(ConfigError, match="is being restored"):
+                store.remove(ready)
+        resource.prlimit(template.pid, resource.RLIMIT_NOFILE, usual)
+        # Here there may be none as well.
+        held = set(map(int, os.listdir("/proc/self/fd")))
+        free = [number for number in range(len(held) + 20) if number not in held]
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        for limit in free[:10]:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limits[1]))
+            try:
+                with pytest.raises(HostError, match="Too many open files"):
+                    template.fork(spec, "copy")
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert set(map(int, os.listdir("/proc/self/fd"))) == held
+        children = Path(f"/proc/{template.pid}/task/{template.pid}/children")
+        deadline = time.monotonic() + SAFETY_TIMEOUT
+        while children.read_text():  # the one that nobody could have held
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        monitor = template.fork(spec, "copy")
+        monitor.await_start(SAFETY_TIMEOUT)
+        monitor.end()
 
 
 def test_bad_pools(ready: str, folder: Path) -> None:
