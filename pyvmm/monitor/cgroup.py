@@ -18,6 +18,7 @@ from pyvmm.spec.sizes import parse_memory
 _OPTION = "--cgroup"
 _USAGE = "PATH or own, then memory=SIZE, pids=N or cpus=N after commas"
 _PREFIX = "pyvmm-"
+_TRIALS = 100  # to make a group that nobody takes for left behind
 _PERIOD = 100_000  # microseconds, the kernel's default
 _CONTROLLERS = {"memory.max": "memory", "pids.max": "pids", "cpu.max": "cpu"}
 
@@ -73,23 +74,32 @@ class Group:
                 cure="name one that you may write to, below /sys/fs/cgroup",
                 option=_OPTION,
             )
-        try:
-            if wanted.limits or not wanted.place:
-                place = self._made = _make(place, name)
-            for file, limit in wanted.limits.items():
-                _write(place, file, limit)
-            _write(place, "cgroup.procs", str(os.getpid()))
-        except OSError as error:
-            self.leave()
-            raise ConfigError(
-                f"{error.filename or place}: {error.strerror}",
-                cure="use a group that is yours: systemd-run --user --scope -p Delegate=yes, or "
-                "one that root has made",
-                option=_OPTION,
-            ) from None
-        except ConfigError:
-            self.leave()
-            raise
+        for left in reversed(range(_TRIALS)):
+            try:
+                self._enter(place, name, wanted)
+                return
+            except (OSError, ConfigError) as error:
+                # Another VM that begins may have removed it while nobody was in it.
+                has_gone = self._made and not os.path.isdir(self._made)
+                self.leave()
+                if has_gone and left:
+                    continue
+                if isinstance(error, ConfigError):
+                    raise
+                raise ConfigError(
+                    f"{error.filename or place}: {error.strerror}",
+                    cure="use a group that is yours: systemd-run --user --scope -p Delegate=yes, "
+                    "or one that root has made",
+                    option=_OPTION,
+                ) from None
+
+    def _enter(self, place: str, name: str, wanted: Wanted) -> None:
+        """Raises OSError, ConfigError."""
+        if wanted.limits or not wanted.place:
+            place = self._made = _make(place, name)
+        for file, limit in wanted.limits.items():
+            _write(place, file, limit)
+        _write(place, "cgroup.procs", str(os.getpid()))
 
     def leave(self) -> None:
         """Go back to where we were, and remove the group if it was made for us. What cannot be

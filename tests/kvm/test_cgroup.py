@@ -80,6 +80,31 @@ def test_a_group_of_its_own_goes_with_it_or_with_the_next(
     assert not members(made) if mode == "strict" else not made.exists()
 
 
+def test_one_that_another_vm_takes_for_left_behind_is_made_again(
+    group: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, inner, write = cgroup._ours(), group / "inner", cgroup._write
+    swept: list[str] = []
+
+    def sweep_first(place: str, file: str, text: str) -> None:
+        if place.endswith("pyvmm-vm") and len(swept) < 3:
+            os.rmdir(place)
+            swept.append(place)
+        write(place, file, text)
+
+    inner.mkdir()
+    monkeypatch.setattr(cgroup, "_ours", lambda: str(inner))
+    monkeypatch.setattr(cgroup, "_write", sweep_first)
+    try:
+        made = cgroup.Group(cgroup.Wanted("", {}), "vm")
+        assert len(swept) == 3 and os.getpid() in members(group / "pyvmm-vm")
+        made.leave()
+        assert os.getpid() in members(inner) and not (group / "pyvmm-vm").exists()
+    finally:
+        write(home, "cgroup.procs", str(os.getpid()))
+        inner.rmdir()
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
