@@ -2,7 +2,7 @@
 
 It serves one request of a client at a time, and reads the next when the answer is out; so it keeps
 one line and one answer for each. Answers are paced, so that clients who ask all the time
-leave the processor to the guest.
+leave the processor to the guest; so are those who come in by a door that is for others, too.
 """
 
 from __future__ import annotations
@@ -150,9 +150,12 @@ class ControlServer:
     def _step(self) -> None:
         self._take_late()
         waiting = any(client.has_line for client in self._clients.values())
+        paced = False
         for fd, events in self._epoll.poll(0 if waiting else -1):
             if (door := self._doors.get(fd)) is not None:
                 self._accept(door)
+                # Whoever only comes and goes, again and again, is paced as who asks.
+                paced |= not door.owner_only
             elif fd == self._wake.fd:
                 if not self._stopping:
                     self._wake.drain()
@@ -166,7 +169,7 @@ class ControlServer:
             self._answer_one(client)
         for client in list(self._clients.values()):
             self._watch(client)
-        if ready:
+        if ready or paced:
             time.sleep(_PACE)
 
     def _take_late(self) -> None:

@@ -24,8 +24,9 @@ from pyvmm.cli import control as looking
 from pyvmm.control import client, registry, server, vm_log
 from pyvmm.control.client import Client, NoAnswer
 from pyvmm.control.protocol import MAX_LINE, ControlError, Later, Method, Upgrade
-from pyvmm.control.server import MAX_CLIENTS, ControlServer
+from pyvmm.control.server import MAX_CLIENTS, ControlServer, Door
 from pyvmm.errors import ConfigError, HostError
+from pyvmm.host import unix_sockets
 from pyvmm.monitor.control import MachineControl
 from pyvmm.spec.vm import VmSpec
 
@@ -257,6 +258,27 @@ def served() -> Iterator[Served]:
     made = Served()
     yield made
     made.close()
+
+
+def test_who_comes_and_goes_all_the_time_leaves_the_processor_to_the_guest(
+    served: Served, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pace, rounds = 0.05, 8
+    monkeypatch.setattr(server, "_PACE", pace)
+    path = str(tmp_path / "door")
+    with contextlib.closing(unix_sockets.listen(path)) as listener:
+        assert served.registration.listener is not None
+        door = Door(listener, "watch", owner_only=False, most=0)
+        serving = ControlServer(served.registration.listener, lambda name: None, [door])
+        serving.start()
+        begin = time.monotonic()
+        for _ in range(rounds):
+            with socket.socket(socket.AF_UNIX) as connection:
+                connection.settimeout(HANG)
+                connection.connect(path)
+                assert b"busy" in connection.recv(1 << 16)
+        assert time.monotonic() - begin >= pace * (rounds - 1)
+        serving.close()
 
 
 def line(**request: object) -> bytes:
