@@ -1,4 +1,4 @@
-"""What a 4 KiB read costs the block device, on the machine itself: no KVM, no guest.
+"""The cost of a 4 KiB read for the block device, on the machine itself: no KVM, no guest.
 
     python benchmarks/blk_mock.py [--json FILE] [--seconds 2]
 

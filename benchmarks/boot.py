@@ -39,7 +39,7 @@ MICROVM = "microvm,x-option-roms=off,pit=off,pic=off,isa-serial=on,rtc=on"
 
 
 class Setup(TypedDict):
-    """What the driver inside the emulated host is told, as JSON."""
+    """The settings for the driver inside the emulated host, as JSON."""
 
     pyvmm: str
     kernel: str
@@ -178,7 +178,7 @@ def watch(lines: Iterable[str], qemu: int) -> dict[str, list[Boot]]:
 
 
 def processor_seconds(qemu: int) -> float:
-    """How much processor time that process has used, to a hundredth of a second."""
+    """The processor time that the process `qemu` has used, to a hundredth of a second."""
     fields = Path(f"/proc/{qemu}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime and stime
 

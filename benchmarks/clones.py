@@ -86,7 +86,7 @@ def takes(rounds: int) -> list[float]:
 
 
 def private_kib(pid: int) -> int:
-    """What no other process shares of a monitor, its guest's RAM included."""
+    """The memory of a monitor that no other process shares, its guest's RAM included."""
     total = 0
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
         if line.startswith(("Private_Dirty:", "Private_Clean:")):

@@ -1,4 +1,4 @@
-"""How often an emulated KVM host ruins a guest: the same load, several ways, in turn.
+"""The rate at which an emulated KVM host ruins guests: the same load, several ways, in turn.
 
     python benchmarks/emulated_host_soundness.py --log FILE [--until 12:20] [--ways pyvmm-2,...]
 

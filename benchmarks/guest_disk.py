@@ -81,7 +81,7 @@ LOADS = (
 
 
 class Setup(TypedDict):
-    """What the part inside the emulated host is told, as JSON."""
+    """The settings for the part inside the emulated host, as JSON."""
 
     kernel: str
     initrd: str
@@ -104,7 +104,7 @@ class Run(TypedDict):
 
 
 class Terse(NamedTuple):
-    """What fio found: requests a second and in all, and percentiles of the latency in µs."""
+    """The findings of fio: requests a second and in all, and percentiles of the latency in µs."""
 
     rate: float
     requests: float
@@ -115,7 +115,7 @@ class Terse(NamedTuple):
 def read_terse(line: str, *, write: bool) -> Terse:
     """The figures in a line of fio's terse output, of the reads or of the writes.
 
-    Raises RuntimeError if it is none, or tells of an error.
+    Raises RuntimeError if it is not one, or tells of an error.
     """
     fields = line.split(";")
     if len(fields) < 2 * WRITE_OFFSET or fields[4] != "0":

@@ -1,4 +1,4 @@
-"""What the benchmarks with a Linux guest share: guests that take orders, on pyvmm and on QEMU.
+"""The shared parts of benchmarks with a Linux guest: guests that take orders, on pyvmm and QEMU.
 
 Everything here runs in the emulated KVM host. Several guests can be up at once; all but one of them
 wait for a line on their serial port, so that loads can take turns between monitors within seconds.
@@ -39,7 +39,7 @@ done
 
 
 class Machine(NamedTuple):
-    """What a guest boots from and of what size it is, the same for every monitor."""
+    """The files that a guest boots from, and its size, the same for every monitor."""
 
     kernel: str
     initrd: str
@@ -85,7 +85,7 @@ def qemu_command(machine: Machine, aio: str, transport: str = "mmio") -> list[st
 
 
 class Answer(NamedTuple):
-    """What an order printed, and KVM's own counters for the time that it took."""
+    """The output of an order, and KVM's own counters for the time that it took."""
 
     text: str
     seconds: float
@@ -149,7 +149,7 @@ class Guest:
         return before
 
     def _pulse(self) -> str:
-        """What KVM counts in a second: whether the processors run, and get interrupts."""
+        """KVM's counts of a second, which show whether the processors run, and get interrupts."""
         before = kvm_counts(self.pid)
         time.sleep(1.0)
         after = kvm_counts(self.pid)
@@ -177,7 +177,7 @@ def mount_debugfs() -> None:
 
 
 def kvm_counts(pid: int) -> dict[str, int]:
-    """What KVM counted for the machine of process `pid`, over all its vCPUs."""
+    """The counts of KVM for the machine of process `pid`, over all its vCPUs."""
     counts: dict[str, int] = {}
     for folder in DEBUGFS.glob(f"kvm/{pid}-*"):
         for file in folder.iterdir():

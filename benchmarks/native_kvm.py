@@ -1,4 +1,4 @@
-"""What Python adds to KVM: exits per second, time to the first guest byte, memory.
+"""The cost that Python adds to KVM: exits per second, time to the first guest byte, memory.
 
 Runs on this machine's /dev/kvm with bare-metal guests. pyvmm's real loop and a plain C loop
 (native_kvm.c, compiled with gcc -O2 here and now) take turns with the same guest; medians. Their

@@ -49,7 +49,7 @@ KEYS = ("sent", "received", "ping")  # Mbit/s, Mbit/s, ms
 
 
 class Setup(NamedTuple):
-    """What the part inside the emulated host is told, as JSON."""
+    """The settings for the part inside the emulated host, as JSON."""
 
     kernel: str
     initrd: str

@@ -1,4 +1,4 @@
-"""What a frame costs the network device itself, on the machine itself: no KVM, no guest, no host.
+"""The cost of a frame for the network device itself, on the machine itself: no KVM, guest or host.
 
     python benchmarks/net_mock.py [--json FILE] [--rounds 400]
 
@@ -66,7 +66,7 @@ class Cable:
 
 
 class Places:
-    """Where buffers lie: one page after the other."""
+    """The places of buffers: one page after the other."""
 
     def __init__(self, start: int) -> None:
         self.start = self.next = -(-start // 4096) * 4096

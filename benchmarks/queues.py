@@ -1,4 +1,4 @@
-"""What a virtqueue costs by itself: taking chains, returning them, telling the driver. No device.
+"""The cost of a virtqueue by itself: taking chains, returning them, telling the driver. No device.
 
     python benchmarks/queues.py [--json FILE] [--rounds 300]
 
@@ -247,7 +247,7 @@ def print_cases(rounds: int) -> list[dict[str, object]]:
 
 
 def print_checks(rounds: int) -> list[dict[str, object]]:
-    """What the checks cost, as a table; its rows."""
+    """Print the cost of the checks, as a table; return its rows."""
     makers, removed = without_checks()
     print(f"\nChecks: with and without {removed} of them\n")
     print("layout  table   chain  batch   ns per chain  without")

@@ -59,7 +59,7 @@ class Measured(NamedTuple):
 
 
 def lacks_kvm() -> str:
-    """Why no guest can run on this machine's KVM, not even a small one; or ""."""
+    """The reason why no guest can run on this machine's KVM, not even a small one; or ""."""
     from pyvmm.errors import PyvmmError
     from pyvmm.kvm.system import Kvm
     from pyvmm.machine.board.registry import board_of_host
@@ -78,8 +78,8 @@ def lacks_kvm_or_compiler() -> str:
 
 
 def lacks_qemu() -> str:
-    """Why there can be no emulated KVM host with guests in it; or "". What they boot from is made
-    here, so that a part's limit is for measuring alone."""
+    """The reason why there can be no emulated KVM host with guests in it; or "". The files that
+    they boot from are made here, so that a part's limit is for measuring alone."""
     from pyvmm import images
     from pyvmm.errors import PyvmmError
 
@@ -95,7 +95,7 @@ def lacks_qemu() -> str:
 
 
 def lacks_storage_daemon() -> str:
-    """Why there is no qemu-storage-daemon to compare with; or ""."""
+    """The reason why there is no qemu-storage-daemon to compare with; or ""."""
     from pyvmm import images
     from pyvmm.errors import PyvmmError
 
@@ -212,7 +212,7 @@ PARTS = (
 
 
 def run_part(part: Part, *, quick: bool) -> Measured | Skipped | Failed:
-    """What it says meanwhile on standard error is shown."""
+    """Run `part`, and show what it says meanwhile on standard error."""
     reason = part.lacks()
     if reason:
         return Skipped(reason)
@@ -244,7 +244,7 @@ def end_session(process: subprocess.Popen[str]) -> None:
 
 
 def machine() -> dict[str, Any]:
-    """What figures are from, and when."""
+    """The machine that figures are from, and their time."""
     model = "unknown"
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -261,7 +261,7 @@ def machine() -> dict[str, Any]:
 
 
 def entry_of(outcome: Measured | Skipped | Failed, about: dict[str, Any]) -> dict[str, Any]:
-    """What latest.json has of a part."""
+    """The entry of a part in latest.json."""
     entry: dict[str, Any] = {"machine": about}
     if isinstance(outcome, Skipped):
         return {**entry, "skipped": outcome.reason}

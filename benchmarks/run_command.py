@@ -1,4 +1,4 @@
-"""Where the time of a command in a guest goes: `pyvmm run --rm … -- true`, and Agent.run.
+"""The parts of the time of a command in a guest: `pyvmm run --rm … -- true`, and Agent.run.
 
     python benchmarks/run_command.py [--json FILE] [--runs 5]
 
@@ -53,7 +53,7 @@ def one_run(command: list[str]) -> tuple[float, subprocess.CompletedProcess[byte
 
 
 def time_of_image() -> float:
-    """How long it takes to find an image that is there."""
+    """The time that it takes to find an image that is there."""
     from pyvmm import images
 
     begin = time.monotonic()
@@ -62,7 +62,7 @@ def time_of_image() -> float:
 
 
 def running(command: list[str]) -> dict[str, Any]:
-    """What commands cost on a VM that runs, and what its monitor has of memory while it idles."""
+    """The cost of commands on a VM that runs, and the memory of its monitor while it idles."""
     from pyvmm.agent import PORT, Agent
     from pyvmm.control.client import connect_vsock
 

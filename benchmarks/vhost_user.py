@@ -32,7 +32,7 @@ PROGRESS = sys.stderr
 
 
 class Load(NamedTuple):
-    """What the client does: `depth` requests of `size` bytes at a time. `wanted` is the least ratio
+    """The client's load: `depth` requests of `size` bytes at a time. `wanted` is the least ratio
     of our rate to the daemon's."""
 
     name: str
@@ -52,7 +52,7 @@ LOADS = (
 
 
 class Place(NamedTuple):
-    """Where a run happens: its folder and the image."""
+    """The place of a run: its folder and the image."""
 
     folder: Path
     image: Path

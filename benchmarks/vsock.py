@@ -43,7 +43,7 @@ chmod +x /run/load
 
 
 class Setup(NamedTuple):
-    """What the part inside the emulated host is told."""
+    """The settings for the part inside the emulated host."""
 
     kernel: str
     initrd: str

@@ -1,4 +1,4 @@
-"""What a packet costs the socket device itself, on the machine itself: no KVM, no guest.
+"""The cost of a packet for the socket device itself, on the machine itself: no KVM, no guest.
 
     python benchmarks/vsock_mock.py [--json FILE] [--rounds 400]
 

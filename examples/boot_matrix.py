@@ -12,7 +12,7 @@ from pyvmm import AsyncVM, Disk, PyvmmError, images
 
 
 async def boot(kernel: str) -> str:
-    """What the kernel says of itself, or what went wrong, in one line."""
+    """Boot `kernel`; return what it says of itself, or what went wrong, in one line."""
     files = images.artifacts(kernel, make=True)
     disk = Disk(files.rootfs, snapshot=True)
     name = f"kernel-{kernel}"

@@ -1,4 +1,4 @@
-"""Whose fault it is: the user's, the host's, or the guest driver's.
+"""The errors, sorted by whose fault they are: the user's, the host's, or the guest driver's.
 
 Every error that leaves a pyvmm function is one of these, so that one place at the top (the command
 line, a test) can say it in one line, and one place in the middle (the transport) can turn the

@@ -27,7 +27,7 @@ class WrongAgent(AgentError):
 
 
 class AgentGone(AgentError):
-    """The connection to the agent has ended: it, or the whole guest, is no more."""
+    """The connection to the agent has ended: it, or the whole guest, is gone."""
 
     def __init__(self) -> None:
         super().__init__("the connection to the guest's agent has ended")

@@ -56,7 +56,7 @@ class Copied:
 
 
 def _path(text: str) -> bytes:
-    """The bytes of a path, here or in the guest. Raises ConfigError for what is none."""
+    """The bytes of a path, here or in the guest. Raises ConfigError for a text that is not one."""
     try:
         path = text.encode(errors="surrogateescape")
     except UnicodeEncodeError:
@@ -292,7 +292,7 @@ class _Receiver:
             raise AgentError(NOT_THE_AGENT)
 
     def _check_free(self, name: str, parent: int) -> None:
-        """Files, directories and links are replaced; a device of that name is nothing to lose."""
+        """Raise for a device of that name, which is not to be lost; all else is replaced."""
         try:
             mode = os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode
         except FileNotFoundError:

@@ -67,7 +67,7 @@ TIME = Struct("<q")
 
 
 class Frame(NamedTuple):
-    """One message. `type` may be a number that is no FrameType."""
+    """One message. `type` may be a number that is not a FrameType."""
 
     type: int
     payload: bytes

@@ -40,8 +40,8 @@ class Command(Closable):
 
     @property
     def deadline(self) -> float | None:
-        """When a command with a time limit is given up, a time of time.monotonic(), if its guest
-        does not tell of its end before: whoever waits on `fileno` then calls `receive`."""
+        """The time of time.monotonic() at which a command with a time limit is given up, if its
+        guest does not tell of its end before: whoever waits on `fileno` then calls `receive`."""
         return self._process.deadline
 
     def fileno(self) -> int:

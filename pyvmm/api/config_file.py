@@ -30,7 +30,7 @@ from pyvmm.spec.options import ONLY_TYPED, Option
 from pyvmm.spec.sizes import write_memory
 from pyvmm.spec.vm import VmSpec
 
-_FOLDERS = ("modules", "root", "rw")  # which are no part of a specification
+_FOLDERS = ("modules", "root", "rw")  # which are not part of a specification
 _SHOWN = "pyvmm run --print-config shows how such a file is written"
 
 

@@ -12,9 +12,9 @@ TAIL_LINES = 40
 
 
 class Outcome(NamedTuple):
-    """How a VM ended. `exit_code` is what `pyvmm run` exits with (negative for a signal that killed
-    the monitor; None for a VM that was only attached to, and did not tell); `line` is its last
-    message, or ""."""
+    """The end of a VM. `exit_code` is what `pyvmm run` exits with (negative for a signal that
+    killed the monitor; None for a VM that was only attached to, and did not tell); `line` is its
+    last message, or ""."""
 
     exit_code: int | None
     line: str = ""
@@ -72,7 +72,7 @@ def check_owner(owner: int, what: str) -> None:
 
 
 def ended(name: str, outcome: Outcome, console: str) -> VMError:
-    """The error for a VM that is no more."""
+    """The error for a VM that has ended."""
     message = f"{name} has ended: {outcome.line or f'exit code {outcome.exit_code}'}"
     return _kind(outcome)(message, console=console, outcome=outcome)
 

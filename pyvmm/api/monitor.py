@@ -72,7 +72,7 @@ class Monitor(ABC):
         """Send its process a signal."""
 
     def wait(self, timeout: float | None) -> Outcome:
-        """How it has ended; waits for that. Raises VMTimeout after `timeout` seconds."""
+        """Wait for its end, and return it. Raises VMTimeout after `timeout` seconds."""
         woken = Event()
         self.on_end(woken.set)
         with woken_by(woken.set):
@@ -101,7 +101,7 @@ class Monitor(ABC):
 
     @property
     def outcome(self) -> Outcome | None:
-        """How it has ended; None while it runs."""
+        """Its end; None while it runs."""
         return self._outcome if self._ended.is_set() else None
 
     def end(self) -> Outcome:
@@ -216,7 +216,7 @@ class ProcessMonitor(Monitor):
         return self.name
 
     def failure(self) -> Exception:
-        """Why it did not start: by its own last line."""
+        """The error of its failed start, by its own last line."""
         outcome = self._outcome or Outcome(None)
         if outcome.exit_code == 2:
             return ConfigError(outcome.line)

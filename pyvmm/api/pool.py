@@ -84,7 +84,7 @@ class Pool:
 
     @property
     def ready(self) -> int:
-        """How many wait."""
+        """The number of VMs that wait."""
         return len(self._waiting)
 
     def take(self, timeout: float = START_SECONDS) -> VM:

@@ -284,7 +284,7 @@ class VM(InGuest, InMonitor):
 
     @property
     def outcome(self) -> Outcome | None:
-        """How it has ended; None before that."""
+        """Its end; None before that."""
         return None if self._monitor is None else self._monitor.outcome
 
     def _running(self) -> Monitor:

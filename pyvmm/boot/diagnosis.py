@@ -1,4 +1,4 @@
-"""Why a guest does not come up, read off its console: the known failures and their cures.
+"""The reasons why a guest does not come up, read off its console: known failures and their cures.
 
 The texts looked for are those of Linux 5.10 to 6.12 (init/main.c, init/do_mounts.c,
 init/initramfs.c, kernel/panic.c, fs/ext4/super.c), of initramfs-tools (scripts/local, init), of
@@ -36,7 +36,7 @@ DECOMPRESSOR = "decompressor"
 EMERGENCY = "emergency-shell"
 SILENT = "silent"
 EARLY = "earlyprintk=serial,ttyS0,115200"
-"""What gives a PC's kernel an early console."""
+"""The option that gives a PC's kernel an early console."""
 
 # Consequences rather than causes: anything else that was found says more.
 _GENERIC = (PANIC, EMERGENCY, NO_DEV_CONSOLE)

@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes, that is not the kernel or the initrd which was asked for."""
+"""The kinds of files, by their first bytes, that are given in place of a kernel or an initrd."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The boot choices of a disk with partitions: its table, and what each partition holds.
 
 Only for a word to the user when a guest has not found its root file system. A table is untrusted:
-every size in it is bounded, and a table that the guest's kernel would not take is none. Sources:
+every size in it is bounded, and one that the guest's kernel would not take does not count. Sources:
 UEFI 2.10, chapter 5 "GUID Partition Table (GPT) Disk Layout"; Linux block/partitions/efi.c and
 msdos.c, which decide what a guest sees; the Discoverable Partitions Specification (uapi-group.org)
 for what the types mean; the file systems' own headers for their superblocks.
@@ -257,7 +257,7 @@ def overlapping(table: Table, one: Partition) -> Partition | None:
 
 def advice(disk: str, table: Table, number: int) -> str:
     """The cure where `disk`, such as /dev/vda, has `table` and partition `number` of it (0:
-    the whole disk) was no root file system; "" if it looks like one."""
+    the whole disk) was not a root file system; "" if it looks like one."""
     chosen = next((one for one in table.partitions if one.number == number), None)
     if chosen is not None and chosen.may_be_root:
         return f"{_holds(disk, chosen)}: add {_needs(chosen)}" if _needs(chosen) else ""

@@ -175,8 +175,8 @@ def _split(text: str) -> tuple[str | None, str]:
 
 
 def _progress() -> tuple[Callable[[int], None] | None, Callable[[], None]]:
-    """What hears of the bytes that are copied, and what ends the line; a terminal gets to see it
-    once it takes some time."""
+    """A function that hears of the bytes that are copied, and one that ends the line; a terminal
+    gets to see it once it takes some time."""
     if sys.stderr is None or not is_terminal(2):
         return None, lambda: None
     start = time.monotonic()

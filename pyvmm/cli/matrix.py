@@ -28,7 +28,7 @@ _NOT_PASSED_ON = ("-d", "--detach", "--name", "--print-config", "--help")
 
 
 class Row(NamedTuple):
-    """How a command went on one kernel: the exit code of its run, None if it took too long."""
+    """The result of a command on one kernel: the exit code of its run, None if it took too long."""
 
     kernel: str
     code: int | None
@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
 
 class _Matrix(click.Command):
-    """What follows ``--`` is the command, as for `pyvmm run`."""
+    """A command whose words after ``--`` are the guest's command, as for `pyvmm run`."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         options, ctx.params["command"] = split_command(args)

@@ -9,7 +9,7 @@ import click
 
 
 class Seconds(click.FloatRange):
-    """A number of seconds, which is no "nan", and no "inf" that poll(2) could not wait."""
+    """A number of seconds, which is not "nan", and not "inf", which poll(2) could not wait."""
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None

@@ -2,7 +2,7 @@
 
 A terminal obeys what is shown on it: control sequences move the cursor over what was there before,
 change its title, and make some answer as if the user had typed. What an untrusted guest has said
-some time ago must not do that to whoever reads it. Colours stay, for they do no harm.
+some time ago must not do that to whoever reads it. Colours stay, for they are harmless.
 """
 
 from __future__ import annotations

@@ -129,7 +129,7 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
         for name, value in options.items()
         if context.get_parameter_source(name) is not default
     }
-    if "name" in given:  # an empty one is none, and not one to be chosen
+    if "name" in given:  # an empty one is refused: it does not mean that one is chosen
         check_name(given["name"])
     return given
 

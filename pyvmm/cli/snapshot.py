@@ -15,7 +15,7 @@ _TAKE = "take"
 
 
 class _Snapshot(click.Group):
-    """What is no command of its own is the name of a VM."""
+    """A group that takes a word which is not one of its commands for the name of a VM."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

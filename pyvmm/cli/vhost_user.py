@@ -122,7 +122,8 @@ def vhost_user(path: str, debug: bool, **options: Any) -> int:
 
 
 def _spec(options: dict[str, Any]) -> Any:
-    """What the options ask for. Raises ConfigError, also for a number of devices other than one."""
+    """The specification that the options ask for. Raises ConfigError, also for a number of devices
+    other than one."""
     from pyvmm.spec.vm import VmSpec
 
     rows = {row.name: row for row in registry.options()}

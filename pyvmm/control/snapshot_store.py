@@ -1,4 +1,4 @@
-"""Where snapshots are kept: a directory with one directory for each, of their owner alone.
+"""The store of snapshots: a directory with one directory for each, of their owner alone.
 
     NAME/state.json    what the VM was, as text: version, specification, machine, disks, checksum
     NAME/memory        its RAM, in the order of addresses; holes are zeroes
@@ -122,7 +122,7 @@ def _open_folder(path: str, name: str) -> int:
 
 
 def _is_there(path: str, fd: int) -> bool:
-    """Whether `path` is the directory `fd` still, now that it is locked."""
+    """True if `path` is the directory `fd` still, now that it is locked."""
     try:
         return os.path.samestat(os.lstat(path), os.fstat(fd))
     except FileNotFoundError:
@@ -134,8 +134,8 @@ def _unknown(name: str) -> ConfigError:
 
 
 def read_state(path: str) -> dict[str, Any]:
-    """What the state of the snapshot in the directory `path` says. Raises ConfigError for what is
-    no such text, of another version or damaged."""
+    """The state of the snapshot in the directory `path`. Raises ConfigError for a text that is not
+    such a state, is of another version or damaged."""
     import json
 
     try:
@@ -161,7 +161,7 @@ def read_state(path: str) -> dict[str, Any]:
 
 
 def read_file(path: str, most: int) -> bytes:
-    """What is in a regular file of `most` bytes at most, which is not a link. Raises OSError."""
+    """The bytes of a regular file of `most` bytes at most, which is not a link. Raises OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         found = os.fstat(fd)

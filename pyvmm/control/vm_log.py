@@ -156,7 +156,7 @@ def note_killed(place: str, name: str) -> None:
 
 
 def ended(place: str) -> list[dict[str, Any]]:
-    """How VMs have ended, the one that ended last first. Some of them may run again."""
+    """The ends of VMs, the latest first. Some of the VMs may run again."""
     import json
 
     found = []
@@ -287,7 +287,7 @@ class _Reader:
         header, newline, rest = self._data.partition(b"\n")
         if not newline:
             if len(self._data) > _HEADER_MAX:
-                self._data = b""  # no log of ours
+                self._data = b""  # not a log of ours
             return None
         try:
             kind, at, length = header.split(b" ")

@@ -1,5 +1,5 @@
-"""Which machine is emulated: one of this computer's own architecture, whose programs run in it, or
-one of another, which brings its own.
+"""The choice of the machine that is emulated: one of this computer's own architecture, whose
+programs run in it, or one of another, which brings its own.
 
 The only module here that chooses by architecture, as the registry of boards does for guests.
 """
@@ -13,7 +13,7 @@ from pyvmm.errors import ConfigError
 
 
 class EmulatedMachine(Protocol):
-    """What differs by architecture; a package for each implements it as functions."""
+    """The part that differs by architecture; a package for each implements it as functions."""
 
     ROOT_MODULES: tuple[str, ...]
     """Kernel modules that are loaded before the command's root is mounted."""
@@ -23,10 +23,10 @@ class EmulatedMachine(Protocol):
 
     def vmlinux(self, kernel: bytes) -> bytes | None:
         """The kernel in `kernel`, as QEMU starts it fastest; None to take it as it is. Raises
-        ConfigError if it is none."""
+        ConfigError if it is not one."""
 
     def frequency_khz(self) -> int | None:
-        """How fast this computer's time-stamp counter runs, if the machine's clock needs that."""
+        """The rate of this computer's time-stamp counter, if the machine's clock needs that."""
 
     def kernel_parameters(self, tsc_khz: int | None) -> str:
         """The kernel's command line."""

@@ -20,14 +20,14 @@ from pyvmm.host import user_cache
 
 @dataclass(frozen=True)
 class BootFiles:
-    """What QEMU boots: the paths of the kernel and of the base initial RAM disk."""
+    """The files that QEMU boots: the paths of the kernel and of the base initial RAM disk."""
 
     kernel: str
     initramfs: str
 
 
 def cache_directory() -> str:
-    """Where the files are kept. Raises ConfigError for a user without a home directory."""
+    """The files' directory. Raises ConfigError for a user without a home directory."""
     return os.path.join(user_cache.folder(), "emulated-host")
 
 

@@ -41,7 +41,7 @@ class DiskService:
         self._disks[path] = number, disk
 
     def drop(self, path: str) -> None:
-        """What was known by `path` has gone."""
+        """Forget the disk that was known by `path`, as it has gone."""
         self._disks.pop(path, None)
 
     def connect(self) -> Socket:

@@ -1,5 +1,5 @@
-"""How pyvmm runs in an emulated host of another architecture: with that one's Python, and the code
-of this machine's pyvmm, which init.sh leaves visible below /run/machine."""
+"""The way in which pyvmm runs in an emulated host of another architecture: with that one's Python,
+and the code of this machine's pyvmm, which init.sh leaves visible below /run/machine."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _PACKAGES = "/usr/lib/python3/dist-packages"
 
 
 def path_inside(path: str) -> str:
-    """Where in the emulated host the machine's file at the absolute `path` is, whatever lies over
-    it there. It is read-only."""
+    """The place in the emulated host of the machine's file at the absolute `path`, whatever lies
+    over it there. It is read-only."""
     return _MACHINE + os.path.realpath(path)
 
 

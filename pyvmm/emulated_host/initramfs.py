@@ -29,7 +29,7 @@ _BUSYBOX = "/dev/.pyvmm/busybox"
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What one run hands to the init: the command, where it runs, and its files.
+    """The settings that one run hands to the init: the command, where it runs, and its files.
 
     `mark` ends each output stream. `disks`, `sinks` and `streams` are absolute paths. `relay`:
     whether there is a port for sockets. `foreign`: whether programs are the image's, not the
@@ -182,7 +182,7 @@ def run_script(settings: RunSettings) -> bytes:
         *(f"STREAM_{n}={shlex.quote(path)}" for n, path in enumerate(settings.streams)),
         f"run_command() {{ exec {_command_line(settings)}; }}",
     ]
-    # Names that are no text (surrogates) go back to the bytes they came from.
+    # Names that are not text (surrogates) go back to the bytes they came from.
     return os.fsencode("\n".join(lines) + "\n")
 
 

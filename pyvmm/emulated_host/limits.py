@@ -1,4 +1,4 @@
-"""How large an emulated host this machine can carry."""
+"""The size of the largest emulated host that this machine can carry."""
 
 from __future__ import annotations
 

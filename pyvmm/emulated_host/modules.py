@@ -1,4 +1,4 @@
-"""Which kernel modules the emulated host loads, in which order, and made fast to load."""
+"""The kernel modules that the emulated host loads, in their order, and made fast to load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What comes to an emulated host that runs, and goes: disks and streams, by QEMU's own hot-plug.
+"""Disks and streams that come to an emulated host while it runs, and go, by QEMU's own hot-plug.
 
 Its disks sit behind a bridge of their own, whose slots QEMU's ACPI serves; streams are ports of the
 virtio-serial device that has the others.

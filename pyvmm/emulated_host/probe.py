@@ -1,4 +1,4 @@
-"""What an emulated KVM host needs of this machine, and whether it is there."""
+"""The needs that an emulated KVM host has of this machine, and checks that they are met."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _check_image() -> Iterator[Check]:
 
 
 def check_qemu(image: HostImage) -> Iterator[Check]:
-    """Whether the image's QEMU runs here and has all that is asked of it."""
+    """Check that the image's QEMU runs here and has all that is asked of it."""
     version = _output(*image.qemu, "--version").partition("\n")[0]
     yield Check("QEMU", bool(version), version or "does not run", _REBUILD)
     # Not "-device help": that loads every module that lies in /usr/lib/qemu, of whatever version.

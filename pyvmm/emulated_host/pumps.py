@@ -28,7 +28,7 @@ class InputPump:
 
     @property
     def wants_input(self) -> bool:
-        """Whether to wait for the source: not while the other side still has bytes to take."""
+        """True to wait for the source: not while the other side still has bytes to take."""
         return self.source is not None and not self.pending
 
     def receive(self) -> None:
@@ -80,7 +80,7 @@ class OutputPump:
 
     @property
     def wants_output(self) -> bool:
-        """Whether to wait for the target rather than for the port."""
+        """True to wait for the target rather than for the port."""
         return bool(self._pending)
 
     def receive(self) -> None:
@@ -91,7 +91,7 @@ class OutputPump:
             return
         except OSError:
             data = b""
-        if not data:  # QEMU is gone; whatever looked like a mark was none.
+        if not data:  # QEMU is gone; whatever looked like a mark was not one.
             self._pending, self._held, self.ended = self._held, b"", True
             return
         data = self._held + data
@@ -118,7 +118,7 @@ class OutputPump:
 
 
 def mark_prefix(data: bytes, mark: bytes) -> int:
-    """How many bytes at the end of `data` may be the beginning of `mark`."""
+    """The number of bytes at the end of `data` that may be the beginning of `mark`."""
     for length in range(min(len(data), len(mark) - 1), 0, -1):
         if data.endswith(mark[:length]):
             return length

@@ -83,7 +83,7 @@ def connect_now(path: str) -> Socket:
 
 
 def allows(allowed: str, path: str) -> bool:
-    """Whether `allowed`, of EmulatedHostSpec.sockets_out, stands for `path`."""
+    """True if `allowed`, of EmulatedHostSpec.sockets_out, stands for `path`."""
     if not allowed.endswith("*"):
         return path == allowed
     number = path.removeprefix(allowed[:-1])

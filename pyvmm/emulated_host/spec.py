@@ -1,4 +1,4 @@
-"""What an emulated host consists of, as plain data."""
+"""The parts of an emulated host, as plain data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEFAULT_CPUS = 2
 
 
 def cpus_for(vcpus: int) -> int:
-    """How many CPUs an emulated host has for a guest of so many vCPUs.
+    """The number of CPUs that an emulated host has for a guest of so many vCPUs.
 
     With more than one it ruined guests of several vCPUs now and then (docs/decisions/0071).
     """
@@ -37,9 +37,9 @@ class EmulatedHostError(PyvmmError):
 
 @dataclass(frozen=True)
 class HostImage:
-    """What it boots. `kernel`: a generic Debian kernel, in any form that distributions have.
-    `modules_dir`: its modules, with a modules.dep as depmod(8) writes it. `busybox`: a statically
-    linked one. `qemu`: the beginning of QEMU's command line, its program first.
+    """The files that it boots. `kernel`: a generic Debian kernel, in any form that distributions
+    have. `modules_dir`: its modules, with a modules.dep as depmod(8) writes it. `busybox`: a
+    statically linked one. `qemu`: the beginning of QEMU's command line, its program first.
 
     `architecture` is what uname(2) calls it. Where that is another than the machine's, `programs`
     is a directory whose /usr is that architecture's: in it are Python and what pyvmm needs.
@@ -120,9 +120,9 @@ class HostFolder:
 
 
 class Plugs(NamedTuple):
-    """How something gets into the emulated host: `plug_disk` and `plug_stream` until `closing`
-    ends; `connect` reaches who listens at a path inside; `take_back` gives a connection that has
-    been taken from a listener back to it."""
+    """The ways in which something gets into the emulated host: `plug_disk` and `plug_stream` until
+    `closing` ends; `connect` reaches who listens at a path inside; `take_back` gives a connection
+    that has been taken from a listener back to it."""
 
     plug_disk: Callable[[HostDisk, str, ExitStack], str]
     plug_stream: Callable[[HostStream, ExitStack], str]
@@ -165,10 +165,10 @@ class EmulatedHostSpec:
 
     @property
     def has_relay(self) -> bool:
-        """Whether there is a port for sockets."""
+        """True if there is a port for sockets."""
         return bool(self.sockets_in or self.sockets_out or self.services)
 
 
 def is_inside() -> bool:
-    """Whether this process runs in an emulated host already."""
+    """True if this process runs in an emulated host already."""
     return os.environ.get(INSIDE_VARIABLE) == "1"

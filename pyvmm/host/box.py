@@ -34,7 +34,7 @@ def may_signal(pid: int) -> None:
 
 
 def signals_others() -> bool:
-    """Whether there are such children."""
+    """True if there are such children."""
     return bool(_children)
 
 

@@ -33,7 +33,7 @@ class Room(NamedTuple):
     """Paths that are there; folders stand for all that is in them, and what is missing is skipped.
 
     `read` can be read, each file in `write` also written, and `execute` run. `memory` limits the
-    bytes of address space and `size` those of each file that is written; 0 is no limit. `env` is
+    bytes of address space and `size` those of each file that is written; 0: without limit. `env` is
     the whole environment of a program that `command` runs. With `serves` it may listen and talk
     on the sockets that it was given; it can make none, so there is no network all the same.
     """
@@ -48,7 +48,7 @@ class Room(NamedTuple):
 
 
 def available() -> bool:
-    """Whether this machine can `enter` any room."""
+    """True if this machine can `enter` any room."""
     return os.uname().machine == "x86_64" and landlock_version() > 0
 
 
@@ -306,8 +306,8 @@ def install(program: Sequence[Line], flags: int) -> None:
 
 
 Check = tuple[int, int, Iterable[int]]
-"""Which argument, a test (EQUAL, ANY, NONE), and the numbers that it equals, or the bits of which
-it has any or none. Only the lower 32 bits of an argument are looked at."""
+"""The number of an argument, a test (EQUAL, ANY, NONE), and the numbers that the argument equals,
+or the bits of which it has any or none. Only the lower 32 bits of an argument are looked at."""
 
 
 def _program(numbers: Iterable[int], pid: int, *, may_open_to_write: bool) -> list[Line]:

@@ -176,7 +176,7 @@ def flush(patience: float = 1.0) -> None:
 
 
 def left_out() -> int:
-    """How many lines nobody has read in time."""
+    """The number of lines that nobody has read in time."""
     return _stderr.left_out
 
 

@@ -12,7 +12,7 @@ _OPTION = "--user"
 
 
 class OtherUser(NamedTuple):
-    """Whom to become; no other groups."""
+    """The user to become, without other groups."""
 
     uid: int
     gid: int

@@ -61,7 +61,8 @@ class Outlet:
         return self._own if self._own >= 0 else self._fd
 
     def write(self, data: bytes | bytearray | memoryview) -> int:
-        """How many bytes of `data` were taken; 0 if there is no room now. Raises OSError."""
+        """Write, and return how many bytes of `data` were taken: 0 if there is no room now. Raises
+        OSError."""
         try:
             if self._socket is not None:
                 return self._socket.send(data, _socket.MSG_DONTWAIT | _socket.MSG_NOSIGNAL)

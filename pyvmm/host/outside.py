@@ -1,7 +1,7 @@
 """Threads that stay outside of the box that the others of a process are in (`pyvmm.host.box`).
 
-They share the memory of those in the box. So they are no wall for whoever has taken over the whole
-process; they are what lets a mistake in the box reach nothing but what it may.
+They share the memory of those in the box. So they are not a wall for whoever has taken over the
+whole process; they are what lets a mistake in the box reach nothing but what it may.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _latest: Outside | None = None
 
 
 def run(job: Callable[[], T]) -> T:
-    """What `job` returns or raises, done by threads that are outside if there are any."""
+    """Do `job` in threads that are outside, if there are any; return its result, or raise."""
     return job() if _latest is None else _latest.run(job)
 
 

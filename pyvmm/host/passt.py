@@ -37,7 +37,7 @@ _PROTOCOLS = {"tcp": (socket.SOCK_STREAM, "-t"), "udp": (socket.SOCK_DGRAM, "-u"
 SO_SNDBUFFORCE = 32  # <asm-generic/socket.h>
 _UNDER_WAY = 8 << 20  # bytes; a guest's TCP window is up to 6 MiB (net.ipv4.tcp_rmem)
 _PATIENCE = 20.0  # seconds for passt to start, which takes milliseconds
-_NOISE = ("syslog", "as root", "AVX2")  # in lines that are no reason for anything
+_NOISE = ("syslog", "as root", "AVX2")  # in lines that are not a reason for anything
 _ANY = ("0.0.0.0", "::")
 
 _newer: Callable[[bool], Sequence[str]] | None = None
@@ -237,7 +237,7 @@ class _NameServers(NamedTuple):
         return []
 
     def complaint(self) -> str:
-        """Why the guest has no name server, whatever passt it is; "" if it has one."""
+        """The reason why the guest has no name server, whatever passt it is; "" if it has one."""
         if self.others or self.behind or self.forwarded:
             return ""
         named = " and ".join(self.local) or "none"

@@ -64,7 +64,7 @@ def read_header(path: str, fd: int, cure: str = "add ,format=raw") -> Header:
     """The header of the image that is open as `fd`; `path` is its name in messages, `cure` what
     helps if it is another kind of file.
 
-    Raises ConfigError for what is no such image, is damaged, or encrypted; OSError.
+    Raises ConfigError for a file that is not such an image, is damaged, or encrypted; OSError.
     """
     start = os.pread(fd, _HEADER_3, 0).ljust(_HEADER_3, b"\0")
     magic, version, offset, length, cluster_bits, _, encryption = _START.unpack_from(start)

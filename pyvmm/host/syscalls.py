@@ -193,7 +193,7 @@ class EventFd(Closable):
         return bool(poll.poll(0))
 
     def total(self) -> int:
-        """How often it was signalled in all, by whomever; as /proc tells (proc(5), fdinfo)."""
+        """The number of signals to it in all, by whomever; as /proc tells (proc(5), fdinfo)."""
         for line in read_or_empty(f"/proc/self/fdinfo/{self.fd}").splitlines():
             name, _, value = line.partition(":")
             if name == "eventfd-count":

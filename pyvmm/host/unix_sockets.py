@@ -114,7 +114,7 @@ _owner: int | None = None
 
 
 def belong_to(uid: int) -> None:
-    """Whatever user we become: others are ours if they are the user `uid`."""
+    """Take others for ours if they are the user `uid`, whatever user we become."""
     global _owner
     _owner = uid
 

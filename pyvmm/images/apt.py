@@ -208,7 +208,7 @@ def _exact(depends: str) -> list[tuple[str, str]]:
 
 
 def machine_settings() -> str:
-    """How this machine's apt reaches its mirrors: proxies, retries, credentials' place."""
+    """This machine's settings for apt to reach mirrors: proxies, retries, credentials' place."""
     names = [f"Acquire::{name}" for name in _KEPT_SETTINGS]
     text = tools.run(["apt-config", "dump", *names], "apt-config")
     kept = [line for line in text.splitlines() if line.startswith("Acquire::") and '""' not in line]

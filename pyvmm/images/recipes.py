@@ -10,7 +10,7 @@ from pyvmm.errors import ConfigError
 
 FOLDER_VARIABLE = "PYVMM_GUEST_IMAGES"
 FILE_SYSTEM = "fs-"
-"""How the list of a file system's modules begins: fs-ext4."""
+"""The beginning of the name of a list of a file system's modules: fs-ext4."""
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,10 @@ class KernelRecipe:
     """Debian's kernel metapackage, and the suite it is taken from.
 
     `suites` are where apt looks, those of the recipes if there are none. A kernel for another
-    `architecture` is no guest of ours, but of another monitor; its initramfs is without the lists
-    of modules that it `lacks`, and has one for each of `filesystems`, which a root disk may have
-    and the kernel has as modules. One that is `optional` may fail when all images are built; so
-    does one of another `series` than the start of its version, if that is told.
+    `architecture` is not for a guest of ours, but of another monitor; its initramfs is without the
+    lists of modules that it `lacks`, and has one for each of `filesystems`, which a root disk may
+    have and the kernel has as modules. One that is `optional` may fail when all images are built;
+    so does one of another `series` than the start of its version, if that is told.
     """
 
     package: str

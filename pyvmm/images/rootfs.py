@@ -63,7 +63,7 @@ class Plan:
 
 
 def plan(variant: str, recipes: Recipes, agent: str, pins: Sequence[Pin]) -> Plan:
-    """How a recipe's root disk is made."""
+    """The plan for a recipe's root disk."""
     recipe = recipes.rootfs[variant]
     return Plan(
         *(f"rootfs-{variant}", recipes.release, recipe.packages, recipe.size, variant, agent, pins)
@@ -123,7 +123,7 @@ def _own_hooks(plan: Plan) -> Iterator[str]:
 
 
 def _mode() -> str:
-    """How mmdebstrap gets its chroot; it decides for itself for a user who is not root.
+    """The way for mmdebstrap to get its chroot; it decides for itself for a user who is not root.
 
     As root it would mount /proc, /sys and /dev under the cache, in everybody's sight: a build that
     is killed would leave them there, for the next one's clean-up to walk into. So they go into a

@@ -274,7 +274,7 @@ def _container(
 
 
 def _room(order: Order) -> int:
-    """How many bytes of files there may be: what is asked for, or a third of the room there is.
+    """The bytes of files that there may be: as many as asked for, or a third of the room there is.
 
     They are written twice, into the spool and into the file system.
     """

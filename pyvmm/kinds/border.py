@@ -1,4 +1,4 @@
-"""How a VM crosses into an emulated host: what a kind's `cross` is given, and gives back."""
+"""The crossing of a VM into an emulated host: what a kind's `cross` is given, and gives back."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def check(spec: Spec) -> Spec:
 
 
 def from_plain(values: Mapping[str, Any]) -> Spec:
-    """What JSON has made of a specification. Raises TypeError, KeyError."""
+    """The specification of which JSON has made `values`. Raises TypeError, KeyError."""
     return Spec(**{**values, "ports": tuple(map(_as_port, values["ports"]))})
 
 

@@ -10,7 +10,7 @@ docs/adding-a-device.md takes a reader through one. The module has
                                         `size` is in bytes, one with the metadata INTERNAL is not
                                         for users
     parse(text) -> Spec                 from the command line's --OPTION TEXT; raises ConfigError.
-                                        `packed` is no concern of it, any device may have that
+                                        `packed` does not concern it, any device may have that
     open_device(spec, context) -> VirtioDevice
                                         raises ConfigError for what the user can mend
 

@@ -50,7 +50,7 @@ class Kvm(syscalls.Closable):
 
     @property
     def max_vcpus(self) -> int:
-        """How many vCPUs one VM may have. Source: KVM_CAP_MAX_VCPUS, else KVM_CAP_NR_VCPUS."""
+        """The most vCPUs that one VM may have. Source: KVM_CAP_MAX_VCPUS, else KVM_CAP_NR_VCPUS."""
         return (
             self.check_extension(uapi.KVM_CAP_MAX_VCPUS)
             or self.check_extension(uapi.KVM_CAP_NR_VCPUS)

@@ -1,4 +1,4 @@
-"""Which pages of guest memory have changed since a snapshot was taken, for one that has only those.
+"""The pages of guest memory that changed since a snapshot was taken, for one that has only those.
 
 RAM that lies in files privately (PrivateMemory) knows it by its page tables. For the usual RAM, a
 memfd, two are asked, from the first snapshot on after which somebody wants to know:

@@ -50,7 +50,7 @@ class _Request(NamedTuple):
 
 
 class _FromGuest(NamedTuple):
-    """How the guest ended; `boot` is the start that it ended."""
+    """The end of the guest; `boot` is the start that it ended."""
 
     outcome: Outcome
     boot: int
@@ -206,7 +206,7 @@ class Machine:
         on_idle: Callable[[], None],
         ask: Ask,
     ) -> tuple[Outcome, bool]:
-        """How it ended, and whether that was the guest's doing."""
+        """Run until the end; return the end, and whether that was the guest's doing."""
         with ExitStack() as stopping:
             stopping.callback(self._stop)
             waits, self._waits = self._waits, False

@@ -1,7 +1,7 @@
 """Files of the host that are memory of the guest: each above the RAM, in a KVM memory slot of its
 own.
 
-The guest alone reads and writes them. For devices they are no RAM (a buffer there is refused), and
+The guest alone reads and writes them. For devices they are not RAM (a buffer there is refused), and
 nothing here touches a byte of the mapping: whoever may write to such a file may also cut it short,
 and an access of ours to what is gone then would end the process (SIGBUS). The guest's own access is
 KVM's business: KVM_RUN fails, and so the run ends. See docs/decisions/0359-files-as-memory.md, and

@@ -1,4 +1,4 @@
-"""How a run ended, as a value, and the exit code that says so."""
+"""The end of a run, as a value, and the exit code that says so."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 STOP_SECONDS = 30.0
-"""How long a guest that was asked to power off may take until its power is cut."""
+"""The time that a guest may take after it was asked to power off, until its power is cut."""
 
 
 class Ending(enum.Enum):
-    """Why the guest no longer runs. The value is `pyvmm run`'s exit code."""
+    """The reason why the guest no longer runs. The value is `pyvmm run`'s exit code."""
 
     POWEROFF = 0
     FAILED = 1  # the monitor or the host failed

@@ -254,7 +254,7 @@ class _Place:
     where that one's is.
 
     A driver says when, so what KVM refuses then is not a reason to end the VM: a write that it does
-    not catch reaches the transport, and memory that is none its file, at the price of an exit.
+    not catch reaches the transport, and what is not memory its file, at the price of an exit.
     """
 
     def __init__(

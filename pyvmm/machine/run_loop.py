@@ -13,8 +13,8 @@ from pyvmm.machine.vcpu_runner import RunLoop
 
 
 class AccessCounts:
-    """How many accesses of each kind pyvmm has served. Any vCPU adds to it. There is no lock, so
-    one access in a million is lost, when two vCPUs add at the same time."""
+    """The number of accesses of each kind that pyvmm has served. Any vCPU adds to it. There is no
+    lock, so one access in a million is lost, when two vCPUs add at the same time."""
 
     def __init__(self) -> None:
         self.io = 0

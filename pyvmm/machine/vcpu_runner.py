@@ -248,7 +248,7 @@ class VcpuRunner:
         return self._interpret(event)
 
     def _interpret(self, event: exits.Exit) -> Outcome | None:
-        """How an exit other than port or MMIO access ends the run; None if it does not."""
+        """The end of the run by an exit other than port or MMIO access; None if it goes on."""
         from pyvmm.kvm import exits  # 30 types, and most runs meet none of them
 
         if isinstance(event, exits.Hlt | exits.IrqWindowOpen):

@@ -148,7 +148,7 @@ class GuestMemory:
 
     @property
     def resident(self) -> int:
-        """How many bytes of it the host has given, for what was written or read so far."""
+        """The number of its bytes that the host has given, for what was written or read so far."""
         return os.fstat(self.fd).st_blocks * _BLOCK
 
     def touched(self) -> Iterator[memoryview | int]:

@@ -21,9 +21,9 @@ def _table(has: Callable[[int], object]) -> bytes:
 
 
 ANY = _table(lambda byte: byte & (_PRESENT | _SWAPPED))
-"""What has a page in this process: it has read or written it, or the kernel has for it."""
+"""The test for a page in this process: it has read or written it, or the kernel has for it."""
 OWN = _table(lambda byte: byte & _SWAPPED or (byte & _PRESENT and not byte & _OF_FILE))
-"""What is a page of this process alone, as it has written to a private mapping."""
+"""The test for a page of this process alone, as it has written to a private mapping."""
 
 
 def looked_up(address: int, size: int, table: bytes) -> bytes:
@@ -51,7 +51,7 @@ def _read(fd: int, offset: int, size: int) -> bytes:
 
 
 def both(one: bytes, other: bytes) -> bytes:
-    """What is in one of them or in both; quick if `other` has few runs."""
+    """The pages that are in one of them or in both; quick if `other` has few runs."""
     found = bytearray(one)
     for first, length in runs(other):
         found[first : first + length] = YES * length
@@ -81,8 +81,8 @@ def runs(pages: bytes) -> Iterator[tuple[int, int]]:
 
 
 def extents(count: int, over: Sequence[bytes]) -> Iterator[tuple[int, int, int]]:
-    """Which layer `count` pages are in: (first page, number of pages, layer), in order. Layer 0 has
-    all of them, and layer n those in `over[n - 1]`; the highest one counts."""
+    """The layers that `count` pages are in: (first page, number of pages, layer), in order. Layer 0
+    has all of them, and layer n those in `over[n - 1]`; the highest one counts."""
     if not over and count:
         yield 0, count, 0
         return

@@ -34,7 +34,7 @@ _FAILED = ctypes.c_void_p(-1).value
 
 
 class PrivateMemory(GuestMemory):
-    """Guest RAM with the contents of files, in the order of its ranges. Its `fd` is none: no other
+    """Guest RAM with the contents of files, in the order of its ranges. It has no `fd`: no other
     process can share what the guest writes. `began_as` is what its maker calls those contents."""
 
     began_as = ""
@@ -88,8 +88,8 @@ class PrivateMemory(GuestMemory):
 
     @property
     def resident(self) -> int:
-        """How many bytes of it are this process's own or in the page cache, as far as it has looked
-        at them: /proc says it for the mapping."""
+        """The number of its bytes that are this process's own or in the page cache, as far as it
+        has looked at them: /proc says it for the mapping."""
         start = self.regions[0].host_addr if self.regions else 0
         return _resident(start)
 

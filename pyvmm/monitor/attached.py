@@ -245,7 +245,7 @@ class _Keys:
         self._count = 0
 
     def milliseconds(self) -> float | None:
-        """How long to wait for the guest. Raises Left if a second Ctrl-C is not taken either."""
+        """The time to wait for the guest. Raises Left if a second Ctrl-C is not taken either."""
         if self._count < 2:
             return None
         left = self._first + _KEY_SECONDS - time.monotonic()

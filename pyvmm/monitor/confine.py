@@ -1,4 +1,4 @@
-"""How a monitor is confined: what of its VM's needs what, and who does what it no longer can.
+"""A monitor's confinement: the needs of each part of its VM, and who does what it no longer can.
 
 Decision 0410 has the moment, the layers, and all that needs a name after it.
 """
@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class Confinement:
-    """What confines the monitor of one VM: made while nothing is open yet, entered when all is."""
+    """The confinement of one VM's monitor: made while nothing is open yet, entered when all is."""
 
     def __init__(self, surroundings: Surroundings = USUAL, *, passes_signals: bool = False) -> None:
         """`passes_signals`: to another process, by its descriptor."""
@@ -161,7 +161,7 @@ class Confinement:
             self._vm_log.note(f"confined ({self._mode}): {layers}{off}{user}")
 
     def described(self) -> dict[str, Any]:
-        """What confines this process, as plain data."""
+        """The confinement of this process, as plain data."""
         refused = 0 if self._refusals is None else self._refusals.count
         box = {"on": list(self.box.on), "off": dict(self.box.off)}
         return {"mode": self._mode, "user": os.geteuid(), **box, "refused_calls": refused}
@@ -195,8 +195,8 @@ class Confinement:
 
 
 def _code() -> Iterator[str]:
-    """Where Python's own modules and those of packages are, which are loaded when they are wanted;
-    not the folders that a program adds to its path, which may be anybody's."""
+    """The folders of Python's own modules and those of packages, which are loaded when they are
+    wanted; not the folders that a program adds to its path, which may be anybody's."""
     yield os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     yield os.path.dirname(os.path.abspath(os.__file__))
     for path in sys.path:
@@ -205,7 +205,7 @@ def _code() -> Iterator[str]:
 
 
 def _files(spec: VmSpec) -> Iterator[str]:
-    """What a restart of the guest reads again, and what a traceback shows."""
+    """The files that a restart of the guest reads again, and those that a traceback shows."""
     yield spec.kernel
     if spec.initrd is not None:
         yield spec.initrd

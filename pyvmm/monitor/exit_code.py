@@ -1,4 +1,4 @@
-"""How a command ends: what went wrong in one line, and an exit code that nothing changes.
+"""The end of a command: what went wrong in one line, and an exit code that nothing changes.
 
 Apart from the rest, because `pyvmm run` inside the emulated host needs it without click.
 """

@@ -1,4 +1,4 @@
-"""What a monitor in a box cannot do itself is done by its keeper: a process that was forked before.
+"""The keeper of a monitor in a box: a process, forked before, that does what the monitor cannot.
 
 It does four things, for one VM whose name it knows from before, and nothing else:
 
@@ -254,7 +254,7 @@ def _connected(path: str) -> int:
 
 
 def _end(text: bytes) -> dict[str, Any]:
-    """How a VM has ended, with nothing in it but what is known. Raises ValueError."""
+    """The end of a VM, with nothing in it but what is known. Raises ValueError."""
     import json
 
     said = json.loads(text)

@@ -63,9 +63,9 @@ def layers_of(state: Mapping[str, Any], size: int) -> list[Layer]:
 
 
 def below(path: str, state: Mapping[str, Any], size: int) -> list[tuple[str, dict[str, Any]]]:
-    """What a snapshot has below its own pages if it is taken of what has changed since the one in
-    the directory `path`, which has `state`: each file's path, and what the new state says of it.
-    Raises ConfigError."""
+    """The files that a snapshot has below its own pages if it is taken of what has changed since
+    the one in the directory `path`, which has `state`: each file's path, and what the new state
+    says of it. Raises ConfigError."""
     layers = layers_of(state, size)
     if len(layers) >= MOST_LAYERS:
         raise ConfigError(
@@ -147,7 +147,7 @@ class SavedMemory(Closable):
                 at = max(hole, at)
 
     def differing(self, offset: int, data: bytes) -> list[int]:
-        """Which of the whole pages of `data` are other ones than those from `offset` on."""
+        """The places in `data` of its whole pages that differ from those from `offset` on."""
         here = self.read(offset, len(data))
         if here == data:
             return []
@@ -171,5 +171,5 @@ def _without_zeroes(data: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def is_zero(page: bytes) -> bool:
-    """Whether a page has nothing in it."""
+    """True if a page has nothing in it."""
     return page == _ZEROES

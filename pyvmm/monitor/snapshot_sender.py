@@ -232,7 +232,7 @@ def _last(values: dict[str, Any]) -> bytes:
 
 
 def _memory(memory: GuestMemory) -> Iterator[tuple[int, memoryview]]:
-    """What of it is not zero."""
+    """The pieces of it that are not zero, each with its offset."""
     offset = 0
     for piece in memory.touched():
         if isinstance(piece, int):
@@ -275,8 +275,8 @@ def _not_zero(part: memoryview) -> Iterator[tuple[int, memoryview]]:
 def _changes(
     disk: DiskSpec, backend: Backend
 ) -> tuple[int, Iterator[tuple[int, bytes | bytearray]]] | None:
-    """What goes along of a disk: the size of a file, and its pieces. What is in images themselves
-    is written to them. Raises HostError."""
+    """The part of a disk that goes along: the size of a file, and its pieces. Changes that are in
+    images themselves are written to them. Raises HostError."""
     if not disk.base_read_only:
         backend.flush()
         return None

@@ -221,7 +221,7 @@ class _Changed:
         return bytes(self._kept)
 
     def write(self, writer: store.Writer, offset: int, data: bytes) -> None:
-        """What of `data` is new goes into the file."""
+        """Write those pages of `data` that are new into the file."""
         if offset % PAGE_SIZE or len(data) % PAGE_SIZE:
             raise self._receiver.nonsense()
         for at in self._base.memory.differing(offset, data):
@@ -318,8 +318,8 @@ class _Receiver(Closable):
 
 
 def marks_of(disk: DiskSpec) -> dict[str, Any]:
-    """What tells whether the images of `disk` are still what they were: for each file its size, and
-    when it was last written."""
+    """The marks that tell whether the images of `disk` are still what they were: for each file its
+    size, and when it was last written."""
     files = [disk.path, *disk.backing, *filter(None, (disk.data_file,))]
     return {"id": disk.id, "files": {path: _mark(path) for path in files}}
 

@@ -87,7 +87,7 @@ class Console:
 
     @property
     def left_out(self) -> int:
-        """How many bytes of the output nobody has read in time."""
+        """The number of bytes of the output that nobody has read in time."""
         return self._output.left_out
 
     def _command(self, command: Command) -> None:

@@ -77,7 +77,7 @@ class ConsoleOutput:
 
     @property
     def left_out(self) -> int:
-        """How many bytes nobody has read in time."""
+        """The number of bytes that nobody has read in time."""
         return self._lost + (0 if self._outbox is None else self._outbox.left_out)
 
     def write(self, data: bytes) -> None:

@@ -329,7 +329,7 @@ class Serial:
         self._thre_pending = True
 
     def _due(self) -> float:
-        """When the bytes on their way will have been sent, and the interrupt is due.
+        """The time at which the bytes on their way will have been sent, and the interrupt is due.
 
         Linux's handler of an edge starts over if the next one comes while it is still at work, and
         leaves no time to anything else on its processor for as long as somebody prints. So there is

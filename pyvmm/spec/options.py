@@ -19,7 +19,7 @@ CONFINE = ("auto", "strict", "off")
 LOG_FORMATS = ("text", "json")
 
 VALUE, FLAG, OPTIONAL, ARGUMENT = "value", "flag", "optional", "argument"
-"""How an option is typed: with a value, without one, with one or none, without a flag."""
+"""The ways to type an option: with a value, without one, with one or none, without a flag."""
 
 ONLY_TYPED = "it is for the command line only"
 
@@ -370,7 +370,7 @@ def as_list(value: Any) -> list[Any]:
 
 
 def read_own(option: Option, value: Any) -> Any:
-    """The VmSpec's value for `value`, if the option is one of the VM itself. An option that is no
+    """The VmSpec's value for `value`, if the option is one of the VM itself. An option that is not
     part of a specification is looked at only. Raises ConfigError."""
     return _READ[option.name](value, option)
 

@@ -84,8 +84,8 @@ def _as_dataclass(cls: Any) -> dict[str, Any]:
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
 class Record:
     """The base of a frozen value. The fields are the annotated names of its class, behind those of
-    the classes that it is made of; a ClassVar is none. Records of one class are equal if all their
-    values are. `__post_init__` is called when the values stand."""
+    the classes that it is made of; a ClassVar is not one. Records of one class are equal if all
+    their values are. `__post_init__` is called when the values stand."""
 
     _rows: ClassVar[dict[str, tuple[Any, _Field]]] = {}
     _in_order: ClassVar[tuple[str, ...]] = ()

@@ -1,4 +1,4 @@
-"""The surroundings of a VM's monitor, which are no part of the VM: its box, its user, who may ask
+"""The surroundings of a VM's monitor, which are not part of the VM: its box, its user, who may ask
 it.
 
 Made from the same options as the VM itself (`pyvmm.spec.options`).

@@ -161,7 +161,7 @@ class MockPackedDriver(MockDriver):
 
     @property
     def room(self) -> int:
-        """How many descriptors are free; there are as many ids."""
+        """The number of free descriptors; there are as many ids."""
         return self.size - (self._next - self._last_used)
 
     # --- handing them over -----------------------------------------------------------------------

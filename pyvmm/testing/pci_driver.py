@@ -139,7 +139,7 @@ class PciDriver(MmioDriver):
     # --- registers -------------------------------------------------------------------------------
 
     def access(self, kind: int, offset: int) -> int:
-        """Where, in the window, byte `offset` of a structure is."""
+        """The place, in the window, of byte `offset` of a structure."""
         return self.address - self._base + self.structures[kind].offset + offset
 
     def field(self, place: tuple[int, int]) -> int:
@@ -200,7 +200,7 @@ class PciDriver(MmioDriver):
 
     @property
     def vectors(self) -> int:
-        """How many there are."""
+        """The number of vectors."""
         return self.msix.length // 16
 
     def _enable(self, index: int, queue: MockDriver) -> None:

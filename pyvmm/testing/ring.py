@@ -200,7 +200,7 @@ class MockDriver(ABC):
 
     @property
     def room(self) -> int:
-        """How many descriptors are free."""
+        """The number of free descriptors."""
         return len(self._free)
 
     def has_used(self) -> bool:

@@ -81,7 +81,7 @@ class VsockDriver:
             self._offered.append(self.driver.submit(RX, [], [HEADER.size, size]))
 
     def offer_raw(self, writable: Sequence[int | Buffer]) -> Chain:
-        """Give the device a receive buffer that may be no good; `wait_used` tells when it is back.
+        """Give the device a receive buffer that may be wrong; `wait_used` tells when it is back.
 
         It is not one that `receive` looks at.
         """

@@ -88,7 +88,7 @@ class Transport(ABC):
             self.negotiation.restore(saved.table("negotiation"), saved.table("device"))
         if self.negotiation.state.status & status.DRIVER_OK:
             # A worker shows what it has used, lets go of the queue and then interrupts: the state
-            # may have been saved in between. One interrupt too many does no harm.
+            # may have been saved in between. One interrupt too many is harmless.
             self.negotiation.remind()
             self.used_buffer(*range(len(self.kicks)))
             if self.negotiation.state.interrupt_status & CONFIG_CHANGED:

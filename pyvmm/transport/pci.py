@@ -406,7 +406,7 @@ class PciTransport(Transport):
 
 
 def vectors_for(device: VirtioDevice) -> int:
-    """How many vectors `device` gets: one for each queue, and one for its configuration."""
+    """The number of vectors of `device`: one for each queue, and one for its configuration."""
     return min(len(device.queue_sizes) + 1, MAX_VECTORS)
 
 

@@ -44,7 +44,7 @@ class Message:
 
     @property
     def needs_reply(self) -> bool:
-        """Whether its sender wants to know how it went, if REPLY_ACK was negotiated."""
+        """True if its sender wants to know how it went, if REPLY_ACK was negotiated."""
         return bool(self.flags & NEED_REPLY)
 
     def take_fd(self) -> int:
@@ -74,7 +74,7 @@ class Channel:
         """The next request, or with `replies` the next reply; None once the other end has closed
         the connection between two.
 
-        Raises a `fault` for what is no such message, after which nothing more can be understood;
+        Raises a `fault` for what is not such a message, after which nothing more can be understood;
         HostError, ETIMEDOUT if it has not come by the time `until` of time.monotonic.
         """
         fds: list[int] = []

@@ -68,8 +68,8 @@ class Inflight:
 
     @classmethod
     def copy_of(cls, payload: bytes, fd: int) -> Inflight:
-        """What is in the memory `fd` now, which a back end described by `payload`; the copy is
-        nobody else's. It is not mapped, as a back end may cut it short. Raises PyvmmError."""
+        """A copy of what is in the memory `fd` now, which a back end described by `payload`; it is
+        nobody else's. `fd` is not mapped, as a back end may cut it short. Raises PyvmmError."""
         _, offset, num_queues, queue_size = INFLIGHT.unpack_from(payload)
         size = _size(num_queues, queue_size)
         try:

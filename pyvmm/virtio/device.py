@@ -21,7 +21,7 @@ from pyvmm.virtio.queue.protocol import Queue, QueueLock
 
 
 class Interrupt(Protocol):
-    """How a device gets the driver's attention: the transport's part, called from any thread."""
+    """A device's way to reach its driver: the transport's part, called from any thread."""
 
     def signal_used(self, *queue_indexes: int) -> None:
         """The device used a buffer of each of these queues (2.3 Notifications). Queues that share

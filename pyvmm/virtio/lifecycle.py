@@ -41,7 +41,7 @@ Trace = Callable[[object], None]
 
 
 class Notifier(Protocol):
-    """How a transport interrupts the driver. Any thread calls it, with no lock held but maybe a
+    """A transport's way to interrupt the driver. Any thread calls it, with no lock held but maybe a
     queue's; the interrupt status is set by then."""
 
     def used_buffer(self, *queue_indexes: int) -> None:

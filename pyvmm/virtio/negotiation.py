@@ -212,7 +212,8 @@ class Negotiation(Lifecycle):
         return None
 
     def _setup_refusal(self, config: QueueConfig) -> str | None:
-        """Why a queue cannot be set up now; once the device is live only one that was reset can."""
+        """The reason why a queue cannot be set up now; once the device is live only one that was
+        reset can."""
         now = self.state.status
         gate = status.QUEUE_CHANGE_GATE if config.was_reset else status.QUEUE_SETUP_GATE
         return None if gate.open(now) else f"only {gate.when}, the status is {status.describe(now)}"

@@ -93,7 +93,7 @@ class RateLimiter:
 
 
 def limiter(*, bps: int, iops: int, bps_burst: int, iops_burst: int) -> RateLimiter | None:
-    """A limiter of bytes and operations a second; 0 is no limit, and None stands for no limits."""
+    """A limiter of bytes and operations a second; 0: without limit. None if neither is limited."""
     if not bps and not iops:
         return None
     return RateLimiter(

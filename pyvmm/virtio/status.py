@@ -70,7 +70,7 @@ def next_status(current: int, written: int) -> int | None:
 
 
 def explain_refusal(current: int, written: int) -> str:
-    """Why `next_status` gave None, for a warning."""
+    """The reason why `next_status` gave None, for a warning."""
     undefined = written & ~DEFINED
     if undefined:
         return f"sets undefined bits {undefined:#x}"
@@ -92,7 +92,7 @@ def describe(status: int) -> str:
 
 
 class Gate(NamedTuple):
-    """When a driver's write is taken: when the status bits in `mask` are just those in `value`."""
+    """The condition for a driver's write: the status bits in `mask` are just those in `value`."""
 
     mask: int
     value: int

@@ -57,7 +57,7 @@ Serve = Callable[[Queue], Rest | None]
 
 
 class Limits(Protocol):
-    """How fast a device may be; see `rate_limit.RateLimiter`."""
+    """The limits of a device's speed; see `rate_limit.RateLimiter`."""
 
     def around(self, serve: Serve, size_of: Callable[[DescriptorChain], int]) -> Serve:
         """`serve` within these limits, for one queue; `size_of` says how many bytes a chain counts
@@ -430,7 +430,7 @@ class QueueDevice(VirtioDevice):
         """
 
     def size_of(self, chain: DescriptorChain) -> int:
-        """How many bytes `chain` counts for in `limits`."""
+        """The number of bytes that `chain` counts for in `limits`."""
         return chain.readable_size + chain.writable_size
 
     def sources(self, index: int) -> Sequence[Source]:

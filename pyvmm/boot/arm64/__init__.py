@@ -21,8 +21,9 @@ _PAGE = 0x1000
 
 @dataclass(frozen=True)
 class Entry:
-    """How the first vCPU starts: at `pc`, with the address of a device tree in x0: one of `trees`,
-    by the version of the interrupt controller that the machine gets. `cmdline` is the kernel's."""
+    """The start of the first vCPU: at `pc`, with the address of a device tree in x0: one of
+    `trees`, by the version of the interrupt controller that the machine gets. `cmdline` is the
+    kernel's."""
 
     pc: int
     trees: dict[int, int]

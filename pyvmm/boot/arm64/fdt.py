@@ -92,7 +92,7 @@ def _children(node: Node) -> Sequence[Node]:
 
 
 def _name_place(names: bytearray, name: str) -> int:
-    """Where in the block of strings the property's name is; one may be the end of another."""
+    """The place of the property's name in the block of strings; one may be the end of another."""
     text = name.encode() + b"\0"
     found = names.find(text)
     if found < 0:

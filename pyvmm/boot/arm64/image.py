@@ -22,7 +22,7 @@ from pyvmm.memory import GuestMemory
 HEADER_SIZE = 64
 _MAGIC_OFFSET, _MAGIC = 56, b"ARM\x64"
 _BIG_ENDIAN = 1 << 0
-_PLAUSIBLE_MIB = 1 << 12  # a header that says more is none
+_PLAUSIBLE_MIB = 1 << 12  # what says more is not a header
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _EFI, _ZBOOT = b"MZ", b"zimg"
 _MOST = 1 << 30  # bytes, as of a kernel for x86

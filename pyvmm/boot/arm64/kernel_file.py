@@ -1,4 +1,4 @@
-"""What a kernel file for arm64 says of itself, and the Image in it."""
+"""The facts that a kernel file for arm64 states of itself, and the Image in it."""
 
 from __future__ import annotations
 

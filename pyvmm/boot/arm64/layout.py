@@ -1,4 +1,4 @@
-"""Where an arm64 guest has RAM, and what boot puts into it: guest-physical addresses.
+"""The places of an arm64 guest's RAM and of what boot puts into it: guest-physical addresses.
 
 The devices' addresses, all below the RAM, are the board's (pyvmm/machine/board/arm64/layout.py).
 docs/memory-map.md draws both; a test compares them.
@@ -19,5 +19,5 @@ CMDLINE_MAX = 2047  # <asm/setup.h>, COMMAND_LINE_SIZE less the NUL
 
 
 def ram_ranges(size: int) -> list[tuple[int, int]]:
-    """Where `size` bytes of RAM lie: one range, as no device is above its start."""
+    """The ranges of `size` bytes of RAM: only one, as no device is above its start."""
     return [(RAM, size)]

@@ -92,8 +92,8 @@ class AcpiConfig(NamedTuple):
     """The facts for the tables: `cpus` vCPUs whose APIC ids are 0 to cpus - 1, and the devices:
     those at `fixed` places, and the virtio devices. Without `pci` there is no such bus.
 
-    `i8042` is whether there is a keyboard controller that a driver can use. A port that does no
-    more than reset is none: a guest would look for the rest of it, in vain and slowly.
+    `i8042` is whether there is a keyboard controller that a driver can use. A port that can
+    only reset does not count: a guest would look for the rest of it, in vain and slowly.
     """
 
     fixed: FixedDevices

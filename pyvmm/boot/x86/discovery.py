@@ -1,4 +1,4 @@
-"""How a guest kernel is told where its virtio-mmio devices are: ACPI, its command line, or both.
+"""The ways to tell a guest kernel of its virtio-mmio devices: ACPI, its command line, or both.
 
 docs/decisions/0050-virtio-discovery.md says why the rule is this one.
 """

@@ -28,7 +28,7 @@ _PAGE_SIZE_2M = 0x80
 
 
 class Entry(NamedTuple):
-    """How the first vCPU enters the guest, interrupts off: plain numbers, addresses guest-physical.
+    """The first vCPU's start in the guest, interrupts off: plain numbers, guest-physical addresses.
 
     `mode` is ``"long64"`` or ``"protected32"``. At `gdt_base` stand five descriptors: null, null,
     code for the mode (selector 0x10), data (0x18) and task (0x20). `cr3` counts in long mode only.

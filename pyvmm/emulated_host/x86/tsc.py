@@ -1,4 +1,4 @@
-"""How fast this machine's time-stamp counter runs, which is the emulated CPUs' too.
+"""The frequency of this machine's time-stamp counter, which is the emulated CPUs' too.
 
 Linux finds that out by the emulated timers. On a busy machine it takes the time for which nobody
 ran the emulated CPU for the timer's, and goes by a frequency that is several times too low: its

@@ -43,7 +43,7 @@ def verifier(digest: str, size: int | None) -> Callable[[bytes], None]:
 
 
 class Budget:
-    """How many bytes all the layers together may still unpack to."""
+    """The number of bytes to which all the layers together may still unpack."""
 
     def __init__(self, most: int) -> None:
         self._most = self._left = most

@@ -87,7 +87,7 @@ def load(
 
 @contextmanager
 def named(what: str) -> Iterator[None]:
-    """Whatever is wrong is said to be in `what`."""
+    """Say of all that is wrong that it is in `what`."""
     try:
         with explained(what):
             yield

@@ -140,7 +140,7 @@ def _too_many(store: Store) -> Refused:
 
 def _is_for_us(descriptor: dict[str, Any]) -> bool:
     """A descriptor without a platform may be; the configuration then says. Signatures and the like
-    say that they are no images."""
+    say that they are not images."""
     platform = descriptor.get("platform")
     if platform is None:
         return not descriptor.get("artifactType")

@@ -67,7 +67,7 @@ def _folder(path: str) -> str:
 
 
 def _account(user: str, tree: Tree) -> tuple[Account, tuple[int, ...]]:
-    """Who "", "UID", "NAME", "UID:GID" or "NAME:GROUP" is, and his other groups."""
+    """The account that "", "UID", "NAME", "UID:GID" or "NAME:GROUP" means, and its other groups."""
     name, _, group = user.partition(":")
     accounts = _accounts(tree)
     if _is_number(name):
@@ -92,7 +92,7 @@ def _account(user: str, tree: Tree) -> tuple[Account, tuple[int, ...]]:
 
 
 def _is_number(text: str) -> bool:
-    """What is all digits is a number, whatever users and groups are called."""
+    """True if all are digits: a number, whatever users and groups are called."""
     return text.isascii() and text.isdigit()
 
 

@@ -28,7 +28,7 @@ def shown(name: str) -> str:
 
 @contextmanager
 def explained(what: str) -> Iterator[None]:
-    """Whatever the libraries find wrong with `what` is a Refused that says so."""
+    """Make a Refused of all that the libraries find wrong with `what`."""
     import zstandard
 
     try:

@@ -118,7 +118,7 @@ class Tree:
         self._memory = 0
 
     def next_layer(self) -> None:
-        """What is added from now on is of the next layer."""
+        """Begin the next layer: all that is added from now on is of it."""
         self._layer += 1
 
     def add(self, member: Member, content: IO[bytes] | None) -> None:

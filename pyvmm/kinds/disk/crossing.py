@@ -1,4 +1,4 @@
-"""How a VM's disks get into the emulated host: opened and locked here, block devices there.
+"""The way of a VM's disks into the emulated host: opened and locked here, block devices there.
 
 The files of a disk are opened outside: mistakes show at once, and the inside can write only those
 files. The layers above (snapshot, overlay, a class in Python) run inside, where the

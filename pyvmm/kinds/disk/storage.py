@@ -111,7 +111,7 @@ def _open_ram(disk: DiskSpec, closing: ExitStack) -> Backend:
 
 def qcow2_layers(disk: DiskSpec, closing: ExitStack) -> tuple[Layer, ...]:
     """Open and lock a qcow2 image and what it builds on; `closing` undoes it. Raises ConfigError
-    for what is none, and for files that it names but the user does not; HostError."""
+    for a file that is not one, and for files that it names but the user does not; HostError."""
     from pyvmm.host.qcow2 import open_chain
 
     layers = open_chain(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pyvmm.virtio.vhost_user.device import VhostUserDevice
 
     class Keywords(TypedDict, total=False):
-        """What `pyvmm.VM` takes."""
+        """The keyword arguments that `pyvmm.VM` takes."""
 
         vhost_user: Spec | str | Table | Iterable[Spec | str | Table]
 

@@ -1,5 +1,5 @@
-"""What is known of each type of device that a back end may serve: how many queues it has, what of
-its features can be passed on, what its configuration space is, and how its requests fail.
+"""The types of devices that a back end may serve: how many queues each has, what of its features
+can be passed on, what its configuration space is, and how its requests fail.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ TYPES = {
 
 
 def served(name: str, queues: int, *, tag: str, mac: bytes) -> Served:
-    """What the front end has to know of the type `name`, with `queues` (pairs, request queues) of
-    a device that can have several."""
+    """The facts of the type `name` for the front end, with `queues` (pairs, request queues) of a
+    device that can have several."""
     known = TYPES[name]
     usual = Served(
         known.number,
@@ -177,7 +177,7 @@ def _fuse_error(chain: DescriptorChain) -> int:
 
 
 def _drop_frames(queue: Queue) -> None:
-    """What the guest sends goes nowhere, and nothing comes: 5.1.2 Virtqueues."""
+    """Drop the frames that the guest sends, and send it none: 5.1.2 Virtqueues."""
     if queue.index % 2:
         _return_empty(queue)
 

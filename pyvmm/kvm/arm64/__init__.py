@@ -1,1 +1,1 @@
-"""What KVM has on arm64 alone: registers by their ids, the GIC as a device, the state of a vCPU."""
+"""The parts of KVM for arm64 alone: registers by their ids, the GIC as a device, a vCPU's state."""

@@ -70,7 +70,7 @@ PSTATE_MASKED = 0b1111 << 6
 
 
 def size_of(register: int) -> int:
-    """How many bytes the register has."""
+    """The number of bytes that the register has."""
     size: int = 1 << ((register & uapi.KVM_REG_SIZE_MASK) >> uapi.KVM_REG_SIZE_SHIFT)
     return size
 

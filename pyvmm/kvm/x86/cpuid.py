@@ -76,7 +76,7 @@ def for_vcpu(supported: Sequence[CpuidEntry], index: int, count: int) -> list[Cp
 
 
 def address_bits(entries: Iterable[CpuidEntry]) -> int:
-    """How many bits a physical address has (leaf 0x80000008, MAXPHYADDR)."""
+    """The number of bits of a physical address (leaf 0x80000008, MAXPHYADDR)."""
     for entry in entries:
         if entry.function == 0x8000_0008:
             return entry.eax & 0xFF
@@ -190,7 +190,7 @@ def _highest(entries: Iterable[CpuidEntry], base: int) -> int:
 
 
 def _order(count: int) -> int:
-    """How many bits number `count` things."""
+    """The number of bits that tell `count` things apart."""
     return (count - 1).bit_length()
 
 

@@ -246,7 +246,7 @@ def _restore_msrs(vcpu: Vcpu, state: Saved, registers: bytes) -> None:
     values = dict(_pair(state, row, "msrs") for row in state.items("msrs", _MOST_MSRS))
     # The deadline after the counter that it is compared with, whatever the list's order. One of 0
     # means that the timer has gone off, perhaps just before it was saved and unnoticed by the
-    # guest: the time of the saving has it go off again, which does no harm.
+    # guest: the time of the saving has it go off again, which is harmless.
     deadline = values.pop(msrs.MSR_IA32_TSC_DEADLINE, None)
     if deadline is not None:
         in_use = lapic.get_register(registers, _LVTT) & _LVTT_MODE == _LVTT_DEADLINE

@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # also because a Protocol costs a start 0.1 ms
     from pyvmm.platform.console_pump import InputPort
 
     class Entry(Protocol):
-        """How the first vCPU starts. Only the board that made it knows more of it than this:
+        """The start of the first vCPU. Only the board that made it knows more of it than this:
         `cmdline` is what the kernel was given."""
 
         @property
@@ -184,7 +184,7 @@ class Board(ABC, Generic[E]):
 
     @abstractmethod
     def address_bits(self, kvm: Kvm) -> int:
-        """How many bits a guest-physical address has. Raises HostError."""
+        """The number of bits of a guest-physical address. Raises HostError."""
 
     @abstractmethod
     def create_vm(self, kvm: Kvm, memory: GuestMemory) -> Vm:

@@ -41,7 +41,7 @@ _UNAME = {"arm64": "aarch64"}  # the kernel's name, by that of a specification
 
 
 def uname_of(arch: str) -> str:
-    """What uname(2) calls the architecture `arch` of a specification; "" is this machine's."""
+    """The name by uname(2) of the architecture `arch` of a specification; "" is this machine's."""
     return _UNAME.get(arch, arch) or os.uname().machine
 
 

@@ -1,1 +1,1 @@
-"""What an arm64 machine has beside virtio: a clock. Its serial port is a PC's."""
+"""The device of an arm64 machine beside virtio: a clock. Its serial port is a PC's."""

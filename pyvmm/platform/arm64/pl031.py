@@ -49,12 +49,12 @@ class Pl031:
             self._offset = value - int(self._clock())
 
     def save(self) -> dict[str, object]:
-        """How far it is from the host's clock, and the registers that can be written."""
+        """Its difference from the host's clock, and the registers that can be written."""
         match, load, mask = (self._registers[one] for one in (_MATCH, _LOAD, _MASK))
         return {"offset": self._offset, "match": match, "load": load, "mask": mask}
 
     def restore(self, saved: Saved) -> None:
-        """What `save` gave. Raises ConfigError."""
+        """Restore what `save` gave. Raises ConfigError."""
         self._offset = saved.integer("offset", 1 << 40, -(1 << 40))
         self._registers = {
             _MATCH: saved.bits("match", 32),

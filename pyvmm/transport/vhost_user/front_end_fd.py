@@ -42,7 +42,7 @@ class FrontEndFd(EventFd):
 
     @staticmethod
     def _check(fd: int) -> bool:
-        """Whether reading and writing it may block."""
+        """True if reading and writing it may block."""
         try:
             kind = os.readlink(f"/proc/self/fd/{fd}")
             flags = fcntl.fcntl(fd, fcntl.F_GETFL)

@@ -170,7 +170,7 @@ def _ending(wait_status: int) -> str:
 
 
 def _wait(listener: Socket, ended: EventFd) -> bool:
-    """Whether a front end has connected; False if the process is to end."""
+    """Wait for a front end: True once it has connected, False if the process is to end."""
     poll = select.poll()
     poll.register(listener, select.POLLIN)
     poll.register(ended.fd, select.POLLIN)

@@ -33,7 +33,7 @@ class Vring:
 
     @property
     def runnable(self) -> bool:
-        """Whether the device may work on it."""
+        """True if the device may work on it."""
         return self.started and self.enabled and bool(self.size) and self.addresses is not None
 
     def set_size(self, size: int, *, packed: bool) -> None:
@@ -83,7 +83,7 @@ class Vring:
             used = self.base >> 16
             if not used and self.base & WRAP:
                 # SPDK and DPDK give the available half alone. Read by the letter that is a ring
-                # which is taken whole, and such a base is none of ours: we return all we take.
+                # which is taken whole, and such a base is not one of ours: we return all we take.
                 used = self.base
         else:
             used = int.from_bytes(table.memory.read(config.used_addr + 2, 2), "little")

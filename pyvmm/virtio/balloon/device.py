@@ -105,12 +105,12 @@ class BalloonDevice(VirtioDevice):
 
     @property
     def target(self) -> int:
-        """How many bytes the balloon wants."""
+        """The number of bytes that the balloon wants."""
         return self._num_pages * PAGE
 
     @property
     def actual(self) -> int:
-        """How many bytes the driver says are in it."""
+        """The number of bytes in it, as the driver says."""
         return self._actual * PAGE
 
     def set_target(self, target: int, memory: int) -> None:

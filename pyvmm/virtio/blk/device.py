@@ -378,8 +378,8 @@ class BlockDevice(QueueDevice):
         )
 
     def _carry_out_run(self, type: int, sector: int, end: int, views: list[memoryview]) -> bool:
-        """Read or write the sectors up to `end`; whether that could be done. If not, doing a part
-        of it again does no harm. What needs more than one piece is for the general way."""
+        """Read or write the sectors up to `end`; whether that could be done. If not, it is
+        harmless to do a part of it again. The general way does what needs more than one piece."""
         backend = self._backend
         if end > self._capacity or end - sector > _PIECE_SECTORS:
             return False

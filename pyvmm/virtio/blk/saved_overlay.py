@@ -60,7 +60,7 @@ def _runs(bitmap: bytearray) -> Iterator[tuple[int, int]]:
 
 def open_saved(base: Backend, path: str) -> OverlayBackend:
     """`base` with the changes in the file at `path`, which is only read, and may be by others as
-    well. Raises ConfigError for a file that is none, or for another base; HostError."""
+    well. Raises ConfigError for a file that is not one, or for another base; HostError."""
     size = base.size_sectors * SECTOR
     mark = identity(base)
     image = open_image(path, read_only=True)

@@ -309,7 +309,7 @@ class _Active:
 
 
 class _Reminders:
-    """When to tell the driver of the size again: some time after each output, within limits."""
+    """The times to tell the driver the size again: some time after each output, within limits."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock

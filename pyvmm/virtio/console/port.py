@@ -34,7 +34,7 @@ _ORDER = (
 )
 # After so much other ports get their turn: a buffer may be as long as all memory, and longer.
 _BATCH_BYTES = 256 << 10
-_FORMER = -1  # the number of a connection that was saved with the driver, and is no more
+_FORMER = -1  # the number of a connection that was saved with the driver, and has ended
 _MULTIPORT = "5.3.6.2 Multiport Device Operation"
 
 

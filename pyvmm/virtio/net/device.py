@@ -395,7 +395,7 @@ class NetDevice(QueueDevice):
         """See control.Target."""
         self._backend.set_active(pairs)
         self._active_pairs = pairs
-        # Once each receive thread has let go of its batch, none uses a queue that is no more in
+        # Once each receive thread has let go of its batch, none uses a queue that is no longer in
         # use (5.1.6.5.6 Automatic receive steering in multiqueue mode).
         for index in range(2 * pairs, 2 * len(self._receivers), 2):
             queue = self._live.get(index)

@@ -235,7 +235,7 @@ class Receiver:
         self._plain |= not self._buffers
 
     def _needed(self, length: int) -> tuple[int, int, int]:
-        """How many buffers a frame takes, how many bytes they have, and how many views."""
+        """The numbers of buffers that a frame takes, of bytes in them, and of views."""
         covered = count = views = 0
         if self._plain:
             first = len(self._views[0])
@@ -285,7 +285,7 @@ class Receiver:
     # --- frames ----------------------------------------------------------------------------------
 
     def _unwanted(self, length: int) -> str:
-        """Why the frame is not for the driver, or ""."""
+        """The reason why the frame is not for the driver, or ""."""
         if length < HEADER_SIZE + ETH_HEADER:
             return "too short"
         if length > LARGE:

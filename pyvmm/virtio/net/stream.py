@@ -22,8 +22,8 @@ from pyvmm.virtio.net.header import HEADER_SIZE, LARGEST_FRAME, PLAIN
 
 LENGTH = Struct(">I")
 LARGEST = 65535  # ETH_MAX_MTU, what passt takes; it sends longer ones (a UDP datagram and headers)
-# Nobody means so much as one frame: what was read as a length is none, and where the next one
-# begins cannot be known.
+# Nobody means so much as one frame: what was read as a length is not one, and the place where
+# the next one begins cannot be known.
 NO_LENGTH = 1 << 20
 # The most that a virtio-serial port takes at once (Linux, drivers/char/virtio_console.c)
 PORT_WRITE = 32 << 10

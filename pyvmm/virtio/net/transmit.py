@@ -79,7 +79,7 @@ class Transmitter:
         return FOR_SOURCE if channel.unsent else None
 
     def _carry_out(self, queue: Queue, chain: DescriptorChain, length: int) -> str | None:
-        """Why the frame went nowhere, "" if it did not, None if it has to wait in the ring."""
+        """Send the frame. Return "", why it went nowhere, or None if it has to wait in the ring."""
         if not self._link_up():
             return "the link is down"
         try:

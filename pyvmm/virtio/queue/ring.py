@@ -386,7 +386,7 @@ class Ring(ABC):
 
     @abstractmethod
     def _age(self, chain: DescriptorChain) -> int:
-        """How far behind the next chain to be taken it is; those of a saved state come first."""
+        """Its distance behind the next chain to be taken; those of a saved state come first."""
 
     @classmethod
     def from_state(

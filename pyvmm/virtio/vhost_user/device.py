@@ -61,8 +61,8 @@ def _as_given(config: bytes, connected: bool) -> bytes:
 
 @dataclass(frozen=True)
 class Served:
-    """What kind of device a back end serves: `number` in chapter 5 of the specification, with so
-    many `queues`.
+    """The kind of device that a back end serves: `number` in chapter 5 of the specification, with
+    so many `queues`.
 
     `features` are the bits of its own that a back end's are passed on of, `own_features` those that
     we offer whatever it does. Its configuration space has `config_size` bytes; with `needs_config`
@@ -158,7 +158,7 @@ class VhostUserDevice(VirtioDevice):
 
     @property
     def knows_packed(self) -> bool:
-        """Whether the back end can serve packed rings."""
+        """True if the back end can serve packed rings."""
         return features.has(self._from_back_end, VIRTIO_F_RING_PACKED)
 
     def close(self) -> None:
@@ -175,7 +175,7 @@ class VhostUserDevice(VirtioDevice):
         self._error.close()
 
     def stats(self) -> Mapping[str, object]:
-        """Whether there is a back end, and how often there was a new one."""
+        """The connection: whether there is a back end, and how often there was a new one."""
         return {"connected": self._link is not None, "reconnections": self._reconnections}
 
     def queue_lock(self) -> QueueLock:
@@ -486,7 +486,7 @@ class VhostUserDevice(VirtioDevice):
         queue.served_to(rings.used_idx(activation.memory, state))
 
     def _settles(self, link: Link, activation: Activation, state: QueueState, base: int) -> bool:
-        """Whether all that the back end took is returned; some answer before they are done."""
+        """True if all that the back end took is returned; some answer before they are done."""
         with link.waiting() as give_up_at:
             while rings.used_idx(activation.memory, state) != base & 0xFFFF:
                 if time.monotonic() > give_up_at or self._link is not link:
@@ -668,7 +668,7 @@ class VhostUserDevice(VirtioDevice):
         self._workers[queue.index] = worker
 
     def _take_up(self, queue: Queue) -> None:
-        """What the back end had taken comes first, by its notes."""
+        """Take what the back end had taken first, by its notes."""
         if self._inflight is None or not isinstance(queue, SplitQueue):
             return
         notes = Inflight.copy_of(*self._inflight).journal(queue.index, queue.size)

@@ -86,7 +86,7 @@ class Link(Closable):
         return self._socket.fileno()
 
     def has(self, feature: int) -> bool:
-        """Whether a protocol feature (bit number) was agreed on."""
+        """True if a protocol feature (bit number) was agreed on."""
         return features.has(self.protocol_features, feature)
 
     # --- requests ---------------------------------------------------------------------------------
@@ -196,7 +196,7 @@ class Link(Closable):
 
     @property
     def enables_rings(self) -> bool:
-        """Whether rings begin to work when they are enabled; else when they have a kick."""
+        """True if rings begin to work when they are enabled; else they do when they have a kick."""
         return features.has(self.features, protocol.VHOST_USER_F_PROTOCOL_FEATURES)
 
     # --- configuration space ----------------------------------------------------------------------
@@ -263,7 +263,7 @@ class Link(Closable):
 
     @property
     def requests_fd(self) -> int:
-        """What becomes readable when the back end asks for something; -1 if it cannot."""
+        """The descriptor that is readable when the back end asks for something; -1 if it cannot."""
         return -1 if self._requests is None else self._requests.fileno()
 
     def take_request(self) -> str:
@@ -287,7 +287,7 @@ class Link(Closable):
 
 
 def _is_memory(fd: int) -> bool:
-    """Whether a file is memory (memfd, tmpfs, hugetlbfs), which alone has seals (fcntl(2))."""
+    """True if a file is memory (memfd, tmpfs, hugetlbfs), which alone has seals (fcntl(2))."""
     try:
         fcntl.fcntl(fd, fcntl.F_GET_SEALS)
     except OSError:

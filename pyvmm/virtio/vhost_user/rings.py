@@ -7,18 +7,18 @@ from pyvmm.virtio.queue.state import QueueState, avail_bytes, used_bytes
 
 
 def used_idx(memory: GuestMemory, state: QueueState) -> int:
-    """Where the next used element goes: 2.7.8 The Virtqueue Used Ring."""
+    """The index at which the next used element goes: 2.7.8 The Virtqueue Used Ring."""
     return int.from_bytes(memory.read(state.used_addr + 2, 2), "little")
 
 
 def outstanding(memory: GuestMemory, state: QueueState) -> int:
-    """How many chains the driver has made available that are not used."""
+    """The number of chains that the driver has made available and that are not used."""
     available = int.from_bytes(memory.read(state.avail_addr + 2, 2), "little")
     return (available - used_idx(memory, state)) & 0xFFFF
 
 
 def looks_in_order(memory: GuestMemory, state: QueueState, began: int) -> bool:
-    """Whether the chains that are not used are the last ones that were made available.
+    """True if the chains that are not used are the last ones that were made available.
 
     That is so if chains were used in the order in which they were made available; this compares as
     much of both rings as is still there of what was used since position `began`. One that was

@@ -210,7 +210,7 @@ class _Active:
 
     @property
     def stream_count(self) -> int:
-        """How many streams are open."""
+        """The number of streams that are open."""
         return len(self._switch)
 
     def _end(self) -> None:

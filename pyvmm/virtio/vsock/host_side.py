@@ -83,7 +83,7 @@ class HostSide:
             poller.add(listener.fileno(), self._note_arrival)
 
     def __len__(self) -> int:
-        """How many clients have not said where they want to go."""
+        """The number of clients that have not said where they want to go."""
         return len(self._waiting)
 
     def _note_arrival(self, events: int) -> None:

@@ -100,7 +100,7 @@ class Stream:
 
     @property
     def credit(self) -> int:
-        """How many bytes the guest has room for."""
+        """The number of bytes that the guest has room for."""
         in_flight = (self._tx_cnt - self._peer_fwd_cnt) & _U32
         return max(0, self._peer_buf_alloc - in_flight)
 

@@ -1,4 +1,4 @@
-"""Where an arm64 machine has its devices: guest-physical addresses and interrupts.
+"""The places of an arm64 machine's devices: guest-physical addresses and interrupts.
 
 All are below the RAM (pyvmm/boot/arm64/layout.py). docs/arm64.md has them; a test compares them.
 """
