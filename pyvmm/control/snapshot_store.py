@@ -166,7 +166,7 @@ def read_file(path: str, most: int) -> bytes:
     try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
-            raise OSError(errno.EINVAL, "no regular file")
+            raise OSError(errno.EINVAL, "not a regular file")
         if found.st_size > most:
             raise OSError(errno.EFBIG, f"{found.st_size} bytes, {most} at most")
         with open(fd, "rb", closefd=False) as file:

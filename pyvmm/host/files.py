@@ -135,7 +135,7 @@ def read_regular(path: str, most: int) -> bytes:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     with open(fd, "rb") as file:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError(errno.EINVAL, "no regular file")
+            raise OSError(errno.EINVAL, "not a regular file")
         data = file.read(most + 1)
     if len(data) > most:
         raise OSError(errno.EFBIG, f"more than {most >> 20} MiB")
@@ -238,7 +238,7 @@ def _check_size(path: str, size: int) -> tuple[str, ...]:
         what = "is empty" if size == 0 else f"has {size} bytes, less than one sector of {SECTOR}"
         raise ConfigError(f"{path} {what}", cure=f"truncate -s 1G {path} makes a blank disk of it")
     if tail := size % SECTOR:
-        return (f"{path}: its last {tail} bytes are no whole sector and stay hidden",)
+        return (f"{path}: its last {tail} bytes are not a whole sector and stay hidden",)
     return ()
 
 

@@ -87,7 +87,7 @@ class NamedListener(Closable):
             return
         if not stat.S_ISSOCK(found.st_mode):
             raise ConfigError(
-                f"{self.path} is there already and no socket",
+                f"{self.path} is there already and is not a socket",
                 cure="remove it or name another",
                 option=self._option,
             )

@@ -211,7 +211,7 @@ def _check_that_it_is_a_whole_file(path: str, name: str) -> None:
     try:
         more = _more_than_a_file(json.loads(name.removeprefix("json:")))
     except (ValueError, RecursionError):
-        more = "what is no JSON"
+        more = "text that is not JSON"
     if more:
         raise ConfigError(
             f"{path} builds on more than a file: its name for that has {more:.100}",

@@ -162,7 +162,7 @@ def parse_forward(text: str) -> Forward:
     host, _, port = host.rpartition(":")
     host = host.removeprefix("[").removesuffix("]") or "127.0.0.1"
     if not _is_address(host):
-        raise _wrong(f"{host!r} in forward={text} is no IP address")
+        raise _wrong(f"{host!r} in forward={text} is not an IP address")
     return Forward(protocol, host, _port(text, port), _port(text, ports))
 
 

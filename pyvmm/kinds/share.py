@@ -135,7 +135,7 @@ def _check(spec: Spec, own: tuple[str, ...]) -> None:
         try:
             length = len(place.encode())
         except UnicodeEncodeError:
-            _refuse(f"the mountpoint {place!r:.100} is no UTF-8", "use one that is")
+            _refuse(f"the mountpoint {place!r:.100} is not UTF-8", "use one that is")
         if place != os.path.normpath(place) or not re.match("/[^/]", place):
             _refuse(
                 f"{place!r:.100} is not a place to mount it at", "use a path such as /home/user/src"

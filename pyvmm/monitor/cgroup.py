@@ -41,7 +41,7 @@ class Wanted(NamedTuple):
                 raise ConfigError(f"{key} is there twice", cure=_USAGE, option=_OPTION)
             limits[file] = limit
         if not place or "\0" in place:
-            raise ConfigError(f"{place!r} is no group", cure=_USAGE, option=_OPTION)
+            raise ConfigError(f"{place!r} is not a group", cure=_USAGE, option=_OPTION)
         return cls("" if place == "own" else place, limits)
 
 
@@ -55,7 +55,7 @@ def _limit(key: str, value: str) -> tuple[str, str]:
             return "cpu.max", f"{round(float(value) * _PERIOD)} {_PERIOD}"
     except (ValueError, ConfigError):
         pass
-    raise ConfigError(f"{key}={value:.100} is no limit", cure=_USAGE, option=_OPTION)
+    raise ConfigError(f"{key}={value:.100} is not a limit", cure=_USAGE, option=_OPTION)
 
 
 class Group:
@@ -70,7 +70,7 @@ class Group:
             os.path.join(place, "cgroup.controllers")
         ):
             raise ConfigError(
-                f"{place or 'the place of our own group'} is no group of cgroup v2",
+                f"{place or 'the place of our own group'} is not a group of cgroup v2",
                 cure="name one that you may write to, below /sys/fs/cgroup",
                 option=_OPTION,
             )

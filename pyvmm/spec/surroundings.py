@@ -138,7 +138,7 @@ def _texts(value: Any, option: str) -> list[str]:
     found = [os.fspath(one) if hasattr(one, "__fspath__") else one for one in _list(value)]
     for one in found:
         if not isinstance(one, str) or not one or "\0" in one:
-            raise ConfigError(f"{one!r:.100} is no path", cure="name a path", option=option)
+            raise ConfigError(f"{one!r:.100} is not a path", cure="name a path", option=option)
     return found
 
 
@@ -153,7 +153,7 @@ def _socket(value: Any) -> ControlSocket:
         except TypeError:
             pass
     raise ConfigError(
-        f"{value!r:.100} is no control socket",
+        f"{value!r:.100} is not a control socket",
         cure="a text such as PATH,rights=watch, or a table with path, rights and group",
         option=_SOCKET_OPTION,
     )

@@ -1,4 +1,4 @@
-"""Kernels that are no recipe's, in guests: with their modules, and an initramfs made for them."""
+"""Kernels that are not a recipe's, in guests, with their modules, an initramfs made for each."""
 
 from __future__ import annotations
 

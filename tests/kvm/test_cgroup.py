@@ -108,16 +108,16 @@ def test_one_that_another_vm_takes_for_left_behind_is_made_again(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "is no group"),
-        ("/x,memory=much", "memory=much is no limit"),
+        ("", "is not a group"),
+        ("/x,memory=much", "memory=much is not a limit"),
         ("/x,memory=1G,memory=2G", "memory is there twice"),
-        ("/x,pids=0", "pids=0 is no limit"),
-        ("/x,pids=-3", "pids=-3 is no limit"),
-        ("/x,cpus=0", "cpus=0 is no limit"),
-        ("/x,cpus=nan", "cpus=nan is no limit"),
-        ("/x,cpus=inf", "cpus=inf is no limit"),
-        ("/x,io=1", "io=1 is no limit"),
-        ("/x,", "= is no limit"),
+        ("/x,pids=0", "pids=0 is not a limit"),
+        ("/x,pids=-3", "pids=-3 is not a limit"),
+        ("/x,cpus=0", "cpus=0 is not a limit"),
+        ("/x,cpus=nan", "cpus=nan is not a limit"),
+        ("/x,cpus=inf", "cpus=inf is not a limit"),
+        ("/x,io=1", "io=1 is not a limit"),
+        ("/x,", "= is not a limit"),
     ],
 )
 def test_a_group_that_cannot_be_read_is_refused(text: str, message: str) -> None:
@@ -134,5 +134,5 @@ def test_limits_are_the_kernel_s_words() -> None:
 
 @pytest.mark.parametrize("place", ["/no/such/place", "/tmp", "/proc/self"])
 def test_a_place_that_is_no_group_is_told_in_one_line(place: str) -> None:
-    with pytest.raises(ConfigError, match="is no group of cgroup v2"):
+    with pytest.raises(ConfigError, match="is not a group of cgroup v2"):
         cgroup.Group(cgroup.Wanted(place, {}), "vm")

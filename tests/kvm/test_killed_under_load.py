@@ -200,7 +200,7 @@ def test_what_was_acknowledged_is_there_and_nothing_else_is_left(
             while left := [pid for pid, start in everybody.items() if is_there(pid, start)]:
                 assert time.monotonic() < deadline, (SEED, kind, left)
                 time.sleep(0.005)
-            # A helper that was killed first makes errors, which are no acknowledgement.
+            # A helper that was killed first makes errors, which are not an acknowledgement.
             said, _, _ = vm.said.partition(b"IOERR")
             vm.said = said[: said.rfind(b"\n") + 1]
             check_disk(contents(disks, kind), vm.acknowledged)

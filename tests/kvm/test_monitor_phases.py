@@ -46,7 +46,7 @@ finally:
 """
 
 # Prints [caller or null, callee] for all functions of pyvmm that are handed the specification, or
-# options or parts that hold it, in the order of the calls; properties of these are no stations.
+# options or parts that hold it, in the order of the calls; properties of these are not stations.
 WALK = """
 import json, sys
 HOLDERS = {"VmSpec", "DiskSpec", "DeviceSpec", "Spec", "PortSpec", "Prepared", "Parts"}

@@ -20,7 +20,7 @@ def test_the_probe_comes_to_a_verdict_that_fits_its_findings(kvm: Kvm) -> None:
 
 
 def test_the_verdict_agrees_with_what_the_host_is(kvm: Kvm) -> None:
-    # Names are no proof, which is why the probe runs code; here they check the probe.
+    # Names are not a proof, which is why the probe runs code; here they check the probe.
     found = probe(board_of_host().probe_guest(kvm))
     interpreter = os.path.exists("/sys/module/kvm_pvm")
     hardware = any(os.path.exists(f"/sys/module/kvm_{name}") for name in ("intel", "amd"))

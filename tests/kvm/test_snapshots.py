@@ -300,7 +300,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "state is a FIFO": (
         lambda p: (p / "state.json").unlink() or os.mkfifo(p / "state.json"),
-        "no regular file",
+        "not a regular file",
     ),
     "huge": (lambda p: os.truncate(p / "state.json", 1 << 36), "bytes, 67108864 at most"),
     "deep": (lambda p: (p / "state.json").write_text("[" * 100_000), "not JSON"),
@@ -332,7 +332,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "the state is a folder": (
         lambda p: (p / "state.json").unlink() or (p / "state.json").mkdir(),
-        "no regular file",
+        "not a regular file",
     ),
     "a name that is a number": (
         _state(lambda s: s["spec"].update(name=7)),

@@ -84,7 +84,7 @@ def _within(kernel: ImageFile, size: int, pieces: Iterator[bytes]) -> Iterator[b
 def parse(kernel: ImageFile, head: bytes) -> Image:
     """Check the header in `head`, what an Image begins with. Raises ConfigError."""
     if len(head) < HEADER_SIZE or not has_magic(head):
-        raise kernel.error(f"{kernel.path} is damaged: what is packed in it is no Image for arm64")
+        raise kernel.error(f"{kernel.path} is damaged: its content is not an Image for arm64")
     text_offset, size, flags = struct.unpack_from("<3Q", head, 8)
     if size == 0:
         raise kernel.error(
@@ -138,7 +138,7 @@ def _zboot(kernel: ImageFile, head: bytes) -> tuple[int, int]:
 
 def _unpacked(kernel: ImageFile, offset: int, size: int) -> Iterator[bytes]:
     if size > _MOST_PACKED:
-        raise kernel.error(f"{kernel.path} has {size} bytes of compressed data: it is no kernel")
+        raise kernel.error(f"{kernel.path} has {size} bytes of compressed data: it is not a kernel")
     # The header is in the first piece, however little the first one is.
     pieces = unpack(kernel, kernel.read(offset, size))
     first = b""

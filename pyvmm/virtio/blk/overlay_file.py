@@ -154,7 +154,7 @@ def _check(path: str, fd: int, layout: Layout, base_size: int) -> None:
     # The room before the data bounds the size, and so what is read of the bitmap.
     too_large = PAGE + layout.bitmap_size > layout.data_offset
     if size < SECTOR or size % SECTOR or too_large or layout.shown > min(size, base_size):
-        raise _refusal(path, f"is for no disk, of {size} bytes", _RESTORE)
+        raise _refusal(path, f"cannot be for a disk of {size} bytes", _RESTORE)
     if os.lseek(fd, 0, os.SEEK_END) < layout.file_size:
         raise _refusal(path, "is cut short", _RESTORE)
 

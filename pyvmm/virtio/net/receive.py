@@ -163,7 +163,7 @@ class Receiver:
                 views = []
             size = chain.writable_size
             if not views or size < SMALLEST_BUFFER:
-                self._counters.drop("a buffer that is no RAM or has no room for a header")
+                self._counters.drop("a buffer that is not RAM or has no room for a header")
                 queue.add_used(chain, 0)
                 continue
             self._buffers.append(_Buffer(chain, size, len(views)))

@@ -50,10 +50,10 @@ def test_what_surrounds_a_monitor_is_made_of_its_options_and_becomes_them_again(
         ("a,rights=exec,rights=watch", "says nothing about"),
         (["a", "./a"], "two control sockets have one path"),
         ([f"{n}" for n in range(9)], "9 control sockets are too many"),
-        (7, "is no control socket"),
-        ({"path": "a", "rights": 7}, "is no control socket"),
-        ({"path": "a", "mode": "0666"}, "is no control socket"),
-        ({"rights": "exec"}, "is no control socket"),
+        (7, "is not a control socket"),
+        ({"path": "a", "rights": 7}, "is not a control socket"),
+        ({"path": "a", "mode": "0666"}, "is not a control socket"),
+        ({"rights": "exec"}, "is not a control socket"),
     ],
 )
 def test_a_control_socket_that_cannot_be_is_refused_in_one_line(value, message: str) -> None:
@@ -64,7 +64,7 @@ def test_a_control_socket_that_cannot_be_is_refused_in_one_line(value, message: 
 
 @pytest.mark.parametrize("value", ["a\0b", 7, ["a", None]])
 def test_what_is_no_path_is_not_read(value) -> None:
-    with pytest.raises(ConfigError, match="is no path"):
+    with pytest.raises(ConfigError, match="is not a path"):
         read_surroundings({"allow_read": value})
 
 

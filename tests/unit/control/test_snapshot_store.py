@@ -61,7 +61,7 @@ def test_another_one_sweeps_before_a_new_directory_is_locked(
         interposed(monkeypatch, module, call, sweep)
 
     interposed(monkeypatch, os, "mkdir", begin)
-    # os.makedirs of the folder itself is no step of the maker.
+    # os.makedirs of the folder itself is not a step of the maker.
     monkeypatch.setattr(store, "folder", lambda: str(folder))
     make("first")
     assert swept == [[]], "the sweep did not come in between"

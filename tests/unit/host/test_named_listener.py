@@ -84,7 +84,7 @@ def test_what_is_no_socket_stays(tmp_path: Path, kind: str) -> None:
         path.mkdir()
     else:
         path.symlink_to("nowhere")
-    with pytest.raises(ConfigError, match="is there already and no socket"):
+    with pytest.raises(ConfigError, match="is there already and is not a socket"):
         NamedListener(str(path))
     assert os.path.lexists(path)
 

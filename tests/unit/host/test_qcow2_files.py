@@ -563,7 +563,9 @@ def test_row74_a_base_that_is_more_or_less_than_a_file(
 def test_row74_a_base_s_name_that_is_no_json(tmp_path: Path, text: bytes) -> None:
     (tmp_path / "base").write_bytes(bytes(MIB))
     (tmp_path / "q.qcow2").write_bytes(header(backing=text))
-    assert "has what is no JSON" in refusal(tmp_path / "q.qcow2", backing=(str(tmp_path / "base"),))
+    assert "has text that is not JSON" in refusal(
+        tmp_path / "q.qcow2", backing=(str(tmp_path / "base"),)
+    )
 
 
 @needs_qemu

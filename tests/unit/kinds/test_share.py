@@ -80,7 +80,7 @@ def test_a_file_says_the_same(tmp_path):
         ("DIR:/mnt/../etc", "not a place to mount it at"),
         ("DIR:/mnt/", "not a place to mount it at"),
         ("DIR://mnt", "not a place to mount it at"),
-        ("DIR:/mnt/\udcff", "no UTF-8"),
+        ("DIR:/mnt/\udcff", "is not UTF-8"),
         ("DIR:/" + 260 * "x", "at most 255 bytes"),
         ("DIR:/run/x", "init mounts over /run/x; use another place"),
         ("DIR:/tmp", "init mounts over /tmp"),

@@ -232,7 +232,7 @@ def test_a_client_that_never_reads_costs_no_processor(
         before = time.process_time()
         outside.plugging._serve(outside.plugs, theirs)
         assert time.process_time() - before < 0.25  # it waits 0.5 s, and works for less
-    assert outside.back == []  # half an answer is no beginning of another one
+    assert outside.back == []  # half an answer is not the beginning of another
 
 
 def test_a_directory_that_is_only_read_gets_in_as_it_is_seen_there(

@@ -119,7 +119,7 @@ def test_what_the_configuration_lacks_is_one_line(tree: Path, world: list[str]) 
     assert f"by {tree}/.config it lacks CONFIG_SERIAL_8250_CONSOLE (for its console)" in line
     assert "VIRTIO_BLK" not in line and "EXT4" not in line
     world.clear()
-    # The same kernel as a file, without an initramfs: a module is no use then.
+    # The same kernel as a file, without an initramfs: a module is useless then.
     specify({"kernel": str(tree / "arch/x86/boot/bzImage"), "disks": ["ram:1M"]})
     [line] = world
     assert "CONFIG_VIRTIO_BLK=y, which is a module there, (for its disks)" in line

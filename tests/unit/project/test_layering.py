@@ -307,7 +307,7 @@ def test_one_module_chooses_the_transport() -> None:
 
 
 def test_no_two_files_of_tests_share_a_name() -> None:
-    """Folders of tests are no packages: pytest would take the second for the first, and collects
+    """Folders of tests are not packages: pytest would take the second for the first, and collects
     nothing of either when both are asked for."""
     names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
     assert [name for name, times in names.items() if times > 1] == []

@@ -248,7 +248,7 @@ def test_a_socket_where_somebody_listens_is_left_alone(server, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "what"), [("file", "no socket"), ("none/s", "No such"), ("x" * 300, "too long")]
+    ("name", "what"), [("file", "not a socket"), ("none/s", "No such"), ("x" * 300, "too long")]
 )
 def test_a_path_that_cannot_be_is_one_line(tmp_path, name, what):
     (tmp_path / "file").write_bytes(b"precious")

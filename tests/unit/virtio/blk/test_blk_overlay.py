@@ -282,7 +282,7 @@ def test_a_flush_that_fails_is_made_up_for(
         assert read(open_kept(base_path, tmp_path / "changes", closing), 0, 4096) == b"x" * 4096
 
 
-# --- files that are no overlay of this base ------------------------------------------------------
+# --- files that are not an overlay of this base --------------------------------------------------
 
 
 def header(path: Path, **changes: object) -> None:
@@ -323,14 +323,14 @@ def make_fifo(path: Path) -> None:
         (lambda path: os.truncate(path, layout_for(SIZE).file_size - 1), "is cut short"),
         (lambda path: header(path, version=3), "has version 3"),
         (lambda path: header(path, version=1), "damaged header"),
-        (lambda path: header(path, disk=0), "no disk, of 0 bytes"),
-        (lambda path: header(path, disk=SIZE + 1), "no disk, of"),
-        (lambda path: header(path, disk=2**64 - 512), "no disk, of"),
-        (lambda path: header(path, disk=1 << 62), "no disk, of"),
+        (lambda path: header(path, disk=0), "for a disk of 0 bytes"),
+        (lambda path: header(path, disk=SIZE + 1), "for a disk of"),
+        (lambda path: header(path, disk=2**64 - 512), "for a disk of"),
+        (lambda path: header(path, disk=1 << 62), "for a disk of"),
         (lambda path: header(path, disk=1 << 34), "is cut short"),
-        (lambda path: header(path, shown=SIZE + 512), "no disk, of"),
-        (lambda path: header(path, disk=512), "no disk, of"),  # but all of the base shows
-        (lambda path: header(path, data=0), "no disk, of"),
+        (lambda path: header(path, shown=SIZE + 512), "for a disk of"),
+        (lambda path: header(path, disk=512), "for a disk of"),  # but all of the base shows
+        (lambda path: header(path, data=0), "for a disk of"),
         (lambda path: header(path, data=4096 + 512), "has its data at 0x1200"),
         (lambda path: header(path, data=1 << 40), "has its data at"),
         (lambda path: header(path, size=2**64 - 1), "for a base of 18446744073709551615 bytes"),
