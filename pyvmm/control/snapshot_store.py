@@ -355,10 +355,16 @@ def _sweep(place: str) -> None:
 
 
 def _remove_tree(path: str) -> None:
-    """A directory of files, as snapshots are; nothing is followed."""
+    """A directory of files, as snapshots are, unless somebody else has made it; nothing is
+    followed."""
     with suppress(FileNotFoundError):
         for entry in os.scandir(path):
-            os.unlink(entry.path)
+            if entry.is_dir(follow_symlinks=False):
+                import shutil
+
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                os.unlink(entry.path)
         os.rmdir(path)
 
 

@@ -211,3 +211,22 @@ def test_without_room_nothing_is_left(folder: Path) -> None:
         count += 1
     assert count > 10
     check_whole("next")
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_what_somebody_else_has_made_goes_as_a_whole_and_nothing_beside_it(
+    folder: Path, tmp_path: Path, left: bool
+) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "file").touch()
+    made = folder / (".old-1-x" if left else "first")
+    (made / "sub/deeper").mkdir(parents=True)
+    (made / "sub/link").symlink_to(other)
+    (made / "link").symlink_to(other)
+    (made / "memory").touch()
+    if left:
+        store.names()
+    else:
+        store.remove("first")
+    assert os.listdir(folder) == [] and (other / "file").exists()
