@@ -102,9 +102,10 @@ class ImageFile(syscalls.Closable):
 def write_whole(output: str, pieces: Iterable[bytes]) -> None:
     """Write `pieces` to the file `output`, which appears when all of them were written. Raises
     ConfigError, and what the pieces raise."""
-    partial = f"{output}.{os.getpid()}.part"
+    # In a folder of many users nobody is to guess it, and put a link there.
+    partial = f"{output}.{os.urandom(8).hex()}.part"
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "xb") as file:
             for piece in pieces:
                 file.write(piece)
         os.replace(partial, output)

@@ -18,9 +18,10 @@ def copy_sparse(source: str, target: str) -> None:
 
     Otherwise only what is not a hole is copied. Raises ConfigError; a half copy is removed.
     """
-    temporary = f"{target}.{os.getpid()}.part"
+    # In a folder of many users nobody is to guess it, and put a link there.
+    temporary = f"{target}.{os.urandom(8).hex()}.part"
     try:
-        with open(source, "rb") as reader, open(temporary, "wb") as writer:
+        with open(source, "rb") as reader, open(temporary, "xb") as writer:
             _fill(reader.fileno(), writer.fileno())
         os.replace(temporary, target)
     except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import os
 import resource
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 import zstandard
 from boot_images import CODE, Elf, Load, bzimage
 
-from pyvmm.boot.image_file import ImageFile
+from pyvmm.boot.image_file import ImageFile, write_whole
 from pyvmm.boot.unpack import unpack
 from pyvmm.boot.x86.payload import unpack_vmlinux
 from pyvmm.errors import ConfigError
@@ -212,3 +213,19 @@ def test_a_piece_costs_no_copy_of_the_rest(tmp_path: Path) -> None:
         finally:
             tracemalloc.stop()
     assert most < 8 * MIB, most
+
+
+def test_a_link_in_the_place_of_a_part_is_not_followed(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_bytes(b"mine")
+    (tmp_path / f"out.{os.getpid()}.part").symlink_to(other)  # which can be guessed
+    write_whole(str(tmp_path / "out"), [b"kernel"])
+    assert (tmp_path / "out").read_bytes() == b"kernel" and other.read_bytes() == b"mine"
+    assert not (tmp_path / "out").is_symlink()
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o666 & ~_umask()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

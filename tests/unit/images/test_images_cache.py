@@ -156,6 +156,15 @@ def test_a_disk_s_copy_is_equal_sparse_and_writable(home: Path) -> None:
     assert source.read_bytes()[:4] == bytes(4)
 
 
+def test_a_link_in_the_place_of_a_half_copy_is_not_followed(home: Path) -> None:
+    other, target = home / "other", home / "copy"
+    other.write_bytes(b"mine")
+    (home / f"copy.{os.getpid()}.part").symlink_to(other)  # which can be guessed
+    (home / "pristine").write_bytes(b"disk")
+    disk.copy_sparse(str(home / "pristine"), str(target))
+    assert (target.read_bytes(), other.read_bytes()) == (b"disk", b"mine")
+
+
 def test_a_copy_that_fails_leaves_the_old_file(home: Path) -> None:
     target = home / "disk"
     target.write_bytes(b"old")
