@@ -88,7 +88,7 @@ def _admit(listener: NamedListener, group: int) -> None:
 
 
 def _leads_to(place: str, listener: NamedListener) -> bool:
-    """Whether who connects to `place` comes to `listener`."""
+    """True if a connection to `place` comes to `listener`."""
     try:
         with closing(unix_sockets.connect_here(place)) as ours:
             # To one end of a connection, the process at the other is the one that listens.
