@@ -205,11 +205,17 @@ def _remove_left(path: str) -> None:
         return
     for line in lines:
         with suppress(OSError, ValueError):  # the last line may be half a line
-            device, inode, name = os.fsdecode(line).split(" ", 2)
-            found = os.lstat(name)
-            same = (found.st_dev, found.st_ino) == (int(device), int(inode))
-            if same and stat.S_ISSOCK(found.st_mode) and _is_dead(name):
-                os.unlink(name)
+            device, inode, path = os.fsdecode(line).split(" ", 2)
+            place, name = os.path.split(path)
+            # In that folder, whatever its path leads to in a moment: it may be another user's.
+            folder = os.open(place, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                found = os.stat(name, dir_fd=folder, follow_symlinks=False)
+                same = (found.st_dev, found.st_ino) == (int(device), int(inode))
+                if same and stat.S_ISSOCK(found.st_mode) and _is_dead(path):
+                    os.unlink(name, dir_fd=folder)
+            finally:
+                os.close(folder)
     with suppress(OSError):
         os.unlink(listed)
 

@@ -75,14 +75,16 @@ class NamedListener(Closable):
             # Two that start at the same moment must not each take the other's for a dead one's.
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(folder, fcntl.LOCK_EX)
-            self._make_room()
+            self._make_room(folder)
             return unix_sockets.listen(self.path)
         finally:
             os.close(folder)
 
-    def _make_room(self) -> None:
+    def _make_room(self, folder: int) -> None:
+        # In that folder, whatever its path leads to by now: it may be another user's.
+        name = os.path.basename(self.path)
         try:
-            found = os.lstat(self.path)
+            found = os.stat(name, dir_fd=folder, follow_symlinks=False)
         except FileNotFoundError:
             return
         if not stat.S_ISSOCK(found.st_mode):
@@ -97,7 +99,7 @@ class NamedListener(Closable):
                 cure="stop it or name another socket",
                 option=self._option,
             )
-        os.unlink(self.path)
+        os.unlink(name, dir_fd=folder)
 
     def close(self) -> None:
         if self.socket.fileno() < 0:

@@ -198,6 +198,28 @@ def test_somebody_elses_runtime_directory_is_not_taken(
     assert not registry.folder().startswith(str(runtime))
 
 
+def test_what_a_dead_vm_left_goes_from_that_folder_whatever_its_path_leads_to_by_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    his, mine = tmp_path / "his", tmp_path / "mine"
+    his.mkdir()
+    mine.mkdir()
+    (mine / "socket").write_text("precious")
+    with registry.register("dead") as registration, socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(his / "socket"))
+        registration.note(str(his / "socket"))
+
+        def swap(path: str) -> bool:
+            his.rename(tmp_path / "before")  # as its owner can, at any moment
+            his.symlink_to("mine")
+            return True
+
+        monkeypatch.setattr(registry, "_is_dead", swap)
+        registry._remove_left(registration.path)
+    assert (mine / "socket").read_text() == "precious"
+    assert not (tmp_path / "before/socket").exists()
+
+
 # ---- the server
 
 

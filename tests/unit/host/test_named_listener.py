@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pyvmm.errors import ConfigError
+from pyvmm.host import named_listener
 from pyvmm.host.named_listener import NamedListener
 
 
@@ -101,3 +102,24 @@ def test_what_somebody_else_put_in_its_place_stays(tmp_path: Path) -> None:
         path.unlink()
         path.write_text("another's")
     assert path.read_text() == "another's"
+
+
+def test_what_is_replaced_is_in_that_folder_whatever_its_path_leads_to_by_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    his, mine = tmp_path / "his", tmp_path / "mine"
+    his.mkdir()
+    mine.mkdir()
+    (mine / "socket").write_text("precious")
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(his / "socket"))
+
+    def swap(path: str) -> bool:
+        his.rename(tmp_path / "before")  # as its owner can, at any moment
+        his.symlink_to("mine")
+        return False
+
+    monkeypatch.setattr(named_listener, "_is_alive", swap)
+    with pytest.raises(ConfigError, match="cannot listen"):
+        NamedListener(str(his / "socket"))
+    assert (mine / "socket").read_text() == "precious"
