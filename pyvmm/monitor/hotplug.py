@@ -30,7 +30,7 @@ from pyvmm.monitor.guest_agent import agent_at, vsock_of
 from pyvmm.monitor.open_devices import OpenDevices
 from pyvmm.pci import slots
 from pyvmm.spec.vm import DeviceSpec, DiskSpec
-from pyvmm.virtio.status import DRIVER_OK
+from pyvmm.virtio.status import ACKNOWLEDGE, DRIVER_OK
 
 if TYPE_CHECKING:
     from pyvmm.kinds.interface import Spec
@@ -76,16 +76,21 @@ for disk in /sys/bus/pci/devices/"$1"/virtio*/block/*; do
 done
 """
 _IN_USE = 3
-# Mounts the shared directory $1 at $2 with the options $3, once the driver has found it.
+# Mounts the shared directory $1 at $2 with the options $3, once the driver has found it. Ends with
+# 4 if there is none after two seconds.
 _MOUNT = """\
 mkdir -p "$2" || exit
 step=0
 until said=$(mount -t virtiofs -o "$3" "$1" "$2" 2>&1); do
     step=$((step + 1))
+    [ $step -lt 10 ] || case "$said" in # as util-linux and busybox call it
+    *"unknown filesystem type"* | *"No such device"*) exit 4 ;;
+    esac
     [ $step -lt 60 ] || { echo "$said"; exit 1; }
     sleep 0.2
 done
 """
+_NO_DRIVER = 4
 _MOUNT_SECONDS = 60.0
 
 
@@ -236,7 +241,12 @@ class Hotplug(Closable):
         else:
             if not done.returncode:
                 return
-            why = printable((done.stdout + done.stderr).strip()[:_MOST_WORDS])
+            why = printable(b" ".join((done.stdout + done.stderr)[:_MOST_WORDS].split()))
+            if done.returncode == _NO_DRIVER:
+                raise ConfigError(
+                    f"{name} is plugged in, but the guest's kernel has no virtiofs driver",
+                    cure="load it there, or begin the VM with a --share (docs/hotplug.md)",
+                )
         raise ConfigError(
             f"{name} is plugged in, but the guest has not mounted it: {why}",
             cure=f"mount it there: mount -t virtiofs {share.tag} {share.mountpoint}",
@@ -536,7 +546,8 @@ class Hotplug(Closable):
         for transport, one in arrived.items():
             negotiation = transport.negotiation
             one.seconds += is_up
-            taken = negotiation.state.status or negotiation.activations
+            # Linux' virtio acknowledges each device, also one that it has no driver for.
+            taken = negotiation.state.status & ~ACKNOWLEDGE or negotiation.activations
             if not taken and transport in transports and one.seconds < TAKES_WITHIN:
                 continue
             with self._lock:
@@ -545,7 +556,7 @@ class Hotplug(Closable):
                 self._say(
                     f"no driver in the guest has taken {one.name} for {TAKES_WITHIN} s; its kernel "
                     "needs a PCI bus with hot-plug (CONFIG_HOTPLUG_PCI_ACPI), virtio_pci, and the "
-                    "device's own driver"
+                    "device's own driver (docs/hotplug.md)"
                 )
 
     def guest_restarts(self) -> None:
