@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 from pyvmm import images
+from pyvmm.errors import ConfigError
 from pyvmm.images import machines
 from pyvmm.machine.cmdline import turns_pci_off
 from pyvmm.spec.options import as_list
@@ -56,11 +58,26 @@ def _image_of(vm: str) -> str | None:
     return found.image
 
 
-def keep_changes(spec: VmSpec, image: str) -> VmSpec:
-    """`spec`, whose first disk is `image`'s, with the changes of the VM of that name.
+@contextmanager
+def changes_kept(spec: VmSpec, image: str) -> Iterator[VmSpec]:
+    """`spec`, whose first disk is `image`'s, with the changes of the VM of that name. Nothing is
+    left of a new one that a ConfigError ends before it has changed anything.
 
     Raises ConfigError if that VM was made from another image, or its image is not as it was.
     """
+    is_new = not machines.has(spec.name)
+    try:
+        yield _keep_changes(spec, image)
+    except ConfigError:
+        if is_new and (made := machines.find(spec.name)) is not None:
+            from pyvmm.virtio.blk.overlay_file import is_unused
+
+            if is_unused(made.overlay):
+                machines.remove(spec.name)
+        raise
+
+
+def _keep_changes(spec: VmSpec, image: str) -> VmSpec:
     disk = spec.disks[0]
     machine = machines.keep(spec.name, image, disk.path)
     disk = replace(disk, path=machine.base, snapshot=False, overlay=machine.overlay)

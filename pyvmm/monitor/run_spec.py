@@ -53,36 +53,44 @@ def run_spec(
 
             named_listener.note_by(registration.note)
         on_name(registration.name)
-        if image is not None and not rm:
-            from pyvmm.monitor.from_image import keep_changes
+        with _changes_kept(spec, "" if rm else image or "") as spec:
+            vm_log = _log_of(registration)
+            patience = 0.0 if cut_if_nothing_kept and not spec.keeps else STOP_SECONDS
+            listener = registration.listener
 
-            spec = keep_changes(spec, image)
-        vm_log = _log_of(registration)
-        patience = 0.0 if cut_if_nothing_kept and not spec.keeps else STOP_SECONDS
-        listener = registration.listener
+            def run() -> int:
+                with _held(spec) as release, _in_group(surroundings.cgroup, spec.name):
+                    return _run(
+                        spec,
+                        kvm,
+                        registration,
+                        patience,
+                        vm_log,
+                        release,
+                        surroundings,
+                        passes_signals=wrap is not None,
+                    )
 
-        def run() -> int:
-            with _held(spec) as release, _in_group(surroundings.cgroup, spec.name):
-                return _run(
-                    spec,
-                    kvm,
-                    registration,
-                    patience,
-                    vm_log,
-                    release,
-                    surroundings,
-                    passes_signals=wrap is not None,
-                )
+            try:
+                code, of_command = (run(), False) if wrap is None else wrap(spec, listener, run)
+            except PyvmmError as error:
+                if vm_log is not None and not isinstance(error, ConfigError):
+                    vm_log.end(1, message=str(error))
+                raise
+            if vm_log is not None:
+                _note_end(vm_log, code, of_command=of_command)
+            return code
 
-        try:
-            code, of_command = (run(), False) if wrap is None else wrap(spec, listener, run)
-        except PyvmmError as error:
-            if vm_log is not None and not isinstance(error, ConfigError):
-                vm_log.end(1, message=str(error))
-            raise
-        if vm_log is not None:
-            _note_end(vm_log, code, of_command=of_command)
-        return code
+
+@contextmanager
+def _changes_kept(spec: VmSpec, image: str) -> Iterator[VmSpec]:
+    if not image:
+        yield spec
+        return
+    from pyvmm.monitor.from_image import changes_kept
+
+    with changes_kept(spec, image) as kept:
+        yield kept
 
 
 @contextmanager

@@ -22,6 +22,7 @@ was mounted has changed its first blocks).
 
 from __future__ import annotations
 
+import errno
 import os
 import struct
 import zlib
@@ -87,6 +88,16 @@ def open_overlay(base: Backend, path: str) -> OverlayBackend:
             raise HostError(error.errno or 0, f"write of {path}") from None
 
     return OverlayBackend(base, image, layout, bitmap, write_header)
+
+
+def is_unused(path: str) -> bool:
+    """True if the overlay's file at `path` is not there, or has nothing behind its header."""
+    try:
+        with open(path, "rb") as file:
+            os.lseek(file.fileno(), PAGE, os.SEEK_DATA)
+    except OSError as error:
+        return error.errno in (errno.ENOENT, errno.ENXIO)
+    return False
 
 
 def header(layout: Layout, base_size: int, mark: bytes) -> bytes:

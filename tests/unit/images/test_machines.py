@@ -10,7 +10,12 @@ import pytest
 from pyvmm.cli.main import main
 from pyvmm.control import registry
 from pyvmm.errors import ConfigError
+from pyvmm.host.files import open_image
 from pyvmm.images import machines
+from pyvmm.monitor.from_image import changes_kept
+from pyvmm.spec.vm import DiskSpec, VmSpec
+from pyvmm.virtio.blk.backend import FileBackend
+from pyvmm.virtio.blk.overlay_file import open_overlay
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +49,24 @@ def test_a_vm_of_another_image_is_refused(base: str) -> None:
     machines.keep("web", "debian", base)
     with pytest.raises(ConfigError, match=r"made from the image debian, not fio; .* pyvmm rm web"):
         machines.keep("web", "fio", base)
+
+
+@pytest.mark.parametrize("left", ["nothing", "an overlay", "changes", "an earlier one"])
+def test_a_run_that_is_refused_leaves_nothing_of_a_new_vm(base: str, left: str) -> None:
+    if left == "an earlier one":
+        machines.keep("web", "debian", base)
+    spec = VmSpec("kernel", disks=(DiskSpec(base, snapshot=True),), name="web")
+    with pytest.raises(ConfigError, match="refused"), changes_kept(spec, "debian") as kept:
+        overlay = kept.disks[0].overlay
+        assert overlay is not None
+        if left in ("an overlay", "changes"):
+            disk = open_overlay(FileBackend(open_image(base)), overlay)
+            if left == "changes":
+                disk.writev([memoryview(b"x" * 512)], 512, 0)
+                disk.flush()
+            disk.close()
+        raise ConfigError("refused")
+    assert machines.names() == ([] if left in ("nothing", "an overlay") else ["web"])
 
 
 def test_an_image_that_was_built_again_is_told(base: str) -> None:
