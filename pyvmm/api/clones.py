@@ -17,7 +17,7 @@ from pyvmm.agent import PORT, Agent, AgentGone, NoAgent
 from pyvmm.api.errors import VMError
 from pyvmm.api.monitor import START_SECONDS
 from pyvmm.api.template import ForkedMonitor, Template
-from pyvmm.control import registry
+from pyvmm.control import registry, snapshot_store
 from pyvmm.control.client import connect_vsock
 from pyvmm.control.protocol import ControlError
 from pyvmm.errors import ConfigError, HostError, PyvmmError
@@ -136,6 +136,11 @@ def _moment_of(source: str) -> AbstractContextManager[VmSpec]:
     check_name(source, option="")
     if source in registry.running():
         return snapshots.taken_once(source)
+    if source not in snapshot_store.names():
+        raise ConfigError(
+            f"there is no snapshot {source!r}, and no VM of that name runs",
+            cure="pyvmm snapshot list and pyvmm ps show all",
+        )
     return snapshots.kept(source)
 
 

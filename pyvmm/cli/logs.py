@@ -11,6 +11,7 @@ import click
 from pyvmm.cli.plain_text import RESET, PlainText
 from pyvmm.control import registry, vm_log
 from pyvmm.control.client import Client, NotRunning
+from pyvmm.errors import ConfigError
 from pyvmm.host.output import write_all
 from pyvmm.platform.console import standard_fds
 from pyvmm.platform.terminal import is_terminal
@@ -39,6 +40,10 @@ def logs(vm: str, follow: bool, raw: bool) -> None:
                 printer.console(record.data)
             else:
                 printer.message(record.data)
+    except ConfigError:
+        if vm not in registry.running():
+            raise
+        # It runs, and has said nothing yet.
     finally:
         printer.end()
         if process is not None:

@@ -33,7 +33,8 @@ def snapshot() -> None:
     """Take a snapshot of VM: its memory, its state, and what it has changed on its disks.
 
     `pyvmm run --restore NAME` goes on from there, as often as you like. A VM whose name is one of
-    the commands below is `pyvmm snapshot take VM NAME`.
+    the commands below is `pyvmm snapshot take VM NAME`, whose --help has the options (--stop,
+    --track, --diff-of).
     """
 
 

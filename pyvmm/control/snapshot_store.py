@@ -81,7 +81,7 @@ class Saved(NamedTuple):
 @contextmanager
 def reading(name: str) -> Iterator[Saved]:
     """The snapshot called `name`, which nobody removes meanwhile. Raises ConfigError."""
-    check_name(name)
+    check_name(name, option="")
     path = os.path.join(folder(), name)
     with held(path):
         yield Saved(name, path, read_state(path))
@@ -201,7 +201,7 @@ class Writer(Closable):
         be, HostError."""
         self._is_for_now = not name
         if name:
-            check_name(name)
+            check_name(name, option="")
         self.name = name or f"{_ONCE}{os.urandom(6).hex()}"
         self._place = folder()
         _sweep(self._place)
@@ -307,7 +307,7 @@ def remove(name: str) -> None:
     """Remove a snapshot. VMs that were restored from it go on: they keep its files open. Raises
     ConfigError if there is none, or it is needed: a VM is being restored, or is in an emulated
     host, which looks for the files itself."""
-    check_name(name)
+    check_name(name, option="")
     place = folder()
     path = os.path.join(place, name)
     try:

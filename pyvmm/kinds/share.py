@@ -149,6 +149,9 @@ def _check(spec: Spec, own: tuple[str, ...]) -> None:
     if spec.ninep:
         return
     if not os.path.lexists(spec.path):
+        folder, _, rest = spec.path.rpartition(":")
+        if rest and not place and os.path.isdir(folder):
+            _refuse(f"{rest!r:.100} is no absolute path to mount {folder} at", "use one, as /mnt")
         _refuse(f"there is no {spec.path}", "check the path")
     if not os.path.isdir(spec.path):
         _refuse(f"{spec.path} is not a directory", "share the directory that it is in")

@@ -229,8 +229,9 @@ LAST = (
         default="auto",
         shows_default=True,
         after="--kvm",
-        help="Take away from the monitor what it does not need once the guest runs: as far as this "
-        "machine can and the VM allows, or strictly or not at all, or not (docs/security.md).",
+        help="Take away from the monitor what it does not need once the guest runs: auto as far as "
+        "this machine can and the VM allows, strict all of it or the VM does not start, off "
+        "nothing (docs/security.md).",
     ),
     Option(
         "allow_read",

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pyvmm.cli.main import main
 from pyvmm.cli.plain_text import PlainText
-from pyvmm.control import vm_log
+from pyvmm.control import registry, vm_log
 from pyvmm.control.vm_log import CONSOLE, MESSAGE, PIECE, VmLog
 from pyvmm.errors import ConfigError
 
@@ -105,6 +106,16 @@ def test_a_full_disk_is_told_once_and_holds_up_nobody(place: str, capsys) -> Non
         log.console(b"text")
     assert capsys.readouterr().err.count("pyvmm logs gets no more of this VM") == 1
     log.end(0)
+
+
+def test_one_that_runs_and_has_said_nothing_is_known(place: str, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", place)
+    with registry.register("web"), pytest.raises(SystemExit) as ended:
+        main(["logs", "web"])
+    assert (ended.value.code, *capsys.readouterr()) == (0, "", "")
+    with pytest.raises(SystemExit) as ended:
+        main(["logs", "web"])
+    assert ended.value.code == 2 and "nothing is known" in capsys.readouterr().err
 
 
 def test_so_many_and_no_older_ones_are_remembered(place: str, monkeypatch) -> None:

@@ -67,6 +67,7 @@ def test_a_file_says_the_same(tmp_path):
     [
         ("", "no directory is named; use DIR"),
         ("/nowhere", "there is no /nowhere; check the path"),
+        ("/usr:mnt", "'mnt' is no absolute path to mount /usr at; use one, as /mnt"),
         ("FILE", "is not a directory; share the directory that it is in"),
         ("/", "all of this machine's files would be the guest's to change; add ,readonly"),
         ("/tmp/..", "add ,readonly"),
