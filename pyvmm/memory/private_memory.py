@@ -89,9 +89,9 @@ class PrivateMemory(GuestMemory):
     @property
     def resident(self) -> int:
         """The number of its bytes that are this process's own or in the page cache, as far as it
-        has looked at them: /proc says it for the mapping."""
-        start = self.regions[0].host_addr if self.regions else 0
-        return _resident(start)
+        has looked at them: /proc says it for its mappings."""
+        start = int(self.regions[0].host_addr) if self.regions else 0
+        return _resident(start, start + self.size)
 
     def touched(self) -> Iterator[memoryview | int]:
         """See GuestMemory: the files' holes are zero where nobody has made a page of his own."""
@@ -183,13 +183,16 @@ def _map(address: int, size: int, how: int, fd: int, offset: int, what: str) -> 
         raise HostError(ctypes.get_errno(), what)
 
 
-def _resident(start: int) -> int:
-    """The bytes that /proc/self/smaps counts for the mapping that begins at `start`."""
-    wanted = f"{start:x}-"
-    with open("/proc/self/smaps") as file:
-        for line in file:
-            if line.startswith(wanted):
-                for detail in file:
-                    if detail.startswith("Rss:"):
-                        return int(detail.split()[1]) << 10
-    return 0
+def _resident(start: int, end: int) -> int:
+    """The bytes that /proc/self/smaps counts for the mappings that begin from `start` to `end`."""
+    import re  # only once somebody asks
+
+    with open("/proc/self/smaps", "rb", buffering=1 << 16) as file:
+        text = file.read()
+    found, counts = 0, False
+    for address, kilobytes in re.findall(rb"^(?:([0-9a-f]+)-|Rss: +(\d+))", text, re.MULTILINE):
+        if address:  # of a mapping's first line
+            counts = start <= int(address, 16) < end
+        elif counts:
+            found += int(kilobytes) << 10
+    return found

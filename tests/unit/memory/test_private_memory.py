@@ -91,6 +91,23 @@ def test_a_file_of_another_size_is_refused(path: Path, size: int) -> None:
         opened(path)
 
 
+def test_what_is_resident_is_counted_in_all_its_mappings(path: Path, tmp_path: Path) -> None:
+    upper = tmp_path / "upper"
+    upper.touch()
+    os.truncate(upper, SIZE)
+    count = SIZE // PAGE
+    fds = [os.open(one, os.O_RDONLY) for one in (path, upper)]
+    memory = PrivateMemory([(0, SIZE)], fds[0], [(fds[1], b"01" * (count // 2))])
+    for region in memory.regions:
+        for at in range(0, region.size, PAGE):
+            region.view[at] = 1
+    assert memory.resident == SIZE
+    memory.discard(0, PAGE)  # which makes one mapping more
+    assert memory.resident == SIZE - PAGE
+    for fd in fds:
+        os.close(fd)
+
+
 def test_it_keeps_no_descriptor(path: Path) -> None:
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))
