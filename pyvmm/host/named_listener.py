@@ -65,7 +65,9 @@ class NamedListener(Closable):
     def _cannot(self, number: int) -> ConfigError:
         return ConfigError(
             f"cannot listen at {self.path}: {os.strerror(number)}",
-            cure="name a socket in a directory of yours",
+            cure="shorten its path"
+            if number == errno.ENAMETOOLONG
+            else "name a socket in a directory of yours",
             option=self._option,
         )
 

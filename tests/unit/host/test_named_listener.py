@@ -96,6 +96,12 @@ def test_a_name_that_cannot_be(tmp_path: Path, name: str) -> None:
         NamedListener(str(tmp_path / name) if name else "", option="--vsock")
 
 
+def test_a_path_that_is_too_long_is_to_be_shortened(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="File name too long; shorten its path"):
+        NamedListener(str(tmp_path / (120 * "x")))
+    assert os.listdir(tmp_path) == []
+
+
 def test_what_somebody_else_put_in_its_place_stays(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     with NamedListener(str(path)):
