@@ -77,7 +77,7 @@ def run_command(argv: list[str]) -> int:
     except click.exceptions.Exit as done:
         return done.exit_code
     except click.ClickException as wrong:
-        _show_usage_error(wrong)
+        _show_usage_error(wrong, argv)
         return wrong.exit_code
     except SystemExit:  # click's, where nobody reads any more
         return BROKEN_PIPE
@@ -92,12 +92,15 @@ def run_command(argv: list[str]) -> int:
     return code if isinstance(code, int) else 0
 
 
-def _show_usage_error(wrong: click.ClickException) -> None:
+def _show_usage_error(wrong: click.ClickException, argv: list[str]) -> None:
     message = wrong.format_message()
     if "\n" in message:  # the help, for a command without arguments
         wrong.show()
         return
     context = getattr(wrong, "ctx", None)
-    command = context.command_path if context is not None else "pyvmm"
+    if context is not None:
+        command = context.command_path
+    else:  # an option without its value: click does not say whose
+        command = " ".join(["pyvmm", *(word for word in argv[:1] if word in COMMANDS)])
     text = f"{message.removesuffix('.')}; see {command} --help"
     log.to_stderr(log.Line(text, level=log.ERROR, more={"exit_code": wrong.exit_code}))

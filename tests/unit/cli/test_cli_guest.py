@@ -40,6 +40,7 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["exec", "vm"], 2, "no command; pyvmm exec vm -- uname -r"),
         (["exec", "vm", "--"], 2, "no command"),
         (["exec"], 2, "see pyvmm exec --help"),
+        (["exec", "--wait"], 2, "'--wait' requires an argument; see pyvmm exec --help"),
         (["exec", "vm", "--", "true"], 2, "no VM called 'vm' is running; pyvmm ps lists"),
         (["exec", "-e", "=x", "vm", "true"], 2, "-e: '=x' is not a variable"),
         (["exec", "--timeout=0", "vm", "true"], 2, "--timeout"),
