@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import NamedTuple
 
-from pyvmm.agent.errors import AgentError, CommandTimeout
+from pyvmm.agent.errors import AgentError, AgentGone, CommandTimeout
 from pyvmm.agent.protocol import (
     EXIT,
     EXITED,
@@ -180,7 +180,7 @@ class Process(Closable):
     def write(self, data: bytes) -> int:
         """Give the command something to read; how much of `data` was taken, up to `room` bytes.
 
-        It never waits for the command. Raises AgentError if the agent is gone.
+        It never waits for the command. Whether the agent is gone is told by what reads.
         """
         size = min(len(data), self.room, MAX_DATA)
         if size:
@@ -192,6 +192,9 @@ class Process(Closable):
         # The agent always reads, and all that may be on its way fits into the connection.
         try:
             self._session.send(type, payload, self._until(time.monotonic() + PATIENCE))
+        except AgentGone:
+            # The command may have ended, and the agent with it: `receive` finds which it was.
+            self._stdin_open = False
         except CommandTimeout:
             if not self.give_up_if_late():
                 raise

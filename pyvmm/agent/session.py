@@ -30,6 +30,7 @@ class Session(Closable):
         self._connection.setblocking(False)
         self._received = bytearray()
         self._ended = False
+        self._kept: list[Frame] = []  # has come, and `receive` has not returned it yet
         self.hello: tuple[int, int] | None = None  # realtime and boottime, in nanoseconds
 
     def fileno(self) -> int:
@@ -55,19 +56,19 @@ class Session(Closable):
                 self._raise_why_ended()
 
     def _raise_why_ended(self) -> None:
-        """The agent may have said what is wrong before it hung up."""
-        try:
-            while found := self.receive():
-                for one in found:
-                    if one.type == FrameType.FAILED:
-                        raise failure(one)
-        except CommandTimeout:
-            pass
+        """The agent may have said what is wrong before it hung up; `receive` returns the rest."""
+        self._kept = self.receive()
+        for one in self._kept:
+            if one.type == FrameType.FAILED:
+                raise failure(one)
         raise AgentGone
 
     def receive(self) -> list[Frame]:
         """The frames that are there, without waiting; [] for none yet. Raises AgentError if the
         connection has ended, or what comes is not of an agent."""
+        if self._kept:
+            found, self._kept = self._kept, []
+            return found
         while not self._ended:
             try:
                 data = self._connection.recv(_CHUNK)

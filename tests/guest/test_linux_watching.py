@@ -38,6 +38,12 @@ class Detached(Guest):
         assert self.process.stdout is not None
         self._pumps = [pump_into(self.console, self.process.stdout.fileno())]
 
+    def name(self) -> str:
+        """What it has printed when `pyvmm run` has returned."""
+        for pump in self._pumps:
+            pump.join(HANG_SECONDS)
+        return text(self.console)
+
 
 @dataclass(frozen=True)
 class Seen:
@@ -69,7 +75,7 @@ def boot_and_watch(folder: Path) -> Seen:
     guest = Detached(files.vmlinux, files.initramfs, [disk], options=options)
     guest.log = folder / "log"
     guest.start()
-    started = guest.process.wait(HANG_SECONDS), text(guest.console)
+    started = guest.process.wait(HANG_SECONDS), guest.name()
 
     def look(*args: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen(

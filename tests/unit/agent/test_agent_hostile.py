@@ -114,6 +114,31 @@ def test_s8_answers_that_make_no_sense_end_a_command(said: bytes) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("said", "is_sane"),
+    [(frame(FrameType.EXIT, EXIT.pack(0, 7)), True), (frame(FrameType.CLOCK_IS, bytes(16)), False)],
+)
+def test_what_was_said_before_the_connection_broke_is_heard(said: bytes, is_sane: bool) -> None:
+    has_gone = threading.Event()
+
+    def act(end: socket.socket) -> None:
+        end.sendall(GREETING)
+        end.recv(1 << 16)
+        end.sendall(said)
+        end.close()
+        has_gone.set()
+
+    with liar(act) as agent, agent.open(["true"], stdin=True) as command:
+        assert has_gone.wait(60)
+        for _ in range(2):
+            command.write(b"nobody reads this")
+        if is_sane:
+            assert command.wait() == 7
+        else:
+            with pytest.raises(AgentError, match=NOT_THE_AGENT):
+                command.wait()
+
+
 def test_the_words_of_a_guest_cannot_play_tricks_on_a_terminal() -> None:
     said = frame(FrameType.FAILED, NUMBER.pack(2) + b"\x1b]0;owned\x07\r\n" + b"x" * 5000)
     with liar(saying(said)) as agent, pytest.raises(AgentError) as caught:
