@@ -18,7 +18,16 @@ from pathlib import Path
 
 import pytest
 from disks import artifacts, fsck, root_disk, sha256
-from guest import HANG_SECONDS, PYVMM, Guest, GuestResult, pump_into, text, wait_until
+from guest import (
+    HANG_SECONDS,
+    OF_THE_MACHINE,
+    PYVMM,
+    Guest,
+    GuestResult,
+    pump_into,
+    text,
+    wait_until,
+)
 
 pytestmark = pytest.mark.usefixtures("linux_guests")
 
@@ -273,8 +282,9 @@ class Ran:
 
     @property
     def messages(self) -> list[str]:
-        """Standard error without the line that says that this takes an emulated KVM host."""
-        return [line for line in self.stderr.splitlines() if "emulated KVM host" not in line]
+        """Standard error without the lines that tell of the machine the test runs on."""
+        lines = self.stderr.splitlines()
+        return [line for line in lines if not any(part in line for part in OF_THE_MACHINE)]
 
 
 def run(*words: str, command: str, input: bytes = b"") -> Ran:
