@@ -12,13 +12,12 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from pyvmm.boot.ext4 import Ext4
-from pyvmm.boot.fat import Fat
+from pyvmm.boot.file_system import FileSystem
 from pyvmm.errors import ConfigError
 
-System = Ext4 | Fat
+System = FileSystem[Any]
 
 _MOST_TEXT = 1 << 20  # bytes of a configuration
 _MOST_ENTRIES = 256

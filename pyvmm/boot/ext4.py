@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import stat
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from pyvmm.boot.file_system import MOST_DIRECTORY, FileSystem, Read, Search, too_large
 from pyvmm.errors import ConfigError
-
-Read = Callable[[int, int], bytes]  # (offset, bytes): as many bytes, fewer past the end
 
 _SUPERBLOCK, _MAGIC = 1024, 0xEF53
 _ROOT = 2
@@ -32,10 +31,7 @@ _EXTENT, _INDEX = struct.Struct("<IHHI"), struct.Struct("<IIHxx")
 _DIRENT = struct.Struct("<IHBB")
 _MOST_DEPTH = 5  # of a tree of extents, as the kernel
 _MOST_PIECES = 1 << 16  # of one file
-_MOST_DIRECTORY = 2 << 20  # bytes
-_MOST_LOOKED_AT = 64 << 20  # bytes of directories, texts and trees, in all
 _MOST_LINKS = 16
-_MOST_PATH = 4095  # bytes, as the kernel
 _CHUNK = 1 << 20
 
 
@@ -45,6 +41,14 @@ class _Inode(NamedTuple):
     size: int
     flags: int
     block: bytes  # i_block
+
+    @property
+    def is_file(self) -> bool:
+        return stat.S_ISREG(self.mode)
+
+    @property
+    def is_directory(self) -> bool:
+        return stat.S_ISDIR(self.mode)
 
 
 class _Piece(NamedTuple):
@@ -56,31 +60,13 @@ class _Piece(NamedTuple):
     physical: int
 
 
-class Search:
-    """The bytes that may be read to find something, in all file systems of a disk: a disk may have
-    many, and a small directory a large tree."""
+class Ext4(FileSystem[_Inode]):
+    """An ext2, ext3 or ext4 file system."""
 
-    def __init__(self) -> None:
-        self.left = _MOST_LOOKED_AT
-
-    def take(self, size: int, where: str) -> None:
-        """Count `size` bytes more, in `where`. Raises ConfigError when it is too much."""
-        self.left -= size
-        if self.left < 0:
-            raise _too_large(where)
-
-
-class Ext4:
-    """A file system of `size` bytes, which `read` reads. Raises ConfigError for one that is
-    damaged, or has features that are not understood; methods do as well, and what `read` raises."""
+    repair = "e2fsck -f"
 
     def __init__(self, read: Read, size: int, where: str, search: Search | None = None) -> None:
-        """`where` is what it is called in messages; `search` is one with the other file systems of
-        its disk."""
-        self._read = read
-        self._size = size
-        self.where = where
-        self._search = search or Search()
+        super().__init__(read, size, where, search)
         raw = read(_SUPERBLOCK, 1024)
         if len(raw) < 1024 or _u16(raw, 0x38) != _MAGIC:
             raise self._damaged("no superblock")
@@ -109,51 +95,9 @@ class Ext4:
         ):
             raise self._damaged("impossible sizes in its superblock")
 
-    def read_file(self, path: str, most: int) -> Iterator[bytes]:
-        """The content of the regular file at `path`, in pieces; links are followed within the file
-        system. Raises FileNotFoundError, and ConfigError for one of more than `most` bytes."""
-        inode = self._find(path)
-        if not stat.S_ISREG(inode.mode):
-            raise ConfigError(f"{path} in {self.where} is not a file")
-        if inode.size > most:
-            raise ConfigError(
-                f"{path} in {self.where} has {inode.size} bytes, more than the {most} it may have"
-            )
-        return self._content(inode)
-
-    def read_text(self, path: str, most: int) -> str:
-        """The same as a text."""
-        pieces = []
-        for piece in self.read_file(path, most):
-            self._search.take(len(piece), self.where)
-            pieces.append(piece)
-        return b"".join(pieces).decode("utf-8", "replace")
-
-    def names(self, path: str) -> list[str]:
-        """The names in the directory at `path`, sorted, without names that are not printable;
-        nothing if there is none."""
-        try:
-            inode = self._find(path)
-        except FileNotFoundError:
-            return []
-        if not stat.S_ISDIR(inode.mode):
-            return []
-        found = (name.decode("utf-8", "replace") for name in self._entries(inode))
-        return sorted(name for name in found if name.isprintable() and "\ufffd" not in name)
-
-    def has(self, path: str) -> bool:
-        """True if there is anything at `path`."""
-        try:
-            self._find(path)
-        except FileNotFoundError:
-            return False
-        return True
-
     # --- from a path to an inode ------------------------------------------------------------------
 
     def _find(self, path: str) -> _Inode:
-        if len(path) > _MOST_PATH:
-            raise FileNotFoundError(path[:_MOST_PATH])
         trail = [self._inode(_ROOT)]
         left = [part for part in path.encode().split(b"/") if part]
         links = 0
@@ -164,7 +108,7 @@ class Ext4:
                 if part == b".." and len(trail) > 1:
                     trail.pop()
                 continue
-            if not stat.S_ISDIR(trail[-1].mode):
+            if not trail[-1].is_directory:
                 raise FileNotFoundError(path)
             number = self._entries(trail[-1]).get(part)
             if number is None:
@@ -202,8 +146,8 @@ class Ext4:
         return _Inode(number, _u16(raw, 0), size, _u32(raw, 0x20), raw[0x28:0x64])
 
     def _entries(self, inode: _Inode) -> dict[bytes, int]:
-        if inode.size > _MOST_DIRECTORY:
-            raise _too_large(self.where)
+        if inode.size > MOST_DIRECTORY:
+            raise too_large(self.where)
         self._search.take(inode.size, self.where)
         data = b"".join(self._content(inode))
         found: dict[bytes, int] = {}
@@ -219,18 +163,22 @@ class Ext4:
             at += length
         return found
 
+    def _names(self, directory: _Inode) -> Iterable[str]:
+        found = (name.decode("utf-8", "replace") for name in self._entries(directory))
+        return (name for name in found if "\ufffd" not in name)
+
     # --- from an inode to bytes -------------------------------------------------------------------
 
-    def _content(self, inode: _Inode) -> Iterator[bytes]:
-        if inode.flags & (_IN_INLINE | _IN_ENCRYPTED):
+    def _content(self, node: _Inode) -> Iterator[bytes]:
+        if node.flags & (_IN_INLINE | _IN_ENCRYPTED):
             raise ConfigError(
                 f"a file in {self.where} is encrypted, or in its inode, which is not understood",
                 cure="give --kernel and --initrd",
             )
-        by_extents = inode.flags & _IN_EXTENTS
+        by_extents = node.flags & _IN_EXTENTS
         pieces: Iterable[_Piece]
-        pieces = self._by_extents(inode) if by_extents else self._by_blocks(inode)
-        left, at = inode.size, 0
+        pieces = self._by_extents(node) if by_extents else self._by_blocks(node)
+        left, at = node.size, 0
         for piece in pieces:
             if piece.logical < at:
                 raise self._damaged("a file's blocks are in no order")
@@ -316,27 +264,6 @@ class Ext4:
             below = fan ** (level - 1)
             yield from self._indirect(one, level - 1, min(needed, below))
             needed -= below
-
-    def _bytes(self, offset: int, size: int) -> bytes:
-        if offset + size > self._size:
-            raise self._damaged(f"it refers to byte {offset}, which is past its end")
-        data = self._read(offset, size)
-        if len(data) < size:
-            raise self._damaged("it is cut short")
-        return data
-
-    def _damaged(self, what: str) -> ConfigError:
-        return ConfigError(
-            f"the file system in {self.where} is damaged: {what}",
-            cure="give --kernel and --initrd, or repair it (e2fsck -f)",
-        )
-
-
-def _too_large(where: str) -> ConfigError:
-    return ConfigError(
-        f"directories and texts in {where} are too large to be searched",
-        cure="give --kernel and --initrd, and root= in --cmdline",
-    )
 
 
 def _u16(data: bytes, at: int) -> int:

@@ -8,14 +8,11 @@ is bounded, and nothing is written. Source: Microsoft, "FAT: General Overview of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from pyvmm.boot.ext4 import Read, Search
-from pyvmm.errors import ConfigError
+from pyvmm.boot.file_system import MOST_DIRECTORY, FileSystem, Read, Search
 
-_MOST_DIRECTORY = 2 << 20  # bytes; the format's own limit
-_MOST_PATH = 4096
 _PIECE = 1 << 20
 _TABLE_PIECE = 1 << 16
 _MOST_PIECES = 64  # of the table that are kept
@@ -31,19 +28,18 @@ class _Entry(NamedTuple):
     cluster: int
     size: int
 
+    @property
+    def is_file(self) -> bool:
+        return not self.is_directory
 
-class Fat:
-    """A file system of `size` bytes, which `read` reads, with the methods of Ext4. Raises
-    ConfigError for one that is damaged; methods do as well, and what `read` raises. Names are the
-    same whatever the case of their letters."""
+
+class Fat(FileSystem[_Entry]):
+    """A FAT16 or FAT32 file system. Names are the same whatever the case of their letters."""
+
+    repair = "fsck.fat"
 
     def __init__(self, read: Read, size: int, where: str, search: Search | None = None) -> None:
-        """`where` is what it is called in messages; `search` is one with the other file systems of
-        its disk."""
-        self._read = read
-        self._size = size
-        self.where = where
-        self._search = search or Search()
+        super().__init__(read, size, where, search)
         self._pieces: dict[int, bytes] = {}
         raw = read(0, 512)
         if len(raw) < 512:
@@ -70,46 +66,7 @@ class Fat:
         if self._clusters < _FAT16_FROM or table * sector < self._clusters * self._width:
             raise self._damaged("it is neither FAT16 nor FAT32")
 
-    def read_file(self, path: str, most: int) -> Iterator[bytes]:
-        """See Ext4."""
-        entry = self._find(path)
-        if entry.is_directory:
-            raise ConfigError(f"{path} in {self.where} is not a file")
-        if entry.size > most:
-            raise ConfigError(
-                f"{path} in {self.where} has {entry.size} bytes, more than the {most} it may have"
-            )
-        return self._content(entry.cluster, entry.size)
-
-    def read_text(self, path: str, most: int) -> str:
-        """See Ext4."""
-        pieces = []
-        for piece in self.read_file(path, most):
-            self._search.take(len(piece), self.where)
-            pieces.append(piece)
-        return b"".join(pieces).decode("utf-8", "replace")
-
-    def names(self, path: str) -> list[str]:
-        """See Ext4."""
-        try:
-            entry = self._find(path)
-        except FileNotFoundError:
-            return []
-        if not entry.is_directory:
-            return []
-        return sorted(one.name for one in self._entries(entry) if one.name.isprintable())
-
-    def has(self, path: str) -> bool:
-        """See Ext4."""
-        try:
-            self._find(path)
-        except FileNotFoundError:
-            return False
-        return True
-
     def _find(self, path: str) -> _Entry:
-        if len(path) > _MOST_PATH:
-            raise FileNotFoundError(path)
         found = _Entry("/", True, self._root_cluster, 0)
         for name in filter(None, path.split("/")):
             if not found.is_directory:
@@ -148,6 +105,9 @@ class Fat:
                 long = {}
         return found
 
+    def _names(self, directory: _Entry) -> Iterable[str]:
+        return (entry.name for entry in self._entries(directory))
+
     def _directory(self, cluster: int) -> bytes:
         cluster = cluster or self._root_cluster  # ".." says 0 for the root
         if not cluster:  # the root of FAT16 has a place of its own
@@ -155,7 +115,7 @@ class Fat:
             self._search.take(len(data), self.where)
             return data
         pieces = []
-        left = _MOST_DIRECTORY
+        left = MOST_DIRECTORY  # the format's own limit
         for at, size in self._runs(cluster):
             if size > left:
                 raise self._damaged("a directory of more than 2 MiB")
@@ -166,10 +126,11 @@ class Fat:
 
     # --- clusters ---------------------------------------------------------------------------------
 
-    def _content(self, cluster: int, size: int) -> Iterator[bytes]:
+    def _content(self, node: _Entry) -> Iterator[bytes]:
+        size = node.size
         if not size:
             return
-        for at, length in self._runs(cluster):
+        for at, length in self._runs(node.cluster):
             length = min(length, size)
             for begin in range(0, length, _PIECE):
                 yield self._bytes(at + begin, min(_PIECE, length - begin))
@@ -211,20 +172,6 @@ class Fat:
         if at + self._width > len(piece):
             raise self._damaged("its table is cut short")
         return _number(piece, at, self._width) & (0x0FFFFFFF if self._width == 4 else 0xFFFF)
-
-    def _bytes(self, offset: int, size: int) -> bytes:
-        if size < 0 or offset + size > self._size:
-            raise self._damaged(f"it refers to byte {offset}, which is past its end")
-        data = self._read(offset, size)
-        if len(data) < size:
-            raise self._damaged("it is cut short")
-        return data
-
-    def _damaged(self, what: str) -> ConfigError:
-        return ConfigError(
-            f"the file system in {self.where} is damaged: {what}",
-            cure="give --kernel and --initrd, or repair it (fsck.fat)",
-        )
 
 
 def _entry(raw: bytes, long: str) -> _Entry:

@@ -7,7 +7,7 @@ for `--kernel disk`, before there is a machine.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +18,10 @@ from pyvmm.spec.record import replace
 from pyvmm.spec.vm import DiskSpec, VmSpec
 
 if TYPE_CHECKING:
-    from pyvmm.boot.ext4 import Ext4, Search
-    from pyvmm.boot.fat import Fat
+    from pyvmm.boot.boot_entry import System
+    from pyvmm.boot.file_system import Read, Search
     from pyvmm.boot.partitions import Partition, Table
     from pyvmm.virtio.device import VirtioDevice
-
-    Read = Callable[[int, int], bytes]
 
 _SIGNATURE_AT = 510  # of a sector with a partition table
 _MOST_FSTAB = 64 << 10  # bytes
@@ -124,7 +122,7 @@ def choose_root(table: Table, read: Read, name: str) -> tuple[Partition | None, 
 
 def _by_fstab(found: Sequence[Partition], read: Read, name: str) -> Partition | None:
     """The one of `found` that the /etc/fstab in one of them has as the root."""
-    from pyvmm.boot.ext4 import Search
+    from pyvmm.boot.file_system import Search
 
     search = Search()
     for one in found:
@@ -150,7 +148,7 @@ def _names(one: Partition) -> Iterable[str]:
             if value]  # fmt: skip
 
 
-def _system(one: Partition, read: Read, name: str, search: Search) -> Ext4 | Fat | None:
+def _system(one: Partition, read: Read, name: str, search: Search) -> System | None:
     """The file system in a partition; None if it is of a kind that is not read here, or damaged."""
     from pyvmm.boot.ext4 import Ext4
     from pyvmm.boot.fat import Fat
@@ -191,7 +189,7 @@ def kernel_in(disks: Any) -> tuple[str, str | None, str]:
 
 def _extract(name: str, read: Read, size: int, block: int) -> tuple[str, str | None, str]:
     from pyvmm.boot import boot_entry, partitions
-    from pyvmm.boot.ext4 import Search
+    from pyvmm.boot.file_system import Search
     from pyvmm.images import made_files
 
     table = partitions.read_disk(read, size, block)

@@ -13,7 +13,7 @@ import partition_tables
 import pytest
 from partition_tables import MIB, needs_tools
 
-from pyvmm.boot import ext4
+from pyvmm.boot import file_system
 from pyvmm.boot.ext4 import Ext4
 from pyvmm.errors import ConfigError
 
@@ -97,7 +97,7 @@ def test_every_form_is_read(tree: Path, tmp_path: Path, form: str) -> None:
 def test_large_directories_are_not_searched_for_ever(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ext4, "_MOST_LOOKED_AT", MIB)
+    monkeypatch.setattr(file_system, "_MOST_LOOKED_AT", MIB)
     system = opened(make(tree, tmp_path / "disk", "-t", "ext4"))
     with pytest.raises(ConfigError, match="too large to be searched"):
         for _ in range(1000):

@@ -15,7 +15,7 @@ import boot_images
 import pytest
 from partition_tables import MIB, ROOT_X86_64, needs_tools, partitioned, put_file_system
 
-from pyvmm.boot import boot_entry, ext4, partitions
+from pyvmm.boot import boot_entry, file_system, partitions
 from pyvmm.boot.fat import Fat
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
@@ -90,7 +90,7 @@ def test_many_partitions_cost_no_more_than_one(
 ) -> None:
     """The search for /etc/fstab and for a kernel's configuration is bounded for the whole disk."""
     most = 128 << 10
-    monkeypatch.setattr(ext4, "_MOST_LOOKED_AT", most)
+    monkeypatch.setattr(file_system, "_MOST_LOOKED_AT", most)
     tree = tmp_path / "tree"
     tree.mkdir()
     if large == "directory":

@@ -1,0 +1,136 @@
+"""What the readers of a disk's file systems have in common: files by their paths, within bounds."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, Protocol, TypeVar
+
+from pyvmm.errors import ConfigError
+
+Read = Callable[[int, int], bytes]  # (offset, bytes): as many bytes, fewer past the end
+
+MOST_DIRECTORY = 2 << 20  # bytes
+MOST_PATH = 4095  # bytes, as the kernel
+_MOST_LOOKED_AT = 64 << 20  # bytes of directories, texts and trees, in all
+
+
+class Node(Protocol):
+    """What there is at a path."""
+
+    @property
+    def is_file(self) -> bool: ...
+    @property
+    def is_directory(self) -> bool: ...
+    @property
+    def size(self) -> int: ...
+
+
+N = TypeVar("N", bound=Node)
+
+
+class Search:
+    """The bytes that may be read to find something, in all file systems of a disk: a disk may have
+    many, and a small directory a large tree."""
+
+    def __init__(self) -> None:
+        self.left = _MOST_LOOKED_AT
+
+    def take(self, size: int, where: str) -> None:
+        """Count `size` bytes more, in `where`. Raises ConfigError when it is too much."""
+        self.left -= size
+        if self.left < 0:
+            raise too_large(where)
+
+
+class FileSystem(ABC, Generic[N]):
+    """A file system of `size` bytes, which `read` reads. Raises ConfigError for one that is
+    damaged, or has features that are not understood; methods do as well, and what `read` raises."""
+
+    repair: str  # the command that mends a damaged one
+
+    def __init__(self, read: Read, size: int, where: str, search: Search | None = None) -> None:
+        """`where` is what it is called in messages; `search` is one with the other file systems of
+        its disk."""
+        self._read = read
+        self._size = size
+        self.where = where
+        self._search = search or Search()
+
+    def read_file(self, path: str, most: int) -> Iterator[bytes]:
+        """The content of the regular file at `path`, in pieces; links are followed within the file
+        system. Raises FileNotFoundError, and ConfigError for one of more than `most` bytes."""
+        node = self._at(path)
+        if not node.is_file:
+            raise ConfigError(f"{path} in {self.where} is not a file")
+        if node.size > most:
+            raise ConfigError(
+                f"{path} in {self.where} has {node.size} bytes, more than the {most} it may have"
+            )
+        return self._content(node)
+
+    def read_text(self, path: str, most: int) -> str:
+        """The same as a text."""
+        pieces = []
+        for piece in self.read_file(path, most):
+            self._search.take(len(piece), self.where)
+            pieces.append(piece)
+        return b"".join(pieces).decode("utf-8", "replace")
+
+    def names(self, path: str) -> list[str]:
+        """The names in the directory at `path`, sorted, without names that are not printable;
+        nothing if there is none."""
+        try:
+            node = self._at(path)
+        except FileNotFoundError:
+            return []
+        if not node.is_directory:
+            return []
+        return sorted(name for name in self._names(node) if name.isprintable())
+
+    def has(self, path: str) -> bool:
+        """True if there is anything at `path`."""
+        try:
+            self._at(path)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def _at(self, path: str) -> N:
+        if len(path) > MOST_PATH:
+            raise FileNotFoundError(path[:MOST_PATH])
+        return self._find(path)
+
+    @abstractmethod
+    def _find(self, path: str) -> N:
+        """What is at `path`. Raises FileNotFoundError."""
+
+    @abstractmethod
+    def _content(self, node: N) -> Iterator[bytes]:
+        """The bytes of a file, in pieces."""
+
+    @abstractmethod
+    def _names(self, directory: N) -> Iterable[str]:
+        """The names in a directory."""
+
+    def _bytes(self, offset: int, size: int) -> bytes:
+        if size < 0 or offset + size > self._size:
+            raise self._damaged(f"it refers to byte {offset}, which is past its end")
+        data = self._read(offset, size)
+        if len(data) < size:
+            raise self._damaged("it is cut short")
+        return data
+
+    def _damaged(self, what: str) -> ConfigError:
+        return ConfigError(
+            f"the file system in {self.where} is damaged: {what}",
+            cure=f"give --kernel and --initrd, or repair it ({self.repair})",
+        )
+
+
+def too_large(where: str) -> ConfigError:
+    """The error for more than anything that boots needs to have looked at."""
+    return ConfigError(
+        f"directories and texts in {where} are too large to be searched",
+        cure="give --kernel and --initrd, and root= in --cmdline",
+    )
