@@ -234,9 +234,13 @@ class _Client:
         given = {passed: number for number, passed in _PASSED_ON.items()}
         for number in given:
             signal.signal(number, leave)
+        self._console.start()  # by which `_end_monitor` sees the end, however early that is
         try:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, given)
-            return self._run()
+            try:
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, given)
+                return self._run()
+            finally:
+                signal.pthread_sigmask(signal.SIG_BLOCK, given)  # one more changes nothing
         except Left as left:
             self._end_monitor()
             return left.code
@@ -246,7 +250,6 @@ class _Client:
         from pyvmm.control.client import NoAnswer
         from pyvmm.monitor.exit_code import explain
 
-        self._console.start()
         self._note("start")
         try:
             code = self._run_command()
