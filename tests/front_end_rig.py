@@ -161,7 +161,8 @@ class Fake:
         self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self.die()
-        self._thread.join(10)
+        self._thread.join(SAFETY_TIMEOUT)
+        assert not self._thread.is_alive()
         if self.requests is not None:
             self.requests.close()
         for fd in self.kept:

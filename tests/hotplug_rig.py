@@ -180,6 +180,11 @@ class Rig:
             "parts": self.ids,
         }
 
+    def is_as(self, before: dict[str, Any]) -> None:
+        """Wait until the footprint is `before` again: the thread that takes a device out ends a
+        moment after it has told so."""
+        until(lambda: self.footprint() == before, lambda: f"{self.footprint()} is not yet {before}")
+
 
 class Asking(threading.Thread):
     """Calls something; `result` returns or raises what that did."""
@@ -205,10 +210,10 @@ class Asking(threading.Thread):
         return self._found
 
 
-def until(condition: Callable[[], bool]) -> None:
+def until(condition: Callable[[], bool], what: Callable[[], str] = str) -> None:
     give_up_at = time.monotonic() + SAFETY_TIMEOUT
     while not condition():
-        assert time.monotonic() < give_up_at
+        assert time.monotonic() < give_up_at, what()
         time.sleep(0.002)
 
 

@@ -109,7 +109,7 @@ class SlowDevice(QueueDevice):
         self.passes += 1
         for chain in queue:
             self.started.set()
-            self.release.wait(30)
+            self.release.wait(60)
             writer = chain.writer()
             writer.write(b"done")
             queue.add_used(chain, 4)
@@ -248,7 +248,7 @@ class Naps:
 
 def wait_for(condition: Callable[[], bool]) -> None:
     """Until `condition` holds; a test that waits for ever fails by its assertion instead."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.001)
     assert condition()

@@ -20,7 +20,7 @@ from pyvmm.host import passt
 MAC = bytes.fromhex("5254000a0b0c")
 GATEWAY_MAC = bytes.fromhex(passt._GATEWAY_MAC.replace(":", ""))
 IPV4, ARP = b"\x08\x00", b"\x08\x06"
-_PATIENCE = 20.0
+_PATIENCE = 60.0
 
 
 class Datagram(NamedTuple):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import select
+import sys
 import threading
 import time
 
 from queue_rig import Rig
 
+from pyvmm.host.poller import Poller
 from pyvmm.testing import InterruptLine
 from pyvmm.testing.mmio_driver import SAFETY_TIMEOUT
 from pyvmm.virtio.device import Activation
@@ -87,6 +90,27 @@ class Bench:
         self.device.reset()
         for rig in self.rigs:
             rig.close()
+
+
+def quiet(device):
+    """True if its workers sleep, with nothing to wake them, and go on sleeping for a while. One
+    that was woken and has no processor yet does not sleep."""
+    passes = device.passes
+    if not _asleep(device):
+        return False
+    time.sleep(0.05)
+    return _asleep(device) and device.passes == passes
+
+
+def _asleep(device):
+    frames = sys._current_frames()
+    for worker in device._workers.values():
+        frame = frames.get(worker._thread.ident)
+        if frame is None or frame.f_code is not Poller.wait.__code__:
+            return False
+        if select.select([worker._poller._epoll.fileno()], [], [], 0)[0]:
+            return False
+    return True
 
 
 def wait_for(condition):

@@ -30,7 +30,7 @@ from pyvmm.host import unix_sockets
 from pyvmm.monitor.control import MachineControl
 from pyvmm.spec.vm import VmSpec
 
-HANG = 30.0  # seconds; no measure of speed
+HANG = 60.0  # seconds; no measure of speed
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ from pyvmm.control import registry, vm_log
 from pyvmm.control.vm_log import CONSOLE, MESSAGE, PIECE, VmLog
 from pyvmm.errors import ConfigError
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 
 @pytest.fixture

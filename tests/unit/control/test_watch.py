@@ -22,7 +22,7 @@ from pyvmm.monitor.watch import Watch
 from pyvmm.platform.serial import FCR, FCR_ENABLE, IER, IER_RDI, LSR, LSR_DR, RBR, Serial
 from pyvmm.platform.shared_console import KEPT, ConsoleTail, SharedInput
 
-HANG = 30.0  # seconds; no measure of speed
+HANG = 60.0  # seconds; no measure of speed
 
 
 def until(condition: Callable[[], bool]) -> None:

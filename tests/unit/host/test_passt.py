@@ -85,7 +85,7 @@ def exchange(bound: str, client: str) -> bytes:
     peer = Peer(passt.start([Forward("udp", bound, port, GUEST_PORT)]))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as made:
         made.bind((client, 0))
-        made.settimeout(20)
+        made.settimeout(60)
         made.connect((client if bound == "0.0.0.0" else bound, port))
         made.send(b"question")
         came = peer.receive_udp()

@@ -54,7 +54,7 @@ class Holder:
         return self.process.pid
 
     def __exit__(self, *_: object) -> None:
-        self.process.communicate(timeout=20)
+        self.process.communicate(timeout=60)
 
 
 def pyvmm_holder(path: str, read_only: bool) -> Holder:

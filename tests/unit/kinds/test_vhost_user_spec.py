@@ -90,9 +90,9 @@ def test_it_waits_for_one_that_was_started_with_it(tmp_path):
     started = []
     path = tmp_path / "s"
     timer = Timer(0.2, lambda: started.append(Fake(path)))
+    began = time.monotonic()
     timer.start()
     with ExitStack() as closing:
-        began = time.monotonic()
         registry.open_device(Spec(str(path), "rng"), Context("vm", None, closing))
         assert time.monotonic() - began > 0.1
     timer.join()

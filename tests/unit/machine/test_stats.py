@@ -35,7 +35,7 @@ from pyvmm.testing import attached
 from pyvmm.virtio.features import ring_features
 from pyvmm.virtio.rng.device import EntropyDevice
 
-HANG = 30.0
+HANG = 60.0
 
 
 def test_an_eventfd_knows_how_often_it_was_signalled() -> None:

@@ -122,7 +122,7 @@ def test_a_disk_comes_serves_and_goes_and_nothing_is_left(rig: Rig, data: Path) 
         give_up(rig, asking, 3)
         assert asking.result() == {"kind": "disk", "id": "data"}
         assert not rig.is_there(3)
-        assert rig.footprint() == before
+        rig.is_as(before)
         open_image(str(data), read_only=False).close()  # no lock is left either
     assert [kind for kind, _ in rig.events] == ["device_added", "device_removed"] * 3
     assert rig.events[-1][1] == {"kind": "disk", "id": "data", "by": "host"}
@@ -137,7 +137,7 @@ def test_a_generator_comes_and_goes_and_there_is_one(rig: Rig) -> None:
     asking = rig.removing("rng", "rng")
     rig.asked(slots.ARRIVED)
     give_up(rig, asking, 3)
-    assert rig.footprint() == before
+    rig.is_as(before)
 
 
 def test_a_shared_directory_comes_and_goes_with_its_virtiofsd(rig: Rig, tmp_path: Path) -> None:
@@ -202,9 +202,9 @@ def test_every_slot_can_be_taken_and_no_more(rig: Rig) -> None:
     assert rig.footprint() == full
     for slot in range(3, 32):
         rig.eject(slot)
-    until(lambda: len(rig.ids) == 2 and not rig.hotplug._finishing)
+    until(lambda: len(rig.ids) == 2)
     rig.set_port(slots.ARRIVED, 0xFFFF_FFFF)
-    assert rig.footprint() == before
+    rig.is_as(before)
 
 
 @pytest.mark.parametrize(
@@ -338,7 +338,7 @@ def test_a_guest_that_ejects_on_its_own_has_nothing_left_either(rig: Rig, data: 
     disk_of(rig, 3)
     rig.eject(3)
     assert not rig.is_there(3)  # at once, before anybody else has done a thing
-    until(lambda: rig.footprint() == before)
+    rig.is_as(before)
     assert rig.events[-1] == ("device_removed", {"kind": "disk", "id": "data", "by": "guest"})
 
 
@@ -348,7 +348,8 @@ def test_a_guest_that_ejects_twice_does_no_harm(rig: Rig, data: Path) -> None:
     before = rig.ids
     for _ in range(2):
         rig.eject(3)
-    until(lambda: "data" not in rig.ids)
+    until(lambda: "unplug" not in rig.footprint()["threads"])
+    assert "data" not in rig.ids
     rig.eject(3)
     assert [kind for kind, _ in rig.events].count("device_removed") == 1
     assert rig.add("disk", f"{data},id=data")["slot"] == 3
@@ -402,7 +403,7 @@ def test_a_device_pulled_with_io_in_flight_does_no_harm(
     pulling.result()
     until(lambda: "data" not in rig.ids)
     rig.set_port(slots.ARRIVED, 0xFFFF_FFFF)
-    until(lambda: rig.footprint() == before)
+    rig.is_as(before)
     assert len(written) == 2 * MIB
     after = bytes(rig.memory.read(0, 2 * MIB))
     threading.Event().wait(0.02)
@@ -508,7 +509,7 @@ def test_a_device_goes_once_however_many_vcpus_eject_it(
     """The second one has looked at the machine's parts before the first has changed them."""
     before = rig.machine.parts
     rig.eject(1)
-    until(lambda: rig.ids == ["balloon"] and not rig.hotplug._finishing)
+    until(lambda: rig.ids == ["balloon"] and "unplug" not in rig.footprint()["threads"])
     now, late = rig.machine.parts, rig.footprint()
     monkeypatch.setattr(type(rig.host), "transport_at", lambda host, number: before.transports[0])
     rig.machine.parts = before
@@ -520,7 +521,7 @@ def test_a_device_goes_once_however_many_vcpus_eject_it(
 
     monkeypatch.setattr(rig.hotplug, "_start_finishing", begin)
     rig.eject(1)
-    until(lambda: rig.footprint() == late)
+    rig.is_as(late)
     assert [kind for kind, _ in rig.events] == ["device_removed"]
 
 
@@ -546,7 +547,7 @@ def test_one_who_hangs_up_leaves_the_device_and_no_thread(rig: Rig, force: bool)
     with pytest.raises(ConfigError, match="has not given up root"):
         asking.result()
     assert rig.port(slots.LEAVING) == 0 and disk.read(0, 512).status == OK
-    until(lambda: rig.footprint() == before)
+    rig.is_as(before)
 
 
 def test_one_who_hangs_up_leaves_the_other_waiting(rig: Rig) -> None:

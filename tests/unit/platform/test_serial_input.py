@@ -19,7 +19,7 @@ from pyvmm.platform.serial import Serial
 # An exception in a thread fails the test.
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 
-PATIENCE = 20.0  # seconds until a test counts as hung
+PATIENCE = 60.0  # seconds until a test counts as hung
 
 
 class Guest:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-PATIENCE = 20.0  # seconds until a test counts as hung
+PATIENCE = 60.0  # seconds until a test counts as hung
 LFLAG = 3
 COOKED = termios.ICANON | termios.ECHO | termios.ISIG
 

