@@ -116,7 +116,7 @@ def saying(data: bytes, *, stay: bool = False) -> Callable[[socket.socket], None
 
 
 class Guest:
-    """What a VM's control socket leads to: an agent at a Unix socket or one that lies, in a guest
+    """A VM's control socket that leads to an agent at a Unix socket or one that lies, in a guest
     that can stand still as one does whose VM is paused or hangs."""
 
     def __init__(self, serve: Path | Callable[[socket.socket], None]) -> None:

@@ -36,7 +36,7 @@ class Rig:
         self.memory.write(addr, b"\xa5" * size)
 
     def is_gone(self, addr: int, size: int) -> bool:
-        """Whether all of it reads as zero."""
+        """True if all of it reads as zero."""
         return not any(self.memory.read(addr, size))
 
     def blocks(self) -> int:

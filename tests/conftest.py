@@ -26,7 +26,7 @@ def device() -> RecordingDevice:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Whatever pokes registers does so on every transport, unless it is about one of them."""
+    """Tests that poke registers do so on every transport, unless they are about one of them."""
     if "transport_name" in metafunc.fixturenames:
         marked = metafunc.definition.get_closest_marker("mmio_only")
         metafunc.parametrize("transport_name", ["mmio"] if marked else sorted(OVER))

@@ -56,7 +56,7 @@ class Rig:
             self._out.setdefault(queue, []).append(self.driver.submit(queue, [], [size]))
 
     def take(self, queue: int) -> bytes:
-        """What is in the next buffer that the device has filled; a new one is given to it."""
+        """The content of the next buffer that the device has filled; a new one is given to it."""
         chain = self._out[queue].pop(0)
         used = self.driver.wait_used(queue, chain)
         data = self.driver.queues[queue].contents(chain)[: used.written]

@@ -158,7 +158,7 @@ def docker_archive(
     change: Callable[[dict[str, Any]], None] = lambda row: None,
     extra: Iterable[tuple[tarfile.TarInfo, bytes]] = (),
 ) -> str:
-    """What `docker save` writes."""
+    """An archive as `docker save` writes it."""
     layers = list(layers)
     configuration = json.dumps(
         {

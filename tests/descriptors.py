@@ -1,4 +1,4 @@
-"""How many file descriptors this process has open."""
+"""The number of file descriptors that this process has open."""
 
 from __future__ import annotations
 

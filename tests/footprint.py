@@ -1,4 +1,4 @@
-"""What a monitor's process has of its machine, as /proc tells."""
+"""The share of its machine that a monitor's process has, as /proc tells."""
 
 from __future__ import annotations
 

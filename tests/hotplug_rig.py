@@ -40,7 +40,7 @@ PLACES = PciPlaces(0xE000_0000, 0xC000_0000, 0x1000_0000, 0xCF8, slots_port=0x62
 
 
 class RecordingVm:
-    """What KVM would have of doorbells and interrupts."""
+    """The doorbells and interrupts that KVM would have."""
 
     def __init__(self) -> None:
         self.doorbells: set[tuple[int, int]] = set()
@@ -113,7 +113,7 @@ class Rig:
 
     @property
     def ids(self) -> list[str]:
-        """What the machine has."""
+        """The machine's devices."""
         return [device.name for device in self.machine.parts.prepared.devices]
 
     # --- the monitor ------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What lspci says of configuration spaces: our functions, or those that a guest has read."""
+"""lspci's reading of configuration spaces: our functions, or those that a guest has read."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NAMES = {
 
 
 def lspci(spaces: Mapping[str, bytes], folder: Path) -> dict[str, str]:
-    """What `lspci -vv` makes of configuration spaces, by addresses such as 00:01.0, when it finds
+    """`lspci -vv` of configuration spaces, by addresses such as 00:01.0, when it finds
     them in a file as `lspci -xxxx` would write it."""
     lines = []
     for address, space in spaces.items():

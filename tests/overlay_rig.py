@@ -1,4 +1,4 @@
-"""What the tests of overlays share: a record of what reaches the overlay's file."""
+"""Shared by the tests of overlays: a record of what reaches the overlay's file."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ _PATIENCE = 60.0
 
 
 class Datagram(NamedTuple):
-    """What came by UDP, and how long the frame around it was."""
+    """A UDP payload, and the length of the frame around it."""
 
     source: str
     source_port: int

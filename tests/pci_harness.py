@@ -45,7 +45,7 @@ class _Line(InterruptLine):
 
 
 class _Registers:
-    """What virtio-mmio has at an offset, of this device."""
+    """The value that virtio-mmio has at an offset, of this device."""
 
     def __init__(self, bench: PciBench) -> None:
         self._bench = bench

@@ -91,7 +91,7 @@ class Rig:
         return count
 
     def all_used(self) -> list[Used]:
-        """What the driver finds returned."""
+        """The buffers that the driver finds returned."""
         return list(iter(self.driver.pop_used, None))
 
     def close(self) -> None:

@@ -177,7 +177,7 @@ class Case:
         self.oracle = []
 
     def _begin_anew(self) -> None:
-        """What the driver did before, to memory or to its BAR, is of no account."""
+        """The driver's earlier deeds, to memory or to its BAR, are of no account."""
         self.driver.arena = Arena(self.memory, RINGS_AT)
         if isinstance(self.driver, PciDriver):
             self.driver.place(WINDOW)
@@ -430,7 +430,7 @@ class Case:
         return self._is_sound()
 
     def _is_sound(self) -> bool:
-        """Whether the device, writing where it may, leaves rings and tables as the oracle saw
+        """True if the device, writing where it may, leaves rings and tables as the oracle saw
         them: no buffer lies over one."""
         return not any(
             addr < start + length and start < addr + size

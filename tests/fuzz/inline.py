@@ -25,7 +25,7 @@ MOST_PASSES = 2000  # in one go, before a worker counts as one that never sleeps
 
 
 class QueueLog:
-    """What a device did with a queue: chains in flight by head, and where it may write. Plain
+    """A device's dealings with a queue: chains in flight by head, where it may write. Plain
     buffers count as chains of one part."""
 
     def __init__(self, queue: Any) -> None:

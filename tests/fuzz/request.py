@@ -1,4 +1,4 @@
-"""What a lawful driver asks of a device."""
+"""The requests of a lawful driver."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Request(NamedTuple):
-    """What a lawful driver puts into queue `queue`: contents to read, lengths to write."""
+    """A lawful driver's request in queue `queue`: contents to read, lengths to write."""
 
     queue: int
     readable: list[bytes]

@@ -67,7 +67,7 @@ def restore_and_end(name: str, address: int = 0, size: int = 0) -> bytes:
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where each value in `value` is, those of tables and lists included."""
+    """The place of each value in `value`, those of tables and lists included."""
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for key, one in items:
         yield (*path, key)

@@ -1,4 +1,4 @@
-"""What the tests of Linux guests share: a machine that can run them, and boots in the background.
+"""Shared by the tests of Linux guests: a machine that can run them, boots in the background.
 
 Many tests look at what one boot left behind. Such a boot is a function, and a test names it and its
 arguments: `@pytest.mark.boot.with_args(function, ...)`; the fixture `boot` is what it returned. All
@@ -57,7 +57,7 @@ def boots(
 
 @pytest.fixture
 def boot(request: pytest.FixtureRequest, boots: dict[Key, Future[Any]]) -> Any:
-    """What the boot returned that the test names."""
+    """The result of the boot that the test names."""
     key = _key(request.node)
     assert key is not None, "mark the test with @pytest.mark.boot.with_args(function, ...)"
     return boots[key].result()

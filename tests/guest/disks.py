@@ -59,7 +59,7 @@ def sha256(path: Path, *, start: int = 0, size: int | None = None) -> str:
 
 
 def fsck(disk: Path) -> str:
-    """What `e2fsck -f -n` finds wrong with the file system, "" for nothing."""
+    """The faults that `e2fsck -f -n` finds in the file system, "" for none."""
     done = subprocess.run(
         ["e2fsck", "-f", "-n", str(disk)], env=_ENVIRONMENT, capture_output=True, text=True
     )

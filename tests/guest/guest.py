@@ -45,7 +45,7 @@ OF_THE_MACHINE = ("running in an emulated KVM host", "has printed nothing in")
 
 @dataclass(frozen=True)
 class GuestResult:
-    """What a run left: exit code, console, and the monitor's own messages on standard error."""
+    """A run's exit code, console, and the monitor's own messages on standard error."""
 
     argv: Sequence[str]
     code: int
@@ -54,7 +54,7 @@ class GuestResult:
 
     @property
     def script_code(self) -> int | None:
-        """What the script in the guest exited with, or None if it never came that far."""
+        """The exit code of the script in the guest, or None if it never came that far."""
         for line in self.console.splitlines():
             if line.strip().startswith("pyvmm: exit "):
                 return int(line.split()[-1])
@@ -75,7 +75,7 @@ class GuestResult:
         raise AssertionError(f"the guest never printed {key}=\n{self.ending()}")
 
     def feature(self, key: str, bit: int) -> bool:
-        """Whether `bit` is set in what the guest printed of a device's `features` in sysfs, where
+        """True if `bit` is set in a device's `features` as the guest printed them from sysfs, where
         each bit is a character, the first one bit 0."""
         return self.value(key)[bit] == "1"
 
@@ -258,7 +258,7 @@ def pump_into(into: bytearray, fd: int) -> Thread:
 
 
 def wait_until(condition: Callable[[], bool]) -> bool:
-    """Whether `condition` became true before a hang has to be assumed."""
+    """True if `condition` became true before a hang has to be assumed."""
     # Sleeps are counted and no clock is read: a suspended machine is not a hang.
     for _ in range(int(HANG_SECONDS / _STEP)):
         if condition():
@@ -268,5 +268,5 @@ def wait_until(condition: Callable[[], bool]) -> bool:
 
 
 def text(data: bytes | bytearray) -> str:
-    """What a stream said, as lines that end as they do here."""
+    """A stream as text, its lines ending as they do here."""
     return bytes(data).decode(errors="replace").replace("\r\n", "\n")

@@ -1,4 +1,4 @@
-"""What the documents show of Python and pytest, and the examples, run on Linux guests."""
+"""The documents' Python and pytest, and the examples, run on Linux guests."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ agent.power_off()
 
 @dataclass
 class Reached:
-    """What `pyvmm exec` and `cp` said and did with one guest."""
+    """The words and deeds of `pyvmm exec` and `cp` with one guest."""
 
     result: GuestResult = field(default_factory=lambda: GuestResult((), 0, "", ""))
     done: dict[str, Done] = field(default_factory=dict)

@@ -37,7 +37,7 @@ def pyvmm(*args: str) -> subprocess.CompletedProcess[str]:
 
 
 def ps() -> list[dict[str, Any]]:
-    """What `pyvmm ps` says of the guest."""
+    """The guest's line in `pyvmm ps`."""
     return [row for row in json.loads(pyvmm("ps", "--json").stdout) if row["name"] == NAME]
 
 

@@ -65,7 +65,7 @@ class Crash:
 
     @property
     def synced(self) -> int:
-        """How many records the guest has said to be synced."""
+        """The number of records that the guest has said to be synced."""
         return 1 + max(map(int, re.findall(r"^synced=(\d+)$", self.killed.console, re.MULTILINE)))
 
 

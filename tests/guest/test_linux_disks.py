@@ -1,4 +1,4 @@
-"""What a guest reads and writes on its disks is what is in the files, byte for byte."""
+"""A guest's disks and their files are the same, byte for byte."""
 
 from __future__ import annotations
 

@@ -211,5 +211,5 @@ def _is_free(path: Path) -> bool:
 
 
 def has_ext4(path: Path) -> bool:
-    """What the guest had written before it ejected the disk is there."""
+    """All that the guest had written before it ejected the disk is there."""
     return path.read_bytes()[0x438:0x43A] == b"\x53\xef"

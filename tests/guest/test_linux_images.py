@@ -113,7 +113,7 @@ exit 7
 
 
 def container(folder: Path) -> tuple[subprocess.CompletedProcess[str], ...]:
-    """What a command said in a guest made of a container image, and the image's own entrypoint."""
+    """The output of a command in a guest made of a container image, and of its own entrypoint."""
     if not BUSYBOX.exists():
         pytest.skip("there is no /bin/busybox (busybox-static) to make a container image of")
     layout = Layout()
@@ -177,7 +177,7 @@ WRITE = "import os; open('/root/kept', 'w').write('by python'); print(os.getuid(
 
 
 def debian(folder: Path) -> tuple[subprocess.CompletedProcess[str], ...]:
-    """What two runs of one VM said, the second of which finds what the first one wrote."""
+    """The output of two runs of one VM; the second finds the first one's files."""
     place = Place(folder, "test-debian")
     (folder / "app").mkdir()
     (folder / "app/run").write_text("#!/bin/sh\necho app=$(stat -c %u:%a /opt/app/run)\n")

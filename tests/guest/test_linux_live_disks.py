@@ -87,7 +87,7 @@ echo "copy=$(sha256sum < /run/copy | cut -d' ' -f1)"
 
 @dataclass(frozen=True)
 class LiveDisks:
-    """What the guest saw, and what became of the image."""
+    """The guest's view, and the image afterwards."""
 
     result: GuestResult
     refused: str

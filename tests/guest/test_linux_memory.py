@@ -53,7 +53,7 @@ END
 
 
 def ram(result: GuestResult) -> list[tuple[int, int]]:
-    """What the guest's kernel uses as RAM: (start, end)."""
+    """The ranges that the guest's kernel uses as RAM: (start, end)."""
     ranges = re.findall(r"^ram=([0-9a-f]+)-([0-9a-f]+)$", result.console, re.MULTILINE)
     return [(int(start, 16), int(end, 16) + 1) for start, end in ranges]
 

@@ -149,7 +149,7 @@ def own_address() -> str:
 
 
 def answers_udp(address: str, port: int) -> bool:
-    """Whether the guest answers a client there, also after one of the largest datagrams."""
+    """True if the guest answers a client there, also after one of the largest datagrams."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
         client.bind((address, 0))
         client.connect((address, port))
@@ -166,7 +166,7 @@ def answers_udp(address: str, port: int) -> bool:
 
 
 def fetch(port: int) -> bytes:
-    """What the guest's server sends, through the forward; it may still be about to listen."""
+    """The bytes of the guest's server, through the forward; it may still be about to listen."""
     for _ in range(int(HANG_SECONDS)):
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.settimeout(HANG_SECONDS)

@@ -64,7 +64,7 @@ read -r line <&5
 
 @dataclass
 class Run:
-    """What was seen on both sides."""
+    """The observations on both sides."""
 
     result: GuestResult
     uploaded: str = ""
@@ -116,7 +116,7 @@ def talk(folder: Path, kernel: str) -> Run:
 
 
 def inflated(guest: Guest, size: int) -> int:
-    """What is in the balloon once the guest has done as it was told."""
+    """The balloon's size once the guest has done as it was told."""
     guest.pyvmm("balloon", "vm", str(size >> 20)).check_returncode()
     with socket.socket(socket.AF_UNIX) as control:
         control.settimeout(HANG_SECONDS)

@@ -119,7 +119,7 @@ def test_every_device(
 
 
 def lspci_reads_well(spaces: dict[str, bytes], devices: int, folder: Path) -> None:
-    """What the guest has read of its functions, while its drivers had them, says what they are."""
+    """The guest's readings of its functions, while its drivers had them, say what they are."""
     assert {len(space) for space in spaces.values()} == {4096}
     if shutil.which("lspci") is None:
         return  # which tests/unit/transport/test_lspci.py has skipped itself for

@@ -29,7 +29,7 @@ PORT = "/dev/$(basename $(dirname $(grep -l agent /sys/class/virtio-ports/*/name
 
 @dataclass
 class Run:
-    """What was seen at the terminal and at the port's socket."""
+    """The observations at the terminal and at the port's socket."""
 
     result: GuestResult
     rings: list[str]  # "1" for packed, of each console device

@@ -54,7 +54,7 @@ kill $killed
 
 @dataclass
 class Run:
-    """What the host's programs saw."""
+    """The observations of the host's programs."""
 
     result: GuestResult
     mode: int

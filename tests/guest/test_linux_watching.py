@@ -39,7 +39,7 @@ class Detached(Guest):
         self._pumps = [pump_into(self.console, self.process.stdout.fileno())]
 
     def name(self) -> str:
-        """What it has printed when `pyvmm run` has returned."""
+        """All that `pyvmm run` has printed when it has returned."""
         for pump in self._pumps:
             pump.join(HANG_SECONDS)
         return text(self.console)
@@ -47,7 +47,7 @@ class Detached(Guest):
 
 @dataclass(frozen=True)
 class Seen:
-    """What `pyvmm run --detach` said, and those who looked from elsewhere."""
+    """The words of `pyvmm run --detach`, and of those who looked from elsewhere."""
 
     started: tuple[int, str]
     console: str
@@ -173,7 +173,7 @@ def test_exits_and_requests_are_counted(boot: Seen) -> None:
 
 @dataclass(frozen=True)
 class Killed:
-    """What a `pyvmm run` had before kill -9, and what was left when `pyvmm ps` had looked."""
+    """The files of a `pyvmm run` before kill -9, and those left when `pyvmm ps` had looked."""
 
     socket_before: bool
     processes_before: list[str]

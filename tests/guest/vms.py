@@ -12,7 +12,7 @@ from pyvmm import VM, Disk
 
 
 def debian(kernel: str = "6.1", *more_disks: Any, variant: str = "minbase") -> dict[str, Any]:
-    """What microvm_factory is called with for a Debian guest whose root disk is thrown away."""
+    """Arguments of microvm_factory for a Debian guest whose root disk is thrown away."""
     files = artifacts(kernel, variant)
     disks = [Disk(files.rootfs, snapshot=True), *more_disks]
     return {
@@ -35,7 +35,7 @@ def script(vm: VM, text: str) -> dict[str, str]:
 
 
 def messages(vm: VM) -> list[str]:
-    """What the monitor has said, without the lines that tell of the machine the test runs on."""
+    """The monitor's messages, without those that tell of the machine the test runs on."""
     return [line for line in vm.messages if not any(part in line for part in OF_THE_MACHINE)]
 
 

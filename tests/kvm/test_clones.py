@@ -71,7 +71,7 @@ def echoes(vm: VM, text: str) -> None:
 
 
 def kept() -> list[str]:
-    """What is in the directory of snapshots, hidden names too."""
+    """The names in the directory of snapshots, hidden ones too."""
     return sorted(os.listdir(store.folder()))
 
 
@@ -234,7 +234,7 @@ def test_a_pool_is_taken_from_and_fills_again(ready: str) -> None:
 
 
 def descriptors(pid: int) -> dict[str, list[str]]:
-    """What its descriptors are, by the kind of thing."""
+    """Its descriptors, by the kind of thing."""
     found: dict[str, list[str]] = {}
     for path in Path(f"/proc/{pid}/fd").iterdir():
         target = os.readlink(path)

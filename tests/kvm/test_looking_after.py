@@ -26,7 +26,7 @@ class Counting(Running):
     """The guest counts in its memory."""
 
     def counter(self) -> int:
-        """What the guest's memory says, read past the monitor."""
+        """The guest's memory, read past the monitor."""
         for fd in Path(f"/proc/{self.process.pid}/fd").iterdir():
             with suppress(FileNotFoundError):  # one that was closed meanwhile
                 if "memfd:" not in os.readlink(fd):

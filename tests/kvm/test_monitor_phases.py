@@ -90,7 +90,7 @@ def _needs_kvm() -> None:
 
 
 def run(script: str, folder: Path, *options: str) -> list[Any]:
-    """What `script` prints of a run whose guest resets itself until it is given up."""
+    """The output of `script` for a run whose guest resets itself until it is given up."""
     kernel = folder / "kernel"
     kernel.write_bytes(Elf(loads=[Load(data=RESETS.ljust(256, b"\x90"))], note=None).build())
     (folder / "disk").write_bytes(bytes(1 << 20))

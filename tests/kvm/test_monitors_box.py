@@ -1,4 +1,4 @@
-"""What code in a device of a running VM can still do: tried in one, with each layer alone, with
+"""The powers of code in a device of a running VM: tried in one, with each layer alone, with
 none and with all.
 
 A guest on real KVM reads the device's configuration space, and so runs the code.
@@ -163,7 +163,7 @@ class Scene(NamedTuple):
     attacks: dict[str, Attack]
 
     def attempt(self, layers: str, *options: str) -> dict[str, str]:
-        """What becomes of each attack in a VM with `layers` only."""
+        """The outcome of each attack in a VM with `layers` only."""
         plan = self.folder / "plan"
         plan.write_text(json.dumps({name: one.code for name, one in self.attacks.items()}))
         kernel, disk = self.folder / "kernel", self.folder / "disk"

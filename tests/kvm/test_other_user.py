@@ -83,7 +83,7 @@ class Vm:
         )
 
     def found(self) -> dict[str, str]:
-        """What became of the attacks."""
+        """The outcome of the attacks."""
         deadline = time.monotonic() + SAFETY_TIMEOUT
         report = Path(f"{self.plan}.report")
         while not report.exists() or not report.stat().st_size:

@@ -20,7 +20,7 @@ CHOSEN = ALL if "SNAPSHOT_ROUNDS" in os.environ else [("mmio", 1), ("pci", 4)]
 
 
 def report(guest: Guest) -> tuple[int, int, list[int]]:
-    """How far the guest is: its rounds, the ticks of its timer, what its other vCPUs count. It has
+    """The guest's progress: its rounds, its timer's ticks, what its other vCPUs count. It has
     lost nothing, and its clocks have gone on."""
     guest.said = b""
     guest.hears(b"s")

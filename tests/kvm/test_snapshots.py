@@ -173,7 +173,7 @@ def test_with_stop_the_vm_ends(one: Guest, snapshot_dir: Callable[[], list[str]]
 
 @pytest.fixture
 def snapshot_dir(folder: Path) -> Callable[[], list[str]]:
-    """What is in the directory of snapshots, hidden names too."""
+    """The names in the directory of snapshots, hidden ones too."""
     return lambda: sorted(os.listdir(folder / "state/pyvmm/snapshots"))
 
 

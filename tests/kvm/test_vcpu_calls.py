@@ -56,7 +56,7 @@ def rbx(vcpu: Vcpu) -> int:
 
 
 def grows(runner: VcpuRunner) -> bool:
-    """Whether the guest counts, within reason."""
+    """True if the guest counts, within reason."""
     before = runner.call(rbx)
     limit = time.monotonic() + 20
     while runner.call(rbx) == before:

@@ -1,4 +1,4 @@
-"""What a vCPU is given before it runs, as KVM itself reports it back."""
+"""The state that a vCPU is given before it runs, as KVM itself reports it back."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class Mutant(NamedTuple):
 
     @property
     def key(self) -> tuple[str, str, str, str, int]:
-        """What it is told by."""
+        """The text that it is told by."""
         return self.file, self.function, self.before, self.after, self.again
 
     def __str__(self) -> str:
@@ -74,7 +74,7 @@ class Mutant(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where a node hangs, and what it is part of."""
+    """A node's place in the tree, and what it is part of."""
 
     parent: ast.AST
     field: str

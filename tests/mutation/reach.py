@@ -1,4 +1,4 @@
-"""Which tests reach which lines: a mutant is tried with those that execute its statement."""
+"""The lines that each test reaches: a mutant meets the tests that execute its statement."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Recorder:
 
 
 def load(path: Path) -> list[Test]:
-    """What a Recorder has saved."""
+    """The records of a Recorder."""
     return [
         Test(name, seconds, forks, {file: set(numbers) for file, numbers in lines.items()})
         for name, seconds, forks, lines in json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""What is mutated, and which tests are to notice: those that are about it come first."""
+"""The modules that are mutated, and the tests that are to notice it: those about them first."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def tests_of(file: str) -> tuple[str, ...]:
 
 
 def area_of(file: str) -> str:
-    """What the module counts for in the score."""
+    """The module's weight in the score."""
     return _target_of(file).area
 
 

@@ -1,4 +1,4 @@
-"""Whether `requirements.py` leaves out a MUST: compares it with the specification's own source.
+"""Does `requirements.py` leave out a MUST? Compares it with the specification's own source.
 
     git clone https://github.com/oasis-tcs/virtio-spec
     python tests/spec/compare_with_spec.py virtio-spec [REVISION]
@@ -27,7 +27,7 @@ Key = tuple[str, str]
 
 
 def musts_in(source: str) -> Counter[str]:
-    """How many there are under each title."""
+    """Their number under each title."""
     source = re.sub(r"(?<!\\)%.*", "", source)  # comments
     found: Counter[str] = Counter()
     for title, text in BLOCK.findall(source):

@@ -260,7 +260,7 @@ def test_5_1_6_4_1_gso_type_comes_with_needs_csum_and_gso_size() -> None:
 
 
 def reaches(rig: NetRig, to: bytes) -> bool:
-    """Whether a frame to that address is received."""
+    """True if a frame to that address is received."""
     [chain] = rig.offer(2048)
     rig.inject(frame(to=to, fill=1))
     counters = rig.device.received[0]

@@ -1,4 +1,4 @@
-"""What a type checker, and so an editor, sees of `AsyncVM`. Nothing here runs: mypy reads it, and
+"""`AsyncVM` as a type checker, and so an editor, sees it. Nothing here runs: mypy reads it, and
 complains of a type that is not this one, and of a comment that silences no error."""
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where an agent serves."""
+    """The address at which an agent serves."""
     program = compile_agent(tmp_path_factory.mktemp("program"))
     with running(program, tmp_path_factory.mktemp("served")) as (_, path, _):
         yield path

@@ -1,4 +1,4 @@
-"""What is forgotten without being closed gives its descriptors back all the same."""
+"""Objects that are forgotten without being closed give their descriptors back all the same."""
 
 from __future__ import annotations
 

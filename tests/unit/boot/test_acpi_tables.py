@@ -138,7 +138,7 @@ def run_iasl(directory: Path, *arguments: str) -> str:
 
 
 def _harmless(said: str) -> str:
-    """What iasl said without the lines that count the complaints as none."""
+    """iasl's output without the lines that count the complaints as none."""
     return re.sub(r"0 Errors, 0 Warnings, 0 Remarks", "", said)
 
 

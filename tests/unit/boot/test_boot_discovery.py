@@ -1,4 +1,4 @@
-"""How the guest is told of virtio-mmio devices: ACPI, command line, or both."""
+"""The guest is told of virtio-mmio devices by ACPI, by the command line, or by both."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def elf(*strings: bytes) -> bytes:
 
 
 def told(directory: Path, kernel: bytes, cmdline: str = "", how: str = "auto") -> tuple[bool, str]:
-    """Whether the tables name the devices, and the command line that is in memory."""
+    """True if the tables name the devices; and the command line that is in memory."""
     acpi = x86.AcpiConfig(FIXED_DEVICES, virtio=DEVICES)
     entry, memory = boot(directory, kernel, cmdline=cmdline, acpi=acpi, virtio_discovery=how)
     text = memory.read(0x20000, 2048).partition(b"\0")[0].decode()

@@ -1,4 +1,4 @@
-"""What a disk says it boots: entries, GRUB's configuration, the newest kernel."""
+"""A disk's boot entry: entries, GRUB's configuration, the newest kernel."""
 
 from __future__ import annotations
 

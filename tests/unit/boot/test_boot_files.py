@@ -1,4 +1,4 @@
-"""What users give for a kernel or initrd by mistake, and what they are told."""
+"""Files that users give for a kernel or initrd by mistake, and what they are told."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def test_a_path_that_no_kernel_would_follow(tree: Path, tmp_path: Path) -> None:
 def test_a_small_directory_with_a_large_tree_of_extents(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is read of the tree counts as well."""
+    """Bytes read of the tree count as well."""
     system = opened(make(tree, tmp_path / "disk", "-t", "ext4", "-b", "1024"))
     root = system._inode(2)
     leaf = system._by_extents(root)[0].physical + 40

@@ -33,7 +33,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Machine:
-    """What sysfs and /dev show of some disks, in a folder."""
+    """Some disks as sysfs and /dev show them, in a folder."""
 
     def __init__(self, folder: Path, program: Path) -> None:
         self._program = program

@@ -1,4 +1,4 @@
-"""What a kernel says of itself: its release and its configuration, and what a guest would lack."""
+"""A kernel's release and configuration as it tells them, and what a guest would lack."""
 
 from __future__ import annotations
 

@@ -176,7 +176,7 @@ sys.exit(attach(process, 0, 1, tty=False))
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Where an agent serves."""
+    """The address at which an agent serves."""
     program = compile_agent(tmp_path_factory.mktemp("program"))
     with running(program, tmp_path_factory.mktemp("served")) as (_, path, _):
         yield str(path)

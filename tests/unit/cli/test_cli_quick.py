@@ -55,7 +55,7 @@ word = st.one_of(
 
 
 def by_click(argv: list[str]) -> dict[str, object] | None:
-    """What click reads, without the options that only click knows as long as nobody gives them."""
+    """The options as click reads them, without those of click's own that nobody gives."""
     try:
         params = run.make_context("run", list(argv)).params
     except click.ClickException:

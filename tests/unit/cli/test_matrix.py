@@ -17,7 +17,7 @@ KERNELS = ("--kernel", "debian:6.1", "--kernel=./linux", "--kernel", "debian:sid
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[Sequence[str]]:
-    """What `pyvmm run` would be called with; on ./linux the command fails."""
+    """The arguments of `pyvmm run`; on ./linux the command fails."""
     made: list[Sequence[str]] = []
 
     def run(kernel: str, words: Sequence[str], timeout: float | None) -> Row:

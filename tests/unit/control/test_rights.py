@@ -1,4 +1,4 @@
-"""What a request needs by its method, and options that name control sockets."""
+"""The right that a request needs by its method, and options that name control sockets."""
 
 from __future__ import annotations
 

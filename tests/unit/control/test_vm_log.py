@@ -1,4 +1,4 @@
-"""What a VM has said is kept, bounded, for its owner only, and harmless to read."""
+"""A VM's words are kept, bounded, for its owner only, and harmless to read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who looks at a VM: streams that nobody can make the VM wait for, a console for many, events."""
+"""Watchers of a VM: streams that nobody can make the VM wait for, a console for many, events."""
 
 from __future__ import annotations
 

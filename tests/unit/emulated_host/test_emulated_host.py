@@ -369,7 +369,7 @@ def test_input_waits_for_the_other_side_and_ends_with_its_end() -> None:
 
 
 def test_s10_lines_from_inside_that_make_no_sense_are_left_out() -> None:
-    """Whoever is root inside can write to the control port."""
+    """Root inside can write to the control port."""
     ports = open_ports(0, relay=False)
     console, messages = socket.socketpair(), socket.socketpair()
     qemu = subprocess.Popen(["true"])

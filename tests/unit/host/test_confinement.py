@@ -1,4 +1,4 @@
-"""What a program in a room of `pyvmm.host.confinement` can do, tried in one; and the kernel's
+"""A program's powers in a room of `pyvmm.host.confinement`, tried in one; and the kernel's
 numbers against its headers."""
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def test_without_landlock_nothing_is_opened_for_writing(tmp_path: Path) -> None:
 
 
 def test_a_program_becomes_another_one_in_the_room(tmp_path: Path) -> None:
-    """Whatever the environment and the folder say, and with nothing of them."""
+    """It does not matter what the environment and the folder say, and nothing of them is used."""
     cat = shutil.which("cat")
     assert cat
     cat = os.path.realpath(cat)

@@ -1,4 +1,4 @@
-"""What a large helper, such as an emulated host's QEMU, can still do in its box."""
+"""The powers of a large helper, such as an emulated host's QEMU, in its box."""
 
 from __future__ import annotations
 

@@ -80,7 +80,7 @@ def own_address() -> str:
 
 
 def exchange(bound: str, client: str) -> bytes:
-    """What a client at the address `client` is answered through a forward at `bound`."""
+    """The answer to a client at the address `client`, through a forward at `bound`."""
     port = free_port()
     peer = Peer(passt.start([Forward("udp", bound, port, GUEST_PORT)]))
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as made:

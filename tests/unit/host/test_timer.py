@@ -18,7 +18,7 @@ PATIENCE = 60.0  # seconds until a test counts as hung
 
 
 class Bell:
-    """What a timer rings; `again` are the times that it answers, None after them."""
+    """The times at which a timer rings; `again` are those that it answers, None after them."""
 
     def __init__(self, *again: float) -> None:
         self.rung: SimpleQueue[float] = SimpleQueue()

@@ -1,4 +1,4 @@
-"""What small archives cost to read: memory, measured in a process of its own."""
+"""The memory that small archives cost to read, measured in a process of its own."""
 
 from __future__ import annotations
 

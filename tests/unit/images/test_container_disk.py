@@ -204,7 +204,7 @@ def test_everything_about_a_file_gets_into_the_file_system(made, tmp_path: Path)
     ],
 )
 def test_times_from_1970_to_2038_are_kept(made, time: int, seconds: int) -> None:
-    """What lies outside is as near as it goes."""
+    """The nearest that it goes is what lies outside."""
     found = stat(made(member("file", mtime=time)), "/file")
     assert f"mtime: 0x{seconds:08x}:00000000" in found
 

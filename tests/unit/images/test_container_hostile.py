@@ -777,7 +777,7 @@ def test_changed_bytes_are_refused_or_make_no_difference(
 
 @pytest.mark.parametrize("seed", range(8))
 def test_layers_of_changed_bytes_with_right_digests(open_image: Open, seed: int) -> None:
-    """Whoever makes an image can make digests too: here only the checks of members stand guard."""
+    """The maker of an image can make digests too: here only the checks of members stand guard."""
     chance = random.Random(seed)
     whole = layer(
         directory("d"),

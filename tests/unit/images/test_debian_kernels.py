@@ -1,4 +1,4 @@
-"""Which of Debian's kernels a name stands for. The mirror is a table; apt's own part has tests of
+"""The kernel of Debian that a name stands for. The mirror is a table; apt's own part has tests of
 its own."""
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Client:
 
 
 class Work:
-    """What makes images, of which the clients are wanted."""
+    """The maker of images, of which the clients are wanted."""
 
     suites = ("bookworm",)
 

@@ -1,4 +1,4 @@
-"""What is remembered of images' paths counts until something changes that decides on them."""
+"""Remembered paths of images count until something changes that decides on them."""
 
 from __future__ import annotations
 

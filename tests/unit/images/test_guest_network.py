@@ -16,7 +16,7 @@ LEASE = {
 
 
 def run(tmp_path: Path, *steps: str) -> list[str]:
-    """What the steps of shell print, in a name space with a card eth0 and a /run of its own. `$S`
+    """The output of steps of shell, in a name space with a card eth0 and a /run of its own. `$S`
     is the script, and the lease is in variables."""
     if not Path("/bin/busybox").exists():
         pytest.skip("busybox is not installed")

@@ -18,7 +18,7 @@ PIN = Pin("busybox-static", "1:1.35.0-4", SUM)
 
 
 class Mirror(apt.Apt):
-    """What a mirror has, without apt."""
+    """A mirror's packages, without apt."""
 
     def __init__(self, *packages: Pin) -> None:
         self.packages = packages
@@ -135,7 +135,7 @@ def test_what_a_program_says_is_fit_for_a_terminal() -> None:
 
 
 class Shows(apt.Apt):
-    """What `apt-cache show` says of packages, without apt."""
+    """The output of `apt-cache show` for packages, without apt."""
 
     def __init__(self, depends: dict[str, str]) -> None:
         self.depends = depends

@@ -187,7 +187,7 @@ def test_images_that_no_recipe_makes_can_be_removed(home: Path) -> None:
 def test_all_images_are_built_but_optional_ones_that_cannot_be(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What another is made from takes it along; one that was asked for by name is an error."""
+    """An image takes along those made from it; one that was asked for by name is an error."""
     made: list[str] = []
 
     def build(self: builder.Builder, name: str) -> None:

@@ -52,7 +52,7 @@ def test_a_patch_that_does_not_fit_changes_nothing(into: Path, wrong: dict) -> N
 
 
 def test_each_patch_of_the_recipes_is_for_the_version_that_is_pinned() -> None:
-    """Whoever pins a newer version looks whether it has the fault, and where."""
+    """A newer version is pinned only after a look whether it has the fault, and where."""
     table = recipes.load()
     pins = lock.read(table.lock_file)
     patched = 0

@@ -1,4 +1,4 @@
-"""Which mirror the images come from: the one this machine's apt uses, whatever its format."""
+"""The images come from the mirror that this machine's apt uses, whatever its format."""
 
 from __future__ import annotations
 

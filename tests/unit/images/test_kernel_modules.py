@@ -179,7 +179,7 @@ def test_a_file_that_grows_too_large_leaves_nothing(tmp_path: Path, recipe: None
 
 
 def installed(folder: Path, dep: bytes, **files: bytes) -> Path:
-    """What depmod has seen, by its list `dep`, with these modules."""
+    """The modules that depmod has seen, by its list `dep`."""
     place = folder / "lib/modules" / RELEASE
     (place / "kernel").mkdir(parents=True)
     (place / "modules.dep").write_bytes(dep)

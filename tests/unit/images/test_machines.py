@@ -1,4 +1,4 @@
-"""What a VM keeps between its runs counts for the image it was begun on, and for no other."""
+"""A VM's state between its runs counts for the image it was begun on, and for no other."""
 
 from __future__ import annotations
 

@@ -246,7 +246,7 @@ def test_an_overlay_is_made_and_locked_outside(handed: Handed, place: Path) -> N
 
 
 def test_inside_it_is_the_same_disk(handed: Handed, place: Path) -> None:
-    """What the emulated host does with bind mounts, done here with the files themselves."""
+    """The bind mounts of the emulated host, done here with the files themselves."""
     inside, [_, changes] = handed("a.img,snapshot")
     (place / "changes").touch()
     os.truncate(place / "changes", size_of(changes))

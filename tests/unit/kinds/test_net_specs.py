@@ -139,7 +139,7 @@ class _Opened(Closable):
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[_Opened]:
-    """What is opened of a /dev/vhost-net of which there are three."""
+    """The descriptors opened of a /dev/vhost-net of which there are three."""
     found: list[_Opened] = []
 
     def open_net(option: str) -> _Opened:

@@ -145,7 +145,7 @@ class Fuse:
         self.ask(INIT, 0, struct.pack("<IIIIII40x", 7, 36, 0, 0, 0, 0), room=64)
 
     def ask(self, opcode, node, body=b"", room=4096, queue=1):
-        """What a request comes back with: its error, and the body of the answer."""
+        """A request's error, and the body of the answer."""
         self.unique += 1
         size = 40 + len(body)
         head = struct.pack("<IIQQIIIHH", size, opcode, self.unique, node, *self.user, 1, 0, 0)
@@ -290,7 +290,7 @@ def test_read_only_means_that(folder):
 
 
 def test_a_directory_that_vanishes(folder):
-    """What the guest asks fails; the VM goes on."""
+    """The guest's requests fail; the VM goes on."""
     with shared(str(folder)) as (fuse, driver, _):
         assert fuse.read(b"file") == b"hello"
         subprocess.run(["rm", "-r", str(folder)], check=True)
@@ -311,7 +311,7 @@ def test_all_of_the_machine_is_served():
 
 
 def test_an_overlay_gets_what_is_mounted_in_its_root(folder):
-    """Where a mountpoint is announced, Linux's overlay shows nothing."""
+    """Linux's overlay shows nothing where a mountpoint is announced."""
     try:
         images.virtiofsd_command()
     except ConfigError as error:
@@ -446,7 +446,7 @@ def test_it_goes_with_whoever_started_it(folder):
 
 
 def _serves(pid):
-    """Whether it is there, and no corpse."""
+    """True if it is there, and no corpse."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

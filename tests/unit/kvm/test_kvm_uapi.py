@@ -41,7 +41,7 @@ STRUCTURES = {
 
 
 def _run_c(tmp_path: Path, body: list[str]) -> list[str]:
-    """What a C program prints whose main is `body`."""
+    """The output of a C program whose main is `body`."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         pytest.skip("needs a C compiler: apt install gcc")

@@ -31,7 +31,7 @@ def vcpu() -> Iterator[Vcpu]:
 
 
 def play(monkeypatch: pytest.MonkeyPatch, vcpu: Vcpu, *steps: int | tuple[int, int]) -> None:
-    """What each KVM_RUN does: an exit reason, or (an errno, the reason that stands in the page)."""
+    """Each KVM_RUN's outcome: an exit reason, or (an errno, the reason that stands in the page)."""
     left = iter(steps)
 
     def ioctl(fd: int, request: int) -> int:
@@ -108,7 +108,7 @@ def test_who_still_looks_at_the_page_may(vcpu: Vcpu) -> None:
 
 @pytest.fixture
 def is_pending() -> Iterator[Callable[[], bool]]:
-    """Whether the kick's signal has come to this thread since the last time it was asked."""
+    """True if the kick's signal has come to this thread since the last time it was asked."""
     before = signal.getsignal(kick.SIGNAL)
     kick.install()
     signal.pthread_sigmask(signal.SIG_BLOCK, [kick.SIGNAL])

@@ -1,4 +1,4 @@
-"""How a machine's run ends: by signals at any moment, by errors, with threads that hang."""
+"""A machine's run ends: by signals at any moment, by errors, with threads that hang."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is counted: of queues by the batch, of exits by KVM; as JSON and in Prometheus' format."""
+"""Counters: of queues by the batch, of exits by KVM; as JSON and in Prometheus' format."""
 
 from __future__ import annotations
 
@@ -278,7 +278,7 @@ def test_quantiles() -> None:
 
 @pytest.fixture(params=["127.0.0.1", "::1", "localhost"])
 def where(request: pytest.FixtureRequest) -> str:
-    """What the server listens at."""
+    """The address that the server listens at."""
     if request.param == "::1" and not Path("/proc/net/if_inet6").exists():
         pytest.skip("this machine has no IPv6")
     return str(request.param)

@@ -1,4 +1,4 @@
-"""What a copy of a VM has in place of what only one VM can have."""
+"""A copy of a VM has its own in place of what only one VM can have."""
 
 from __future__ import annotations
 

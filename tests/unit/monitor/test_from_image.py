@@ -1,4 +1,4 @@
-"""What an image adds to the options of a VM; no image is built for it."""
+"""An image's additions to the options of a VM; no image is built for it."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ def disk_of(rig: Rig, slot: int) -> BlockDriver:
 
 
 def give_up(rig: Rig, asking: Asking, slot: int) -> None:
-    """What a guest does that agrees."""
+    """The steps of a guest that agrees."""
     assert rig.asked(slots.LEAVING) == 1 << slot
     rig.eject(slot)
     asking.result()
@@ -470,7 +470,7 @@ def test_a_guest_without_the_driver_yet_is_told_again(rig: Rig) -> None:
 
 
 def test_a_bar_that_was_moved_is_not_overlaid(rig: Rig) -> None:
-    """What comes is put where nobody is, whatever a driver has done with the window."""
+    """A newcomer is put where nobody is, whatever a driver has done with the window."""
     assert isinstance(rig.host, PciHost)
     first = rig.driver(1)
     bar = rig.host.bus.functions[1].bars[0]
@@ -526,7 +526,7 @@ def test_a_device_goes_once_however_many_vcpus_eject_it(
 
 
 def test_it_is_looked_up_while_others_come_and_go(rig: Rig, monkeypatch) -> None:
-    """Whoever looks for a slot holds no lock, and sees the bus as it was or is."""
+    """A search for a slot holds no lock, and sees the bus as it was or is."""
     seen = iter(rig.host._plugged.items())
     next(seen)
     rig.add("disk", "ram:1M")

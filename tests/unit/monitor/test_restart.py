@@ -25,7 +25,7 @@ class Guest:
         return self.policy.pause(RESET, **{**seen, **what})
 
     def resets(self, **what: bool) -> int:
-        """How often it starts again, of a hundred times that it wants to."""
+        """The number of times that it starts again, of a hundred that it wants to."""
         return next((n for n in range(100) if self.reset(**what) is None), 100)
 
 

@@ -39,7 +39,7 @@ def said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
 
 def root_of(disk: Path, cmdline: str = "") -> str:
-    """What `with_root` puts on the command line."""
+    """The words that `with_root` puts on the command line."""
     spec = VmSpec(kernel="/k", disks=(DiskSpec(str(disk)),), cmdline=cmdline)
     with ExitStack() as closing:
         backend = open_backend(DiskSpec(str(disk), read_only=True), closing)
@@ -272,7 +272,7 @@ def test_a_kernel_in_a_vfat(tmp_path: Path, said: list[str], options: list[str])
 @pytest.mark.skipif(shutil.which("mcopy") is None, reason="needs mcopy (mtools)")
 @pytest.mark.parametrize("options", [["-F", "16"], ["-F", "32", "-s", "1"]], ids=" ".join)
 def test_a_damaged_vfat_costs_little_and_is_one_line(tmp_path: Path, options: list[str]) -> None:
-    """Whatever is in its first sector, its tables and its directories."""
+    """Any bytes in its first sector, its tables and its directories."""
     disk = in_an_esp(tmp_path, *options)
     whole = disk.read_bytes()[MIB : 41 * MIB]
     chance = random.Random(5)

@@ -213,7 +213,7 @@ class Driver:
             self.handle_edge()
 
     def handle_edge(self) -> int:
-        """What handle_edge_irq of kernel/irq/chip.c does, with an interrupt controller that gives
+        """handle_edge_irq of kernel/irq/chip.c, with an interrupt controller that gives
         edges which come meanwhile to another processor: that one marks them as pending, and the
         handler starts over. How often it ran before it left the processor; 50 is for ever."""
         rounds = 0
@@ -304,7 +304,7 @@ def test_after_a_burst_the_handler_leaves_its_processor_as_well(
 
 
 def test_the_last_words_are_out_before_the_guest_has_ended() -> None:
-    """What Linux keeps for the port is sent from its handler, and no timer is waited for."""
+    """Linux sends from its handler what it keeps for the port, and waits for no timer."""
     driver = Driver(burst=uart.BURST)
     driver.startup()
     for text in (b"why it ends\n", b"x" * (uart.BURST - 16)):

@@ -303,7 +303,7 @@ with Console(*standard_fds(), on_quit=on_quit) as console:
 
 
 def run_console(count: int, shell: str, cwd: Path, stdin: bytes = b"") -> bytes:
-    """What the console of a guest that echoes `count` bytes writes, under shell redirections."""
+    """The console's output for a guest that echoes `count` bytes, under shell redirections."""
     done = subprocess.run(
         [
             "bash",

@@ -55,7 +55,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(copy: Path) -> Run:
     def run(*words: str, code: int = 0) -> str:
-        """What a Python with that pyvmm says."""
+        """The output of a Python with that pyvmm."""
         done = subprocess.run(
             [sys.executable, *words],
             cwd=copy,

@@ -153,7 +153,7 @@ def test_imports_go_downward(path: Path) -> None:
 
 
 def test_layers_are_in_an_order() -> None:
-    """What may import another may not be imported by it, however many layers are between."""
+    """A package is not imported by one that it may import, however many layers are between."""
     for layer in ALLOWED:
         seen, left = set(), list(ALLOWED[layer])
         while left:

@@ -47,7 +47,7 @@ def flags_of(memory, size=4):
 
 
 def use(memory, place, id, flags, written=0):
-    """What a device writes when it uses a buffer: id, length, and last the flags."""
+    """A device's writes when it uses a buffer: id, length, and last the flags."""
     memory.write(RING + 16 * place + 8, written.to_bytes(4, "little") + id.to_bytes(2, "little"))
     memory.write(RING + 16 * place + 14, flags.to_bytes(2, "little"))
 

@@ -1,4 +1,4 @@
-"""What lspci says of every kind of device on PCI: names, BARs, capabilities, MSI-X."""
+"""lspci's reading of every kind of device on PCI: names, BARs, capabilities, MSI-X."""
 
 from __future__ import annotations
 

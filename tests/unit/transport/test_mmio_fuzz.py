@@ -103,7 +103,7 @@ def test_no_sequence_of_accesses_raises_or_activates_wrongly(
 
 
 def climb(current: int, written: int, now: int) -> int:
-    """What the status must be, but that features alone decide whether FEATURES_OK stays."""
+    """The status as it must be, but that features alone decide whether FEATURES_OK stays."""
     if written == 0:
         return 0
     if written & ~0xCF or current & ~(written & 0x8F):

@@ -537,7 +537,7 @@ def test_row65_masked_while_a_buffer_is_used(bench: Bench) -> None:
 
 
 def test_row65_masking_races_with_completions(bench: Bench) -> None:
-    """Whoever unmasks after the last completion has the interrupt for it."""
+    """A driver that unmasks after the last completion has the interrupt for it."""
     bench.driver.start()
     stop = threading.Event()
 

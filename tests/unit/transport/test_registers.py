@@ -148,7 +148,7 @@ def notify_rows(count: int) -> tuple[Register, ...]:
 
 
 class PciView(Transport):
-    """What virtio-pci has of its own in its windows. Every MSI-X vector is refused (4.1.5.1.2)."""
+    """virtio-pci's own fields in its windows. Every MSI-X vector is refused (4.1.5.1.2)."""
 
     def __init__(self, device: VirtioDevice, memory: GuestMemory, log: Sink, trace: Trace) -> None:
         super().__init__(device, memory, log=log, trace=trace)

@@ -1,4 +1,4 @@
-"""What every transport gives the machine, tried with the one over MMIO."""
+"""The machine's view of every transport, tried with the one over MMIO."""
 
 from __future__ import annotations
 

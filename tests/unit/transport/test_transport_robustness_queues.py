@@ -135,7 +135,7 @@ def test_row14_a_queue_whose_size_was_never_accepted_does_not_become_ready(bench
 
 
 def test_addresses_that_were_never_written_are_0(bench: Bench) -> None:
-    """Which is RAM, and aligned."""
+    """The address is in RAM, and aligned."""
     bench.negotiate()
     bench.write(QUEUE_SIZE, 16)
     bench.write(QUEUE_READY, 1)

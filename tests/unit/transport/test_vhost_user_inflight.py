@@ -256,7 +256,7 @@ def test_hostile_notes_are_refused(place, layout, value):
 
 
 def test_hostile_notes_that_mark_everything_make_up_no_request():
-    """What the driver did not offer is not taken, whatever the notes say."""
+    """A buffer that the driver did not offer is not taken, whatever the notes say."""
     rig = Rig(SIZE)
     notes = Inflight.create(1, SIZE)
     notes.journal(0, SIZE).resume(0)

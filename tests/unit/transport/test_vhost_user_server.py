@@ -41,7 +41,7 @@ class Server:
         return VhostUserDriver(connect(self.path), UnsealedMemory([(0, MIB)]))
 
     def reads(self):
-        """Whether a new front end can read the disk."""
+        """True if a new front end can read the disk."""
         with self.front_end() as driver:
             driver.start()
             answer = BlockDriver(driver).read(0, 512)
@@ -400,7 +400,7 @@ def test_a_device_that_cannot_be_served_is_one_line(tmp_path, options, why):
 
 
 def test_a_front_ends_tap_is_never_the_kernels():
-    """Whose memory the kernel could not reach."""
+    """The kernel could not reach its memory."""
     from pyvmm.cli.vhost_user import _spec
 
     assert _spec({"net": ("tap=t",)}).vhost is False

@@ -1,4 +1,4 @@
-"""What holds for every device, over split and packed rings: the ring rows of docs/robustness.md,
+"""Every device, over split and packed rings: the ring rows of docs/robustness.md,
 and resetting one queue alone (virtio 1.3, 2.6.1 Virtqueue Reset)."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a device and its transport do when things change or break."""
+"""A device and its transport when things change or break."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whoever holds the lock of a queue has its ring, also where something else serves it."""
+"""The holder of a queue's lock has its ring, also where something else serves it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pyvmm.virtio.offload import OffloadLock
 
 
 class Ring:
-    """Who has it: nobody, a server, or whoever holds its lock."""
+    """Its owner: nobody, a server, or the holder of its lock."""
 
     def __init__(self) -> None:
         self.owner: object = None

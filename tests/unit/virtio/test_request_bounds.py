@@ -1,4 +1,4 @@
-"""What one request of a guest may cost, however long it is: memory, and what others have to wait.
+"""The bounded cost of one request of a guest, however long: memory, and the wait of others.
 
 Row 75 of docs/robustness.md.
 """

@@ -417,7 +417,7 @@ def test_without_notes_requests_in_order_fail_one_by_one(place):
 
 
 def test_without_notes_requests_out_of_order_want_a_reset(place):
-    """Which of them is still to be answered cannot be known."""
+    """Nobody can know which of them is still to be answered."""
     with (
         fake(place, protocol=P_REPLY_ACK | P_CONFIG) as back_end,
         front(place, BLK, reconnect=0) as rig,

@@ -136,7 +136,7 @@ def cases(numbers):
 
 
 def patience(action):
-    """How long to wait for an answer: for one that does not come, not long."""
+    """The time to wait for an answer: for one that does not come, not long."""
     return PATIENCE if action in (silence, half) else 60
 
 
@@ -385,7 +385,7 @@ stages = st.sampled_from([*AT_FIRST, *LATER, GET_VRING_BASE])
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 def test_anything(tmp_path_factory, wrong, features, protocol, own):
-    """Whatever it says, what is raised is ours, and every step ends."""
+    """Our own errors are raised whatever it says, and every step ends."""
     path = tmp_path_factory.mktemp("fuzz") / "s"
 
     def action(answer):

@@ -246,7 +246,7 @@ def test_a_worker_that_gives_up_waits_for_whoever_has_its_queue(bench):
     """A pause, say, that has taken the lock right after the batch."""
 
     class Handed:
-        """Who first lets go of it hands it to somebody else."""
+        """The first to let go of it hands it to somebody else."""
 
         def __init__(self):
             self.lock = threading.Lock()
@@ -445,7 +445,7 @@ def test_a_host_without_threads_is_a_host_error_that_leaves_nothing_open(bench, 
 
 
 def test_rings_are_touched_with_their_lock_held(bench, monkeypatch):
-    """Whoever holds a queue's lock, such as a pause, has the ring to itself."""
+    """The holder of a queue's lock, such as a pause, has the ring to itself."""
     b = bench(Echo())
     queue, without = b.rig.queue, []
 

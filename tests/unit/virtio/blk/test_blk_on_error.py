@@ -1,4 +1,4 @@
-"""What a failure of the host becomes: IOERR for the guest, or the end of the VM."""
+"""A failure of the host becomes IOERR for the guest, or the end of the VM."""
 
 from __future__ import annotations
 

@@ -220,7 +220,7 @@ def test_cut() -> None:
 def test_row58_no_crash_shows_anything_but_old_or_new_data(
     base_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """What was not synced may be on the storage or not, each write by itself."""
+    """Writes that were not synced may be on the storage or not, each by itself."""
     rng = random.Random(seed)
     path, crashed = tmp_path / "changes", tmp_path / "crashed"
     disk = open_kept(base_path, path)

@@ -210,7 +210,7 @@ def test_a_full_file_system_leaves_the_disk_as_it_is(
 
 
 class ResizeJournal(Journal):
-    """What else a resize writes, too: zeroes, and the header."""
+    """A resize's other writes, too: zeroes, and the header."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__(monkeypatch)
@@ -232,7 +232,7 @@ class ResizeJournal(Journal):
 def test_row58_no_crash_while_it_is_resized_shows_other_data(
     base_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    """What was not synced may be on the storage or not, each write by itself. Holes need no steps:
+    """Each write that was not synced may be on the storage or not. Holes need no steps:
     what they free is behind the end, and so does not count."""
     rng = random.Random(seed)
     path = tmp_path / "changes"

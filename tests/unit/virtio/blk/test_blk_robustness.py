@@ -327,7 +327,7 @@ def differing(before: bytearray, after: bytes) -> list[int]:
 
 
 def shared_parts(queue: MockDriver) -> list[Buffer]:
-    """What device and driver write in a queue after a chain was published."""
+    """The writes of device and driver in a queue after a chain was published."""
     size = queue.size
     if isinstance(queue, MockPackedDriver):
         events = [Buffer(queue.device_addr, 4), Buffer(queue.driver_addr, 4)]

@@ -1,4 +1,4 @@
-"""What an overlay has, as a file of its own: for a disk in a snapshot, and one that goes on from
+"""An overlay's content, as a file of its own: for a disk in a snapshot, and one that goes on from
 there and is saved in turn."""
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def send(rig: NetRig, *sizes: int) -> None:
 
 
 def sent(rig: NetRig) -> int:
-    """How many frames have come along the cable."""
+    """The number of frames that have come along the cable."""
     count = 0
     while not rig.nothing_sent():
         count += 1

@@ -1,4 +1,4 @@
-"""What a hostile driver sends a network card, and that it hurts nobody."""
+"""Frames and buffers of a hostile driver, which hurt nobody."""
 
 from __future__ import annotations
 

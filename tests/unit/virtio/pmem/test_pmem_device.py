@@ -104,7 +104,7 @@ def test_m3_a_reset_waits_for_the_flush_and_the_next_driver_is_served(rig: Rig) 
 
 
 def test_a_paused_device_answers_after_the_pause(rig: Rig) -> None:
-    """Whoever pauses a VM holds its queues' locks (machine/pause.py)."""
+    """The pause of a VM holds its queues' locks (machine/pause.py)."""
     [queue] = rig.device.queues_in_use
     with queue.lock:
         chain = rig.driver.mmio.submit(0, [FLUSH], [4])

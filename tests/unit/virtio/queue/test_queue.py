@@ -455,7 +455,7 @@ def test_what_races_in_beside_chains_that_were_left_is_announced(make, event_idx
 def test_a_driver_that_asks_for_an_interrupt_as_a_chain_is_returned_gets_it(
     make, event_idx, monkeypatch
 ):
-    """Where it has seen the chain before it sleeps, or else the device has seen its wish."""
+    """It has seen the chain before it sleeps, or else the device has seen its wish."""
     rig = make(event_idx=event_idx)
     rig.driver.disable_interrupts()
     offer(rig, 1)

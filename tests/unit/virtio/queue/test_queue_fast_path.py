@@ -275,7 +275,7 @@ def test_a_queue_that_was_stopped_shows_and_returns_nothing(rig):
 
 
 def test_a_batch_can_be_taken_after_a_look_for_more(rig):
-    """Whether asking for kicks has looked at the ring or not."""
+    """It makes no difference if asking for kicks has looked at the ring."""
     rig.queue.enable_notification()
     for _ in range(3):
         offer_read(rig)
@@ -407,7 +407,7 @@ def test_a_chain_that_was_seen_before_it_was_returned_is_gone(rig):
 
 
 def test_a_stop_ends_the_batch_between_two_requests(rig):
-    """What was begun is answered; what was not is still in the ring."""
+    """Chains that were begun are answered; the others are still in the ring."""
     for sector in (0, 8, 16):  # not one after the other, so each by itself
         rig.driver.add([struct.pack("<LLQ", 0, 0, sector)], [Buffer(0x9000, 512), 1])
     rig.driver.publish()

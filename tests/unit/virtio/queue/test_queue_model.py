@@ -111,7 +111,7 @@ class Model(RuleBasedStateMachine):
 
     @rule()
     def device_serves_until_idle(self):
-        """What a worker does; then it sleeps."""
+        """A worker's steps; then it sleeps."""
         self.kicked = False
         more = True
         while more:

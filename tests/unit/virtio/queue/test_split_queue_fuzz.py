@@ -108,7 +108,7 @@ def run_device(rig: Rig, changed: set[int]) -> None:
 
 
 def fill(chain) -> int:
-    """What a device does: reads all, writes all, and gives up on a buffer that is not there."""
+    """A device that reads all, writes all, and gives up on a buffer that is not there."""
     reader, writer = chain.reader(), chain.writer()
     try:
         reader.read(min(reader.available, 4096))

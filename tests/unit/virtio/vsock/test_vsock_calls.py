@@ -117,7 +117,7 @@ def test_a_device_without_a_path_refuses_the_guest_and_takes_calls() -> None:
 
 
 def methods(*devices: VsockDevice) -> dict[str, Method]:
-    """What the control socket of a machine that has `devices` answers."""
+    """The answers of the control socket of a machine that has `devices`."""
     spec = VmSpec("k", devices=tuple(Vsock() for _ in devices))
     return registry.methods(Running(spec, devices, lambda: False, lambda: 0))
 
