@@ -240,12 +240,13 @@ class Agent:
         """The guest's clock. Raises AgentError."""
         return self._ask_clock(b"")
 
-    def set_clock(self) -> Clock:
-        """Set the guest's clock to the host's; what it is then. Raises AgentError."""
-        return self._ask_clock(None)
+    def set_clock(self, *, timeout: float = PATIENCE) -> Clock:
+        """Set the guest's clock to the host's; what it is then. Raises AgentError, CommandTimeout
+        if the agent does not answer in `timeout` seconds."""
+        return self._ask_clock(None, timeout)
 
-    def _ask_clock(self, wanted: bytes | None) -> Clock:
-        deadline = time.monotonic() + PATIENCE
+    def _ask_clock(self, wanted: bytes | None, timeout: float = PATIENCE) -> Clock:
+        deadline = time.monotonic() + timeout
         with self._session(deadline) as session:
             session.greet(deadline)  # the way is open: what follows takes no more than its time
             before = time.time_ns()

@@ -6,6 +6,7 @@ What its guest would have in common with the others, its agent changes.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +15,8 @@ from functools import partial
 from threading import Thread
 
 from pyvmm.agent import PORT, Agent, AgentGone, NoAgent
-from pyvmm.api.errors import VMError
+from pyvmm.agent.session import PATIENCE
+from pyvmm.api.errors import VMError, VMTimeout
 from pyvmm.api.monitor import START_SECONDS
 from pyvmm.api.template import ForkedMonitor, Template
 from pyvmm.control import registry, snapshot_store
@@ -206,10 +208,11 @@ done
 """
 
 
-def introduce(monitor: ForkedMonitor, original: VmSpec) -> None:
+def introduce(monitor: ForkedMonitor, original: VmSpec, deadline: float = math.inf) -> None:
     """Have the guest of `monitor`, a copy of `original` that runs, be another machine: its clock is
     set, and it has a host name, a machine-id and network addresses of its own. A guest without an
-    agent stays as it is. What cannot be changed is told in `messages`."""
+    agent stays as it is. What cannot be changed is told in `messages`. Raises VMTimeout if it is
+    not another machine by `deadline`, a time of time.monotonic()."""
     if not any(device.kind == "vsock" for device in monitor.spec.devices):
         return
     wanted = [monitor.name, os.urandom(16).hex()]
@@ -217,25 +220,31 @@ def introduce(monitor: ForkedMonitor, original: VmSpec) -> None:
         if now.kind == "net":
             wanted += [getattr(before, "mac", ""), getattr(now, "mac", "")]
     try:
-        unchanged = _tell(monitor, wanted)
+        unchanged = _tell(monitor, wanted, deadline)
     except PyvmmError as error:
+        if time.monotonic() >= deadline:
+            raise VMTimeout(f"the guest of {monitor.name} did not answer in time") from error
         monitor.note(f"{monitor.name}: its guest is as the original: {error}")
         return
     for what in unchanged:
         monitor.note(f"{monitor.name}: its guest cannot change {what}")
 
 
-def _tell(monitor: ForkedMonitor, wanted: list[str]) -> list[str]:
+def _tell(monitor: ForkedMonitor, wanted: list[str], latest: float) -> list[str]:
     """Refuse what cannot be changed. Raises AgentError and what asking a monitor raises."""
-    agent = Agent(
-        lambda seconds: connect_vsock(monitor.name, PORT, patience=min(seconds, _SECONDS))
-    )
-    deadline, refusals = time.monotonic() + _SECONDS, 0
+
+    def left(seconds: float) -> float:
+        return max(0.0, min(seconds, latest - time.monotonic()))
+
+    agent = Agent(lambda seconds: connect_vsock(monitor.name, PORT, patience=left(seconds)))
+    deadline, refusals = time.monotonic() + left(_SECONDS), 0
     while True:
         try:
-            agent.set_clock()
+            agent.set_clock(timeout=left(PATIENCE))
             done = agent.run(
-                ["/bin/sh", "-c", _SCRIPT, "pyvmm", *wanted], timeout=_SECONDS, most=_MOST_SAID
+                ["/bin/sh", "-c", _SCRIPT, "pyvmm", *wanted],
+                timeout=left(_SECONDS),
+                most=_MOST_SAID,
             )
         except NoAgent:
             refusals += 1

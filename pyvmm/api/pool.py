@@ -34,6 +34,7 @@ from pyvmm.spec.surroundings import read_surroundings
 _WHAT = "this pool"
 _FAILURES = 3  # without one that was taken, after which no more are made until somebody asks
 _TAKE_SECONDS = 10.0  # that a VM has to hear that it is wanted
+_LEAST = 1.0  # of them, also for who does not want to wait for one that is not there
 _END_SECONDS = 10.0  # and to end, if nobody wants it
 
 
@@ -91,14 +92,16 @@ class Pool:
         """A VM that runs from now on, and is the caller's: it ends with its `with` block, or by
         `stop`. It waits for one if there is none.
 
-        Raises VMTimeout after `timeout` seconds, VMError if the pool is closed, and why none can be
+        Raises VMTimeout after `timeout` seconds, in which its guest has become a machine of its own
+        as well, VMError if the pool is closed, and why none can be
         made if that is so.
         """
         deadline = time.monotonic() + timeout
         while True:
             monitor, client = self._next(deadline)
             try:
-                client.call("resume", patience=_TAKE_SECONDS)
+                left = max(_LEAST, deadline - time.monotonic())
+                client.call("resume", patience=min(left, _TAKE_SECONDS))
             except PyvmmError:  # it has ended while it waited
                 monitor.end()
                 continue
@@ -109,7 +112,7 @@ class Pool:
                 client.close()
             self._failures = 0
             try:
-                introduce(monitor, self._original)
+                introduce(monitor, self._original, deadline)
             except BaseException:
                 monitor.end()
                 raise

@@ -11,7 +11,6 @@ from pyvmm.host import log
 from pyvmm.machine.builder import GoesOn, Prepared
 from pyvmm.transport.base import Transport
 from pyvmm.virtio import constants
-from pyvmm.virtio.blk.device import BlockDevice
 
 if TYPE_CHECKING:
     from pyvmm.boot.partitions import Table
@@ -98,6 +97,7 @@ class Attendant:
 
     def _partition_tables(self) -> list[tuple[str, Table]]:
         from pyvmm.boot.partitions import read_disk
+        from pyvmm.virtio.blk.device import BlockDevice  # loaded, if there is one
 
         disks = [device for device in self._devices if isinstance(device, BlockDevice)]
         found = []

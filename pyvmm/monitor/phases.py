@@ -106,6 +106,8 @@ def run_here(
 
 
 def _open(spec: VmSpec, closing: ExitStack, *, quiet: bool) -> Opened:
+    restoring = _restoring(spec)
+    kvm = None if restoring is None else restoring.open_kvm(closing)
     trace = Trace(spec.trace, spec.trace_file)
     closing.callback(trace.close)
     alarm = Alarm()
@@ -113,14 +115,13 @@ def _open(spec: VmSpec, closing: ExitStack, *, quiet: bool) -> Opened:
     opening = closing.enter_context(
         OpenDevices(spec.name, trace.hook("requests"), alarm, files.map)
     )
-    restoring = _restoring(spec)
     devices = tuple(opening.open(part) for part in spec.parts)
     if restoring is None:
         spec = with_root(spec, devices)
         prepared = prepare(spec, devices, alarm, closing, files=files.mapped, quiet=quiet)
     else:
         prepared = restoring.prepare(devices, alarm, closing)
-    kvm = open_kvm(prepared.board, spec.cpus, closing)
+    kvm = kvm or open_kvm(prepared.board, spec.cpus, closing)
     return Opened(trace, prepared, kvm, opening, restoring)
 
 

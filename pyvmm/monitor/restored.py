@@ -4,26 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyvmm.control import snapshot_store as store
 from pyvmm.host.saved import Saved
 from pyvmm.machine import saved_machine
 from pyvmm.machine.board.registry import board_of_host
-from pyvmm.machine.builder import Parts, Prepared, prepare_restored
+from pyvmm.machine.builder import Parts, Prepared, open_kvm, prepare_restored
 from pyvmm.machine.outcome import Alarm
 from pyvmm.memory.private_memory import PrivateMemory
 from pyvmm.monitor.saved_memory import SavedMemory
 from pyvmm.spec.vm import VmSpec
 from pyvmm.virtio.device import VirtioDevice
 
+if TYPE_CHECKING:
+    from pyvmm.kvm.system import Kvm
+
 _read: dict[str, dict[str, Any]] = {}
+_compared: set[str] = set()
 
 
-def read_once(path: str) -> None:
-    """Read the state of the snapshot in the directory `path` now, for all who begin with it in this
-    process or those forked from it. Raises ConfigError."""
-    _read[path] = store.read_state(path)
+def read_once(spec: VmSpec) -> None:
+    """Read the state of the snapshot that `spec` goes on from now, and see that this machine has
+    what it has used, for all who begin with it in this process or those forked from it. Raises
+    ConfigError, HostError."""
+    _read[spec.restored_from] = store.read_state(spec.restored_from)
+    with ExitStack() as closing:
+        Restoring(spec).open_kvm(closing)
+    _compared.add(spec.restored_from)
 
 
 class Restoring:
@@ -35,6 +43,16 @@ class Restoring:
         self._path = spec.restored_from
         self._raw = _read.get(self._path) or store.read_state(self._path)
         self._state = Saved(self._raw, "the VM")
+
+    def open_kvm(self, closing: ExitStack) -> Kvm:
+        """This machine's KVM, which has all that the saved machine has used. Raises ConfigError,
+        which names what is missing, HostError."""
+        board = board_of_host()
+        kvm = open_kvm(board, self._spec.cpus, closing)
+        if self._path not in _compared:
+            state = self._state.table("machine").table("board")
+            board.check_saved(kvm, state, self._spec.cpus)
+        return kvm
 
     def prepare(
         self, devices: tuple[VirtioDevice, ...], alarm: Alarm, closing: ExitStack

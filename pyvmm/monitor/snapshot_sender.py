@@ -1,16 +1,8 @@
 """A running machine's side of a snapshot: it stands still and sends all that it is.
 
 The monitor opens no file for it. Whoever asked, on the control socket, gets the state and all
-memory as a stream and writes them, with rights of its own, on a machine of its own: the same from
-this machine's KVM and from an emulated host.
-
-    a line of JSON      {"state": bytes, "files": {name: size, …}}, or {"error": message}
-    the state           JSON text
-    pieces              struct PIECE: number of the file, offset, length; then so many bytes
-    the last piece      has the number END, and is JSON: {"paused_ms": …} or {"error": message}
-
-With `stop` the client answers with a byte when all is on its storage, and the run ends then; if it
-hangs up without, the machine goes on.
+memory as a stream (snapshot_stream.py) and writes them, with rights of its own, on a machine of its
+own: the same from this machine's KVM and from an emulated host.
 
 The state has an id of the snapshot. Where what has changed since another one is asked for, it has
 the set of those pages, and no other page is sent.
@@ -21,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import select
-import struct
 import time
 from collections.abc import Iterable, Iterator
 from threading import Thread
@@ -37,16 +28,16 @@ from pyvmm.machine import saved_machine
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.outcome import Ending, Outcome
 from pyvmm.memory import GuestMemory, pages
+from pyvmm.monitor.snapshot_stream import DONE, END, LARGEST_PIECE, PIECE, check
 from pyvmm.spec.vm import DiskSpec, VmSpec
 from pyvmm.version import __version__
 from pyvmm.virtio.blk.backend import Backend
 
-PIECE = struct.Struct("<IQI")
-END = 0xFFFF_FFFF
-LARGEST_PIECE = 1 << 20
-DONE = b"!"
 _PAGE = 4096
-_PATIENCE = 10.0  # seconds in which a client takes something, or the snapshot is called off
+# The machine stands still for as long as its client takes: who takes less than this for longer than
+# that has the snapshot called off, also if he always takes something.
+_PATIENCE = 10.0  # seconds
+_SLOWEST = 1 << 20  # bytes in a second
 _DONE_PATIENCE = 600.0  # and in which it has written all to its storage
 _GLANCE = 0.1  # seconds between looks whether the machine is to end
 _ZEROES = bytes(LARGEST_PIECE)
@@ -70,16 +61,6 @@ def snapshot(
     return Upgrade({}, hand_over)
 
 
-def check(spec: VmSpec) -> None:
-    """Raise ConfigError for a VM with disks that have no file that outlives it."""
-    for disk in spec.disks:
-        if disk.storage in ("ram", "python"):
-            raise ConfigError(
-                f"the disk {disk.id} cannot be in a snapshot: {disk.path} is not a file",
-                cure="use a VM without it for that",
-            )
-
-
 class _Sender:
     def __init__(
         self,
@@ -98,6 +79,7 @@ class _Sender:
         self._track = track
         self._since = since
         self._poll = select.poll()
+        self._may_wait = _PATIENCE  # seconds for room; what is sent earns some more
         self._has_begun = False  # the stream, so that an error is its last piece
 
     def run(self) -> None:
@@ -196,15 +178,18 @@ class _Sender:
 
     def _send(self, data: bytes | bytearray | memoryview) -> None:
         rest = memoryview(data)
-        deadline = time.monotonic() + _PATIENCE
         while rest:
             try:
-                rest = rest[self._connection.send(rest) :]
-                deadline = time.monotonic() + _PATIENCE
+                sent = self._connection.send(rest)
             except (BlockingIOError, InterruptedError):
-                self._wait(select.POLLOUT, deadline)
+                began = time.monotonic()
+                self._wait(select.POLLOUT, began + self._may_wait)
+                self._may_wait -= time.monotonic() - began
             except OSError:
                 raise _CalledOff from None
+            else:
+                rest = rest[sent:]
+                self._may_wait = min(_PATIENCE, self._may_wait + sent / _SLOWEST)
 
     def _wait(self, events: int, deadline: float) -> None:
         self._poll.register(self._connection.fileno(), events)

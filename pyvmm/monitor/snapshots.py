@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 from pyvmm.control import snapshot_store as store
-from pyvmm.control.client import Client
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host.saved import Saved
 from pyvmm.host.syscalls import Closable
@@ -22,7 +21,7 @@ from pyvmm.kinds.vm_spec import from_json, to_json, validate, with_paths
 from pyvmm.memory import pages
 from pyvmm.memory.guest_memory import PAGE_SIZE
 from pyvmm.monitor.saved_memory import SavedMemory, below, is_zero, layers_of
-from pyvmm.monitor.snapshot_sender import DONE, END, LARGEST_PIECE, PIECE, check
+from pyvmm.monitor.snapshot_stream import DONE, END, LARGEST_PIECE, PIECE, check
 from pyvmm.spec.options import read_own
 from pyvmm.spec.record import replace, with_defaults
 from pyvmm.spec.vm import INTERNAL, DiskSpec, VmSpec
@@ -61,6 +60,8 @@ def take(
         if base is not None:
             asked["since"] = base.id
             closing.enter_context(base)
+        from pyvmm.control.client import Client  # not for those who restore
+
         client = closing.enter_context(Client.connect(vm))
         stream = client.upgrade("snapshot", **asked)
         receiver = closing.enter_context(_Receiver(vm, stream.socket))
@@ -72,6 +73,8 @@ def taken_once(vm: str) -> Iterator[VmSpec]:
     """A VM that goes on from where the one called `vm` is now, to be started as often as one likes
     inside. Raises as `take` does, and ConfigError for a VM whose disks its copies could not
     share."""
+    from pyvmm.control.client import Client
+
     with store.Writer() as writer:
         with Client.connect(vm) as client:
             stream = client.upgrade("snapshot", stop=False)
@@ -414,8 +417,8 @@ def restored(name: str, options: Mapping[str, Any]) -> VmSpec:
     more = [key for key in given if key not in _OF_A_RUN]
     if more:
         raise ConfigError(
-            f"{more[0]} is what the snapshot says: a VM goes on with what it had",
-            cure=f"use only {', '.join(_OF_A_RUN)} beside it",
+            f"{rows[more[0]].flag} is what the snapshot says: a VM goes on with what it had",
+            cure=f"use only {', '.join(rows[one].flag for one in _OF_A_RUN)} beside it",
             option="--restore",
         )
     with store.reading(name) as found:

@@ -1,8 +1,8 @@
 """A process that monitors are forked from: what all VMs of one snapshot need alike is done once.
 
 It has imported what a monitor imports, has read the snapshot's state and knows whether this
-machine's KVM can be used. It opens nothing of any VM, has one thread, and never sees what a guest
-says. `pyvmm.api.template` is the other end of its socket:
+machine's KVM can go on with it. It opens nothing of any VM, has one thread, and never sees what a
+guest says. `pyvmm.api.template` is the other end of its socket:
 
     it says first     {"ready": true}, or {"error": message, "wrong": bool}
     a request         {"spec": as `to_json` has it, "default": name}, with five descriptors: the
@@ -84,8 +84,8 @@ class _Template:
         if self._kvm == "host":
             from pyvmm.monitor import restored
 
-            restored.read_once(spec.restored_from)
             _import_all({part.kind for part in spec.parts})
+            restored.read_once(spec)
         # What is here by now stays: nobody looks through it for garbage, which would copy its pages
         # in each monitor.
         gc.collect()

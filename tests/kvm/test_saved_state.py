@@ -12,7 +12,7 @@ from bare_guest import BareGuest
 from pyvmm.errors import ConfigError
 from pyvmm.host.saved import Saved
 from pyvmm.kvm.system import Kvm
-from pyvmm.kvm.x86 import irqchip, lapic, msrs, saved_vcpu
+from pyvmm.kvm.x86 import cpuid, irqchip, lapic, msrs, saved_vcpu, uapi
 from pyvmm.kvm.x86 import registers as r
 
 MakeGuest = Callable[..., BareGuest]
@@ -78,6 +78,28 @@ def test_features_that_are_missing_are_named(kvm: Kvm, bare_guest: MakeGuest) ->
             row[4] = 0xFFFF_FFFF
     with pytest.raises(ConfigError, match=r"lacks .* CPUID (0x7\.0 ebx bit \d+,? ?)+;"):
         saved_vcpu.check_cpu(one.vcpu, Saved(state, "vcpu"))
+
+
+def test_capabilities_that_are_missing_are_named(kvm: Kvm, bare_guest: MakeGuest) -> None:
+    one = guest(bare_guest)
+    state = Saved(plain(saved_vcpu.save(one.vcpu, saved_vcpu.HostAbilities(kvm))), "vcpu")
+
+    class Less(Kvm):
+        """This machine's, but for those in `lacks`."""
+
+        lacks: tuple[int, ...] = ()
+
+        def check_extension(self, number: int) -> int:
+            return 0 if number in self.lacks else super().check_extension(number)
+
+    with Less.open() as less:
+        saved_vcpu.check(less, [state], lambda: cpuid.get_cpuid(one.vcpu))
+        irqchip.check(less)
+        less.lacks = (uapi.KVM_CAP_XCRS, uapi.KVM_CAP_DEBUGREGS, uapi.KVM_CAP_PIT_STATE2)
+        with pytest.raises(ConfigError, match=r"had: KVM_CAP_XCRS, KVM_CAP_DEBUGREGS;"):
+            saved_vcpu.check(less, [state], lambda: cpuid.get_cpuid(one.vcpu))
+        with pytest.raises(ConfigError, match="KVM_CAP_PIT_STATE2"):
+            irqchip.check(less)
 
 
 def test_a_refused_msr_is_named(kvm: Kvm, bare_guest: MakeGuest) -> None:

@@ -10,6 +10,7 @@ import random
 import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -251,7 +252,8 @@ def test_a_disk_that_has_changed_is_refused(snapshot: Path, folder: Path) -> Non
 
 def test_what_a_snapshot_says_is_not_for_options(snapshot: Path) -> None:
     line = refused("run", "--kvm=host", "--restore", "first", "--memory", "128M")
-    assert "memory is what the snapshot says" in line
+    assert "--memory is what the snapshot says" in line
+    assert "use only --name, --trace, --trace-file, --on-reboot beside it" in line
 
 
 def test_a_client_that_dies_leaves_nothing(
@@ -378,6 +380,35 @@ def test_row_58_a_bad_snapshot_is_refused_in_one_line(snapshot: Path, folder: Pa
         assert message in line, (name, line)
         sockets = [path for path in (folder / "runtime").rglob("*") if path.is_socket()]
         assert not sockets, (name, sockets)
+
+
+def test_all_that_this_machine_lacks_is_named_before_anything_is_opened(folder: Path) -> None:
+    port = ("--port", f"name=org.test,path={folder}/port")
+    with Guest("--kernel", echo_kernel(folder), "--name", "one", *port, *OPTIONS) as guest:
+        guest.says(b"ready")
+        assert pyvmm("snapshot", "one", "first").returncode == 0
+        guest.off()
+
+    def change(state: dict[str, Any]) -> None:
+        [vcpu] = state["machine"]["board"]["vcpus"]
+        vcpu["msrs"] += [[0x4D00_0001, 1], [0x4D00_0002, 7], [0x4D00_0003, 0]]
+        vcpu["xsave"] += "00" * (1 << 14)
+        for row in vcpu["cpuid"]:
+            if row[:2] == [7, 0]:
+                row[4] = 0xFFFF_FFFF
+
+    _state(change)(folder / "state/pyvmm/snapshots/first")
+    with socket.socket(socket.AF_UNIX) as other:  # who opens the port fails
+        other.bind(f"{folder}/port")
+        other.listen()
+        line = refused("run", "--kvm=host", "--restore", "first")
+        with socket.socket(socket.AF_UNIX) as second:
+            second.bind(f"{folder}/port-first-1")
+            second.listen()
+            assert refused("clone", "first", "--kvm=host") == line
+    for name in ("KVM_CAP_XSAVE2 with ", "MSR 0x4d000001, MSR 0x4d000002, CPUID 0x7.0 ebx bit "):
+        assert name in line
+    assert "0x4d000003" not in line and "port" not in line
 
 
 # None of them can be saved, so that a state that has one was not written by pyvmm.

@@ -9,8 +9,11 @@ from typing import Any
 
 from pyvmm.host import syscalls
 from pyvmm.host.saved import Saved
+from pyvmm.kvm import capabilities
 from pyvmm.kvm.calls import struct_ioctl
+from pyvmm.kvm.capabilities import Requirement
 from pyvmm.kvm.plain import fill, to_plain
+from pyvmm.kvm.system import Kvm
 from pyvmm.kvm.vm import IrqchipRoute, Vm
 from pyvmm.kvm.x86 import uapi
 from pyvmm.kvm.x86.uapi import ffi
@@ -76,6 +79,17 @@ def save(vm: Vm) -> dict[str, Any]:
         struct_ioctl(vm.fd, uapi.KVM_GET_IRQCHIP, chip, "KVM_GET_IRQCHIP")
         state[name] = bytes(ffi.buffer(chip.chip.dummy)).hex()
     return state
+
+
+def check(kvm: Kvm) -> None:
+    """Raise ConfigError, which names it, for an ability that `save` and `restore` need."""
+    capabilities.check(kvm.check_extension, _NEEDED)
+
+
+_NEEDED = (
+    Requirement(uapi.KVM_CAP_PIT_STATE2, "KVM_CAP_PIT_STATE2", "the saved timer goes on"),
+    Requirement(uapi.KVM_CAP_ADJUST_CLOCK, "KVM_CAP_ADJUST_CLOCK", "the guest's clock goes on"),
+)
 
 
 def restore(vm: Vm, state: Saved) -> None:

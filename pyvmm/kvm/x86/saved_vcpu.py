@@ -7,7 +7,7 @@ arch/x86/kvm/x86.c.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from pyvmm.errors import ConfigError, HostError
@@ -19,6 +19,7 @@ from pyvmm.kvm.system import Kvm
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.kvm.x86 import cpuid, lapic, msrs, uapi
 from pyvmm.kvm.x86 import registers as r
+from pyvmm.kvm.x86.cpuid import CpuidEntry
 from pyvmm.kvm.x86.uapi import ffi
 
 _MOST_MSRS = 4096
@@ -128,38 +129,89 @@ _OWN_BITS = {(0x1, 0, "ecx"): 1 << 27 | 1 << 31, (0x7, 0, "ecx"): 1 << 4}  # OSX
 _HTT = {(0x1, 0, "edx"): 1 << 28, (0x8000_0001, 0, "ecx"): 1 << 1}  # of the number of vCPUs
 
 
+def check(kvm: Kvm, states: Sequence[Saved], leaves: Callable[[], Sequence[CpuidEntry]]) -> None:
+    """Raise ConfigError, which names them all, if `kvm` lacks abilities that vCPUs with `states`
+    have used. `leaves` gives those of a new vCPU here, as in `check_cpu`; it is asked only if KVM
+    does not support one of the features by its own account. Raises HostError."""
+    lacking = [
+        name
+        for number, name in _CAPABILITIES
+        if kvm.check_extension(number) <= 0 and any(state.get(_USED_BY[name]) for state in states)
+    ]
+    host = HostAbilities(kvm)
+    largest = max((len(state.data("xsave", most=_MOST_XSAVE)) for state in states), default=0)
+    if largest > host.xsave_size:
+        lacking.append(f"KVM_CAP_XSAVE2 with {largest} bytes (it has {host.xsave_size})")
+    known = frozenset(host.msrs)
+    unknown = {
+        index: None
+        for state in states
+        for index, value in _msrs_of(state).items()
+        if value and index not in known
+    }
+    lacking += [f"MSR {index:#x}" for index in [*unknown][:_MOST_NAMED]]
+    if len(unknown) > _MOST_NAMED:
+        lacking.append(f"{len(unknown) - _MOST_NAMED} more MSRs")
+    features = _missing(cpuid.supported(kvm), states)
+    if features:
+        features = _missing(leaves(), states)
+    _refuse(lacking, features)
+
+
+_MOST_NAMED = 32  # MSRs in a message
+# Those without which parts of a state cannot be given to a vCPU; each part's name.
+_USED_BY = {
+    "KVM_CAP_XSAVE": "xsave",
+    "KVM_CAP_XCRS": "xcrs",
+    "KVM_CAP_DEBUGREGS": "debugregs",
+    "KVM_CAP_VCPU_EVENTS": "events",
+}
+_CAPABILITIES = tuple((int(getattr(uapi, name)), name) for name in _USED_BY)
+
+
 def check_cpu(vcpu: Vcpu, state: Saved) -> None:
     """Raise ConfigError, which names them, if the guest was told of features of its processor that
     a new `vcpu` of this machine is not told of. (It is asked for them, and not KVM for what it
     supports: KVM without VMX and SVM shows guests more.)"""
-    here = {(entry.function, entry.index): entry for entry in cpuid.get_cpuid(vcpu)}
-    lacking = []
-    for entry in _entries(state):
-        place = (entry.function, entry.index)
-        for register in _FEATURES.get(place, ()):
-            known = getattr(here[place], register) if place in here else 0
-            key = (*place, register)
-            known |= _OWN_BITS.get(key, 0) | _HTT.get(key, 0)
-            missing = getattr(entry, register) & ~known
-            lacking += [
-                f"{entry.function:#x}.{entry.index} {register} bit {bit}"
-                for bit in range(32)
-                if missing >> bit & 1
-            ]
+    _refuse([], _missing(cpuid.get_cpuid(vcpu), [state]))
+
+
+def _missing(here: Iterable[CpuidEntry], states: Iterable[Saved]) -> list[str]:
+    known = {(entry.function, entry.index): entry for entry in here}
+    missing: dict[str, None] = {}
+    for state in states:
+        for entry in _entries(state):
+            place = (entry.function, entry.index)
+            for register in _FEATURES.get(place, ()):
+                key = (*place, register)
+                there = getattr(known[place], register) if place in known else 0
+                there |= _OWN_BITS.get(key, 0) | _HTT.get(key, 0)
+                rest = getattr(entry, register) & ~there
+                missing |= {
+                    f"{entry.function:#x}.{entry.index} {register} bit {bit}": None
+                    for bit in range(32)
+                    if rest >> bit & 1
+                }
+    return [*missing]
+
+
+def _refuse(lacking: list[str], features: list[str]) -> None:
+    if features:
+        lacking = [*lacking, f"CPUID {', '.join(features)}"]
     if lacking:
         raise ConfigError(
-            f"this machine's KVM lacks what the guest's processor had: CPUID {', '.join(lacking)}",
+            f"this machine's KVM lacks what the guest's processor had: {', '.join(lacking)}",
             cure="restore it on a machine like the one it was saved on",
         )
 
 
-def _entries(state: Saved) -> list[cpuid.CpuidEntry]:
+def _entries(state: Saved) -> list[CpuidEntry]:
     entries = []
     for row in state.items("cpuid", 256):
         good = isinstance(row, list) and len(row) == 7
         if not good or not all(type(one) is int and 0 <= one < 1 << 32 for one in row):
             raise state.wrong(f"a CPUID leaf is {row!r:.60}")
-        entries.append(cpuid.CpuidEntry(*row))
+        entries.append(CpuidEntry(*row))
     return entries
 
 
@@ -221,7 +273,8 @@ def _restore_tsc_frequency(
     elif vcpu.id == 0:
         warn(
             f"the guest's time stamp counter ran at {wanted} kHz and runs at {here} here, which "
-            "this KVM cannot hide: its clock is right only if that is kvm-clock"
+            "this KVM cannot hide (it lacks KVM_CAP_TSC_CONTROL): its clock is right only if that "
+            "is kvm-clock"
         )
 
 
@@ -242,8 +295,12 @@ def _pair(state: Saved, row: Any, what: str) -> tuple[int, int]:
     return row[0], row[1]
 
 
+def _msrs_of(state: Saved) -> dict[int, int]:
+    return dict(_pair(state, row, "msrs") for row in state.items("msrs", _MOST_MSRS))
+
+
 def _restore_msrs(vcpu: Vcpu, state: Saved, registers: bytes) -> None:
-    values = dict(_pair(state, row, "msrs") for row in state.items("msrs", _MOST_MSRS))
+    values = _msrs_of(state)
     # The deadline after the counter that it is compared with, whatever the list's order. One of 0
     # means that the timer has gone off, perhaps just before it was saved and unnoticed by the
     # guest: the time of the saving has it go off again, which is harmless.

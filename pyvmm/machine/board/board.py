@@ -226,6 +226,11 @@ class Board(ABC, Generic[E]):
         cannot be saved, HostError."""
         raise ConfigError("machines of this architecture cannot be saved")
 
+    def check_saved(self, kvm: Kvm, saved: Saved, cpus: int) -> None:
+        """Raise ConfigError, which names them, for abilities of KVM or of the processor that the
+        machine with so many vCPUs has used which `save` has saved, and which are not here. Nothing
+        need be built for it. Raises HostError."""
+
     def restore(
         self,
         kvm: Kvm,

@@ -36,6 +36,7 @@ from pyvmm.agent.protocol import (
 )
 from pyvmm.agent.session import NOT_THE_AGENT
 from pyvmm.api import clones
+from pyvmm.api.errors import VMTimeout
 from pyvmm.errors import ConfigError, HostError, PyvmmError
 from pyvmm.kinds import vsock
 from pyvmm.spec.vm import VmSpec
@@ -183,6 +184,17 @@ def test_many_clones_keep_little_of_what_their_guests_say(monkeypatch: pytest.Mo
         "a: its guest is as the original: /bin/sh writes more than 65536 bytes; use open(), or "
         "write to a file"
     ]
+
+
+def test_a_clone_is_not_waited_for_longer_than_its_caller_wants(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    spec = VmSpec("/kernel", devices=(vsock.Spec(),))
+    with liar(saying(b"", stay=True)) as agent:
+        monkeypatch.setattr(clones, "connect_vsock", lambda *_, **__: agent._connection(1))
+        monitor = SimpleNamespace(name="a", spec=spec, note=print, outcome=None)
+        with pytest.raises(VMTimeout, match="the guest of a did not answer in time"):
+            clones.introduce(monitor, spec, time.monotonic() + 0.2)  # type: ignore[arg-type]
 
 
 def test_an_agent_that_grants_too_much_gets_no_more_at_a_time() -> None:

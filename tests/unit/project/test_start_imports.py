@@ -98,6 +98,14 @@ def test_a_run_imports_nothing_that_it_does_not_need(spec):
     assert not modules & (NEVER | {"json"})
 
 
+def test_a_restore_loads_neither_what_takes_snapshots_nor_disks_that_are_not_there() -> None:
+    code = "import sys; from pyvmm.monitor import phases, snapshots; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not set(done.stdout.split()) & {
+        *("pyvmm.control.client", "pyvmm.monitor.snapshot_sender", "pyvmm.virtio.blk.device")
+    }
+
+
 def test_nor_does_the_emulated_hosts_side(spec):
     modules = imported("inside", to_json(spec), to_json(spec), "30", "{}")
     assert "pyvmm.transport.mmio" in modules

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pyvmm.boot import x86 as boot
@@ -155,6 +156,13 @@ class X86Board(Board[boot.Entry]):
         vcpus = on_vcpus(lambda vcpu: saved_vcpu.save(vcpu, host))
         return {"vcpus": vcpus, "vm": irqchip.save(vm)}
 
+    def check_saved(self, kvm: Kvm, saved: Saved, cpus: int) -> None:
+        from pyvmm.kvm.x86 import saved_vcpu
+
+        irqchip.check(kvm)
+        states = _saved_vcpus(saved, cpus)
+        saved_vcpu.check(kvm, states, partial(_leaves_of_a_guest, kvm, cpus))
+
     def restore(
         self,
         kvm: Kvm,
@@ -165,9 +173,7 @@ class X86Board(Board[boot.Entry]):
     ) -> None:
         from pyvmm.kvm.x86 import saved_vcpu
 
-        states = list(saved.tables("vcpus", len(vcpus)))
-        if len(states) != len(vcpus):
-            raise saved.wrong(f"there are {len(states)} vCPUs, not {len(vcpus)}")
+        states = _saved_vcpus(saved, len(vcpus))
         for vcpu, state in zip(vcpus, states, strict=True):
             saved_vcpu.check_cpu(vcpu, state)
         host = saved_vcpu.HostAbilities(kvm)
@@ -206,6 +212,22 @@ class PowerButton:
         """Raises HostError."""
         for level in (True, False):
             self._vm.irq_line(layout.POWER_BUTTON_GSI, level)
+
+
+def _saved_vcpus(saved: Saved, count: int) -> list[Saved]:
+    states = list(saved.tables("vcpus", count))
+    if len(states) != count:
+        raise saved.wrong(f"there are {len(states)} vCPUs, not {count}")
+    return states
+
+
+def _leaves_of_a_guest(kvm: Kvm, cpus: int) -> list[cpuid.CpuidEntry]:
+    """What the first of so many vCPUs is told of its processor: one is made and goes again."""
+    with kvm.create_vm() as vm:
+        _add_irqchip(vm)
+        with vm.create_vcpu(0) as vcpu:
+            setup_vcpu(vcpu, cpuid.supported(kvm), 0, cpus)
+            return cpuid.get_cpuid(vcpu)
 
 
 def _add_irqchip(vm: Vm) -> None:
