@@ -96,13 +96,14 @@ def quiet(device):
     """True if its workers sleep, with nothing to wake them, and go on sleeping for a while. One
     that was woken and has no processor yet does not sleep."""
     passes = device.passes
-    if not _asleep(device):
+    if not asleep(device):
         return False
     time.sleep(0.05)
-    return _asleep(device) and device.passes == passes
+    return asleep(device) and device.passes == passes
 
 
-def _asleep(device):
+def asleep(device):
+    """True if its workers wait, and nothing has happened that would wake them."""
     frames = sys._current_frames()
     for worker in device._workers.values():
         frame = frames.get(worker._thread.ident)

@@ -199,5 +199,5 @@ class VcpuThread:
             self._vcpu.unbind_thread()
 
     def join(self) -> None:
-        self.thread.join(20)
+        self.thread.join(60)
         assert not self.thread.is_alive(), "the vCPU's thread did not end"

@@ -237,7 +237,10 @@ def descriptors(pid: int) -> dict[str, list[str]]:
     """Its descriptors, by the kind of thing."""
     found: dict[str, list[str]] = {}
     for path in Path(f"/proc/{pid}/fd").iterdir():
-        target = os.readlink(path)
+        try:
+            target = os.readlink(path)
+        except FileNotFoundError:  # closed meanwhile
+            continue
         found.setdefault(re.split(r"[:\[]", target)[0], []).append(target)
     return found
 

@@ -35,7 +35,7 @@ def _kicked(guest: BareGuest) -> VcpuThread:
     arrival = Arrival()
     guest.ports.register(0x10, 1, arrival)
     thread = VcpuThread(guest, guest.vcpu)
-    assert arrival.event.wait(20)
+    assert arrival.event.wait(60)
     guest.vcpu.kick()
     thread.join()
     return thread

@@ -59,7 +59,7 @@ def test_the_others_wait_for_start_up_and_know_who_they_are(bare_guest: MakeGues
     # The others first: they sleep in KVM_RUN until the boot CPU calls.
     threads = [VcpuThread(guest, vcpu) for vcpu in reversed(guest.vcpus)]
     for _ in range(2):
-        assert roll.arrived.acquire(timeout=20)
+        assert roll.arrived.acquire(timeout=60)
     for vcpu in guest.vcpus:
         vcpu.kick()
     for thread in threads:

@@ -21,6 +21,7 @@ from click.testing import CliRunner
 from mmio_harness import STATUS as STATUS_REGISTER
 from mmio_harness import Bench, RecordingDevice
 from prometheus_client.parser import text_string_to_metric_families
+from worker_rig import asleep, wait_for
 
 from pyvmm.bus import Action, Bus
 from pyvmm.cli import exporter
@@ -57,8 +58,12 @@ def test_a_device_counts_requests_interrupts_kicks_and_bytes(packed: bool) -> No
     device.features = ring_features(packed=packed)
     began = time.perf_counter_ns()
     with attached(device, ring="packed" if packed else "split") as driver:
-        for _ in range(5):
-            driver.request([], [16])
+        for turn in range(5):
+            # While it is at work it needs no kick, and a driver that looks needs no interrupt.
+            wait_for(lambda: asleep(device))
+            chain = driver.mmio.submit(0, [], [16])
+            assert driver.irq.wait(turn + 1, HANG)
+            driver.mmio.wait_used(0, chain)
         driver.mmio.reset()  # its thread has ended: all is counted
         all_of_it = time.perf_counter_ns() - began
         found = _device(driver.transport)
