@@ -104,12 +104,17 @@ class Terminal:
             return
 
         def tell(number: int = 0, frame: FrameType | None = None) -> None:
+            told = None
             with suppress(OSError):  # it hung up
-                on_size(*os.get_terminal_size(fd))
+                # A change may come while this one is being told, and be told before it.
+                while (size := os.get_terminal_size(fd)) != told:
+                    on_size(*size)
+                    told = size
 
-        tell()
+        # The signal first: a change between the two would never be told.
         if self._fd >= 0 and threading.current_thread() is threading.main_thread():
             self._catch(signal.SIGWINCH, tell)
+        tell()
 
     # --- signals ---------------------------------------------------------------------------------
 

@@ -61,6 +61,21 @@ def test_a_terminals_size_is_told_at_once_and_at_each_change() -> None:
     assert signal.getsignal(signal.SIGWINCH) == signal.SIG_DFL
 
 
+def test_a_change_while_the_first_size_is_told_is_not_lost() -> None:
+    with terminal(132, 43) as fd, Terminal(fd) as raw:
+        seen: list[tuple[int, int]] = []
+
+        def on_size(columns: int, rows: int) -> None:
+            if not seen:
+                seen.append((columns, rows))
+                resize(fd, 80, 25)
+                signal.raise_signal(signal.SIGWINCH)
+            seen.append((columns, rows))
+
+        raw.watch_size(fd, on_size)
+        assert seen[0] == (132, 43) and seen[-1] == (80, 25)
+
+
 def test_what_is_no_terminal_has_no_size() -> None:
     sizes = Sizes()
     with Terminal(None) as raw:
