@@ -62,8 +62,21 @@ def running(
         yield agent, path, log
         assert process.poll() is None, log.read_text()
     finally:
+        # A command has a process group of its own, and one that heeds no signal would stay.
+        commands = _descendants(process.pid)
         os.killpg(process.pid, signal.SIGKILL)
+        for pid in commands:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         process.wait()
+
+
+def _descendants(pid: int) -> list[int]:
+    found: list[int] = []
+    with suppress(OSError):  # it has ended
+        for child in map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+            found += [child, *_descendants(child)]
+    return found
 
 
 def _connect(path: str) -> unix_sockets.Socket:
