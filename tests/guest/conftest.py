@@ -48,7 +48,8 @@ def boots(
         try:
             keys = dict.fromkeys(key for item in request.session.items if (key := _key(item)))
             yield {
-                key: pool.submit(key[0], tmp_path_factory.mktemp("boot"), *key[1:]) for key in keys
+                key: pool.submit(guest.boot, key[0], tmp_path_factory.mktemp("boot"), *key[1:])
+                for key in keys
             }
         finally:
             pool.shutdown(wait=False, cancel_futures=True)

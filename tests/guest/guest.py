@@ -18,15 +18,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
+from threading import Thread, local
+from typing import Any
 
 import pytest
 
 # Not a measure of speed: a guest that has not ended by now hangs, also on a busy machine.
-HANG_SECONDS = 300
+HANG_SECONDS = 600
 _STEP = 0.05
+_LONGEST_LOOK = 10.0
 SECTOR = 512
 RING_PACKED = 34  # VIRTIO_F_RING_PACKED
 TAIL_LINES = 40
@@ -34,6 +37,7 @@ TAIL_LINES = 40
 PYVMM = (sys.executable, "-m", "pyvmm")
 
 _running: set[Guest] = set()
+_started = local()  # `guests` of this thread
 
 
 def tail(text: str, lines: int = TAIL_LINES) -> str:
@@ -140,6 +144,7 @@ class Guest:
         self.runtime = tempfile.TemporaryDirectory(prefix="pyvmm-")
         self._open()
         _running.add(self)
+        getattr(_started, "guests", []).append(self)
         return self
 
     def _open(self) -> None:
@@ -161,8 +166,9 @@ class Guest:
         ]
         if isinstance(self.stdin, bytes):
             assert self.process.stdin is not None
-            self.process.stdin.write(self.stdin)
-            self.process.stdin.close()
+            with suppress(BrokenPipeError):  # it has ended: what it said is looked at
+                self.process.stdin.write(self.stdin)
+                self.process.stdin.close()
 
     @property
     def environment(self) -> dict[str, str]:
@@ -203,6 +209,8 @@ class Guest:
             self.kill()
             pytest.fail(f"never saw {text!r}: the guest hangs\n{self.result().ending()}")
         if not shown():
+            self._hear_out()
+        if not shown():
             pytest.fail(f"never saw {text!r} {times} times\n{self.wait().ending()}")
 
     def send_signal(self, number: int) -> None:
@@ -222,15 +230,35 @@ class Guest:
         code = self.process.returncode
         return GuestResult(self._argv, code, text(self.console), text(self.stderr))
 
-    def _finish(self) -> GuestResult:
+    def _hear_out(self) -> None:
+        """Its process has ended, but its last words may not have been read yet."""
+        self._join_pumps()
+
+    def _join_pumps(self) -> None:
         for pump in self._pumps:
             pump.join(HANG_SECONDS)
+
+    def _finish(self) -> GuestResult:
+        self._join_pumps()
         for stream in (self.process.stdout, self.process.stderr):
             if stream is not None:
                 stream.close()
         _running.discard(self)
         self.runtime.cleanup()
         return self.result()
+
+
+def boot(function: Callable[..., Any], *args: Any) -> Any:
+    """The result of `function`. If it fails, the guests that it has started end, and the error
+    tells what they have said."""
+    _started.guests = []
+    try:
+        return function(*args)
+    except Exception as error:
+        for guest in _started.guests:
+            result = guest.kill() if guest in _running else guest.result()
+            error.add_note(result.ending())
+        raise
 
 
 def kill_all() -> None:
@@ -257,13 +285,27 @@ def pump_into(into: bytearray, fd: int) -> Thread:
     return thread
 
 
+def children(pid: int) -> list[int]:
+    """The processes that the threads of `pid` have started, and that run still or have not been
+    waited for."""
+    found = []
+    for listed in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # the thread has ended
+            found += map(int, listed.read_text().split())
+    return found
+
+
 def wait_until(condition: Callable[[], bool]) -> bool:
     """True if `condition` became true before a hang has to be assumed."""
-    # Sleeps are counted and no clock is read: a suspended machine is not a hang.
-    for _ in range(int(HANG_SECONDS / _STEP)):
+    # A suspended machine is not a hang: of the clock each round counts for no more than a look at
+    # a slow machine takes.
+    spent = 0.0
+    while spent < HANG_SECONDS:
+        began = time.monotonic()
         if condition():
             return True
         time.sleep(_STEP)
+        spent += min(time.monotonic() - began, _LONGEST_LOOK)
     return condition()
 
 

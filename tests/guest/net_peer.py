@@ -10,6 +10,7 @@ import hashlib
 import random
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 
@@ -33,8 +34,11 @@ def take(server: socket.socket) -> None:
 
 def kernel_threads() -> int:
     """Those of vhost."""
-    names = (path.read_text() for path in Path("/proc").glob("[0-9]*/comm"))
-    return sum(name.startswith("vhost-") for name in names)
+    found = 0
+    for path in Path("/proc").glob("[0-9]*/comm"):
+        with suppress(OSError):  # it has just ended
+            found += path.read_text().startswith("vhost-")
+    return found
 
 
 def count(server: socket.socket) -> None:
@@ -46,8 +50,8 @@ def count(server: socket.socket) -> None:
 
 def main() -> None:
     seed, size = map(int, sys.argv[1:])
-    data = random.Random(seed).randbytes(size)
     gives, takes, counts = (socket.create_server(("", 7001 + index)) for index in range(3))
+    data = random.Random(seed).randbytes(size)
     Thread(target=take, args=[takes], daemon=True).start()
     Thread(target=count, args=[counts], daemon=True).start()
     serve(gives, data)

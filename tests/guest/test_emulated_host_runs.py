@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from guest import HANG_SECONDS, children
 
 from pyvmm.emulated_host import (
     EmulatedHostError,
@@ -31,7 +32,6 @@ from pyvmm.emulated_host.x86.tsc import frequency_khz
 from pyvmm.errors import ConfigError
 from pyvmm.host.files import open_image
 
-HANG_SECONDS = 300
 MEMORY_MIB = 768
 
 
@@ -152,7 +152,7 @@ def test_disks_and_sinks_reach_the_machine(image: HostImage, tmp_path: Path) -> 
     odd, fixed, locked = (
         tmp_path / "odd.img",
         tmp_path / "fixed.img",
-        Path("/dev/shm/pyvmm-test.img"),
+        Path(f"/dev/shm/pyvmm-test-{os.getpid()}.img"),
     )
     odd.write_bytes(bytes(8192 + 100))
     fixed.write_bytes(bytes(4096))
@@ -197,11 +197,6 @@ def outer(image: HostImage, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]
     process.kill()
     process.wait()
     process.stdout.close()
-
-
-def children(pid: int) -> list[int]:
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for task in tasks for child in task.read_text().split()]
 
 
 def test_nothing_is_left_when_it_is_killed(outer: subprocess.Popen[bytes], tmp_path: Path) -> None:

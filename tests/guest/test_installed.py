@@ -17,13 +17,15 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bin folder of an empty virtual environment into which the wheel was installed."""
     folder = tmp_path_factory.mktemp("installed")
     wheel = packaged.build_wheel(folder)
-    subprocess.run([sys.executable, "-m", "venv", folder / "venv"], check=True, timeout=300)
+    subprocess.run(
+        [sys.executable, "-m", "venv", folder / "venv"], check=True, timeout=HANG_SECONDS
+    )
     python = folder / "venv/bin/python"
     done = subprocess.run(
         [python, "-m", "pip", "install", "--quiet", wheel],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG_SECONDS,
     )
     assert done.returncode == 0, done.stderr
     return python.parent

@@ -61,6 +61,7 @@ def root_disk(folder: Path, busybox: str) -> Path:
     return disk
 
 
+@pytest.mark.timeout(PATIENCE + 100)
 def test_a_guest_starts_twice_from_its_disk(tmp_path: Path) -> None:
     try:
         image = find_image(make=True, architecture="aarch64")

@@ -53,7 +53,9 @@ def check_inflating(vm: VM, given_back: int) -> None:
     vm.balloon.set("64M")
     inflated = until("inflated", vm.balloon.stats, lambda stats: stats["actual"] == WANTED)
     assert inflated["given_back"] >= given_back + WANTED
-    check_the_guests_own_statistics(vm, inflated["memory"])
+    # A guest that is slow to answer leaves them out.
+    told = until("told", vm.balloon.stats, lambda stats: stats.get("memory"))
+    check_the_guests_own_statistics(vm, told["memory"])
     vm.balloon.set(0)
     until("deflated", vm.balloon.stats, lambda stats: stats["actual"] == 0)
     sum = script(vm, FILL_SCRIPT)["sum"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from guest import HANG_SECONDS
 from vms import debian
 
 pytestmark = pytest.mark.usefixtures("linux_guests")
@@ -18,5 +19,5 @@ def test_linux_reads_what_the_keyboard_types(microvm_factory):
     devices = vm.run(["cat", "/proc/bus/input/devices"]).stdout.decode()
     assert 'N: Name="pyvmm keyboard"' in devices.splitlines()
     # The first line may have begun before somebody read it.
-    typed = vm.run(["head", "-n", "2", "/dev/tty1"], timeout=60).stdout.decode()
+    typed = vm.run(["head", "-n", "2", "/dev/tty1"], timeout=HANG_SECONDS).stdout.decode()
     assert typed.splitlines()[1] == TEXT

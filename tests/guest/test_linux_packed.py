@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from disks import blank_disk, fsck, random_disk, root_disk, sha256
+from guest import HANG_SECONDS
 from vms import debian, messages, script
 
 from pyvmm import Disk
@@ -64,7 +65,7 @@ def test_four_queues_carry_every_byte(kernel, packed, microvm_factory, tmp_path)
         vm = microvm_factory(**options)
         said = script(vm, SCRIPT)
         assert messages(vm) == []
-        vm.stop()
+        vm.stop(HANG_SECONDS)
         assert fsck(root) == ""
     for disk in ("vda", "vdb", "vdc"):
         bits = [bit == "1" for bit in said[f"features-{disk}"]]

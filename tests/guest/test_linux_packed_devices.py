@@ -40,7 +40,7 @@ for device in /sys/bus/virtio/devices/*; do
 done
 cat /dev/vdb > /run/peer
 chmod +x /run/peer
-/run/peer listen {digest} sha256sum &
+/run/peer listen {digest} sha256sum
 
 for rng in virtio_rng.0 virtio_rng.1; do
     echo $rng > /sys/devices/virtual/misc/hw_random/rng_current

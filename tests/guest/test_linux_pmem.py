@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from disks import blank_disk, fsck, random_disk, read_file, replay_journal, sha256
+from guest import HANG_SECONDS
 from vms import debian, messages, script
 
 from pyvmm import VM
@@ -76,7 +77,7 @@ def test_a_file_is_memory_with_a_file_system_in_it(microvm_factory, tmp_path, tr
     assert said["source"] == said["after"] == checksum == sha256(source)
     assert vm.stats()["devices"]["pmem0"]["flushes"] > 0
     assert len([line for line in messages(vm) if "read-only" in line]) == 1
-    vm.stop()
+    vm.stop(HANG_SECONDS)
     assert fsck(memory) == ""
     assert checksum_in(memory, "/data") == said["data"]
     find_it_again(microvm_factory, memory, said["data"], tmp_path, transport)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
 import socket
-import struct
-import termios
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,13 +38,6 @@ class Run:
     left_over: bool
 
 
-def set_size(guest: TerminalGuest, columns: int, rows: int) -> None:
-    size = struct.pack("HHHH", rows, columns, 0, 0)
-    fcntl.ioctl(guest._terminal, termios.TIOCSWINSZ, size)
-    # The terminal is not this guest's controlling one, so nobody else sends the signal.
-    os.kill(guest.process.pid, 28)  # SIGWINCH
-
-
 def read_until(stream: socket.socket, end: bytes) -> bytes:
     data = b""
     while not data.endswith(end) and (more := stream.recv(1 << 16)):
@@ -64,9 +53,9 @@ def talk(folder: Path, kernel: str, ring: str) -> Run:
         made.initramfs,
         [f"{made.rootfs},readonly"],
         options=[f"--console=virtio{ring}", "--port", f"name=agent,path={path}{ring}"],
+        size=(100, 30),
     )
     guest.start()
-    set_size(guest, 100, 30)
     guest.wait_for("# ")
     guest.type("echo terminal=$(tty) size=$(stty size).; cat\r")
     guest.wait_for("terminal=/dev/hvc0")
@@ -85,10 +74,10 @@ def talk(folder: Path, kernel: str, ring: str) -> Run:
     guest.type(f"seq 1 {LINES}; echo all-$((1+1))\r")
     guest.wait_for("all-2")
 
-    set_size(guest, 132, 43)
+    guest.resize(132, 43)
     guest.type("until [ \"$(stty size)\" = '43 132' ]; do sleep 0.2; done; echo grown-$((1+1))\r")
     guest.wait_for("grown-2")
-    set_size(guest, 90, 20)
+    guest.resize(90, 20)
     guest.type("until [ \"$(stty size)\" = '20 90' ]; do sleep 0.2; done; echo shrunk-$((1+1))\r")
     guest.wait_for("shrunk-2")
 
@@ -106,8 +95,13 @@ def talk(folder: Path, kernel: str, ring: str) -> Run:
         after_close = data
     guest.wait_for("closed-2")
     with socket.socket(socket.AF_UNIX) as agent:  # one that sends, and leaves
+        agent.settimeout(HANG_SECONDS)
         agent.connect(str(path))
-        guest.type(f"exec 5<> {PORT}; read line <&5; echo second-$line; exec 5<&-\r")
+        # A write waits until the guest has heard that somebody is there; a read would find the end.
+        guest.type(
+            f"exec 5<> {PORT}; echo again >&5; read line <&5; echo second-$line; exec 5<&-\r"
+        )
+        assert read_until(agent, b"\n") == b"again\n"
         agent.sendall(b"client\n")
         guest.wait_for("second-client")
     guest.type(f"{CTRL_A}h")

@@ -31,10 +31,10 @@ SCRIPT = f"""\
 set -e
 cat /dev/vdb > /run/peer
 chmod +x /run/peer
-/run/peer listen {ECHO} cat &
-/run/peer listen {DIGEST} sha256sum &
+/run/peer listen {ECHO} cat
+/run/peer listen {DIGEST} sha256sum
 # Says on the console how its stream ended.
-/run/peer listen {HOLD} sh -c 'echo held; cat > /dev/null; echo released > /dev/console' &
+/run/peer listen {HOLD} sh -c 'echo held; cat > /dev/null; echo released > /dev/console'
 
 head -c {len(BULK)} /dev/urandom > /dev/shm/bulk
 echo "upload=$(sha256sum < /dev/shm/bulk | cut -d' ' -f1)"
@@ -160,7 +160,8 @@ def from_the_host(run: Run, path: Path, guest: Guest) -> None:
     for stream in streams:
         stream.close()
     stream, _ = connect(path, HOLD)
-    run.held = stream.recv(5)
+    while len(run.held) < 5 and (more := stream.recv(5)):
+        run.held += more
     stream.close()
     guest.wait_for("released")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 from dataclasses import dataclass
@@ -12,7 +11,16 @@ from typing import Any
 
 import pytest
 from disks import artifacts
-from guest import HANG_SECONDS, PYVMM, Guest, pump_into, text, wait_until
+from guest import (
+    HANG_SECONDS,
+    PYVMM,
+    Guest,
+    GuestResult,
+    children,
+    pump_into,
+    text,
+    wait_until,
+)
 
 from pyvmm.machine.host_kvm import why_unusable
 
@@ -40,9 +48,17 @@ class Detached(Guest):
 
     def name(self) -> str:
         """All that `pyvmm run` has printed when it has returned."""
-        for pump in self._pumps:
-            pump.join(HANG_SECONDS)
+        self._join_pumps()
         return text(self.console)
+
+    def kill(self) -> GuestResult:
+        if self.process.poll() is not None:  # and so its guest runs on by itself
+            self.pyvmm("stop", "--kill", "vm")
+        return super().kill()
+
+    def result(self) -> GuestResult:
+        self.stderr[:] = self.log.read_bytes()
+        return super().result()
 
 
 @dataclass(frozen=True)
@@ -60,12 +76,48 @@ class Seen:
     left: str
 
 
-def read_until(process: subprocess.Popen[bytes], end: bytes) -> bytes:
-    assert process.stdout is not None
-    seen = b""
-    while end not in seen and (more := os.read(process.stdout.fileno(), 1 << 16)):
-        seen += more
-    return seen
+class Looking:
+    """A command that looks at the guest from elsewhere, and what it has shown so far."""
+
+    def __init__(self, guest: Guest, *args: str) -> None:
+        self.process = subprocess.Popen(
+            [*PYVMM, *args],
+            env=guest.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert self.process.stdout is not None and self.process.stderr is not None
+        self._shown, self._said = bytearray(), bytearray()
+        self._pumps = [
+            pump_into(self._shown, self.process.stdout.fileno()),
+            pump_into(self._said, self.process.stderr.fileno()),
+        ]
+
+    def wait_for(self, end: bytes) -> None:
+        wait_until(lambda: end in self._shown or self.process.poll() is not None)
+        if self.process.poll() is not None:
+            self._join_pumps()
+        assert end in self._shown, (end, bytes(self._shown), bytes(self._said))
+
+    def type(self, line: bytes) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(line)
+        self.process.stdin.flush()
+
+    def wait(self) -> str:
+        """All that it has shown, to its end."""
+        assert self.process.stdin is not None
+        self.process.wait(HANG_SECONDS)
+        self._join_pumps()
+        for stream in (self.process.stdin, self.process.stdout, self.process.stderr):
+            assert stream is not None
+            stream.close()
+        return text(self._shown)
+
+    def _join_pumps(self) -> None:
+        for pump in self._pumps:
+            pump.join(HANG_SECONDS)
 
 
 def boot_and_watch(folder: Path) -> Seen:
@@ -76,40 +128,27 @@ def boot_and_watch(folder: Path) -> Seen:
     guest.log = folder / "log"
     guest.start()
     started = guest.process.wait(HANG_SECONDS), guest.name()
-
-    def look(*args: str) -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [*PYVMM, *args],
-            env=guest.environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-
-    console, events = look("console", "vm"), look("events", "vm")
-    assert console.stdin is not None and console.stdout is not None
-    seen = read_until(console, b"# ")
-    later = look("console", "vm", "--read-only")
-    console.stdin.write(b"echo typed-$((6 * 7))\n")
-    console.stdin.flush()
-    seen += read_until(console, b"typed-42")
-    assert b"typed-42" in seen, guest.log.read_text()
+    console, events = Looking(guest, "console", "vm"), Looking(guest, "events", "vm")
+    console.wait_for(b"# ")
+    later = Looking(guest, "console", "vm", "--read-only")
+    later.wait_for(b"# ")
+    events.wait_for(b"\n")
+    console.type(b"echo typed-$((6 * 7))\n")
+    console.wait_for(b"typed-42")
     stats = guest.pyvmm("stats", "vm", "--json")
     assert stats.returncode == 0, stats.stderr + guest.log.read_text()
     top = guest.pyvmm("top", "vm", "--once").stdout
-    console.stdin.write(b"echo c > /proc/sysrq-trigger\n")
-    rest, _ = console.communicate(timeout=HANG_SECONDS)
-    told, _ = events.communicate(timeout=HANG_SECONDS)
-    later_saw, _ = later.communicate(timeout=HANG_SECONDS)
+    console.type(b"echo c > /proc/sysrq-trigger\n")
+    seen, told, later_saw = console.wait(), events.wait(), later.wait()
     # Its streams end before its process does.
     wait_until(lambda: len(guest.pyvmm("ps").stdout.splitlines()) == 1)
     left = guest.pyvmm("ps").stdout
     guest.wait()
     return Seen(
         started=started,
-        console=text(seen + rest),
-        console_code=console.returncode,
-        later_console=text(later_saw),
+        console=seen,
+        console_code=console.process.returncode,
+        later_console=later_saw,
         events=[json.loads(line) for line in told.splitlines()],
         log=[json.loads(line) for line in guest.log.read_text().splitlines()],
         stats=json.loads(stats.stdout),
@@ -190,15 +229,14 @@ def boot_and_kill(folder: Path) -> Killed:
     options = ["--vsock", f"path={vsock}"]
     guest = Guest(files.vmlinux, files.initramfs, [disk], options=options)
     guest.start()
-    assert wait_until(lambda: "running" in guest.pyvmm("ps").stdout)
-    children = Path(f"/proc/{guest.process.pid}/task").glob("*/children")
-    processes = [pid for file in children for pid in file.read_text().split()]
+    assert wait_until(lambda: "running" in guest.pyvmm("ps").stdout and vsock.is_socket())
+    processes = [str(pid) for pid in children(guest.process.pid)]
     before = vsock.is_socket()
     guest.send_signal(signal.SIGKILL)
     guest.process.wait(HANG_SECONDS)
     wait_until(lambda: not any(Path("/proc", pid).exists() for pid in processes))
     ps = guest.pyvmm("ps").stdout
-    runtime = [file.name for file in Path(guest.runtime.name, "pyvmm").iterdir()]
+    runtime = sorted(file.name for file in Path(guest.runtime.name, "pyvmm").iterdir())
     left = [pid for pid in processes if Path("/proc", pid).exists()]
     killed = Killed(before, processes, left, ps, vsock.exists(), runtime)
     guest.kill()

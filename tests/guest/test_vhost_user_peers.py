@@ -19,7 +19,7 @@ from pyvmm.errors import PyvmmError
 from pyvmm.testing.vhost_user_driver import connect
 
 MIB = 1 << 20
-SECONDS = 120
+SECONDS = 600
 
 
 @pytest.fixture(scope="module")

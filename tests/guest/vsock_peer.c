@@ -2,7 +2,8 @@
  *
  *   vsock_peer connect PORT        standard input to the host's PORT, then what comes back to
  *                                  standard output; our end of input half-closes the stream
- *   vsock_peer listen PORT CMD...  CMD for each connection, which is its standard input and output
+ *   vsock_peer listen PORT CMD...  CMD for each connection, which is its standard input and output;
+ *                                  goes on in the background once it listens
  */
 #include <errno.h>
 #include <poll.h>
@@ -102,5 +103,7 @@ int main(int argc, char **argv)
 	address.svm_cid = VMADDR_CID_ANY;
 	if (bind(sock, (struct sockaddr *)&address, sizeof address) || listen(sock, 64))
 		die("listen");
+	if (fork() != 0)
+		return 0;
 	serve(sock, argv + 3);
 }
