@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         WrongAgent,
     )
     from pyvmm.api.aio import AsyncVM
+    from pyvmm.api.async_pool import AsyncPool
     from pyvmm.api.command import Command
     from pyvmm.api.errors import (
         GuestEnded,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 # Name → the module, and its name there if that is another.
 _PUBLIC = {
     "VM": ("pyvmm.api.vm", ""),
+    "AsyncPool": ("pyvmm.api.async_pool", ""),
     "AsyncVM": ("pyvmm.api.aio", ""),
     "AgentError": ("pyvmm.agent", ""),
     "Balloon": ("pyvmm.kinds.balloon", "Spec"),
@@ -84,6 +86,7 @@ _PUBLIC = {
 __all__ = [
     "VM",
     "AgentError",
+    "AsyncPool",
     "AsyncVM",
     "Balloon",
     "Clock",

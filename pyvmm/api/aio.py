@@ -14,10 +14,10 @@ import os
 import time
 from collections.abc import AsyncIterator, Callable
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, ParamSpec, Protocol, Self, TypeVar
 
 from pyvmm.agent import Output
-from pyvmm.api.cancellation import in_thread
+from pyvmm.api.cancellation import in_thread, made_in_thread
 from pyvmm.api.command import Command
 from pyvmm.api.console import Console
 from pyvmm.api.errors import TAIL_LINES, Outcome
@@ -36,14 +36,34 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-async def _end(
-    call: Callable[Concatenate[VM, P], T], vm: VM, *args: P.args, **options: P.kwargs
+class Owned(Protocol):
+    """What belongs to the process that has made it."""
+
+    @property
+    def is_elsewhere(self) -> bool: ...
+
+
+Own = TypeVar("Own", bound=Owned)
+
+
+async def end(
+    call: Callable[Concatenate[Own, P], T], owned: Own, *args: P.args, **options: P.kwargs
 ) -> T:
-    # In a process that was forked it does nothing, and must not wait for that: the event loop
-    # there shares its file descriptors with the one that runs on in the other process.
-    if vm.is_elsewhere:
-        return call(vm, *args, **options)
-    return await in_thread(call, vm, *args, **options)
+    """The result of `call`, which ends something that a forked process has no business with."""
+    # There it does nothing, and must not wait for that: the event loop shares its file descriptors
+    # with the one that runs on in the other process.
+    if owned.is_elsewhere:
+        return call(owned, *args, **options)
+    return await in_thread(call, owned, *args, **options)
+
+
+def _leave(vm: VM) -> None:
+    vm.__exit__(None, None, None)
+
+
+def _kill_all(vms: list[VM]) -> None:
+    for vm in vms:
+        vm.kill()
 
 
 class AsyncVM(Asynchronous[VM]):
@@ -58,7 +78,8 @@ class AsyncVM(Asynchronous[VM]):
         super().__init__(VM(*args, **options))
 
     @classmethod
-    def _of(cls, vm: VM) -> Self:
+    def of(cls, vm: VM) -> Self:
+        """The same VM."""
         new = cls.__new__(cls)
         Asynchronous.__init__(new, vm)
         return new
@@ -68,27 +89,28 @@ class AsyncVM(Asynchronous[VM]):
         cls, path: str | os.PathLike[str], *, allow_code: bool = False, **options: Any
     ) -> Self:
         """See `VM.from_config`."""
-        return cls._of(VM.from_config(path, allow_code=allow_code, **options))
+        return cls.of(VM.from_config(path, allow_code=allow_code, **options))
 
     @classmethod
     async def attach(cls, name: str) -> Self:
         """See `VM.attach`."""
-        return cls._of(await in_thread(VM.attach, name))
+        return cls.of(await made_in_thread(VM.detach, VM.attach, name))
 
     @classmethod
     async def restore(cls, snapshot: str, *, name: str = "", kvm: str = "auto") -> Self:
         """See `VM.restore`."""
-        return cls._of(await in_thread(VM.restore, snapshot, name=name, kvm=kvm))
+        return cls.of(await in_thread(VM.restore, snapshot, name=name, kvm=kvm))
 
     @signature_of(VM.clone)
     async def clone(self, *args: Any, **options: Any) -> Self:
         """See `VM.clone`."""
-        return self._of(await in_thread(self.vm.clone, *args, **options))
+        return self.of(await made_in_thread(VM.kill, self.vm.clone, *args, **options))
 
     @signature_of(VM.clones)
     async def clones(self, *args: Any, **options: Any) -> list[Self]:
         """See `VM.clones`."""
-        return [self._of(vm) for vm in await in_thread(self.vm.clones, *args, **options)]
+        made = await made_in_thread(_kill_all, self.vm.clones, *args, **options)
+        return [self.of(vm) for vm in made]
 
     @property
     def vm(self) -> VM:
@@ -97,10 +119,10 @@ class AsyncVM(Asynchronous[VM]):
 
     # --- its life: each leaves no VM behind when it is cancelled ----------------------------------
 
-    start = awaited_for_itself(VM.start)
+    start = awaited_for_itself(VM.start, VM.kill)
 
     async def __aenter__(self) -> Self:
-        await in_thread(self.vm.__enter__)
+        await made_in_thread(_leave, self.vm.__enter__)
         return self
 
     async def __aexit__(
@@ -109,15 +131,15 @@ class AsyncVM(Asynchronous[VM]):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await _end(VM.__exit__, self.vm, kind, error, trace)
+        await end(VM.__exit__, self.vm, kind, error, trace)
 
     def detach(self) -> None:
         """See `VM.detach`."""
         self.vm.detach()
 
-    stop = awaited(VM.stop, _end)
-    close = awaited(VM.close, _end)
-    kill = awaited(VM.kill, _end)
+    stop = awaited(VM.stop, end)
+    close = awaited(VM.close, end)
+    kill = awaited(VM.kill, end)
     wait = awaited(VM.wait)
 
     @property
@@ -155,7 +177,7 @@ class AsyncVM(Asynchronous[VM]):
     @signature_of(VM.popen)
     async def popen(self, *args: Any, **options: Any) -> AsyncCommand:
         """See `VM.popen`."""
-        return AsyncCommand(await in_thread(self.vm.popen, *args, **options))
+        return AsyncCommand(await made_in_thread(Command.close, self.vm.popen, *args, **options))
 
     push = awaited(VM.push)
     pull = awaited(VM.pull)

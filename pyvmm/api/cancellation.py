@@ -10,7 +10,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
@@ -91,8 +91,52 @@ def woken_by(wake: Callable[[], object]) -> Iterator[None]:
 
 async def in_thread(call: Callable[..., T], *args: Any, **options: Any) -> T:
     """The result of `call`, which runs in a thread of its own."""
+    return await made_in_thread(_nothing, call, *args, **options)
+
+
+async def made_in_thread(
+    undo: Callable[[T], object], call: Callable[..., T], *args: Any, **options: Any
+) -> T:
+    """As `in_thread`, for a result that is something to end: if the call is cancelled when it is
+    there already, nobody gets it, and `undo` is called with it, in a thread too."""
+    done = _begin(call, *args, **options)
+    try:
+        return await asyncio.shield(done.future)
+    except asyncio.CancelledError:
+        done.cancellation.cancel()
+        # A task: whoever cancels twice does not wait, and leaves no more behind.
+        undoing = asyncio.create_task(_undo(undo, done.future))
+        _undoing.add(undoing)
+        undoing.add_done_callback(_undoing.discard)
+        await asyncio.wait([undoing])
+        raise
+
+
+_undoing: set[asyncio.Task[None]] = set()  # an event loop does not hold its tasks
+
+
+async def _undo(undo: Callable[[T], object], future: asyncio.Future[T]) -> None:
+    await asyncio.wait([future])
+    if future.exception() is None and undo is not _nothing:
+        undone = _begin(undo, future.result()).future
+        await asyncio.wait([undone])
+        undone.exception()  # has been seen
+
+
+def _nothing(_: object) -> None:
+    pass
+
+
+class _Begun(NamedTuple):
+    """What a thread does, and how to cancel it."""
+
+    future: asyncio.Future[Any]
+    cancellation: Cancellation
+
+
+def _begin(call: Callable[..., object], *args: Any, **options: Any) -> _Begun:
     loop = asyncio.get_running_loop()
-    done: asyncio.Future[T] = loop.create_future()
+    done: asyncio.Future[Any] = loop.create_future()
     cancellation = Cancellation()
 
     def settle(settle: Callable[[Any], None], value: object) -> None:
@@ -110,11 +154,6 @@ async def in_thread(call: Callable[..., T], *args: Any, **options: Any) -> T:
             loop.call_soon_threadsafe(settle, *outcome)
 
     # Not in the loop's pool of threads: there may be more guests to wait for than it has.
-    threading.Thread(target=work, name=f"pyvmm {call.__name__}", daemon=True).start()
-    try:
-        return await asyncio.shield(done)
-    except asyncio.CancelledError:
-        cancellation.cancel()
-        await asyncio.wait([done])
-        done.exception()  # has been seen
-        raise
+    name = getattr(call, "__name__", "call")
+    threading.Thread(target=work, name=f"pyvmm {name}", daemon=True).start()
+    return _Begun(done, cancellation)

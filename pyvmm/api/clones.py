@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import signal
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -16,6 +17,7 @@ from threading import Thread
 
 from pyvmm.agent import PORT, Agent, AgentGone, NoAgent
 from pyvmm.agent.session import PATIENCE
+from pyvmm.api.cancellation import check, woken_by
 from pyvmm.api.errors import VMError, VMTimeout
 from pyvmm.api.monitor import START_SECONDS
 from pyvmm.api.template import ForkedMonitor, Template
@@ -72,7 +74,9 @@ def clone(
                 monitors.append(monitor := template.fork(spec, called))
                 undoing.callback(monitor.end)
             begin = [partial(_begin, monitor, original) for monitor in monitors]
-            _at_once(list(zip(usual, begin, strict=True)))
+            with woken_by(partial(_kill, monitors)):
+                _at_once(list(zip(usual, begin, strict=True)))
+                check()
             undoing.pop_all()
     return monitors
 
@@ -110,6 +114,11 @@ class Moment(Closable):
 
     def close(self) -> None:
         self._closing.close()
+
+
+def _kill(monitors: Sequence[ForkedMonitor]) -> None:
+    for monitor in monitors:
+        monitor.signal(signal.SIGKILL)
 
 
 def _begin(monitor: ForkedMonitor, original: VmSpec) -> None:

@@ -45,6 +45,13 @@ class _Waiting(NamedTuple):
     client: Client
 
 
+def check_pool(snapshot: str, size: int) -> None:
+    """Raise ConfigError for a name or a number of VMs that cannot be."""
+    if not 1 <= size <= MOST:
+        raise ConfigError(f"a pool of {size} VMs cannot be had", cure=f"use 1 to {MOST}")
+    check_name(snapshot, option="")
+
+
 class Pool:
     """Up to `size` VMs that wait at one snapshot; one that is taken is replaced. Any thread may use
     it. It is closed by `close`, or at the end of a `with` block."""
@@ -54,9 +61,7 @@ class Pool:
     ) -> None:
         """Begins to fill at once. Raises ConfigError for a snapshot that is not there or cannot be
         used, and for a size that cannot be; VMError, HostError."""
-        if not 1 <= size <= MOST:
-            raise ConfigError(f"a pool of {size} VMs cannot be had", cure=f"use 1 to {MOST}")
-        check_name(snapshot, option="")
+        check_pool(snapshot, size)
         self.snapshot, self.size = snapshot, size
         self._owner = os.getpid()
         self._changed = Condition()
@@ -84,6 +89,11 @@ class Pool:
         self.close()
 
     @property
+    def is_elsewhere(self) -> bool:
+        """True if it belongs to the process that this one was forked from."""
+        return os.getpid() != self._owner
+
+    @property
     def ready(self) -> int:
         """The number of VMs that wait."""
         return len(self._waiting)
@@ -100,19 +110,14 @@ class Pool:
         while True:
             monitor, client = self._next(deadline)
             try:
-                left = max(_LEAST, deadline - time.monotonic())
-                client.call("resume", patience=min(left, _TAKE_SECONDS))
-            except PyvmmError:  # it has ended while it waited
-                monitor.end()
-                continue
-            except BaseException:
-                monitor.end()
-                raise
-            finally:
-                client.close()
-            self._failures = 0
-            try:
-                introduce(monitor, self._original, deadline)
+                with woken_by(partial(monitor.signal, signal.SIGKILL)):
+                    left = max(_LEAST, deadline - time.monotonic())
+                    if not _goes_on(client, min(left, _TAKE_SECONDS)):
+                        monitor.end()  # it has ended while it waited
+                        continue
+                    self._failures = 0
+                    introduce(monitor, self._original, deadline)
+                    check()
             except BaseException:
                 monitor.end()
                 raise
@@ -144,7 +149,7 @@ class Pool:
     def close(self) -> None:
         """End all that wait, and their common process as soon as those have ended that were taken.
         In a forked process nothing happens."""
-        if os.getpid() != self._owner:
+        if self.is_elsewhere:
             return
         with self._changed:
             self._closed = True
@@ -225,6 +230,17 @@ class Pool:
             self._changed.notify_all()
         for one in gone:
             one.client.close()
+
+
+def _goes_on(client: Client, patience: float) -> bool:
+    """False if the VM at the other end of `client`, which it closes, has ended."""
+    try:
+        client.call("resume", patience=patience)
+    except PyvmmError:
+        return False
+    finally:
+        client.close()
+    return True
 
 
 def _end(monitors: list[ForkedMonitor]) -> None:

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Coroutine
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
-from pyvmm.api.cancellation import in_thread
+from pyvmm.api.cancellation import in_thread, made_in_thread
 from pyvmm.kinds import registry
 from pyvmm.spec.options import Option
 
@@ -80,12 +80,13 @@ A = TypeVar("A", bound=Asynchronous[Any])
 
 
 def awaited_for_itself(
-    method: Callable[Concatenate[T, P], T],
+    method: Callable[Concatenate[T, P], T], undo: Callable[[T], object]
 ) -> Callable[Concatenate[A, P], Coroutine[Any, Any, A]]:
-    """As `awaited`, for a method that returns its object."""
+    """As `awaited`, for a method that returns its object. `undo` is called with that if the call is
+    cancelled too late."""
 
     async def coroutine(self: A, /, *args: P.args, **options: P.kwargs) -> A:
-        await in_thread(method, self._held, *args, **options)
+        await made_in_thread(undo, method, self._held, *args, **options)
         return self
 
     return _named_as(method, coroutine)

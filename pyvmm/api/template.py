@@ -11,9 +11,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from functools import partial
 from threading import Lock
 from typing import Any
 
+from pyvmm.api.cancellation import woken_by
 from pyvmm.api.errors import VMError, check_owner
 from pyvmm.api.monitor import ProcessMonitor
 from pyvmm.errors import ConfigError, HostError, PyvmmError
@@ -65,7 +67,8 @@ class Template(Closable):
             theirs.close()
         self._socket.settimeout(_PATIENCE)
         try:
-            answer, _ = self._receive()
+            with woken_by(partial(self._socket.shutdown, socket.SHUT_RDWR)):
+                answer, _ = self._receive()
         except BaseException:
             self._end()
             raise

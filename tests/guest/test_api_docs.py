@@ -71,7 +71,8 @@ def test_the_page_on_snapshots(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     said = run(tmp_path, "-c", "\n".join(python_blocks("docs/snapshots.md"))).splitlines()
     assert re.fullmatch(r"it stood still for [\d.]+ s", said[0])
-    assert said[1:] == ["b'prepared\\n'", "b'/run/prepared\\n'", "b'prepared\\n'"]
+    prepared = "b'prepared\\n'"
+    assert said[1:] == [prepared, "b'/run/prepared\\n'", prepared, prepared]
 
 
 def test_the_readmes_pool_is_the_one_of_the_page_on_snapshots():

@@ -116,10 +116,10 @@ def test_clones_of_a_vm_that_runs_on(original: VM) -> None:
     assert registry.running() == ["one"]
 
     async def from_a_loop() -> None:
-        async with await AsyncVM._of(original).clone() as copy:
+        async with await AsyncVM.of(original).clone() as copy:
             await copy.console.send("hello")
             await copy.console.expect_exact("hello", timeout=SAFETY_TIMEOUT)
-        [only] = await AsyncVM._of(original).clones(1)
+        [only] = await AsyncVM.of(original).clones(1)
         await only.close()
 
     asyncio.run(from_a_loop())

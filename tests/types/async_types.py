@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any, assert_type
 
-from pyvmm import AsyncVM, Clock, Completed, Copied, Info, Outcome
+from pyvmm import AsyncPool, AsyncVM, Clock, Completed, Copied, Info, Outcome
 from pyvmm.agent import Output
 from pyvmm.api.aio import AsyncBalloonControl, AsyncCommand, AsyncConsole
 from pyvmm.api.events import Event
@@ -49,6 +49,14 @@ async def main() -> None:
     await vm.pause(1)  # type: ignore[call-arg]
     async for event in vm.events(history=False):
         assert_type(event, Event)
+
+    AsyncPool("ready", sizes=2)  # type: ignore[call-arg]
+    AsyncPool("ready", kvm=True)  # type: ignore[arg-type]
+    async with AsyncPool("ready", 2, kvm="host") as pool:
+        assert_type(pool, AsyncPool)
+        assert_type(await pool.take(timeout=1.0), AsyncVM)
+        await pool.take(time=1.0)  # type: ignore[call-arg]
+    await pool.close(1)  # type: ignore[call-arg]
 
     assert_type(vm.balloon, AsyncBalloonControl)
     await vm.balloon.set(1.5)  # type: ignore[arg-type]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyvmm import VM
+from pyvmm import VM, Pool
 from pyvmm.agent import Agent
 from pyvmm.api import config_file
 from pyvmm.api.aio import AsyncVM
+from pyvmm.api.async_pool import AsyncPool
 from pyvmm.cli.quick import parse_run
 from pyvmm.cli.run import run
 from pyvmm.errors import ConfigError
@@ -89,6 +91,24 @@ def test_what_can_be_awaited_is_what_a_vm_has() -> None:
             assert method.__doc__, name
     missing = {name for name in dir(VM) if not name.startswith("_")} - set(dir(AsyncVM))
     assert missing == {"spec", "to_config", "is_elsewhere"} & missing
+
+
+def test_what_can_be_awaited_is_what_a_pool_has() -> None:
+    assert inspect.signature(AsyncPool) == inspect.signature(Pool)
+    for name, method in inspect.getmembers(AsyncPool, inspect.isfunction):
+        if not name.startswith("_") and name != "open":
+            ours = list(inspect.signature(method).parameters.values())
+            theirs = list(inspect.signature(getattr(Pool, name)).parameters.values())
+            assert ours == theirs and method.__doc__, name
+    assert not {name for name in dir(Pool) if not name.startswith("_")} - set(dir(AsyncPool))
+
+
+def test_the_page_on_python_has_every_keyword() -> None:
+    text = (Path(__file__).resolve().parents[3] / "docs/python-api.md").read_text()
+    table = text.partition("| keyword | what |")[2].partition("\n\n")[0]
+    first_cells = [row.split("|")[1] for row in table.splitlines() if row.count("|") > 2]
+    named = [name for cell in first_cells for name in re.findall(r"`(\w+)`", cell)]
+    assert sorted(named) == sorted(inspect.signature(VM).parameters)
 
 
 def test_the_quick_reader_has_the_same_names_and_defaults() -> None:
