@@ -10,7 +10,7 @@ LINT := $(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && \
 # Tests without a guest, on all processors; those of guests keep them busy by themselves.
 UNITS := tests/unit tests/spec -n auto --maxprocesses=8 --dist=worksteal
 
-.PHONY: help demo shell test lint unit fuzz mutants guest bench doctor images clean
+.PHONY: help demo shell test lint unit fuzz mutants guest ray bench doctor images clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,9 @@ lint: .stamps/dev ## Style and types
 bench: .stamps/bench .stamps/system ## Measure against QEMU and C, or ONLY="vhost_user boot"; charts in docs/charts
 	@$(BIN)/python benchmarks/run.py $(ONLY)
 
+ray: .stamps/ray .stamps/system ## VMs on a Ray cluster, three nodes on this machine (installs Ray, 300 MB)
+	@$(BIN)/pytest tests/kvm/test_ray.py
+
 doctor: .stamps/venv ## Say what this machine can do
 	@$(BIN)/pyvmm doctor
 
@@ -71,6 +74,10 @@ clean: ## Remove the virtual environment and the stamps (images stay in the cach
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@$(BIN)/python -m compileall -q pyvmm # in the emulated host nothing that Python compiles is kept
 	@touch $@ .stamps/venv
+
+.stamps/ray: .stamps/dev
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,ray]'
+	@touch $@
 
 .stamps/bench: .stamps/dev
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,bench]' && touch $@ || \

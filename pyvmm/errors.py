@@ -8,10 +8,22 @@ guest's mistakes into DEVICE_NEEDS_RESET without catching anybody else's.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 
 class PyvmmError(Exception):
     """Base of all errors raised on purpose; ``str()`` is one line, fit for a terminal."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception usually goes to other processes as a call of its class with `args`, which
+        # here is the text alone.
+        return _again, (type(self), self.args), self.__dict__
+
+
+def _again(of: type[PyvmmError], args: tuple[Any, ...]) -> PyvmmError:
+    error = of.__new__(of, *args)
+    error.args = args  # OSError's, of which VMTimeout is one, leaves them to __init__
+    return error
 
 
 class ConfigError(PyvmmError):

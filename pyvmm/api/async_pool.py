@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from pyvmm.api.aio import AsyncVM, end
-from pyvmm.api.cancellation import made_in_thread
+from pyvmm.api.cancellation import in_thread, made_in_thread
 from pyvmm.api.errors import VMError
 from pyvmm.api.pool import Pool, check_pool
 from pyvmm.api.signatures import signature_of
@@ -24,7 +24,7 @@ class AsyncPool:
     `open` or by entering an `async with` block, at whose end it is closed."""
 
     @signature_of(Pool.__init__)
-    def __init__(self, snapshot: str, size: int = 1, **options: str) -> None:
+    def __init__(self, snapshot: str, size: int = 1, **options: Any) -> None:
         """Takes what `Pool` takes, and does nothing yet. Raises ConfigError for a name or a size
         that cannot be."""
         check_pool(snapshot, size)
@@ -70,6 +70,11 @@ class AsyncPool:
     def ready(self) -> int:
         """See `Pool.ready`; 0 before it is opened."""
         return 0 if self._pool is None else self._pool.ready
+
+    @signature_of(Pool.wait_ready)
+    async def wait_ready(self, *args: Any, **options: Any) -> None:
+        """See `Pool.wait_ready`."""
+        await in_thread(self.pool.wait_ready, *args, **options)
 
     @signature_of(Pool.take)
     async def take(self, *args: Any, **options: Any) -> AsyncVM:

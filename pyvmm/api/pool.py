@@ -57,12 +57,21 @@ class Pool:
     it. It is closed by `close`, or at the end of a `with` block."""
 
     def __init__(
-        self, snapshot: str, size: int = 1, *, kvm: str = "auto", confine: str = "auto"
+        self,
+        snapshot: str,
+        size: int = 1,
+        *,
+        kvm: str = "auto",
+        confine: str = "auto",
+        refill: bool = True,
     ) -> None:
-        """Begins to fill at once. Raises ConfigError for a snapshot that is not there or cannot be
-        used, and for a size that cannot be; VMError, HostError."""
+        """Begins to fill at once; without `refill` those that are taken are not replaced. Raises
+        ConfigError for a snapshot that is not there or cannot be used, and for a size that cannot
+        be; VMError, HostError."""
         check_pool(snapshot, size)
         self.snapshot, self.size = snapshot, size
+        self._refill = refill
+        self._taken = 0
         self._owner = os.getpid()
         self._changed = Condition()
         self._waiting: deque[_Waiting] = deque()
@@ -114,6 +123,9 @@ class Pool:
                     left = max(_LEAST, deadline - time.monotonic())
                     if not _goes_on(client, min(left, _TAKE_SECONDS)):
                         monitor.end()  # it has ended while it waited
+                        with self._changed:
+                            self._taken -= 1
+                            self._changed.notify_all()
                         continue
                     self._failures = 0
                     introduce(monitor, self._original, deadline)
@@ -123,15 +135,24 @@ class Pool:
                 raise
             return VM._copy(monitor)
 
-    def _next(self, deadline: float) -> _Waiting:
+    def wait_ready(self, timeout: float = START_SECONDS) -> None:
+        """Wait until there is one that waits. Raises as `take` does."""
+        self._next(time.monotonic() + timeout, taken=False)
+
+    def _next(self, deadline: float, *, taken: bool = True) -> _Waiting:
         check_owner(self._owner, _WHAT)
         with woken_by(self._wake), self._changed:
             while True:
                 if self._closed:
                     raise VMError("the pool is closed")
                 if self._waiting:
+                    if not taken:
+                        return self._waiting[0]
                     self._changed.notify_all()
+                    self._taken += 1
                     return self._waiting.popleft()
+                if not (self._wanted or self._making):
+                    raise VMError("all VMs of the pool have been taken")
                 if self._failures >= _FAILURES and not self._making:
                     failure, self._failures = self._failure, 0
                     self._changed.notify_all()
@@ -141,6 +162,12 @@ class Pool:
                 if left <= 0:
                     raise VMTimeout("no VM of the pool was ready in time")
                 self._changed.wait(left)
+
+    @property
+    def _wanted(self) -> int:
+        """The number of VMs that are missing."""
+        taken = 0 if self._refill else self._taken
+        return self.size - taken - len(self._waiting)
 
     def _wake(self) -> None:
         with self._changed:
@@ -182,9 +209,7 @@ class Pool:
         """False once it is closed."""
         with self._changed:
             self._changed.wait_for(
-                lambda: (
-                    self._closed or (len(self._waiting) < self.size and self._failures < _FAILURES)
-                )
+                lambda: self._closed or (self._wanted > 0 and self._failures < _FAILURES)
             )
             return not self._closed
 
@@ -192,7 +217,7 @@ class Pool:
         """Those that are missing: first all begin, then each is waited for."""
         begun: list[ForkedMonitor] = []
         try:
-            for _ in range(self.size - len(self._waiting)):
+            for _ in range(self._wanted):
                 begun.append(monitor := self._begin())
                 with self._changed:
                     self._making.append(monitor)

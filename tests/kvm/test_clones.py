@@ -233,6 +233,23 @@ def test_a_pool_is_taken_from_and_fills_again(ready: str) -> None:
         pool.take()
 
 
+def test_a_pool_that_is_not_filled_again(ready: str) -> None:
+    with Pool(ready, 2, kvm="host", refill=False) as pool:
+        pool.wait_ready(SAFETY_TIMEOUT)
+        dying, _ = waiting(pool)
+        os.kill(dying.pid, signal.SIGKILL)  # one that nobody has had is replaced
+        until(lambda: dying.outcome is not None, "its end is not noticed")
+        with pool.take() as first, pool.take() as second:
+            echoes(first, "one")
+            echoes(second, "two")
+            assert dying.name not in {first.name, second.name}
+            with pytest.raises(VMError, match="have been taken"):
+                pool.take()
+            with pytest.raises(VMError, match="have been taken"):
+                pool.wait_ready()
+            assert len(registry.running()) == 2
+
+
 def descriptors(pid: int) -> dict[str, list[str]]:
     """Its descriptors, by the kind of thing."""
     found: dict[str, list[str]] = {}

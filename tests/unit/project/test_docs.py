@@ -43,6 +43,8 @@ def test_python_runs(where: str, code: str) -> None:
         pytest.skip("run by tests/kvm/test_tutorial.py, which needs /dev/kvm")
     if where.startswith("docs/tutorial/04"):
         pytest.skip("run by tests/guest/test_whole_vmm.py, which needs a Linux guest")
+    if where.startswith("docs/ray.md"):
+        pytest.skip("tests/kvm/test_ray.py does the like, with a guest that has no agent")
     if where.startswith("docs/adding-a-device.md"):
         pytest.skip("run by tests/unit/project/test_adding_a_device.py, in a copy of pyvmm")
     if where.startswith(IN_GUESTS) or re.search("import (VM|Pool|AsyncPool)\n", code):
