@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from pyvmm import VM, AgentError, AsyncVM, CommandTimeout, GuestPanic, PyvmmErro
 from pyvmm.machine.outcome import Ending
 
 pytestmark = pytest.mark.usefixtures("linux_guests")
+
+NAMES = [f"{name}-{os.getpid()}" for name in ("one", "two")]
 
 
 def test_a_vm_from_its_start_to_its_clean_end(tmp_path):
@@ -43,6 +46,8 @@ def check_commands(vm: VM) -> None:
         vm.run(["false"], check=True)
     with pytest.raises(CommandTimeout):
         vm.run(["sleep", "1000"], timeout=0.5)
+    while vm.run(["pidof", "sleep"]).returncode == 0:
+        time.sleep(0.1)
     with vm.popen(["cat"], stdin=True) as command:
         assert command.write(b"ping") == 4
         assert command.read() == (1, b"ping")
@@ -129,6 +134,6 @@ def test_two_guests_for_asyncio_at_the_same_time():
             return piece.data.decode()
 
     async def main() -> list[str]:
-        return await asyncio.gather(boot("one"), boot("two"))
+        return await asyncio.gather(*map(boot, NAMES))
 
-    assert asyncio.run(main()) == ["one", "two"]
+    assert asyncio.run(main()) == NAMES

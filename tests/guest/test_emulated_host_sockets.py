@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from guest import HANG_SECONDS, pump_into, wait_until
 
 import pyvmm
 from pyvmm.emulated_host import EmulatedHostSpec, HostImage, HostListener
@@ -20,7 +21,6 @@ from pyvmm.emulated_host.host import EmulatedHost
 from pyvmm.emulated_host.probe import probe
 from pyvmm.host import unix_sockets
 
-HANG_SECONDS = 300
 MEMORY_MIB = 768
 CHECKOUT = str(Path(pyvmm.__file__).parents[1])
 
@@ -112,15 +112,19 @@ def relayed(image: HostImage, tmp_path: Path) -> Iterator[tuple[EmulatedHost, Pa
     early.connect(str(tmp_path / "in.sock"))  # before anybody listens inside
     early.sendall(b"early")
     early.shutdown(socket.SHUT_WR)
-    line = os.read(reader, 1000).decode()
+    said = bytearray()
+    pump = pump_into(said, reader)
+    wait_until(lambda: b"\n" in said)
+    line = said.decode()
     early.settimeout(HANG_SECONDS)
-    assert early.recv(100) == b"EARLY"
+    assert b"".join(iter(lambda: early.recv(100), b"")) == b"EARLY"
     early.close()
     yield host, tmp_path, line
     host.kill()
     host.wait()
-    for end in (reader, writer):
-        os.close(end)
+    os.close(writer)
+    pump.join(HANG_SECONDS)
+    os.close(reader)
     for made in (secret, server, incoming):
         made.close()
 

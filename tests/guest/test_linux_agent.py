@@ -11,7 +11,6 @@ import struct
 import subprocess
 import sys
 import termios
-import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +40,7 @@ from pyvmm.control.client import connect_vsock
 
 agent = Agent(lambda: connect_vsock("vm", PORT))
 agent.run(["date", "-s", "@1000000000"], check=True)
-print(0 <= agent.clock().time - 10**9 < 600, abs(agent.set_clock().offset) < 5)
+print(0 <= agent.clock().time - 10**9 < 600, abs(agent.set_clock().offset) < 300)
 agent.power_off()
 """
 
@@ -55,6 +54,7 @@ class Reached:
     terminal: str = ""
     terminal_code: int = -1
     interrupted: int = -1
+    left_after_timeout: bool = True
     left_running: bool = True
     paused: dict[str, int] = field(default_factory=dict)
     left_after_pause: bool = True
@@ -84,8 +84,7 @@ def reach_into(folder: Path) -> Reached:
             )
             return found.done[name]
 
-        while not guest.pyvmm("ps").stdout.count("\n") > 1 and guest.process.poll() is None:
-            time.sleep(0.05)
+        assert wait_until(lambda: guest.pyvmm("ps").stdout.count("\n") > 1)
         exec("apart", "--wait=250", "vm", "--", "sh", "-c", "echo out; echo err >&2; exit 5")
         exec("binary", "-i", "vm", "cat", input=BULK)
         options = ("-e", "A=b c", "-w", "/tmp", "-u", "nobody")
@@ -94,17 +93,24 @@ def reach_into(folder: Path) -> Reached:
         exec("no directory", "-w", "/nowhere", "vm", "--", "true")
         exec("killed", "vm", "--", "sh", "-c", "kill -TERM $$")
         exec("slow", "--timeout=0.5", "vm", "--", "sh", "-c", "sleep 4321 & sleep 4321")
-        exec("nobody left", "vm", "--", "sh", "-c", "pidof sleep || echo none")
+        found.left_after_timeout = not wait_until(lambda: nobody_sleeps(exec))
         exec("nothing", "vm")
         stand_still(guest, found, exec)
         at_a_terminal(guest, found)
         leave_without_a_word(guest, found, exec)
         copy(guest, folder, found)
         ask = [sys.executable, "-c", CLOCK_AND_POWER]
-        found.done["clock"] = subprocess.run(ask, env=guest.environment, capture_output=True)
+        found.done["clock"] = subprocess.run(
+            ask, env=guest.environment, capture_output=True, timeout=HANG_SECONDS
+        )
         found.result = guest.wait()
         found.fsck = fsck(disk)
     return found
+
+
+def nobody_sleeps(exec) -> bool:
+    """Whether no command of ours runs in the guest; one that was killed may take a moment."""
+    return exec("left", "vm", "--", "sh", "-c", "pidof sleep || echo none").stdout == b"none\n"
 
 
 def stand_still(guest: Guest, found: Reached, exec) -> None:
@@ -122,17 +128,18 @@ def stand_still(guest: Guest, found: Reached, exec) -> None:
         said = running[name].stdout.readline()
         assert said == b"begun\n" or name == "limited"
     assert guest.pyvmm("pause", "vm").returncode == 0
-    for _ in range(2):
+    # Two, as a rule. If the client was so late that they were one for it, it takes another.
+    for seconds in (1, 10, 60, 60):
         running["interrupted"].send_signal(signal.SIGINT)
-        time.sleep(0.5)
+        with suppress(subprocess.TimeoutExpired):
+            running["interrupted"].wait(seconds)
+            break
     for name, client in running.items():
         found.paused[name] = client.wait(HANG_SECONDS)
         client.stdout.close()
     exec("paused", "vm", "true")
     assert guest.pyvmm("resume", "vm").returncode == 0
-    found.left_after_pause = not wait_until(
-        lambda: exec("left", "vm", "--", "sh", "-c", "pidof sleep || echo none").stdout == b"none\n"
-    )
+    found.left_after_pause = not wait_until(lambda: nobody_sleeps(exec))
 
 
 def at_a_terminal(guest: Guest, found: Reached) -> None:
@@ -145,12 +152,14 @@ def at_a_terminal(guest: Guest, found: Reached) -> None:
     )
     os.close(theirs)
     said = bytearray()
-    pump_into(said, ours)
-    wait_until(lambda: b"33 77" in said)
+    screen = pump_into(said, ours)
+    assert wait_until(lambda: b"33 77" in said), text(said)
     os.write(ours, b"typed\r")
-    wait_until(lambda: b"read typed" in said)
+    assert wait_until(lambda: b"read typed" in said), text(said)
     os.write(ours, b"\x03")  # Ctrl-C, which the guest's terminal makes a signal of
     found.terminal_code = process.wait(HANG_SECONDS)
+    screen.join(HANG_SECONDS)
+    assert not screen.is_alive(), "somebody still has the terminal"
     found.terminal = text(said)
     os.close(ours)
 
@@ -170,9 +179,7 @@ def leave_without_a_word(guest: Guest, found: Reached, exec) -> None:
         client.stdout.close()
         if end == "interrupt":
             found.interrupted = code
-    found.left_running = not wait_until(
-        lambda: exec("left", "vm", "--", "sh", "-c", "pidof sleep || echo none").stdout == b"none\n"
-    )
+    found.left_running = not wait_until(lambda: nobody_sleeps(exec))
 
 
 def copy(guest: Guest, folder: Path, found: Reached) -> None:
@@ -225,7 +232,7 @@ def test_what_cannot_be_run_is_one_line_and_a_code_as_a_shells(boot: Reached) ->
 @reached
 def test_a_timeout_ends_the_command_and_its_children(boot: Reached) -> None:
     assert boot.done["slow"].returncode == 124
-    assert boot.done["nobody left"].stdout == b"none\n"
+    assert not boot.left_after_timeout
 
 
 @reached
@@ -316,20 +323,25 @@ def run_and_throw_away(folder: Path) -> Ran:
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None and process.stderr is not None
         said = bytearray()
-        reading = pump_into(said, process.stdout.fileno())
+        complaints = bytearray()
+        reading = [
+            pump_into(said, process.stdout.fileno()),
+            pump_into(complaints, process.stderr.fileno()),
+        ]
         with suppress(BrokenPipeError):  # it has ended: what it said is looked at
             process.stdin.write(BULK)
             process.stdin.close()
         process.stdin = None
         wait_until(lambda: said.endswith(b"ready\n") or process.poll() is not None)
-        os.killpg(process.pid, signal.SIGINT)
+        with suppress(ProcessLookupError):  # as above
+            os.killpg(process.pid, signal.SIGINT)
         code = process.wait(HANG_SECONDS)
-        reading.join()
-        assert process.stderr is not None
-        stderr = text(process.stderr.read())
-        return Ran(code, bytes(said), stderr, disk_changed=sha256(disk) != before)
+        for pump in reading:
+            pump.join(HANG_SECONDS)
+        return Ran(code, bytes(said), text(complaints), disk_changed=sha256(disk) != before)
 
 
 @pytest.mark.boot.with_args(run_and_throw_away)

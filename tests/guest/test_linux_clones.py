@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import vms
 
 from pyvmm import VM
@@ -44,12 +46,12 @@ echo machine=$(cat /etc/machine-id)
 echo mac=$(cat /sys/class/net/eth0/address)
 echo now=$(date +%s)
 echo forked=$(dmesg | grep -c 'virtual machine fork')
-echo left=$(grep -al 'left-[b]ehind' /proc/[0-9]*/cmdline 2>/dev/null | wc -l)
 """
+LEFT = "echo left=$(grep -al 'left-[b]ehind' /proc/[0-9]*/cmdline 2>/dev/null | wc -l)\n"
 
 
 def test_two_clones_of_a_moment_are_strangers(linux_guests: None) -> None:
-    with VM(**vms.debian("6.12"), net="user", vsock=True, name="stranger") as vm:
+    with VM(**vms.debian("6.12"), net="user", vsock=True, name=f"stranger-{os.getpid()}") as vm:
         vm.wait_ready()
         vms.script(vm, PREPARE)
         # A stream that is open at that moment is reset in the copies, and ends what it was for.
@@ -67,7 +69,9 @@ def test_two_clones_of_a_moment_are_strangers(linux_guests: None) -> None:
 def check(vm: VM, first: VM, second: VM) -> None:
     for one in (first, second):
         one.run(["sh", "-c", f"echo {one.name} > /root/mine; sync"], check=True)
-    seen = [vms.script(one, LOOK) for one in (first, second, vm)]
+        # Its agent ends what was connected before as soon as it hears that nobody is there.
+        vms.until("left alone", lambda one=one: vms.script(one, LEFT)["left"], "0".__eq__)
+    seen = [vms.script(one, LOOK + LEFT) for one in (first, second, vm)]
     print(seen)
     for what in ("random", "uuid", "syn", "cid", "host", "machine", "mac"):
         values = [of_one[what] for of_one in seen]

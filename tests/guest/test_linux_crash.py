@@ -13,23 +13,25 @@ from pathlib import Path
 
 import pytest
 from disks import artifacts, blank_disk, fsck, read_file, root_disk
-from guest import HANG_SECONDS, PYVMM, Guest, GuestResult, wait_until
+from guest import HANG_SECONDS, PYVMM, Guest, GuestResult, children, wait_until
 
 from pyvmm.emulated_host.launch import find_program
 
 pytestmark = pytest.mark.usefixtures("linux_guests")
 
 MIB = 1 << 20
-RECORDS = 4096  # far more than come before the kill
+RECORDS = 4096
 ENOUGH = 40
 RECORD_BYTES = 512
 
 # Each record goes to a file on the root file system and to a disk of its own, and is announced only
 # when both have been fsynced. A second writer keeps the journal and the queue busy.
 WRITER = f"""\
-dd if=/dev/zero of=/root/noise bs=64k count=100000 oflag=dsync status=none &
+while :; do
+    dd if=/dev/zero of=/root/noise bs=64k count=500 oflag=dsync conv=notrunc status=none
+done &
 exec python3 - <<'END'
-import os
+import os, signal
 log = os.open("/root/log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 disk = os.open("/dev/vdb", os.O_WRONLY)
 for n in range({RECORDS}):
@@ -38,6 +40,7 @@ for n in range({RECORDS}):
     os.pwrite(disk, (b"record %d\\n" % n).ljust({RECORD_BYTES}, b"."), n * {RECORD_BYTES})
     os.fsync(disk)
     print(f"synced={{n}}", flush=True)
+signal.pause() # however quick this was: it is killed while it runs
 END
 """
 
@@ -78,7 +81,7 @@ def boot_crash(folder: Path) -> Crash:
         victim.wait_for("synced=0")
         second = _another_pyvmm(victim, disk)
         qemu = _a_qemu(disk)
-        victim.wait_for(f"synced={ENOUGH}")
+        victim.wait_for(f"synced={ENOUGH + 1}")
         family = _descendants(victim.process.pid)
         killed = victim.kill()
         wait_until(lambda: not any(map(_is_alive, family)))
@@ -112,8 +115,7 @@ def _a_qemu(disk: Path) -> subprocess.CompletedProcess[str] | None:
 
 
 def _descendants(pid: int) -> list[int]:
-    children = Path(f"/proc/{pid}/task").glob("*/children")
-    found = [int(child) for file in children for child in file.read_text().split()]
+    found = children(pid)
     return found + [below for child in found for below in _descendants(child)]
 
 

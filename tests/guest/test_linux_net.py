@@ -7,13 +7,14 @@ import random
 import shutil
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
 
 import pytest
 from disks import artifacts, root_disk
-from guest import HANG_SECONDS, Guest, GuestResult
+from guest import HANG_SECONDS, Guest, GuestResult, wait_until
 from taps import boot_with_taps
 
 from pyvmm import images
@@ -114,11 +115,7 @@ def boot_user(folder: Path, kernel: str, option: str) -> Net:
     files = artifacts(kernel, "test")
     own = own_address()
     server = Server("127.0.0.1" if option else own)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as free:
-        free.bind(("127.0.0.1", 0))
-        udp_port = free.getsockname()[1]
+    port, udp_port = free_port(socket.SOCK_STREAM), free_port(socket.SOCK_DGRAM)
     script = USER_SCRIPT.format(
         port=server.web.getsockname()[1],
         upload=server.upload.getsockname()[1],
@@ -135,6 +132,15 @@ def boot_user(folder: Path, kernel: str, option: str) -> Net:
         forwarded = fetch(port)
         result = guest.wait()
     return Net(result.check(), server.upload_digest(), forwarded, passts(port), answered)
+
+
+def free_port(kind: socket.SocketKind) -> int:
+    """A port that nobody has, and that no program gets which asks for any (ip_local_port_range)."""
+    while True:
+        with socket.socket(socket.AF_INET, kind) as probe, suppress(OSError):
+            probe.bind(("0.0.0.0", random.randrange(10_000, 32_768)))
+            port: int = probe.getsockname()[1]
+            return port
 
 
 def own_address() -> str:
@@ -183,15 +189,14 @@ def fetch(port: int) -> bytes:
 
 def passts(port: int) -> list[str]:
     """Command lines of passt processes that serve this port, after a while to end."""
-    for _ in range(100):
-        found = [
-            line
-            for path in Path("/proc").glob("[0-9]*/cmdline")
-            if f"/{port}:80" in (line := _read(path)) and "passt" in line
-        ]
-        if not found:
-            break
-        time.sleep(0.1)
+    found: list[str] = []
+
+    def have_ended() -> bool:
+        lines = [_read(path) for path in Path("/proc").glob("[0-9]*/cmdline")]
+        found[:] = [line for line in lines if f"/{port}:80" in line and "passt" in line]
+        return not found
+
+    wait_until(have_ended)
     return found
 
 
@@ -249,17 +254,23 @@ for name in rx-checksumming tx-checksumming tcp-segmentation-offload; do
     echo "$name=$(sed -n "s/^$name: //p" /run/features)"
 done
 busybox ping -q -c 20 -i 0.1 -s 1400 10.77.0.1 > /run/ping && echo "ping=ok" || cat /run/ping
+measure() { # OPTIONS; the server listens anew after each test, a moment later than this ends
+    until iperf3 "$@" > /run/iperf 2>&1; do
+        grep -qE 'busy|refused' /run/iperf || return 1
+        sleep 0.5
+    done
+}
 for way in "" -R; do
-    iperf3 -c 10.77.0.1 -t 3 -P 2 $way > /run/iperf 2>&1 && echo "iperf$way=ok" || cat /run/iperf
+    measure -c 10.77.0.1 -t 3 -P 2 $way && echo "iperf$way=ok" || cat /run/iperf
 done
-iperf3 -c 10.77.0.1 -u -b 0 -l 1400 -t 3 -R > /run/iperf 2>&1 && echo "flood=ok" || cat /run/iperf
+measure -c 10.77.0.1 -u -b 0 -l 1400 -t 3 -R && echo "flood=ok" || cat /run/iperf
 busybox ping -q -c 3 10.77.0.1 > /run/ping && echo "after=ok" || cat /run/ping
 echo "errors=$(cat /sys/class/net/eth0/statistics/rx_errors)"
 now() { cut -d' ' -f1 /proc/uptime | tr -d .; }
 busybox ip addr add 10.78.0.2/24 dev eth1
 for way in "" -R; do
     began=$(now)
-    iperf3 -c 10.78.0.1 -n 2M -w 64K $way > /run/iperf 2>&1 || cat /run/iperf
+    measure -c 10.78.0.1 -n 2M -w 64K $way || cat /run/iperf
     echo "limited$way=$(($(now) - began))"
 done
 """

@@ -77,9 +77,10 @@ def boot_and_power_off(folder: Path) -> GuestResult:
     files = artifacts()
     with root_disk(folder) as disk:
         keys = (
-            b"(trap 'sleep 0.5; echo ended >&5; exit' TERM; while :; do sleep 1; done) 5> /kept &\n"
+            b"(trap 'sleep 0.5; echo ended >&5; exit' TERM; : > /run/heeds;"
+            b" while :; do sleep 1; done) 5> /kept &\n"
         )
-        keys += b"sleep 1; poweroff; sleep 100\n"
+        keys += b"until [ -e /run/heeds ]; do sleep 0.1; done; poweroff; sleep 100\n"
         guest = Guest(files.bzimage, files.initramfs, [str(disk)], stdin=keys)
         result = guest.run()
         assert fsck(disk) == ""

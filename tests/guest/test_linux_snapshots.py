@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ while :; do
     sync
     echo 1 > /proc/sys/vm/drop_caches
     sha256sum -c /root/sum >/dev/null 2>&1 || { echo "round $n differs" > /root/lost; exit 1; }
-    echo $n > /root/round
+    echo $n > /root/counting && mv /root/counting /root/round
 done
 END
 setsid sh /root/load >/dev/null 2>&1 &
@@ -36,13 +37,13 @@ cat > /root/clock <<'END'
 while :; do cut -d" " -f1 /proc/uptime >> /run/ticks; sleep 0.1; done
 END
 setsid sh /root/clock >/dev/null 2>&1 &
-sleep 1
+until [ -s /root/round ] && [ -s /run/ticks ]; do sleep 0.1; done
 dmesg -C
 """
 LOOK = """
 first=$(cat /root/round)
 i=0
-while [ "$(cat /root/round)" -lt $((first + 2)) ] && [ $i -lt 400 ]; do
+while [ "$(cat /root/round)" -lt $((first + 2)) ] && [ $i -lt 1000 ]; do
     sleep 0.25
     i=$((i + 1))
 done
@@ -75,7 +76,7 @@ def test_nothing_is_lost_by_the_original_or_by_its_copies(saved: None, transport
         assert taken.paused > 0
         # The one that was saved goes on.
         check(vms.script(vm, LOOK))
-    names = [f"copy-{transport}-{number}" for number in (1, 2)]
+    names = [f"copy-{os.getpid()}-{transport}-{number}" for number in (1, 2)]
     with ExitStack() as closing:
         for name in names:
             pyvmm("run", "--detach", "--restore", "warm", "--name", name)
