@@ -65,7 +65,10 @@ class Guest:
         while text not in self.said:
             ready, _, _ = select.select([self.process.stdout], [], [], end - time.monotonic())
             data = os.read(self.process.stdout.fileno(), 4096) if ready else b""
-            assert data, (self.said, self.process.poll(), self.process.stderr.read())
+            if not data:
+                self.process.kill()  # or its errors would have no end
+                errors = self.process.stderr.read()
+                pytest.fail(f"{text!r} does not come: {self.said!r}, {errors!r}")
             self.said += data
 
     def off(self) -> None:
