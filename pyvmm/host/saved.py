@@ -29,6 +29,10 @@ class Saved:
         """The error for state that cannot be."""
         return ConfigError(f"the saved state of {self.place} cannot be: {what}", cure=CURE)
 
+    def has(self, name: str) -> bool:
+        """True if there is a value of that name."""
+        return name in self._values
+
     def get(self, name: str) -> Any:
         """A value that is not checked yet. Raises ConfigError if it is not there."""
         if name not in self._values:

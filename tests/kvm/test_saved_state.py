@@ -84,6 +84,11 @@ def test_capabilities_that_are_missing_are_named(kvm: Kvm, bare_guest: MakeGuest
     one = guest(bare_guest)
     state = Saved(plain(saved_vcpu.save(one.vcpu, saved_vcpu.HostAbilities(kvm))), "vcpu")
 
+    def seldom() -> list[cpuid.CpuidEntry]:
+        pytest.fail("a vCPU is made, although the state is of this very machine")
+
+    saved_vcpu.check(kvm, [state], seldom)
+
     class Less(Kvm):
         """This machine's, but for those in `lacks`."""
 

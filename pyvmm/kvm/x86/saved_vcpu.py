@@ -40,6 +40,14 @@ class HostAbilities:
         self.msrs = (*_msr_list(kvm), *_KVM_MSRS)
         self.xsave_size = max(r.XSAVE_SIZE, kvm.check_extension(uapi.KVM_CAP_XSAVE2))
         self.scales_tsc = kvm.check_extension(uapi.KVM_CAP_TSC_CONTROL) > 0
+        self._kvm = kvm
+        self._supported: list[CpuidEntry] = []
+
+    def supported(self) -> list[CpuidEntry]:
+        """What KVM says of the processors that it can give a guest. Raises HostError."""
+        if not self._supported:
+            self._supported = cpuid.supported(self._kvm)
+        return self._supported
 
 
 def _msr_list(kvm: Kvm) -> list[int]:
@@ -75,6 +83,8 @@ def save(vcpu: Vcpu, host: HostAbilities) -> dict[str, Any]:
         "tsc_khz": _tsc_khz(vcpu),
         "msrs": [[index, value] for index, value in _read_all(vcpu, host.msrs).items()],
     }
+    # KVM without VMX and SVM shows guests more than it says that it supports.
+    state["beyond"] = _missing(host.supported(), [Saved(state, "the vCPU")])
     # Last: what the calls before have moved from where it waited is in here then.
     state["events"] = to_plain(ffi, r.get_vcpu_events(vcpu))
     return state
@@ -131,8 +141,9 @@ _HTT = {(0x1, 0, "edx"): 1 << 28, (0x8000_0001, 0, "ecx"): 1 << 1}  # of the num
 
 def check(kvm: Kvm, states: Sequence[Saved], leaves: Callable[[], Sequence[CpuidEntry]]) -> None:
     """Raise ConfigError, which names them all, if `kvm` lacks abilities that vCPUs with `states`
-    have used. `leaves` gives those of a new vCPU here, as in `check_cpu`; it is asked only if KVM
-    does not support one of the features by its own account. Raises HostError."""
+    have used. `leaves` gives those of a new vCPU here, as in `check_cpu`. To make one takes long:
+    it is asked only if KVM does not support a feature by its own account, and the KVM that it was
+    saved on did. Raises HostError."""
     lacking = [
         name
         for number, name in _CAPABILITIES
@@ -152,8 +163,10 @@ def check(kvm: Kvm, states: Sequence[Saved], leaves: Callable[[], Sequence[Cpuid
     lacking += [f"MSR {index:#x}" for index in [*unknown][:_MOST_NAMED]]
     if len(unknown) > _MOST_NAMED:
         lacking.append(f"{len(unknown) - _MOST_NAMED} more MSRs")
-    features = _missing(cpuid.supported(kvm), states)
-    if features:
+    features = _missing(host.supported(), states)
+    if set(features) <= {text for state in states for text in _beyond(state)}:
+        features = []  # `check_cpu` has the last word
+    else:
         features = _missing(leaves(), states)
     _refuse(lacking, features)
 
@@ -174,6 +187,13 @@ def check_cpu(vcpu: Vcpu, state: Saved) -> None:
     a new `vcpu` of this machine is not told of. (It is asked for them, and not KVM for what it
     supports: KVM without VMX and SVM shows guests more.)"""
     _refuse([], _missing(cpuid.get_cpuid(vcpu), [state]))
+
+
+def _beyond(state: Saved) -> list[str]:
+    """Those that `save` has noted; pyvmm did not always do so."""
+    if not state.has("beyond"):
+        return []
+    return [text for text in state.items("beyond", 1024) if isinstance(text, str)]
 
 
 def _missing(here: Iterable[CpuidEntry], states: Iterable[Saved]) -> list[str]:
