@@ -21,6 +21,7 @@ from pyvmm.testing import (
     placements,
 )
 from pyvmm.testing import mmio_driver as mmio_module
+from pyvmm.testing.mmio_driver import SAFETY_TIMEOUT
 from pyvmm.virtio.features import VIRTIO_F_RING_RESET, mask
 from pyvmm.virtio.worker import QueueDevice
 
@@ -146,7 +147,9 @@ def test_a_request_in_one_line(echo):
     assert answer.data == answer.buffers == b"to and fro\0\0\0\0"
     assert answer.written == 14
     assert echo.request([b"x"], [1], queue=1).data == b"x"
-    assert echo.irq.count >= 1
+    chain = echo.mmio.submit(0, [b"y"], [1])
+    assert echo.irq.wait(1, SAFETY_TIMEOUT)  # now at the latest, as nobody looks
+    echo.mmio.wait_used(0, chain)
     assert echo.config(0, 2) == b"\0\0"
     assert echo.features >> 32 & 1
 
