@@ -245,8 +245,11 @@ def test_whoever_cannot_be_is_one_line(among_accounts, user, words, code, why) -
 
 
 def test_a_timeout_kills_the_whole_group_and_keeps_the_output(agent: Agent) -> None:
-    with pytest.raises(CommandTimeout, match=r"sh took longer than 0\.5 s") as caught:
-        agent.run(["sh", "-c", "sleep 1000 & echo $!; wait"], timeout=0.5)
+    for seconds in (0.5, 4, 30):  # on a busy machine a shell takes its time to begin
+        with pytest.raises(CommandTimeout, match=f"sh took longer than {seconds} s") as caught:
+            agent.run(["sh", "-c", "sleep 1000 & echo $!; wait"], timeout=seconds)
+        if caught.value.stdout:
+            break
     wait_until_gone(int(caught.value.stdout))
 
 

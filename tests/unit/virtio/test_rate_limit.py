@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from queue_rig import LAYOUTS, Rig
-from worker_rig import Bench, Echo, wait_for
+from worker_rig import Bench, Echo, asleep, wait_for
 
 from pyvmm.errors import ConfigError
 from pyvmm.kinds import interface
@@ -158,7 +158,6 @@ class Clock:
     def __init__(self) -> None:
         self.now = 0
         self.slept: list[float | None] = []
-        self.asleep = threading.Event()
 
 
 @pytest.fixture
@@ -177,7 +176,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
     def sleep(self: Poller, seconds: float | None = None) -> None:
         clock.slept.append(seconds)
-        clock.asleep.set()
         wait(self, None)
 
     monkeypatch.setattr(Poller, "wait", sleep)
@@ -205,9 +203,11 @@ class Limited:
 
     def settle(self, index: int = 0) -> None:
         """Wait until the worker has looked and sleeps again."""
-        self.clock.asleep.clear()
-        self.bench.rigs[index].kick.signal()
-        assert self.clock.asleep.wait(30)
+        for _ in range(2):  # the first time it may be about to sleep, having looked already
+            before = len(self.clock.slept)
+            self.bench.rigs[index].kick.signal()
+            wait_for(lambda seen=before: len(self.clock.slept) > seen)
+        wait_for(lambda: asleep(self.bench.device))
 
     def back(self, index: int = 0) -> int:
         driver = self.bench.rigs[index].driver
