@@ -15,6 +15,8 @@ from pyvmm.testing.mmio_driver import SAFETY_TIMEOUT
 from pyvmm.virtio.device import Activation
 from pyvmm.virtio.worker import FOR_SOURCE, QueueDevice
 
+_WAIT = Poller.wait.__code__  # of the real one, which tests replace
+
 
 class Recorder:
     """Interrupts and failures of a device."""
@@ -107,7 +109,7 @@ def asleep(device):
     frames = sys._current_frames()
     for worker in device._workers.values():
         frame = frames.get(worker._thread.ident)
-        if frame is None or frame.f_code is not Poller.wait.__code__:
+        if frame is None or frame.f_code is not _WAIT:
             return False
         if select.select([worker._poller._epoll.fileno()], [], [], 0)[0]:
             return False
