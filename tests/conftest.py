@@ -10,8 +10,10 @@ import pytest
 from mmio_harness import Bench, RecordingDevice, SlowDevice
 from pci_harness import OVER
 
-# How long an example takes says more about what else the machine is doing.
-hypothesis.settings.register_profile("pyvmm", deadline=None)
+# How long an example takes, or is made, says more about what else the machine is doing.
+hypothesis.settings.register_profile(
+    "pyvmm", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
 hypothesis.settings.load_profile("pyvmm")
 
 # A shell has its background jobs ignore Ctrl-C, and what they start inherits that: the programs

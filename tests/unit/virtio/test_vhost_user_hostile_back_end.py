@@ -392,7 +392,9 @@ stages = st.sampled_from([*AT_FIRST, *LATER, GET_VRING_BASE])
     own=st.binary(max_size=40),
 )
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 def test_anything(tmp_path_factory, wrong, features, protocol, own):
     """Our own errors are raised whatever it says, and every step ends."""
