@@ -138,8 +138,8 @@ class BareGuest:
         r.set_sregs(self.vcpu, sregs)
 
     def run(self) -> Action | None:
-        """Run vCPU 0 until the guest stops; a guest that does not is kicked after 20 seconds."""
-        limit = threading.Timer(20, self.vcpu.kick)
+        """Run vCPU 0 until the guest stops; a guest that does not is kicked after 60 seconds."""
+        limit = threading.Timer(60, self.vcpu.kick)
         self.vcpu.bind_thread()
         limit.start()
         try:

@@ -612,7 +612,7 @@ def test_every_write_to_a_queues_address_notifies_it(bench: Bench, offset: int, 
 
 def test_row63_without_bus_mastering_nothing_is_read_or_written(bench: Bench) -> None:
     bench.driver.start()
-    ask(bench)
+    ask_and_hear(bench)
     bench.command(MEMORY)
     queue = bench.driver.queues[0]
     queue.add([], [64])
