@@ -2,9 +2,9 @@
 
 Layers, each of which stands without the others; decision 0410 says what each is for.
 
-Files and capabilities are each thread's own affair: threads that run already keep them, those that
-are started later do not get them. The filter of calls is the whole process's, or this thread's and
-those that it starts.
+Namespaces, files and capabilities are each thread's own affair: threads that run already keep
+them, those that are started later do not get them. The filter of calls is the whole process's, or
+this thread's and those that it starts.
 """
 
 from __future__ import annotations
@@ -14,17 +14,21 @@ import os
 import resource
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
 
 from pyvmm.errors import ConfigError
 from pyvmm.host import confinement as c
+from pyvmm.host import namespaces
 
 PRIVILEGES, CAPABILITIES, LIMITS = "no-new-privileges", "capabilities", "limits"
 FILES, CALLS = "files", "calls"
-LAYERS = (LIMITS, CAPABILITIES, PRIVILEGES, FILES, CALLS)
+NAMESPACES, NETWORK, ROOT = "namespaces", "network", "root"
+# The first three take rights that the next ones give up.
+_FIRST = (NAMESPACES, NETWORK, ROOT)
+LAYERS = (*_FIRST, LIMITS, CAPABILITIES, PRIVILEGES, FILES, CALLS)
 _children: set[int] = set()
 
 
@@ -43,19 +47,23 @@ class Needs(NamedTuple):
 
     `ioctls` are numbers. `read` are paths, of files or of folders with all that is in them;
     `devices` those of device nodes that are opened.
+    `uses_network`: has a network device, so the layer `network` is not for it.
     `hears_of_interfaces`: opens a socket of rtnetlink.
     `passes_signals`: by descriptors of processes. `outside`: threads that run already start other
     programs later, and stay outside. `tells`: what is refused raises SIGSYS, which
-    pyvmm.host.refusals hears.
+    pyvmm.host.refusals hears; `answers` is given a listener (seccomp_unotify(2)) that is asked
+    about calls that cannot.
     """
 
     ioctls: tuple[int, ...] = ()
     read: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()
+    uses_network: bool = False
     hears_of_interfaces: bool = False
     passes_signals: bool = False
     outside: bool = False
     tells: bool = False
+    answers: Callable[[int], None] | None = None
 
 
 class Box(NamedTuple):
@@ -69,11 +77,36 @@ NO_BOX = Box()
 
 
 def probe() -> Box:
-    """The layers that this kernel has."""
+    """The layers that this machine lets this user have; it takes some milliseconds."""
     if _machine_lacks():
         return Box((), tuple((layer, _machine_lacks()) for layer in LAYERS))
-    off = () if c.landlock_version() else ((FILES, _NO_LANDLOCK),)
-    return Box(tuple(layer for layer in LAYERS if layer not in dict(off)), off)
+    off = {} if c.landlock_version() else {FILES: _NO_LANDLOCK}
+    import subprocess
+
+    trial = subprocess.run(c.python(__name__), capture_output=True, text=True, check=False)
+    for layer, reason in zip(_FIRST, trial.stdout.splitlines(), strict=False):
+        if reason:
+            off[layer] = reason
+    on = tuple(layer for layer in LAYERS if layer not in off)
+    return Box(on, tuple((layer, off[layer]) for layer in LAYERS if layer in off))
+
+
+def main(arguments: list[str]) -> int:
+    """Try the layers that only a process of its own can try: a line for each, with why it cannot
+    be had."""
+    begin()
+    for layer in _FIRST:
+        try:
+            _enter(layer, Needs())
+            print()
+        except ConfigError as error:
+            print(error.message)
+    return 0
+
+
+def filters_calls() -> bool:
+    """True if the layer `calls` is written for this machine."""
+    return not _machine_lacks()
 
 
 _NO_LANDLOCK = "this kernel has no Landlock, or it is switched off"
@@ -84,23 +117,56 @@ def _machine_lacks() -> str:
     return "" if machine == "x86_64" else f"not written for {machine}"
 
 
-def enter(needs: Needs) -> Box:
-    """Bring this process into the box, for good, with all layers that the kernel has."""
+# Why there are no rights over namespaces, if there are none.
+_no_rights = ""
+_in_user_namespace = False
+
+
+def begin() -> None:
+    """Take the rights that the first layers need, for the whole process, which has one thread
+    still. What cannot be had is told by `enter`."""
+    global _no_rights, _in_user_namespace
+    if _machine_lacks() or not set(_FIRST) & set(LAYERS) or _has_capability(_SYS_ADMIN):
+        return
+    try:
+        if not os.geteuid():
+            # Root in a namespace of its own would be nobody to the files of other users.
+            raise ConfigError("root without CAP_SYS_ADMIN has none")
+        namespaces.for_all()
+        _in_user_namespace = True
+    except ConfigError as error:
+        _no_rights = error.message
+
+
+def enter(needs: Needs, change_user: Callable[[], None] = lambda: None) -> Box:
+    """Bring this process into the box, for good, with all layers that the kernel has.
+    `change_user` is called in between, once the rights that it may take away are not needed."""
     if reason := _machine_lacks():
+        change_user()
         return Box((), tuple((layer, reason) for layer in LAYERS))
     on, off = [], []
+    changed = False
     for layer in LAYERS:
+        if layer not in _FIRST and not changed:
+            change_user()
+            changed = True
+        if layer == NETWORK and needs.uses_network:
+            continue
         try:
             _enter(layer, needs)
             on.append(layer)
         except ConfigError as error:
             off.append((layer, error.message))
+    if not changed:
+        change_user()
     return Box(tuple(on), tuple(off))
 
 
 def stay_outside() -> None:
     """For a thread that starts other programs: give up what neither it nor they ever need."""
-    for give_up in (partial(drop_capabilities, _NEVER_NEEDED), c.no_new_privileges, never_call):
+    # What a user namespace has given is for those inside.
+    which = None if _in_user_namespace else _NEVER_NEEDED
+    for give_up in (partial(drop_capabilities, which), c.no_new_privileges, never_call):
         with suppress(ConfigError):  # as far as the kernel can
             give_up()
 
@@ -114,7 +180,17 @@ def never_call() -> None:
 
 def _enter(layer: str, needs: Needs) -> None:
     """Switch `layer` on. Raises ConfigError."""
-    if layer == LIMITS:
+    if layer in _FIRST:
+        if _no_rights:
+            raise ConfigError(_no_rights)
+        if layer == ROOT:
+            read, devices = _paths(needs)
+            namespaces.root((*read, _SELF), (*devices, *_READ_DEVICES))
+        elif layer == NETWORK:
+            namespaces.network()
+        elif not _in_user_namespace:  # which came with its own
+            namespaces.of_others()
+    elif layer == LIMITS:
         c.lower(resource.RLIMIT_CORE, 0)
     elif layer == CAPABILITIES:
         drop_capabilities(None)
@@ -123,8 +199,7 @@ def _enter(layer: str, needs: Needs) -> None:
     elif layer == FILES:
         _leave_files(needs)
     else:
-        others = 0 if needs.outside else c.FILTER_TSYNC
-        c.install(_calls(needs), others | c.FILTER_SPEC_ALLOW)
+        _filter(needs)
 
 
 # --- capabilities --------------------------------------------------------------------------------
@@ -136,6 +211,7 @@ _MOST = 64
 # Of <linux/capability.h>: LINUX_IMMUTABLE, SYS_MODULE, SYS_RAWIO, SYS_PTRACE, SYS_PACCT, SYS_BOOT,
 # SYS_TIME, AUDIT_WRITE, AUDIT_CONTROL, MAC_OVERRIDE, MAC_ADMIN, SYSLOG, WAKE_ALARM, BLOCK_SUSPEND,
 # AUDIT_READ, PERFMON, BPF, CHECKPOINT_RESTORE. No program that is started later needs one of them.
+_SYS_ADMIN = 21
 _NEVER_NEEDED = frozenset({9, 16, 17, 19, 20, 22, 25, 29, 30, 32, 33, 34, 35, 36, 37, 38, 39, 40})
 
 
@@ -148,12 +224,10 @@ def drop_capabilities(which: frozenset[int] | None) -> None:
             except ConfigError:
                 # EINVAL: the kernel knows no more of them; EPERM: there is nothing to give up
                 break
-    header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
-    sets = ctypes.create_string_buffer(24)
-    c.checked(c.call_kernel(_CAPGET, ctypes.c_char_p(header), sets), "capget")
     # Two halves, each: effective, permitted, inheritable.
+    words = _capabilities()
     gone = (1 << _MOST) - 1 if which is None else sum(1 << number for number in which)
-    words = struct.unpack("=6I", sets.raw)
+    header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
     kept = [word & ~(gone >> (32 * (place // 3))) & 0xFFFFFFFF for place, word in enumerate(words)]
     done = c.call_kernel(
         _CAPSET, ctypes.c_char_p(header), ctypes.c_char_p(struct.pack("=6I", *kept))
@@ -161,6 +235,18 @@ def drop_capabilities(which: frozenset[int] | None) -> None:
     c.checked(done, "capset")
     with suppress(ConfigError):  # Linux before 4.3 has none
         c.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+
+
+def _capabilities() -> tuple[int, ...]:
+    header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
+    sets = ctypes.create_string_buffer(24)
+    c.checked(c.call_kernel(_CAPGET, ctypes.c_char_p(header), sets), "capget")
+    return struct.unpack("=6I", sets.raw)
+
+
+def _has_capability(number: int) -> bool:
+    """True if this thread may use it. `number` is below 32."""
+    return bool(_capabilities()[0] >> number & 1)
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -179,12 +265,21 @@ def _leave_files(needs: Needs) -> None:
     with suppress(OSError):
         _own_folder = os.open(_SELF, os.O_PATH | os.O_CLOEXEC)
     output = c.READ_FILE | c.WRITE_FILE | c.TRUNCATE | c.IOCTL_DEV
+    read, devices = _paths(needs)
     rules: list[c.FileRule] = [
-        ((*c.SYSTEM, *needs.read, _SELF, "/dev/zero", "/dev/urandom"), c.READ_FILE | c.READ_DIR),
-        (("/dev/null", *needs.devices, *_terminals()), output),
+        ((*read, *_READ_DEVICES, _SELF), c.READ_FILE | c.READ_DIR),
+        ((*devices, *_terminals()), output),
     ]
     # Signals are for the filter to decide: some are for children of ours.
     c.restrict_files(rules, abi, scopes=c.SCOPE_ABSTRACT)
+
+
+_READ_DEVICES = ("/dev/zero", "/dev/urandom")
+
+
+def _paths(needs: Needs) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The paths that stay: files and folders to be read, and devices to be written."""
+    return (*c.SYSTEM, *needs.read), ("/dev/null", *needs.devices)
 
 
 def _terminals() -> Iterator[str]:
@@ -239,7 +334,23 @@ _IOCTLS = {
 _FCNTLS = (*range(8), 36, 37, 38, 1030, 1031, 1032, 1033, 1034)
 
 
-def _calls(needs: Needs) -> list[c.Line]:
+# <linux/seccomp.h>: SECCOMP_IOCTL_NOTIF_RECV, SECCOMP_IOCTL_NOTIF_SEND
+_OF_LISTENER = (0xC0502100, 0xC0182101)
+
+
+def _filter(needs: Needs) -> None:
+    """Raises ConfigError."""
+    flags = c.FILTER_SPEC_ALLOW | (0 if needs.outside else c.FILTER_TSYNC)
+    if needs.answers is not None:
+        more = c.FILTER_NEW_LISTENER | (0 if needs.outside else c.FILTER_TSYNC_ESRCH)
+        with suppress(ConfigError):  # Linux before 5.7 has no listener for all threads
+            listener = c.install(_calls(needs, asks=True), flags | more)
+            needs.answers(listener)
+            return
+    c.install(_calls(needs), flags)
+
+
+def _calls(needs: Needs, *, asks: bool = False) -> list[c.Line]:
     """The filter of a monitor that starts no other program."""
     calls = {**c.CALLS, **c.SERVING, **_MORE, **_OPEN_CALLS}
     if needs.hears_of_interfaces:
@@ -247,7 +358,7 @@ def _calls(needs: Needs) -> list[c.Line]:
     if needs.passes_signals:
         calls |= _PASSING_SIGNALS
     checks: dict[int, c.Check] = {
-        _IOCTL: (1, c.EQUAL, (*needs.ioctls, *_IOCTLS.values())),
+        _IOCTL: (1, c.EQUAL, (*needs.ioctls, *_IOCTLS.values(), *(_OF_LISTENER if asks else ()))),
         _FCNTL: (1, c.EQUAL, _FCNTLS),
         _KILL: (0, c.EQUAL, (os.getpid(), *sorted(_children))),
         _SOCKET: (0, c.EQUAL, (_AF_NETLINK,) if needs.hears_of_interfaces else ()),
@@ -258,7 +369,7 @@ def _calls(needs: Needs) -> list[c.Line]:
     if not c.landlock_version():  # which decides what is written, elsewhere
         checks |= {c.OPEN: (1, c.NONE, (c.WRITING,)), c.OPENAT: (2, c.NONE, (c.WRITING,))}
     numbers = [calls[name] for name in calls if name not in _NO_LONGER]
-    return c.allow_list(numbers, checks, raises=needs.tells, silently=_MAKING_PROCESSES)
+    return c.allow_list(numbers, checks, raises=needs.tells, silently=_MAKING_PROCESSES, asks=asks)
 
 
 # What neither pyvmm nor a program that it starts ever does.

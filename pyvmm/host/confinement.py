@@ -262,9 +262,10 @@ _PR_SET_NO_NEW_PRIVS = 38
 _SECCOMP = 317
 _SET_MODE_FILTER = 1
 FILTER_TSYNC, FILTER_SPEC_ALLOW = 1 << 0, 1 << 2
+FILTER_NEW_LISTENER, FILTER_TSYNC_ESRCH = 1 << 3, 1 << 4
 _AUDIT_ARCH_X86_64 = 0xC000003E
 _RET_ALLOW, _RET_ERRNO, _RET_KILL = 0x7FFF0000, 0x00050000, 0x80000000
-_RET_TRAP = 0x00030000
+_RET_TRAP, _RET_USER_NOTIF = 0x00030000, 0x7FC00000
 # struct seccomp_data
 _NUMBER, _ARCH, _ARGUMENTS = 0, 4, 16
 # Classic BPF: load a word, jump if equal, jump if any bit is set, jump if not less, jump, return.
@@ -280,6 +281,7 @@ Line = tuple[int, int, int, int]
 _ALLOW: Line = (_RETURN, 0, 0, _RET_ALLOW)
 _REFUSE: Line = (_RETURN, 0, 0, _RET_ERRNO | errno.EPERM)
 _RAISE: Line = (_RETURN, 0, 0, _RET_TRAP)
+_ASK: Line = (_RETURN, 0, 0, _RET_USER_NOTIF)
 _BEGIN: tuple[Line, ...] = (
     (_LOAD, 0, 0, _ARCH),
     (EQUAL, 1, 0, _AUDIT_ARCH_X86_64),
@@ -293,16 +295,16 @@ def _filter_calls(calls: Iterable[int], *, may_open_to_write: bool) -> None:
     install(program, 0)
 
 
-def install(program: Sequence[Line], flags: int) -> None:
+def install(program: Sequence[Line], flags: int) -> int:
     """Make `program` a filter of this thread's calls, and of others' as `flags` say
-    (SECCOMP_FILTER_FLAG_*). Raises ConfigError."""
+    (SECCOMP_FILTER_FLAG_*); the listener's descriptor if they ask for one. Raises ConfigError."""
     code = b"".join(struct.pack("=HBBI", *line) for line in program)
     buffer = ctypes.create_string_buffer(code, len(code))
     header = struct.pack("@HP", len(program), ctypes.addressof(buffer))
     done = call_kernel(_SECCOMP, _SET_MODE_FILTER, flags, ctypes.c_char_p(header))
-    if done > 0:
+    if done > 0 and not flags & FILTER_NEW_LISTENER:
         raise ConfigError(f"this kernel cannot confine a program: thread {done} takes no filter")
-    checked(done, "seccomp")
+    return checked(done, "seccomp")
 
 
 Check = tuple[int, int, Iterable[int]]
@@ -332,26 +334,28 @@ def allow_list(
     *,
     raises: bool = False,
     silently: Iterable[int] = (),
+    asks: bool = False,
 ) -> list[Line]:
     """A filter that lets calls pass that are among `checks` and fulfil theirs, or else among
     `numbers`. The checks come first: the kernel looks no calls up that always pass.
 
     The others fail; with `raises` by SIGSYS, whose handler gives them their result, but those that
-    are refused `silently`."""
+    are refused `silently`, or, if it `asks`, by the filter's listener."""
     refuse = _RAISE if raises else _REFUSE
+    refuse_quiet = _ASK if asks else _REFUSE
     quiet = set(silently)
     lines = list(_BEGIN)
     for number, (argument, test, values) in checks.items():
         block: list[Line] = [(_LOAD, 0, 0, _ARGUMENTS + 8 * argument)]
         for value in values:
             block += [(*_TESTS[test], value), _ALLOW]
-        block.append(_REFUSE if number in quiet else refuse)
+        block.append(refuse_quiet if number in quiet else refuse)
         lines += [(EQUAL, 1, 0, number), (_SKIP, 0, 0, len(block)), *block]
     for number in numbers:
         lines += [(EQUAL, 0, 1, number), _ALLOW]
     lines += [(EQUAL, 0, 1, CLONE3), (_RETURN, 0, 0, _RET_ERRNO | errno.ENOSYS)]
     for number in quiet - set(checks):
-        lines += [(EQUAL, 0, 1, number), _REFUSE]
+        lines += [(EQUAL, 0, 1, number), refuse_quiet]
     return [*lines, refuse]
 
 

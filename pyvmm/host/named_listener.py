@@ -17,16 +17,27 @@ from pyvmm.host.unix_sockets import Socket
 _note: Callable[[str], None] | None = None
 
 
-def remove(path: str) -> None:
-    """Remove the file at `path`. Raises OSError."""
-    _remove(path)
+Identity = tuple[int, int]
+"""The device of a file, and its inode."""
 
 
-_remove: Callable[[str], None] = os.unlink
+def remove(path: str, identity: Identity | None = None) -> None:
+    """Remove the file at `path`, with `identity` only if it is that one. Raises OSError."""
+    _remove(path, identity)
 
 
-def remove_by(remover: Callable[[str], None]) -> None:
-    """From now on `remover` removes files: it can where this process no longer can."""
+def remove_here(path: str, identity: Identity | None) -> None:
+    """The same, whatever `remove_by` was told."""
+    if identity in (None, _identity(os.lstat(path))):
+        os.unlink(path)
+
+
+_remove: Callable[[str, Identity | None], None] = remove_here
+
+
+def remove_by(remover: Callable[[str, Identity | None], None]) -> None:
+    """From now on `remover` removes files, and looks at them before: it can where this process no
+    longer can."""
     global _remove
     _remove = remover
 
@@ -108,15 +119,7 @@ class NamedListener(Closable):
             return
         self.socket.close()
         with suppress(OSError):  # somebody has removed it, or put something else there
-            if self._is_there():
-                remove(self.path)
-
-    def _is_there(self) -> bool:
-        """Raises OSError."""
-        try:
-            return _identity(os.lstat(self.path)) == self._identity
-        except PermissionError:
-            return True  # another user cannot look; whoever removes for him looks again
+            remove(self.path, self._identity)
 
 
 def _is_alive(path: str) -> bool:
@@ -127,5 +130,5 @@ def _is_alive(path: str) -> bool:
     return True
 
 
-def _identity(found: os.stat_result) -> tuple[int, int]:
+def _identity(found: os.stat_result) -> Identity:
     return found.st_dev, found.st_ino

@@ -6,7 +6,10 @@ is a few instructions of the processor: they put the result into the thread's re
 record into a pipe, or nowhere if that is full. Whoever has the time reads it.
 
 A thread that blocks SIGSYS would be ended with its process instead. So the filter raises none for
-those calls before which the C library blocks all signals: the ones that make processes.
+those calls before which the C library blocks all signals, the ones that make processes, but asks a
+listener (seccomp_unotify(2)): a thread that does not need Python's lock either, and always says no.
+Who has its descriptor could say yes. So that thread has a table of descriptors of its own, and
+nobody else has that one.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from pyvmm.host.call_names import name_of
+from pyvmm.host.confinement import call_kernel
 
 _RECORD = struct.Struct("=4Q")
 _SIGSYS = 31
@@ -46,6 +50,30 @@ _CODE = (
 )
 
 
+# void answer(int FD, int PIPE, void *BUFFER), which comes back only if the listener is of no use.
+# In BUFFER: struct seccomp_notif, struct seccomp_notif_resp, a record.
+_ANSWERING = (
+    "53 4154 4155"  # push rbx, r12, r13
+    "89fb 4189f4 4989d5"  # ebx = FD; r12d = PIPE; r13 = BUFFER
+    "4c89ef 31c0 b90a000000 f348ab"  # again: clear the first 80 bytes
+    "89df be002150c0 4c89ea b810000000 0f05"  # ioctl(FD, SECCOMP_IOCTL_NOTIF_RECV, BUFFER)
+    "85c0 7867"  # test eax, eax; js failed
+    "49634510 49894568 418b4508 49894570"  # into the record: the call's number, the thread,
+    "498b4520 49894578 498b4528 49898580000000"  # the first two arguments
+    "4489e7 498d7568 ba20000000 b801000000 0f05"  # write(PIPE, record, 32)
+    "498b4500 49894550 31c0 49894558"  # into the answer: its id; val = 0;
+    "41c74560ffffffff 41894564"  # error = -EPERM; flags = 0
+    "89df 498d5550 be012118c0 b810000000 0f05"  # ioctl(FD, SECCOMP_IOCTL_NOTIF_SEND, answer)
+    "e977ffffff"  # jmp again
+    "83f8fe 0f846effffff"  # failed: cmp eax, -ENOENT; je again: the thread has gone
+    "83f8fc 0f8465ffffff"  # cmp eax, -EINTR; je again
+    "415d 415c 5b c3"
+)
+_BUFFER_SIZE = 80 + 24 + _RECORD.size
+_LAST = 0xFFFFFFFF  # of all descriptors
+_CLOSE_RANGE, _CLOSE_RANGE_UNSHARE = 436, 2  # <linux/close_range.h>, since Linux 5.9
+
+
 class Refusals:
     """The calls that were refused to this process, from now on and until its end."""
 
@@ -53,14 +81,19 @@ class Refusals:
         """Raises OSError where the kernel lets no code be made."""
         self.count = 0
         self._threads: dict[int, str] = {}
-        self._reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._reader, self._writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        writer = self._writer
         # Never freed: a thread may come into it at any time.
         self._page = mmap.mmap(-1, _PAGE)
         code = bytes.fromhex(_CODE.format(fd=struct.pack("<I", writer).hex()))
         # `end` is the last byte, and the jump to it counts from behind itself.
         assert code[5] == len(code) - 7
-        self._page.write(code)
+        answering = bytes.fromhex(_ANSWERING)
+        self._page.write(code + answering)
         address = ctypes.addressof(ctypes.c_char.from_buffer(self._page))
+        # Such a call gives Python's lock back until it is over.
+        call = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
+        self._answering = call(address + len(code))
         libc = ctypes.CDLL(None, use_errno=True)
         place = ctypes.c_void_p(address)
         if libc.mprotect(place, ctypes.c_size_t(_PAGE), _PROT_READ | _PROT_EXEC):
@@ -69,6 +102,27 @@ class Refusals:
         action = struct.pack("=Q128xI4xQ", address, _SA_SIGINFO | _SA_RESTART | _SA_NODEFER, 0)
         if libc.sigaction(_SIGSYS, ctypes.c_char_p(action), None):
             raise OSError(ctypes.get_errno(), "sigaction")
+
+    def answer(self, listener: int) -> None:
+        """Refuse all that `listener` is asked, which is nobody else's from now on."""
+        ready = threading.Event()
+        threading.Thread(
+            target=self._answer, args=(listener, ready), name="refusals", daemon=True
+        ).start()
+        ready.wait()
+        os.close(listener)
+
+    def _answer(self, listener: int, ready: threading.Event) -> None:
+        buffer = ctypes.create_string_buffer(_BUFFER_SIZE)
+        first, last = sorted((listener, self._writer))
+        alone = True
+        for begin, end in ((last + 1, _LAST), (first + 1, last - 1), (0, first - 1)):
+            if begin <= end:
+                flags = _CLOSE_RANGE_UNSHARE
+                alone = alone and call_kernel(_CLOSE_RANGE, begin, end, flags) == 0
+        ready.set()
+        if alone:
+            self._answering(listener, self._writer, buffer)
 
     def meet_threads(self) -> None:
         """Learn the names of the threads that there are, which may end before they are told of."""

@@ -11,9 +11,10 @@ import os
 import socket
 from contextlib import ExitStack, suppress
 from struct import Struct
+from threading import get_native_id
 
 from pyvmm.errors import ConfigError, HostError
-from pyvmm.host import syscalls
+from pyvmm.host import outside, syscalls
 from pyvmm.host.syscalls import read_or_empty
 
 IFNAMSIZ = 16  # <linux/if.h>
@@ -178,7 +179,7 @@ def is_up(name: str) -> bool:
 def counters(name: str) -> dict[str, int]:
     """The counters of an interface: frames and bytes to and from the guest, and the frames to it
     that were dropped (proc_pid_net(5), /proc/net/dev). Raises HostError if it is gone."""
-    for line in read_or_empty("/proc/self/net/dev").splitlines():
+    for line in outside.run(_all_counters).splitlines():
         interface, _, numbers = line.strip().partition(":")
         if interface == name:
             # bytes, packets, errs, drop, …: 8 numbers received, then 8 sent
@@ -193,8 +194,17 @@ def counters(name: str) -> dict[str, int]:
     raise HostError(errno.ENODEV, f"counters of {name}")
 
 
+def _all_counters() -> str:
+    """Of the network that this thread is in."""
+    return read_or_empty(f"/proc/self/task/{get_native_id()}/net/dev")
+
+
 def interface_changes() -> socket.socket:
     """Readable after any interface has changed or gone (rtnetlink(7)). Raises HostError."""
+    return outside.run(_interface_changes)
+
+
+def _interface_changes() -> socket.socket:
     kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK
     with ExitStack() as opened:
         try:

@@ -49,6 +49,7 @@ class Confinement:
         self._vm_log: VmLog | None = None
         self._refusals: Refusals | None = None
         self._warn: log.RateLimited | None = None
+        self._of_start: list[str] = []
         self.box = NO_BOX
 
     def watch_over(self, registration: Registration, vm_log: VmLog | None) -> None:
@@ -69,7 +70,9 @@ class Confinement:
             named_listener.remove_by(keeper.remove)
             unix_sockets.connect_by(keeper.reach)
         else:
-            named_listener.remove_by(lambda path: self.run(partial(os.unlink, path)))
+            named_listener.remove_by(
+                lambda path, identity: self.run(partial(named_listener.remove_here, path, identity))
+            )
             unix_sockets.connect_by(lambda path: self.run(partial(unix_sockets.connect_here, path)))
 
         def note(path: str) -> None:
@@ -97,24 +100,30 @@ class Confinement:
                 if device.kind == "vhost_user":  # whose back end may be followed by another one
                     self._keeper.announce(getattr(device, "socket", ""), removes=False)
             self._keeper.enter_box()
-        if self._mode == AUTO:
-            self._outside = Outside(box.stay_outside)
-        if self._user is not None:
-            self._become(self._user)
         if self._mode == OFF:
+            self._become()
             self._say_what_is_on()
             return self.box
+        box.begin()
+        if self._mode == AUTO:
+            self._outside = Outside(box.stay_outside)
         self._hear_refusals(spec.name)
+        for path in filter(None, (spec.kernel, spec.initrd)):
+            with suppress(OSError):
+                if os.stat(path).st_nlink:  # or else it has no name, as a memfd has not
+                    self._of_start.append(path)
+        has_network = any(device.kind == "net" for device in spec.devices)
         needs = Needs(
             ioctls=(KVM_RUN, *sorted(numbers.made() - {KVM_RUN})),  # it is looked for first
             read=(*_code(), *_files(spec), *self._surroundings.allow_read),
-            hears_of_interfaces=self._mode == AUTO  # a tap may come later
-            or any(device.kind == "net" for device in spec.devices),
+            uses_network=has_network,
+            hears_of_interfaces=has_network and self._mode == STRICT,  # or else from outside
             passes_signals=self._passes_signals,
             outside=self._mode == AUTO,
             tells=self._refusals is not None,
+            answers=None if self._refusals is None else self._refusals.answer,
         )
-        self.box = box.enter(needs)
+        self.box = box.enter(needs, self._become)
         if self._mode == STRICT and self.box.off:
             layer, reason = self.box.off[0]
             raise ConfigError(
@@ -125,8 +134,11 @@ class Confinement:
         self._say_what_is_on()
         return self.box
 
-    def _become(self, user: OtherUser) -> None:
-        """Raises ConfigError."""
+    def _become(self) -> None:
+        """Become the other user, if there is one. Raises ConfigError."""
+        user = self._user
+        if user is None:
+            return
         if box.signals_others() or self._passes_signals:
             raise ConfigError(
                 "what serves qcow2 disks, --share or CMD stays root's, and cannot be ended by "
@@ -145,7 +157,7 @@ class Confinement:
             ) from None
 
     def _hear_refusals(self, name: str) -> None:
-        if box.probe().on:
+        if box.filters_calls():
             from pyvmm.host.refusals import Refusals
 
             with suppress(OSError):  # then a call fails without a line
@@ -165,6 +177,14 @@ class Confinement:
         refused = 0 if self._refusals is None else self._refusals.count
         box = {"on": list(self.box.on), "off": dict(self.box.off)}
         return {"mode": self._mode, "user": os.geteuid(), **box, "refused_calls": refused}
+
+    def check_files(self) -> None:
+        """Raise ConfigError for a file of the guest's start that was removed, or replaced: a root
+        of our own has it still."""
+        for path in self._of_start:
+            with suppress(OSError):  # whoever opens it tells
+                if not os.stat(path).st_nlink:
+                    raise ConfigError(f"cannot open {path}: it was removed")
 
     def started(self) -> None:
         """The vCPUs run."""

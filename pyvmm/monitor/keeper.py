@@ -32,7 +32,8 @@ from typing import Any, NamedTuple
 
 from pyvmm.control import vm_log
 from pyvmm.errors import HostError
-from pyvmm.host import unix_sockets
+from pyvmm.host import named_listener, unix_sockets
+from pyvmm.host.named_listener import Identity
 from pyvmm.host.unix_sockets import Socket
 
 _MOST = 64 << 10  # bytes of a message
@@ -78,12 +79,13 @@ class Keeper:
             self._ask(b"box")
             self._boxed = True
 
-    def remove(self, path: str) -> None:
-        """Remove a file that was announced, or, before `enter_box`, any. Raises OSError."""
-        number = self._numbers.get(os.path.abspath(path))
+    def remove(self, path: str, identity: Identity | None = None) -> None:
+        """Remove a file that was announced, or, before `enter_box`, any, if it has `identity`.
+        Raises OSError."""
         if not self._boxed:
-            os.unlink(path)
+            named_listener.remove_here(path, identity)
             return
+        number = self._numbers.get(os.path.abspath(path))
         if number is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         with self._lock:

@@ -392,6 +392,8 @@ class _Run:
         if self._hotplug is not None:
             self._hotplug.guest_restarts()
         try:
+            if self.confinement is not None:
+                self.confinement.check_files()
             self._prepared = prepare_again(self._prepared)
             parts = self._parts()
         except PyvmmError as error:

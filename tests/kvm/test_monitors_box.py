@@ -6,6 +6,7 @@ A guest on real KVM reads the device's configuration space, and so runs the code
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import socket
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +24,17 @@ from echo_guest import echo_kernel, faulting_kernel
 from running import Running
 
 from pyvmm.host import box, confinement
-from pyvmm.host.box import CALLS, CAPABILITIES, FILES, LAYERS, LIMITS, PRIVILEGES
+from pyvmm.host.box import (
+    CALLS,
+    CAPABILITIES,
+    FILES,
+    LAYERS,
+    LIMITS,
+    NAMESPACES,
+    NETWORK,
+    PRIVILEGES,
+    ROOT,
+)
 from pyvmm.kvm.system import Kvm
 
 SAFETY_TIMEOUT = 60
@@ -87,25 +99,38 @@ sys.exit(main())
 """
 
 
+# Not allowed; or not there, as far as code in the box can see.
+STOPPED = ("EPERM", "EACCES", "EROFS", "ENOENT", "ENETUNREACH", "ECONNREFUSED")
+
+
 class Attack(NamedTuple):
-    """`code` fails with EPERM or EACCES if any of `layers` is on, and if none is, it does not."""
+    """`code` fails with an error of STOPPED if any of `layers` is on, and if none is, it does
+    not."""
 
     code: str
     layers: tuple[str, ...]
 
 
-def attacks(folder: Path, victim: int, port: int) -> dict[str, Attack]:
-    other, new, place = folder / "other.img", folder / "new", folder / "place"
+def attacks(folder: Path, victim: int, port: int, abstract: str, key: int) -> dict[str, Attack]:
+    other, new = folder / "other.img", folder / "new"
     return {
-        "read a file": Attack("open('/etc/passwd').read(1)", (FILES,)),
-        "write to another VM's disk": Attack(f"open({str(other)!r}, 'r+b').write(b'x')", (FILES,)),
-        "make a file": Attack(f"open({str(new)!r}, 'w'); os.unlink({str(new)!r})", (FILES, CALLS)),
-        "look into a folder": Attack("os.listdir('/etc')", (FILES,)),
+        "read a file": Attack("open('/etc/passwd').read(1)", (ROOT, FILES)),
+        # A thread of `auto` is outside, and its root is the machine's.
+        "read a file by another thread's root": Attack("read_by_threads('/etc/passwd')", (FILES,)),
+        "see whether a file is there": Attack("os.stat('/etc/passwd')", (ROOT,)),
+        "write to another VM's disk": Attack(
+            f"open({str(other)!r}, 'r+b').write(b'x')", (ROOT, FILES)
+        ),
+        "make a file": Attack(
+            f"open({str(new)!r}, 'w'); os.unlink({str(new)!r})", (ROOT, FILES, CALLS)
+        ),
+        "look into a folder": Attack("os.listdir('/var')", (ROOT, FILES)),
         "read of another process": Attack(
-            f"open('/proc/{victim}/environ').read(1)", (CAPABILITIES, FILES)
+            f"open('/proc/{victim}/environ').read(1)", (ROOT, CAPABILITIES, FILES)
         ),
         "run a program": Attack(
-            "os.waitpid(os.posix_spawn('/bin/true', ['true'], {}), 0)", (FILES, CALLS)
+            f"os.waitpid(os.posix_spawn({os.path.realpath('/bin/true')!r}, ['true'], {{}}), 0)",
+            (FILES, CALLS),
         ),
         "fork": Attack("pid = os.fork() or os._exit(0); os.waitpid(pid, 0)", (CALLS,)),
         "kill another process": Attack(f"os.kill({victim}, 0)", (CALLS,)),
@@ -117,19 +142,26 @@ def attacks(folder: Path, victim: int, port: int) -> dict[str, Attack]:
         ),
         "read another process's memory": Attack(f"call(310, {victim}, 0, 0, 0, 0, 0)", (CALLS,)),
         "reach the network": Attack(
-            f"s = socket.socket(); s.connect(('127.0.0.1', {port})); s.close()", (FILES, CALLS)
+            f"s = socket.socket(); s.connect(('127.0.0.1', {port})); s.close()",
+            (NETWORK, FILES, CALLS),
         ),
         "send a datagram": Attack(
             "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', 9))",
-            (CALLS,),
+            (NETWORK, CALLS),
         ),
+        "reach an abstract socket": Attack(
+            f"s = socket.socket(socket.AF_UNIX); s.connect({abstract!r}); s.close()",
+            (NETWORK, FILES, CALLS) if confinement.landlock_version() >= 6 else (NETWORK, CALLS),
+        ),
+        "reach shared memory by its key": Attack(f"shared_memory({key})", (NAMESPACES, CALLS)),
         "reach another VM's control socket": Attack(
             f"s = socket.socket(socket.AF_UNIX); s.connect({str(folder / 'control')!r}); s.close()",
-            (CALLS,),
+            (ROOT, CALLS),
         ),
+        # Of a file that is there in any box, upon itself.
         "mount": Attack(
-            f"call(165, b'none', {str(place)!r}.encode(), b'tmpfs', 0, 0);"
-            f"call(166, {str(place)!r}.encode(), 2)",
+            f"k = {str(folder / 'kernel')!r}.encode(); call(165, k, k, b'', 0x1000, 0);"
+            "call(166, k, 2)",
             (CAPABILITIES, FILES, CALLS),
         ),
         "enter new namespaces": Attack("call(272, 0x04000000)", (CAPABILITIES, CALLS)),
@@ -155,6 +187,21 @@ HELPERS = """
 
 def call_refused():
     raise PermissionError(errno.EPERM, "refused before")
+
+
+def read_by_threads(path):
+    failed = None
+    for thread in os.listdir("/proc/self/task"):
+        try:
+            return open(f"/proc/self/task/{thread}/root{path}").read(1)
+        except OSError as error:
+            failed = error
+    raise failed
+
+
+def shared_memory(key):
+    if libc.shmget(ctypes.c_int(key), ctypes.c_size_t(0), 0) < 0:
+        raise OSError(ctypes.get_errno(), "shmget")
 """
 
 
@@ -186,7 +233,20 @@ class Scene(NamedTuple):
 
 
 def refused(found: dict[str, str]) -> set[str]:
-    return {name for name, result in found.items() if result in ("EPERM", "EACCES")}
+    return {name for name, result in found.items() if result in STOPPED}
+
+
+@contextmanager
+def shared_memory() -> Iterator[int]:
+    """The key of a piece of memory that any process of this user may share (shmget(2))."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    key = os.getpid() << 8 | 1
+    number = libc.shmget(key, ctypes.c_size_t(4096), 0o1600)  # IPC_CREAT
+    assert number >= 0, ctypes.get_errno()
+    try:
+        yield key
+    finally:
+        libc.shmctl(number, 0, None)  # IPC_RMID
 
 
 @pytest.fixture
@@ -208,11 +268,16 @@ def scene(kvm: Kvm, tmp_path: Path) -> Iterator[Scene]:
         subprocess.Popen(["sleep", "1000"]) as victim,
         socket.create_server(("127.0.0.1", 0)) as server,
         socket.socket(socket.AF_UNIX) as control,
+        socket.socket(socket.AF_UNIX) as abstract,
+        shared_memory() as key,
     ):
+        abstract.bind(f"\0{tmp_path}")
+        abstract.listen(100)
         control.bind(str(tmp_path / "control"))
         control.listen(100)
         try:
-            yield Scene(tmp_path, attacks(tmp_path, victim.pid, server.getsockname()[1]))
+            port, name = server.getsockname()[1], f"\0{tmp_path}"
+            yield Scene(tmp_path, attacks(tmp_path, victim.pid, port, name, key))
         finally:
             victim.kill()
 
@@ -226,6 +291,19 @@ def test_each_attack_fails_by_the_layers_that_are_named_for_it(scene: Scene) -> 
         expected = {name for name in possible if layer in scene.attacks[name].layers}
         found = scene.attempt(layer)
         assert refused(found) & possible == expected, (layer, found)
+
+
+# What the kernel wants before it confines a process that has no capabilities.
+NEEDS_PRIVILEGES_GONE = (PRIVILEGES, FILES, CALLS)
+
+
+def test_without_one_layer_what_the_others_stop_is_stopped(scene: Scene) -> None:
+    possible = {name for name, result in scene.attempt("").items() if result == "done"}
+    for left_out in LAYERS:
+        gone = NEEDS_PRIVILEGES_GONE if left_out == PRIVILEGES else (left_out,)
+        expected = {name for name in possible if set(scene.attacks[name].layers) - set(gone)}
+        found = scene.attempt(" ".join(one for one in LAYERS if one != left_out))
+        assert refused(found) & possible == expected, (left_out, found)
 
 
 @pytest.mark.parametrize("mode", ["auto", "strict"])
@@ -243,14 +321,25 @@ def test_a_device_may_read_late_what_the_user_has_named(scene: Scene, mode: str)
     scene.attacks["write"] = Attack(f"open('{named}/data', 'w')", (FILES,))
     scene.attacks["read another"] = Attack(f"open('{other}').read(1)", (FILES,))
     found = scene.attempt(" ".join(LAYERS), "--confine", mode, "--allow-read", str(named))
-    assert found == {"read": "done", "write": "EACCES", "read another": "EACCES"}
-    assert set(scene.attempt(" ".join(LAYERS), "--confine", mode).values()) == {"EACCES"}
+    assert found == {"read": "done", "write": "EROFS", "read another": "ENOENT"}
+    assert refused(scene.attempt(" ".join(LAYERS), "--confine", mode)) == set(scene.attacks)
+
+
+def files_of(thread: int) -> list[str]:
+    """What its descriptors are, as far as they and it are there still."""
+    found = []
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for entry in os.scandir(f"/proc/{thread}/fd"):
+            with suppress(FileNotFoundError, ProcessLookupError):
+                found.append(os.readlink(entry.path))
+    return found
 
 
 @pytest.mark.parametrize("mode", ["auto", "strict"])
 def test_a_refused_call_is_told_by_number_and_name_with_its_thread(scene: Scene, mode: str) -> None:
     named = {
         "use kernel keys": "keyctl (system call 250)",
+        "fork": "clone (system call 56)",
         "type at a terminal": "ioctl (system call 16) 0x5412",
         "reach another VM's control socket": f"socket (system call 41) of family {socket.AF_UNIX}",
     }
@@ -259,16 +348,24 @@ def test_a_refused_call_is_told_by_number_and_name_with_its_thread(scene: Scene,
     device = f"{scene.folder}/attacker.py:Attacker,plan={plan}"
     with Running(scene.folder, "vm", READS_AND_WAITS, "--device", device, "--confine", mode) as vm:
         deadline = time.monotonic() + SAFETY_TIMEOUT
-        while json.loads(vm("stats", "vm", "--json").stdout)["confinement"]["refused_calls"] < 3:
-            assert time.monotonic() < deadline
+        refused_calls = 0
+        while refused_calls < len(named):
+            stats = json.loads(vm("stats", "vm", "--json").stdout)
+            refused_calls = stats["confinement"]["refused_calls"]
+            assert time.monotonic() < deadline, stats
         told: list[str] = []
-        while len(told) < 3:  # they are counted first, and then told
+        while len(told) < len(named):  # they are counted first, and then told
             said = vm("logs", "vm").stderr.splitlines()
             told = [line for line in said if "the box refused" in line]
             assert time.monotonic() < deadline, said
         assert told == [
             f"pyvmm: vm: the box refused {what} in the thread vcpu0" for what in named.values()
         ]
+        # Whoever has the listener of the filter could allow himself to fork.
+        assert not [one for one in files_of(vm.process.pid) if "seccomp" in one]
+        tables = [files_of(int(task)) for task in os.listdir(f"/proc/{vm.process.pid}/task")]
+        [answering] = [table for table in tables if any("seccomp" in one for one in table)]
+        assert len(answering) == 2, answering
 
 
 # A signal of that number which is not the filter's does no harm, nor does a full pipe.

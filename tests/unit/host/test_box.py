@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from c_claims import assert_in_c, needs_headers
 
-from pyvmm.host import box, confinement, vhost
+from pyvmm.host import box, confinement, refusals, vhost
 from pyvmm.host.outside import Outside
 
 
@@ -32,6 +32,14 @@ def test_the_kernel_s_numbers(tmp_path: Path) -> None:
         f"PR_CAPBSET_DROP == {box._PR_CAPBSET_DROP}",
         f"PR_CAP_AMBIENT == {box._PR_CAP_AMBIENT}",
         f"PR_CAP_AMBIENT_CLEAR_ALL == {box._PR_CAP_AMBIENT_CLEAR_ALL}",
+        f"SECCOMP_IOCTL_NOTIF_RECV == {box._OF_LISTENER[0]}",
+        f"SECCOMP_IOCTL_NOTIF_SEND == {box._OF_LISTENER[1]}",
+        "sizeof(struct seccomp_notif) == 80 && sizeof(struct seccomp_notif_resp) == 24",
+        f"SECCOMP_FILTER_FLAG_NEW_LISTENER == {confinement.FILTER_NEW_LISTENER}",
+        f"SECCOMP_FILTER_FLAG_TSYNC_ESRCH == {confinement.FILTER_TSYNC_ESRCH}",
+        f"SECCOMP_RET_USER_NOTIF == {confinement._RET_USER_NOTIF}u",
+        f"__NR_close_range == {refusals._CLOSE_RANGE}",
+        f"CLOSE_RANGE_UNSHARE == {refusals._CLOSE_RANGE_UNSHARE}",
         f"_LINUX_CAPABILITY_VERSION_3 == {box._CAPABILITY_VERSION_3}",
     ]
     names = (
@@ -46,6 +54,7 @@ def test_the_kernel_s_numbers(tmp_path: Path) -> None:
     headers = [
         *("asm/unistd_64.h", "linux/prctl.h", "linux/capability.h", "asm/ioctls.h", "linux/fs.h"),
         *("linux/vhost.h", "linux/if_tun.h", "linux/fcntl.h", "sys/socket.h"),
+        *("sys/ioctl.h", "linux/seccomp.h", "linux/close_range.h"),
     ]
     assert_in_c(tmp_path, headers, claims)
 
@@ -76,7 +85,7 @@ box.enter(box.Needs(outside=True))
 def may_open():
     try:
         open("/etc/passwd").close()
-    except PermissionError:
+    except (FileNotFoundError, PermissionError):
         return False
     return True
 def may_ask_io_uring():

@@ -1,0 +1,220 @@
+"""A root and namespaces of its own: of an ordinary user, of root, and where the kernel refuses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from c_claims import assert_in_c, needs_headers
+
+from pyvmm.host import box, namespaces
+
+ROOT = Path(__file__).resolve().parents[3]
+SAFETY_TIMEOUT = 60
+ORDINARY = 61001
+
+# Enters the first layers, with PATH in sys.argv[1] left to be read; says what is there then.
+SCRIPT = """
+import os, socket, sys, threading
+from pyvmm.host import box, namespaces
+from pyvmm.host import confinement as c
+from pyvmm.host.outside import Outside
+
+def tried(what):
+    try:
+        return what()
+    except OSError as error:
+        return type(error).__name__
+
+def see():
+    print(tried(lambda: open("/etc/passwd").read(1) and "read"), end=" ")
+
+named = sys.argv[1]
+user = os.getuid(), os.getgid()
+{before}
+box.begin()
+assert (os.getuid(), os.getgid()) == user
+outside = Outside(box.stay_outside)
+found = box.enter(box.Needs(read=(named, named + "/data", "/missing/for/ever")))
+print(*(f"{{layer}}: {{reason}}" for layer, reason in found.off), sep="; ")
+see()
+outside.run(see)
+print(tried(lambda: open(named + "/data").read()), end=" ")
+print(tried(lambda: open(named + "/data", "a") and "written"), end=" ")
+print(tried(lambda: open("/dev/null", "w").write("x")), end=" ")
+print(len(os.listdir("/proc/self/task")) > 0, os.getcwd() == {cwd!r}, end=" ")
+print(outside.run(box._capabilities)[:2] == (0, 0), end=" ")
+thread = threading.Thread(target=see)  # as of a device
+thread.start()
+thread.join()
+print(len(socket.if_nameindex()))
+"""
+INSIDE = "FileNotFoundError read x OSError 1 True True True FileNotFoundError 1"
+INSIDE_OF_ROOT = INSIDE.replace("True True True", "True True False")
+NO_CHANGE = "read read x written 1 True True"
+
+
+def python() -> str:
+    """A Python that any user can run pyvmm's modules with."""
+    version = f"python3.{sys.version_info.minor}"
+    for candidate in (sys.executable, f"/usr/bin/{version}", f"/usr/local/bin/{version}"):
+        command = [candidate, "-c", "import pyvmm.host.box"]
+        try:
+            if not subprocess.run(command, env=environment(), user=ORDINARY).returncode:
+                return candidate
+        except OSError:
+            continue
+    pytest.skip("no Python here can be used by all users")
+
+
+def environment() -> dict[str, str]:
+    paths = sysconfig.get_paths()
+    places = (str(ROOT), paths["purelib"], paths["platlib"])
+    return {"PATH": os.defpath, "PYTHONPATH": os.pathsep.join(places), "LANG": "C.UTF-8"}
+
+
+def enter(folder: Path, *, ordinary: bool = False, before: str = "") -> list[str]:
+    """What the script says. Its layers are the first ones, and no more."""
+    folder.chmod(0o755)
+    named = folder / "named"
+    named.mkdir()
+    (named / "data").write_text("x")
+    if ordinary:
+        if os.geteuid():
+            command, user = [sys.executable], {}
+        else:
+            command, user = [python()], {"user": ORDINARY, "group": ORDINARY}
+            for path in (named, named / "data"):
+                os.chown(path, ORDINARY, ORDINARY)
+    else:
+        command, user = [sys.executable], {}
+    script = SCRIPT.format(before=f"box.LAYERS = box._FIRST\n{before}", cwd=str(ROOT))
+    done = subprocess.run(
+        [*command, "-c", script, str(named)],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=SAFETY_TIMEOUT,
+        **user,  # type: ignore[arg-type]
+    )
+    assert done.returncode == 0, done.stderr
+    first, *others = done.stdout.splitlines()
+    return [first, *(line.strip() for line in others)]
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    """A folder that other users can reach."""
+    with tempfile.TemporaryDirectory() as made:
+        yield Path(made)
+
+
+def needs_root() -> None:
+    if os.geteuid():
+        pytest.skip("needs root")
+
+
+def can_have_namespaces() -> None:
+    off = dict(box.probe().off)
+    if missing := {layer: off[layer] for layer in box._FIRST if layer in off}:
+        pytest.skip(f"this machine lets us have no namespaces: {missing}")
+
+
+def test_an_ordinary_user_is_in_a_root_with_nothing_but_what_is_named(folder: Path) -> None:
+    can_have_namespaces()
+    said = enter(folder, ordinary=True)
+    if said[0]:
+        pytest.skip(f"this machine lets ordinary users have no namespaces: {said[0]}")
+    assert said[1:] == [INSIDE]
+
+
+def test_root_is_there_without_a_user_namespace(folder: Path) -> None:
+    needs_root()
+    can_have_namespaces()
+    first, line = enter(folder)
+    # Root's threads outside keep what they need for networks that come later.
+    assert (first, line) == ("", INSIDE_OF_ROOT)
+
+
+def test_where_the_root_cannot_be_replaced_it_is_covered(folder: Path) -> None:
+    """pivot_root(2) fails on an initial RAM disk: here a filter says what it says there."""
+    needs_root()
+    can_have_namespaces()
+    first, line = enter(
+        folder,
+        before=f"""
+refuse = c.deny_list([{namespaces._PIVOT_ROOT}], {{}})
+EINVAL = 22
+c.install([(*a, b & ~0xFFFF | EINVAL) if b == c._REFUSE[3] else (*a, b) for *a, b in refuse], 0)
+""",
+    )
+    assert (first, line) == ("", INSIDE_OF_ROOT)
+
+
+def test_in_a_chroot_all_is_as_before_and_it_is_said(folder: Path) -> None:
+    needs_root()
+    can_have_namespaces()
+    other = folder / "other"
+    other.mkdir()
+    first, line = enter(
+        folder,
+        before=f"""
+namespaces._unshare(namespaces.CLONE_NEWNS)
+namespaces._be_private()
+for name in os.listdir("/"):
+    source, target = "/" + name, {str(other)!r} + "/" + name
+    if os.path.islink(source):
+        os.symlink(os.readlink(source), target)
+    elif os.path.isdir(source):
+        os.mkdir(target)
+        MS_BIND = 0x1000
+        namespaces._mount(source.encode(), target.encode(), MS_BIND | namespaces._MS_REC)
+os.chroot({str(other)!r})
+os.chdir({str(ROOT)!r})
+""",
+    )
+    assert first == "root: the root folder is no mount point here (chroot)"
+    assert line.startswith(NO_CHANGE)
+
+
+@pytest.mark.parametrize("ordinary", [False, True])
+def test_where_the_kernel_refuses_all_is_as_before_and_it_is_said(
+    folder: Path, ordinary: bool
+) -> None:
+    refuse = "c.no_new_privileges(); c.install(c.deny_list([{}], {{}}), 0)"
+    first, line = enter(folder, ordinary=ordinary, before=refuse.format(namespaces._UNSHARE))
+    reason = "this kernel cannot confine a program: unshare: Operation not permitted"
+    assert first == "; ".join(f"{layer}: {reason}" for layer in box._FIRST)
+    assert line.startswith(NO_CHANGE)
+
+
+def test_a_root_that_cannot_be_entered_is_undone(folder: Path) -> None:
+    needs_root()
+    can_have_namespaces()
+    refuse = f"c.install(c.deny_list([{namespaces._PIVOT_ROOT}], {{}}), 0)"
+    first, line = enter(folder, before=refuse)
+    reason = "this kernel cannot confine a program: pivot_root: Operation not permitted"
+    assert first == f"root: {reason}"
+    assert line.startswith(NO_CHANGE)
+
+
+@needs_headers(["linux/mount.h"])
+def test_the_kernel_s_numbers(tmp_path: Path) -> None:
+    calls = ("unshare", "mount", "umount2", "pivot_root", "open_tree", "move_mount")
+    claims = [f"__NR_{name} == {getattr(namespaces, '_' + name.upper())}" for name in calls]
+    names = ("CLONE_NEWNS", "CLONE_NEWUTS", "CLONE_NEWIPC", "CLONE_NEWUSER", "CLONE_NEWNET")
+    names += ("_MS_NOSUID", "_MS_NODEV", "_MS_NOEXEC", "_MS_MOVE", "_MS_REC", "_MS_PRIVATE")
+    names += ("_MOVE_MOUNT_F_EMPTY_PATH", "_OPEN_TREE_CLONE", "_MOUNT_ATTR_RDONLY")
+    names += ("_MOUNT_ATTR_NOSUID", "_MOUNT_ATTR_NODEV", "_MOUNT_ATTR_NOEXEC")
+    names += ("_AT_FDCWD", "_AT_EMPTY_PATH", "_AT_RECURSIVE")
+    claims += [f"{name.lstrip('_')} == {getattr(namespaces, name)}" for name in names]
+    claims.append("sizeof(struct mount_attr) == 32")
+    headers = ("asm/unistd_64.h", "linux/sched.h", "linux/mount.h", "linux/fcntl.h")
+    assert_in_c(tmp_path, headers, claims)
