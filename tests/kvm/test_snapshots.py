@@ -11,6 +11,7 @@ import select
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -212,6 +213,32 @@ def test_copies_have_numbers_of_their_own(snapshot: Path) -> None:
         file.seek(at)
         numbers = [file.read(size), *(restore_and_end("first", at, size) for _ in range(2))]
     assert len(set(numbers)) == 3 and all(map(any, numbers)), numbers
+
+
+def test_copies_are_told_of_by_vmclock(snapshot: Path) -> None:
+    """Each restore is counted, and no two copies have the same generation."""
+
+    def of_file(path: Path) -> tuple[int, int, int]:
+        with open(path / "memory", "rb") as file:
+            return disruption(os.pread(file.fileno(), 0x70, layout.VMCLOCK))
+
+    def disruption(page: bytes) -> tuple[int, int, int]:
+        assert page[:4] == b"VCLK"
+        sequence, marker = struct.unpack_from("<IQ", page, 0x0C)
+        return sequence, marker, struct.unpack_from("<Q", page, 0x68)[0]
+
+    found = [of_file(snapshot)]
+    found += [disruption(restore_and_end("first", layout.VMCLOCK, 0x70)) for _ in range(2)]
+    assert [one[:2] for one in found] == [(0, 0), (2, 1), (2, 1)]
+    with VM.restore("first", kvm="host") as vm, vm.clone() as copy:
+        copy.snapshot("of-the-copy")
+        vm.snapshot("second", diff_of="first")
+    found.append(of_file(snapshot.parent / "of-the-copy"))
+    for name, marker in (("second", 2), ("of-the-copy", 3)):
+        found.append(disruption(restore_and_end(name, layout.VMCLOCK, 0x70)))
+        assert found[-1][:2] == (2 * marker, marker), name
+    generations = [one[2] for one in found]
+    assert len(set(generations)) == len(generations)
 
 
 def test_list_show_and_rm(snapshot: Path, snapshot_dir: Callable[[], list[str]]) -> None:

@@ -8,7 +8,7 @@ from pyvmm.boot import cmdline as command_line
 from pyvmm.boot.file_kinds import check_initrd
 from pyvmm.boot.image_file import ImageFile
 from pyvmm.boot.x86 import acpi as acpi_tables
-from pyvmm.boot.x86 import boot_params, bzimage, detect, discovery, layout
+from pyvmm.boot.x86 import boot_params, bzimage, detect, discovery, layout, vmclock
 from pyvmm.boot.x86.acpi import AcpiConfig, FixedDevices, PciHost, VirtioMmioDevice
 from pyvmm.boot.x86.entry import (
     LONG64,
@@ -150,10 +150,13 @@ def _write_common(memory: GuestMemory, cmdline: bytes, acpi: AcpiConfig) -> int:
     tables = acpi_tables.build(acpi)
     memory.write(tables.rsdp, tables.blob)
     memory.write(layout.CMDLINE, cmdline)
-    renew_generation(memory)
+    memory.write(layout.GENERATION_ID, os.urandom(layout.GENERATION_ID_SIZE))
+    vmclock.begin(memory)
     return tables.rsdp
 
 
-def renew_generation(memory: GuestMemory) -> None:
-    """Put another number where VMGenID says that the guest's is: it begins, or is a copy."""
+def tell_of_copy(memory: GuestMemory) -> None:
+    """Put another number where VMGenID says that the guest's is, and have VMClock say that it was
+    interrupted: it goes on from where another one was."""
     memory.write(layout.GENERATION_ID, os.urandom(layout.GENERATION_ID_SIZE))
+    vmclock.disrupt(memory)

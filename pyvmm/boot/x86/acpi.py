@@ -31,6 +31,7 @@ _CMOS_RTC_NOT_PRESENT = 1 << 5
 
 _PRESSED = 0x80  # 4.8.2.2.1.2: S0 Power Button Pressed
 _GENERATION_CHANGED = 0x80  # "Virtual Machine Generation ID"
+_VMCLOCK_UPDATED = 0x80  # UAPI.13 "Discovery via ACPI"
 _DEVICE_CHECK, _EJECT_REQUEST = 1, 3  # 5.6.6 "Device Object Notifications"
 # PCI Firmware Specification 3.3, 4.5.1 "_OSC Interface for PCI Host Bridge Devices"; ACPI 6.2.11
 # "_OSC (Operating System Capabilities)"
@@ -214,7 +215,7 @@ def build_dsdt(config: AcpiConfig) -> bytes:
     if config.serial:
         devices.append(_serial(config.fixed))
     if config.pci is not None:
-        devices.append(_generation())
+        devices += [_generation(), _vmclock()]
     devices += [_power_button(), _event_device(config.fixed, config.pci)]
     sleep = aml.package(*(aml.integer(value) for value in (config.fixed.sleep_type_s5, 0, 0, 0)))
     return _table(b"DSDT", 2, aml.scope("\\_SB", *devices) + aml.name("\\_S5", sleep))
@@ -383,14 +384,29 @@ def _generation() -> bytes:
     )
 
 
+def _vmclock() -> bytes:
+    """UAPI.13 "VMClock", "Discovery via ACPI"."""
+    page = aml.resource_template(aml.memory32_fixed(layout.VMCLOCK, layout.VMCLOCK_SIZE))
+    return aml.device(
+        "VCLK",
+        aml.name("_HID", aml.string("AMZNC10C")),
+        aml.name("_CID", aml.string("VMCLOCK")),
+        aml.name("_DDN", aml.string("VMCLOCK")),
+        aml.name("_CRS", page),
+    )
+
+
 def _event_device(fixed: FixedDevices, pci: PciHost | None) -> bytes:
     """5.6.9 "Interrupt-signaled ACPI Events": that the button was pressed, and with `pci` that
     there is something to be seen of a slot, or that the guest is a copy: a driver looks whether
     its generation has changed."""
     events = {fixed.power_button_gsi: [aml.notify("\\_SB.PWRB", _PRESSED)]}
     if pci is not None:
-        changed = aml.notify("\\_SB.VGEN", _GENERATION_CHANGED)
-        events[pci.slots_gsi] = [changed, aml.path("\\_SB.PCI0.EVNT")]
+        events[pci.slots_gsi] = [
+            aml.notify("\\_SB.VGEN", _GENERATION_CHANGED),
+            aml.notify("\\_SB.VCLK", _VMCLOCK_UPDATED),
+            aml.path("\\_SB.PCI0.EVNT"),
+        ]
     happen = (
         aml.if_equal(aml.argument(0), aml.integer(gsi), *terms) for gsi, terms in events.items()
     )

@@ -26,6 +26,7 @@ def memory_map(memory: GuestMemory) -> list[Range]:
     return [
         Range(0, layout.EBDA, RAM),
         Range(layout.EBDA, layout.EBDA_END - layout.EBDA, RESERVED),
+        Range(layout.VMCLOCK, layout.VMCLOCK_SIZE, RESERVED),
         Range(layout.ACPI_TABLES, layout.ACPI_TABLES_SIZE, ACPI),
         Range(layout.HIGH_RAM, low.end - layout.HIGH_RAM, RAM),
         *(Range(region.guest_addr, region.size, RAM) for region in high),

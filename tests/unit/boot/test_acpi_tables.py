@@ -205,6 +205,19 @@ def test_iasl_reads_the_devices_that_are_meant(tmp_path: Path) -> None:
 
 
 @needs_iasl
+def test_iasl_reads_what_tells_a_copy(tmp_path: Path) -> None:
+    dsdt = disassemble(tmp_path, CONFIGS["pci"])["DSDT"]
+    clock = dsdt.partition("Device (VCLK)")[2].partition("Device (")[0]
+    for name, value in (("_HID", "AMZNC10C"), ("_CID", "VMCLOCK"), ("_DDN", "VMCLOCK")):
+        assert f'Name ({name}, "{value}")' in clock
+    page = re.search(r"Memory32Fixed \(ReadWrite,\s*0x(\w+),[^\n]*\s*0x(\w+),", clock)
+    assert page and [int(number, 16) for number in page.groups()] == [0xDF000, 0x1000]
+    method = dsdt.partition("Device (GED)")[2].partition("Method (_EVT")[2]
+    told = re.findall(r"Notify \(.*?(VGEN|VCLK), 0x80\)", method)
+    assert told == ["VGEN", "VCLK"]
+
+
+@needs_iasl
 def test_iasl_reads_the_host_bridge_that_is_meant(tmp_path: Path) -> None:
     dsdt = disassemble(tmp_path, CONFIGS["pci"])["DSDT"]
     bridge = dsdt.partition("Device (PCI0)")[2]

@@ -59,6 +59,7 @@ def test_e820_of_a_small_guest(tmp_path: Path) -> None:
     assert e820_of(memory.read(ZERO_PAGE, 4096)) == [
         (0, 0x9FC00, 1),
         (0x9FC00, 0x400, 2),
+        (0xDF000, 0x1000, 2),
         (0xE0000, 0x20000, 3),
         (0x100000, 63 * MIB, 1),
     ]

@@ -75,7 +75,7 @@ def test_without_a_note_it_starts_in_long_mode_with_boot_params(tmp_path: Path) 
     assert page[0x1FE:0x200] == b"\x55\xaa" and page[0x202:0x206] == b"HdrS"
     (cmdline,) = struct.unpack_from("<I", page, 0x228)
     assert memory.read(cmdline, 4) == b"a=b\0"
-    assert page[0x1E8] == 4
+    assert page[0x1E8] == 5
 
 
 def test_memory_past_filesz_is_zero_and_kept_free_of_the_initrd(tmp_path: Path) -> None:

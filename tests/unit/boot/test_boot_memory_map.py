@@ -59,6 +59,7 @@ def test_boot_data_does_not_overlap() -> None:
         (at.BOOT_PD, at.BOOT_TABLES_END - at.BOOT_PD),
         (at.CMDLINE, at.CMDLINE_SIZE),
         (at.EBDA, at.EBDA_END - at.EBDA),
+        (at.VMCLOCK, at.VMCLOCK_SIZE),
         (at.ACPI_TABLES, at.ACPI_TABLES_SIZE),
         (at.HIGH_RAM, 1),
     ]

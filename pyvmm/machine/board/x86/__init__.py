@@ -187,7 +187,7 @@ class X86Board(Board[boot.Entry]):
         from pyvmm.machine import messages  # noqa: F401
 
     def tell_of_copy(self, vm: Vm, memory: GuestMemory) -> None:
-        boot.renew_generation(memory)
+        boot.tell_of_copy(memory)
         for level in (True, False):
             vm.irq_line(layout.PCI_SLOTS_GSI, level)
 
