@@ -51,5 +51,9 @@ void get(void);
 void put(void);
 void tell_clock(void);
 void power_off(void);
+/* Stop the interactive shells among `pids`, which end with NULL; all of the guest's if there are
+ * none. They heed no TERM: one that still reads /etc/profile would go on without the id(1) that it
+ * has called, and complain of that on the console. To hang them up would end their jobs as well. */
+void stop_shells(char **pids);
 
 #endif

@@ -1,10 +1,12 @@
 /* CLOCK and POWER_OFF: the guest as a machine. */
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
 #include <signal.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mount.h>
 #include <sys/reboot.h>
@@ -16,6 +18,8 @@
 /* systemd(1): SIGRTMIN+4 starts poweroff.target. As glibc counts, which systemd is built with; here
  * SIGRTMIN is another number. */
 enum { SYSTEMD_POWER_OFF = 34 + 4 };
+
+#define BIT(number) (1ULL << ((number)-1)) /* a signal's, in a mask of /proc/PID/status */
 
 void tell_clock(void)
 {
@@ -48,6 +52,48 @@ static int make_read_only(void)
     return !failed;
 }
 
+/* Whether a process ignores QUIT, TERM and TSTP, as interactive shells do (POSIX sh, "Signals"), and
+ * not KILL, as the kernel's own threads. */
+static int is_shell(const char *pid)
+{
+    unsigned long long ignored = 0, shells = BIT(SIGQUIT) | BIT(SIGTERM) | BIT(SIGTSTP);
+    char path[64], line[256];
+    FILE *status;
+
+    snprintf(path, sizeof path, "/proc/%.20s/status", pid);
+    status = fopen(path, "re");
+    while (status && fgets(line, sizeof line, status))
+        if (sscanf(line, "SigIgn: %llx", &ignored) == 1)
+            break;
+    if (status)
+        fclose(status);
+    return (ignored & (shells | BIT(SIGKILL))) == shells;
+}
+
+static void stop_shell(const char *pid)
+{
+    pid_t number = (pid_t)strtol(pid, NULL, 10);
+    if (number > 1 && number != getpid() && is_shell(pid))
+        kill(number, SIGSTOP);
+}
+
+void stop_shells(char **pids)
+{
+    struct dirent *entry;
+    DIR *all;
+
+    if (*pids) {
+        while (*pids)
+            stop_shell(*pids++);
+        return;
+    }
+    all = opendir("/proc");
+    while (all && (entry = readdir(all)))
+        stop_shell(entry->d_name);
+    if (all)
+        closedir(all);
+}
+
 static int settle(int signal_number, int steps)
 {
     struct timespec step = {.tv_nsec = 20000000};
@@ -75,6 +121,7 @@ void power_off(void)
     if (!quick) {
         signal(SIGTERM, SIG_IGN);
         sync();
+        stop_shells((char *[]){NULL});
         if (!settle(SIGTERM, 50))
             settle(SIGKILL, 50);
         sync();

@@ -5,6 +5,8 @@
  *   pyvmm-agent --unix PATH   serve a Unix socket instead, to try it without a guest
  *   pyvmm-agent --as USER[:GROUP[:GROUP,...]] CMD [ARG]...
  *                             be that user, in these groups only, and run CMD: a container image's
+ *   pyvmm-agent --stop-shells [PID...]
+ *                             stop interactive shells, before all others are told to end
  *
  * A connection is a session of one request, served by a process of its own: what goes wrong in it
  * concerns nobody else, and a client that goes away takes its command with it. docs/guest-agent.md
@@ -182,8 +184,11 @@ int main(int argc, char **argv)
     int at_path = argc == 3 && !strcmp(argv[1], "--unix");
     if (argc > 3 && !strcmp(argv[1], "--as"))
         return run_as(argv[2], argv + 3);
+    if (argc > 1 && !strcmp(argv[1], "--stop-shells"))
+        return stop_shells(argv + 2), 0;
     if (argc > 1 && !early && !at_path) {
-        fprintf(stderr, "usage: pyvmm-agent [--initramfs | --unix PATH | --as USER CMD...]\n");
+        fprintf(stderr, "usage: pyvmm-agent [--initramfs | --unix PATH | --as USER CMD... | "
+                        "--stop-shells [PID...]]\n");
         return 2;
     }
     occupy_standard_fds();

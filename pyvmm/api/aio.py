@@ -200,6 +200,7 @@ class AsyncVM(Asynchronous[VM]):
     remove_disk = awaited(VM.remove_disk)
     remove_net = awaited(VM.remove_net)
     remove_rng = awaited(VM.remove_rng)
+    wait_for_driver = awaited(VM.wait_for_driver)
 
     @signature_of(VM.events)
     async def events(self, *args: Any, **options: Any) -> AsyncIterator[Event]:

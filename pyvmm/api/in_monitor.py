@@ -141,6 +141,24 @@ class InMonitor(ABC):
             params["force"] = True
         self._ask(f"{kind}.remove", patience=timeout + PATIENCE, id=id, **params)
 
+    def wait_for_driver(
+        self, kind: str, device: str, *, timeout: float = GIVE_UP_SECONDS
+    ) -> str | None:
+        """Wait until a driver of the guest serves the device called `device`, of the `kind` "disk",
+        "net", "rng" or "share"; None then.
+
+        Otherwise it is what is known of the reason, perhaps nothing (""): for a guest that is
+        paused or starts still at once, for others after `timeout` seconds. Raises ControlError if
+        there is no such device.
+        """
+        found = self._ask(
+            f"{kind}.wait",
+            patience=timeout + PATIENCE,
+            id=device,
+            timeout_ms=round(1000 * timeout),
+        )
+        return None if found["taken"] else str(found["why"])
+
     @property
     def balloon(self) -> BalloonControl:
         """The balloon of a VM that has one."""

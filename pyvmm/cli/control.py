@@ -157,12 +157,24 @@ _force = click.option(
 )
 
 
+def _added(vm: str, kind: str, id: str, timeout: float) -> None:
+    """Print the id of what has come, and what there is to say if no driver takes it."""
+    click.echo(id)
+    why = ByName(vm).wait_for_driver(kind, id, timeout=timeout)
+    if why is not None:
+        log.to_stderr(f"the guest has not taken {id} yet{why and f': {why}'}")
+
+
 @disk.command("add")
 @click.argument("vm")
 @click.argument("disk")
-def add_disk(vm: str, disk: str) -> None:
-    """Plug DISK, as after --disk of pyvmm run, into VM; prints its id. The guest finds it."""
-    click.echo(ByName(vm).add_disk(disk))
+@_timeout
+def add_disk(vm: str, disk: str, timeout: float) -> None:
+    """Plug DISK, as after --disk of pyvmm run, into VM; prints its id. The guest finds it.
+
+    If no driver there has taken it when the time is over, a line says so.
+    """
+    _added(vm, "disk", ByName(vm).add_disk(disk), timeout)
 
 
 @disk.command("rm")
@@ -182,12 +194,13 @@ def remove_disk(vm: str, id: str, timeout: float, force: bool) -> None:
 @net.command("add")
 @click.argument("vm")
 @click.argument("net", default="user")
-def add_net(vm: str, net: str) -> None:
+@_timeout
+def add_net(vm: str, net: str, timeout: float) -> None:
     """Plug a network card, NET as after --net of pyvmm run, into VM; prints its id.
 
     Without NET it is user: the guest reaches what this machine reaches.
     """
-    click.echo(ByName(vm).add_net(net))
+    _added(vm, "net", ByName(vm).add_net(net), timeout)
 
 
 @net.command("rm")
@@ -203,12 +216,13 @@ def remove_net(vm: str, id: str, timeout: float, force: bool) -> None:
 @rng.command("add")
 @click.argument("vm")
 @click.argument("limits", default="")
-def add_rng(vm: str, limits: str) -> None:
+@_timeout
+def add_rng(vm: str, limits: str, timeout: float) -> None:
     """Plug a random number generator, with LIMITS as after --rng-limit, into VM; prints its id.
 
     Without LIMITS it gives all that the guest asks for. A VM has one at most.
     """
-    click.echo(ByName(vm).add_rng(limits))
+    _added(vm, "rng", ByName(vm).add_rng(limits), timeout)
 
 
 @rng.command("rm")
@@ -224,12 +238,13 @@ def remove_rng(vm: str, id: str, timeout: float, force: bool) -> None:
 @share.command("add")
 @click.argument("vm")
 @click.argument("directory", metavar="DIR[:MOUNTPOINT]")
-def add_share(vm: str, directory: str) -> None:
+@_timeout
+def add_share(vm: str, directory: str, timeout: float) -> None:
     """Share a directory, as after --share of pyvmm run, with the guest of VM; prints its id.
 
     With MOUNTPOINT the guest's agent mounts it there.
     """
-    click.echo(ByName(vm).share(directory))
+    _added(vm, "share", ByName(vm).share(directory), timeout)
 
 
 @share.command("rm")

@@ -1,5 +1,5 @@
-"""The guest's initramfs: a static busybox, the init script and its helper, and the modules init may
-load.
+"""The guest's initramfs: a static busybox, the init script and its helpers, and the modules that
+these may load.
 
 It is not compressed: it is 3 MB, and under emulation the kernel takes longer to unpack it than the
 monitor takes to read it.
@@ -20,10 +20,11 @@ from pyvmm.images.recipes import InitramfsRecipe, KernelRecipe, Recipes
 
 FILE = "initramfs.cpio"
 BASE = "initramfs-base"  # the image without any modules; `fresh_initramfs` puts them behind it
+HELPERS = ("find-root", "load-drivers")  # each of one C file
 SOURCES = (
     ("initramfs", "init"),
     ("initramfs", "shared-root"),
-    ("initramfs", "find-root.c"),
+    *(("initramfs", f"{helper}.c") for helper in HELPERS),
     ("rootfs", "pyvmm-network"),
 )
 _FOLDERS = ("bin", "dev", "modules", "proc", "root", "sys")
@@ -54,10 +55,12 @@ def build(
             "bin/pyvmm-network": _read(recipes.file("rootfs", "pyvmm-network")),
         }
         if kernel is None or not kernel.is_foreign:
-            finder = os.path.join(room, "find-root")
-            with progress.step(f"{name}: compiling find-root (musl-gcc)"):
-                compile_finder(recipes, finder)
-            programs |= {"bin/find-root": _read(finder), "bin/pyvmm-agent": agent}
+            programs["bin/pyvmm-agent"] = agent
+            for helper in HELPERS:
+                target = os.path.join(room, helper)
+                with progress.step(f"{name}: compiling {helper} (musl-gcc)"):
+                    compile_helper(recipes, helper, target)
+                programs[f"bin/{helper}"] = _read(target)
     with progress.step(f"{name}: writing the archive"):
         tree = None if modules is None else ModuleTree(modules)
         content = cpio.archive(entries(recipes.initramfs.for_kernel(kernel), tree, programs))
@@ -65,11 +68,10 @@ def build(
             file.write(content)
 
 
-def compile_finder(recipes: Recipes, target: str) -> None:
-    """Make `target`, the helper that finds a root device by its partition table. Raises
-    ConfigError."""
-    source = recipes.file("initramfs", "find-root.c")
-    agent_program.compile_static([source], target, "compiling find-root")
+def compile_helper(recipes: Recipes, name: str, target: str) -> None:
+    """Make `target`, the program of `HELPERS` that is called `name`. Raises ConfigError."""
+    source = recipes.file("initramfs", f"{name}.c")
+    agent_program.compile_static([source], target, f"compiling {name}")
 
 
 def _read(path: str) -> bytes:

@@ -78,7 +78,7 @@ class MachineControl:
                 needs=plugged_inside.NEEDS,
                 right=executes,
             )
-        if found is None and name.endswith((".add", ".remove")):
+        if found is None and name.endswith((".add", ".remove", ".wait")):
             found = self._of_hotplug().get(name)
         found = found or registry.method(name, self._running())
         return None if found is None else self._guarded(found)

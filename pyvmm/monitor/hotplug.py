@@ -8,14 +8,15 @@ that the device had. The client that has asked for the removal waits for that. S
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from threading import Event, Lock, Thread, current_thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pyvmm.control.protocol import FAILED, PAUSED, ControlError, Later, Method, executes
+from pyvmm.control.protocol import FAILED, PAUSED, ControlError, Later, Method, executes, watches
 from pyvmm.errors import ConfigError, PyvmmError
 from pyvmm.host import log
 from pyvmm.host.syscalls import Closable
@@ -31,6 +32,7 @@ from pyvmm.monitor.open_devices import OpenDevices
 from pyvmm.pci import slots
 from pyvmm.spec.vm import DeviceSpec, DiskSpec
 from pyvmm.virtio.status import ACKNOWLEDGE, DRIVER_OK
+from pyvmm.virtio.status import FAILED as FAILED_STATUS
 
 if TYPE_CHECKING:
     from pyvmm.kinds.interface import Spec
@@ -42,6 +44,7 @@ PATIENCE = 10.0  # seconds for a guest to give a device up, unless somebody says
 MOST_SECONDS = 24 * 3600.0
 # Seconds in which a guest that has drivers at work takes what has come, however slow it is.
 TAKES_WITHIN = 60
+_LOOKS_EACH = 0.05  # seconds, for somebody who waits for a driver
 _AGENT_SECONDS = 5.0
 _MOST_SAID = 1 << 16  # bytes of its answer
 _MOST_WORDS = 200  # bytes of what a guest says of a device that it uses
@@ -76,21 +79,17 @@ for disk in /sys/bus/pci/devices/"$1"/virtio*/block/*; do
 done
 """
 _IN_USE = 3
-# Mounts the shared directory $1 at $2 with the options $3, once the driver has found it. Ends with
-# 4 if there is none after two seconds.
+# Mounts the shared directory $1 at $2 with the options $3, once its driver knows the tag.
 _MOUNT = """\
 mkdir -p "$2" || exit
 step=0
 until said=$(mount -t virtiofs -o "$3" "$1" "$2" 2>&1); do
     step=$((step + 1))
-    [ $step -lt 10 ] || case "$said" in # as util-linux and busybox call it
-    *"unknown filesystem type"* | *"No such device"*) exit 4 ;;
-    esac
     [ $step -lt 60 ] || { echo "$said"; exit 1; }
     sleep 0.2
 done
 """
-_NO_DRIVER = 4
+_DRIVER_SECONDS = 25.0  # for a driver that is not loaded yet, in a guest that is slow
 _MOUNT_SECONDS = 60.0
 
 
@@ -143,6 +142,12 @@ def methods(hotplug: Callable[[], Hotplug]) -> dict[str, Method]:
         takes = {"timeout_ms": int, "force": bool}
         run = partial(_remove_later, hotplug, kind)
         found[f"{kind}.remove"] = Method(run, needs={"id": str}, takes=takes)
+        found[f"{kind}.wait"] = Method(
+            partial(_wait_later, hotplug, kind),
+            needs={"id": str},
+            takes={"timeout_ms": int},
+            right=watches,
+        )
     return found
 
 
@@ -165,9 +170,21 @@ def _remove_later(
     timeout_ms: int = round(1000 * PATIENCE),
     force: bool = False,
 ) -> Later:
-    seconds = min(max(0, timeout_ms) / 1000, MOST_SECONDS)
     wake = Event()
-    return Later(partial(hotplug().remove, kind, id, seconds, force, wake), cancel=wake.set)
+    run = partial(hotplug().remove, kind, id, _seconds(timeout_ms), force, wake)
+    return Later(run, cancel=wake.set)
+
+
+def _wait_later(
+    hotplug: Callable[[], Hotplug], kind: str, id: str, timeout_ms: int = round(1000 * PATIENCE)
+) -> Later:
+    wake = Event()
+    run = partial(hotplug().wait_for_driver, kind, id, _seconds(timeout_ms), wake)
+    return Later(run, cancel=wake.set)
+
+
+def _seconds(timeout_ms: int) -> float:
+    return min(max(0, timeout_ms) / 1000, MOST_SECONDS)
 
 
 class Hotplug(Closable):
@@ -223,6 +240,36 @@ class Hotplug(Closable):
             self._mount(spec, device.name)
         return told
 
+    def wait_for_driver(
+        self, kind: str, id: str, timeout: float, wake: Event | None = None
+    ) -> dict[str, Any]:
+        """Wait until a driver of the guest serves the device `id`, for `timeout` seconds at most:
+        whether one does by then is `taken`, and if not, `why` says what is known of the reason.
+        This does not wait for a guest that is paused, or that starts still, nor after a caller has
+        set `wake`. Raises ConfigError if there is no such device."""
+        wake = wake or Event()
+        give_up_at = time.monotonic() + timeout
+        while True:
+            part = self._part(kind, id)
+            if part.transport.negotiation.state.status & DRIVER_OK:
+                return {"kind": kind, "id": id, "taken": True}
+            why = self._why_not_taken(part.transport)
+            left = give_up_at - time.monotonic()
+            if why or left <= 0 or wake.wait(min(left, _LOOKS_EACH)):
+                return {"kind": kind, "id": id, "taken": False, "why": why}
+
+    def _why_not_taken(self, transport: Transport) -> str:
+        """The reason for which it is of no use to wait for a driver; "" if there is none."""
+        parts = self._machine.parts
+        if self._machine.pauser.paused:
+            return "it is paused"
+        if turns_pci_off(parts.prepared.entry.cmdline):
+            return "its kernel runs with pci=off"
+        if transport.negotiation.state.status & FAILED_STATUS:
+            return "its driver has failed"
+        others = [one for one in parts.transports if one is not transport]
+        return "" if not others or _any_driven(others) else "no driver of it is at work yet"
+
     def _mount(self, share: Any, name: str) -> None:
         """Have the guest's agent mount it. Raises ConfigError if that does not succeed; it stays
         plugged in."""
@@ -234,6 +281,9 @@ class Hotplug(Closable):
         try:
             if vsock is None:
                 raise ConfigError("it has no agent, as it has no --vsock")
+            found = self.wait_for_driver("share", name, _DRIVER_SECONDS)
+            if not found["taken"]:
+                raise ConfigError(found["why"] or "its kernel has no virtiofs driver")
             agent = agent_at(vsock, _AGENT_SECONDS)
             done = agent.run(argv, timeout=_MOUNT_SECONDS, most=_MOST_SAID)
         except (PyvmmError, OSError) as error:
@@ -242,11 +292,6 @@ class Hotplug(Closable):
             if not done.returncode:
                 return
             why = printable(b" ".join((done.stdout + done.stderr)[:_MOST_WORDS].split()))
-            if done.returncode == _NO_DRIVER:
-                raise ConfigError(
-                    f"{name} is plugged in, but the guest's kernel has no virtiofs driver",
-                    cure="load it there, or begin the VM with a --share (docs/hotplug.md)",
-                )
         raise ConfigError(
             f"{name} is plugged in, but the guest has not mounted it: {why}",
             cure=f"mount it there: mount -t virtiofs {share.tag} {share.mountpoint}",
@@ -256,6 +301,12 @@ class Hotplug(Closable):
         self, kind: str, value: str | dict[str, Any] | Spec
     ) -> tuple[Spec, VirtioDevice, int]:
         [spec] = self._read(kind, value)
+        if getattr(spec, "mountpoint", "") and self._machine.pauser.paused:
+            raise ControlError(
+                PAUSED,
+                f"{self._name} is paused, and its agent is to mount {spec.mountpoint}; resume it "
+                "first, or share the directory without a mountpoint",
+            )
         if self._is_inside and isinstance(value, (str, dict)):
             _check_crossing(kind, spec)
         with self._one_at_a_time:
@@ -379,19 +430,23 @@ class Hotplug(Closable):
         return {"kind": kind, "id": id}
 
     def _find(self, kind: str, id: str) -> tuple[_Part, int]:
-        """The device, and its slot."""
+        """A device that may go, and its slot."""
         pci = self._bus()
+        part = self._part(kind, id)
+        number = pci.number_of(part.transport)
+        if number is None:
+            raise ConfigError(
+                f"{id} is on virtio-mmio, and stays", cure="run the VM with --transport pci"
+            )
+        if self._machine.pauser.paused:
+            raise ControlError(PAUSED, f"{self._name} is paused; resume it first")
+        return part, number
+
+    def _part(self, kind: str, id: str) -> _Part:
         found = [part for part in _parts_of(self._machine.parts) if part.spec.kind == kind]
         for part in found:
             if part.device.name == id:
-                number = pci.number_of(part.transport)
-                if number is None:
-                    raise ConfigError(
-                        f"{id} is on virtio-mmio, and stays", cure="run the VM with --transport pci"
-                    )
-                if self._machine.pauser.paused:
-                    raise ControlError(PAUSED, f"{self._name} is paused; resume it first")
-                return part, number
+                return part
         raise unknown_id(kind, id, [part.device.name for part in found])
 
     def _use_of(self, number: int, tag: str) -> str:
@@ -542,7 +597,7 @@ class Hotplug(Closable):
         transports = self._machine.parts.transports
         others = [one for one in transports if one not in arrived]
         # A guest that is about to start takes its time, and then has drivers for what was there.
-        is_up = not others or any(one.negotiation.state.status & DRIVER_OK for one in others)
+        is_up = not others or _any_driven(others)
         for transport, one in arrived.items():
             negotiation = transport.negotiation
             one.seconds += is_up
@@ -589,6 +644,11 @@ def _check_crossing(kind: str, spec: Spec) -> None:
             "this machine's files and network do not get into the emulated KVM host so",
             cure=f"make {kind}.add the first request of its connection",
         )
+
+
+def _any_driven(transports: Iterable[Transport]) -> bool:
+    """True if a driver of the guest's is at work on one of them."""
+    return any(one.negotiation.state.status & DRIVER_OK for one in transports)
 
 
 def _parts_of(parts: Parts) -> list[_Part]:

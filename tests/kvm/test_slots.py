@@ -102,6 +102,7 @@ def test_a_guest_that_is_not_there_keeps_nothing_by_force(vm: VM) -> None:
     vm.pause()
     with pytest.raises(ControlError, match="paused"):
         vm.remove_disk("data")
+    assert vm.wait_for_driver("disk", "data", timeout=SAFETY_TIMEOUT) == "it is paused"
     vm.resume()
     vm.remove_disk("data", timeout=0, force=True)
     assert vm.status()["devices"] == ["root"]
@@ -115,10 +116,14 @@ def test_events_and_the_command_line_tell(vm: VM, folder: Path) -> None:
     def pyvmm(*words: str) -> str:
         done = CliRunner().invoke(cli, [*words], catch_exceptions=False)
         assert done.exit_code == 0, done.output
-        return done.output
+        warnings.append(done.stderr)
+        return done.stdout
 
+    warnings: list[str] = []
     assert pyvmm("disk", "add", vm.name, f"{folder}/data,readonly") == "disk0\n"
-    assert pyvmm("rng", "add", vm.name, "bps=1M") == "rng\n"
+    assert "the guest has not taken disk0 yet: no driver of it is at work yet" in warnings[-1]
+    assert pyvmm("rng", "add", vm.name, "bps=1M", "--timeout", "60") == "rng\n"
+    assert "the guest has not taken rng yet: no driver of it is at work yet" in warnings[-1]
     assert pyvmm("disk", "rm", vm.name, "disk0", "--timeout", "60") == ""
     assert pyvmm("rng", "rm", vm.name, "rng", "--timeout", "60", "--force") == ""
     told = list(islice(vm.events(), 5))

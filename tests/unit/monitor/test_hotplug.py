@@ -22,6 +22,7 @@ from pyvmm.spec.vm import VmSpec
 from pyvmm.testing.blk_driver import IN, OK, BlockDriver, header
 from pyvmm.virtio.blk.backend import FileBackend
 from pyvmm.virtio.status import ACKNOWLEDGE
+from pyvmm.virtio.status import FAILED as FAILED_STATUS
 
 
 @pytest.fixture
@@ -102,6 +103,63 @@ def test_pci_off_is_told_of_at_once(rig: Rig, capsys: pytest.CaptureFixture[str]
     assert "does not find data: pci=off on its command line" in capsys.readouterr().err
     look(rig, 3 * hotplug.TAKES_WITHIN)
     assert capsys.readouterr().err == ""
+
+
+class Waiting(Asking):
+    """Somebody who waits for a driver."""
+
+    def __init__(self, rig: Rig, id: str, wake: threading.Event) -> None:
+        wait = rig.hotplug.wait_for_driver
+        super().__init__(lambda: wait("disk", id, SAFETY_TIMEOUT, wake))
+
+
+def taken(rig: Rig, timeout: float = 0, kind: str = "disk", id: str = "data") -> tuple[bool, str]:
+    told = rig.hotplug.wait_for_driver(kind, id, timeout)
+    assert told["kind"] == kind and told["id"] == id
+    return told["taken"], told.get("why", "")
+
+
+def test_whoever_waits_for_a_driver_hears_when_it_is_there(rig: Rig) -> None:
+    disk_of(rig, 1)
+    rig.add("disk", "ram:1M,id=data")
+    waiting = Waiting(rig, "data", threading.Event())
+    driver = rig.driver(3)
+    driver.set_field((0x14, 1), ACKNOWLEDGE)
+    assert taken(rig) == (False, ""), "it is up, and has only acknowledged it"
+    driver.program_vectors()
+    driver.start()
+    assert waiting.result() == {"kind": "disk", "id": "data", "taken": True}
+    assert taken(rig) == (True, "")
+
+
+def test_whoever_waits_for_a_driver_hears_why_there_is_none(rig: Rig) -> None:
+    rig.add("disk", "ram:1M,id=data")
+    assert taken(rig, SAFETY_TIMEOUT) == (False, "no driver of it is at work yet")
+    disk_of(rig, 1)
+    rig.machine.pauser.pause()
+    assert taken(rig, SAFETY_TIMEOUT) == (False, "it is paused")
+    rig.machine.pauser.resume()
+    for status in (ACKNOWLEDGE, ACKNOWLEDGE | FAILED_STATUS):
+        rig.driver(3).set_field((0x14, 1), status)
+    assert taken(rig, SAFETY_TIMEOUT) == (False, "its driver has failed")
+    rig.driver(3).set_field((0x14, 1), 0)
+    rig.prepared.entry.cmdline = "pci=off"  # type: ignore[misc]
+    assert taken(rig, SAFETY_TIMEOUT) == (False, "its kernel runs with pci=off")
+    with pytest.raises(ConfigError, match="there is no rng 'data'"):
+        taken(rig, kind="rng")
+
+
+def test_whoever_waits_for_a_driver_may_leave_and_the_device_may_go(rig: Rig) -> None:
+    disk_of(rig, 1)
+    rig.add("disk", "ram:1M,id=data")
+    wake = threading.Event()
+    waiting = Waiting(rig, "data", wake)
+    wake.set()
+    assert waiting.result() == {"kind": "disk", "id": "data", "taken": False, "why": ""}
+    waiting = Waiting(rig, "data", threading.Event())
+    rig.remove("disk", "data", timeout=0, force=True)
+    with pytest.raises(ConfigError, match="there is no disk 'data'"):
+        waiting.result()
 
 
 # --- coming and going -----------------------------------------------------------------------------
@@ -263,12 +321,17 @@ def test_what_is_not_there_cannot_be_removed(rig: Rig, id: str) -> None:
         rig.remove("rng", "x")
 
 
-def test_a_paused_guest_gives_nothing_up(rig: Rig) -> None:
+def test_a_paused_guest_gives_nothing_up_and_mounts_nothing(rig: Rig, tmp_path: Path) -> None:
     rig.machine.pauser.pause()
     for force in (False, True):
         with pytest.raises(ControlError, match="paused; resume it first") as caught:
             rig.remove("disk", "root", force=force)
         assert caught.value.code == PAUSED
+    before = rig.footprint()
+    share = {"path": str(tmp_path), "mountpoint": "/mnt", "tag": "t"}
+    with pytest.raises(ControlError, match=r"is paused, and its agent is to mount /mnt") as caught:
+        rig.add("share", share)
+    assert caught.value.code == PAUSED and rig.footprint() == before
     rig.add("disk", "ram:1M")  # which it will find
     rig.machine.pauser.resume()
     assert rig.asked(slots.ARRIVED) == 1 << 3
