@@ -17,7 +17,7 @@ from threading import Event, Lock, Thread, current_thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyvmm.control.protocol import FAILED, PAUSED, ControlError, Later, Method, executes, watches
-from pyvmm.errors import ConfigError, PyvmmError
+from pyvmm.errors import ConfigError, DriverError, PyvmmError
 from pyvmm.host import log
 from pyvmm.host.syscalls import Closable
 from pyvmm.kinds import registry
@@ -45,6 +45,10 @@ MOST_SECONDS = 24 * 3600.0
 # Seconds in which a guest that has drivers at work takes what has come, however slow it is.
 TAKES_WITHIN = 60
 _LOOKS_EACH = 0.05  # seconds, for somebody who waits for a driver
+# Seconds for which a device that is taken by force answers a driver that goes on, and after which
+# one that has nothing to ask has let go, as far as anybody knows.
+_FAILS_FOR = 5.0
+_QUIET_FOR = 0.2
 _AGENT_SECONDS = 5.0
 _MOST_SAID = 1 << 16  # bytes of its answer
 _MOST_WORDS = 200  # bytes of what a guest says of a device that it uses
@@ -419,6 +423,8 @@ class Hotplug(Closable):
                 leaving.wakes.add(wake)
             self._bus().tell(slots.LEAVING, number)
         told = wake.wait(timeout)
+        if force and not told and not leaving.ejected:
+            self._let_requests_end(leaving)
         if not leaving.gone.is_set() and not self._give_up(leaving, force and not told):
             raise ConfigError(
                 f"the guest has not given up {id} within {timeout:g} s",
@@ -466,6 +472,22 @@ class Hotplug(Closable):
         if done.returncode != _IN_USE:
             return ""
         return printable(done.stdout.strip()[:_MOST_WORDS]) or "it does not say what for"
+
+    def _let_requests_end(self, leaving: _Leaving) -> None:
+        """Have the device answer its driver's requests, with errors, and give the guest a while to
+        let go: Linux waits for ever for requests to a disk that is gone."""
+        part = leaving.part
+        if not part.device.fail_requests():
+            return
+        give_up_at = time.monotonic() + _FAILS_FOR
+        quiet_since, before = time.monotonic(), -1
+        while (now := time.monotonic()) < give_up_at and not leaving.ejected:
+            count, is_idle = _requests_of(part.transport)
+            if count != before or not is_idle:
+                quiet_since, before = now, count
+            elif now - quiet_since >= _QUIET_FOR:
+                return
+            leaving.gone.wait(_LOOKS_EACH)
 
     def _give_up(self, leaving: _Leaving, force: bool) -> bool:
         """The guest has had its time. Whether the device goes all the same, or does already."""
@@ -644,6 +666,22 @@ def _check_crossing(kind: str, spec: Spec) -> None:
             "this machine's files and network do not get into the emulated KVM host so",
             cure=f"make {kind}.add the first request of its connection",
         )
+
+
+def _requests_of(transport: Transport) -> tuple[int, bool]:
+    """How many requests its device has answered, and whether none waits or is under way."""
+    count, is_idle = 0, True
+    for queue in transport.negotiation.active_queues:
+        count += queue.stats.requests
+        if not queue.lock.acquire(timeout=0):
+            return count, False
+        try:
+            is_idle &= queue.is_drained()
+        except DriverError:
+            pass  # nobody serves it any more
+        finally:
+            queue.lock.release()
+    return count, is_idle
 
 
 def _any_driven(transports: Iterable[Transport]) -> bool:

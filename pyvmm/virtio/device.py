@@ -118,6 +118,12 @@ class VirtioDevice(ABC):
         Virtqueue Reset). Also called for a queue that was never enabled."""
         raise NotImplementedError
 
+    def fail_requests(self) -> bool:
+        """Answer requests with an error from now on, those that wait as well, and soon: the device
+        is to be taken away from a driver that may wait for them. False if none does, as for most
+        types. Any thread may call it."""
+        return False
+
     def save(self) -> dict[str, Any]:
         """The device's own state, as plain data: what its driver has set beyond the
         negotiation, and what its driver knows that a new device would not. It is at rest: the locks

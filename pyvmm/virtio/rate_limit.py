@@ -77,7 +77,8 @@ class RateLimiter:
         its size is known; 0 is now."""
         with self._lock:
             buckets = (self._operations, self._bytes)
-            return max(bucket.wait_for(1, now) for bucket in buckets if bucket is not None)
+            waits = (bucket.wait_for(1, now) for bucket in buckets if bucket is not None)
+            return max(waits, default=0)
 
     def charge(self, size: int, operations: int = 1) -> None:
         """Count what went anyway, be it on credit; negative numbers give back what was taken."""
@@ -86,6 +87,11 @@ class RateLimiter:
                 self._operations.take(operations)
             if self._bytes is not None:
                 self._bytes.take(size)
+
+    def lift(self) -> None:
+        """See worker.Limits."""
+        with self._lock:
+            self._bytes = self._operations = None
 
     def around(self, serve: Serve, size_of: Callable[[DescriptorChain], int]) -> Serve:
         """See worker.Limits."""

@@ -66,6 +66,9 @@ class Limits(Protocol):
     def charge(self, size: int, operations: int = 1) -> None:
         """Count what went anyway; negative numbers give back what was taken."""
 
+    def lift(self) -> None:
+        """Limit nothing from now on. Who waits still is to be woken."""
+
 
 class Worker(ABC):
     """One thread for one to many queues of a device, and for files of the host beside them.

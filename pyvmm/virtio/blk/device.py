@@ -95,6 +95,10 @@ def _type_name(type: int) -> str:
     return TYPE_NAMES.get(type, f"request type {type}")
 
 
+def _ignore(line: str) -> None:
+    pass
+
+
 class _Halted(Exception):
     """The queue is to stop: what is left of the request has to wait until it goes on."""
 
@@ -276,6 +280,19 @@ class BlockDevice(QueueDevice):
     def reset(self) -> None:
         super().reset()
         self.accept_features(0)
+
+    def fail_requests(self) -> bool:
+        """See VirtioDevice. No sector is left, without a limit or a word about it; what the storage
+        is in the middle of ends as usual."""
+        self._stop = None
+        self._log = self._host_log = _ignore
+        self._capacity = 0
+        if self.limits is not None:
+            self.limits.lift()
+        workers = self._workers
+        for worker in workers.values():
+            worker.wake()
+        return bool(workers)
 
     def save(self) -> dict[str, Any]:
         """See VirtioDevice: the size that the driver knows, and its choice of the cache."""

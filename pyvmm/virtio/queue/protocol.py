@@ -122,6 +122,9 @@ class Queue(Protocol):
     def disable_notification(self) -> None:
         """Tell the driver that kicks are not needed for now."""
 
+    def is_drained(self) -> bool:
+        """True if the driver has nothing in the ring that was not returned. Raises DriverError."""
+
     def poll(self, until: int) -> bool:
         """Look for new buffers, without asking for a kick, until the clock (perf_counter_ns) says
         `until` or `halt` is set; whether there are any. `lock` need not be held."""

@@ -306,6 +306,12 @@ class Ring(ABC):
         before, self._settled = self._settled, (end, self._next_avail)
         return end != self._next_avail and self._settled != before
 
+    def is_drained(self) -> bool:
+        """See Queue."""
+        if not self.ready:
+            return True
+        return self._first_unavailable() == self._next_avail == self._next_used
+
     def poll(self, until: int) -> bool:
         """Look for new buffers, without asking for a kick, until the clock (perf_counter_ns) says
         `until` or `halt` is set; whether there are any."""

@@ -19,7 +19,8 @@ from pyvmm.monitor import hotplug
 from pyvmm.monitor.hotplug import methods
 from pyvmm.pci import slots
 from pyvmm.spec.vm import VmSpec
-from pyvmm.testing.blk_driver import IN, OK, BlockDriver, header
+from pyvmm.testing.blk_driver import IN, IOERR, OK, BlockDriver, header
+from pyvmm.testing.mock_driver import Buffer
 from pyvmm.virtio.blk.backend import FileBackend
 from pyvmm.virtio.status import ACKNOWLEDGE
 from pyvmm.virtio.status import FAILED as FAILED_STATUS
@@ -471,6 +472,44 @@ def test_a_device_pulled_with_io_in_flight_does_no_harm(
     after = bytes(rig.memory.read(0, 2 * MIB))
     threading.Event().wait(0.02)
     assert bytes(rig.memory.read(0, 2 * MIB)) == after  # nobody writes any more
+
+
+def test_by_force_requests_get_an_answer_before_the_disk_goes(rig: Rig, data: Path) -> None:
+    """Linux waits for ever for those that do not, in del_gendisk."""
+    rig.add("disk", f"{data},id=data,iops=1")
+    rig.asked(slots.ARRIVED)
+    disk = disk_of(rig, 3)
+    disk.read(0, 512)  # the next one would have to wait
+    driver, memory = disk.driver, rig.memory
+    places = [Buffer(driver.arena.alloc(513), 513) for _ in range(64)]
+    for place in places:
+        memory.write(place.addr, b"\xee" * place.length)
+    chains = [driver.submit(0, [header(IN, 8)], [place]) for place in places]
+    rig.remove("disk", "data", timeout=0, force=True)
+    assert not rig.is_there(3)
+    statuses = [memory.read(place.addr + 512, 1)[0] for place in places]
+    assert set(statuses) <= {OK, IOERR} and IOERR in statuses
+    for chain in chains:
+        driver.wait_used(0, chain)
+    assert open_image(str(data), read_only=False).close() is None
+
+
+def test_by_force_a_guest_that_lets_go_meanwhile_is_not_pulled(
+    rig: Rig, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hotplug, "_FAILS_FOR", SAFETY_TIMEOUT)
+    monkeypatch.setattr(hotplug, "_QUIET_FOR", SAFETY_TIMEOUT)
+    rig.add("disk", f"{data},id=data,iops=1")
+    rig.asked(slots.ARRIVED)
+    disk = disk_of(rig, 3)
+    removing = rig.removing("disk", "data", timeout=0, force=True)
+    assert rig.asked(slots.LEAVING) == 1 << 3
+    while disk.read(0, 512).status != IOERR:
+        pass  # its time is not over yet
+    rig.eject(3)
+    removing.result()
+    assert rig.port(slots.LEAVING) == 0, "it is not asked again"
+    assert rig.events[-1] == ("device_removed", {"kind": "disk", "id": "data", "by": "host"})
 
 
 # --- several at once, restarts, ends --------------------------------------------------------------
