@@ -25,6 +25,7 @@ pytestmark = pytest.mark.usefixtures("linux_guests")
 
 MIB = 1 << 20
 SIZE = 4 * MIB
+HERE = Path(__file__).resolve()
 ROUNDS = 2
 MANY = int(os.environ.get("HOTPLUG_ROUNDS", "0"))
 # A guest of one vCPU is late: it hears of what has been pulled out when that has gone.
@@ -71,7 +72,7 @@ echo "address=$(busybox ip -4 -o addr show eth1 | sed 's/.*inet \\([^ /]*\\).*/\
 FIRST = """\
 echo "card=$(ls /sys/class/net | grep -v lo)"
 until grep -q ^virtio_rng /sys/class/misc/hw_random/rng_current; do sleep 0.1; done
-echo "shared=$(cat /mnt/data | sha256sum | cut -d' ' -f1)"
+echo "shared=$(sha256sum < /mnt/test_linux_hotplug.py | cut -d' ' -f1)"
 umount /mnt
 """
 MARK = """\
@@ -116,7 +117,7 @@ def test_disks_and_cards_come_and_go(
         **debian(kernel, variant="test"),
         **{"transport": "pci", "cpus": CPUS[kernel], "cmdline": NO_WATCHDOGS},
     )
-    pairs = devices_of_new_kinds_come_and_go(vm, tmp_path, digest)
+    pairs = devices_of_new_kinds_come_and_go(vm)
     before = None
     for number in range(ROUNDS):
         assert vm.add_disk(f"{data},id=data") == "data"
@@ -171,13 +172,15 @@ def test_disks_and_cards_come_and_go(
     assert end["cards"].split() == ["eth0", "lo"]
 
 
-def devices_of_new_kinds_come_and_go(vm: VM, folder: Path, digest: str) -> int:
+def devices_of_new_kinds_come_and_go(vm: VM) -> int:
     """One of each kind but a disk, of which the card stays; how many have gone."""
     ids = {"net": vm.add_net("user"), "rng": vm.add_rng()}
     for kind, id in ids.items():
         assert vm.wait_for_driver(kind, id, timeout=PATIENCE) is None
-    share = vm.share(f"{folder}:/mnt,readonly")
+    # An emulated host has a /tmp of its own, and this machine's files elsewhere.
+    share = vm.share(f"{HERE.parent}:/mnt,readonly")
     found = script(vm, FIRST)
+    digest = hashlib.sha256(HERE.read_bytes()).hexdigest()
     assert found == {"card": "eth0", "shared": digest}
     vm.unshare(share, timeout=PATIENCE)
     vm.remove_rng(ids["rng"], timeout=PATIENCE)
