@@ -41,6 +41,7 @@ F_VERSION_1, F_INDIRECT, F_EVENT_IDX, F_PROTOCOL = 1 << 32, 1 << 28, 1 << 29, 1 
 P_MQ, P_REPLY_ACK, P_BACKEND_REQ, P_CONFIG = 1 << 0, 1 << 3, 1 << 5, 1 << 9
 P_INFLIGHT, P_RESET, P_SLOTS, P_STATUS = 1 << 12, 1 << 13, 1 << 15, 1 << 16
 ALL = P_MQ | P_REPLY_ACK | P_CONFIG | P_INFLIGHT | P_SLOTS | P_STATUS
+ACCEPTS = 0x10000  # __SO_ACCEPTCON among the flags of /proc/net/unix
 PATIENCE = 0.5  # seconds that a test's front end waits for a back end which says nothing
 
 Fds = list[int]
@@ -208,6 +209,15 @@ def until(condition: Callable[[], bool], what: Callable[[], str] = str) -> None:
         time.sleep(0.002)
 
 
+def listens_at(path: Path) -> bool:
+    """True if somebody listens there: a socket's file is there before that (bind, then listen)."""
+    for line in Path("/proc/net/unix").read_text().splitlines()[1:]:
+        words = line.split(maxsplit=7)
+        if words[7:] == [str(path)] and int(words[3], 16) & ACCEPTS:
+            return True
+    return False
+
+
 @contextmanager
 def front(
     path: Path,
@@ -260,7 +270,7 @@ def process(*words: str, path: Path) -> Iterator[subprocess.Popen[bytes]]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        until(lambda: path.exists() or back_end.poll() is not None)
+        until(lambda: listens_at(path) or back_end.poll() is not None)
         assert back_end.poll() is None, words
         yield back_end
     finally:

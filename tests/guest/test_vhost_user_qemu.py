@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from disks import artifacts
+from front_end_rig import listens_at
 from guest import HANG_SECONDS, pump_into, tail, text, wait_until
 
 from pyvmm import images
@@ -44,7 +45,7 @@ class BackEnd:
         self.said = bytearray()
         self._disk = disk
         self.start()
-        assert wait_until(self.socket.exists), text(self.said)
+        assert wait_until(lambda: listens_at(self.socket)), text(self.said)
 
     def start(self) -> None:
         argv = [sys.executable, "-m", "pyvmm", "vhost-user-blk"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from c_guest import c_guest
-from front_end_rig import process, until
+from front_end_rig import listens_at, process, until
 
 from pyvmm import VM, ConfigError, images
 from pyvmm.kvm.system import Kvm
@@ -54,7 +54,7 @@ def storage_daemon(image: Path, path: Path) -> Iterator[subprocess.Popen[bytes]]
     file = f"driver=file,node-name=f,filename={image}"
     daemon = subprocess.Popen([*program, "--blockdev", file, "--export", export])
     try:
-        until(lambda: path.exists() or daemon.poll() is not None)
+        until(lambda: listens_at(path) or daemon.poll() is not None)
         yield daemon
     finally:
         daemon.kill()

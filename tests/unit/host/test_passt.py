@@ -14,6 +14,7 @@ from pathlib import Path
 
 import passt_rig
 import pytest
+from front_end_rig import listens_at
 from net_rig import MAC, header, running, wait_for
 from passt_rig import Peer
 
@@ -262,7 +263,7 @@ def test_passt_as_a_vhost_user_back_end(recent: list[str], tmp_path: Path) -> No
         stderr=subprocess.DEVNULL,
     )
     try:
-        wait_for(path.exists)
+        wait_for(lambda: listens_at(path))
         [spec] = registry.check(
             "vhost_user", [registry.parse("vhost_user", f"socket={path},type=net")], None
         )
