@@ -97,7 +97,7 @@ for slot in /sys/bus/pci/slots/*; do
 done
 """
 END = """\
-dmesg > /run/dmesg
+dmesg | grep -v 'stall warnings suppressed' > /run/dmesg # NO_WATCHDOGS does that
 echo "warnings=$(grep -ciE 'warning|bug:|call trace|hung|fail' /run/dmesg || true)"
 grep -iE 'warning|bug:|call trace|hung|fail' /run/dmesg >&2 || true
 echo "cards=$(ls /sys/class/net | tr '\\n' ' ')"
