@@ -1,4 +1,4 @@
-"""VMs and pools of them on a Ray cluster: `pip install pyvmm-kvm[ray]`, docs/ray.md.
+"""VMs and pools of them on a Ray cluster: `pip install '.[ray]'`, docs/ray.md.
 
     with RayPool("ready", 6) as pool:
         with pool.take() as vm:
@@ -39,7 +39,9 @@ try:
     import ray
     from ray import exceptions
 except ImportError as error:
-    raise ImportError("pyvmm.ray needs Ray: pip install 'pyvmm-kvm[ray]'") from error
+    raise ImportError(
+        "pyvmm.ray needs Ray: pip install '.[ray]', in pyvmm's checkout (docs/ray.md)"
+    ) from error
 
 if TYPE_CHECKING:
     from pyvmm.agent import Completed

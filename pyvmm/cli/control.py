@@ -162,7 +162,8 @@ def _added(vm: str, kind: str, id: str, timeout: float) -> None:
     click.echo(id)
     why = ByName(vm).wait_for_driver(kind, id, timeout=timeout)
     if why is not None:
-        log.to_stderr(f"the guest has not taken {id} yet{why and f': {why}'}")
+        because = f": {why}" if why else "; docs/hotplug.md says which drivers that takes"
+        log.to_stderr(f"the guest has not taken {id} yet{because}")
 
 
 @disk.command("add")

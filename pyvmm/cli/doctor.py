@@ -94,7 +94,9 @@ def check_networks() -> Iterator[Check]:
         "taps",
         usable,
         f"{tap.DEVICE} can be opened" if usable else f"{tap.DEVICE} cannot be opened",
-        "`modprobe tun`, or use --net user",
+        f"`chmod 666 {tap.DEVICE}` (udev's mode for it), or use --net user"
+        if os.path.exists(tap.DEVICE)
+        else "`modprobe tun`, or use --net user",
     )
 
 

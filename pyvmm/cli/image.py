@@ -188,7 +188,10 @@ def remove(names: tuple[str, ...], force: bool) -> None:
 @image.command()
 @click.argument("name")
 def path(name: str) -> None:
-    """Print the folder of an image that has been built."""
+    """Print the folder of a part of the images that has been built.
+
+    `pyvmm image list --all` shows the names of the parts.
+    """
     click.echo(images.path(name))
 
 
@@ -206,7 +209,12 @@ def headers(kernel: str) -> None:
 
 @image.command()
 @click.argument("target")
-@click.option("--variant", default=images.DEFAULT_VARIANT, show_default=True)
+@click.option(
+    "--variant",
+    default=images.DEFAULT_VARIANT,
+    show_default=True,
+    help="minbase (that of debian), systemd (of debian-systemd) or test (of debian-test).",
+)
 @click.option("--force", is_flag=True, help="Replace TARGET if it exists.")
 def disk(target: str, variant: str, force: bool) -> None:
     """Write a fresh, writable root disk to TARGET."""

@@ -72,7 +72,13 @@ class Option(NamedTuple):
 
 # In the order of configuration files; the devices' rows come between the two.
 FIRST = (
-    Option("image", "image", shape=ARGUMENT),
+    Option(
+        "image",
+        "image",
+        shape=ARGUMENT,
+        help="The name of an image, as `pyvmm image list` shows it; debian, if no other option "
+        "says what to boot.",
+    ),
     Option(
         "kernel",
         "--kernel",

@@ -221,7 +221,7 @@ def _refuse(lacking: list[str], features: list[str]) -> None:
     if lacking:
         raise ConfigError(
             f"this machine's KVM lacks what the guest's processor had: {', '.join(lacking)}",
-            cure="restore it on a machine like the one it was saved on",
+            cure="restore it on a machine like the one it was saved on, with the same --kvm",
         )
 
 
