@@ -124,6 +124,19 @@ def test_what_is_too_wide(text: str, found: list[int]) -> None:
     assert too_wide(text) == found
 
 
+def test_documents_name_targets_that_make_has() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    named = {
+        (str(document.relative_to(ROOT)), target)
+        for document in DOCUMENTS
+        if document.name != "kernels.md"  # the kernel's own make
+        for target in re.findall(r"(?:`|^ {4})make ([a-z]+)", document.read_text(), re.MULTILINE)
+    }
+    assert {target for _, target in named} >= {"demo", "test", "fuzz"}
+    assert not [one for one in sorted(named) if one[1] not in targets]
+
+
 # What a reader makes by following the page.
 MADE = {
     "docs/adding-a-device.md": {"pyvmm/kinds/seed.py", "pyvmm/virtio/seed/device.py"},
