@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import click
 
+from pyvmm.cli.parameter_types import Seconds
 from pyvmm.cli.quick import split_command
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
@@ -60,7 +61,12 @@ class _Matrix(click.Command):
     multiple=True,
     help="A kernel as `pyvmm run` takes it: a file, a build tree, debian:6.12, debian:sid…",
 )
-@click.option("--timeout", type=float, metavar="SECONDS", help="For each kernel.")
+@click.option(
+    "--timeout",
+    type=Seconds(min=0, min_open=True),
+    metavar="SECONDS",
+    help="End the guest, and count its kernel as failed, after so long.",
+)
 @click.option("--fail-fast", is_flag=True, help="Stop at the first kernel that fails.")
 @click.argument("others", metavar="[RUN-OPTIONS]", nargs=-1, type=click.UNPROCESSED)
 def matrix(

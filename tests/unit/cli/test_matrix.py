@@ -58,6 +58,10 @@ def test_one_that_takes_too_long(runs, capsys: pytest.CaptureFixture[str]) -> No
     ("words", "why"),
     [
         (["--", "true"], "--kernel: there is no kernel"),
+        (["--timeout=nan", "--kernel", "slow", "--", "true"], "not a number of seconds"),
+        (["--timeout=1e300", "--kernel", "slow", "--", "true"], "not a number of seconds"),
+        (["--timeout=0", "--kernel", "slow", "--", "true"], "--timeout"),
+        (["--timeout=-1", "--kernel", "slow", "--", "true"], "--timeout"),
         (["--kernel", "a"], "--: there is no command to run; add: -- CMD"),
         (["--kernel", "a", "--name=x", "--", "true"], "--name: is for one VM, not for a matrix"),
         (["--kernel", "a", "-d", "--", "true"], "-d: is for one VM, not for a matrix"),
