@@ -501,9 +501,10 @@ class RayPool:
         """Begins to fill at once. Each VM asks Ray for `num_cpus` (one for each vCPU), its memory,
         one `kvm`, and `resources`; no more than `takers` threads may wait for one.
 
-        Raises ConfigError for a snapshot or a size that cannot be used.
+        Raises ConfigError for a snapshot, a size or other arguments that cannot be used.
         """
-        check_pool(snapshot if isinstance(snapshot, str) else snapshot.snapshot, size)
+        name = snapshot if isinstance(snapshot, str) else snapshot.snapshot
+        check_pool(name, size, kvm=kvm, confine=confine)
         self.spread = Spread(snapshot) if isinstance(snapshot, str) else snapshot
         self.size = size
         self._wanted = _wanted(self.spread.cpus, self.spread.memory, num_cpus, resources)

@@ -25,9 +25,14 @@ class AsyncPool:
 
     @signature_of(Pool.__init__)
     def __init__(self, snapshot: str, size: int = 1, **options: Any) -> None:
-        """Takes what `Pool` takes, and does nothing yet. Raises ConfigError for a name or a size
-        that cannot be."""
-        check_pool(snapshot, size)
+        """Takes what `Pool` takes, and does nothing yet. Raises ConfigError for arguments that
+        cannot be."""
+        check_pool(
+            snapshot,
+            size,
+            kvm=options.get("kvm", "auto"),
+            confine=options.get("confine", "auto"),
+        )
         self.snapshot, self.size = snapshot, size
         self._options = options
         self._pool: Pool | None = None

@@ -29,6 +29,7 @@ from pyvmm.control.client import Client
 from pyvmm.errors import ConfigError, PyvmmError
 from pyvmm.monitor import snapshots
 from pyvmm.spec.names import check_name
+from pyvmm.spec.options import own_row, read_own
 from pyvmm.spec.surroundings import read_surroundings
 
 _WHAT = "this pool"
@@ -45,11 +46,13 @@ class _Waiting(NamedTuple):
     client: Client
 
 
-def check_pool(snapshot: str, size: int) -> None:
-    """Raise ConfigError for a name or a number of VMs that cannot be."""
+def check_pool(snapshot: str, size: int, *, kvm: str = "auto", confine: str = "auto") -> None:
+    """Raise ConfigError for a name, a number of VMs or another argument that cannot be."""
     if not 1 <= size <= MOST:
         raise ConfigError(f"a pool of {size} VMs cannot be had", cure=f"use 1 to {MOST}")
     check_name(snapshot, option="")
+    for name, value in {"kvm": kvm, "confine": confine}.items():
+        read_own(own_row(name), value)
 
 
 class Pool:
@@ -66,9 +69,9 @@ class Pool:
         refill: bool = True,
     ) -> None:
         """Begins to fill at once; without `refill` those that are taken are not replaced. Raises
-        ConfigError for a snapshot that is not there or cannot be used, and for a size that cannot
-        be; VMError, HostError."""
-        check_pool(snapshot, size)
+        ConfigError for a snapshot that is not there or cannot be used, and for other arguments that
+        cannot be; VMError, HostError."""
+        check_pool(snapshot, size, kvm=kvm, confine=confine)
         self.snapshot, self.size = snapshot, size
         self._refill = refill
         self._taken = 0

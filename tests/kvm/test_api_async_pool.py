@@ -204,6 +204,11 @@ def test_what_cannot_be_is_refused_and_a_forked_process_closes_nothing(ready: st
             AsyncPool(ready, size)
     with pytest.raises(ConfigError, match="has a slash"):
         AsyncPool("../ready")
+    for kind in (AsyncPool, Pool):
+        with pytest.raises(ConfigError, match="kvm cannot be 'hos'; choose from auto, host"):
+            kind(ready, kvm="hos")
+        with pytest.raises(ConfigError, match="confine cannot be 'strcit'; choose from auto, str"):
+            kind(ready, kvm="host", confine="strcit")
 
     async def main() -> None:
         with pytest.raises(ConfigError, match="no snapshot 'other'"):
