@@ -355,7 +355,8 @@ class Hotplug(Closable):
             raise ConfigError(
                 f"the VM has a device of the kind {kind} already", cure="remove that one first"
             )
-        return registry.check_one_more(kind, spec, others, whole)
+        # A check may look at files, which have no names in the root of the box.
+        return self.run_outside(partial(registry.check_one_more, kind, spec, others, whole))
 
     def _plug(self, spec: Spec, device: VirtioDevice) -> int:
         machine = self._machine

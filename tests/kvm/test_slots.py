@@ -13,7 +13,7 @@ import pytest
 from boot_images import Elf, Load
 from footprint import footprint, has_no_more_than
 
-from pyvmm import VM
+from pyvmm import VM, ConfigError, images
 from pyvmm.control.protocol import ControlError
 from pyvmm.kvm.system import Kvm
 
@@ -105,6 +105,21 @@ def test_a_guest_that_is_not_there_keeps_nothing_by_force(vm: VM) -> None:
     assert vm.wait_for_driver("disk", "data", timeout=SAFETY_TIMEOUT) == "it is paused"
     vm.resume()
     vm.remove_disk("data", timeout=0, force=True)
+    assert vm.status()["devices"] == ["root"]
+
+
+def test_names_that_come_late_are_those_of_the_machine(vm: VM, folder: Path) -> None:
+    """The root of the monitor's box, where there is one, has none of them."""
+    with pytest.raises(ControlError, match="data is not a directory"):
+        vm.share(f"{folder}/data")
+    try:
+        images.virtiofsd_command()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    (folder / "shared").mkdir()
+    share = vm.share(f"{folder}/shared,readonly")
+    vm.console.expect_exact("A", timeout=SAFETY_TIMEOUT)
+    vm.unshare(share, timeout=SAFETY_TIMEOUT)
     assert vm.status()["devices"] == ["root"]
 
 
