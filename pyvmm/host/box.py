@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 from pyvmm.errors import ConfigError
 from pyvmm.host import confinement as c
-from pyvmm.host import namespaces
+from pyvmm.host import namespaces, pausing
 
 PRIVILEGES, CAPABILITIES, LIMITS = "no-new-privileges", "capabilities", "limits"
 FILES, CALLS = "files", "calls"
@@ -132,7 +132,8 @@ def begin() -> None:
         if not os.geteuid():
             # Root in a namespace of its own would be nobody to the files of other users.
             raise ConfigError("root without CAP_SYS_ADMIN has none")
-        namespaces.for_all()
+        with pausing.paused():
+            namespaces.for_all()
         _in_user_namespace = True
     except ConfigError as error:
         _no_rights = error.message

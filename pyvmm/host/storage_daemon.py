@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from pyvmm.errors import ConfigError
-from pyvmm.host import box, confinement, log
+from pyvmm.host import box, confinement, log, pausing
 from pyvmm.host.private_listener import connected_listener
 from pyvmm.host.qcow2 import Layer, blockdev
 
@@ -48,17 +48,24 @@ class StorageDaemon:
         self._log = log.RateLimited()
         self._said: deque[str] = deque(maxlen=8)
         self._serving = False
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._started = threading.Event()
         # The death signal comes when the thread ends that started it, so one that stays.
-        self._thread = threading.Thread(target=self._attend, name="storage-daemon", daemon=True)
-        self._thread.start()
-        self._started.wait()
+        if threading.current_thread() is threading.main_thread():
+            self._start()
+        else:
+            Thread = threading.Thread
+            Thread(target=self._start_and_stay, name="storage-daemon", daemon=True).start()
+            self._started.wait()
         if self._process is None:
             self.socket.close()
             raise ConfigError(f"cannot start {PROGRAM}: {self.why_it_failed()}", option="--disk")
+        assert self._process.stderr is not None
+        fd = self._process.stderr.fileno()
+        hears = pausing.each_line(fd, self._heard, self._ended)
+        self._watcher: pausing.Watcher = pausing.Watcher(fd, "storage-daemon-says", hears)
 
-    def _attend(self) -> None:
+    def _start(self) -> None:
         try:
             with self._listener:
                 self._process = subprocess.Popen(
@@ -66,22 +73,29 @@ class StorageDaemon:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
-                    text=True,
-                    errors="replace",
+                    bufsize=0,
                     pass_fds=(self._listener.fileno(), *self._given),
                     start_new_session=True,  # Ctrl-C is for us, not for it to die of
                 )
             box.may_signal(self._process.pid)
         except OSError as error:
             self._said.append(error.strerror or "unknown error")
-            return
+
+    def _start_and_stay(self) -> None:
+        try:
+            self._start()
         finally:
             self._started.set()
-        assert self._process.stderr is not None
-        for line in self._process.stderr:
-            self._said.append(line.strip())
-            if self._serving:
-                self._log(f"{self.path}: {line.strip()}")
+        if self._process is not None:
+            self._process.wait()
+
+    def _heard(self, line: str) -> None:
+        self._said.append(line.strip())
+        if self._serving:
+            self._log(f"{self.path}: {line.strip()}")
+
+    def _ended(self) -> None:
+        assert self._process is not None
         self._process.wait()
 
     def serving(self) -> None:
@@ -101,11 +115,10 @@ class StorageDaemon:
         assert self._process is not None
         self._serving = False
         self._process.terminate()
-        self._thread.join(_PATIENCE)
-        if self._thread.is_alive():
+        if not self._watcher.wait(_PATIENCE):
             log.to_stderr(f"{self.path}: {PROGRAM} does not end and is killed")
             self._process.kill()
-            self._thread.join(_PATIENCE)
+            self._watcher.wait(_PATIENCE)
 
 
 def _find(program: str, package: str) -> str:

@@ -16,13 +16,12 @@ import ctypes
 import os
 import subprocess
 import sys
-import threading
 from collections import deque
 from collections.abc import Sequence
 from typing import NoReturn
 
 from pyvmm.errors import ConfigError
-from pyvmm.host import box, confinement, log
+from pyvmm.host import box, confinement, log, pausing
 from pyvmm.host.private_listener import connected_listener
 
 PROGRAM = "virtiofsd"
@@ -70,8 +69,7 @@ class Virtiofsd:
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
-                    text=True,
-                    errors="replace",
+                    bufsize=0,
                     pass_fds=(listener.fileno(),),
                     start_new_session=True,  # Ctrl-C is for us, not for it to die of
                 )
@@ -79,15 +77,17 @@ class Virtiofsd:
                 self.socket.close()
                 raise ConfigError(f"cannot start {PROGRAM}: {error.strerror}") from None
         box.may_signal(self._process.pid)
-        self._thread = threading.Thread(target=self._listen, name="virtiofsd", daemon=True)
-        self._thread.start()
-
-    def _listen(self) -> None:
         assert self._process.stderr is not None
-        for line in self._process.stderr:
-            text = line.rpartition("] ")[2].strip()[:200]
-            if text and not text.startswith(_NOISE):
-                self._said.append(text)
+        fd = self._process.stderr.fileno()
+        hears = pausing.each_line(fd, self._heard, self._ended)
+        self._watcher = pausing.Watcher(fd, "virtiofsd", hears)
+
+    def _heard(self, line: str) -> None:
+        text = line.rpartition("] ")[2].strip()[:200]
+        if text and not text.startswith(_NOISE):
+            self._said.append(text)
+
+    def _ended(self) -> None:
         self._process.wait()
         if not self._closing:
             self._log(f"{self.folder} is served no more: {self._last()}")
@@ -98,16 +98,15 @@ class Virtiofsd:
     def why_it_ended(self) -> str:
         """Its last message, once the connection has ended."""
         self._closing = True
-        self._thread.join(_PATIENCE)
+        self._watcher.wait(_PATIENCE)
         return self._last()
 
     def close(self) -> None:
         """Be sure that it has gone; the socket must be closed already."""
         self._closing = True
-        self._thread.join(_PATIENCE)
-        if self._thread.is_alive():
+        if not self._watcher.wait(_PATIENCE):
             self._process.kill()
-            self._thread.join(_PATIENCE)
+            self._watcher.wait(_PATIENCE)
 
 
 def _begin(command: Sequence[str], folder: str) -> Sequence[str]:

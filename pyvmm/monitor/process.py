@@ -81,20 +81,21 @@ def _run(request_fd: int, name_fd: int) -> int:
 def end_with(parent: int) -> None:
     """Once the process `parent`, which has started this one, is gone, end as by SIGTERM, or else by
     SIGKILL. (PR_SET_PDEATHSIG looks at the thread that started us only.)"""
-    fd = -1
-    with suppress(OSError):  # it was gone before we looked
-        fd = os.pidfd_open(parent)
-    Thread(target=_await_end, args=(parent, fd), name="parent", daemon=True).start()
+    from pyvmm.host.pausing import Watcher
 
+    def heard() -> bool:
+        if os.getppid() == parent:
+            return True
+        _end()
+        return False
 
-def _await_end(parent: int, fd: int) -> None:
     try:
-        poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        while os.getppid() == parent:
-            poll.poll()
-    except OSError:
-        pass  # it was gone before we looked
+        Watcher(os.pidfd_open(parent), "parent", heard)
+    except OSError:  # it was gone before we looked
+        Thread(target=_end, name="parent", daemon=True).start()
+
+
+def _end() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(_GRACE)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -11,7 +11,6 @@ knows: so the parent takes it and passes it on, as a signal that only the parent
 from __future__ import annotations
 
 import os
-import select
 import signal
 import sys
 import time
@@ -25,7 +24,8 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from pyvmm.errors import ConfigError, HostError
-from pyvmm.host import log
+from pyvmm.host import log, pausing
+from pyvmm.host.pausing import Watcher
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.spec.vm import DiskSpec, VmSpec
 
@@ -43,6 +43,8 @@ _TAIL_BYTES = 16 << 10
 _CMDLINE = "quiet pyvmm.exec=agent"
 # What the monitor gets, and what the client gets for it.
 _PASSED_ON: dict[int, int] = {signal.SIGINT: signal.SIGUSR1, signal.SIGQUIT: signal.SIGUSR2}
+
+_MAKE_WAY = signal.SIGRTMIN  # what ends the monitor's thread that waits for signals
 
 _CONSOLE_ENDED = signal.SIGALRM  # what a thread of the client wakes its main thread by
 
@@ -173,26 +175,36 @@ class _Attending:
         self._client = client
         self._process = os.pidfd_open(client)
         self._over = Event()
-        for work in (self._pass_on, self._end_with_it):
-            Thread(target=work, name="client", daemon=True).start()
+        Watcher(self._process, "client", self._end_with_it)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {_MAKE_WAY})
+        self._start()
+        pausing.register(self)
 
     def over(self) -> None:
         """The monitor has ended its work."""
         self._over.set()
 
+    def pause(self) -> None:
+        signal.pthread_kill(self._passing.ident or 0, _MAKE_WAY)
+        self._passing.join()
+
+    def go_on(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
+        self._passing = Thread(target=self._pass_on, name="client", daemon=True)
+        self._passing.start()
+
     def _pass_on(self) -> None:
-        while True:
-            number = signal.sigwait(_PASSED_ON)
+        while (number := signal.sigwait((*_PASSED_ON, _MAKE_WAY))) != _MAKE_WAY:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._process, _PASSED_ON[number])
 
-    def _end_with_it(self) -> None:
-        poll = select.poll()
-        poll.register(self._process, select.POLLIN)
-        poll.poll()
+    def _end_with_it(self) -> bool:
         while not self._over.is_set():
             os.kill(os.getpid(), signal.SIGTERM)
             self._over.wait(_CUT_SECONDS)
+        return False
 
 
 def _flush() -> None:

@@ -135,6 +135,25 @@ def test_an_ordinary_user_is_in_a_root_with_nothing_but_what_is_named(folder: Pa
     assert said[1:] == [INSIDE]
 
 
+def test_an_ordinary_user_s_threads_make_way_and_come_back(folder: Path) -> None:
+    can_have_namespaces()
+    said = enter(
+        folder,
+        ordinary=True,
+        before="""
+import atexit
+from pyvmm.host.pausing import Watcher
+reads, writes = os.pipe()
+heard = threading.Event()
+Watcher(reads, "one", lambda: bool(os.read(reads, 1)) and (heard.set() or True))
+atexit.register(lambda: (os.write(writes, b"x"), print("heard", heard.wait(60))))
+""",
+    )
+    if "Operation not permitted" in said[0]:
+        pytest.skip(f"this machine lets ordinary users have no namespaces: {said[0]}")
+    assert said == ["", INSIDE, "heard True"]
+
+
 def test_root_is_there_without_a_user_namespace(folder: Path) -> None:
     needs_root()
     can_have_namespaces()
