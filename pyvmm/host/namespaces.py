@@ -12,7 +12,7 @@ import errno
 import os
 import stat
 import struct
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import suppress
 
 from pyvmm.errors import ConfigError
@@ -72,7 +72,7 @@ def network() -> None:
     _unshare(CLONE_NEWNET)
 
 
-def root(read: Iterable[str], devices: Iterable[str]) -> None:
+def root(read: Sequence[str], devices: Sequence[str]) -> None:
     """A root folder with nothing in it but `read`, files or folders with all that is in them, and
     the device nodes `devices`, all where they were, and read-only; what is missing is skipped. The
     current folder keeps its name and is otherwise empty. Raises ConfigError, and nothing has
@@ -83,24 +83,42 @@ def root(read: Iterable[str], devices: Iterable[str]) -> None:
         folder = "/"
     before = os.open(".", os.O_PATH | os.O_CLOEXEC)
     trees: dict[str, int] = {}
+    sources: dict[str, str] = {}
+    links: dict[str, str] = {}
     mounted = False
     try:
         _unshare(CLONE_NEWNS)
         _be_private()
         more = _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOSUID
         for paths, attributes in (
-            (read, more | _MOUNT_ATTR_NODEV),
             (devices, more | _MOUNT_ATTR_NOEXEC),
+            (read, more | _MOUNT_ATTR_NODEV),
         ):
-            for path in map(os.path.abspath, paths):
+            folders = [os.path.abspath(path) + "/" for path in paths]
+            for path in paths:
+                named = os.path.abspath(path)
+                own = _own_files(path)
+                if own is not None:
+                    links[os.path.dirname(os.path.join(folder, path))] = own
+                    continue
+                if any(named.startswith(one) for one in folders):
+                    named = os.path.realpath(path)  # a link in that folder may lead out of it
+                if named in sources:
+                    if not _same(path, sources[named]):
+                        raise ConfigError(f"{path} and {sources[named]} have one name in it")
+                    continue
                 tree = _tree(path, attributes)
                 if tree is not None:
-                    trees[path] = tree
+                    trees[named], sources[named] = tree, path
         _mount(b"tmpfs", _PLACE, _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, _ROOT_OPTIONS)
         mounted = True
         os.chdir(_PLACE)
         _furnish(trees)
+        for path in read:
+            if os.path.dirname(os.path.join(folder, path)) not in links:
+                _make_folders(os.path.dirname(os.path.join(folder, path)))
         _make_folders(folder)
+        _link(links)
         attributes = more | _MOUNT_ATTR_NODEV | _MOUNT_ATTR_NOEXEC
         _set_attributes(_AT_FDCWD, b".", 0, attributes)
         _enter()
@@ -149,11 +167,39 @@ def _furnish(trees: dict[str, int]) -> None:
         c.checked(moved, f"move_mount {path}")
 
 
+def _same(one: str, other: str) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:  # whoever opens it tells
+        return True
+
+
+def _own_files(path: str) -> str | None:
+    """The name of the folder of `path` by way of /proc/self, if that is where it is: what is there
+    are open files, which can be no mount, and stay."""
+    own = os.path.realpath("/proc/self") + "/"
+    folder = os.path.realpath(os.path.dirname(path)) + "/"
+    return "/proc/self/" + folder[len(own) : -1] if folder.startswith(own) else None
+
+
+def _link(links: dict[str, str]) -> None:
+    """Make symbolic links of these names to these targets. Raises OSError."""
+    for name, target in links.items():
+        if not os.path.lexists("." + name):
+            _make_folders(os.path.dirname(name))
+            os.symlink(target, "." + name)
+
+
 def _make_folders(path: str) -> None:
-    """Make the folder `path`, an absolute one, below the current one. Raises OSError."""
-    below = "."
+    """Make the folder `path`, an absolute one, below the current one, with all that it goes through
+    by "..". Raises OSError."""
+    names: list[str] = []
     for name in filter(None, path.split("/")):
-        below += "/" + name
+        if name == "..":
+            del names[-1:]
+            continue
+        names.append(name)
+        below = "./" + "/".join(names)
         if not os.path.isdir(below):
             os.mkdir(below)
             os.chmod(below, 0o755)  # whatever the umask: we may become another user

@@ -162,6 +162,55 @@ def test_root_is_there_without_a_user_namespace(folder: Path) -> None:
     assert (first, line) == ("", INSIDE_OF_ROOT)
 
 
+@pytest.mark.parametrize("ordinary", [False, True])
+def test_a_file_has_the_name_in_it_by_which_it_was_opened(folder: Path, ordinary: bool) -> None:
+    """By links, out of another folder that is there, by "..", and as an open file."""
+    can_have_namespaces()
+    for name in ("there/below", "tree", "link"):
+        (folder / name).mkdir(parents=True)
+    (folder / "there/file").write_text("by ..;")
+    (folder / "file").write_text("another;")
+    (folder / "there/below/out").write_text("out;")
+    (folder / "open").write_text("open;")
+    (folder / "tree/leads").symlink_to(folder / "there/below")
+    (folder / "link/far").symlink_to(folder / "there/below")
+    names = (f"{folder}/link/far/../file", f"{folder}/tree/leads/out", "/dev/fd/{0}", "/dev/null")
+    said = enter(
+        folder,
+        ordinary=ordinary,
+        before=f"""
+import atexit
+fd = os.open({str(folder / "open")!r}, os.O_RDONLY)
+paths = [name.format(fd) for name in {names!r}]
+usual = box._paths
+box._paths = lambda needs: ((*usual(needs)[0], {str(folder / "tree")!r}, *paths), usual(needs)[1])
+atexit.register(lambda: print(*(open(path).read() for path in paths)))
+""",
+    )
+    if "Operation not permitted" in said[0]:
+        pytest.skip(f"this machine lets ordinary users have no namespaces: {said[0]}")
+    assert said[0] == "" and said[-1].split() == ["by", "..;", "out;", "open;"]
+    assert len(said) == 3 and said[1] == (INSIDE if ordinary else INSIDE_OF_ROOT)
+
+
+def test_two_files_of_one_name_are_told(folder: Path) -> None:
+    can_have_namespaces()
+    (folder / "there/below").mkdir(parents=True)
+    (folder / "far").symlink_to(folder / "there/below")
+    (folder / "there/file").touch()
+    (folder / "file").touch()
+    two = f"{folder}/far/../file", f"{folder}/file"
+    first, line = enter(
+        folder,
+        before=f"""
+usual = box._paths
+box._paths = lambda needs: ((*usual(needs)[0], *{two!r}), usual(needs)[1])
+""",
+    )
+    assert first == f"root: {two[1]} and {two[0]} have one name in it"
+    assert line.startswith("read read x written")
+
+
 def test_where_the_root_cannot_be_replaced_it_is_covered(folder: Path) -> None:
     """pivot_root(2) fails on an initial RAM disk: here a filter says what it says there."""
     needs_root()
