@@ -48,12 +48,16 @@ def for_all() -> None:
         if file.read().strip() == "1":
             raise ConfigError("AppArmor lets ordinary users have no namespaces")
     user, group = os.geteuid(), os.getegid()
+    texts = {"setgroups": "deny", "uid_map": f"{user} {user} 1", "gid_map": f"{group} {group} 1"}
+    # Who is in one that has no map is nobody, and does not come back.
+    _write({"uid_map": ""})
     _unshare(CLONE_NEWUSER | _BOTH)
-    for name, text in (
-        ("setgroups", "deny"),
-        ("uid_map", f"{user} {user} 1"),
-        ("gid_map", f"{group} {group} 1"),
-    ):
+    _write(texts)
+
+
+def _write(texts: dict[str, str]) -> None:
+    """Raises ConfigError."""
+    for name, text in texts.items():
         try:
             with open(f"/proc/self/{name}", "w") as file:
                 file.write(text)

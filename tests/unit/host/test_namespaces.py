@@ -193,6 +193,34 @@ atexit.register(lambda: print(*(open(path).read() for path in paths)))
     assert len(said) == 3 and said[1] == (INSIDE if ordinary else INSIDE_OF_ROOT)
 
 
+def test_where_proc_is_read_only_a_user_stays_who_he_is() -> None:
+    needs_root()
+    can_have_namespaces()
+    script = f"""
+import os
+from pyvmm.errors import ConfigError
+from pyvmm.host import confinement, namespaces
+namespaces._unshare(namespaces.CLONE_NEWNS)
+namespaces._be_private()
+MS_RDONLY, MS_REMOUNT, MS_BIND = 1, 32, 4096
+namespaces._mount(b"none", b"/proc", MS_RDONLY | MS_REMOUNT | MS_BIND)
+os.setgid({ORDINARY})
+os.setuid({ORDINARY})
+PR_SET_DUMPABLE = 4
+confinement.prctl(PR_SET_DUMPABLE, 1)
+try:
+    namespaces.for_all()
+except ConfigError as error:
+    print(error.message)
+print(os.getuid(), os.getgid())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=SAFETY_TIMEOUT
+    )
+    said = f"/proc/self/uid_map: Read-only file system\n{ORDINARY} {ORDINARY}\n"
+    assert (done.stdout, done.returncode) == (said, 0), done.stderr
+
+
 def test_two_files_of_one_name_are_told(folder: Path) -> None:
     can_have_namespaces()
     (folder / "there/below").mkdir(parents=True)
