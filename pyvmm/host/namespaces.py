@@ -51,7 +51,10 @@ def for_all() -> None:
     texts = {"setgroups": "deny", "uid_map": f"{user} {user} 1", "gid_map": f"{group} {group} 1"}
     # Who is in one that has no map is nobody, and does not come back.
     _write({"uid_map": ""})
-    _unshare(CLONE_NEWUSER | _BOTH)
+    done = c.call_kernel(_UNSHARE, CLONE_NEWUSER | _BOTH)
+    if done < 0 and ctypes.get_errno() == errno.EINVAL and len(os.listdir("/proc/self/task")) > 1:
+        raise ConfigError("threads run already, as of a device of yours")
+    c.checked(done, "unshare")
     _write(texts)
 
 

@@ -193,6 +193,20 @@ atexit.register(lambda: print(*(open(path).read() for path in paths)))
     assert len(said) == 3 and said[1] == (INSIDE if ordinary else INSIDE_OF_ROOT)
 
 
+def test_an_ordinary_user_s_own_threads_are_named_as_the_reason(folder: Path) -> None:
+    can_have_namespaces()
+    first, line = enter(
+        folder,
+        ordinary=True,
+        before="threading.Thread(target=threading.Event().wait, daemon=True).start()",
+    )
+    if "Operation not permitted" in first:
+        pytest.skip(f"this machine lets ordinary users have no namespaces: {first}")
+    reason = "threads run already, as of a device of yours"
+    assert first == "; ".join(f"{layer}: {reason}" for layer in box._FIRST)
+    assert line.startswith(NO_CHANGE)
+
+
 def test_where_proc_is_read_only_a_user_stays_who_he_is() -> None:
     needs_root()
     can_have_namespaces()
