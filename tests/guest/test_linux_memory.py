@@ -71,7 +71,7 @@ def boot_small(folder: Path) -> GuestResult:
             files.vmlinux,
             files.initramfs,
             [str(disk)],
-            memory="64M",
+            memory="66M",
             cmdline="lockdown=confidentiality",
             stdin="closed",
         )
@@ -79,9 +79,9 @@ def boot_small(folder: Path) -> GuestResult:
 
 
 @pytest.mark.boot.with_args(boot_small)
-def test_64_mib(boot: GuestResult) -> None:
-    assert 20 * 1024 < total_kib(boot.check()) < 64 * 1024
-    assert max(end for _, end in ram(boot)) == 64 * MIB
+def test_66_mib(boot: GuestResult) -> None:
+    assert 20 * 1024 < total_kib(boot.check()) < 66 * 1024
+    assert max(end for _, end in ram(boot)) == 66 * MIB
 
 
 @dataclass(frozen=True)
