@@ -117,6 +117,10 @@ def from_json(text: str) -> VmSpec:
 
     try:
         data: Mapping[str, Any] = json.loads(text)
+    except (ValueError, TypeError) as error:
+        shown = f"{text[:60]!r}, of {len(text)} characters"
+        raise ConfigError(f"not a VM specification: {error}: {shown}") from None
+    try:
         disks = tuple(checked(registry.from_plain("disk", disk)) for disk in data["disks"])
         devices = tuple(
             checked(registry.from_plain(kind, values)) for kind, values in data["devices"]

@@ -344,7 +344,7 @@ def test_a_file_that_may_not_be_read_is_one_line(run, place, option, name):
 
 def test_inside_the_emulated_host_errors_are_one_line_too_and_click_stays_out():
     script = (
-        "import sys; sys.argv = ['inside', '{}', '30'];"
+        "import sys; sys.argv = ['inside', '{}', '', '30'];"
         "from pyvmm.monitor.emulated_inside import main;"
         "code = main();"
         "print(code, 'click' in sys.modules)"
@@ -353,7 +353,8 @@ def test_inside_the_emulated_host_errors_are_one_line_too_and_click_stays_out():
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=SAFETY_TIMEOUT
     )
     assert done.stdout == "2 False\n"
-    assert done.stderr.startswith("pyvmm: not a VM specification")
+    assert done.stderr.startswith("pyvmm: not a VM specification: Expecting value")
+    assert done.stderr.endswith("'', of 0 characters\n")
     assert done.stderr.count("\n") == 1
 
 
