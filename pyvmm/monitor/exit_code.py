@@ -37,6 +37,8 @@ def explain(error: Exception) -> int:
             code, more = 2, {"message": error.message, "cure": error.cure, "option": error.option}
     elif isinstance(error, BrokenPipeError):
         return BROKEN_PIPE  # nobody reads any more, and knows that best
+    elif isinstance(error, FileNotFoundError) and error.filename is None and _directory_is_gone():
+        code, text = 2, "the current directory has been removed; cd to another one"
     elif isinstance(error, OSError) and error.errno in _HOST_FAILURES:
         text = f"{error.filename or 'writing the output'}: {error.strerror}"
     else:
@@ -47,6 +49,14 @@ def explain(error: Exception) -> int:
         )
     log.to_stderr(log.Line(text, level=log.ERROR, more={**more, "exit_code": code}))
     return code
+
+
+def _directory_is_gone() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
 
 
 def flush_or_drop(code: int = 0) -> int:

@@ -342,6 +342,18 @@ def test_a_file_that_may_not_be_read_is_one_line(run, place, option, name):
     assert f"cannot open {name}: Permission denied; check its permissions" in error
 
 
+@pytest.mark.parametrize(
+    "command",
+    [["--kernel", "../k"], ["--kernel", "k", "--share", ".:/x"], ["--root", ".", "--", "true"]],
+)
+def test_a_removed_current_directory_is_one_line(pyvmm, place, command):
+    os.chdir(place / "dir")
+    (place / "dir").rmdir()
+    code, error = pyvmm("run", *command)
+    assert code == 2
+    assert error == "pyvmm: the current directory has been removed; cd to another one\n"
+
+
 def test_inside_the_emulated_host_errors_are_one_line_too_and_click_stays_out():
     script = (
         "import sys; sys.argv = ['inside', '{}', '', '30'];"
