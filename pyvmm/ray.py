@@ -32,8 +32,8 @@ from pyvmm.api.signatures import signature_of
 from pyvmm.api.vm import VM
 from pyvmm.control import snapshot_store as store
 from pyvmm.errors import ConfigError, PyvmmError
-from pyvmm.machine.outcome import STOP_SECONDS
 from pyvmm.monitor import snapshots
+from pyvmm.spec.surroundings import STOP_SECONDS
 
 try:
     import ray

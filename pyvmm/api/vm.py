@@ -24,8 +24,7 @@ from pyvmm.control.client import CUT_SECONDS, Client, NoAnswer, NotRunning, open
 from pyvmm.errors import ConfigError, HostError, PyvmmError
 from pyvmm.kinds import registry
 from pyvmm.kinds.vm_spec import make_spec, validate
-from pyvmm.machine.outcome import STOP_SECONDS
-from pyvmm.spec.surroundings import read_surroundings
+from pyvmm.spec.surroundings import STOP_SECONDS, read_surroundings
 from pyvmm.spec.vm import DeviceSpec, DiskSpec, VmSpec
 
 if TYPE_CHECKING:

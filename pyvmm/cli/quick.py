@@ -75,6 +75,8 @@ def _value(row: Option, text: str) -> str | int | None:
         return None
     if row.type is int:
         return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else None
+    if row.type is float:
+        return None
     return text if not row.choices or text in row.choices else None
 
 

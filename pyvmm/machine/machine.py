@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.machine.builder import Parts
-from pyvmm.machine.outcome import STOP_SECONDS, Ending, Outcome
+from pyvmm.machine.outcome import Ending, Outcome
 from pyvmm.machine.pause import Pauser
 from pyvmm.machine.run_loop import make_run_loop
 from pyvmm.machine.trace import Trace
 from pyvmm.machine.vcpu_runner import VcpuRunner
+from pyvmm.spec.surroundings import STOP_SECONDS
 
 if TYPE_CHECKING:
     from pyvmm.machine.changes import Changes

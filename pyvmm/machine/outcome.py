@@ -6,9 +6,6 @@ import enum
 from collections.abc import Callable
 from typing import NamedTuple
 
-STOP_SECONDS = 30.0
-"""The time that a guest may take after it was asked to power off, until its power is cut."""
-
 
 class Ending(enum.Enum):
     """The reason why the guest no longer runs. The value is `pyvmm run`'s exit code."""

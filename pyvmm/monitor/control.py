@@ -14,7 +14,8 @@ from pyvmm.kinds import registry
 from pyvmm.kinds.interface import Running
 from pyvmm.machine.builder import Parts, Prepared
 from pyvmm.machine.machine import Machine
-from pyvmm.machine.outcome import STOP_SECONDS, Ending, Outcome
+from pyvmm.machine.outcome import Ending, Outcome
+from pyvmm.spec.surroundings import STOP_SECONDS
 from pyvmm.version import __version__
 
 if TYPE_CHECKING:

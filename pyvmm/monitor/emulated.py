@@ -30,7 +30,7 @@ from pyvmm.kinds.border import Border, Crossing
 from pyvmm.kinds.vm_spec import to_json
 from pyvmm.machine.board.registry import is_foreign, uname_of
 from pyvmm.machine.builder import check_boot
-from pyvmm.machine.outcome import STOP_SECONDS, Ending
+from pyvmm.machine.outcome import Ending
 from pyvmm.machine.trace import cannot_write
 from pyvmm.monitor import emulated_inside
 from pyvmm.monitor.emulated_plug import Plugging
@@ -38,7 +38,7 @@ from pyvmm.platform.console import standard_fds
 from pyvmm.platform.escape import HELP, Command, EscapeParser
 from pyvmm.platform.terminal import Terminal, is_terminal
 from pyvmm.platform.window_size import SERVICE, SizeService
-from pyvmm.spec.surroundings import EXEC, USUAL, Surroundings
+from pyvmm.spec.surroundings import EXEC, STOP_SECONDS, USUAL, Surroundings
 from pyvmm.spec.vm import DeviceSpec, DiskSpec, VmSpec
 
 if TYPE_CHECKING:

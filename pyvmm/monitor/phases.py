@@ -20,7 +20,7 @@ from pyvmm.host.syscalls import Closable
 from pyvmm.kinds import registry
 from pyvmm.machine.builder import Parts, Prepared, assemble, open_kvm, prepare, prepare_again
 from pyvmm.machine.machine import Machine
-from pyvmm.machine.outcome import STOP_SECONDS, Alarm, Ending, Outcome
+from pyvmm.machine.outcome import Alarm, Ending, Outcome
 from pyvmm.machine.trace import Trace
 from pyvmm.monitor.attendant import Attendant
 from pyvmm.monitor.open_devices import OpenDevices
@@ -29,6 +29,7 @@ from pyvmm.monitor.whole_disk import with_root
 from pyvmm.platform.console import Console, standard_fds
 from pyvmm.platform.console_pump import InputPort
 from pyvmm.platform.shared_console import ConsoleTail, SharedInput
+from pyvmm.spec.surroundings import STOP_SECONDS
 from pyvmm.spec.vm import DeviceSpec, VmSpec
 
 if TYPE_CHECKING:

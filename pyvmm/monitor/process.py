@@ -23,13 +23,11 @@ from typing import TYPE_CHECKING
 
 from pyvmm import monitor
 from pyvmm.errors import HostError, PyvmmError
-from pyvmm.machine.outcome import STOP_SECONDS
 
 if TYPE_CHECKING:
     from pyvmm.control.client import Client
 
-# Seconds between asking a monitor whose parent is gone to end, and ending it.
-_GRACE = STOP_SECONDS + 15.0
+_GRACE = 15.0  # seconds that a monitor has to end beyond what its guest has
 _PIECE = 4096
 
 
@@ -60,8 +58,9 @@ def _run(request_fd: int, name_fd: int) -> int:
 
     with open(request_fd, "rb") as file:
         request = json.loads(file.read())
+    surroundings = read_surroundings(request["surroundings"])
     if request["parent"] is not None:
-        end_with(request["parent"])
+        end_with(request["parent"], surroundings.stop_timeout)
 
     def tell(name: str) -> None:
         os.write(name_fd, name.encode() + b"\n")
@@ -70,7 +69,7 @@ def _run(request_fd: int, name_fd: int) -> int:
     return run_spec(
         from_json(request["spec"]),
         request["kvm"],
-        surroundings=read_surroundings(request["surroundings"]),
+        surroundings=surroundings,
         image=request["image"],
         rm=request["rm"],
         on_name=tell,
@@ -78,26 +77,27 @@ def _run(request_fd: int, name_fd: int) -> int:
     )
 
 
-def end_with(parent: int) -> None:
-    """Once the process `parent`, which has started this one, is gone, end as by SIGTERM, or else by
-    SIGKILL. (PR_SET_PDEATHSIG looks at the thread that started us only.)"""
+def end_with(parent: int, stop_timeout: float) -> None:
+    """Once the process `parent`, which has started this one, is gone, end as by SIGTERM, or else,
+    when a guest has had its `stop_timeout` seconds, by SIGKILL. (PR_SET_PDEATHSIG looks at the
+    thread that started us only.)"""
     from pyvmm.host.pausing import Watcher
 
     def heard() -> bool:
         if os.getppid() == parent:
             return True
-        _end()
+        _end(stop_timeout)
         return False
 
     try:
         Watcher(os.pidfd_open(parent), "parent", heard)
     except OSError:  # it was gone before we looked
-        Thread(target=_end, name="parent", daemon=True).start()
+        Thread(target=_end, args=(stop_timeout,), name="parent", daemon=True).start()
 
 
-def _end() -> None:
+def _end(stop_timeout: float) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(_GRACE)
+    time.sleep(stop_timeout + _GRACE)
     os.kill(os.getpid(), signal.SIGKILL)
 
 

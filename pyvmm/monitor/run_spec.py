@@ -12,7 +12,7 @@ from pyvmm.errors import ConfigError, PyvmmError
 from pyvmm.host import log
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.machine.board.registry import is_foreign
-from pyvmm.machine.outcome import STOP_SECONDS, Ending
+from pyvmm.machine.outcome import Ending
 from pyvmm.spec.record import replace
 from pyvmm.spec.surroundings import USUAL, Surroundings
 from pyvmm.spec.vm import VmSpec
@@ -55,7 +55,8 @@ def run_spec(
         on_name(registration.name)
         with _changes_kept(spec, "" if rm else image or "") as spec:
             vm_log = _log_of(registration)
-            patience = 0.0 if cut_if_nothing_kept and not spec.keeps else STOP_SECONDS
+            cut = cut_if_nothing_kept and not spec.keeps
+            patience = 0.0 if cut else surroundings.stop_timeout
             listener = registration.listener
 
             def run() -> int:

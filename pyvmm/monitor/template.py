@@ -189,7 +189,7 @@ class _Template:
         from pyvmm.monitor.run_spec import run_spec
 
         if not self._outlives:
-            end_with(parent)
+            end_with(parent, self._surroundings.stop_timeout)
         if self._because is not None:
             log.to_stderr(f"{self._because}; running in an emulated KVM host")
         request = json.loads(data)

@@ -280,6 +280,15 @@ LAST = (
         "default), control or exec, and group=NAME (docs/control-socket.md).",
     ),
     Option(
+        "stop_timeout",
+        "--stop-timeout",
+        metavar="SECONDS",
+        type=float,
+        after="--on-reboot",
+        help="After SIGTERM, SIGINT or SIGHUP the guest has so long to power off (by default 30), "
+        "until its power is cut; 0 cuts at once.",
+    ),
+    Option(
         "config",
         "--config",
         metavar="FILE",
@@ -476,6 +485,7 @@ _READ: Mapping[str, Callable[[Any, Option], Any]] = {
     "user": read_text,
     "cgroup": read_path,
     "control_socket": _anything,
+    "stop_timeout": _anything,
 }
 
 

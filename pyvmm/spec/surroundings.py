@@ -1,11 +1,12 @@
 """The surroundings of a VM's monitor, which are not part of the VM: its box, its user, who may ask
-it.
+it, and how long a guest has that is asked to power off.
 
 Made from the same options as the VM itself (`pyvmm.spec.options`).
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, Self
@@ -19,6 +20,10 @@ MODES = (AUTO, STRICT, OFF)
 WATCH, CONTROL, EXEC = "watch", "control", "exec"
 RIGHTS = (WATCH, CONTROL, EXEC)
 """Of whoever connects to a control socket: each has those before it as well."""
+
+STOP_SECONDS = 30.0
+"""The time that a guest may take after it was asked to power off, until its power is cut."""
+_LONGEST_STOP = 86_400  # seconds
 
 _SOCKET_OPTION = "--control-socket"
 _MOST_SOCKETS = 8
@@ -65,13 +70,15 @@ class ControlSocket(Record):
 class Surroundings(Record):
     """`confine` is one of MODES. `allow_read` are paths that code of the user's may read once the
     monitor is confined. `user` is whom the monitor becomes then, "" for nobody else. `cgroup` is
-    the group of processes that it joins first, "" for none. `sockets` are more control sockets."""
+    the group of processes that it joins first, "" for none. `sockets` are more control sockets.
+    `stop_timeout` are the seconds that a guest has to power off after a signal."""
 
     confine: str = AUTO
     allow_read: tuple[str, ...] = ()
     user: str = ""
     cgroup: str = ""
     sockets: tuple[ControlSocket, ...] = ()
+    stop_timeout: float = STOP_SECONDS
 
     def with_paths(self, change: Callable[[str], str]) -> Self:
         """The same with all paths as `change` gives them."""
@@ -96,6 +103,7 @@ class Surroundings(Record):
         return {
             **{"confine": self.confine, "allow_read": list(self.allow_read), "user": self.user},
             **{"cgroup": self.cgroup, "control_socket": sockets},
+            "stop_timeout": self.stop_timeout,
         }
 
 
@@ -112,6 +120,7 @@ def read_surroundings(values: Mapping[str, Any]) -> Surroundings:
         user=values.get("user") or "",
         cgroup=values.get("cgroup") or "",
         sockets=tuple(map(_socket, _list(values.get("control_socket")))),
+        stop_timeout=_seconds(values.get("stop_timeout")),
     )
     if len(found.sockets) > _MOST_SOCKETS:
         raise ConfigError(
@@ -126,6 +135,22 @@ def read_surroundings(values: Mapping[str, Any]) -> Surroundings:
             "two control sockets have one path", cure="name another", option=_SOCKET_OPTION
         )
     return found
+
+
+def _seconds(value: Any) -> float:
+    if value is None:
+        return STOP_SECONDS
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(
+            f"{value!r:.100} is not a time", cure="a number of seconds", option="--stop-timeout"
+        )
+    if not (math.isfinite(value) and 0 <= value <= _LONGEST_STOP):
+        raise ConfigError(
+            f"a guest cannot have {value!r:.100} seconds to power off",
+            cure=f"choose from 0 to {_LONGEST_STOP}",
+            option="--stop-timeout",
+        )
+    return float(value)
 
 
 def _list(value: Any) -> list[Any]:

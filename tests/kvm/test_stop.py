@@ -161,6 +161,22 @@ def test_now_asks_nobody(start, option) -> None:
     assert b"p" not in (guest.folder / "console").read_bytes()
 
 
+def test_a_guest_has_as_long_after_a_signal_as_the_option_says(start) -> None:
+    guest = start(IGNORES, "--stop-timeout", "0.5")
+    guest.process.send_signal(signal.SIGTERM)
+    code, messages = guest.end()
+    assert code == 143
+    assert messages.startswith(ASKED) and "within 0.5 s" in messages
+    assert b"p" in (guest.folder / "console").read_bytes()
+
+
+def test_a_signal_cuts_at_once_where_a_guest_has_no_time(start) -> None:
+    guest = start(IGNORES, "--stop-timeout", "0")
+    guest.process.send_signal(signal.SIGTERM)
+    code, messages = guest.end()
+    assert code == 143 and ASKED not in messages
+
+
 def test_a_second_signal_cuts(start) -> None:
     guest = start(IGNORES)
     guest.process.send_signal(signal.SIGTERM)

@@ -25,6 +25,7 @@ def test_what_surrounds_a_monitor_is_made_of_its_options_and_becomes_them_again(
         "allow_read": ("a", "b"),
         "user": "nobody",
         "cgroup": "/sys/fs/cgroup/mine,memory=1G",
+        "stop_timeout": 300,
         "control_socket": ["one,rights=exec", {"path": "two", "group": "users"}],
     }
     found = read_surroundings(values)
@@ -71,3 +72,10 @@ def test_what_is_no_path_is_not_read(value) -> None:
 def test_a_path_that_is_not_there_is_told_before_anything_runs() -> None:
     with pytest.raises(ConfigError, match="/no/such/file is not there"):
         Surroundings(allow_read=("/no/such/file",)).check_files()
+
+
+@pytest.mark.parametrize("value", [-1, 86_401, float("nan"), float("inf"), "30", True, [], {}])
+def test_a_time_to_power_off_that_cannot_be_is_refused_in_one_line(value) -> None:
+    with pytest.raises(ConfigError, match=r"power off|not a time") as caught:
+        read_surroundings({"stop_timeout": value})
+    assert str(caught.value).startswith("--stop-timeout: ") and caught.value.cure

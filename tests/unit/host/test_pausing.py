@@ -16,7 +16,7 @@ SAFETY_TIMEOUT = 60
 # What a monitor has threads for before it is confined, each in a process of its own.
 PARENT = """
 from pyvmm.monitor.process import end_with
-end_with(os.getppid())
+end_with(os.getppid(), 30.0)
 """
 CLIENT = """
 from pyvmm.monitor.run_command import _Attending
