@@ -16,7 +16,7 @@ from pyvmm.host import log, unix_sockets
 from pyvmm.host.syscalls import allow_descriptors
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.relay import DISK_SERVICE
-from pyvmm.relay.frames import DESCRIPTORS
+from pyvmm.relay.frames import DESCRIPTORS, SLOTS
 from pyvmm.relay.multiplexer import OUTSIDE, Listener, Multiplexer
 
 
@@ -32,18 +32,22 @@ def outside_end(spec: EmulatedHostSpec, ports: list[Port], qmp: Qmp) -> Multiple
     disks = DiskService(spec, qmp)
     services = {DISK_SERVICE: disks.connect, **spec.services}
     plugger = Plugger(spec, qmp, disks)
-    plugs = Plugs(
-        plugger.plug_disk,
-        plugger.plug_stream,
-        lambda path: made.connect(path),
-        lambda socket, path: made.take_back(socket, path),
-    )
+
+    def plugs_for(path: str) -> Plugs:
+        return Plugs(
+            plugger.plug_disk,
+            plugger.plug_stream,
+            lambda path: made.connect(path),
+            lambda socket, said: made.take_back(socket, path, said),
+        )
+
     listeners = [
         Listener(
             item.socket,
             item.path,
             item.owner_only,
-            None if item.take is None else partial(_take, item.take, plugs),
+            None if item.take is None else partial(_take, item.take, plugs_for(item.path)),
+            SLOTS if item.most is None else item.most,
         )
         for item in spec.sockets_in
     ]
@@ -64,8 +68,10 @@ def outside_end(spec: EmulatedHostSpec, ports: list[Port], qmp: Qmp) -> Multiple
 
 
 def _take(
-    take: Callable[[bytes, Plugs], Callable[[Socket], None] | None], plugs: Plugs, said: bytes
-) -> Callable[[Socket], None] | None:
+    take: Callable[[bytes, Plugs], Callable[[Socket, bytes], None] | None],
+    plugs: Plugs,
+    said: bytes,
+) -> Callable[[Socket, bytes], None] | None:
     return take(said, plugs)
 
 

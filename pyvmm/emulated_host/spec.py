@@ -89,15 +89,18 @@ class HostSink:
 @dataclass(frozen=True)
 class HostListener:
     """A listening Unix socket of the machine: connections to it reach whoever listens at `path`
-    inside. With `owner_only`, those of other users are closed at once.
+    inside. With `owner_only`, those of other users are closed at once. At most `most` are there at
+    a time, and others wait; None stands for all that there may be.
 
-    `take` sees what each connection says first. If it returns something, that is called with the
-    connection, which goes nowhere else; it must not wait."""
+    `take` sees what each connection says first, a whole line if there is one. If it returns
+    something, that is called with the connection and what was said, and the connection goes nowhere
+    else; it must not wait."""
 
     path: str
     socket: Socket
     owner_only: bool = False
-    take: Callable[[bytes, Plugs], Callable[[Socket], None] | None] | None = None
+    take: Callable[[bytes, Plugs], Callable[[Socket, bytes], None] | None] | None = None
+    most: int | None = None
 
 
 @dataclass(frozen=True)
@@ -122,12 +125,12 @@ class HostFolder:
 class Plugs(NamedTuple):
     """The ways in which something gets into the emulated host: `plug_disk` and `plug_stream` until
     `closing` ends; `connect` reaches who listens at a path inside; `take_back` gives a connection
-    that has been taken from a listener back to it."""
+    that has been taken back to its listener, with what it has said and nobody has heard."""
 
     plug_disk: Callable[[HostDisk, str, ExitStack], str]
     plug_stream: Callable[[HostStream, ExitStack], str]
     connect: Callable[[str], Socket]
-    take_back: Callable[[Socket, str], None]
+    take_back: Callable[[Socket, bytes], None]
 
 
 def _current_directory() -> str:

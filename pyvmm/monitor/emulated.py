@@ -148,6 +148,8 @@ def _control_listeners(
                 door.owner_only,
                 # What is this machine's is for those who have all rights.
                 take=plugging.take if door.rights == EXEC else None,
+                # More than are let in, so that those who are not are told.
+                most=2 * door.most,
             )
             for number, door in enumerate(doors)
         ),

@@ -50,7 +50,7 @@ class Plugging(Closable):
         self._plugged: dict[tuple[str, str], ExitStack] = {}
         self._listening = False
 
-    def take(self, said: bytes, plugs: Plugs) -> Callable[[Socket], None] | None:
+    def take(self, said: bytes, plugs: Plugs) -> Callable[[Socket, bytes], None] | None:
         """See HostListener: requests to add or remove what is this machine's."""
         if not any(f'"{kind}.'.encode() in said for kind in _CROSS):
             return None
@@ -65,25 +65,27 @@ class Plugging(Closable):
             return None
         return partial(self._begin, plugs)
 
-    def _begin(self, plugs: Plugs, socket: Socket) -> None:
+    def _begin(self, plugs: Plugs, socket: Socket, said: bytes) -> None:
+        args = plugs, socket, said
         try:
-            Thread(target=self._serve, args=(plugs, socket), name="plug", daemon=True).start()
+            Thread(target=self._serve, args=args, name="plug", daemon=True).start()
         except RuntimeError:  # no more threads
             socket.close()
 
-    def _serve(self, plugs: Plugs, socket: Socket) -> None:
-        from pyvmm.control.client import line_or_end, send_all
+    def _serve(self, plugs: Plugs, socket: Socket, said: bytes) -> None:
+        from pyvmm.control.client import send_all
         from pyvmm.control.protocol import parse_request
         from pyvmm.control.server import answered
 
         try:
-            request = parse_request(line_or_end(socket, time.monotonic() + _SENDING))
+            line, _, rest = said.partition(b"\n")
+            request = parse_request(line)
             answer = answered(request.id, lambda: self._answer(plugs, request, socket))
             send_all(socket, answer, time.monotonic() + _SENDING)
         except (PyvmmError, OSError):
             socket.close()
             return
-        plugs.take_back(socket, self._inside)
+        plugs.take_back(socket, rest)
 
     def _answer(self, plugs: Plugs, request: Request, asker: Socket) -> Any:
         from pyvmm.control.protocol import check_params

@@ -17,10 +17,13 @@ class Channel:
     """The state of one slot; frames to send are appended to `out`.
 
     `socket` is None where nobody could be reached. `credit`: bytes that may be sent to the other
-    end; `granted`: bytes it may still send.
+    end; `granted`: bytes it may still send; `said`: bytes that were read from the local socket and
+    go out before all others.
     """
 
-    def __init__(self, slot: int, socket: Socket | None, out: bytearray, *, credit: int) -> None:
+    def __init__(
+        self, slot: int, socket: Socket | None, out: bytearray, *, credit: int, said: bytes = b""
+    ) -> None:
         self.slot = slot
         self.socket = socket
         self.credit = credit
@@ -29,6 +32,7 @@ class Channel:
         self.sent_eof = self.got_eof = False
         self.sent_close = self.got_close = False
         self.deaf = False
+        self.said = said
         self._owed = 0  # bytes delivered for which no credit was given back yet
         self._out = out
 
@@ -40,7 +44,8 @@ class Channel:
     @property
     def wants_input(self) -> bool:
         """True if the local socket is to be read."""
-        return self.credit > 0 and not self.sent_eof and not self.sent_close and not self.got_close
+        ended = self.sent_eof or self.sent_close or self.got_close
+        return self.credit > 0 and not self.said and not ended
 
     # --- the local socket is ready ---------------------------------------------------------------
 
@@ -66,6 +71,13 @@ class Channel:
         if hung_up:
             self.drop_pending()
         self.close_if_done()
+
+    def send_said(self) -> None:
+        """Send a piece of `said`; there is credit."""
+        piece = self.said[: min(self.credit, MAX_DATA)]
+        self.said = self.said[len(piece) :]
+        self.credit -= len(piece)
+        self._out += encode(DATA, self.slot, data=piece)
 
     def write(self) -> None:
         """Hand the local socket what is pending."""
@@ -116,6 +128,7 @@ class Channel:
             self.socket.close()
             self.socket = None
         self.pending.clear()
+        self.said = b""
         if not self.sent_close:
             self.sent_close = True
             self._out += encode(CLOSE, self.slot)
@@ -150,6 +163,7 @@ class Channel:
     def receive_close(self) -> None:
         """CLOSE: what is pending is still delivered."""
         self.got_close = True
+        self.said = b""
         if self.socket is None:
             self.close()
         else:

@@ -11,7 +11,6 @@ import errno
 import os
 import select
 import time
-from _socket import MSG_PEEK
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -42,6 +41,7 @@ from pyvmm.relay.frames import (
 OUTSIDE, INSIDE = 0, 1  # which half of the slots an end opens connections in
 
 _CHUNK = 1 << 16
+_LONGEST_LINE = 64 << 10  # that is waited for before it is decided whose a connection is
 _ENOUGH = 256 << 10  # bytes that wait for the stream: sockets are not read before it took some
 # More than that many can wait only if the other end makes work and does not take the answers.
 _TOO_MUCH = 4 << 20
@@ -56,23 +56,39 @@ _Watched = dict[int, tuple[int, object]]  # by descriptor: epoll's events, and w
 
 class Listener(NamedTuple):
     """Connections to `socket` lead to whoever the other end finds under `name`; with `owner_only`
-    those of other users are closed at once.
+    those of other users are closed at once. At most `most` are there at a time; others wait.
 
-    `take` sees what a connection says first, and returns what the connection is to be given to in
-    place of the other end, or None. Neither may wait."""
+    `take` sees what a connection says first: its first line with what has come behind it, or less
+    if it has ended or says too much. It returns what the connection is to be given to, with that,
+    in place of the other end, or None. Neither may wait."""
 
     socket: Socket
     name: str
     owner_only: bool = False
-    take: Callable[[bytes], Callable[[Socket], None] | None] | None = None
+    take: Callable[[bytes], Callable[[Socket, bytes], None] | None] | None = None
+    most: int = SLOTS
 
 
 class _Undecided:
-    """A connection that has said nothing yet."""
+    """A connection that has not said a whole line yet."""
 
-    def __init__(self, socket: Socket, listener: Listener) -> None:
+    def __init__(self, socket: Socket, listener: Listener, said: bytes = b"") -> None:
         self.socket = socket
         self.listener = listener
+        self.said = bytearray(said)
+        self.is_whole = b"\n" in said  # so that it can be decided whose it is
+
+    def hear(self) -> None:
+        """Take what it says next."""
+        try:
+            more = self.socket.recv(_LONGEST_LINE + 1 - len(self.said))
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            self.said.clear()
+            more = b""
+        self.said += more
+        self.is_whole = not more or b"\n" in more or len(self.said) > _LONGEST_LINE
 
 
 class _Request:
@@ -122,10 +138,14 @@ class Multiplexer:
         self._wake = EventFd()
         self._ended = False
         self._no_room = False
+        self._crowded = False  # a listener has all it may; one given away ends without a word here
         self._full = False  # which has been said
         self._log = RateLimited()
         self._stopping = False
         self._undecided: list[_Undecided] = []
+        # What there is of listeners that may not have all slots, undecided ones apart.
+        self._by_slot: dict[int, Listener] = {}
+        self._given: list[tuple[Listener, Socket]] = []
         self._epoll = select.epoll()
         self._thread = Thread(target=self._main, name="socket-relay", daemon=True)
 
@@ -181,11 +201,11 @@ class Multiplexer:
         number = errno.ECONNREFUSED if answered or self._ended else errno.ETIMEDOUT
         raise HostError(number, f"connection to {name}")
 
-    def take_back(self, socket: Socket, name: str) -> None:
-        """`socket` is a connection that a listener to `name` has given away; what it says next
-        decides anew. Any thread may call it."""
+    def take_back(self, socket: Socket, name: str, said: bytes = b"") -> None:
+        """`socket` is a connection that a listener to `name` has given away; what it says next,
+        from `said` on, decides anew. Any thread may call it."""
         listener = next(one for one in self._listeners.values() if one.name == name)
-        self._undecided.append(_Undecided(socket, listener))
+        self._undecided.append(_Undecided(socket, listener, said))
         self._wake.signal()
         if self._ended:  # nobody would read from it
             socket.close()
@@ -220,7 +240,8 @@ class Multiplexer:
     def _step(self) -> None:
         no_room, self._no_room = self._no_room, False
         self._watch_all(listen=not no_room)
-        for fd, events in self._epoll.poll(_NO_ROOM_SECONDS if no_room else -1):
+        again = no_room or self._crowded
+        for fd, events in self._epoll.poll(_NO_ROOM_SECONDS if again else -1):
             if fd == self._stream:
                 if events & _READ:
                     self._receive()
@@ -231,16 +252,23 @@ class Multiplexer:
             elif isinstance(owner := self._watched[fd][1], Channel):
                 self._serve(owner, events)
             elif isinstance(owner, _Undecided):
-                self._decide(owner)
+                owner.hear()
+        for one in [one for one in self._undecided if one.is_whole]:
+            self._decide(one)
         if not self._hold:
             self._answer_held()
         while self._asked:
             self._open_asked()
+        for channel in self._channels.values():
+            while channel.said and channel.credit and len(self._out) < _ENOUGH:
+                channel.send_said()
         self._send()
         for slot in [slot for slot, channel in self._channels.items() if channel.free]:
             del self._channels[slot]
+            self._by_slot.pop(slot, None)
 
     def _watch_all(self, listen: bool) -> None:
+        self._crowded = False
         stream_events = select.EPOLLIN | (select.EPOLLOUT if self._out else 0)
         wanted: _Watched = {
             self._wake.fd: (select.EPOLLIN, self),
@@ -249,9 +277,14 @@ class Multiplexer:
         # A listener that cannot be served would be ready for ever: it is looked at again later.
         silent = len(self._undecided) >= len(self._own_slots)
         if listen and self._listeners and not silent and self._has_slot():
-            wanted.update((fd, (select.EPOLLIN, self)) for fd in self._listeners)
-        if listen:
-            wanted.update((one.socket.fileno(), (_READ, one)) for one in self._undecided)
+            for fd, listener in self._listeners.items():
+                if self._has_room(listener):
+                    wanted[fd] = select.EPOLLIN, self
+                else:
+                    self._crowded = True
+        for one in self._undecided:
+            if not one.is_whole:
+                wanted[one.socket.fileno()] = _READ, one
         for channel in self._channels.values():
             events = self._events_of(channel)
             if channel.socket is not None and events is not None:
@@ -366,6 +399,14 @@ class Multiplexer:
         self._full = full
         return not full
 
+    def _has_room(self, listener: Listener) -> bool:
+        if listener.most >= len(self._own_slots):
+            return True
+        back = [one.socket for one in self._undecided if one.listener is listener]
+        self._given = [one for one in self._given if one[1].fileno() >= 0 and one[1] not in back]
+        count = len(back) + sum(one is listener for one, _ in self._given)
+        return count + sum(one is listener for one in self._by_slot.values()) < listener.most
+
     def _accept(self, listener: Listener) -> None:
         slot = self._free_slot()
         if slot is None:
@@ -381,35 +422,37 @@ class Multiplexer:
         if socket is None:
             return
         if listener.take is None:
-            self._open(slot, socket, os.fsencode(listener.name))
+            self._open_from(listener, slot, socket)
         else:
             self._undecided.append(_Undecided(socket, listener))
 
     def _decide(self, one: _Undecided) -> None:
-        """The owner of the connection, now that it has said something."""
+        """The owner of the connection, now that it has said something, or ended."""
         assert one.listener.take is not None
-        try:
-            said = one.socket.recv(_CHUNK, MSG_PEEK)
-        except (BlockingIOError, InterruptedError):
-            return
-        except OSError:
-            said = b""
         slot = self._free_slot()
-        if said and slot is None:
+        if one.said and slot is None:
             self._no_room = True
             return
         self._undecided.remove(one)
         # Whoever is given it may give it back before the next look: epoll then takes it as new.
         fd = one.socket.fileno()
-        self._epoll.unregister(fd)
-        del self._watched[fd]
+        if fd in self._watched:
+            self._epoll.unregister(fd)
+            del self._watched[fd]
+        self._given = [given for given in self._given if given[1] is not one.socket]
+        said = bytes(one.said)
         give = one.listener.take(said) if said else None
         if give is not None:
-            give(one.socket)
+            self._given.append((one.listener, one.socket))
+            give(one.socket, said)
         elif said and slot is not None:
-            self._open(slot, one.socket, os.fsencode(one.listener.name))
+            self._open_from(one.listener, slot, one.socket, said)
         else:
             one.socket.close()
+
+    def _open_from(self, listener: Listener, slot: int, socket: Socket, said: bytes = b"") -> None:
+        self._by_slot[slot] = listener
+        self._open(slot, socket, os.fsencode(listener.name), said)
 
     def _open_asked(self) -> None:
         """Open what was asked for; without a slot it is refused, as whoever asked may have other
@@ -423,8 +466,8 @@ class Multiplexer:
         self._waiting[slot] = request
         self._open(slot, request.socket, request.name)
 
-    def _open(self, slot: int, socket: Socket, name: bytes) -> None:
-        self._channels[slot] = Channel(slot, socket, self._out, credit=0)
+    def _open(self, slot: int, socket: Socket, name: bytes, said: bytes = b"") -> None:
+        self._channels[slot] = Channel(slot, socket, self._out, credit=0, said=said)
         self._out += encode(OPEN, slot, data=name)
 
     def _settle(self, slot: int, accepted: bool) -> None:

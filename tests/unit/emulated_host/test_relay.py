@@ -22,7 +22,10 @@ from hypothesis import strategies as st
 
 from pyvmm.control import streams as control_streams
 from pyvmm.control.server import MAX_CLIENTS
-from pyvmm.emulated_host.sockets import allows, connect_now
+from pyvmm.emulated_host.ports import Port
+from pyvmm.emulated_host.qmp import Qmp
+from pyvmm.emulated_host.sockets import allows, connect_now, outside_end
+from pyvmm.emulated_host.spec import EmulatedHostSpec, HostImage, HostListener, Plugs
 from pyvmm.errors import HostError
 from pyvmm.host import unix_sockets
 from pyvmm.host.syscalls import allow_descriptors
@@ -504,30 +507,33 @@ def test_sockets_of_long_paths(tmp_path: Path) -> None:
 # ---- connections that this end takes for itself
 
 
-def test_what_a_connection_says_first_decides_whose_it_is(tmp_path: Path) -> None:
-    taken: list[unix_sockets.Socket] = []
+Given = Callable[[unix_sockets.Socket, bytes], None]
 
-    def take(said: bytes) -> Callable[[unix_sockets.Socket], None] | None:
-        return taken.append if said.startswith(b"ours") else None
+
+def test_what_a_connection_says_first_decides_whose_it_is(tmp_path: Path) -> None:
+    taken: list[tuple[unix_sockets.Socket, bytes]] = []
+
+    def take(said: bytes) -> Given | None:
+        return (lambda *given: taken.append(given)) if said.startswith(b"ours") else None
 
     ends = Ends(tmp_path, take=take)
     try:
         serve(ends.inner, echo)
         silent = ends.call()  # which holds up no other
         with ends.call() as theirs:
-            theirs.sendall(b"theirs")
-            assert theirs.recv(6) == b"theirs"
+            theirs.sendall(b"theirs\n")
+            assert theirs.recv(7) == b"theirs\n"
         ours = ends.call()
-        ours.sendall(b"ours\n")
+        ours.sendall(b"ours\nand")
         wait_for(lambda: taken)
-        mine = blocking(taken[0])
-        assert mine.recv(100) == b"ours\n"  # nothing was read from it
+        mine, said = blocking(taken[0][0]), taken[0][1]
         mine.sendall(b"done")
         assert ours.recv(4) == b"done"
         mine.setblocking(False)
-        ends.outside.take_back(unix_sockets.adopt(mine.detach()), ends.inner)
-        ours.sendall(b"then theirs")
-        assert ours.recv(11) == b"then theirs"
+        assert said == b"ours\nand"
+        ends.outside.take_back(unix_sockets.adopt(mine.detach()), ends.inner, b"and")
+        ours.sendall(b" then theirs\n")
+        assert ours.makefile("rb").readline() == b"and then theirs\n"
         assert len(taken) == 1
         for one in (silent, ours):
             one.close()
@@ -537,14 +543,15 @@ def test_what_a_connection_says_first_decides_whose_it_is(tmp_path: Path) -> Non
 
 
 def test_a_connection_may_come_back_before_the_relay_has_looked_again(tmp_path: Path) -> None:
-    def take(said: bytes) -> Callable[[unix_sockets.Socket], None] | None:
+    def take(said: bytes) -> Given | None:
         return answer if said.startswith(b"ours") else None
 
-    def answer(connection: unix_sockets.Socket) -> None:
+    def answer(connection: unix_sockets.Socket, said: bytes) -> None:
         # In the relay's own thread: so it is back before the next look in any case.
-        assert connection.recv(5) == b"ours\n"
+        line, _, rest = said.partition(b"\n")
+        assert line == b"ours"
         connection.send(b"no")
-        ends.outside.take_back(connection, ends.inner)
+        ends.outside.take_back(connection, ends.inner, rest)
 
     ends = Ends(tmp_path, take=take)
     try:
@@ -553,8 +560,153 @@ def test_a_connection_may_come_back_before_the_relay_has_looked_again(tmp_path: 
             for _ in range(3):
                 client.sendall(b"ours\n")
                 assert client.recv(2) == b"no"
-            client.sendall(b"theirs")
-            assert client.recv(6) == b"theirs"
+            client.sendall(b"ours\nours\ntheirs\n")  # at once, so that it waits for nothing more
+            assert client.makefile("rb").readline() == b"nonotheirs\n"
         assert ends.broken == []
     finally:
         ends.close()
+
+
+def test_a_first_line_in_pieces_is_one_line(tmp_path: Path) -> None:
+    """Also in more pieces than a socket keeps, while nobody reads them."""
+    said: list[bytes] = []
+
+    def take(line: bytes) -> Given | None:
+        said.append(line)
+        return None
+
+    ends = Ends(tmp_path, take=take)
+    try:
+        serve(ends.inner, echo)
+        line = b"x" * 2000 + b"\n"
+        with ends.call() as client:
+            for place in range(len(line)):
+                client.sendall(line[place : place + 1])
+            assert client.makefile("rb").readline() == line
+        assert said == [line]
+        with ends.call() as client:  # no line at all: the other end is to say so
+            client.sendall(bytes(1 << 16) + b"!")
+            client.shutdown(socket.SHUT_WR)
+            assert read_all(client) == bytes(1 << 16) + b"!"
+        with ends.call() as client:
+            client.sendall(b"half")
+            client.shutdown(socket.SHUT_WR)
+            assert read_all(client) == b"half"
+        assert said[1:] == [bytes(1 << 16) + b"!", b"half"]
+    finally:
+        ends.close()
+
+
+def test_who_comes_by_one_door_takes_no_place_from_those_at_another(tmp_path: Path) -> None:
+    """Whatever becomes of a connection: it is inside, has said nothing, or was given away."""
+    given: list[unix_sockets.Socket] = []
+
+    def take(said: bytes) -> Given | None:
+        return (lambda mine, said: given.append(mine)) if said == b"mine\n" else None
+
+    streams = unix_sockets.pair()
+    inner = str(tmp_path / "inner")
+    paths = [str(tmp_path / name) for name in ("owner", "watch", "exec")]
+    listeners = [unix_sockets.listen(path) for path in paths]
+    serve(inner, echo)
+    most = 3
+    outside = Multiplexer(
+        streams[0].fileno(),
+        OUTSIDE,
+        reach=unix_sockets.connect,
+        listeners=[
+            Listener(listeners[0], inner),
+            Listener(listeners[1], inner, most=most),
+            Listener(listeners[2], inner, most=most, take=take),
+        ],
+    )
+    inside = Multiplexer(streams[1].fileno(), INSIDE, reach=unix_sockets.connect)
+    outside.start()
+    inside.start()
+
+    def calls(door: int, say: bytes) -> list[socket.socket]:
+        found = [socket.socket(socket.AF_UNIX) for _ in range(most + 2)]
+        for one in found:
+            one.settimeout(HANG)
+            one.connect(paths[door])
+            one.sendall(say)
+        return found
+
+    def served(client: socket.socket) -> bool:
+        client.sendall(b"?\n")
+        return client.makefile("rb").readline() == b"?\n"
+
+    try:
+        for door, say in ((1, b""), (2, b""), (2, b"mine\n"), (2, b"theirs\n")):
+            before = len(given)
+            clients = calls(door, say)
+            if say == b"mine\n":
+                wait_for(lambda before=before: len(given) == before + most)
+            # Nobody waits behind them: neither the owner nor a thread of this machine.
+            with socket.socket(socket.AF_UNIX) as owner:
+                owner.settimeout(HANG)
+                owner.connect(paths[0])
+                assert served(owner)
+            outside.connect(inner).close()
+            for_them = outside._listeners[listeners[door].fileno()]
+            at_door = list(outside._by_slot.values()).count(for_them)
+            silent = sum(one.listener is for_them for one in list(outside._undecided))
+            away = sum(one.fileno() >= 0 for one in given)
+            assert at_door + silent + away <= most
+            # As those who are in leave, all others have their turn.
+            for number, one in enumerate(clients):
+                if say == b"mine\n":
+                    wait_for(lambda before=before, n=number: len(given) > before + n)
+                    given[before + number].close()
+                elif say:
+                    assert one.makefile("rb").readline() == say
+                else:
+                    assert served(one)
+                one.close()
+    finally:
+        outside.stop()
+        inside.stop()
+        for end in (*streams, *listeners):
+            end.close()
+
+
+def test_a_connection_goes_back_to_the_door_that_it_came_by(tmp_path: Path) -> None:
+    """And not to the first one, whose places are its owner's."""
+    streams = socket.socketpair()
+    for stream in streams:
+        stream.setblocking(False)
+    paths = [str(tmp_path / name) for name in ("owner", "exec")]
+    listeners = [unix_sockets.listen(path) for path in paths]
+
+    def take(said: bytes, plugs: Plugs) -> Given | None:
+        if not said.startswith(b"mine"):
+            return None
+        return lambda mine, said: plugs.take_back(mine, said.removeprefix(b"mine\n"))
+
+    def name(what: bytes) -> Callable[[socket.socket], None]:
+        return lambda connection: connection.recv(100) and connection.sendall(what)
+
+    inner = [str(tmp_path / name) for name in ("inner", "inner-0")]
+    serve(inner[0], name(b"owner\n"))
+    serve(inner[1], name(b"exec\n"))
+    sockets_in = tuple(
+        HostListener(there, here, take=take) for there, here in zip(inner, listeners, strict=True)
+    )
+    spec = EmulatedHostSpec(HostImage("", "", "", ()), sockets_in=sockets_in)
+    outside = outside_end(spec, [Port(0, "relay", *streams)], Qmp(streams[0]))
+    assert outside is not None
+    inside = Multiplexer(streams[1].fileno(), INSIDE, reach=unix_sockets.connect)
+    outside.start()
+    inside.start()
+    try:
+        for path, who in zip(paths, (b"owner\n", b"exec\n"), strict=True):
+            with socket.socket(socket.AF_UNIX) as client:
+                client.settimeout(HANG)
+                client.connect(path)
+                client.sendall(b"mine\nwho?\n")
+                assert client.makefile("rb").readline() == who
+    finally:
+        outside.stop()
+        inside.stop()
+        for end in (*streams, *listeners):
+            end.close()

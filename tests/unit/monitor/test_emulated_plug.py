@@ -102,7 +102,7 @@ class Outside:
     def connect(self, path: str) -> Any:
         return unix_sockets.connect(self.inside.registration.path)
 
-    def take_back(self, connection: Any, path: str) -> None:
+    def take_back(self, connection: Any, said: bytes) -> None:
         self.back.append(connection)
 
     def send(self, method: str, **params: Any) -> socket.socket:
@@ -111,10 +111,9 @@ class Outside:
         client = socket.socket(fileno=ours.detach())
         client.settimeout(SAFETY_TIMEOUT)
         line = json.dumps({"version": 1, "id": 1, "method": method, "params": params}).encode()
-        client.sendall(line + b"\n")
         give = self.plugging.take(line + b"\n", self.plugs)
         assert give is not None
-        give(theirs)
+        give(theirs, line + b"\n")
         return client
 
     def ask(self, method: str, **params: Any) -> dict[str, Any]:
@@ -222,15 +221,15 @@ def test_a_client_that_never_reads_costs_no_processor(
 ) -> None:
     monkeypatch.setattr("pyvmm.monitor.emulated_plug._SENDING", 0.5)
     ours, theirs = unix_sockets.pair()
-    with socket.socket(fileno=ours.detach()) as client:
+    with socket.socket(fileno=ours.detach()):
         while True:  # until nothing more can be told
             try:
                 theirs.send(bytes(1 << 16))
             except BlockingIOError:
                 break
-        client.sendall(b'{"version": 1, "id": 1, "method": "disk.remove", "params": {}}\n')
+        asked = b'{"version": 1, "id": 1, "method": "disk.remove", "params": {}}\n'
         before = time.process_time()
-        outside.plugging._serve(outside.plugs, theirs)
+        outside.plugging._serve(outside.plugs, theirs, asked)
         assert time.process_time() - before < 0.25  # it waits 0.5 s, and works for less
     assert outside.back == []  # half an answer is not the beginning of another
 
