@@ -172,6 +172,8 @@ class _Attached:
 
     def run(self) -> int:
         process = self._process
+        if self._tty:
+            self._tell_size()  # it may have changed since `process` was started, without a signal
         while process.returncode is None:
             ready = self._wait()
             if self._signals.fd in ready:
@@ -196,9 +198,12 @@ class _Attached:
         for number in self._signals.take():
             if number == signal.SIGWINCH:
                 if self._tty:
-                    self._process.resize(*terminal_size(self._stdout, self._stdin))
+                    self._tell_size()
             else:
                 self._process.kill(number)
+
+    def _tell_size(self) -> None:
+        self._process.resize(*terminal_size(self._stdout, self._stdin))
 
     def _show(self) -> None:
         for stream, data in self._process.receive():

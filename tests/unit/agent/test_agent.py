@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import random
 import select
 import signal
 import socket
 import stat
+import struct
 import subprocess
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +24,7 @@ from pyvmm.agent import Agent, AgentError, CommandTimeout, NoAgent
 from pyvmm.agent.process import run_request, window_size
 from pyvmm.agent.protocol import HEADER, RUN, WANTS_STDIN, WINDOW, WINDOW_SIZE, FrameType, frame
 from pyvmm.errors import ConfigError, HostError
+from pyvmm.monitor.attached import attach
 
 pytestmark = needs_compiler
 BULK = random.Random(9).randbytes(1_000_003)
@@ -292,6 +296,18 @@ def test_a_terminal_has_a_size_which_changes_and_an_end(agent: Agent) -> None:
     assert said.startswith(b"33 44\r\n")
     assert said.endswith(b"ended\r\n")
     assert process.returncode == 0
+
+
+def test_a_change_of_size_before_anybody_listens_is_not_lost(agent: Agent) -> None:
+    script = 'until [ "$(stty size)" = "50 60" ]; do sleep 0.01; done'
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 60, 0, 0))
+    try:
+        with agent.open(["sh", "-c", script], stdin=True, tty=(33, 44), timeout=60) as process:
+            assert attach(process, theirs, theirs, tty=True) == 0
+    finally:
+        os.close(ours)
+        os.close(theirs)
 
 
 def test_a_terminals_job_is_its_foreground(agent: Agent) -> None:
