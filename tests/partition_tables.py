@@ -67,6 +67,34 @@ def put_file_system(disk: Path, start: int, size: int, kind: str, *options: str)
         "swap": ("mkswap",),
     }[kind]
     run(*command, *options, part)
-    run("dd", f"if={part}", f"of={disk}", "bs=1M", f"seek={start}", "oflag=seek_bytes",
-        "conv=notrunc,sparse")  # fmt: skip
+    put_bytes(disk, start, part)
     part.unlink()
+
+
+def put_bytes(disk: Path, start: int, file: Path) -> None:
+    """Copy what is in `file` to `start` of `disk`."""
+    run("dd", f"if={file}", f"of={disk}", "bs=1M", f"seek={start}", "oflag=seek_bytes",
+        "conv=notrunc,sparse")  # fmt: skip
+
+
+def xfs_of(tree: Path, image: Path, *options: str) -> None:
+    """An XFS file system at `image` with what is in `tree`, whose names have no spaces."""
+    lines = ["unused", "0 0"]
+
+    def add(name: str, path: Path) -> None:
+        if path.is_symlink():
+            lines.append(f"{name} l--777 0 0 {path.readlink()}")
+        elif path.is_dir():
+            lines.append(f"{name} d--755 0 0".strip())
+            for one in sorted(path.iterdir()):
+                add(one.name, one)
+            lines.append("$")
+        else:
+            lines.append(f"{name} ---644 0 0 {path}")
+
+    add("", tree)
+    prototype = image.with_name(f"{image.name}.proto")
+    prototype.write_text("\n".join(lines) + "\n")
+    with open(image, "wb") as file:
+        file.truncate(320 * MIB)
+    run("mkfs.xfs", "-q", "-p", prototype, *options, image)

@@ -13,7 +13,16 @@ import struct
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from pyvmm.boot.file_system import MOST_DIRECTORY, FileSystem, Read, Search, too_large
+from pyvmm.boot.file_system import (
+    CHUNK,
+    MOST_DIRECTORY,
+    MOST_PIECES,
+    Read,
+    Search,
+    UnixFileSystem,
+    readable,
+    too_large,
+)
 from pyvmm.errors import ConfigError
 
 _SUPERBLOCK, _MAGIC = 1024, 0xEF53
@@ -30,9 +39,6 @@ _EXTENT_MAGIC = 0xF30A
 _EXTENT, _INDEX = struct.Struct("<IHHI"), struct.Struct("<IIHxx")
 _DIRENT = struct.Struct("<IHBB")
 _MOST_DEPTH = 5  # of a tree of extents, as the kernel
-_MOST_PIECES = 1 << 16  # of one file
-_MOST_LINKS = 16
-_CHUNK = 1 << 20
 
 
 class _Inode(NamedTuple):
@@ -60,7 +66,7 @@ class _Piece(NamedTuple):
     physical: int
 
 
-class Ext4(FileSystem[_Inode]):
+class Ext4(UnixFileSystem[_Inode]):
     """An ext2, ext3 or ext4 file system."""
 
     repair = "e2fsck -f"
@@ -97,41 +103,17 @@ class Ext4(FileSystem[_Inode]):
 
     # --- from a path to an inode ------------------------------------------------------------------
 
-    def _find(self, path: str) -> _Inode:
-        trail = [self._inode(_ROOT)]
-        left = [part for part in path.encode().split(b"/") if part]
-        links = 0
-        while left:
-            part = left.pop(0)
-            if part in (b".", b".."):
-                # As for a process whose root this is, nothing is above the root.
-                if part == b".." and len(trail) > 1:
-                    trail.pop()
-                continue
-            if not trail[-1].is_directory:
-                raise FileNotFoundError(path)
-            number = self._entries(trail[-1]).get(part)
-            if number is None:
-                raise FileNotFoundError(path)
-            inode = self._inode(number)
-            if stat.S_ISLNK(inode.mode):
-                links += 1
-                if links > _MOST_LINKS:
-                    raise ConfigError(f"{path} in {self.where} is a chain of links without end")
-                target = self._target(inode)
-                if target.startswith(b"/"):
-                    trail = trail[:1]
-                left = [one for one in target.split(b"/") if one] + left
-                continue
-            trail.append(inode)
-        return trail[-1]
+    def _root(self) -> _Inode:
+        return self._inode(_ROOT)
 
-    def _target(self, inode: _Inode) -> bytes:
-        if inode.size > 4095:
-            raise self._damaged(f"a link of {inode.size} bytes")
-        if inode.size < len(inode.block):  # a short one is in the inode itself
-            return inode.block[: inode.size]
-        return b"".join(self._content(inode))
+    def _child(self, directory: _Inode, name: bytes) -> _Inode | None:
+        number = self._entries(directory).get(name)
+        return None if number is None else self._inode(number)
+
+    def _target(self, link: _Inode) -> bytes:
+        if link.size < len(link.block):  # a short one is in the inode itself
+            return link.block[: link.size]
+        return b"".join(self._content(link))
 
     def _inode(self, number: int) -> _Inode:
         if not 0 < number <= self._inodes:
@@ -164,8 +146,7 @@ class Ext4(FileSystem[_Inode]):
         return found
 
     def _names(self, directory: _Inode) -> Iterable[str]:
-        found = (name.decode("utf-8", "replace") for name in self._entries(directory))
-        return (name for name in found if "\ufffd" not in name)
+        return readable(self._entries(directory))
 
     # --- from an inode to bytes -------------------------------------------------------------------
 
@@ -191,15 +172,11 @@ class Ext4(FileSystem[_Inode]):
                 yield from self._zeros(wanted)
                 continue
             start = piece.physical * self._block
-            for offset in range(0, wanted, _CHUNK):
-                yield self._bytes(start + offset, min(_CHUNK, wanted - offset))
+            for offset in range(0, wanted, CHUNK):
+                yield self._bytes(start + offset, min(CHUNK, wanted - offset))
             if not left:
                 return
         yield from self._zeros(left)
-
-    def _zeros(self, count: int) -> Iterator[bytes]:
-        for offset in range(0, count, _CHUNK):
-            yield bytes(min(_CHUNK, count - offset))
 
     def _by_extents(self, inode: _Inode) -> list[_Piece]:
         pieces: list[_Piece] = []
@@ -214,7 +191,7 @@ class Ext4(FileSystem[_Inode]):
             magic, count, _, depth = struct.unpack_from("<HHHH", node)
             if magic != _EXTENT_MAGIC or depth >= above or 12 * (count + 1) > len(node):
                 raise self._damaged("a tree of extents")
-            if seen + len(nodes) + len(pieces) + count > _MOST_PIECES:
+            if seen + len(nodes) + len(pieces) + count > MOST_PIECES:
                 raise self._damaged("a file in too many pieces")
             inner = []
             for index in range(count):

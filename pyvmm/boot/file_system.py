@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, Protocol, TypeVar
@@ -12,6 +13,9 @@ Read = Callable[[int, int], bytes]  # (offset, bytes): as many bytes, fewer past
 
 MOST_DIRECTORY = 2 << 20  # bytes
 MOST_PATH = 4095  # bytes, as the kernel
+MOST_PIECES = 1 << 16  # of one file
+CHUNK = 1 << 20  # bytes that are read at once
+_MOST_LINKS = 16
 _MOST_LOOKED_AT = 64 << 20  # bytes of directories, texts and trees, in all
 
 
@@ -126,6 +130,72 @@ class FileSystem(ABC, Generic[N]):
             f"the file system in {self.where} is damaged: {what}",
             cure=f"give --kernel and --initrd, or repair it ({self.repair})",
         )
+
+
+class Inode(Node, Protocol):
+    """What Unix has at a path."""
+
+    @property
+    def mode(self) -> int: ...
+
+
+U = TypeVar("U", bound=Inode)
+
+
+class UnixFileSystem(FileSystem[U]):
+    """A file system with symbolic links, of which the paths are followed here."""
+
+    @abstractmethod
+    def _root(self) -> U:
+        """The directory "/"."""
+
+    @abstractmethod
+    def _child(self, directory: U, name: bytes) -> U | None:
+        """What is called `name` in `directory`."""
+
+    @abstractmethod
+    def _target(self, link: U) -> bytes:
+        """Where a symbolic link, which has no more than MOST_PATH bytes, leads."""
+
+    def _find(self, path: str) -> U:
+        trail = [self._root()]
+        left = [part for part in path.encode().split(b"/") if part]
+        links = 0
+        while left:
+            part = left.pop(0)
+            if part in (b".", b".."):
+                # As for a process whose root this is, nothing is above the root.
+                if part == b".." and len(trail) > 1:
+                    trail.pop()
+                continue
+            if not trail[-1].is_directory:
+                raise FileNotFoundError(path)
+            node = self._child(trail[-1], part)
+            if node is None:
+                raise FileNotFoundError(path)
+            if stat.S_ISLNK(node.mode):
+                links += 1
+                if links > _MOST_LINKS:
+                    raise ConfigError(f"{path} in {self.where} is a chain of links without end")
+                if node.size > MOST_PATH:
+                    raise self._damaged(f"a link of {node.size} bytes")
+                target = self._target(node)
+                if target.startswith(b"/"):
+                    trail = trail[:1]
+                left = [one for one in target.split(b"/") if one] + left
+                continue
+            trail.append(node)
+        return trail[-1]
+
+    def _zeros(self, count: int) -> Iterator[bytes]:
+        for offset in range(0, count, CHUNK):
+            yield bytes(min(CHUNK, count - offset))
+
+
+def readable(names: Iterable[bytes]) -> Iterator[str]:
+    """Those of `names` that are UTF-8."""
+    found = (name.decode("utf-8", "replace") for name in names)
+    return (name for name in found if "\ufffd" not in name)
 
 
 def too_large(where: str) -> ConfigError:

@@ -284,7 +284,7 @@ def _holds(disk: str, one: Partition) -> str:
 
 
 def _needs(one: Partition) -> str:
-    """Advice on how to mount it: our initramfs has ext4 alone."""
+    """Advice on how to mount it: the recipes' initramfs has ext4 alone."""
     if one.content.kind == "ext4":
         return ""
     return f"rootfstype={one.content.kind} and an --initrd that has its driver"

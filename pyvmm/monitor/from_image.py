@@ -25,7 +25,7 @@ def choose(options: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
     chosen = dict(options)
     name, vm = chosen.get("image"), chosen.get("name")
     if name is None and vm:
-        name = _image_of(vm)
+        name = image_of(vm)
     disks = as_list(chosen.get("disks", ()))
     found = images.machine_image(name, make=True)
     if chosen.get("kernel") is None:
@@ -50,7 +50,8 @@ def choose_transport(chosen: dict[str, Any]) -> None:
         chosen["transport"] = "pci"
 
 
-def _image_of(vm: str) -> str | None:
+def image_of(vm: str) -> str | None:
+    """The image that the VM called `vm` was made from. Raises ConfigError if it is damaged."""
     found = machines.find(vm)
     if found is None:
         return None

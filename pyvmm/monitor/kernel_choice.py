@@ -37,6 +37,7 @@ _LISTS = {
     "pmem": ("virtio-27", "for its persistent memory"),
 }
 _USUAL = frozenset(("ext4",))  # the file systems that the recipes' initramfs can have as root
+_IN_RECIPES = _USUAL | {"ext3", "ext2", "auto"}  # served by the same driver, or tried with it
 
 
 class _Kernel(NamedTuple):
@@ -67,6 +68,8 @@ def specify(options: Mapping[str, Any]) -> tuple[VmSpec, str | None]:
         return _with_kernel(host_root.choose(options), None), None
     if options.get("kernel") == IN_DISK:
         options = _with_disks_own(options)
+    else:
+        options = _for_disks_root(options)
     given = options
     named = _is_more_than_a_file(given)
     if given.get("image") is not None or given.get("kernel") is None or _needs_an_image(given):
@@ -81,6 +84,30 @@ def specify(options: Mapping[str, Any]) -> tuple[VmSpec, str | None]:
         spec = _on_its_bus(spec, text, own_init=False)
         _tell_lacking(spec, text, _beside(spec.kernel), own_init=False)
     return spec, image
+
+
+def _for_disks_root(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`options` for the root in their first disk, where the initramfs is ours to make: one that
+    the recipes' has no driver for is named, and the default kernel comes with its modules."""
+    kernel, disks = options.get("kernel"), options.get("disks")
+    is_ours = kernel is None or _is_more_than_a_file(options)
+    if not disks or not is_ours or options.get("image") is not None or options.get("initrd"):
+        return options
+    from pyvmm.monitor.from_image import image_of
+    from pyvmm.monitor.whole_disk import words_before
+
+    if options.get("name") and image_of(options["name"]) is not None:
+        return options  # whose disk is the first one then
+
+    cmdline = str(options.get("cmdline") or "")
+    words = words_before(disks, cmdline)
+    cmdline = " ".join([*words, cmdline]).strip()
+    kinds = values_of(cmdline, "rootfstype")
+    if kernel is None and kinds and not _IN_RECIPES.issuperset(kinds[-1:]):
+        from pyvmm import images
+
+        kernel = f"debian:{images.DEFAULT_KERNEL}"
+    return {**options, "kernel": kernel, "cmdline": cmdline} if words or kernel else options
 
 
 def _of_another_architecture(options: Mapping[str, Any]) -> VmSpec:

@@ -7,26 +7,28 @@ for `--kernel disk`, before there is a machine.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
-from pyvmm.boot.cmdline import has
-from pyvmm.errors import ConfigError
+from pyvmm.boot.cmdline import has, values
+from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import log
 from pyvmm.spec.record import replace
 from pyvmm.spec.vm import DiskSpec, VmSpec
 
 if TYPE_CHECKING:
     from pyvmm.boot.boot_entry import System
-    from pyvmm.boot.file_system import Read, Search
+    from pyvmm.boot.file_system import FileSystem, Read, Search
     from pyvmm.boot.partitions import Partition, Table
+    from pyvmm.virtio.blk.device import BlockDevice
     from pyvmm.virtio.device import VirtioDevice
 
-_SIGNATURE_AT = 510  # of a sector with a partition table
+_SIGNATURE_AT, _SIGNATURE = 510, b"\x55\xaa"  # of a sector with a partition table
+_EXT4_AT, _EXT4 = 0x438, b"\x53\xef"
 _MOST_FSTAB = 64 << 10  # bytes
 _MOST_KERNEL, _MOST_INITRD = 256 << 20, 1 << 30
-_READ = ("ext4", "vfat")  # the file systems that a kernel is looked for in
+_READ = ("ext4", "xfs", "btrfs", "vfat")  # the file systems that a kernel is looked for in
 _ROOT_NAMES = ("root", "rootfs", "cloudimg-rootfs", "pyvmm-root", "system", "/")
 
 
@@ -44,7 +46,7 @@ def with_root(spec: VmSpec, devices: Sequence[VirtioDevice]) -> VmSpec:
     if disk is None:
         return spec
     try:
-        if disk.peek(_SIGNATURE_AT, 2) != b"\x55\xaa":
+        if disk.peek(_SIGNATURE_AT, 2) != _SIGNATURE:
             return spec
         words = _root_words(spec.disks[0].path, disk.peek, disk.size, disk.block_size)
     except ConfigError:
@@ -72,9 +74,7 @@ def _root_words(name: str, read: Read, size: int, block: int) -> list[str]:
     root, why = choose_root(table, read, name)
     if root is None:
         return []  # the diagnosis has advice for a guest that finds none
-    words = [f"root=/dev/vda{root.number}"]
-    if root.content.kind != "ext4":
-        words.append(f"rootfstype={root.content.kind}")
+    words = [f"root=/dev/vda{root.number}", *_type_words(root, read, name)]
     if table.damaged:
         words.append("gpt")
     more = " by the table's second copy, as the first is damaged" if table.damaged else ""
@@ -83,6 +83,67 @@ def _root_words(name: str, read: Read, size: int, block: int) -> list[str]:
         "root= in --cmdline names another"
     )
     return words
+
+
+def _type_words(root: Partition, read: Read, name: str) -> list[str]:
+    """What the kernel has to know to mount a root that is not ext4."""
+    if root.content.kind == "ext4":
+        return []
+    words = [f"rootfstype={root.content.kind}"]
+    from pyvmm.boot.file_system import Search
+
+    subvolume = ""
+    with suppress(ConfigError):  # the guest's driver may understand more
+        subvolume = getattr(_system(root, read, name, Search()), "subvolume", "")
+    return [*words, f"rootflags=subvol={subvolume}"] if subvolume else words
+
+
+def words_before(disks: Any, cmdline: str) -> list[str]:
+    """What the kernel's command line needs so that an initramfs can be made for the root in the
+    first disk of the option `disks`: nothing for ext4, for what `cmdline` says already, or where
+    it cannot be told yet."""
+    from pyvmm.kinds import registry
+
+    if not disks or has(cmdline, "rootfstype"):
+        return []
+    specs: list[DiskSpec] = registry.read("disk", disks)
+    if specs[0].storage not in ("raw", "qcow2"):
+        return []  # a class of the user's is not made twice
+    with suppress(ConfigError, HostError, OSError), _looking_at(specs[0]) as disk:
+        wanted = "".join(values(cmdline, "root")[-1:])
+        words = _words_before(specs[0].path, disk.peek, disk.size, disk.block_size, wanted)
+        return [word for word in words if not has(cmdline, word.partition("=")[0])]
+    return []  # whoever opens it says why
+
+
+def _words_before(name: str, read: Read, size: int, block: int, wanted: str) -> list[str]:
+    if read(_SIGNATURE_AT, 2) != _SIGNATURE and read(_EXT4_AT, 2) == _EXT4:
+        return []  # the usual disk costs no more than that
+    from pyvmm.boot import partitions
+
+    table = partitions.read_disk(read, size, block)
+    if table is None:
+        return []
+    root: Partition | None
+    if wanted:
+        named = [one for one in table.partitions if wanted in _names(one)]
+        root = named[0] if named else None
+    else:
+        root, _ = choose_root(table, read, name)
+    return _type_words(root, read, name) if root is not None and root.may_be_root else []
+
+
+@contextmanager
+def _looking_at(disk: DiskSpec) -> Iterator[BlockDevice]:
+    """The disk as its image has it, only to be read."""
+    from pyvmm.kinds.disk.storage import open_backend
+    from pyvmm.virtio.blk.device import BlockDevice
+
+    if not disk.copies_on_write:
+        disk = replace(disk, read_only=True)
+    with ExitStack() as closing:
+        backend = open_backend(disk, closing)
+        yield BlockDevice(backend, name="disk0", block_size=disk.block_size)
 
 
 def choose_root(table: Table, read: Read, name: str) -> tuple[Partition | None, str]:
@@ -126,11 +187,9 @@ def _by_fstab(found: Sequence[Partition], read: Read, name: str) -> Partition | 
 
     search = Search()
     for one in found:
-        system = _system(one, read, name, search)
-        if system is None:
-            continue
         try:
-            text = system.read_text("/etc/fstab", _MOST_FSTAB)
+            system = _system(one, read, name, search)
+            text = "" if system is None else system.read_text("/etc/fstab", _MOST_FSTAB)
         except (FileNotFoundError, ConfigError):
             continue
         for line in text.splitlines():
@@ -141,26 +200,42 @@ def _by_fstab(found: Sequence[Partition], read: Read, name: str) -> Partition | 
 
 
 def _names(one: Partition) -> Iterable[str]:
-    """The names that fstab(5) may give a partition."""
+    """The names that fstab(5), and root= for the first disk, may give a partition."""
+    device = f"/dev/vda{one.number or ''}"
     names = {"UUID": one.content.uuid, "LABEL": one.content.label}
     names |= {"PARTUUID": one.uuid, "PARTLABEL": one.name}
-    return [f"{key}={quote}{value}{quote}" for key, value in names.items() for quote in ("", '"')
-            if value]  # fmt: skip
+    return [device, *(f"{key}={quote}{value}{quote}" for key, value in names.items()
+                      for quote in ("", '"') if value)]  # fmt: skip
 
 
 def _system(one: Partition, read: Read, name: str, search: Search) -> System | None:
-    """The file system in a partition; None if it is of a kind that is not read here, or damaged."""
-    from pyvmm.boot.ext4 import Ext4
-    from pyvmm.boot.fat import Fat
-
-    if one.content.kind not in _READ:
+    """The file system in a partition; None if it is of a kind that is not read here. Raises
+    ConfigError for one that is damaged, or not understood."""
+    kind = _reader(one.content.kind)
+    if kind is None:
         return None
-    kind = Ext4 if one.content.kind == "ext4" else Fat
     where = f"partition {one.number} of {name}" if one.number else name
-    try:
-        return kind(lambda offset, size: read(one.start + offset, size), one.size, where, search)
-    except ConfigError:
-        return None
+    return kind(lambda offset, size: read(one.start + offset, size), one.size, where, search)
+
+
+def _reader(kind: str) -> type[FileSystem[Any]] | None:
+    if kind == "ext4":
+        from pyvmm.boot.ext4 import Ext4
+
+        return Ext4
+    if kind == "vfat":
+        from pyvmm.boot.fat import Fat
+
+        return Fat
+    if kind == "xfs":
+        from pyvmm.boot.xfs import Xfs
+
+        return Xfs
+    if kind == "btrfs":
+        from pyvmm.boot.btrfs import Btrfs
+
+        return Btrfs
+    return None
 
 
 # --- the kernel that is in it ---------------------------------------------------------------------
@@ -176,15 +251,8 @@ def kernel_in(disks: Any) -> tuple[str, str | None, str]:
         raise ConfigError(
             "there is no disk that the kernel could be in", cure="add --disk", option="--kernel"
         )
-    disk = specs[0]
-    from pyvmm.kinds.disk.storage import open_backend
-    from pyvmm.virtio.blk.device import BlockDevice
-
-    if not disk.copies_on_write:
-        disk = replace(disk, read_only=True)
-    with ExitStack() as closing:
-        device = BlockDevice(open_backend(disk, closing), name="disk0", block_size=disk.block_size)
-        return _extract(disk.path, device.peek, device.size, device.block_size)
+    with _looking_at(specs[0]) as disk:
+        return _extract(specs[0].path, disk.peek, disk.size, disk.block_size)
 
 
 def _extract(name: str, read: Read, size: int, block: int) -> tuple[str, str | None, str]:
@@ -194,21 +262,32 @@ def _extract(name: str, read: Read, size: int, block: int) -> tuple[str, str | N
 
     table = partitions.read_disk(read, size, block)
     kinds: Mapping[int, str] = {}
-    systems = []
+    systems, refused = [], ""
     if table is not None:
         kinds = {one.number: one.content.kind for one in table.partitions}
         found = sorted(table.partitions, key=lambda one: not one.may_be_root)
         search = Search()
-        every = (_system(part, read, name, search) for part in found)
-        systems = [one for one in every if one is not None]
+        for part in found:
+            try:
+                system = _system(part, read, name, search)
+            except ConfigError as error:
+                refused = refused or f", and {error.message}"
+                continue
+            if system is not None:
+                systems.append(system)
     entry = boot_entry.find(systems) if systems else None
     if entry is None:
         unread = ", ".join(sorted({kind for kind in kinds.values() if kind} - {*_READ, "swap"}))
-        what = "no kernel in its ext4 and vfat file systems" if systems else "no ext4 or vfat"
+        kinds_read = ", ".join(_READ[:-1])
+        what = f"no {kinds_read} or {_READ[-1]}"
+        if systems:
+            what = f"no kernel in its file systems ({kinds_read} and {_READ[-1]} are read)"
         if unread:
             what += f", and {unread} cannot be read"
         raise ConfigError(
-            f"{name} has {what}", cure="name a kernel: --kernel, --initrd", option="--kernel"
+            f"{name} has {what}{refused}",
+            cure="name a kernel: --kernel, --initrd",
+            option="--kernel",
         )
     kernel = made_files.keep(entry.system.read_file(entry.kernel, _MOST_KERNEL), ".kernel")
     initrd = None

@@ -13,15 +13,24 @@ from pathlib import Path
 
 import boot_images
 import pytest
-from partition_tables import MIB, ROOT_X86_64, needs_tools, partitioned, put_file_system
+from partition_tables import (
+    MIB,
+    ROOT_X86_64,
+    needs_tools,
+    partitioned,
+    put_bytes,
+    put_file_system,
+    xfs_of,
+)
 
 from pyvmm.boot import boot_entry, file_system, partitions
+from pyvmm.boot.btrfs import Btrfs
 from pyvmm.boot.fat import Fat
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
 from pyvmm.kinds.disk.storage import open_backend
-from pyvmm.monitor.kernel_choice import specify
-from pyvmm.monitor.whole_disk import _extract, choose_root, with_root
+from pyvmm.monitor.kernel_choice import _for_disks_root, specify
+from pyvmm.monitor.whole_disk import _extract, choose_root, with_root, words_before
 from pyvmm.spec.vm import DiskSpec, VmSpec
 from pyvmm.virtio.blk.device import BlockDevice
 
@@ -212,10 +221,13 @@ def test_the_disks_own_kernel(tmp_path: Path, said: list[str], form: str) -> Non
 
 def test_a_disk_without_a_kernel(tmp_path: Path) -> None:
     disk = two(tmp_path)
-    with pytest.raises(ConfigError, match=r"no kernel in its ext4 and vfat file systems; name a"):
+    with pytest.raises(
+        ConfigError,
+        match=r"no kernel in its file systems \(ext4, xfs, btrfs and vfat are read\); name a",
+    ):
         specify({"kernel": "disk", "disks": [str(disk)]})
     (tmp_path / "empty.img").write_bytes(bytes(MIB))
-    with pytest.raises(ConfigError, match="has no ext4 or vfat; name a kernel"):
+    with pytest.raises(ConfigError, match="has no ext4, xfs, btrfs or vfat; name a kernel"):
         specify({"kernel": "disk", "disks": [str(tmp_path / "empty.img")]})
     with pytest.raises(
         ConfigError, match=re.escape("there is no disk that the kernel could be in")
@@ -224,19 +236,142 @@ def test_a_disk_without_a_kernel(tmp_path: Path) -> None:
 
 
 def test_a_file_system_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    """The root is xfs, and what is read of the rest has no kernel."""
+    """The root is encrypted, and what is read of the rest has no kernel."""
     script = f"label: gpt\nstart=2048, size=81920, type=uefi\nstart=83968, type={ROOT_X86_64}\n"
     disk = partitioned(tmp_path / "disk.img", script, size=400 * MIB)
-    put_file_system(disk, 41 * MIB, 320 * MIB, "xfs")
-    with pytest.raises(ConfigError, match="has no ext4 or vfat, and xfs cannot be read; name a"):
+    with open(disk, "r+b") as file:
+        file.seek(41 * MIB)
+        file.write(b"LUKS\xba\xbe")
+    with pytest.raises(ConfigError, match="has no ext4, xfs, btrfs or vfat, and LUKS cannot be re"):
         specify({"kernel": "disk", "disks": [str(disk)]})
     put_file_system(disk, 1 * MIB, 40 * MIB, "vfat", "-F", "32", "-s", "1")
-    with pytest.raises(ConfigError, match=r"no kernel in its ext4 and vfat .*, and xfs cannot be"):
+    with pytest.raises(ConfigError, match=r"no kernel in its .*read\), and LUKS cannot be read; "):
         specify({"kernel": "disk", "disks": [str(disk)]})
+
+
+def test_a_file_system_that_is_refused_is_named(tmp_path: Path) -> None:
+    disk = partitioned(tmp_path / "disk.img", f"label: gpt\ntype={ROOT_X86_64}\n", size=400 * MIB)
+    put_file_system(disk, 1 * MIB, 320 * MIB, "xfs")
+    with open(disk, "r+b") as file:
+        file.seek(1 * MIB + 219)
+        file.write(b"\x10")  # it needs repair
+    with pytest.raises(ConfigError, match=r"partition 1 of .* is damaged: it says so itself; name"):
+        specify({"kernel": "disk", "disks": [str(disk)]})
+
+
+def in_root(tmp_path: Path, kind: str) -> Path:
+    """A disk with a kernel in the xfs or btrfs that is its root; with btrfs, in a subvolume."""
+    tree = tmp_path / "tree"
+    (tree / "loader/entries").mkdir(parents=True)
+    (tree / "vmlinuz-6.1").write_bytes(boot_images.bzimage())
+    (tree / "initrd.img-6.1").write_bytes(b"the initrd" * 9000)
+    place = "" if kind == "xfs" else "/root"
+    (tree / "loader/entries/a.conf").write_text(
+        f"title Debian\noptions root=LABEL=sys\nlinux {place}/vmlinuz-6.1\n"
+        f"initrd {place}/initrd.img-6.1\n"
+    )
+    (tree / "root").mkdir()
+    disk = partitioned(tmp_path / "disk.img", f"label: gpt\ntype={ROOT_X86_64}\n", size=400 * MIB)
+    part = tmp_path / "part"
+    if kind == "xfs":
+        xfs_of(tree, part)
+        put_bytes(disk, MIB, part)
+    else:
+        put_file_system(disk, MIB, 390 * MIB, "btrfs", "-r", str(tree))
+        as_subvolume(disk, MIB, 390 * MIB)
+    return disk
+
+
+def as_subvolume(disk: Path, start: int, size: int) -> None:
+    """Make the directory "root" of a btrfs a subvolume, by hand: it is the whole file system once
+    more. For its tree there is an item of one that is always there (DATA_RELOC_TREE)."""
+    reloc = (1 << 64) - 9
+    with open(disk, "r+b") as file:
+        file.seek(start)
+        data = bytearray(file.read(size))
+        places: dict[int, int] = {}
+
+        def read(at: int, length: int) -> bytes:
+            places[at] = length
+            return bytes(data[at : at + length])
+
+        system = Btrfs(read, size, "it")
+        top = system._top.tree
+        item = system._item(system._roots, reloc, 132)
+        inside = system._entries(system._top)[b"root"]
+        entry = struct.pack("<QBQ", *inside)
+        for at, length in places.items():
+            found = data.find(item, at, at + length)
+            if found >= 0:
+                struct.pack_into("<Q", data, found + 176, top.address)
+                data[found + 238] = top.level
+            found = data.find(entry, at, at + length)
+            while found >= 0:
+                data[found : found + 17] = struct.pack("<QBQ", reloc, 132, (1 << 64) - 1)
+                found = data.find(entry, found + 17, at + length)
+        file.seek(start)
+        file.write(data)
+
+
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+def test_a_kernel_in_an_xfs_or_btrfs_root(tmp_path: Path, said: list[str], kind: str) -> None:
+    disk = in_root(tmp_path, kind)
+    spec, _ = specify({"kernel": "disk", "disks": [str(disk)]})
+    assert Path(spec.kernel).read_bytes() == boot_images.bzimage()
+    assert spec.initrd and Path(spec.initrd).read_bytes() == b"the initrd" * 9000
+    assert spec.cmdline == "root=LABEL=sys"
+    assert "/loader/entries/a.conf in partition 1" in said[0]
+
+
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+def test_the_initramfs_is_made_for_the_root(tmp_path: Path, kind: str) -> None:
+    """With what the kernel must be told, which the user may say otherwise."""
+    disk = in_root(tmp_path, kind)
+    flags = [] if kind == "xfs" else ["rootflags=subvol=root"]
+    assert words_before([str(disk)], "quiet") == [f"rootfstype={kind}", *flags]
+    assert words_before([str(disk)], "rootflags=ro") == [f"rootfstype={kind}"]
+    assert words_before([f"{disk},snapshot"], "") == [f"rootfstype={kind}", *flags]
+    assert words_before([str(disk)], "root=/dev/vda1") == [f"rootfstype={kind}", *flags]
+    assert words_before([str(disk)], "root=/dev/vda2") == []
+    assert words_before([str(disk)], "rootfstype=auto") == []
+    assert root_of(disk) == " ".join(["root=/dev/vda1", f"rootfstype={kind}", *flags])
+
+
+@pytest.mark.parametrize(("cmdline", "kernel"), [("", None), ("rootfstype=ext3 quiet", None),
+    ("rootfstype=f2fs", "debian:6.1"), ("root=/dev/vda1", "debian:6.1")])  # fmt: skip
+def test_a_root_without_a_driver_takes_the_kernel_with_its_modules(
+    tmp_path: Path, cmdline: str, kernel: str | None
+) -> None:
+    with open(tmp_path / "bare", "wb") as file:
+        file.truncate(320 * MIB)
+    if kernel is None:
+        put_file_system(tmp_path / "bare", 0, 320 * MIB, "ext4")
+        disk = tmp_path / "bare"
+    else:
+        disk = in_root(tmp_path, "xfs")
+    options = {"disks": [str(disk)], "cmdline": cmdline}
+    found = _for_disks_root(options)
+    assert found.get("kernel") == kernel
+    assert ("rootfstype=xfs" in found["cmdline"]) == (cmdline == "root=/dev/vda1")
+    assert _for_disks_root({**options, "initrd": "/mine"}) == {**options, "initrd": "/mine"}
+    assert _for_disks_root({**options, "kernel": "/file"}) == {**options, "kernel": "/file"}
+
+
+def test_no_words_for_what_needs_none(tmp_path: Path) -> None:
+    assert words_before([str(two(tmp_path, second=ROOT_X86_64))], "") == []
+    assert words_before([str(tmp_path / "not there")], "") == []
+    assert words_before(["ram:64M"], "") == []
+    assert words_before([], "") == []
+    (tmp_path / "zeros").write_bytes(bytes(MIB))
+    assert words_before([str(tmp_path / "zeros")], "") == []
+    with open(tmp_path / "bare", "wb") as file:
+        file.truncate(128 * MIB)
+    put_file_system(tmp_path / "bare", 0, 128 * MIB, "btrfs")
+    assert words_before([str(tmp_path / "bare")], "") == ["rootfstype=btrfs"]
 
 
 def in_an_esp(tmp_path: Path, *options: str) -> Path:
-    """A disk whose root cannot be read, and whose /boot is a vfat with what systemd-boot has."""
+    """A disk whose root has no kernel, and whose /boot is a vfat with what systemd-boot has."""
     tree = tmp_path / "esp"
     (tree / "loader/entries").mkdir(parents=True)
     (tree / "debian/6.1.0-a-long-name").mkdir(parents=True)
