@@ -114,11 +114,12 @@ class Guest:
         """Raises RuntimeError if it does not come up."""
         self._read_until(b"lab-ready")
 
-    def order(self, commands: str) -> Answer:
-        """Let the guest's shell run `commands`. Raises RuntimeError if it does not answer."""
+    def order(self, commands: str, patience: float = PATIENCE) -> Answer:
+        """Let the guest's shell run `commands`, which takes `patience` seconds at most. Raises
+        RuntimeError if it does not answer."""
         before, start = kvm_counts(self.pid), time.monotonic()
         self._send(commands)
-        self._read_until(b"lab-done")
+        self._read_until(b"lab-done", patience)
         after, end = kvm_counts(self.pid), time.monotonic()
         self._send("go")
         text = self._read_until(b"lab-end").decode(errors="replace").replace("\r", "")
@@ -133,15 +134,15 @@ class Guest:
         assert self._process.stdin is not None
         self._process.stdin.write(line.encode() + b"\n")
 
-    def _read_until(self, mark: bytes) -> bytes:
+    def _read_until(self, mark: bytes, patience: float = PATIENCE) -> bytes:
         assert self._process.stdout is not None
-        until = time.monotonic() + PATIENCE
+        until = time.monotonic() + patience
         while mark not in self._seen:
             left = max(0.0, until - time.monotonic())
             ready, _, _ = select.select([self._process.stdout], [], [], left)
             data = os.read(self._process.stdout.fileno(), 65536) if ready else b""
             if not data:
-                why = "it has ended" if ready else f"not within {PATIENCE:.0f} s"
+                why = "it has ended" if ready else f"not within {patience:.0f} s"
                 tail = self._seen[-500:].decode(errors="replace") + f"\n{self._pulse()}"
                 raise RuntimeError(f"{self._name}: no {mark.decode()}, {why}; its output:\n{tail}")
             self._seen += data
