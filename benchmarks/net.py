@@ -1,12 +1,14 @@
 """A guest's network: pyvmm and QEMU's microvm, in turn, on the same tap and on passt.
 
     python benchmarks/net.py [--json FILE] [--rounds 3] [--seconds 4] [--kernel 6.1]
-                             [--ways tap vhost passt]
+                             [--ways tap vhost passt passt-vhost]
 
 iperf3 with one stream, both ways, and the round trip of a ping, between a guest and the machine it
 runs on. Both run in one emulated KVM host, with the same kernel and disk; what is in there is 10 to
 20 times slower than on real KVM, so the ratio is what counts. On the way called vhost both leave a
-tap's frames to the kernel's vhost-net; on that called tap neither does.
+tap's frames to the kernel's vhost-net; on that called tap neither does. On passt-vhost both leave
+them to passt, by vhost-user; on passt both have a stream. All but QEMU's on passt are Debian
+trixie's passt.
 A guest that takes longer than PATIENCE seconds is stopped, and its figures are missing.
 """
 
@@ -22,7 +24,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -44,7 +46,7 @@ busybox ping -q -c 100 -i 0.02 {peer} |
 rate sent
 rate received -R
 """
-WAYS = ("tap", "vhost", "passt")
+WAYS = ("tap", "vhost", "passt", "passt-vhost")
 KEYS = ("sent", "received", "ping")  # Mbit/s, Mbit/s, ms
 
 
@@ -56,11 +58,13 @@ class Setup(NamedTuple):
     disk: str
     scripts: dict[str, str]
     rounds: int
+    passt: list[str]  # one that knows vhost-user
 
 
 def pyvmm_command(setup: Setup, way: str) -> list[str]:
     """pyvmm, as a user would type it."""
-    net = {"tap": f"tap={TAP},vhost=off", "vhost": f"tap={TAP},vhost", "passt": "user,host"}[way]
+    nets = {"tap": f"tap={TAP},vhost=off", "vhost": f"tap={TAP},vhost", "passt": "user,host"}
+    net = {**nets, "passt-vhost": "user,host,vhost-user"}[way]
     return [
         *(sys.executable, "-m", "pyvmm", "run", "--kvm=host", "--memory", "256M"),
         *("--kernel", setup.kernel, "--initrd", setup.initrd),
@@ -76,6 +80,7 @@ def qemu_command(setup: Setup, way: str, socket: str) -> list[str]:
         "tap": f"tap,id=net,ifname={TAP},script=no,downscript=no,vhost=off",
         "vhost": f"tap,id=net,ifname={TAP},script=no,downscript=no,vhost=on",
         "passt": f"stream,id=net,server=off,addr.type=unix,addr.path={socket}",
+        "passt-vhost": "vhost-user,id=net,chardev=passt",
     }
     command = ["qemu-system-x86_64", "-M", MACHINE, "-enable-kvm", "-cpu", "host", "-m", "256"]
     command += ["-nodefaults", "-no-user-config", "-nographic", "-serial", "stdio"]
@@ -84,17 +89,21 @@ def qemu_command(setup: Setup, way: str, socket: str) -> list[str]:
     for index, file in enumerate((setup.disk, setup.scripts[way])):
         command += ["-drive", f"id=d{index},file={file},format=raw,if=none,snapshot=on"]
         command += ["-device", f"virtio-blk-device,drive=d{index}"]
+    if way == "passt-vhost":
+        command += ["-object", "memory-backend-memfd,id=ram,size=256M,share=on"]
+        command += ["-machine", "memory-backend=ram"]
+        command += ["-chardev", f"socket,id=passt,path={socket}"]
     command += ["-netdev", network[way], "-device", f"virtio-net-device,netdev=net,mac={MAC}"]
     return command
 
 
 def guest_parameters(way: str) -> str:
-    address = "" if way == "passt" else f" pyvmm.ip={GUEST}/24"
+    address = "" if way.startswith("passt") else f" pyvmm.ip={GUEST}/24"
     return f"pyvmm.exec=/dev/vdb{address}"
 
 
 @contextmanager
-def passt_for_qemu() -> Iterator[str]:
+def passt_for_qemu(command: Sequence[str]) -> Iterator[str]:
     """passt with the settings that pyvmm gives its own, and the path of its socket."""
     with tempfile.TemporaryDirectory() as folder:
         # passt becomes nobody before it makes its socket; where nobody may not make one it goes on
@@ -103,7 +112,7 @@ def passt_for_qemu() -> Iterator[str]:
         socket = f"{folder}/socket"
         process = subprocess.Popen(
             [
-                *("passt", "--foreground", "--quiet", "--stderr", "--socket", socket, "-i", "lo"),
+                *(*command, "--foreground", "--quiet", "--stderr", "--socket", socket, "-i", "lo"),
                 *("--address", "10.0.2.15", "--netmask", "24", "--gateway", "10.0.2.2"),
                 *("--mac-addr", "52:55:0a:00:02:02", "--mtu", "65520"),
             ],
@@ -174,9 +183,10 @@ def iperf3_server() -> Iterator[None]:
 
 
 def measure_qemu(setup: Setup, way: str) -> dict[str, float]:
-    if way != "passt":
+    if not way.startswith("passt"):
         return measure(qemu_command(setup, way, ""))
-    with passt_for_qemu() as socket:
+    program = ["passt"] if way == "passt" else [*setup.passt, "--vhost-user"]
+    with passt_for_qemu(program) as socket:
         return measure(qemu_command(setup, way, socket))
 
 
@@ -190,12 +200,14 @@ def outside(options: argparse.Namespace) -> dict[str, Any]:
         images.fresh_disk(disk, "test")
         scripts = {}
         for way in options.ways:
-            peer = "10.0.2.2" if way == "passt" else HOST
+            peer = "10.0.2.2" if way.startswith("passt") else HOST
             scripts[way] = os.path.join(folder, way)
             with open(scripts[way], "wb") as file:
                 text = SCRIPT.format(peer=peer, seconds=options.seconds).encode()
                 file.write(text + bytes(-len(text) % 512))
-        setup = Setup(files.bzimage, files.initramfs, disk, scripts, options.rounds)
+        passt = images.passt_command(make=True)
+        boot = (files.bzimage, files.initramfs)
+        setup = Setup(*boot, disk, scripts, options.rounds, passt)
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "pyvmm.emulated_host", "--memory", "1200"),

@@ -151,10 +151,11 @@ def _refuse(spec: Any) -> None:
             cure="leave it out",
             option=flag,
         )
-    if spec.kind == "net" and spec.vhost:
+    if spec.kind == "net" and (spec.vhost or spec.vhost_user):
+        what = "vhost-user" if spec.vhost_user else "vhost"
         raise ConfigError(
-            "vhost needs memory that is this process' own, and here it is the front end's",
-            cure="leave out vhost",
+            f"{what} needs memory that is this process' own, and here it is the front end's",
+            cure=f"leave out {what}",
             option=flag,
         )
     if spec.kind == "vsock" and not spec.path:

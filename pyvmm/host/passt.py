@@ -39,6 +39,7 @@ _UNDER_WAY = 8 << 20  # bytes; a guest's TCP window is up to 6 MiB (net.ipv4.tcp
 _PATIENCE = 20.0  # seconds for passt to start, which takes milliseconds
 _NOISE = ("syslog", "as root", "AVX2")  # in lines that are not a reason for anything
 _ANY = ("0.0.0.0", "::")
+_VHOST_USER = ("--vhost-user",)  # of November 2024 and later
 
 _newer: Callable[[bool], Sequence[str]] | None = None
 
@@ -65,8 +66,15 @@ class Forward(NamedTuple):
         return f"{self.protocol}:{host}:{self.port}:{self.guest_port}"
 
 
-def start(forwards: Sequence[Forward], mtu: int = MTU, *, host_access: bool = False) -> Socket:
-    """Start passt; our end of its socket, on which frames follow their length in 4 bytes.
+def start(
+    forwards: Sequence[Forward],
+    mtu: int = MTU,
+    *,
+    host_access: bool = False,
+    vhost_user: bool = False,
+) -> Socket:
+    """Start passt; our end of its socket, on which frames follow their length in 4 bytes, or which
+    with `vhost_user` is for a vhost-user front end.
 
     With `host_access` the gateway's address stands for this machine's loopback address. What the
     passt that is there cannot do is said on stderr. Raises ConfigError for a missing passt, a port
@@ -80,9 +88,10 @@ def start(forwards: Sequence[Forward], mtu: int = MTU, *, host_access: bool = Fa
         for forward in forwards
         if _is_lost(forward, host_access)
     ]
-    program = _choose([*lacking, *names.lacking()])
+    program = _choose([*lacking, *names.lacking()], vhost_user=vhost_user)
     arguments = [
         *program.command,
+        *(_VHOST_USER if vhost_user else ()),
         *_arguments(mtu, host_access, recent=program.recent),
         *names.arguments(recent=program.recent),
     ]
@@ -115,11 +124,16 @@ class _Program(NamedTuple):
 def is_recent(command: Sequence[str]) -> bool:
     """True if that passt is of August 2024 or later: it then tracks UDP flows by both addresses,
     and has --dns-host. Debian's do not tell their version."""
+    return _knows(command, ("--map-host-loopback", "none"))
+
+
+def _knows(command: Sequence[str], options: Sequence[str]) -> bool:
+    """True if that passt takes `options`."""
     import subprocess  # only where passt is used
 
     try:
         done = subprocess.run(
-            [*command, "--map-host-loopback", "none", "--version"],
+            [*command, *options, "--version"],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -130,15 +144,16 @@ def is_recent(command: Sequence[str]) -> bool:
     return done.returncode == 0
 
 
-def _choose(lacking: Sequence[str]) -> _Program:
+def _choose(lacking: Sequence[str], *, vhost_user: bool) -> _Program:
     """The passt to start. An old one does, but for what is `lacking` then, in sentences: a recent
-    one is made first for that, and where it cannot be had, they are said. Raises ConfigError."""
+    one is made first for that, and where it cannot be had, they are said. With `vhost_user` none
+    does that is older than that. Raises ConfigError."""
     own = find_program("passt")
-    if own is not None and is_recent([own]):
+    if own is not None and is_recent([own]) and (not vhost_user or _knows([own], _VHOST_USER)):
         return _Program([own], True)
     reason = ""
     for make in (False, True):
-        if _newer is None or (make and own is not None and not lacking):
+        if _newer is None or (make and own is not None and not lacking and not vhost_user):
             continue
         try:
             return _Program(_newer(make), True)
@@ -147,6 +162,12 @@ def _choose(lacking: Sequence[str]) -> _Program:
     if own is None:
         reason = f" ({reason})" if reason else ""
         raise ConfigError(f"user-mode networking needs passt{reason}", cure=CURE, option=_OPTION)
+    if vhost_user:
+        raise ConfigError(
+            f"{own} has no vhost-user, as it is older than 2025{reason and f' ({reason})'}",
+            cure=f"run: pyvmm image build {IMAGE}, or leave out vhost-user",
+            option=_OPTION,
+        )
     for what in lacking:
         log.to_stderr(
             f"{what} by {own}, which is older than August 2024"

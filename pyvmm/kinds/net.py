@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pyvmm.virtio.net.device import NetDevice
     from pyvmm.virtio.net.limits import Limits
     from pyvmm.virtio.net.tap import TapBackend
+    from pyvmm.virtio.vhost_user.device import VhostUserDevice
 
     class Keywords(TypedDict, total=False):
         """The keywords that `pyvmm.VM` takes."""
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 OPTION = "--net"
 SYNTAX = (
-    "user[,forward=[tcp:|udp:][ADDRESS:]PORT:GUESTPORT][,host] or "
+    "user[,forward=[tcp:|udp:][ADDRESS:]PORT:GUESTPORT][,host][,vhost-user] or "
     "tap=NAME[,queues=N][,vhost[=on|off]][,create][,address=A.B.C.D/N][,bridge=NAME], "
     "and mac=, mtu=, packed, rx-bps=, rx-pps=, tx-bps=, tx-pps= and their -burst="
 )
@@ -44,7 +45,8 @@ MOST_QUEUES = 16
 _ON_OFF = {"on": True, "off": False}
 _FOR_BOTH = ("mac", "mtu", "packed", *rates.NET_KEYS)
 _FOR_TAP = ("queues", "create", "vhost", "address", "bridge")
-_FOR_USER = ("forward", "host")
+_FOR_USER = ("forward", "host", "vhost-user")
+_VHOST_USER_QUEUE = 1024  # entries: a frame of 64 KiB takes 44 buffers
 _TAP_NAME = "pyvmm%d"  # the kernel puts a number there
 
 OPTIONS = (
@@ -69,7 +71,8 @@ class Spec(DeviceSpec):
     `create` is made, and vanishes with the VM; `address` and `bridge` say what becomes of the
     host's end. `queues` are pairs. With `vhost` the kernel moves the frames, if it is None where it
     can. `forwards` are `Forward` as text; `host_access` lets the guest reach this machine's
-    loopback address through its gateway. `stream` is the path of a character device that a passt
+    loopback address through its gateway. With `vhost_user` passt reads and writes the guest's
+    memory itself. `stream` is the path of a character device that a passt
     serves already, which is how it is in an emulated host.
 
     `rx_bps`, `rx_pps` and so on limit bytes and packets a second that the guest receives and sends
@@ -85,6 +88,7 @@ class Spec(DeviceSpec):
     vhost: bool | None = None
     forwards: tuple[str, ...] = ()
     host_access: bool = False
+    vhost_user: bool = False
     mac: str = ""
     mtu: int = 0
     stream: str = field(default="", metadata=INTERNAL)
@@ -141,6 +145,8 @@ def _with_option(spec: Spec, option: str) -> Spec:
         return replace(spec, forwards=(*spec.forwards, str(parse_forward(value))))
     if not is_tap and key == "host" and not equals:
         return replace(spec, host_access=True)
+    if not is_tap and key == "vhost-user" and not equals:
+        return replace(spec, vhost_user=True)
     known = (*_FOR_BOTH, *(_FOR_TAP if is_tap else _FOR_USER))
     where = f" of {'a tap' if is_tap else 'user'}"
     raise unknown_option(option, known, usage=f"write {SYNTAX}", flag=OPTION, where=where)
@@ -213,6 +219,8 @@ def check(spec: Spec) -> Spec:
     rates.check(spec, OPTION, rates.NET_KEYS)
     if spec.vhost:
         _check_vhost(spec)
+    if spec.vhost_user:
+        _check_vhost_user(spec)
     for text in spec.forwards:
         parse_forward(text)
     return spec
@@ -234,6 +242,19 @@ def _check_vhost(spec: Spec) -> None:
     why_not = _excludes_vhost(spec)
     if why_not:
         raise ConfigError(f"vhost {why_not}", cure="leave out vhost", option=OPTION)
+
+
+def _check_vhost_user(spec: Spec) -> None:
+    limits = [key for key, field in rates.NET_KEYS.items() if getattr(spec, field)]
+    why_not = ""
+    if spec.tap:
+        why_not = "goes with user: a tap has vhost"
+    elif limits:
+        why_not = f"and {limits[0]} exclude each other: passt moves frames as fast as it can"
+    elif spec.packed:
+        why_not = "and packed exclude each other: passt knows split virtqueues only"
+    if why_not:
+        raise ConfigError(f"vhost-user {why_not}", cure="leave out vhost-user", option=OPTION)
 
 
 def _excludes_vhost(spec: Spec) -> str:
@@ -271,10 +292,12 @@ def mac_bytes(text: str) -> bytes:
 # --- opened ---------------------------------------------------------------------------------------
 
 
-def open_device(spec: Spec, context: Context) -> NetDevice:
+def open_device(spec: Spec, context: Context) -> NetDevice | VhostUserDevice:
     """Open the tap or start passt, and put a device in front of it. Raises ConfigError."""
     from pyvmm.virtio.net.device import NetDevice
 
+    if spec.vhost_user:
+        return _open_vhost_user(spec, context)
     if served := vhosts(spec, context):
         return _open_vhost(spec, context, served)
     backend: Backend
@@ -322,6 +345,31 @@ def _open_vhost(spec: Spec, context: Context, served: Sequence[VhostNet]) -> Net
     return VhostNetDevice(backend, served, interface, name=name, mac=mac_bytes(spec.mac))
 
 
+def _open_vhost_user(spec: Spec, context: Context) -> VhostUserDevice:
+    from pyvmm.errors import HostError
+    from pyvmm.host import log, passt
+    from pyvmm.kinds.vhost_user import types
+    from pyvmm.vhost_user.protocol import BackEndError
+    from pyvmm.virtio.vhost_user.device import VhostUserDevice
+
+    name = "net-user"
+    if context.trace is not None:
+        log.to_stderr(f"{name}: passt moves its frames (vhost-user); they are not traced")
+    try:
+        device = VhostUserDevice(
+            "the other end of its socket",
+            types.card(mac_bytes(spec.mac), spec.mtu or passt.MTU),
+            name=name,
+            queue_size=_VHOST_USER_QUEUE,
+            reconnect=0,  # it is the one that we have started: no other comes
+            connection=start_passt(spec),
+        )
+    except (BackEndError, HostError) as error:
+        raise ConfigError(f"passt {error}", cure="leave out vhost-user", option=OPTION) from None
+    context.closing.callback(device.close)
+    return device
+
+
 def _limits(spec: Spec, way: str) -> Limits | None:
     limits = limiter(spec, rates.net_fields(way))
     if limits is None:
@@ -348,7 +396,9 @@ def start_passt(spec: Spec) -> passt.Socket:
 
     passt.newer_by(images.passt_command)
     forwards = [parse_forward(text) for text in spec.forwards]
-    return passt.start(forwards, spec.mtu or passt.MTU, host_access=spec.host_access)
+    mtu = spec.mtu or passt.MTU
+    access, vhost_user = spec.host_access, spec.vhost_user
+    return passt.start(forwards, mtu, host_access=access, vhost_user=vhost_user)
 
 
 def cross(spec: Spec, border: Border) -> Crossing:
@@ -364,6 +414,14 @@ def cross(spec: Spec, border: Border) -> Crossing:
         )
     from pyvmm.emulated_host import HostStream
 
+    if spec.vhost_user:
+        from pyvmm.host import log
+
+        log.to_stderr(
+            "passt serves the card by its socket, and not by vhost-user: it is out here, and the "
+            "guest's memory in the emulated KVM host"
+        )
+        spec = replace(spec, vhost_user=False)
     inside = through_port(spec, border.place("net"))
     cable = start_passt(inside)
     border.closing.callback(cable.close)

@@ -108,13 +108,23 @@ def _with_queues(at: int, code: str, count: int) -> Callable[[bytes, bool], byte
 
 
 def _net(usual: Served, queues: int, tag: str, mac: bytes) -> Served:
-    def config(given: bytes, connected: bool) -> bytes:
-        return NetConfig(mac, net.VIRTIO_NET_S_LINK_UP if connected else 0, 0).encode()
+    return _card(usual, mac, 0)
 
+
+def card(mac: bytes, mtu: int) -> Served:
+    """A network card that tells its driver an MTU in bytes."""
+    return _card(Served(VIRTIO_ID_NET, TYPES["net"].each), mac, mtu)
+
+
+def _card(usual: Served, mac: bytes, mtu: int) -> Served:
+    def config(given: bytes, connected: bool) -> bytes:
+        return NetConfig(mac, net.VIRTIO_NET_S_LINK_UP if connected else 0, mtu).encode()
+
+    own = mask(net.VIRTIO_NET_F_MAC, net.VIRTIO_NET_F_STATUS)
     return replace(
         usual,
         features=_NET_FEATURES,
-        own_features=mask(net.VIRTIO_NET_F_MAC, net.VIRTIO_NET_F_STATUS),
+        own_features=own | (mask(net.VIRTIO_NET_F_MTU) if mtu else 0),
         config=config,
         refuse=_drop_frames,
     )

@@ -8,8 +8,8 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import passt_rig
@@ -23,10 +23,11 @@ from pyvmm.errors import ConfigError
 from pyvmm.host import passt
 from pyvmm.host.passt import Forward
 from pyvmm.host.programs import find_program
-from pyvmm.kinds import registry
+from pyvmm.kinds import net, registry
 from pyvmm.kinds.interface import Context
-from pyvmm.testing.attached import attached
+from pyvmm.testing.attached import AttachedDriver, attached
 from pyvmm.virtio.net.stream import StreamBackend
+from pyvmm.virtio.vhost_user.device import VhostUserDevice
 
 GUEST_PORT = 7500
 
@@ -185,6 +186,60 @@ def test_the_largest_datagrams_cost_nobody_the_network(either: str, size: int) -
         wait_for(lambda: taken.frames == 2)
         assert rig.device.link_up
         assert rig.lines == []
+
+
+@contextmanager
+def card(text: str) -> Iterator[AttachedDriver]:
+    """The card of ``--net TEXT``, with a driver in front."""
+    spec = net.check(net.parse(text))
+    with ExitStack() as closing:
+        device = net.open_device(spec, Context("vm", None, closing))
+        with attached(device, irqfd=True, ram=8 << 20) as driver:
+            yield driver
+
+
+def ask_gateway(driver: AttachedDriver) -> bytes:
+    """The frame by which passt tells its address; others may come before it."""
+    rooms = [driver.mmio.submit(0, writable=[4096]) for _ in range(8)]
+    driver.request([header() + passt_rig.arp_request(driver.config(0, 6))], queue=1)
+    for room in rooms:
+        used = driver.mmio.wait_used(0, room)
+        frame = driver.queues[0].contents(room)[len(header()) : used.written]
+        if frame[12:14] == passt_rig.ARP and frame[20:22] == b"\0\2":
+            return frame
+    raise AssertionError("passt does not answer")
+
+
+def test_by_vhost_user_passt_has_the_guests_memory(recent: list[str]) -> None:
+    """A driver that is loaded anew finds it as the first one did; without passt the link is down,
+    and what the guest sends is lost."""
+    with card("user,vhost-user,mtu=9000,mac=52:54:00:00:00:01") as driver:
+        assert driver.config(10, 2) == (9000).to_bytes(2, "little")
+        for _ in range(2):
+            frame = ask_gateway(driver)
+            assert frame[:6] == bytes.fromhex("525400000001")
+            assert frame[6:12] == passt_rig.GATEWAY_MAC
+            driver.restart()
+        assert driver.config(6, 2) == b"\1\0"
+        device = driver.device
+        assert isinstance(device, VhostUserDevice)
+        assert device._link is not None
+        device._link.hang_up()  # as when it dies
+        wait_for(lambda: driver.config(6, 2) == b"\0\0")
+        assert driver.request([header() + passt_rig.arp_request(bytes(6))], queue=1).written == 0
+        assert not driver.needs_reset
+
+
+def test_an_old_passt_has_no_vhost_user(old: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"has no vhost-user, as it is older than 2025; run: pyv"):
+        passt.start([], vhost_user=True)
+
+    def gone(make: bool) -> Sequence[str]:
+        raise ConfigError("no network" if make else "not built")
+
+    monkeypatch.setattr(passt, "_newer", gone)
+    with pytest.raises(ConfigError, match=r"older than 2025 \(no network\); run: pyvmm image buil"):
+        passt.start([], vhost_user=True)
 
 
 class _Cable(StreamBackend):

@@ -25,6 +25,7 @@ from pyvmm.spec.vm import VmSpec
     [
         ("user", Spec()),
         ("user,host", Spec(host_access=True)),
+        ("user,vhost-user", Spec(vhost_user=True)),
         ("user,mac=02:00:00:00:00:07,mtu=1400", Spec(mac="02:00:00:00:00:07", mtu=1400)),
         ("user,forward=8080:80", Spec(forwards=("tcp:127.0.0.1:8080:80",))),
         (
@@ -112,6 +113,23 @@ def test_what_the_kernel_cannot_do(text: str, why: str) -> None:
     assert caught.value.cure == "leave out vhost"
     with pytest.raises(ConfigError, match="vhost goes with a tap"):
         check(Spec(vhost=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("user,vhost-user,rx-bps=1M", "vhost-user and rx-bps exclude each other"),
+        ("user,vhost-user,packed", "vhost-user and packed exclude each other"),
+    ],
+)
+def test_what_passt_cannot_do_by_vhost_user(text: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=why) as caught:
+        check(devices.parse("net", text))  # type: ignore[arg-type]
+    assert caught.value.cure == "leave out vhost-user"
+    with pytest.raises(ConfigError, match="vhost-user goes with user"):
+        check(Spec(tap="t", vhost_user=True))
+    with pytest.raises(ConfigError, match="unknown option 'vhost-user'"):
+        parse("tap=t,vhost-user")
 
 
 def test_without_vhost_in_the_kernel_it_is_one_line(

@@ -380,6 +380,7 @@ WRONG_DEVICES = {
     "two cards": (["--net", "user", "--net", "user"], "2 devices at one socket"),
     "packed": (["--net", "user,packed"], "rings are split"),
     "vhost": (["--net", "tap=none,vhost=on"], "leave out vhost"),
+    "vhost-user": (["--net", "user,vhost-user"], "leave out vhost-user"),
     "deaf": (["--vsock"], "add path=PATH"),
     "limit": (["--rng-limit", "bps=x"], "--rng-limit"),
     "class": (["--device", "none.py:Nobody"], "none.py"),
