@@ -13,6 +13,10 @@ two was better in the first round, which warms up, is compared with in the other
     python benchmarks/guest_disk.py --programs "pyvmm pci,qemu threads pci" \
         --loads "4k randread QD1,4k randread QD32"
 
+With `--back-end` the disk is qemu-storage-daemon's, one for each monitor, and both monitors are
+vhost-user front ends of it. The default programs are "pyvmm pci,qemu threads pci" then; the word in
+the middle is of no use, as both daemons have aio=threads.
+
 Exits and interrupts are KVM's own counters, without those that fio needs to start.
 """
 
@@ -22,9 +26,12 @@ import argparse
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -33,7 +40,7 @@ import guest_lab
 from guest_lab import Answer, Guest, Machine
 
 DISK_MIB = 64
-OURS = "pyvmm"
+OURS, DAEMON = "pyvmm", "qemu-storage-daemon"
 TIMEOUT = 1200.0
 FIO = (
     "fio --name=l --filename=/dev/vdc --direct=1 --ioengine=libaio --thread --norandommap"
@@ -51,6 +58,7 @@ PROGRAMS = [
     *("pyvmm pci", "qemu threads pci", "qemu io_uring pci"),
     *("pyvmm mmio", "qemu threads mmio", "qemu io_uring mmio"),
 ]
+BACK_END_PROGRAMS = ["pyvmm pci", "qemu threads pci"]
 # The least ratio of our rate to QEMU's, by our transport and its.
 WANTED = {("pci", "pci"): 1.0, ("pci", "mmio"): 1.2, ("mmio", "mmio"): 1.0}
 
@@ -92,6 +100,7 @@ class Setup(TypedDict):
     seconds: float
     programs: list[str]
     loads: list[str]
+    back_end: list[str]  # the beginning of qemu-storage-daemon's command line; [] without it
 
 
 class Run(TypedDict):
@@ -146,15 +155,48 @@ def start_of_fio(guest: Guest) -> Answer:
 
 def command_of(name: str, setup: Setup) -> list[str]:
     """The monitor called `name`, with a disk of its own: each locks it."""
-    disk = f"/dev/shm/{name.replace(' ', '-')}.img"
+    disk = disk_of(name)
     guest_lab.prepare_disk(disk, DISK_MIB)
-    machine = Machine(
-        setup["kernel"], setup["initrd"], setup["root"], setup["script"], disk, setup["cpus"]
-    )
+    files = (setup["kernel"], setup["initrd"], setup["root"], setup["script"])
+    served = bool(setup["back_end"])
+    machine = Machine(*files, "" if served else disk, setup["cpus"])
+    transport, socket = transport_of(name), socket_of(disk)
     if name.startswith(OURS):
-        options = [f"--transport={transport_of(name)}"]
+        options = [f"--transport={transport}"]
+        if served:
+            options.append(f"--vhost-user=socket={socket},type=blk")
         return guest_lab.pyvmm_command(machine, [sys.executable], options)
-    return guest_lab.qemu_command(machine, name.split()[1], transport_of(name))
+    command = guest_lab.qemu_command(machine, name.split()[1], transport)
+    if served:
+        command += guest_lab.qemu_front_end(machine, "blk", transport, socket)
+    return command
+
+
+def socket_of(disk: str) -> str:
+    """Where the back end of `disk` listens."""
+    return f"{disk}.sock"
+
+
+@contextmanager
+def back_ends(command: list[str], disks: Iterable[str]) -> Iterator[None]:
+    """A qemu-storage-daemon for each of `disks`, if `command` begins its command line."""
+    with ExitStack() as stack:
+        for disk in disks if command else ():
+            export = "type=vhost-user-blk,id=e,node-name=f,writable=on,addr.type=unix"
+            words = [*command, "--blockdev", f"driver=file,node-name=f,filename={disk},aio=threads"]
+            words += ["--export", f"{export},addr.path={socket_of(disk)}"]
+            process = stack.enter_context(subprocess.Popen(words))
+            stack.callback(process.kill)
+            for _ in range(600):
+                if os.path.exists(socket_of(disk)):
+                    break
+                time.sleep(0.1)
+        yield
+
+
+def disk_of(name: str) -> str:
+    """The file of the monitor called `name`."""
+    return f"/dev/shm/{name.replace(' ', '-')}.img"
 
 
 def transport_of(name: str) -> str:
@@ -166,8 +208,9 @@ def inside(setup: Setup) -> dict[str, Any]:
     """Runs in the emulated host. All of the monitors, load by load."""
     guest_lab.mount_debugfs()
     commands = {name: command_of(name, setup) for name in setup["programs"]}
+    disks = [disk_of(name) for name in commands]
     found: dict[str, dict[str, list[Run]]] = {}
-    with guest_lab.guests(commands) as guests:
+    with back_ends(setup["back_end"], disks), guest_lab.guests(commands) as guests:
         starts = {}
         for name, guest in guests.items():
             start_of_fio(guest)  # its files come into the guest's page cache
@@ -284,6 +327,7 @@ def outside(options: argparse.Namespace) -> dict[str, Any]:
     from pyvmm import images
 
     files = images.artifacts(options.kernel, "test", make=True)
+    programs = options.programs or ",".join(BACK_END_PROGRAMS if options.back_end else PROGRAMS)
     with tempfile.TemporaryDirectory() as folder:
         script = os.path.join(folder, "script")
         guest_lab.write_script(script)
@@ -295,11 +339,14 @@ def outside(options: argparse.Namespace) -> dict[str, Any]:
             cpus=options.cpus,
             rounds=options.rounds,
             seconds=options.seconds,
-            programs=options.programs.split(","),
+            programs=programs.split(","),
             loads=options.loads.split(","),
+            back_end=images.storage_command(DAEMON, make=True) if options.back_end else [],
         )
         found = guest_lab.run_inside(__file__, dict(setup), memory_mib=3072, timeout=TIMEOUT)
-    return {"kernel": options.kernel, "cpus": options.cpus, **summary(found)}
+    back_end = DAEMON if options.back_end else ""
+    kinds = {"kernel": options.kernel, "cpus": options.cpus, "back_end": back_end}
+    return {**kinds, **summary(found)}
 
 
 def main(arguments: Iterable[str] | None = None) -> int:
@@ -309,7 +356,8 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=1.0, help="for each load")
     parser.add_argument("--cpus", type=int, default=1)
     parser.add_argument("--kernel", default="6.1")
-    parser.add_argument("--programs", default=",".join(PROGRAMS))
+    parser.add_argument("--programs", default="", help="those to run, with commas between")
+    parser.add_argument("--back-end", action="store_true", help="the disk is another process'")
     parser.add_argument(
         "--loads",
         default=",".join(load.name for load in LOADS),

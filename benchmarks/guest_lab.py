@@ -45,7 +45,7 @@ class Machine(NamedTuple):
     initrd: str
     root: str
     script: str  # a file with SCRIPT in it
-    disk: str  # what is measured
+    disk: str  # what is measured; "" for something else
     cpus: int = 1
     memory_mib: int = 256
 
@@ -58,7 +58,7 @@ def pyvmm_command(
         *(*python, "-m", "pyvmm", "run", "--kvm=host", "--memory", f"{machine.memory_mib}M"),
         *("--cpus", str(machine.cpus), "--kernel", machine.kernel, "--initrd", machine.initrd),
         *("--disk", f"{machine.root},snapshot", "--disk", f"{machine.script},readonly"),
-        *("--disk", machine.disk),
+        *(("--disk", machine.disk) if machine.disk else ()),
         *("--cmdline", "quiet pyvmm.exec=/dev/vdb"),
         *options,
     ]
@@ -79,9 +79,22 @@ def qemu_command(machine: Machine, aio: str, transport: str = "mmio") -> list[st
     for index, file in enumerate((machine.root, machine.script)):
         command += ["-drive", f"id=d{index},file={file},format=raw,if=none,snapshot=on"]
         command += ["-device", f"{blk},drive=d{index}"]
-    command += ["-drive", f"id=disk,file={machine.disk},format=raw,if=none,aio={aio}"]
-    command += ["-device", f"{blk},drive=disk,iothread=thread"]
+    if machine.disk:
+        command += ["-drive", f"id=disk,file={machine.disk},format=raw,if=none,aio={aio}"]
+        command += ["-device", f"{blk},drive=disk,iothread=thread"]
     return command
+
+
+def qemu_front_end(machine: Machine, kind: str, transport: str, socket: str) -> list[str]:
+    """What makes QEMU a vhost-user front end for a device of `kind` (blk, fs) at `socket`; further
+    properties of the device may be added to the last word."""
+    memory = f"memory-backend-memfd,id=ram,size={machine.memory_mib}M,share=on"
+    bus = "pci" if transport == "pci" else "device"
+    return [
+        *("-object", memory, "-machine", "memory-backend=ram"),
+        *("-chardev", f"socket,id=back-end,path={socket}"),
+        *("-device", f"vhost-user-{kind}-{bus},chardev=back-end"),
+    ]
 
 
 class Answer(NamedTuple):

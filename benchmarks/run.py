@@ -106,6 +106,20 @@ def lacks_storage_daemon() -> str:
     return ""
 
 
+def lacks_virtiofsd() -> str:
+    """As `lacks_qemu`, with the program that serves directories, and git."""
+    from pyvmm import images
+    from pyvmm.errors import PyvmmError
+
+    if not shutil.which("git"):
+        return "git is not installed"
+    try:
+        images.virtiofsd_command(make=True)
+    except PyvmmError as error:
+        return str(error)
+    return lacks_qemu()
+
+
 def lacks_vsock_device() -> str:
     """As `lacks_qemu`, with a compiler for what runs in the guest, and what to compare with."""
     from pyvmm import images
@@ -200,6 +214,14 @@ PARTS = (
         lacks_vsock_device,
     ),
     Part("net", "Network: pyvmm and QEMU microvm", 900, ("--rounds", "1"), lacks_qemu),
+    Part(
+        "share",
+        "A shared source tree: pyvmm and QEMU microvm on the same virtiofsd",
+        1800,
+        ("--files", "1000", "--rounds", "1"),
+        lacks_virtiofsd,
+        ("--files", "8000"),
+    ),
     Part(
         "boot",
         "Boot to init: pyvmm and QEMU microvm",

@@ -126,22 +126,18 @@ def share_word() -> str:
 
 def command_of(name: str, setup: Setup) -> list[str]:
     """The monitor called `name`."""
-    disk = f"/dev/shm/{name}.img"
-    guest_lab.prepare_disk(disk, 1)
-    machine = Machine(
-        setup["kernel"], setup["initrd"], setup["root"], setup["script"], disk, memory_mib=768
-    )
+    files = (setup["kernel"], setup["initrd"], setup["root"], setup["script"])
+    machine = Machine(*files, disk="", memory_mib=768)
     if name == "pyvmm":
         options = [f"--transport={setup['transport']}", f"--share={SHARED}:{PLACE},tag={TAG}"]
         return guest_lab.pyvmm_command(machine, [sys.executable], options)
     command = guest_lab.qemu_command(machine, "threads", setup["transport"])
     at = command.index("-append") + 1
     command[at] = f"{command[at]} {share_word()}"
-    kind = "vhost-user-fs-pci" if setup["transport"] == "pci" else "vhost-user-fs-device"
-    memory = f"memory-backend-memfd,id=ram,size={machine.memory_mib}M,share=on"
-    command += ["-object", memory, "-machine", "memory-backend=ram"]
-    command += ["-chardev", "socket,id=fs,path=/run/virtiofsd.sock"]
-    return [*command, "-device", f"{kind},chardev=fs,tag={TAG}"]
+    *words, device = guest_lab.qemu_front_end(
+        machine, "fs", setup["transport"], "/run/virtiofsd.sock"
+    )
+    return [*command, *words, f"{device},tag={TAG}"]
 
 
 @contextmanager

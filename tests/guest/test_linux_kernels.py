@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from disks import artifacts
-from partition_tables import MIB, ROOT_X86_64, needs_tools, partitioned, run
+from partition_tables import MIB, ROOT_X86_64, needs_tools, partitioned, put_bytes, run
 from vms import messages, script
 
 from pyvmm import Disk
@@ -91,3 +91,21 @@ def test_a_whole_disk_boots_its_own_kernel(microvm_factory, tmp_path) -> None:
     assert "from.grub=yes" in said["cmdline"] and "$" not in said["cmdline"]
     lines = "\n".join(messages(vm))
     assert "the root is partition 2 of" in lines and "by its type" in lines
+
+
+@needs_tools
+def test_a_btrfs_root_gets_an_initramfs_with_its_driver(microvm_factory, tmp_path) -> None:
+    """Nothing is named but the disk: the kernel comes with the modules that it needs."""
+    tree, part = tmp_path / "tree", tmp_path / "part"
+    tree.mkdir()
+    run("debugfs", "-R", f'rdump / "{tree}"', artifacts().rootfs)
+    size = 600 * MIB
+    with open(part, "wb") as file:
+        file.truncate(size)
+    run("mkfs.btrfs", "-q", "-L", "pyvmm-root", "-r", tree, part)
+    table = f"label: gpt\nstart=2048, size={size // 512}, type={ROOT_X86_64}\n"
+    disk = partitioned(tmp_path / "disk.img", table, size=size + 4 * MIB)
+    put_bytes(disk, MIB, part)
+    vm = microvm_factory(disks=[f"{disk},snapshot"], memory="256M")
+    said = script(vm, "echo root=$(findmnt -no SOURCE,FSTYPE / | tr -s ' ' -)")
+    assert said == {"root": "/dev/vda1-btrfs"}, vm.console.tail(40)
