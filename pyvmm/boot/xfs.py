@@ -149,7 +149,8 @@ class Xfs(UnixFileSystem[_Inode]):
             return self._inline(link)
         found, left = b"", link.size
         for piece in self._pieces(link):
-            data = self._bytes(self._start(piece), piece.blocks * self._block)
+            length = min(piece.blocks * self._block, _LINK_HEADER + left)
+            data = self._bytes(self._start(piece), length)
             data = data[_LINK_HEADER:] if data[:4] == _LINK_MAGIC else data
             found += data[:left]
             left = link.size - len(found)

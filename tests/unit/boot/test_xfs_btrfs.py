@@ -247,6 +247,25 @@ def test_an_xfs_file_of_many_pieces(tree: Path, tmp_path: Path) -> None:
             read(opened(data, "xfs 5"), "/boot/large")
 
 
+def test_a_link_of_xfs_in_a_huge_extent_costs_what_a_link_does(tree: Path, tmp_path: Path) -> None:
+    make(tree, tmp_path / "disk", "xfs 5")
+    asked = []
+    with mapped(tmp_path / "disk") as data:
+        system = opened(data, "xfs 5")
+        assert isinstance(system, Xfs)
+        number = system._entries(system._root())[b"long"]
+        place = system._place(number >> 3) + (number & 7) * 512
+        data[place + 176 + 13] |= 0x1F  # 21 bits that count the blocks
+        data[place + 176 + 14 : place + 176 + 16] = b"\xff\xff"
+
+        def note(at: int, size: int) -> bytes:
+            asked.append(size)
+            return data[at : at + size]
+
+        assert read(Xfs(note, 1 << 50, "the disk"), "/long") == b"hello"
+    assert max(asked) <= 1 << 16
+
+
 def item_of(data: mmap.mmap, path: str) -> int:
     """Where in `data` the first extent of a file in a btrfs stands, in the copy that is read."""
     nodes = []
