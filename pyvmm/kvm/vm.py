@@ -24,11 +24,13 @@ class IrqchipRoute(NamedTuple):
 
 
 class MsiRoute(NamedTuple):
-    """GSI `gsi` sends the message `data` to `address`, as a PCI device's MSI would."""
+    """GSI `gsi` sends the message `data` to `address`, as a PCI device's MSI would; `devid` is that
+    device's requester id, where the interrupt controller asks who sent it (KVM_CAP_MSI_DEVID)."""
 
     gsi: int
     address: int
     data: int
+    devid: int | None = None
 
 
 class Vm(syscalls.Closable):
@@ -117,6 +119,9 @@ class Vm(syscalls.Closable):
                 entry.u.msi.address_lo = route.address & 0xFFFF_FFFF
                 entry.u.msi.address_hi = route.address >> 32
                 entry.u.msi.data = route.data
+                if route.devid is not None:
+                    entry.flags = uapi.KVM_MSI_VALID_DEVID
+                    entry.u.msi.devid = route.devid
             else:
                 entry.type = uapi.KVM_IRQ_ROUTING_IRQCHIP
                 entry.u.irqchip.irqchip = route.irqchip

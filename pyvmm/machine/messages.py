@@ -22,39 +22,46 @@ class Messages:
     """KVM's routing table, and the lines whose messages are in it. Any thread may call it."""
 
     def __init__(
-        self, vm: Vm, fixed: Sequence[IrqchipRoute], is_a_message: Callable[[int], bool]
+        self,
+        vm: Vm,
+        fixed: Sequence[IrqchipRoute],
+        is_a_message: Callable[[int], bool],
+        *,
+        with_sender: bool = False,
     ) -> None:
         """`fixed` are the routes that are always there; `is_a_message` tells of a guest-physical
-        address whether a write there is an interrupt."""
+        address whether a write there is an interrupt. `with_sender`: the interrupt controller asks
+        which device sent a message."""
         self._vm = vm
         self._fixed = fixed
         self._is_a_message = is_a_message
+        self._with_sender = with_sender
         self._routes: dict[int, MsiRoute] = {}
         self._lock = Lock()
         first = 1 + max(route.gsi for route in fixed)
         self._free = list(range(first, first + _MOST_ROUTES - len(fixed)))
 
-    def line(self) -> Line:
-        """A line that is not connected yet. Raises HostError if KVM has no more, or without file
-        descriptors."""
+    def line(self, sender: int = 0) -> Line:
+        """A line, of the PCI function with the requester id `sender`, that is not connected yet.
+        Raises HostError if KVM has no more, or without file descriptors."""
         with self._lock:
             if not self._free:
                 raise HostError(errno.ENOSPC, "KVM has no more interrupts to route")
             gsi = self._free.pop(0)
         try:
-            return Line(self, self._vm, gsi)
+            return Line(self, self._vm, gsi, sender)
         except HostError:
             self.give_back(gsi)
             raise
 
-    def route(self, gsi: int, address: int, data: int) -> None:
-        """Have `gsi` send `data` to `address`. Raises DriverError, HostError."""
+    def route(self, gsi: int, address: int, data: int, sender: int = 0) -> None:
+        """Have `gsi` send `data` to `address`, as `sender`. Raises DriverError, HostError."""
         if not self._is_a_message(address):
             raise DriverError(
                 f"a write to {address:#x} interrupts nobody",
                 section="4.1.5.1.2 MSI-X Vector Configuration",
             )
-        wanted = MsiRoute(gsi, address, data)
+        wanted = MsiRoute(gsi, address, data, sender if self._with_sender else None)
         with self._lock:
             if self._routes.get(gsi) != wanted:
                 routes = {**self._routes, gsi: wanted}
@@ -72,16 +79,17 @@ class Line(Closable):
     """One vector's signals: see pyvmm.pci.msix.MessageLine. Whoever interrupts signals `eventfd`,
     and KVM does the rest."""
 
-    def __init__(self, messages: Messages, vm: Vm, gsi: int) -> None:
+    def __init__(self, messages: Messages, vm: Vm, gsi: int, sender: int) -> None:
         self.eventfd = EventFd()
         self._messages = messages
         self._vm = vm
         self._gsi = gsi
+        self._sender = sender
         self._connected = False
 
     def connect(self, address: int, data: int) -> None:
         """Connect the line. Raises DriverError if `address` takes no messages, HostError."""
-        self._messages.route(self._gsi, address, data)
+        self._messages.route(self._gsi, address, data, self._sender)
         if not self._connected:
             # KVM looks whether the eventfd was signalled before, and then interrupts once; but it
             # leaves the count, which would read as a signal that still waits.

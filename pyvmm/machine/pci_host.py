@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # a machine with nothing on its bus starts without them
 
 COME_OR_GONE = "devices have come or gone since the VM was started, so it cannot be saved"
 WITH_ALL = "start it with all of them"
+_FUNCTION_BITS = 3  # of a requester id: bus, device, function (PCIe Base 4.0, 2.2.4.2)
 _INTEL, _BRIDGE, _HOST_BRIDGE_CLASS = 0x8086, 0x0D57, 0x060000
 
 
@@ -118,7 +119,7 @@ class PciHost:
         with ExitStack() as closing:
             lines = []
             for _ in range(vectors_for(device)):
-                lines.append(self._messages.line())
+                lines.append(self._messages.line(number << _FUNCTION_BITS))
                 closing.callback(lines[-1].close)
             file = next(map(self._file_of, device.shared_memory.values()), None)
             transport = PciTransport(device, memory, lines, shared=file, log=log, trace=trace)

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from pyvmm.boot import cmdline as command_line
 from pyvmm.boot.arm64 import device_tree, image, layout
-from pyvmm.boot.arm64.device_tree import Device, Gic, Machine
+from pyvmm.boot.arm64.device_tree import Device, Gic, Machine, PciHost
 from pyvmm.boot.arm64.layout import ram_ranges
 from pyvmm.boot.file_kinds import check_initrd
 from pyvmm.boot.image_file import ImageFile
 from pyvmm.errors import ConfigError
 from pyvmm.memory import GuestMemory
 
-__all__ = ["Device", "Entry", "Gic", "Machine", "load", "ram_ranges"]
+__all__ = ["Device", "Entry", "Gic", "Machine", "PciHost", "load", "ram_ranges"]
 
 _PAGE = 0x1000
 

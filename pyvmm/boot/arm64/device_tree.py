@@ -15,7 +15,11 @@ from pyvmm.boot.arm64.fdt import Node, cells, flatten, places, words
 # The first cell of an interrupt: whether it is shared or a vCPU's own (arm,gic-v3.yaml).
 _SPI, _PPI = 0, 1
 _EDGE, _HIGH, _LOW = 1, 4, 8
-_GIC, _CLOCK = 1, 2  # phandles
+_GIC, _CLOCK, _ITS = 1, 2, 3  # phandles
+# The first cell of a PCI address: a 32-bit one, or a 64-bit one of memory that may be prefetched
+# (IEEE Std 1275 PCI Bus Binding, 2.2.1.1).
+_PCI_32, _PCI_64_PREFETCH = 0x0200_0000, 0x4300_0000
+_REQUESTERS = 0x1_0000
 _SEED_SIZE = 64
 _CLOCK_HZ = 24_000_000  # of the real-time clock's bus, which nobody measures
 _UART_HZ = 1_843_200  # a PC's: the divisor for 115,200 baud is 1
@@ -23,10 +27,12 @@ _UART_HZ = 1_843_200  # a PC's: the divisor for 115,200 baud is 1
 
 class Gic(NamedTuple):
     """The interrupt controller: of `version` 3 or 2; `reg` are (address, size) of the distributor,
-    then of the redistributors or of the CPU interfaces."""
+    then of the redistributors or of the CPU interfaces. `its` is that of the translation service,
+    without which PCI devices cannot interrupt."""
 
     version: int
     reg: tuple[tuple[int, int], tuple[int, int]]
+    its: tuple[int, int] | None = None
 
 
 class Device(NamedTuple):
@@ -36,6 +42,15 @@ class Device(NamedTuple):
     base: int
     size: int
     spi: int
+
+
+class PciHost(NamedTuple):
+    """A PCI host bridge with one bus: (address, size) of the configuration spaces (ECAM) and of the
+    window for BARs, and the addresses of the one for BARs that are memory, which may be empty."""
+
+    ecam: tuple[int, int]
+    window: tuple[int, int]
+    memory_window: range = range(0)
 
 
 class Machine(NamedTuple):
@@ -52,6 +67,7 @@ class Machine(NamedTuple):
     pmu: int
     cmdline: str
     initrd: tuple[int, int]  # address and size; (0, 0) without one
+    pci: PciHost | None = None
 
 
 def build(machine: Machine, gic: Gic) -> bytes:
@@ -90,6 +106,8 @@ def build(machine: Machine, gic: Gic) -> bytes:
         },
     )
     _devices(root, machine)
+    if machine.pci is not None and gic.its is not None:
+        _pci(root, machine.pci)
     return flatten(root)
 
 
@@ -124,17 +142,29 @@ def _cpus(root: Node, machine: Machine) -> None:
 def _interrupts(root: Node, machine: Machine, gic: Gic) -> None:
     kind = "arm,gic-v3" if gic.version == 3 else "arm,cortex-a15-gic"
     distributor = gic.reg[0][0]
-    root.child(
+    has_child = {"#address-cells": cells(2), "#size-cells": cells(2), "ranges": b""}
+    controller = root.child(
         f"interrupt-controller@{distributor:x}",
         {
             "compatible": words(kind),
-            "#address-cells": cells(0),
+            **({"#address-cells": cells(0)} if gic.its is None else has_child),
             "#interrupt-cells": cells(3),
             "interrupt-controller": b"",
             "reg": places(*gic.reg),
             "phandle": cells(_GIC),
         },
     )
+    if gic.its is not None:
+        controller.child(
+            f"msi-controller@{gic.its[0]:x}",
+            {
+                "compatible": words("arm,gic-v3-its"),
+                "msi-controller": b"",
+                "#msi-cells": cells(1),
+                "reg": places(gic.its),
+                "phandle": cells(_ITS),
+            },
+        )
     # A GICv2's private interrupts have a bit for each CPU in the last cell; a GICv3's have none.
     everybody = 0 if gic.version == 3 else (1 << min(len(machine.affinities), 8)) - 1 << 8
     root.child(
@@ -184,3 +214,29 @@ def _devices(root: Node, machine: Machine) -> None:
                 "dma-coherent": b"",
             },
         )
+
+
+def _pci(root: Node, host: PciHost) -> None:
+    windows = [(_PCI_32, *host.window)]
+    if host.memory_window:
+        windows.append((_PCI_64_PREFETCH, host.memory_window.start, len(host.memory_window)))
+    root.child(
+        f"pcie@{host.ecam[0]:x}",
+        {
+            "compatible": words("pci-host-ecam-generic"),
+            "device_type": words("pci"),
+            "#address-cells": cells(3),
+            "#size-cells": cells(2),
+            "bus-range": cells(0, 0),
+            "linux,pci-domain": cells(0),
+            "reg": places(host.ecam),
+            # The same addresses on the bus as on this side of the bridge.
+            "ranges": b"".join(
+                cells(kind) + start.to_bytes(8, "big") + places((start, size))
+                for kind, start, size in windows
+            ),
+            # Each function is told by its requester id.
+            "msi-map": cells(0, _ITS, 0, _REQUESTERS),
+            "dma-coherent": b"",
+        },
+    )

@@ -15,7 +15,7 @@ from pyvmm.host import syscalls
 from pyvmm.kvm.arm64 import uapi
 from pyvmm.kvm.arm64.uapi import ffi
 from pyvmm.kvm.calls import struct_ioctl
-from pyvmm.kvm.vm import Vm
+from pyvmm.kvm.vm import IrqchipRoute, Vm
 
 FIRST_SPI = 32
 """The interrupt id of the first line that is not a vCPU's own. A GSI is a number from there on."""
@@ -25,52 +25,63 @@ MAX_VCPUS_V2 = 8
 
 class Places(NamedTuple):
     """Guest-physical addresses: of the distributor, of a GICv2's CPU interfaces, of the first
-    vCPU's redistributor in a GICv3."""
+    vCPU's redistributor and of the interrupt translation service (ITS) in a GICv3."""
 
     distributor: int
     cpu_interface: int
     redistributors: int
+    its: int
 
 
 class Vgic(syscalls.Closable):
     """A VM's interrupt controller of `version` 3 or 2. It works once `initialise` was called, after
-    the vCPUs."""
+    the vCPUs. One of version 3 has an ITS, which takes the messages of PCI devices (KVM API,
+    devices/arm-vgic-its.rst)."""
 
     def __init__(self, vm: Vm, places: Places, interrupts: int) -> None:
         """Make the newest that this KVM can, with so many `interrupts`, FIRST_SPI included."""
+        self._vm, self._its_place, self._its_fd = vm, places.its, -1
         self.version, self._fd = _create(vm)
         try:
             if self.version == 3:
-                self._place(uapi.KVM_VGIC_V3_ADDR_TYPE_DIST, places.distributor)
-                self._place(uapi.KVM_VGIC_V3_ADDR_TYPE_REDIST, places.redistributors)
+                _place(self._fd, uapi.KVM_VGIC_V3_ADDR_TYPE_DIST, places.distributor)
+                _place(self._fd, uapi.KVM_VGIC_V3_ADDR_TYPE_REDIST, places.redistributors)
             else:
-                self._place(uapi.KVM_VGIC_V2_ADDR_TYPE_DIST, places.distributor)
-                self._place(uapi.KVM_VGIC_V2_ADDR_TYPE_CPU, places.cpu_interface)
+                _place(self._fd, uapi.KVM_VGIC_V2_ADDR_TYPE_DIST, places.distributor)
+                _place(self._fd, uapi.KVM_VGIC_V2_ADDR_TYPE_CPU, places.cpu_interface)
             number = ffi.new("uint32_t *", interrupts)
-            self._set(uapi.KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, number)
+            _set(self._fd, uapi.KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, number)
         except BaseException:
             self.close()
             raise
 
     def initialise(self) -> None:
         """Call it when all vCPUs are there."""
-        self._set(uapi.KVM_DEV_ARM_VGIC_GRP_CTRL, uapi.KVM_DEV_ARM_VGIC_CTRL_INIT, None)
-
-    def _place(self, what: int, address: int) -> None:
-        self._set(uapi.KVM_DEV_ARM_VGIC_GRP_ADDR, what, ffi.new("uint64_t *", address))
-
-    def _set(self, group: int, attribute: int, value: object) -> None:
-        request = ffi.new("struct kvm_device_attr *")
-        request.group = group
-        request.attr = attribute
-        request.addr = 0 if value is None else int(ffi.cast("uintptr_t", value))
-        struct_ioctl(self._fd, uapi.KVM_SET_DEVICE_ATTR, request, "KVM_SET_DEVICE_ATTR of the GIC")
+        _set(self._fd, uapi.KVM_DEV_ARM_VGIC_GRP_CTRL, uapi.KVM_DEV_ARM_VGIC_CTRL_INIT, None)
+        if self.version == 3:
+            its = self._its_fd = _create_device(self._vm, uapi.KVM_DEV_TYPE_ARM_VGIC_ITS)
+            _place(its, uapi.KVM_VGIC_ITS_ADDR_TYPE, self._its_place)
+            _set(its, uapi.KVM_DEV_ARM_VGIC_GRP_CTRL, uapi.KVM_DEV_ARM_VGIC_CTRL_INIT, None)
 
     def close(self) -> None:
-        """Close our descriptor; the VM keeps its controller."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        """Close our descriptors; the VM keeps its controller."""
+        fds = (self._fd, self._its_fd)
+        self._fd = self._its_fd = -1
+        for fd in fds:
+            if fd >= 0:
+                os.close(fd)
+
+
+def _place(fd: int, what: int, address: int) -> None:
+    _set(fd, uapi.KVM_DEV_ARM_VGIC_GRP_ADDR, what, ffi.new("uint64_t *", address))
+
+
+def _set(fd: int, group: int, attribute: int, value: object) -> None:
+    request = ffi.new("struct kvm_device_attr *")
+    request.group = group
+    request.attr = attribute
+    request.addr = 0 if value is None else int(ffi.cast("uintptr_t", value))
+    struct_ioctl(fd, uapi.KVM_SET_DEVICE_ATTR, request, "KVM_SET_DEVICE_ATTR of the GIC")
 
 
 def _create(vm: Vm) -> tuple[int, int]:
@@ -88,6 +99,17 @@ def _create_device(vm: Vm, kind: int) -> int:
     request.type = kind
     struct_ioctl(vm.fd, uapi.KVM_CREATE_DEVICE, request, "KVM_CREATE_DEVICE of the GIC")
     return int(request.fd)
+
+
+def default_routes(interrupts: int) -> list[IrqchipRoute]:
+    """The routing table that KVM starts with: each GSI is a shared interrupt of its own; so many
+    `interrupts` as the controller was made with."""
+    return [IrqchipRoute(gsi, 0, gsi) for gsi in range(interrupts - FIRST_SPI)]
+
+
+def takes_messages(vm: Vm) -> bool:
+    """True if `vm`, which is built, has an ITS."""
+    return bool(vm.check_extension(uapi.KVM_CAP_MSI_DEVID))
 
 
 def set_line(vm: Vm, gsi: int, level: bool) -> None:

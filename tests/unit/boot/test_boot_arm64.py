@@ -20,6 +20,7 @@ from pyvmm.boot.arm64.kernel_file import config_of, release_of, unpack_image
 from pyvmm.boot.image_file import ImageFile
 from pyvmm.errors import ConfigError
 from pyvmm.machine.board.arm64 import Arm64Board
+from pyvmm.machine.board.arm64 import layout as board_layout
 from pyvmm.memory import GuestMemory
 
 MIB = 1 << 20
@@ -301,7 +302,14 @@ def test_the_tree_tells_what_the_board_has(tmp_path: Path) -> None:
     assert get(blob, "/virtio_mmio@a001000", "interrupts") == ["0", "11", "1"]
     assert get(blob, "/timer", "interrupts")[:3] == ["1", "d", "8"]
     assert get(blob, "/interrupt-controller@8000000", "compatible", "s") == ["arm,gic-v3"]
+    pcie = f"/pcie@{board_layout.PCI_ECAM:x}"
+    assert get(blob, pcie, "compatible", "s") == ["pci-host-ecam-generic"]
+    window = ["10000000", "0", "10000000"]  # there, here, and its size
+    assert get(blob, pcie, "ranges") == ["2000000", "0", window[0], "0", *window]
+    its = f"/interrupt-controller@8000000/msi-controller@{board_layout.GIC_ITS:x}"
+    assert get(blob, pcie, "msi-map")[1] == get(blob, its, "phandle")[0]
     old = tree_of(ram, entry, 2)
+    assert b"pci" not in old  # a GICv2 takes no messages
     assert get(old, "/interrupt-controller@8000000", "compatible", "s") == ["arm,cortex-a15-gic"]
     assert get(old, "/timer", "interrupts")[:3] == ["1", "d", "ff08"]  # all eight CPUs'
     again = tree_of(*load(put(tmp_path, PLAIN)), 3)
@@ -334,10 +342,8 @@ def test_the_header_is_parsed_alone(tmp_path: Path) -> None:
 
 
 def test_the_places_of_the_document_are_the_boards() -> None:
-    from pyvmm.machine.board.arm64 import layout as board
-
     text = (Path(__file__).parents[3] / "docs/arm64.md").read_text()
     rows = re.findall(r"^\| ([A-Z_]+) \| (0x[0-9A-F_]+) \|", text, re.MULTILINE)
-    assert len(rows) == 6
+    assert len(rows) == 9
     for name, address in rows:
-        assert getattr(board, name) == int(address, 0)
+        assert getattr(board_layout, name) == int(address, 0)

@@ -298,8 +298,8 @@ def test_what_kvm_refuses_leaves_nothing(
     lines = rig.messages.line
     made = []
 
-    def third() -> object:
-        made.append(lines())
+    def third(sender: int) -> object:
+        made.append(lines(sender))
         if len(made) == 2:
             made.pop().close()
             raise ConfigError("no more")

@@ -17,13 +17,14 @@ from pyvmm.kvm.system import Kvm
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.kvm.vm import Vm
 from pyvmm.machine.board.arm64 import layout
-from pyvmm.machine.board.board import Board, Core, VirtioSlot
+from pyvmm.machine.board.board import Board, Core, PciPlaces, VirtioSlot
 from pyvmm.memory import GuestMemory
 from pyvmm.platform.arm64.pl031 import Pl031
 from pyvmm.platform.serial import BURST, Serial
 
 if TYPE_CHECKING:
     from pyvmm.kvm.arm64.probe_guest import ProbeGuest
+    from pyvmm.machine.messages import Messages
 
 _GICS = (
     boot.Gic(
@@ -32,6 +33,7 @@ _GICS = (
             (layout.GIC_DISTRIBUTOR, uapi.KVM_VGIC_V3_DIST_SIZE),
             (layout.GIC_REDISTRIBUTORS, layout.GIC_REDISTRIBUTORS_SIZE),
         ),
+        its=(layout.GIC_ITS, uapi.KVM_VGIC_V3_ITS_SIZE),
     ),
     boot.Gic(
         2,
@@ -41,7 +43,9 @@ _GICS = (
         ),
     ),
 )
-_PLACES = vgic.Places(layout.GIC_DISTRIBUTOR, layout.GIC_CPU_INTERFACE, layout.GIC_REDISTRIBUTORS)
+_PLACES = vgic.Places(
+    *(layout.GIC_DISTRIBUTOR, layout.GIC_CPU_INTERFACE, layout.GIC_REDISTRIBUTORS, layout.GIC_ITS)
+)
 _FIRST_PPI = 16
 
 
@@ -72,6 +76,11 @@ class Arm64Board(Board[boot.Entry]):
             )
             for index in range(count)
         )
+
+    @property
+    def pci_places(self) -> PciPlaces:
+        window = layout.PCI_WINDOW, layout.PCI_WINDOW_SIZE
+        return PciPlaces(layout.PCI_ECAM, *window, config_port=None)
 
     def load(
         self,
@@ -105,6 +114,11 @@ class Arm64Board(Board[boot.Entry]):
             virtio=[boot.Device(*slot) for slot in slots],
             timers=layout.TIMER_PPIS,
             pmu=layout.PMU_PPI,
+            pci=boot.PciHost(
+                (layout.PCI_ECAM, layout.PCI_ECAM_SIZE),
+                (layout.PCI_WINDOW, layout.PCI_WINDOW_SIZE),
+                memory_window,
+            ),
             cmdline=cmdline,
             initrd=(0, 0),
         )
@@ -141,6 +155,18 @@ class Arm64Board(Board[boot.Entry]):
         # As wide as this KVM has it: files as memory come after the VM is made.
         bits = kvm.check_extension(uapi.KVM_CAP_ARM_VM_IPA_SIZE)
         return kvm.create_vm(bits & uapi.KVM_VM_TYPE_ARM_IPA_SIZE_MASK)
+
+    def messages(self, vm: Vm) -> Messages:
+        from pyvmm.machine.messages import Messages
+
+        if not vgic.takes_messages(vm):
+            raise ConfigError(
+                "this machine's KVM has a GICv2, which takes no messages of PCI devices",
+                cure="use --transport mmio",
+                option="--transport",
+            )
+        fixed = vgic.default_routes(layout.GIC_INTERRUPTS)
+        return Messages(vm, fixed, lambda address: address == layout.MESSAGES, with_sender=True)
 
     def build(
         self,

@@ -14,6 +14,7 @@ MAX_CPUS = 64
 # --- guest-physical addresses ---------------------------------------------------------------------
 GIC_DISTRIBUTOR = 0x0800_0000
 GIC_CPU_INTERFACE = 0x0801_0000  # a GICv2's
+GIC_ITS = 0x0808_0000  # a GICv3's, for messages
 GIC_REDISTRIBUTORS = 0x0880_0000  # a GICv3's, one for each vCPU
 GIC_REDISTRIBUTORS_SIZE = MAX_CPUS * uapi.KVM_VGIC_V3_REDIST_SIZE
 SERIAL = 0x0900_0000
@@ -23,6 +24,10 @@ CLOCK_SIZE = pl031.SIZE
 VIRTIO_MMIO_BASE = 0x0A00_0000
 VIRTIO_MMIO_STRIDE = 0x1000
 VIRTIO_MMIO_SIZE = 0x200  # registers to 0x100, then the device's configuration space
+PCI_ECAM = 0x0B00_0000  # the configuration spaces of bus 0
+PCI_ECAM_SIZE = 0x10_0000
+PCI_WINDOW = 0x1000_0000  # where BARs answer
+PCI_WINDOW_SIZE = 0x1000_0000
 
 # --- interrupts -----------------------------------------------------------------------------------
 # GSIs, which count the shared ones from 0 on: the GIC's id is 32 more.
@@ -35,6 +40,10 @@ GIC_INTERRUPTS = 96  # of all kinds; KVM wants a multiple of 32
 # and of the hypervisor (Arm Base System Architecture, "PPI assignments"), and the counters'.
 TIMER_PPIS = (13, 14, 11, 10)
 PMU_PPI = 7
+
+# Where PCI devices write their messages: GITS_TRANSLATER (Arm IHI 0069, 12.19 "The ITS register
+# descriptions"), in the second 64 KiB of the ITS.
+MESSAGES = GIC_ITS + 0x1_0040
 
 # --- above the RAM -------------------------------------------------------------------------------
 MAPPED_FILE_ALIGN = GIB
