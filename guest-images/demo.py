@@ -1,11 +1,13 @@
 """`make demo` and `make shell`: boot Debian from its root disk with `pyvmm run`.
 
 The demo boots twice. The first guest writes a token to its root disk, syncs and powers off; the
-second reads it back. Ends with 0 only if it is the same.
+second reads it back. Ends with 0 only if it is the same. With `--arch arm64` it is a guest for
+arm64, in an emulated machine of that kind.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import secrets
 import shlex
@@ -14,6 +16,8 @@ import sys
 
 from pyvmm import images
 from pyvmm.errors import PyvmmError
+from pyvmm.images import bootable
+from pyvmm.spec.vm import ARCHITECTURES
 
 FIRST = """
 echo "  kernel:      $(uname -sr), $(nproc) CPU"
@@ -30,18 +34,27 @@ echo "  read /root/token: $(cat /root/token)"
 
 
 def main() -> int:
-    shell = "--shell" in sys.argv[1:]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shell", action="store_true")
+    parser.add_argument("--arch", choices=ARCHITECTURES)
+    asked = parser.parse_args()
+    shell, arch = asked.shell, bootable.arch_of_kernel(asked.arch or "")
     try:
-        files = images.artifacts(make=True)
+        if arch:
+            bootfiles = ["--arch", arch]
+        else:
+            files = images.artifacts(make=True)
+            bootfiles = ["--kernel", files.bzimage, "--initrd", files.initramfs]
         os.makedirs("build", exist_ok=True)
-        disk = os.path.abspath(os.path.join("build", "shell.img" if shell else "demo.img"))
+        name = ("shell" if shell else "demo") + (f"-{arch}" if arch else "")
+        disk = os.path.abspath(os.path.join("build", f"{name}.img"))
         if not (shell and os.path.exists(disk)):
-            images.fresh_disk(disk, make=True)
+            images.fresh_disk(disk, arch or images.DEFAULT_VARIANT, make=True)
     except (PyvmmError, OSError) as error:
         print(f"pyvmm: {error}", file=sys.stderr)
         return 1
     command = [os.path.join(os.path.dirname(sys.executable), "pyvmm"), "run"]
-    command += ["--kernel", files.bzimage, "--initrd", files.initramfs, "--disk", disk]
+    command += [*bootfiles, "--disk", disk]
     if shell:
         say(f"$ {shlex.join(command)}")
         say("A root shell in Debian. 'exit' powers off, Ctrl-A x cuts the power, Ctrl-A h helps.")

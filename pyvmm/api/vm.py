@@ -202,7 +202,9 @@ class VM(InGuest, InMonitor):
         if self._restored:
             return None
         from pyvmm.monitor.kernel_choice import specify
+        from pyvmm.monitor.run_spec import refuse_foreign
 
+        refuse_foreign(self._values, str(self._values["kvm"]))
         self.spec, image = specify(self._values)
         return image
 

@@ -11,6 +11,7 @@ from pyvmm import images
 from pyvmm.control import registry
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
+from pyvmm.images import bootable
 from pyvmm.spec.sizes import parse_memory
 
 EPILOG = """\b
@@ -19,6 +20,7 @@ Examples:
   pyvmm image build --from debian:bookworm --copy ./app:/opt/app --script setup.sh app
   pyvmm image build --from oci-archive:alpine.tar alpine
 """
+_FOR_A_FOREIGN_START = ("programs-emulator-{0}", "programs-{0}", "rootfs-{0}")
 _FOR_A_START = ("kernel-6.1", "initramfs-6.1", "rootfs-minbase", "kernel-host")
 
 
@@ -58,8 +60,18 @@ def image() -> None:
     multiple=True,
     help="Put a file or directory at PATH in it (in Debian), as root's.",
 )
+@click.option(
+    "--arch",
+    type=click.Choice(bootable.FOREIGN),
+    help="For machines of that architecture, which are emulated here (docs/arm64.md).",
+)
 @click.option("--force", is_flag=True, help="Replace the image of that name, if there is one.")
-@click.option("--all", "everything", is_flag=True, help="Every image there is a recipe for.")
+@click.option(
+    "--all",
+    "everything",
+    is_flag=True,
+    help="Every image there is a recipe for, but those that take minutes.",
+)
 @click.option("--locked", is_flag=True, help="Fail if the mirror no longer has a pinned version.")
 def build(
     names: tuple[str, ...],
@@ -69,6 +81,7 @@ def build(
     kernel: str | None,
     script: str | None,
     copies: tuple[str, ...],
+    arch: str | None,
     force: bool,
     everything: bool,
     locked: bool,
@@ -88,15 +101,18 @@ def build(
     }
     try:
         if source is not None:
-            _build_own(names, source, own)
+            _build_own(names, source, {**own, "--arch": arch})
             return
         for option, value in own.items():
             if value:
                 raise ConfigError("is for an image of your own", cure="add --from", option=option)
         _fetch_kernels([name for name in names if _is_kernel(name)])
         parts = [name for name in names if not _is_kernel(name)]
+        if arch and names:
+            raise ConfigError("is for an image", cure="add --from", option="--arch")
+        for_a_start = [name.format(arch) for name in _FOR_A_FOREIGN_START if arch] or _FOR_A_START
         if parts or not names:
-            images.build(None if everything else parts or _FOR_A_START, locked=locked)
+            images.build(None if everything else parts or for_a_start, locked=locked)
     except KeyboardInterrupt:
         log.to_stderr("interrupted; what was being built is gone")
         raise click.exceptions.Exit(130) from None
@@ -129,6 +145,7 @@ def _build_own(names: tuple[str, ...], source: str, own: dict[str, Any]) -> None
         script=own["--script"] or "",
         copies=[_pair(text) for text in own["--copy"]],
         replace=own["--force"],
+        arch=own["--arch"] or "",
     )
 
 

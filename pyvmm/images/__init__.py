@@ -19,7 +19,6 @@ from pyvmm.images.built import (
     DEFAULT_VARIANT,
     Artifacts,
     HostArtifacts,
-    arm64_boot_files,
     arm64_host_artifacts,
     artifacts,
     folders,
@@ -36,7 +35,6 @@ __all__ = [
     "DEFAULT_VARIANT",
     "Artifacts",
     "HostArtifacts",
-    "arm64_boot_files",
     "arm64_host_artifacts",
     "artifacts",
     "folders",
@@ -58,13 +56,14 @@ def build(
     """Make those of the images (default: all) that are not in the cache. Raises ConfigError.
 
     Progress goes to standard error. `locked`: a pinned version that is gone is an error. Of all
-    images the optional ones are left out where they cannot be made, which is said.
+    images the optional ones are left out where they cannot be made, which is said, and those that
+    take minutes always.
     """
     from pyvmm.images import builder
     from pyvmm.images.progress import Progress
 
     catalogue = builder.Catalogue()
-    chosen = catalogue.names() if wanted is None else wanted
+    chosen = catalogue.at_once() if wanted is None else wanted
     spare = wanted is None and not locked
     builder.build(catalogue, chosen, Progress(quiet=quiet), locked=locked, spare=spare)
 
@@ -78,6 +77,14 @@ def machine_image(name: str | None, *, make: bool) -> MachineImage:
     from pyvmm.images import bootable
 
     return bootable.resolve(name, make=make)
+
+
+def boot_files(kernel: str, *, make: bool = False) -> tuple[str, str]:
+    """The paths of the recipes' kernel called `kernel` ("6.1", "arm64") and of its initramfs.
+    Raises ConfigError as `artifacts` does."""
+    from pyvmm.images import bootable
+
+    return bootable.boot_files(kernel, make=make)
 
 
 def kernel_headers(name: str) -> str:
@@ -152,19 +159,21 @@ def build_from(
     copies: Sequence[tuple[str, str]] = (),
     replace: bool = False,
     quiet: bool = False,
+    arch: str = "",
 ) -> None:
     """Make an image of one's own called `name` from "debian:RELEASE", "oci-archive:FILE",
     "docker-archive:FILE" or "oci:DIRECTORY".
 
     `packages` are installed in a Debian, `copies` (pairs of a path here and one there) put into it,
     and `script` is run in it. `size` is the root disk's in bytes, 0 for what is enough. An image of
-    that name is replaced if `replace` is true. Raises ConfigError.
+    that name is replaced if `replace` is true. With an `arch` ("arm64") it is for machines of
+    another architecture, and so is its kernel. Raises ConfigError.
     """
     from pyvmm.images import user_build
     from pyvmm.images.progress import Progress
 
     order = user_build.Order(
-        name, source, tuple(packages), size, kernel, script, tuple(copies), replace
+        name, source, tuple(packages), size, kernel, script, tuple(copies), replace, arch
     )
     user_build.build(order, Progress(quiet=quiet))
 

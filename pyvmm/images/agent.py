@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from pyvmm.images import tools
 from pyvmm.images.progress import Progress
@@ -30,21 +31,61 @@ WARNINGS = (
 FLAGS = ("-std=gnu11", "-O2", *WARNINGS, "-D_FORTIFY_SOURCE=2", "-fstack-protector-strong")
 # musl-gcc finds musl's headers only; the kernel's come after them.
 _KERNEL_HEADERS = ("-idirafter", "/usr/include", "-idirafter", "/usr/include/x86_64-linux-gnu")
+_CROSS_COMPILERS = {"arm64": "aarch64-linux-gnu"}  # by Debian's name of the architecture
 # Without -pie: musl-gcc knows no static one.
 LINKING = ("-static", "-Wl,-z,relro,-z,now", "-s")
 
 
-def build(recipes: Recipes, into: str, progress: Progress) -> None:
-    """Write `into`/pyvmm-agent. Raises ConfigError."""
+@dataclass(frozen=True)
+class Toolchain:
+    """The compiler of what runs in guests: musl-gcc, or for another `architecture` a cross compiler
+    with the musl that is unpacked in the folder `musl`."""
+
+    architecture: str = "amd64"
+    musl: str = ""
+
+    @property
+    def name(self) -> str:
+        """The compiler's program."""
+        if self.architecture == "amd64":
+            return "musl-gcc"
+        return f"{_CROSS_COMPILERS[self.architecture]}-gcc"
+
+    def command(self, sources: Sequence[str], target: str) -> list[str]:
+        """The command line that makes the static program `target`. Raises ConfigError."""
+        if self.architecture == "amd64":
+            return [self.name, *FLAGS, *_KERNEL_HEADERS, *LINKING, "-o", target, *sources]
+        triplet = _CROSS_COMPILERS[self.architecture]
+        place = triplet.replace("-gnu", "-musl")
+        headers, libraries = f"{self.musl}/usr/include/{place}", f"{self.musl}/usr/lib/{place}"
+        own = tools.run([self.name, "-print-file-name=include"], self.name).strip()
+        # What musl-gcc does by its specs file, which names places of an installed musl.
+        return [
+            *(self.name, *FLAGS, *LINKING, "-nostdinc", "-nostdlib"),
+            *("-isystem", headers, "-isystem", own, "-idirafter", f"/usr/{triplet}/include"),
+            *("-o", target, f"{libraries}/crt1.o", f"{libraries}/crti.o", *sources),
+            *(f"-L{libraries}", "-lc", "-lgcc", "-lc", f"{libraries}/crtn.o"),
+        ]
+
+
+NATIVE = Toolchain()
+
+
+def build(
+    name: str, recipes: Recipes, into: str, progress: Progress, toolchain: Toolchain = NATIVE
+) -> None:
+    """Write `into`/pyvmm-agent, the image called `name`. Raises ConfigError."""
     sources = [recipes.file(FOLDER, source) for source in SOURCES]
-    with progress.step("agent: compiling (musl-gcc)"):
-        compile_static(sources, os.path.join(into, FILE), "compiling the guest's agent")
+    with progress.step(f"{name}: compiling ({toolchain.name})"):
+        target = os.path.join(into, FILE)
+        compile_static(sources, target, "compiling the guest's agent", toolchain)
 
 
-def compile_static(sources: Sequence[str], target: str, what: str) -> None:
+def compile_static(
+    sources: Sequence[str], target: str, what: str, toolchain: Toolchain = NATIVE
+) -> None:
     """Make the static program `target` of C files; `what` is for messages. Raises ConfigError."""
-    command = ["musl-gcc", *FLAGS, *_KERNEL_HEADERS, *LINKING, "-o", target, *sources]
-    tools.run(command, what)
+    tools.run(toolchain.command(sources, target), what)
     os.chmod(target, 0o755)
 
 

@@ -100,9 +100,19 @@ class Apt:
 
         Raises ConfigError.
         """
-        target = ("--target-release", self._suites[-1])
+        return self._all_of(packages, ("--target-release", self._suites[-1]))
+
+    def minbase(self, packages: Sequence[str], release: str) -> list[Pin]:
+        """A Debian of the `release` with these packages: what mmdebstrap's variant of that name
+        has, which is the essential and the required packages, and apt. Raises ConfigError."""
+        found = ["?essential", "?priority(required)", "apt", *packages]
+        if release == "bookworm":
+            found.append("usr-is-merged")  # instead of the program that merges it, and all of Perl
+        return self._all_of(found)
+
+    def _all_of(self, packages: Sequence[str], settings: Sequence[str] = ()) -> list[Pin]:
         text = self._run(
-            ["apt-get", "install", "--simulate", "--no-install-recommends", *target, *packages],
+            ["apt-get", "install", "--simulate", "--no-install-recommends", *settings, *packages],
             f"the mirror has no {', '.join(packages)}",
         )
         # Inst libc6 (2.41-12 Debian:13.2/stable [amd64])

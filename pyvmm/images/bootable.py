@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from pyvmm.images.user_image import Process
 
 DEFAULT = "debian"
+FOREIGN = ("arm64",)
+"""Architectures that there are images for beside this machine's, as a specification calls them. A
+kernel of theirs is called so, or begins so: arm64."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class MachineImage:
     """`kernel`, `initrd` and `disk` are paths. The disk is a base image: boot on an overlay of it.
 
     `cmdline` is what the kernel command line needs beside the defaults, `process` what a container
-    image runs (None for other images).
+    image runs (None for other images). `arch` is a specification's, "" for this machine's.
     """
 
     name: str
@@ -34,6 +37,7 @@ class MachineImage:
     cmdline: str = ""
     has_agent: bool = False
     process: Process | None = None
+    arch: str = ""
 
 
 def resolve(name: str | None, *, make: bool) -> MachineImage:
@@ -51,10 +55,43 @@ def resolve(name: str | None, *, make: bool) -> MachineImage:
         kernel, initrd = boot_files(found.kernel, make=make)
         disk = os.path.join(found.folder, user_image.DISK)
         return MachineImage(
-            name, kernel, initrd, disk, found.cmdline, found.has_agent, found.process
+            *(name, kernel, initrd, disk, found.cmdline, found.has_agent, found.process),
+            arch=arch_of_kernel(found.kernel),
         )
     kernel, initrd, disk = _files_of(name, make=make)
-    return MachineImage(name, kernel, initrd, disk, has_agent=True)
+    return MachineImage(name, kernel, initrd, disk, has_agent=True, arch=_arch_of_recipe(name))
+
+
+def named_for(name: str | None, arch: str) -> str:
+    """The image that somebody means who says `name`, None for the default one, and `arch`, one of
+    FOREIGN: debian is debian-arm64 then."""
+    from pyvmm.images import user_image
+
+    name = name or DEFAULT
+    user_image.check_name(name)
+    if user_image.find(name) is None and f"{name}-{arch}" in built_in():
+        return f"{name}-{arch}"
+    return name
+
+
+def architecture_of(name: str) -> str:
+    """Of the image called `name`, which need not be there: a specification's word, "" for this
+    machine's. Raises ConfigError for a name that no image can have."""
+    from pyvmm.images import user_image
+
+    user_image.check_name(name)
+    found = user_image.find(name)
+    return _arch_of_recipe(name) if found is None else arch_of_kernel(found.kernel)
+
+
+def arch_of_kernel(name: str) -> str:
+    """The architecture of the recipes' kernel called `name`."""
+    arch = name.partition("-")[0]
+    return arch if arch in FOREIGN else ""
+
+
+def _arch_of_recipe(name: str) -> str:
+    return next((arch for arch in FOREIGN if name == f"{DEFAULT}-{arch}"), "")
 
 
 def _files_of(name: str, *, make: bool) -> list[str]:
@@ -71,8 +108,13 @@ def _files_of(name: str, *, make: bool) -> list[str]:
             f"there is no image called {name!r}",
             cure=f"there are {there}; pyvmm image build --from … makes more",
         )
-    files = built.artifacts(variant=variants[name], make=make)
-    found = [files.vmlinux, files.initramfs, files.rootfs]
+    arch = _arch_of_recipe(name)
+    if arch:
+        [folder] = built.folders([f"rootfs-{variants[name]}"], make=make)
+        found = [*boot_files(arch, make=make), os.path.join(folder, user_image.DISK)]
+    else:
+        files = built.artifacts(variant=variants[name], make=make)
+        found = [files.vmlinux, files.initramfs, files.rootfs]
     found_before.remember(name, found)
     return found
 
@@ -91,7 +133,8 @@ def built_in() -> dict[str, str]:
 def boot_files(kernel: str, *, make: bool) -> tuple[str, str]:
     """The paths of the guest kernel called `kernel` ("6.1") and of its initial RAM disk.
 
-    vmlinux rather than bzImage: a guest has nothing to unpack then. Raises ConfigError.
+    vmlinux rather than bzImage: a guest has nothing to unpack then. One for another architecture
+    has no vmlinux, and needs none. Raises ConfigError.
     """
     from pyvmm.images import built, found_before
 
@@ -100,4 +143,5 @@ def boot_files(kernel: str, *, make: bool) -> tuple[str, str]:
     if folders is None or len(folders) != 2:
         folders = built.folders(names, make=make)
         found_before.remember("+".join(names), folders)
-    return os.path.join(folders[0], "vmlinux"), os.path.join(folders[1], "initramfs.cpio")
+    file = "bzImage" if arch_of_kernel(kernel) else "vmlinux"
+    return os.path.join(folders[0], file), os.path.join(folders[1], "initramfs.cpio")

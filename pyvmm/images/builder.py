@@ -15,6 +15,7 @@ from pyvmm.images import (
     agent,
     apt,
     cache,
+    foreign_rootfs,
     initramfs,
     kernel,
     lock,
@@ -30,6 +31,7 @@ _ROOTFS_SCRIPTS = (
     *("pyvmm-init", "pyvmm-network", "pyvmm-network.service", "pyvmm-agent.service"),
     "customize",
 )
+_MUSL = "musl-"  # the programs that have the C library of agents for another architecture
 _VERSION = 1  # part of every image's key: count up when the code makes an image differently
 
 
@@ -50,6 +52,7 @@ class Catalogue:
             "agent",
             *(f"kernel-{name}" for name in self.recipes.kernels),
             *(f"programs-{name}" for name in self.recipes.programs),
+            *(f"agent-{name}" for name in self.recipes.agents),
             initramfs.BASE,
             *(f"initramfs-{name}" for name in self.recipes.booted_kernels),
             *(f"rootfs-{name}" for name in self.recipes.rootfs),
@@ -60,16 +63,51 @@ class Catalogue:
         return cache.image(name, self.key(name))
 
     def needs(self, name: str) -> list[str]:
-        """The inputs that it is made from."""
+        """The inputs that it is made from, and what these are made from."""
         kind, _, which = name.partition("-")
-        if kind == "initramfs" and name != initramfs.BASE:
-            return ["agent", f"kernel-{which}"]
-        return ["agent"] if kind in ("rootfs", "initramfs") else []
+        if kind == "agent":
+            return [f"programs-{_MUSL}{which}"] if which else []
+        if kind == "rootfs":
+            return self.needs_of_rootfs(self.recipes.rootfs[which].architecture)
+        if kind != "initramfs":
+            return []
+        kernel = self.recipes.kernels.get(which)
+        own = self._compiled(kernel.architecture) if kernel is not None else ["agent"]
+        # A foreign one without an agent is still made anew with ours.
+        return [*(own or ["agent"]), *([] if name == initramfs.BASE else [f"kernel-{which}"])]
+
+    def needs_of_rootfs(self, architecture: str) -> list[str]:
+        """What a root disk for `architecture` is made from."""
+        found = self._compiled(architecture)
+        if architecture == "amd64":
+            return found
+        # The machine in which its packages are configured.
+        machine = (f"programs-emulator-{architecture}", f"kernel-{architecture}")
+        return [*found, *machine, f"initramfs-{architecture}"]
+
+    def _compiled(self, architecture: str) -> list[str]:
+        """The guest's agent and what it is made from; none where there is no compiler."""
+        if architecture == "amd64":
+            return ["agent"]
+        name = f"agent-{architecture}"
+        return [*self.needs(name), name] if architecture in self.recipes.agents else []
+
+    def toolchain(self, architecture: str) -> agent.Toolchain | None:
+        """The compiler for guests of `architecture`; None where there is none."""
+        if architecture == "amd64":
+            return agent.NATIVE
+        if architecture not in self.recipes.agents:
+            return None
+        musl = os.path.join(self.path(f"programs-{_MUSL}{architecture}"), "root")
+        return agent.Toolchain(architecture, musl)
 
     def key(self, name: str) -> str:
         kind, which = self._split(name)
         parts: list[object] = [_VERSION, name, self.pins(name)]
-        parts += [self.key(need) for need in self.needs(name)]
+        # Not the machine in which packages are configured: it leaves nothing in them.
+        architecture = self.recipes.rootfs[which].architecture if kind == "rootfs" else ""
+        of_it = self._compiled(architecture) if architecture else self.needs(name)
+        parts += [self.key(need) for need in of_it]
         if kind == "agent":
             parts += [*agent.FLAGS, *agent.LINKING]
             files = (*agent.HEADERS, *agent.SOURCES)
@@ -83,8 +121,11 @@ class Catalogue:
             parts += [asdict(recipe), *agent.FLAGS, *agent.LINKING]
             parts += [self._script(*names) for names in initramfs.SOURCES]
         else:
-            parts += [self.recipes.release, asdict(self.recipes.rootfs[which])]
+            recipe_of_root = self.recipes.rootfs[which]
+            parts += [self.recipes.release, recipe_of_root.stated()]
             parts += [self._script("rootfs", file) for file in _ROOTFS_SCRIPTS]
+            if recipe_of_root.is_foreign:
+                parts.append(self._script("rootfs", foreign_rootfs.SCRIPT))
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
     def pins(self, name: str) -> list[Pin]:
@@ -102,11 +143,20 @@ class Catalogue:
         kind, _, which = name.partition("-")
         return self.recipes.kernels.get(which) if kind in ("kernel", "initramfs") else None
 
+    def at_once(self) -> list[str]:
+        """Those that are built where all are asked for."""
+        later = [name for name, one in self.recipes.rootfs.items() if one.only_by_name]
+        return [name for name in self.names() if name.removeprefix("rootfs-") not in later]
+
     def is_optional(self, name: str) -> bool:
         """True if the image may be missing where all of them are built."""
         kind, _, which = name.partition("-")
         if kind == "programs":
             return self.recipes.programs[which].optional
+        if kind == "rootfs":
+            return self.recipes.rootfs[which].only_by_name
+        if kind == "agent":
+            return bool(which)
         kernel = self.kernel_of(name)
         return kernel is not None and kernel.optional
 
@@ -196,8 +246,10 @@ class Builder:
         catalogue = self._catalogue
         cache.require_room()
         with cache.new_image(name, catalogue.key(name)) as into:
-            if name == "agent":
-                agent.build(self._recipes, into, self._progress)
+            if name.partition("-")[0] == "agent":
+                toolchain = catalogue.toolchain(name.partition("-")[2] or "amd64")
+                assert toolchain is not None
+                agent.build(name, self._recipes, into, self._progress, toolchain)
                 packages = []
             elif name.startswith("rootfs-"):
                 packages = self._build_rootfs(name, into)
@@ -214,6 +266,10 @@ class Builder:
             return self._newest_programs(name)
         if not name.startswith("rootfs-"):
             return self._newest(name)
+        recipe = self._recipes.rootfs[name.removeprefix("rootfs-")]
+        if recipe.is_foreign:
+            client = self._client_of_rootfs(name)
+            return client.minbase(recipe.packages, self._recipes.release)
         with cache.workspace() as room:
             packages = self._make_rootfs(name, [], room)
         found = self._apt.lookup(packages)
@@ -233,7 +289,10 @@ class Builder:
 
     def _newest_programs(self, name: str) -> list[Pin]:
         recipe = self._recipes.programs[name.removeprefix("programs-")]
-        return self.client(recipe.suites, recipe.architecture).closure(recipe.packages)
+        client = self.client(recipe.suites, recipe.architecture)
+        if recipe.alone:
+            return [client.newest(package, recipe.suites[-1]) for package in recipe.packages]
+        return client.closure(recipe.packages)
 
     def client(self, suites: Sequence[str], architecture: str = "amd64") -> apt.Apt:
         """apt for `suites`, its lists fetched."""
@@ -270,11 +329,14 @@ class Builder:
             foreign = recipe.is_foreign
             kernel.build(name, pins, client, into, self._progress, is_foreign=foreign)
         else:
-            program, *below = map(self._catalogue.path, self._catalogue.needs(name))
-            modules = kernel.modules_folder(below[0]) if below else None
+            below = None if recipe is None else name.replace("initramfs-", "kernel-", 1)
+            modules = kernel.modules_folder(self._catalogue.path(below)) if below else None
+            architecture = "amd64" if recipe is None else recipe.architecture
+            toolchain = self._catalogue.toolchain(architecture)
+            program = b"" if toolchain is None else self._agent_program(architecture)
             initramfs.build(
-                *(name, self._recipes, recipe, modules, agent.read(program), pins[0]),
-                *(client, into, self._progress),
+                *(name, self._recipes, recipe, modules, program, pins[0]),
+                *(client, into, self._progress, toolchain),
             )
         return [(pin.package, pin.version) for pin in pins]
 
@@ -302,17 +364,42 @@ class Builder:
         suite = recipe.suite if recipe is not None and foreign else self._recipes.release
         return [client.newest(self._recipes.initramfs.busybox, suite)]
 
-    def agent(self) -> str:
+    def agent(self, architecture: str = "amd64") -> str:
         """The path of the guest's agent, which has been built."""
-        return os.path.join(self._catalogue.path("agent"), agent.FILE)
+        name = "agent" if architecture == "amd64" else f"agent-{architecture}"
+        return os.path.join(self._catalogue.path(name), agent.FILE)
+
+    def _agent_program(self, architecture: str) -> bytes:
+        return agent.read(os.path.dirname(self.agent(architecture)))
+
+    def machine(self, architecture: str) -> foreign_rootfs.Machine | None:
+        """The emulated machine in which packages of `architecture` are configured, which has been
+        built; None for this machine's own."""
+        if architecture == "amd64":
+            return None
+        kinds = ("programs-emulator", "kernel", "initramfs")
+        emulator, below, archive = (self._catalogue.path(f"{one}-{architecture}") for one in kinds)
+        return foreign_rootfs.Machine(
+            tuple(programs.qemu_command(emulator, foreign_rootfs.QEMU[architecture])),
+            os.path.join(below, "bzImage"),
+            os.path.join(archive, initramfs.FILE),
+        )
+
+    def _client_of_rootfs(self, name: str) -> apt.Apt:
+        recipe = self._recipes.rootfs[name.removeprefix("rootfs-")]
+        return self.client(self.suites, recipe.architecture)
 
     def _make_rootfs(self, name: str, pins: Sequence[Pin], into: str) -> list[tuple[str, str]]:
-        plan = rootfs.plan(name.removeprefix("rootfs-"), self._recipes, self.agent(), pins)
-        return rootfs.build(plan, self._recipes, self._apt, into, self._progress)
+        variant = name.removeprefix("rootfs-")
+        architecture = self._recipes.rootfs[variant].architecture
+        plan = rootfs.plan(variant, self._recipes, self.agent(architecture), pins)
+        machine = self.machine(architecture)
+        client = self._client_of_rootfs(name)
+        return rootfs.build(plan, self._recipes, client, into, self._progress, machine)
 
     def _build_rootfs(self, name: str, into: str) -> list[tuple[str, str]]:
         pins = self._catalogue.pins(name)
-        if not apt.usable(self._apt, name, pins, locked=self._locked):
+        if not apt.usable(self._client_of_rootfs(name), name, pins, locked=self._locked):
             if pins:
                 self._progress.notice(_SUPERSEDED.format(name))
             pins = []
@@ -332,7 +419,7 @@ def refresh_lock(catalogue: Catalogue, progress: Progress) -> None:
         fresh: lock.Lock = {}
         for name in catalogue.names():
             where = catalogue.lock_name(name)
-            if name == "agent" or where in fresh:
+            if name.partition("-")[0] == "agent" or where in fresh:
                 continue
             try:
                 fresh[where] = builder.current(name)

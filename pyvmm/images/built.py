@@ -88,13 +88,6 @@ def arm64_host_artifacts(*, make: bool = False) -> HostArtifacts:
     )
 
 
-def arm64_boot_files(*, make: bool = False) -> tuple[str, str]:
-    """The paths of a kernel and an initramfs for an arm64 guest. Raises ConfigError as `artifacts`
-    does."""
-    kernel, initramfs = folders(["kernel-arm64", "initramfs-arm64"], make=make)
-    return os.path.join(kernel, "bzImage"), os.path.join(initramfs, "initramfs.cpio")
-
-
 def folders(wanted: Sequence[str], *, make: bool) -> list[str]:
     """The folders of the images, built first where missing if `make` is true. Raises ConfigError
     where it is not, for one that has not been built."""

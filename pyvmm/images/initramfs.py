@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pyvmm.host import cpio
 from pyvmm.images import agent as agent_program
 from pyvmm.images import apt, cache, tools
+from pyvmm.images.agent import Toolchain
 from pyvmm.images.lock import Pin
 from pyvmm.images.modules import ModuleTree
 from pyvmm.images.progress import Progress
@@ -40,26 +41,27 @@ def build(
     client: apt.Apt,
     into: str,
     progress: Progress,
+    toolchain: Toolchain | None,
 ) -> None:
     """Write `into`/initramfs.cpio for `kernel`, whose module folder is `modules`, with the program
-    `agent` in it; without modules for None. What we compile ourselves is missing for a foreign one,
-    which has no agent."""
+    `agent` in it; without modules for None. What we compile ourselves is missing where there is no
+    `toolchain` for it."""
     with cache.workspace() as room:
         with progress.step(f"{name}: fetching {pin.package} {pin.version}"):
             package = client.download(pin, room)
             tools.run(["dpkg-deb", "-x", package, room], "cannot unpack busybox")
         programs = {
-            "bin/busybox": _read(os.path.join(room, "bin", "busybox")),
+            "bin/busybox": _read(_busybox(room)),
             "init": _read(recipes.file("initramfs", "init")),
             "shared-root": _read(recipes.file("initramfs", "shared-root")),
             "bin/pyvmm-network": _read(recipes.file("rootfs", "pyvmm-network")),
         }
-        if kernel is None or not kernel.is_foreign:
+        if toolchain is not None:
             programs["bin/pyvmm-agent"] = agent
             for helper in HELPERS:
                 target = os.path.join(room, helper)
-                with progress.step(f"{name}: compiling {helper} (musl-gcc)"):
-                    compile_helper(recipes, helper, target)
+                with progress.step(f"{name}: compiling {helper} ({toolchain.name})"):
+                    compile_helper(recipes, helper, target, toolchain)
                 programs[f"bin/{helper}"] = _read(target)
     with progress.step(f"{name}: writing the archive"):
         tree = None if modules is None else ModuleTree(modules)
@@ -68,10 +70,18 @@ def build(
             file.write(content)
 
 
-def compile_helper(recipes: Recipes, name: str, target: str) -> None:
+def _busybox(root: str) -> str:
+    """Its place in an unpacked package: in /usr since trixie."""
+    places = [os.path.join(root, folder, "busybox") for folder in ("bin", "usr/bin")]
+    return next(filter(os.path.exists, places), places[0])
+
+
+def compile_helper(
+    recipes: Recipes, name: str, target: str, toolchain: Toolchain = agent_program.NATIVE
+) -> None:
     """Make `target`, the program of `HELPERS` that is called `name`. Raises ConfigError."""
     source = recipes.file("initramfs", f"{name}.c")
-    agent_program.compile_static([source], target, f"compiling {name}")
+    agent_program.compile_static([source], target, f"compiling {name}", toolchain)
 
 
 def _read(path: str) -> bytes:

@@ -62,10 +62,22 @@ class InitramfsRecipe:
 
 @dataclass(frozen=True)
 class RootfsRecipe:
-    """`size` of the file system in MiB; `packages` on top of Debian's minbase."""
+    """`size` of the file system in MiB; `packages` on top of Debian's minbase, of `architecture`.
+    One that is made `only_by_name` is not among all images that are built at once."""
 
     size: int
     packages: tuple[str, ...]
+    architecture: str = "amd64"
+    only_by_name: bool = False
+
+    @property
+    def is_foreign(self) -> bool:
+        return self.architecture != "amd64"
+
+    def stated(self) -> dict[str, Any]:
+        """What decides what is made, where it differs from the usual."""
+        values: dict[str, Any] = {"size": self.size, "packages": self.packages}
+        return {**values, "architecture": self.architecture} if self.is_foreign else values
 
 
 @dataclass(frozen=True)
@@ -83,14 +95,16 @@ class Patch:
 
 @dataclass(frozen=True)
 class ProgramsRecipe:
-    """`packages` of the Debian `suites`; what they depend on comes along. Those for another
-    `architecture` run in an emulated machine. `optional` is as for kernels."""
+    """`packages` of the Debian `suites`; what they depend on comes along, unless they are taken
+    `alone`. Those for another `architecture` run in an emulated machine. `optional` is as for
+    kernels."""
 
     suites: tuple[str, ...]
     packages: tuple[str, ...]
     patches: tuple[Patch, ...] = ()
     architecture: str = "amd64"
     optional: bool = False
+    alone: bool = False
 
     def stated(self) -> dict[str, Any]:
         """The settings that differ from the usual ones, by name."""
@@ -99,6 +113,8 @@ class ProgramsRecipe:
             values["patches"] = asdict(self)["patches"]
         if self.architecture != "amd64":
             values["architecture"] = self.architecture
+        if self.alone:
+            values["alone"] = True
         return values
 
 
@@ -120,6 +136,12 @@ class Recipes:
     @property
     def lock_file(self) -> str:
         return self.file("amd64.lock")
+
+    @property
+    def agents(self) -> list[str]:
+        """The other architectures that the guest's agent is compiled for: those with a musl."""
+        names = (one for one in self.programs if one.startswith("musl-"))
+        return [self.programs[name].architecture for name in names]
 
     @property
     def guest_kernels(self) -> list[str]:
@@ -178,6 +200,7 @@ def _parse(where: str, table: dict[str, Any]) -> Recipes:
                 patches=tuple(Patch(**patch) for patch in row.get("patches", ())),
                 architecture=row.get("architecture", "amd64"),
                 optional=row.get("optional", False),
+                alone=row.get("alone", False),
             )
             for name, row in table["programs"].items()
         },
@@ -186,10 +209,7 @@ def _parse(where: str, table: dict[str, Any]) -> Recipes:
             applets=tuple(initramfs["applets"]),
             modules={name: tuple(row) for name, row in initramfs["modules"].items()},
         ),
-        rootfs={
-            name: RootfsRecipe(size=row["size"], packages=tuple(row["packages"]))
-            for name, row in table["rootfs"].items()
-        },
+        rootfs={name: RootfsRecipe(**_with_tuples(row)) for name, row in table["rootfs"].items()},
     )
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from pyvmm.errors import ConfigError
-from pyvmm.images import apt, cache, tools
+from pyvmm.images import apt, cache, foreign_rootfs, tools
 from pyvmm.images.lock import Pin
 from pyvmm.images.progress import Progress
 from pyvmm.images.recipes import Recipes
@@ -46,7 +46,7 @@ said=$(chroot "$1" /pyvmm-script 2>&1) || {
 class Plan:
     """The parts of a root disk. `name` is for messages, `size` in MiB, `variant` what customize
     is told, `agent` the path of the guest's agent. With `pins` exactly their versions are
-    installed, without them the mirror's newest.
+    installed, without them the mirror's newest. `architecture` is Debian's name of it.
 
     `additions`, a tar archive, is unpacked in it, then `script` is run in it; both are paths.
     """
@@ -60,27 +60,48 @@ class Plan:
     pins: Sequence[Pin] = ()
     additions: str = ""
     script: str = ""
+    architecture: str = "amd64"
 
 
 def plan(variant: str, recipes: Recipes, agent: str, pins: Sequence[Pin]) -> Plan:
     """The plan for a recipe's root disk."""
     recipe = recipes.rootfs[variant]
     return Plan(
-        *(f"rootfs-{variant}", recipes.release, recipe.packages, recipe.size, variant, agent, pins)
+        *(f"rootfs-{variant}", recipes.release, recipe.packages, recipe.size, variant, agent, pins),
+        architecture=recipe.architecture,
     )
 
 
 def build(
-    plan: Plan, recipes: Recipes, client: apt.Apt, into: str, progress: Progress
+    plan: Plan,
+    recipes: Recipes,
+    client: apt.Apt,
+    into: str,
+    progress: Progress,
+    machine: foreign_rootfs.Machine | None = None,
 ) -> list[tuple[str, str]]:
-    """Write `into`/rootfs.ext4; the (package, version) pairs that are in it. Raises ConfigError."""
+    """Write `into`/rootfs.ext4; the (package, version) pairs that are in it. `machine` configures
+    the packages, where they are of another architecture. Raises ConfigError."""
     with cache.workspace() as room:
-        with progress.step(f"{plan.name}: installing Debian {plan.release} (mmdebstrap)"):
-            _bootstrap(plan, client, room)
+        if machine is not None:
+            script = recipes.file("rootfs", foreign_rootfs.SCRIPT)
+            wanted = _for_machine(plan, client)
+            foreign_rootfs.build(wanted, machine, client, script, room, progress)
+        else:
+            with progress.step(f"{plan.name}: installing Debian {plan.release} (mmdebstrap)"):
+                _bootstrap(plan, client, room)
         with progress.step(f"{plan.name}: making the ext4 file system"):
             _make_disk(plan, recipes, room, os.path.join(into, FILE))
         with open(os.path.join(room, "packages"), encoding="utf-8") as file:
             return [(words[0], words[1]) for line in file if (words := line.split())]
+
+
+def _for_machine(plan: Plan, client: apt.Apt) -> foreign_rootfs.Wanted:
+    """The packages that mmdebstrap would install, all of them by name."""
+    pins = plan.pins or client.minbase(plan.packages, plan.release)
+    return foreign_rootfs.Wanted(
+        *(plan.name, plan.architecture, pins, plan.size, plan.additions, plan.script)
+    )
 
 
 def _bootstrap(plan: Plan, client: apt.Apt, room: str) -> None:

@@ -17,6 +17,7 @@ _PACKAGES = {
     "mke2fs": "e2fsprogs",
     "depmod": "kmod",
     "musl-gcc": "musl-tools",
+    "aarch64-linux-gnu-gcc": "gcc-aarch64-linux-gnu libc6-dev-arm64-cross",
     "dpkg-deb": "dpkg",
     "dpkg-query": "dpkg",
     "apt-get": "apt",

@@ -7,12 +7,13 @@ import re
 import tarfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from pyvmm.errors import ConfigError
 from pyvmm.host import locks, user_cache
 from pyvmm.images import bootable, builder, cache, machines, rootfs, user_image
+from pyvmm.images.built import DEFAULT_KERNEL
 from pyvmm.images.progress import Progress
 from pyvmm.images.user_image import Process, UserImage
 
@@ -29,7 +30,8 @@ _PACKAGE = re.compile(r"[a-z0-9][a-z0-9+.-]+([/=:][A-Za-z0-9+.:~-]+)?")
 class Order:
     """A request for an image. `source` is one of SOURCES; `size` in bytes, 0 for what is enough;
     `kernel` the name of a guest kernel. `packages`, `script` and `copies` (pairs of a path here
-    and one in the image) are for Debian."""
+    and one in the image) are for Debian. `arch` is one of bootable.FOREIGN, whose kernel it then
+    has, or ""."""
 
     name: str
     source: str
@@ -39,6 +41,7 @@ class Order:
     script: str = ""
     copies: tuple[tuple[str, str], ...] = ()
     replace: bool = False
+    arch: str = ""
 
 
 class _Made(NamedTuple):
@@ -53,12 +56,15 @@ class _Made(NamedTuple):
 def build(order: Order, progress: Progress) -> UserImage:
     """Make the image and put it in its place, the whole or nothing. Raises ConfigError."""
     catalogue = builder.Catalogue()
+    if order.arch and order.kernel == DEFAULT_KERNEL:
+        order = replace(order, kernel=order.arch)
     _check(order, catalogue)
     kind, _, rest = order.source.partition(":")
     make = _source(kind, rest, order)
     with cache.building(progress.waiting):
         _check_name_is_free(order)  # somebody may have been quicker
-        needed = ["agent", f"kernel-{order.kernel}", f"initramfs-{order.kernel}"]
+        needed = [f"kernel-{order.kernel}", f"initramfs-{order.kernel}"]
+        needed += catalogue.needs_of_rootfs(order.arch or "amd64")
         if kind in _CONTAINERS:
             needed += ["programs-ext4", "programs-busybox"]
         work = builder.Builder(catalogue, progress)
@@ -97,6 +103,12 @@ def _source(kind: str, rest: str, order: Order) -> _Maker:
         raise ConfigError(
             f"cannot build from {order.source!r:.120}", cure=f"use {SOURCES}", option="--from"
         )
+    if order.arch:
+        raise ConfigError(
+            "is for Debian: an image has containers for this machine only",
+            cure="leave it out",
+            option="--arch",
+        )
     for given, option in (
         (order.packages, "--include"),
         (order.script, "--script"),
@@ -120,7 +132,16 @@ def _check(order: Order, catalogue: builder.Catalogue) -> None:
         raise ConfigError(
             f"{order.name} is an image of pyvmm's own", cure="give yours another name"
         )
-    kernels = catalogue.recipes.guest_kernels
+    if order.arch not in ("", *bootable.FOREIGN):
+        raise ConfigError(
+            f"there are no images for {order.arch!r:.40} beside this machine's",
+            cure=f"choose from {', '.join(bootable.FOREIGN)}",
+            option="--arch",
+        )
+    kernels = list(catalogue.recipes.guest_kernels)
+    if order.arch:
+        booted = catalogue.recipes.booted_kernels
+        kernels = [name for name in booted if bootable.arch_of_kernel(name) == order.arch]
     if order.kernel not in kernels:
         raise ConfigError(
             f"there is no kernel {order.kernel!r}",
@@ -180,11 +201,15 @@ def _debian(
             packages=packages,
             size=(order.size or _DEBIAN_SIZE) // _MIB,
             variant="systemd" if "systemd-sysv" in packages else "own",
-            agent=work.agent(),
+            agent=work.agent(order.arch or "amd64"),
             additions=_pack(order.copies, room),
             script=_own_copy(order.script, room),
+            architecture=order.arch or "amd64",
         )
-        installed = rootfs.build(plan, catalogue.recipes, work.client(suites), into, progress)
+        installed = rootfs.build(
+            *(plan, catalogue.recipes, work.client(suites, plan.architecture), into, progress),
+            machine=work.machine(plan.architecture),
+        )
     with open(os.path.join(into, "packages"), "w", encoding="utf-8") as file:
         file.writelines(f"{package} {version}\n" for package, version in installed)
     versions = dict(installed)

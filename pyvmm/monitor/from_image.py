@@ -9,7 +9,8 @@ from typing import Any
 
 from pyvmm import images
 from pyvmm.errors import ConfigError
-from pyvmm.images import machines
+from pyvmm.images import bootable, machines
+from pyvmm.machine.board.registry import board_of, is_foreign, uname_of
 from pyvmm.machine.cmdline import turns_pci_off
 from pyvmm.spec.options import as_list
 from pyvmm.spec.vm import DiskSpec, VmSpec
@@ -23,11 +24,18 @@ def choose(options: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
     booted from. Raises ConfigError.
     """
     chosen = dict(options)
+    arch = chosen.get("arch") or ""
     name, vm = chosen.get("image"), chosen.get("name")
     if name is None and vm:
         name = image_of(vm)
     disks = as_list(chosen.get("disks", ()))
-    found = images.machine_image(name, make=True)
+    if arch in bootable.FOREIGN and is_foreign(arch):
+        found = images.machine_image(bootable.named_for(name, arch), make=True)
+    else:
+        found = images.machine_image(name, make=True)
+    _check_arch(found.name, found.arch, arch)
+    if found.arch:
+        chosen["arch"] = found.arch
     if chosen.get("kernel") is None:
         chosen["kernel"] = found.kernel
         if not chosen.get("initrd"):
@@ -41,12 +49,36 @@ def choose(options: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
     return chosen, found.name
 
 
+def architecture(options: Mapping[str, Any]) -> str:
+    """The architecture that `options` ask for, by themselves or by their image, which need not be
+    there; "" for this machine's. Raises ConfigError."""
+    if options.get("arch"):
+        return str(options["arch"])
+    name, vm = options.get("image"), options.get("name")
+    if name is None and vm and options.get("kernel") is None:
+        found = machines.find(vm)
+        name = None if found is None else found.image
+    return "" if name is None else bootable.architecture_of(name)
+
+
+def _check_arch(image: str, its: str, wanted: str) -> None:
+    if not wanted or uname_of(its) == uname_of(wanted):
+        return
+    other = its or uname_of("")
+    raise ConfigError(
+        f"the image {image} is for {other}, and not for {wanted}",
+        cure=f"leave that out, or make one: pyvmm image build --arch {wanted} --from …",
+        option="--arch",
+    )
+
+
 def choose_transport(chosen: dict[str, Any]) -> None:
     """Put a guest on PCI where nobody has chosen: its initramfs has both drivers, and PCI makes
     fewer exits (decision 0442). Whoever hides the bus from the guest, or says how virtio-mmio
     devices are told of, wants these."""
     wishes = chosen.get("transport") or "auto", chosen.get("discovery") or "auto"
-    if wishes == ("auto", "auto") and not turns_pci_off(chosen.get("cmdline") or ""):
+    has_bus = board_of(chosen.get("arch") or "").pci_places is not None
+    if has_bus and wishes == ("auto", "auto") and not turns_pci_off(chosen.get("cmdline") or ""):
         chosen["transport"] = "pci"
 
 

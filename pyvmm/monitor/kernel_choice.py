@@ -61,7 +61,7 @@ def specify(options: Mapping[str, Any]) -> tuple[VmSpec, str | None]:
         from pyvmm.machine.board.registry import is_foreign
 
         if is_foreign(options["arch"]):
-            return _of_another_architecture(options), None
+            return _of_another_architecture(options)
     if options.get("root") is not None or options.get("rw"):
         from pyvmm.monitor import host_root
 
@@ -110,24 +110,34 @@ def _for_disks_root(options: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**options, "kernel": kernel, "cmdline": cmdline} if words or kernel else options
 
 
-def _of_another_architecture(options: Mapping[str, Any]) -> VmSpec:
-    """The machine, for which there are files, and a kernel of Debian's for arm64."""
-    of_this_machine = [name for name in ("image", "root", "rw") if options.get(name)]
+def _of_another_architecture(options: Mapping[str, Any]) -> tuple[VmSpec, str | None]:
+    """The machine, for which there are files, and for arm64 images, and its image."""
+    from pyvmm.images import bootable
+
+    arch = options["arch"]
+    names = ("root", "rw") if arch in bootable.FOREIGN else ("root", "rw", "image")
+    of_this_machine = [name for name in names if options.get(name)]
     if of_this_machine or _is_more_than_a_file(options):
         raise ConfigError(
             f"what is asked for is made for this machine, and not for {options['arch']}",
-            cure="name files: --kernel, --initrd, --disk",
+            cure="name an image of that architecture, or files: --kernel, --initrd, --disk",
             option=_OPTION if not of_this_machine else "--arch",
         )
-    if options.get("kernel") is None and options["arch"] == "arm64":
+    from pyvmm.monitor.from_image import choose, image_of
+
+    image = options.get("image")
+    has_files = options.get("kernel") is not None or options.get("disks")
+    if image is None and options.get("kernel") is None and options.get("name"):
+        image = image_of(options["name"])
+    if arch in bootable.FOREIGN and (image is not None or not has_files):
+        options, image = choose(options)
+    elif arch in bootable.FOREIGN and options.get("kernel") is None:
         from pyvmm import images
 
-        kernel, initrd = images.arm64_boot_files(make=True)
+        # An image has the root disk that is there already, and takes minutes to make.
+        kernel, initrd = images.boot_files(arch, make=True)
         options = {**options, "kernel": kernel, "initrd": options.get("initrd") or initrd}
-        if not options.get("disks"):
-            cmdline = str(options.get("cmdline") or "")
-            options = {**options, "cmdline": f"pyvmm.initramfs=shell {cmdline}".strip()}
-    return validate(make_spec(options))
+    return validate(make_spec(options)), image
 
 
 def _is_more_than_a_file(options: Mapping[str, Any]) -> bool:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyvmm.control import registry
 from pyvmm.errors import ConfigError, PyvmmError
@@ -15,7 +15,7 @@ from pyvmm.machine.board.registry import is_foreign
 from pyvmm.machine.outcome import Ending
 from pyvmm.spec.record import replace
 from pyvmm.spec.surroundings import USUAL, Surroundings
-from pyvmm.spec.vm import VmSpec
+from pyvmm.spec.vm import ARCHITECTURES, VmSpec
 
 if TYPE_CHECKING:
     from pyvmm.control.server import Door
@@ -152,11 +152,7 @@ def _run(
     because = None
     if spec.arch and is_foreign(spec.arch):
         if kvm == "host":
-            raise ConfigError(
-                f"this machine's KVM runs no guests for {spec.arch}",
-                cure="leave that out",
-                option="--kvm",
-            )
+            raise _no_guests_for(spec.arch)
         because = f"this machine's KVM runs no guests for {spec.arch}"
     elif kvm == "auto":
         from pyvmm.machine.host_kvm import why_unusable
@@ -188,6 +184,26 @@ def _run(
             surroundings=surroundings,
             doors=doors,
         )
+
+
+def refuse_foreign(options: Mapping[str, Any], kvm: str) -> None:
+    """Raise the ConfigError that this machine's KVM, if it is asked for, runs no guest of the
+    architecture that `options` ask for: before anything is fetched for it."""
+    if kvm != "host":
+        return
+    arch = options.get("arch")
+    if not arch and (options.get("image") or options.get("name")):
+        from pyvmm.monitor.from_image import architecture
+
+        arch = architecture(options)
+    if arch in ARCHITECTURES and is_foreign(arch):
+        raise _no_guests_for(arch)
+
+
+def _no_guests_for(arch: str) -> ConfigError:
+    return ConfigError(
+        f"this machine's KVM runs no guests for {arch}", cure="leave that out", option="--kvm"
+    )
 
 
 @contextmanager

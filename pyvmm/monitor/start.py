@@ -10,7 +10,7 @@ from pyvmm.errors import ConfigError
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.kinds.vm_spec import validate
 from pyvmm.monitor.kernel_choice import specify
-from pyvmm.monitor.run_spec import run_spec
+from pyvmm.monitor.run_spec import refuse_foreign, run_spec
 from pyvmm.spec.surroundings import NAMES, USUAL, Surroundings, read_surroundings
 from pyvmm.spec.vm import VmSpec
 
@@ -42,11 +42,11 @@ def start(
         return _restore(restore, kvm, surroundings, options, detach=detach, command=command)
     if command and detach:
         raise ConfigError("a command is waited for", cure="use pyvmm exec", option="--detach")
+    refuse_foreign(options, kvm)
     spec, image = specify(options)
     rm = bool(options.get("rm"))
     line = None if detach else _command_line(command, options.get("root"), image)
     if line is not None:
-        _refuse_command(spec)
         return _run_command(spec, kvm, surroundings, image, rm, line, debug)
     if not detach:
         return run_spec(spec, kvm, surroundings=surroundings, image=image, rm=rm)
@@ -57,18 +57,6 @@ def start(
             spec, kvm, surroundings=surroundings, image=image, rm=rm, on_name=tell
         )
     )
-
-
-def _refuse_command(spec: VmSpec) -> None:
-    if spec.arch:
-        from pyvmm.machine.board.registry import is_foreign
-
-        if is_foreign(spec.arch):
-            raise ConfigError(
-                f"a command is run by the guest's agent, of which there is none for {spec.arch}",
-                cure="leave the command out",
-                option="--arch",
-            )
 
 
 def _restore(

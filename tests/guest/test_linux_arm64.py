@@ -65,7 +65,7 @@ def root_disk(folder: Path, busybox: str) -> Path:
 def test_a_guest_starts_twice_from_its_disk(tmp_path: Path) -> None:
     try:
         image = find_image(make=True, architecture="aarch64")
-        images.arm64_boot_files(make=True)
+        images.boot_files("arm64", make=True)
     except PyvmmError as error:
         pytest.skip(f"arm64 cannot be emulated here: {error}")
     disk = root_disk(tmp_path, image.busybox)

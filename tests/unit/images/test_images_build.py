@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from container_archives import Layout, layer, member
@@ -21,7 +22,7 @@ from pyvmm.cli.main import main
 from pyvmm.control import registry
 from pyvmm.errors import ConfigError
 from pyvmm.host.files import open_image
-from pyvmm.images import builder, machines, rootfs, user_build, user_image
+from pyvmm.images import bootable, builder, machines, rootfs, user_build, user_image
 from pyvmm.images.container import disk
 from pyvmm.images.progress import Progress
 
@@ -365,6 +366,27 @@ def test_a_broken_record_is_told_and_can_be_removed(capsys, quick_disk, archive,
     assert run(capsys, "image", "rm", "hello")[0] == 0
 
 
+class NoMirror:
+    """A builder of what nothing has to be fetched for."""
+
+    built: ClassVar[list[str]] = []
+
+    def __init__(self, *args: object) -> None:
+        self.built.clear()
+
+    def build(self, name: str) -> None:
+        self.built.append(name)
+
+    def agent(self, architecture: str) -> str:
+        return "/agent" if architecture == "amd64" else f"/agent-{architecture}"
+
+    def client(self, suites: tuple[str, ...], architecture: str) -> tuple[object, str]:
+        return suites, architecture
+
+    def machine(self, architecture: str) -> str | None:
+        return None if architecture == "amd64" else f"a machine for {architecture}"
+
+
 # --- Debian ---------------------------------------------------------------------------------------
 
 
@@ -373,20 +395,11 @@ def test_a_debian_of_one_s_own_has_what_was_asked_for(
 ) -> None:
     plans = []
 
-    def build(plan, recipes, client, into, progress) -> list[tuple[str, str]]:
+    def build(plan, recipes, client, into, progress, machine) -> list[tuple[str, str]]:
+        assert machine is None  # its own programs are run here
         plans.append((plan, Path(plan.script).read_bytes()))
         Path(into, "rootfs.ext4").write_bytes(b"x")
         return [("busybox-static", "1"), ("fio", "3.41")]
-
-    class NoMirror:
-        def __init__(self, *args: object) -> None:
-            pass
-
-        def agent(self) -> str:
-            return "/agent"
-
-        def client(self, suites: tuple[str, ...]) -> tuple[str, ...]:
-            return suites
 
     monkeypatch.setattr(rootfs, "build", build)
     monkeypatch.setattr(builder, "Builder", NoMirror)
@@ -406,6 +419,46 @@ def test_a_debian_of_one_s_own_has_what_was_asked_for(
     found = user_image.find("bench")
     assert found is not None and dict(found.details) == {"packages": "2", "fio": "3.41"}
     assert (Path(found.folder) / "packages").read_text() == "busybox-static 1\nfio 3.41\n"
+
+
+def test_a_debian_for_another_architecture_has_its_kernel_and_its_agent(
+    monkeypatch, capsys, home: Path
+) -> None:
+    plans = []
+
+    def build(plan, recipes, client, into, progress, machine) -> list[tuple[str, str]]:
+        plans.append((plan, client, machine))
+        Path(into, "rootfs.ext4").write_bytes(b"x")
+        return [("busybox-static", "1")]
+
+    monkeypatch.setattr(rootfs, "build", build)
+    monkeypatch.setattr(builder, "Builder", NoMirror)
+    code, _, err = run(
+        capsys, "image", "build", "--arch", "arm64", "--from", "debian:trixie", "bench"
+    )
+    assert code == 0, err
+    [(plan, client, machine)] = plans
+    assert (plan.architecture, plan.agent) == ("arm64", "/agent-arm64")
+    assert (client[1], machine) == ("arm64", "a machine for arm64")
+    found = user_image.find("bench")
+    assert found is not None and found.kernel == "arm64"
+    assert bootable.architecture_of("bench") == "arm64"
+    needed = {"agent-arm64", "kernel-arm64", "initramfs-arm64", "programs-emulator-arm64"}
+    assert needed <= set(NoMirror.built) and "agent" not in NoMirror.built
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--from", "oci-archive:x.tar", "x"), "--arch: is for Debian"),
+        (("--from", "debian:sid", "--kernel", "6.12", "x"), "no kernel '6.12'; choose from arm64"),
+        (("rootfs-minbase",), "--arch: is for an image; add --from"),
+    ],
+)
+def test_what_there_is_not_for_another_architecture_is_told(capsys, arguments, said: str) -> None:
+    code, _, err = run(capsys, "image", "build", "--arch", "arm64", *arguments)
+    assert code == 2 and said in err, err
+    assert err.count("\n") == 1
 
 
 def test_copies_are_root_s_and_keep_their_modes(tmp_path: Path) -> None:

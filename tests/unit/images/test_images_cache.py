@@ -199,6 +199,7 @@ def test_all_images_are_built_but_optional_ones_that_cannot_be(
     broken = {"kernel-7", "initramfs-s390x"}
     images.build()
     left = {"kernel-7", "initramfs-7", "initramfs-s390x"}
+    left.add("rootfs-arm64")  # is made only where it is asked for
     assert made == [name for name in images.names() if name not in left]
     said = capsys.readouterr().err
     assert said == (
@@ -238,6 +239,19 @@ def test_a_refreshed_lock_keeps_the_pins_of_optional_images_that_cannot_be_had(
     with pytest.raises(ConfigError, match="in pieces"):
         builder.refresh_lock(catalogue, Progress())
     assert builder.Catalogue(str(folder)).lock == after.lock
+
+
+def test_what_an_image_needs_is_all_of_it_and_comes_first() -> None:
+    """`missing` looks no further than at the needs of the images that are asked for."""
+    catalogue = builder.Catalogue()
+    names = catalogue.names()
+    for name in names:
+        needs = catalogue.needs(name)
+        for need in needs:
+            assert set(catalogue.needs(need)) <= set(needs), name
+            assert names.index(need) < names.index(name), name
+    assert "agent-arm64" in catalogue.needs("initramfs-arm64")
+    assert catalogue.toolchain("s390x") is None  # there is no agent for it
 
 
 def test_a_foreign_initramfs_is_no_part_of_a_vm_of_ours(home: Path) -> None:

@@ -10,10 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from pyvmm.api.vm import VM
 from pyvmm.emulated_host import foreign
 from pyvmm.emulated_host.find import find_image
 from pyvmm.emulated_host.spec import HostImage
 from pyvmm.errors import ConfigError
+from pyvmm.images import bootable
 from pyvmm.machine.board import registry
 from pyvmm.monitor.kernel_choice import specify
 from pyvmm.monitor.run_spec import run_spec
@@ -34,7 +36,6 @@ def test_every_architecture_has_a_board() -> None:
     [
         {"root": "/"},
         {"rw": ["/srv"]},
-        {"image": "debian"},
         {"kernel": "debian:6.12"},
         {"kernel": "disk"},
         {"modules": "."},
@@ -56,10 +57,67 @@ def test_this_machines_kvm_is_no_use() -> None:
         run_spec(VmSpec(kernel="kernel", arch=OTHER), "host")
 
 
-def test_there_is_no_agent_for_a_command(tmp_path: Path) -> None:
-    (tmp_path / "kernel").write_bytes(bytes(4096))
-    with pytest.raises(ConfigError, match=r"--arch: a command is run by the guest's agent"):
-        start(arch=OTHER, kernel=str(tmp_path / "kernel"), command=["true"])
+@pytest.mark.skipif(OTHER != "arm64", reason="images for others than x86-64 are made there")
+@pytest.mark.parametrize("options", [{"arch": OTHER}, {"image": "debian-arm64"}])
+def test_nothing_is_fetched_for_a_kvm_of_no_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(ConfigError, match="--kvm: this machine's KVM runs no guests for arm64"):
+        start(kvm="host", **options)
+    with pytest.raises(ConfigError, match="--kvm: this machine's KVM runs no guests for arm64"):
+        VM(kvm="host", **options).start()
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.fixture
+def no_images(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Images that are there by their names alone; those that were asked for."""
+    asked: list[str] = []
+
+    def resolve(name: str | None, *, make: bool) -> bootable.MachineImage:
+        name = name or bootable.DEFAULT
+        asked.append(name)
+        arch = bootable.architecture_of(name)
+        return bootable.MachineImage(name, "/kernel", "/initrd", "/disk", arch=arch)
+
+    monkeypatch.setattr(bootable, "resolve", resolve)
+    return asked
+
+
+@pytest.mark.skipif(OTHER != "arm64", reason="images for others than x86-64 are made there")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"arch": "arm64"},
+        {"arch": "arm64", "image": "debian"},
+        {"arch": "arm64", "image": "debian-arm64"},
+        {"image": "debian-arm64"},
+    ],
+)
+def test_an_image_for_another_architecture_has_a_name(
+    no_images: list[str], options: dict[str, str]
+) -> None:
+    spec, image = specify(options)
+    assert no_images == ["debian-arm64"]
+    assert (spec.arch, image, spec.kernel) == ("arm64", "debian-arm64", "/kernel")
+    assert [disk.path for disk in spec.disks] == ["/disk"]
+    assert spec.transport == "auto" or registry.board_of("arm64").pci_places is not None
+
+
+@pytest.mark.skipif(OTHER != "arm64", reason="images for others than x86-64 are made there")
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"arch": "x86_64", "image": "debian-arm64"},
+        {"arch": "arm64", "image": "debian-systemd"},
+    ],
+)
+def test_an_image_of_another_architecture_than_asked_for_is_told(
+    no_images: list[str], options: dict[str, str]
+) -> None:
+    with pytest.raises(ConfigError, match=f"--arch: the image {options['image']} is for"):
+        specify(options)
 
 
 def test_an_unknown_architecture_is_said() -> None:
