@@ -13,18 +13,25 @@ so far, if
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import json
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from random import Random
+from typing import Any
 from unittest import mock
 
 from fuzz.inline import Workers
 from fuzz.targets import TARGETS, Target
 
 from pyvmm.bus import Handler
+from pyvmm.errors import ConfigError, DriverError
 from pyvmm.host.log import RateLimited
+from pyvmm.host.saved import Saved
 from pyvmm.memory import GuestMemory
+from pyvmm.memory.guest_memory import Region
 from pyvmm.testing import (
     Arena,
     Element,
@@ -50,10 +57,10 @@ from pyvmm.transport.base import Transport
 from pyvmm.transport.mmio import MmioTransport
 from pyvmm.transport.pci import PciTransport, vectors_for
 from pyvmm.virtio import defects
+from pyvmm.virtio.device import VirtioDevice
 
 RAM = ((0, 0xF_0000), (0x40_0000, 0x1_0000))  # 1 MiB with a hole in it
 RINGS_AT = 0x1000
-PAGE = 4096
 LARGEST_TABLE = 1 << 16  # as much of an indirect table as the oracle looks at
 REGISTERS = [*range(0, 0x100, 4), 0x100, 0x104, 0x108, 0x118, 0x120, 0x1FC]
 VALUES = (0, 1, 2, 3, 4, 8, 11, 15, 16, 64, 128, 256, 0x1000, 0xF_0000, 0x40_0000, 0xFFFF_FFFF)
@@ -81,20 +88,15 @@ class Case:
         self.steps: list[str] = []
         self.workers = Workers()
         self.defects: list[str] = []
-        self.memory = GuestMemory(RAM)
-        closing.callback(self.memory.close)
+        self.memory, self.before = _blank_memory()
         self.discarded: list[tuple[int, int]] = []  # pages that a balloon gave back
         self._watch_discards()
         closing.enter_context(self.workers.instead_of_threads())
         closing.enter_context(
             mock.patch.object(defects, "_report", RateLimited(self.defects.append, burst=100))
         )
-        self.device = device = closing.enter_context(target.make())
-        # What the rings are like is not a device's business, so each is tried with all of them.
-        if ring == "packed":
-            device.features |= F_RING_PACKED
-        if len(target.prompt) == len(device.queue_sizes):
-            device.features |= F_IN_ORDER
+        self.closing = closing
+        self.device = device = self._make_device()
         pumps = [Pump(self, index) for index in range(len(device.queue_sizes))]
         self.interrupts = 0
         self.over = rng.choice(("mmio", "mmio", "pci"))
@@ -103,18 +105,33 @@ class Case:
         if self.over == "pci":
             self._attach_pci(pumps)
         else:
-            mmio = MmioTransport(device, self.memory, self._interrupt, log=lambda line: None)
-            self.transport = mmio
-            self.driver = MmioDriver(mmio.registers, self.memory, kicks=pumps, ring=ring)
-            self.places: list[tuple[Handler, Sequence[int]]] = [
-                (mmio.registers, [*REGISTERS * 60, *range(0x200)])
-            ]
+            self._attach_mmio(pumps)
         closing.callback(self.transport.close)
         self.clean = True  # whether the driver has broken no rule since the last reset
         self.must_fail = False
         self.good_steps = 0
         self.oracle: list[tuple[int, int]] = []
         self.structures: list[tuple[int, int]] = []
+
+    def _make_device(self) -> VirtioDevice:
+        device = self.closing.enter_context(self.target.make())
+        # What the rings are like is not a device's business, so each is tried with all of them.
+        if self.ring == "packed":
+            device.features |= F_RING_PACKED
+        if len(self.target.prompt) == len(device.queue_sizes):
+            device.features |= F_IN_ORDER
+        return device
+
+    def _attach_mmio(self, pumps: Sequence[Pump]) -> None:
+        mmio = MmioTransport(self.device, self.memory, self._interrupt, log=lambda line: None)
+        if hasattr(self, "driver"):
+            self.driver.registers = mmio.registers
+        else:
+            self.driver = MmioDriver(mmio.registers, self.memory, kicks=pumps, ring=self.ring)
+        self.transport = mmio
+        self.places: list[tuple[Handler, Sequence[int]]] = [
+            (mmio.registers, [*REGISTERS * 60, *range(0x200)])
+        ]
 
     def _attach_pci(self, pumps: Sequence[Pump]) -> None:
         lines = [
@@ -141,11 +158,9 @@ class Case:
         ]
 
     def _watch_discards(self) -> None:
-        discard = self.memory.discard
-
         def watched(addr: int, size: int) -> None:
             self.discarded.append((addr, size))
-            discard(addr, size)
+            GuestMemory.discard(self.memory, addr, size)
 
         self.memory.discard = watched  # type: ignore[method-assign]
 
@@ -202,7 +217,10 @@ class Case:
             self.illegal, self.mutant, self.mutant, self.mutant, self.random_chain,
             self.random_chain, self.poke, self.poke, self.register, self.start,
         )  # fmt: skip
-        self.rng.choice(good if self.good_steps >= 0 else good + bad)()
+        if self.over == "mmio" and self.rng.random() < 0.05:
+            self.move()
+        else:
+            self.rng.choice(good if self.good_steps >= 0 else good + bad)()
 
     @contextmanager
     def room(self) -> Iterator[None]:
@@ -250,6 +268,73 @@ class Case:
         self.note(f"queue {index} is reset, and now of {size}")
         with self.room():
             self.driver.reset_queue(index, min(size, self.transport.device.queue_sizes[index]))
+
+    def move(self) -> None:
+        """The device is saved, and goes on as another one; or the state is damaged on the way."""
+        queues = self.transport.negotiation.active_queues
+        for queue in reversed(queues):
+            assert queue.claim(20)
+        try:
+            state = json.loads(json.dumps(self.transport.save()))
+            self._keep_memory()
+        except (ConfigError, DriverError):
+            self.note("(it cannot be saved)")
+            return
+        finally:
+            for queue in queues:
+                queue.lock.release()
+        damaged = self.rng.random() < 0.5
+        if damaged:
+            self.note(f"moved, with {self.damage(state)}")
+            self.clean = False
+        else:
+            self.note("moved")
+        logs = self.workers.logs.copy()
+        self._exchange()
+        try:
+            self.transport.restore(Saved(state, "the device"))
+        except ConfigError as refused:
+            assert damaged or not self.clean, refused
+            self._exchange()
+            self.start()
+            return
+        for index, log in self.workers.logs.items():
+            config = self.transport.negotiation.state.queues[index]
+            if logs.get(index) is not log and config.ready:
+                # The earlier device has returned so many; the driver may not have looked yet.
+                if index in logs:
+                    log.written = logs[index].written
+                if self.ring == "split":
+                    used = int.from_bytes(self.memory.read(config.used_addr + 2, 2), "little")
+                    log.pops = log.returns = used
+
+    def _exchange(self) -> None:
+        """Another device of the kind in place of this one, in front of the same driver."""
+        self.transport.close()
+        for region, kept in zip(self.memory.regions, self.before, strict=True):
+            region.view[:] = kept.view  # what the first one did as it ended has not happened
+        self.workers.logs.clear()
+        self.device = self._make_device()
+        self._attach_mmio(())
+        self.closing.callback(self.transport.close)
+
+    def damage(self, state: Any) -> str:
+        """Change one value of `state`, wherever it is; what was done."""
+        path: list[Any] = []
+        while isinstance(state, dict | list) and state:
+            place = self.rng.choice(list(state if isinstance(state, dict) else range(len(state))))
+            path.append(place)
+            if self.rng.random() < 0.1 or not isinstance(state[place], dict | list):
+                break
+            state = state[place]
+        if not path or not state:
+            return "nothing changed"
+        old = state[place]
+        others: list[Any] = [None, True, -1, 1 << 64, "", [], {}, self.number(8), self.number(2)]
+        if type(old) is int:
+            others += [old ^ 1 << self.rng.randrange(16), old + 1] * 5
+        state[place] = self.rng.choice(others)
+        return f"{old!r:.40} at {path} now {state[place]!r:.40}"
 
     def illegal(self) -> None:
         illegal = self.rng.choice(illegal_chains(self.ring))
@@ -345,18 +430,22 @@ class Case:
             value = rng.randrange(64)
         return value % (1 << 8 * size)
 
+    def _keep_memory(self) -> None:
+        for region, kept in zip(self.memory.regions, self.before, strict=True):
+            kept.view[:] = region.view
+
     # --- what must hold --------------------------------------------------------------------------
 
     def turn(self) -> None:
         """The device's turn; then everything is looked at."""
         self.target.stir(self.device, self.rng)
-        before = self._snapshot()
+        self._keep_memory()
         independent = self._collect_writable()
         self.discarded.clear()
         self.workers.pump()
         self.oracle += self.discarded
         independent = independent and self._is_sound()
-        self._check_memory(before, independent)
+        self._check_memory(independent)
         assert not self.defects, self.defects
         if self.must_fail:
             assert self.status & NEEDS_RESET, "a broken ring was accepted"
@@ -366,47 +455,21 @@ class Case:
         if self.clean:
             self._check_completions()
 
-    def _snapshot(self) -> list[bytes]:
-        return [bytes(region.view) for region in self.memory.regions]
-
-    def _check_memory(self, before: Sequence[bytes], independent: bool) -> None:
+    def _check_memory(self, independent: bool) -> None:
+        pairs = [
+            pair
+            for pair in zip(self.memory.regions, self.before, strict=True)
+            if not _is_equal(*pair, 0, pair[0].size)
+        ]
+        if not pairs:
+            return
         allowed = [
             (addr, length) for log in self.workers.logs.values() for addr, length in log.writable
         ]
-        changed = list(self._changes(before))
-        own = [*self._device_areas(), *self.discarded]
-        self._assert_within(changed, [*allowed, *own], "as the device has it")
+        areas = self._device_areas()
+        _assert_within(pairs, [*allowed, *areas, *self.discarded], "as the device has it")
         if independent:
-            self._assert_within(
-                changed, [*self.oracle, *self._device_areas()], "as the driver wrote it"
-            )
-
-    def _changes(self, before: Sequence[bytes]) -> Iterator[int]:
-        """The guest-physical addresses of bytes that differ."""
-        for region, old in zip(self.memory.regions, before, strict=True):
-            new = bytes(region.view)
-            if new == old:
-                continue
-            for start in range(0, len(old), PAGE):
-                if new[start : start + PAGE] != old[start : start + PAGE]:
-                    for place in range(start, start + PAGE):
-                        if new[place] != old[place]:
-                            yield region.guest_addr + place
-
-    def _assert_within(
-        self, changed: Sequence[int], ranges: Sequence[tuple[int, int]], who: str
-    ) -> None:
-        if not changed:
-            return
-        # A buffer may lie partly in RAM: its last byte, say, may be a status byte.
-        inside = sorted(ranges)
-        position = 0
-        covered_to = 0
-        for place in changed:
-            while position < len(inside) and inside[position][0] <= place:
-                covered_to = max(covered_to, sum(inside[position]))
-                position += 1
-            assert place < covered_to, f"byte {place:#x} changed, which is not to be written, {who}"
+            _assert_within(pairs, [*self.oracle, *areas], "as the driver wrote it")
 
     def _device_areas(self) -> list[tuple[int, int]]:
         """The parts of the rings that the device writes (2.7, 2.8)."""
@@ -492,6 +555,59 @@ class Case:
         self.driver.start()
         self.target.check(self.device, self.driver)
         assert not self.defects, self.defects
+
+
+# --- memory, and what it was like ----------------------------------------------------------------
+
+# To map memory anew costs more than a case. What is compared are a megabyte and another, so that is
+# left to the C library.
+_memcmp = ctypes.CDLL(None).memcmp
+_memcmp.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+
+@functools.cache
+def _memory() -> tuple[GuestMemory, tuple[Region, ...]]:
+    return GuestMemory(RAM), GuestMemory(RAM).regions
+
+
+def _blank_memory() -> tuple[GuestMemory, tuple[Region, ...]]:
+    """Zeroed RAM, and as much again for its earlier contents; those of the case before, if there
+    was one."""
+    memory, before = _memory()
+    for region in memory.regions:
+        region.view[:] = _ZEROES[: region.size]
+    return memory, before
+
+
+_ZEROES = bytes(max(size for _, size in RAM))
+Pair = tuple[Region, Region]
+
+
+def _is_equal(now: Region, before: Region, start: int, length: int) -> bool:
+    return not _memcmp(now.host_addr + start, before.host_addr + start, length)
+
+
+def _assert_within(pairs: Sequence[Pair], ranges: Sequence[tuple[int, int]], who: str) -> None:
+    """Nothing but these ranges has changed. One may lie partly in RAM: its last byte, say, may be
+    a status byte."""
+    inside = sorted((addr, addr + length) for addr, length in ranges)
+    for now, before in pairs:
+        at, last = now.guest_addr, now.guest_addr + now.size
+        for start, end in [*inside, (last, last)]:
+            if at < start:
+                gap = min(start, last)
+                if not _is_equal(now, before, at - now.guest_addr, gap - at):
+                    place = next(
+                        place
+                        for place in range(at, gap)
+                        if now.view[place - now.guest_addr] != before.view[place - now.guest_addr]
+                    )
+                    raise AssertionError(
+                        f"byte {place:#x} changed, which is not to be written, {who}"
+                    )
+            at = max(at, end)
+            if at >= last:
+                break
 
 
 def run_case(rng: Random, name: str, ring: Ring, *, most_steps: int = 12) -> int:

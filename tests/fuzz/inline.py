@@ -5,6 +5,7 @@ Everything but the thread and its sleep is what runs in a monitor.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -201,6 +202,11 @@ class Workers:
 
 def _users_of(real: type) -> list[tuple[Any, str]]:
     """The modules that have a name for `real`, and the name."""
+    return _users_among(real, len(sys.modules))
+
+
+@functools.cache
+def _users_among(real: type, modules_loaded: int) -> list[tuple[Any, str]]:
     modules = [module for name, module in sys.modules.items() if name.startswith("pyvmm.virtio")]
     return [
         (module, name)

@@ -21,6 +21,8 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -31,6 +33,7 @@ from fuzz.targets import TARGETS
 from rings import RINGS
 
 HANG_SECONDS = 60  # of one case, which takes milliseconds
+APART = 10**9  # numbers of cases, of two processes that draw them
 SNAPSHOT = "snapshot"
 
 
@@ -39,6 +42,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().getrandbits(32))
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--case", type=int, help="run this case only")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--device", choices=[*sorted(TARGETS), SNAPSHOT], action="append")
     options = parser.parse_args()
     names = options.device or [*sorted(TARGETS), SNAPSHOT]
@@ -57,8 +61,32 @@ def main() -> int:
 
 
 def _fuzz_devices(names: list[str], options: argparse.Namespace, seconds: float) -> int:
-    pairs = list(itertools.product(names, RINGS))
     print(f"seed {options.seed}, devices {' '.join(names)}, rings {' '.join(RINGS)}", flush=True)
+    end = time.monotonic() + seconds
+    jobs = options.jobs if options.case is None else 1
+    if jobs == 1:
+        found = [_share_of_devices(names, options, end, 0)]
+    else:
+        with ProcessPoolExecutor(jobs, get_context("fork")) as pool:
+            shares = [
+                pool.submit(_share_of_devices, names, options, end, job) for job in range(jobs)
+            ]
+            found = [share.result() for share in shares]
+    cases: Counter[str] = Counter()
+    for one, _ in found:
+        if one is None:
+            return 1
+        cases += one
+    steps = sum(one for _, one in found)
+    print(f"{sum(cases.values())} cases, {steps} steps, no failure: {_counts(cases)}")
+    return 0
+
+
+def _share_of_devices(
+    names: list[str], options: argparse.Namespace, end: float, job: int
+) -> tuple[Counter[str] | None, int]:
+    """The cases of one of so many processes, and their steps."""
+    pairs = list(itertools.product(names, RINGS))
     steps = 0
 
     def run(rng: random.Random, number: int) -> str:
@@ -67,11 +95,8 @@ def _fuzz_devices(names: list[str], options: argparse.Namespace, seconds: float)
         steps += run_case(rng, name, ring)
         return f"{name}/{ring}"
 
-    cases = _run(run, options, seconds, "".join(f" DEVICE={one}" for one in options.device or ()))
-    if cases is None:
-        return 1
-    print(f"{sum(cases.values())} cases, {steps} steps, no failure: {_counts(cases)}")
-    return 0
+    chosen = "".join(f" DEVICE={one}" for one in options.device or ())
+    return _run(run, options, end, chosen, job), steps
 
 
 def _fuzz_snapshots(options: argparse.Namespace, seconds: float) -> int:
@@ -84,7 +109,7 @@ def _fuzz_snapshots(options: argparse.Namespace, seconds: float) -> int:
         def run(rng: random.Random, number: int) -> str:
             return "restored" if snapshots.run_case(rng) else "refused"
 
-        cases = _run(run, options, seconds, f" DEVICE={SNAPSHOT}")
+        cases = _run(run, options, time.monotonic() + seconds, f" DEVICE={SNAPSHOT}")
         if cases is None:
             return 1
         print(f"{sum(cases.values())} snapshots, no failure: {_counts(cases)}")
@@ -94,25 +119,27 @@ def _fuzz_snapshots(options: argparse.Namespace, seconds: float) -> int:
 def _run(
     run: Callable[[random.Random, int], str],
     options: argparse.Namespace,
-    seconds: float,
+    end: float,
     chosen: str,
+    job: int = 0,
 ) -> Counter[str] | None:
-    """Cases until the time is up, counted by what `run` calls them; None after one that failed."""
-    numbers = itertools.count() if options.case is None else [options.case]
-    end = time.monotonic() + seconds
+    """Cases until `end`, counted by what `run` calls them; None after one that failed."""
+    numbers = itertools.count(job * APART) if options.case is None else [options.case]
     cases: Counter[str] = Counter()
+    watched_until = 0.0
     for number in numbers:
         if options.case is None and time.monotonic() >= end:
             break
-        faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
+        if time.monotonic() >= watched_until:  # not for each: it costs a thread
+            faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
+            watched_until = time.monotonic() + 1
         try:
             cases[run(random.Random(f"{options.seed}/{number}"), number)] += 1
         except Exception:
             traceback.print_exc()
-            print(f"\nagain: make fuzz SEED={options.seed} CASE={number}{chosen}")
+            print(f"\nagain: make fuzz SEED={options.seed} CASE={number}{chosen}", flush=True)
             return None
-        finally:
-            faulthandler.cancel_dump_traceback_later()
+    faulthandler.cancel_dump_traceback_later()
     return cases
 
 

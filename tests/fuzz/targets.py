@@ -10,7 +10,7 @@ import socket
 import struct
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -106,17 +106,66 @@ def _rng_check(device: VirtioDevice, driver: MmioDriver) -> None:
 
 GUEST_CID = 3
 LISTENING_PORT = 52
+FIRST_OF_THE_HOST = 1 << 30  # ports that callers get, one after the other
+MOST_ENDS = 8
+COMMANDS = (
+    *(b"CONNECT 1000\n", b"CONNECT 1001\r\nand more", b"CONNECT 4294967295\n", b"CONN"),
+    *(b"CONNECT 4294967296\n", b"CONNECT x\n", b"HELO\n", bytes(100)),
+)
+
+
+class Vsock(VsockDevice):
+    """A device that knows the host's programs."""
+
+    program: socket.socket  # listens for the guest
+    path: str
+    ends: list[socket.socket]
 
 
 @contextmanager
 def _vsock() -> Iterator[VirtioDevice]:
-    """With a program of the host that accepts nothing: connections stay, and fill up."""
+    """With programs of the host that accept nothing unless they are stirred: connections stay, and
+    fill up."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         path = f"{folder}/v"
         with NamedListener(path) as listener, socket.socket(socket.AF_UNIX) as program:
             program.bind(f"{path}_{LISTENING_PORT}")
             program.listen(4)
-            yield VsockDevice(GUEST_CID, listener.socket, path, log=lambda line: None)
+            program.setblocking(False)
+            device = Vsock(GUEST_CID, listener.socket, path, log=lambda line: None)
+            device.program, device.path, device.ends = program, path, []
+            try:
+                yield device
+            finally:
+                for end in device.ends:
+                    end.close()
+
+
+def _vsock_stir(device: VirtioDevice, rng: Random) -> None:
+    """Programs accept, call, talk, listen, and leave."""
+    assert isinstance(device, Vsock)
+    kind = rng.randrange(10)
+    with suppress(OSError):
+        if kind == 0:
+            device.ends.append(device.program.accept()[0])
+        elif kind == 1 and len(device.ends) < MOST_ENDS:
+            caller = socket.socket(socket.AF_UNIX)
+            device.ends.append(caller)
+            caller.setblocking(False)
+            caller.connect(device.path)
+            caller.send(rng.choice(COMMANDS))
+        elif device.ends:
+            end = rng.choice(device.ends)
+            end.setblocking(False)
+            if kind < 4:
+                end.send(rng.randbytes(rng.choice((1, 300, 1 << 16))))
+            elif kind < 6:
+                end.recv(1 << 17)
+            elif kind == 6:
+                end.shutdown(rng.choice((socket.SHUT_RD, socket.SHUT_WR)))
+            elif kind == 7:
+                device.ends.remove(end)
+                end.close()
 
 
 def _vsock_request(rng: Random) -> Request:
@@ -129,7 +178,9 @@ def _vsock_request(rng: Random) -> Request:
     packet = Packet(
         rng.choice((*range(0, 9), 0xFFFF)),
         src_port=rng.choice((1000, 1000, 1001)),
-        dst_port=rng.choice((LISTENING_PORT, LISTENING_PORT, 53)),
+        dst_port=rng.choice(
+            (LISTENING_PORT, LISTENING_PORT, 53, FIRST_OF_THE_HOST, FIRST_OF_THE_HOST + 1)
+        ),
         data=data,
         flags=rng.randrange(4),
         buf_alloc=rng.choice((1 << 18, 0, 0xFFFF_FFFF)),
@@ -141,9 +192,12 @@ def _vsock_request(rng: Random) -> Request:
 
 def _vsock_check(device: VirtioDevice, driver: MmioDriver) -> None:
     guest = VsockDriver(driver, GUEST_CID)
-    guest.offer(2)
+    guest.offer(2 * MOST_ENDS)
     guest.send(Packet(REQUEST, src_port=7, dst_port=LISTENING_PORT + 1))
-    answer = guest.receive()
+    for _ in range(2 * MOST_ENDS):  # those who call come first
+        answer = guest.receive()
+        if answer.op != REQUEST:
+            break
     assert (answer.op, answer.dst_port) == (RST, 7)  # nobody listens there
 
 
@@ -184,5 +238,5 @@ TARGETS = {
     ),
     "net": Target(net_target.make, net_target.request, net_target.check, stir=net_target.stir),
     "pmem": Target(_pmem, _pmem_request, _pmem_check, prompt=(0,)),
-    "vsock": Target(_vsock, _vsock_request, _vsock_check),
+    "vsock": Target(_vsock, _vsock_request, _vsock_check, stir=_vsock_stir),
 }
