@@ -134,6 +134,27 @@ def attacks(folder: Path, victim: int, port: int, abstract: str, key: int) -> di
         ),
         "fork": Attack("pid = os.fork() or os._exit(0); os.waitpid(pid, 0)", (CALLS,)),
         "kill another process": Attack(f"os.kill({victim}, 0)", (CALLS,)),
+        "kill all processes": Attack("os.kill(-1, 0)", (CALLS,)),
+        "kill another's thread": Attack(
+            f"call(234, {victim}, {victim}, 0); call(200, {victim}, 0)", (CALLS,)
+        ),
+        # Its own siginfo, with si_code SI_QUEUE
+        "kill another process by a queue": Attack(
+            f"i = bytes(8) + b'\\xff' * 4 + bytes(116); call(129, {victim}, 0, i);"
+            f"call(297, {victim}, {victim}, 0, i)",
+            (CALLS,),
+        ),
+        "see other processes": Attack(
+            f"'{victim}' in os.listdir('/proc') or call_refused()", (ROOT, FILES)
+        ),
+        "see whether a process is there": Attack(f"os.stat('/proc/{victim}')", (ROOT,)),
+        "change another process's limits": Attack(
+            f"resource.prlimit({victim}, resource.RLIMIT_CORE)", (CALLS,)
+        ),
+        "make another process wait": Attack(
+            f"os.setpriority(os.PRIO_PROCESS, {victim}, 19); os.sched_setaffinity({victim}, [0])",
+            (CAPABILITIES, CALLS),  # of one with more capabilities
+        ),
         "have signals sent": Attack(f"fcntl.fcntl(0, fcntl.F_SETOWN, {victim})", (CALLS,)),
         "hold another process": Attack(f"os.close(os.pidfd_open({victim}))", (CALLS,)),
         "trace another process": Attack(
