@@ -42,9 +42,11 @@ if TYPE_CHECKING:
 
 class GoesOn(NamedTuple):
     """In the place of an Entry: the vCPUs go on from a saved state. `cmdline` is what the kernel
-    was given once."""
+    was given once. `places` has each device's on PCI (see PciHost.place_of), None for one on
+    virtio-mmio; it is empty if each has the place that it has at a start."""
 
     cmdline: str
+    places: tuple[tuple[int, int] | None, ...] = ()
 
 
 class Prepared(NamedTuple):
@@ -119,14 +121,16 @@ def prepare_restored(
     alarm: Alarm,
     closing: ExitStack,
     memory: GuestMemory,
-    cmdline: str,
+    goes_on: GoesOn,
 ) -> Prepared:
     """A machine that goes on from a saved state, in whose `memory` all lies already; `closing`
-    gives that back. Its kernel was started with `cmdline`. Raises ConfigError."""
+    gives that back. Raises ConfigError."""
     board = board_of(spec.arch)
     closing.callback(memory.close)
-    slots = _slots(board, spec, len(devices))
-    return Prepared(board, spec, memory, devices, slots, GoesOn(cmdline), alarm)
+    placed = zip(devices, goes_on.places, strict=False)
+    late = frozenset(device for device, place in placed if place is not None)
+    slots = _slots(board, spec, len(devices) - len(late))
+    return Prepared(board, spec, memory, devices, slots, goes_on, alarm, late=late)
 
 
 def prepare_again(prepared: Prepared) -> Prepared:
@@ -317,6 +321,8 @@ def _attach(
     usual: Plug = MmioSlots(prepared.slots, vm, mmio)
     if spec.transport == "pci" and pci is not None:
         usual = pci
+    if pci is not None and isinstance(prepared.entry, GoesOn):
+        pci.expect(dict(zip(prepared.devices, prepared.entry.places, strict=False)))
     return tuple(
         (pci if device in prepared.late and pci is not None else usual).attach(
             device,

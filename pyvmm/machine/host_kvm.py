@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pyvmm.errors import PyvmmError
+from pyvmm.errors import ConfigError, PyvmmError
 from pyvmm.kvm.probe import probe
 from pyvmm.kvm.system import Kvm
 from pyvmm.machine.board.registry import board_of_host
@@ -18,3 +18,13 @@ def why_unusable() -> str | None:
     except PyvmmError as error:
         return str(error)
     return None if found.usable else found.reason
+
+
+def check_there(why: str) -> None:
+    """Raise ConfigError if this machine has no KVM, which is needed as `why` says."""
+    try:
+        Kvm.open().close()
+    except PyvmmError as error:
+        raise ConfigError(
+            f"{why}, and here is none: {error}", cure="restore it on a machine with KVM"
+        ) from None

@@ -8,14 +8,14 @@ messages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyvmm.bus import Bus
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host.log import Sink
-from pyvmm.host.saved import Saved
+from pyvmm.host.saved import CURE, Saved
 from pyvmm.kvm.vm import Vm
 from pyvmm.machine.board.board import PciPlaces
 from pyvmm.machine.trace import Hook
@@ -31,8 +31,6 @@ if TYPE_CHECKING:  # a machine with nothing on its bus starts without them
     from pyvmm.transport.base import Doorbell
     from pyvmm.transport.pci import PciTransport
 
-COME_OR_GONE = "devices have come or gone since the VM was started, so it cannot be saved"
-WITH_ALL = "start it with all of them"
 _FUNCTION_BITS = 3  # of a requester id: bus, device, function (PCIe Base 4.0, 2.2.4.2)
 _INTEL, _BRIDGE, _HOST_BRIDGE_CLASS = 0x8086, 0x0D57, 0x060000
 
@@ -71,6 +69,7 @@ class PciHost:
         self._window_start = places.window
         self._window_end = places.window + places.window_size
         self._plugged: dict[int, _Plugged] = {}  # replaced as a whole, as any thread looks
+        self._expected: Mapping[VirtioDevice, tuple[int, int] | None] = {}
         # Where functions were that were pulled away, by device numbers; the latest last.
         self._pulled: dict[int, tuple[int, int]] = {}
         self.on_eject: Callable[[int], None] = lambda number: None
@@ -111,7 +110,8 @@ class PciHost:
     def _plug(
         self, device: VirtioDevice, memory: GuestMemory, log: Sink, trace: Hook | None
     ) -> tuple[int, PciTransport]:
-        number = self._free_number()
+        place = self._expected.get(device)
+        number = self._free_number() if place is None else place[0]
         from pyvmm.transport.pci import PciTransport, vectors_for
 
         if self._messages is None:
@@ -124,15 +124,38 @@ class PciHost:
             file = next(map(self._file_of, device.shared_memory.values()), None)
             transport = PciTransport(device, memory, lines, shared=file, log=log, trace=trace)
             closing.callback(transport.close)
-            start = self._room_for(transport.bar.size)
+            size = transport.bar.size
+            start = self._room_for(size) if place is None else place[1]
+            if place is not None and not self._can_be(number, start, size):
+                raise ConfigError(
+                    f"the saved state of {device.name} cannot be: device {number} at {start:#x}",
+                    cure=CURE,
+                )
             transport.function.place(transport.bar, start)
-            place = _Place(transport, self._vm, file, transport.negotiation.warn)
-            transport.function.placement = place
+            placement = _Place(transport, self._vm, file, transport.negotiation.warn)
+            transport.function.placement = placement
             self.bus.add(number, transport.function)
             plugged = _Plugged(transport, start, closing.pop_all())
             self._plugged = {**self._plugged, number: plugged}
             self._pulled.pop(number, None)
         return number, transport
+
+    def expect(self, places: Mapping[VirtioDevice, tuple[int, int] | None]) -> None:
+        """These devices come to those places, which other ones of their machine had left free:
+        see `place_of`. `attach` raises ConfigError for one that cannot be."""
+        self._expected = places
+
+    def _can_be(self, number: int, start: int, size: int) -> bool:
+        is_free = 0 < number < DEVICES and number not in self.bus.functions
+        is_inside = self._window_start <= start and start + size <= self._window_end
+        others = (start < other_end and other < start + size for other, other_end in self._taken())
+        return is_free and is_inside and not start % size and not any(others)
+
+    def place_of(self, transport: object) -> tuple[int, int] | None:
+        """The device number of `transport`, and the guest-physical address at which its BAR began;
+        None if it is not plugged in here."""
+        places = {id(one.transport): (n, one.start) for n, one in self._plugged.items()}
+        return places.get(id(transport))
 
     def _free_number(self) -> int:
         """One from which no function was pulled away, or else as long ago as can be: the guest may
@@ -173,19 +196,30 @@ class PciHost:
 
     def save(self) -> dict[str, Any]:
         """The bus and the news of its slots; its devices' transports are saved by themselves.
-        Raises ConfigError if devices have come or gone."""
-        if list(self._plugged) != list(range(1, 1 + len(self._plugged))):
-            raise ConfigError(COME_OR_GONE, cure=WITH_ALL)
-        return {
+        Raises ConfigError for a device that is about to go."""
+        for number, one in self._plugged.items():
+            if self.bus.functions.get(number) is not one.transport.function:
+                name = one.transport.device.name
+                raise ConfigError(f"the guest gives {name} up just now", cure="try again")
+        saved: dict[str, Any] = {
             "bus": self.bus.save(),
             "slots": None if self.slots is None else self.slots.save(),
         }
+        if self._pulled:
+            saved["pulled"] = [
+                {"device": number, "start": start, "end": end}
+                for number, (start, end) in self._pulled.items()
+            ]
+        return saved
 
     def restore(self, saved: Saved) -> None:
         """Restore what `save` gave, to a bus with the same devices. Raises ConfigError."""
         self.bus.restore(saved.table("bus"))
         if self.slots is not None:
             self.slots.restore(saved.table("slots"))
+        for one in saved.tables("pulled", DEVICES) if saved.has("pulled") else ():
+            start, end = (one.integer(name, self._window_end) for name in ("start", "end"))
+            self._pulled[one.integer("device", DEVICES - 1)] = start, end
 
     # --- devices that come and go -----------------------------------------------------------------
 

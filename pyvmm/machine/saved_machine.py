@@ -6,15 +6,19 @@ here is their order, and what the machine must be like meanwhile.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pyvmm.errors import ConfigError, DriverError, HostError
 from pyvmm.host.saved import Saved
 from pyvmm.machine.builder import Parts
 from pyvmm.machine.machine import Machine
-from pyvmm.machine.pci_host import COME_OR_GONE, WITH_ALL
 from pyvmm.spec.vm import MAX_DEVICES
+from pyvmm.virtio.device import VirtioDevice
+
+Places = tuple[tuple[int, int] | None, ...]
+_MOST_SLOT = 31  # of a PCI bus; PciHost looks at the rest
 
 
 def save(machine: Machine) -> dict[str, Any]:
@@ -24,8 +28,7 @@ def save(machine: Machine) -> dict[str, Any]:
     """
     parts = machine.parts
     prepared = parts.prepared
-    if prepared.late or parts.kvm is None:
-        raise ConfigError(COME_OR_GONE, cure=WITH_ALL)
+    assert parts.kvm is not None
     try:
         devices = [transport.save() for transport in parts.transports]
     except DriverError as error:
@@ -35,7 +38,49 @@ def save(machine: Machine) -> dict[str, Any]:
         "platform": {name: device.save() for name, device in parts.platform.items()},
         "pci": None if parts.pci is None else parts.pci.save(),
         "devices": devices,
+        **_places(parts),
     }
+
+
+def _places(parts: Parts) -> dict[str, Any]:
+    """The names of devices and their places on PCI, if some have come or gone since the start."""
+    pci, transports = parts.pci, parts.transports
+    if pci is None:
+        return {}
+    places = [pci.place_of(transport) for transport in transports]
+    numbers = [place[0] for place in places if place is not None]
+    if not parts.prepared.late and numbers == list(range(1, 1 + len(numbers))):
+        return {}
+    rows = [
+        {"name": transport.device.name, "slot": place and place[0], "start": place and place[1]}
+        for transport, place in zip(transports, places, strict=True)
+    ]
+    return {"places": rows}
+
+
+def read_places(saved: Saved, devices: Sequence[VirtioDevice], transport: str) -> Places:
+    """What GoesOn has of the state `saved`, for the open `devices` of a machine with that
+    `transport`; they get the names that they had. Raises ConfigError."""
+    if not saved.has("places"):
+        return ()
+    rows = list(saved.tables("places", MAX_DEVICES))
+    if len(rows) != len(devices):
+        raise saved.wrong(f"there are places of {len(rows)} devices, not {len(devices)}")
+    places: list[tuple[int, int] | None] = []
+    names: set[str] = set()
+    for row, device in zip(rows, devices, strict=True):
+        name = row.text("name", 64)
+        if re.fullmatch(r"[\w.-]+", name, re.ASCII) is None or name in names:
+            raise row.wrong(f"a device cannot be called {name!r}")
+        names.add(name)
+        device.name = name
+        if row.get("slot") is not None:
+            places.append((row.integer("slot", _MOST_SLOT, 1), row.bits("start", 64)))
+        elif transport == "pci":
+            raise row.wrong("slot is missing")
+        else:
+            places.append(None)
+    return tuple(places)
 
 
 def restore(parts: Parts, saved: Saved, warn: Callable[[str], None]) -> None:

@@ -15,7 +15,9 @@ from pyvmm.kinds.interface import Running
 from pyvmm.machine.builder import Parts, Prepared
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.outcome import Ending, Outcome
+from pyvmm.spec.record import replace
 from pyvmm.spec.surroundings import STOP_SECONDS
+from pyvmm.spec.vm import DeviceSpec, DiskSpec
 from pyvmm.version import __version__
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ class MachineControl:
         self._watch = watch
         self._resize_outside = resize_outside
         self._described = described
+        self._first_devices = self._prepared.devices
         self._confinement = confinement
         self._start = time.monotonic()
         self._stats: tuple[Parts, MachineStats] | None = None
@@ -221,8 +224,28 @@ class MachineControl:
         pyvmm.monitor.snapshot_sender. Raises ConfigError."""
         from pyvmm.monitor.snapshot_sender import snapshot
 
-        described = self._described or self._prepared.spec
-        return snapshot(self._machine, described, stop=stop, track=track, since=since)
+        described = self._as_user_knows
+        kvm = "host" if self._described is None else "emulated"
+        return snapshot(self._machine, described, kvm, stop=stop, track=track, since=since)
+
+    def _as_user_knows(self) -> VmSpec:
+        """The VM with the devices that it has now. The machine is steady."""
+        prepared = self._prepared
+        if self._described is None:
+            return prepared.spec
+        if not prepared.late and prepared.devices == self._first_devices:
+            return self._described
+        known = dict(zip(self._first_devices, self._described.parts, strict=True))
+        known |= self._hotplug().described
+        parts = [
+            known.get(device, spec)
+            for device, spec in zip(prepared.devices, prepared.spec.parts, strict=True)
+        ]
+        return replace(
+            self._described,
+            disks=tuple(part for part in parts if isinstance(part, DiskSpec)),
+            devices=tuple(part for part in parts if isinstance(part, DeviceSpec)),
+        )
 
     def console(self, history: bool = True, input: bool = True) -> Upgrade:
         """Make the connection one end of the console; see Watch."""

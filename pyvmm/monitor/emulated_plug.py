@@ -120,10 +120,10 @@ class Plugging(Closable):
             spec, disks = self._plug_disks(plugs, crossing, opened)
             spec, streams = self._plug_streams(plugs, crossing, spec, opened)
             self._listen(plugs)
-            plain = json.loads(json.dumps(asdict(spec)))
-            told = self._ask(
-                plugs, _PATIENCE, "plug", kind=kind, spec=plain, disks=disks, streams=streams
-            )
+            plain, outside = (json.loads(json.dumps(asdict(one))) for one in (spec, checked))
+            params: dict[str, Any] = {"kind": kind, "spec": plain, "described": outside}
+            params |= {"disks": disks, "streams": streams}
+            told = self._ask(plugs, _PATIENCE, "plug", **params)
             with self._lock:
                 before = self._plugged.get((kind, told["id"]))
                 self._plugged[kind, told["id"]] = opened.pop_all()

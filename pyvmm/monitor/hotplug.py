@@ -222,6 +222,8 @@ class Hotplug(Closable):
         self._arrived: dict[Transport, _Arrived] = {}
         self._finishing: set[Thread] = set()
         self._ended = False  # changes with `machine.steady` held
+        # Devices as the user's machine knows them, where that is another one.
+        self.described: dict[VirtioDevice, Spec] = {}
 
     # --- a device comes ---------------------------------------------------------------------------
 
@@ -229,12 +231,15 @@ class Hotplug(Closable):
         """Do what needs names, outside of the box that this may be in; what `job` returns."""
         return self._devices.run_by(job)
 
-    def add(self, kind: str, value: str | dict[str, Any] | Spec) -> dict[str, Any]:
+    def add(
+        self, kind: str, value: str | dict[str, Any] | Spec, described: Spec | None = None
+    ) -> dict[str, Any]:
         """Open the device that `value` describes, as its option would, and plug it in; its `id`,
-        and the PCI `slot` that it is in. Raises ConfigError, HostError."""
+        and the PCI `slot` that it is in. `described` is the device as the user's machine knows it,
+        where that is another one. Raises ConfigError, HostError."""
         self._bus()
         try:
-            spec, device, slot = self._open_and_plug(kind, value)
+            spec, device, slot = self._open_and_plug(kind, value, described)
         except ConfigError as error:
             raise registry.untyped(kind, error) from None
         self._watch_arrival(device, slot)
@@ -302,7 +307,7 @@ class Hotplug(Closable):
         )
 
     def _open_and_plug(
-        self, kind: str, value: str | dict[str, Any] | Spec
+        self, kind: str, value: str | dict[str, Any] | Spec, described: Spec | None
     ) -> tuple[Spec, VirtioDevice, int]:
         [spec] = self._read(kind, value)
         if getattr(spec, "mountpoint", "") and self._machine.pauser.paused:
@@ -316,9 +321,13 @@ class Hotplug(Closable):
         with self._one_at_a_time:
             spec = self._checked(kind, spec)
             device = self._devices.open(spec)
+            if described is not None:
+                named = isinstance(described, DiskSpec) and isinstance(spec, DiskSpec)
+                self.described[device] = replace(described, id=spec.id) if named else described
             try:
                 return spec, device, self._plug(spec, device)
             except BaseException:
+                self.described.pop(device, None)
                 self._devices.close_one(device)
                 raise
 
@@ -370,9 +379,11 @@ class Hotplug(Closable):
                 log=log.of_vm(self._name),
                 trace=virtio_hook(self._trace),
             )
-            place = len(parts.prepared.spec.disks) if spec.kind == "disk" else None
             found = _parts_of(parts)
-            found.insert(len(found) if place is None else place, _Part(spec, device, transport))
+            # As in a specification that has all of them: a snapshot is restored from one.
+            ranks = [_rank(one.spec) for one in found]
+            place = sum(rank <= _rank(spec) for rank in ranks)
+            found.insert(place, _Part(spec, device, transport))
             self._exchange(found, parts.prepared.late | {device})
         return number
 
@@ -589,6 +600,7 @@ class Hotplug(Closable):
         self._exchange(others, self._machine.parts.prepared.late - {part.device})
         with self._lock:
             self._leaving.pop(part.transport, None)
+        self.described.pop(part.device, None)
         try:
             self._devices.close_one(part.device)
         except Exception as error:
@@ -667,6 +679,10 @@ def _check_crossing(kind: str, spec: Spec) -> None:
             "this machine's files and network do not get into the emulated KVM host so",
             cure=f"make {kind}.add the first request of its connection",
         )
+
+
+def _rank(spec: Spec) -> int:
+    return list(registry.KINDS).index(spec.kind)
 
 
 def _requests_of(transport: Transport) -> tuple[int, bool]:

@@ -20,7 +20,13 @@ from pyvmm.kinds import registry
 if TYPE_CHECKING:
     from pyvmm.monitor.hotplug import Hotplug
 
-NEEDS: dict[str, type] = {"kind": str, "spec": dict, "disks": dict, "streams": list}
+NEEDS: dict[str, type] = {
+    "kind": str,
+    "spec": dict,
+    "described": dict,
+    "disks": dict,
+    "streams": list,
+}
 _PATIENCE = 60.0  # seconds for the kernel to find something
 _STEP = 0.02
 
@@ -29,20 +35,27 @@ def plug(
     hotplug: Callable[[], Hotplug],
     kind: str,
     spec: dict[str, Any],
+    described: dict[str, Any],
     disks: dict[str, str],
     streams: list[str],
 ) -> Later:
     """Add the device `spec` once the block devices with the serial numbers in `disks` are at their
-    paths, and the ports `streams` are there."""
-    return Later(partial(_plug, hotplug(), kind, spec, disks, streams))
+    paths, and the ports `streams` are there. `described` is the device as it is known outside."""
+    return Later(partial(_plug, hotplug(), kind, spec, described, disks, streams))
 
 
 def _plug(
-    hotplug: Hotplug, kind: str, spec: dict[str, Any], disks: dict[str, str], streams: list[str]
+    hotplug: Hotplug,
+    kind: str,
+    spec: dict[str, Any],
+    described: dict[str, Any],
+    disks: dict[str, str],
+    streams: list[str],
 ) -> dict[str, Any]:
     hotplug.run_outside(partial(_bring_in, disks, streams))
+    read = partial(registry.from_plain, kind)
     try:
-        return hotplug.add(kind, registry.from_plain(kind, spec))
+        return hotplug.add(kind, read(spec), read(described))
     except TypeError as error:
         raise ConfigError(f"not a device: {error}") from None
 

@@ -10,7 +10,7 @@ from pyvmm.control import snapshot_store as store
 from pyvmm.host.saved import Saved
 from pyvmm.machine import saved_machine
 from pyvmm.machine.board.registry import board_of_host
-from pyvmm.machine.builder import Parts, Prepared, open_kvm, prepare_restored
+from pyvmm.machine.builder import GoesOn, Parts, Prepared, open_kvm, prepare_restored
 from pyvmm.machine.outcome import Alarm
 from pyvmm.memory.private_memory import PrivateMemory
 from pyvmm.monitor.saved_memory import SavedMemory
@@ -62,8 +62,10 @@ class Restoring:
             (fd, _), *over = saved.files
             memory = PrivateMemory(board_of_host().ram_ranges(self._spec.memory), fd, over)
         memory.began_as = str(self._raw.get("id", ""))
-        cmdline = self._state.text("cmdline", 1 << 16)
-        return prepare_restored(self._spec, devices, alarm, closing, memory, cmdline)
+        machine = self._state.table("machine")
+        places = saved_machine.read_places(machine, devices, self._spec.transport)
+        goes_on = GoesOn(self._state.text("cmdline", 1 << 16), places)
+        return prepare_restored(self._spec, devices, alarm, closing, memory, goes_on)
 
     def restore(self, parts: Parts, warn: Callable[[str], None]) -> None:
         """Have `parts` go on where they were saved. Raises ConfigError, HostError."""

@@ -149,16 +149,8 @@ def _run(
 ) -> int:
     """`on_open` is called once all files of a VM on this machine's KVM are open; an emulated host
     looks for them until its end."""
-    because = None
-    if spec.arch and is_foreign(spec.arch):
-        if kvm == "host":
-            raise _no_guests_for(spec.arch)
-        because = f"this machine's KVM runs no guests for {spec.arch}"
-    elif kvm == "auto":
-        from pyvmm.machine.host_kvm import why_unusable
-
-        because = why_unusable()
-    if kvm == "host" or (kvm == "auto" and because is None):
+    kvm, because = which_kvm(spec, kvm)
+    if kvm == "host":
         from pyvmm.monitor.phases import run_here
 
         confinement = _confinement(surroundings, registration, vm_log, passes_signals)
@@ -204,6 +196,27 @@ def _no_guests_for(arch: str) -> ConfigError:
     return ConfigError(
         f"this machine's KVM runs no guests for {arch}", cure="leave that out", option="--kvm"
     )
+
+
+def which_kvm(spec: VmSpec, kvm: str) -> tuple[str, str | None]:
+    """`kvm`, or which one "auto" is for `spec`; and why it is the emulated host's, None if the user
+    says so. Raises ConfigError."""
+    if spec.arch and is_foreign(spec.arch):
+        if kvm == "host":
+            raise _no_guests_for(spec.arch)
+        return "emulated", f"this machine's KVM runs no guests for {spec.arch}"
+    if kvm != "auto":
+        return kvm, None
+    from pyvmm.machine import host_kvm
+
+    if spec.saved_on == "host":
+        # What the machine was saved on runs it, whatever a kernel would need.
+        host_kvm.check_there("the VM of the snapshot had a machine's own KVM")
+        return "host", None
+    because = host_kvm.why_unusable()
+    if because is None and spec.saved_on == "emulated":
+        because = "the VM of the snapshot had an emulated host's KVM"
+    return ("host", None) if because is None else ("emulated", because)
 
 
 @contextmanager

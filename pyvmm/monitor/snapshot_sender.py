@@ -14,7 +14,7 @@ import json
 import os
 import select
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from threading import Thread
 from typing import Any
 
@@ -48,14 +48,21 @@ class _CalledOff(Exception):
 
 
 def snapshot(
-    machine: Machine, described: VmSpec, *, stop: bool, track: bool, since: str
+    machine: Machine,
+    described: Callable[[], VmSpec],
+    kvm: str,
+    *,
+    stop: bool,
+    track: bool,
+    since: str,
 ) -> Upgrade:
-    """Make the connection a stream as above. `described` is the machine as its user's machine knows
-    it. Raises ConfigError for what cannot be saved, before anything stands still."""
-    check(described)
+    """Make the connection a stream as above. `described` gives the machine, which is steady then,
+    as its user's machine knows it, and `kvm` is "host" or "emulated", as that has it. Raises
+    ConfigError for what cannot be saved, before anything stands still."""
+    check(described())
 
     def hand_over(connection: Socket, rest: bytes) -> None:
-        sender = _Sender(machine, described, connection, stop=stop, track=track, since=since)
+        sender = _Sender(machine, described, kvm, connection, stop=stop, track=track, since=since)
         Thread(target=sender.run, name="snapshot", daemon=True).start()
 
     return Upgrade({}, hand_over)
@@ -65,7 +72,8 @@ class _Sender:
     def __init__(
         self,
         machine: Machine,
-        described: VmSpec,
+        described: Callable[[], VmSpec],
+        kvm: str,
         connection: Socket,
         *,
         stop: bool,
@@ -74,6 +82,7 @@ class _Sender:
     ) -> None:
         self._machine = machine
         self._described = described
+        self._kvm = kvm
         self._connection = connection
         self._stop = stop
         self._track = track
@@ -119,7 +128,8 @@ class _Sender:
         self._send_end(paused)
 
     def _send_all(self) -> None:
-        machine, spec = self._machine, self._described
+        machine, spec = self._machine, self._described()
+        check(spec)  # again, as devices may have come since
         prepared = machine.parts.prepared
         snapshot_id = os.urandom(16).hex()
         changed = self._changes(snapshot_id)
@@ -127,6 +137,7 @@ class _Sender:
             "pyvmm": __version__,
             "id": snapshot_id,
             "made": time.time(),
+            "kvm": self._kvm,
             "spec": json.loads(to_json(spec)),
             "cmdline": prepared.entry.cmdline,
             "machine": saved_machine.save(machine),

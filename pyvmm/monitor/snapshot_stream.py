@@ -14,7 +14,7 @@ from __future__ import annotations
 import struct
 
 from pyvmm.errors import ConfigError
-from pyvmm.spec.vm import VmSpec
+from pyvmm.spec.vm import MAX_DEVICES, VmSpec
 
 PIECE = struct.Struct("<IQI")
 END = 0xFFFF_FFFF
@@ -23,7 +23,13 @@ DONE = b"!"
 
 
 def check(spec: VmSpec) -> None:
-    """Raise ConfigError for a VM with disks that have no file that outlives it."""
+    """Raise ConfigError for a VM with disks that have no file that outlives it, or with more
+    devices, as some have come later, than a VM can begin with."""
+    if len(spec.parts) > MAX_DEVICES:
+        raise ConfigError(
+            f"a VM with {len(spec.parts)} devices cannot be in a snapshot",
+            cure=f"remove some: {MAX_DEVICES} are the most",
+        )
     for disk in spec.disks:
         if disk.storage in ("ram", "python"):
             raise ConfigError(

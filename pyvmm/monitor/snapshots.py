@@ -380,7 +380,10 @@ def spec_of(name: str, path: str, state: Mapping[str, Any]) -> VmSpec:
             raise _bad(name, f"the changes of disk {disk.id} are missing")
         saved = os.path.join(path, changes) if changes in files else None
         disks.append(replace(disk, snapshot=True, overlay=None, direct=False, saved=saved))
-    return replace(spec, disks=tuple(disks), restored_from=path, waits=False)
+    kvm = state.get("kvm", "")
+    if kvm not in ("", "host", "emulated"):  # those of earlier versions have none
+        raise _bad(name, "nobody knows the KVM that its VM had")
+    return replace(spec, disks=tuple(disks), restored_from=path, saved_on=kvm, waits=False)
 
 
 def _as_a_user_could(spec: VmSpec) -> VmSpec:

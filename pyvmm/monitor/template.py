@@ -70,6 +70,7 @@ class _Template:
 
         from pyvmm.control import snapshot_store
         from pyvmm.kinds.vm_spec import from_json
+        from pyvmm.monitor.run_spec import which_kvm
         from pyvmm.spec.surroundings import read_surroundings
 
         self._socket = socket
@@ -79,8 +80,7 @@ class _Template:
         self._children: dict[int, tuple[int, int]] = {}  # by pidfd: process, where its code goes
         spec = from_json(str(request["spec"]))
         closing.enter_context(snapshot_store.held(spec.restored_from))
-        kvm = str(request["kvm"])
-        self._kvm, self._because = _which_kvm(kvm)
+        self._kvm, self._because = which_kvm(spec, str(request["kvm"]))
         if self._kvm == "host":
             from pyvmm.monitor import restored
 
@@ -219,16 +219,6 @@ def _keep_only(fds: Sequence[int]) -> None:
     for number, fd in enumerate(high):
         os.dup2(fd, number, inheritable=number < _NAME)
     os.closerange(len(fds), os.sysconf("SC_OPEN_MAX"))
-
-
-def _which_kvm(kvm: str) -> tuple[str, str | None]:
-    """`kvm`, or which one auto is, and why it is that."""
-    if kvm != "auto":
-        return kvm, None
-    from pyvmm.machine.host_kvm import why_unusable
-
-    because = why_unusable()
-    return ("host", None) if because is None else ("emulated", because)
 
 
 def _import_all(kinds: Collection[str]) -> None:

@@ -84,9 +84,13 @@ class PciBus:
             self._place(function)
 
     def save(self) -> dict[str, Any]:
-        """All configuration spaces, and the address that the ports stand at."""
+        """All configuration spaces, the address that the ports stand at, and where there were BARs
+        whose function was pulled away."""
         spaces = [{"device": at, "space": one.save()} for at, one in self.functions.items()]
-        return {"address": self.ports.address, "functions": spaces}
+        saved = {"address": self.ports.address, "functions": spaces}
+        if pulled := [place for window in self._windows for place in window.save_pulled()]:
+            saved["pulled"] = pulled
+        return saved
 
     def restore(self, saved: Saved) -> None:
         """Restore what `save` gave, to a bus with the same functions: their BARs answer where they
@@ -102,6 +106,10 @@ class PciBus:
                 self._place(function)
         if rest:
             raise saved.wrong(f"device {min(rest)} is missing")
+        most = _MOST_PULLED * len(self._windows)
+        for one in saved.tables("pulled", most) if saved.has("pulled") else ():
+            if not any(window.restore_pulled(one) for window in self._windows):
+                raise one.wrong("no BAR was there")
 
     def read(self, device: int, function: int, offset: int, size: int) -> int:
         """Read configuration space."""
@@ -215,6 +223,20 @@ class Window:
         """The function of `bars` is about to be pulled away."""
         places = (range(one.start, one.end) for one in self._map[1] if one.bar in bars)
         self._pulled = (*self._pulled, *places)[-_MOST_PULLED:]
+
+    def save_pulled(self) -> list[dict[str, int]]:
+        """Where there were BARs whose function was pulled away."""
+        return [{"start": self.base + one.start, "size": len(one)} for one in self._pulled]
+
+    def restore_pulled(self, saved: Saved) -> bool:
+        """Restore one of what `save_pulled` gave, if it is in this window, to which no BAR comes
+        there later. Raises ConfigError."""
+        start = saved.bits("start", 64) - self.base
+        end = start + saved.bits("size", 64)
+        if not 0 <= start < end <= self.size:
+            return False
+        self._pulled = (*self._pulled, range(start, end))[-_MOST_PULLED:]
+        return True
 
     def _clear(self, bar: Bar) -> None:
         self._left += [one.access for one in self._map[1] if one.bar is bar]

@@ -132,8 +132,9 @@ class VmSpec(Record):
     one of ON_REBOOT, is what becomes of a guest that asks for a reset. `transport` is one of
     TRANSPORTS; "auto" is mmio, unless an image's kernel boots (monitor.from_image). An empty `name`
     is for whoever starts it to fill in. `arch` is one of ARCHITECTURES, or "" for this machine's.
-    `restored_from` is the directory of the snapshot that it goes on from; one that `waits` is
-    paused before its first instruction."""
+    `restored_from` is the directory of the snapshot that it goes on from, and `saved_on` says whose
+    KVM it had then, by the values of --kvm, "" for nobody knows; one that `waits` is paused before
+    its first instruction."""
 
     kernel: str
     initrd: str | None = None
@@ -149,6 +150,7 @@ class VmSpec(Record):
     transport: str = "auto"
     on_reboot: str = "restart"
     restored_from: str = field(default="", metadata=INTERNAL)
+    saved_on: str = field(default="", metadata=INTERNAL)
     waits: bool = field(default=False, metadata=INTERNAL)
     arch: str = ""
 

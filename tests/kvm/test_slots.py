@@ -3,9 +3,11 @@ the slots."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from boot_images import Elf, Load
 from footprint import footprint, has_no_more_than
 
 from pyvmm import VM, ConfigError, images
+from pyvmm.control import snapshot_store as store
 from pyvmm.control.protocol import ControlError
 from pyvmm.kvm.system import Kvm
 
@@ -157,6 +160,120 @@ def test_what_came_is_there_after_a_reboot(folder: Path, transport: str) -> None
         vm.add_disk(f"{folder}/data")
         assert vm.console.expect(["AB", "A.*A"], timeout=SAFETY_TIMEOUT) == 0, vm.console.text
         assert vm.wait(timeout=SAFETY_TIMEOUT).exit_code == 0
+
+
+def places(name: str) -> tuple[Any, Any]:
+    """The devices' places in a snapshot, and the bus with all that a driver can have set."""
+    machine = store.read_state(os.path.join(store.folder(), name))["machine"]
+    machine["pci"]["bus"]["functions"].sort(key=itemgetter("device"))
+    return machine["places"], machine["pci"]
+
+
+@pytest.fixture
+def saved(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(folder / "state"))
+    for name in ("root", "goes", "stays", "later"):
+        (folder / name).write_bytes(bytes(1 << 20))
+
+
+@pytest.mark.parametrize("transport", ["mmio", "pci"])
+def test_what_has_come_and_gone_is_in_a_snapshot(saved: None, folder: Path, transport: str) -> None:
+    def disk(name: str) -> str:
+        return f"{folder}/{name},id={name},snapshot"
+
+    with guest(folder, OBEDIENT, transport=transport, disks=[disk("root")]) as vm:
+        vm.add_disk(disk("goes"))
+        vm.add_rng()
+        vm.add_disk(disk("stays"))
+        assert vm.add_net("user") == "net-user"
+        assert vm.add_net("user") == "net-user-2"
+        vm.remove_net("net-user", timeout=SAFETY_TIMEOUT)
+        vm.remove_disk("goes", timeout=SAFETY_TIMEOUT)
+        devices = ["root", "stays", "net-user-2", "rng"]
+        assert vm.status()["devices"] == devices
+        vm.snapshot("first")
+        with vm.clone() as copy:
+            assert copy.status()["devices"] == devices
+        vm.snapshot("same", stop=True)
+    assert places("same") == places("first")
+    first, bus = places("first")
+    assert [row["name"] for row in first] == devices
+    own = 1 if transport == "pci" else 0  # of the disk that was there from the start
+    assert [row["slot"] for row in first] == [own or None, own + 3, own + 5, own + 2]
+    with VM.restore("first", kvm="host") as vm:
+        assert vm.status()["devices"] == devices
+        vm.snapshot("second")
+        assert places("second") == (first, bus)
+        # They come and go as before: the free place is taken first.
+        vm.remove_disk("stays", timeout=SAFETY_TIMEOUT)
+        vm.remove_rng("rng", timeout=SAFETY_TIMEOUT)
+        for _ in range(2):
+            vm.console.expect_exact("E", timeout=SAFETY_TIMEOUT)
+        assert vm.add_disk(disk("later")) == "later"
+        vm.console.expect_exact("A", timeout=SAFETY_TIMEOUT)
+        vm.snapshot("third", stop=True)
+    assert [row["slot"] for row in places("third")[0]] == [own or None, own + 1, own + 5]
+
+
+@pytest.mark.parametrize("transport", ["mmio", "pci"])
+def test_news_and_reboots_of_a_restored_guest(saved: None, folder: Path, transport: str) -> None:
+    with guest(folder, RESETS, transport=transport) as vm:
+        vm.pause()
+        vm.add_disk(f"{folder}/later")
+        vm.snapshot("first", stop=True)
+    with VM.restore("first", kvm="host") as vm:
+        assert vm.console.expect(["AB", "A.*A"], timeout=SAFETY_TIMEOUT) == 0, vm.console.text
+        assert vm.wait(timeout=SAFETY_TIMEOUT).exit_code == 0
+
+
+def test_what_was_taken_away_is_not_forgotten(saved: None, folder: Path) -> None:
+    """A guest that has not looked yet would take what comes to its place for the same device."""
+    with guest(folder, b"\xf4\xeb\xfd", transport="pci") as vm:  # halts
+        vm.add_disk(f"{folder}/goes,id=goes")
+        vm.remove_disk("goes", timeout=0, force=True)
+        vm.add_disk(f"{folder}/stays,id=stays")
+        vm.snapshot("first", stop=True)
+    with VM.restore("first", kvm="host") as vm:
+        vm.add_disk(f"{folder}/later,id=later")
+        vm.snapshot("second", stop=True)
+    assert [row["slot"] for row in places("second")[0]] == [2, 3]
+    assert places("second")[1]["pulled"] == [{"device": 1, "start": 0, "end": 0}]
+
+
+def no_place(row: dict[str, Any]) -> None:
+    row["slot"] = None
+
+
+BAD_PLACES = {
+    "taken": (lambda rows: rows[1].update(slot=rows[0]["slot"]), "device 1 at"),
+    "over another": (lambda rows: rows[1].update(start=rows[0]["start"]), "device 3 at"),
+    "not aligned": (lambda rows: rows[1].update(start=rows[1]["start"] + 8), "device 3 at"),
+    "outside": (lambda rows: rows[1].update(start=0), "device 3 at"),
+    "bridge": (lambda rows: rows[1].update(slot=0), "slot is 0"),
+    "far": (lambda rows: rows[1].update(slot=32), "slot is 32"),
+    "elsewhere": (lambda rows: rows[1].update(slot=4), "no such device on the bus"),
+    "nowhere": (lambda rows: no_place(rows[1]), "slot is missing"),
+    "fewer": (lambda rows: rows.pop(), "places of 1 devices, not 2"),
+    "same name": (lambda rows: rows[1].update(name="root"), "a device cannot be called 'root'"),
+    "bad name": (lambda rows: rows[1].update(name="a\nb"), "a device cannot be called"),
+}
+
+
+@pytest.mark.parametrize("what", BAD_PLACES)
+def test_places_that_cannot_be_are_refused(saved: None, folder: Path, what: str) -> None:
+    with guest(folder, OBEDIENT, transport="pci", disks=[f"{folder}/root,snapshot,id=root"]) as vm:
+        vm.add_disk(f"{folder}/goes,id=goes")
+        vm.add_disk(f"{folder}/stays,id=stays,readonly")
+        vm.remove_disk("goes", timeout=SAFETY_TIMEOUT)
+        vm.snapshot("first", stop=True)
+    path = os.path.join(store.folder(), "first")
+    state = store.read_state(path)
+    change, message = BAD_PLACES[what]
+    change(state["machine"]["places"])
+    state["checksum"] = store.checksum(state)
+    Path(path, "state.json").write_text(json.dumps(state))
+    with pytest.raises(ConfigError, match=message):
+        VM.restore("first", kvm="host").start()
 
 
 def test_a_disk_of_virtio_mmio_stays(folder: Path) -> None:

@@ -162,6 +162,21 @@ def test_several_go_on_side_by_side(snapshot: Path) -> None:
         guest.off()
 
 
+def test_a_vm_goes_on_where_it_was_saved(snapshot: Path) -> None:
+    """On this machine's KVM, also if that runs no Linux, without being told so."""
+    state = store.read_state(str(snapshot))
+    assert state["kvm"] == "host"
+    with VM.restore("first") as vm, vm.clone() as copy:
+        for one in (vm, copy):
+            one.console.send("hello")
+            one.console.expect_exact("hello", timeout=SAFETY_TIMEOUT)
+            assert "emulated" not in " ".join(one.messages)
+    state["kvm"] = "elsewhere"
+    state["checksum"] = store.checksum(state)
+    (snapshot / "state.json").write_text(json.dumps(state))
+    assert "nobody knows the KVM" in refused("run", "--restore", "first")
+
+
 def test_a_restored_guest_can_boot_anew(snapshot: Path) -> None:
     with Guest("--restore", "first") as guest:
         guest.hears(b"R")

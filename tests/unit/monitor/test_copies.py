@@ -10,7 +10,11 @@ import pytest
 from pyvmm.errors import ConfigError
 from pyvmm.kinds import net, port, vsock
 from pyvmm.kinds.vm_spec import from_json, to_json, validate
+from pyvmm.kvm.system import Kvm
+from pyvmm.machine import host_kvm
+from pyvmm.monitor.run_spec import which_kvm
 from pyvmm.monitor.snapshots import copy_of, spec_of
+from pyvmm.spec.record import replace
 from pyvmm.spec.vm import DeviceSpec, VmSpec
 
 
@@ -79,3 +83,40 @@ def test_a_snapshot_says_nothing_that_a_user_cannot(tmp_path: Path) -> None:
     assert (card.stream, card.mac) == ("", "52:54:00:00:00:01")  # type: ignore[attr-defined]
     assert socket.listen_at == ""  # type: ignore[attr-defined]
     assert (found.waits, found.restored_from) == (False, str(tmp_path))
+
+
+# What auto is: by where the VM was saved, and by what is the matter with this machine's KVM.
+CHOICES = [
+    ("host", None, "host", None),
+    ("host", "no Linux", "host", None),
+    ("emulated", "no Linux", "emulated", "no Linux"),
+    ("emulated", None, "emulated", "the VM of the snapshot had an emulated host's KVM"),
+    ("", None, "host", None),
+    ("", "no Linux", "emulated", "no Linux"),
+]
+
+
+@pytest.mark.parametrize(("saved_on", "matter", "kvm", "because"), CHOICES)
+def test_auto_is_where_the_vm_was_saved(
+    monkeypatch: pytest.MonkeyPatch, saved_on: str, matter: str, kvm: str, because: str | None
+) -> None:
+    monkeypatch.setattr(host_kvm, "why_unusable", lambda: matter)
+    monkeypatch.setattr(host_kvm, "check_there", lambda why: None)
+    spec = replace(of(), saved_on=saved_on)
+    assert which_kvm(spec, "auto") == (kvm, because)
+    assert which_kvm(from_json(to_json(spec)), "auto") == (kvm, because), "in another process"
+    for chosen in ("host", "emulated"):
+        assert which_kvm(spec, chosen) == (chosen, None), "a user has said so"
+
+
+def test_a_vm_that_had_kvm_does_not_go_on_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise ConfigError("there is no /dev/kvm")
+
+    monkeypatch.setattr(Kvm, "open", missing)
+    with pytest.raises(ConfigError) as caught:
+        which_kvm(replace(of(), saved_on="host"), "auto")
+    assert str(caught.value) == (
+        "the VM of the snapshot had a machine's own KVM, and here is none: there is no /dev/kvm; "
+        "restore it on a machine with KVM"
+    )

@@ -23,6 +23,7 @@ from pyvmm.emulated_host.spec import Plugs
 from pyvmm.errors import ConfigError
 from pyvmm.host import unix_sockets
 from pyvmm.host.files import open_image
+from pyvmm.monitor import plugged_inside
 from pyvmm.monitor.emulated_plug import Plugging
 from pyvmm.spec.vm import VmSpec
 
@@ -33,6 +34,7 @@ class Inside:
     def __init__(self) -> None:
         self.devices: list[str] = []
         self.specs: list[dict[str, Any]] = []
+        self.described: list[dict[str, Any]] = []
         self.before_answer: Callable[[], None] = lambda: None
         self.cancelled = threading.Event()
         self.may_go = threading.Event()
@@ -40,9 +42,7 @@ class Inside:
         self.registration = registry.register("inside")
         assert self.registration.listener is not None
         methods = {
-            "plug": Method(
-                self.plug, needs={"kind": str, "spec": dict, "disks": dict, "streams": list}
-            ),
+            "plug": Method(self.plug, needs=plugged_inside.NEEDS),
             "status": Method(lambda: {"devices": self.devices}),
             "events": Method(self.events, takes={"history": bool}),
             "disk.remove": Method(
@@ -52,8 +52,11 @@ class Inside:
         self.server = ControlServer(self.registration.listener, methods.get)
         self.server.start()
 
-    def plug(self, kind: str, spec: dict[str, Any], disks: Any, streams: Any) -> dict[str, Any]:
+    def plug(
+        self, kind: str, spec: dict[str, Any], described: dict[str, Any], disks: Any, streams: Any
+    ) -> dict[str, Any]:
         self.specs.append(spec)
+        self.described.append(described)
         id = spec.get("id") or f"{kind}0"
         self.devices.append(id)
         self.before_answer()
@@ -149,6 +152,9 @@ def is_locked(path: Path) -> bool:
 
 def add(outside: Outside, path: Path) -> None:
     assert outside.ask("disk.add", device=f"{path},id=data")["result"]["id"] == "data"
+    # A snapshot has it by its name outside.
+    seen = [row[-1]["path"] for row in (outside.inside.specs, outside.inside.described)]
+    assert seen[0].startswith("/run/pyvmm-plug/") and seen[1] == str(path)
     until(lambda: bool(outside.inside.listeners))
 
 

@@ -14,8 +14,10 @@ from pyvmm.control.protocol import FAILED, PAUSED, ControlError
 from pyvmm.errors import ConfigError
 from pyvmm.host.files import open_image
 from pyvmm.kinds import balloon
+from pyvmm.kinds.vm_spec import validate
 from pyvmm.machine.pci_host import PciHost
 from pyvmm.monitor import hotplug
+from pyvmm.monitor.control import MachineControl
 from pyvmm.monitor.hotplug import methods
 from pyvmm.pci import slots
 from pyvmm.spec.vm import VmSpec
@@ -52,6 +54,33 @@ def give_up(rig: Rig, asking: Asking, slot: int) -> None:
     assert rig.asked(slots.LEAVING) == 1 << slot
     rig.eject(slot)
     asking.result()
+
+
+def test_a_snapshot_has_devices_as_the_users_machine_knows_them(rig: Rig, data: Path) -> None:
+    """In an emulated host the monitor inside has other paths."""
+    outside = validate(
+        VmSpec("kernel", disks=(Disk("/root", id="root"),), devices=(balloon.Spec(),))
+    )
+    control = MachineControl(rig.machine, None, lambda: rig.hotplug, None, outside)  # type: ignore[arg-type]
+    assert control._as_user_knows() is outside
+    rig.add("rng", "bps=1M")  # which has nothing of the machine
+    named = [Disk("/data", read_only=True), Disk("/more", read_only=True)]
+    for described in named:
+        rig.hotplug.add("disk", Disk(str(data), read_only=True), described)
+    known = control._as_user_knows()
+    assert [(disk.path, disk.id) for disk in known.disks] == [
+        ("/root", "root"),
+        ("/data", "disk0"),
+        ("/more", "disk1"),
+    ]
+    assert [device.kind for device in known.devices] == ["rng", "balloon"]
+    assert [part.kind for part in known.parts] == [part.kind for part in validate(known).parts], (
+        "a restored VM has them in another order"
+    )
+    give_up(rig, rig.removing("disk", "disk0"), 4)
+    give_up(rig, rig.removing("disk", "root"), 1)
+    assert [(disk.path, disk.id) for disk in control._as_user_knows().disks] == [("/more", "disk1")]
+    assert len(rig.hotplug.described) == 1
 
 
 # --- a device that no driver takes ----------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.bus import Bus
+from pyvmm.errors import ConfigError
+from pyvmm.host.saved import Saved
 from pyvmm.pci import registers as pci
 from pyvmm.pci.bus import DEVICES, ECAM_SIZE, PciBus
 from pyvmm.pci.function import Bar, Capability, Function
@@ -460,6 +463,28 @@ def test_only_the_last_places_that_functions_were_pulled_from_are_remembered(ben
         bench.bus.remove(SLOT, one, pulled=True)
     zeros = [window.read(place * BAR_SIZE, 4) == 0 for place in range(40)]
     assert zeros == [False] * 8 + [True] * 32
+
+
+def test_where_functions_were_pulled_away_is_saved(bench: Bench) -> None:
+    bench.bus.add_window(4 * BASE, 4 * BAR_SIZE)
+    bars = Bar(0, BAR_SIZE, Registers()), Bar(2, 2 * BAR_SIZE, Registers())
+    one = function(*bars)
+    for bar, address in zip(bars, (BASE + BAR_SIZE, 4 * BASE + 2 * BAR_SIZE), strict=True):
+        one.place(bar, address)
+    one.write(pci.PCI_COMMAND, 2, pci.PCI_COMMAND_MEMORY)
+    bench.bus.add(9, one)
+    bench.bus.remove(9, one, pulled=True)
+    state = json.loads(json.dumps(bench.bus.save()))
+    again = Bench()
+    high = again.bus.add_window(4 * BASE, 4 * BAR_SIZE)
+    again.bus.restore(Saved(state, "the bus"))
+    for window, zeros in ((again.bus.window, [1]), (high, [2, 3])):
+        found = [at for at in range(4) if not window.read(at * BAR_SIZE, 4)]
+        assert found == zeros
+    assert again.bus.save() == state
+    for bad in ({"start": BASE - 4096, "size": 8192}, {"start": BASE, "size": 0}, {"start": BASE}):
+        with pytest.raises(ConfigError, match="cannot be"):
+            Bench().bus.restore(Saved(state | {"pulled": [bad]}, "the bus"))
 
 
 def test_a_function_that_decodes_already_answers_once_it_is_plugged_in(bench: Bench) -> None:
