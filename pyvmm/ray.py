@@ -32,6 +32,7 @@ from pyvmm.api.signatures import signature_of
 from pyvmm.api.vm import VM
 from pyvmm.control import snapshot_store as store
 from pyvmm.errors import ConfigError, PyvmmError
+from pyvmm.host.syscalls import Closable
 from pyvmm.monitor import snapshots
 from pyvmm.spec.surroundings import STOP_SECONDS
 
@@ -482,7 +483,7 @@ class _Member:
         self.name, self.node = "", ""
 
 
-class RayPool:
+class RayPool(Closable):
     """Up to `size` VMs that wait at one snapshot, on whatever nodes have room; one that is taken or
     lost is replaced. Any thread may use it. It is closed by `close`, or at the end of a `with`
     block; those that were taken go on until the program ends them, or ends."""
@@ -526,17 +527,6 @@ class RayPool:
         self._jobs.put(self._fill)
         self._thread = Thread(target=self._work, name="pyvmm ray pool", daemon=True)
         self._thread.start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def ready(self) -> int:

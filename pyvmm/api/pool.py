@@ -16,8 +16,7 @@ import time
 from collections import deque
 from functools import partial
 from threading import Condition, Thread
-from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from pyvmm.api.cancellation import check, woken_by
 from pyvmm.api.clones import MOST, introduce
@@ -27,6 +26,7 @@ from pyvmm.api.template import ForkedMonitor, Template
 from pyvmm.api.vm import VM
 from pyvmm.control.client import Client
 from pyvmm.errors import ConfigError, PyvmmError
+from pyvmm.host.syscalls import Closable
 from pyvmm.monitor import snapshots
 from pyvmm.spec.names import check_name
 from pyvmm.spec.options import own_row, read_own
@@ -55,7 +55,7 @@ def check_pool(snapshot: str, size: int, *, kvm: str = "auto", confine: str = "a
         read_own(own_row(name), value)
 
 
-class Pool:
+class Pool(Closable):
     """Up to `size` VMs that wait at one snapshot; one that is taken is replaced. Any thread may use
     it. It is closed by `close`, or at the end of a `with` block."""
 
@@ -88,17 +88,6 @@ class Pool:
             self._template = Template(self._original, kvm, read_surroundings({"confine": confine}))
         self._thread = Thread(target=self._fill, name="pyvmm pool", daemon=True)
         self._thread.start()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def is_elsewhere(self) -> bool:
