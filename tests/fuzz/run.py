@@ -127,19 +127,21 @@ def _run(
     numbers = itertools.count(job * APART) if options.case is None else [options.case]
     cases: Counter[str] = Counter()
     watched_until = 0.0
-    for number in numbers:
-        if options.case is None and time.monotonic() >= end:
-            break
-        if time.monotonic() >= watched_until:  # not for each: it costs a thread
-            faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
-            watched_until = time.monotonic() + 1
-        try:
-            cases[run(random.Random(f"{options.seed}/{number}"), number)] += 1
-        except Exception:
-            traceback.print_exc()
-            print(f"\nagain: make fuzz SEED={options.seed} CASE={number}{chosen}", flush=True)
-            return None
-    faulthandler.cancel_dump_traceback_later()
+    try:
+        for number in numbers:
+            if options.case is None and time.monotonic() >= end:
+                break
+            if time.monotonic() >= watched_until:  # not for each: it costs a thread
+                faulthandler.dump_traceback_later(HANG_SECONDS, exit=True)
+                watched_until = time.monotonic() + 1
+            try:
+                cases[run(random.Random(f"{options.seed}/{number}"), number)] += 1
+            except Exception:
+                traceback.print_exc()
+                print(f"\nagain: make fuzz SEED={options.seed} CASE={number}{chosen}", flush=True)
+                return None
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     return cases
 
 

@@ -145,6 +145,7 @@ class ConsoleDevice(VirtioDevice):
 
     def reset(self) -> None:
         """Stop the thread; programs connected to named ports are disconnected."""
+        self._restored = []  # the driver that it is about is not there any more
         active, self._active = self._active, None
         if active is not None:
             if self.terminal is not None:

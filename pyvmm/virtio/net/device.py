@@ -370,6 +370,7 @@ class NetDevice(QueueDevice):
             queue.add_used(chain, control.answer(chain))
 
     def reset(self) -> None:
+        self._restored = None  # the driver that it is about is not there any more
         super().reset()  # the control queue goes first: its commands are about the pairs
         self._end_pairs()
 

@@ -17,7 +17,7 @@ from rings import offering
 from pyvmm.errors import ConfigError
 from pyvmm.host.saved import Saved
 from pyvmm.kinds import registry
-from pyvmm.testing.mmio_driver import Ring
+from pyvmm.testing.mmio_driver import NEEDS_RESET, Ring
 from pyvmm.transport.mmio import MmioTransport
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.net.vhost_device import VhostNetDevice
@@ -117,6 +117,36 @@ def test_a_device_without_a_driver_is_restored_without_one(name: str, ring: Ring
             rig.driver.mmio.registers = transport.registers
             rig.driver.mmio.start()
             rig.kind.check(device, rig.driver.mmio)
+
+
+def _console_was_half_done(state: dict[str, Any]) -> None:
+    state["device"]["ports"][0]["taken"] = 3
+
+
+def _net_was_deaf(state: dict[str, Any]) -> None:
+    state["device"]["filter"] |= {"promisc": False, "nouni": True, "nobcast": True}
+    state["device"]["offloads"] = 0
+
+
+@each
+@pytest.mark.parametrize("change", [_console_was_half_done, _net_was_deaf])
+def test_what_a_driver_had_set_ends_with_its_reset(
+    change: Callable[[dict[str, Any]], None], ring: Ring
+) -> None:
+    """Also of a device that was saved as it needed a reset, and so is not live when restored."""
+    name = "console" if change is _console_was_half_done else "net"
+    with every_device(name, ring) as rig:
+        state = saved_of(rig)
+        state["negotiation"]["status"] |= NEEDS_RESET
+        change(state)
+        with fresh(rig, ring) as (device, transport):
+            transport.restore(Saved(state, name))
+            rig.driver.mmio.registers = transport.registers
+            rig.driver.mmio.start()
+            rig.kind.check(device, rig.driver.mmio)
+            if name == "net":
+                assert device.save()["offloads"]
+            assert not transport.negotiation.failures, rig.driver.log
 
 
 def _queue(**values: Any) -> Callable[[dict[str, Any]], None]:
