@@ -18,6 +18,8 @@
 #include <strings.h>
 #include <unistd.h>
 
+#include "helpers.h"
+
 enum {
     MOST_DEVICES = 1024,
     SHOWN_DEVICES = 24,
@@ -351,7 +353,7 @@ static void list(void)
     }
 }
 
-int main(int argc, char **argv)
+int find_root(int argc, char **argv)
 {
     int option;
     while ((option = getopt(argc, argv, "s:d:")) != -1) {

@@ -24,6 +24,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "helpers.h"
+
 enum {
     MOST_TYPES = 16,
     MOST_MODULES = 64, /* for one type */
@@ -213,7 +215,7 @@ static void go_to_background(void)
     }
 }
 
-int main(int argc, char **argv)
+int load_drivers(int argc, char **argv)
 {
     int option;
 

@@ -1,12 +1,14 @@
 """The guest's initramfs: a static busybox, the init script and its helpers, and the modules that
 these may load.
 
-It is not compressed: it is 3 MB, and under emulation the kernel takes longer to unpack it than the
-monitor takes to read it.
+It is not compressed: it is 4 MB, and under emulation the kernel takes longer to unpack it than the
+monitor takes to read it. But while it is unpacked a guest has it twice in its memory, so the
+modules of devices that few guests have are (decision 0530).
 """
 
 from __future__ import annotations
 
+import gzip
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -21,13 +23,16 @@ from pyvmm.images.recipes import InitramfsRecipe, KernelRecipe, Recipes
 
 FILE = "initramfs.cpio"
 BASE = "initramfs-base"  # the image without any modules; `fresh_initramfs` puts them behind it
-HELPERS = ("find-root", "load-drivers")  # each of one C file
+HELPERS = ("find-root", "load-drivers")  # one program: it is whichever it is called by
 SOURCES = (
     ("initramfs", "init"),
     ("initramfs", "shared-root"),
+    ("initramfs", "helpers.h"),
+    ("initramfs", "helpers.c"),
     *(("initramfs", f"{helper}.c") for helper in HELPERS),
     ("rootfs", "pyvmm-network"),
 )
+_HELPERS_FILE = "pyvmm-helpers"
 _FOLDERS = ("bin", "dev", "modules", "proc", "root", "sys")
 
 
@@ -58,11 +63,10 @@ def build(
         }
         if toolchain is not None:
             programs["bin/pyvmm-agent"] = agent
-            for helper in HELPERS:
-                target = os.path.join(room, helper)
-                with progress.step(f"{name}: compiling {helper} ({toolchain.name})"):
-                    compile_helper(recipes, helper, target, toolchain)
-                programs[f"bin/{helper}"] = _read(target)
+            what = f"{name}: compiling {' and '.join(HELPERS)} ({toolchain.name})"
+            with progress.step(what):
+                target = compile_helpers(recipes, room, toolchain)
+            programs[f"bin/{_HELPERS_FILE}"] = _read(target)
     with progress.step(f"{name}: writing the archive"):
         tree = None if modules is None else ModuleTree(modules)
         content = cpio.archive(entries(recipes.initramfs.for_kernel(kernel), tree, programs))
@@ -76,12 +80,18 @@ def _busybox(root: str) -> str:
     return next(filter(os.path.exists, places), places[0])
 
 
-def compile_helper(
-    recipes: Recipes, name: str, target: str, toolchain: Toolchain = agent_program.NATIVE
-) -> None:
-    """Make `target`, the program of `HELPERS` that is called `name`. Raises ConfigError."""
-    source = recipes.file("initramfs", f"{name}.c")
-    agent_program.compile_static([source], target, f"compiling {name}", toolchain)
+def compile_helpers(
+    recipes: Recipes, folder: str, toolchain: Toolchain = agent_program.NATIVE
+) -> str:
+    """Make the program that is all of `HELPERS`, in `folder`, with a link by the name of each; its
+    path. Raises ConfigError."""
+    target = os.path.join(folder, _HELPERS_FILE)
+    names = ("helpers", *HELPERS)
+    sources = [recipes.file("initramfs", f"{name}.c") for name in names]
+    agent_program.compile_static(sources, target, "compiling the initramfs's programs", toolchain)
+    for name in HELPERS:
+        os.symlink(_HELPERS_FILE, os.path.join(folder, name))
+    return target
 
 
 def _read(path: str) -> bytes:
@@ -92,8 +102,8 @@ def _read(path: str) -> bytes:
 def entries(
     recipe: InitramfsRecipe, modules: ModuleTree | None, programs: Mapping[str, bytes]
 ) -> Iterator[cpio.Entry]:
-    """The archive's files: `programs` by their paths, busybox's applets, and the modules, if there
-    are any."""
+    """The archive's files: `programs` by their paths, the other names of busybox and our helpers,
+    and the modules, if there are any."""
     for folder in _FOLDERS:
         yield cpio.directory(folder)
     yield cpio.character_device("dev/console", 5, 1)  # where init's output goes before devtmpfs
@@ -101,15 +111,26 @@ def entries(
         yield cpio.regular(path, content, 0o755)
     for applet in recipe.applets:
         yield cpio.symlink(f"bin/{applet}", "busybox")
+    if f"bin/{_HELPERS_FILE}" in programs:
+        for helper in HELPERS:
+            yield cpio.symlink(f"bin/{helper}", _HELPERS_FILE)
     if modules is not None:
-        yield from module_entries(recipe.modules, modules)
+        yield from module_entries(recipe.modules, modules, recipe.compressed)
 
 
-def module_entries(lists: Mapping[str, Sequence[str]], modules: ModuleTree) -> Iterator[cpio.Entry]:
-    """The files of modules: `modules/LIST` names those of a list in their loading order. Raises
-    ConfigError for one that is not there."""
+def module_entries(
+    lists: Mapping[str, Sequence[str]], modules: ModuleTree, compressed: Sequence[str] = ()
+) -> Iterator[cpio.Entry]:
+    """The files of modules: `modules/LIST` names those of a list in their loading order. A module
+    that only lists named in `compressed` have is a .ko.gz. Raises ConfigError for one that is not
+    there."""
     orders = {name: modules.load_order(wanted) for name, wanted in lists.items()}
     for name, order in orders.items():
         yield cpio.regular(f"modules/{name}", "".join(f"{module}\n" for module in order).encode())
+    plain = {one for name, order in orders.items() if name not in compressed for one in order}
     for module in dict.fromkeys(module for order in orders.values() for module in order):
-        yield cpio.regular(f"modules/{module}.ko", modules.contents(module))
+        content = modules.contents(module)
+        if module in plain:
+            yield cpio.regular(f"modules/{module}.ko", content)
+        else:
+            yield cpio.regular(f"modules/{module}.ko.gz", gzip.compress(content, mtime=0))

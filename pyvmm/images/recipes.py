@@ -45,11 +45,13 @@ class KernelRecipe:
 
 @dataclass(frozen=True)
 class InitramfsRecipe:
-    """`modules`: for each list the guest's init may load, the modules it wants loaded."""
+    """`modules`: for each list the guest's init may load, the modules it wants loaded. What only
+    those named in `compressed` need is compressed."""
 
     busybox: str
     applets: tuple[str, ...]
     modules: dict[str, tuple[str, ...]]
+    compressed: tuple[str, ...] = ()
 
     def for_kernel(self, kernel: KernelRecipe | None) -> InitramfsRecipe:
         """The same with the lists that `kernel` has modules for; without any for None."""
@@ -208,6 +210,7 @@ def _parse(where: str, table: dict[str, Any]) -> Recipes:
             busybox=initramfs["busybox"],
             applets=tuple(initramfs["applets"]),
             modules={name: tuple(row) for name, row in initramfs["modules"].items()},
+            compressed=tuple(initramfs["compressed"]),
         ),
         rootfs={name: RootfsRecipe(**_with_tuples(row)) for name, row in table["rootfs"].items()},
     )

@@ -27,9 +27,9 @@ DOS = "label: dos\nlabel-id: 0x1234abcd\n2048,16384,83\n,16384,E\n,8192,83\n"
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("find-root") / "find-root"
-    initramfs.compile_helper(recipes.load(), "find-root", str(target))
-    return target
+    folder = tmp_path_factory.mktemp("helpers")
+    initramfs.compile_helpers(recipes.load(), str(folder))
+    return folder / "find-root"
 
 
 class Machine:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import shutil
 import stat
 import subprocess
@@ -73,6 +74,34 @@ def test_a_name_the_format_cannot_hold_is_refused(name: str) -> None:
         cpio.archive([cpio.regular(name, b"")])
 
 
+def test_modules_that_only_compressed_lists_need_are_compressed(tmp_path: Path) -> None:
+    names = ("virtio", "virtio_blk", "libnvdimm", "virtio_pmem")
+    (tmp_path / "modules.dep").write_text(
+        "a/virtio.ko:\na/virtio_blk.ko: a/virtio.ko\na/libnvdimm.ko:\n"
+        "a/virtio_pmem.ko: a/libnvdimm.ko a/virtio.ko\n"
+    )
+    (tmp_path / "modules.builtin").touch()
+    (tmp_path / "a").mkdir()
+    for name in names:
+        (tmp_path / "a" / f"{name}.ko").write_bytes(b"\x7fELF" + name.encode())
+    lists = {"virtio-2": ("virtio_blk",), "virtio-27": ("virtio_pmem",)}
+    tree = ModuleTree(str(tmp_path))
+
+    def files(compressed: tuple[str, ...]) -> dict[str, bytes]:
+        found = read(cpio.archive(initramfs.module_entries(lists, tree, compressed)))
+        return {name: data for name, _, _, data in found if ".ko" in name}
+
+    assert {f"modules/{name}.ko" for name in names} == set(files(()))
+    some = files(("virtio-27",))
+    assert {name for name in some if name.endswith(".gz")} == {
+        "modules/libnvdimm.ko.gz",
+        "modules/virtio_pmem.ko.gz",
+    }
+    assert some["modules/virtio.ko"] == b"\x7fELFvirtio"
+    assert gzip.decompress(some["modules/libnvdimm.ko.gz"]) == b"\x7fELFlibnvdimm"
+    assert some == files(("virtio-27",)), "an image is the same whenever it is made"
+
+
 def test_the_initramfs_has_each_list_in_loading_order_and_each_module_once(tmp_path: Path) -> None:
     (tmp_path / "modules.dep").write_text("a/virtio.ko:\na/virtio_blk.ko: a/virtio.ko\n")
     (tmp_path / "modules.builtin").write_text("a/virtio_pci.ko\n")
@@ -84,7 +113,7 @@ def test_the_initramfs_has_each_list_in_loading_order_and_each_module_once(tmp_p
         applets=("sh",),
         modules={"transport-pci": ("virtio_pci",), "virtio-2": ("virtio_blk",), "x": ("virtio",)},
     )
-    programs = {"bin/busybox": b"busybox", "init": b"script"}
+    programs = {"bin/busybox": b"busybox", "init": b"script", "bin/pyvmm-helpers": b"helpers"}
     entries = initramfs.entries(recipe, ModuleTree(str(tmp_path)), programs)
     names = [(name, data) for name, _, _, data in read(cpio.archive(entries))]
     assert dict(names)["modules/virtio-2"] == b"virtio\nvirtio_blk\n"
@@ -94,3 +123,6 @@ def test_the_initramfs_has_each_list_in_loading_order_and_each_module_once(tmp_p
         "modules/virtio_blk.ko",
     ]
     assert ("init", b"script") in names
+    assert ("bin/sh", b"busybox") in names
+    links = {(f"bin/{helper}", b"pyvmm-helpers") for helper in initramfs.HELPERS}
+    assert links <= set(names)
