@@ -76,6 +76,7 @@ class VM(InGuest, InMonitor):
         discovery: str = "auto",
         transport: str = "auto",
         on_reboot: str = "restart",
+        stop_timeout: float | None = None,
         name: str = "",
         rm: bool = True,
         kvm: str = "auto",
