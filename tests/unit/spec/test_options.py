@@ -127,6 +127,7 @@ def test_every_field_of_a_specification_can_be_said() -> None:
         "devices",
         "restored_from",
         "waits",
+        "saved_on",
     }
 
 
