@@ -107,11 +107,13 @@ def words_before(disks: Any, cmdline: str) -> list[str]:
     if not disks or has(cmdline, "rootfstype"):
         return []
     specs: list[DiskSpec] = registry.read("disk", disks)
-    if specs[0].storage not in ("raw", "qcow2"):
+    # The image alone, as nobody should find an overlay made, or copied to, by a mere look.
+    image = replace(specs[0], snapshot=False, overlay=None, saved=None)
+    if image.storage not in ("raw", "qcow2"):
         return []  # a class of the user's is not made twice
-    with suppress(ConfigError, HostError, OSError), _looking_at(specs[0]) as disk:
+    with suppress(ConfigError, HostError, OSError), _looking_at(image) as disk:
         wanted = "".join(values(cmdline, "root")[-1:])
-        words = _words_before(specs[0].path, disk.peek, disk.size, disk.block_size, wanted)
+        words = _words_before(image.path, disk.peek, disk.size, disk.block_size, wanted)
         return [word for word in words if not has(cmdline, word.partition("=")[0])]
     return []  # whoever opens it says why
 

@@ -331,6 +331,9 @@ def test_the_initramfs_is_made_for_the_root(tmp_path: Path, kind: str) -> None:
     assert words_before([str(disk)], "quiet") == [f"rootfstype={kind}", *flags]
     assert words_before([str(disk)], "rootflags=ro") == [f"rootfstype={kind}"]
     assert words_before([f"{disk},snapshot"], "") == [f"rootfstype={kind}", *flags]
+    layered = f"{disk},overlay={tmp_path}/layer"
+    assert words_before([layered], "") == [f"rootfstype={kind}", *flags]
+    assert not (tmp_path / "layer").exists()  # looking makes nothing
     assert words_before([str(disk)], "root=/dev/vda1") == [f"rootfstype={kind}", *flags]
     assert words_before([str(disk)], "root=/dev/vda2") == []
     assert words_before([str(disk)], "rootfstype=auto") == []
