@@ -87,8 +87,7 @@ def make(image: Path) -> None:
         stack.enter_context(mounted(root, folder))
         release = os.environ.get("RELEASE", "bookworm")
         run("mmdebstrap", "--quiet", "--mode=root", f"--include={PACKAGES}", release, folder)
-        (folder / "boot/efi").mkdir(exist_ok=True)
-        stack.enter_context(mounted(esp, folder / "boot/efi"))
+        (folder / "boot/efi").mkdir(exist_ok=True)  # where the EFI system partition goes: empty
         uuid = run("blkid", "-s", "UUID", "-o", "value", root)
         esp_uuid = run("blkid", "-s", "UUID", "-o", "value", esp)
         (folder / "etc/fstab").write_text(
