@@ -54,6 +54,8 @@ def for_all() -> None:
     done = c.call_kernel(_UNSHARE, CLONE_NEWUSER | _BOTH)
     if done < 0 and ctypes.get_errno() == errno.EINVAL and len(os.listdir("/proc/self/task")) > 1:
         raise ConfigError("threads run already, as of a device of yours")
+    if done < 0 and ctypes.get_errno() == errno.ENOSPC:
+        raise ConfigError("this place may have no user namespaces (user.max_user_namespaces)")
     c.checked(done, "unshare")
     _write(texts)
 

@@ -33,6 +33,7 @@ CURE = (
 )
 _GATEWAY_MAC = "52:55:0a:00:02:02"
 _OPTION = "--net"
+_WITHOUT_NAMESPACES = "allow user namespaces here (user.max_user_namespaces), or use a tap"
 _PROTOCOLS = {"tcp": (socket.SOCK_STREAM, "-t"), "udp": (socket.SOCK_DGRAM, "-u")}
 SO_SNDBUFFORCE = 32  # <asm-generic/socket.h>
 _UNDER_WAY = 8 << 20  # bytes; a guest's TCP window is up to 6 MiB (net.ipv4.tcp_rmem)
@@ -109,7 +110,8 @@ def start(
             why = _run([*arguments, "-i", "lo"], theirs)
     if why is not None:
         ours.close()
-        raise ConfigError(f"passt does not start: {why}", option=_OPTION)
+        cure = _WITHOUT_NAMESPACES if "user namespace" in why else ""
+        raise ConfigError(f"passt does not start: {why}", cure=cure, option=_OPTION)
     return ours
 
 

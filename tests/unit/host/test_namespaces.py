@@ -154,6 +154,31 @@ atexit.register(lambda: (os.write(writes, b"x"), print("heard", heard.wait(60)))
     assert said == ["", INSIDE, "heard True"]
 
 
+NO_MORE = """
+import ctypes
+if ctypes.CDLL(None).unshare(0x10000000):  # CLONE_NEWUSER
+    print("none at all")
+    sys.exit()
+for name, text in (("setgroups", "deny"), ("uid_map", f"{user[0]} {user[0]} 1"),
+                   ("gid_map", f"{user[1]} {user[1]} 1")):
+    open(f"/proc/self/{name}", "w").write(text)
+open("/proc/sys/user/max_user_namespaces", "w").write("0")
+# _LINUX_CAPABILITY_VERSION_3, and no capability
+header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+assert ctypes.CDLL(None).capset(header, none) == 0
+"""
+
+
+def test_a_place_that_may_have_no_user_namespaces_is_told_of(folder: Path) -> None:
+    """As who runs containers may set it."""
+    can_have_namespaces()
+    first, *_ = enter(folder, ordinary=True, before=NO_MORE)
+    if first == "none at all":
+        pytest.skip("this machine lets ordinary users have no namespaces")
+    why = "this place may have no user namespaces (user.max_user_namespaces)"
+    assert first == "; ".join(f"{layer}: {why}" for layer in box._FIRST)
+
+
 def test_root_is_there_without_a_user_namespace(folder: Path) -> None:
     needs_root()
     can_have_namespaces()

@@ -255,6 +255,18 @@ def test_whatever_else_passt_complains_of_is_one_line(monkeypatch: pytest.Monkey
         passt.start([])
 
 
+def test_a_place_without_user_namespaces_gets_a_cure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    program = tmp_path / "passt"
+    program.write_text('#!/bin/sh\necho "Couldn\'t create user namespace: $0" >&2; exit 1\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(passt, "find_program", lambda name: str(program))
+    monkeypatch.setattr(passt, "_newer", None)
+    with pytest.raises(ConfigError, match=r"user namespace: .*max_user_namespaces\), or use a tap"):
+        passt.start([])
+
+
 def test_a_tap_that_is_not_there_is_one_line() -> None:
     with pytest.raises(ConfigError, match="there is no tap nosuchtap0; `ip tuntap add"):
         tap.open_tap("nosuchtap0")
