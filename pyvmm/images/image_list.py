@@ -43,7 +43,8 @@ def _built_in() -> Iterator[Row]:
             made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(os.stat(folder).st_mtime))
         made_from = f"debian:{catalogue.recipes.release}"
         details = {"packages": ",".join(recipe.packages)}
-        yield Row(name, _size(folder), made_from, made, DEFAULT_KERNEL, details)
+        kernel = recipe.architecture if recipe.is_foreign else DEFAULT_KERNEL
+        yield Row(name, _size(folder), made_from, made, kernel, details)
 
 
 def _own(name: str) -> Row:

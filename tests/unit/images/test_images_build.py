@@ -99,6 +99,8 @@ def test_an_image_of_a_container_is_built_listed_found_and_removed(
     row = next(row for row in rows if row["name"] == "hello")
     assert row["details"]["layers"] == "1" and row["size"] > 0
     assert next(row for row in rows if row["name"] == "debian")["made_at"] is None
+    kernels = {row["name"]: row["kernel"] for row in rows}
+    assert (kernels["debian"], kernels["debian-arm64"]) == ("6.1", "arm64")
     assert run(capsys, "image", "rm", "hello")[0] == 0
     assert entries(home) == {"user": [], "building": []}
     with pytest.raises(ConfigError, match="there is no image called 'hello'"):
