@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import vms
+from disks import random_disk
 
 from pyvmm import VM
 from pyvmm.control import client
@@ -40,6 +42,17 @@ setsid sh /root/clock >/dev/null 2>&1 &
 until [ -s /root/round ] && [ -s /run/ticks ]; do sleep 0.1; done
 dmesg -C
 """
+# The disk that came last, once it is there.
+FIND = """
+until late=$(grep -lx late /sys/block/vd*/serial 2> /dev/null); do sleep 0.1; done
+late=${late%/serial}
+late=/dev/${late##*/}
+until [ -b $late ]; do sleep 0.1; done
+"""
+WRITE = f"{FIND} dd if=/dev/zero of=$late bs=64k count=1 conv=fsync status=none"
+READ = f"""{FIND}
+echo "late=$(dd if=$late bs=64k iflag=direct status=none | sha256sum | cut -d' ' -f1)"
+"""
 LOOK = """
 first=$(cat /root/round)
 i=0
@@ -68,14 +81,23 @@ def saved(linux_guests: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("transport", ["mmio", "pci"])
-def test_nothing_is_lost_by_the_original_or_by_its_copies(saved: None, transport: str) -> None:
+def test_nothing_is_lost_by_the_original_or_by_its_copies(
+    saved: None, transport: str, tmp_path: Path
+) -> None:
+    look, late = LOOK, ""
     with VM(**vms.debian(), cpus=2, transport=transport, vsock=True) as vm:
         vm.wait_ready()
         vms.script(vm, LOAD)
+        if transport == "pci":  # for which the guest has the drivers
+            data = random_disk(tmp_path / "late", 1 << 20, seed=7)
+            vm.add_disk(f"{data},id=late,snapshot")
+            vms.script(vm, WRITE)
+            look += READ
+            late = hashlib.sha256(bytes(1 << 16) + data.read_bytes()[1 << 16 :]).hexdigest()
         taken = snapshots.take(vm.name, "warm")
         assert taken.paused > 0
         # The one that was saved goes on.
-        check(vms.script(vm, LOOK))
+        check(vms.script(vm, look), late)
     names = [f"copy-{os.getpid()}-{transport}-{number}" for number in (1, 2)]
     with ExitStack() as closing:
         for name in names:
@@ -83,12 +105,13 @@ def test_nothing_is_lost_by_the_original_or_by_its_copies(saved: None, transport
             closing.callback(client.stop, name, patience=0.0)
             pyvmm("exec", "--wait", "300", name, "--", "true")
         for name in names:
-            text = pyvmm("exec", name, "--", "sh", "-c", LOOK)
+            text = pyvmm("exec", name, "--", "sh", "-c", look)
             pairs = (line.partition("=") for line in text.splitlines())
-            check({key: value for key, _, value in pairs})
+            check({key: value for key, _, value in pairs}, late)
 
 
-def check(seen: dict[str, str]) -> None:
+def check(seen: dict[str, str], late: str) -> None:
+    assert seen.get("late", "") == late, seen
     assert int(seen["rounds"]) >= 2, seen
     assert not seen["lost"], seen
     assert seen["backwards"] == "0", seen

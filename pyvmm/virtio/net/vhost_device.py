@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from threading import RLock, Thread
-from typing import Any
 
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.host import tap
 from pyvmm.host.vhost import VhostNet
-from pyvmm.virtio.device import Activation, unsaveable
+from pyvmm.virtio.device import Activation
 from pyvmm.virtio.features import RING_FEATURES, VIRTIO_F_RING_RESET, mask
 from pyvmm.virtio.net.backend import LinkLost
 from pyvmm.virtio.net.device import NetDevice, PairWorker
@@ -34,6 +33,9 @@ class VhostNetDevice(NetDevice):
 
     Every frame reaches the driver, whatever its address: the kernel has no filter of ours, so none
     is offered. Frames are counted by the interface, and not traced.
+
+    It is saved as any card is: whoever holds a queue's lock has taken its ring back from the
+    kernel, which has returned all that it took.
     """
 
     def __init__(
@@ -68,10 +70,6 @@ class VhostNetDevice(NetDevice):
         since = {key: self._counted[key] - before for key, before in self._before.items()}
         dropped = since.pop("dropped_to_guest")
         return {**since, "dropped": {"the tap's queue was full": dropped} if dropped else {}}
-
-    def save(self) -> dict[str, Any]:
-        """See VirtioDevice: refused."""
-        raise unsaveable(self, "the kernel serves its rings (vhost)")
 
     def activate(self, activation: Activation) -> None:
         def fail(error: PyvmmError) -> None:

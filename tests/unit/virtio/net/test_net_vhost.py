@@ -5,6 +5,7 @@ Where there is no /dev/vhost-net, tests/guest/test_linux_vhost.py runs these in 
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -28,12 +29,20 @@ from net_rig import (
 )
 
 from pyvmm.host import interfaces, tap, vhost
+from pyvmm.host.saved import Saved
 from pyvmm.kinds import net as device_net
 from pyvmm.kinds.interface import Context
 from pyvmm.testing import illegal_chains
 from pyvmm.testing.attached import attached
-from pyvmm.testing.mmio_driver import F_EVENT_IDX, F_VERSION_1, INTERRUPT_ACK, INTERRUPT_STATUS
+from pyvmm.testing.mmio_driver import (
+    F_EVENT_IDX,
+    F_VERSION_1,
+    INTERRUPT_ACK,
+    INTERRUPT_STATUS,
+    IrqFd,
+)
 from pyvmm.testing.ring import Buffer
+from pyvmm.transport.mmio import MmioTransport
 from pyvmm.virtio.net.tap import TapBackend
 from pyvmm.virtio.net.vhost_device import VhostNetDevice
 from pyvmm.virtio.offload import OffloadLock
@@ -76,13 +85,16 @@ class VhostRig(NetRig):
             pass
         return b"", data
 
-    def arrives(self, data: bytes, pair: int = 0) -> None:
-        """The driver finds `data` in one of its buffers; the kernel says hello in IPv6 at times."""
+    def arrives(self, data: bytes, pair: int = 0, *, into: object = None) -> None:
+        """The driver finds `data` in the buffer `into`, which waits already, or in one that it
+        offers now; the kernel says hello in IPv6 at times."""
         while True:
-            [chain] = self.offer(2048, pair=pair)
-            _, got = self.received(chain, pair)
+            if into is None:
+                [into] = self.offer(2048, pair=pair)
+            _, got = self.received(into, pair)
             if got[HEADER:] == data:
                 return
+            into = None
 
     def goes_out(self, data: bytes, pair: int = 0) -> None:
         """The driver sends `data`, and this machine gets it; others may be on their way still."""
@@ -105,25 +117,33 @@ class VhostRig(NetRig):
         return [queue.lock for queue in queues if isinstance(queue.lock, OffloadLock)]
 
 
+def new_card(
+    closing: ExitStack, pairs: int
+) -> tuple[VhostNetDevice, str, list[str], socket.socket]:
+    """A device on a tap of its own, that one's name, what it logs, and a socket on it."""
+    served = [closing.enter_context(vhost.open_net("--net")) for _ in range(pairs)]
+    fds, name = tap.open_tap("pyvmmv%d", pairs, create=True)
+    interfaces.set_up(name)
+    backend = TapBackend(fds, MTU)
+    closing.callback(backend.close)
+    lines: list[str] = []
+    device = VhostNetDevice(backend, served, name, name="net0", mac=MAC, log=lines.append)
+    wire = closing.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
+    wire.bind((name, ETHERTYPE))
+    wire.settimeout(30)
+    return device, name, lines, wire
+
+
 @contextmanager
 def running(
     pairs: int = 1, features: int | None = None, *, irqfd: bool = True
 ) -> Iterator[VhostRig]:
     with ExitStack() as closing:
-        served = [closing.enter_context(vhost.open_net("--net")) for _ in range(pairs)]
-        fds, name = tap.open_tap("pyvmmv%d", pairs, create=True)
-        interfaces.set_up(name)
-        backend = TapBackend(fds, MTU)
-        closing.callback(backend.close)
-        lines: list[str] = []
-        device = VhostNetDevice(backend, served, name, name="net0", mac=MAC, log=lines.append)
+        device, name, lines, wire = new_card(closing, pairs)
         driver = closing.enter_context(attached(device, start=False, irqfd=irqfd, ram=RAM))
         driver.mmio.start(features=features)
         rig = VhostRig(driver, device, None)  # type: ignore[arg-type]
-        rig.lines, rig.interface = lines, name
-        rig.wire = closing.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
-        rig.wire.bind((name, ETHERTYPE))
-        rig.wire.settimeout(30)
+        rig.lines, rig.interface, rig.wire = lines, name, wire
         yield rig
 
 
@@ -182,8 +202,55 @@ def test_whoever_takes_the_locks_has_the_rings_for_himself() -> None:
             rig.wire.settimeout(30)
         assert rig.sent()[1] == data
         rig.driver.mmio.wait_used(1, chain)
-        assert rig.received(buffer)[1][HEADER:] == answer
+        rig.arrives(answer, into=buffer)
         rig.exchange(5)
+
+
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_a_card_that_was_saved_goes_on_with_another_tap(pairs: int) -> None:
+    with running(pairs) as rig, ExitStack() as closing:
+        rig.exchange(20)
+        if pairs > 1:
+            assert rig.command(4, 0, b"\2\0") == 0
+        rig.inject(reply())  # comes to nobody: no buffer is offered
+        queues = rig.driver.transport.negotiation.active_queues
+        for queue in queues:
+            assert queue.claim(30)
+        # Made available when the machine stood still: both are the new device's to serve.
+        last = frame()
+        chain = rig.driver.queues[1].add([header() + last], [])
+        rig.driver.queues[1].publish()
+        [buffer] = rig.offer(2048)
+        [region] = rig.driver.memory.regions
+        state = json.loads(json.dumps(rig.driver.transport.save()))
+        memory = bytes(region.view)
+        for queue in queues:
+            queue.lock.release()
+        rig.driver.transport.close()
+        region.view[:] = memory
+        device, _, lines, wire = new_card(closing, pairs)
+        irqfd = closing.enter_context(IrqFd(rig.driver.irq))
+        transport = MmioTransport(
+            *(device, rig.driver.memory, rig.driver.irq),
+            irq_eventfd=irqfd.eventfd,
+            log=rig.driver.log.append,
+        )
+        closing.callback(transport.close)
+        transport.restore(Saved(state, "the card"))
+        rig.driver.transport, rig.driver.mmio.registers = transport, transport.registers
+        rig.device, rig.wire, rig.lines = device, wire, lines
+        assert rig.sent()[1] == last
+        rig.driver.mmio.wait_used(1, chain)
+        for pair in range(pairs):
+            rig.goes_out(frame(), pair)
+        if pairs > 1:  # what comes in may come by either
+            assert rig.command(4, 0, b"\1\0") == 0
+        first = reply()
+        rig.inject(first)
+        rig.arrives(first, into=buffer)
+        rig.exchange(20)
+        assert not any(stats.requests for stats in transport.negotiation.queue_stats[:2])
+        assert not rig.lines and not rig.driver.log and not rig.driver.needs_reset
 
 
 def test_a_link_that_is_down_loses_frames_and_comes_up_again() -> None:
