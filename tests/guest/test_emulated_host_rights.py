@@ -13,12 +13,13 @@ from guest import HANG_SECONDS, wait_until
 
 from pyvmm import VM
 from pyvmm.control.server import MAX_AT_DOOR
+from pyvmm.monitor.plugged_inside import NEEDS
 
 pytestmark = pytest.mark.usefixtures("linux_guests")
 
 WATCH, CONTROL, EXEC = RANKS = ("watch", "control", "exec")
 HALT = b"\xf4\xeb\xfd"  # hlt, again and again
-PLUG = {"kind": "rng", "spec": {}, "disks": {}, "streams": []}
+PLUG = {**{name: kind() for name, kind in NEEDS.items()}, "kind": "rng"}
 # What needs which rights. `plug` is the machine's own word to the monitor inside.
 REQUESTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     (WATCH, "status", {}),
