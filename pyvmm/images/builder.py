@@ -24,6 +24,7 @@ from pyvmm.images import (
     rootfs,
 )
 from pyvmm.images.lock import Pin
+from pyvmm.images.patches import mend
 from pyvmm.images.progress import Progress
 
 _SUPERSEDED = "{}: some pinned versions are no longer on the mirror; using what it has"
@@ -284,7 +285,7 @@ class Builder:
                 self._progress.notice(_SUPERSEDED.format(name))
             pins = self._newest_programs(name)
         programs.build(name, pins, client, into, self._progress)
-        programs.mend(into, recipe.patches, pins, self._progress)
+        mend(os.path.join(into, "root"), recipe.patches, pins, self._progress)
         return [(pin.package, pin.version) for pin in pins]
 
     def _newest_programs(self, name: str) -> list[Pin]:
@@ -328,6 +329,7 @@ class Builder:
         if recipe is not None and name.startswith("kernel-"):
             foreign = recipe.is_foreign
             kernel.build(name, pins, client, into, self._progress, is_foreign=foreign)
+            mend(into, recipe.patches, pins, self._progress)
         else:
             below = None if recipe is None else name.replace("initramfs-", "kernel-", 1)
             modules = kernel.modules_folder(self._catalogue.path(below)) if below else None

@@ -11,15 +11,12 @@ import os
 import shutil
 from collections.abc import Sequence
 
-from pyvmm.errors import ConfigError
 from pyvmm.images import apt, cache, tools
 from pyvmm.images.lock import Pin
 from pyvmm.images.progress import Progress
-from pyvmm.images.recipes import Patch
 
 _LOADER = "usr/lib64/ld-linux-x86-64.so.2"
 _LIBRARIES = "usr/lib/x86_64-linux-gnu"
-_NOT_MENDED = "{} is {}; a fault is mended in {} only, so guests may hang now and then"
 # Files for people, or for a package manager.
 _LEFT_OUT = ("usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info", "var")
 
@@ -36,28 +33,6 @@ def build(name: str, pins: Sequence[Pin], client: apt.Apt, into: str, progress: 
                 tools.run(["dpkg-deb", "-x", package, root], "cannot unpack a package")
     for folder in _LEFT_OUT:
         shutil.rmtree(os.path.join(root, folder), ignore_errors=True)
-
-
-def mend(into: str, patches: Sequence[Patch], pins: Sequence[Pin], progress: Progress) -> None:
-    """Apply `patches` to the packages `pins` that were unpacked into `into`/root.
-
-    A patch for another version than the one that is there is left out, and that is said. Raises
-    ConfigError where a file of the right version is not what the patch expects.
-    """
-    versions = {pin.package: pin.version for pin in pins}
-    for patch in patches:
-        if versions.get(patch.package) != patch.version:
-            there = versions.get(patch.package, "not there")
-            progress.notice(_NOT_MENDED.format(patch.package, there, patch.version))
-            continue
-        old, new = bytes.fromhex(patch.old), bytes.fromhex(patch.new)
-        with open(os.path.join(into, "root", patch.file), "r+b") as file:
-            if os.pread(file.fileno(), len(old), patch.offset) != old or len(old) != len(new):
-                raise ConfigError(
-                    f"the patch of {patch.package} {patch.version} does not fit {patch.file}",
-                    cure="remove the patch from recipes.toml, or mend it",
-                )
-            os.pwrite(file.fileno(), new, patch.offset)
 
 
 def command(image: str, program: str, name: str) -> list[str]:

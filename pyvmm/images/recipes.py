@@ -14,6 +14,25 @@ FILE_SYSTEM = "fs-"
 
 
 @dataclass(frozen=True)
+class Patch:
+    """Mends one fault of one `version` of a `package`: at `offset` bytes in `file`, a path below
+    the image's root, the bytes `new` take the place of `old`; both are hexadecimal and equally
+    long. `without` says what to expect of other versions."""
+
+    package: str
+    version: str
+    file: str
+    offset: int
+    old: str
+    new: str
+    without: str
+
+    def stated(self) -> dict[str, Any]:
+        """What decides what is made."""
+        return {name: value for name, value in asdict(self).items() if name != "without"}
+
+
+@dataclass(frozen=True)
 class KernelRecipe:
     """Debian's kernel metapackage, and the suite it is taken from.
 
@@ -32,6 +51,7 @@ class KernelRecipe:
     filesystems: tuple[str, ...] = ()
     optional: bool = False
     series: str = ""
+    patches: tuple[Patch, ...] = ()
 
     @property
     def is_foreign(self) -> bool:
@@ -40,7 +60,8 @@ class KernelRecipe:
     def stated(self) -> dict[str, Any]:
         """The settings that differ from the usual ones, by name."""
         values = {field.name: (getattr(self, field.name), field.default) for field in fields(self)}
-        return {name: value for name, (value, usual) in values.items() if value != usual}
+        stated = {name: value for name, (value, usual) in values.items() if value != usual}
+        return stated | ({"patches": _stated(self.patches)} if self.patches else {})
 
 
 @dataclass(frozen=True)
@@ -83,19 +104,6 @@ class RootfsRecipe:
 
 
 @dataclass(frozen=True)
-class Patch:
-    """Mends one fault of one `version` of a `package`: at `offset` bytes in `file` (a path below /)
-    the bytes `new` take the place of `old`; both are hexadecimal and equally long."""
-
-    package: str
-    version: str
-    file: str
-    offset: int
-    old: str
-    new: str
-
-
-@dataclass(frozen=True)
 class ProgramsRecipe:
     """`packages` of the Debian `suites`; what they depend on comes along, unless they are taken
     `alone`. Those for another `architecture` run in an emulated machine. `optional` is as for
@@ -112,7 +120,7 @@ class ProgramsRecipe:
         """The settings that differ from the usual ones, by name."""
         values: dict[str, Any] = {"suites": self.suites, "packages": self.packages}
         if self.patches:
-            values["patches"] = asdict(self)["patches"]
+            values["patches"] = _stated(self.patches)
         if self.architecture != "amd64":
             values["architecture"] = self.architecture
         if self.alone:
@@ -194,12 +202,15 @@ def _parse(where: str, table: dict[str, Any]) -> Recipes:
         folder=where,
         release=table["release"],
         suites=tuple(table["suites"]),
-        kernels={name: KernelRecipe(**_with_tuples(row)) for name, row in table["kernel"].items()},
+        kernels={
+            name: KernelRecipe(**{**_with_tuples(row), "patches": _patches(row)})
+            for name, row in table["kernel"].items()
+        },
         programs={
             name: ProgramsRecipe(
                 suites=tuple(row["suites"]),
                 packages=tuple(row["packages"]),
-                patches=tuple(Patch(**patch) for patch in row.get("patches", ())),
+                patches=_patches(row),
                 architecture=row.get("architecture", "amd64"),
                 optional=row.get("optional", False),
                 alone=row.get("alone", False),
@@ -214,6 +225,14 @@ def _parse(where: str, table: dict[str, Any]) -> Recipes:
         ),
         rootfs={name: RootfsRecipe(**_with_tuples(row)) for name, row in table["rootfs"].items()},
     )
+
+
+def _patches(row: dict[str, Any]) -> tuple[Patch, ...]:
+    return tuple(Patch(**patch) for patch in row.get("patches", ()))
+
+
+def _stated(patches: tuple[Patch, ...]) -> list[dict[str, Any]]:
+    return [patch.stated() for patch in patches]
 
 
 def _with_tuples(row: dict[str, Any]) -> dict[str, Any]:

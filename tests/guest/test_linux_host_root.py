@@ -24,6 +24,7 @@ echo "now=$(cat 'a file')"
 echo "new" > ../new && rm ../gone
 ls -di / /run /proc > /dev/null && echo "kinds=$(stat -fc %T / /run /proc | paste -sd ' ')"
 echo kept > part/kept
+echo "many=$(ls -U ../many | wc -l)"
 modprobe dummy && echo "module=$(ls -d /sys/module/dummy)"
 read line && echo "read=$line"
 exit 7
@@ -36,6 +37,9 @@ def test_a_command_on_this_machines_files(tmp_path: Path) -> None:
     (folder / "part").mkdir(parents=True)
     (folder / "a file").write_text("mine")
     (tmp_path / "gone").write_text("here")
+    (tmp_path / "many").mkdir()
+    for number in range(500):  # more than one answer has, so the guest asks on from a place
+        (tmp_path / "many" / f"one-of-the-files-{number:03}").touch()
     argument = "$(touch /tmp/never) `'\" ä\n%s"
     words = ["--root", "/", "--rw", "part", "--memory=256M", "--", "sh", "-c", USE, "sh", argument]
     done = subprocess.run(
@@ -58,6 +62,7 @@ def test_a_command_on_this_machines_files(tmp_path: Path) -> None:
         "argument": argument.split("\n")[0],
         "now": "changed",
         "kinds": "overlayfs tmpfs proc",
+        "many": "500",
         "module": "/sys/module/dummy",
         "read": "a line",
     }

@@ -1,4 +1,4 @@
-"""Programs of another release: faults of one version that are mended in its file."""
+"""Faults of one version of a package that are mended in its file."""
 
 from __future__ import annotations
 
@@ -8,37 +8,40 @@ from pathlib import Path
 import pytest
 
 from pyvmm.errors import ConfigError
-from pyvmm.images import lock, programs, recipes
+from pyvmm.images import lock, recipes
 from pyvmm.images.lock import Pin
+from pyvmm.images.patches import mend
 from pyvmm.images.progress import Progress
 
-PATCH = recipes.Patch("emu", "1.0", "usr/bin/emu", offset=4, old="0102", new="9090")
+PATCH = recipes.Patch("emu", "1.0", "usr/bin/emu", 4, "0102", "9090", "guests may hang")
 PINS = [Pin("emu", "1.0", "00"), Pin("libc6", "2.41", "00")]
 BYTES = b"\x7fELF\x01\x02\x03"
 
 
 @pytest.fixture
 def into(tmp_path: Path) -> Path:
-    program = tmp_path / "root" / PATCH.file
+    program = tmp_path / PATCH.file
     program.parent.mkdir(parents=True)
     program.write_bytes(BYTES)
     return tmp_path
 
 
-def mend(into: Path, *patches: recipes.Patch, pins: list[Pin] = PINS) -> bytes:
-    programs.mend(str(into), patches, pins, Progress())
-    return (into / "root" / PATCH.file).read_bytes()
+def mended(into: Path, *patches: recipes.Patch, pins: list[Pin] = PINS) -> bytes:
+    mend(str(into), patches, pins, Progress())
+    return (into / PATCH.file).read_bytes()
 
 
 def test_the_version_that_has_the_fault_is_mended(into: Path, capsys) -> None:
-    assert mend(into, PATCH) == b"\x7fELF\x90\x90\x03"
+    assert mended(into, PATCH) == b"\x7fELF\x90\x90\x03"
     assert capsys.readouterr().err == ""
 
 
 def test_another_version_is_left_as_it_is_and_that_is_said(into: Path, capsys) -> None:
-    assert mend(into, PATCH, pins=[Pin("emu", "1.1", "00")]) == BYTES
-    assert "emu is 1.1; a fault is mended in 1.0 only" in capsys.readouterr().err
-    assert mend(into, PATCH, pins=[]) == BYTES
+    assert mended(into, PATCH, pins=[Pin("emu", "1.1", "00")]) == BYTES
+    assert (
+        "emu is 1.1; a fault is mended in 1.0 only, so guests may hang" in capsys.readouterr().err
+    )
+    assert mended(into, PATCH, pins=[]) == BYTES
     assert "emu is not there" in capsys.readouterr().err
 
 
@@ -47,8 +50,8 @@ def test_another_version_is_left_as_it_is_and_that_is_said(into: Path, capsys) -
 )
 def test_a_patch_that_does_not_fit_changes_nothing(into: Path, wrong: dict) -> None:
     with pytest.raises(ConfigError, match=r"does not fit usr/bin/emu.*mend it"):
-        mend(into, replace(PATCH, **wrong))
-    assert (into / "root" / PATCH.file).read_bytes() == BYTES
+        mended(into, replace(PATCH, **wrong))
+    assert (into / PATCH.file).read_bytes() == BYTES
 
 
 def test_each_patch_of_the_recipes_is_for_the_version_that_is_pinned() -> None:
@@ -56,9 +59,13 @@ def test_each_patch_of_the_recipes_is_for_the_version_that_is_pinned() -> None:
     table = recipes.load()
     pins = lock.read(table.lock_file)
     patched = 0
-    for name, recipe in table.programs.items():
-        versions = {pin.package: pin.version for pin in pins[f"programs-{name}"]}
-        for patch in recipe.patches:
+    patched_ones = {
+        **{f"programs-{name}": recipe.patches for name, recipe in table.programs.items()},
+        **{f"kernel-{name}": recipe.patches for name, recipe in table.kernels.items()},
+    }
+    for name, patches in patched_ones.items():
+        versions = {pin.package: pin.version for pin in pins.get(name, ())}
+        for patch in patches:
             assert versions[patch.package] == patch.version
             patched += 1
-    assert patched == 1
+    assert patched == 3
