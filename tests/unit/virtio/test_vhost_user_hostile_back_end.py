@@ -235,7 +235,8 @@ def test_what_nobody_asked_for(tmp_path):
     ):
         rig.driver.mmio.start()
         rig.until(lambda: rig.driver.needs_reset)
-        assert "nobody asked for" in rig.lines[0]
+        # It may come so late that it looks like an answer to the next request.
+        assert "nobody asked for" in rig.lines[0] or "answers request 5" in rig.lines[0]
         assert SET_VRING_NUM not in back_end.numbers()
 
 
