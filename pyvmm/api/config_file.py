@@ -166,7 +166,8 @@ def dump(spec: VmSpec, **values: Any) -> str:
         if values.get(name):
             values[name] = _each(values[name], os.path.abspath)
     around = surroundings.read_surroundings(values).with_paths(os.path.abspath)
-    values |= around.as_values()
+    usual = surroundings.USUAL.as_values()
+    values |= {key: value for key, value in around.as_values().items() if value != usual[key]}
     found: dict[str, Any] = {}
     for option in registry.file_options():
         value = _plain(option, spec) if option.field or option.device else values.get(option.name)

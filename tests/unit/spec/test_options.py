@@ -554,6 +554,13 @@ def test_what_is_printed_for_a_command_line_says_the_same_again(words, tmp_path_
         assert VM.from_config(path, allow_code=True).to_config() == text or "vsock" not in text
 
 
+def test_only_what_somebody_said_is_printed() -> None:
+    done = CliRunner().invoke(run, ["--print-config"])
+    assert (done.exit_code, done.stdout) == (0, "")
+    done = CliRunner().invoke(run, ["--stop-timeout", "5", "--print-config"])
+    assert done.stdout == "stop_timeout = 5.0\n"
+
+
 def test_what_the_agent_needs_leaves_what_the_file_says_of_it(tmp_path) -> None:
     path = tmp_path / "vm.toml"
     path.write_text('kernel = "k"\nvsock = {cid = 7}\n')
