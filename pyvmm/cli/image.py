@@ -106,10 +106,11 @@ def build(
         for option, value in own.items():
             if value:
                 raise ConfigError("is for an image of your own", cure="add --from", option=option)
+        if arch and (names or everything):
+            cure = "add --from, or name nothing else"
+            raise ConfigError("is for an image", cure=cure, option="--arch")
         _fetch_kernels([name for name in names if _is_kernel(name)])
         parts = [name for name in names if not _is_kernel(name)]
-        if arch and names:
-            raise ConfigError("is for an image", cure="add --from", option="--arch")
         for_a_start = [name.format(arch) for name in _FOR_A_FOREIGN_START if arch] or _FOR_A_START
         if parts or not names:
             images.build(None if everything else parts or for_a_start, locked=locked)

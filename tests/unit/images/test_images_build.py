@@ -455,6 +455,8 @@ def test_a_debian_for_another_architecture_has_its_kernel_and_its_agent(
         (("--from", "oci-archive:x.tar", "x"), "--arch: is for Debian"),
         (("--from", "debian:sid", "--kernel", "6.12", "x"), "no kernel '6.12'; choose from arm64"),
         (("rootfs-minbase",), "--arch: is for an image; add --from"),
+        (("--all",), "--arch: is for an image; add --from"),
+        (("debian:sid",), "--arch: is for an image; add --from"),
     ],
 )
 def test_what_there_is_not_for_another_architecture_is_told(capsys, arguments, said: str) -> None:
