@@ -118,10 +118,11 @@ def _of_another_architecture(options: Mapping[str, Any]) -> tuple[VmSpec, str | 
     names = ("root", "rw") if arch in bootable.FOREIGN else ("root", "rw", "image")
     of_this_machine = [name for name in names if options.get(name)]
     if of_this_machine or _is_more_than_a_file(options):
+        refused = "--modules" if options.get("modules") else _OPTION
         raise ConfigError(
             f"what is asked for is made for this machine, and not for {options['arch']}",
             cure="name an image of that architecture, or files: --kernel, --initrd, --disk",
-            option=_OPTION if not of_this_machine else "--arch",
+            option="--arch" if of_this_machine else refused,
         )
     from pyvmm.monitor.from_image import choose, image_of
 

@@ -32,17 +32,17 @@ def test_every_architecture_has_a_board() -> None:
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "refused"),
     [
-        {"root": "/"},
-        {"rw": ["/srv"]},
-        {"kernel": "debian:6.12"},
-        {"kernel": "disk"},
-        {"modules": "."},
+        ({"root": "/"}, "--arch"),
+        ({"rw": ["/srv"]}, "--arch"),
+        ({"kernel": "debian:6.12"}, "--kernel"),
+        ({"kernel": "disk"}, "--kernel"),
+        ({"modules": "."}, "--modules"),
     ],
 )
-def test_what_has_a_name_is_for_this_machine(options: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match="is made for this machine, and not for"):
+def test_what_has_a_name_is_for_this_machine(options: dict[str, object], refused: str) -> None:
+    with pytest.raises(ConfigError, match=f"{refused}: .* is made for this machine, and not for"):
         specify({"arch": OTHER, **options})
 
 
