@@ -226,7 +226,7 @@ LAST = (
         shows_default=True,
         after="--trace-file",
         help="Use this machine's KVM, an emulated KVM host (QEMU, slow, works anywhere), or "
-        "whichever can boot Linux.",
+        "whichever can boot Linux; with auto a saved VM goes on with the kind that it had.",
     ),
     Option(
         "confine",
