@@ -15,7 +15,10 @@ class Seconds(click.FloatRange):
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
         """As click wants it."""
-        seconds: float = super().convert(value, param, ctx)
+        try:
+            seconds: float = super().convert(float(value), param, ctx)
+        except ValueError:
+            self.fail(f"{value!r} is not a number of seconds", param, ctx)
         if not math.isfinite(seconds) or seconds > _LONGEST:
             self.fail(f"{value!r} is not a number of seconds up to {_LONGEST}", param, ctx)
         return seconds

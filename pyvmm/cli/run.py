@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from pyvmm.cli.parameter_types import Seconds
 from pyvmm.cli.quick import split_command
 from pyvmm.kinds import registry
 from pyvmm.monitor.start import start
@@ -74,11 +75,17 @@ def parameter(row: Option) -> Callable[[Callable[..., int]], Callable[..., int]]
         more["multiple"] = True
     else:
         more["default"] = row.typed_default
-        more["type"] = click.Choice(row.choices) if row.choices else row.type
+        more["type"] = _type(row)
     names = (row.name, row.flag, *filter(None, (row.also,)))
     return click.option(
         *names, metavar=row.metavar, help=row.help, show_default=row.shows_default, **more
     )
+
+
+def _type(row: Option) -> Any:
+    if row.choices:
+        return click.Choice(row.choices)
+    return Seconds() if row.type is float else row.type
 
 
 @click.command(cls=_RunCommand, epilog=_epilog())

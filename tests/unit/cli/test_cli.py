@@ -65,6 +65,9 @@ def test_good_options_start(run):
 
 WRONG = [
     # (arguments, what the line must name)
+    (["--stop-timeout", "abc"], "is not a number of seconds"),
+    (["--stop-timeout", "nan"], "is not a number of seconds"),
+    (["--stop-timeout", "-1"], "cannot have -1.0 seconds"),
     (["--memory", ""], "--memory"),
     (["--memory", "-1"], "--memory"),
     (["--memory", "0"], "32M or more"),
