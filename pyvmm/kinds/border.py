@@ -21,12 +21,16 @@ class Border:
 
     `closing` keeps open what it has opened, for as long as the emulated host lives. `visible` is
     told above. `runs`: the emulated host is there already, and takes no more file systems.
+    `foreign`: it is of another architecture, so this machine's programs do not run there.
     """
 
-    def __init__(self, closing: ExitStack, visible: Visible, *, runs: bool = False) -> None:
+    def __init__(
+        self, closing: ExitStack, visible: Visible, *, runs: bool = False, foreign: bool = False
+    ) -> None:
         self.closing = closing
         self.visible = visible
         self.runs = runs
+        self.foreign = foreign
         self._given: dict[str, int] = {}
 
     def place(self, what: str) -> str:

@@ -231,6 +231,11 @@ def cross(spec: Spec, border: Border) -> Crossing:
     from pyvmm.emulated_host import HostFolder
     from pyvmm.kinds.border import Crossing
 
+    if border.foreign:
+        _refuse(
+            "there is no virtiofsd in an emulated machine of another architecture",
+            "use a disk, or pyvmm cp",
+        )
     images.virtiofsd_command(True)
     if border.runs:  # it sees all of this machine's files, and can change none
         if not spec.read_only:

@@ -24,6 +24,7 @@ from pyvmm.host.syscalls import Closable, EventFd
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.kinds import registry
 from pyvmm.kinds.border import Border, Crossing, Visible
+from pyvmm.machine.board.registry import is_foreign
 from pyvmm.spec.vm import DiskSpec, VmSpec
 
 if TYPE_CHECKING:
@@ -116,7 +117,9 @@ class Plugging(Closable):
         elif kind == "share":
             checked = replace(checked, tag=specs[0].tag)
         with ExitStack() as opened:
-            crossing = registry.cross(checked, Border(opened, self._visible, runs=True))
+            foreign = is_foreign(self._vm.arch)
+            border = Border(opened, self._visible, runs=True, foreign=foreign)
+            crossing = registry.cross(checked, border)
             spec, disks = self._plug_disks(plugs, crossing, opened)
             spec, streams = self._plug_streams(plugs, crossing, spec, opened)
             self._listen(plugs)

@@ -126,6 +126,12 @@ def test_what_an_emulated_host_gets(tmp_path, monkeypatch):
     assert f"path={str(odd).replace(',', ',,')},security_model=none,readonly=on" in arguments[1]
 
 
+def test_a_machine_of_another_architecture_gets_none(tmp_path):
+    border = Border(None, lambda path, flag: path, foreign=True)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"no virtiofsd in an emulated machine.*pyvmm cp"):
+        registry.cross(Spec(str(tmp_path), "/mnt", True, "t"), border)
+
+
 # --- virtiofsd ------------------------------------------------------------------------------------
 
 # <linux/fuse.h>: opcodes, and struct fuse_in_header, fuse_init_in, fuse_entry_out, …
