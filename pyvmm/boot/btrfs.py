@@ -13,6 +13,7 @@ import stat
 import struct
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
 from pyvmm.boot.file_system import (
@@ -202,9 +203,13 @@ class Btrfs(UnixFileSystem[_Inode]):
 
     def _items(self, tree: _Tree, first: Key, last: Key) -> Iterator[tuple[Key, bytes]]:
         """The items of a tree from `first` to `last`, in their order."""
-        left = [tree]
+        left = [iter((tree,))]
         while left:
-            address, level = left.pop()
+            node = next(left[-1], None)
+            if node is None:
+                left.pop()
+                continue
+            address, level = node
             raw = self._read_node(address)
             count = _u32(raw, 96)
             row = 33 if level else 25
@@ -217,32 +222,28 @@ class Btrfs(UnixFileSystem[_Inode]):
                 raise self._damaged("a node of a tree")
             rows = range(_NODE_HEADER, _NODE_HEADER + count * row, row)
             if level:
-                left += reversed(self._below(raw, rows, level, first, last))
+                left.append(self._below(raw, rows, level, first, last))
                 continue
-            for at in rows:
-                key = Key(*_KEY.unpack_from(raw, at))
+            for at in rows[bisect.bisect_left(rows, first, key=partial(_key, raw)) :]:
+                key = _key(raw, at)
                 if key > last:
                     return
-                if key >= first:
-                    begin = _NODE_HEADER + _u32(raw, at + 17)
-                    end = begin + _u32(raw, at + 21)
-                    if end > len(raw):
-                        raise self._damaged("an item of a tree")
-                    yield key, raw[begin:end]
+                begin = _NODE_HEADER + _u32(raw, at + 17)
+                end = begin + _u32(raw, at + 21)
+                if end > len(raw) or key < first:
+                    raise self._damaged("an item of a tree")
+                # Any number of them may be the same bytes, or none.
+                self._search.take(row + end - begin, self.where)
+                yield key, raw[begin:end]
 
-    def _below(
-        self, raw: bytes, rows: Iterable[int], level: int, first: Key, last: Key
-    ) -> list[_Tree]:
+    def _below(self, raw: bytes, rows: range, level: int, first: Key, last: Key) -> Iterator[_Tree]:
         """The nodes below one that may have items from `first` to `last`."""
-        found: list[_Tree] = []
-        for at in rows:
-            key = Key(*_KEY.unpack_from(raw, at))
-            if key > last:
-                break
-            if key <= first:
-                found.clear()  # all that is in the one before comes before this key
-            found.append(_Tree(_u64(raw, at + 17), level - 1))
-        return found
+        # What comes before `first` may be in the same node as `first`.
+        begin = bisect.bisect_right(rows, first, key=partial(_key, raw)) - 1
+        for at in rows[max(0, begin) :]:
+            if _key(raw, at) > last:
+                return
+            yield _Tree(_u64(raw, at + 17), level - 1)
 
     def _read_node(self, address: int) -> bytes:
         raw = self._kept.get(address)
@@ -369,8 +370,8 @@ class Btrfs(UnixFileSystem[_Inode]):
         if name in ("", "zlib", "zstd"):
             if size > _MOST_PACKED or offset + count > size:
                 raise self._damaged("a file's extents")
-            # Whoever unpacks much for a little of it does not do so for long.
-            self._search.take(size - count, self.where)
+            # Whoever reads or unpacks much for a little of it does not do so for long.
+            self._search.take(max(size, len(raw)) - count, self.where)
         if not name:
             data = raw[:size]
         elif name == "zlib":
@@ -388,6 +389,8 @@ class Btrfs(UnixFileSystem[_Inode]):
     def _inflate(self, raw: bytes, size: int) -> bytes:
         import zlib
 
+        if not size:
+            return b""  # which zlib would take for no limit
         try:
             return zlib.decompressobj().decompress(raw, size)
         except zlib.error as error:
@@ -401,6 +404,10 @@ class Btrfs(UnixFileSystem[_Inode]):
             return bytes(unpacker.stream_reader(raw).read(size))
         except zstandard.ZstdError as error:
             raise self._damaged(f"a compressed file: {error}") from None
+
+
+def _key(node: bytes, at: int) -> Key:
+    return Key(*_KEY.unpack_from(node, at))
 
 
 def _u16(data: bytes, at: int) -> int:

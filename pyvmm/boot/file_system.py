@@ -17,6 +17,7 @@ MOST_PIECES = 1 << 16  # of one file
 CHUNK = 1 << 20  # bytes that are read at once
 _MOST_LINKS = 16
 _MOST_LOOKED_AT = 64 << 20  # bytes of directories, texts and trees, in all
+_STEP = 4096  # what each name of a path counts for, in bytes: a small directory may be in no block
 
 
 class Node(Protocol):
@@ -170,6 +171,7 @@ class UnixFileSystem(FileSystem[U]):
                 continue
             if not trail[-1].is_directory:
                 raise FileNotFoundError(path)
+            self._search.take(_STEP, self.where)
             node = self._child(trail[-1], part)
             if node is None:
                 raise FileNotFoundError(path)

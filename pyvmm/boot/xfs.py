@@ -187,10 +187,12 @@ class Xfs(UnixFileSystem[_Inode]):
             if length > MOST_DIRECTORY:
                 raise too_large(self.where)
             self._search.take(length, self.where)
-            part += self._bytes(self._start(piece), length)
-            while len(part) >= size:  # a block of a directory may be of several pieces
-                self._add_entries(part[:size], found)
-                part = part[size:]
+            start = self._start(piece)
+            for offset in range(0, length, self._block):
+                part += self._bytes(start + offset, self._block)
+                if len(part) == size:  # a block of a directory may be of several pieces
+                    self._add_entries(part, found)
+                    part = b""
         return found
 
     def _short_entries(self, raw: bytes) -> dict[bytes, int]:

@@ -7,6 +7,7 @@ import mmap
 import os
 import random
 import struct
+import tracemalloc
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -363,3 +364,84 @@ def test_nodes_of_btrfs_of_which_all_children_are_one(tree: Path, tmp_path: Path
         with pytest.raises(ConfigError, match="too large to be searched"):
             list(system._items(tall, Key(255, 1, 0), Key(257, 1, 9)))
         assert taken <= (64 << 20) // 4096 + 1
+
+
+@pytest.mark.parametrize("size", [0, 10000])
+def test_items_of_btrfs_that_are_all_the_same_bytes(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """What a leaf claims to hold may be many times what it has room for."""
+    make(tree, tmp_path / "disk", "btrfs")
+    with mapped(tmp_path / "disk") as data:
+        system = opened(data, "btrfs")
+        assert isinstance(system, Btrfs)
+        start, _, byte = system._chunks[-1]
+        node = system._node
+        leaf, inner = (
+            bytes(48) + struct.pack("<QQ16sQQIB", start + at, 0, bytes(16), 0, 0, 400, level)
+            for at, level in ((0, 0), (node, 1))
+        )
+        leaf += struct.pack("<QBQII", 256, 84, 0, 0, size) * 400
+        inner += struct.pack("<QBQQQ", 256, 84, 1, start, 0) * 400
+        data[byte : byte + 2 * node] = leaf.ljust(node, b"\0") + inner.ljust(node, b"\0")
+        system._kept.clear()
+        monkeypatch.setattr(file_system, "_MOST_LOOKED_AT", MIB)
+        system._search = file_system.Search()
+        count = total = 0
+        with pytest.raises(ConfigError, match="too large to be searched"):
+            for _, item in system._items(
+                system._top.tree._replace(address=start + node, level=1),
+                *(Key(256, 84, 0), Key(256, 84, 9)),
+            ):
+                count += 1
+                total += len(item)
+    assert count <= MIB // 25 and total <= MIB
+
+
+def test_what_is_unpacked_in_vain_of_btrfs_is_little(tree: Path, tmp_path: Path) -> None:
+    make(tree, tmp_path / "disk", "btrfs")
+    with mapped(tmp_path / "disk") as data:
+        system = opened(data, "btrfs")
+        assert isinstance(system, Btrfs)
+        # An inline extent of no bytes: to zlib none is no limit.
+        head = struct.pack("<QQBBHB", 0, 0, 1, 0, 0, 0)
+        bomb = head + zlib.compress(bytes(32 * MIB))
+        tracemalloc.start()
+        try:
+            assert b"".join(system._extent(bomb)) == b""
+            assert tracemalloc.get_traced_memory()[1] < MIB
+        finally:
+            tracemalloc.stop()
+        # 128 KiB that are read for one page, again and again.
+        packed = zlib.compress(PACKED[:4096]).ljust(128 << 10, b"\0")
+        with pytest.raises(ConfigError, match="too large to be searched"):
+            for _ in range(1000):
+                assert system._unpack(packed, 1, 4096, 0, 4096) == PACKED[:4096]
+
+
+def test_a_directory_of_xfs_is_read_block_by_block(tree: Path, tmp_path: Path) -> None:
+    """Its extent may have all the blocks that a directory may, and these may be small."""
+    make(tree, tmp_path / "disk", "xfs 5")
+    asked = []
+    with mapped(tmp_path / "disk") as data:
+
+        def note(at: int, size: int) -> bytes:
+            asked.append(size)
+            return data[at : at + size]
+
+        system = Xfs(note, len(data), "the disk")
+        assert max(piece.blocks for piece in system._pieces(system._at("/many"))) > 1
+        assert len(system.names("/many")) >= 700
+    assert max(asked) <= 4096
+
+
+def test_names_of_a_path_count_in_directories_that_are_in_their_inodes(
+    tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tree, tmp_path / "disk", "xfs 5")
+    monkeypatch.setattr(file_system, "_MOST_LOOKED_AT", MIB)
+    with mapped(tmp_path / "disk") as data:
+        system = opened(data, "xfs 5")
+        with pytest.raises(ConfigError, match="too large to be searched"):
+            for _ in range(1000):
+                system.has("/boot/none")
