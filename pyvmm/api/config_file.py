@@ -31,7 +31,22 @@ from pyvmm.spec.sizes import write_memory
 from pyvmm.spec.vm import VmSpec
 
 _FOLDERS = ("modules", "root", "rw")  # which are not part of a specification
+_TOO_LARGE = 1 << 64
 _SHOWN = "pyvmm run --print-config shows how such a file is written"
+
+
+def _is_bounded(values: object) -> bool:
+    """True if all numbers are those of TOML 1.0 ("Integer"), which Python's parser goes beyond."""
+    left = [values]
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+        elif isinstance(value, int) and not -_TOO_LARGE < value < _TOO_LARGE:
+            return False
+    return True
 
 
 def load(path: str, *, allow_code: bool = False) -> dict[str, Any]:
@@ -52,6 +67,13 @@ def load(path: str, *, allow_code: bool = False) -> dict[str, Any]:
         raise ConfigError(f"{path} is not a text file in UTF-8", cure=_SHOWN) from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: {error}", cure=_SHOWN) from None
+    except (ValueError, RecursionError):
+        values = {"": _TOO_LARGE}
+    if not _is_bounded(values):
+        raise ConfigError(
+            f"{path} has a number of more than 64 bits, or lists within lists without end",
+            cure=_SHOWN,
+        )
     folder = os.path.dirname(os.path.abspath(path))
     try:
         for key in values:

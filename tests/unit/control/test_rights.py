@@ -74,7 +74,10 @@ def test_a_path_that_is_not_there_is_told_before_anything_runs() -> None:
         Surroundings(allow_read=("/no/such/file",)).check_files()
 
 
-@pytest.mark.parametrize("value", [-1, 86_401, float("nan"), float("inf"), "30", True, [], {}])
+@pytest.mark.parametrize(
+    "value",
+    [-1, 86_401, pytest.param(10**400, id="huge"), float("nan"), float("inf"), "30", True, [], {}],
+)
 def test_a_time_to_power_off_that_cannot_be_is_refused_in_one_line(value) -> None:
     with pytest.raises(ConfigError, match=r"power off|not a time") as caught:
         read_surroundings({"stop_timeout": value})
