@@ -259,10 +259,11 @@ class Multiplexer:
             self._answer_held()
         while self._asked:
             self._open_asked()
+        self._send()
+        # After that, so that what is left because there is enough goes on once the stream takes it.
         for channel in self._channels.values():
             while channel.said and channel.credit and len(self._out) < _ENOUGH:
                 channel.send_said()
-        self._send()
         for slot in [slot for slot, channel in self._channels.items() if channel.free]:
             del self._channels[slot]
             self._by_slot.pop(slot, None)

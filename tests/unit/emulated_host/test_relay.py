@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import random
@@ -30,6 +31,7 @@ from pyvmm.errors import HostError
 from pyvmm.host import unix_sockets
 from pyvmm.host.syscalls import allow_descriptors
 from pyvmm.relay import frames, multiplexer
+from pyvmm.relay.channel import Channel
 from pyvmm.relay.frames import CLOSE, CREDIT, DATA, EOF, OPEN, SLOTS, WINDOW, Decoder, encode
 from pyvmm.relay.multiplexer import INSIDE, OUTSIDE, Listener, Multiplexer
 from pyvmm.virtio.vsock.switch import MAX_STREAMS
@@ -595,6 +597,28 @@ def test_a_first_line_in_pieces_is_one_line(tmp_path: Path) -> None:
         assert said[1:] == [bytes(1 << 16) + b"!", b"half"]
     finally:
         ends.close()
+
+
+def test_what_was_said_first_does_not_wait_for_ever_behind_others() -> None:
+    """The stream takes at once all that was enough, so that nothing else wakes the relay."""
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 1 << 20)
+    os.set_blocking(writer, False)
+    ours, theirs = unix_sockets.pair()
+    relay = Multiplexer(writer, OUTSIDE, reach=unix_sockets.connect)
+    relay._channels[0] = Channel(0, ours, relay._out, credit=WINDOW, said=b"first\n")
+    for piece in fill(1, 2 * multiplexer._ENOUGH):
+        relay._out += piece
+    relay._wake.signal()
+    relay._step()
+    assert relay._out or not relay._channels[0].said
+    relay._step()
+    assert not relay._channels[0].said and not relay._out
+    relay.stop()
+    for end in (ours, theirs):
+        end.close()
+    os.close(reader)
+    os.close(writer)
 
 
 def test_who_comes_by_one_door_takes_no_place_from_those_at_another(tmp_path: Path) -> None:
