@@ -331,7 +331,7 @@ def _mark(path: str) -> list[int]:
     try:
         found = os.stat(path)
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}", cure="put it back") from None
+        raise ConfigError(f"{_shown(path)}: {error.strerror}", cure="put it back") from None
     if stat.S_ISBLK(found.st_mode):
         return [0, found.st_rdev, 0]  # whether it was written nobody can say
     return [found.st_size, found.st_ino, found.st_mtime_ns]
@@ -343,9 +343,15 @@ def _check_disks(name: str, disks: tuple[DiskSpec, ...], saved: object) -> None:
     for disk, marks in zip(disks, saved, strict=True):
         if marks != marks_of(disk):
             raise ConfigError(
-                f"the snapshot {name} is of no use: {disk.path} has changed since it was taken",
+                f"the snapshot {name} is of no use: {_shown(disk.path)} has changed since it was "
+                "taken",
                 cure="put the image back as it was, or take a new snapshot",
             )
+
+
+def _shown(path: str) -> str:
+    """A path of a stranger's, in one line."""
+    return path if path.isprintable() else repr(path)
 
 
 def _bad(name: str, what: str) -> ConfigError:

@@ -185,6 +185,14 @@ _SNAPSHOTS = {
     ],
     "mmio": [("snapshot", "mmio", "mmio")],
     "pci": [("snapshot", "pci", "pci")],
+    # Of what comes, one goes again, which this guest does not agree to.
+    "late": [
+        ("disk", "add", "late", "{folder}/disk,readonly,id=goes", "--timeout", "0"),
+        ("rng", "add", "late", "--timeout", "0"),
+        ("disk", "add", "late", "{folder}/disk,readonly,id=stays", "--timeout", "0"),
+        ("disk", "rm", "late", "goes", "--timeout", "0", "--force"),
+        ("snapshot", "late", "late"),
+    ],
 }
 
 
@@ -221,6 +229,7 @@ class Snapshots:
             "small": disk,
             "mmio": (*disk, *many, "--transport", "mmio", "--cpus", "2"),
             "pci": (*disk, *many, "--transport", "pci", "--cpus", "4"),
+            "late": ("--disk", f"{self._folder}/disk,readonly", "--transport", "pci"),
         }
 
     def _make(self, name: str, options: tuple[str, ...]) -> None:
@@ -237,7 +246,8 @@ class Snapshots:
             try:
                 assert b"ready" in vm.stdout.readline()
                 for command in _SNAPSHOTS[name]:
-                    subprocess.run([*pyvmm, *command], check=True, capture_output=True)
+                    words = [word.format(folder=self._folder) for word in command]
+                    subprocess.run([*pyvmm, *words], check=True, capture_output=True)
                 vm.stdin.write(b"O")
                 vm.stdin.flush()
                 assert vm.wait(60) == 0

@@ -15,7 +15,7 @@ from pyvmm.machine import host_kvm
 from pyvmm.monitor.run_spec import which_kvm
 from pyvmm.monitor.snapshots import copy_of, spec_of
 from pyvmm.spec.record import replace
-from pyvmm.spec.vm import DeviceSpec, VmSpec
+from pyvmm.spec.vm import DeviceSpec, DiskSpec, VmSpec
 
 
 def of(*devices: DeviceSpec) -> VmSpec:
@@ -120,3 +120,16 @@ def test_a_vm_that_had_kvm_does_not_go_on_without(monkeypatch: pytest.MonkeyPatc
         "the VM of the snapshot had a machine's own KVM, and here is none: there is no /dev/kvm; "
         "restore it on a machine with KVM"
     )
+
+
+def test_a_snapshots_disk_of_a_strange_name_is_told_in_one_line(tmp_path: Path) -> None:
+    disk = tmp_path / "a\nb"
+    disk.write_bytes(bytes(512))
+    spec = validate(VmSpec("kernel", disks=(DiskSpec(str(disk), id="root"),)))
+    marks = [{"id": "root", "files": {}}]
+    state = {"spec": json.loads(to_json(spec)), "disks": marks}
+    for message in (r"a\\nb' has changed since", r"a\\nb': No such file"):
+        with pytest.raises(ConfigError, match=message) as told:
+            spec_of("first", "/none", state)
+        assert "\n" not in str(told.value)
+        disk.unlink(missing_ok=True)
