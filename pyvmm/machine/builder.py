@@ -127,10 +127,22 @@ def prepare_restored(
     gives that back. Raises ConfigError."""
     board = board_of(spec.arch)
     closing.callback(memory.close)
+    for device in devices:
+        check_lending(device, memory)
     placed = zip(devices, goes_on.places, strict=False)
     late = frozenset(device for device, place in placed if place is not None)
     slots = _slots(board, spec, len(devices) - len(late))
     return Prepared(board, spec, memory, devices, slots, goes_on, alarm, late=late)
+
+
+def check_lending(device: VirtioDevice, memory: GuestMemory) -> None:
+    """Raise ConfigError for a device that another process serves, if that cannot have `memory`."""
+    if device.lends_memory and memory.fd < 0:
+        raise ConfigError(
+            f"{device.name} is served by another process (vhost-user), which cannot have the "
+            "memory of a VM that goes on from a snapshot",
+            cure="use a VM that was started anew for that",
+        )
 
 
 def prepare_again(prepared: Prepared) -> Prepared:

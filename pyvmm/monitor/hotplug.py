@@ -23,7 +23,7 @@ from pyvmm.host.syscalls import Closable
 from pyvmm.kinds import registry
 from pyvmm.kinds.interface import unknown_id
 from pyvmm.machine.attach import virtio_hook
-from pyvmm.machine.builder import Parts
+from pyvmm.machine.builder import Parts, check_lending
 from pyvmm.machine.cmdline import turns_pci_off
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.trace import Trace
@@ -373,6 +373,7 @@ class Hotplug(Closable):
             if self._ended:
                 raise ControlError(FAILED, f"{self._name} is about to end")
             pci, parts = self._bus(), machine.parts
+            check_lending(device, parts.prepared.memory)
             number, transport = pci.arrive(
                 device,
                 memory=parts.prepared.memory,

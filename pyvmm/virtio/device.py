@@ -69,6 +69,7 @@ class VirtioDevice(ABC):
     the status (5.3.5.1 Device Requirements: Device Initialization). `shared_memory` are its regions
     of shared memory by their `shmid`, where they are at first; over PCI there can be one.
     `shared_memory_features` are the bits that mean something only where a transport shows them.
+    A device that `lends_memory` has another process read and write the guest's.
     """
 
     name: str
@@ -79,6 +80,7 @@ class VirtioDevice(ABC):
     config_always_writable: bool = False
     shared_memory: Mapping[int, SharedMemory] = MappingProxyType({})
     shared_memory_features: int = 0
+    lends_memory: bool = False
 
     def read_config(self, offset: int, length: int) -> bytes:
         """`length` bytes of the configuration space at `offset`, zero past its end (2.5)."""

@@ -240,6 +240,38 @@ def test_what_was_taken_away_is_not_forgotten(saved: None, folder: Path) -> None
     assert places("second")[1]["pulled"] == [{"device": 1, "start": 0, "end": 0}]
 
 
+def test_what_other_processes_serve_does_not_come_to_a_restored_vm(
+    saved: None, folder: Path
+) -> None:
+    """Nobody else can have its memory."""
+    try:
+        images.virtiofsd_command()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    (folder / "shared").mkdir()
+    with guest(folder, OBEDIENT, transport="pci") as vm:
+        vm.snapshot("first", stop=True)
+    with VM.restore("first", kvm="host") as vm:
+        with pytest.raises(ControlError, match="cannot have the memory of a VM that goes on"):
+            vm.share(f"{folder}/shared,readonly")
+        assert vm.status()["devices"] == []
+
+
+@pytest.mark.parametrize("transport", ["mmio", "pci"])
+def test_a_snapshot_whose_card_another_process_is_to_serve_is_refused(
+    saved: None, folder: Path, transport: str
+) -> None:
+    with guest(folder, OBEDIENT, transport=transport, net="user") as vm:
+        vm.snapshot("first", stop=True)
+    path = os.path.join(store.folder(), "first")
+    state = store.read_state(path)
+    state["spec"]["devices"][0][1]["vhost_user"] = True
+    state["checksum"] = store.checksum(state)
+    Path(path, "state.json").write_text(json.dumps(state))
+    with pytest.raises(ConfigError, match=r"cannot have the memory|has no vhost-user"):
+        VM.restore("first", kvm="host").start()
+
+
 def no_place(row: dict[str, Any]) -> None:
     row["slot"] = None
 

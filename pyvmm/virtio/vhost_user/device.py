@@ -101,6 +101,8 @@ class _Ring:
 class VhostUserDevice(VirtioDevice):
     """The device that the back end at `path` serves."""
 
+    lends_memory = True
+
     def __init__(
         self,
         path: str,
