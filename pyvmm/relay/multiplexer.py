@@ -440,7 +440,8 @@ class Multiplexer:
         if fd in self._watched:
             self._epoll.unregister(fd)
             del self._watched[fd]
-        self._given = [given for given in self._given if given[1] is not one.socket]
+        left = (given for given in self._given if given[1] is not one.socket)
+        self._given = [given for given in left if given[1].fileno() >= 0]
         said = bytes(one.said)
         give = one.listener.take(said) if said else None
         if give is not None:

@@ -621,6 +621,19 @@ def test_what_was_said_first_does_not_wait_for_ever_behind_others() -> None:
     os.close(writer)
 
 
+def test_what_was_given_away_and_closed_is_forgotten(tmp_path: Path) -> None:
+    ends = Ends(tmp_path, take=lambda said: lambda connection, said: connection.close())
+    try:
+        for _ in range(20):
+            with ends.call() as client:
+                client.sendall(b"mine\n")
+                with suppress(ConnectionResetError):
+                    assert client.recv(1) == b""
+        assert len(ends.outside._given) <= 1
+    finally:
+        ends.close()
+
+
 def test_who_comes_by_one_door_takes_no_place_from_those_at_another(tmp_path: Path) -> None:
     """Whatever becomes of a connection: it is inside, has said nothing, or was given away."""
     given: list[unix_sockets.Socket] = []
