@@ -101,8 +101,9 @@ def build(
         lines = _run(wanted, machine, disk, archive)
     os.unlink(disk)
     with open(packages, "w", encoding="utf-8") as file:
-        found = (line.removeprefix(_PACKAGE) for line in lines if line.startswith(_PACKAGE))
-        file.writelines(f"{line}\n" for line in found)
+        found = (line.removeprefix(_PACKAGE).split() for line in lines if line.startswith(_PACKAGE))
+        # Its kernel, or a script, may say something on the console in between.
+        file.writelines(f"{words[0]} {words[1]}\n" for words in found if len(words) > 1)
 
 
 def _store(package: str) -> None:

@@ -139,7 +139,7 @@ def test_the_archive_is_what_the_machine_wrote(tmp_path: Path) -> None:
         done
         cd "${archive%/*}" && mkdir made && echo hello > made/file
         tar -C made -cf - . | dd of="$archive" conv=notrunc 2> /dev/null
-        echo "pyvmm-package: one 1"; echo "pyvmm-mark: $mark"
+        echo "pyvmm-package: one 1"; echo "pyvmm-package: two"; echo "pyvmm-mark: $mark"
     """
     room = tmp_path / "room"
     room.mkdir()
