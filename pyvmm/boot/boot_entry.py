@@ -20,6 +20,7 @@ from pyvmm.errors import ConfigError
 System = FileSystem[Any]
 
 _MOST_TEXT = 1 << 20  # bytes of a configuration
+_MOST_LINE = 8192  # characters of a command; a kernel takes 4096 at most
 _MOST_ENTRIES = 256
 _PREFIXES = ("/boot", "")  # /boot in the root, or a file system of its own
 _GRUB = ("grub/grub.cfg", "grub2/grub.cfg")
@@ -130,6 +131,8 @@ def _grub_entry(text: str, path: str) -> tuple[str, list[str], list[str]] | None
 
 
 def _words(line: str, path: str) -> list[str]:
+    if len(line) > _MOST_LINE:  # the time for a word grows with the square of its length
+        raise ConfigError(f"{path} in the disk has a line of {len(line)} characters", cure=_CURE)
     try:
         return shlex.split(line)
     except ValueError:

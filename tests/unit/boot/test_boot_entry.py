@@ -131,6 +131,10 @@ def test_the_newest_kernel_where_nobody_says_anything(look: Look) -> None:
         ),
         ("menuentry x {\nlinux /boot/$kernel ro\n}", "which is not in that file system"),
         ("menuentry x {\nlinux /boot/vmlinuz-6.1 'ro\n}", "a quote that never ends"),
+        (
+            f"menuentry x {{\nlinux /boot/vmlinuz-6.1 {'a' * 9000}\n}}",
+            "has a line of 9024 characters",
+        ),
         ("#" * (1 << 20) + "#", "more than the 1048576 it may have"),
     ],
 )
