@@ -275,11 +275,21 @@ def item_of(data: mmap.mmap, path: str) -> int:
         nodes.append((at, at + size))
         return data[at : at + size]
 
-    system = Btrfs(note, len(data), "the disk")
-    node = system._at(path)
-    key = Key(node.number, 108, 0)
-    [(_, item)] = system._items(node.tree, key, key)
-    return max(data.find(item, *place) for place in nodes)
+    def read_item() -> bytes:
+        system = Btrfs(note, len(data), "the disk")
+        node = system._at(path)
+        key = Key(node.number, 108, 0)
+        [(_, item)] = system._items(node.tree, key, key)
+        return item
+
+    item = read_item()
+    for at in {data.find(item, *place) for place in list(nodes)} - {-1}:
+        data[at + 16] ^= 1  # a node that was split has it still, where nobody looks
+        is_read = read_item() != item
+        data[at + 16] ^= 1
+        if is_read:
+            return at
+    raise AssertionError("it is in no node")
 
 
 @pytest.mark.parametrize("name", ["zlib", "zstd"])
