@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import os
 import secrets
+import select
 import shutil
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import IO
 
 from pyvmm.errors import ConfigError
 from pyvmm.images import apt, tools
@@ -28,6 +31,7 @@ _MEMORY_MIB = 1024
 _SPARE_MIB = 1024  # on the work disk, for the packages themselves
 _PATIENCE = 3 * 3600  # seconds; on an idle machine it takes three minutes
 _MOST_SAID = 4 << 20  # bytes of the console that are kept
+_PIECE = 1 << 16
 _HEADER = 60  # bytes before a member of an ar archive
 _PACKAGE, _MARK = "pyvmm-package: ", "pyvmm-mark: "  # the beginnings of lines on its console
 
@@ -198,9 +202,19 @@ def _console_of(command: Sequence[str]) -> bytes:
         stderr=subprocess.STDOUT,
     ) as process:
         try:
-            said, _ = process.communicate(timeout=_PATIENCE)
-        except subprocess.TimeoutExpired:
-            raise ConfigError("the emulated machine did not end", cure="try again") from None
+            return _end_of(process.stdout, time.monotonic() + _PATIENCE)
         finally:
             process.kill()
-    return said[-_MOST_SAID:]
+
+
+def _end_of(console: IO[bytes] | None, deadline: float) -> bytes:
+    """The last of what comes until `deadline`. A script may print as much as it likes."""
+    assert console is not None
+    said = bytearray()
+    while select.select([console], [], [], max(0.0, deadline - time.monotonic()))[0]:
+        data = os.read(console.fileno(), _PIECE)
+        if not data:
+            return bytes(said)
+        said += data
+        del said[:-_MOST_SAID]
+    raise ConfigError("the emulated machine did not end", cure="try again")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -151,3 +152,16 @@ def test_the_archive_is_what_the_machine_wrote(tmp_path: Path) -> None:
     listed = subprocess.check_output(["tar", "-tf", room / "root.tar"], text=True)
     assert listed.split() == ["./", "./file"]
     assert not (room / "work.img").exists()
+
+
+def test_a_machine_that_prints_without_end_is_kept_in_bounds(monkeypatch) -> None:
+    monkeypatch.setattr(foreign_rootfs, "_MOST_SAID", 1000)
+    lines = "print('x' * 100_000); print('y' * 500)"
+    said = foreign_rootfs._console_of([sys.executable, "-c", lines])
+    assert len(said) == 1000 and said.endswith(b"y" * 500 + b"\n")
+
+
+def test_a_machine_that_does_not_end_is_ended(monkeypatch) -> None:
+    monkeypatch.setattr(foreign_rootfs, "_PATIENCE", 0.1)
+    with pytest.raises(ConfigError, match="did not end"):
+        foreign_rootfs._console_of(["sleep", "1000"])
