@@ -57,6 +57,7 @@ def load(path: str, *, allow_code: bool = False) -> dict[str, Any]:
     """
     import tomllib
 
+    values: dict[str, Any] | None
     try:
         with open(path, "rb") as file:
             text = file.read().decode("utf-8-sig")  # some editors begin with a byte-order mark
@@ -68,8 +69,8 @@ def load(path: str, *, allow_code: bool = False) -> dict[str, Any]:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: {error}", cure=_SHOWN) from None
     except (ValueError, RecursionError):
-        values = {"": _TOO_LARGE}
-    if not _is_bounded(values):
+        values = None
+    if values is None or not _is_bounded(values):
         raise ConfigError(
             f"{path} has a number of more than 64 bits, or lists within lists without end",
             cure=_SHOWN,
