@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from pyvmm.control.client import patiently
+from pyvmm.control.protocol import NEEDS_FILES, ControlError
 from pyvmm.spec.sizes import parse_memory
 
 if TYPE_CHECKING:
@@ -133,7 +135,19 @@ class InMonitor(ABC):
         [spec] = registry.read(kind, value)
         # The monitor may have another current directory.
         spec = registry.with_paths(spec, os.path.abspath)
-        return str(self._ask(f"{kind}.add", patience=patience, table=tables.write(spec))["id"])
+
+        def add(spec: Any, **more: Any) -> str:
+            table = tables.write(spec)
+            return str(self._ask(f"{kind}.add", patience=patience, table=table, **more)["id"])
+
+        try:
+            return add(spec)
+        except ControlError as error:
+            if error.code != NEEDS_FILES or not registry.hands_over(kind):
+                raise
+        with ExitStack() as opened:  # what it cannot open we can
+            spec, files = registry.hand_over(spec, opened)
+            return add(spec, files=list(files), fds=tuple(files.values()))
 
     def _remove(self, kind: str, id: str, timeout: float, force: bool) -> None:
         params: dict[str, Any] = {"timeout_ms": round(1000 * timeout)}

@@ -8,7 +8,8 @@ import os
 import select
 import signal
 import time
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -77,14 +78,17 @@ class Client(Closable):
     def close(self) -> None:
         self.connection.close()
 
-    def call(self, method: str, *, patience: float = PATIENCE, **params: Any) -> Any:
-        """Ask for `method`; its result. Raises ControlError for an answer that is an error,
-        NoAnswer after `patience` seconds or if the monitor ends meanwhile."""
+    def call(
+        self, method: str, *, patience: float = PATIENCE, fds: Sequence[int] = (), **params: Any
+    ) -> Any:
+        """Ask for `method`; its result. Copies of the descriptors `fds` go with it. Raises
+        ControlError for an answer that is an error, NoAnswer after `patience` seconds or if the
+        monitor ends meanwhile."""
         import json
 
         id, self._next_id = self._next_id, self._next_id + 1
         deadline = time.monotonic() + patience
-        self._send(protocol.request_line(id, method, params), deadline)
+        self._send(protocol.request_line(id, method, params), deadline, fds)
         while True:
             answer = json.loads(self._read_line(deadline))
             if answer.get("id") in (id, None):
@@ -102,9 +106,9 @@ class Client(Closable):
         self.close()
         return Upgraded(result, unix_sockets.adopt(fd))
 
-    def _send(self, data: bytes, deadline: float) -> None:
+    def _send(self, data: bytes, deadline: float, fds: Sequence[int]) -> None:
         try:
-            send_all(self.connection, data, deadline)
+            send_all(self.connection, data, deadline, fds)
         except NoAnswer:
             raise self._no_answer() from None
         except OSError:
@@ -166,13 +170,15 @@ def line_or_end(connection: Socket, deadline: float) -> bytes:
     return line
 
 
-def send_all(connection: Socket, data: bytes, deadline: float) -> None:
-    """Send all of it. Raises NoAnswer at `deadline`, OSError if the other end has gone."""
+def send_all(connection: Socket, data: bytes, deadline: float, fds: Sequence[int] = ()) -> None:
+    """Send all of it, with copies of the descriptors `fds`. Raises NoAnswer at `deadline`, OSError
+    if the other end has gone."""
+    rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, array("i", fds))] if fds else []
     while data:
         if not _ready(connection, select.POLLOUT, deadline):
             raise NoAnswer("it takes no answer")
         with suppress(BlockingIOError):
-            data = data[connection.send(data) :]
+            data, rights = data[connection.sendmsg([data], rights) :], []
 
 
 def _ready(connection: Socket, event: int, deadline: float) -> bool:

@@ -25,6 +25,7 @@ FORBIDDEN = "forbidden"  # it needs more rights than the socket gives
 REFUSED = "refused"  # understood, but it cannot be had
 NOT_READY = "not_ready"  # it can be had once the guest is further
 PAUSED = "paused"  # it can be had once the VM goes on
+NEEDS_FILES = "needs_files"  # it can be had with descriptors of what it names
 FAILED = "failed"  # the host or the monitor failed
 BUSY = "busy"  # too many clients
 
@@ -62,13 +63,16 @@ class Method(NamedTuple):
     `needs` and `takes` are their types, of those that must be there and of those that may. What
     `run` returns is the result, plain data fit for JSON, or an `Upgrade` or `Later`; a PyvmmError
     that it raises is the answer's error. It is called in the server's thread and holds up other
-    requests while it runs, but never the guest. `right` says which rights a request needs.
+    requests while it runs, but never the guest. `right` says which rights a request needs. With
+    `takes_descriptors` what came with it is the parameter `descriptors`, of the type
+    pyvmm.host.handed.Descriptors, which is closed when the result is there.
     """
 
     run: Callable[..., Any]
     needs: Mapping[str, type] = {}
     takes: Mapping[str, type] = {}
     right: Right = controls
+    takes_descriptors: bool = False
 
 
 class Later(NamedTuple):

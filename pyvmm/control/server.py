@@ -7,6 +7,8 @@ leave the processor to the guest; so are those who come in by a door that is for
 
 from __future__ import annotations
 
+import _socket
+import array
 import errno
 import select
 import time
@@ -37,6 +39,7 @@ from pyvmm.control.protocol import (
 )
 from pyvmm.errors import ConfigError, HostError, PyvmmError
 from pyvmm.host import log, unix_sockets
+from pyvmm.host.handed import MOST, Descriptors
 from pyvmm.host.syscalls import EventFd
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.spec.surroundings import EXEC, RIGHTS
@@ -72,6 +75,7 @@ class _Client:
         self.ending = False  # once `to_send` is out
         self.upgrade: Upgrade | None = None
         self.waits: Later | None = None  # for an answer that takes its time
+        self.descriptors = Descriptors()  # that came with what was received
 
     @property
     def has_line(self) -> bool:
@@ -225,12 +229,12 @@ class ControlServer:
             self._drop(client)
             return
         try:
-            data = client.socket.recv(MAX_LINE + 1 - len(client.received))
+            data = _received(client, MAX_LINE + 1 - len(client.received))
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
             data = b""
-        if not data:
+        if not data or len(client.descriptors.fds) > MOST:
             self._drop(client)
             return
         client.received += data
@@ -250,9 +254,13 @@ class ControlServer:
             request = parse_request(line)
         except ControlError as error:
             return error_line(None, error.code, str(error))
-        return answered(request.id, partial(self._result, client, request))
+        came, client.descriptors = client.descriptors, Descriptors()
+        answer = answered(request.id, partial(self._result, client, request, came))
+        if client.waits is None:  # or else whoever makes the answer has them
+            came.close()
+        return answer
 
-    def _result(self, client: _Client, request: Request) -> Any:
+    def _result(self, client: _Client, request: Request, came: Descriptors) -> Any:
         method = self._find(request.method)
         if method is None:
             raise ControlError(UNKNOWN_METHOD, f"no method {request.method!r:.100}")
@@ -264,22 +272,27 @@ class ControlServer:
                 f"{request.method} needs the rights {needed}: this socket's are "
                 f"{client.door.rights}",
             )
-        result = method.run(**request.params)
+        params = request.params
+        if method.takes_descriptors:
+            params = {**params, "descriptors": came}
+        result = method.run(**params)
         if isinstance(result, Upgrade):
             if not client.door.owner_only and self._count_handed() >= MAX_HANDED:
                 raise ControlError(BUSY, f"{MAX_HANDED} look at this VM by such sockets already")
             client.upgrade = result
             return result.result
         if isinstance(result, Later):
-            self._begin(client, request.id, result)
+            self._begin(client, request.id, result, came)
         return result
 
-    def _begin(self, client: _Client, id: int | str | None, later: Later) -> None:
+    def _begin(
+        self, client: _Client, id: int | str | None, later: Later, came: Descriptors
+    ) -> None:
         # One that hangs up and comes again with the next request must not cost a thread each time.
         if self._at_work >= MAX_CLIENTS:
             raise ControlError(BUSY, f"{MAX_CLIENTS} such requests are being answered already")
         thread = Thread(
-            target=self._answer_later, args=(client, id, later), name="answer", daemon=True
+            target=self._answer_later, args=(client, id, later, came), name="answer", daemon=True
         )
         try:
             thread.start()
@@ -288,8 +301,12 @@ class ControlServer:
         self._at_work += 1
         client.waits = later
 
-    def _answer_later(self, client: _Client, id: int | str | None, later: Later) -> None:
-        self._late.append((client, answered(id, later.run)))
+    def _answer_later(
+        self, client: _Client, id: int | str | None, later: Later, came: Descriptors
+    ) -> None:
+        answer = answered(id, later.run)
+        came.close()
+        self._late.append((client, answer))
         if not self._stopping:
             with suppress(OSError, HostError):  # it has just ended
                 self._wake.signal()
@@ -330,6 +347,23 @@ class ControlServer:
         client.socket.close()
 
     def _forget(self, client: _Client) -> None:
+        client.descriptors.close()
         fd = client.socket.fileno()
         if self._clients.pop(fd, None) is not None:
             self._epoll.unregister(fd)
+
+
+def _received(client: _Client, size: int) -> bytes:
+    """The next bytes. Descriptors that come along are kept where they may be of use; the kernel
+    closes others. Raises OSError."""
+    if client.door.rights != EXEC:
+        return client.socket.recv(size)
+    item = array.array("i").itemsize
+    room = _socket.CMSG_SPACE((MOST + 1) * item)
+    data, ancillary, _, _ = client.socket.recvmsg(size, room, _socket.MSG_CMSG_CLOEXEC)
+    for level, kind, content in ancillary:
+        if (level, kind) == (_socket.SOL_SOCKET, _socket.SCM_RIGHTS):
+            came = array.array("i")
+            came.frombytes(content[: len(content) - len(content) % item])
+            client.descriptors.fds += came
+    return data

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from copy import copy
 
 from pyvmm.errors import ConfigError
-from pyvmm.host import locks
+from pyvmm.host import handed, locks
 
 SECTOR = 512
 IOV_MAX = 1024  # <linux/uio.h> UIO_MAXIOV: the most segments of one preadv(2) or pwritev(2)
@@ -85,15 +85,12 @@ def open_image(
 def _open_image(path: str, read_only: bool, direct: bool, raw: bool) -> ImageFile:
     if not path or "\0" in path:
         raise ConfigError("the path of the image is empty or has a NUL in it")
-    # Looked at before it is opened: opening a device node or a FIFO can have effects of its own.
+    fd = _open_here(path, read_only) if (given := handed.take(path)) is None else given
     try:
-        kind = stat.S_IFMT(os.stat(path).st_mode)
-    except OSError as error:
-        raise _cannot_open(path, error, read_only) from None
-    _check_kind(path, kind)
-    fd = _open(path, kind, read_only)
-    try:
-        _check_kind(path, stat.S_IFMT(os.fstat(fd).st_mode))
+        kind = stat.S_IFMT(os.fstat(fd).st_mode)
+        _check_kind(path, kind)
+        if given is not None:
+            _use_handed(path, fd, read_only)
         os.set_blocking(fd, True)
         size = os.lseek(fd, 0, os.SEEK_END)
         hints = _lock(path, fd, read_only)
@@ -110,6 +107,27 @@ def _open_image(path: str, read_only: bool, direct: bool, raw: bool) -> ImageFil
     block = stat.S_ISBLK(kind)
     sizes = _block_sizes(fd) if block else None
     return ImageFile(path, fd, size - size % SECTOR, read_only, hints, block, sizes)
+
+
+def _open_here(path: str, read_only: bool) -> int:
+    # Looked at before it is opened: opening a device node or a FIFO can have effects of its own.
+    try:
+        kind = stat.S_IFMT(os.stat(path).st_mode)
+    except OSError as error:
+        raise _cannot_open(path, error, read_only) from None
+    _check_kind(path, kind)
+    return _open(path, kind, read_only)
+
+
+def _use_handed(path: str, fd: int, read_only: bool) -> None:
+    flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+    wanted = (os.O_RDONLY, os.O_RDWR) if read_only else (os.O_RDWR,)
+    if flags & os.O_PATH or flags & os.O_ACCMODE not in wanted:
+        raise ConfigError(
+            f"the descriptor of {path} cannot be {'read' if read_only else 'written'}",
+            cure="open it so, or add ,readonly",
+        )
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)  # for reads that are not aligned
 
 
 def _block_sizes(fd: int) -> tuple[int, int, int, int] | None:

@@ -47,6 +47,7 @@ _FOR_BOTH = ("mac", "mtu", "packed", *rates.NET_KEYS)
 _FOR_TAP = ("queues", "create", "vhost", "address", "bridge")
 _FOR_USER = ("forward", "host", "vhost-user")
 _VHOST_USER_QUEUE = 1024  # entries: a frame of 64 KiB takes 44 buffers
+_CABLE, _QUEUE = "passt", "tap-queue-"  # names of what is handed over
 _TAP_NAME = "pyvmm%d"  # the kernel puts a number there
 
 OPTIONS = (
@@ -392,8 +393,10 @@ def _open_stream(spec: Spec) -> Backend:
 def start_passt(spec: Spec) -> passt.Socket:
     """User-mode networking as `spec` wants it; our end of the cable. Raises ConfigError."""
     from pyvmm import images
-    from pyvmm.host import passt
+    from pyvmm.host import handed, passt
 
+    if (fd := handed.take(_CABLE)) is not None:
+        return passt.Socket(fileno=fd)
     passt.newer_by(images.passt_command)
     forwards = [parse_forward(text) for text in spec.forwards]
     mtu = spec.mtu or passt.MTU
@@ -428,6 +431,30 @@ def cross(spec: Spec, border: Border) -> Crossing:
     return Crossing(inside, streams=(HostStream(inside.stream, cable.fileno()),))
 
 
+def opens_by_name(spec: Spec) -> bool:
+    """A tap, or a program."""
+    return True
+
+
+def hand_over(spec: Spec, closing: ExitStack) -> tuple[Spec, dict[str, int]]:
+    """The queues of its tap, or the cable of its passt. Raises ConfigError."""
+    if not spec.tap:
+        cable = start_passt(spec)
+        closing.callback(cable.close)
+        return spec, {_CABLE: cable.fileno()}
+    if spec.vhost:
+        raise ConfigError(
+            "vhost cannot come to a strictly confined VM",
+            cure="leave out vhost, or start the VM with --confine auto",
+            option=OPTION,
+        )
+    fds, name, mtu = _tap_here(spec)
+    for fd in fds:
+        closing.callback(os.close, fd)
+    spec = replace(spec, tap=name, mtu=mtu, vhost=False)
+    return spec, {f"{_QUEUE}{number}": fd for number, fd in enumerate(fds)}
+
+
 def through_port(spec: Spec, path: str) -> Spec:
     """`spec` with its passt elsewhere, at the other end of the virtio-serial port `path`."""
     from pyvmm.virtio.net.header import ETH_HEADER, VLAN_TAG
@@ -438,8 +465,44 @@ def through_port(spec: Spec, path: str) -> Spec:
 
 
 def _open_tap(spec: Spec) -> tuple[TapBackend, str]:
-    from pyvmm.host import log, tap
+    from pyvmm.host import handed
     from pyvmm.virtio.net.tap import TapBackend
+
+    fds, name, mtu = _tap_handed(spec) if handed.present() else _tap_here(spec)
+    try:
+        return TapBackend(fds, mtu), name
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
+
+
+def _tap_handed(spec: Spec) -> tuple[list[int], str, int]:
+    """The queues of a tap that somebody else has opened. Raises ConfigError."""
+    from pyvmm.host import handed, tap
+
+    fds: list[int] = []
+    try:
+        while (fd := handed.take(f"{_QUEUE}{len(fds)}")) is not None:
+            fds.append(fd)
+            if not tap.is_attached(fd):
+                raise ConfigError(f"what was handed over is no queue of the tap {spec.tap}")
+            os.set_blocking(fd, False)
+        if len(fds) != spec.queues or not spec.mtu:
+            raise ConfigError(
+                f"{len(fds)} queues of the tap {spec.tap} were handed over",
+                cure="as many as queues= says, and say mtu=",
+            )
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
+    return fds, spec.tap, spec.mtu
+
+
+def _tap_here(spec: Spec) -> tuple[list[int], str, int]:
+    """The queues of a tap, its name and its MTU. Raises ConfigError."""
+    from pyvmm.host import log, tap
 
     fds, name = tap.open_tap(spec.tap, spec.queues, create=spec.create)
     try:
@@ -449,8 +512,7 @@ def _open_tap(spec: Spec) -> tuple[TapBackend, str]:
             interfaces.set_up(name, mtu=spec.mtu, address=spec.address, bridge=spec.bridge)
         elif not tap.is_up(name):
             log.to_stderr(f"the tap {name} is down: `ip link set {name} up` lets frames through")
-        mtu = spec.mtu or max(LEAST_MTU, min(tap.mtu_of(name), MOST_MTU))
-        return TapBackend(fds, mtu), name
+        return fds, name, spec.mtu or max(LEAST_MTU, min(tap.mtu_of(name), MOST_MTU))
     except BaseException:
         for fd in fds:
             os.close(fd)

@@ -31,6 +31,10 @@ and may have, for what is not the same for every kind,
     cross(spec, border) -> Crossing     opens here what it needs of this machine, before it is asked
                                         for in an emulated host; without, a VM may have one there if
                                         it needs nothing of this machine
+    opens_by_name(spec) -> bool         whether opening it takes names of this machine; if so:
+    hand_over(spec, closing)            opens what it names, for a monitor that opens nothing: what
+                                        to ask for, and the descriptors by name; without, none comes
+                                        to such a monitor
     methods(running) -> {name: Method}  what it adds to the control socket, named KIND.VERB; they
                                         are there whether the VM has such a device or not
 
@@ -56,6 +60,8 @@ from pyvmm.errors import ConfigError
 from pyvmm.spec.options import FIRST, LAST, Option
 
 if TYPE_CHECKING:
+    from contextlib import ExitStack
+
     from pyvmm.control.protocol import Method
     from pyvmm.kinds import (
         balloon,
@@ -300,6 +306,25 @@ def cross(spec: Spec, border: Border) -> Crossing:
     cross = getattr(load(spec.kind), "cross", None)
     crossing: Crossing = Crossing(spec) if cross is None else cross(spec, border)
     return crossing
+
+
+def opens_by_name(spec: Spec) -> bool:
+    """True if opening the device takes names of this machine, for files or programs."""
+    asks: Callable[[Spec], bool] | None = getattr(load(spec.kind), "opens_by_name", None)
+    return asks is not None and asks(spec)
+
+
+def hands_over(kind: str) -> bool:
+    """True if devices of `kind` can come to a monitor that opens nothing: `hand_over`."""
+    return hasattr(load(kind), "hand_over")
+
+
+def hand_over(spec: Spec, closing: ExitStack) -> tuple[Spec, dict[str, int]]:
+    """Open what `spec` names, for a monitor that opens nothing by name: what to ask it for, and the
+    descriptors by the names under which it looks for them (pyvmm.host.handed). `closing` closes
+    ours. Raises ConfigError for what the user can mend."""
+    found: tuple[Spec, dict[str, int]] = load(spec.kind).hand_over(spec, closing)
+    return found
 
 
 def method(name: str, running: Running) -> Method | None:

@@ -208,6 +208,11 @@ def open_device(spec: Spec, context: Context) -> VhostUserDevice:
     return device
 
 
+def opens_by_name(spec: Spec) -> bool:
+    """A directory, and a program."""
+    return True
+
+
 def _mount_9p(spec: Spec) -> None:
     """In an emulated host: the directory comes as a file system of its own."""
     import subprocess

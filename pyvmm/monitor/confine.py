@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyvmm.errors import ConfigError, HostError
-from pyvmm.host import box, log, named_listener, unix_sockets
+from pyvmm.host import box, handed, log, named_listener, unix_sockets
 from pyvmm.host.box import NO_BOX, Box, Needs
 from pyvmm.host.outside import Outside
 from pyvmm.kvm.uapi import KVM_RUN, numbers
@@ -197,15 +197,22 @@ class Confinement:
             for line in self._refusals.take():
                 self._warn(line)
 
+    @property
+    def opens_nothing(self) -> bool:
+        """True if nothing is opened by name any more."""
+        return self._mode == STRICT and self.box != NO_BOX
+
     def run(self, job: Callable[[], T]) -> T:
-        """Do what the user has asked for by name, where that is possible still. Raises what `job`
-        raises."""
+        """Do what the user has asked for by name, where that is possible still, or with files that
+        were handed to us. Raises what `job` raises, ConfigError."""
+        if handed.present():
+            return job()
         if self._outside is not None:
             return self._outside.run(job)
         try:
             return job()
         except (ConfigError, HostError, OSError) as error:
-            if self.box == NO_BOX:
+            if not self.opens_nothing:
                 raise
             message = error.message if isinstance(error, ConfigError) else str(error)
             raise ConfigError(

@@ -16,9 +16,20 @@ from functools import partial
 from threading import Event, Lock, Thread, current_thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pyvmm.control.protocol import FAILED, PAUSED, ControlError, Later, Method, executes, watches
+from pyvmm.control.protocol import (
+    BAD_REQUEST,
+    FAILED,
+    NEEDS_FILES,
+    PAUSED,
+    ControlError,
+    Later,
+    Method,
+    executes,
+    watches,
+)
 from pyvmm.errors import ConfigError, DriverError, PyvmmError
-from pyvmm.host import log
+from pyvmm.host import handed, log
+from pyvmm.host.handed import Descriptors
 from pyvmm.host.syscalls import Closable
 from pyvmm.kinds import registry
 from pyvmm.kinds.interface import unknown_id
@@ -139,10 +150,9 @@ def methods(hotplug: Callable[[], Hotplug]) -> dict[str, Method]:
     """The methods of the control socket, by name."""
     found = {}
     for kind in registry.come_and_go():
-        takes: dict[str, type] = {"device": str, "table": dict}
-        found[f"{kind}.add"] = Method(
-            partial(_add_later, hotplug, kind), takes=takes, right=executes
-        )
+        takes: dict[str, type] = {"device": str, "table": dict, "files": list}
+        run: Callable[..., Later] = partial(_add_later, hotplug, kind)
+        found[f"{kind}.add"] = Method(run, takes=takes, right=executes, takes_descriptors=True)
         takes = {"timeout_ms": int, "force": bool}
         run = partial(_remove_later, hotplug, kind)
         found[f"{kind}.remove"] = Method(run, needs={"id": str}, takes=takes)
@@ -160,11 +170,23 @@ def _add_later(
     kind: str,
     device: str | None = None,
     table: dict[str, Any] | None = None,
+    files: list[str] | None = None,
+    *,
+    descriptors: Descriptors,
 ) -> Later:
     value = table if device is None else device
     if value is None or (device is not None and table is not None):
         raise ConfigError("say what to add", cure="by device, a text, or by table")
-    return Later(partial(hotplug().add, kind, value))
+    if files is None:
+        return Later(partial(hotplug().add, kind, value))
+    if not all(isinstance(name, str) for name in files) or len(set(files)) != len(files):
+        raise ControlError(BAD_REQUEST, "the files are not different texts")
+    if len(files) != len(descriptors.fds):
+        raise ControlError(
+            BAD_REQUEST, f"{len(descriptors.fds)} descriptors came for {len(files)} files"
+        )
+    names = dict(zip(files, descriptors.fds, strict=True))
+    return Later(partial(hotplug().add_handed, kind, value, names, descriptors))
 
 
 def _remove_later(
@@ -236,7 +258,8 @@ class Hotplug(Closable):
     ) -> dict[str, Any]:
         """Open the device that `value` describes, as its option would, and plug it in; its `id`,
         and the PCI `slot` that it is in. `described` is the device as the user's machine knows it,
-        where that is another one. Raises ConfigError, HostError."""
+        where that is another one. Raises ConfigError, HostError, ControlError (NEEDS_FILES where
+        nothing is opened by name)."""
         self._bus()
         try:
             spec, device, slot = self._open_and_plug(kind, value, described)
@@ -248,6 +271,13 @@ class Hotplug(Closable):
         if getattr(spec, "mountpoint", ""):
             self._mount(spec, device.name)
         return told
+
+    def add_handed(
+        self, kind: str, value: Any, names: dict[str, int], owner: Descriptors
+    ) -> dict[str, Any]:
+        """The same with descriptors, by name, of what would have to be opened."""
+        with handed.files(names, owner):
+            return self.add(kind, value)
 
     def wait_for_driver(
         self, kind: str, id: str, timeout: float, wake: Event | None = None
@@ -318,6 +348,8 @@ class Hotplug(Closable):
             )
         if self._is_inside and isinstance(value, (str, dict)):
             _check_crossing(kind, spec)
+        if self._devices.opens_nothing() and not handed.present():
+            self._check_names(kind, spec)
         with self._one_at_a_time:
             spec = self._checked(kind, spec)
             device = self._devices.open(spec)
@@ -330,6 +362,17 @@ class Hotplug(Closable):
                 self.described.pop(device, None)
                 self._devices.close_one(device)
                 raise
+
+    def _check_names(self, kind: str, spec: Any) -> None:
+        """Raise ConfigError, or ControlError where descriptors would do, if it has to be opened by
+        name."""
+        if not registry.opens_by_name(spec):
+            return
+        cure = "start the VM with --confine auto"
+        error = ConfigError("a strictly confined monitor opens nothing by name", cure=cure)
+        if registry.hands_over(kind) and not self._is_inside:  # where no descriptor gets
+            raise ControlError(NEEDS_FILES, f"{error}, or send descriptors")
+        raise error
 
     def _watch_arrival(self, device: VirtioDevice, slot: int) -> None:
         parts = self._machine.parts

@@ -35,6 +35,7 @@ class OpenDevices(Closable):
         self._closing: dict[VirtioDevice, ExitStack] = {}
         # In a box what has a name is opened, and its programs are ended, elsewhere.
         self.run_by: Callable[[Callable[[], Any]], Any] = lambda job: job()
+        self.opens_nothing: Callable[[], bool] = lambda: False  # not even elsewhere
 
     def open(self, spec: Spec) -> VirtioDevice:
         """Raises ConfigError for what the user can mend; nothing is left open then."""

@@ -96,6 +96,7 @@ def run_here(
             opened = _open(spec, closing, quiet=quiet)
             if confinement is not None:
                 opened.devices.run_by = confinement.run
+                opened.devices.opens_nothing = lambda: confinement.opens_nothing
             on_listening()
             run = _Run(opened, answering, on_output, closing)
             run.assemble(stop_patience)

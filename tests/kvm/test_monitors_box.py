@@ -449,8 +449,7 @@ def test_a_confined_monitor_does_all_its_work(kvm: Kvm, tmp_path: Path, mode: st
         assert disk.stat().st_size == 1 << 20
         (tmp_path / "data").write_bytes(bytes(512))
         added = vm("disk", "add", "vm", str(tmp_path / "data"))
-        assert added.returncode == (0 if mode == "auto" else 1), added.stderr
-        assert mode == "auto" or "strictly confined" in added.stderr
+        assert added.returncode == 0, added.stderr  # opened by that command if need be
         assert vm("stop", "vm", "--timeout", "0").returncode == 0
         vm.process.wait(SAFETY_TIMEOUT)
         assert not (tmp_path / "vsock").exists()

@@ -18,6 +18,8 @@ from footprint import footprint, has_no_more_than
 from pyvmm import VM, ConfigError, images
 from pyvmm.control import snapshot_store as store
 from pyvmm.control.protocol import ControlError
+from pyvmm.host import tap
+from pyvmm.host.files import open_image
 from pyvmm.kvm.system import Kvm
 
 SAFETY_TIMEOUT = 60
@@ -97,6 +99,71 @@ def test_what_comes_and_goes_leaves_nothing(vm: VM, folder: Path) -> None:
             vm.console.expect_exact("E", timeout=SAFETY_TIMEOUT)
     has_no_more_than(vm.pid, before)
     assert vm.status()["devices"] == ["root"]
+
+
+COMES_OPENED = {
+    "raw": "data",
+    "read-only": "data,readonly",
+    "changes kept": "data,overlay={folder}/changes",
+    "changes forgotten": "data,snapshot",
+}
+
+
+@pytest.mark.parametrize("what", COMES_OPENED)
+def test_a_strictly_confined_vm_takes_the_disks_that_we_open(folder: Path, what: str) -> None:
+    disk = f"{folder}/{COMES_OPENED[what]},id=data".format(folder=folder)
+    with guest(folder, OBEDIENT, confine="strict") as vm:
+        before = None
+        for _ in range(2):
+            assert vm.add_disk(disk) == "data"
+            vm.console.expect_exact("A", timeout=SAFETY_TIMEOUT)
+            with pytest.raises(ConfigError, match="in use"):
+                open_image(f"{folder}/data")
+            if what != "read-only":
+                assert vm.resize_disk("data", "2M") == 2 << 20
+            vm.remove_disk("data", timeout=SAFETY_TIMEOUT)
+            vm.console.expect_exact("E", timeout=SAFETY_TIMEOUT)
+            open_image(f"{folder}/data").close()
+            if before is not None:
+                has_no_more_than(vm.pid, before)
+            before = footprint(vm.pid)
+        assert (folder / "data").stat().st_size == (2 << 20 if what == "raw" else 1 << 20)
+        assert vm.status()["confinement"]["refused_calls"] == 0
+
+
+def test_a_strictly_confined_vm_takes_the_networks_that_we_open(folder: Path) -> None:
+    nets = {"user": "net-user"}
+    try:
+        fds, _ = tap.open_tap("pyvmmt%d", create=True)
+        os.close(*fds)
+        nets |= {"tap=pyvmmtc,create,vhost=off": "net-pyvmmtc"}
+        nets |= {"tap=pyvmmtc,create,queues=2": "net-pyvmmtc"}
+    except ConfigError:
+        pass  # no taps can be made here
+    with guest(folder, OBEDIENT, confine="strict") as vm:
+        for net, name in nets.items():
+            assert vm.add_net(net) == name
+            vm.console.expect_exact("A", timeout=SAFETY_TIMEOUT)
+            assert vm.status()["devices"] == [name] == list(vm.stats()["devices"])
+            vm.remove_net(name, timeout=SAFETY_TIMEOUT)
+            vm.console.expect_exact("E", timeout=SAFETY_TIMEOUT)
+        assert not tap.exists("pyvmmtc")
+        assert vm.status()["confinement"]["refused_calls"] == 0
+
+
+def test_what_a_strictly_confined_vm_cannot_be_given_is_told(folder: Path) -> None:
+    (folder / "shared").mkdir()
+    with guest(folder, OBEDIENT, confine="strict") as vm:
+        for add, value, told in (
+            (vm.add_disk, f"{folder}/data,format=qcow2", "qcow2 disk cannot come to a strictly"),
+            (vm.add_disk, f"{folder}/nothing", "cannot open .*/nothing: No such file"),
+            (vm.add_net, "tap=pyvmmtc,create,vhost", "vhost cannot come to a strictly"),
+            (vm.share, f"{folder}/shared", "opens nothing by name"),
+        ):
+            with pytest.raises((ConfigError, ControlError), match=told) as caught:
+                add(value)  # type: ignore[operator]  # each takes a text
+            assert "\n" not in str(caught.value)
+        assert vm.status()["devices"] == []
 
 
 def test_a_guest_that_is_not_there_keeps_nothing_by_force(vm: VM) -> None:

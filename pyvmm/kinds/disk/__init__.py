@@ -22,6 +22,7 @@ from pyvmm.spec.sizes import DIGITS
 from pyvmm.spec.vm import DiskSpec, VmSpec
 
 if TYPE_CHECKING:
+    from contextlib import ExitStack
     from typing import TypedDict
 
     from pyvmm.control.protocol import Method
@@ -286,6 +287,18 @@ def cross(disk: DiskSpec, border: Border) -> Crossing:
     from pyvmm.kinds.disk.crossing import hand_over
 
     return hand_over(disk, border)
+
+
+def opens_by_name(disk: DiskSpec) -> bool:
+    """Not for memory."""
+    return disk.storage != "ram"
+
+
+def hand_over(disk: DiskSpec, closing: ExitStack) -> tuple[DiskSpec, dict[str, int]]:
+    """Its files, opened and locked. Raises ConfigError."""
+    from pyvmm.kinds.disk.crossing import descriptors
+
+    return disk, descriptors(disk, closing)
 
 
 def methods(running: Running) -> dict[str, Method]:

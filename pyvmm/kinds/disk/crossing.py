@@ -11,7 +11,7 @@ import os
 from contextlib import ExitStack
 
 from pyvmm.emulated_host import HostDisk
-from pyvmm.errors import HostError
+from pyvmm.errors import ConfigError, HostError
 from pyvmm.kinds.border import Border, Crossing
 from pyvmm.kinds.disk.storage import lock_image, open_backend, qcow2_layers, ram_image
 from pyvmm.spec.record import replace
@@ -62,19 +62,42 @@ def _python(disk: DiskSpec, border: Border) -> _Handed:
 _HANDLERS = {"raw": _raw, "qcow2": _qcow2, "ram": _ram, "python": _python}
 
 
+def descriptors(disk: DiskSpec, closing: ExitStack) -> dict[str, int]:
+    """The files of a disk, opened and locked for a monitor that opens nothing, by the names under
+    which it looks for them. Raises ConfigError."""
+    from pyvmm.virtio.blk.overlay import SCRATCH
+
+    if disk.storage != "raw":
+        raise ConfigError(
+            f"a {disk.storage} disk cannot come to a strictly confined VM",
+            cure="use a raw one (qemu-img convert -O raw), or start the VM with --confine auto",
+        )
+    found = {disk.path: lock_image(disk, closing).fd}
+    if disk.overlay is not None:
+        found[disk.overlay] = _overlay_file(disk, disk.overlay, closing)
+    elif disk.snapshot:
+        found[SCRATCH] = _scratch_file(disk, closing)
+    return found
+
+
 def _overlay(disk: DiskSpec, inside: DiskSpec, closing: ExitStack) -> tuple[DiskSpec, HostDisk]:
+    assert disk.overlay is not None
+    fd = _overlay_file(disk, disk.overlay, closing)
+    path = os.path.realpath(disk.overlay)
+    return replace(inside, overlay=path), HostDisk(path, False, fd)
+
+
+def _overlay_file(disk: DiskSpec, path: str, closing: ExitStack) -> int:
     from pyvmm.virtio.blk.overlay_file import open_overlay
 
-    assert disk.overlay is not None
     with ExitStack() as base_closing:
         base = open_backend(replace(disk, overlay=None, read_only=True), base_closing)
-        overlay = open_overlay(base, disk.overlay)
+        overlay = open_overlay(base, path)
     closing.callback(overlay.close)
-    path = os.path.realpath(disk.overlay)
-    return replace(inside, overlay=path), HostDisk(path, False, overlay.fd)
+    return overlay.fd
 
 
-def _scratch(disk: DiskSpec, inside: DiskSpec, border: Border) -> tuple[DiskSpec, HostDisk]:
+def _scratch_file(disk: DiskSpec, closing: ExitStack) -> int:
     from pyvmm.virtio.blk.overlay import scratch_file
     from pyvmm.virtio.blk.overlay_layout import layout_for
 
@@ -85,7 +108,12 @@ def _scratch(disk: DiskSpec, inside: DiskSpec, border: Border) -> tuple[DiskSpec
         fd = scratch_file(size)
     except OSError as error:
         raise HostError(error.errno or 0, "temporary file for a disk's changes") from None
-    border.closing.callback(os.close, fd)
+    closing.callback(os.close, fd)
+    return fd
+
+
+def _scratch(disk: DiskSpec, inside: DiskSpec, border: Border) -> tuple[DiskSpec, HostDisk]:
+    fd = _scratch_file(disk, border.closing)
     path = border.place("scratch")
     saved = None if disk.saved is None else border.visible(disk.saved, "--restore")
     return replace(inside, scratch=path, saved=saved), HostDisk(path, False, fd)

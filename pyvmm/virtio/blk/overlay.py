@@ -23,11 +23,12 @@ from collections.abc import Callable, Iterator, Mapping
 from threading import Lock
 
 from pyvmm.errors import HostError
-from pyvmm.host import log
+from pyvmm.host import handed, log
 from pyvmm.host.files import SECTOR, ImageFile, pwritev_all
 from pyvmm.virtio.blk.backend import Backend, FileBackend, cut
 from pyvmm.virtio.blk.overlay_layout import PAGE, Layout, layout_for
 
+SCRATCH = "scratch"
 _WINDOW = 1024  # clusters looked at in one go; bounds the work for a bitmap of alternating bits
 
 
@@ -322,11 +323,13 @@ def open_snapshot(base: Backend, path: str | None = None) -> OverlayBackend:
     """Changes to `base` that are forgotten when it is closed, or the process ends.
 
     They go to an unlinked temporary file (in $TMPDIR, or else /var/tmp), or to the file at `path`,
-    which must be large enough. Raises HostError.
+    or to the one that was handed over as SCRATCH; these must be large enough. Raises HostError.
     """
     layout = layout_for(base.size_sectors * SECTOR)
     try:
-        if path is None:
+        if (given := handed.take(SCRATCH)) is not None:
+            fd = given
+        elif path is None:
             fd = scratch_file(layout.file_size)
         else:
             fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)

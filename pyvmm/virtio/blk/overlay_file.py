@@ -28,6 +28,7 @@ import struct
 import zlib
 
 from pyvmm.errors import ConfigError, HostError
+from pyvmm.host import handed
 from pyvmm.host.files import SECTOR, open_image, preadv_all
 from pyvmm.virtio.blk.backend import Backend
 from pyvmm.virtio.blk.overlay import OverlayBackend
@@ -66,7 +67,7 @@ def open_overlay(base: Backend, path: str) -> OverlayBackend:
     """
     size = base.size_sectors * SECTOR
     mark = identity(base)
-    if not os.path.lexists(path):
+    if not (handed.has(path) or os.path.lexists(path)):
         _create(path, layout_for(size), size, mark)
     image = open_image(path)
     try:

@@ -26,7 +26,7 @@ from pyvmm.control.client import Client, NoAnswer
 from pyvmm.control.protocol import MAX_LINE, ControlError, Later, Method, Upgrade
 from pyvmm.control.server import MAX_CLIENTS, ControlServer, Door
 from pyvmm.errors import ConfigError, HostError
-from pyvmm.host import unix_sockets
+from pyvmm.host import handed, unix_sockets
 from pyvmm.monitor.control import MachineControl
 from pyvmm.spec.vm import VmSpec
 
@@ -231,6 +231,7 @@ class Served:
         self.calls: list[object] = []
         self.release = threading.Event()
         self.upgraded: list[tuple[object, bytes]] = []
+        self.kept: list[int] = []
         assert self.registration.listener is not None
         self.server = ControlServer(
             self.registration.listener,
@@ -243,6 +244,7 @@ class Served:
                 "host": Method(self.fail(HostError(5, "write"))),
                 "defect": Method(self.fail(KeyError("oops"))),
                 "upgrade": Method(lambda: Upgrade("go on", self.take)),
+                "keep": Method(self.keep, takes_descriptors=True),
                 "later": Method(lambda: Later(lambda: self.release.wait(HANG))),
                 "cancelled": Method(
                     lambda: Later(lambda: self.release.wait(HANG), cancel=self.release.set)
@@ -262,6 +264,10 @@ class Served:
 
     def take(self, connection: object, rest: bytes) -> None:
         self.upgraded.append((connection, rest))
+
+    def keep(self, descriptors: handed.Descriptors) -> None:
+        """Take the first of them."""
+        self.kept.append(descriptors.fds.pop(0))
 
     def dial(self) -> socket.socket:
         connection = socket.socket(socket.AF_UNIX)
@@ -426,6 +432,58 @@ def test_a_connection_can_be_handed_over(served: Served) -> None:
         assert connection.recv(5) == b"hello"
         assert b"what follows".startswith(rest)
         theirs.close()  # type: ignore[attr-defined]
+
+
+def test_descriptors_go_to_the_method_that_wants_them_and_others_are_closed(
+    served: Served, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"x")
+
+    def is_open() -> int:
+        names = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+        return names.count(str(file))
+
+    with open(file) as opened:
+        fds = [opened.fileno()] * 3
+        for method, kept in (("echo", 0), ("keep", 1), ("refuse", 0), ("no such", 0)):
+            with contextlib.suppress(ControlError), Client.connect("served") as asking:
+                asking.call(method, patience=HANG, fds=fds)
+            assert is_open() == 1 + kept, method  # they are closed before it is answered
+            while served.kept:
+                os.close(served.kept.pop())
+        for count, is_answered in ((handed.MOST, True), (handed.MOST + 1, False)):
+            with Client.connect("served") as asking:
+                try:
+                    assert asking.call("echo", patience=HANG, fds=fds[:1] * count) == {}
+                    assert is_answered
+                except NoAnswer:
+                    assert not is_answered
+            deadline = time.monotonic() + HANG
+            while is_open() > 1:
+                assert time.monotonic() < deadline
+                time.sleep(0.001)
+
+
+def test_a_door_for_less_than_everything_takes_no_descriptors(
+    served: Served, tmp_path: Path
+) -> None:
+    path = str(tmp_path / "door")
+    seen: list[int] = []
+
+    def look(descriptors: handed.Descriptors) -> None:
+        seen.append(len(descriptors.fds))
+
+    methods = {"look": Method(look, right=lambda params: "watch", takes_descriptors=True)}
+    with contextlib.closing(unix_sockets.listen(path)) as listener:
+        assert served.registration.listener is not None
+        doors = [Door(listener, "control", owner_only=False)]
+        serving = ControlServer(served.registration.listener, methods.get, doors)
+        serving.start()
+        with Client("door", unix_sockets.connect(path)) as asking:
+            asking.call("look", patience=HANG, fds=[0])
+        serving.close()
+    assert seen == [0]
 
 
 def test_an_answer_that_takes_its_time_holds_up_no_other(served: Served) -> None:

@@ -1,0 +1,123 @@
+"""Files that somebody else has opened, where we would open them: disks read and write by them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from pyvmm.errors import ConfigError
+from pyvmm.host import handed
+from pyvmm.host.files import open_image
+from pyvmm.kinds import disk as disks
+from pyvmm.kinds import registry
+from pyvmm.kinds.disk.storage import open_backend
+
+SIZE = 1 << 16
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    made = tmp_path / "image"
+    made.write_bytes(b"b" * SIZE)
+    return made
+
+
+def is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("options", "base", "changes"),
+    [
+        ("", b"n", None),
+        (",direct", b"n", None),
+        (",snapshot", b"b", None),
+        (",overlay={}", b"b", b"n"),
+    ],
+)
+def test_a_disk_of_descriptors_is_the_disk_of_its_names(
+    image: Path, monkeypatch: pytest.MonkeyPatch, options: str, base: bytes, changes: bytes | None
+) -> None:
+    kept = image.with_name("kept")
+    spec = disks.parse(f"{image}{options.format(kept)}")
+    with ExitStack() as client, ExitStack() as monitor:
+        asked, files = registry.hand_over(spec, client)
+        owner = handed.Descriptors(os.dup(fd) for fd in files.values())
+        client.close()  # the locks stay with the files
+        with pytest.raises(ConfigError, match="in use"):
+            open_image(str(image))
+        # Nothing is opened by its name any more.
+        os.rename(image, image.with_name("moved"))
+        if kept.exists():
+            os.rename(kept, kept.with_name("moved-too"))
+        with handed.files(dict(zip(files, owner.fds, strict=True)), owner):
+            assert isinstance(asked, type(spec))
+            backend = open_backend(asked, monitor)
+        assert not owner.fds
+        import mmap
+
+        page = memoryview(mmap.mmap(-1, 4096))  # direct I/O wants it aligned
+        backend.readv([page], 4096, 0)
+        assert bytes(page) == b"b" * 4096
+        page[:] = b"n" * 4096
+        backend.writev([page], 4096, 4096)
+        backend.readv([page], 4096, 4096)
+        assert bytes(page) == b"n" * 4096
+        backend.flush()
+    assert image.with_name("moved").read_bytes()[4096:8192] == base * 4096
+    if changes is not None:
+        assert changes * 4096 in kept.with_name("moved-too").read_bytes()
+    open_image(str(image.with_name("moved"))).close()  # nobody has it any more
+
+
+def a_pipe(image: Path) -> int:
+    ours, theirs = os.pipe()
+    os.close(theirs)
+    return ours
+
+
+WRONG: dict[str, tuple[Callable[[Path], int], str]] = {
+    "only to be read": (lambda image: os.open(image, os.O_RDONLY), "cannot be written"),
+    "only to be written": (lambda image: os.open(image, os.O_WRONLY), "cannot be written"),
+    "a path": (lambda image: os.open(image, os.O_PATH), "cannot be written"),
+    "a pipe": (a_pipe, "is a FIFO"),
+    "a directory": (lambda image: os.open(image.parent, os.O_RDONLY), "is a directory"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_wrong_descriptor_is_refused_in_a_line_and_closed(image: Path, what: str) -> None:
+    make, message = WRONG[what]
+    fd = make(image)
+    owner = handed.Descriptors([fd])
+    with (
+        handed.files({str(image): fd}, owner),
+        pytest.raises(ConfigError, match=message) as told,
+    ):
+        open_image(str(image))
+    assert "\n" not in str(told.value)
+    assert not owner.fds and not is_open(fd)
+
+
+def test_only_the_thread_that_was_handed_them_finds_them(image: Path) -> None:
+    fd = os.open(image, os.O_RDWR)
+    found: list[object] = []
+    with handed.Descriptors([fd]) as owner, handed.files({"name": fd}, owner):
+        thread = Thread(target=lambda: found.append((handed.present(), handed.take("name"))))
+        thread.start()
+        thread.join()
+        assert handed.present() and handed.has("name")
+        assert handed.take("another") is None
+        assert handed.take("name") == fd and not handed.has("name")
+        owner.fds.append(fd)
+    assert found == [(False, None)]
+    assert not handed.present() and not is_open(fd)
