@@ -29,6 +29,8 @@ _EXT4_AT, _EXT4 = 0x438, b"\x53\xef"
 _MOST_FSTAB = 64 << 10  # bytes
 _MOST_KERNEL, _MOST_INITRD = 256 << 20, 1 << 30
 _READ = ("ext4", "xfs", "btrfs", "vfat")  # the file systems that a kernel is looked for in
+_CONTAINERS = ("LVM", "LUKS")  # what an initrd opens, as it has the programs for it
+_OF_ROOT = ("/etc", "/usr", "/sbin", "/bin", "/nix", "/ostree")  # a root has one of them
 _ROOT_NAMES = ("root", "rootfs", "cloudimg-rootfs", "pyvmm-root", "system", "/")
 
 
@@ -150,7 +152,7 @@ def _looking_at(disk: DiskSpec) -> Iterator[BlockDevice]:
 
 def choose_root(table: Table, read: Read, name: str) -> tuple[Partition | None, str]:
     """The partition of `table` that is the root, and why; None if that cannot be told. Raises
-    ConfigError for one that overlaps another."""
+    ConfigError for one that overlaps another, and where it is in an LVM or LUKS volume."""
     from pyvmm.boot import partitions
 
     found = partitions.roots(table)
@@ -165,11 +167,11 @@ def choose_root(table: Table, read: Read, name: str) -> tuple[Partition | None, 
     root, why = None, ""
     if len(typed) == 1:
         root, why = typed[0], "by its type"
-    elif len(found) == 1:
+    elif len(found) == 1 and not _is_boot(found[0], table, read, name):
         root, why = found[0], "the only one with a Linux file system"
     elif len(named) == 1:
         root, why = named[0], "by its label"
-    else:
+    elif len(found) > 1:
         root, why = _by_fstab(found, read, name), "by /etc/fstab"
     if root is not None:
         other = partitions.overlapping(table, root)
@@ -181,6 +183,29 @@ def choose_root(table: Table, read: Read, name: str) -> tuple[Partition | None, 
                 option="--disk",
             )
     return root, why
+
+
+def _is_boot(one: Partition, table: Table, read: Read, name: str) -> bool:
+    """True if `one`, the only Linux file system, is a /boot: the root is elsewhere then. Raises
+    ConfigError if it is where nothing but the disk's own initrd finds it."""
+    from pyvmm.boot.file_system import Search
+
+    try:
+        system = _system(one, read, name, Search())
+        if system is None or not system.names("/") or any(map(system.has, _OF_ROOT)):
+            return False
+        is_boot = any(found.startswith("vmlinuz") for found in system.names("/"))
+    except ConfigError:
+        return False
+    volume = next((it for it in table.partitions if it.content.kind in _CONTAINERS), None)
+    if is_boot and volume is not None:
+        raise ConfigError(
+            f"partition {one.number} of {name} is a /boot, and the root is in partition "
+            f"{volume.number}, in {volume.content.kind}, which takes an initrd that opens it",
+            cure="--kernel disk takes the disk's own kernel and initrd; or say root= in --cmdline",
+            option="--disk",
+        )
+    return is_boot
 
 
 def _by_fstab(found: Sequence[Partition], read: Read, name: str) -> Partition | None:
@@ -291,13 +316,10 @@ def _extract(name: str, read: Read, size: int, block: int) -> tuple[str, str | N
             cure="name a kernel: --kernel, --initrd",
             option="--kernel",
         )
-    kernel = made_files.keep(entry.system.read_file(entry.kernel, _MOST_KERNEL), ".kernel")
+    kernel = made_files.keep(entry.read_kernel(_MOST_KERNEL), ".kernel")
     initrd = None
-    if entry.initrds:
-        pieces = (
-            piece for one in entry.initrds for piece in entry.system.read_file(one, _MOST_INITRD)
-        )
-        initrd = made_files.keep(pieces, ".initrd", _MOST_INITRD)
+    if entry.has_initrd:
+        initrd = made_files.keep(entry.read_initrds(_MOST_INITRD), ".initrd", _MOST_INITRD)
     cmdline = " ".join(entry.cmdline)
     log.to_stderr(
         f"booting {os.path.basename(entry.kernel)} by {entry.source} in {entry.system.where}"

@@ -259,6 +259,31 @@ def test_a_file_system_that_is_refused_is_named(tmp_path: Path) -> None:
         specify({"kernel": "disk", "disks": [str(disk)]})
 
 
+@pytest.mark.parametrize("magic", [b"LUKS\xba\xbe", b"", b"LVM"])
+def test_a_boot_alone_is_no_root(tmp_path: Path, magic: bytes) -> None:
+    """As installers lay disks out whose root is a logical volume."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    (tree / "vmlinuz-6.1").write_bytes(b"")
+    disk = partitioned(tmp_path / "disk.img", TWO.format(LINUX, LINUX, "data"))
+    put_file_system(disk, 1 * MIB, 10 * MIB, "ext4", "-d", str(tree))
+    with open(disk, "r+b") as file:
+        file.seek(12 * MIB)
+        file.write(bytes(0x218) + b"LVM2 001" if magic == b"LVM" else magic)
+    if not magic:
+        assert root_of(disk) == ""  # the guest's diagnosis has advice
+        return
+    kind = "LVM" if magic == b"LVM" else "LUKS"
+    with pytest.raises(
+        ConfigError, match=rf"the root is in partition 2, in {kind}, .*--kernel disk"
+    ):
+        root_of(disk)
+    assert root_of(disk, "root=/dev/vda1") == "root=/dev/vda1"
+    (tree / "etc").mkdir()
+    put_file_system(disk, 1 * MIB, 10 * MIB, "ext4", "-d", str(tree))
+    assert root_of(disk) == "root=/dev/vda1"
+
+
 def in_root(tmp_path: Path, kind: str) -> Path:
     """A disk with a kernel in the xfs or btrfs that is its root; with btrfs, in a subvolume."""
     tree = tmp_path / "tree"
