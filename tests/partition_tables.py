@@ -12,6 +12,7 @@ MIB = 1 << 20
 SECTOR = 512
 PROGRAMS = ("sfdisk", "fdisk", "mke2fs", "mkfs.xfs", "mkfs.btrfs", "mkfs.vfat", "mkswap")
 ROOT_X86_64 = "4F68BCE3-E8CD-4DB1-96E7-FBCAF984B709"
+ROOT_ARM64 = "B921B045-1DF0-41C3-AF44-4C6F280D3FAE"
 _PATH = "/usr/local/sbin:/usr/sbin:/sbin:/usr/local/bin:/usr/bin:/bin"
 
 needs_tools = pytest.mark.skipif(

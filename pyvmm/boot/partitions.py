@@ -30,7 +30,10 @@ _EXTENDED = (0x05, 0x0F, 0x85)
 _PROTECTIVE = 0xEE
 _FIRST_LOGICAL = 5
 
-ROOT_TYPE = "4f68bce3-e8cd-4db1-96e7-fbcaf984b709"  # "Root Partition (amd64/x86_64)"
+ROOT_TYPES = (
+    "4f68bce3-e8cd-4db1-96e7-fbcaf984b709",  # "Root Partition (amd64/x86_64)"
+    "b921b045-1df0-41c3-af44-4c6f280d3fae",  # "Root Partition (64-bit ARM/AArch64)"
+)
 _NOT_ROOT = {
     "c12a7328-f81f-11d2-ba4b-00a0c93ec93b",  # EFI System Partition
     "bc13c2ff-59e6-4262-a352-b275fd6f7172",  # Extended Boot Loader Partition
@@ -39,6 +42,7 @@ _NOT_ROOT = {
     "3b8f8425-20e0-4f3b-907f-1a25a76f98e8",  # Server Data Partition
     "4d21b016-b534-45c2-a9fb-5c16e091fd2d",  # Variable Data Partition
     "8484680c-9521-48c6-9c11-b0720656f69e",  # /usr/ Partition (amd64/x86_64)
+    "b0e01050-ee5f-4390-949a-9101b17104e9",  # /usr/ Partition (64-bit ARM/AArch64)
     "0657fd6d-a4ab-43c4-84e5-0933c84b4f4f",  # Swap
 }
 _ROOTS = {"ext4", "xfs", "btrfs", "squashfs", "erofs", "f2fs"}  # a Linux system may live in these
@@ -233,7 +237,7 @@ def roots(table: Table) -> list[Partition]:
     """The partitions that a Linux system may live in, the likeliest first: the one whose type says
     so, then by size."""
     found = [partition for partition in table.partitions if partition.may_be_root]
-    return sorted(found, key=lambda one: (one.type != ROOT_TYPE, -one.size))
+    return sorted(found, key=lambda one: (one.type not in ROOT_TYPES, -one.size))
 
 
 def is_damaged(read: Read, size: int) -> bool:

@@ -158,7 +158,7 @@ def choose_root(table: Table, read: Read, name: str) -> tuple[Partition | None, 
     found = partitions.roots(table)
     if not found:
         return None, ""
-    typed = [one for one in found if one.type == partitions.ROOT_TYPE]
+    typed = [one for one in found if one.type in partitions.ROOT_TYPES]
     named = [
         one
         for one in found

@@ -15,6 +15,7 @@ import boot_images
 import pytest
 from partition_tables import (
     MIB,
+    ROOT_ARM64,
     ROOT_X86_64,
     needs_tools,
     partitioned,
@@ -62,8 +63,9 @@ def two(tmp_path: Path, first: str = LINUX, second: str = LINUX, name: str = "da
     return disk
 
 
-def test_the_type_says_which(tmp_path: Path, said: list[str]) -> None:
-    disk = two(tmp_path, second=ROOT_X86_64)
+@pytest.mark.parametrize("of_root", [ROOT_X86_64, ROOT_ARM64])
+def test_the_type_says_which(tmp_path: Path, said: list[str], of_root: str) -> None:
+    disk = two(tmp_path, second=of_root)
     assert root_of(disk) == "root=/dev/vda2"
     assert said == [
         f"the root is partition 2 of {disk} (ext4, 10 MiB), by its type; root= in --cmdline names "
