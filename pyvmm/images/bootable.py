@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 DEFAULT = "debian"
 FOREIGN = ("arm64",)
 """Architectures that there are images for beside this machine's, as a specification calls them. A
-kernel of theirs is called so, or begins so: arm64."""
+kernel of theirs is called so, or begins so: `kernel_for`."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,23 @@ def arch_of_kernel(name: str) -> str:
     """The architecture of the recipes' kernel called `name`."""
     arch = name.partition("-")[0]
     return arch if arch in FOREIGN else ""
+
+
+def kernels_of(arch: str) -> dict[str, str]:
+    """The recipes' kernels for guests of `arch`, one of FOREIGN, by their series ("6.12"). The
+    default one is called by the architecture alone."""
+    from pyvmm.images import recipes
+
+    names = (one for one in recipes.load().booted_kernels if arch_of_kernel(one) == arch)
+    return {series_of_kernel(name): name for name in names}
+
+
+def series_of_kernel(name: str) -> str:
+    """The series of the recipes' kernel called `name`: 6.12 of arm64-6.12."""
+    from pyvmm.images.built import DEFAULT_KERNEL
+
+    arch = arch_of_kernel(name)
+    return (name.removeprefix(arch).lstrip("-") or DEFAULT_KERNEL) if arch else name
 
 
 def _arch_of_recipe(name: str) -> str:

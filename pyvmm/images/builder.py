@@ -363,7 +363,7 @@ class Builder:
                 raise ConfigError(f"{name}: {recipe.suite} has Linux {newest.version} by now")
             return client.kernel(newest)
         foreign = recipe is not None and recipe.is_foreign
-        suite = recipe.suite if recipe is not None and foreign else self._recipes.release
+        suite = recipe.suites[0] if recipe is not None and foreign else self._recipes.release
         return [client.newest(self._recipes.initramfs.busybox, suite)]
 
     def agent(self, architecture: str = "amd64") -> str:

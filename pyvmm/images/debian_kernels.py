@@ -67,6 +67,23 @@ def find(name: str, *, refresh: bool = False) -> Found:
     )
 
 
+def boot_files(name: str, arch: str) -> tuple[str, str]:
+    """The paths of the recipes' kernel `name` ("debian:6.12") for guests of `arch`, one of
+    bootable.FOREIGN, and of its initramfs, made where they are missing. Raises ConfigError for
+    another one."""
+    from pyvmm.images import bootable
+
+    wanted = name.removeprefix(PREFIX)
+    there = bootable.kernels_of(arch)
+    if wanted not in there:
+        raise ConfigError(
+            f"there is no kernel {name!r:.80} for {arch}",
+            cure=f"use {' or '.join(PREFIX + series for series in there)}, or name a file",
+            option="--kernel",
+        )
+    return bootable.boot_files(there[wanted], make=True)
+
+
 def headers(name: str) -> str:
     """The folder to build modules for the kernel `name` in (make -C FOLDER M=…), fetched if it is
     missing. The tools in it run on a Debian of that kernel's release, or a later one, and want its

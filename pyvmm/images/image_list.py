@@ -15,7 +15,8 @@ from pyvmm.images.built import DEFAULT_KERNEL
 
 class Row(NamedTuple):
     """One image that can be booted by its name. `size` in bytes, as on this machine's disk; `made`
-    an ISO 8601 date; both None for one that has not been built."""
+    an ISO 8601 date; both None for one that has not been built. `kernel` is the series, and the
+    architecture if that is not this machine's: "6.1 arm64"."""
 
     name: str
     size: int | None
@@ -44,7 +45,12 @@ def _built_in() -> Iterator[Row]:
         made_from = f"debian:{catalogue.recipes.release}"
         details = {"packages": ",".join(recipe.packages)}
         kernel = recipe.architecture if recipe.is_foreign else DEFAULT_KERNEL
-        yield Row(name, _size(folder), made_from, made, kernel, details)
+        yield Row(name, _size(folder), made_from, made, _shown(kernel), details)
+
+
+def _shown(kernel: str) -> str:
+    series, arch = bootable.series_of_kernel(kernel), bootable.arch_of_kernel(kernel)
+    return f"{series} {arch}".rstrip()
 
 
 def _own(name: str) -> Row:
@@ -55,7 +61,9 @@ def _own(name: str) -> Row:
         return Row(name, size, f"unknown: {error.message}", None, "", {})
     if found is None:
         return Row(name, size, "unknown: it has no record", None, "", {})
-    return Row(name, size, found.made_from, found.made_at, found.kernel, dict(found.details))
+    return Row(
+        name, size, found.made_from, found.made_at, _shown(found.kernel), dict(found.details)
+    )
 
 
 def _size(folder: str) -> int | None:

@@ -37,7 +37,7 @@ class KernelRecipe:
     """Debian's kernel metapackage, and the suite it is taken from.
 
     `suites` are where apt looks, those of the recipes if there are none. A kernel for another
-    `architecture` is not for a guest of ours, but of another monitor; its initramfs is without the
+    `architecture` has the busybox of the first of them; its initramfs is without the
     lists of modules that it `lacks`, and has one for each of `filesystems`, which a root disk may
     have and the kernel has as modules. One that is `optional` may fail when all images are built;
     so does one of another `series` than the start of its version, if that is told.

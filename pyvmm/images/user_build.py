@@ -13,7 +13,6 @@ from typing import NamedTuple
 from pyvmm.errors import ConfigError
 from pyvmm.host import locks, user_cache
 from pyvmm.images import bootable, builder, cache, machines, rootfs, user_image
-from pyvmm.images.built import DEFAULT_KERNEL
 from pyvmm.images.progress import Progress
 from pyvmm.images.user_image import Process, UserImage
 
@@ -56,9 +55,9 @@ class _Made(NamedTuple):
 def build(order: Order, progress: Progress) -> UserImage:
     """Make the image and put it in its place, the whole or nothing. Raises ConfigError."""
     catalogue = builder.Catalogue()
-    if order.arch and order.kernel == DEFAULT_KERNEL:
-        order = replace(order, kernel=order.arch)
     _check(order, catalogue)
+    if order.arch:
+        order = replace(order, kernel=bootable.kernels_of(order.arch)[order.kernel])
     kind, _, rest = order.source.partition(":")
     make = _source(kind, rest, order)
     with cache.building(progress.waiting):
@@ -140,11 +139,10 @@ def _check(order: Order, catalogue: builder.Catalogue) -> None:
         )
     kernels = list(catalogue.recipes.guest_kernels)
     if order.arch:
-        booted = catalogue.recipes.booted_kernels
-        kernels = [name for name in booted if bootable.arch_of_kernel(name) == order.arch]
+        kernels = list(bootable.kernels_of(order.arch))
     if order.kernel not in kernels:
         raise ConfigError(
-            f"there is no kernel {order.kernel!r}",
+            f"there is no kernel {order.kernel!r}{f' for {order.arch}' if order.arch else ''}",
             cure=f"choose from {', '.join(kernels)}",
             option="--kernel",
         )

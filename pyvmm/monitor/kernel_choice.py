@@ -117,19 +117,28 @@ def _of_another_architecture(options: Mapping[str, Any]) -> tuple[VmSpec, str | 
     arch = options["arch"]
     names = ("root", "rw") if arch in bootable.FOREIGN else ("root", "rw", "image")
     of_this_machine = [name for name in names if options.get(name)]
-    if of_this_machine or _is_more_than_a_file(options):
+    kernel = str(options.get("kernel") or "")
+    is_debians = kernel.startswith("debian:") and arch in bootable.FOREIGN
+    is_debians = is_debians and not options.get("modules")
+    if of_this_machine or (_is_more_than_a_file(options) and not is_debians):
         refused = "--modules" if options.get("modules") else _OPTION
         raise ConfigError(
             f"what is asked for is made for this machine, and not for {options['arch']}",
             cure="name an image of that architecture, or files: --kernel, --initrd, --disk",
             option="--arch" if of_this_machine else refused,
         )
-    from pyvmm.monitor.from_image import choose, image_of
+    from pyvmm.monitor.from_image import choose, choose_transport, image_of
 
     image = options.get("image")
-    has_files = options.get("kernel") is not None or options.get("disks")
-    if image is None and options.get("kernel") is None and options.get("name"):
+    has_files = (kernel and not is_debians) or options.get("disks")
+    if image is None and (not kernel or is_debians) and options.get("name"):
         image = image_of(options["name"])
+    if is_debians:
+        from pyvmm.images import debian_kernels
+
+        kernel, initrd = debian_kernels.boot_files(kernel, arch)
+        options = {**options, "kernel": kernel, "initrd": options.get("initrd") or initrd}
+        choose_transport(options)
     if arch in bootable.FOREIGN and (image is not None or not has_files):
         options, image = choose(options)
     elif arch in bootable.FOREIGN and options.get("kernel") is None:

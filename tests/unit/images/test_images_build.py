@@ -100,7 +100,7 @@ def test_an_image_of_a_container_is_built_listed_found_and_removed(
     assert row["details"]["layers"] == "1" and row["size"] > 0
     assert next(row for row in rows if row["name"] == "debian")["made_at"] is None
     kernels = {row["name"]: row["kernel"] for row in rows}
-    assert (kernels["debian"], kernels["debian-arm64"]) == ("6.1", "arm64")
+    assert (kernels["debian"], kernels["debian-arm64"]) == ("6.1", "6.1 arm64")
     assert run(capsys, "image", "rm", "hello")[0] == 0
     assert entries(home) == {"user": [], "building": []}
     with pytest.raises(ConfigError, match="there is no image called 'hello'"):
@@ -453,7 +453,10 @@ def test_a_debian_for_another_architecture_has_its_kernel_and_its_agent(
     ("arguments", "said"),
     [
         (("--from", "oci-archive:x.tar", "x"), "--arch: is for Debian"),
-        (("--from", "debian:sid", "--kernel", "6.12", "x"), "no kernel '6.12'; choose from arm64"),
+        (
+            ("--from", "debian:sid", "--kernel", "7", "x"),
+            "no kernel '7' for arm64; choose from 6.1, 6.12",
+        ),
         (("rootfs-minbase",), "--arch: is for an image; add --from"),
         (("--all",), "--arch: is for an image; add --from"),
         (("debian:sid",), "--arch: is for an image; add --from"),

@@ -36,7 +36,7 @@ def test_every_architecture_has_a_board() -> None:
     [
         ({"root": "/"}, "--arch"),
         ({"rw": ["/srv"]}, "--arch"),
-        ({"kernel": "debian:6.12"}, "--kernel"),
+        ({"kernel": "debian:6.12", "modules": "."}, "--modules"),
         ({"kernel": "disk"}, "--kernel"),
         ({"modules": "."}, "--modules"),
     ],
@@ -44,6 +44,14 @@ def test_every_architecture_has_a_board() -> None:
 def test_what_has_a_name_is_for_this_machine(options: dict[str, object], refused: str) -> None:
     with pytest.raises(ConfigError, match=f"{refused}: .* is made for this machine, and not for"):
         specify({"arch": OTHER, **options})
+
+
+@pytest.mark.skipif(OTHER != "arm64", reason="images for others than x86-64 are made there")
+@pytest.mark.parametrize("name", ["trixie", "5.10", "6.12=6.12.57-1"])
+def test_kernels_by_name_are_the_recipes(name: str) -> None:
+    line = f"no kernel 'debian:{name}' for arm64; use debian:6.1 or debian:6.12, or name a file"
+    with pytest.raises(ConfigError, match=line):
+        specify({"arch": "arm64", "kernel": f"debian:{name}"})
 
 
 def test_a_kernel_is_the_guests(tmp_path: Path) -> None:
@@ -103,6 +111,22 @@ def test_an_image_for_another_architecture_has_a_name(
     assert (spec.arch, image, spec.kernel) == ("arm64", "debian-arm64", "/kernel")
     assert [disk.path for disk in spec.disks] == ["/disk"]
     assert spec.transport == "auto" or registry.board_of("arm64").pci_places is not None
+
+
+@pytest.mark.skipif(OTHER != "arm64", reason="images for others than x86-64 are made there")
+def test_a_kernel_by_name_boots_the_images_disk(
+    no_images: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def boot_files(kernel: str, *, make: bool) -> tuple[str, str]:
+        return f"/{kernel}/kernel", f"/{kernel}/initrd"
+
+    monkeypatch.setattr(bootable, "boot_files", boot_files)
+    spec, image = specify({"arch": "arm64", "kernel": "debian:6.12"})
+    assert (image, spec.kernel) == ("debian-arm64", "/arm64-6.12/kernel")
+    assert (spec.initrd, spec.transport) == ("/arm64-6.12/initrd", "pci")
+    spec, image = specify({"arch": "arm64", "kernel": "debian:6.1", "disks": ["/disk"]})
+    assert (image, spec.kernel) == (None, "/arm64/kernel")
+    assert [disk.path for disk in spec.disks] == ["/disk"]
 
 
 @pytest.mark.skipif(OTHER != "arm64", reason="images for others than x86-64 are made there")
