@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,10 @@ import time
 from pathlib import Path
 
 import pytest
+from c_claims import ARM64
 
+from pyvmm import images
+from pyvmm.errors import ConfigError
 from pyvmm.host.fences import WEAKLY_ORDERED
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
@@ -178,3 +182,20 @@ def test_the_attempt_at_a_lock_that_is_held_is_no_fence_but_a_fresh_one_is(tmp_p
         if time.monotonic() > end:
             pytest.skip("the two sides did not meet: this machine is busy, or never reorders")
     assert [wrong("fresh") for _ in range(rounds + 10)] == [0] * (rounds + 10)
+
+
+def test_on_arm64_the_fence_is_a_full_barrier() -> None:
+    """The libatomic that pyvmm's programs for arm64 have, which `new_fence` calls there: DMB ISH
+    orders all loads and stores before it with all behind it, for all processors of a machine."""
+    try:
+        programs = images.path("programs-arm64")
+    except ConfigError:
+        pytest.skip("programs-arm64 has not been built")
+    disassembler = shutil.which(ARM64.replace("gcc", "objdump"))
+    if disassembler is None:
+        pytest.skip("needs arm64's disassembler (package binutils-aarch64-linux-gnu)")
+    library = Path(programs, "root/usr/lib/aarch64-linux-gnu/libatomic.so.1").resolve()
+    command = [disassembler, "-d", "--disassemble=atomic_thread_fence", library]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    code = text.partition("<atomic_thread_fence")[2].split("ret")[0]
+    assert re.search(r"\bdmb\s+ish$", code, re.MULTILINE), text
