@@ -63,3 +63,13 @@ def assert_in_c(
     source.write_text("\n".join(lines) + "\n")
     result = subprocess.run([*compiler, "-fsyntax-only", source], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+def assembled(tmp_path: Path, text: str) -> bytes:
+    """The machine code of `text`, in arm64's assembler."""
+    source, made, raw = (tmp_path / name for name in ("code.s", "code.o", "code.bin"))
+    source.write_text(text)
+    subprocess.run([ARM64, "-c", source, "-o", made], check=True)
+    copy = ARM64.replace("gcc", "objcopy")
+    subprocess.run([copy, "-O", "binary", "-j", ".text", made, raw], check=True)
+    return raw.read_bytes()

@@ -22,6 +22,7 @@ from typing import NamedTuple
 from pyvmm.errors import ConfigError
 from pyvmm.host import confinement as c
 from pyvmm.host import namespaces, pausing
+from pyvmm.host.call_names import number_of, numbered
 
 PRIVILEGES, CAPABILITIES, LIMITS = "no-new-privileges", "capabilities", "limits"
 FILES, CALLS = "files", "calls"
@@ -114,7 +115,7 @@ _NO_LANDLOCK = "this kernel has no Landlock, or it is switched off"
 
 def _machine_lacks() -> str:
     machine = os.uname().machine
-    return "" if machine == "x86_64" else f"not written for {machine}"
+    return "" if machine in c.AUDIT_ARCHES else f"not written for {machine}"
 
 
 # Why there are no rights over namespaces, if there are none.
@@ -205,7 +206,7 @@ def _enter(layer: str, needs: Needs) -> None:
 
 # --- capabilities --------------------------------------------------------------------------------
 
-_CAPGET, _CAPSET = 125, 126  # <asm/unistd_64.h>
+_CAPGET, _CAPSET = number_of("capget"), number_of("capset")
 _CAPABILITY_VERSION_3 = 0x20080522  # <linux/capability.h>
 _PR_CAPBSET_DROP, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 24, 47, 4  # <linux/prctl.h>
 _MOST = 64
@@ -296,19 +297,21 @@ def _terminals() -> Iterator[str]:
 
 # --- calls ---------------------------------------------------------------------------------------
 
-_IOCTL, _FCNTL, _KILL, _SOCKET, _SOCKETPAIR, _PRCTL = 16, 72, 62, 41, 53, 157
+_IOCTL, _FCNTL, _KILL = map(number_of, ("ioctl", "fcntl", "kill"))
+_SOCKET, _SOCKETPAIR, _PRCTL = map(number_of, ("socket", "socketpair", "prctl"))
 _OPEN_CALLS = {"open": c.OPEN, "openat": c.OPENAT}
 # Of open files, memory, threads and children, beside confinement.CALLS.
-_MORE = {
-    **{"msync": 26, "sync_file_range": 277, "rt_sigtimedwait": 128, "rt_sigsuspend": 130},
-    **{"pause": 34, "wait4": 61, "waitid": 247, "getpgrp": 111, "getpgid": 121, "getsid": 124},
-    **{"madvise": 28, "setitimer": 38, "getitimer": 36},
-}
-_BINDING = {"bind": 49}
-_PASSING_SIGNALS = {"pidfd_send_signal": 424}
-_NO_LONGER = {"execve": 59}
+_MORE = numbered(
+    """
+    msync sync_file_range rt_sigtimedwait rt_sigsuspend pause wait4 waitid getpgrp getpgid getsid
+    madvise setitimer getitimer
+    """
+)
+_BINDING = numbered("bind")
+_PASSING_SIGNALS = numbered("pidfd_send_signal")
+_NO_LONGER = ("execve",)
 # fork, vfork and clone, before which the C library and Python block all signals
-_MAKING_PROCESSES = (57, 58, c.CLONE)
+_MAKING_PROCESSES = (number_of("fork"), number_of("vfork"), c.CLONE)
 
 _AF_UNIX, _AF_NETLINK = 1, 16  # <linux/socket.h>
 _PR_SET_NAME = 15
@@ -375,18 +378,15 @@ def _calls(needs: Needs, *, asks: bool = False) -> list[c.Line]:
 
 
 # What neither pyvmm nor a program that it starts ever does.
-_NEVER = {
-    **{"ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311, "kcmp": 312},
-    **{"pidfd_getfd": 438, "bpf": 321, "perf_event_open": 298, "userfaultfd": 323},
-    **{"add_key": 248, "request_key": 249, "keyctl": 250, "init_module": 175},
-    **{"finit_module": 313, "delete_module": 176, "kexec_load": 246, "kexec_file_load": 320},
-    **{"open_by_handle_at": 304, "reboot": 169, "swapon": 167, "swapoff": 168, "iopl": 172},
-    **{"ioperm": 173, "acct": 163, "quotactl": 179, "settimeofday": 164, "clock_settime": 227},
-    **{"adjtimex": 159, "clock_adjtime": 305, "sethostname": 170, "setdomainname": 171},
-    **{"vhangup": 153, "syslog": 103, "setns": 308, "fanotify_init": 300, "fsopen": 430},
-    **{"fsmount": 432, "move_mount": 429, "open_tree": 428, "mount_setattr": 442},
-    **{"io_uring_setup": 425, "personality": 135},
-}
+_NEVER = numbered(
+    """
+    ptrace process_vm_readv process_vm_writev kcmp pidfd_getfd bpf perf_event_open userfaultfd
+    add_key request_key keyctl init_module finit_module delete_module kexec_load kexec_file_load
+    open_by_handle_at reboot swapon swapoff iopl ioperm acct quotactl settimeofday clock_settime
+    adjtimex clock_adjtime sethostname setdomainname vhangup syslog setns fanotify_init fsopen
+    fsmount move_mount open_tree mount_setattr io_uring_setup personality
+    """
+)
 _TIOCSTI = 0x5412
 
 

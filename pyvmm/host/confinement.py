@@ -23,6 +23,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from pyvmm.errors import ConfigError
+from pyvmm.host.call_names import NO_CALL, number_of, numbered
 
 # The dynamic loader and the C library of this machine read these. They hold no secrets.
 SYSTEM = ("/usr", "/lib", "/lib64", "/nix/store", "/etc/ld.so.cache")
@@ -49,7 +50,7 @@ class Room(NamedTuple):
 
 def available() -> bool:
     """True if this machine can `enter` any room."""
-    return os.uname().machine == "x86_64" and landlock_version() > 0
+    return os.uname().machine in AUDIT_ARCHES and landlock_version() > 0
 
 
 def command(room: Room, program: Sequence[str]) -> list[str]:
@@ -108,7 +109,7 @@ def enter(room: Room) -> None:
 
     Raises ConfigError where the kernel cannot do it.
     """
-    if os.uname().machine != "x86_64":
+    if os.uname().machine not in AUDIT_ARCHES:
         raise ConfigError(f"no program is confined on {os.uname().machine}")
     for limit, value in (
         (resource.RLIMIT_CORE, 0),
@@ -145,7 +146,8 @@ def lower(limit: int, value: int) -> None:
 
 # --- Landlock ------------------------------------------------------------------------------------
 
-_CREATE_RULESET, _ADD_RULE, _RESTRICT_SELF = 444, 445, 446
+_CREATE_RULESET = number_of("landlock_create_ruleset")
+_ADD_RULE, _RESTRICT_SELF = map(number_of, ("landlock_add_rule", "landlock_restrict_self"))
 _RULESET_VERSION = 1
 _PATH_BENEATH = 1
 # <linux/landlock.h>, LANDLOCK_ACCESS_FS_…
@@ -215,55 +217,47 @@ def _allow(rules: int, paths: Iterable[str], access: int, known: int) -> None:
 
 # --- seccomp -------------------------------------------------------------------------------------
 
-# x86-64's numbers, <asm/unistd_64.h>. Whatever is not here fails with EPERM: sockets, new
-# processes, signals to others, modes, owners, times and attributes of files, names of files,
-# mounts, namespaces, tracing, io_uring, and all that is yet to come.
-CALLS = {
-    # files that are open, or that Landlock lets be opened
-    **{"read": 0, "write": 1, "close": 3, "stat": 4, "fstat": 5, "lstat": 6, "poll": 7},
-    **{"lseek": 8, "ioctl": 16, "pread64": 17, "pwrite64": 18, "readv": 19, "writev": 20},
-    **{"access": 21, "pipe": 22, "select": 23, "dup": 32, "dup2": 33, "sendfile": 40},
-    **{"fcntl": 72, "flock": 73, "fsync": 74, "fdatasync": 75, "ftruncate": 77, "getcwd": 79},
-    **{"readlink": 89, "statfs": 137, "fstatfs": 138, "getdents64": 217, "fadvise64": 221},
-    **{"epoll_wait": 232, "epoll_ctl": 233, "newfstatat": 262, "readlinkat": 267},
-    **{"faccessat": 269, "pselect6": 270, "ppoll": 271, "fallocate": 285, "eventfd2": 290},
-    **{"epoll_create1": 291, "dup3": 292, "pipe2": 293, "preadv": 295, "pwritev": 296},
-    **{"copy_file_range": 326, "preadv2": 327, "pwritev2": 328, "statx": 332},
-    **{"close_range": 436, "faccessat2": 439},
-    # memory
-    **{"mmap": 9, "mprotect": 10, "munmap": 11, "brk": 12, "mremap": 25, "madvise": 28},
-    # oneself
-    **{"rt_sigaction": 13, "rt_sigprocmask": 14, "rt_sigreturn": 15, "sigaltstack": 131},
-    **{"getpid": 39, "getuid": 102, "getgid": 104, "geteuid": 107, "getegid": 108},
-    **{"getppid": 110, "getgroups": 115, "getresuid": 118, "getresgid": 120, "gettid": 186},
-    **{"umask": 95, "getrlimit": 97, "getrusage": 98, "times": 100, "arch_prctl": 158},
-    **{"set_tid_address": 218, "set_robust_list": 273, "rseq": 334, "restart_syscall": 219},
-    **{"sched_yield": 24, "futex": 202, "sched_getaffinity": 204, "membarrier": 324},
-    **{"exit": 60, "exit_group": 231, "execve": 59},
-    # the time, the machine, chance
-    **{"nanosleep": 35, "clock_gettime": 228, "clock_getres": 229, "clock_nanosleep": 230},
-    **{"gettimeofday": 96, "time": 201, "getcpu": 309},
-    **{"uname": 63, "sysinfo": 99, "getrandom": 318},
-}
+# On files that are open, or that Landlock lets be opened; of memory, oneself, the time, the machine
+# and chance. Whatever is not here fails with EPERM: sockets, new processes, signals to others,
+# modes, owners, times and attributes of files, names of files, mounts, namespaces, tracing,
+# io_uring, and all that is yet to come.
+CALLS = numbered(
+    """
+    read write close stat fstat lstat poll lseek ioctl pread64 pwrite64 readv writev access pipe
+    select dup dup2 sendfile fcntl flock fsync fdatasync ftruncate getcwd readlink statfs fstatfs
+    getdents64 fadvise64 epoll_wait epoll_ctl newfstatat readlinkat faccessat pselect6 ppoll
+    fallocate eventfd2 epoll_create1 dup3 pipe2 preadv pwritev copy_file_range preadv2 pwritev2
+    statx close_range faccessat2 mmap mprotect munmap brk mremap madvise rt_sigaction
+    rt_sigprocmask rt_sigreturn sigaltstack getpid getuid getgid geteuid getegid getppid getgroups
+    getresuid getresgid gettid umask getrlimit getrusage times arch_prctl set_tid_address
+    set_robust_list rseq restart_syscall sched_yield futex sched_getaffinity membarrier exit
+    exit_group execve nanosleep clock_gettime clock_getres clock_nanosleep gettimeofday time
+    getcpu uname sysinfo getrandom
+    """
+)
 # On sockets that are there, for a room that `serves`.
-SERVING = {
-    **{"sendto": 44, "recvfrom": 45, "sendmsg": 46, "recvmsg": 47, "shutdown": 48, "listen": 50},
-    **{"getsockname": 51, "getpeername": 52, "setsockopt": 54, "getsockopt": 55},
-    **{"epoll_pwait": 281, "accept4": 288, "signalfd4": 289},
-}
+SERVING = numbered(
+    """
+    sendto recvfrom sendmsg recvmsg shutdown listen getsockname getpeername setsockopt getsockopt
+    epoll_pwait accept4 signalfd4
+    """
+)
 # Those of which only some are allowed, by an argument.
-OPEN, OPENAT, CLONE, TGKILL, PRLIMIT64 = 2, 257, 56, 234, 302
+# Architectures without open(2) have openat(2) alone.
+OPEN, OPENAT = number_of("open"), number_of("openat")
+CLONE, TGKILL, PRLIMIT64 = map(number_of, ("clone", "tgkill", "prlimit64"))
 # Its arguments lie in memory, where no filter looks. The C library uses clone if it is not there.
-CLONE3 = 435
+CLONE3 = number_of("clone3")
 _CLONE_THREAD = 0x10000
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_TMPFILE & ~os.O_DIRECTORY
 
 _PR_SET_NO_NEW_PRIVS = 38
-_SECCOMP = 317
+_SECCOMP = number_of("seccomp")
 _SET_MODE_FILTER = 1
 FILTER_TSYNC, FILTER_SPEC_ALLOW = 1 << 0, 1 << 2
 FILTER_NEW_LISTENER, FILTER_TSYNC_ESRCH = 1 << 3, 1 << 4
-_AUDIT_ARCH_X86_64 = 0xC000003E
+# AUDIT_ARCH_X86_64, AUDIT_ARCH_AARCH64 (<linux/audit.h>), by what uname(2) calls the architecture
+AUDIT_ARCHES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _RET_ALLOW, _RET_ERRNO, _RET_KILL = 0x7FFF0000, 0x00050000, 0x80000000
 _RET_TRAP, _RET_USER_NOTIF = 0x00030000, 0x7FC00000
 # struct seccomp_data
@@ -284,7 +278,7 @@ _RAISE: Line = (_RETURN, 0, 0, _RET_TRAP)
 _ASK: Line = (_RETURN, 0, 0, _RET_USER_NOTIF)
 _BEGIN: tuple[Line, ...] = (
     (_LOAD, 0, 0, _ARCH),
-    (EQUAL, 1, 0, _AUDIT_ARCH_X86_64),
+    (EQUAL, 1, 0, AUDIT_ARCHES.get(os.uname().machine, 0)),
     (_RETURN, 0, 0, _RET_KILL),
     (_LOAD, 0, 0, _NUMBER),
 )
@@ -343,8 +337,9 @@ def allow_list(
     are refused `silently`, or, if it `asks`, by the filter's listener."""
     refuse = _RAISE if raises else _REFUSE
     refuse_quiet = _ASK if asks else _REFUSE
-    quiet = set(silently)
+    quiet = set(silently) - {NO_CALL}
     lines = list(_BEGIN)
+    checks = {number: check for number, check in checks.items() if number != NO_CALL}
     for number, (argument, test, values) in checks.items():
         block: list[Line] = [(_LOAD, 0, 0, _ARGUMENTS + 8 * argument)]
         for value in values:
@@ -352,7 +347,8 @@ def allow_list(
         block.append(refuse_quiet if number in quiet else refuse)
         lines += [(EQUAL, 1, 0, number), (_SKIP, 0, 0, len(block)), *block]
     for number in numbers:
-        lines += [(EQUAL, 0, 1, number), _ALLOW]
+        if number != NO_CALL:
+            lines += [(EQUAL, 0, 1, number), _ALLOW]
     lines += [(EQUAL, 0, 1, CLONE3), (_RETURN, 0, 0, _RET_ERRNO | errno.ENOSYS)]
     for number in quiet - set(checks):
         lines += [(EQUAL, 0, 1, number), refuse_quiet]

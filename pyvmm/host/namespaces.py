@@ -17,14 +17,16 @@ from contextlib import suppress
 
 from pyvmm.errors import ConfigError
 from pyvmm.host import confinement as c
+from pyvmm.host.call_names import number_of
 
 # <linux/sched.h>
 CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x04000000, 0x08000000
 CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 _BOTH = CLONE_NEWUTS | CLONE_NEWIPC
-# <asm/unistd_64.h>
-_UNSHARE, _MOUNT, _UMOUNT2, _PIVOT_ROOT = 272, 165, 166, 155
-_OPEN_TREE, _MOVE_MOUNT, _MOUNT_SETATTR = 428, 429, 442
+_UNSHARE, _MOUNT = number_of("unshare"), number_of("mount")
+_UMOUNT2, _PIVOT_ROOT = number_of("umount2"), number_of("pivot_root")
+_OPEN_TREE, _MOVE_MOUNT = number_of("open_tree"), number_of("move_mount")
+_MOUNT_SETATTR = number_of("mount_setattr")
 # <linux/mount.h>, <linux/fcntl.h>
 _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 2, 4, 8
 _MS_MOVE, _MS_REC, _MS_PRIVATE = 0x2000, 0x4000, 0x40000

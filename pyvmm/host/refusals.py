@@ -15,6 +15,7 @@ nobody else has that one.
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import struct
@@ -22,7 +23,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 
-from pyvmm.host.call_names import name_of
+from pyvmm.host.call_names import name_of, number_of
 from pyvmm.host.confinement import call_kernel
 
 _RECORD = struct.Struct("=4Q")
@@ -34,6 +35,7 @@ _MOST_READ = 64 << 10
 # Calls of which the second argument says what is asked for.
 _BY_REQUEST = ("ioctl", "fcntl")
 
+_CODE_FOR = "x86_64"
 # void handler(int, siginfo_t *rsi, ucontext_t *rdx), for the descriptor FD. In siginfo_t si_code is
 # at 8 and si_syscall at 24; in ucontext_t (<sys/ucontext.h>) RDI at 104, RSI at 112, RAX at 144.
 _CODE = (
@@ -71,14 +73,17 @@ _ANSWERING = (
 )
 _BUFFER_SIZE = 80 + 24 + _RECORD.size
 _LAST = 0xFFFFFFFF  # of all descriptors
-_CLOSE_RANGE, _CLOSE_RANGE_UNSHARE = 436, 2  # <linux/close_range.h>, since Linux 5.9
+_CLOSE_RANGE = number_of("close_range")  # since Linux 5.9
+_CLOSE_RANGE_UNSHARE = 2  # <linux/close_range.h>
 
 
 class Refusals:
     """The calls that were refused to this process, from now on and until its end."""
 
     def __init__(self) -> None:
-        """Raises OSError where the kernel lets no code be made."""
+        """Raises OSError where the kernel lets no code be made, or it is not written."""
+        if os.uname().machine != _CODE_FOR:
+            raise OSError(errno.ENOSYS, "the handler")
         self.count = 0
         self._threads: dict[int, str] = {}
         self._reader, self._writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)

@@ -239,7 +239,7 @@ def test_the_kernel_s_numbers(tmp_path: Path) -> None:
         f"SECCOMP_RET_ALLOW == {C._RET_ALLOW}",
         f"SECCOMP_RET_ERRNO == {C._RET_ERRNO}",
         f"SECCOMP_RET_KILL_PROCESS == {C._RET_KILL}",
-        f"AUDIT_ARCH_X86_64 == {C._AUDIT_ARCH_X86_64}",
+        *(f"AUDIT_ARCH_{name.upper()} == {one}" for name, one in C.AUDIT_ARCHES.items()),
         f"(BPF_LD | BPF_W | BPF_ABS) == {C._LOAD}",
         f"(BPF_JMP | BPF_JEQ | BPF_K) == {C.EQUAL}",
         f"(BPF_JMP | BPF_JSET | BPF_K) == {C.ANY}",

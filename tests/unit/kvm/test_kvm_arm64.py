@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import re
 import struct
-import subprocess
 from pathlib import Path
 
 import pytest
-from c_claims import ARM64, assert_in_c, fields, needs_arm64_headers
+from c_claims import ARM64, assembled, assert_in_c, fields, needs_arm64_headers
 
 from pyvmm.kvm import uapi as common
 from pyvmm.kvm.arm64 import boot_vcpu, probe_guest, registers, state_text, uapi
@@ -98,16 +97,6 @@ def test_register_ids_are_what_the_headers_macros_make(tmp_path: Path) -> None:
     assert_in_c(tmp_path, HEADERS, claims, compiler=COMPILER)
     assert registers.size_of(vector) == 16
     assert registers.size_of(registers.PC) == 8
-
-
-def assembled(tmp_path: Path, text: str) -> bytes:
-    """The machine code of `text`, in arm64's assembler."""
-    source, made, raw = (tmp_path / name for name in ("code.s", "code.o", "code.bin"))
-    source.write_text(text)
-    subprocess.run([ARM64, "-c", source, "-o", made], check=True)
-    copy = ARM64.replace("gcc", "objcopy")
-    subprocess.run([copy, "-O", "binary", "-j", ".text", made, raw], check=True)
-    return raw.read_bytes()
 
 
 @needs_arm64_headers
