@@ -67,7 +67,8 @@ class RecordingVm:
 class Rig:
     """The machine: `add` and `remove` are the monitor's, `asked` and `eject` the guest's."""
 
-    def __init__(self, spec: VmSpec, closing: ExitStack) -> None:
+    def __init__(self, spec: VmSpec, closing: ExitStack, places: PciPlaces = PLACES) -> None:
+        self.places = places
         self.vm = RecordingVm()
         self.memory = GuestMemory([(0, 2 * MIB)])
         closing.callback(self.memory.close)
@@ -96,7 +97,7 @@ class Rig:
         """The parts of a start of the guest."""
         ports, mmio = Bus("I/O port"), Bus("MMIO")
         self.messages = Messages(self.vm, irqchip.default_routes(), lambda at: True)  # type: ignore[arg-type]
-        host = PciHost(PLACES, self.vm, lambda: self.messages, ports=ports, mmio=mmio)  # type: ignore[arg-type]
+        host = PciHost(self.places, self.vm, lambda: self.messages, ports=ports, mmio=mmio)  # type: ignore[arg-type]
         host.on_eject = lambda number: self.hotplug.ejected(number)
         self.boot.callback(host.close)
         transports = tuple(
@@ -218,10 +219,10 @@ def until(condition: Callable[[], bool], what: Callable[[], str] = str) -> None:
 
 
 @contextmanager
-def machine(spec: VmSpec) -> Iterator[Rig]:
+def machine(spec: VmSpec, places: PciPlaces = PLACES) -> Iterator[Rig]:
     """It runs from the start; all that it had is gone at the end."""
     with ExitStack() as closing:
-        yield Rig(spec, closing)
+        yield Rig(spec, closing, places)
 
 
 def image(folder: Path, name: str = "data", size: int = MIB) -> Path:

@@ -40,6 +40,7 @@ from pyvmm.machine.machine import Machine
 from pyvmm.machine.trace import Trace
 from pyvmm.monitor.guest_agent import agent_at, vsock_of
 from pyvmm.monitor.open_devices import OpenDevices
+from pyvmm.monitor.slots_by_agent import SlotsByAgent
 from pyvmm.pci import slots
 from pyvmm.spec.vm import DeviceSpec, DiskSpec
 from pyvmm.virtio.status import ACKNOWLEDGE, DRIVER_OK
@@ -243,6 +244,7 @@ class Hotplug(Closable):
         self._leaving: dict[Transport, _Leaving] = {}
         self._arrived: dict[Transport, _Arrived] = {}
         self._finishing: set[Thread] = set()
+        self._by_agent = SlotsByAgent(machine, self.ejected)  # where no slots tell the guest
         self._ended = False  # changes with `machine.steady` held
         # Devices as the user's machine knows them, where that is another one.
         self.described: dict[VirtioDevice, Spec] = {}
@@ -265,6 +267,8 @@ class Hotplug(Closable):
             spec, device, slot = self._open_and_plug(kind, value, described)
         except ConfigError as error:
             raise registry.untyped(kind, error) from None
+        if self._bus().slots is None:
+            self._by_agent.tell(slots.ARRIVED, slot)
         self._watch_arrival(device, slot)
         told = {"kind": kind, "id": device.name, "slot": slot}
         self._tell("device_added", **told)
@@ -388,9 +392,22 @@ class Hotplug(Closable):
 
     def _bus(self) -> PciHost:
         pci = self._machine.parts.pci
-        if pci is None or pci.slots is None:
+        if pci is None:
             raise ConfigError("devices come to and go from a PCI bus, which this machine has not")
+        if pci.slots is None and not self._by_agent.has_agent():
+            raise ConfigError(
+                "nothing tells this guest of devices that come and go but its agent, for which it "
+                "has no vsock",
+                cure="run it with --agent",
+            )
         return pci
+
+    def _tell_guest(self, what: int, number: int) -> None:
+        pci = self._bus()
+        if pci.slots is None:
+            self._by_agent.tell(what, number)
+        else:
+            pci.tell(what, number)
 
     def _read(self, kind: str, value: Any) -> list[Any]:
         specs = registry.read(kind, value)
@@ -477,7 +494,7 @@ class Hotplug(Closable):
                 leaving = self._leaving.setdefault(part.transport, _Leaving(part, number))
                 leaving.waiting += 1
                 leaving.wakes.add(wake)
-            self._bus().tell(slots.LEAVING, number)
+            self._tell_guest(slots.LEAVING, number)
         told = wake.wait(timeout)
         if force and not told and not leaving.ejected:
             self._let_requests_end(leaving)
@@ -560,6 +577,7 @@ class Hotplug(Closable):
                 if not force:
                     self._leaving.pop(leaving.part.transport, None)
             pci.withdraw(leaving.number)
+            self._by_agent.withdraw(leaving.number)
             if force:
                 pci.detach(leaving.number, leaving.part.transport, pulled=True)
         if force:
@@ -569,7 +587,7 @@ class Hotplug(Closable):
             with self._machine.steady:
                 pci = self._machine.parts.pci
                 if pci is not None and not self._ended and pci.transport_at(leaving.number) is None:
-                    pci.tell(slots.LEAVING, leaving.number)
+                    self._tell_guest(slots.LEAVING, leaving.number)
         return force
 
     # --- a device goes ----------------------------------------------------------------------------
@@ -666,6 +684,7 @@ class Hotplug(Closable):
         pci = self._machine.parts.pci
         if pci is not None and pci.slots is not None:
             pci.slots.remind()
+        self._by_agent.remind()
         self._look_at_arrivals()
 
     def _look_at_arrivals(self) -> None:
@@ -699,6 +718,7 @@ class Hotplug(Closable):
         with self._lock:
             leaving = list(self._leaving.values())
             self._arrived.clear()
+        self._by_agent.forget()
         for one in leaving:
             self._forget(one)
 
