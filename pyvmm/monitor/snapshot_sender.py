@@ -132,6 +132,8 @@ class _Sender:
         check(spec)  # again, as devices may have come since
         prepared = machine.parts.prepared
         snapshot_id = os.urandom(16).hex()
+        # Before memory is looked at: on some machines a part of it is written there.
+        saved = saved_machine.save(machine)
         changed = self._changes(snapshot_id)
         state = {
             "pyvmm": __version__,
@@ -140,7 +142,7 @@ class _Sender:
             "kvm": self._kvm,
             "spec": json.loads(to_json(spec)),
             "cmdline": prepared.entry.cmdline,
-            "machine": saved_machine.save(machine),
+            "machine": saved,
         }
         files = {snapshot_store.MEMORY: prepared.memory.size}
         pieces: list[Iterable[tuple[int, Any]]]

@@ -61,12 +61,24 @@ TCR_EL1 = system(3, 0, 2, 0, 2)
 ESR_EL1 = system(3, 0, 5, 2, 0)
 FAR_EL1 = system(3, 0, 6, 0, 0)
 VBAR_EL1 = system(3, 0, 12, 0, 0)
+CNTVCT_EL0 = system(3, 3, 14, 3, 2)
+"""KVM_REG_ARM_TIMER_CNT: the guest's time, the same for all of a VM's vCPUs."""
 
 SCTLR_M = 1 << 0  # virtual addresses are translated
 
 # PSTATE, as SPSR_EL1 has it: EL1 with its own stack pointer; D, A, I and F mask all exceptions.
 PSTATE_EL1H = 0b0101
 PSTATE_MASKED = 0b1111 << 6
+
+
+def name_of(register: int) -> str:
+    """The register in words: a system register as an assembler takes it, S3_0_C1_C0_0."""
+    kind = register & uapi.KVM_REG_ARM_COPROC_MASK
+    if kind != uapi.KVM_REG_ARM64_SYSREG:
+        return f"register {register:#x}"
+    op0, op1 = register >> uapi.KVM_REG_ARM64_SYSREG_OP0_SHIFT & 3, register >> 11 & 7
+    crn, crm = register >> uapi.KVM_REG_ARM64_SYSREG_CRN_SHIFT & 15, register >> 3 & 15
+    return f"S{op0}_{op1}_C{crn}_C{crm}_{register & 7}"
 
 
 def size_of(register: int) -> int:

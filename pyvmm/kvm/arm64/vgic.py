@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import errno
 import os
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pyvmm.errors import HostError
+from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import syscalls
-from pyvmm.kvm.arm64 import uapi
+from pyvmm.host.saved import Saved
+from pyvmm.kvm.arm64 import boot_vcpu, uapi
 from pyvmm.kvm.arm64.uapi import ffi
 from pyvmm.kvm.calls import struct_ioctl
 from pyvmm.kvm.vm import IrqchipRoute, Vm
+
+if TYPE_CHECKING:
+    from pyvmm.kvm.arm64.saved_gic import Register
 
 FIRST_SPI = 32
 """The interrupt id of the first line that is not a vCPU's own. A GSI is a number from there on."""
@@ -41,6 +45,8 @@ class Vgic(syscalls.Closable):
     def __init__(self, vm: Vm, places: Places, interrupts: int) -> None:
         """Make the newest that this KVM can, with so many `interrupts`, FIRST_SPI included."""
         self._vm, self._its_place, self._its_fd = vm, places.its, -1
+        self._interrupts = interrupts
+        self._affinities: list[int] = []
         self.version, self._fd = _create(vm)
         try:
             if self.version == 3:
@@ -55,13 +61,69 @@ class Vgic(syscalls.Closable):
             self.close()
             raise
 
-    def initialise(self) -> None:
-        """Call it when all vCPUs are there."""
+    def initialise(self, vcpus: int) -> None:
+        """Call it when all vCPUs are there, so many."""
+        self._affinities = [boot_vcpu.mpidr(index) for index in range(vcpus)]
         _set(self._fd, uapi.KVM_DEV_ARM_VGIC_GRP_CTRL, uapi.KVM_DEV_ARM_VGIC_CTRL_INIT, None)
         if self.version == 3:
             its = self._its_fd = _create_device(self._vm, uapi.KVM_DEV_TYPE_ARM_VGIC_ITS)
             _place(its, uapi.KVM_VGIC_ITS_ADDR_TYPE, self._its_place)
             _set(its, uapi.KVM_DEV_ARM_VGIC_GRP_CTRL, uapi.KVM_DEV_ARM_VGIC_CTRL_INIT, None)
+
+    # --- saved and restored -------------------------------------------------------------------
+
+    def save(self) -> dict[str, Any]:
+        """The state of all, of a VM whose vCPUs stand still. KVM writes a part of it into guest
+        memory. Raises ConfigError for a GICv2, HostError."""
+        from pyvmm.kvm.arm64 import saved_gic
+
+        if self.version != 3:
+            raise ConfigError(
+                "this machine's KVM has a GICv2, whose state cannot be saved",
+                cure="use a machine with a GICv3",
+            )
+        control = uapi.KVM_DEV_ARM_VGIC_GRP_CTRL
+        _set(self._its_fd, control, uapi.KVM_DEV_ARM_ITS_SAVE_TABLES, None)
+        _set(self._fd, control, uapi.KVM_DEV_ARM_VGIC_SAVE_PENDING_TABLES, None)
+
+        registers = saved_gic.save(
+            lambda one: _read(self._fd, one),
+            lambda one: _read(self._its_fd, one),
+            self._affinities,
+            self._interrupts,
+        )
+        return {"version": self.version, **registers}
+
+    def restore(self, saved: Saved) -> None:
+        """Restore what `save` gave, with the guest memory of then, before a vCPU runs. Raises
+        ConfigError for state that cannot be, or that this machine's KVM refuses."""
+        from pyvmm.kvm.arm64 import saved_gic
+
+        version = saved.integer("version", 3, 2)
+        if version != self.version:
+            raise ConfigError(
+                f"the VM had a GICv{version}, and this machine's KVM has a GICv{self.version}",
+                cure="restore it on a machine like the one it was saved on",
+            )
+
+        def read_tables() -> None:
+            control = uapi.KVM_DEV_ARM_VGIC_GRP_CTRL
+            _set(self._its_fd, control, uapi.KVM_DEV_ARM_ITS_RESTORE_TABLES, None)
+
+        try:
+            saved_gic.restore(
+                lambda one, value: _write(self._fd, one, value),
+                lambda one, value: _write(self._its_fd, one, value),
+                read_tables,
+                saved,
+                self._affinities,
+                self._interrupts,
+            )
+        except HostError as error:
+            raise ConfigError(
+                f"this machine's KVM refuses the saved state of the GIC: {error}",
+                cure="restore it on a machine like the one it was saved on",
+            ) from None
 
     def close(self) -> None:
         """Close our descriptors; the VM keeps its controller."""
@@ -76,12 +138,38 @@ def _place(fd: int, what: int, address: int) -> None:
     _set(fd, uapi.KVM_DEV_ARM_VGIC_GRP_ADDR, what, ffi.new("uint64_t *", address))
 
 
-def _set(fd: int, group: int, attribute: int, value: object) -> None:
+_TYPES = {4: "uint32_t *", 8: "uint64_t *"}
+
+
+def _read(fd: int, register: Register) -> int:
+    value = ffi.new(_TYPES[register.size])
+    request = ffi.new("struct kvm_device_attr *")
+    request.group = register.group
+    request.attr = register.attribute
+    request.addr = int(ffi.cast("uintptr_t", value))
+    what = f"KVM_GET_DEVICE_ATTR of the GIC, group {register.group}, {register.attribute:#x}"
+    struct_ioctl(fd, uapi.KVM_GET_DEVICE_ATTR, request, what)
+    return int(value[0])
+
+
+def _write(fd: int, register: Register, value: int) -> None:
+    where = f"group {register.group}, {register.attribute:#x} = {value:#x}"
+    what = f"KVM_SET_DEVICE_ATTR of the GIC, {where}"
+    _set(fd, register.group, register.attribute, ffi.new(_TYPES[register.size], value), what)
+
+
+def _set(
+    fd: int,
+    group: int,
+    attribute: int,
+    value: object,
+    what: str = "KVM_SET_DEVICE_ATTR of the GIC",
+) -> None:
     request = ffi.new("struct kvm_device_attr *")
     request.group = group
     request.attr = attribute
     request.addr = 0 if value is None else int(ffi.cast("uintptr_t", value))
-    struct_ioctl(fd, uapi.KVM_SET_DEVICE_ATTR, request, "KVM_SET_DEVICE_ATTR of the GIC")
+    struct_ioctl(fd, uapi.KVM_SET_DEVICE_ATTR, request, what)
 
 
 def _create(vm: Vm) -> tuple[int, int]:

@@ -30,6 +30,17 @@ struct kvm_vcpu_init {
 	__u32 features[7];
 };
 
+struct kvm_vcpu_events {
+	struct {
+		__u8 serror_pending;
+		__u8 serror_has_esr;
+		__u8 ext_dabt_pending;
+		__u8 pad[5];
+		__u64 serror_esr;
+	} exception;
+	__u32 reserved[12];
+};
+
 // --- <linux/kvm.h>: what is used on arm64 alone -------------------------------------------------
 
 struct kvm_reg_list {

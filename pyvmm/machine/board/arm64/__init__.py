@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from pyvmm.boot import arm64 as boot
 from pyvmm.bus import Bus
 from pyvmm.errors import ConfigError
+from pyvmm.host.saved import Saved
 from pyvmm.kvm.arm64 import boot_vcpu, uapi, vgic
 from pyvmm.kvm.arm64.capabilities import REQUIRED
 from pyvmm.kvm.capabilities import Requirement
@@ -153,8 +155,7 @@ class Arm64Board(Board[boot.Entry]):
 
     def create_vm(self, kvm: Kvm, memory: GuestMemory) -> Vm:
         # As wide as this KVM has it: files as memory come after the VM is made.
-        bits = kvm.check_extension(uapi.KVM_CAP_ARM_VM_IPA_SIZE)
-        return kvm.create_vm(bits & uapi.KVM_VM_TYPE_ARM_IPA_SIZE_MASK)
+        return kvm.create_vm(_vm_type(kvm))
 
     def messages(self, vm: Vm) -> Messages:
         from pyvmm.machine.messages import Messages
@@ -194,20 +195,66 @@ class Arm64Board(Board[boot.Entry]):
         if entry is not None:
             boot_vcpu.setup_boot_vcpu(vcpus[0], pc=entry.pc, x0=entry.trees[gic.version])
 
-        def interrupt(level: bool) -> None:
-            vgic.set_line(vm, layout.SERIAL_GSI, level)
-
-        serial = Serial(interrupt, sink, burst=BURST if cpus > 1 else math.inf)
+        line = partial(vgic.set_line, vm, layout.SERIAL_GSI)
+        serial = Serial(line, sink, burst=BURST if cpus > 1 else math.inf)
         closing.callback(serial.close)
         clock = Pl031()
         mmio.register(layout.SERIAL, layout.SERIAL_SIZE, serial)
         mmio.register(layout.CLOCK, layout.CLOCK_SIZE, clock)
-        return Core(vcpus, serial, None, {"serial": serial, "clock": clock})
+        # The GIC first: what the others interrupt for when they are restored is kept then.
+        return Core(vcpus, serial, None, {"gic": gic, "serial": serial, "clock": clock})
+
+    def save(
+        self, kvm: Kvm, vm: Vm, on_vcpus: Callable[[Callable[[Vcpu], Any]], list[Any]]
+    ) -> dict[str, Any]:
+        from pyvmm.kvm.arm64 import saved_vcpu
+
+        return {"vcpus": on_vcpus(saved_vcpu.save)}
+
+    def check_saved(self, kvm: Kvm, saved: Saved, cpus: int) -> None:
+        from pyvmm.kvm.arm64 import saved_vcpu
+
+        # Registers are refused one by one, so that only a vCPU can tell.
+        state = _saved_vcpus(saved, cpus)[0]
+        with kvm.create_vm(_vm_type(kvm)) as vm, vm.create_vcpu(0) as vcpu:
+            boot_vcpu.setup_vcpu(vm, vcpu, pmu=boot_vcpu.has_pmu(vm))
+            saved_vcpu.restore_registers(vcpu, state)
+
+    def restore(
+        self,
+        kvm: Kvm,
+        vm: Vm,
+        vcpus: Sequence[Vcpu],
+        saved: Saved,
+        warn: Callable[[str], None],
+    ) -> None:
+        from pyvmm.kvm.arm64 import saved_vcpu
+
+        states = _saved_vcpus(saved, len(vcpus))
+        for vcpu, state in zip(vcpus, states, strict=True):
+            saved_vcpu.restore(vcpu, state)
+
+    def import_restoring(self) -> None:
+        """See Board."""
+        from pyvmm.kvm.arm64 import saved_gic, saved_vcpu  # noqa: F401
+        from pyvmm.machine import messages  # noqa: F401
 
     def state_lines(self, vcpu: Vcpu, read: Callable[[int, int], bytes]) -> Iterator[str]:
         from pyvmm.kvm.arm64.state_text import state_lines
 
         return state_lines(vcpu, read)
+
+
+def _vm_type(kvm: Kvm) -> int:
+    bits = kvm.check_extension(uapi.KVM_CAP_ARM_VM_IPA_SIZE)
+    return bits & uapi.KVM_VM_TYPE_ARM_IPA_SIZE_MASK
+
+
+def _saved_vcpus(saved: Saved, count: int) -> list[Saved]:
+    states = list(saved.tables("vcpus", count))
+    if len(states) != count:
+        raise saved.wrong(f"there are {len(states)} vCPUs, not {count}")
+    return states
 
 
 _USUAL_ADDRESS_BITS = 40  # of a VM of type 0 (KVM API, 4.2 KVM_CREATE_VM)
@@ -221,7 +268,7 @@ def _add_vcpus(vm: Vm, gic: vgic.Vgic, count: int, closing: ExitStack) -> tuple[
         closing.callback(vcpu.close)
         boot_vcpu.setup_vcpu(vm, vcpu, pmu=pmu)
         vcpus.append(vcpu)
-    gic.initialise()
+    gic.initialise(count)
     if pmu:
         for vcpu in vcpus:
             boot_vcpu.finish_pmu(vcpu, _FIRST_PPI + layout.PMU_PPI)
