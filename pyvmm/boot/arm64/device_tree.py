@@ -15,13 +15,15 @@ from pyvmm.boot.arm64.fdt import Node, cells, flatten, places, words
 # The first cell of an interrupt: whether it is shared or a vCPU's own (arm,gic-v3.yaml).
 _SPI, _PPI = 0, 1
 _EDGE, _HIGH, _LOW = 1, 4, 8
-_GIC, _CLOCK, _ITS = 1, 2, 3  # phandles
+_GIC, _CLOCK, _ITS, _GPIO = 1, 2, 3, 4  # phandles
 # The first cell of a PCI address: a 32-bit one, or a 64-bit one of memory that may be prefetched
 # (IEEE Std 1275 PCI Bus Binding, 2.2.1.1).
 _PCI_32, _PCI_64_PREFETCH = 0x0200_0000, 0x4300_0000
 _REQUESTERS = 0x1_0000
 _SEED_SIZE = 64
 _CLOCK_HZ = 24_000_000  # of the real-time clock's bus, which nobody measures
+_KEY_POWER = 116  # <linux/input-event-codes.h>
+_ACTIVE_HIGH = 0  # gpio.txt
 _UART_HZ = 1_843_200  # a PC's: the divisor for 115,200 baud is 1
 
 
@@ -56,12 +58,15 @@ class PciHost(NamedTuple):
 class Machine(NamedTuple):
     """All that the tree tells but the interrupt controller. `affinities` are the vCPUs' (MPIDR_EL1
     without its flags); `timers` and `pmu` are their own interrupts, counted from 16 on; `clock` is
-    the real-time clock's address and size: it interrupts nobody."""
+    the real-time clock's address and size: it interrupts nobody. `button` is the number of the
+    line of the `gpio` controller that the power button is on."""
 
     ram: Sequence[tuple[int, int]]
     affinities: Sequence[int]
     serial: Device
     clock: tuple[int, int]
+    gpio: Device
+    button: int
     virtio: Sequence[Device]
     timers: tuple[int, int, int, int]
     pmu: int
@@ -202,6 +207,32 @@ def _devices(root: Node, machine: Machine) -> None:
             "reg": places((clock, clock_size)),
             "clocks": cells(_CLOCK),
             "clock-names": words("apb_pclk"),
+        },
+    )
+    gpio = machine.gpio
+    root.child(
+        f"gpio@{gpio.base:x}",
+        {
+            "compatible": words("arm,pl061", "arm,primecell"),
+            "reg": places((gpio.base, gpio.size)),
+            "clocks": cells(_CLOCK),
+            "clock-names": words("apb_pclk"),
+            "interrupts": cells(_SPI, gpio.spi, _HIGH),
+            "gpio-controller": b"",
+            "#gpio-cells": cells(2),
+            "interrupt-controller": b"",
+            "#interrupt-cells": cells(2),
+            "#address-cells": cells(0),
+            "phandle": cells(_GPIO),
+        },
+    )
+    keys = root.child("gpio-keys", {"compatible": words("gpio-keys")})
+    keys.child(
+        "power-button",
+        {
+            "label": words("power button"),
+            "linux,code": cells(_KEY_POWER),
+            "gpios": cells(_GPIO, machine.button, _ACTIVE_HIGH),
         },
     )
     for device in machine.virtio:

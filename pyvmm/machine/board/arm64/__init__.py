@@ -21,6 +21,7 @@ from pyvmm.kvm.vm import Vm
 from pyvmm.machine.board.arm64 import layout
 from pyvmm.machine.board.board import Board, Core, PciPlaces, VirtioSlot
 from pyvmm.memory import GuestMemory
+from pyvmm.platform.arm64 import pl061
 from pyvmm.platform.arm64.pl031 import Pl031
 from pyvmm.platform.serial import BURST, Serial
 
@@ -113,6 +114,8 @@ class Arm64Board(Board[boot.Entry]):
             affinities=[boot_vcpu.mpidr(index) for index in range(cpus)],
             serial=boot.Device(layout.SERIAL, layout.SERIAL_SIZE, layout.SERIAL_GSI),
             clock=(layout.CLOCK, layout.CLOCK_SIZE),
+            gpio=boot.Device(layout.GPIO, layout.GPIO_SIZE, layout.GPIO_GSI),
+            button=pl061.BUTTON,
             virtio=[boot.Device(*slot) for slot in slots],
             timers=layout.TIMER_PPIS,
             pmu=layout.PMU_PPI,
@@ -199,10 +202,13 @@ class Arm64Board(Board[boot.Entry]):
         serial = Serial(line, sink, burst=BURST if cpus > 1 else math.inf)
         closing.callback(serial.close)
         clock = Pl031()
+        gpio = pl061.Pl061(partial(vgic.set_line, vm, layout.GPIO_GSI))
+        mmio.register(layout.GPIO, layout.GPIO_SIZE, gpio)
         mmio.register(layout.SERIAL, layout.SERIAL_SIZE, serial)
         mmio.register(layout.CLOCK, layout.CLOCK_SIZE, clock)
         # The GIC first: what the others interrupt for when they are restored is kept then.
-        return Core(vcpus, serial, None, {"gic": gic, "serial": serial, "clock": clock})
+        platform = {"gic": gic, "serial": serial, "clock": clock, "gpio": gpio}
+        return Core(vcpus, serial, gpio, platform)
 
     def save(
         self, kvm: Kvm, vm: Vm, on_vcpus: Callable[[Callable[[Vcpu], Any]], list[Any]]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pyvmm.boot.arm64.layout import GIB
 from pyvmm.kvm.arm64 import uapi
-from pyvmm.platform.arm64 import pl031
+from pyvmm.platform.arm64 import pl031, pl061
 
 MAX_CPUS = 64
 
@@ -21,6 +21,8 @@ SERIAL = 0x0900_0000
 SERIAL_SIZE = 8
 CLOCK = 0x0901_0000
 CLOCK_SIZE = pl031.SIZE
+GPIO = 0x0902_0000
+GPIO_SIZE = pl061.SIZE
 VIRTIO_MMIO_BASE = 0x0A00_0000
 VIRTIO_MMIO_STRIDE = 0x1000
 VIRTIO_MMIO_SIZE = 0x200  # registers to 0x100, then the device's configuration space
@@ -32,6 +34,7 @@ PCI_WINDOW_SIZE = 0x1000_0000
 # --- interrupts -----------------------------------------------------------------------------------
 # GSIs, which count the shared ones from 0 on: the GIC's id is 32 more.
 SERIAL_GSI = 0
+GPIO_GSI = 1
 VIRTIO_GSI = 16
 VIRTIO_SLOTS = 32
 GIC_INTERRUPTS = 96  # of all kinds; KVM wants a multiple of 32
