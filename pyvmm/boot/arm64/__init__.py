@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +15,17 @@ from pyvmm.boot.image_file import ImageFile
 from pyvmm.errors import ConfigError
 from pyvmm.memory import GuestMemory
 
-__all__ = ["Device", "Entry", "Gic", "Machine", "PciHost", "load", "ram_ranges"]
+__all__ = [
+    "Device",
+    "Entry",
+    "Gic",
+    "Machine",
+    "PciHost",
+    "generation_id",
+    "load",
+    "ram_ranges",
+    "tell_of_copy",
+]
 
 _PAGE = 0x1000
 
@@ -39,14 +50,14 @@ def load(
     gics: Sequence[Gic],
 ) -> Entry:
     """Fill fresh guest RAM for `kernel`; how the first vCPU starts. `machine` is without its
-    initrd, which is the file at that path. `gics` are those that the machine may get, so many as
-    layout.TREES. Raises ConfigError that names the option at fault."""
+    initrd, which is the file at that path, and without the place of its generation. `gics` are
+    those that the machine may get, so many as layout.TREES. Raises ConfigError that names the
+    option at fault."""
     command_line.encode(machine.cmdline, layout.CMDLINE_MAX)
     with ImageFile(kernel, "--kernel") as file:
         start, kernel_end = image.load(memory, file)
     ram = memory.regions[0]
-    top = min(ram.end, ram.guest_addr + layout.WINDOW)
-    trees_start = (top - layout.TREES * layout.TREE_SIZE) & -layout.TREE_SIZE
+    trees_start = _trees_start(memory)
     if trees_start < kernel_end:
         raise ConfigError(
             f"the guest's {ram.size // layout.MIB} MiB of memory have no room for the kernel and "
@@ -55,17 +66,38 @@ def load(
             option="--memory",
         )
     ramdisk = _load_initrd(memory, initrd, kernel_end, trees_start)
-    machine = machine._replace(initrd=ramdisk)
+    generation = generation_id(memory)
+    memory.write(generation, os.urandom(layout.GENERATION_ID_SIZE))
+    machine = machine._replace(
+        initrd=ramdisk, generation=machine.generation._replace(base=generation)
+    )
     trees = {}
     for number, gic in enumerate(gics):
         blob = device_tree.build(machine, gic)
-        if len(blob) > layout.TREE_SIZE:
+        if len(blob) > layout.TREE_MAX:
             raise ConfigError(
-                f"the device tree has {len(blob)} bytes, Linux takes {layout.TREE_SIZE} at most"
+                f"the device tree has {len(blob)} bytes, {layout.TREE_MAX} is the most"
             )
         trees[gic.version] = trees_start + number * layout.TREE_SIZE
         memory.write(trees[gic.version], blob)
     return Entry(start, trees, machine.cmdline)
+
+
+def _trees_start(memory: GuestMemory) -> int:
+    ram = memory.regions[0]
+    top = min(ram.end, ram.guest_addr + layout.WINDOW)
+    return (top - layout.TREES * layout.TREE_SIZE) & -layout.TREE_SIZE
+
+
+def generation_id(memory: GuestMemory) -> int:
+    """The guest-physical address of the number that tells a guest whether it is a copy (VMGenID):
+    the page behind the device trees."""
+    return _trees_start(memory) + layout.TREES * layout.TREE_SIZE - layout.GENERATION_ID_ROOM
+
+
+def tell_of_copy(memory: GuestMemory) -> None:
+    """Put another number there."""
+    memory.write(generation_id(memory), os.urandom(layout.GENERATION_ID_SIZE))
 
 
 def _load_initrd(

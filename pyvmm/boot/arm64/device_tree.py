@@ -59,7 +59,8 @@ class Machine(NamedTuple):
     """All that the tree tells but the interrupt controller. `affinities` are the vCPUs' (MPIDR_EL1
     without its flags); `timers` and `pmu` are their own interrupts, counted from 16 on; `clock` is
     the real-time clock's address and size: it interrupts nobody. `button` is the number of the
-    line of the `gpio` controller that the power button is on."""
+    line of the `gpio` controller that the power button is on. `generation` is memory with a number
+    that is another one in each copy of the guest (VMGenID)."""
 
     ram: Sequence[tuple[int, int]]
     affinities: Sequence[int]
@@ -67,6 +68,7 @@ class Machine(NamedTuple):
     clock: tuple[int, int]
     gpio: Device
     button: int
+    generation: Device
     virtio: Sequence[Device]
     timers: tuple[int, int, int, int]
     pmu: int
@@ -89,6 +91,7 @@ def build(machine: Machine, gic: Gic) -> bytes:
         },
     )
     _chosen(root, machine)
+    _generation(root, machine.generation)
     for start, size in machine.ram:
         root.child(
             f"memory@{start:x}",
@@ -128,6 +131,22 @@ def _chosen(root: Node, machine: Machine) -> None:
         chosen["linux,initrd-start"] = start.to_bytes(8, "big")
         chosen["linux,initrd-end"] = (start + size).to_bytes(8, "big")
     root.child("chosen", chosen)
+
+
+def _generation(root: Node, place: Device) -> None:
+    here = places((place.base, place.size))
+    two_and_two = {"#address-cells": cells(2), "#size-cells": cells(2), "ranges": b""}
+    # Linux maps as a device's only what is not its RAM.
+    reserved = root.child("reserved-memory", two_and_two)
+    reserved.child(f"generation@{place.base:x}", {"reg": here, "no-map": b""})
+    root.child(
+        f"rng@{place.base:x}",
+        {
+            "compatible": words("microsoft,vmgenid"),
+            "reg": here,
+            "interrupts": cells(_SPI, place.spi, _EDGE),
+        },
+    )
 
 
 def _cpus(root: Node, machine: Machine) -> None:

@@ -14,6 +14,10 @@ RAM = GIB
 KERNEL_ALIGN = 2 * MIB  # Linux Documentation/arch/arm64/booting.rst
 TREE_SIZE = 2 * MIB  # the largest device tree that Linux maps
 TREES = 2  # one for each kind of interrupt controller
+# VMGenID, in a page that is no RAM to the kernel, at the end of the last tree's room.
+GENERATION_ID_ROOM = 4 * KIB
+GENERATION_ID_SIZE = 16
+TREE_MAX = TREE_SIZE - GENERATION_ID_ROOM
 WINDOW = 32 * GIB  # in which Linux wants kernel, initrd and device tree together
 CMDLINE_MAX = 2047  # <asm/setup.h>, COMMAND_LINE_SIZE less the NUL
 

@@ -95,7 +95,7 @@ class Pl061:
 
     # --- saved and restored -----------------------------------------------------------------------
 
-    def save(self) -> dict[str, object]:
+    def save(self) -> dict[str, int]:
         """All registers by their names."""
         with self._lock:
             lines = {"inputs": self._inputs, "outputs": self._outputs, "edges": self._edges}

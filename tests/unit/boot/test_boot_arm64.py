@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from pyvmm.boot import arm64 as boot
 from pyvmm.boot.arm64 import fdt, image, layout
 from pyvmm.boot.arm64.kernel_file import config_of, release_of, unpack_image
 from pyvmm.boot.image_file import ImageFile
@@ -308,6 +309,14 @@ def test_the_tree_tells_what_the_board_has(tmp_path: Path) -> None:
     assert get(blob, pcie, "ranges") == ["2000000", "0", window[0], "0", *window]
     its = f"/interrupt-controller@8000000/msi-controller@{board_layout.GIC_ITS:x}"
     assert get(blob, pcie, "msi-map")[1] == get(blob, its, "phandle")[0]
+    generation = boot.generation_id(ram)
+    place = [f"{generation:x}", "0", "1000"]
+    assert get(blob, f"/rng@{generation:x}", "reg")[1:] == place
+    assert get(blob, f"/reserved-memory/generation@{generation:x}", "reg")[1:] == place
+    before = ram.read(generation, 16)
+    boot.tell_of_copy(ram)
+    assert before != bytes(16) and ram.read(generation, 16) not in (bytes(16), before)
+    assert generation >= max(entry.trees.values()) + layout.TREE_MAX
     old = tree_of(ram, entry, 2)
     assert b"pci" not in old  # a GICv2 takes no messages
     assert get(old, "/interrupt-controller@8000000", "compatible", "s") == ["arm,cortex-a15-gic"]

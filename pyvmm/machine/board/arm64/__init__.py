@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pyvmm.boot import arm64 as boot
+from pyvmm.boot.arm64.layout import GENERATION_ID_ROOM
 from pyvmm.bus import Bus
 from pyvmm.errors import ConfigError
 from pyvmm.host.saved import Saved
@@ -27,6 +28,7 @@ from pyvmm.platform.serial import BURST, Serial
 
 if TYPE_CHECKING:
     from pyvmm.kvm.arm64.probe_guest import ProbeGuest
+    from pyvmm.machine.board.board import Component
     from pyvmm.machine.messages import Messages
 
 _GICS = (
@@ -116,6 +118,7 @@ class Arm64Board(Board[boot.Entry]):
             clock=(layout.CLOCK, layout.CLOCK_SIZE),
             gpio=boot.Device(layout.GPIO, layout.GPIO_SIZE, layout.GPIO_GSI),
             button=pl061.BUTTON,
+            generation=boot.Device(0, GENERATION_ID_ROOM, layout.GENERATION_GSI),
             virtio=[boot.Device(*slot) for slot in slots],
             timers=layout.TIMER_PPIS,
             pmu=layout.PMU_PPI,
@@ -207,7 +210,9 @@ class Arm64Board(Board[boot.Entry]):
         mmio.register(layout.SERIAL, layout.SERIAL_SIZE, serial)
         mmio.register(layout.CLOCK, layout.CLOCK_SIZE, clock)
         # The GIC first: what the others interrupt for when they are restored is kept then.
-        platform = {"gic": gic, "serial": serial, "clock": clock, "gpio": gpio}
+        platform: dict[str, Component] = {
+            **{"gic": gic, "serial": serial, "clock": clock, "gpio": gpio}
+        }
         return Core(vcpus, serial, gpio, platform)
 
     def save(
@@ -244,6 +249,11 @@ class Arm64Board(Board[boot.Entry]):
         """See Board."""
         from pyvmm.kvm.arm64 import saved_gic, saved_vcpu  # noqa: F401
         from pyvmm.machine import messages  # noqa: F401
+
+    def tell_of_copy(self, vm: Vm, memory: GuestMemory) -> None:
+        boot.tell_of_copy(memory)
+        for level in (True, False):
+            vgic.set_line(vm, layout.GENERATION_GSI, level)
 
     def state_lines(self, vcpu: Vcpu, read: Callable[[int, int], bytes]) -> Iterator[str]:
         from pyvmm.kvm.arm64.state_text import state_lines

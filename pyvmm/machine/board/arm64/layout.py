@@ -35,6 +35,7 @@ PCI_WINDOW_SIZE = 0x1000_0000
 # GSIs, which count the shared ones from 0 on: the GIC's id is 32 more.
 SERIAL_GSI = 0
 GPIO_GSI = 1
+GENERATION_GSI = 2
 VIRTIO_GSI = 16
 VIRTIO_SLOTS = 32
 GIC_INTERRUPTS = 96  # of all kinds; KVM wants a multiple of 32
