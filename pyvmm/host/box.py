@@ -194,6 +194,9 @@ def _enter(layer: str, needs: Needs) -> None:
             namespaces.of_others()
     elif layer == LIMITS:
         c.lower(resource.RLIMIT_CORE, 0)
+        if not needs.outside:  # or else programs that are started later may want more
+            soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            c.lower(resource.RLIMIT_NOFILE, soft)
     elif layer == CAPABILITIES:
         drop_capabilities(None)
     elif layer == PRIVILEGES:

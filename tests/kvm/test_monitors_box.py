@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -344,6 +345,46 @@ def test_a_device_may_read_late_what_the_user_has_named(scene: Scene, mode: str)
     found = scene.attempt(" ".join(LAYERS), "--confine", mode, "--allow-read", str(named))
     assert found == {"read": "done", "write": "EROFS", "read another": "ENOENT"}
     assert refused(scene.attempt(" ".join(LAYERS), "--confine", mode)) == set(scene.attacks)
+
+
+# Takes as many as there are, and as many more as it may have.
+TAKES_DESCRIPTORS = """
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+assert hard > soft or call_refused()
+"""
+OPENS_ALL = """
+soft, taken = resource.getrlimit(resource.RLIMIT_NOFILE)[0], []
+try:
+    while len(taken) <= soft:
+        taken.append(os.open("/dev/null", os.O_RDONLY))
+except OSError as error:
+    assert error.errno == errno.EMFILE, error
+    call_refused()
+finally:
+    for fd in taken:
+        os.close(fd)
+"""
+
+
+@pytest.mark.parametrize("layers", [(), LAYERS], ids=["none", "all"])
+def test_more_descriptors_or_files_than_a_vm_has_cannot_be_used_up(
+    scene: Scene, layers: tuple[str, ...]
+) -> None:
+    """Memory, threads and the storage of open files are for --cgroup and quotas."""
+    scene.attacks.clear()
+    scene.attacks["raise its limit"] = Attack(TAKES_DESCRIPTORS, (LIMITS,))
+    scene.attacks["open all"] = Attack(OPENS_ALL, ())
+    scene.attacks["a file without a name"] = Attack(
+        f"os.close(os.open({str(scene.folder)!r}, os.O_TMPFILE | os.O_RDWR))", (ROOT, FILES, CALLS)
+    )
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, limits[1] - 1), limits[1]))
+    try:
+        found = scene.attempt(" ".join(layers), "--confine", "strict")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert found["open all"] == "EPERM"  # the limit was there
+    assert refused(found) == (set(scene.attacks) if layers else {"open all"}), found
 
 
 def files_of(thread: int) -> list[str]:
