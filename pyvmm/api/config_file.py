@@ -32,6 +32,7 @@ from pyvmm.spec.vm import VmSpec
 
 _FOLDERS = ("modules", "root", "rw")  # which are not part of a specification
 _TOO_LARGE = 1 << 64
+_MOST = 1 << 20  # bytes of a file
 _SHOWN = "pyvmm run --print-config shows how such a file is written"
 
 
@@ -59,8 +60,11 @@ def load(path: str, *, allow_code: bool = False) -> dict[str, Any]:
 
     values: dict[str, Any] | None
     try:
-        with open(path, "rb") as file:
-            text = file.read().decode("utf-8-sig")  # some editors begin with a byte-order mark
+        with open(path, "rb") as file:  # which may be a pipe
+            data = file.read(_MOST + 1)
+        if len(data) > _MOST:
+            raise ConfigError(f"{path} has more than {_MOST >> 20} MiB", cure=_SHOWN)
+        text = data.decode("utf-8-sig")  # some editors begin with a byte-order mark
         values = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}", cure="check the path") from None

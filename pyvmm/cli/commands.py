@@ -87,7 +87,8 @@ def run_command(argv: list[str]) -> int:
         if "--debug" in argv:
             import traceback
 
-            log.to_stderr(traceback.format_exc())
+            for line in traceback.format_exc().splitlines():
+                log.to_stderr(line)
         return explain(wrong)
     return code if isinstance(code, int) else 0
 

@@ -134,11 +134,11 @@ def as_written(line: str) -> str:
 
 
 def harmless(text: str) -> str:
-    """`text` without what a terminal obeys: it may quote a stranger's file or a guest. Control
-    characters but newlines and tabs are shown as Python writes them."""
+    """`text` as one line without what a terminal obeys: it may quote a stranger's file or a guest.
+    Control characters but tabs are shown as Python writes them."""
     if text.isprintable():
         return text
-    return "".join(one if one.isprintable() or one in "\n\t" else ascii(one)[1:-1] for one in text)
+    return "".join(one if one.isprintable() or one == "\t" else ascii(one)[1:-1] for one in text)
 
 
 def copy_to(copy: Callable[[bytes], None]) -> None:

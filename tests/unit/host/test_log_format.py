@@ -140,7 +140,7 @@ def test_what_the_host_fails_is_told_apart_from_what_the_guest_does_wrong(
 
 
 def test_a_terminal_obeys_nothing_that_a_line_quotes(capsys: pytest.CaptureFixture[str]) -> None:
-    """Names in a stranger's files, say; newlines, tabs and letters stay."""
+    """Names in a stranger's files, say, which are no lines of ours; tabs and letters stay."""
     log.to_stderr("partition \x1b]0;title\x07 of ü\r\x9b2J\udcff\n\tnext")
-    shown = "pyvmm: partition \\x1b]0;title\\x07 of ü\\r\\x9b2J\\udcff\n\tnext\n"
+    shown = "pyvmm: partition \\x1b]0;title\\x07 of ü\\r\\x9b2J\\udcff\\n\tnext\n"
     assert capsys.readouterr().err == shown

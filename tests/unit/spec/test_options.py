@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import inspect
+import os
 import re
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from pyvmm.agent import Agent
 from pyvmm.api import config_file
 from pyvmm.api.aio import AsyncVM
 from pyvmm.api.async_pool import AsyncPool
+from pyvmm.cli import main
 from pyvmm.cli.quick import parse_run
 from pyvmm.cli.run import run
 from pyvmm.errors import ConfigError
@@ -610,3 +612,21 @@ def test_a_misspelt_option_of_a_device(kind: str, text: str, cure: str) -> None:
     with pytest.raises(ConfigError, match=r"unknown (disk )?option") as caught:
         devices.parse(kind, text)
     assert caught.value.cure.startswith(cure)
+
+
+def test_a_file_has_a_length_and_what_it_says_is_told_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever passes it on may have made a hole of terabytes of it, or name what looks like lines
+    of ours."""
+    large = tmp_path / "large.toml"
+    large.write_bytes(b"cpus = 1\n")
+    os.truncate(large, 1 << 40)
+    with pytest.raises(ConfigError, match="has more than 1 MiB"):
+        config_file.load(str(large))
+    told = tmp_path / "told.toml"
+    told.write_text('kernel = "a\\npyvmm: all is well\\u001b[2J"\n')
+    with pytest.raises(SystemExit, match="2"):
+        main(["run", "--config", str(told), "--kvm", "host"])
+    [line] = capsys.readouterr().err.splitlines()
+    assert "a\\npyvmm: all is well\\x1b[2J" in line
