@@ -28,8 +28,7 @@ def make(
 ) -> str:
     """The path of an initramfs for the kernel that `modules` are of. `needed` tells which lists of
     the recipes the guest cannot do without, and what each is for; of the others it gets those that
-    can be had. `filesystems` are those of the root, if
-    they are known.
+    can be had. `filesystems` are those of the root, if they are known.
 
     Raises ConfigError that names the modules that are missing.
     """
@@ -77,7 +76,7 @@ def _choose(
         raise ConfigError(
             f"the kernel {modules.release} has neither built in nor in {modules.folder}: "
             f"{', '.join(missing)}",
-            cure="build them, and then: make modules",
+            cure=modules.cure,
             option="--modules",
         )
     return chosen

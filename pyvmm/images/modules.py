@@ -56,6 +56,11 @@ class ModuleTree:
         """True if it is there, as a file or built in."""
         return _normal(name) in self._paths or self.is_builtin(name)
 
+    @property
+    def cure(self) -> str:
+        """What to do about a module that is not there."""
+        return "switch them on in the kernel's configuration, and build and install it again"
+
     def load_order(self, names: Iterable[str]) -> list[str]:
         """Module names in an order in which each can be loaded; built-in ones are left out.
 
@@ -133,6 +138,17 @@ class UnreadTree(ModuleTree):
         if not self.release and self._paths:
             magic = self._info_of(next(iter(self._paths))).get("vermagic", [""])[0]
             self.release = _release(magic.partition(" ")[0])
+
+    @property
+    def cure(self) -> str:
+        """See ModuleTree."""
+        if not is_build_tree(self.folder):
+            return super().cure
+        if not self._paths:
+            return (
+                f"make -C {self.folder} modules (none are built), or switch them on to be built in"
+            )
+        return f"switch them on in {self.folder}/.config, and: make -C {self.folder}"
 
     def _needs_of(self, name: str) -> list[str]:
         texts = self._info_of(name).get("depends", [])

@@ -246,11 +246,24 @@ def _of_tree(tree: str) -> _Kernel:
             cure=f"name one of them, such as {installed[-1]}",
             option=_OPTION,
         )
+    try:
+        os.listdir(tree)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {tree}: {error.strerror}", cure="check its permissions", option=_OPTION
+        ) from None
     looked = " or ".join(board_of_host().kernel_files)
+    for other in _kernels_of_others(tree):
+        raise ConfigError(
+            f"{tree} has a kernel for another architecture, {other}, and none for this machine: "
+            f"there is no {looked} in it",
+            cure=f"build it for this machine: make -C {tree}",
+            option=_OPTION,
+        )
     if modules.is_build_tree(tree):
         raise ConfigError(
             f"{tree} has no kernel yet: there is no {looked} in it",
-            cure=f"build it: make -C {tree}",
+            cure=f"build it: make -C {tree}; or name the directory of make O=",
             option=_OPTION,
         )
     raise ConfigError(
@@ -258,6 +271,16 @@ def _of_tree(tree: str) -> _Kernel:
         cure="name a kernel's file, or the tree it was built in",
         option=_OPTION,
     )
+
+
+def _kernels_of_others(tree: str) -> list[str]:
+    """The kernels in a build tree that are for machines of another architecture than this one."""
+    from pyvmm.machine.board.registry import board_of, is_foreign
+
+    paths = [
+        path for arch in filter(is_foreign, ARCHITECTURES) for path in board_of(arch).kernel_files
+    ]
+    return [one for one in paths if one[:5] == "arch/" and os.path.isfile(os.path.join(tree, one))]
 
 
 def _age(path: str) -> float:
@@ -300,6 +323,7 @@ def _modules_of(kernel: _Kernel, given: str) -> ModuleTree | None:
     if not place:
         return None
     tree = modules.find(place, release)
+    tree.release = tree.release or release
     if release and tree.release and tree.release != release:
         raise ConfigError(
             f"the modules in {tree.folder} are for Linux {tree.release}, and the kernel "

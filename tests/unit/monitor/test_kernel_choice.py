@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import boot_images
@@ -75,9 +76,23 @@ def test_a_tree_without_a_kernel(tree: Path, tmp_path: Path) -> None:
     (tree / "arch/x86/boot/bzImage").unlink()
     with pytest.raises(ConfigError, match=r"has no kernel yet: .*bzImage or vmlinux.*; build it"):
         specify({"kernel": str(tree)})
+    (tree / "arch/arm64/boot").mkdir(parents=True)
+    (tree / "arch/arm64/boot/Image").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"for another architecture, arch/arm64/boot/Image, and"):
+        specify({"kernel": str(tree)})
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="is a directory without a kernel"):
         specify({"kernel": str(tmp_path / "empty")})
+
+
+def test_a_tree_that_may_not_be_read(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: object) -> list[str]:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.path.isfile", lambda path: False)
+    monkeypatch.setattr("os.listdir", refused)
+    with pytest.raises(ConfigError, match=r"--kernel: cannot read .*: Permission denied; check"):
+        specify({"kernel": str(tree)})
 
 
 def test_what_make_tar_pkg_leaves(tmp_path: Path) -> None:
@@ -109,6 +124,11 @@ def test_modules_of_another_version(tree: Path, tmp_path: Path) -> None:
 def test_a_module_that_the_guest_needs_and_nobody_has(tree: Path) -> None:
     (tree / "modules.builtin").write_text("kernel/virtio_mmio.ko\n")
     with pytest.raises(ConfigError, match=r"neither built in nor .*: virtio_blk \(for its disks\)"):
+        specify({"kernel": str(tree), "disks": ["ram:1M"]})
+    with pytest.raises(ConfigError, match=rf"; make -C {tree} modules \(none are built\)"):
+        specify({"kernel": str(tree), "disks": ["ram:1M"]})
+    (tree / "include/config/kernel.release").write_text("")  # the kernel's own banner says it
+    with pytest.raises(ConfigError, match=re.escape(f"the kernel {RELEASE} has neither built in")):
         specify({"kernel": str(tree), "disks": ["ram:1M"]})
 
 
