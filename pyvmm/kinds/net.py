@@ -358,7 +358,7 @@ def _open_vhost_user(spec: Spec, context: Context) -> VhostUserDevice:
         log.to_stderr(f"{name}: passt moves its frames (vhost-user); they are not traced")
     try:
         device = VhostUserDevice(
-            "the other end of its socket",
+            "the other end of its socket (passt)",
             types.card(mac_bytes(spec.mac), spec.mtu or passt.MTU),
             name=name,
             queue_size=_VHOST_USER_QUEUE,

@@ -65,7 +65,10 @@ class Attendant:
             self.on_finding(findings[self._passed_on - 1])
 
     def look(self) -> None:
-        """Say what is new since the last look: the most telling finding, or that all is silent."""
+        """Say what is new since the last look: the most telling finding, or that all is silent; and
+        let the devices look."""
+        for device in self._devices:
+            device.look()
         waited = time.monotonic() - self._start
         found = self.watcher.diagnosis
         if found is None and not self._is_silent:

@@ -102,6 +102,10 @@ class VirtioDevice(ABC):
         Python's is for queues that somebody else serves at times (`pyvmm.virtio.offload`)."""
         return Lock()
 
+    def look(self) -> None:  # noqa: B027 - likewise
+        """About every second while the guest runs: tell what went wrong without a driver's doing.
+        It must not wait."""
+
     def stats(self) -> Mapping[str, object]:
         """Counters since the start, plain data fit for JSON; any thread may ask."""
         return {}

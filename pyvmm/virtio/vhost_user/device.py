@@ -180,6 +180,17 @@ class VhostUserDevice(VirtioDevice):
         """The connection: whether there is a back end, and how often there was a new one."""
         return {"connected": self._link is not None, "reconnections": self._reconnections}
 
+    def look(self) -> None:
+        """See VirtioDevice: a back end that ends while no driver is at work is noticed here."""
+        if self._activation is not None or not self._talking.acquire(blocking=False):
+            return
+        try:
+            link = self._link
+            if self._activation is None and link is not None and _has_ended(link):
+                self._lose(BackEndError("has gone"))
+        finally:
+            self._talking.release()
+
     def queue_lock(self) -> QueueLock:
         """See VirtioDevice: the back end serves the queues while nobody holds it."""
         return OffloadLock()
@@ -258,7 +269,8 @@ class VhostUserDevice(VirtioDevice):
         link, self._link, self._session = self._link, None, None
         if link is not None:
             link.close()
-            self._log(f"the back end at {self._path} {_what_it_does(error)}")
+            more = ", and no other can take its place" if self._only_given else ""
+            self._log(f"the back end at {self._path} {_what_it_does(error)}{more}")
         self._wake.signal()
 
     # --- the driver's doing -----------------------------------------------------------------------
@@ -636,10 +648,11 @@ class VhostUserDevice(VirtioDevice):
         if self._served.refuse is None:
             activation.fail(BackEndError(f"there is no back end at {self._path} any more"))
             return
-        self._log(
-            f"there is no back end at {self._path} any more: requests fail until the guest resets "
-            "the device"
-        )
+        if not self._only_given:
+            self._log(
+                f"there is no back end at {self._path} any more: requests fail until the guest "
+                "resets the device"
+            )
         for queue in list(self._queues.values()):
             self._refuse(queue)
 

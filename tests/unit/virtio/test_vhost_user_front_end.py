@@ -41,9 +41,10 @@ from front_end_rig import (
 from vhost_user_rig import Echo
 
 from pyvmm.kinds.vhost_user.types import served
+from pyvmm.testing.attached import attached
 from pyvmm.testing.blk_driver import IN, IOERR, OK, BlockDriver, header
 from pyvmm.testing.mmio_driver import CONFIG
-from pyvmm.virtio.vhost_user.device import Served
+from pyvmm.virtio.vhost_user.device import Served, VhostUserDevice
 from pyvmm.virtio.vhost_user.link import Link
 
 MIB = 1 << 20
@@ -296,6 +297,36 @@ def test_a_cards_link_is_down_while_nobody_serves_it(place):
 
 
 # --- the back end dies ----------------------------------------------------------------------------
+
+
+def test_one_that_dies_before_a_driver_is_at_work_is_told_at_once(place):
+    card = served("net", 1, tag="", mac=bytes(6))
+    with fake(place, protocol=P_REPLY_ACK) as back_end, front(place, card, start=False) as rig:
+        rig.device.look()
+        assert rig.lines == [] and rig.device.read_config(6, 2) == b"\1\0"
+        back_end.close()
+        rig.until(lambda: rig.device.look() or rig.lines)
+        rig.device.look()
+        assert rig.lines == [f"the back end at {place} has gone"]
+        assert rig.device.read_config(6, 2) == b"\0\0"
+
+
+def test_one_whose_place_no_other_can_take_is_told_in_one_line(place):
+    """As passt, which has one end of a pair of sockets."""
+    lines = []
+    with fake(place) as back_end, socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(place))
+        device = VhostUserDevice(
+            *("its socket", served("net", 1, tag="", mac=bytes(6))),
+            **{"name": "net", "reconnect": 0, "connection": connection, "log": lines.append},
+        )
+        back_end.close()
+        until(lambda: device.look() or lines)
+        with attached(device, irqfd=True) as driver:
+            until(lambda: device._has_given_up)
+            assert driver.config(6, 2) == b"\0\0"
+        device.close()
+    assert lines == ["the back end at its socket has gone, and no other can take its place"]
 
 
 @over_both
