@@ -20,6 +20,8 @@ from pyvmm.images.modules import ModuleTree
 from pyvmm.images.recipes import FILE_SYSTEM
 
 _USUAL_FILE_SYSTEM = "ext4"
+# What /etc/fstab of a whole disk mounts, with the names that Linux takes by default.
+_ESP = {f"{FILE_SYSTEM}vfat": ("vfat", "nls_cp437", "nls_ascii")}
 _MOST = 1 << 30  # bytes
 
 
@@ -34,14 +36,16 @@ def make(
     """
     base, lists = _recipe()
     kinds = dict.fromkeys((*filesystems, _USUAL_FILE_SYSTEM))
-    lists = {**lists, **{f"{FILE_SYSTEM}{kind}": (kind,) for kind in kinds}}
+    lists = {**lists, **_ESP, **{f"{FILE_SYSTEM}{kind}": (kind,) for kind in kinds}}
     parts: Iterable[bytes] = [base]
     if modules is not None:
         roots = dict.fromkeys(map(FILE_SYSTEM.__add__, filesystems), "for its root file system")
         needed = {**needed, **roots}
         chosen = _choose(modules, lists, needed)
         # Piece by piece: a stranger's modules may be large.
-        parts = itertools.chain(parts, cpio.chunks(initramfs.module_entries(chosen, modules)))
+        parts = itertools.chain(
+            parts, cpio.chunks(initramfs.module_entries(chosen, modules, tuple(_ESP)))
+        )
     return made_files.keep(parts, ".cpio", _MOST)
 
 

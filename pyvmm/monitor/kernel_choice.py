@@ -66,10 +66,11 @@ def specify(options: Mapping[str, Any]) -> tuple[VmSpec, str | None]:
         from pyvmm.monitor import host_root
 
         return _with_kernel(host_root.choose(options), None), None
+    has_esp = False
     if options.get("kernel") == IN_DISK:
         options = _with_disks_own(options)
     else:
-        options = _for_disks_root(options)
+        options, has_esp = _for_disks_root(options)
     given = options
     named = _is_more_than_a_file(given)
     if given.get("image") is not None or given.get("kernel") is None or _needs_an_image(given):
@@ -77,7 +78,7 @@ def specify(options: Mapping[str, Any]) -> tuple[VmSpec, str | None]:
 
         options, image = choose(options)
     if named:
-        return _with_kernel(options, given.get("initrd")), image
+        return _with_kernel(options, given.get("initrd"), has_esp=has_esp), image
     spec = validate(make_spec(options))
     if given.get("kernel") is not None:
         text = _configuration(spec.kernel, _beside(spec.kernel))
@@ -86,28 +87,31 @@ def specify(options: Mapping[str, Any]) -> tuple[VmSpec, str | None]:
     return spec, image
 
 
-def _for_disks_root(options: Mapping[str, Any]) -> Mapping[str, Any]:
+def _for_disks_root(options: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool]:
     """`options` for the root in their first disk, where the initramfs is ours to make: one that
-    the recipes' has no driver for is named, and the default kernel comes with its modules."""
+    the recipes' has no driver for is named, and the default kernel comes with its modules, as it
+    does for a disk with an EFI system partition; whether it has one."""
     kernel, disks = options.get("kernel"), options.get("disks")
     is_ours = kernel is None or _is_more_than_a_file(options)
     if not disks or not is_ours or options.get("image") is not None or options.get("initrd"):
-        return options
+        return options, False
     from pyvmm.monitor.from_image import image_of
     from pyvmm.monitor.whole_disk import words_before
 
     if options.get("name") and image_of(options["name"]) is not None:
-        return options  # whose disk is the first one then
+        return options, False  # whose disk is the first one then
 
     cmdline = str(options.get("cmdline") or "")
-    words = words_before(disks, cmdline)
+    words, has_esp = words_before(disks, cmdline)
     cmdline = " ".join([*words, cmdline]).strip()
     kinds = values_of(cmdline, "rootfstype")
-    if kernel is None and kinds and not _IN_RECIPES.issuperset(kinds[-1:]):
+    if kernel is None and (has_esp or (kinds and not _IN_RECIPES.issuperset(kinds[-1:]))):
         from pyvmm import images
 
         kernel = f"debian:{images.DEFAULT_KERNEL}"
-    return {**options, "kernel": kernel, "cmdline": cmdline} if words or kernel else options
+    if words or kernel:
+        options = {**options, "kernel": kernel, "cmdline": cmdline}
+    return options, has_esp
 
 
 def _of_another_architecture(options: Mapping[str, Any]) -> tuple[VmSpec, str | None]:
@@ -165,8 +169,11 @@ def _needs_an_image(options: Mapping[str, Any]) -> bool:
     )
 
 
-def _with_kernel(options: Mapping[str, Any], initrd: str | None) -> VmSpec:
-    """The machine, whose kernel is more than a file; `initrd` is the one that the user names."""
+def _with_kernel(
+    options: Mapping[str, Any], initrd: str | None, *, has_esp: bool = False
+) -> VmSpec:
+    """The machine, whose kernel is more than a file; `initrd` is the one that the user names,
+    `has_esp` tells whether the first disk has an EFI system partition."""
     kernel = _find(str(options["kernel"]))
     modules = options.get("modules")
     options = {**options, "kernel": kernel.path, "initrd": initrd}
@@ -175,7 +182,7 @@ def _with_kernel(options: Mapping[str, Any], initrd: str | None) -> VmSpec:
     spec = _on_its_bus(validate(make_spec(options)), text, own_init=own_init)
     if own_init:
         made = kernel.initrd
-        if modules or made is None or not _USUAL.issuperset(_filesystems(spec)):
+        if modules or made is None or has_esp or not _USUAL.issuperset(_filesystems(spec)):
             from pyvmm.images import fresh_initramfs
 
             tree = _modules_of(kernel, os.fspath(modules) if modules else "")

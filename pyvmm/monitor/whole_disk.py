@@ -100,41 +100,47 @@ def _type_words(root: Partition, read: Read, name: str) -> list[str]:
     return [*words, f"rootflags=subvol={subvolume}"] if subvolume else words
 
 
-def words_before(disks: Any, cmdline: str) -> list[str]:
+def words_before(disks: Any, cmdline: str) -> tuple[list[str], bool]:
     """What the kernel's command line needs so that an initramfs can be made for the root in the
     first disk of the option `disks`: nothing for ext4, for what `cmdline` says already, or where
-    it cannot be told yet."""
+    it cannot be told yet. And whether that disk has an EFI system partition, which the root's
+    /etc/fstab mounts, and the kernel's driver for it is not in there."""
     from pyvmm.kinds import registry
 
     if not disks or has(cmdline, "rootfstype"):
-        return []
+        return [], False
     specs: list[DiskSpec] = registry.read("disk", disks)
     # The image alone, as nobody should find an overlay made, or copied to, by a mere look.
     image = replace(specs[0], snapshot=False, overlay=None, saved=None)
     if image.storage not in ("raw", "qcow2"):
-        return []  # a class of the user's is not made twice
+        return [], False  # a class of the user's is not made twice
     with suppress(ConfigError, HostError, OSError), _looking_at(image) as disk:
         wanted = "".join(values(cmdline, "root")[-1:])
-        words = _words_before(image.path, disk.peek, disk.size, disk.block_size, wanted)
-        return [word for word in words if not has(cmdline, word.partition("=")[0])]
-    return []  # whoever opens it says why
+        words, has_esp = _words_before(image.path, disk.peek, disk.size, disk.block_size, wanted)
+        return [word for word in words if not has(cmdline, word.partition("=")[0])], has_esp
+    return [], False  # whoever opens it says why
 
 
-def _words_before(name: str, read: Read, size: int, block: int, wanted: str) -> list[str]:
+def _words_before(
+    name: str, read: Read, size: int, block: int, wanted: str
+) -> tuple[list[str], bool]:
     if read(_SIGNATURE_AT, 2) != _SIGNATURE and read(_EXT4_AT, 2) == _EXT4:
-        return []  # the usual disk costs no more than that
+        return [], False  # the usual disk costs no more than that
     from pyvmm.boot import partitions
 
     table = partitions.read_disk(read, size, block)
     if table is None:
-        return []
+        return [], False
     root: Partition | None
     if wanted:
         named = [one for one in table.partitions if wanted in _names(one)]
         root = named[0] if named else None
     else:
         root, _ = choose_root(table, read, name)
-    return _type_words(root, read, name) if root is not None and root.may_be_root else []
+    if root is None or not root.may_be_root:
+        return [], False
+    has_esp = any(one.content.kind == "vfat" for one in table.partitions)
+    return _type_words(root, read, name), has_esp
 
 
 @contextmanager

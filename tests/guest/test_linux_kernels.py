@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 from disks import artifacts
-from partition_tables import MIB, ROOT_X86_64, needs_tools, partitioned, put_bytes, run
+from partition_tables import (
+    MIB,
+    ROOT_X86_64,
+    needs_tools,
+    partitioned,
+    put_bytes,
+    put_file_system,
+    run,
+)
 from vms import messages, script
 
 from pyvmm import Disk
@@ -62,20 +70,24 @@ def whole_disk(folder: Path) -> Path:
     subprocess.run(["cp", "--sparse=always", files.rootfs, root], check=True)
     root.chmod(0o600)
     (folder / "grub.cfg").write_text(GRUB)
+    (folder / "fstab").write_text("/dev/vda3 /boot/efi vfat defaults 0 0\n")
     put = [
         "mkdir /boot/grub",
         f"write {files.bzimage} /boot/vmlinuz-6.1",
         f"write {files.initramfs} /boot/initrd.img-6.1",
         f"write {folder}/grub.cfg /boot/grub/grub.cfg",
+        f"write {folder}/fstab /etc/fstab",
     ]
     run("debugfs", "-w", "-f", "/dev/stdin", root, input="\n".join(put))
     size = root.stat().st_size
     table = f"""label: gpt
 start=2048, size=2048, type=21686148-6449-6E6F-744E-656564454649
 start=4096, size={size // 512}, type={ROOT_X86_64}
+size=8192, type=uefi
 """
-    disk = partitioned(folder / "disk.img", table, size=size + 4 * MIB)
+    disk = partitioned(folder / "disk.img", table, size=size + 8 * MIB)
     run("dd", f"if={root}", f"of={disk}", "bs=1M", "seek=2", "conv=notrunc,sparse")
+    put_file_system(disk, size + 2 * MIB, 4 * MIB, "vfat")
     image = folder / "disk.qcow2"
     run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", disk, image)
     return image
@@ -91,6 +103,17 @@ def test_a_whole_disk_boots_its_own_kernel(microvm_factory, tmp_path) -> None:
     assert "from.grub=yes" in said["cmdline"] and "$" not in said["cmdline"]
     lines = "\n".join(messages(vm))
     assert "the root is partition 2 of" in lines and "by its type" in lines
+
+
+@needs_tools
+def test_our_kernel_has_the_driver_of_a_whole_disks_efi_partition(
+    microvm_factory, tmp_path
+) -> None:
+    """The root has modules, if any, of its own kernel alone."""
+    image = whole_disk(tmp_path)
+    vm = microvm_factory(disks=[f"{image},snapshot"], memory="256M")
+    said = script(vm, "mount -t vfat /dev/vda3 /mnt && echo esp=$(findmnt -no FSTYPE /mnt)")
+    assert said == {"esp": "vfat"}, vm.console.tail(40)
 
 
 @needs_tools

@@ -29,7 +29,9 @@ from pyvmm.boot.btrfs import Btrfs
 from pyvmm.boot.fat import Fat
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
+from pyvmm.images import fresh_initramfs
 from pyvmm.kinds.disk.storage import open_backend
+from pyvmm.monitor import kernel_choice
 from pyvmm.monitor.kernel_choice import _for_disks_root, specify
 from pyvmm.monitor.whole_disk import _extract, choose_root, with_root, words_before
 from pyvmm.spec.vm import DiskSpec, VmSpec
@@ -355,15 +357,15 @@ def test_the_initramfs_is_made_for_the_root(tmp_path: Path, kind: str) -> None:
     """With what the kernel must be told, which the user may say otherwise."""
     disk = in_root(tmp_path, kind)
     flags = [] if kind == "xfs" else ["rootflags=subvol=root"]
-    assert words_before([str(disk)], "quiet") == [f"rootfstype={kind}", *flags]
-    assert words_before([str(disk)], "rootflags=ro") == [f"rootfstype={kind}"]
-    assert words_before([f"{disk},snapshot"], "") == [f"rootfstype={kind}", *flags]
+    assert words_before([str(disk)], "quiet")[0] == [f"rootfstype={kind}", *flags]
+    assert words_before([str(disk)], "rootflags=ro")[0] == [f"rootfstype={kind}"]
+    assert words_before([f"{disk},snapshot"], "")[0] == [f"rootfstype={kind}", *flags]
     layered = f"{disk},overlay={tmp_path}/layer"
-    assert words_before([layered], "") == [f"rootfstype={kind}", *flags]
+    assert words_before([layered], "")[0] == [f"rootfstype={kind}", *flags]
     assert not (tmp_path / "layer").exists()  # looking makes nothing
-    assert words_before([str(disk)], "root=/dev/vda1") == [f"rootfstype={kind}", *flags]
-    assert words_before([str(disk)], "root=/dev/vda2") == []
-    assert words_before([str(disk)], "rootfstype=auto") == []
+    assert words_before([str(disk)], "root=/dev/vda1")[0] == [f"rootfstype={kind}", *flags]
+    assert words_before([str(disk)], "root=/dev/vda2")[0] == []
+    assert words_before([str(disk)], "rootfstype=auto")[0] == []
     assert root_of(disk) == " ".join(["root=/dev/vda1", f"rootfstype={kind}", *flags])
 
 
@@ -380,24 +382,45 @@ def test_a_root_without_a_driver_takes_the_kernel_with_its_modules(
     else:
         disk = in_root(tmp_path, "xfs")
     options = {"disks": [str(disk)], "cmdline": cmdline}
-    found = _for_disks_root(options)
+    found, _ = _for_disks_root(options)
     assert found.get("kernel") == kernel
     assert ("rootfstype=xfs" in found["cmdline"]) == (cmdline == "root=/dev/vda1")
-    assert _for_disks_root({**options, "initrd": "/mine"}) == {**options, "initrd": "/mine"}
-    assert _for_disks_root({**options, "kernel": "/file"}) == {**options, "kernel": "/file"}
+    assert _for_disks_root({**options, "initrd": "/mine"})[0] == {**options, "initrd": "/mine"}
+    assert _for_disks_root({**options, "kernel": "/file"})[0] == {**options, "kernel": "/file"}
+
+
+def test_an_efi_partition_takes_the_kernel_with_its_driver(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The root mounts it, and has its driver for its own kernel alone."""
+    disk = whole(tmp_path)
+    assert words_before([str(disk)], "") == ([], False)  # nothing is in it
+    put_file_system(disk, 1 * MIB, 1 * MIB, "vfat", "-F", "12")
+    assert words_before([str(disk)], "") == ([], True)
+    found, has_esp = _for_disks_root({"disks": [str(disk)]})
+    assert (found["kernel"], has_esp) == ("debian:6.1", True)
+    (tmp_path / "kernel").write_bytes(boot_images.bzimage())
+    made: list[str] = []
+    known = kernel_choice._Kernel(str(tmp_path / "kernel"), initrd="/of/the/recipe")
+    monkeypatch.setattr(kernel_choice, "_find", lambda name: known)
+    monkeypatch.setattr(fresh_initramfs, "make", lambda *_: made.append("") or "/fresh")
+    assert specify({"disks": [str(disk)]})[0].initrd == "/fresh"
+    assert specify({"disks": [str(disk)], "initrd": "/mine"})[0].initrd == "/mine"
+    assert specify({"kernel": "debian:6.1", "disks": ["ram:1M"]})[0].initrd == "/of/the/recipe"
+    assert made == [""]
 
 
 def test_no_words_for_what_needs_none(tmp_path: Path) -> None:
-    assert words_before([str(two(tmp_path, second=ROOT_X86_64))], "") == []
-    assert words_before([str(tmp_path / "not there")], "") == []
-    assert words_before(["ram:64M"], "") == []
-    assert words_before([], "") == []
+    assert words_before([str(two(tmp_path, second=ROOT_X86_64))], "")[0] == []
+    assert words_before([str(tmp_path / "not there")], "")[0] == []
+    assert words_before(["ram:64M"], "")[0] == []
+    assert words_before([], "")[0] == []
     (tmp_path / "zeros").write_bytes(bytes(MIB))
-    assert words_before([str(tmp_path / "zeros")], "") == []
+    assert words_before([str(tmp_path / "zeros")], "")[0] == []
     with open(tmp_path / "bare", "wb") as file:
         file.truncate(128 * MIB)
     put_file_system(tmp_path / "bare", 0, 128 * MIB, "btrfs")
-    assert words_before([str(tmp_path / "bare")], "") == ["rootfstype=btrfs"]
+    assert words_before([str(tmp_path / "bare")], "")[0] == ["rootfstype=btrfs"]
 
 
 def in_an_esp(tmp_path: Path, *options: str) -> Path:
