@@ -29,7 +29,9 @@ _MOST_LINE = 8192  # characters of a command; a kernel takes 4096 at most
 _MOST_ENTRIES = 256
 _MOST_VENDORS = 16  # directories in an EFI system partition
 _MOST_PATTERN = 128  # characters
-_MOST_UNIFIED = 2 << 30  # bytes
+_MOST_UNIFIED = 5 << 28  # bytes: of a kernel and an initrd
+_MOST_IMAGES = 32  # unified kernel images
+_FAR = 4 << 20  # bytes into an image: what is read of each of them is before
 _PREFIXES = ("/boot", "")  # /boot in the root, or a file system of its own
 _GRUB = ("grub", "grub2")
 _EXTLINUX = (
@@ -164,27 +166,30 @@ def _default_entry(
 
 
 def _unified(system: System, systems: Sequence[System]) -> BootEntry | None:
-    best: tuple[list[tuple[int, int, str]], BootEntry] | None = None
+    best: tuple[list[tuple[int, int, str]], str, unified_kernel.Sections] | None = None
     for prefix in _PREFIXES:
         folder = f"{prefix}/EFI/Linux"
         names = [name for name in system.names(folder) if name.lower().endswith(".efi")]
-        for name in names[:_MOST_ENTRIES]:
+        for name in names[:_MOST_IMAGES]:
             path = f"{folder}/{name}"
             if not system.has(path):
                 continue
-            head = b"".join(
-                unified_kernel.cut(system.read_file(path, _MOST_UNIFIED), 0, unified_kernel.HEAD)
-            )
+            pieces = system.read_file(path, _MOST_UNIFIED)
+            head = b"".join(unified_kernel.cut(pieces, 0, unified_kernel.HEAD))
             sections = unified_kernel.sections(head)
             if not sections:
                 continue
-            version = _section_text(system, path, sections, ".uname")
+            version = ""
+            if sections.get(".uname", (_FAR, 0))[0] < _FAR:
+                version = _section_text(system, path, sections, ".uname")
             order = _natural(version or name)
             if best is None or order > best[0]:
-                text = _section_text(system, path, sections, ".cmdline")
-                entry = BootEntry(system, path, (), _plain(_words(text, path)), path, sections)
-                best = order, entry
-    return None if best is None else best[1]
+                best = order, path, sections
+    if best is None:
+        return None
+    _, path, sections = best
+    text = _section_text(system, path, sections, ".cmdline")
+    return BootEntry(system, path, (), _plain(_words(text, path)), path, sections)
 
 
 def _section_text(system: System, path: str, sections: unified_kernel.Sections, name: str) -> str:

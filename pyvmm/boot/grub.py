@@ -33,7 +33,9 @@ class _Item:
     """An entry of a menu, or a menu of its own."""
 
     def __init__(self, line: str = "", *, is_menu: bool = False) -> None:
-        self.title, self.id, self.is_menu = _first(_TITLE, line), _first(_ID, line), is_menu
+        line = line[:_MOST_VALUE]
+        self.title, self.id = _first(_TITLE.match(line)), _first(_ID.search(line))
+        self.is_menu = is_menu
         self.linux = self.initrd = ""
         self.items: list[_Item] = []
 
@@ -51,8 +53,7 @@ class _Item:
         return next((item for item in self.items if name in (item.id, item.title)), None)
 
 
-def _first(pattern: re.Pattern[str], line: str) -> str:
-    found = pattern.search(line)
+def _first(found: re.Match[str] | None) -> str:
     return next((group for group in found.groups() if group is not None), "") if found else ""
 
 

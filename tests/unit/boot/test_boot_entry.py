@@ -446,6 +446,30 @@ def test_a_configuration_without_a_menu(look: Look) -> None:
     assert entry is not None and entry.source == "/boot/vmlinuz-6.12"
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "menuentry {" + "a" * 900_000,
+        "menuentry x " + "--id" * 200_000,
+        "menuentry x --id" + " " * 900_000,
+        "menuentry '" + '"' * 900_000,
+        "set " + "a" * 900_000,
+        "set " * 200_000,
+        "set default=" + ">a" * 400_000,
+        "linux /boot/vmlinuz-6.1 " + "$a" * 4000,
+        "${" * 400_000,
+        "}\n" * 400_000,
+        "{\n" * 400_000,
+    ],
+    ids=lambda line: line[:16],
+)
+def test_no_line_takes_long(look: Look, line: str) -> None:
+    """Time that grows with the square of a line's length would be minutes here."""
+    text = f"{line}\nmenuentry y {{\nlinux /boot/vmlinuz-6.1\n}}\n"
+    entry = look({**KERNELS, "/boot/grub/grub.cfg": text})
+    assert entry is not None and entry.kernel == "/boot/vmlinuz-6.1"
+
+
 def test_menus_within_menus_have_an_end(look: Look) -> None:
     text = "submenu x {\n" * 3000 + "menuentry y {\nlinux /boot/vmlinuz-6.1\n}\n"
     assert look({**KERNELS, "/boot/grub/grub.cfg": text}) is not None
@@ -491,6 +515,25 @@ def test_a_unified_kernel_image() -> None:
     assert b"".join(entry.read_initrds(1 << 20)) == b"the initrd" * 200
     with pytest.raises(ConfigError, match=r"has 2000 bytes of \.initrd, more than the 1999"):
         list(entry.read_initrds(1999))
+
+
+def test_many_large_unified_kernel_images_cost_little(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A version that stands far behind is not looked for."""
+    monkeypatch.setattr("pyvmm.boot.boot_entry._FAR", 5000)
+    images = {f"/EFI/Linux/{n:03}.efi": unified(linux=b"k" * 90000, uname=b"9") for n in range(99)}
+    taken = 0
+
+    class Counted(Binaries):
+        def read_file(self, path: str, most: int) -> Iterator[bytes]:
+            nonlocal taken
+            for piece in super().read_file(path, most):
+                taken += len(piece)
+                yield piece
+
+    systems: Any = [Counted({path: data.decode("latin-1") for path, data in images.items()})]
+    entry = find(systems)
+    assert entry is not None and entry.kernel == "/EFI/Linux/031.efi"  # by its name
+    assert taken <= 32 * 66_000
 
 
 def test_damaged_unified_kernel_images_cost_little() -> None:
