@@ -25,12 +25,14 @@ import argparse
 import json
 import os
 import random
+import signal
 import socket
 import statistics
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from hashlib import sha256
@@ -224,8 +226,10 @@ def look(vm: VM) -> dict[str, str]:
     return seen
 
 
-def rounds_of(count: int, transport: str, cpus: int, options: dict[str, Any]) -> dict[str, Any]:
-    """Rounds of one machine; how long each took. Raises Wrong."""
+def rounds_of(
+    count: int, transport: str, cpus: int, options: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Rounds of one machine: what is known after each. Raises Wrong."""
     echo = Echo()
     echo.start()
     name, paused, restored = f"{transport}-{cpus}", [], []
@@ -236,6 +240,7 @@ def rounds_of(count: int, transport: str, cpus: int, options: dict[str, Any]) ->
             prepared(vm, echo.port, cpus)
             print(f"{vm.name}: {look(vm)}", flush=True)
             for number in range(1, count + 1):
+                round_began = time.monotonic()
                 stream = Stream(vm)
                 stream.start()
                 stream.first.wait(PATIENCE)
@@ -251,22 +256,24 @@ def rounds_of(count: int, transport: str, cpus: int, options: dict[str, Any]) ->
                 closing.enter_context(vm)
                 vm.wait_ready(PATIENCE)
                 restored.append(time.monotonic() - begin)
+                seen = look(vm)
+                took = time.monotonic() - round_began
                 print(
-                    f"{vm.name} of {count}: still {paused[-1]:.2f} s, ready {restored[-1]:.2f} s, "
-                    f"vsock {stream.echoed} bytes, {look(vm)}",
+                    f"{vm.name} of {count}: {took:.0f} s, still {paused[-1]:.2f} s, "
+                    f"ready {restored[-1]:.2f} s, vsock {stream.echoed} bytes, {seen}",
                     flush=True,
                 )
                 if number > 1:
                     snapshot_store.remove(f"{name}-{number - 1}")
-        except BaseException:
+                yield {
+                    "rounds": number,
+                    "paused_seconds": round(statistics.median(paused), 2),
+                    "ready_seconds": round(statistics.median(restored), 2),
+                }
+        except Exception:
             with suppress(PyvmmError, OSError):
                 print(f"--- {vm.name}\n{vm.console.tail(200)}\n{vm.messages}", flush=True)
             raise
-    return {
-        "rounds": count,
-        "paused_seconds": round(statistics.median(paused), 2),
-        "ready_seconds": round(statistics.median(restored), 2),
-    }
 
 
 def work(vm: VM) -> str:
@@ -326,18 +333,21 @@ def main() -> int:
         "memory": given.memory,
         "kvm": "host",
     }
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     results: dict[str, Any] = {"memory": given.memory}
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["XDG_RUNTIME_DIR"] = os.environ["XDG_STATE_HOME"] = folder
-        for cpus in given.cpus if given.rounds else ():
-            for transport in given.transport:
-                found = rounds_of(given.rounds, transport, cpus, options)
-                results[f"{transport}, {cpus} vCPUs"] = found
-        if given.clones:
-            results["clones"] = side_by_side(given.clones, options)
-    print(json.dumps(results, indent=2))
-    if given.json:
-        Path(given.json).write_text(json.dumps(results, indent=2) + "\n")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["XDG_RUNTIME_DIR"] = os.environ["XDG_STATE_HOME"] = folder
+            for cpus in given.cpus if given.rounds else ():
+                for transport in given.transport:
+                    for found in rounds_of(given.rounds, transport, cpus, options):
+                        results[f"{transport}, {cpus} vCPUs"] = found
+            if given.clones:
+                results["clones"] = side_by_side(given.clones, options)
+    finally:  # what was measured before it was stopped, or something was wrong, counts
+        print(json.dumps(results, indent=2), flush=True)
+        if given.json:
+            Path(given.json).write_text(json.dumps(results, indent=2) + "\n")
     return 0
 
 
