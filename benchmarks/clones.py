@@ -1,10 +1,13 @@
 """Clones on this machine's KVM: how soon they run, and what each costs.
 
-    python benchmarks/clones.py [--json FILE] [--rounds 30] [--clones 100]
+    python benchmarks/clones.py [--json FILE] [--rounds 30] [--clones 100] [--growth]
 
 The guest has 512 MiB, and Debian's kernel and initramfs in them. Only the kernel's first
 instructions are replaced: they wait until VMGenID has another number, as it has in a copy, then
 write a byte to the serial port and halt. So a copy says that it runs as soon as it does.
+
+With --growth it is told instead how snapshot, restore and clone grow: with the size of memory, with
+how much of it is dirty (the guest writes to each page first), and with the number of disks.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from start import first_byte_kernel, measure_start
 from pyvmm import VM, Pool, images
 from pyvmm.api.clones import clone
 from pyvmm.api.monitor import Monitor
+from pyvmm.control import snapshot_store
 
 NAME, MEMORY = "moment", "512M"
 TARGETS = {
@@ -54,14 +58,64 @@ def folders() -> Iterator[str]:
         yield folder
 
 
-def make_snapshot(folder: str) -> None:
+def writes_to_pages(count: int) -> bytes:
+    """A guest's instructions that write to so many pages from 64 MiB on."""
+    if not count:
+        return b""
+    # mov rdi, 64 MiB; mov rcx, count
+    begin = bytes.fromhex("48c7c700000004 48c7c1") + count.to_bytes(4, "little")
+    # next: mov [rdi], rdi; add rdi, 4096; dec rcx; jnz next
+    return begin + bytes.fromhex("48893f 4881c700100000 48ffc9 75f1")
+
+
+def make_snapshot(
+    folder: str, name: str = NAME, memory: str = MEMORY, dirty: int = 0, disks: int = 0
+) -> float:
+    """Seconds for which the guest stood still. `dirty` is in MiB."""
     files = images.artifacts(make=True)
     kernel = os.path.join(folder, "bzImage")
-    first_byte_kernel(files.bzimage, kernel, WAITS_TO_BE_COPIED)
-    options: dict[str, Any] = {"initrd": files.initramfs, "vsock": False, "memory": MEMORY}
+    code = writes_to_pages(dirty << 8) + WAITS_TO_BE_COPIED
+    first_byte_kernel(files.bzimage, kernel, code)
+    options: dict[str, Any] = {"initrd": files.initramfs, "vsock": False, "memory": memory}
+    options["disks"] = []
+    for number in range(disks):
+        path = os.path.join(folder, f"disk{number}")
+        Path(path).write_bytes(bytes(1 << 20))
+        options["disks"].append(f"{path},snapshot")
     with VM(kernel=kernel, kvm="host", **options) as vm:
         vm.console.expect_exact("r", timeout=PATIENCE)
-        vm.snapshot(NAME)
+        return min(vm.snapshot(name), *(_snapshot_again(vm, name, n) for n in range(2)))
+
+
+def _snapshot_again(vm: VM, name: str, number: int) -> float:
+    again = f"{name}-{number}"
+    paused = vm.snapshot(again)
+    snapshot_store.remove(again)
+    return paused
+
+
+def growth(rounds: int) -> list[dict[str, Any]]:
+    """A row for each size: fastest pause, restore and clone, in milliseconds."""
+    sizes: list[dict[str, Any]] = [
+        *({"memory": memory} for memory in ("256M", "512M", "1G", "2G", "4G", "8G")),
+        *({"memory": "1G", "dirty": dirty} for dirty in (64, 128, 256, 512)),
+        *({"memory": "512M", "disks": disks} for disks in (1, 4, 8, 14)),
+    ]
+    rows = []
+    pyvmm = os.path.join(os.path.dirname(sys.executable), "pyvmm")
+    with folders() as folder:
+        for number, size in enumerate(sizes):
+            name = f"{NAME}{number}"
+            paused = make_snapshot(folder, name, **size)
+            command = [pyvmm, "run", "--kvm=host", "--restore", name]
+            restores = [measure_start(command).wall_ms for _ in range(rounds)]
+            clones_ms = [1e3 * clones(1, name)[0] for _ in range(rounds)]
+            snapshot_store.remove(name)
+            row = {"paused_ms": 1e3 * paused, "restore_ms": min(restores)}
+            row["clone_ms"] = min(clones_ms)
+            rows.append(size | {key: round(value, 1) for key, value in row.items()})
+            print(rows[-1], flush=True)
+    return rows
 
 
 def await_byte(monitor: Monitor) -> None:
@@ -94,10 +148,10 @@ def private_kib(pid: int) -> int:
     return total
 
 
-def clones(count: int) -> tuple[float, float]:
+def clones(count: int, name: str = NAME) -> tuple[float, float]:
     """Seconds until that many have written a byte; the median of their private memory in MiB."""
     begin = time.perf_counter()
-    monitors = clone(NAME, count, kvm="host")
+    monitors = clone(name, count, kvm="host")
     try:
         for monitor in monitors:
             await_byte(monitor)
@@ -153,9 +207,14 @@ def main() -> int:
     parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--clones", type=int, default=100)
+    parser.add_argument("--growth", action="store_true", help="how they grow, and nothing else")
     options = parser.parse_args()
-    result = measure(options.rounds, options.clones)
-    print(table(result))
+    result: Any
+    if options.growth:
+        result = growth(options.rounds)
+    else:
+        result = measure(options.rounds, options.clones)
+        print(table(result))
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
     return 0
