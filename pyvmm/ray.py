@@ -97,7 +97,7 @@ class Spread:
             spec = snapshots.spec_of(found.name, found.path, found.state)
             snapshots.copy_of(spec, snapshot)  # or say why it cannot be copied
             self.snapshot, self.state = snapshot, dict(found.state)
-            self.cpus, self.memory, self.disks = spec.cpus, spec.memory, spec.disks
+            self.cpus, self.memory, self._spec = spec.cpus, spec.memory, spec
             self.images = {
                 path: _digest(path) for row in self.state["disks"] for path in row["files"]
             }
@@ -132,9 +132,7 @@ class Spread:
                 writer.make(file, size)
             for piece in self.pieces:
                 writer.write(piece.file, piece.offset, ray.get(piece.data))
-            writer.finish(
-                {**self.state, "disks": [snapshots.marks_of(disk) for disk in self.disks]}
-            )
+            writer.finish({**self.state, "disks": snapshots.marks_of(self._spec)})
 
 
 def _pieces(path: str) -> Iterator[tuple[int, bytes]]:

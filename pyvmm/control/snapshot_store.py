@@ -5,6 +5,7 @@
     NAME/memory-N      where `memory` has only what had changed, the files below it: links to those
                        of another snapshot
     NAME/disk-N        what its disk N differs in from its image: an overlay
+    NAME/KIND-N        all that its device N of that kind has, as of persistent memory (pmem-0)
 
 Nothing in it is believed: the state is checked value by value by whoever restores itself from it.
 A snapshot that is being made has another name until all of it is on the storage, so that it is
@@ -34,9 +35,9 @@ _MOST_TRIALS = 1000  # to make a directory that nobody takes for left behind
 _NEW, _OLD, _ONCE = ".new-", ".old-", ".once-"
 
 
-def disk_file(index: int) -> str:
-    """The name of the file with the changes of disk number `index`."""
-    return f"disk-{index}"
+def device_file(kind: str, index: int) -> str:
+    """The name of the file for device number `index` of its kind: a disk's has its changes."""
+    return f"{kind}-{index}"
 
 
 def folder() -> str:

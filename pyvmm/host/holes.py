@@ -9,7 +9,7 @@ import errno
 import fcntl
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from pyvmm.errors import HostError
 
@@ -33,6 +33,22 @@ def punch(fd: int, offset: int, size: int) -> None:
         _fallocate()(fd, _PUNCH, offset, size)
     except OSError as error:
         raise HostError(error.errno or 0, f"fallocate of {size} bytes") from None
+
+
+def data_of(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
+    """The ranges between `start` and `end` of an open file that may have anything but zeroes: each
+    by where it begins and ends. Raises HostError."""
+    while start < end:
+        try:
+            start = os.lseek(fd, start, os.SEEK_DATA)
+            hole = os.lseek(fd, start, os.SEEK_HOLE) if start < end else end
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # nothing but a hole is behind
+                return
+            raise HostError(error.errno or 0, "lseek to what a file has") from None
+        if start < end:
+            yield start, min(hole, end)
+        start = hole
 
 
 class Holes:

@@ -17,8 +17,11 @@ from pyvmm.spec.vm import DeviceSpec, DiskSpec, VmSpec
 if TYPE_CHECKING:
     from pyvmm.machine.outcome import Alarm
     from pyvmm.machine.trace import Hook
+    from pyvmm.memory.private_memory import PrivateMemory
     from pyvmm.virtio.device import VirtioDevice
     from pyvmm.virtio.rate_limit import RateLimiter
+
+    MapFile = Callable[[int, int, bool, PrivateMemory | None], int]
 
 Spec = DiskSpec | DeviceSpec
 Table = Mapping[str, Any]
@@ -34,9 +37,10 @@ class Context:
     `trace` gets its requests (or is None), `closing` undoes what was opened once the machine has
     ended. `alarm` ends the machine.
 
-    `map_file(fd, size, read_only)` makes the first `size` bytes of a file, whole pages, memory of
-    the guest, above its RAM, and returns its guest-physical address: pyvmm.machine.mapped_files
-    tells the rest. Raises ConfigError if the guest has no room for it, HostError.
+    `map_file(fd, size, read_only, private)` makes the first `size` bytes of a file, whole pages,
+    memory of the guest, above its RAM, and returns its guest-physical address:
+    pyvmm.machine.mapped_files tells the rest. Raises ConfigError if the guest has no room for it,
+    HostError.
     """
 
     def __init__(
@@ -45,7 +49,7 @@ class Context:
         trace: Hook | None,
         closing: ExitStack,
         alarm: Alarm | None = None,
-        map_file: Callable[[int, int, bool], int] | None = None,
+        map_file: MapFile | None = None,
     ) -> None:
         self.vm_name = vm_name
         self.trace = trace
@@ -54,7 +58,7 @@ class Context:
         self.map_file = map_file or _no_memory
 
 
-def _no_memory(fd: int, size: int, read_only: bool) -> int:
+def _no_memory(fd: int, size: int, read_only: bool, private: PrivateMemory | None) -> int:
     raise ConfigError("there is no machine whose guest could have the file as memory")
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _FLAG = "--pmem"
 _SYNTAX = "FILE[,readonly][,packed]"
+_TAKE_ANEW = "take a new snapshot"
 _UNIT = 2 << 20  # what Linux can map: a part of a memory section (SUBSECTION_SIZE)
 
 OPTIONS = (
@@ -55,11 +56,13 @@ class Spec(DeviceSpec):
     path: str
     read_only: bool = False
     name: str = field(default="", metadata=INTERNAL)
+    # The file of a snapshot that it begins with; what the guest changes is gone at its end.
+    saved: str = field(default="", metadata=INTERNAL)
 
     @property
     def keeps(self) -> bool:
         """True if the file keeps the guest's writes."""
-        return not self.read_only
+        return not self.read_only and not self.saved
 
 
 def parse(text: str) -> Spec:
@@ -82,7 +85,27 @@ def check_all(specs: Iterable[Spec], vm: VmSpec) -> list[Spec]:
 
 def with_paths(spec: Spec, change: Callable[[str], str]) -> Spec:
     """`spec` with the file where `change` says it is."""
-    return replace(spec, path=change(spec.path))
+    return replace(spec, path=change(spec.path), saved=spec.saved and change(spec.saved))
+
+
+def images_of(spec: Spec) -> tuple[str, ...]:
+    """The file, if the guest cannot write to it: then a snapshot need not have it."""
+    return (spec.path,) if spec.read_only else ()
+
+
+def has_contents(spec: Spec) -> bool:
+    """A snapshot must have them: the guest, or its monitor's user, goes on to change the file."""
+    return not spec.read_only
+
+
+def contents_of(spec: Spec, device: PmemDevice) -> tuple[int, Iterable[tuple[int, memoryview]]]:
+    """The size of its memory, and the pieces of it that may not be zero."""
+    return device.size, device.contents()
+
+
+def with_contents(spec: Spec, path: str) -> Spec:
+    """The device whose memory begins as the file at `path` is, which stays as it is."""
+    return replace(spec, saved=path)
 
 
 def open_device(spec: Spec, context: Context) -> PmemDevice:
@@ -91,9 +114,11 @@ def open_device(spec: Spec, context: Context) -> PmemDevice:
     from pyvmm.virtio.device import SharedMemory
     from pyvmm.virtio.pmem.device import PmemDevice
 
+    if spec.saved:
+        return _open_saved(spec, context)
     file = _open(spec, context.closing)
     try:
-        place = context.map_file(file.fd, file.size, spec.read_only)
+        place = context.map_file(file.fd, file.size, spec.read_only, None)
     except HostError as error:
         raise ConfigError(
             f"{spec.path} cannot be mapped: {error}",
@@ -103,11 +128,30 @@ def open_device(spec: Spec, context: Context) -> PmemDevice:
     return PmemDevice(file.fd, SharedMemory(place, file.size), name=spec.name)
 
 
+def _open_saved(spec: Spec, context: Context) -> PmemDevice:
+    from pyvmm.host import syscalls
+    from pyvmm.memory.private_memory import PrivateMemory
+    from pyvmm.virtio.device import SharedMemory
+    from pyvmm.virtio.pmem.device import PmemDevice
+
+    fd = syscalls.open_file(spec.saved, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    context.closing.callback(os.close, fd)
+    size = os.fstat(fd).st_size
+    if size == 0 or size % _UNIT:
+        raise ConfigError(f"the saved memory of {spec.name} has {size} bytes", cure=_TAKE_ANEW)
+    private = PrivateMemory([(0, size)], fd)
+    context.closing.callback(private.close)
+    place = context.map_file(fd, size, False, private)
+    return PmemDevice(fd, SharedMemory(place, size), name=spec.name, private=private)
+
+
 def cross(spec: Spec, border: Border) -> Crossing:
     """Opened and locked here; in the emulated host it is a block device."""
     from pyvmm.emulated_host import HostDisk
     from pyvmm.kinds.border import Crossing
 
+    if spec.saved:
+        return Crossing(replace(spec, saved=border.visible(spec.saved, "--restore")))
     file = _open(spec, border.closing)
     disk = HostDisk(spec.path, spec.read_only, file.fd)
     return Crossing(replace(spec, path=os.path.realpath(spec.path)), disks=(disk,))

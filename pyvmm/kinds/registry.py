@@ -25,6 +25,12 @@ and may have, for what is not the same for every kind,
     with_paths(spec, change) -> Spec    all paths of this machine in it as `change` gives them:
                                         relative ones in a file are relative to that
     for_copy(spec, name) -> Spec        what a copy of the VM, to be called that, has in its place
+    images_of(spec) -> paths            files that must be, when a snapshot is used, what they were
+    has_contents(spec) -> bool          whether a snapshot has a file for that device alone; then
+    contents_of(spec, device) -> (size, pieces)
+                                        is what lies in it; nobody writes to the device then, and a
+                                        piece is (offset, bytes), of 1 MiB at most
+    with_contents(spec, path) -> Spec   is the device that begins with it, and leaves it as it is
     code_of(spec) -> str                the Python file that it would run, or ""
     plain(specs, option) -> value       what a configuration file says of them
     from_plain(values) -> Spec          from what JSON makes of its fields
@@ -116,10 +122,10 @@ KINDS = {
     "ports": Kind("ports", "pyvmm.kinds.port"),
     "rng": Kind("rng", "pyvmm.kinds.rng", comes_and_goes=True),
     "user": Kind("devices", "pyvmm.kinds.user", in_snapshots=False),
-    "pmem": Kind("pmem", "pyvmm.kinds.pmem", in_snapshots=False),
+    "pmem": Kind("pmem", "pyvmm.kinds.pmem"),
     "balloon": Kind("balloon", "pyvmm.kinds.balloon"),
     "vsock": Kind("vsock", "pyvmm.kinds.vsock"),
-    "vhost_user": Kind("vhost_user", "pyvmm.kinds.vhost_user", in_snapshots=False),
+    "vhost_user": Kind("vhost_user", "pyvmm.kinds.vhost_user"),
     "share": Kind("shares", "pyvmm.kinds.share", comes_and_goes=True, in_snapshots=False),
 }
 
@@ -264,6 +270,31 @@ def for_copy(spec: Spec, name: str) -> Any:
     cannot have at once. Raises ConfigError."""
     refine = getattr(load(spec.kind), "for_copy", None)
     return spec if refine is None else refine(spec, name)
+
+
+def images_of(spec: Spec) -> tuple[str, ...]:
+    """The files that must not have changed when a snapshot of a VM that has `spec` is used."""
+    find: Callable[[Spec], tuple[str, ...]] | None = getattr(load(spec.kind), "images_of", None)
+    return () if find is None else find(spec)
+
+
+def has_contents(spec: Spec) -> bool:
+    """True if a snapshot has a file for this device alone, beside its state."""
+    asks: Callable[[Spec], bool] | None = getattr(load(spec.kind), "has_contents", None)
+    return asks is not None and asks(spec)
+
+
+def contents_of(spec: Spec, device: VirtioDevice) -> tuple[int, Iterable[tuple[int, memoryview]]]:
+    """What lies in that file: its size, and the pieces that may not be zero, each with its offset.
+    Iterating raises HostError."""
+    found: tuple[int, Iterable[tuple[int, memoryview]]]
+    found = load(spec.kind).contents_of(spec, device)
+    return found
+
+
+def with_contents(spec: Spec, path: str) -> Any:
+    """`spec` for a device that begins with the file at `path`, made of its `contents_of`."""
+    return load(spec.kind).with_contents(spec, path)
 
 
 def code_of(spec: Spec) -> str:

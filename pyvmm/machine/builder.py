@@ -122,17 +122,16 @@ def prepare_restored(
     closing: ExitStack,
     memory: GuestMemory,
     goes_on: GoesOn,
+    files: MappedFiles | None = None,
 ) -> Prepared:
     """A machine that goes on from a saved state, in whose `memory` all lies already; `closing`
-    gives that back. Raises ConfigError."""
+    gives that back. `files` are those that are memory. Raises ConfigError."""
     board = board_of(spec.arch)
     closing.callback(memory.close)
-    for device in devices:
-        check_lending(device, memory)
     placed = zip(devices, goes_on.places, strict=False)
     late = frozenset(device for device, place in placed if place is not None)
     slots = _slots(board, spec, len(devices) - len(late))
-    return Prepared(board, spec, memory, devices, slots, goes_on, alarm, late=late)
+    return Prepared(board, spec, memory, devices, slots, goes_on, alarm, files, late=late)
 
 
 def check_lending(device: VirtioDevice, memory: GuestMemory) -> None:

@@ -2,10 +2,11 @@
 own.
 
 The guest alone reads and writes them. For devices they are not RAM (a buffer there is refused), and
-nothing here touches a byte of the mapping: whoever may write to such a file may also cut it short,
-and an access of ours to what is gone then would end the process (SIGBUS). The guest's own access is
-KVM's business: KVM_RUN fails, and so the run ends. See docs/decisions/0359-files-as-memory.md, and
-0377 for those that are BARs.
+nothing here touches a byte of a shared mapping: whoever may write to such a file may also cut it
+short, and an access of ours to what is gone then would end the process (SIGBUS). The guest's own
+access is KVM's business: KVM_RUN fails, and so the run ends. A file of a snapshot is mapped
+privately, as RAM is then. See docs/decisions/0359-files-as-memory.md, and 0377 for those that are
+BARs.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pyvmm.host import syscalls
 from pyvmm.kvm import uapi
 from pyvmm.kvm.vm import Vm
 from pyvmm.machine.board.registry import board_of_host
+from pyvmm.memory.private_memory import PrivateMemory
 
 _ALIGN = 1 << 30  # the largest page, eight of Linux's memory sections
 _ffi = _cffi_backend.FFI()
@@ -30,13 +32,14 @@ _ffi = _cffi_backend.FFI()
 
 class MappedFile(NamedTuple):
     """`size` bytes that the guest sees at `guest_addr` and this process has at `host_addr`; `fd` is
-    the file itself."""
+    the file itself, and `private` what it has become for this guest alone."""
 
     guest_addr: int
     size: int
     host_addr: int
     read_only: bool
     fd: int
+    private: PrivateMemory | None = None
 
 
 class MappedFiles:
@@ -55,11 +58,12 @@ class MappedFiles:
     def __iter__(self) -> Iterator[MappedFile]:
         return iter(self._files)
 
-    def map(self, fd: int, size: int, read_only: bool) -> int:
+    def map(self, fd: int, size: int, read_only: bool, private: PrivateMemory | None = None) -> int:
         """Make the first `size` bytes of a file, whole pages, memory of the guest; its
         guest-physical address, a whole number of GiB.
 
-        The guest's writes go to the file; with `read_only` it cannot write. The file
+        The guest's writes go to the file; with `read_only` it cannot write, and with `private`,
+        which has the same bytes, they go there, which is closed with the rest. The file
         descriptor may be closed afterwards. Raises ConfigError if the guest has no room for it,
         HostError if it cannot be mapped (ENODEV: its file system has no shared mappings).
         """
@@ -71,12 +75,16 @@ class MappedFiles:
                 f"files of more than {len(self._room) >> 40} TiB as memory of one guest",
                 cure="use smaller ones, or disks",
             )
-        mapping = syscalls.map_shared(fd, size, read_only=read_only)
-        self._closing.callback(mapping.close)
-        host_addr = int(_ffi.cast("uintptr_t", _ffi.from_buffer(mapping)))
+        if private is not None:
+            self._closing.callback(private.close)
+            host_addr = private.regions[0].host_addr
+        else:
+            mapping = syscalls.map_shared(fd, size, read_only=read_only)
+            self._closing.callback(mapping.close)
+            host_addr = int(_ffi.cast("uintptr_t", _ffi.from_buffer(mapping)))
         kept = os.dup(fd)
         self._closing.callback(os.close, kept)
-        self._files.append(MappedFile(start, size, host_addr, read_only, kept))
+        self._files.append(MappedFile(start, size, host_addr, read_only, kept, private))
         self._next = -(-end // _ALIGN) * _ALIGN
         return start
 
@@ -147,6 +155,8 @@ class FileSlot:
     def _read(self, offset: int, size: int) -> bytes | None:
         if offset + size > self.file.size:
             return None
+        if self.file.private is not None:
+            return self.file.private.read(offset, size)
         try:
             found = os.pread(self.file.fd, size, offset)
         except OSError:
@@ -155,7 +165,10 @@ class FileSlot:
 
     def write(self, offset: int, size: int, value: int) -> None:
         """See pyvmm.bus.Handler. A file that was cut short does not grow."""
-        if self.file.read_only:
+        if self.file.private is not None:
+            if offset + size <= self.file.size:
+                self.file.private.write(offset, value.to_bytes(size, "little"))
+        elif self.file.read_only:
             if not self._has_warned and offset < self.file.size:
                 self._has_warned = True
                 self._warn(

@@ -8,7 +8,6 @@ range of guest-physical addresses within it; between regions there are holes, wh
 
 from __future__ import annotations
 
-import errno
 import mmap
 import os
 from collections.abc import Iterable, Iterator
@@ -16,7 +15,7 @@ from typing import NamedTuple
 
 import _cffi_backend
 
-from pyvmm.errors import GuestMemoryError, HostError
+from pyvmm.errors import GuestMemoryError
 from pyvmm.host import holes, syscalls
 
 _ffi = _cffi_backend.FFI()
@@ -45,20 +44,13 @@ class Region(NamedTuple):
 def pieces(fd: int, offset: int, view: memoryview) -> Iterator[memoryview | int]:
     """See GuestMemory.touched, for a `view` of the file `fd` from `offset` on. Raises HostError."""
     at, end = offset, offset + len(view)
-    while at < end:
-        try:
-            data = os.lseek(fd, at, os.SEEK_DATA)
-            hole = min(end, os.lseek(fd, data, os.SEEK_HOLE)) if data < end else end
-        except OSError as error:
-            if error.errno != errno.ENXIO:  # nothing but a hole is behind
-                raise HostError(error.errno or 0, "lseek in guest memory") from None
-            data = hole = end
-        data = min(data, end)
+    for data, hole in holes.data_of(fd, offset, end):
         if data > at:
             yield data - at
-        if hole > data:
-            yield view[data - offset : hole - offset]
-        at = max(hole, data)
+        yield view[data - offset : hole - offset]
+        at = hole
+    if end > at:
+        yield end - at
 
 
 class GuestMemory:

@@ -82,9 +82,7 @@ class PrivateMemory(GuestMemory):
             if number < _MOST_MAPPED:
                 _map_over(address, size, self._files[layer], offset)
             else:
-                _read_into(
-                    memoryview(self._map)[offset : offset + size], self._files[layer], offset
-                )
+                read_into(memoryview(self._map)[offset : offset + size], self._files[layer], offset)
 
     @property
     def resident(self) -> int:
@@ -151,7 +149,8 @@ class PrivateMemory(GuestMemory):
     __del__ = close
 
 
-def _read_into(view: memoryview, fd: int, offset: int) -> None:
+def read_into(view: memoryview, fd: int, offset: int) -> None:
+    """Fill `view` with what the file `fd` has from `offset` on. Raises HostError."""
     while view:
         try:
             done = os.preadv(fd, [view], offset)

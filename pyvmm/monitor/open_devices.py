@@ -15,6 +15,7 @@ from pyvmm.kinds.interface import Context, Spec
 from pyvmm.machine.outcome import Alarm
 
 if TYPE_CHECKING:
+    from pyvmm.kinds.interface import MapFile
     from pyvmm.machine.trace import Hook
     from pyvmm.virtio.device import VirtioDevice
 
@@ -27,7 +28,7 @@ class OpenDevices(Closable):
         vm_name: str,
         trace: Hook | None,
         alarm: Alarm,
-        map_file: Callable[[int, int, bool], int],
+        map_file: MapFile,
     ) -> None:
         """The context that they are opened with: see pyvmm.kinds.interface.Context."""
         self._context = vm_name, trace, alarm, map_file

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from pyvmm.host.unix_sockets import Socket
     from pyvmm.kvm.system import Kvm
     from pyvmm.machine.mapped_files import MappedFiles
+    from pyvmm.memory.private_memory import PrivateMemory
     from pyvmm.monitor.confine import Confinement
     from pyvmm.monitor.control import ResizeOutside
     from pyvmm.monitor.hotplug import Hotplug
@@ -122,7 +123,7 @@ def _open(spec: VmSpec, closing: ExitStack, *, quiet: bool) -> Opened:
         spec = with_root(spec, devices)
         prepared = prepare(spec, devices, alarm, closing, files=files.mapped, quiet=quiet)
     else:
-        prepared = restoring.prepare(devices, alarm, closing)
+        prepared = restoring.prepare(devices, alarm, closing, files.mapped)
     kvm = kvm or open_kvm(prepared.board, spec.cpus, closing)
     return Opened(trace, prepared, kvm, opening, restoring)
 
@@ -143,14 +144,14 @@ class _Files:
         self._closing = closing
         self.mapped: MappedFiles | None = None
 
-    def map(self, fd: int, size: int, read_only: bool) -> int:
+    def map(self, fd: int, size: int, read_only: bool, private: PrivateMemory | None) -> int:
         """See MappedFiles."""
         if self.mapped is None:
             from pyvmm.machine.mapped_files import MappedFiles
 
             as_bars = self._spec.transport == "pci"
             self.mapped = MappedFiles(self._spec.memory, self._closing, as_bars=as_bars)
-        return self.mapped.map(fd, size, read_only)
+        return self.mapped.map(fd, size, read_only, private)
 
 
 def _end(run: _Run, outcome: Outcome) -> int:

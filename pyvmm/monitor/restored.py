@@ -12,6 +12,7 @@ from pyvmm.machine import saved_machine
 from pyvmm.machine.board.registry import board_of_host
 from pyvmm.machine.builder import GoesOn, Parts, Prepared, open_kvm, prepare_restored
 from pyvmm.machine.outcome import Alarm
+from pyvmm.memory import GuestMemory
 from pyvmm.memory.private_memory import PrivateMemory
 from pyvmm.monitor.saved_memory import SavedMemory
 from pyvmm.spec.vm import VmSpec
@@ -19,6 +20,7 @@ from pyvmm.virtio.device import VirtioDevice
 
 if TYPE_CHECKING:
     from pyvmm.kvm.system import Kvm
+    from pyvmm.machine.mapped_files import MappedFiles
 
 _read: dict[str, dict[str, Any]] = {}
 _compared: set[str] = set()
@@ -55,17 +57,32 @@ class Restoring:
         return kvm
 
     def prepare(
-        self, devices: tuple[VirtioDevice, ...], alarm: Alarm, closing: ExitStack
+        self,
+        devices: tuple[VirtioDevice, ...],
+        alarm: Alarm,
+        closing: ExitStack,
+        files: MappedFiles | None,
     ) -> Prepared:
         """The machine without KVM. Raises ConfigError, HostError."""
-        with SavedMemory(self._path, self._raw, self._spec.memory) as saved:
-            (fd, _), *over = saved.files
-            memory = PrivateMemory(board_of_host().ram_ranges(self._spec.memory), fd, over)
-        memory.began_as = str(self._raw.get("id", ""))
+        memory = self._memory(lent=any(device.lends_memory for device in devices))
         machine = self._state.table("machine")
         places = saved_machine.read_places(machine, devices, self._spec.transport)
         goes_on = GoesOn(self._state.text("cmdline", 1 << 16), places)
-        return prepare_restored(self._spec, devices, alarm, closing, memory, goes_on)
+        return prepare_restored(self._spec, devices, alarm, closing, memory, goes_on, files)
+
+    def _memory(self, *, lent: bool) -> GuestMemory:
+        """The machine's RAM. What is lent to another process has to be a file of this VM alone, so
+        that it is read from the snapshot now and not page by page."""
+        ranges = board_of_host().ram_ranges(self._spec.memory)
+        with SavedMemory(self._path, self._raw, self._spec.memory) as saved:
+            if lent:
+                copied = GuestMemory(ranges)
+                saved.copy_to(copied)
+                return copied
+            (fd, _), *over = saved.files
+            memory = PrivateMemory(ranges, fd, over)
+        memory.began_as = str(self._raw.get("id", ""))
+        return memory
 
     def restore(self, parts: Parts, warn: Callable[[str], None]) -> None:
         """Have `parts` go on where they were saved. Raises ConfigError, HostError."""

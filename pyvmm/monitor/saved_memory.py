@@ -17,10 +17,12 @@ from typing import Any, NamedTuple
 from pyvmm.control import snapshot_store as store
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import syscalls
+from pyvmm.host.holes import data_of
 from pyvmm.host.saved import Saved
 from pyvmm.host.syscalls import Closable
-from pyvmm.memory import pages
+from pyvmm.memory import GuestMemory, pages
 from pyvmm.memory.guest_memory import PAGE_SIZE
+from pyvmm.memory.private_memory import read_into
 
 MOST_LAYERS = 32
 _PIECE = 1 << 20
@@ -133,18 +135,27 @@ class SavedMemory(Closable):
 
     def pieces(self) -> Iterator[tuple[int, bytes]]:
         """All that is not zero: where it is, and what. Raises HostError."""
+        for _, start, end in self._data():
+            for at in range(start, end, _PIECE):
+                data = self.read(at, min(_PIECE, end - at))
+                yield from ((at + skipped, part) for skipped, part in _without_zeroes(data))
+
+    def _data(self) -> Iterator[tuple[int, int, int]]:
+        """The ranges that may not be zero: the file that has each, its start and its end."""
         for first, count, layer in self._extents:
-            fd, at, end = self.files[layer][0], first * PAGE_SIZE, (first + count) * PAGE_SIZE
-            while at < end:
-                try:
-                    at = os.lseek(fd, at, os.SEEK_DATA)
-                    hole = os.lseek(fd, at, os.SEEK_HOLE)
-                except OSError:  # ENXIO: nothing but a hole is behind
-                    break
-                for start in range(at, min(hole, end), _PIECE):
-                    data = self.read(start, min(_PIECE, min(hole, end) - start))
-                    yield from ((start + skipped, part) for skipped, part in _without_zeroes(data))
-                at = max(hole, at)
+            fd = self.files[layer][0]
+            for start, end in data_of(fd, first * PAGE_SIZE, (first + count) * PAGE_SIZE):
+                yield fd, start, end
+
+    def copy_to(self, memory: GuestMemory) -> None:
+        """Have `memory`, of this size and all zeroes, be the same. Raises HostError."""
+        for fd, start, end in self._data():
+            for region in memory.regions:
+                low = max(start, region.fd_offset)
+                high = min(end, region.fd_offset + region.size)
+                if low < high:
+                    here = region.view[low - region.fd_offset : high - region.fd_offset]
+                    read_into(here, fd, low)
 
     def differing(self, offset: int, data: bytes) -> list[int]:
         """The places in `data` of its whole pages that differ from those from `offset` on."""

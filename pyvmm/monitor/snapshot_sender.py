@@ -14,6 +14,7 @@ import json
 import os
 import select
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from threading import Thread
 from typing import Any
@@ -23,6 +24,7 @@ from pyvmm.control.protocol import Upgrade
 from pyvmm.errors import ConfigError, HostError, PyvmmError
 from pyvmm.host import log
 from pyvmm.host.unix_sockets import Socket
+from pyvmm.kinds import registry
 from pyvmm.kinds.vm_spec import to_json
 from pyvmm.machine import saved_machine
 from pyvmm.machine.machine import Machine
@@ -154,8 +156,15 @@ class _Sender:
         for index, (disk, device) in enumerate(zip(spec.disks, prepared.devices, strict=False)):
             changes = _changes(disk, device.backend)  # type: ignore[attr-defined]  # disks are first
             if changes is not None:
-                files[snapshot_store.disk_file(index)], found = changes
+                files[snapshot_store.device_file("disk", index)], found = changes
                 pieces.append(found)
+        counts = Counter[str]()
+        for part, device in zip(spec.parts, prepared.devices, strict=False):
+            if registry.has_contents(part):
+                size, contents = registry.contents_of(part, device)
+                files[snapshot_store.device_file(part.kind, counts[part.kind])] = size
+                pieces.append(_without_zeroes(contents))
+            counts[part.kind] += 1
         text = json.dumps(state).encode()
         self._has_begun = True
         self._send(_line({"state": len(text), "files": files}))
@@ -237,10 +246,17 @@ def _memory(memory: GuestMemory) -> Iterator[tuple[int, memoryview]]:
             offset += piece
             continue
         for start in range(0, len(piece), LARGEST_PIECE):
-            part = piece[start : start + LARGEST_PIECE]
-            for at, data in _not_zero(part):
-                yield offset + start + at, data
+            yield from _without_zeroes([(offset + start, piece[start : start + LARGEST_PIECE])])
         offset += len(piece)
+
+
+def _without_zeroes(
+    pieces: Iterable[tuple[int, memoryview]],
+) -> Iterator[tuple[int, memoryview]]:
+    """Of `pieces`, LARGEST_PIECE at most, the pages that are not zero, with their offsets."""
+    for offset, part in pieces:
+        for at, data in _not_zero(part):
+            yield offset + at, data
 
 
 def _pages_of(memory: GuestMemory, wanted: bytes) -> Iterator[tuple[int, memoryview]]:

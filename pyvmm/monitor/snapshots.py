@@ -7,6 +7,7 @@ import os
 import select
 import stat
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -24,11 +25,14 @@ from pyvmm.monitor.saved_memory import SavedMemory, below, is_zero, layers_of
 from pyvmm.monitor.snapshot_stream import DONE, END, LARGEST_PIECE, PIECE, check
 from pyvmm.spec.options import read_own
 from pyvmm.spec.record import replace, with_defaults
-from pyvmm.spec.vm import INTERNAL, DiskSpec, VmSpec
+from pyvmm.spec.vm import INTERNAL, VmSpec
 
 _PATIENCE = 60.0  # seconds without a byte from the VM
 _MOST_LINE = 1 << 16
 _MOST_FILES = 64
+_DEVICE_FILES = frozenset(
+    store.device_file(kind, number) for kind in registry.KINDS for number in range(_MOST_FILES)
+)
 _LARGEST_FILE = 1 << 52
 
 
@@ -160,10 +164,14 @@ def _receive(receiver: _Receiver, writer: store.Writer, base: _Base | None, *, s
         raise receiver.nonsense()
     names = list(files)
     for name, size in files.items():
-        known = name == store.MEMORY or name in map(store.disk_file, range(_MOST_FILES))
-        if not known or type(size) is not int or not 0 <= size < _LARGEST_FILE:
+        if name != store.MEMORY and name not in _DEVICE_FILES:
+            raise receiver.nonsense()
+        if type(size) is not int or not 0 <= size < _LARGEST_FILE:
             raise receiver.nonsense()
     state = receiver.state(header.get("state"))
+    spec = with_paths(from_json(json.dumps(state["spec"])), os.path.abspath)
+    state["spec"] = json.loads(to_json(spec))
+    state["disks"] = marks_of(spec)  # now: a VM that goes on writes to its images
     for name, size in files.items():
         writer.make(name, size)
     changed = None if base is None else _Changed(receiver, base, state, files[store.MEMORY])
@@ -184,10 +192,6 @@ def _receive(receiver: _Receiver, writer: store.Writer, base: _Base | None, *, s
     paused = end.get("paused_ms")
     if not isinstance(paused, int | float):
         raise receiver.nonsense()
-    spec = from_json(json.dumps(state["spec"]))
-    spec = with_paths(spec, os.path.abspath)
-    state["spec"] = json.loads(to_json(spec))
-    state["disks"] = [marks_of(disk) for disk in spec.disks]
     state["paused_ms"] = paused
     if base is not None and changed is not None:
         for path, row in base.below:
@@ -317,14 +321,25 @@ class _Receiver(Closable):
         self._socket.close()
 
 
-# --- disks ----------------------------------------------------------------------------------------
+# --- images ---------------------------------------------------------------------------------------
 
 
-def marks_of(disk: DiskSpec) -> dict[str, Any]:
-    """The marks that tell whether the images of `disk` are still what they were: for each file its
-    size, and when it was last written."""
-    files = [disk.path, *disk.backing, *filter(None, (disk.data_file,))]
-    return {"id": disk.id, "files": {path: _mark(path) for path in files}}
+def marks_of(spec: VmSpec) -> list[dict[str, Any]]:
+    """The marks that tell whether the images of `spec` are still what they were: a row for each
+    disk and each other device that has some, in which each file has its size, and when it was last
+    written. Raises ConfigError."""
+    return [
+        {"id": name, "files": {path: _mark(path) for path in files}}
+        for name, files in _images_of(spec)
+    ]
+
+
+def _images_of(spec: VmSpec) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for disk in spec.disks:
+        yield disk.id, (disk.path, *disk.backing, *filter(None, (disk.data_file,)))
+    for device in spec.devices:
+        if files := registry.images_of(device):
+            yield device.kind, files
 
 
 def _mark(path: str) -> list[int]:
@@ -337,13 +352,14 @@ def _mark(path: str) -> list[int]:
     return [found.st_size, found.st_ino, found.st_mtime_ns]
 
 
-def _check_disks(name: str, disks: tuple[DiskSpec, ...], saved: object) -> None:
-    if not isinstance(saved, list) or len(saved) != len(disks):
+def _check_images(name: str, spec: VmSpec, saved: object) -> None:
+    images = list(_images_of(spec))
+    if not isinstance(saved, list) or len(saved) != len(images):
         raise _bad(name, "it has other disks than its machine")
-    for disk, marks in zip(disks, saved, strict=True):
-        if marks != marks_of(disk):
+    for marks, now, (_, files) in zip(saved, marks_of(spec), images, strict=True):
+        if marks != now:
             raise ConfigError(
-                f"the snapshot {name} is of no use: {_shown(disk.path)} has changed since it was "
+                f"the snapshot {name} is of no use: {_shown(files[0])} has changed since it was "
                 "taken",
                 cure="put the image back as it was, or take a new snapshot",
             )
@@ -366,7 +382,7 @@ def spec_of(name: str, path: str, state: Mapping[str, Any]) -> VmSpec:
     the files that the VM had which was saved: what it changes on its disks is thrown away at its
     end. Raises ConfigError for a snapshot that cannot be, or whose disks have changed."""
     spec = _as_a_user_could(from_json(json.dumps(state.get("spec"))))
-    _check_disks(name, spec.disks, state.get("disks"))
+    _check_images(name, spec, state.get("disks"))
     files = state.get("files")
     if not isinstance(files, dict) or files.get(store.MEMORY) != spec.memory:
         raise _bad(name, "its memory is not as large as its machine's")
@@ -381,15 +397,31 @@ def spec_of(name: str, path: str, state: Mapping[str, Any]) -> VmSpec:
         if disk.read_only:
             disks.append(disk)
             continue
-        changes = store.disk_file(index)
+        changes = store.device_file("disk", index)
         if disk.copies_on_write != (changes in files):
             raise _bad(name, f"the changes of disk {disk.id} are missing")
         saved = os.path.join(path, changes) if changes in files else None
         disks.append(replace(disk, snapshot=True, overlay=None, direct=False, saved=saved))
+    devices, counts = [], Counter[str]()
+    for device in spec.devices:
+        if registry.has_contents(device):
+            contents = store.device_file(device.kind, counts[device.kind])
+            if contents not in files:
+                raise _bad(name, f"{contents} is missing")
+            device = registry.with_contents(device, os.path.join(path, contents))
+        devices.append(device)
+        counts[device.kind] += 1
     kvm = state.get("kvm", "")
     if kvm not in ("", "host", "emulated"):  # those of earlier versions have none
         raise _bad(name, "nobody knows the KVM that its VM had")
-    return replace(spec, disks=tuple(disks), restored_from=path, saved_on=kvm, waits=False)
+    return replace(
+        spec,
+        disks=tuple(disks),
+        devices=tuple(devices),
+        restored_from=path,
+        saved_on=kvm,
+        waits=False,
+    )
 
 
 def _as_a_user_could(spec: VmSpec) -> VmSpec:

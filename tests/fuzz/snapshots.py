@@ -34,6 +34,7 @@ from pyvmm.machine.outcome import Alarm
 from pyvmm.machine.trace import Trace
 from pyvmm.monitor import snapshots
 from pyvmm.monitor.open_devices import OpenDevices
+from pyvmm.monitor.phases import _Files
 from pyvmm.monitor.restored import Restoring
 
 MOST_SECONDS = 20.0
@@ -50,13 +51,10 @@ def restore_and_end(name: str, address: int = 0, size: int = 0) -> bytes:
     trace = Trace((), None)
     with ExitStack() as closing:
         restoring, alarm = Restoring(spec), Alarm()
-
-        def no_file(fd: int, size: int, read_only: bool) -> int:
-            raise ConfigError("no file")
-
-        opening = closing.enter_context(OpenDevices(name, None, alarm, no_file))
+        files = _Files(spec, closing)
+        opening = closing.enter_context(OpenDevices(name, None, alarm, files.map))
         devices = tuple(opening.open(part) for part in spec.parts)
-        prepared = restoring.prepare(devices, alarm, closing)
+        prepared = restoring.prepare(devices, alarm, closing, files.mapped)
         kvm = open_kvm(prepared.board, spec.cpus, closing)
         parts = assemble(prepared, kvm, trace, lambda data: None, closing)
         restoring.restore(parts, lambda line: None)
@@ -223,8 +221,10 @@ class Snapshots:
     def _vms(self) -> dict[str, tuple[str, ...]]:
         (self._folder / "disk").write_bytes(bytes(1 << 20))
         disk = ("--disk", f"{self._folder}/disk,snapshot")
-        port = ("--port", f"name=org.test,path={self._folder}/port")
-        many = ("--rng", "--balloon", "size=16M", "--vsock", f"path={self._folder}/vsock", *port)
+        (self._folder / "memory").write_bytes(bytes(range(256)) * (8 << 10))
+        more = ("--port", f"name=org.test,path={self._folder}/port")
+        more += ("--pmem", f"{self._folder}/memory")
+        many = ("--rng", "--balloon", "size=16M", "--vsock", f"path={self._folder}/vsock", *more)
         return {
             "small": disk,
             "mmio": (*disk, *many, "--transport", "mmio", "--cpus", "2"),

@@ -31,6 +31,7 @@ from pyvmm.boot.x86 import layout
 from pyvmm.control import snapshot_store as store
 from pyvmm.errors import ConfigError
 from pyvmm.kvm.system import Kvm
+from pyvmm.monitor import snapshots
 
 SAFETY_TIMEOUT = 60
 CASES = int(os.environ.get("SNAPSHOT_CASES", "60"))
@@ -279,12 +280,64 @@ def test_a_snapshot_is_never_replaced(one: Guest) -> None:
     assert "there is a snapshot 'first' already" in refused("snapshot", "one", "first")
 
 
-def test_what_cannot_be_saved_is_named(folder: Path, snapshot_dir: Callable[[], list[str]]) -> None:
-    (folder / "pmem").write_bytes(bytes(2 << 20))
-    options = ("--pmem", f"{folder}/pmem", *OPTIONS)
+@pytest.mark.parametrize("transport", ["mmio", "pci"])
+def test_persistent_memory_goes_along_and_a_file_that_is_only_read_stays(
+    folder: Path, snapshot_dir: Callable[[], list[str]], transport: str
+) -> None:
+    """A restored VM does not see what has become of the file since, and changes nothing of it."""
+    own, read = folder / "own", folder / "read"
+    was = b"as it was".ljust(3 << 20, b"\0") + bytes(range(256)) * (4 << 10)
+    own.write_bytes(was)
+    read.write_bytes(bytes(2 << 20))
+    options = ("--pmem", str(own), "--pmem", f"{read},readonly", "--transport", transport, *OPTIONS)
     with Guest("--kernel", echo_kernel(folder), "--name", "one", *options) as guest:
         guest.says(b"ready")
-        assert "its memory is a file" in refused("snapshot", "one", "first")
+        assert pyvmm("snapshot", "one", "first").returncode == 0
+        own.write_bytes(bytes(4 << 20))
+        guest.off()
+    first = folder / "state/pyvmm/snapshots/first"
+    assert sorted(os.listdir(first)) == ["memory", "pmem-0", "state.json"]
+    assert (first / "pmem-0").read_bytes() == was
+    assert (first / "pmem-0").stat().st_blocks << 9 < 3 << 20, "pages of zeroes take room"
+    own.unlink()
+    with Guest("--restore", "first", "--name", "two") as guest:
+        guest.hears(b"on")
+        guest.says(b"on")
+        assert pyvmm("snapshot", "two", "second").returncode == 0
+        assert pyvmm("snapshot", "merge", "second", "third").returncode == 0
+        guest.hears(b"R")  # with what is in its memory
+        guest.says(b"ready")
+        guest.off()
+    for name in ("second", "third"):
+        assert (first.parent / name / "pmem-0").read_bytes() == was
+    read.write_bytes(bytes(2 << 20))
+    assert "read has changed since" in refused("run", "--kvm=host", "--restore", "second")
+
+
+def test_marks_of_images_are_of_when_the_vm_stood_still(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on before all is written, and writes to its images."""
+    real = store.Writer.write
+
+    def write(writer: store.Writer, *args: Any) -> None:
+        os.utime(folder / "disk")
+        real(writer, *args)
+
+    disk = f"{folder}/disk"
+    with Guest("--kernel", echo_kernel(folder), "--name", "one", "--disk", disk, *OPTIONS) as guest:
+        guest.says(b"ready")
+        monkeypatch.setattr(store.Writer, "write", write)
+        snapshots.take("one", "first")
+        guest.off()
+    assert "disk has changed since" in refused("run", "--kvm=host", "--restore", "first")
+
+
+def test_what_cannot_be_saved_is_named(folder: Path, snapshot_dir: Callable[[], list[str]]) -> None:
+    options = ("--device", "examples/entropy.py:Entropy", *OPTIONS)
+    with Guest("--kernel", echo_kernel(folder), "--name", "one", *options) as guest:
+        guest.says(b"ready")
+        assert "nobody knows what state it has" in refused("snapshot", "one", "first")
         guest.hears(b"on")  # it goes on all the same
         guest.says(b"on")
         assert snapshot_dir() == []
@@ -461,17 +514,14 @@ def test_all_that_this_machine_lacks_is_named_before_anything_is_opened(folder: 
 
 
 # None of them can be saved, so that a state that has one was not written by pyvmm.
-@pytest.mark.parametrize("what", ["device", "disk", "share", "vhost-user", "pmem"])
+@pytest.mark.parametrize("what", ["device", "disk", "share"])
 def test_a_state_brings_no_code_and_none_of_the_hosts_folders(snapshot: Path, what: str) -> None:
-    mark, secret = snapshot / "mark", snapshot / "mine"
+    mark = snapshot / "mark"
     code = snapshot / "evil.py"
     code.write_text(f"open({str(mark)!r}, 'w').close()\n")
-    secret.write_bytes(bytes(2 << 20))
     device: dict[str, Any] = {
         "device": ["user", {"path": str(code), "class_name": "Evil"}],
         "share": ["share", {"path": str(snapshot.parents[3]), "mountpoint": "/mnt"}],
-        "vhost-user": ["vhost_user", {"socket": str(snapshot / "socket"), "type": "blk"}],
-        "pmem": ["pmem", {"path": str(secret)}],
     }
 
     def change(state: dict[str, Any]) -> None:
@@ -490,6 +540,23 @@ def test_a_state_brings_no_code_and_none_of_the_hosts_folders(snapshot: Path, wh
         line = refused(*command)
         assert not mark.exists(), f"it has run: {line}"
         assert "cannot be in a snapshot" in line
+
+
+def test_row_58_memory_that_a_file_keeps_is_never_the_hosts_own(snapshot: Path) -> None:
+    """A state can name a file that its guest may write to, but gets what lies in the snapshot."""
+    mine = snapshot / "mine"
+    mine.write_bytes(bytes(2 << 20))
+
+    def change(state: dict[str, Any]) -> None:
+        state["spec"]["devices"].append(["pmem", {"path": str(mine)}])
+
+    _state(change)(snapshot)
+    line = refused("run", "--kvm=host", "--restore", "first")
+    assert "pmem-0 is missing" in line
+    for size, why in ((0, "has 0 bytes"), (4096, "has 4096 bytes")):
+        (snapshot / "pmem-0").write_bytes(bytes(size))
+        _state(lambda state, size=size: state["files"].update({"pmem-0": size}))(snapshot)
+        assert why in refused("run", "--kvm=host", "--restore", "first")
 
 
 def test_row_58_a_fuzzed_snapshot_is_restored_or_refused(kvm: Kvm, folder: Path) -> None:

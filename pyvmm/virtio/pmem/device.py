@@ -1,18 +1,21 @@
 """The pmem device: tells the driver where its memory is, and makes durable what was written to it.
 
 Reads and writes of that memory are the guest's own, without a request; what maps it into the guest
-is the machine's business (`pyvmm.machine`). Nothing here touches a byte of it.
+is the machine's business (`pyvmm.machine`). A byte of it is touched here for a snapshot only.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pyvmm.errors import GuestMemoryError, HostError
+from pyvmm.host.holes import data_of
 from pyvmm.host.log import RateLimited
-from pyvmm.virtio.device import SharedMemory, unsaveable
+from pyvmm.host.saved import Saved
+from pyvmm.memory.private_memory import PrivateMemory
+from pyvmm.virtio.device import SharedMemory
 from pyvmm.virtio.features import RING_FEATURES, mask
 from pyvmm.virtio.pmem import uapi
 from pyvmm.virtio.queue.chain import DescriptorChain
@@ -20,6 +23,7 @@ from pyvmm.virtio.queue.protocol import Queue
 from pyvmm.virtio.worker import QueueDevice
 
 QUEUE_SIZE = 64
+_PIECE = 1 << 20  # bytes that are read at once for a snapshot
 _SHMEM_REGION = mask(uapi.VIRTIO_PMEM_F_SHMEM_REGION)
 
 
@@ -40,13 +44,16 @@ class PmemDevice(QueueDevice):
         name: str = "pmem",
         log: Callable[[str], None] | None = None,
         sync: Callable[[int], None] = os.fdatasync,
+        private: PrivateMemory | None = None,
     ) -> None:
         """`memory` is where the guest sees what is in the file `fd`, which stays the caller's.
-        `sync` writes the file's changes to its storage, or raises OSError."""
+        `sync` writes the file's changes to its storage, or raises OSError. With `private` the guest
+        sees that instead, and there is no storage."""
         self.name = name
         self.shared_memory = {uapi.VIRTIO_PMEM_SHMEM_REGION_ID: memory}
         self._fd = fd
-        self._sync = sync
+        self._sync = _no_storage if private else sync
+        self._private = private
         self._place = memory
         self._knows_regions = False  # the driver does
         self._log = log or RateLimited(prefix=f"{name}: ", device=name, error="io")
@@ -76,9 +83,49 @@ class PmemDevice(QueueDevice):
         """Flushes asked for, how often the file was written out for them, and those that failed."""
         return {"flushes": self._flushes, "syncs": self._syncs, "failed": self._failed}
 
+    # --- saved and restored -----------------------------------------------------------------------
+
     def save(self) -> dict[str, Any]:
-        """See VirtioDevice: refused."""
-        raise unsaveable(self, "its memory is a file, which the guest goes on writing to")
+        """See VirtioDevice: nothing; `contents` are stored by themselves, or the file stays."""
+        return {}
+
+    def restore(self, saved: Saved) -> None:
+        """See VirtioDevice. A flush that failed is of no concern any more: all that the guest has
+        seen is there."""
+
+    @property
+    def size(self) -> int:
+        """The bytes of its memory."""
+        return self._place.size
+
+    def contents(self) -> Iterator[tuple[int, memoryview]]:
+        """All of its memory that may not be zero, in pieces, each with its offset; nobody writes
+        meanwhile. Raises HostError."""
+        if self._private is None:
+            yield from self._contents_of_file()
+            return
+        offset = 0
+        for piece in self._private.touched():
+            if isinstance(piece, int):
+                offset += piece
+                continue
+            for at in range(0, len(piece), _PIECE):
+                yield offset + at, piece[at : at + _PIECE]
+            offset += len(piece)
+
+    def _contents_of_file(self) -> Iterator[tuple[int, memoryview]]:
+        """By read(2), which sees what the guest has written to the mapping, and fails where the
+        file was cut short."""
+        for start, end in data_of(self._fd, 0, self.size):
+            while start < end:
+                try:
+                    data = os.pread(self._fd, min(_PIECE, end - start), start)
+                except OSError as error:
+                    raise HostError(error.errno or 0, f"read of {self.name}'s file") from None
+                if not data:
+                    raise HostError(0, f"read of {self.name}'s file: it has been cut short")
+                yield start, memoryview(data)
+                start += len(data)
 
     # --- requests: 5.19.6 Driver Operations, 5.19.7 Device Operations ----------------------------
 
@@ -110,6 +157,10 @@ class PmemDevice(QueueDevice):
                 self._log(f"a flush failed, and so will all that follow: {reason}")
         self._failed += count
         return uapi.FAILED
+
+
+def _no_storage(fd: int) -> None:
+    return
 
 
 def _is_flush(chain: DescriptorChain) -> bool:

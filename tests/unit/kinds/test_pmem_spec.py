@@ -33,7 +33,7 @@ def opened(path: str, closing: ExitStack, *, read_only: bool = False) -> list[tu
     """Open a device on `path`; what of it became memory."""
     mapped: list[tuple[int, bool]] = []
 
-    def map_file(fd: int, size: int, read_only: bool) -> int:
+    def map_file(fd: int, size: int, read_only: bool, private: object) -> int:
         mapped.append((size, read_only))
         return 4 << 30
 
