@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import struct
@@ -15,11 +16,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pyvmm.errors import PyvmmError
+from pyvmm.host.saved import Saved
 from pyvmm.host.syscalls import create_memfd
 from pyvmm.kinds import registry
 from pyvmm.kinds.interface import Context
 from pyvmm.testing.attached import AttachedDriver, Over, attached
 from pyvmm.testing.mmio_driver import SAFETY_TIMEOUT, Ring
+from pyvmm.transport.mmio import MmioTransport
 from pyvmm.transport.vhost_user import serve_connection
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.vhost_user.device import Served, VhostUserDevice
@@ -260,6 +263,36 @@ def opened(text: str, *, over: Over = "mmio", packed: bool = False) -> Iterator[
         ring = "packed" if spec.packed else "split"
         with attached(device, irqfd=True, over=over, ring=ring) as driver:  # type: ignore[arg-type]
             yield driver
+
+
+def saved_of(driver: AttachedDriver) -> dict[str, Any]:
+    """The state of the driver's device, whose queues are at rest meanwhile."""
+    queues = driver.transport.negotiation.active_queues
+    with ExitStack() as held:
+        for queue in reversed(queues):
+            held.enter_context(queue.lock)
+        state: dict[str, Any] = json.loads(json.dumps(driver.transport.save()))
+    return state
+
+
+@contextmanager
+def restored(driver: AttachedDriver, device: VirtioDevice, state: object) -> Iterator[None]:
+    """The driver, whose device has gone, has `device` in its place from now on, which goes on from
+    `state`."""
+    assert driver._irqfd is not None
+    transport = MmioTransport(
+        device,
+        driver.memory,
+        driver.irq,
+        irq_eventfd=driver._irqfd.eventfd,
+        log=driver.log.append,
+    )
+    driver.transport, driver.mmio.registers = transport, transport.registers
+    try:
+        transport.restore(Saved(state, device.name))
+        yield
+    finally:
+        transport.close()
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -103,3 +103,46 @@ def test_a_guest_uses_devices_of_other_processes(
             until(lambda: reconnections() == 1)  # it is counted once it serves
             vm.console.send("O")
             assert vm.wait().exit_code == 0
+
+
+@pytest.mark.parametrize("peer", ["ours", "qemu"])
+def test_a_guest_goes_on_from_a_snapshot_with_other_back_ends(
+    kvm: Kvm, tmp_path: Path, kernel: str, image: Path, peer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    disk, rng = tmp_path / "disk.sock", tmp_path / "rng.sock"
+
+    def back_ends() -> ExitStack:
+        with ExitStack() as opened:
+            opened.enter_context(process("vhost-user", "--rng", path=rng))
+            words = ("vhost-user-blk", "--disk", str(image))
+            ours = peer == "ours"
+            served = process(*words, path=disk) if ours else storage_daemon(image, disk)
+            opened.enter_context(served)
+            return opened.pop_all()
+
+    devices = [f"socket={disk},type=blk", f"socket={rng},type=rng"]
+    with back_ends(), VM(kernel=kernel, kvm="host", vhost_user=devices, vsock=False) as vm:
+        vm.console.expect("ready")
+        vm.console.send("w")
+        vm.console.expect("written")
+        vm.snapshot("first")
+        vm.console.send("n")  # it goes on
+        vm.console.expect("random")
+        with pytest.raises(ConfigError, match=r"copies cannot share the back end at .*disk.sock"):
+            vm.clone()
+        vm.snapshot("second", stop=True)
+    with pytest.raises(ConfigError, match=r"no back end can be reached.*start it first"):
+        VM.restore("second", kvm="host").start()
+    with back_ends(), VM.restore("second", kvm="host") as vm:
+        vm.console.send("r")
+        vm.console.expect(TEXT.decode())
+        vm.console.send("w")
+        vm.console.expect("written")
+        vm.console.send("n")
+        vm.console.expect("random")
+        assert vm.stats()["devices"]["vhost-user-blk"]["connected"]
+        vm.snapshot("third", stop=True)
+    image.write_bytes(bytes(2 * MIB))
+    with back_ends(), pytest.raises(ConfigError, match="has a disk of another size"):
+        VM.restore("third", kvm="host").start()

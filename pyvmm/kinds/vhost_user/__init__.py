@@ -156,6 +156,14 @@ def with_paths(spec: Spec, change: Callable[[str], str]) -> Spec:
     return replace(spec, socket=change(spec.socket))
 
 
+def for_copy(spec: Spec, name: str) -> Spec:
+    """Raises ConfigError: a back end serves one VM."""
+    raise ConfigError(
+        f"copies cannot share the back end at {spec.socket}",
+        cure="use --disk or --net user in a VM that is to be copied",
+    )
+
+
 def open_device(spec: Spec, context: Context) -> VhostUserDevice:
     """Connect to the back end. Raises ConfigError for one that is not there, or of no use."""
     from pyvmm.kinds import net

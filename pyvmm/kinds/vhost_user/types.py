@@ -94,6 +94,8 @@ def _blk(usual: Served, queues: int, tag: str, mac: bytes) -> Served:
         needs_config=True,
         config=_with_queues(_BLK_FIELDS["num_queues"][0], "<H", queues),
         refuse=_refuse_blk,
+        is_stateless=True,
+        identity=sum(_BLK_FIELDS["capacity"]),
     )
 
 
@@ -127,6 +129,7 @@ def _card(usual: Served, mac: bytes, mtu: int) -> Served:
         own_features=own | (mask(net.VIRTIO_NET_F_MTU) if mtu else 0),
         config=config,
         refuse=_drop_frames,
+        is_stateless=True,
     )
 
 
@@ -148,7 +151,7 @@ def _fs(usual: Served, queues: int, tag: str, mac: bytes) -> Served:
 
 
 def _rng(usual: Served, queues: int, tag: str, mac: bytes) -> Served:
-    return replace(usual, features=0, refuse=_return_empty)
+    return replace(usual, features=0, refuse=_return_empty, is_stateless=True)
 
 
 # --- how requests fail ----------------------------------------------------------------------------

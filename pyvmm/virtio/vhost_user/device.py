@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from threading import Lock, Thread
 from typing import Any
 
-from pyvmm.errors import HostError, PyvmmError
+from pyvmm.errors import ConfigError, HostError, PyvmmError
 from pyvmm.host.log import RateLimited
+from pyvmm.host.saved import Saved
 from pyvmm.host.syscalls import EventFd
 from pyvmm.vhost_user import protocol
 from pyvmm.vhost_user.inflight import Inflight
@@ -69,7 +70,9 @@ class Served:
     they have to come from the back end, else they are zero where it has none. `config` makes of
     them what the driver sees, while there is a back end or not. With `resumes` another back end can
     go on where one has died. `refuse` answers requests when there is none for good; without it the
-    device needs a reset then.
+    device needs a reset then. One that `is_stateless` can be in a snapshot: all that another back
+    end must have in common with the one before is the `identity`, the first so many bytes of the
+    configuration space, and what drivers write there.
     """
 
     number: int
@@ -81,6 +84,8 @@ class Served:
     config: Callable[[bytes, bool], bytes] = _as_given
     resumes: bool = True
     refuse: Serve | None = None
+    is_stateless: bool = False
+    identity: int = 0
 
 
 class _Ring:
@@ -135,6 +140,7 @@ class VhostUserDevice(VirtioDevice):
         self._connecting: Link | None = None
         self._needed = 0
         self._config = bytes(served.config_size)
+        self._written: dict[int, bytes] = {}  # by the driver to its configuration, by offset
         self._link: Link | None = None
         self._session: Link | None = None  # the link that has heard of the activation
         self._activation: Activation | None = None
@@ -212,9 +218,18 @@ class VhostUserDevice(VirtioDevice):
                 return
             try:
                 link.write_config(offset, data)
+                self._written[offset] = data  # which another back end takes as well
                 self._config = self._fetch_config(link)
             except PyvmmError as error:
                 self._lose(error)
+
+    def _configure(self, link: Link) -> None:
+        """Have a back end know what the driver has written, and find out what it makes of that.
+        Raises BackEndError, HostError."""
+        if link.has(protocol.VHOST_USER_PROTOCOL_F_CONFIG):
+            for offset, data in self._written.items():
+                link.write_config(offset, data)
+        self._config = self._fetch_config(link)
 
     def _fetch_config(self, link: Link) -> bytes:
         size = self._served.config_size
@@ -238,7 +253,7 @@ class VhostUserDevice(VirtioDevice):
                 link.hang_up()
             link.agree()
             self._check(link)
-            self._config = self._fetch_config(link)
+            self._configure(link)
         except BaseException:
             link.close()
             raise
@@ -276,8 +291,43 @@ class VhostUserDevice(VirtioDevice):
     # --- the driver's doing -----------------------------------------------------------------------
 
     def save(self) -> dict[str, Any]:
-        """See VirtioDevice: refused."""
-        raise unsaveable(self, "another process serves it (vhost-user)")
+        """See VirtioDevice: what its driver has told the back end. That one has returned all that
+        it had taken, and a device without one is refused: the locks of the queues say so."""
+        if not self._served.is_stateless:
+            raise unsaveable(
+                self, "what it has open is known to another process alone (vhost-user)"
+            )
+        if self._link is None or self._unclean:
+            raise ConfigError(
+                f"{self.name} cannot be in a snapshot now: its back end has gone, or does not end "
+                "what it does",
+                cure="try again",
+            )
+        return {
+            "config": self._config[: self._served.identity].hex(),
+            "written": [
+                {"offset": offset, "data": data.hex()} for offset, data in self._written.items()
+            ],
+        }
+
+    def restore(self, saved: Saved) -> None:
+        """See VirtioDevice. Raises ConfigError also for a back end with another disk."""
+        if not self._served.is_stateless:
+            raise unsaveable(
+                self, "what it has open is known to another process alone (vhost-user)"
+            )
+        if saved.data("config") != self._config[: self._served.identity]:
+            raise saved.wrong(f"the back end at {self._path} has a disk of another size")
+        most = self._served.config_size
+        for row in saved.tables("written", most):
+            offset = row.integer("offset", most)
+            self._written[offset] = row.data("data", most=most - offset)
+        with self._talking:
+            if self._link is not None and self._written:
+                try:
+                    self._configure(self._link)
+                except PyvmmError as error:
+                    self._lose(error)
 
     def activate(self, activation: Activation) -> None:
         """Have the back end serve the queues. Without one, another is waited for."""
@@ -356,6 +406,7 @@ class VhostUserDevice(VirtioDevice):
                 except PyvmmError as error:
                     self._lose(error)
             self._forget_inflight()
+            self._written = {}
         self._away.clear()
         self._unclean.clear()
         self._activation = None

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import passt_rig
 import pytest
-from front_end_rig import listens_at
+from front_end_rig import listens_at, restored, saved_of
 from net_rig import MAC, header, running, wait_for
 from passt_rig import Peer
 
@@ -26,6 +26,7 @@ from pyvmm.host.programs import find_program
 from pyvmm.kinds import net, registry
 from pyvmm.kinds.interface import Context
 from pyvmm.testing.attached import AttachedDriver, attached
+from pyvmm.testing.ring import Chain
 from pyvmm.virtio.net.stream import StreamBackend
 from pyvmm.virtio.vhost_user.device import VhostUserDevice
 
@@ -198,11 +199,14 @@ def card(text: str) -> Iterator[AttachedDriver]:
             yield driver
 
 
-def ask_gateway(driver: AttachedDriver) -> bytes:
-    """The frame by which passt tells its address; others may come before it."""
-    rooms = [driver.mmio.submit(0, writable=[4096]) for _ in range(8)]
+def ask_gateway(driver: AttachedDriver, left: list[Chain] | None = None) -> bytes:
+    """The frame by which passt tells its address; others may come before it. Buffers of before that
+    it has not used are in `left`, and then those of now."""
+    rooms = [] if left is None else left
+    rooms += [driver.mmio.submit(0, writable=[4096]) for _ in range(8)]
     driver.request([header() + passt_rig.arp_request(driver.config(0, 6))], queue=1)
-    for room in rooms:
+    while rooms:
+        room = rooms.pop(0)
         used = driver.mmio.wait_used(0, room)
         frame = driver.queues[0].contents(room)[len(header()) : used.written]
         if frame[12:14] == passt_rig.ARP and frame[20:22] == b"\0\2":
@@ -228,6 +232,19 @@ def test_by_vhost_user_passt_has_the_guests_memory(recent: list[str]) -> None:
         wait_for(lambda: driver.config(6, 2) == b"\0\0")
         assert driver.request([header() + passt_rig.arp_request(bytes(6))], queue=1).written == 0
         assert not driver.needs_reset
+
+
+def test_a_saved_card_goes_on_with_a_passt_of_its_own(recent: list[str]) -> None:
+    text = "user,vhost-user,mac=52:54:00:00:00:01"
+    left: list[Chain] = []
+    with card(text) as driver, ExitStack() as closing:
+        ask_gateway(driver, left)
+        state = saved_of(driver)
+        driver.transport.close()
+        device = net.open_device(net.check(net.parse(text)), Context("vm", None, closing))
+        with restored(driver, device, state):
+            assert ask_gateway(driver, left)[6:12] == passt_rig.GATEWAY_MAC
+            assert not driver.needs_reset and not driver.log
 
 
 def test_an_old_passt_has_no_vhost_user(old: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import os
 import socket
 import struct
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import pytest
 from descriptors import open_descriptors
@@ -22,6 +23,7 @@ from front_end_rig import (
     P_CONFIG,
     P_REPLY_ACK,
     P_SLOTS,
+    PATIENCE,
     REM_MEM_REG,
     RESET_DEVICE,
     SET_CONFIG,
@@ -36,10 +38,13 @@ from front_end_rig import (
     in_thread,
     opened,
     process,
+    restored,
+    saved_of,
     until,
 )
 from vhost_user_rig import Echo
 
+from pyvmm.errors import ConfigError
 from pyvmm.kinds.vhost_user.types import served
 from pyvmm.testing.attached import attached
 from pyvmm.testing.blk_driver import IN, IOERR, OK, BlockDriver, header
@@ -50,6 +55,7 @@ from pyvmm.virtio.vhost_user.link import Link
 MIB = 1 << 20
 BLK = served("blk", 1, tag="", mac=b"")
 ECHO = Served(42, 2, features=0xFF, config_size=16)
+PLAIN = replace(ECHO, is_stateless=True)
 over_both = pytest.mark.parametrize("over", ["mmio", "pci"])
 
 
@@ -294,6 +300,120 @@ def test_a_cards_link_is_down_while_nobody_serves_it(place):
         assert rig.driver.config(0, 8) == bytes.fromhex("525400112233") + b"\1\0"
         back_end.close()
         rig.until(lambda: rig.driver.config(6, 2) == b"\0\0")
+
+
+# --- saved and restored ---------------------------------------------------------------------------
+
+
+@contextmanager
+def another(path, served, **options):
+    """A device in front of the back end that is at `path` now."""
+    device = VhostUserDevice(str(path), served, name="front", queue_size=16, **options)
+    try:
+        yield device
+    finally:
+        device.close()
+
+
+def test_a_saved_disk_goes_on_with_another_back_end(image, place):
+    serving = ("vhost-user-blk", "--disk", str(image))
+    with process(*serving, path=place) as first, front(place, BLK) as rig:
+        driver = rig.driver
+        assert disk(driver).write(1, b"w" * 512).status == OK
+        saved_of(driver)  # and it goes on
+        assert disk(driver).read(1, 512).data == b"w" * 512
+        state = saved_of(driver)
+        driver.transport.close()
+        rig.device.close()
+        first.kill()
+        first.wait()
+        place.unlink()
+        with (
+            process(*serving, path=place),
+            another(place, BLK) as device,
+            restored(driver, device, state),
+        ):
+            for n in range(40):  # more than the ring has
+                assert disk(driver).read(n, 512).status == OK
+            assert disk(driver).read(1, 512).data == b"w" * 512
+            assert not driver.needs_reset and not driver.log
+        image.write_bytes(bytes(2 * MIB))
+        with (
+            process(*serving, path=place),
+            another(place, BLK) as device,
+            pytest.raises(ConfigError, match=r"front.*has a disk of another size"),
+            restored(driver, device, state),
+        ):
+            pass
+
+
+def test_a_saved_packed_ring_goes_on(place):
+    with in_thread(lambda: Echo(packed=True), place), front(place, PLAIN, ring="packed") as rig:
+        for n in range(21):
+            rig.driver.request([bytes([n])], [1])
+        state = saved_of(rig.driver)
+        rig.driver.transport.close()
+        rig.device.close()
+        with another(place, PLAIN) as device:
+            device.features |= 1 << 34
+            with restored(rig.driver, device, state):
+                for n in range(40):
+                    assert rig.driver.request([bytes([n])], [1]).data == bytes([n])
+
+
+def test_what_a_driver_has_written_is_told_to_the_next_back_end(place):
+    """To one that takes the place of another, and to that of a restored device; not after a
+    reset."""
+    said = (SET_CONFIG, struct.pack("=III", 2, 2, 0) + b"xy")
+    with front_of_fake(place) as (rig, first):
+        rig.driver.mmio.registers.write(CONFIG + 2, 2, int.from_bytes(b"xy", "little"))
+        assert first.asked.count(said) == 1
+        first.close()
+        with fake(place) as second:
+            rig.until(lambda: rig.device.stats()["reconnections"] == 1)
+            assert second.asked.count(said) == 1
+            state = saved_of(rig.driver)
+            rig.driver.transport.close()
+            rig.device.close()
+        with fake(place) as third, another(place, PLAIN) as device:
+            with restored(rig.driver, device, state):
+                assert third.asked.count(said) == 1
+            device.reset()
+            assert device.save()["written"] == []
+
+
+@contextmanager
+def front_of_fake(place):
+    with fake(place) as back_end, front(place, PLAIN) as rig:
+        yield rig, back_end
+
+
+def test_what_only_its_back_end_knows_is_refused(place):
+    with (
+        fake(place),
+        front(place, served("fs", 1, tag="t", mac=b"")) as rig,
+        pytest.raises(ConfigError, match="front cannot be in a snapshot: what it has open"),
+    ):
+        saved_of(rig.driver)
+    with front_of_fake(place) as (rig, back_end):
+        back_end.close()
+        rig.until(lambda: not rig.device.stats()["connected"])
+        with pytest.raises(ConfigError, match="front cannot be in a snapshot now: its back end"):
+            saved_of(rig.driver)
+
+
+def test_one_that_does_not_end_what_it_has_taken_is_refused(place):
+    """It answers GET_VRING_BASE as if it had taken a request, and never returns that."""
+
+    def takes_one(back_end, number, payload, fds):
+        back_end.bases[0] = 1
+        return True
+
+    with fake(place, actions={GET_VRING_BASE: takes_one}), front(place, PLAIN) as rig:
+        rig.driver.mmio.submit(0, [b"x"], [1])
+        rig.wait_no_longer_than(PATIENCE)
+        with pytest.raises(ConfigError, match=r"now: its back end has gone, or does not end what"):
+            saved_of(rig.driver)
 
 
 # --- the back end dies ----------------------------------------------------------------------------
