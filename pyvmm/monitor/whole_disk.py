@@ -7,7 +7,8 @@ for `--kernel disk`, before there is a machine.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ _MOST_KERNEL, _MOST_INITRD = 256 << 20, 1 << 30
 _READ = ("ext4", "xfs", "btrfs", "vfat")  # the file systems that a kernel is looked for in
 _CONTAINERS = ("LVM", "LUKS")  # what an initrd opens, as it has the programs for it
 _OF_ROOT = ("/etc", "/usr", "/sbin", "/bin", "/nix", "/ostree")  # a root has one of them
+# What the first disk is called on other buses, and in the machine where an image was made.
+_OF_OTHER_BUSES = re.compile(r"root=/dev/(?:[sh]da|xvda|nvme0n1p|mmcblk0p|loop\d+p)(\d{1,3})")
 _ROOT_NAMES = ("root", "rootfs", "cloudimg-rootfs", "pyvmm-root", "system", "/")
 
 
@@ -326,9 +329,19 @@ def _extract(name: str, read: Read, size: int, block: int) -> tuple[str, str | N
     initrd = None
     if entry.has_initrd:
         initrd = made_files.keep(entry.read_initrds(_MOST_INITRD), ".initrd", _MOST_INITRD)
-    cmdline = " ".join(entry.cmdline)
+    cmdline = " ".join(_on_virtio(word, kinds) for word in entry.cmdline)
     log.to_stderr(
         f"booting {os.path.basename(entry.kernel)} by {entry.source} in {entry.system.where}"
         f"{': ' if entry.cmdline else ''}{cmdline:.300}"
     )
     return kernel, initrd, cmdline
+
+
+def _on_virtio(word: str, numbers: Container[int]) -> str:
+    """A word of a command line, with the name that the root's partition has on a virtio disk, if
+    the disk has that one of `numbers`."""
+    found = _OF_OTHER_BUSES.fullmatch(word)
+    if found is None or int(found[1]) not in numbers:
+        return word
+    log.to_stderr(f"{word} of the disk's command line is root=/dev/vda{found[1]} here")
+    return f"root=/dev/vda{found[1]}"

@@ -223,6 +223,21 @@ def test_the_disks_own_kernel(tmp_path: Path, said: list[str], form: str) -> Non
     ]
 
 
+@pytest.mark.parametrize(
+    ("root", "here"),
+    [("sda2", "vda2"), ("nvme0n1p2", "vda2"), ("loop0p2", "vda2"), ("sda7", "sda7"), ("sda", "sda"),
+     ("mapper/a-b", "mapper/a-b")],
+)  # fmt: skip
+def test_a_root_that_is_named_as_on_another_bus(
+    tmp_path: Path, said: list[str], root: str, here: str
+) -> None:
+    disk = whole(tmp_path, GRUB.replace("LABEL=sys", f"/dev/{root}"))
+    spec, _ = specify({"kernel": "disk", "disks": [str(disk)]})
+    assert spec.cmdline == f"root=/dev/{here} ro"
+    told = [f"root=/dev/{root} of the disk's command line is root=/dev/{here} here"]
+    assert said[:-1] == (told if root != here else [])
+
+
 def test_a_disk_without_a_kernel(tmp_path: Path) -> None:
     disk = two(tmp_path)
     with pytest.raises(
