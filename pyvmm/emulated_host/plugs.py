@@ -1,7 +1,8 @@
 """Disks and streams that come to an emulated host while it runs, and go, by QEMU's own hot-plug.
 
-Its disks sit behind a bridge of their own, whose slots QEMU's ACPI serves; streams are ports of the
-virtio-serial device that has the others.
+Its disks sit behind a bridge of their own, whose slots QEMU's ACPI serves, or where the machine has
+none the bridge's own hot-plug controller (SHPC); streams are ports of the virtio-serial device that
+has the others.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pyvmm.errors import HostError
 from pyvmm.host.qcow2 import blockdev
 
 _FIRST_DISK = 100  # numbers that no disk from the start has
+_SLOTS = range(1, 32)  # of the bridge's SHPC, which has no slot 0
 _PATIENCE = 20.0  # seconds for the emulated host's kernel to let a disk go
 _STEP = 0.02
 
@@ -33,6 +35,8 @@ class Plugger:
         self._qmp = qmp
         self._disks = disks
         self._numbers = itertools.count(_FIRST_DISK)
+        # QEMU chooses one of x86's, which are ACPI's; the first that it chooses is 0.
+        self._free_slots = list(_SLOTS) if spec.image.is_foreign else None
         control = first_stream(len(spec.sinks), relay=True) + len(spec.streams)
         self._free_ports = list(range(control + 1, control + 1 + SPARE_PORTS))
 
@@ -42,6 +46,7 @@ class Plugger:
         number = next(self._numbers)
         node = f"disk{number}"
         with ExitStack() as undo:
+            place = self._take_slot(undo)
             if disk.layers:
                 self._add_layers(disk, number, undo)
             else:
@@ -49,12 +54,21 @@ class Plugger:
             undo.callback(self._drop_node, node)
             name, serial = f"plug{number}", f"pyvmm{number}"
             device: dict[str, object] = {**disk_device(node, serial), "id": name, "bus": BRIDGE}
-            self._qmp.execute("device_add", **device)
+            self._qmp.execute("device_add", **device, **place)
             undo.callback(self._drop_device, name)
             self._disks.add(path, number, disk)
             undo.callback(self._disks.drop, path)
             closing.enter_context(undo.pop_all())
         return serial
+
+    def _take_slot(self, undo: ExitStack) -> dict[str, str]:
+        if self._free_slots is None:
+            return {}
+        if not self._free_slots:
+            raise HostError(errno.ENOSPC, "disks into the emulated KVM host")
+        slot = self._free_slots.pop(0)
+        undo.callback(self._free_slots.append, slot)
+        return {"addr": f"{slot:#x}"}
 
     def _add_file(self, disk: HostDisk, number: int, undo: ExitStack) -> None:
         assert disk.fd is not None
