@@ -191,6 +191,7 @@ class AsyncVM(Asynchronous[VM]):
     pause = awaited(VM.pause)
     resume = awaited(VM.resume)
     snapshot = awaited(VM.snapshot)
+    learn = awaited(VM.learn)
     resize_disk = awaited(VM.resize_disk)
     add_disk = awaited(VM.add_disk)
     add_net = awaited(VM.add_net)

@@ -66,6 +66,14 @@ class InMonitor(ABC):
 
         return snapshots.take(self.name, name, stop=stop, track=track, diff_of=diff_of).paused
 
+    def learn(self, snapshot: str) -> int:
+        """Note beside the snapshot of that name, which it was restored from, what it has used of
+        its memory until now; the number of bytes. The next VMs that go on from there have that read
+        ahead. Raises ConfigError for a VM that was not restored from it."""
+        from pyvmm.monitor import working_set
+
+        return working_set.learn(self.name, snapshot)
+
     def resize_disk(self, disk: str, size: int | str | None = None, *, shrink: bool = False) -> int:
         """Give the disk called `disk` ("disk0", or its id) `size` bytes, and its image too; without
         a size it takes over what its image has by now. Its size. Raises ControlError for what

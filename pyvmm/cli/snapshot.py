@@ -25,7 +25,9 @@ class _Snapshot(click.Group):
         return super().resolve_command(ctx, args)
 
     def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
-        return ["VM NAME [OPTIONS] | list | show NAME | merge NAME NEW | rm NAME..."]
+        return [
+            "VM NAME [OPTIONS] | list | show NAME | learn VM NAME | merge NAME NEW | rm NAME..."
+        ]
 
 
 @click.group(cls=_Snapshot)
@@ -81,6 +83,19 @@ def show(name: str) -> None:
             if key not in ("machine", "pages", "below")
         }
         click.echo(json.dumps({**rest, "stored": store.size_of(found.path)}, indent=2))
+
+
+@snapshot.command()
+@click.argument("vm")
+@click.argument("name")
+def learn(vm: str, name: str) -> None:
+    """Note beside the snapshot NAME what VM, which was restored from it, has used of its memory.
+
+    The next restores have that read ahead, where it is not in memory any more.
+    """
+    from pyvmm.monitor import working_set
+
+    click.echo(f"{vm} has used {working_set.learn(vm, name) >> 20} MiB")
 
 
 @snapshot.command()

@@ -5,6 +5,7 @@
     NAME/memory-N      where `memory` has only what had changed, the files below it: links to those
                        of another snapshot
     NAME/disk-N        what its disk N differs in from its image: an overlay
+    NAME/working-set   what of its memory one that was restored from it has used: a hint
     NAME/KIND-N        all that its device N of that kind has, as of persistent memory (pmem-0)
 
 Nothing in it is believed: the state is checked value by value by whoever restores itself from it.
@@ -30,6 +31,7 @@ from pyvmm.spec.names import check_name
 FORMAT, VERSION = "pyvmm snapshot", 1
 WITH_LAYERS = 2  # the version of those whose memory is several files
 STATE, MEMORY = "state.json", "memory"
+WORKING_SET = "working-set"
 MOST_STATE = 64 << 20  # bytes of state.json
 _MOST_TRIALS = 1000  # to make a directory that nobody takes for left behind
 _NEW, _OLD, _ONCE = ".new-", ".old-", ".once-"
@@ -329,6 +331,21 @@ def remove(name: str) -> None:
         raise HostError(error.errno or 0, f"removing of {path}") from None
     finally:
         os.close(fd)
+
+
+def write_note(path: str, file: str, data: bytes) -> None:
+    """Put `data` into `file` of the snapshot in the directory `path`, whole or not at all: what
+    nobody relies on, and may be another one later. Raises HostError."""
+    made = os.path.join(path, f"{_NEW}{file}-{os.urandom(6).hex()}")
+    try:
+        fd = os.open(made, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        with open(fd, "wb") as writer:
+            writer.write(data)
+        os.rename(made, os.path.join(path, file))
+    except OSError as error:
+        with suppress(OSError):
+            os.unlink(made)
+        raise HostError(error.errno or 0, f"writing of the snapshot's {file}") from None
 
 
 def size_of(path: str) -> int:

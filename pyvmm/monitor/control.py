@@ -107,6 +107,7 @@ class MachineControl:
                 takes={"stop": bool, "track": bool, "since": str},
                 right=executes,
             ),
+            "used": Method(self.used, right=executes),
             "resume": Method(self.resume),
             "console": Method(
                 self.console, takes={"history": bool, "input": bool}, right=_types_or_watches
@@ -227,6 +228,14 @@ class MachineControl:
         described = self._as_user_knows
         kvm = "host" if self._described is None else "emulated"
         return snapshot(self._machine, described, kvm, stop=stop, track=track, since=since)
+
+    def used(self) -> dict[str, object]:
+        """The runs of pages that have been used of the snapshot's memory that this VM began with.
+        Raises ConfigError for one that did not. See pyvmm.monitor.working_set."""
+        from pyvmm.monitor import working_set
+
+        snapshot, runs = working_set.used(self._prepared.memory)
+        return {"snapshot": snapshot, "runs": runs}
 
     def _as_user_knows(self) -> VmSpec:
         """The VM with the devices that it has now. The machine is steady."""

@@ -14,6 +14,7 @@ from pyvmm.machine.builder import GoesOn, Parts, Prepared, open_kvm, prepare_res
 from pyvmm.machine.outcome import Alarm
 from pyvmm.memory import GuestMemory
 from pyvmm.memory.private_memory import PrivateMemory
+from pyvmm.monitor import working_set
 from pyvmm.monitor.saved_memory import SavedMemory
 from pyvmm.spec.vm import VmSpec
 from pyvmm.virtio.device import VirtioDevice
@@ -32,7 +33,10 @@ def read_once(spec: VmSpec) -> None:
     ConfigError, HostError."""
     _read[spec.restored_from] = store.read_state(spec.restored_from)
     with ExitStack() as closing:
-        Restoring(spec).open_kvm(closing)
+        restoring = Restoring(spec)
+        restoring.open_kvm(closing)
+    with SavedMemory(spec.restored_from, _read[spec.restored_from], spec.memory) as saved:
+        saved.fetch_ahead(working_set.noted(spec.restored_from))
     _compared.add(spec.restored_from)
 
 
@@ -79,6 +83,8 @@ class Restoring:
                 copied = GuestMemory(ranges)
                 saved.copy_to(copied)
                 return copied
+            if self._path not in _compared:  # else it has been fetched for those before
+                saved.fetch_ahead(working_set.noted(self._path))
             (fd, _), *over = saved.files
             memory = PrivateMemory(ranges, fd, over)
         memory.began_as = str(self._raw.get("id", ""))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -146,6 +146,21 @@ class SavedMemory(Closable):
             fd = self.files[layer][0]
             for start, end in data_of(fd, first * PAGE_SIZE, (first + count) * PAGE_SIZE):
                 yield fd, start, end
+
+    def fetch_ahead(self, runs: Iterable[tuple[int, int]]) -> None:
+        """Have the kernel read these runs of pages, if it has not, and do not wait for it."""
+        for first, count in runs:
+            end = min(first + count, self.size // PAGE_SIZE)
+            while first < end:
+                start, length, layer = self._extents[bisect_right(self._starts, first) - 1]
+                part = min(end, start + length) - first
+                os.posix_fadvise(
+                    self.files[layer][0],
+                    first * PAGE_SIZE,
+                    part * PAGE_SIZE,
+                    os.POSIX_FADV_WILLNEED,
+                )
+                first += part
 
     def copy_to(self, memory: GuestMemory) -> None:
         """Have `memory`, of this size and all zeroes, be the same. Raises HostError."""

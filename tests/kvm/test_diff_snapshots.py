@@ -12,9 +12,12 @@ from pathlib import Path
 import pytest
 from c_guest import c_guest
 from echo_guest import echo_kernel
+from fuzz.snapshots import restore_and_end
 from test_snapshots import Guest, folder, pyvmm, refused
 
+from pyvmm import VM
 from pyvmm.control import snapshot_store as store
+from pyvmm.monitor import working_set
 from pyvmm.monitor.saved_memory import SavedMemory
 
 __all__ = ["folder"]  # a fixture
@@ -129,6 +132,27 @@ def test_a_guest_that_boots_anew_has_changed_altogether(folder: Path) -> None:
         done("resume", "two")
         guest.off()
     assert memory_of("d1") == memory_of("full")
+
+
+def test_what_a_restored_vm_uses_is_read_ahead_of_the_next(
+    busy: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done("snapshot", "one", "base", "--track")
+    works_on(busy)
+    done("snapshot", "one", "d1", "--diff-of", "base")
+    failed = pyvmm("snapshot", "learn", "one", "d1")
+    assert failed.returncode == 1 and "its memory is not that of a snapshot" in failed.stderr
+    with Guest("--restore", "d1", "--name", "two") as guest:
+        works_on(guest)
+        assert "two was not restored from base" in refused("snapshot", "learn", "two", "base")
+        assert done("snapshot", "learn", "two", "d1").startswith("two has used ")
+        assert VM.attach("two").learn("d1") > 0
+        guest.off()
+    runs = working_set.noted(str(Path(store.folder(), "d1")))
+    fetched: list[object] = []
+    monkeypatch.setattr(SavedMemory, "fetch_ahead", lambda self, runs: fetched.append(runs))
+    restore_and_end("d1")
+    assert fetched == [runs] and runs
 
 
 def test_a_chain_that_is_damaged_is_refused(busy: Guest, folder: Path) -> None:
