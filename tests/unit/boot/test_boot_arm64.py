@@ -313,6 +313,7 @@ def test_the_tree_tells_what_the_board_has(tmp_path: Path) -> None:
     place = [f"{generation:x}", "0", "1000"]
     assert get(blob, f"/rng@{generation:x}", "reg")[1:] == place
     assert get(blob, f"/reserved-memory/generation@{generation:x}", "reg")[1:] == place
+    assert get(blob, f"/reserved-memory/generation@{generation:x}", "no-map") == []
     before = ram.read(generation, 16)
     boot.tell_of_copy(ram)
     assert before != bytes(16) and ram.read(generation, 16) not in (bytes(16), before)

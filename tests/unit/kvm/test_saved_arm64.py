@@ -65,6 +65,9 @@ def test_every_register_gets_what_it_had() -> None:
         own = {(REDIST, affinity << 32 | 0x1_0400 + n) for n in range(0, 32, 4)}
         assert own <= places
     assert {(ITS, 0x100 + 8 * n) for n in range(8)} <= places
+    # The lines of interrupts: of shared ones no vCPU's.
+    lines = {place for group, place in places if group == uapi.KVM_DEV_ARM_VGIC_GRP_LEVEL_INFO}
+    assert lines == {32, 64, *(affinity << 32 for affinity in AFFINITIES)}
 
 
 def order(writes: list[tuple[Register, int] | str], group: int, attribute: int) -> int:
@@ -126,7 +129,9 @@ def wrong_states(state: dict[str, Any]) -> Iterator[Any]:
 
 
 def test_a_state_that_cannot_be_changes_nothing() -> None:
-    for state in wrong_states(saved_controller()):
+    too_wide = saved_controller()
+    too_wide["distributor"][0] = 1 << 32
+    for state in (too_wide, *wrong_states(saved_controller())):
         written: list[object] = []
 
         def write(register: Register, value: int, written: list[object] = written) -> None:
