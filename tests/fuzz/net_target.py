@@ -59,7 +59,25 @@ def request(rng: Random) -> Request:
         to = rng.choice((net_rig.MAC, net_rig.BROADCAST, net_rig.OTHER))
         data = header(rng) + net_rig.frame(rng.choice(SIZES), to)
         return Request(TX, pieces(rng, data), [])
-    # 5.1.6.5 Control Virtqueue: class, command, and whatever it takes
+    return Request(CONTROL, pieces(rng, _command(rng)), [rng.choice((0, 1, 1, 2))])
+
+
+def _command(rng: Random) -> bytes:
+    """5.1.6.5 Control Virtqueue: class, command and what it takes; or whatever."""
+    if rng.random() < 0.6:
+        table = b"".join(
+            struct.pack("<L", count) + net_rig.OTHER * count
+            for count in (rng.choice((0, 1, 3)), rng.choice((0, 2, 50)))
+        )
+        fits: tuple[tuple[int, int, bytes], ...] = (
+            *((0, mode, bytes([rng.randrange(2)])) for mode in range(6)),
+            (1, 0, table),
+            (1, 1, rng.choice((net_rig.MAC, net_rig.OTHER))),
+            (4, 0, struct.pack("<H", rng.choice((1, 1, 2)))),
+            (5, 0, struct.pack("<Q", rng.choice((0, 2, 2 | 1 << 7, 1 << 7, rng.getrandbits(16))))),
+        )
+        kind, command, body = rng.choice(fits)
+        return bytes([kind, command]) + body
     body = rng.choice(
         (
             b"", b"\0", b"\1", bytes(6), net_rig.OTHER, struct.pack("<H", 1), struct.pack("<Q", 1),
@@ -67,8 +85,7 @@ def request(rng: Random) -> Request:
             rng.randbytes(20),
         )
     )  # fmt: skip
-    command = bytes([rng.randrange(7), rng.randrange(4)])
-    return Request(CONTROL, pieces(rng, command + body), [rng.choice((0, 1, 1, 2))])
+    return bytes([rng.randrange(7), rng.randrange(4)]) + body
 
 
 def stir(device: VirtioDevice, rng: Random) -> None:

@@ -10,7 +10,7 @@ import socket
 import struct
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -24,8 +24,9 @@ from pyvmm.host.named_listener import NamedListener
 from pyvmm.testing import MmioDriver
 from pyvmm.testing.blk_driver import OK, BlockDriver, header
 from pyvmm.testing.vsock_driver import REQUEST, RST, Packet, VsockDriver
-from pyvmm.virtio.blk.backend import FileBackend
+from pyvmm.virtio.blk.backend import Backend, FileBackend
 from pyvmm.virtio.blk.device import BlockDevice
+from pyvmm.virtio.blk.overlay_file import open_overlay
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.rng.device import EntropyDevice
 from pyvmm.virtio.vsock.device import VsockDevice
@@ -60,6 +61,41 @@ def _disk() -> Iterator[VirtioDevice]:
         finally:
             backend.close()
             assert image.stat().st_size == DISK_SECTORS * 512, "the disk has grown"
+
+
+_BASE = bytes(range(256)) * 2 * DISK_SECTORS
+
+
+@contextmanager
+def _overlay() -> Iterator[VirtioDevice]:
+    """Changes kept beside an image, which stays as it is whatever the driver does."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder, ExitStack() as closing:
+        image, changes = Path(folder) / "disk", f"{folder}/changes"
+        image.write_bytes(_BASE)
+        base = FileBackend(open_image(str(image), read_only=True))
+        closing.callback(base.close)
+        with _opened_overlay(base, changes) as backend:
+            yield BlockDevice(backend, name="fuzzed", num_queues=2, log=lambda line: None)
+        assert image.read_bytes() == _BASE, "the base of an overlay has changed"
+        with _opened_overlay(base, changes):
+            pass  # what was written can be opened again
+
+
+@contextmanager
+def _opened_overlay(base: Backend, changes: str) -> Iterator[Backend]:
+    backend = open_overlay(base, changes)
+    try:
+        yield backend
+    finally:
+        backend.close()
+
+
+def _overlay_stir(device: VirtioDevice, rng: Random) -> None:
+    """The disk gets another size, and the one that it had."""
+    assert isinstance(device, BlockDevice)
+    if not rng.randrange(8):
+        device.resize(512 * rng.choice((1, 9, DISK_SECTORS, 2 * DISK_SECTORS)))
+        device.resize(512 * DISK_SECTORS)
 
 
 def _disk_request(rng: Random) -> Request:
@@ -146,7 +182,7 @@ def _vsock_stir(device: VirtioDevice, rng: Random) -> None:
     assert isinstance(device, Vsock)
     kind = rng.randrange(10)
     with suppress(OSError):
-        if kind == 0:
+        if kind == 0 or (kind > 1 and not device.ends):
             device.ends.append(device.program.accept()[0])
         elif kind == 1 and len(device.ends) < MOST_ENDS:
             caller = socket.socket(socket.AF_UNIX)
@@ -175,6 +211,13 @@ def _vsock_request(rng: Random) -> Request:
     if kind == 3:
         return Request(2, [], [8])
     data = bytes(rng.choice((0, 0, 1, 100, 4096)))
+    if kind > 5:  # of one connection: REQUEST, RW, SHUTDOWN, CREDIT_REQUEST
+        op = rng.choice((1, 1, 5, 5, 5, 5, 4, 7))
+        packet = Packet(
+            op, src_port=1000, dst_port=LISTENING_PORT, data=data if op == 5 else b"",
+            flags=rng.randrange(4) if op == 4 else 0, buf_alloc=1 << 18,
+        )  # fmt: skip
+        return Request(1, pieces(rng, packet.pack_header(GUEST_CID) + packet.data), [])
     packet = Packet(
         rng.choice((*range(0, 9), 0xFFFF)),
         src_port=rng.choice((1000, 1000, 1001)),
@@ -223,6 +266,7 @@ def _pmem_check(device: VirtioDevice, driver: MmioDriver) -> None:
 
 TARGETS = {
     "blk": Target(_disk, _disk_request, _disk_check, prompt=(0, 1)),
+    "overlay": Target(_overlay, _disk_request, _disk_check, prompt=(0, 1), stir=_overlay_stir),
     "rng": Target(_rng, _rng_request, _rng_check, prompt=(0,)),
     "balloon": Target(
         balloon_target.make,
