@@ -73,6 +73,7 @@ def test_a_disk_of_descriptors_is_the_disk_of_its_names(
         backend.readv([page], 4096, 4096)
         assert bytes(page) == b"n" * 4096
         backend.flush()
+    assert not image.exists() and not kept.exists()  # nothing was made by its name, either
     assert image.with_name("moved").read_bytes()[4096:8192] == base * 4096
     if changes is not None:
         assert changes * 4096 in kept.with_name("moved-too").read_bytes()
