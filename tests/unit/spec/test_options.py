@@ -19,7 +19,7 @@ from pyvmm.agent import Agent
 from pyvmm.api import config_file
 from pyvmm.api.aio import AsyncVM
 from pyvmm.api.async_pool import AsyncPool
-from pyvmm.cli import main
+from pyvmm.cli.main import main
 from pyvmm.cli.quick import parse_run
 from pyvmm.cli.run import run
 from pyvmm.errors import ConfigError
