@@ -151,7 +151,10 @@ _BAR = 0
 _MEMORY_BAR = 2
 
 # Class codes of the PCI Code and ID Assignment Specification, by device type (chapter 5).
-_CLASSES = {1: 0x020000, 2: 0x010000, 3: 0x078000, 18: 0x098000, 19: 0x078000}
+_CLASSES = {
+    **{1: 0x020000, 2: 0x010000, 3: 0x078000, 18: 0x098000, 19: 0x078000},
+    **{26: 0x018000, 27: 0x058000},  # mass storage and memory of another kind
+}
 _OTHER_CLASS = 0xFF0000  # "device does not fit in any defined classes"
 
 

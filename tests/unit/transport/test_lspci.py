@@ -20,7 +20,8 @@ def test_lspci_reads_every_device(kind: str, tmp_path: Path) -> None:
         assert isinstance(driver.transport, PciTransport)
         text = lspci({"00:01.0": bytes(driver.transport.function.space)}, tmp_path)["00:01.0"]
     first = text.partition("\n")[0]
-    assert re.match(rf"00:01\.0 {NAMES.get(kind, '.*Red Hat')}.*\(rev 01\)$", first), first
+    name = {**NAMES, "pmem": "Memory controller: "}.get(kind, ".*Red Hat")
+    assert re.match(rf"00:01\.0 {name}.*\(rev 01\)$", first), first
     assert "Subsystem: Red Hat" in text
     assert "Mem+ BusMaster+" in text
     assert "Region 0: Memory at c0000000 (64-bit, non-prefetchable)" in text
