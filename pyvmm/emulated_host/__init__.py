@@ -10,7 +10,6 @@ from __future__ import annotations
 from pyvmm.emulated_host.host import EmulatedHost, run
 from pyvmm.emulated_host.spec import (
     DEFAULT_CPUS,
-    INSIDE_VARIABLE,
     OWN_MEMORY_MIB,
     EmulatedHostError,
     EmulatedHostSpec,
@@ -20,12 +19,10 @@ from pyvmm.emulated_host.spec import (
     HostListener,
     HostSink,
     HostStream,
-    is_inside,
 )
 
 __all__ = [
     "DEFAULT_CPUS",
-    "INSIDE_VARIABLE",
     "OWN_MEMORY_MIB",
     "EmulatedHost",
     "EmulatedHostError",
@@ -36,6 +33,5 @@ __all__ = [
     "HostListener",
     "HostSink",
     "HostStream",
-    "is_inside",
     "run",
 ]

@@ -12,14 +12,10 @@ from dataclasses import dataclass
 from pyvmm.emulated_host.architecture import emulated_machine
 from pyvmm.emulated_host.modules import Module, load_order
 from pyvmm.emulated_host.ports import relay_device
-from pyvmm.emulated_host.spec import (
-    INSIDE_VARIABLE,
-    RELAY_VARIABLE,
-    EmulatedHostSpec,
-    HostImage,
-)
+from pyvmm.emulated_host.spec import RELAY_VARIABLE, EmulatedHostSpec, HostImage
 from pyvmm.errors import ConfigError
 from pyvmm.host import cpio
+from pyvmm.host.processors import INSIDE_VARIABLE
 from pyvmm.host.programs import find_program
 
 _DIRECTORIES = ("bin", "dev", "proc", "sys", "lower", "upper", "root", "modules")

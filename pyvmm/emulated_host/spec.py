@@ -25,8 +25,6 @@ def cpus_for(vcpus: int) -> int:
     return DEFAULT_CPUS if vcpus == 1 else 1
 
 
-# Tells a program that it runs in here, and that its standard input is a plain byte stream.
-INSIDE_VARIABLE = "PYVMM_INSIDE_EMULATED_HOST"
 # Names the port of the relay for Unix sockets, where there is one; see pyvmm.relay.inside.
 RELAY_VARIABLE = "PYVMM_SOCKET_RELAY"
 
@@ -170,8 +168,3 @@ class EmulatedHostSpec:
     def has_relay(self) -> bool:
         """True if there is a port for sockets."""
         return bool(self.sockets_in or self.sockets_out or self.services)
-
-
-def is_inside() -> bool:
-    """True if this process runs in an emulated host already."""
-    return os.environ.get(INSIDE_VARIABLE) == "1"
