@@ -32,6 +32,7 @@ from pyvmm.host.syscalls import EventFd
 from pyvmm.virtio.defects import as_device_failure
 from pyvmm.virtio.device import Activation, VirtioDevice
 from pyvmm.virtio.features import RING_FEATURES
+from pyvmm.virtio.polling import Polling
 from pyvmm.virtio.queue.chain import DescriptorChain
 from pyvmm.virtio.queue.protocol import Queue
 
@@ -308,8 +309,8 @@ class QueueWorker(Worker):
     ) -> None:
         """`sources` has what else wakes the worker, for each queue.
 
-        With `poll_ns` the ring, which must be the only one, is polled for so many nanoseconds
-        before the worker sleeps, if it slept for less the last time.
+        With `poll_ns` the ring, which must be the only one, is polled for so many nanoseconds at
+        most before the worker sleeps; `Polling` says when.
 
         Raises HostError if the host has no more file descriptors.
         """
@@ -322,9 +323,7 @@ class QueueWorker(Worker):
             for queue, its in zip(queues, sources, strict=True)
             if any(source.on_demand for source in its)
         }
-        self._poll_limit = poll_ns
-        self._poll = 0  # nanoseconds to poll before the next sleep
-        self._slept_from = 0  # when the sleep began that tells whether to poll
+        self._polling = Polling(poll_ns) if poll_ns else None
         poller = Poller()
         try:
             for its in sources:
@@ -340,8 +339,9 @@ class QueueWorker(Worker):
         return self._name + only
 
     def _work(self) -> float | None:
-        if self._slept_from:
-            self._learn()
+        polling = self._polling
+        if polling is not None:
+            polling.woke()
         while True:
             served = self._turns
             rests: dict[int, Rest] = {}
@@ -365,18 +365,14 @@ class QueueWorker(Worker):
                         continue
                     if not rest.kicks:
                         continue
-                elif self._poll and queue.poll(perf_counter_ns() + self._poll):
+                elif polling is not None and polling.finds(queue):
                     more = True
                     continue
                 with queue.lock:
                     more |= queue.enable_notification() and not queue.halt
             if not more:  # nor after a stop, which halts all queues
                 break
-        if rests:
-            return self._arm_for(rests)
-        if self._poll_limit:
-            self._slept_from = perf_counter_ns()
-        return None
+        return self._arm_for(rests) if rests else None
 
     def _arm_for(self, rests: dict[int, Rest]) -> float | None:
         """Arm the sources that are to end the sleep; how many seconds it may last, if not for as
@@ -391,20 +387,15 @@ class QueueWorker(Worker):
             self._poller.arm()
         return seconds
 
-    def _learn(self) -> None:
-        """The next sleep is preceded by polling if that would have spared us the last one."""
-        slept, self._slept_from = perf_counter_ns() - self._slept_from, 0
-        self._poll = self._poll_limit if slept < self._poll_limit else 0
-
 
 class QueueDevice(VirtioDevice):
     """A device all of whose queues are served by a `QueueWorker` each, within `limits` if it has
     some (set before it is activated). It offers RING_FEATURES unless its class says otherwise; one
     that keeps chains when `serve` returns forgets them in `reset_queue` and `reset`.
 
-    `poll_ns` is for how many nanoseconds a worker may poll its ring before it sleeps: a processor's
-    time for less latency. Only for a device with one queue and a process to itself, because the
-    other threads of a process wait for the interpreter meanwhile.
+    `poll_ns` is for how many nanoseconds a worker may poll its ring before it sleeps, set before it
+    is activated: a processor's time for less latency. A source that becomes ready is served when
+    that ends. `pyvmm.virtio.polling` tells when it is done.
 
     Whoever calls `reset` must not hold a lock that `Interrupt.signal_used` or `Activation.fail`
     need: the workers may be about to call them, and `reset` waits for the workers.

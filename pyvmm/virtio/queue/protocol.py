@@ -125,9 +125,10 @@ class Queue(Protocol):
     def is_drained(self) -> bool:
         """True if the driver has nothing in the ring that was not returned. Raises DriverError."""
 
-    def poll(self, until: int) -> bool:
+    def poll(self, until: int, patience: int) -> bool:
         """Look for new buffers, without asking for a kick, until the clock (perf_counter_ns) says
-        `until` or `halt` is set; whether there are any. `lock` need not be held."""
+        `until` or `halt` is set; whether there are any. Other threads get their turn meanwhile; one
+        that took more than about `patience` nanoseconds ends it. `lock` need not be held."""
 
     def enable_notification(self) -> bool:
         """Ask for kicks again; True if more became available meanwhile, so that it must be

@@ -418,14 +418,14 @@ class SplitQueue(Ring):
 
     # --- asking for kicks ------------------------------------------------------------------------
 
-    def poll(self, until: int) -> bool:
+    def poll(self, until: int, patience: int) -> bool:
         """See Queue."""
         # What was seen and left in the ring, for there was enough for one batch, counts once.
         left = self._seen_avail, self._next_avail
         if left[0] != left[1] and left != self._settled and self.ready and not self.halt:
             self._settled = left
             return True
-        return super().poll(until)
+        return super().poll(until, patience)
 
     def disable_notification(self) -> None:
         """Tell the driver that kicks are not needed for now (2.7.10.2)."""

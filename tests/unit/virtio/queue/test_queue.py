@@ -508,9 +508,9 @@ def test_a_halted_queue_is_not_looked_at_again(rig):
     offer(rig, 2)
     rig.queue.pop()
     rig.queue.halt = True
-    assert rig.queue.poll(0) is False
+    assert rig.queue.poll(0, 0) is False
     rig.queue.halt = False
-    assert rig.queue.poll(0) is True
+    assert rig.queue.poll(0, 0) is True
 
 
 def test_what_was_left_is_news_again_after_another_has_served_the_ring(rig):
