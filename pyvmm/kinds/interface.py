@@ -41,6 +41,9 @@ class Context:
     memory of the guest, above its RAM, and returns its guest-physical address:
     pyvmm.machine.mapped_files tells the rest. Raises ConfigError if the guest has no room for it,
     HostError.
+
+    A device may be busy for up to `poll_ns` nanoseconds rather than sleep; 0 where each processor
+    is one that the guest's vCPUs may need.
     """
 
     def __init__(
@@ -50,12 +53,14 @@ class Context:
         closing: ExitStack,
         alarm: Alarm | None = None,
         map_file: MapFile | None = None,
+        poll_ns: int = 0,
     ) -> None:
         self.vm_name = vm_name
         self.trace = trace
         self.closing = closing
         self.alarm = alarm
         self.map_file = map_file or _no_memory
+        self.poll_ns = poll_ns
 
 
 def _no_memory(fd: int, size: int, read_only: bool, private: PrivateMemory | None) -> int:

@@ -29,9 +29,10 @@ class OpenDevices(Closable):
         trace: Hook | None,
         alarm: Alarm,
         map_file: MapFile,
+        poll_ns: int = 0,
     ) -> None:
         """The context that they are opened with: see pyvmm.kinds.interface.Context."""
-        self._context = vm_name, trace, alarm, map_file
+        self._context = vm_name, trace, alarm, map_file, poll_ns
         self._lock = Lock()
         self._closing: dict[VirtioDevice, ExitStack] = {}
         # In a box what has a name is opened, and its programs are ended, elsewhere.
@@ -40,9 +41,9 @@ class OpenDevices(Closable):
 
     def open(self, spec: Spec) -> VirtioDevice:
         """Raises ConfigError for what the user can mend; nothing is left open then."""
-        name, trace, alarm, map_file = self._context
+        name, trace, alarm, map_file, poll_ns = self._context
         with ExitStack() as closing:
-            context = Context(name, trace, closing, alarm, map_file)
+            context = Context(name, trace, closing, alarm, map_file, poll_ns)
             device: VirtioDevice = self.run_by(partial(registry.open_device, spec, context))
             with self._lock:
                 taken = {other.name for other in self._closing}

@@ -24,6 +24,7 @@ from pyvmm.machine.outcome import Alarm, Ending, Outcome
 from pyvmm.machine.trace import Trace
 from pyvmm.monitor.attendant import Attendant
 from pyvmm.monitor.open_devices import OpenDevices
+from pyvmm.monitor.polling import poll_ns
 from pyvmm.monitor.restart import FRUITLESS, RebootPolicy
 from pyvmm.monitor.whole_disk import with_root
 from pyvmm.platform.console import Console, standard_fds
@@ -116,7 +117,10 @@ def _open(spec: VmSpec, closing: ExitStack, *, quiet: bool) -> Opened:
     alarm = Alarm()
     files = _Files(spec, closing)
     opening = closing.enter_context(
-        OpenDevices(spec.name, trace.hook("requests"), alarm, files.map)
+        OpenDevices(
+            *(spec.name, trace.hook("requests"), alarm, files.map),
+            poll_ns=poll_ns(spec.cpus),
+        )
     )
     devices = tuple(opening.open(part) for part in spec.parts)
     if restoring is None:

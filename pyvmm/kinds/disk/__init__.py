@@ -279,7 +279,9 @@ def open_device(disk: DiskSpec, context: Context) -> BlockDevice:
     from pyvmm.kinds.disk.storage import open_disk
 
     assert context.alarm is not None
-    return open_disk(disk, context.trace, context.closing, context.alarm)
+    device = open_disk(disk, context.trace, context.closing, context.alarm)
+    device.poll_ns = context.poll_ns
+    return device
 
 
 def cross(disk: DiskSpec, border: Border) -> Crossing:
