@@ -13,6 +13,9 @@ two was better in the first round, which warms up, is compared with in the other
     python benchmarks/guest_disk.py --programs "pyvmm pci,qemu threads pci" \
         --loads "4k randread QD1,4k randread QD32"
 
+"pyvmm poll=0 pci" is the monitor whose disk's thread never polls its ring; any other number is for
+how many µs it does at most.
+
 With `--back-end` the disk is qemu-storage-daemon's, one for each monitor, and both monitors are
 vhost-user front ends of it. The default programs are "pyvmm pci,qemu threads pci" then; the word in
 the middle is of no use, as both daemons have aio=threads.
@@ -165,7 +168,8 @@ def command_of(name: str, setup: Setup) -> list[str]:
         options = [f"--transport={transport}"]
         if served:
             options.append(f"--vhost-user=socket={socket},type=blk")
-        return guest_lab.pyvmm_command(machine, [sys.executable], options)
+        python = [sys.executable, *polling_of(name)]
+        return guest_lab.pyvmm_command(machine, python, options)
     command = guest_lab.qemu_command(machine, name.split()[1], transport)
     if served:
         command += guest_lab.qemu_front_end(machine, "blk", transport, socket)
@@ -202,6 +206,13 @@ def disk_of(name: str) -> str:
 def transport_of(name: str) -> str:
     """The transport that a monitor's name ends with."""
     return name.split()[-1]
+
+
+def polling_of(name: str) -> list[str]:
+    """What comes between Python and the module of a monitor that polls for another time."""
+    program = str(Path(__file__).with_name("polling.py"))
+    words = [word.partition("=") for word in name.split()]
+    return [part for key, _, value in words if key == "poll" for part in (program, value)]
 
 
 def inside(setup: Setup) -> dict[str, Any]:
@@ -249,7 +260,7 @@ def in_turn(names: list[str], one: Callable[[str], Run], rounds: int) -> dict[st
 def tell(load: Load, name: str, run: Run) -> None:
     """Show that it goes on."""
     counts = " ".join(f"{COUNTS[key]} {value:.2f}" for key, value in run["counts"].items())
-    line = f"{load.name:18} {name:14} {run['rate']:8.0f}/s p99 {run['p99_us']:6.0f} µs {counts}"
+    line = f"{load.name:18} {name:18} {run['rate']:8.0f}/s p99 {run['p99_us']:6.0f} µs {counts}"
     print(line, file=sys.stderr, flush=True)
 
 
