@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
 import random
 import re
 import shutil
@@ -21,6 +22,10 @@ from pyvmm import VM, Disk
 from pyvmm.host.programs import find_program
 
 pytestmark = pytest.mark.usefixtures("linux_guests")
+
+# Each kernel and each number of vCPUs is in one boot; these are what is left.
+OTHER_PAIRS = [("6.1", 1), ("6.1", 2), ("6.12", 1), ("6.12", 4), ("7", 2), ("7", 4)]
+long = pytest.mark.skipif("EVERY_PAIR" not in os.environ, reason="long; EVERY_PAIR=1 asks for them")
 
 FIND = """\
 of() { # DRIVER [N]: the function of the Nth virtio device that the driver has
@@ -63,7 +68,10 @@ echo "download=$(sha256sum < /run/page | cut -d' ' -f1)"
 
 @pytest.mark.parametrize(
     ("kernel", "transport", "cpus"),
-    [("6.1", "pci", 4), ("6.12", "pci", 2), ("7", "pci", 1), ("7", "mmio", 2)],
+    [
+        *(("6.1", "pci", 4), ("6.12", "pci", 2), ("7", "pci", 1), ("7", "mmio", 2)),
+        *(pytest.param(kernel, "pci", cpus, marks=long) for kernel, cpus in OTHER_PAIRS),
+    ],
 )
 @pytest.mark.skipif(find_program("passt") is None, reason="needs passt (package passt)")
 def test_every_device(
