@@ -23,6 +23,7 @@ def main() -> int:
     parser.add_argument("--busybox", help="a statically linked busybox")
     parser.add_argument("--qemu", metavar="PROGRAM", help="QEMU (default: that of pyvmm.images)")
     parser.add_argument("--console", action="store_true", help="show the emulated kernel's console")
+    parser.add_argument("--boot", action="store_true", help="not from a saved state")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="-- COMMAND [ARGS…]")
     options = parser.parse_args()
     command = options.command[1:] if options.command[:1] == ["--"] else options.command
@@ -40,6 +41,7 @@ def main() -> int:
             ),
             memory_mib=options.memory,
             cpus=options.cpus,
+            boots=options.boot,
             disks=tuple(_disk(text) for text in options.disk),
         )
         return run(spec, command, console=sys.stderr.fileno() if options.console else None)

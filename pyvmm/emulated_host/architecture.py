@@ -21,6 +21,10 @@ class EmulatedMachine(Protocol):
     KVM_MODULES: tuple[str, ...]
     """Those that are loaded beside that, for /dev/kvm and the network."""
 
+    SAVES_STATE: bool
+    """Whether a saved state of it can go on in another run: QEMU has a VMGenID for it, by which its
+    kernel takes other random numbers."""
+
     def vmlinux(self, kernel: bytes) -> bytes | None:
         """The kernel in `kernel`, as QEMU starts it fastest; None to take it as it is. Raises
         ConfigError if it is not one."""

@@ -12,15 +12,17 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 from pyvmm.emulated_host.architecture import emulated_machine
-from pyvmm.emulated_host.initramfs import base_archive, base_parts
+from pyvmm.emulated_host.initramfs import archive, archive_parts
 from pyvmm.emulated_host.spec import HostImage
 from pyvmm.errors import ConfigError
 from pyvmm.host import user_cache
 
+_ELF = b"\x7fELF"
+
 
 @dataclass(frozen=True)
 class BootFiles:
-    """The files that QEMU boots: the paths of the kernel and of the base initial RAM disk."""
+    """The files that QEMU boots: the paths of the kernel and of the initial RAM disk."""
 
     kernel: str
     initramfs: str
@@ -39,7 +41,9 @@ def boot_files(image: HostImage, directory: str | None = None) -> BootFiles:
     directory = directory or cache_directory()
     try:
         with open(image.kernel, "rb") as file:
-            kernel = file.read()
+            kernel = file.read(len(_ELF))
+            if kernel != _ELF:
+                kernel += file.read()
     except OSError as error:
         raise ConfigError(
             f"cannot read the emulated host's kernel {image.kernel}: {error.strerror}"
@@ -48,9 +52,9 @@ def boot_files(image: HostImage, directory: str | None = None) -> BootFiles:
 
 
 def _unpacked(kernel: bytes, image: HostImage, directory: str) -> str:
-    if kernel.startswith(b"\x7fELF"):
+    if kernel == _ELF:
         return image.kernel
-    name = os.path.join(directory, f"vmlinux-{_hash(kernel)}")
+    name = os.path.join(directory, f"vmlinux-{hash_of(kernel)}")
     if os.path.exists(name):
         return name
     elf = emulated_machine(image.architecture).vmlinux(kernel)
@@ -58,10 +62,10 @@ def _unpacked(kernel: bytes, image: HostImage, directory: str) -> str:
 
 
 def _initramfs(image: HostImage, directory: str) -> str:
-    parts = base_parts(image)
-    key = _hash(*(part for name, data in parts.files.items() for part in (name.encode(), data)))
+    parts = archive_parts(image)
+    key = hash_of(*(part for name, data in parts.files.items() for part in (name.encode(), data)))
     name = os.path.join(directory, f"initramfs-{key}.cpio")
-    return name if os.path.exists(name) else _write(name, base_archive(parts))
+    return name if os.path.exists(name) else _write(name, archive(parts))
 
 
 def _write(name: str, content: bytes) -> str:
@@ -83,7 +87,8 @@ def _write(name: str, content: bytes) -> str:
     return name
 
 
-def _hash(*parts: bytes) -> str:
+def hash_of(*parts: bytes) -> str:
+    """24 hexadecimal digits for all `parts`."""
     digest = blake2b(digest_size=12)
     for part in parts:
         digest.update(len(part).to_bytes(8, "little"))

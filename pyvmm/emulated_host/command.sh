@@ -1,20 +1,19 @@
 # Second stage of the emulated host's init, inside the machine's own file system: joins the command
 # to its ports and tells how it ended. run.sh sets (see initramfs.py):
 #   MARK            ends a stream       DISK_COUNT, DISK_n, SINK_COUNT, SINK_n    paths
-#   RELAY_COUNT     1 if there is a port for sockets, which the command itself opens
-#   STREAM_COUNT, STREAM_n              paths of ports that the command itself opens, too
+#   STREAM_COUNT, STREAM_n              paths of ports that the command itself opens
+#   RUN_PORTS       the beginning of the paths of the ports of sinks and streams
 #   WORKING_DIRECTORY                   run_command    becomes the command
 PATH=
 here=/dev/.pyvmm
 . $here/run.sh
 
-# The virtio-serial ports, numbered as in ports.py.
+# The virtio-serial ports, numbered as in ports.py. Descriptor 9 is the control port.
 stdin_port=/dev/vport0p1
 stdout_port=/dev/vport0p2
 stderr_port=/dev/vport0p3
-first_sink_port=4
-first_stream_port=$((first_sink_port + SINK_COUNT + RELAY_COUNT))
-control_port=/dev/vport0p$((first_stream_port + STREAM_COUNT))
+first_stream_port=$((1 + SINK_COUNT))
+gate_port=$RUN_PORTS$((first_stream_port + STREAM_COUNT))
 
 # Copies a stream to its port. The mark tells the other side that nothing more will come.
 relay() { # NAME FIFO PORT
@@ -51,7 +50,7 @@ attach_sinks() {
         # Held open until the command has ended, which may open it as often as it likes.
         sleep 1000000 <>"$path" &
         holders="$holders $!"
-        relay "sink$index" "$path" "/dev/vport0p$((first_sink_port + index))" &
+        relay "sink$index" "$path" "$RUN_PORTS$((1 + index))" &
         relays="$relays $!"
         index=$((index + 1))
     done
@@ -62,7 +61,7 @@ attach_streams() {
     while [ $index -lt "$STREAM_COUNT" ]; do
         eval "path=\$STREAM_$index"
         mkdir -p "${path%/*}"
-        ln -sf "/dev/vport0p$((first_stream_port + index))" "$path"
+        ln -sf "$RUN_PORTS$((first_stream_port + index))" "$path"
         index=$((index + 1))
     done
 }
@@ -80,10 +79,11 @@ serve_requests() {
 
 holders=
 relays=
-until [ -c "$control_port" ]; do sleep 0.01; done
-exec 9<>"$control_port"
-# Blocks until this port is connected, and so those before it.
-echo up >&9
+if [ $((SINK_COUNT + STREAM_COUNT)) != 0 ]; then
+    until [ -c "$gate_port" ]; do sleep 0.01; done
+    # Blocks until this port is connected, and so those before it.
+    echo >"$gate_port"
+fi
 mkfifo $here/stdin $here/stdout $here/stderr
 [ "$DISK_COUNT" = 0 ] || attach_disks
 attach_sinks

@@ -7,9 +7,12 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from pyvmm.emulated_host.launch import launch
+from pyvmm.emulated_host.launch import Launched, launch
+from pyvmm.emulated_host.limits import available_mib, check_memory
 from pyvmm.emulated_host.qmp import Qmp
+from pyvmm.emulated_host.saved_state import saved_state
 from pyvmm.emulated_host.session import Session
 from pyvmm.emulated_host.sockets import outside_end
 from pyvmm.emulated_host.spec import EmulatedHostSpec
@@ -17,8 +20,10 @@ from pyvmm.errors import PyvmmError
 from pyvmm.host.syscalls import EventFd
 
 START_TIMEOUT = 180.0  # seconds; it takes three on an idle machine
+RESTORE_TIMEOUT = 60.0  # seconds for a saved state to go on, in place of that; it takes a half
 GRACE = 10.0  # seconds from a request to stop until QEMU is killed
 _MOST_REQUESTS = 2  # to stop; the next kills
+_MEMORY_STEP = 256  # MiB
 _RELAY_PATIENCE = 1.0  # seconds; the relay ends by itself, now that QEMU has
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -130,7 +135,55 @@ class EmulatedHost:
             self._started.set()
 
     def _run(self) -> None:
-        launched = launch(self._spec, self._argv)
+        launched, session = self._launch()
+        try:
+            relay = outside_end(self._spec, launched.ports, Qmp(launched.qmp))
+            if relay is not None:
+                relay.start()
+            try:
+                self._exit_code = session.run()
+            except PyvmmError:
+                if not session.killed:
+                    raise
+            finally:
+                # This loses no data: the init inside has synced.
+                launched.kill()
+                if relay is not None:
+                    # The relay still carries the last bytes to the clients that wait for them.
+                    relay.stop(patience=_RELAY_PATIENCE)
+        finally:
+            launched.kill()
+            launched.close()
+
+    def _launch(self) -> tuple[Launched, Session]:
+        """From a saved state, or else by booting."""
+        check_memory(self._spec.memory_mib)
+        spec = replace(self._spec, memory_mib=_rounded(self._spec.memory_mib))
+        state = None if spec.boots else saved_state(spec, self._wake.fd)
+        if state is not None:
+            try:
+                launched, session = self._begin(spec, state.fd)
+                try:
+                    if not state.fits(spec):
+                        state.remove()
+                    elif session.came_up(RESTORE_TIMEOUT):
+                        return launched, session
+                    else:
+                        state.refuse()
+                except BaseException:
+                    launched.kill()
+                    launched.close()
+                    raise
+                launched.kill()
+                launched.close()
+            finally:
+                state.close()
+        return self._begin(self._spec)
+
+    def _begin(
+        self, spec: EmulatedHostSpec, state_fd: int | None = None
+    ) -> tuple[Launched, Session]:
+        launched = launch(spec, self._argv, state_fd=state_fd)
         self.pid = launched.process.pid
         self._started.set()
         session = Session(
@@ -144,24 +197,14 @@ class EmulatedHost:
             console_copy=self._console,
             start_timeout=self._start_timeout,
         )
-        relay = outside_end(self._spec, launched.ports, Qmp(launched.qmp))
-        if relay is not None:
-            relay.start()
-        try:
-            code = session.run()
-            self._exit_code = code
-        except PyvmmError:
-            if not session.killed:
-                raise
-        finally:
-            # This loses no data: the init inside has synced, and the writes are in our page cache.
-            launched.process.kill()
-            launched.process.wait()
-            if relay is not None:
-                # The relay still carries the last bytes to the clients that wait for them.
-                relay.stop(patience=_RELAY_PATIENCE)
-            for end in launched.ends:
-                end.close()
+        return launched, session
+
+
+def _rounded(memory_mib: int) -> int:
+    """Somewhat more memory, so that machines of many sizes are one, if this machine has that."""
+    rounded = -(-memory_mib // _MEMORY_STEP) * _MEMORY_STEP
+    available = available_mib()
+    return memory_mib if available is None or available < rounded else rounded
 
 
 def run(

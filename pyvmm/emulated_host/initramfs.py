@@ -1,4 +1,5 @@
-"""The initial RAM disk of the emulated host: a part that is cached, and a part for each run."""
+"""The initial RAM disk of the emulated host, and the settings of a run, which init.sh gets by the
+control port once it is up."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 
 from pyvmm.emulated_host.architecture import emulated_machine
 from pyvmm.emulated_host.modules import Module, load_order
-from pyvmm.emulated_host.ports import relay_device
+from pyvmm.emulated_host.ports import RELAY_DEVICE
 from pyvmm.emulated_host.spec import RELAY_VARIABLE, EmulatedHostSpec, HostImage
 from pyvmm.errors import ConfigError
 from pyvmm.host import cpio
@@ -27,9 +28,9 @@ _BUSYBOX = "/dev/.pyvmm/busybox"
 class RunSettings:
     """The settings that one run hands to the init: the command, where it runs, and its files.
 
-    `mark` ends each output stream. `disks`, `sinks` and `streams` are absolute paths. `relay`:
-    whether there is a port for sockets. `foreign`: whether programs are the image's, not the
-    machine's.
+    `mark` ends each output stream. `disks`, `sinks` and `streams` are absolute paths. `foreign`:
+    whether programs are the image's, not the machine's. `restored`: whether the machine goes on
+    from a saved state.
     """
 
     argv: Sequence[str]
@@ -39,9 +40,9 @@ class RunSettings:
     host_name: str
     disks: Sequence[str] = ()
     sinks: Sequence[str] = ()
-    relay: bool = False
     streams: Sequence[str] = ()
     foreign: bool = False
+    restored: bool = False
 
 
 def new_mark() -> str:
@@ -49,11 +50,14 @@ def new_mark() -> str:
     return secrets.token_hex(16)
 
 
-def settings_of(spec: EmulatedHostSpec, argv: Sequence[str]) -> RunSettings:
-    """The settings for running `argv` as `spec` says, with a new mark."""
+def settings_of(
+    spec: EmulatedHostSpec, argv: Sequence[str], *, restored: bool = False
+) -> RunSettings:
+    """The settings for running `argv` as `spec` says, with a new mark, in a machine that is
+    `restored` from a saved state or not."""
     env = inside_environment(spec.env)
     if spec.has_relay:
-        env[RELAY_VARIABLE] = relay_device(len(spec.sinks))
+        env[RELAY_VARIABLE] = RELAY_DEVICE
     return RunSettings(
         argv=(_program(argv[0], spec.env), *argv[1:]),
         env=env,
@@ -62,9 +66,9 @@ def settings_of(spec: EmulatedHostSpec, argv: Sequence[str]) -> RunSettings:
         host_name=os.uname().nodename,
         disks=tuple(os.path.realpath(disk.path) for disk in spec.disks),
         sinks=tuple(os.path.realpath(sink.path) for sink in spec.sinks),
-        relay=spec.has_relay,
         streams=tuple(os.path.realpath(stream.path) for stream in spec.streams),
         foreign=spec.image.is_foreign,
+        restored=restored,
     )
 
 
@@ -81,8 +85,8 @@ def inside_environment(env: Mapping[str, str]) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class BaseParts:
-    """All that the cached part is made from. `root` and `kvm` are lists of modules to load;
+class Parts:
+    """All that the archive is made from. `root` and `kvm` are lists of modules to load;
     `files` is what lies in those modules' files and in others, by name."""
 
     root: tuple[Module, ...]
@@ -90,7 +94,7 @@ class BaseParts:
     files: Mapping[str, bytes]
 
 
-def base_parts(image: HostImage) -> BaseParts:
+def archive_parts(image: HostImage) -> Parts:
     """The parts of `image`. Raises ConfigError for a file that is missing."""
     machine = emulated_machine(image.architecture)
     root = tuple(load_order(image.modules_dir, machine.ROOT_MODULES))
@@ -104,11 +108,11 @@ def base_parts(image: HostImage) -> BaseParts:
     }
     files = {name: _read(path) for name, path in paths.items()}
     _check_static(files["bin/busybox"], image.busybox)
-    return BaseParts(root, kvm, files)
+    return Parts(root, kvm, files)
 
 
-def base_archive(parts: BaseParts) -> bytes:
-    """The part of the initial RAM disk that is the same for every run of an image."""
+def archive(parts: Parts) -> bytes:
+    """The initial RAM disk, the same for every run of an image."""
     files = parts.files
     return cpio.archive(
         [
@@ -157,9 +161,11 @@ def _read(path: str) -> bytes:
         ) from None
 
 
-def run_archive(settings: RunSettings) -> bytes:
-    """The part for one run, to follow the base archive."""
-    return cpio.archive([cpio.regular("run.sh", run_script(settings))])
+def message(settings: RunSettings, now: float) -> bytes:
+    """`settings` as init.sh reads them from the control port: the number of bytes, a line, and a
+    script. `now` is the time, in seconds of the epoch."""
+    script = run_script(settings) + f"NOW={round(now)}\n".encode()
+    return f"{len(script)}\n".encode() + script
 
 
 def run_script(settings: RunSettings) -> bytes:
@@ -172,8 +178,9 @@ def run_script(settings: RunSettings) -> bytes:
         *(f"DISK_{n}={shlex.quote(path)}" for n, path in enumerate(settings.disks)),
         f"SINK_COUNT={len(settings.sinks)}",
         *(f"SINK_{n}={shlex.quote(path)}" for n, path in enumerate(settings.sinks)),
-        f"RELAY_COUNT={int(settings.relay)}",
+        f"RUN_PORTS=/dev/vport{3 if settings.foreign else 2}p",
         f"FOREIGN={int(settings.foreign)}",
+        f"RESTORED={int(settings.restored)}",
         f"STREAM_COUNT={len(settings.streams)}",
         *(f"STREAM_{n}={shlex.quote(path)}" for n, path in enumerate(settings.streams)),
         f"run_command() {{ exec {_command_line(settings)}; }}",

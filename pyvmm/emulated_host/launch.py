@@ -10,10 +10,17 @@ from dataclasses import dataclass
 
 from pyvmm.emulated_host.architecture import emulated_machine
 from pyvmm.emulated_host.cache import boot_files
-from pyvmm.emulated_host.initramfs import run_archive, settings_of
-from pyvmm.emulated_host.limits import check_memory
-from pyvmm.emulated_host.ports import Port, open_ports
-from pyvmm.emulated_host.qemu import OpenDisk, Qcow2Disk, open_disk, qemu_arguments
+from pyvmm.emulated_host.initramfs import RunSettings, settings_of
+from pyvmm.emulated_host.ports import Port, open_machine_ports, open_run_ports
+from pyvmm.emulated_host.qemu import (
+    OpenDisk,
+    Qcow2Disk,
+    boot_arguments,
+    machine_arguments,
+    open_disk,
+    restore_arguments,
+    run_arguments,
+)
 from pyvmm.emulated_host.spec import EmulatedHostError, EmulatedHostSpec, HostDisk
 from pyvmm.errors import ConfigError
 from pyvmm.host import helper_box
@@ -26,19 +33,34 @@ SETPRIV_CURE = "apt-get install util-linux"
 
 @dataclass
 class Launched:
-    """A running QEMU: our ends of its streams, and the mark that ends the output streams."""
+    """A running QEMU: our ends of its streams, and the `settings` of the run in it, if it has one;
+    `restored` if it goes on from a saved state."""
 
     process: subprocess.Popen[bytes]
     ports: list[Port]
     console: socket.socket
     messages: socket.socket
     qmp: socket.socket
-    mark: bytes
+    settings: RunSettings | None = None
 
     @property
-    def ends(self) -> list[socket.socket]:
-        """All our ends."""
-        return [self.console, self.messages, self.qmp, *(port.ours for port in self.ports)]
+    def restored(self) -> bool:
+        """True if it goes on from a saved state, and does not boot."""
+        return self.settings is not None and self.settings.restored
+
+    def port(self, name: str) -> socket.socket:
+        """Our end of the port of that name."""
+        return next(port.ours for port in self.ports if port.name == name)
+
+    def kill(self) -> None:
+        """End QEMU. What has been written to disks is in the page cache of this machine."""
+        self.process.kill()
+        self.process.wait()
+
+    def close(self) -> None:
+        """Close all our ends."""
+        for end in (self.console, self.messages, self.qmp, *(port.ours for port in self.ports)):
+            end.close()
 
 
 def require_setpriv() -> str:
@@ -49,65 +71,61 @@ def require_setpriv() -> str:
     return setpriv
 
 
-def launch(spec: EmulatedHostSpec, argv: Sequence[str]) -> Launched:
-    """Start QEMU, to run `argv` in it. Raises ConfigError or EmulatedHostError.
+def launch(
+    spec: EmulatedHostSpec, argv: Sequence[str] = (), *, state_fd: int | None = None
+) -> Launched:
+    """Start QEMU, to run `argv` in it. It goes on from the saved state in the open file `state_fd`,
+    if there is one, or boots. Without `argv` the machine waits once it has booted, and nothing of a
+    run is in it. Raises ConfigError or EmulatedHostError.
 
     QEMU gets SIGKILL when the calling thread ends, and so when the process is killed.
     """
-    if not argv:
-        raise ConfigError("there is no command to run in the emulated host")
     machine = emulated_machine(spec.image.architecture)
+    written = [folder.path for folder in spec.folders if argv and not folder.read_only]
     # Whatever kills us takes QEMU along: prctl(2), PR_SET_PDEATHSIG.
-    written = [folder.path for folder in spec.folders if not folder.read_only]
-    qemu = _in_box(spec.image.qemu, written)
-    qemu = [require_setpriv(), "--pdeathsig", "KILL", "--", *qemu]
-    check_memory(spec.memory_mib)
-    boot = boot_files(spec.image)
-    settings = settings_of(spec, argv)
+    qemu = [require_setpriv(), "--pdeathsig", "KILL", "--", *_in_box(spec.image.qemu, written)]
+    settings = settings_of(spec, argv, restored=state_fd is not None) if argv else None
     inherited: list[int] = []
-    ports = open_ports(len(spec.sinks), relay=spec.has_relay, stream_count=len(spec.streams))
     stream_fds = [stream.fd for stream in spec.streams]
+    ports = open_machine_ports()
+    run_ports = open_run_ports(len(spec.sinks), len(spec.streams)) if argv else []
     console, console_theirs = socket.socketpair()
     messages, messages_theirs = socket.socketpair()
     qmp, qmp_theirs = socket.socketpair()
+    launched_ports = [*ports, *run_ports]
     try:
-        initramfs = _joined(boot.initramfs, run_archive(settings))
-        inherited.append(initramfs)
-        disks = _open_disks(spec.disks, inherited)
-        arguments = qemu_arguments(
-            spec,
-            boot,
-            initramfs_fd=initramfs,
-            console_fd=console_theirs.fileno(),
-            qmp_fd=qmp_theirs.fileno(),
-            ports=ports,
-            disks=disks,
-            stream_fds=stream_fds,
-            tsc_khz=None if spec.image.is_foreign else machine.frequency_khz(),
+        arguments = machine_arguments(
+            spec, console_fd=console_theirs.fileno(), qmp_fd=qmp_theirs.fileno(), ports=ports
         )
+        if argv:
+            disks = _open_disks(spec.disks, inherited)
+            arguments += run_arguments(spec, ports=run_ports, disks=disks, stream_fds=stream_fds)
+        if state_fd is None:
+            tsc_khz = None if spec.image.is_foreign else machine.frequency_khz()
+            arguments += boot_arguments(spec, boot_files(spec.image), tsc_khz)
+        else:
+            inherited.append(os.dup(state_fd))
+            arguments += restore_arguments(inherited[-1])
+        theirs = (console_theirs, qmp_theirs, *(port.theirs for port in launched_ports))
         process = _spawn(
             [*qemu, *arguments],
             messages_theirs,
-            [
-                *inherited,
-                *stream_fds,
-                console_theirs.fileno(),
-                qmp_theirs.fileno(),
-                *(port.theirs.fileno() for port in ports),
-            ],
+            [*inherited, *stream_fds, *(end.fileno() for end in theirs)],
         )
     except BaseException:
-        for end in (console, messages, qmp, *(port.ours for port in ports)):
+        for end in (console, messages, qmp, *(port.ours for port in launched_ports)):
             end.close()
         raise
     finally:
-        for end in (console_theirs, messages_theirs, qmp_theirs, *(port.theirs for port in ports)):
+        for end in (messages_theirs, console_theirs, qmp_theirs):
             end.close()
+        for port in launched_ports:
+            port.theirs.close()
         for fd in inherited:
             os.close(fd)
     console.setblocking(False)
     messages.setblocking(False)
-    return Launched(process, ports, console, messages, qmp, settings.mark.encode())
+    return Launched(process, launched_ports, console, messages, qmp, settings)
 
 
 def _in_box(qemu: Sequence[str], written: Sequence[str]) -> list[str]:
@@ -130,18 +148,6 @@ def _spawn(command: list[str], messages: socket.socket, fds: list[int]) -> subpr
         )
     except OSError as error:
         raise EmulatedHostError(f"cannot start {command[0]}: {error.strerror}") from None
-
-
-def _joined(base: str, addition: bytes) -> int:
-    # An anonymous file: the settings hold the environment, which other users must not read.
-    fd = os.memfd_create("initramfs", os.MFD_CLOEXEC)
-    with open(base, "rb") as file:
-        while os.sendfile(fd, file.fileno(), os.lseek(fd, 0, os.SEEK_END), 1 << 30):
-            pass
-    view = memoryview(addition)
-    while view:
-        view = view[os.write(fd, view) :]
-    return fd
 
 
 def _open_disks(disks: Sequence[HostDisk], inherited: list[int]) -> list[OpenDisk | Qcow2Disk]:

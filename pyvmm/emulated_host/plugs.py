@@ -15,10 +15,15 @@ import time
 from contextlib import ExitStack, suppress
 
 from pyvmm.emulated_host.disks import DiskService
-from pyvmm.emulated_host.ports import first_stream
-from pyvmm.emulated_host.qemu import BRIDGE, QCOW2_SETS, SPARE_PORTS, disk_device, open_disk
+from pyvmm.emulated_host.ports import FIRST_SPARE, SPARE_PORTS
+from pyvmm.emulated_host.qemu import BRIDGE, PORTS, QCOW2_SETS, disk_device, file_set, open_disk
 from pyvmm.emulated_host.qmp import Qmp
-from pyvmm.emulated_host.spec import EmulatedHostError, EmulatedHostSpec, HostDisk, HostStream
+from pyvmm.emulated_host.spec import (
+    EmulatedHostError,
+    EmulatedHostSpec,
+    HostDisk,
+    HostStream,
+)
 from pyvmm.errors import HostError
 from pyvmm.host.qcow2 import blockdev
 
@@ -37,8 +42,7 @@ class Plugger:
         self._numbers = itertools.count(_FIRST_DISK)
         # QEMU chooses one of x86's, which are ACPI's; the first that it chooses is 0.
         self._free_slots = list(_SLOTS) if spec.image.is_foreign else None
-        control = first_stream(len(spec.sinks), relay=True) + len(spec.streams)
-        self._free_ports = list(range(control + 1, control + 1 + SPARE_PORTS))
+        self._free_ports = list(range(FIRST_SPARE, FIRST_SPARE + SPARE_PORTS))
 
     def plug_disk(self, disk: HostDisk, path: str, closing: ExitStack) -> str:
         """Make `disk` a block device inside, to be known there by `path`; its serial number.
@@ -83,7 +87,7 @@ class Plugger:
         file = {
             "driver": "host_device" if block else "file",
             "node-name": f"file{number}",
-            "filename": f"/dev/fdset/{number}",
+            "filename": file_set(number),
             "locking": "off",
             "auto-read-only": False,
             **common,
@@ -101,7 +105,7 @@ class Plugger:
         for fd, number_of_set in sets.items():
             self._give(fd, number_of_set, undo)
         node = blockdev(
-            disk.layers, f"disk{number}", lambda fd: f"/dev/fdset/{sets[fd]}", direct=disk.direct
+            disk.layers, f"disk{number}", lambda fd: file_set(sets[fd]), direct=disk.direct
         )
         self._qmp.execute("blockdev-add", **node)
 
@@ -144,7 +148,7 @@ class Plugger:
             self._qmp.execute("chardev-add", id=name, backend=backend)
             undo.callback(self._quietly, "chardev-remove", id=name)
             device = {"driver": "virtserialport", "id": f"plug-{name}", "chardev": name}
-            self._qmp.execute("device_add", None, **device, nr=port)
+            self._qmp.execute("device_add", None, **device, bus=f"{PORTS}.0", nr=port)
             undo.callback(self._quietly, "device_del", id=f"plug-{name}")
             closing.enter_context(undo.pop_all())
         return f"/dev/vport0p{port}"

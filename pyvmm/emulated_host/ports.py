@@ -5,9 +5,12 @@ from __future__ import annotations
 import socket
 from dataclasses import dataclass
 
-# Ports are /dev/vport0pN inside. Number 0 is kept for a console by the device (virtio 1.3, 5.3.4
-# Device configuration layout), so these begin at 1; command.sh counts the same way.
-STDIN, STDOUT, STDERR, FIRST_SINK = 1, 2, 3, 4
+# Each machine has these, /dev/vport0pN inside. Number 0 is kept for a console by the device
+# (virtio 1.3, 5.3.4 Device configuration layout). init.sh and command.sh count the same way.
+MACHINE_PORTS = ("stdin", "stdout", "stderr", "control", "relay")
+FIRST_SPARE = 1 + len(MACHINE_PORTS)
+SPARE_PORTS = 8  # for streams that come later
+RELAY_DEVICE = f"/dev/vport0p{1 + MACHINE_PORTS.index('relay')}"
 
 
 @dataclass(frozen=True)
@@ -20,27 +23,22 @@ class Port:
     theirs: socket.socket
 
 
-def relay_device(sink_count: int) -> str:
-    """The path inside of the port for sockets, which follows the sinks."""
-    return f"/dev/vport0p{FIRST_SINK + sink_count}"
-
-
-def first_stream(sink_count: int, *, relay: bool) -> int:
-    """The number of the first port whose outer end is somebody else's; see HostStream."""
-    return FIRST_SINK + sink_count + int(relay)
-
-
-def open_ports(sink_count: int, *, relay: bool, stream_count: int = 0) -> list[Port]:
-    """stdin, stdout, stderr, the sinks, perhaps the relay of sockets and, last, the control port,
-    in order of their numbers. Those of the streams, before the control port, are left out.
+def open_machine_ports() -> list[Port]:
+    """The ports that each machine has, in order of their numbers.
 
     Socket pairs have no name anywhere, so nothing of them is left when both sides are gone.
     """
-    sinks = (f"sink{n}" for n in range(sink_count))
-    names = ["stdin", "stdout", "stderr", *sinks, *(["relay"] if relay else [])]
-    ports = [_open_port(number, name) for number, name in enumerate(names, start=STDIN)]
-    control = first_stream(sink_count, relay=relay) + stream_count
-    return [*ports, _open_port(control, "control")]
+    return [_open_port(number, name) for number, name in enumerate(MACHINE_PORTS, start=1)]
+
+
+def open_run_ports(sink_count: int, stream_count: int) -> list[Port]:
+    """The ports of one run, on a device of their own: sinks, numbered from 1; then its streams,
+    which are left out, as their outer ends are somebody else's; and last one that tells inside that
+    all before it are connected. None for a run that has neither sinks nor streams."""
+    if not sink_count + stream_count:
+        return []
+    sinks = [_open_port(1 + n, f"sink{n}") for n in range(sink_count)]
+    return [*sinks, _open_port(1 + sink_count + stream_count, "gate")]
 
 
 def _open_port(number: int, name: str) -> Port:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pyvmm.emulated_host.architecture import emulated_machine
 from pyvmm.emulated_host.cache import BootFiles
-from pyvmm.emulated_host.ports import Port
+from pyvmm.emulated_host.ports import SPARE_PORTS, Port
 from pyvmm.emulated_host.spec import EmulatedHostSpec, HostFolder, HostImage
 from pyvmm.host.qcow2 import Layer, blockdev
 
@@ -18,7 +18,8 @@ SECTOR = 512
 QCOW2_SETS = 1000  # numbers for the files of one disk; there are fewer disks than that
 PROGRAMS = "programs"  # the mount tag of another architecture's; init.sh knows it
 BRIDGE = "plugs"  # behind which disks can come and go
-SPARE_PORTS = 8  # for streams that come later
+PORTS = "ports"  # the device of the ports that each machine has
+STATE_SET = 1 << 30  # a number that no disk's file has
 PROCESS_NAME = "pyvmm-emulator"  # at most 15 characters
 
 
@@ -51,19 +52,11 @@ class Qcow2Disk:
     direct: bool
 
 
-def qemu_arguments(
-    spec: EmulatedHostSpec,
-    boot: BootFiles,
-    *,
-    initramfs_fd: int,
-    console_fd: int,
-    qmp_fd: int,
-    ports: Sequence[Port],
-    disks: Sequence[OpenDisk | Qcow2Disk],
-    stream_fds: Sequence[int] = (),
-    tsc_khz: int | None = None,
+def machine_arguments(
+    spec: EmulatedHostSpec, *, console_fd: int, qmp_fd: int, ports: Sequence[Port]
 ) -> list[str]:
-    """The arguments, without the program. The descriptors in them must be inherited."""
+    """The arguments for what every run of such a machine has, without the program: what a saved
+    state of it is a state of. The descriptors in them must be inherited."""
     machine = emulated_machine(spec.image.architecture)
     return [
         *machine.machine_arguments(spec.cpus, spec.memory_mib),
@@ -71,18 +64,51 @@ def qemu_arguments(
         # What ps shows; the program's file is the dynamic loader.
         *("-name", f"pyvmm,process={PROCESS_NAME}"),
         *("-display", "none", "-monitor", "none"),
-        *("-kernel", boot.kernel),
-        *("-initrd", f"/proc/self/fd/{initramfs_fd}"),
-        *("-append", machine.kernel_parameters(tsc_khz)),
         *("-chardev", f"socket,id=console,fd={console_fd}", "-serial", "chardev:console"),
         *("-chardev", f"socket,id=qmp,fd={qmp_fd}", "-mon", "chardev=qmp,mode=control"),
         # The first virtio device, as the ports' names inside begin with its number: /dev/vport0p1.
-        *_port_arguments(ports, stream_fds),
+        *_port_arguments(PORTS, [(port.number, port.name, port.theirs.fileno()) for port in ports]),
         *_root_arguments(),
-        *_disk_arguments(disks),
+        *_folder_arguments(_program_folders(spec.image)),
         *("-device", f"pcie-pci-bridge,id={BRIDGE}"),
-        *_folder_arguments([*_program_folders(spec.image), *spec.folders]),
     ]
+
+
+def run_arguments(
+    spec: EmulatedHostSpec,
+    *,
+    ports: Sequence[Port],
+    disks: Sequence[OpenDisk | Qcow2Disk],
+    stream_fds: Sequence[int] = (),
+) -> list[str]:
+    """The arguments, to follow the machine's, for what one run has beside that. In a machine that
+    goes on from a saved state the kernel finds it when init.sh asks it to look again."""
+    return [
+        *_run_port_arguments(ports, stream_fds),
+        *_disk_arguments(disks),
+        *_folder_arguments(spec.folders),
+    ]
+
+
+def boot_arguments(spec: EmulatedHostSpec, boot: BootFiles, tsc_khz: int | None) -> list[str]:
+    """The arguments with which the machine boots."""
+    machine = emulated_machine(spec.image.architecture)
+    return [
+        *("-kernel", boot.kernel),
+        *("-initrd", boot.initramfs),
+        *("-append", machine.kernel_parameters(tsc_khz)),
+    ]
+
+
+def restore_arguments(state_fd: int) -> list[str]:
+    """The arguments with which the machine goes on from the state in an open file."""
+    name = file_set(STATE_SET)
+    return ["-add-fd", f"fd={state_fd},set={STATE_SET}", "-incoming", f"file:{name}"]
+
+
+def file_set(number: int) -> str:
+    """What QEMU opens for a descriptor that it has been given."""
+    return f"/dev/fdset/{number}"
 
 
 def _root_arguments() -> list[str]:
@@ -107,19 +133,28 @@ def _folder_arguments(folders: Sequence[HostFolder]) -> list[str]:
     return arguments
 
 
-def _port_arguments(ports: Sequence[Port], stream_fds: Sequence[int]) -> list[str]:
-    *others, control = ports
-    first = control.number - len(stream_fds)
-    rows = [(port.number, port.name, port.theirs.fileno()) for port in others]
-    rows += [(first + n, f"stream{n}", fd) for n, fd in enumerate(stream_fds)]
-    rows.append((control.number, control.name, control.theirs.fileno()))
-    arguments = ["-device", f"virtio-serial-pci,max_ports={len(rows) + 1 + SPARE_PORTS}"]
+def _port_arguments(device: str, rows: Sequence[tuple[int, str, int]]) -> list[str]:
+    # One more than the numbers of ports, which begin at 1, and those that come later.
+    most = len(rows) + 1 + (SPARE_PORTS if device == PORTS else 0)
+    arguments = ["-device", f"virtio-serial-pci,id={device},max_ports={most}"]
     for number, name, fd in rows:
         arguments += [
             *("-chardev", f"socket,id={name},fd={fd}"),
-            *("-device", f"virtserialport,nr={number},chardev={name}"),
+            *("-device", f"virtserialport,bus={device}.0,nr={number},chardev={name}"),
         ]
     return arguments
+
+
+def _run_port_arguments(ports: Sequence[Port], stream_fds: Sequence[int]) -> list[str]:
+    if not ports:
+        return []
+    *sinks, gate = ports
+    first = gate.number - len(stream_fds)
+    rows = [(port.number, port.name, port.theirs.fileno()) for port in sinks]
+    rows += [(first + n, f"stream{n}", fd) for n, fd in enumerate(stream_fds)]
+    rows.append((gate.number, gate.name, gate.theirs.fileno()))
+    # The first of a run's devices, for the same reason: /dev/vport2p1.
+    return _port_arguments("run", rows)
 
 
 def _disk_arguments(disks: Sequence[OpenDisk | Qcow2Disk]) -> list[str]:
@@ -151,7 +186,7 @@ def _raw_nodes(index: int, disk: OpenDisk) -> list[str]:
     # disk cannot be resized later.
     size = f"size={disk.size}," if disk.odd_tail else ""
     file = (
-        f"driver={driver},node-name=file{index},filename=/dev/fdset/{index},locking=off,"
+        f"driver={driver},node-name=file{index},filename={file_set(index)},locking=off,"
         f"read-only={mode},auto-read-only=off,discard=unmap,cache.direct={direct}"
     )
     raw = (
@@ -166,7 +201,5 @@ def _qcow2_nodes(index: int, disk: Qcow2Disk) -> list[str]:
     # Sets that no other disk has.
     sets = {file.fd: number for number, file in enumerate(files, QCOW2_SETS * (index + 1))}
     given = [("-add-fd", f"fd={fd},set={number}") for fd, number in sets.items()]
-    node = blockdev(
-        disk.layers, f"disk{index}", lambda fd: f"/dev/fdset/{sets[fd]}", direct=disk.direct
-    )
+    node = blockdev(disk.layers, f"disk{index}", lambda fd: file_set(sets[fd]), direct=disk.direct)
     return [*(word for pair in given for word in pair), "-blockdev", json.dumps(node)]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import socket
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from pyvmm.emulated_host import initramfs
 from pyvmm.emulated_host.launch import Launched
-from pyvmm.emulated_host.ports import FIRST_SINK, STDERR, STDIN, STDOUT
 from pyvmm.emulated_host.pumps import InputPump, OutputPump
 from pyvmm.emulated_host.spec import EmulatedHostError
 from pyvmm.host.syscalls import EventFd
@@ -19,6 +20,7 @@ from pyvmm.host.syscalls import EventFd
 _Handler = Callable[[], None]
 _TAIL = 4096  # bytes of console output and of QEMU's messages kept for an error's text
 _IN, _OUT = select.POLLIN, select.POLLOUT
+_OF_OTHERS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)  # these QEMU does not send itself
 
 
 class Tail:
@@ -65,24 +67,30 @@ class Session:
         console_copy: int | None,
         start_timeout: float,
     ) -> None:
-        ports = {port.number: port.ours for port in launched.ports}
+        assert launched.settings is not None
+        self._settings = launched.settings
         self._process = launched.process
-        self._control = launched.ports[-1].ours
-        self._input = InputPump(stdin, ports[STDIN], on_input)
+        self._control = launched.port("control")
+        self._input = InputPump(stdin, launched.port("stdin"), on_input)
+        names = ["stdout", "stderr", *(f"sink{n}" for n in range(len(launched.settings.sinks)))]
+        mark = launched.settings.mark.encode()
         self._outputs = {
-            number: OutputPump(ports[number], target, launched.mark)
-            for number, target in enumerate(outputs, start=STDOUT)
+            name: OutputPump(launched.port(name), target, mark)
+            for name, target in zip(names, outputs, strict=False)
         }
-        for number, see in enumerate(on_output, start=STDOUT):
-            self._outputs[number].see = see
+        for pump, see in zip(self._outputs.values(), on_output, strict=False):
+            pump.see = see
         self._console = Tail(launched.console, console_copy)
         self._messages = Tail(launched.messages)
         self._requests = requests
         self._wake = wake
-        self._control_in, self._control_out = b"", b""
+        self._control_in, self._control_out = b"", b"go\n"
         self._control_open = True
+        self._early = b""  # requests that come before the settings have gone
+        self._is_awake = self._is_up = False
+        self._waits_for_restore = launched.restored
         self._start_by: float | None = time.monotonic() + start_timeout
-        self._told_broken: set[int] = set()
+        self._told_broken: set[str] = set()
         self._exit_code: int | None = None
         self.killed = False
 
@@ -94,13 +102,29 @@ class Session:
             raise EmulatedHostError(self._what_happened())
         return self._exit_code
 
+    def came_up(self, patience: float) -> bool:
+        """For a machine that goes on from a saved state: wait until it does. False if QEMU or the
+        kernel in it could not within `patience` seconds; then nothing of the run has happened, and
+        another machine may have it. Raises EmulatedHostError if somebody has ended QEMU."""
+        give_up_at = time.monotonic() + patience
+        while not (self._is_up or self.killed):
+            if not self._messages.open:
+                if -self._process.wait() in _OF_OTHERS:
+                    raise EmulatedHostError(self._what_happened())
+                return False
+            if time.monotonic() > give_up_at:
+                return False
+            self._step(give_up_at)
+        self._waits_for_restore = False
+        return True
+
     def _finished(self) -> bool:
         outputs_done = all(pump.done for pump in self._outputs.values())
         if self.killed or (self._exit_code is not None and outputs_done):
             return True
         return not self._control_open and outputs_done and not self._messages.open
 
-    def _step(self) -> None:
+    def _step(self, until: float | None = None) -> None:
         interests = self._interests()
         poll = select.poll()
         masks: dict[int, int] = {}
@@ -108,7 +132,7 @@ class Session:
             masks[fd] = masks.get(fd, 0) | mask
         for fd, mask in masks.items():
             poll.register(fd, mask)
-        ready = {fd for fd, _ in poll.poll(self._timeout_ms())}
+        ready = {fd for fd, _ in poll.poll(self._timeout_ms(until))}
         for fd, _, handler in interests:
             if fd in ready:
                 handler()
@@ -117,14 +141,14 @@ class Session:
     def _interests(self) -> list[tuple[int, int, _Handler]]:
         found: list[tuple[int, int, _Handler]] = [(self._wake.fd, _IN, self._take_requests)]
         pump = self._input
-        if pump.wants_input:
+        if pump.wants_input and not self._waits_for_restore:
             assert pump.source is not None
             found.append((pump.source, _IN, pump.receive))
         if pump.pending:
             found.append((pump.port.fileno(), _OUT, pump.send))
-        for number, output in self._outputs.items():
+        for name, output in self._outputs.items():
             if output.wants_output:
-                found.append((output.target, _OUT, self._sender(number, output)))
+                found.append((output.target, _OUT, self._sender(name, output)))
             elif not output.ended:
                 found.append((output.port.fileno(), _IN, output.receive))
         for tail in (self._console, self._messages):
@@ -136,14 +160,13 @@ class Session:
                 found.append((self._control.fileno(), _OUT, self._send_control))
         return found
 
-    def _sender(self, number: int, output: OutputPump) -> _Handler:
+    def _sender(self, name: str, output: OutputPump) -> _Handler:
         def send() -> None:
             output.send()
-            if output.broken and number not in self._told_broken:
+            if output.broken and name not in self._told_broken:
                 # Inside, the next write is to fail as it would have here (EPIPE).
-                self._told_broken.add(number)
-                name = {STDOUT: "stdout", STDERR: "stderr"}.get(number)
-                self._request(f"close {name or f'sink{number - FIRST_SINK}'}")
+                self._told_broken.add(name)
+                self._request(f"close {name}")
 
         return send
 
@@ -157,7 +180,10 @@ class Session:
                 self._request(request)
 
     def _request(self, line: str) -> None:
-        self._control_out += line.encode() + b"\n"
+        if self._is_awake:
+            self._control_out += line.encode() + b"\n"
+        else:
+            self._early += line.encode() + b"\n"
 
     def _send_control(self) -> None:
         with contextlib.suppress(OSError):  # Its end shows when we read.
@@ -174,15 +200,19 @@ class Session:
         *lines, rest = (self._control_in + data).split(b"\n")
         self._control_in = rest[-_TAIL:]  # no line of ours is that long
         for line in lines:
-            if line == b"started":
+            if line == b"awake" and not self._is_awake:
+                self._is_awake = True
+                self._control_out += initramfs.message(self._settings, time.time()) + self._early
+            elif line == b"up":
+                self._is_up = True
+            elif line == b"started":
                 self._start_by = None
             elif line.startswith(b"exit ") and line[5:].isdigit():
                 self._exit_code = int(line[5:8])
 
-    def _timeout_ms(self) -> int | None:
-        if self._start_by is None:
-            return None
-        return max(0, int((self._start_by - time.monotonic()) * 1000) + 1)
+    def _timeout_ms(self, until: float | None) -> int | None:
+        times = [moment for moment in (until, self._start_by) if moment is not None]
+        return max(0, int((min(times) - time.monotonic()) * 1000) + 1) if times else None
 
     def _check_start(self) -> None:
         if self._start_by is not None and time.monotonic() >= self._start_by:

@@ -25,9 +25,9 @@ def outside_end(spec: EmulatedHostSpec, ports: list[Port], qmp: Qmp) -> Multiple
 
     The disks can be resized through it, by `qmp`.
     """
-    port = next((port for port in ports if port.name == "relay"), None)
-    if port is None:
+    if not spec.has_relay:
         return None
+    port = next(port for port in ports if port.name == "relay")
     allow_descriptors(DESCRIPTORS)
     disks = DiskService(spec, qmp)
     services = {DISK_SERVICE: disks.connect, **spec.services}

@@ -149,6 +149,8 @@ class EmulatedHostSpec:
     where it serves pyvmm.relay.inside; one that ends in ``*`` stands for all with a decimal number
     there. `services` are reached the same way, by a name that is not a path: each call makes the
     machine's end of a connection.
+
+    With `boots` it does not go on from a saved state, even if there is one.
     """
 
     image: HostImage
@@ -161,6 +163,7 @@ class EmulatedHostSpec:
     sockets_in: tuple[HostListener, ...] = ()
     sockets_out: tuple[str, ...] = ()
     services: Mapping[str, Callable[[], Socket]] = field(default_factory=dict)
+    boots: bool = False
     cwd: str = field(default_factory=_current_directory)
     env: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
 

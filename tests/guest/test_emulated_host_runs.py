@@ -10,6 +10,8 @@ import select
 import signal
 import subprocess
 import sys
+import time
+import zlib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -23,6 +25,7 @@ from pyvmm.emulated_host import (
     HostDisk,
     HostImage,
     HostSink,
+    saved_state,
     x86,
 )
 from pyvmm.emulated_host.find import find_image
@@ -271,3 +274,52 @@ def test_its_clock_does_not_go_by_its_emulated_timers(image: HostImage, tmp_path
     found = re.search(r"Detected ([0-9.]+) MHz", ran.out)
     assert found is not None
     assert float(found[1]) * 1000 == pytest.approx(frequency_khz(), rel=1e-3)
+
+
+ASK = """
+dmesg | grep -c 'crng reseeded due to virtual machine fork'
+head -c 16 /dev/urandom | od -An -tx1 | tr -d ' '
+cat /proc/sys/kernel/random/uuid
+date +%s
+"""
+
+
+def test_it_goes_on_from_a_state_that_is_made_once(
+    image: HostImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time with other random numbers and the time of now; a state that is damaged, or that
+    QEMU does not take, is as if there were none."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    monkeypatch.setattr(saved_state, "cache_directory", lambda: str(cache))
+    ran = Run(tmp_path, image)
+
+    def ask() -> tuple[bool, str, str]:
+        before = int(time.time())
+        assert ran("sh", "-c", ASK) == 0, ran.err
+        forks, numbers, uuid, now = ran.out.split()
+        assert before - 1 <= int(now) <= time.time() + 1
+        return forks == "1", numbers, uuid
+
+    found = [ask(), ask()]
+    assert [restored for restored, *_ in found] == [True, True]
+    assert len({value for _, *values in found for value in values}) == 4
+    [state] = [path for path in cache.iterdir() if path.name != "state-lock"]
+    made = state.stat().st_ino
+    assert ran("sleep", "0.1") == 0 and state.stat().st_ino == made
+
+    with open(state, "r+b") as file:
+        file.seek(state.stat().st_size // 2)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte[0] ^ 1]))
+    assert not ask()[0] and not state.exists()
+
+    stream = random.Random(3).randbytes(100_000)
+    khz = frequency_khz()
+    assert khz is not None
+    record = saved_state._record(state.name[6:], len(stream), zlib.crc32(stream), khz)
+    state.write_bytes(stream + record)
+    assert not ask()[0] and not state.exists()
+    assert Path(f"{state}.refused").exists()
+    assert not ask()[0]

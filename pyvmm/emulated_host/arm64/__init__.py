@@ -7,6 +7,7 @@ from pyvmm.errors import ConfigError
 __all__ = [
     "KVM_MODULES",
     "ROOT_MODULES",
+    "SAVES_STATE",
     "frequency_khz",
     "kernel_parameters",
     "machine_arguments",
@@ -23,6 +24,8 @@ ROOT_MODULES: tuple[str, ...] = (
     "virtio_blk",
 )
 KVM_MODULES: tuple[str, ...] = ("tun", "vhost_net")
+
+SAVES_STATE = False
 
 _KERNEL_PARAMETERS = " ".join(
     (

@@ -4,6 +4,7 @@ from pyvmm.emulated_host.x86.kernel import vmlinux
 from pyvmm.emulated_host.x86.machine import (
     KVM_MODULES,
     ROOT_MODULES,
+    SAVES_STATE,
     kernel_parameters,
     machine_arguments,
 )
@@ -12,6 +13,7 @@ from pyvmm.emulated_host.x86.tsc import frequency_khz
 __all__ = [
     "KVM_MODULES",
     "ROOT_MODULES",
+    "SAVES_STATE",
     "frequency_khz",
     "kernel_parameters",
     "machine_arguments",

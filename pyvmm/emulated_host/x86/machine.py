@@ -13,6 +13,8 @@ ROOT_MODULES: tuple[str, ...] = (
 )
 KVM_MODULES: tuple[str, ...] = ("kvm_amd", "tun", "vhost_net")
 
+SAVES_STATE = True
+
 _KERNEL_PARAMETERS = " ".join(
     (
         "console=ttyS0 quiet panic=-1",
@@ -54,4 +56,6 @@ def machine_arguments(cpus: int, memory_mib: int) -> list[str]:
         *("-cpu", CPU),
         *("-smp", str(cpus)),
         *("-m", str(memory_mib)),
+        # Another one for each run, whatever state it goes on from.
+        *("-device", "vmgenid,guid=auto"),
     ]

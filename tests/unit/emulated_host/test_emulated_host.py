@@ -8,24 +8,33 @@ import select
 import socket
 import struct
 import subprocess
+import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from pyvmm.emulated_host import EmulatedHostSpec, HostDisk, HostImage, limits
+from pyvmm.emulated_host import (
+    EmulatedHostError,
+    EmulatedHostSpec,
+    HostDisk,
+    HostImage,
+    limits,
+)
 from pyvmm.emulated_host.cache import boot_files
 from pyvmm.emulated_host.find import find_image
 from pyvmm.emulated_host.initramfs import RunSettings, run_script, settings_of
 from pyvmm.emulated_host.launch import Launched
 from pyvmm.emulated_host.limits import available_mib, check_memory
 from pyvmm.emulated_host.modules import load_order, without_signature
-from pyvmm.emulated_host.ports import open_ports
+from pyvmm.emulated_host.ports import open_machine_ports, open_run_ports
 from pyvmm.emulated_host.probe import check_qemu, probe
 from pyvmm.emulated_host.pumps import InputPump, OutputPump, mark_prefix
-from pyvmm.emulated_host.qemu import open_disk, qemu_arguments
+from pyvmm.emulated_host.qemu import machine_arguments, open_disk, run_arguments
 from pyvmm.emulated_host.session import Session
 from pyvmm.emulated_host.x86.kernel import vmlinux
 from pyvmm.emulated_host.x86.machine import KVM_MODULES, ROOT_MODULES, kernel_parameters
@@ -264,37 +273,79 @@ def test_qemu_gets_open_disks_without_their_odd_tails(image: HostImage, tmp_path
     path = tmp_path / "odd, with a comma.img"
     path.write_bytes(bytes(1024 + 7))
     spec = EmulatedHostSpec(image, memory_mib=640, cpus=3)
-    boot = boot_files(image, str(tmp_path / "cache"))
-    ports = open_ports(1, relay=True)
-    with open(path, "rb") as file:
-        arguments = qemu_arguments(
-            spec,
-            boot,
-            initramfs_fd=99,
-            console_fd=98,
-            qmp_fd=97,
-            ports=ports,
-            disks=[open_disk(file.fileno(), read_only=True)],
-        )
-        fdsets = option_values(arguments, "-add-fd")
+    with open(path, "rb") as file, ExitStack() as closing:
+        ports, run_ports = open_machine_ports(), open_run_ports(1, 0)
+        for port in (*ports, *run_ports):
+            closing.enter_context(port.ours)
+            closing.enter_context(port.theirs)
+        machine = machine_arguments(spec, console_fd=98, qmp_fd=97, ports=ports)
+        disks = [open_disk(file.fileno(), read_only=True)]
+        run = run_arguments(spec, ports=run_ports, disks=disks)
+        fdsets = option_values(run, "-add-fd")
         assert fdsets == [f"fd={file.fileno()},set=0"]
-    [file_node, raw_node] = option_values(arguments, "-blockdev")
+    [file_node, raw_node] = option_values(run, "-blockdev")
     assert "read-only=on" in file_node and "read-only=on" in raw_node
     assert "locking=off" in file_node
     assert "size=1024" in raw_node.split(",")
-    assert option_values(arguments, "-m") == ["640"]
-    assert option_values(arguments, "-smp") == ["3"]
-    assert not any("comma" in argument for argument in arguments)
-    devices = option_values(arguments, "-device")
-    assert devices[0].startswith("virtio-serial")  # its ports are /dev/vport0pN only as the first
-    numbers = [device.split(",")[1] for device in devices if device.startswith("virtserialport")]
-    assert numbers == [f"nr={n}" for n in range(1, 7)]  # stdin … sink, relay, control
-    for port in ports:
-        port.ours.close()
-        port.theirs.close()
+    assert option_values(machine, "-m") == ["640"]
+    assert option_values(machine, "-smp") == ["3"]
+    assert not any("comma" in argument for argument in run)
+    # Ports are /dev/vport0pN and, those of the run, /dev/vport2pN by the order of virtio devices.
+    devices = option_values([*machine, *run], "-device")
+    virtio = [device.split(",")[0] for device in devices if device.startswith("virtio-")]
+    assert virtio == ["virtio-serial-pci", "virtio-9p-pci", "virtio-serial-pci", "virtio-blk-pci"]
+    numbers = [device.split(",")[1:3] for device in devices if device.startswith("virtserialport")]
+    assert numbers == [
+        *(["bus=ports.0", f"nr={n}"] for n in range(1, 6)),  # stdin … relay
+        *(["bus=run.0", f"nr={n}"] for n in (1, 2)),  # the sink, and the one that tells
+    ]
 
 
 # ---- streams
+
+
+class LaunchedNothing:
+    """What `launch` gives, with a program in QEMU's place; `theirs` are the other ends."""
+
+    def __init__(self, program: list[str], *, restored: bool = False) -> None:
+        ports = open_machine_ports()
+        self.theirs = {port.name: port.theirs for port in ports}
+        self.control = self.theirs["control"]
+        self.pairs = [socket.socketpair() for _ in range(3)]
+        console, messages, qmp = (ours for ours, _ in self.pairs)
+        said_to = self.pairs[1][1]
+        qemu = subprocess.Popen(program, stdout=said_to, stderr=said_to, start_new_session=True)
+        if restored:
+            said_to.close()  # as launch does; it ends with the program
+        settings = RunSettings(["true"], {}, "/", MARK.decode(), "host", restored=restored)
+        self.launched = Launched(qemu, ports, console, messages, qmp, settings)
+
+    def __enter__(self) -> LaunchedNothing:
+        return self
+
+    @contextmanager
+    def session(
+        self, requests: deque[str] | None = None, stdin: int | None = None
+    ) -> Iterator[Session]:
+        with EventFd() as wake:
+            yield Session(
+                self.launched,
+                stdin=stdin,
+                outputs=[],
+                on_input=bytes,
+                requests=deque() if requests is None else requests,
+                wake=wake,
+                console_copy=None,
+                start_timeout=60,
+            )
+
+    def __exit__(self, *error: object) -> None:
+        self.launched.kill()
+        self.launched.close()
+        for _, theirs in self.pairs:
+            theirs.close()
+        for port in self.launched.ports:
+            port.theirs.close()
 
 
 def test_the_mark_is_found_however_it_is_cut() -> None:
@@ -370,32 +421,76 @@ def test_input_waits_for_the_other_side_and_ends_with_its_end() -> None:
 
 def test_s10_lines_from_inside_that_make_no_sense_are_left_out() -> None:
     """Root inside can write to the control port."""
-    ports = open_ports(0, relay=False)
-    console, messages = socket.socketpair(), socket.socketpair()
-    qemu = subprocess.Popen(["true"])
-    launched = Launched(qemu, ports, console[0], messages[0], messages[0], MARK)
-    with EventFd() as wake:
-        session = Session(
-            launched,
-            stdin=None,
-            outputs=[],
-            on_input=bytes,
-            requests=deque(),
-            wake=wake,
-            console_copy=None,
-            start_timeout=60,
-        )
-        control = ports[-1].theirs
-        control.sendall(b"exit\nexit \nexit x\nexit -1\nexit 1 2\nstarted\n\xff\0\nx" + b"y" * 9000)
-        while select.select([ports[-1].ours], [], [], 0)[0]:
+    with LaunchedNothing(["true"]) as nothing, nothing.session() as session:
+        control = nothing.control
+        lines = b"exit\nexit \nexit x\nexit -1\nexit 1 2\nstarted\n\xff\0\nx" + b"y" * 9000
+        control.sendall(b"awake\n" * 1000 + lines)
+        while select.select([nothing.launched.port("control")], [], [], 0)[0]:
             session._receive_control()
         assert session._exit_code is None and session._start_by is None
         assert len(session._control_in) <= 4096
+        assert session._control_out.count(b"\nMARK=") == 1  # it was told the settings once
         control.sendall(b"\nexit 7\n")
         assert session.run() == 7
-    qemu.wait()
-    for end in (*console, *messages, *(end for port in ports for end in (port.ours, port.theirs))):
-        end.close()
+
+
+def test_a_run_is_told_to_a_machine_that_is_awake_and_requests_come_after_it() -> None:
+    """In what order init.sh reads it: a word, the settings with the time of now, requests."""
+    requests = deque(["signal 15"])
+    with LaunchedNothing(["true"]) as nothing, nothing.session(requests) as session:
+        session._take_requests()
+        session._send_control()
+        assert nothing.control.recv(100) == b"go\n"
+        nothing.control.sendall(b"awake\n")
+        before = round(time.time())
+        session._receive_control()
+        session._send_control()
+        length, _, rest = nothing.control.recv(1 << 16).partition(b"\n")
+        script, after = rest[: int(length)], rest[int(length) :]
+        assert after == b"signal 15\n"
+        now = int(script.rpartition(b"NOW=")[2])
+        assert script.endswith(b"\n") and before <= now <= round(time.time())
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("exit 1", False),  # QEMU does not like the state
+        ("kill -ABRT $$", False),
+        ("kill -KILL $$", "killed by signal 9"),  # somebody wants it to end
+        ("sleep 1000", False),  # the kernel in it does not go on
+    ],
+)
+def test_a_machine_that_does_not_go_on_from_its_state(script: str, expected: bool | str) -> None:
+    reader, writer = os.pipe()
+    with LaunchedNothing(["sh", "-c", script], restored=True) as nothing:
+        os.write(writer, b"input")
+        with nothing.session(stdin=reader) as session:
+            if expected is False:
+                assert not session.came_up(5 if script != "sleep 1000" else 0.1)
+            else:
+                with pytest.raises(EmulatedHostError, match=str(expected)):
+                    session.came_up(5)
+        assert os.read(reader, 10) == b"input"  # another machine gets it all
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_machine_that_went_on_gets_the_input() -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"input")
+    with LaunchedNothing(["sleep", "1000"], restored=True) as nothing:
+        nothing.control.sendall(b"awake\nup\n")
+        with nothing.session(stdin=reader) as session:
+            assert session.came_up(5)
+            for _ in range(10):  # nothing else is to be done
+                session._step(time.monotonic() + 1)
+            nothing.theirs["stdin"].setblocking(False)
+            assert nothing.theirs["stdin"].recv(10) == b"input"
+            nothing.control.sendall(b"exit 3\n")
+            assert session.run() == 3
+    os.close(reader)
+    os.close(writer)
 
 
 # ---- what the machine lacks
