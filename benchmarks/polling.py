@@ -8,10 +8,10 @@ from __future__ import annotations
 import runpy
 import sys
 
-from pyvmm.monitor import phases
+from pyvmm.monitor import polling
 
 if __name__ == "__main__":
     microseconds, _, module = sys.argv[1:4]
-    phases.poll_ns = lambda cpus: int(microseconds) * 1000
+    polling.poll_ns = lambda cpus: int(microseconds) * 1000
     sys.argv[1:4] = []
     runpy.run_module(module, run_name="__main__", alter_sys=True)

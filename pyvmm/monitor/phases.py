@@ -22,9 +22,9 @@ from pyvmm.machine.builder import Parts, Prepared, assemble, open_kvm, prepare, 
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.outcome import Alarm, Ending, Outcome
 from pyvmm.machine.trace import Trace
+from pyvmm.monitor import polling
 from pyvmm.monitor.attendant import Attendant
 from pyvmm.monitor.open_devices import OpenDevices
-from pyvmm.monitor.polling import poll_ns
 from pyvmm.monitor.restart import FRUITLESS, RebootPolicy
 from pyvmm.monitor.whole_disk import with_root
 from pyvmm.platform.console import Console, standard_fds
@@ -119,7 +119,7 @@ def _open(spec: VmSpec, closing: ExitStack, *, quiet: bool) -> Opened:
     opening = closing.enter_context(
         OpenDevices(
             *(spec.name, trace.hook("requests"), alarm, files.map),
-            poll_ns=poll_ns(spec.cpus),
+            poll_ns=polling.poll_ns(spec.cpus),
         )
     )
     devices = tuple(opening.open(part) for part in spec.parts)
