@@ -320,9 +320,10 @@ def test_marks_of_images_are_of_when_the_vm_stood_still(
     """It goes on before all is written, and writes to its images."""
     real = store.Writer.write
 
-    def write(writer: store.Writer, *args: Any) -> None:
-        os.utime(folder / "disk")
-        real(writer, *args)
+    def write(writer: store.Writer, file: str, *args: Any) -> None:
+        if file == store.MEMORY:
+            os.utime(folder / "disk")
+        real(writer, file, *args)
 
     disk = f"{folder}/disk"
     with Guest("--kernel", echo_kernel(folder), "--name", "one", "--disk", disk, *OPTIONS) as guest:
