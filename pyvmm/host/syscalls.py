@@ -88,9 +88,10 @@ def map_shared(fd: int, size: int, *, read_only: bool = False) -> mmap.mmap:
 
 
 def read_or_empty(path: str) -> str:
-    """The text of a file that the kernel makes up (/proc, /sys); "" where it cannot be read."""
+    """The text of a file that the kernel makes up (/proc, /sys); "" where it cannot be read. Names
+    in it are as os.fsdecode has them: a group of processes, say, may have any."""
     try:
-        with open(path) as file:
+        with open(path, encoding="utf-8", errors="surrogateescape") as file:
             return file.read()
     except OSError:
         return ""

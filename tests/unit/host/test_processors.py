@@ -55,3 +55,17 @@ def test_the_uppermost_group(files):
     files["/proc/self/cgroup"] = "0::/\n"
     files["/sys/fs/cgroup/cpu.max"] = "50000 100000\n"
     assert processors.usable() == 0.5
+
+
+def test_a_group_may_have_any_name(tmp_path, monkeypatch):
+    """Names of directories are bytes, and need not be text."""
+    group = os.fsencode(tmp_path) + b"/gr\xffup"
+    os.mkdir(group)
+    with open(group + b"/cpu.max", "w") as file:
+        file.write("50000 100000\n")
+    (tmp_path / "cgroup").write_bytes(b"0::/gr\xffup\n")
+    monkeypatch.setattr(processors, "_GROUPS", str(tmp_path))
+    read = processors.read_or_empty
+    own = {"/proc/self/cgroup": str(tmp_path / "cgroup")}
+    monkeypatch.setattr(processors, "read_or_empty", lambda path: read(own.get(path, path)))
+    assert processors.usable() == 0.5
