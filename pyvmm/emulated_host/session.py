@@ -86,7 +86,8 @@ class Session:
         self._wake = wake
         self._control_in, self._control_out = b"", b"go\n"
         self._control_open = True
-        self._early = b""  # requests that come before the settings have gone
+        self._early = b""  # what is to be said once the settings have gone
+        self._asked: list[str] = []  # the requests until it is up
         self._is_awake = self._is_up = False
         self._waits_for_restore = launched.restored
         self._start_by: float | None = time.monotonic() + start_timeout
@@ -105,18 +106,24 @@ class Session:
     def came_up(self, patience: float) -> bool:
         """For a machine that goes on from a saved state: wait until it does. False if QEMU or the
         kernel in it could not within `patience` seconds; then nothing of the run has happened, and
-        another machine may have it. Raises EmulatedHostError if somebody has ended QEMU."""
+        another machine may have it, with the requests that came for this one. Raises
+        EmulatedHostError if somebody has ended QEMU."""
         give_up_at = time.monotonic() + patience
         while not (self._is_up or self.killed):
-            if not self._messages.open:
-                if -self._process.wait() in _OF_OTHERS:
-                    raise EmulatedHostError(self._what_happened())
-                return False
-            if time.monotonic() > give_up_at:
+            ended = not self._messages.open
+            if ended and -self._process.wait() in _OF_OTHERS:
+                raise EmulatedHostError(self._what_happened())
+            if ended or time.monotonic() > give_up_at:
+                self._give_back_requests()
                 return False
             self._step(give_up_at)
         self._waits_for_restore = False
         return True
+
+    def _give_back_requests(self) -> None:
+        if self._asked:
+            self._requests.extendleft(reversed(self._asked))
+            self._wake.signal()
 
     def _finished(self) -> bool:
         outputs_done = all(pump.done for pump in self._outputs.values())
@@ -177,6 +184,8 @@ class Session:
             if request == "kill":
                 self.killed = True
             else:
+                if not self._is_up:
+                    self._asked.append(request)
                 self._request(request)
 
     def _request(self, line: str) -> None:

@@ -476,6 +476,18 @@ def test_a_machine_that_does_not_go_on_from_its_state(script: str, expected: boo
     os.close(writer)
 
 
+@pytest.mark.parametrize("said", [b"", b"awake\n"])
+def test_what_was_asked_of_a_machine_that_does_not_go_on_is_asked_of_the_next(said: bytes) -> None:
+    requests = deque(["signal 15", "signal 2"])
+    with LaunchedNothing(["sleep", "1000"], restored=True) as nothing:
+        nothing.control.sendall(said)
+        with nothing.session(requests) as session:
+            session._wake.signal()
+            assert not session.came_up(0.1)
+            assert list(requests) == ["signal 15", "signal 2"]
+            assert select.select([session._wake.fd], [], [], 0)[0]  # so that the next one looks
+
+
 def test_a_machine_that_went_on_gets_the_input() -> None:
     reader, writer = os.pipe()
     os.write(writer, b"input")
