@@ -98,7 +98,7 @@ def saved_state(spec: EmulatedHostSpec, stop: int) -> SavedState | None:
             if not mine:
                 return None
             found = _open(path)
-            if found is None and _has_room():
+            if found is None and not os.path.isdir(path) and _has_room():
                 try:
                     _make(spec, path, stop)
                 finally:
@@ -141,11 +141,15 @@ def _open(path: str) -> SavedState | None:
     """The state at `path`, from now on the one that has been used last. A file that is not one, or
     is cut off, is removed."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        # Not to wait for whoever writes to a FIFO.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
         return None
     size = os.fstat(fd).st_size
-    record = os.pread(fd, _RECORD.size, max(0, size - _RECORD.size))
+    try:
+        record = os.pread(fd, _RECORD.size, max(0, size - _RECORD.size))
+    except OSError:  # of a directory, a FIFO, a disk that fails
+        record = b""
     if len(record) == _RECORD.size:
         magic, key, length, crc, tsc_khz = _RECORD.unpack(record)
         mine = magic == _MAGIC and key.decode(errors="replace") == path.rpartition("-")[2]
@@ -158,14 +162,18 @@ def _open(path: str) -> SavedState | None:
     return None
 
 
-def _crc(fd: int, length: int) -> int:
+def _crc(fd: int, length: int) -> int | None:
+    """None if not all of it can be read."""
     # By pread(2): QEMU reads by the same open file, whose position is shared.
     buffer = memoryview(bytearray(_CHUNK))
     crc = at = 0
     while at < length:
-        count = os.preadv(fd, [buffer[: length - at]], at)
+        try:
+            count = os.preadv(fd, [buffer[: length - at]], at)
+        except OSError:  # what cannot be read is damaged
+            count = 0
         if not count:
-            break
+            return None
         crc = zlib.crc32(buffer[:count], crc)
         at += count
     return crc
@@ -184,7 +192,8 @@ def _is_refused(path: str) -> bool:
 
 def _mark_refused(path: str) -> None:
     with suppress(OSError):
-        os.close(os.open(_refused(path), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+        os.close(os.open(_refused(path), flags, 0o600))
         os.utime(_refused(path))
 
 
@@ -239,7 +248,9 @@ def _make(spec: EmulatedHostSpec, path: str, stop: int) -> None:
     tsc_khz = emulated_machine(spec.image.architecture).frequency_khz()
     if tsc_khz is None:
         return
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    # What is left there may be anything, and somebody else's: it is not written to.
+    _unlink(partial)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     with os.fdopen(os.open(partial, flags, 0o600), "wb") as file:
         bare = replace(spec, disks=(), sinks=(), streams=(), folders=())
         launched = launch(bare)
@@ -263,6 +274,8 @@ def _make(spec: EmulatedHostSpec, path: str, stop: int) -> None:
         with open(partial, "r+b") as written:
             length = written.seek(0, os.SEEK_END)
             crc = _crc(written.fileno(), length)
+            if crc is None:
+                return
             written.write(_record(path.rpartition("-")[2], length, crc, tsc_khz))
         os.replace(partial, path)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import random
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,6 +161,57 @@ def test_a_link_is_not_followed(folder: Path, tmp_path: Path) -> None:
     write(tmp_path / "elsewhere")
     (folder / f"state-{KEY}").symlink_to(tmp_path / "elsewhere")
     assert opened(folder / f"state-{KEY}") is None
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_file_is_no_state(
+    folder: Path,
+    stop: EventFd,
+    monkeypatch: pytest.MonkeyPatch,
+    make: Callable[[str], None],
+) -> None:
+    made: list[str] = []
+    monkeypatch.setattr(saved_state, "_make", lambda spec, path, stop: made.append(path))
+    path = path_for(folder, spec_of())
+    make(str(path))
+    assert saved_state.saved_state(spec_of(), stop.fd) is None
+    # A directory stays, and one that is made could not get its name.
+    assert bool(made) is not path.exists()
+
+
+def test_a_state_that_the_disk_does_not_give_back_is_damaged(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> int:
+        raise OSError(errno.EIO, "I/O error")
+
+    path = write(folder / f"state-{KEY}")
+    found = opened(path)
+    assert found is not None
+    with monkeypatch.context() as context:
+        context.setattr(saved_state.os, "preadv", fail)
+        assert not found.fits(spec_of())
+    found.close()
+    with monkeypatch.context() as context:
+        context.setattr(saved_state.os, "pread", fail)
+        assert opened(path) is None and not path.exists()
+
+
+@pytest.mark.parametrize("left", ["file", "fifo", "link"])
+def test_what_another_has_left_is_not_written_to(folder: Path, left: str) -> None:
+    path = path_for(folder, spec_of())
+    part, elsewhere = Path(f"{path}.making"), folder / "elsewhere"
+    elsewhere.write_bytes(b"mine")
+    if left == "fifo":
+        os.mkfifo(part)
+    elif left == "link":
+        part.symlink_to(elsewhere)
+    else:
+        part.touch(0o666)
+        part.chmod(0o666)
+    assert make_one(folder) == 0
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert elsewhere.read_bytes() == b"mine"
 
 
 def test_a_file_that_shrinks_while_it_is_read_is_no_crash(folder: Path) -> None:
