@@ -69,6 +69,7 @@ class EmulatedHost:
         self._error: BaseException | None = None
         self._timer: threading.Timer | None = None
         self.stop_requests = 0
+        self._is_to_end = False
         self.pid: int | None = None  # QEMU's, while it runs
 
     def start(self) -> None:
@@ -103,6 +104,7 @@ class EmulatedHost:
         """
         self._exit_code = 128 + number
         self.stop_requests += 1
+        self._is_to_end = True
         if self.stop_requests > _MOST_REQUESTS:
             self.kill()
             return
@@ -115,6 +117,7 @@ class EmulatedHost:
 
     def kill(self) -> None:
         """End QEMU at once. What the command had flushed to its disks is safe."""
+        self._is_to_end = True
         self._ask("kill")
 
     def _ask(self, request: str) -> None:
@@ -135,7 +138,10 @@ class EmulatedHost:
             self._started.set()
 
     def _run(self) -> None:
-        launched, session = self._launch()
+        begun = self._launch()
+        if begun is None:
+            return
+        launched, session = begun
         try:
             relay = outside_end(self._spec, launched.ports, Qmp(launched.qmp))
             if relay is not None:
@@ -155,11 +161,15 @@ class EmulatedHost:
             launched.kill()
             launched.close()
 
-    def _launch(self) -> tuple[Launched, Session]:
-        """From a saved state, or else by booting."""
+    def _launch(self) -> tuple[Launched, Session] | None:
+        """From a saved state, or else by booting; None if it is to end before either."""
         check_memory(self._spec.memory_mib)
         spec = replace(self._spec, memory_mib=_rounded(self._spec.memory_mib))
         state = None if spec.boots else saved_state(spec, self._wake.fd)
+        if self._is_to_end:
+            if state is not None:
+                state.close()
+            return None
         if state is not None:
             try:
                 launched, session = self._begin(spec, state.fd)

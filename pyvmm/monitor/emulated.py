@@ -241,10 +241,11 @@ def _join_terminal(
 
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             closing.callback(signal.signal, number, signal.signal(number, on_signal))
+        # Until QEMU is there nobody reads the keyboard, whose Ctrl-C is to be a signal until then.
+        host.start()
         terminal = closing.enter_context(Terminal(stdin))
         if size is not None:
             terminal.watch_size(stdout, size.tell)
-        host.start()
         code = host.wait()
     if keyboard.quitting:
         log.to_stderr("ended by Ctrl-A x")

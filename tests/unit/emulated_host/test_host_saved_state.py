@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -17,10 +18,12 @@ from pathlib import Path
 import pytest
 
 from pyvmm.emulated_host import (
+    EmulatedHost,
     EmulatedHostError,
     EmulatedHostSpec,
     HostDisk,
     HostImage,
+    host,
     launch,
     saved_state,
 )
@@ -428,3 +431,40 @@ def test_a_kill_leaves_a_whole_state_or_none(folder: Path, stage: str) -> None:
     assert found is not None and found.fits(spec_of())
     found.close()
     assert not part.exists()
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+@pytest.mark.parametrize(
+    ("ask", "code"),
+    [
+        (lambda one: one.request_stop(signal.SIGINT), 128 + signal.SIGINT),
+        (lambda one: one.kill(), 128 + signal.SIGKILL),
+    ],
+)
+def test_what_is_to_end_before_it_has_begun_does_not_begin(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ask: Callable[[EmulatedHost], None],
+    code: int,
+    is_there: bool,
+) -> None:
+    """Asked for while a state is made, say, which ends then."""
+    opened_ones: list[SavedState] = []
+
+    def asked_meanwhile(spec: EmulatedHostSpec, stop: int) -> SavedState | None:
+        ask(one)
+        assert select.select([stop], [], [], 0)[0]
+        if is_there:
+            found = opened(write(folder / f"state-{KEY}"))
+            assert found is not None
+            opened_ones.append(found)
+        return opened_ones[0] if opened_ones else None
+
+    monkeypatch.setattr(host, "saved_state", asked_meanwhile)
+    monkeypatch.setattr(host, "launch", not_to_be_called)
+    one = EmulatedHost(spec_of(), ["true"], stdin=None)
+    one.start()
+    assert one.wait() == code
+    for state in opened_ones:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(state.fd)
