@@ -21,6 +21,8 @@ from pyvmm.kvm.vcpu import Vcpu
 _MOST_REGISTERS = 4096
 _MOST_NAMED = 32  # registers in a message
 _ID_BITS = 64
+_MOST_BYTES = 256  # of a register (<linux/kvm.h>, KVM_REG_SIZE_U2048)
+_MOST_DIGITS = 34  # of one in a message: 128 bits, and 0x
 
 
 def save(vcpu: Vcpu) -> dict[str, Any]:
@@ -70,7 +72,9 @@ def _set(vcpu: Vcpu, register: int, value: int) -> bool:
 
 
 def _lacks(vcpu: Vcpu, found: list[int], values: Mapping[int, int]) -> ConfigError:
-    names = [f"{registers.name_of(one)} = {values[one]:#x}" for one in sorted(found)]
+    names = [
+        f"{registers.name_of(one)} = {f'{values[one]:#x}':.{_MOST_DIGITS}}" for one in sorted(found)
+    ]
     if len(names) > _MOST_NAMED:
         names[_MOST_NAMED:] = [f"{len(names) - _MOST_NAMED} more"]
     return ConfigError(
@@ -86,7 +90,8 @@ def _values(state: Saved) -> dict[int, int]:
         good = isinstance(row, list) and len(row) == 2 and all(type(one) is int for one in row)
         if not good or not 0 <= row[0] < 1 << _ID_BITS:
             raise state.wrong(f"registers has {row!r:.60}")
-        if not 0 <= row[1] < 1 << 8 * registers.size_of(row[0]):
+        size = registers.size_of(row[0])
+        if size > _MOST_BYTES or not 0 <= row[1] < 1 << 8 * size:
             raise state.wrong(f"{registers.name_of(row[0])} is {row[1]!r:.60}")
         values[row[0]] = row[1]
     return values

@@ -198,6 +198,16 @@ def test_what_this_machine_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> No
         vcpu.restore(*many)
 
 
+def test_wide_registers_make_no_long_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are a stranger's, of any number and width."""
+    vcpu = Processor(monkeypatch)
+    with pytest.raises(ConfigError) as caught:
+        vcpu.restore(*([8 << 52 | n, (1 << 2048) - 1] for n in range(40)))
+    assert len(str(caught.value)) < 4096
+    with pytest.raises(ConfigError, match="cannot be"):
+        vcpu.restore([9 << 52, 1])
+
+
 @pytest.mark.parametrize(
     "row",
     [
