@@ -25,6 +25,7 @@ System = FileSystem[Any]
 
 _MOST_TEXT = 1 << 20  # bytes of a configuration
 _MOST_SAVED = 64 << 10  # bytes of an environment block, and of what a unified kernel image says
+_MOST_ENTRY = 64 << 10  # bytes of an entry of the Boot Loader Specification
 _MOST_LINE = 8192  # characters of a command; a kernel takes 4096 at most
 _MOST_ENTRIES = 256
 _MOST_VENDORS = 16  # directories in an EFI system partition
@@ -112,7 +113,7 @@ def _by_entries(system: System, systems: Sequence[System]) -> BootEntry | None:
         entries: dict[str, dict[str, list[str]]] = {}
         for name in names[:_MOST_ENTRIES]:
             if system.has(f"{folder}/{name}"):  # no link to nowhere
-                fields = _fields(_text(system, f"{folder}/{name}"))
+                fields = _fields(system.read_text(f"{folder}/{name}", _MOST_ENTRY))
                 if "linux" in fields:  # no EFI program
                     entries[name.removesuffix(".conf")] = fields
         if not entries:
@@ -123,7 +124,7 @@ def _by_entries(system: System, systems: Sequence[System]) -> BootEntry | None:
         values, saved = _variables(system, prefix)
         name = _default_entry(system, prefix, newest_first, saved)
         fields, path = entries[name], f"{folder}/{name}.conf"
-        words = [w for text in fields.get("options", []) for w in _words(text, path, values)]
+        words = _words(" ".join(fields.get("options", [])), path, values)
         initrds = _words(" ".join(fields.get("initrd", [])), path, values)
         kernel, *rest = [
             _place([system], prefix, one, path)

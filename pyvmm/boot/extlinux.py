@@ -39,13 +39,13 @@ def chosen(text: str) -> Label | None:
         elif key in ("linux", "kernel", "initrd", "append"):
             within["kernel" if key == "linux" else key] = value
     usable = {
-        name: _label({**everywhere, **one})
+        name: one
         for name, one in labels.items()
         if one.get("kernel") and not one["kernel"].lower().endswith(_PROGRAMS)
     }
     # A program in DEFAULT shows a menu.
     wanted = [one for one in (default, marked) if one in usable] or list(usable)
-    return usable[wanted[0]] if wanted else None
+    return _label({**everywhere, **usable[wanted[0]]}) if wanted else None
 
 
 def _label(said: dict[str, str]) -> Label:

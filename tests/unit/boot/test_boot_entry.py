@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 import struct
+import tracemalloc
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from pyvmm.boot import extlinux
 from pyvmm.boot.boot_entry import BootEntry, find
 from pyvmm.errors import ConfigError
 
@@ -341,6 +343,16 @@ def test_values_that_would_grow_a_line_without_end(look: Look) -> None:
         look(files)
 
 
+@pytest.mark.parametrize(
+    "lines", [["options $kernelopts"] * 3, ["options a"] * 5000, ["options " + "a" * 60] * 1500]
+)
+def test_an_entry_with_many_lines_of_options_costs_little(look: Look, lines: list[str]) -> None:
+    files = {"/vmlinuz-4.18": "", "/grub2/grubenv": f"kernelopts={'a ' * 2000}\n"}
+    files["/loader/entries/a.conf"] = "\n".join(["linux /vmlinuz-4.18", *lines])
+    with pytest.raises(ConfigError, match="has a line of|more than the 65536 it may have"):
+        look(files)
+
+
 def test_systemd_boots_default_is_a_pattern(look: Look) -> None:
     files = {f"/loader/entries/{name}.conf": f"linux /{name}\noptions root=LABEL=x {name}\n"
              for name in ("arch", "arch-lts", "debian")}  # fmt: skip
@@ -421,6 +433,19 @@ def test_arch_has_syslinux(look: Look) -> None:
 def test_a_configuration_of_extlinux_without_a_kernel_is_none(look: Look, text: str) -> None:
     entry = look({**KERNELS, "/boot/extlinux/extlinux.conf": text})
     assert entry is not None and entry.source == "/boot/vmlinuz-6.12"
+
+
+def test_what_all_labels_of_extlinux_share_is_read_for_one_of_them() -> None:
+    shared = f"append {'b ' * 20000}\ninitrd {'a,' * 20000}\n"
+    text = shared + "".join(f"label {number}\nkernel a\n" for number in range(256))
+    tracemalloc.start()
+    try:
+        found = extlinux.chosen(text)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert found is not None and len(found.initrds) == 20000
+    assert peak < 16 << 20
 
 
 def test_a_configuration_in_the_efi_partition_names_files_of_boots(look: Look) -> None:
