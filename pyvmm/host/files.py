@@ -14,6 +14,7 @@ import stat
 import struct
 from collections.abc import Callable
 from copy import copy
+from weakref import WeakSet
 
 from pyvmm.errors import ConfigError
 from pyvmm.host import handed, locks
@@ -23,6 +24,7 @@ IOV_MAX = 1024  # <linux/uio.h> UIO_MAXIOV: the most segments of one preadv(2) o
 QCOW2_MAGIC = b"QFI\xfb"
 # <linux/fs.h>, in the order of ImageFile.block_sizes
 BLKSSZGET, BLKPBSZGET, BLKIOMIN, BLKIOOPT = 0x1268, 0x127B, 0x1278, 0x1279
+_ANOTHER = "another disk of this VM"
 _Transfer = Callable[[int, list[memoryview], int], int]
 
 
@@ -62,6 +64,9 @@ class ImageFile:
             self.fd = -1
 
 
+_handed: WeakSet[ImageFile] = WeakSet()  # that somebody else has opened
+
+
 def open_image(
     path: str,
     read_only: bool = False,
@@ -90,7 +95,7 @@ def _open_image(path: str, read_only: bool, direct: bool, raw: bool) -> ImageFil
         kind = stat.S_IFMT(os.fstat(fd).st_mode)
         _check_kind(path, kind)
         if given is not None:
-            _use_handed(path, fd, read_only)
+            use_handed(path, fd, read_only)
         os.set_blocking(fd, True)
         size = os.lseek(fd, 0, os.SEEK_END)
         hints = _lock(path, fd, read_only)
@@ -106,7 +111,10 @@ def _open_image(path: str, read_only: bool, direct: bool, raw: bool) -> ImageFil
         raise
     block = stat.S_ISBLK(kind)
     sizes = _block_sizes(fd) if block else None
-    return ImageFile(path, fd, size - size % SECTOR, read_only, hints, block, sizes)
+    image = ImageFile(path, fd, size - size % SECTOR, read_only, hints, block, sizes)
+    if given is not None:
+        _handed.add(image)
+    return image
 
 
 def _open_here(path: str, read_only: bool) -> int:
@@ -119,7 +127,11 @@ def _open_here(path: str, read_only: bool) -> int:
     return _open(path, kind, read_only)
 
 
-def _use_handed(path: str, fd: int, read_only: bool) -> None:
+def use_handed(path: str, fd: int, read_only: bool = False) -> None:
+    """Make what was handed over as `path` what it would be if it had been opened here. Raises
+    ConfigError for what cannot be, OSError."""
+    status = os.fstat(fd)
+    _check_kind(path, stat.S_IFMT(status.st_mode))
     flags = fcntl.fcntl(fd, fcntl.F_GETFL)
     wanted = (os.O_RDONLY, os.O_RDWR) if read_only else (os.O_RDWR,)
     if flags & os.O_PATH or flags & os.O_ACCMODE not in wanted:
@@ -127,7 +139,13 @@ def _use_handed(path: str, fd: int, read_only: bool) -> None:
             f"the descriptor of {path} cannot be {'read' if read_only else 'written'}",
             cure="open it so, or add ,readonly",
         )
-    fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~os.O_DIRECT)  # for reads that are not aligned
+    # A lock belongs to the open file, and says nothing where that comes a second time.
+    for other in list(_handed):
+        both_read = read_only and other.read_only
+        if other.fd >= 0 and not both_read and os.path.samestat(os.fstat(other.fd), status):
+            raise _in_use(path, _ANOTHER, read_only)
+    # Reads may not be aligned, and with O_APPEND all writes would go to the end (pwrite(2)).
+    fcntl.fcntl(fd, fcntl.F_SETFL, flags & ~(os.O_DIRECT | os.O_APPEND))
 
 
 def _block_sizes(fd: int) -> tuple[int, int, int, int] | None:
@@ -268,12 +286,17 @@ def _lock(path: str, fd: int, read_only: bool) -> tuple[str, ...]:
         return (f"{path}: its file system has no locks: see that nothing else uses the image",)
     who = locks.holder(fd)
     if who.endswith(f"(PID {os.getpid()})"):
-        who, cure = "another disk of this VM", "give each disk an image of its own"
-    else:
-        cure = "stop it first, or give each its own copy"
+        who = _ANOTHER
+    raise _in_use(path, who or "another process", read_only)
+
+
+def _in_use(path: str, who: str, read_only: bool) -> ConfigError:
+    cure = "stop it first, or give each its own copy"
+    if who == _ANOTHER:
+        cure = "give each disk an image of its own"
     if not read_only:
         cure += ", or open it ,readonly everywhere"
-    raise ConfigError(f"{path} is in use by {who or 'another process'}", cure=cure)
+    return ConfigError(f"{path} is in use by {who}", cure=cure)
 
 
 def _look_at_start(path: str, fd: int) -> tuple[str, ...]:

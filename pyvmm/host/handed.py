@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import local
 
 from pyvmm.host.syscalls import Closable
@@ -25,7 +25,8 @@ class Descriptors(Closable):
 
     def close(self) -> None:
         while self.fds:
-            os.close(self.fds.pop())
+            with suppress(OSError):  # of a file system's: it is closed all the same
+                os.close(self.fds.pop())
 
 
 @contextmanager

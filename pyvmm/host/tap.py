@@ -241,6 +241,17 @@ def is_attached(fd: int) -> bool:
     return True
 
 
+def is_queue(fd: int) -> bool:
+    """True if this is a queue of a tap as `open_tap` makes them."""
+    request = bytearray(_IFREQ.size)
+    try:
+        syscalls.ioctl(fd, TUNGETIFF, request, "TUNGETIFF")
+    except HostError:
+        return False
+    wanted = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR
+    return bool(_IFREQ.unpack(request)[1] & wanted == wanted)
+
+
 def _ask(request: int, buffer: bytearray, call: str) -> None:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
         syscalls.ioctl(any_socket.fileno(), request, buffer, call)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING, ClassVar
 
 from pyvmm.errors import ConfigError, PyvmmError
@@ -396,12 +396,30 @@ def start_passt(spec: Spec) -> passt.Socket:
     from pyvmm.host import handed, passt
 
     if (fd := handed.take(_CABLE)) is not None:
-        return passt.Socket(fileno=fd)
+        return _cable_handed(fd)
     passt.newer_by(images.passt_command)
     forwards = [parse_forward(text) for text in spec.forwards]
     mtu = spec.mtu or passt.MTU
     access, vhost_user = spec.host_access, spec.vhost_user
     return passt.start(forwards, mtu, host_access=access, vhost_user=vhost_user)
+
+
+def _cable_handed(fd: int) -> passt.Socket:
+    """The socket that somebody else has opened. Raises ConfigError, and closes it, for what is
+    none to a passt."""
+    import socket
+
+    try:
+        cable = socket.socket(fileno=fd)
+    except OSError:
+        os.close(fd)
+    else:
+        with suppress(OSError):
+            cable.getpeername()
+            if cable.type == socket.SOCK_STREAM:
+                return cable
+        cable.close()
+    raise ConfigError("what was handed over is no stream socket that is connected", option=OPTION)
 
 
 def cross(spec: Spec, border: Border) -> Crossing:
@@ -485,7 +503,7 @@ def _tap_handed(spec: Spec) -> tuple[list[int], str, int]:
     try:
         while (fd := handed.take(f"{_QUEUE}{len(fds)}")) is not None:
             fds.append(fd)
-            if not tap.is_attached(fd):
+            if not tap.is_queue(fd):
                 raise ConfigError(f"what was handed over is no queue of the tap {spec.tap}")
             os.set_blocking(fd, False)
         if len(fds) != spec.queues or not spec.mtu:

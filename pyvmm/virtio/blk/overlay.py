@@ -22,9 +22,9 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from threading import Lock
 
-from pyvmm.errors import HostError
+from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import handed, log
-from pyvmm.host.files import SECTOR, ImageFile, pwritev_all
+from pyvmm.host.files import SECTOR, ImageFile, pwritev_all, use_handed
 from pyvmm.virtio.blk.backend import Backend, FileBackend, cut
 from pyvmm.virtio.blk.overlay_layout import PAGE, Layout, layout_for
 
@@ -323,12 +323,13 @@ def open_snapshot(base: Backend, path: str | None = None) -> OverlayBackend:
     """Changes to `base` that are forgotten when it is closed, or the process ends.
 
     They go to an unlinked temporary file (in $TMPDIR, or else /var/tmp), or to the file at `path`,
-    or to the one that was handed over as SCRATCH; these must be large enough. Raises HostError.
+    or to the one that was handed over as SCRATCH; these must be large enough. Raises HostError,
+    ConfigError for one that was handed over and cannot serve.
     """
     layout = layout_for(base.size_sectors * SECTOR)
     try:
         if (given := handed.take(SCRATCH)) is not None:
-            fd = given
+            fd = _checked(given, layout.file_size)
         elif path is None:
             fd = scratch_file(layout.file_size)
         else:
@@ -338,6 +339,19 @@ def open_snapshot(base: Backend, path: str | None = None) -> OverlayBackend:
     is_block_device = stat.S_ISBLK(os.fstat(fd).st_mode)
     image = ImageFile("the snapshot", fd, layout.file_size, False, is_block_device=is_block_device)
     return OverlayBackend(base, image, layout, bytearray(layout.bitmap_size))
+
+
+def _checked(fd: int, size: int) -> int:
+    """`fd`, which somebody has handed over for changes, for `size` bytes. Raises ConfigError,
+    OSError; it is closed then."""
+    try:
+        use_handed("the file for changes", fd)
+        if os.lseek(fd, 0, os.SEEK_END) < size:
+            raise ConfigError(f"the file for changes has less than {size} bytes")
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
 
 
 def scratch_file(size: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +15,7 @@ from pyvmm.errors import ConfigError
 from pyvmm.host import handed
 from pyvmm.host.files import open_image
 from pyvmm.kinds import disk as disks
-from pyvmm.kinds import registry
+from pyvmm.kinds import net, registry
 from pyvmm.kinds.disk.storage import open_backend
 
 SIZE = 1 << 16
@@ -107,6 +108,96 @@ def test_a_wrong_descriptor_is_refused_in_a_line_and_closed(image: Path, what: s
         open_image(str(image))
     assert "\n" not in str(told.value)
     assert not owner.fds and not is_open(fd)
+
+
+def test_a_descriptor_that_only_appends_is_written_where_the_guest_writes(image: Path) -> None:
+    fd = os.open(image, os.O_RDWR | os.O_APPEND)
+    with handed.Descriptors([fd]) as owner, ExitStack() as closing:
+        with handed.files({str(image): fd}, owner):
+            backend = open_backend(disks.parse(str(image)), closing)
+        backend.writev([memoryview(b"n" * 512)], 512, 0)
+    assert image.read_bytes() == b"n" * 512 + b"b" * (SIZE - 512)
+
+
+def test_an_open_file_that_comes_twice_is_refused(image: Path) -> None:
+    """Its lock is its own, whoever asks."""
+
+    def take(text: str, **flags: int) -> None:
+        names = {name: os.dup(fd) for name, fd in flags.items()}
+        names = {str(image) if name == "image" else name: fd for name, fd in names.items()}
+        with handed.Descriptors(names.values()) as owner, handed.files(names, owner):
+            open_backend(disks.parse(text), closing)
+
+    before = len(os.listdir("/proc/self/fd"))
+    with open(image, "r+b") as file, ExitStack() as closing:
+        with pytest.raises(ConfigError, match="the file for changes is in use by another disk"):
+            take(f"{image},snapshot", image=file.fileno(), scratch=file.fileno())
+        closing.close()
+        take(f"{image}", image=file.fileno())
+        for more in ("", ",readonly", ",snapshot"):
+            with pytest.raises(ConfigError, match="is in use by another disk of this VM"):
+                take(f"{image}{more}", image=file.fileno())
+        closing.close()
+        for _ in range(2):
+            take(f"{image},readonly", image=file.fileno())
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_room_for_changes_is_refused_and_closed(image: Path, what: str) -> None:
+    make, message = WRONG[what]
+    fd = make(image)
+    with handed.Descriptors([os.open(image, os.O_RDONLY), fd]) as owner, ExitStack() as closing:
+        names = {str(image): owner.fds[0], "scratch": fd}
+        with handed.files(names, owner), pytest.raises(ConfigError, match=message):
+            open_backend(disks.parse(f"{image},snapshot"), closing)
+        assert not owner.fds and not is_open(fd)
+
+
+def test_too_little_room_for_changes_is_refused(image: Path, tmp_path: Path) -> None:
+    (tmp_path / "small").write_bytes(b"")
+    fds = [os.open(image, os.O_RDONLY), os.open(tmp_path / "small", os.O_RDWR)]
+    with handed.Descriptors(fds) as owner, ExitStack() as closing:
+        names = dict(zip((str(image), "scratch"), fds, strict=True))
+        with handed.files(names, owner), pytest.raises(ConfigError, match="has less than"):
+            open_backend(disks.parse(f"{image},snapshot"), closing)
+
+
+def a_listener(image: Path) -> int:
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(str(image.with_name("listener")))
+    listening.listen()
+    return listening.detach()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda image: os.open(image, os.O_RDWR),
+        a_pipe,
+        a_listener,
+        lambda image: socket.socket(socket.AF_INET).detach(),
+        lambda image: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0].detach(),
+    ],
+)
+def test_a_cable_that_is_none_is_refused_and_closed(
+    image: Path, make: Callable[[Path], int]
+) -> None:
+    fd = make(image)
+    with handed.Descriptors([fd]) as owner:
+        with (
+            handed.files({"passt": fd}, owner),
+            pytest.raises(ConfigError, match="no stream socket that is connected"),
+        ):
+            net.start_passt(net.parse("user"))
+        assert not owner.fds and not is_open(fd)
+
+
+def test_descriptors_are_all_closed_whatever_one_of_them_says(image: Path) -> None:
+    fds = [os.open(image, os.O_RDONLY) for _ in range(3)]
+    os.close(fds[1])
+    handed.Descriptors(fds).close()
+    assert not any(map(is_open, fds))
 
 
 def test_only_the_thread_that_was_handed_them_finds_them(image: Path) -> None:
