@@ -106,6 +106,8 @@ def parse_request(line: bytes) -> Request:
 
     try:
         data = json.loads(line)
+        # JSON can say half of a character, which no name and no text has.
+        json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         raise ControlError(BAD_REQUEST, "not a line of JSON") from None
     if not isinstance(data, dict):

@@ -76,6 +76,7 @@ class _Client:
         self.upgrade: Upgrade | None = None
         self.waits: Later | None = None  # for an answer that takes its time
         self.descriptors = Descriptors()  # that came with what was received
+        self.lines_before = 0  # of those in `received` that these do not belong to
 
     @property
     def has_line(self) -> bool:
@@ -228,6 +229,7 @@ class ControlServer:
             # A hang-up while it is answered: the client has gone, and wants no answer.
             self._drop(client)
             return
+        before = len(client.descriptors.fds)
         try:
             data = _received(client, MAX_LINE + 1 - len(client.received))
         except (BlockingIOError, InterruptedError):
@@ -238,6 +240,9 @@ class ControlServer:
             self._drop(client)
             return
         client.received += data
+        if len(client.descriptors.fds) > before:
+            # The kernel gives nothing behind the message that they came with (unix(7)).
+            client.lines_before = client.received.removesuffix(b"\n").count(b"\n")
         if len(client.received) > MAX_LINE and b"\n" not in client.received:
             client.to_send = error_line(None, BAD_REQUEST, f"a line of more than {MAX_LINE} bytes")
             client.ending = True
@@ -245,16 +250,21 @@ class ControlServer:
     def _answer_one(self, client: _Client) -> None:
         line, _, rest = bytes(client.received).partition(b"\n")
         client.received = bytearray(rest)
-        client.to_send = self._answer(client, line)
+        came = Descriptors()
+        if client.lines_before:
+            client.lines_before -= 1
+        else:
+            came, client.descriptors = client.descriptors, came
+        client.to_send = self._answer(client, line, came)
         self._send(client)
 
-    def _answer(self, client: _Client, line: bytes) -> bytes:
-        """The answer to `line`; nothing yet for what takes its time."""
+    def _answer(self, client: _Client, line: bytes, came: Descriptors) -> bytes:
+        """The answer to `line`, with which `came` came; nothing yet for what takes its time."""
         try:
             request = parse_request(line)
         except ControlError as error:
+            came.close()
             return error_line(None, error.code, str(error))
-        came, client.descriptors = client.descriptors, Descriptors()
         answer = answered(request.id, partial(self._result, client, request, came))
         if client.waits is None:  # or else whoever makes the answer has them
             came.close()

@@ -465,6 +465,36 @@ def test_descriptors_go_to_the_method_that_wants_them_and_others_are_closed(
                 time.sleep(0.001)
 
 
+def test_descriptors_belong_to_the_line_that_they_come_with(served: Served) -> None:
+    keep, echo = line(method="keep"), line(method="echo")
+    for before, others in ((b"", 0), (b"no JSON\n", 1), (echo * 2, 2), (keep, 1)):
+        with served.dial() as connection, open(os.devnull) as file:
+            if before:
+                connection.sendall(before)
+            socket.send_fds(connection, [keep], [file.fileno()])
+            lines = connection.makefile("rb")
+            answers = [json.loads(lines.readline()) for _ in range(others + 1)]
+        assert "result" in answers[-1], (before, answers)
+        os.close(served.kept.pop())
+        assert not served.kept
+    with served.dial() as connection, open(os.devnull) as file:
+        socket.send_fds(connection, [b"no JSON\n"], [file.fileno()])
+        lines = connection.makefile("rb")
+        lines.readline()
+        connection.sendall(keep)
+        assert "error" in json.loads(lines.readline())  # nothing is left of what was refused
+    assert not served.kept
+
+
+@pytest.mark.parametrize("text", [b'"\\ud800"', b'"\xed\xa0\x80"'])
+def test_half_a_character_is_a_bad_request(served: Served, text: bytes) -> None:
+    with served.dial() as connection:
+        asked = b'{"version": 1, "id": 1, "method": "echo", "params": {"text": ' + text + b"}}\n"
+        assert ask(connection, asked)["error"]["code"] == "bad_request"
+        asked = asked.replace(b'"text": ' + text, b"")
+        assert ask(connection, asked)["result"] == {}
+
+
 def test_a_door_for_less_than_everything_takes_no_descriptors(
     served: Served, tmp_path: Path
 ) -> None:
