@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pyvmm.boot.cmdline import split
 from pyvmm.boot.cmdline import values as values_of
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
@@ -209,9 +210,10 @@ def _with_disks_own(options: Mapping[str, Any]) -> Mapping[str, Any]:
         )
     kernel, initrd, cmdline = kernel_in(disks)
     # The user has the last word: it stands before what the disk has behind "--", for its init.
-    own, ends, for_init = f" {cmdline} ".partition(" -- ")
-    words = (own, str(options.get("cmdline") or ""), ends, for_init)
-    cmdline = " ".join(filter(None, map(str.strip, words)))
+    words = split(cmdline)
+    end = words.index("--") if "--" in words else len(words)
+    words.insert(end, str(options.get("cmdline") or "").strip())
+    cmdline = " ".join(filter(None, words))
     return {
         **options,
         "kernel": kernel,

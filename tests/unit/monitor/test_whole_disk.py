@@ -507,11 +507,21 @@ def test_a_configuration_that_names_what_is_not_there(tmp_path: Path) -> None:
         specify({"kernel": "disk", "disks": [str(disk)]})
 
 
-def test_the_user_has_the_last_word_whatever_the_disk_says(tmp_path: Path, said: list[str]) -> None:
-    disk = whole(tmp_path, GRUB.replace("ro\n", "init=/evil -- more\n"))
+@pytest.mark.parametrize(
+    ("words", "before", "behind"),
+    [
+        ("init=/evil -- more", "init=/evil", " -- more"),
+        ("init=/evil 'x=a -- b'", 'init=/evil "x=a -- b"', ""),
+        ("init=/evil --", "init=/evil", " --"),
+    ],
+)
+def test_the_user_has_the_last_word_whatever_the_disk_says(
+    tmp_path: Path, said: list[str], words: str, before: str, behind: str
+) -> None:
+    disk = whole(tmp_path, GRUB.replace("ro\n", f"{words}\n"))
     spec, _ = specify({"kernel": "disk", "disks": [str(disk)], "cmdline": "init=/mine"})
-    assert spec.cmdline == "root=LABEL=sys init=/evil init=/mine -- more"
-    assert said[0].endswith(": root=LABEL=sys init=/evil -- more")
+    assert spec.cmdline == f"root=LABEL=sys {before} init=/mine{behind}"
+    assert said[0].endswith(f": root=LABEL=sys {before}{behind}")
 
 
 @pytest.mark.parametrize("name", [b"vmlinuz-9\xff", b"vmlinuz-9\x1b[2J", b"vmlinuz-9\nx", b"link"])
