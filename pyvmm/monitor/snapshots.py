@@ -472,6 +472,6 @@ def restored(name: str, options: Mapping[str, Any]) -> VmSpec:
 def _has_size(path: str, size: object) -> bool:
     try:
         found = os.lstat(path)
-    except OSError:
+    except (OSError, ValueError):  # a name that no file can have
         return False
     return stat.S_ISREG(found.st_mode) and found.st_size == size

@@ -133,3 +133,17 @@ def test_a_snapshots_disk_of_a_strange_name_is_told_in_one_line(tmp_path: Path) 
             spec_of("first", "/none", state)
         assert "\n" not in str(told.value)
         disk.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800", "a\nb"])
+def test_a_snapshots_file_of_a_name_that_cannot_be_is_told_in_one_line(
+    tmp_path: Path, name: str
+) -> None:
+    spec = of()
+    (tmp_path / "memory").touch()
+    (tmp_path / "memory").open("r+b").truncate(spec.memory)
+    files = {"memory": spec.memory, name: 1}
+    state = {"spec": json.loads(to_json(spec)), "disks": [], "files": files}
+    with pytest.raises(ConfigError, match="is not as large as it was") as told:
+        spec_of("first", str(tmp_path), state)
+    assert "\n" not in str(told.value)
