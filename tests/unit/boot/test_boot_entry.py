@@ -349,7 +349,7 @@ def test_values_that_would_grow_a_line_without_end(look: Look) -> None:
 def test_an_entry_with_many_lines_of_options_costs_little(look: Look, lines: list[str]) -> None:
     files = {"/vmlinuz-4.18": "", "/grub2/grubenv": f"kernelopts={'a ' * 2000}\n"}
     files["/loader/entries/a.conf"] = "\n".join(["linux /vmlinuz-4.18", *lines])
-    with pytest.raises(ConfigError, match="has a line of|more than the 65536 it may have"):
+    with pytest.raises(ConfigError, match=r"has a line of|more than the 65536 it may have"):
         look(files)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import mmap
 import os
 import random
+import re
 import struct
 import tracemalloc
 import zlib
@@ -283,8 +284,13 @@ def item_of(data: mmap.mmap, path: str) -> int:
         return item
 
     item = read_item()
-    for at in {data.find(item, *place) for place in list(nodes)} - {-1}:
-        data[at + 16] ^= 1  # a node that was split has it still, where nobody looks
+    found = {
+        start + one.start()
+        for start, end in list(nodes)
+        for one in re.finditer(re.escape(item), data[start:end])
+    }
+    for at in found:
+        data[at + 16] ^= 1  # a node that was split or changed has it still, where nobody looks
         is_read = read_item() != item
         data[at + 16] ^= 1
         if is_read:
