@@ -205,14 +205,14 @@ class Confinement:
     def run(self, job: Callable[[], T]) -> T:
         """Do what the user has asked for by name, where that is possible still, or with files that
         were handed to us. Raises what `job` raises, ConfigError."""
-        if handed.present():
-            return job()
-        if self._outside is not None:
+        if self._outside is not None and not handed.present():
             return self._outside.run(job)
         try:
             return job()
         except (ConfigError, HostError, OSError) as error:
-            if not self.opens_nothing:
+            # Of what was handed over, errors of ours say what is wrong with it.
+            is_told = handed.present() and not isinstance(error, OSError)
+            if not self.opens_nothing or is_told:
                 raise
             message = error.message if isinstance(error, ConfigError) else str(error)
             raise ConfigError(

@@ -352,7 +352,7 @@ class Hotplug(Closable):
             )
         if self._is_inside and isinstance(value, (str, dict)):
             _check_crossing(kind, spec)
-        if self._devices.opens_nothing() and not handed.present():
+        if self._devices.opens_nothing() and not (handed.present() and registry.hands_over(kind)):
             self._check_names(kind, spec)
         with self._one_at_a_time:
             spec = self._checked(kind, spec)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from collections.abc import Iterator
 from itertools import islice
 from operator import itemgetter
@@ -17,6 +18,7 @@ from footprint import footprint, has_no_more_than
 
 from pyvmm import VM, ConfigError, images
 from pyvmm.control import snapshot_store as store
+from pyvmm.control.client import Client
 from pyvmm.control.protocol import ControlError
 from pyvmm.host import tap
 from pyvmm.host.files import open_image
@@ -163,6 +165,17 @@ def test_what_a_strictly_confined_vm_cannot_be_given_is_told(folder: Path) -> No
             with pytest.raises((ConfigError, ControlError), match=told) as caught:
                 add(value)  # type: ignore[operator]  # each takes a text
             assert "\n" not in str(caught.value)
+        # A client that says that it has sent all files changes nothing about it.
+        with Client.connect(vm.name) as client, pytest.raises(ControlError, match="opens nothing"):
+            client.call("share.add", device=f"{folder}/shared", files=[])
+        qcow2 = f"{folder}/image.qcow2"
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", qcow2, "1M"], check=True)
+        with (
+            open(qcow2, "r+b") as file,
+            Client.connect(vm.name) as client,
+            pytest.raises(ControlError, match="opens nothing by name"),
+        ):
+            client.call("disk.add", device=qcow2, files=[qcow2], fds=[file.fileno()])
         assert vm.status()["devices"] == []
 
 
