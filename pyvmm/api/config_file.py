@@ -33,6 +33,7 @@ from pyvmm.spec.vm import VmSpec
 _FOLDERS = ("modules", "root", "rw")  # which are not part of a specification
 _TOO_LARGE = 1 << 64
 _MOST = 1 << 20  # bytes of a file
+_MOST_PARTS = 64  # of a dotted key
 _SHOWN = "pyvmm run --print-config shows how such a file is written"
 
 
@@ -50,6 +51,13 @@ def _is_bounded(values: object) -> bool:
     return True
 
 
+def _has_long_key(text: str) -> bool:
+    """True if there may be a dotted key of more than _MOST_PARTS: Python's parser takes time and
+    memory for the square of them, some ten gigabytes for 100 KB."""
+    pieces = (piece.split(".") for piece in re.split(r"[\n=,\[\]{}]", text))
+    return any(sum(map(bool, map(str.strip, parts))) > _MOST_PARTS for parts in pieces)
+
+
 def load(path: str, *, allow_code: bool = False) -> dict[str, Any]:
     """The values that the file gives, by name, in the forms that `make_spec` takes.
 
@@ -65,6 +73,8 @@ def load(path: str, *, allow_code: bool = False) -> dict[str, Any]:
         if len(data) > _MOST:
             raise ConfigError(f"{path} has more than {_MOST >> 20} MiB", cure=_SHOWN)
         text = data.decode("utf-8-sig")  # some editors begin with a byte-order mark
+        if _has_long_key(text):
+            raise ConfigError(f"{path} has a key of more than {_MOST_PARTS} parts", cure=_SHOWN)
         values = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}", cure="check the path") from None
