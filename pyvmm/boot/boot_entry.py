@@ -18,7 +18,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from pyvmm.boot import extlinux, grub, unified_kernel
-from pyvmm.boot.file_system import FileSystem
+from pyvmm.boot.file_system import FileSystem, shown
 from pyvmm.errors import ConfigError
 
 System = FileSystem[Any]
@@ -85,8 +85,8 @@ class BootEntry(NamedTuple):
         start, size = self.sections.get(name, (0, 0))
         if size > most:
             raise ConfigError(
-                f"{self.kernel} in {self.system.where} has {size} bytes of {name}, more than the "
-                f"{most} that it may have"
+                f"{shown(self.kernel)} in {self.system.where} has {size} bytes of {name}, more "
+                f"than the {most} that it may have"
             )
         pieces = self.system.read_file(self.kernel, _MOST_UNIFIED)
         return unified_kernel.cut(pieces, start, size)

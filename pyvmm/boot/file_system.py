@@ -67,10 +67,11 @@ class FileSystem(ABC, Generic[N]):
         system. Raises FileNotFoundError, and ConfigError for one of more than `most` bytes."""
         node = self._at(path)
         if not node.is_file:
-            raise ConfigError(f"{path} in {self.where} is not a file")
+            raise ConfigError(f"{shown(path)} in {self.where} is not a file")
         if node.size > most:
             raise ConfigError(
-                f"{path} in {self.where} has {node.size} bytes, more than the {most} it may have"
+                f"{shown(path)} in {self.where} has {node.size} bytes, more than the {most} it may "
+                "have"
             )
         return self._content(node)
 
@@ -178,7 +179,9 @@ class UnixFileSystem(FileSystem[U]):
             if stat.S_ISLNK(node.mode):
                 links += 1
                 if links > _MOST_LINKS:
-                    raise ConfigError(f"{path} in {self.where} is a chain of links without end")
+                    raise ConfigError(
+                        f"{shown(path)} in {self.where} is a chain of links without end"
+                    )
                 if node.size > MOST_PATH:
                     raise self._damaged(f"a link of {node.size} bytes")
                 target = self._target(node)
@@ -192,6 +195,11 @@ class UnixFileSystem(FileSystem[U]):
     def _zeros(self, count: int) -> Iterator[bytes]:
         for offset in range(0, count, CHUNK):
             yield bytes(min(CHUNK, count - offset))
+
+
+def shown(path: str) -> str:
+    """A path that a stranger's file names, as a part of a line."""
+    return f"{path if path.isprintable() else ascii(path):.200}"
 
 
 def readable(names: Iterable[bytes]) -> Iterator[str]:

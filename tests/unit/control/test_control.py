@@ -490,7 +490,7 @@ def test_descriptors_belong_to_the_line_that_they_come_with(served: Served) -> N
 def test_half_a_character_is_a_bad_request(served: Served, text: bytes) -> None:
     with served.dial() as connection:
         asked = b'{"version": 1, "id": 1, "method": "echo", "params": {"text": ' + text + b"}}\n"
-        assert ask(connection, asked)["error"]["code"] == "bad_request"
+        assert "bad_request" in str(ask(connection, asked)["error"])
         asked = asked.replace(b'"text": ' + text, b"")
         assert ask(connection, asked)["result"] == {}
 

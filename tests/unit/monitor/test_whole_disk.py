@@ -524,6 +524,14 @@ def test_the_user_has_the_last_word_whatever_the_disk_says(
     assert said[0].endswith(f": root=LABEL=sys {before}{behind}")
 
 
+def test_a_path_in_a_configuration_makes_one_line(tmp_path: Path) -> None:
+    (tmp_path / "tree/boot/\x1b[2Jd").mkdir(parents=True)
+    disk = whole(tmp_path, GRUB.replace("/boot/vmlinuz-6.1", f"/{'./' * 900}boot/\x1b[2Jd"))
+    with pytest.raises(ConfigError, match="is not a file") as told:
+        specify({"kernel": "disk", "disks": [str(disk)]})
+    assert str(told.value).isprintable() and len(str(told.value)) < 400
+
+
 @pytest.mark.parametrize("name", [b"vmlinuz-9\xff", b"vmlinuz-9\x1b[2J", b"vmlinuz-9\nx", b"link"])
 def test_names_in_a_disk_that_are_no_kernels(tmp_path: Path, said: list[str], name: bytes) -> None:
     disk = whole(tmp_path, "")
