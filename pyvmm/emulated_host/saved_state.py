@@ -29,9 +29,11 @@ from enum import Enum
 from pyvmm.emulated_host.architecture import emulated_machine
 from pyvmm.emulated_host.cache import BootFiles, boot_files, cache_directory, hash_of
 from pyvmm.emulated_host.launch import Launched, launch
+from pyvmm.emulated_host.ports import MACHINE_PORTS
 from pyvmm.emulated_host.qemu import STATE_SET, file_set, machine_arguments
 from pyvmm.emulated_host.qmp import Qmp
 from pyvmm.emulated_host.spec import EmulatedHostError, EmulatedHostSpec
+from pyvmm.host.programs import find_program
 
 MOST = 8  # of some 100 MB each
 _FORMAT = 1
@@ -112,11 +114,13 @@ def saved_state(spec: EmulatedHostSpec, stop: int) -> SavedState | None:
 def _key(spec: EmulatedHostSpec, boot: BootFiles) -> str:
     """A hash of all that the machine's state depends on."""
     # A file of QEMU, the kernel: by what it looks like, as reading them takes long.
-    files = [word for word in (*spec.image.qemu, boot.kernel) if word.startswith("/")]
+    program, *words = spec.image.qemu
+    found = program if "/" in program else find_program(program) or program
+    files = [found, *(word for word in (*words, boot.kernel) if word.startswith("/"))]
     looks = [(word, _look(word)) for word in files]
     arguments = machine_arguments(spec, console_fd=0, qmp_fd=0, ports=())
     parameters = emulated_machine(spec.image.architecture).kernel_parameters(None)
-    parts = (_FORMAT, spec.image.qemu, looks, arguments, parameters, boot)
+    parts = (_FORMAT, spec.image.qemu, looks, arguments, MACHINE_PORTS, parameters, boot)
     return hash_of(repr(parts).encode())
 
 

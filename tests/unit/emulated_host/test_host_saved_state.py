@@ -96,6 +96,26 @@ def test_a_key_is_of_what_the_machine_is_made_of_and_of_nothing_else(tmp_path: P
     assert len(keys) == 7
 
 
+def test_a_key_is_of_a_qemu_that_is_named_as_in_a_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another version of it may not go on from what this one has saved."""
+    qemu = tmp_path / "qemu"
+    qemu.touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    keys = [key_of(spec_of(name)) for name in ("qemu", "./qemu")]
+    qemu.write_bytes(b"another")
+    keys += [key_of(spec_of(name)) for name in ("qemu", "./qemu")]
+    assert len(set(keys)) == 4
+
+
+def test_a_key_is_of_the_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = key_of(spec_of())
+    monkeypatch.setattr(saved_state, "MACHINE_PORTS", (*saved_state.MACHINE_PORTS, "another"))
+    assert key_of(spec_of()) != key
+
+
 def test_a_key_is_of_the_processor_and_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
     from pyvmm.emulated_host.x86 import machine
 
