@@ -70,7 +70,11 @@ attach_streams() {
 serve_requests() {
     while read -r request argument; do
         case $request in
-        signal) read -r pid <$here/pid && kill "-$argument" "$pid" ;;
+        signal)
+            # It may have come before the command.
+            until [ -s $here/pid ]; do sleep 0.01; done
+            read -r pid <$here/pid && kill "-$argument" "$pid"
+            ;;
         close) read -r pid <"$here/relay.$argument" && kill -9 "$pid" ;;
         esac
     done <&9

@@ -5,6 +5,7 @@ from __future__ import annotations
 import lzma
 import os
 import select
+import signal
 import socket
 import struct
 import subprocess
@@ -23,6 +24,7 @@ from pyvmm.emulated_host import (
     EmulatedHostSpec,
     HostDisk,
     HostImage,
+    initramfs,
     limits,
 )
 from pyvmm.emulated_host.cache import boot_files
@@ -206,6 +208,27 @@ def test_settings_name_disks_by_their_real_path(image: HostImage, tmp_path: Path
     assert settings.env["A"] == "b"
     assert settings.env["PYVMM_INSIDE_EMULATED_HOST"] == "1"
     assert settings.mark != settings_of(spec, ["true"]).mark
+
+
+def test_a_signal_that_comes_before_the_command_waits_for_it(tmp_path: Path) -> None:
+    text = Path(initramfs.__file__).with_name("command.sh").read_text()
+    _, begin, rest = text.partition("serve_requests() {\n")
+    body, end, _ = rest.partition("\n}\n")
+    # It ends its machine; here that is a file.
+    served = begin + body.replace("/proc/sysrq-trigger", str(tmp_path / "ended")) + end
+    assert "/proc" not in served
+    script = f"""
+        here={tmp_path}
+        exec 9<&0
+        {served}
+        sleep 5 & command=$!
+        serve_requests &
+        sleep 0.2  # time in which it could be lost
+        echo $command >$here/pid
+        wait $command
+    """
+    run = subprocess.run(["sh", "-c", script], input=b"signal TERM\n", capture_output=True)
+    assert run.returncode == 128 + signal.SIGTERM
 
 
 def test_a_command_is_the_machines_own_not_busyboxs(image: HostImage, tmp_path: Path) -> None:
