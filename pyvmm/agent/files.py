@@ -326,8 +326,7 @@ class _Receiver:
         os.ftruncate(self._file, os.lseek(self._file, 0, os.SEEK_CUR))
         _finish(self._file, self._entry, self._mask)
         self._put_in_place(os.fsdecode(self._entry.name), parent)
-        os.close(self._file)
-        self._file = -1
+        self._close_file()
         self.copied.files += 1
 
     def _leave(self) -> None:
@@ -344,10 +343,14 @@ class _Receiver:
             with suppress(OSError):
                 os.unlink(self._part, dir_fd=self._levels[-1].fd)
         if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
+            self._close_file()
         while self._levels:
             os.close(self._levels.pop().fd)
+
+    def _close_file(self) -> None:
+        # An interrupt in between leaves it open, and does not have it closed twice.
+        fd, self._file = self._file, -1
+        os.close(fd)
 
 
 def _part_name() -> str:

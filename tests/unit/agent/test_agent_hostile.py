@@ -21,7 +21,7 @@ from agent_rig import GREETING, liar, saying
 from descriptors import open_descriptors
 from mmio_harness import wait_for
 
-from pyvmm.agent import Agent, AgentError, CommandTimeout, NoAgent, client, process
+from pyvmm.agent import Agent, AgentError, CommandTimeout, NoAgent, client, files, process
 from pyvmm.agent.protocol import (
     EXIT,
     HEADER,
@@ -700,3 +700,24 @@ def test_only_a_refused_connection_may_become_an_agent() -> None:
     with pytest.raises(HostError, match="Permission denied"):
         Agent(connect).wait_ready()
     assert len(calls) == 3
+
+
+def test_an_interrupt_behind_the_close_of_a_file_is_an_interrupt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A descriptor that is closed twice may be another's by then, or nobody's (EBADF)."""
+    said = entry_frame(FrameType.REGULAR, Entry(0o644, 0, 0, b"x")) + frame(FrameType.UP)
+    is_interrupted = False
+
+    def close(fd: int) -> None:
+        nonlocal is_interrupted
+        os.close(fd)
+        if not is_interrupted:
+            is_interrupted = True
+            raise KeyboardInterrupt
+
+    changed = SimpleNamespace(**{**vars(os), "close": close})
+    with liar(saying(said, stay=True)) as agent, pytest.raises(KeyboardInterrupt):
+        monkeypatch.setattr(files, "os", changed)
+        agent.pull("/x", tmp_path / "x")
+    assert (tmp_path / "x").exists()
