@@ -37,13 +37,17 @@ def punch(fd: int, offset: int, size: int) -> None:
 
 def data_of(fd: int, start: int, end: int) -> Iterator[tuple[int, int]]:
     """The ranges between `start` and `end` of an open file that may have anything but zeroes: each
-    by where it begins and ends. Raises HostError."""
+    by where it begins and ends. A block device cannot tell, so all of it is one. Raises
+    HostError."""
     while start < end:
         try:
             start = os.lseek(fd, start, os.SEEK_DATA)
             hole = os.lseek(fd, start, os.SEEK_HOLE) if start < end else end
         except OSError as error:
             if error.errno == errno.ENXIO:  # nothing but a hole is behind
+                return
+            if error.errno == errno.EINVAL:
+                yield start, end
                 return
             raise HostError(error.errno or 0, "lseek to what a file has") from None
         if start < end:

@@ -12,6 +12,7 @@ from mmio_harness import wait_for
 from pmem_rig import DONE, FAILED, FLUSH, Storage, pmem
 from rings import RINGS, offering
 
+from pyvmm.host.holes import data_of
 from pyvmm.testing import Buffer, attached, illegal_chains, legal_chains
 from pyvmm.testing.attached import AttachedDriver
 
@@ -184,3 +185,9 @@ def test_every_lawful_chain_comes_back(ring: str) -> None:
             rig.driver.kick()
             assert rig.driver.mmio.wait_used(0, chain).written in (0, 4), legal
         assert rig.flush() == DONE
+
+
+def test_a_file_that_cannot_tell_its_holes_is_data_throughout() -> None:
+    """As a block device, which a file of this machine is in an emulated KVM host."""
+    with open("/proc/self/status", "rb") as file:
+        assert list(data_of(file.fileno(), 0, 8192)) == [(0, 8192)]
