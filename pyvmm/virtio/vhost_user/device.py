@@ -293,10 +293,7 @@ class VhostUserDevice(VirtioDevice):
     def save(self) -> dict[str, Any]:
         """See VirtioDevice: what its driver has told the back end. That one has returned all that
         it had taken, and a device without one is refused: the locks of the queues say so."""
-        if not self._served.is_stateless:
-            raise unsaveable(
-                self, "what it has open is known to another process alone (vhost-user)"
-            )
+        self._check_stateless()
         if self._link is None or self._unclean:
             raise ConfigError(
                 f"{self.name} cannot be in a snapshot now: its back end has gone, or does not end "
@@ -312,10 +309,7 @@ class VhostUserDevice(VirtioDevice):
 
     def restore(self, saved: Saved) -> None:
         """See VirtioDevice. Raises ConfigError also for a back end with another disk."""
-        if not self._served.is_stateless:
-            raise unsaveable(
-                self, "what it has open is known to another process alone (vhost-user)"
-            )
+        self._check_stateless()
         if saved.data("config") != self._config[: self._served.identity]:
             raise saved.wrong(f"the back end at {self._path} has a disk of another size")
         most = self._served.config_size
@@ -328,6 +322,12 @@ class VhostUserDevice(VirtioDevice):
                     self._configure(self._link)
                 except PyvmmError as error:
                     self._lose(error)
+
+    def _check_stateless(self) -> None:
+        if not self._served.is_stateless:
+            raise unsaveable(
+                self, "what it has open is known to another process alone (vhost-user)"
+            )
 
     def activate(self, activation: Activation) -> None:
         """Have the back end serve the queues. Without one, another is waited for."""
