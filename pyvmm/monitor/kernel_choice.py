@@ -358,15 +358,29 @@ def _modules_beside(kernel: str, release: str) -> str:
 
 def _with_all_modules(spec: VmSpec, tree: ModuleTree) -> VmSpec:
     """A guest whose root is a directory of this machine has the kernel's modules where modprobe
-    looks for them, if depmod has been there."""
+    looks for them."""
+    from pyvmm.images import tree_modules
+    from pyvmm.images.modules import UnreadTree
     from pyvmm.kinds import share
 
-    in_root = any(device.is_root for device in spec.devices if isinstance(device, share.Spec))
-    if not in_root or not os.path.isfile(os.path.join(tree.folder, "modules.dep")):
+    if not any(device.is_root for device in spec.devices if isinstance(device, share.Spec)):
         return spec
     place = f"/lib/modules/{tree.release}"
-    one = share.Spec(tree.folder, place, read_only=True, tag="pyvmm-modules", is_part=True)
-    return replace(spec, devices=(*spec.devices, one))
+    folders = [(tree.folder, place, "pyvmm-modules")]
+    if isinstance(tree, UnreadTree):
+        try:
+            lists, modules = tree_modules.make(tree)
+        except ConfigError as error:
+            log.to_stderr(f"modprobe in the guest will find no modules: {error}")
+            return spec
+        folders = [
+            (lists, place, "pyvmm-modules"),
+            (modules, f"{place}/kernel", "pyvmm-modules-tree"),
+        ]
+    shares = (
+        share.Spec(folder, at, read_only=True, tag=tag, is_part=True) for folder, at, tag in folders
+    )
+    return replace(spec, devices=(*spec.devices, *shares))
 
 
 def _lists_for(spec: VmSpec) -> dict[str, str]:
