@@ -42,13 +42,14 @@ _IN_RECIPES = _USUAL | {"ext3", "ext2", "auto"}  # served by the same driver, or
 
 
 class _Kernel(NamedTuple):
-    """A kernel's file; where its configuration and its modules are, "" for nowhere; and an
-    initramfs that has been made for it."""
+    """A kernel's file; where its configuration and its modules are, "" for nowhere; an initramfs
+    that has been made for it; and its release, "" where the file has yet to be asked."""
 
     path: str
     config: str = ""
     modules: str = ""
     initrd: str | None = None
+    release: str = ""
 
 
 def specify(options: Mapping[str, Any]) -> tuple[VmSpec, str | None]:
@@ -230,7 +231,8 @@ def _find(kernel: str) -> _Kernel:
         from pyvmm.images import debian_kernels
 
         found = debian_kernels.find(kernel)
-        return _Kernel(found.kernel, found.config, found.modules, found.initrd)
+        release = os.path.basename(found.modules)  # both are of one package
+        return _Kernel(found.kernel, found.config, found.modules, found.initrd, release)
     if os.path.isdir(kernel):
         return _of_tree(kernel)
     return _Kernel(kernel, _beside(kernel))
@@ -327,7 +329,7 @@ def _modules_of(kernel: _Kernel, given: str) -> ModuleTree | None:
     from pyvmm.images import modules
     from pyvmm.machine.board.registry import board_of_host
 
-    release = board_of_host().kernel_release(kernel.path)
+    release = kernel.release or board_of_host().kernel_release(kernel.path)
     place = given or kernel.modules or _modules_beside(kernel.path, release)
     if not place:
         return None
