@@ -319,7 +319,10 @@ def test_the_tree_tells_what_the_board_has(tmp_path: Path) -> None:
     assert before != bytes(16) and ram.read(generation, 16) not in (bytes(16), before)
     assert generation >= max(entry.trees.values()) + layout.TREE_MAX
     old = tree_of(ram, entry, 2)
-    assert b"pci" not in old  # a GICv2 takes no messages
+    frame = f"/interrupt-controller@8000000/msi-controller@{board_layout.GIC_FRAME:x}"
+    assert get(old, frame, "compatible", "s") == ["arm,gic-v2m-frame"]
+    assert get(old, frame, "reg") == ["0", f"{board_layout.GIC_FRAME:x}", "0", "1000"]
+    assert get(old, pcie, "msi-map")[1] == get(old, frame, "phandle")[0]
     assert get(old, "/interrupt-controller@8000000", "compatible", "s") == ["arm,cortex-a15-gic"]
     assert get(old, "/timer", "interrupts")[:3] == ["1", "d", "ff08"]  # all eight CPUs'
     again = tree_of(*load(put(tmp_path, PLAIN)), 3)
@@ -354,6 +357,6 @@ def test_the_header_is_parsed_alone(tmp_path: Path) -> None:
 def test_the_places_of_the_document_are_the_boards() -> None:
     text = (Path(__file__).parents[3] / "docs/arm64.md").read_text()
     rows = re.findall(r"^\| ([A-Z_]+) \| (0x[0-9A-F_]+) \|", text, re.MULTILINE)
-    assert len(rows) == 10
+    assert len(rows) == 11
     for name, address in rows:
         assert getattr(board_layout, name) == int(address, 0)
