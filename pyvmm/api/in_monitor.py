@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from pyvmm.control.client import patiently
@@ -144,18 +143,15 @@ class InMonitor(ABC):
         # The monitor may have another current directory.
         spec = registry.with_paths(spec, os.path.abspath)
 
-        def add(spec: Any, **more: Any) -> str:
-            table = tables.write(spec)
-            return str(self._ask(f"{kind}.add", patience=patience, table=table, **more)["id"])
+        def ask(**params: Any) -> str:
+            return str(self._ask(f"{kind}.add", patience=patience, **params)["id"])
 
         try:
-            return add(spec)
+            return ask(table=tables.write(spec))
         except ControlError as error:
             if error.code != NEEDS_FILES or not registry.hands_over(kind):
                 raise
-        with ExitStack() as opened:  # what it cannot open we can
-            spec, files = registry.hand_over(spec, opened)
-            return add(spec, files=list(files), fds=tuple(files.values()))
+        return str(registry.add_opened(spec, ask))  # what it cannot open we can
 
     def _remove(self, kind: str, id: str, timeout: float, force: bool) -> None:
         params: dict[str, Any] = {"timeout_ms": round(1000 * timeout)}

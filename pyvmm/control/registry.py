@@ -11,10 +11,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import select
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import named_listener, unix_sockets
@@ -172,7 +173,11 @@ def _path(place: str, name: str) -> str:
 def _alive(path: str) -> bool:
     """True if a monitor listens at `path`; a socket without one is removed."""
     try:
-        unix_sockets.connect(path).close()
+        with closing(unix_sockets.connect(path)) as connection:
+            if not _has_ended(unix_sockets.peer(connection).pid):
+                return True
+        # Its keeper, which has the socket as well, is about to end.
+        raise HostError(errno.ECONNREFUSED, f"connect to {path}")
     except HostError as error:
         if error.errno == errno.ENOENT:
             return False
@@ -186,7 +191,23 @@ def _alive(path: str) -> bool:
         with suppress(OSError):
             os.unlink(path)
         return False
-    return True
+
+
+def _has_ended(pid: int) -> bool:
+    """True if the process has, as far as can be known: one of another namespace has the number
+    0."""
+    try:
+        process = os.pidfd_open(pid) if pid > 0 else -1
+    except OSError as error:
+        return error.errno == errno.ESRCH
+    if process < 0:
+        return False
+    try:
+        poll = select.poll()
+        poll.register(process, select.POLLIN)
+        return bool(poll.poll(0))
+    finally:
+        os.close(process)
 
 
 def _left_at(path: str) -> str:

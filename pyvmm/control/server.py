@@ -56,12 +56,14 @@ _NO_ROOM_SECONDS = 0.2
 class Door(NamedTuple):
     """A listening socket. Who connects has `rights`, one of RIGHTS; with `owner_only` connections
     of other users are closed at once. At most `most` clients have come in by it; unless it is for
-    its owner only, those whose connections have become others count as well."""
+    its owner only, those whose connections have become others count as well. Connections come by
+    the channel `passes` (pyvmm.monitor.broker), if there is one, until that ends."""
 
     socket: Socket
     rights: str = EXEC
     owner_only: bool = True
     most: int = MAX_CLIENTS
+    passes: _socket.socket | None = None
 
 
 class _Client:
@@ -108,11 +110,15 @@ class ControlServer:
     """
 
     def __init__(
-        self, listener: Socket, find: Callable[[str], Method | None], doors: Iterable[Door] = ()
+        self,
+        listener: Socket | Door,
+        find: Callable[[str], Method | None],
+        doors: Iterable[Door] = (),
     ) -> None:
         """`find` gives the method of a name, None if there is none. `listener` is a door for who
         has all rights, beside `doors`. Their sockets stay the caller's. Raises HostError."""
-        self._doors = {door.socket.fileno(): door for door in (Door(listener), *doors)}
+        first = listener if isinstance(listener, Door) else Door(listener)
+        self._doors = {(door.passes or door.socket).fileno(): door for door in (first, *doors)}
         self._find = find
         self._clients: dict[int, _Client] = {}
         self._handed: list[tuple[Door, Socket]] = []  # over, from doors for more than their owner
@@ -158,7 +164,10 @@ class ControlServer:
         paced = False
         for fd, events in self._epoll.poll(0 if waiting else -1):
             if (door := self._doors.get(fd)) is not None:
-                self._accept(door)
+                if fd == door.socket.fileno():
+                    self._accept(door)
+                else:
+                    self._take_passed(fd, door)
                 # Whoever only comes and goes, again and again, is paced as who asks.
                 paced |= not door.owner_only
             elif fd == self._wake.fd:
@@ -207,22 +216,48 @@ class ControlServer:
         except HostError:  # no more file descriptors
             time.sleep(_NO_ROOM_SECONDS)
             return
-        if socket is None:
-            return
+        if socket is not None:
+            self._let_in(door, socket)
+
+    def _take_passed(self, fd: int, door: Door) -> None:
+        """The next connection that somebody else has accepted for us."""
+        assert door.passes is not None
+        data, fds = b"", list[int]()
+        with suppress(BlockingIOError, InterruptedError):
+            try:
+                data, fds = _with_descriptors(door.passes, MAX_LINE + 2)
+            except BlockingIOError:
+                raise
+            except OSError:
+                pass
+            if not data:  # nobody does any more
+                self._epoll.unregister(fd)
+                self._doors[door.socket.fileno()] = self._doors.pop(fd)
+                self._epoll.register(door.socket.fileno(), select.EPOLLIN)
+        if fds:
+            client = self._let_in(door, unix_sockets.adopt(fds.pop(0)))
+            if client is not None:
+                client.descriptors.fds = fds
+                self._take(client, data[1:], bool(fds))
+                return
+        Descriptors(fds).close()
+
+    def _let_in(self, door: Door, socket: Socket) -> _Client | None:
         try:
             if door.owner_only and not unix_sockets.is_ours(socket):
                 socket.close()
-                return
+                return None
             at_door = sum(one.door is door for one in self._clients.values())
             if at_door + sum(one is door for one, _ in self._still_handed()) >= door.most:
                 socket.send(error_line(None, BUSY, f"there are {door.most} clients already"))
                 socket.close()
-                return
+                return None
         except (OSError, HostError):
             socket.close()
-            return
-        self._clients[socket.fileno()] = _Client(socket, door)
+            return None
+        client = self._clients[socket.fileno()] = _Client(socket, door)
         self._epoll.register(socket.fileno(), select.EPOLLIN)
+        return client
 
     def _receive(self, client: _Client) -> None:
         if client.has_line or client.to_send or client.waits is not None:
@@ -239,8 +274,12 @@ class ControlServer:
         if not data or len(client.descriptors.fds) > MOST:
             self._drop(client)
             return
+        self._take(client, data, len(client.descriptors.fds) > before)
+
+    @staticmethod
+    def _take(client: _Client, data: bytes, with_descriptors: bool) -> None:
         client.received += data
-        if len(client.descriptors.fds) > before:
+        if with_descriptors:
             # The kernel gives nothing behind the message that they came with (unix(7)).
             client.lines_before = client.received.removesuffix(b"\n").count(b"\n")
         if len(client.received) > MAX_LINE and b"\n" not in client.received:
@@ -368,12 +407,20 @@ def _received(client: _Client, size: int) -> bytes:
     closes others. Raises OSError."""
     if client.door.rights != EXEC:
         return client.socket.recv(size)
+    data, fds = _with_descriptors(client.socket, size)
+    client.descriptors.fds += fds
+    return data
+
+
+def _with_descriptors(socket: _socket.socket, size: int) -> tuple[bytes, list[int]]:
+    """The next bytes, and the descriptors that come with them. Raises OSError."""
     item = array.array("i").itemsize
-    room = _socket.CMSG_SPACE((MOST + 1) * item)
-    data, ancillary, _, _ = client.socket.recvmsg(size, room, _socket.MSG_CMSG_CLOEXEC)
+    room = _socket.CMSG_SPACE((MOST + 2) * item)
+    data, ancillary, _, _ = socket.recvmsg(size, room, _socket.MSG_CMSG_CLOEXEC)
+    fds: list[int] = []
     for level, kind, content in ancillary:
         if (level, kind) == (_socket.SOL_SOCKET, _socket.SCM_RIGHTS):
             came = array.array("i")
             came.frombytes(content[: len(content) - len(content) % item])
-            client.descriptors.fds += came
-    return data
+            fds += came
+    return data, fds

@@ -307,7 +307,7 @@ _OPEN_CALLS = {"open": c.OPEN, "openat": c.OPENAT}
 _MORE = numbered(
     """
     msync sync_file_range rt_sigtimedwait rt_sigsuspend pause wait4 waitid getpgrp getpgid getsid
-    madvise setitimer getitimer
+    madvise setitimer getitimer memfd_create
     """
 )
 _BINDING = numbered("bind")

@@ -6,11 +6,17 @@ They have the names by which they would be opened here. Whoever opens a file ask
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from threading import local
+from typing import TYPE_CHECKING
 
+from pyvmm.errors import ConfigError
 from pyvmm.host.syscalls import Closable
+
+if TYPE_CHECKING:
+    import socket
 
 MOST = 32  # descriptors that come with one request: a tap has 16 at most
 
@@ -61,3 +67,39 @@ def has(name: str) -> bool:
     """True if `take` would find it."""
     found = getattr(_of_thread, "found", None)
     return found is not None and name in found[0]
+
+
+def take_stream(name: str) -> socket.socket:
+    """A connected stream socket of that name. Raises ConfigError if there is none, and closes what
+    is something else."""
+    import socket
+
+    fd = need(name)
+    try:
+        found = socket.socket(fileno=fd)
+    except OSError:
+        os.close(fd)
+    else:
+        with suppress(OSError):
+            found.getpeername()
+            if found.type == socket.SOCK_STREAM:
+                return found
+        found.close()
+    raise ConfigError("what was handed over is no stream socket that is connected")
+
+
+def take_pipe(name: str) -> int:
+    """An end of a pipe of that name; likewise."""
+    fd = need(name)
+    if stat.S_ISFIFO(os.fstat(fd).st_mode):
+        return fd
+    os.close(fd)
+    raise ConfigError("what was handed over is no pipe")
+
+
+def need(name: str) -> int:
+    """What `take` finds. Raises ConfigError if there is none."""
+    fd = take(name)
+    if fd is None:
+        raise ConfigError(f"no {name} was handed over")
+    return fd

@@ -11,44 +11,91 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import subprocess
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from socket import socket as Socket
 
 from pyvmm.errors import ConfigError
-from pyvmm.host import box, confinement, log, pausing
+from pyvmm.host import apart, box, confinement, handed, log, pausing
+from pyvmm.host.apart import Supervised
 from pyvmm.host.private_listener import connected_listener
 from pyvmm.host.qcow2 import Layer, blockdev
 
 PROGRAM = "qemu-storage-daemon"
 _PACKAGES = "qemu-system-common qemu-utils"  # in Debian 12 it is in the first, in 13 in the second
+_SETPRIV = ("setpriv", "util-linux")
 EXPORT = "disk"
+# The names of what is handed over: its connection, and what Supervised has.
+_NAMES = ("storage-daemon", "storage-daemon-says", "storage-daemon-life", "storage-daemon-process")
+_TAKES = (handed.take_pipe, handed.take_pipe, handed.need)
 _PLACE = "/proc/self/fd/{}"  # by which another process that has the descriptor opens it again
 _PATIENCE = 10.0  # seconds for a clean end, in which it writes what it holds back
 
 
-class StorageDaemon:
-    """A running daemon. `socket` is our end of its NBD connection, for one client to take over."""
+class Serving:
+    """A running daemon that serves the image at `path`. `socket` is our end of its NBD connection,
+    for one client to take over."""
+
+    def __init__(self, path: str, socket: Socket, says: int, ended: Callable[[], None]) -> None:
+        """`says` is what it writes its messages to; at their end `ended` is called once."""
+        self.path = path
+        self.socket = socket
+        self._log = log.RateLimited()
+        self._said: deque[str] = deque(maxlen=8)
+        self._serving = False
+        hears = pausing.each_line(says, self._heard, ended)
+        self._watcher: pausing.Watcher = pausing.Watcher(says, "storage-daemon-says", hears)
+
+    def _heard(self, line: str) -> None:
+        self._said.append(line.strip())
+        if self._serving:
+            self._log(f"{self.path}: {line.strip()}")
+
+    def serving(self) -> None:
+        """The image is open: from now on the user sees what the daemon says."""
+        self._serving = True
+
+    def why_it_failed(self) -> str:
+        """Its last message, in one line, after the connection has ended."""
+        self.close()
+        text = " ".join(self._said)
+        # It quotes the option in front of the reason.
+        return text.rpartition("}: ")[2] or f"{PROGRAM} ended"
+
+    def close(self) -> None:
+        """End it, with all that it holds back written to the image."""
+        self._serving = False
+        self._end()
+        if not self._watcher.wait(_PATIENCE):
+            log.to_stderr(f"{self.path}: {PROGRAM} does not end{self._kill()}")
+            self._watcher.wait(_PATIENCE)
+
+    def _end(self) -> None:
+        raise NotImplementedError
+
+    def _kill(self) -> str:
+        return ""
+
+
+class StorageDaemon(Serving):
+    """One that is a child of ours."""
 
     def __init__(self, layers: Sequence[Layer], *, direct: bool) -> None:
         """Start it on an open qcow2 image with all that it builds on. Raises ConfigError if it
         cannot be started; what it thinks of the image shows when the connection is used
         (`why_it_failed`)."""
-        self.path = layers[0].image.path
-        programs = [_find(PROGRAM, _PACKAGES), _find("setpriv", "util-linux")]
-        self.socket, listener = connected_listener()
-        read_only = layers[0].image.read_only
-        arguments = _arguments(layers, listener.fileno(), read_only=read_only, direct=direct)
-        self._given = tuple(file.fd for layer in layers for file in layer.files)
-        program = _confined([programs[0], *arguments], layers)
-        self._argv = [programs[1], "--pdeathsig", "TERM", "--", *program]
-        self._listener = listener
-        self._log = log.RateLimited()
-        self._said: deque[str] = deque(maxlen=8)
-        self._serving = False
+        _find(PROGRAM, _PACKAGES)
+        setpriv = _find(*_SETPRIV)
+        ours, self._listener = connected_listener()
+        program, self._given = _command(layers, self._listener.fileno(), direct)
+        self._argv = [setpriv, "--pdeathsig", "TERM", "--", *program]
         self._process: subprocess.Popen[bytes] | None = None
+        self._why_not = ""
         self._started = threading.Event()
         # The death signal comes when the thread ends that started it, so one that stays.
         if threading.current_thread() is threading.main_thread():
@@ -58,12 +105,11 @@ class StorageDaemon:
             Thread(target=self._start_and_stay, name="storage-daemon", daemon=True).start()
             self._started.wait()
         if self._process is None:
-            self.socket.close()
-            raise ConfigError(f"cannot start {PROGRAM}: {self.why_it_failed()}", option="--disk")
+            ours.close()
+            raise _cannot_start(self._why_not)
         assert self._process.stderr is not None
-        fd = self._process.stderr.fileno()
-        hears = pausing.each_line(fd, self._heard, self._ended)
-        self._watcher: pausing.Watcher = pausing.Watcher(fd, "storage-daemon-says", hears)
+        says = self._process.stderr.fileno()
+        super().__init__(layers[0].image.path, ours, says, self._ended)
 
     def _start(self) -> None:
         try:
@@ -79,7 +125,7 @@ class StorageDaemon:
                 )
             box.may_signal(self._process.pid)
         except OSError as error:
-            self._said.append(error.strerror or "unknown error")
+            self._why_not = error.strerror or "unknown error"
 
     def _start_and_stay(self) -> None:
         try:
@@ -89,36 +135,85 @@ class StorageDaemon:
         if self._process is not None:
             self._process.wait()
 
-    def _heard(self, line: str) -> None:
-        self._said.append(line.strip())
-        if self._serving:
-            self._log(f"{self.path}: {line.strip()}")
-
     def _ended(self) -> None:
         assert self._process is not None
         self._process.wait()
 
-    def serving(self) -> None:
-        """The image is open: from now on the user sees what the daemon says."""
-        self._serving = True
-
-    def why_it_failed(self) -> str:
-        """Its last message, in one line, after the connection has ended."""
-        if self._process is not None:
-            self.close()
-        text = " ".join(self._said)
-        # It quotes the option in front of the reason.
-        return text.rpartition("}: ")[2] or f"{PROGRAM} ended"
-
-    def close(self) -> None:
-        """End it, with all that it holds back written to the image."""
+    def _end(self) -> None:
         assert self._process is not None
-        self._serving = False
         self._process.terminate()
-        if not self._watcher.wait(_PATIENCE):
-            log.to_stderr(f"{self.path}: {PROGRAM} does not end and is killed")
-            self._process.kill()
-            self._watcher.wait(_PATIENCE)
+
+    def _kill(self) -> str:
+        assert self._process is not None
+        self._process.kill()
+        return " and is killed"
+
+
+class _Handed(Serving):
+    """One that another process has started for us (pyvmm.host.apart)."""
+
+    def __init__(self, path: str, socket: Socket, program: Supervised) -> None:
+        self._program = program
+        self._ending = threading.Lock()
+        super().__init__(path, socket, program.says, self._ended)
+
+    def _ended(self) -> None:
+        poll = select.poll()
+        poll.register(self._program.process, select.POLLIN)
+        poll.poll(_PATIENCE * 1000)  # for its files to be closed
+        os.close(self._program.says)
+        os.close(self._program.process)
+
+    def _end(self) -> None:
+        with self._ending:
+            life, self._program = self._program.life, self._program._replace(life=-1)
+        if life >= 0:
+            os.close(life)
+
+
+def start_apart(layers: Sequence[Layer], closing: ExitStack, *, direct: bool) -> dict[str, int]:
+    """Start a daemon on an open qcow2 image for another process: the descriptors for that process
+    by the names that `take_over` looks for. `closing` closes ours. Raises ConfigError."""
+    _find(*_SETPRIV)
+    ours, listener = connected_listener()
+    closing.callback(ours.close)
+    with listener:
+        argv, given = _command(layers, listener.fileno(), direct)
+        try:
+            program = apart.supervise(argv, (listener.fileno(), *given), closing)
+        except (OSError, ValueError) as error:
+            raise _cannot_start(getattr(error, "strerror", "") or "it is gone") from None
+    return dict(zip(_NAMES, (ours.fileno(), *program), strict=True))
+
+
+def take_over(path: str) -> Serving:
+    """The daemon that another process has started for us on the image at `path`. Raises ConfigError
+    for what is none."""
+    with ExitStack() as wrong:
+        socket = handed.take_stream(_NAMES[0])
+        wrong.callback(socket.close)
+        fds = []
+        for take, name in zip(_TAKES, _NAMES[1:], strict=True):
+            fds.append(take(name))
+            wrong.callback(os.close, fds[-1])
+        made = _Handed(path, socket, Supervised(*fds))
+        wrong.pop_all()
+    return made
+
+
+def _cannot_start(why: str) -> ConfigError:
+    return ConfigError(f"cannot start {PROGRAM}: {why}", option="--disk")
+
+
+def _command(
+    layers: Sequence[Layer], listener: int, direct: bool
+) -> tuple[list[str], tuple[int, ...]]:
+    """The command line, and the descriptors that it names beside `listener`. Raises ConfigError."""
+    program = _find(PROGRAM, _PACKAGES)
+    read_only = layers[0].image.read_only
+    arguments = _arguments(layers, listener, read_only=read_only, direct=direct)
+    given = tuple(file.fd for layer in layers for file in layer.files)
+    return _confined([program, *arguments], layers), given
 
 
 def _find(program: str, package: str) -> str:

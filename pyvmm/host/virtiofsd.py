@@ -17,14 +17,18 @@ import os
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from socket import socket as Socket
 from typing import NoReturn
 
 from pyvmm.errors import ConfigError
-from pyvmm.host import box, confinement, log, pausing
+from pyvmm.host import box, confinement, handed, log, pausing
 from pyvmm.host.private_listener import connected_listener
 
 PROGRAM = "virtiofsd"
+_SOCKET, _SAYS = "virtiofsd", "virtiofsd-says"  # names of descriptors that are handed over
 _PATIENCE = 10.0  # seconds for its end, once our end of the socket is closed
 # <linux/sched.h>, <linux/mount.h>
 _CLONE_NEWNS, _CLONE_NEWUSER = 0x00020000, 0x10000000
@@ -34,8 +38,57 @@ _NOBODY = 65534  # /proc/sys/kernel/overflowuid and overflowgid
 _NOISE = ("Failure when trying to set the limit",)
 
 
-class Virtiofsd:
+class Served:
     """A running virtiofsd that serves `folder`. `socket` is our end, for one front end to take."""
+
+    def __init__(
+        self,
+        folder: str,
+        socket: Socket,
+        says: int,
+        wait: Callable[[], object],
+        kill: Callable[[], object] = lambda: None,
+    ) -> None:
+        """`says` is what it writes its messages to; at their end `wait` is called once. `kill` is
+        for one that does not end."""
+        self.folder = folder
+        self.socket = socket
+        self._wait, self._kill = wait, kill
+        self._said: deque[str] = deque(maxlen=8)
+        self._log = log.RateLimited(prefix="virtiofsd: ")
+        self._closing = False
+        hears = pausing.each_line(says, self._heard, self._ended)
+        self._watcher = pausing.Watcher(says, "virtiofsd", hears)
+
+    def _heard(self, line: str) -> None:
+        text = line.rpartition("] ")[2].strip()[:200]
+        if text and not text.startswith(_NOISE):
+            self._said.append(text)
+
+    def _ended(self) -> None:
+        self._wait()
+        if not self._closing:
+            self._log(f"{self.folder} is served no more: {self._last()}")
+
+    def _last(self) -> str:
+        return self._said[-1] if self._said else f"{PROGRAM} ended"
+
+    def why_it_ended(self) -> str:
+        """Its last message, once the connection has ended."""
+        self._closing = True
+        self._watcher.wait(_PATIENCE)
+        return self._last()
+
+    def close(self) -> None:
+        """Be sure that it has gone; the socket must be closed already."""
+        self._closing = True
+        if not self._watcher.wait(_PATIENCE):
+            self._kill()
+            self._watcher.wait(_PATIENCE)
+
+
+class Virtiofsd(Served):
+    """One that is a child of ours."""
 
     def __init__(
         self,
@@ -51,21 +104,16 @@ class Virtiofsd:
         files are that user's in the guest as well, and not root's; with `tells_mounts` the guest
         sees which directories are other file systems. Raises ConfigError if it cannot be started;
         what it says of the folder is in `why_it_ended`."""
-        self.folder = folder
-        self.socket, listener = connected_listener()
-        self._said: deque[str] = deque(maxlen=8)
-        self._log = log.RateLimited(prefix="virtiofsd: ")
-        self._closing = False
+        ours, listener = connected_listener()
         with listener:
+            argv = [
+                *_argv(command, folder, listener.fileno(), read_only, keeps_owners),
+                *([] if tells_mounts else ["--no-announce-submounts"]),
+                f"--sandbox={sandbox}",
+            ]
             try:
                 self._process = subprocess.Popen(
-                    [
-                        *_begin(command, folder),
-                        *_arguments(folder, listener.fileno(), read_only=read_only),
-                        *_owners(keeps_owners),
-                        *([] if tells_mounts else ["--no-announce-submounts"]),
-                        f"--sandbox={sandbox}",
-                    ],
+                    argv,
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.PIPE,
@@ -74,40 +122,51 @@ class Virtiofsd:
                     start_new_session=True,  # Ctrl-C is for us, not for it to die of
                 )
             except OSError as error:
-                self.socket.close()
+                ours.close()
                 raise ConfigError(f"cannot start {PROGRAM}: {error.strerror}") from None
         box.may_signal(self._process.pid)
         assert self._process.stderr is not None
-        fd = self._process.stderr.fileno()
-        hears = pausing.each_line(fd, self._heard, self._ended)
-        self._watcher = pausing.Watcher(fd, "virtiofsd", hears)
+        says = self._process.stderr.fileno()
+        super().__init__(folder, ours, says, self._process.wait, self._process.kill)
 
-    def _heard(self, line: str) -> None:
-        text = line.rpartition("] ")[2].strip()[:200]
-        if text and not text.startswith(_NOISE):
-            self._said.append(text)
 
-    def _ended(self) -> None:
-        self._process.wait()
-        if not self._closing:
-            self._log(f"{self.folder} is served no more: {self._last('ended')}")
+def start_apart(
+    command: Sequence[str], folder: str, closing: ExitStack, *, read_only: bool
+) -> dict[str, int]:
+    """Start one for another process, whose child it is no more than ours: the descriptors for that
+    process by the names that `take_over` looks for. `closing` closes ours. Raises ConfigError."""
+    from pyvmm.host import apart
 
-    def _last(self, otherwise: str) -> str:
-        return self._said[-1] if self._said else f"{PROGRAM} {otherwise}"
+    ours, listener = connected_listener()
+    closing.callback(ours.close)
+    with listener:
+        argv = [*_argv(command, folder, listener.fileno(), read_only, False), "--sandbox=namespace"]
+        try:
+            says = apart.start(argv, (listener.fileno(),), closing)
+        except OSError as error:
+            raise ConfigError(f"cannot start {PROGRAM}: {error.strerror}") from None
+    return {_SOCKET: ours.fileno(), _SAYS: says}
 
-    def why_it_ended(self, otherwise: str = "ended") -> str:
-        """Its last message, once the connection has ended; if there is none, `otherwise`, what it
-        has done."""
-        self._closing = True
-        self._watcher.wait(_PATIENCE)
-        return self._last(otherwise)
 
-    def close(self) -> None:
-        """Be sure that it has gone; the socket must be closed already."""
-        self._closing = True
-        if not self._watcher.wait(_PATIENCE):
-            self._process.kill()
-            self._watcher.wait(_PATIENCE)
+def take_over(folder: str) -> Served:
+    """One that another process has started for us. Raises ConfigError for what is none."""
+    socket = handed.take_stream(_SOCKET)
+    try:
+        says = handed.take_pipe(_SAYS)
+    except BaseException:
+        socket.close()
+        raise
+    return Served(folder, socket, says, partial(os.close, says))
+
+
+def _argv(
+    command: Sequence[str], folder: str, listener: int, read_only: bool, keeps_owners: bool
+) -> list[str]:
+    return [
+        *_begin(command, folder),
+        *_arguments(folder, listener, read_only=read_only),
+        *_owners(keeps_owners),
+    ]
 
 
 def _begin(command: Sequence[str], folder: str) -> Sequence[str]:

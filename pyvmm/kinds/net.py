@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, ClassVar
 
 from pyvmm.errors import ConfigError, PyvmmError
@@ -381,11 +381,13 @@ def _limits(spec: Spec, way: str) -> Limits | None:
 
 
 def _open_stream(spec: Spec) -> Backend:
-    from pyvmm.host import passt, syscalls
+    from pyvmm.host import handed, passt, syscalls
     from pyvmm.virtio.net.stream import LARGEST_THROUGH_PORT, StreamBackend
 
     if spec.stream:
-        fd = syscalls.open_file(spec.stream, os.O_RDWR | os.O_NONBLOCK)
+        fd = handed.take(spec.stream)
+        if fd is None:
+            fd = syscalls.open_file(spec.stream, os.O_RDWR | os.O_NONBLOCK)
         return StreamBackend(fd, spec.mtu, LARGEST_THROUGH_PORT)
     return StreamBackend(start_passt(spec).detach(), spec.mtu or passt.MTU)
 
@@ -395,31 +397,13 @@ def start_passt(spec: Spec) -> passt.Socket:
     from pyvmm import images
     from pyvmm.host import handed, passt
 
-    if (fd := handed.take(_CABLE)) is not None:
-        return _cable_handed(fd)
+    if handed.has(_CABLE):
+        return handed.take_stream(_CABLE)
     passt.newer_by(images.passt_command)
     forwards = [parse_forward(text) for text in spec.forwards]
     mtu = spec.mtu or passt.MTU
     access, vhost_user = spec.host_access, spec.vhost_user
     return passt.start(forwards, mtu, host_access=access, vhost_user=vhost_user)
-
-
-def _cable_handed(fd: int) -> passt.Socket:
-    """The socket that somebody else has opened. Raises ConfigError, and closes it, for what is
-    none to a passt."""
-    import socket
-
-    try:
-        cable = socket.socket(fileno=fd)
-    except OSError:
-        os.close(fd)
-    else:
-        with suppress(OSError):
-            cable.getpeername()
-            if cable.type == socket.SOCK_STREAM:
-                return cable
-        cable.close()
-    raise ConfigError("what was handed over is no stream socket that is connected", option=OPTION)
 
 
 def cross(spec: Spec, border: Border) -> Crossing:
@@ -462,7 +446,7 @@ def hand_over(spec: Spec, closing: ExitStack) -> tuple[Spec, dict[str, int]]:
         return spec, {_CABLE: cable.fileno()}
     if spec.vhost:
         raise ConfigError(
-            "vhost cannot come to a strictly confined VM",
+            "vhost cannot come to a confined VM",
             cure="leave out vhost, or start the VM with --confine auto",
             option=OPTION,
         )

@@ -358,6 +358,19 @@ def hand_over(spec: Spec, closing: ExitStack) -> tuple[Spec, dict[str, int]]:
     return found
 
 
+def add_opened(spec: Spec, ask: Callable[..., Any]) -> Any:
+    """What such a monitor answers to a request for `spec`. `ask` makes the request, with these
+    parameters and the descriptors `fds`. Raises ConfigError for what the user can mend, and as
+    `ask` does."""
+    from contextlib import ExitStack
+
+    from pyvmm.spec import tables
+
+    with ExitStack() as opened:
+        spec, files = hand_over(spec, opened)
+        return ask(table=tables.write(spec), files=list(files), fds=tuple(files.values()))
+
+
 def method(name: str, running: Running) -> Method | None:
     """The one of `methods` that has this name, without loading the other kinds."""
     kind = name.partition(".")[0]

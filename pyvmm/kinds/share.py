@@ -9,14 +9,17 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, ClassVar
 
 from pyvmm.errors import ConfigError, HostError
+from pyvmm.host import handed
 from pyvmm.kinds.interface import Context
 from pyvmm.spec.options import Option
 from pyvmm.spec.record import field, replace
 from pyvmm.spec.vm import INTERNAL, DeviceSpec, VmSpec
 
 if TYPE_CHECKING:
+    from contextlib import ExitStack
     from typing import TypedDict
 
+    from pyvmm.host.virtiofsd import Served
     from pyvmm.kinds.border import Border, Crossing
     from pyvmm.kinds.interface import Table
     from pyvmm.virtio.vhost_user.device import VhostUserDevice
@@ -146,8 +149,12 @@ def _check(spec: Spec, own: tuple[str, ...]) -> None:
             _refuse(f"the guest's init mounts over {place}", "use another place, such as /mnt")
     if not spec.path:
         _refuse("no directory is named", f"use {_SYNTAX}")
-    if spec.ninep:
-        return
+    if not spec.ninep and not handed.present():  # or else whoever hands it over has looked
+        _check_folder(spec)
+
+
+def _check_folder(spec: Spec) -> None:
+    place = spec.mountpoint
     if not os.path.lexists(spec.path):
         folder, _, rest = spec.path.rpartition(":")
         if rest and not place and os.path.isdir(folder):
@@ -172,36 +179,23 @@ def with_paths(spec: Spec, change: Callable[[str], str]) -> Spec:
 
 def open_device(spec: Spec, context: Context) -> VhostUserDevice:
     """Start a virtiofsd for it, which ends with the device. Raises ConfigError."""
-    from pyvmm import images
-    from pyvmm.host.virtiofsd import Virtiofsd
     from pyvmm.kinds.vhost_user import types
     from pyvmm.vhost_user.protocol import BackEndError
     from pyvmm.virtio.vhost_user.device import VhostUserDevice
 
-    if spec.ninep:
-        _mount_9p(spec)
-    path = os.path.realpath(spec.path)
-    server = Virtiofsd(
-        images.virtiofsd_command(True),
-        path,
-        read_only=spec.read_only,
-        keeps_owners=spec.is_root or spec.is_part,
-        # An overlay takes nothing from beyond the mountpoints that it is told of.
-        tells_mounts=not spec.is_root,
-    )
+    server = _server(spec)
     context.closing.callback(server.close)
     try:
         device = VhostUserDevice(
-            path,
+            server.folder,
             types.served("fs", 1, tag=spec.tag, mac=b""),
             name=f"share-{spec.tag}",
             queue_size=1024,
             connection=server.socket,
         )
-    except (BackEndError, HostError) as error:
-        otherwise = str(error) if isinstance(error, BackEndError) else "ended"
+    except (BackEndError, HostError):
         raise ConfigError(
-            f"{spec.path} cannot be shared: {server.why_it_ended(otherwise)}", option=_FLAG
+            f"{spec.path} cannot be shared: {server.why_it_ended()}", option=_FLAG
         ) from None
     context.closing.callback(device.close)
     if spec.packed and not device.knows_packed:
@@ -209,9 +203,38 @@ def open_device(spec: Spec, context: Context) -> VhostUserDevice:
     return device
 
 
+def _server(spec: Spec) -> Served:
+    """What serves the directory. Raises ConfigError."""
+    from pyvmm import images
+    from pyvmm.host import virtiofsd
+
+    if handed.present():
+        return virtiofsd.take_over(spec.path)
+    if spec.ninep:
+        _mount_9p(spec)
+    return virtiofsd.Virtiofsd(
+        images.virtiofsd_command(True),
+        os.path.realpath(spec.path),
+        read_only=spec.read_only,
+        keeps_owners=spec.is_root or spec.is_part,
+        # An overlay takes nothing from beyond the mountpoints that it is told of.
+        tells_mounts=not spec.is_root,
+    )
+
+
 def opens_by_name(spec: Spec) -> bool:
     """A directory, and a program."""
     return True
+
+
+def hand_over(spec: Spec, closing: ExitStack) -> tuple[Spec, dict[str, int]]:
+    """The socket of its virtiofsd, and what that says. Raises ConfigError."""
+    from pyvmm import images
+    from pyvmm.host import virtiofsd
+
+    _check_folder(spec)
+    command, path = images.virtiofsd_command(True), os.path.realpath(spec.path)
+    return spec, virtiofsd.start_apart(command, path, closing, read_only=spec.read_only)
 
 
 def _mount_9p(spec: Spec) -> None:

@@ -12,12 +12,14 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from pyvmm.errors import ConfigError
+from pyvmm.host import handed
 from pyvmm.virtio import defects
 
 _BOOLEANS = {
     **dict.fromkeys(("1", "yes", "true", "on"), True),
     **dict.fromkeys(("0", "no", "false", "off"), False),
 }
+_LONGEST = 16 << 20  # bytes of a source that is handed over
 _CO_VARKEYWORDS = 0x08  # inspect.CO_VARKEYWORDS; inspect itself is a slow import
 
 T = TypeVar("T")
@@ -88,12 +90,15 @@ class UserClass(NamedTuple):
         name = f"pyvmm_user:{real}"  # one module however often the file is named
         if name in sys.modules:
             return sys.modules[name]
-        if not os.path.isfile(real):
+        given = handed.take(path)
+        if given is None and not os.path.isfile(real):
             raise self.wrong(f"there is no file {path}")
         folder = os.path.dirname(real)
         if folder not in sys.path:
             sys.path.append(folder)  # for modules beside it, behind all others
-        found = spec_from_loader(name, SourceFileLoader(name, real))
+        loader: Any
+        loader = SourceFileLoader(name, real) if given is None else _Handed(real, given)
+        found = spec_from_loader(name, loader)
         assert found is not None and found.loader is not None
         module = sys.modules[name] = module_from_spec(found)
         try:
@@ -112,6 +117,23 @@ class UserClass(NamedTuple):
             text, place = error.msg, f"{error.filename}:{error.lineno}" if error.filename else place
         line = ": ".join(filter(None, (what, type(error).__name__, text)))
         return self.wrong(f"{line} ({place})" if place else line)
+
+
+class _Handed:
+    """Loads a module from a file that somebody else has opened, at `path`."""
+
+    def __init__(self, path: str, fd: int) -> None:
+        self._path = path
+        self._fd = fd
+
+    def create_module(self, spec: Any) -> None:
+        """The usual module."""
+
+    def exec_module(self, module: Any) -> None:
+        module.__file__ = self._path
+        with open(self._fd, "rb") as file:
+            source = file.read(_LONGEST)
+        exec(compile(source, self._path, "exec"), vars(module))
 
 
 class Signature:

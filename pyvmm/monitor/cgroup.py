@@ -9,6 +9,7 @@ in, so that what they all use has a limit.
 from __future__ import annotations
 
 import os
+import time
 from contextlib import suppress
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ _OPTION = "--cgroup"
 _USAGE = "PATH or own, then memory=SIZE, pids=N or cpus=N after commas"
 _PREFIX = "pyvmm-"
 _TRIALS = 100  # to make a group that nobody takes for left behind
+_STEP, _PATIENCE = 0.02, 10.0  # seconds
 _PERIOD = 100_000  # microseconds, the kernel's default
 _CONTROLLERS = {"memory.max": "memory", "pids.max": "pids", "cpu.max": "cpu"}
 
@@ -109,6 +111,26 @@ class Group:
                 _write(self._before, "cgroup.procs", str(os.getpid()))
             with suppress(OSError):
                 os.rmdir(self._made)
+
+    @property
+    def places(self) -> tuple[str, str]:
+        """Where we were, and the group that was made for us, "" for none."""
+        return self._before, self._made
+
+
+def leave_last(before: str, made: str) -> None:
+    """Leave the group `made` as the last one in it, and remove it; others are about to end."""
+    give_up_at = time.monotonic() + _PATIENCE
+    while True:
+        with suppress(OSError):
+            _write(before, "cgroup.procs", str(os.getpid()))
+        try:
+            os.rmdir(made)
+            return
+        except OSError:
+            if not os.path.isdir(made) or time.monotonic() > give_up_at:
+                return
+        time.sleep(_STEP)
 
 
 def _ours() -> str:

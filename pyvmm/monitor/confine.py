@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -16,15 +16,18 @@ from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import box, handed, log, named_listener, unix_sockets
 from pyvmm.host.box import NO_BOX, Box, Needs
 from pyvmm.host.outside import Outside
+from pyvmm.host.unix_sockets import Socket
 from pyvmm.kvm.uapi import KVM_RUN, numbers
-from pyvmm.spec.surroundings import AUTO, OFF, STRICT, USUAL, Surroundings
+from pyvmm.spec.surroundings import EXEC, OFF, STRICT, USUAL, Surroundings
 from pyvmm.spec.vm import VmSpec
 
 if TYPE_CHECKING:
     from pyvmm.control.registry import Registration
+    from pyvmm.control.server import Door
     from pyvmm.control.vm_log import VmLog
     from pyvmm.host.other_user import OtherUser
     from pyvmm.host.refusals import Refusals
+    from pyvmm.monitor.cgroup import Group
     from pyvmm.monitor.keeper import Keeper
 
 T = TypeVar("T")
@@ -33,10 +36,17 @@ T = TypeVar("T")
 class Confinement:
     """The confinement of one VM's monitor: made while nothing is open yet, entered when all is."""
 
-    def __init__(self, surroundings: Surroundings = USUAL, *, passes_signals: bool = False) -> None:
+    def __init__(
+        self,
+        surroundings: Surroundings = USUAL,
+        *,
+        passes_signals: bool = False,
+    ) -> None:
         """`passes_signals`: to another process, by its descriptor."""
         self._surroundings = surroundings
         self._mode = surroundings.confine
+        # Or the threads that serve the guest alone, beside one that opens what comes.
+        self._whole = self._mode == STRICT
         self._user: OtherUser | None = None
         if surroundings.user:
             from pyvmm.host.other_user import OtherUser
@@ -47,17 +57,22 @@ class Confinement:
         self._outside: Outside | None = None
         self._keeper: Keeper | None = None
         self._vm_log: VmLog | None = None
+        self._has_name = False  # on this machine
         self._refusals: Refusals | None = None
         self._warn: log.RateLimited | None = None
         self._of_start: list[str] = []
         self.box = NO_BOX
 
-    def watch_over(self, registration: Registration, vm_log: VmLog | None) -> None:
-        """The files of this VM are opened, made and removed for it once it is confined."""
+    def watch_over(
+        self, registration: Registration, vm_log: VmLog | None, group: Group | None = None
+    ) -> None:
+        """The files of this VM are opened, made and removed for it once it is confined; so is its
+        `group` of processes."""
         self._vm_log = vm_log
+        self._has_name = True
         if self._mode == OFF and self._user is None:
             return
-        if self._mode == STRICT or self._user is not None:  # whose files these are not
+        if self._whole or self._user is not None:  # whose files these are not
             from pyvmm.monitor.keeper import Keeper
 
             keeper = self._keeper = Keeper(
@@ -67,8 +82,9 @@ class Confinement:
             )
             for path in registration.files:
                 keeper.announce(path)
-            named_listener.remove_by(keeper.remove)
-            unix_sockets.connect_by(keeper.reach)
+            if group is not None:
+                keeper.leave(group)
+            _ask_for_names(keeper)
         else:
             named_listener.remove_by(
                 lambda path, identity: self.run(partial(named_listener.remove_here, path, identity))
@@ -83,6 +99,45 @@ class Confinement:
         named_listener.note_by(note)
         if vm_log is not None:
             self._watch_over_log(vm_log)
+
+    def watch_over_inside(self, paths: Iterable[str]) -> None:
+        """The same in an emulated host, before there is a thread; at `paths` this process is going
+        to listen."""
+        if not self._whole:
+            return
+        from pyvmm.monitor import plugged_inside
+        from pyvmm.monitor.keeper import Keeper
+
+        keeper = self._keeper = plugged_inside.keeper = Keeper("", "", is_inside=True)
+        for path in paths:
+            keeper.announce(path)
+        _ask_for_names(keeper)
+        named_listener.note_by(keeper.announce)
+
+    def hear_clients(
+        self, listener: Socket, doors: Sequence[Door]
+    ) -> tuple[Socket | Door, Sequence[Door]]:
+        """The control sockets with what brings the connections that our keeper has heard first, if
+        it does. To be called before `enter`. Raises OSError."""
+        keeper = self._keeper
+        # Where the monitor becomes another user, what it gets later is opened by who asks.
+        if keeper is None or not self._whole or self._user or not self._has_name:
+            return listener, doors
+        from pyvmm.control.server import Door
+
+        first, *others = [
+            door._replace(passes=keeper.listen(door.socket, owner_only=door.owner_only))
+            if door.rights == EXEC
+            else door
+            for door in (Door(listener), *doors)
+        ]
+        return first, others
+
+    def open_device(self, path: str) -> int:
+        """A block device of the emulated host that this is, opened. Raises OSError."""
+        if self._keeper is not None and self.opens_nothing:
+            return self._keeper.open_device(path)
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
     def _watch_over_log(self, vm_log: VmLog) -> None:
         if self._keeper is not None:
@@ -105,21 +160,22 @@ class Confinement:
             self._say_what_is_on()
             return self.box
         box.begin()
-        if self._mode == AUTO:
+        if not self._whole:
             self._outside = Outside(box.stay_outside)
         self._hear_refusals(spec.name)
         for path in filter(None, (spec.kernel, spec.initrd)):
             with suppress(OSError):
                 if os.stat(path).st_nlink:  # or else it has no name, as a memfd has not
                     self._of_start.append(path)
-        has_network = any(device.kind == "net" for device in spec.devices)
+        cards = [device for device in spec.devices if device.kind == "net"]
         needs = Needs(
             ioctls=(KVM_RUN, *sorted(numbers.made() - {KVM_RUN})),  # it is looked for first
             read=(*_code(), *_files(spec), *self._surroundings.allow_read),
-            uses_network=has_network,
-            hears_of_interfaces=has_network and self._mode == STRICT,  # or else from outside
+            uses_network=bool(cards),
+            # Or else from outside; passt has none.
+            hears_of_interfaces=self._whole and any(getattr(card, "tap", "") for card in cards),
             passes_signals=self._passes_signals,
-            outside=self._mode == AUTO,
+            outside=not self._whole,
             tells=self._refusals is not None,
             answers=None if self._refusals is None else self._refusals.answer,
         )
@@ -200,7 +256,7 @@ class Confinement:
     @property
     def opens_nothing(self) -> bool:
         """True if nothing is opened by name any more."""
-        return self._mode == STRICT and self.box != NO_BOX
+        return self._whole and bool(self.box.on)
 
     def run(self, job: Callable[[], T]) -> T:
         """Do what the user has asked for by name, where that is possible still, or with files that
@@ -216,9 +272,14 @@ class Confinement:
                 raise
             message = error.message if isinstance(error, ConfigError) else str(error)
             raise ConfigError(
-                f"a strictly confined monitor opens nothing by name: {message}",
+                f"a confined monitor opens nothing by name: {message}",
                 cure="start the VM with --confine auto",
             ) from None
+
+
+def _ask_for_names(keeper: Keeper) -> None:
+    named_listener.remove_by(keeper.remove)
+    unix_sockets.connect_by(keeper.reach)
 
 
 def _code() -> Iterator[str]:

@@ -17,6 +17,7 @@ from pyvmm.relay import VARIABLE
 
 if TYPE_CHECKING:
     from pyvmm.control.server import Door
+    from pyvmm.monitor.confine import Confinement
     from pyvmm.spec.surroundings import Surroundings
 
 CONTROL_PATH = "/run/pyvmm-control"  # where the relay of sockets finds the monitor
@@ -51,19 +52,22 @@ def main() -> int:
         from pyvmm.host import unix_sockets
         from pyvmm.relay import inside
 
+        places = [door_path(number) for number in range(len(surroundings.sockets))]
+        confinement.watch_over_inside((CONTROL_PATH, *places))
         inside.start()
         control = unix_sockets.listen(CONTROL_PATH)
-        doors = _doors(surroundings) if surroundings.sockets else []
         code = run_here(
             spec,
             quiet=True,
             stop_patience=stop_patience,
             control=control,
             on_listening=inside.admit,
-            resize_outside=lambda *args: confinement.run(partial(_resize_outside, *args)),
+            resize_outside=lambda *args: confinement.run(
+                partial(_resize_outside, confinement, *args)
+            ),
             described=from_json(sys.argv[1]),
             confinement=confinement,
-            doors=doors,
+            doors=_doors(surroundings) if surroundings.sockets else [],
         )
         control.close()
         inside.finish()
@@ -86,10 +90,10 @@ def _doors(surroundings: Surroundings) -> list[Door]:
     ]
 
 
-def _resize_outside(path: str, size: int | None) -> None:
+def _resize_outside(confinement: Confinement, path: str, size: int | None) -> None:
     from pyvmm.kinds.disk.outside import resize_outside
 
-    resize_outside(path, size)
+    resize_outside(path, size, confinement.open_device)
 
 
 if __name__ == "__main__":

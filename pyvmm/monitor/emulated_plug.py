@@ -25,6 +25,7 @@ from pyvmm.host.unix_sockets import Socket
 from pyvmm.kinds import registry
 from pyvmm.kinds.border import Border, Crossing, Visible
 from pyvmm.machine.board.registry import is_foreign
+from pyvmm.monitor.nodes_inside import PLACE
 from pyvmm.spec.vm import DiskSpec, VmSpec
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from pyvmm.emulated_host.spec import Plugs
 
 _CROSS = ("disk", "net", "share")  # kinds that have something of the machine
-_PLACE = "/run/pyvmm-plug"
 _PATIENCE = 90.0  # seconds for the monitor inside to plug something in
 _SENDING = 10.0
 
@@ -147,7 +147,7 @@ class Plugging(Closable):
             real = os.path.realpath(disk.path)
             with self._lock:
                 self._number += 1
-                moved[real] = f"{_PLACE}/{self._number}{real}"
+                moved[real] = f"{PLACE}/{self._number}{real}"
             serials[moved[real]] = plugs.plug_disk(disk, moved[real], opened)
         spec = registry.with_paths(crossing.spec, lambda path: moved.get(path, path))
         if isinstance(spec, DiskSpec) and spec.scratch is not None:

@@ -276,12 +276,22 @@ class Hotplug(Closable):
             self._mount(spec, device.name)
         return told
 
+    @property
+    def opens_nothing(self) -> bool:
+        """True if nothing is opened by name."""
+        return self._devices.opens_nothing()
+
     def add_handed(
-        self, kind: str, value: Any, names: dict[str, int], owner: Descriptors
+        self,
+        kind: str,
+        value: Any,
+        names: dict[str, int],
+        owner: Descriptors,
+        described: Spec | None = None,
     ) -> dict[str, Any]:
         """The same with descriptors, by name, of what would have to be opened."""
         with handed.files(names, owner):
-            return self.add(kind, value)
+            return self.add(kind, value, described)
 
     def wait_for_driver(
         self, kind: str, id: str, timeout: float, wake: Event | None = None
@@ -373,7 +383,7 @@ class Hotplug(Closable):
         if not registry.opens_by_name(spec):
             return
         cure = "start the VM with --confine auto"
-        error = ConfigError("a strictly confined monitor opens nothing by name", cure=cure)
+        error = ConfigError("a confined monitor opens nothing by name", cure=cure)
         if registry.hands_over(kind) and not self._is_inside:  # where no descriptor gets
             raise ControlError(NEEDS_FILES, f"{error}, or send descriptors")
         raise error

@@ -1,6 +1,6 @@
 """The keeper of a monitor in a box: a process, forked before, that does what the monitor cannot.
 
-It does four things, for one VM whose name it knows from before, and nothing else:
+It does these things, for one VM whose name it knows from before, and nothing else:
 
     b"log" + one byte       open the VM's log, which is begun anew if the byte is not 0
     b"end" + a JSON object  remember how the VM has ended
@@ -8,10 +8,19 @@ It does four things, for one VM whose name it knows from before, and nothing els
     b"con" + a number       connect to the socket that was announced as that one
     b"con" + two numbers    connect to the socket whose name is that file's, "_" and the second one
 
+and in an emulated host, whose block devices and ports are all this VM's, where there is no log:
+
+    b"plg" + a JSON list    make a node at its first text, below PLACE, for the block device whose
+                            serial number is its second
+    b"dev" + a path         open the block device or the port that is there
+
 An answer is an error number in four bytes, and a descriptor where one is asked for. Files are
 announced (``b"add" + path``, or ``b"nam" + path`` for one that is not removed) until the monitor is
 about to enter the box, which it says (``b"box"``): a file is removed only if it is still the same.
-The keeper has no other descriptor than its socket, and ends with the monitor.
+Until then it may also say which group of processes to remove at the end (``b"grp"`` and a JSON
+list: where to go, and the group), and have the keeper hear who comes to its control sockets, before
+it does itself (``b"lis"``, a byte and two descriptors: pyvmm.monitor.broker). The keeper has no
+other descriptors than its socket and these, and ends with the monitor.
 
 Where the monitor becomes another user, the keeper is root, and the folder of a socket may be that
 user's: what he makes a link of later is not followed for him.
@@ -21,14 +30,16 @@ from __future__ import annotations
 
 import _socket
 import errno
+import gc
 import os
+import select
 import signal
 import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyvmm.control import vm_log
 from pyvmm.errors import HostError
@@ -36,8 +47,13 @@ from pyvmm.host import named_listener, unix_sockets
 from pyvmm.host.named_listener import Identity
 from pyvmm.host.unix_sockets import Socket
 
+if TYPE_CHECKING:
+    from pyvmm.monitor.broker import Broker
+    from pyvmm.monitor.cgroup import Group
+
 _MOST = 64 << 10  # bytes of a message
 _ANSWER = struct.Struct("=i")
+_FDS = struct.Struct("=2i")  # with a "lis"
 _MOST_TEXT = 4096
 _KEYS = {"message": str, "ending": str}
 
@@ -45,10 +61,12 @@ _KEYS = {"message": str, "ending": str}
 class Keeper:
     """The monitor's end. Any thread may call it."""
 
-    def __init__(self, place: str, name: str, *, for_another: bool = False) -> None:
+    def __init__(
+        self, place: str, name: str, *, for_another: bool = False, is_inside: bool = False
+    ) -> None:
         """Fork the keeper of the VM `name`; `place` is the folder of control sockets. The monitor
-        is to become another user if it is `for_another`. To be called before anything is opened
-        for the VM. Raises HostError."""
+        is to become another user if it is `for_another`. `is_inside`: this is an emulated host.
+        To be called before anything is opened for the VM. Raises HostError."""
         try:
             self._socket, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
             child = os.fork()
@@ -58,7 +76,9 @@ class Keeper:
         if not child:
             try:
                 _be_alone(theirs.fileno())
-                _Serving(theirs, place, name, for_another).run()
+                serving = _Serving(theirs, place, name, for_another, is_inside)
+                serving.run()
+                serving.end()
             finally:
                 os._exit(0)
         theirs.close()
@@ -72,6 +92,14 @@ class Keeper:
         with self._lock:
             self._ask((b"add" if removes else b"nam") + os.fsencode(path))
             self._numbers[path] = len(self._numbers)
+
+    def leave(self, group: Group) -> None:
+        """This VM's group of processes goes when the monitor has ended. Before `enter_box`."""
+        import json
+
+        if group.places[1]:
+            with self._lock:
+                self._ask(b"grp" + json.dumps(group.places).encode())
 
     def enter_box(self) -> None:
         """From now on the keeper does not believe us any more."""
@@ -109,6 +137,29 @@ class Keeper:
         except OSError as error:
             raise HostError(error.errno or 0, f"connect to {path}") from None
 
+    def listen(self, listener: Socket, *, owner_only: bool) -> _socket.socket:
+        """From `enter_box` on, connections to `listener` come by the socket that this returns, with
+        `owner_only` those of other users do not. Raises OSError."""
+        ours, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        with self._lock:
+            self._ask(b"lis%c" % owner_only, (listener.fileno(), theirs.fileno()))
+        theirs.close()
+        return ours
+
+    def plug(self, path: str, serial: str) -> None:
+        """Make a node at `path` for the block device with that serial number. Raises OSError,
+        ENOENT while there is none."""
+        import json
+
+        with self._lock:
+            self._ask(b"plg" + json.dumps([path, serial]).encode())
+
+    def open_device(self, path: str) -> int:
+        """The block device or port at `path`, opened. Raises OSError."""
+        with self._lock:
+            return self._ask(b"dev" + os.fsencode(path))
+
     def open_log(self, rotate: bool) -> int:
         """See vm_log.open_log."""
         with self._lock:
@@ -125,26 +176,27 @@ class Keeper:
         with self._lock, suppress(OSError):
             self._ask(b"end" + json.dumps({"exit_code": exit_code, **told}).encode())
 
-    def _ask(self, message: bytes) -> int:
+    def _ask(self, message: bytes, fds: tuple[int, ...] = ()) -> int:
         """The descriptor in the answer, or -1. Raises OSError."""
-        self._socket.send(message)
+        rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, _FDS.pack(*fds))] if fds else []
+        self._socket.sendmsg([message], rights)
         data, ancillary, _, _ = self._socket.recvmsg(
             _ANSWER.size, _socket.CMSG_SPACE(4), _socket.MSG_CMSG_CLOEXEC
         )
-        fds = [_ANSWER.unpack(content[:4])[0] for _, _, content in ancillary]
+        came = [_ANSWER.unpack(content[:4])[0] for _, _, content in ancillary]
         failed = _ANSWER.unpack(data)[0] if len(data) == _ANSWER.size else errno.EPIPE
         if failed:
             raise OSError(failed, os.strerror(failed))
-        return int(fds[0]) if fds else -1
+        return int(came[0]) if came else -1
 
 
 def _be_alone(fd: int) -> None:
     """Keep nothing of the monitor but the descriptor `fd`, and end with it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP):
         signal.signal(number, signal.SIG_IGN)
+    gc.freeze()  # or else to look through what the monitor has would copy it
     os.closerange(0, fd)
     os.closerange(fd + 1, os.sysconf("SC_OPEN_MAX"))
-    os.chdir("/")
 
 
 class _File(NamedTuple):
@@ -162,30 +214,87 @@ class _File(NamedTuple):
 
 
 class _Serving:
-    def __init__(self, socket: _socket.socket, place: str, name: str, for_another: bool) -> None:
+    def __init__(
+        self,
+        socket: _socket.socket,
+        place: str,
+        name: str,
+        for_another: bool,
+        is_inside: bool,
+    ) -> None:
         self._socket = socket
+        self._is_inside = is_inside
         self._for_another = for_another
         self._place, self._name = place, name
         self._files: list[_File] = []
         self._boxed = False
+        self._group: tuple[str, ...] = ()
+        self._epoll: select.epoll | None = None
+        self._broker: Broker | None = None
 
     def run(self) -> None:
         """Serve until the other end is closed."""
-        while message := self._socket.recv(_MOST):
+        while self._wait() and (said := self._hear())[0]:
+            message, fds = said
             fd, failed = -1, 0
             try:
-                fd = self._do(message[:3], message[3:])
+                fd = self._do(message[:3], message[3:], fds)
             except OSError as error:
                 failed = error.errno or errno.EIO
             except (ValueError, IndexError, RecursionError):
                 failed = errno.EINVAL
+            for one in fds:
+                os.close(one)
             rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, _ANSWER.pack(fd))] if fd >= 0 else []
             self._socket.sendmsg([_ANSWER.pack(failed)], rights)
             if fd >= 0:
                 os.close(fd)
 
-    def _do(self, what: bytes, rest: bytes) -> int:
+    def end(self) -> None:
+        """The monitor has ended."""
+        if self._group:
+            from pyvmm.monitor import cgroup
+
+            os.closerange(0, os.sysconf("SC_OPEN_MAX"))
+            cgroup.leave_last(*self._group)
+
+    def _wait(self) -> bool:
+        """Wait for the monitor, and hear clients meanwhile."""
+        while self._broker is not None and self._epoll is not None:
+            ready = [fd for fd, _ in self._epoll.poll()]
+            for fd in ready:
+                self._broker.serve(fd)
+            if self._socket.fileno() in ready:
+                break
+        return True
+
+    def _hear(self) -> tuple[bytes, list[int]]:
+        if self._boxed:
+            return self._socket.recv(_MOST), []
+        data, ancillary, _, _ = self._socket.recvmsg(
+            _MOST, _socket.CMSG_SPACE(_FDS.size), _socket.MSG_CMSG_CLOEXEC
+        )
+        return data, [fd for _, _, content in ancillary for (fd,) in _ANSWER.iter_unpack(content)]
+
+    def _listen(self, owner_only: bool, fds: list[int]) -> None:
+        from pyvmm.monitor.broker import Broker, Door
+
+        if self._broker is None:
+            self._epoll = select.epoll()
+            self._epoll.register(self._socket.fileno(), select.EPOLLIN)
+            self._broker = Broker(os.getppid(), self._epoll)
+        listener, channel = unix_sockets.adopt(fds[0]), _socket.socket(fileno=fds[1])
+        fds.clear()
+        self._broker.add(Door(listener, channel, owner_only))
+
+    def _do(self, what: bytes, rest: bytes, fds: list[int]) -> int:
         """The descriptor to answer with, or -1. Raises OSError, ValueError, IndexError."""
+        if self._is_inside and what in (b"plg", b"dev"):
+            from pyvmm.monitor import nodes_inside
+
+            return nodes_inside.serve(what, rest)
+        if self._is_inside and what in (b"log", b"end"):
+            raise ValueError
         if what == b"log":
             return vm_log.open_log(self._place, self._name, rest != b"\0")
         if what == b"end":
@@ -203,8 +312,16 @@ class _Serving:
             return _connected(file.path + suffix)
         elif what in (b"add", b"nam") and not self._boxed:
             self._files.append(_File.announced(os.fsdecode(rest), removes=what == b"add"))
+        elif what == b"grp" and not self._boxed:
+            import json
+
+            self._group = tuple(map(str, json.loads(rest)))
+        elif what == b"lis" and not self._boxed and len(fds) == 2:
+            self._listen(rest != b"\0", fds)
         elif what == b"box" and not self._boxed:
             self._boxed = True
+            if self._broker is not None:
+                self._broker.begin()
             self._files = [
                 one._replace(identity=_identity(one.path)) if one.removes else one
                 for one in self._files

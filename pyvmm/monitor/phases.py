@@ -14,9 +14,10 @@ from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
 from pyvmm.boot.diagnosis import PANIC
-from pyvmm.errors import PyvmmError
+from pyvmm.errors import HostError, PyvmmError
 from pyvmm.host import log
 from pyvmm.host.syscalls import Closable
+from pyvmm.host.unix_sockets import Socket
 from pyvmm.kinds import registry
 from pyvmm.machine.builder import Parts, Prepared, assemble, open_kvm, prepare, prepare_again
 from pyvmm.machine.machine import Machine
@@ -35,7 +36,6 @@ from pyvmm.spec.vm import DeviceSpec, VmSpec
 
 if TYPE_CHECKING:
     from pyvmm.control.server import Door
-    from pyvmm.host.unix_sockets import Socket
     from pyvmm.kvm.system import Kvm
     from pyvmm.machine.mapped_files import MappedFiles
     from pyvmm.memory.private_memory import PrivateMemory
@@ -103,6 +103,7 @@ def run_here(
             run = _Run(opened, answering, on_output, closing)
             run.assemble(stop_patience)
             if confinement is not None:
+                answering.hear_by(confinement)
                 confinement.enter(opened.prepared.spec)
                 answering.confinement = run.confinement = confinement
             outcome = run.to_the_end()
@@ -188,12 +189,21 @@ class _Answering(Closable):
         """`resize_outside` resizes disks that are somebody else's, `described` is
         MachineControl's."""
         self._doors = doors
-        self._listener = listener
+        self._listener: Socket | Door | None = listener
         self._described = described
         self._resize_outside = resize_outside
         self.is_inside = resize_outside is not None
         self.confinement: Confinement | None = None
         self._watch: Watch | None = None
+
+    def hear_by(self, confinement: Confinement) -> None:
+        """Let somebody hear first who comes, if there is somebody to. Raises HostError."""
+        if isinstance(self._listener, Socket):
+            try:
+                found = confinement.hear_clients(self._listener, self._doors)
+            except OSError as error:
+                raise HostError(error.errno or 0, "control sockets in the box") from None
+            self._listener, self._doors = found
 
     def start(
         self,

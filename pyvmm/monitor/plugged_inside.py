@@ -1,24 +1,28 @@
 """Devices that come to a guest in an emulated host, inside: emulated_plug has brought in what they
-have of the machine, as block devices and ports that the kernel here finds."""
+have of the machine, as block devices and ports that the kernel here finds.
+
+A strictly confined monitor has its keeper make their nodes and open them.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
-import stat
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from functools import partial
-from glob import glob
 from typing import TYPE_CHECKING, Any
 
 from pyvmm.control.protocol import Later
 from pyvmm.errors import ConfigError, HostError
+from pyvmm.host.handed import Descriptors
 from pyvmm.kinds import registry
+from pyvmm.monitor.nodes_inside import device_of, place
 
 if TYPE_CHECKING:
     from pyvmm.monitor.hotplug import Hotplug
+    from pyvmm.monitor.keeper import Keeper
+
 
 NEEDS: dict[str, type] = {
     "kind": str,
@@ -52,18 +56,59 @@ def _plug(
     disks: dict[str, str],
     streams: list[str],
 ) -> dict[str, Any]:
-    hotplug.run_outside(partial(_bring_in, disks, streams))
     read = partial(registry.from_plain, kind)
     try:
-        return hotplug.add(kind, read(spec), read(described))
+        found, outside = read(spec), read(described)
     except TypeError as error:
         raise ConfigError(f"not a device: {error}") from None
+    if not hotplug.opens_nothing:
+        hotplug.run_outside(partial(_bring_in, disks, streams))
+        return hotplug.add(kind, found, outside)
+    if kind == "share":
+        raise ConfigError(
+            "no directory comes to a strictly confined VM in an emulated KVM host",
+            cure="share it from the start, or start the VM with --confine auto",
+        )
+    assert keeper is not None
+    with Descriptors() as owner:
+        names = dict(_brought_in(keeper, disks, streams, owner))
+        if getattr(found, "scratch", None) in names:
+            from pyvmm.virtio.blk.overlay import SCRATCH
+
+            names[SCRATCH] = names.pop(found.scratch)
+        return hotplug.add_handed(kind, found, names, owner, outside)
+
+
+keeper: Keeper | None = None
+"""The one of this process, if it has one."""
+
+
+def _brought_in(
+    keeper: Keeper, disks: dict[str, str], streams: list[str], owner: Descriptors
+) -> Iterator[tuple[str, int]]:
+    """By their paths, the block devices with the serial numbers in `disks`, and the ports."""
+    for path, serial in disks.items():
+        _until(serial, partial(_done, keeper.plug, path, serial))
+    for path in (*disks, *streams):
+        [fd] = _until(path, partial(_done, keeper.open_device, path))
+        owner.fds.append(fd)
+        yield path, fd
+
+
+def _done(job: Callable[..., Any], *args: str) -> list[Any]:
+    """What `job` returns, if what it wants is there. Raises HostError."""
+    try:
+        return [job(*args)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise HostError(error.errno or 0, f"{args[-1]} in the emulated KVM host") from None
 
 
 def _bring_in(disks: dict[str, str], streams: list[str]) -> None:
     # The nodes stay, for a resize looks there; a RAM disk has them, and each has its own path.
     for path, serial in disks.items():
-        _place(path, _until(serial, partial(_device_of, serial)))
+        place(path, _until(serial, partial(device_of, serial)))
     for port in streams:
         _until(port, partial(os.path.exists, port))
 
@@ -75,24 +120,3 @@ def _until(what: str, look: Callable[[], Any]) -> Any:
             raise HostError(errno.ETIMEDOUT, f"{what} in the emulated KVM host")
         time.sleep(_STEP)
     return found
-
-
-def _device_of(serial: str) -> int | None:
-    for block in glob("/sys/block/vd*"):
-        try:
-            with open(f"{block}/serial") as file:
-                if file.read().strip() != serial:
-                    continue
-            with open(f"{block}/dev") as file:
-                major, _, minor = file.read().strip().partition(":")
-                return os.makedev(int(major), int(minor))
-        except (OSError, ValueError):
-            continue  # it has just come, or gone
-    return None
-
-
-def _place(path: str, device: int) -> None:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with suppress(FileNotFoundError):
-        os.unlink(path)
-    os.mknod(path, stat.S_IFBLK | 0o600, device)

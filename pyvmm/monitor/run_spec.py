@@ -20,6 +20,7 @@ from pyvmm.spec.vm import ARCHITECTURES, VmSpec
 if TYPE_CHECKING:
     from pyvmm.control.server import Door
     from pyvmm.control.vm_log import VmLog
+    from pyvmm.monitor.cgroup import Group
     from pyvmm.monitor.confine import Confinement
 
 
@@ -60,7 +61,7 @@ def run_spec(
             listener = registration.listener
 
             def run() -> int:
-                with _held(spec) as release, _in_group(surroundings.cgroup, spec.name):
+                with _held(spec) as release, _in_group(surroundings.cgroup, spec.name) as group:
                     return _run(
                         spec,
                         kvm,
@@ -69,6 +70,7 @@ def run_spec(
                         vm_log,
                         release,
                         surroundings,
+                        group,
                         passes_signals=wrap is not None,
                     )
 
@@ -144,6 +146,7 @@ def _run(
     vm_log: VmLog | None,
     on_open: Callable[[], None],
     surroundings: Surroundings,
+    group: Group | None,
     *,
     passes_signals: bool,
 ) -> int:
@@ -153,7 +156,7 @@ def _run(
     if kvm == "host":
         from pyvmm.monitor.phases import run_here
 
-        confinement = _confinement(surroundings, registration, vm_log, passes_signals)
+        confinement = _confinement(surroundings, registration, vm_log, group, passes_signals)
         with _doors(surroundings, registration) as doors:
             return run_here(
                 spec,
@@ -220,18 +223,18 @@ def which_kvm(spec: VmSpec, kvm: str) -> tuple[str, str | None]:
 
 
 @contextmanager
-def _in_group(text: str, name: str) -> Iterator[None]:
+def _in_group(text: str, name: str) -> Iterator[Group | None]:
     """In the group of processes that was asked for, with all that is started. Raises
     ConfigError."""
     if not text:
-        yield
+        yield None
         return
     from pyvmm.host import outside
     from pyvmm.monitor import cgroup
 
     group = cgroup.Group(cgroup.Wanted.parse(text), name)
     try:
-        yield
+        yield group
     finally:
         outside.run(group.leave)
 
@@ -254,12 +257,13 @@ def _confinement(
     surroundings: Surroundings,
     registration: registry.Registration,
     vm_log: VmLog | None,
+    group: Group | None,
     passes_signals: bool,
 ) -> Confinement:
     from pyvmm.monitor.confine import Confinement
 
     confinement = Confinement(surroundings, passes_signals=passes_signals)
-    confinement.watch_over(registration, vm_log)
+    confinement.watch_over(registration, vm_log, group)
     return confinement
 
 

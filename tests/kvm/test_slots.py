@@ -6,22 +6,28 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
+from signal import SIGKILL
 from typing import Any
 
 import pytest
 from boot_images import Elf, Load
 from footprint import footprint, has_no_more_than
+from hotplug_rig import until
 
 from pyvmm import VM, ConfigError, images
 from pyvmm.control import snapshot_store as store
 from pyvmm.control.client import Client
 from pyvmm.control.protocol import ControlError
+from pyvmm.control.registry import socket_path
 from pyvmm.host import tap
 from pyvmm.host.files import open_image
+from pyvmm.host.programs import find_program
 from pyvmm.kvm.system import Kvm
 
 SAFETY_TIMEOUT = 60
@@ -111,6 +117,102 @@ COMES_OPENED = {
 }
 
 
+def has_nothing_of(path: str | Path) -> None:
+    """No program has that file."""
+    open_image(str(path), raw=False).close()
+
+
+def has_virtiofsd() -> None:
+    try:
+        images.virtiofsd_command()
+    except ConfigError as error:
+        pytest.skip(str(error))
+
+
+def those_with(*paths: Path) -> dict[int, int]:
+    """The parents of all processes that have such a file open, or name it in their arguments."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            names = [os.readlink(fd) for fd in (process / "fd").iterdir()]
+            words = (process / "cmdline").read_text()
+            if any(str(path) in names or f"={path}" in words for path in paths):
+                status = (process / "stat").read_text().rpartition(")")[2].split()
+                found[int(process.name)] = int(status[1])
+    return found
+
+
+@pytest.mark.parametrize("options", ["", ",readonly", ",overlay={folder}/changes", ",snapshot"])
+def test_a_strictly_confined_vm_takes_qcow2_disks_that_we_serve(folder: Path, options: str) -> None:
+    below, image = folder / "below.qcow2", folder / "image.qcow2"
+    made = ["qemu-img", "create", "-q", "-f", "qcow2"]
+    subprocess.run([*made, str(below), "1M"], check=True)
+    subprocess.run([*made, "-F", "qcow2", "-b", str(below), str(image)], check=True)
+    disk = f"{image},backing={below},id=data{options}".format(folder=folder)
+    with guest(folder, OBEDIENT, confine="strict") as vm:
+        before = None
+        for _ in range(3):
+            assert vm.add_disk(disk) == "data"
+            vm.console.expect_exact("A", timeout=SAFETY_TIMEOUT)
+            with pytest.raises(ConfigError, match="in use"):
+                open_image(str(image), raw=False)
+            vm.remove_disk("data", timeout=SAFETY_TIMEOUT)
+            vm.console.expect_exact("E", timeout=SAFETY_TIMEOUT)
+            has_nothing_of(image)
+            has_nothing_of(below)
+            if before is not None:
+                has_no_more_than(vm.pid, before)
+            before = footprint(vm.pid)
+        assert vm.status()["confinement"]["refused_calls"] == 0
+        image.write_bytes(image.read_bytes()[:200])
+        with pytest.raises(
+            (ConfigError, ControlError), match=r"image.qcow2 (cannot be op|is a da)"
+        ):
+            vm.add_disk(disk)
+        has_nothing_of(below)
+
+
+def test_a_strictly_confined_vm_takes_the_shares_that_we_serve(folder: Path) -> None:
+    has_virtiofsd()
+    shared = folder / "shared"
+    shared.mkdir()
+    with guest(folder, OBEDIENT, confine="strict") as vm:
+        before = None
+        for options in ("", ",readonly", ""):
+            share = vm.share(f"{shared}{options}")
+            vm.console.expect_exact("A", timeout=SAFETY_TIMEOUT)
+            other = vm.share(f"{shared},tag=other")
+            vm.console.expect_exact("A", timeout=SAFETY_TIMEOUT)
+            assert vm.status()["devices"] == [share, other]
+            for one in (share, other):
+                vm.unshare(one, timeout=SAFETY_TIMEOUT)
+                vm.console.expect_exact("E", timeout=SAFETY_TIMEOUT)
+            assert not those_with(shared)
+            if before is not None:
+                has_no_more_than(vm.pid, before)
+            before = footprint(vm.pid)
+        assert vm.status()["confinement"]["refused_calls"] == 0
+
+
+@pytest.mark.parametrize("signal", [None, SIGKILL])
+def test_what_serves_a_strictly_confined_vm_ends_with_it(folder: Path, signal: int | None) -> None:
+    image = folder / "image.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(image), "1M"], check=True)
+    (folder / "shared").mkdir()
+    has_virtiofsd()
+    with guest(folder, OBEDIENT, confine="strict") as vm:
+        vm.add_disk(f"{image},id=data")
+        vm.share(f"{folder}/shared")
+        serving = those_with(image, folder / "shared")
+        assert len(serving) == 4, serving  # it forks, and who watches over the disk's
+        assert not {os.getpid(), vm.pid} & set(serving.values())
+        if signal is not None:
+            os.kill(vm.pid, signal)
+            vm.wait(SAFETY_TIMEOUT)
+    until(lambda: not those_with(image, folder / "shared"))
+    has_nothing_of(image)
+
+
 @pytest.mark.parametrize("what", COMES_OPENED)
 def test_a_strictly_confined_vm_takes_the_disks_that_we_open(folder: Path, what: str) -> None:
     disk = f"{folder}/{COMES_OPENED[what]},id=data".format(folder=folder)
@@ -153,27 +255,73 @@ def test_a_strictly_confined_vm_takes_the_networks_that_we_open(folder: Path) ->
         assert vm.status()["confinement"]["refused_calls"] == 0
 
 
+def test_a_program_that_speaks_json_names_what_it_wants(folder: Path) -> None:
+    (folder / "shared").mkdir()
+    (folder / "zeroes.py").write_text(
+        "from pyvmm.virtio.blk.backend import Backend\n"
+        "class Zeroes(Backend):\n"
+        "    size_sectors = 8\n"
+        "    read_only = True\n"
+        "    def readv(self, views, size, offset): pass\n"
+        "    def writev(self, views, size, offset): pass\n"
+        "    def flush(self): pass\n"
+    )
+    image = folder / "image.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(image), "1M"], check=True)
+    wanted = [("disk", f"{image},id=image"), ("disk", f"{folder}/zeroes.py:Zeroes,id=zeroes")]
+    if find_program("passt") is not None:
+        wanted.append(("net", "user"))
+    with suppress(ConfigError):
+        images.virtiofsd_command()
+        wanted.append(("share", f"{folder}/shared"))
+    script = (
+        "import json, socket, sys\n"
+        "client = socket.socket(socket.AF_UNIX)\n"
+        "client.connect(sys.argv[1])\n"
+        "answers = client.makefile('r')\n"
+        "for kind, device in json.loads(sys.argv[2]):\n"
+        "    line = {'version': 1, 'method': f'{kind}.add', 'params': {'device': device}}\n"
+        "    client.sendall(json.dumps(line).encode() + b'\\n')\n"
+        "    print(json.loads(answers.readline())['result']['id'])\n"
+    )
+    with guest(folder, OBEDIENT, confine="strict") as vm:
+        ids = []
+        for one in wanted:  # the first request of a connection
+            argv = [sys.executable, "-c", script, socket_path(vm.name), json.dumps([one])]
+            done = subprocess.run(argv, capture_output=True, text=True, timeout=SAFETY_TIMEOUT)
+            assert done.returncode == 0, done.stderr
+            ids.append(done.stdout.strip())
+            vm.console.expect_exact("A", timeout=SAFETY_TIMEOUT)
+        assert ids[:2] == ["image", "zeroes"] and sorted(vm.status()["devices"]) == sorted(ids)
+        assert vm.status()["confinement"]["refused_calls"] == 0
+    until(lambda: not those_with(image, folder / "shared"))
+
+
 def test_what_a_strictly_confined_vm_cannot_be_given_is_told(folder: Path) -> None:
     (folder / "shared").mkdir()
     with guest(folder, OBEDIENT, confine="strict") as vm:
         for add, value, told in (
-            (vm.add_disk, f"{folder}/data,format=qcow2", "qcow2 disk cannot come to a strictly"),
+            (vm.add_disk, f"{folder}/data,format=qcow2", "is not a qcow2 image"),
+            (vm.add_disk, f"{folder}/code.py:Disk,snapshot", "python disk with snapshot cannot"),
             (vm.add_disk, f"{folder}/nothing", "cannot open .*/nothing: No such file"),
-            (vm.add_net, "tap=pyvmmtc,create,vhost", "vhost cannot come to a strictly"),
-            (vm.share, f"{folder}/shared", "opens nothing by name"),
+            (vm.add_net, "tap=pyvmmtc,create,vhost", "vhost cannot come to a confined"),
+            (vm.share, f"{folder}/data", "data is not a directory"),
         ):
             with pytest.raises((ConfigError, ControlError), match=told) as caught:
                 add(value)  # type: ignore[operator]  # each takes a text
             assert "\n" not in str(caught.value)
         # A client that says that it has sent all files changes nothing about it.
-        with Client.connect(vm.name) as client, pytest.raises(ControlError, match="opens nothing"):
+        with (
+            Client.connect(vm.name) as client,
+            pytest.raises(ControlError, match="no virtiofsd was"),
+        ):
             client.call("share.add", device=f"{folder}/shared", files=[])
         qcow2 = f"{folder}/image.qcow2"
         subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", qcow2, "1M"], check=True)
         with (
             open(qcow2, "r+b") as file,
             Client.connect(vm.name) as client,
-            pytest.raises(ControlError, match="opens nothing by name"),
+            pytest.raises(ControlError, match="no storage-daemon was handed over"),
         ):
             client.call("disk.add", device=qcow2, files=[qcow2], fds=[file.fileno()])
         assert vm.status()["devices"] == []
@@ -195,10 +343,7 @@ def test_names_that_come_late_are_those_of_the_machine(vm: VM, folder: Path) -> 
     """The root of the monitor's box, where there is one, has none of them."""
     with pytest.raises(ControlError, match="data is not a directory"):
         vm.share(f"{folder}/data")
-    try:
-        images.virtiofsd_command()
-    except ConfigError as error:
-        pytest.skip(str(error))
+    has_virtiofsd()
     (folder / "shared").mkdir()
     share = vm.share(f"{folder}/shared,readonly")
     vm.console.expect_exact("A", timeout=SAFETY_TIMEOUT)

@@ -67,12 +67,25 @@ def descriptors(disk: DiskSpec, closing: ExitStack) -> dict[str, int]:
     which it looks for them. Raises ConfigError."""
     from pyvmm.virtio.blk.overlay import SCRATCH
 
-    if disk.storage != "raw":
+    if disk.storage == "raw":
+        found = {disk.path: lock_image(disk, closing).fd}
+    elif disk.storage == "qcow2":
+        from pyvmm.host.storage_daemon import start_apart
+
+        found = start_apart(qcow2_layers(disk, closing), closing, direct=disk.direct)
+    elif disk.storage == "python" and not disk.copies_on_write:
+        file = disk.path.rpartition(":")[0]
+        try:
+            fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            raise ConfigError(f"cannot open {file}: {error.strerror}", option="--disk") from None
+        closing.callback(os.close, fd)
+        found = {file: fd}
+    else:
         raise ConfigError(
-            f"a {disk.storage} disk cannot come to a strictly confined VM",
-            cure="use a raw one (qemu-img convert -O raw), or start the VM with --confine auto",
+            f"a {disk.storage} disk with snapshot cannot come to a confined VM",
+            cure="leave out snapshot, or start the VM with --confine auto",
         )
-    found = {disk.path: lock_image(disk, closing).fd}
     if disk.overlay is not None:
         found[disk.overlay] = _overlay_file(disk, disk.overlay, closing)
     elif disk.snapshot:

@@ -7,6 +7,7 @@ import json
 import os
 import select
 import time
+from collections.abc import Callable
 
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import unix_sockets
@@ -16,8 +17,9 @@ _PATIENCE = 30.0  # seconds
 _STEP = 0.01
 
 
-def resize_outside(path: str, size: int | None) -> None:
-    """Have the disk at `path` resized outside, and wait until its block device here shows it.
+def resize_outside(path: str, size: int | None, open_device: Callable[[str], int]) -> None:
+    """Have the disk at `path` resized outside, and wait until its block device here shows it, which
+    `open_device` opens.
 
     Raises ConfigError if it is refused, HostError.
     """
@@ -25,7 +27,7 @@ def resize_outside(path: str, size: int | None) -> None:
     if "error" in answer:
         raise ConfigError(str(answer["error"]))
     give_up_at = time.monotonic() + _PATIENCE
-    while _size(path) != answer["size"]:
+    while _size(open_device(path)) != answer["size"]:
         if time.monotonic() > give_up_at:
             raise HostError(errno.ETIMEDOUT, f"resize of {path} in the emulated KVM host")
         time.sleep(_STEP)
@@ -53,8 +55,7 @@ def _ask(question: dict[str, object]) -> dict[str, object]:
     return answer
 
 
-def _size(path: str) -> int:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def _size(fd: int) -> int:
     try:
         return os.lseek(fd, 0, os.SEEK_END)
     finally:

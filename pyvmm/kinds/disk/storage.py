@@ -125,11 +125,16 @@ def qcow2_layers(disk: DiskSpec, closing: ExitStack) -> tuple[Layer, ...]:
 
 
 def _open_qcow2(disk: DiskSpec, closing: ExitStack) -> Backend:
-    from pyvmm.host.storage_daemon import EXPORT, StorageDaemon
+    from pyvmm.host import handed
+    from pyvmm.host.storage_daemon import EXPORT, Serving, StorageDaemon, take_over
     from pyvmm.virtio.blk.nbd import NbdBackend, load
 
     library = load()
-    daemon = StorageDaemon(qcow2_layers(disk, closing), direct=disk.direct)
+    daemon: Serving
+    if handed.present():
+        daemon = take_over(disk.path)
+    else:
+        daemon = StorageDaemon(qcow2_layers(disk, closing), direct=disk.direct)
     closing.callback(daemon.close)
     try:
         backend = NbdBackend(library, daemon.socket, EXPORT)

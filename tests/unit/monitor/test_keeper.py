@@ -62,6 +62,7 @@ def test_it_removes_what_was_announced_and_is_the_same(keeper: Keeper, tmp_path:
     [
         *(b"add/etc/passwd", b"box", b"del7", b"del-9", b"delx", b"xyz", b"x", b"con0", b"con5 5"),
         *(b"end[]", b'end{"exit_code": "1"}', b"end{", b"end" + b"[" * 50_000),
+        *(b'grp["/", "/tmp/x"]', b"lis\0", b"dev/etc/passwd", b'plg["/run/pyvmm-plug/1", "x"]'),
     ],
 )
 def test_it_believes_nothing(keeper: Keeper, tmp_path: Path, message: bytes) -> None:
@@ -139,6 +140,30 @@ def test_it_has_no_other_descriptor_and_ends_with_the_monitor(tmp_path: Path) ->
     made._socket.close()
     _, status = os.waitpid(made.pid, 0)
     assert status == 0
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        *(b"dev/etc/passwd", b"dev/dev/null", b"dev/dev", b"dev/dev/ptmx", b"dev\0", b"log\0"),
+        *(b'plg["/run/x", "y"]', b'plg["/run/pyvmm-plug/../x", "y"]', b"plg[1]", b"plg{"),
+        b'end{"exit_code": 1}',
+    ],
+)
+def test_in_an_emulated_host_it_opens_disks_and_ports_only(tmp_path: Path, message: bytes) -> None:
+    made = Keeper(str(tmp_path), "web", is_inside=True)
+    try:
+        made.enter_box()
+        with pytest.raises(OSError, match=rf"\[Errno {errno.EINVAL}\]"):
+            made._ask(message)
+        with pytest.raises(FileNotFoundError):
+            made.plug("/run/pyvmm-plug/1/disk", "no such serial number")
+        with pytest.raises(FileNotFoundError):
+            made.open_device("/dev/vport0p99")
+    finally:
+        made._socket.close()
+        os.waitpid(made.pid, 0)
+    assert not os.listdir(tmp_path)
 
 
 def test_without_it_the_monitor_goes_on(tmp_path: Path) -> None:

@@ -318,13 +318,13 @@ def test_a_resize_reaches_qemu(
     service(spec, qemu, monkeypatch)
     sizes = iter([SIZE, 2 * SIZE])  # what the block device inside has, first and later
     monkeypatch.setattr(outside, "_size", lambda path: next(sizes))
-    outside.resize_outside(str(path), 2 * SIZE)
+    outside.resize_outside(str(path), 2 * SIZE, lambda path: -1)
     resize = {"node-name": "disk0", "size": 2 * SIZE}
     assert qemu.asked[-1] == {"execute": "block_resize", "arguments": resize}
     fixed = str(path.with_name("fixed.img"))
     os.truncate(fixed, 5000)
     monkeypatch.setattr(outside, "_size", lambda path: 4608)
-    outside.resize_outside(fixed, None)  # without a size: what the file has by now
+    outside.resize_outside(fixed, None, lambda path: -1)  # without a size: what the file has by now
     resize = {"node-name": "disk1", "size": 4608}
     assert qemu.asked[-1] == {"execute": "block_resize", "arguments": resize}
     assert len([one for one in qemu.asked if one["execute"] == "qmp_capabilities"]) == 1
@@ -383,7 +383,7 @@ def test_what_qemu_refuses_is_told(
     qemu = Qemu({"error": {"class": "GenericError", "desc": "Cannot grow device files"}})
     service(spec, qemu, monkeypatch)
     with pytest.raises(ConfigError, match="Cannot grow device files"):
-        outside.resize_outside(str(path), 2 * SIZE)
+        outside.resize_outside(str(path), 2 * SIZE, lambda path: -1)
 
 
 def test_a_qemu_that_has_gone() -> None:

@@ -1,0 +1,274 @@
+"""A keeper's ear at the control sockets of a confined monitor.
+
+Whoever speaks JSON alone asks for a disk, a card or a directory by its name, and such a monitor
+opens nothing by name. The monitor cannot be asked what he has said, as it may be somebody else's by
+now. So connections come here first. The first line of each that may open files is heard here; what
+it names is opened by a process of its own, which asks the monitor for the device with descriptors,
+as any other client, and tells what it says. All other connections are the monitor's, with what was
+read of them, and so is this one after its answer.
+
+A channel brings them there: a message for each, with its descriptor, then what was read, with the
+descriptors that came along.
+"""
+
+from __future__ import annotations
+
+import _socket
+import fcntl
+import os
+import select
+import signal
+import time
+from array import array
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any, NamedTuple, NoReturn
+
+from pyvmm.errors import HostError, PyvmmError
+from pyvmm.host import unix_sockets
+from pyvmm.host.unix_sockets import Socket
+
+KINDS = ("disk", "net", "share")
+_ASKS = tuple(f'"{kind}.add"'.encode() for kind in KINDS)
+MOST_WAITING = 32  # who have not said a whole line
+MOST_WORKERS = 8
+_LONGEST_LINE = 1 << 16
+_MOST_FDS = 32
+_PATIENCE = 150.0  # seconds for the monitor's answer, which may wait for a guest that mounts it
+_SENDING = 10.0
+_NO_ROOM_SECONDS = 0.2
+_PACE = 0.002
+_ABOVE = 512  # descriptors of a keeper are below that
+
+
+class Door(NamedTuple):
+    """A listening socket by which files may be opened, and the channel for its connections. With
+    `owner_only` those of other users are closed."""
+
+    listener: Socket
+    channel: _socket.socket
+    owner_only: bool
+
+
+class _Client:
+    """A connection that has not said a whole line yet."""
+
+    def __init__(self, socket: Socket, door: Door) -> None:
+        self.socket = socket
+        self.door = door
+        self.said = b""
+        self.fds: list[int] = []
+
+    def hear(self) -> bool:
+        """Take what it says next; whether it is still there."""
+        room = _socket.CMSG_SPACE((_MOST_FDS + 1) * array("i").itemsize)
+        size = _LONGEST_LINE + 1 - len(self.said)
+        try:
+            data, ancillary, _, _ = self.socket.recvmsg(size, room, _socket.MSG_CMSG_CLOEXEC)
+        except (BlockingIOError, InterruptedError):
+            return True
+        except OSError:
+            return False
+        for level, kind, content in ancillary:
+            if (level, kind) == (_socket.SOL_SOCKET, _socket.SCM_RIGHTS):
+                came = array("i")
+                came.frombytes(content[: len(content) - len(content) % came.itemsize])
+                self.fds += came
+        self.said += data
+        return bool(data) and len(self.fds) <= _MOST_FDS
+
+    @property
+    def is_whole(self) -> bool:
+        return b"\n" in self.said or len(self.said) > _LONGEST_LINE or bool(self.fds)
+
+    def close(self) -> None:
+        self.socket.close()
+        while self.fds:
+            os.close(self.fds.pop())
+
+
+def pass_on(
+    channel: _socket.socket, socket: Socket, said: bytes = b"", fds: tuple[int, ...] = ()
+) -> None:
+    """Give a copy of a connection to the monitor. Raises OSError if that takes no more."""
+    rights = array("i", (socket.fileno(), *fds))
+    channel.sendmsg(
+        [b"\0" + said],
+        [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)],
+        _socket.MSG_DONTWAIT | _socket.MSG_NOSIGNAL,
+    )
+
+
+class Broker:
+    """Hears clients at its doors, once `begin` was called."""
+
+    def __init__(self, monitor: int, epoll: select.epoll) -> None:
+        """`monitor` is the process that is served, and no client. `epoll` is told what to wait
+        for."""
+        self._not_clients = (monitor, os.getpid())
+        self._epoll = epoll
+        self._doors: dict[int, Door] = {}
+        self._clients: dict[int, _Client] = {}
+        self._workers: dict[int, int] = {}  # by pidfd
+
+    def add(self, door: Door) -> None:
+        self._doors[door.listener.fileno()] = door
+
+    def begin(self) -> None:
+        for fd in self._doors:
+            self._epoll.register(fd, select.EPOLLIN)
+
+    def serve(self, fd: int) -> None:
+        """Something has happened at `fd`."""
+        if fd in self._doors:
+            self._accept(self._doors[fd])
+        elif fd in self._clients:
+            self._hear(self._clients[fd])
+        elif fd in self._workers:
+            os.waitpid(self._workers.pop(fd), 0)
+            os.close(fd)
+
+    def _accept(self, door: Door) -> None:
+        try:
+            socket = unix_sockets.accept(door.listener)
+        except HostError:  # no more descriptors
+            time.sleep(_NO_ROOM_SECONDS)
+            return
+        if socket is None:
+            return
+        client = _Client(socket, door)
+        try:
+            peer = unix_sockets.peer(socket)
+        except HostError:
+            client.close()
+            return
+        # Whom a guest reaches by us, and what has the monitor, is nobody to open files for.
+        if peer.pid in self._not_clients:
+            self._pass_on(client)
+        elif door.owner_only and not unix_sockets.is_ours(socket):
+            client.close()
+        elif len(self._clients) >= MOST_WAITING:
+            self._refuse(client)
+        else:
+            self._clients[socket.fileno()] = client
+            self._epoll.register(socket.fileno(), select.EPOLLIN)
+        if not door.owner_only:  # whoever only comes and goes
+            time.sleep(_PACE)
+
+    def _hear(self, client: _Client) -> None:
+        there = client.hear()
+        if there and not client.is_whole:
+            return
+        fd = client.socket.fileno()
+        self._epoll.unregister(fd)
+        del self._clients[fd]
+        line = client.said.partition(b"\n")[0]
+        if not there:
+            client.close()
+        elif client.fds or len(client.said) > _LONGEST_LINE or not any(a in line for a in _ASKS):
+            self._pass_on(client)
+        elif len(self._workers) >= MOST_WORKERS:
+            self._refuse(client)
+        else:
+            self._begin(client)
+
+    def _pass_on(self, client: _Client) -> None:
+        try:
+            pass_on(client.door.channel, client.socket, client.said, tuple(client.fds))
+        except OSError:  # there are more already than the monitor takes
+            self._refuse(client)
+        client.close()
+
+    def _refuse(self, client: _Client) -> None:
+        from pyvmm.control.protocol import BUSY, error_line
+
+        with suppress(OSError):
+            client.socket.send(error_line(None, BUSY, f"there are {MOST_WAITING} clients already"))
+        client.close()
+
+    def _begin(self, client: _Client) -> None:
+        try:
+            child = os.fork()
+        except OSError:
+            self._refuse(client)
+            return
+        if not child:
+            _work(client)
+        client.close()
+        process = os.pidfd_open(child)
+        self._workers[process] = child
+        self._epoll.register(process, select.EPOLLIN)
+
+
+# --- in a process of its own ----------------------------------------------------------------------
+
+
+def _work(client: _Client) -> NoReturn:
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_DFL)
+        channel, socket = _keep_only(client.door.channel, client.socket)
+        line, _, rest = client.said.partition(b"\n")
+        _answer(channel, unix_sockets.adopt(socket.detach()), line + b"\n", rest)
+    finally:
+        os._exit(0)
+
+
+def _keep_only(*sockets: _socket.socket) -> list[_socket.socket]:
+    """Copies of `sockets`; nothing else is open then, but standard streams that lead nowhere."""
+    least = 3
+    for one in sockets:
+        least = fcntl.fcntl(one.fileno(), fcntl.F_DUPFD_CLOEXEC, max(least, _ABOVE)) + 1
+    first = least - len(sockets)
+    os.closerange(0, first)
+    os.closerange(least, os.sysconf("SC_OPEN_MAX"))
+    while (fd := os.open(os.devnull, os.O_RDWR)) < 2:
+        os.set_inheritable(fd, True)
+    os.set_inheritable(fd, True)
+    return [_socket.socket(fileno=fd) for fd in range(first, least)]
+
+
+def _answer(channel: _socket.socket, socket: Socket, line: bytes, rest: bytes) -> None:
+    from pyvmm.control.client import send_all
+    from pyvmm.control.protocol import ControlError, parse_request
+    from pyvmm.control.server import answered
+
+    try:
+        request = parse_request(line)
+    except ControlError:
+        request = None
+    kind, _, verb = ("" if request is None else request.method).partition(".")
+    if request is None or verb != "add" or kind not in KINDS or "files" in request.params:
+        pass_on(channel, socket, line + rest)
+        return
+    answer = answered(request.id, partial(_added, channel, kind, request.params))
+    with suppress(PyvmmError, OSError):
+        send_all(socket, answer, time.monotonic() + _SENDING)
+        pass_on(channel, socket, rest)
+
+
+def _added(channel: _socket.socket, kind: str, params: dict[str, Any]) -> Any:
+    """Raises ControlError, ConfigError, HostError."""
+    import contextlib
+
+    from pyvmm.control.client import Client
+    from pyvmm.control.protocol import NEEDS_FILES, ControlError
+    from pyvmm.errors import ConfigError
+    from pyvmm.kinds import registry
+
+    ours, theirs = unix_sockets.pair()
+    pass_on(channel, theirs)
+    theirs.close()
+    with contextlib.closing(Client("the VM", ours)) as client:
+        ask: Callable[..., Any] = partial(client.call, f"{kind}.add", patience=_PATIENCE)
+        try:
+            return ask(**params)
+        except ControlError as error:
+            if error.code != NEEDS_FILES:
+                raise
+        try:
+            [spec] = registry.read(kind, params.get("device", params.get("table")))
+            return registry.add_opened(registry.with_paths(spec, os.path.abspath), ask)
+        except ConfigError as error:
+            raise registry.untyped(kind, error) from None

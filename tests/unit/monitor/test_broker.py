@@ -1,0 +1,262 @@
+"""A keeper that hears clients before its monitor does, and opens what they name: it does so for
+them alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hotplug_rig import until
+
+from pyvmm.control.protocol import NEEDS_FILES, ControlError, Method, executes, watches
+from pyvmm.control.server import ControlServer, Door
+from pyvmm.host import unix_sockets
+from pyvmm.host.handed import Descriptors
+from pyvmm.host.unix_sockets import Socket
+from pyvmm.monitor.broker import MOST_WAITING
+from pyvmm.monitor.keeper import Keeper
+
+SAFETY_TIMEOUT = 60
+# argv: the socket, and the bytes of each piece; requests come by standard input.
+CLIENT = """
+import socket, sys
+client = socket.socket(socket.AF_UNIX)
+client.settimeout(60)
+client.connect(sys.argv[1])
+answers = client.makefile("rb")
+for line in sys.stdin.buffer:
+    for at in range(0, len(line), int(sys.argv[2])):
+        client.sendall(line[at : at + int(sys.argv[2])])
+    sys.stdout.buffer.write(answers.readline())
+"""
+
+
+class Monitor:
+    """One that opens nothing by name."""
+
+    def __init__(self, folder: Path, closing: Callable[[Callable[[], object]], None]) -> None:
+        self.path = str(folder / "socket")
+        self.asked: list[dict[str, Any]] = []
+        self.keeper = Keeper(str(folder), "web")
+        closing(self._end_keeper)
+        self.keeper.announce(self.path, removes=False)
+        self.listener: Socket = unix_sockets.listen(self.path)
+        closing(self.listener.close)
+        passes = self.keeper.listen(self.listener, owner_only=True)
+        closing(passes.close)
+        self.keeper.enter_box()
+        self.server = ControlServer(Door(self.listener, passes=passes), self._method)
+        self.server.start()
+        closing(self.server.close)
+
+    def _end_keeper(self) -> None:
+        self.keeper._socket.close()
+        os.waitpid(self.keeper.pid, 0)
+
+    def _method(self, name: str) -> Method | None:
+        takes: dict[str, type] = {"device": str, "table": dict, "files": list}
+        return {
+            "status": Method(lambda: {"name": "web"}, right=watches),
+            "disk.add": Method(self._add, takes=takes, right=executes, takes_descriptors=True),
+        }.get(name)
+
+    def _add(self, *, descriptors: Descriptors, **params: Any) -> Any:
+        self.asked.append(params)
+        if "files" not in params:
+            raise ControlError(NEEDS_FILES, "send descriptors")
+        return {"has": [os.pread(fd, 7, 0).decode() for fd in descriptors.fds], **params}
+
+
+@pytest.fixture
+def monitor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Monitor]:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "image").write_bytes(b"content" + bytes(505))
+    closing: list[Callable[[], object]] = []
+    try:
+        yield Monitor(tmp_path, closing.append)
+    finally:
+        while closing:
+            closing.pop()()
+
+
+def request(method: str, **params: Any) -> bytes:
+    return json.dumps({"version": 1, "id": 7, "method": method, "params": params}).encode() + b"\n"
+
+
+def ask(monitor: Monitor, *requests: bytes, piece: int = 1 << 20) -> list[dict[str, Any]]:
+    """The answers to another process, which asks one after the other on one connection."""
+    command = [sys.executable, "-c", CLIENT, monitor.path, str(piece)]
+    done = subprocess.run(
+        command, input=b"".join(requests), capture_output=True, timeout=SAFETY_TIMEOUT, check=True
+    )
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("piece", [1 << 20, 1])
+def test_what_a_client_names_is_opened_for_the_monitor(monitor: Monitor, piece: int) -> None:
+    asked = request("disk.add", device="image,readonly,id=data")
+    added, status = ask(monitor, asked, request("status"), piece=piece)
+    path = os.path.abspath("image")
+    assert added["id"] == 7 and added["result"]["has"] == ["content"], added
+    assert added["result"]["files"] == [path]
+    assert added["result"]["table"] == {"path": path, "read_only": True, "id": "data"}
+    assert status["result"] == {"name": "web"}
+    # By table as well, and again on a connection that has been heard before.
+    [added] = ask(monitor, request("disk.add", table={"path": path}))
+    assert added["result"]["has"] == ["content"]
+
+
+def test_what_cannot_be_opened_is_told_to_who_asked(monitor: Monitor) -> None:
+    for params, code, told in (
+        ({"device": "nothing"}, "refused", "cannot open .*/nothing: No such file"),
+        ({"device": "image,no"}, "refused", "unknown disk option 'no'"),
+        ({"device": "code.py:Disk"}, "refused", "cannot open code.py|/code.py: No such file"),
+        ({"other": 1}, "bad_request", "unknown parameter 'other'"),
+        ({"device": "image", "files": []}, None, ""),
+    ):
+        [answer] = ask(monitor, request("disk.add", **params))
+        if code is None:
+            assert answer["result"]["has"] == []
+            continue
+        assert answer["error"]["code"] == code, answer
+        assert re.search(told, answer["error"]["message"]), answer
+
+
+def of_the_monitor(monitor: Monitor) -> Socket:
+    return unix_sockets.connect_here(monitor.path)
+
+
+def of_a_guest(monitor: Monitor) -> Socket:
+    """By a name that leads there, which is the keeper's to connect to."""
+    return monitor.keeper.reach(monitor.path)
+
+
+@pytest.mark.parametrize("connect", [of_the_monitor, of_a_guest])
+def test_it_opens_nothing_for_the_monitor_itself(
+    monitor: Monitor, connect: Callable[[Monitor], Socket]
+) -> None:
+    with closing(connect(monitor)) as client:
+        client.setblocking(True)
+        client.send(request("disk.add", device="image"))
+        answer = json.loads(client.recv(1 << 16))
+    assert answer["error"]["code"] == NEEDS_FILES
+    assert monitor.asked == [{"device": "image"}]
+
+
+def test_descriptors_of_a_client_get_to_the_monitor(monitor: Monitor) -> None:
+    code = """
+import socket, sys
+client = socket.socket(socket.AF_UNIX)
+client.connect(sys.argv[1])
+line = sys.stdin.buffer.readline()
+with open("image") as file:
+    socket.send_fds(client, [line[:5]], [file.fileno()])
+client.sendall(line[5:] + line.replace(b'["image"]', b'[]'))
+answers = client.makefile("rb")
+for _ in range(2):
+    sys.stdout.buffer.write(answers.readline())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, monitor.path],
+        input=request("disk.add", device="image", files=["image"]),
+        capture_output=True,
+        timeout=SAFETY_TIMEOUT,
+        check=True,
+    )
+    answers = [json.loads(line)["result"] for line in done.stdout.splitlines()]
+    assert [answer["has"] for answer in answers] == [["content"], []]
+
+
+def test_what_it_is_told_late_it_does_not_believe(monitor: Monitor) -> None:
+    with pytest.raises(OSError, match="Invalid argument"):
+        monitor.keeper.listen(monitor.listener, owner_only=False)
+    assert len(os.listdir(f"/proc/{monitor.keeper.pid}/fd")) == 4  # none is kept
+
+
+def test_those_who_say_nothing_are_not_heard_for_ever(monitor: Monitor) -> None:
+    code = """
+import socket, sys
+silent = [socket.socket(socket.AF_UNIX) for _ in range(int(sys.argv[2]))]
+for one in silent:
+    one.connect(sys.argv[1])
+last = socket.socket(socket.AF_UNIX)
+last.connect(sys.argv[1])
+last.settimeout(60)
+sys.stdout.buffer.write(last.makefile("rb").readline())
+for one in silent:
+    one.close()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, monitor.path, str(MOST_WAITING)],
+        capture_output=True,
+        timeout=SAFETY_TIMEOUT,
+        check=True,
+    )
+    assert json.loads(done.stdout)["error"]["code"] == "busy"
+    [status] = ask(monitor, request("status"))
+    assert status["result"] == {"name": "web"}
+    until(lambda: len(os.listdir(f"/proc/{monitor.keeper.pid}/fd")) == 4)
+
+
+def test_without_it_the_monitor_hears_clients_itself(monitor: Monitor) -> None:
+    [before] = ask(monitor, request("status"))
+    os.kill(monitor.keeper.pid, signal.SIGKILL)
+    added, status = ask(monitor, request("disk.add", device="image"), request("status"))
+    assert added["error"]["code"] == NEEDS_FILES and status == before
+
+
+def test_another_program_may_read_its_answer_late(monitor: Monitor) -> None:
+    """Nothing else waits for it."""
+    code = """
+import socket, sys
+client = socket.socket(socket.AF_UNIX)
+client.connect(sys.argv[1])
+client.sendall(sys.stdin.buffer.readline())
+print("asked", flush=True)
+sys.stdin.buffer.readline()
+sys.stdout.buffer.write(client.makefile("rb").readline())
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code, monitor.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as late:
+        assert late.stdin is not None and late.stdout is not None
+        late.stdin.write(request("disk.add", device="image"))
+        late.stdin.flush()
+        assert late.stdout.readline() == b"asked\n"
+        [status] = ask(monitor, request("status"))
+        assert status["result"] == {"name": "web"}
+        late.stdin.write(b"\n")
+        late.stdin.flush()
+        assert json.loads(late.stdout.read())["result"]["has"] == ["content"]
+
+
+def test_it_hears_no_other_user(monitor: Monitor) -> None:
+    if os.geteuid() or not os.access("/usr/bin/python3", os.X_OK):
+        pytest.skip("only root can be somebody else")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        os.rename(monitor.path, path := f"{folder}/socket")
+        os.chmod(path, 0o777)
+        command = ["setpriv", "--reuid=61001", "--regid=61001", "--clear-groups"]
+        done = subprocess.run(
+            [*command, "/usr/bin/python3", "-c", CLIENT, path, "4096"],
+            input=request("disk.add", device="image"),
+            capture_output=True,
+            timeout=SAFETY_TIMEOUT,
+        )
+    assert done.stdout == b"" and monitor.asked == [] and b"Permission" not in done.stderr
+
+
+def test_a_line_that_is_too_long_is_the_monitors_to_refuse(monitor: Monitor) -> None:
+    [answer] = ask(monitor, request("disk.add", device="x" * (1 << 17)))
+    assert answer["error"]["code"] == "bad_request"
