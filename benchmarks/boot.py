@@ -1,10 +1,11 @@
 """From exec to the first line of the guest's init: pyvmm and QEMU's microvm, in turn.
 
-    python benchmarks/boot.py [--json FILE] [--runs 5] [--kernel 6.1] [--cpus 1]
+    python benchmarks/boot.py [--json FILE] [--runs 5] [--kernel 6.1] [--cpus 1] [--arch arm64]
 
 Both run in one emulated KVM host, with the same kernel, initial RAM disk, root disk, command line
 and size of machine. Everything in there is 10 to 20 times slower than on real KVM, so the ratio is
-what counts, not the seconds. The first round fills the page cache; it is shown and not counted.
+what counts, not the seconds. The first round fills the page cache; it is shown and not counted. On
+arm64 it is QEMU's `virt`, which has PCI and virtio-mmio in one machine.
 
 Beside the clock's seconds stands the processor time that the emulated host used: on a computer
 that does other things as well, it is the steadier figure.
@@ -16,6 +17,7 @@ import argparse
 import json
 import os
 import select
+import shutil
 import signal
 import statistics
 import subprocess
@@ -27,21 +29,22 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
+import guest_lab
+from guest_lab import DEFAULT_KERNEL
+
 MARK = b"pyvmm: init reached"
 MEMORY_MIB = 512
 PROGRAMS = ["pyvmm mmio", "pyvmm pci", "qemu mmio", "qemu plain mmio", "qemu pci"]
+ARM64_PROGRAMS = ["pyvmm mmio", "pyvmm pci", "qemu mmio", "qemu pci"]
 PATIENCE = 120.0  # seconds for one boot
-PARAMETERS = "console=ttyS0 panic=-1 reboot=k quiet root=/dev/vda rw"  # pyvmm's, for QEMU
-# The lean machine of QEMU's documentation of microvm, with two changes in QEMU's favour: the ISA
-# serial port is the console, and there is a clock (rtc=off costs seconds, in which Debian's kernel
-# probes for one). ACPI stays on: this kernel has no other way to find virtio-mmio devices.
-MICROVM = "microvm,x-option-roms=off,pit=off,pic=off,isa-serial=on,rtc=on"
 
 
 class Setup(TypedDict):
     """The settings for the driver inside the emulated host, as JSON."""
 
-    pyvmm: str
+    pyvmm: list[str]
+    qemu: list[str]
+    arch: str
     kernel: str
     initrd: str
     disk: str
@@ -53,20 +56,30 @@ class Setup(TypedDict):
 def commands(setup: Setup, disk: str) -> dict[str, list[str]]:
     """The command line of each program, as a user would type it."""
     boot = ["--kernel", setup["kernel"], "--initrd", setup["initrd"]]
-    pyvmm = [setup["pyvmm"], "run", "--kvm=host", *boot, "--disk", disk]
+    pyvmm = [*setup["pyvmm"], "run", "--kvm=host", *boot, "--disk", disk]
     pyvmm += ["--memory", f"{MEMORY_MIB}M", "--cpus", str(setup["cpus"]), "--cmdline", "quiet"]
     size = ["-m", str(MEMORY_MIB), "-smp", str(setup["cpus"])]
     common = ["-enable-kvm", "-cpu", "host", *size, "-nodefaults", "-no-user-config", "-nographic"]
     common += ["-serial", "stdio", "-kernel", setup["kernel"], "-initrd", setup["initrd"]]
     common += ["-drive", f"id=root,file={disk},format=raw,if=none"]
-    pci = ["-append", PARAMETERS, "-device", "virtio-blk-pci,drive=root"]
-    mmio = ["-append", f"{PARAMETERS} pci=off", "-device", "virtio-blk-device,drive=root"]
-    qemu = ["qemu-system-x86_64", *common, "-M"]
+    pci = ["-device", "virtio-blk-pci,drive=root", "-append"]
+    mmio = ["-device", "virtio-blk-device,drive=root", "-append"]
+    qemu = [*setup["qemu"], *common, "-M"]
+    ours = {f"pyvmm {way}": [*pyvmm, "--transport", way] for way in ("mmio", "pci")}
+    if setup["arch"] == guest_lab.ARM64:
+        qemu.append(guest_lab.VIRT)
+        parameters = guest_lab.VIRT_PARAMETERS
+        return {
+            **ours,
+            "qemu mmio": [*qemu, *mmio, parameters],
+            "qemu pci": [*qemu, *pci, parameters],
+        }
+    parameters = guest_lab.PARAMETERS
     return {
-        **{f"pyvmm {way}": [*pyvmm, "--transport", way] for way in ("mmio", "pci")},
-        "qemu mmio": [*qemu, MICROVM, *mmio],
-        "qemu plain mmio": [*qemu, "microvm", *mmio],
-        "qemu pci": [*qemu, f"{MICROVM},pcie=on", *pci],
+        **ours,
+        "qemu mmio": [*qemu, guest_lab.MICROVM, *mmio, f"{parameters} pci=off"],
+        "qemu plain mmio": [*qemu, "microvm", *mmio, f"{parameters} pci=off"],
+        "qemu pci": [*qemu, f"{guest_lab.MICROVM},pcie=on", *pci, parameters],
     }
 
 
@@ -105,7 +118,10 @@ def inside(setup: Setup) -> None:
     """Boot every program in turn, `runs` + 1 times, and print a line at each start and end."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         disk = os.path.join(folder, "root.img")
-        subprocess.run(["cp", "--sparse=always", setup["disk"], disk], check=True)
+        if shutil.which("cp"):
+            subprocess.run(["cp", "--sparse=always", setup["disk"], disk], check=True)
+        else:
+            shutil.copyfile(setup["disk"], disk)
         chosen = {name: commands(setup, disk)[name] for name in setup["programs"]}
         for _ in range(setup["runs"] + 1):
             for name, command in chosen.items():
@@ -120,29 +136,35 @@ class Boot(NamedTuple):
     busy: float
 
 
-def measure(kernel: str, cpus: int, runs: int, programs: list[str]) -> dict[str, Any]:
+def measure(
+    arch: str, kernel: str, cpus: int, runs: int, programs: list[str], folder: str
+) -> dict[str, Any]:
     """Start the emulated host and run `inside` in it. Raises PyvmmError or RuntimeError."""
     import compileall
 
     import pyvmm
-    from pyvmm import images
-    from pyvmm.emulated_host import EmulatedHost, EmulatedHostSpec
+    from pyvmm.emulated_host import EmulatedHost, EmulatedHostSpec, foreign
     from pyvmm.emulated_host.find import find_image
 
     # As after a first run. Inside, what Python compiles is not kept.
     compileall.compile_dir(os.path.dirname(pyvmm.__file__), quiet=1)
-    files = images.artifacts(kernel, make=True)
+    files = guest_lab.files_for(arch, kernel, "minbase", folder)
+    ours = [os.path.join(os.path.dirname(sys.executable), "pyvmm")]
     setup = Setup(
-        pyvmm=os.path.join(os.path.dirname(sys.executable), "pyvmm"),
-        kernel=files.bzimage,
-        initrd=files.initramfs,
-        disk=files.rootfs,
+        pyvmm=ours if arch == guest_lab.X86 else [*files.python, "-m", "pyvmm"],
+        qemu=files.qemu,
+        arch=arch,
+        kernel=files.kernel,
+        initrd=files.initrd,
+        disk=files.root,
         cpus=cpus,
         runs=runs,
         programs=programs,
     )
-    spec = EmulatedHostSpec(find_image(make=True), memory_mib=3072)
-    argv = [sys.executable, os.path.abspath(__file__), "--inside", json.dumps(setup)]
+    image = find_image(make=True, architecture="aarch64" if arch == guest_lab.ARM64 else "")
+    env = foreign.environment(os.environ) if image.is_foreign else dict(os.environ)
+    spec = EmulatedHostSpec(image, memory_mib=3072, env=env)
+    argv = [*files.python, os.path.abspath(__file__), "--inside", json.dumps(setup)]
     reader, writer = os.pipe()
     host = EmulatedHost(spec, argv, stdin=None, stdout=writer)
     host.start()
@@ -159,7 +181,7 @@ def measure(kernel: str, cpus: int, runs: int, programs: list[str]) -> dict[str,
     waiter.join()
     if any(len(values) != runs + 1 for values in boots.values()) or len(boots) != len(programs):
         raise RuntimeError("the measurement in the emulated host ended early")
-    return summary(boots, kernel=kernel, cpus=cpus)
+    return {"arch": arch, **summary(boots, kernel=kernel or DEFAULT_KERNEL, cpus=cpus)}
 
 
 def watch(lines: Iterable[str], qemu: int) -> dict[str, list[Boot]]:
@@ -237,15 +259,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--kernel", default="6.1", help="the kernel image's name (6.1, 6.12)")
+    parser.add_argument("--arch", choices=guest_lab.ARCHITECTURES, default=guest_lab.X86)
+    parser.add_argument("--kernel", default="", help="the kernel image's name (6.12; default: 6.1)")
     parser.add_argument("--cpus", type=int, default=1)
-    parser.add_argument("--programs", default=",".join(PROGRAMS))
+    parser.add_argument("--programs", default="", help="those to run, with commas between")
     parser.add_argument("--inside", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside is not None:
         inside(json.loads(options.inside))
         return 0
-    result = measure(options.kernel, options.cpus, options.runs, options.programs.split(","))
+    usual = ARM64_PROGRAMS if options.arch == guest_lab.ARM64 else PROGRAMS
+    programs = options.programs.split(",") if options.programs else usual
+    with tempfile.TemporaryDirectory() as folder:
+        result = measure(
+            *(options.arch, options.kernel, options.cpus, options.runs, programs, folder)
+        )
     print(table(result))
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=2) + "\n")

@@ -16,6 +16,9 @@ two was better in the first round, which warms up, is compared with in the other
 "pyvmm poll=0 pci" is the monitor whose disk's thread never polls its ring; any other number is for
 how many µs it does at most.
 
+With `--arch arm64` all of it is in an emulated arm64 host, and QEMU's machine is `virt`, which is
+the same for both transports. There fio takes seconds to start.
+
 With `--back-end` the disk is qemu-storage-daemon's, one for each monitor, and both monitors are
 vhost-user front ends of it. The default programs are "pyvmm pci,qemu threads pci" then; the word in
 the middle is of no use, as both daemons have aio=threads.
@@ -103,6 +106,9 @@ class Setup(TypedDict):
     seconds: float
     programs: list[str]
     loads: list[str]
+    arch: str
+    qemu: list[str]  # the beginnings of command lines
+    python: list[str]
     back_end: list[str]  # the beginning of qemu-storage-daemon's command line; [] without it
 
 
@@ -162,15 +168,15 @@ def command_of(name: str, setup: Setup) -> list[str]:
     guest_lab.prepare_disk(disk, DISK_MIB)
     files = (setup["kernel"], setup["initrd"], setup["root"], setup["script"])
     served = bool(setup["back_end"])
-    machine = Machine(*files, "" if served else disk, setup["cpus"])
+    machine = Machine(*files, "" if served else disk, setup["cpus"], arch=setup["arch"])
     transport, socket = transport_of(name), socket_of(disk)
     if name.startswith(OURS):
         options = [f"--transport={transport}"]
         if served:
             options.append(f"--vhost-user=socket={socket},type=blk")
-        python = [sys.executable, *polling_of(name)]
+        python = [*setup["python"], *polling_of(name)]
         return guest_lab.pyvmm_command(machine, python, options)
-    command = guest_lab.qemu_command(machine, name.split()[1], transport)
+    command = guest_lab.qemu_command(machine, name.split()[1], transport, setup["qemu"])
     if served:
         command += guest_lab.qemu_front_end(machine, "blk", transport, socket)
     return command
@@ -337,26 +343,32 @@ def outside(options: argparse.Namespace) -> dict[str, Any]:
     """Prepare the images and start the emulated host."""
     from pyvmm import images
 
-    files = images.artifacts(options.kernel, "test", make=True)
     programs = options.programs or ",".join(BACK_END_PROGRAMS if options.back_end else PROGRAMS)
     with tempfile.TemporaryDirectory() as folder:
+        files = guest_lab.files_for(options.arch, options.kernel, "test", folder)
         script = os.path.join(folder, "script")
         guest_lab.write_script(script)
         setup = Setup(
-            kernel=files.bzimage,
-            initrd=files.initramfs,
-            root=files.rootfs,
+            kernel=files.kernel,
+            initrd=files.initrd,
+            root=files.root,
             script=script,
             cpus=options.cpus,
             rounds=options.rounds,
             seconds=options.seconds,
             programs=programs.split(","),
             loads=options.loads.split(","),
+            arch=files.arch,
+            qemu=files.qemu,
+            python=files.python,
             back_end=images.storage_command(DAEMON, make=True) if options.back_end else [],
         )
-        found = guest_lab.run_inside(__file__, dict(setup), memory_mib=3072, timeout=TIMEOUT)
+        found = guest_lab.run_inside(
+            __file__, dict(setup), memory_mib=3072, timeout=TIMEOUT, arch=files.arch
+        )
     back_end = DAEMON if options.back_end else ""
-    kinds = {"kernel": options.kernel, "cpus": options.cpus, "back_end": back_end}
+    kernel = options.kernel or guest_lab.DEFAULT_KERNEL
+    kinds = {"arch": options.arch, "kernel": kernel, "cpus": options.cpus, "back_end": back_end}
     return {**kinds, **summary(found)}
 
 
@@ -366,7 +378,8 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.0, help="for each load")
     parser.add_argument("--cpus", type=int, default=1)
-    parser.add_argument("--kernel", default="6.1")
+    parser.add_argument("--arch", choices=guest_lab.ARCHITECTURES, default=guest_lab.X86)
+    parser.add_argument("--kernel", default="", help="the kernel image's name (6.12; default: 6.1)")
     parser.add_argument("--programs", default="", help="those to run, with commas between")
     parser.add_argument("--back-end", action="store_true", help="the disk is another process'")
     parser.add_argument(

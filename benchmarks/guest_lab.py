@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -19,13 +20,22 @@ from typing import Any, NamedTuple
 
 DEBUGFS = Path("/sys/kernel/debug")
 PATIENCE = 120.0  # seconds for one answer of a guest
-# As in boot.py: the lean machine of QEMU's documentation, with a serial port and a clock.
+# The lean machine of QEMU's documentation of microvm, with two changes in QEMU's favour: the ISA
+# serial port is the console, and there is a clock (rtc=off costs seconds, in which Debian's kernel
+# probes for one). ACPI stays on: this kernel has no other way to find virtio-mmio devices.
 MICROVM = "microvm,x-option-roms=off,pit=off,pic=off,isa-serial=on,rtc=on"
 PARAMETERS = "console=ttyS0 panic=-1 reboot=k quiet root=/dev/vda rw"
+# QEMU's machine for arm64, which has a PL011. ACPI would take the place of the device tree.
+VIRT = "virt,gic-version=3,acpi=off"
+VIRT_PARAMETERS = PARAMETERS.replace("ttyS0", "ttyAMA0").replace(" reboot=k", "")
+X86, ARM64 = "x86_64", "arm64"
+ARCHITECTURES = (X86, ARM64)
+DEFAULT_KERNEL = "6.1"
+FOREIGN_PYTHON = "/usr/bin/python3"
 # The guest's side. An order is a line: shell commands. What they print goes to the serial port only
 # when all is done and counted, because each character of it is an exit.
 SCRIPT = """\
-exec < /dev/ttyS0
+exec < /dev/console
 stty -echo
 echo lab-ready
 while read -r order; do
@@ -38,6 +48,87 @@ done
 """
 
 
+class Files(NamedTuple):
+    """What guests of an `arch` boot from, and the beginnings of command lines that run QEMU and
+    Python in the emulated host of it."""
+
+    arch: str
+    kernel: str
+    initrd: str
+    root: str
+    qemu: list[str]
+    python: list[str]
+
+
+def files_for(arch: str, kernel: str, variant: str, folder: str) -> Files:
+    """Those of the recipes' `kernel`, "" for the usual one, and of a root disk that is a `variant`
+    on x86; that of another architecture is made in `folder`. Raises PyvmmError."""
+    from pyvmm import images
+
+    if arch == X86:
+        found = images.artifacts(kernel or DEFAULT_KERNEL, variant, make=True)
+        qemu = ["qemu-system-x86_64"]
+        return Files(arch, found.bzimage, found.initramfs, found.rootfs, qemu, [sys.executable])
+    names = [f"programs-lab-{arch}", f"programs-{arch}"]
+    lab, programs = (os.path.join(one, "root") for one in images.folders(names, make=True))
+    newer = kernel and kernel != DEFAULT_KERNEL
+    booted = images.boot_files(f"{arch}-{kernel}" if newer else arch, make=True)
+    root = os.path.join(folder, "root.img")
+    make_root(root, os.path.join(programs, "usr/bin/busybox"), lab)
+    libraries = os.path.join(lab, "usr/lib/aarch64-linux-gnu")
+    qemu = [os.path.join(lab, "usr/lib/ld-linux-aarch64.so.1"), "--library-path", libraries]
+    qemu += ["--argv0", "qemu-system-aarch64", os.path.join(lab, "usr/bin/qemu-system-aarch64")]
+    qemu += ["-L", os.path.join(lab, "usr/share/qemu")]
+    return Files(arch, *booted, root, qemu, [FOREIGN_PYTHON])
+
+
+def make_root(disk: str, busybox: str, programs: str) -> None:
+    """Make at `disk` a root disk that starts as the recipes' do, with a static busybox, and with
+    fio and its libraries out of the unpacked `programs`: no package need be configured."""
+    from pyvmm.images import recipes
+
+    tree = Path(f"{disk}.tree")
+    for name in ("dev", "etc", "proc", "root", "run", "sys", "tmp", "usr/bin", "usr/lib"):
+        (tree / name).mkdir(parents=True)
+    for name in ("bin", "lib", "sbin"):
+        (tree / name).symlink_to("usr/lib" if name == "lib" else "usr/bin")
+    (tree / "etc/hostname").write_text("lab\n")
+    shutil.copy(busybox, tree / "usr/bin/busybox")
+    for applet in ("cat", "dmesg", "grep", "mount", "sh", "sleep", "stty", "sync", "true", "uname"):
+        (tree / "usr/bin" / applet).symlink_to("busybox")
+    shutil.copy(recipes.load().file("rootfs", "pyvmm-init"), tree / "usr/bin/init")
+    for path in with_libraries(Path(programs), "usr/bin/fio"):
+        (tree / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(programs, path), tree / path)
+    command = ["mke2fs", "-q", "-t", "ext4", "-L", "pyvmm-root", "-d", str(tree), disk, "256M"]
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    env = {**os.environ, "PATH": path}
+    subprocess.run(command, check=True, env=env, stdout=subprocess.DEVNULL)
+    shutil.rmtree(tree)
+
+
+def with_libraries(root: Path, program: str) -> set[str]:
+    """`program` and all shared libraries that it is linked with: paths below `root`."""
+    found: set[str] = set()
+    waiting = [program]
+    while waiting:
+        path = waiting.pop()
+        if path in found:
+            continue
+        found.add(path)
+        shown = subprocess.run(
+            ["readelf", "-dl", root / path], capture_output=True, text=True, check=True
+        )
+        for line in shown.stdout.splitlines():
+            if "(NEEDED)" in line:
+                name = line.partition("[")[2].partition("]")[0]
+                places = (f"usr/lib/aarch64-linux-gnu/{name}", f"usr/lib/{name}")
+                waiting += [place for place in places if (root / place).exists()][:1]
+            elif "program interpreter:" in line:
+                waiting.append("usr" + line.partition(": ")[2].rstrip("]"))
+    return found
+
+
 class Machine(NamedTuple):
     """The files that a guest boots from, and its size, the same for every monitor."""
 
@@ -48,6 +139,7 @@ class Machine(NamedTuple):
     disk: str  # what is measured; "" for something else
     cpus: int = 1
     memory_mib: int = 256
+    arch: str = X86
 
 
 def pyvmm_command(
@@ -64,13 +156,21 @@ def pyvmm_command(
     ]
 
 
-def qemu_command(machine: Machine, aio: str, transport: str = "mmio") -> list[str]:
-    """QEMU's microvm: the same disks, the last one with a thread of its own."""
+def qemu_command(
+    machine: Machine,
+    aio: str,
+    transport: str = "mmio",
+    qemu: Sequence[str] = ("qemu-system-x86_64",),
+) -> list[str]:
+    """QEMU's microvm, or `virt` on arm64: the same disks, the last one with a thread of its own."""
     pci = transport == "pci"
-    model = f"{MICROVM},pcie=on" if pci else MICROVM
     blk = "virtio-blk-pci" if pci else "virtio-blk-device"
-    parameters = PARAMETERS if pci else f"{PARAMETERS} pci=off"
-    command = ["qemu-system-x86_64", "-M", model, "-enable-kvm", "-cpu", "host"]
+    if machine.arch == X86:
+        model = f"{MICROVM},pcie=on" if pci else MICROVM
+        parameters = PARAMETERS if pci else f"{PARAMETERS} pci=off"
+    else:
+        model, parameters = VIRT, VIRT_PARAMETERS
+    command = [*qemu, "-M", model, "-enable-kvm", "-cpu", "host"]
     command += ["-m", str(machine.memory_mib), "-smp", str(machine.cpus)]
     command += ["-global", "virtio-mmio.force-legacy=false"]
     command += ["-nodefaults", "-no-user-config", "-nographic", "-serial", "stdio"]
@@ -187,7 +287,8 @@ def guests(commands: dict[str, list[str]]) -> Iterator[dict[str, Guest]]:
 
 def mount_debugfs() -> None:
     """KVM's counters are there."""
-    subprocess.run(["mount", "-t", "debugfs", "debugfs", str(DEBUGFS)], check=True)
+    mount = ["mount"] if shutil.which("mount") else ["busybox", "mount"]
+    subprocess.run([*mount, "-t", "debugfs", "debugfs", str(DEBUGFS)], check=True)
 
 
 def kvm_counts(pid: int) -> dict[str, int]:
@@ -215,23 +316,30 @@ def write_script(path: str) -> None:
     Path(path).write_bytes(text + bytes(-len(text) % 512))
 
 
-def run_inside(program: str, setup: dict[str, Any], *, memory_mib: int, timeout: float) -> Any:
-    """Run `program --inside SETUP` in an emulated KVM host; the JSON that it prints.
+def run_inside(
+    program: str, setup: dict[str, Any], *, memory_mib: int, timeout: float, arch: str = X86
+) -> Any:
+    """Run `program --inside SETUP` in an emulated KVM host of `arch`; the JSON that it prints.
 
     Raises RuntimeError if it fails twice, or takes longer than `timeout` seconds: an emulated host
     ruins a guest now and then (docs/decisions/0071).
     """
     until = time.monotonic() + timeout
     try:
-        return _try_inside(program, setup, memory_mib, until)
+        return _try_inside(program, setup, memory_mib, until, arch)
     except RuntimeError as error:
         print(f"{error}; once more", file=sys.stderr, flush=True)
-    return _try_inside(program, setup, memory_mib, until)
+    return _try_inside(program, setup, memory_mib, until, arch)
 
 
-def _try_inside(program: str, setup: dict[str, Any], memory_mib: int, until: float) -> Any:
-    command = [sys.executable, "-m", "pyvmm.emulated_host", "--memory", str(memory_mib), "--"]
-    command += [sys.executable, os.path.abspath(program), "--inside", json.dumps(setup)]
+def _try_inside(
+    program: str, setup: dict[str, Any], memory_mib: int, until: float, arch: str
+) -> Any:
+    command = [sys.executable, "-m", "pyvmm.emulated_host", "--memory", str(memory_mib)]
+    command += (
+        ["--", sys.executable] if arch == X86 else ["--arch", "aarch64", "--", FOREIGN_PYTHON]
+    )
+    command += [os.path.abspath(program), "--inside", json.dumps(setup)]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
     try:
         output, _ = process.communicate(timeout=max(0.0, until - time.monotonic()))

@@ -1,7 +1,7 @@
 """A busy Linux guest, saved and restored again and again, and many clones of one side by side.
 
     python benchmarks/linux_snapshots.py [--rounds 20] [--cpus 2 4 1] [--transport mmio pci]
-                                         [--clones 50] [--json FILE]
+                                         [--nothing-saved] [--clones 50] [--json FILE]
 
 Where there is no KVM for Linux guests, all of it runs in one emulated host, which has the KVM:
 
@@ -13,10 +13,13 @@ In the guest fio writes and verifies, a stream of TCP goes to the host and back,
 time on to one another, and a stream of vsock is open. After each round all of them must have moved
 on, with no byte lost, no clock that has gone backwards and no complaint of the kernel's. Each other
 snapshot is of what has changed since the one before. The first that is wrong ends it: what is
-known of the guest is printed, and the exit code is 1.
+known of the guest is printed, and the exit code is 1. What the kernel warns of is counted; with
+--nothing-saved the same guest works as long without a snapshot, to compare that with.
 
-Each clone has a disk that it writes to and reads back, and a host name of its own. The memory of
-one is what smaps calls private, of the monitor with its guest's RAM; what all share is not in it.
+Each clone has a disk that it writes to and reads back, and no two of them, nor the original, may
+have the same random numbers, UUID, address, machine-id or host name. The memory of one is what
+smaps calls private, of the monitor with its guest's RAM; what all share is not in it. Every ten
+seconds a line tells how far they are.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import socket
 import statistics
@@ -32,6 +36,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
@@ -42,7 +47,7 @@ from typing import Any
 from clones import private_kib
 
 from pyvmm import VM, Disk, images
-from pyvmm.control import snapshot_store
+from pyvmm.control import registry, snapshot_store
 from pyvmm.errors import PyvmmError
 from pyvmm.host import passt
 
@@ -141,13 +146,23 @@ echo "kernel=$(dmesg -l emerg,alert,crit,err,warn | tr '\\n' '|')"
 # In a line of the kernel's. It does say that its clocks were looked at late on a busy machine.
 BAD_WORDS = ("stuck", "stall", "hung", "blocked for", "BUG", "WARNING", "I/O error", "Call Trace")
 
+CLONES_KERNEL = "6.12"  # it hears that it is a copy
+CLONES_PREPARE = """
+echo 0123456789abcdef0123456789abcdef > /etc/machine-id
+dmesg -C
+"""
 CLONES_WORK = """
 dd if=/dev/zero of=/root/written bs=64k count=16 conv=fsync 2> /dev/null
 echo 3 > /proc/sys/vm/drop_caches
-sha256sum < /root/written | cut -d' ' -f1
-hostname
-dmesg -l emerg,alert,crit | wc -l
+echo sum=$(sha256sum < /root/written | cut -d' ' -f1)
+echo bad=$(dmesg -l emerg,alert,crit | wc -l)
+echo random=$(od -An -vtx1 -N32 /dev/urandom | tr -d ' \\n')
+echo uuid=$(cat /proc/sys/kernel/random/uuid)
+echo address=$(cat /sys/class/net/eth0/address)
+echo machine=$(cat /etc/machine-id)
+echo host=$(hostname)
 """
+CLONES_OWN = ("random", "uuid", "address", "machine", "host")
 CLONES_SUM = sha256(bytes(1 << 20)).hexdigest()
 
 
@@ -226,13 +241,21 @@ def look(vm: VM) -> dict[str, str]:
     return seen
 
 
+def kinds_of(lines: str) -> Iterator[str]:
+    """What lines of a kernel's say, without their times and other numbers."""
+    for line in filter(None, lines.split("|")):
+        yield re.sub(r"\d+", "N", line.partition("] ")[2].strip())
+
+
 def rounds_of(
-    count: int, transport: str, cpus: int, options: dict[str, Any]
+    count: int, transport: str, cpus: int, options: dict[str, Any], saves: bool
 ) -> Iterator[dict[str, Any]]:
-    """Rounds of one machine: what is known after each. Raises Wrong."""
+    """Rounds of one machine: what is known after each. Unless it `saves`, the guest only works.
+    Raises Wrong."""
     echo = Echo()
     echo.start()
     name, paused, restored = f"{transport}-{cpus}", [], []
+    began = time.monotonic()
     with ExitStack() as closing:
         vm = VM(**options, cpus=cpus, transport=transport, net="user,host", name=f"{name}-0")
         closing.enter_context(vm)
@@ -241,75 +264,149 @@ def rounds_of(
             print(f"{vm.name}: {look(vm)}", flush=True)
             for number in range(1, count + 1):
                 round_began = time.monotonic()
-                stream = Stream(vm)
-                stream.start()
-                stream.first.wait(PATIENCE)
-                base = f"{name}-{number - 1}" if number % 2 == 0 else None
-                paused.append(vm.snapshot(f"{name}-{number}", stop=True, diff_of=base))
-                vm.wait(PATIENCE)
-                stream.join(PATIENCE)
-                if stream.wrong or not stream.echoed:
-                    raise Wrong(stream.wrong or "nothing came back by vsock")
-                vm.close()
-                begin = time.monotonic()
-                vm = VM.restore(f"{name}-{number}", name=f"{name}-{number}", kvm="host")
-                closing.enter_context(vm)
-                vm.wait_ready(PATIENCE)
-                restored.append(time.monotonic() - begin)
+                if saves or number == 1:
+                    stream = Stream(vm)
+                    stream.start()
+                    stream.first.wait(PATIENCE)
+                if saves:
+                    base = f"{name}-{number - 1}" if number % 2 == 0 else None
+                    paused.append(vm.snapshot(f"{name}-{number}", stop=True, diff_of=base))
+                    vm.wait(PATIENCE)
+                    stream.join(PATIENCE)
+                    if stream.wrong or not stream.echoed:
+                        raise Wrong(stream.wrong or "nothing came back by vsock")
+                    vm.close()
+                    begin = time.monotonic()
+                    vm = VM.restore(f"{name}-{number}", name=f"{name}-{number}", kvm="host")
+                    closing.enter_context(vm)
+                    vm.wait_ready(PATIENCE)
+                    restored.append(time.monotonic() - begin)
                 seen = look(vm)
                 took = time.monotonic() - round_began
                 print(
-                    f"{vm.name} of {count}: {took:.0f} s, still {paused[-1]:.2f} s, "
-                    f"ready {restored[-1]:.2f} s, vsock {stream.echoed} bytes, {seen}",
+                    f"{name}-{number} of {count}: {took:.0f} s, still {sum(paused[-1:]):.2f} s, "
+                    f"ready {sum(restored[-1:]):.2f} s, vsock {stream.echoed} bytes, {seen}",
                     flush=True,
                 )
-                if number > 1:
+                if saves and number > 1:
                     snapshot_store.remove(f"{name}-{number - 1}")
-                yield {
+                found = {
                     "rounds": number,
-                    "paused_seconds": round(statistics.median(paused), 2),
-                    "ready_seconds": round(statistics.median(restored), 2),
+                    "seconds": round(time.monotonic() - began),
+                    "warnings": dict(Counter(kinds_of(seen["kernel"]))),
                 }
+                if saves:
+                    found["paused_seconds"] = round(statistics.median(paused), 2)
+                    found["ready_seconds"] = round(statistics.median(restored), 2)
+                yield found
         except Exception:
             with suppress(PyvmmError, OSError):
                 print(f"--- {vm.name}\n{vm.console.tail(200)}\n{vm.messages}", flush=True)
             raise
 
 
-def work(vm: VM) -> str:
-    """The host name of a clone that does its work right. Raises Wrong."""
+class Progress(threading.Thread):
+    """Tells every ten seconds how many VMs there are, how many have done their work, and what of
+    this machine they take."""
+
+    EVERY = 10.0  # seconds
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.done = 0
+        self._over = threading.Event()
+        self._began = time.monotonic()
+
+    def run(self) -> None:
+        before = self._busy()
+        while not self._over.wait(self.EVERY):
+            now = self._busy()
+            print(
+                f"{time.monotonic() - self._began:5.0f} s: {len(registry.running())} VMs, of which "
+                f"{self.done} have worked; {(now - before) / self.EVERY:.1f} processors are busy, "
+                f"{self._free_mib()} MiB are free",
+                flush=True,
+            )
+            before = now
+
+    def end(self) -> None:
+        self._over.set()
+        self.join()
+
+    @staticmethod
+    def _busy() -> float:
+        """Seconds for which processors have worked."""
+        user, nice, system, _, _, *others = Path("/proc/stat").read_text().split()[1:9]
+        return sum(map(int, (user, nice, system, *others))) / os.sysconf("SC_CLK_TCK")
+
+    @staticmethod
+    def _free_mib() -> int:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) >> 10
+
+
+def work(vm: VM) -> dict[str, str]:
+    """What a guest that does its work right says of itself. Raises Wrong."""
     command = ["sh", "-c", CLONES_WORK]
-    said = vm.run(command, check=True, timeout=PATIENCE).stdout.decode().split()
-    if len(said) != 3 or said[0] != CLONES_SUM or said[2] != "0":
+    text = vm.run(command, check=True, timeout=PATIENCE).stdout.decode()
+    said = dict(line.split("=", 1) for line in text.splitlines())
+    if said["sum"] != CLONES_SUM or said["bad"] != "0" or not all(map(said.get, CLONES_OWN)):
         raise Wrong(f"{vm.name}: {said}\n{vm.console.tail(40)}")
-    return said[1]
+    return said
 
 
 def side_by_side(count: int, options: dict[str, Any]) -> dict[str, Any]:
     """So many clones of one guest, all at work. Raises Wrong."""
-    with VM(**options, name="original") as vm:
+    progress = Progress()
+    with VM(**options, net="user", name="original") as vm:
+        progress.start()
         vm.wait_ready(PATIENCE)
+        vm.run(["sh", "-c", CLONES_PREPARE], check=True, timeout=PATIENCE)
+        print("the original is ready", flush=True)
         begin = time.monotonic()
         copies = vm.clones(count)
         try:
             started = time.monotonic() - begin
             print(f"{count} clones run after {started:.1f} s", flush=True)
+
+            def worked_by(copy: VM) -> dict[str, str]:
+                said = work(copy)
+                progress.done += 1
+                print(f"{time.monotonic() - begin:.1f} s: {said}", flush=True)
+                return said
+
             with ThreadPoolExecutor(count) as pool:
-                names = list(pool.map(work, copies))
+                said = list(pool.map(worked_by, copies))
             worked = time.monotonic() - begin
-            if names != [copy.name for copy in copies]:
-                raise Wrong(f"guests have the names of others: {names}")
+            if [one["host"] for one in said] != [copy.name for copy in copies]:
+                raise Wrong("guests have the names of others")
             private = [private_kib(copy.pid) / 1024 for copy in copies]
-            if work(vm) == names[0]:
-                raise Wrong("the original has become one of them")
+            said.append(work(vm))
+            for what in CLONES_OWN:
+                if len({one[what] for one in said}) != count + 1:
+                    raise Wrong(f"some have the same {what}")
         finally:
+            progress.end()
             for copy in copies:
+                print(f"{copy.name} ends: {copy.messages}", flush=True)
                 copy.close()
     return {
         "clones": count,
         "all_run_seconds": round(started, 1),
         "all_worked_seconds": round(worked, 1),
         "private_mib": round(statistics.median(private), 1),
+    }
+
+
+def guest(kernel: str, memory: str) -> dict[str, Any]:
+    """Debian with that kernel, whose root disk stays as it is."""
+    files = images.artifacts(kernel, "test", make=True)
+    return {
+        "kernel": files.bzimage,
+        "initrd": files.initramfs,
+        "disks": [Disk(files.rootfs, snapshot=True)],
+        "memory": memory,
+        "kvm": "host",
     }
 
 
@@ -320,30 +417,24 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=20, help="of each machine")
     parser.add_argument("--cpus", type=int, nargs="+", default=[2, 4, 1])
     parser.add_argument("--transport", nargs="+", default=["mmio", "pci"])
+    parser.add_argument("--nothing-saved", action="store_true", help="the guest only works")
     parser.add_argument("--clones", type=int, default=0, help="side by side, after the rounds")
     parser.add_argument("--memory", default="256M", help="of each guest")
     parser.add_argument("--kernel", default="6.1")
     parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
     given = parser.parse_args()
-    files = images.artifacts(given.kernel, "test", make=True)
-    options: dict[str, Any] = {
-        "kernel": files.bzimage,
-        "initrd": files.initramfs,
-        "disks": [Disk(files.rootfs, snapshot=True)],
-        "memory": given.memory,
-        "kvm": "host",
-    }
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     results: dict[str, Any] = {"memory": given.memory}
     try:
         with tempfile.TemporaryDirectory() as folder:
             os.environ["XDG_RUNTIME_DIR"] = os.environ["XDG_STATE_HOME"] = folder
+            saves, options = not given.nothing_saved, guest(given.kernel, given.memory)
             for cpus in given.cpus if given.rounds else ():
                 for transport in given.transport:
-                    for found in rounds_of(given.rounds, transport, cpus, options):
+                    for found in rounds_of(given.rounds, transport, cpus, options, saves):
                         results[f"{transport}, {cpus} vCPUs"] = found
             if given.clones:
-                results["clones"] = side_by_side(given.clones, options)
+                results["clones"] = side_by_side(given.clones, guest(CLONES_KERNEL, given.memory))
     finally:  # what was measured before it was stopped, or something was wrong, counts
         print(json.dumps(results, indent=2), flush=True)
         if given.json:

@@ -157,8 +157,8 @@ def inside(setup: Setup) -> dict[str, Any]:
         "pyvmm": lambda way: measure(pyvmm_command(setup, way)),
         "qemu": lambda way: measure_qemu(setup, way),
     }
-    for way in setup.scripts:
-        for _ in range(setup.rounds):
+    for _ in range(setup.rounds):
+        for way in setup.scripts:
             for name, program in programs.items():
                 try:
                     with iperf3_server():

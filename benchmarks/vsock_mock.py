@@ -28,6 +28,7 @@ from pyvmm.virtio import features as bits
 from pyvmm.virtio.queue.build import build_queue
 from pyvmm.virtio.queue.protocol import Queue
 from pyvmm.virtio.queue.state import QueueConfig
+from pyvmm.virtio.vsock.device import give_packets
 from pyvmm.virtio.vsock.host_side import HostSide
 from pyvmm.virtio.vsock.packet import HEADER, HEADER_BYTES, Counters, Header
 from pyvmm.virtio.vsock.switch import Switch
@@ -125,15 +126,7 @@ class Device:
             switch.take_packet(Header._make(reader.unpack(HEADER)), reader)
             self.transmit_queue.add_used(chain, 0)
         self.transmit_queue.publish_used()
-        while switch.has_packets:
-            taken = self.receive_queue.pop()
-            if taken is None:
-                break
-            size = switch.give_packet(taken)
-            if not size:
-                self.receive_queue.step_back()
-                break
-            self.receive_queue.add_used(taken, size)
+        give_packets(switch, self.receive_queue, print)
         self.receive_queue.publish_used()
 
 

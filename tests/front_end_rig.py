@@ -26,7 +26,6 @@ from pyvmm.transport.mmio import MmioTransport
 from pyvmm.transport.vhost_user import serve_connection
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.vhost_user.device import Served, VhostUserDevice
-from pyvmm.virtio.vhost_user.link import _ALLOWANCE
 
 GET_FEATURES, SET_FEATURES, SET_OWNER, SET_MEM_TABLE = 1, 2, 3, 5
 SET_VRING_NUM, SET_VRING_ADDR, SET_VRING_BASE, GET_VRING_BASE = 8, 9, 10, 11
@@ -200,8 +199,8 @@ class Front(NamedTuple):
         """From now on for an answer. What comes before takes its time on a busy machine."""
         link = self.device._link
         assert link is not None
-        self.device._patience = link._patience = seconds
-        link._allowance = _ALLOWANCE * seconds
+        self.device._patience = seconds
+        link.expect(seconds)
 
 
 def until(condition: Callable[[], bool], what: Callable[[], str] = str) -> None:

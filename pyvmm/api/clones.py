@@ -10,10 +10,10 @@ import math
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from functools import partial
-from threading import Thread
+from threading import Event, Thread
 
 from pyvmm.agent import PORT, Agent, AgentGone, NoAgent
 from pyvmm.agent.session import PATIENCE
@@ -25,6 +25,7 @@ from pyvmm.control import registry, snapshot_store
 from pyvmm.control.client import connect_vsock
 from pyvmm.control.protocol import ControlError
 from pyvmm.errors import ConfigError, HostError, PyvmmError
+from pyvmm.host import processors
 from pyvmm.host.syscalls import Closable
 from pyvmm.monitor import snapshots
 from pyvmm.spec.names import check_name
@@ -32,7 +33,10 @@ from pyvmm.spec.record import replace
 from pyvmm.spec.surroundings import USUAL, Surroundings
 from pyvmm.spec.vm import VmSpec
 
-MOST = 256  # clones at a time
+MOST = 256  # clones
+# That begin at the same time, for each processor. With more of them each guest is slower than its
+# agent has time to answer.
+_AT_A_TIME = 8
 _SECONDS = 60.0  # that an agent has for each answer
 _PAUSE = 0.05  # seconds between two tries
 _REFUSALS = 3  # after which there is no agent
@@ -69,13 +73,25 @@ def clone(
             ExitStack() as undoing,
             Template(original, kvm, surroundings, outlives_us=detached) as template,
         ):
-            monitors = []
-            for spec, called in zip(specs, usual, strict=True):
-                monitors.append(monitor := template.fork(spec, called))
+            begun: list[ForkedMonitor] = []
+            over = Event()
+
+            def begin(number: int) -> ForkedMonitor:
+                monitor = template.fork(specs[number], usual[number])
                 undoing.callback(monitor.end)
-            begin = [partial(_begin, monitor, original) for monitor in monitors]
-            with woken_by(partial(_kill, monitors)):
-                _at_once(list(zip(usual, begin, strict=True)))
+                begun.append(monitor)
+                if over.is_set():
+                    monitor.signal(signal.SIGKILL)
+                _begin(monitor, original)
+                return monitor
+
+            def call_off() -> None:
+                over.set()
+                for monitor in list(begun):
+                    monitor.signal(signal.SIGKILL)
+
+            with woken_by(call_off):
+                monitors = _some_at_a_time(usual, begin, over)
                 check()
             undoing.pop_all()
     return monitors
@@ -116,11 +132,6 @@ class Moment(Closable):
         self._closing.close()
 
 
-def _kill(monitors: Sequence[ForkedMonitor]) -> None:
-    for monitor in monitors:
-        monitor.signal(signal.SIGKILL)
-
-
 def _begin(monitor: ForkedMonitor, original: VmSpec) -> None:
     monitor.await_start(START_SECONDS)
     introduce(monitor, original)
@@ -155,29 +166,46 @@ def _moment_of(source: str) -> AbstractContextManager[VmSpec]:
     return snapshots.kept(source)
 
 
-def _at_once(jobs: Sequence[tuple[str, Callable[[], None]]]) -> None:
-    """Do all of them. Raises what the only one raises, VMError that names those that failed."""
-    if len(jobs) == 1:
-        jobs[0][1]()
-        return
+def _some_at_a_time(
+    names: Sequence[str], begin: Callable[[int], ForkedMonitor], over: Event
+) -> list[ForkedMonitor]:
+    """Begin each of them by its number, until one fails or it is `over`. Raises what the only one
+    raises, VMError that names those that failed."""
+    if len(names) == 1:
+        return [begin(0)]
+    numbers = deque(range(len(names)))
+    monitors: dict[int, ForkedMonitor] = {}
     failures: list[tuple[str, BaseException]] = []
 
-    def work(called: str, job: Callable[[], None]) -> None:
-        try:
-            job()
-        except BaseException as error:
-            failures.append((called, error))
+    def work() -> None:
+        while not over.is_set():
+            try:
+                number = numbers.popleft()
+            except IndexError:
+                return
+            try:
+                monitors[number] = begin(number)
+            except BaseException as error:
+                failures.append((names[number], error))
+                over.set()
 
-    threads = [Thread(target=work, args=one, name="pyvmm clone", daemon=True) for one in jobs]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    most = _AT_A_TIME * max(1, round(processors.usable()))
+    threads = [
+        Thread(target=work, name="pyvmm clone", daemon=True) for _ in range(min(most, len(names)))
+    ]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        over.set()  # Ctrl-C: those that have not begun do not
     if failures:
         which = "; ".join(f"{called}: {error}" for called, error in sorted(failures, key=_first))
         raise VMError(
-            f"{len(failures)} of {len(jobs)} clones did not start, and none runs: {which}"
+            f"{len(failures)} of {len(names)} clones did not start, and none runs: {which}"
         )
+    return [monitor for _, monitor in sorted(monitors.items())]
 
 
 def _first(failure: tuple[str, BaseException]) -> str:

@@ -7,7 +7,7 @@ import os
 import sys
 from dataclasses import replace
 
-from pyvmm.emulated_host import EmulatedHostSpec, HostDisk, run
+from pyvmm.emulated_host import EmulatedHostSpec, HostDisk, foreign, run
 from pyvmm.emulated_host.find import find_image
 from pyvmm.errors import PyvmmError
 
@@ -17,6 +17,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m pyvmm.emulated_host", description=__doc__)
     parser.add_argument("--memory", type=int, default=2048, metavar="MIB", help="RAM, in MiB")
     parser.add_argument("--cpus", type=int, default=2)
+    parser.add_argument(
+        "--arch", default="", metavar="NAME", help="another one, as uname -m says it"
+    )
     parser.add_argument("--disk", action="append", default=[], metavar="PATH[,readonly]")
     parser.add_argument("--kernel", help="bzImage or vmlinux (default: the one of pyvmm.images)")
     parser.add_argument("--modules", metavar="DIR", help="the kernel's modules, with modules.dep")
@@ -30,7 +33,7 @@ def main() -> int:
     if not command:
         parser.error("there is no command")
     try:
-        image = find_image(make=True)
+        image = find_image(make=True, architecture=options.arch)
         spec = EmulatedHostSpec(
             replace(
                 image,
@@ -43,6 +46,7 @@ def main() -> int:
             cpus=options.cpus,
             boots=options.boot,
             disks=tuple(_disk(text) for text in options.disk),
+            env=foreign.environment(os.environ) if image.is_foreign else dict(os.environ),
         )
         return run(spec, command, console=sys.stderr.fileno() if options.console else None)
     except PyvmmError as error:

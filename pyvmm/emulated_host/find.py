@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from pyvmm import images
+from pyvmm.emulated_host import foreign
 from pyvmm.emulated_host.spec import HostImage
 from pyvmm.errors import ConfigError
 from pyvmm.host.programs import find_program
@@ -45,6 +46,7 @@ def _find_foreign(architecture: str, *, make: bool) -> HostImage:
             option="--arch",
         )
     found = images.arm64_host_artifacts(make=make)
+    foreign.compile_modules(found.python, found.programs)
     busybox = os.path.join(found.programs, "usr/bin/busybox")
     return HostImage(
         found.vmlinux, found.modules, busybox, found.qemu, architecture, found.programs

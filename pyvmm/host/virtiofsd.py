@@ -68,16 +68,17 @@ class Served:
     def _ended(self) -> None:
         self._wait()
         if not self._closing:
-            self._log(f"{self.folder} is served no more: {self._last()}")
+            self._log(f"{self.folder} is served no more: {self._last('ended')}")
 
-    def _last(self) -> str:
-        return self._said[-1] if self._said else f"{PROGRAM} ended"
+    def _last(self, otherwise: str) -> str:
+        return self._said[-1] if self._said else f"{PROGRAM} {otherwise}"
 
-    def why_it_ended(self) -> str:
-        """Its last message, once the connection has ended."""
+    def why_it_ended(self, otherwise: str = "ended") -> str:
+        """Its last message, once the connection has ended; if there is none, `otherwise`, what it
+        has done."""
         self._closing = True
         self._watcher.wait(_PATIENCE)
-        return self._last()
+        return self._last(otherwise)
 
     def close(self) -> None:
         """Be sure that it has gone; the socket must be closed already."""

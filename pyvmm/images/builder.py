@@ -146,14 +146,17 @@ class Catalogue:
 
     def at_once(self) -> list[str]:
         """Those that are built where all are asked for."""
-        later = [name for name, one in self.recipes.rootfs.items() if one.only_by_name]
-        return [name for name in self.names() if name.removeprefix("rootfs-") not in later]
+        disks, programs = self.recipes.rootfs.items(), self.recipes.programs.items()
+        later = {f"rootfs-{name}" for name, one in disks if one.only_by_name}
+        later |= {f"programs-{name}" for name, one in programs if one.only_by_name}
+        return [name for name in self.names() if name not in later]
 
     def is_optional(self, name: str) -> bool:
         """True if the image may be missing where all of them are built."""
         kind, _, which = name.partition("-")
         if kind == "programs":
-            return self.recipes.programs[which].optional
+            programs = self.recipes.programs[which]
+            return programs.optional or programs.only_by_name
         if kind == "rootfs":
             return self.recipes.rootfs[which].only_by_name
         if kind == "agent":

@@ -25,12 +25,14 @@ class Artifacts(NamedTuple):
 class HostArtifacts(NamedTuple):
     """The parts of an emulated host: the paths of its kernel and of …/lib/modules/RELEASE;
     `qemu` is the beginning of QEMU's command line. `programs` is the root of what runs in it, where
-    that is not this machine's own."""
+    that is not this machine's own; `python` begins the command line of the same Python for this
+    machine."""
 
     vmlinux: str
     modules: str
     qemu: tuple[str, ...]
     programs: str = ""
+    python: tuple[str, ...] = ()
 
 
 def path(name: str) -> str:
@@ -75,16 +77,17 @@ def host_artifacts(*, make: bool = False) -> HostArtifacts:
 
 def arm64_host_artifacts(*, make: bool = False) -> HostArtifacts:
     """The emulated arm64 host's. Raises ConfigError as `artifacts` does."""
-    wanted = ["kernel-arm64", "programs-emulator-arm64", "programs-arm64"]
-    kernel, emulator, programs = folders(wanted, make=make)
+    wanted = ["kernel-arm64", "programs-emulator-arm64", "programs-arm64", "programs-python"]
+    kernel, emulator, programs, python = folders(wanted, make=make)
     from pyvmm.images.kernel import modules_folder
-    from pyvmm.images.programs import qemu_command
+    from pyvmm.images.programs import python_command, qemu_command
 
     return HostArtifacts(
         vmlinux=os.path.join(kernel, "bzImage"),
         modules=modules_folder(kernel),
         qemu=tuple(qemu_command(emulator, "aarch64")),
         programs=os.path.join(programs, "root"),
+        python=tuple(python_command(python)),
     )
 
 

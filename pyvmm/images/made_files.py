@@ -3,15 +3,17 @@
 $XDG_CACHE_HOME/pyvmm/made/HASH.SUFFIX
 
 Equal content is one file. A guest that reboots reads its files again, so none goes while it may be
-in use: only those that nobody has wanted for a week, when there are many.
+in use: only those that nobody has wanted for a week, when there are many. Other folders of the
+cache are kept in the same way, by names that their makers choose.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
@@ -42,11 +44,43 @@ def keep(pieces: Iterable[bytes], suffix: str, most: int = 4 << 30) -> str:
             path = os.path.join(folder, f"{digest.hexdigest()[:32]}{suffix}")
             os.replace(file.name, path)
     except OSError as error:
-        raise ConfigError(
-            f"cannot write {folder}: {error.strerror}", cure="set XDG_CACHE_HOME to another place"
-        ) from None
+        raise _unwritable(folder, error) from None
     _forget_old(folder, path)
     return path
+
+
+def keep_folder(folder: str, name: str, fill: Callable[[str], None]) -> str:
+    """The path of the folder `name` in the cache's `folder`: as it is there, or an empty one that
+    `fill` has filled. Raises ConfigError where it cannot be written, and what `fill` raises."""
+    import tempfile
+
+    folder = os.path.join(user_cache.folder(), folder)
+    path = os.path.join(folder, name)
+    if os.path.isdir(path):
+        with suppress(OSError):
+            os.utime(path)  # by which it is known that somebody wants it
+        return path
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=folder) as room:
+            content = os.path.join(room, name)
+            os.mkdir(content)
+            fill(content)
+            try:
+                os.rename(content, path)
+            except OSError:
+                if not os.path.isdir(path):  # where it is, another run has made the same one
+                    raise
+    except OSError as error:
+        raise _unwritable(folder, error) from None
+    _forget_old(folder, path)
+    return path
+
+
+def _unwritable(folder: str, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"cannot write {folder}: {error.strerror}", cure="set XDG_CACHE_HOME to another place"
+    )
 
 
 def keep_as(folder: str, name: str, content: bytes) -> None:
@@ -89,10 +123,14 @@ def _unfinished(folder: str) -> Iterator[BinaryIO]:
 
 def _forget_old(folder: str, fresh: str) -> None:
     with suppress(OSError):
-        files = [entry for entry in os.scandir(folder) if entry.path != fresh]
-        if len(files) <= _MANY:
+        others = [entry for entry in os.scandir(folder) if entry.path != fresh]
+        if len(others) <= _MANY:
             return
-        for entry in files:
+        for entry in others:
             with suppress(FileNotFoundError):  # another run's doing
-                if time.time() - entry.stat().st_mtime > _OLD_SECONDS:
+                if time.time() - entry.stat().st_mtime <= _OLD_SECONDS:
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                else:
                     os.unlink(entry.path)

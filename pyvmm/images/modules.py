@@ -140,6 +140,11 @@ class UnreadTree(ModuleTree):
             self.release = _release(magic.partition(" ")[0])
 
     @property
+    def paths(self) -> list[str]:
+        """Its modules' files, relative to its folder."""
+        return sorted(self._paths.values())
+
+    @property
     def cure(self) -> str:
         """See ModuleTree."""
         if not is_build_tree(self.folder):
@@ -241,6 +246,8 @@ def _build_tree(folder: str) -> ModuleTree:
     for line in _read_if_there(folder, "modules.order")[:_MOST_MODULES]:
         path = line.strip().removeprefix("kernel/")
         path = path.removesuffix(".o") + ".ko" if path.endswith(".o") else path
+        if path.startswith("/") or ".." in path.split("/"):
+            continue
         if path.endswith(".ko") and os.path.isfile(os.path.join(folder, path)):
             paths[module_name(path)] = path
     return UnreadTree(folder, paths, build_release(folder))

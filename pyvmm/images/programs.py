@@ -54,6 +54,13 @@ def qemu_command(image: str, architecture: str = "x86_64") -> list[str]:
     return [*program, *(word for folder in firmware for word in ("-L", folder))]
 
 
+def python_command(image: str) -> list[str]:
+    """The same for the Python in the image's folder, which is told where its modules are."""
+    home = os.path.join(image, "root/usr")
+    python = command(image, "usr/bin/python3", "python3")
+    return ["env", "-i", f"PYTHONHOME={home}", *python]
+
+
 def storage_command(image: str, program: str) -> list[str]:
     """The same for one of QEMU's storage programs, which loads its drivers as modules."""
     modules = os.path.join(image, "root", _LIBRARIES, "qemu")

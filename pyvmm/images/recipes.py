@@ -107,7 +107,7 @@ class RootfsRecipe:
 class ProgramsRecipe:
     """`packages` of the Debian `suites`; what they depend on comes along, unless they are taken
     `alone`. Those for another `architecture` run in an emulated machine. `optional` is as for
-    kernels."""
+    kernels, `only_by_name` as for root disks."""
 
     suites: tuple[str, ...]
     packages: tuple[str, ...]
@@ -115,6 +115,7 @@ class ProgramsRecipe:
     architecture: str = "amd64"
     optional: bool = False
     alone: bool = False
+    only_by_name: bool = False
 
     def stated(self) -> dict[str, Any]:
         """The settings that differ from the usual ones, by name."""
@@ -214,6 +215,7 @@ def _parse(where: str, table: dict[str, Any]) -> Recipes:
                 architecture=row.get("architecture", "amd64"),
                 optional=row.get("optional", False),
                 alone=row.get("alone", False),
+                only_by_name=row.get("only_by_name", False),
             )
             for name, row in table["programs"].items()
         },

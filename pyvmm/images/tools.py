@@ -42,22 +42,27 @@ def run(
     *,
     cwd: str | None = None,
     env: Mapping[str, str] | None = None,
+    timeout: float | None = None,
 ) -> str:
     """Run `command` to its end; its standard output. No input, the C locale.
 
     `env` is added to this process' environment. Raises ConfigError that starts with `what` and
-    has the program's own last complaint.
+    has the program's own last complaint, or says that it took more than `timeout` seconds.
     """
     require(command[0])
-    result = subprocess.run(
-        command,
-        cwd=cwd,
-        env={**os.environ, "PATH": _search_path(), "LC_ALL": "C", **(env or {})},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-    )
+    try:
+        result = subprocess.run(
+            command,
+            cwd=cwd,
+            env={**os.environ, "PATH": _search_path(), "LC_ALL": "C", **(env or {})},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=timeout,
+        )
+    except subprocess.TimeoutExpired:
+        raise ConfigError(f"{what}: not done after {timeout:.0f} s") from None
     if result.returncode:
         message = complaint(result.stderr, result.returncode)
         raise ConfigError(f"{what}: {message}", cure=_cure(message))
@@ -107,13 +112,16 @@ def _cure(message: str) -> str:
     return next((cure for words, cure in _CURES.items() if words in message), "")
 
 
-def require(program: str) -> None:
-    """Raises ConfigError that names the package to install where `program` is missing."""
-    if not shutil.which(program, path=_search_path()):
+def require(program: str) -> str:
+    """The path of `program`. Raises ConfigError that names the package to install where it is
+    missing."""
+    path = shutil.which(program, path=_search_path())
+    if path is None:
         raise ConfigError(
             f"the program {program} is missing",
             cure=f"install it: apt-get install {_PACKAGES.get(program, program)}",
         )
+    return path
 
 
 def missing_packages(listed: str) -> list[str]:

@@ -193,9 +193,10 @@ def open_device(spec: Spec, context: Context) -> VhostUserDevice:
             queue_size=1024,
             connection=server.socket,
         )
-    except (BackEndError, HostError):
+    except (BackEndError, HostError) as error:
+        otherwise = str(error) if isinstance(error, BackEndError) else "ended"
         raise ConfigError(
-            f"{spec.path} cannot be shared: {server.why_it_ended()}", option=_FLAG
+            f"{spec.path} cannot be shared: {server.why_it_ended(otherwise)}", option=_FLAG
         ) from None
     context.closing.callback(device.close)
     if spec.packed and not device.knows_packed:

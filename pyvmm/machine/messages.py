@@ -1,4 +1,5 @@
-"""Message-signalled interrupts: eventfds that KVM turns into messages to a local APIC.
+"""Message-signalled interrupts: eventfds that KVM turns into messages to the interrupt controller,
+or, where that takes none, into the interrupts that the messages ask for.
 
 Each line has a GSI of its own beyond the pins of the interrupt controller. KVM's routing table says
 which message a GSI sends, and changes only when a driver really sets another; an irqfd joins the
@@ -16,6 +17,7 @@ from pyvmm.host.syscalls import Closable, EventFd
 from pyvmm.kvm.vm import IrqchipRoute, MsiRoute, Vm
 
 _MOST_ROUTES = 4096  # KVM_MAX_IRQ_ROUTES, in the kernel's <linux/kvm_host.h>
+_SECTION = "4.1.5.1.2 MSI-X Vector Configuration"
 
 
 class Messages:
@@ -28,15 +30,18 @@ class Messages:
         is_a_message: Callable[[int], bool],
         *,
         with_sender: bool = False,
+        pin_of: Callable[[int], int | None] | None = None,
     ) -> None:
         """`fixed` are the routes that are always there; `is_a_message` tells of a guest-physical
         address whether a write there is an interrupt. `with_sender`: the interrupt controller asks
-        which device sent a message."""
+        which device sent a message. `pin_of` is for one that takes no messages itself: the pin
+        that a message raises, by its data, None for one that interrupts nobody."""
         self._vm = vm
         self._fixed = fixed
         self._is_a_message = is_a_message
         self._with_sender = with_sender
-        self._routes: dict[int, MsiRoute] = {}
+        self._pin_of = pin_of
+        self._routes: dict[int, MsiRoute | IrqchipRoute] = {}
         self._lock = Lock()
         first = 1 + max(route.gsi for route in fixed)
         self._free = list(range(first, first + _MOST_ROUTES - len(fixed)))
@@ -56,17 +61,22 @@ class Messages:
 
     def route(self, gsi: int, address: int, data: int, sender: int = 0) -> None:
         """Have `gsi` send `data` to `address`, as `sender`. Raises DriverError, HostError."""
-        if not self._is_a_message(address):
-            raise DriverError(
-                f"a write to {address:#x} interrupts nobody",
-                section="4.1.5.1.2 MSI-X Vector Configuration",
-            )
-        wanted = MsiRoute(gsi, address, data, sender if self._with_sender else None)
+        wanted = self._wanted(gsi, address, data, sender)
         with self._lock:
             if self._routes.get(gsi) != wanted:
                 routes = {**self._routes, gsi: wanted}
                 self._vm.set_gsi_routing([*self._fixed, *routes.values()])
                 self._routes = routes
+
+    def _wanted(self, gsi: int, address: int, data: int, sender: int) -> MsiRoute | IrqchipRoute:
+        if not self._is_a_message(address):
+            raise DriverError(f"a write to {address:#x} interrupts nobody", section=_SECTION)
+        if self._pin_of is None:
+            return MsiRoute(gsi, address, data, sender if self._with_sender else None)
+        pin = self._pin_of(data)
+        if pin is None:
+            raise DriverError(f"the message {data:#x} interrupts nobody", section=_SECTION)
+        return IrqchipRoute(gsi, 0, pin)
 
     def give_back(self, gsi: int) -> None:
         """`gsi` is used no more; its route is forgotten with the next change."""

@@ -42,13 +42,14 @@ _IN_RECIPES = _USUAL | {"ext3", "ext2", "auto"}  # served by the same driver, or
 
 
 class _Kernel(NamedTuple):
-    """A kernel's file; where its configuration and its modules are, "" for nowhere; and an
-    initramfs that has been made for it."""
+    """A kernel's file; where its configuration and its modules are, "" for nowhere; an initramfs
+    that has been made for it; and its release, "" where the file has yet to be asked."""
 
     path: str
     config: str = ""
     modules: str = ""
     initrd: str | None = None
+    release: str = ""
 
 
 def specify(options: Mapping[str, Any]) -> tuple[VmSpec, str | None]:
@@ -230,7 +231,8 @@ def _find(kernel: str) -> _Kernel:
         from pyvmm.images import debian_kernels
 
         found = debian_kernels.find(kernel)
-        return _Kernel(found.kernel, found.config, found.modules, found.initrd)
+        release = os.path.basename(found.modules)  # both are of one package
+        return _Kernel(found.kernel, found.config, found.modules, found.initrd, release)
     if os.path.isdir(kernel):
         return _of_tree(kernel)
     return _Kernel(kernel, _beside(kernel))
@@ -327,7 +329,7 @@ def _modules_of(kernel: _Kernel, given: str) -> ModuleTree | None:
     from pyvmm.images import modules
     from pyvmm.machine.board.registry import board_of_host
 
-    release = board_of_host().kernel_release(kernel.path)
+    release = kernel.release or board_of_host().kernel_release(kernel.path)
     place = given or kernel.modules or _modules_beside(kernel.path, release)
     if not place:
         return None
@@ -358,15 +360,29 @@ def _modules_beside(kernel: str, release: str) -> str:
 
 def _with_all_modules(spec: VmSpec, tree: ModuleTree) -> VmSpec:
     """A guest whose root is a directory of this machine has the kernel's modules where modprobe
-    looks for them, if depmod has been there."""
+    looks for them."""
+    from pyvmm.images import tree_modules
+    from pyvmm.images.modules import UnreadTree
     from pyvmm.kinds import share
 
-    in_root = any(device.is_root for device in spec.devices if isinstance(device, share.Spec))
-    if not in_root or not os.path.isfile(os.path.join(tree.folder, "modules.dep")):
+    if not any(device.is_root for device in spec.devices if isinstance(device, share.Spec)):
         return spec
     place = f"/lib/modules/{tree.release}"
-    one = share.Spec(tree.folder, place, read_only=True, tag="pyvmm-modules", is_part=True)
-    return replace(spec, devices=(*spec.devices, one))
+    folders = [(tree.folder, place, "pyvmm-modules")]
+    if isinstance(tree, UnreadTree):
+        try:
+            lists, modules = tree_modules.make(tree)
+        except ConfigError as error:
+            log.to_stderr(f"modprobe in the guest will find no modules: {error}")
+            return spec
+        folders = [
+            (lists, place, "pyvmm-modules"),
+            (modules, f"{place}/kernel", "pyvmm-modules-tree"),
+        ]
+    shares = (
+        share.Spec(folder, at, read_only=True, tag=tag, is_part=True) for folder, at, tag in folders
+    )
+    return replace(spec, devices=(*spec.devices, *shares))
 
 
 def _lists_for(spec: VmSpec) -> dict[str, str]:

@@ -57,6 +57,7 @@ class ConsoleOutput:
         self._observer = observer
         self._warn = warn
         self._buffer = bytearray()
+        self._changing = threading.Lock()  # a leaf: for what changes the buffer
         self._changed = threading.Condition()
         self._wake = EventFd()
         self._idle = True  # the writer sleeps, or is about to look again
@@ -82,10 +83,9 @@ class ConsoleOutput:
 
     def write(self, data: bytes) -> None:
         """Take `data`. Waits `BRIEFLY` at the most."""
-        # One thread appends while another removes from the front: each is one bytearray operation,
-        # which the interpreter's lock makes whole.
         buffer = self._buffer
-        buffer += data
+        with self._changing:
+            buffer += data
         if self._idle or len(buffer) > LIMIT:
             self._attend()
 
@@ -153,10 +153,11 @@ class ConsoleOutput:
             while len(self._buffer) > LIMIT and not self._released:
                 if not self._changed.wait(max(0.0, until - time.monotonic())):
                     break
-            extra = len(self._buffer) - LIMIT
-            if extra > 0:
-                del self._buffer[LIMIT:]
-                self._lost += extra
+            with self._changing:
+                extra = len(self._buffer) - LIMIT
+                if extra > 0:
+                    del self._buffer[LIMIT:]
+                    self._lost += extra
 
     def _wake_writer(self) -> None:
         with self._changed:  # not while `close` gives the number back for another file
@@ -190,9 +191,10 @@ class ConsoleOutput:
         if not self._has_room():
             return
         with self._changed:
-            batch = bytes(self._buffer)
-            del self._buffer[: len(batch)]
-            lost, self._lost = self._lost, 0
+            with self._changing:
+                batch = bytes(self._buffer)
+                self._buffer.clear()
+                lost, self._lost = self._lost, 0
             if batch and self._observer is not None:
                 self._observer(batch)
             self._changed.notify_all()
@@ -228,19 +230,19 @@ class ConsoleOutput:
     def _sleep(self) -> None:
         """Until there is something to do."""
         waiting = self._outbox is not None and len(self._outbox)
-        if not waiting:
-            self._idle = True
-            # A byte that came before `_idle` was set has not woken this thread.
-            if self._buffer or self._closing:
-                self._idle = False
-                return
+        self._idle = True
+        # A byte that came before `_idle` was set has not woken this thread. By the lock, whoever
+        # brings a later one sees it.
+        with self._changing:
+            came = bool(self._buffer)
+        if (came and self._has_room()) or (self._closing and not waiting):
+            self._idle = False
+            return
         poll = select.poll()
         poll.register(self._wake.fd, select.POLLIN)
+        timeout = None
         if waiting and self._outbox is not None:
             poll.register(self._outbox.outlet.descriptor, select.POLLOUT)
-        timeout = None
-        if waiting:
-            self._idle = True
             timeout = BRIEFLY * 1000 if not self._stuck or self._closing else None
         poll.poll(timeout)
         self._wake.drain()

@@ -14,10 +14,13 @@ from pyvmm.virtio.queue.protocol import Queue
 
 # At least: longer than some looks at a ring take.
 PATIENCE_NS = 20_000
-REST_NS = 20_000_000
 # At least: longer than other threads of ours are at work.
 HELD_UP_NS = 100_000
+# The longest rests, for another thread of ours and for another program.
+REST_NS = 20_000_000
 LONG_REST_NS = 1_000_000_000
+STEPS = 3
+GROWTH = 4
 
 # Held while one polls. A second one of the process would only keep the first from Python's lock.
 _polling = Lock()
@@ -29,9 +32,10 @@ class Polling:
 
     It does if it was woken within `limit_ns` nanoseconds the last time, counted from where it
     began to look: one success begins it, and one failure ends it, so that a queue at rest costs no
-    time. One worker of a process polls at a time. Where another thread of ours had work meanwhile,
-    which was slowed down, nothing is polled for 20 ms; and for a second, where another program had
-    the processor.
+    time. One worker of a process polls at a time.
+
+    Where another thread of ours had work meanwhile, which was slowed down, it rests for up to 20
+    ms; where another program had the processor, for up to a second.
     """
 
     def __init__(self, limit_ns: int) -> None:
@@ -40,6 +44,8 @@ class Polling:
         self._held_up = limit_ns + max(HELD_UP_NS, limit_ns // 2)
         self._is_worth_it = False
         self._waits_since = 0  # on the clock; 0 while it does not wait
+        self._for_ours = Rest(REST_NS)
+        self._for_others = Rest(LONG_REST_NS)
         self._rests_until = 0
 
     def finds(self, queue: Queue) -> bool:
@@ -55,9 +61,9 @@ class Polling:
         now = perf_counter_ns()
         took = now - began
         if took > self._held_up:
-            self._rests_until = now + LONG_REST_NS
+            self._rests_until = self._for_others.end_of_one_from(now)
         elif took < self._limit and not found:
-            self._rests_until = now + REST_NS
+            self._rests_until = self._for_ours.end_of_one_from(now)
         return found
 
     def woke(self) -> None:
@@ -65,3 +71,22 @@ class Polling:
         if self._waits_since:
             self._is_worth_it = perf_counter_ns() - self._waits_since < self._limit
             self._waits_since = 0
+
+
+class Rest:
+    """How long nothing is polled for one reason: a 64th of `longest_ns` nanoseconds at first, and
+    four times the last rest where the reason comes again within `longest_ns` after it. What happens
+    now and then costs little so, and what goes on is given way to."""
+
+    def __init__(self, longest_ns: int) -> None:
+        self._longest = longest_ns
+        self._last = 0
+        self._grows_until = 0
+
+    def end_of_one_from(self, now: int) -> int:
+        """The end of the rest that begins `now`, on the same clock in nanoseconds."""
+        grows = now < self._grows_until
+        rest = self._last * GROWTH if grows else self._longest // GROWTH**STEPS
+        self._last = min(rest, self._longest)
+        self._grows_until = now + self._last + self._longest
+        return now + self._last

@@ -23,6 +23,7 @@ RUN = """\
 cd "${0%/*}"
 echo TAP version 13
 echo 1..4
+modprobe dummy || exit  # a module of Debian's kernel, where modprobe looks for it
 echo "# the kernel is $(uname -r)"
 n=0
 for one in $(cat targets); do

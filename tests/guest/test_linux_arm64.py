@@ -1,12 +1,14 @@
 """Guests for arm64 on any machine, in an emulated arm64 KVM host, with Debian's kernels.
 
-Each start of a host costs a minute, so that each guest shows many things: one on virtio-mmio with
-Linux 6.1 starts twice, by a reset in between, and one on PCI with 6.12 is saved and goes on.
+Each start of a host costs half a minute, so that each shows many things: a guest on virtio-mmio
+with Linux 6.1 starts twice, by a reset in between; one on PCI with 6.12 is saved and goes on; one
+on PCI has a GICv2; and in one host is all that needs no Linux guest.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +17,7 @@ from pathlib import Path
 from threading import Timer
 
 import pytest
+from c_claims import assembled, needs_arm64_headers
 from guest import tail
 
 from pyvmm import VM, Disk, images
@@ -74,6 +77,7 @@ APPLETS = (
         "dmesg",
         "echo",
         "grep",
+        "head",
         "ls",
         "mount",
         "nproc",
@@ -88,6 +92,9 @@ echo "processors=$(nproc)"
 echo "gigabytes=$(awk '$1 == "MemTotal:" { print int($2 / 1000000) }' /proc/meminfo)"
 echo "bus=$(readlink /sys/block/vda/device/../driver)"
 echo "messages=$(grep -c ITS-.*MSI /proc/interrupts)"
+echo "controller=$(grep -oE 'GIC-0|GICv3' /proc/interrupts | head -n 1)"
+echo "frame=$(dmesg | grep GICv2m: | grep -o 'SPI.*')"
+echo "queues=$(awk '/MSI.*virtio.*-req/ { print $2 + $3 }' /proc/interrupts | head -n 1)"
 """
 # What is on the disk, read past the page cache; the sum is in memory.
 WRITE = """
@@ -225,9 +232,204 @@ def test_a_guest_is_saved_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
         assert found["reseeded"] == "1", "it knows by VMGenID that it is a copy"
 
 
+# Read by every Python that starts; the one that starts QEMU needs it.
+OLD_CONTROLLER = """
+import pyvmm.emulated_host.arm64
+pyvmm.emulated_host.arm64.GIC_VERSION = 2
+"""
+
+
+@pytest.mark.timeout(2 * PATIENCE + 100)
+def test_a_guest_on_a_machine_with_a_gicv2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PCI devices' messages are shared interrupts there (GICv2m). Saved, it goes on."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    (tmp_path / "sitecustomize.py").write_text(OLD_CONTROLLER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    disk = root_disk(tmp_path, host("arm64").busybox, WAITING)
+    with VM(
+        **{"kernel": "debian:6.1", "arch": "arm64", "transport": "pci", "cpus": 2},
+        **{"memory": "1G", "cmdline": "quiet", "disks": [Disk(str(disk), snapshot=True)]},
+    ) as vm:
+        vm.wait_ready(PATIENCE)
+        found = told(vm, LOOK)
+        assert found["release"].startswith("6.1.")
+        assert found["processors"] == "2"
+        assert found["bus"].endswith("virtio-pci")
+        assert found["controller"] == "GIC-0", "what Linux calls a GICv2"
+        assert found["frame"] == "SPI[96:255]"
+        assert int(found["queues"]) > 0, "the disk interrupts by a message"
+        vm.run(["sh", "-c", WRITE], check=True)
+        vm.snapshot("old")
+        vm.run(["sh", "-c", "sha256sum -c /run/sum"], check=True)
+    with VM.restore("old") as vm:
+        vm.wait_ready(PATIENCE)
+        found = told(vm, VERIFY)
+        assert found["same"] == "/data: OK"
+        assert found["writes"] == "yes"
+        assert [found.get(f"cpu{n}") for n in range(2)] == ["runs"] * 2
+        assert found["later"] == "1"
+        assert found["complaints"] == "0"
+
+
 def told(vm: VM, script: str) -> dict[str, str]:
     """The lines NAME=VALUE that `script` prints in the guest."""
     done = vm.run(["sh", "-c", script])
     text = done.stdout.decode(errors="replace")
     assert done.returncode == 0, text + done.stderr.decode(errors="replace")
     return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+
+
+# --- without Linux --------------------------------------------------------------------------------
+
+# What the processors of a machine may do to each other by PSCI (Arm DEN 0022), and then its end, of
+# which two ask at once: CPU 0 is off then, and CPU 3 leaves KVM all the time.
+RACE = r"""
+.macro psci function
+    ldr w0, =\function
+    hvc #0
+.endm
+    b start
+    .word 0
+    .quad 0, 0x100000, 0xa, 0, 0, 0
+    .ascii "ARM\x64"
+    .word 0
+start:
+    adr x20, shared
+    ldr w1, [x0]                 // the device tree's magic number, big-endian
+    ldr w2, =0xedfe0dd0
+    mov w25, #'t'
+    cmp w1, w2
+    b.ne wrong
+    mov w25, #'a'
+    mov x19, #1
+off:mov x1, x19                  // AFFINITY_INFO: the others are off
+    mov x2, #0
+    psci 0xc4000004
+    cmp x0, #1
+    b.ne wrong
+    add x19, x19, #1
+    cmp x19, #4
+    b.ne off
+    mov w25, #'o'
+    mov x1, #0                   // CPU_ON of itself: ALREADY_ON
+    adr x2, second
+    psci 0xc4000003
+    cmn x0, #4
+    b.ne wrong
+    mov w25, #'n'
+    mov x1, #0x7700              // of one that is not there: INVALID_PARAMETERS
+    adr x2, second
+    psci 0xc4000003
+    cmn x0, #2
+    b.ne wrong
+    mov w25, #'2'
+    mov x19, #1
+on: mov x1, x19
+    adr x2, second
+    mov x3, x19
+    psci 0xc4000003
+    cbnz x0, wrong
+    add x19, x19, #1
+    cmp x19, #3
+    b.ne on
+both:
+    ldr x1, [x20, #0x48]         // what CPU_ON of CPU 3 gave CPU 1 and CPU 2, plus 5
+    ldr x2, [x20, #0x50]
+    cbz x1, both
+    cbz x2, both
+    mov w25, #'1'
+    add x1, x1, x2
+    cmp x1, #6                   // 0 once, and ALREADY_ON
+    b.ne wrong
+three:
+    ldr x1, [x20, #0x18]
+    cbz x1, three
+    mov w1, #'r'
+    bl say
+    mov x1, #1
+    str x1, [x20]
+    psci 0x84000002              // CPU_OFF
+second:
+    adr x20, shared
+    mov x19, x0
+    str x19, [x20, x19, lsl #3]
+meet:
+    ldr x1, [x20, #8]
+    ldr x2, [x20, #16]
+    cbz x1, meet
+    cbz x2, meet
+    mov x1, #3
+    adr x2, third
+    psci 0xc4000003
+    add x0, x0, #5
+    add x1, x20, #0x40
+    str x0, [x1, x19, lsl #3]
+alone:
+    mov x1, #0
+    mov x2, #0
+    psci 0xc4000004              // until CPU 0 is off
+    cmp x0, #1
+    b.ne alone
+    add x1, x20, #0x80
+    str x19, [x1, x19, lsl #3]
+again:
+    ldr x2, [x1, #8]
+    ldr x3, [x1, #16]
+    cbz x2, again
+    cbz x3, again
+    psci ENDING
+    mov w25, #'e'
+wrong:
+    mov w1, w25
+    bl say
+    mov w1, #'!'
+    bl say
+    psci 0x84000008
+say:ldr x2, =0x09000000
+    strb w1, [x2]
+    ret
+third:
+    adr x20, shared
+    str x20, [x20, #0x18]
+    ldr x2, =0x09000000
+out:ldrb w1, [x2, #5]
+    b out
+    .ltorg
+    .balign 64
+shared:
+    .fill 32, 8, 0
+"""
+SYSTEM_OFF, SYSTEM_RESET = 0x84000008, 0x84000009
+TOLD = [
+    f"the box refused {call} in the thread MainThread"
+    for call in ("clone (system call 220)", "setpriority (system call 140)")
+]
+
+
+@needs_arm64_headers
+@pytest.mark.timeout(PATIENCE + 100)
+def test_what_needs_no_linux_guest(tmp_path: Path) -> None:
+    """Refused calls are told; the doctor finds KVM; processors that switch each other on, and end
+    the machine at once."""
+    host("arm64")
+    kernels = []
+    for name, ending in (("resets", SYSTEM_RESET), ("off", SYSTEM_OFF)):
+        kernel = tmp_path / name
+        kernel.write_bytes(assembled(tmp_path, RACE.replace("ENDING", hex(ending))))
+        kernels.append(str(kernel))
+    program = str(Path(__file__).with_name("arm64_inside.py"))
+    command = [sys.executable, "-m", "pyvmm.emulated_host", "--arch", "aarch64"]
+    command += ["--", "/usr/bin/python3", "-P", program, *kernels]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found["machine"] == "aarch64"
+    assert found["refused"][:2] == [0, f"True 5006 2051 {TOLD}\n"], "a pipe holds 2,048 of them"
+    code, said, _ = found["doctor"]
+    assert code == 0, said
+    assert "✓ probe guest: runs unmodified kernels" in said
+    assert "✓ monitor: namespaces, network, root, limits, capabilities" in said
+    code, said, errors = found["resets"]
+    assert (code, said) == (10, "rrr"), errors
+    assert errors.count("starts again") == 2
+    assert found["powers off"] == [[0, "r", ""]] * 4

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 from c_guest import c_guest
+from documents import commands, run_commands
 from echo_guest import echo_kernel
 from fuzz.snapshots import restore_and_end
-from test_snapshots import Guest, folder, pyvmm, refused
+from test_snapshots import SAFETY_TIMEOUT, Guest, folder, pyvmm, refused
 
 from pyvmm import VM
 from pyvmm.control import snapshot_store as store
@@ -39,6 +40,19 @@ def done(*args: str) -> str:
     ended = pyvmm(*args)
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
+
+
+def test_the_commands_of_the_page_on_snapshots(folder: Path) -> None:
+    kernel, disk = c_guest("busy_guest.c", folder, "DISK"), f"{folder}/disk,snapshot"
+    [block] = [block for block in commands("docs/snapshots.md") if "--track" in block]
+    assert all("snapshot" in line for line in block.splitlines())
+    with Guest("--kernel", kernel, "--name", "warm", "--disk", disk, "--memory", "64M") as guest:
+        guest.says(b"ready")
+        said = run_commands(block, folder, SAFETY_TIMEOUT)
+        assert re.fullmatch(r"(warm stood still for \d+ ms\n){2}", said)
+        assert store.names() == ["later", "whole"]
+        assert stored("later") < stored("whole") and memory_of("later") == memory_of("whole")
+        works_on(guest)
 
 
 def works_on(guest: Guest) -> int:

@@ -76,7 +76,8 @@ def load(
         blob = device_tree.build(machine, gic)
         if len(blob) > layout.TREE_MAX:
             raise ConfigError(
-                f"the device tree has {len(blob)} bytes, {layout.TREE_MAX} is the most"
+                f"the device tree has {len(blob)} bytes, {layout.TREE_MAX} is the most",
+                cure="ask for fewer vCPUs, or a shorter --cmdline",
             )
         trees[gic.version] = trees_start + number * layout.TREE_SIZE
         memory.write(trees[gic.version], blob)

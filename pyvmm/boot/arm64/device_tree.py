@@ -15,7 +15,7 @@ from pyvmm.boot.arm64.fdt import Node, cells, flatten, places, words
 # The first cell of an interrupt: whether it is shared or a vCPU's own (arm,gic-v3.yaml).
 _SPI, _PPI = 0, 1
 _EDGE, _HIGH, _LOW = 1, 4, 8
-_GIC, _CLOCK, _ITS, _GPIO = 1, 2, 3, 4  # phandles
+_GIC, _CLOCK, _MESSAGES, _GPIO = 1, 2, 3, 4  # phandles
 # The first cell of a PCI address: a 32-bit one, or a 64-bit one of memory that may be prefetched
 # (IEEE Std 1275 PCI Bus Binding, 2.2.1.1).
 _PCI_32, _PCI_64_PREFETCH = 0x0200_0000, 0x4300_0000
@@ -29,12 +29,13 @@ _UART_HZ = 1_843_200  # a PC's: the divisor for 115,200 baud is 1
 
 class Gic(NamedTuple):
     """The interrupt controller: of `version` 3 or 2; `reg` are (address, size) of the distributor,
-    then of the redistributors or of the CPU interfaces. `its` is that of the translation service,
-    without which PCI devices cannot interrupt."""
+    then of the redistributors or of the CPU interfaces. `messages` is that of what takes the
+    messages of PCI devices: of a GICv3's translation service (ITS), or of a GICv2's frame
+    (GICv2m)."""
 
     version: int
     reg: tuple[tuple[int, int], tuple[int, int]]
-    its: tuple[int, int] | None = None
+    messages: tuple[int, int]
 
 
 class Device(NamedTuple):
@@ -114,7 +115,7 @@ def build(machine: Machine, gic: Gic) -> bytes:
         },
     )
     _devices(root, machine)
-    if machine.pci is not None and gic.its is not None:
+    if machine.pci is not None:
         _pci(root, machine.pci)
     return flatten(root)
 
@@ -164,31 +165,28 @@ def _cpus(root: Node, machine: Machine) -> None:
 
 
 def _interrupts(root: Node, machine: Machine, gic: Gic) -> None:
-    kind = "arm,gic-v3" if gic.version == 3 else "arm,cortex-a15-gic"
     distributor = gic.reg[0][0]
-    has_child = {"#address-cells": cells(2), "#size-cells": cells(2), "ranges": b""}
     controller = root.child(
         f"interrupt-controller@{distributor:x}",
         {
-            "compatible": words(kind),
-            **({"#address-cells": cells(0)} if gic.its is None else has_child),
+            "compatible": words("arm,gic-v3" if gic.version == 3 else "arm,cortex-a15-gic"),
+            **{"#address-cells": cells(2), "#size-cells": cells(2), "ranges": b""},
             "#interrupt-cells": cells(3),
             "interrupt-controller": b"",
             "reg": places(*gic.reg),
             "phandle": cells(_GIC),
         },
     )
-    if gic.its is not None:
-        controller.child(
-            f"msi-controller@{gic.its[0]:x}",
-            {
-                "compatible": words("arm,gic-v3-its"),
-                "msi-controller": b"",
-                "#msi-cells": cells(1),
-                "reg": places(gic.its),
-                "phandle": cells(_ITS),
-            },
-        )
+    controller.child(
+        f"msi-controller@{gic.messages[0]:x}",
+        {
+            "compatible": words("arm,gic-v3-its" if gic.version == 3 else "arm,gic-v2m-frame"),
+            "msi-controller": b"",
+            **({"#msi-cells": cells(1)} if gic.version == 3 else {}),
+            "reg": places(gic.messages),
+            "phandle": cells(_MESSAGES),
+        },
+    )
     # A GICv2's private interrupts have a bit for each CPU in the last cell; a GICv3's have none.
     everybody = 0 if gic.version == 3 else (1 << min(len(machine.affinities), 8)) - 1 << 8
     root.child(
@@ -286,7 +284,7 @@ def _pci(root: Node, host: PciHost) -> None:
                 for kind, start, size in windows
             ),
             # Each function is told by its requester id.
-            "msi-map": cells(0, _ITS, 0, _REQUESTERS),
+            "msi-map": cells(0, _MESSAGES, 0, _REQUESTERS),
             "dma-coherent": b"",
         },
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pyvmm.errors import ConfigError
 
 __all__ = [
+    "GIC_VERSION",
     "KVM_MODULES",
     "ROOT_MODULES",
     "SAVES_STATE",
@@ -26,6 +27,9 @@ ROOT_MODULES: tuple[str, ...] = (
 KVM_MODULES: tuple[str, ...] = ("tun", "vhost_net")
 
 SAVES_STATE = False
+
+GIC_VERSION = 3
+"""Of the machine's interrupt controller, and of that which KVM then has for guests: 3 or 2."""
 
 _KERNEL_PARAMETERS = " ".join(
     (
@@ -62,7 +66,7 @@ def kernel_parameters(tsc_khz: int | None) -> str:
 def machine_arguments(cpus: int, memory_mib: int) -> list[str]:
     """QEMU's arguments for the machine, its CPUs and its RAM."""
     return [
-        *("-machine", "virt,virtualization=on,gic-version=3"),
+        *("-machine", f"virt,virtualization=on,gic-version={GIC_VERSION}"),
         *("-accel", "tcg,thread=multi"),
         *("-cpu", CPU),
         *("-smp", str(cpus)),

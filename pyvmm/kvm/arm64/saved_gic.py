@@ -1,5 +1,6 @@
-"""The state of a GICv3 and its ITS as plain data, and back (KVM API, devices/arm-vgic-v3.rst and
-arm-vgic-its.rst, which has the order: redistributors, then the ITS).
+"""The state of a GICv3 and its ITS, or of a GICv2, as plain data, and back (KVM API,
+devices/arm-vgic-v3.rst, arm-vgic.rst, and arm-vgic-its.rst, which has the order: redistributors,
+then the ITS).
 
 Registers stand here in the order in which they are written: what says how an interrupt behaves
 before what says that it waits. A new controller has none enabled, pending or active, and KVM sets
@@ -33,6 +34,11 @@ _SGI = 0x1_0000
 _GITS_CTLR, _GITS_IIDR = 0x0000, 0x0004
 _GITS_CBASER, _GITS_CWRITER, _GITS_CREADR, _GITS_BASER = 0x0080, 0x0088, 0x0090, 0x0100
 _BASERS = 8
+
+# Arm IHI 0048, 4.3 "Distributor register descriptions", 4.4 "CPU interface register descriptions"
+_ITARGETSR, _SPENDSGIR = 0x0800, 0x0F20
+_SGIS = 16  # interrupts between vCPUs, the first of a vCPU's own
+_GICC = (0x00, 0x04, 0x08, 0x1C, 0xD0, 0xD4, 0xD8, 0xDC)  # CTLR, PMR, BPR, ABPR, APR0 to 3
 
 
 class Register(NamedTuple):
@@ -115,6 +121,44 @@ def _cpu_interface(vcpu: int, control: int) -> list[Register]:
     return [Register(group, vcpu | place, 8) for place in places]
 
 
+def _distributor_v2(interrupts: int) -> list[Register]:
+    group = uapi.KVM_DEV_ARM_VGIC_GRP_DIST_REGS
+    places = [_GICD_IIDR, _GICD_CTLR]
+    # The targets before what waits, so that it waits for the right vCPU.
+    places += [_ITARGETSR + 4 * n for n in range(_PRIVATE // 4, interrupts // 4)]
+    places += _of_interrupts_v2(range(_PRIVATE, interrupts))
+    return [Register(group, place) for place in places]
+
+
+def _vcpu_v2(vcpu: int) -> list[Register]:
+    """A vCPU's own interrupts, and its CPU interface."""
+    who = vcpu << uapi.KVM_DEV_ARM_VGIC_CPUID_SHIFT
+    places = _of_interrupts_v2(range(_PRIVATE))
+    places += [_SPENDSGIR + n for n in range(0, _SGIS, 4)]
+    own = [Register(uapi.KVM_DEV_ARM_VGIC_GRP_DIST_REGS, who | place) for place in places]
+    interface = (Register(uapi.KVM_DEV_ARM_VGIC_GRP_CPU_REGS, who | place) for place in _GICC)
+    return [*own, *interface]
+
+
+def _of_interrupts_v2(numbers: range) -> list[int]:
+    words = range(numbers.start // _PER_WORD, numbers.stop // _PER_WORD)
+    places = [_IGROUPR + 4 * word for word in words]
+    places += [_IPRIORITYR + 4 * n for n in range(numbers.start // 4, numbers.stop // 4)]
+    places += [_ICFGR + 4 * n for n in range(numbers.start // 16, numbers.stop // 16)]
+    return [
+        *places,
+        *(first + 4 * word for first in (_ISENABLER, _ISPENDR, _ISACTIVER) for word in words),
+    ]
+
+
+def _without_sgis(register: Register, value: int) -> int:
+    """Which vCPUs have sent an SGI that waits is in _SPENDSGIR; what is written to _ISPENDR would
+    come as the vCPU's own."""
+    is_own = register.attribute & 0xFFFF == _ISPENDR
+    is_own = is_own and register.group == uapi.KVM_DEV_ARM_VGIC_GRP_DIST_REGS
+    return value >> _SGIS << _SGIS if is_own else value
+
+
 def _its() -> list[Register]:
     # GITS_CBASER sets GITS_CREADR to 0.
     places = [_GITS_IIDR, _GITS_CBASER, _GITS_CREADR, _GITS_CWRITER]
@@ -171,6 +215,25 @@ def restore(
         its(register, value)
     read_tables()
     its(*switch)
+
+
+def save_v2(gic: Read, vcpus: int, interrupts: int) -> dict[str, Any]:
+    """The registers of a GICv2 with so many `vcpus` and `interrupts`."""
+    return {
+        "distributor": [gic(one) for one in _distributor_v2(interrupts)],
+        "vcpus": [[_without_sgis(r, gic(r)) for r in _vcpu_v2(n)] for n in range(vcpus)],
+    }
+
+
+def restore_v2(gic: Write, saved: Saved, vcpus: int, interrupts: int) -> None:
+    """Set what `save_v2` gave. Raises ConfigError for state that cannot be, before anything is
+    set."""
+    writes = _paired(saved, "distributor", saved.get("distributor"), _distributor_v2(interrupts))
+    for vcpu, row in enumerate(_lists(saved, "vcpus", vcpus)):
+        pairs = _paired(saved, "vcpus", row, _vcpu_v2(vcpu))
+        writes += [(register, _without_sgis(register, value)) for register, value in pairs]
+    for register, value in writes:
+        gic(register, value)
 
 
 def _lists(saved: Saved, name: str, count: int) -> list[Any]:

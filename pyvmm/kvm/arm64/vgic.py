@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyvmm.errors import ConfigError, HostError
@@ -42,12 +43,13 @@ class Vgic(syscalls.Closable):
     the vCPUs. One of version 3 has an ITS, which takes the messages of PCI devices (KVM API,
     devices/arm-vgic-its.rst)."""
 
-    def __init__(self, vm: Vm, places: Places, interrupts: int) -> None:
-        """Make the newest that this KVM can, with so many `interrupts`, FIRST_SPI included."""
+    def __init__(self, vm: Vm, places: Places, interrupts: Mapping[int, int]) -> None:
+        """Make the newest that this KVM can, with as many `interrupts` as there are for its
+        version, FIRST_SPI included."""
         self._vm, self._its_place, self._its_fd = vm, places.its, -1
-        self._interrupts = interrupts
         self._affinities: list[int] = []
         self.version, self._fd = _create(vm)
+        self._interrupts = interrupts[self.version]
         try:
             if self.version == 3:
                 _place(self._fd, uapi.KVM_VGIC_V3_ADDR_TYPE_DIST, places.distributor)
@@ -55,7 +57,7 @@ class Vgic(syscalls.Closable):
             else:
                 _place(self._fd, uapi.KVM_VGIC_V2_ADDR_TYPE_DIST, places.distributor)
                 _place(self._fd, uapi.KVM_VGIC_V2_ADDR_TYPE_CPU, places.cpu_interface)
-            number = ffi.new("uint32_t *", interrupts)
+            number = ffi.new("uint32_t *", self._interrupts)
             _set(self._fd, uapi.KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, number)
         except BaseException:
             self.close()
@@ -73,26 +75,24 @@ class Vgic(syscalls.Closable):
     # --- saved and restored -------------------------------------------------------------------
 
     def save(self) -> dict[str, Any]:
-        """The state of all, of a VM whose vCPUs stand still. KVM writes a part of it into guest
-        memory. Raises ConfigError for a GICv2, HostError."""
+        """The state of all, of a VM whose vCPUs stand still. KVM writes a part of a GICv3's into
+        guest memory. Raises HostError."""
         from pyvmm.kvm.arm64 import saved_gic
 
-        if self.version != 3:
-            raise ConfigError(
-                "this machine's KVM has a GICv2, whose state cannot be saved",
-                cure="use a machine with a GICv3",
-            )
+        def read(register: Register) -> int:
+            return _read(self._fd, register)
+
+        if self.version == 2:
+            registers = saved_gic.save_v2(read, len(self._affinities), self._interrupts)
+            return {"version": 2, **registers}
         control = uapi.KVM_DEV_ARM_VGIC_GRP_CTRL
         _set(self._its_fd, control, uapi.KVM_DEV_ARM_ITS_SAVE_TABLES, None)
         _set(self._fd, control, uapi.KVM_DEV_ARM_VGIC_SAVE_PENDING_TABLES, None)
 
         registers = saved_gic.save(
-            lambda one: _read(self._fd, one),
-            lambda one: _read(self._its_fd, one),
-            self._affinities,
-            self._interrupts,
+            read, lambda one: _read(self._its_fd, one), self._affinities, self._interrupts
         )
-        return {"version": self.version, **registers}
+        return {"version": 3, **registers}
 
     def restore(self, saved: Saved) -> None:
         """Restore what `save` gave, with the guest memory of then, before a vCPU runs. Raises
@@ -106,13 +106,19 @@ class Vgic(syscalls.Closable):
                 cure="restore it on a machine like the one it was saved on",
             )
 
+        def write(register: Register, value: int) -> None:
+            _write(self._fd, register, value)
+
         def read_tables() -> None:
             control = uapi.KVM_DEV_ARM_VGIC_GRP_CTRL
             _set(self._its_fd, control, uapi.KVM_DEV_ARM_ITS_RESTORE_TABLES, None)
 
         try:
+            if version == 2:
+                saved_gic.restore_v2(write, saved, len(self._affinities), self._interrupts)
+                return
             saved_gic.restore(
-                lambda one, value: _write(self._fd, one, value),
+                write,
                 lambda one, value: _write(self._its_fd, one, value),
                 read_tables,
                 saved,

@@ -18,6 +18,7 @@ import errno
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import suppress
 
 from pyvmm.errors import HostError
 from pyvmm.host import holes
@@ -37,7 +38,8 @@ class Backend(ABC):
 
     `block_sizes` is what the guest is told to align to. `can_discard` says whether `discard` and
     `write_zeroes` may free storage; DISCARD is offered to the guest only then. `can_resize` says
-    that there is a `resize`.
+    that there is a `resize`. `misses` is how many reads have had to wait for the storage so far, as
+    far as that is known; while it grows, reads are announced by `expect`.
     """
 
     size_sectors: int
@@ -45,11 +47,16 @@ class Backend(ABC):
     can_discard: bool = False
     can_resize: bool = False
     block_sizes: BlockSizes = BlockSizes()
+    misses: int = 0
 
     @abstractmethod
     def readv(self, views: list[memoryview], size: int, offset: int) -> None:
         """Fill `views`, `size` bytes in all, with what is at `offset`. Raises HostError, and then
         the views may hold anything."""
+
+    def expect(self, size: int, offset: int) -> None:  # noqa: B027 - a hint, free to be ignored
+        """A read of `size` bytes at `offset` comes soon, one of several: the storage may work on
+        all of them meanwhile. Does not wait for it, and raises nothing."""
 
     def writev(self, views: list[memoryview], size: int, offset: int) -> None:
         """Write `views`, `size` bytes in all, at `offset`; need not be durable yet. Raises
@@ -152,6 +159,7 @@ class FileBackend(Backend):
     """A raw image file or block device, straight to and from guest memory."""
 
     can_resize = True
+    _at_once = os.RWF_NOWAIT  # preadv2(2): only what is in the page cache
 
     def __init__(self, image: ImageFile) -> None:
         self._image = image
@@ -165,9 +173,16 @@ class FileBackend(Backend):
     def readv(self, views: list[memoryview], size: int, offset: int) -> None:
         """See Backend. An image that somebody cut short under us is a HostError, EIO."""
         try:
-            # One call nearly always does it; whatever it left out is done from the start again.
-            if len(views) <= IOV_MAX and _preadv(self._fd, views, offset) == size:
+            # One call nearly always does it.
+            if len(views) <= IOV_MAX and _preadv(self._fd, views, offset, self._at_once) == size:
                 return
+        except OSError as error:
+            if error.errno in (errno.EOPNOTSUPP, errno.ENOSYS):
+                self._at_once = 0  # storage that does not tell: tmpfs, for one
+        if self._at_once:
+            self.misses += 1
+        try:
+            # Whatever it left out or refused is done from the start again.
             done = preadv_all(self._fd, views, offset)
         except OSError as error:
             raise HostError(error.errno or 0, f"read of {size} bytes at {offset:#x}") from None
@@ -175,6 +190,11 @@ class FileBackend(Backend):
             raise HostError(
                 errno.EIO, f"read of {size} bytes at {offset:#x}, past the end the image has now"
             )
+
+    def expect(self, size: int, offset: int) -> None:
+        """See Backend: into the page cache, posix_fadvise(2)."""
+        with suppress(OSError):
+            os.posix_fadvise(self._fd, offset, size, os.POSIX_FADV_WILLNEED)
 
     def writev(self, views: list[memoryview], size: int, offset: int) -> None:
         """See Backend."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from threading import Lock
 from typing import Any, NamedTuple
 
-from pyvmm.errors import HostError
+from pyvmm.errors import DriverError, HostError
 from pyvmm.host.log import RateLimited
 from pyvmm.host.saved import Saved
 from pyvmm.virtio.blk.backend import Backend, cut_all, scatter
@@ -67,6 +68,10 @@ PIECE_BYTES = 4 << 20
 _PIECE_SECTORS = PIECE_BYTES // SECTOR
 # Of a DISCARD or WRITE_ZEROES, which hold no memory, but may take their time.
 RANGE_PIECE_BYTES = 32 << 20
+# After a read that had to wait for the storage, the reads of so many batches are announced to it.
+_LOOK_AHEAD = 32
+# So much is looked at ahead of its turn where requests are not the usual ones: chains, descriptors.
+_MOST_CHAINS, _MOST_PARTS = 128, 4096
 _PATIENCE = 5.0  # seconds that requests may take which a smaller disk has to wait for
 _MERGED = (VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT)
 Run = list[tuple[DescriptorChain, Request]]
@@ -155,6 +160,8 @@ class BlockDevice(QueueDevice):
         self._config = _config_of(backend, seg_max, num_queues, block_size).encode()
         self._id = (serial or name).encode()[:VIRTIO_BLK_ID_BYTES].ljust(VIRTIO_BLK_ID_BYTES, b"\0")
         self._backend = backend
+        self._misses = backend.misses
+        self._look_ahead = 0  # for so many batches
         self._capacity = backend.size_sectors
         self._config_lock = Lock()  # a leaf: for a change of one field among others
         self._accepted = 0
@@ -314,12 +321,56 @@ class BlockDevice(QueueDevice):
 
         Reads of sectors that follow one another are carried out at once, and so are writes.
         """
+        misses, expect = self._backend.misses, None
+        if misses != self._misses or self._look_ahead > 0:
+            self._look_ahead = self._look_ahead - 1 if misses == self._misses else _LOOK_AHEAD
+            self._misses = misses
+            expect = self._expect
         try:
-            if self._trace is None and not serve_usual(queue, BATCH_BYTES, self._carry_out_run):
+            if self._trace is None and not serve_usual(
+                queue, BATCH_BYTES, self._carry_out_run, expect
+            ):
                 return
+            if expect is not None:
+                self._expect_batch(queue)
             self._serve_batch(queue)
         except _Frozen:
             queue.end_serving()  # The worker waits for its stop from here on.
+
+    def _expect(self, sector: int, end: int) -> None:
+        if end <= self._capacity:
+            self._backend.expect((end - sector) * SECTOR, sector * SECTOR)
+
+    def _expect_batch(self, queue: Queue) -> None:
+        """Announce the reads that `_serve_batch` is going to do, if they are several."""
+        budget, parts = BATCH_BYTES, _MOST_PARTS
+        taken: list[DescriptorChain] = []
+        reads: list[tuple[int, int]] = []
+        try:
+            for chain in islice(queue, _MOST_CHAINS):
+                taken.append(chain)
+                request = parse(chain)
+                if request is None:
+                    continue
+                end = request.sector + request.size // SECTOR
+                if (
+                    request.type == VIRTIO_BLK_T_IN
+                    and not request.refusal
+                    and end <= self._capacity
+                ):
+                    reads.append((request.sector, end))
+                budget -= request.size
+                parts -= len(request.data)
+                if budget <= 0 or parts <= 0:
+                    break
+        except DriverError:
+            pass  # which is found again when it is its turn
+        finally:
+            for chain in reversed(taken):
+                queue.step_back(chain)
+        if len(reads) > 1:
+            for sector, end in reads:
+                self._expect(sector, end)
 
     def _serve_batch(self, queue: Queue) -> None:
         budget = BATCH_BYTES

@@ -24,6 +24,8 @@ _BOUNCE = 1 << 20  # bytes
 class DirectBackend(FileBackend):
     """A raw image opened with O_DIRECT. `block` is the alignment that its storage wants."""
 
+    _at_once = 0  # every read waits for the storage
+
     def __init__(self, image: ImageFile) -> None:
         """Find out the alignment by reading. Raises HostError if no read works."""
         super().__init__(image)
@@ -68,6 +70,9 @@ class DirectBackend(FileBackend):
                     raise
         with self._bounce_lock:
             self._read_bounced(views, size, offset)
+
+    def expect(self, size: int, offset: int) -> None:
+        """See Backend: nothing, as the page cache is not to have it."""
 
     def writev(self, views: list[memoryview], size: int, offset: int) -> None:
         """See Backend."""

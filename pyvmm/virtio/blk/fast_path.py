@@ -20,20 +20,27 @@ _unpack_header = HEADER.unpack
 _PART_OF_SECTOR = SECTOR - 1
 
 CarryOut = Callable[[int, int, int, list[memoryview]], bool]
+Expect = Callable[[int, int], None]
 
 
-def serve_usual(queue: Queue, most: int, carry_out: CarryOut) -> bool:
+def serve_usual(queue: Queue, most: int, carry_out: CarryOut, expect: Expect | None = None) -> bool:
     """Carry out and return the next requests of the usual kind, of about `most` bytes in all.
 
     `carry_out(type, sector, end, buffers)` reads or writes the sectors up to `end` and says whether
-    it could; requests for sectors that follow one another go to it at once. Returns whether the
-    next request, if there is one already, is for the general way.
+    it could; requests for sectors that follow one another go to it at once. `expect(sector, end)`
+    is told of all reads beforehand, if there are several. Returns whether the next request, if
+    there is one already, is for the general way.
     """
     chains, more = queue.peek_usual(HEADER.size, _STATUS_SIZE, most)
     written: list[int] = []
     start = 0
     try:
-        for type, sector, end, views in _runs(chains):
+        runs = _runs(chains)
+        if expect is not None:
+            reads = [(run[1], run[2]) for run in runs if run[0] == VIRTIO_BLK_T_IN]
+            for sector, end in reads if len(reads) > 1 else ():
+                expect(sector, end)
+        for type, sector, end, views in runs:
             if queue.halt or not carry_out(type, sector, end, views):
                 break
             for _, _, status, size, is_write in chains[start : start + len(views)]:

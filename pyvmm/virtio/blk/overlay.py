@@ -130,6 +130,19 @@ class OverlayBackend(Backend):
             else:
                 self._read_base(pieces, length, start)
 
+    @property
+    def misses(self) -> int:  # type: ignore[override]
+        """See Backend."""
+        return self._file.misses + self._base.misses
+
+    def expect(self, size: int, offset: int) -> None:
+        """See Backend."""
+        for start, length, inside in self._runs(offset, size):
+            if inside:
+                self._file.expect(length, start + self._layout.data_offset)
+            elif (shown := min(length, self._layout.shown - start)) > 0:
+                self._base.expect(shown, start)
+
     def _read_base(self, views: list[memoryview], size: int, offset: int) -> None:
         shown = max(0, min(size, self._layout.shown - offset))
         if shown == size:

@@ -45,7 +45,7 @@ from pyvmm.virtio.queue.protocol import Queue, QueueLock
 from pyvmm.virtio.queue.split import SplitQueue
 from pyvmm.virtio.queue.state import QueueState
 from pyvmm.virtio.vhost_user import rings
-from pyvmm.virtio.vhost_user.link import CONFIG_CHANGED, PATIENCE, Link
+from pyvmm.virtio.vhost_user.link import CONFIG_CHANGED, PATIENCE, STARTING, Link
 from pyvmm.virtio.worker import QueueWorker, Serve
 
 RING_FEATURES = mask(
@@ -122,7 +122,8 @@ class VhostUserDevice(VirtioDevice):
     ) -> None:
         """Connect, and find out what the back end can do. It has `patience` seconds for each
         answer. After its death another one has `reconnect` seconds to be there. `connection` is one
-        to a back end that nobody else can reach: `path` is for messages then.
+        to a back end that was just started, with more time for its first answers, and that nobody
+        else can reach: `path` is for messages then.
 
         Raises HostError where nobody listens, BackEndError for one that cannot serve this.
         """
@@ -254,6 +255,7 @@ class VhostUserDevice(VirtioDevice):
             link.agree()
             self._check(link)
             self._configure(link)
+            link.expect(self._patience)
         except BaseException:
             link.close()
             raise
@@ -267,7 +269,7 @@ class VhostUserDevice(VirtioDevice):
         given, self._given = self._given, None
         if given is None:
             raise HostError(errno.ECONNREFUSED, f"connect to {self._path}")
-        return Link(given, self._patience)
+        return Link(given, STARTING)
 
     def _check(self, link: Link) -> None:
         if not features.has(link.features, VIRTIO_F_VERSION_1):

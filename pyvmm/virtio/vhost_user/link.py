@@ -27,6 +27,9 @@ from pyvmm.virtio import features
 
 CONFIG_CHANGED = "config"  # what a back end asks for
 PATIENCE = 10.0  # seconds for the answer to a request; a back end may have to end its I/O first
+# Seconds for the answers of one that we have just started: in an emulated KVM host on a busy
+# machine a program takes more than PATIENCE to begin.
+STARTING = 90.0
 # Patiences for all answers together, when they come one after the other. Of the time that passes
 # half is given back.
 _ALLOWANCE, _GIVEN_BACK = 3, 0.5
@@ -52,9 +55,7 @@ class Link(Closable):
         """`connection` is closed with it."""
         self._socket = connection
         self._channel = Channel(self._socket, BackEndError)
-        self._patience = patience
-        self._allowance = _ALLOWANCE * patience
-        self._counted_at = time.monotonic()
+        self.expect(patience)
         self._requests: socket.socket | None = None
         self.features = 0
         self.protocol_features = 0
@@ -65,6 +66,12 @@ class Link(Closable):
     def to(cls, path: str, patience: float = PATIENCE) -> Link:
         """One to whoever listens at `path`. Raises HostError."""
         return cls(socket.socket(fileno=unix_sockets.connect(path).detach()), patience)
+
+    def expect(self, patience: float) -> None:
+        """From now on the back end has `patience` seconds for an answer."""
+        self._patience = patience
+        self._allowance = _ALLOWANCE * patience
+        self._counted_at = time.monotonic()
 
     def close(self) -> None:
         self._socket.close()

@@ -20,6 +20,7 @@ from pyvmm.host.unix_sockets import Socket
 from pyvmm.virtio.constants import VIRTIO_ID_VSOCK
 from pyvmm.virtio.device import Activation, VirtioDevice
 from pyvmm.virtio.features import RING_FEATURES, has, mask
+from pyvmm.virtio.queue.chain import DescriptorChain
 from pyvmm.virtio.queue.protocol import Queue
 from pyvmm.virtio.vsock.host_side import HostSide
 from pyvmm.virtio.vsock.packet import HEADER, HEADER_BYTES, Counters, Header, PacketEvent
@@ -42,6 +43,8 @@ from pyvmm.virtio.worker import DeviceWorker
 QUEUE_SIZES = (256, 256, 16)
 # After so much the driver gets to see what has come, even if there is more.
 _BATCH_BYTES = 256 << 10
+# Receive buffers that get one stream's data at a time: 64 KiB, with those of Linux.
+_TOGETHER = 16
 
 
 class VsockDevice(VirtioDevice):
@@ -254,25 +257,7 @@ class _Active:
                 return
 
     def _give_packets(self, queue: Queue) -> None:
-        switch, budget = self._switch, _BATCH_BYTES
-        self._starved = False
-        while switch.has_packets and budget > 0:
-            chain = queue.pop()
-            if chain is None:
-                self._starved = True
-                return
-            try:
-                size = switch.give_packet(chain)
-            except DriverError as error:
-                self._device.warn(f"a receive buffer is not used: {error}")
-                queue.add_used(chain, 0)
-                budget -= HEADER_BYTES
-                continue
-            if not size:
-                queue.step_back()
-                return
-            queue.add_used(chain, size)
-            budget -= size
+        self._starved = give_packets(self._switch, queue, self._device.warn)
 
     def _send_event(self) -> None:
         queue = self._queues.get(VIRTIO_VSOCK_EVENT)
@@ -293,3 +278,49 @@ class _Active:
             queue.add_used(chain, writer.written)
             self._event_due = False
             return
+
+
+def give_packets(switch: Switch, queue: Queue, warn: Callable[[str], None]) -> bool:
+    """Give the guest a batch of the packets that `switch` has for it; True if there are more and no
+    buffers for them. `warn` gets a line for each buffer that is not used."""
+    budget = _BATCH_BYTES
+    while switch.has_packets and budget > 0:
+        chain = queue.pop()
+        if chain is None:
+            return True
+        if switch.has_much_data:
+            budget -= _give_data(switch, queue, chain, warn)
+            continue
+        try:
+            size = switch.give_packet(chain)
+        except DriverError as error:
+            warn(f"a receive buffer is not used: {error}")
+            queue.add_used(chain, 0)
+            budget -= HEADER_BYTES
+            continue
+        if not size:
+            queue.step_back()
+            return False
+        queue.add_used(chain, size)
+        budget -= size
+    return False
+
+
+def _give_data(
+    switch: Switch, queue: Queue, first: DescriptorChain, warn: Callable[[str], None]
+) -> int:
+    """Fill `first` and the chains behind it, as far as there are some and data for them; with how
+    many bytes."""
+    chains = [first]
+    while len(chains) < _TOGETHER and (chain := queue.pop()) is not None:
+        chains.append(chain)
+    try:
+        sizes = switch.give_data(chains)
+    except DriverError as error:
+        warn(f"a receive buffer is not used: {error}")
+        sizes = [0]
+    for chain in reversed(chains[len(sizes) :]):
+        queue.step_back(chain)
+    for chain, size in zip(chains, sizes, strict=False):
+        queue.add_used(chain, size)
+    return sum(sizes) or HEADER_BYTES

@@ -54,6 +54,7 @@ class Stream:
         "_tx_cnt",
         "buffer",
         "deadline",
+        "fills_buffers",
         "guest_done",
         "guest_port",
         "host_done",
@@ -77,6 +78,7 @@ class Stream:
         self.opening = True  # our REQUEST or RESPONSE has yet to go out
         self.queued = False  # in the list of those that may have something for the guest
         self.readable = self.writable = True
+        self.fills_buffers = False  # the last data for the guest was as much as there was room for
         self.hung_up = False
         self.buffer = bytearray()  # from the guest, for the host; at most BUF_ALLOC
         self.guest_done = 0  # the flags of all SHUTDOWNs from the guest; they are permanent

@@ -1,14 +1,14 @@
 """The streams of a socket device: what the guest's packets do to them, what they say to the guest.
 
 It knows no rings: packets from the guest come as a header and a payload, and packets for the guest
-are asked for one at a time, when there is a buffer for one.
+are asked for when there are buffers for them: one at a time, or the data of one stream in several.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from pyvmm.errors import DriverError, HostError
 from pyvmm.host.poller import ENDED, FAILED, HUNG_UP, READABLE, WRITABLE, Poller
@@ -338,6 +338,58 @@ class Switch:
             stream.queued = False
         return 0
 
+    @property
+    def has_much_data(self) -> bool:
+        """True if the next packets are presumably all data of one stream, which filled the last
+        buffer that it got."""
+        if self._replies or not self._talking or not self._talking[0].fills_buffers:
+            return False
+        stream = self._talking[0]
+        connected = stream.state is State.CONNECTED and not stream.opening
+        return connected and stream.readable and stream.credit > 0
+
+    def give_data(self, chains: Sequence[DescriptorChain]) -> list[int]:
+        """Where there is much data, write packets of it into as many of `chains` as it takes, by
+        one system call; their sizes with headers, none if there is nothing after all.
+
+        Raises DriverError if the first buffer cannot take one; the data is then still there.
+        """
+        stream = self._talking[0]
+        stream.fills_buffers = False
+        credit = stream.credit
+        heads: list[memoryview] = []
+        views: list[memoryview] = []
+        room: list[int] = []
+        for chain in chains:
+            try:
+                head, payload, size = self._room_in(chain, credit)
+            except DriverError:
+                if not room:
+                    raise
+                break  # it is told of when its turn comes
+            if len(head) > 1 or not size:
+                break
+            heads += head
+            views += payload
+            room.append(size)
+            credit -= size
+        left = self._receive(stream, views, sum(room)) if room else 0
+        sizes: list[int] = []
+        packed, packed_for = b"", -1
+        for place, size in zip(heads, room, strict=True):
+            if size > left:
+                if not left:
+                    break
+                size = left
+            left -= size
+            if size != packed_for:
+                packed, packed_for = self._packed_header(stream, size), size
+            place[:] = packed
+            sizes.append(size + HEADER_BYTES)
+        self._note_data(stream, sizes)
+        self._talking.rotate(-1)
+        return sizes
+
     def _speak(self, stream: Stream, chain: DescriptorChain) -> int:
         if stream.opening:
             requested = stream.state is State.REQUESTED
@@ -362,27 +414,58 @@ class Switch:
         return 0
 
     def _pass_on(self, stream: Stream, chain: DescriptorChain) -> int:
+        head, views, room = self._room_in(chain, stream.credit)
+        size = self._receive(stream, views, room)
+        if not size:
+            return 0
+        packed = self._packed_header(stream, size)
+        if len(head) == 1:
+            head[0][:] = packed
+        else:
+            chain.writer().write(packed)
+        self._note_data(stream, [size + HEADER_BYTES])
+        return size + HEADER_BYTES
+
+    def _room_in(
+        self, chain: DescriptorChain, credit: int
+    ) -> tuple[list[memoryview], list[memoryview], int]:
+        """The places for a header and for as much data as `chain` and `credit` have room for, and
+        for how many bytes of it."""
+        parts, room = chain.writable, chain.writable_size - HEADER_BYTES
+        fits = room <= credit and room <= _LONGEST_PAYLOAD
+        if fits and len(parts) == 2 and parts[0][1] == HEADER_BYTES:
+            # What Linux offers, in a third of the time.
+            head, payload = chain.writable_views()
+            return [head], [payload], room
         writer = chain.writer()
         place = writer.take(HEADER_BYTES)
-        views = writer.take(min(stream.credit, writer.available, _LONGEST_PAYLOAD))
-        if not views:
+        if not writer.available:
             raise DriverError(
                 "a receive buffer without room for data", section="5.10.6.4 Receive and Transmit"
             )
+        room = min(credit, room, _LONGEST_PAYLOAD)
+        return place, writer.take(room), room
+
+    def _receive(self, stream: Stream, views: list[memoryview], room: int) -> int:
+        """Read the host's data into `views`, which have `room` bytes in all."""
         size = stream.receive(views)
-        if not size:
-            return 0
+        stream.fills_buffers = size == room
         stream.sent(size)
         self._counters.bytes_to_guest += size
-        if len(place) > 1 or self._trace is not None:
-            return size + self._write(chain, self._header(stream, VIRTIO_VSOCK_OP_RW, size))
-        # What nearly every packet of a transfer is: without a value of its header, and in place.
-        HEADER.pack_into(
-            place[0], 0, VMADDR_CID_HOST, self._cid, stream.host_port, stream.guest_port, size,
+        return size
+
+    def _packed_header(self, stream: Stream, size: int) -> bytes:
+        return HEADER.pack(
+            VMADDR_CID_HOST, self._cid, stream.host_port, stream.guest_port, size,
             VIRTIO_VSOCK_TYPE_STREAM, VIRTIO_VSOCK_OP_RW, 0, *stream.credit_fields(),
         )  # fmt: skip
-        self._counters.packets_to_guest += 1
-        return size + HEADER_BYTES
+
+    def _note_data(self, stream: Stream, sizes: list[int]) -> None:
+        """Packets of data of these sizes, headers included, have been written."""
+        self._counters.packets_to_guest += len(sizes)
+        if self._trace is not None:
+            for size in sizes:
+                self._trace(self._header(stream, VIRTIO_VSOCK_OP_RW, size - HEADER_BYTES))
 
     def _tell_done(self, stream: Stream, chain: DescriptorChain) -> int:
         flags = stream.host_done

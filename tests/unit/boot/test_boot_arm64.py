@@ -10,7 +10,9 @@ import re
 import shutil
 import struct
 import subprocess
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import zstandard
@@ -19,7 +21,9 @@ from pyvmm.boot import arm64 as boot
 from pyvmm.boot.arm64 import fdt, image, layout
 from pyvmm.boot.arm64.kernel_file import config_of, release_of, unpack_image
 from pyvmm.boot.image_file import ImageFile
+from pyvmm.bus import Bus
 from pyvmm.errors import ConfigError
+from pyvmm.kvm.arm64 import vgic
 from pyvmm.machine.board.arm64 import Arm64Board
 from pyvmm.machine.board.arm64 import layout as board_layout
 from pyvmm.memory import GuestMemory
@@ -129,7 +133,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("what", HOSTILE)
-def test_what_is_no_kernel_is_said_in_a_line(tmp_path: Path, what: str) -> None:
+def test_row55_what_is_no_image_is_said_in_a_line(tmp_path: Path, what: str) -> None:
     data, said = HOSTILE[what]
     with pytest.raises(ConfigError) as caught:
         load(put(tmp_path, data))
@@ -140,7 +144,9 @@ def test_what_is_no_kernel_is_said_in_a_line(tmp_path: Path, what: str) -> None:
 
 @pytest.mark.parametrize("length", [*range(1, 99, 7), 200, 1000])
 @pytest.mark.parametrize("wrapping", ["plain", "gzip", "zboot with gzip"])
-def test_a_file_that_was_cut_off_never_crashes(tmp_path: Path, wrapping: str, length: int) -> None:
+def test_row53_a_file_that_was_cut_off_never_crashes(
+    tmp_path: Path, wrapping: str, length: int
+) -> None:
     path = put(tmp_path, WRAPPED[wrapping][:length])
     try:
         load(path)
@@ -207,13 +213,13 @@ def test_an_initrd_lies_below_the_trees(tmp_path: Path) -> None:
         (b"070701" + b"i" * 200, "is a damaged initrd: its cpio archive breaks off at byte 0"),
     ],
 )
-def test_an_initrd_that_cannot_be_one(tmp_path: Path, initrd: bytes, said: str) -> None:
+def test_row56_an_initrd_that_cannot_be_one(tmp_path: Path, initrd: bytes, said: str) -> None:
     with pytest.raises(ConfigError, match="--initrd") as caught:
         load(put(tmp_path, PLAIN), initrd=put(tmp_path, initrd, "initrd"))
     assert said in str(caught.value)
 
 
-def test_the_memory_that_is_asked_for_is_enough(tmp_path: Path) -> None:
+def test_row56_the_memory_that_is_asked_for_is_enough(tmp_path: Path) -> None:
     kernel, initrd = put(tmp_path, PLAIN), put(tmp_path, b"i" * (64 * MIB), "initrd")
     with pytest.raises(ConfigError) as caught:
         load(kernel, initrd=initrd)
@@ -221,9 +227,42 @@ def test_the_memory_that_is_asked_for_is_enough(tmp_path: Path) -> None:
     load(kernel, initrd=initrd, memory=wanted * MIB)
 
 
-def test_no_room_for_the_trees(tmp_path: Path) -> None:
+def test_row56_no_room_for_the_trees(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no room for the kernel and the device tree"):
         load(put(tmp_path, kernel_bytes(size=31 * MIB)), memory=32 * MIB)
+
+
+def test_a_device_tree_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest that there is has a hundredth of the room: with less it is told, and not cut."""
+    most = {"cpus": board_layout.MAX_CPUS, "cmdline": "a" * layout.CMDLINE_MAX}
+    slots = Arm64Board().virtio_slots(board_layout.VIRTIO_SLOTS)
+    ram, entry = load(put(tmp_path, PLAIN), slots=slots, **most)  # type: ignore[arg-type]
+    sizes = [len(tree_of(ram, entry, version)) for version in (3, 2)]
+    assert max(sizes) < layout.TREE_MAX // 50
+    monkeypatch.setattr(layout, "TREE_MAX", min(sizes) - 1)
+    with pytest.raises(ConfigError, match=r"device tree has \d+ bytes, \d+ is the most") as caught:
+        load(put(tmp_path, PLAIN), slots=slots, **most)  # type: ignore[arg-type]
+    assert "--cmdline" in str(caught.value)
+
+
+def test_more_vcpus_than_the_gic_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GICv2 tells each processor by a bit. That KVM has no other shows when the VM is there."""
+
+    class OldGic:
+        version = 2
+
+        def close(self) -> None:
+            pass
+
+    board = Arm64Board()
+    monkeypatch.setattr(vgic, "Vgic", lambda *rest: OldGic())
+    vm = SimpleNamespace(check_extension=lambda number: 0)
+    arguments = {"ports": Bus("port"), "mmio": Bus("mmio"), "sink": len}
+    with (
+        ExitStack() as closing,
+        pytest.raises(ConfigError, match=r"--cpus: .*a GICv2, which serves 8 vCPUs; ask for fewer"),
+    ):
+        board.build(None, vm, entry=None, cpus=9, closing=closing, **arguments)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -231,11 +270,25 @@ def test_no_room_for_the_trees(tmp_path: Path) -> None:
     [
         ({"discovery": "acpi"}, "--discovery: arm64 guests are told"),
         ({"cpus": 65}, "--cpus: an arm64 guest has 64 vCPUs at most"),
-        ({"cmdline": "a" * 3000}, "at most 2047"),
-        ({"cmdline": "a\0b"}, "a NUL"),
     ],
 )
 def test_what_the_machine_cannot_do(tmp_path: Path, more: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(put(tmp_path, PLAIN), **more)  # type: ignore[arg-type]
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"cmdline": "a" * 3000}, "at most 2047"),
+        ({"cmdline": "a\0b"}, "a NUL"),
+        ({"cmdline": "a\nb"}, "a newline"),
+    ],
+)
+def test_row57_a_command_line_is_never_cut(
+    tmp_path: Path, more: dict[str, object], said: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         load(put(tmp_path, PLAIN), **more)  # type: ignore[arg-type]
     assert said in str(caught.value)
@@ -319,7 +372,10 @@ def test_the_tree_tells_what_the_board_has(tmp_path: Path) -> None:
     assert before != bytes(16) and ram.read(generation, 16) not in (bytes(16), before)
     assert generation >= max(entry.trees.values()) + layout.TREE_MAX
     old = tree_of(ram, entry, 2)
-    assert b"pci" not in old  # a GICv2 takes no messages
+    frame = f"/interrupt-controller@8000000/msi-controller@{board_layout.GIC_FRAME:x}"
+    assert get(old, frame, "compatible", "s") == ["arm,gic-v2m-frame"]
+    assert get(old, frame, "reg") == ["0", f"{board_layout.GIC_FRAME:x}", "0", "1000"]
+    assert get(old, pcie, "msi-map")[1] == get(old, frame, "phandle")[0]
     assert get(old, "/interrupt-controller@8000000", "compatible", "s") == ["arm,cortex-a15-gic"]
     assert get(old, "/timer", "interrupts")[:3] == ["1", "d", "ff08"]  # all eight CPUs'
     again = tree_of(*load(put(tmp_path, PLAIN)), 3)
@@ -354,6 +410,6 @@ def test_the_header_is_parsed_alone(tmp_path: Path) -> None:
 def test_the_places_of_the_document_are_the_boards() -> None:
     text = (Path(__file__).parents[3] / "docs/arm64.md").read_text()
     rows = re.findall(r"^\| ([A-Z_]+) \| (0x[0-9A-F_]+) \|", text, re.MULTILINE)
-    assert len(rows) == 10
+    assert len(rows) == 11
     for name, address in rows:
         assert getattr(board_layout, name) == int(address, 0)

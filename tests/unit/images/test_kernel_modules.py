@@ -13,7 +13,8 @@ import pytest
 import zstandard
 
 from pyvmm.errors import ConfigError
-from pyvmm.images import fresh_initramfs, made_files, modules
+from pyvmm.host import confinement
+from pyvmm.images import fresh_initramfs, made_files, modules, tree_modules
 from pyvmm.images.modules import UnreadTree
 
 RELEASE = "6.9.1-mine"
@@ -288,3 +289,101 @@ def test_file_names_that_no_module_has(tmp_path: Path) -> None:
     tree = modules.find(str(place), RELEASE)
     with pytest.raises(ConfigError, match=r"has no module 'a\\nvirtio_net'"):
         tree.load_order(["virtio_blk"])
+
+
+@pytest.mark.parametrize("path", ["/etc/hosts.ko", "../outside.ko", "drivers/../../outside.ko"])
+def test_files_that_are_not_in_the_tree(tmp_path: Path, path: str) -> None:
+    (tmp_path / "outside.ko").write_bytes(module())
+    folder = build_tree(tmp_path / "linux")
+    with open(folder / "modules.order", "a") as file:
+        file.write(f"{path}\n")
+    tree = modules.find(str(folder), RELEASE)
+    assert not tree.has("outside") and not tree.has("hosts")
+
+
+# --- for the guest's modprobe ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where depmod's lists are kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache/pyvmm/tree-modules"
+
+
+def unread(folder: Path) -> UnreadTree:
+    tree = modules.find(str(folder), RELEASE)
+    assert isinstance(tree, UnreadTree)
+    return tree
+
+
+def state_of(folder: Path) -> dict[str, int]:
+    return {str(path): path.lstat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_depmod_sees_a_build_tree_and_writes_nothing_there(tmp_path: Path, cache: Path) -> None:
+    folder = build_tree(tmp_path / "linux")
+    before = state_of(folder)
+    lists, place = tree_modules.make(unread(folder))
+    assert place == str(folder) and state_of(folder) == before
+    paths = {line.partition(":")[0] for line in Path(lists, "modules.dep").read_text().split("\n")}
+    assert {"kernel/drivers/block/virtio_blk.ko", "kernel/fs/ext4/ext4.ko"} <= paths
+    assert Path(lists, "modules.dep.bin").is_file()
+    assert "virtio.ko" in Path(lists, "modules.builtin").read_text()
+    assert list(Path(lists, "kernel").iterdir()) == []  # where the tree is mounted
+    assert os.readlink(Path(lists, "build")) == "kernel"
+    assert list(cache.iterdir()) == [Path(lists)]
+
+
+def test_depmod_runs_again_when_a_module_was_built_again(tmp_path: Path, cache: Path) -> None:
+    folder = build_tree(tmp_path)
+    first = tree_modules.make(unread(folder))
+    assert tree_modules.make(unread(folder)) == first
+    (folder / "drivers/block/virtio_blk.ko").write_bytes(module("virtio_mmio"))
+    os.utime(folder / "drivers/block/virtio_blk.ko", (1, 1))
+    assert tree_modules.make(unread(folder)) != first
+
+
+def test_depmod_sees_installed_modules(tmp_path: Path, cache: Path) -> None:
+    place = tmp_path / "lib/modules" / RELEASE
+    (place / "kernel/a").mkdir(parents=True)
+    (place / "kernel/a/one.ko.xz").write_bytes(lzma.compress(module()))
+    (place / "modules.builtin").write_text("")
+    lists, served = tree_modules.make(unread(place))
+    assert served == str(place / "kernel") and not Path(lists, "build").exists()
+    assert "kernel/a/one.ko.xz:" in Path(lists, "modules.dep").read_text()
+
+
+def test_a_link_to_somewhere_else_is_not_served(tmp_path: Path, cache: Path) -> None:
+    place = tmp_path / "lib/modules" / RELEASE
+    place.mkdir(parents=True)
+    (place / "kernel").symlink_to("/etc")
+    (place / "modules.builtin").write_text("")
+    with pytest.raises(ConfigError, match="kernel is a link"):
+        tree_modules.make(unread(place))
+
+
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [
+        ("exec sleep 1000", "depmod: not done after 1 s"),
+        ("echo 'cannot read it' >&2; exit 1", "depmod: cannot read it"),
+        ("exit 0", "depmod has written nothing"),
+        (': > "$HOME/written"', "depmod: .*written: Permission denied"),
+    ],
+)
+def test_depmod_that_fails_leaves_nothing(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, does: str, said: str
+) -> None:
+    program = tmp_path / "bin/depmod"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\n{does}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(tree_modules, "_PATIENCE", 1)
+    if "written:" in said and not confinement.available():
+        pytest.skip("this kernel has no Landlock")
+    with pytest.raises(ConfigError, match=said):
+        tree_modules.make(unread(build_tree(tmp_path / "linux")))
+    assert list(cache.iterdir()) == [] and not (tmp_path / "written").exists()

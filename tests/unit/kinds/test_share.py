@@ -22,12 +22,14 @@ from front_end_rig import until
 from pyvmm import images
 from pyvmm.emulated_host.qemu import _folder_arguments
 from pyvmm.errors import ConfigError
+from pyvmm.host import virtiofsd
 from pyvmm.images import programs
 from pyvmm.kinds import registry
 from pyvmm.kinds.border import Border
 from pyvmm.kinds.interface import Context
 from pyvmm.kinds.share import Spec
 from pyvmm.testing.attached import attached
+from pyvmm.virtio.vhost_user import device
 
 
 def check(*texts):
@@ -328,6 +330,25 @@ def test_an_overlay_gets_what_is_mounted_in_its_root(folder):
         with served(spec) as (_, _, server):
             seen.append(Path(f"/proc/{server}/cmdline").read_bytes())
     assert [b"--no-announce-submounts" in line for line in seen] == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [
+        ("exec sleep 1000", r"virtiofsd has not answered GET_FEATURES in 0\.2 seconds"),
+        ("exit 1", "virtiofsd has gone (at|before) GET_FEATURES"),
+        ("echo 'no such file' >&2; exit 1", "no such file"),
+    ],
+)
+def test_a_virtiofsd_that_serves_nothing_is_told_with_what_it_did(
+    does: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "STARTING", 0.2 if "sleep" in does else 60)
+    monkeypatch.setattr(virtiofsd, "_PATIENCE", 0.1 if "sleep" in does else 60)
+    command = ["sh", "-c", does, "virtiofsd"]
+    monkeypatch.setattr(images, "virtiofsd_command", lambda make=False: command)
+    with ExitStack() as closing, pytest.raises(ConfigError, match=f"cannot be shared: {said}"):
+        registry.open_device(Spec(str(tmp_path), tag="t"), Context("vm", None, closing))
 
 
 @pytest.fixture

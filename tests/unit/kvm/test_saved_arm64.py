@@ -144,6 +144,62 @@ def test_a_state_that_cannot_be_changes_nothing() -> None:
         assert written == []
 
 
+# --- a GICv2 --------------------------------------------------------------------------------------
+
+CPU = uapi.KVM_DEV_ARM_VGIC_GRP_CPU_REGS
+
+
+def saved_old_controller() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(json.dumps(saved_gic.save_v2(contents, 2, INTERRUPTS)))
+    return found
+
+
+def restored_old(state: object) -> list[tuple[Register, int]]:
+    written: list[tuple[Register, int]] = []
+    saved_gic.restore_v2(
+        lambda register, value: written.append((register, value)),
+        Saved(state, "the VM"),
+        2,
+        INTERRUPTS,
+    )
+    return written
+
+
+def test_every_register_of_a_gicv2_gets_what_it_had() -> None:
+    writes = restored_old(saved_old_controller())
+    found = {(one.group, one.attribute): value for one, value in writes}
+    assert len(found) == len(writes)
+    for (group, place), value in found.items():
+        if (group, place & 0xFFFF_FFFF) == (DIST, 0x200):  # GICD_ISPENDR0, of each vCPU
+            assert value == contents(Register(group, place)) & 0xFFFF_0000
+        else:
+            assert value == contents(Register(group, place))
+    assert {(DIST, 0x400 + n) for n in range(32, 96, 4)} <= set(found)  # priorities
+    assert {(DIST, 0x800 + n) for n in range(32, 96, 4)} <= set(found)  # targets
+    for vcpu in range(2):
+        own = {(DIST, vcpu << 32 | 0x400 + n) for n in range(0, 32, 4)}
+        # Who has sent the SGIs that wait; the CPU interface: mask, binary points, active priorities
+        own |= {(DIST, vcpu << 32 | 0xF20 + n) for n in range(0, 16, 4)}
+        own |= {(CPU, vcpu << 32 | n) for n in (0, 4, 8, 0x1C, 0xD0, 0xD4, 0xD8, 0xDC)}
+        assert own <= set(found)
+
+
+def test_the_order_of_a_gicv2s_registers() -> None:
+    writes: list[tuple[Register, int] | str] = [*restored_old(saved_old_controller())]
+    assert order(writes, DIST, 0x8) == 0  # without GICD_IIDR, KVM takes no groups
+    for vcpu in range(2):
+        who = vcpu << 32
+        assert order(writes, DIST, who | 0xC04) < order(writes, DIST, who | 0x200)
+    assert order(writes, DIST, 0x820) < order(writes, DIST, 0x204)  # targets, pending
+    assert order(writes, DIST, 0xC08) < order(writes, DIST, 0x204)  # edge or level, pending
+
+
+def test_a_gicv2s_state_that_cannot_be_changes_nothing() -> None:
+    for state in wrong_states(saved_old_controller()):
+        with pytest.raises(ConfigError, match="the saved state of the VM cannot be"):
+            assert restored_old(state) == []
+
+
 # --- vCPUs ----------------------------------------------------------------------------------------
 
 

@@ -248,3 +248,28 @@ def test_a_bus_that_a_kernel_does_not_know_is_told_with_the_cure(
     specify({"kernel": kernel, "disks": ["ram:1M"], "transport": transport})
     assert len(world) == bool(said)
     assert not said or world[0].endswith(said)
+
+
+def test_the_modules_of_a_tree_are_there_for_modprobe(
+    tree: Path, tmp_path: Path, world: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a root that is a directory, which has none of them: a share of depmod's lists, and the
+    tree in it."""
+    built_in = ("virtio_mmio", "fuse", "virtiofs", "overlay", "vsock", "virtio_vsock")
+    (tree / "modules.builtin").write_text("".join(f"kernel/{name}.ko\n" for name in built_in))
+    (tmp_path / "root").mkdir()
+    options = {"kernel": str(tree), "root": str(tmp_path / "root")}
+    shares = [one for one in specify(options)[0].devices if one.kind == "share"]
+    _, lists, modules = shares
+    place = f"/lib/modules/{RELEASE}"
+    assert (lists.mountpoint, modules.mountpoint) == (place, f"{place}/kernel")
+    assert (Path(lists.path) / "modules.dep").is_file() and modules.path == str(tree)
+    assert lists.read_only and modules.read_only and world == []
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr("pyvmm.images.tools._ADMIN_PATH", "/nowhere")
+    (tree / "modules.builtin").write_text("".join(f"kernel/{name}.ko\n" for name in built_in[::-1]))
+    assert [one.kind for one in specify(options)[0].devices] == ["vsock", "share"]
+    assert world == [
+        "modprobe in the guest will find no modules: the program depmod is missing; "
+        "install it: apt-get install kmod"
+    ]

@@ -9,7 +9,10 @@ import sys
 import termios
 import textwrap
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
@@ -75,6 +78,52 @@ def test_several_vcpus_lose_no_byte(pipe: tuple[int, int]) -> None:
     text = read_exactly(pipe[0], 15000)
     assert [text.count(byte) for byte in (b"a", b"b", b"c")] == [5000] * 3
     assert output.close()
+
+
+class Divisible(bytearray):
+    """A bytearray whose changes take a while, in which nobody else's may begin: as in a Python
+    without an interpreter's lock."""
+
+    busy = False
+    disturbed = 0
+
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        self.disturbed += self.busy
+        self.busy = True
+        time.sleep(0)
+        yield
+        self.busy = False
+
+    def __iadd__(self, data: Any) -> Divisible:
+        with self.changing():
+            self.extend(data)
+        return self
+
+    def __delitem__(self, key: Any) -> None:
+        with self.changing():
+            super().__delitem__(key)
+
+    def clear(self) -> None:
+        with self.changing():
+            super().clear()
+
+
+def test_vcpus_and_the_writer_change_the_buffer_in_turn() -> None:
+    seen = bytearray()
+    output = ConsoleOutput(None, observer=seen.extend)
+    buffer = output._buffer = Divisible()
+    output.start()
+    guests = [
+        threading.Thread(target=lambda: [output.write(b"x") for _ in range(1000)]) for _ in range(3)
+    ]
+    for guest in guests:
+        guest.start()
+    for guest in guests:
+        guest.join(PATIENCE)
+        assert not guest.is_alive()
+    assert output.close()
+    assert (len(seen), buffer.disturbed) == (3000, 0)
 
 
 def test_a_guest_never_waits_for_a_reader_who_does_not_read() -> None:

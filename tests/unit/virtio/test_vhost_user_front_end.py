@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import time
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from front_end_rig import (
     F_INDIRECT,
     F_PROTOCOL,
     F_VERSION_1,
+    GET_FEATURES,
     GET_INFLIGHT_FD,
     GET_VRING_BASE,
     P_BACKEND_REQ,
@@ -447,6 +449,26 @@ def test_one_whose_place_no_other_can_take_is_told_in_one_line(place):
             assert driver.config(6, 2) == b"\0\0"
         device.close()
     assert lines == ["the back end at its socket has gone, and no other can take its place"]
+
+
+def test_one_that_was_just_started_has_more_time_for_its_first_answers(place):
+    """As a program may need to begin; whoever was there before has the usual time."""
+
+    def late(back_end, number, payload, fds):
+        time.sleep(0.3)
+        return True
+
+    with (
+        fake(place, actions={GET_FEATURES: late}),
+        socket.socket(socket.AF_UNIX) as connection,
+    ):
+        connection.connect(str(place))
+        device = VhostUserDevice(
+            *("its socket", served("net", 1, tag="", mac=bytes(6))),
+            **{"name": "net", "patience": 0.05, "connection": connection},
+        )
+        assert device.stats()["connected"] and device._link._patience == 0.05
+        device.close()
 
 
 @over_both

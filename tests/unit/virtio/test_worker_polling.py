@@ -16,7 +16,7 @@ from worker_rig import Bench, Echo, asleep, quiet, wait_for
 
 from pyvmm.testing.mmio_driver import SAFETY_TIMEOUT
 from pyvmm.virtio import polling
-from pyvmm.virtio.polling import Polling
+from pyvmm.virtio.polling import Polling, Rest
 from pyvmm.virtio.queue import ring
 from pyvmm.virtio.queue.packed import PackedQueue
 from pyvmm.virtio.queue.split import SplitQueue
@@ -185,27 +185,41 @@ def test_it_goes_on_as_long_as_it_finds_something(monkeypatch):
     assert clock.polled == 11
 
 
+def test_a_rest_is_short_at_first_and_grows_while_its_reason_comes_again():
+    rest = Rest(6400)
+    now, lengths = 10**12, []
+    for _ in range(5):
+        end = rest.end_of_one_from(now)
+        lengths.append(end - now)
+        now = end + 6399
+    assert lengths == [100, 400, 1600, 6400, 6400]
+    now = end + 6400
+    assert rest.end_of_one_from(now) == now + 100, "what comes now and then costs much"
+
+
 @pytest.mark.parametrize(
-    ("answer", "late", "rest"),
+    ("answer", "late", "longest"),
     [
         (1, LIMIT + polling.HELD_UP_NS, polling.LONG_REST_NS),  # another program's time
         (None, polling.HELD_UP_NS + 1, polling.LONG_REST_NS),
         (None, -LIMIT // 2, polling.REST_NS),  # a thread of ours had work
     ],
 )
-def test_where_others_wanted_to_work_it_rests(monkeypatch, answer, late, rest):
+def test_where_others_wanted_to_work_it_rests(monkeypatch, answer, late, longest):
     clock = Clock(monkeypatch)
     worker = used_to_polling(clock)
-    worker.finds(clock.queue(answer, late))
-    sleep(clock, worker, 0)
-    for part in (rest // 2, rest // 2 - 2, 1):
+    for rest in (longest // 64, longest // 16):
+        polled = clock.polled
+        worker.finds(clock.queue(answer, late))
+        sleep(clock, worker, 0)
+        for part in (rest // 2, rest // 2 - 2, 1):
+            assert not worker.finds(clock.queue(1))
+            sleep(clock, worker, 1)
+            clock.now += part - 1
         assert not worker.finds(clock.queue(1))
         sleep(clock, worker, 1)
-        clock.now += part - 1
-    assert not worker.finds(clock.queue(1))
-    sleep(clock, worker, 1)
-    assert clock.polled == 1
-    assert worker.finds(clock.queue(1))
+        assert clock.polled == polled + 1
+        assert worker.finds(clock.queue(1))
 
 
 def test_what_is_late_by_less_does_not_make_it_rest(monkeypatch):

@@ -22,7 +22,7 @@ from pyvmm.kvm.vm import Vm
 from pyvmm.machine.board.arm64 import layout
 from pyvmm.machine.board.board import Board, Core, PciPlaces, VirtioSlot
 from pyvmm.memory import GuestMemory
-from pyvmm.platform.arm64 import pl061
+from pyvmm.platform.arm64 import gicv2m, pl061
 from pyvmm.platform.arm64.pl031 import Pl031
 from pyvmm.platform.serial import BURST, Serial
 
@@ -38,7 +38,7 @@ _GICS = (
             (layout.GIC_DISTRIBUTOR, uapi.KVM_VGIC_V3_DIST_SIZE),
             (layout.GIC_REDISTRIBUTORS, layout.GIC_REDISTRIBUTORS_SIZE),
         ),
-        its=(layout.GIC_ITS, uapi.KVM_VGIC_V3_ITS_SIZE),
+        (layout.GIC_ITS, uapi.KVM_VGIC_V3_ITS_SIZE),
     ),
     boot.Gic(
         2,
@@ -46,12 +46,16 @@ _GICS = (
             (layout.GIC_DISTRIBUTOR, uapi.KVM_VGIC_V2_DIST_SIZE),
             (layout.GIC_CPU_INTERFACE, uapi.KVM_VGIC_V2_CPU_SIZE),
         ),
+        (layout.GIC_FRAME, layout.GIC_FRAME_SIZE),
     ),
 )
 _PLACES = vgic.Places(
     *(layout.GIC_DISTRIBUTOR, layout.GIC_CPU_INTERFACE, layout.GIC_REDISTRIBUTORS, layout.GIC_ITS)
 )
 _FIRST_PPI = 16
+_MESSAGES_V2 = range(
+    vgic.FIRST_SPI + layout.MESSAGE_GSIS.start, vgic.FIRST_SPI + layout.MESSAGE_GSIS.stop
+)
 
 
 class Arm64Board(Board[boot.Entry]):
@@ -166,14 +170,14 @@ class Arm64Board(Board[boot.Entry]):
     def messages(self, vm: Vm) -> Messages:
         from pyvmm.machine.messages import Messages
 
-        if not vgic.takes_messages(vm):
-            raise ConfigError(
-                "this machine's KVM has a GICv2, which takes no messages of PCI devices",
-                cure="use --transport mmio",
-                option="--transport",
-            )
-        fixed = vgic.default_routes(layout.GIC_INTERRUPTS)
-        return Messages(vm, fixed, lambda address: address == layout.MESSAGES, with_sender=True)
+        version = 3 if vgic.takes_messages(vm) else 2
+        return Messages(
+            vm,
+            vgic.default_routes(layout.GIC_INTERRUPTS[version]),
+            lambda address: address == layout.MESSAGES[version],
+            with_sender=version == 3,
+            pin_of=None if version == 3 else _gsi_of_message,
+        )
 
     def build(
         self,
@@ -209,6 +213,9 @@ class Arm64Board(Board[boot.Entry]):
         mmio.register(layout.GPIO, layout.GPIO_SIZE, gpio)
         mmio.register(layout.SERIAL, layout.SERIAL_SIZE, serial)
         mmio.register(layout.CLOCK, layout.CLOCK_SIZE, clock)
+        if gic.version == 2:
+            frame = gicv2m.Gicv2m(_MESSAGES_V2, partial(_send_message, vm))
+            mmio.register(layout.GIC_FRAME, layout.GIC_FRAME_SIZE, frame)
         # The GIC first: what the others interrupt for when they are restored is kept then.
         platform: dict[str, Component] = {
             **{"gic": gic, "serial": serial, "clock": clock, "gpio": gpio}
@@ -259,6 +266,16 @@ class Arm64Board(Board[boot.Entry]):
         from pyvmm.kvm.arm64.state_text import state_lines
 
         return state_lines(vcpu, read)
+
+
+def _gsi_of_message(data: int) -> int | None:
+    """The shared interrupt that a message through GICv2m asks for."""
+    return data - vgic.FIRST_SPI if data in _MESSAGES_V2 else None
+
+
+def _send_message(vm: Vm, number: int) -> None:
+    for level in (True, False):
+        vgic.set_line(vm, number - vgic.FIRST_SPI, level)
 
 
 def _vm_type(kvm: Kvm) -> int:

@@ -105,7 +105,7 @@ def test_short_transfers_are_finished(disk: FileBackend, monkeypatch: pytest.Mon
     real_read, real_write = os.preadv, os.pwritev
     calls = []
 
-    def short_read(fd: int, views: list[memoryview], offset: int) -> int:
+    def short_read(fd: int, views: list[memoryview], offset: int, flags: int = 0) -> int:
         calls.append("read")
         return real_read(fd, [views[0][:700]], offset)
 

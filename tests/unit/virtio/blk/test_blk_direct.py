@@ -78,7 +78,7 @@ def test_storage_with_larger_blocks(path: Path, monkeypatch: pytest.MonkeyPatch)
     real = os.preadv, os.pwritev
 
     def strict(call):  # type: ignore[no-untyped-def]
-        def transfer(fd: int, views: list[memoryview], offset: int) -> int:
+        def transfer(fd: int, views: list[memoryview], offset: int, flags: int = 0) -> int:
             if (offset | sum(map(len, views))) % 4096:
                 raise OSError(errno.EINVAL, "Invalid argument")
             return int(call(fd, views, offset))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import threading
+from collections import deque
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from vsock_rig import (
     running,
 )
 
+from pyvmm.testing.mock_driver import Buffer, Chain
 from pyvmm.testing.vsock_driver import (
     CREDIT_REQUEST,
     CREDIT_UPDATE,
@@ -29,10 +32,14 @@ from pyvmm.testing.vsock_driver import (
     RESPONSE,
     RST,
     RW,
+    RX,
     SHUTDOWN,
     SHUTDOWN_RECEIVE,
     SHUTDOWN_SEND,
+    Packet,
 )
+from pyvmm.virtio.features import ring_features
+from pyvmm.virtio.vsock.packet import HEADER
 from pyvmm.virtio.vsock.stream import BUF_ALLOC
 
 BOTH = SHUTDOWN_RECEIVE | SHUTDOWN_SEND
@@ -287,6 +294,66 @@ def test_a_large_transfer_both_ways_at_once(rig: Rig) -> None:
                 rig.guest.send(echo)
         writer.join()
     assert received == data
+
+
+FORMS: list[list[int | Buffer]] = [
+    *([HEADER.size, 4096] for _ in range(5)),
+    [HEADER.size + 4052],
+    [20, HEADER.size - 20, 4096],
+    [HEADER.size, 96, 4000],
+    [HEADER.size, 4096],
+    [20, Buffer(1 << 40, 4096)],
+    [HEADER.size, 4096],
+    [HEADER.size],
+    *([HEADER.size, 4096] for _ in range(20)),
+    [HEADER.size, 200 << 10],
+]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("credit", [9_000, 40_001, 130_000])
+def test_much_data_fills_buffers_of_any_form_in_order(
+    tmp_path: Path, packed: bool, credit: int
+) -> None:
+    """The device takes several at a time; nothing is lost at a buffer that is no good. Credit comes
+    when the buffers are there, so that they are."""
+    data, received, packets = os.urandom(150_001), bytearray(), list[Packet]()
+    chains, forms, unused = deque[Chain](), cycle(FORMS), 0
+    with running(tmp_path, start=False) as rig:
+        rig.device.features |= ring_features(packed=packed)
+        rig.driver.start()
+        rig.guest.offer(1)
+        with rig.dial(buf_alloc=0) as host:
+            host.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+            host.sendall(data)
+        assert rig.guest.receive_and_keep().op == CREDIT_REQUEST
+        while not packets or packets[-1].op != SHUTDOWN:
+            while len(chains) < len(FORMS):
+                chains.append(rig.guest.offer_raw(next(forms)))
+            end = len(received) + credit
+            update = guest_packet(CREDIT_UPDATE, buf_alloc=credit, fwd_cnt=len(received))
+            rig.guest.send(update)
+            while len(received) < end and (not packets or packets[-1].op != SHUTDOWN):
+                chain = chains.popleft()
+                written = rig.driver.wait_used(RX, chain).written
+                unused += not written
+                if written:
+                    raw = rig.driver.queues[RX].contents(chain)[:written]
+                    packets.append(Packet.unpack(raw))
+                    received += packets[-1].data
+                    assert packets[-1].len == len(packets[-1].data)
+            assert len(received) <= end
+    assert received == data
+    counters = rig.device.stats()
+    assert counters["bytes_to_guest"] == len(data)
+    # The RESPONSE, and the first CREDIT_REQUEST
+    assert counters["packets_to_guest"] == len(packets) + 2
+    traced = [str(event) for event in rig.events]
+    assert sum("host:" in line and " RW " in line for line in traced) == sum(
+        packet.op == RW for packet in packets
+    )
+    # Those without room for data may have got something else.
+    assert len(rig.lines) == unused <= 2 * (len(packets) + unused) / len(FORMS) + 2
 
 
 # --- many, and starved ---------------------------------------------------------------------------

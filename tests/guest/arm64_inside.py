@@ -1,0 +1,73 @@
+"""Runs in an emulated arm64 KVM host, with that one's Python: what of pyvmm depends on the
+processor and needs no Linux guest. Prints what it found, a line of JSON.
+
+    python3 arm64_inside.py RESETS POWERS_OFF     (kernels: see test_linux_arm64.py)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+PATIENCE = 600
+TIMES = 4
+
+# A call that the filter turns down, and one that makes a process: of the two ways of telling.
+REFUSED = """
+import os, signal, sys
+from pyvmm.host import box
+from pyvmm.host.refusals import Refusals
+refusals = Refusals()
+on = box.enter(box.Needs(tells=True, answers=refusals.answer)).on
+os.kill(os.getpid(), signal.SIGSYS)
+refused = 0
+for attempt in [lambda: os.setpriority(os.PRIO_PROCESS, 0, 0)] * 5000 + [os.fork] * 3:
+    try:
+        attempt()
+    except PermissionError:
+        refused += 1
+told = list(refusals.take())
+for _ in range(3):
+    try:
+        os.fork()
+    except PermissionError:
+        refused += 1
+told += refusals.take()
+print("calls" in on, refused, refusals.count, sorted(set(told)))
+"""
+
+
+def ran(*command: str) -> list[object]:
+    """[exit code, standard output, standard error] of pyvmm's Python."""
+    done = subprocess.run(
+        [sys.executable, "-P", *command],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    return [done.returncode, done.stdout, done.stderr]
+
+
+def guest(kernel: str) -> list[object]:
+    """A guest of four vCPUs, to its end."""
+    return ran("-m", "pyvmm", "run", "--kvm=host", "--cpus=4", "--memory=64M", "--kernel", kernel)
+
+
+def main() -> int:
+    resets, powers_off = sys.argv[1:]
+    found = {
+        "machine": os.uname().machine,
+        "refused": ran("-c", REFUSED),
+        "doctor": ran("-m", "pyvmm", "doctor"),
+        "resets": guest(resets),
+        "powers off": [guest(powers_off) for _ in range(TIMES)],
+    }
+    print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
