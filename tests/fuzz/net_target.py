@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from random import Random
 
 import net_rig
@@ -19,6 +19,10 @@ RX, TX, CONTROL = 0, 1, 2
 MOST_WAITING = 100  # more frames than a host sends in a case
 
 
+def look_at(event: object) -> None:
+    str(event)
+
+
 class Card(NetDevice):
     """A network card that knows its cable."""
 
@@ -26,11 +30,13 @@ class Card(NetDevice):
 
 
 @contextmanager
-def make() -> Iterator[VirtioDevice]:
-    cable = net_rig.Cable()
+def make(pairs: int = 1) -> Iterator[VirtioDevice]:
+    """With several pairs it is traced as well."""
+    cable = net_rig.Cable(pairs)
     for end in cable.ends:
         end.setblocking(False)
-    card = Card(cable, name="fuzzed", mac=net_rig.MAC, log=lambda line: None)
+    trace = None if pairs == 1 else look_at
+    card = Card(cable, name="fuzzed", mac=net_rig.MAC, log=lambda line: None, trace=trace)
     card.cable = cable
     try:
         yield card
@@ -62,6 +68,20 @@ def request(rng: Random) -> Request:
     return Request(CONTROL, pieces(rng, _command(rng)), [rng.choice((0, 1, 1, 2))])
 
 
+PAIRS = 3
+
+
+def make_pairs() -> AbstractContextManager[VirtioDevice]:
+    return make(PAIRS)
+
+
+def request_of_pairs(rng: Random) -> Request:
+    """The same in one of the pairs."""
+    found = request(rng)
+    pair = rng.randrange(PAIRS)
+    return found._replace(queue=2 * PAIRS if found.queue == CONTROL else found.queue + 2 * pair)
+
+
 def _command(rng: Random) -> bytes:
     """5.1.6.5 Control Virtqueue: class, command and what it takes; or whatever."""
     if rng.random() < 0.6:
@@ -73,7 +93,7 @@ def _command(rng: Random) -> bytes:
             *((0, mode, bytes([rng.randrange(2)])) for mode in range(6)),
             (1, 0, table),
             (1, 1, rng.choice((net_rig.MAC, net_rig.OTHER))),
-            (4, 0, struct.pack("<H", rng.choice((1, 1, 2)))),
+            (4, 0, struct.pack("<H", rng.choice((1, 1, 2, 3, 4)))),
             (5, 0, struct.pack("<Q", rng.choice((0, 2, 2 | 1 << 7, 1 << 7, rng.getrandbits(16))))),
         )
         kind, command, body = rng.choice(fits)
@@ -91,7 +111,9 @@ def _command(rng: Random) -> bytes:
 def stir(device: VirtioDevice, rng: Random) -> None:
     """The host sends a frame or two, and takes some."""
     assert isinstance(device, Card)
-    [end] = device.cable.ends
+    end = rng.choice(device.cable.ends)
+    if len(device.cable.ends) > 1 and not rng.randrange(8):
+        device.set_link(rng.random() < 0.7)
     with suppress(BlockingIOError):
         for _ in range(rng.choice((0, 0, 1, 2))):
             end.send(header(rng) + net_rig.frame(rng.choice(SIZES[2:9])))
@@ -101,7 +123,8 @@ def stir(device: VirtioDevice, rng: Random) -> None:
 
 def check(device: VirtioDevice, driver: MmioDriver) -> None:
     assert isinstance(device, Card)
-    [end] = device.cable.ends
+    end = device.cable.ends[0]
+    device.set_link(True)
     with suppress(BlockingIOError):
         while True:
             end.recv(1 << 17)

@@ -28,6 +28,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(1, str(Path(__file__).parents[1] / "kvm"))
 
+from fuzz import peers
 from fuzz.harness import run_case
 from fuzz.targets import TARGETS
 from rings import RINGS
@@ -35,6 +36,7 @@ from rings import RINGS
 HANG_SECONDS = 60  # of one case, which takes milliseconds
 APART = 10**9  # numbers of cases, of two processes that draw them
 SNAPSHOT = "snapshot"
+DEVICES = (*sorted(TARGETS), *sorted(peers.CASES))
 
 
 def main() -> int:
@@ -43,9 +45,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--case", type=int, help="run this case only")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
-    parser.add_argument("--device", choices=[*sorted(TARGETS), SNAPSHOT], action="append")
+    parser.add_argument("--device", choices=[*DEVICES, SNAPSHOT], action="append")
     options = parser.parse_args()
-    names = options.device or [*sorted(TARGETS), SNAPSHOT]
+    names = options.device or [*DEVICES, SNAPSHOT]
     devices = [name for name in names if name != SNAPSHOT]
     with_snapshots = SNAPSHOT in names and (options.case is None or not devices)
     if SNAPSHOT in names and not os.access("/dev/kvm", os.R_OK | os.W_OK):
@@ -92,7 +94,8 @@ def _share_of_devices(
     def run(rng: random.Random, number: int) -> str:
         nonlocal steps
         name, ring = pairs[number % len(pairs)]
-        steps += run_case(rng, name, ring)
+        case = peers.CASES.get(name)
+        steps += run_case(rng, name, ring) if case is None else case(rng, ring)
         return f"{name}/{ring}"
 
     chosen = "".join(f" DEVICE={one}" for one in options.device or ())

@@ -6,6 +6,7 @@ joins by a row in TARGETS.
 
 from __future__ import annotations
 
+import errno
 import socket
 import struct
 import tempfile
@@ -19,6 +20,7 @@ import pmem_rig
 from fuzz import balloon_target, console_target, net_target
 from fuzz.request import Request, pieces
 
+from pyvmm.errors import HostError
 from pyvmm.host.files import open_image
 from pyvmm.host.named_listener import NamedListener
 from pyvmm.testing import MmioDriver
@@ -61,6 +63,79 @@ def _disk() -> Iterator[VirtioDevice]:
         finally:
             backend.close()
             assert image.stat().st_size == DISK_SECTORS * 512, "the disk has grown"
+
+
+class Faulty(FileBackend):
+    """A disk that fails while it is told to."""
+
+    fails = False
+
+    def _fail(self) -> None:
+        if self.fails:
+            raise HostError(errno.EIO, "a fault")
+
+    def readv(self, views: list[memoryview], size: int, offset: int) -> None:
+        self._fail()
+        super().readv(views, size, offset)
+
+    def writev(self, views: list[memoryview], size: int, offset: int) -> None:
+        self._fail()
+        super().writev(views, size, offset)
+
+    def flush(self) -> None:
+        self._fail()
+        super().flush()
+
+    def discard(self, offset: int, size: int) -> None:
+        self._fail()
+        super().discard(offset, size)
+
+    def write_zeroes(self, offset: int, size: int, may_unmap: bool) -> None:
+        self._fail()
+        super().write_zeroes(offset, size, may_unmap)
+
+
+class FaultyDisk(BlockDevice):
+    """A device that knows its disk."""
+
+    faulty: Faulty
+
+
+@contextmanager
+def _faults() -> Iterator[VirtioDevice]:
+    """Of sectors of 4 KiB, and traced."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        image = Path(folder) / "disk"
+        image.write_bytes(bytes(DISK_SECTORS * 512))
+        backend = Faulty(open_image(str(image), False))
+        try:
+            disk = FaultyDisk(
+                backend,
+                name="fuzzed",
+                num_queues=2,
+                block_size=4096,
+                trace=net_target.look_at,
+                log=lambda line: None,
+            )
+            disk.faulty = backend
+            yield disk
+        finally:
+            backend.close()
+
+
+def _faults_stir(device: VirtioDevice, rng: Random) -> None:
+    assert isinstance(device, FaultyDisk)
+    device.faulty.fails = rng.random() < 0.4
+
+
+def _faults_check(device: VirtioDevice, driver: MmioDriver) -> None:
+    assert isinstance(device, FaultyDisk)
+    device.faulty.fails = False
+    for queue in (0, 1):
+        disk = BlockDriver(driver, queue)
+        data = b"alive%d\n" % queue * 585 + b"\0"
+        assert disk.write(8 * queue, data).status == OK
+        assert disk.read(8 * queue, 4096).data == data
 
 
 _BASE = bytes(range(256)) * 2 * DISK_SECTORS
@@ -267,6 +342,13 @@ def _pmem_check(device: VirtioDevice, driver: MmioDriver) -> None:
 TARGETS = {
     "blk": Target(_disk, _disk_request, _disk_check, prompt=(0, 1)),
     "overlay": Target(_overlay, _disk_request, _disk_check, prompt=(0, 1), stir=_overlay_stir),
+    "faults": Target(_faults, _disk_request, _faults_check, prompt=(0, 1), stir=_faults_stir),
+    "pairs": Target(
+        net_target.make_pairs,
+        net_target.request_of_pairs,
+        net_target.check,
+        stir=net_target.stir,
+    ),
     "rng": Target(_rng, _rng_request, _rng_check, prompt=(0,)),
     "balloon": Target(
         balloon_target.make,

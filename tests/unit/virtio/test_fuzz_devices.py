@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from fuzz.harness import run_case
+from fuzz.peers import CASES
 from fuzz.targets import TARGETS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -32,6 +33,13 @@ def test_no_driver_breaks_a_device(name: str, ring: str) -> None:
         run_case(rng, name, ring, most_steps=6)
 
     fuzz()
+
+
+@pytest.mark.parametrize("ring", ["split", "packed"])
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_no_peer_breaks_us(name: str, ring: str) -> None:
+    for number in range(30):
+        CASES[name](random.Random(f"17/{number}"), ring)  # type: ignore[arg-type]
 
 
 def fuzz_command(*options: str) -> subprocess.CompletedProcess[str]:

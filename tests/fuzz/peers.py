@@ -1,0 +1,308 @@
+"""vhost-user under the fuzzer, from both sides: front ends that say anything to our back end, and
+back ends that answer anything to our front end.
+
+A case draws everything from one `random.Random`. It raises AssertionError, with the messages so
+far, if
+
+- anything but an error of ours is raised, or one of more than a line,
+- a wait has no bound, or a thread is left,
+- the device cannot be reset by its driver (our front end).
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import struct
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from random import Random
+
+import front_end_rig as rig
+from front_end_rig import Fake, fake, front
+from vhost_user_rig import MIB, Echo
+
+from pyvmm.errors import PyvmmError
+from pyvmm.host.syscalls import EventFd
+from pyvmm.memory import GuestMemory
+from pyvmm.testing import vhost_user_driver as front_end
+from pyvmm.testing.mmio_driver import Ring
+from pyvmm.testing.vhost_user_driver import PACKED_START, USER_BASE
+from pyvmm.transport.vhost_user.back_end import BackEnd
+from pyvmm.vhost_user import protocol
+from pyvmm.vhost_user.channel import Message
+from pyvmm.vhost_user.protocol import FrontEndError
+from pyvmm.virtio.vhost_user.device import Served
+
+U32, U64 = (1 << 32) - 1, (1 << 64) - 1
+_Said = tuple[int, int, bytes, list[str]]  # request, flags, payload, kinds of descriptors
+
+
+@contextmanager
+def _told(said: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        error.add_note("\n".join(f"  {number}. {one}" for number, one in enumerate(said, 1)))
+        raise
+
+
+# --- a front end, and our back end ----------------------------------------------------------------
+
+
+class _Lent:
+    """What front ends hand over, by kind."""
+
+    def __init__(self) -> None:
+        self.memory = GuestMemory([(0, MIB)])
+        self.eventfd = EventFd()
+        self.files = {
+            "memory": self.memory.fd,
+            "eventfd": self.eventfd.fd,
+            "pipe": os.pipe()[0],
+            "file": os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC),
+            "folder": os.open("/", os.O_RDONLY | os.O_CLOEXEC),
+        }
+
+
+_lent = functools.cache(_Lent)
+
+
+def _small(rng: Random) -> int:
+    return rng.choice((0, 1, 2, 3, 4, 16, 64, 0x8000, 0xFFFF, PACKED_START, U32))
+
+
+def _address(rng: Random) -> int:
+    base = rng.choice((0, USER_BASE, USER_BASE, USER_BASE, U64))
+    return (base + 4096 * rng.randrange(18) + rng.choice((0, 0, 0, 2, 4, 8, 1))) & U64
+
+
+def _region(rng: Random) -> bytes:
+    return struct.pack(
+        "=4Q",
+        rng.choice((0, 0, 4096, 2 * MIB, U64 - 4095)),
+        rng.choice((MIB, MIB, 4096, 0, 100, 1 << 40, U64)),
+        rng.choice((USER_BASE, USER_BASE, USER_BASE + MIB, 0, U64)),
+        rng.choice((0, 0, 4096, 1, U64)),
+    )
+
+
+def _number(rng: Random) -> bytes:
+    known = (0, 1, 2, 0x100, 0x101, 1 << 30, 1 << 32, 3 << 32 | 1 << 30, 0x9209, U64)
+    return struct.pack("=Q", rng.choice((*known, rng.getrandbits(64))))
+
+
+def _payload(rng: Random, request: protocol.Request) -> bytes:
+    name, layout = request.name, request.layout
+    if layout is protocol.U64:
+        return _number(rng)
+    if layout is protocol.VRING_STATE:
+        return struct.pack("=II", rng.randrange(3), _small(rng))
+    if layout is protocol.VRING_ADDR:
+        places = (_address(rng) for _ in range(3))
+        return struct.pack("=IIQQQQ", rng.randrange(3), rng.choice((0, 0, 0, 1)), *places, 0)
+    if layout is protocol.SINGLE_REGION:
+        return bytes(8) + _region(rng)
+    if name == "SET_MEM_TABLE":
+        count = rng.choice((0, 1, 1, 2, 9))
+        return struct.pack("=II", count, 0) + b"".join(_region(rng) for _ in range(count))
+    if name.endswith("_CONFIG"):
+        head = struct.pack("=III", _small(rng), _small(rng), rng.randrange(3))
+        return head + bytes(rng.choice((0, 1, 4, 20)))
+    if name.endswith("_FD"):
+        size, offset = rng.choice((0, 4096, MIB, U64)), rng.choice((0, 4096, 5, U64))
+        sizes = rng.choice((16, 0, 64, 3, 0xFFFF))
+        return struct.pack("=QQHH", size, offset, rng.randrange(3), sizes) + bytes(4)
+    return b""
+
+
+def _message(rng: Random) -> _Said:
+    request = rng.choice(protocol.REQUESTS)
+    payload = _payload(rng, request)
+    usual = {"SET_MEM_TABLE": len(payload) // 32, "ADD_MEM_REG": 1, "SET_INFLIGHT_FD": 1}
+    is_ring = "VRING" in request.name and request.layout is protocol.U64
+    kinds = ["memory" if request.name in usual else "eventfd"]
+    kinds *= usual.get(request.name, int(is_ring))
+    if not rng.randrange(10):
+        payload = payload[: rng.randint(0, len(payload))] + rng.randbytes(rng.randrange(9))
+    if not rng.randrange(10):
+        kinds = rng.choices(sorted(_lent().files), k=rng.randrange(4))
+    return request.number, rng.choice((1, 9, 9)), payload, kinds
+
+
+def _beginning(rng: Random, ring: Ring) -> Iterator[_Said]:
+    """Messages that negotiate, and bring some rings up."""
+    packed = ring == "packed"
+    features = 1 << 32 | 1 << 30 | (1 << 34 if packed else 0)
+    features |= rng.choice((0, 1 << 28, 1 << 29, 3 << 28))
+    yield front_end.SET_PROTOCOL_FEATURES, 9, struct.pack("=Q", rng.choice((0x9209, 0, 8))), []
+    yield front_end.SET_FEATURES, 9, struct.pack("=Q", features), []
+    table = struct.pack("=II4Q", 1, 0, 0, MIB, USER_BASE, 0)
+    yield front_end.SET_MEM_TABLE, 9, table, ["memory"]
+    for index in range(rng.randrange(3)):
+        places = [USER_BASE + (4 * index + page) * 4096 for page in (1, 2, 3)]
+        base = PACKED_START if packed else 0
+        yield front_end.SET_VRING_NUM, 9, struct.pack("=II", index, 16), []
+        yield front_end.SET_VRING_BASE, 9, struct.pack("=II", index, base), []
+        yield front_end.SET_VRING_ADDR, 9, struct.pack("=IIQQQQ", index, 0, *places, 0), []
+        for number in (front_end.SET_VRING_CALL, front_end.SET_VRING_KICK):
+            yield number, 9, struct.pack("=Q", index), ["eventfd"]
+        yield front_end.SET_VRING_ENABLE, 9, struct.pack("=II", index, 1), []
+
+
+def back_end_case(rng: Random, ring: Ring) -> int:
+    """A front end says anything; how many messages it was."""
+    lent, said = _lent(), list[str]()
+    threads = threading.active_count()
+    # Of a split ring: so many chains are available.
+    lent.memory.write(2 * 4096 + 2, bytes([rng.randrange(20)]))
+    back_end = BackEnd(Echo((16, 16), packed=ring == "packed"), log=lambda line: None)
+    with _told(said):
+        try:
+            several = [_message(rng) for _ in range(rng.randint(1, 24))]
+            for number, flags, payload, kinds in [*_beginning(rng, ring), *several]:
+                said.append(f"{number} {flags:#x} {payload.hex(' ', 8)} {kinds}")
+                fds = [os.dup(lent.files[kind]) for kind in kinds]
+                with Message(number, flags, payload, fds) as message:
+                    try:
+                        back_end.handle(message)
+                    except FrontEndError as error:
+                        assert "\n" not in str(error)
+        finally:
+            back_end.close()
+            lent.memory.write(0, bytes(0x20000))
+        assert threading.active_count() == threads
+    return len(said)
+
+
+# --- a back end, and our front end ----------------------------------------------------------------
+
+_ECHO = Served(42, 2, features=0xFF, config_size=16)
+_ALL = rig.ALL | rig.P_BACKEND_REQ
+_PATIENCE = 0.05  # seconds for an answer, as some never come
+_STAGES = (
+    *(rig.GET_FEATURES, rig.GET_PROTOCOL_FEATURES, rig.SET_OWNER, rig.GET_QUEUE_NUM),
+    *(rig.SET_BACKEND_REQ_FD, rig.GET_CONFIG, rig.SET_FEATURES, rig.SET_STATUS, rig.GET_STATUS),
+    *(rig.SET_MEM_TABLE, rig.GET_INFLIGHT_FD, rig.SET_INFLIGHT_FD, rig.SET_VRING_NUM),
+    *(rig.SET_VRING_BASE, rig.SET_VRING_ADDR, rig.SET_VRING_ERR, rig.SET_VRING_CALL),
+    *(rig.SET_VRING_KICK, rig.SET_VRING_ENABLE, rig.GET_VRING_BASE, rig.SET_CONFIG),
+)
+
+
+def _wrong(rng: Random) -> tuple[str, rig.Action]:
+    """Something that a back end does in place of its answer, and what to call it."""
+    kind = rng.randrange(8)
+    data = rng.randbytes(rng.choice((0, 3, 8, 8, 8, 12, 24, 70, 1000)))
+    flags = rng.choice((rig.VERSION | rig.REPLY,) * 4 + (rng.getrandbits(4),))
+    count, other = rng.choice((0, 0, 0, 1, 2, 9)), rng.choice((0, 0, 0, 1, 7))
+    size, silent = rng.choice((8, 0xFFFF_FFF0)), not rng.randrange(4)
+
+    def act(back_end: Fake, number: int, payload: bytes, fds: list[int]) -> bool:
+        assert back_end.connection is not None
+        if kind == 0:
+            back_end.die()
+        elif kind == 1:
+            back_end.usual(number, 8, payload, fds)
+            back_end.answer(number, bytes(8))
+        elif kind == 2:
+            back_end.answer(number, struct.pack("=Q", 1))
+        elif kind == 3:
+            head = struct.pack("=III", number, rig.VERSION | rig.REPLY, size)
+            back_end.connection.sendall(head + data[:4])
+            back_end.die()
+        elif kind != 4 or not silent:  # else it says nothing, for which we wait
+            back_end.answer(number + other, data, [0] * count, flags)
+        return False
+
+    return f"way {kind}: {data[:24].hex(' ', 8)}, {flags:#x}, {count} files, {other}", act
+
+
+def _requests(rng: Random) -> bytes:
+    """What it asks for itself (BACKEND_REQ)."""
+    size = rng.choice((0, 0, 0, 1, 8, 0xFFFF_FFFF))
+    head = struct.pack("=III", rng.choice((2, 2, 2, 1, 3, 99)), rng.choice((1, 9, 9, 5, 0)), size)
+    return head + rng.randbytes(rng.choice((0, 0, 0, min(size, 20), 40)))
+
+
+def _steps(rng: Random, one: rig.Front, back_end: Fake, said: list[str]) -> Iterator[str]:
+    driver = one.driver.mmio
+
+    def ask_for() -> None:
+        if back_end.requests is not None:
+            with suppress(OSError):  # we have hung up
+                back_end.requests.sendall(_requests(rng))
+
+    def offer() -> None:
+        with suppress(RuntimeError, MemoryError):
+            driver.submit(rng.randrange(2), [b"question"], [8])
+
+    def write_config() -> None:
+        one.driver.config(rng.randrange(20), rng.choice((1, 2, 4)))
+        one.device.write_config(rng.randrange(16), rng.randbytes(rng.choice((1, 2, 4))))
+
+    def begin() -> None:
+        driver.reset()
+        driver.start()
+
+    ways: dict[str, Callable[[], object]] = {
+        "the back end asks": ask_for,
+        "a request": offer,
+        "the configuration": write_config,
+        "begun anew": begin,
+        "it dies": back_end.die,
+        "it is looked at": one.device.look,
+        "its counters": one.device.stats,
+    }
+    for _ in range(rng.randint(1, 6)):
+        name = rng.choice(sorted(ways))
+        if name in ("a request", "the configuration") and not driver.queues:
+            continue
+        said.append(name)
+        ways[name]()
+        yield name
+
+
+def front_end_case(rng: Random, ring: Ring) -> int:
+    """A back end answers anything; how many steps of a driver there were."""
+    said: list[str] = []
+    actions: dict[int, rig.Action] = {}
+    for _ in range(rng.choice((0, 1, 1, 2))):
+        number = rng.choice(_STAGES)
+        what, actions[number] = _wrong(rng)
+        said.append(f"at request {number}, {what}")
+    features = rng.choice((1 << 32 | 1 << 30 | 3 << 28 | 1 << 34, 1 << 32 | 1 << 30) * 3)
+    features = features if rng.randrange(5) else rng.getrandbits(64)
+    knows = _ALL if rng.randrange(4) else rng.getrandbits(20)
+    said.append(f"features {features:#x}, protocol features {knows:#x}")
+    packed = ring == "packed" and bool(features >> 34 & 1)
+    threads = threading.active_count()
+    with _told(said), ExitStack() as closing:
+        folder = closing.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm"))
+        path = rig.Path(folder) / "s"
+        made = fake(path, features=features, protocol=knows, actions=actions)
+        back_end = closing.enter_context(made)
+        try:
+            with front(
+                path,
+                _ECHO,
+                start=False,
+                patience=_PATIENCE,
+                reconnect=rng.choice((0.0, 0.02)),
+                ring="packed" if packed else "split",
+            ) as one:
+                for _ in _steps(rng, one, back_end, said):
+                    pass
+                one.driver.mmio.reset()
+                assert one.driver.mmio.status == 0
+        except PyvmmError as error:
+            assert "\n" not in str(error) and len(str(error)) < 200
+    rig.until(lambda: threading.active_count() <= threads, lambda: str(threading.enumerate()))
+    return len(said)
+
+
+CASES: dict[str, Callable[[Random, Ring], int]] = {
+    "back-end": back_end_case,
+    "front-end": front_end_case,
+}
