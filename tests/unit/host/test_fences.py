@@ -16,6 +16,7 @@ from c_claims import ARM64
 
 from pyvmm import images
 from pyvmm.errors import ConfigError
+from pyvmm.host import fences
 from pyvmm.host.fences import WEAKLY_ORDERED
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
@@ -199,3 +200,16 @@ def test_on_arm64_the_fence_is_a_full_barrier() -> None:
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     code = text.partition("<atomic_thread_fence")[2].split("ret")[0]
     assert re.search(r"\bdmb\s+ish$", code, re.MULTILINE), text
+
+
+def test_the_library_is_loaded_without_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A queue begins in the box, which refuses to start one, and tells of it."""
+
+    def start(*args: object, **settings: object) -> None:
+        raise AssertionError(f"a program was started: {args}")
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    try:
+        fences._fence_by_libatomic()()
+    except OSError as error:
+        pytest.skip(f"this machine has no libatomic: {error}")
