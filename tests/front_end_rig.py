@@ -34,14 +34,16 @@ GET_PROTOCOL_FEATURES, SET_PROTOCOL_FEATURES, GET_QUEUE_NUM = 15, 16, 17
 SET_VRING_ENABLE, SET_BACKEND_REQ_FD, GET_CONFIG, SET_CONFIG = 18, 21, 24, 25
 GET_INFLIGHT_FD, SET_INFLIGHT_FD, RESET_DEVICE = 31, 32, 34
 ADD_MEM_REG, REM_MEM_REG, SET_STATUS, GET_STATUS = 37, 38, 39, 40
+SET_DEVICE_STATE_FD, CHECK_DEVICE_STATE = 42, 43
 REPLYING = (
     *(GET_FEATURES, GET_VRING_BASE, GET_PROTOCOL_FEATURES, GET_QUEUE_NUM, GET_CONFIG),
-    *(GET_INFLIGHT_FD, GET_STATUS),
+    *(GET_INFLIGHT_FD, GET_STATUS, SET_DEVICE_STATE_FD, CHECK_DEVICE_STATE),
 )
 VERSION, REPLY, NEED_REPLY = 1, 4, 8
 F_VERSION_1, F_INDIRECT, F_EVENT_IDX, F_PROTOCOL = 1 << 32, 1 << 28, 1 << 29, 1 << 30
 P_MQ, P_REPLY_ACK, P_BACKEND_REQ, P_CONFIG = 1 << 0, 1 << 3, 1 << 5, 1 << 9
-P_INFLIGHT, P_RESET, P_SLOTS, P_STATUS = 1 << 12, 1 << 13, 1 << 15, 1 << 16
+P_INFLIGHT, P_RESET, P_SLOTS, P_STATUS, P_STATE = 1 << 12, 1 << 13, 1 << 15, 1 << 16, 1 << 19
+NO_FD = 1 << 8  # in the answer to SET_DEVICE_STATE_FD
 ALL = P_MQ | P_REPLY_ACK | P_CONFIG | P_INFLIGHT | P_SLOTS | P_STATUS
 ACCEPTS = 0x10000  # __SO_ACCEPTCON among the flags of /proc/net/unix
 PATIENCE = 0.5  # seconds that a test's front end waits for a back end which says nothing
@@ -73,6 +75,8 @@ class Fake:
         self.bases: dict[int, int] = {}
         self.acknowledges = False
         self.status = 0
+        self.state = b"what it knows"  # of its device, which it gives or has been given
+        self._loads: int | None = None  # the pipe from which it gets that
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
         self._listener.listen(4)
@@ -116,13 +120,33 @@ class Fake:
             self.bases[index] = base
         elif number == SET_STATUS:
             [self.status] = struct.unpack("=Q", payload)
+        elif number == SET_DEVICE_STATE_FD:
+            self._transfer(*struct.unpack("=II", payload), fds[0])
+        elif number == CHECK_DEVICE_STATE and self._loads is not None:
+            self.state = b"".join(iter(lambda fd=self._loads: os.read(fd, 1 << 16), b""))
+            self._let_go(self._loads)
+            self._loads = None
         if number in REPLYING:
             self.answer(number, *self._reply(number, payload))
         elif flags & NEED_REPLY and self.acknowledges:
             self.answer(number, bytes(8))
 
+    def _transfer(self, direction: int, phase: int, fd: int) -> None:
+        assert phase == 0
+        if direction:
+            self._loads = fd
+        else:
+            os.write(fd, self.state)
+            self._let_go(fd)
+
+    def _let_go(self, fd: int) -> None:
+        self.kept.remove(fd)
+        os.close(fd)
+
     def _reply(self, number: int, payload: bytes) -> tuple[bytes, Sequence[int]]:
         values = {
+            SET_DEVICE_STATE_FD: NO_FD,
+            CHECK_DEVICE_STATE: 0,
             GET_FEATURES: self.features,
             GET_PROTOCOL_FEATURES: self.protocol,
             GET_QUEUE_NUM: 64,

@@ -7,8 +7,8 @@ memfd, two are asked, from the first snapshot on after which somebody wants to k
   own for that: then the pages that this process has in its mapping are those that
 - our devices, and vhost in the kernel, have touched. They are let go of at each snapshot.
 
-Both may name pages that are as they were, and whoever stores them compares. Other processes that
-have the memory mapped are not asked: a device that lends it is not one that can be saved.
+Both may name pages that are as they were, and whoever stores them compares. Of memory that was lent
+to another process (vhost-user) these are all that have ever been written to.
 """
 
 from __future__ import annotations

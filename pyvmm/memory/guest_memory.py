@@ -54,12 +54,14 @@ def pieces(fd: int, offset: int, view: memoryview) -> Iterator[memoryview | int]
 
 
 class GuestMemory:
-    """Guest RAM: one shared memfd, seen through regions. `fd` is the memfd.
+    """Guest RAM: one shared memfd, seen through regions. `fd` is the memfd. Once it is `lent`,
+    other processes have it too, and have had it for good.
 
     Memory that nobody refers to any more is given back.
     """
 
     fd = -1
+    lent = False
     _fixed = True  # the file's size, whoever has it
     _discarded: list[tuple[int, int]] | None = None
 
@@ -181,7 +183,8 @@ class GuestMemory:
         return bytes(found)
 
     def mapped(self) -> bytes:
-        """The set of pages (pages.py) that this process has mapped. Raises HostError."""
+        """The set of pages (pages.py) that this process has mapped, or another one may have written
+        to. Raises HostError."""
         from pyvmm.memory import pages
 
         found = bytearray(pages.NO * (self.size // PAGE_SIZE))
@@ -191,7 +194,10 @@ class GuestMemory:
                 at += piece
                 continue
             address = self.regions[0].host_addr + at
-            here = pages.looked_up(address, len(piece), pages.ANY)
+            if self.lent:  # nobody knows what others have touched
+                here = pages.YES * (len(piece) // PAGE_SIZE)
+            else:
+                here = pages.looked_up(address, len(piece), pages.ANY)
             found[at // PAGE_SIZE : at // PAGE_SIZE + len(here)] = here
             at += len(piece)
         return bytes(found)

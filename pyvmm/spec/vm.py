@@ -26,6 +26,8 @@ IN_DISK = "disk"
 """The kernel that stands in the first disk."""
 
 INTERNAL = {"internal": True}
+# The same of what a snapshot has to say.
+INTERNAL_AND_SAVED = {**INTERNAL, "saved": True}
 """The metadata of a field that is for our own use between two processes; a user cannot say it."""
 
 

@@ -31,6 +31,7 @@ VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD = 12
 VHOST_USER_PROTOCOL_F_RESET_DEVICE = 13
 VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS = 15
 VHOST_USER_PROTOCOL_F_STATUS = 16
+VHOST_USER_PROTOCOL_F_DEVICE_STATE = 19
 
 PROTOCOL_FEATURES = (
     1 << VHOST_USER_PROTOCOL_F_MQ
@@ -52,6 +53,7 @@ MEMORY_REGION = Struct("=QQQQ")  # guest address, size, user address, mmap offse
 SINGLE_REGION = Struct("=QQQQQ")  # padding, then as above
 INFLIGHT = Struct("=QQHH")  # mmap size, mmap offset, num queues, queue size; some send padding
 CONFIG_HEADER = Struct("=III")  # offset, size, flags; the contents follow
+DEVICE_STATE = Struct("=II")  # transfer direction, migration phase
 
 VRING_INDEX_MASK = 0xFF  # of the u64 that comes with a vring's eventfd
 VRING_NOFD = 1 << 8
@@ -59,6 +61,9 @@ VHOST_VRING_F_LOG = 1 << 0
 MAX_CONFIG = 256  # VHOST_USER_MAX_CONFIG_SIZE
 MAX_MEM_SLOTS = 64
 CONFIG_FLAGS = (0, 1)  # a driver's write; live migration
+STATE_SAVE, STATE_LOAD = 0, 1  # transfer direction
+STATE_STOPPED = 0  # migration phase: the device and all its rings are stopped
+STATE_ERROR_MASK = 0xFF  # of the answer to SET_DEVICE_STATE_FD
 
 
 class Request(NamedTuple):
@@ -128,6 +133,13 @@ REQUESTS = (
     ),
     Request(39, "SET_STATUS", "", U64, needs=VHOST_USER_PROTOCOL_F_STATUS),
     Request(40, "GET_STATUS", "", needs=VHOST_USER_PROTOCOL_F_STATUS, replies=True),
+    Request(
+        42, "SET_DEVICE_STATE_FD", "", DEVICE_STATE, _ONE_FD,
+        needs=VHOST_USER_PROTOCOL_F_DEVICE_STATE, replies=True,
+    ),
+    Request(
+        43, "CHECK_DEVICE_STATE", "", needs=VHOST_USER_PROTOCOL_F_DEVICE_STATE, replies=True
+    ),
 )  # fmt: skip
 BY_NUMBER = {request.number: request for request in REQUESTS if request.method}
 BY_NAME = {request.name: request for request in REQUESTS}

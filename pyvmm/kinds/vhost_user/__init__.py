@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.kinds.interface import Context
 from pyvmm.spec.options import Option
-from pyvmm.spec.record import replace
-from pyvmm.spec.vm import DeviceSpec
+from pyvmm.spec.record import field, replace
+from pyvmm.spec.vm import INTERNAL, DeviceSpec
 
 if TYPE_CHECKING:
     from typing import TypedDict
@@ -69,6 +69,8 @@ class Spec(DeviceSpec):
     tag: str = ""
     mac: str = ""
     reconnect: int = 30
+    # The file of a snapshot with what the back end of another VM has known of its device.
+    saved: str = field(default="", metadata=INTERNAL)
 
     @property
     def keeps(self) -> bool:
@@ -153,7 +155,28 @@ def _check(spec: Spec) -> Spec:
 
 def with_paths(spec: Spec, change: Callable[[str], str]) -> Spec:
     """`spec` with the socket where `change` says it is."""
-    return replace(spec, socket=change(spec.socket))
+    return replace(spec, socket=change(spec.socket), saved=spec.saved and change(spec.saved))
+
+
+def has_contents(spec: Spec) -> bool:
+    """What the back end alone knows of its device, if there is such a thing."""
+    from pyvmm.kinds.vhost_user.types import STATELESS
+
+    return spec.type not in STATELESS
+
+
+def contents_of(
+    spec: Spec, device: VhostUserDevice
+) -> tuple[int, Iterable[tuple[int, memoryview]]]:
+    """The size of that, and its pieces."""
+    from pyvmm.kinds.vhost_user import saved_state
+
+    return saved_state.contents(device)
+
+
+def with_contents(spec: Spec, path: str) -> Spec:
+    """The device whose back end is told what the file at `path` has."""
+    return replace(spec, saved=path)
 
 
 def for_copy(spec: Spec, name: str) -> Spec:
@@ -167,7 +190,7 @@ def for_copy(spec: Spec, name: str) -> Spec:
 def open_device(spec: Spec, context: Context) -> VhostUserDevice:
     """Connect to the back end. Raises ConfigError for one that is not there, or of no use."""
     from pyvmm.kinds import net
-    from pyvmm.kinds.vhost_user import types
+    from pyvmm.kinds.vhost_user import saved_state, types
     from pyvmm.vhost_user.protocol import BackEndError
     from pyvmm.virtio.vhost_user.device import VhostUserDevice
 
@@ -177,6 +200,7 @@ def open_device(spec: Spec, context: Context) -> VhostUserDevice:
         tag=spec.tag,
         mac=net.mac_bytes(spec.mac) if spec.type == "net" else b"",
     )
+    state = saved_state.read(spec.saved)
     give_up_at = time.monotonic() + _START
     while True:
         try:
@@ -186,6 +210,7 @@ def open_device(spec: Spec, context: Context) -> VhostUserDevice:
                 name=f"vhost-user-{spec.type}",
                 queue_size=spec.queue_size,
                 reconnect=spec.reconnect,
+                state=state,
             )
             break
         except HostError as error:

@@ -70,6 +70,8 @@ TYPES = {
     "gpio": Type(41, each=2, config_size=8),
 }
 """The types that have names, by their section in chapter 5 of the specification."""
+STATELESS = ("blk", "net", "rng")
+"""Those whose back ends know nothing of them that is not in their rings."""
 
 
 def served(name: str, queues: int, *, tag: str, mac: bytes) -> Served:
@@ -81,6 +83,7 @@ def served(name: str, queues: int, *, tag: str, mac: bytes) -> Served:
         known.fixed + known.each * queues,
         features=OWN_BITS,
         config_size=known.config_size,
+        is_stateless=name in STATELESS,
     )
     special = {"blk": _blk, "net": _net, "fs": _fs, "rng": _rng}.get(name)
     return usual if special is None else special(usual, queues, tag, mac)
@@ -94,7 +97,6 @@ def _blk(usual: Served, queues: int, tag: str, mac: bytes) -> Served:
         needs_config=True,
         config=_with_queues(_BLK_FIELDS["num_queues"][0], "<H", queues),
         refuse=_refuse_blk,
-        is_stateless=True,
         identity=sum(_BLK_FIELDS["capacity"]),
     )
 
@@ -115,7 +117,7 @@ def _net(usual: Served, queues: int, tag: str, mac: bytes) -> Served:
 
 def card(mac: bytes, mtu: int) -> Served:
     """A network card that tells its driver an MTU in bytes."""
-    return _card(Served(VIRTIO_ID_NET, TYPES["net"].each), mac, mtu)
+    return _card(Served(VIRTIO_ID_NET, TYPES["net"].each, is_stateless=True), mac, mtu)
 
 
 def _card(usual: Served, mac: bytes, mtu: int) -> Served:
@@ -129,7 +131,6 @@ def _card(usual: Served, mac: bytes, mtu: int) -> Served:
         own_features=own | (mask(net.VIRTIO_NET_F_MTU) if mtu else 0),
         config=config,
         refuse=_drop_frames,
-        is_stateless=True,
     )
 
 
@@ -151,7 +152,7 @@ def _fs(usual: Served, queues: int, tag: str, mac: bytes) -> Served:
 
 
 def _rng(usual: Served, queues: int, tag: str, mac: bytes) -> Served:
-    return replace(usual, features=0, refuse=_return_empty, is_stateless=True)
+    return replace(usual, features=0, refuse=_return_empty)
 
 
 # --- how requests fail ----------------------------------------------------------------------------

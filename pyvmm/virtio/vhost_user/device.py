@@ -45,7 +45,7 @@ from pyvmm.virtio.queue.protocol import Queue, QueueLock
 from pyvmm.virtio.queue.split import SplitQueue
 from pyvmm.virtio.queue.state import QueueState
 from pyvmm.virtio.vhost_user import rings
-from pyvmm.virtio.vhost_user.link import CONFIG_CHANGED, PATIENCE, STARTING, Link
+from pyvmm.virtio.vhost_user.link import CONFIG_CHANGED, PATIENCE, STARTING, Link, StateRefused
 from pyvmm.virtio.worker import QueueWorker, Serve
 
 RING_FEATURES = mask(
@@ -70,9 +70,9 @@ class Served:
     they have to come from the back end, else they are zero where it has none. `config` makes of
     them what the driver sees, while there is a back end or not. With `resumes` another back end can
     go on where one has died. `refuse` answers requests when there is none for good; without it the
-    device needs a reset then. One that `is_stateless` can be in a snapshot: all that another back
-    end must have in common with the one before is the `identity`, the first so many bytes of the
-    configuration space, and what drivers write there.
+    device needs a reset then. With one that `is_stateless` all that another back end in a restored
+    VM must have in common with the one before is the `identity`, the first so many bytes of the
+    configuration space, and what drivers write there; others have to give their state.
     """
 
     number: int
@@ -119,11 +119,13 @@ class VhostUserDevice(VirtioDevice):
         patience: float = PATIENCE,
         log: Callable[[str], None] | None = None,
         connection: socket.socket | None = None,
+        state: bytes | None = None,
     ) -> None:
         """Connect, and find out what the back end can do. It has `patience` seconds for each
         answer. After its death another one has `reconnect` seconds to be there. `connection` is one
         to a back end that was just started, with more time for its first answers, and that nobody
-        else can reach: `path` is for messages then.
+        else can reach: `path` is for messages then. `state` is what a device that is to be restored
+        has had in its `take_state`.
 
         Raises HostError where nobody listens, BackEndError for one that cannot serve this.
         """
@@ -154,6 +156,7 @@ class VhostUserDevice(VirtioDevice):
         self._unclean: set[int] = set()  # that it had when it died
         self._workers: dict[int, QueueWorker] = {}  # those that refuse everything
         self._inflight: tuple[bytes, int] | None = None
+        self._state = state  # of a back end that is not stateless: to be loaded, or saved
         self._reconnections = 0
         try:
             self._link = link = self._open_link()
@@ -295,13 +298,14 @@ class VhostUserDevice(VirtioDevice):
     def save(self) -> dict[str, Any]:
         """See VirtioDevice: what its driver has told the back end. That one has returned all that
         it had taken, and a device without one is refused: the locks of the queues say so."""
-        self._check_stateless()
         if self._link is None or self._unclean:
             raise ConfigError(
                 f"{self.name} cannot be in a snapshot now: its back end has gone, or does not end "
                 "what it does",
                 cure="try again",
             )
+        if not self._served.is_stateless:
+            self._save_state()
         return {
             "config": self._config[: self._served.identity].hex(),
             "written": [
@@ -311,7 +315,6 @@ class VhostUserDevice(VirtioDevice):
 
     def restore(self, saved: Saved) -> None:
         """See VirtioDevice. Raises ConfigError also for a back end with another disk."""
-        self._check_stateless()
         if saved.data("config") != self._config[: self._served.identity]:
             raise saved.wrong(f"the back end at {self._path} has a disk of another size")
         most = self._served.config_size
@@ -324,12 +327,41 @@ class VhostUserDevice(VirtioDevice):
                     self._configure(self._link)
                 except PyvmmError as error:
                     self._lose(error)
-
-    def _check_stateless(self) -> None:
         if not self._served.is_stateless:
-            raise unsaveable(
-                self, "what it has open is known to another process alone (vhost-user)"
-            )
+            self._load_state(saved)
+
+    def _save_state(self) -> None:
+        with self._talking:
+            link = self._link
+            try:
+                if link is None:
+                    raise BackEndError("has gone")
+                self._state = link.save_state()
+            except StateRefused as error:
+                raise unsaveable(
+                    self,
+                    f"its state is known to the back end at {self._path} alone, which {error}",
+                ) from None
+            except PyvmmError as error:
+                self._lose(error)
+                raise unsaveable(
+                    self, f"the back end at {self._path} {_what_it_does(error)}"
+                ) from None
+
+    def take_state(self) -> bytes:
+        """What `save` has got of the back end's own state; nothing of it is kept here."""
+        state, self._state = self._state, None
+        return state or b""
+
+    def _load_state(self, saved: Saved) -> None:
+        state = self.take_state()
+        with self._talking:
+            try:
+                if self._link is None:
+                    raise BackEndError("has gone")
+                self._link.load_state(state)
+            except PyvmmError as error:
+                raise saved.wrong(f"the back end at {self._path} {_what_it_does(error)}") from None
 
     def activate(self, activation: Activation) -> None:
         """Have the back end serve the queues. Without one, another is waited for."""
@@ -480,6 +512,7 @@ class VhostUserDevice(VirtioDevice):
     @staticmethod
     def _lend(link: Link, activation: Activation) -> None:
         memory = activation.memory
+        memory.lent = True
         regions = [(r.guest_addr, r.size, r.host_addr, r.fd_offset) for r in memory.regions]
         link.lend(memory.fd, regions)
 
@@ -754,7 +787,8 @@ class _Lost(PyvmmError):
 
 
 def _what_it_does(error: PyvmmError) -> str:
-    return str(error) if isinstance(error, BackEndError) else f"cannot be reached: {error}"
+    told = isinstance(error, BackEndError | StateRefused)
+    return str(error) if told else f"cannot be reached: {error}"
 
 
 def _has_ended(link: Link) -> bool:

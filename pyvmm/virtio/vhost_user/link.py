@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import select
 import socket
 import time
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from struct import Struct
 from typing import Any
 
-from pyvmm.errors import HostError
+from pyvmm.errors import HostError, PyvmmError
 from pyvmm.host import unix_sockets
 from pyvmm.host.syscalls import Closable
 from pyvmm.vhost_user import protocol
@@ -33,6 +34,11 @@ STARTING = 90.0
 # Patiences for all answers together, when they come one after the other. Of the time that passes
 # half is given back.
 _ALLOWANCE, _GIVEN_BACK = 3, 0.5
+# The state that a back end keeps of its device: how much there may be, and how long each of the two
+# steps of its transfer may take, in patiences. The machine stands still meanwhile.
+MOST_STATE = 64 << 20  # bytes
+_STATE_PATIENCES = 5
+_PIECE = 1 << 16
 # The protocol features of which we make use.
 WANTED = features.mask(
     protocol.VHOST_USER_PROTOCOL_F_MQ,
@@ -42,9 +48,14 @@ WANTED = features.mask(
     protocol.VHOST_USER_PROTOCOL_F_RESET_DEVICE,
     protocol.VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS,
     protocol.VHOST_USER_PROTOCOL_F_STATUS,
+    protocol.VHOST_USER_PROTOCOL_F_DEVICE_STATE,
 )
 # What goes with CONFIG only: a back end says there that its configuration has changed.
 WANTED_WITH_CONFIG = features.mask(protocol.VHOST_USER_PROTOCOL_F_BACKEND_REQ)
+
+
+class StateRefused(PyvmmError):
+    """The back end does not give the state of its device, or does not take it; it goes on."""
 
 
 class Link(Closable):
@@ -98,14 +109,28 @@ class Link(Closable):
 
     # --- requests ---------------------------------------------------------------------------------
 
-    def ask(self, name: str, payload: bytes = b"", fds: Sequence[int] = ()) -> Message:
-        """The answer to a request that always has one; for a ``with`` block."""
+    def ask(
+        self, name: str, payload: bytes = b"", fds: Sequence[int] = (), work: float = 0.0
+    ) -> Message:
+        """The answer to a request that always has one; for a ``with`` block. The back end may
+        `work` for so many seconds first, in which no vCPU waits."""
         self._send(name, payload, fds, acknowledged=False)
+        if work:
+            poll = select.poll()
+            poll.register(self._socket, select.POLLIN)
+            poll.poll(1000 * work)
         return self._answer(name)
 
-    def ask_fields(self, name: str, payload: bytes = b"", layout: Struct = protocol.U64) -> Any:
+    def ask_fields(
+        self,
+        name: str,
+        payload: bytes = b"",
+        layout: Struct = protocol.U64,
+        fds: Sequence[int] = (),
+        work: float = 0.0,
+    ) -> Any:
         """The fields of an answer of `layout`, without file descriptors."""
-        with self.ask(name, payload) as answer:
+        with self.ask(name, payload, fds, work) as answer:
             if len(answer.payload) != layout.size or answer.fds:
                 raise BackEndError(
                     f"answers {name} with {len(answer.payload)} bytes and {len(answer.fds)} file "
@@ -243,6 +268,100 @@ class Link(Closable):
             if answer.payload[16:20] != asked[16:20] or not _is_memory(answer.fds[0]):
                 raise BackEndError("gives other notes on requests in flight than it was asked for")
             return answer.payload, answer.take_fd()
+
+    # --- the state of the device itself -----------------------------------------------------------
+
+    def save_state(self) -> bytes:
+        """What the back end knows of the device beyond its rings, which have stopped.
+
+        Raises StateRefused, BackEndError or HostError.
+        """
+        fd, state, why = self._begin_transfer(protocol.STATE_SAVE), bytearray(), ""
+        try:
+            for _ in self._turns(fd, select.POLLIN):
+                try:
+                    piece = os.read(fd, _PIECE)
+                except BlockingIOError:
+                    continue
+                if not piece:
+                    break
+                state += piece
+                if len(state) > MOST_STATE:
+                    why = f"has more than {MOST_STATE >> 20} MiB of it"
+                    break
+            else:
+                why = "takes too long to give it"
+        finally:
+            os.close(fd)
+        self._end_transfer(why or "does not find all of it", failed=bool(why))
+        return bytes(state)
+
+    def load_state(self, state: bytes) -> None:
+        """Have the back end go on from what `save_state` of another one gave. No ring has begun.
+
+        Raises StateRefused, BackEndError or HostError.
+        """
+        fd, rest, why = self._begin_transfer(protocol.STATE_LOAD), memoryview(state), ""
+        try:
+            for _ in self._turns(fd, select.POLLOUT):
+                try:
+                    rest = rest[os.write(fd, rest[:_PIECE]) :]
+                except BlockingIOError:
+                    continue
+                except BrokenPipeError:  # it says next whether that was enough
+                    break
+                if not rest:
+                    break
+            else:
+                why = "takes too long to read it"
+        finally:
+            os.close(fd)
+        damaged = "does not take it: it is damaged, or of something else than is served there now"
+        self._end_transfer(why or damaged, failed=bool(why))
+
+    def _begin_transfer(self, direction: int) -> int:
+        """Our end of a pipe for the state. Its other end is the back end's alone, so that nobody
+        else changes how ours waits."""
+        if not self.has(protocol.VHOST_USER_PROTOCOL_F_DEVICE_STATE):
+            raise StateRefused("does not know how (DEVICE_STATE)")
+        try:
+            reading, writing = os.pipe()
+        except OSError as error:
+            raise HostError(error.errno or 0, "pipe") from None
+        ours, theirs = (
+            (reading, writing) if direction == protocol.STATE_SAVE else (writing, reading)
+        )
+        try:
+            os.set_blocking(ours, False)
+            asked = protocol.DEVICE_STATE.pack(direction, protocol.STATE_STOPPED)
+            (said,) = self.ask_fields("SET_DEVICE_STATE_FD", asked, fds=[theirs])
+            if said & protocol.STATE_ERROR_MASK:
+                raise StateRefused("refuses to begin")
+            return ours
+        except BaseException:
+            os.close(ours)
+            raise
+        finally:
+            os.close(theirs)
+
+    def _turns(self, fd: int, events: int) -> Iterator[None]:
+        """A turn whenever `fd` is ready; no more when the time is over."""
+        until = time.monotonic() + self._for_state
+        poll = select.poll()
+        poll.register(fd, events)
+        while (left := until - time.monotonic()) > 0 and poll.poll(1000 * left):
+            yield
+
+    @property
+    def _for_state(self) -> float:
+        return _STATE_PATIENCES * self._patience
+
+    def _end_transfer(self, why: str, *, failed: bool) -> None:
+        """Hear how it went, also where it has `failed` for us, as other requests come later.
+        `why` is what to say if it is no good."""
+        (said,) = self.ask_fields("CHECK_DEVICE_STATE", work=self._for_state)
+        if failed or said:
+            raise StateRefused(why)
 
     # --- memory -----------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 
 from pyvmm.memory import GuestMemory, pages
@@ -57,6 +58,19 @@ def test_memory_knows_what_this_process_has_mapped() -> None:
     memory.discard(3 * PAGE, 2 * PAGE)
     assert [n for n, one in enumerate(memory.discarded()) if one & 1] == [3, 4]
     assert b"1" not in memory.discarded()
+    memory.close()
+
+
+def test_what_others_have_written_to_is_among_it_once_memory_was_lent() -> None:
+    memory = GuestMemory([(0, 64 * PAGE)])
+    memory.write(3 * PAGE, b"ours")
+    memory.let_go()
+    os.pwrite(memory.fd, b"theirs", 9 * PAGE)  # by no mapping of this process
+    assert b"1" not in memory.mapped()
+    memory.lent = True
+    found = memory.mapped()
+    assert found[3:4] == found[9:10] == b"1"
+    assert len(found) == 64
     memory.close()
 
 

@@ -14,6 +14,7 @@ from descriptors import open_descriptors
 from front_end_rig import (
     ADD_MEM_REG,
     ALL,
+    CHECK_DEVICE_STATE,
     F_EVENT_IDX,
     F_INDIRECT,
     F_PROTOCOL,
@@ -25,14 +26,17 @@ from front_end_rig import (
     P_CONFIG,
     P_REPLY_ACK,
     P_SLOTS,
+    P_STATE,
     PATIENCE,
     REM_MEM_REG,
     RESET_DEVICE,
     SET_CONFIG,
+    SET_DEVICE_STATE_FD,
     SET_FEATURES,
     SET_INFLIGHT_FD,
     SET_MEM_TABLE,
     SET_STATUS,
+    SET_VRING_ADDR,
     SET_VRING_CALL,
     SET_VRING_ENABLE,
     fake,
@@ -58,6 +62,7 @@ MIB = 1 << 20
 BLK = served("blk", 1, tag="", mac=b"")
 ECHO = Served(42, 2, features=0xFF, config_size=16)
 PLAIN = replace(ECHO, is_stateless=True)
+FS = served("fs", 1, tag="t", mac=b"")
 over_both = pytest.mark.parametrize("over", ["mmio", "pci"])
 
 
@@ -390,13 +395,56 @@ def front_of_fake(place):
         yield rig, back_end
 
 
+def pipes():
+    links = (os.readlink(entry.path) for entry in os.scandir("/proc/self/fd") if entry.is_symlink())
+    return sum(link.startswith("pipe:") for link in links)
+
+
+def test_what_only_its_back_end_knows_goes_along(place):
+    """Once the rings have stopped, and to the next one before they begin."""
+    with fake(place, protocol=ALL | P_STATE) as first, front(place, FS) as rig:
+        rig.until(lambda: first.status & 4)
+        first.state = os.urandom(3 << 14)
+        before = pipes()
+        state = saved_of(rig.driver)
+        assert rig.driver.memory.lent, "what the back end writes there is nobody's change"
+        assert pipes() == before
+        asked = first.numbers()
+        assert GET_VRING_BASE in asked[: asked.index(SET_DEVICE_STATE_FD)]
+        known = rig.device.take_state()
+        assert known == first.state and rig.device.take_state() == b""
+        rig.until(lambda: rig.device.stats()["connected"])
+        rig.driver.transport.close()
+        rig.device.close()
+        first.close()
+        with (
+            fake(place, protocol=ALL | P_STATE) as second,
+            another(place, FS, state=known) as device,
+            restored(rig.driver, device, state),
+        ):
+            assert second.state == known
+            asked = second.numbers()
+            assert asked.index(CHECK_DEVICE_STATE) < asked.index(SET_VRING_ADDR)
+            saved_of(rig.driver)
+            assert device.take_state() == known
+
+
 def test_what_only_its_back_end_knows_is_refused(place):
+    """Where that does not give it, or take it."""
+    with fake(place), front(place, FS) as rig:
+        with pytest.raises(ConfigError, match=r"front cannot be in a snapshot: its state is known"):
+            saved_of(rig.driver)
+        assert rig.device.stats()["connected"] and not rig.driver.needs_reset
+    with fake(place, protocol=ALL | P_STATE), front(place, FS) as rig:
+        state = saved_of(rig.driver)
+        rig.driver.transport.close()
     with (
         fake(place),
-        front(place, served("fs", 1, tag="t", mac=b"")) as rig,
-        pytest.raises(ConfigError, match="front cannot be in a snapshot: what it has open"),
+        another(place, FS, state=b"x") as device,
+        pytest.raises(ConfigError, match=r"state of front.*does not know how \(DEVICE_STATE\)"),
+        restored(rig.driver, device, state),
     ):
-        saved_of(rig.driver)
+        pass
     with front_of_fake(place) as (rig, back_end):
         back_end.close()
         rig.until(lambda: not rig.device.stats()["connected"])

@@ -11,6 +11,7 @@ from contextlib import suppress
 import pytest
 from front_end_rig import (
     ALL,
+    CHECK_DEVICE_STATE,
     GET_CONFIG,
     GET_FEATURES,
     GET_INFLIGHT_FD,
@@ -20,10 +21,12 @@ from front_end_rig import (
     GET_VRING_BASE,
     P_BACKEND_REQ,
     P_MQ,
+    P_STATE,
     PATIENCE,
     REPLY,
     REPLYING,
     SET_BACKEND_REQ_FD,
+    SET_DEVICE_STATE_FD,
     SET_FEATURES,
     SET_INFLIGHT_FD,
     SET_MEM_TABLE,
@@ -39,13 +42,16 @@ from front_end_rig import (
     VERSION,
     fake,
     front,
+    restored,
+    saved_of,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pyvmm.errors import HostError, PyvmmError
+from pyvmm.errors import ConfigError, HostError, PyvmmError
 from pyvmm.vhost_user.protocol import BackEndError
-from pyvmm.virtio.vhost_user.device import Served
+from pyvmm.virtio.vhost_user import link
+from pyvmm.virtio.vhost_user.device import Served, VhostUserDevice
 
 ECHO = Served(42, 2, features=0xFF, config_size=16)
 EVERYTHING = ALL | P_BACKEND_REQ
@@ -290,6 +296,93 @@ def test_features_that_it_takes_back(tmp_path):
     with fake(path, actions={GET_STATUS: not_ok}), front(path, ECHO, reconnect=0) as rig:
         rig.until(lambda: rig.driver.needs_reset)
         assert "does not work with the features" in rig.lines[0]
+
+
+# --- the state of its device ----------------------------------------------------------------------
+
+
+def said_no(back_end, number, payload, fds):
+    back_end.answer(number, struct.pack("=Q", 0x101))
+    return False
+
+
+def never_ends(back_end, number, payload, fds):
+    """It keeps its end of the pipe, whichever that is, and neither writes to it nor reads."""
+    back_end.answer(number, struct.pack("=Q", 0x100))
+    return False
+
+
+def says_more_than_it_may(back_end, number, payload, fds):
+    back_end.answer(number, struct.pack("=Q", 0x100))
+    with suppress(BrokenPipeError):
+        while True:
+            os.write(fds[0], bytes(1 << 16))
+
+
+OF_STATE = [
+    pytest.param(number, action, id=f"{number}-{action.__name__}")
+    for number, actions in (
+        (SET_DEVICE_STATE_FD, (*WRONG, a_descriptor_too_many, said_no, never_ends)),
+        (CHECK_DEVICE_STATE, (*WRONG, a_descriptor_too_many, said_no)),
+    )
+    for action in actions
+]
+POLITE = (said_no, never_ends, says_more_than_it_may)
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    monkeypatch.setattr(link, "_STATE_PATIENCES", 1)
+    monkeypatch.setattr(link, "MOST_STATE", 1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("number", "action"), [*OF_STATE, (SET_DEVICE_STATE_FD, says_more_than_it_may)]
+)
+def test_when_it_is_to_give_its_state(tmp_path, brief, number, action):
+    """There is no snapshot. The device goes on if the back end has kept to the protocol."""
+    path = tmp_path / "s"
+    with (
+        fake(path, protocol=EVERYTHING | P_STATE) as back_end,
+        front(path, ECHO, reconnect=0) as rig,
+    ):
+        rig.until(lambda: back_end.status & 4)
+        rig.wait_no_longer_than(PATIENCE if action is never_ends else patience(action))
+        back_end.actions[number] = action
+        began = time.monotonic()
+        with pytest.raises(ConfigError, match="front cannot be in a snapshot: ") as caught:
+            saved_of(rig.driver)
+        assert "\n" not in str(caught.value) and time.monotonic() - began < 30
+        assert rig.device.stats()["connected"] == (action in POLITE)
+        if action in POLITE:
+            back_end.actions.clear()
+            saved_of(rig.driver)
+            assert rig.device.take_state() == b"what it knows"
+
+
+@pytest.mark.parametrize(("number", "action"), OF_STATE)
+def test_when_it_is_to_take_a_state(tmp_path, brief, number, action):
+    """Nothing goes on from that snapshot."""
+    path = tmp_path / "s"
+    with fake(path, protocol=EVERYTHING | P_STATE), front(path, ECHO) as rig:
+        state = saved_of(rig.driver)
+        rig.driver.transport.close()
+    with fake(path, protocol=EVERYTHING | P_STATE, actions={number: action}):
+        waits = PATIENCE if action is never_ends else patience(action)
+        more = bytes(1 << 20)  # than a pipe holds
+        device = VhostUserDevice(str(path), ECHO, name="front", patience=waits, state=more)
+        began = time.monotonic()
+        try:
+            with (
+                pytest.raises(
+                    ConfigError, match=r"the saved state of front.* cannot be: "
+                ) as caught,
+                restored(rig.driver, device, state),
+            ):
+                pass
+        finally:
+            device.close()
+        assert "\n" not in str(caught.value) and time.monotonic() - began < 30
 
 
 def test_notes_that_are_nonsense(tmp_path):
