@@ -8,12 +8,17 @@ belong to root in the guest; what root starts passes owners on as they are.
 Its sandbox has the directory as its root, by pivot_root(2), which refuses to have / in place of /.
 So for / there is a bind mount of it elsewhere, in a namespace of its own, which this module enters
 as a program before it becomes virtiofsd.
+
+What a snapshot has of it are paths in the directory, which the virtiofsd of a restored VM opens. It
+compares file handles, where the file system has some, so that a file in another's place is not
+taken for that one; what it does not find is an error for the guest that uses it, and no more.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import struct
 import subprocess
 import sys
 from collections import deque
@@ -33,9 +38,13 @@ _PATIENCE = 10.0  # seconds for its end, once our end of the socket is closed
 # <linux/sched.h>, <linux/mount.h>
 _CLONE_NEWNS, _CLONE_NEWUSER = 0x00020000, 0x10000000
 _MS_BIND, _MS_REC, _MS_PRIVATE = 1 << 12, 1 << 14, 1 << 18
+# <fcntl.h>
+_AT_FDCWD, _MAX_HANDLE_SZ = -100, 128
 _SECOND_ROOT = "/sys"  # which is everywhere, and has nothing that virtiofsd needs
 _NOBODY = 65534  # /proc/sys/kernel/overflowuid and overflowgid
-_NOISE = ("Failure when trying to set the limit",)
+# The second is what it says of every snapshot: what it has open is looked up while the VM stands
+# still, and not before.
+_NOISE = ("Failure when trying to set the limit", "Front-end did not announce migration")
 
 
 class Served:
@@ -204,10 +213,25 @@ def _arguments(folder: str, listener: int, *, read_only: bool) -> list[str]:
         "--allow-direct-io",
         "--xattr",
         "--log-level=warn",
+        "--migration-on-error=guest-error",
     ]
+    if _has_handles(folder):
+        arguments.append("--migration-verify-handles")
     if read_only:
         arguments.append("--readonly")
     return arguments
+
+
+def _has_handles(folder: str) -> bool:
+    """True if files there have handles, which no two files of the file system have in common."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    handle = struct.pack("Ii", _MAX_HANDLE_SZ, 0) + bytes(_MAX_HANDLE_SZ)
+    found = ctypes.create_string_buffer(handle)
+    mount = ctypes.c_int()
+    done: int = libc.name_to_handle_at(
+        _AT_FDCWD, os.fsencode(folder), found, ctypes.byref(mount), 0
+    )
+    return done == 0
 
 
 def _owners(keeps: bool) -> list[str]:

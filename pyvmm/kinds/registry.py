@@ -106,12 +106,14 @@ if TYPE_CHECKING:
 
 class Kind(NamedTuple):
     """A row of KINDS: the option that asks for one or more devices, the module, whether they can
-    come and go while the guest runs, and whether a snapshot can have them."""
+    come and go while the guest runs, whether a snapshot can have them, and whether the guest of a
+    restored VM may write to files of this machine by them."""
 
     option: str
     module: str
     comes_and_goes: bool = False
     in_snapshots: bool = True
+    lends_files: bool = False
 
 
 # The order is the one in which a VM's devices appear in the guest.
@@ -126,7 +128,7 @@ KINDS = {
     "balloon": Kind("balloon", "pyvmm.kinds.balloon"),
     "vsock": Kind("vsock", "pyvmm.kinds.vsock"),
     "vhost_user": Kind("vhost_user", "pyvmm.kinds.vhost_user"),
-    "share": Kind("shares", "pyvmm.kinds.share", comes_and_goes=True, in_snapshots=False),
+    "share": Kind("shares", "pyvmm.kinds.share", comes_and_goes=True, lends_files=True),
 }
 
 

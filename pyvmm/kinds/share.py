@@ -13,7 +13,7 @@ from pyvmm.host import handed
 from pyvmm.kinds.interface import Context
 from pyvmm.spec.options import Option
 from pyvmm.spec.record import field, replace
-from pyvmm.spec.vm import INTERNAL, DeviceSpec, VmSpec
+from pyvmm.spec.vm import INTERNAL, INTERNAL_AND_SAVED, DeviceSpec, VmSpec
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
@@ -66,8 +66,10 @@ class Spec(DeviceSpec):
     # Where it is a 9p file system by this name, which has yet to be mounted at `path`.
     ninep: str = field(default="", metadata=INTERNAL)
     # Of a guest whose root is a directory of this machine: the root itself, or a part of that.
-    is_root: bool = field(default=False, metadata=INTERNAL)
-    is_part: bool = field(default=False, metadata=INTERNAL)
+    is_root: bool = field(default=False, metadata=INTERNAL_AND_SAVED)
+    is_part: bool = field(default=False, metadata=INTERNAL_AND_SAVED)
+    # The file of a snapshot that says what the guest had open, and by which numbers.
+    saved: str = field(default="", metadata=INTERNAL)
 
     @property
     def keeps(self) -> bool:
@@ -174,15 +176,35 @@ def _refuse(what: str, cure: str) -> None:
 
 def with_paths(spec: Spec, change: Callable[[str], str]) -> Spec:
     """`spec` with the directory where `change` says it is."""
-    return replace(spec, path=change(spec.path))
+    return replace(spec, path=change(spec.path), saved=spec.saved and change(spec.saved))
+
+
+def has_contents(spec: Spec) -> bool:
+    """What virtiofsd has open for the guest; the directory's own contents are not in it."""
+    return True
+
+
+def contents_of(
+    spec: Spec, device: VhostUserDevice
+) -> tuple[int, Iterable[tuple[int, memoryview]]]:
+    """The size of that, and its pieces."""
+    from pyvmm.kinds.vhost_user import saved_state
+
+    return saved_state.contents(device)
+
+
+def with_contents(spec: Spec, path: str) -> Spec:
+    """The share whose virtiofsd has open what the file at `path` says."""
+    return replace(spec, saved=path)
 
 
 def open_device(spec: Spec, context: Context) -> VhostUserDevice:
     """Start a virtiofsd for it, which ends with the device. Raises ConfigError."""
-    from pyvmm.kinds.vhost_user import types
+    from pyvmm.kinds.vhost_user import saved_state, types
     from pyvmm.vhost_user.protocol import BackEndError
     from pyvmm.virtio.vhost_user.device import VhostUserDevice
 
+    state = saved_state.read(spec.saved)
     server = _server(spec)
     context.closing.callback(server.close)
     try:
@@ -192,6 +214,7 @@ def open_device(spec: Spec, context: Context) -> VhostUserDevice:
             name=f"share-{spec.tag}",
             queue_size=1024,
             connection=server.socket,
+            state=state,
         )
     except (BackEndError, HostError) as error:
         otherwise = str(error) if isinstance(error, BackEndError) else "ended"
@@ -267,6 +290,8 @@ def cross(spec: Spec, border: Border) -> Crossing:
             "use a disk, or pyvmm cp",
         )
     images.virtiofsd_command(True)
+    if spec.saved:
+        spec = replace(spec, saved=border.visible(spec.saved, "--restore"))
     if border.runs:  # it sees all of this machine's files, and can change none
         if not spec.read_only:
             _refuse(

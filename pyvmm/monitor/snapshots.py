@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 from pyvmm.control import snapshot_store as store
+from pyvmm.control.snapshot_seal import is_sealed, seal
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host.saved import Saved
 from pyvmm.host.syscalls import Closable
@@ -172,6 +173,8 @@ def _receive(receiver: _Receiver, writer: store.Writer, base: _Base | None, *, s
     spec = with_paths(from_json(json.dumps(state["spec"])), os.path.abspath)
     state["spec"] = json.loads(to_json(spec))
     state["disks"] = marks_of(spec)  # now: a VM that goes on writes to its images
+    if _lends_files(spec):
+        state["seal"] = seal(state["spec"])
     for name, size in files.items():
         writer.make(name, size)
     changed = None if base is None else _Changed(receiver, base, state, files[store.MEMORY])
@@ -382,6 +385,12 @@ def spec_of(name: str, path: str, state: Mapping[str, Any]) -> VmSpec:
     the files that the VM had which was saved: what it changes on its disks is thrown away at its
     end. Raises ConfigError for a snapshot that cannot be, or whose disks have changed."""
     spec = _as_a_user_could(from_json(json.dumps(state.get("spec"))))
+    if _lends_files(spec) and not is_sealed(state.get("spec"), state.get("seal")):
+        raise ConfigError(
+            f"the snapshot {name} would give its guest a directory of this machine, and is not one "
+            "that you have taken here",
+            cure="take one of your own",
+        )
     _check_images(name, spec, state.get("disks"))
     files = state.get("files")
     if not isinstance(files, dict) or files.get(store.MEMORY) != spec.memory:
@@ -422,6 +431,10 @@ def spec_of(name: str, path: str, state: Mapping[str, Any]) -> VmSpec:
         saved_on=kvm,
         waits=False,
     )
+
+
+def _lends_files(spec: VmSpec) -> bool:
+    return any(registry.KINDS[device.kind].lends_files for device in spec.devices)
 
 
 def _as_a_user_could(spec: VmSpec) -> VmSpec:

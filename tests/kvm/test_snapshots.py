@@ -25,7 +25,7 @@ import pytest
 from echo_guest import echo_kernel
 from fuzz.snapshots import Snapshots, restore_and_end
 
-from pyvmm import VM
+from pyvmm import VM, images
 from pyvmm.api.aio import AsyncVM
 from pyvmm.boot.x86 import layout
 from pyvmm.control import snapshot_store as store
@@ -514,7 +514,6 @@ def test_all_that_this_machine_lacks_is_named_before_anything_is_opened(folder: 
     assert "0x4d000003" not in line and "port" not in line
 
 
-# None of them can be saved, so that a state that has one was not written by pyvmm.
 @pytest.mark.parametrize("what", ["device", "disk", "share"])
 def test_a_state_brings_no_code_and_none_of_the_hosts_folders(snapshot: Path, what: str) -> None:
     mark = snapshot / "mark"
@@ -535,12 +534,51 @@ def test_a_state_brings_no_code_and_none_of_the_hosts_folders(snapshot: Path, wh
             del state["files"]["disk-0"]
         else:
             state["spec"]["devices"].append(device[what])
+            state["seal"] = "0" * 64
 
     _state(change)(snapshot)
     for command in (("run", "--kvm=host", "--restore", "first"), ("clone", "first")):
         line = refused(*command)
         assert not mark.exists(), f"it has run: {line}"
-        assert "cannot be in a snapshot" in line
+        if what == "share":  # what a stranger can write into a state is no seal
+            assert "is not one that you have taken here; take one of your own" in line
+        else:
+            assert "cannot be in a snapshot" in line
+
+
+def test_a_shared_directory_is_for_those_who_have_taken_the_snapshot(folder: Path) -> None:
+    """With its memory lent anew, and a virtiofsd for each; nobody else's state gives any away."""
+    try:
+        images.virtiofsd_command(True)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    for name in ("mine", "yours"):
+        (folder / name).mkdir()
+    share = ("--share", f"{folder}/mine,tag=t")
+    with Guest("--kernel", echo_kernel(folder), "--name", "one", *share, *OPTIONS) as guest:
+        guest.says(b"ready")
+        assert pyvmm("snapshot", "one", "first").returncode == 0
+        guest.hears(b"xyz")
+        guest.says(b"xyz")
+        guest.off()
+    path = folder / "state/pyvmm/snapshots/first"
+    assert sorted(os.listdir(path)) == ["memory", "share-0", "state.json"]
+    key = folder / "state/pyvmm/snapshot-key"
+    assert key.stat().st_mode & 0o777 == 0o600
+    with VM.restore("first") as vm, vm.clone() as copy:
+        for one in (vm, copy):
+            one.console.send("hello")
+            one.console.expect_exact("hello", timeout=SAFETY_TIMEOUT)
+        vm.snapshot("second")
+    state = store.read_state(str(path))
+    [row] = [row for kind, row in state["spec"]["devices"] if kind == "share"]
+    for change in (lambda: row.update(path=str(folder / "yours")), key.unlink):
+        change()
+        state["checksum"] = store.checksum(state)
+        (path / "state.json").write_text(json.dumps(state))
+        for command in (("run", "--kvm=host", "--restore", "first"), ("clone", "first")):
+            assert "is not one that you have taken here; take one of your own" in refused(*command)
+        row.update(path=str(folder / "mine"))
 
 
 def test_row_58_memory_that_a_file_keeps_is_never_the_hosts_own(snapshot: Path) -> None:

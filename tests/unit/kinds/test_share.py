@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from front_end_rig import until
+from front_end_rig import restored, saved_of, until
 
 from pyvmm import images
 from pyvmm.emulated_host.qemu import _folder_arguments
@@ -28,6 +28,8 @@ from pyvmm.kinds import registry
 from pyvmm.kinds.border import Border
 from pyvmm.kinds.interface import Context
 from pyvmm.kinds.share import Spec
+from pyvmm.spec.record import with_defaults
+from pyvmm.spec.vm import INTERNAL
 from pyvmm.testing.attached import attached
 from pyvmm.virtio.vhost_user import device
 
@@ -140,7 +142,7 @@ def test_a_machine_of_another_architecture_gets_none(tmp_path):
 LOOKUP, FORGET, GETATTR, READLINK, SYMLINK, MKNOD, MKDIR, UNLINK = 1, 2, 3, 5, 6, 8, 9, 10
 OPEN, READ, WRITE, INIT, CREATE = 14, 15, 16, 26, 35
 ROOT = 1
-ENOENT, EACCES, EPERM, EROFS, ENOSPC = 2, 13, 1, 30, 28
+ENOENT, EACCES, EPERM, EROFS, ENOSPC, EIO = 2, 13, 1, 30, 28, 5
 
 
 class Fuse:
@@ -193,13 +195,17 @@ class Fuse:
         return error
 
 
-@contextmanager
-def shared(text):
-    """The device of ``--share TEXT`` with a client, and virtiofsd's process."""
+def needs_virtiofsd():
     try:
         images.virtiofsd_command()
     except ConfigError as error:
         pytest.skip(str(error))
+
+
+@contextmanager
+def shared(text):
+    """The device of ``--share TEXT`` with a client, and virtiofsd's process."""
+    needs_virtiofsd()
     [spec] = check(text)
     with served(spec) as found:
         yield found
@@ -320,10 +326,7 @@ def test_all_of_the_machine_is_served():
 
 def test_an_overlay_gets_what_is_mounted_in_its_root(folder):
     """Linux's overlay shows nothing where a mountpoint is announced."""
-    try:
-        images.virtiofsd_command()
-    except ConfigError as error:
-        pytest.skip(str(error))
+    needs_virtiofsd()
     seen = []
     usual = Spec(str(folder), tag="t")
     for spec in (replace(usual, read_only=True, is_root=True), usual):
@@ -357,10 +360,7 @@ def as_user(monkeypatch):
     returns."""
     if os.getuid():
         pytest.skip("only root can be another user; as an ordinary one the other tests run")
-    try:
-        images.virtiofsd_command()
-    except ConfigError as error:
-        pytest.skip(str(error))
+    needs_virtiofsd()
     with tempfile.TemporaryDirectory() as place:
         os.chmod(place, 0o755)
         [source] = images.folders(["programs-virtiofsd"], make=False)
@@ -422,6 +422,153 @@ def test_an_ordinary_user_is_the_same_in_a_guest_on_his_files(as_user):
     as_user(use)
 
 
+# --- in a snapshot --------------------------------------------------------------------------------
+
+
+def test_what_a_state_can_say_of_it():
+    """Who owns files in there, as the guest goes on; nothing of this machine's that is not a
+    directory to share."""
+    said = Spec("/x", tag="t", ninep="other", saved="/etc/shadow", is_root=True, is_part=True)
+    assert with_defaults(said, INTERNAL) == Spec("/x", tag="t", is_root=True, is_part=True)
+
+
+def opened(fuse, name, node=ROOT):
+    """The numbers of a file's node and of its handle."""
+    error, node, _, _ = fuse.lookup(name, node)
+    assert not error
+    error, body = fuse.ask(OPEN, node, struct.pack("<II", os.O_RDWR, 0))
+    assert not error
+    return node, struct.unpack("<Q", body[:8])[0]
+
+
+def read(fuse, node, handle):
+    error, data = fuse.ask(READ, node, struct.pack("<QQIIQII", handle, 0, 4096, 0, 0, 0, 0))
+    return error or data
+
+
+@contextmanager
+def goes_on(driver, spec, state, known, place):
+    """With another virtiofsd, which is told what is `known` by way of the file `place`."""
+    place.write_bytes(known)
+    with ExitStack() as closing:
+        with_state = registry.with_contents(spec, str(place))
+        device = registry.open_device(with_state, Context("vm", None, closing))
+        with restored(driver, device, state):
+            yield device
+
+
+def saved(driver):
+    """Its state, and what virtiofsd has told."""
+    state = saved_of(driver)
+    size, pieces = registry.contents_of(Spec("."), driver.transport.device)
+    known = b"".join(bytes(piece) for _, piece in pieces)
+    assert len(known) == size > 0
+    return state, known
+
+
+def use_in_a_snapshot(folder):
+    names = (b"kept", b"renamed", b"deleted", b"replaced")
+    for name in names:
+        (folder / name.decode()).write_bytes(name)
+    (folder / "deep").mkdir()
+    (folder / "deep" / "er").write_text("deeper")
+    place = folder.parent / "known"
+    [spec] = check(str(folder))
+    with served(spec) as (fuse, driver, _):
+        fuse.user = (0, 0)
+        files = {name: opened(fuse, name) for name in names}
+        _, deep, _, _ = fuse.lookup(b"deep")
+        files[b"er"] = opened(fuse, b"er", deep)
+        state, known = saved(driver)
+        driver.transport.close()
+        (folder / "renamed").rename(folder / "elsewhere")
+        (folder / "deleted").unlink()
+        (folder / "other").write_text("another file")
+        (folder / "other").rename(folder / "replaced")
+        with goes_on(driver, spec, state, known, place):
+            seen = {name: read(fuse, *numbers) for name, numbers in files.items()}
+            lost = dict.fromkeys((b"renamed", b"deleted", b"replaced"), EIO)
+            assert seen == {b"kept": b"kept", b"er": b"deeper", **lost}
+            # The numbers are those that the guest's kernel knows, and new ones are others.
+            assert fuse.lookup(b"kept")[1] == files[b"kept"][0]
+            assert fuse.lookup(b"er", deep)[1] == files[b"er"][0]
+            assert fuse.lookup(b"elsewhere")[1] not in [node for node, _ in files.values()]
+            assert (
+                fuse.read(b"replaced") == b"another file" and fuse.read(b"elsewhere") == b"renamed"
+            )
+            assert fuse.lookup(b"deleted")[0] == ENOENT and fuse.create(b"new", b"x") == 0
+            assert not driver.needs_reset and not driver.log
+            state, known = saved(driver)
+        with goes_on(driver, spec, state, known, place):
+            assert read(fuse, *files[b"kept"]) == b"kept" and fuse.read(b"new") == b"x"
+            assert read(fuse, *files[b"deleted"]) == EIO
+
+
+def test_what_a_guest_has_open_goes_along(folder):
+    """If it is still there; a file in its place is none that the guest has opened."""
+    needs_virtiofsd()
+    use_in_a_snapshot(folder)
+
+
+def test_what_an_ordinary_users_guest_has_open_goes_along(as_user):
+    def use(folder):
+        os.umask(0o077)
+        inner = folder / "own"
+        inner.mkdir()
+        use_in_a_snapshot(inner)
+
+    as_user(use)
+
+
+def test_where_files_have_no_handles_their_names_count(folder, monkeypatch):
+    needs_virtiofsd()
+    monkeypatch.setattr(virtiofsd, "_has_handles", lambda folder: False)
+    [spec] = check(str(folder))
+    with served(spec) as (fuse, driver, _):
+        file = opened(fuse, b"file")
+        state, known = saved(driver)
+        driver.transport.close()
+        (folder / "other").write_text("another file")
+        (folder / "other").rename(folder / "file")
+        with goes_on(driver, spec, state, known, folder.parent / "known"):
+            assert read(fuse, *file) == b"another file"
+
+
+@pytest.mark.parametrize("what", ["nothing", "short", "numbers", "noise", "directory"])
+def test_a_state_that_cannot_be(folder, what):
+    needs_virtiofsd()
+    [spec] = check(str(folder))
+    with served(spec) as (fuse, driver, _):
+        opened(fuse, b"file")
+        state, known = saved(driver)
+        driver.transport.close()
+        changed = {
+            "nothing": b"",
+            "short": known[:-3],
+            "numbers": known[:9] + b"\xff" * 40 + known[9:],
+            "noise": bytes(range(256)) * 300,
+        }
+        if what == "directory":  # another one by that name
+            folder.rename(folder.parent / "former")
+            folder.mkdir()
+        why = r"the saved state of share-share0.*: the back end at .*/shared does not take it"
+        known = changed.get(what, known)
+        with (
+            pytest.raises(ConfigError, match=why) as caught,
+            goes_on(driver, spec, state, known, folder.parent / "known"),
+        ):
+            pass
+    assert "\n" not in str(caught.value) and children() == []
+
+
+def test_a_state_that_is_not_there(folder):
+    [spec] = check(str(folder))
+    spec = registry.with_contents(spec, "/nowhere/known")
+    with ExitStack() as closing, pytest.raises(ConfigError, match="/nowhere/known cannot be read"):
+        registry.open_device(spec, Context("vm", None, closing))
+    assert children() == []
+
+
 def test_a_full_file_system(folder):
     tmpfs = ["mount", "-t", "tmpfs", "-o", "size=8k", "tmpfs", str(folder)]
     done = subprocess.run(tmpfs, capture_output=True, text=True)
@@ -451,10 +598,7 @@ def test_a_virtiofsd_that_is_killed(folder, capfd):
 
 def test_it_goes_with_whoever_started_it(folder):
     """By SIGKILL, that is with nobody left to end it."""
-    try:
-        images.virtiofsd_command()
-    except ConfigError as error:
-        pytest.skip(str(error))
+    needs_virtiofsd()
     code = (
         "import sys, time\n"
         "from pyvmm import images\n"
