@@ -5,7 +5,8 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from socket import AF_UNIX, socket
 
@@ -50,7 +51,7 @@ echo "host=$(cat /mnt/later 2> /dev/null || echo missing)"
 
 @pytest.mark.parametrize(("kernel", "transport"), [("6.1", "mmio"), ("6.12", "pci")])
 def test_a_guest_works_in_a_shared_directory(
-    microvm_factory, tmp_path: Path, request, kernel: str, transport: str
+    microvm_factory, tmp_path: Path, request, monkeypatch, kernel: str, transport: str
 ) -> None:
     folder, tools = tmp_path / "a,b", tmp_path / "tools"
     folder.mkdir()
@@ -95,11 +96,63 @@ def test_a_guest_works_in_a_shared_directory(
     assert not (folder / "null").exists() and os.listdir(tools) == ["tool"]
     assert os.readlink(os.fsencode(folder / "odd")) == b"\xff"
     one_that_comes_and_goes(vm, tmp_path / "late")
-    shutil.rmtree(tools)
-    # The guest may remember for a moment what was there.
-    script(vm, "while cat /mnt/usr/tool 2> /dev/null; do sleep 0.1; done")
-    found = script(vm, "echo left=$(ls /mnt/usr); cat /mnt/usr/tool 2> /dev/null || echo gone=yes")
-    assert found == {"left": "", "gone": "yes"}
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    with goes_on(vm, folder) if transport == "pci" else nullcontext(vm) as vm:
+        shutil.rmtree(tools)
+        # The guest may remember for a moment what was there.
+        script(vm, "while cat /mnt/usr/tool 2> /dev/null; do sleep 0.1; done")
+        found = script(
+            vm, "echo left=$(ls /mnt/usr); cat /mnt/usr/tool 2> /dev/null || echo gone=yes"
+        )
+        assert found == {"left": "", "gone": "yes"}
+
+
+HOLD = """\
+cat > /run/holder <<'END'
+cd /mnt/deep
+exec 3>> er/log 4< ../gone
+n=0
+while :; do
+    n=$((n + 1))
+    echo $n >&3
+    sleep 0.1
+done
+END
+setsid sh /run/holder > /dev/null 2>&1 &
+echo $! > /run/holder.pid
+until [ -s /mnt/deep/er/log ]; do sleep 0.1; done
+"""
+LOOK = """\
+log=/mnt/deep/er/log
+first=$(wc -l < $log)
+until [ $(wc -l < $log) -gt $((first + 2)) ]; do sleep 0.1; done
+holder=/proc/$(cat /run/holder.pid)
+echo "cwd=$(cat $holder/cwd/er/new)"
+echo "gone=$(cat $holder/fd/4 2>&1 | grep -o 'error' || echo there)"
+echo "new=$(cat /mnt/new)"
+echo "count=$(awk 'NR > 1 && $1 != before + 1 { n++ } { before = $1 } END { print n + 0 }' $log)"
+"""
+
+
+@contextmanager
+def goes_on(vm: VM, folder: Path) -> Iterator[VM]:
+    """The VM, from a snapshot, with what it has open in its shared directory."""
+    (folder / "gone").write_text("for a while")
+    script(vm, HOLD)
+    vm.snapshot("shared", stop=True)
+    vm.wait()
+    (folder / "gone").unlink()
+    (folder / "new").write_text("from the host")
+    with VM.restore("shared") as restored:
+        restored.wait_ready()
+        expected = {"cwd": "from the guest", "gone": "error", "new": "from the host", "count": "0"}
+        assert script(restored, LOOK) == expected, restored.console.tail()
+        script(restored, "kill $(cat /run/holder.pid)")
+        with restored.clone() as copy:
+            seen = script(copy, "echo seen=$(cat /mnt/new); echo by its copy > /mnt/made")
+            assert seen == {"seen": "from the host"}
+        assert (folder / "made").read_text() == "by its copy\n"
+        yield restored
 
 
 def one_that_comes_and_goes(vm: VM, folder: Path) -> None:
