@@ -8,12 +8,16 @@ from pyvmm.boot.cmdline import merge, values
 from pyvmm.machine.board.board import Board
 from pyvmm.spec.vm import VmSpec
 
+# For the devices in a guest's /etc/fstab, in an emulated KVM host: systemd gives them 90, which its
+# udev can need there to look at them all.
+_DEVICE_SECONDS = 900
+
 
 def default_parameters(spec: VmSpec, board: Board[Any], *, quiet: bool) -> list[str]:
     """Parameters that let an ordinary kernel come up on this machine.
 
     `panic=-1` reboots at once after a panic, which ends the run; `quiet` is for where console
-    output is slow. The board has what its machine needs.
+    output is slow, and so is all else. The board has what its machine needs.
     """
     console = spec.console or board.console
     parameters = [f"console={console}", "panic=-1", *board.kernel_parameters]
@@ -21,6 +25,8 @@ def default_parameters(spec: VmSpec, board: Board[Any], *, quiet: bool) -> list[
         parameters.append("quiet")
     if spec.disks:
         parameters += ["root=/dev/vda", "ro" if spec.disks[0].read_only else "rw"]
+        if quiet:
+            parameters.append(f"pyvmm.devicewait={_DEVICE_SECONDS}")
     for device in spec.devices:
         parameters += device.kernel_parameters
     return parameters

@@ -354,15 +354,15 @@ def test_run_rm_is_its_command_and_nothing_else(boot: Ran) -> None:
 
 def run_under_systemd(folder: Path) -> Ran:
     with root_disk(folder, "systemd") as disk:
-        ran = run(
-            *boot_options(disk, "systemd"), command="cat /proc/1/comm; echo kept > /root/kept"
-        )
+        wait = "systemctl show -P DefaultDeviceTimeoutUSec"  # of what /etc/fstab names
+        words = [*boot_options(disk, "systemd"), "--cmdline=pyvmm.devicewait=600"]
+        ran = run(*words, command=f"cat /proc/1/comm; {wait}; echo kept > /root/kept")
         return Ran(ran.code, ran.stdout, ran.stderr, fsck=fsck(disk))
 
 
 @pytest.mark.boot.with_args(run_under_systemd)
 def test_a_guest_with_systemd_has_the_agent_and_shuts_down(boot: Ran) -> None:
-    assert (boot.code, boot.stdout) == (0, b"systemd\n"), boot.stderr
+    assert (boot.code, boot.stdout) == (0, b"systemd\n10min\n"), boot.stderr
     assert boot.messages == [], "it powered off, and was not reset"
     assert boot.fsck == ""
 

@@ -13,7 +13,7 @@ from pyvmm.machine.board.registry import board_for
 from pyvmm.machine.builder import prepare
 from pyvmm.machine.cmdline import command_line, turns_pci_off
 from pyvmm.machine.outcome import Alarm
-from pyvmm.spec.vm import VmSpec
+from pyvmm.spec.vm import DiskSpec, VmSpec
 
 SPEC = VmSpec(kernel="vmlinuz", memory=64 << 20, name="web")
 
@@ -24,6 +24,16 @@ def test_nobody_but_the_user_turns_pci_off(transport: str) -> None:
     board = board_for("x86_64")
     assert not turns_pci_off(command_line(spec, board))
     assert turns_pci_off(command_line(replace(spec, cmdline="pci=off"), board))
+
+
+def test_a_guest_of_an_emulated_host_waits_longer_for_its_disks() -> None:
+    board = board_for("x86_64")
+    spec = replace(SPEC, disks=(DiskSpec("root.img"),))
+    assert "pyvmm.devicewait=" not in command_line(spec, board)
+    assert "pyvmm.devicewait=900" in command_line(spec, board, quiet=True)
+    mine = replace(spec, cmdline="pyvmm.devicewait=5")
+    assert command_line(mine, board, quiet=True).count("pyvmm.devicewait=") == 1
+    assert "pyvmm.devicewait=" not in command_line(SPEC, board, quiet=True)
 
 
 @pytest.mark.parametrize(
