@@ -16,6 +16,7 @@ from pyvmm.errors import ConfigError
 from pyvmm.host.programs import find_program
 from pyvmm.kvm.system import Kvm
 from pyvmm.monitor import cgroup
+from pyvmm.monitor.keeper import Keeper
 
 
 @pytest.fixture
@@ -77,6 +78,24 @@ def test_a_group_of_its_own_goes_with_it(kvm: Kvm, tmp_path: Path, group: Path, 
         assert vm("stop", "vm", "--timeout", "0").returncode == 0
         vm.process.wait(SAFETY_TIMEOUT)
     until(lambda: not made.exists())
+
+
+def test_a_keeper_is_the_last_one_in_it(group: Path, tmp_path: Path) -> None:
+    home, inner = cgroup._ours(), group / "inner"
+    inner.mkdir()
+    cgroup._write(str(inner), "cgroup.procs", str(os.getpid()))
+    try:
+        made = cgroup.Group(cgroup.Wanted("", {}), "vm")
+        keeper = Keeper(str(tmp_path), "vm")
+        keeper.leave(made)
+        keeper.enter_box()
+        assert keeper.pid in members(group / "pyvmm-vm")
+    finally:
+        cgroup._write(home, "cgroup.procs", str(os.getpid()))  # as a monitor that ends
+    keeper._socket.close()
+    os.waitpid(keeper.pid, 0)
+    assert not (group / "pyvmm-vm").exists()
+    inner.rmdir()
 
 
 def test_one_that_another_vm_takes_for_left_behind_is_made_again(
