@@ -1,4 +1,4 @@
-"""The documents' Python and pytest, and the examples, run on Linux guests."""
+"""The documents' Python, pytest and commands, and the examples, run on Linux guests."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from documents import commands, run_commands
 from guest import HANG_SECONDS
 
 from pyvmm import images
+from pyvmm.control import client, registry
 from pyvmm.errors import ConfigError
 
 pytestmark = pytest.mark.usefixtures("linux_guests")
@@ -73,6 +75,31 @@ def test_the_page_on_snapshots(tmp_path, monkeypatch):
     assert re.fullmatch(r"it stood still for [\d.]+ s", said[0])
     prepared = "b'prepared\\n'"
     assert said[1:] == [prepared, "b'/run/prepared\\n'", prepared, prepared]
+
+
+def test_the_commands_of_the_page_on_snapshots(tmp_path, monkeypatch):
+    """Those of what has changed are run by tests/kvm/test_diff_snapshots.py. Many rounds take
+    hours, and in an emulated host a snapshot cannot be removed while its VMs run."""
+    (tmp_path / "runtime").mkdir(mode=0o700)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "runtime"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    first, _, ahead, many = commands("docs/snapshots.md")
+    assert all("linux_snapshots.py" in line for line in many.splitlines())
+    *but_one, remove = first.splitlines()
+    assert remove == "pyvmm snapshot rm ready"
+    try:
+        said = run_commands("\n".join(but_one), tmp_path, 2 * HANG_SECONDS)
+        assert re.search(r"^warm stood still for \d+ ms$", said, re.MULTILINE), said
+        assert "\n/tmp/prepared\n" in said and re.search("^ready +warm ", said, re.MULTILINE), said
+        names = ["first", "first-1", "first-2", "first-3", "second"]
+        assert registry.running() == names, said
+        assert '"name": "warm"' in said
+        said = run_commands(ahead, tmp_path, 2 * HANG_SECONDS)
+        assert re.search(r"^probe has used \d+ MiB$", said, re.MULTILINE), said
+        assert registry.running() == sorted([*names, "probe"])
+    finally:
+        for name in registry.running():
+            client.stop(name, patience=0.0)
 
 
 def test_the_readmes_pool_is_the_one_of_the_page_on_snapshots():
