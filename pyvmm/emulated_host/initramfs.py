@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pyvmm.emulated_host.architecture import emulated_machine
 from pyvmm.emulated_host.modules import Module, load_order
 from pyvmm.emulated_host.ports import RELAY_DEVICE
-from pyvmm.emulated_host.spec import RELAY_VARIABLE, EmulatedHostSpec, HostImage
+from pyvmm.emulated_host.spec import BUSYBOX, RELAY_VARIABLE, EmulatedHostSpec, HostImage
 from pyvmm.errors import ConfigError
 from pyvmm.host import cpio
 from pyvmm.host.processors import INSIDE_VARIABLE
@@ -21,7 +21,6 @@ from pyvmm.host.programs import find_program
 
 _DIRECTORIES = ("bin", "dev", "proc", "sys", "lower", "upper", "root", "modules")
 _PT_INTERP = 3
-_BUSYBOX = "/dev/.pyvmm/busybox"
 
 
 @dataclass(frozen=True)
@@ -192,5 +191,5 @@ def run_script(settings: RunSettings) -> bytes:
 def _command_line(settings: RunSettings) -> str:
     variables = [f"{name}={value}" for name, value in settings.env.items()]
     # env would read a name with "=" as a variable: so it runs a shell, which runs the command.
-    guard = [_BUSYBOX, "sh", "-c", 'exec "$@"', "sh"] if "=" in settings.argv[0] else []
-    return shlex.join([_BUSYBOX, "env", "-i", *variables, *guard, *settings.argv])
+    guard = [BUSYBOX, "sh", "-c", 'exec "$@"', "sh"] if "=" in settings.argv[0] else []
+    return shlex.join([BUSYBOX, "env", "-i", *variables, *guard, *settings.argv])

@@ -25,6 +25,10 @@ def cpus_for(vcpus: int) -> int:
     return DEFAULT_CPUS if vcpus == 1 else 1
 
 
+BUSYBOX = "/dev/.pyvmm/busybox"
+"""The place of a busybox in every emulated host: of other programs there are those that the machine
+has, or none."""
+
 # Names the port of the relay for Unix sockets, where there is one; see pyvmm.relay.inside.
 RELAY_VARIABLE = "PYVMM_SOCKET_RELAY"
 

@@ -14,6 +14,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pyvmm.errors import ConfigError
 from pyvmm.images.built import (
     DEFAULT_KERNEL,
     DEFAULT_VARIANT,
@@ -41,6 +42,8 @@ __all__ = [
     "host_artifacts",
     "path",
 ]
+
+_VIRTIOFSD = {"x86_64": "programs-virtiofsd", "aarch64": "programs-virtiofsd-arm64"}
 
 
 def names() -> list[str]:
@@ -113,13 +116,17 @@ def passt_command(make: bool = False) -> list[str]:
     return command(folder, "usr/bin/passt", "passt")
 
 
-def virtiofsd_command(make: bool = False) -> list[str]:
-    """The beginning of a command line that runs virtiofsd 1.13, which serves directories. Raises
-    ConfigError as `artifacts` does."""
-    [folder] = folders(["programs-virtiofsd"], make=make)
+def virtiofsd_command(make: bool = False, machine: str = "") -> list[str]:
+    """The beginning of a command line that runs virtiofsd 1.13, which serves directories, on a
+    `machine`: uname(2)'s name, this one's if it is "". Raises ConfigError as `artifacts` does."""
+    machine = machine or os.uname().machine
+    name = _VIRTIOFSD.get(machine)
+    if name is None:
+        raise ConfigError(f"pyvmm has no virtiofsd for the architecture {machine}")
+    [folder] = folders([name], make=make)
     from pyvmm.images.programs import command
 
-    return command(folder, "usr/libexec/virtiofsd", "virtiofsd")
+    return command(folder, "usr/libexec/virtiofsd", "virtiofsd", machine)
 
 
 def fresh_disk(target: str, variant: str = DEFAULT_VARIANT, *, make: bool = False) -> str:

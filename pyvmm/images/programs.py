@@ -15,8 +15,12 @@ from pyvmm.images import apt, cache, tools
 from pyvmm.images.lock import Pin
 from pyvmm.images.progress import Progress
 
-_LOADER = "usr/lib64/ld-linux-x86-64.so.2"
 _LIBRARIES = "usr/lib/x86_64-linux-gnu"
+# The dynamic loader and the libraries, by uname(2)'s name of the architecture.
+_PLACES = {
+    "x86_64": ("usr/lib64/ld-linux-x86-64.so.2", _LIBRARIES),
+    "aarch64": ("usr/lib/ld-linux-aarch64.so.1", "usr/lib/aarch64-linux-gnu"),
+}
 # Files for people, or for a package manager.
 _LEFT_OUT = ("usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info", "var")
 
@@ -35,14 +39,15 @@ def build(name: str, pins: Sequence[Pin], client: apt.Apt, into: str, progress: 
         shutil.rmtree(os.path.join(root, folder), ignore_errors=True)
 
 
-def command(image: str, program: str, name: str) -> list[str]:
-    """The beginning of a command line that runs `program` (a path below /) of the image's folder.
+def command(image: str, program: str, name: str, machine: str = "x86_64") -> list[str]:
+    """The beginning of a command line that runs `program` (a path below /) of the image's folder on
+    a `machine`, by uname(2)'s name.
 
     `name` is what the program sees as its own name.
     """
     root = os.path.join(image, "root")
-    loader = [os.path.join(root, _LOADER), "--library-path", os.path.join(root, _LIBRARIES)]
-    return [*loader, "--argv0", name, os.path.join(root, program)]
+    loader, libraries = (os.path.join(root, place) for place in _PLACES[machine])
+    return [loader, "--library-path", libraries, "--argv0", name, os.path.join(root, program)]
 
 
 def qemu_command(image: str, architecture: str = "x86_64") -> list[str]:

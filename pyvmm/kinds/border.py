@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,18 +21,23 @@ class Border:
     """The border as a kind's `cross` is given it.
 
     `closing` keeps open what it has opened, for as long as the emulated host lives. `visible` is
-    told above. `runs`: the emulated host is there already, and takes no more file systems.
-    `foreign`: it is of another architecture, so this machine's programs do not run there.
+    told above. `runs`: the emulated host is there already, and takes no more file systems. It is a
+    `machine`, by uname(2)'s name; `is_foreign` if that is not this one's.
     """
 
     def __init__(
-        self, closing: ExitStack, visible: Visible, *, runs: bool = False, foreign: bool = False
+        self, closing: ExitStack, visible: Visible, *, runs: bool = False, machine: str = ""
     ) -> None:
         self.closing = closing
         self.visible = visible
         self.runs = runs
-        self.foreign = foreign
+        self.machine = machine or os.uname().machine
         self._given: dict[str, int] = {}
+
+    @property
+    def is_foreign(self) -> bool:
+        """True if this machine's programs are of no use inside."""
+        return self.machine != os.uname().machine
 
     def place(self, what: str) -> str:
         """A new path inside, for a thing of the kind `what` that has none of its own."""

@@ -265,10 +265,12 @@ def _mount_9p(spec: Spec) -> None:
     """In an emulated host: the directory comes as a file system of its own."""
     import subprocess
 
+    from pyvmm.emulated_host.spec import BUSYBOX
+
     os.makedirs(spec.path, exist_ok=True)
     options = "trans=virtio,version=9p2000.L,msize=512000,cache=none"
     done = subprocess.run(
-        ["mount", "-t", "9p", "-o", options, spec.ninep, spec.path],
+        [BUSYBOX, "mount", "-t", "9p", "-o", options, spec.ninep, spec.path],
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -282,14 +284,10 @@ def cross(spec: Spec, border: Border) -> Crossing:
     """The directory is here, its virtiofsd in there: QEMU carries one to the other."""
     from pyvmm import images
     from pyvmm.emulated_host import HostFolder
+    from pyvmm.emulated_host.foreign import path_inside
     from pyvmm.kinds.border import Crossing
 
-    if border.foreign:
-        _refuse(
-            "there is no virtiofsd in an emulated machine of another architecture",
-            "use a disk, or pyvmm cp",
-        )
-    images.virtiofsd_command(True)
+    images.virtiofsd_command(True, border.machine)
     if spec.saved:
         spec = replace(spec, saved=border.visible(spec.saved, "--restore"))
     if border.runs:  # it sees all of this machine's files, and can change none
@@ -298,7 +296,8 @@ def cross(spec: Spec, border: Border) -> Crossing:
                 "what the guest may change does not get into an emulated KVM host that runs",
                 "add ,readonly, or share it from the start",
             )
-        return Crossing(replace(spec, path=border.visible(spec.path, _FLAG)))
+        path = border.visible(spec.path, _FLAG)
+        return Crossing(replace(spec, path=path_inside(path) if border.is_foreign else path))
     place = border.place("share")
     name = os.path.basename(place)
     folder = HostFolder(name, os.path.realpath(spec.path), spec.read_only)

@@ -165,7 +165,7 @@ def _device_listeners(crossings: list[Crossing]) -> list[HostListener]:
 
 
 def _cross(spec: VmSpec, closing: ExitStack) -> list[Crossing]:
-    border = Border(closing, _visible, foreign=is_foreign(spec.arch))
+    border = Border(closing, _visible, machine=uname_of(spec.arch))
     return [registry.cross(part, border) for part in spec.parts]
 
 

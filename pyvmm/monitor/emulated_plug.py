@@ -24,7 +24,7 @@ from pyvmm.host.syscalls import Closable, EventFd
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.kinds import registry
 from pyvmm.kinds.border import Border, Crossing, Visible
-from pyvmm.machine.board.registry import is_foreign
+from pyvmm.machine.board.registry import uname_of
 from pyvmm.monitor.nodes_inside import PLACE
 from pyvmm.spec.vm import DiskSpec, VmSpec
 
@@ -117,8 +117,8 @@ class Plugging(Closable):
         elif kind == "share":
             checked = replace(checked, tag=specs[0].tag)
         with ExitStack() as opened:
-            foreign = is_foreign(self._vm.arch)
-            border = Border(opened, self._visible, runs=True, foreign=foreign)
+            machine = uname_of(self._vm.arch)
+            border = Border(opened, self._visible, runs=True, machine=machine)
             crossing = registry.cross(checked, border)
             spec, disks = self._plug_disks(plugs, crossing, opened)
             spec, streams = self._plug_streams(plugs, crossing, spec, opened)

@@ -68,4 +68,4 @@ def test_each_patch_of_the_recipes_is_for_the_version_that_is_pinned() -> None:
         for patch in patches:
             assert versions[patch.package] == patch.version
             patched += 1
-    assert patched == 2
+    assert patched == 3

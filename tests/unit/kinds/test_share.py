@@ -117,7 +117,7 @@ def test_all_of_the_machine_may_be_read():
 
 
 def test_what_an_emulated_host_gets(tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "virtiofsd_command", lambda make: ["virtiofsd"])
+    monkeypatch.setattr(images, "virtiofsd_command", lambda make, machine="": ["virtiofsd"])
     border = Border(None, lambda path, flag: path)  # type: ignore[arg-type]
     odd = tmp_path / "a,b"
     odd.mkdir()
@@ -130,10 +130,25 @@ def test_what_an_emulated_host_gets(tmp_path, monkeypatch):
     assert f"path={str(odd).replace(',', ',,')},security_model=none,readonly=on" in arguments[1]
 
 
-def test_a_machine_of_another_architecture_gets_none(tmp_path):
-    border = Border(None, lambda path, flag: path, foreign=True)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"no virtiofsd in an emulated machine.*pyvmm cp"):
-        registry.cross(Spec(str(tmp_path), "/mnt", True, "t"), border)
+def test_a_machine_of_another_architecture_has_a_virtiofsd_of_its_own(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(images, "folders", lambda names, make: asked.append(names) or ["/image"])
+    border = Border(None, lambda path, flag: path, machine="aarch64")  # type: ignore[arg-type]
+    crossing = registry.cross(Spec(str(tmp_path), "/mnt", True, "t"), border)
+    assert crossing.spec.path == "/run/pyvmm-share-0"
+    assert asked == [["programs-virtiofsd-arm64"]]
+    assert images.virtiofsd_command(True, "aarch64") == [
+        "/image/root/usr/lib/ld-linux-aarch64.so.1",
+        *("--library-path", "/image/root/usr/lib/aarch64-linux-gnu"),
+        *("--argv0", "virtiofsd", "/image/root/usr/libexec/virtiofsd"),
+    ]
+    # One that runs sees this machine's files below a folder, for its own programs are in /usr.
+    border = Border(None, lambda path, flag: path, runs=True, machine="aarch64")  # type: ignore[arg-type]
+    crossing = registry.cross(Spec(str(tmp_path), "/mnt", True, "t"), border)
+    there = "/run/machine" if os.uname().machine != "aarch64" else ""
+    assert crossing.spec.path == f"{there}{tmp_path}"
+    with pytest.raises(ConfigError, match="no virtiofsd for the architecture vax"):
+        images.virtiofsd_command(True, "vax")
 
 
 # --- virtiofsd ------------------------------------------------------------------------------------
@@ -367,7 +382,7 @@ def as_user(monkeypatch):
         copied = shutil.copytree(source, os.path.join(place, "program"), symlinks=True)
         os.chmod(copied, 0o755)
         command = programs.command(copied, "usr/libexec/virtiofsd", "virtiofsd")
-        monkeypatch.setattr(images, "virtiofsd_command", lambda make=False: command)
+        monkeypatch.setattr(images, "virtiofsd_command", lambda make=False, machine="": command)
         folder = Path(place, "folder")
         folder.mkdir()
         os.chown(folder, USER, USER)

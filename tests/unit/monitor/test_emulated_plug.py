@@ -244,7 +244,7 @@ def test_a_directory_that_is_only_read_gets_in_as_it_is_seen_there(
     outside: Outside, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """QEMU takes no more file systems, but shows this machine's, to be read."""
-    monkeypatch.setattr(images, "virtiofsd_command", lambda make: ["virtiofsd"])
+    monkeypatch.setattr(images, "virtiofsd_command", lambda make, machine="": ["virtiofsd"])
     told = outside.ask("share.add", device=f"{tmp_path}:/mnt,readonly")
     assert told["result"]["id"] == "share0"
     [spec] = outside.inside.specs
