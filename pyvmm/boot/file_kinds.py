@@ -7,7 +7,19 @@ from pyvmm.errors import ConfigError
 
 HEAD = 0x4008  # bytes: up to where a bootable disk's or a file system's signature may stand
 
-_ELF_MAGIC = b"\x7fELF"
+ELF_MAGIC = b"\x7fELF"
+EM_386, EM_ARM, EM_X86_64, EM_AARCH64 = 3, 40, 62, 183  # <linux/elf-em.h>
+ELF_MACHINES = {
+    EM_386: "32-bit x86",
+    EM_X86_64: "64-bit x86",
+    EM_ARM: "32-bit Arm",
+    EM_AARCH64: "arm64",
+    243: "RISC-V",
+    21: "POWER",
+    22: "s390",
+}
+"""The architectures by the numbers in ELF headers (System V ABI, "ELF Header")."""
+
 _X86, _ARM64 = (0x202, b"HdrS"), (0x38, b"ARM\x64")  # offset and magic number of Linux's headers
 _CPIO = (b"070701", b"070702")
 _CPIO_HEADER = 110  # bytes: the magic, and 13 fields of 8 hexadecimal digits
@@ -60,7 +72,7 @@ def check_initrd(initrd: ImageFile) -> None:
     guest is the judge."""
     head = initrd.read(0, 0x206)
     linux = any(head[offset : offset + len(magic)] == magic for offset, magic in (_X86, _ARM64))
-    if linux or head.startswith(_ELF_MAGIC):
+    if linux or head.startswith(ELF_MAGIC):
         raise initrd.error(f"{initrd.path} is a kernel", "give it to --kernel")
     if head.startswith(_CPIO):
         _check_cpio(initrd)

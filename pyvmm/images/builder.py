@@ -54,7 +54,7 @@ class Catalogue:
             *(f"kernel-{name}" for name in self.recipes.kernels),
             *(f"programs-{name}" for name in self.recipes.programs),
             *(f"agent-{name}" for name in self.recipes.agents),
-            initramfs.BASE,
+            *map(initramfs.base, ("", *self.recipes.agents)),
             *(f"initramfs-{name}" for name in self.recipes.booted_kernels),
             *(f"rootfs-{name}" for name in self.recipes.rootfs),
         ]
@@ -72,10 +72,11 @@ class Catalogue:
             return self.needs_of_rootfs(self.recipes.rootfs[which].architecture)
         if kind != "initramfs":
             return []
-        kernel = self.recipes.kernels.get(which)
+        kernel = self.kernel_of(name)
         own = self._compiled(kernel.architecture) if kernel is not None else ["agent"]
         # A foreign one without an agent is still made anew with ours.
-        return [*(own or ["agent"]), *([] if name == initramfs.BASE else [f"kernel-{which}"])]
+        below = [f"kernel-{which}"] if which in self.recipes.kernels else []
+        return [*(own or ["agent"]), *below]
 
     def needs_of_rootfs(self, architecture: str) -> list[str]:
         """What a root disk for `architecture` is made from."""
@@ -140,8 +141,11 @@ class Catalogue:
         return "initramfs" if name.startswith("initramfs-") and not is_foreign else name
 
     def kernel_of(self, name: str) -> recipes.KernelRecipe | None:
-        """The recipe of the kernel that the image is, or is made for; None for neither."""
+        """The recipe of the kernel that the image is, or is made for; None for neither. An
+        initramfs without modules for another architecture may be any kernel's of that."""
         kind, _, which = name.partition("-")
+        if kind == "initramfs":
+            which = which.removeprefix("base-")
         return self.recipes.kernels.get(which) if kind in ("kernel", "initramfs") else None
 
     def at_once(self) -> list[str]:
@@ -334,13 +338,16 @@ class Builder:
             kernel.build(name, pins, client, into, self._progress, is_foreign=foreign)
             mend(into, recipe.patches, pins, self._progress)
         else:
-            below = None if recipe is None else name.replace("initramfs-", "kernel-", 1)
-            modules = kernel.modules_folder(self._catalogue.path(below)) if below else None
+            which = name.removeprefix("initramfs-")
+            has_modules = which in self._recipes.kernels
+            below = self._catalogue.path(f"kernel-{which}") if has_modules else ""
+            modules = kernel.modules_folder(below) if has_modules else None
             architecture = "amd64" if recipe is None else recipe.architecture
             toolchain = self._catalogue.toolchain(architecture)
             program = b"" if toolchain is None else self._agent_program(architecture)
+            under = recipe if has_modules else None
             initramfs.build(
-                *(name, self._recipes, recipe, modules, program, pins[0]),
+                *(name, self._recipes, under, modules, program, pins[0]),
                 *(client, into, self._progress, toolchain),
             )
         return [(pin.package, pin.version) for pin in pins]

@@ -49,9 +49,15 @@ class Found(NamedTuple):
     initrd: str | None = None
 
 
-def find(name: str, *, refresh: bool = False) -> Found:
+def find(name: str, *, refresh: bool = False, arch: str = "") -> Found:
     """The kernel that `name` ("debian:6.1") stands for, fetched where it is missing, or if
-    `refresh` is true. Raises ConfigError for a name that Debian has no kernel for."""
+    `refresh` is true; for guests of `arch`, one of bootable.FOREIGN or "". Raises ConfigError for a
+    name that Debian has no kernel for."""
+    if arch:
+        path, initrd = boot_files(name, arch)
+        place = os.path.dirname(path)
+        config = os.path.join(place, "config")
+        return Found(path, config, kernel.modules_folder(place), initrd)
     wanted, _, version = name.removeprefix(PREFIX).partition("=")
     _check(name, wanted, version)
     if not version and not refresh and wanted in _recipes():

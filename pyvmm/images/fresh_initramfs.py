@@ -1,6 +1,6 @@
 """The initramfs for a kernel that no recipe made: built at the start, of the modules at hand.
 
-It is the recipes' own, without modules (initramfs-base), and behind it an archive of those that the
+It is the recipes' own, without modules (initramfs.base), and behind it an archive of those that the
 guest needs; to the kernel two archives in one file are one (Linux
 Documentation/driver-api/early-userspace/buffer-format.rst).
 
@@ -26,15 +26,19 @@ _MOST = 1 << 30  # bytes
 
 
 def make(
-    modules: ModuleTree | None, needed: Mapping[str, str], filesystems: Sequence[str] = ()
+    modules: ModuleTree | None,
+    needed: Mapping[str, str],
+    filesystems: Sequence[str] = (),
+    arch: str = "",
 ) -> str:
     """The path of an initramfs for the kernel that `modules` are of. `needed` tells which lists of
     the recipes the guest cannot do without, and what each is for; of the others it gets those that
-    can be had. `filesystems` are those of the root, if they are known.
+    can be had. `filesystems` are those of the root, if they are known. `arch` is the guest's, one
+    of bootable.FOREIGN or "".
 
     Raises ConfigError that names the modules that are missing.
     """
-    base, lists = _recipe()
+    base, lists = _recipe(arch)
     kinds = dict.fromkeys((*filesystems, _USUAL_FILE_SYSTEM))
     lists = {**lists, **_ESP, **{f"{FILE_SYSTEM}{kind}": (kind,) for kind in kinds}}
     parts: Iterable[bytes] = [base]
@@ -49,14 +53,15 @@ def make(
     return made_files.keep(parts, ".cpio", _MOST)
 
 
-def _recipe() -> tuple[bytes, dict[str, tuple[str, ...]]]:
+def _recipe(arch: str) -> tuple[bytes, dict[str, tuple[str, ...]]]:
     """The beginning of every initramfs, and the lists of modules that init knows."""
     from pyvmm.images import built, found_before, recipes
 
-    folders = found_before.find(initramfs.BASE)
+    name = initramfs.base(arch)
+    folders = found_before.find(name)
     if folders is None:
-        folders = built.folders([initramfs.BASE], make=True)
-        found_before.remember(initramfs.BASE, folders)
+        folders = built.folders([name], make=True)
+        found_before.remember(name, folders)
     with open(os.path.join(folders[0], initramfs.FILE), "rb") as file:
         return file.read(), recipes.load().initramfs.modules
 

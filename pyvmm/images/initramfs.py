@@ -22,7 +22,6 @@ from pyvmm.images.progress import Progress
 from pyvmm.images.recipes import InitramfsRecipe, KernelRecipe, Recipes
 
 FILE = "initramfs.cpio"
-BASE = "initramfs-base"  # the image without any modules; `fresh_initramfs` puts them behind it
 HELPERS = ("find-root", "load-drivers")  # one program: it is whichever it is called by
 SOURCES = (
     ("initramfs", "init"),
@@ -72,6 +71,12 @@ def build(
         content = cpio.archive(entries(recipes.initramfs.for_kernel(kernel), tree, programs))
         with open(os.path.join(into, FILE), "wb") as file:
             file.write(content)
+
+
+def base(arch: str) -> str:
+    """The image without any modules, which `fresh_initramfs` puts behind it, for guests of `arch`;
+    "" is this machine's."""
+    return f"initramfs-base-{arch}" if arch else "initramfs-base"
 
 
 def _busybox(root: str) -> str:

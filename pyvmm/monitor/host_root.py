@@ -12,12 +12,14 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pyvmm.boot import file_kinds
 from pyvmm.boot.cmdline import values as values_of
 from pyvmm.errors import ConfigError
 from pyvmm.kinds import share, vsock
+from pyvmm.machine.board.registry import uname_of
 from pyvmm.monitor.run_command import CommandLine
 from pyvmm.spec.options import as_list
-from pyvmm.spec.vm import IN_DISK
+from pyvmm.spec.vm import ARCHITECTURES, IN_DISK
 
 _OPTION = "--root"
 _TAG = "pyvmm-root"
@@ -27,6 +29,14 @@ _OF_TERMINALS = ("TERM", "COLORTERM", "NO_COLOR", "TZ", "LANG", "LANGUAGE")
 _OF_FILES = ("HOME", "USER", "LOGNAME", "SHELL", "PATH", "EDITOR", "VISUAL", "PAGER", "LESS")
 _SHELLS = ("/bin/bash", "/bin/sh")
 _MOST_STEPS = 200  # on the way to a program
+# Programs that most roots have, by which it is told what they are for; and the numbers in the
+# headers of those that run on a machine, by uname(2)'s name of it.
+_USUAL = ("/bin/sh", "/usr/bin/env", "/sbin/init")
+_RUN_ON = {
+    "x86_64": (file_kinds.EM_X86_64, file_kinds.EM_386),
+    "aarch64": (file_kinds.EM_AARCH64, file_kinds.EM_ARM),
+}
+_ELF_HEAD = 20  # bytes: up to the end of e_machine
 _INSTEAD = {
     "image": ("image", "an image has a root of its own"),
     "initrd": ("--initrd", "only pyvmm's initramfs can mount it"),
@@ -55,6 +65,7 @@ def choose(options: Mapping[str, Any]) -> dict[str, Any]:
             option=_OPTION,
         )
     folder = _folder(chosen.pop("root"))
+    _check_programs(folder, chosen.get("arch") or "")
     parts = [_part(folder, os.fspath(path)) for path in as_list(chosen.pop("rw", None) or ())]
     whole = folder in parts
     if whole and folder == "/":
@@ -97,6 +108,40 @@ def _folder(root: Any) -> str:
             f"{path} is not yours to read", cure="name another, or change its mode", option=_OPTION
         )
     return os.path.realpath(path)
+
+
+def _check_programs(folder: str, arch: str) -> None:
+    """Raise ConfigError if the programs in `folder` are of no use to a guest of `arch`."""
+    runs_on = _RUN_ON.get(uname_of(arch), ())
+    for path in _USUAL:
+        machine = _machine_of(_program(folder, path))
+        if machine is None:
+            continue
+        if machine in runs_on:
+            return
+        what = file_kinds.ELF_MACHINES.get(machine, f"machine {machine}")
+        cure = f"name a directory with programs for {arch or uname_of(arch)}"
+        for other in ARCHITECTURES:
+            if machine in _RUN_ON[uname_of(other)]:
+                cure = f"use --arch {other}, or {cure}"
+        raise ConfigError(
+            f"the programs in {folder} are for {what}, by its {path}, and the guest is not",
+            cure=cure,
+            option=_OPTION,
+        )
+
+
+def _machine_of(path: str) -> int | None:
+    """The architecture that the program at `path` is for, as its ELF header has it; None if it has
+    none, or there is no program."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(_ELF_HEAD)
+    except OSError:
+        return None
+    if len(head) < _ELF_HEAD or not head.startswith(file_kinds.ELF_MAGIC):
+        return None
+    return int.from_bytes(head[18:20], "big" if head[5] == 2 else "little")
 
 
 def _part(folder: str, path: str) -> str:
@@ -171,15 +216,16 @@ def _directory(folder: str) -> str:
 def _shell(folder: str) -> str:
     """The user's shell, if that is in `folder`, or another."""
     for path in (os.environ.get("SHELL", ""), *_SHELLS):
-        if os.path.isabs(path) and _is_program(folder, path):
+        if os.path.isabs(path) and _program(folder, path):
             return path
     raise ConfigError(
         f"there is no shell in {folder}", cure="name a command: -- COMMAND", option=_OPTION
     )
 
 
-def _is_program(folder: str, path: str) -> bool:
-    """True if whoever has `folder` as root finds a program at `path`: links begin there too."""
+def _program(folder: str, path: str) -> str:
+    """This machine's path of the program that whoever has `folder` as root finds at `path`, as
+    links begin there too; "" if there is none."""
     left, found = path.split("/")[::-1], ""
     for _ in range(_MOST_STEPS):
         if not left:
@@ -198,4 +244,4 @@ def _is_program(folder: str, path: str) -> bool:
         found = "" if target.startswith("/") else found
         left += target.split("/")[::-1]
     full = f"{folder}/{found}"
-    return not left and os.path.isfile(full) and os.access(full, os.X_OK)
+    return full if not left and os.path.isfile(full) and os.access(full, os.X_OK) else ""

@@ -83,7 +83,7 @@ def specify(options: Mapping[str, Any]) -> tuple[VmSpec, str | None]:
         return _with_kernel(options, given.get("initrd"), has_esp=has_esp), image
     spec = validate(make_spec(options))
     if given.get("kernel") is not None:
-        text = _configuration(spec.kernel, _beside(spec.kernel))
+        text = _configuration(spec.kernel, _beside(spec.kernel), "")
         spec = _on_its_bus(spec, text, own_init=False)
         _tell_lacking(spec, text, _beside(spec.kernel), own_init=False)
     return spec, image
@@ -117,11 +117,16 @@ def _for_disks_root(options: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool
 
 
 def _of_another_architecture(options: Mapping[str, Any]) -> tuple[VmSpec, str | None]:
-    """The machine, for which there are files, and for arm64 images, and its image."""
+    """The machine, for which there are files, and for arm64 images and directories as root, and its
+    image."""
     from pyvmm.images import bootable
 
     arch = options["arch"]
-    names = ("root", "rw") if arch in bootable.FOREIGN else ("root", "rw", "image")
+    if arch in bootable.FOREIGN and (options.get("root") is not None or options.get("rw")):
+        from pyvmm.monitor import host_root
+
+        return _with_kernel(host_root.choose(options), None), None
+    names = () if arch in bootable.FOREIGN else ("root", "rw", "image")
     of_this_machine = [name for name in names if options.get(name)]
     kernel = str(options.get("kernel") or "")
     is_debians = kernel.startswith("debian:") and arch in bootable.FOREIGN
@@ -176,19 +181,20 @@ def _with_kernel(
 ) -> VmSpec:
     """The machine, whose kernel is more than a file; `initrd` is the one that the user names,
     `has_esp` tells whether the first disk has an EFI system partition."""
-    kernel = _find(str(options["kernel"]))
+    arch = _foreign(options)
+    kernel = _find(str(options["kernel"]), arch)
     modules = options.get("modules")
     options = {**options, "kernel": kernel.path, "initrd": initrd}
     own_init = initrd is None
-    text = _configuration(kernel.path, kernel.config)
+    text = _configuration(kernel.path, kernel.config, arch)
     spec = _on_its_bus(validate(make_spec(options)), text, own_init=own_init)
     if own_init:
         made = kernel.initrd
         if modules or made is None or has_esp or not _USUAL.issuperset(_filesystems(spec)):
             from pyvmm.images import fresh_initramfs
 
-            tree = _modules_of(kernel, os.fspath(modules) if modules else "")
-            made = fresh_initramfs.make(tree, _lists_for(spec), _filesystems(spec))
+            tree = _modules_of(kernel, os.fspath(modules) if modules else "", arch)
+            made = fresh_initramfs.make(tree, _lists_for(spec), _filesystems(spec), arch)
             if tree is not None:
                 spec = _with_all_modules(spec, tree)
         spec = validate(replace(spec, initrd=made))
@@ -226,24 +232,33 @@ def _with_disks_own(options: Mapping[str, Any]) -> Mapping[str, Any]:
 # --- the kernel -----------------------------------------------------------------------------------
 
 
-def _find(kernel: str) -> _Kernel:
+def _foreign(options: Mapping[str, Any]) -> str:
+    """The architecture that `options` ask for, if it is another than this machine's; else ""."""
+    from pyvmm.machine.board.registry import is_foreign
+
+    arch: str = options.get("arch") or ""
+    return arch if is_foreign(arch) else ""
+
+
+def _find(kernel: str, arch: str) -> _Kernel:
     if kernel.startswith("debian:"):
         from pyvmm.images import debian_kernels
 
-        found = debian_kernels.find(kernel)
+        found = debian_kernels.find(kernel, arch=arch)
         release = os.path.basename(found.modules)  # both are of one package
         return _Kernel(found.kernel, found.config, found.modules, found.initrd, release)
     if os.path.isdir(kernel):
-        return _of_tree(kernel)
+        return _of_tree(kernel, arch)
     return _Kernel(kernel, _beside(kernel))
 
 
-def _of_tree(tree: str) -> _Kernel:
+def _of_tree(tree: str, arch: str) -> _Kernel:
     """The kernel of a build tree, or of the files that its `make tar-pkg` or a package has."""
     from pyvmm.images import modules
-    from pyvmm.machine.board.registry import board_of_host
+    from pyvmm.machine.board.registry import board_of
 
-    built = [os.path.join(tree, path) for path in board_of_host().kernel_files]
+    files = board_of(arch).kernel_files
+    built = [os.path.join(tree, path) for path in files]
     there = [path for path in built if os.path.isfile(path)]
     if there:
         config = os.path.join(tree, ".config")
@@ -263,12 +278,14 @@ def _of_tree(tree: str) -> _Kernel:
         raise ConfigError(
             f"cannot read {tree}: {error.strerror}", cure="check its permissions", option=_OPTION
         ) from None
-    looked = " or ".join(board_of_host().kernel_files)
-    for other in _kernels_of_others(tree):
+    looked = " or ".join(files)
+    for other in _kernels_of_others(tree, arch):
+        whose = arch or "this machine"
+        how = f" ARCH={arch}" if arch else ""
         raise ConfigError(
-            f"{tree} has a kernel for another architecture, {other}, and none for this machine: "
+            f"{tree} has a kernel for another architecture, {other}, and none for {whose}: "
             f"there is no {looked} in it",
-            cure=f"build it for this machine: make -C {tree}",
+            cure=f"build it for {whose}: make -C {tree}{how}",
             option=_OPTION,
         )
     if modules.is_build_tree(tree):
@@ -284,13 +301,12 @@ def _of_tree(tree: str) -> _Kernel:
     )
 
 
-def _kernels_of_others(tree: str) -> list[str]:
-    """The kernels in a build tree that are for machines of another architecture than this one."""
-    from pyvmm.machine.board.registry import board_of, is_foreign
+def _kernels_of_others(tree: str, arch: str) -> list[str]:
+    """The kernels in a build tree that are for machines of another architecture than `arch`."""
+    from pyvmm.machine.board.registry import board_of, uname_of
 
-    paths = [
-        path for arch in filter(is_foreign, ARCHITECTURES) for path in board_of(arch).kernel_files
-    ]
+    others = [one for one in ARCHITECTURES if uname_of(one) != uname_of(arch)]
+    paths = [path for one in others for path in board_of(one).kernel_files]
     return [one for one in paths if one[:5] == "arch/" and os.path.isfile(os.path.join(tree, one))]
 
 
@@ -324,12 +340,12 @@ def _beside(kernel: str) -> str:
 # --- its modules ----------------------------------------------------------------------------------
 
 
-def _modules_of(kernel: _Kernel, given: str) -> ModuleTree | None:
+def _modules_of(kernel: _Kernel, given: str, arch: str) -> ModuleTree | None:
     """The modules in `given`, or else the kernel's own; None for a kernel that has none."""
     from pyvmm.images import modules
-    from pyvmm.machine.board.registry import board_of_host
+    from pyvmm.machine.board.registry import board_of
 
-    release = kernel.release or board_of_host().kernel_release(kernel.path)
+    release = kernel.release or board_of(arch).kernel_release(kernel.path)
     place = given or kernel.modules or _modules_beside(kernel.path, release)
     if not place:
         return None
@@ -458,9 +474,9 @@ def _lacking(spec: VmSpec, text: str, *, own_init: bool) -> list[str]:
     return kernel_config.lacking(text, wants)
 
 
-def _configuration(kernel: str, config: str) -> str:
+def _configuration(kernel: str, config: str, arch: str) -> str:
     """The configuration in the file `config`, or in the kernel itself; "" if nothing tells it."""
-    return _read_config(config) if config else _embedded(kernel)
+    return _read_config(config) if config else _embedded(kernel, arch)
 
 
 def _read_config(path: str) -> str:
@@ -471,7 +487,7 @@ def _read_config(path: str) -> str:
         return ""
 
 
-def _embedded(kernel: str) -> str:
+def _embedded(kernel: str, arch: str) -> str:
     """The configuration that is in the kernel's file; "" if it has none. Looking for it takes as
     long as unpacking the kernel, so that what was found is remembered for that very file."""
     try:
@@ -488,10 +504,10 @@ def _embedded(kernel: str) -> str:
     with suppress(OSError), open(known, encoding="utf-8", errors="replace") as file:
         return file.read()
     from pyvmm.images import made_files
-    from pyvmm.machine.board.registry import board_of_host
+    from pyvmm.machine.board.registry import board_of
 
     text = ""
     with suppress(ConfigError, OSError):
-        text = board_of_host().kernel_config(kernel)
+        text = board_of(arch).kernel_config(kernel)
     made_files.keep_as(folder, mark, text.encode())
     return text

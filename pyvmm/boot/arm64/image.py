@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from pyvmm.boot.arm64 import layout
-from pyvmm.boot.file_kinds import HEAD, not_a_kernel
+from pyvmm.boot.file_kinds import EM_386, EM_X86_64, HEAD, not_a_kernel
 from pyvmm.boot.image_file import ImageFile
 from pyvmm.boot.unpack import GZIP, unpack
 from pyvmm.errors import ConfigError
@@ -31,7 +31,7 @@ _CHUNK = 4 << 20
 
 _HOW_X86 = "use --arch x86_64, or a kernel for arm64"
 _ELF = b"\x7fELF"
-_ELF_X86 = (3, 62)  # EM_386, EM_X86_64
+_ELF_X86 = (EM_386, EM_X86_64)
 
 
 class Image(NamedTuple):

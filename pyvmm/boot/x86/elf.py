@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from pyvmm.boot.file_kinds import ELF_MACHINES, EM_386, EM_AARCH64, EM_X86_64
 from pyvmm.boot.image_file import ImageFile
 from pyvmm.boot.x86 import layout
 from pyvmm.boot.x86.placement import check_kernel_fits
@@ -23,7 +24,6 @@ _PHDR_SIZE = {_CLASS_32: 32, _CLASS_64: 56}
 MAX_SEGMENTS = 128
 MAX_NOTES_SIZE = 1 << 20
 PN_XNUM = 0xFFFF  # the real number would stand in a section header
-EM_386, EM_X86_64, EM_AARCH64 = 3, 62, 183
 _MACHINE_OF = {_CLASS_32: EM_386, _CLASS_64: EM_X86_64}
 ET_EXEC, ET_DYN = 2, 3
 PT_LOAD, PT_NOTE = 1, 4
@@ -31,15 +31,6 @@ XEN_ELFNOTE_PHYS32_ENTRY = 18
 
 _CLASS, _DATA = 4, 5
 _TRUNCATED = "it is truncated: copy or build it again"
-_MACHINES = {
-    EM_386: "32-bit x86",
-    EM_X86_64: "64-bit x86",
-    40: "32-bit Arm",
-    EM_AARCH64: "arm64",
-    243: "RISC-V",
-    21: "POWER",
-    22: "s390",
-}
 
 
 @dataclass(frozen=True)
@@ -164,7 +155,7 @@ def _check_header(
     kernel: ImageFile, header: dict[str, Any], machine: int, kind: int, elf_class: int
 ) -> None:
     if machine != _MACHINE_OF[elf_class]:
-        what = _MACHINES.get(machine, f"machine {machine}")
+        what = ELF_MACHINES.get(machine, f"machine {machine}")
         arm64 = "--arch arm64 with the Image that is built beside it, or "
         cure = f"use {arm64 if machine == EM_AARCH64 else ''}a 64-bit x86 kernel"
         raise kernel.error(f"{kernel.path} is an ELF for {what}", cure)

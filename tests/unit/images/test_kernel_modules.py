@@ -144,7 +144,7 @@ LISTS = {
 
 @pytest.fixture
 def recipe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(fresh_initramfs, "_recipe", lambda: (b"BASE", LISTS))
+    monkeypatch.setattr(fresh_initramfs, "_recipe", lambda arch: (b"BASE", LISTS))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 

@@ -34,8 +34,6 @@ def test_every_architecture_has_a_board() -> None:
 @pytest.mark.parametrize(
     ("options", "refused"),
     [
-        ({"root": "/"}, "--arch"),
-        ({"rw": ["/srv"]}, "--arch"),
         ({"kernel": "debian:6.12", "modules": "."}, "--modules"),
         ({"kernel": "disk"}, "--kernel"),
         ({"modules": "."}, "--modules"),

@@ -6,6 +6,7 @@ import base64
 import os
 import re
 import shlex
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ LISTS = {
 def said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """A cache of its own, a kernel of Debian's with its modules; what the user is told."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(fresh_initramfs, "_recipe", lambda: (b"BASE", LISTS))
+    monkeypatch.setattr(fresh_initramfs, "_recipe", lambda arch: (b"BASE", LISTS))
     (tmp_path / "vmlinuz").write_bytes(boot_images.bzimage(banner=f"{RELEASE} (me) #1".encode()))
     (tmp_path / "config").write_text("")
     folder = tmp_path / "lib/modules" / RELEASE
@@ -47,7 +48,7 @@ def said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     found = debian_kernels.Found(
         str(tmp_path / "vmlinuz"), str(tmp_path / "config"), str(folder), "/made/before"
     )
-    monkeypatch.setattr(debian_kernels, "find", lambda name: found)
+    monkeypatch.setattr(debian_kernels, "find", lambda name, arch="": found)
     lines: list[str] = []
     monkeypatch.setattr(log, "to_stderr", lambda line: lines.append(str(line)))
     return lines
@@ -164,6 +165,81 @@ def test_what_it_refuses(root: Path, tmp_path: Path, options: dict[str, str], wh
     with pytest.raises(ConfigError) as caught:
         specify(given)
     assert why in str(caught.value) and "\n" not in str(caught.value)
+
+
+def elf(machine: int, order: int = 1) -> bytes:
+    """The beginning of a program: little-endian for an `order` of 1, big-endian for 2."""
+    number = machine.to_bytes(2, "little" if order == 1 else "big")
+    return b"\x7fELF" + bytes((2, order, 1)) + bytes(11) + number + bytes(44)
+
+
+def arm64_kernel() -> bytes:
+    """An Image (Linux Documentation/arch/arm64/booting.rst)."""
+    head = struct.pack("<2I3Q24x4sI", 0x1400_0010, 0, 0, 1 << 20, 0xA, b"ARM\x64", 0)
+    return head + f"Linux version {RELEASE} (me)".encode()
+
+
+@pytest.mark.parametrize(
+    ("arch", "machine", "why"),
+    [
+        (
+            "",
+            "aarch64",
+            "are for arm64, by its /bin/sh, and the guest is not; use --arch arm64, or",
+        ),
+        ("arm64", "x86_64", "are for 64-bit x86, by its /bin/sh, and the guest is not; use --arch"),
+        ("arm64", 243, "are for RISC-V, by its /bin/sh, and the guest is not; name a directory"),
+        ("", 0x8FFF, "are for machine 36863, by its /bin/sh"),
+        ("", "x86_64", ""),
+        ("", 3, ""),
+        ("arm64", "aarch64", ""),
+        ("arm64", 40, ""),
+    ],
+)
+def test_programs_of_another_architecture(
+    root: Path, tmp_path: Path, arch: str, machine: str | int, why: str
+) -> None:
+    """Told by the header of the shell, through its links; "x86_64" is this machine's where tests
+    run."""
+    if os.uname().machine != "x86_64":
+        pytest.skip("written for a machine that is x86-64")
+    number = {"x86_64": 62, "aarch64": 183}.get(str(machine), machine)
+    assert isinstance(number, int)
+    (root / "usr/bin/dash").write_bytes(elf(number))
+    options = {"root": str(root), **({"arch": arch} if arch else {})}
+    if not why:
+        if arch:
+            (tmp_path / "vmlinuz").write_bytes(arm64_kernel())
+        spec, _ = specify(options)
+        assert (spec.arch, spec.transport) == (arch, "pci")
+        assert [one.path for one in spec.devices if isinstance(one, Spec) and one.is_root] == [
+            str(root)
+        ]
+        return
+    with pytest.raises(ConfigError) as caught:
+        specify(options)
+    said = str(caught.value)
+    assert said.startswith(f"--root: the programs in {root} {why}") and "\n" not in said
+
+
+@pytest.mark.parametrize("head", [b"", b"#!/bin/rc", b"\x7fELF", elf(22, order=2)[:19]])
+def test_a_shell_that_does_not_tell_is_no_hindrance(root: Path, head: bytes) -> None:
+    """The next of the programs that most have may."""
+    (root / "usr/bin/dash").write_bytes(head)
+    specify({"root": str(root)})
+    (root / "usr/bin/env").write_bytes(elf(22, order=2))
+    (root / "usr/bin/env").chmod(0o755)
+    with pytest.raises(ConfigError, match="are for s390, by its /usr/bin/env"):
+        specify({"root": str(root)})
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="nothing else has another one's guests")
+def test_this_machines_own_files_are_not_for_another() -> None:
+    line = (
+        r"--root: the programs in / are for 64-bit x86, by its /bin/sh, .*; use --arch x86_64, or"
+    )
+    with pytest.raises(ConfigError, match=line):
+        specify({"root": "/", "arch": "arm64"})
 
 
 def test_somebody_elses_directory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ def world(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """A cache of its own, no image that is built, and what the user is told."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(
-        fresh_initramfs, "_recipe", lambda: (b"BASE", {"virtio-2": ("virtio_blk",)})
+        fresh_initramfs, "_recipe", lambda arch: (b"BASE", {"virtio-2": ("virtio_blk",)})
     )
     image = bootable.MachineImage("debian", "/image/vmlinux", "/image/initrd", "/image/disk")
     monkeypatch.setattr(bootable, "resolve", lambda name, make: image)
