@@ -157,12 +157,13 @@ def docker_archive(
     tags: Iterable[str] = ("example:latest",),
     change: Callable[[dict[str, Any]], None] = lambda row: None,
     extra: Iterable[tuple[tarfile.TarInfo, bytes]] = (),
+    architecture: str = "amd64",
 ) -> str:
     """An archive as `docker save` writes it."""
     layers = list(layers)
     configuration = json.dumps(
         {
-            "architecture": "amd64",
+            "architecture": architecture,
             "os": "linux",
             "config": dict(config or {}),
             "rootfs": {"type": "layers", "diff_ids": [digest(one) for one in layers]},

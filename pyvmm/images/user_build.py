@@ -65,7 +65,7 @@ def build(order: Order, progress: Progress) -> UserImage:
         needed = [f"kernel-{order.kernel}", f"initramfs-{order.kernel}"]
         needed += catalogue.needs_of_rootfs(order.arch or "amd64")
         if kind in _CONTAINERS:
-            needed += ["programs-ext4", "programs-busybox"]
+            needed += ["programs-ext4", _busybox(order.arch)]
         work = builder.Builder(catalogue, progress)
         for name in builder.missing(catalogue, needed):
             work.build(name)
@@ -101,12 +101,6 @@ def _source(kind: str, rest: str, order: Order) -> _Maker:
     if kind not in _CONTAINERS:
         raise ConfigError(
             f"cannot build from {order.source!r:.120}", cure=f"use {SOURCES}", option="--from"
-        )
-    if order.arch:
-        raise ConfigError(
-            "is for Debian: an image has containers for this machine only",
-            cure="leave it out",
-            option="--arch",
         )
     for given, option in (
         (order.packages, "--include"),
@@ -278,13 +272,14 @@ def _container(
     into: str,
     progress: Progress,
 ) -> _Made:
-    from pyvmm.images.container import disk, guest, load, process
+    from pyvmm.images.container import disk, guest, load, manifest, process
 
     with cache.workspace() as room:
-        tree, image = load.load(kind, path, name, room, _room(order), progress)
+        architecture = order.arch or manifest.NATIVE
+        tree, image = load.load(kind, path, name, room, _room(order), progress, architecture)
         with load.named(path):
             runs = process.read(image.config, tree)
-            guest.prepare(tree, runs, _programs(work, catalogue), name=order.name)
+            guest.prepare(tree, runs, _programs(work, catalogue, order.arch), name=order.name)
             size = order.size or disk.size_for(tree)
             total = sum(node.size for _, node in tree.walk())
             with progress.bar(f"{order.name}: making the ext4 file system", total) as advance:
@@ -307,14 +302,19 @@ def _room(order: Order) -> int:
     return min(status.f_bavail * status.f_frsize // 3, 64 << 30)
 
 
-def _programs(work: builder.Builder, catalogue: builder.Catalogue) -> dict[str, bytes]:
+def _busybox(arch: str) -> str:
+    """The image with the first program of a container's guest."""
+    return f"programs-busybox-{arch}" if arch else "programs-busybox"
+
+
+def _programs(work: builder.Builder, catalogue: builder.Catalogue, arch: str) -> dict[str, bytes]:
     """The guest's first programs, by name."""
     from pyvmm.images.container import guest
 
-    busybox = os.path.join(catalogue.path("programs-busybox"), "root", "bin", "busybox")
+    busybox = os.path.join(catalogue.path(_busybox(arch)), "root", "bin", "busybox")
     scripts = {name: catalogue.recipes.file("rootfs", f"pyvmm-{name}") for name in guest.SCRIPTS}
     found = {}
-    for name, path in {"busybox": busybox, "agent": work.agent(), **scripts}.items():
+    for name, path in {"busybox": busybox, "agent": work.agent(arch or "amd64"), **scripts}.items():
         with open(path, "rb") as file:
             found[name] = file.read()
     return found

@@ -50,15 +50,22 @@ def split_source(kind: str, rest: str) -> tuple[str, str | None]:
 
 
 def load(
-    kind: str, path: str, name: str | None, room: str, most: int, progress: Progress
+    kind: str,
+    path: str,
+    name: str | None,
+    room: str,
+    most: int,
+    progress: Progress,
+    architecture: str = manifest.NATIVE,
 ) -> tuple[Tree, Image]:
-    """The image called `name` (None: the only one) of the archive or directory at `path`, in at
-    most `most` bytes; its files' contents are in the folder `room`. Raises Refused, OSError."""
+    """The image called `name` (None: the only one) for `architecture` of the archive or directory
+    at `path`, in at most `most` bytes; its files' contents are in the folder `room`. Raises
+    Refused, OSError."""
     with named(path):
         store = _open(kind, path, room, most, progress)
     choose = manifest.from_docker if kind == "docker-archive" else manifest.from_layout
     with named(store.where):
-        image = choose(store, name)
+        image = choose(store, name, architecture)
     tree = Tree(Spool(os.path.join(room, "contents"), most))
     budget = Budget(2 * most)  # an upper layer may replace all that the lower ones have
     for number, layer in enumerate(image.layers, start=1):

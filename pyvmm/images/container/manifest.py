@@ -6,16 +6,17 @@ Configuration"); the media types of Docker's registry are the same thing under o
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pyvmm.images.bootable import FOREIGN
 from pyvmm.images.container.layers import check_digest, check_size, verifier
 from pyvmm.images.container.refusal import Refused, shown
 from pyvmm.images.container.store import DirStore, Store
 
-ARCHITECTURE = "amd64"
+NATIVE = "amd64"
+_KNOWN = (NATIVE, *FOREIGN)
 _OS = "linux"
 _MOST_LAYERS = 500
 _MOST_MANIFESTS = 1000
@@ -52,8 +53,8 @@ class Image:
     digest: str
 
 
-def from_layout(store: Store, wanted: str | None) -> Image:
-    """The image for this architecture in an OCI image layout; `wanted` is its name there.
+def from_layout(store: Store, wanted: str | None, architecture: str = NATIVE) -> Image:
+    """The image for that `architecture` in an OCI image layout; `wanted` is its name there.
 
     Raises Refused.
     """
@@ -63,16 +64,24 @@ def from_layout(store: Store, wanted: str | None) -> Image:
         raise Refused(f"{store.where} has a layout of another version than 1")
     index = _table(store.json("index.json"), "index.json")
     rows = _manifests(store, index, wanted is None, wanted, "", _DEEPEST_INDEX)
-    found = [*itertools.islice(rows, _MOST_MANIFESTS + 1)]
-    if len(found) > _MOST_MANIFESTS:
-        raise _too_many(store)
+    found, others = [], set[str]()
+    for row in rows:
+        its = _architecture(row[1])
+        if its in (None, architecture):
+            found.append(row)
+        others |= {one for one in _KNOWN if one == its}
+        if len(found) > _MOST_MANIFESTS:
+            raise _too_many(store)
     found = _plainest(found)
     if len(found) > 1:
         raise _several(store, wanted, len(found), {name for name, _ in found if name})
     if not found:
         what = f"no image called {shown(wanted)}" if wanted else "no image"
-        raise Refused(f"{store.where} has {what} for {_OS}/{ARCHITECTURE}")
-    return _image(store, found[0][1])
+        raise Refused(
+            f"{store.where} has {what} for {_OS}/{architecture}",
+            cure=_cure(architecture, others) if others else "",
+        )
+    return _image(store, found[0][1], architecture)
 
 
 def _check_is_layout(store: Store) -> None:
@@ -130,7 +139,7 @@ def _manifests(
                 store.json(_blob(digest), verifier(digest, _size(descriptor))), "an index"
             )
             yield from _manifests(store, inner, meant, wanted, name, deep - 1)
-        elif kind in _MANIFESTS and meant and _is_for_us(descriptor):
+        elif kind in _MANIFESTS and meant and _is_for_linux(descriptor):
             yield name, descriptor
 
 
@@ -138,23 +147,38 @@ def _too_many(store: Store) -> Refused:
     return Refused(f"{store.where} has more than {_MOST_MANIFESTS} manifests")
 
 
-def _is_for_us(descriptor: dict[str, Any]) -> bool:
+def _is_for_linux(descriptor: dict[str, Any]) -> bool:
     """A descriptor without a platform may be; the configuration then says. Signatures and the like
     say that they are not images."""
     platform = descriptor.get("platform")
     if platform is None:
         return not descriptor.get("artifactType")
-    table = _table(platform, "platform")
-    return (table.get("os"), table.get("architecture")) == (_OS, ARCHITECTURE)
+    return _table(platform, "platform").get("os") == _OS
 
 
-def _image(store: Store, descriptor: dict[str, Any]) -> Image:
+def _architecture(descriptor: dict[str, Any]) -> object:
+    """The one that a manifest's descriptor tells; None where the configuration says."""
+    platform = descriptor.get("platform")
+    return None if platform is None else platform.get("architecture", "")
+
+
+def _cure(wanted: str, there: Collection[object]) -> str:
+    """What to do about an archive for the architectures `there`, and not for the `wanted` one."""
+    cure = f"save one for {_OS}/{wanted}"
+    other = next((one for one in _KNOWN if one in there and one != wanted), None)
+    if other is None:
+        return cure
+    return f"{'leave out --arch' if other == NATIVE else f'use --arch {other}'}, or {cure}"
+
+
+def _image(store: Store, descriptor: dict[str, Any], architecture: str) -> Image:
     digest, manifest = _blob_table(store, descriptor, "the manifest")
     row = _table(manifest.get("config"), "the manifest's config")
     _, config = _blob_table(store, row, "the configuration")
     layers = []
     rows = _list(manifest.get("layers"), "layers")
-    for row, diff_id in zip(rows, _diff_ids(store, config, len(rows)), strict=True):
+    diff_ids = _diff_ids(store, config, len(rows), architecture)
+    for row, diff_id in zip(rows, diff_ids, strict=True):
         layer = _table(row, "a layer")
         stored = check_digest(layer.get("digest"))
         if "encrypted" in str(layer.get("mediaType")):
@@ -163,8 +187,9 @@ def _image(store: Store, descriptor: dict[str, Any]) -> Image:
     return Image(tuple(layers), _config(config), digest)
 
 
-def from_docker(store: Store, wanted: str | None) -> Image:
-    """The image called `wanted` in what `docker save` writes, or the only one. Raises Refused."""
+def from_docker(store: Store, wanted: str | None, architecture: str = NATIVE) -> Image:
+    """The image called `wanted` in what `docker save` writes, or the only one, which has to be for
+    that `architecture`. Raises Refused."""
     if not store.has("manifest.json"):
         layout = store.has("oci-layout")
         cure = "as it is an OCI layout, use oci-archive:" if layout else _SAVE
@@ -183,7 +208,7 @@ def from_docker(store: Store, wanted: str | None) -> Image:
     name = _text(row.get("Config"), "Config")
     config = _table(store.json(name), "the configuration")
     files = [_text(file, "a layer's name") for file in _list(row.get("Layers"), "Layers")]
-    diff_ids = _diff_ids(store, config, len(files))
+    diff_ids = _diff_ids(store, config, len(files), architecture)
     layers = [
         Layer(file, None, diff_id, None) for file, diff_id in zip(files, diff_ids, strict=True)
     ]
@@ -212,14 +237,16 @@ def _several(store: Store, wanted: str | None, count: int, names: set[str]) -> R
     return Refused(f"{store.where} has {count or 'no'} image{'s' * (count > 1)}{called}", cure=cure)
 
 
-def _diff_ids(store: Store, config: dict[str, Any], count: int) -> list[str]:
-    """Of the layers. Raises Refused if the configuration is not for this machine, or has others."""
+def _diff_ids(store: Store, config: dict[str, Any], count: int, architecture: str) -> list[str]:
+    """Of the layers. Raises Refused if the configuration is not for the `architecture`, or has
+    others."""
     platform = (config.get("os"), config.get("architecture"))
-    if platform != (_OS, ARCHITECTURE):
+    if platform != (_OS, architecture):
         shown_platform = "/".join(str(part) for part in platform)
+        others = [platform[1]] if platform[0] == _OS else []
         raise Refused(
             f"{store.where} has an image for {shown(shown_platform)}",
-            cure=f"save one for {_OS}/{ARCHITECTURE}",
+            cure=_cure(architecture, others),
         )
     rootfs = _table(config.get("rootfs"), "rootfs")
     diff_ids = [check_digest(one) for one in _list(rootfs.get("diff_ids"), "diff_ids")]

@@ -480,10 +480,46 @@ def test_what_is_saved_otherwise_is_told_with_how_to_read_it(tmp_path: Path) -> 
         split_source("docker-archive", "")
 
 
+def platform(architecture: str) -> dict[str, str]:
+    return {"os": "linux", "architecture": architecture}
+
+
+def test_an_architecture_that_is_not_there_is_told_with_its_option(tmp_path: Path) -> None:
+    """In an index of several, or by an image's configuration alone."""
+    other = {"amd64": "arm64", "arm64": "amd64"}
+    cure = {"amd64": "use --arch arm64", "arm64": "leave out --arch"}
+    for number, (wanted, told) in enumerate((a, b) for a in other for b in (True, False)):
+        layout = Layout()
+        for one in (other[wanted], "riscv64") if told else (other[wanted],):
+            layout.add(
+                [layer(member(one))],
+                architecture=one,
+                platform=platform(one) if told else None,
+            )
+        path = layout.archive(tmp_path / f"{number}.tar")
+        docker = tmp_path / f"docker-{number}.tar"
+        docker_archive(docker, [layer(member("a"))], architecture=other[wanted])
+        for kind, place in (("oci-archive", path), ("docker-archive", str(docker))):
+            with pytest.raises(Refused) as caught:
+                load(kind, place, None, str(tmp_path), MOST, Progress(quiet=True), wanted)
+            said = str(caught.value)
+            assert "\n" not in said
+            assert said.endswith(f"; {cure[wanted]}, or save one for linux/{wanted}"), said
+        layout.add([layer(member("mine"))], architecture=wanted, platform=platform(wanted))
+        if told:
+            path = layout.archive(tmp_path / f"{number}.tar")
+            tree, _ = load(
+                "oci-archive", path, None, str(tmp_path), MOST, Progress(quiet=True), wanted
+            )
+            assert [*files(tree)] == ["mine"]
+
+
 def test_an_image_for_another_architecture_is_told(open_image) -> None:
     layout = Layout()
-    layout.add([layer(member("a"))], architecture="arm64")
-    with pytest.raises(Refused, match=r"has an image for 'linux/arm64'; save one for linux/amd64"):
+    layout.add([layer(member("a"))], architecture="riscv64")
+    with pytest.raises(
+        Refused, match=r"has an image for 'linux/riscv64'; save one for linux/amd64"
+    ):
         open_image(layout)
 
 

@@ -449,10 +449,48 @@ def test_a_debian_for_another_architecture_has_its_kernel_and_its_agent(
     assert needed <= set(NoMirror.built) and "agent" not in NoMirror.built
 
 
+def test_a_container_for_another_architecture_has_that_one_s_programs(
+    monkeypatch, capsys, tmp_path: Path, home: Path
+) -> None:
+    """Of an archive with one for each, that one's; nothing else of this machine's is in it."""
+    layout = Layout()
+    for architecture in ("amd64", "arm64"):
+        platform = {"os": "linux", "architecture": architecture}
+        mine = layer(member("mine", data=architecture.encode()))
+        layout.add([mine], architecture=architecture, platform=platform)
+    archive = f"oci-archive:{layout.archive(tmp_path / 'both.tar')}"
+    programs = tmp_path / "programs-busybox-arm64/root/bin"
+    programs.mkdir(parents=True)
+    (programs / "busybox").write_bytes(b"a busybox for arm64")
+    (tmp_path / "agent-arm64").write_bytes(b"an agent for arm64")
+    found = {}
+
+    class Mirror(NoMirror):
+        def agent(self, architecture: str) -> str:
+            return str(tmp_path / f"agent-{architecture}")
+
+    def make(tree, target, size, tools_image, advance) -> None:
+        names = ("mine", ".pyvmm/busybox", ".pyvmm/agent")
+        found.update({name: tree.read(name, 100) for name in names})
+        Path(target).write_bytes(bytes(4096))
+
+    monkeypatch.setattr(builder, "Builder", Mirror)
+    monkeypatch.setattr(builder.Catalogue, "path", lambda self, name: str(tmp_path / name))
+    monkeypatch.setattr(disk, "make", make)
+    code, _, err = run(capsys, "image", "build", "--arch", "arm64", "--from", archive, "both")
+    assert code == 0, err
+    assert found == {
+        "mine": b"arm64",
+        ".pyvmm/busybox": b"a busybox for arm64",
+        ".pyvmm/agent": b"an agent for arm64",
+    }
+    assert bootable.architecture_of("both") == "arm64"
+    assert {"kernel-arm64", "initramfs-arm64", "programs-ext4"} <= set(Mirror.built)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--from", "oci-archive:x.tar", "x"), "--arch: is for Debian"),
         (
             ("--from", "debian:sid", "--kernel", "7", "x"),
             "no kernel '7' for arm64; choose from 6.1, 6.12",
