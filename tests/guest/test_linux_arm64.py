@@ -1,8 +1,9 @@
 """Guests for arm64 on any machine, in an emulated arm64 KVM host, with Debian's kernels.
 
 Each start of a host costs half a minute, so that each shows many things: a guest on virtio-mmio
-with Linux 6.1 starts twice, by a reset in between; one on PCI with 6.12 is saved and goes on; one
-on PCI has a GICv2; and in one host is all that needs no Linux guest.
+with Linux 6.1 starts twice, by a reset in between, with a shared directory; one on PCI with 6.12 is
+saved and goes on; one on PCI has a GICv2; one has a directory as its root, and one is a container
+image; and in one host is all that needs no Linux guest.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from threading import Timer
 
 import pytest
 from c_claims import assembled, needs_arm64_headers
+from container_archives import Layout, directory, layer, member, symlink
 from guest import tail
 
 from pyvmm import VM, Disk, images
@@ -27,6 +29,7 @@ from pyvmm.errors import PyvmmError
 
 PATIENCE = 900  # seconds; it takes 60 on an idle machine
 TAKES = 120.0  # seconds for a driver
+NAMES = 600
 
 INIT = """\
 #!/bin/busybox sh
@@ -34,6 +37,7 @@ busybox mount -t proc proc /proc
 busybox mount -t sysfs sysfs /sys
 if [ -e /token ]; then
     echo "again=$(busybox cat /token)"
+    echo "share_again=$(busybox cat /mnt/shared/file)"
     echo "clock=$(busybox date +%Y)"
     busybox insmod /gpio_keys.ko && busybox insmod /evdev.ko
     until [ -e /dev/input/event0 ]; do busybox sleep 0.1; done
@@ -50,6 +54,13 @@ echo "root=$(busybox awk '$2 == "/" && $1 != "rootfs" { print $1 }' /proc/mounts
 echo "bus=$(busybox readlink /sys/block/vda/device/driver)"
 echo "memory=$(busybox awk '$1 == "MemTotal:" { print ($2 > 800000) }' /proc/meminfo)"
 echo "gic=$(busybox grep -c GICv3 /proc/interrupts)"
+cd /mnt/shared
+echo "share=$(busybox awk '$2 == "/mnt/shared" { print $1, $3 }' /proc/mounts)"
+echo "read=$(busybox cat file) $(busybox cat "$(busybox printf '\377\376')")"
+echo "names=$(busybox ls many | busybox wc -l)"
+echo "from the guest" > "$(busybox printf '\376')"
+busybox mkdir -p deep/er && busybox mv "$(busybox printf '\376')" deep/er/
+cd /
 busybox dd if=/dev/urandom of=/data bs=64k count=64 2> /dev/null
 busybox sync
 echo 3 > /proc/sys/vm/drop_caches
@@ -78,12 +89,15 @@ APPLETS = (
         "echo",
         "grep",
         "head",
+        "id",
         "ls",
+        "mkdir",
         "mount",
         "nproc",
         "readlink",
     ),
-    *("sh", "sha256sum", "sleep", "sync", "tail", "taskset", "true", "uname"),
+    *("sh", "sha256sum", "sleep", "sync", "tail", "taskset", "true", "umount"),
+    *("uname", "wc"),
 )
 # What the machine is, a line each.
 LOOK = """
@@ -126,21 +140,27 @@ def host(kernel: str) -> HostImage:
         pytest.skip(f"arm64 cannot be emulated here: {error}")
 
 
-def root_disk(folder: Path, busybox: str, init: str = INIT) -> Path:
-    """An ext4 file system with a busybox for arm64, and `init` as its first program."""
-    tree, disk = folder / "tree", folder / "disk.img"
-    for name in ("bin", "dev", "proc", "run", "sbin", "sys"):
+def files(folder: Path, busybox: str) -> Path:
+    """A directory with a busybox for arm64."""
+    tree = folder / "tree"
+    for name in ("bin", "dev", "mnt", "proc", "run", "sbin", "sys"):
         (tree / name).mkdir(parents=True)
     (tree / "bin/busybox").write_bytes(Path(busybox).read_bytes())
+    (tree / "bin/busybox").chmod(0o755)
+    for name in APPLETS:
+        (tree / "bin" / name).symlink_to("busybox")
+    return tree
+
+
+def root_disk(folder: Path, busybox: str, init: str = INIT) -> Path:
+    """An ext4 file system with those, and `init` as its first program."""
+    tree, disk = files(folder, busybox), folder / "disk.img"
     [modules] = Path(images.path("kernel-arm64"), "lib/modules").iterdir()
     for name in ("keyboard/gpio_keys.ko", "evdev.ko"):
         module = modules / "kernel/drivers/input" / name
         (tree / module.name).write_bytes(module.read_bytes())
-    for name in APPLETS:
-        (tree / "bin" / name).symlink_to("busybox")
     (tree / "sbin/init").write_text(init)
-    for name in ("bin/busybox", "sbin/init"):
-        (tree / name).chmod(0o755)
+    (tree / "sbin/init").chmod(0o755)
     command = ["mke2fs", "-q", "-t", "ext4", "-d", str(tree), str(disk), "64M"]
     environment = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
     subprocess.run(command, check=True, env=environment)
@@ -150,8 +170,15 @@ def root_disk(folder: Path, busybox: str, init: str = INIT) -> Path:
 @pytest.mark.timeout(PATIENCE + 100)
 def test_a_guest_starts_twice_from_its_disk(tmp_path: Path) -> None:
     disk = root_disk(tmp_path, host("arm64").busybox)
+    shared = tmp_path / "a,b"
+    (shared / "many").mkdir(parents=True)
+    for number in range(NAMES):  # more than one answer of a 9p server holds
+        (shared / "many" / f"{number:0100}").touch()
+    (shared / "file").write_text("hello")
+    Path(os.fsdecode(os.fsencode(shared) + b"/\xff\xfe")).write_text("bytes")
     command = [sys.executable, "-m", "pyvmm", "run", "--arch", "arm64", "--disk", str(disk)]
     command += ["--cpus", "2", "--memory", "1G", "--cmdline", "quiet"]
+    command += ["--share", f"{str(shared).replace(',', ',,')}:/mnt/shared"]
     errors = tmp_path / "errors"
     with errors.open("wb") as stderr:
         process = subprocess.Popen(
@@ -186,6 +213,14 @@ def test_a_guest_starts_twice_from_its_disk(tmp_path: Path) -> None:
     assert values["again"] == values["token"], shown
     assert int(values["clock"]) >= 2026
     assert values["event"].split() == ["1", "116", "1", "0"], "EV_KEY, KEY_POWER, pressed"
+    assert values["share"] == "share0 virtiofs", shown
+    assert values["read"] == "hello bytes"
+    assert values["names"] == str(NAMES)
+    assert values["share_again"] == "hello", "after a reset"
+    [made] = os.listdir(os.fsencode(shared / "deep/er"))
+    assert made == b"\xfe"
+    assert (shared / "deep/er" / os.fsdecode(made)).read_text() == "from the guest\n"
+    assert not processes_with(str(tmp_path)), "all went with the VM"
     assert "asked the guest to power off, by its power button" in said
     assert "no guests for arm64; running in an emulated KVM host" in said
 
@@ -271,12 +306,120 @@ def test_a_guest_on_a_machine_with_a_gicv2(tmp_path: Path, monkeypatch: pytest.M
         assert found["complaints"] == "0"
 
 
+def processes_with(text: str) -> list[str]:
+    """The command lines of this machine's processes that have `text` in them."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if text in line:
+            found.append(line)
+    return found
+
+
+ROOT_LOOK = """
+echo "machine=$(uname -m)"
+echo "root=$(awk '$2 == "/" { print $3 }' /proc/mounts | tail -n 1)"
+echo "who=$(id -u)"
+echo "where=$(pwd)"
+echo lost > /lost
+echo kept > /work/kept
+mkdir -p "/lib/modules/$(uname -r)" && echo "modules=$(ls "/lib/modules/$(uname -r)" | wc -l)"
+exit 7
+"""
+
+
+@pytest.mark.timeout(PATIENCE + 100)
+def test_a_directory_is_the_root(tmp_path: Path) -> None:
+    """With programs for arm64 in it; what is written there stays only where that was said."""
+    tree = files(tmp_path, host("arm64-6.12").busybox)
+    (tree / "work").mkdir()
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pyvmm", "run", "--arch", "arm64", "--root", str(tree)),
+            *("--kernel", "debian:6.12", "--rw", "/work", "--", "sh", "-c", ROOT_LOOK),
+        ],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        cwd=tree / "work",
+        env={**os.environ, "XDG_STATE_HOME": str(tmp_path / "state")},
+        timeout=PATIENCE,
+    )
+    shown = done.stdout.decode(errors="replace") + done.stderr.decode(errors="replace")
+    assert done.returncode == 7, shown
+    found = told_by(done.stdout.decode())
+    modules = found.pop("modules")
+    assert found == {
+        "machine": "aarch64",
+        "root": "overlay",
+        "who": str(os.geteuid()),
+        "where": "/work",
+    }, shown
+    assert int(modules) > 1, "the kernel's modules are there for modprobe"
+    assert (tree / "work/kept").read_text() == "kept\n" and not (tree / "lost").exists()
+
+
+@pytest.mark.timeout(PATIENCE + 100)
+def test_a_container_image(tmp_path: Path) -> None:
+    """Of an index for two architectures the one for arm64; its init is a busybox for that."""
+    busybox = Path(host("arm64").busybox).read_bytes()
+    layout = Layout()
+    for architecture, data in (("amd64", b"of no use"), ("arm64", busybox)):
+        layout.add(
+            [
+                layer(
+                    directory("bin"),
+                    member("bin/busybox", data=data, mode=0o755),
+                    *(symlink(f"bin/{name}", "busybox") for name in APPLETS),
+                    directory("srv", uid=1234, gid=1234),
+                )
+            ],
+            config={"User": "1234", "WorkingDir": "/srv", "Env": ["GREETING=hello"]},
+            architecture=architecture,
+            platform={"os": "linux", "architecture": architecture},
+        )
+    name = f"test-container-{os.getpid()}"
+    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path / "state")}
+
+    def pyvmm(*arguments: str) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.run(
+            [sys.executable, "-m", "pyvmm", *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            env=environment,
+            timeout=PATIENCE,
+        )
+
+    archive = f"oci-archive:{layout.archive(tmp_path / 'image.tar')}"
+    try:
+        made = pyvmm("image", "build", "--arch", "arm64", "--from", archive, name)
+        assert made.returncode == 0, made.stderr.decode()
+        rows = {row["name"]: row for row in json.loads(pyvmm("image", "list", "--json").stdout)}
+        assert rows[name]["kernel"] == "6.1 arm64"
+        script = 'echo "machine=$(uname -m)"; echo "who=$(id -u)"; echo "where=$(pwd) $GREETING"'
+        done = pyvmm("run", "--rm", "--memory", "512M", name, "--", "sh", "-c", f"{script}; exit 7")
+    finally:
+        pyvmm("image", "rm", "--force", name)
+    shown = done.stdout.decode(errors="replace") + done.stderr.decode(errors="replace")
+    assert done.returncode == 7, shown
+    assert told_by(done.stdout.decode()) == {
+        **{"machine": "aarch64", "who": "1234", "where": "/srv hello"}
+    }, shown
+
+
+def told_by(text: str) -> dict[str, str]:
+    """The lines NAME=VALUE in it."""
+    return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+
+
 def told(vm: VM, script: str) -> dict[str, str]:
     """The lines NAME=VALUE that `script` prints in the guest."""
     done = vm.run(["sh", "-c", script])
     text = done.stdout.decode(errors="replace")
     assert done.returncode == 0, text + done.stderr.decode(errors="replace")
-    return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+    return told_by(text)
 
 
 # --- without Linux --------------------------------------------------------------------------------
