@@ -98,8 +98,9 @@ static int wish_split(uint64_t n) {
 }
 
 static int is_right_split(uint64_t n) {
-    uint64_t element = *AT(uint64_t, DEVICE, 4 + 8 * ((n - 1) % size));
-    return element == ((uint64_t)REPLY_SIZE << 32 | 2 * n % size);
+    unsigned place = 4 + 8 * ((n - 1) % size);
+    return *AT(uint32_t, DEVICE, place) == 2 * n % size &&
+           *AT(uint32_t, DEVICE, place + 4) == REPLY_SIZE;
 }
 
 /* Of a packed ring, the first slot of the round's two, and its round's wrap counter. */

@@ -1,7 +1,7 @@
 """Runs in an emulated arm64 KVM host, with that one's Python: what of pyvmm depends on the
 processor and needs no Linux guest. Prints what it found, a line of JSON.
 
-    python3 arm64_inside.py RESETS POWERS_OFF     (kernels: see test_linux_arm64.py)
+    python3 arm64_inside.py RESETS POWERS_OFF LITMUS     (see test_linux_arm64.py)
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import sys
 
 PATIENCE = 600
 TIMES = 4
+DEVICE = os.path.join(os.path.dirname(os.path.dirname(__file__)), "litmus_device.py")
+ROUNDS = "4000"
 
 # A call that the filter turns down, and one that makes a process: of the two ways of telling.
 REFUSED = """
@@ -57,13 +59,14 @@ def guest(kernel: str) -> list[object]:
 
 
 def main() -> int:
-    resets, powers_off = sys.argv[1:]
+    resets, powers_off, litmus = sys.argv[1:]
     found = {
         "machine": os.uname().machine,
         "refused": ran("-c", REFUSED),
         "doctor": ran("-m", "pyvmm", "doctor"),
         "resets": guest(resets),
         "powers off": [guest(powers_off) for _ in range(TIMES)],
+        "rings": [ran(DEVICE, litmus, layout, ROUNDS) for layout in ("split", "packed")],
     }
     print(json.dumps(found))
     return 0

@@ -18,7 +18,7 @@ from pathlib import Path
 from threading import Timer
 
 import pytest
-from c_claims import assembled, needs_arm64_headers
+from c_claims import ARM64, assembled, needs_arm64_headers
 from container_archives import Layout, directory, layer, member, symlink
 from guest import tail
 
@@ -553,7 +553,7 @@ TOLD = [
 @pytest.mark.timeout(PATIENCE + 100)
 def test_what_needs_no_linux_guest(tmp_path: Path) -> None:
     """Refused calls are told; the doctor finds KVM; processors that switch each other on, and end
-    the machine at once."""
+    the machine at once; the litmus test of the rings in arm64's code (docs/decisions/0648)."""
     host("arm64")
     kernels = []
     for name, ending in (("resets", SYSTEM_RESET), ("off", SYSTEM_OFF)):
@@ -562,7 +562,10 @@ def test_what_needs_no_linux_guest(tmp_path: Path) -> None:
         kernels.append(str(kernel))
     program = str(Path(__file__).with_name("arm64_inside.py"))
     command = [sys.executable, "-m", "pyvmm.emulated_host", "--arch", "aarch64"]
-    command += ["--", "/usr/bin/python3", "-P", program, *kernels]
+    litmus = tmp_path / "litmus"
+    source = Path(__file__).parents[1] / "litmus_driver.c"
+    subprocess.run([ARM64, "-O2", "-static", "-o", litmus, source], check=True)
+    command += ["--", "/usr/bin/python3", "-P", program, *kernels, str(litmus)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
@@ -576,3 +579,8 @@ def test_what_needs_no_linux_guest(tmp_path: Path) -> None:
     assert (code, said) == (10, "rrr"), errors
     assert errors.count("starts again") == 2
     assert found["powers off"] == [[0, "r", ""]] * 4
+    for code, said, errors in found["rings"]:
+        assert code == 0, errors
+        seen = json.loads(said)
+        assert [seen[name] for name in seen if name.startswith(("lost", "stale"))] == [0] * 4, seen
+        assert min(*seen["kicks"], *seen["interrupts"]) > 0, f"they never met: {seen}"
