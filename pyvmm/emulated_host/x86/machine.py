@@ -39,7 +39,11 @@ _KERNEL_PARAMETERS = " ".join(
 # After CMPXCHG16B this QEMU (7.2) takes part of a pointer for the flags, now and then. In a nested
 # guest #VMEXIT and VMRUN carry that into RFLAGS for good, up to its VM bit: a double fault. Linux
 # 6.12 allocates memory with that instruction and mostly dies of it; without it, it uses a lock.
-CPU = "max,+svm,+npt,-la57,-xsave,-avx,-avx2,-pku,-cx16"
+#
+# Where string instructions are said to be fast, Linux copies and clears by `rep movsb` and `rep
+# stosb`, which TCG does byte by byte: some 5 times as long as its loops of eight bytes.
+_SLOW_STRINGS = "-erms,-fsrm,-fzrm,-fsrs,-fsrc"
+CPU = f"max,+svm,+npt,-la57,-xsave,-avx,-avx2,-pku,-cx16,{_SLOW_STRINGS}"
 
 
 def kernel_parameters(tsc_khz: int | None) -> str:
