@@ -56,10 +56,10 @@ echo "memory=$(busybox awk '$1 == "MemTotal:" { print ($2 > 800000) }' /proc/mem
 echo "gic=$(busybox grep -c GICv3 /proc/interrupts)"
 cd /mnt/shared
 echo "share=$(busybox awk '$2 == "/mnt/shared" { print $1, $3 }' /proc/mounts)"
-echo "read=$(busybox cat file) $(busybox cat "$(busybox printf '\377\376')")"
+echo "read=$(busybox cat file) $(busybox cat "$(busybox printf '\\377\\376')")"
 echo "names=$(busybox ls many | busybox wc -l)"
-echo "from the guest" > "$(busybox printf '\376')"
-busybox mkdir -p deep/er && busybox mv "$(busybox printf '\376')" deep/er/
+echo "from the guest" > "$(busybox printf '\\376')"
+busybox mkdir -p deep/er && busybox mv "$(busybox printf '\\376')" deep/er/
 cd /
 busybox dd if=/dev/urandom of=/data bs=64k count=64 2> /dev/null
 busybox sync
