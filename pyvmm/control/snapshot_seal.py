@@ -1,9 +1,10 @@
-"""A seal on specifications that give a guest files of this machine to write to.
+"""A seal on specifications that give a guest a directory of this machine.
 
 Anybody can write a snapshot, and a state is checked for what can be, not for what somebody wanted.
 Disks and persistent memory of a restored VM write to nothing of this machine; a shared directory
-does. So a snapshot with one is used by the user only who has taken it, where he has taken it: its
-specification bears a mark that is made with a key, which no snapshot has.
+does, and a read-only one still shows all that is in it. So only the user who has taken a snapshot
+with one can use it, where it was taken: its specification bears a mark that is made with a key,
+which no snapshot has.
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ if TYPE_CHECKING:
 class Kind(NamedTuple):
     """A row of KINDS: the option that asks for one or more devices, the module, whether they can
     come and go while the guest runs, whether a snapshot can have them, and whether the guest of a
-    restored VM may write to files of this machine by them."""
+    restored VM works in a directory of this machine by them."""
 
     option: str
     module: str
