@@ -26,9 +26,9 @@ IN_DISK = "disk"
 """The kernel that stands in the first disk."""
 
 INTERNAL = {"internal": True}
-# The same of what a snapshot has to say.
-INTERNAL_AND_SAVED = {**INTERNAL, "saved": True}
 """The metadata of a field that is for our own use between two processes; a user cannot say it."""
+INTERNAL_AND_SAVED = {**INTERNAL, "saved": True}
+"""The same for one that a snapshot has to have."""
 
 
 class DiskSpec(Record):
@@ -40,8 +40,7 @@ class DiskSpec(Record):
     "report" or "stop", says what a failure of the host does: the guest gets an I/O error, or the VM
     stops. `queues` are its request queues, each served by a thread of its own; a guest uses one per
     vCPU at most. `packed` offers the guest packed rings, which it then prefers to split ones.
-    `bps`,
-    `iops` and their bursts limit bytes and operations a second (spec.rates).
+    `bps`, `iops` and their bursts limit bytes and operations a second (spec.rates).
 
     `format` is "raw" or "qcow2"; "" goes by the file's name. With `snapshot` what the guest writes
     is thrown away at the end, with `overlay` kept in the file of that name; the image itself may
