@@ -36,9 +36,9 @@ MOST_WORKERS = 8
 _LONGEST_LINE = 1 << 16
 _MOST_FDS = 32
 _PATIENCE = 150.0  # seconds for the monitor's answer, which may wait for a guest that mounts it
-_SENDING = 10.0
+_SENDING = 10.0  # seconds for the answer to reach the client
 _NO_ROOM_SECONDS = 0.2
-_PACE = 0.002
+_PACE = 0.002  # seconds between two of other users, so that they leave the keeper time
 _ABOVE = 512  # descriptors of a keeper are below that
 
 
@@ -149,11 +149,11 @@ class Broker:
         elif door.owner_only and not unix_sockets.is_ours(socket):
             client.close()
         elif len(self._clients) >= MOST_WAITING:
-            self._refuse(client)
+            self._refuse(client, f"there are {MOST_WAITING} clients already")
         else:
             self._clients[socket.fileno()] = client
             self._epoll.register(socket.fileno(), select.EPOLLIN)
-        if not door.owner_only:  # whoever only comes and goes
+        if not door.owner_only:
             time.sleep(_PACE)
 
     def _hear(self, client: _Client) -> None:
@@ -169,29 +169,29 @@ class Broker:
         elif client.fds or len(client.said) > _LONGEST_LINE or not any(a in line for a in _ASKS):
             self._pass_on(client)
         elif len(self._workers) >= MOST_WORKERS:
-            self._refuse(client)
+            self._refuse(client, f"{MOST_WORKERS} devices are being added already")
         else:
             self._begin(client)
 
     def _pass_on(self, client: _Client) -> None:
         try:
             pass_on(client.door.channel, client.socket, client.said, tuple(client.fds))
-        except OSError:  # there are more already than the monitor takes
-            self._refuse(client)
+        except OSError:
+            self._refuse(client, "there are more clients already than the monitor takes")
         client.close()
 
-    def _refuse(self, client: _Client) -> None:
+    def _refuse(self, client: _Client, why: str) -> None:
         from pyvmm.control.protocol import BUSY, error_line
 
         with suppress(OSError):
-            client.socket.send(error_line(None, BUSY, f"there are {MOST_WAITING} clients already"))
+            client.socket.send(error_line(None, BUSY, why))
         client.close()
 
     def _begin(self, client: _Client) -> None:
         try:
             child = os.fork()
-        except OSError:
-            self._refuse(client)
+        except OSError as error:
+            self._refuse(client, f"no process can be made: {error.strerror}")
             return
         if not child:
             _work(client)
