@@ -36,12 +36,7 @@ T = TypeVar("T")
 class Confinement:
     """The confinement of one VM's monitor: made while nothing is open yet, entered when all is."""
 
-    def __init__(
-        self,
-        surroundings: Surroundings = USUAL,
-        *,
-        passes_signals: bool = False,
-    ) -> None:
+    def __init__(self, surroundings: Surroundings = USUAL, *, passes_signals: bool = False) -> None:
         """`passes_signals`: to another process, by its descriptor."""
         self._surroundings = surroundings
         self._mode = surroundings.confine

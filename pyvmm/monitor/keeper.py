@@ -234,8 +234,11 @@ class _Serving:
 
     def run(self) -> None:
         """Serve until the other end is closed."""
-        while self._wait() and (said := self._hear())[0]:
-            message, fds = said
+        while True:
+            self._wait()
+            message, fds = self._hear()
+            if not message:
+                return
             fd, failed = -1, 0
             try:
                 fd = self._do(message[:3], message[3:], fds)
@@ -258,15 +261,14 @@ class _Serving:
             os.closerange(0, os.sysconf("SC_OPEN_MAX"))
             cgroup.leave_last(*self._group)
 
-    def _wait(self) -> bool:
+    def _wait(self) -> None:
         """Wait for the monitor, and hear clients meanwhile."""
         while self._broker is not None and self._epoll is not None:
             ready = [fd for fd, _ in self._epoll.poll()]
             for fd in ready:
                 self._broker.serve(fd)
             if self._socket.fileno() in ready:
-                break
-        return True
+                return
 
     def _hear(self) -> tuple[bytes, list[int]]:
         if self._boxed:
