@@ -82,6 +82,7 @@ def test_the_verdict_says_what_failed_and_whether_it_is_interpreted() -> None:
     bad = verdict(("int3: KVM_EXIT_INTERNAL_ERROR: …", "SSE: no"), 2e6)
     assert not bad.usable
     assert "it fails at int3, SSE (it interprets its guests, 2 million" in bad.reason
+    assert "less than a million instructions" in verdict(("int3: no",), 0.4e6).reason
     slow = verdict((), ENOUGH_INSTRUCTIONS_PER_SECOND / 2)
     assert not slow.usable
     assert "too slow" in slow.reason
