@@ -8,7 +8,6 @@ leave the processor to the guest; so are those who come in by a door that is for
 from __future__ import annotations
 
 import _socket
-import array
 import errno
 import select
 import time
@@ -414,13 +413,6 @@ def _received(client: _Client, size: int) -> bytes:
 
 def _with_descriptors(socket: _socket.socket, size: int) -> tuple[bytes, list[int]]:
     """The next bytes, and the descriptors that come with them. Raises OSError."""
-    item = array.array("i").itemsize
-    room = _socket.CMSG_SPACE((MOST + 2) * item)
+    room = unix_sockets.room_for(MOST + 2)
     data, ancillary, _, _ = socket.recvmsg(size, room, _socket.MSG_CMSG_CLOEXEC)
-    fds: list[int] = []
-    for level, kind, content in ancillary:
-        if (level, kind) == (_socket.SOL_SOCKET, _socket.SCM_RIGHTS):
-            came = array.array("i")
-            came.frombytes(content[: len(content) - len(content) % item])
-            fds += came
-    return data, fds
+    return data, unix_sockets.descriptors_in(ancillary)

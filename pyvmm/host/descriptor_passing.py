@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import array
 import errno
 import socket
 import time
 from collections.abc import Sequence
 
 from pyvmm.errors import HostError
+from pyvmm.host import unix_sockets
 
 
 class TooManyFds(Exception):
@@ -29,7 +29,7 @@ def receive(
     at the most. Raises TooManyFds, HostError: ETIMEDOUT if the bytes are not there at the time
     `until` of time.monotonic, to which the socket's timeout is changed.
     """
-    room = socket.CMSG_SPACE(max_fds * array.array("i").itemsize)
+    room = unix_sockets.room_for(max_fds)
     data = b""
     while len(data) < size:
         try:
@@ -45,11 +45,7 @@ def receive(
             if error.errno in (errno.ECONNRESET, errno.EPIPE):
                 return data
             raise HostError(error.errno or 0, "recvmsg") from None
-        for level, kind, content in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                came = array.array("i")
-                came.frombytes(content[: len(content) - len(content) % came.itemsize])
-                fds += came
+        fds += unix_sockets.descriptors_in(ancillary)
         if flags & socket.MSG_CTRUNC or len(fds) > max_fds:
             raise TooManyFds
         if not part:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import _socket
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ SHUT_WR = _socket.SHUT_WR
 
 _LONGEST_PATH = 107  # struct sockaddr_un of <linux/un.h>: 108 bytes with a NUL
 _UCRED = struct.Struct("iII")  # struct ucred of unix(7)
+_FD = struct.Struct("=i")
 
 
 class Peer(NamedTuple):
@@ -103,6 +104,21 @@ def peer(connection: Socket) -> Peer:
     except OSError as error:
         raise _failed(error, "SO_PEERCRED") from None
     return Peer(*_UCRED.unpack(raw))
+
+
+def room_for(descriptors: int) -> int:
+    """How many bytes of ancillary data so many `descriptors` take, for recvmsg."""
+    return _socket.CMSG_SPACE(descriptors * _FD.size)
+
+
+def descriptors_in(ancillary: Iterable[tuple[int, int, bytes]]) -> list[int]:
+    """The descriptors that came with a message (unix(7), SCM_RIGHTS), which are the caller's."""
+    found: list[int] = []
+    for level, kind, content in ancillary:
+        if (level, kind) == (_socket.SOL_SOCKET, _socket.SCM_RIGHTS):
+            whole = len(content) - len(content) % _FD.size  # where the kernel had to cut it
+            found += (fd for (fd,) in _FD.iter_unpack(content[:whole]))
+    return found
 
 
 def is_ours(connection: Socket) -> bool:

@@ -62,7 +62,7 @@ class _Client:
 
     def hear(self) -> bool:
         """Take what it says next; whether it is still there."""
-        room = _socket.CMSG_SPACE((_MOST_FDS + 1) * array("i").itemsize)
+        room = unix_sockets.room_for(_MOST_FDS + 1)
         size = _LONGEST_LINE + 1 - len(self.said)
         try:
             data, ancillary, _, _ = self.socket.recvmsg(size, room, _socket.MSG_CMSG_CLOEXEC)
@@ -70,11 +70,7 @@ class _Client:
             return True
         except OSError:
             return False
-        for level, kind, content in ancillary:
-            if (level, kind) == (_socket.SOL_SOCKET, _socket.SCM_RIGHTS):
-                came = array("i")
-                came.frombytes(content[: len(content) - len(content) % came.itemsize])
-                self.fds += came
+        self.fds += unix_sockets.descriptors_in(ancillary)
         self.said += data
         return bool(data) and len(self.fds) <= _MOST_FDS
 
