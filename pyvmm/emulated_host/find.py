@@ -27,11 +27,17 @@ def find_image(*, make: bool = False, architecture: str = "") -> HostImage:
     """The machine's busybox, and QEMU and the kernel from the cache of pyvmm.images; for another
     `architecture` than the machine's, by uname(2)'s name, also the programs in it.
 
-    Raises ConfigError if there is no busybox, or if an image has not been built and is not to be
-    made.
+    Raises ConfigError if there is no busybox, if an image has not been built and is not to be made,
+    or on a machine that the QEMU of the images is not for.
     """
-    if architecture not in ("", os.uname().machine):
+    machine = os.uname().machine
+    if architecture not in ("", machine):
         return _find_foreign(architecture, make=make)
+    if machine != "x86_64":
+        raise ConfigError(
+            f"there is no emulated KVM host for this machine, which is {machine}",
+            cure="use a machine whose KVM runs kernels",
+        )
     busybox = find_busybox()
     found = images.host_artifacts(make=make)
     return HostImage(found.vmlinux, found.modules, busybox, found.qemu)

@@ -151,6 +151,8 @@ def test_only_arm64_is_emulated_elsewhere(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="aarch64"))
     with pytest.raises(ConfigError, match="x86_64 cannot be emulated on this one"):
         find_image(architecture="x86_64")
+    with pytest.raises(ConfigError, match="no emulated KVM host for this machine, which is aarch"):
+        find_image()
 
 
 def test_an_image_knows_whose_programs_it_runs() -> None:
