@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from pyvmm.errors import DriverError, HostError
+from pyvmm.host.files import IOV_MAX
 from pyvmm.host.poller import ENDED, FAILED, HUNG_UP, READABLE, WRITABLE, Poller
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.virtio.queue.chain import DescriptorChain, Reader
@@ -367,7 +368,7 @@ class Switch:
                 if not room:
                     raise
                 break  # it is told of when its turn comes
-            if len(head) > 1 or not size:
+            if len(head) > 1 or not size or len(views) + len(payload) > IOV_MAX:
                 break
             heads += head
             views += payload

@@ -356,6 +356,32 @@ def test_much_data_fills_buffers_of_any_form_in_order(
     assert len(rig.lines) == unused <= 2 * (len(packets) + unused) / len(FORMS) + 2
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_much_data_fills_buffers_in_many_parts(tmp_path: Path, packed: bool) -> None:
+    """Of which several have more parts together than one system call takes (readv(2), IOV_MAX)."""
+    data, received = os.urandom(100_001), bytearray()
+    form: list[int | Buffer] = [HEADER.size, *[40] * 90]
+    with running(tmp_path, start=False) as rig:
+        rig.device.features |= ring_features(packed=packed)
+        rig.driver.start()
+        rig.guest.offer(1)
+        with rig.dial(buf_alloc=0) as host:
+            host.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+            host.sendall(data)
+        assert rig.guest.receive_and_keep().op == CREDIT_REQUEST
+        # They are there before the data may come.
+        count = len(data) // 3600 + 2
+        chains = deque(rig.driver.submit(RX, [], form, indirect=True) for _ in range(count))
+        rig.guest.send(guest_packet(CREDIT_UPDATE, buf_alloc=len(data)))
+        while len(received) < len(data):
+            chain = chains.popleft()
+            written = rig.driver.wait_used(RX, chain).written
+            packet = Packet.unpack(rig.driver.queues[RX].contents(chain)[:written])
+            assert packet.op == RW, f"after {len(received)} bytes"
+            received += packet.data
+    assert received == data
+
+
 # --- many, and starved ---------------------------------------------------------------------------
 
 
