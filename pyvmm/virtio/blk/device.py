@@ -338,7 +338,9 @@ class BlockDevice(QueueDevice):
             queue.end_serving()  # The worker waits for its stop from here on.
 
     def _expect(self, sector: int, end: int) -> None:
+        """Of a read in several pieces the first is announced: the queue can stop behind it."""
         if end <= self._capacity:
+            end = min(end, sector + _PIECE_SECTORS)
             self._backend.expect((end - sector) * SECTOR, sector * SECTOR)
 
     def _expect_batch(self, queue: Queue) -> None:
@@ -349,18 +351,17 @@ class BlockDevice(QueueDevice):
         try:
             for chain in islice(queue, _MOST_CHAINS):
                 taken.append(chain)
+                parts -= len(chain.readable) + len(chain.writable)
                 request = parse(chain)
-                if request is None:
-                    continue
-                end = request.sector + request.size // SECTOR
-                if (
-                    request.type == VIRTIO_BLK_T_IN
-                    and not request.refusal
-                    and end <= self._capacity
-                ):
-                    reads.append((request.sector, end))
-                budget -= request.size
-                parts -= len(request.data)
+                if request is not None:
+                    end = request.sector + request.size // SECTOR
+                    if (
+                        request.type == VIRTIO_BLK_T_IN
+                        and not request.refusal
+                        and end <= self._capacity
+                    ):
+                        reads.append((request.sector, end))
+                    budget -= request.size
                 if budget <= 0 or parts <= 0:
                     break
         except DriverError:

@@ -14,10 +14,12 @@ from queue_rig import LAYOUTS
 from queue_rig import Rig as QueueRig
 
 from pyvmm.errors import DriverError
+from pyvmm.testing import Buffer
 from pyvmm.testing.blk_driver import FLUSH, IN, OUT, header
 from pyvmm.virtio.blk import backend as module
+from pyvmm.virtio.blk import device
 from pyvmm.virtio.blk.backend import Backend, FileBackend
-from pyvmm.virtio.blk.device import _LOOK_AHEAD, BlockDevice
+from pyvmm.virtio.blk.device import _LOOK_AHEAD, PIECE_BYTES, BlockDevice
 from pyvmm.virtio.blk.direct import DirectBackend
 from pyvmm.virtio.blk.overlay import open_snapshot
 from pyvmm.virtio.rate_limit import limiter
@@ -114,6 +116,50 @@ def test_a_limit_counts_each_request_once() -> None:
     assert limits is not None
     ring.serve(ASKED, limits.around(ring.device.serve, ring.device.size_of))
     assert disk.take() == TOLD + DONE
+
+
+def test_of_a_long_read_no_more_is_announced_than_is_read_at_once() -> None:
+    """What announces takes no notice of a stop, and an overlay does it cluster by cluster."""
+    disk = Slow()
+    disk.size_sectors = 1 << 20
+    ring = Ring("split", disk)
+    ring.serve(ASKED)
+    disk.take()
+    driver, most = ring.rig.driver, PIECE_BYTES // 512
+    driver.add([header(IN, 0)], [256, 256, 1])
+    # All of it is the same place in the guest's memory.
+    place, size = Buffer(0, 256 << 10), 2 * PIECE_BYTES
+    driver.add([header(IN, 8)], [*[place] * (size // place.length), 1], indirect=True)
+    driver.publish()
+    ring.device.serve(ring.rig.queue)
+    told = [call for call in disk.take() if call[0] == "expect"]
+    assert told == [("expect", 0, 1), ("expect", 8, most)]
+
+
+def test_what_is_looked_at_ahead_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also chains that are refused, of which nothing is kept but the chain."""
+    disk = Slow()
+    ring = Ring("split", disk)
+    ring.serve(ASKED)
+    disk.take()
+    driver = ring.rig.driver
+    monkeypatch.setattr(device, "_MOST_PARTS", 100)
+    taken: list[object] = []
+    pop = ring.rig.queue.pop
+
+    def count() -> object:
+        chain = pop()
+        taken.append(chain)
+        return chain
+
+    for _ in range(8):
+        # Not whole sectors
+        driver.add([header(IN, 0)], [*[2] * 30, 1], indirect=True)
+    driver.publish()
+    monkeypatch.setattr(ring.rig.queue, "pop", count)
+    ring.device._expect_batch(ring.rig.queue)
+    assert len(taken) == 4
+    ring.serve([])
 
 
 def test_what_comes_before_a_broken_chain_is_announced_and_carried_out() -> None:
