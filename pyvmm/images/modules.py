@@ -244,12 +244,15 @@ def _build_tree(folder: str) -> ModuleTree:
     """The tree of a build: modules.order names an object or a module a line."""
     paths = {}
     for line in _read_if_there(folder, "modules.order")[:_MOST_MODULES]:
-        path = line.strip().removeprefix("kernel/")
-        path = path.removesuffix(".o") + ".ko" if path.endswith(".o") else path
-        if path.startswith("/") or ".." in path.split("/"):
-            continue
-        if path.endswith(".ko") and os.path.isfile(os.path.join(folder, path)):
-            paths[module_name(path)] = path
+        listed = line.strip()
+        listed = listed.removesuffix(".o") + ".ko" if listed.endswith(".o") else listed
+        # Trees of Linux before 5.3 put "kernel/" in front. A folder of that name is in each.
+        for path in (listed, listed.removeprefix("kernel/")):
+            if path.startswith("/") or ".." in path.split("/") or not path.endswith(".ko"):
+                continue
+            if os.path.isfile(os.path.join(folder, path)):
+                paths[module_name(path)] = path
+                break
     return UnreadTree(folder, paths, build_release(folder))
 
 

@@ -291,6 +291,17 @@ def test_file_names_that_no_module_has(tmp_path: Path) -> None:
         tree.load_order(["virtio_blk"])
 
 
+@pytest.mark.parametrize("prefix", ["", "kernel/"])  # Linux 5.3 has no prefix any more
+def test_modules_in_the_trees_own_folder_kernel(tmp_path: Path, prefix: str) -> None:
+    folder = build_tree(tmp_path)
+    names = ("kernel/rcu/rcutorture", "kernel/torture", "drivers/block/virtio_blk")
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.ko").write_bytes(module())
+    (folder / "modules.order").write_text("".join(f"{prefix}{name}.o\n" for name in names))
+    assert unread(folder).paths == sorted(f"{name}.ko" for name in names)
+
+
 @pytest.mark.parametrize("path", ["/etc/hosts.ko", "../outside.ko", "drivers/../../outside.ko"])
 def test_files_that_are_not_in_the_tree(tmp_path: Path, path: str) -> None:
     (tmp_path / "outside.ko").write_bytes(module())
