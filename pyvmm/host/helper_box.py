@@ -24,18 +24,19 @@ _OF_FILES = frozenset({0, 1, 2, 3, 4, 6, 7, 27})
 _ALL = frozenset(range(64))
 
 
-def command(program: Sequence[str], write: Sequence[str] = ()) -> list[str]:
+def command(program: Sequence[str], write: Sequence[str] = (), memory: int = 0) -> list[str]:
     """The command line that runs `program`, which begins with an absolute path, where it can write
-    what is in the folders `write` only. Where the kernel can do nothing, `program` itself."""
+    what is in the folders `write` only, and map `memory` bytes at the most; 0 is any number. Where
+    the kernel can do nothing, `program` itself."""
     if not c.available():
         return list(program)
-    return c.python(__name__, str(len(write)), *write, *program)
+    return c.python(__name__, str(memory), str(len(write)), *write, *program)
 
 
 def main(arguments: list[str]) -> int:
     """Run the program that `command` has put into a line. Returns only with a failure's exit code,
     after a line on standard error."""
-    count, *rest = arguments
+    memory, count, *rest = arguments
     write, program = rest[: int(count)], rest[int(count) :]
     try:
         c.lower(resource.RLIMIT_CORE, 0)
@@ -48,6 +49,8 @@ def main(arguments: list[str]) -> int:
         ]
         c.restrict_files(rules, c.landlock_version())
         box.never_call()
+        if int(memory):
+            c.lower(resource.RLIMIT_AS, int(memory))
         os.execv(program[0], program)
     except ConfigError as error:
         print(error, file=sys.stderr)

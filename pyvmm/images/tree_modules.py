@@ -23,6 +23,7 @@ from pyvmm.images.modules import UnreadTree, is_build_tree
 _BUILT_IN = ("modules.builtin", "modules.builtin.modinfo")  # made with the kernel
 _MOST_BUILT_IN = 32 << 20  # bytes; Debian's generic kernel's have 1 MiB
 _RELEASE = "0.0"  # depmod takes what looks like one; it is nothing but a folder's name to it
+_MOST_MEMORY = 2 << 30  # bytes; a compressed module is unpacked in it
 _PATIENCE = 300.0  # seconds; some 2 for the 4,000 modules of Debian's generic kernel
 
 
@@ -90,7 +91,8 @@ def _run_depmod(place: str, paths: list[str], folder: str, into: str) -> None:
         with open(os.path.join(seen, "modules.order"), "wb") as file:
             file.writelines(b"kernel/%s\n" % os.fsencode(path) for path in paths)
         options = ["-C", "/dev/null", "-b", room, _RELEASE]
-        tools.run(helper_box.command([program, *options], [room]), "depmod", timeout=_PATIENCE)
+        boxed = helper_box.command([program, *options], [room], _MOST_MEMORY)
+        tools.run(boxed, "depmod", timeout=_PATIENCE)
         for entry in os.scandir(seen):
             if entry.is_file(follow_symlinks=False):
                 os.rename(entry.path, os.path.join(into, entry.name))

@@ -398,3 +398,18 @@ def test_depmod_that_fails_leaves_nothing(
     with pytest.raises(ConfigError, match=said):
         tree_modules.make(unread(build_tree(tmp_path / "linux")))
     assert list(cache.iterdir()) == [] and not (tmp_path / "written").exists()
+
+
+def test_depmod_has_so_much_memory(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compressed module of a few KiB may unpack to any size."""
+    if not confinement.available():
+        pytest.skip("this kernel can confine nothing")
+    program = tmp_path / "bin/depmod"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\nulimit -v >&2; exit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    with pytest.raises(ConfigError, match=f"depmod: {2 << 20}$"):
+        tree_modules.make(unread(build_tree(tmp_path / "linux")))
