@@ -17,7 +17,7 @@ from threading import Event, Thread
 
 from pyvmm.agent import PORT, Agent, AgentGone, NoAgent
 from pyvmm.agent.session import PATIENCE
-from pyvmm.api.cancellation import check, woken_by
+from pyvmm.api.cancellation import Cancelled, check, woken_by
 from pyvmm.api.errors import VMError, VMTimeout
 from pyvmm.api.monitor import START_SECONDS
 from pyvmm.api.template import ForkedMonitor, Template
@@ -82,6 +82,7 @@ def clone(
                 begun.append(monitor)
                 if over.is_set():
                     monitor.signal(signal.SIGKILL)
+                    raise Cancelled
                 _begin(monitor, original)
                 return monitor
 
@@ -169,8 +170,8 @@ def _moment_of(source: str) -> AbstractContextManager[VmSpec]:
 def _some_at_a_time(
     names: Sequence[str], begin: Callable[[int], ForkedMonitor], over: Event
 ) -> list[ForkedMonitor]:
-    """Begin each of them by its number, until one fails or it is `over`. Raises what the only one
-    raises, VMError that names those that failed."""
+    """Begin each of them by its number, until one fails or it is `over`: `begin` may then raise
+    Cancelled. Raises what the only one raises, VMError that names those that failed."""
     if len(names) == 1:
         return [begin(0)]
     numbers = deque(range(len(names)))
@@ -185,6 +186,8 @@ def _some_at_a_time(
                 return
             try:
                 monitors[number] = begin(number)
+            except Cancelled:  # as it is over
+                return
             except BaseException as error:
                 failures.append((names[number], error))
                 over.set()

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pyvmm.api import clones
+from pyvmm.api.cancellation import Cancelled
 from pyvmm.api.errors import VMError
 from pyvmm.host import processors
 
@@ -51,6 +52,19 @@ def test_after_one_that_fails_no_more_begin() -> None:
     with pytest.raises(VMError, match=r"1 of 60 clones did not start, and none runs: copy-3: no r"):
         begun(begin, over)
     assert len(tried) < 60
+
+
+def test_those_that_were_just_there_when_one_failed_are_no_failures() -> None:
+    over = Event()
+
+    def begin(number: int) -> int:
+        if number == 3:
+            raise ValueError("no room")
+        assert over.wait(60)
+        raise Cancelled
+
+    with pytest.raises(VMError, match=r"^1 of 60 clones did not start, and none runs: copy-3: no"):
+        begun(begin, over)
 
 
 def test_those_that_are_called_off_do_not_begin() -> None:
