@@ -6,13 +6,14 @@ What its guest would have in common with the others, its agent changes.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import signal
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from threading import Event, Thread
 
 from pyvmm.agent import PORT, Agent, AgentGone, NoAgent
@@ -196,10 +197,15 @@ def _some_at_a_time(
     threads = [
         Thread(target=work, name="pyvmm clone", daemon=True) for _ in range(min(most, len(names)))
     ]
+    started: list[Thread] = []
     try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
+        with suppress(RuntimeError):  # all that Python says of pthread_create's EAGAIN
+            for thread in threads:
+                thread.start()
+                started.append(thread)
+        if not started:
+            raise HostError(errno.EAGAIN, "thread for a clone")
+        for thread in started:
             thread.join()
     finally:
         over.set()  # Ctrl-C: those that have not begun do not

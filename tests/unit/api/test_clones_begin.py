@@ -10,6 +10,7 @@ import pytest
 from pyvmm.api import clones
 from pyvmm.api.cancellation import Cancelled
 from pyvmm.api.errors import VMError
+from pyvmm.errors import HostError
 from pyvmm.host import processors
 
 NAMES = [f"copy-{number}" for number in range(60)]
@@ -37,6 +38,25 @@ def test_no_more_than_eight_for_each_processor_begin_at_a_time(
     monkeypatch.setattr(clones, "Thread", Counted)
     assert begun(lambda number: number) == list(range(60))
     assert len(threads) == 16
+
+
+@pytest.mark.parametrize("most", [3, 0])
+def test_where_the_host_has_no_more_threads(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+    started: list[Thread] = []
+
+    class Scarce(Thread):
+        def start(self) -> None:
+            if len(started) == most:
+                raise RuntimeError("can't start new thread")
+            started.append(self)
+            super().start()
+
+    monkeypatch.setattr(clones, "Thread", Scarce)
+    if most:
+        assert begun(lambda number: number) == list(range(60))
+    else:
+        with pytest.raises(HostError, match="thread for a clone: Resource temporarily unavail"):
+            begun(lambda number: number)
 
 
 def test_after_one_that_fails_no_more_begin() -> None:
