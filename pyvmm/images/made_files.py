@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import BinaryIO
 
 from pyvmm.errors import ConfigError
@@ -52,8 +52,6 @@ def keep(pieces: Iterable[bytes], suffix: str, most: int = 4 << 30) -> str:
 def keep_folder(folder: str, name: str, fill: Callable[[str], None]) -> str:
     """The path of the folder `name` in the cache's `folder`: as it is there, or an empty one that
     `fill` has filled. Raises ConfigError where it cannot be written, and what `fill` raises."""
-    import tempfile
-
     folder = os.path.join(user_cache.folder(), folder)
     path = os.path.join(folder, name)
     if os.path.isdir(path):
@@ -61,8 +59,7 @@ def keep_folder(folder: str, name: str, fill: Callable[[str], None]) -> str:
             os.utime(path)  # by which it is known that somebody wants it
         return path
     try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=folder) as room:
+        with _unfinished_folder(folder) as room:
             content = os.path.join(room, name)
             os.mkdir(content)
             fill(content)
@@ -98,15 +95,9 @@ def keep_as(folder: str, name: str, content: bytes) -> None:
 
 @contextmanager
 def _unfinished(folder: str) -> Iterator[BinaryIO]:
-    """A new file in `folder`, to be renamed when it is whole; it goes if it is not. What processes
-    that were killed have left there goes as well. Raises OSError."""
-    os.makedirs(folder, exist_ok=True)
-    for entry in list(os.scandir(folder)):
-        if entry.name.startswith(_UNFINISHED):
-            with suppress(OSError), open(entry.path, "rb") as left:
-                # Whoever is at work on it has it locked, and the kernel unlocks it when he dies.
-                fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.unlink(entry.path)
+    """A new file in `folder`, to be renamed when it is whole; it goes if it is not. Raises
+    OSError."""
+    _forget_unfinished(folder)
     while True:
         path = os.path.join(folder, f"{_UNFINISHED}{os.getpid()}-{os.urandom(8).hex()}")
         with open(path, "xb") as file:
@@ -119,6 +110,47 @@ def _unfinished(folder: str) -> Iterator[BinaryIO]:
             finally:
                 with suppress(FileNotFoundError):
                     os.unlink(path)
+
+
+@contextmanager
+def _unfinished_folder(folder: str) -> Iterator[str]:
+    """A new folder in `folder` that goes at the end, with all that is still in it. Raises
+    OSError."""
+    import tempfile
+
+    _forget_unfinished(folder)
+    while True:
+        with tempfile.TemporaryDirectory(prefix=_UNFINISHED, dir=folder) as room:
+            try:
+                locked = os.open(room, os.O_RDONLY)
+            except FileNotFoundError:
+                continue
+            try:
+                fcntl.flock(locked, fcntl.LOCK_EX)
+                if not os.path.isdir(room):
+                    continue  # as in `_unfinished`
+                yield room
+                return
+            finally:
+                os.close(locked)
+
+
+def _forget_unfinished(folder: str) -> None:
+    """Remove what processes that were killed have left in `folder`, which is there then. Raises
+    OSError."""
+    os.makedirs(folder, exist_ok=True)
+    for entry in list(os.scandir(folder)):
+        if not entry.name.startswith(_UNFINISHED):
+            continue
+        with suppress(OSError), ExitStack() as closing:
+            left = os.open(entry.path, os.O_RDONLY)
+            closing.callback(os.close, left)
+            # Whoever is at work on it has it locked, and the kernel unlocks it when he dies.
+            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            else:
+                os.unlink(entry.path)
 
 
 def _forget_old(folder: str, fresh: str) -> None:

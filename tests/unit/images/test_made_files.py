@@ -81,6 +81,41 @@ def test_what_a_killed_process_has_begun_goes_with_the_next(made: Path) -> None:
     assert sorted(path.suffix for path in made.iterdir()) == [".x", ".y"]
 
 
+KILLED_FOLDER = """
+import os, sys
+from pyvmm.images import made_files
+def fill(folder):
+    os.mkdir(os.path.join(folder, "in"))
+    os.symlink("/nowhere", os.path.join(folder, "in", "link"))
+    print("at work", flush=True)
+    sys.stdin.read()
+made_files.keep_folder("made", sys.argv[1], fill)
+"""
+
+
+def test_the_folder_that_a_killed_process_has_begun_goes_with_the_next(made: Path) -> None:
+    killed, alive = [
+        subprocess.Popen(
+            [sys.executable, "-c", KILLED_FOLDER, name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=dict(os.environ),
+        )
+        for name in ("killed", "alive")
+    ]
+    for process in (killed, alive):
+        assert process.stdout is not None and process.stdout.readline() == b"at work\n"
+    assert len(list(made.iterdir())) == 2
+    killed.kill()
+    killed.communicate()
+    kept = made_files.keep_folder("made", "mine", lambda folder: None)
+    assert sorted(map(str, made.iterdir()))[1:] == [kept]  # and what is still being made
+    alive.communicate(b"")
+    assert alive.returncode == 0
+    assert sorted(path.name for path in made.iterdir()) == ["alive", "mine"]
+    assert os.readlink(made / "alive/in/link") == "/nowhere"
+
+
 def test_no_room(made: Path) -> None:
     """One line, and nothing is left; what need not be kept is not."""
     most = resource.getrlimit(resource.RLIMIT_FSIZE)
