@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 
 from pyvmm.agent import PORT, Agent, AgentGone, NoAgent
 from pyvmm.agent.session import PATIENCE
@@ -70,17 +70,22 @@ def clone(
             replace(snapshots.copy_of(original, called), name=chosen)
             for chosen, called in zip(names, usual, strict=True)
         ]
+        # A monitor that outlives us can be ended by us as long as its template is there.
         with (
-            ExitStack() as undoing,
             Template(original, kvm, surroundings, outlives_us=detached) as template,
+            ExitStack() as undoing,
         ):
             begun: list[ForkedMonitor] = []
             over = Event()
+            forking = Lock()
 
             def begin(number: int) -> ForkedMonitor:
-                monitor = template.fork(specs[number], usual[number])
-                undoing.callback(monitor.end)
-                begun.append(monitor)
+                with forking:
+                    if over.is_set():
+                        raise Cancelled
+                    monitor = template.fork(specs[number], usual[number])
+                    undoing.callback(monitor.end)
+                    begun.append(monitor)
                 if over.is_set():
                     monitor.signal(signal.SIGKILL)
                     raise Cancelled
@@ -92,9 +97,14 @@ def clone(
                 for monitor in list(begun):
                     monitor.signal(signal.SIGKILL)
 
-            with woken_by(call_off):
-                monitors = _some_at_a_time(usual, begin, over)
-                check()
+            try:
+                with woken_by(call_off):
+                    monitors = _some_at_a_time(usual, begin, over)
+                    check()
+            except BaseException:
+                over.set()
+                with forking:  # Ctrl-C: whichever is being forked has to be undone as well
+                    raise
             undoing.pop_all()
     return monitors
 

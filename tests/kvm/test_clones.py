@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -22,6 +23,7 @@ import pytest
 from echo_guest import echo_kernel
 
 from pyvmm import VM, Pool
+from pyvmm.api import clones
 from pyvmm.api.aio import AsyncVM
 from pyvmm.api.errors import VMError, VMTimeout
 from pyvmm.api.template import ForkedMonitor, Template
@@ -31,6 +33,7 @@ from pyvmm.errors import ConfigError, HostError
 from pyvmm.kvm.system import Kvm
 from pyvmm.monitor import snapshots
 from pyvmm.spec.surroundings import USUAL
+from pyvmm.spec.vm import VmSpec
 
 SAFETY_TIMEOUT = 60
 
@@ -189,6 +192,31 @@ def test_all_clones_run_or_none_does(folder: Path) -> None:
         assert registry.running() == ["one"] and kept() == []
         left = sorted(path.name for path in folder.iterdir() if path.is_socket())
         assert left == ["port", "port-many-2"]
+
+
+def test_those_that_would_outlive_us_do_not_run_either(
+    ready: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, begun = clones._begin, threading.Semaphore(0)
+    end, codes = ForkedMonitor.end, []
+
+    def begin(monitor: ForkedMonitor, original: VmSpec) -> None:
+        if monitor.spec.name == "many-3":
+            for _ in range(2):
+                assert begun.acquire(timeout=SAFETY_TIMEOUT)
+            raise ValueError("too late")
+        real(monitor, original)
+        begun.release()
+
+    def killed(monitor: ForkedMonitor) -> None:
+        codes.append(end(monitor).exit_code)
+
+    monkeypatch.setattr(clones, "_begin", begin)
+    monkeypatch.setattr(ForkedMonitor, "end", killed)
+    with pytest.raises(VMError, match=r"1 of 3 clones .* none runs: many-3: too late"):
+        clones.clone(ready, 3, name="many", kvm="host", detached=True)
+    # None is of one that was taken for ended, which it was not.
+    assert registry.running() == [] and codes == [-signal.SIGKILL] * 3
 
 
 # --- pools ----------------------------------------------------------------------------------------
