@@ -9,7 +9,7 @@ import select
 import signal
 import time
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -84,6 +84,17 @@ class Client(Closable):
         """Ask for `method`; its result. Copies of the descriptors `fds` go with it. Raises
         ControlError for an answer that is an error, NoAnswer after `patience` seconds or if the
         monitor ends meanwhile."""
+        return self.ask(method, params, patience=patience, fds=fds)
+
+    def ask(
+        self,
+        method: str,
+        params: Mapping[str, Any],
+        *,
+        patience: float = PATIENCE,
+        fds: Sequence[int] = (),
+    ) -> Any:
+        """The same with `params` that somebody else has chosen."""
         import json
 
         id, self._next_id = self._next_id, self._next_id + 1

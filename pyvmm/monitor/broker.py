@@ -20,7 +20,6 @@ import select
 import signal
 import time
 from array import array
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
@@ -257,14 +256,18 @@ def _added(channel: _socket.socket, kind: str, params: dict[str, Any]) -> Any:
     pass_on(channel, theirs)
     theirs.close()
     with contextlib.closing(Client("the VM", ours)) as client:
-        ask: Callable[..., Any] = partial(client.call, f"{kind}.add", patience=_PATIENCE)
+        ask = partial(client.ask, f"{kind}.add", patience=_PATIENCE)
+
+        def ask_with(*, fds: tuple[int, ...], **described: Any) -> Any:
+            return ask(described, fds=fds)
+
         try:
-            return ask(**params)
+            return ask(params)
         except ControlError as error:
             if error.code != NEEDS_FILES:
                 raise
         try:
             [spec] = registry.read(kind, params.get("device", params.get("table")))
-            return registry.add_opened(registry.with_paths(spec, os.path.abspath), ask)
+            return registry.add_opened(registry.with_paths(spec, os.path.abspath), ask_with)
         except ConfigError as error:
             raise registry.untyped(kind, error) from None

@@ -122,6 +122,9 @@ def test_what_cannot_be_opened_is_told_to_who_asked(monitor: Monitor) -> None:
         ({"device": "image,no"}, "refused", "unknown disk option 'no'"),
         ({"device": "code.py:Disk"}, "refused", "cannot open code.py|/code.py: No such file"),
         ({"other": 1}, "bad_request", "unknown parameter 'other'"),
+        ({"device": "image", "fds": [0, 1]}, "bad_request", "unknown parameter 'fds'"),
+        ({"device": "image", "self": 1}, "bad_request", "unknown parameter 'self'"),
+        ({"device": "image", "patience": 0}, "bad_request", "unknown parameter 'patience'"),
         ({"device": "image", "files": []}, None, ""),
     ):
         [answer] = ask(monitor, request("disk.add", **params))
