@@ -20,6 +20,7 @@ import select
 import signal
 import time
 from array import array
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 from typing import Any, NamedTuple, NoReturn
@@ -32,6 +33,7 @@ KINDS = ("disk", "net", "share")
 _ASKS = tuple(f'"{kind}.add"'.encode() for kind in KINDS)
 MOST_WAITING = 32  # who have not said a whole line
 MOST_WORKERS = 8
+_SHARE_OF_OTHERS = 4  # of both a quarter, beside those: at doors that are not for the owner alone
 _LONGEST_LINE = 1 << 16
 _MOST_FDS = 32
 _PATIENCE = 150.0  # seconds for the monitor's answer, which may wait for a guest that mounts it
@@ -105,7 +107,7 @@ class Broker:
         self._epoll = epoll
         self._doors: dict[int, Door] = {}
         self._clients: dict[int, _Client] = {}
-        self._workers: dict[int, int] = {}  # by pidfd
+        self._workers: dict[int, tuple[int, Door]] = {}  # by pidfd
 
     def add(self, door: Door) -> None:
         self._doors[door.listener.fileno()] = door
@@ -121,7 +123,7 @@ class Broker:
         elif fd in self._clients:
             self._hear(self._clients[fd])
         elif fd in self._workers:
-            os.waitpid(self._workers.pop(fd), 0)
+            os.waitpid(self._workers.pop(fd)[0], 0)
             os.close(fd)
 
     def _accept(self, door: Door) -> None:
@@ -143,13 +145,19 @@ class Broker:
             self._pass_on(client)
         elif door.owner_only and not unix_sockets.is_ours(socket):
             client.close()
-        elif len(self._clients) >= MOST_WAITING:
-            self._refuse(client, f"there are {MOST_WAITING} clients already")
+        elif not self._has_room(door, (one.door for one in self._clients.values()), MOST_WAITING):
+            self._refuse(client, "there are many clients already")
         else:
             self._clients[socket.fileno()] = client
             self._epoll.register(socket.fileno(), select.EPOLLIN)
         if not door.owner_only:
             time.sleep(_PACE)
+
+    @staticmethod
+    def _has_room(door: Door, there: Iterable[Door], most: int) -> bool:
+        """True if who comes by `door` is one of those for whom there is room, of `most`."""
+        alike = sum(one.owner_only == door.owner_only for one in there)
+        return alike < (most if door.owner_only else most // _SHARE_OF_OTHERS)
 
     def _hear(self, client: _Client) -> None:
         there = client.hear()
@@ -163,8 +171,8 @@ class Broker:
             client.close()
         elif client.fds or len(client.said) > _LONGEST_LINE or not any(a in line for a in _ASKS):
             self._pass_on(client)
-        elif len(self._workers) >= MOST_WORKERS:
-            self._refuse(client, f"{MOST_WORKERS} devices are being added already")
+        elif not self._has_room(client.door, (at for _, at in self._workers.values()), MOST_WORKERS):
+            self._refuse(client, "many devices are being added already")
         else:
             self._begin(client)
 
@@ -192,7 +200,7 @@ class Broker:
             _work(client)
         client.close()
         process = os.pidfd_open(child)
-        self._workers[process] = child
+        self._workers[process] = child, client.door
         self._epoll.register(process, select.EPOLLIN)
 
 

@@ -44,7 +44,10 @@ for line in sys.stdin.buffer:
 class Monitor:
     """One that opens nothing by name."""
 
-    def __init__(self, folder: Path, closing: Callable[[Callable[[], object]], None]) -> None:
+    def __init__(
+        self, folder: Path, closing: Callable[[Callable[[], object]], None], others: str = ""
+    ) -> None:
+        """With a door for `others` as well, if they have one."""
         self.path = str(folder / "socket")
         self.asked: list[dict[str, Any]] = []
         self.keeper = Keeper(str(folder), "web")
@@ -54,8 +57,15 @@ class Monitor:
         closing(self.listener.close)
         passes = self.keeper.listen(self.listener, owner_only=True)
         closing(passes.close)
+        doors = []
+        if others:
+            listener = unix_sockets.listen(others)
+            closing(listener.close)
+            passes_others = self.keeper.listen(listener, owner_only=False)
+            closing(passes_others.close)
+            doors.append(Door(listener, owner_only=False, passes=passes_others))
         self.keeper.enter_box()
-        self.server = ControlServer(Door(self.listener, passes=passes), self._method)
+        self.server = ControlServer(Door(self.listener, passes=passes), self._method, doors)
         self.server.start()
         closing(self.server.close)
 
@@ -209,6 +219,34 @@ for one in silent:
     [status] = ask(monitor, request("status"))
     assert status["result"] == {"name": "web"}
     until(lambda: len(os.listdir(f"/proc/{monitor.keeper.pid}/fd")) == 4)
+
+
+def test_those_at_doors_of_others_are_not_in_the_owners_way(tmp_path: Path) -> None:
+    code = """
+import socket, sys
+silent = [socket.socket(socket.AF_UNIX) for _ in range(int(sys.argv[2]))]
+for one in silent:
+    one.connect(sys.argv[1])
+last = socket.socket(socket.AF_UNIX)
+last.connect(sys.argv[1])
+sys.stdout.buffer.write(last.makefile("rb").readline())
+sys.stdout.flush()
+sys.stdin.read()
+"""
+    closing: list[Callable[[], object]] = []
+    try:
+        others = str(tmp_path / "others")
+        monitor = Monitor(tmp_path, closing.append, others)
+        many = [sys.executable, "-c", code, others, str(MOST_WAITING)]
+        with subprocess.Popen(many, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as silent:
+            assert silent.stdin is not None and silent.stdout is not None
+            assert json.loads(silent.stdout.readline())["error"]["code"] == "busy"
+            [status] = ask(monitor, request("status"))
+            assert status["result"] == {"name": "web"}
+            silent.stdin.close()
+    finally:
+        while closing:
+            closing.pop()()
 
 
 def test_without_it_the_monitor_hears_clients_itself(monitor: Monitor) -> None:
