@@ -40,6 +40,7 @@ _PATIENCE = 150.0  # seconds for the monitor's answer, which may wait for a gues
 _SENDING = 10.0  # seconds for the answer to reach the client
 _NO_ROOM_SECONDS = 0.2
 _PACE = 0.002  # seconds between two of other users, so that they leave the keeper time
+_MANY = "there are more clients already than the monitor takes"
 _ABOVE = 512  # descriptors of a keeper are below that
 
 
@@ -97,6 +98,13 @@ def pass_on(
     )
 
 
+def _say_busy(socket: Socket, why: str) -> None:
+    from pyvmm.control.protocol import BUSY, error_line
+
+    with suppress(OSError):
+        socket.send(error_line(None, BUSY, why))
+
+
 class Broker:
     """Hears clients at its doors, once `begin` was called."""
 
@@ -123,6 +131,7 @@ class Broker:
         elif fd in self._clients:
             self._hear(self._clients[fd])
         elif fd in self._workers:
+            self._epoll.unregister(fd)  # closing is not enough: a new process may have it still
             os.waitpid(self._workers.pop(fd)[0], 0)
             os.close(fd)
 
@@ -171,7 +180,9 @@ class Broker:
             client.close()
         elif client.fds or len(client.said) > _LONGEST_LINE or not any(a in line for a in _ASKS):
             self._pass_on(client)
-        elif not self._has_room(client.door, (at for _, at in self._workers.values()), MOST_WORKERS):
+        elif not self._has_room(
+            client.door, (at for _, at in self._workers.values()), MOST_WORKERS
+        ):
             self._refuse(client, "many devices are being added already")
         else:
             self._begin(client)
@@ -180,14 +191,12 @@ class Broker:
         try:
             pass_on(client.door.channel, client.socket, client.said, tuple(client.fds))
         except OSError:
-            self._refuse(client, "there are more clients already than the monitor takes")
+            self._refuse(client, _MANY)
         client.close()
 
-    def _refuse(self, client: _Client, why: str) -> None:
-        from pyvmm.control.protocol import BUSY, error_line
-
-        with suppress(OSError):
-            client.socket.send(error_line(None, BUSY, why))
+    @staticmethod
+    def _refuse(client: _Client, why: str) -> None:
+        _say_busy(client.socket, why)
         client.close()
 
     def _begin(self, client: _Client) -> None:
@@ -243,7 +252,10 @@ def _answer(channel: _socket.socket, socket: Socket, line: bytes, rest: bytes) -
         request = None
     kind, _, verb = ("" if request is None else request.method).partition(".")
     if request is None or verb != "add" or kind not in KINDS or "files" in request.params:
-        pass_on(channel, socket, line + rest)
+        try:
+            pass_on(channel, socket, line + rest)
+        except OSError:
+            _say_busy(socket, _MANY)
         return
     answer = answered(request.id, partial(_added, channel, kind, request.params))
     with suppress(PyvmmError, OSError):
@@ -256,12 +268,15 @@ def _added(channel: _socket.socket, kind: str, params: dict[str, Any]) -> Any:
     import contextlib
 
     from pyvmm.control.client import Client
-    from pyvmm.control.protocol import NEEDS_FILES, ControlError
+    from pyvmm.control.protocol import BUSY, NEEDS_FILES, ControlError
     from pyvmm.errors import ConfigError
     from pyvmm.kinds import registry
 
     ours, theirs = unix_sockets.pair()
-    pass_on(channel, theirs)
+    try:
+        pass_on(channel, theirs)
+    except OSError:  # there are more already than the monitor takes
+        raise ControlError(BUSY, _MANY) from None
     theirs.close()
     with contextlib.closing(Client("the VM", ours)) as client:
         ask = partial(client.ask, f"{kind}.add", patience=_PATIENCE)

@@ -3,10 +3,13 @@ them alone."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,7 +26,8 @@ from pyvmm.control.server import ControlServer, Door
 from pyvmm.host import unix_sockets
 from pyvmm.host.handed import Descriptors
 from pyvmm.host.unix_sockets import Socket
-from pyvmm.monitor.broker import MOST_WAITING
+from pyvmm.monitor.broker import MOST_WAITING, Broker, _answer
+from pyvmm.monitor.broker import Door as Heard
 from pyvmm.monitor.keeper import Keeper
 
 SAFETY_TIMEOUT = 60
@@ -254,6 +258,49 @@ def test_without_it_the_monitor_hears_clients_itself(monitor: Monitor) -> None:
     os.kill(monitor.keeper.pid, signal.SIGKILL)
     added, status = ask(monitor, request("disk.add", device="image"), request("status"))
     assert added["error"]["code"] == NEEDS_FILES and status == before
+
+
+def test_a_process_that_has_ended_is_forgotten_though_another_knows_it(tmp_path: Path) -> None:
+    """Those that begin have copies of all descriptors for a moment."""
+    listener = unix_sockets.listen(str(tmp_path / "socket"))
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with closing(listener), ours, theirs, closing(select.epoll()) as epoll:
+        broker = Broker(0, epoll)
+        broker.add(Heard(listener, theirs, True))
+        broker.begin()
+        with subprocess.Popen(
+            [sys.executable, "-c", CLIENT, str(tmp_path / "socket"), "4096"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+        ) as client:
+            assert client.stdin is not None
+            client.stdin.write(request("share.add", files=[]))
+            client.stdin.flush()
+            while not broker._workers:
+                for fd, _ in epoll.poll():
+                    broker.serve(fd)
+            [process] = broker._workers
+            copy = os.dup(process)
+            while broker._workers:
+                for fd, _ in epoll.poll():
+                    broker.serve(fd)
+            assert process not in [fd for fd, _ in epoll.poll(0)]
+            os.close(copy)
+            client.kill()
+
+
+def test_when_the_monitor_takes_no_more_the_client_is_told(tmp_path: Path) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                theirs.send(bytes(1 << 12), socket.MSG_DONTWAIT)
+        mine, its = unix_sockets.pair()
+        with closing(mine), closing(its):
+            _answer(theirs, its, request("disk.add", device="image"), b"")
+            assert json.loads(mine.recv(1 << 16))["error"]["code"] == "busy"
+            _answer(theirs, its, request("disk.add", device="image", files=[]), b"")
+            assert json.loads(mine.recv(1 << 16))["error"]["code"] == "busy"
 
 
 def test_another_program_may_read_its_answer_late(monitor: Monitor) -> None:
