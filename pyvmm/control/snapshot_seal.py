@@ -2,9 +2,9 @@
 
 Anybody can write a snapshot, and a state is checked for what can be, not for what somebody wanted.
 Disks and persistent memory of a restored VM write to nothing of this machine; a shared directory
-does, and a read-only one still shows all that is in it. So only the user who has taken a snapshot
-with one can use it, where it was taken: its specification bears a mark that is made with a key,
-which no snapshot has.
+does, a read-only one still shows all that is in it, and a back end at a socket may do either. So
+only the user who has taken a snapshot with one can use it, where it was taken: its specification
+bears a mark that is made with a key, which no snapshot has.
 """
 
 from __future__ import annotations

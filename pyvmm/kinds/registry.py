@@ -107,7 +107,7 @@ if TYPE_CHECKING:
 class Kind(NamedTuple):
     """A row of KINDS: the option that asks for one or more devices, the module, whether they can
     come and go while the guest runs, whether a snapshot can have them, and whether the guest of a
-    restored VM works in a directory of this machine by them."""
+    restored VM works in a directory of this machine by them, or reaches programs that they name."""
 
     option: str
     module: str
@@ -127,7 +127,7 @@ KINDS = {
     "pmem": Kind("pmem", "pyvmm.kinds.pmem"),
     "balloon": Kind("balloon", "pyvmm.kinds.balloon"),
     "vsock": Kind("vsock", "pyvmm.kinds.vsock"),
-    "vhost_user": Kind("vhost_user", "pyvmm.kinds.vhost_user"),
+    "vhost_user": Kind("vhost_user", "pyvmm.kinds.vhost_user", lends_files=True),
     "share": Kind("shares", "pyvmm.kinds.share", comes_and_goes=True, lends_files=True),
 }
 

@@ -387,8 +387,8 @@ def spec_of(name: str, path: str, state: Mapping[str, Any]) -> VmSpec:
     spec = _as_a_user_could(from_json(json.dumps(state.get("spec"))))
     if _lends_files(spec) and not is_sealed(state.get("spec"), state.get("seal")):
         raise ConfigError(
-            f"the snapshot {name} would give its guest a directory of this machine, and is not one "
-            "that you have taken here",
+            f"the snapshot {name} would give its guest a directory or a back end of this machine, "
+            "and is not one that you have taken here",
             cure="take one of your own",
         )
     _check_images(name, spec, state.get("disks"))

@@ -514,7 +514,7 @@ def test_all_that_this_machine_lacks_is_named_before_anything_is_opened(folder: 
     assert "0x4d000003" not in line and "port" not in line
 
 
-@pytest.mark.parametrize("what", ["device", "disk", "share"])
+@pytest.mark.parametrize("what", ["device", "disk", "share", "vhost-user"])
 def test_a_state_brings_no_code_and_none_of_the_hosts_folders(snapshot: Path, what: str) -> None:
     mark = snapshot / "mark"
     code = snapshot / "evil.py"
@@ -522,6 +522,7 @@ def test_a_state_brings_no_code_and_none_of_the_hosts_folders(snapshot: Path, wh
     device: dict[str, Any] = {
         "device": ["user", {"path": str(code), "class_name": "Evil"}],
         "share": ["share", {"path": str(snapshot.parents[3]), "mountpoint": "/mnt"}],
+        "vhost-user": ["vhost_user", {"socket": str(mark), "type": "blk"}],
     }
 
     def change(state: dict[str, Any]) -> None:
@@ -540,7 +541,7 @@ def test_a_state_brings_no_code_and_none_of_the_hosts_folders(snapshot: Path, wh
     for command in (("run", "--kvm=host", "--restore", "first"), ("clone", "first")):
         line = refused(*command)
         assert not mark.exists(), f"it has run: {line}"
-        if what == "share":  # what a stranger can write into a state is no seal
+        if what in ("share", "vhost-user"):  # what a stranger can write into a state is no seal
             assert "is not one that you have taken here; take one of your own" in line
         else:
             assert "cannot be in a snapshot" in line
