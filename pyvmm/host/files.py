@@ -168,11 +168,18 @@ def read_regular(path: str, most: int) -> bytes:
     """
     if "\0" in path:
         raise OSError(errno.EINVAL, "the path has a NUL in it")
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    with open(fd, "rb") as file:
+    return read_open(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY), most)
+
+
+def read_open(fd: int, most: int) -> bytes:
+    """The same of the file that `fd` is, which is closed."""
+    try:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise OSError(errno.EINVAL, "not a regular file")
-        data = file.read(most + 1)
+        with open(fd, "rb", closefd=False) as file:
+            data = file.read(most + 1)
+    finally:
+        os.close(fd)
     if len(data) > most:
         raise OSError(errno.EFBIG, f"more than {most >> 20} MiB")
     return data

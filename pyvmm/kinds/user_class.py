@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from pyvmm.errors import ConfigError
-from pyvmm.host import handed
+from pyvmm.host import files, handed
 from pyvmm.virtio import defects
 
 _BOOLEANS = {
@@ -131,8 +131,10 @@ class _Handed:
 
     def exec_module(self, module: Any) -> None:
         module.__file__ = self._path
-        with open(self._fd, "rb") as file:
-            source = file.read(_LONGEST)
+        try:
+            source = files.read_open(self._fd, _LONGEST)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._path) from None
         exec(compile(source, self._path, "exec"), vars(module))
 
 

@@ -17,6 +17,7 @@ from pyvmm.host.files import open_image
 from pyvmm.kinds import disk as disks
 from pyvmm.kinds import net, registry
 from pyvmm.kinds.disk.storage import open_backend
+from pyvmm.kinds.user_class import UserClass
 
 SIZE = 1 << 16
 
@@ -213,3 +214,27 @@ def test_only_the_thread_that_was_handed_them_finds_them(image: Path) -> None:
         owner.fds.append(fd)
     assert found == [(False, None)]
     assert not handed.present() and not is_open(fd)
+
+
+@pytest.mark.parametrize("what", ["fifo", "folder", "large", "closed to readers"])
+def test_a_source_that_cannot_be_read_is_told_and_closed(tmp_path: Path, what: str) -> None:
+    """Above all the beginning of one is not run for the whole."""
+    path = tmp_path / "code.py"
+    flags = os.O_RDONLY | os.O_NONBLOCK
+    why = "not a regular file"
+    if what == "fifo":
+        os.mkfifo(path)
+    elif what == "folder":
+        path.mkdir()
+    elif what == "large":
+        path.write_bytes(b"#" * (16 << 20) + b"\nraise SystemExit\n")
+        why = "more than 16 MiB"
+    else:
+        path.touch()
+        flags, why = os.O_WRONLY, "Bad file descriptor"
+    owner = handed.Descriptors([fd := os.open(path, flags)])
+    wanted = UserClass(str(path), "Disk", (), "--disk")
+    with owner, handed.files({str(path): fd}, owner):
+        with pytest.raises(ConfigError, match=f"cannot read {path}: {why}"):
+            wanted.load(object, "")
+        assert not is_open(fd)
