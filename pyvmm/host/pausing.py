@@ -137,7 +137,12 @@ def each_line(fd: int, line: Callable[[str], None], end: Callable[[], None]) -> 
 
     def heard() -> bool:
         nonlocal rest
-        data = os.read(fd, _MOST)
+        try:
+            data = os.read(fd, _MOST)
+        except BlockingIOError:  # somebody else has it, and was quicker
+            return True
+        except OSError:  # the writing end of a pipe, from somebody
+            data = b""
         *whole, rest = (rest + data).split(b"\n")
         if rest and (not data or len(rest) >= _MOST):
             whole.append(rest)

@@ -96,3 +96,16 @@ def test_a_line_without_end_is_cut() -> None:
     assert not heard()
     assert lines == ["x" * 4096, "y"]
     os.close(reads)
+
+
+def test_a_pipe_that_cannot_be_read_has_ended() -> None:
+    """It may be anybody's: its wrong end, or one that others read as well."""
+    ended: list[bool] = []
+    reads, writes = os.pipe2(os.O_NONBLOCK)
+    lines: list[str] = []
+    heard = pausing.each_line(reads, lines.append, lambda: ended.append(True))
+    assert heard() and not ended and not lines
+    heard = pausing.each_line(writes, lines.append, lambda: ended.append(True))
+    assert not heard() and ended == [True]
+    os.close(reads)
+    os.close(writes)
