@@ -20,6 +20,8 @@ from pyvmm.virtio.features import ring_features
 if TYPE_CHECKING:
     from pyvmm.host.qcow2 import Layer
 
+_HANDSHAKE = 120.0  # seconds for a server that somebody else has started; it may repair its image
+
 
 def lock_image(disk: DiskSpec, closing: ExitStack) -> ImageFile:
     """Open and lock the image and tell the user what is odd about it; `closing` undoes it.
@@ -131,13 +133,14 @@ def _open_qcow2(disk: DiskSpec, closing: ExitStack) -> Backend:
 
     library = load()
     daemon: Serving
+    patience = None
     if handed.present():
-        daemon = take_over(disk.path)
+        daemon, patience = take_over(disk.path), _HANDSHAKE
     else:
         daemon = StorageDaemon(qcow2_layers(disk, closing), direct=disk.direct)
     closing.callback(daemon.close)
     try:
-        backend = NbdBackend(library, daemon.socket, EXPORT)
+        backend = NbdBackend(library, daemon.socket, EXPORT, patience=patience)
     except HostError:
         raise ConfigError(
             f"{disk.path} cannot be opened: {daemon.why_it_failed()}",

@@ -9,6 +9,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from threading import Event, Thread
 from typing import Any
 
 from pyvmm.errors import ConfigError, HostError
@@ -53,17 +56,47 @@ def load() -> Any:
     return library
 
 
+@contextmanager
+def _ended_after(seconds: float | None, connection: socket.socket) -> Iterator[None]:
+    """`connection` ends if that is not left in so many seconds: libnbd itself waits for ever."""
+    if seconds is None:
+        yield
+        return
+    over = Event()
+    with connection.dup() as copy:
+
+        def watch() -> None:
+            if not over.wait(seconds):
+                with suppress(OSError):  # it has ended
+                    copy.shutdown(socket.SHUT_RDWR)
+
+        watcher = Thread(target=watch, name="nbd-handshake", daemon=True)
+        try:
+            watcher.start()
+        except RuntimeError:  # all that Python says of pthread_create's EAGAIN
+            raise HostError(errno.EAGAIN, "thread for a handshake") from None
+        try:
+            yield
+        finally:
+            over.set()
+            watcher.join()
+
+
 class NbdBackend(Backend):
     """The export `name` of the NBD server behind the connected socket `connection`, taken over."""
 
-    def __init__(self, library: Any, connection: socket.socket, name: str) -> None:
-        """Negotiate; waits for the server. Raises HostError if it does not want us."""
+    def __init__(
+        self, library: Any, connection: socket.socket, name: str, *, patience: float | None = None
+    ) -> None:
+        """Negotiate; waits for the server, for `patience` seconds at most, None for ever. Raises
+        HostError if it does not want us."""
         self._library = library
         self._handle = library.nbd_create()
         try:
             self._check(self._handle or -1, "nbd_create")
             self._call("nbd_set_export_name", name.encode(), what="export name")
-            self._call("nbd_connect_socket", connection.detach(), what="NBD handshake")
+            with _ended_after(patience, connection):
+                self._call("nbd_connect_socket", connection.detach(), what="NBD handshake")
             self.size_sectors = self._call("nbd_get_size", what="size") // SECTOR
             self.read_only = bool(self._call("nbd_is_read_only", what="access"))
             self.can_discard = bool(self._call("nbd_can_trim", what="discard"))

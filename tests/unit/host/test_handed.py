@@ -12,12 +12,14 @@ from threading import Thread
 import pytest
 
 from pyvmm.errors import ConfigError
-from pyvmm.host import handed
+from pyvmm.host import handed, storage_daemon
 from pyvmm.host.files import open_image
 from pyvmm.kinds import disk as disks
 from pyvmm.kinds import net, registry
+from pyvmm.kinds.disk import storage
 from pyvmm.kinds.disk.storage import open_backend
 from pyvmm.kinds.user_class import UserClass
+from pyvmm.virtio.blk import nbd
 
 SIZE = 1 << 16
 
@@ -238,3 +240,26 @@ def test_a_source_that_cannot_be_read_is_told_and_closed(tmp_path: Path, what: s
         with pytest.raises(ConfigError, match=f"cannot read {path}: {why}"):
             wanted.load(object, "")
         assert not is_open(fd)
+
+
+def test_a_server_that_says_nothing_is_not_waited_for_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        nbd.load()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(storage, "_HANDSHAKE", 0.1)
+    (tmp_path / "image.qcow2").touch()
+    [disk] = registry.read("disk", f"{tmp_path}/image.qcow2,format=qcow2")
+    ours, silent = socket.socketpair()
+    (says, end), (other, life) = os.pipe(), os.pipe()
+    os.close(end)
+    process = os.open("/dev/null", os.O_RDONLY)
+    owner = handed.Descriptors([ours.detach(), says, life, process])
+    names = dict(zip(storage_daemon._NAMES, owner.fds, strict=True))
+    with silent, owner, ExitStack() as closing, handed.files(names, owner):
+        with pytest.raises(ConfigError, match="cannot be opened: qemu-storage-daemon ended"):
+            open_backend(disk, closing)
+        assert os.read(other, 1) == b""  # which ends it
+    os.close(other)
