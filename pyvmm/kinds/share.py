@@ -176,7 +176,8 @@ def _refuse(what: str, cure: str) -> None:
 
 def with_paths(spec: Spec, change: Callable[[str], str]) -> Spec:
     """`spec` with the directory where `change` says it is."""
-    return replace(spec, path=change(spec.path), saved=spec.saved and change(spec.saved))
+    path = spec.path and change(spec.path)  # none is no folder, not the current one
+    return replace(spec, path=path, saved=spec.saved and change(spec.saved))
 
 
 def has_contents(spec: Spec) -> bool:

@@ -64,6 +64,8 @@ def test_a_file_says_the_same(tmp_path):
     assert registry.read("share", table) == [Spec(str(tmp_path), "/mnt", True)]
     assert registry.plain("share", [Spec(str(tmp_path), "/mnt", True)]) == [table]
     assert registry.with_paths(Spec("src"), lambda path: f"/there/{path}").path == "/there/src"
+    # Nothing is named, and nothing is what it stays.
+    assert registry.with_paths(Spec(""), lambda path: f"/there/{path}").path == ""
 
 
 @pytest.mark.parametrize(
