@@ -244,7 +244,7 @@ class _Serving:
                 fd = self._do(message[:3], message[3:], fds)
             except OSError as error:
                 failed = error.errno or errno.EIO
-            except (ValueError, IndexError, RecursionError):
+            except (ValueError, TypeError, IndexError, RecursionError):
                 failed = errno.EINVAL
             for one in fds:
                 os.close(one)

@@ -147,6 +147,7 @@ def test_it_has_no_other_descriptor_and_ends_with_the_monitor(tmp_path: Path) ->
     [
         *(b"dev/etc/passwd", b"dev/dev/null", b"dev/dev", b"dev/dev/ptmx", b"dev\0", b"log\0"),
         *(b'plg["/run/x", "y"]', b'plg["/run/pyvmm-plug/../x", "y"]', b"plg[1]", b"plg{"),
+        b"plg1",
         b'end{"exit_code": 1}',
     ],
 )
