@@ -22,6 +22,7 @@ _MOST_FILES = 20_000
 _MOST_LINKS = 8  # `docker save` links a layer that two images share
 _JSON_LIMIT = 4 << 20  # bytes of one file
 _MOST_JSON = 64 << 20  # bytes of all, each as often as it is looked at
+_LEAST_JSON = 32 << 10  # that one counts for: to look at many small ones takes its time as well
 _MOST_VALUES = 200_000  # in one file; an empty list takes two bytes there, and 64 in memory
 
 
@@ -53,7 +54,7 @@ class Store:
             data = file.read(_JSON_LIMIT + 1)
         if len(data) > _JSON_LIMIT:
             raise Refused(f"{self.where}: {shown(name)} has more than {_JSON_LIMIT >> 20} MiB")
-        self._json_left -= len(data)
+        self._json_left -= max(len(data), _LEAST_JSON)
         values = sum(map(data.count, (b"[", b"{", b",")))
         if self._json_left < 0 or values > _MOST_VALUES:
             raise Refused(f"{self.where}: {shown(name)} says more than any image has to")

@@ -238,7 +238,7 @@ def test_json_may_have_just_as_many_values_as_it_may() -> None:
     assert len(OneFile(200_000).json("a")) == 200_000
     with pytest.raises(Refused, match="says more than any image has to"):
         OneFile(200_001).json("a")
-    store = OneFile(10)
+    store = OneFile(20_000)
     store._json_left = 2 * len(store.data)
     for _ in range(2):
         store.json("a")
@@ -257,6 +257,21 @@ def test_indexes_of_indexes_are_looked_at_so_often_only(tmp_path: Path) -> None:
     layout.archive(tmp_path / "image.tar")
     peak, why = cost(tmp_path / "image.tar")
     assert peak < 100 * MIB and "more than 1000 manifests" in why
+
+
+def test_small_json_files_are_looked_at_so_often_only() -> None:
+    class Many(Store):
+        opened = 0
+
+        def open(self, name: str) -> IO[bytes]:
+            self.opened += 1
+            return io.BytesIO(b"{}")
+
+    store = Many()
+    with pytest.raises(Refused, match="says more than any image has to"):
+        for _ in range(10_000):
+            store.json("index.json")
+    assert 1000 < store.opened < 3000  # what one index may have, and it takes a second
 
 
 def test_accounts_without_end(tmp_path: Path) -> None:
