@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from socket import socket as Socket
+from threading import Event
 from typing import NoReturn
 
 from pyvmm.errors import ConfigError
@@ -35,6 +36,7 @@ from pyvmm.host.private_listener import connected_listener
 PROGRAM = "virtiofsd"
 _SOCKET, _SAYS = "virtiofsd", "virtiofsd-says"  # names of descriptors that are handed over
 _PATIENCE = 10.0  # seconds for its end, once our end of the socket is closed
+_MOMENT = 0.5  # seconds between the two
 # <linux/sched.h>, <linux/mount.h>
 _CLONE_NEWNS, _CLONE_NEWUSER = 0x00020000, 0x10000000
 _MS_BIND, _MS_REC, _MS_PRIVATE = 1 << 12, 1 << 14, 1 << 18
@@ -65,7 +67,7 @@ class Served:
         self._wait, self._kill = wait, kill
         self._said: deque[str] = deque(maxlen=8)
         self._log = log.RateLimited(prefix="virtiofsd: ")
-        self._closing = False
+        self._closing = Event()
         hears = pausing.each_line(says, self._heard, self._ended)
         self._watcher = pausing.Watcher(says, "virtiofsd", hears)
 
@@ -76,7 +78,8 @@ class Served:
 
     def _ended(self) -> None:
         self._wait()
-        if not self._closing:
+        # Where its connection has been closed by us, `close` comes next.
+        if not self._closing.wait(_MOMENT):
             self._log(f"{self.folder} is served no more: {self._last('ended')}")
 
     def _last(self, otherwise: str) -> str:
@@ -85,13 +88,13 @@ class Served:
     def why_it_ended(self, otherwise: str = "ended") -> str:
         """Its last message, once the connection has ended; if there is none, `otherwise`, what it
         has done."""
-        self._closing = True
+        self._closing.set()
         self._watcher.wait(_PATIENCE)
         return self._last(otherwise)
 
     def close(self) -> None:
         """Be sure that it has gone; the socket must be closed already."""
-        self._closing = True
+        self._closing.set()
         if not self._watcher.wait(_PATIENCE):
             self._kill()
             self._watcher.wait(_PATIENCE)

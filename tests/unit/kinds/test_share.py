@@ -15,6 +15,8 @@ import traceback
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from socket import socketpair
+from threading import Event
 
 import pytest
 from front_end_rig import restored, saved_of, until
@@ -639,3 +641,18 @@ def _serves(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_a_virtiofsd_that_ends_as_its_connection_is_closed_is_not_told_of(capfd):
+    """It may be gone before we come to look for its end."""
+    says, writes = os.pipe()
+    gone = Event()
+    ours, its = socketpair()
+    served = virtiofsd.Served("/shared", ours, says, gone.set)
+    ours.close()
+    its.close()
+    os.close(writes)
+    gone.wait()
+    served.close()
+    os.close(says)
+    assert "is served no more" not in capfd.readouterr().err
