@@ -7,6 +7,7 @@ import socket
 import threading
 from collections import deque
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
 
@@ -296,6 +297,21 @@ def test_a_large_transfer_both_ways_at_once(rig: Rig) -> None:
     assert received == data
 
 
+@contextmanager
+def waiting(folder: Path, data: bytes, *, packed: bool) -> Iterator[Rig]:
+    """A stream whose host has sent `data` and closed it, to a guest that has given neither credit
+    nor receive buffers yet."""
+    with running(folder, start=False) as rig:
+        rig.device.features |= ring_features(packed=packed)
+        rig.driver.start()
+        rig.guest.offer(1)
+        with rig.dial(buf_alloc=0) as host:
+            host.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+            host.sendall(data)
+        assert rig.guest.receive_and_keep().op == CREDIT_REQUEST
+        yield rig
+
+
 FORMS: list[list[int | Buffer]] = [
     *([HEADER.size, 4096] for _ in range(5)),
     [HEADER.size + 4052],
@@ -319,14 +335,7 @@ def test_much_data_fills_buffers_of_any_form_in_order(
     when the buffers are there, so that they are."""
     data, received, packets = os.urandom(150_001), bytearray(), list[Packet]()
     chains, forms, unused = deque[Chain](), cycle(FORMS), 0
-    with running(tmp_path, start=False) as rig:
-        rig.device.features |= ring_features(packed=packed)
-        rig.driver.start()
-        rig.guest.offer(1)
-        with rig.dial(buf_alloc=0) as host:
-            host.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-            host.sendall(data)
-        assert rig.guest.receive_and_keep().op == CREDIT_REQUEST
+    with waiting(tmp_path, data, packed=packed) as rig:
         while not packets or packets[-1].op != SHUTDOWN:
             while len(chains) < len(FORMS):
                 chains.append(rig.guest.offer_raw(next(forms)))
@@ -361,14 +370,7 @@ def test_much_data_fills_buffers_in_many_parts(tmp_path: Path, packed: bool) -> 
     """Of which several have more parts together than one system call takes (readv(2), IOV_MAX)."""
     data, received = os.urandom(100_001), bytearray()
     form: list[int | Buffer] = [HEADER.size, *[40] * 90]
-    with running(tmp_path, start=False) as rig:
-        rig.device.features |= ring_features(packed=packed)
-        rig.driver.start()
-        rig.guest.offer(1)
-        with rig.dial(buf_alloc=0) as host:
-            host.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-            host.sendall(data)
-        assert rig.guest.receive_and_keep().op == CREDIT_REQUEST
+    with waiting(tmp_path, data, packed=packed) as rig:
         # They are there before the data may come.
         count = len(data) // 3600 + 2
         chains = deque(rig.driver.submit(RX, [], form, indirect=True) for _ in range(count))
