@@ -196,7 +196,8 @@ def checksum(state: Mapping[str, Any]) -> str:
 
 
 class Writer(Closable):
-    """A snapshot that is being made. What is not finished is removed by `close`."""
+    """A snapshot that is being made, in the directory `made`; it will be at `path`. What is not
+    finished is removed by `close`."""
 
     def __init__(self, name: str = "") -> None:
         """Without a name it is for those who begin with it now, and nobody finds it later: it goes
@@ -215,7 +216,7 @@ class Writer(Closable):
             )
         self._closing = ExitStack()
         try:
-            self._made, self._folder = self._new_folder()
+            self.made, self._folder = self._new_folder()
         except OSError as error:
             raise HostError(error.errno or 0, f"making of a snapshot in {self._place}") from None
         self._files: dict[str, int] = {}
@@ -245,7 +246,7 @@ class Writer(Closable):
         """Begin `file` of the snapshot, `size` bytes of zeroes. Raises HostError."""
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         try:
-            fd = os.open(os.path.join(self._made, file), flags, 0o600)
+            fd = os.open(os.path.join(self.made, file), flags, 0o600)
             self._closing.callback(os.close, fd)
             self._files[file] = fd
             os.ftruncate(fd, size)
@@ -266,7 +267,7 @@ class Writer(Closable):
         """Have `file` of the snapshot be the file at `path`, which is never written. Raises
         HostError."""
         try:
-            os.link(path, os.path.join(self._made, file), follow_symlinks=False)
+            os.link(path, os.path.join(self.made, file), follow_symlinks=False)
         except OSError as error:
             raise HostError(error.errno or 0, f"making of the snapshot's {file}") from None
 
@@ -286,11 +287,11 @@ class Writer(Closable):
                 for fd in (*self._files.values(), self._folder):
                     os.fsync(fd)
             # Of a directory onto another one: only if that is empty, which a snapshot never is.
-            os.rename(self._made, self.path)
+            os.rename(self.made, self.path)
             try:
                 _sync_folder(self._place)
             except OSError:
-                os.rename(self.path, self._made)  # for `close`: who hears of a failure has nothing
+                os.rename(self.path, self.made)  # for `close`: who hears of a failure has nothing
                 raise
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):

@@ -131,7 +131,7 @@ def merge(name: str, new: str) -> None:
                 writer.write(store.MEMORY, offset, data)
         for file in disks:
             writer.link(file, os.path.join(found.path, file))
-        writer.finish(state)
+        _finish(writer, state, spec)
 
 
 _OF_LAYERS = ("below", "pages", "base")
@@ -173,8 +173,6 @@ def _receive(receiver: _Receiver, writer: store.Writer, base: _Base | None, *, s
     spec = with_paths(from_json(json.dumps(state["spec"])), os.path.abspath)
     state["spec"] = json.loads(to_json(spec))
     state["disks"] = marks_of(spec)  # now: a VM that goes on writes to its images
-    if _lends_files(spec):
-        state["seal"] = seal(state["spec"])
     for name, size in files.items():
         writer.make(name, size)
     changed = None if base is None else _Changed(receiver, base, state, files[store.MEMORY])
@@ -204,10 +202,17 @@ def _receive(receiver: _Receiver, writer: store.Writer, base: _Base | None, *, s
         state["pages"] = pages.to_bitmap(changed.pages).hex()
         state["base"] = {"name": base.name, "id": base.id}
     state["files"] = files
-    writer.finish(state)
+    _finish(writer, state, spec)
     if stop:
         receiver.answer(DONE)
     return paused / 1000
+
+
+def _finish(writer: store.Writer, state: dict[str, Any], spec: VmSpec) -> None:
+    """All files of the snapshot are as they will be. Raises as `seal` and `finish` do."""
+    if _lends_files(spec):
+        state["seal"] = seal(state, writer.made)
+    writer.finish(state)
 
 
 class _Changed:
@@ -385,7 +390,7 @@ def spec_of(name: str, path: str, state: Mapping[str, Any]) -> VmSpec:
     the files that the VM had which was saved: what it changes on its disks is thrown away at its
     end. Raises ConfigError for a snapshot that cannot be, or whose disks have changed."""
     spec = _as_a_user_could(from_json(json.dumps(state.get("spec"))))
-    if _lends_files(spec) and not is_sealed(state.get("spec"), state.get("seal")):
+    if _lends_files(spec) and not is_sealed(state, path):
         raise ConfigError(
             f"the snapshot {name} would give its guest a directory or a back end of this machine, "
             "and is not one that you have taken here",

@@ -570,16 +570,47 @@ def test_a_shared_directory_is_for_those_who_have_taken_the_snapshot(folder: Pat
         for one in (vm, copy):
             one.console.send("hello")
             one.console.expect_exact("hello", timeout=SAFETY_TIMEOUT)
-        vm.snapshot("second")
+        vm.snapshot("second", track=True)
+        vm.snapshot("third", diff_of="second")
+    snapshots.merge("third", "fourth")
+    for name in ("second", "third"):
+        store.remove(name)
+    with VM.restore("fourth") as vm:
+        vm.console.send("again")
+        vm.console.expect_exact("again", timeout=SAFETY_TIMEOUT)
     state = store.read_state(str(path))
     [row] = [row for kind, row in state["spec"]["devices"] if kind == "share"]
-    for change in (lambda: row.update(path=str(folder / "yours")), key.unlink):
-        change()
+    whole = json.dumps(state)
+
+    def written(text: str) -> None:
+        (path / "state.json").write_text(text)
+
+    def changed(where: dict[str, Any], **values: Any) -> None:
+        before = {name: where[name] for name in values}
+        where.update(values)
         state["checksum"] = store.checksum(state)
-        (path / "state.json").write_text(json.dumps(state))
+        written(json.dumps(state))
+        where.update(before)
+
+    def replaced(file: str) -> None:
+        (path / file).rename(folder / file)
+        shutil.copy2(folder / file, path / file)
+
+    def put_back(file: str) -> None:
+        os.replace(folder / file, path / file)
+
+    for change, undo in (
+        (lambda: changed(row, path=str(folder / "yours")), lambda: written(whole)),
+        (lambda: changed(state, cmdline="x"), lambda: written(whole)),
+        (lambda: replaced("memory"), lambda: put_back("memory")),
+        (lambda: replaced("share-0"), lambda: put_back("share-0")),
+        (key.unlink, lambda: None),
+    ):
+        snapshots.spec_of("first", str(path), store.read_state(str(path)))
+        change()
         for command in (("run", "--kvm=host", "--restore", "first"), ("clone", "first")):
             assert "is not one that you have taken here; take one of your own" in refused(*command)
-        row.update(path=str(folder / "mine"))
+        undo()
 
 
 def test_row_58_memory_that_a_file_keeps_is_never_the_hosts_own(snapshot: Path) -> None:
