@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import NamedTuple
 
 # Says who it is, and ends the program once nobody has the other end of its standard input.
@@ -62,18 +62,17 @@ def start(
 def supervise(argv: Sequence[str], given: Sequence[int], closing: ExitStack) -> Supervised:
     """The same for a program that has to be told to end. `closing` closes our descriptors. Raises
     OSError."""
-    held, life = os.pipe()
-    closing.callback(os.close, life)
-    told, tells = os.pipe()
-    try:
-        program = ["/bin/sh", "-c", _SUPERVISES, "sh", *argv]
-        says = start(program, given, closing, stdin=held, stdout=tells)
-        os.close(tells)
-        tells = -1
+    with ExitStack() as here:
+        held, life = os.pipe()
+        here.callback(os.close, held)
+        closing.callback(os.close, life)
+        told, tells = os.pipe()
+        here.callback(os.close, told)
+        try:
+            program = ["/bin/sh", "-c", _SUPERVISES, "sh", *argv]
+            says = start(program, given, closing, stdin=held, stdout=tells)
+        finally:
+            os.close(tells)  # or what is read would not end if the program has not begun
         process = os.pidfd_open(int(os.read(told, _MOST) or b"-1"))
-    finally:
-        for fd in (held, told, tells):
-            with suppress(OSError):
-                os.close(fd)
     closing.callback(os.close, process)
     return Supervised(says, life, process)
