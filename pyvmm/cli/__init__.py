@@ -9,6 +9,9 @@ monitor.collect_garbage_rarely()
 
 def main(args: list[str] | None = None) -> None:
     """See `pyvmm.cli.main.main`."""
+    from pyvmm.cli import interrupts
+
+    interrupts.die_of_them()
     from pyvmm.cli.main import main as run
 
     run(args)

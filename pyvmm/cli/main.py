@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 
+from pyvmm.cli import interrupts
 from pyvmm.cli.quick import run_quickly
 from pyvmm.host import log
 from pyvmm.monitor.exit_code import explain, flush_or_drop
@@ -19,13 +21,14 @@ def main(args: list[str] | None = None) -> None:
 
 def _run(argv: list[str]) -> int:
     _choose_log_format(argv)
-    quick = run_quickly(argv)
-    if quick is None:
+    carry_out = run_quickly(argv)
+    if carry_out is None:
         from pyvmm.cli.commands import run_command
 
-        return run_command(argv)
+        carry_out = partial(run_command, argv)
     try:
-        return quick()
+        with interrupts.raised():
+            return carry_out()
     except KeyboardInterrupt:
         return 130
     except Exception as wrong:
