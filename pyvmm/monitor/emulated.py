@@ -38,7 +38,7 @@ from pyvmm.platform.console import standard_fds
 from pyvmm.platform.escape import HELP, Command, EscapeParser
 from pyvmm.platform.terminal import Terminal, is_terminal
 from pyvmm.platform.window_size import SERVICE, SizeService
-from pyvmm.spec.surroundings import EXEC, STOP_SECONDS, USUAL, Surroundings
+from pyvmm.spec.surroundings import EXEC, STOP_SECONDS, STRICT, USUAL, Surroundings
 from pyvmm.spec.vm import DeviceSpec, DiskSpec, VmSpec
 
 if TYPE_CHECKING:
@@ -79,7 +79,10 @@ def run_emulated(
         if sinks:
             spec = replace(spec, trace_file=sinks[0].path)
         size = _size_service(crossings)
-        plugging = closing.enter_context(Plugging(spec, _visible, emulated_inside.CONTROL_PATH))
+        strict = surroundings.confine == STRICT
+        plugging = closing.enter_context(
+            Plugging(spec, _visible, emulated_inside.CONTROL_PATH, strict=strict)
+        )
         foreign = is_foreign(spec.arch)
         host = EmulatedHostSpec(
             image=find_image(make=True, architecture=uname_of(spec.arch)),

@@ -40,9 +40,11 @@ _SENDING = 10.0
 class Plugging(Closable):
     """The outer monitor's part in devices that come and go, from its control socket on."""
 
-    def __init__(self, vm: VmSpec, visible: Visible, inside: str) -> None:
-        """For `vm`. `visible` is a Border's; the monitor inside listens at `inside`."""
+    def __init__(self, vm: VmSpec, visible: Visible, inside: str, *, strict: bool = False) -> None:
+        """For `vm`. `visible` is a Border's; the monitor inside listens at `inside`, and is
+        confined strictly, or not."""
         self._vm = vm
+        self._strict = strict
         self._visible = visible
         self._inside = inside
         self._lock = Lock()
@@ -111,6 +113,11 @@ class Plugging(Closable):
         specs = registry.read(kind, value)
         if len(specs) != 1:
             raise ConfigError(f"{len(specs)} devices at once", cure="add one after the other")
+        if kind == "share" and self._strict:  # whatever else is wrong with it
+            raise ConfigError(
+                "no directory comes to a strictly confined VM in an emulated KVM host",
+                cure="share it from the start, or start the VM with --confine auto",
+            )
         [checked] = registry.check(kind, specs, self._vm)
         if isinstance(checked, DiskSpec):  # which others there are is known inside
             checked = replace(checked, id=specs[0].id)

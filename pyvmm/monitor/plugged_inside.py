@@ -64,11 +64,6 @@ def _plug(
     if not hotplug.opens_nothing:
         hotplug.run_outside(partial(_bring_in, disks, streams))
         return hotplug.add(kind, found, outside)
-    if kind == "share":
-        raise ConfigError(
-            "no directory comes to a strictly confined VM in an emulated KVM host",
-            cure="share it from the start, or start the VM with --confine auto",
-        )
     assert keeper is not None
     with Descriptors() as owner:
         names = dict(_brought_in(keeper, disks, streams, owner))

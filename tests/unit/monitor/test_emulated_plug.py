@@ -253,3 +253,15 @@ def test_a_directory_that_is_only_read_gets_in_as_it_is_seen_there(
     told = outside.ask("share.add", device=str(tmp_path))
     assert "does not get into an emulated KVM host that runs" in told["error"]["message"]
     assert len(outside.inside.specs) == 1
+
+
+@pytest.mark.parametrize("options", ["", ",readonly"])
+def test_no_directory_comes_to_one_that_opens_nothing_whatever_is_said_of_it(
+    outside: Outside, tmp_path: Path, options: str
+) -> None:
+    """No advice on another thing that is wrong helps there."""
+    inside, visible = outside.inside, lambda path, option: path
+    outside.plugging = Plugging(VmSpec("kernel"), visible, "inside", strict=True)
+    told = outside.ask("share.add", device=f"{tmp_path}{options}")
+    assert "no directory comes to a strictly confined VM" in told["error"]["message"]
+    assert not inside.specs
