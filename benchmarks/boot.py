@@ -149,9 +149,9 @@ def measure(
     # As after a first run. Inside, what Python compiles is not kept.
     compileall.compile_dir(os.path.dirname(pyvmm.__file__), quiet=1)
     files = guest_lab.files_for(arch, kernel, "minbase", folder)
-    ours = [os.path.join(os.path.dirname(sys.executable), "pyvmm")]
+    on_x86 = arch == guest_lab.X86
     setup = Setup(
-        pyvmm=ours if arch == guest_lab.X86 else [*files.python, "-m", "pyvmm"],
+        pyvmm=guest_lab.pyvmm_program() if on_x86 else [*files.python, "-m", "pyvmm"],
         qemu=files.qemu,
         arch=arch,
         kernel=files.kernel,

@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from guest_lab import pyvmm_program
 from start import first_byte_kernel, measure_start
 
 from pyvmm import VM, Pool, images
@@ -102,12 +103,11 @@ def growth(rounds: int) -> list[dict[str, Any]]:
         *({"memory": "512M", "disks": disks} for disks in (1, 4, 8, 14)),
     ]
     rows = []
-    pyvmm = os.path.join(os.path.dirname(sys.executable), "pyvmm")
     with folders() as folder:
         for number, size in enumerate(sizes):
             name = f"{NAME}{number}"
             paused = make_snapshot(folder, name, **size)
-            command = [pyvmm, "run", "--kvm=host", "--restore", name]
+            command = [*pyvmm_program(), "run", "--kvm=host", "--restore", name]
             restores = [measure_start(command).wall_ms for _ in range(rounds)]
             clones_ms = [1e3 * clones(1, name)[0] for _ in range(rounds)]
             snapshot_store.remove(name)
@@ -167,8 +167,7 @@ def measure(rounds: int, count: int) -> dict[str, Any]:
     with folders() as folder:
         make_snapshot(folder)
         of_takes = sorted(takes(rounds))
-        pyvmm = os.path.join(os.path.dirname(sys.executable), "pyvmm")
-        command = [pyvmm, "run", "--kvm=host", "--restore", NAME]
+        command = [*pyvmm_program(), "run", "--kvm=host", "--restore", NAME]
         restores = [measure_start(command).wall_ms for _ in range(rounds // 2 + 1)][1:]
         several = [clones(count) for _ in range(max(1, rounds // 10))]
     return {

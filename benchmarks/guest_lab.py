@@ -48,6 +48,13 @@ done
 """
 
 
+def pyvmm_program() -> list[str]:
+    """The beginning of a command line of the pyvmm that this Python has: as a user types it, where
+    it is installed."""
+    installed = os.path.join(os.path.dirname(sys.executable), "pyvmm")
+    return [installed] if os.path.exists(installed) else [sys.executable, "-m", "pyvmm"]
+
+
 class Files(NamedTuple):
     """What guests of an `arch` boot from, and the beginnings of command lines that run QEMU and
     Python in the emulated host of it."""

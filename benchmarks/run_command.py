@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from guest_lab import pyvmm_program
+
 STAGES = ("boot", "command", "power-off")
 COMMANDS = 20
 IDLE_SECONDS = 3
@@ -29,8 +31,7 @@ PATIENCE = 300.0
 def inside(runs: int) -> None:
     """Measure, and print the figures as JSON."""
     os.environ["XDG_RUNTIME_DIR"] = "/run"
-    pyvmm = os.path.join(os.path.dirname(sys.executable), "pyvmm")
-    run = [pyvmm, "run", "--kvm=host", "--rm"]
+    run = [*pyvmm_program(), "run", "--kvm=host", "--rm"]
     rounds = []
     for _ in range(runs + 1):
         took, _ = one_run([*run, "debian", "--", "true"])

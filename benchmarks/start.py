@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from guest_lab import pyvmm_program
+
 TARGET_MS = 120
 GUEST_RAM = "pyvmm-guest-ram"
 # mov dx, 0x3f8; mov al, '!'; out dx, al; hlt
@@ -94,7 +96,7 @@ def measure(rounds: int) -> dict[str, Any]:
         first_byte_kernel(files.bzimage, kernel)
         with open(disk, "wb") as file:
             file.truncate(1 << 30)
-        command = [os.path.join(os.path.dirname(sys.executable), "pyvmm"), "run", "--kvm=host"]
+        command = [*pyvmm_program(), "run", "--kvm=host"]
         command += ["--kernel", kernel, "--initrd", files.initramfs, "--disk", disk]
         starts = [measure_start(command) for _ in range(rounds + 1)][1:]
     return {

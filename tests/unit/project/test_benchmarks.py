@@ -44,6 +44,19 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             del sys.modules[name]
 
 
+@pytest.mark.parametrize("name", ["boot", "clones", "run_command", "start"])
+def test_a_python_that_pyvmm_is_not_installed_for_runs_it_as_a_module(
+    benchmark: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    module = benchmark(name)
+    program = getattr(module, "guest_lab", module).pyvmm_program
+    installed = tmp_path / "pyvmm"
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python3"))
+    assert program() == [sys.executable, "-m", "pyvmm"]
+    installed.touch()
+    assert program() == [str(installed)]
+
+
 def test_fio_terse_line_is_read(benchmark: Any) -> None:
     found = benchmark("guest_disk").read_terse(TERSE, write=False)
     assert found.rate == 419
