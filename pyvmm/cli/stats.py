@@ -49,14 +49,15 @@ def _lines(numbers: dict[str, Any]) -> list[str]:
     ]
     head = ("DEVICE", "REQUESTS", "INTERRUPTS", "KICKS", "TO GUEST", "FROM GUEST", "P50", "P99")
     rows = [head]
+    served_by = [""]
     for name, device in numbers["devices"].items():
         histogram = merged([queue["latency_ns"] for queue in device["queues"]])
+        server = device.get("served_by")
+        served_by.append(f"  served by {server}" if server else "")
         rows.append(
             (
                 name,
-                str(device["requests"]),
-                str(device["interrupts"]),
-                str(device["kicks"]),
+                *(counted(device, what) for what in COUNTS),
                 size_text(device.get("bytes_to_guest")),
                 size_text(device.get("bytes_from_guest")),
                 time_text(quantile(histogram, 0.50)),
@@ -64,11 +65,19 @@ def _lines(numbers: dict[str, Any]) -> list[str]:
             )
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    for row in rows:
+    for row, note in zip(rows, served_by, strict=True):
         cells = [f"{row[0]:{widths[0]}}"]
         cells += [f"{text:>{width}}" for text, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells))
+        lines.append("  ".join(cells) + note)
     return lines
+
+
+COUNTS = ("requests", "interrupts", "kicks")
+
+
+def counted(device: dict[str, Any], what: str) -> str:
+    """One of COUNTS of a device; "-" where nobody counts: another program serves the queues."""
+    return str(device[what]) if device[what] or not device.get("served_by") else "-"
 
 
 def merged(histograms: list[dict[str, int]]) -> dict[str, int]:

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pyvmm.cli.parameter_types import Seconds
-from pyvmm.cli.stats import merged, quantile, size_text, time_text
+from pyvmm.cli.stats import COUNTS, merged, quantile, size_text, time_text
 from pyvmm.control import registry
 from pyvmm.control.client import Client
 from pyvmm.errors import ConfigError, PyvmmError
@@ -165,7 +165,7 @@ def _one(name: str, before: Look, now: Look) -> RenderableType:
         latency = rates.latency(device)
         devices.add_row(
             device,
-            *(_count(rates.of("devices", device, what)) for what in _DEVICE_COUNTS),
+            *(_rate(rates, device, counted, what) for what in COUNTS),
             *(_bytes(rates, device, counted, what) for what in _DEVICE_BYTES),
             time_text(quantile(latency, 0.50)),
             time_text(quantile(latency, 0.99)),
@@ -174,8 +174,12 @@ def _one(name: str, before: Look, now: Look) -> RenderableType:
     return Group(head, exits, devices)
 
 
-_DEVICE_COUNTS = ("requests", "interrupts", "kicks")
 _DEVICE_BYTES = ("bytes_to_guest", "bytes_from_guest")
+
+
+def _rate(rates: Rates, device: str, counted: Plain, what: str) -> str:
+    known = counted[what] or not counted.get("served_by")
+    return _count(rates.of("devices", device, what)) if known else "-"
 
 
 def _bytes(rates: Rates, device: str, counted: Plain, what: str) -> str:

@@ -364,6 +364,7 @@ def _open_vhost_user(spec: Spec, context: Context) -> VhostUserDevice:
             queue_size=_VHOST_USER_QUEUE,
             reconnect=0,  # it is the one that we have started: no other comes
             connection=start_passt(spec),
+            server="passt",
         )
     except (BackEndError, HostError) as error:
         raise ConfigError(f"passt {error}", cure="leave out vhost-user", option=OPTION) from None

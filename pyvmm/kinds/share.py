@@ -216,6 +216,7 @@ def open_device(spec: Spec, context: Context) -> VhostUserDevice:
             queue_size=1024,
             connection=server.socket,
             state=state,
+            server="virtiofsd",
         )
     except (BackEndError, HostError) as error:
         otherwise = str(error) if isinstance(error, BackEndError) else "ended"

@@ -206,6 +206,8 @@ def _of_devices(vm: str, stats: Mapping[str, Any]) -> Iterator[Family]:
         failures.add(device["failures"], labels)
         for index, queue in enumerate(device["queues"]):
             of_queue = {**labels, "queue": index}
+            if device.get("served_by") and not queue["requests"]:
+                continue  # nobody counts, and 0 would be wrong
             requests.add(queue["requests"], of_queue)
             interrupts.add(queue["interrupts"], of_queue)
             kicks.add(queue["kicks"], of_queue)

@@ -69,7 +69,8 @@ class VhostNetDevice(NetDevice):
             self._counted = tap.counters(self._interface)
         since = {key: self._counted[key] - before for key, before in self._before.items()}
         dropped = since.pop("dropped_to_guest")
-        return {**since, "dropped": {"the tap's queue was full": dropped} if dropped else {}}
+        drops = {"the tap's queue was full": dropped} if dropped else {}
+        return {**since, "dropped": drops, "served_by": "vhost-net"}
 
     def activate(self, activation: Activation) -> None:
         def fail(error: PyvmmError) -> None:

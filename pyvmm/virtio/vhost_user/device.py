@@ -120,12 +120,13 @@ class VhostUserDevice(VirtioDevice):
         log: Callable[[str], None] | None = None,
         connection: socket.socket | None = None,
         state: bytes | None = None,
+        server: str = "",
     ) -> None:
         """Connect, and find out what the back end can do. It has `patience` seconds for each
         answer. After its death another one has `reconnect` seconds to be there. `connection` is one
         to a back end that was just started, with more time for its first answers, and that nobody
         else can reach: `path` is for messages then. `state` is what a device that is to be restored
-        has had in its `take_state`.
+        has had in its `take_state`. `server` is what to call the back end.
 
         Raises HostError where nobody listens, BackEndError for one that cannot serve this.
         """
@@ -133,6 +134,7 @@ class VhostUserDevice(VirtioDevice):
         self.device_type = served.number
         self.queue_sizes = (queue_size,) * served.queues
         self._path = path
+        self._server = server or f"the back end at {path}"
         self._served = served
         self._reconnect = reconnect
         self._patience = patience
@@ -187,8 +189,13 @@ class VhostUserDevice(VirtioDevice):
         self._error.close()
 
     def stats(self) -> Mapping[str, object]:
-        """The connection: whether there is a back end, and how often there was a new one."""
-        return {"connected": self._link is not None, "reconnections": self._reconnections}
+        """Who serves the queues, and counts their requests if anybody does; whether there is a back
+        end, and how often there was a new one."""
+        return {
+            "served_by": self._server,
+            "connected": self._link is not None,
+            "reconnections": self._reconnections,
+        }
 
     def look(self) -> None:
         """See VirtioDevice: a back end that ends while no driver is at work is noticed here."""

@@ -605,6 +605,7 @@ def test_a_full_file_system(folder):
 def test_a_virtiofsd_that_is_killed(folder, capfd):
     """The guest is told that the file system is gone, at once and from then on."""
     with shared(str(folder)) as (fuse, driver, server):
+        assert driver.device.stats()["served_by"] == "virtiofsd"
         os.killpg(server, 9)  # it forks for its namespaces
         for _ in range(3):
             assert fuse.lookup(b"file")[0] == 107

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import socket
@@ -21,10 +22,11 @@ from click.testing import CliRunner
 from mmio_harness import STATUS as STATUS_REGISTER
 from mmio_harness import Bench, RecordingDevice
 from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
 from worker_rig import asleep, wait_for
 
 from pyvmm.bus import Action, Bus
-from pyvmm.cli import exporter
+from pyvmm.cli import exporter, top
 from pyvmm.cli import stats as cli
 from pyvmm.cli.stats import quantile
 from pyvmm.errors import ConfigError, DriverError
@@ -259,6 +261,19 @@ def test_prometheus_reads_what_was_counted() -> None:
     assert value("device_latency_seconds_bucket", le="+Inf", **of_disk) == 5
 
 
+def served_elsewhere(**more: Any) -> dict[str, Any]:
+    """A device of which nobody counts the requests."""
+    queue = {"requests": 0, "interrupts": 0, "kicks": 0, "latency_ns": {}, "latency_sum_ns": 0}
+    base = {"type": 26, "requests": 0, "interrupts": 0, "kicks": 0, "failures": 0}
+    return {**base, "queues": [queue], "served_by": "virtiofsd", "connected": True, **more}
+
+
+def test_what_nobody_counts_is_no_metric() -> None:
+    found = samples(as_text("vm", STATUS, numbers(share=served_elsewhere(), disk0=device())))
+    names = {name for name, labels in found if ("device", "share") in labels}
+    assert names == {"pyvmm_device_failures_total", "pyvmm_device_stat"}
+
+
 def test_metrics_of_several_vms_are_one_valid_text() -> None:
     one = as_text("one", STATUS, numbers(disk0=device()))
     two = as_text("two", STATUS, numbers(disk0=device(errors=3)))
@@ -450,6 +465,21 @@ def test_numbers_for_humans() -> None:
     assert lines[0] == "up 2 s, memory 1 of 1024 MiB, 3 interrupts"
     assert lines[1] == "exits: total 10, other 6, io 4"
     assert " ".join(lines[3].split()) == "disk0 5 2 4 5.0 MiB - 2.05 µs 1.1e+03 s"
+
+
+def test_who_serves_a_device_is_said_where_nobody_counts() -> None:
+    counted = served_elsewhere(bytes_to_guest=5 << 20)
+    rows = cli._lines(numbers(share=counted, disk0=device()))[3:]
+    assert " ".join(rows[0].split()) == "share - - - 5.0 MiB - - - served by virtiofsd"
+    assert rows[1].split()[:4] == ["disk0", "5", "2", "4"]
+
+
+def test_top_rates_nothing_that_nobody_counts() -> None:
+    look = top.Look(0.0, {**STATUS, "uptime_seconds": 1}, numbers(share=served_elsewhere()))
+    shown = io.StringIO()
+    Console(width=200, file=shown).print(top._one("vm", look, look))
+    row = next(line for line in shown.getvalue().splitlines() if "share" in line)
+    assert row.split() == ["share", *"--------"]
 
 
 def test_the_json_is_json() -> None:

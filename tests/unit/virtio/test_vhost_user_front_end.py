@@ -529,7 +529,8 @@ def test_another_back_end_goes_on(image, place, over):
         with process("vhost-user-blk", "--disk", str(image), path=place):
             driver.mmio.wait_used(0, chain)
             assert disk(driver).read(1, 512).status == OK
-            until(lambda: driver.device.stats() == {"connected": True, "reconnections": 1})
+            end = {"served_by": f"the back end at {place}", "connected": True, "reconnections": 1}
+            until(lambda: driver.device.stats() == end)
             assert not driver.needs_reset
 
 
