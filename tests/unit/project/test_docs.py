@@ -71,6 +71,50 @@ def test_links_lead_somewhere(document: Path) -> None:
     assert not missing, f"{document.relative_to(ROOT)} points at {missing}"
 
 
+DECISIONS = ROOT / "docs/decisions"
+ROW = re.compile(r"^\| \[(\d{4})\]\(([^)]+)\) \| (.+?) \| (.+) \|$", re.MULTILINE)
+
+
+def wrong_in_index(text: str, titles: dict[str, str]) -> list[str]:
+    """What an index of decisions has wrong; `titles` are those of their files, by name."""
+    rows = ROW.findall(text)
+    names = [name for _, name, _, _ in rows]
+    found = [f"{name} is not in the index" for name in titles if name not in names]
+    found += [f"{name} is there twice" for name in set(names) if names.count(name) > 1]
+    for number, name, title, clause in rows:
+        if not name.startswith(f"{number}-"):
+            found.append(f"{name} is not {number}")
+        elif name in titles and title != titles[name]:
+            found.append(f"{name} is called {titles[name]!r}, and {title!r} in the index")
+        elif clause.strip() in ("", title):
+            found.append(f"{name} has no clause")
+    return found
+
+
+def test_the_index_of_decisions_is_whole() -> None:
+    titles = {}
+    for path in sorted(DECISIONS.glob("[0-9]*.md")):
+        heading = path.read_text().partition("\n")[0]
+        titles[path.name] = re.sub(r"^# (\d{4}:? )?", "", heading)
+    wrong = wrong_in_index((DECISIONS / "README.md").read_text(), titles)
+    assert not wrong, f"docs/decisions/README.md: {wrong}"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("| [0001](0001-a.md) | A | it is so |\n", []),
+        ("", ["0001-a.md is not in the index"]),
+        ("| [0001](0001-a.md) | A | it is so |\n" * 2, ["0001-a.md is there twice"]),
+        ("| [0002](0001-a.md) | A | it is so |\n", ["0001-a.md is not 0002"]),
+        ("| [0001](0001-a.md) | B | it |\n", ["0001-a.md is called 'A', and 'B' in the index"]),
+        ("| [0001](0001-a.md) | A |   |\n", ["0001-a.md has no clause"]),
+    ],
+)
+def test_what_is_wrong_in_an_index(text: str, found: list[str]) -> None:
+    assert wrong_in_index(text, {"0001-a.md": "A"}) == found
+
+
 WIDTH = 100
 KEPT = ("fence", "code_block", "table_open", "html_block")  # lines that nobody can break
 DRAWN = re.compile("[\u2190-\u21ff\u2500-\u257f]")  # arrows, and lines of boxes
