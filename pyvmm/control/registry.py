@@ -28,7 +28,8 @@ DEFAULT_NAME = "vm"
 _SUFFIX = ".sock"
 _LEFT = ".left"
 _LOCK = ".lock"
-_LOCK_PATIENCE = 5.0  # seconds
+# Seconds, as fifty VMs that start at once on a busy machine take turns.
+_LOCK_PATIENCE = 60.0
 _MOST_SUFFIXES = 10_000
 
 
@@ -154,10 +155,14 @@ def _listen(path: str) -> Socket:
 def running() -> list[str]:
     """The names of the VMs that run, sorted. Sockets of dead ones are removed."""
     place = folder()
-    with _locked(place):
-        found = (entry for entry in os.listdir(place) if entry.endswith(_SUFFIX))
-        names = [entry.removesuffix(_SUFFIX) for entry in found]
-        return sorted(name for name in names if _alive(_path(place, name)))
+    found = (entry for entry in os.listdir(place) if entry.endswith(_SUFFIX))
+    names = [entry.removesuffix(_SUFFIX) for entry in found]
+    # Without the lock, for which VMs wait that start: each look is a connection, and they are many.
+    dead = [name for name in names if not _answers(_path(place, name))]
+    if dead:
+        with _locked(place):
+            dead = [name for name in dead if not _alive(_path(place, name))]
+    return sorted(set(names) - set(dead))
 
 
 def socket_path(name: str) -> str:
@@ -170,19 +175,22 @@ def _path(place: str, name: str) -> str:
     return os.path.join(place, name + _SUFFIX)
 
 
-def _alive(path: str) -> bool:
-    """True if a monitor listens at `path`; a socket without one is removed."""
+def _answers(path: str) -> bool:
+    """True if a monitor listens at `path`."""
     try:
         with closing(unix_sockets.connect(path)) as connection:
-            if not _has_ended(unix_sockets.peer(connection).pid):
-                return True
-        # Its keeper, which has the socket as well, is about to end.
-        raise HostError(errno.ECONNREFUSED, f"connect to {path}")
+            # Otherwise its keeper, which has the socket as well, is about to end.
+            return not _has_ended(unix_sockets.peer(connection).pid)
     except HostError as error:
-        if error.errno == errno.ENOENT:
-            return False
-        if error.errno != errno.ECONNREFUSED:
-            return True  # EAGAIN: too many wait already
+        # EAGAIN: too many wait already
+        return error.errno not in (errno.ENOENT, errno.ECONNREFUSED)
+
+
+def _alive(path: str) -> bool:
+    """True if a monitor listens at `path`; a socket without one is removed, under the lock."""
+    if _answers(path):
+        return True
+    if os.path.exists(path):
         from pyvmm.control import vm_log
 
         place, entry = os.path.split(path)
@@ -190,7 +198,7 @@ def _alive(path: str) -> bool:
         _remove_left(path)
         with suppress(OSError):
             os.unlink(path)
-        return False
+    return False
 
 
 def _has_ended(pid: int) -> bool:

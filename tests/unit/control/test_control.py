@@ -117,6 +117,16 @@ def test_what_a_killed_monitor_left_is_removed(runtime: Path, who_comes: str) ->
             assert registration.name == "dead"
 
 
+def test_who_looks_at_vms_that_run_holds_up_none_that_starts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with registry.register("web"), registry._locked(registry.folder()):
+        monkeypatch.setattr(registry, "_LOCK_PATIENCE", 0.0)
+        assert registry.running() == ["web"]
+        with pytest.raises(ConfigError, match="another pyvmm has held"):
+            registry.register("db")
+
+
 def test_a_vm_that_has_told_how_it_ended_has_ended(capsys: pytest.CaptureFixture[str]) -> None:
     """Its monitor still has something to clear away, and answers no more."""
 
