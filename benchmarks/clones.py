@@ -7,7 +7,8 @@ instructions are replaced: they wait until VMGenID has another number, as it has
 write a byte to the serial port and halt. So a copy says that it runs as soon as it does.
 
 With --growth it is told instead how snapshot, restore and clone grow: with the size of memory, with
-how much of it is dirty (the guest writes to each page first), and with the number of disks.
+how much of it is dirty (the guest writes to each page first), with the number of disks, and with a
+shared directory, for which memory that is not zero is copied.
 """
 
 from __future__ import annotations
@@ -70,7 +71,12 @@ def writes_to_pages(count: int) -> bytes:
 
 
 def make_snapshot(
-    folder: str, name: str = NAME, memory: str = MEMORY, dirty: int = 0, disks: int = 0
+    folder: str,
+    name: str = NAME,
+    memory: str = MEMORY,
+    dirty: int = 0,
+    disks: int = 0,
+    shares: int = 0,
 ) -> float:
     """Seconds for which the guest stood still. `dirty` is in MiB."""
     files = images.artifacts(make=True)
@@ -83,6 +89,7 @@ def make_snapshot(
         path = os.path.join(folder, f"disk{number}")
         Path(path).write_bytes(bytes(1 << 20))
         options["disks"].append(f"{path},snapshot")
+    options["shares"] = [f"{folder},tag=share{number}" for number in range(shares)]
     with VM(kernel=kernel, kvm="host", **options) as vm:
         vm.console.expect_exact("r", timeout=PATIENCE)
         return min(vm.snapshot(name), *(_snapshot_again(vm, name, n) for n in range(2)))
@@ -101,6 +108,7 @@ def growth(rounds: int) -> list[dict[str, Any]]:
         *({"memory": memory} for memory in ("256M", "512M", "1G", "2G", "4G", "8G")),
         *({"memory": "1G", "dirty": dirty} for dirty in (64, 128, 256, 512)),
         *({"memory": "512M", "disks": disks} for disks in (1, 4, 8, 14)),
+        *({"memory": "1G", "dirty": dirty, "shares": 1} for dirty in (0, 128, 512)),
     ]
     rows = []
     with folders() as folder:
