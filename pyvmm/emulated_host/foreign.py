@@ -4,8 +4,11 @@ and the code of this machine's pyvmm, which init.sh leaves visible below /run/ma
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
+import shutil
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
@@ -14,6 +17,13 @@ from pyvmm.host import user_cache
 PYTHON = "/usr/bin/python3"
 _MACHINE = "/run/machine"
 _PACKAGES = "/usr/lib/python3/dist-packages"
+_COMPILED = "compiled"  # in the user's cache
+_OF = "of"  # the file in a folder of compiled modules that says whose they are
+_MOST_OF = 16 << 10  # bytes
+_MOST_COMPILED = 8  # installations of pyvmm, with 17 MB each
+_OLD_SECONDS = (
+    24 * 3600
+)  # of a folder that does not say whose it is: another start may have made it
 
 
 def path_inside(path: str) -> str:
@@ -42,22 +52,50 @@ def _ours() -> tuple[str, str]:
 
 
 def _compiled() -> str:
-    return os.path.join(user_cache.folder(), "compiled")
+    """The folder of this pyvmm's compiled modules: each that is installed has one of its own."""
+    mark = hashlib.sha256("\n".join(map(os.path.realpath, _ours())).encode("utf-8", "replace"))
+    return os.path.join(user_cache.folder(), _COMPILED, mark.hexdigest()[:32])
 
 
 def compile_modules(python: Sequence[str], programs: str) -> None:
     """Compile all modules that the Python below `programs` may load there and that have changed
     since. `python` begins the command line of one of the same version for this machine. What cannot
-    be compiled is compiled in the emulated host, at each start."""
+    be compiled is compiled in the emulated host, at each start.
+
+    What has been compiled for another pyvmm goes if that is gone, and the oldest if there are many:
+    a host that runs has to compile it then."""
     standard = glob.glob(os.path.join(glob.escape(programs), "usr/lib/python3*"))
     pairs = [(folder, folder.removeprefix(programs)) for folder in standard]
     pairs += [(os.path.realpath(folder), path_inside(folder)) for folder in _ours()]
     program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "compiling.py")
     words = (word for pair in pairs for word in pair)
+    into = _compiled()
     with suppress(OSError):
+        os.makedirs(into, exist_ok=True)
+        with open(os.path.join(into, _OF), "wb") as file:  # which is newer then than all others'
+            file.write(b"\0".join(os.fsencode(os.path.realpath(one)) for one in _ours()))
         subprocess.run(
-            [*python, "-S", "-P", program, _compiled(), *words],
+            [*python, "-S", "-P", program, into, *words],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
+        _forget_others(into)
+
+
+def _forget_others(ours: str) -> None:
+    folder = os.path.dirname(ours)
+    wanted: list[tuple[float, str]] = []
+    for entry in list(os.scandir(folder)):
+        if entry.path == ours:
+            continue
+        of, made = b"", entry.stat(follow_symlinks=False).st_mtime
+        with suppress(OSError), open(os.path.join(entry.path, _OF), "rb") as file:
+            made = os.fstat(file.fileno()).st_mtime
+            of = file.read(_MOST_OF)
+        if of and all(map(os.path.isdir, of.split(b"\0"))):
+            wanted.append((made, entry.path))
+        elif of or time.time() - made > _OLD_SECONDS:
+            shutil.rmtree(entry.path, ignore_errors=True)
+    for _, path in sorted(wanted, reverse=True)[_MOST_COMPILED - 1 :]:
+        shutil.rmtree(path, ignore_errors=True)

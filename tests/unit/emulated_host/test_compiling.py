@@ -66,6 +66,9 @@ def test_only_what_has_changed_is_compiled_again(tmp_path: Path, source: Path) -
     (into / changed).write_bytes(b"cut off")
     compiled()
     assert b"cut off" not in (into / changed).read_bytes()
+    os.unlink(source / "inner/one.py")
+    assert set(compiled()) == set(before) - {changed}, "a module that is gone"
+    assert not (into / "there/inner").exists()
 
 
 def test_the_python_inside_is_told_where_they_are(
@@ -80,6 +83,31 @@ def test_the_python_inside_is_told_where_they_are(
     assert (prefix / f"usr/lib/python3.99/late.{tag}.pyc").exists()
     errors = os.path.realpath(foreign.__file__).replace("emulated_host/foreign.py", "errors")
     assert Path(f"{prefix}/run/machine{errors}.{tag}.pyc").exists()
+
+
+def test_what_belongs_to_no_pyvmm_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    python, programs = [sys.executable], str(tmp_path / "programs")
+    ours = Path(foreign._compiled())
+    folder = ours.parent
+    (folder / "usr/lib").mkdir(parents=True)  # that nobody answers for
+    os.utime(folder / "usr", (1, 1))
+    (folder / "new").mkdir()  # as it is before another start says whose it is
+    there, gone = tmp_path / "there", tmp_path / "gone"
+    there.mkdir()
+    made = []
+    for number, whose in enumerate((there, gone, *[there] * foreign._MOST_COMPILED)):
+        made.append(folder / f"{number}")
+        made[-1].mkdir()
+        (made[-1] / "of").write_bytes(b"%b\0%b" % (bytes(there), bytes(whose)))
+        os.utime(made[-1] / "of", (number, number))
+    foreign.compile_modules(python, programs)
+    left = {path.name for path in folder.iterdir()}
+    newest = {path.name for path in made[3:]}
+    assert left == {ours.name, "new", *newest} and len(newest) == foreign._MOST_COMPILED - 1
+    assert any(ours.rglob("*.pyc")) and there.exists()
+    foreign.compile_modules(python, programs)
+    assert {path.name for path in folder.iterdir()} == left
 
 
 def test_a_python_that_does_not_run_is_no_error(
