@@ -122,6 +122,29 @@ class Elf:
         return header + table + body
 
 
+def arm64_image(
+    body: bytes = b"body",
+    *,
+    text_offset: int = 0,
+    size: int = 4 * MIB,
+    flags: int = 0xA,
+    magic: bytes = b"ARM\x64",
+) -> bytes:
+    """An Image by Documentation/arch/arm64/booting.rst."""
+    head = struct.pack("<2I3Q24x4sI", 0x1400_0010, 0, text_offset, size, flags, magic, 0)
+    assert len(head) == 64
+    return head + body
+
+
+def zboot(
+    payload: bytes, method: bytes = b"gzip", offset: int = 64, size: int | None = None
+) -> bytes:
+    """An EFI program that unpacks the kernel `payload`, as drivers/firmware/efi/libstub makes."""
+    said = len(payload) if size is None else size
+    head = struct.pack("<2s2x4s2I8x32s", b"MZ", b"zimg", offset, said, method)
+    return head.ljust(64, b"\0") + payload
+
+
 def guest_memory(mebibytes: int = 64) -> GuestMemory:
     return GuestMemory(x86.ram_ranges(mebibytes * MIB))
 

@@ -44,8 +44,8 @@ _EXTLINUX = (
     "EFI/syslinux/syslinux.cfg",
     "EFI/BOOT/syslinux.cfg",
 )
-_KERNELS = ("vmlinuz-", "kernel-", "bzImage-")
-_BARE_KERNELS = ("vmlinuz", "bzImage")
+_KERNELS = ("vmlinuz-", "kernel-", "bzImage-", "Image-")
+_BARE_KERNELS = ("vmlinuz", "bzImage", "Image", "Image.gz")
 _VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
 _CURE = "name a kernel: --kernel, --initrd"
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
+from types import MappingProxyType
 from typing import NamedTuple
 
 _START, _END = b"IKCFG_ST", b"IKCFG_ED"
@@ -25,7 +26,8 @@ class Wants(NamedTuple):
     """The features that a guest is to have. `console` is "serial", "virtio", or "" for none to look
     after; `modules` tells whether there are any for it to load, `own_init` whether its first
     program is that of pyvmm's initramfs. `filesystem` is the root's, "" for none; with `overlay` it
-    is a directory of the host's, and what the guest changes goes elsewhere."""
+    is a directory of the host's, and what the guest changes goes elsewhere. `found_by` is the
+    board's (pyvmm.machine.board.board.Board)."""
 
     transport: str = "mmio"
     disks: bool = False
@@ -38,6 +40,7 @@ class Wants(NamedTuple):
     modules: bool = False
     own_init: bool = False
     filesystem: str = ""
+    found_by: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 
 def embedded(pieces: Iterable[bytes]) -> str:
@@ -94,6 +97,8 @@ def _needs(wants: Wants, *, has_pci: bool) -> Iterator[tuple[tuple[str, ...], bo
     """(names of which one is enough, whether it must not be a module, what for)."""
     if wants.console == "serial":
         yield ("SERIAL_8250_CONSOLE",), True, "for its console"
+        if names := wants.found_by.get("serial"):
+            yield names, True, "to find its console"
     elif wants.console:
         yield ("VIRTIO_CONSOLE",), False, "for its console"
     if wants.initrd:
@@ -106,11 +111,13 @@ def _needs(wants: Wants, *, has_pci: bool) -> Iterator[tuple[tuple[str, ...], bo
             yield ("PCI",), True, "for its PCI bus"
             yield ("VIRTIO_PCI",), False, "for its devices"
             if has_pci:  # which the others depend on
-                yield ("PCI_MMCONFIG", "PCI_DIRECT"), True, "for its PCI bus"
+                if names := wants.found_by.get("pci"):
+                    yield names, True, "for its PCI bus"
                 yield ("PCI_MSI",), True, "for its devices' interrupts"
         else:
             yield ("VIRTIO_MMIO",), False, "for its devices"
-            yield ("ACPI", "VIRTIO_MMIO_CMDLINE_DEVICES"), True, "to find its devices"
+            if names := wants.found_by.get("mmio"):
+                yield names, True, "to find its devices"
     if wants.disks:
         yield ("VIRTIO_BLK",), False, "for its disks"
         if wants.filesystem in _FILE_SYSTEMS:

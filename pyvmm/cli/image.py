@@ -106,11 +106,11 @@ def build(
         for option, value in own.items():
             if value:
                 raise ConfigError("is for an image of your own", cure="add --from", option=option)
-        if arch and (names or everything):
-            cure = "add --from, or name nothing else"
-            raise ConfigError("is for an image", cure=cure, option="--arch")
-        _fetch_kernels([name for name in names if _is_kernel(name)])
         parts = [name for name in names if not _is_kernel(name)]
+        if arch and (parts or everything):
+            cure = "add --from, or name nothing else"
+            raise ConfigError("is for an image, or a kernel", cure=cure, option="--arch")
+        _fetch_kernels([name for name in names if _is_kernel(name)], arch or "")
         for_a_start = [name.format(arch) for name in _FOR_A_FOREIGN_START if arch] or _FOR_A_START
         if parts or not names:
             images.build(None if everything else parts or for_a_start, locked=locked)
@@ -123,11 +123,11 @@ def _is_kernel(name: str) -> bool:
     return name.startswith("debian:")
 
 
-def _fetch_kernels(names: list[str]) -> None:
+def _fetch_kernels(names: list[str], arch: str) -> None:
     from pyvmm.images import debian_kernels
 
     for name in names:
-        debian_kernels.find(name, refresh=True)
+        debian_kernels.find(name, refresh=True, arch=arch)
 
 
 def _build_own(names: tuple[str, ...], source: str, own: dict[str, Any]) -> None:

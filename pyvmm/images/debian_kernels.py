@@ -7,6 +7,8 @@
 
 $XDG_CACHE_HOME/pyvmm/kernels/NAME/    bzImage, vmlinux, config, lib/modules/RELEASE, packages
 
+That of another architecture is NAME_ARCH, and has no vmlinux.
+
 apt checks signatures and checksums, as for every image.
 """
 
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from pyvmm.errors import ConfigError
@@ -24,7 +26,7 @@ from pyvmm.images.lock import Pin
 from pyvmm.images.progress import Progress
 
 PREFIX = "debian:"
-_PACKAGE = "linux-image-cloud-amd64"
+_PACKAGES = {"": "linux-image-cloud-amd64", "arm64": "linux-image-arm64"}  # by `arch`
 _TRIXIE = ("trixie", "trixie-updates", "trixie-security")
 # Release → where apt looks; None for the recipes' own suites. The order is that of a search.
 _SUITES: dict[str, tuple[str, ...] | None] = {
@@ -40,8 +42,9 @@ USE = f"use a series such as debian:6.12, or debian:{'|'.join(_SUITES)}, with =V
 
 
 class Found(NamedTuple):
-    """A kernel that is there: the path of the ELF, of its configuration and of its modules, and of
-    an initramfs where one has been made for it already."""
+    """A kernel that is there: the path of the ELF, or for another architecture of Debian's file; of
+    its configuration and of its modules, and of an initramfs where one has been made for it
+    already."""
 
     kernel: str
     config: str
@@ -53,41 +56,19 @@ def find(name: str, *, refresh: bool = False, arch: str = "") -> Found:
     """The kernel that `name` ("debian:6.1") stands for, fetched where it is missing, or if
     `refresh` is true; for guests of `arch`, one of bootable.FOREIGN or "". Raises ConfigError for a
     name that Debian has no kernel for."""
-    if arch:
-        path, initrd = boot_files(name, arch)
-        place = os.path.dirname(path)
-        config = os.path.join(place, "config")
-        return Found(path, config, kernel.modules_folder(place), initrd)
     wanted, _, version = name.removeprefix(PREFIX).partition("=")
     _check(name, wanted, version)
-    if not version and not refresh and wanted in _recipes():
-        files = _of_recipe(wanted)
-        return Found(files[0], *files[1:])
-    place = folder(name)
+    if not version and not refresh and wanted in _recipes(arch):
+        return _of_recipe(wanted, arch)
+    place = folder(name, arch)
     if refresh or not os.path.isdir(place):
-        _fetch(name, wanted, version, place, refresh=refresh)
-    return Found(
-        os.path.join(place, "vmlinux"),
-        os.path.join(place, "config"),
-        kernel.modules_folder(place),
-    )
+        _fetch(name, wanted, version, place, refresh=refresh, arch=arch)
+    return _in(place, "bzImage" if arch else "vmlinux")
 
 
-def boot_files(name: str, arch: str) -> tuple[str, str]:
-    """The paths of the recipes' kernel `name` ("debian:6.12") for guests of `arch`, one of
-    bootable.FOREIGN, and of its initramfs, made where they are missing. Raises ConfigError for
-    another one."""
-    from pyvmm.images import bootable
-
-    wanted = name.removeprefix(PREFIX)
-    there = bootable.kernels_of(arch)
-    if wanted not in there:
-        raise ConfigError(
-            f"there is no kernel {name!r:.80} for {arch}",
-            cure=f"use {' or '.join(PREFIX + series for series in there)}, or name a file",
-            option="--kernel",
-        )
-    return bootable.boot_files(there[wanted], make=True)
+def _in(place: str, file: str, initrd: str | None = None) -> Found:
+    config, modules = os.path.join(place, "config"), kernel.modules_folder(place)
+    return Found(os.path.join(place, file), config, modules, initrd)
 
 
 def headers(name: str) -> str:
@@ -135,13 +116,14 @@ def _search_headers(
     )
 
 
-def folder(name: str) -> str:
-    """The folder in which the kernel `name` is kept once it was fetched."""
-    return os.path.join(user_cache.folder(), "kernels", name.removeprefix(PREFIX))
+def folder(name: str, arch: str = "") -> str:
+    """The folder in which the kernel `name`, for guests of `arch`, is kept once it was fetched."""
+    kept = name.removeprefix(PREFIX) + (f"_{arch}" if arch else "")
+    return os.path.join(user_cache.folder(), "kernels", kept)
 
 
 def names() -> list[str]:
-    """Of those that have been fetched, sorted."""
+    """Of those that have been fetched, sorted: "debian:sid", "debian:sid_arm64"."""
     try:
         found = os.listdir(os.path.join(user_cache.folder(), "kernels"))
     except OSError:
@@ -193,58 +175,62 @@ def _check(name: str, wanted: str, version: str) -> None:
         raise ConfigError(f"there is no kernel {name!r:.80}", cure=USE, option="--kernel")
 
 
-def _recipes() -> list[str]:
-    from pyvmm.images import recipes
+def _recipes(arch: str) -> Collection[str]:
+    from pyvmm.images import bootable, recipes
 
-    return recipes.load().guest_kernels
+    return bootable.kernels_of(arch) if arch else recipes.load().guest_kernels
 
 
-def _of_recipe(wanted: str) -> list[str]:
+def _of_recipe(wanted: str, arch: str) -> Found:
+    if arch:
+        from pyvmm.images import bootable
+
+        path, initrd = bootable.boot_files(bootable.kernels_of(arch)[wanted], make=True)
+        return _in(*os.path.split(path), initrd)
     paths = found_before.find(f"{PREFIX}{wanted}")
     if paths is None or len(paths) != 4:
         folders = built.folders([f"kernel-{wanted}", f"initramfs-{wanted}"], make=True)
-        vmlinux, config = (os.path.join(folders[0], file) for file in ("vmlinux", "config"))
-        initrd = os.path.join(folders[1], "initramfs.cpio")
-        paths = [vmlinux, config, kernel.modules_folder(folders[0]), initrd]
+        paths = list(_in(folders[0], "vmlinux")[:3])
+        paths.append(os.path.join(folders[1], "initramfs.cpio"))
         found_before.remember(f"{PREFIX}{wanted}", paths)
-    return paths
+    return Found(*paths)
 
 
-def _fetch(name: str, wanted: str, version: str, place: str, *, refresh: bool) -> None:
+def _fetch(name: str, wanted: str, version: str, place: str, *, refresh: bool, arch: str) -> None:
     progress = Progress()
     with cache.building(progress.waiting):
         if os.path.isdir(place) and not refresh:
             return  # Somebody was quicker.
         work = builder.Builder(builder.Catalogue(), progress)
-        client, pins = _search(name, wanted, version, work)
+        client, pins = _search(name, wanted, version, work, arch)
         with cache.new_folder(place) as into:
-            kernel.build(name, pins, client, into, progress)
+            kernel.build(name, pins, client, into, progress, is_foreign=bool(arch))
             with open(os.path.join(into, "packages"), "w", encoding="utf-8") as file:
                 file.writelines(f"{' '.join(pin)}\n" for pin in pins)
 
 
 def _search(
-    name: str, wanted: str, version: str, work: builder.Builder
+    name: str, wanted: str, version: str, work: builder.Builder, arch: str
 ) -> tuple[apt.Apt, list[Pin]]:
     """The release that has the kernel, and its packages. Raises ConfigError if nobody has it."""
     seen: list[str] = []
-    for release, client in _clients(wanted, work):
+    package = _PACKAGES[arch]
+    for release, client in _clients(wanted, work, arch):
         if version:
-            pin = client.lookup([(_PACKAGE, version)]).get(_PACKAGE)
+            pin = client.lookup([(package, version)]).get(package)
         else:
-            pin = client.newest(_PACKAGE, release)
+            pin = client.newest(package, release)
         if pin is None:
             continue
         if wanted in _SUITES or f"{pin.version}.".startswith((f"{wanted}.", f"{wanted}-")):
             return client, client.kernel(pin)
         seen.append(f"{release} {pin.version}")
     there = f"there are {', '.join(seen)}" if seen else USE
-    raise ConfigError(
-        f"the mirror has no kernel {name.removeprefix(PREFIX)}", cure=there, option="--kernel"
-    )
+    what = f"{name.removeprefix(PREFIX)}{f' for {arch}' if arch else ''}"
+    raise ConfigError(f"the mirror has no kernel {what}", cure=there, option="--kernel")
 
 
-def _clients(wanted: str, work: builder.Builder) -> Iterator[tuple[str, apt.Apt]]:
+def _clients(wanted: str, work: builder.Builder, arch: str = "") -> Iterator[tuple[str, apt.Apt]]:
     for release, suites in _SUITES.items():
         if wanted == release or wanted not in _SUITES:
-            yield release, work.client(suites or work.suites)
+            yield release, work.client(suites or work.suites, arch or "amd64")

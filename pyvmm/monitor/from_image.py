@@ -29,7 +29,15 @@ def choose(options: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
     if name is None and vm:
         name = image_of(vm)
     disks = as_list(chosen.get("disks", ()))
-    if arch in bootable.FOREIGN and is_foreign(arch):
+    its_own = arch in bootable.FOREIGN and is_foreign(arch)
+    if its_own and name is None and disks:
+        # The root is there already, and an image's takes minutes to make.
+        chosen["kernel"], initrd = images.boot_files(arch, make=True)
+        if not chosen.get("initrd"):
+            chosen["initrd"] = initrd
+            choose_transport(chosen)
+        return chosen, None
+    if its_own:
         found = images.machine_image(bootable.named_for(name, arch), make=True)
     else:
         found = images.machine_image(name, make=True)

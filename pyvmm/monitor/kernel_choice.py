@@ -59,11 +59,9 @@ def specify(options: Mapping[str, Any]) -> tuple[VmSpec, str | None]:
     Raises ConfigError for what cannot be booted.
     """
     image: str | None = None
-    if options.get("arch") in ARCHITECTURES:
-        from pyvmm.machine.board.registry import is_foreign
-
-        if is_foreign(options["arch"]):
-            return _of_another_architecture(options)
+    arch = _foreign(options)
+    if arch:
+        _check_foreign(arch, options)
     if options.get("root") is not None or options.get("rw"):
         from pyvmm.monitor import host_root
 
@@ -83,7 +81,7 @@ def specify(options: Mapping[str, Any]) -> tuple[VmSpec, str | None]:
         return _with_kernel(options, given.get("initrd"), has_esp=has_esp), image
     spec = validate(make_spec(options))
     if given.get("kernel") is not None:
-        text = _configuration(spec.kernel, _beside(spec.kernel), "")
+        text = _configuration(spec.kernel, _beside(spec.kernel), spec.arch)
         spec = _on_its_bus(spec, text, own_init=False)
         _tell_lacking(spec, text, _beside(spec.kernel), own_init=False)
     return spec, image
@@ -116,49 +114,20 @@ def _for_disks_root(options: Mapping[str, Any]) -> tuple[Mapping[str, Any], bool
     return options, has_esp
 
 
-def _of_another_architecture(options: Mapping[str, Any]) -> tuple[VmSpec, str | None]:
-    """The machine, for which there are files, and for arm64 images and directories as root, and its
-    image."""
+def _check_foreign(arch: str, options: Mapping[str, Any]) -> None:
+    """Raise ConfigError for what there is on machines of the architecture `arch` alone."""
     from pyvmm.images import bootable
 
-    arch = options["arch"]
-    if arch in bootable.FOREIGN and (options.get("root") is not None or options.get("rw")):
-        from pyvmm.monitor import host_root
-
-        return _with_kernel(host_root.choose(options), None), None
-    names = () if arch in bootable.FOREIGN else ("root", "rw", "image")
-    of_this_machine = [name for name in names if options.get(name)]
-    kernel = str(options.get("kernel") or "")
-    is_debians = kernel.startswith("debian:") and arch in bootable.FOREIGN
-    is_debians = is_debians and not options.get("modules")
-    if of_this_machine or (_is_more_than_a_file(options) and not is_debians):
+    if arch in bootable.FOREIGN:
+        return
+    of_this_machine = [name for name in ("root", "rw", "image") if options.get(name)]
+    if of_this_machine or options.get("kernel") is None or _is_more_than_a_file(options):
         refused = "--modules" if options.get("modules") else _OPTION
         raise ConfigError(
-            f"what is asked for is made for this machine, and not for {options['arch']}",
-            cure="name an image of that architecture, or files: --kernel, --initrd, --disk",
+            f"what is asked for is made for this machine, and not for {arch}",
+            cure="name files: --kernel, --initrd, --disk",
             option="--arch" if of_this_machine else refused,
         )
-    from pyvmm.monitor.from_image import choose, choose_transport, image_of
-
-    image = options.get("image")
-    has_files = (kernel and not is_debians) or options.get("disks")
-    if image is None and (not kernel or is_debians) and options.get("name"):
-        image = image_of(options["name"])
-    if is_debians:
-        from pyvmm.images import debian_kernels
-
-        kernel, initrd = debian_kernels.boot_files(kernel, arch)
-        options = {**options, "kernel": kernel, "initrd": options.get("initrd") or initrd}
-        choose_transport(options)
-    if arch in bootable.FOREIGN and (image is not None or not has_files):
-        options, image = choose(options)
-    elif arch in bootable.FOREIGN and options.get("kernel") is None:
-        from pyvmm import images
-
-        # An image has the root disk that is there already, and takes minutes to make.
-        kernel, initrd = images.boot_files(arch, make=True)
-        options = {**options, "kernel": kernel, "initrd": options.get("initrd") or initrd}
-    return validate(make_spec(options)), image
 
 
 def _is_more_than_a_file(options: Mapping[str, Any]) -> bool:
@@ -185,6 +154,10 @@ def _with_kernel(
     kernel = _find(str(options["kernel"]), arch)
     modules = options.get("modules")
     options = {**options, "kernel": kernel.path, "initrd": initrd}
+    if arch and kernel.initrd is not None:  # a recipe's, which has the drivers of both buses
+        from pyvmm.monitor.from_image import choose_transport
+
+        choose_transport(options)
     own_init = initrd is None
     text = _configuration(kernel.path, kernel.config, arch)
     spec = _on_its_bus(validate(make_spec(options)), text, own_init=own_init)
@@ -237,7 +210,7 @@ def _foreign(options: Mapping[str, Any]) -> str:
     from pyvmm.machine.board.registry import is_foreign
 
     arch: str = options.get("arch") or ""
-    return arch if is_foreign(arch) else ""
+    return arch if arch in ARCHITECTURES and is_foreign(arch) else ""
 
 
 def _find(kernel: str, arch: str) -> _Kernel:
@@ -279,9 +252,9 @@ def _of_tree(tree: str, arch: str) -> _Kernel:
             f"cannot read {tree}: {error.strerror}", cure="check its permissions", option=_OPTION
         ) from None
     looked = " or ".join(files)
+    how = f" ARCH={arch}" if arch else ""
     for other in _kernels_of_others(tree, arch):
         whose = arch or "this machine"
-        how = f" ARCH={arch}" if arch else ""
         raise ConfigError(
             f"{tree} has a kernel for another architecture, {other}, and none for {whose}: "
             f"there is no {looked} in it",
@@ -291,7 +264,7 @@ def _of_tree(tree: str, arch: str) -> _Kernel:
     if modules.is_build_tree(tree):
         raise ConfigError(
             f"{tree} has no kernel yet: there is no {looked} in it",
-            cure=f"build it: make -C {tree}; or name the directory of make O=",
+            cure=f"build it: make -C {tree}{how}; or name the directory of make O=",
             option=_OPTION,
         )
     raise ConfigError(
@@ -315,22 +288,28 @@ def _age(path: str) -> float:
 
 
 def _installed(tree: str) -> list[str]:
+    """Of files that were to be installed: in /boot, or beside their modules."""
     found = []
     with suppress(OSError):
         boot = os.path.join(tree, "boot")
         found = [os.path.join(boot, one) for one in os.listdir(boot) if one.startswith("vmlinuz-")]
+    for below in () if found else ("lib/modules", "usr/lib/modules"):
+        with suppress(OSError):
+            place = os.path.join(tree, below)
+            paths = [os.path.join(place, one, "vmlinuz") for one in os.listdir(place)]
+            found = found or [path for path in paths if os.path.isfile(path)]
     return sorted(found)
 
 
 def _beside(kernel: str) -> str:
     """The path of a configuration that is beside the kernel's file; "" if there is none."""
     folder, name = os.path.split(os.path.realpath(kernel))
-    tree = os.path.dirname(os.path.dirname(os.path.dirname(folder)))  # …/arch/x86/boot/bzImage
+    tree = os.path.dirname(os.path.dirname(os.path.dirname(folder)))  # …/arch/*/boot/bzImage
     kind, _, version = name.partition("-")
     places = []
     if kind in ("vmlinuz", "vmlinux", "bzImage", "kernel") and version:
         places.append(os.path.join(folder, f"config-{version}"))
-    if name in ("vmlinux", "bzImage", "vmlinuz"):
+    if name in ("vmlinux", "bzImage", "vmlinuz", "Image", "Image.gz", "vmlinuz.efi"):
         places += [os.path.join(folder, one) for one in (".config", "config")]
     if folder.endswith("/boot") and "/arch/" in folder:
         places.append(os.path.join(tree, ".config"))
@@ -454,6 +433,7 @@ def _lacking(spec: VmSpec, text: str, *, own_init: bool) -> list[str]:
     if not text:
         return []
     from pyvmm.boot import kernel_config
+    from pyvmm.machine.board.registry import board_of
 
     other_console = bool(values_of(spec.cmdline, "console"))
     kinds = {device.kind for device in spec.devices}
@@ -470,6 +450,7 @@ def _lacking(spec: VmSpec, text: str, *, own_init: bool) -> list[str]:
         modules=spec.initrd is not None or own_init,
         own_init=own_init,
         filesystem=filesystems[0] if filesystems else "",
+        found_by=board_of(spec.arch).found_by,
     )
     return kernel_config.lacking(text, wants)
 

@@ -114,6 +114,10 @@ class Board(ABC, Generic[E]):
     kernel_files: ClassVar[tuple[str, ...]]
     """The paths of a kernel in the tree in which it is built, in several forms."""
 
+    found_by: ClassVar[Mapping[str, tuple[str, ...]]]
+    """The options of a kernel's configuration by which it finds the devices on "mmio" or "pci", or
+    the "serial" port: one of them is enough. What all kernels have is left out."""
+
     # --- what needs no KVM: memory, and the kernel in it ------------------------------------------
 
     @abstractmethod

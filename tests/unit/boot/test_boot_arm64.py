@@ -16,6 +16,8 @@ from types import SimpleNamespace
 
 import pytest
 import zstandard
+from boot_images import arm64_image as kernel_bytes
+from boot_images import zboot
 
 from pyvmm.boot import arm64 as boot
 from pyvmm.boot.arm64 import fdt, image, layout
@@ -34,25 +36,6 @@ RAM = layout.RAM
 needs_dtc = pytest.mark.skipif(
     shutil.which("dtc") is None, reason="needs dtc (package device-tree-compiler)"
 )
-
-
-def kernel_bytes(
-    body: bytes = b"body",
-    *,
-    text_offset: int = 0,
-    size: int = 4 * MIB,
-    flags: int = 0xA,
-    magic: bytes = b"ARM\x64",
-) -> bytes:
-    head = struct.pack("<2I3Q24x4sI", 0x1400_0010, 0, text_offset, size, flags, magic, 0)
-    assert len(head) == image.HEADER_SIZE
-    return head + body
-
-
-def zboot(payload: bytes, method: bytes = b"gzip", offset: int = 64, size: int | None = None):
-    said = len(payload) if size is None else size
-    head = struct.pack("<2s2x4s2I8x32s", b"MZ", b"zimg", offset, said, method)
-    return head.ljust(64, b"\0") + payload
 
 
 def put(tmp_path: Path, data: bytes, name: str = "Image") -> str:

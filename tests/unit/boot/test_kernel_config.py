@@ -6,6 +6,7 @@ import gzip
 import os
 import tempfile
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import boot_images
@@ -14,11 +15,13 @@ import pytest
 from pyvmm.boot import kernel_config
 from pyvmm.boot.file_kinds import check_initrd
 from pyvmm.boot.image_file import ImageFile
-from pyvmm.boot.kernel_config import Wants, embedded, lacking
+from pyvmm.boot.kernel_config import embedded, lacking
 from pyvmm.boot.x86.release import config_of, release_of
 from pyvmm.errors import ConfigError
 from pyvmm.host import cpio
+from pyvmm.machine.board.registry import BOARDS, board_for
 
+Wants = partial(kernel_config.Wants, found_by=board_for("x86_64").found_by)
 WHOLE = "\n".join(
     f"CONFIG_{name}=y"
     for name in (
@@ -34,6 +37,23 @@ def test_a_kernel_that_has_it_all_lacks_nothing() -> None:
     for transport in ("mmio", "pci"):
         for console in ("serial", "virtio", ""):
             assert lacking(WHOLE, ALL._replace(transport=transport, console=console)) == []
+
+
+@pytest.mark.parametrize("architecture", BOARDS)
+@pytest.mark.parametrize("transport", ["mmio", "pci"])
+def test_a_board_wants_what_its_kernels_can_have(architecture: str, transport: str) -> None:
+    """One option for each thing that finds devices is enough, and none is another board's."""
+    found_by = board_for(architecture).found_by
+    of_x86 = ("PCI_DIRECT", "ACPI")
+    text = "".join(line for line in WHOLE.splitlines(True) if not line[7:-3].startswith(of_x86))
+    text += "".join(f"\nCONFIG_{names[-1]}=y" for names in found_by.values())
+    wants = ALL._replace(transport=transport, found_by=found_by)
+    assert lacking(text, wants) == []
+    for name, names in found_by.items():
+        if name not in (transport, wants.console):
+            continue
+        [said] = lacking(text.replace(f"CONFIG_{names[-1]}=y", ""), wants)
+        assert said.startswith(" or ".join(f"CONFIG_{one}" for one in names))
 
 
 @pytest.mark.parametrize(
@@ -56,7 +76,9 @@ def test_a_kernel_that_has_it_all_lacks_nothing() -> None:
         ("VIRTIO_VSOCKETS", ALL, "vsock"),
     ],
 )
-def test_what_is_missing_is_named_with_its_use(name: str, wants: Wants, word: str) -> None:
+def test_what_is_missing_is_named_with_its_use(
+    name: str, wants: kernel_config.Wants, word: str
+) -> None:
     without = WHOLE.replace(f"CONFIG_{name}=y", f"# CONFIG_{name} is not set")
     [said] = lacking(without, wants)
     assert f"CONFIG_{name}" in said and word in said

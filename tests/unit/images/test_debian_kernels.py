@@ -24,10 +24,12 @@ RELEASES = {
 class Client:
     """apt for one release, whose kernels are `versions`, the newest first."""
 
-    def __init__(self, versions: list[str]) -> None:
+    def __init__(self, versions: list[str], architecture: str = "amd64") -> None:
         self.versions = versions
+        self.architecture = architecture
 
     def newest(self, package: str, release: str) -> Pin:
+        assert package.endswith(f"-{self.architecture}")
         return Pin(package, self.versions[0], "0" * 64)
 
     def lookup(self, wanted: Iterable[tuple[str, str]]) -> dict[str, Pin]:
@@ -42,8 +44,8 @@ class Work:
 
     suites = ("bookworm",)
 
-    def client(self, suites: tuple[str, ...]) -> Client:
-        return Client(RELEASES[suites[0]])
+    def client(self, suites: tuple[str, ...], architecture: str) -> Client:
+        return Client(RELEASES[suites[0]], architecture)
 
 
 @pytest.fixture(autouse=True)
@@ -51,12 +53,13 @@ def mirror(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(debian_kernels, "_SUITES", {name: (name,) for name in RELEASES})
 
 
-def search(wanted: str, version: str = "") -> str:
+def search(wanted: str, version: str = "", arch: str = "") -> str:
     work: Any = Work()
-    _, pins = debian_kernels._search(f"debian:{wanted}", wanted, version, work)
+    _, pins = debian_kernels._search(f"debian:{wanted}", wanted, version, work, arch)
     return pins[0].version
 
 
+@pytest.mark.parametrize("arch", ["", "arm64"])
 @pytest.mark.parametrize(
     ("wanted", "version", "found"),
     [
@@ -69,8 +72,8 @@ def search(wanted: str, version: str = "") -> str:
         ("6.12", "6.12.57-1", "6.12.57-1"),
     ],
 )
-def test_a_name_is_one_kernel(wanted: str, version: str, found: str) -> None:
-    assert search(wanted, version) == found
+def test_a_name_is_one_kernel(wanted: str, version: str, found: str, arch: str) -> None:
+    assert search(wanted, version, arch) == found
 
 
 @pytest.mark.parametrize(
@@ -107,10 +110,16 @@ def test_one_that_was_fetched_can_be_removed(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     place = Path(debian_kernels.folder("debian:sid"))
     place.mkdir(parents=True)
-    assert debian_kernels.names() == ["debian:sid"]
+    other = Path(debian_kernels.folder("debian:sid", "arm64"))
+    other.mkdir()
+    assert debian_kernels.names() == ["debian:sid", "debian:sid_arm64"]
     with pytest.raises(ConfigError, match=r"no kernel 'debian:6\.1' has been fetched"):
         debian_kernels.remove("debian:6.1")
     with cache.building(lambda: None):
         pass
     debian_kernels.remove("debian:sid")
-    assert not place.exists() and debian_kernels.names() == []
+    assert not place.exists() and debian_kernels.names() == ["debian:sid_arm64"]
+    with pytest.raises(ConfigError, match="there is no kernel 'debian:sid_arm64'"):
+        debian_kernels.find("debian:sid_arm64")  # it is --arch that chooses
+    debian_kernels.remove("debian:sid_arm64")
+    assert not other.exists() and debian_kernels.names() == []

@@ -495,9 +495,9 @@ def test_a_container_for_another_architecture_has_that_one_s_programs(
             ("--from", "debian:sid", "--kernel", "7", "x"),
             "no kernel '7' for arm64; choose from 6.1, 6.12",
         ),
-        (("rootfs-minbase",), "--arch: is for an image; add --from"),
-        (("--all",), "--arch: is for an image; add --from"),
-        (("debian:sid",), "--arch: is for an image; add --from"),
+        (("rootfs-minbase",), "--arch: is for an image, or a kernel; add --from"),
+        (("--all",), "--arch: is for an image, or a kernel; add --from"),
+        (("debian:sid", "agent"), "--arch: is for an image, or a kernel; add --from"),
     ],
 )
 def test_what_there_is_not_for_another_architecture_is_told(capsys, arguments, said: str) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import boot_images
+import partition_tables
 import pytest
 
 from pyvmm.api.vm import VM
@@ -15,7 +18,7 @@ from pyvmm.emulated_host import foreign
 from pyvmm.emulated_host.find import find_image
 from pyvmm.emulated_host.spec import HostImage
 from pyvmm.errors import ConfigError
-from pyvmm.images import bootable
+from pyvmm.images import bootable, fresh_initramfs
 from pyvmm.machine.board import registry
 from pyvmm.monitor.kernel_choice import specify
 from pyvmm.monitor.run_spec import run_spec
@@ -34,22 +37,19 @@ def test_every_architecture_has_a_board() -> None:
 @pytest.mark.parametrize(
     ("options", "refused"),
     [
-        ({"kernel": "debian:6.12", "modules": "."}, "--modules"),
+        ({"kernel": "debian:6.12"}, "--kernel"),
         ({"kernel": "disk"}, "--kernel"),
         ({"modules": "."}, "--modules"),
+        ({"disks": ["ram:1M"]}, "--kernel"),
+        ({"kernel": "kernel", "root": "/"}, "--arch"),
     ],
 )
-def test_what_has_a_name_is_for_this_machine(options: dict[str, object], refused: str) -> None:
+def test_nothing_is_made_for_an_architecture_without_images(
+    options: dict[str, object], refused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="aarch64"))
     with pytest.raises(ConfigError, match=f"{refused}: .* is made for this machine, and not for"):
-        specify({"arch": OTHER, **options})
-
-
-@pytest.mark.skipif(OTHER != "arm64", reason="images for others than x86-64 are made there")
-@pytest.mark.parametrize("name", ["trixie", "5.10", "6.12=6.12.57-1"])
-def test_kernels_by_name_are_the_recipes(name: str) -> None:
-    line = f"no kernel 'debian:{name}' for arm64; use debian:6.1 or debian:6.12, or name a file"
-    with pytest.raises(ConfigError, match=line):
-        specify({"arch": "arm64", "kernel": f"debian:{name}"})
+        specify({"arch": "x86_64", **options})
 
 
 def test_a_kernel_is_the_guests(tmp_path: Path) -> None:
@@ -111,20 +111,155 @@ def test_an_image_for_another_architecture_has_a_name(
     assert spec.transport == "auto" or registry.board_of("arm64").pci_places is not None
 
 
-@pytest.mark.skipif(OTHER != "arm64", reason="images for others than x86-64 are made there")
-def test_a_kernel_by_name_boots_the_images_disk(
-    no_images: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+RELEASE = "6.9.1-arm64"
+BANNER = f"Linux version {RELEASE} (me@here) #1".encode()
+of_images = pytest.mark.skipif(OTHER != "arm64", reason="images for others are made on x86-64")
+
+
+@pytest.fixture
+def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of its own, with the recipes' kernels for arm64."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for kernel in ("arm64", "arm64-6.12"):
+        folder = tmp_path / kernel
+        with_modules(folder / "lib/modules" / RELEASE, "virtio_blk")
+        (folder / "config").write_text("CONFIG_64BIT=y\n")
+        (folder / "bzImage").write_bytes(boot_images.arm64_image(BANNER))
+
     def boot_files(kernel: str, *, make: bool) -> tuple[str, str]:
-        return f"/{kernel}/kernel", f"/{kernel}/initrd"
+        return str(tmp_path / kernel / "bzImage"), f"/initramfs/{kernel}"
 
     monkeypatch.setattr(bootable, "boot_files", boot_files)
+    lists = {"virtio-2": ("virtio_blk",)}
+    monkeypatch.setattr(fresh_initramfs, "_recipe", lambda arch: (f"BASE {arch} ".encode(), lists))
+    return tmp_path
+
+
+def with_modules(folder: Path, *built_in: str) -> None:
+    folder.mkdir(parents=True)
+    for name in ("modules.dep", "modules.order"):
+        (folder / name).write_text("")
+    names = (*built_in, "virtio_mmio", "virtio_pci", "ext4", "xfs")
+    (folder / "modules.builtin").write_text("".join(f"kernel/{name}.ko\n" for name in names))
+
+
+@of_images
+def test_a_kernel_by_name_boots_the_images_disk(no_images: list[str], recipes: Path) -> None:
     spec, image = specify({"arch": "arm64", "kernel": "debian:6.12"})
-    assert (image, spec.kernel) == ("debian-arm64", "/arm64-6.12/kernel")
-    assert (spec.initrd, spec.transport) == ("/arm64-6.12/initrd", "pci")
+    assert (image, spec.kernel) == ("debian-arm64", str(recipes / "arm64-6.12/bzImage"))
+    assert (spec.initrd, spec.transport) == ("/initramfs/arm64-6.12", "pci")
     spec, image = specify({"arch": "arm64", "kernel": "debian:6.1", "disks": ["/disk"]})
-    assert (image, spec.kernel) == (None, "/arm64/kernel")
+    assert (image, spec.kernel) == (None, str(recipes / "arm64/bzImage"))
     assert [disk.path for disk in spec.disks] == ["/disk"]
+    spec, image = specify({"image": "debian-arm64", "kernel": "debian:6.12"})  # without --arch
+    assert (spec.arch, spec.kernel) == ("arm64", str(recipes / "arm64-6.12/bzImage"))
+
+
+@of_images
+def test_a_disk_boots_without_an_images_disk(no_images: list[str], recipes: Path) -> None:
+    spec, image = specify({"arch": "arm64", "disks": ["/disk"]})
+    assert (image, spec.kernel, spec.initrd) == (
+        *(None, str(recipes / "arm64/bzImage"), "/initramfs/arm64"),
+    )
+    assert (spec.transport, no_images) == ("pci", [])
+    spec, _ = specify({"arch": "arm64", "disks": ["/disk"], "initrd": "/mine"})
+    assert (spec.initrd, spec.transport) == ("/mine", "auto")
+
+
+@of_images
+def test_a_root_without_a_driver_has_it_from_its_kernels_modules(recipes: Path) -> None:
+    options = {"arch": "arm64", "disks": ["ram:1M"], "cmdline": "rootfstype=xfs"}
+    spec, _ = specify(options)
+    assert spec.kernel == str(recipes / "arm64/bzImage")
+    assert spec.initrd is not None
+    assert Path(spec.initrd).read_bytes().startswith(b"BASE arm64 0707")
+    assert b"modules/fs-xfs" in Path(spec.initrd).read_bytes()
+
+
+@of_images
+def test_a_kernel_of_debians_that_was_fetched(no_images: list[str], recipes: Path) -> None:
+    """By its release; it is another one than that of the same name for this machine."""
+    folder = recipes / "cache/pyvmm/kernels/sid_arm64"
+    with_modules(folder / "lib/modules" / RELEASE, "virtio_blk")
+    (folder / "config").write_text("CONFIG_64BIT=y\n")
+    spec, image = specify({"arch": "arm64", "kernel": "debian:sid"})
+    assert (image, spec.kernel) == ("debian-arm64", str(folder / "bzImage"))
+    assert spec.initrd is not None
+    assert Path(spec.initrd).read_bytes().startswith(b"BASE arm64 0707")
+    with pytest.raises(ConfigError, match="there is no kernel 'debian:potato'; use a series such"):
+        specify({"arch": "arm64", "kernel": "debian:potato"})
+
+
+@of_images
+@pytest.mark.parametrize("file", ["Image", "Image.gz", "vmlinuz.efi"])
+def test_the_tree_that_a_kernel_was_built_in(
+    no_images: list[str], recipes: Path, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = recipes / "linux"
+    (tree / "arch/arm64/boot").mkdir(parents=True)
+    with_modules(tree / "built")
+    options = {"arch": "arm64", "kernel": str(tree)}
+    (tree / ".config").write_text("CONFIG_64BIT=y\n")
+    line = f"has no kernel yet: .* build it: make -C {tree} ARCH=arm64;"
+    with pytest.raises(ConfigError, match=line):
+        specify(options)
+    packed = gzip.compress(boot_images.arm64_image(BANNER))
+    content = {"vmlinuz.efi": boot_images.zboot(packed), "Image.gz": packed}
+    kernel = tree / "arch/arm64/boot" / file
+    kernel.write_bytes(content.get(file, boot_images.arm64_image(BANNER)))
+    (tree / "include/config").mkdir(parents=True)
+    (tree / "include/config/kernel.release").write_text(f"{RELEASE}\n")
+    (tree / "modules.order").write_text("")
+    (tree / "modules.builtin").write_text((tree / "built/modules.builtin").read_text())
+    with pytest.raises(ConfigError, match=r"has neither built in .* virtio_blk \(for its disks\)"):
+        specify(options)
+    with open(tree / "modules.builtin", "a") as lists:
+        lists.write("kernel/virtio_blk.ko\n")
+    found = ["PCI", "PCI_HOST_GENERIC", "PCI_MSI", "VIRTIO_PCI", "SERIAL_8250_CONSOLE"]
+    found += ["BLK_DEV_INITRD", "BINFMT_SCRIPT", "DEVTMPFS", "VIRTIO_BLK", "EXT4_FS"]
+    (tree / ".config").write_text("".join(f"CONFIG_{name}=y\n" for name in found))
+    capsys.readouterr()
+    spec, image = specify(options)
+    assert (image, spec.kernel, spec.transport) == ("debian-arm64", str(kernel), "pci")
+    assert spec.initrd is not None
+    assert Path(spec.initrd).read_bytes().startswith(b"BASE arm64 0707")
+    said = capsys.readouterr().err
+    assert f"by {tree}/.config it lacks CONFIG_SERIAL_OF_PLATFORM (to find its console)\n" in said
+    modules = {"arch": "arm64", "kernel": str(kernel), "modules": str(tree), "disks": ["ram:1M"]}
+    assert specify(modules)[0].initrd == spec.initrd
+    with pytest.raises(ConfigError, match=f"for another architecture, arch/arm64/boot/{file}, "):
+        specify({"kernel": str(tree)})
+
+
+@of_images
+def test_what_packages_leave(no_images: list[str], recipes: Path) -> None:
+    """The kernel beside its modules, where those of Linux 7 have it."""
+    place = recipes / "unpacked/usr/lib/modules" / RELEASE
+    with_modules(place, "virtio_blk")
+    (place / "vmlinuz").write_bytes(boot_images.arm64_image(BANNER))
+    (place / "config").write_text("CONFIG_VIRTIO_BLK=y\n")
+    spec, _ = specify({"arch": "arm64", "kernel": str(recipes / "unpacked")})
+    assert spec.kernel == str(place / "vmlinuz") and spec.initrd
+
+
+@of_images
+@partition_tables.needs_tools
+def test_the_kernel_in_a_disk(recipes: Path) -> None:
+    tree = recipes / "tree"
+    (tree / "boot").mkdir(parents=True)
+    image = boot_images.arm64_image(BANNER)
+    (tree / "boot/Image-6.9.1").write_bytes(image)
+    (tree / "boot/initrd.img-6.9.1").write_bytes(b"the initrd")
+    disk = recipes / "disk.img"
+    script = f"label: gpt\nstart=2048, type={partition_tables.ROOT_ARM64}\n"
+    partition_tables.partitioned(disk, script, size=32 << 20)
+    partition_tables.put_file_system(disk, 1 << 20, 30 << 20, "ext4", "-d", str(tree))
+    options = {"arch": "arm64", "kernel": "disk", "disks": [str(disk)]}
+    spec, _ = specify(options)
+    assert Path(spec.kernel).read_bytes() == image
+    assert spec.initrd is not None and Path(spec.initrd).read_bytes() == b"the initrd"
+    with pytest.raises(ConfigError, match="--modules: the kernel in a disk has an initrd"):
+        specify({**options, "modules": "."})
 
 
 @pytest.mark.skipif(OTHER != "arm64", reason="images for others than x86-64 are made there")

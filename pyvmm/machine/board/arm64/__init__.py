@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pyvmm.boot import arm64 as boot
@@ -64,7 +65,9 @@ class Arm64Board(Board[boot.Entry]):
     console = "ttyS0"
     early_console = f"earlycon=uart8250,mmio,{layout.SERIAL:#x}"
     kernel_parameters = ()
-    kernel_files = ("arch/arm64/boot/Image", "arch/arm64/boot/Image.gz")
+    kernel_files = tuple(f"arch/arm64/boot/{one}" for one in ("Image", "Image.gz", "vmlinuz.efi"))
+    # Every kernel reads a device tree, which has virtio-mmio devices as well.
+    found_by = MappingProxyType({"pci": ("PCI_HOST_GENERIC",), "serial": ("SERIAL_OF_PLATFORM",)})
 
     def ram_ranges(self, size: int) -> list[tuple[int, int]]:
         return boot.ram_ranges(size)

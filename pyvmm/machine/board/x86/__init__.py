@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from pyvmm.boot import x86 as boot
@@ -36,6 +37,12 @@ class X86Board(Board[boot.Entry]):
     early_console = "earlyprintk=serial,ttyS0,115200"
     kernel_parameters = ("reboot=k",)  # which is tried where ACPI's reset register is not
     kernel_files = ("arch/x86/boot/bzImage", "vmlinux")
+    found_by = MappingProxyType(
+        {
+            "mmio": ("ACPI", "VIRTIO_MMIO_CMDLINE_DEVICES"),
+            "pci": ("PCI_MMCONFIG", "PCI_DIRECT"),
+        }
+    )
 
     def ram_ranges(self, size: int) -> list[tuple[int, int]]:
         return boot.ram_ranges(size)
