@@ -13,14 +13,23 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from pyvmm.boot.arm64 import layout
-from pyvmm.boot.file_kinds import EM_386, EM_X86_64, HEAD, not_a_kernel
+from pyvmm.boot.file_kinds import (
+    ELF_MACHINES,
+    ELF_MAGIC,
+    EM_386,
+    EM_AARCH64,
+    EM_X86_64,
+    HEAD,
+    not_a_kernel,
+)
 from pyvmm.boot.image_file import ImageFile
 from pyvmm.boot.unpack import GZIP, unpack
 from pyvmm.errors import ConfigError
 from pyvmm.memory import GuestMemory
 
 HEADER_SIZE = 64
-_MAGIC_OFFSET, _MAGIC = 56, b"ARM\x64"
+_MAGIC_OFFSET, _MAGIC, _RISCV = 56, b"ARM\x64", b"RSC\x05"
+_PAGE = 4096  # bytes, the smallest that a kernel has; it is linked to begin with one
 _BIG_ENDIAN = 1 << 0
 _PLAUSIBLE_MIB = 1 << 12  # what says more is not a header
 _ZSTD = b"\x28\xb5\x2f\xfd"
@@ -30,7 +39,7 @@ _MOST_PACKED = 512 << 20  # bytes, which are in memory; Debian's have 15 MiB
 _CHUNK = 4 << 20
 
 _HOW_X86 = "use --arch x86_64, or a kernel for arm64"
-_ELF = b"\x7fELF"
+_HOW_OTHER = "use one for arm64"
 _ELF_X86 = (EM_386, EM_X86_64)
 
 
@@ -84,6 +93,8 @@ def _within(kernel: ImageFile, size: int, pieces: Iterator[bytes]) -> Iterator[b
 def parse(kernel: ImageFile, head: bytes) -> Image:
     """Check the header in `head`, what an Image begins with. Raises ConfigError."""
     if len(head) < HEADER_SIZE or not has_magic(head):
+        if head[_MAGIC_OFFSET:].startswith(_RISCV):  # which comes in the same EFI programs
+            raise kernel.error(f"{kernel.path} is a kernel for RISC-V", _HOW_OTHER)
         raise kernel.error(f"{kernel.path} is damaged: its content is not an Image for arm64")
     text_offset, size, flags = struct.unpack_from("<3Q", head, 8)
     if size == 0:
@@ -93,7 +104,7 @@ def parse(kernel: ImageFile, head: bytes) -> Image:
         )
     if flags & _BIG_ENDIAN:
         raise kernel.error(f"{kernel.path} is a big-endian kernel", "use a little-endian one")
-    if text_offset >= layout.KERNEL_ALIGN:
+    if text_offset >= layout.KERNEL_ALIGN or text_offset % _PAGE:
         raise kernel.error(f"{kernel.path} is damaged: its text_offset is {text_offset:#x}")
     return Image(text_offset, size)
 
@@ -150,10 +161,13 @@ def _unpacked(kernel: ImageFile, offset: int, size: int) -> Iterator[bytes]:
 
 
 def _not_a_kernel(kernel: ImageFile, head: bytes) -> ConfigError:
-    if head.startswith(_ELF):
-        machine = int.from_bytes(head[18:20], "little")
+    if head.startswith(ELF_MAGIC):
+        machine = int.from_bytes(head[18:20], "big" if head[5:6] == b"\2" else "little")
         if machine in _ELF_X86:
             return kernel.error(f"{kernel.path} is an ELF kernel for x86", _HOW_X86)
+        if machine != EM_AARCH64 and machine in ELF_MACHINES:
+            what = ELF_MACHINES[machine]
+            return kernel.error(f"{kernel.path} is an ELF file for {what}", _HOW_OTHER)
         return kernel.error(
             f"{kernel.path} is an ELF file", "use the Image that is built beside vmlinux"
         )

@@ -192,7 +192,8 @@ class Board(ABC, Generic[E]):
 
     @abstractmethod
     def create_vm(self, kvm: Kvm, memory: GuestMemory) -> Vm:
-        """A VM that can have `memory`, which is not its own yet. Raises HostError."""
+        """A VM that can have `memory`, which is not its own yet. Raises HostError, and ConfigError
+        for more memory than a guest can have here."""
 
     def messages(self, vm: Vm) -> Messages:
         """Carries the messages of PCI devices to the interrupt controllers, which `vm` has. Of a

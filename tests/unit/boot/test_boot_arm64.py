@@ -84,6 +84,7 @@ HOSTILE = {
     "big-endian": (kernel_bytes(flags=1), "big-endian"),
     "without a size": (kernel_bytes(size=0), "Linux 3.17"),
     "a wild offset": (kernel_bytes(text_offset=2 * MIB), "text_offset is 0x200000"),
+    "an offset within a page": (kernel_bytes(text_offset=0x8_0010), "text_offset is 0x80010"),
     "a huge offset": (kernel_bytes(text_offset=1 << 63), "text_offset"),
     "more memory than there is": (kernel_bytes(size=256 * MIB), "give it --memory 256M"),
     "all the memory in the world": (kernel_bytes(size=(1 << 64) - 1), "is the file damaged?"),
@@ -107,6 +108,19 @@ HOSTILE = {
     "vmlinux of x86": (
         b"\x7fELF\2\1\1" + bytes(9) + struct.pack("<2H", 2, 62) + bytes(100),
         "an ELF kernel for x86; use --arch x86_64",
+    ),
+    "an Image of RISC-V": (kernel_bytes(magic=b"RSC\x05"), "a kernel for RISC-V"),
+    "zboot of RISC-V": (
+        zboot(gzip.compress(kernel_bytes(magic=b"RSC\x05"))),
+        "a kernel for RISC-V; use one for arm64",
+    ),
+    "vmlinux of RISC-V": (
+        b"\x7fELF\2\1\1" + bytes(9) + struct.pack("<2H", 2, 243) + bytes(100),
+        "an ELF file for RISC-V; use one for arm64",
+    ),
+    "vmlinux of s390": (
+        b"\x7fELF\2\2\1" + bytes(9) + struct.pack(">2H", 2, 22) + bytes(100),
+        "an ELF file for s390; use one for arm64",
     ),
     "vmlinux of arm64": (
         b"\x7fELF\2\1\1" + bytes(9) + struct.pack("<2H", 2, 183) + bytes(100),
@@ -246,6 +260,27 @@ def test_more_vcpus_than_the_gic_has(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.raises(ConfigError, match=r"--cpus: .*a GICv2, which serves 8 vCPUs; ask for fewer"),
     ):
         board.build(None, vm, entry=None, cpus=9, closing=closing, **arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("bits", "most"), [(36, 63), (40, 1023), (0, 1023)])
+def test_more_memory_than_a_guest_has_addresses_for(bits: int, most: int) -> None:
+    """All of it is behind the devices. A KVM that does not say has 40 bits."""
+
+    class Kvm:
+        def check_extension(self, number: int) -> int:
+            return bits
+
+        def create_vm(self, kind: int) -> int:
+            return kind
+
+    def create(gibibytes: int) -> object:
+        end = RAM + (gibibytes << 30)
+        memory = SimpleNamespace(regions=[SimpleNamespace(guest_addr=RAM, end=end)])
+        return Arm64Board().create_vm(Kvm(), memory)  # type: ignore[arg-type]
+
+    assert create(most) == bits
+    with pytest.raises(ConfigError, match=f"--memory: .*; give it --memory {most}G or less"):
+        create(most + 1)
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,15 @@ class Arm64Board(Board[boot.Entry]):
         return kvm.check_extension(uapi.KVM_CAP_ARM_VM_IPA_SIZE) or _USUAL_ADDRESS_BITS
 
     def create_vm(self, kvm: Kvm, memory: GuestMemory) -> Vm:
+        bits, end = self.address_bits(kvm), memory.regions[-1].end
+        if end > 1 << bits:
+            most = (1 << bits) - memory.regions[0].guest_addr
+            raise ConfigError(
+                f"the guest's memory would end at {end:#x}, and this machine's KVM gives a guest "
+                f"addresses of {bits} bits",
+                cure=f"give it --memory {most >> 30}G or less",
+                option="--memory",
+            )
         # As wide as this KVM has it: files as memory come after the VM is made.
         return kvm.create_vm(_vm_type(kvm))
 
