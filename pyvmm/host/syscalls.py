@@ -14,6 +14,11 @@ from typing import Self
 
 from pyvmm.errors import HostError
 
+# preadv2(2): only what is there already. 0: this Python has no such call.
+RWF_NOWAIT: int = getattr(os, "RWF_NOWAIT", 0)
+if not RWF_NOWAIT:
+    from pyvmm.host import at_once
+
 
 def open_file(path: str, flags: int) -> int:
     """Open `path` with `flags` and O_CLOEXEC; the file descriptor. Raises HostError."""
@@ -177,7 +182,10 @@ class EventFd(Closable):
 
     def _read_at_once(self) -> int:
         counter = bytearray(8)
-        os.preadv(self.fd, [counter], -1, os.RWF_NOWAIT)
+        if RWF_NOWAIT:
+            os.preadv(self.fd, [counter], -1, RWF_NOWAIT)
+        else:
+            at_once.read(self.fd, counter)
         return int.from_bytes(counter, sys.byteorder)
 
     @property

@@ -23,6 +23,7 @@ from contextlib import suppress
 from pyvmm.errors import HostError
 from pyvmm.host import holes
 from pyvmm.host.files import IOV_MAX, SECTOR, ImageFile, preadv_all, pwritev_all
+from pyvmm.host.syscalls import RWF_NOWAIT
 from pyvmm.virtio.blk.config import BlockSizes
 
 _preadv, _pwritev = os.preadv, os.pwritev
@@ -159,7 +160,7 @@ class FileBackend(Backend):
     """A raw image file or block device, straight to and from guest memory."""
 
     can_resize = True
-    _at_once = os.RWF_NOWAIT  # preadv2(2): only what is in the page cache
+    _at_once = RWF_NOWAIT  # only what is in the page cache
 
     def __init__(self, image: ImageFile) -> None:
         self._image = image
