@@ -265,6 +265,15 @@ class Reader(_Cursor):
         return layout.unpack(b"".join(map(self._ram.readable, pieces)))
 
 
+def spread(data: bytes | bytearray | memoryview, views: list[memoryview]) -> None:
+    """Copy `data` to `views`, which have as many bytes in all."""
+    start = 0
+    for view in views:
+        end = start + len(view)
+        view[:] = data[start:end]
+        start = end
+
+
 class Writer(_Cursor):
     """Writes a chain's device-writable bytes in order, without regard to how they are cut up.
 
@@ -295,12 +304,8 @@ class Writer(_Cursor):
         views = self.take(len(data))
         if len(views) == 1:
             views[0][:] = data
-            return
-        start = 0
-        for view in views:
-            end = start + len(view)
-            view[:] = data[start:end]
-            start = end
+        else:
+            spread(data, views)
 
     def take_last_byte(self) -> memoryview:
         """A one-byte view of the last byte still available, which is then no longer available.

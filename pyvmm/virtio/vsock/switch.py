@@ -14,7 +14,7 @@ from pyvmm.errors import DriverError, HostError
 from pyvmm.host.files import IOV_MAX
 from pyvmm.host.poller import ENDED, FAILED, HUNG_UP, READABLE, WRITABLE, Poller
 from pyvmm.host.unix_sockets import Socket
-from pyvmm.virtio.queue.chain import DescriptorChain, Reader
+from pyvmm.virtio.queue.chain import DescriptorChain, Reader, spread
 from pyvmm.virtio.vsock.host_side import HostSide
 from pyvmm.virtio.vsock.packet import HEADER, HEADER_BYTES, Counters, Header
 from pyvmm.virtio.vsock.stream import State, Stream
@@ -358,7 +358,7 @@ class Switch:
         stream = self._talking[0]
         stream.fills_buffers = False
         credit = stream.credit
-        heads: list[memoryview] = []
+        heads: list[list[memoryview]] = []
         views: list[memoryview] = []
         room: list[int] = []
         for chain in chains:
@@ -368,9 +368,9 @@ class Switch:
                 if not room:
                     raise
                 break  # it is told of when its turn comes
-            if len(head) > 1 or not size or len(views) + len(payload) > IOV_MAX:
+            if not size or len(views) + len(payload) > IOV_MAX:
                 break
-            heads += head
+            heads.append(head)
             views += payload
             room.append(size)
             credit -= size
@@ -385,7 +385,10 @@ class Switch:
             left -= size
             if size != packed_for:
                 packed, packed_for = self._packed_header(stream, size), size
-            place[:] = packed
+            if len(place) == 1:
+                place[0][:] = packed
+            else:
+                spread(packed, place)
             sizes.append(size + HEADER_BYTES)
         self._note_data(stream, sizes)
         self._talking.rotate(-1)
@@ -419,11 +422,7 @@ class Switch:
         size = self._receive(stream, views, room)
         if not size:
             return 0
-        packed = self._packed_header(stream, size)
-        if len(head) == 1:
-            head[0][:] = packed
-        else:
-            chain.writer().write(packed)
+        spread(self._packed_header(stream, size), head)
         self._note_data(stream, [size + HEADER_BYTES])
         return size + HEADER_BYTES
 

@@ -40,6 +40,7 @@ from pyvmm.testing.vsock_driver import (
     Packet,
 )
 from pyvmm.virtio.features import ring_features
+from pyvmm.virtio.queue.ring import Ring
 from pyvmm.virtio.vsock.packet import HEADER
 from pyvmm.virtio.vsock.stream import BUF_ALLOC
 
@@ -382,6 +383,29 @@ def test_much_data_fills_buffers_in_many_parts(tmp_path: Path, packed: bool) -> 
             assert packet.op == RW, f"after {len(received)} bytes"
             received += packet.data
     assert received == data
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("head", [[HEADER.size], [20, HEADER.size - 20], [*[4] * 10, 4]])
+def test_much_data_takes_no_buffer_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool, head: list[int]
+) -> None:
+    """Sixteen at a time, wherever the driver cuts the header: none is looked at and put back."""
+    count, received, back = 1 + 2 * 16, bytearray(), list[object]()
+    reads, readv, step_back = list[int](), os.readv, Ring.step_back
+    data = os.urandom(4096 * count)
+    monkeypatch.setattr(os, "readv", lambda *of: reads.append(len(of[1])) or readv(*of))
+    monkeypatch.setattr(Ring, "step_back", lambda *of: back.append(of) or step_back(*of))
+    with waiting(tmp_path, data, packed=packed) as rig:
+        chains = [rig.driver.submit(RX, [], [*head, 4096], indirect=True) for _ in range(count)]
+        back.clear()
+        rig.guest.send(guest_packet(CREDIT_UPDATE, buf_alloc=len(data)))
+        for chain in chains:
+            written = rig.driver.wait_used(RX, chain).written
+            received += Packet.unpack(rig.driver.queues[RX].contents(chain)[:written]).data
+        assert received == data
+        assert not back
+    assert [views for views in reads if views] == [1, 16, 16]
 
 
 # --- many, and starved ---------------------------------------------------------------------------
