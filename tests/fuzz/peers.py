@@ -300,9 +300,3 @@ def front_end_case(rng: Random, ring: Ring) -> int:
             assert "\n" not in str(error) and len(str(error)) < 200
     rig.until(lambda: threading.active_count() <= threads, lambda: str(threading.enumerate()))
     return len(said)
-
-
-CASES: dict[str, Callable[[Random, Ring], int]] = {
-    "back-end": back_end_case,
-    "front-end": front_end_case,
-}

@@ -19,16 +19,17 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(1, str(Path(__file__).parents[1] / "kvm"))
 
-from fuzz import peers
+from fuzz.cases import CASES
 from fuzz.harness import run_case
 from fuzz.targets import TARGETS
 from rings import RINGS
@@ -36,7 +37,7 @@ from rings import RINGS
 HANG_SECONDS = 60  # of one case, which takes milliseconds
 APART = 10**9  # numbers of cases, of two processes that draw them
 SNAPSHOT = "snapshot"
-DEVICES = (*sorted(TARGETS), *sorted(peers.CASES))
+DEVICES = (*sorted(TARGETS), *sorted(CASES))
 
 
 def main() -> int:
@@ -75,31 +76,56 @@ def _fuzz_devices(names: list[str], options: argparse.Namespace, seconds: float)
             ]
             found = [share.result() for share in shares]
     cases: Counter[str] = Counter()
-    for one, _ in found:
-        if one is None:
+    seconds_of: dict[str, float] = defaultdict(float)
+    for share in found:
+        if share.cases is None:
             return 1
-        cases += one
-    steps = sum(one for _, one in found)
-    print(f"{sum(cases.values())} cases, {steps} steps, no failure: {_counts(cases)}")
+        cases += share.cases
+        for name, seconds_more in share.seconds.items():
+            seconds_of[name] += seconds_more
+    steps = sum(share.steps for share in found)
+    spent = sum(seconds_of.values())
+    print(f"{cases.total()} cases, {steps} steps, no failure: {_counts(cases)}")
+    if options.case is None:
+        print(f"{cases.total() / sum(seconds_of.values()):.0f} in a second of processor time:")
+        for name, spent in seconds_of.items():
+            count = sum(cases[f"{name}/{ring}"] for ring in RINGS)
+            print(f"  {name:10} {count:9} cases, {count / spent:6.0f}")
     return 0
+
+
+class _Share(NamedTuple):
+    """What one process did: its cases (None after one that failed), their steps, and the seconds of
+    processor time for each target."""
+
+    cases: Counter[str] | None
+    steps: int
+    seconds: dict[str, float]
 
 
 def _share_of_devices(
     names: list[str], options: argparse.Namespace, end: float, job: int
-) -> tuple[Counter[str] | None, int]:
-    """The cases of one of so many processes, and their steps."""
-    pairs = list(itertools.product(names, RINGS))
+) -> _Share:
+    """The cases of one of so many processes."""
+    pairs = [
+        (name, ring)
+        for name, ring in itertools.product(names, RINGS)
+        for _ in range(CASES[name].share if name in CASES else 1)
+    ]
     steps = 0
+    seconds: dict[str, float] = defaultdict(float)
 
     def run(rng: random.Random, number: int) -> str:
         nonlocal steps
         name, ring = pairs[number % len(pairs)]
-        case = peers.CASES.get(name)
-        steps += run_case(rng, name, ring) if case is None else case(rng, ring)
+        began = time.process_time()
+        steps += CASES[name].run(rng, ring) if name in CASES else run_case(rng, name, ring)
+        seconds[name] += time.process_time() - began
         return f"{name}/{ring}"
 
     chosen = "".join(f" DEVICE={one}" for one in options.device or ())
-    return _run(run, options, end, chosen, job), steps
+    cases = _run(run, options, end, chosen, job)
+    return _Share(cases, steps, seconds)
 
 
 def _fuzz_snapshots(options: argparse.Namespace, seconds: float) -> int:
