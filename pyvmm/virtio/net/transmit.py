@@ -59,10 +59,13 @@ class Transmitter:
             if limits is not None and (wait := limits.take(length)):
                 queue.step_back()
                 return Rest(kicks=False, seconds=wait, sources=False)
-            why = self._carry_out(queue, chain, length)
-            if why is None:
-                if limits is not None:
+            why = None
+            try:
+                why = self._carry_out(queue, chain, length)
+            finally:
+                if why is None and limits is not None:
                     limits.give_back(length)
+            if why is None:
                 return FOR_SOURCE
             queue.add_used(chain, 0)
             if why:

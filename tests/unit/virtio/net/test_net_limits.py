@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 from net_rig import BROADCAST, MAC, NetRig, frame, header, running, wait_for
 
+from pyvmm.virtio.net.backend import LinkLost
 from pyvmm.virtio.net.limits import Limits
 from pyvmm.virtio.rate_limit import limiter
 
@@ -99,6 +100,22 @@ def test_bytes_that_are_sent_do_not_count_the_header(clock: Clock) -> None:
         kick(rig, clock)
         assert sent(rig) == 2
         assert clock.slept[-1] == pytest.approx(0.1)
+
+
+def test_a_lost_link_counts_nothing_so_that_frames_do_not_wait_for_it(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The frame at which the loss is noticed is dropped at once, as all behind it are."""
+
+    def lost(*_: object) -> bool:
+        raise LinkLost("the other end of the cable has gone")
+
+    with running(send_limits=limits(clock, iops=1, iops_burst=3)) as rig:
+        monkeypatch.setattr(rig.device._transmitters[0], "_send", lost)
+        send(rig, *[60] * 3)
+        kick(rig, clock)
+        assert rig.device.stats()["dropped"] == {"the link is down": 3}
+        assert clock.slept[-1] is None
 
 
 def test_a_frame_larger_than_the_burst_goes_and_is_paid_for(clock: Clock) -> None:
