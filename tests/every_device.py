@@ -6,6 +6,7 @@ import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from random import Random
 from typing import NamedTuple
 
 from fuzz.targets import GUEST_CID, TARGETS
@@ -59,8 +60,14 @@ _PROMPT: dict[str, dict[int, tuple[Sequence[bytes], Sequence[int]]]] = {
     "vsock": {1: ([_PACKET], [])},
 }
 
+
+def _make(name: str) -> Callable[[], AbstractContextManager[VirtioDevice]]:
+    """The fuzzer's target of that name, always the same."""
+    return lambda: TARGETS[name].make(Random(0))
+
+
 KINDS = {
-    **{name: Kind(TARGETS[name].make, TARGETS[name].check, _PROMPT[name]) for name in _PROMPT},
+    **{name: Kind(_make(name), TARGETS[name].check, _PROMPT[name]) for name in _PROMPT},
     "user": Kind(_user, _user_check, {0: ([], [64])}),
 }
 

@@ -20,7 +20,7 @@ SPARE_PAGES = range(0x400, 0x410)
 
 
 @contextmanager
-def make() -> Iterator[VirtioDevice]:
+def make(rng: Random) -> Iterator[VirtioDevice]:
     yield BalloonDevice(reporting=True, log=lambda line: None)
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from fuzz.peers import back_end_case, front_end_case
 from fuzz.queues import queue_case
+from fuzz.storage import storage_case
 
 from pyvmm.testing.mmio_driver import Ring
 
@@ -24,4 +25,5 @@ CASES = {
     "back-end": Cases(back_end_case, 4),
     "front-end": Cases(front_end_case, 1),
     "queue": Cases(queue_case, 16),
+    "storage": Cases(storage_case, 2),
 }

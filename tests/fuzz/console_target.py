@@ -33,7 +33,7 @@ class Console(ConsoleDevice):
 
 
 @contextmanager
-def make() -> Iterator[VirtioDevice]:
+def make(rng: Random) -> Iterator[VirtioDevice]:
     with (
         tempfile.TemporaryDirectory(dir="/dev/shm") as folder,
         NamedListener(f"{folder}/port") as listener,

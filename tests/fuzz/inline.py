@@ -15,6 +15,7 @@ from unittest import mock
 import _cffi_backend
 
 from pyvmm.errors import DriverError
+from pyvmm.virtio.defects import as_device_failure
 from pyvmm.virtio.queue.chain import DescriptorChain, Usual
 from pyvmm.virtio.worker import DeviceWorker, QueueWorker, Worker
 
@@ -121,6 +122,7 @@ class QueueLog:
             undone = chain[0].head if chain else next(reversed(self.in_flight))
             del self.in_flight[undone]
             self.pops -= 1
+            self.taken -= 1
 
         return watched
 
@@ -178,7 +180,8 @@ class QueueLog:
 class Workers:
     """All workers that run now; `pump` has each do what its thread would do until it sleeps."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, may_fail: bool = False) -> None:
+        self.may_fail = may_fail
         self.running: list[Inline] = []
         self.logs: dict[int, QueueLog] = {}
 
@@ -250,9 +253,11 @@ class Inline(Worker):
             for _ in range(self._rounds):
                 self._poller.wait(0)
                 self._work()
-        except DriverError as error:
+        except Exception as error:
+            if not isinstance(error, DriverError) and not self._workers.may_fail:
+                raise
             self._workers.running.remove(self)
-            self._give_up(error)
+            self._give_up(as_device_failure(self._name_of_place(), error))
             self._close()
 
     def batch(self, queue: Any, serve: Any, to_notify: Any = None) -> Any:

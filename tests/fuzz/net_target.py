@@ -30,7 +30,7 @@ class Card(NetDevice):
 
 
 @contextmanager
-def make(pairs: int = 1) -> Iterator[VirtioDevice]:
+def make(rng: Random, pairs: int = 1) -> Iterator[VirtioDevice]:
     """With several pairs it is traced as well."""
     cable = net_rig.Cable(pairs)
     for end in cable.ends:
@@ -71,8 +71,8 @@ def request(rng: Random) -> Request:
 PAIRS = 3
 
 
-def make_pairs() -> AbstractContextManager[VirtioDevice]:
-    return make(PAIRS)
+def make_pairs(rng: Random) -> AbstractContextManager[VirtioDevice]:
+    return make(rng, PAIRS)
 
 
 def request_of_pairs(rng: Random) -> Request:

@@ -6,13 +6,15 @@ import itertools
 from random import Random
 from typing import NamedTuple
 
+from pyvmm.testing import Buffer
+
 
 class Request(NamedTuple):
     """A lawful driver's request in queue `queue`: contents to read, lengths to write."""
 
     queue: int
     readable: list[bytes]
-    writable: list[int]
+    writable: list[int | Buffer]
 
     def __str__(self) -> str:
         start = b"".join(self.readable)[:48].hex(" ", 4)

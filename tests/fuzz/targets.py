@@ -17,7 +17,7 @@ from random import Random
 from typing import NamedTuple
 
 import pmem_rig
-from fuzz import balloon_target, console_target, net_target
+from fuzz import balloon_target, console_target, net_target, odd_target
 from fuzz.request import Request, pieces
 
 from pyvmm.errors import HostError
@@ -40,20 +40,22 @@ class Target(NamedTuple):
     """`request` makes up a lawful request; `check` has the device serve a good one, and raises
     AssertionError if it does not. `stir` is what the host does meanwhile. `prompt` are
     the queues whose chains all come back at once; a device with no others may be used with
-    VIRTIO_F_IN_ORDER."""
+    VIRTIO_F_IN_ORDER. One that `may_fail` has defects of its own, but none after `settle`."""
 
-    make: Callable[[], AbstractContextManager[VirtioDevice]]
+    make: Callable[[Random], AbstractContextManager[VirtioDevice]]
     request: Callable[[Random], Request]
     check: Callable[[VirtioDevice, MmioDriver], None]
     prompt: tuple[int, ...] = ()
     stir: Callable[[VirtioDevice, Random], None] = lambda device, rng: None
+    may_fail: bool = False
+    settle: Callable[[VirtioDevice], None] = lambda device: None
 
 
 # --- virtio-blk ----------------------------------------------------------------------------------
 
 
 @contextmanager
-def _disk() -> Iterator[VirtioDevice]:
+def _disk(rng: Random) -> Iterator[VirtioDevice]:
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         image = Path(folder) / "disk"
         image.write_bytes(bytes(DISK_SECTORS * 512))
@@ -102,7 +104,7 @@ class FaultyDisk(BlockDevice):
 
 
 @contextmanager
-def _faults() -> Iterator[VirtioDevice]:
+def _faults(rng: Random) -> Iterator[VirtioDevice]:
     """Of sectors of 4 KiB, and traced."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         image = Path(folder) / "disk"
@@ -142,7 +144,7 @@ _BASE = bytes(range(256)) * 2 * DISK_SECTORS
 
 
 @contextmanager
-def _overlay() -> Iterator[VirtioDevice]:
+def _overlay(rng: Random) -> Iterator[VirtioDevice]:
     """Changes kept beside an image, which stays as it is whatever the driver does."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder, ExitStack() as closing:
         image, changes = Path(folder) / "disk", f"{folder}/changes"
@@ -199,7 +201,7 @@ def _disk_check(device: VirtioDevice, driver: MmioDriver) -> None:
 
 
 @contextmanager
-def _rng() -> Iterator[VirtioDevice]:
+def _rng(rng: Random) -> Iterator[VirtioDevice]:
     yield EntropyDevice()
 
 
@@ -234,7 +236,7 @@ class Vsock(VsockDevice):
 
 
 @contextmanager
-def _vsock() -> Iterator[VirtioDevice]:
+def _vsock(rng: Random) -> Iterator[VirtioDevice]:
     """With programs of the host that accept nothing unless they are stirred: connections stay, and
     fill up."""
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
@@ -323,7 +325,7 @@ def _vsock_check(device: VirtioDevice, driver: MmioDriver) -> None:
 
 
 @contextmanager
-def _pmem() -> Iterator[VirtioDevice]:
+def _pmem(rng: Random) -> Iterator[VirtioDevice]:
     with pmem_rig.pmem(log=[]) as device:
         yield device
 
@@ -348,6 +350,26 @@ TARGETS = {
         net_target.request_of_pairs,
         net_target.check,
         stir=net_target.stir,
+    ),
+    "odd": Target(
+        odd_target.make_disk,
+        odd_target.request_of_disk,
+        odd_target.check_disk,
+        stir=odd_target.stir_disk,
+    ),
+    "stream": Target(
+        odd_target.make_stream,
+        net_target.request,
+        odd_target.check_stream,
+        stir=odd_target.stir_stream,
+    ),
+    "user": Target(
+        odd_target.make_failing,
+        odd_target.request_of_failing,
+        odd_target.check_failing,
+        stir=odd_target.stir_failing,
+        may_fail=True,
+        settle=odd_target.settle_failing,
     ),
     "rng": Target(_rng, _rng_request, _rng_check, prompt=(0,)),
     "balloon": Target(

@@ -1,0 +1,357 @@
+"""The storage of disks by itself: files, O_DIRECT, overlays and overlays of overlays, against a
+model that is a few hundred bytes arrays long; and overlays' files that somebody has damaged.
+
+A case draws everything from one `random.Random`. It raises AssertionError, with the steps so far,
+if
+
+- a byte reads as another one than was written, now or after the disk was opened again, was saved as
+  an overlay of its image, or got another size,
+- the image under an overlay changes,
+- anything but an error of ours is raised, and one of those where nobody did wrong.
+"""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import functools
+import itertools
+import os
+import shutil
+import struct
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from random import Random
+from unittest import mock
+
+from pyvmm.errors import ConfigError, HostError, PyvmmError
+from pyvmm.host.files import SECTOR, open_image
+from pyvmm.testing.mmio_driver import Ring
+from pyvmm.virtio.blk import backend as backend_module
+from pyvmm.virtio.blk.backend import Backend, FileBackend
+from pyvmm.virtio.blk.direct import DirectBackend
+from pyvmm.virtio.blk.overlay import OverlayBackend, open_snapshot
+from pyvmm.virtio.blk.overlay_file import MAGIC, is_unused, open_overlay
+from pyvmm.virtio.blk.overlay_layout import PAGE
+from pyvmm.virtio.blk.saved_overlay import file_of, open_saved
+
+_LARGEST = 160  # sectors of an image
+_CONTENT = bytes(range(1, 256)) * (_LARGEST * SECTOR // 255 + 1)
+_GROWN = 3 * _LARGEST
+
+
+@functools.cache
+def _folder() -> Path:
+    """Of this process, on a file system with direct I/O where there is one."""
+    for parent in (None, "/var/tmp"):
+        folder = Path(tempfile.mkdtemp(prefix="pyvmm-fuzz-", dir=parent))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        probe = folder / "probe"
+        probe.write_bytes(bytes(PAGE))
+        with suppress(OSError):
+            os.close(os.open(probe, os.O_RDONLY | os.O_DIRECT))
+            return folder
+    return folder
+
+
+class _Case:
+    """One disk and its model."""
+
+    def __init__(self, rng: Random) -> None:
+        self.rng = rng
+        self.steps: list[str] = []
+        self.image, self.changes = _folder() / "image", _folder() / "changes"
+        self.saved = _folder() / "saved"
+        for path in (self.changes, self.saved):
+            path.unlink(missing_ok=True)
+        size = SECTOR * rng.choice((1, 7, 8, 9, 64, _LARGEST))
+        self.model = bytearray(_CONTENT[:size])
+        self.image.write_bytes(self.model)
+        self.base_bytes = bytes(self.model)
+        self.over = rng.choice(("file", "direct", "overlay", "overlay", "snapshot"))
+        self.note(f"{self.over} of {size} bytes")
+        self.opened: list[Backend] = []  # all of them, the lowest first
+        self.disk = self._open()
+
+    def note(self, step: str) -> None:
+        self.steps.append(step)
+
+    # --- opening ---------------------------------------------------------------------------------
+
+    def _add(self, disk: Backend) -> Backend:
+        self.opened.append(disk)
+        return disk
+
+    def _raw(self, read_only: bool) -> Backend:
+        if self.over == "direct" or self.rng.random() < 0.2:
+            with suppress(ConfigError):  # no direct I/O here
+                return self._add(DirectBackend(open_image(str(self.image), read_only, direct=True)))
+        return self._add(FileBackend(open_image(str(self.image), read_only)))
+
+    def _open(self) -> Backend:
+        if self.over in ("file", "direct"):
+            return self._raw(read_only=False)
+        base = self._raw(read_only=True)
+        if self.over == "overlay":
+            return self._add(open_overlay(base, str(self.changes)))
+        if self.saved.exists():
+            base = self._add(open_saved(base, str(self.saved)))
+        return self._add(open_snapshot(base))
+
+    def close(self) -> None:
+        while self.opened:
+            self.opened.pop().close()
+
+    # --- what is done to it ----------------------------------------------------------------------
+
+    def _place(self) -> tuple[int, int]:
+        """Offset and size of whole sectors."""
+        sectors = len(self.model) // SECTOR
+        first = self.rng.choice((0, self.rng.randrange(sectors), sectors - 1))
+        count = self.rng.choice((1, 1, 2, 8, 9, sectors))
+        return first * SECTOR, min(count, sectors - first) * SECTOR
+
+    def _views(self, size: int, data: bytes = b"") -> list[memoryview]:
+        """Memory in pieces, as a driver has it: aligned or not."""
+        rng = self.rng
+        shift = rng.choice((0, 0, 1, SECTOR))
+        whole = memoryview(bytearray(shift) + (data or bytearray(size)))[shift:]
+        many = 1100 if size > 1100 and not rng.randrange(20) else 0
+        cuts = sorted(rng.randint(0, size) for _ in range(many or rng.choice((0, 0, 1, 3))))
+        edges = [0, *cuts, size]
+        return [whole[a:b] for a, b in itertools.pairwise(edges)]
+
+    def read(self) -> None:
+        offset, size = self._place()
+        views = self._views(size)
+        self.note(f"read {size} at {offset}, {len(views)} pieces")
+        self.disk.readv(views, size, offset)
+        self._same(b"".join(views), offset)
+
+    def _same(self, data: bytes, offset: int) -> None:
+        expected = self.model[offset : offset + len(data)]
+        if data != expected:
+            place = next(at for at in range(len(data)) if data[at] != expected[at])
+            raise AssertionError(
+                f"byte {offset + place} is {data[place]:#x}, not {expected[place]:#x}"
+            )
+
+    def write(self) -> None:
+        offset, size = self._place()
+        data = self.rng.randbytes(size)
+        views = self._views(size, data)
+        self.note(f"write {size} at {offset}, {len(views)} pieces")
+        self.disk.writev(views, size, offset)
+        self.model[offset : offset + size] = data
+
+    def zero(self) -> None:
+        offset, size = self._place()
+        self.note(f"zero {size} at {offset}")
+        self.disk.write_zeroes(offset, size, self.rng.random() < 0.5)
+        self.model[offset : offset + size] = bytes(size)
+
+    def discard(self) -> None:
+        """What it reads as from now on is the storage's business."""
+        offset, size = self._place()
+        self.note(f"discard {size} at {offset}")
+        self.disk.discard(offset, size)
+        data = bytearray(size)
+        self.disk.readv([memoryview(data)], size, offset)
+        self.model[offset : offset + size] = data
+
+    def flush(self) -> None:
+        self.note("flush")
+        self.disk.flush()
+
+    def expect(self) -> None:
+        offset, size = self._place()
+        self.disk.expect(size, offset)
+        assert self.disk.misses >= 0
+
+    def resize(self) -> None:
+        if not self.disk.can_resize:
+            return
+        size = SECTOR * self.rng.choice((1, 8, 15, 16, 40, _LARGEST, _GROWN, 1 << 40))
+        self.note(f"resize to {size}")
+        try:
+            assert self.disk.storage_for(size) >= size
+            self.disk.resize(size if size < 1 << 40 else None)
+        except HostError as error:
+            plain = self.over in ("file", "direct")
+            assert size == SECTOR << 40 and not plain, error
+            return
+        size = self.disk.size_sectors * SECTOR
+        self.model = self.model[:size] + bytes(max(0, size - len(self.model)))
+        if self.over in ("file", "direct"):
+            self.base_bytes = self.base_bytes[:size]
+
+    def again(self) -> None:
+        """Closed and opened again."""
+        if self.over == "snapshot":
+            return
+        self.note("again")
+        size = len(self.model)
+        self.close()
+        self.disk = self._open()
+        if self.over == "overlay":
+            assert is_unused(str(self.changes)) in (True, False)
+        assert self.disk.size_sectors * SECTOR == size
+
+    def save(self) -> None:
+        """The changes become an overlay's file, which is read as a layer from now on."""
+        if not isinstance(self.disk, OverlayBackend):
+            return
+        try:
+            size, pieces = file_of(self.disk)
+        except HostError:
+            return
+        self.note("saved")
+        with open(_folder() / "next", "wb") as file:
+            os.ftruncate(file.fileno(), size)
+            for at, data in pieces:
+                os.pwrite(file.fileno(), data, at)
+        self.close()
+        os.rename(_folder() / "next", self.saved)
+        self.over = "snapshot"
+        self.disk = self._open()
+        assert self.disk.size_sectors * SECTOR == len(self.model)
+
+    def share(self) -> None:
+        if self.rng.random() < 0.2:
+            self.disk.share()
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """A host that fails at some calls."""
+        rng = self.rng
+
+        def sometimes(real: Callable[..., int]) -> Callable[..., int]:
+            def call(*arguments: object) -> int:
+                kind = rng.randrange(5)
+                if kind == 0:
+                    raise OSError(rng.choice((errno.EIO, errno.ENOSPC, errno.EAGAIN)), "a fault")
+                return real(*arguments)
+
+            return call
+
+        with ExitStack() as patches:
+            for name in ("_preadv", "_pwritev", "preadv_all", "pwritev_all"):
+                real = getattr(backend_module, name)
+                patches.enter_context(mock.patch.object(backend_module, name, sometimes(real)))
+            yield
+
+    def faults(self) -> None:
+        """Requests fail or do what they say; afterwards what was to be written may be anything."""
+        known = True
+        with self._failing():
+            for _ in range(3):
+                offset, size = self._place()
+                data = self.rng.randbytes(size)
+                views = self._views(size, data)
+                with suppress(HostError):
+                    if self.rng.random() < 0.5:
+                        into = self._views(size)
+                        self.disk.readv(into, size, offset)
+                        if known:
+                            self._same(b"".join(into), offset)
+                    else:
+                        known, before = False, known
+                        self.disk.writev(views, size, offset)
+                        self.disk.flush()
+                        self.model[offset : offset + size] = data
+                        known = before
+        self._look_again()
+
+    def _look_again(self) -> None:
+        data = bytearray(len(self.model))
+        self.disk.readv([memoryview(data)], len(data), 0)
+        self.model = data
+
+    def cut_short(self) -> None:
+        """Somebody cuts the image short, and gives it back its length."""
+        if self.over not in ("file", "direct"):
+            return
+        size = self.image.stat().st_size
+        os.truncate(self.image, size // 2)
+        with suppress(HostError):
+            self.disk.readv([memoryview(bytearray(len(self.model)))], len(self.model), 0)
+        with suppress(HostError):
+            self.disk.resize(None)
+        os.truncate(self.image, size)
+        self.disk.resize(None)
+        self._look_again()
+
+    def run(self) -> None:
+        ways = (
+            *(self.read, self.read, self.write, self.write, self.write, self.zero, self.discard),
+            *(self.flush, self.expect, self.resize, self.again, self.save, self.share),
+            *(self.faults, self.cut_short),
+        )
+        for _ in range(self.rng.randint(1, 16)):
+            self.rng.choice(ways)()
+        data = bytearray(len(self.model))
+        self.disk.readv([memoryview(data)], len(data), 0)
+        self._same(bytes(data), 0)
+        if self.over not in ("file", "direct"):
+            assert self.image.read_bytes() == self.base_bytes, "an overlay's image has changed"
+        if self.over == "overlay":
+            self._damaged()
+
+    # --- damage ----------------------------------------------------------------------------------
+
+    def _damaged(self) -> None:
+        """A file that is not what it was: it is refused, or is some overlay."""
+        rng = self.rng
+        self.close()
+        kept = self.changes.read_bytes()[: PAGE + 64]
+        head = bytearray(kept)
+        way = rng.randrange(5)
+        if way == 0:
+            head[rng.randrange(84)] ^= 1 << rng.randrange(8)
+        elif way == 1:  # by somebody who knows the checksum
+            at, value = rng.choice(((8, 1), (8, 3), (12, 13), (16, 0), (24, 0), (56, 0), (64, 0)))
+            more = rng.choice((0, 1, 511, SECTOR, PAGE, 1 << 40, (1 << 64) - 1))
+            struct.pack_into("<I" if at < 16 else "<Q", head, at, value or more)
+            self._sum(head, 56 if int.from_bytes(head[8:12], "little") == 1 else 80)
+        elif way == 2:  # one of the first version
+            head[8:12] = (1).to_bytes(4, "little")
+            self._sum(head, 56)
+        elif way == 3:
+            os.truncate(self.changes, rng.choice((0, 100, PAGE, PAGE + 1)))
+        else:
+            head[: len(MAGIC)] = rng.randbytes(len(MAGIC))
+        self.note(f"damaged, way {way}")
+        if way != 3:
+            with open(self.changes, "r+b") as file:
+                file.write(head)
+        base = self._raw(read_only=True)
+        how = open_overlay if rng.random() < 0.7 else open_saved
+        try:
+            disk = self._add(how(base, str(self.changes)))
+        except PyvmmError as error:
+            assert "\n" not in str(error)
+            return
+        data = bytearray(min(disk.size_sectors * SECTOR, 1 << 20))
+        with suppress(HostError):
+            disk.readv([memoryview(data)], len(data), 0)
+            if how is open_overlay:
+                disk.writev([memoryview(data)], len(data), 0)
+
+    def _sum(self, head: bytearray, at: int) -> None:
+        struct.pack_into("<I", head, at, zlib.crc32(head[:at]))
+
+
+def storage_case(rng: Random, ring: Ring) -> int:
+    """One disk's storage, whatever the ring; how many steps there were."""
+    case = _Case(rng)
+    try:
+        case.run()
+    except BaseException as error:
+        error.add_note("\n".join(case.steps))
+        raise
+    finally:
+        case.close()
+    return len(case.steps)
