@@ -140,6 +140,7 @@ class VhostUserDevice(VirtioDevice):
         self._patience = patience
         self._log = log or RateLimited(prefix=f"{name}: ", device=name, error="back_end")
         self._talking = Lock()
+        self._refusing = Lock()  # a leaf: for a worker that refuses a queue, as long as it has one
         self._wake, self._error = EventFd(), EventFd()
         self._given, self._only_given = connection, connection is not None
         self._connecting: Link | None = None
@@ -422,7 +423,8 @@ class VhostUserDevice(VirtioDevice):
 
     def reset_queue(self, index: int) -> None:
         """See VirtioDevice."""
-        queue = self._queues.pop(index, None)
+        with self._refusing:  # or a worker for it could begin behind our back
+            queue = self._queues.pop(index, None)
         if queue is not None:
             _lock_of(queue).serve_by(None)
         self._end_worker(index)
@@ -769,11 +771,16 @@ class VhostUserDevice(VirtioDevice):
             return
         finally:
             lock.release()
-        worker = QueueWorker(
-            self.name, [queue], refuse, activation, [()], thread=f"{self.name}-q{queue.index}"
-        )
-        worker.start()
-        self._workers[queue.index] = worker
+        index = queue.index
+        with self._refusing:
+            # The driver may have reset it meanwhile, or set it up anew, of which it sees the same.
+            if self._queues.get(index) is not queue or index in self._workers:
+                return
+            worker = QueueWorker(
+                self.name, [queue], refuse, activation, [()], thread=f"{self.name}-q{index}"
+            )
+            worker.start()
+            self._workers[index] = worker
 
     def _take_up(self, queue: Queue) -> None:
         """Take what the back end had taken first, by its notes."""
@@ -783,7 +790,8 @@ class VhostUserDevice(VirtioDevice):
         queue.keep_journal(notes, notes.resume(queue.state().next_used))
 
     def _end_worker(self, index: int) -> None:
-        worker = self._workers.pop(index, None)
+        with self._refusing:
+            worker = self._workers.pop(index, None)
         if worker is not None:
             worker.request_stop()
             worker.join()

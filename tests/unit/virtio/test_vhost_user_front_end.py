@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import threading
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -622,6 +623,25 @@ def use(rig, chain, written=0):
     [idx] = struct.unpack("<H", memory.read(at + 2, 2))
     memory.write(at + 4 + 8 * (idx % queue.size), struct.pack("<II", chain.head, written))
     memory.write(at + 2, struct.pack("<H", (idx + 1) & 0xFFFF))
+
+
+def test_a_queue_that_is_reset_as_the_back_end_is_given_up_has_one_worker(place):
+    """It is seen with its driver's first queue, and by the driver's start of the second one."""
+    refusing = replace(PLAIN, refuse=lambda queue: None)
+    with fake(place) as back_end, front(place, refusing, reconnect=0) as one:
+        device, driver = one.device, one.driver.mmio
+        before = device._queues[0]
+        back_end.close()
+        one.until(lambda: 0 in device._workers and 1 in device._workers)
+        driver.reset_queue(0, 8)
+        workers = dict(device._workers)
+        before.ready = True  # as it was when the one who gives up looked
+        for queue in (before, device._queues[0]):
+            device._refuse(queue)
+        assert device._workers == workers
+        assert list(workers[0].queues.values()) == [device._queues[0]]
+        assert sum(thread.name == "front-q0" for thread in threading.enumerate()) == 1
+        before.ready = False
 
 
 def test_without_notes_requests_in_order_fail_one_by_one(place):
