@@ -6,6 +6,7 @@ from collections.abc import Callable
 from random import Random
 from typing import NamedTuple
 
+from fuzz.both_ends import both_ends_case
 from fuzz.peers import back_end_case, front_end_case
 from fuzz.queues import queue_case
 from fuzz.storage import storage_case
@@ -23,6 +24,7 @@ class Cases(NamedTuple):
 
 CASES = {
     "back-end": Cases(back_end_case, 4),
+    "both-ends": Cases(both_ends_case, 1),
     "front-end": Cases(front_end_case, 1),
     "queue": Cases(queue_case, 16),
     "storage": Cases(storage_case, 2),
