@@ -25,6 +25,7 @@ class Console(ConsoleDevice):
 
     end: TerminalEnd
     program: socket.socket
+    path: str
     room = 1 << 16
 
     def show(self, data: bytes) -> bool:
@@ -45,8 +46,21 @@ def make(rng: Random) -> Iterator[VirtioDevice]:
         end.attach(console.show)
         program.connect(f"{folder}/port")
         program.setblocking(False)
-        console.end, console.program = end, program
-        yield console
+        console.end, console.program, console.path = end, program, f"{folder}/port"
+        try:
+            yield console
+        finally:
+            console.program.close()
+
+
+def begin(rng: Random) -> list[Request]:
+    """A driver with both ports, which are open."""
+    messages = ((0, 0, 1), (0, 3, 1), (1, 3, 1), (0, 6, 1), (1, 6, 1))
+    buffers = [Request(queue, [], [64]) for queue in (*[CONTROL_RX] * 6, RX0, RX1, RX1)]
+    return [
+        *buffers,
+        *(Request(CONTROL_TX, [struct.pack("<LHH", *message)], []) for message in messages),
+    ]
 
 
 def request(rng: Random) -> Request:
@@ -71,13 +85,21 @@ def stir(device: VirtioDevice, rng: Random) -> None:
     assert isinstance(device, Console)
     device.room = rng.choice((0, 100, 1 << 16))
     kind = rng.randrange(5)
+    if not rng.randrange(6):  # the program leaves, and another one comes
+        device.program.close()
+        device.program = socket.socket(socket.AF_UNIX)
+        device.program.setblocking(False)
+        with suppress(OSError):
+            device.program.connect(device.path)
     with suppress(OSError):
         if kind == 0:
             device.end.enqueue_input(rng.randbytes(rng.choice((1, 5000))))
         elif kind == 1:
-            device.program.send(rng.randbytes(rng.choice((1, 300))))
+            device.program.send(rng.randbytes(rng.choice((1, 300, 1 << 16))))
         elif kind == 2:
             device.program.recv(1 << 16)
+        elif kind == 3 and rng.random() < 0.3:
+            device.program.shutdown(rng.choice((socket.SHUT_RD, socket.SHUT_WR)))
         elif kind == 3:
             device.set_size(rng.randrange(1 << 17), 25)
     device.end.wake()

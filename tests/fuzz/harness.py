@@ -24,6 +24,7 @@ from typing import Any, cast
 from unittest import mock
 
 from fuzz.inline import Workers
+from fuzz.request import Request
 from fuzz.targets import TARGETS, Target
 
 from pyvmm.bus import Handler
@@ -204,6 +205,9 @@ class Case:
         self.clean = True
         self.good_steps = rng.choice((0, 0, 2, 12))  # enough to go around a ring, sometimes
         self.oracle = []
+        if rng.random() < 0.5:
+            for request in self.target.begin(rng):
+                self.ask(request)
 
     def _begin_anew(self) -> None:
         """The driver's earlier deeds, to memory or to its BAR, are of no account."""
@@ -248,19 +252,23 @@ class Case:
 
     def lawful(self) -> None:
         for _ in range(self.rng.choice((1, 1, 2, 4))):
-            request = self.target.request(self.rng)
-            self.note(f"lawful {request}")
-            queue = self.driver.queues[request.queue]
-            indirect = self.tables and self.rng.random() < 0.3
-            with self.room():
-                queue.add(
-                    request.readable,
-                    request.writable,
-                    indirect=indirect and len(request.readable + request.writable) <= queue.size,
-                    scrambled=self.rng.random() < 0.3,
-                )
-        for queue in self.driver.queues:
-            queue.publish()
+            self.ask(self.target.request(self.rng))
+
+    def ask(self, request: Request) -> None:
+        """Make a lawful request available."""
+        self.note(f"lawful {request}")
+        if request.queue >= len(self.driver.queues):
+            return
+        queue = self.driver.queues[request.queue]
+        indirect = self.tables and self.rng.random() < 0.4
+        with self.room():
+            queue.add(
+                request.readable,
+                request.writable,
+                indirect=indirect and len(request.readable + request.writable) <= queue.size,
+                scrambled=self.rng.random() < 0.3,
+            )
+        queue.publish()
 
     @property
     def tables(self) -> bool:
@@ -437,7 +445,7 @@ class Case:
     def register(self) -> None:
         rng = self.rng
         self.clean = False
-        for _ in range(rng.randint(1, 4)):
+        for _ in range(rng.choice((1, 2, 4, 16))):
             place, offsets = rng.choice(self.places)
             offset = rng.choice(offsets)
             size = rng.choice((4, 4, 4, 4, 1, 2, 8))
@@ -660,7 +668,7 @@ def run_case(rng: Random, name: str, ring: Ring, *, most_steps: int = 12) -> int
         case = Case(rng, TARGETS[name], ring, closing)
         try:
             case.start()
-            for _ in range(rng.randint(1, most_steps)):
+            for _ in range(rng.randint(1, most_steps) * rng.choice((1, 1, 1, 1, 1, 1, 1, 4))):
                 case.step()
                 case.turn()
             case.finish()

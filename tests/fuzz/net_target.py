@@ -68,6 +68,12 @@ def request(rng: Random) -> Request:
     return Request(CONTROL, pieces(rng, _command(rng)), [rng.choice((0, 1, 1, 2))])
 
 
+def begin(rng: Random) -> list[Request]:
+    """Buffers to receive in, and a choice of what is received."""
+    sizes = [rng.choice((60, 1526, 1526, 1526, 4096, 65550)) for _ in range(rng.randrange(9))]
+    return [*(Request(RX, [], [size]) for size in sizes), Request(TX, [net_rig.header()], [])]
+
+
 PAIRS = 3
 
 
@@ -116,7 +122,8 @@ def stir(device: VirtioDevice, rng: Random) -> None:
         device.set_link(rng.random() < 0.7)
     with suppress(BlockingIOError):
         for _ in range(rng.choice((0, 0, 1, 2))):
-            end.send(header(rng) + net_rig.frame(rng.choice(SIZES[2:9])))
+            to = rng.choice((net_rig.MAC, net_rig.BROADCAST, net_rig.GROUP, net_rig.OTHER))
+            end.send(header(rng) + net_rig.frame(rng.choice(SIZES[2:9]), to))
         for _ in range(rng.choice((0, 0, 1, 100))):
             end.recv(1 << 17)
 

@@ -23,13 +23,14 @@ from fuzz.request import Request, pieces
 from pyvmm.errors import HostError
 from pyvmm.host.files import open_image
 from pyvmm.host.named_listener import NamedListener
-from pyvmm.testing import MmioDriver
+from pyvmm.testing import Buffer, MmioDriver
 from pyvmm.testing.blk_driver import OK, BlockDriver, header
-from pyvmm.testing.vsock_driver import REQUEST, RST, Packet, VsockDriver
+from pyvmm.testing.vsock_driver import REQUEST, RESPONSE, RST, Packet, VsockDriver
 from pyvmm.virtio.blk.backend import Backend, FileBackend
 from pyvmm.virtio.blk.device import BlockDevice
 from pyvmm.virtio.blk.overlay_file import open_overlay
 from pyvmm.virtio.device import VirtioDevice
+from pyvmm.virtio.pmem.device import PmemDevice
 from pyvmm.virtio.rng.device import EntropyDevice
 from pyvmm.virtio.vsock.device import VsockDevice
 
@@ -40,7 +41,8 @@ class Target(NamedTuple):
     """`request` makes up a lawful request; `check` has the device serve a good one, and raises
     AssertionError if it does not. `stir` is what the host does meanwhile. `prompt` are
     the queues whose chains all come back at once; a device with no others may be used with
-    VIRTIO_F_IN_ORDER. One that `may_fail` has defects of its own, but none after `settle`."""
+    VIRTIO_F_IN_ORDER. One that `may_fail` has defects of its own, but none after `settle`.
+    `begin` is what a driver asks for first, so that there is something to go wrong later."""
 
     make: Callable[[Random], AbstractContextManager[VirtioDevice]]
     request: Callable[[Random], Request]
@@ -48,6 +50,7 @@ class Target(NamedTuple):
     prompt: tuple[int, ...] = ()
     stir: Callable[[VirtioDevice, Random], None] = lambda device, rng: None
     may_fail: bool = False
+    begin: Callable[[Random], list[Request]] = lambda rng: []
     settle: Callable[[VirtioDevice], None] = lambda device: None
 
 
@@ -271,7 +274,7 @@ def _vsock_stir(device: VirtioDevice, rng: Random) -> None:
             end = rng.choice(device.ends)
             end.setblocking(False)
             if kind < 4:
-                end.send(rng.randbytes(rng.choice((1, 300, 1 << 16))))
+                end.send(rng.randbytes(rng.choice((1, 300, 8192, 1 << 16))))
             elif kind < 6:
                 end.recv(1 << 17)
             elif kind == 6:
@@ -281,12 +284,35 @@ def _vsock_stir(device: VirtioDevice, rng: Random) -> None:
                 end.close()
 
 
+_VSOCK_BUFFERS: tuple[list[int | Buffer], ...] = (
+    *([44, 4096],) * 4,
+    *([44], [44, 1], [20, 24, 4096], [44, 64, 4000], [4140], [43]),
+)
+
+
+def _vsock_begin(rng: Random) -> list[Request]:
+    """Buffers, and a stream with credit."""
+    wanted = Packet(
+        REQUEST, src_port=1000, dst_port=LISTENING_PORT, buf_alloc=rng.choice((0, 5000, 1 << 18))
+    )
+    buffers = [Request(0, [], rng.choice(_VSOCK_BUFFERS)) for _ in range(rng.randrange(9))]
+    return [*buffers, Request(1, [wanted.pack_header(GUEST_CID)], []), Request(2, [], [8])]
+
+
 def _vsock_request(rng: Random) -> Request:
-    kind = rng.randrange(8)
+    kind = rng.randrange(9)
     if kind < 3:
-        return Request(0, [], [44, rng.choice((0, 1, 64, 4096))])
+        return Request(0, [], rng.choice(_VSOCK_BUFFERS))
     if kind == 3:
         return Request(2, [], [8])
+    if kind == 8:  # an answer to a caller
+        packet = Packet(
+            RESPONSE,
+            src_port=rng.choice((1000, 1001)),
+            dst_port=FIRST_OF_THE_HOST + rng.randrange(3),
+            buf_alloc=1 << 18,
+        )
+        return Request(1, [packet.pack_header(GUEST_CID)], [])
     data = bytes(rng.choice((0, 0, 1, 100, 4096)))
     if kind > 5:  # of one connection: REQUEST, RW, SHUTDOWN, CREDIT_REQUEST
         op = rng.choice((1, 1, 5, 5, 5, 5, 4, 7))
@@ -326,8 +352,19 @@ def _vsock_check(device: VirtioDevice, driver: MmioDriver) -> None:
 
 @contextmanager
 def _pmem(rng: Random) -> Iterator[VirtioDevice]:
-    with pmem_rig.pmem(log=[]) as device:
+    storage = pmem_rig.Storage()
+    with pmem_rig.pmem(storage, log=[]) as device:
+        device.fuzzed_storage = storage  # type: ignore[attr-defined]
         yield device
+
+
+def _pmem_stir(device: VirtioDevice, rng: Random) -> None:
+    """Somebody saves its contents; rarely the storage fails, after which no flush succeeds."""
+    assert isinstance(device, PmemDevice)
+    if rng.random() < 0.1:
+        assert sum(len(piece) for _, piece in device.contents()) <= device.size
+    if rng.random() < 0.02:
+        device.fuzzed_storage.break_down()  # type: ignore[attr-defined]
 
 
 def _pmem_request(rng: Random) -> Request:
@@ -338,7 +375,9 @@ def _pmem_request(rng: Random) -> Request:
 
 
 def _pmem_check(device: VirtioDevice, driver: MmioDriver) -> None:
-    assert driver.request(0, [pmem_rig.FLUSH], [4]) == (4, pmem_rig.DONE)
+    answers = [driver.request(0, [pmem_rig.FLUSH], [4]) for _ in range(2)]
+    broken = device.fuzzed_storage.error  # type: ignore[attr-defined]
+    assert answers[1] == (4, pmem_rig.FAILED if broken else pmem_rig.DONE)
 
 
 TARGETS = {
@@ -350,6 +389,7 @@ TARGETS = {
         net_target.request_of_pairs,
         net_target.check,
         stir=net_target.stir,
+        begin=net_target.begin,
     ),
     "odd": Target(
         odd_target.make_disk,
@@ -362,6 +402,7 @@ TARGETS = {
         net_target.request,
         odd_target.check_stream,
         stir=odd_target.stir_stream,
+        begin=net_target.begin,
     ),
     "user": Target(
         odd_target.make_failing,
@@ -383,8 +424,15 @@ TARGETS = {
         console_target.request,
         console_target.check,
         stir=console_target.stir,
+        begin=console_target.begin,
     ),
-    "net": Target(net_target.make, net_target.request, net_target.check, stir=net_target.stir),
-    "pmem": Target(_pmem, _pmem_request, _pmem_check, prompt=(0,)),
-    "vsock": Target(_vsock, _vsock_request, _vsock_check, stir=_vsock_stir),
+    "net": Target(
+        net_target.make,
+        net_target.request,
+        net_target.check,
+        stir=net_target.stir,
+        begin=net_target.begin,
+    ),
+    "pmem": Target(_pmem, _pmem_request, _pmem_check, prompt=(0,), stir=_pmem_stir),
+    "vsock": Target(_vsock, _vsock_request, _vsock_check, stir=_vsock_stir, begin=_vsock_begin),
 }
