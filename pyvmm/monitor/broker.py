@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from pyvmm.errors import HostError, PyvmmError
 from pyvmm.host import unix_sockets
+from pyvmm.host.parent import end_with
 from pyvmm.host.unix_sockets import Socket
 
 KINDS = ("disk", "net", "share")
@@ -200,13 +201,14 @@ class Broker:
         client.close()
 
     def _begin(self, client: _Client) -> None:
+        keeper = os.getpid()
         try:
             child = os.fork()
         except OSError as error:
             self._refuse(client, f"no process can be made: {error.strerror}")
             return
         if not child:
-            _work(client)
+            _work(client, keeper)
         client.close()
         process = os.pidfd_open(child)
         self._workers[process] = child, client.door
@@ -216,8 +218,9 @@ class Broker:
 # --- in a process of its own ----------------------------------------------------------------------
 
 
-def _work(client: _Client) -> NoReturn:
+def _work(client: _Client, keeper: int) -> NoReturn:
     try:
+        end_with(keeper)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, signal.SIG_DFL)
         channel, socket = _keep_only(client.door.channel, client.socket)

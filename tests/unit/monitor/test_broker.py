@@ -289,6 +289,32 @@ def test_a_process_that_has_ended_is_forgotten_though_another_knows_it(tmp_path:
             client.kill()
 
 
+def test_what_adds_a_device_ends_with_the_keeper(tmp_path: Path) -> None:
+    """Nobody answers it, and it would have the monitor's channel until it gives up."""
+    keeper = Keeper(str(tmp_path), "web")
+    with closing(unix_sockets.listen(str(tmp_path / "socket"))) as listener:
+        passes = keeper.listen(listener, owner_only=True)
+        keeper.enter_box()
+        with subprocess.Popen(
+            [sys.executable, "-c", CLIENT, str(tmp_path / "socket"), "4096"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+        ) as asks:
+            assert asks.stdin is not None
+            asks.stdin.write(request("disk.add", device="image"))
+            asks.stdin.flush()
+            with closing(passes):
+                passes.setblocking(True)
+                passes.settimeout(SAFETY_TIMEOUT)
+                _, [(_, _, fds)], _, _ = passes.recvmsg(1, socket.CMSG_SPACE(4))
+                os.kill(keeper.pid, signal.SIGKILL)
+                os.waitpid(keeper.pid, 0)
+                assert passes.recv(1) == b""
+                os.close(int.from_bytes(fds[:4], sys.byteorder))
+            asks.kill()
+    keeper._socket.close()
+
+
 def test_when_the_monitor_takes_no_more_the_client_is_told(tmp_path: Path) -> None:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
