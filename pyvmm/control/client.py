@@ -24,6 +24,7 @@ _ASK_SECONDS = 3.0
 CUT_SECONDS = 15.0  # for a monitor to end that has cut its guest's power; an emulated host has ten
 
 _PIECE = 1 << 16
+_LONGEST_LINE = 16 << 20  # bytes of an answer or event, whoever has the monitor by now
 _BUSY_PAUSE = 0.05  # seconds
 _LOOK_SECONDS = 1.0  # for a question that only makes a message better
 
@@ -163,10 +164,13 @@ class Client(Closable):
 def line_or_end(connection: Socket, deadline: float) -> bytes:
     """The next line, with nothing taken of what follows it; b"" at the connection's end.
 
-    The bytes behind it may be a stream for another reader. Raises NoAnswer at `deadline`.
+    The bytes behind it may be a stream for another reader. Raises NoAnswer at `deadline`, and for a
+    line of more than 16 MiB.
     """
     line = b""
     while not line.endswith(b"\n"):
+        if len(line) > _LONGEST_LINE:
+            raise NoAnswer("an answer without an end")
         if not _ready(connection, select.POLLIN, deadline):
             raise NoAnswer("no answer")
         try:
@@ -263,6 +267,8 @@ def read_events(socket: Socket) -> Iterator[dict[str, Any]]:
                 return
             *lines, received = (received + data).split(b"\n")
             yield from map(json.loads, lines)
+            if len(received) > _LONGEST_LINE:
+                return
     finally:
         socket.close()
 

@@ -618,6 +618,18 @@ def test_calls_and_their_errors(served: Served) -> None:
         assert vm.call("echo", number=3) == {"number": 3}  # the late answer is not taken for it
 
 
+def test_an_answer_without_an_end_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The monitor may be somebody else's by now."""
+    monkeypatch.setattr("pyvmm.control.client._LONGEST_LINE", 1000)
+    ours, theirs = unix_sockets.pair()
+    with contextlib.closing(ours), contextlib.closing(theirs):
+        theirs.send(bytes(2000))
+        with pytest.raises(NoAnswer, match="an answer without an end"):
+            client.line_or_end(ours, time.monotonic() + HANG)
+        theirs.send(bytes(2000))
+        assert list(client.read_events(ours)) == []
+
+
 def test_one_with_many_clients_is_asked_again(served: Served) -> None:
     clients = [served.dial() for _ in range(MAX_CLIENTS)]
     for one in clients:
