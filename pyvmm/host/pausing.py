@@ -94,6 +94,15 @@ class Watcher:
             os.eventfd_write(self._wake, 1)
         self._thread.join(_PATIENCE)
 
+    def stop(self) -> bool:
+        """Hear no more, whatever comes; False if it hears something still, and is over after
+        that. Not for `heard` itself to call."""
+        self.pause()
+        stopped = not self._thread.is_alive()
+        if stopped:
+            self._end()
+        return stopped
+
     def go_on(self) -> None:
         with self._lock:
             if self._over.is_set():
@@ -126,8 +135,9 @@ class Watcher:
     def _end(self) -> None:
         forget(self)
         with self._lock:
-            self._over.set()
-            os.close(self._wake)
+            if not self._over.is_set():
+                self._over.set()
+                os.close(self._wake)
 
 
 def each_line(fd: int, line: Callable[[str], None], end: Callable[[], None]) -> Callable[[], bool]:

@@ -72,14 +72,13 @@ class Serving:
         self._serving = False
         self._end()
         if not self._watcher.wait(_PATIENCE):
-            log.to_stderr(f"{self.path}: {PROGRAM} does not end{self._kill()}")
-            self._watcher.wait(_PATIENCE)
+            log.to_stderr(f"{self.path}: {PROGRAM} does not end{self._give_up()}")
 
     def _end(self) -> None:
         raise NotImplementedError
 
-    def _kill(self) -> str:
-        return ""
+    def _give_up(self) -> str:
+        raise NotImplementedError
 
 
 class StorageDaemon(Serving):
@@ -143,9 +142,10 @@ class StorageDaemon(Serving):
         assert self._process is not None
         self._process.terminate()
 
-    def _kill(self) -> str:
+    def _give_up(self) -> str:
         assert self._process is not None
         self._process.kill()
+        self._watcher.wait(_PATIENCE)
         return " and is killed"
 
 
@@ -169,6 +169,13 @@ class _Handed(Serving):
             life, self._program = self._program.life, self._program._replace(life=-1)
         if life >= 0:
             os.close(life)
+
+    def _give_up(self) -> str:
+        # Whoever has started it may keep the other end of its messages.
+        if self._watcher.stop():
+            os.close(self._program.says)
+            os.close(self._program.process)
+        return ""
 
 
 def start_apart(layers: Sequence[Layer], closing: ExitStack, *, direct: bool) -> dict[str, int]:

@@ -58,10 +58,10 @@ class Served:
         socket: Socket,
         says: int,
         wait: Callable[[], object],
-        kill: Callable[[], object] = lambda: None,
+        kill: Callable[[], object] | None = None,
     ) -> None:
         """`says` is what it writes its messages to; at their end `wait` is called once. `kill` is
-        for one that does not end."""
+        for one that does not end, where it is a child of ours."""
         self.folder = folder
         self.socket = socket
         self._wait, self._kill = wait, kill
@@ -88,16 +88,19 @@ class Served:
     def why_it_ended(self, otherwise: str = "ended") -> str:
         """Its last message, once the connection has ended; if there is none, `otherwise`, what it
         has done."""
-        self._closing.set()
-        self._watcher.wait(_PATIENCE)
+        self.close()
         return self._last(otherwise)
 
     def close(self) -> None:
         """Be sure that it has gone; the socket must be closed already."""
         self._closing.set()
-        if not self._watcher.wait(_PATIENCE):
+        if self._watcher.wait(_PATIENCE):
+            return
+        if self._kill is not None:
             self._kill()
             self._watcher.wait(_PATIENCE)
+        elif self._watcher.stop():  # who has started it may keep the other end of its messages
+            self._wait()
 
 
 class Virtiofsd(Served):

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import pytest
 
 from pyvmm.errors import ConfigError
-from pyvmm.host import handed, storage_daemon
+from pyvmm.host import handed, storage_daemon, virtiofsd
 from pyvmm.host.files import open_image
 from pyvmm.kinds import disk as disks
 from pyvmm.kinds import net, registry
@@ -263,3 +264,27 @@ def test_a_server_that_says_nothing_is_not_waited_for_for_ever(
             open_backend(disk, closing)
         assert os.read(other, 1) == b""  # which ends it
     os.close(other)
+
+
+@pytest.mark.parametrize("module", [storage_daemon, virtiofsd])
+def test_who_keeps_the_other_end_of_a_servers_messages_keeps_nothing_of_ours(
+    monkeypatch: pytest.MonkeyPatch, module: Any
+) -> None:
+    monkeypatch.setattr(module, "_PATIENCE", 0.05)
+    before = len(os.listdir("/proc/self/fd"))
+    (ours, theirs), (says, keeps), (held, life) = socket.socketpair(), os.pipe(), os.pipe()
+    given = [ours.detach(), says, life, os.pidfd_open(os.getpid())]
+    if module is virtiofsd:
+        names = dict(zip((virtiofsd._SOCKET, virtiofsd._SAYS), given, strict=False))
+    else:
+        names = dict(zip(storage_daemon._NAMES, given, strict=True))
+    with handed.Descriptors(given) as owner, handed.files(names, owner):
+        server = module.take_over("image")
+    server.socket.close()
+    for _ in range(2):  # as its device is closed once more if it could not be opened
+        server.close()
+    assert not server._watcher._thread.is_alive()
+    theirs.close()
+    for fd in (keeps, held):
+        os.close(fd)
+    assert len(os.listdir("/proc/self/fd")) == before
