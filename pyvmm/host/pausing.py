@@ -28,6 +28,7 @@ class Pausing(Protocol):
 
 
 _known: list[Pausing] = []
+_is_paused = False
 _lock = Lock()
 
 
@@ -54,21 +55,35 @@ os.register_at_fork(after_in_child=_be_alone)  # a child has none of the threads
 
 @contextmanager
 def paused() -> Iterator[None]:
-    """Without the threads that can make way; those of others stay."""
+    """Without the threads that can make way; those of others stay. For one thread at a time, in
+    which this may be within another one of these."""
+    global _is_paused
+    if _is_paused:
+        yield
+        return
     with _lock:
         those = list(_known)
+    _is_paused = True
     try:
+        others = max(1, _count_threads() - len(those))
         for one in those:
             one.pause()
-        # A thread is the kernel's still for a moment after it was waited for.
-        deadline = time.monotonic() + (_PATIENCE if those else 0.0)
-        with suppress(OSError):
-            while len(os.listdir(_ALL_THREADS)) > 1 and time.monotonic() < deadline:
+        if those:  # each is the kernel's still for a moment after it was waited for
+            deadline = time.monotonic() + _PATIENCE
+            while _count_threads() > others and time.monotonic() < deadline:
                 time.sleep(0.0005)
         yield
     finally:
+        _is_paused = False
         for one in those:
             one.go_on()
+
+
+def _count_threads() -> int:
+    try:
+        return len(os.listdir(_ALL_THREADS))
+    except OSError:
+        return 0
 
 
 class Watcher:

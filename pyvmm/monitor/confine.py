@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyvmm.errors import ConfigError, HostError
-from pyvmm.host import box, handed, log, named_listener, unix_sockets
+from pyvmm.host import box, handed, log, named_listener, pausing, unix_sockets
 from pyvmm.host.box import NO_BOX, Box, Needs
 from pyvmm.host.outside import Outside
 from pyvmm.host.unix_sockets import Socket
@@ -154,6 +154,20 @@ class Confinement:
             self._become()
             self._say_what_is_on()
             return self.box
+        # A thread that runs already keeps its files, namespaces and capabilities.
+        with pausing.paused() if self._whole else nullcontext():
+            self._enter(spec)
+        if self._mode == STRICT and self.box.off:
+            layer, reason = self.box.off[0]
+            raise ConfigError(
+                f"the monitor cannot be confined: {layer}: {reason}",
+                cure="use --confine auto, which does without",
+                option="--confine",
+            )
+        self._say_what_is_on()
+        return self.box
+
+    def _enter(self, spec: VmSpec) -> None:
         box.begin()
         if not self._whole:
             self._outside = Outside(box.stay_outside)
@@ -175,15 +189,6 @@ class Confinement:
             answers=None if self._refusals is None else self._refusals.answer,
         )
         self.box = box.enter(needs, self._become)
-        if self._mode == STRICT and self.box.off:
-            layer, reason = self.box.off[0]
-            raise ConfigError(
-                f"the monitor cannot be confined: {layer}: {reason}",
-                cure="use --confine auto, which does without",
-                option="--confine",
-            )
-        self._say_what_is_on()
-        return self.box
 
     def _become(self) -> None:
         """Become the other user, if there is one. Raises ConfigError."""

@@ -36,6 +36,7 @@ from pyvmm.host.box import (
     PRIVILEGES,
     ROOT,
 )
+from pyvmm.host.programs import find_program
 from pyvmm.kvm.system import Kvm
 
 SAFETY_TIMEOUT = 60
@@ -345,6 +346,36 @@ def test_a_device_may_read_late_what_the_user_has_named(scene: Scene, mode: str)
     found = scene.attempt(" ".join(LAYERS), "--confine", mode, "--allow-read", str(named))
     assert found == {"read": "done", "write": "EROFS", "read another": "ENOENT"}
     assert refused(scene.attempt(" ".join(LAYERS), "--confine", mode)) == set(scene.attacks)
+
+
+def test_of_a_strictly_confined_monitor_no_thread_is_outside(scene: Scene) -> None:
+    """Threads share memory, so one that is outside works for whoever runs machine code of his
+    own."""
+    (scene.folder / "plan").write_text("{}")
+    options = ("--confine", "strict")
+    options += ("--device", f"{scene.folder}/attacker.py:Attacker,plan={scene.folder}/plan")
+    options += ("--vsock", f"path={scene.folder}/vsock", "--balloon", "size=0")
+    image = scene.folder / "image.qcow2"
+    if find_program("qemu-img") and find_program("qemu-storage-daemon"):
+        # With a thread that hears what its server says, from before
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1M"], check=True)
+        options += ("--disk", str(image))
+    with Running(scene.folder, "vm", READS_AND_WAITS, *options) as vm:
+        assert vm("stats", "vm").returncode == 0
+        (scene.folder / "data").write_bytes(bytes(512))
+        added = vm("disk", "add", "vm", str(scene.folder / "data"))
+        assert added.returncode == 0, added.stderr
+        threads = list(Path(f"/proc/{vm.process.pid}/task").iterdir())
+        assert len(threads) > 4, threads
+        roots = set()
+        for thread in threads:
+            status = dict(
+                line.split(":\t", 1) for line in (thread / "status").read_text().splitlines()
+            )
+            found = [status[key] for key in ("NoNewPrivs", "Seccomp", "CapEff", "CapPrm", "CapBnd")]
+            assert found[:2] == ["1", "2"] and not any(int(one, 16) for one in found[2:]), status
+            roots.add(os.readlink(thread / "ns/mnt"))
+        assert len(roots) == 1 and os.readlink("/proc/self/ns/mnt") not in roots
 
 
 # Takes as many as there are, and as many more as it may have.
