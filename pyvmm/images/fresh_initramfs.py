@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pyvmm.errors import ConfigError
 from pyvmm.host import cpio
 from pyvmm.images import initramfs, made_files
-from pyvmm.images.modules import ModuleTree
+from pyvmm.images.modules import ModuleTree, OtherRelease
 from pyvmm.images.recipes import FILE_SYSTEM
 
 _USUAL_FILE_SYSTEM = "ext4"
@@ -76,6 +76,8 @@ def _choose(
             modules.load_order(wanted)
         except ConfigError as error:
             if name in needed:
+                if isinstance(error, OtherRelease):
+                    raise
                 gone = [module for module in wanted if not modules.has(module)]
                 what = ", ".join(gone) or error.message
                 missing.append(f"{what} ({needed[name]})")

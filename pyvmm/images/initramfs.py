@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from pyvmm.host import cpio
 from pyvmm.images import agent as agent_program
-from pyvmm.images import apt, cache, tools
+from pyvmm.images import apt, cache, module_file, tools
 from pyvmm.images.agent import Toolchain
 from pyvmm.images.lock import Pin
 from pyvmm.images.modules import ModuleTree
@@ -127,14 +127,14 @@ def module_entries(
     lists: Mapping[str, Sequence[str]], modules: ModuleTree, compressed: Sequence[str] = ()
 ) -> Iterator[cpio.Entry]:
     """The files of modules: `modules/LIST` names those of a list in their loading order. A module
-    that only lists named in `compressed` have is a .ko.gz. Raises ConfigError for one that is not
-    there."""
+    that only lists named in `compressed` have is a .ko.gz. What only a debugger reads is left out.
+    Raises ConfigError for one that is not there."""
     orders = {name: modules.load_order(wanted) for name, wanted in lists.items()}
     for name, order in orders.items():
         yield cpio.regular(f"modules/{name}", "".join(f"{module}\n" for module in order).encode())
     plain = {one for name, order in orders.items() if name not in compressed for one in order}
     for module in dict.fromkeys(module for order in orders.values() for module in order):
-        content = modules.contents(module)
+        content = module_file.for_loading(modules.contents(module))
         if module in plain:
             yield cpio.regular(f"modules/{module}.ko", content)
         else:

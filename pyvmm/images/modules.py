@@ -12,7 +12,6 @@ from __future__ import annotations
 import lzma
 import os
 import re
-import struct
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -20,6 +19,7 @@ from typing import Any
 
 from pyvmm.errors import ConfigError
 from pyvmm.host import files
+from pyvmm.images import module_file
 
 # bookworm's 6.1 has plain files, the 6.12 of backports xz, other distributions zstd or gzip
 SUFFIXES = (".ko", ".ko.xz", ".ko.zst", ".ko.gz")
@@ -28,13 +28,13 @@ _MOST_MODULES = 100_000  # in one folder; Debian's generic kernel has 4,000
 _MOST_LOADED = 1000  # that are loaded together
 _MOST_UNPACKED = 2 << 30  # bytes of all modules that are read
 _MOST_LIST = 32 << 20  # bytes of one of depmod's lists; Debian's generic kernel's have 600 KiB
-_MOST_INFO = 4 << 20  # bytes of a .modinfo section; that of a driver with many aliases has 200 KiB
 _NAME = re.compile(r"[A-Za-z0-9_.+]{1,64}")  # a module's: MODULE_NAME_LEN of <linux/moduleparam.h>
 _RELEASE = re.compile(r"[!-~]{1,64}")  # a kernel's: __NEW_UTS_LEN of <linux/utsname.h>
-_ELF_MAGIC = b"\x7fELF"
-# By EI_CLASS: where e_shoff is and its form, where e_shentsize is, and a section header (elf(5)).
-_SECTIONS = {1: (0x20, "I", 0x2E, "6I"), 2: (0x28, "Q", 0x3A, "2I4Q")}
 _OPTION = "--modules"
+
+
+class OtherRelease(ConfigError):
+    """A module was built for another release than its kernel's, which will refuse it."""
 
 
 class ModuleTree:
@@ -97,8 +97,8 @@ class ModuleTree:
             module = _unpacked(path, _read_bytes(path, _MOST_MODULE))
         except ConfigError as error:
             raise ConfigError(f"{path}: {error.message}", option=_OPTION) from None
-        if not module.startswith(_ELF_MAGIC):
-            raise _no_module(path)
+        if not module.startswith(module_file.MAGIC):
+            raise module_file.no_module(path)
         self._unpacked += len(module)
         if self._unpacked > _MOST_UNPACKED:
             raise ConfigError(
@@ -166,8 +166,23 @@ class UnreadTree(ModuleTree):
     def _info_of(self, name: str) -> dict[str, list[str]]:
         if name not in self._info:
             path = os.path.join(self.folder, self._paths[name])
-            self._info[name] = read_info(path, self.contents(name))
+            self._info[name] = module_file.read_info(path, self.contents(name))
+            self._check_release(path, self._info[name]["vermagic"][0])
         return self._info[name]
+
+    def _check_release(self, path: str, magic: str) -> None:
+        """Raise OtherRelease if the kernel will refuse the module whose vermagic is `magic` (Linux
+        kernel/module/version.c, same_magic)."""
+        first, *features = magic.split() or [""]
+        built_for = _release(first)
+        is_by_symbols = "modversions" in features
+        if self.release and built_for not in ("", self.release) and not is_by_symbols:
+            how = f"make -C {self.folder} modules" if is_build_tree(self.folder) else "install it"
+            raise OtherRelease(
+                f"{path} was built for Linux {built_for}, and the kernel is {self.release}",
+                cure=f"build it again: {how}",
+                option=_OPTION,
+            )
 
 
 def find(folder: str, release: str) -> ModuleTree:
@@ -265,52 +280,6 @@ def build_release(folder: str) -> str:
 def _release(text: str) -> str:
     """`text` as a kernel's release, if it can be one; else ""."""
     return text if _RELEASE.fullmatch(text) else ""
-
-
-def read_info(path: str, data: bytes) -> dict[str, list[str]]:
-    """A module's own description (its .modinfo: "name=value" texts), by name. Raises ConfigError
-    for what is not a module; `path` is its name there."""
-    try:
-        texts = _modinfo(data)
-    except (struct.error, KeyError, ValueError):
-        raise _no_module(path) from None
-    found: dict[str, list[str]] = {}
-    for text in texts.split(b"\0"):
-        name, equals, value = text.decode("ascii", "replace").partition("=")
-        if equals:
-            found.setdefault(name, []).append(value)
-    if "vermagic" not in found:
-        raise _no_module(path)
-    return found
-
-
-def _modinfo(data: bytes) -> bytes:
-    """The section .modinfo of an ELF file, b"" if there is none. Raises ValueError, KeyError and
-    struct.error for what is damaged."""
-    if not data.startswith(_ELF_MAGIC) or len(data) < 64:
-        raise ValueError
-    order = ">" if data[5] == 2 else "<"
-    start_at, form, sizes_at, layout = _SECTIONS[data[4]]
-    (start,) = struct.unpack_from(order + form, data, start_at)
-    size, count, strings = struct.unpack_from(f"{order}3H", data, sizes_at)
-
-    def section(index: int) -> tuple[int, int, int]:
-        name, _, _, _, offset, length = struct.unpack_from(
-            order + layout, data, start + index * size
-        )
-        return name, offset, length
-
-    _, names, _ = section(strings)
-    for name, offset, length in map(section, range(count)):
-        if data.startswith(b".modinfo\0", names + name):
-            if length > _MOST_INFO or offset + length > len(data):
-                raise ValueError
-            return data[offset : offset + length]
-    return b""
-
-
-def _no_module(path: str) -> ConfigError:
-    return ConfigError(f"{path} is not a kernel module", cure="build it again", option=_OPTION)
 
 
 def _unpacked(path: str, data: bytes) -> bytes:

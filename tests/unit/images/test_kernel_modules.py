@@ -5,7 +5,10 @@ from __future__ import annotations
 import gzip
 import lzma
 import os
+import re
 import struct
+import subprocess
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,25 +17,36 @@ import zstandard
 
 from pyvmm.errors import ConfigError
 from pyvmm.host import confinement
-from pyvmm.images import fresh_initramfs, made_files, modules, tree_modules
+from pyvmm.images import fresh_initramfs, made_files, module_file, modules, tree_modules
 from pyvmm.images.modules import UnreadTree
 
 RELEASE = "6.9.1-mine"
 
 
-def module(depends: str = "", softdep: str = "", release: str = RELEASE) -> bytes:
+def module(
+    depends: str = "", softdep: str = "", release: str = RELEASE, features: str = "SMP"
+) -> bytes:
     """An ELF object whose only section with content is .modinfo."""
-    texts = [f"vermagic={release} SMP", f"depends={depends}", "license=GPL"]
+    texts = [f"vermagic={release} {features}", f"depends={depends}", "license=GPL"]
     texts += [f"softdep={softdep}"] if softdep else []
-    info = b"".join(text.encode() + b"\0" for text in texts)
-    names = b"\0.modinfo\0.shstrtab\0"
-    start = 64 + len(info) + len(names)
+    return elf_object({".modinfo": b"".join(text.encode() + b"\0" for text in texts)})
+
+
+def elf_object(content: dict[str, bytes], alignment: int = 1) -> bytes:
+    """One with these sections, in their order."""
+    names = b"\0" + b"".join(f"{name}\0".encode() for name in (*content, ".shstrtab"))
+    data, headers = b"", bytes(64)
+    for name, text in {**content, ".shstrtab": names}.items():
+        data += bytes(-len(data) % alignment)
+        where = (names.index(f"\0{name}\0".encode()) + 1, 3 if name == ".shstrtab" else 1, 0, 0)
+        headers += struct.pack("<IIQQQQIIQQ", *where, 64 + len(data), len(text), 0, 0, alignment, 0)
+        data += text
     header = b"\x7fELF\x02\x01\x01" + bytes(9)
-    header += struct.pack("<HHIQQQIHHHHHH", 1, 62, 1, 0, 0, start, 0, 64, 0, 0, 64, 3, 2)
-    sections = bytes(64)
-    for name, kind, at, size in ((1, 1, 64, len(info)), (10, 3, 64 + len(info), len(names))):
-        sections += struct.pack("<IIQQQQIIQQ", name, kind, 0, 0, at, size, 0, 0, 1, 0)
-    return header + info + names + sections
+    count = len(headers) // 64
+    header += struct.pack(
+        "<HHIQQQIHHHHHH", 1, 62, 1, 0, 0, 64 + len(data), 0, 64, 0, 0, 64, count, count - 1
+    )
+    return header + data + headers
 
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
@@ -160,6 +174,88 @@ def test_the_archive_has_what_can_be_had(tmp_path: Path, recipe: None) -> None:
     assert fresh_initramfs.make(tree, {}) == str(path)  # equal content is one file
 
 
+def test_what_only_a_debugger_reads_is_left_out(tmp_path: Path, recipe: None) -> None:
+    """A kernel with CONFIG_DEBUG_INFO has modules of which it is nineteen twentieths."""
+    folder = build_tree(tmp_path)
+    content = {
+        ".text": b"code" * 9,
+        ".debug_info": b"TYPES" * 9000,
+        ".modinfo": f"vermagic={RELEASE}\0".encode(),
+        ".rela.debug_info": b"PLACES" * 9000,
+        ".data": b"data" * 5,
+    }
+    debuggable = elf_object(content, alignment=16)
+    (folder / "drivers/block/virtio_blk.ko").write_bytes(debuggable)
+    loaded = module_file.for_loading(debuggable)
+    assert len(loaded) < 1000
+    # As readelf(1), which we did not write, sees it: the same numbers, and the same content.
+    (tmp_path / "loaded.ko").write_bytes(loaded)
+    for name in (".text", ".modinfo", ".data"):
+        command = ["objcopy", "-O", "binary", f"--only-section={name}", "--set-section-flags"]
+        files = (tmp_path / "loaded.ko", tmp_path / "section")
+        subprocess.run([*command, f"{name}=alloc", *files], check=True)
+        assert (tmp_path / "section").read_bytes() == content[name]
+    shown = subprocess.run(
+        ["readelf", "-SW", tmp_path / "loaded.ko"], check=True, capture_output=True, text=True
+    )
+    assert shown.stderr == ""
+    rows = re.findall(r"\[ ?(\d)\] (\S+) +(\w+) +\w+ (\w+)", shown.stdout)
+    dropped = [(number, kind) for number, name, kind, _ in rows if "debug" in name]
+    assert dropped == [("2", "NULL"), ("4", "NULL")]
+    assert all(int(offset, 16) % 16 == 0 for _, _, _, offset in rows)
+    tree = modules.find(str(folder), RELEASE)
+    archive = Path(fresh_initramfs.make(tree, {"virtio-2": "for its disks"})).read_bytes()
+    assert loaded in archive and b"TYPES" not in archive
+
+
+def test_modules_that_are_not_made_smaller() -> None:
+    debuggable = elf_object({".debug_info": bytes(9000), ".text": b"code"})
+    signed = debuggable + b"~Module signature appended~\n"
+    cut, far = debuggable[:-70], bytearray(debuggable)
+    start = struct.unpack_from("<Q", far, 40)[0]
+    struct.pack_into("<Q", far, start + 2 * 64 + 32, 1 << 62)  # the size of .text
+    wide = bytearray(debuggable)
+    struct.pack_into("<Q", wide, start + 2 * 64 + 48, 1 << 62)  # its alignment
+    for data in (module(), signed, cut, bytes(far), bytes(wide), b"", b"text"):
+        assert module_file.for_loading(data) == data
+
+
+def test_sections_that_are_all_of_the_file_take_no_more_than_it() -> None:
+    content = {f".{number}": b"" for number in range(500)}
+    module = bytearray(elf_object({".debug_info": b"", **content}))
+    start = struct.unpack_from("<Q", module, 40)[0]
+    for section in range(2, 502):
+        struct.pack_into("<QQ", module, start + section * 64 + 24, 0, len(module))
+    data = bytes(module)
+    tracemalloc.start()
+    try:
+        assert module_file.for_loading(data) == data
+        assert tracemalloc.get_traced_memory()[1] < 20 * len(data)
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_module_of_an_earlier_build_is_told(tmp_path: Path, recipe: None) -> None:
+    """Whoever commits a change, and builds the kernel alone, has a new release and old modules."""
+    folder = build_tree(tmp_path)
+    path = folder / "drivers/block/virtio_blk.ko"
+    path.write_bytes(module(release="6.9.1-g0123"))
+    with pytest.raises(ConfigError) as caught:
+        fresh_initramfs.make(modules.find(str(folder), RELEASE), {"virtio-2": "for its disks"})
+    assert str(caught.value) == (
+        f"--modules: {path} was built for Linux 6.9.1-g0123, and the kernel is {RELEASE}; "
+        f"build it again: make -C {folder} modules"
+    )
+    # One that nobody needs is left out, and with versions of symbols the release does not count.
+    for content, is_there in (
+        (path.read_bytes(), False),
+        (module("", "", "6.9", "modversions"), True),
+    ):
+        path.write_bytes(content)
+        archive = fresh_initramfs.make(modules.find(str(folder), RELEASE), {})
+        assert (b"virtio_blk.ko" in Path(archive).read_bytes()) == is_there
+
+
 def test_all_that_is_missing_is_named_at_once(tmp_path: Path, recipe: None) -> None:
     tree = modules.find(str(build_tree(tmp_path)), RELEASE)
     needed = {"virtio-1": "for its network", "virtio-2": "for its disks"}
@@ -269,7 +365,7 @@ def test_sections_without_end(tmp_path: Path) -> None:
     struct.pack_into("<QQ", large, start + 64 + 24, 64, len(large) - 64)
     for bad in (endless, far, large):
         with pytest.raises(ConfigError, match="is not a kernel module"):
-            modules.read_info("bad", bytes(bad))
+            module_file.read_info("bad", bytes(bad))
 
 
 def test_a_release_that_no_kernel_has(tmp_path: Path) -> None:
