@@ -79,18 +79,39 @@ def _packed(pieces: Iterable[bytes]) -> Iterator[bytes]:
 def lacking(text: str, wants: Wants) -> list[str]:
     """The options that the kernel with the configuration `text` lacks of those that the guest
     `wants`: one phrase each, such as "CONFIG_VIRTIO_BLK (for its disks)"."""
+    missing = []
+    for names, states, why in _missing(text, wants):
+        what = " or ".join(f"CONFIG_{name}" for name in names)
+        module = "=y, which is a module there," if "m" in states else ""
+        missing.append(f"{what}{module} ({why})")
+    return missing
+
+
+def to_switch_on(text: str, wants: Wants) -> list[str]:
+    """The names of the options that have to become "y" for the guest to have what it `wants`, each
+    behind those that it depends on, as far as they are not "y" in the configuration `text`."""
+    values = dict(_LINE.findall(text))
+    names: dict[str, None] = {}
+    # Whoever gets a bus needs its interrupts too.
+    for wanted, _, _ in _missing(text, wants, has_pci=True):
+        for name in (*_DEPENDS.get(wanted[0], ()), wanted[0]):
+            if values.get(name) != "y":
+                names[name] = None
+    return list(names)
+
+
+def _missing(
+    text: str, wants: Wants, *, has_pci: bool = False
+) -> Iterator[tuple[tuple[str, ...], list[str], str]]:
+    """(names of which one would be enough, their values, what for)."""
     values = dict(_LINE.findall(text))
     if not values:
-        return []  # It is not a configuration.
-    missing = []
-    for names, must_be_built_in, why in _needs(wants, has_pci="PCI" in values):
+        return  # It is not a configuration.
+    for names, must_be_built_in, why in _needs(wants, has_pci=has_pci or "PCI" in values):
         states = [values.get(name, "n") for name in names]
         usable = "y" if must_be_built_in or not wants.modules else "ym"
         if not any(state in usable for state in states):
-            what = " or ".join(f"CONFIG_{name}" for name in names)
-            module = "=y, which is a module there," if "m" in states else ""
-            missing.append(f"{what}{module} ({why})")
-    return missing
+            yield names, states, why
 
 
 def _needs(wants: Wants, *, has_pci: bool) -> Iterator[tuple[tuple[str, ...], bool, str]]:
@@ -104,6 +125,7 @@ def _needs(wants: Wants, *, has_pci: bool) -> Iterator[tuple[tuple[str, ...], bo
     if wants.initrd:
         yield ("BLK_DEV_INITRD",), True, "for its initrd"
     if wants.own_init:
+        yield ("64BIT",), True, "for its programs"
         yield ("BINFMT_SCRIPT",), True, "for the first program of its initramfs"
         yield ("DEVTMPFS",), True, "for its device files"
     if wants.disks or wants.nets or wants.vsock or wants.shares:
@@ -143,6 +165,21 @@ _FILE_SYSTEMS = {
 }
 
 
+# What Kconfig shows an option below, or has it depend on, and does not choose by itself.
+_DEPENDS = {
+    "SERIAL_8250_CONSOLE": ("TTY", "SERIAL_8250"),
+    "VIRTIO_CONSOLE": ("TTY", "VIRTIO_MENU"),
+    "PCI_MMCONFIG": ("ACPI",),
+    "VIRTIO_PCI": ("PCI", "VIRTIO_MENU"),
+    "VIRTIO_MMIO": ("VIRTIO_MENU",),
+    "ACPI": ("PCI",),
+    "VIRTIO_BLK": ("BLOCK", "BLK_DEV", "VIRTIO_MENU"),
+    "VIRTIO_NET": ("NET", "NETDEVICES", "NET_CORE", "VIRTIO_MENU"),
+    "VIRTIO_VSOCKETS": ("NET", "VSOCKETS", "VIRTIO_MENU"),
+    "VIRTIO_FS": ("FUSE_FS", "VIRTIO_MENU"),
+    "TMPFS": ("SHMEM",),
+    **dict.fromkeys(_FILE_SYSTEMS.values(), ("BLOCK",)),
+}
 _BANNER = re.compile(rb"Linux version ([!-~]{1,64}) \(")
 _OVERLAP = 128
 

@@ -30,11 +30,14 @@ def make(
     needed: Mapping[str, str],
     filesystems: Sequence[str] = (),
     arch: str = "",
+    *,
+    cure: str = "",
 ) -> str:
     """The path of an initramfs for the kernel that `modules` are of. `needed` tells which lists of
     the recipes the guest cannot do without, and what each is for; of the others it gets those that
     can be had. `filesystems` are those of the root, if they are known. `arch` is the guest's, one
-    of bootable.FOREIGN or "".
+    of bootable.FOREIGN or "". `cure` is what to do about modules that are missing, where somebody
+    knows better than they do.
 
     Raises ConfigError that names the modules that are missing.
     """
@@ -45,7 +48,7 @@ def make(
     if modules is not None:
         roots = dict.fromkeys(map(FILE_SYSTEM.__add__, filesystems), "for its root file system")
         needed = {**needed, **roots}
-        chosen = _choose(modules, lists, needed)
+        chosen = _choose(modules, lists, needed, cure)
         # Piece by piece: a stranger's modules may be large.
         parts = itertools.chain(
             parts, cpio.chunks(initramfs.module_entries(chosen, modules, tuple(_ESP)))
@@ -67,10 +70,10 @@ def _recipe(arch: str) -> tuple[bytes, dict[str, tuple[str, ...]]]:
 
 
 def _choose(
-    modules: ModuleTree, lists: Mapping[str, Sequence[str]], needed: Mapping[str, str]
+    modules: ModuleTree, lists: Mapping[str, Sequence[str]], needed: Mapping[str, str], cure: str
 ) -> dict[str, Sequence[str]]:
     chosen = {}
-    missing = []
+    missing: dict[str, list[str]] = {}  # what each is for
     for name, wanted in lists.items():
         try:
             modules.load_order(wanted)
@@ -80,14 +83,14 @@ def _choose(
                     raise
                 gone = [module for module in wanted if not modules.has(module)]
                 what = ", ".join(gone) or error.message
-                missing.append(f"{what} ({needed[name]})")
+                missing.setdefault(what, []).append(needed[name])
             continue
         chosen[name] = wanted
     if missing and modules.knows_builtin:
+        listed = ", ".join(f"{what} ({', '.join(why)})" for what, why in missing.items())
         raise ConfigError(
-            f"the kernel {modules.release} has neither built in nor in {modules.folder}: "
-            f"{', '.join(missing)}",
-            cure=modules.cure,
+            f"the kernel {modules.release} has neither built in nor in {modules.folder}: {listed}",
+            cure=cure or modules.cure,
             option="--modules",
         )
     return chosen

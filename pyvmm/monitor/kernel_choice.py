@@ -21,6 +21,7 @@ from pyvmm.spec.record import replace
 from pyvmm.spec.vm import ARCHITECTURES, IN_DISK, VmSpec, names_kernel
 
 if TYPE_CHECKING:
+    from pyvmm.boot.kernel_config import Wants
     from pyvmm.images.modules import ModuleTree
 
 _OPTION = "--kernel"
@@ -167,7 +168,9 @@ def _with_kernel(
             from pyvmm.images import fresh_initramfs
 
             tree = _modules_of(kernel, os.fspath(modules) if modules else "", arch)
-            made = fresh_initramfs.make(tree, _lists_for(spec), _filesystems(spec), arch)
+            cure = _how_to_switch_on(spec, text, kernel.config, own_init=True)
+            kinds = _filesystems(spec)
+            made = fresh_initramfs.make(tree, _lists_for(spec), kinds, arch, cure=cure)
             if tree is not None:
                 spec = _with_all_modules(spec, tree)
         spec = validate(replace(spec, initrd=made))
@@ -414,6 +417,8 @@ def _tell_lacking(spec: VmSpec, text: str, config: str, *, own_init: bool) -> No
         other = replace(spec, transport="mmio" if spec.transport == "pci" else "pci")
         is_better = len(_lacking(other, text, own_init=own_init)) < len(lacking)
         cure = f"; use --transport {other.transport}" if is_better else ""
+        if not cure and (how := _how_to_switch_on(spec, text, config, own_init=own_init)):
+            cure = f"; {how}"
         log.to_stderr(
             f"the kernel will not serve this guest: by {said} it lacks {', '.join(lacking)}{cure}"
         )
@@ -433,12 +438,40 @@ def _lacking(spec: VmSpec, text: str, *, own_init: bool) -> list[str]:
     if not text:
         return []
     from pyvmm.boot import kernel_config
+
+    return kernel_config.lacking(text, _wants(spec, own_init=own_init))
+
+
+def _how_to_switch_on(spec: VmSpec, text: str, config: str, *, own_init: bool) -> str:
+    """The command that puts what the kernel lacks into the configuration `text` of the tree that it
+    was built in, and builds it; "" if it lacks nothing, or `config` is not that tree's."""
+    tree = os.path.dirname(config)
+    scripts = (os.path.join(tree, *names) for names in (("scripts",), ("source", "scripts")))
+    editors = [path for one in scripts if os.path.isfile(path := os.path.join(one, "config"))]
+    if not text or not editors or os.path.basename(config) != ".config":
+        return ""
+    from shlex import join
+
+    from pyvmm.boot import kernel_config
+    from pyvmm.machine.board.registry import is_foreign
+
+    names = kernel_config.to_switch_on(text, _wants(spec, own_init=own_init))
+    if not names:
+        return ""
+    words = [word for name in names for word in ("-e", name)]
+    edit = join([editors[0], "--file", config, *words])
+    foreign = [f"ARCH={spec.arch}"] if spec.arch and is_foreign(spec.arch) else []
+    return f"{edit} && {join(['make', '-C', tree or '.', *foreign, 'olddefconfig', 'all'])}"
+
+
+def _wants(spec: VmSpec, *, own_init: bool) -> Wants:
+    from pyvmm.boot import kernel_config
     from pyvmm.machine.board.registry import board_of
 
     other_console = bool(values_of(spec.cmdline, "console"))
     kinds = {device.kind for device in spec.devices}
     filesystems = _filesystems(spec) or (("ext4",) if own_init else ())
-    wants = kernel_config.Wants(
+    return kernel_config.Wants(
         transport="pci" if spec.transport == "pci" else "mmio",
         disks=bool(spec.disks),
         nets="net" in kinds,
@@ -452,7 +485,6 @@ def _lacking(spec: VmSpec, text: str, *, own_init: bool) -> list[str]:
         filesystem=filesystems[0] if filesystems else "",
         found_by=board_of(spec.arch).found_by,
     )
-    return kernel_config.lacking(text, wants)
 
 
 def _configuration(kernel: str, config: str, arch: str) -> str:

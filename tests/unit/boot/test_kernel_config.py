@@ -15,7 +15,7 @@ import pytest
 from pyvmm.boot import kernel_config
 from pyvmm.boot.file_kinds import check_initrd
 from pyvmm.boot.image_file import ImageFile
-from pyvmm.boot.kernel_config import embedded, lacking
+from pyvmm.boot.kernel_config import embedded, lacking, to_switch_on
 from pyvmm.boot.x86.release import config_of, release_of
 from pyvmm.errors import ConfigError
 from pyvmm.host import cpio
@@ -25,7 +25,14 @@ Wants = partial(kernel_config.Wants, found_by=board_for("x86_64").found_by)
 WHOLE = "\n".join(
     f"CONFIG_{name}=y"
     for name in (
-        *("SERIAL_8250_CONSOLE", "BLK_DEV_INITRD", "BINFMT_SCRIPT", "DEVTMPFS", "VIRTIO_MMIO"),
+        *(
+            "64BIT",
+            "SERIAL_8250_CONSOLE",
+            "BLK_DEV_INITRD",
+            "BINFMT_SCRIPT",
+            "DEVTMPFS",
+            "VIRTIO_MMIO",
+        ),
         *("ACPI", "VIRTIO_PCI", "PCI_DIRECT", "VIRTIO_BLK", "EXT4_FS", "VIRTIO_NET"),
         *("VIRTIO_VSOCKETS", "VIRTIO_CONSOLE", "PCI", "PCI_MSI"),
     )
@@ -64,6 +71,7 @@ def test_a_board_wants_what_its_kernels_can_have(architecture: str, transport: s
         ("BLK_DEV_INITRD", Wants(initrd=True), "initrd"),
         ("DEVTMPFS", ALL, "device files"),
         ("BINFMT_SCRIPT", ALL, "first program"),
+        ("64BIT", ALL, "programs"),
         ("VIRTIO_MMIO", Wants(disks=True), "devices"),
         ("ACPI", Wants(vsock=True), "find its devices"),
         ("VIRTIO_PCI", Wants(nets=True, transport="pci"), "devices"),
@@ -211,3 +219,14 @@ def test_looking_for_a_configuration_leaves_nothing_at_any_moment(
     monkeypatch.setattr(kernel_config, "embedded", embedded)
     config_of(str(path))
     assert set(seen) == {0}
+
+
+def test_what_is_to_be_switched_on_comes_behind_what_it_depends_on() -> None:
+    """For a configuration without a bus its interrupts are named as well, as it would lack them
+    next."""
+    names = to_switch_on("CONFIG_NET=y\nCONFIG_VSOCKETS=m\n", Wants(transport="pci", vsock=True))
+    assert names[:3] == ["TTY", "SERIAL_8250", "SERIAL_8250_CONSOLE"]
+    order = ["PCI", "VIRTIO_MENU", "VIRTIO_PCI", "PCI_MSI", "VSOCKETS", "VIRTIO_VSOCKETS"]
+    assert sorted(order, key=names.index) == order and "NET" not in names
+    assert to_switch_on(WHOLE, ALL) == []
+    assert to_switch_on("junk", ALL) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -12,9 +13,12 @@ from pyvmm.api import config_file
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
 from pyvmm.images import bootable, debian_kernels, fresh_initramfs
+from pyvmm.kinds.vm_spec import make_spec
+from pyvmm.monitor import kernel_choice
 from pyvmm.monitor.kernel_choice import specify
 
 RELEASE = "6.9.1-mine"
+OTHER = "arm64" if os.uname().machine == "x86_64" else "x86_64"
 LISTS = {"virtio-2": ("virtio_blk",)}
 
 
@@ -63,8 +67,6 @@ def test_an_initrd_that_is_named_is_taken(tree: Path) -> None:
 
 
 def test_the_newer_of_a_trees_kernels(tree: Path) -> None:
-    import os
-
     (tree / "vmlinux").write_bytes(boot_images.Elf().build())
     os.utime(tree / "vmlinux", (1, 1))
     assert specify({"kernel": str(tree)})[0].kernel.endswith("bzImage")
@@ -248,6 +250,47 @@ def test_a_bus_that_a_kernel_does_not_know_is_told_with_the_cure(
     specify({"kernel": kernel, "disks": ["ram:1M"], "transport": transport})
     assert len(world) == bool(said)
     assert not said or world[0].endswith(said)
+
+
+@pytest.mark.parametrize("scripts", ["scripts", "source/scripts", ""])  # make O= has a link
+def test_what_a_tree_lacks_is_told_with_the_commands_that_build_it(
+    scripts: str, tree: Path, tmp_path: Path, world: list[str]
+) -> None:
+    """A usual configuration, and one for guests of KVM, have neither virtiofs nor virtio's
+    sockets."""
+    if scripts:
+        (tree / scripts).mkdir(parents=True)
+        (tree / scripts / "config").write_text("")
+    on = (
+        *ON_PCI,
+        "64BIT",
+        "BLK_DEV_INITRD",
+        "BINFMT_SCRIPT",
+        "DEVTMPFS",
+        "TMPFS",
+        "NET",
+        "VIRTIO_MENU",
+    )
+    text = "".join(f"CONFIG_{name}=y\n" for name in on)
+    (tree / ".config").write_text(f"{text}CONFIG_FUSE_FS=m\n# CONFIG_VIRTIO_FS is not set\n")
+    how = (
+        f"{tree}/{scripts}/config --file {tree}/.config -e VSOCKETS -e VIRTIO_VSOCKETS "
+        f"-e FUSE_FS -e VIRTIO_FS -e OVERLAY_FS && make -C {tree} olddefconfig all"
+    )
+    (tmp_path / "root").mkdir()
+    with pytest.raises(ConfigError) as caught:
+        specify({"kernel": str(tree), "root": str(tmp_path / "root"), "transport": "pci"})
+    assert "neither built in nor in" in str(caught.value)
+    usual = "modules (none are built), or switch them on to be built in"
+    assert str(caught.value).endswith(f"; {how}" if scripts else usual)
+    # Where the initramfs is the user's, it boots all the same.
+    specify({"kernel": str(tree), "initrd": "/my/initrd", "shares": [str(tmp_path)]})
+    assert len(world) == 1 and "it lacks CONFIG_VIRTIO_FS (for its shared directories)" in world[0]
+    edit = "-e FUSE_FS -e VIRTIO_FS && make"
+    assert (edit in world[0]) == bool(scripts)
+    foreign = make_spec({"arch": OTHER, "kernel": "Image", "initrd": "initrd"})
+    said = kernel_choice._how_to_switch_on(foreign, text, f"{tree}/.config", own_init=True)
+    assert said.endswith(f"make -C {tree} ARCH={OTHER} olddefconfig all") == bool(scripts)
 
 
 def test_the_modules_of_a_tree_are_there_for_modprobe(
