@@ -26,7 +26,8 @@ _TAG = "pyvmm-root"
 _GUESTS_OWN = ("/dev", "/proc", "/run", "/sys")
 # What of this process' environment means the same in any guest, and where all files are the same.
 _OF_TERMINALS = ("TERM", "COLORTERM", "NO_COLOR", "TZ", "LANG", "LANGUAGE")
-_OF_FILES = ("HOME", "USER", "LOGNAME", "SHELL", "PATH", "EDITOR", "VISUAL", "PAGER", "LESS")
+_OF_FILES_FOR_ANYBODY = ("SHELL", "EDITOR", "VISUAL", "PAGER", "LESS")
+_OF_FILES = ("HOME", "USER", "LOGNAME", "PATH", *_OF_FILES_FOR_ANYBODY)
 _SHELLS = ("/bin/bash", "/bin/sh")
 _MOST_STEPS = 200  # on the way to a program
 # Programs that most roots have, by which it is told what they are for; and the numbers in the
@@ -169,23 +170,23 @@ def _in_guest(path: str, folder: str) -> str:
 # --- what runs in it ------------------------------------------------------------------------------
 
 
-def command_line(root: Any, command: Sequence[str]) -> CommandLine:
-    """`command`, or else a shell, in the guest whose root is the directory `root`: as the user that
-    we are, in the directory that we are in. Raises ConfigError."""
+def command_line(root: Any, command: Sequence[str], user: str | None = None) -> CommandLine:
+    """`command`, or else a shell, in the guest whose root is the directory `root`: as `user`, or
+    else the one that we are, in the directory that we are in. Raises ConfigError."""
     folder = os.path.realpath(os.fspath(root))
+    passed: tuple[str, ...] = _OF_TERMINALS
+    if folder == "/":
+        passed += _OF_FILES if user is None else _OF_FILES_FOR_ANYBODY
     return CommandLine(
         tuple(command) or (_shell(folder),),
-        env=tuple(f"{name}={value}" for name, value in os.environ.items() if _passes(name, folder)),
+        env=tuple(
+            f"{name}={value}"
+            for name, value in os.environ.items()
+            if name in passed or name.startswith("LC_")
+        ),
         cwd=_directory(folder),
-        user=_user(),
+        user=_user() if user is None else user,
     )
-
-
-def _passes(name: str, folder: str) -> bool:
-    """True if a variable of this process is the command's as well."""
-    if name in _OF_FILES:
-        return folder == "/"
-    return name in _OF_TERMINALS or name.startswith("LC_")
 
 
 def _user() -> str:

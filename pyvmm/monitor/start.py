@@ -25,19 +25,26 @@ def start(
     command: Sequence[str] = (),
     debug: bool = False,
     restore: str | None = None,
+    guest_user: str | None = None,
     **options: Any,
 ) -> int:
     """Run the machine that the options describe; the exit code. They have the names, and their
     values the forms, that pyvmm.kinds.vm_spec.make_spec tells. With `detach` it runs in the
     background, and the exit code tells whether it does; with `command` that is run in the guest,
-    which then powers off, and the exit code is the command's. With `restore` it goes on from the
-    snapshot of that name.
+    which then powers off, and the exit code is the command's; `guest_user` is the user there that
+    it runs as. With `restore` it goes on from the snapshot of that name.
 
     Raises PyvmmError for what is wrong with them.
     """
     around = {name: options[name] for name in NAMES if name in options}
     surroundings = read_surroundings(around) if around else USUAL
     options = {name: value for name, value in options.items() if name not in NAMES}
+    if guest_user is not None and (detach or restore is not None):
+        raise ConfigError(
+            "there is no command that runs as that user",
+            cure="use pyvmm exec --user",
+            option="--guest-user",
+        )
     if restore is not None:
         return _restore(restore, kvm, surroundings, options, detach=detach, command=command)
     if command and detach:
@@ -45,7 +52,7 @@ def start(
     refuse_foreign(options, kvm)
     spec, image = specify(options)
     rm = bool(options.get("rm"))
-    line = None if detach else _command_line(command, options.get("root"), image)
+    line = None if detach else _command_line(command, options.get("root"), image, guest_user)
     if line is not None:
         return _run_command(spec, kvm, surroundings, image, rm, line, debug)
     if not detach:
@@ -84,17 +91,28 @@ def _restore(
     return run_detached(lambda tell: run_spec(spec, kvm, surroundings=surroundings, on_name=tell))
 
 
-def _command_line(command: Sequence[str], root: Any, image: str | None) -> CommandLine | None:
+def _command_line(
+    command: Sequence[str], root: Any, image: str | None, user: str | None
+) -> CommandLine | None:
     """The command that runs in the guest; None if it is for its init to say."""
     if root is not None:
         from pyvmm.monitor.host_root import command_line
 
-        return command_line(root, command)
+        return command_line(root, command, user)
     if not command:
+        if user is not None:
+            raise ConfigError(
+                "there is no command that runs as that user",
+                cure="add one: -- CMD",
+                option="--guest-user",
+            )
         return None
+    from dataclasses import replace
+
     from pyvmm.monitor.run_command import for_image
 
-    return for_image(command, image)
+    line = for_image(command, image)
+    return line if user is None else replace(line, user=user)
 
 
 def _run_command(

@@ -320,6 +320,14 @@ LAST = (
         "name; pyvmm console shows what it says.",
     ),
     Option(
+        "guest_user",
+        "--guest-user",
+        metavar="USER[:GROUP]",
+        not_in_files=ONLY_TYPED,
+        help="As whom CMD, or the shell of --root, runs in the guest, by name or number, such as "
+        "root; else it is you with --root, and elsewhere the image's user or root.",
+    ),
+    Option(
         "restore",
         "--restore",
         metavar="NAME",

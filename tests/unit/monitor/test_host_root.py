@@ -23,6 +23,7 @@ from pyvmm.machine.board.registry import board_of_host
 from pyvmm.machine.cmdline import command_line as kernel_command_line
 from pyvmm.monitor.host_root import command_line
 from pyvmm.monitor.kernel_choice import specify
+from pyvmm.monitor.start import start
 
 RELEASE = "6.9.1-mine"
 MODULES = ("virtio_pci", "virtiofs", "overlay", "vmw_vsock_virtio_transport", "virtio_mmio")
@@ -260,7 +261,7 @@ def test_the_page_on_it_shows_command_lines_that_are_taken() -> None:
     page = Path(__file__).resolve().parents[3] / "docs/host-files.md"
     lines = re.findall(r"^    pyvmm (run .*)$", page.read_text(), re.MULTILINE)
     found = [quick.parse_run(shlex.split(line, comments=True)) for line in lines]
-    assert len(found) == 4 and all(values and values["root"] for values in found)
+    assert len(found) == 5 and all(values and values["root"] for values in found)
     assert found[0] and found[0]["command"] == ("uname", "-r")
 
 
@@ -281,6 +282,30 @@ def test_a_command_runs_as_here(monkeypatch: pytest.MonkeyPatch, root: Path) -> 
     assert line.cwd == "/work" and "TZ=Asia/Tokyo" in line.env
     assert not any(variable.startswith(("PATH=", "HOME=", "EDITOR=")) for variable in line.env)
     assert command_line(str(root / "usr"), ("a",)).cwd == "/"
+
+
+def test_a_command_runs_as_another_user_of_the_guest(
+    monkeypatch: pytest.MonkeyPatch, root: Path
+) -> None:
+    """Whose home, name and search path are for the guest to say."""
+    for name in ("HOME", "USER", "LOGNAME", "PATH", "EDITOR", "TZ"):
+        monkeypatch.setenv(name, "/mine")
+    line = command_line("/", ("modprobe", "one"), "root")
+    assert (line.argv, line.user) == (("modprobe", "one"), "root")
+    names = {variable.partition("=")[0] for variable in line.env}
+    assert {"EDITOR", "TZ"} <= names and names.isdisjoint({"HOME", "USER", "LOGNAME", "PATH"})
+    line = command_line(str(root), ("a",), "1:2")
+    assert line.user == "1:2" and "EDITOR=/mine" not in line.env
+
+
+def test_a_user_without_a_command(root: Path) -> None:
+    for options, cure in (
+        ({"root": str(root), "detach": True}, "use pyvmm exec --user"),
+        ({"restore": "ready"}, "use pyvmm exec --user"),
+        ({"kernel": "/bin/true"}, "add one: -- CMD"),
+    ):
+        with pytest.raises(ConfigError, match=f"--guest-user: there is no command .*; {cure}"):
+            start(guest_user="root", **options)
 
 
 def test_a_shell_where_no_command_is_named(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:

@@ -40,7 +40,7 @@ from pyvmm.spec.vm import TRACE_KINDS, DiskSpec, VmSpec
 OPTIONS, NAMES = devices.file_options(), devices.names()
 # What concerns the command, not the VM.
 ONLY_COMMAND = {"agent", "allow_code", "config", "print_config", "detach", "log_format", "debug"}
-ONLY_COMMAND |= {"restore"}
+ONLY_COMMAND |= {"restore", "guest_user"}
 ANOTHER_FORM = {"rng_limit"}  # of rng
 
 
