@@ -1,12 +1,14 @@
 """A source tree shared with a guest: pyvmm's `--share` and QEMU's microvm on the same virtiofsd.
 
-    python benchmarks/share.py [--json FILE] [--files 80000] [--rounds 3] [--transport pci]
+    python benchmarks/share.py [--json FILE] [--files 80000 | --source DIR] [--rounds 3]
+                               [--transport pci]
 
 `git status`, `find`, `tar`, a sequential read and random reads of 4 KiB, each with nothing of it in
 the guest's caches. Both monitors run in one emulated KVM host at the same time, with the same
 kernel, memory and vCPUs, and the tree on tmpfs; only one has work at a time. What is in there is 10
 to 20 times slower than on real KVM, so the ratios are what counts. 80,000 files take most of an
-hour; `--files 8000` a tenth. A part of it: `--loads "git status,find"`.
+hour; `--files 8000` a tenth. A part of it: `--loads "git status,find"`. With --source the files are
+those of that directory, such as a kernel's source, which has as many.
 """
 
 from __future__ import annotations
@@ -84,19 +86,14 @@ class Setup(TypedDict):
     loads: list[str]
 
 
-def make_tree(folder: Path, files: int) -> None:
-    """A git repository of `files` files, as large as those of a source tree are, with one commit;
-    a large file, and git itself."""
-    chance = random.Random(1)
-    words = [chance.randbytes(chance.randrange(1, 5)).hex() for _ in range(2000)]
+def make_tree(folder: Path, files: int, source: str) -> None:
+    """A git repository of `files` files, as large as those of a source tree are, or of those in
+    `source`, with one commit; a large file, and git itself."""
     tree = folder / TAG
-    for number in range(files):
-        at = tree / f"part{number // 2000:03}" / f"folder{number // FILES_IN_FOLDER % 100:02}"
-        if number % FILES_IN_FOLDER == 0:
-            at.mkdir(parents=True)
-        size = min(30_000, int(chance.lognormvariate(7.5, 1.0)))
-        text = " ".join(chance.choices(words, k=40)) + "\n"
-        (at / f"source{number:06}.c").write_text((text * (size // len(text) + 1))[:size])
+    if source:
+        shutil.copytree(source, tree, symlinks=True, ignore=shutil.ignore_patterns(".git"))
+    else:
+        write_sources(tree, files)
     git = ["git", "-C", str(tree), "-c", "user.name=b", "-c", "user.email=b@b"]
     subprocess.run([*git, "init", "--quiet"], check=True)
     # Files that were copied are the same, though their inodes are not.
@@ -117,6 +114,19 @@ def make_tree(folder: Path, files: int) -> None:
         if library:
             name = "loader" if "ld-linux" in library else os.path.basename(library)
             shutil.copy(library, tools / name)
+
+
+def write_sources(tree: Path, files: int) -> None:
+    """`files` files of random words."""
+    chance = random.Random(1)
+    words = [chance.randbytes(chance.randrange(1, 5)).hex() for _ in range(2000)]
+    for number in range(files):
+        at = tree / f"part{number // 2000:03}" / f"folder{number // FILES_IN_FOLDER % 100:02}"
+        if number % FILES_IN_FOLDER == 0:
+            at.mkdir(parents=True)
+        size = min(30_000, int(chance.lognormvariate(7.5, 1.0)))
+        text = " ".join(chance.choices(words, k=40)) + "\n"
+        (at / f"source{number:06}.c").write_text((text * (size // len(text) + 1))[:size])
 
 
 def share_word() -> str:
@@ -199,6 +209,11 @@ def measure(guest: Guest, load: Load) -> tuple[float, str]:
     return answer.seconds, line.strip()
 
 
+def pages(path: Path) -> int:
+    """The pages of 4 KiB that a file's content takes."""
+    return -(-path.lstat().st_size // 4096)
+
+
 def tell(line: str) -> None:
     """Show that it goes on."""
     print(line, file=sys.stderr, flush=True)
@@ -225,9 +240,12 @@ def outside(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         script, archive = os.path.join(folder, "script"), os.path.join(folder, "tree.tar")
         guest_lab.write_script(script)
-        tell(f"making a tree of {options.files} files")
         tree = Path(folder) / "tree"
-        make_tree(tree, options.files)
+        tell(f"making a tree of {options.source or f'{options.files} files'}")
+        make_tree(tree, options.files, options.source)
+        count = sum(len(names) for at, _, names in os.walk(tree / TAG) if "/.git" not in at)
+        # In tmpfs each file takes whole pages, and an inode.
+        memory = 3072 + count // 256 + sum(map(pages, tree.rglob("*"))) // 256
         subprocess.run(["tar", "-C", tree, "--format=posix", "-cf", archive, "."], check=True)
         shutil.rmtree(tree)
         setup = Setup(
@@ -241,13 +259,12 @@ def outside(options: argparse.Namespace) -> dict[str, Any]:
             transport=options.transport,
             loads=options.loads.split(","),
         )
-        memory = 3072 + options.files // 50  # 20 KiB a file: its pages, inodes and git's objects
         found = guest_lab.run_inside(
             __file__, dict(setup), memory_mib=memory, timeout=options.timeout
         )
     return {
         "kernel": options.kernel,
-        "files": options.files,
+        "files": count,
         "transport": options.transport,
         "loads": found,
     }
@@ -257,6 +274,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
     parser.add_argument("--files", type=int, default=80_000)
+    parser.add_argument("--source", default="", metavar="DIR")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--transport", choices=("pci", "mmio"), default="pci")
     parser.add_argument("--kernel", default="6.1")
