@@ -7,7 +7,6 @@ when there are too many. Source: Linux scripts/Makefile.lib.
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -146,6 +145,7 @@ def _command(program: str, package: str) -> Unpacker:
 
     def one(kernel: ImageFile, payload: bytes) -> Iterator[bytes]:
         import subprocess
+        import tempfile
 
         from pyvmm.host import confinement
         from pyvmm.host.programs import find_program

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pyvmm.boot import cmdline as command_line
 from pyvmm.boot.arm64 import device_tree, image, layout
@@ -30,8 +30,7 @@ __all__ = [
 _PAGE = 0x1000
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """The start of the first vCPU: at `pc`, with the address of a device tree in x0: one of
     `trees`, by the version of the interrupt controller that the machine gets. `cmdline` is the
     kernel's."""

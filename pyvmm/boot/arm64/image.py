@@ -33,6 +33,7 @@ _PAGE = 4096  # bytes, the smallest that a kernel has; it is linked to begin wit
 _BIG_ENDIAN = 1 << 0
 _PLAUSIBLE_MIB = 1 << 12  # what says more is not a header
 _ZSTD = b"\x28\xb5\x2f\xfd"
+_PACKED = (GZIP, _ZSTD)
 _EFI, _ZBOOT = b"MZ", b"zimg"
 _MOST = 1 << 30  # bytes, as of a kernel for x86
 _MOST_PACKED = 512 << 20  # bytes, which are in memory; Debian's have 15 MiB
@@ -54,7 +55,9 @@ class Image(NamedTuple):
 def load(memory: GuestMemory, kernel: ImageFile) -> tuple[int, int]:
     """Put the kernel into fresh RAM; where it begins, and the end of what it needs. Raises
     ConfigError."""
-    image, pieces = contents(kernel)
+    head = kernel.read(0, HEAD)
+    is_plain = _is_plain(head)
+    image, pieces = (parse(kernel, head), iter(())) if is_plain else contents(kernel)
     ram = memory.regions[0]
     start = at = ram.guest_addr + image.text_offset
     end = start + image.size
@@ -65,6 +68,10 @@ def load(memory: GuestMemory, kernel: ImageFile) -> tuple[int, int]:
             f"{ram.size // layout.MIB} MiB",
             "is the file damaged?" if needed > _PLAUSIBLE_MIB else f"give it --memory {needed}M",
         )
+    if is_plain:
+        if kernel.size > _most(image):
+            raise _too_long(kernel, image)
+        kernel.read_into(memory.view(start, kernel.size), 0)
     for piece in pieces:
         memory.write(at, piece)
         at += len(piece)
@@ -77,17 +84,26 @@ def contents(kernel: ImageFile) -> tuple[Image, Iterator[bytes]]:
     pieces = _pieces(kernel)
     first = next(pieces, b"")
     image = parse(kernel, first)
-    return image, _within(kernel, image.size, _and(first, pieces))
+    return image, _within(kernel, image, _and(first, pieces))
 
 
-def _within(kernel: ImageFile, size: int, pieces: Iterator[bytes]) -> Iterator[bytes]:
-    left = most = min(size, _MOST)
+def _within(kernel: ImageFile, image: Image, pieces: Iterator[bytes]) -> Iterator[bytes]:
+    left = _most(image)
     for piece in pieces:
         left -= len(piece)
         if left < 0:
-            why = "that its header says" if most == size else "that a kernel may have"
-            raise kernel.error(f"{kernel.path} is damaged: it has more than the {most} bytes {why}")
+            raise _too_long(kernel, image)
         yield piece
+
+
+def _most(image: Image) -> int:
+    return min(image.size, _MOST)
+
+
+def _too_long(kernel: ImageFile, image: Image) -> ConfigError:
+    most = _most(image)
+    why = "that its header says" if most == image.size else "that a kernel may have"
+    return kernel.error(f"{kernel.path} is damaged: it has more than the {most} bytes {why}")
 
 
 def parse(kernel: ImageFile, head: bytes) -> Image:
@@ -121,13 +137,21 @@ def _and(first: bytes, rest: Iterable[bytes]) -> Iterator[bytes]:
 
 def _pieces(kernel: ImageFile) -> Iterator[bytes]:
     head = kernel.read(0, HEAD)
-    if head.startswith(_EFI) and head[4:8] == _ZBOOT:
+    if _is_zboot(head):
         return _unpacked(kernel, *_zboot(kernel, head))
-    if head.startswith((GZIP, _ZSTD)):
+    if head.startswith(_PACKED):
         return _unpacked(kernel, 0, kernel.size)
-    if has_magic(head):
+    if _is_plain(head):
         return kernel.pieces(_CHUNK, kernel.size)
     raise _not_a_kernel(kernel, head)
+
+
+def _is_zboot(head: bytes) -> bool:
+    return head.startswith(_EFI) and head[4:8] == _ZBOOT
+
+
+def _is_plain(head: bytes) -> bool:
+    return has_magic(head) and not _is_zboot(head) and not head.startswith(_PACKED)
 
 
 def _zboot(kernel: ImageFile, head: bytes) -> tuple[int, int]:
@@ -138,7 +162,7 @@ def _zboot(kernel: ImageFile, head: bytes) -> tuple[int, int]:
         raise kernel.error(
             f"{kernel.path} is truncated: its payload lies past its end", "copy or build it again"
         )
-    if not kernel.read(offset, 4).startswith((GZIP, _ZSTD)):
+    if not kernel.read(offset, 4).startswith(_PACKED):
         said = method.decode("ascii", "replace")
         said = said if said.isprintable() else "something unknown"
         raise kernel.error(

@@ -6,9 +6,11 @@ The start runs for real, in a process of its own, up to where KVM would come in.
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 
 import boot_images
 import pytest
@@ -110,6 +112,15 @@ def test_nor_does_the_emulated_hosts_side(spec):
     modules = imported("inside", to_json(spec), to_json(spec), "30", "{}")
     assert "pyvmm.transport.mmio" in modules
     assert not modules & (NEVER | {"pyvmm.cli.main", "pyvmm.cli.run", "pyvmm.control.registry"})
+
+
+def test_an_arm64_guest_needs_no_more_modules(tmp_path, spec):
+    kernel = tmp_path / "Image"
+    kernel.write_bytes(struct.pack("<2I3Q24x4sI", 0, 0, 0, 4 << 20, 0xA, b"ARM\x64", 0))
+    inside = to_json(replace(spec, kernel=str(kernel), arch="arm64"))
+    modules = imported("inside", inside, inside, "30", "{}")
+    assert "pyvmm.boot.arm64.device_tree" in modules  # it did start
+    assert not modules & NEVER
 
 
 # Argument: what a device offers. Prints which layouts of queues are loaded once it stands.
