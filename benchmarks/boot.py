@@ -150,8 +150,9 @@ def measure(
     compileall.compile_dir(os.path.dirname(pyvmm.__file__), quiet=1)
     files = guest_lab.files_for(arch, kernel, "minbase", folder)
     on_x86 = arch == guest_lab.X86
+    # -P: not what lies here, as in pyvmm's own runs.
     setup = Setup(
-        pyvmm=guest_lab.pyvmm_program() if on_x86 else [*files.python, "-m", "pyvmm"],
+        pyvmm=guest_lab.pyvmm_program() if on_x86 else [*files.python, "-P", "-m", "pyvmm"],
         qemu=files.qemu,
         arch=arch,
         kernel=files.kernel,
@@ -162,7 +163,7 @@ def measure(
         programs=programs,
     )
     image = find_image(make=True, architecture="aarch64" if arch == guest_lab.ARM64 else "")
-    env = foreign.environment(os.environ) if image.is_foreign else dict(os.environ)
+    env = foreign.environment(os.environ, image)
     spec = EmulatedHostSpec(image, memory_mib=3072, env=env)
     argv = [*files.python, os.path.abspath(__file__), "--inside", json.dumps(setup)]
     reader, writer = os.pipe()

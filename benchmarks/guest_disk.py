@@ -174,7 +174,7 @@ def command_of(name: str, setup: Setup) -> list[str]:
         options = [f"--transport={transport}"]
         if served:
             options.append(f"--vhost-user=socket={socket},type=blk")
-        python = [*setup["python"], *polling_of(name)]
+        python = [*setup["python"], "-P", *polling_of(name)]  # -P: not what lies here
         return guest_lab.pyvmm_command(machine, python, options)
     command = guest_lab.qemu_command(machine, name.split()[1], transport, setup["qemu"])
     if served:

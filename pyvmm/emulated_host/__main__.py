@@ -46,7 +46,7 @@ def main() -> int:
             cpus=options.cpus,
             boots=options.boot,
             disks=tuple(_disk(text) for text in options.disk),
-            env=foreign.environment(os.environ) if image.is_foreign else dict(os.environ),
+            env=foreign.environment(os.environ, image),
         )
         return run(spec, command, console=sys.stderr.fileno() if options.console else None)
     except PyvmmError as error:

@@ -11,8 +11,13 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
+from pyvmm.emulated_host.collected import VARIABLE
 from pyvmm.host import user_cache
+
+if TYPE_CHECKING:
+    from pyvmm.emulated_host.spec import HostImage
 
 PYTHON = "/usr/bin/python3"
 _MACHINE = "/run/machine"
@@ -20,10 +25,9 @@ _PACKAGES = "/usr/lib/python3/dist-packages"
 _COMPILED = "compiled"  # in the user's cache
 _OF = "of"  # the file in a folder of compiled modules that says whose they are
 _MOST_OF = 16 << 10  # bytes
-_MOST_COMPILED = 8  # installations of pyvmm, with 17 MB each
-_OLD_SECONDS = (
-    24 * 3600
-)  # of a folder that does not say whose it is: another start may have made it
+_MOST_COMPILED = 8  # installations of pyvmm, with 15 MB each
+# Of a folder that does not say whose it is: another start may have made it.
+_OLD_SECONDS = 24 * 3600
 
 
 def path_inside(path: str) -> str:
@@ -32,15 +36,24 @@ def path_inside(path: str) -> str:
     return _MACHINE + os.path.realpath(path)
 
 
-def environment(env: Mapping[str, str]) -> dict[str, str]:
-    """`env` for a Python there that imports pyvmm."""
+def environment(env: Mapping[str, str], image: HostImage) -> dict[str, str]:
+    """`env` for a Python that imports pyvmm in an emulated host of `image`."""
+    if not image.is_foreign:
+        return dict(env)
     folders = dict.fromkeys(os.path.dirname(place) for place in _ours())
+    into = _compiled()
     # Its own packages come first: those of this machine may have parts in machine code.
-    searched = [_PACKAGES, *map(path_inside, folders)]
+    searched = [into, _PACKAGES, *map(path_inside, folders)]
     without = ("PYTHONHOME", "VIRTUAL_ENV")
     kept = {name: value for name, value in env.items() if name not in without}
-    found = {"PYTHONPATH": ":".join(searched), "PATH": "/usr/bin:/usr/sbin"}
-    return {**kept, **found, "PYTHONPYCACHEPREFIX": _compiled()}
+    return {
+        **kept,
+        "PYTHONPATH": ":".join(searched),
+        "PATH": "/usr/bin:/usr/sbin",
+        "PYTHONPYCACHEPREFIX": into,
+        "PYTHONNOUSERSITE": "1",  # which is of this machine's Python
+        VARIABLE: ":".join(file for _, _, file in _collections(image.programs, into)),
+    }
 
 
 def _ours() -> tuple[str, str]:
@@ -57,6 +70,17 @@ def _compiled() -> str:
     return os.path.join(user_cache.folder(), _COMPILED, mark.hexdigest()[:32])
 
 
+def _collections(programs: str, into: str) -> list[tuple[str, str, str]]:
+    """The folders with modules, the places that they have there, and the collections for them, in
+    the order in which they are looked into."""
+    standard = sorted(glob.glob(os.path.join(glob.escape(programs), "usr/lib/python3.*")))
+    folders = [f"{programs}{_PACKAGES}", *standard, *(f"{one}/lib-dynload" for one in standard)]
+    first, *others = [(folder, folder.removeprefix(programs)) for folder in folders]
+    ours = [(os.path.realpath(folder), path_inside(folder)) for folder in _ours()]
+    pairs = enumerate((first, *ours, *others))
+    return [(folder, place, f"{into}/{number}") for number, (folder, place) in pairs]
+
+
 def compile_modules(python: Sequence[str], programs: str) -> None:
     """Compile all modules that the Python below `programs` may load there and that have changed
     since. `python` begins the command line of one of the same version for this machine. What cannot
@@ -64,12 +88,9 @@ def compile_modules(python: Sequence[str], programs: str) -> None:
 
     What has been compiled for another pyvmm goes if that is gone, and the oldest if there are many:
     a host that runs has to compile it then."""
-    standard = glob.glob(os.path.join(glob.escape(programs), "usr/lib/python3*"))
-    pairs = [(folder, folder.removeprefix(programs)) for folder in standard]
-    pairs += [(os.path.realpath(folder), path_inside(folder)) for folder in _ours()]
     program = os.path.join(os.path.dirname(os.path.abspath(__file__)), "compiling.py")
-    words = (word for pair in pairs for word in pair)
     into = _compiled()
+    words = (word for row in _collections(programs, into) for word in row)
     with suppress(OSError):
         os.makedirs(into, exist_ok=True)
         with open(os.path.join(into, _OF), "wb") as file:  # which is newer then than all others'

@@ -84,8 +84,9 @@ def run_emulated(
             Plugging(spec, _visible, emulated_inside.CONTROL_PATH, strict=strict)
         )
         foreign = is_foreign(spec.arch)
+        image = find_image(make=True, architecture=uname_of(spec.arch))
         host = EmulatedHostSpec(
-            image=find_image(make=True, architecture=uname_of(spec.arch)),
+            image=image,
             memory_mib=spec.memory // _MIB + OWN_MEMORY_MIB,
             cpus=cpus_for(spec.cpus),
             disks=tuple(disk for crossing in crossings for disk in crossing.disks),
@@ -99,7 +100,7 @@ def run_emulated(
             folders=tuple(folder for crossing in crossings for folder in crossing.folders),
             services={} if size is None else {SERVICE: size.connect},
             cwd="/",
-            env=foreign_programs.environment(os.environ) if foreign else dict(os.environ),
+            env=foreign_programs.environment(os.environ, image),
         )
         if because is not None:
             hint = "" if foreign else " (--kvm=host insists, `pyvmm doctor` explains)"

@@ -40,6 +40,15 @@ told += refusals.take()
 print("calls" in on, refused, refusals.count, sorted(set(told)))
 """
 
+# The modules of a monitor that are in files of their own.
+ALONE = """
+import sys, pyvmm.monitor.emulated_inside, pyvmm.monitor.phases, pyvmm.machine.board.arm64
+for module in list(sys.modules.values()):
+    path = getattr(module, "__file__", None) or ""
+    if path.endswith(".py") and ".pyc" in str(module.__spec__.cached):
+        print(module.__name__)
+"""
+
 
 def ran(*command: str) -> list[object]:
     """[exit code, standard output, standard error] of pyvmm's Python."""
@@ -62,6 +71,7 @@ def main() -> int:
     resets, powers_off, litmus = sys.argv[1:]
     found = {
         "machine": os.uname().machine,
+        "alone": ran("-c", ALONE),
         "refused": ran("-c", REFUSED),
         "doctor": ran("-m", "pyvmm", "doctor"),
         "resets": guest(resets),

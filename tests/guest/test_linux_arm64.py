@@ -570,6 +570,9 @@ def test_what_needs_no_linux_guest(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert found["machine"] == "aarch64"
+    code, said, errors = found["alone"]
+    assert code == 0, errors
+    assert set(said.split()) <= {"encodings", "encodings.aliases", "encodings.utf_8"}, said
     assert found["refused"][:2] == [0, f"True 5006 2051 {TOLD}\n"], "a pipe holds 2,048 of them"
     code, said, _ = found["doctor"]
     assert code == 0, said

@@ -297,8 +297,10 @@ def test_an_image_knows_whose_programs_it_runs() -> None:
 
 
 def test_a_python_of_its_own_finds_pyvmm_and_what_it_needs() -> None:
-    found = foreign.environment({"PYTHONPATH": "/mine", "PYTHONHOME": "/x", "LANG": "C"})
-    first, *others = found["PYTHONPATH"].split(":")
+    outer = {"PYTHONPATH": "/mine", "PYTHONHOME": "/x", "LANG": "C"}
+    image = HostImage("kernel", "modules", "busybox", ("qemu",), "vax", "/programs")
+    found = foreign.environment(outer, image)
+    _, first, *others = found["PYTHONPATH"].split(":")
     assert first.startswith("/usr/")
     assert "PYTHONHOME" not in found and found["LANG"] == "C"
     path = ":".join(one.removeprefix("/run/machine") for one in others)
