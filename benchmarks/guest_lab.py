@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 
 DEBUGFS = Path("/sys/kernel/debug")
 PATIENCE = 120.0  # seconds for one answer of a guest
+# KVM's counters on arm64, and what x86 calls the like.
+COUNTERS = {"mmio_exit_user": "mmio_exits", "wfi_exit_stat": "halt_exits"}
 # The lean machine of QEMU's documentation of microvm, with two changes in QEMU's favour: the ISA
 # serial port is the console, and there is a clock (rtc=off costs seconds, in which Debian's kernel
 # probes for one). ACPI stays on: this kernel has no other way to find virtio-mmio devices.
@@ -126,13 +128,18 @@ def with_libraries(root: Path, program: str) -> set[str]:
         shown = subprocess.run(
             ["readelf", "-dl", root / path], capture_output=True, text=True, check=True
         )
+        folders = ["usr/lib/aarch64-linux-gnu", "usr/lib"]
+        for line in shown.stdout.splitlines():
+            value = line.partition("[")[2].partition("]")[0]
+            if "(RUNPATH)" in line:
+                folders = [*(one.lstrip("/") for one in value.split(":")), *folders]
+            if "program interpreter:" in line:
+                waiting.append("usr" + line.partition(": ")[2].rstrip("]"))
         for line in shown.stdout.splitlines():
             if "(NEEDED)" in line:
                 name = line.partition("[")[2].partition("]")[0]
-                places = (f"usr/lib/aarch64-linux-gnu/{name}", f"usr/lib/{name}")
+                places = [f"{folder}/{name}" for folder in folders]
                 waiting += [place for place in places if (root / place).exists()][:1]
-            elif "program interpreter:" in line:
-                waiting.append("usr" + line.partition(": ")[2].rstrip("]"))
     return found
 
 
@@ -305,7 +312,7 @@ def kvm_counts(pid: int) -> dict[str, int]:
         for file in folder.iterdir():
             text = file.read_text() if file.is_file() else ""
             if text.strip().isdecimal():  # others are histograms
-                counts[file.name] = int(text)
+                counts[COUNTERS.get(file.name, file.name)] = int(text)
     return counts
 
 

@@ -6,6 +6,8 @@ import importlib
 import json
 import os
 import select
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +57,21 @@ def test_a_python_that_pyvmm_is_not_installed_for_runs_it_as_a_module(
     assert program() == [sys.executable, "-m", "pyvmm"]
     installed.touch()
     assert program() == [str(installed)]
+
+
+@pytest.mark.skipif(not shutil.which("cc") or not shutil.which("readelf"), reason="needs cc")
+def test_libraries_are_found_where_what_needs_them_looks(benchmark: Any, tmp_path: Path) -> None:
+    """fio's are in several folders."""
+    inner, outer = tmp_path / "usr/lib/own/libinner.so", tmp_path / "usr/lib/libouter.so"
+    inner.parent.mkdir(parents=True)
+    empty = tmp_path / "empty.c"
+    empty.touch()
+    build = ["cc", "-nostdlib", "-Wl,--no-as-needed", "-shared", empty]
+    subprocess.run([*build, "-o", inner, f"-Wl,-soname,{inner.name}"], check=True)
+    path = "-Wl,--enable-new-dtags,-rpath,/usr/lib/own"
+    subprocess.run([*build, "-o", outer, inner, path], check=True)
+    found = benchmark("guest_lab").with_libraries(tmp_path, "usr/lib/libouter.so")
+    assert found == {"usr/lib/libouter.so", "usr/lib/own/libinner.so"}
 
 
 def test_fio_terse_line_is_read(benchmark: Any) -> None:
