@@ -296,6 +296,7 @@ class Lifecycle:
         if queue is not None and self.state.used_elsewhere:
             queue.claim()  # a driver may refill the ring for ever
             queue.lock.release()
+            queue.kick.signal()  # for a worker that ended its batch early because of us
 
     def set_bus_master(self, on: bool) -> None:
         """True if the device may access memory at all, as a PCI driver says by its function's
@@ -504,7 +505,8 @@ class Lifecycle:
                 return
             self.state.status = before | status.NEEDS_RESET
             self.failures += 1
-        for queue in self._queues:
+            queues = self._queues  # a driver may reset the device and go on before we are done
+        for queue in queues:
             if queue is not None:
                 # Without the queue's lock: the caller may hold it. A worker looks at `ready`
                 # before it takes another chain.

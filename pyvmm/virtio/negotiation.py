@@ -126,7 +126,11 @@ class Negotiation(Lifecycle):
             if refusal is not None:
                 self.warn(f"FEATURES_OK stays clear: the driver {refusal}")
                 return
-            self.device.accept_features(self.state.driver_features)
+            try:
+                self.device.accept_features(self.state.driver_features)
+            except Exception as error:
+                self.fail(as_device_failure(self.device.name, error))
+                return
         if added:
             self.add_status(added)
         if added & status.DRIVER_OK:
@@ -289,7 +293,7 @@ class Negotiation(Lifecycle):
 
     def _config_bytes(self, offset: int, length: int) -> bytes:
         try:
-            return self.device.read_config(offset, length)
+            return bytes(memoryview(self.device.read_config(offset, length)))
         except Exception as error:
             self.fail(as_device_failure(self.device.name, error))
             return bytes(length)

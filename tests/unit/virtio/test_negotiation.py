@@ -6,12 +6,14 @@ import errno
 from collections.abc import Callable
 from copy import deepcopy
 from threading import Thread
+from typing import Any
 
 import pytest
 from mmio_harness import (
     AGREED,
     CONFIG,
     CONFIG_GENERATION,
+    DRIVEN,
     FAILED,
     LIVE,
     NEEDS_RESET,
@@ -150,6 +152,76 @@ def test_a_defect_of_a_device_that_a_guest_finds_costs_only_the_device(
     assert "test_negotiation.py:" in line
     bench.go_live()
     assert bench.status == LIVE
+
+
+@pytest.mark.parametrize("found", [None, "text", 5], ids=repr)
+def test_a_configuration_that_is_no_bytes_costs_only_the_device(
+    bench: Bench, device: RecordingDevice, monkeypatch: pytest.MonkeyPatch, found: object
+) -> None:
+    monkeypatch.setattr(defects, "_report", lambda line: None)
+    bench.go_live()
+    monkeypatch.setattr(device, "read_config", lambda offset, length: found)
+    assert bench.read(CONFIG) == 0
+    assert bench.status == LIVE | NEEDS_RESET
+
+
+def test_a_defect_of_a_device_that_is_told_of_features_costs_only_the_device(
+    bench: Bench, device: RecordingDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(defects, "_report", lambda line: None)
+
+    def broken(features: int) -> None:
+        raise IndexError("list index out of range")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(device, "accept_features", broken)
+        bench.go_live()
+        assert bench.status == DRIVEN | NEEDS_RESET, "FEATURES_OK says that it works with them"
+    bench.go_live()
+    assert bench.status == LIVE
+
+
+class _Between:
+    """A lock after which, once `condition` holds, something else happens first."""
+
+    def __init__(self, lock: Any, condition: Callable[[], bool], happens: Callable[[], None]):
+        self._lock, self._condition, self._happens = lock, condition, happens
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+        if self._condition():
+            happens, self._happens = self._happens, lambda: None
+            happens()
+
+
+def test_a_failure_touches_no_queue_of_the_next_activation(
+    bench: Bench, device: RecordingDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A vCPU that reads a broken configuration takes no lock; another one resets the device."""
+    monkeypatch.setattr(defects, "_report", lambda line: None)
+    bench.go_live()
+    negotiation = bench.negotiation
+    negotiation._events = _Between(  # type: ignore[assignment]
+        negotiation._events, lambda: bool(negotiation.state.status & NEEDS_RESET), bench.go_live
+    )
+    negotiation.fail(BROKEN_RING)
+    assert (bench.status, device.activations) == (LIVE, 2)
+    [queue, _] = device.live.queues
+    assert queue is not None and queue.ready
+
+
+def test_whoever_takes_a_ring_from_its_worker_for_a_moment_wakes_it_again(
+    bench: Bench, device: RecordingDevice
+) -> None:
+    """It may have ended its batch early because of that, with more in the ring."""
+    bench.go_live()
+    bench.negotiation.state.used_elsewhere = 2
+    with bench.negotiation.lock:
+        bench.negotiation.interrupt_moved(0)
+    assert bench.transport.kicks[0].drain() == 1
 
 
 def test_failed_devices_fill_no_log(bench: Bench, device: RecordingDevice) -> None:
