@@ -452,4 +452,5 @@ class PackedQueue(Ring):
     def _resume(self, state: QueueState) -> None:
         self._next_avail = unpack_position(state.next_avail, self.size)
         self._next_used = self._published = unpack_position(state.next_used, self.size)
-        self._room -= sum(chain.slots for chain in state.in_flight)
+        self._room = self.size - sum(chain.slots for chain in state.in_flight)
+        self._left = 0

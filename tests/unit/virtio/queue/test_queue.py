@@ -521,6 +521,15 @@ def test_what_was_left_is_news_again_after_another_has_served_the_ring(rig):
     assert rig.queue.enable_notification() is True
 
 
+def test_what_was_seen_before_another_served_the_ring_is_forgotten(rig):
+    offer(rig, 3)
+    assert rig.queue.enable_notification() is True
+    end = rig.queue._encode(rig.queue._first_unavailable())
+    rig.queue.served_to(end)
+    assert rig.queue.is_drained()
+    assert rig.queue.pop() is None
+
+
 def test_a_stepped_back_chain_is_found_when_its_time_comes(rig):
     """CVE-2020-16843: a receive queue must go on after it was starved."""
     [chain] = offer(rig, 1)
