@@ -230,7 +230,9 @@ class VhostUserDevice(VirtioDevice):
                 return
             try:
                 link.write_config(offset, data)
-                self._written[offset] = data  # which another back end takes as well
+                # Another back end takes it as well, and the latest last: they may overlap.
+                self._written.pop(offset, None)
+                self._written[offset] = data
                 self._config = self._fetch_config(link)
             except PyvmmError as error:
                 self._lose(error)

@@ -390,6 +390,18 @@ def test_what_a_driver_has_written_is_told_to_the_next_back_end(place):
             assert device.save()["written"] == []
 
 
+def test_the_next_back_end_is_told_last_what_was_written_last(place):
+    with front_of_fake(place) as (rig, first):
+        write = rig.driver.mmio.registers.write
+        for offset, text in ((2, b"ab"), (3, b"z"), (2, b"xy")):
+            write(CONFIG + offset, len(text), int.from_bytes(text, "little"))
+        first.close()
+        with fake(place) as second:
+            rig.until(lambda: rig.device.stats()["reconnections"] == 1)
+            told = [payload[12:] for request, payload in second.asked if request == SET_CONFIG]
+    assert told == [b"z", b"xy"]
+
+
 @contextmanager
 def front_of_fake(place):
     with fake(place) as back_end, front(place, PLAIN) as rig:
