@@ -141,7 +141,12 @@ def _serve_in_child(
 
 def _await_child(child: int, connection: socket.socket, ended: EventFd) -> int:
     """Its wait status, once it has ended: by itself, or because it was told to."""
-    pidfd = os.pidfd_open(child)
+    try:
+        pidfd = os.pidfd_open(child)
+    except OSError:  # two that nobody watches could be at work on one image
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        raise
     try:
         poll = select.poll()
         poll.register(pidfd, select.POLLIN)

@@ -3,10 +3,12 @@ misbehave in turn."""
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import resource
 import signal
+import socket
 import stat
 import struct
 import subprocess
@@ -16,9 +18,11 @@ from pathlib import Path
 import pytest
 from vhost_user_rig import UnsealedMemory
 
+from pyvmm.host.syscalls import EventFd
 from pyvmm.testing.blk_driver import OK, BlockDriver
 from pyvmm.testing.ring import Buffer
 from pyvmm.testing.vhost_user_driver import ADD_MEM_REG, USER_BASE, Gone, VhostUserDriver, connect
+from pyvmm.transport.vhost_user import server as server_module
 
 MIB = 1 << 20
 
@@ -419,3 +423,21 @@ def test_its_help_is_about_a_device_that_is_served():
 def wait_for_socket(server):
     with connect(server.path):
         return str(server.path)
+
+
+def test_a_child_that_cannot_be_watched_is_ended(monkeypatch):
+    """Else it would go on with the image beside the next one."""
+
+    def no_room(pid):
+        raise OSError(errno.EMFILE, "too many open files")
+
+    monkeypatch.setattr(os, "pidfd_open", no_room)
+    one, other = socket.socketpair()
+    with one, other, EventFd() as ended, subprocess.Popen(["sleep", "1000"]) as child:
+        with pytest.raises(OSError, match="too many open files"):
+            server_module._await_child(child.pid, one, ended)
+        try:
+            with pytest.raises(ProcessLookupError):
+                os.kill(child.pid, 0)
+        finally:
+            child.kill()
