@@ -506,6 +506,8 @@ class Hotplug(Closable):
                 leaving.wakes.add(wake)
             self._tell_guest(slots.LEAVING, number)
         told = wake.wait(timeout)
+        with self._lock:
+            leaving.wakes.discard(wake)
         if force and not told and not leaving.ejected:
             self._let_requests_end(leaving)
         if not leaving.gone.is_set() and not self._give_up(leaving, force and not told):
@@ -590,6 +592,8 @@ class Hotplug(Closable):
             self._by_agent.withdraw(leaving.number)
             if force:
                 pci.detach(leaving.number, leaving.part.transport, pulled=True)
+                with self._lock:
+                    self._finishing.add(current_thread())  # whoever ends the run waits for us
         if force:
             self._finish(leaving)
             # A guest that has not read the request yet is still to remove what has gone. A device

@@ -590,6 +590,41 @@ def test_the_end_of_the_run_ends_the_waiting(rig: Rig, data: Path) -> None:
     open_image(str(data), read_only=False).close()
 
 
+def test_the_end_of_the_run_waits_for_what_is_taken_by_force(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever closes the machine next must find nobody at work on the device."""
+    rig.add("disk", "ram:1M,id=data")
+    inside, go_on = threading.Event(), threading.Event()
+
+    def settle() -> None:
+        inside.set()
+        assert go_on.wait(SAFETY_TIMEOUT)
+
+    monkeypatch.setattr(rig.machine, "settle", settle)
+    asking = rig.removing("disk", "data", timeout=0, force=True)
+    assert inside.wait(SAFETY_TIMEOUT)
+    closing = Asking(rig.hotplug.close)
+    closing.join(0.3)
+    waits = closing.is_alive()
+    go_on.set()
+    asking.result()
+    closing.result()
+    assert waits and "data" not in rig.ids
+
+
+def test_who_gives_up_waiting_is_not_remembered(rig: Rig) -> None:
+    rig.add("disk", "ram:1M,id=data")
+    patient = rig.removing("disk", "data")
+    until(lambda: bool(rig.hotplug._leaving))
+    for _ in range(3):
+        with pytest.raises(ConfigError, match="has not given up"):
+            rig.remove("disk", "data", timeout=0)
+    [leaving] = rig.hotplug._leaving.values()
+    assert len(leaving.wakes) == 1
+    give_up(rig, patient, 3)
+
+
 def test_a_guest_without_the_driver_yet_is_told_again(rig: Rig) -> None:
     rig.add("rng", "")
     assert rig.vm.pulses == 1
