@@ -433,6 +433,13 @@ class QueueDevice(VirtioDevice):
         device's."""
         return ()
 
+    def signal_config_change(self) -> None:
+        """Tell the driver that the configuration space has changed, if one is at work (2.3). Any
+        thread may call it; `read_config` has the new contents by then."""
+        activation = self._activation
+        if activation is not None:
+            activation.interrupt.signal_config_change()
+
     def activate(self, activation: Activation) -> None:
         """Start a worker for each queue that the driver enabled. Raises HostError."""
         self._activation = activation

@@ -263,9 +263,7 @@ class BlockDevice(QueueDevice):
             self._backend.resize(size)
         finally:
             self._set_capacity(self._backend.size_sectors)
-            activation = self._activation
-            if activation is not None:
-                activation.interrupt.signal_config_change()
+            self.signal_config_change()
         return self.size
 
     def _set_capacity(self, sectors: int) -> None:

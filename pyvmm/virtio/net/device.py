@@ -167,12 +167,7 @@ class NetDevice(QueueDevice):
         if up == self._link_up:
             return
         self._link_up = up
-        self._tell_config_change()
-
-    def _tell_config_change(self) -> None:
-        activation = self._activation
-        if activation is not None:
-            activation.interrupt.signal_config_change()
+        self.signal_config_change()
 
     # --- VirtioDevice ----------------------------------------------------------------------------
 
@@ -390,7 +385,7 @@ class NetDevice(QueueDevice):
 
     def set_mac(self, mac: bytes) -> None:
         """See control.Target; the filter has the address already."""
-        self._tell_config_change()
+        self.signal_config_change()
 
     def set_pairs(self, pairs: int) -> None:
         """See control.Target."""

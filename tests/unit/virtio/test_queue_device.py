@@ -98,3 +98,15 @@ def test_row12_reset_while_the_device_is_busy_ends_dma_and_interrupts(setup):
         assert driver.acknowledge() == 0
         assert bytes(setup.memory.regions[0].view) == before
         assert setup.irq.count == interrupts
+
+
+def test_a_changed_configuration_is_told_to_a_driver_that_is_at_work(setup):
+    status = setup.driver.registers.read
+    setup.device.signal_config_change()
+    setup.driver.start()
+    assert not status(0x60, 4) & 2
+    setup.device.signal_config_change()
+    assert status(0x60, 4) & 2 and setup.transport.negotiation.config_interrupts == 1
+    setup.driver.reset()
+    setup.device.signal_config_change()
+    assert not status(0x60, 4) & 2
