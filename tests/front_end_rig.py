@@ -25,7 +25,8 @@ from pyvmm.testing.mmio_driver import SAFETY_TIMEOUT, Ring
 from pyvmm.transport.mmio import MmioTransport
 from pyvmm.transport.vhost_user import serve_connection
 from pyvmm.virtio.device import VirtioDevice
-from pyvmm.virtio.vhost_user.device import Served, VhostUserDevice
+from pyvmm.virtio.vhost_user.device import VhostUserDevice
+from pyvmm.virtio.vhost_user.served import Served
 
 GET_FEATURES, SET_FEATURES, SET_OWNER, SET_MEM_TABLE = 1, 2, 3, 5
 SET_VRING_NUM, SET_VRING_ADDR, SET_VRING_BASE, GET_VRING_BASE = 8, 9, 10, 11

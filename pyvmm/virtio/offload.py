@@ -3,7 +3,8 @@
 The rule of every queue is that whoever holds its lock has the ring for himself. `OffloadLock` keeps
 that rule for a ring that a kernel's thread or another process works on: whoever takes the lock
 takes the ring back first, and releasing it hands the ring over again. A device whose queues may be
-served so gives them this lock when they are built (`VirtioDevice.queue_lock`).
+served so gives them this lock when they are built (`VirtioDevice.queue_lock`), and says by `serve`
+who has them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 from threading import Lock
 from types import TracebackType
 from typing import Protocol
+
+from pyvmm.virtio.queue.protocol import Queue
 
 
 class Server(Protocol):
@@ -80,3 +83,31 @@ class OffloadLock:
         trace: TracebackType | None,
     ) -> None:
         self.release()
+
+
+class Offload(Protocol):
+    """A server of several queues: each as for `Server`."""
+
+    def hand_over(self, queue: Queue) -> None: ...
+
+    def take_back(self, queue: Queue) -> None: ...
+
+
+class _OfOne:
+    """What serves several, for one of them."""
+
+    def __init__(self, offload: Offload, queue: Queue) -> None:
+        self._offload, self._queue = offload, queue
+
+    def hand_over(self) -> None:
+        self._offload.hand_over(self._queue)
+
+    def take_back(self) -> None:
+        self._offload.take_back(self._queue)
+
+
+def serve(queue: Queue, by: Offload | None) -> None:
+    """From now on `by` serves `queue`, whose lock is an OffloadLock: see there, `serve_by`."""
+    lock = queue.lock
+    assert isinstance(lock, OffloadLock), "its device gave it another lock"
+    lock.serve_by(None if by is None else _OfOne(by, queue))

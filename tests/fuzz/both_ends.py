@@ -26,7 +26,8 @@ from pyvmm.host.saved import Saved
 from pyvmm.testing.mmio_driver import NEEDS_RESET, SAFETY_TIMEOUT, Ring
 from pyvmm.transport.mmio import MmioTransport
 from pyvmm.virtio.queue.protocol import Queue
-from pyvmm.virtio.vhost_user.device import Served, VhostUserDevice
+from pyvmm.virtio.vhost_user.device import VhostUserDevice
+from pyvmm.virtio.vhost_user.served import Served
 
 SIZE = 13  # of the configuration
 REFUSED = b"refused!"

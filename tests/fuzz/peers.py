@@ -34,7 +34,7 @@ from pyvmm.transport.vhost_user.back_end import BackEnd
 from pyvmm.vhost_user import protocol
 from pyvmm.vhost_user.channel import Message
 from pyvmm.vhost_user.protocol import FrontEndError
-from pyvmm.virtio.vhost_user.device import Served
+from pyvmm.virtio.vhost_user.served import Served
 
 U32, U64 = (1 << 32) - 1, (1 << 64) - 1
 _Said = tuple[int, int, bytes, list[str]]  # request, flags, payload, kinds of descriptors

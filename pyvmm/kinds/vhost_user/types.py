@@ -18,7 +18,7 @@ from pyvmm.virtio.net import uapi as net
 from pyvmm.virtio.net.config import NetConfig
 from pyvmm.virtio.queue.chain import DescriptorChain
 from pyvmm.virtio.queue.protocol import Queue
-from pyvmm.virtio.vhost_user.device import Served
+from pyvmm.virtio.vhost_user.served import Served
 
 OWN_BITS = mask(*range(24), *range(50, 64))  # 2.2 Feature Bits: those of a device type
 _BLK_FIELDS = blk_config.layout()

@@ -24,7 +24,7 @@ from pyvmm.virtio.features import (
     mask,
 )
 from pyvmm.virtio.net.uapi import VIRTIO_NET_F_MRG_RXBUF
-from pyvmm.virtio.offload import OffloadLock
+from pyvmm.virtio.offload import serve
 from pyvmm.virtio.queue.protocol import Queue
 
 # The features of a driver that the kernel must know. The others concern the tap, or only us.
@@ -34,21 +34,6 @@ KERNEL_FEATURES = mask(
 USED_IDX_AT = 2  # 2.7.8 The Virtqueue Used Ring: after the flags
 # The kernel does not say what it is.
 _BROKEN = DriverError("vhost found a broken ring or descriptor", section="2.7 Split Virtqueues")
-
-
-class _Ring:
-    """A queue of a pair, as the kernel serves it."""
-
-    def __init__(self, pair: VhostPair, queue: Queue) -> None:
-        self._pair, self._queue = pair, queue
-
-    def hand_over(self) -> None:
-        """See offload.Server."""
-        self._pair.hand_over(self._queue)
-
-    def take_back(self) -> None:
-        """See offload.Server."""
-        self._pair.take_back(self._queue)
 
 
 class VhostPair:
@@ -101,12 +86,12 @@ class VhostPair:
             raise HostError(errno.EAGAIN, f"thread for {self._name}") from None
         for queue in self._queues:
             queue.begin_serving()
-            _lock_of(queue).serve_by(_Ring(self, queue))
+            serve(queue, self)
 
     def request_stop(self) -> None:
         """Have the kernel serve them no more; their rings are as any queue's when this returns."""
         for queue in self._queues:
-            _lock_of(queue).serve_by(None)
+            serve(queue, None)
         self._stopping = True
         self._stop.signal()
 
@@ -181,9 +166,3 @@ class VhostPair:
                 self._lost("the tap gives no more frames")
             elif broken:
                 self._activation.fail(_BROKEN)
-
-
-def _lock_of(queue: Queue) -> OffloadLock:
-    lock = queue.lock
-    assert isinstance(lock, OffloadLock), "its device gave it another lock"
-    return lock

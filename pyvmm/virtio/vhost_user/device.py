@@ -19,7 +19,6 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from threading import Lock, Thread
 from typing import Any
 
@@ -30,7 +29,7 @@ from pyvmm.host.syscalls import EventFd
 from pyvmm.vhost_user import protocol
 from pyvmm.vhost_user.inflight import Inflight
 from pyvmm.vhost_user.protocol import BackEndError
-from pyvmm.virtio import features, status
+from pyvmm.virtio import features
 from pyvmm.virtio.device import Activation, VirtioDevice, unsaveable
 from pyvmm.virtio.features import (
     VIRTIO_F_EVENT_IDX,
@@ -40,13 +39,14 @@ from pyvmm.virtio.features import (
     VIRTIO_F_VERSION_1,
     mask,
 )
-from pyvmm.virtio.offload import OffloadLock
+from pyvmm.virtio.offload import OffloadLock, serve
 from pyvmm.virtio.queue.protocol import Queue, QueueLock
 from pyvmm.virtio.queue.split import SplitQueue
 from pyvmm.virtio.queue.state import QueueState
-from pyvmm.virtio.vhost_user import rings
+from pyvmm.virtio.vhost_user import rings, session
 from pyvmm.virtio.vhost_user.link import CONFIG_CHANGED, PATIENCE, STARTING, Link, StateRefused
-from pyvmm.virtio.worker import QueueWorker, Serve
+from pyvmm.virtio.vhost_user.served import Served
+from pyvmm.virtio.worker import QueueWorker
 
 RING_FEATURES = mask(
     VIRTIO_F_INDIRECT_DESC, VIRTIO_F_EVENT_IDX, VIRTIO_F_VERSION_1, VIRTIO_F_RING_PACKED
@@ -54,53 +54,6 @@ RING_FEATURES = mask(
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0  # seconds between attempts to reconnect
 _SETTLED = 2.0  # seconds that a connection must last, or the time for the next one goes on
 _STEP = 0.001
-
-
-def _as_given(config: bytes, connected: bool) -> bytes:
-    return config
-
-
-@dataclass(frozen=True)
-class Served:
-    """The kind of device that a back end serves: `number` in chapter 5 of the specification, with
-    so many `queues`.
-
-    `features` are the bits of its own that a back end's are passed on of, `own_features` those that
-    we offer whatever it does. Its configuration space has `config_size` bytes; with `needs_config`
-    they have to come from the back end, else they are zero where it has none. `config` makes of
-    them what the driver sees, while there is a back end or not. With `resumes` another back end can
-    go on where one has died. `refuse` answers requests when there is none for good; without it the
-    device needs a reset then. With one that `is_stateless` all that another back end in a restored
-    VM must have in common with the one before is the `identity`, the first so many bytes of the
-    configuration space, and what drivers write there; others have to give their state.
-    """
-
-    number: int
-    queues: int
-    features: int = 0
-    own_features: int = 0
-    config_size: int = 0
-    needs_config: bool = False
-    config: Callable[[bytes, bool], bytes] = _as_given
-    resumes: bool = True
-    refuse: Serve | None = None
-    is_stateless: bool = False
-    identity: int = 0
-
-
-class _Ring:
-    """See offload.Server."""
-
-    def __init__(self, device: VhostUserDevice, queue: Queue) -> None:
-        self._device, self._queue = device, queue
-
-    def hand_over(self) -> None:
-        """See offload.Server."""
-        self._device.hand_over(self._queue)
-
-    def take_back(self) -> None:
-        """See offload.Server."""
-        self._device.take_back(self._queue)
 
 
 class VhostUserDevice(VirtioDevice):
@@ -421,14 +374,14 @@ class VhostUserDevice(VirtioDevice):
         if self._has_given_up:
             self._refuse(queue)
         else:
-            _lock_of(queue).serve_by(_Ring(self, queue))
+            serve(queue, self)
 
     def reset_queue(self, index: int) -> None:
         """See VirtioDevice."""
         with self._refusing:  # or a worker for it could begin behind our back
             queue = self._queues.pop(index, None)
         if queue is not None:
-            _lock_of(queue).serve_by(None)
+            serve(queue, None)
         self._end_worker(index)
 
     def reset(self) -> None:
@@ -447,7 +400,7 @@ class VhostUserDevice(VirtioDevice):
             link, self._session = self._session, None
             if link is not None:
                 try:
-                    self._say_reset(link)
+                    session.say_reset(link)
                 except PyvmmError as error:
                     self._lose(error)
             self._forget_inflight()
@@ -455,12 +408,6 @@ class VhostUserDevice(VirtioDevice):
         self._away.clear()
         self._unclean.clear()
         self._activation = None
-
-    def _say_reset(self, link: Link) -> None:
-        if link.has(protocol.VHOST_USER_PROTOCOL_F_STATUS):
-            link.tell("SET_STATUS", protocol.U64.pack(0))
-        elif link.has(protocol.VHOST_USER_PROTOCOL_F_RESET_DEVICE):
-            link.tell("RESET_DEVICE")
 
     def _forget_inflight(self) -> None:
         inflight, self._inflight = self._inflight, None
@@ -482,7 +429,7 @@ class VhostUserDevice(VirtioDevice):
                 try:
                     self._check_left(queue, activation, link)
                     self._begin_session(link, activation)
-                    self._start_ring(link, queue, activation)
+                    self._start(link, queue, activation)
                 except (BackEndError, HostError) as error:
                     self._lose(error)
                     return
@@ -498,17 +445,8 @@ class VhostUserDevice(VirtioDevice):
     def _begin_session(self, link: Link, activation: Activation) -> None:
         if self._session is link:
             return
-        accepted = activation.features & self._from_back_end
-        if link.enables_rings:
-            accepted |= mask(protocol.VHOST_USER_F_PROTOCOL_FEATURES)
-        link.tell("SET_FEATURES", protocol.U64.pack(accepted))
-        if link.has(protocol.VHOST_USER_PROTOCOL_F_STATUS):
-            wanted = status.ACKNOWLEDGE | status.DRIVER | status.FEATURES_OK
-            link.tell("SET_STATUS", protocol.U64.pack(wanted))
-            (found,) = link.ask_fields("GET_STATUS")
-            if not found & status.FEATURES_OK:
-                raise BackEndError("does not work with the features that the guest accepts")
-        self._lend(link, activation)
+        session.accept_features(link, activation.features & self._from_back_end)
+        session.lend(link, activation.memory)
         if link.has(protocol.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD):
             if self._inflight is None:
                 sizes = [queue.size for queue in activation.queues if queue is not None]
@@ -520,37 +458,17 @@ class VhostUserDevice(VirtioDevice):
             self._forget_inflight()  # They would not be true any more when they are wanted.
         self._session = link
 
-    @staticmethod
-    def _lend(link: Link, activation: Activation) -> None:
-        memory = activation.memory
-        memory.lent = True
-        regions = [(r.guest_addr, r.size, r.host_addr, r.fd_offset) for r in memory.regions]
-        link.lend(memory.fd, regions)
-
-    def _start_ring(self, link: Link, queue: Queue, activation: Activation) -> None:
-        self._lend(link, activation)  # it may be more memory by now
-        index, state, where = queue.index, queue.state(), activation.memory.host_addr
-        link.tell_ring("SET_VRING_NUM", index, state.size)
-        link.tell_ring("SET_VRING_BASE", index, state.vring_base())
-        areas = where(state.desc_addr), where(state.used_addr), where(state.avail_addr)
-        link.tell("SET_VRING_ADDR", protocol.VRING_ADDR.pack(index, 0, *areas, 0))
-        link.tell("SET_VRING_ERR", protocol.U64.pack(index), [self._error.lend()])
-        call = activation.interrupt.eventfd(index)
-        if call is None:
-            link.tell("SET_VRING_CALL", protocol.U64.pack(index | protocol.VRING_NOFD))
-        else:
-            link.tell("SET_VRING_CALL", protocol.U64.pack(index), [call.lend()])
-        link.tell("SET_VRING_KICK", protocol.U64.pack(index), [queue.kick.lend()])
-        if link.enables_rings:
-            link.tell_ring("SET_VRING_ENABLE", index, 1)
+    def _start(self, link: Link, queue: Queue, activation: Activation) -> None:
+        session.lend(link, activation.memory)  # it may be more memory by now
+        call = activation.interrupt.eventfd(queue.index)
+        session.start_ring(link, queue, activation.memory, call, self._error)
 
     def _say_driver_ok(self) -> None:
         with self._talking:
             link = self._session
-            if link is not None and link.has(protocol.VHOST_USER_PROTOCOL_F_STATUS):
-                steps = status.ACKNOWLEDGE | status.DRIVER | status.FEATURES_OK | status.DRIVER_OK
+            if link is not None:
                 try:
-                    link.tell("SET_STATUS", protocol.U64.pack(steps))
+                    session.say_driver_ok(link)
                 except PyvmmError as error:
                     self._lose(error)
 
@@ -564,7 +482,7 @@ class VhostUserDevice(VirtioDevice):
             link = self._away.pop(queue.index)
             if link is self._link:
                 try:
-                    base = self._stop_ring(link, queue.index)
+                    base = session.stop_ring(link, queue.index)
                 except PyvmmError as error:
                     self._lose(error)
         if not queue.ready:
@@ -573,14 +491,6 @@ class VhostUserDevice(VirtioDevice):
             self._find_position(link, queue, activation, base)
         except PyvmmError as error:
             activation.fail(error)
-
-    @staticmethod
-    def _stop_ring(link: Link, index: int) -> int:
-        asked = protocol.VRING_STATE.pack(index, 0)
-        answered, base = link.ask_fields("GET_VRING_BASE", asked, protocol.VRING_STATE)
-        if answered != index:
-            raise BackEndError(f"answers GET_VRING_BASE of ring {index} for ring {answered}")
-        return int(base)
 
     def _find_position(
         self, link: Link, queue: Queue, activation: Activation, base: int | None
@@ -639,7 +549,7 @@ class VhostUserDevice(VirtioDevice):
 
     def _stop_all(self) -> None:
         for queue in list(self._queues.values()):
-            _lock_of(queue).serve_by(None)
+            serve(queue, None)
 
     def _sleep(self, link: Link | None) -> None:
         """Until something happens; deal with it."""
@@ -722,7 +632,7 @@ class VhostUserDevice(VirtioDevice):
         with self._talking:
             self._link = link
         for queue in list(self._queues.values()):
-            _lock_of(queue).serve_by(_Ring(self, queue))
+            serve(queue, self)
         self._say_driver_ok()
         if self._link is link:
             self._reconnections += 1
@@ -757,9 +667,8 @@ class VhostUserDevice(VirtioDevice):
         """Answer all that is in `queue`, and all that will be, with an error."""
         activation, refuse = self._activation, self._served.refuse
         assert activation is not None and refuse is not None
-        lock = _lock_of(queue)
-        lock.serve_by(None)
-        while not lock.acquire(timeout=_LONGEST_PAUSE):  # a VM that is paused
+        serve(queue, None)
+        while not queue.lock.acquire(timeout=_LONGEST_PAUSE):  # a VM that is paused
             if self._stopping:
                 return
         try:
@@ -772,7 +681,7 @@ class VhostUserDevice(VirtioDevice):
             activation.fail(error)
             return
         finally:
-            lock.release()
+            queue.lock.release()
         index = queue.index
         with self._refusing:
             # The driver may have reset it meanwhile, or set it up anew, of which it sees the same.
@@ -815,9 +724,3 @@ def _has_ended(link: Link) -> bool:
     except (ValueError, OSError):
         return True
     return bool(poll.poll(0))
-
-
-def _lock_of(queue: Queue) -> OffloadLock:
-    lock = queue.lock
-    assert isinstance(lock, OffloadLock), "its device gave it another lock"
-    return lock

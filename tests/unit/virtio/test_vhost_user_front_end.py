@@ -56,8 +56,9 @@ from pyvmm.kinds.vhost_user.types import served
 from pyvmm.testing.attached import attached
 from pyvmm.testing.blk_driver import IN, IOERR, OK, BlockDriver, header
 from pyvmm.testing.mmio_driver import CONFIG
-from pyvmm.virtio.vhost_user.device import Served, VhostUserDevice
+from pyvmm.virtio.vhost_user.device import VhostUserDevice
 from pyvmm.virtio.vhost_user.link import Link
+from pyvmm.virtio.vhost_user.served import Served
 
 MIB = 1 << 20
 BLK = served("blk", 1, tag="", mac=b"")

@@ -51,7 +51,8 @@ from hypothesis import strategies as st
 from pyvmm.errors import ConfigError, HostError, PyvmmError
 from pyvmm.vhost_user.protocol import BackEndError
 from pyvmm.virtio.vhost_user import link
-from pyvmm.virtio.vhost_user.device import Served, VhostUserDevice
+from pyvmm.virtio.vhost_user.device import VhostUserDevice
+from pyvmm.virtio.vhost_user.served import Served
 
 ECHO = Served(42, 2, features=0xFF, config_size=16)
 EVERYTHING = ALL | P_BACKEND_REQ
