@@ -449,8 +449,9 @@ class VhostUserDevice(VirtioDevice):
         session.lend(link, activation.memory)
         if link.has(protocol.VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD):
             if self._inflight is None:
-                sizes = [queue.size for queue in activation.queues if queue is not None]
-                self._inflight = link.make_inflight(len(self.queue_sizes), max(sizes, default=1))
+                # For the largest that a queue can have after a reset of its own.
+                sizes = self.queue_sizes
+                self._inflight = link.make_inflight(len(sizes), max(sizes, default=1))
             if self._inflight is not None:
                 described, fd = self._inflight
                 link.tell("SET_INFLIGHT_FD", described, [fd])

@@ -718,6 +718,16 @@ def test_nothing_in_flight_needs_no_notes(place):
         assert not rig.driver.needs_reset
 
 
+def test_a_queue_may_be_larger_after_its_reset(place):
+    """The notes on its requests in flight (INFLIGHT) are made before, once."""
+    with in_thread(Echo, place), front(place, ECHO, start=False) as rig:
+        rig.driver.mmio.start(queue_sizes=[4] * len(rig.device.queue_sizes))
+        assert rig.driver.request([b"x"], [1]).data == b"x"
+        rig.driver.mmio.reset_queue(0, 16)
+        assert rig.driver.request([b"y"], [1]).data == b"y"
+        assert rig.device.stats()["reconnections"] == 0
+
+
 def test_a_packed_ring_does_not_tell_where_it_was(place):
     with (
         in_thread(lambda: Echo(packed=True), place) as connections,
