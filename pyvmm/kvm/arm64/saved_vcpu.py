@@ -18,6 +18,7 @@ from pyvmm.kvm.calls import struct_ioctl
 from pyvmm.kvm.plain import fill, to_plain
 from pyvmm.kvm.vcpu import Vcpu
 
+_HOW = "restore it on a machine like the one it was saved on, with the same --kvm"
 _MOST_REGISTERS = 4096
 _MOST_NAMED = 32  # registers in a message
 _ID_BITS = 64
@@ -43,8 +44,15 @@ def restore(vcpu: Vcpu, state: Saved) -> None:
     restore_registers(vcpu, state)
     events = ffi.new("struct kvm_vcpu_events *")
     fill(ffi, events, state.table("events"))
-    struct_ioctl(vcpu.fd, uapi.KVM_SET_VCPU_EVENTS, events, "KVM_SET_VCPU_EVENTS")
-    vcpu.set_mp_state(state.bits("mp_state", 32))
+    mp_state = state.bits("mp_state", 32)
+    try:
+        # A processor without RAS has no syndrome for an SError that waits.
+        struct_ioctl(vcpu.fd, uapi.KVM_SET_VCPU_EVENTS, events, "KVM_SET_VCPU_EVENTS")
+        vcpu.set_mp_state(mp_state)
+    except HostError as error:
+        raise ConfigError(
+            f"this machine's KVM refuses the saved state of vCPU {vcpu.id}: {error}", cure=_HOW
+        ) from None
 
 
 def restore_registers(vcpu: Vcpu, state: Saved) -> None:
@@ -80,7 +88,7 @@ def _lacks(vcpu: Vcpu, found: list[int], values: Mapping[int, int]) -> ConfigErr
     return ConfigError(
         f"this machine's KVM lacks what the guest's processor had: {', '.join(names)} of vCPU "
         f"{vcpu.id}",
-        cure="restore it on a machine like the one it was saved on, with the same --kvm",
+        cure=_HOW,
     )
 
 

@@ -19,6 +19,7 @@ from pyvmm.errors import ConfigError, HostError
 from pyvmm.host.saved import Saved
 from pyvmm.kvm.arm64 import boot_vcpu, registers, saved_gic, saved_vcpu, uapi
 from pyvmm.kvm.arm64.saved_gic import Register
+from pyvmm.kvm.plain import to_plain
 
 AFFINITIES = [boot_vcpu.mpidr(index) for index in range(2)]
 INTERRUPTS = 96
@@ -286,3 +287,23 @@ def test_vectors_have_128_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert vcpu.values[vector] == (1 << 128) - 1
     with pytest.raises(ConfigError, match="cannot be"):
         vcpu.restore([vector, 1 << 128])
+
+
+def test_an_serror_that_this_machine_cannot_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the processor has no RAS, KVM refuses one with a syndrome."""
+    vcpu = Processor(monkeypatch)
+    events = to_plain(uapi.ffi, uapi.ffi.new("struct kvm_vcpu_events *"))
+    whole = {"registers": [[registers.PC, 5]], "events": events, "mp_state": 0}
+    asked: list[str] = []
+
+    def refused(fd: int, request: int, arg: object, what: str) -> None:
+        asked.append(what)
+        raise HostError(22, what)
+
+    monkeypatch.setattr(saved_vcpu, "struct_ioctl", refused)
+    with pytest.raises(ConfigError, match=r"refuses .* vCPU 0: KVM_SET_VCPU_EVENTS.*; restore it"):
+        saved_vcpu.restore(vcpu, Saved(whole, "the VM"))  # type: ignore[arg-type]
+    assert asked == ["KVM_SET_VCPU_EVENTS"]
+    with pytest.raises(ConfigError, match="the saved state of the VM cannot be"):
+        state = Saved({**whole, "mp_state": -1}, "the VM")
+        saved_vcpu.restore(vcpu, state)  # type: ignore[arg-type]
