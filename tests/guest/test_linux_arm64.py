@@ -2,8 +2,9 @@
 
 Each start of a host costs half a minute, so that each shows many things: a guest on virtio-mmio
 with Linux 6.1 starts twice, by a reset in between, with a shared directory; one on PCI with 6.12 is
-saved and goes on; one on PCI has a GICv2; one has a directory as its root, and one is a container
-image; and in one host is all that needs no Linux guest.
+saved, panics, goes on and is killed while it writes; one on PCI has a GICv2; one has a directory as
+its root and Debian's newest kernel, and one is a container image; and in one host is all that needs
+no Linux guest.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,12 +23,14 @@ from threading import Timer
 import pytest
 from c_claims import ARM64, assembled, needs_arm64_headers
 from container_archives import Layout, directory, layer, member, symlink
-from guest import tail
+from guest import tail, wait_until
 
 from pyvmm import VM, Disk, images
 from pyvmm.emulated_host.find import find_image
 from pyvmm.emulated_host.spec import HostImage
-from pyvmm.errors import PyvmmError
+from pyvmm.errors import ConfigError, PyvmmError
+from pyvmm.images import debian_kernels
+from pyvmm.machine.outcome import Ending
 
 PATIENCE = 900  # seconds; it takes 60 on an idle machine
 TAKES = 120.0  # seconds for a driver
@@ -79,25 +84,9 @@ mount -t tmpfs tmpfs /run
 while :; do sleep 1; done
 """
 APPLETS = (
-    *(
-        "awk",
-        "cat",
-        "cut",
-        "date",
-        "dd",
-        "dmesg",
-        "echo",
-        "grep",
-        "head",
-        "id",
-        "ls",
-        "mkdir",
-        "mount",
-        "nproc",
-        "readlink",
-    ),
-    *("sh", "sha256sum", "sleep", "sync", "tail", "taskset", "true", "umount"),
-    *("uname", "wc"),
+    *("awk", "cat", "cut", "date", "dd", "dmesg", "echo", "grep", "head", "id", "ls"),
+    *("mkdir", "mount", "nproc", "printf", "readlink", "setsid", "sh", "sha256sum"),
+    *("sleep", "sync", "tail", "taskset", "true", "umount", "uname", "wc"),
 )
 # What the machine is, a line each.
 LOOK = """
@@ -128,6 +117,21 @@ now=$(cut -d. -f1 /proc/uptime) before=$(cat /run/before)
 [ $now -ge $before ] && [ $now -lt $((before + 600)) ] && echo "later=1"
 echo "reseeded=$(dmesg | grep -c 'virtual machine fork')"
 echo "complaints=$(dmesg | grep -ciE 'BUG|oops|stall|hung|lockup|call trace')"
+"""
+# Each record is told once it is on the disk; a second writer keeps the queue busy.
+ENOUGH = 20
+RECORD_BYTES = 512
+SYNCS = f"""
+while :; do
+    dd if=/dev/zero of=/dev/vdb bs=64k count=16 seek=16 conv=fsync,notrunc 2> /dev/null
+done &
+record=0
+while :; do
+    printf 'record %d\\n' $record |
+        dd of=/dev/vdb bs={RECORD_BYTES} seek=$record conv=sync,fsync,notrunc 2> /dev/null &&
+        echo "synced=$record" > /dev/console
+    record=$((record + 1))
+done
 """
 
 
@@ -178,6 +182,7 @@ def test_a_guest_starts_twice_from_its_disk(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(shared) + b"/\xff\xfe")).write_text("bytes")
     command = [sys.executable, "-m", "pyvmm", "run", "--arch", "arm64", "--disk", str(disk)]
     command += ["--cpus", "2", "--memory", "1G", "--cmdline", "quiet"]
+    command += ["--transport", "mmio"]
     command += ["--share", f"{str(shared).replace(',', ',,')}:/mnt/shared"]
     errors = tmp_path / "errors"
     with errors.open("wb") as stderr:
@@ -244,7 +249,7 @@ def test_a_guest_is_saved_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
         assert found["gigabytes"] == "5"
         assert found["bus"].endswith("virtio-pci")
         assert int(found["messages"]) > 1
-        assert {"calls", "files", "capabilities"} <= set(vm.status()["confinement"]["on"])
+        check_box(vm)
         rng = vm.add_rng()
         assert vm.wait_for_driver("rng", rng, timeout=TAKES) is None
         vm.remove_rng(rng, timeout=TAKES)
@@ -256,6 +261,9 @@ def test_a_guest_is_saved_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
         vm.run(["sh", "-c", WRITE], check=True)
         vm.snapshot("saved")
         vm.run(["sh", "-c", "sha256sum -c /run/sum"], check=True)  # it goes on itself
+        check_box(vm)
+        vm.run(["sh", "-c", "setsid sh -c 'echo c > /proc/sysrq-trigger' > /dev/null 2>&1 &"])
+        assert vm.wait(PATIENCE).ending is Ending.PANIC, vm.console.text
     with VM.restore("saved") as vm:
         vm.wait_ready(PATIENCE)
         found = told(vm, VERIFY)
@@ -265,6 +273,28 @@ def test_a_guest_is_saved_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monkey
         assert found["later"] == "1"
         assert found["complaints"] == "0"
         assert found["reseeded"] == "1", "it knows by VMGenID that it is a copy"
+        written = tmp_path / "written"
+        written.write_bytes(bytes(2 << 20))
+        late = vm.add_disk(Disk(str(written)))
+        assert vm.wait_for_driver("disk", late, timeout=TAKES) is None
+        vm.run(["sh", "-c", f"setsid sh -c {shlex.quote(SYNCS)} > /dev/null 2>&1 &"])
+        vm.console.expect_exact(f"synced={ENOUGH}", timeout=PATIENCE)
+        check_box(vm)
+        os.kill(vm.pid, signal.SIGKILL)
+        vm.wait(PATIENCE)
+        synced = 1 + max(map(int, re.findall(r"^synced=(\d+)\r?$", vm.console.text, re.MULTILINE)))
+    assert synced > ENOUGH
+    for number in range(synced):
+        record = written.read_bytes()[number * RECORD_BYTES :][:RECORD_BYTES]
+        assert record.rstrip(b"\0") == f"record {number}\n".encode()
+    assert wait_until(lambda: not processes_with(str(tmp_path))), "all went with the monitor"
+
+
+def check_box(vm: VM) -> None:
+    """The monitor's box is there, and has had nothing to refuse."""
+    box = vm.status()["confinement"]
+    assert {"calls", "files", "capabilities"} <= set(box["on"])
+    assert box["refused_calls"] == 0, vm.messages
 
 
 # Read by every Python that starts; the one that starts QEMU needs it.
@@ -296,6 +326,7 @@ def test_a_guest_on_a_machine_with_a_gicv2(tmp_path: Path, monkeypatch: pytest.M
         vm.run(["sh", "-c", WRITE], check=True)
         vm.snapshot("old")
         vm.run(["sh", "-c", "sha256sum -c /run/sum"], check=True)
+        check_box(vm)
     with VM.restore("old") as vm:
         vm.wait_ready(PATIENCE)
         found = told(vm, VERIFY)
@@ -321,6 +352,7 @@ def processes_with(text: str) -> list[str]:
 
 ROOT_LOOK = """
 echo "machine=$(uname -m)"
+echo "release=$(uname -r)"
 echo "root=$(awk '$2 == "/" { print $3 }' /proc/mounts | tail -n 1)"
 echo "who=$(id -u)"
 echo "where=$(pwd)"
@@ -333,13 +365,20 @@ exit 7
 
 @pytest.mark.timeout(PATIENCE + 100)
 def test_a_directory_is_the_root(tmp_path: Path) -> None:
-    """With programs for arm64 in it; what is written there stays only where that was said."""
-    tree = files(tmp_path, host("arm64-6.12").busybox)
+    """With programs for arm64 in it; what is written there stays only where that was said. Its
+    kernel is Debian's newest, if unstable is not in pieces."""
+    tree = files(tmp_path, host("arm64").busybox)
+    kernel = "debian:sid"
+    try:
+        debian_kernels.find(kernel, arch="arm64")
+    except ConfigError:
+        kernel = "debian:6.12"
+    release = os.path.basename(debian_kernels.find(kernel, arch="arm64").modules)
     (tree / "work").mkdir()
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pyvmm", "run", "--arch", "arm64", "--root", str(tree)),
-            *("--kernel", "debian:6.12", "--rw", "/work", "--", "sh", "-c", ROOT_LOOK),
+            *("--kernel", kernel, "--rw", "/work", "--", "sh", "-c", ROOT_LOOK),
         ],
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -353,6 +392,7 @@ def test_a_directory_is_the_root(tmp_path: Path) -> None:
     modules = found.pop("modules")
     assert found == {
         "machine": "aarch64",
+        "release": release,
         "root": "overlay",
         "who": str(os.geteuid()),
         "where": "/work",
