@@ -18,7 +18,7 @@ from pyvmm.host.syscalls import Closable
 if TYPE_CHECKING:
     import socket
 
-MOST = 32  # descriptors that come with one request: a tap has 16 at most
+MOST = 40  # descriptors that come with one request: a tap with 16 queues has 34
 
 _of_thread = local()
 

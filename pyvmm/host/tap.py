@@ -11,11 +11,9 @@ import os
 import socket
 from contextlib import ExitStack, suppress
 from struct import Struct
-from threading import get_native_id
 
 from pyvmm.errors import ConfigError, HostError
-from pyvmm.host import outside, syscalls
-from pyvmm.host.syscalls import read_or_empty
+from pyvmm.host import syscalls
 
 IFNAMSIZ = 16  # <linux/if.h>
 _IFREQ = Struct(f"={IFNAMSIZ}sH22x")  # struct ifreq: ifr_name, ifr_flags
@@ -176,35 +174,65 @@ def is_up(name: str) -> bool:
     return bool(_IFREQ.unpack(request)[1] & IFF_UP)
 
 
-def counters(name: str) -> dict[str, int]:
-    """The counters of an interface: frames and bytes to and from the guest, and the frames to it
-    that were dropped (proc_pid_net(5), /proc/net/dev). Raises HostError if it is gone."""
-    for line in outside.run(_all_counters).splitlines():
-        interface, _, numbers = line.strip().partition(":")
-        if interface == name:
-            # bytes, packets, errs, drop, …: 8 numbers received, then 8 sent
-            row = [int(number) for number in numbers.split()]
-            return {
-                "frames_to_guest": row[9],
-                "bytes_to_guest": row[8],
-                "frames_from_guest": row[1],
-                "bytes_from_guest": row[0],
-                "dropped_to_guest": row[11],
-            }
-    raise HostError(errno.ENODEV, f"counters of {name}")
+class Interface:
+    """What this machine tells of the interface called `name`."""
+
+    def __init__(self, name: str, counts: int = -1, changes: int = -1) -> None:
+        """Where this process is in another network: `counts` is what `open_counts` gives to another
+        one, and `changes` what `interface_changes` does; they stay the caller's."""
+        self.name = name
+        self._counts, self._changes = counts, changes
+
+    def counters(self) -> dict[str, int]:
+        """Its counters: frames and bytes to and from the guest, and the frames to it that were
+        dropped (proc_pid_net(5), /proc/net/dev). Raises HostError if it is gone."""
+        for line in self._all_counters().splitlines():
+            interface, _, numbers = line.strip().partition(":")
+            if interface == self.name:
+                # bytes, packets, errs, drop, …: 8 numbers received, then 8 sent
+                row = [int(number) for number in numbers.split()]
+                return {
+                    "frames_to_guest": row[9],
+                    "bytes_to_guest": row[8],
+                    "frames_from_guest": row[1],
+                    "bytes_from_guest": row[0],
+                    "dropped_to_guest": row[11],
+                }
+        raise HostError(errno.ENODEV, f"counters of {self.name}")
+
+    def _all_counters(self) -> str:
+        try:
+            fd = self._counts if self._counts >= 0 else open_counts()
+            try:
+                return os.pread(fd, _MOST_COUNTS, 0).decode(errors="replace")
+            finally:
+                if fd != self._counts:
+                    os.close(fd)
+        except OSError as error:
+            raise HostError(error.errno or 0, f"counters of {self.name}") from None
+
+    def changes(self) -> socket.socket:
+        """Readable after any interface has changed or gone, and the caller's. Where another process
+        has opened it, all that this returns tell of a change once together. Raises HostError."""
+        if self._changes < 0:
+            return interface_changes()
+        try:
+            return socket.socket(fileno=os.dup(self._changes))
+        except OSError as error:
+            raise HostError(error.errno or 0, "rtnetlink") from None
 
 
-def _all_counters() -> str:
-    """Of the network that this thread is in."""
-    return read_or_empty(f"/proc/self/task/{get_native_id()}/net/dev")
+_MOST_COUNTS = 1 << 20  # bytes
+
+
+def open_counts() -> int:
+    """The counters of all interfaces of the network that this thread is in. Raises OSError."""
+    return os.open("/proc/thread-self/net/dev", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def interface_changes() -> socket.socket:
-    """Readable after any interface has changed or gone (rtnetlink(7)). Raises HostError."""
-    return outside.run(_interface_changes)
-
-
-def _interface_changes() -> socket.socket:
+    """Readable after any interface of this network has changed or gone (rtnetlink(7)). Raises
+    HostError."""
     kind = socket.SOCK_RAW | socket.SOCK_NONBLOCK
     with ExitStack() as opened:
         try:

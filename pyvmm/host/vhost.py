@@ -131,14 +131,23 @@ class VhostNet(Closable):
 
 def open_net(option: str) -> VhostNet:
     """Open /dev/vhost-net. Raises ConfigError that names `option`."""
+    return take_net(open_device(option))
+
+
+def open_device(option: str) -> int:
+    """/dev/vhost-net, which is nobody's yet. Raises ConfigError that names `option`."""
     try:
-        fd = syscalls.open_file(DEVICE, os.O_RDWR)
+        return syscalls.open_file(DEVICE, os.O_RDWR)
     except HostError as error:
         missing = error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO)
         cure = "`modprobe vhost_net` may help" if missing else "check its permissions"
         raise ConfigError(
             f"no vhost: {error}", cure=f"{cure}, or leave out vhost", option=option
         ) from None
+
+
+def take_net(fd: int) -> VhostNet:
+    """`fd`, what `open_device` gives, for this process. Raises HostError, and closes it then."""
     try:
         return VhostNet(fd)
     except BaseException:

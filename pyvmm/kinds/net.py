@@ -47,7 +47,8 @@ _FOR_BOTH = ("mac", "mtu", "packed", *rates.NET_KEYS)
 _FOR_TAP = ("queues", "create", "vhost", "address", "bridge")
 _FOR_USER = ("forward", "host", "vhost-user")
 _VHOST_USER_QUEUE = 1024  # entries: a frame of 64 KiB takes 44 buffers
-_CABLE, _QUEUE = "passt", "tap-queue-"  # names of what is handed over
+# The names of what is handed over; the last for a tap whose frames the kernel moves.
+_CABLE, _QUEUE, _VHOST, _TOLD = "passt", "tap-queue-", "vhost-", ("tap-counters", "tap-changes")
 _TAP_NAME = "pyvmm%d"  # the kernel puts a number there
 
 OPTIONS = (
@@ -317,15 +318,13 @@ def open_device(spec: Spec, context: Context) -> NetDevice | VhostUserDevice:
 
 def vhosts(spec: Spec, context: Context) -> list[VhostNet]:
     """One for each pair of queues, if the kernel is to move the frames. Raises ConfigError."""
-    from pyvmm.host import vhost
-
     is_asked_for = spec.vhost is not None
     # Whoever traces requests wants to see the frames, which only our own path shows.
     if not (spec.vhost if is_asked_for else not (_excludes_vhost(spec) or context.trace)):
         return []
     with ExitStack() as opened:
         try:
-            served = [opened.enter_context(vhost.open_net(OPTION)) for _ in range(spec.queues)]
+            served = [opened.enter_context(_vhost_net(number)) for number in range(spec.queues)]
         except PyvmmError:
             if is_asked_for:
                 raise
@@ -334,13 +333,29 @@ def vhosts(spec: Spec, context: Context) -> list[VhostNet]:
     return served
 
 
+def _vhost_net(number: int) -> VhostNet:
+    """For that pair of queues. Raises ConfigError, HostError."""
+    from pyvmm.host import handed, vhost
+
+    if handed.present():
+        return vhost.take_net(handed.need(f"{_VHOST}{number}"))
+    return vhost.open_net(OPTION)
+
+
 def _open_vhost(spec: Spec, context: Context, served: Sequence[VhostNet]) -> NetDevice:
-    from pyvmm.host import log
+    from pyvmm.host import handed, log, tap
     from pyvmm.virtio.net.vhost_device import VhostNetDevice
 
-    backend, interface = _open_tap(spec)
+    backend, tap_name = _open_tap(spec)
     context.closing.callback(backend.close)
-    name = f"net-{interface}"
+    interface = tap.Interface(tap_name)
+    if handed.present():
+        told = []
+        for one in _TOLD:
+            told.append(handed.need(one))
+            context.closing.callback(os.close, told[-1])
+        interface = tap.Interface(tap_name, *told)
+    name = f"net-{tap_name}"
     if context.trace is not None:
         log.to_stderr(f"{name}: the kernel moves its frames (vhost); they are not traced")
     return VhostNetDevice(backend, served, interface, name=name, mac=mac_bytes(spec.mac))
@@ -440,22 +455,50 @@ def opens_by_name(spec: Spec) -> bool:
 
 
 def hand_over(spec: Spec, closing: ExitStack) -> tuple[Spec, dict[str, int]]:
-    """The queues of its tap, or the cable of its passt. Raises ConfigError."""
+    """The queues of its tap, with what has the kernel move its frames, or the cable of its passt.
+    Raises ConfigError."""
     if not spec.tap:
         cable = start_passt(spec)
         closing.callback(cable.close)
         return spec, {_CABLE: cable.fileno()}
-    if spec.vhost:
-        raise ConfigError(
-            "vhost cannot come to a confined VM",
-            cure="leave out vhost, or start the VM with --confine auto",
-            option=OPTION,
-        )
     fds, name, mtu = _tap_here(spec)
     for fd in fds:
         closing.callback(os.close, fd)
-    spec = replace(spec, tap=name, mtu=mtu, vhost=False)
-    return spec, {f"{_QUEUE}{number}": fd for number, fd in enumerate(fds)}
+    found = {f"{_QUEUE}{number}": fd for number, fd in enumerate(fds)}
+    vhosts = _vhosts_here(spec, closing)
+    spec = replace(spec, tap=name, mtu=mtu, vhost=spec.vhost if vhosts else False)
+    return spec, found | vhosts
+
+
+def _vhosts_here(spec: Spec, closing: ExitStack) -> dict[str, int]:
+    """What has the kernel move the frames of `spec` in another process; nothing if that is not
+    wanted, or cannot be had. Raises ConfigError if it is asked for."""
+    from pyvmm.errors import HostError
+    from pyvmm.host import tap, vhost
+
+    if spec.vhost is False or (spec.vhost is None and _excludes_vhost(spec)):
+        return {}
+    found: dict[str, int] = {}
+    try:
+        for number in range(spec.queues):
+            found[f"{_VHOST}{number}"] = fd = vhost.open_device(OPTION)
+            closing.callback(os.close, fd)
+        for name, opens in zip(_TOLD, (tap.open_counts, _changes_here), strict=True):
+            found[name] = fd = opens()
+            closing.callback(os.close, fd)
+    except (PyvmmError, OSError) as error:
+        if not spec.vhost:
+            return {}
+        if isinstance(error, OSError):
+            raise HostError(error.errno or 0, "counters of interfaces") from None
+        raise
+    return found
+
+
+def _changes_here() -> int:
+    from pyvmm.host import tap
+
+    return tap.interface_changes().detach()
 
 
 def through_port(spec: Spec, path: str) -> Spec:

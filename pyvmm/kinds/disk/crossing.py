@@ -73,7 +73,7 @@ def descriptors(disk: DiskSpec, closing: ExitStack) -> dict[str, int]:
         from pyvmm.host.storage_daemon import start_apart
 
         found = start_apart(qcow2_layers(disk, closing), closing, direct=disk.direct)
-    elif disk.storage == "python" and not disk.copies_on_write:
+    else:
         file = disk.path.rpartition(":")[0]
         try:
             fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -81,11 +81,6 @@ def descriptors(disk: DiskSpec, closing: ExitStack) -> dict[str, int]:
             raise ConfigError(f"cannot open {file}: {error.strerror}", option="--disk") from None
         closing.callback(os.close, fd)
         found = {file: fd}
-    else:
-        raise ConfigError(
-            f"a {disk.storage} disk with snapshot cannot come to a confined VM",
-            cure="leave out snapshot, or start the VM with --confine auto",
-        )
     if disk.overlay is not None:
         found[disk.overlay] = _overlay_file(disk, disk.overlay, closing)
     elif disk.snapshot:

@@ -45,13 +45,14 @@ class VhostPair:
         self,
         name: str,
         vhost: VhostNet,
+        interface: tap.Interface,
         fd: int,
         queues: Sequence[Queue],
         activation: Activation,
         lost: Callable[[str], None],
     ) -> None:
-        """`name` is the thread's, `fd` the pair's queue of the tap; `lost` is told why the tap
-        gives no more frames. Raises HostError."""
+        """`name` is the thread's, `fd` the pair's queue of the tap `interface`; `lost` is told why
+        that gives no more frames. Raises HostError."""
         self._name = name
         self._vhost = vhost
         self._tap = fd
@@ -62,7 +63,7 @@ class VhostPair:
         with ExitStack() as opened:
             self._broken = opened.enter_context(EventFd())
             self._stop = opened.enter_context(EventFd())
-            self._changes = opened.enter_context(tap.interface_changes())
+            self._changes = opened.enter_context(interface.changes())
             self._poller = opened.enter_context(Poller())
             for readable in (self._broken, self._stop, self._changes):
                 self._poller.add(readable.fileno(), lambda _: None, READABLE)

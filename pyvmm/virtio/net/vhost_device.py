@@ -42,7 +42,7 @@ class VhostNetDevice(NetDevice):
         self,
         backend: TapBackend,
         vhosts: Sequence[VhostNet],
-        interface: str,
+        interface: tap.Interface,
         *,
         name: str,
         mac: bytes,
@@ -61,12 +61,12 @@ class VhostNetDevice(NetDevice):
         # Pairs are started and stopped by the driver's vCPU, by the control queue's thread and by
         # whoever plugs the cable. Taken before any queue's lock.
         self._switching = RLock()
-        self._before = self._counted = tap.counters(interface)
+        self._before = self._counted = interface.counters()
 
     def stats(self) -> Mapping[str, object]:
         """Frames and bytes both ways since the start, as the interface counts them."""
         with suppress(HostError):  # it is gone; what was counted stays
-            self._counted = tap.counters(self._interface)
+            self._counted = self._interface.counters()
         since = {key: self._counted[key] - before for key, before in self._before.items()}
         dropped = since.pop("dropped_to_guest")
         drops = {"the tap's queue was full": dropped} if dropped else {}
@@ -93,7 +93,8 @@ class VhostNetDevice(NetDevice):
             sending = [queue for queue in queues if queue.index & 1]
             return super()._worker(pair, sending or queues, activation)
         name, end = f"{self.name}-p{pair}", self._tap.channels[pair].readable.fd
-        return VhostPair(name, self._vhosts[pair], end, queues, activation, self._lose_link)
+        served = self._vhosts[pair], self._interface, end
+        return VhostPair(name, *served, queues, activation, self._lose_link)
 
     def _start_pair(self, pair: int) -> None:
         if pair < self._active_pairs:  # the tap has let go of the others' ends

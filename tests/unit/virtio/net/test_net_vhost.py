@@ -5,6 +5,7 @@ Where there is no /dev/vhost-net, tests/guest/test_linux_vhost.py runs these in 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import socket
@@ -28,7 +29,7 @@ from net_rig import (
     wait_for,
 )
 
-from pyvmm.host import interfaces, tap, vhost
+from pyvmm.host import handed, interfaces, tap, vhost
 from pyvmm.host.saved import Saved
 from pyvmm.kinds import net as device_net
 from pyvmm.kinds.interface import Context
@@ -118,16 +119,23 @@ class VhostRig(NetRig):
 
 
 def new_card(
-    closing: ExitStack, pairs: int
+    closing: ExitStack, pairs: int, *, told: bool = False
 ) -> tuple[VhostNetDevice, str, list[str], socket.socket]:
-    """A device on a tap of its own, that one's name, what it logs, and a socket on it."""
+    """A device on a tap of its own, that one's name, what it logs, and a socket on it. What it is
+    `told` of its interface has been opened before."""
     served = [closing.enter_context(vhost.open_net("--net")) for _ in range(pairs)]
     fds, name = tap.open_tap("pyvmmv%d", pairs, create=True)
     interfaces.set_up(name)
     backend = TapBackend(fds, MTU)
     closing.callback(backend.close)
     lines: list[str] = []
-    device = VhostNetDevice(backend, served, name, name="net0", mac=MAC, log=lines.append)
+    interface = tap.Interface(name)
+    if told:
+        opened = tap.open_counts(), tap.interface_changes().detach()
+        for fd in opened:
+            closing.callback(os.close, fd)
+        interface = tap.Interface(name, *opened)
+    device = VhostNetDevice(backend, served, interface, name="net0", mac=MAC, log=lines.append)
     wire = closing.enter_context(socket.socket(socket.AF_PACKET, socket.SOCK_RAW))
     wire.bind((name, ETHERTYPE))
     wire.settimeout(30)
@@ -136,10 +144,10 @@ def new_card(
 
 @contextmanager
 def running(
-    pairs: int = 1, features: int | None = None, *, irqfd: bool = True
+    pairs: int = 1, features: int | None = None, *, irqfd: bool = True, told: bool = False
 ) -> Iterator[VhostRig]:
     with ExitStack() as closing:
-        device, name, lines, wire = new_card(closing, pairs)
+        device, name, lines, wire = new_card(closing, pairs, told=told)
         driver = closing.enter_context(attached(device, start=False, irqfd=irqfd, ram=RAM))
         driver.mmio.start(features=features)
         rig = VhostRig(driver, device, None)  # type: ignore[arg-type]
@@ -266,8 +274,9 @@ def test_a_link_that_is_down_loses_frames_and_comes_up_again() -> None:
         assert rig.device.stats()["dropped"] == {}
 
 
-def test_a_tap_that_is_deleted_is_a_link_lost() -> None:
-    with running() as rig:
+@pytest.mark.parametrize("told", [False, True], ids=["", "handed"])
+def test_a_tap_that_is_deleted_is_a_link_lost(told: bool) -> None:
+    with running(2, told=told) as rig:
         rig.exchange(3)
         assert int(rig.device.stats()["frames_from_guest"]) >= 3  # type: ignore[call-overload]
         subprocess.run(["ip", "link", "del", rig.interface], check=True)
@@ -279,6 +288,37 @@ def test_a_tap_that_is_deleted_is_a_link_lost() -> None:
         rig.driver.restart()
         assert rig.send(header() + frame()) == 0
         assert not rig.driver.needs_reset
+
+
+def test_what_another_process_has_opened_serves_a_monitor_in_another_network() -> None:
+    """As whoever adds a card to a confined monitor does."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    found: list[bool] = []
+    opens, changed = Event(), Event()
+
+    def confined(spec: device_net.Spec, names: dict[str, int]) -> None:
+        assert libc.unshare(0x40000000) == 0, ctypes.get_errno()  # CLONE_NEWNET of <linux/sched.h>
+        with ExitStack() as closing, handed.Descriptors(names.values()) as owner:
+            with handed.files(names, owner):
+                device = device_net.open_device(spec, Context("vm", None, closing))
+            assert isinstance(device, VhostNetDevice) and not owner.fds
+            assert device.stats()["frames_from_guest"] == 0
+            with device._interface.changes() as one, device._interface.changes() as other:
+                opens.set()
+                assert changed.wait(60)
+                found.extend(tap.drain_changes(each) for each in (one, other))
+
+    with ExitStack() as opened:
+        spec, files = device_net.hand_over(device_net.parse("tap=pyvmmv%d,create,vhost"), opened)
+        assert len(files) == 4, files
+        given = {name: os.dup(fd) for name, fd in files.items()}
+        thread = Thread(target=confined, args=(device_net.check(spec), given))
+        thread.start()
+        assert opens.wait(60)
+        subprocess.run(["ip", "link", "set", "dev", spec.tap, "mtu", "1400"], check=True)
+        changed.set()
+        thread.join(60)
+    assert found == [True, False], "told once, to whoever asks first"
 
 
 def test_another_interface_that_goes_is_none_of_our_business() -> None:
