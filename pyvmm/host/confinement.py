@@ -19,7 +19,7 @@ import os
 import resource
 import struct
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from pyvmm.errors import ConfigError
@@ -64,6 +64,14 @@ def python(module: str, *arguments: str) -> list[str]:
     """The command line that calls `main` of a module of pyvmm with `arguments`, in a Python that
     has its standard library and pyvmm only; such a program `enter`s a room by itself."""
     return [sys.executable, "-I", "-S", "-B", "-c", _CALL, _ABOVE, module, *arguments]
+
+
+def package_folders() -> Iterator[str]:
+    """The folders of packages that this Python looks in; not those that a program adds to its path,
+    which may be anybody's."""
+    for path in sys.path:
+        if os.path.basename(path) in ("site-packages", "dist-packages", "lib-dynload"):
+            yield path
 
 
 _CALL = """

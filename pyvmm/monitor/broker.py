@@ -20,15 +20,18 @@ import select
 import signal
 import time
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from pyvmm.errors import HostError, PyvmmError
-from pyvmm.host import unix_sockets
+from pyvmm.host import handed, unix_sockets
 from pyvmm.host.parent import end_with
 from pyvmm.host.unix_sockets import Socket
+
+if TYPE_CHECKING:
+    from pyvmm.host.other_user import OtherUser
 
 KINDS = ("disk", "net", "share")
 _ASKS = tuple(f'"{kind}.add"'.encode() for kind in KINDS)
@@ -36,7 +39,6 @@ MOST_WAITING = 32  # who have not said a whole line
 MOST_WORKERS = 8
 _SHARE_OF_OTHERS = 4  # of both a quarter, beside those: at doors that are not for the owner alone
 _LONGEST_LINE = 1 << 16
-_MOST_FDS = 32
 _PATIENCE = 150.0  # seconds for the monitor's answer, which may wait for a guest that mounts it
 _SENDING = 10.0  # seconds for the answer to reach the client
 _NO_ROOM_SECONDS = 0.2
@@ -65,7 +67,7 @@ class _Client:
 
     def hear(self) -> bool:
         """Take what it says next; whether it is still there."""
-        room = unix_sockets.room_for(_MOST_FDS + 1)
+        room = unix_sockets.room_for(handed.MOST + 1)
         size = _LONGEST_LINE + 1 - len(self.said)
         try:
             data, ancillary, _, _ = self.socket.recvmsg(size, room, _socket.MSG_CMSG_CLOEXEC)
@@ -75,7 +77,7 @@ class _Client:
             return False
         self.fds += unix_sockets.descriptors_in(ancillary)
         self.said += data
-        return bool(data) and len(self.fds) <= _MOST_FDS
+        return bool(data) and len(self.fds) <= handed.MOST
 
     @property
     def is_whole(self) -> bool:
@@ -109,9 +111,10 @@ def _say_busy(socket: Socket, why: str) -> None:
 class Broker:
     """Hears clients at its doors, once `begin` was called."""
 
-    def __init__(self, monitor: int, epoll: select.epoll) -> None:
+    def __init__(self, monitor: int, epoll: select.epoll, user: OtherUser | None = None) -> None:
         """`monitor` is the process that is served, and no client. `epoll` is told what to wait
-        for."""
+        for. What a client names is opened as `user`, if there is one."""
+        self._user = user
         self._not_clients = (monitor, os.getpid())
         self._epoll = epoll
         self._doors: dict[int, Door] = {}
@@ -124,6 +127,14 @@ class Broker:
     def begin(self) -> None:
         for fd in self._doors:
             self._epoll.register(fd, select.EPOLLIN)
+
+    def go_on(self, fd: int, listener: int) -> None:
+        """The connection `fd` has come to the door that has `listener`, and was not heard."""
+        self._admit(unix_sockets.adopt(fd), self._doors[listener])
+
+    @property
+    def is_idle(self) -> bool:
+        return not (self._clients or self._workers)
 
     def serve(self, fd: int) -> None:
         """Something has happened at `fd`."""
@@ -142,8 +153,10 @@ class Broker:
         except HostError:  # no more descriptors
             time.sleep(_NO_ROOM_SECONDS)
             return
-        if socket is None:
-            return
+        if socket is not None:
+            self._admit(socket, door)
+
+    def _admit(self, socket: Socket, door: Door) -> None:
         client = _Client(socket, door)
         try:
             peer = unix_sockets.peer(socket)
@@ -208,7 +221,7 @@ class Broker:
             self._refuse(client, f"no process can be made: {error.strerror}")
             return
         if not child:
-            _work(client, keeper)
+            _work(client, keeper, self._user)
         client.close()
         process = os.pidfd_open(child)
         self._workers[process] = child, client.door
@@ -218,14 +231,19 @@ class Broker:
 # --- in a process of its own ----------------------------------------------------------------------
 
 
-def _work(client: _Client, keeper: int) -> NoReturn:
+def _work(client: _Client, keeper: int, user: OtherUser | None) -> NoReturn:
+    def settle() -> None:
+        if user is not None:
+            user.become()
+        end_with(keeper)  # which a process that becomes another user's forgets
+
     try:
         end_with(keeper)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, signal.SIG_DFL)
         channel, socket = _keep_only(client.door.channel, client.socket)
         line, _, rest = client.said.partition(b"\n")
-        _answer(channel, unix_sockets.adopt(socket.detach()), line + b"\n", rest)
+        _answer(channel, unix_sockets.adopt(socket.detach()), line + b"\n", rest, settle)
     finally:
         os._exit(0)
 
@@ -244,7 +262,14 @@ def _keep_only(*sockets: _socket.socket) -> list[_socket.socket]:
     return [_socket.socket(fileno=fd) for fd in range(first, least)]
 
 
-def _answer(channel: _socket.socket, socket: Socket, line: bytes, rest: bytes) -> None:
+def _answer(
+    channel: _socket.socket,
+    socket: Socket,
+    line: bytes,
+    rest: bytes,
+    settle: Callable[[], None] = lambda: None,
+) -> None:
+    """`settle` is called before anything is opened. Raises HostError, OSError as it does."""
     from pyvmm.control.client import send_all
     from pyvmm.control.protocol import ControlError, parse_request
     from pyvmm.control.server import answered
@@ -260,13 +285,15 @@ def _answer(channel: _socket.socket, socket: Socket, line: bytes, rest: bytes) -
         except OSError:
             _say_busy(socket, _MANY)
         return
-    answer = answered(request.id, partial(_added, channel, kind, request.params))
+    answer = answered(request.id, partial(_added, channel, kind, request.params, settle))
     with suppress(PyvmmError, OSError):
         send_all(socket, answer, time.monotonic() + _SENDING)
         pass_on(channel, socket, rest)
 
 
-def _added(channel: _socket.socket, kind: str, params: dict[str, Any]) -> Any:
+def _added(
+    channel: _socket.socket, kind: str, params: dict[str, Any], settle: Callable[[], None]
+) -> Any:
     """Raises ControlError, ConfigError, HostError."""
     import contextlib
 
@@ -281,6 +308,7 @@ def _added(channel: _socket.socket, kind: str, params: dict[str, Any]) -> Any:
     except OSError:  # there are more already than the monitor takes
         raise ControlError(BUSY, _MANY) from None
     theirs.close()
+    settle()
     with contextlib.closing(Client("the VM", ours)) as client:
         ask = partial(client.ask, f"{kind}.add", patience=_PATIENCE)
 

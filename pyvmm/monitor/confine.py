@@ -6,19 +6,18 @@ Decision 0410 has the moment, the layers, and all that needs a name after it.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyvmm.errors import ConfigError, HostError
-from pyvmm.host import box, handed, log, named_listener, pausing, unix_sockets
+from pyvmm.host import box, confinement, handed, log, named_listener, pausing, unix_sockets
 from pyvmm.host.box import NO_BOX, Box, Needs
 from pyvmm.host.outside import Outside
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.kvm.uapi import KVM_RUN, numbers
-from pyvmm.spec.surroundings import EXEC, OFF, STRICT, USUAL, Surroundings
+from pyvmm.spec.surroundings import AUTO, EXEC, OFF, STRICT, USUAL, Surroundings
 from pyvmm.spec.vm import VmSpec
 
 if TYPE_CHECKING:
@@ -36,12 +35,19 @@ T = TypeVar("T")
 class Confinement:
     """The confinement of one VM's monitor: made while nothing is open yet, entered when all is."""
 
-    def __init__(self, surroundings: Surroundings = USUAL, *, passes_signals: bool = False) -> None:
-        """`passes_signals`: to another process, by its descriptor."""
+    def __init__(
+        self,
+        surroundings: Surroundings = USUAL,
+        *,
+        passes_signals: bool = False,
+        is_inside: bool = False,
+    ) -> None:
+        """`passes_signals`: to another process, by its descriptor. `is_inside`: this is an emulated
+        host, where all that there is belongs to the VM."""
         self._surroundings = surroundings
         self._mode = surroundings.confine
         # Or the threads that serve the guest alone, beside one that opens what comes.
-        self._whole = self._mode == STRICT
+        self._whole = self._mode == STRICT or (self._mode == AUTO and not is_inside)
         self._user: OtherUser | None = None
         if surroundings.user:
             from pyvmm.host.other_user import OtherUser
@@ -73,7 +79,7 @@ class Confinement:
             keeper = self._keeper = Keeper(
                 os.path.dirname(registration.path),
                 registration.name,
-                for_another=self._user is not None,
+                user=self._user,
             )
             for path in registration.files:
                 keeper.announce(path)
@@ -115,8 +121,7 @@ class Confinement:
         """The control sockets with what brings the connections that our keeper has heard first, if
         it does. To be called before `enter`. Raises OSError."""
         keeper = self._keeper
-        # Where the monitor becomes another user, what it gets later is opened by who asks.
-        if keeper is None or not self._whole or self._user or not self._has_name:
+        if keeper is None or not self._whole or not self._has_name:
             return listener, doors
         from pyvmm.control.server import Door
 
@@ -273,7 +278,7 @@ class Confinement:
             message = error.message if isinstance(error, ConfigError) else str(error)
             raise ConfigError(
                 f"a confined monitor opens nothing by name: {message}",
-                cure="start the VM with --confine auto",
+                cure="start the VM with --confine off",
             ) from None
 
 
@@ -284,12 +289,10 @@ def _ask_for_names(keeper: Keeper) -> None:
 
 def _code() -> Iterator[str]:
     """The folders of Python's own modules and those of packages, which are loaded when they are
-    wanted; not the folders that a program adds to its path, which may be anybody's."""
+    wanted."""
     yield os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     yield os.path.dirname(os.path.abspath(os.__file__))
-    for path in sys.path:
-        if os.path.basename(path) in ("site-packages", "dist-packages", "lib-dynload"):
-            yield path
+    yield from confinement.package_folders()
 
 
 def _files(spec: VmSpec) -> Iterator[str]:

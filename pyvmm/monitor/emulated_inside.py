@@ -45,7 +45,7 @@ def main() -> int:
         spec = from_json(sys.argv[2])
         stop_patience = float(sys.argv[3])
         surroundings = read_surroundings(json.loads(sys.argv[4]))
-        confinement = Confinement(surroundings)
+        confinement = Confinement(surroundings, is_inside=True)
         log.set_vm(spec.name)
         if VARIABLE not in os.environ:
             return run_here(spec, quiet=True, stop_patience=stop_patience, confinement=confinement)

@@ -382,11 +382,11 @@ class Hotplug(Closable):
         name."""
         if not registry.opens_by_name(spec):
             return
-        cure = "start the VM with --confine auto"
-        error = ConfigError("a confined monitor opens nothing by name", cure=cure)
+        opens_nothing = "a confined monitor opens nothing by name"
         if registry.hands_over(kind) and not self._is_inside:  # where no descriptor gets
-            raise ControlError(NEEDS_FILES, f"{error}, or send descriptors")
-        raise error
+            cure = f"make {kind}.add the first request of its connection, or send descriptors"
+            raise ControlError(NEEDS_FILES, f"{opens_nothing}; {cure}")
+        raise ConfigError(opens_nothing, cure="start the VM with --confine off")
 
     def _watch_arrival(self, device: VirtioDevice, slot: int) -> None:
         parts = self._machine.parts

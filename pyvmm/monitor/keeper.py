@@ -19,8 +19,11 @@ announced (``b"add" + path``, or ``b"nam" + path`` for one that is not removed) 
 about to enter the box, which it says (``b"box"``): a file is removed only if it is still the same.
 Until then it may also say which group of processes to remove at the end (``b"grp"`` and a JSON
 list: where to go, and the group), and have the keeper hear who comes to its control sockets, before
-it does itself (``b"lis"``, a byte and two descriptors: pyvmm.monitor.broker). The keeper has no
-other descriptors than its socket and these, and ends with the monitor.
+it does itself (``b"lis"``, a byte and two descriptors: pyvmm.monitor.broker).
+
+The keeper has nothing else of the monitor's open than its socket and these, and ends with it. Once
+it has had nothing to do for some seconds, it sleeps (pyvmm.monitor.asleep), but not in an emulated
+host.
 
 Where the monitor becomes another user, the keeper is root, and the folder of a socket may be that
 user's: what he makes a link of later is not followed for him.
@@ -36,10 +39,11 @@ import select
 import signal
 import stat
 import struct
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from threading import Lock
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from pyvmm.control import vm_log
 from pyvmm.errors import HostError
@@ -48,7 +52,8 @@ from pyvmm.host.named_listener import Identity
 from pyvmm.host.unix_sockets import Socket
 
 if TYPE_CHECKING:
-    from pyvmm.monitor.broker import Broker
+    from pyvmm.host.other_user import OtherUser
+    from pyvmm.monitor.broker import Broker, Door
     from pyvmm.monitor.cgroup import Group
 
 _MOST = 64 << 10  # bytes of a message
@@ -56,17 +61,19 @@ _ANSWER = struct.Struct("=i")
 _FDS = struct.Struct("=2i")  # with a "lis"
 _MOST_TEXT = 4096
 _KEYS = {"message": str, "ending": str}
+_AWAKE = 5.0  # seconds without anything to do, before it sleeps
+_APART = 8  # numbers of descriptors that are kept free
 
 
 class Keeper:
     """The monitor's end. Any thread may call it."""
 
     def __init__(
-        self, place: str, name: str, *, for_another: bool = False, is_inside: bool = False
+        self, place: str, name: str, *, user: OtherUser | None = None, is_inside: bool = False
     ) -> None:
         """Fork the keeper of the VM `name`; `place` is the folder of control sockets. The monitor
-        is to become another user if it is `for_another`. `is_inside`: this is an emulated host.
-        To be called before anything is opened for the VM. Raises HostError."""
+        is to become `user`, if there is one. `is_inside`: this is an emulated host. To be called
+        before anything is opened for the VM. Raises HostError."""
         try:
             self._socket, theirs = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
             child = os.fork()
@@ -76,7 +83,8 @@ class Keeper:
         if not child:
             try:
                 _be_alone(theirs.fileno())
-                serving = _Serving(theirs, place, name, for_another, is_inside)
+                state = _State(place, name, user, is_inside, os.getppid(), _AWAKE)
+                serving = _Serving(theirs, state)
                 serving.run()
                 serving.end()
             finally:
@@ -197,6 +205,9 @@ def _be_alone(fd: int) -> None:
     gc.freeze()  # or else to look through what the monitor has would copy it
     os.closerange(0, fd)
     os.closerange(fd + 1, os.sysconf("SC_OPEN_MAX"))
+    while (null := os.open(os.devnull, os.O_RDWR)) < 3:  # standard streams
+        os.set_inheritable(null, True)
+    os.close(null)
 
 
 class _File(NamedTuple):
@@ -213,24 +224,68 @@ class _File(NamedTuple):
         return cls(path, os.path.join(os.path.realpath(folder), name), removes)
 
 
+class _State(NamedTuple):
+    """See Keeper; `monitor` is its process, `awake` are the seconds before a sleep."""
+
+    place: str
+    name: str
+    user: Sequence[int] | None
+    is_inside: bool
+    monitor: int
+    awake: float
+
+
+def main(arguments: list[str]) -> NoReturn:
+    """Go on after a sleep, with what is in the file that is the descriptor arguments[0]."""
+    try:
+        serving = _Serving.woken(int(arguments[0]))
+        serving.run()
+        serving.end()
+    finally:
+        os._exit(0)
+
+
 class _Serving:
-    def __init__(
-        self,
-        socket: _socket.socket,
-        place: str,
-        name: str,
-        for_another: bool,
-        is_inside: bool,
-    ) -> None:
+    def __init__(self, socket: _socket.socket, state: _State) -> None:
         self._socket = socket
-        self._is_inside = is_inside
-        self._for_another = for_another
-        self._place, self._name = place, name
+        self._state = state
+        self._is_inside = state.is_inside
+        self._place, self._name = state.place, state.name
         self._files: list[_File] = []
         self._boxed = False
         self._group: tuple[str, ...] = ()
-        self._epoll: select.epoll | None = None
+        self._epoll = select.epoll()
+        self._epoll.register(socket.fileno(), select.EPOLLIN)
         self._broker: Broker | None = None
+        self._doors: list[Door] = []
+        self._sleeps = bool(sys.executable) and not state.is_inside
+        self._asleep: tuple[int, int] | None = None  # its program, and the memory of this
+
+    @classmethod
+    def woken(cls, memory: int) -> _Serving:
+        """Raises OSError, ValueError, TypeError, KeyError for what it does not know."""
+        import json
+
+        known = json.loads(os.pread(memory, os.fstat(memory).st_size, 0))
+        sys.path += known["packages"]
+        made = cls(_socket.socket(fileno=known["socket"]), _State(*known["state"]))
+        made._asleep = known["program"], memory
+        made._group = tuple(known["group"])
+        made._boxed = True
+        made._files = [
+            _File(path, exactly, removes, None if identity is None else (identity[0], identity[1]))
+            for path, exactly, removes, identity in known["files"]
+        ]
+        for listener, channel, owner_only in known["doors"]:
+            made._listen(owner_only, [listener, channel])
+        made._let_inherit(False)
+        if made._broker is not None:
+            made._broker.begin()
+            for place, (listener, _, _) in zip(made._places(), known["doors"], strict=True):
+                with suppress(OSError):  # nobody is there
+                    os.set_inheritable(place, False)
+                    made._broker.go_on(place, listener)
+        return made
 
     def run(self) -> None:
         """Serve until the other end is closed."""
@@ -252,6 +307,10 @@ class _Serving:
             self._socket.sendmsg([_ANSWER.pack(failed)], rights)
             if fd >= 0:
                 os.close(fd)
+            if message == b"box" and not self._is_inside:
+                from pyvmm.host import box
+
+                box.stay_outside()
 
     def end(self) -> None:
         """The monitor has ended."""
@@ -263,12 +322,78 @@ class _Serving:
 
     def _wait(self) -> None:
         """Wait for the monitor, and hear clients meanwhile."""
-        while self._broker is not None and self._epoll is not None:
-            ready = [fd for fd, _ in self._epoll.poll()]
-            for fd in ready:
-                self._broker.serve(fd)
+        while True:
+            is_idle = self._boxed and (self._broker is None or self._broker.is_idle)
+            patience = self._state.awake if self._sleeps and is_idle else None
+            ready = [fd for fd, _ in self._epoll.poll(patience)]
+            if not ready:
+                self._sleep()
+            elif self._broker is not None:
+                for fd in ready:
+                    self._broker.serve(fd)
             if self._socket.fileno() in ready:
                 return
+
+    def _sleep(self) -> None:
+        """Become what waits without Python; this returns where that cannot be."""
+        from pyvmm.monitor import asleep
+
+        self._sleeps = False
+        with suppress(OSError, ValueError):
+            if self._asleep is None:
+                self._asleep = self._prepare_sleep()
+            self._let_inherit(True)
+            asleep.become(self._asleep[0], self._name)
+        self._let_inherit(False)
+
+    def _prepare_sleep(self) -> tuple[int, int]:
+        """Raises OSError, ValueError."""
+        import json
+
+        from pyvmm.host import confinement
+        from pyvmm.monitor import asleep
+
+        memory = os.memfd_create("pyvmm-keeper-state")
+        doors = [
+            asleep.Door(door.listener.fileno(), door.channel.fileno(), place)
+            for door, place in zip(self._doors, self._places(), strict=True)
+        ]
+        program = asleep.make(
+            confinement.python(__name__, str(memory), f"for {self._name}"),
+            self._socket.fileno(),
+            doors,
+            has_work_at_the_end=bool(self._group),
+        )
+        known = {
+            "socket": self._socket.fileno(),
+            "state": self._state,
+            "program": program,
+            "packages": list(confinement.package_folders()),
+            "group": self._group,
+            "files": self._files,
+            "doors": [
+                (door.listener.fileno(), door.channel.fileno(), door.owner_only)
+                for door in self._doors
+            ],
+        }
+        os.pwrite(memory, json.dumps(known).encode(), 0)
+        return program, memory
+
+    def _places(self) -> range:
+        """Numbers of descriptors, one for each door, that nothing else gets: those of new ones are
+        the lowest that are free."""
+        first = max(self._lasting(), default=0) + _APART
+        return range(first, first + len(self._doors))
+
+    def _lasting(self) -> Iterator[int]:
+        yield self._socket.fileno()
+        for door in self._doors:
+            yield door.listener.fileno()
+            yield door.channel.fileno()
+
+    def _let_inherit(self, inheritable: bool) -> None:
+        for fd in (*self._lasting(), *(self._asleep or ())):
+            os.set_inheritable(fd, inheritable)
 
     def _hear(self) -> tuple[bytes, list[int]]:
         if self._boxed:
@@ -282,12 +407,16 @@ class _Serving:
         from pyvmm.monitor.broker import Broker, Door
 
         if self._broker is None:
-            self._epoll = select.epoll()
-            self._epoll.register(self._socket.fileno(), select.EPOLLIN)
-            self._broker = Broker(os.getppid(), self._epoll)
+            user = None
+            if self._state.user is not None:
+                from pyvmm.host.other_user import OtherUser
+
+                user = OtherUser(*self._state.user)
+            self._broker = Broker(self._state.monitor, self._epoll, user)
         listener, channel = unix_sockets.adopt(fds[0]), _socket.socket(fileno=fds[1])
         fds.clear()
-        self._broker.add(Door(listener, channel, owner_only))
+        self._doors.append(Door(listener, channel, owner_only))
+        self._broker.add(self._doors[-1])
 
     def _do(self, what: bytes, rest: bytes, fds: list[int]) -> int:
         """The descriptor to answer with, or -1. Raises OSError, ValueError, IndexError."""
@@ -309,7 +438,7 @@ class _Serving:
             number, *port = map(int, rest.split())
             suffix = "".join(f"_{one}" for one in port[:1])
             file = self._files[number]
-            if self._for_another:
+            if self._state.user is not None:
                 return _connected_exactly(file.exactly + suffix)
             return _connected(file.path + suffix)
         elif what in (b"add", b"nam") and not self._boxed:

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from boot_images import Elf, Load
+from hotplug_rig import until
 from test_monitors_box import DEVICE, HELPERS, READS_AND_WAITS, SAFETY_TIMEOUT
 
 from pyvmm.kvm.system import Kvm
@@ -212,6 +214,39 @@ def test_root_connects_him_to_no_other_socket(python: str, folder: Path, mode: s
         options = ("--user", f"{ONE}:{ONE}", "--confine", mode, "--vsock", f"path={his}/vsock")
         with running(python, folder, "a", plan, *options) as vm:
             assert vm.found() == {"a listener": "done", "a link": "ELOOP"}
+
+
+ASKS = """
+import socket, sys
+client = socket.socket(socket.AF_UNIX)
+client.connect(sys.argv[1])
+client.sendall(sys.argv[2].encode() + b"\\n")
+print(client.makefile().readline())
+"""
+
+
+@pytest.mark.parametrize("mode", ["auto", "strict"])
+def test_what_a_client_names_is_opened_as_that_user(python: str, folder: Path, mode: str) -> None:
+    """Though the keeper, which hears it, is root."""
+    options = ("--user", f"{ONE}:{ONE}", "--confine", mode, "--transport", "pci")
+    answers = {}
+    with (
+        tempfile.TemporaryDirectory() as place,  # in a folder that is everybody's
+        running(python, folder, "a", {"none": "pass"}, *options) as vm,
+    ):
+        os.chmod(place, 0o711)
+        until(lambda: vm("stats", "a").returncode == 0)
+        for name, owner in (("his", ONE), ("roots", 0)):
+            disk = Path(place, name)
+            disk.write_bytes(bytes(512))
+            disk.chmod(0o600)
+            os.chown(disk, owner, owner)
+            asked = {"version": 1, "method": "disk.add", "params": {"device": str(disk)}}
+            argv = [python, "-c", ASKS, f"{folder}/pyvmm/a.sock", json.dumps(asked)]
+            done = subprocess.run(argv, capture_output=True, text=True, timeout=SAFETY_TIMEOUT)
+            answers[name] = json.loads(done.stdout)
+    assert "result" in answers["his"] and "error" in answers["roots"], answers
+    assert "Permission denied" in answers["roots"]["error"]["message"], answers
 
 
 @pytest.mark.parametrize(

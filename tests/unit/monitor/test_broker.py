@@ -91,8 +91,12 @@ class Monitor:
         return {"has": [os.pread(fd, 7, 0).decode() for fd in descriptors.fds], **params}
 
 
-@pytest.fixture
-def monitor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Monitor]:
+@pytest.fixture(params=[5.0, 0.0], ids=["", "asleep"])
+def monitor(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Monitor]:
+    """Its keeper sleeps whenever it has nothing to do, or never."""
+    monkeypatch.setattr("pyvmm.monitor.keeper._AWAKE", request.param)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "image").write_bytes(b"content" + bytes(505))
     closing: list[Callable[[], object]] = []
@@ -101,6 +105,15 @@ def monitor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Monitor
     finally:
         while closing:
             closing.pop()()
+
+
+def sockets_of(pid: int) -> int:
+    """How many it has, which may be about to change."""
+    found = 0
+    for entry in os.scandir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found += "socket" in os.readlink(entry.path)
+    return found
 
 
 def request(method: str, **params: Any) -> bytes:
@@ -197,7 +210,7 @@ for _ in range(2):
 def test_what_it_is_told_late_it_does_not_believe(monitor: Monitor) -> None:
     with pytest.raises(OSError, match="Invalid argument"):
         monitor.keeper.listen(monitor.listener, owner_only=False)
-    assert len(os.listdir(f"/proc/{monitor.keeper.pid}/fd")) == 4  # none is kept
+    until(lambda: sockets_of(monitor.keeper.pid) == 3)  # none is kept
 
 
 def test_those_who_say_nothing_are_not_heard_for_ever(monitor: Monitor) -> None:
@@ -222,7 +235,7 @@ for one in silent:
     assert json.loads(done.stdout)["error"]["code"] == "busy"
     [status] = ask(monitor, request("status"))
     assert status["result"] == {"name": "web"}
-    until(lambda: len(os.listdir(f"/proc/{monitor.keeper.pid}/fd")) == 4)
+    until(lambda: sockets_of(monitor.keeper.pid) == 3)
 
 
 def test_those_at_doors_of_others_are_not_in_the_owners_way(tmp_path: Path) -> None:

@@ -15,11 +15,24 @@ import pytest
 
 from pyvmm.control import vm_log
 from pyvmm.errors import HostError
+from pyvmm.host import box
+from pyvmm.host.other_user import OtherUser
 from pyvmm.monitor.keeper import Keeper
+
+SAFETY_TIMEOUT = 60
+
+
+@pytest.fixture(params=[False, True], ids=["", "asleep"])
+def sleepy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether it sleeps after each message, and is Python anew for the next one."""
+    if request.param:
+        monkeypatch.setattr("pyvmm.monitor.keeper._AWAKE", 0.0)
+    found: bool = request.param
+    return found
 
 
 @pytest.fixture
-def keeper(tmp_path: Path) -> Iterator[Keeper]:
+def keeper(tmp_path: Path, sleepy: bool) -> Iterator[Keeper]:
     made = Keeper(str(tmp_path), "web")
     yield made
     made._socket.close()
@@ -99,7 +112,7 @@ def test_it_connects_to_ports_of_the_vm_only(keeper: Keeper, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("link", ["socket", "folder"])
 def test_for_another_user_it_follows_no_link_that_came_later(tmp_path: Path, link: str) -> None:
-    keeper = Keeper(str(tmp_path), "web", for_another=True)
+    keeper = Keeper(str(tmp_path), "web", user=OtherUser(os.geteuid(), os.getegid()))
     his, secret = tmp_path / "his", tmp_path / "secret"
     for folder in (his, secret):
         folder.mkdir()
@@ -128,12 +141,22 @@ def test_for_another_user_it_follows_no_link_that_came_later(tmp_path: Path, lin
     os.waitpid(keeper.pid, 0)
 
 
+def files_of(pid: int) -> list[str]:
+    """What its descriptors are, but for those that lead nowhere."""
+    links = [os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")]
+    return [
+        link.partition(":[")[0] if "socket" in link else link
+        for link in links
+        if link != "/dev/null"
+    ]
+
+
 def test_it_has_no_other_descriptor_and_ends_with_the_monitor(tmp_path: Path) -> None:
     with open(tmp_path / "disk", "w"):
         made = Keeper(str(tmp_path), "web")
         made.announce(str(tmp_path / "disk"))  # so it has begun
-        held = os.listdir(f"/proc/{made.pid}/fd")
-        assert len(held) == 1, held
+        held = files_of(made.pid)
+        assert sorted(held) == ["anon_inode:[eventpoll]", "socket"], held
         os.kill(made.pid, signal.SIGINT)
         os.kill(made.pid, signal.SIGTERM)
         made.announce(str(tmp_path / "disk"))
@@ -176,3 +199,59 @@ def test_without_it_the_monitor_goes_on(tmp_path: Path) -> None:
         made.open_log(False)
     made.note_end(0)
     assert time.monotonic() and json.dumps(vm_log.ended(str(tmp_path))) == "[]"
+
+
+def until_asleep(pid: int) -> None:
+    give_up_at = time.monotonic() + SAFETY_TIMEOUT
+    while Path(f"/proc/{pid}/comm").read_text() != "pyvmm-keeper\n":
+        assert time.monotonic() < give_up_at
+        time.sleep(0.01)
+
+
+def private_kib(pid: int) -> int:
+    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return next(int(line.split()[1]) for line in rollup.splitlines() if "Private_D" in line)
+
+
+def test_asleep_it_has_next_to_no_memory_and_ends_with_the_monitor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pyvmm.monitor.keeper._AWAKE", 0.0)
+    made = Keeper(str(tmp_path), "web")
+    made.enter_box()
+    until_asleep(made.pid)
+    assert private_kib(made.pid) < 256  # pages may have 64 KiB
+    held = sorted(link for link in files_of(made.pid) if "memfd" not in link)
+    assert held == ["socket"], held
+    assert Path(f"/proc/{made.pid}/cmdline").read_bytes() == b"pyvmm: keeper of web\0"
+    status = Path(f"/proc/{made.pid}/status").read_text()
+    if box.filters_calls():
+        assert "\nNoNewPrivs:\t1\n" in status and "\nSeccomp:\t2\n" in status
+    os.kill(made.pid, signal.SIGINT)
+    os.kill(made.pid, signal.SIGTERM)
+    os.close(made.open_log(False))
+    until_asleep(made.pid)
+    made._socket.close()
+    _, status_ = os.waitpid(made.pid, 0)
+    assert status_ == 0
+
+
+@pytest.mark.parametrize("prevents", ["memfd", "exec", "Python"])
+def test_where_it_cannot_sleep_it_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prevents: str
+) -> None:
+    monkeypatch.setattr("pyvmm.monitor.keeper._AWAKE", 0.0)
+
+    def refuse(*args: object) -> None:
+        raise OSError(errno.EACCES, "refused")
+
+    place = {"memfd": "os.memfd_create", "exec": "os.execve", "Python": "sys.executable"}[prevents]
+    monkeypatch.setattr(place, "" if prevents == "Python" else refuse)
+    made = Keeper(str(tmp_path), "web")
+    monkeypatch.undo()
+    made.enter_box()
+    for _ in range(2):
+        os.close(made.open_log(False))
+    made._socket.close()
+    _, status = os.waitpid(made.pid, 0)
+    assert status == 0
