@@ -39,6 +39,33 @@ for _ in range(3):
 told += refusals.take()
 print("calls" in on, refused, refusals.count, sorted(set(told)))
 """
+# A keeper that sleeps passes on a client that asks for no device, and wakes for another.
+KEEPER = """
+import os, subprocess, sys, tempfile, time
+from pyvmm.host import unix_sockets
+from pyvmm.monitor import keeper
+keeper._AWAKE = 0.0
+folder = tempfile.mkdtemp()
+made = keeper.Keeper(folder, "web")
+listener = unix_sockets.listen(folder + "/socket")
+passes = made.listen(listener, owner_only=True)
+made.enter_box()
+passes.setblocking(True)
+client = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1])"
+client += "; s.send(sys.argv[2].encode()); sys.stdin.read()"
+told = []
+for line in ("{}\\n", '{"method": "disk.add"}\\n'):
+    while "asleep" not in told[-1:]:
+        with open(f"/proc/{made.pid}/comm") as file:
+            told += ["asleep"] * (file.read() == "pyvmm-keeper\\n")
+        time.sleep(0.05)
+    command = [sys.executable, "-c", client, folder + "/socket", line]
+    with subprocess.Popen(command, stdin=subprocess.PIPE):
+        said, rights, _, _ = passes.recvmsg(64, 64)
+    told += [said.decode().strip(chr(0)), len(rights)]
+os.close(made.open_log(False))
+print(told, os.listdir(folder + "/logs"))
+"""
 
 # The modules of a monitor that are in files of their own.
 ALONE = """
@@ -73,6 +100,7 @@ def main() -> int:
         "machine": os.uname().machine,
         "alone": ran("-c", ALONE),
         "refused": ran("-c", REFUSED),
+        "keeper": ran("-c", KEEPER),
         "doctor": ran("-m", "pyvmm", "doctor"),
         "resets": guest(resets),
         "powers off": [guest(powers_off) for _ in range(TIMES)],

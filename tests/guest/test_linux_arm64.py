@@ -592,8 +592,9 @@ TOLD = [
 @needs_arm64_headers
 @pytest.mark.timeout(PATIENCE + 100)
 def test_what_needs_no_linux_guest(tmp_path: Path) -> None:
-    """Refused calls are told; the doctor finds KVM; processors that switch each other on, and end
-    the machine at once; the litmus test of the rings in arm64's code (docs/decisions/0648)."""
+    """Refused calls are told; a keeper sleeps and wakes; the doctor finds KVM; processors that
+    switch each other on, and end the machine at once; the litmus test of the rings in arm64's code
+    (docs/decisions/0648)."""
     host("arm64")
     kernels = []
     for name, ending in (("resets", SYSTEM_RESET), ("off", SYSTEM_OFF)):
@@ -614,6 +615,8 @@ def test_what_needs_no_linux_guest(tmp_path: Path) -> None:
     assert code == 0, errors
     assert set(said.split()) <= {"encodings", "encodings.aliases", "encodings.utf_8"}, said
     assert found["refused"][:2] == [0, f"True 5006 2051 {TOLD}\n"], "a pipe holds 2,048 of them"
+    told = ["asleep", "", 1, "asleep", '{"method": "disk.add"}\n', 1]
+    assert found["keeper"][:2] == [0, f"{told} ['web.log']\n"], found["keeper"]
     code, said, _ = found["doctor"]
     assert code == 0, said
     assert "✓ probe guest: runs unmodified kernels" in said
