@@ -179,11 +179,14 @@ def qemu_command(
     """QEMU's microvm, or `virt` on arm64: the same disks, the last one with a thread of its own."""
     pci = transport == "pci"
     blk = "virtio-blk-pci" if pci else "virtio-blk-device"
+    buses = ["", "", ""]
     if machine.arch == X86:
         model = f"{MICROVM},pcie=on" if pci else MICROVM
         parameters = PARAMETERS if pci else f"{PARAMETERS} pci=off"
     else:
         model, parameters = VIRT, VIRT_PARAMETERS
+        if not pci:  # which QEMU gives to the last device first
+            buses = [f",bus=virtio-mmio-bus.{number}" for number in range(len(buses))]
     command = [*qemu, "-M", model, "-enable-kvm", "-cpu", "host"]
     command += ["-m", str(machine.memory_mib), "-smp", str(machine.cpus)]
     command += ["-global", "virtio-mmio.force-legacy=false"]
@@ -192,10 +195,10 @@ def qemu_command(
     command += ["-append", f"{parameters} pyvmm.exec=/dev/vdb", "-object", "iothread,id=thread"]
     for index, file in enumerate((machine.root, machine.script)):
         command += ["-drive", f"id=d{index},file={file},format=raw,if=none,snapshot=on"]
-        command += ["-device", f"{blk},drive=d{index}"]
+        command += ["-device", f"{blk},drive=d{index}{buses[index]}"]
     if machine.disk:
         command += ["-drive", f"id=disk,file={machine.disk},format=raw,if=none,aio={aio}"]
-        command += ["-device", f"{blk},drive=disk,iothread=thread"]
+        command += ["-device", f"{blk},drive=disk,iothread=thread{buses[-1]}"]
     return command
 
 
