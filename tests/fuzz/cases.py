@@ -23,9 +23,9 @@ class Cases(NamedTuple):
 
 
 CASES = {
-    "back-end": Cases(back_end_case, 4),
+    "back-end": Cases(back_end_case, 16),
     "both-ends": Cases(both_ends_case, 1),
     "front-end": Cases(front_end_case, 1),
-    "queue": Cases(queue_case, 16),
-    "storage": Cases(storage_case, 2),
+    "queue": Cases(queue_case, 128),
+    "storage": Cases(storage_case, 4),
 }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from random import Random
 
@@ -117,8 +118,13 @@ def _command(rng: Random) -> bytes:
 def stir(device: VirtioDevice, rng: Random) -> None:
     """The host sends a frame or two, and takes some."""
     assert isinstance(device, Card)
-    end = rng.choice(device.cable.ends)
-    if len(device.cable.ends) > 1 and not rng.randrange(8):
+    send_and_take(device, device.cable.ends, rng)
+
+
+def send_and_take(device: NetDevice, ends: Sequence[socket.socket], rng: Random) -> None:
+    """One of the other ends does."""
+    end = rng.choice(ends)
+    if len(ends) > 1 and not rng.randrange(8):
         device.set_link(rng.random() < 0.7)
     with suppress(BlockingIOError):
         for _ in range(rng.choice((0, 0, 1, 2))):

@@ -4,6 +4,7 @@ have to wait; a card behind a stream of frames; and a device of a user's that fa
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import struct
 import tempfile
@@ -12,12 +13,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
 from typing import Any
+from unittest import mock
 
 import net_rig
 from fuzz import net_target
 from fuzz.request import Request, pieces
 
 from pyvmm.errors import DriverError, HostError
+from pyvmm.host import tap
 from pyvmm.host.files import open_image
 from pyvmm.host.saved import Saved
 from pyvmm.testing import Buffer, MmioDriver
@@ -25,9 +28,11 @@ from pyvmm.testing.blk_driver import IOERR, OK, BlockDriver, header
 from pyvmm.virtio.blk.backend import FileBackend
 from pyvmm.virtio.blk.device import BlockDevice
 from pyvmm.virtio.device import Activation, VirtioDevice
+from pyvmm.virtio.net import tap as tap_module
 from pyvmm.virtio.net.device import NetDevice
 from pyvmm.virtio.net.limits import Limits
 from pyvmm.virtio.net.stream import LARGEST_THROUGH_PORT, NO_LENGTH, StreamBackend
+from pyvmm.virtio.net.tap import TapBackend
 from pyvmm.virtio.queue.chain import DescriptorChain
 from pyvmm.virtio.queue.protocol import Queue
 from pyvmm.virtio.rate_limit import RateLimiter, TokenBucket, limited
@@ -277,6 +282,92 @@ def check_stream(device: VirtioDevice, driver: MmioDriver) -> None:
     else:
         raise AssertionError("a frame is neither sent nor dropped")
     driver.request(net_target.CONTROL, [b"\0\0\1"], [1])
+
+
+# --- a card on a tap ------------------------------------------------------------------------------
+
+
+class _Taps(TapBackend):
+    """A tap, the kernel's part of which is socket pairs. It may be removed."""
+
+    rng: Random
+
+    def __init__(self, rng: Random) -> None:
+        self.rng, self.gone = rng, False
+        pairs = [
+            socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            for _ in range(rng.choice((1, net_target.PAIRS)))
+        ]
+        self.ends = [end for _, end in pairs]
+        for ours, end in pairs:
+            ours.setblocking(False)
+            end.setblocking(False)
+        with mock.patch.object(tap, "has_udp_segmentation", lambda fd: rng.random() < 0.5):
+            super().__init__([ours.detach() for ours, _ in pairs], net_rig.MTU)
+
+    def _ask(self, *_: object) -> None:
+        if self.gone:
+            raise HostError(errno.EBADFD, "the tap")
+
+    def set_offloads(self, features: int) -> None:
+        with mock.patch.object(tap, "set_offload", self._ask):
+            super().set_offloads(features)
+
+    def set_active(self, pairs: int) -> None:
+        with mock.patch.object(tap, "attach_queue", lambda fd, on: None):
+            super().set_active(pairs)
+
+    def close(self) -> None:
+        super().close()
+        for end in self.ends:
+            end.close()
+
+
+class TapCard(NetDevice):
+    """A card that knows its tap."""
+
+    cable: _Taps
+
+
+@contextmanager
+def make_tap(rng: Random) -> Iterator[VirtioDevice]:
+    cable = _Taps(Random(rng.getrandbits(32)))
+    card = TapCard(cable, name="fuzzed", mac=net_rig.MAC, log=lambda line: None)
+    card.cable = cable
+    try:
+        with mock.patch.multiple(
+            tap_module,
+            _readv=_some_fail(rng, os.readv, cable),
+            _writev=_some_fail(rng, os.writev, cable),
+        ):
+            yield card
+    finally:
+        cable.close()
+
+
+def _some_fail(rng: Random, real: Callable[..., int], cable: _Taps) -> Callable[..., int]:
+    """What the kernel cannot make a header of, and a tap that is gone."""
+    chance = Random(rng.getrandbits(32))
+
+    def call(fd: int, views: list[memoryview]) -> int:
+        if cable.gone:
+            raise OSError(errno.EBADFD, "gone")
+        if chance.random() < 0.05:
+            raise OSError(chance.choice((errno.EINVAL, errno.ENOMEM)), "a fault")
+        return real(fd, views)
+
+    return call
+
+
+def stir_tap(device: VirtioDevice, rng: Random) -> None:
+    assert isinstance(device, TapCard)
+    device.cable.gone |= not rng.randrange(60)
+    net_target.send_and_take(device, device.cable.ends, rng)
+
+
+def check_tap(device: VirtioDevice, driver: MmioDriver) -> None:
+    """The driver gets all back that it sends."""
+    driver.request(net_target.TX, [net_rig.header() + net_rig.frame(fill=0x11)], [])
 
 
 # --- a device of a user's ------------------------------------------------------------------------

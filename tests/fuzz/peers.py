@@ -18,22 +18,26 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from random import Random
 
 import front_end_rig as rig
 from front_end_rig import Fake, fake, front
 from vhost_user_rig import MIB, Echo
 
-from pyvmm.errors import PyvmmError
+from pyvmm.errors import ConfigError, DriverError, PyvmmError
+from pyvmm.host.saved import Saved
 from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
 from pyvmm.testing import vhost_user_driver as front_end
-from pyvmm.testing.mmio_driver import Ring
+from pyvmm.testing.mmio_driver import QUEUE_RESET, QUEUE_SEL, Ring
 from pyvmm.testing.vhost_user_driver import PACKED_START, USER_BASE
 from pyvmm.transport.vhost_user.back_end import BackEnd
 from pyvmm.vhost_user import protocol
 from pyvmm.vhost_user.channel import Message
 from pyvmm.vhost_user.protocol import FrontEndError
+from pyvmm.virtio.queue.protocol import Queue
+from pyvmm.virtio.vhost_user.link import MOST_STATE
 from pyvmm.virtio.vhost_user.served import Served
 
 U32, U64 = (1 << 32) - 1, (1 << 64) - 1
@@ -180,7 +184,14 @@ def back_end_case(rng: Random, ring: Ring) -> int:
 # --- a back end, and our front end ----------------------------------------------------------------
 
 _ECHO = Served(42, 2, features=0xFF, config_size=16)
-_ALL = rig.ALL | rig.P_BACKEND_REQ
+
+
+def _refuse(queue: Queue) -> None:
+    for chain in queue:
+        queue.add_used(chain, 0)
+
+
+_ALL = rig.ALL | rig.P_BACKEND_REQ | rig.P_STATE
 _PATIENCE = 0.05  # seconds for an answer, as some never come
 _STAGES = (
     *(rig.GET_FEATURES, rig.GET_PROTOCOL_FEATURES, rig.SET_OWNER, rig.GET_QUEUE_NUM),
@@ -188,6 +199,7 @@ _STAGES = (
     *(rig.SET_MEM_TABLE, rig.GET_INFLIGHT_FD, rig.SET_INFLIGHT_FD, rig.SET_VRING_NUM),
     *(rig.SET_VRING_BASE, rig.SET_VRING_ADDR, rig.SET_VRING_ERR, rig.SET_VRING_CALL),
     *(rig.SET_VRING_KICK, rig.SET_VRING_ENABLE, rig.GET_VRING_BASE, rig.SET_CONFIG),
+    *(rig.SET_DEVICE_STATE_FD, rig.CHECK_DEVICE_STATE, rig.RESET_DEVICE, rig.ADD_MEM_REG),
 )
 
 
@@ -246,18 +258,39 @@ def _steps(rng: Random, one: rig.Front, back_end: Fake, said: list[str]) -> Iter
         driver.reset()
         driver.start()
 
+    def save() -> None:
+        with suppress(ConfigError, DriverError):
+            known = rig.saved_of(one.driver)
+            state = one.device.take_state()
+            assert known["device"] is not None and (not state or len(state) <= MOST_STATE)
+
+    def look() -> None:
+        one.device.look()
+        one.driver.transport.negotiation.memory_changed()
+
+    def load() -> None:
+        with suppress(PyvmmError):
+            one.device._load_state(Saved({}, "front"))
+
+    def renew() -> None:
+        driver.write(QUEUE_SEL, rng.randrange(2))
+        driver.write(QUEUE_RESET, 1)
+
     ways: dict[str, Callable[[], object]] = {
         "the back end asks": ask_for,
+        "it is saved": save,
+        "it is given a state": load,
+        "a queue is reset": renew,
         "a request": offer,
         "the configuration": write_config,
         "begun anew": begin,
         "it dies": back_end.die,
-        "it is looked at": one.device.look,
+        "it is looked at": look,
         "its counters": one.device.stats,
     }
     for _ in range(rng.randint(1, 6)):
         name = rng.choice(sorted(ways))
-        if name in ("a request", "the configuration") and not driver.queues:
+        if name in ("a request", "the configuration", "a queue is reset") and not driver.queues:
             continue
         said.append(name)
         ways[name]()
@@ -277,6 +310,14 @@ def front_end_case(rng: Random, ring: Ring) -> int:
     knows = _ALL if rng.randrange(4) else rng.getrandbits(20)
     said.append(f"features {features:#x}, protocol features {knows:#x}")
     packed = ring == "packed" and bool(features >> 34 & 1)
+    served = replace(
+        _ECHO,
+        refuse=_refuse if rng.randrange(2) else None,
+        is_stateless=not rng.randrange(3),
+        resumes=bool(rng.randrange(4)),
+        needs_config=not rng.randrange(4),
+        identity=rng.choice((0, 0, 8)),
+    )
     threads = threading.active_count()
     with _told(said), ExitStack() as closing:
         folder = closing.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm"))
@@ -286,7 +327,7 @@ def front_end_case(rng: Random, ring: Ring) -> int:
         try:
             with front(
                 path,
-                _ECHO,
+                served,
                 start=False,
                 patience=_PATIENCE,
                 reconnect=rng.choice((0.0, 0.02)),

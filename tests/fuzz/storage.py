@@ -25,14 +25,19 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from random import Random
+from typing import Any
 from unittest import mock
+
+from fuzz.nbd_server import Server
 
 from pyvmm.errors import ConfigError, HostError, PyvmmError
 from pyvmm.host.files import SECTOR, open_image
 from pyvmm.testing.mmio_driver import Ring
 from pyvmm.virtio.blk import backend as backend_module
+from pyvmm.virtio.blk import nbd
 from pyvmm.virtio.blk.backend import Backend, FileBackend
 from pyvmm.virtio.blk.direct import DirectBackend
+from pyvmm.virtio.blk.nbd import NbdBackend
 from pyvmm.virtio.blk.overlay import OverlayBackend, open_snapshot
 from pyvmm.virtio.blk.overlay_file import MAGIC, is_unused, open_overlay
 from pyvmm.virtio.blk.overlay_layout import PAGE
@@ -41,6 +46,18 @@ from pyvmm.virtio.blk.saved_overlay import file_of, open_saved
 _LARGEST = 160  # sectors of an image
 _CONTENT = bytes(range(1, 256)) * (_LARGEST * SECTOR // 255 + 1)
 _GROWN = 3 * _LARGEST
+
+
+@functools.cache
+def _libnbd() -> Any:
+    """libnbd, or None."""
+    try:
+        return nbd.load()
+    except ConfigError:
+        return None
+
+
+_NBD = ("nbd",) if _libnbd() is not None else ()
 
 
 @functools.cache
@@ -71,9 +88,10 @@ class _Case:
         self.model = bytearray(_CONTENT[:size])
         self.image.write_bytes(self.model)
         self.base_bytes = bytes(self.model)
-        self.over = rng.choice(("file", "direct", "overlay", "overlay", "snapshot"))
+        self.over = rng.choice(("file", "direct", "overlay", "overlay", "snapshot", *_NBD))
         self.note(f"{self.over} of {size} bytes")
         self.opened: list[Backend] = []  # all of them, the lowest first
+        self.server: Server | None = None
         self.disk = self._open()
 
     def note(self, step: str) -> None:
@@ -94,6 +112,8 @@ class _Case:
     def _open(self) -> Backend:
         if self.over in ("file", "direct"):
             return self._raw(read_only=False)
+        if self.over == "nbd":
+            return self._add(self._served())
         base = self._raw(read_only=True)
         if self.over == "overlay":
             return self._add(open_overlay(base, str(self.changes)))
@@ -101,9 +121,17 @@ class _Case:
             base = self._add(open_saved(base, str(self.saved)))
         return self._add(open_snapshot(base))
 
+    def _served(self) -> Backend:
+        plain = self.rng.random() < 0.3
+        self.server = Server(self.model[:], Random(self.rng.random()), read_only=False, plain=plain)
+        patience = self.rng.choice((None, 60))
+        return NbdBackend(_libnbd(), self.server.connection, "disk", patience=patience)
+
     def close(self) -> None:
         while self.opened:
             self.opened.pop().close()
+        if self.server is not None:
+            self.server.close()
 
     # --- what is done to it ----------------------------------------------------------------------
 
@@ -180,7 +208,7 @@ class _Case:
             assert self.disk.storage_for(size) >= size
             self.disk.resize(size if size < 1 << 40 else None)
         except HostError as error:
-            plain = self.over in ("file", "direct")
+            plain = self.over in ("file", "direct", "nbd")
             assert size == SECTOR << 40 and not plain, error
             return
         size = self.disk.size_sectors * SECTOR
@@ -195,6 +223,8 @@ class _Case:
         self.note("again")
         size = len(self.model)
         self.close()
+        if self.server is not None:
+            assert self.server.data == self.model
         self.disk = self._open()
         if self.over == "overlay":
             assert is_unused(str(self.changes)) in (True, False)
@@ -246,6 +276,8 @@ class _Case:
     def faults(self) -> None:
         """Requests fail or do what they say; afterwards what was to be written may be anything."""
         known = True
+        if self.server is not None:
+            self.server.fails = 0.4
         with self._failing():
             for _ in range(3):
                 offset, size = self._place()
@@ -263,12 +295,30 @@ class _Case:
                         self.disk.flush()
                         self.model[offset : offset + size] = data
                         known = before
+        if self.server is not None:
+            self.server.fails = 0.0
         self._look_again()
 
     def _look_again(self) -> None:
         data = bytearray(len(self.model))
         self.disk.readv([memoryview(data)], len(data), 0)
         self.model = data
+
+    def nonsense(self) -> None:
+        """The server says what it must not: a request fails, and all that follow may."""
+        if self.server is None:
+            return
+        self.note("nonsense")
+        self.server.errs = 0.5
+        for way in (self.read, self.write, self.zero, self.discard, self.flush) * 2:
+            with suppress(HostError, AssertionError):  # the data may be anything, too
+                way()
+        self.close()
+        with suppress(HostError):
+            self.server = Server(self.model[:], self.rng, read_only=True, plain=True)
+            self.server.errs = 0.5
+            self._add(NbdBackend(_libnbd(), self.server.connection, "disk", patience=60))
+        raise _Ended
 
     def cut_short(self) -> None:
         """Somebody cuts the image short, and gives it back its length."""
@@ -288,14 +338,14 @@ class _Case:
         ways = (
             *(self.read, self.read, self.write, self.write, self.write, self.zero, self.discard),
             *(self.flush, self.expect, self.resize, self.again, self.save, self.share),
-            *(self.faults, self.cut_short),
+            *(self.faults, self.cut_short, self.nonsense),
         )
         for _ in range(self.rng.randint(1, 16)):
             self.rng.choice(ways)()
         data = bytearray(len(self.model))
         self.disk.readv([memoryview(data)], len(data), 0)
         self._same(bytes(data), 0)
-        if self.over not in ("file", "direct"):
+        if self.over in ("overlay", "snapshot"):
             assert self.image.read_bytes() == self.base_bytes, "an overlay's image has changed"
         if self.over == "overlay":
             self._damaged()
@@ -344,11 +394,17 @@ class _Case:
         struct.pack_into("<I", head, at, zlib.crc32(head[:at]))
 
 
+class _Ended(Exception):
+    """There is nothing left to compare."""
+
+
 def storage_case(rng: Random, ring: Ring) -> int:
     """One disk's storage, whatever the ring; how many steps there were."""
     case = _Case(rng)
     try:
         case.run()
+    except _Ended:
+        pass
     except BaseException as error:
         error.add_note("\n".join(case.steps))
         raise

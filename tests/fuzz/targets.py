@@ -404,6 +404,13 @@ TARGETS = {
         stir=odd_target.stir_stream,
         begin=net_target.begin,
     ),
+    "tap": Target(
+        odd_target.make_tap,
+        net_target.request,
+        odd_target.check_tap,
+        stir=odd_target.stir_tap,
+        begin=net_target.begin,
+    ),
     "user": Target(
         odd_target.make_failing,
         odd_target.request_of_failing,
