@@ -7,7 +7,7 @@ from random import Random
 from typing import NamedTuple
 
 from fuzz.both_ends import both_ends_case
-from fuzz.peers import back_end_case, front_end_case
+from fuzz.peers import back_end_case, front_end_case, server_case
 from fuzz.queues import queue_case
 from fuzz.storage import storage_case
 
@@ -26,6 +26,7 @@ CASES = {
     "back-end": Cases(back_end_case, 16),
     "both-ends": Cases(both_ends_case, 1),
     "front-end": Cases(front_end_case, 1),
+    "server": Cases(server_case, 1),
     "queue": Cases(queue_case, 128),
     "storage": Cases(storage_case, 4),
 }

@@ -287,7 +287,7 @@ def check_stream(device: VirtioDevice, driver: MmioDriver) -> None:
 # --- a card on a tap ------------------------------------------------------------------------------
 
 
-class _Taps(TapBackend):
+class Taps(TapBackend):
     """A tap, the kernel's part of which is socket pairs. It may be removed."""
 
     rng: Random
@@ -326,12 +326,12 @@ class _Taps(TapBackend):
 class TapCard(NetDevice):
     """A card that knows its tap."""
 
-    cable: _Taps
+    cable: Taps
 
 
 @contextmanager
 def make_tap(rng: Random) -> Iterator[VirtioDevice]:
-    cable = _Taps(Random(rng.getrandbits(32)))
+    cable = Taps(Random(rng.getrandbits(32)))
     card = TapCard(cable, name="fuzzed", mac=net_rig.MAC, log=lambda line: None)
     card.cable = cable
     try:
@@ -345,7 +345,7 @@ def make_tap(rng: Random) -> Iterator[VirtioDevice]:
         cable.close()
 
 
-def _some_fail(rng: Random, real: Callable[..., int], cable: _Taps) -> Callable[..., int]:
+def _some_fail(rng: Random, real: Callable[..., int], cable: Taps) -> Callable[..., int]:
     """What the kernel cannot make a header of, and a tap that is gone."""
     chance = Random(rng.getrandbits(32))
 

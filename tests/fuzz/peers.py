@@ -12,12 +12,15 @@ far, if
 from __future__ import annotations
 
 import functools
+import io
 import os
+import signal
+import socket
 import struct
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from dataclasses import replace
 from random import Random
 
@@ -33,9 +36,11 @@ from pyvmm.testing import vhost_user_driver as front_end
 from pyvmm.testing.mmio_driver import QUEUE_RESET, QUEUE_SEL, Ring
 from pyvmm.testing.vhost_user_driver import PACKED_START, USER_BASE
 from pyvmm.transport.vhost_user.back_end import BackEnd
+from pyvmm.transport.vhost_user.server import serve_each
 from pyvmm.vhost_user import protocol
 from pyvmm.vhost_user.channel import Message
 from pyvmm.vhost_user.protocol import FrontEndError
+from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.queue.protocol import Queue
 from pyvmm.virtio.vhost_user.link import MOST_STATE
 from pyvmm.virtio.vhost_user.served import Served
@@ -178,6 +183,57 @@ def back_end_case(rng: Random, ring: Ring) -> int:
             back_end.close()
             lent.memory.write(0, bytes(0x20000))
         assert threading.active_count() == threads
+    return len(said)
+
+
+def server_case(rng: Random, ring: Ring) -> int:
+    """Front ends come to our server one after the other, each served by a process of its own, until
+    it is asked to end; how many messages they said. From the main thread only."""
+    lent, said = _lent(), list[str]()
+    visits = [
+        [*_beginning(rng, ring), *(_message(rng) for _ in range(rng.randrange(8)))]
+        for _ in range(rng.randint(1, 3))
+    ]
+    broken, fails = rng.randrange(6), rng.random() < 0.2
+    packed, opens = ring == "packed", list[bool]()
+
+    def visit(path: str, messages: list[_Said]) -> None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as front:
+            front.settimeout(60)
+            front.connect(path)
+            for number, flags, payload, kinds in messages:
+                said.append(f"{number} {flags:#x} {payload.hex(' ', 8)} {kinds}")
+                head = struct.pack("=III", number, flags, len(payload) ^ (broken == 0))
+                fds = [lent.files[kind] for kind in kinds][: protocol.MAX_FDS]
+                socket.send_fds(front, [head + payload], fds)
+            front.shutdown(socket.SHUT_WR)
+            while front.recv(4096):
+                pass
+
+    @contextmanager
+    def opened() -> Iterator[VirtioDevice]:
+        opens.append(fails and len(opens) == 1)
+        if opens[-1]:
+            raise ConfigError("there is no device now")
+        yield Echo((16, 16), packed=packed)
+
+    def come(path: str) -> None:
+        rig.until(lambda: rig.listens_at(rig.Path(path)))
+        for messages in visits:
+            with suppress(OSError):  # it has had enough
+                visit(path, messages)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with _told(said), tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        path = f"{folder}/s"
+        visitor = threading.Thread(target=come, args=(path,))
+        visitor.start()
+        try:
+            with redirect_stderr(io.StringIO()):
+                serve_each(opened, path)
+        finally:
+            visitor.join(60)
+        assert not visitor.is_alive()
     return len(said)
 
 

@@ -17,7 +17,7 @@ from random import Random
 from typing import NamedTuple
 
 import pmem_rig
-from fuzz import balloon_target, console_target, net_target, odd_target
+from fuzz import balloon_target, console_target, net_target, odd_target, vhost_target
 from fuzz.request import Request, pieces
 
 from pyvmm.errors import HostError
@@ -42,6 +42,7 @@ class Target(NamedTuple):
     AssertionError if it does not. `stir` is what the host does meanwhile. `prompt` are
     the queues whose chains all come back at once; a device with no others may be used with
     VIRTIO_F_IN_ORDER. One that `may_fail` has defects of its own, but none after `settle`.
+    One that `offloads` has its rings, split ones, in others' hands.
     `begin` is what a driver asks for first, so that there is something to go wrong later."""
 
     make: Callable[[Random], AbstractContextManager[VirtioDevice]]
@@ -50,6 +51,7 @@ class Target(NamedTuple):
     prompt: tuple[int, ...] = ()
     stir: Callable[[VirtioDevice, Random], None] = lambda device, rng: None
     may_fail: bool = False
+    offloads: bool = False
     begin: Callable[[Random], list[Request]] = lambda rng: []
     settle: Callable[[VirtioDevice], None] = lambda device: None
 
@@ -410,6 +412,15 @@ TARGETS = {
         odd_target.check_tap,
         stir=odd_target.stir_tap,
         begin=net_target.begin,
+    ),
+    "vhost": Target(
+        vhost_target.make,
+        net_target.request,
+        vhost_target.check,
+        stir=vhost_target.stir,
+        may_fail=True,
+        settle=vhost_target.settle,
+        offloads=True,
     ),
     "user": Target(
         odd_target.make_failing,
