@@ -129,6 +129,7 @@ class StreamChannel:
         except BlockingIOError:
             return 0
         except OSError as error:
+            self._out, self.unsent = memoryview(b""), False  # nobody will take the rest
             raise LinkLost(f"the other end of the cable has gone: {error.strerror}") from None
 
 

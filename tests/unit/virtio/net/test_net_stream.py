@@ -160,6 +160,21 @@ def test_s2_an_end_in_the_middle_of_a_frame_gives_the_driver_nothing(rig: NetRig
     assert rig.send(header() + frame()) == 0
 
 
+def test_s2_an_end_in_the_middle_of_a_frame_of_the_driver_takes_the_link_down_alone(
+    rig: NetRig,
+) -> None:
+    """The rest of it waits for the stream to take it, which never will."""
+    data = [header() + frame(60_000)]
+    chains = [rig.driver.mmio.submit(1, data, []) for _ in range(20)]
+    wait_for(lambda: rig.device._backend.channels[0].unsent)
+    rig.cable.end.close()
+    for chain in chains:
+        rig.driver.mmio.wait_used(1, chain)
+    assert not rig.device.link_up and not rig.driver.needs_reset
+    assert len([line for line in rig.lines if "the link is down" in line]) == 1
+    rig.driver.request([header() + frame(60)], [], queue=1)
+
+
 def test_s1_runt_frames_are_dropped(rig: NetRig) -> None:
     [chain] = rig.offer(2048)
     rig.cable.ends[0].send(on_the_wire(b"") + on_the_wire(bytes(13)) + on_the_wire(frame()))
