@@ -42,7 +42,8 @@ def make(rng: Random) -> Iterator[VirtioDevice]:
     ):
         end = TerminalEnd()
         port = SocketEnd(listener.socket, "port")
-        console = Console(terminal=end, named=[("port", port)], log=lambda line: None)
+        named = [("port", port)] if rng.random() < 0.8 else []
+        console = Console(terminal=end, named=named, log=lambda line: None)
         end.attach(console.show)
         program.connect(f"{folder}/port")
         program.setblocking(False)
@@ -110,6 +111,8 @@ def check(device: VirtioDevice, driver: MmioDriver) -> None:
     device.room = 1 << 16
     driver.request(TX0, [b"alive"], [])
     assert device.room == (1 << 16) - 5
+    if len(device.ports) == 1:
+        return
     driver.submit(CONTROL_RX, [], [64])
     driver.request(CONTROL_TX, [struct.pack("<LHH", 0, 0, 1)], [])  # DEVICE_READY
     driver.wait_used(CONTROL_RX)  # PORT_ADD

@@ -406,6 +406,8 @@ class Case:
         """A lawful request with one field of one descriptor changed before it is visible."""
         rng = self.rng
         request = self.target.request(rng)
+        if request.queue >= len(self.driver.queues):
+            return
         queue = self.driver.queues[request.queue]
         self.clean = False
         with self.room():

@@ -137,7 +137,7 @@ def make_disk(rng: Random) -> Iterator[VirtioDevice]:
         slow.waits = rng.choice((0.0, 0.5))
         if rng.random() < 0.5:
             disk.limits = Clocked(rng, disk.clock)
-        disk.poll_ns = rng.choice((0, 0, 1000))
+        disk.poll_ns = rng.choice((0, 0, 200_000))
         try:
             yield disk
         finally:

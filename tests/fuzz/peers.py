@@ -332,7 +332,16 @@ def _steps(rng: Random, one: rig.Front, back_end: Fake, said: list[str]) -> Iter
         driver.write(QUEUE_SEL, rng.randrange(2))
         driver.write(QUEUE_RESET, 1)
 
+    def lend() -> None:
+        link, memory = one.device._link, one.driver.memory
+        if link is not None:
+            rows = [(r.guest_addr, r.size, r.host_addr, r.fd_offset) for r in memory.regions]
+            with suppress(PyvmmError), one.device._talking:
+                link.lend(memory.fd, rows + [(n << 30, 4096, n << 32, 0) for n in range(1, places)])
+
+    places = rng.choice((2, 3, 10))
     ways: dict[str, Callable[[], object]] = {
+        "it has other memory": lend,
         "the back end asks": ask_for,
         "it is saved": save,
         "it is given a state": load,
@@ -363,7 +372,7 @@ def front_end_case(rng: Random, ring: Ring) -> int:
         said.append(f"at request {number}, {what}")
     features = rng.choice((1 << 32 | 1 << 30 | 3 << 28 | 1 << 34, 1 << 32 | 1 << 30) * 3)
     features = features if rng.randrange(5) else rng.getrandbits(64)
-    knows = _ALL if rng.randrange(4) else rng.getrandbits(20)
+    knows = rng.choice((_ALL, _ALL, _ALL & ~rig.P_INFLIGHT, rig.P_REPLY_ACK, rng.getrandbits(20)))
     said.append(f"features {features:#x}, protocol features {knows:#x}")
     packed = ring == "packed" and bool(features >> 34 & 1)
     served = replace(

@@ -34,7 +34,7 @@ from pyvmm.errors import ConfigError, HostError, PyvmmError
 from pyvmm.host.files import SECTOR, open_image
 from pyvmm.testing.mmio_driver import Ring
 from pyvmm.virtio.blk import backend as backend_module
-from pyvmm.virtio.blk import nbd
+from pyvmm.virtio.blk import direct, nbd, overlay
 from pyvmm.virtio.blk.backend import Backend, FileBackend
 from pyvmm.virtio.blk.direct import DirectBackend
 from pyvmm.virtio.blk.nbd import NbdBackend
@@ -267,10 +267,16 @@ class _Case:
 
             return call
 
+        places = (
+            *((backend_module, name) for name in ("_preadv", "_pwritev")),
+            *((module, "preadv_all") for module in (backend_module, direct)),
+            *((module, "pwritev_all") for module in (backend_module, direct, overlay)),
+            (os, "fdatasync"),
+        )
         with ExitStack() as patches:
-            for name in ("_preadv", "_pwritev", "preadv_all", "pwritev_all"):
-                real = getattr(backend_module, name)
-                patches.enter_context(mock.patch.object(backend_module, name, sometimes(real)))
+            for module, name in places:
+                real = getattr(module, name)
+                patches.enter_context(mock.patch.object(module, name, sometimes(real)))
             yield
 
     def faults(self) -> None:

@@ -7,6 +7,7 @@ joins by a row in TARGETS.
 from __future__ import annotations
 
 import errno
+import os
 import socket
 import struct
 import tempfile
@@ -15,6 +16,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, suppre
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
+from unittest import mock
 
 import pmem_rig
 from fuzz import balloon_target, console_target, net_target, odd_target, vhost_target
@@ -32,6 +34,7 @@ from pyvmm.virtio.blk.overlay_file import open_overlay
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.pmem.device import PmemDevice
 from pyvmm.virtio.rng.device import EntropyDevice
+from pyvmm.virtio.vsock import switch
 from pyvmm.virtio.vsock.device import VsockDevice
 
 DISK_SECTORS = 128
@@ -250,13 +253,32 @@ def _vsock(rng: Random) -> Iterator[VirtioDevice]:
             program.bind(f"{path}_{LISTENING_PORT}")
             program.listen(4)
             program.setblocking(False)
-            device = Vsock(GUEST_CID, listener.socket, path, log=lambda line: None)
+            trace = net_target.look_at if rng.random() < 0.2 else None
+            device = Vsock(GUEST_CID, listener.socket, path, log=lambda line: None, trace=trace)
             device.program, device.path, device.ends = program, path, []
+            # So many streams that there are never too many, or nearly none; and answers that are
+            # late, or are not.
+            most, seconds = rng.choice(((512, 10.0), (512, 10.0), (2, 10.0), (512, 0.0)))
             try:
-                yield device
+                with mock.patch.multiple(switch, MAX_STREAMS=most, ANSWER_SECONDS=seconds):
+                    yield device
             finally:
                 for end in device.ends:
                     end.close()
+
+
+def _call(device: Vsock, rng: Random) -> None:
+    """The monitor itself calls the guest."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    ours.setblocking(False)
+    try:
+        device.call(ours, rng.choice((1000, 1001)))
+        device.ends.append(theirs)
+    except HostError:  # there is no driver
+        ours.close()
+        theirs.close()
+    if not rng.randrange(4):
+        device.interrupt_streams()
 
 
 def _vsock_stir(device: VirtioDevice, rng: Random) -> None:
@@ -284,6 +306,8 @@ def _vsock_stir(device: VirtioDevice, rng: Random) -> None:
             elif kind == 7:
                 device.ends.remove(end)
                 end.close()
+            elif kind == 8 and len(device.ends) < MOST_ENDS:
+                _call(device, rng)
 
 
 _VSOCK_BUFFERS: tuple[list[int | Buffer], ...] = (
@@ -342,9 +366,9 @@ def _vsock_check(device: VirtioDevice, driver: MmioDriver) -> None:
     guest = VsockDriver(driver, GUEST_CID)
     guest.offer(2)  # each that is received is given back
     guest.send(Packet(REQUEST, src_port=7, dst_port=LISTENING_PORT + 1))
-    for _ in range(2 * MOST_ENDS):  # those who call come first
+    for _ in range(4 * MOST_ENDS):  # those who call come first, and go
         answer = guest.receive()
-        if answer.op != REQUEST:
+        if answer.dst_port == 7:
             break
     assert (answer.op, answer.dst_port) == (RST, 7)  # nobody listens there
 
@@ -356,6 +380,7 @@ def _vsock_check(device: VirtioDevice, driver: MmioDriver) -> None:
 def _pmem(rng: Random) -> Iterator[VirtioDevice]:
     storage = pmem_rig.Storage()
     with pmem_rig.pmem(storage, log=[]) as device:
+        os.pwrite(device._fd, b"content", 4096)
         device.fuzzed_storage = storage  # type: ignore[attr-defined]
         yield device
 

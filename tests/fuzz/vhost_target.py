@@ -12,7 +12,6 @@ from typing import Any
 from unittest import mock
 
 import net_rig
-from fuzz import net_target
 from fuzz.odd_target import Taps
 
 from pyvmm.errors import HostError
