@@ -333,11 +333,12 @@ def _steps(rng: Random, one: rig.Front, back_end: Fake, said: list[str]) -> Iter
         driver.write(QUEUE_RESET, 1)
 
     def lend() -> None:
-        link, memory = one.device._link, one.driver.memory
-        if link is not None:
-            rows = [(r.guest_addr, r.size, r.host_addr, r.fd_offset) for r in memory.regions]
-            with suppress(PyvmmError), one.device._talking:
-                link.lend(memory.fd, rows + [(n << 30, 4096, n << 32, 0) for n in range(1, places)])
+        memory = one.driver.memory
+        rows = [(r.guest_addr, r.size, r.host_addr, r.fd_offset) for r in memory.regions]
+        with suppress(PyvmmError), one.device._talking:
+            if one.device._link is not None:
+                more = [(n << 30, 4096, n << 32, 0) for n in range(1, places)]
+                one.device._link.lend(memory.fd, rows + more)
 
     places = rng.choice((2, 3, 10))
     ways: dict[str, Callable[[], object]] = {
