@@ -45,6 +45,8 @@ from pyvmm.testing import (
 )
 from pyvmm.testing.attached import SLOT, WINDOW, on_a_bus
 from pyvmm.testing.mmio_driver import (
+    DRIVER_FEATURES,
+    DRIVER_FEATURES_SEL,
     DRIVER_OK,
     F_EVENT_IDX,
     F_IN_ORDER,
@@ -52,9 +54,22 @@ from pyvmm.testing.mmio_driver import (
     F_RING_PACKED,
     F_RING_RESET,
     NEEDS_RESET,
+    QUEUE_DESC,
+    QUEUE_DEVICE,
+    QUEUE_READY,
+    QUEUE_RESET,
+    QUEUE_SEL,
+    QUEUE_SIZE,
+    STATUS,
     Ring,
 )
-from pyvmm.testing.pci_driver import MockLine, PciDriver
+from pyvmm.testing.pci_driver import (
+    CAP_EXPRESS,
+    COMMAND,
+    PCI_CFG,
+    MockLine,
+    PciDriver,
+)
 from pyvmm.testing.ring import INDIRECT, WRITE
 from pyvmm.transport.base import Transport
 from pyvmm.transport.mmio import MmioTransport
@@ -67,6 +82,19 @@ RINGS_AT = 0x1000
 LARGEST_TABLE = 1 << 16  # as much of an indirect table as the oracle looks at
 REGISTERS = [*range(0, 0x100, 4), 0x100, 0x104, 0x108, 0x118, 0x120, 0x1FC]
 VALUES = (0, 1, 2, 3, 4, 8, 11, 15, 16, 64, 128, 256, 0x1000, 0xF_0000, 0x40_0000, 0xFFFF_FFFF)
+
+
+# A register that selects, and one that means what was selected.
+_SELECTED = (
+    (DRIVER_FEATURES_SEL, DRIVER_FEATURES), (QUEUE_SEL, QUEUE_SIZE), (QUEUE_SEL, QUEUE_READY),
+    (QUEUE_SEL, QUEUE_RESET), (QUEUE_SEL, QUEUE_DESC), (QUEUE_SEL, QUEUE_DEVICE + 4),
+)  # fmt: skip
+# 4.1.4.3 Common configuration structure layout: offsets and widths.
+_COMMON = (
+    *((at, 4) for at in (0x00, 0x04, 0x08, 0x0C, 0x20, 0x24, 0x28, 0x2C, 0x30, 0x34)),
+    *((at, 2) for at in (0x10, 0x12, 0x16, 0x18, 0x1A, 0x1C, 0x1E, 0x38, 0x3A)),
+    *((at, 1) for at in (0x14, 0x15)),
+)
 
 
 class Pump:
@@ -239,7 +267,7 @@ class Case:
         good = (self.lawful, self.lawful, self.lawful, self.legal, self.legal, self.renew)
         bad = (
             self.illegal, self.mutant, self.mutant, self.mutant, self.random_chain,
-            self.random_chain, self.poke, self.poke, self.register, self.start,
+            self.random_chain, self.poke, self.poke, self.register, self.speak, self.start,
         )  # fmt: skip
         if self.rng.random() < 0.05:
             self.move()
@@ -465,6 +493,47 @@ class Case:
                 value = rng.choice(VALUES) if rng.random() < 0.8 else rng.getrandbits(32)
                 self.note(f"write {where}: {value:#x}")
                 place.write(offset, size, value)
+
+    def speak(self) -> None:
+        """Registers in an order that means something, with values that need not."""
+        rng, driver = self.rng, self.driver
+        self.clean = False
+        self.note("registers in turn")
+        for _ in range(rng.randint(1, 4)):
+            if isinstance(driver, PciDriver) and rng.random() < 0.7:
+                self._speak_pci(driver)
+                continue
+            first, second = rng.choice(_SELECTED)
+            driver.write(first, rng.choice((0, 1, 2, 3, 0xFFFF)))
+            driver.write(second, rng.choice((*VALUES, 5, 0x8000)) & 0xFFFF)
+            if rng.random() < 0.2:
+                driver.write(STATUS, rng.choice((1, 3, 11, 15, 0x80, 0x90, 0xFF, self.status)))
+
+    def _speak_pci(self, driver: PciDriver) -> None:
+        rng = self.rng
+        value = rng.choice(VALUES)
+        way = rng.randrange(8)
+        if way < 3:
+            offset, width = rng.choice(_COMMON)
+            assert 0 <= driver.field((offset, width)) < 1 << 8 * width
+            if way:
+                driver.set_field((offset, width), value % (1 << 8 * width))
+        elif way < 5:  # 4.1.4.9 PCI configuration access capability
+            at, where = driver.structures[PCI_CFG].at, rng.choice((*_COMMON, (0x1000, 4)))
+            driver.write_config(at + 4, 1, rng.choice((0, 0, 0, 1, 5)))
+            driver.write_config(at + 8, 4, rng.choice((where[0], value)))
+            driver.write_config(at + 12, 4, rng.choice((where[1], where[1], 3, 8)))
+            if way == 3:
+                driver.read_config(at + 16, 4)
+            else:
+                driver.write_config(at + 16, rng.choice((1, 2, 4)), value & 0xFF)
+        elif way == 5:
+            [express] = [at for kind, at in driver.capabilities() if kind == CAP_EXPRESS]
+            driver.write_config(express + 8, 2, rng.choice((0x8000, 0, 0xFFFF)))
+        elif way == 6:
+            driver.write_config(COMMAND, 2, rng.choice((0, 2, 4, 6, 0x406)))
+        else:
+            driver.place(WINDOW + rng.choice((0, 0x10_0000, 0x0FF0_0000, 0x1000_0000)))
 
     def number(self, size: int) -> int:
         """A number of `size` bytes, likely one that is nearly right."""
