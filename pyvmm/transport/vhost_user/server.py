@@ -14,14 +14,14 @@ import select
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 from pyvmm.errors import PyvmmError
 from pyvmm.host import parent, unix_sockets
 from pyvmm.host.log import RateLimited, Sink
 from pyvmm.host.named_listener import NamedListener
-from pyvmm.host.syscalls import EventFd
+from pyvmm.host.syscalls import Closable
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.transport.vhost_user.back_end import BackEnd
 from pyvmm.vhost_user.channel import Channel
@@ -60,9 +60,9 @@ def serve_each(open_device: Opener, path: str, *, trace: Trace | None = None) ->
         first = current.enter_context(open_device())
         device: VirtioDevice | None = first
         log = RateLimited(prefix=f"{first.name}: ")
-        with NamedListener(path, option="--socket") as listener, _ending_signals() as ended:
+        with NamedListener(path, option="--socket") as listener, _Ended() as ended:
             log(f"waiting for a vhost-user front end at {path}")
-            while _wait(listener.socket, ended):
+            while ended.sleep((listener.socket, select.POLLIN)):
                 try:
                     waiting = unix_sockets.accept(listener.socket)
                     if waiting is None:
@@ -112,7 +112,7 @@ def _serve_in_child(
     device: VirtioDevice,
     connection: socket.socket,
     listener: NamedListener,
-    ended: EventFd,
+    ended: _Ended,
     log: RateLimited,
     trace: Trace | None,
 ) -> None:
@@ -139,7 +139,7 @@ def _serve_in_child(
     log(_ending(_await_child(child, connection, ended)))
 
 
-def _await_child(child: int, connection: socket.socket, ended: EventFd) -> int:
+def _await_child(child: int, connection: socket.socket, ended: _Ended) -> int:
     """Its wait status, once it has ended: by itself, or because it was told to."""
     try:
         pidfd = os.pidfd_open(child)
@@ -148,12 +148,7 @@ def _await_child(child: int, connection: socket.socket, ended: EventFd) -> int:
         os.waitpid(child, 0)
         raise
     try:
-        poll = select.poll()
-        poll.register(pidfd, select.POLLIN)
-        poll.register(ended.fd, select.POLLIN)
-        poll.register(connection, select.POLLRDHUP)
-        poll.poll()
-        if _signalled(ended):
+        if not ended.sleep((pidfd, select.POLLIN), (connection, select.POLLRDHUP)):
             os.kill(child, signal.SIGTERM)
         # The front end has gone, or the child has, or is about to.
         alone = select.poll()
@@ -174,26 +169,40 @@ def _ending(wait_status: int) -> str:
     return "front end disconnected" if os.WEXITSTATUS(wait_status) == 0 else "ready for another"
 
 
-def _wait(listener: Socket, ended: EventFd) -> bool:
-    """Wait for a front end: True once it has connected, False if the process is to end."""
-    poll = select.poll()
-    poll.register(listener, select.POLLIN)
-    poll.register(ended.fd, select.POLLIN)
-    poll.poll()
-    return not _signalled(ended)
+class _Ended(Closable):
+    """True from the first signal on that ends the process."""
 
+    def __init__(self) -> None:
+        self._signalled = False
+        # A handler of Python's runs between two of its instructions. The signal may come just
+        # before a sleep begins, or to another thread, and then there is none for now.
+        self._woken, self._wakes = socket.socketpair()
+        self._woken.setblocking(False)
+        self._wakes.setblocking(False)
+        self._wakes_before = signal.set_wakeup_fd(self._wakes.fileno(), warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, self._note) for number in _ENDING}
 
-def _signalled(ended: EventFd) -> bool:
-    return bool(select.select([ended.fd], [], [], 0)[0])
+    def _note(self, *_: object) -> None:
+        self._signalled = True
 
+    def close(self) -> None:
+        """Signals do what they did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._wakes_before)
+        self._woken.close()
+        self._wakes.close()
 
-@contextlib.contextmanager
-def _ending_signals() -> Iterator[EventFd]:
-    """An eventfd that a signal which ends the process makes readable instead."""
-    with EventFd() as ended:
-        before = {number: signal.signal(number, lambda *_: ended.signal()) for number in _ENDING}
-        try:
-            yield ended
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def sleep(self, *until: tuple[Socket | socket.socket | int, int]) -> bool:
+        """Wait for one of these files, each with the events that count; False once the process is
+        to end."""
+        poll = select.poll()
+        poll.register(self._woken, select.POLLIN)
+        for file, events in until:
+            poll.register(file, events)
+        while not self._signalled:
+            happened = {fd for fd, _ in poll.poll()}
+            if happened != {self._woken.fileno()}:
+                break
+            self._woken.recv(64)
+        return not self._signalled

@@ -7,18 +7,20 @@ import errno
 import os
 import re
 import resource
+import select
 import signal
 import socket
 import stat
 import struct
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from vhost_user_rig import UnsealedMemory
 
-from pyvmm.host.syscalls import EventFd
 from pyvmm.testing.blk_driver import OK, BlockDriver
 from pyvmm.testing.ring import Buffer
 from pyvmm.testing.vhost_user_driver import ADD_MEM_REG, USER_BASE, Gone, VhostUserDriver, connect
@@ -335,6 +337,8 @@ def test_a_vsock_device_lets_programs_reach_the_guest(tmp_path):
 
 COUNTING = """\
 import sys
+import threading
+import time
 from contextlib import contextmanager
 from pyvmm.errors import ConfigError
 from pyvmm.transport.vhost_user import serve_each
@@ -433,7 +437,7 @@ def test_a_child_that_cannot_be_watched_is_ended(monkeypatch):
 
     monkeypatch.setattr(os, "pidfd_open", no_room)
     one, other = socket.socketpair()
-    with one, other, EventFd() as ended, subprocess.Popen(["sleep", "1000"]) as child:
+    with one, other, server_module._Ended() as ended, subprocess.Popen(["sleep", "1000"]) as child:
         with pytest.raises(OSError, match="too many open files"):
             server_module._await_child(child.pid, one, ended)
         try:
@@ -441,3 +445,29 @@ def test_a_child_that_cannot_be_watched_is_ended(monkeypatch):
                 os.kill(child.pid, 0)
         finally:
             child.kill()
+
+
+def test_a_signal_that_no_python_code_sees_ends_the_wait():
+    """One that comes to another thread, or just before the sleep: its handler has yet to run."""
+    ready, woken, waiting = threading.Event(), threading.Event(), os.pipe()
+
+    def send():
+        ready.wait(60)
+        time.sleep(0.05)  # sleeping or not by now, the main thread does not get the signal
+        os.kill(os.getpid(), signal.SIGTERM)
+        if not woken.wait(30):
+            os.write(waiting[1], b"give up")
+
+    sender = threading.Thread(target=send)  # which has no signal blocked
+    sender.start()
+    with server_module._Ended() as ended:
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        try:
+            ready.set()
+            assert not ended.sleep((waiting[0], select.POLLIN))
+        finally:
+            woken.set()
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
+    sender.join()
+    for fd in waiting:
+        os.close(fd)
