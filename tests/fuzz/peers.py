@@ -218,21 +218,25 @@ def server_case(rng: Random, ring: Ring) -> int:
         yield Echo((16, 16), packed=packed)
 
     def come(path: str) -> None:
-        rig.until(lambda: rig.listens_at(rig.Path(path)))
-        for messages in visits:
-            with suppress(OSError):  # it has had enough
-                visit(path, messages)
-        os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            rig.until(lambda: rig.listens_at(rig.Path(path)))
+            for messages in visits:
+                with suppress(OSError):  # it has had enough
+                    visit(path, messages)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     with _told(said), tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         path = f"{folder}/s"
         visitor = threading.Thread(target=come, args=(path,))
+        before = signal.signal(signal.SIGTERM, lambda *_: None)  # where it has ended by itself
         visitor.start()
         try:
             with redirect_stderr(io.StringIO()):
                 serve_each(opened, path)
         finally:
             visitor.join(60)
+            signal.signal(signal.SIGTERM, before)
         assert not visitor.is_alive()
     return len(said)
 
