@@ -49,7 +49,7 @@ bench: .stamps/bench .stamps/system ## Measure against QEMU and C, or ONLY="vhos
 	@$(BIN)/python benchmarks/run.py $(ONLY)
 
 ray: .stamps/ray .stamps/system ## VMs on a Ray cluster, three nodes on this machine (installs Ray, 300 MB)
-	@$(BIN)/pytest tests/kvm/test_ray.py
+	@$(BIN)/pytest tests/kvm/test_ray.py tests/guest/test_ray_sandbox.py
 
 doctor: .stamps/venv ## Say what this machine can do
 	@$(BIN)/pyvmm doctor

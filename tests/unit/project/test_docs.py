@@ -44,7 +44,7 @@ def test_python_runs(where: str, code: str) -> None:
     if where.startswith("docs/tutorial/04"):
         pytest.skip("run by tests/guest/test_whole_vmm.py, which needs a Linux guest")
     if where.startswith("docs/ray.md"):
-        pytest.skip("tests/kvm/test_ray.py does the like, with a guest that has no agent")
+        pytest.skip("make ray runs the like, and the one with a sandbox")
     if where.startswith("docs/adding-a-device.md"):
         pytest.skip("run by tests/unit/project/test_adding_a_device.py, in a copy of pyvmm")
     if where.startswith(IN_GUESTS) or re.search("import (VM|Pool|AsyncPool)\n", code):

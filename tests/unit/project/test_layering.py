@@ -25,6 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "pytest_plugin": BASE | {"api", "pytest_vms", "cli"},
     "pytest_vms": BASE | {"api"},
     "ray": BASE | {"api", "monitor", "spec", "control", "agent"},
+    "ray_sandbox": BASE | {"api", "agent"},
     "cli": PARTS | BESIDE | {"api", "monitor", "kinds", "machine", "spec", "kvm", "version"},
     "api": BASE | {"monitor", "kinds", "machine", "spec", "control", "agent", "images"},
     "monitor": PARTS | BESIDE | {"kinds", "machine", "spec", "kvm", "version"},
