@@ -1,7 +1,7 @@
 """Runs in an emulated arm64 KVM host, with that one's Python: what of pyvmm depends on the
 processor and needs no Linux guest. Prints what it found, a line of JSON.
 
-    python3 arm64_inside.py RESETS POWERS_OFF LITMUS     (see test_linux_arm64.py)
+    python3 arm64_inside.py RESETS POWERS_OFF WILD PAIR LITMUS     (see test_linux_arm64.py)
 """
 
 from __future__ import annotations
@@ -89,13 +89,14 @@ def ran(*command: str) -> list[object]:
     return [done.returncode, done.stdout, done.stderr]
 
 
-def guest(kernel: str) -> list[object]:
-    """A guest of four vCPUs, to its end."""
-    return ran("-m", "pyvmm", "run", "--kvm=host", "--cpus=4", "--memory=64M", "--kernel", kernel)
+def guest(kernel: str, cpus: int = 4) -> list[object]:
+    """A guest of so many vCPUs, to its end."""
+    size = (f"--cpus={cpus}", "--memory=64M")
+    return ran("-m", "pyvmm", "run", "--kvm=host", *size, "--kernel", kernel)
 
 
 def main() -> int:
-    resets, powers_off, litmus = sys.argv[1:]
+    resets, powers_off, wild, pair, litmus = sys.argv[1:]
     found = {
         "machine": os.uname().machine,
         "alone": ran("-c", ALONE),
@@ -104,6 +105,9 @@ def main() -> int:
         "doctor": ran("-m", "pyvmm", "doctor"),
         "resets": guest(resets),
         "powers off": [guest(powers_off) for _ in range(TIMES)],
+        "64 vCPUs": guest(powers_off, 64),
+        "wild": guest(wild, 1),
+        "pair": guest(pair, 1),
         "rings": [ran(DEVICE, litmus, layout, ROUNDS) for layout in ("split", "packed")],
     }
     print(json.dumps(found))

@@ -1,10 +1,10 @@
 """Guests for arm64 on any machine, in an emulated arm64 KVM host, with Debian's kernels.
 
 Each start of a host costs half a minute, so that each shows many things: a guest on virtio-mmio
-with Linux 6.1 starts twice, by a reset in between, with a shared directory; one on PCI with 6.12 is
-saved, panics, goes on and is killed while it writes; one on PCI has a GICv2; one has a directory as
-its root and Debian's newest kernel, and one is a container image; and in one host is all that needs
-no Linux guest.
+with Linux 6.1 starts twice, by a reset in between, with a shared directory, from which it runs fio;
+one on PCI with 6.12 is saved, panics, goes on and is killed while it writes; one on PCI has a
+GICv2, and is saved; one has a directory as its root and Debian's newest kernel, and one is
+a container image; and in one host is all that needs no Linux guest.
 """
 
 from __future__ import annotations
@@ -59,6 +59,16 @@ echo "root=$(busybox awk '$2 == "/" && $1 != "rootfs" { print $1 }' /proc/mounts
 echo "bus=$(busybox readlink /sys/block/vda/device/driver)"
 echo "memory=$(busybox awk '$1 == "MemTotal:" { print ($2 > 800000) }' /proc/meminfo)"
 echo "gic=$(busybox grep -c GICv3 /proc/interrupts)"
+lib=/mnt/fio/usr/lib
+libraries=$lib/aarch64-linux-gnu:$lib/aarch64-linux-gnu/ceph
+if $lib/ld-linux-aarch64.so.1 --library-path $libraries /mnt/fio/usr/bin/fio \\
+    --name=all --filename=/dev/vdb --direct=1 --ioengine=libaio --size=16M --rw=randwrite \\
+    --bsrange=512-64k --iodepth=16 --verify=crc32c --do_verify=1 --verify_fatal=1 --randseed=7 \\
+    --thread --eta=never > /fio 2>&1; then
+    echo "fio=$(busybox sed -n 's/.*err= *\\([0-9]*\\).*/\\1/p' /fio)"
+else
+    busybox cat /fio
+fi
 cd /mnt/shared
 echo "share=$(busybox awk '$2 == "/mnt/shared" { print $1, $3 }' /proc/mounts)"
 echo "read=$(busybox cat file) $(busybox cat "$(busybox printf '\\377\\376')")"
@@ -174,6 +184,9 @@ def root_disk(folder: Path, busybox: str, init: str = INIT) -> Path:
 @pytest.mark.timeout(PATIENCE + 100)
 def test_a_guest_starts_twice_from_its_disk(tmp_path: Path) -> None:
     disk = root_disk(tmp_path, host("arm64").busybox)
+    [fio] = images.folders(["programs-fio-arm64"], make=True)
+    data = tmp_path / "data"
+    data.write_bytes(bytes(16 << 20))
     shared = tmp_path / "a,b"
     (shared / "many").mkdir(parents=True)
     for number in range(NAMES):  # more than one answer of a 9p server holds
@@ -181,9 +194,9 @@ def test_a_guest_starts_twice_from_its_disk(tmp_path: Path) -> None:
     (shared / "file").write_text("hello")
     Path(os.fsdecode(os.fsencode(shared) + b"/\xff\xfe")).write_text("bytes")
     command = [sys.executable, "-m", "pyvmm", "run", "--arch", "arm64", "--disk", str(disk)]
-    command += ["--cpus", "2", "--memory", "1G", "--cmdline", "quiet"]
-    command += ["--transport", "mmio"]
-    command += ["--share", f"{str(shared).replace(',', ',,')}:/mnt/shared"]
+    command += ["--disk", str(data), "--cpus", "2", "--memory", "1G", "--cmdline", "quiet"]
+    command += ["--transport", "mmio", "--share", f"{str(shared).replace(',', ',,')}:/mnt/shared"]
+    command += ["--share", f"{fio}/root:/mnt/fio,readonly"]
     errors = tmp_path / "errors"
     with errors.open("wb") as stderr:
         process = subprocess.Popen(
@@ -214,6 +227,7 @@ def test_a_guest_starts_twice_from_its_disk(tmp_path: Path) -> None:
     assert values["bus"].endswith("virtio_blk")
     assert values["memory"] == "1"
     assert int(values["gic"]) > 0
+    assert values["fio"] == "0", "what it wrote is what it reads"
     assert len(values["token"]) == 16
     assert values["again"] == values["token"], shown
     assert int(values["clock"]) >= 2026
@@ -359,14 +373,28 @@ echo "where=$(pwd)"
 echo lost > /lost
 echo kept > /work/kept
 mkdir -p "/lib/modules/$(uname -r)" && echo "modules=$(ls "/lib/modules/$(uname -r)" | wc -l)"
+for device in /sys/bus/virtio/devices/*; do
+    driver=$(readlink $device/driver)
+    echo "device $(cat $device/device)=${driver##*/}"
+done
+echo "random=$(head -c 16 /dev/hwrng | wc -c)"
+echo "pages=$(sha256sum < /dev/pmem0 | cut -d' ' -f1)"
 exit 7
 """
+# By their types (<linux/virtio_ids.h>), each with the driver that it needs in Linux.
+DRIVERS = {
+    **{"device 0x0001": "virtio_net", "device 0x0002": "virtio_blk"},
+    **{"device 0x0003": "virtio_console", "device 0x0004": "virtio_rng"},
+    **{"device 0x0005": "virtio_balloon", "device 0x0013": "vmw_vsock_virtio_transport"},
+    **{"device 0x001a": "virtiofs", "device 0x001b": "virtio_pmem"},
+}
 
 
 @pytest.mark.timeout(PATIENCE + 100)
 def test_a_directory_is_the_root(tmp_path: Path) -> None:
     """With programs for arm64 in it; what is written there stays only where that was said. Its
-    kernel is Debian's newest, if unstable is not in pieces."""
+    kernel is Debian's newest, if unstable is not in pieces; and it has a device of each kind, on
+    PCI, whose modules are in an initramfs that is made at the start."""
     tree = files(tmp_path, host("arm64").busybox)
     kernel = "debian:sid"
     try:
@@ -375,10 +403,14 @@ def test_a_directory_is_the_root(tmp_path: Path) -> None:
         kernel = "debian:6.12"
     release = os.path.basename(debian_kernels.find(kernel, arch="arm64").modules)
     (tree / "work").mkdir()
+    memory = tmp_path / "memory"
+    memory.write_bytes(os.urandom(4 << 20))
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pyvmm", "run", "--arch", "arm64", "--root", str(tree)),
-            *("--kernel", kernel, "--rw", "/work", "--", "sh", "-c", ROOT_LOOK),
+            *("--kernel", kernel, "--rw", "/work", "--transport", "pci", "--disk", "ram:4M"),
+            *("--net", "user", "--rng", "--balloon", "size=0", "--pmem", str(memory)),
+            *("--port", f"name=port,path={tmp_path}/port", "--", "sh", "-c", ROOT_LOOK),
         ],
         stdin=subprocess.DEVNULL,
         capture_output=True,
@@ -390,9 +422,11 @@ def test_a_directory_is_the_root(tmp_path: Path) -> None:
     assert done.returncode == 7, shown
     found = told_by(done.stdout.decode())
     modules = found.pop("modules")
-    assert found == {
+    assert found == DRIVERS | {
         "machine": "aarch64",
         "release": release,
+        "random": "16",
+        "pages": hashlib.sha256(memory.read_bytes()).hexdigest(),
         "root": "overlay",
         "who": str(os.geteuid()),
         "where": "/work",
@@ -582,6 +616,76 @@ out:ldrb w1, [x2, #5]
 shared:
     .fill 32, 8, 0
 """
+# Accesses to where nothing is, nothing that fits, or nothing but what KVM has: they are all ones or
+# nothing, and the guest goes on.
+WILD = r"""
+    b start
+    .word 0
+    .quad 0, 0x100000, 0xa, 0, 0, 0
+    .ascii "ARM\x64"
+    .word 0
+start:
+    ldr x20, =0x09000000
+    mov w21, #'n'
+    ldr x1, =0x30000000          // behind the window of BARs, before the RAM
+    bl nobody
+    mov w21, #'r'
+    ldr x1, =0x44000000          // the end of the RAM
+    bl nobody
+    mov w21, #'m'
+    ldr x1, =0x0a01f000          // the last place of a virtio-mmio device
+    bl nobody
+    mov w21, #'h'
+    ldr x1, =0x7ff0000000        // far behind all
+    bl nobody
+    mov w21, #'g'
+    ldr x1, =0x08000000          // the distributor, a byte and eight of them at a time
+    ldrb w2, [x1, #1]
+    str x2, [x1, #0xff8]
+    ldr x2, [x1, #0xff8]
+    mov w21, #'i'
+    ldr x1, =0x08080000          // the ITS: a command queue of nowhere
+    mov x2, #-1
+    str x2, [x1, #0x80]
+    str x2, [x1, #0x88]
+    mov w2, #1
+    str w2, [x1]
+    mov w21, #'s'
+    ldr x2, [x20]                // eight bytes of the serial port, and two of the clock
+    ldr x1, =0x09010000
+    ldrh w2, [x1]
+    strh w2, [x1, #2]
+    mov w21, #'.'
+    strb w21, [x20]
+    ldr w0, =0x84000008
+    hvc #0
+nobody:
+    str x1, [x1]
+    ldr x2, [x1]
+    cmn x2, #1
+    b.ne wrong
+    ldrb w2, [x1, #1]
+    cmp w2, #0xff
+    b.ne wrong
+    ret
+wrong:
+    strb w21, [x20]
+    ldr w0, =0x84000008
+    hvc #0
+    .ltorg
+"""
+# Two registers at a time, of which the processor tells KVM nothing (no syndrome).
+PAIR = r"""
+    b start
+    .word 0
+    .quad 0, 0x100000, 0xa, 0, 0, 0
+    .ascii "ARM\x64"
+    .word 0
+start:
+    ldr x20, =0x09000000
+    ldp x1, x2, [x20]
+    .ltorg
+"""
 SYSTEM_OFF, SYSTEM_RESET = 0x84000008, 0x84000009
 TOLD = [
     f"the box refused {call} in the thread MainThread"
@@ -597,15 +701,20 @@ def test_what_needs_no_linux_guest(tmp_path: Path) -> None:
     (docs/decisions/0648)."""
     host("arm64")
     kernels = []
-    for name, ending in (("resets", SYSTEM_RESET), ("off", SYSTEM_OFF)):
+    sources = {
+        "resets": RACE.replace("ENDING", hex(SYSTEM_RESET)),
+        "off": RACE.replace("ENDING", hex(SYSTEM_OFF)),
+        **{"wild": WILD, "pair": PAIR},
+    }
+    for name, source in sources.items():
         kernel = tmp_path / name
-        kernel.write_bytes(assembled(tmp_path, RACE.replace("ENDING", hex(ending))))
+        kernel.write_bytes(assembled(tmp_path, source))
         kernels.append(str(kernel))
     program = str(Path(__file__).with_name("arm64_inside.py"))
     command = [sys.executable, "-m", "pyvmm.emulated_host", "--arch", "aarch64"]
     litmus = tmp_path / "litmus"
-    source = Path(__file__).parents[1] / "litmus_driver.c"
-    subprocess.run([ARM64, "-O2", "-static", "-o", litmus, source], check=True)
+    driver = Path(__file__).parents[1] / "litmus_driver.c"
+    subprocess.run([ARM64, "-O2", "-static", "-o", litmus, driver], check=True)
     command += ["--", "/usr/bin/python3", "-P", program, *kernels, str(litmus)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -625,6 +734,11 @@ def test_what_needs_no_linux_guest(tmp_path: Path) -> None:
     assert (code, said) == (10, "rrr"), errors
     assert errors.count("starts again") == 2
     assert found["powers off"] == [[0, "r", ""]] * 4
+    assert found["64 vCPUs"] == [0, "r", ""]
+    assert found["wild"] == [0, ".", ""], "what it was at is said"
+    code, said, errors = found["pair"]
+    assert (code, said) == (13, "") and "an access to 0x9000000 by an instruction that" in errors
+    assert "pc" in errors and "esr_el1" in errors, "the crash report"
     for code, said, errors in found["rings"]:
         assert code == 0, errors
         seen = json.loads(said)
