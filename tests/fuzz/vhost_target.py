@@ -83,17 +83,18 @@ def make(rng: Random) -> Iterator[VirtioDevice]:
              "dropped_to_guest"), 0
         )  # fmt: skip
         fakes = {
-            "counters": lambda name: zero,
-            "interface_changes": watch,
             "drain_changes": lambda event: bool(event.drain()),
             "is_attached": lambda fd: not cable.gone,
         }
         for name, fake in fakes.items():
             closing.enter_context(mock.patch.object(tap, name, fake))
+        interface = tap.Interface("tap0")
+        interface.counters = lambda: zero  # type: ignore[method-assign]
+        interface.changes = watch  # type: ignore[method-assign,assignment]
         card = Card(
             cable,
             kernels,
-            "tap0",
+            interface,
             name="fuzzed",
             mac=net_rig.MAC,
             log=lambda line: None,  # type: ignore[arg-type]

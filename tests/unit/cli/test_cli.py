@@ -15,6 +15,7 @@ import boot_images
 import pytest
 
 from pyvmm.cli.main import main
+from pyvmm.emulated_host.spec import HostImage
 from pyvmm.kinds.vm_spec import from_json
 from pyvmm.monitor import emulated
 
@@ -36,7 +37,8 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "dir").mkdir()
     os.mkfifo(tmp_path / "fifo")
     monkeypatch.setattr(emulated, "_join_terminal", lambda *given: STARTED)
-    monkeypatch.setattr(emulated, "find_image", lambda make, architecture: None)
+    image = HostImage("kernel", "modules", "busybox", ("qemu",))
+    monkeypatch.setattr(emulated, "find_image", lambda make, architecture: image)
     monkeypatch.setattr(emulated, "EmulatedHostSpec", lambda **parts: None)
     return tmp_path
 

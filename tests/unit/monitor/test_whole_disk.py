@@ -418,7 +418,7 @@ def test_an_efi_partition_takes_the_kernel_with_its_driver(
     made: list[str] = []
     known = kernel_choice._Kernel(str(tmp_path / "kernel"), initrd="/of/the/recipe")
     monkeypatch.setattr(kernel_choice, "_find", lambda name, arch: known)
-    monkeypatch.setattr(fresh_initramfs, "make", lambda *_: made.append("") or "/fresh")
+    monkeypatch.setattr(fresh_initramfs, "make", lambda *_, cure: made.append("") or "/fresh")
     assert specify({"disks": [str(disk)]})[0].initrd == "/fresh"
     assert specify({"disks": [str(disk)], "initrd": "/mine"})[0].initrd == "/mine"
     assert specify({"kernel": "debian:6.1", "disks": ["ram:1M"]})[0].initrd == "/of/the/recipe"
