@@ -80,12 +80,14 @@ class Machine:
         *,
         signal_patience: float = STOP_SECONDS,
         waits: bool = False,
+        before_first: Callable[[], None] | None = None,
     ) -> None:
         """A guest that a signal asks to power off has `signal_patience` seconds to do so. One that
-        `waits` is paused before its first instruction."""
+        `waits` is paused before its first instruction. `before_first` is called before that, as
+        late as can be."""
         self._trace = trace
         self._signal_patience = signal_patience
-        self._waits = waits
+        self._waits, self._before_first = waits, before_first
         self.steady = RLock()
         """Held while the parts are exchanged, and by whoever needs them not to be."""
         # A SimpleQueue, because a signal's handler may put into it at any moment; a lock or an
@@ -211,6 +213,11 @@ class Machine:
         with ExitStack() as stopping:
             stopping.callback(self._stop)
             waits, self._waits = self._waits, False
+            if waits:
+                self.pauser.before_first = self._before_first
+            elif self._before_first is not None:
+                self._before_first()
+            self._before_first = None
             for runner in self._runners:
                 if waits:
                     runner.request_pause()

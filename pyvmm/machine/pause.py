@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Lock
 
@@ -29,6 +29,7 @@ class Pauser:
         self._held: list[Queue] = []
         self._ended = False
         self.ending = False  # soon, by `end`
+        self.before_first: Callable[[], None] | None = None  # called when it first goes on
         self.paused = False
 
     def pause(self) -> None:
@@ -108,6 +109,9 @@ class Pauser:
                 self._held.append(queue)
 
     def _go_on(self) -> None:
+        before, self.before_first = self.before_first, None
+        if before is not None:
+            before()
         self._release()
         for runner in self._runners:
             runner.resume()

@@ -112,3 +112,13 @@ def restore(parts: Parts, saved: Saved, warn: Callable[[str], None]) -> None:
         transport.restore(state)
     # Last, so that its interrupt is not among those that a state replaces.
     parts.prepared.board.tell_of_copy(parts.vm, parts.prepared.memory)
+
+
+def start_clock(parts: Parts, saved: Saved) -> None:
+    """The vCPUs of `parts`, which `restore` was called for, are about to run for the first time.
+
+    Between that and this the monitor enters its box, and a VM of a pool waits. To a guest whose
+    clock has gone on meanwhile that is a task that ran for so long: Linux then holds back those of
+    real-time priority. Raises ConfigError, HostError.
+    """
+    parts.prepared.board.start_clock(parts.vm, saved.table("board"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -287,10 +288,17 @@ class _Run:
     def assemble(self, stop_patience: float) -> None:
         """Put the machine together. Raises ConfigError or HostError."""
         parts = self._parts()
-        if self._opened.restoring is not None:
-            self._opened.restoring.restore(parts, self._warn)
-        waits = self._prepared.spec.waits
-        machine = Machine(parts, self._opened.trace, signal_patience=stop_patience, waits=waits)
+        before_first: Callable[[], None] | None = None
+        if (restoring := self._opened.restoring) is not None:
+            restoring.restore(parts, self._warn)
+            before_first = partial(restoring.start_clock, parts)
+        machine = Machine(
+            parts,
+            self._opened.trace,
+            signal_patience=stop_patience,
+            waits=self._prepared.spec.waits,
+            before_first=before_first,
+        )
         self._machine = machine
         self._prepared.alarm.connect(machine.end)
 

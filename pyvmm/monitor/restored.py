@@ -93,3 +93,8 @@ class Restoring:
     def restore(self, parts: Parts, warn: Callable[[str], None]) -> None:
         """Have `parts` go on where they were saved. Raises ConfigError, HostError."""
         saved_machine.restore(parts, self._state.table("machine"), warn)
+
+    def start_clock(self, parts: Parts) -> None:
+        """The vCPUs of `parts`, which have been restored, are about to run for the first time.
+        Raises ConfigError, HostError."""
+        saved_machine.start_clock(parts, self._state.table("machine"))

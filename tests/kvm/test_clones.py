@@ -234,6 +234,24 @@ def waiting(pool: Pool) -> list[ForkedMonitor]:
     return [one.monitor for one in pool._waiting]
 
 
+def test_the_clock_of_a_vm_that_waits_stands_still(ready: str) -> None:
+    """It goes on when the VM is taken, and not when that was made."""
+
+    def clock(name: str) -> int:
+        with store.reading(name) as saved:
+            return int(saved.state["machine"]["board"]["vm"]["clock"])
+
+    with Pool(ready, 1, kvm="host", refill=False) as pool:
+        waiting(pool)
+        time.sleep(3)
+        taken_at = time.monotonic()
+        with pool.take() as vm:
+            echoes(vm, "one")
+            vm.snapshot("later")
+        ran = time.monotonic() - taken_at
+    assert 0 < clock("later") - clock(ready) <= ran * 1e9
+
+
 def test_a_pool_is_taken_from_and_fills_again(ready: str) -> None:
     with Pool(ready, 2, kvm="host") as pool:
         before = [vm.name for vm in waiting(pool)]

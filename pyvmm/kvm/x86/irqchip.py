@@ -107,6 +107,12 @@ def restore(vm: Vm, state: Saved) -> None:
         struct_ioctl(vm.fd, uapi.KVM_SET_IRQCHIP, chip, "KVM_SET_IRQCHIP")
 
 
+def start_clock(vm: Vm, state: Saved) -> None:
+    """Have the clock of what `save` gave go on from now: since `restore` it has gone on already.
+    Raises ConfigError, HostError."""
+    vm.set_clock(state.bits("clock", 63))
+
+
 def is_masked(vm: Vm, pin: int) -> bool:
     """True if the guest has the interrupt of I/O APIC `pin` switched off, as after a reset."""
     chip = ffi.new("struct kvm_irqchip *")

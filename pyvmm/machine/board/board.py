@@ -249,6 +249,10 @@ class Board(ABC, Generic[E]):
         HostError."""
         raise ConfigError("machines of this architecture cannot be restored")
 
+    def start_clock(self, vm: Vm, saved: Saved) -> None:
+        """The guest's vCPUs are about to run for the first time since `restore` was given `saved`:
+        its clock goes on from now, where KVM has one for it. Raises ConfigError, HostError."""
+
     def import_restoring(self) -> None:
         """Import what `restore` does, before this process forks: it is there once then."""
 

@@ -51,6 +51,14 @@ def run_python(script: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_what_comes_before_the_first_instruction_comes_once():
+    seen = []
+    machine = Machine(bare_parts(), Trace(()), before_first=lambda: seen.append("clock"))
+    machine.end(Outcome(Ending.PANIC))
+    machine.run(lambda: seen.append("started"), lambda: None)
+    assert seen == ["clock", "started"]
+
+
 def test_the_first_reason_counts():
     machine = bare_machine()
     machine.end(Outcome(Ending.PANIC))

@@ -97,6 +97,20 @@ def test_what_is_left_of_a_batch_is_served_after_the_pause(bench):
         driver.pop_used()
 
 
+def test_what_is_to_be_done_before_it_goes_on_is_done_once(bench):
+    runner, seen = Runner(), []
+    pauser = Pauser([runner], [transport(bench)])
+    pauser.pause()
+    pauser.before_first = lambda: seen.append(runner.running)
+    with pauser.still():
+        pass
+    assert not seen, "it was paused, and stays so"
+    pauser.resume()
+    pauser.pause()
+    pauser.resume()
+    assert seen == [False]
+
+
 def test_twice_is_once(bench):
     pauser = Pauser([Runner()], [transport(bench)])
     pauser.resume()

@@ -188,6 +188,10 @@ class X86Board(Board[boot.Entry]):
             saved_vcpu.restore(vcpu, state, host, warn)
         irqchip.restore(vm, saved.table("vm"))
 
+    def start_clock(self, vm: Vm, saved: Saved) -> None:
+        """See Board: the paravirtual clock."""
+        irqchip.start_clock(vm, saved.table("vm"))
+
     def import_restoring(self) -> None:
         """See Board."""
         from pyvmm.kvm.x86 import saved_vcpu  # noqa: F401
