@@ -438,10 +438,19 @@ def request_of_failing(rng: Random) -> Request:
     return Request(rng.randint(0, 1), [], [len(part) for part in pieces(rng, bytes(64))])
 
 
-_FAILURES = (
-    ValueError("two\nlines"), DriverError("a rule", section="2.1"), HostError(errno.EIO, "a host"),
-    OSError(errno.ENOSPC, "full"), ZeroDivisionError(), MemoryError(), RecursionError("deep"),
-)  # fmt: skip
+def _none() -> None:
+    return None
+
+
+_FAILURES: tuple[Callable[[], Exception], ...] = (
+    lambda: ValueError("two\nlines"),
+    lambda: DriverError("a rule", section="2.1"),
+    lambda: HostError(errno.EIO, "a host"),
+    lambda: OSError(errno.ENOSPC, "full"),
+    ZeroDivisionError,
+    MemoryError,
+    lambda: RecursionError("deep"),
+)
 
 
 def settle_failing(device: VirtioDevice) -> None:
@@ -451,7 +460,8 @@ def settle_failing(device: VirtioDevice) -> None:
 
 def stir_failing(device: VirtioDevice, rng: Random) -> None:
     assert isinstance(device, Failing)
-    device.fails = rng.choice((None, None, *_FAILURES))
+    # Another one each time: an exception keeps what it came through.
+    device.fails = rng.choice((_none, _none, *_FAILURES))()
     device.rest = rng.choice((None, Rest(kicks=False), Rest(seconds=1), Rest(sources=False)))
 
 

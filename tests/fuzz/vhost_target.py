@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from random import Random
 from typing import Any
 from unittest import mock
@@ -66,40 +66,42 @@ class Card(VhostNetDevice):
     changes: list[EventFd]
 
 
+class Interface:
+    """The tap's interface, whose changes somebody may be told of."""
+
+    def __init__(self) -> None:
+        self.told: list[EventFd] = []
+
+    def counters(self) -> dict[str, int]:
+        return dict.fromkeys(_COUNTED, 0)
+
+    def changes(self) -> EventFd:
+        self.told.append(EventFd())
+        return self.told[-1]
+
+
+_COUNTED = (
+    *("frames_to_guest", "bytes_to_guest", "frames_from_guest", "bytes_from_guest"),
+    "dropped_to_guest",
+)
+
+
 @contextmanager
 def make(rng: Random) -> Iterator[VirtioDevice]:
-    chance, changes = Random(rng.getrandbits(32)), list[EventFd]()
+    chance, interface = Random(rng.getrandbits(32)), Interface()
     cable = Taps(chance)
     kernels = [Kernel(chance) for _ in cable.ends]
-
-    def watch() -> EventFd:
-        changes.append(EventFd())
-        return changes[-1]
-
     with ExitStack() as closing:
         closing.callback(cable.close)
-        zero = dict.fromkeys(
-            ("frames_to_guest", "bytes_to_guest", "frames_from_guest", "bytes_from_guest",
-             "dropped_to_guest"), 0
-        )  # fmt: skip
         fakes = {
             "drain_changes": lambda event: bool(event.drain()),
             "is_attached": lambda fd: not cable.gone,
         }
         for name, fake in fakes.items():
             closing.enter_context(mock.patch.object(tap, name, fake))
-        interface = tap.Interface("tap0")
-        interface.counters = lambda: zero  # type: ignore[method-assign]
-        interface.changes = watch  # type: ignore[method-assign,assignment]
-        card = Card(
-            cable,
-            kernels,
-            interface,
-            name="fuzzed",
-            mac=net_rig.MAC,
-            log=lambda line: None,  # type: ignore[arg-type]
-        )
-        card.cable, card.kernels, card.changes = cable, kernels, changes
+        arguments: Any = cable, kernels, interface
+        card = Card(*arguments, name="fuzzed", mac=net_rig.MAC, log=lambda line: None)
+        card.cable, card.kernels, card.changes = cable, kernels, interface.told
         yield card
 
 
@@ -108,12 +110,13 @@ def stir(device: VirtioDevice, rng: Random) -> None:
     assert isinstance(device, Card)
     for kernel in device.kernels:
         kernel.fails = rng.choice((0.0, 0.0, 0.2))
-        if not rng.randrange(12) and kernel.error is not None and kernel.error.fd >= 0:
-            kernel.error.signal()
+        if not rng.randrange(12) and kernel.error is not None:
+            with suppress(OSError, ValueError):
+                kernel.error.signal()
     if not rng.randrange(10):
         device.cable.gone |= not rng.randrange(4)
         for event in device.changes:
-            if event.fd >= 0:
+            with suppress(OSError, ValueError):  # closed by whoever has noticed already
                 event.signal()
     if not rng.randrange(4):
         device.set_link(rng.random() < 0.6)
