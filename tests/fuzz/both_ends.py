@@ -104,6 +104,8 @@ class _Case:
         for connection in self.connections[-1:]:
             with suppress(OSError):
                 connection.shutdown(socket.SHUT_RD)
+            # Until then it takes kicks, which nobody else hears of.
+            rig.until(lambda ended=connection: ended.fileno() < 0)
 
     def write_config(self) -> None:
         if not self.has_failed:
