@@ -204,7 +204,11 @@ class Interface:
         try:
             fd = self._counts if self._counts >= 0 else open_counts()
             try:
-                return os.pread(fd, _MOST_COUNTS, 0).decode(errors="replace")
+                data = b""
+                # The kernel gives a page of it at a time, which has some thirty interfaces.
+                while len(data) < _MOST_COUNTS and (more := os.pread(fd, _MOST_COUNTS, len(data))):
+                    data += more
+                return data.decode(errors="replace")
             finally:
                 if fd != self._counts:
                     os.close(fd)
@@ -222,7 +226,7 @@ class Interface:
             raise HostError(error.errno or 0, "rtnetlink") from None
 
 
-_MOST_COUNTS = 1 << 20  # bytes
+_MOST_COUNTS = 8 << 20  # bytes; an interface has 120
 
 
 def open_counts() -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
@@ -163,3 +165,28 @@ def test_a_tap_that_is_deleted_takes_the_link_down() -> None:
             rig.send(header() + MAC + MAC + bytes(60))
         assert not rig.device.link_up
         assert not rig.driver.needs_reset
+
+
+def test_counters_are_found_among_those_of_many_interfaces() -> None:
+    """A machine of many VMs has more of them than the kernel tells of at once."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    found: list[dict[str, int]] = []
+
+    def look() -> None:
+        assert libc.unshare(0x40000000) == 0, ctypes.get_errno()  # CLONE_NEWNET of <linux/sched.h>
+        with ExitStack() as closing:
+            names = []
+            for _ in range(100):
+                fds, name = tap.open_tap("pyvmmc%d", create=True)
+                names.append(name)
+                for fd in fds:
+                    closing.callback(os.close, fd)
+            counts = tap.open_counts()
+            closing.callback(os.close, counts)
+            for name in names:
+                found.append(tap.Interface(name).counters())
+                found.append(tap.Interface(name, counts).counters())
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(look).result(60)
+    assert len(found) == 200 and not any(counted["frames_to_guest"] for counted in found)
