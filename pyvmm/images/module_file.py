@@ -68,6 +68,8 @@ class _Object:
 
     def _section(self, index: int) -> _Section:
         at = self._start + index * self._step
+        if at > len(self.data):
+            raise ValueError
         return _Section(*struct.unpack_from(self.order + self.form.section, self.data, at))
 
     def sections(self) -> Iterator[_Section]:

@@ -114,7 +114,15 @@ def test_a_packed_module_that_is_damaged_or_without_end(
 
 
 @pytest.mark.parametrize(
-    "bad", [b"", b"\x7fELF", b"text", module()[:80], b"\x7fELF\2\1" + bytes(99)]
+    "bad",
+    [
+        b"",
+        b"\x7fELF",
+        b"text",
+        module()[:80],
+        b"\x7fELF\2\1" + bytes(99),
+        module()[:40] + b"\xff" * 8 + module()[48:],  # where its section headers are
+    ],
 )
 def test_what_is_no_module_is_named(tmp_path: Path, bad: bytes) -> None:
     (tmp_path / "bad.ko").write_bytes(bad)
@@ -216,7 +224,9 @@ def test_modules_that_are_not_made_smaller() -> None:
     struct.pack_into("<Q", far, start + 2 * 64 + 32, 1 << 62)  # the size of .text
     wide = bytearray(debuggable)
     struct.pack_into("<Q", wide, start + 2 * 64 + 48, 1 << 62)  # its alignment
-    for data in (module(), signed, cut, bytes(far), bytes(wide), b"", b"text"):
+    past = bytearray(debuggable)
+    struct.pack_into("<Q", past, 40, (1 << 64) - 1)  # where the section headers are
+    for data in (module(), signed, cut, bytes(far), bytes(wide), bytes(past), b"", b"text"):
         assert module_file.for_loading(data) == data
 
 
