@@ -177,10 +177,12 @@ class UnreadTree(ModuleTree):
         built_for = _release(first)
         is_by_symbols = "modversions" in features
         if self.release and built_for not in ("", self.release) and not is_by_symbols:
-            how = f"make -C {self.folder} modules" if is_build_tree(self.folder) else "install it"
+            is_built_here = is_build_tree(self.folder)
             raise OtherRelease(
                 f"{path} was built for Linux {built_for}, and the kernel is {self.release}",
-                cure=f"build it again: {how}",
+                cure=f"build it again: make -C {self.folder} modules"
+                if is_built_here
+                else "build and install it again: make modules modules_install",
                 option=_OPTION,
             )
 

@@ -266,6 +266,15 @@ def test_a_module_of_an_earlier_build_is_told(tmp_path: Path, recipe: None) -> N
         assert (b"virtio_blk.ko" in Path(archive).read_bytes()) == is_there
 
 
+def test_an_installed_module_of_an_earlier_build_is_told(tmp_path: Path) -> None:
+    place = tmp_path / "lib/modules" / RELEASE
+    (place / "kernel").mkdir(parents=True)
+    (place / "kernel/virtio_blk.ko").write_bytes(module(release="6.9.1-g0123"))
+    (place / "modules.builtin").write_text("")
+    with pytest.raises(ConfigError, match="; build and install it again: make modules modules_i"):
+        modules.find(str(tmp_path), RELEASE).load_order(["virtio_blk"])
+
+
 def test_all_that_is_missing_is_named_at_once(tmp_path: Path, recipe: None) -> None:
     tree = modules.find(str(build_tree(tmp_path)), RELEASE)
     needed = {"virtio-1": "for its network", "virtio-2": "for its disks"}
