@@ -45,6 +45,13 @@ def start(
             cure="use pyvmm exec --user",
             option="--guest-user",
         )
+    if guest_user is not None and not guest_user.partition(":")[0]:
+        # The agent would take root for it. Who names nobody may have meant another.
+        raise ConfigError(
+            f"{guest_user!r:.80} names no user",
+            cure="name one of the guest's, such as root or 1000:100",
+            option="--guest-user",
+        )
     if restore is not None:
         return _restore(restore, kvm, surroundings, options, detach=detach, command=command)
     if command and detach:

@@ -308,6 +308,13 @@ def test_a_user_without_a_command(root: Path) -> None:
             start(guest_user="root", **options)
 
 
+@pytest.mark.parametrize("user", ["", ":", ":100"])
+def test_a_user_without_a_name_is_not_root(root: Path, user: str) -> None:
+    """A script's variable may be empty."""
+    with pytest.raises(ConfigError, match=f"--guest-user: '{user}' names no user; name one"):
+        start(guest_user=user, root=str(root), command=("true",))
+
+
 def test_a_shell_where_no_command_is_named(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
     monkeypatch.setenv("SHELL", "/usr/bin/dash")
     assert command_line(str(root), ()).argv == ("/usr/bin/dash",)
