@@ -238,7 +238,11 @@ def _of_tree(tree: str, arch: str) -> _Kernel:
     there = [path for path in built if os.path.isfile(path)]
     if there:
         config = os.path.join(tree, ".config")
-        return _Kernel(max(there, key=_age), config if os.path.isfile(config) else "", tree)
+        plain = [path for path in there if os.path.basename(path) == "Image"]
+        # The others of arm64 are packed of it, and so newer, and perhaps in a way that we cannot
+        # unpack; those of x86 are built one by one.
+        newest = max(plain or there, key=_age)
+        return _Kernel(newest, config if os.path.isfile(config) else "", tree)
     installed = _installed(tree)
     if len(installed) == 1:
         return _Kernel(installed[0], _beside(installed[0]), tree)

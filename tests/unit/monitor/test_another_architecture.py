@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import lzma
 import os
 import subprocess
 import sys
@@ -229,6 +230,20 @@ def test_the_tree_that_a_kernel_was_built_in(
     assert specify(modules)[0].initrd == spec.initrd
     with pytest.raises(ConfigError, match=f"for another architecture, arch/arm64/boot/{file}, "):
         specify({"kernel": str(tree)})
+
+
+@of_images
+def test_a_tree_with_more_than_its_image(no_images: list[str], recipes: Path) -> None:
+    """What is packed of the Image is newer, and perhaps in a way that nobody here unpacks."""
+    boot = recipes / "linux/arch/arm64/boot"
+    boot.mkdir(parents=True)
+    image = boot_images.arm64_image(BANNER)
+    zboot = boot_images.zboot(lzma.compress(image), b"xzkern")
+    for age, (name, content) in enumerate({"vmlinuz.efi": zboot, "Image": image}.items()):
+        (boot / name).write_bytes(content)
+        os.utime(boot / name, (2000 - age, 2000 - age))
+    options = {"arch": "arm64", "kernel": str(recipes / "linux"), "disks": ["ram:1M"]}
+    assert specify({**options, "initrd": str(boot / "Image")})[0].kernel == str(boot / "Image")
 
 
 @of_images
