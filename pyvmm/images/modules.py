@@ -15,6 +15,7 @@ import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 from pyvmm.errors import ConfigError
@@ -25,6 +26,7 @@ from pyvmm.images import module_file
 SUFFIXES = (".ko", ".ko.xz", ".ko.zst", ".ko.gz")
 _MOST_MODULE = 128 << 20  # bytes; the largest of Debian's has 20 MiB
 _MOST_MODULES = 100_000  # in one folder; Debian's generic kernel has 4,000
+_MOST_FILES = 1_000_000  # and directories
 _MOST_LOADED = 1000  # that are loaded together
 _MOST_UNPACKED = 2 << 30  # bytes of all modules that are read
 _MOST_LIST = 32 << 20  # bytes of one of depmod's lists; Debian's generic kernel's have 600 KiB
@@ -246,15 +248,31 @@ def _is_release(place: str) -> bool:
 def _installed(place: str) -> ModuleTree:
     if os.path.isfile(os.path.join(place, "modules.dep")):
         return ModuleTree(place)
-    paths: dict[str, str] = {}
-    for at, folders, names in os.walk(place):
-        folders.sort()
-        for name in sorted(names):
-            if name.endswith(SUFFIXES):
-                paths[module_name(name)] = os.path.relpath(os.path.join(at, name), place)
-        if len(paths) > _MOST_MODULES:
-            raise ConfigError(f"{place} has more than {_MOST_MODULES} modules", option=_OPTION)
+    paths = {module_name(path): path for path in _files_of_modules(place)}
     return UnreadTree(place, paths, os.path.basename(os.path.realpath(place)))
+
+
+def _files_of_modules(place: str) -> Iterator[str]:
+    """Below `place`, and relative to it. Raises ConfigError for more than anybody has."""
+    folders, left, modules = [""], _MOST_FILES, _MOST_MODULES
+    while folders:
+        folder = folders.pop()
+        found: list[os.DirEntry[str]] = []
+        with suppress(OSError), os.scandir(os.path.join(place, folder)) as entries:
+            found = sorted(islice(entries, left + 1), key=lambda entry: entry.name)
+        below = []
+        for entry in found:
+            path = os.path.join(folder, entry.name)
+            if entry.is_dir(follow_symlinks=False):
+                below.append(path)
+            elif entry.name.endswith(SUFFIXES):
+                modules -= 1
+                yield path
+        folders += reversed(below)
+        left -= len(found)
+        for what, most, rest in (("files", _MOST_FILES, left), ("modules", _MOST_MODULES, modules)):
+            if rest < 0:
+                raise ConfigError(f"{place} has more than {most} {what}", option=_OPTION)
 
 
 def _build_tree(folder: str) -> ModuleTree:

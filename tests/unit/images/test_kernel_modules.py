@@ -305,6 +305,48 @@ def installed(folder: Path, dep: bytes, **files: bytes) -> Path:
     return place
 
 
+def test_a_tree_of_deep_directories_is_no_deeper_for_us(tmp_path: Path) -> None:
+    place = tmp_path / RELEASE
+    (place / "kernel").mkdir(parents=True)
+    (place / "modules.builtin").write_text("")
+    (place / "kernel/z.ko").write_bytes(module())
+    (place / "kernel/loop").symlink_to(".")
+    depth = 1100  # beyond what Python's own functions call themselves
+    folder = os.open(place / "kernel", os.O_RDONLY)
+    for number in range(depth):
+        os.mkdir("d", dir_fd=folder)
+        below = os.open("d", os.O_RDONLY, dir_fd=folder)
+        os.close(folder)
+        folder = below
+        if number == 5:
+            os.close(os.open("a.ko", os.O_CREAT | os.O_WRONLY, dir_fd=folder))
+    os.close(folder)
+    try:
+        tree = modules.find(str(tmp_path), RELEASE)
+        assert isinstance(tree, UnreadTree)
+        assert tree.paths == [f"kernel/{'d/' * 6}a.ko", "kernel/z.ko"]
+    finally:
+        subprocess.run(["rm", "-r", place / "kernel/d"], check=True)
+
+
+@pytest.mark.parametrize(
+    ("limit", "what"), [("_MOST_FILES", "files"), ("_MOST_MODULES", "modules")]
+)
+def test_a_tree_without_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, what: str
+) -> None:
+    place = tmp_path / RELEASE
+    (place / "kernel").mkdir(parents=True)
+    (place / "modules.order").write_text("")
+    for name in "abc":
+        (place / f"kernel/{name}.ko").write_bytes(module())
+    monkeypatch.setattr(modules, limit, 5 if what == "files" else 3)
+    assert modules.find(str(place), RELEASE).has("c")
+    monkeypatch.setattr(modules, limit, 4 if what == "files" else 2)
+    with pytest.raises(ConfigError, match=f"has more than . {what}"):
+        modules.find(str(place), RELEASE)
+
+
 @pytest.mark.parametrize("name", ["modules.order", "modules.builtin"])
 @pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
 def test_a_list_that_is_no_file_is_not_waited_for(tmp_path: Path, name: str, kind: str) -> None:
