@@ -27,6 +27,7 @@ SUFFIXES = (".ko", ".ko.xz", ".ko.zst", ".ko.gz")
 _MOST_MODULE = 128 << 20  # bytes; the largest of Debian's has 20 MiB
 _MOST_MODULES = 100_000  # in one folder; Debian's generic kernel has 4,000
 _MOST_FILES = 1_000_000  # and directories
+_MOST_PATH = 500  # characters of a module's, below its folder; the longest of Debian's have 90
 _MOST_LOADED = 1000  # that are loaded together
 _MOST_UNPACKED = 2 << 30  # bytes of all modules that are read
 _MOST_LIST = 32 << 20  # bytes of one of depmod's lists; Debian's generic kernel's have 600 KiB
@@ -131,7 +132,11 @@ class UnreadTree(ModuleTree):
         """`paths` are their files, relative to `folder`, by their names."""
         self.folder = folder
         self.release = release
-        self._paths = {name: path for name, path in paths.items() if _NAME.fullmatch(name)}
+        self._paths = {
+            name: path
+            for name, path in paths.items()
+            if _NAME.fullmatch(name) and len(path) <= _MOST_PATH
+        }
         self._unpacked = 0
         lines = _read_if_there(folder, "modules.builtin")
         self.knows_builtin = bool(lines)
@@ -264,7 +269,7 @@ def _files_of_modules(place: str) -> Iterator[str]:
         for entry in found:
             path = os.path.join(folder, entry.name)
             if entry.is_dir(follow_symlinks=False):
-                below.append(path)
+                below += [path] if len(path) < _MOST_PATH else []
             elif entry.name.endswith(SUFFIXES):
                 modules -= 1
                 yield path

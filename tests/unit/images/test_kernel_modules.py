@@ -512,6 +512,27 @@ def test_depmod_runs_again_when_a_module_was_built_again(tmp_path: Path, cache: 
     assert tree_modules.make(unread(folder)) != first
 
 
+def test_depmod_sees_no_module_that_is_far_down(tmp_path: Path, cache: Path) -> None:
+    folder = build_tree(tmp_path)
+    at, path = os.open(folder, os.O_RDONLY), "d/" * 1100 + "deep.ko"
+    for _ in range(1100):
+        os.mkdir("d", dir_fd=at)
+        below = os.open("d", os.O_RDONLY, dir_fd=at)
+        os.close(at)
+        at = below
+    os.close(os.open("deep.ko", os.O_CREAT | os.O_WRONLY, dir_fd=at))
+    os.close(at)
+    assert (folder / path).is_file()
+    with open(folder / "modules.order", "a") as order:
+        order.write(f"{path}\n")
+    try:
+        lists, _ = tree_modules.make(unread(folder))
+        found = Path(lists, "modules.dep").read_text()
+        assert "virtio_blk.ko" in found and "deep.ko" not in found
+    finally:
+        subprocess.run(["rm", "-r", folder / "d"], check=True)
+
+
 def test_depmod_sees_installed_modules(tmp_path: Path, cache: Path) -> None:
     place = tmp_path / "lib/modules" / RELEASE
     (place / "kernel/a").mkdir(parents=True)
