@@ -368,9 +368,10 @@ class VhostUserDevice(VirtioDevice):
 
     def _serve(self, queue: Queue) -> None:
         queue.begin_serving()
-        self._queues[queue.index] = queue
         self._began[queue.index] = queue.state().next_used
         self._unclean.discard(queue.index)
+        # From here on the thread deals with it, and is not to take it for the one of before.
+        self._queues[queue.index] = queue
         if self._has_given_up:
             self._refuse(queue)
         else:

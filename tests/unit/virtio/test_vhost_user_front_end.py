@@ -657,6 +657,24 @@ def test_a_queue_that_is_reset_as_the_back_end_is_given_up_has_one_worker(place)
         before.ready = False
 
 
+def test_a_queue_that_was_reset_has_nothing_of_the_one_before(place):
+    """Not even for the thread that gives the back end up the moment that there is a new one."""
+    seen = []
+
+    class Watched(dict):
+        def __setitem__(self, index, queue):
+            seen.append((index, set(device._unclean), device._began[index]))
+            super().__setitem__(index, queue)
+
+    with fake(place), front(place, PLAIN, reconnect=0) as one:
+        device, driver = one.device, one.driver.mmio
+        device._queues = Watched(device._queues)
+        device._unclean.add(0)
+        device._began[0] = 77
+        driver.reset_queue(0, 8)
+        assert seen == [(0, set(), 0)]
+
+
 def test_without_notes_requests_in_order_fail_one_by_one(place):
     with (
         fake(place, protocol=P_REPLY_ACK | P_CONFIG) as back_end,
