@@ -34,6 +34,7 @@ _BIG_ENDIAN = 1 << 0
 _PLAUSIBLE_MIB = 1 << 12  # what says more is not a header
 _ZSTD = b"\x28\xb5\x2f\xfd"
 _PACKED = (GZIP, _ZSTD)
+_METHODS = (b"gzip", b"zstd", b"zstd22")  # as a zboot names them
 _EFI, _ZBOOT = b"MZ", b"zimg"
 _MOST = 1 << 30  # bytes, as of a kernel for x86
 _MOST_PACKED = 512 << 20  # bytes, which are in memory; Debian's have 15 MiB
@@ -164,7 +165,12 @@ def _zboot(kernel: ImageFile, head: bytes) -> tuple[int, int]:
         )
     if not kernel.read(offset, 4).startswith(_PACKED):
         said = method.decode("ascii", "replace")
-        said = said if said.isprintable() else "something unknown"
+        if method in _METHODS:
+            raise kernel.error(
+                f"{kernel.path} is damaged: its payload is not in the {said} that it says",
+                "copy or build it again",
+            )
+        said = said if said and said.isprintable() else "something unknown"
         raise kernel.error(
             f"{kernel.path} is compressed by {said}", "use one that is compressed by gzip or zstd"
         )

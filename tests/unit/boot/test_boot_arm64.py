@@ -102,6 +102,12 @@ HOSTILE = {
     "a payload that is too long": (zboot(b"x", size=0xFFFF_FFFF), "truncated"),
     "zboot in xz": (zboot(b"\xfd7zXZ\0" * 9, b"xz"), "compressed by xz"),
     "zboot in \\x1b": (zboot(b"\0" * 99, b"\x1b[31m"), "compressed by something unknown"),
+    "zboot in nothing": (zboot(b"\0" * 99, b""), "compressed by something unknown"),
+    "zboot in gzip that is none": (
+        zboot(b"\0" * 99, b"gzip"),
+        "damaged: its payload is not in the gzip that it says; copy or build it again",
+    ),
+    "zboot in zstd that is none": (zboot(b"\0" * 99, b"zstd22"), "not in the zstd22 that it says"),
     "an initrd": (b"070701" + b"0" * 200, "give it to --initrd"),
     "a disk": (b"QFI\xfb" + bytes(600), "--disk"),
     "a bzImage": (bytes(0x202) + b"HdrS" + bytes(600), "a kernel for x86; use --arch x86_64"),
