@@ -523,8 +523,11 @@ def _embedded(kernel: str, arch: str) -> str:
     from pyvmm.images import made_files
     from pyvmm.machine.board.registry import board_of
 
-    text = ""
-    with suppress(ConfigError, OSError):
+    try:
         text = board_of(arch).kernel_config(kernel)
+    except (ConfigError, OSError):
+        return (
+            ""  # Nor is that kept: the file may be for another architecture, or not readable yet.
+        )
     made_files.keep_as(folder, mark, text.encode())
     return text

@@ -247,6 +247,22 @@ def test_a_tree_with_more_than_its_image(no_images: list[str], recipes: Path) ->
 
 
 @of_images
+def test_what_a_kernel_lacks_is_told_after_a_wrong_start(
+    recipes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without --arch it is no kernel; that is not to be remembered as one without an opinion."""
+    config = b"IKCFG_ST" + gzip.compress(b"CONFIG_64BIT=y\n") + b"IKCFG_ED"
+    kernel = recipes / "Image"
+    kernel.write_bytes(boot_images.arm64_image(BANNER + config + bytes(1 << 20)))
+    options = {"kernel": str(kernel), "disks": ["ram:1M"]}
+    specify(options)
+    assert capsys.readouterr().err == ""
+    for _ in range(2):
+        specify({**options, "arch": "arm64"})
+        assert "lacks CONFIG_SERIAL_8250_CONSOLE (for its console)" in capsys.readouterr().err
+
+
+@of_images
 def test_what_packages_leave(no_images: list[str], recipes: Path) -> None:
     """The kernel beside its modules, where those of Linux 7 have it."""
     place = recipes / "unpacked/usr/lib/modules" / RELEASE
