@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Iterator
 
 import click
@@ -26,6 +27,7 @@ def doctor() -> None:
     _show("Confinement", list(check_confinement()))
     _show("Debian packages", list(check_packages()))
     _show("Images", list(check_images()))
+    _show_what_is_not_built()
     host_runs, emulation_runs = (all(check.ok for check in checks) for checks in (host, emulated))
     if host_runs:
         click.echo("\nLinux guests run on this machine's KVM.")
@@ -134,11 +136,22 @@ def check_images() -> Iterator[Check]:
     from pyvmm import images
 
     for name, folder in images.listing():
-        yield Check(
-            name,
-            folder is not None,
-            folder or "not built",
-            f"`pyvmm image build {name}` makes it; so does whatever needs it",
+        if folder is not None:
+            yield Check(name, True, folder)
+
+
+def _show_what_is_not_built() -> None:
+    from pyvmm import images
+
+    names = [name for name, folder in images.listing() if folder is None]
+    if names:
+        click.echo("  - not built; `pyvmm image build NAME` makes one, and so does what needs it:")
+        indent = " " * 6
+        text = ", ".join(names)
+        click.echo(
+            textwrap.fill(
+                text, 100, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+            )
         )
 
 

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 
 import boot_images
 import pytest
@@ -271,6 +272,19 @@ def test_images_are_listed(pyvmm, capsys):
         main(["image", "list", "--all"])
     assert ended.value.code == 0
     assert "kernel-6.1" in capsys.readouterr().out
+
+
+def test_the_doctor_has_no_cross_for_an_image_that_is_not_built(monkeypatch, capsys):
+    names = [f"image-number-{number}" for number in range(20)]
+    listing = [("built", "/there"), *((name, None) for name in names)]
+    monkeypatch.setattr("pyvmm.images.listing", lambda: listing)
+    with suppress(SystemExit):  # as this machine can run a guest, or not
+        main(["doctor"])
+    said = capsys.readouterr().out.partition("\nImages\n")[2].splitlines()
+    assert said[0] == "  ✓ built: /there"
+    assert not [line for line in said[:5] if "✗" in line]
+    assert max(map(len, said)) <= 100
+    assert " ".join(map(str.strip, said[2:])).startswith(", ".join(names))
 
 
 # --- standard streams that are closed or full, in a process of their own --------------------------
