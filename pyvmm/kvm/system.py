@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import syscalls
@@ -82,13 +83,25 @@ def _open_device(path: str) -> int:
         if error.errno in (errno.EACCES, errno.EPERM):
             raise ConfigError(
                 f"no permission to open {path}",
-                cure=f"add yourself to group kvm (sudo usermod -aG kvm $USER, then log in again), "
-                f"or {EMULATED}",
+                cure=f"{_way_in(path)}, or {EMULATED}",
             ) from None
         if error.errno == errno.EISDIR:
             raise _not_kvm(path) from None
         # ENODEV, ENXIO: the node is there but no module behind it.
         raise HostError(error.errno, f"open {path}", cure=EMULATED) from None
+
+
+def _way_in(path: str) -> str:
+    """What gives an ordinary user the rights to open `path`."""
+    import grp
+
+    group = "kvm"  # that of systemd's rules for udev
+    with suppress(OSError, KeyError):
+        status = os.stat(path)
+        if not status.st_gid or status.st_mode & 0o060 != 0o060:
+            return f"have root let you (chmod 666 {path}, or a rule for udev)"
+        group = grp.getgrgid(status.st_gid).gr_name
+    return f"add yourself to group {group} (sudo usermod -aG {group} $USER, then log in again)"
 
 
 def _check_version(fd: int, path: str) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import grp
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -35,12 +38,26 @@ def test_something_else_than_kvm_is_told_apart(path: str) -> None:
     assert open_descriptors() == descriptors
 
 
-def test_no_permission_names_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("mode", "group", "cure"),
+    [
+        (0o660, 1, f"group {grp.getgrgid(1).gr_name} "),
+        (0o600, 1, "chmod 666 /dev/kvm"),
+        (0o660, 0, "chmod 666 /dev/kvm"),
+        (0o660, 4_000_000_000, "group kvm "),
+    ],
+    ids=["its group may", "nobody may", "root's group may", "a group without a name"],
+)
+def test_no_permission_says_what_would_give_it(
+    mode: int, group: int, cure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refused(path: str, flags: int) -> int:
         raise HostError(errno.EACCES, f"open {path}")
 
     monkeypatch.setattr(system.syscalls, "open_file", refused)
-    with pytest.raises(ConfigError, match="group kvm") as raised:
+    found = os.stat_result((stat.S_IFCHR | mode, 0, 0, 1, 0, group, 0, 0, 0, 0))
+    with monkeypatch.context() as patched, pytest.raises(ConfigError, match=cure) as raised:
+        patched.setattr(system.os, "stat", lambda path: found)
         Kvm.open()
     assert EMULATED in str(raised.value)
 
