@@ -108,6 +108,8 @@ def run_emulated(
                 f"{because}; running in an emulated KVM host, 10 to 20 times slower than real KVM"
                 f"{hint}"
             )
+            if vm_log is not None:
+                vm_log.last_message = b""  # that is not why the VM ends
         # -P: the current directory is the user's, not a place for modules.
         python = foreign_programs.PYTHON if foreign else sys.executable
         argv = [python, "-P", "-m", emulated_inside.__name__, described]

@@ -16,6 +16,7 @@ import boot_images
 import pytest
 
 from pyvmm.cli.main import main
+from pyvmm.control import registry, vm_log
 from pyvmm.emulated_host.spec import HostImage
 from pyvmm.kinds.vm_spec import from_json
 from pyvmm.monitor import emulated
@@ -64,6 +65,15 @@ def test_good_options_start(run):
         STARTED,
         "",
     )
+
+
+def test_what_the_host_is_does_not_say_why_a_vm_ended(pyvmm, place, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(place))
+    monkeypatch.setattr("pyvmm.machine.host_kvm.why_unusable", lambda: "no KVM here")
+    code, error = pyvmm("run", "--kernel", "kernel", "--name", "web")
+    assert (code, "no KVM here" in error) == (STARTED, True)
+    [end] = vm_log.ended(registry.folder())
+    assert (end["name"], end["exit_code"], end["message"]) == ("web", STARTED, "")
 
 
 WRONG = [
