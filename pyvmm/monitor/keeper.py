@@ -289,6 +289,11 @@ class _Serving:
 
     def run(self) -> None:
         """Serve until the other end is closed."""
+        with suppress(ConnectionError):  # an answer was not read, or cannot be given any more
+            self._serve()
+
+    def _serve(self) -> None:
+        """Raises ConnectionError."""
         while True:
             self._wait()
             message, fds = self._hear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import select
 import signal
 import socket
 import time
@@ -17,6 +18,7 @@ from pyvmm.control import vm_log
 from pyvmm.errors import HostError
 from pyvmm.host import box
 from pyvmm.host.other_user import OtherUser
+from pyvmm.monitor.cgroup import Group
 from pyvmm.monitor.keeper import Keeper
 
 SAFETY_TIMEOUT = 60
@@ -163,6 +165,27 @@ def test_it_has_no_other_descriptor_and_ends_with_the_monitor(tmp_path: Path) ->
     made._socket.close()
     _, status = os.waitpid(made.pid, 0)
     assert status == 0
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_group_goes_though_the_monitor_has_read_no_answer(
+    tmp_path: Path, sleepy: bool, when: str
+) -> None:
+    group = Group.__new__(Group)
+    group._before, group._made = str(tmp_path), str(tmp_path / "made")
+    os.mkdir(group._made)  # no real one, but removed as one
+    made = Keeper(str(tmp_path), "web")
+    made.leave(group)
+    made.enter_box()
+    os.kill(made.pid, signal.SIGSTOP)
+    made._socket.send(b"log\0")
+    if when == "after":
+        os.kill(made.pid, signal.SIGCONT)
+        assert select.select([made._socket], [], [], SAFETY_TIMEOUT)[0]
+    made._socket.close()
+    os.kill(made.pid, signal.SIGCONT)
+    _, status = os.waitpid(made.pid, 0)
+    assert status == 0 and not os.path.exists(group._made)
 
 
 @pytest.mark.parametrize(
