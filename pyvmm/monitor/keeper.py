@@ -312,7 +312,7 @@ class _Serving:
             self._socket.sendmsg([_ANSWER.pack(failed)], rights)
             if fd >= 0:
                 os.close(fd)
-            if message == b"box" and not self._is_inside:
+            if message == b"box" and not failed and not self._is_inside:
                 from pyvmm.host import box
 
                 box.stay_outside()

@@ -88,6 +88,24 @@ def test_it_believes_nothing(keeper: Keeper, tmp_path: Path, message: bytes) -> 
     assert os.listdir(tmp_path) == ["logs"] and os.listdir(tmp_path / "logs") == ["web.log"]
 
 
+def filters_of(pid: int) -> list[str]:
+    """Those of calls."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return [line for line in status.splitlines() if line.startswith("Seccomp")]
+
+
+def test_it_gives_up_rights_once(keeper: Keeper) -> None:
+    """Each filter more would make calls slower, and leave less room for those of what it starts."""
+    keeper.enter_box()
+    os.close(keeper.open_log(False))
+    before = filters_of(keeper.pid)
+    for _ in range(3):
+        with pytest.raises(OSError, match="Invalid argument"):
+            keeper._ask(b"box")
+    os.close(keeper.open_log(False))
+    assert filters_of(keeper.pid) == before
+
+
 def test_it_connects_to_ports_of_the_vm_only(keeper: Keeper, tmp_path: Path) -> None:
     keeper.announce(str(tmp_path / "vsock"))
     keeper.announce(str(tmp_path / "back-end"), removes=False)
