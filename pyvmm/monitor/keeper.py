@@ -202,6 +202,7 @@ def _be_alone(fd: int) -> None:
     """Keep nothing of the monitor but the descriptor `fd`, and end with it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or nobody could wait for children
     gc.freeze()  # or else to look through what the monitor has would copy it
     os.closerange(0, fd)
     os.closerange(fd + 1, os.sysconf("SC_OPEN_MAX"))

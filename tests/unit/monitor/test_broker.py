@@ -207,6 +207,25 @@ for _ in range(2):
     assert [answer["has"] for answer in answers] == [["content"], []]
 
 
+def test_it_hears_clients_though_whoever_started_it_ignores_children(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    closing: list[Callable[[], object]] = []
+    ignored = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        monitor = Monitor(tmp_path, closing.append)
+        signal.signal(signal.SIGCHLD, ignored)
+        for _ in range(2):
+            [answer] = ask(monitor, request("disk.add", device="nothing"))
+            assert answer["error"]["code"] == "refused"
+            until(lambda: sockets_of(monitor.keeper.pid) == 3)  # the first one's process has ended
+    finally:
+        signal.signal(signal.SIGCHLD, ignored)
+        while closing:
+            closing.pop()()
+
+
 def test_what_it_is_told_late_it_does_not_believe(monitor: Monitor) -> None:
     with pytest.raises(OSError, match="Invalid argument"):
         monitor.keeper.listen(monitor.listener, owner_only=False)
