@@ -44,7 +44,7 @@ _SENDING = 10.0  # seconds for the answer to reach the client
 _NO_ROOM_SECONDS = 0.2
 _PACE = 0.002  # seconds between two of other users, so that they leave the keeper time
 _MANY = "there are more clients already than the monitor takes"
-_ABOVE = 512  # descriptors of a keeper are below that
+_ABOVE = 512  # descriptors of a keeper are below that, and below half of its limit
 
 
 class Door(NamedTuple):
@@ -250,9 +250,9 @@ def _work(client: _Client, keeper: int, user: OtherUser | None) -> NoReturn:
 
 def _keep_only(*sockets: _socket.socket) -> list[_socket.socket]:
     """Copies of `sockets`; nothing else is open then, but standard streams that lead nowhere."""
-    least = 3
+    least = min(_ABOVE, os.sysconf("SC_OPEN_MAX") // 2)
     for one in sockets:
-        least = fcntl.fcntl(one.fileno(), fcntl.F_DUPFD_CLOEXEC, max(least, _ABOVE)) + 1
+        least = fcntl.fcntl(one.fileno(), fcntl.F_DUPFD_CLOEXEC, least) + 1
     first = least - len(sockets)
     os.closerange(0, first)
     os.closerange(least, os.sysconf("SC_OPEN_MAX"))

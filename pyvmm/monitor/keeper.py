@@ -49,6 +49,7 @@ from pyvmm.control import vm_log
 from pyvmm.errors import HostError
 from pyvmm.host import named_listener, unix_sockets
 from pyvmm.host.named_listener import Identity
+from pyvmm.host.syscalls import allow_descriptors
 from pyvmm.host.unix_sockets import Socket
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ _FDS = struct.Struct("=2i")  # with a "lis"
 _MOST_TEXT = 4096
 _KEYS = {"message": str, "ending": str}
 _AWAKE = 5.0  # seconds without anything to do, before it sleeps
+_MOST_OPEN = 64 << 10  # descriptors, as far as the hard limit allows
 _APART = 8  # numbers of descriptors that are kept free
 
 
@@ -209,6 +211,9 @@ def _be_alone(fd: int) -> None:
     while (null := os.open(os.devnull, os.O_RDWR)) < 3:  # standard streams
         os.set_inheritable(null, True)
     os.close(null)
+    # Sending one fails when all processes of this user together have as many on their way: those of
+    # a monitor in a box, whose limit is the one that we begin with, must not be in ours.
+    allow_descriptors(_MOST_OPEN)
 
 
 class _File(NamedTuple):
@@ -309,14 +314,23 @@ class _Serving:
                 failed = errno.EINVAL
             for one in fds:
                 os.close(one)
-            rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, _ANSWER.pack(fd))] if fd >= 0 else []
-            self._socket.sendmsg([_ANSWER.pack(failed)], rights)
+            self._answer(failed, fd)
             if fd >= 0:
                 os.close(fd)
             if message == b"box" and not failed and not self._is_inside:
                 from pyvmm.host import box
 
                 box.stay_outside()
+
+    def _answer(self, failed: int, fd: int) -> None:
+        """Raises ConnectionError."""
+        rights = [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, _ANSWER.pack(fd))] if fd >= 0 else []
+        try:
+            self._socket.sendmsg([_ANSWER.pack(failed)], rights)
+        except ConnectionError:
+            raise
+        except OSError as error:  # ETOOMANYREFS
+            self._socket.sendmsg([_ANSWER.pack(error.errno or errno.EIO)])
 
     def end(self) -> None:
         """The monitor has ended."""

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import select
 import signal
 import socket
@@ -222,6 +223,27 @@ def test_it_hears_clients_though_whoever_started_it_ignores_children(
             until(lambda: sockets_of(monitor.keeper.pid) == 3)  # the first one's process has ended
     finally:
         signal.signal(signal.SIGCHLD, ignored)
+        while closing:
+            closing.pop()()
+
+
+def test_it_hears_clients_with_few_descriptors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes as many as it may have: those that are on their way anywhere else count for it."""
+    monkeypatch.chdir(tmp_path)
+    closing: list[Callable[[], object]] = []
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
+    try:
+        monitor = Monitor(tmp_path, closing.append)
+        most = min(before[1], 64 << 10)
+        had = resource.prlimit(monitor.keeper.pid, resource.RLIMIT_NOFILE, (256, 256))
+        assert had == (most, before[1])
+        [answer] = ask(monitor, request("disk.add", device="nothing"))
+        assert answer["error"]["code"] == "refused"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
         while closing:
             closing.pop()()
 

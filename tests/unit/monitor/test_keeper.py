@@ -8,9 +8,11 @@ import os
 import select
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,7 +21,7 @@ from pyvmm.errors import HostError
 from pyvmm.host import box
 from pyvmm.host.other_user import OtherUser
 from pyvmm.monitor.cgroup import Group
-from pyvmm.monitor.keeper import Keeper
+from pyvmm.monitor.keeper import Keeper, _Serving, _State
 
 SAFETY_TIMEOUT = 60
 
@@ -159,6 +161,28 @@ def test_for_another_user_it_follows_no_link_that_came_later(tmp_path: Path, lin
             assert (secret / "vsock").exists()
     keeper._socket.close()
     os.waitpid(keeper.pid, 0)
+
+
+def test_a_descriptor_that_cannot_be_sent_is_an_error_and_no_more(tmp_path: Path) -> None:
+    class Full(socket.socket):
+        """As where this user's processes have too many on their way."""
+
+        def sendmsg(self, buffers: Any, ancillary: Any = (), *more: Any) -> int:
+            if ancillary:
+                raise OSError(errno.ETOOMANYREFS, os.strerror(errno.ETOOMANYREFS))
+            return super().sendmsg(buffers)
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, Full(fileno=theirs.detach()) as full:
+        ours.send(b"log\0")
+        ours.send(b'end{"exit_code": 3}')
+        ours.shutdown(socket.SHUT_WR)
+        _Serving(full, _State(str(tmp_path), "web", None, False, 0, 5.0)).run()
+        assert [int.from_bytes(ours.recv(8), sys.byteorder) for _ in range(2)] == [
+            errno.ETOOMANYREFS,
+            0,
+        ]
+    assert [one["exit_code"] for one in vm_log.ended(str(tmp_path))] == [3]
 
 
 def files_of(pid: int) -> list[str]:
