@@ -150,9 +150,19 @@ class _Base(Closable):
                 f"nothing can be told apart from the snapshot {found.name}: it has no id",
                 cure="take a new one with --track",
             )
+        self._found = found
         self.name, self.id, self.size = found.name, known, size
         self.below = below(found.path, found.state, size)
         self.memory = SavedMemory(found.path, found.state, size)
+
+    def check_sealed(self) -> None:
+        """Raise ConfigError if its memory may be a stranger's."""
+        if not is_sealed(self._found.state, self._found.path):
+            raise ConfigError(
+                f"the snapshot {self.name} bears no seal of yours, as one below a VM with a "
+                "directory or a back end of this machine has to",
+                cure="take a whole one",
+            )
 
     def close(self) -> None:
         self.memory.close()
@@ -171,6 +181,8 @@ def _receive(receiver: _Receiver, writer: store.Writer, base: _Base | None, *, s
             raise receiver.nonsense()
     state = receiver.state(header.get("state"))
     spec = with_paths(from_json(json.dumps(state["spec"])), os.path.abspath)
+    if base is not None and _lends_files(spec):
+        base.check_sealed()
     state["spec"] = json.loads(to_json(spec))
     state["disks"] = marks_of(spec)  # now: a VM that goes on writes to its images
     for name, size in files.items():

@@ -572,6 +572,11 @@ def test_a_shared_directory_is_for_those_who_have_taken_the_snapshot(folder: Pat
             one.console.expect_exact("hello", timeout=SAFETY_TIMEOUT)
         vm.snapshot("second", track=True)
         vm.snapshot("third", diff_of="second")
+        of_second = folder / "state/pyvmm/snapshots/second/memory"
+        shutil.copy2(of_second, folder / "memory")
+        os.replace(folder / "memory", of_second)  # a stranger's, with the same id
+        with pytest.raises(ConfigError, match="second bears no seal of yours"):
+            vm.snapshot("strange", diff_of="second")
     snapshots.merge("third", "fourth")
     for name in ("second", "third"):
         store.remove(name)
