@@ -442,3 +442,17 @@ def test_what_is_wrong_in_a_configuration_is_one_line(pyvmm, place):
         "pyvmm: vm.toml:2: unknown key 'memmory'; did you mean memory?\n",
     )
     assert pyvmm("run", "--config", "missing.toml")[0] == 2
+
+
+def test_nothing_is_imported_from_the_current_directory(place):
+    """It may be a guest's to change while its VM runs."""
+    (place / "json.py").write_text("open('mark', 'w')")
+    done = subprocess.run(
+        [*PYVMM, "ps", "--json"],
+        env={**os.environ, "XDG_RUNTIME_DIR": str(place)},
+        capture_output=True,
+        text=True,
+        timeout=SAFETY_TIMEOUT,
+    )
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+    assert not (place / "mark").exists()
