@@ -74,6 +74,11 @@ def package_folders() -> Iterator[str]:
             yield path
 
 
+def own_folders() -> list[str]:
+    """The folders that pyvmm, Python's own modules and those of packages are in."""
+    return [_ABOVE, os.path.dirname(os.path.abspath(os.__file__)), *package_folders()]
+
+
 _CALL = """
 import importlib, sys
 above, module, *arguments = sys.argv[1:]

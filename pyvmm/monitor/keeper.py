@@ -47,7 +47,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from pyvmm.control import vm_log
 from pyvmm.errors import HostError
-from pyvmm.host import named_listener, unix_sockets
+from pyvmm.host import confinement, named_listener, unix_sockets
 from pyvmm.host.named_listener import Identity
 from pyvmm.host.syscalls import allow_descriptors
 from pyvmm.host.unix_sockets import Socket
@@ -205,6 +205,8 @@ def _be_alone(fd: int) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or nobody could wait for children
+    # What is imported from here on is not from the current directory, which may be a guest's.
+    sys.path[:] = confinement.own_folders()
     gc.freeze()  # or else to look through what the monitor has would copy it
     os.closerange(0, fd)
     os.closerange(fd + 1, os.sysconf("SC_OPEN_MAX"))
@@ -370,7 +372,6 @@ class _Serving:
         """Raises OSError, ValueError."""
         import json
 
-        from pyvmm.host import confinement
         from pyvmm.monitor import asleep
 
         memory = os.memfd_create("pyvmm-keeper-state")

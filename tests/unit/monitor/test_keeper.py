@@ -185,6 +185,24 @@ def test_a_descriptor_that_cannot_be_sent_is_an_error_and_no_more(tmp_path: Path
     assert [one["exit_code"] for one in vm_log.ended(str(tmp_path))] == [3]
 
 
+def test_it_imports_nothing_that_a_guest_may_have_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python may have been told to look in the current directory, and that may be shared."""
+    (tmp_path / "json.py").write_text("open('mark', 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "json"]:
+        monkeypatch.delitem(sys.modules, name)
+    made = Keeper(str(tmp_path), "web")
+    monkeypatch.undo()
+    made.note_end(3)
+    made._socket.close()
+    os.waitpid(made.pid, 0)
+    assert not (tmp_path / "mark").exists()
+    assert [one["exit_code"] for one in vm_log.ended(str(tmp_path))] == [3]
+
+
 def files_of(pid: int) -> list[str]:
     """What its descriptors are, but for those that lead nowhere."""
     links = [os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")]
