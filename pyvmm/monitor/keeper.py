@@ -49,6 +49,7 @@ from pyvmm.control import vm_log
 from pyvmm.errors import HostError
 from pyvmm.host import confinement, named_listener, unix_sockets
 from pyvmm.host.named_listener import Identity
+from pyvmm.host.parent import end_with
 from pyvmm.host.syscalls import allow_descriptors
 from pyvmm.host.unix_sockets import Socket
 
@@ -323,6 +324,9 @@ class _Serving:
                 from pyvmm.host import box
 
                 box.stay_outside()
+                if not self._group:
+                    # Whoever has a listener too can have us wait in accept(2) for ever.
+                    end_with(self._state.monitor)
 
     def _answer(self, failed: int, fd: int) -> None:
         """Raises ConnectionError."""

@@ -8,6 +8,7 @@ import os
 import select
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -201,6 +202,38 @@ def test_it_imports_nothing_that_a_guest_may_have_written(
     os.waitpid(made.pid, 0)
     assert not (tmp_path / "mark").exists()
     assert [one["exit_code"] for one in vm_log.ended(str(tmp_path))] == [3]
+
+
+def test_it_ends_with_a_monitor_that_has_made_it_wait(tmp_path: Path, sleepy: bool) -> None:
+    """A listener without O_NONBLOCK, of which the monitor takes all connections, has it wait in
+    accept(2); here it is stopped."""
+    code = """
+import sys
+from pyvmm.monitor import keeper
+keeper._AWAKE = float(sys.argv[2])
+made = keeper.Keeper(sys.argv[1], "web")
+made.enter_box()
+made.note_end(0)  # so it has done all that comes with the box
+print(made.pid, flush=True)
+sys.stdin.read()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path), "0" if sleepy else "5"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as monitor:
+        assert monitor.stdout is not None
+        pid = int(monitor.stdout.readline())
+        if sleepy:
+            until_asleep(pid)
+        process = os.pidfd_open(pid)
+        os.kill(pid, signal.SIGSTOP)
+        monitor.kill()
+    has_ended = select.select([process], [], [], SAFETY_TIMEOUT)[0]
+    os.close(process)
+    if not has_ended:
+        os.kill(pid, signal.SIGKILL)
+    assert has_ended
 
 
 def files_of(pid: int) -> list[str]:
