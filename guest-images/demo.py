@@ -65,7 +65,7 @@ def main() -> int:
 
 def demo(command: list[str]) -> int:
     token = secrets.token_hex(8)
-    say("First boot: a Debian kernel mounts its root disk through our virtio-mmio and virtio-blk.")
+    say("First boot: a Debian kernel mounts its root disk through our virtio-blk.")
     if boot(command, FIRST.format(token=token)) is None:
         return 1
     say("Second boot, from the same disk:")
