@@ -616,9 +616,8 @@ out:ldrb w1, [x2, #5]
 shared:
     .fill 32, 8, 0
 """
-# Accesses to where nothing is, nothing that fits, or nothing but what KVM has: they are all ones or
-# nothing, and the guest goes on.
-WILD = r"""
+# What an Image begins with (Linux: Documentation/arch/arm64/booting.rst), and the serial port.
+BEGIN = r"""
     b start
     .word 0
     .quad 0, 0x100000, 0xa, 0, 0, 0
@@ -626,6 +625,10 @@ WILD = r"""
     .word 0
 start:
     ldr x20, =0x09000000
+"""
+# Accesses to where nothing is, nothing that fits, or nothing but what KVM has: they are all ones or
+# nothing, and the guest goes on.
+WILD = r"""
     mov w21, #'n'
     ldr x1, =0x30000000          // behind the window of BARs, before the RAM
     bl nobody
@@ -676,13 +679,6 @@ wrong:
 """
 # Two registers at a time, of which the processor tells KVM nothing (no syndrome).
 PAIR = r"""
-    b start
-    .word 0
-    .quad 0, 0x100000, 0xa, 0, 0, 0
-    .ascii "ARM\x64"
-    .word 0
-start:
-    ldr x20, =0x09000000
     ldp x1, x2, [x20]
     .ltorg
 """
@@ -704,7 +700,7 @@ def test_what_needs_no_linux_guest(tmp_path: Path) -> None:
     sources = {
         "resets": RACE.replace("ENDING", hex(SYSTEM_RESET)),
         "off": RACE.replace("ENDING", hex(SYSTEM_OFF)),
-        **{"wild": WILD, "pair": PAIR},
+        **{"wild": BEGIN + WILD, "pair": BEGIN + PAIR},
     }
     for name, source in sources.items():
         kernel = tmp_path / name
