@@ -77,7 +77,12 @@ COUNTS = ("requests", "interrupts", "kicks")
 
 def counted(device: dict[str, Any], what: str) -> str:
     """One of COUNTS of a device; "-" where nobody counts: another program serves the queues."""
-    return str(device[what]) if device[what] or not device.get("served_by") else "-"
+    return str(device[what]) if is_counted(device, what) else "-"
+
+
+def is_counted(device: dict[str, Any], what: str) -> bool:
+    """False if one of COUNTS says nothing of a device: nobody here counts it."""
+    return bool(device[what]) or not device.get("served_by")
 
 
 def merged(histograms: list[dict[str, int]]) -> dict[str, int]:

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pyvmm.cli.parameter_types import Seconds
-from pyvmm.cli.stats import COUNTS, merged, quantile, size_text, time_text
+from pyvmm.cli.stats import COUNTS, is_counted, merged, quantile, size_text, time_text
 from pyvmm.control import registry
 from pyvmm.control.client import Client
 from pyvmm.errors import ConfigError, PyvmmError
@@ -178,8 +178,7 @@ _DEVICE_BYTES = ("bytes_to_guest", "bytes_from_guest")
 
 
 def _rate(rates: Rates, device: str, counted: Plain, what: str) -> str:
-    known = counted[what] or not counted.get("served_by")
-    return _count(rates.of("devices", device, what)) if known else "-"
+    return _count(rates.of("devices", device, what)) if is_counted(counted, what) else "-"
 
 
 def _bytes(rates: Rates, device: str, counted: Plain, what: str) -> str:
