@@ -99,7 +99,7 @@ def restore(vm: Vm, state: Saved) -> None:
     fill(ffi, pit, state.table("pit"))
     struct_ioctl(vm.fd, uapi.KVM_SET_PIT2, pit, "KVM_SET_PIT2")
     # After the vCPUs' time stamp counters, from which KVM makes it.
-    vm.set_clock(state.bits("clock", 63))
+    start_clock(vm, state)
     for name, number in _CHIPS.items():
         chip = ffi.new("struct kvm_irqchip *")
         chip.chip_id = number
