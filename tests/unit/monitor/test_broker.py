@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -314,6 +314,17 @@ def test_without_it_the_monitor_hears_clients_itself(monitor: Monitor) -> None:
     assert added["error"]["code"] == NEEDS_FILES and status == before
 
 
+@contextmanager
+def one_that_asks(path: Path, what: bytes) -> Iterator[subprocess.Popen[bytes]]:
+    """A client that has said `what`, and waits for the answer."""
+    command = [sys.executable, "-c", CLIENT, str(path), "4096"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL) as client:
+        assert client.stdin is not None
+        client.stdin.write(what)
+        client.stdin.flush()
+        yield client
+
+
 def test_a_process_that_has_ended_is_forgotten_though_another_knows_it(tmp_path: Path) -> None:
     """Those that begin have copies of all descriptors for a moment."""
     listener = unix_sockets.listen(str(tmp_path / "socket"))
@@ -322,14 +333,7 @@ def test_a_process_that_has_ended_is_forgotten_though_another_knows_it(tmp_path:
         broker = Broker(0, epoll)
         broker.add(Heard(listener, theirs, True))
         broker.begin()
-        with subprocess.Popen(
-            [sys.executable, "-c", CLIENT, str(tmp_path / "socket"), "4096"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-        ) as client:
-            assert client.stdin is not None
-            client.stdin.write(request("share.add", files=[]))
-            client.stdin.flush()
+        with one_that_asks(tmp_path / "socket", request("share.add", files=[])) as client:
             while not broker._workers:
                 for fd, _ in epoll.poll():
                     broker.serve(fd)
@@ -349,14 +353,7 @@ def test_what_adds_a_device_ends_with_the_keeper(tmp_path: Path) -> None:
     with closing(unix_sockets.listen(str(tmp_path / "socket"))) as listener:
         passes = keeper.listen(listener, owner_only=True)
         keeper.enter_box()
-        with subprocess.Popen(
-            [sys.executable, "-c", CLIENT, str(tmp_path / "socket"), "4096"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-        ) as asks:
-            assert asks.stdin is not None
-            asks.stdin.write(request("disk.add", device="image"))
-            asks.stdin.flush()
+        with one_that_asks(tmp_path / "socket", request("disk.add", device="image")) as asks:
             with closing(passes):
                 passes.setblocking(True)
                 passes.settimeout(SAFETY_TIMEOUT)
