@@ -498,6 +498,15 @@ def told(vm: VM, script: str) -> dict[str, str]:
 
 # --- without Linux --------------------------------------------------------------------------------
 
+# What an Image begins with (Linux: Documentation/arch/arm64/booting.rst).
+BEGIN = r"""
+    b start
+    .word 0
+    .quad 0, 0x100000, 0xa, 0, 0, 0
+    .ascii "ARM\x64"
+    .word 0
+start:
+"""
 # What the processors of a machine may do to each other by PSCI (Arm DEN 0022), and then its end, of
 # which two ask at once: CPU 0 is off then, and CPU 3 leaves KVM all the time.
 RACE = r"""
@@ -505,12 +514,6 @@ RACE = r"""
     ldr w0, =\function
     hvc #0
 .endm
-    b start
-    .word 0
-    .quad 0, 0x100000, 0xa, 0, 0, 0
-    .ascii "ARM\x64"
-    .word 0
-start:
     adr x20, shared
     ldr w1, [x0]                 // the device tree's magic number, big-endian
     ldr w2, =0xedfe0dd0
@@ -616,19 +619,10 @@ out:ldrb w1, [x2, #5]
 shared:
     .fill 32, 8, 0
 """
-# What an Image begins with (Linux: Documentation/arch/arm64/booting.rst), and the serial port.
-BEGIN = r"""
-    b start
-    .word 0
-    .quad 0, 0x100000, 0xa, 0, 0, 0
-    .ascii "ARM\x64"
-    .word 0
-start:
-    ldr x20, =0x09000000
-"""
 # Accesses to where nothing is, nothing that fits, or nothing but what KVM has: they are all ones or
 # nothing, and the guest goes on.
 WILD = r"""
+    ldr x20, =0x09000000
     mov w21, #'n'
     ldr x1, =0x30000000          // behind the window of BARs, before the RAM
     bl nobody
@@ -679,6 +673,7 @@ wrong:
 """
 # Two registers at a time, of which the processor tells KVM nothing (no syndrome).
 PAIR = r"""
+    ldr x20, =0x09000000
     ldp x1, x2, [x20]
     .ltorg
 """
@@ -700,11 +695,11 @@ def test_what_needs_no_linux_guest(tmp_path: Path) -> None:
     sources = {
         "resets": RACE.replace("ENDING", hex(SYSTEM_RESET)),
         "off": RACE.replace("ENDING", hex(SYSTEM_OFF)),
-        **{"wild": BEGIN + WILD, "pair": BEGIN + PAIR},
+        **{"wild": WILD, "pair": PAIR},
     }
     for name, source in sources.items():
         kernel = tmp_path / name
-        kernel.write_bytes(assembled(tmp_path, source))
+        kernel.write_bytes(assembled(tmp_path, BEGIN + source))
         kernels.append(str(kernel))
     program = str(Path(__file__).with_name("arm64_inside.py"))
     command = [sys.executable, "-m", "pyvmm.emulated_host", "--arch", "aarch64"]
