@@ -118,7 +118,13 @@ def _serve_in_child(
 ) -> None:
     log(f"front end connected (PID {unix_sockets.peer(connection).pid})")
     own_pid = os.getpid()
-    child = os.fork()
+    # A child would take a signal that comes before its own handlers are there as its parent does.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        child = os.fork()
+    finally:
+        if os.getpid() == own_pid:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if child == 0:
         code = _DEFECT
         try:
@@ -127,6 +133,7 @@ def _serve_in_child(
             listener.socket.close()  # without its name, which is the parent's to remove
             for number in _ENDING:
                 signal.signal(number, signal.SIG_DFL)
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             serve_connection(device, connection, trace=trace)
             code = 0
         except PyvmmError as error:

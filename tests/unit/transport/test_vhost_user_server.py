@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 from vhost_user_rig import UnsealedMemory
 
+from pyvmm.host.named_listener import NamedListener
 from pyvmm.testing.blk_driver import OK, BlockDriver
 from pyvmm.testing.ring import Buffer
 from pyvmm.testing.vhost_user_driver import ADD_MEM_REG, USER_BASE, Gone, VhostUserDriver, connect
@@ -445,6 +446,20 @@ def test_a_child_that_cannot_be_watched_is_ended(monkeypatch):
                 os.kill(child.pid, 0)
         finally:
             child.kill()
+
+
+def test_a_signal_that_comes_to_a_child_as_it_begins_ends_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        server_module.parent, "end_with", lambda _: os.kill(os.getpid(), signal.SIGTERM)
+    )
+    said = []
+    one, other = socket.socketpair()
+    with NamedListener(str(tmp_path / "socket")) as listener, server_module._Ended() as ended:
+        with one:
+            other.close()  # a child that goes on finds no front end, and ends
+            server_module._serve_in_child(None, one, listener, ended, said.append, None)
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, []), "the parent hears no signals"
+    assert said[-1] == "connection ended by SIGTERM"
 
 
 def test_a_signal_that_no_python_code_sees_ends_the_wait():
