@@ -11,6 +11,11 @@ import os
 from typing import Any
 
 
+def how_many(number: int, noun: str) -> str:
+    """ "1 byte", "2 bytes"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 class PyvmmError(Exception):
     """Base of all errors raised on purpose; ``str()`` is one line, fit for a terminal."""
 

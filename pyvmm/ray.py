@@ -286,7 +286,7 @@ def _ask(actor: Any, what: str, method: str, *args: Any, timeout: float | None =
     except exceptions.PendingCallsLimitExceeded:
         raise Busy(f"{what}: {PENDING} calls wait for it already") from None
     except exceptions.GetTimeoutError:
-        raise VMTimeout(f"{what} has not answered within {timeout:g} seconds") from None
+        raise VMTimeout(f"{what} has not answered within {timeout:g} s") from None
     except exceptions.RayActorError:
         # It may only be out of sight. Nobody shall find it later.
         _kill(actor)

@@ -23,7 +23,7 @@ from pyvmm.agent import CommandTimeout, NoAgent
 from pyvmm.api.errors import VMTimeout
 from pyvmm.api.pool import Pool
 from pyvmm.api.vm import VM
-from pyvmm.errors import ConfigError, PyvmmError
+from pyvmm.errors import ConfigError, PyvmmError, how_many
 
 try:
     from ray.experimental.sandbox.backend.base import (
@@ -214,7 +214,7 @@ def _fits(vm: VM, config: SandboxConfig, cpus: int, memory: int) -> VM:
             return vm
         why = "has a network" if has_net else "has no network"
     else:
-        why = f"has {vm.spec.cpus} vCPUs and {vm.spec.memory >> 20} MiB"
+        why = f"has {how_many(vm.spec.cpus, 'vCPU')} and {vm.spec.memory >> 20} MiB"
     vm.kill()
     raise ConfigError(f"the pool {config.image} is of VMs that a sandbox cannot be: each {why}")
 

@@ -25,7 +25,7 @@ from pyvmm.api.template import ForkedMonitor, Template
 from pyvmm.control import registry, snapshot_store
 from pyvmm.control.client import connect_vsock
 from pyvmm.control.protocol import ControlError
-from pyvmm.errors import ConfigError, HostError, PyvmmError
+from pyvmm.errors import ConfigError, HostError, PyvmmError, how_many
 from pyvmm.host import processors
 from pyvmm.host.syscalls import Closable
 from pyvmm.monitor import snapshots
@@ -222,7 +222,8 @@ def _some_at_a_time(
     if failures:
         which = "; ".join(f"{called}: {error}" for called, error in sorted(failures, key=_first))
         raise VMError(
-            f"{len(failures)} of {len(names)} clones did not start, and none runs: {which}"
+            f"{len(failures)} of {how_many(len(names), 'clone')} did not start, and none runs: "
+            f"{which}"
         )
     return [monitor for _, monitor in sorted(monitors.items())]
 

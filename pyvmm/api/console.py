@@ -65,7 +65,7 @@ class Console:
             except TIMEOUT:
                 wanted = getattr(pattern, "pattern", pattern)
                 raise VMTimeout(
-                    f"the console did not show {wanted!r:.200} within {timeout:g} seconds",
+                    f"the console did not show {wanted!r:.200} within {timeout:g} s",
                     console=self.tail(),
                 ) from None
             except EOF:

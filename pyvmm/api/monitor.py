@@ -194,7 +194,7 @@ class ProcessMonitor(Monitor):
             console = self.transcript.tail(TAIL_LINES)
             self.end()
             raise VMTimeout(
-                f"{self.name or 'vm'} did not start within {timeout:g} seconds", console=console
+                f"{self.name or 'vm'} did not start within {timeout:g} s", console=console
             ) from None
         except BaseException:
             self.end()

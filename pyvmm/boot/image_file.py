@@ -7,7 +7,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator
 
-from pyvmm.errors import ConfigError, HostError
+from pyvmm.errors import ConfigError, HostError, how_many
 from pyvmm.host import syscalls
 
 _KINDS = {
@@ -87,7 +87,7 @@ class ImageFile(syscalls.Closable):
                 raise self.error(f"cannot read {self.path}: {error}") from None
             if count == 0:
                 raise self.error(
-                    f"{self.path} ends after {offset + done} bytes, "
+                    f"{self.path} ends after {how_many(offset + done, 'byte')}, "
                     f"{offset + len(view)} were expected",
                     "it is truncated: copy or build it again",
                 )

@@ -8,7 +8,7 @@ import click
 
 from pyvmm.control import registry
 from pyvmm.control.client import Client
-from pyvmm.errors import ConfigError, PyvmmError
+from pyvmm.errors import ConfigError, PyvmmError, how_many
 
 _PATIENCE = 2.0  # seconds for each of many VMs
 _ONE_PATIENCE = 30.0  # for one: in an emulated host that is busy the first answer takes a while
@@ -44,7 +44,7 @@ def _lines(numbers: dict[str, Any]) -> list[str]:
     reasons = sorted(numbers["exits"].items(), key=lambda item: -item[1])
     lines = [
         f"up {numbers['uptime_seconds']:.0f} s, memory {memory['resident'] >> 20} of "
-        f"{memory['size'] >> 20} MiB, {numbers['interrupts']} interrupts",
+        f"{memory['size'] >> 20} MiB, {how_many(numbers['interrupts'], 'interrupt')}",
         "exits: " + ", ".join(f"{reason} {count}" for reason, count in reasons if count),
     ]
     head = ("DEVICE", "REQUESTS", "INTERRUPTS", "KICKS", "TO GUEST", "FROM GUEST", "P50", "P99")

@@ -21,7 +21,7 @@ from pyvmm.cli.parameter_types import Seconds
 from pyvmm.cli.stats import COUNTS, is_counted, merged, quantile, size_text, time_text
 from pyvmm.control import registry
 from pyvmm.control.client import Client
-from pyvmm.errors import ConfigError, PyvmmError
+from pyvmm.errors import ConfigError, PyvmmError, how_many
 from pyvmm.platform.terminal import Terminal, is_terminal
 
 _PATIENCE = 2.0  # seconds for each VM
@@ -152,7 +152,7 @@ def _one(name: str, before: Look, now: Look) -> RenderableType:
     memory = now.stats["memory"]
     head = Text(
         f"{name}  {now.status['state']}, up {now.status['uptime_seconds']:.0f} s, "
-        f"{now.status['cpus']} vCPUs, {size_text(memory['resident'])} "
+        f"{how_many(now.status['cpus'], 'vCPU')}, {size_text(memory['resident'])} "
         f"of {size_text(memory['size'])}; per second:"
     )
     exits = _table("EXITS", "RATE")

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from copy import copy
 from weakref import WeakSet
 
-from pyvmm.errors import ConfigError
+from pyvmm.errors import ConfigError, how_many
 from pyvmm.host import handed, locks
 
 SECTOR = 512
@@ -278,10 +278,11 @@ def _cannot_open(path: str, error: OSError, read_only: bool) -> ConfigError:
 
 def _check_size(path: str, size: int) -> tuple[str, ...]:
     if size < SECTOR:
-        what = "is empty" if size == 0 else f"has {size} bytes, less than one sector of {SECTOR}"
+        has = f"has {how_many(size, 'byte')}, less than one sector of {SECTOR}"
+        what = has if size else "is empty"
         raise ConfigError(f"{path} {what}", cure=f"truncate -s 1G {path} makes a blank disk of it")
     if tail := size % SECTOR:
-        return (f"{path}: its last {tail} bytes are not a whole sector and stay hidden",)
+        return (f"{path}: not a whole sector, its last {how_many(tail, 'byte')} stay hidden",)
     return ()
 
 

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from threading import Lock, Thread
 from typing import Self
 
+from pyvmm.errors import how_many
 from pyvmm.host.output import Outbox
 
 Sink = Callable[[str], None]
@@ -181,7 +182,7 @@ def left_out() -> int:
 
 
 def _notice(count: int) -> bytes:
-    return f"pyvmm: {count} messages were left out, as nobody read them\n".encode()
+    return f"pyvmm: left out {how_many(count, 'message')} that nobody read in time\n".encode()
 
 
 class _Stderr:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO
 
-from pyvmm.errors import ConfigError
+from pyvmm.errors import ConfigError, how_many
 from pyvmm.images import apt, tools
 from pyvmm.images.lock import Pin
 from pyvmm.images.progress import Progress
@@ -90,7 +90,7 @@ def build(
     disk, archive = os.path.join(room, "work.img"), os.path.join(room, "root.tar")
     packages = os.path.join(room, "packages")
     os.mkdir(packages)
-    with progress.step(f"{wanted.name}: fetching {len(wanted.pins)} packages"):
+    with progress.step(f"{wanted.name}: fetching {how_many(len(wanted.pins), 'package')}"):
         fetched = client.download_all(wanted.pins, packages)
     with progress.step(f"{wanted.name}: unpacking"):
         for package in fetched:

@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Sequence
 
+from pyvmm.errors import how_many
 from pyvmm.images import apt, cache, tools
 from pyvmm.images.lock import Pin
 from pyvmm.images.progress import Progress
@@ -30,7 +31,7 @@ def build(name: str, pins: Sequence[Pin], client: apt.Apt, into: str, progress: 
     root = os.path.join(into, "root")
     os.mkdir(root)
     with cache.workspace() as room:
-        with progress.step(f"{name}: fetching {len(pins)} packages"):
+        with progress.step(f"{name}: fetching {how_many(len(pins), 'package')}"):
             packages = client.download_all(pins, room)
         with progress.step(f"{name}: unpacking"):
             for package in packages:

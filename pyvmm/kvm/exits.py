@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from pyvmm.errors import how_many
 from pyvmm.kvm import uapi
 
 
@@ -26,7 +27,7 @@ class IoIn(NamedTuple):
     repeat: int
 
     def __str__(self) -> str:
-        return f"in port {self.port:#x}, {self.size} bytes{_times(self.repeat)}"
+        return f"in port {self.port:#x}, {how_many(self.size, 'byte')}{_times(self.repeat)}"
 
 
 class IoOut(NamedTuple):
@@ -47,7 +48,9 @@ class IoOut(NamedTuple):
 
     def __str__(self) -> str:
         shown = " ".join(f"{value:#x}" for value in self.values[:8])
-        return f"out port {self.port:#x}, {self.size} bytes{_times(self.repeat)}: {shown}"
+        return (
+            f"out port {self.port:#x}, {how_many(self.size, 'byte')}{_times(self.repeat)}: {shown}"
+        )
 
 
 class MmioRead(NamedTuple):
@@ -57,7 +60,7 @@ class MmioRead(NamedTuple):
     size: int
 
     def __str__(self) -> str:
-        return f"mmio read {self.address:#x}, {self.size} bytes"
+        return f"mmio read {self.address:#x}, {how_many(self.size, 'byte')}"
 
 
 class MmioWrite(NamedTuple):
@@ -68,7 +71,7 @@ class MmioWrite(NamedTuple):
     value: int
 
     def __str__(self) -> str:
-        return f"mmio write {self.address:#x}, {self.size} bytes: {self.value:#x}"
+        return f"mmio write {self.address:#x}, {how_many(self.size, 'byte')}: {self.value:#x}"
 
 
 # --- the end of the road -------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from pyvmm.boot.diagnosis import PANIC, Finding
 from pyvmm.control.events import Events
 from pyvmm.control.protocol import Upgrade
 from pyvmm.control.streams import OUTPUT_LIMIT, Stream, Streams
+from pyvmm.errors import how_many
 from pyvmm.host import log
 from pyvmm.host.log import Line, message_of
 from pyvmm.host.syscalls import Closable
@@ -105,7 +106,7 @@ class _Watcher:
         """Send `data`, or count it. Never waits."""
         length = len(data)
         if self._left_out:
-            data = f"\r\n[pyvmm: {self._left_out} bytes left out]\r\n".encode() + data
+            data = f"\r\n[pyvmm: {how_many(self._left_out, 'byte')} left out]\r\n".encode() + data
         if self._stream.offer(data):
             self._left_out = 0
         else:

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from pyvmm.errors import how_many
 from pyvmm.host import log
 from pyvmm.host.output import Outbox
 from pyvmm.host.syscalls import EventFd
@@ -32,7 +33,7 @@ _GATHER = 0.002  # seconds between the first byte of a batch and its write
 
 def notice(count: int) -> bytes:
     """The text that stands in a console's output for `count` bytes of it."""
-    return f"\r\n[pyvmm: {count} bytes left out]\r\n".encode()
+    return f"\r\n[pyvmm: {how_many(count, 'byte')} left out]\r\n".encode()
 
 
 class ConsoleOutput:

@@ -99,7 +99,7 @@ def test_a_monitor_that_is_killed(kernel):
 def test_what_does_not_come_in_time(kernel):
     with VM(kernel=kernel, kvm="host") as vm:
         vm.console.expect("ready", timeout=SAFETY_TIMEOUT)
-        with pytest.raises(VMTimeout, match=r"did not show 'never' within 0.1 seconds") as error:
+        with pytest.raises(VMTimeout, match=r"did not show 'never' within 0.1 s") as error:
             vm.console.expect("never", timeout=0.1)
         assert error.value.console == "ready"
         assert vm.console.expect([pexpect.TIMEOUT, "never"], timeout=0.1) == 0
@@ -170,7 +170,7 @@ def test_a_monitor_that_does_not_come_up_is_given_up(kernel, monkeypatch, tmp_pa
     (tmp_path / "python").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
     vm = VM(kernel=kernel, kvm="host")
-    with pytest.raises(VMTimeout, match=r"did not start within 0\.2 seconds"):
+    with pytest.raises(VMTimeout, match=r"did not start within 0\.2 s"):
         vm.start(0.2)
     assert vm.outcome is not None
 
@@ -216,7 +216,7 @@ def test_what_only_the_monitor_sees_is_a_config_error_too(kernel, place):
 
 def test_what_does_not_start_in_time_is_ended(kernel):
     vm = VM(kernel=kernel, kvm="host")
-    with pytest.raises(VMTimeout, match="vm did not start within 0 seconds"):
+    with pytest.raises(VMTimeout, match="vm did not start within 0 s"):
         vm.start(timeout=0)
     assert registry.running() == []
 

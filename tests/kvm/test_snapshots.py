@@ -424,7 +424,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         _state(lambda s: s["spec"].update(memory=128 << 20)),
         "not as large as its machine's",
     ),
-    "more vCPUs": (_state(lambda s: s["spec"].update(cpus=2)), "1 vCPUs, not 2"),
+    "more vCPUs": (_state(lambda s: s["spec"].update(cpus=2)), "1 vCPU, not 2"),
     "other spec": (_state(lambda s: s.update(spec=7)), "not a VM specification"),
     "a device too many": (
         _state(lambda s: s["machine"]["devices"].append({})),

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from pyvmm.boot.image_file import ImageFile
 from pyvmm.boot.x86 import boot_params, layout
 from pyvmm.boot.x86.placement import check_kernel_fits
+from pyvmm.errors import how_many
 from pyvmm.memory import GuestMemory
 
 SECTOR = 512
@@ -112,7 +113,7 @@ def _code_size(kernel: ImageFile, head: bytes, setup_size: int) -> int:
     # syssize counts paragraphs, so that the last of them need not be whole in the file.
     if kernel.size <= setup_size + said - PARAGRAPH:
         raise kernel.error(
-            f"{kernel.path} is truncated: it has {kernel.size} bytes, "
+            f"{kernel.path} is truncated: it has {how_many(kernel.size, 'byte')}, "
             f"its header says {setup_size + said}",
             "copy or build it again",
         )

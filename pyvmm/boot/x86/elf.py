@@ -16,6 +16,7 @@ from pyvmm.boot.file_kinds import ELF_MACHINES, EM_386, EM_AARCH64, EM_X86_64
 from pyvmm.boot.image_file import ImageFile
 from pyvmm.boot.x86 import layout
 from pyvmm.boot.x86.placement import check_kernel_fits
+from pyvmm.errors import how_many
 from pyvmm.memory import GuestMemory
 
 _CLASS_32, _CLASS_64 = 1, 2
@@ -109,7 +110,8 @@ def _check_ident(kernel: ImageFile) -> int:
     head = kernel.read(0, _EHDR_SIZE[_CLASS_64])
     if len(head) < _EHDR_SIZE[_CLASS_64]:  # as no 32-bit kernel is shorter than this either
         raise kernel.error(
-            f"{kernel.path} has {len(head)} bytes, too few for an ELF header", _TRUNCATED
+            f"{kernel.path} has {how_many(len(head), 'byte')}, too few for an ELF header",
+            _TRUNCATED,
         )
     if head[_CLASS] not in _EHDR_SIZE:
         raise kernel.error(f"{kernel.path} is an ELF of an unknown class, {head[_CLASS]}")

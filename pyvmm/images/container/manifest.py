@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pyvmm.errors import how_many
 from pyvmm.images.bootable import FOREIGN
 from pyvmm.images.container.layers import check_digest, check_size, verifier
 from pyvmm.images.container.refusal import Refused, shown
@@ -252,7 +253,8 @@ def _diff_ids(store: Store, config: dict[str, Any], count: int, architecture: st
     diff_ids = [check_digest(one) for one in _list(rootfs.get("diff_ids"), "diff_ids")]
     if len(diff_ids) != count:
         raise Refused(
-            f"{store.where} has {count} layers, and its configuration says {len(diff_ids)}"
+            f"{store.where} has {how_many(count, 'layer')}, and its configuration says "
+            f"{len(diff_ids)}"
         )
     if not 0 < count <= _MOST_LAYERS:
         raise Refused(f"{store.where} has {count} layers", cure=f"use 1 to {_MOST_LAYERS}")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from time import monotonic
 from typing import Any
 
-from pyvmm.errors import DriverError
+from pyvmm.errors import DriverError, how_many
 from pyvmm.host.log import RateLimited, Sink
 from pyvmm.host.poller import Poller
 from pyvmm.host.saved import Saved
@@ -128,7 +128,7 @@ class ConsoleDevice(VirtioDevice):
             self._size = columns, rows
         self._restored = list(saved.tables("ports", len(self.ports)))
         if len(self._restored) != len(self.ports):
-            raise saved.wrong(f"there are {len(self._restored)} ports")
+            raise saved.wrong(f"there are {how_many(len(self._restored), 'port')}")
 
     def take_restored(self) -> list[Saved]:
         """The state that the ports are to go on from, once."""

@@ -22,7 +22,7 @@ from contextlib import suppress
 from threading import Lock, Thread
 from typing import Any
 
-from pyvmm.errors import ConfigError, HostError, PyvmmError
+from pyvmm.errors import ConfigError, HostError, PyvmmError, how_many
 from pyvmm.host.log import RateLimited
 from pyvmm.host.saved import Saved
 from pyvmm.host.syscalls import EventFd
@@ -245,7 +245,7 @@ class VhostUserDevice(VirtioDevice):
             raise BackEndError(f"lacks what the guest was offered: {features.describe(missing)}")
         count = self._served.queues
         if link.has(protocol.VHOST_USER_PROTOCOL_F_MQ) and link.queues < count:
-            raise BackEndError(f"has {link.queues} queues, and {count} are wanted")
+            raise BackEndError(f"has {how_many(link.queues, 'queue')}, and {count} are wanted")
 
     def _lose(self, error: PyvmmError) -> None:
         """The back end is of no more use, because of `error`. `_talking` is held."""

@@ -181,7 +181,7 @@ class Link(Closable):
             if self._allowance <= 0:
                 many = f"{_ALLOWANCE * self._patience:g}"
                 raise BackEndError(f"lets us wait for more than {many} seconds in all") from None
-            raise BackEndError(f"has not answered {name} in {self._patience:g} seconds") from None
+            raise BackEndError(f"has not answered {name} in {self._patience:g} s") from None
         if answer is None:
             raise BackEndError(f"has gone at {name}")
         if answer.request != BY_NAME[name].number:

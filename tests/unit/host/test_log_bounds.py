@@ -58,14 +58,14 @@ def test_nobody_waits_for_who_does_not_read_and_the_loss_is_told(kind) -> None:
         lost = int(process.stdout.readline())  # which comes though nobody has read
         assert 0 < lost < 20000
         text = b""
-        while b"left out, as nobody read them" not in text:
+        while b"that nobody read in time" not in text:
             text += os.read(reader, 1 << 16)
         os.write(go_writer, b"!")
         while b"afterwards" not in text:
             text += os.read(reader, 1 << 16)
         lines = text.replace(b"\r", b"").splitlines()
         assert lines[-2:] == [
-            b"pyvmm: %d messages were left out, as nobody read them" % lost,
+            b"pyvmm: left out %d messages that nobody read in time" % lost,
             b"pyvmm: afterwards",
         ]
         assert len(lines) == 20000 - lost + 2

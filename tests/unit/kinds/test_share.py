@@ -357,7 +357,7 @@ def test_an_overlay_gets_what_is_mounted_in_its_root(folder):
 @pytest.mark.parametrize(
     ("does", "said"),
     [
-        ("exec sleep 1000", r"virtiofsd has not answered GET_FEATURES in 0\.2 seconds"),
+        ("exec sleep 1000", r"virtiofsd has not answered GET_FEATURES in 0\.2 s"),
         ("exit 1", "virtiofsd has gone (at|before) GET_FEATURES"),
         ("echo 'no such file' >&2; exit 1", "no such file"),
     ],

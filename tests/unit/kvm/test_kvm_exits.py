@@ -55,6 +55,7 @@ def test_string_output_carries_all_values() -> None:
     assert isinstance(event, exits.IoOut)
     assert event.values == (1, 2, 3)
     assert str(event) == "out port 0x3f8, 2 bytes x 3: 0x1 0x2 0x3"
+    assert str(exits.IoOut(0x3F8, 1, 1, b"x")) == "out port 0x3f8, 1 byte: 0x78"
 
 
 def test_values_are_copies_that_outlive_the_page() -> None:

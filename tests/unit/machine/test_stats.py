@@ -467,6 +467,15 @@ def test_numbers_for_humans() -> None:
     assert " ".join(lines[3].split()) == "disk0 5 2 4 5.0 MiB - 2.05 µs 1.1e+03 s"
 
 
+def test_one_of_a_thing_is_one_thing() -> None:
+    alone = {**numbers(), "interrupts": 1}
+    assert cli._lines(alone)[0].endswith(" 1 interrupt")
+    look = top.Look(0.0, {**STATUS, "uptime_seconds": 1, "cpus": 1}, numbers())
+    shown = io.StringIO()
+    Console(width=200, file=shown).print(top._one("vm", look, look))
+    assert "up 1 s, 1 vCPU, " in shown.getvalue()
+
+
 def test_who_serves_a_device_is_said_where_nobody_counts() -> None:
     counted = served_elsewhere(bytes_to_guest=5 << 20)
     rows = cli._lines(numbers(share=counted, disk0=device()))[3:]

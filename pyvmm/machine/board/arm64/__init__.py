@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pyvmm.boot import arm64 as boot
 from pyvmm.boot.arm64.layout import GENERATION_ID_ROOM
 from pyvmm.bus import Bus
-from pyvmm.errors import ConfigError
+from pyvmm.errors import ConfigError, how_many
 from pyvmm.host.saved import Saved
 from pyvmm.kvm.arm64 import boot_vcpu, uapi, vgic
 from pyvmm.kvm.arm64.capabilities import REQUIRED
@@ -298,7 +298,7 @@ def _vm_type(kvm: Kvm) -> int:
 def _saved_vcpus(saved: Saved, count: int) -> list[Saved]:
     states = list(saved.tables("vcpus", count))
     if len(states) != count:
-        raise saved.wrong(f"there are {len(states)} vCPUs, not {count}")
+        raise saved.wrong(f"there are {how_many(len(states), 'vCPU')}, not {count}")
     return states
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyvmm.boot import x86 as boot
 from pyvmm.bus import Bus, Handler
+from pyvmm.errors import how_many
 from pyvmm.host.saved import Saved
 from pyvmm.kvm.capabilities import Requirement
 from pyvmm.kvm.system import Kvm
@@ -228,7 +229,7 @@ class PowerButton:
 def _saved_vcpus(saved: Saved, count: int) -> list[Saved]:
     states = list(saved.tables("vcpus", count))
     if len(states) != count:
-        raise saved.wrong(f"there are {len(states)} vCPUs, not {count}")
+        raise saved.wrong(f"there are {how_many(len(states), 'vCPU')}, not {count}")
     return states
 
 
