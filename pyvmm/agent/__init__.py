@@ -12,7 +12,7 @@ it is bounded and checked. How a connection is made is not known here.
 from __future__ import annotations
 
 from pyvmm.agent.client import Agent, Clock, Completed, Info
-from pyvmm.agent.errors import AgentError, AgentGone, CommandTimeout, NoAgent, WrongAgent
+from pyvmm.agent.errors import AgentError, AgentGone, CommandTimeout, NoAgent, WrongAgent, WrongUser
 from pyvmm.agent.files import Copied
 from pyvmm.agent.process import Output, Process
 from pyvmm.agent.protocol import PORT
@@ -31,4 +31,5 @@ __all__ = [
     "Output",
     "Process",
     "WrongAgent",
+    "WrongUser",
 ]

@@ -176,7 +176,7 @@ class Agent:
                 raise
             raise _late(argv, timeout) from error
         given_up_at = None if deadline is None else deadline + _GRACE
-        return Process(argv, session, stdin=stdin, deadline=given_up_at)
+        return Process(argv, session, stdin=stdin, deadline=given_up_at, user=user)
 
     def run(
         self,

@@ -33,6 +33,10 @@ class AgentGone(AgentError):
         super().__init__("the connection to the guest's agent has ended")
 
 
+class WrongUser(AgentError):
+    """The guest does not have the user, or a group, that a command was to run as."""
+
+
 class CommandTimeout(AgentError):
     """A command, or the agent itself, took longer than it might. `stdout` and `stderr` are what the
     command had written by then."""

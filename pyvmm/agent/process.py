@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import NamedTuple
 
-from pyvmm.agent.errors import AgentError, AgentGone, CommandTimeout
+from pyvmm.agent.errors import AgentError, AgentGone, CommandTimeout, WrongUser
 from pyvmm.agent.protocol import (
     EXIT,
     EXITED,
@@ -24,12 +24,13 @@ from pyvmm.agent.protocol import (
     Frame,
     FrameType,
 )
-from pyvmm.agent.session import NOT_THE_AGENT, PATIENCE, Session, check, failure
+from pyvmm.agent.session import NOT_THE_AGENT, PATIENCE, Session, check, failure, printable
 from pyvmm.errors import ConfigError
 from pyvmm.host.syscalls import Closable
 
 STDOUT, STDERR = 1, 2
 _MOST_STRINGS = (1 << 16) - 1
+_NO_ACCOUNT = ("no such user", "no such group", "too many groups")  # the agent's launch.c
 _LONGEST_TIMEOUT = (1 << 31) - 1  # milliseconds
 
 
@@ -58,9 +59,11 @@ class Process(Closable):
         *,
         stdin: bool,
         deadline: float | None = None,
+        user: str | None = None,
     ) -> None:
         """`Agent.open` is how to get one."""
         self.args = list(args)
+        self._user = user
         self.deadline = deadline
         self.returncode: int | None = None
         self.timed_out = False
@@ -155,10 +158,18 @@ class Process(Closable):
                 self._take_exit(payload)
                 break
             elif type == FrameType.FAILED:
-                raise failure(Frame(type, payload))
+                raise self._refused(payload)
             else:
                 raise AgentError(NOT_THE_AGENT)
         return found
+
+    def _refused(self, payload: bytes) -> AgentError:
+        """The error for a FAILED frame."""
+        error = failure(Frame(FrameType.FAILED, payload))
+        what = printable(payload[NUMBER.size : NUMBER.size + 256])
+        if self._user and what in _NO_ACCOUNT:
+            return WrongUser(f"in the guest: {what}: {self._user!r:.100}", errno=error.errno)
+        return error
 
     def _take_exit(self, payload: bytes) -> None:
         if len(payload) != EXIT.size:

@@ -95,7 +95,13 @@ def exec(
         )
         with process:
             try:
-                return attach(process, stdin if interactive else None, stdout, tty=tty)
+                return attach(
+                    process,
+                    stdin if interactive else None,
+                    stdout,
+                    tty=tty,
+                    user_option="--user",
+                )
             except AgentGone:
                 # The guest took the agent with it, as it was told to.
                 if process.pid is None or not _ends_the_guest(argv):

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-from pyvmm.agent import PORT, Agent, AgentError, Process
+from pyvmm.agent import PORT, Agent, AgentError, Process, WrongUser
 from pyvmm.agent.process import STDERR
 from pyvmm.agent.protocol import WINDOW
 from pyvmm.control.client import connect_vsock
@@ -79,11 +79,13 @@ def attach(
     *,
     tty: bool,
     signals: Mapping[int, int] | None = None,
+    user_option: str = "",
 ) -> int:
     """Pass streams and signals on until the command ends; the exit code for it: its own, 128 + N
     for a signal N, 124 for a timeout, 126 or 127 if it could not be started, and then there is a
-    line about it. `signals` are more signals, and what is passed on for each. Raises AgentError,
-    and Left when the user has enough; whoever closes `process` ends the command."""
+    line about it. `signals` are more signals, and what is passed on for each; `user_option` is the
+    option that says as whom the command runs. Raises AgentError, and Left when the user has enough;
+    whoever closes `process` ends the command."""
     try:
         with _Signals(signals or {}, process.deadline) as caught, Terminal(stdin if tty else None):
             return _Attached(process, caught, stdin, stdout, tty=tty).run()
@@ -91,6 +93,9 @@ def attach(
         return BROKEN_PIPE
     except _Late:
         return _timed_out(process)
+    except WrongUser as error:
+        log.to_stderr(f"{user_option}: {error}" if user_option else str(error))
+        return CANNOT_RUN
     except AgentError as error:
         if not error.errno or process.pid is not None:
             raise

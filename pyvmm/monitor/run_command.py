@@ -51,12 +51,14 @@ _CONSOLE_ENDED = signal.SIGALRM  # what a thread of the client wakes its main th
 
 @dataclass(frozen=True)
 class CommandLine:
-    """The command that runs in the guest; `env` are NAME=VALUE."""
+    """The command that runs in the guest; `env` are NAME=VALUE, and `user_option` is the option
+    that has named `user`, if one has."""
 
     argv: tuple[str, ...]
     env: tuple[str, ...] = ()
     cwd: str | None = None
     user: str | None = None
+    user_option: str = ""
 
 
 def for_image(command: Sequence[str], image: str | None) -> CommandLine:
@@ -337,7 +339,14 @@ class _Client:
         )
         signals = {passed: number for number, passed in _PASSED_ON.items()}
         with process:
-            code = attach(process, stdin, stdout, tty=tty, signals=signals)
+            code = attach(
+                process,
+                stdin,
+                stdout,
+                tty=tty,
+                signals=signals,
+                user_option=self._command.user_option,
+            )
         self._note("command")
         self._agent = agent
         return code

@@ -102,11 +102,7 @@ def _command_line(
     command: Sequence[str], root: Any, image: str | None, user: str | None
 ) -> CommandLine | None:
     """The command that runs in the guest; None if it is for its init to say."""
-    if root is not None:
-        from pyvmm.monitor.host_root import command_line
-
-        return command_line(root, command, user)
-    if not command:
+    if root is None and not command:
         if user is not None:
             raise ConfigError(
                 "there is no command that runs as that user",
@@ -114,12 +110,19 @@ def _command_line(
                 option="--guest-user",
             )
         return None
+    if root is not None:
+        from pyvmm.monitor.host_root import command_line
+
+        line = command_line(root, command, user)
+    else:
+        from pyvmm.monitor.run_command import for_image
+
+        line = for_image(command, image)
+    if user is None:
+        return line
     from dataclasses import replace
 
-    from pyvmm.monitor.run_command import for_image
-
-    line = for_image(command, image)
-    return line if user is None else replace(line, user=user)
+    return replace(line, user=user, user_option="--guest-user")
 
 
 def _run_command(

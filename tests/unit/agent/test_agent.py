@@ -142,8 +142,13 @@ def test_a_signal_is_negative_as_in_subprocess(agent: Agent) -> None:
         (["no-such-command"], {}, errno.ENOENT, "no-such-command: No such file"),
         (["/etc"], {}, errno.EACCES, "/etc: Permission denied"),
         (["true"], {"cwd": "/no/where"}, errno.ENOENT, "/no/where: No such file"),
-        (["true"], {"user": "no-such-user"}, errno.ENOENT, "no such user"),
-        (["true"], {"user": "root:no-such-group"}, errno.ENOENT, "no such group"),
+        (["true"], {"user": "no-such-user"}, errno.ENOENT, "no such user: 'no-such-user'$"),
+        (
+            ["true"],
+            {"user": "root:no-such-group"},
+            errno.ENOENT,
+            "no such group: 'root:no-such-group'$",
+        ),
     ],
 )
 def test_what_cannot_be_started_is_one_line_with_its_errno(agent, argv, options, number, why):

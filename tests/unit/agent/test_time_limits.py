@@ -86,6 +86,13 @@ def begun_with_limit(*words: str) -> subprocess.Popen[bytes]:
     pytest.fail("no command begins in 16 s")
 
 
+def test_a_user_who_is_not_in_the_guest_is_one_line_with_its_option(guest: Guest) -> None:
+    client = pyvmm("exec", "--user", "nobody-here", "vm", "true")
+    _, said = client.communicate(timeout=HANG)
+    why = b"pyvmm: --user: in the guest: no such user: 'nobody-here'\n"
+    assert (client.returncode, said) == (126, why)
+
+
 def end_by(
     client: subprocess.Popen[bytes],
     *numbers: signal.Signals,
@@ -500,7 +507,7 @@ def run():
     return 15
 
 spec = VmSpec("kernel", name="vm")
-line = CommandLine(tuple(argv))
+line = CommandLine(tuple(argv), user=os.environ.get("AS"), user_option="--guest-user")
 sys.exit(run_with_command(spec, registration.listener, run, line, debug=False)[0])
 """
 
@@ -522,6 +529,15 @@ class TestRunCommand:
         assert client.stdout is not None
         assert client.stdout.readline() == b"begun\n", client.stderr and client.stderr.read()
         return client
+
+    def test_a_user_who_is_not_in_the_guest_is_one_line_with_its_option(
+        self, path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("AS", "nobody-here")
+        client = self.launch(path, "true")
+        _, said = client.communicate(timeout=HANG)
+        why = b"--guest-user: in the guest: no such user: 'nobody-here'"
+        assert (client.returncode, said.splitlines()[0].rpartition(b"pyvmm: ")[2]) == (126, why)
 
     def test_two_ctrl_c_end_it(self, path: Path) -> None:
         client = self.start(path, *STUBBORN)

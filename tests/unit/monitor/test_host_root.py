@@ -23,7 +23,7 @@ from pyvmm.machine.board.registry import board_of_host
 from pyvmm.machine.cmdline import command_line as kernel_command_line
 from pyvmm.monitor.host_root import command_line
 from pyvmm.monitor.kernel_choice import specify
-from pyvmm.monitor.start import start
+from pyvmm.monitor.start import _command_line, start
 
 RELEASE = "6.9.1-mine"
 MODULES = ("virtio_pci", "virtiofs", "overlay", "vmw_vsock_virtio_transport", "virtio_mmio")
@@ -313,6 +313,13 @@ def test_a_user_without_a_name_is_not_root(root: Path, user: str) -> None:
     """A script's variable may be empty."""
     with pytest.raises(ConfigError, match=f"--guest-user: '{user}' names no user; name one"):
         start(guest_user=user, root=str(root), command=("true",))
+
+
+def test_a_command_knows_the_option_that_has_named_its_user(root: Path) -> None:
+    for given in ({"root": str(root), "image": None}, {"root": None, "image": None}):
+        for user, option in (("bob", "--guest-user"), (None, "")):
+            line = _command_line(("true",), user=user, **given)
+            assert line is not None and line.user_option == option
 
 
 def test_a_shell_where_no_command_is_named(monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
