@@ -1,14 +1,9 @@
 """`python -m pyvmm` is `pyvmm`."""
 
-import os
-import sys
-from contextlib import suppress
+from pyvmm.host import own_python
 
-# Python would look there first for what is imported later, when it may be a guest's (--share).
-with suppress(OSError):
-    if sys.path[:1] == [os.getcwd()]:
-        del sys.path[0]
+own_python.leave_current_directory(as_module=True)
 
-from pyvmm.cli import main
+from pyvmm.cli import main  # noqa: E402
 
 main()

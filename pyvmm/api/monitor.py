@@ -12,7 +12,6 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from pyvmm.api.errors import TAIL_LINES, Outcome, VMError, VMTimeout, check_owne
 from pyvmm.api.transcript import Transcript
 from pyvmm.control.client import Client, NoAnswer
 from pyvmm.errors import ConfigError
+from pyvmm.host import own_python
 from pyvmm.kinds.vm_spec import to_json
 from pyvmm.monitor import process
 from pyvmm.spec.surroundings import USUAL, Surroundings
@@ -310,9 +310,9 @@ class OwnMonitor(ProcessMonitor):
         try:
             os.write(request_fd, request)
             os.lseek(request_fd, 0, os.SEEK_SET)
-            argv = [sys.executable, "-P", "-m", process.__name__]
             self._process = subprocess.Popen(
-                [*argv, str(request_fd), str(their_name_fd)],
+                own_python.command(process.__name__, str(request_fd), str(their_name_fd)),
+                env=own_python.environment(),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

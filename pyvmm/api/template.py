@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -19,6 +18,7 @@ from pyvmm.api.cancellation import woken_by
 from pyvmm.api.errors import VMError, check_owner
 from pyvmm.api.monitor import ProcessMonitor
 from pyvmm.errors import ConfigError, HostError, PyvmmError
+from pyvmm.host import own_python
 from pyvmm.host.syscalls import Closable
 from pyvmm.kinds.vm_spec import to_json
 from pyvmm.monitor import template
@@ -54,9 +54,9 @@ class Template(Closable):
         try:
             os.write(request_fd, json.dumps(request).encode())
             os.lseek(request_fd, 0, os.SEEK_SET)
-            argv = [sys.executable, "-P", "-m", template.__name__]
             self._process = subprocess.Popen(
-                [*argv, str(theirs.fileno()), str(request_fd)],
+                own_python.command(template.__name__, str(theirs.fileno()), str(request_fd)),
+                env=own_python.environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 pass_fds=(theirs.fileno(), request_fd),

@@ -12,6 +12,9 @@ def main(args: list[str] | None = None) -> None:
     from pyvmm.cli import interrupts
 
     interrupts.die_of_them()
+    from pyvmm.host import own_python
+
+    own_python.leave_current_directory()
     from pyvmm.cli.main import main as run
 
     run(args)

@@ -12,10 +12,10 @@ import glob
 import os
 import shlex
 import shutil
-import sys
 from collections.abc import Sequence
 
 from pyvmm.errors import ConfigError
+from pyvmm.host import own_python
 from pyvmm.images import apt, cache, tools
 from pyvmm.images.lock import Pin
 from pyvmm.images.progress import Progress
@@ -80,10 +80,9 @@ def _only(*patterns: str) -> str:
 
 def _extract_vmlinux(into: str) -> None:
     # A program of its own: what it reads is foreign, and it confines itself.
-    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     bzimage, vmlinux = os.path.join(into, "bzImage"), os.path.join(into, "vmlinux")
     tools.run(
-        [sys.executable, "-P", "-m", "pyvmm.machine.board", bzimage, vmlinux],
+        own_python.command("pyvmm.machine.board", bzimage, vmlinux),
         "cannot unpack vmlinux",
-        env={"PYTHONPATH": f"{root}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")},
+        env=own_python.environment(),
     )

@@ -23,7 +23,7 @@ from pyvmm.emulated_host.find import find_image
 from pyvmm.emulated_host.host import GRACE
 from pyvmm.emulated_host.spec import cpus_for
 from pyvmm.errors import ConfigError
-from pyvmm.host import log
+from pyvmm.host import log, own_python
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.kinds import registry
 from pyvmm.kinds.border import Border, Crossing
@@ -100,7 +100,7 @@ def run_emulated(
             folders=tuple(folder for crossing in crossings for folder in crossing.folders),
             services={} if size is None else {SERVICE: size.connect},
             cwd="/",
-            env=foreign_programs.environment(os.environ, image),
+            env=foreign_programs.environment(own_python.environment(), image),
         )
         if because is not None:
             hint = "" if foreign else " (--kvm=host insists, `pyvmm doctor` explains)"
@@ -110,10 +110,11 @@ def run_emulated(
             )
             if vm_log is not None:
                 vm_log.last_message = b""  # that is not why the VM ends
-        # -P: the current directory is the user's, not a place for modules.
-        python = foreign_programs.PYTHON if foreign else sys.executable
-        argv = [python, "-P", "-m", emulated_inside.__name__, described]
-        argv += [to_json(spec), str(stop_patience), _around(surroundings)]
+        argv = own_python.command(
+            emulated_inside.__name__,
+            *(described, to_json(spec), str(stop_patience), _around(surroundings)),
+            program=foreign_programs.PYTHON if foreign else "",
+        )
         return _join_terminal(host, argv, size, stop_patience, vm_log)
 
 

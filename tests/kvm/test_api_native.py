@@ -55,6 +55,19 @@ def test_talking_to_a_guest(kernel):
     assert vm.outcome.ending is Ending.TERMINATED
 
 
+def test_a_monitor_imports_nothing_that_a_guest_may_have_written(
+    kernel: str, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An empty entry of PYTHONPATH is the current directory, and that may be shared."""
+    for name in ("json.py", "sitecustomize.py"):
+        (place / name).write_text(f"open({str(place / 'mark')!r}, 'w')")
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("PYTHONPATH", ":/nowhere")
+    with VM(kernel=kernel, kvm="host", memory="64M") as vm:
+        vm.console.expect_exact("ready", timeout=SAFETY_TIMEOUT)
+    assert not (place / "mark").exists()
+
+
 def test_much_that_is_typed_all_arrives(kernel):
     with VM(kernel=kernel, kvm="host", memory="64M") as vm:
         vm.console.send("x" * 5000 + "\n")

@@ -9,6 +9,7 @@ import importlib
 import os
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from contextlib import suppress
 
@@ -444,12 +445,14 @@ def test_what_is_wrong_in_a_configuration_is_one_line(pyvmm, place):
     assert pyvmm("run", "--config", "missing.toml")[0] == 2
 
 
-def test_nothing_is_imported_from_the_current_directory(place):
+@pytest.mark.parametrize("pythonpath", ["", ":/nowhere"])
+@pytest.mark.parametrize("program", [PYVMM, [os.path.join(sysconfig.get_path("scripts"), "pyvmm")]])
+def test_nothing_is_imported_from_the_current_directory(place, program, pythonpath):
     """It may be a guest's to change while its VM runs."""
     (place / "json.py").write_text("open('mark', 'w')")
     done = subprocess.run(
-        [*PYVMM, "ps", "--json"],
-        env={**os.environ, "XDG_RUNTIME_DIR": str(place)},
+        [*program, "ps", "--json"],
+        env={**os.environ, "XDG_RUNTIME_DIR": str(place), "PYTHONPATH": pythonpath},
         capture_output=True,
         text=True,
         timeout=SAFETY_TIMEOUT,
