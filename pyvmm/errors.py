@@ -7,6 +7,7 @@ guest's mistakes into DEVICE_NEEDS_RESET without catching anybody else's.
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import Any
 
@@ -49,15 +50,24 @@ class ConfigError(PyvmmError):
 class HostError(PyvmmError):
     """A system call on the host failed.
 
-    `errno` is the number, `call` what was being done (``"KVM_CREATE_VM"``), `cure` what may help.
+    `errno` is the number, `call` what was being done (``"KVM_CREATE_VM"``), `cure` what may help,
+    where that is not the same for all calls.
     """
 
     def __init__(self, errno: int, call: str, *, cure: str = "") -> None:
         self.errno = errno
         self.call = call
-        self.cure = cure
+        self.cure = cure = cure or _CURES.get(errno, "")
         text = f"{call}: {os.strerror(errno)}"
         super().__init__(f"{text}; {cure}" if cure else text)
+
+
+_CURES = {
+    errno.EMFILE: "raise the limit of open files: ulimit -n",
+    # unix(7): what all processes of a user have on their way counts, for each that sends.
+    errno.ETOOMANYREFS: "raise the limit of open files, ulimit -Hn: more are on their way between "
+    "this user's processes than one may have",
+}
 
 
 class DriverError(PyvmmError):

@@ -123,8 +123,10 @@ class Client(Closable):
             send_all(self.connection, data, deadline, fds)
         except NoAnswer:
             raise self._no_answer() from None
-        except OSError:
+        except (BrokenPipeError, ConnectionResetError):
             return  # it has hung up, and may have said why
+        except OSError as error:
+            raise HostError(error.errno or 0, f"a request to {self.name}") from None
 
     def _read_line(self, deadline: float) -> bytes:
         line = self.line_or_end(deadline)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import _socket
 import errno
+import os
+import resource
 import select
 import time
 from collections import deque
@@ -122,10 +124,11 @@ class ControlServer:
         self._clients: dict[int, _Client] = {}
         self._handed: list[tuple[Door, Socket]] = []  # over, from doors for more than their owner
         self._wake = EventFd()
+        self._spare = -1  # a descriptor that makes room for who is told that there is none
+        self._has_spare()
         self._late: deque[tuple[_Client, bytes]] = deque()  # answers that took their time
         self._at_work = 0  # threads that make such answers
         self._stopping = False
-        self._no_room_until = 0.0
         self._epoll = select.epoll()
         self._epoll.register(self._wake.fd, select.EPOLLIN)
         for fd in self._doors:
@@ -146,6 +149,7 @@ class ControlServer:
             self._thread.join()
         self._epoll.close()
         self._wake.close()
+        self._give_spare()
 
     # --- the thread ------------------------------------------------------------------------------
 
@@ -210,21 +214,37 @@ class ControlServer:
         self._epoll.modify(client.socket.fileno(), events)
 
     def _accept(self, door: Door) -> None:
+        self._give_spare()
         try:
             socket = unix_sockets.accept(door.socket)
-        except HostError:  # no more file descriptors
+        except HostError:  # no more file descriptors, and no spare one
             time.sleep(_NO_ROOM_SECONDS)
             return
+        finally:
+            has_room = self._has_spare()
         if socket is not None:
-            self._let_in(door, socket)
+            self._let_in(door, socket, has_room)
+
+    def _give_spare(self) -> None:
+        spare, self._spare = self._spare, -1
+        if spare >= 0:
+            os.close(spare)
+
+    def _has_spare(self) -> bool:
+        """Whether there is one, which is made if need be."""
+        if self._spare < 0:
+            with suppress(OSError):
+                self._spare = os.dup(self._wake.fd)
+        return self._spare >= 0
 
     def _take_passed(self, fd: int, door: Door) -> None:
         """The next connection that somebody else has accepted for us."""
         assert door.passes is not None
-        data, fds = b"", list[int]()
+        data, fds, has_all = b"", list[int](), True
+        self._give_spare()
         with suppress(BlockingIOError, InterruptedError):
             try:
-                data, fds = _with_descriptors(door.passes, MAX_LINE + 2)
+                data, fds, has_all = _with_descriptors(door.passes, MAX_LINE + 2)
             except BlockingIOError:
                 raise
             except OSError:
@@ -233,18 +253,24 @@ class ControlServer:
                 self._epoll.unregister(fd)
                 self._doors[door.socket.fileno()] = self._doors.pop(fd)
                 self._epoll.register(door.socket.fileno(), select.EPOLLIN)
+        has_room = self._has_spare()
         if fds:
-            client = self._let_in(door, unix_sockets.adopt(fds.pop(0)))
+            client = self._let_in(door, unix_sockets.adopt(fds.pop(0)), has_room)
             if client is not None:
                 client.descriptors.fds = fds
-                self._take(client, data[1:], bool(fds))
+                self._take(client, data[1:], bool(fds), has_all)
                 return
         Descriptors(fds).close()
 
-    def _let_in(self, door: Door, socket: Socket) -> _Client | None:
+    def _let_in(self, door: Door, socket: Socket, has_room: bool) -> _Client | None:
         try:
             if door.owner_only and not unix_sockets.is_ours(socket):
                 socket.close()
+                return None
+            if not has_room:
+                socket.send(error_line(None, BUSY, _no_room()))
+                socket.close()
+                self._has_spare()
                 return None
             at_door = sum(one.door is door for one in self._clients.values())
             if at_door + sum(one is door for one, _ in self._still_handed()) >= door.most:
@@ -265,24 +291,30 @@ class ControlServer:
             return
         before = len(client.descriptors.fds)
         try:
-            data = _received(client, MAX_LINE + 1 - len(client.received))
+            data, has_all = _received(client, MAX_LINE + 1 - len(client.received))
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
-            data = b""
+            data, has_all = b"", True
         if not data or len(client.descriptors.fds) > MOST:
             self._drop(client)
             return
-        self._take(client, data, len(client.descriptors.fds) > before)
+        self._take(client, data, len(client.descriptors.fds) > before, has_all)
 
     @staticmethod
-    def _take(client: _Client, data: bytes, with_descriptors: bool) -> None:
+    def _take(client: _Client, data: bytes, with_descriptors: bool, has_all: bool) -> None:
+        """`data` has come from it, and descriptors with that; `has_all`: there was room for all."""
         client.received += data
         if with_descriptors:
             # The kernel gives nothing behind the message that they came with (unix(7)).
             client.lines_before = client.received.removesuffix(b"\n").count(b"\n")
         if len(client.received) > MAX_LINE and b"\n" not in client.received:
             client.to_send = error_line(None, BAD_REQUEST, f"a line of more than {MAX_LINE} bytes")
+            client.ending = True
+        if not has_all:
+            client.received.clear()
+            client.descriptors.close()
+            client.to_send = error_line(None, BUSY, _no_room())
             client.ending = True
 
     def _answer_one(self, client: _Client) -> None:
@@ -401,18 +433,25 @@ class ControlServer:
             self._epoll.unregister(fd)
 
 
-def _received(client: _Client, size: int) -> bytes:
-    """The next bytes. Descriptors that come along are kept where they may be of use; the kernel
-    closes others. Raises OSError."""
+def _no_room() -> str:
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return f"the VM has all {most} files open that it may; start it with a higher limit: ulimit -n"
+
+
+def _received(client: _Client, size: int) -> tuple[bytes, bool]:
+    """The next bytes. Descriptors that come along are kept where they may be of use, and False
+    says that there was not room for all of them; the kernel closes others. Raises OSError."""
     if client.door.rights != EXEC:
-        return client.socket.recv(size)
-    data, fds = _with_descriptors(client.socket, size)
+        return client.socket.recv(size), True
+    data, fds, has_all = _with_descriptors(client.socket, size)
     client.descriptors.fds += fds
-    return data
+    return data, has_all
 
 
-def _with_descriptors(socket: _socket.socket, size: int) -> tuple[bytes, list[int]]:
-    """The next bytes, and the descriptors that come with them. Raises OSError."""
+def _with_descriptors(socket: _socket.socket, size: int) -> tuple[bytes, list[int], bool]:
+    """The next bytes, the descriptors that come with them, and whether these are all. Raises
+    OSError."""
     room = unix_sockets.room_for(MOST + 2)
-    data, ancillary, _, _ = socket.recvmsg(size, room, _socket.MSG_CMSG_CLOEXEC)
-    return data, unix_sockets.descriptors_in(ancillary)
+    data, ancillary, flags, _ = socket.recvmsg(size, room, _socket.MSG_CMSG_CLOEXEC)
+    fds = unix_sockets.descriptors_in(ancillary)
+    return data, fds, not (flags & _socket.MSG_CTRUNC and len(fds) <= MOST)

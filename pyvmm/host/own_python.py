@@ -39,7 +39,8 @@ def leave_current_directory(*, as_module: bool = False) -> None:
         if as_module and not sys.flags.safe_path and sys.path[:1] == [here]:
             del sys.path[0]
         path = os.environ.get(_PATH, "")
-        if path and "" in path.split(os.pathsep) and here not in map(os.path.abspath, _named(os.environ)):
+        named = map(os.path.abspath, _named(os.environ))
+        if path and "" in path.split(os.pathsep) and here not in named:
             sys.path[:] = [path for path in sys.path if path != here]
 
 

@@ -14,6 +14,7 @@ descriptors that came along.
 from __future__ import annotations
 
 import _socket
+import errno
 import fcntl
 import os
 import select
@@ -99,6 +100,13 @@ def pass_on(
         [(_socket.SOL_SOCKET, _socket.SCM_RIGHTS, rights)],
         _socket.MSG_DONTWAIT | _socket.MSG_NOSIGNAL,
     )
+
+
+def _why(error: OSError) -> str:
+    """The reason for which a connection cannot be given to the monitor."""
+    if error.errno in (errno.EAGAIN, errno.EPIPE, errno.ECONNRESET):
+        return _MANY
+    return str(HostError(error.errno or 0, "the monitor cannot be given this connection"))
 
 
 def _say_busy(socket: Socket, why: str) -> None:
@@ -204,8 +212,8 @@ class Broker:
     def _pass_on(self, client: _Client) -> None:
         try:
             pass_on(client.door.channel, client.socket, client.said, tuple(client.fds))
-        except OSError:
-            self._refuse(client, _MANY)
+        except OSError as error:
+            self._refuse(client, _why(error))
         client.close()
 
     @staticmethod
@@ -282,8 +290,8 @@ def _answer(
     if request is None or verb != "add" or kind not in KINDS or "files" in request.params:
         try:
             pass_on(channel, socket, line + rest)
-        except OSError:
-            _say_busy(socket, _MANY)
+        except OSError as error:
+            _say_busy(socket, _why(error))
         return
     answer = answered(request.id, partial(_added, channel, kind, request.params, settle))
     with suppress(PyvmmError, OSError):
@@ -305,8 +313,8 @@ def _added(
     ours, theirs = unix_sockets.pair()
     try:
         pass_on(channel, theirs)
-    except OSError:  # there are more already than the monitor takes
-        raise ControlError(BUSY, _MANY) from None
+    except OSError as error:
+        raise ControlError(BUSY, _why(error)) from None
     theirs.close()
     settle()
     with contextlib.closing(Client("the VM", ours)) as client:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -317,6 +319,59 @@ def test_who_comes_and_goes_all_the_time_leaves_the_processor_to_the_guest(
                 assert b"busy" in connection.recv(1 << 16)
         assert time.monotonic() - begin >= pace * (rounds - 1)
         serving.close()
+
+
+@contextlib.contextmanager
+def no_more_files(more: int = 0) -> Iterator[None]:
+    """This process can open no more files than `more`."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.ExitStack() as closing:
+        free = [os.open(os.devnull, os.O_RDONLY) for _ in range(more + 1)]
+        for fd in free:
+            os.close(fd)
+        closing.callback(resource.setrlimit, resource.RLIMIT_NOFILE, before)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free[-1], before[1]))
+        yield
+
+
+def test_who_finds_no_room_for_files_is_told_which_limit_to_raise(served: Served) -> None:
+    with socket.socket(socket.AF_UNIX) as late, socket.socket(socket.AF_UNIX) as more:
+        for one in (late, more):
+            one.settimeout(HANG)
+        with no_more_files():
+            late.connect(served.registration.path)
+            told = json.loads(late.recv(1 << 16))["error"]
+            assert told["code"] == "busy" and told["message"].endswith("higher limit: ulimit -n")
+            assert late.recv(1) == b""
+            more.connect(served.registration.path)  # the next as well
+            assert b"ulimit -n" in more.recv(1 << 16)
+    with contextlib.closing(served.dial()) as client:
+        assert "result" in ask(client, line(method="echo"))
+
+
+def test_descriptors_without_room_are_told_by_the_limit_to_raise(served: Served) -> None:
+    with contextlib.closing(served.dial()) as client:
+        assert "result" in ask(client, line(method="echo"))
+        with no_more_files(2):
+            socket.send_fds(client, [line(method="keep")], [0] * 5)
+            told = json.loads(client.recv(1 << 16))["error"]
+            assert told["code"] == "busy" and "ulimit -n" in told["message"]
+            assert client.recv(1) == b""
+    assert not served.kept
+
+
+def test_a_request_whose_descriptors_cannot_be_sent_says_why(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where this user's processes have too many on their way."""
+
+    def full(*given: object) -> None:
+        raise OSError(errno.ETOOMANYREFS, os.strerror(errno.ETOOMANYREFS))
+
+    with Client.connect("served") as asking:
+        monkeypatch.setattr(client, "send_all", full)
+        with pytest.raises(HostError, match=r"a request to served: .*; raise .* ulimit -Hn: more"):
+            asking.call("keep", fds=[0])
 
 
 def line(**request: object) -> bytes:

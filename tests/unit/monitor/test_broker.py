@@ -4,6 +4,7 @@ them alone."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -22,12 +23,12 @@ from typing import Any
 import pytest
 from hotplug_rig import until
 
-from pyvmm.control.protocol import NEEDS_FILES, ControlError, Method, executes, watches
+from pyvmm.control.protocol import BUSY, NEEDS_FILES, ControlError, Method, executes, watches
 from pyvmm.control.server import ControlServer, Door
 from pyvmm.host import unix_sockets
 from pyvmm.host.handed import Descriptors
 from pyvmm.host.unix_sockets import Socket
-from pyvmm.monitor.broker import MOST_WAITING, Broker, _answer
+from pyvmm.monitor.broker import _MANY, MOST_WAITING, Broker, _answer, _why
 from pyvmm.monitor.broker import Door as Heard
 from pyvmm.monitor.keeper import Keeper
 
@@ -246,6 +247,24 @@ def test_it_hears_clients_with_few_descriptors(
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
         while closing:
             closing.pop()()
+
+
+def test_why_the_monitor_cannot_be_given_a_connection() -> None:
+    assert _why(BlockingIOError(errno.EAGAIN, "")) == _MANY
+    assert "ulimit -Hn" in _why(OSError(errno.ETOOMANYREFS, ""))
+
+
+def test_who_comes_to_a_monitor_without_room_for_files_is_told(monitor: Monitor) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket(socket.AF_UNIX) as client, contextlib.ExitStack() as closing:
+        client.settimeout(SAFETY_TIMEOUT)
+        free = os.open(os.devnull, os.O_RDONLY)
+        os.close(free)
+        closing.callback(resource.setrlimit, resource.RLIMIT_NOFILE, before)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, before[1]))
+        client.connect(monitor.path)
+        told = json.loads(client.recv(1 << 16))["error"]
+    assert told["code"] == BUSY and "ulimit -n" in told["message"]
 
 
 def test_what_it_is_told_late_it_does_not_believe(monitor: Monitor) -> None:
