@@ -116,9 +116,9 @@ class MachineControl:
         }
 
     def _of_hotplug(self) -> dict[str, Method]:
-        from pyvmm.monitor import hotplug  # only once somebody asks
+        from pyvmm.monitor import hotplug_methods  # only once somebody asks
 
-        return hotplug.methods(self._hotplug)
+        return hotplug_methods.methods(self._hotplug)
 
     def _guarded(self, method: Method) -> Method:
         return method._replace(run=partial(self._between_starts, method.run))

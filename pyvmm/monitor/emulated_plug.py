@@ -92,7 +92,7 @@ class Plugging(Closable):
 
     def _answer(self, plugs: Plugs, request: Request, asker: Socket) -> Any:
         from pyvmm.control.protocol import check_params
-        from pyvmm.monitor.hotplug import methods
+        from pyvmm.monitor.hotplug_methods import methods
 
         kind, _, verb = request.method.partition(".")
         check_params(methods(_nobody)[request.method], request.params)
@@ -171,7 +171,7 @@ class Plugging(Closable):
     # --- a device goes ----------------------------------------------------------------------------
 
     def _remove(self, plugs: Plugs, kind: str, params: dict[str, Any], asker: Socket) -> Any:
-        from pyvmm.monitor.hotplug import MOST_SECONDS, PATIENCE
+        from pyvmm.monitor.hotplug_methods import MOST_SECONDS, PATIENCE
 
         with self._lock:
             opened = self._plugged.get((kind, params["id"]))

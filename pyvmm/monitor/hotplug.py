@@ -1,5 +1,5 @@
-"""Devices that come to a running machine and go: asked for on the control socket, or given up by
-the guest.
+"""Devices that come to a running machine and go: asked for on the control socket
+(hotplug_methods), or given up by the guest. Whether a driver takes one is for arrivals to see.
 
 A guest gives a device up by the _EJ0 of its slot. From then on the slot is empty, and a thread
 does the rest: it waits until vCPUs and the device have ended their work there, and gives back all
@@ -9,24 +9,14 @@ that the device had. The client that has asked for the removal waits for that. S
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from threading import Event, Lock, Thread, current_thread
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pyvmm.control.protocol import (
-    BAD_REQUEST,
-    FAILED,
-    NEEDS_FILES,
-    PAUSED,
-    ControlError,
-    Later,
-    Method,
-    executes,
-    watches,
-)
+from pyvmm.control.protocol import FAILED, NEEDS_FILES, PAUSED, ControlError
 from pyvmm.errors import ConfigError, DriverError, PyvmmError
 from pyvmm.host import handed, log
 from pyvmm.host.handed import Descriptors
@@ -35,16 +25,14 @@ from pyvmm.kinds import registry
 from pyvmm.kinds.interface import unknown_id
 from pyvmm.machine.attach import virtio_hook
 from pyvmm.machine.builder import Parts, check_lending
-from pyvmm.machine.cmdline import turns_pci_off
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.trace import Trace
-from pyvmm.monitor.guest_agent import agent_at, vsock_of
+from pyvmm.monitor import devices_by_agent
+from pyvmm.monitor.arrivals import Arrivals
 from pyvmm.monitor.open_devices import OpenDevices
 from pyvmm.monitor.slots_by_agent import SlotsByAgent
 from pyvmm.pci import slots
 from pyvmm.spec.vm import DeviceSpec, DiskSpec
-from pyvmm.virtio.status import ACKNOWLEDGE, DRIVER_OK
-from pyvmm.virtio.status import FAILED as FAILED_STATUS
 
 if TYPE_CHECKING:
     from pyvmm.kinds.interface import Spec
@@ -52,61 +40,13 @@ if TYPE_CHECKING:
     from pyvmm.transport.base import Transport
     from pyvmm.virtio.device import VirtioDevice
 
-PATIENCE = 10.0  # seconds for a guest to give a device up, unless somebody says otherwise
-MOST_SECONDS = 24 * 3600.0
-# Seconds in which a guest that has drivers at work takes what has come, however slow it is.
-TAKES_WITHIN = 60
-_LOOKS_EACH = 0.05  # seconds, for somebody who waits for a driver
+_LOOKS_EACH = 0.05  # seconds, at a device that is taken by force
 # Seconds for which a device that is taken by force answers a driver that goes on, and after which
 # one that has nothing to ask has let go, as far as anybody knows.
 _FAILS_FOR = 5.0
 _QUIET_FOR = 0.2
-_AGENT_SECONDS = 5.0
-_MOST_SAID = 1 << 16  # bytes of its answer
-_MOST_WORDS = 200  # bytes of what a guest says of a device that it uses
 
 HOST, GUEST = "host", "guest"  # who has wanted a device to go
-
-# $1 is the PCI function, $2 the tag of a shared directory, if it is one. Says what it is used for,
-# and ends with 3 then.
-_USED_FOR = """\
-while [ "$2" ] && read -r id parent device root place rest; do
-    case "$rest" in
-    *" - virtiofs $2 "*) echo "it is mounted at $place"; exit 3 ;;
-    esac
-done < /proc/self/mountinfo
-for disk in /sys/bus/pci/devices/"$1"/virtio*/block/*; do
-    for part in "$disk" "$disk"/*; do
-        [ -r "$part/dev" ] || continue
-        name=${part##*/}
-        read -r number < "$part/dev"
-        while read -r id parent device root place rest; do
-            case "$device $rest" in
-            "$number "*|*" - "*" /dev/$name "*) echo "$name is mounted at $place"; exit 3 ;;
-            esac
-        done < /proc/self/mountinfo
-        while read -r file rest; do
-            [ "$file" != "/dev/$name" ] || { echo "$name is swap space"; exit 3; }
-        done < /proc/swaps
-        for holder in "$part"/holders/*; do
-            [ ! -e "$holder" ] || { echo "$name is part of ${holder##*/}"; exit 3; }
-        done
-    done
-done
-"""
-_IN_USE = 3
-# Mounts the shared directory $1 at $2 with the options $3, once its driver knows the tag.
-_MOUNT = """\
-mkdir -p "$2" || exit
-step=0
-until said=$(mount -t virtiofs -o "$3" "$1" "$2" 2>&1); do
-    step=$((step + 1))
-    [ $step -lt 60 ] || { echo "$said"; exit 1; }
-    sleep 0.2
-done
-"""
-_DRIVER_SECONDS = 25.0  # for a driver that is not loaded yet, in a guest that is slow
-_MOUNT_SECONDS = 60.0
 
 
 class _Part(NamedTuple):
@@ -115,14 +55,6 @@ class _Part(NamedTuple):
     spec: Spec
     device: VirtioDevice
     transport: Transport
-
-
-class _Arrived:
-    """A device that has come, and that no driver has looked at yet."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.seconds = 0  # of a guest that has drivers at work
 
 
 class _Leaving:
@@ -145,73 +77,6 @@ class _Leaving:
         self.gone.set()
         for wake in list(self.wakes):
             wake.set()
-
-
-def methods(hotplug: Callable[[], Hotplug]) -> dict[str, Method]:
-    """The methods of the control socket, by name."""
-    found = {}
-    for kind in registry.come_and_go():
-        takes: dict[str, type] = {"device": str, "table": dict, "files": list}
-        run: Callable[..., Later] = partial(_add_later, hotplug, kind)
-        found[f"{kind}.add"] = Method(run, takes=takes, right=executes, takes_descriptors=True)
-        takes = {"timeout_ms": int, "force": bool}
-        run = partial(_remove_later, hotplug, kind)
-        found[f"{kind}.remove"] = Method(run, needs={"id": str}, takes=takes)
-        found[f"{kind}.wait"] = Method(
-            partial(_wait_later, hotplug, kind),
-            needs={"id": str},
-            takes={"timeout_ms": int},
-            right=watches,
-        )
-    return found
-
-
-def _add_later(
-    hotplug: Callable[[], Hotplug],
-    kind: str,
-    device: str | None = None,
-    table: dict[str, Any] | None = None,
-    files: list[str] | None = None,
-    *,
-    descriptors: Descriptors,
-) -> Later:
-    value = table if device is None else device
-    if value is None or (device is not None and table is not None):
-        raise ConfigError("say what to add", cure="by device, a text, or by table")
-    if files is None:
-        return Later(partial(hotplug().add, kind, value))
-    if not all(isinstance(name, str) for name in files) or len(set(files)) != len(files):
-        raise ControlError(BAD_REQUEST, "the files are not different texts")
-    if len(files) != len(descriptors.fds):
-        raise ControlError(
-            BAD_REQUEST, f"{len(descriptors.fds)} descriptors came for {len(files)} files"
-        )
-    names = dict(zip(files, descriptors.fds, strict=True))
-    return Later(partial(hotplug().add_handed, kind, value, names, descriptors))
-
-
-def _remove_later(
-    hotplug: Callable[[], Hotplug],
-    kind: str,
-    id: str,
-    timeout_ms: int = round(1000 * PATIENCE),
-    force: bool = False,
-) -> Later:
-    wake = Event()
-    run = partial(hotplug().remove, kind, id, _seconds(timeout_ms), force, wake)
-    return Later(run, cancel=wake.set)
-
-
-def _wait_later(
-    hotplug: Callable[[], Hotplug], kind: str, id: str, timeout_ms: int = round(1000 * PATIENCE)
-) -> Later:
-    wake = Event()
-    run = partial(hotplug().wait_for_driver, kind, id, _seconds(timeout_ms), wake)
-    return Later(run, cancel=wake.set)
-
-
-def _seconds(timeout_ms: int) -> float:
-    return min(max(0, timeout_ms) / 1000, MOST_SECONDS)
 
 
 class Hotplug(Closable):
@@ -242,8 +107,8 @@ class Hotplug(Closable):
         self._one_at_a_time = Lock()  # of those that add
         self._lock = Lock()  # a leaf: of `_leaving` and what it holds
         self._leaving: dict[Transport, _Leaving] = {}
-        self._arrived: dict[Transport, _Arrived] = {}
         self._finishing: set[Thread] = set()
+        self._arrivals = Arrivals(machine, self._say)
         self._by_agent = SlotsByAgent(machine, self.ejected)  # where no slots tell the guest
         self._ended = False  # changes with `machine.steady` held
         # Devices as the user's machine knows them, where that is another one.
@@ -269,11 +134,15 @@ class Hotplug(Closable):
             raise registry.untyped(kind, error) from None
         if self._bus().slots is None:
             self._by_agent.tell(slots.ARRIVED, slot)
-        self._watch_arrival(device, slot)
+        pci = self._machine.parts.pci
+        there = None if pci is None else pci.transport_at(slot)
+        is_its = there is not None and there.device is device
+        self._arrivals.watch(there if is_its else None, device.name)
         told = {"kind": kind, "id": device.name, "slot": slot}
         self._tell("device_added", **told)
         if getattr(spec, "mountpoint", ""):
-            self._mount(spec, device.name)
+            wait = partial(self.wait_for_driver, kind, device.name)
+            devices_by_agent.mount(self._machine, spec, device.name, wait)
         return told
 
     @property
@@ -300,55 +169,9 @@ class Hotplug(Closable):
         whether one does by then is `taken`, and if not, `why` says what is known of the reason.
         This does not wait for a guest that is paused, or that starts still, nor after a caller has
         set `wake`. Raises ConfigError if there is no such device."""
-        wake = wake or Event()
-        give_up_at = time.monotonic() + timeout
-        while True:
-            part = self._part(kind, id)
-            if part.transport.negotiation.state.status & DRIVER_OK:
-                return {"kind": kind, "id": id, "taken": True}
-            why = self._why_not_taken(part.transport)
-            left = give_up_at - time.monotonic()
-            if why or left <= 0 or wake.wait(min(left, _LOOKS_EACH)):
-                return {"kind": kind, "id": id, "taken": False, "why": why}
-
-    def _why_not_taken(self, transport: Transport) -> str:
-        """The reason for which it is of no use to wait for a driver; "" if there is none."""
-        parts = self._machine.parts
-        if self._machine.pauser.paused:
-            return "it is paused"
-        if turns_pci_off(parts.prepared.entry.cmdline):
-            return "its kernel runs with pci=off"
-        if transport.negotiation.state.status & FAILED_STATUS:
-            return "its driver has failed"
-        others = [one for one in parts.transports if one is not transport]
-        return "" if not others or _any_driven(others) else "no driver of it is at work yet"
-
-    def _mount(self, share: Any, name: str) -> None:
-        """Have the guest's agent mount it. Raises ConfigError if that does not succeed; it stays
-        plugged in."""
-        from pyvmm.agent.session import printable
-
-        mode = "ro" if share.read_only else "rw"
-        argv = ["/bin/sh", "-c", _MOUNT, "sh", share.tag, share.mountpoint, mode]
-        vsock = vsock_of(self._machine)
-        try:
-            if vsock is None:
-                raise ConfigError("it has no agent, as it has no --vsock")
-            found = self.wait_for_driver("share", name, _DRIVER_SECONDS)
-            if not found["taken"]:
-                raise ConfigError(found["why"] or "its kernel has no virtiofs driver")
-            agent = agent_at(vsock, _AGENT_SECONDS)
-            done = agent.run(argv, timeout=_MOUNT_SECONDS, most=_MOST_SAID)
-        except (PyvmmError, OSError) as error:
-            why = str(error)
-        else:
-            if not done.returncode:
-                return
-            why = printable(b" ".join((done.stdout + done.stderr)[:_MOST_WORDS].split()))
-        raise ConfigError(
-            f"{name} is plugged in, but the guest has not mounted it: {why}",
-            cure=f"mount it there: mount -t virtiofs {share.tag} {share.mountpoint}",
-        )
+        why = self._arrivals.wait(lambda: self._part(kind, id).transport, timeout, wake or Event())
+        found: dict[str, Any] = {"kind": kind, "id": id, "taken": why is None}
+        return found if why is None else {**found, "why": why}
 
     def _open_and_plug(
         self, kind: str, value: str | dict[str, Any] | Spec, described: Spec | None
@@ -387,18 +210,6 @@ class Hotplug(Closable):
             cure = f"make {kind}.add the first request of its connection, or send descriptors"
             raise ControlError(NEEDS_FILES, f"{opens_nothing}; {cure}")
         raise ConfigError(opens_nothing, cure="start the VM with --confine off")
-
-    def _watch_arrival(self, device: VirtioDevice, slot: int) -> None:
-        parts = self._machine.parts
-        if turns_pci_off(parts.prepared.entry.cmdline):
-            self._say(
-                f"the guest does not find {device.name}: pci=off on its command line hides the bus"
-            )
-            return
-        transport = None if parts.pci is None else parts.pci.transport_at(slot)
-        if transport is not None and transport.device is device:
-            with self._lock:
-                self._arrived[transport] = _Arrived(device.name)
 
     def _bus(self) -> PciHost:
         pci = self._machine.parts.pci
@@ -490,7 +301,9 @@ class Hotplug(Closable):
         """
         wake = wake or Event()
         part, number = self._find(kind, id)
-        if not force and (use := self._use_of(number, getattr(part.spec, "tag", ""))):
+        if not force and (
+            use := devices_by_agent.use_of(self._machine, number, getattr(part.spec, "tag", ""))
+        ):
             raise ConfigError(
                 f"the guest uses {id}: {use}", cure="have it let go, or add --force to remove it"
             )
@@ -539,24 +352,6 @@ class Hotplug(Closable):
             if part.device.name == id:
                 return part
         raise unknown_id(kind, id, [part.device.name for part in found])
-
-    def _use_of(self, number: int, tag: str) -> str:
-        """The use of the device, as the guest's agent tells it; "" if it is unused, or if no agent
-        answers."""
-        vsock = vsock_of(self._machine)
-        if vsock is None:
-            return ""
-        from pyvmm.agent.session import printable
-
-        argv = ["/bin/sh", "-c", _USED_FOR, "sh", f"0000:00:{number:02x}.0", tag]
-        try:
-            agent = agent_at(vsock, _AGENT_SECONDS)
-            done = agent.run(argv, timeout=_AGENT_SECONDS, most=_MOST_SAID)
-        except (PyvmmError, OSError):
-            return ""
-        if done.returncode != _IN_USE:
-            return ""
-        return printable(done.stdout.strip()[:_MOST_WORDS]) or "it does not say what for"
 
     def _let_requests_end(self, leaving: _Leaving) -> None:
         """Have the device answer its driver's requests, with errors, and give the guest a while to
@@ -699,39 +494,14 @@ class Hotplug(Closable):
         if pci is not None and pci.slots is not None:
             pci.slots.remind()
         self._by_agent.remind()
-        self._look_at_arrivals()
-
-    def _look_at_arrivals(self) -> None:
-        with self._lock:
-            arrived = self._arrived.copy()
-        if not arrived or self._machine.pauser.paused:
-            return
-        transports = self._machine.parts.transports
-        others = [one for one in transports if one not in arrived]
-        # A guest that is about to start takes its time, and then has drivers for what was there.
-        is_up = not others or _any_driven(others)
-        for transport, one in arrived.items():
-            negotiation = transport.negotiation
-            one.seconds += is_up
-            # Linux' virtio acknowledges each device, also one that it has no driver for.
-            taken = negotiation.state.status & ~ACKNOWLEDGE or negotiation.activations
-            if not taken and transport in transports and one.seconds < TAKES_WITHIN:
-                continue
-            with self._lock:
-                self._arrived.pop(transport, None)
-            if not taken and transport in transports:
-                self._say(
-                    f"no driver in the guest has taken {one.name} for {TAKES_WITHIN} s; its kernel "
-                    "needs a PCI bus with hot-plug (CONFIG_HOTPLUG_PCI_ACPI), virtio_pci, and the "
-                    "device's own driver (docs/hotplug.md)"
-                )
+        self._arrivals.look()
 
     def guest_restarts(self) -> None:
         """The guest has ended and starts anew, without the devices that it was asked to give up,
         as it uses them no more. The machine is steady, and its transports are closed."""
         with self._lock:
             leaving = list(self._leaving.values())
-            self._arrived.clear()
+        self._arrivals.forget()
         self._by_agent.forget()
         for one in leaving:
             self._forget(one)
@@ -777,11 +547,6 @@ def _requests_of(transport: Transport) -> tuple[int, bool]:
         finally:
             queue.lock.release()
     return count, is_idle
-
-
-def _any_driven(transports: Iterable[Transport]) -> bool:
-    """True if a driver of the guest's is at work on one of them."""
-    return any(one.negotiation.state.status & DRIVER_OK for one in transports)
 
 
 def _parts_of(parts: Parts) -> list[_Part]:

@@ -16,9 +16,9 @@ from pyvmm.host.files import open_image
 from pyvmm.kinds import balloon
 from pyvmm.kinds.vm_spec import validate
 from pyvmm.machine.pci_host import PciHost
-from pyvmm.monitor import hotplug
+from pyvmm.monitor.arrivals import TAKES_WITHIN
 from pyvmm.monitor.control import MachineControl
-from pyvmm.monitor.hotplug import methods
+from pyvmm.monitor.hotplug_methods import methods
 from pyvmm.pci import slots
 from pyvmm.spec.vm import VmSpec
 from pyvmm.testing.blk_driver import IN, IOERR, OK, BlockDriver, header
@@ -97,15 +97,15 @@ def test_a_device_that_no_driver_takes_is_told_of_once(
     rig.add("disk", "ram:1M,id=data")
     # Linux acknowledges each device that it finds, also one that it has no driver for.
     rig.driver(3).set_field((0x14, 1), ACKNOWLEDGE)
-    look(rig, 10 * hotplug.TAKES_WITHIN)
+    look(rig, 10 * TAKES_WITHIN)
     assert capsys.readouterr().err == "", "no driver is at work: the guest starts still"
     disk_of(rig, 1)
-    look(rig, hotplug.TAKES_WITHIN - 1)
+    look(rig, TAKES_WITHIN - 1)
     rig.machine.pauser.paused = True
-    look(rig, hotplug.TAKES_WITHIN)
+    look(rig, TAKES_WITHIN)
     rig.machine.pauser.paused = False
     assert capsys.readouterr().err == "", "its time is not over, and a paused guest has none"
-    look(rig, hotplug.TAKES_WITHIN)
+    look(rig, TAKES_WITHIN)
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "no driver in the guest has taken data for 60 s" in said
 
@@ -122,16 +122,16 @@ def test_one_that_is_taken_or_gone_is_not_told_of(
         rig.remove("disk", "data", timeout=0, force=True)
     else:
         rig.hotplug.guest_restarts()
-    look(rig, 3 * hotplug.TAKES_WITHIN)
+    look(rig, 3 * TAKES_WITHIN)
     assert capsys.readouterr().err == ""
-    assert not rig.hotplug._arrived
+    assert not rig.hotplug._arrivals._waiting
 
 
 def test_pci_off_is_told_of_at_once(rig: Rig, capsys: pytest.CaptureFixture[str]) -> None:
     rig.prepared.entry.cmdline = "console=ttyS0 pci=off"  # type: ignore[misc]
     rig.add("disk", "ram:1M,id=data")
     assert "does not find data: pci=off on its command line" in capsys.readouterr().err
-    look(rig, 3 * hotplug.TAKES_WITHIN)
+    look(rig, 3 * TAKES_WITHIN)
     assert capsys.readouterr().err == ""
 
 
@@ -526,8 +526,8 @@ def test_by_force_requests_get_an_answer_before_the_disk_goes(rig: Rig, data: Pa
 def test_by_force_a_guest_that_lets_go_meanwhile_is_not_pulled(
     rig: Rig, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hotplug, "_FAILS_FOR", SAFETY_TIMEOUT)
-    monkeypatch.setattr(hotplug, "_QUIET_FOR", SAFETY_TIMEOUT)
+    monkeypatch.setattr("pyvmm.monitor.hotplug._FAILS_FOR", SAFETY_TIMEOUT)
+    monkeypatch.setattr("pyvmm.monitor.hotplug._QUIET_FOR", SAFETY_TIMEOUT)
     rig.add("disk", f"{data},id=data,iops=1")
     rig.asked(slots.ARRIVED)
     disk = disk_of(rig, 3)
