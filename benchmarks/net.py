@@ -84,6 +84,7 @@ def qemu_command(setup: Setup, way: str, socket: str) -> list[str]:
     }
     command = ["qemu-system-x86_64", "-M", MACHINE, "-enable-kvm", "-cpu", "host", "-m", "256"]
     command += ["-nodefaults", "-no-user-config", "-nographic", "-serial", "stdio"]
+    command += ["-global", "virtio-mmio.force-legacy=false"]  # passt serves no legacy device
     command += ["-kernel", setup.kernel, "-initrd", setup.initrd]
     command += ["-append", f"{PARAMETERS} {guest_parameters(way)}"]
     for index, file in enumerate((setup.disk, setup.scripts[way])):
