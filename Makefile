@@ -36,7 +36,8 @@ unit: .stamps/dev ## Only the tests that need neither KVM nor a guest
 
 fuzz: .stamps/dev ## Random drivers against every device, damaged snapshots, for SECONDS=60, from a SEED; CASE=N repeats one
 	@$(BIN)/python tests/fuzz/run.py $(if $(SEED),--seed=$(SEED)) $(if $(SECONDS),--seconds=$(SECONDS)) \
-		$(if $(CASE),--case=$(CASE)) $(if $(DEVICE),--device=$(DEVICE))
+		$(if $(CASE),--case=$(CASE)) $(if $(DEVICE),--device=$(DEVICE)) \
+		$(if $(STATE),--state=$(STATE)) $(if $(CASES),--cases=$(CASES)) $(if $(JOBS),--jobs=$(JOBS))
 
 mutants: .stamps/dev ## Small faults in the core for SECONDS=600: which does no test notice? ONLY= SAMPLE= SEED=
 	@$(BIN)/python tests/mutation/run.py --seconds=$(or $(SECONDS),600) $(if $(SEED),--seed=$(SEED)) \
