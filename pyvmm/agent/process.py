@@ -175,7 +175,8 @@ class Process(Closable):
         if len(payload) != EXIT.size:
             raise AgentError(NOT_THE_AGENT)
         how, value = EXIT.unpack(payload)
-        if how > TIMED_OUT or value > 255:
+        has_limit = self.deadline is not None
+        if how > TIMED_OUT or value > 255 or (how == TIMED_OUT and not has_limit):
             raise AgentError(NOT_THE_AGENT)
         self.timed_out = how == TIMED_OUT
         self.returncode = value if how == EXITED else -value

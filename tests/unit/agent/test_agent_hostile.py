@@ -27,6 +27,7 @@ from pyvmm.agent.protocol import (
     HEADER,
     HELLO,
     NUMBER,
+    TIMED_OUT,
     TIMES,
     VERSION,
     Entry,
@@ -113,6 +114,15 @@ def test_s8_answers_that_make_no_sense_end_a_command(said: bytes) -> None:
     with liar(saying(said)) as agent, pytest.raises(AgentError, match=why) as caught:
         agent.run(["true"], input=bytes(1 << 20))
     assert "\n" not in str(caught.value)
+
+
+def test_s8_a_command_that_had_no_limit_cannot_have_taken_too_long() -> None:
+    said = frame(FrameType.EXIT, EXIT.pack(TIMED_OUT, 0))
+    with liar(saying(said)) as agent:
+        with pytest.raises(AgentError, match=NOT_THE_AGENT):
+            agent.run(["true"])
+        with pytest.raises(CommandTimeout, match="true took longer than 60 s"):
+            agent.run(["true"], timeout=60)
 
 
 @pytest.mark.parametrize(
