@@ -78,8 +78,13 @@ class _Client:
         self.ending = False  # once `to_send` is out
         self.upgrade: Upgrade | None = None
         self.waits: Later | None = None  # for an answer that takes its time
-        self.descriptors = Descriptors()  # that came with what was received
-        self.lines_before = 0  # of those in `received` that these do not belong to
+        # That came with what was received, by the number of lines in it before theirs.
+        self.descriptors: dict[int, Descriptors] = {}
+
+    def give_back(self) -> None:
+        """Close all descriptors that have come and wait for their line."""
+        for of_line in self.descriptors.values():
+            of_line.close()
 
     @property
     def has_line(self) -> bool:
@@ -257,8 +262,8 @@ class ControlServer:
         if fds:
             client = self._let_in(door, unix_sockets.adopt(fds.pop(0)), has_room)
             if client is not None:
-                client.descriptors.fds = fds
-                self._take(client, data[1:], bool(fds), has_all)
+                if not self._take(client, data[1:], fds, has_all):
+                    self._drop(client)
                 return
         Descriptors(fds).close()
 
@@ -289,42 +294,42 @@ class ControlServer:
             # A hang-up while it is answered: the client has gone, and wants no answer.
             self._drop(client)
             return
-        before = len(client.descriptors.fds)
         try:
-            data, has_all = _received(client, MAX_LINE + 1 - len(client.received))
+            data, fds, has_all = _received(client, MAX_LINE + 1 - len(client.received))
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
-            data, has_all = b"", True
-        if not data or len(client.descriptors.fds) > MOST:
+            data, fds, has_all = b"", [], True
+        if not data or not self._take(client, data, fds, has_all):
             self._drop(client)
-            return
-        self._take(client, data, len(client.descriptors.fds) > before, has_all)
 
     @staticmethod
-    def _take(client: _Client, data: bytes, with_descriptors: bool, has_all: bool) -> None:
-        """`data` has come from it, and descriptors with that; `has_all`: there was room for all."""
+    def _take(client: _Client, data: bytes, fds: list[int], has_all: bool) -> bool:
+        """Keep what has come from it, `has_all`: there was room for all. False if a line has more
+        descriptors than one may have."""
         client.received += data
-        if with_descriptors:
+        if fds:
             # The kernel gives nothing behind the message that they came with (unix(7)).
-            client.lines_before = client.received.removesuffix(b"\n").count(b"\n")
+            before = client.received.removesuffix(b"\n").count(b"\n")
+            of_line = client.descriptors.setdefault(before, Descriptors())
+            of_line.fds += fds
+            if len(of_line.fds) > MOST:
+                return False
         if len(client.received) > MAX_LINE and b"\n" not in client.received:
             client.to_send = error_line(None, BAD_REQUEST, f"a line of more than {MAX_LINE} bytes")
             client.ending = True
         if not has_all:
             client.received.clear()
-            client.descriptors.close()
+            client.give_back()
             client.to_send = error_line(None, BUSY, _no_room())
             client.ending = True
+        return True
 
     def _answer_one(self, client: _Client) -> None:
         line, _, rest = bytes(client.received).partition(b"\n")
         client.received = bytearray(rest)
-        came = Descriptors()
-        if client.lines_before:
-            client.lines_before -= 1
-        else:
-            came, client.descriptors = client.descriptors, came
+        came = client.descriptors.pop(0, Descriptors())
+        client.descriptors = {before - 1: fds for before, fds in client.descriptors.items()}
         client.to_send = self._answer(client, line, came)
         self._send(client)
 
@@ -427,7 +432,7 @@ class ControlServer:
         client.socket.close()
 
     def _forget(self, client: _Client) -> None:
-        client.descriptors.close()
+        client.give_back()
         fd = client.socket.fileno()
         if self._clients.pop(fd, None) is not None:
             self._epoll.unregister(fd)
@@ -438,14 +443,12 @@ def _no_room() -> str:
     return f"the VM has all {most} files open that it may; start it with a higher limit: ulimit -n"
 
 
-def _received(client: _Client, size: int) -> tuple[bytes, bool]:
-    """The next bytes. Descriptors that come along are kept where they may be of use, and False
-    says that there was not room for all of them; the kernel closes others. Raises OSError."""
+def _received(client: _Client, size: int) -> tuple[bytes, list[int], bool]:
+    """The next bytes, the descriptors that come along, where they may be of use, and whether there
+    was room for all of them; the kernel closes others. Raises OSError."""
     if client.door.rights != EXEC:
-        return client.socket.recv(size), True
-    data, fds, has_all = _with_descriptors(client.socket, size)
-    client.descriptors.fds += fds
-    return data, has_all
+        return client.socket.recv(size), [], True
+    return _with_descriptors(client.socket, size)
 
 
 def _with_descriptors(socket: _socket.socket, size: int) -> tuple[bytes, list[int], bool]:

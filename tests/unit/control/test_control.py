@@ -554,6 +554,23 @@ def test_descriptors_belong_to_the_line_that_they_come_with(served: Served) -> N
     assert not served.kept
 
 
+def test_descriptors_of_half_a_line_stay_apart_from_those_of_the_next(served: Served) -> None:
+    keep = line(method="keep")
+    with served.dial() as connection, open(os.devnull) as one, open(os.devnull) as other:
+        # While it waits, so that the end of the first line is read together with the next.
+        connection.sendall(line(method="wait"))
+        socket.send_fds(connection, [keep[:9]], [one.fileno()])
+        connection.sendall(keep[9:])
+        socket.send_fds(connection, [line(method="keep")], [other.fileno()] * handed.MOST)
+        served.release.set()
+        lines = connection.makefile("rb")
+        answers = [json.loads(lines.readline()) for _ in range(3)]
+    assert all("result" in answer for answer in answers), answers
+    assert len(served.kept) == 2
+    while served.kept:
+        os.close(served.kept.pop())
+
+
 @pytest.mark.parametrize("text", [b'"\\ud800"', b'"\xed\xa0\x80"'])
 def test_half_a_character_is_a_bad_request(served: Served, text: bytes) -> None:
     with served.dial() as connection:
