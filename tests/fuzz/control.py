@@ -1,0 +1,538 @@
+"""The control socket under the fuzzer: clients of several doors that say and do anything.
+
+The server is the real one, at real sockets; its turns are taken one by one, and the threads of late
+answers run when the case says so. A model written from docs/control-socket.md has the answer to
+each line. A case raises AssertionError, with what was done, if
+
+- an answer is another one than the model's, comes out of turn, twice, or to somebody else,
+- a method is called that the door has no rights for, or with parameters that it does not take,
+- more is kept for a client than a line, or of clients than there may be at a door,
+- the server does not come to rest, or sleeps for long,
+- a connection, a descriptor or a thread's work is left when it has ended.
+"""
+
+from __future__ import annotations
+
+import _socket
+import array
+import atexit
+import functools
+import json
+import os
+import shutil
+import socket
+import tempfile
+from collections import deque
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from random import Random
+from typing import Any
+from unittest import mock
+
+from pyvmm.control import server as served
+from pyvmm.control.protocol import (
+    Later,
+    Method,
+    Upgrade,
+    controls,
+    executes,
+    watches,
+)
+from pyvmm.control.server import ControlServer, Door
+from pyvmm.errors import ConfigError, HostError
+from pyvmm.host import unix_sockets
+from pyvmm.testing.mmio_driver import Ring
+
+MOST_LINE = 65536
+MOST_DESCRIPTORS = 40
+RIGHTS = ("watch", "control", "exec")
+_TURNS = 3000  # until nothing happens any more
+_FEW = 3  # clients at a door for others
+_HANDED = 2
+
+
+class _Places:
+    """The listening sockets, of all cases."""
+
+    def __init__(self) -> None:
+        folder = tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
+        atexit.register(shutil.rmtree, folder, True)
+        self.paths = {right: f"{folder}/{right}" for right in RIGHTS}
+        self.listeners = {right: unix_sockets.listen(path) for right, path in self.paths.items()}
+
+
+_places = functools.cache(_Places)
+
+
+class _Epoll:
+    """The server's, which never waits."""
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+
+    def poll(self, timeout: float) -> Any:
+        return self._real.poll(0)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+
+class _Time:
+    """The module for the server: sleep is counted."""
+
+    def __init__(self) -> None:
+        self.slept = 0.0
+
+    def sleep(self, seconds: float) -> None:
+        assert 0 <= seconds <= 0.2
+        self.slept += seconds
+
+
+class _Thread:
+    """A late answer, which is made when the case says so."""
+
+    def __init__(self, waiting: deque[_Thread], rng: Random, target: Any, args: Any) -> None:
+        self._waiting, self._rng = waiting, rng
+        self._target, self._args = target, args
+        self.ident = None
+
+    def start(self) -> None:
+        if self._rng.random() < 0.05:
+            raise RuntimeError("can't start new thread")
+        self._waiting.append(self)
+
+    def run(self) -> None:
+        self._target(*self._args)
+
+
+class _Client:
+    """A client, and what it has to be told; None is any error."""
+
+    def __init__(self, case: _Case, right: str) -> None:
+        self.case, self.right = case, right
+        self.socket = socket.socket(socket.AF_UNIX)
+        self.socket.setblocking(False)
+        self.expected: deque[tuple[bytes, Callable[[dict[str, Any]], None]]] = deque()
+        self.to_send: deque[tuple[bytes, list[int]]] = deque()
+        self.came = b""
+        self.ended = self.hung_up = self.shut = self.busy = self.over = self.breaks = self.heard = False
+        self.behind = b""  # what it has said as a stream
+        self.upgraded = False
+        self.socket.connect(_places().paths[right])
+
+    def say(self, data: bytes, descriptors: int = 0) -> None:
+        lent = self.case.lent
+        self.to_send.append((data, [lent[n % len(lent)] for n in range(descriptors)]))
+
+    def go(self) -> None:
+        """Send a piece of what it has to say."""
+        if self.hung_up or self.shut or not self.to_send:
+            return
+        data, descriptors = self.to_send[0]
+        try:
+            if descriptors:
+                rights = array.array("i", descriptors)
+                row = (socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)
+                done = self.socket.sendmsg([data], [row])
+                assert done == len(data)
+            else:
+                size = len(data) if self.case.rng.random() < 0.7 else self.case.rng.randint(1, 99)
+                done = self.socket.send(data[:size])
+        except BlockingIOError:
+            return
+        except OSError:
+            self.ended = True
+            self.to_send.clear()
+            return
+        self.to_send[0] = (data[done:], [])
+        if not self.to_send[0][0]:
+            self.to_send.popleft()
+
+    def hear(self) -> None:
+        """Take the answers that are there."""
+        if self.hung_up:
+            return
+        with suppress(BlockingIOError):
+            while not self.ended:
+                try:
+                    data = self.socket.recv(65536)
+                except ConnectionResetError:
+                    data = b""
+                self.ended = not data
+                self.came += data
+        while b"\n" in self.came and not (self.upgraded and not self.expected):
+            line, _, self.came = self.came.partition(b"\n")
+            answer = json.loads(line)
+            assert answer["version"] == 1
+            is_first, self.heard = not self.heard, True
+            if is_first and answer.get("error", {}).get("message", "").endswith("clients already"):
+                assert self.right != "exec"
+                self.busy = True
+                return
+            assert self.expected, f"an answer to nothing: {answer}"
+            said, check = self.expected.popleft()
+            try:
+                check(answer)
+            except AssertionError as error:
+                error.add_note(f"{said[:300]!r} by {self.right}: {answer}")
+                raise
+
+    def close(self) -> None:
+        self.hung_up = True
+        self.socket.close()
+
+
+class _Case:
+    def __init__(self, rng: Random, closing: ExitStack) -> None:
+        self.rng = rng
+        self.steps: list[str] = []
+        self.clients: list[_Client] = []
+        self.waiting: deque[_Thread] = deque()
+        self.defects: list[str] = []
+        self.handed: list[tuple[Any, bytes]] = []
+        self.cancelled = 0
+        self.time = _Time()
+        self.lent = [os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)]
+        closing.callback(os.close, self.lent[0])
+        closing.enter_context(mock.patch.object(served, "time", self.time))
+        closing.enter_context(mock.patch.object(served, "MAX_HANDED", _HANDED))
+        closing.enter_context(mock.patch.object(served.log, "to_stderr", self.defects.append))
+
+        def thread(target: Any, args: Any = (), **_: Any) -> _Thread:
+            return _Thread(self.waiting, rng, target, args)
+
+        closing.enter_context(mock.patch.object(served, "Thread", thread))
+        exec_, *others = (
+            Door(_places().listeners[right], right, right == "exec", most)
+            for right, most in (("exec", 32), ("control", _FEW), ("watch", _FEW))
+        )
+        self.methods = self._methods()
+        self.server = ControlServer(exec_, self.methods.get, others)
+        self.server._epoll = _Epoll(self.server._epoll)  # type: ignore[assignment]
+        closing.callback(self._end)
+
+    def _end(self) -> None:
+        self.server._stopping = True
+        self.server._run()
+        self.server.close()
+        for one in self.clients:
+            one.close()
+        for one, _ in self.handed:
+            one.close()
+        for listener in _places().listeners.values():
+            while (left := unix_sockets.accept(listener)) is not None:
+                left.close()
+
+    # --- methods ----------------------------------------------------------------------------------
+
+    def _methods(self) -> dict[str, Method]:
+        def echo(**params: Any) -> dict[str, Any]:
+            return dict(params)
+
+        def count(descriptors: Any, number: int = 0) -> dict[str, int]:
+            for fd in descriptors.fds:
+                os.fstat(fd)
+            if number % 2 and descriptors.fds:
+                os.close(descriptors.fds.pop())
+                return {"count": len(descriptors.fds) + 1}
+            return {"count": len(descriptors.fds)}
+
+        def refuse() -> None:
+            raise ConfigError("no", cure="do not")
+
+        def fail() -> None:
+            raise HostError(28, "writing")
+
+        def defect() -> None:
+            raise KeyError("lost")
+
+        def later(text: str, fails: bool = False) -> Later:
+            def run() -> dict[str, str]:
+                if fails:
+                    raise ConfigError(f"no {text}")
+                return {"text": text}
+
+            return Later(run, self._cancel)
+
+        def upgrade(fails: bool = False) -> Upgrade:
+            def hand_over(connection: Any, rest: bytes) -> None:
+                if fails:
+                    raise OSError("nobody takes it")
+                self.handed.append((connection, rest))
+
+            return Upgrade({"now": "a stream"}, hand_over)
+
+        def some(params: Mapping[str, Any]) -> str:
+            return executes(params) if params.get("flag", True) else watches(params)
+
+        kinds: dict[str, type] = {"text": str, "number": int, "flag": bool, "table": dict}
+        return {
+            "tell": Method(echo, takes=kinds, right=watches),
+            "change": Method(echo, needs={"number": int}, takes={"text": str}, right=controls),
+            "some": Method(echo, takes={"flag": bool}, right=some),
+            "count": Method(count, takes={"number": int}, right=executes, takes_descriptors=True),
+            "refuse": Method(refuse, right=watches),
+            "fail": Method(fail, right=watches),
+            "defect": Method(defect, right=watches),
+            "later": Method(later, needs={"text": str}, takes={"fails": bool}, right=watches),
+            "upgrade": Method(upgrade, takes={"fails": bool}, right=watches),
+        }
+
+    def _cancel(self) -> None:
+        self.cancelled += 1
+
+    # --- what is said -----------------------------------------------------------------------------
+
+    def request(self) -> tuple[bytes, int]:
+        """A line without its end, and how many descriptors come along."""
+        rng = self.rng
+        name = rng.choice((*self.methods, "nothing", "tell"))
+        value = rng.choice(("text", "ü", 7, -1, True, False, None, 1 << 63, -(1 << 70), {}, [], 1.5))
+        good: dict[str, dict[str, Any]] = {
+            "change": {"number": rng.randrange(99)},
+            "later": {"text": "soon", "fails": rng.random() < 0.3},
+            "upgrade": rng.choice(({}, {}, {"fails": True})),
+            "some": rng.choice(({}, {"flag": False})),
+            "count": rng.choice(({}, {"number": rng.randrange(4)})),
+        }
+        params = dict(good.get(name, {}))
+        if rng.random() < 0.4:
+            params[rng.choice(("text", "number", "flag", "table", "other", "descriptors", ""))] = value
+        if rng.random() < 0.1:
+            params.pop(rng.choice(list(params) or [""]), None)
+        said: dict[str, Any] = {"version": 1, "id": rng.choice((1, "a", None, 1 << 80)), "method": name}
+        if params or rng.random() < 0.5:
+            said["params"] = params
+        if rng.random() < 0.2:
+            said[rng.choice(("version", "id", "method", "params", "more"))] = value
+        if rng.random() < 0.1:
+            said.pop(rng.choice(list(said)))
+        data = json.dumps(said, ensure_ascii=rng.random() < 0.5).encode()
+        if rng.random() < 0.1:
+            data = self._broken(data)
+        if rng.random() < 0.03:
+            size = rng.choice((MOST_LINE - 1, MOST_LINE, MOST_LINE + 1, MOST_LINE + 500))
+            data = data.ljust(size, b" ")
+        count = rng.choice((1, 1, 2, MOST_DESCRIPTORS)) if rng.random() < 0.25 else 0
+        return data.replace(b"\n", b" "), count
+
+    def _broken(self, data: bytes) -> bytes:
+        rng = self.rng
+        at = rng.randint(0, len(data))
+        return rng.choice(
+            (
+                *(b"", b"null", b"[]", b"[" * 3000, b'{"a":' * 2000, b"1" * 5000, b"NaN", b"\xff"),
+                *(data[:at], data[:at] + rng.randbytes(3) + data[at:], data + data, data[at:]),
+                *(data.replace(b'"text"', b'"\\ud800"'), data.replace(b"1", b"1e999")),
+            )
+        )
+
+    def expect(
+        self, client: _Client, line: bytes, descriptors: int
+    ) -> Callable[[dict[str, Any]], None]:
+        """The check of the answer to a line, after docs/control-socket.md."""
+
+        def error(id: Any, *codes: str) -> Callable[[dict[str, Any]], None]:
+            def check(answer: dict[str, Any]) -> None:
+                assert answer["id"] == id and answer["error"]["code"] in codes, codes
+                assert "\n" not in answer["error"]["message"]
+
+            return check
+
+        if len(line) > MOST_LINE:
+            client.over = True
+            return error(None, "bad_request")
+        try:
+            said = json.loads(line)
+            json.dumps(said, ensure_ascii=False).encode()
+        except (ValueError, RecursionError):
+            return error(None, "bad_request")
+        if not isinstance(said, dict):
+            return error(None, "bad_request")
+        if said.get("version") != 1:
+            return error(None, "unsupported_version")
+        id, name, params = said.get("id"), said.get("method"), said.get("params", {})
+        wrong_id = isinstance(id, bool) or not isinstance(id, int | str | None)
+        if wrong_id or not isinstance(name, str) or not isinstance(params, dict):
+            return error(None, "bad_request")
+        method = self.methods.get(name)
+        if method is None:
+            return error(id, "unknown_method")
+        known = {**method.needs, **method.takes}
+        for key, value in params.items():
+            is_large = type(value) is int and abs(value) >= 1 << 63
+            if key not in known or type(value) is not known[key] or is_large:
+                return error(id, "bad_request")
+        if not method.needs.keys() <= params.keys():
+            return error(id, "bad_request")
+        needed = {"change": 1, "count": 2, "some": 2 if params.get("flag", True) else 0}.get(name, 0)
+        if RIGHTS.index(client.right) < needed:
+            return error(id, "forbidden")
+        if name == "refuse" or (name == "later" and params.get("fails")):
+            if name == "later":
+                return error(id, "refused", "failed", "busy")
+            return error(id, "refused")
+        if name in ("fail", "defect"):
+            return error(id, "failed")
+        result: dict[str, Any] = dict(params)
+        if name == "count":
+            result = {"count": descriptors}
+        elif name == "later":
+            result = {"text": params["text"]}
+        elif name == "upgrade":
+            result = {"now": "a stream"}
+
+        def check(answer: dict[str, Any]) -> None:
+            if name == "later" and "error" in answer:
+                assert answer["error"]["code"] in ("failed", "busy")  # no thread to be had
+                return
+            if name == "upgrade" and "error" in answer:
+                assert answer["error"]["code"] == "busy" and client.right != "exec"
+                return
+            assert answer["id"] == id and answer.get("result") == result, result
+            if name == "upgrade":
+                client.upgraded = True
+
+        if name == "upgrade" and client.right == "exec":
+            client.behind = b"-"  # all that follows is no request
+        return check
+
+    # --- steps ------------------------------------------------------------------------------------
+
+    def connect(self) -> None:
+        if len(self.clients) < 12:
+            right = self.rng.choice(RIGHTS)
+            self.clients.append(_Client(self, right))
+
+    def speak(self) -> None:
+        client = self._some()
+        if client is None or client.shut or client.over or client.behind:
+            return
+        for _ in range(self.rng.choice((1, 1, 2, 5))):
+            line, count = self.request()
+            many = self.rng.random() < 0.02
+            if many:
+                count = MOST_DESCRIPTORS + 2
+            self.steps.append(f"{self.clients.index(client)} ({client.right}): {line[:200]!r}, {count}")
+            if many and client.right == "exec":
+                client.over = client.breaks = True  # and what came before it may be lost
+                client.say(line + b"\n", count)
+                return
+            came = count if client.right == "exec" else 0
+            client.expected.append((line, self.expect(client, line, came)))
+            client.say(line + b"\n", count)
+            if client.over or client.behind:
+                return
+            if json_name(line) == "upgrade":  # it depends on who else is there
+                client.behind = b"-"
+                return
+
+    def half(self) -> None:
+        """Half a line, and the end."""
+        client = self._some()
+        if client is not None and not (client.shut or client.over or client.behind):
+            line, _ = self.request()
+            client.say(line[: len(line) // 2])
+            client.over = True
+            self.steps.append(f"{self.clients.index(client)}: half of {line[:100]!r}")
+
+    def send(self) -> None:
+        for client in self.clients:
+            client.go()
+
+    def turn(self) -> None:
+        self.server._step()
+        for one in self.server._clients.values():
+            assert len(one.received) <= MOST_LINE + 1, len(one.received)
+            assert len(one.descriptors) <= 2
+            for some in one.descriptors.values():
+                assert len(some.fds) <= MOST_DESCRIPTORS
+        for door in self.server._doors.values():
+            there = sum(one.door is door for one in self.server._clients.values())
+            assert there <= door.most
+
+    def work(self) -> None:
+        """A late answer is made, not always the first."""
+        if self.waiting:
+            self.waiting.rotate(-self.rng.randrange(3))
+            self.waiting.popleft().run()
+
+    def hear(self) -> None:
+        for client in self.clients:
+            client.hear()
+
+    def hang_up(self) -> None:
+        client = self._some()
+        if client is not None:
+            self.steps.append(f"{self.clients.index(client)} hangs up")
+            client.close()
+
+    def shut(self) -> None:
+        client = self._some()
+        if client is not None and not client.to_send and not client.shut:
+            client.shut = True
+            with suppress(OSError):
+                client.socket.shutdown(socket.SHUT_WR)
+
+    def _some(self) -> _Client | None:
+        there = [one for one in self.clients if not (one.hung_up or one.ended or one.busy)]
+        return self.rng.choice(there) if there else None
+
+    def rest(self) -> None:
+        """Until nothing moves any more: then all answers must have come."""
+        for _ in range(_TURNS):
+            self.send()
+            self.turn()
+            self.work()
+            self.hear()
+            moves = self.waiting or self.server._late
+            moves = moves or any(one.to_send and not one.hung_up for one in self.clients)
+            moves = moves or any(
+                one.has_line or one.to_send for one in self.server._clients.values()
+            )
+            if not moves and not self.server._epoll.poll(0):
+                break
+        else:
+            raise AssertionError("it does not come to rest")
+        for number, client in enumerate(self.clients):
+            if client.hung_up or client.busy or client.breaks:
+                continue
+            assert not client.expected, f"{number} has no answer to {client.expected[0][0][:200]!r}"
+
+    def run(self) -> None:
+        ways = (
+            *(self.connect, self.connect, self.speak, self.speak, self.speak, self.send, self.send),
+            *(self.turn, self.turn, self.turn, self.work, self.hear, self.half, self.hang_up),
+            *(self.shut, self.rest),
+        )
+        for _ in range(self.rng.randint(4, 40)):
+            self.rng.choice(ways)()
+        self.rest()
+
+
+def json_name(line: bytes) -> object:
+    """The method that a line names, if it is a request."""
+    with suppress(ValueError, RecursionError):
+        said = json.loads(line)
+        return said.get("method") if isinstance(said, dict) else None
+    return None
+
+
+def control_case(rng: Random, ring: Ring) -> int:
+    """One server and its clients; how many steps they took."""
+    places = _places()
+    assert places is not None
+    descriptors = len(os.listdir("/proc/self/fd"))
+    steps: list[str] = []
+    try:
+        with ExitStack() as closing:
+            case = _Case(rng, closing)
+            steps = case.steps
+            case.run()
+        assert not case.server._clients
+        assert len(os.listdir("/proc/self/fd")) == descriptors, "a descriptor is left"
+    except BaseException as error:
+        error.add_note("\n".join(f"  {n}. {one}" for n, one in enumerate(steps, 1)))
+        raise
+    assert isinstance(case.server, ControlServer) and _socket is not None
+    return len(steps)
