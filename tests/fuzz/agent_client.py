@@ -14,7 +14,6 @@ case raises AssertionError, with the frames, if
 
 from __future__ import annotations
 
-import atexit
 import errno
 import functools
 import os
@@ -22,7 +21,6 @@ import select
 import shutil
 import stat
 import struct
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +30,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from fuzz.damage import wrong
+from fuzz.room import check_closed, open_files, room
 
 from pyvmm.agent import client, process, session
 from pyvmm.agent.client import Agent
@@ -208,7 +207,9 @@ def harmed(rng: Random, frames: list[Frame]) -> list[Frame]:
         at = rng.randrange(len(frames) + 1)
         kind = rng.randrange(9)
         if kind == 0:
-            frames.insert(at, Frame(rng.choice((*range(41), 255)), rng.randbytes(rng.randrange(30))))
+            frames.insert(
+                at, Frame(rng.choice((*range(41), 255)), rng.randbytes(rng.randrange(30)))
+            )
             continue
         if not frames:
             continue
@@ -260,8 +261,10 @@ def _greeting(rng: Random) -> Frame:
 
 
 def is_hello(found: list[tuple[int, bytes]]) -> bool:
-    return bool(found) and found[0][0] == HELLO and (
-        len(found[0][1]) >= 24 and found[0][1][:4] == b"\1\0\0\0"
+    return (
+        bool(found)
+        and found[0][0] == HELLO
+        and (len(found[0][1]) >= 24 and found[0][1][:4] == b"\1\0\0\0")
     )
 
 
@@ -322,7 +325,9 @@ def _command_frames(rng: Random) -> list[Frame]:
             grant = rng.choice((1, 100, 4096, 65536, 1 << 31))
             frames.append(Frame(MORE_STDIN, struct.pack("<I", grant)))
         else:
-            text = rng.randbytes(rng.choice((0, 1, 10, 10, 200, 65536 if rng.random() < 0.1 else 7)))
+            text = rng.randbytes(
+                rng.choice((0, 1, 10, 10, 200, 65536 if rng.random() < 0.1 else 7))
+            )
             frames.append(Frame(rng.choice((STDOUT, STDERR)), text))
     if rng.random() < 0.9:
         how = rng.choice((0, 0, 0, 1, 2, 3))
@@ -381,7 +386,9 @@ def _run(rng: Random, said: list[str]) -> None:
             _checked(error)
             late = isinstance(error, CommandTimeout) and limit is not None
             assert expected.code is None or expected.may_fail or line.broke or late, error
-            assert not (line.whole and expected.failed and isinstance(error, AgentGone)), "no reason"
+            assert not (line.whole and expected.failed and isinstance(error, AgentGone)), (
+                "no reason"
+            )
             if late and isinstance(error, CommandTimeout):
                 for mine, theirs in zip((error.stdout, error.stderr), expected.output, strict=True):
                     assert theirs.startswith(mine[: len(theirs)])
@@ -499,7 +506,9 @@ def _passes(line: Line) -> Callable[[float], None]:
 _NAMES = (b"a", b"b", b"c", "ü".encode(), b"\xff\xfe", b"x" * 255, b" ", b"-rf", b"a\nb")
 _BAD_NAMES = (b"..", b".", b"a/b", b"/etc", b"x" * 256, b"../../v", b"", b"a\0b")
 Node = tuple[Any, ...]
-Tree = dict[bytes, Node]  # by path below the folder; ("file", data, mode), ("dir", mode), ("link", …)
+Tree = dict[
+    bytes, Node
+]  # by path below the folder; ("file", data, mode), ("dir", mode), ("link", …)
 
 
 def entry(rng: Random, type: int, name: bytes, size: int = 0, target: bytes = b"") -> Frame:
@@ -548,7 +557,7 @@ class Model:
         self.skipped = self.files = 0
 
     def take(self, type: int, payload: bytes) -> str:
-        """"go on", "end", or "error"."""
+        """ "go on", "end", or "error"."""
         if type == SKIPPED:
             self.skipped += 1
         elif self.file is not None:
@@ -575,7 +584,7 @@ class Model:
         if len(payload) <= 24:
             return "error"
         (mode,) = struct.unpack_from("<I", payload)
-        name, nul, target = payload[24:].partition(b"\0")
+        name, _, target = payload[24:].partition(b"\0")
         wrong_name = not name or len(name) > LONGEST_NAME or b"/" in name or name in (b".", b"..")
         if wrong_name or b"\0" in target or self.is_odd(type, target):
             return "error"
@@ -621,8 +630,7 @@ class Model:
 @functools.cache
 def _room() -> Path:
     """A folder for copies, which goes with the process."""
-    place = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
-    atexit.register(shutil.rmtree, place, True)
+    place = room()
     (place / "victim").write_text("untouched")
     return place
 
@@ -683,7 +691,7 @@ def _pull(rng: Random, said: list[str]) -> None:
     before = looked_at(os.fsencode(folder))
     is_folder, is_other = path.is_dir(), path.exists() and not path.is_file()
     outside = path.is_symlink() and is_folder
-    descriptors = len(os.listdir("/proc/self/fd"))
+    descriptors = open_files()
     where = (os.fsencode(local), b"copy") if is_folder else os.path.split(os.fsencode(local))
     model = Model(dict(before), where[1] or b"copy", where[0])
     old = os.umask(_UMASK)
@@ -696,7 +704,7 @@ def _pull(rng: Random, said: list[str]) -> None:
             except PyvmmError as caught:
                 _checked(caught)
                 error = caught
-        assert len(os.listdir("/proc/self/fd")) == descriptors, "a descriptor is left"
+        check_closed(descriptors)
         assert (_room() / "victim").read_text() == "untouched"
         after = looked_at(os.fsencode(folder))
         if outside:  # the user has named a link, which is followed
@@ -748,8 +756,7 @@ def _check_copy(
 @functools.cache
 def _source() -> tuple[Path, bytes]:
     """A tree, and what is to be sent of it."""
-    place = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
-    atexit.register(shutil.rmtree, place, True)
+    place = room()
     root = place / "tree"
     (root / "b" / "deep").mkdir(parents=True)
     (root / "a").write_bytes(b"text" * 100)
@@ -796,10 +803,12 @@ def _push(rng: Random, said: list[str]) -> None:
     said += [f"after {after} of {len(expected)}, {line.ends}, breaks at {line.breaks_at}"]
     said.append(repr(answer))
     progress: list[int] = []
-    descriptors = len(os.listdir("/proc/self/fd"))
+    descriptors = open_files()
     with _playing(line) as agent:
         try:
-            done = agent.push(root, "/there", progress=progress.append, timeout=rng.choice((9.0, 1e9)))
+            done = agent.push(
+                root, "/there", progress=progress.append, timeout=rng.choice((9.0, 1e9))
+            )
         except AgentError as error:
             _checked(error)
             in_time = after == len(expected) and whole and line.breaks_at == 1 << 30
@@ -811,7 +820,7 @@ def _push(rng: Random, said: list[str]) -> None:
             assert done.files == 2 and done.skipped == [str(root / "fifo")]
             assert progress == sorted(progress) and done.bytes == progress[-1]
     assert expected.startswith(line.sent), "it sends something else"
-    assert len(os.listdir("/proc/self/fd")) == descriptors, "a descriptor is left"
+    check_closed(descriptors)
 
 
 _WAYS = (_run, _run, _run, _watch, _watch, _ask, _pull, _pull, _pull, _push)

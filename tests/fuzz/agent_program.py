@@ -13,13 +13,11 @@ own. It raises AssertionError, with the frames, if
 
 from __future__ import annotations
 
-import atexit
 import functools
 import os
 import shutil
 import socket
 import struct
-import tempfile
 import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -59,6 +57,7 @@ from fuzz.agent_client import (
     parsed,
     tree_frames,
 )
+from fuzz.room import at_end, room
 
 from pyvmm.testing.mmio_driver import Ring
 
@@ -70,9 +69,8 @@ class _Agent:
 
     def __init__(self) -> None:
         closing = ExitStack()
-        atexit.register(closing.close)
-        self.folder = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
-        closing.callback(shutil.rmtree, self.folder, True)
+        self.folder = room()
+        at_end(closing.close)
         program = agent_rig.compile_agent(self.folder)
         running = agent_rig.running(program, self.folder)
         _, self.path, self.log = closing.enter_context(running)
@@ -148,7 +146,9 @@ def _put(rng: Random, note: list[str]) -> None:
         if is_folder and os.path.islink(named):  # which is followed: the client has named it
             for name in set(os.listdir(_agent().folder)) - outside:
                 place = _agent().folder / name
-                shutil.rmtree(place) if place.is_dir() and not place.is_symlink() else place.unlink()
+                shutil.rmtree(
+                    place
+                ) if place.is_dir() and not place.is_symlink() else place.unlink()
             return
         if (there and not is_folder and not os.path.isfile(path)) or (
             not is_folder and path.endswith(b"/")
@@ -221,7 +221,9 @@ def _get(rng: Random, note: list[str]) -> None:
 
 
 def _run(rng: Random, note: list[str]) -> None:
-    words = rng.choice(((b"cat",), (b"cat",), (b"true",), (b"no-such-command",), (b"sleep", b"1000")))
+    words = rng.choice(
+        ((b"cat",), (b"cat",), (b"true",), (b"no-such-command",), (b"sleep", b"1000"))
+    )
     limit = 30 if words[0] == b"sleep" and rng.random() < 0.3 else 0
     flags = 1 | 2 * (rng.random() < 0.2)
     head = struct.pack("<IIHHHH", flags, limit, 24, 80, len(words), 0)

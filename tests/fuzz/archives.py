@@ -13,7 +13,6 @@ AssertionError, with what was written, if
 
 from __future__ import annotations
 
-import atexit
 import bz2
 import functools
 import gzip
@@ -24,7 +23,6 @@ import lzma
 import os
 import shutil
 import tarfile
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -33,6 +31,7 @@ from typing import Any, NamedTuple
 
 import zstandard
 from fuzz.damage import Number, harm, spoil, wrong
+from fuzz.room import check_closed, open_files, room
 from fuzz.snapshots import other
 
 from pyvmm.errors import ConfigError
@@ -51,11 +50,7 @@ _BLOCK = 512
 _NAMES = ("a", "b", "c", "dir", "ü", "x" * 100, "long-" * 30)
 
 
-@functools.cache
-def _room() -> Path:
-    place = Path(tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None))
-    atexit.register(shutil.rmtree, place, True)
-    return place
+_room = functools.cache(room)
 
 
 # --- a writer -------------------------------------------------------------------------------------
@@ -201,7 +196,9 @@ def _lie(rng: Random, archive: Archive, note: list[str]) -> None:
             if name in ("name", "link", "prefix"):
                 new = rng.choice(_STRANGE_NAMES).ljust(room, b"\0")[:room]
             elif name == "type":
-                new = rng.choice((b"0", b"1", b"2", b"3", b"5", b"6", b"7", b"g", b"x", b"L", b"S", b"z"))
+                new = rng.choice(
+                    (b"0", b"1", b"2", b"3", b"5", b"6", b"7", b"g", b"x", b"L", b"S", b"z")
+                )
             elif name == "magic":
                 new = rng.choice((b"ustar  \0", b"ustar\x0000", bytes(8)))
             else:
@@ -211,7 +208,9 @@ def _lie(rng: Random, archive: Archive, note: list[str]) -> None:
                     octal = f"{value:o}".encode()
                     new = octal.rjust(room - 1, b"0") + b"\0" if len(octal) < room else b"\x80"
                 if rng.random() < 0.3:
-                    new = rng.choice((b"\xff" * room, b"\x80" + b"\0" * 3 + rng.randbytes(room), b"x9"))
+                    new = rng.choice(
+                        (b"\xff" * room, b"\x80" + b"\0" * 3 + rng.randbytes(room), b"x9")
+                    )
                 new = new.ljust(room, b"\0")[:room]
             archive.data[start : start + room] = new
             if rng.random() < 0.95:
@@ -231,7 +230,19 @@ def _lie(rng: Random, archive: Archive, note: list[str]) -> None:
 
 
 _STRANGE_NAMES = (
-    *(b"..", b"../x", b"/", b"", b".", b"a/../../x", b"//a", b"a\nb", b"\xff\xfe", b"dir/", b"x" * 200),
+    *(
+        b"..",
+        b"../x",
+        b"/",
+        b"",
+        b".",
+        b"a/../../x",
+        b"//a",
+        b"a\nb",
+        b"\xff\xfe",
+        b"dir/",
+        b"x" * 200,
+    ),
     *(b".wh.", b".wh..", b".wh...", b".wh..wh..opq", b".wh..wh.aufs", b"dir/.wh.a", b"lost+found"),
     *(b"a" + b"/a" * 49, b"link/a", b"link"),
 )
@@ -325,7 +336,10 @@ def _entries(rng: Random, *, plain: bool) -> list[Entry]:
             "mtime": rng.choice((0, 10**9, (1 << 31) - 1)),
         }
         if rng.random() < 0.1:
-            more["xattrs"] = (("user.x", b"value"), ("security.capability", b"\1\0\0\2" + bytes(16)))
+            more["xattrs"] = (
+                ("user.x", b"value"),
+                ("security.capability", b"\1\0\0\2" + bytes(16)),
+            )
         kind = rng.randrange(14)
         if kind < 4:
             data = rng.choice((b"", b"text", rng.randbytes(700), bytes(5000)))
@@ -334,7 +348,9 @@ def _entries(rng: Random, *, plain: bool) -> list[Entry]:
             found.append(Entry(name + rng.choice(("", "/")), b"5", **more))
         elif kind == 7:
             # A link that leads somewhere makes paths that the model does not follow.
-            target = "nowhere" if plain else rng.choice(("dir", "..", "/", "link", "x" * 4000, "a/b"))
+            target = (
+                "nowhere" if plain else rng.choice(("dir", "..", "/", "link", "x" * 4000, "a/b"))
+            )
             found.append(Entry(name, b"2", link=target, **more))
         elif kind == 8:
             known = [one.name for one in found if one.kind in (b"0", b"2")]
@@ -344,7 +360,9 @@ def _entries(rng: Random, *, plain: bool) -> list[Entry]:
             gone = rng.choice((f".wh.{last}", ".wh..wh..opq"))
             found.append(Entry(f"{folder}/{gone}" if folder else gone, b"0"))
         elif kind == 11:
-            found.append(Entry(name, b"3", device=(rng.randrange(1 << 12), rng.randrange(1 << 20)), **more))
+            found.append(
+                Entry(name, b"3", device=(rng.randrange(1 << 12), rng.randrange(1 << 20)), **more)
+            )
         elif kind == 12:
             found.append(Entry(name, b"6", **more))
         else:
@@ -358,7 +376,9 @@ def _entries(rng: Random, *, plain: bool) -> list[Entry]:
             size = at + rng.randrange(1, 3000)
             found.append(Entry(name, b"0", data, holes=tuple(holes), size=size, **more))
     if not plain and rng.random() < 0.3:
-        found.insert(rng.randint(0, len(found)), Entry("link", b"2", link=rng.choice(("dir", "link", "/"))))
+        found.insert(
+            rng.randint(0, len(found)), Entry("link", b"2", link=rng.choice(("dir", "link", "/")))
+        )
     return found
 
 
@@ -586,7 +606,7 @@ def _image(rng: Random, note: list[str]) -> int:
     place = _room() / "image"
     room = _room() / "room"
     room.mkdir()
-    descriptors = len(os.listdir("/proc/self/fd"))
+    descriptors = open_files()
     tree: Tree | None = None
     try:
         if kind == "oci":
@@ -620,12 +640,7 @@ def _image(rng: Random, note: list[str]) -> int:
             tree.spool.close()
         shutil.rmtree(room)
         shutil.rmtree(place) if place.is_dir() else place.unlink()
-    left = len(os.listdir("/proc/self/fd")) - descriptors
-    if left > 0:
-        import gc
-
-        gc.collect()  # what an error's traceback has kept
-        assert len(os.listdir("/proc/self/fd")) <= descriptors, "a descriptor is left"
+    check_closed(descriptors)
     return len(files)
 
 

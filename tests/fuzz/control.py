@@ -13,21 +13,19 @@ each line. A case raises AssertionError, with what was done, if
 
 from __future__ import annotations
 
-import _socket
 import array
-import atexit
 import functools
 import json
 import os
-import shutil
 import socket
-import tempfile
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from random import Random
 from typing import Any
 from unittest import mock
+
+from fuzz.room import check_closed, open_files, room
 
 from pyvmm.control import server as served
 from pyvmm.control.protocol import (
@@ -55,8 +53,7 @@ class _Places:
     """The listening sockets, of all cases."""
 
     def __init__(self) -> None:
-        folder = tempfile.mkdtemp(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
-        atexit.register(shutil.rmtree, folder, True)
+        folder = room()
         self.paths = {right: f"{folder}/{right}" for right in RIGHTS}
         self.listeners = {right: unix_sockets.listen(path) for right, path in self.paths.items()}
 
@@ -115,7 +112,9 @@ class _Client:
         self.expected: deque[tuple[bytes, Callable[[dict[str, Any]], None]]] = deque()
         self.to_send: deque[tuple[bytes, list[int]]] = deque()
         self.came = b""
-        self.ended = self.hung_up = self.shut = self.busy = self.over = self.breaks = self.heard = False
+        self.ended = self.hung_up = self.shut = self.busy = self.over = self.breaks = self.heard = (
+            False
+        )
         self.behind = b""  # what it has said as a stream
         self.upgraded = False
         self.socket.connect(_places().paths[right])
@@ -287,7 +286,9 @@ class _Case:
         """A line without its end, and how many descriptors come along."""
         rng = self.rng
         name = rng.choice((*self.methods, "nothing", "tell"))
-        value = rng.choice(("text", "ü", 7, -1, True, False, None, 1 << 63, -(1 << 70), {}, [], 1.5))
+        value = rng.choice(
+            ("text", "ü", 7, -1, True, False, None, 1 << 63, -(1 << 70), {}, [], 1.5)
+        )
         good: dict[str, dict[str, Any]] = {
             "change": {"number": rng.randrange(99)},
             "later": {"text": "soon", "fails": rng.random() < 0.3},
@@ -297,10 +298,16 @@ class _Case:
         }
         params = dict(good.get(name, {}))
         if rng.random() < 0.4:
-            params[rng.choice(("text", "number", "flag", "table", "other", "descriptors", ""))] = value
+            params[rng.choice(("text", "number", "flag", "table", "other", "descriptors", ""))] = (
+                value
+            )
         if rng.random() < 0.1:
             params.pop(rng.choice(list(params) or [""]), None)
-        said: dict[str, Any] = {"version": 1, "id": rng.choice((1, "a", None, 1 << 80)), "method": name}
+        said: dict[str, Any] = {
+            "version": 1,
+            "id": rng.choice((1, "a", None, 1 << 80)),
+            "method": name,
+        }
         if params or rng.random() < 0.5:
             said["params"] = params
         if rng.random() < 0.2:
@@ -365,7 +372,9 @@ class _Case:
                 return error(id, "bad_request")
         if not method.needs.keys() <= params.keys():
             return error(id, "bad_request")
-        needed = {"change": 1, "count": 2, "some": 2 if params.get("flag", True) else 0}.get(name, 0)
+        needed = {"change": 1, "count": 2, "some": 2 if params.get("flag", True) else 0}.get(
+            name, 0
+        )
         if RIGHTS.index(client.right) < needed:
             return error(id, "forbidden")
         if name == "refuse" or (name == "later" and params.get("fails")):
@@ -413,7 +422,9 @@ class _Case:
             many = self.rng.random() < 0.02
             if many:
                 count = MOST_DESCRIPTORS + 2
-            self.steps.append(f"{self.clients.index(client)} ({client.right}): {line[:200]!r}, {count}")
+            self.steps.append(
+                f"{self.clients.index(client)} ({client.right}): {line[:200]!r}, {count}"
+            )
             if many and client.right == "exec":
                 client.over = client.breaks = True  # and what came before it may be lost
                 client.say(line + b"\n", count)
@@ -522,7 +533,7 @@ def control_case(rng: Random, ring: Ring) -> int:
     """One server and its clients; how many steps they took."""
     places = _places()
     assert places is not None
-    descriptors = len(os.listdir("/proc/self/fd"))
+    descriptors = open_files()
     steps: list[str] = []
     try:
         with ExitStack() as closing:
@@ -530,9 +541,8 @@ def control_case(rng: Random, ring: Ring) -> int:
             steps = case.steps
             case.run()
         assert not case.server._clients
-        assert len(os.listdir("/proc/self/fd")) == descriptors, "a descriptor is left"
+        check_closed(descriptors)
     except BaseException as error:
         error.add_note("\n".join(f"  {n}. {one}" for n, one in enumerate(steps, 1)))
         raise
-    assert isinstance(case.server, ControlServer) and _socket is not None
     return len(steps)
