@@ -379,7 +379,7 @@ def front_end_case(rng: Random, ring: Ring) -> int:
     features = features if rng.randrange(5) else rng.getrandbits(64)
     knows = rng.choice((_ALL, _ALL, _ALL & ~rig.P_INFLIGHT, rig.P_REPLY_ACK, rng.getrandbits(20)))
     said.append(f"features {features:#x}, protocol features {knows:#x}")
-    packed = ring == "packed" and bool(features >> 34 & 1)
+    packed = ring == "packed" and bool(features >> 34 & 1) and rig.GET_FEATURES not in actions
     served = replace(
         _ECHO,
         refuse=_refuse if rng.randrange(2) else None,
