@@ -145,6 +145,32 @@ def zboot(
     return head.ljust(64, b"\0") + payload
 
 
+def module(
+    depends: str = "", softdep: str = "", release: str = "6.9.1-mine", features: str = "SMP"
+) -> bytes:
+    """A module for the kernel `release`: an ELF object with the section .modinfo."""
+    texts = [f"vermagic={release} {features}", f"depends={depends}", "license=GPL"]
+    texts += [f"softdep={softdep}"] if softdep else []
+    return elf_object({".modinfo": b"".join(text.encode() + b"\0" for text in texts)})
+
+
+def elf_object(content: dict[str, bytes], alignment: int = 1) -> bytes:
+    """One with these sections, in their order."""
+    names = b"\0" + b"".join(f"{name}\0".encode() for name in (*content, ".shstrtab"))
+    data, headers = b"", bytes(64)
+    for name, text in {**content, ".shstrtab": names}.items():
+        data += bytes(-len(data) % alignment)
+        where = (names.index(f"\0{name}\0".encode()) + 1, 3 if name == ".shstrtab" else 1, 0, 0)
+        headers += struct.pack("<IIQQQQIIQQ", *where, 64 + len(data), len(text), 0, 0, alignment, 0)
+        data += text
+    header = b"\x7fELF\x02\x01\x01" + bytes(9)
+    count = len(headers) // 64
+    header += struct.pack(
+        "<HHIQQQIHHHHHH", 1, 62, 1, 0, 0, 64 + len(data), 0, 64, 0, 0, 64, count, count - 1
+    )
+    return header + data + headers
+
+
 def guest_memory(mebibytes: int = 64) -> GuestMemory:
     return GuestMemory(x86.ram_ranges(mebibytes * MIB))
 

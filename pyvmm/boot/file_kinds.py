@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from pyvmm.boot.image_file import ImageFile
 from pyvmm.errors import ConfigError
 
@@ -19,6 +21,9 @@ ELF_MACHINES = {
     22: "s390",
 }
 """The architectures by the numbers in ELF headers (System V ABI, "ELF Header")."""
+RUN_ON = {"x86_64": (EM_X86_64, EM_386), "aarch64": (EM_AARCH64, EM_ARM)}
+"""The numbers of those that a machine runs, by uname(2)'s name of it."""
+_ELF_HEAD = 20  # bytes: up to the end of e_machine
 
 _X86, _ARM64 = (0x202, b"HdrS"), (0x38, b"ARM\x64")  # offset and magic number of Linux's headers
 _CPIO = (b"070701", b"070702")
@@ -37,6 +42,9 @@ _COMPRESSED = (
     (b"\x04\x22\x4d\x18", "lz4", "lz4 -dc"),
     (b"\x89LZO", "lzo", "lzop -dc"),
 )
+_UNPACK = "unpack it: mkdir DIRECTORY && {}; and give DIRECTORY to --kernel"
+_TAR = _UNPACK.format("tar -C DIRECTORY -xf FILE")
+_RPM = _UNPACK.format("rpm2cpio FILE | cpio -idD DIRECTORY")
 _OTHERS = (
     (*_X86, "a kernel for x86", "use --arch x86_64, or another kernel"),
     (*_ARM64, "a kernel for arm64", "use --arch arm64, or another kernel"),
@@ -44,17 +52,38 @@ _OTHERS = (
     (0, b"070702", "a cpio archive, that is an initrd", "give it to --initrd"),
     (0, b"\x27\x05\x19\x56", "a U-Boot image (uImage)", "use the kernel that it was made of"),
     (0, b"QFI\xfb", "a QCOW2 disk image", "give disks to --disk"),
-    (0, b"!<arch>\n", "a Debian package or ar archive", "unpack it: dpkg -x FILE DIRECTORY"),
-    (0, b"\xed\xab\xee\xdb", "an RPM package", "unpack it: rpm2cpio FILE | cpio -id"),
+    (0, b"!<arch>\n", "a Debian package or ar archive", _UNPACK.format("dpkg -x FILE DIRECTORY")),
+    (0, b"\xed\xab\xee\xdb", "an RPM package", _RPM),
+    (257, b"ustar", "a tar archive", _TAR),
     (0x38, b"RSC\x05", "a kernel for RISC-V", "use one for x86 or arm64"),
     (0x438, b"\x53\xef", "an ext2/3/4 file system", "give disks to --disk"),
 )
 
 
+def elf_machine(path: str) -> int | None:
+    """The number of the architecture that the ELF file at `path` is for; None if it is none, or
+    cannot be read."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        try:
+            head = os.read(fd, _ELF_HEAD)
+        finally:
+            os.close(fd)
+    except OSError:
+        return None
+    if len(head) < _ELF_HEAD or not head.startswith(ELF_MAGIC):
+        return None
+    return int.from_bytes(head[18:20], "big" if head[5] == 2 else "little")
+
+
 def not_a_kernel(kernel: ImageFile, head: bytes, wanted: str, example: str) -> ConfigError:
     """The error for a file that begins with `head`, up to HEAD bytes of it, and is not the `wanted`
     kind of kernel; `example` is one that is."""
+    name = os.path.basename(kernel.path)
+    is_archive = ".tar" in name or name.endswith(".tgz")
     for magic, what, command in _COMPRESSED:
+        if head.startswith(magic) and is_archive:
+            return kernel.error(f"{kernel.path} is a tar archive", _TAR)
         if head.startswith(magic):
             return kernel.error(
                 f"{kernel.path} is {what}-compressed",

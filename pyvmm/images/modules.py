@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from itertools import islice
+from shlex import quote
 from typing import Any
 
 from pyvmm.errors import ConfigError
@@ -156,11 +157,16 @@ class UnreadTree(ModuleTree):
         """See ModuleTree."""
         if not is_build_tree(self.folder):
             return super().cure
+        tree = quote(self.folder)
         if not self._paths:
-            return (
-                f"make -C {self.folder} modules (none are built), or switch them on to be built in"
-            )
-        return f"switch them on in {self.folder}/.config, and: make -C {self.folder}"
+            return f"make -C {tree} modules (none are built), or switch them on to be built in"
+        return f"switch them on in {self.folder}/.config, and: make -C {tree}"
+
+    def check(self) -> None:
+        """Raise OtherRelease if its modules are of another release than the kernel, as far as the
+        first of them tells; ConfigError if that is none."""
+        for name in islice(self._paths, 1):
+            self._info_of(name)
 
     def _needs_of(self, name: str) -> list[str]:
         texts = self._info_of(name).get("depends", [])
@@ -184,12 +190,15 @@ class UnreadTree(ModuleTree):
         built_for = _release(first)
         is_by_symbols = "modversions" in features
         if self.release and built_for not in ("", self.release) and not is_by_symbols:
-            is_built_here = is_build_tree(self.folder)
+            cure = "build and install it again: make modules modules_install"
+            if is_build_tree(self.folder):
+                # What is built next has the tree's release, which the kernel need not have.
+                is_kernels = build_release(self.folder) == self.release
+                what = ("build it again", " modules") if is_kernels else ("build both again", "")
+                cure = f"{what[0]}: make -C {quote(self.folder)}{what[1]}"
             raise OtherRelease(
                 f"{path} was built for Linux {built_for}, and the kernel is {self.release}",
-                cure=f"build it again: make -C {self.folder} modules"
-                if is_built_here
-                else "build and install it again: make modules modules_install",
+                cure=cure,
                 option=_OPTION,
             )
 

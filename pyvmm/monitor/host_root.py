@@ -30,14 +30,8 @@ _OF_FILES_FOR_ANYBODY = ("SHELL", "EDITOR", "VISUAL", "PAGER", "LESS")
 _OF_FILES = ("HOME", "USER", "LOGNAME", "PATH", *_OF_FILES_FOR_ANYBODY)
 _SHELLS = ("/bin/bash", "/bin/sh")
 _MOST_STEPS = 200  # on the way to a program
-# Programs that most roots have, by which it is told what they are for; and the numbers in the
-# headers of those that run on a machine, by uname(2)'s name of it.
+# Programs that most roots have, by which it is told what they are for.
 _USUAL = ("/bin/sh", "/usr/bin/env", "/sbin/init")
-_RUN_ON = {
-    "x86_64": (file_kinds.EM_X86_64, file_kinds.EM_386),
-    "aarch64": (file_kinds.EM_AARCH64, file_kinds.EM_ARM),
-}
-_ELF_HEAD = 20  # bytes: up to the end of e_machine
 _INSTEAD = {
     "image": ("image", "an image has a root of its own"),
     "initrd": ("--initrd", "only pyvmm's initramfs can mount it"),
@@ -113,9 +107,9 @@ def _folder(root: Any) -> str:
 
 def _check_programs(folder: str, arch: str) -> None:
     """Raise ConfigError if the programs in `folder` are of no use to a guest of `arch`."""
-    runs_on = _RUN_ON.get(uname_of(arch), ())
+    runs_on = file_kinds.RUN_ON.get(uname_of(arch), ())
     for path in _USUAL:
-        machine = _machine_of(_program(folder, path))
+        machine = file_kinds.elf_machine(_program(folder, path))
         if machine is None:
             continue
         if machine in runs_on:
@@ -123,26 +117,13 @@ def _check_programs(folder: str, arch: str) -> None:
         what = file_kinds.ELF_MACHINES.get(machine, f"machine {machine}")
         cure = f"name a directory with programs for {arch or uname_of(arch)}"
         for other in ARCHITECTURES:
-            if machine in _RUN_ON[uname_of(other)]:
+            if machine in file_kinds.RUN_ON[uname_of(other)]:
                 cure = f"use --arch {other}, or {cure}"
         raise ConfigError(
             f"the programs in {folder} are for {what}, by its {path}, and the guest is not",
             cure=cure,
             option=_OPTION,
         )
-
-
-def _machine_of(path: str) -> int | None:
-    """The architecture that the program at `path` is for, as its ELF header has it; None if it has
-    none, or there is no program."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(_ELF_HEAD)
-    except OSError:
-        return None
-    if len(head) < _ELF_HEAD or not head.startswith(file_kinds.ELF_MAGIC):
-        return None
-    return int.from_bytes(head[18:20], "big" if head[5] == 2 else "little")
 
 
 def _part(folder: str, path: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from shlex import join, quote
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pyvmm.boot.cmdline import split
@@ -22,7 +23,7 @@ from pyvmm.spec.vm import ARCHITECTURES, IN_DISK, VmSpec, names_kernel
 
 if TYPE_CHECKING:
     from pyvmm.boot.kernel_config import Wants
-    from pyvmm.images.modules import ModuleTree
+    from pyvmm.images.modules import ModuleTree, UnreadTree
 
 _OPTION = "--kernel"
 _SMALLEST_REAL = 1 << 20  # bytes; a kernel with less has no configuration in it
@@ -82,9 +83,10 @@ def specify(options: Mapping[str, Any]) -> tuple[VmSpec, str | None]:
         return _with_kernel(options, given.get("initrd"), has_esp=has_esp), image
     spec = validate(make_spec(options))
     if given.get("kernel") is not None:
-        text = _configuration(spec.kernel, _beside(spec.kernel), spec.arch)
+        config = _beside(spec.kernel)
+        text = _configuration(spec.kernel, config, spec.arch)
         spec = _on_its_bus(spec, text, own_init=False)
-        _tell_lacking(spec, text, _beside(spec.kernel), own_init=False)
+        _tell_lacking(spec, text, config, own_init=False)
     return spec, image
 
 
@@ -235,14 +237,13 @@ def _of_tree(tree: str, arch: str) -> _Kernel:
 
     files = board_of(arch).kernel_files
     built = [os.path.join(tree, path) for path in files]
-    there = [path for path in built if os.path.isfile(path)]
+    there = [path for path in built if os.path.isfile(path) and not _is_for_others(path, arch)]
     if there:
-        config = os.path.join(tree, ".config")
         plain = [path for path in there if os.path.basename(path) == "Image"]
         # The others of arm64 are packed of it, and so newer, and perhaps in a way that we cannot
         # unpack; those of x86 are built one by one.
         newest = max(plain or there, key=_age)
-        return _Kernel(newest, config if os.path.isfile(config) else "", tree)
+        return _Kernel(newest, _config_of_build(tree), tree)
     installed = _installed(tree)
     if len(installed) == 1:
         return _Kernel(installed[0], _beside(installed[0]), tree)
@@ -259,19 +260,19 @@ def _of_tree(tree: str, arch: str) -> _Kernel:
             f"cannot read {tree}: {error.strerror}", cure="check its permissions", option=_OPTION
         ) from None
     looked = " or ".join(files)
-    how = f" ARCH={arch}" if arch else ""
+    make = f"make -C {quote(tree)}{f' ARCH={arch}' if arch else ''}"
     for other in _kernels_of_others(tree, arch):
         whose = arch or "this machine"
         raise ConfigError(
             f"{tree} has a kernel for another architecture, {other}, and none for {whose}: "
             f"there is no {looked} in it",
-            cure=f"build it for {whose}: make -C {tree}{how}",
+            cure=f"build it for {whose}: {make}",
             option=_OPTION,
         )
     if modules.is_build_tree(tree):
         raise ConfigError(
             f"{tree} has no kernel yet: there is no {looked} in it",
-            cure=f"build it: make -C {tree}{how}; or name the directory of make O=",
+            cure=f"build it: {make}; or name the directory of make O=",
             option=_OPTION,
         )
     raise ConfigError(
@@ -287,7 +288,36 @@ def _kernels_of_others(tree: str, arch: str) -> list[str]:
 
     others = [one for one in ARCHITECTURES if uname_of(one) != uname_of(arch)]
     paths = [path for one in others for path in board_of(one).kernel_files]
-    return [one for one in paths if one[:5] == "arch/" and os.path.isfile(os.path.join(tree, one))]
+    found = [one for one in paths if one[:5] == "arch/" and os.path.isfile(os.path.join(tree, one))]
+    elf = os.path.join(tree, "vmlinux")  # which a build for any architecture makes
+    return [*found, "vmlinux"] if _is_for_others(elf, arch) else found
+
+
+def _is_for_others(path: str, arch: str) -> bool:
+    """True if the file at `path` is an ELF for machines of another architecture than `arch`."""
+    from pyvmm.boot import file_kinds
+    from pyvmm.machine.board.registry import uname_of
+
+    machine = file_kinds.elf_machine(path) if os.path.isfile(path) else None
+    return machine is not None and machine not in file_kinds.RUN_ON.get(uname_of(arch), ())
+
+
+def _config_of_build(tree: str) -> str:
+    """The path of the configuration that the kernel in the build tree has: `.config`, or what it
+    was when make last looked, if it has been changed since; "" if there is none."""
+    config = os.path.join(tree, ".config")
+    built_by = os.path.join(tree, "include", "config", "auto.conf")
+    try:
+        is_later = _age(config) > _age(built_by)
+    except OSError:
+        return config if os.path.isfile(config) else ""
+    if not is_later:
+        return config
+    log.to_stderr(
+        f"{config} has been changed since the kernel was built; "
+        f"build it again: make -C {quote(tree)}"
+    )
+    return built_by
 
 
 def _age(path: str) -> float:
@@ -320,7 +350,9 @@ def _beside(kernel: str) -> str:
         places += [os.path.join(folder, one) for one in (".config", "config")]
     if folder.endswith("/boot") and "/arch/" in folder:
         places.append(os.path.join(tree, ".config"))
-    return next((path for path in places if os.path.isfile(path)), "")
+    found = next((path for path in places if os.path.isfile(path)), "")
+    folder, name = os.path.split(found)
+    return _config_of_build(folder) if name == ".config" else found
 
 
 # --- its modules ----------------------------------------------------------------------------------
@@ -336,7 +368,9 @@ def _modules_of(kernel: _Kernel, given: str, arch: str) -> ModuleTree | None:
     if not place:
         return None
     tree = modules.find(place, release)
-    tree.release = tree.release or release
+    if not tree.release or (modules.is_build_tree(tree.folder) and _is_below(tree.folder, kernel)):
+        # What a tree says of itself is what the next build in it will be.
+        tree.release = release or tree.release
     if release and tree.release and tree.release != release:
         raise ConfigError(
             f"the modules in {tree.folder} are for Linux {tree.release}, and the kernel "
@@ -345,6 +379,11 @@ def _modules_of(kernel: _Kernel, given: str, arch: str) -> ModuleTree | None:
             option="--modules" if given else _OPTION,
         )
     return tree
+
+
+def _is_below(folder: str, kernel: _Kernel) -> bool:
+    inner = os.path.join(os.path.realpath(folder), "")
+    return os.path.realpath(kernel.path).startswith(inner)
 
 
 def _modules_beside(kernel: str, release: str) -> str:
@@ -372,6 +411,8 @@ def _with_all_modules(spec: VmSpec, tree: ModuleTree) -> VmSpec:
     place = f"/lib/modules/{tree.release}"
     folders = [(tree.folder, place, "pyvmm-modules")]
     if isinstance(tree, UnreadTree):
+        with suppress(ConfigError):
+            _tell_of_another_build(tree)
         try:
             lists, modules = tree_modules.make(tree)
         except ConfigError as error:
@@ -385,6 +426,19 @@ def _with_all_modules(spec: VmSpec, tree: ModuleTree) -> VmSpec:
         share.Spec(folder, at, read_only=True, tag=tag, is_part=True) for folder, at, tag in folders
     )
     return replace(spec, devices=(*spec.devices, *shares))
+
+
+def _tell_of_another_build(tree: UnreadTree) -> None:
+    """One line for the user if modprobe in the guest will refuse the modules of `tree`. Raises
+    ConfigError for what is no module."""
+    from pyvmm.images.modules import OtherRelease
+
+    try:
+        tree.check()
+    except OtherRelease as error:
+        log.to_stderr(
+            f"modprobe in the guest will refuse the modules: {error.message}; {error.cure}"
+        )
 
 
 def _lists_for(spec: VmSpec) -> dict[str, str]:
@@ -454,8 +508,6 @@ def _how_to_switch_on(spec: VmSpec, text: str, config: str, *, own_init: bool) -
     editors = [path for one in scripts if os.path.isfile(path := os.path.join(one, "config"))]
     if not text or not editors or os.path.basename(config) != ".config":
         return ""
-    from shlex import join
-
     from pyvmm.boot import kernel_config
     from pyvmm.machine.board.registry import is_foreign
 

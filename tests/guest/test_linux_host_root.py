@@ -58,7 +58,7 @@ def just_built(tree: Path) -> str:
 
 def test_a_command_on_a_kernel_that_was_just_built_and_this_machines_files(tmp_path: Path) -> None:
     """As it would run here, but for the kernel; and nothing here changes, apart from what may."""
-    release = just_built(tmp_path / "linux")
+    release = just_built(tmp_path / "linux, 6:1")
     folder = tmp_path / "in here"
     (folder / "part").mkdir(parents=True)
     (folder / "a file").write_text("mine")
@@ -67,7 +67,7 @@ def test_a_command_on_a_kernel_that_was_just_built_and_this_machines_files(tmp_p
     for number in range(500):  # more than one answer has, so the guest asks on from a place
         (tmp_path / "many" / f"one-of-the-files-{number:03}").touch()
     argument = "$(touch /tmp/never) `'\" ä\n%s"
-    words = ["--kernel", "../linux", "--root", "/", "--rw", "part", "--memory=256M"]
+    words = ["--kernel", "../linux, 6:1", "--root", "/", "--rw", "part", "--memory=256M"]
     words += ["--", "sh", "-c", USE, "sh", argument]
     done = subprocess.run(
         [*PYVMM, "run", *words],

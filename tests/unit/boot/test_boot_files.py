@@ -42,7 +42,9 @@ def said_of(kernel: Path | str, initrd: Path | str | None = None) -> str:
         (b"MZ" + bytes(0x36) + b"ARM\x64" + bytes(64), ["for arm64; use --arch arm64"]),
         (b"QFI\xfb" + bytes(100), ["QCOW2", "--disk"]),
         (bytes(0x438) + b"\x53\xef" + bytes(100), ["ext2/3/4", "--disk"]),
-        (b"!<arch>\ndebian-binary", ["dpkg -x"]),
+        (b"!<arch>\ndebian-binary", ["dpkg -x", "give DIRECTORY to --kernel"]),
+        (b"\xed\xab\xee\xdb" + bytes(100), ["RPM", "cpio -idD DIRECTORY"]),
+        (b"boot/".ljust(257, b"\0") + b"ustar\0" + bytes(200), ["tar -C DIRECTORY -xf"]),
         (b"#!/bin/sh\n", ["neither", "bzImage", "vmlinux"]),
         (b"M", ["neither"]),
     ],
@@ -54,6 +56,16 @@ def test_files_that_are_no_kernel(tmp_path: Path, content: bytes, words: list[st
     assert text.startswith("--kernel: ")
     for word in words:
         assert word in text
+
+
+@pytest.mark.parametrize("name", ["linux-6.12-x86.tar.zst", "linux.tgz"])
+def test_what_make_tar_pkg_packs(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(b"") if name.endswith("tgz") else b"\x28\xb5\x2f\xfd....")
+    assert said_of(path) == (
+        f"--kernel: {path} is a tar archive; unpack it: mkdir DIRECTORY && "
+        "tar -C DIRECTORY -xf FILE; and give DIRECTORY to --kernel"
+    )
 
 
 def test_missing_directory_fifo_and_device(tmp_path: Path) -> None:

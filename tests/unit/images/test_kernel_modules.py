@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from boot_images import elf_object, module
 
 from pyvmm.errors import ConfigError
 from pyvmm.host import confinement
@@ -21,32 +22,6 @@ from pyvmm.images import fresh_initramfs, made_files, module_file, modules, tree
 from pyvmm.images.modules import UnreadTree
 
 RELEASE = "6.9.1-mine"
-
-
-def module(
-    depends: str = "", softdep: str = "", release: str = RELEASE, features: str = "SMP"
-) -> bytes:
-    """An ELF object whose only section with content is .modinfo."""
-    texts = [f"vermagic={release} {features}", f"depends={depends}", "license=GPL"]
-    texts += [f"softdep={softdep}"] if softdep else []
-    return elf_object({".modinfo": b"".join(text.encode() + b"\0" for text in texts)})
-
-
-def elf_object(content: dict[str, bytes], alignment: int = 1) -> bytes:
-    """One with these sections, in their order."""
-    names = b"\0" + b"".join(f"{name}\0".encode() for name in (*content, ".shstrtab"))
-    data, headers = b"", bytes(64)
-    for name, text in {**content, ".shstrtab": names}.items():
-        data += bytes(-len(data) % alignment)
-        where = (names.index(f"\0{name}\0".encode()) + 1, 3 if name == ".shstrtab" else 1, 0, 0)
-        headers += struct.pack("<IIQQQQIIQQ", *where, 64 + len(data), len(text), 0, 0, alignment, 0)
-        data += text
-    header = b"\x7fELF\x02\x01\x01" + bytes(9)
-    count = len(headers) // 64
-    header += struct.pack(
-        "<HHIQQQIHHHHHH", 1, 62, 1, 0, 0, 64 + len(data), 0, 64, 0, 0, 64, count, count - 1
-    )
-    return header + data + headers
 
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {

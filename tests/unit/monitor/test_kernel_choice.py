@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from pathlib import Path
 
 import boot_images
 import pytest
+from boot_images import module
 
 from pyvmm.api import config_file
 from pyvmm.errors import ConfigError
@@ -118,9 +120,112 @@ def test_modules_of_another_version(tree: Path, tmp_path: Path) -> None:
     assert f"are for Linux {RELEASE}, and the kernel {tmp_path}/bzImage is 5.4.0" in str(
         caught.value
     )
-    (tree / "include/config/kernel.release").write_text("6.9.2\n")  # modules were built later
-    with pytest.raises(ConfigError, match=r"--kernel: the modules in .* are for Linux 6\.9\.2"):
+
+
+def module_in(tree: Path, name: str, release: str) -> None:
+    (tree / f"{name}.ko").write_bytes(module(release=release))
+    with open(tree / "modules.order", "a") as file:
+        file.write(f"{name}.o\n")
+
+
+@pytest.mark.parametrize("place", ["", "arch/x86/boot/bzImage"])
+def test_a_tree_whose_next_build_has_another_name_boots_what_is_built(
+    tree: Path, place: str
+) -> None:
+    """After a commit `make modules_prepare` (or a build outside of the tree) writes a new release,
+    and what was built has the old one still."""
+    (tree / "include/config/kernel.release").write_text("6.9.2-next\n")
+    (tree / "modules.builtin").write_text("kernel/virtio_mmio.ko\nkernel/ext4.ko\n")
+    module_in(tree, "virtio_blk", RELEASE)
+    options = {"kernel": str(tree / place), "disks": ["ram:1M"]}
+    options |= {"modules": str(tree)} if place else {}
+    initrd = specify(options)[0].initrd
+    assert initrd and b"virtio_blk.ko" in Path(initrd).read_bytes()
+    (tree / "modules.order").write_text("")
+    module_in(tree, "virtio_blk", "6.9.2-next")  # they were built later than the kernel
+    both = f"built for Linux 6.9.2-next, and the kernel is {RELEASE}; build both again: make -C "
+    with pytest.raises(ConfigError, match=re.escape(both + str(tree)) + "$"):
+        specify(options)
+
+
+def test_modules_that_modprobe_will_refuse_are_told(
+    tree: Path, tmp_path: Path, world: list[str]
+) -> None:
+    """What the guest needs is built in, and the kernel was built alone: it boots."""
+    built_in = ("virtio_mmio", "fuse", "virtiofs", "overlay", "vsock", "virtio_vsock")
+    (tree / "modules.builtin").write_text("".join(f"kernel/{name}.ko\n" for name in built_in))
+    (tmp_path / "root").mkdir()
+    module_in(tree, "driver", "6.9.0")
+    specify({"kernel": str(tree), "root": str(tmp_path / "root")})
+    assert world[0] == (
+        f"modprobe in the guest will refuse the modules: {tree}/driver.ko was built for Linux "
+        f"6.9.0, and the kernel is {RELEASE}; build it again: make -C {tree} modules"
+    )
+    world.clear()
+    (tree / "modules.order").write_text("")
+    module_in(tree, "driver", RELEASE)
+    specify({"kernel": str(tree), "root": str(tmp_path / "root")})
+    assert world == []
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_a_configuration_that_was_changed_after_the_build_is_not_the_kernels(
+    as_file: bool, tree: Path, world: list[str]
+) -> None:
+    names = ("BLK_DEV_INITRD", *(name for name in ON_MMIO if name != "VIRTIO_BLK"))
+    built = "".join(f"CONFIG_{name}=y\n" for name in names)
+    (tree / "include/config/auto.conf").write_text(built)
+    (tree / ".config").write_text(built)
+    os.utime(tree / ".config", (1, 1))
+    kernel = tree / "arch/x86/boot/bzImage" if as_file else tree
+    options = {"kernel": str(kernel), "disks": ["ram:1M"], "initrd": "/my/initrd"}
+    specify(options)
+    [line] = world
+    assert f"by {tree}/.config it lacks CONFIG_VIRTIO_BLK (for its disks)" in line
+    world.clear()
+    (tree / ".config").write_text(f"{built}CONFIG_VIRTIO_BLK=y\n")  # and nobody has run make
+    specify(options)
+    changed, line = world
+    assert changed == (
+        f"{tree}/.config has been changed since the kernel was built; "
+        f"build it again: make -C {tree}"
+    )
+    assert f"by {tree}/include/config/auto.conf it lacks CONFIG_VIRTIO_BLK" in line
+
+
+def test_a_vmlinux_for_another_architecture_is_none_of_this_ones(tree: Path) -> None:
+    """Which every build leaves at the same place."""
+    elf = boot_images.Elf(machine=183 if OTHER == "arm64" else 62).build()
+    (tree / "arch/x86/boot/bzImage").unlink()
+    (tree / "vmlinux").write_bytes(elf)
+    with pytest.raises(ConfigError, match=r"for another architecture, vmlinux, and none for this"):
         specify({"kernel": str(tree)})
+    (tree / "vmlinux").unlink()
+    os.mkfifo(tree / "vmlinux")  # which nobody waits for
+    with pytest.raises(ConfigError, match="has no kernel yet"):
+        specify({"kernel": str(tree)})
+
+
+def test_the_name_of_a_tree_may_have_any_characters(tree: Path, world: list[str]) -> None:
+    """What one is to do is a command that a shell takes as it is."""
+    odd = tree.rename(tree.parent / "my linux, 6:9 $(x)")
+    (odd / "scripts").mkdir()
+    (odd / "scripts/config").write_text("")
+    (odd / ".config").write_text("CONFIG_64BIT=y\n")
+    spec, _ = specify({"kernel": str(odd), "disks": ["ram:1M"]})
+    assert spec.kernel == str(odd / "arch/x86/boot/bzImage") and spec.initrd
+    [line] = world
+    words = shlex.split(line.partition("; ")[2])
+    assert words[:3] == [f"{odd}/scripts/config", "--file", f"{odd}/.config"]
+    assert words[-4:] == ["-C", str(odd), "olddefconfig", "all"]
+    (odd / "modules.builtin").write_text("kernel/virtio_mmio.ko\n")
+    (odd / ".config").unlink()
+    for gone in (None, odd / "arch/x86/boot/bzImage"):
+        if gone:
+            gone.unlink()
+        with pytest.raises(ConfigError) as caught:
+            specify({"kernel": str(odd), "disks": ["ram:1M"]})
+        assert f"make -C '{odd}'" in str(caught.value)
 
 
 def test_a_module_that_the_guest_needs_and_nobody_has(tree: Path) -> None:
