@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -274,3 +274,40 @@ def test_charts_without_figures_stay_as_they_are(benchmark: Any, tmp_path: Path)
     source = tmp_path / "latest.json"
     source.write_text(json.dumps({"boot": {"skipped": "no QEMU"}}))
     assert benchmark("charts").draw_all(source, tmp_path / "charts") == []
+
+
+def guest_that(script: str) -> list[str]:
+    return [sys.executable, "-u", "-c", f"import sys, time\n{script}"]
+
+
+def test_a_guest_of_the_network_that_goes_on_is_waited_for(
+    benchmark: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time it has said something it has all of that time again."""
+    net = benchmark("net")
+    waits = []
+
+    def wait(*words: Any) -> Any:
+        waits.append(words[3])
+        return select.select(*words)
+
+    monkeypatch.setattr(net, "select", SimpleNamespace(select=wait))
+    says = "print('sent=1.5'); time.sleep(0.1); print('received=2')"
+    assert net.measure(guest_that(says), 300.0) == {"sent": 1.5, "received": 2.0}
+    assert len(waits) >= 2 and set(waits) == {300.0}
+
+
+def test_a_guest_of_the_network_that_stands_still_is_given_up(benchmark: Any) -> None:
+    net = benchmark("net")
+    with pytest.raises(RuntimeError, match=r"nothing in 0\.5 s\n.*sent=1"):
+        net.measure(guest_that("print('sent=1'); time.sleep(600)"), 0.5)
+    with pytest.raises(RuntimeError, match=r"no figures\nsent=1\n+why"):
+        net.measure(guest_that("print('sent=1'); print('why', file=sys.stderr)"))
+
+
+def test_the_two_ways_to_this_machines_files_are_compared(benchmark: Any) -> None:
+    host_root = benchmark("host_root")
+    found = {"pyvmm": [4.0, 6.0, 5.0], "vng": [8.0, 8.0, 20.0]}
+    assert host_root.table({"seconds": found}).splitlines()[-1] == (
+        "| 5.00 | 8.00 | 0.62 | 0.50 0.75 0.25 | at most 1.0 |"
+    )
