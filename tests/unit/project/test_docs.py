@@ -249,3 +249,12 @@ def test_the_documents_have_the_default_command_line() -> None:
     spec = VmSpec(kernel="vmlinuz", disks=(DiskSpec("debian.img"),))
     default = command_line(spec, board_for("x86_64"))
     assert f"`{default}`" in (ROOT / "docs/running.md").read_text()
+
+
+def test_tests_that_are_named_exist() -> None:
+    """`test_…` by itself is a whole name; what pytest's -k takes may be the beginning of one."""
+    text = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    there = set(re.findall(r"^ *def (test_\w+)", text, re.MULTILINE))
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs/robustness.md").read_text()))
+    assert len(named) > 20
+    assert not named - there
