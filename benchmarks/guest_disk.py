@@ -137,7 +137,8 @@ def read_terse(line: str, *, write: bool) -> Terse:
     """
     fields = line.split(";")
     if len(fields) < 2 * WRITE_OFFSET or fields[4] != "0":
-        raise RuntimeError(f"fio failed: {line[-500:]}")
+        error = f", error {fields[4]}" if len(fields) > 4 else ""
+        raise RuntimeError(f"fio failed{error}: {line[-500:]}")
     at = WRITE_OFFSET if write else 0
     rate, seconds = float(fields[RATE + at]), float(fields[RUNTIME + at]) / 1000
     listed = fields[PERCENTILES + at : PERCENTILES + at + 20]
