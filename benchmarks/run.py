@@ -120,6 +120,13 @@ def lacks_virtiofsd() -> str:
     return lacks_qemu()
 
 
+def lacks_vng() -> str:
+    """As `lacks_virtiofsd`, with the program to compare with, and what that one needs."""
+    import host_root
+
+    return host_root.lacks(host_root.installed()) or lacks_virtiofsd()
+
+
 def lacks_vsock_device() -> str:
     """As `lacks_qemu`, with a compiler for what runs in the guest, and what to compare with."""
     from pyvmm import images
@@ -221,6 +228,13 @@ PARTS = (
         ("--files", "1000", "--rounds", "1"),
         lacks_virtiofsd,
         ("--files", "8000"),
+    ),
+    Part(
+        "host_root",
+        "A command on this machine's files: pyvmm, and vng on QEMU microvm",
+        1800,
+        ("--rounds", "1"),
+        lacks_vng,
     ),
     Part(
         "boot",
