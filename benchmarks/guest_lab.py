@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 DEBUGFS = Path("/sys/kernel/debug")
-PATIENCE = 120.0  # seconds for one answer of a guest
+PATIENCE = 120.0  # seconds in which a guest may stand still, however long it takes in all
+_LOOKS_EACH = 10.0  # seconds, while it says nothing: a look costs the guest a little
+# What a guest asks its monitor for: one that spins, or waits for ever, has none of these.
+_ASKS = ("io_exits", "mmio_exits")
 # KVM's counters on arm64, and what x86 calls the like.
 COUNTERS = {"mmio_exit_user": "mmio_exits", "wfi_exit_stat": "halt_exits"}
 # The lean machine of QEMU's documentation of microvm, with two changes in QEMU's favour: the ISA
@@ -233,7 +236,6 @@ class Guest:
             stderr=subprocess.STDOUT,
             bufsize=0,
         )
-        self._name = command[0]
         self._seen = b""
 
     @property
@@ -245,8 +247,8 @@ class Guest:
         self._read_until(b"lab-ready")
 
     def order(self, commands: str, patience: float = PATIENCE) -> Answer:
-        """Let the guest's shell run `commands`, which takes `patience` seconds at most. Raises
-        RuntimeError if it does not answer."""
+        """Let the guest's shell run `commands`. Raises RuntimeError if the guest ends, or stands
+        still for `patience` seconds."""
         before, start = kvm_counts(self.pid), time.monotonic()
         self._send(commands)
         self._read_until(b"lab-done", patience)
@@ -265,27 +267,48 @@ class Guest:
         self._process.stdin.write(line.encode() + b"\n")
 
     def _read_until(self, mark: bytes, patience: float = PATIENCE) -> bytes:
-        assert self._process.stdout is not None
-        until = time.monotonic() + patience
-        while mark not in self._seen:
-            left = max(0.0, until - time.monotonic())
-            ready, _, _ = select.select([self._process.stdout], [], [], left)
-            data = os.read(self._process.stdout.fileno(), 65536) if ready else b""
-            if not data:
-                why = "it has ended" if ready else f"not within {patience:.0f} s"
-                tail = self._seen[-500:].decode(errors="replace") + f"\n{self._pulse()}"
-                raise RuntimeError(f"{self._name}: no {mark.decode()}, {why}; its output:\n{tail}")
-            self._seen += data
-        before, _, self._seen = self._seen.partition(mark)
+        before, self._seen = read_until(self._process, mark, self._seen, patience)
         return before
 
-    def _pulse(self) -> str:
-        """KVM's counts of a second, which show whether the processors run, and get interrupts."""
-        before = kvm_counts(self.pid)
-        time.sleep(1.0)
-        after = kvm_counts(self.pid)
-        names = ("exits", "io_exits", "mmio_exits", "halt_exits", "irq_injections")
-        return " ".join(f"{name}={after.get(name, 0) - before.get(name, 0)}" for name in names)
+
+def read_until(
+    monitor: subprocess.Popen[bytes], mark: bytes, seen: bytes = b"", patience: float = PATIENCE
+) -> tuple[bytes, bytes]:
+    """What `monitor` prints before `mark`, beginning with `seen`, and what has come behind that.
+
+    Raises RuntimeError with its last output if it ends before, or stands still: for `patience`
+    seconds it prints nothing, and its guest asks it for nothing, as far as KVM has counted."""
+    assert monitor.stdout is not None
+    asked, since = _asked(monitor.pid), time.monotonic()
+    while mark not in seen:
+        left = max(0.0, since + patience - time.monotonic())
+        ready, _, _ = select.select([monitor.stdout], [], [], min(left, _LOOKS_EACH))
+        if not ready and (now := _asked(monitor.pid)) != asked:
+            asked, since = now, time.monotonic()
+        elif ready and (data := os.read(monitor.stdout.fileno(), 65536)):
+            seen, since = seen + data, time.monotonic()
+        elif ready or left <= _LOOKS_EACH:
+            why = "it has ended" if ready else f"it stands still for {patience:g} s"
+            tail = seen[-2000:].decode(errors="replace") + f"\n{_pulse(monitor.pid)}"
+            words = monitor.args
+            name = words[0] if isinstance(words, (list, tuple)) else str(words)
+            raise RuntimeError(f"{name}: no {mark.decode()}, {why}; its output:\n{tail}")
+    before, _, behind = seen.partition(mark)
+    return before, behind
+
+
+def _asked(pid: int) -> tuple[int, ...]:
+    counts = kvm_counts(pid)
+    return tuple(counts.get(name, 0) for name in _ASKS)
+
+
+def _pulse(pid: int) -> str:
+    """KVM's counts of a second, which show whether the processors run, and get interrupts."""
+    before = kvm_counts(pid)
+    time.sleep(1.0)
+    after = kvm_counts(pid)
+    names = ("exits", "io_exits", "mmio_exits", "halt_exits", "irq_injections")
+    return " ".join(f"{name}={after.get(name, 0) - before.get(name, 0)}" for name in names)
 
 
 @contextmanager

@@ -46,6 +46,39 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
             del sys.modules[name]
 
 
+def test_a_guest_that_asks_for_something_is_waited_for_and_one_that_stands_still_is_not(
+    benchmark: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab = benchmark("guest_lab")
+    monkeypatch.setattr(lab, "_LOOKS_EACH", 0.02)
+    command = [sys.executable, "-c", "input(); print('begin lab-done', end='end', flush=True)"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as monitor:
+        assert monitor.stdin is not None
+        looks = 0
+
+        def asks_each_time(pid: int) -> dict[str, int]:
+            nonlocal looks
+            looks += 1
+            if looks == 20:
+                monitor.stdin.write(b"\n")
+                monitor.stdin.flush()
+            return {"io_exits": 5, "mmio_exits": looks}
+
+        monkeypatch.setattr(lab, "kvm_counts", asks_each_time)
+        assert lab.read_until(monitor, b"lab-done", patience=0.05) == (b"begin ", b"end")
+        with pytest.raises(RuntimeError, match="no lab-done, it has ended; its output:\nend"):
+            lab.read_until(monitor, b"lab-done", b"end", patience=0.05)
+    assert looks >= 20
+    monkeypatch.setattr(lab, "kvm_counts", lambda pid: {"io_exits": 5})
+    with subprocess.Popen(["sleep", "1000"], **pipes) as still:
+        try:
+            with pytest.raises(RuntimeError, match=r"sleep: no lab-done, it stands still for 0.05"):
+                lab.read_until(still, b"lab-done", patience=0.05)
+        finally:
+            still.kill()
+
+
 @pytest.mark.parametrize("name", ["boot", "clones", "run_command", "start"])
 def test_a_python_that_pyvmm_is_not_installed_for_runs_it_as_a_module(
     benchmark: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
