@@ -34,6 +34,8 @@ _FOLDERS = ("modules", "root", "rw")  # which are not part of a specification
 _TOO_LARGE = 1 << 64
 _MOST = 1 << 20  # bytes of a file
 _MOST_PARTS = 64  # of a dotted key
+_MOST_IN_ALL = 16 << 10  # parts of dotted keys, each of which costs Python's parser a kilobyte
+_LONGEST_KEY = 100  # characters of one that is looked for in the text
 _SHOWN = "pyvmm run --print-config shows how such a file is written"
 
 
@@ -51,11 +53,12 @@ def _is_bounded(values: object) -> bool:
     return True
 
 
-def _has_long_key(text: str) -> bool:
-    """True if there may be a dotted key of more than _MOST_PARTS: Python's parser takes time and
-    memory for the square of them, some ten gigabytes for 100 KB."""
-    pieces = (piece.split(".") for piece in re.split(r"[\n=,\[\]{}]", text))
-    return any(sum(map(bool, map(str.strip, parts))) > _MOST_PARTS for parts in pieces)
+def _has_long_keys(text: str) -> bool:
+    """True if there may be a dotted key of more than _MOST_PARTS, or more than _MOST_IN_ALL of all:
+    Python's parser takes time and memory for the square of them, ten gigabytes for 100 KB."""
+    pieces = (piece.split(".") for piece in re.split(r"[\n=,\[\]{}]", text) if "." in piece)
+    counts = [sum(map(bool, map(str.strip, parts))) for parts in pieces]
+    return max(counts, default=0) > _MOST_PARTS or sum(counts) > _MOST_IN_ALL
 
 
 def load(path: str, *, allow_code: bool = False) -> dict[str, Any]:
@@ -73,8 +76,11 @@ def load(path: str, *, allow_code: bool = False) -> dict[str, Any]:
         if len(data) > _MOST:
             raise ConfigError(f"{path} has more than {_MOST >> 20} MiB", cure=_SHOWN)
         text = data.decode("utf-8-sig")  # some editors begin with a byte-order mark
-        if _has_long_key(text):
-            raise ConfigError(f"{path} has a key of more than {_MOST_PARTS} parts", cure=_SHOWN)
+        if _has_long_keys(text):
+            raise ConfigError(
+                f"{path} has a key of more than {_MOST_PARTS} parts, or too many dotted ones",
+                cure=_SHOWN,
+            )
         values = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}", cure="check the path") from None
@@ -124,6 +130,8 @@ def _check_sizes(values: Mapping[str, Any]) -> None:
 
 def _line_of(key: str, text: str) -> str:
     """``:LINE`` where `key` first stands in front of = or in brackets, "" if that is not found."""
+    if len(key) > _LONGEST_KEY:
+        return ""
     name = re.escape(key)
     pattern = re.compile(rf"""(^|[\s,{{.])["']?{name}["']?\s*=|^\s*\[.*\b{name}\b""")
     for number, line in enumerate(text.splitlines(), start=1):

@@ -34,6 +34,7 @@ _VARIABLE = "PYVMM_LOG_FORMAT"
 MOST_WARNINGS = 2000
 """Lines of all `RateLimited` logs of a process, which is a VM's, on standard error."""
 
+_LONGEST = 16 << 10  # characters of a message
 _WAITING = 256 << 10  # bytes of lines that nobody has read yet
 
 _vm = ""
@@ -136,10 +137,18 @@ def as_written(line: str) -> str:
 
 def harmless(text: str) -> str:
     """`text` as one line without what a terminal obeys: it may quote a stranger's file or a guest.
-    Control characters but tabs are shown as Python writes them."""
+    Control characters but tabs are shown as Python writes them, and of a long text its two ends."""
+    text = _bounded(text)
     if text.isprintable():
         return text
     return "".join(one if one.isprintable() or one == "\t" else ascii(one)[1:-1] for one in text)
+
+
+def _bounded(text: str) -> str:
+    if len(text) <= _LONGEST:
+        return text
+    kept = _LONGEST // 2
+    return f"{text[:kept]} […] {text[-kept:]}"
 
 
 def copy_to(copy: Callable[[bytes], None]) -> None:
@@ -282,7 +291,13 @@ def _as_json(line: str) -> str:
         "message": message_of(line),
         **line.more,
     }
-    return json.dumps({name: value for name, value in record.items() if value != ""})
+    return json.dumps(
+        {
+            name: _bounded(value) if isinstance(value, str) else value
+            for name, value in record.items()
+            if value != ""
+        }
+    )
 
 
 class RateLimited:

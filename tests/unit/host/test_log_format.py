@@ -139,6 +139,21 @@ def test_what_the_host_fails_is_told_apart_from_what_the_guest_does_wrong(
     assert heard == [("disk0", "io"), ("disk0", "")]
 
 
+def test_a_long_message_has_its_two_ends(
+    lines: Lines, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may quote a stranger's file whole; one of more than what waits would be left out."""
+    error = ConfigError("begin " + "x" * 400_000 + " end", cure="mend it")
+    explain(error)
+    [record] = records(lines)
+    assert re.fullmatch(r"begin x{8186} \[…\] x{8188} end", str(record["message"]))
+    monkeypatch.delenv("PYVMM_LOG_FORMAT")
+    explain(error)
+    shown = capsys.readouterr().err
+    assert shown.startswith("pyvmm: begin xxx") and shown.endswith("xxx end; mend it\n")
+    assert len(shown) < 17 << 10
+
+
 def test_a_terminal_obeys_nothing_that_a_line_quotes(capsys: pytest.CaptureFixture[str]) -> None:
     """Names in a stranger's files, say, which are no lines of ours; tabs and letters stay."""
     log.to_stderr("partition \x1b]0;title\x07 of ü\r\x9b2J\udcff\n\tnext")

@@ -377,6 +377,8 @@ def test_relative_paths_are_relative_to_the_file(load, tmp_path, monkeypatch) ->
         (f"{'.'.join(['a'] * 65)} = 1", "vm.toml has a key of more than 64 parts"),
         (f"x = {{'a' . {' . '.join(['#a'] * 64)} = 1}}", "vm.toml has a key of more than 64 parts"),
         (f"[{'.'.join(['a'] * 64)}]\n#{'.' * 99}", "vm.toml:1: unknown key 'a'"),
+        ("".join(f"[k{i}{'.a' * 62}]\n" for i in range(270)), "64 parts, or too many dotted ones"),
+        (f"{'a-' * 50}b = 1", "vm.toml: unknown key 'a-a-"),  # the search for it takes its square
         ("agent = true", "vm.toml:1: unknown key 'agent'; write vsock = true"),
         ('rng-limit = "bps=1"', "vm.toml:1: unknown key 'rng-limit'; write rng ="),
         ("detach = true", "unknown key 'detach'; it is for the command line only"),
