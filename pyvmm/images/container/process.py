@@ -55,7 +55,8 @@ def read(config: dict[str, Any], tree: Tree) -> Process:
         user=f"{account.uid}:{account.gid}",
         groups=groups,
     )
-    if sum(len(word) + 1 for word in (*process.argv(), *process.env)) > _MOST_TEXT:
+    words = (*process.argv(), *process.env)
+    if sum(len(word.encode(errors="surrogatepass")) + 1 for word in words) > _MOST_TEXT:
         raise Refused("its arguments and environment are longer than Linux allows")
     return process
 

@@ -630,6 +630,7 @@ def test_a_working_directory_is_where_it_leads(tree, said: str, meant: str) -> N
         ({"Cmd": [1]}, "its Cmd has something in it that is not a text"),
         ({"Cmd": ["a\0b"]}, "its Cmd has something in it that is not a text"),
         ({"Cmd": ["x" * 200_000]}, "longer than Linux allows"),
+        ({"Env": [f"A={'€' * 50_000}"]}, "longer than Linux allows"),
         ({"Entrypoint": {"a": 1}}, "its Entrypoint is not a list"),
         ({"WorkingDir": "srv"}, "not an absolute path"),
     ],
