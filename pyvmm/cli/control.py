@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from pyvmm.api.in_monitor import GIVE_UP_SECONDS, ByName
+from pyvmm.cli.answers import of_monitor, show_table
 from pyvmm.cli.parameter_types import Seconds
 from pyvmm.control import client, registry, vm_log
 from pyvmm.control.client import Client, HasEnded, NoAnswer
@@ -40,17 +41,20 @@ def ps(and_ended: bool, as_json: bool) -> None:
     if and_ended:
         why = [("EXIT", "ENDED", "WHY"), *map(_how_ended, found)]
         lines = [(*line, *more) for line, more in zip(lines, why, strict=True)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    for line in lines:
-        cells = (f"{text:{width}}" for text, width in zip(line, widths, strict=True))
-        click.echo("  ".join(cells).rstrip())
+    show_table(lines)
 
 
 def _look(name: str) -> dict[str, Any] | None:
     try:
         with Client.connect(name) as vm:
             try:
-                return {**vm.call("status", patience=_LOOK_PATIENCE), "name": name, "pid": vm.pid}
+                status = vm.call("status", patience=_LOOK_PATIENCE)
+                with of_monitor(name):
+                    row = {**status, "name": name, "pid": vm.pid}
+                    _columns(row)
+                    if row["state"] == "ended":  # which only those are that do not run
+                        raise ValueError
+                    return row
             except NoAnswer as error:
                 if vm.has_ended(_END_PATIENCE if isinstance(error, HasEnded) else 0):
                     return None
@@ -65,7 +69,7 @@ def _columns(row: dict[str, Any]) -> tuple[str, ...]:
     cpus = str(row.get("cpus", "-"))
     memory = f"{row['memory'] >> 20}M" if "memory" in row else "-"
     uptime = f"{int(row['uptime_seconds'])}s" if "uptime_seconds" in row else "-"
-    return row["name"], str(row.get("pid", "-")), row["state"], cpus, memory, uptime
+    return row["name"], str(row.get("pid", "-")), str(row["state"]), cpus, memory, uptime
 
 
 def _how_ended(row: dict[str, Any]) -> tuple[str, ...]:
@@ -79,8 +83,7 @@ def _how_ended(row: dict[str, Any]) -> tuple[str, ...]:
         if seconds >= size or size == 1
     )
     why = str(row.get("message") or row.get("ending") or "")
-    shown = "".join(char if char.isprintable() else "?" for char in why)
-    return "-" if code is None else str(code), ago, shown
+    return "-" if code is None else str(code), ago, why
 
 
 @click.command()

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from pyvmm import images
+from pyvmm.cli.answers import show_table
 from pyvmm.control import registry
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
@@ -181,10 +182,7 @@ def list_images(everything: bool, as_json: bool) -> None:
     for row in rows:
         size = "-" if row.size is None else f"{row.size >> 20}M"
         lines.append((row.name, size, (row.made_at or "-")[:10], row.kernel, row.made_from))
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    for line in lines:
-        cells = (f"{text:{width}}" for text, width in zip(line, widths, strict=True))
-        click.echo("  ".join(cells).rstrip())
+    show_table(lines)
     for name, folder in parts:
         click.echo(f"{name:18} {folder or 'not built'}")
 

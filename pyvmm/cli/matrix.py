@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import click
 
+from pyvmm.cli.answers import show_table
 from pyvmm.cli.parameter_types import Seconds
 from pyvmm.cli.quick import split_command
 from pyvmm.errors import ConfigError
@@ -153,7 +154,4 @@ def _print(rows: Sequence[Row], left_out: Sequence[str]) -> None:
     lines = [("KERNEL", "RESULT", "SECONDS")]
     lines += [(row.kernel, row.result, f"{row.seconds:.1f}") for row in rows]
     lines += [(kernel, "not run", "-") for kernel in left_out]
-    widths = [max(len(line[column]) for line in lines) for column in range(3)]
-    for line in lines:
-        cells = (f"{text:{width}}" for text, width in zip(line, widths, strict=True))
-        click.echo("  ".join(cells).rstrip())
+    show_table(lines)

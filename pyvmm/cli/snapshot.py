@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from pyvmm.cli.answers import show_table
 from pyvmm.control import snapshot_store as store
 from pyvmm.monitor import snapshots
 
@@ -66,10 +67,7 @@ def list_(as_json: bool) -> None:
         click.echo(json.dumps(found, indent=2))
         return
     lines = [("NAME", "OF", "CPUS", "MEMORY", "STORED", "BASE", "TAKEN"), *map(_columns, found)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    for line in lines:
-        cells = (f"{text:{width}}" for text, width in zip(line, widths, strict=True))
-        click.echo("  ".join(cells).rstrip())
+    show_table(lines)
 
 
 @snapshot.command()

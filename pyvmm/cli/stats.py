@@ -6,9 +6,11 @@ from typing import Any
 
 import click
 
+from pyvmm.cli.answers import of_monitor
 from pyvmm.control import registry
 from pyvmm.control.client import Client
 from pyvmm.errors import ConfigError, PyvmmError, how_many
+from pyvmm.host.log import harmless
 
 _PATIENCE = 2.0  # seconds for each of many VMs
 _ONE_PATIENCE = 30.0  # for one: in an emulated host that is busy the first answer takes a while
@@ -27,7 +29,8 @@ def stats(vm: str, as_json: bool, prometheus: bool) -> None:
         raise click.UsageError("--json and --prometheus exclude each other")
     with Client.connect(vm) as found:
         if prometheus:
-            click.echo(found.call("metrics", patience=_ONE_PATIENCE)["text"], nl=False)
+            text = _metrics(vm, found.call("metrics", patience=_ONE_PATIENCE))
+            click.echo(text, nl=False)
             return
         numbers = found.call("stats", patience=_ONE_PATIENCE)
     if as_json:
@@ -35,8 +38,10 @@ def stats(vm: str, as_json: bool, prometheus: bool) -> None:
 
         click.echo(json.dumps(numbers, indent=2))
         return
-    for line in _lines(numbers):
-        click.echo(line)
+    with of_monitor(vm):
+        lines = _lines(numbers)
+    for line in lines:
+        click.echo(harmless(line))
 
 
 def _lines(numbers: dict[str, Any]) -> list[str]:
@@ -161,11 +166,21 @@ def gather(vms: tuple[str, ...] = (), *, strict: bool = True) -> str:
     for name in vms or registry.running():
         try:
             with Client.connect(name) as vm:
-                texts.append(vm.call("metrics", patience=_PATIENCE)["text"])
+                texts.append(_metrics(name, vm.call("metrics", patience=_PATIENCE)))
         except PyvmmError:
             if strict and vms:
                 raise  # of those that nobody has named one may have ended meanwhile
     return joined(texts)
+
+
+def _metrics(vm: str, answer: Any) -> str:
+    """The text of it. Raises NoAnswer for one that makes no sense."""
+    with of_monitor(vm):
+        text: str = answer["text"]
+        joined([text])
+        if not text.replace("\n", "").isprintable():
+            raise ValueError
+        return text
 
 
 def joined(texts: list[str]) -> str:

@@ -17,11 +17,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from pyvmm.cli.answers import of_monitor
 from pyvmm.cli.parameter_types import Seconds
 from pyvmm.cli.stats import COUNTS, is_counted, merged, quantile, size_text, time_text
 from pyvmm.control import registry
 from pyvmm.control.client import Client
 from pyvmm.errors import ConfigError, PyvmmError, how_many
+from pyvmm.host.log import harmless
 from pyvmm.platform.terminal import Terminal, is_terminal
 
 _PATIENCE = 2.0  # seconds for each VM
@@ -86,7 +88,12 @@ def _look(vm: str | None) -> dict[str, Look]:
             with Client.connect(name) as client:
                 status = client.call("status", patience=_PATIENCE)
                 stats = client.call("stats", patience=_PATIENCE)
-                found[name] = Look(time.monotonic(), status, stats)
+                look = Look(time.monotonic(), status, stats)
+                with of_monitor(name):
+                    _all({}, {name: look}, wide=True)
+                    _one(name, look, look)
+                    float(stats["uptime_seconds"])
+                    found[name] = look
         except PyvmmError:
             continue  # It starts still, has just ended, or hangs.
     return found
@@ -132,7 +139,8 @@ def _all(before: dict[str, Look], now: dict[str, Look], wide: bool) -> Renderabl
         exits = rates.exits()
         most = sorted(((rate, why) for why, rate in exits.items() if why != "total"), reverse=True)
         reasons = ", ".join(f"{why} {_count(rate)}" for rate, why in most[:_REASONS] if rate)
-        table.add_row(
+        _add(
+            table,
             name,
             look.status["state"],
             str(look.status["cpus"]),
@@ -150,7 +158,7 @@ def _all(before: dict[str, Look], now: dict[str, Look], wide: bool) -> Renderabl
 def _one(name: str, before: Look, now: Look) -> RenderableType:
     rates = Rates(before, now)
     memory = now.stats["memory"]
-    head = Text(
+    head = _text(
         f"{name}  {now.status['state']}, up {now.status['uptime_seconds']:.0f} s, "
         f"{how_many(now.status['cpus'], 'vCPU')}, {size_text(memory['resident'])} "
         f"of {size_text(memory['size'])}; per second:"
@@ -158,12 +166,13 @@ def _one(name: str, before: Look, now: Look) -> RenderableType:
     exits = _table("EXITS", "RATE")
     for why, rate in sorted(rates.exits().items(), key=lambda item: -item[1]):
         if rate or why == "total":
-            exits.add_row(why, _count(rate))
-    exits.add_row("interrupts", _count(rates.of("interrupts")))
+            _add(exits, why, _count(rate))
+    _add(exits, "interrupts", _count(rates.of("interrupts")))
     devices = _table("DEVICE", "REQS", "IRQS", "KICKS", "TO VM", "FROM VM", "P50", "P99", "ERRORS")
     for device, counted in now.stats["devices"].items():
         latency = rates.latency(device)
-        devices.add_row(
+        _add(
+            devices,
             device,
             *(_rate(rates, device, counted, what) for what in COUNTS),
             *(_bytes(rates, device, counted, what) for what in _DEVICE_BYTES),
@@ -192,6 +201,15 @@ def _table(name: str, *columns: str) -> Table:
         justify: JustifyMethod = "left" if column == "STATE" else "right"
         table.add_column(column, justify=justify, no_wrap=True)
     return table
+
+
+def _add(table: Table, *cells: str) -> None:
+    table.add_row(*map(_text, cells))
+
+
+def _text(text: str) -> Text:
+    """It is a monitor's word: neither Rich nor a terminal obeys it."""
+    return Text(harmless(text))
 
 
 def _count(rate: float) -> str:

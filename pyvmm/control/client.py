@@ -35,6 +35,11 @@ class NoAnswer(PyvmmError):
     """The VM's monitor did not answer in time, or ended instead."""
 
 
+def no_sense(vm: str) -> str:
+    """The text of a NoAnswer for an answer of `vm` that no monitor of ours gives."""
+    return f"{vm} answers what makes no sense"
+
+
 class HasEnded(NoAnswer):
     """The VM's monitor has ended, or takes no requests any more."""
 
@@ -101,14 +106,18 @@ class Client(Closable):
         id, self._next_id = self._next_id, self._next_id + 1
         deadline = time.monotonic() + patience
         self._send(protocol.request_line(id, method, params), deadline, fds)
-        while True:
-            answer = json.loads(self._read_line(deadline))
-            if answer.get("id") in (id, None):
-                break
-        if "error" in answer:
-            error = answer["error"]
-            raise protocol.ControlError(str(error.get("code")), f"{error.get('message')}")
-        return answer["result"]
+        try:
+            while True:
+                answer = json.loads(self._read_line(deadline))
+                if answer.get("id") in (id, None):
+                    break
+            error = answer.get("error")
+            if error is None:
+                return answer["result"]
+            code, message = str(error.get("code")), f"{error.get('message')}"
+        except (AttributeError, LookupError, RecursionError, ValueError):
+            raise NoAnswer(no_sense(self.name)) from None
+        raise protocol.ControlError(code, message)
 
     def upgrade(self, method: str, *, patience: float = PATIENCE, **params: Any) -> Upgraded:
         """Ask for a `method` that makes the connection something else, which is the caller's then;
