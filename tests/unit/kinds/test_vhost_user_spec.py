@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import os
+import socket
+import subprocess
 import time
 from contextlib import ExitStack
 from threading import Timer
 
 import pytest
-from front_end_rig import F_PROTOCOL, F_VERSION_1, Fake, fake
+from front_end_rig import F_PROTOCOL, F_VERSION_1, Fake, fake, listens_at
+from net_rig import wait_for
 
+from pyvmm import images
 from pyvmm.errors import ConfigError
+from pyvmm.images.programs import command
 from pyvmm.kinds import registry, vhost_user
 from pyvmm.kinds.border import Border
 from pyvmm.kinds.interface import Context
 from pyvmm.kinds.vhost_user import Spec
+from pyvmm.testing.attached import attached
+from pyvmm.testing.vsock_driver import REQUEST, RESPONSE, RW, Packet, VsockDriver
 
 
 def check(*texts):
@@ -122,3 +129,38 @@ def test_it_does_not_cross_into_an_emulated_host():
     border = Border(None, lambda path, flag: path)  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="cannot have memory of a guest in the emulated KVM host"):
         registry.cross(Spec(os.path.abspath("s"), "blk"), border)
+
+
+def test_a_vsock_of_debians(tmp_path):
+    """vhost-device-vsock, which is none of ours: its number, and a stream to a program here."""
+    try:
+        [image] = images.folders(["programs-vsock"], make=False)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    path, programs = tmp_path / "s", tmp_path / "here"
+    program = command(image, "usr/bin/vhost-device-vsock", "vhost-device-vsock")
+    words = ["--guest-cid", "42", "--socket", str(path), "--uds-path", str(programs)]
+    with ExitStack() as closing:
+        process = subprocess.Popen([*program, *words], stderr=subprocess.DEVNULL)
+        closing.callback(process.wait)
+        closing.callback(process.kill)
+        listener = closing.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(f"{programs}_1234")
+        listener.listen()
+        wait_for(lambda: listens_at(path))
+        [spec] = check(f"socket={path},type=vsock")
+        device = registry.open_device(spec, Context("vm", None, closing))
+        driver = closing.enter_context(attached(device, irqfd=True, queue_sizes=[64, 64, 64]))
+        assert driver.config(0, 8) == (42).to_bytes(8, "little")
+        guest = VsockDriver(driver.mmio, cid=42)
+        guest.offer(8)
+        guest.send(Packet(REQUEST, 1000, 1234))
+        assert guest.receive().op == RESPONSE
+        connection, _ = listener.accept()
+        closing.enter_context(connection)
+        guest.send(Packet(RW, 1000, 1234, data=b"from the guest"))
+        assert connection.recv(100) == b"from the guest"
+        connection.sendall(b"from here")
+        answers = [guest.receive(), guest.receive()]
+        assert b"from here" in [answer.data for answer in answers]
+        assert not driver.needs_reset and not driver.log
