@@ -298,7 +298,7 @@ def _is_for_others(path: str, arch: str) -> bool:
     from pyvmm.boot import file_kinds
     from pyvmm.machine.board.registry import uname_of
 
-    machine = file_kinds.elf_machine(path) if os.path.isfile(path) else None
+    machine = file_kinds.elf_machine(path)
     return machine is not None and machine not in file_kinds.RUN_ON.get(uname_of(arch), ())
 
 
