@@ -42,4 +42,4 @@ def _next(lines: Iterator[dict[str, Any]], stream: Socket) -> dict[str, Any] | N
 def as_event(line: Mapping[str, Any]) -> Event:
     """The event that the control socket tells as `line`."""
     details = {name: value for name, value in line.items() if name not in ("event", "time")}
-    return Event(str(line["event"]), float(line["time"]), details)
+    return Event(str(line["event"]), float(line.get("time", 0.0)), details)

@@ -109,8 +109,8 @@ def stop(vm: str, timeout: float, now: bool, kill: bool) -> None:
     if now and kill:
         raise click.UsageError("--now and --kill exclude each other")
     ended = client.stop(vm, patience=0.0 if now else timeout, kill=kill)
-    if ended is not None and ended["exit_code"] and not now:
-        log.to_stderr(f"{vm}: {ended['message'] or ended['ending']}")
+    if ended is not None and ended.get("exit_code") and not now:
+        log.to_stderr(f"{vm}: {ended.get('message') or ended.get('ending')}")
 
 
 @click.command()

@@ -259,9 +259,7 @@ def events(name: str, *, history: bool = True) -> Iterator[dict[str, Any]]:
 
 
 def read_events(socket: Socket) -> Iterator[dict[str, Any]]:
-    """The events that come from `socket`, which is closed at the end."""
-    import json
-
+    """The events that come from `socket`, which is closed at the end, or at what is no event."""
     poll = select.poll()
     poll.register(socket.fileno(), select.POLLIN)
     received = b""
@@ -276,12 +274,34 @@ def read_events(socket: Socket) -> Iterator[dict[str, Any]]:
                 data = b""
             if not data:
                 return
-            *lines, received = (received + data).split(b"\n")
-            yield from map(json.loads, lines)
-            if len(received) > _LONGEST_LINE:
+            found, received, makes_sense = _events_in(received + data)
+            yield from found
+            if not makes_sense:
                 return
     finally:
         socket.close()
+
+
+def _events_in(data: bytes) -> tuple[list[dict[str, Any]], bytes, bool]:
+    """The events that `data` begins with, what follows behind them, and whether that may be the
+    beginning of one more."""
+    import json
+
+    *lines, rest = data.split(b"\n")
+    found: list[dict[str, Any]] = []
+    for line in lines:
+        try:
+            event = json.loads(line)
+        except (RecursionError, ValueError):
+            event = None
+        if not (
+            isinstance(event, dict)
+            and isinstance(event.get("event"), str)
+            and isinstance(event.get("time", 0), (int, float))
+        ):
+            return found, b"", False
+        found.append(event)
+    return found, rest, len(rest) <= _LONGEST_LINE
 
 
 def connect_vsock(
@@ -396,9 +416,8 @@ def _ask_to_stop(
 
 
 def _wait_for_end(stream: Socket, process: int, deadline: float) -> dict[str, Any] | None:
-    """The event "ended", once it comes; None if the process ends, or `deadline` comes, without."""
-    import json
-
+    """The event "ended", once it comes; None if the process ends, or `deadline` or what is no event
+    comes, without."""
     poll = select.poll()
     poll.register(stream.fileno(), select.POLLIN)
     poll.register(process, select.POLLIN)
@@ -414,10 +433,12 @@ def _wait_for_end(stream: Socket, process: int, deadline: float) -> dict[str, An
             data = b""
         if not data:
             return None
-        *lines, received = (received + data).split(b"\n")
-        for event in map(json.loads, lines):
+        found, received, makes_sense = _events_in(received + data)
+        for event in found:
             if event["event"] == "ended":
-                return dict(event)
+                return event
+        if not makes_sense:
+            return None
     return None
 
 

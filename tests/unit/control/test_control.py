@@ -29,6 +29,7 @@ from pyvmm.control.protocol import MAX_LINE, ControlError, Later, Method, Upgrad
 from pyvmm.control.server import MAX_CLIENTS, ControlServer, Door
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import handed, unix_sockets
+from pyvmm.host.syscalls import EventFd
 from pyvmm.monitor.control import MachineControl
 from pyvmm.spec.vm import VmSpec
 
@@ -703,6 +704,25 @@ def test_an_answer_without_an_end_is_none(monkeypatch: pytest.MonkeyPatch) -> No
             client.line_or_end(ours, time.monotonic() + HANG)
         theirs.send(bytes(2000))
         assert list(client.read_events(ours)) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["\x00", "[]", "5", "{}", '{"event": 1}', '{"event": "a", "time": "b"}', "[" * 100_000],
+    ids=lambda line: line[:10],
+)
+def test_events_end_at_what_is_none(line: str) -> None:
+    event = {"event": "started", "time": 1.5, "number": 1}
+    text = f"{json.dumps(event)}\n{line}\n{json.dumps(event)}\n".encode()
+    ours, theirs = unix_sockets.pair()
+    with contextlib.closing(ours), contextlib.closing(theirs):
+        theirs.sendall(text)
+        assert list(client.read_events(ours)) == [event]
+    ours, theirs = unix_sockets.pair()
+    silent = EventFd()
+    with contextlib.closing(ours), contextlib.closing(theirs), contextlib.closing(silent):
+        theirs.sendall(text)
+        assert client._wait_for_end(ours, silent.fd, time.monotonic() + HANG) is None
 
 
 def test_one_with_many_clients_is_asked_again(served: Served) -> None:
