@@ -5,7 +5,8 @@ child is a client like `pyvmm exec`, and so takes no time from the vCPUs; it kee
 guest's console output, to show it if the command never runs.
 
 Ctrl-C is the client's. A terminal sends it to both, and a program to the parent, whose number it
-knows: so the parent takes it and passes it on, as a signal that only the parent sends the client.
+knows: so the parent takes it and passes it on, by a pipe, as it may be another user by then. The
+client makes a signal of it that it sends nobody else.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _TAIL_LINES = 20
 _TAIL_BYTES = 16 << 10
 # Init has nobody to serve on the console, and the kernel nothing to say there.
 _CMDLINE = "quiet pyvmm.exec=agent"
-# What the monitor gets, and what the client gets for it.
+# What the monitor gets, and what the client sends itself for it.
 _PASSED_ON: dict[int, int] = {signal.SIGINT: signal.SIGUSR1, signal.SIGQUIT: signal.SIGUSR2}
 
 _MAKE_WAY = signal.SIGRTMIN  # what ends the monitor's thread that waits for signals
@@ -121,7 +122,7 @@ def run_with_command(
             "without a control socket no command reaches the guest",
             cure="set XDG_RUNTIME_DIR to a directory of yours",
         )
-    console, result = os.pipe(), os.pipe()
+    console, result, signals = os.pipe(), os.pipe(), os.pipe()
     _flush()
     signal.pthread_sigmask(signal.SIG_BLOCK, (*_PASSED_ON, *_PASSED_ON.values()))
     try:
@@ -133,6 +134,8 @@ def run_with_command(
             control.close()  # who listens is the monitor
             os.close(console[1])
             os.close(result[0])
+            os.close(signals[1])
+            Thread(target=_hear_signals, args=(signals[0],), name="signals", daemon=True).start()
             code = _Client(spec, console[0], command, debug=debug).run()
             if code is not None:
                 os.write(result[1], bytes([code & 0xFF]))
@@ -141,12 +144,20 @@ def run_with_command(
             os._exit(0)
     os.close(console[0])
     os.close(result[1])
-    return _be_monitor(run, child, console[1], result[0])
+    os.close(signals[0])
+    return _be_monitor(run, child, console[1], result[0], signals[1])
 
 
-def _be_monitor(run: Callable[[], int], child: int, console: int, result: int) -> tuple[int, bool]:
+def _hear_signals(numbers: int) -> None:
+    while number := os.read(numbers, 1):
+        os.kill(os.getpid(), number[0])
+
+
+def _be_monitor(
+    run: Callable[[], int], child: int, console: int, result: int, signals: int
+) -> tuple[int, bool]:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON.values())
-    attending = _Attending(child)
+    attending = _Attending(child, signals)
     null = os.open(os.devnull, os.O_RDWR)
     stdout = os.dup(1)
     os.dup2(null, 0)
@@ -161,7 +172,7 @@ def _be_monitor(run: Callable[[], int], child: int, console: int, result: int) -
         told = os.read(result, 1)
         os.waitpid(child, 0)
         os.dup2(stdout, 1)
-        for fd in (null, stdout, result):
+        for fd in (null, stdout, result, signals):
             os.close(fd)
     if told:
         return told[0], True
@@ -173,11 +184,10 @@ def _be_monitor(run: Callable[[], int], child: int, console: int, result: int) -
 class _Attending:
     """The monitor's duties to its client: pass Ctrl-C on, and not go on without it."""
 
-    def __init__(self, client: int) -> None:
-        self._client = client
-        self._process = os.pidfd_open(client)
+    def __init__(self, client: int, signals: int) -> None:
+        self._signals = signals
         self._over = Event()
-        Watcher(self._process, "client", self._end_with_it)
+        Watcher(os.pidfd_open(client), "client", self._end_with_it)
         signal.pthread_sigmask(signal.SIG_BLOCK, {_MAKE_WAY})
         self._start()
         pausing.register(self)
@@ -199,8 +209,8 @@ class _Attending:
 
     def _pass_on(self) -> None:
         while (number := signal.sigwait((*_PASSED_ON, _MAKE_WAY))) != _MAKE_WAY:
-            with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._process, _PASSED_ON[number])
+            with suppress(BrokenPipeError):  # it has gone
+                os.write(self._signals, bytes([_PASSED_ON[number]]))
 
     def _end_with_it(self) -> bool:
         while not self._over.is_set():

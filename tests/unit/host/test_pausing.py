@@ -24,12 +24,10 @@ signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGQUIT])
 reads, writes = os.pipe()
 child = os.fork()
 if not child:
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
-    os.write(writes, b"x")
-    signal.sigwait([signal.SIGUSR1])
+    os.close(writes)
+    assert os.read(reads, 1) == bytes([signal.SIGUSR1])
     os._exit(7)
-os.read(reads, 1)
-attending = _Attending(child)
+attending = _Attending(child, writes)
 """
 CLIENT_AFTER = """
 attending.over()
