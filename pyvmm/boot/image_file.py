@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 from pyvmm.errors import ConfigError, HostError, how_many
 from pyvmm.host import syscalls
@@ -25,6 +26,28 @@ _CURES = {
 }
 
 
+_kept: dict[str, int] = {}
+
+
+def keep_open(path: str) -> None:
+    """Open the file at `path` for all that read it later under this name, as whom it may be. What
+    cannot be opened is theirs to tell."""
+    if path not in _kept:
+        with suppress(HostError):
+            _kept[path] = _open(path)
+
+
+def _open(path: str) -> int:
+    """Raises HostError."""
+    if path in _kept:
+        try:
+            return os.dup(_kept[path])  # reads say where
+        except OSError as error:
+            raise HostError(error.errno or 0, f"open {path}") from None
+    # O_NONBLOCK: opening a FIFO must not wait for its writer.
+    return syscalls.open_file(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+
+
 class ImageFile(syscalls.Closable):
     """A regular, non-empty file open for reading; `size` in bytes.
 
@@ -39,8 +62,7 @@ class ImageFile(syscalls.Closable):
         if not path or "\0" in path:
             raise self.error("the path is empty or has a NUL in it")
         try:
-            # O_NONBLOCK: opening a FIFO must not wait for its writer.
-            self.fd = syscalls.open_file(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+            self.fd = _open(path)
         except HostError as error:
             reason = os.strerror(error.errno)
             cure = _CURES.get(error.errno, "")

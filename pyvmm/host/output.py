@@ -32,6 +32,30 @@ def _wait(fd: int, seconds: float | None) -> None:
     poll.poll(None if seconds is None else seconds * 1000)
 
 
+_Identity = tuple[int, int, int]
+_opened: dict[_Identity, int] = {}
+
+
+def open_streams() -> None:
+    """Open standard output and error once more now, for every Outlet to come: another user, whom
+    this process is going to be, could not."""
+    for fd in (1, 2):
+        with suppress(OSError):
+            found = os.fstat(fd)
+            if _is_pipe_or_terminal(found) and _identity(found) not in _opened:
+                _opened[_identity(found)] = _open_again(fd)
+
+
+def _open_again(fd: int) -> int:
+    """Raises OSError."""
+    flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    return os.open(f"/proc/self/fd/{fd}", flags)
+
+
+def _identity(found: os.stat_result) -> _Identity:
+    return found.st_dev, found.st_ino, found.st_rdev
+
+
 class Outlet:
     """Writes to `fd` as much as can be had without waiting.
 
@@ -44,16 +68,16 @@ class Outlet:
         self._own = -1
         self._socket: _socket.socket | None = None
         found = os.fstat(fd)
-        self.identity = (found.st_dev, found.st_ino, found.st_rdev)
+        self.identity = _identity(found)
         self.may_wait = True
         if stat.S_ISREG(found.st_mode) or stat.S_ISBLK(found.st_mode):
             self.may_wait = False  # a disk is not waited for
         elif stat.S_ISSOCK(found.st_mode):
             self._socket = _socket.socket(fileno=os.dup(fd))
-        elif stat.S_ISFIFO(found.st_mode) or _is_terminal(found):
-            flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        elif _is_pipe_or_terminal(found):
+            opened = _opened.get(self.identity, -1)
             with suppress(OSError):  # another user's
-                self._own = os.open(f"/proc/self/fd/{fd}", flags)
+                self._own = os.dup(opened) if opened >= 0 else _open_again(fd)
 
     @property
     def descriptor(self) -> int:
@@ -83,6 +107,10 @@ class Outlet:
         if self._socket is not None:
             self._socket.close()
             self._socket = None
+
+
+def _is_pipe_or_terminal(found: os.stat_result) -> bool:
+    return stat.S_ISFIFO(found.st_mode) or _is_terminal(found)
 
 
 def _is_terminal(found: os.stat_result) -> bool:
