@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
+
+from pyvmm.host import handed
 
 # Says who it is, and ends the program once nobody has the other end of its standard input.
 _SUPERVISES = """\
@@ -22,6 +24,17 @@ kill "$!" 2> /dev/null
 wait "$!"
 """
 _MOST = 32  # bytes of a process's number
+
+
+@contextmanager
+def handed_here(names: Mapping[str, int]) -> Iterator[None]:
+    """Inside, these descriptors of programs that were started apart are found as if another process
+    had handed them over."""
+    with handed.Descriptors() as owner:
+        for fd in names.values():
+            owner.fds.append(os.dup(fd))
+        with handed.files(dict(zip(names, owner.fds.copy(), strict=True)), owner):
+            yield
 
 
 class Supervised(NamedTuple):

@@ -27,20 +27,16 @@ from pyvmm.host.call_names import number_of, numbered
 PRIVILEGES, CAPABILITIES, LIMITS = "no-new-privileges", "capabilities", "limits"
 FILES, CALLS = "files", "calls"
 NAMESPACES, NETWORK, ROOT = "namespaces", "network", "root"
+USER = "user"
 # The first three take rights that the next ones give up.
 _FIRST = (NAMESPACES, NETWORK, ROOT)
-LAYERS = (*_FIRST, LIMITS, CAPABILITIES, PRIVILEGES, FILES, CALLS)
+LAYERS = (*_FIRST, USER, LIMITS, CAPABILITIES, PRIVILEGES, FILES, CALLS)
 _children: set[int] = set()
 
 
 def may_signal(pid: int) -> None:
     """From a box that is entered later, signals may be sent to `pid`, a child of ours."""
     _children.add(pid)
-
-
-def signals_others() -> bool:
-    """True if there are such children."""
-    return bool(_children)
 
 
 class Needs(NamedTuple):
@@ -50,10 +46,10 @@ class Needs(NamedTuple):
     `devices` those of device nodes that are opened.
     `uses_network`: has a network device, so the layer `network` is not for it.
     `hears_of_interfaces`: opens a socket of rtnetlink.
-    `passes_signals`: by descriptors of processes. `outside`: threads that run already start other
-    programs later, and stay outside. `tells`: what is refused raises SIGSYS, which
-    pyvmm.host.refusals hears; `answers` is given a listener (seccomp_unotify(2)) that is asked
-    about calls that cannot.
+    `outside`: threads that run already start other programs later, and stay outside. `tells`: what
+    is refused raises SIGSYS, which pyvmm.host.refusals hears; `answers` is given a listener
+    (seccomp_unotify(2)) that is asked about calls that cannot. `change_user` makes this process
+    another user, with all threads, or raises ConfigError; None for one that need not.
     """
 
     ioctls: tuple[int, ...] = ()
@@ -61,10 +57,10 @@ class Needs(NamedTuple):
     devices: tuple[str, ...] = ()
     uses_network: bool = False
     hears_of_interfaces: bool = False
-    passes_signals: bool = False
     outside: bool = False
     tells: bool = False
     answers: Callable[[int], None] | None = None
+    change_user: Callable[[], None] | None = None
 
 
 class Box(NamedTuple):
@@ -79,17 +75,23 @@ NO_BOX = Box()
 
 def probe() -> Box:
     """The layers that this machine lets this user have; it takes some milliseconds."""
-    if _machine_lacks():
-        return Box((), tuple((layer, _machine_lacks()) for layer in LAYERS))
-    off = {} if c.landlock_version() else {FILES: _NO_LANDLOCK}
-    import subprocess
+    from pyvmm.host import other_user
 
-    trial = subprocess.run(c.python(__name__), capture_output=True, text=True, check=False)
-    for layer, reason in zip(_FIRST, trial.stdout.splitlines(), strict=False):
-        if reason:
-            off[layer] = reason
-    on = tuple(layer for layer in LAYERS if layer not in off)
-    return Box(on, tuple((layer, off[layer]) for layer in LAYERS if layer in off))
+    layers = [layer for layer in LAYERS if layer != USER or not os.geteuid()]
+    off = {layer: reason for layer in layers if layer != USER and (reason := _machine_lacks())}
+    if USER in layers and (reason := other_user.why_none()):
+        off[USER] = reason
+    if not _machine_lacks():
+        if not c.landlock_version():
+            off[FILES] = _NO_LANDLOCK
+        import subprocess
+
+        trial = subprocess.run(c.python(__name__), capture_output=True, text=True, check=False)
+        for layer, reason in zip(_FIRST, trial.stdout.splitlines(), strict=False):
+            if reason:
+                off[layer] = reason
+    on = tuple(layer for layer in layers if layer not in off)
+    return Box(on, tuple((layer, off[layer]) for layer in layers if layer in off))
 
 
 def main(arguments: list[str]) -> int:
@@ -127,7 +129,7 @@ def begin() -> None:
     """Take the rights that the first layers need, for the whole process, which has one thread
     still. What cannot be had is told by `enter`."""
     global _no_rights, _in_user_namespace
-    if _machine_lacks() or not set(_FIRST) & set(LAYERS) or _has_capability(_SYS_ADMIN):
+    if _machine_lacks() or not set(_FIRST) & set(LAYERS) or c.has_capability(_SYS_ADMIN):
         return
     try:
         if not os.geteuid():
@@ -140,27 +142,19 @@ def begin() -> None:
         _no_rights = error.message
 
 
-def enter(needs: Needs, change_user: Callable[[], None] = lambda: None) -> Box:
-    """Bring this process into the box, for good, with all layers that the kernel has.
-    `change_user` is called in between, once the rights that it may take away are not needed."""
-    if reason := _machine_lacks():
-        change_user()
-        return Box((), tuple((layer, reason) for layer in LAYERS))
+def enter(needs: Needs) -> Box:
+    """Bring this process into the box, for good, with all layers that the kernel has."""
     on, off = [], []
-    changed = False
     for layer in LAYERS:
-        if layer not in _FIRST and not changed:
-            change_user()
-            changed = True
         if layer == NETWORK and needs.uses_network:
+            continue
+        if layer == USER and needs.change_user is None:
             continue
         try:
             _enter(layer, needs)
             on.append(layer)
         except ConfigError as error:
             off.append((layer, error.message))
-    if not changed:
-        change_user()
     return Box(tuple(on), tuple(off))
 
 
@@ -182,7 +176,12 @@ def never_call() -> None:
 
 def _enter(layer: str, needs: Needs) -> None:
     """Switch `layer` on. Raises ConfigError."""
-    if layer in _FIRST:
+    if layer == USER:
+        if needs.change_user is not None:
+            needs.change_user()
+    elif reason := _machine_lacks():
+        raise ConfigError(reason)
+    elif layer in _FIRST:
         if _no_rights:
             raise ConfigError(_no_rights)
         if layer == ROOT:
@@ -209,8 +208,7 @@ def _enter(layer: str, needs: Needs) -> None:
 
 # --- capabilities --------------------------------------------------------------------------------
 
-_CAPGET, _CAPSET = number_of("capget"), number_of("capset")
-_CAPABILITY_VERSION_3 = 0x20080522  # <linux/capability.h>
+_CAPSET = number_of("capset")
 _PR_CAPBSET_DROP, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 24, 47, 4  # <linux/prctl.h>
 _MOST = 64
 # Of <linux/capability.h>: LINUX_IMMUTABLE, SYS_MODULE, SYS_RAWIO, SYS_PTRACE, SYS_PACCT, SYS_BOOT,
@@ -222,17 +220,11 @@ _NEVER_NEEDED = frozenset({9, 16, 17, 19, 20, 22, 25, 29, 30, 32, 33, 34, 35, 36
 
 def drop_capabilities(which: frozenset[int] | None) -> None:
     """Give up `which`, or all of them, so that no program gets them back. Raises ConfigError."""
-    for number in range(_MOST):
-        if which is None or number in which:
-            try:
-                c.prctl(_PR_CAPBSET_DROP, number)
-            except ConfigError:
-                # EINVAL: the kernel knows no more of them; EPERM: there is nothing to give up
-                break
+    let_no_program_have(which)
     # Two halves, each: effective, permitted, inheritable.
-    words = _capabilities()
+    words = c.capabilities()
     gone = (1 << _MOST) - 1 if which is None else sum(1 << number for number in which)
-    header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
+    header = c.capability_header()
     kept = [word & ~(gone >> (32 * (place // 3))) & 0xFFFFFFFF for place, word in enumerate(words)]
     done = c.call_kernel(
         _CAPSET, ctypes.c_char_p(header), ctypes.c_char_p(struct.pack("=6I", *kept))
@@ -242,16 +234,15 @@ def drop_capabilities(which: frozenset[int] | None) -> None:
         c.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
 
 
-def _capabilities() -> tuple[int, ...]:
-    header = struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
-    sets = ctypes.create_string_buffer(24)
-    c.checked(c.call_kernel(_CAPGET, ctypes.c_char_p(header), sets), "capget")
-    return struct.unpack("=6I", sets.raw)
-
-
-def _has_capability(number: int) -> bool:
-    """True if this thread may use it. `number` is below 32."""
-    return bool(_capabilities()[0] >> number & 1)
+def let_no_program_have(which: frozenset[int] | None) -> None:
+    """Whatever this thread becomes or starts gets none of the capabilities `which`, or none."""
+    for number in range(_MOST):
+        if which is None or number in which:
+            try:
+                c.prctl(_PR_CAPBSET_DROP, number)
+            except ConfigError:
+                # EINVAL: the kernel knows no more of them; EPERM: there is nothing to give up
+                break
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -311,7 +302,6 @@ _MORE = numbered(
     """
 )
 _BINDING = numbered("bind")
-_PASSING_SIGNALS = numbered("pidfd_send_signal")
 _NO_LONGER = ("execve",)
 # fork, vfork and clone, before which the C library and Python block all signals
 _MAKING_PROCESSES = (number_of("fork"), number_of("vfork"), c.CLONE)
@@ -363,8 +353,6 @@ def _calls(needs: Needs, *, asks: bool = False) -> list[c.Line]:
     calls = {**c.CALLS, **c.SERVING, **_MORE, **_OPEN_CALLS}
     if needs.hears_of_interfaces:
         calls |= _BINDING
-    if needs.passes_signals:
-        calls |= _PASSING_SIGNALS
     checks: dict[int, c.Check] = {
         _IOCTL: (1, c.EQUAL, (*needs.ioctls, *_IOCTLS.values(), *(_OF_LISTENER if asks else ()))),
         _FCNTL: (1, c.EQUAL, _FCNTLS),

@@ -382,6 +382,29 @@ def deny_list(numbers: Iterable[int], checks: Mapping[int, Check]) -> list[Line]
     return [*lines, _ALLOW]
 
 
+# --- capabilities --------------------------------------------------------------------------------
+
+_CAPGET = number_of("capget")
+_CAPABILITY_VERSION_3 = 0x20080522  # <linux/capability.h>
+
+
+def capability_header() -> bytes:
+    """What capget(2) and capset(2) take for this thread."""
+    return struct.pack("=Ii", _CAPABILITY_VERSION_3, 0)
+
+
+def capabilities() -> tuple[int, ...]:
+    """Of this thread, in two halves, each: effective, permitted, inheritable."""
+    sets = ctypes.create_string_buffer(24)
+    checked(call_kernel(_CAPGET, ctypes.c_char_p(capability_header()), sets), "capget")
+    return struct.unpack("=6I", sets.raw)
+
+
+def has_capability(number: int) -> bool:
+    """True if this thread may use it. `number` is below 32."""
+    return bool(capabilities()[0] >> number & 1)
+
+
 # --- the kernel ----------------------------------------------------------------------------------
 
 _libc = ctypes.CDLL(None, use_errno=True)

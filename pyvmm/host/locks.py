@@ -74,6 +74,16 @@ def holder(fd: int) -> str:
     return ""
 
 
+def take_byte(fd: int, number: int) -> bool:
+    """Have the byte `number` of the open file `fd` for oneself until it is closed, where the file
+    system has such locks; False if somebody else has it."""
+    try:
+        _set(fd, fcntl.F_WRLCK, number, 1)
+    except OSError as error:
+        return error.errno in _UNSUPPORTED
+    return True
+
+
 def _set(fd: int, kind: int, start: int, length: int) -> None:
     fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
 

@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from socket import socket as Socket
 
 from pyvmm.errors import ConfigError
-from pyvmm.host import apart, box, confinement, handed, log, pausing
+from pyvmm.host import apart, box, confinement, handed, log, other_user, pausing
 from pyvmm.host.apart import Supervised
 from pyvmm.host.private_listener import connected_listener
 from pyvmm.host.qcow2 import Layer, blockdev
@@ -176,6 +176,17 @@ class _Handed(Serving):
             os.close(self._program.says)
             os.close(self._program.process)
         return ""
+
+
+def start(layers: Sequence[Layer], *, direct: bool) -> Serving:
+    """Start a daemon on an open qcow2 image for this process. Raises ConfigError; what it thinks of
+    the image is told as StorageDaemon has it."""
+    if not other_user.is_to_come():
+        return StorageDaemon(layers, direct=direct)
+    with ExitStack() as closing:
+        names = start_apart(layers, closing, direct=direct)
+        with apart.handed_here(names):
+            return take_over(layers[0].image.path)
 
 
 def start_apart(layers: Sequence[Layer], closing: ExitStack, *, direct: bool) -> dict[str, int]:

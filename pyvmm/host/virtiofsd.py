@@ -30,7 +30,7 @@ from threading import Event
 from typing import NoReturn
 
 from pyvmm.errors import ConfigError
-from pyvmm.host import box, confinement, handed, log, pausing
+from pyvmm.host import box, confinement, handed, log, other_user, pausing
 from pyvmm.host.private_listener import connected_listener
 
 PROGRAM = "virtiofsd"
@@ -106,27 +106,11 @@ class Served:
 class Virtiofsd(Served):
     """One that is a child of ours."""
 
-    def __init__(
-        self,
-        command: Sequence[str],
-        folder: str,
-        *,
-        read_only: bool,
-        sandbox: str = "namespace",
-        keeps_owners: bool = False,
-        tells_mounts: bool = True,
-    ) -> None:
-        """`command` is the beginning of its command line. With `keeps_owners` an ordinary user's
-        files are that user's in the guest as well, and not root's; with `tells_mounts` the guest
-        sees which directories are other file systems. Raises ConfigError if it cannot be started;
-        what it says of the folder is in `why_it_ended`."""
+    def __init__(self, command: Sequence[str], folder: str, **how: bool) -> None:
+        """As `serve` has it."""
         ours, listener = connected_listener()
         with listener:
-            argv = [
-                *_argv(command, folder, listener.fileno(), read_only, keeps_owners),
-                *([] if tells_mounts else ["--no-announce-submounts"]),
-                f"--sandbox={sandbox}",
-            ]
+            argv = _argv(command, folder, listener.fileno(), **how)
             try:
                 self._process = subprocess.Popen(
                     argv,
@@ -146,17 +130,41 @@ class Virtiofsd(Served):
         super().__init__(folder, ours, says, self._process.wait, self._process.kill)
 
 
+def serve(
+    command: Sequence[str],
+    folder: str,
+    *,
+    read_only: bool,
+    keeps_owners: bool = False,
+    tells_mounts: bool = True,
+) -> Served:
+    """Start one for this process. `command` is the beginning of its command line. With
+    `keeps_owners` an ordinary user's files are that user's in the guest as well, and not root's;
+    with `tells_mounts` the guest sees which directories are other file systems. Raises ConfigError
+    if it cannot be started; what it says of the folder is in `why_it_ended`."""
+    how = {"read_only": read_only, "keeps_owners": keeps_owners, "tells_mounts": tells_mounts}
+    if not other_user.is_to_come():
+        return Virtiofsd(command, folder, **how)
+    from pyvmm.host import apart
+
+    with ExitStack() as closing:
+        names = start_apart(command, folder, closing, **how)
+        with apart.handed_here(names):
+            return take_over(folder)
+
+
 def start_apart(
-    command: Sequence[str], folder: str, closing: ExitStack, *, read_only: bool
+    command: Sequence[str], folder: str, closing: ExitStack, **how: bool
 ) -> dict[str, int]:
     """Start one for another process, whose child it is no more than ours: the descriptors for that
-    process by the names that `take_over` looks for. `closing` closes ours. Raises ConfigError."""
+    process by the names that `take_over` looks for. `closing` closes ours; `how` is as `serve` has
+    it. Raises ConfigError."""
     from pyvmm.host import apart
 
     ours, listener = connected_listener()
     closing.callback(ours.close)
     with listener:
-        argv = [*_argv(command, folder, listener.fileno(), read_only, False), "--sandbox=namespace"]
+        argv = _argv(command, folder, listener.fileno(), **how)
         try:
             says = apart.start(argv, (listener.fileno(),), closing)
         except OSError as error:
@@ -176,12 +184,20 @@ def take_over(folder: str) -> Served:
 
 
 def _argv(
-    command: Sequence[str], folder: str, listener: int, read_only: bool, keeps_owners: bool
+    command: Sequence[str],
+    folder: str,
+    listener: int,
+    *,
+    read_only: bool,
+    keeps_owners: bool = False,
+    tells_mounts: bool = True,
 ) -> list[str]:
     return [
         *_begin(command, folder),
         *_arguments(folder, listener, read_only=read_only),
         *_owners(keeps_owners),
+        *([] if tells_mounts else ["--no-announce-submounts"]),
+        "--sandbox=namespace",
     ]
 
 

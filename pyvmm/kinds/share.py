@@ -238,7 +238,7 @@ def _server(spec: Spec) -> Served:
         return virtiofsd.take_over(spec.path)
     if spec.ninep:
         _mount_9p(spec)
-    return virtiofsd.Virtiofsd(
+    return virtiofsd.serve(
         images.virtiofsd_command(True),
         os.path.realpath(spec.path),
         read_only=spec.read_only,

@@ -242,6 +242,9 @@ class Broker:
 def _work(client: _Client, keeper: int, user: OtherUser | None) -> NoReturn:
     def settle() -> None:
         if user is not None:
+            from pyvmm.monitor import preload
+
+            preload.for_user(user)
             user.become()
         end_with(keeper)  # which a process that becomes another user's forgets
 

@@ -12,11 +12,12 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyvmm.errors import ConfigError, HostError
-from pyvmm.host import box, confinement, handed, log, named_listener, pausing, unix_sockets
+from pyvmm.host import box, handed, log, named_listener, pausing, unix_sockets
 from pyvmm.host.box import NO_BOX, Box, Needs
 from pyvmm.host.outside import Outside
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.kvm.uapi import KVM_RUN, numbers
+from pyvmm.monitor import preload
 from pyvmm.spec.surroundings import AUTO, EXEC, OFF, STRICT, USUAL, Surroundings
 from pyvmm.spec.vm import VmSpec
 
@@ -39,22 +40,17 @@ class Confinement:
         self,
         surroundings: Surroundings = USUAL,
         *,
-        passes_signals: bool = False,
         is_inside: bool = False,
     ) -> None:
-        """`passes_signals`: to another process, by its descriptor. `is_inside`: this is an emulated
-        host, where all that there is belongs to the VM."""
+        """`is_inside`: this is an emulated host, where all that there is belongs to the VM."""
         self._surroundings = surroundings
         self._mode = surroundings.confine
         # Or the threads that serve the guest alone, beside one that opens what comes.
         self._whole = self._mode == STRICT or (self._mode == AUTO and not is_inside)
+        self._is_inside = is_inside
         self._user: OtherUser | None = None
-        if surroundings.user:
-            from pyvmm.host.other_user import OtherUser
-
-            self._user = OtherUser.named(surroundings.user)
-            self._user.check_reads(_code())
-        self._passes_signals = passes_signals
+        self._no_user = ""  # why, where it should be one
+        self._starts_with: list[str] = []  # the files that a guest's start reads
         self._outside: Outside | None = None
         self._keeper: Keeper | None = None
         self._vm_log: VmLog | None = None
@@ -71,6 +67,7 @@ class Confinement:
         `group` of processes."""
         self._vm_log = vm_log
         self._has_name = True
+        self._choose_user(os.path.dirname(registration.path))
         if self._mode == OFF and self._user is None:
             return
         if self._whole or self._user is not None:  # whose files these are not
@@ -79,7 +76,8 @@ class Confinement:
             keeper = self._keeper = Keeper(
                 os.path.dirname(registration.path),
                 registration.name,
-                user=self._user,
+                # One that is nobody else's has no files, and no folders for links.
+                user=None if self._user is None or self._user.is_own else self._user,
             )
             for path in registration.files:
                 keeper.announce(path)
@@ -100,6 +98,22 @@ class Confinement:
         named_listener.note_by(note)
         if vm_log is not None:
             self._watch_over_log(vm_log)
+
+    def _choose_user(self, place: str) -> None:
+        """Whom the monitor becomes, if anybody. Raises ConfigError."""
+        wanted = self._surroundings.user
+        if not wanted or (wanted == AUTO and os.geteuid()):
+            return
+        from pyvmm.host import other_user
+
+        try:
+            self._user = other_user.OtherUser.wanted(wanted, place)
+        except ConfigError as error:
+            if wanted != AUTO:
+                raise
+            self._no_user = error.message
+            return
+        other_user.expect()
 
     def watch_over_inside(self, paths: Iterable[str]) -> None:
         """The same in an emulated host, before there is a thread; at `paths` this process is going
@@ -155,8 +169,9 @@ class Confinement:
                 if device.kind == "vhost_user":  # whose back end may be followed by another one
                     self._keeper.announce(getattr(device, "socket", ""), removes=False)
             self._keeper.enter_box()
+        self._starts_with = [path for path in (spec.kernel, spec.initrd) if path]
         if self._mode == OFF:
-            self._become()
+            self._become_only()
             self._say_what_is_on()
             return self.box
         # A thread that runs already keeps its files, namespaces and capabilities.
@@ -169,6 +184,13 @@ class Confinement:
                 cure="use --confine auto, which does without",
                 option="--confine",
             )
+        if self.box.off and not self.box.on and not self._is_inside and not os.geteuid():
+            layer, reason = self.box.off[0]
+            raise ConfigError(
+                f"nothing confines a monitor of root's here: {layer}: {reason}",
+                cure="start it as another user, or with --confine off",
+                option="--confine",
+            )
         self._say_what_is_on()
         return self.box
 
@@ -177,45 +199,74 @@ class Confinement:
         if not self._whole:
             self._outside = Outside(box.stay_outside)
         self._hear_refusals(spec.name)
-        for path in filter(None, (spec.kernel, spec.initrd)):
+        for path in self._starts_with:
             with suppress(OSError):
                 if os.stat(path).st_nlink:  # or else it has no name, as a memfd has not
                     self._of_start.append(path)
         cards = [device for device in spec.devices if device.kind == "net"]
         needs = Needs(
             ioctls=(KVM_RUN, *sorted(numbers.made() - {KVM_RUN})),  # it is looked for first
-            read=(*_code(), *_files(spec), *self._surroundings.allow_read),
+            read=(*preload.code(), *_files(spec), *self._surroundings.allow_read),
             uses_network=bool(cards),
             # Or else from outside; passt has none.
             hears_of_interfaces=self._whole and any(getattr(card, "tap", "") for card in cards),
-            passes_signals=self._passes_signals,
             outside=not self._whole,
             tells=self._refusals is not None,
             answers=None if self._refusals is None else self._refusals.answer,
+            change_user=self._become if self._user is not None or self._no_user else None,
         )
-        self.box = box.enter(needs, self._become)
+        self.box = box.enter(needs)
+        self._check_user(dict(self.box.off).get(box.USER, ""))
 
-    def _become(self) -> None:
-        """Become the other user, if there is one. Raises ConfigError."""
-        user = self._user
-        if user is None:
+    def _become_only(self) -> None:
+        """Become the other user, if there is one, without a box. Raises ConfigError."""
+        if self._user is None and not self._no_user:
             return
-        if box.signals_others() or self._passes_signals:
+        try:
+            self._become()
+        except ConfigError as error:
+            self._check_user(error.message)
+            self.box = Box((), ((box.USER, error.message),))
+        else:
+            self.box = Box((box.USER,))
+
+    def _check_user(self, reason: str) -> None:
+        """Raise ConfigError if there is a `reason` why this is not the user that was asked for."""
+        if reason and self._surroundings.user not in ("", AUTO):
             raise ConfigError(
-                "what serves qcow2 disks, --share or CMD stays root's, and cannot be ended by "
-                "another user",
-                cure="use raw disks (qemu-img convert -O raw), and pyvmm exec",
+                reason,
+                cure="give it CAP_SETUID and CAP_SETGID, or start it as that user",
                 option="--user",
             )
-        unix_sockets.belong_to(os.geteuid())
+
+    def _become(self) -> None:
+        """Become the other user. Raises ConfigError, and nothing has changed."""
+        from pyvmm.boot import image_file
+        from pyvmm.host import output
+
+        user = self._user
+        if user is None:
+            raise ConfigError(self._no_user)
+        for path in self._starts_with:
+            image_file.keep_open(path)
+        output.open_streams()
         try:
+            preload.for_user(user)
+            if user.is_own and self._surroundings.allow_read and (path := user.can(self._lacks)):
+                raise ConfigError(f"{path} is for root alone (--allow-read)")
+            box.let_no_program_have(None)  # which he could not give up any more
             user.become()
         except OSError as error:
             raise ConfigError(
-                f"this process cannot become user {user.uid}: {error.strerror}",
-                cure="give it CAP_SETUID and CAP_SETGID, or start it as that user",
-                option="--user",
+                f"this process cannot become user {user.uid}: {error.strerror}"
             ) from None
+        unix_sockets.belong_to(0)
+
+    def _lacks(self) -> str:
+        """What this user cannot read of that which stays to be read; "" for nothing."""
+        from pyvmm.host.other_user import unreadable
+
+        return next(filter(None, map(unreadable, self._surroundings.allow_read)), "")
 
     def _hear_refusals(self, name: str) -> None:
         if box.filters_calls():
@@ -230,7 +281,7 @@ class Confinement:
         if self._vm_log is not None:
             off = "".join(f"; not {layer}: {reason}" for layer, reason in self.box.off)
             layers = ", ".join(self.box.on) or "by nothing"
-            user = "" if self._user is None else f"; as user {self._user.uid}"
+            user = "" if box.USER not in self.box.on else f"; as user {os.geteuid()}"
             self._vm_log.note(f"confined ({self._mode}): {layers}{off}{user}")
 
     def described(self) -> dict[str, Any]:
@@ -285,14 +336,6 @@ class Confinement:
 def _ask_for_names(keeper: Keeper) -> None:
     named_listener.remove_by(keeper.remove)
     unix_sockets.connect_by(keeper.reach)
-
-
-def _code() -> Iterator[str]:
-    """The folders of Python's own modules and those of packages, which are loaded when they are
-    wanted."""
-    yield os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    yield os.path.dirname(os.path.abspath(os.__file__))
-    yield from confinement.package_folders()
 
 
 def _files(spec: VmSpec) -> Iterator[str]:

@@ -38,7 +38,7 @@ from pyvmm.platform.console import standard_fds
 from pyvmm.platform.escape import HELP, Command, EscapeParser
 from pyvmm.platform.terminal import Terminal, is_terminal
 from pyvmm.platform.window_size import SERVICE, SizeService
-from pyvmm.spec.surroundings import EXEC, STOP_SECONDS, STRICT, USUAL, Surroundings
+from pyvmm.spec.surroundings import AUTO, EXEC, STOP_SECONDS, STRICT, USUAL, Surroundings
 from pyvmm.spec.vm import DeviceSpec, DiskSpec, VmSpec
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def run_emulated(
 
 def _around(surroundings: Surroundings) -> str:
     """The surroundings of the monitor inside. Raises ConfigError for what it cannot have there."""
-    if surroundings.user:
+    if surroundings.user not in ("", AUTO):
         raise ConfigError(
             "the monitor in an emulated KVM host is that machine's root",
             cure="start pyvmm as that user",
@@ -130,6 +130,7 @@ def _around(surroundings: Surroundings) -> str:
         surroundings,
         allow_read=tuple(_visible(path, "--allow-read") for path in surroundings.allow_read),
         cgroup="",
+        user="",
     )
     return json.dumps(inside.as_values())
 

@@ -436,7 +436,7 @@ class _Serving:
             if self._state.user is not None:
                 from pyvmm.host.other_user import OtherUser
 
-                user = OtherUser(*self._state.user)
+                user = OtherUser(self._state.user[0], self._state.user[1])
             self._broker = Broker(self._state.monitor, self._epoll, user)
         listener, channel = unix_sockets.adopt(fds[0]), _socket.socket(fileno=fds[1])
         fds.clear()

@@ -71,7 +71,6 @@ def run_spec(
                         release,
                         surroundings,
                         group,
-                        passes_signals=wrap is not None,
                     )
 
             try:
@@ -147,8 +146,6 @@ def _run(
     on_open: Callable[[], None],
     surroundings: Surroundings,
     group: Group | None,
-    *,
-    passes_signals: bool,
 ) -> int:
     """`on_open` is called once all files of a VM on this machine's KVM are open; an emulated host
     looks for them until its end."""
@@ -156,7 +153,7 @@ def _run(
     if kvm == "host":
         from pyvmm.monitor.phases import run_here
 
-        confinement = _confinement(surroundings, registration, vm_log, group, passes_signals)
+        confinement = _confinement(surroundings, registration, vm_log, group)
         with _doors(surroundings, registration) as doors:
             return run_here(
                 spec,
@@ -258,11 +255,10 @@ def _confinement(
     registration: registry.Registration,
     vm_log: VmLog | None,
     group: Group | None,
-    passes_signals: bool,
 ) -> Confinement:
     from pyvmm.monitor.confine import Confinement
 
-    confinement = Confinement(surroundings, passes_signals=passes_signals)
+    confinement = Confinement(surroundings)
     confinement.watch_over(registration, vm_log, group)
     return confinement
 

@@ -253,11 +253,11 @@ LAST = (
     Option(
         "user",
         "--user",
-        metavar="NAME",
+        metavar="auto|BASE-LAST|NAME",
         default="",
         after="--allow-read",
-        help="For root: the monitor becomes this user, a name or UID:GID, before the guest runs; "
-        "best one of its own for each VM.",
+        help="For root: whom the monitor becomes before the guest runs. auto is a user of its own "
+        "for each VM, BASE-LAST one of these numbers for each; or a name, or UID:GID.",
     ),
     Option(
         "cgroup",

@@ -68,8 +68,9 @@ class ControlSocket(Record):
 
 class Surroundings(Record):
     """`confine` is one of MODES. `allow_read` are paths that code of the user's may read once the
-    monitor is confined. `user` is whom the monitor becomes then, "" for nobody else. `cgroup` is
-    the group of processes that it joins first, "" for none. `sockets` are more control sockets.
+    monitor is confined. `user` is whom root's monitor becomes then: AUTO, ``BASE-LAST``, a name or
+    ``UID:GID``; "" for nobody else. `cgroup` is the group of processes that it joins first, ""
+    for none. `sockets` are more control sockets.
     `stop_timeout` are the seconds that a guest has to power off after a signal."""
 
     confine: str = AUTO

@@ -35,6 +35,7 @@ from pyvmm.host.box import (
     NETWORK,
     PRIVILEGES,
     ROOT,
+    USER,
 )
 from pyvmm.host.programs import find_program
 from pyvmm.kvm.system import Kvm
@@ -122,47 +123,47 @@ def attacks(folder: Path, victim: int, port: int, abstract: str, key: int) -> di
         ),
         "see whether a file is there": Attack("os.stat('/etc/passwd')", (ROOT,)),
         "write to another VM's disk": Attack(
-            f"open({str(other)!r}, 'r+b').write(b'x')", (ROOT, FILES)
+            f"open({str(other)!r}, 'r+b').write(b'x')", (ROOT, USER, FILES)
         ),
         "make a file": Attack(
-            f"open({str(new)!r}, 'w'); os.unlink({str(new)!r})", (ROOT, FILES, CALLS)
+            f"open({str(new)!r}, 'w'); os.unlink({str(new)!r})", (ROOT, USER, FILES, CALLS)
         ),
         "look into a folder": Attack("os.listdir('/var')", (ROOT, FILES)),
         "read of another process": Attack(
-            f"open('/proc/{victim}/environ').read(1)", (ROOT, CAPABILITIES, FILES)
+            f"open('/proc/{victim}/environ').read(1)", (ROOT, USER, CAPABILITIES, FILES)
         ),
         "run a program": Attack(
             f"os.waitpid(os.posix_spawn({os.path.realpath('/bin/true')!r}, ['true'], {{}}), 0)",
             (FILES, CALLS),
         ),
         "fork": Attack("pid = os.fork() or os._exit(0); os.waitpid(pid, 0)", (CALLS,)),
-        "kill another process": Attack(f"os.kill({victim}, 0)", (CALLS,)),
+        "kill another process": Attack(f"os.kill({victim}, 0)", (USER, CALLS)),
         "kill all processes": Attack("os.kill(-1, 0)", (CALLS,)),
         "kill another's thread": Attack(
-            f"call(234, {victim}, {victim}, 0); call(200, {victim}, 0)", (CALLS,)
+            f"call(234, {victim}, {victim}, 0); call(200, {victim}, 0)", (USER, CALLS)
         ),
         # Its own siginfo, with si_code SI_QUEUE
         "kill another process by a queue": Attack(
             f"i = bytes(8) + b'\\xff' * 4 + bytes(116); call(129, {victim}, 0, i);"
             f"call(297, {victim}, {victim}, 0, i)",
-            (CALLS,),
+            (USER, CALLS),
         ),
         "see other processes": Attack(
             f"'{victim}' in os.listdir('/proc') or call_refused()", (ROOT, FILES)
         ),
         "see whether a process is there": Attack(f"os.stat('/proc/{victim}')", (ROOT,)),
         "change another process's limits": Attack(
-            f"resource.prlimit({victim}, resource.RLIMIT_CORE)", (CALLS,)
+            f"resource.prlimit({victim}, resource.RLIMIT_CORE)", (USER, CALLS)
         ),
         "make another process wait": Attack(
             f"os.setpriority(os.PRIO_PROCESS, {victim}, 19); os.sched_setaffinity({victim}, [0])",
-            (CAPABILITIES, CALLS),  # of one with more capabilities
+            (USER, CAPABILITIES, CALLS),  # of one with more capabilities
         ),
         "have signals sent": Attack(f"fcntl.fcntl(0, fcntl.F_SETOWN, {victim})", (CALLS,)),
         "hold another process": Attack(f"os.close(os.pidfd_open({victim}))", (CALLS,)),
         "trace another process": Attack(
             f"call(101, 0x4206, {victim}, 0, 0); call(101, 17, {victim}, 0, 0)",
-            (CAPABILITIES, FILES, CALLS),
+            (USER, CAPABILITIES, FILES, CALLS),
         ),
         "read another process's memory": Attack(f"call(310, {victim}, 0, 0, 0, 0, 0)", (CALLS,)),
         "reach the network": Attack(
@@ -180,18 +181,18 @@ def attacks(folder: Path, victim: int, port: int, abstract: str, key: int) -> di
         "reach shared memory by its key": Attack(f"shared_memory({key})", (NAMESPACES, CALLS)),
         "reach another VM's control socket": Attack(
             f"s = socket.socket(socket.AF_UNIX); s.connect({str(folder / 'control')!r}); s.close()",
-            (ROOT, CALLS),
+            (ROOT, USER, CALLS),
         ),
         # Of a file that is there in any box, upon itself.
         "mount": Attack(
             f"k = {str(folder / 'kernel')!r}.encode(); call(165, k, k, b'', 0x1000, 0);"
             "call(166, k, 2)",
-            (CAPABILITIES, FILES, CALLS),
+            (USER, CAPABILITIES, FILES, CALLS),
         ),
-        "enter new namespaces": Attack("call(272, 0x04000000)", (CAPABILITIES, CALLS)),
-        "load a module": Attack("call(313, -1, b'', 0)", (CAPABILITIES, CALLS)),
+        "enter new namespaces": Attack("call(272, 0x04000000)", (USER, CAPABILITIES, CALLS)),
+        "load a module": Attack("call(313, -1, b'', 0)", (USER, CAPABILITIES, CALLS)),
         "name the machine": Attack(
-            "n = os.uname().nodename.encode(); call(170, n, len(n))", (CAPABILITIES, CALLS)
+            "n = os.uname().nodename.encode(); call(170, n, len(n))", (USER, CAPABILITIES, CALLS)
         ),
         "use kernel keys": Attack("call(250, 0, -3, 0)", (CALLS,)),
         "use io_uring": Attack("call(425, 1, b'\\0' * 120)", (CALLS,)),
@@ -241,7 +242,7 @@ class Scene(NamedTuple):
         done = subprocess.run(
             [
                 *(sys.executable, "-c", RUN, layers, "run", "--kvm=host", "--kernel", str(kernel)),
-                *("--disk", str(disk)),
+                *("--disk", str(disk), *(("--user=auto",) if USER in layers.split() else ())),
                 *("--device", f"{self.folder}/attacker.py:Attacker,plan={plan}", *options),
             ],
             env={**os.environ, "XDG_RUNTIME_DIR": str(self.folder)},
@@ -492,7 +493,8 @@ def test_more_refused_calls_than_anybody_reads_cost_nothing() -> None:
 
 
 def test_without_confinement_nothing_is_taken_away(scene: Scene) -> None:
-    assert scene.attempt(" ".join(LAYERS), "--confine=off") == scene.attempt("")
+    layers = " ".join(layer for layer in LAYERS if layer != USER)  # which --user asks for
+    assert scene.attempt(layers, "--confine=off") == scene.attempt("")
 
 
 @pytest.mark.parametrize("mode", ["auto", "strict"])
@@ -501,15 +503,17 @@ def test_a_confined_monitor_does_all_its_work(kvm: Kvm, tmp_path: Path, mode: st
     kernel = echo_kernel(tmp_path)
     disk = tmp_path / "disk"
     options = ("--kernel", kernel, "--disk", f"{disk},id=one", "--balloon", "size=0")
-    options += ("--vsock", f"path={tmp_path}/vsock", "--confine", mode)
+    options += ("--vsock", f"path={tmp_path}/vsock", "--confine", mode, "--user=auto")
     with Running(tmp_path, "vm", b"", *options) as vm:
         [row] = vm.ps()
         layers = {"on": list(box.probe().on), "off": dict(box.probe().off)}
         assert row["confinement"] == {
-            **{"mode": mode, "user": os.geteuid()},
+            **{"mode": mode, "user": row["confinement"]["user"]},
             **layers,
             "refused_calls": 0,
         }
+        is_another = row["confinement"]["user"] != os.geteuid()
+        assert is_another == (USER in layers["on"])
         counted = json.loads(vm("stats", "vm", "--json").stdout)
         assert counted["confinement"] == row["confinement"]
         for command in (

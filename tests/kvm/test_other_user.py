@@ -1,72 +1,52 @@
-"""`--user`: what a monitor that root has started may do as another user, and its neighbours.
-
-Python's modules must be readable for all, so this looks for a Python that is.
-"""
+"""`--user`: what a monitor that root has started may do as another user, and its neighbours."""
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 from boot_images import Elf, Load
+from echo_guest import echo_kernel
 from hotplug_rig import until
 from test_monitors_box import DEVICE, HELPERS, READS_AND_WAITS, SAFETY_TIMEOUT
+from test_monitors_box import RUN as RUN_WITH_LAYERS
+from test_slots import has_nothing_of, those_with
 
+from pyvmm import images
+from pyvmm.errors import ConfigError
+from pyvmm.host import box
+from pyvmm.host.other_user import OtherUser
+from pyvmm.host.programs import find_program
 from pyvmm.kvm.system import Kvm
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE, OTHER = 61001, 61002
+RUN = (sys.executable, "-m", "pyvmm", "run", "--kvm=host")
 
-
-def environment() -> dict[str, str]:
-    places = (str(ROOT), sysconfig.get_paths()["purelib"], sysconfig.get_paths()["platlib"])
-    return {"PATH": os.defpath, "PYTHONPATH": os.pathsep.join(places), "LANG": "C.UTF-8"}
-
-
-@pytest.fixture(scope="module")
-def python() -> str:
-    """A Python that any user can run pyvmm with."""
-    if os.geteuid():
-        pytest.skip("only root can become another user")
-    version = f"python3.{sys.version_info.minor}"
-    for candidate in (sys.executable, f"/usr/bin/{version}", f"/usr/local/bin/{version}"):
-        try:
-            done = subprocess.run(
-                [candidate, "-c", "import cffi, click, pyvmm.monitor.run_spec"],
-                env=environment(),
-                user=ONE,
-                group=ONE,
-                extra_groups=(),
-                capture_output=True,
-            )
-        except OSError:
-            continue
-        if done.returncode == 0:
-            return candidate
-    pytest.skip("no Python here can be used by all users")
+pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
 
 class Vm:
-    def __init__(self, python: str, folder: Path, name: str, *options: str) -> None:
-        self.name, self.python = name, python
-        self.environment = {**environment(), "XDG_RUNTIME_DIR": str(folder)}
+    def __init__(self, folder: Path, name: str, *options: str) -> None:
+        self.name = name
+        self.environment = {**os.environ, "XDG_RUNTIME_DIR": str(folder)}
         plan = folder / f"{name}.plan"
         self.plan = plan
         device = f"{folder}/attacker.py:Attacker,plan={plan}"
         self.process = subprocess.Popen(
             [
-                *(python, "-m", "pyvmm", "run", "--kvm=host", "--kernel", str(folder / "kernel")),
-                *("--name", name, "--device", device, *options),
+                *RUN,
+                *("--kernel", str(folder / "kernel"), "--name", name, "--device", device, *options),
             ],
             env=self.environment,
             stdin=subprocess.DEVNULL,
@@ -77,7 +57,7 @@ class Vm:
 
     def __call__(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [self.python, "-m", "pyvmm", *arguments],
+            [sys.executable, "-m", "pyvmm", *arguments],
             env=self.environment,
             capture_output=True,
             text=True,
@@ -99,11 +79,9 @@ class Vm:
 
 
 @contextmanager
-def running(
-    python: str, folder: Path, name: str, plan: dict[str, str], *options: str
-) -> Iterator[Vm]:
+def running(folder: Path, name: str, plan: dict[str, str], *options: str) -> Iterator[Vm]:
     (folder / f"{name}.plan").write_text(json.dumps(plan))
-    vm = Vm(python, folder, name, *options)
+    vm = Vm(folder, name, *options)
     try:
         yield vm
     finally:
@@ -135,14 +113,14 @@ def attacks(folder: Path, victim: int) -> dict[str, str]:
 
 
 # Without other layers: it is the user alone that stops them.
-def test_two_vms_of_two_users_cannot_reach_one_another(python: str, folder: Path) -> None:
+def test_two_vms_of_two_users_cannot_reach_one_another(folder: Path) -> None:
     found = {}
     for with_user in (False, True):
         one, other = ((("--user", f"{uid}:{uid}") if with_user else ()) for uid in (ONE, OTHER))
-        with running(python, folder, "a", {"none": "pass"}, *one, "--confine=off") as victim:
+        with running(folder, "a", {"none": "pass"}, *one, "--confine=off") as victim:
             assert victim.found() == {"none": "done"}
             plan = attacks(folder, victim.process.pid)
-            with running(python, folder, "b", plan, *other, "--confine=off") as vm:
+            with running(folder, "b", plan, *other, "--confine=off") as vm:
                 found[with_user] = vm.found()
         for report in folder.glob("*.report"):
             report.unlink()
@@ -150,13 +128,22 @@ def test_two_vms_of_two_users_cannot_reach_one_another(python: str, folder: Path
     assert set(found[True].values()) <= {"EPERM", "EACCES"}, found
 
 
+def connects(path: Path) -> str:
+    with socket.socket(socket.AF_UNIX) as client:
+        try:
+            client.connect(str(path))
+        except OSError as error:
+            return errno.errorcode[error.errno or 0]
+    return ""
+
+
 @pytest.mark.parametrize("mode", ["auto", "strict", "off"])
-def test_root_looks_after_a_vm_that_is_another_user_s(python: str, folder: Path, mode: str) -> None:
+def test_root_looks_after_a_vm_that_is_another_user_s(folder: Path, mode: str) -> None:
     ids = (ONE,) * 3
     tells = f"assert os.getresuid() == {ids} and os.getresgid() == {ids}"
     plan = {"who": tells, "groups": "assert not os.getgroups()"}
     options = ("--user", f"{ONE}:{ONE}", "--confine", mode, "--vsock", f"path={folder}/vsock")
-    with running(python, folder, "a", plan, *options) as vm:
+    with running(folder, "a", plan, *options) as vm:
         assert set(vm.found().values()) == {"done"}
         task = Path(f"/proc/{vm.process.pid}/task")
         for status in task.glob("*/status"):
@@ -169,13 +156,7 @@ def test_root_looks_after_a_vm_that_is_another_user_s(python: str, folder: Path,
             done = vm(*command)
             assert done.returncode == 0, done.stderr
         # Not even that user's own processes get in.
-        asked = subprocess.run(
-            [python, "-c", f"import socket; socket.socket(1).connect('{folder}/pyvmm/a.sock')"],
-            user=ONE,
-            group=ONE,
-            capture_output=True,
-        )
-        assert asked.returncode, asked
+        assert OtherUser(ONE, ONE).can(lambda: connects(folder / "pyvmm/a.sock")) == "EACCES"
         assert f"as user {ONE}" in vm("logs", "a").stderr.splitlines()[0]
         assert vm("stop", "a", "--timeout", "0").returncode == 0
         vm.process.wait(SAFETY_TIMEOUT)
@@ -196,7 +177,7 @@ except HostError as error:
 
 # Whoever owns the folder of a VM's sockets puts links there: root must not follow them for him.
 @pytest.mark.parametrize("mode", ["auto", "strict"])
-def test_root_connects_him_to_no_other_socket(python: str, folder: Path, mode: str) -> None:
+def test_root_connects_him_to_no_other_socket(folder: Path, mode: str) -> None:
     his = folder / "his"
     (folder / "roots").mkdir(mode=0o700)
     his.mkdir()
@@ -212,7 +193,7 @@ def test_root_connects_him_to_no_other_socket(python: str, folder: Path, mode: s
         os.chmod(folder, 0o711)
         os.chown(his, ONE, ONE)
         options = ("--user", f"{ONE}:{ONE}", "--confine", mode, "--vsock", f"path={his}/vsock")
-        with running(python, folder, "a", plan, *options) as vm:
+        with running(folder, "a", plan, *options) as vm:
             assert vm.found() == {"a listener": "done", "a link": "ELOOP"}
 
 
@@ -226,13 +207,13 @@ print(client.makefile().readline())
 
 
 @pytest.mark.parametrize("mode", ["auto", "strict"])
-def test_what_a_client_names_is_opened_as_that_user(python: str, folder: Path, mode: str) -> None:
+def test_what_a_client_names_is_opened_as_that_user(folder: Path, mode: str) -> None:
     """Though the keeper, which hears it, is root."""
     options = ("--user", f"{ONE}:{ONE}", "--confine", mode, "--transport", "pci")
     answers = {}
     with (
         tempfile.TemporaryDirectory() as place,  # in a folder that is everybody's
-        running(python, folder, "a", {"none": "pass"}, *options) as vm,
+        running(folder, "a", {"none": "pass"}, *options) as vm,
     ):
         os.chmod(place, 0o711)
         until(lambda: vm("stats", "a").returncode == 0)
@@ -242,7 +223,7 @@ def test_what_a_client_names_is_opened_as_that_user(python: str, folder: Path, m
             disk.chmod(0o600)
             os.chown(disk, owner, owner)
             asked = {"version": 1, "method": "disk.add", "params": {"device": str(disk)}}
-            argv = [python, "-c", ASKS, f"{folder}/pyvmm/a.sock", json.dumps(asked)]
+            argv = [sys.executable, "-c", ASKS, f"{folder}/pyvmm/a.sock", json.dumps(asked)]
             done = subprocess.run(argv, capture_output=True, text=True, timeout=SAFETY_TIMEOUT)
             answers[name] = json.loads(done.stdout)
     assert "result" in answers["his"] and "error" in answers["roots"], answers
@@ -260,36 +241,165 @@ def test_what_a_client_names_is_opened_as_that_user(python: str, folder: Path, m
         ("1:2:3", "there is no user"),
     ],
 )
-def test_whom_it_cannot_become_is_told_in_one_line(
-    python: str, folder: Path, user: str, message: str
-) -> None:
-    with running(python, folder, "a", {}, f"--user={user}") as vm:
+def test_whom_it_cannot_become_is_told_in_one_line(folder: Path, user: str, message: str) -> None:
+    with running(folder, "a", {}, f"--user={user}") as vm:
         assert vm.process.wait(SAFETY_TIMEOUT) == 2
         assert vm.process.stderr is not None
         [line] = vm.process.stderr.read().splitlines()
         assert message in line and "--user" in line
 
 
-def test_modules_that_he_cannot_read_are_told_before_the_guest_runs(
-    python: str, folder: Path
+AUTO = [("--user", "auto"), ("--user", "750001-750009")]
+
+
+def users_of(vm: Vm) -> set[str]:
+    """Of all of its threads: their real, effective, saved and file system's user."""
+    found = set()
+    for status in Path(f"/proc/{vm.process.pid}/task").glob("*/status"):
+        words = dict(line.split(":\t", 1) for line in status.read_text().splitlines())
+        found |= {*words["Uid"].split(), *words["Gid"].split()}
+    return found
+
+
+@pytest.mark.parametrize("option", AUTO)
+def test_each_vm_is_a_user_of_its_own(folder: Path, option: tuple[str, ...]) -> None:
+    found = []
+    with (
+        running(folder, "a", {"none": "pass"}, *option, "--vsock", f"path={folder}/v") as one,
+        running(folder, "b", {"none": "pass"}, *option) as other,
+    ):
+        for vm in (one, other):
+            assert vm.found() == {"none": "done"}
+            [user] = users_of(vm)
+            found.append(int(user))
+            assert "user, limits" in vm("logs", vm.name).stderr.splitlines()[0]
+        rows = {row["name"]: row["confinement"] for row in json.loads(one("ps", "--json").stdout)}
+        assert [rows[name]["user"] for name in "ab"] == found
+        assert all("user" in row["on"] for row in rows.values())
+    assert found[0] != found[1] and 0 not in found
+    files = [path for path in folder.rglob("*") if path.lstat().st_uid]
+    assert not files, "they are root's, as whoever started it"
+
+
+HIS = pytest.mark.parametrize("option", [("--user", f"{ONE}:{ONE}"), *AUTO])
+
+
+@HIS
+def test_its_guest_starts_again_from_a_kernel_for_root_alone(
+    folder: Path, option: tuple[str, ...]
 ) -> None:
+    kernel = Path(echo_kernel(folder))
+    kernel.chmod(0o600)
+    process = subprocess.Popen(
+        [*RUN, "--kernel", str(kernel), *option],
+        env={**os.environ, "XDG_RUNTIME_DIR": str(folder)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        try:
+            assert process.stdin is not None and process.stdout is not None
+            for key in "RRO":
+                assert process.stdout.readline() == "ready\n"
+                process.stdin.write(key)
+                process.stdin.flush()
+            assert process.wait(SAFETY_TIMEOUT) == 0
+        finally:
+            process.kill()
+
+
+@HIS
+@pytest.mark.parametrize("killed", [False, True])
+def test_what_serves_its_disks_and_directories_ends_with_it(
+    folder: Path, option: tuple[str, ...], killed: bool
+) -> None:
+    if not (find_program("qemu-img") and find_program("qemu-storage-daemon")):
+        pytest.skip("qemu-utils are not installed")
+    image, shared = folder / "image.qcow2", folder / "shared"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "1M"], check=True)
+    image.chmod(0o600)
+    shared.mkdir()
+    shares = ()
+    with suppress(ConfigError):
+        images.virtiofsd_command()
+        shares = ("--share", f"{shared},tag=t")
+    with running(folder, "a", {}, *option, "--disk", str(image), *shares) as vm:
+        until(lambda: vm("stats", "a").returncode == 0)
+        serving = those_with(image, shared)
+        del serving[vm.process.pid]
+        # It forks, and so does who watches over the disk's, as in a VM that is given them later.
+        assert len(serving) == 2 + 2 * bool(shares), serving
+        assert vm.process.pid not in serving.values() and "0" not in users_of(vm)
+        if not killed:
+            assert vm("stop", "a", "--timeout", "0").returncode == 0
+            vm.process.wait(SAFETY_TIMEOUT)
+            assert vm.process.stderr is not None and "does not end" not in vm.process.stderr.read()
+    until(lambda: not those_with(image, shared))
+    has_nothing_of(image)
+
+
+def test_what_he_cannot_read_of_python_he_has_loaded_before(folder: Path) -> None:
+    """Without a root of the monitor's own, and so with all of the folders above."""
     (folder / "hidden").mkdir(mode=0o700)
     os.symlink(ROOT / "pyvmm", folder / "hidden/pyvmm")
-    script = f"import sys; sys.path.insert(0, '{folder}/hidden')\n" + (
-        "from pyvmm.monitor import confine\n"
-        f"confine._code = lambda: iter(['{folder}/hidden'])\n"
-        "from pyvmm.cli import main; sys.exit(main())"
-    )
-    done = subprocess.run(
+    layers = " ".join(layer for layer in box.LAYERS if layer != box.ROOT)
+    script = f"import sys; sys.path.insert(0, '{folder}/hidden')\n{RUN_WITH_LAYERS}"
+    environment = {
+        **os.environ,
+        **{"XDG_RUNTIME_DIR": str(folder), "XDG_STATE_HOME": str(folder / "state")},
+    }
+    for name in ("disk", "more"):
+        (folder / name).write_bytes(bytes(512))
+    process = subprocess.Popen(
         [
-            *(python, "-c", script, "run", "--kvm=host", "--kernel", str(folder / "kernel")),
-            *("--user", f"{ONE}:{ONE}"),
+            *(sys.executable, "-c", script, layers, "run", "--kvm=host", "--name", "a"),
+            *("--kernel", echo_kernel(folder), "--user", "750001-750009", "--balloon", "size=0"),
+            *("--disk", f"{folder}/disk,id=one", "--transport", "pci"),
         ],
-        env={**environment(), "XDG_RUNTIME_DIR": str(folder)},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=SAFETY_TIMEOUT,
     )
-    assert done.returncode == 2
-    assert f"user {ONE} cannot read {folder}/hidden, where Python's modules are" in done.stderr
+    vm = Vm.__new__(Vm)
+    vm.environment = {**environment}
+    with process:
+        try:
+            assert process.stdin is not None
+            until(lambda: vm("stats", "a").returncode == 0)
+            for command in (
+                *(("stats", "a", "--json"), ("pause", "a"), ("resume", "a"), ("metrics", "a")),
+                *(("disk", "add", "a", f"{folder}/more"), ("rng", "add", "a")),
+                *(("disk", "resize", "a", "one", "1M"), ("balloon", "a"), ("snapshot", "a", "s")),
+            ):
+                done = vm(*command)
+                assert done.returncode == 0, (command, done.stderr)
+            process.stdin.write("R")
+            process.stdin.flush()
+            until(lambda: vm("logs", "a").stdout.count("ready") == 2)
+            _, told = process.communicate("P", timeout=SAFETY_TIMEOUT)
+            assert process.returncode == 11, told
+            assert "No module" not in told and "Traceback" not in told, told
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_who_may_read_late_what_is_root_s_alone_stays_root(folder: Path, readable: bool) -> None:
+    """And says so. An ordinary file is no reason."""
+    named = folder / "place"
+    named.mkdir()
+    (named / "data").write_text("x")
+    (named / "data").chmod(0o644 if readable else 0o600)
+    plan = {
+        "read": f"open('{named}/data').read(1)",
+        "be no root": "os.getuid() or call_refused()",
+    }
+    with running(folder, "a", plan, "--user=auto", "--allow-read", str(named)) as vm:
+        assert vm.found() == {"read": "done", "be no root": "done" if readable else "EPERM"}
+        first = vm("logs", "a").stderr.splitlines()[0]
+        reason = f"not user: {named}/data is for root alone (--allow-read)"
+        assert (reason in first) != readable, first

@@ -128,7 +128,7 @@ def qcow2_layers(disk: DiskSpec, closing: ExitStack) -> tuple[Layer, ...]:
 
 def _open_qcow2(disk: DiskSpec, closing: ExitStack) -> Backend:
     from pyvmm.host import handed
-    from pyvmm.host.storage_daemon import EXPORT, Serving, StorageDaemon, take_over
+    from pyvmm.host.storage_daemon import EXPORT, Serving, start, take_over
     from pyvmm.virtio.blk.nbd import NbdBackend, load
 
     library = load()
@@ -137,7 +137,7 @@ def _open_qcow2(disk: DiskSpec, closing: ExitStack) -> Backend:
     if handed.present():
         daemon, patience = take_over(disk.path), _HANDSHAKE
     else:
-        daemon = StorageDaemon(qcow2_layers(disk, closing), direct=disk.direct)
+        daemon = start(qcow2_layers(disk, closing), direct=disk.direct)
     closing.callback(daemon.close)
     try:
         backend = NbdBackend(library, daemon.socket, EXPORT, patience=patience)

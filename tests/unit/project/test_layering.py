@@ -59,7 +59,7 @@ ALLOWED: dict[str, set[str]] = {
 IMPORT_BY_NAME = {
     *("pyvmm", "pyvmm.cli.commands", "pyvmm.kinds.registry"),
     "pyvmm.host.confinement",  # what its callers pass: `module.__name__`, of an import
-    "pyvmm.emulated_host.collected",  # it loads what others import
+    *("pyvmm.emulated_host.collected", "pyvmm.monitor.preload"),  # they load what others import
 }
 
 
