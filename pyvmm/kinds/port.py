@@ -140,7 +140,7 @@ def check(spec: Spec) -> Spec:
         odd = not port.name.isprintable() or "/" in port.name or port.name in (".", "..")
         if odd or len(port.name.encode()) > _NAME_BYTES:
             raise ConfigError(
-                f"the name {port.name!r} has a slash, is not printable or too long",
+                f"the name {port.name!r:.100} has a slash, is not printable or too long",
                 cure=f"use at most {_NAME_BYTES} bytes",
                 option=_FLAG,
             )

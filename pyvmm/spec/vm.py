@@ -191,15 +191,15 @@ def check(spec: VmSpec) -> None:
             option="--disk",
         )
     if spec.transport not in TRANSPORTS:
-        raise ConfigError(f"unknown transport {spec.transport!r}", cure=f"use {TRANSPORTS}")
+        raise ConfigError(f"unknown transport {spec.transport!r:.100}", cure=f"use {TRANSPORTS}")
     if spec.arch not in ("", *ARCHITECTURES):
         raise ConfigError(
-            f"unknown architecture {spec.arch!r}", cure=f"use {ARCHITECTURES}", option="--arch"
+            f"unknown architecture {spec.arch!r:.100}", cure=f"use {ARCHITECTURES}", option="--arch"
         )
     if spec.discovery not in DISCOVERY:
-        raise ConfigError(f"unknown discovery {spec.discovery!r}", cure=f"use {DISCOVERY}")
+        raise ConfigError(f"unknown discovery {spec.discovery!r:.100}", cure=f"use {DISCOVERY}")
     if spec.on_reboot not in ON_REBOOT:
-        raise ConfigError(f"unknown on_reboot {spec.on_reboot!r}", cure=f"use {ON_REBOOT}")
+        raise ConfigError(f"unknown on_reboot {spec.on_reboot!r:.100}", cure=f"use {ON_REBOOT}")
     if spec.name:
         check_name(spec.name)
     if spec.trace_file is not None and not spec.trace:

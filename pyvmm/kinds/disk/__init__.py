@@ -218,7 +218,7 @@ def check_all(disks: Iterable[DiskSpec], vm: VmSpec) -> list[DiskSpec]:
         # In this order: what is not printable may not be encodable either.
         if not disk_id.isprintable() or len(disk_id.encode()) > MAX_ID_BYTES:
             raise ConfigError(
-                f"the id {disk_id!r} is not printable or longer than {MAX_ID_BYTES} bytes",
+                f"the id {disk_id!r:.100} is not printable or longer than {MAX_ID_BYTES} bytes",
                 cure="shorten it",
                 option=FLAG,
             )

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
 
 from pyvmm.errors import ConfigError
+from pyvmm.kinds import port
 from pyvmm.kinds import registry as devices
 from pyvmm.kinds.border import Border, Crossing
 from pyvmm.kinds.interface import Context
 from pyvmm.kinds.vm_spec import from_json, to_json, validate
 from pyvmm.machine.board.registry import board_for
 from pyvmm.machine.cmdline import command_line
-from pyvmm.spec.vm import VmSpec
+from pyvmm.spec.vm import DiskSpec, VmSpec, check
 
 X86 = board_for("x86_64")
 
@@ -201,3 +203,21 @@ def test_balloon_options_that_cannot_be(text):
         vm(devices.parse("balloon", text))
     with pytest.raises(ConfigError, match="--balloon: a size of"):
         vm(devices.parse("balloon", "size=99999999G"))
+
+
+@pytest.mark.parametrize("name", ["transport", "arch", "discovery", "on_reboot"])
+def test_a_long_value_in_a_saved_spec_is_cut_where_it_is_shown(name: str) -> None:
+    data = json.loads(to_json(VmSpec("k")))
+    with pytest.raises(ConfigError) as caught:
+        check(from_json(json.dumps({**data, name: "x" * 70_000})))
+    assert len(str(caught.value)) < 500
+
+
+def test_a_long_name_of_a_disk_or_port_is_cut_where_it_is_shown() -> None:
+    long = "x" * 70_000
+    spec = VmSpec("k", disks=(DiskSpec("/d", id=long),))
+    ports = VmSpec("k", devices=(port.Spec((port.PortSpec(long, "/p"),)),))
+    for wrong in (spec, ports):
+        with pytest.raises(ConfigError) as caught:
+            validate(wrong)
+        assert len(str(caught.value)) < 500
