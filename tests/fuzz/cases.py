@@ -16,6 +16,7 @@ from fuzz.disks import disk_case
 from fuzz.kernels import kernel_case
 from fuzz.peers import back_end_case, front_end_case, server_case
 from fuzz.queues import queue_case
+from fuzz.saved import saved_case
 from fuzz.storage import storage_case
 
 from pyvmm.testing.mmio_driver import Ring
@@ -39,6 +40,7 @@ CASES = {
     "front-end": Cases(front_end_case, 1),
     "kernel": Cases(kernel_case, 16),
     "queue": Cases(queue_case, 384),
+    "saved": Cases(saved_case, 24),
     "server": Cases(server_case, 1),
     "storage": Cases(storage_case, 4),
 }
