@@ -236,7 +236,7 @@ def _identities(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _state(rng: Random, note: list[str]) -> None:
-    with mock.patch.dict(os.environ, _place().environment), _written(rng) as (path, state, spec):
+    with mock.patch.dict(os.environ, _place().environment), _written(rng) as (path, _, spec):
         good = json.loads((path / store.STATE).read_text())
         files = _identities(path)
         way = rng.choice(("none", "values", "values", "values", "values", "text", "file"))
