@@ -139,8 +139,7 @@ class _Client:
                 done = self.socket.send(data[:size])
         except BlockingIOError:
             return
-        except OSError:
-            self.ended = True
+        except OSError:  # it was turned away, as what it hears next says
             self.to_send.clear()
             return
         self.to_send[0] = (data[done:], [])
