@@ -115,8 +115,8 @@ class _Client:
         self.ended = self.hung_up = self.shut = self.busy = self.over = self.breaks = self.heard = (
             False
         )
-        self.behind = b""  # what it has said as a stream
-        self.upgraded = False
+        self.behind = b""  # what it says as a stream, from some line on
+        self.upgraded = self.fails = False
         self.socket.connect(_places().paths[right])
 
     def say(self, data: bytes, descriptors: int = 0) -> None:
@@ -167,6 +167,8 @@ class _Client:
                 assert self.right != "exec"
                 self.busy = True
                 return
+            if self.breaks and not self.expected:
+                continue
             assert self.expected, f"an answer to nothing: {answer}"
             said, check = self.expected.popleft()
             try:
@@ -187,7 +189,7 @@ class _Case:
         self.clients: list[_Client] = []
         self.waiting: deque[_Thread] = deque()
         self.defects: list[str] = []
-        self.handed: list[tuple[Any, bytes]] = []
+        self.handed: list[tuple[Any, bytearray]] = []
         self.cancelled = 0
         self.time = _Time()
         self.lent = [os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)]
@@ -244,8 +246,10 @@ class _Case:
         def defect() -> None:
             raise KeyError("lost")
 
-        def later(text: str, fails: bool = False) -> Later:
+        def later(text: str, descriptors: Any, fails: bool = False) -> Later:
             def run() -> dict[str, str]:
+                for fd in descriptors.fds:  # which are open as long as it takes
+                    os.fstat(fd)
                 if fails:
                     raise ConfigError(f"no {text}")
                 return {"text": text}
@@ -256,7 +260,13 @@ class _Case:
             def hand_over(connection: Any, rest: bytes) -> None:
                 if fails:
                     raise OSError("nobody takes it")
-                self.handed.append((connection, rest))
+                self.handed.append((connection, bytearray(rest)))
+                others = [
+                    one
+                    for one, _ in self.handed
+                    if one.fileno() >= 0 and not one.getsockname().endswith("/exec")
+                ]
+                assert len(others) <= _HANDED, "too many are handed over"
 
             return Upgrade({"now": "a stream"}, hand_over)
 
@@ -272,7 +282,13 @@ class _Case:
             "refuse": Method(refuse, right=watches),
             "fail": Method(fail, right=watches),
             "defect": Method(defect, right=watches),
-            "later": Method(later, needs={"text": str}, takes={"fails": bool}, right=watches),
+            "later": Method(
+                later,
+                needs={"text": str},
+                takes={"fails": bool},
+                right=watches,
+                takes_descriptors=True,
+            ),
             "upgrade": Method(upgrade, takes={"fails": bool}, right=watches),
         }
 
@@ -396,13 +412,16 @@ class _Case:
                 return
             if name == "upgrade" and "error" in answer:
                 assert answer["error"]["code"] == "busy" and client.right != "exec"
+                client.breaks = True  # what it says next is no stream, and makes no sense
                 return
             assert answer["id"] == id and answer.get("result") == result, result
             if name == "upgrade":
                 client.upgraded = True
 
-        if name == "upgrade" and client.right == "exec":
-            client.behind = b"-"  # all that follows is no request
+        if name == "upgrade":
+            client.fails = params.get("fails", False)
+            # All that follows is no request.
+            client.behind = b"stream %d\n" % len(self.steps) * self.rng.randint(1, 30)
         return check
 
     # --- steps ------------------------------------------------------------------------------------
@@ -431,10 +450,9 @@ class _Case:
             came = count if client.right == "exec" else 0
             client.expected.append((line, self.expect(client, line, came)))
             client.say(line + b"\n", count)
+            if client.behind:
+                client.say(client.behind)
             if client.over or client.behind:
-                return
-            if json_name(line) == "upgrade":  # it depends on who else is there
-                client.behind = b"-"
                 return
 
     def half(self) -> None:
@@ -451,7 +469,12 @@ class _Case:
             client.go()
 
     def turn(self) -> None:
+        at_work = [one for one in self.server._clients.values() if one.waits is not None]
+        before = self.cancelled
         self.server._step()
+        there = [id(one) for one in self.server._clients.values()]
+        gone = [one for one in at_work if id(one) not in there and one.waits is not None]
+        assert self.cancelled - before == len(gone), "nobody tells it that its client has gone"
         for one in self.server._clients.values():
             assert len(one.received) <= MOST_LINE + 1, len(one.received)
             assert len(one.descriptors) <= 2
@@ -476,6 +499,21 @@ class _Case:
         if client is not None:
             self.steps.append(f"{self.clients.index(client)} hangs up")
             client.close()
+
+    def leave(self) -> None:
+        """One who asks for what takes its time goes before it is there."""
+        client = self._some()
+        if client is None or client.to_send or client.shut or client.over or client.behind:
+            return
+        self.steps.append(f"{self.clients.index(client)} asks, and goes")
+        client.say(b'{"version": 1, "id": 1, "method": "later", "params": {"text": ""}}\n')
+        client.go()
+        for _ in range(3):
+            self.turn()
+        client.close()
+        self.turn()
+        self.work()
+        self.turn()
 
     def shut(self) -> None:
         client = self._some()
@@ -504,7 +542,15 @@ class _Case:
                 break
         else:
             raise AssertionError("it does not come to rest")
+        assert self.server._at_work == 0
+        for connection, said in self.handed:
+            with suppress(OSError):
+                while more := connection.recv(65536):
+                    said += more
+        streams = [bytes(said) for _, said in self.handed]
         for number, client in enumerate(self.clients):
+            if client.upgraded and not client.fails and not client.hung_up:
+                assert client.behind in streams, f"{number}: {client.behind!r}, not {streams}"
             if client.hung_up or client.busy or client.breaks:
                 continue
             assert not client.expected, f"{number} has no answer to {client.expected[0][0][:200]!r}"
@@ -513,19 +559,11 @@ class _Case:
         ways = (
             *(self.connect, self.connect, self.speak, self.speak, self.speak, self.send, self.send),
             *(self.turn, self.turn, self.turn, self.work, self.hear, self.half, self.hang_up),
-            *(self.shut, self.rest),
+            *(self.shut, self.rest, self.leave),
         )
         for _ in range(self.rng.randint(4, 40)):
             self.rng.choice(ways)()
         self.rest()
-
-
-def json_name(line: bytes) -> object:
-    """The method that a line names, if it is a request."""
-    with suppress(ValueError, RecursionError):
-        said = json.loads(line)
-        return said.get("method") if isinstance(said, dict) else None
-    return None
 
 
 def control_case(rng: Random, ring: Ring) -> int:
