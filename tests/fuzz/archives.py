@@ -192,7 +192,6 @@ def _lie(rng: Random, archive: Archive, note: list[str]) -> None:
             name, place, room = rng.choice(_PLACES)
             start = at + place
             old = bytes(archive.data[start : start + room])
-            new: bytes
             if name in ("name", "link", "prefix"):
                 new = rng.choice(_STRANGE_NAMES).ljust(room, b"\0")[:room]
             elif name == "type":
@@ -202,6 +201,7 @@ def _lie(rng: Random, archive: Archive, note: list[str]) -> None:
             elif name == "magic":
                 new = rng.choice((b"ustar  \0", b"ustar\x0000", bytes(8)))
             else:
+                new = b"7"
                 with suppress(ValueError):
                     value = int(old.strip(b"\0 ") or b"0", 8) if old[:1] < b"\x80" else 0
                     value = wrong(rng, value, 4) if rng.random() < 0.7 else rng.getrandbits(62)
