@@ -12,6 +12,7 @@ import select
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -276,25 +277,61 @@ def read_until(
 ) -> tuple[bytes, bytes]:
     """What `monitor` prints before `mark`, beginning with `seen`, and what has come behind that.
 
-    Raises RuntimeError with its last output if it ends before, or stands still: for `patience`
-    seconds it prints nothing, and its guest asks it for nothing, as far as KVM has counted."""
-    assert monitor.stdout is not None
-    asked, since = _asked(monitor.pid), time.monotonic()
+    Raises RuntimeError with its last output if it ends before, or its guest stands still for
+    `patience` seconds."""
     while mark not in seen:
-        left = max(0.0, since + patience - time.monotonic())
-        ready, _, _ = select.select([monitor.stdout], [], [], min(left, _LOOKS_EACH))
-        if not ready and (now := _asked(monitor.pid)) != asked:
-            asked, since = now, time.monotonic()
-        elif ready and (data := os.read(monitor.stdout.fileno(), 65536)):
-            seen, since = seen + data, time.monotonic()
-        elif ready or left <= _LOOKS_EACH:
-            why = "it has ended" if ready else f"it stands still for {patience:g} s"
+        more = _more(monitor, patience)
+        if not more:
+            why = "it has ended" if more is not None else f"it stands still for {patience:g} s"
             tail = seen[-2000:].decode(errors="replace") + f"\n{_pulse(monitor.pid)}"
-            words = monitor.args
-            name = words[0] if isinstance(words, (list, tuple)) else str(words)
+            name = _name(monitor)
             raise RuntimeError(f"{name}: no {mark.decode()}, {why}; its output:\n{tail}")
+        seen += more
     before, _, behind = seen.partition(mark)
     return before, behind
+
+
+def output_of(command: Sequence[str], patience: float = PATIENCE) -> str:
+    """The output of the monitor `command`, whose guest runs to its end, and its complaints behind
+    that. Raises RuntimeError with both if the guest stands still for `patience` seconds."""
+    said = b""
+    with tempfile.TemporaryFile() as errors:
+        monitor = subprocess.Popen(
+            list(command), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
+        )
+        assert monitor.stdout is not None
+        try:
+            while more := _more(monitor, patience):
+                said += more
+        finally:
+            monitor.kill()
+            monitor.wait()
+            monitor.stdout.close()
+        errors.seek(0)
+        text = (said + errors.read()).decode(errors="replace")
+    if more is None:
+        raise RuntimeError(f"{_name(monitor)}: it stands still for {patience:g} s\n{text[-2000:]}")
+    return text
+
+
+def _more(monitor: subprocess.Popen[bytes], patience: float) -> bytes | None:
+    """What `monitor` prints next, b"" at its end; None if the guest stands still: for `patience`
+    seconds it prints nothing and asks its monitor for nothing, as far as KVM has counted."""
+    assert monitor.stdout is not None
+    asked, since = _asked(monitor.pid), time.monotonic()
+    while True:
+        left = max(0.0, since + patience - time.monotonic())
+        if select.select([monitor.stdout], [], [], min(left, _LOOKS_EACH))[0]:
+            return os.read(monitor.stdout.fileno(), 65536)
+        if (now := _asked(monitor.pid)) != asked:
+            asked, since = now, time.monotonic()
+        elif left <= _LOOKS_EACH:
+            return None
+
+
+def _name(monitor: subprocess.Popen[bytes]) -> str:
+    words = monitor.args
+    return str(words[0] if isinstance(words, (list, tuple)) else words)
 
 
 def _asked(pid: int) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ runs on. Both run in one emulated KVM host, with the same kernel and disk; what 
 tap's frames to the kernel's vhost-net; on that called tap neither does. On passt-vhost both leave
 them to passt, by vhost-user; on passt both have a stream. All but QEMU's on passt are Debian
 trixie's passt.
-A guest that prints nothing for PATIENCE seconds is stopped, and its figures are missing: iperf3
+A guest that stands still for PATIENCE seconds is stopped, and its figures are missing: iperf3
 prints a line each second, however slow the machine is.
 """
 
@@ -19,7 +19,6 @@ import argparse
 import json
 import os
 import re
-import select
 import shutil
 import signal
 import statistics
@@ -29,6 +28,8 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+
+import guest_lab
 
 TAP, HOST, GUEST = "bench0", "10.77.0.1", "10.77.0.2"
 PATIENCE = 300
@@ -135,30 +136,11 @@ def passt_for_qemu(command: Sequence[str]) -> Iterator[str]:
 
 def measure(command: list[str], patience: float = PATIENCE) -> dict[str, float]:
     """Run a guest to its end; the figures that it printed. Raises RuntimeError without them, and
-    after `patience` seconds in which it has printed nothing."""
-    said = b""
-    with tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors
-        )
-        assert process.stdout is not None
-        try:
-            piece = b"-"
-            while piece:
-                if not select.select([process.stdout], [], [], patience)[0]:
-                    raise RuntimeError(f"{command[0]}: nothing in {patience} s\n{said[-2000:]!r}")
-                piece = os.read(process.stdout.fileno(), 1 << 16)
-                said += piece
-        finally:
-            process.kill()
-            process.wait()
-            process.stdout.close()
-        errors.seek(0)
-        complaints = errors.read().decode(errors="replace")
-    text = said.decode(errors="replace")
+    for one that stands still for `patience` seconds."""
+    text = guest_lab.output_of(command, patience)
     found = dict(re.findall(r"^(sent|received|ping)=([0-9.]+)", text, re.MULTILINE))
     if len(found) < 2:
-        raise RuntimeError(f"{command[0]}: no figures\n{text[-2000:]}\n{complaints[-500:]}")
+        raise RuntimeError(f"{command[0]}: no figures\n{text[-2500:]}")
     return {key: float(value) for key, value in found.items()}
 
 
