@@ -76,27 +76,30 @@ class Bench:
         self.memory.close()
 
 
-def count_completions(bench: Bench, depth: int, seconds: float) -> float:
-    """Keep `depth` reads in flight for `seconds`, sleeping for each interrupt; reads a second."""
+def count_completions(bench: Bench, depth: int, seconds: float) -> Iterator[float]:
+    """Keep `depth` reads in flight for `seconds`, sleeping for each interrupt, again and again;
+    reads a second."""
     queue = bench.queue
     heads = [chain.head for chain in bench.chains(depth)]
     waiter = select.poll()
     waiter.register(bench.interrupt.fd, select.POLLIN)
-    done = position = 0
-    start = now = time.perf_counter()
-    while now - start < seconds:
-        position = (position + depth) & 0xFFFF
-        queue.used_event = (position - 1) & 0xFFFF
-        if queue.publish():
-            bench.driver.kick()
-        while queue.used_idx != position:
-            waiter.poll()
-            bench.interrupt.drain()
-        done += depth
-        now = time.perf_counter()
-        for head in heads:
-            queue.offer(head)
-    return done / (now - start)
+    position = 0
+    while True:
+        done = 0
+        start = now = time.perf_counter()
+        while now - start < seconds:
+            position = (position + depth) & 0xFFFF
+            queue.used_event = (position - 1) & 0xFFFF
+            if queue.publish():
+                bench.driver.kick()
+            while queue.used_idx != position:
+                waiter.poll()
+                bench.interrupt.drain()
+            done += depth
+            now = time.perf_counter()
+            for head in heads:
+                queue.offer(head)
+        yield done / (now - start)
 
 
 def device_only(path: str, depth: int, seconds: float) -> float:
@@ -135,7 +138,9 @@ def driver_process(path: str, depth: int, seconds: float, poll_ns: int = 0) -> f
     if child == 0:
         os.close(go_write)
         if os.read(go_read, 1):
-            os.write(result_write, struct.pack("<d", count_completions(bench, depth, seconds)))
+            os.write(
+                result_write, struct.pack("<d", next(count_completions(bench, depth, seconds)))
+            )
         os._exit(0)
     try:
         bench.driver.add_status(DRIVER_OK)
