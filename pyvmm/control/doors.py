@@ -1,21 +1,39 @@
-"""Control sockets beside the first, for those who may only do some things."""
+"""The control sockets of a VM: the first, and others beside it for those who may only do some
+things."""
 
 from __future__ import annotations
 
+import _socket
 import os
 import stat
 from collections.abc import Iterable
 from contextlib import closing
+from typing import NamedTuple
 
 from pyvmm.control.registry import Registration
-from pyvmm.control.server import MAX_AT_DOOR, Door
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import unix_sockets
 from pyvmm.host.named_listener import NamedListener
 from pyvmm.host.syscalls import Closable
-from pyvmm.spec.surroundings import ControlSocket
+from pyvmm.host.unix_sockets import Socket
+from pyvmm.spec.surroundings import EXEC, ControlSocket
 
 _OPTION = "--control-socket"
+MAX_CLIENTS = 32
+MAX_AT_DOOR = 8
+
+
+class Door(NamedTuple):
+    """A listening socket. Who connects has `rights`, one of RIGHTS; with `owner_only` connections
+    of other users are closed at once. At most `most` clients have come in by it; unless it is for
+    its owner only, those whose connections have become others count as well. Connections come by
+    the channel `passes` (pyvmm.monitor.broker), if there is one, until that ends."""
+
+    socket: Socket
+    rights: str = EXEC
+    owner_only: bool = True
+    most: int = MAX_CLIENTS
+    passes: _socket.socket | None = None
 
 
 class Doors(Closable):

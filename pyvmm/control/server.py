@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from threading import Thread
-from typing import Any, NamedTuple
+from typing import Any
 
+from pyvmm.control.doors import MAX_CLIENTS, Door
 from pyvmm.control.protocol import (
     BAD_REQUEST,
     BUSY,
@@ -45,26 +46,11 @@ from pyvmm.host.syscalls import EventFd
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.spec.surroundings import EXEC, RIGHTS
 
-MAX_CLIENTS = 32
-MAX_AT_DOOR = 8
 # Of the connections that have become others (Upgrade) so many may be from doors for more than their
 # owner, who is to find room among the streams (pyvmm.control.streams) all the same.
 MAX_HANDED = 16
 _PACE = 0.002  # seconds between two rounds of answers
 _NO_ROOM_SECONDS = 0.2
-
-
-class Door(NamedTuple):
-    """A listening socket. Who connects has `rights`, one of RIGHTS; with `owner_only` connections
-    of other users are closed at once. At most `most` clients have come in by it; unless it is for
-    its owner only, those whose connections have become others count as well. Connections come by
-    the channel `passes` (pyvmm.monitor.broker), if there is one, until that ends."""
-
-    socket: Socket
-    rights: str = EXEC
-    owner_only: bool = True
-    most: int = MAX_CLIENTS
-    passes: _socket.socket | None = None
 
 
 class _Client:

@@ -2,10 +2,12 @@
 `pyvmm ps -a`.
 
     logs/NAME.log, NAME.old     the console and the monitor's messages, the newest last
-    logs/NAME.end               how the VM of that name ended last
+    logs/NAME.end               how the VM of that name ended last; empty while it runs
 
 All are for their owner only. A log is begun anew when it has `PIECE` bytes, and one old piece is
-kept. `MOST_ENDED` VMs that have ended are remembered, for `DAYS` at the most. A record is a line
+kept. `MOST_ENDED` VMs that have ended are remembered, for `DAYS` at the most: others are forgotten
+when the next one starts. What is in a file may be a guest's who has taken the monitor over, and is
+bounded when it is read. A record is a line
 ``KIND SECONDS LENGTH``, then so many bytes and a newline.
 """
 
@@ -14,7 +16,7 @@ from __future__ import annotations
 import os
 import select
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import partial
 from threading import Lock
@@ -33,6 +35,9 @@ _LOG, _OLD, _END = ".log", ".old", ".end"
 _LOOK_EVERY = 0.1  # seconds
 _HEADER_MAX = 64
 _READ = 1 << 16
+_MOST_TEXT = 4096  # characters of what is told of an end
+_MOST_RECORD = 1 << 16  # bytes of it
+_TEXTS = ("message", "ending")
 
 
 class Record(NamedTuple):
@@ -52,15 +57,22 @@ class VmLog:
         self.name = name
         # Where this process no longer can, somebody else does it.
         self.open_by: Callable[[bool], int] = partial(open_log, place, name)
-        self.note_end_by: Callable[..., None] = partial(note_end, place, name)
+        self._place = place
         self._lock = Lock()
-        self._fd = -1
+        self._fd = self._end = -1
         self._size = 0
         self._failed = False
         self._rest = b""
         self.last_message = b""
         with suppress(OSError):  # how another of that name has ended
             os.unlink(_path(place, name, _END))
+
+    def keep_open(self) -> None:
+        """From now on nothing has to be opened by name until the log is begun anew."""
+        self._try(self._open_first)
+        with suppress(OSError):  # then nobody remembers how it ended
+            self._end = _open_end(self._place, self.name)
+        _forget_old(self._place)
 
     def console(self, data: bytes) -> None:
         """The guest's console has said `data`."""
@@ -89,23 +101,39 @@ class VmLog:
             if self._fd >= 0:
                 os.close(self._fd)
             self._fd, self._failed = -1, True
-        self.note_end_by(exit_code, **details)
+            end, self._end = self._end, -1
+        if end < 0:
+            note_end(self._place, self.name, exit_code, **details)
+            return
+        with suppress(OSError):
+            os.write(end, _end_record(self.name, exit_code, details))
+        os.close(end)
 
     def _write(self, kind: str, data: bytes) -> None:
-        record = b"%s %.6f %d\n%s\n" % (kind.encode(), time.time(), len(data), data)
+        header = b"%s %.6f %d\n" % (kind.encode(), time.time(), len(data))
+        self._try(partial(self._add, b"%s%s\n" % (header, data)))
+
+    def _try(self, step: Callable[[], None]) -> None:
         with self._lock:
             if self._failed:
                 return
             try:
-                if self._fd < 0 or self._size + len(record) > PIECE:
-                    self._open(rotate=self._fd >= 0)
-                os.write(self._fd, record)
-                self._size += len(record)
+                step()
                 return
             except OSError as error:
                 self._failed = True
                 reason = error.strerror
         log.to_stderr(f"{self.name}: pyvmm logs gets no more of this VM: {reason}")
+
+    def _add(self, record: bytes) -> None:
+        if self._fd < 0 or self._size + len(record) > PIECE:
+            self._open(rotate=self._fd >= 0)
+        os.write(self._fd, record)
+        self._size += len(record)
+
+    def _open_first(self) -> None:
+        if self._fd < 0:
+            self._open(rotate=False)
 
     def _open(self, *, rotate: bool) -> None:
         if self._fd >= 0:
@@ -135,40 +163,65 @@ def open_log(place: str, name: str, rotate: bool) -> int:
 
 def note_end(place: str, name: str, exit_code: int | None, **details: object) -> None:
     """Remember how the VM `name` ended; `details` are fit for JSON."""
-    import json
-
-    record = {"name": name, "exit_code": exit_code, "ended": round(time.time(), 3), **details}
-    path = _path(place, name, _END)
+    record = _end_record(name, exit_code, details)
     with suppress(OSError):  # no room: then nobody remembers
-        with suppress(FileExistsError):
-            os.mkdir(_folder(place), 0o700)
-        fd = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with open(fd, "w", encoding="utf-8") as file:
-            json.dump(record, file)
-        os.replace(f"{path}.new", path)
+        fd = _open_end(place, name)
+        try:
+            os.write(fd, record)
+        finally:
+            os.close(fd)
     _forget_old(place)
 
 
+def _open_end(place: str, name: str) -> int:
+    """Raises OSError."""
+    with suppress(FileExistsError):
+        os.mkdir(_folder(place), 0o700)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+    return os.open(_path(place, name, _END), flags, 0o600)
+
+
+def _end_record(name: str, exit_code: int | None, details: Mapping[str, object]) -> bytes:
+    import json
+
+    now = round(time.time(), 3)
+    bounded = {
+        key: value[:_MOST_TEXT] if isinstance(value, str) else value
+        for key, value in details.items()
+    }
+    return json.dumps({"name": name, "exit_code": exit_code, "ended": now, **bounded}).encode()
+
+
 def note_killed(place: str, name: str) -> None:
-    """The monitor of `name` is gone, and has not said how it ended."""
-    if not os.path.exists(_path(place, name, _END)):
+    """The monitor of `name` is gone, and may not have said how it ended."""
+    if _read_end(_path(place, name, _END)) is None:
         note_end(place, name, None, message="its monitor was killed")
 
 
 def ended(place: str) -> list[dict[str, Any]]:
     """The ends of VMs, the latest first. Some of the VMs may run again."""
+    found = (_read_end(path) for path, _ in _ends(place))
+    return [record for record in found if record is not None][:MOST_ENDED]
+
+
+def _read_end(path: str) -> dict[str, Any] | None:
+    """How the VM that has the file `path` ended, if that says so, and nothing else."""
     import json
 
-    found = []
-    for path, _ in _ends(place):
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
-            with open(path, encoding="utf-8") as file:
-                record = json.load(file)
-            if isinstance(record.get("name"), str):
-                found.append(record)
-        except (OSError, ValueError, AttributeError):
-            continue
-    return found
+            said = json.loads(os.read(fd, _MOST_RECORD))
+        finally:
+            os.close(fd)
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(said, dict) or type(said.get("exit_code")) not in (int, type(None)):
+        return None
+    kept = {key: said[key][:_MOST_TEXT] for key in _TEXTS if isinstance(said.get(key), str)}
+    when = said.get("ended")
+    at = float(when) if isinstance(when, int | float) and 0 <= when < 1 << 40 else 0.0
+    return {"name": _name_of(path), "exit_code": said["exit_code"], "ended": at, **kept}
 
 
 def remove(place: str, name: str) -> bool:
@@ -188,7 +241,11 @@ def _ends(place: str) -> list[tuple[str, float]]:
         for entry in os.scandir(_folder(place)):
             if entry.name.endswith(_END):
                 with suppress(OSError):
-                    found.append((entry.path, entry.stat(follow_symlinks=False).st_mtime))
+                    status = entry.stat(follow_symlinks=False)
+                    if status.st_size:
+                        found.append((entry.path, status.st_mtime))
+                    elif not os.path.exists(os.path.join(place, _name_of(entry.path) + ".sock")):
+                        os.unlink(entry.path)  # it was never begun, or has been forgotten
     return sorted(found, key=lambda one: one[1], reverse=True)
 
 
@@ -196,7 +253,11 @@ def _forget_old(place: str) -> None:
     oldest = time.time() - DAYS * 86400
     for index, (path, at) in enumerate(_ends(place)):
         if index >= MOST_ENDED or at < oldest:
-            remove(place, os.path.basename(path).removesuffix(_END))
+            remove(place, _name_of(path))
+
+
+def _name_of(path: str) -> str:
+    return os.path.basename(path).removesuffix(_END)
 
 
 def _folder(place: str) -> str:

@@ -9,14 +9,12 @@ this thread's and those that it starts.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 import stat
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial
 from typing import NamedTuple
 
 from pyvmm.errors import ConfigError
@@ -159,12 +157,23 @@ def enter(needs: Needs) -> Box:
 
 
 def stay_outside() -> None:
-    """For a thread that starts other programs: give up what neither it nor they ever need."""
+    """For a thread that starts other programs: give up what neither it nor they ever need, as far
+    as the kernel can."""
+    for call in outside_calls():
+        c.make_call(call)
+
+
+def outside_calls() -> Iterator[c.Call]:
+    """The system calls by which `stay_outside` does it, for a process that begins as this one."""
     # What a user namespace has given is for those inside.
-    which = None if _in_user_namespace else _NEVER_NEEDED
-    for give_up in (partial(drop_capabilities, which), c.no_new_privileges, never_call):
-        with suppress(ConfigError):  # as far as the kernel can
-            give_up()
+    which = frozenset(range(_MOST)) if _in_user_namespace else _NEVER_NEEDED
+    for number in sorted(which):
+        yield c.PRCTL, _PR_CAPBSET_DROP, number
+    yield _CAPSET, c.capability_header(), _kept(which)
+    yield c.PRCTL, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0
+    yield c.PRCTL, c.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0
+    if not _machine_lacks():
+        yield c.filter_call(_some_calls(), c.FILTER_SPEC_ALLOW)
 
 
 def never_call() -> None:
@@ -221,15 +230,7 @@ _NEVER_NEEDED = frozenset({9, 16, 17, 19, 20, 22, 25, 29, 30, 32, 33, 34, 35, 36
 def drop_capabilities(which: frozenset[int] | None) -> None:
     """Give up `which`, or all of them, so that no program gets them back. Raises ConfigError."""
     let_no_program_have(which)
-    # Two halves, each: effective, permitted, inheritable.
-    words = c.capabilities()
-    gone = (1 << _MOST) - 1 if which is None else sum(1 << number for number in which)
-    header = c.capability_header()
-    kept = [word & ~(gone >> (32 * (place // 3))) & 0xFFFFFFFF for place, word in enumerate(words)]
-    done = c.call_kernel(
-        _CAPSET, ctypes.c_char_p(header), ctypes.c_char_p(struct.pack("=6I", *kept))
-    )
-    c.checked(done, "capset")
+    c.checked(c.make_call((_CAPSET, c.capability_header(), _kept(which))), "capset")
     with suppress(ConfigError):  # Linux before 4.3 has none
         c.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
 
@@ -243,6 +244,17 @@ def let_no_program_have(which: frozenset[int] | None) -> None:
             except ConfigError:
                 # EINVAL: the kernel knows no more of them; EPERM: there is nothing to give up
                 break
+
+
+def _kept(which: frozenset[int] | None) -> bytes:
+    """The capabilities without `which`, or without any, as capset takes them. Raises
+    ConfigError."""
+    # Two halves, each: effective, permitted, inheritable.
+    gone = (1 << _MOST) - 1 if which is None else sum(1 << number for number in which)
+    words = enumerate(c.capabilities())
+    return struct.pack(
+        "=6I", *(word & ~(gone >> 32 * (at // 3)) & 0xFFFFFFFF for at, word in words)
+    )
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -292,7 +304,7 @@ def _terminals() -> Iterator[str]:
 # --- calls ---------------------------------------------------------------------------------------
 
 _IOCTL, _FCNTL, _KILL = map(number_of, ("ioctl", "fcntl", "kill"))
-_SOCKET, _SOCKETPAIR, _PRCTL = map(number_of, ("socket", "socketpair", "prctl"))
+_SOCKET, _SOCKETPAIR = map(number_of, ("socket", "socketpair"))
 _OPEN_CALLS = {"open": c.OPEN, "openat": c.OPENAT}
 # Of open files, memory, threads and children, beside confinement.CALLS.
 _MORE = numbered(
@@ -359,7 +371,7 @@ def _calls(needs: Needs, *, asks: bool = False) -> list[c.Line]:
         _KILL: (0, c.EQUAL, (os.getpid(), *sorted(_children))),
         _SOCKET: (0, c.EQUAL, (_AF_NETLINK,) if needs.hears_of_interfaces else ()),
         _SOCKETPAIR: (0, c.EQUAL, (_AF_UNIX,)),
-        _PRCTL: (0, c.EQUAL, (_PR_SET_NAME,)),
+        c.PRCTL: (0, c.EQUAL, (_PR_SET_NAME,)),
         **c.own_process_only(os.getpid()),
     }
     if not c.landlock_version():  # which decides what is written, elsewhere

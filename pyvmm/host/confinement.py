@@ -20,6 +20,7 @@ import resource
 import struct
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import starmap
 from typing import NamedTuple
 
 from pyvmm.errors import ConfigError
@@ -146,7 +147,7 @@ def enter(room: Room) -> None:
 
 def no_new_privileges() -> None:
     """No program that this thread becomes has more rights than it. Raises ConfigError."""
-    prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
 
 
 def lower(limit: int, value: int) -> None:
@@ -264,8 +265,8 @@ CLONE3 = number_of("clone3")
 _CLONE_THREAD = 0x10000
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_TMPFILE & ~os.O_DIRECTORY
 
-_PR_SET_NO_NEW_PRIVS = 38
-_SECCOMP = number_of("seccomp")
+PR_SET_NO_NEW_PRIVS = 38
+_SECCOMP, PRCTL = map(number_of, ("seccomp", "prctl"))
 _SET_MODE_FILTER = 1
 FILTER_TSYNC, FILTER_SPEC_ALLOW = 1 << 0, 1 << 2
 FILTER_NEW_LISTENER, FILTER_TSYNC_ESRCH = 1 << 3, 1 << 4
@@ -305,14 +306,20 @@ def _filter_calls(calls: Iterable[int], *, may_open_to_write: bool) -> None:
 def install(program: Sequence[Line], flags: int) -> int:
     """Make `program` a filter of this thread's calls, and of others' as `flags` say
     (SECCOMP_FILTER_FLAG_*); the listener's descriptor if they ask for one. Raises ConfigError."""
-    code = b"".join(struct.pack("=HBBI", *line) for line in program)
-    buffer = ctypes.create_string_buffer(code, len(code))
-    header = struct.pack("@HP", len(program), ctypes.addressof(buffer))
-    done = call_kernel(_SECCOMP, _SET_MODE_FILTER, flags, ctypes.c_char_p(header))
+    done = make_call(filter_call(program, flags))
     if done > 0 and not flags & FILTER_NEW_LISTENER:
         raise ConfigError(f"this kernel cannot confine a program: thread {done} takes no filter")
     return checked(done, "seccomp")
 
+
+def filter_call(program: Sequence[Line], flags: int) -> Call:
+    """The system call by which `install` does it."""
+    code = b"".join(starmap(_LINE.pack, program))
+    header = struct.pack("@H6x", len(program))  # struct sock_fprog
+    return _SECCOMP, _SET_MODE_FILTER, flags, (header, code)
+
+
+_LINE = struct.Struct("=HBBI")
 
 Check = tuple[int, int, Iterable[int]]
 """The number of an argument, a test (EQUAL, ANY, NONE), and the numbers that the argument equals,
@@ -415,6 +422,27 @@ def call_kernel(number: int, *arguments: object) -> int:
     words = (ctypes.c_long(word) if isinstance(word, int) else word for word in arguments)
     result: int = _libc.syscall(ctypes.c_long(number), *words)
     return result
+
+
+Argument = int | bytes | tuple[bytes, bytes]
+"""Of a system call: a number, the address of bytes, or that of bytes which have the address of
+others behind them."""
+
+Call = tuple[int, *tuple[Argument, ...]]
+"""The number of a system call, and its arguments."""
+
+
+def make_call(call: Call) -> int:
+    """Make a system call in this thread; as call_kernel."""
+    number, *arguments = call
+    words: list[object] = []
+    for argument in arguments:
+        if isinstance(argument, tuple):
+            first, other = argument
+            address = ctypes.cast(ctypes.c_char_p(other), ctypes.c_void_p).value or 0
+            argument = first + struct.pack("@P", address)
+        words.append(argument if isinstance(argument, int) else ctypes.c_char_p(argument))
+    return call_kernel(number, *words)
 
 
 def prctl(option: int, *arguments: object) -> None:

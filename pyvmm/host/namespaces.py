@@ -93,8 +93,9 @@ def root(read: Sequence[str], devices: Sequence[str]) -> None:
     except OSError:  # it was removed
         folder = "/"
     before = os.open(".", os.O_PATH | os.O_CLOEXEC)
+    own = os.path.realpath("/proc/self") + "/"
     trees: dict[str, int] = {}
-    sources: dict[str, str] = {}
+    sources: dict[str, tuple[str, int]] = {}
     links: dict[str, str] = {}
     mounted = False
     try:
@@ -105,22 +106,28 @@ def root(read: Sequence[str], devices: Sequence[str]) -> None:
             (devices, more | _MOUNT_ATTR_NOEXEC),
             (read, more | _MOUNT_ATTR_NODEV),
         ):
-            folders = [os.path.abspath(path) + "/" for path in paths]
+            folders = tuple(os.path.abspath(path) + "/" for path in paths)
             for path in paths:
                 named = os.path.abspath(path)
-                own = _own_files(path)
-                if own is not None:
-                    links[os.path.dirname(os.path.join(folder, path))] = own
+                own_files = _own_files(path, own)
+                if own_files is not None:
+                    links[os.path.dirname(os.path.join(folder, path))] = own_files
                     continue
-                if any(named.startswith(one) for one in folders):
+                if named.startswith(folders):
                     named = os.path.realpath(path)  # a link in that folder may lead out of it
                 if named in sources:
-                    if not _same(path, sources[named]):
-                        raise ConfigError(f"{path} and {sources[named]} have one name in it")
+                    other, _ = sources[named]
+                    if not _same(path, other):
+                        raise ConfigError(f"{path} and {other} have one name in it")
                     continue
-                tree = _tree(path, attributes)
+                sources[named] = path, attributes
+        # What is below another one comes with that. (To close a tree takes the kernel milliseconds,
+        # unless it was put somewhere.)
+        for named in sorted(sources):
+            if not named.startswith(tuple(f"{one}/" for one in trees)):
+                tree = _tree(*sources[named])
                 if tree is not None:
-                    trees[named], sources[named] = tree, path
+                    trees[named] = tree
         _mount(b"tmpfs", _PLACE, _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, _ROOT_OPTIONS)
         mounted = True
         os.chdir(_PLACE)
@@ -158,12 +165,7 @@ def _be_private() -> None:
 
 def _furnish(trees: dict[str, int]) -> None:
     """Put `trees` where they belong below the current folder. Raises ConfigError, OSError."""
-    there: list[str] = []
-    for path in sorted(trees):
-        # What is below another one is there already, and nothing is to be made in that.
-        if any(path == one or path.startswith(one + "/") for one in there):
-            continue
-        there.append(path)
+    for path in trees:
         below = "." + path
         _make_folders(os.path.dirname(path))
         if stat.S_ISDIR(os.fstat(trees[path]).st_mode):
@@ -185,10 +187,9 @@ def _same(one: str, other: str) -> bool:
         return True
 
 
-def _own_files(path: str) -> str | None:
-    """The name of the folder of `path` by way of /proc/self, if that is where it is: what is there
-    are open files, which can be no mount, and stay."""
-    own = os.path.realpath("/proc/self") + "/"
+def _own_files(path: str, own: str) -> str | None:
+    """The name of the folder of `path` by way of /proc/self, which is `own`, if that is where it
+    is: what is there are open files, which can be no mount, and stay."""
     folder = os.path.realpath(os.path.dirname(path)) + "/"
     return "/proc/self/" + folder[len(own) : -1] if folder.startswith(own) else None
 

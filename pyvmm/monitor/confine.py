@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pyvmm.errors import ConfigError, HostError
@@ -22,8 +21,8 @@ from pyvmm.spec.surroundings import AUTO, EXEC, OFF, STRICT, USUAL, Surroundings
 from pyvmm.spec.vm import VmSpec
 
 if TYPE_CHECKING:
+    from pyvmm.control.doors import Door
     from pyvmm.control.registry import Registration
-    from pyvmm.control.server import Door
     from pyvmm.control.vm_log import VmLog
     from pyvmm.host.other_user import OtherUser
     from pyvmm.host.refusals import Refusals
@@ -70,34 +69,25 @@ class Confinement:
         self._choose_user(os.path.dirname(registration.path))
         if self._mode == OFF and self._user is None:
             return
-        if self._whole or self._user is not None:  # whose files these are not
-            from pyvmm.monitor.keeper import Keeper
+        from pyvmm.monitor.keeper import Keeper
 
-            keeper = self._keeper = Keeper(
-                os.path.dirname(registration.path),
-                registration.name,
-                # One that is nobody else's has no files, and no folders for links.
-                user=None if self._user is None or self._user.is_own else self._user,
-            )
-            for path in registration.files:
-                keeper.announce(path)
-            if group is not None:
-                keeper.leave(group)
-            _ask_for_names(keeper)
-        else:
-            named_listener.remove_by(
-                lambda path, identity: self.run(partial(named_listener.remove_here, path, identity))
-            )
-            unix_sockets.connect_by(lambda path: self.run(partial(unix_sockets.connect_here, path)))
+        keeper = self._keeper = Keeper(
+            os.path.dirname(registration.path),
+            registration.name,
+            # One that is nobody else's has no files, and no folders for links.
+            user=None if self._user is None or self._user.is_own else self._user,
+        )
+        for path in registration.files:
+            keeper.announce(path)
+        if group is not None:
+            keeper.leave(group)
+        _ask_for_names(keeper)
 
         def note(path: str) -> None:
             registration.note(path)
-            if self._keeper is not None:
-                self._keeper.announce(path)
+            keeper.announce(path)
 
         named_listener.note_by(note)
-        if vm_log is not None:
-            self._watch_over_log(vm_log)
 
     def _choose_user(self, place: str) -> None:
         """Whom the monitor becomes, if anybody. Raises ConfigError."""
@@ -137,7 +127,7 @@ class Confinement:
         keeper = self._keeper
         if keeper is None or not self._whole or not self._has_name:
             return listener, doors
-        from pyvmm.control.server import Door
+        from pyvmm.control.doors import Door
 
         first, *others = [
             door._replace(passes=keeper.listen(door.socket, owner_only=door.owner_only))
@@ -153,22 +143,18 @@ class Confinement:
             return self._keeper.open_device(path)
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def _watch_over_log(self, vm_log: VmLog) -> None:
-        if self._keeper is not None:
-            vm_log.open_by, vm_log.note_end_by = self._keeper.open_log, self._keeper.note_end
-            return
-        open_log, note_end = vm_log.open_by, vm_log.note_end_by
-        vm_log.open_by = lambda rotate: self.run(partial(open_log, rotate))
-        vm_log.note_end_by = lambda *args, **details: self.run(partial(note_end, *args, **details))
-
     def enter(self, spec: VmSpec) -> Box:
         """Confine this process, which is about to run `spec`; the layers that are on. Raises
         ConfigError for a layer that is wanted and cannot be had."""
+        if self._vm_log is not None:
+            self._vm_log.keep_open()
         if self._keeper is not None:
             for device in spec.devices:
                 if device.kind == "vhost_user":  # whose back end may be followed by another one
                     self._keeper.announce(getattr(device, "socket", ""), removes=False)
             self._keeper.enter_box()
+            if self._vm_log is not None:
+                self._vm_log.open_by = self._keeper.open_log
         self._starts_with = [path for path in (spec.kernel, spec.initrd) if path]
         if self._mode == OFF:
             self._become_only()

@@ -42,7 +42,7 @@ from pyvmm.spec.surroundings import AUTO, EXEC, STOP_SECONDS, STRICT, USUAL, Sur
 from pyvmm.spec.vm import DeviceSpec, DiskSpec, VmSpec
 
 if TYPE_CHECKING:
-    from pyvmm.control.server import Door
+    from pyvmm.control.doors import Door
     from pyvmm.control.vm_log import VmLog
 
 _MIB = 1 << 20

@@ -16,7 +16,7 @@ from pyvmm import monitor
 from pyvmm.relay import VARIABLE
 
 if TYPE_CHECKING:
-    from pyvmm.control.server import Door
+    from pyvmm.control.doors import Door
     from pyvmm.monitor.confine import Confinement
     from pyvmm.spec.surroundings import Surroundings
 
@@ -81,7 +81,7 @@ def main() -> int:
 
 
 def _doors(surroundings: Surroundings) -> list[Door]:
-    from pyvmm.control.server import MAX_AT_DOOR, Door
+    from pyvmm.control.doors import MAX_AT_DOOR, Door
     from pyvmm.host import unix_sockets
 
     return [

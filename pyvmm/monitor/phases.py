@@ -36,7 +36,7 @@ from pyvmm.spec.surroundings import STOP_SECONDS
 from pyvmm.spec.vm import DeviceSpec, VmSpec
 
 if TYPE_CHECKING:
-    from pyvmm.control.server import Door
+    from pyvmm.control.doors import Door
     from pyvmm.kvm.system import Kvm
     from pyvmm.machine.mapped_files import MappedFiles
     from pyvmm.memory.private_memory import PrivateMemory

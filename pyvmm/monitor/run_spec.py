@@ -18,7 +18,7 @@ from pyvmm.spec.surroundings import USUAL, Surroundings
 from pyvmm.spec.vm import ARCHITECTURES, VmSpec
 
 if TYPE_CHECKING:
-    from pyvmm.control.server import Door
+    from pyvmm.control.doors import Door
     from pyvmm.control.vm_log import VmLog
     from pyvmm.monitor.cgroup import Group
     from pyvmm.monitor.confine import Confinement

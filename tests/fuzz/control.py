@@ -28,6 +28,7 @@ from unittest import mock
 from fuzz.room import check_closed, open_files, room
 
 from pyvmm.control import server as served
+from pyvmm.control.doors import Door
 from pyvmm.control.protocol import (
     Later,
     Method,
@@ -36,7 +37,7 @@ from pyvmm.control.protocol import (
     executes,
     watches,
 )
-from pyvmm.control.server import ControlServer, Door
+from pyvmm.control.server import ControlServer
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import unix_sockets
 from pyvmm.testing.mmio_driver import Ring

@@ -39,12 +39,33 @@ for _ in range(3):
 told += refusals.take()
 print("calls" in on, refused, refusals.count, sorted(set(told)))
 """
-# A keeper that sleeps passes on a client that asks for no device, and wakes for another.
+# A keeper that sleeps removes a file if it is the same, passes on a client that asks for no device,
+# and wakes for another; one with a group of processes wakes for the end of its monitor, too.
 KEEPER = """
-import os, subprocess, sys, tempfile, time
+import os, signal, subprocess, sys, tempfile, time
 from pyvmm.host import unix_sockets
-from pyvmm.monitor import keeper
-keeper._AWAKE = 0.0
+from pyvmm.monitor import asleep, keeper
+def until_named(pid, name):
+    while (open(f"/proc/{pid}/comm").read() == "pyvmm-keeper\\n") is not name:
+        time.sleep(0.05)
+keeper.AWAKE = 3600.0
+folder = tempfile.mkdtemp()
+made = keeper.Keeper(folder, "web")
+for name in "same", "other":
+    open(f"{folder}/{name}", "w").close()
+    made.announce(f"{folder}/{name}")
+made._group = (folder, folder + "/none")
+made.enter_box()
+os.rename(folder + "/other", folder + "/before")
+os.mkdir(folder + "/other")
+until_named(made.pid, True)
+for name in "same", "other":
+    made.remove(f"{folder}/{name}")
+print(sorted(os.listdir(folder)), end=" ")
+until_named(made.pid, True)
+os.kill(made.pid, asleep.GONE)
+until_named(made.pid, False)
+keeper.AWAKE = 0.0
 folder = tempfile.mkdtemp()
 made = keeper.Keeper(folder, "web")
 listener = unix_sockets.listen(folder + "/socket")

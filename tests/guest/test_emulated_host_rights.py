@@ -12,7 +12,7 @@ from boot_images import Elf, Load
 from guest import HANG_SECONDS, wait_until
 
 from pyvmm import VM
-from pyvmm.control.server import MAX_AT_DOOR
+from pyvmm.control.doors import MAX_AT_DOOR
 from pyvmm.monitor.plugged_inside import NEEDS
 
 pytestmark = pytest.mark.usefixtures("linux_guests")

@@ -716,7 +716,8 @@ def test_what_needs_no_linux_guest(tmp_path: Path) -> None:
     assert set(said.split()) <= {"encodings", "encodings.aliases", "encodings.utf_8"}, said
     assert found["refused"][:2] == [0, f"True 5006 2051 {TOLD}\n"], "a pipe holds 2,048 of them"
     told = ["asleep", "", 1, "asleep", '{"method": "disk.add"}\n', 1]
-    assert found["keeper"][:2] == [0, f"{told} ['web.log']\n"], found["keeper"]
+    told_before = "['before', 'other']"
+    assert found["keeper"][:2] == [0, f"{told_before} {told} ['web.log']\n"], found["keeper"]
     code, said, _ = found["doctor"]
     assert code == 0, said
     assert "✓ probe guest: runs unmodified kernels" in said

@@ -25,8 +25,9 @@ import pytest
 from pyvmm.cli import control as looking
 from pyvmm.control import client, registry, server, vm_log
 from pyvmm.control.client import Client, NoAnswer
+from pyvmm.control.doors import MAX_CLIENTS, Door
 from pyvmm.control.protocol import MAX_LINE, ControlError, Later, Method, Upgrade
-from pyvmm.control.server import MAX_CLIENTS, ControlServer, Door
+from pyvmm.control.server import ControlServer
 from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import handed, unix_sockets
 from pyvmm.host.syscalls import EventFd

@@ -98,6 +98,73 @@ def test_what_is_no_record_is_passed_over(place: str) -> None:
     assert said(place) == [(CONSOLE, b"one")]
 
 
+def running(place: str, name: str = "web") -> VmLog:
+    """The log of one that opens nothing by name from now on."""
+    (Path(place) / f"{name}.sock").touch()
+    log = VmLog(place, name)
+    log.keep_open()
+    return log
+
+
+def test_what_is_kept_open_needs_no_names(place: str) -> None:
+    log = running(place)
+    assert vm_log.ended(place) == []
+    os.rename(Path(place) / "logs", Path(place) / "moved")
+    log.console(b"said")
+    log.end(11, message="x" * 10_000, ending="panic")
+    assert not (Path(place) / "logs").exists()
+    os.rename(Path(place) / "moved", Path(place) / "logs")
+    [end] = vm_log.ended(place)
+    assert (end["exit_code"], end["ending"], len(end["message"])) == (11, "panic", 4096)
+    assert said(place) == [(CONSOLE, b"said")]
+
+
+def test_a_killed_one_is_told_by_who_finds_it(place: str) -> None:
+    running(place)
+    vm_log.note_killed(place, "web")
+    [end] = vm_log.ended(place)
+    assert (end["exit_code"], end["message"]) == (None, "its monitor was killed")
+    running(place, "other").end(0)
+    vm_log.note_killed(place, "other")
+    assert vm_log.ended(place)[0]["exit_code"] == 0
+
+
+def test_one_that_never_began_is_not_kept(place: str) -> None:
+    running(place)
+    (Path(place) / "web.sock").unlink()
+    running(place, "other")
+    assert [path.name for path in (Path(place) / "logs").glob("*.end")] == ["other.end"]
+
+
+@pytest.mark.parametrize(
+    ("text", "known"),
+    [
+        (b'{"exit_code": 3, "name": "x", "ended": "now", "more": 1, "ending": 5}', {"ended": 0.0}),
+        (b'{"exit_code": 3, "ended": 1e300, "message": "why"}', {"ended": 0.0, "message": "why"}),
+        (b'{"exit_code": 3, "ended": NaN}', {"ended": 0.0}),
+        (b'{"exit_code": 3, "ended": 5}', {"ended": 5.0}),
+        (b'{"exit_code": true}', None),
+        (b'{"exit_code": "3"}', None),
+        (b'{"exit_code": 3}' + b" " * (1 << 16) + b"x", {"ended": 0.0}),
+        (b'{"exit_code": 3, "message": "' + b"x" * (1 << 16) + b'"}', None),
+        (b"[" * 60_000, None),
+        (b"[]", None),
+        (b"\xff", None),
+    ],
+)
+def test_an_end_that_a_guest_may_have_written(
+    place: str, text: bytes, known: dict[str, object] | None
+) -> None:
+    """One that has taken its monitor over, which has the file open."""
+    running(place)
+    (Path(place) / "logs/web.end").write_bytes(text)
+    wanted = [] if known is None else [{"name": "web", "exit_code": 3, **known}]
+    assert vm_log.ended(place) == wanted
+    if known is None:
+        vm_log.note_killed(place, "web")
+        assert len(vm_log.ended(place)) == 1
+
+
 def test_a_full_disk_is_told_once_and_holds_up_nobody(place: str, capsys) -> None:
     (Path(place) / "logs").mkdir()
     os.symlink("/dev/full", Path(place) / "logs/web.log")

@@ -22,7 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyvmm.control import streams as control_streams
-from pyvmm.control.server import MAX_CLIENTS
+from pyvmm.control.doors import MAX_CLIENTS
 from pyvmm.emulated_host.ports import Port
 from pyvmm.emulated_host.qmp import Qmp
 from pyvmm.emulated_host.sockets import allows, connect_now, outside_end

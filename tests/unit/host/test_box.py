@@ -12,14 +12,16 @@ from c_claims import assert_in_c, needs_headers
 
 from pyvmm.host import box, confinement, refusals, vhost
 from pyvmm.host.outside import Outside
+from pyvmm.monitor import asleep, keeper_state
 
 
 @needs_headers(["linux/capability.h"])
 def test_the_kernel_s_numbers(tmp_path: Path) -> None:
     single = {"ioctl": "_IOCTL", "fcntl": "_FCNTL", "kill": "_KILL", "socket": "_SOCKET"}
-    single |= {"socketpair": "_SOCKETPAIR", "prctl": "_PRCTL"}
+    single |= {"socketpair": "_SOCKETPAIR", "capset": "_CAPSET"}
     calls = {name: getattr(box, constant) for name, constant in single.items()}
-    calls |= {"capset": box._CAPSET, "capget": confinement._CAPGET, **box._MORE, **box._BINDING}
+    calls |= {"prctl": confinement.PRCTL, "capget": confinement._CAPGET}
+    calls |= {**box._MORE, **box._BINDING}
     calls |= box._OPEN_CALLS
     never = {name: number for name, number in box._NEVER.items() if number < 440}
     claims = [f"__NR_{name} == {number}" for name, number in {**calls, **never}.items()]
@@ -41,6 +43,14 @@ def test_the_kernel_s_numbers(tmp_path: Path) -> None:
         f"__NR_close_range == {refusals._CLOSE_RANGE}",
         f"CLOSE_RANGE_UNSHARE == {refusals._CLOSE_RANGE_UNSHARE}",
         f"_LINUX_CAPABILITY_VERSION_3 == {confinement._CAPABILITY_VERSION_3}",
+        # Of a keeper that sleeps.
+        f"PR_SET_PDEATHSIG == {keeper_state._PR_SET_PDEATHSIG}",
+        f"PR_SET_NAME == {asleep._PR_SET_NAME}",
+        f"SIGURG == {asleep.GONE.value}",
+        f"SA_NODEFER == {asleep._SA_NODEFER}",
+        f"MFD_ALLOW_SEALING == {asleep._MFD_ALLOW_SEALING}",
+        f"F_ADD_SEALS == {asleep._ADD_SEALS}",
+        "(F_SEAL_SEAL | F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_WRITE) == " + str(asleep._ALL_SEALS),
     ]
     names = (
         *("LINUX_IMMUTABLE", "SYS_MODULE", "SYS_RAWIO", "SYS_PTRACE", "SYS_PACCT", "SYS_BOOT"),
@@ -54,7 +64,8 @@ def test_the_kernel_s_numbers(tmp_path: Path) -> None:
     headers = [
         *("asm/unistd_64.h", "linux/prctl.h", "linux/capability.h", "asm/ioctls.h", "linux/fs.h"),
         *("linux/vhost.h", "linux/if_tun.h", "linux/fcntl.h", "sys/socket.h"),
-        *("sys/ioctl.h", "linux/seccomp.h", "linux/close_range.h"),
+        *("sys/ioctl.h", "linux/seccomp.h", "linux/close_range.h", "linux/memfd.h"),
+        "signal.h",
     ]
     assert_in_c(tmp_path, headers, claims)
 
@@ -80,6 +91,7 @@ import ctypes, errno
 from threading import Thread
 from pyvmm.host import box, confinement
 from pyvmm.host.outside import Outside
+from pyvmm.monitor import asleep, keeper_state
 outside = Outside(box.stay_outside)
 box.enter(box.Needs(outside=True))
 def may_open():

@@ -232,7 +232,7 @@ def test_the_kernel_s_numbers(tmp_path: Path) -> None:
     ]
     assert len({*C.CALLS.values(), *C.SERVING.values(), *others.values()}) == len(claims)
     claims += [
-        f"PR_SET_NO_NEW_PRIVS == {C._PR_SET_NO_NEW_PRIVS}",
+        f"PR_SET_NO_NEW_PRIVS == {C.PR_SET_NO_NEW_PRIVS}",
         f"SECCOMP_SET_MODE_FILTER == {C._SET_MODE_FILTER}",
         f"SECCOMP_FILTER_FLAG_TSYNC == {C.FILTER_TSYNC}",
         f"SECCOMP_FILTER_FLAG_SPEC_ALLOW == {C.FILTER_SPEC_ALLOW}",

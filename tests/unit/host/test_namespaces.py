@@ -49,7 +49,7 @@ print(tried(lambda: open(named + "/data").read()), end=" ")
 print(tried(lambda: open(named + "/data", "a") and "written"), end=" ")
 print(tried(lambda: open("/dev/null", "w").write("x")), end=" ")
 print(len(os.listdir("/proc/self/task")) > 0, os.getcwd() == {cwd!r}, end=" ")
-print(outside.run(box._capabilities)[:2] == (0, 0), end=" ")
+print(outside.run(c.capabilities)[:2] == (0, 0), end=" ")
 thread = threading.Thread(target=see)  # as of a device
 thread.start()
 thread.join()

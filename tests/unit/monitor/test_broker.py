@@ -23,8 +23,9 @@ from typing import Any
 import pytest
 from hotplug_rig import until
 
+from pyvmm.control.doors import Door
 from pyvmm.control.protocol import BUSY, NEEDS_FILES, ControlError, Method, executes, watches
-from pyvmm.control.server import ControlServer, Door
+from pyvmm.control.server import ControlServer
 from pyvmm.host import unix_sockets
 from pyvmm.host.handed import Descriptors
 from pyvmm.host.unix_sockets import Socket
@@ -76,6 +77,8 @@ class Monitor:
         closing(self.server.close)
 
     def _end_keeper(self) -> None:
+        if self.keeper._socket is None:
+            return
         self.keeper._socket.close()
         os.waitpid(self.keeper.pid, 0)
 
@@ -98,7 +101,7 @@ def monitor(
     request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Monitor]:
     """Its keeper sleeps whenever it has nothing to do, or never."""
-    monkeypatch.setattr("pyvmm.monitor.keeper._AWAKE", request.param)
+    monkeypatch.setattr("pyvmm.monitor.keeper.AWAKE", request.param)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "image").write_bytes(b"content" + bytes(505))
     closing: list[Callable[[], object]] = []

@@ -1,28 +1,31 @@
-"""The keeper of a confined monitor does its four things for one VM, and believes nothing else."""
+"""The keeper of a confined monitor does its few things for one VM, and believes nothing else."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import json
 import os
 import select
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hotplug_rig import until
 
-from pyvmm.control import vm_log
-from pyvmm.errors import HostError
+from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import box
+from pyvmm.host.call_names import number_of
 from pyvmm.host.other_user import OtherUser
+from pyvmm.monitor import asleep
+from pyvmm.monitor.awake import Serving
 from pyvmm.monitor.cgroup import Group
-from pyvmm.monitor.keeper import Keeper, _Serving, _State
+from pyvmm.monitor.keeper import Keeper
+from pyvmm.monitor.keeper_state import REMOVE, State
 
 SAFETY_TIMEOUT = 60
 
@@ -31,7 +34,7 @@ SAFETY_TIMEOUT = 60
 def sleepy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Whether it sleeps after each message, and is Python anew for the next one."""
     if request.param:
-        monkeypatch.setattr("pyvmm.monitor.keeper._AWAKE", 0.0)
+        monkeypatch.setattr("pyvmm.monitor.keeper.AWAKE", 0.0)
     found: bool = request.param
     return found
 
@@ -40,11 +43,17 @@ def sleepy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
 def keeper(tmp_path: Path, sleepy: bool) -> Iterator[Keeper]:
     made = Keeper(str(tmp_path), "web")
     yield made
-    made._socket.close()
-    os.waitpid(made.pid, 0)
+    assert end(made) == 0
 
 
-def test_it_opens_the_log_and_remembers_the_end(keeper: Keeper, tmp_path: Path) -> None:
+def end(keeper: Keeper) -> int:
+    """Have its monitor end; how it ends then."""
+    assert keeper._socket is not None
+    keeper._socket.close()
+    return os.waitpid(keeper.pid, 0)[1]
+
+
+def test_it_opens_the_log(keeper: Keeper, tmp_path: Path) -> None:
     keeper.enter_box()
     for rotate in (False, True):
         fd = keeper.open_log(rotate)
@@ -53,34 +62,53 @@ def test_it_opens_the_log_and_remembers_the_end(keeper: Keeper, tmp_path: Path) 
         os.close(fd)
     logs = tmp_path / "logs"
     assert sorted(os.listdir(logs)) == ["web.log", "web.old"]
-    keeper.note_end(11, message="x" * 10_000, ending="panic", other=[1])
-    [end] = vm_log.ended(str(tmp_path))
-    assert (end["exit_code"], end["ending"], len(end["message"])) == (11, "panic", 4096)
-    assert "other" not in end
 
 
-def test_it_removes_what_was_announced_and_is_the_same(keeper: Keeper, tmp_path: Path) -> None:
-    files = [tmp_path / name for name in ("one", "two", "three")]
-    for file in files:
+@pytest.mark.parametrize("awake", [False, True])
+def test_it_removes_what_was_announced_and_is_the_same(
+    keeper: Keeper, tmp_path: Path, awake: bool
+) -> None:
+    """With Python, or without."""
+    files = [tmp_path / name for name in ("one", "two", "three", "four", "later")]
+    for file in files[:4]:
         file.touch()
-    for file in files[:2]:
-        keeper.announce(str(file))
+    for number in (0, 1, 3, 4):
+        keeper.announce(str(files[number]))
     keeper.enter_box()
+    if awake:
+        os.close(keeper.open_log(False))
     files[1].rename(tmp_path / "two-before")
     files[1].touch()  # somebody else's by now
-    for file in files[:2]:
+    files[3].unlink()
+    files[4].touch()
+    for number in (0, 1, 4):
+        keeper.remove(str(files[number]))
+    for number in (2, 3):
+        with pytest.raises(FileNotFoundError):
+            keeper.remove(str(files[number]))
+    assert [file.exists() for file in files] == [False, True, True, False, True]
+    assert awake or Path(f"/proc/{keeper.pid}/exe").readlink().name.startswith("memfd:")
+
+
+def test_it_removes_more_than_there_is_room_for_without_python(
+    keeper: Keeper, tmp_path: Path
+) -> None:
+    files = [tmp_path / f"{number}" for number in range(asleep.MOST_FILES + 2)]
+    for file in files:
+        file.touch()
+        keeper.announce(str(file))
+    keeper.enter_box()
+    for file in files:
         keeper.remove(str(file))
-    with pytest.raises(FileNotFoundError):
-        keeper.remove(str(files[2]))
-    assert [file.exists() for file in files] == [False, True, True]
+    assert not os.listdir(tmp_path)
 
 
 @pytest.mark.parametrize(
     "message",
     [
-        *(b"add/etc/passwd", b"box", b"del7", b"del-9", b"delx", b"xyz", b"x", b"con0", b"con5 5"),
-        *(b"end[]", b'end{"exit_code": "1"}', b"end{", b"end" + b"[" * 50_000),
-        *(b'grp["/", "/tmp/x"]', b"lis\0", b"dev/etc/passwd", b'plg["/run/pyvmm-plug/1", "x"]'),
+        *(b"del7", b"del\0\0\0\0\1", b"del\0\0\0", REMOVE.pack(b"del", 7), b"xyz", b"x"),
+        *(REMOVE.pack(b"del", (1 << 32) - 1), b"con0", b"con5 5", b"con" + b"9" * 10_000),
+        *(b"dev/etc/passwd", b'plg["/run/pyvmm-plug/1", "x"]'),
     ],
 )
 def test_it_believes_nothing(keeper: Keeper, tmp_path: Path, message: bytes) -> None:
@@ -100,12 +128,10 @@ def filters_of(pid: int) -> list[str]:
 def test_it_gives_up_rights_once(keeper: Keeper) -> None:
     """Each filter more would make calls slower, and leave less room for those of what it starts."""
     keeper.enter_box()
-    os.close(keeper.open_log(False))
+    until_asleep(keeper.pid)
     before = filters_of(keeper.pid)
     for _ in range(3):
-        with pytest.raises(OSError, match="Invalid argument"):
-            keeper._ask(b"box")
-    os.close(keeper.open_log(False))
+        os.close(keeper.open_log(False))
     assert filters_of(keeper.pid) == before
 
 
@@ -157,11 +183,9 @@ def test_for_another_user_it_follows_no_link_that_came_later(tmp_path: Path, lin
         with pytest.raises(HostError):
             keeper.reach(f"{tmp_path}/way/vsock_7")
         if link == "folder":
-            with pytest.raises(OSError):
-                keeper.remove(f"{tmp_path}/way/vsock")
-            assert (secret / "vsock").exists()
-    keeper._socket.close()
-    os.waitpid(keeper.pid, 0)
+            keeper.remove(f"{tmp_path}/way/vsock")  # where it was
+            assert (secret / "vsock").exists() and not (tmp_path / "before/vsock").exists()
+    assert end(keeper) == 0
 
 
 def test_a_descriptor_that_cannot_be_sent_is_an_error_and_no_more(tmp_path: Path) -> None:
@@ -174,71 +198,118 @@ def test_a_descriptor_that_cannot_be_sent_is_an_error_and_no_more(tmp_path: Path
             return super().sendmsg(buffers)
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours, Full(fileno=theirs.detach()) as full:
-        ours.send(b"log\0")
-        ours.send(b'end{"exit_code": 3}')
+    known = (str(tmp_path), "web", None, False, 0, 5.0, theirs.detach(), "", [], (), [], [], [])
+    state = State(*known)
+    with ours:
+        for _ in range(2):
+            ours.send(b"log\0")
         ours.shutdown(socket.SHUT_WR)
-        _Serving(full, _State(str(tmp_path), "web", None, False, 0, 5.0)).run()
+        serving = Serving(state, os.open(os.devnull, os.O_RDONLY), sleeps=False)
+        with Full(fileno=serving._socket.detach()) as full:
+            serving._socket = full
+            serving.run()
         assert [int.from_bytes(ours.recv(8), sys.byteorder) for _ in range(2)] == [
             errno.ETOOMANYREFS,
-            0,
+            errno.ETOOMANYREFS,
         ]
-    assert [one["exit_code"] for one in vm_log.ended(str(tmp_path))] == [3]
 
 
 def test_it_imports_nothing_that_a_guest_may_have_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Python may have been told to look in the current directory, and that may be shared."""
-    (tmp_path / "json.py").write_text("open('mark', 'w')")
+    for name in ("json", "marshal", "select", "pyvmm", "sitecustomize"):
+        (tmp_path / f"{name}.py").write_text("open('mark', 'w')")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    for name in [name for name in sys.modules if name.partition(".")[0] == "json"]:
-        monkeypatch.delitem(sys.modules, name)
     made = Keeper(str(tmp_path), "web")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    made.enter_box()
     monkeypatch.undo()
-    made.note_end(3)
-    made._socket.close()
-    os.waitpid(made.pid, 0)
-    assert not (tmp_path / "mark").exists()
-    assert [one["exit_code"] for one in vm_log.ended(str(tmp_path))] == [3]
+    os.close(made.open_log(False))
+    imported = Path(f"/proc/{made.pid}/maps").read_text()
+    assert end(made) == 0
+    assert "python" in imported and not (tmp_path / "mark").exists()
 
 
-def test_it_ends_with_a_monitor_that_has_made_it_wait(tmp_path: Path, sleepy: bool) -> None:
-    """A listener without O_NONBLOCK, of which the monitor takes all connections, has it wait in
-    accept(2); here it is stopped."""
-    code = """
-import sys
+# A monitor that takes connections away from its keeper until that waits for one, and prints its
+# number then. argv: the folder, the keeper's patience, a group of processes or "", and what the
+# kernel calls accept4 (proc(5)).
+MONITOR = """
+import os, random, signal, sys, time
+from pyvmm.host import unix_sockets
 from pyvmm.monitor import keeper
-keeper._AWAKE = float(sys.argv[2])
+from pyvmm.monitor.cgroup import Group
+keeper.AWAKE = float(sys.argv[2])
 made = keeper.Keeper(sys.argv[1], "web")
+if sys.argv[3]:
+    group = Group.__new__(Group)
+    group._before, group._made = sys.argv[1], sys.argv[3]
+    made.leave(group)
+path = sys.argv[1] + "/socket"
+listener = unix_sockets.listen(path)
+channel = made.listen(listener, owner_only=True)
 made.enter_box()
-made.note_end(0)  # so it has done all that comes with the box
+if keeper.AWAKE:
+    os.close(made.open_log(False))
+patient = True
+def too_late(*args):
+    global patient
+    if not patient:
+        patient = True
+        raise InterruptedError
+signal.signal(signal.SIGALRM, too_late)
+os.set_blocking(listener.fileno(), True)
+while True:
+    client = unix_sockets.connect_here(path)
+    until = time.perf_counter() + random.random() / 5000
+    while time.perf_counter() < until:
+        pass
+    signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+    try:
+        patient = False
+        os.close(listener._accept()[0])
+        patient = True
+    except InterruptedError:
+        pass
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    client.close()
+    with open(f"/proc/{made.pid}/syscall") as file:
+        if file.read().split()[0] == sys.argv[4]:
+            break
 print(made.pid, flush=True)
 sys.stdin.read()
 """
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path), "0" if sleepy else "5"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    ) as monitor:
+
+
+@pytest.mark.parametrize("group", [False, True], ids=["", "group"])
+def test_it_ends_with_a_monitor_that_has_made_it_wait(
+    tmp_path: Path, sleepy: bool, group: bool
+) -> None:
+    """A listener without O_NONBLOCK, of which the monitor takes all connections, has it wait in
+    accept(2)."""
+    made = tmp_path / "group"
+    made.mkdir()
+    command = [sys.executable, "-c", MONITOR, str(tmp_path), "0" if sleepy else "3600"]
+    command += [str(made) if group else "", str(number_of("accept4"))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as monitor:
         assert monitor.stdout is not None
         pid = int(monitor.stdout.readline())
-        if sleepy:
-            until_asleep(pid)
         process = os.pidfd_open(pid)
-        os.kill(pid, signal.SIGSTOP)
         monitor.kill()
     has_ended = select.select([process], [], [], SAFETY_TIMEOUT)[0]
     os.close(process)
     if not has_ended:
         os.kill(pid, signal.SIGKILL)
-    assert has_ended
+    assert has_ended and made.exists() is not group
 
 
 def files_of(pid: int) -> list[str]:
     """What its descriptors are, but for those that lead nowhere."""
-    links = [os.readlink(entry.path) for entry in os.scandir(f"/proc/{pid}/fd")]
+    links = []
+    for entry in os.scandir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # it has been closed
+            links.append(os.readlink(entry.path))
     return [
         link.partition(":[")[0] if "socket" in link else link
         for link in links
@@ -247,17 +318,28 @@ def files_of(pid: int) -> list[str]:
 
 
 def test_it_has_no_other_descriptor_and_ends_with_the_monitor(tmp_path: Path) -> None:
-    with open(tmp_path / "disk", "w"):
-        made = Keeper(str(tmp_path), "web")
-        made.announce(str(tmp_path / "disk"))  # so it has begun
-        held = files_of(made.pid)
-        assert sorted(held) == ["anon_inode:[eventpoll]", "socket"], held
-        os.kill(made.pid, signal.SIGINT)
-        os.kill(made.pid, signal.SIGTERM)
-        made.announce(str(tmp_path / "disk"))
-    made._socket.close()
-    _, status = os.waitpid(made.pid, 0)
-    assert status == 0
+    made = Keeper(str(tmp_path), "web")
+    made.announce(str(tmp_path / "disk"))
+    inherited = os.open(tmp_path / "disk", os.O_RDWR | os.O_CREAT)
+    other = os.dup(inherited)
+    os.set_inheritable(inherited, True)
+    try:
+        made.enter_box()
+    finally:
+        os.close(inherited)
+        os.close(other)
+    until_asleep(made.pid)
+    own = ["/memfd:pyvmm-keeper-state (deleted)", str(tmp_path), "socket"]
+    assert sorted(files_of(made.pid)) == own
+    os.kill(made.pid, signal.SIGINT)
+    os.kill(made.pid, signal.SIGTERM)
+    os.close(made.open_log(False))
+    awake = sorted([*own, "anon_inode:[eventpoll]"])
+    until(lambda: sorted(files_of(made.pid)) == awake, lambda: str(files_of(made.pid)))
+    os.kill(made.pid, signal.SIGINT)
+    os.kill(made.pid, signal.SIGTERM)
+    os.close(made.open_log(False))
+    assert end(made) == 0
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -270,6 +352,7 @@ def test_a_group_goes_though_the_monitor_has_read_no_answer(
     made = Keeper(str(tmp_path), "web")
     made.leave(group)
     made.enter_box()
+    assert made._socket is not None
     os.kill(made.pid, signal.SIGSTOP)
     made._socket.send(b"log\0")
     if when == "after":
@@ -277,8 +360,7 @@ def test_a_group_goes_though_the_monitor_has_read_no_answer(
         assert select.select([made._socket], [], [], SAFETY_TIMEOUT)[0]
     made._socket.close()
     os.kill(made.pid, signal.SIGCONT)
-    _, status = os.waitpid(made.pid, 0)
-    assert status == 0 and not os.path.exists(group._made)
+    assert end(made) == 0 and not os.path.exists(group._made)
 
 
 @pytest.mark.parametrize(
@@ -286,8 +368,7 @@ def test_a_group_goes_though_the_monitor_has_read_no_answer(
     [
         *(b"dev/etc/passwd", b"dev/dev/null", b"dev/dev", b"dev/dev/ptmx", b"dev\0", b"log\0"),
         *(b'plg["/run/x", "y"]', b'plg["/run/pyvmm-plug/../x", "y"]', b"plg[1]", b"plg{"),
-        b"plg1",
-        b'end{"exit_code": 1}',
+        *(b"plg1", REMOVE.pack(b"del", 0)),
     ],
 )
 def test_in_an_emulated_host_it_opens_disks_and_ports_only(tmp_path: Path, message: bytes) -> None:
@@ -301,8 +382,7 @@ def test_in_an_emulated_host_it_opens_disks_and_ports_only(tmp_path: Path, messa
         with pytest.raises(FileNotFoundError):
             made.open_device("/dev/vport0p99")
     finally:
-        made._socket.close()
-        os.waitpid(made.pid, 0)
+        end(made)
     assert not os.listdir(tmp_path)
 
 
@@ -313,15 +393,10 @@ def test_without_it_the_monitor_goes_on(tmp_path: Path) -> None:
     os.waitpid(made.pid, 0)
     with pytest.raises(OSError):
         made.open_log(False)
-    made.note_end(0)
-    assert time.monotonic() and json.dumps(vm_log.ended(str(tmp_path))) == "[]"
 
 
 def until_asleep(pid: int) -> None:
-    give_up_at = time.monotonic() + SAFETY_TIMEOUT
-    while Path(f"/proc/{pid}/comm").read_text() != "pyvmm-keeper\n":
-        assert time.monotonic() < give_up_at
-        time.sleep(0.01)
+    until(lambda: Path(f"/proc/{pid}/comm").read_text() == "pyvmm-keeper\n")
 
 
 def private_kib(pid: int) -> int:
@@ -332,7 +407,7 @@ def private_kib(pid: int) -> int:
 def test_asleep_it_has_next_to_no_memory_and_ends_with_the_monitor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pyvmm.monitor.keeper._AWAKE", 0.0)
+    monkeypatch.setattr("pyvmm.monitor.keeper.AWAKE", 0.0)
     made = Keeper(str(tmp_path), "web")
     made.enter_box()
     until_asleep(made.pid)
@@ -347,27 +422,50 @@ def test_asleep_it_has_next_to_no_memory_and_ends_with_the_monitor(
     os.kill(made.pid, signal.SIGTERM)
     os.close(made.open_log(False))
     until_asleep(made.pid)
-    made._socket.close()
-    _, status_ = os.waitpid(made.pid, 0)
-    assert status_ == 0
+    assert end(made) == 0
 
 
-@pytest.mark.parametrize("prevents", ["memfd", "exec", "Python"])
-def test_where_it_cannot_sleep_it_stays(
+@pytest.mark.parametrize("prevents", ["memfd", "exec"])
+def test_where_it_cannot_sleep_it_is_python(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prevents: str
 ) -> None:
-    monkeypatch.setattr("pyvmm.monitor.keeper._AWAKE", 0.0)
+    monkeypatch.setattr("pyvmm.monitor.keeper.AWAKE", 0.0)
+    create, spawn = os.memfd_create, os.posix_spawn
 
-    def refuse(*args: object) -> None:
-        raise OSError(errno.EACCES, "refused")
+    def create_no_program(name: str, flags: int) -> int:
+        """As with vm.memfd_noexec=2."""
+        if not flags & 8:  # MFD_NOEXEC_SEAL
+            raise PermissionError(errno.EACCES, "refused")
+        return create(name, flags)
 
-    place = {"memfd": "os.memfd_create", "exec": "os.execve", "Python": "sys.executable"}[prevents]
-    monkeypatch.setattr(place, "" if prevents == "Python" else refuse)
+    def spawn_no_memory(path: str, *args: Any, **more: Any) -> int:
+        if path.startswith("/proc"):
+            raise PermissionError(errno.EACCES, "refused")
+        return spawn(path, *args, **more)
+
+    replaced = {
+        "memfd": ("os.memfd_create", create_no_program),
+        "exec": ("os.posix_spawn", spawn_no_memory),
+    }
+    monkeypatch.setattr(*replaced[prevents])
     made = Keeper(str(tmp_path), "web")
-    monkeypatch.undo()
+    (tmp_path / "file").touch()
+    made.announce(str(tmp_path / "file"))
     made.enter_box()
+    monkeypatch.undo()
     for _ in range(2):
         os.close(made.open_log(False))
-    made._socket.close()
-    _, status = os.waitpid(made.pid, 0)
-    assert status == 0
+    made.remove(str(tmp_path / "file"))
+    assert not (tmp_path / "file").exists()
+    if box.filters_calls():
+        assert filters_of(made.pid)[0] == "Seccomp:\t2"
+    assert Path(f"/proc/{made.pid}/comm").read_text() != "pyvmm-keeper\n"
+    assert end(made) == 0
+
+
+def test_without_a_python_to_become_it_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.executable", "")
+    with pytest.raises(ConfigError, match="does not say where its own program is"):
+        Keeper(str(tmp_path), "web").enter_box()
