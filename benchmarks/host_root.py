@@ -129,7 +129,7 @@ def one_run(command: list[str], environment: dict[str, str]) -> float:
             cwd="/",
         )
     except subprocess.TimeoutExpired as late:
-        raise RuntimeError(f"{command}: more than {PATIENCE:.0f} s: {late.stdout}") from None
+        raise RuntimeError(f"{command}: more than {PATIENCE:.0f} s: {late.stdout!r}") from None
     if done.returncode:
         raise RuntimeError(f"{command} ended with {done.returncode}: {done.stdout[-3000:]!r}")
     return time.monotonic() - begin
