@@ -223,8 +223,9 @@ def _keep_only(fds: Sequence[int]) -> None:
 
 def _import_all(kinds: Collection[str]) -> None:
     """The modules that a monitor of a VM with devices of these kinds imports, now or soon."""
+    from pyvmm.boot import image_file  # noqa: F401
     from pyvmm.control import server, vm_log  # noqa: F401
-    from pyvmm.host import refusals  # noqa: F401
+    from pyvmm.host import other_user, refusals  # noqa: F401
     from pyvmm.kinds import registry
     from pyvmm.machine import pci_host  # noqa: F401
     from pyvmm.machine.board.registry import board_of_host

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from boot_images import Elf, Load
-from echo_guest import echo_kernel
+from echo_guest import echo_kernel, faulting_kernel
 from hotplug_rig import until
 from test_monitors_box import DEVICE, HELPERS, READS_AND_WAITS, SAFETY_TIMEOUT
 from test_monitors_box import RUN as RUN_WITH_LAYERS
@@ -389,7 +389,9 @@ def test_what_he_cannot_read_of_python_he_has_loaded_before(folder: Path) -> Non
 
 @pytest.mark.parametrize("readable", [True, False])
 def test_who_may_read_late_what_is_root_s_alone_stays_root(folder: Path, readable: bool) -> None:
-    """And says so. An ordinary file is no reason."""
+    """And says so. An ordinary file is no reason, where the folders above it are none."""
+    if box.ROOT in dict(box.probe().off):
+        pytest.skip("monitors have no root of their own here")
     named = folder / "place"
     named.mkdir()
     (named / "data").write_text("x")
@@ -403,3 +405,41 @@ def test_who_may_read_late_what_is_root_s_alone_stays_root(folder: Path, readabl
         first = vm("logs", "a").stderr.splitlines()[0]
         reason = f"not user: {named}/data is for root alone (--allow-read)"
         assert (reason in first) != readable, first
+
+
+NO_USER = "from pyvmm.host import other_user; other_user._why_none = lambda mapped: 'none here'\n"
+NO_BOX = "from pyvmm.host import box; box._machine_lacks = lambda: 'not written for it'\n"
+# The exit code of a VM whose guest faults, or that of one that does not start.
+RUNS, REFUSED = 12, 2
+
+
+@pytest.mark.parametrize(
+    ("lacking", "mode", "code", "said"),
+    [
+        (NO_USER, "auto", RUNS, "not user: none here"),
+        (NO_USER, "strict", REFUSED, "the monitor cannot be confined: user: none here"),
+        (NO_BOX, "auto", RUNS, "confined (auto): user; not namespaces: not written for it"),
+        (NO_BOX + NO_USER, "auto", REFUSED, "nothing confines a monitor of root's here"),
+        (NO_BOX + NO_USER, "off", RUNS, "confined (off): by nothing"),
+    ],
+)
+def test_where_root_can_be_nobody_else(
+    folder: Path, lacking: str, mode: str, code: int, said: str
+) -> None:
+    options = ("--name", "a", "--confine", mode, *(() if mode == "off" else AUTO[0]))
+    environment = {**os.environ, "XDG_RUNTIME_DIR": str(folder)}
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", lacking + RUN_WITH_LAYERS, " ".join(box.LAYERS)),
+            *("run", "--kvm=host", "--kernel", faulting_kernel(folder), *options),
+        ],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=SAFETY_TIMEOUT,
+    )
+    assert done.returncode == code, done.stderr
+    logs = [sys.executable, "-m", "pyvmm", "logs", "a"]
+    log = subprocess.run(logs, env=environment, capture_output=True, text=True).stderr
+    assert said in (done.stderr if code == REFUSED else log), (done.stderr, log)
