@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -89,3 +91,37 @@ def test_ps_a_says_why_a_vm_of_a_command_has_ended(
     assert run_spec(VmSpec(kernel="k", name="web"), wrap=wrap) == code
     [row] = vm_log.ended(registry.folder())
     assert (row["exit_code"], row.get("ending"), row["message"]) == (code, ending, message)
+
+
+# A monitor whose guest never comes up, and which is the user argv[1] by then.
+MONITOR = """
+import os, signal, sys, threading
+from pyvmm.control import registry
+from pyvmm.monitor.run_command import CommandLine, run_with_command
+from pyvmm.spec.vm import VmSpec
+registered = registry.register("x")
+ended = threading.Event()
+def run():
+    signal.signal(signal.SIGTERM, lambda *told: ended.set())
+    user = int(sys.argv[1])
+    os.setresuid(user, user, user)
+    os.kill(os.getpid(), signal.SIGINT)
+    while not ended.wait(0.05):
+        pass
+    return 143
+print(run_with_command(VmSpec(kernel="/k", name="x"), registered.listener, run,
+      CommandLine(("true",)), debug=False))
+"""
+
+
+@pytest.mark.parametrize("user", [os.geteuid(), *([] if os.geteuid() else [61001])])
+def test_ctrl_c_ends_the_client_whoever_the_monitor_is(tmp_path: Path, user: int) -> None:
+    tmp_path.chmod(0o700)
+    done = subprocess.run(
+        [sys.executable, "-c", MONITOR, str(user)],
+        env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout == "(130, True)\n", done.stderr
