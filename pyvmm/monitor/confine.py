@@ -91,7 +91,8 @@ class Confinement:
 
     def _choose_user(self, place: str) -> None:
         """Whom the monitor becomes, if anybody. Raises ConfigError."""
-        wanted = self._surroundings.user
+        named = self._surroundings.user
+        wanted = named or ("" if self._mode == OFF else AUTO)
         if not wanted or (wanted == AUTO and os.geteuid()):
             return
         from pyvmm.host import other_user

@@ -257,7 +257,8 @@ LAST = (
         default="",
         after="--allow-read",
         help="For root: whom the monitor becomes before the guest runs. auto is a user of its own "
-        "for each VM, BASE-LAST one of these numbers for each; or a name, or UID:GID.",
+        "for each VM, and the default unless --confine is off; BASE-LAST is one of these numbers "
+        "for each; or a name, or UID:GID.",
     ),
     Option(
         "cgroup",

@@ -69,8 +69,8 @@ class ControlSocket(Record):
 class Surroundings(Record):
     """`confine` is one of MODES. `allow_read` are paths that code of the user's may read once the
     monitor is confined. `user` is whom root's monitor becomes then: AUTO, ``BASE-LAST``, a name or
-    ``UID:GID``; "" for nobody else. `cgroup` is the group of processes that it joins first, ""
-    for none. `sockets` are more control sockets.
+    ``UID:GID``; "" for AUTO with a box and nobody without. `cgroup` is the group of processes that
+    it joins first, "" for none. `sockets` are more control sockets.
     `stop_timeout` are the seconds that a guest has to power off after a signal."""
 
     confine: str = AUTO

@@ -242,7 +242,7 @@ class Scene(NamedTuple):
         done = subprocess.run(
             [
                 *(sys.executable, "-c", RUN, layers, "run", "--kvm=host", "--kernel", str(kernel)),
-                *("--disk", str(disk), *(("--user=auto",) if USER in layers.split() else ())),
+                *("--disk", str(disk)),
                 *("--device", f"{self.folder}/attacker.py:Attacker,plan={plan}", *options),
             ],
             env={**os.environ, "XDG_RUNTIME_DIR": str(self.folder)},
@@ -493,8 +493,7 @@ def test_more_refused_calls_than_anybody_reads_cost_nothing() -> None:
 
 
 def test_without_confinement_nothing_is_taken_away(scene: Scene) -> None:
-    layers = " ".join(layer for layer in LAYERS if layer != USER)  # which --user asks for
-    assert scene.attempt(layers, "--confine=off") == scene.attempt("")
+    assert scene.attempt(" ".join(LAYERS), "--confine=off") == scene.attempt("")
 
 
 @pytest.mark.parametrize("mode", ["auto", "strict"])
@@ -503,7 +502,7 @@ def test_a_confined_monitor_does_all_its_work(kvm: Kvm, tmp_path: Path, mode: st
     kernel = echo_kernel(tmp_path)
     disk = tmp_path / "disk"
     options = ("--kernel", kernel, "--disk", f"{disk},id=one", "--balloon", "size=0")
-    options += ("--vsock", f"path={tmp_path}/vsock", "--confine", mode, "--user=auto")
+    options += ("--vsock", f"path={tmp_path}/vsock", "--confine", mode)
     with Running(tmp_path, "vm", b"", *options) as vm:
         [row] = vm.ps()
         layers = {"on": list(box.probe().on), "off": dict(box.probe().off)}

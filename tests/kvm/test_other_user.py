@@ -249,7 +249,7 @@ def test_whom_it_cannot_become_is_told_in_one_line(folder: Path, user: str, mess
         assert message in line and "--user" in line
 
 
-AUTO = [("--user", "auto"), ("--user", "750001-750009")]
+AUTO: list[tuple[str, ...]] = [(), ("--user", "750001-750009")]
 
 
 def users_of(vm: Vm) -> set[str]:
