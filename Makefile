@@ -15,7 +15,7 @@ CHANCE := --reruns 1 --max-suite-reruns 3 --rerun-show-tracebacks
 # Only as `make demo ARCH=arm64`: in the environment the name is other programs'.
 FOR_ARCH := $(if $(filter command line,$(origin ARCH)),--arch=$(ARCH))
 
-.PHONY: help demo shell test lint unit fuzz mutants guest ray bench doctor images clean
+.PHONY: help demo shell test lint unit fuzz mutants guest ray cloud bench doctor images clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -51,6 +51,10 @@ bench: .stamps/bench .stamps/system ## Measure against QEMU and C, or ONLY="vhos
 
 ray: .stamps/ray .stamps/system ## VMs on a Ray cluster, three nodes on this machine (installs Ray, 300 MB)
 	@$(BIN)/pytest tests/kvm/test_ray.py tests/guest/test_ray_sandbox.py
+
+cloud: .stamps/dev .stamps/system ## A disk as Debian's cloud images are, made and booted whole; IMAGE=FILE boots yours
+	@mkdir -p build
+	@PYVMM_CLOUD_IMAGE="$(or $(IMAGE),build/cloud.qcow2)" $(BIN)/pytest tests/guest/test_cloud_image.py
 
 doctor: .stamps/venv ## Say what this machine can do
 	@$(BIN)/pyvmm doctor
