@@ -228,6 +228,8 @@ class Tree:
             if node is None:
                 if not make:
                     return None
+                if _is_too_long(name):  # of a link's target: those of members are checked
+                    raise Refused(f"{shown(whole)} lies behind a link with too long a name")
                 node = self._new(tarfile.DIRTYPE)
                 self._name(stack[-1], name, node)
             if node.kind == tarfile.SYMTYPE:
@@ -373,11 +375,15 @@ def split(name: str) -> list[str]:
             parts.append(part)
     if "\0" in name:
         raise Refused(f"{shown(name)} is not a name of a file")
-    if any(len(part.encode("utf-8", "surrogateescape")) > _MOST_NAME for part in parts):
+    if any(map(_is_too_long, parts)):
         raise Refused(f"{shown(name)} is too long a name")
     if len(parts) > _MOST_DEPTH:
         raise Refused(f"{shown(name)} lies deeper than {_MOST_DEPTH} directories")
     return parts
+
+
+def _is_too_long(name: str) -> bool:
+    return len(name.encode("utf-8", "surrogateescape")) > _MOST_NAME
 
 
 def _describe(node: Node, member: Member) -> None:

@@ -81,6 +81,7 @@ REFUSED = [
     (of(pax("x", path="../../x")), "leads out of the image"),
     (of(pax("x", path="a\0b")), "not a name of a file"),
     (of(member("x" * 256)), "too long a name"),
+    (of(symlink("link", "d/" + "x" * 256), member("link/y")), "too long a name"),
     (of(member("a/" * 201 + "x")), "deeper than 200 directories"),
     (of(hardlink("h", "/etc/passwd")), "a hard link to '/etc/passwd', which is not a file"),
     (of(hardlink("h", "../../etc/passwd")), "leads out of the image"),
