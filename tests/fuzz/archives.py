@@ -38,7 +38,7 @@ from pyvmm.errors import ConfigError
 from pyvmm.images.container import disk, manifest, process
 from pyvmm.images.container.layers import Budget, LayerStream
 from pyvmm.images.container.load import load, named
-from pyvmm.images.container.members import members
+from pyvmm.images.container.members import Member, members
 from pyvmm.images.container.refusal import Refused
 from pyvmm.images.container.spool import Spool
 from pyvmm.images.container.tree import Tree
@@ -312,6 +312,8 @@ class _Model:
             self.nodes[whole] = node, self.layer
         else:
             kind = {b"5": "dir", b"2": "link", b"3": "char", b"6": "fifo"}.get(entry.kind, "file")
+            if entry.kind == b"\0" and entry.name.endswith("/"):
+                kind = "dir"
             before = self.nodes.get(whole)
             if before is not None and before[0].kind == kind == "dir":
                 before[0].entry = entry
@@ -345,7 +347,8 @@ def _entries(rng: Random, *, plain: bool) -> list[Entry]:
             data = rng.choice((b"", b"text", rng.randbytes(700), bytes(5000)))
             found.append(Entry(name, rng.choice((b"0", b"\0", b"7")), data, **more))
         elif kind < 7:
-            found.append(Entry(name + rng.choice(("", "/")), b"5", **more))
+            kind_of, end = rng.choice(((b"5", ""), (b"5", "/"), (b"\0", "/")))
+            found.append(Entry(name + end, kind_of, **more))
         elif kind == 7:
             # A link that leads somewhere makes paths that the model does not follow.
             target = (
@@ -390,6 +393,62 @@ def _content(entry: Entry) -> bytes:
         made[start : start + size] = entry.data[at : at + size]
         at += size
     return bytes(made)
+
+
+def _headers(data: bytes) -> tuple[int, bool] | None:
+    """How many members an archive has, and whether each header that is read has its own sum; None
+    for what takes more than a few lines to tell."""
+    at, count = 0, 0
+    while at + _BLOCK <= len(data):
+        block = data[at : at + _BLOCK]
+        if not any(block):
+            return count, True
+        digits = block[148:156].partition(b"\0")[0].strip(b" ")
+        if not digits or digits.translate(None, b"01234567") or block[148] >= 0x80:
+            return None
+        plain = sum(block) - sum(block[148:156]) + 256
+        signed = plain - 256 * sum(byte > 127 for byte in block[:148] + block[156:])
+        if int(digits, 8) not in (plain, signed):
+            return count, False
+        kind, size = block[156:157], block[124:136].partition(b"\0")[0].strip(b" ")
+        if kind == b"S" or block[124] >= 0x80 or size.translate(None, b"01234567"):
+            return None
+        body = data[at + _BLOCK : at + _BLOCK + int(size or b"0", 8)]
+        if kind in b"xgX" and b"size" in body:
+            return None
+        if kind not in (b"x", b"g", b"X", b"L", b"K"):
+            count += 1
+        is_empty = kind in (b"1", b"2", b"3", b"4", b"5", b"6")
+        if kind == b"\0" and block[:100].partition(b"\0")[0].endswith(b"/"):
+            return None
+        at += _BLOCK + (0 if is_empty else -(-int(size or b"0", 8) // _BLOCK) * _BLOCK)
+    return None
+
+
+def _check_member(member: Member) -> None:
+    """A member that nobody has refused makes sense."""
+    if member.pieces is not None:
+        last = 0
+        for start, length in member.pieces:
+            assert last <= start and length >= 0, "pieces that overlap"
+            last = start + length
+        assert last <= member.size, "pieces past the end"
+        assert sum(length for _, length in member.pieces) <= member.stored, "more than is stored"
+    assert 0 <= member.uid < 0xFFFF_FFFF and 0 <= member.gid < 0xFFFF_FFFF
+    assert 0 <= member.mode <= 0o7777 and 0 <= member.mtime < 1 << 31 and member.size >= 0
+
+
+def _check_sound(tree: Tree) -> None:
+    """Each of its names is one, and nothing is what a file system cannot have."""
+    for path, node in tree.walk():
+        name = path.rpartition("/")[2]
+        assert path == "." or (name not in ("", ".", "..") and "\0" not in name), path
+        assert len(name.encode("utf-8", "surrogateescape")) <= 255 and path.count("/") < 200
+        assert node.kind in (b"0", b"5", b"2", b"3", b"4", b"6"), node.kind
+        assert 0 <= node.device[0] < 1 << 12 and 0 <= node.device[1] < 1 << 20
+        assert node.start + node.size <= MOST
+        assert len(node.target) < 4096 and (node.target or node.kind != b"2")
+        assert node.children is None or node.is_directory
 
 
 class _Counted(io.BytesIO):
@@ -472,17 +531,27 @@ def _layers(rng: Random, note: list[str]) -> int:
                 _lie(rng, archive, note)
             tree.next_layer()
             model.layer += 1
+            if is_large := not is_good and rng.random() < 0.01:
+                archive.extended([(b"comment", b"x" * (1 << 20))])
+                archive.add(rng, Entry("large"))
+            told = _headers(archive.end())
             stream = _Counted(archive.end())
+            began = count
             with named("a layer"):
                 for member, content in members(stream):
                     count += 1
+                    _check_member(member)
                     tree.add(member, content)
+            if told is not None:
+                assert told == (count - began, True), (told, count - began)
+            assert not is_large or (told and count - began < told[0]), "a header of 1 MiB"
             for entry in entries:
                 if not (model.refused or model.odd):
                     model.add(entry)
         assert not (is_good and model.refused), "that should be refused"
         if is_good and not model.odd:
             _check_tree(tree, model)
+        _check_sound(tree)
         with suppress(Refused):
             tree.check_names()
             _check_written(tree)
