@@ -422,45 +422,39 @@ def _pmem_check(device: VirtioDevice, driver: MmioDriver) -> None:
     assert answers[1] == (4, pmem_rig.FAILED if broken else pmem_rig.DONE)
 
 
+_NET = Target(
+    net_target.make,
+    net_target.request,
+    net_target.check,
+    stir=net_target.stir,
+    begin=net_target.begin,
+)
 TARGETS = {
     "blk": Target(_disk, _disk_request, _disk_check, prompt=(0, 1)),
     "overlay": Target(_overlay, _disk_request, _disk_check, prompt=(0, 1), stir=_overlay_stir),
     "faults": Target(_faults, _disk_request, _faults_check, prompt=(0, 1), stir=_faults_stir),
-    "pairs": Target(
-        net_target.make_pairs,
-        net_target.request_of_pairs,
-        net_target.check,
-        stir=net_target.stir,
-        begin=net_target.begin,
+    "net": _NET,
+    "pairs": _NET._replace(make=net_target.make_pairs, request=net_target.request_of_pairs),
+    "stream": _NET._replace(
+        make=odd_target.make_stream, check=odd_target.check_stream, stir=odd_target.stir_stream
+    ),
+    "tap": _NET._replace(
+        make=odd_target.make_tap, check=odd_target.check_tap, stir=odd_target.stir_tap
+    ),
+    "vhost": _NET._replace(
+        make=vhost_target.make,
+        check=vhost_target.check,
+        stir=vhost_target.stir,
+        begin=lambda rng: [],
+        may_fail=True,
+        settle=vhost_target.settle,
+        offloads=True,
     ),
     "odd": Target(
         odd_target.make_disk,
         odd_target.request_of_disk,
         odd_target.check_disk,
         stir=odd_target.stir_disk,
-    ),
-    "stream": Target(
-        odd_target.make_stream,
-        net_target.request,
-        odd_target.check_stream,
-        stir=odd_target.stir_stream,
-        begin=net_target.begin,
-    ),
-    "tap": Target(
-        odd_target.make_tap,
-        net_target.request,
-        odd_target.check_tap,
-        stir=odd_target.stir_tap,
-        begin=net_target.begin,
-    ),
-    "vhost": Target(
-        vhost_target.make,
-        net_target.request,
-        vhost_target.check,
-        stir=vhost_target.stir,
-        may_fail=True,
-        settle=vhost_target.settle,
-        offloads=True,
     ),
     "user": Target(
         odd_target.make_failing,
@@ -483,13 +477,6 @@ TARGETS = {
         console_target.check,
         stir=console_target.stir,
         begin=console_target.begin,
-    ),
-    "net": Target(
-        net_target.make,
-        net_target.request,
-        net_target.check,
-        stir=net_target.stir,
-        begin=net_target.begin,
     ),
     "pmem": Target(_pmem, _pmem_request, _pmem_check, prompt=(0,), stir=_pmem_stir),
     "vsock": Target(_vsock, _vsock_request, _vsock_check, stir=_vsock_stir, begin=_vsock_begin),
