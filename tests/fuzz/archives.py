@@ -331,6 +331,8 @@ def _entries(rng: Random, *, plain: bool) -> list[Entry]:
         name = "/".join(rng.choice(_NAMES[:5]) for _ in range(depth + 1))
         if rng.random() < 0.1:
             name = rng.choice(_NAMES)
+        if not plain and rng.random() < 0.1:
+            name = f"link/{name}"
         more: dict[str, Any] = {
             "mode": rng.choice((0o644, 0o755, 0o4755, 0o1777)),
             "uid": rng.choice((0, 1000, 65534, 1 << 21, (1 << 32) - 2)),
@@ -377,6 +379,11 @@ def _entries(rng: Random, *, plain: bool) -> list[Entry]:
                 data += part
                 at += len(part)
             size = at + rng.randrange(1, 3000)
+            if not plain and holes and rng.random() < 0.5:  # a map that cannot be
+                number = rng.randrange(len(holes))
+                start, length = holes[number]
+                other = wrong(rng, start, 2), wrong(rng, length, 2)
+                holes = rng.choice((holes[::-1], [*holes, holes[number]], [*holes, other]))
             found.append(Entry(name, b"0", data, holes=tuple(holes), size=size, **more))
     if not plain and rng.random() < 0.3:
         found.insert(
@@ -440,6 +447,16 @@ def _check_member(member: Member) -> None:
     assert 0 <= member.mode <= 0o7777 and 0 <= member.mtime < 1 << 31 and member.size >= 0
 
 
+def _leads_out(name: str) -> bool:
+    depth = 0
+    for part in name.split("/"):
+        depth += (part not in ("", ".", "..")) - (part == "..")
+        if depth < 0 and not name.startswith("/"):
+            return True
+        depth = max(0, depth)
+    return False
+
+
 def _check_sound(tree: Tree) -> None:
     """Each of its names is one, and nothing is what a file system cannot have."""
     for path, node in tree.walk():
@@ -499,8 +516,12 @@ def _check_written(tree: Tree) -> None:
     with tarfile.open(fileobj=into, errors="surrogateescape") as archive:
         read = archive.getmembers()
         assert [one.name for one in read] == list(found), "other names, or in another order"
+        seen: set[int] = set()
         for one in read:
             node = found[one.name]
+            assert one.islnk() == (id(node) in seen), "a file of two names is two files"
+            if not node.is_directory:
+                seen.add(id(node))
             if not one.islnk():
                 assert (one.mode, one.uid, one.gid) == (node.mode, node.uid, node.gid)
                 assert one.type == (b"0" if node.kind in (b"\0", b"7") else node.kind)
@@ -544,6 +565,7 @@ def _layers(rng: Random, note: list[str]) -> int:
                     count += 1
                     _check_member(member)
                     tree.add(member, content)
+                    assert not _leads_out(member.name), member.name
             if told is not None:
                 assert told == (count - began, True), (told, count - began)
             for entry in entries:

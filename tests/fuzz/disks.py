@@ -174,8 +174,11 @@ def _dos(rng: Random, disk: _Disk, note: list[str], *, good: bool) -> None:
         begin = rng.randrange(1, max(2, last - 600))
         rows.append((rng.choice((5, 0x0F, 0x85)), begin, 600))
         at, count = 0, rng.choice((0, 1, 3, 70))
+        if not good and rng.random() < 0.05:  # it leads to itself, and has nothing
+            count = 0
+            disk.put(begin, sector([(5, 0, 9)]))
         for number in range(count):
-            inner = [(0x83, 1, rng.randrange(1, 9))]
+            inner = [(0x83, 1, rng.randrange(1, 9))] if rng.random() < 0.9 else []
             if number + 1 < count:
                 following = at + 1 + rng.randrange(4) if good or rng.random() < 0.95 else at
                 inner.append((5, following, 9))

@@ -121,7 +121,8 @@ def _fuzz_devices(
             totals.keep()
     if failed:
         return 1
-    print(f"{totals.cases.total()} cases, {totals.steps} steps, no failure: {totals.counts()}")
+    failures = f"{totals.failures} failed before" if totals.failures else "no failure"
+    print(f"{totals.cases.total()} cases, {totals.steps} steps, {failures}: {totals.counts()}")
     if options.case is None and totals.cases:
         print("\n".join(totals.rates()))
     return 0
