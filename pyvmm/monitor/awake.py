@@ -99,12 +99,11 @@ class Serving:
             pass
 
     def _look_after_monitor(self, looks: bool) -> None:
-        """Whoever has a listener too can have us wait in accept(2): a signal wakes us, where none
-        ends us."""
-        if self._state.group:
-            signal.signal(signal.SIGALRM, self._look)
-            seconds = _LOOK_EVERY if looks else 0.0
-            signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+        """Whoever has a listener too can have us wait in accept(2), and the kernel tells us of its
+        end only if it is of our user, and we have no group to remove."""
+        signal.signal(signal.SIGALRM, self._look)
+        seconds = _LOOK_EVERY if looks else 0.0
+        signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
 
     def _look(self, number: int, frame: FrameType | None) -> None:
         if not self._is_over and self._has_gone():
