@@ -102,7 +102,7 @@ def make_tree(folder: Path, files: int, source: str) -> None:
     subprocess.run([*git, "config", "core.trustctime", "false"], check=True)
     # One that a commit has begun in the background would not let ours begin.
     subprocess.run([*git, "config", "gc.auto", "0"], check=True)
-    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "add", "--force", "."], check=True)
     subprocess.run([*git, "commit", "--quiet", "-m", "all"], check=True)
     subprocess.run([*git, "-c", "pack.window=0", "gc", "--quiet"], check=True)
     guest_lab.prepare_disk(str(folder / "large"), LARGE_MIB)
