@@ -140,7 +140,7 @@ def come_and_go() -> tuple[str, ...]:
 def load(kind: str) -> Any:
     """The module of `kind`. Raises ConfigError if there is none."""
     if kind not in KINDS:
-        raise ConfigError(f"there is no device {kind!r}", cure=f"there are {', '.join(KINDS)}")
+        raise ConfigError(f"there is no device {kind!r:.100}", cure=f"there are {', '.join(KINDS)}")
     return import_module(KINDS[kind].module)
 
 

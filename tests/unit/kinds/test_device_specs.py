@@ -213,6 +213,13 @@ def test_a_long_value_in_a_saved_spec_is_cut_where_it_is_shown(name: str) -> Non
     assert len(str(caught.value)) < 500
 
 
+def test_a_long_kind_of_a_device_is_cut_where_it_is_shown() -> None:
+    data = json.loads(to_json(VmSpec("k")))
+    with pytest.raises(ConfigError, match="there is no device 'xxx") as caught:
+        from_json(json.dumps({**data, "devices": [["x" * 70_000, {}]]}))
+    assert len(str(caught.value)) < 500
+
+
 def test_a_long_name_of_a_disk_or_port_is_cut_where_it_is_shown() -> None:
     long = "x" * 70_000
     spec = VmSpec("k", disks=(DiskSpec("/d", id=long),))
