@@ -51,7 +51,9 @@ def test_a_guest_that_asks_for_something_is_waited_for_and_one_that_stands_still
 ) -> None:
     lab = benchmark("guest_lab")
     monkeypatch.setattr(lab, "_LOOKS_EACH", 0.02)
-    command = [sys.executable, "-c", "input(); print('begin lab-done', end='end', flush=True)"]
+    # In one piece, also where PYTHONUNBUFFERED has print write each of its parts by itself.
+    says = "import os; input(); os.write(1, b'begin lab-doneend')"
+    command = [sys.executable, "-c", says]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, **pipes) as monitor:
         assert monitor.stdin is not None
