@@ -118,9 +118,11 @@ class Worker:
 
     def close(self) -> None:
         os.close(self._go)
-        os.close(self._told)
         os.kill(self._pid, signal.SIGKILL)
         os.waitpid(self._pid, 0)
+        while os.read(self._told, 4096):  # until its driver, which has the image open, ends as well
+            pass
+        os.close(self._told)
 
 
 def compare(what: str, rounds: int, limits: Limits) -> dict[str, float]:
