@@ -96,7 +96,7 @@ def compile_modules(python: Sequence[str], programs: str) -> None:
         with open(os.path.join(into, _OF), "wb") as file:  # which is newer then than all others'
             file.write(b"\0".join(os.fsencode(os.path.realpath(one)) for one in _ours()))
         subprocess.run(
-            [*python, "-S", "-I", program, into, *words],
+            [*python, "-S", "-P", program, into, *words],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
