@@ -46,6 +46,13 @@ def open_streams() -> None:
                 _opened[_identity(found)] = _open_again(fd)
 
 
+def close_streams() -> None:
+    """Close what `open_streams` has opened, for a process that goes on when its guest has ended:
+    who reads the streams waits for their end."""
+    while _opened:
+        os.close(_opened.popitem()[1])
+
+
 def _open_again(fd: int) -> int:
     """Raises OSError."""
     flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC

@@ -25,7 +25,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from pyvmm.errors import ConfigError, HostError
-from pyvmm.host import log, pausing
+from pyvmm.host import log, output, pausing
 from pyvmm.host.pausing import Watcher
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.spec.vm import DiskSpec, VmSpec
@@ -168,7 +168,8 @@ def _be_monitor(
     finally:
         attending.over()
         _flush()
-        os.dup2(null, 1)  # the client sees the console's end
+        os.dup2(null, 1)
+        output.close_streams()  # the client sees the console's end
         told = os.read(result, 1)
         os.waitpid(child, 0)
         os.dup2(stdout, 1)
