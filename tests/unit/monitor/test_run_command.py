@@ -125,3 +125,29 @@ def test_ctrl_c_ends_the_client_whoever_the_monitor_is(tmp_path: Path, user: int
         timeout=60,
     )
     assert done.stdout == "(130, True)\n", done.stderr
+
+
+# A monitor whose guest is gone at once, and which has kept its streams open.
+KEPT_OPEN = """
+from pyvmm.control import registry
+from pyvmm.host import output
+from pyvmm.monitor.run_command import CommandLine, run_with_command
+from pyvmm.spec.vm import VmSpec
+def run():
+    output.open_streams()
+    return 0
+print(run_with_command(VmSpec(kernel="/k", name="x"), registry.register("x").listener, run,
+      CommandLine(("true",)), debug=False))
+"""
+
+
+def test_the_client_sees_the_end_of_a_console_that_was_kept_open(tmp_path: Path) -> None:
+    tmp_path.chmod(0o700)
+    done = subprocess.run(
+        [sys.executable, "-c", KEPT_OPEN],
+        env={**os.environ, "XDG_RUNTIME_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout == "(1, False)\n", done.stderr
