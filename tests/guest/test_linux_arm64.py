@@ -721,7 +721,7 @@ def test_what_needs_no_linux_guest(tmp_path: Path) -> None:
     code, said, _ = found["doctor"]
     assert code == 0, said
     assert "✓ probe guest: runs unmodified kernels" in said
-    assert "✓ monitor: namespaces, network, root, limits, capabilities" in said
+    assert "✓ monitor: namespaces, network, root, user, limits, capabilities" in said
     code, said, errors = found["resets"]
     assert (code, said) == (10, "rrr"), errors
     assert errors.count("starts again") == 2
