@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -17,7 +16,7 @@ _OPTION = "--user"
 # containers' and above sssd's for domains; then those of its DynamicUser=, for containers, whose
 # own are 65,536 mostly.
 _USUAL = (range(2_013_265_920, 2_147_352_576), range(61_184, 65_520))
-_MOST_TRIED = 1 << 16
+_MOST_TRIED = 1 << 10
 _LOCK = "pyvmm-users.lock"  # a byte of it for each number that is in use
 _RUN = "/run"
 # <linux/capability.h>: to become somebody, and to end what he runs
@@ -152,7 +151,7 @@ def unreadable(path: str) -> str:
     """The first of what is at `path`, a file or a folder with all that is in it, that this user
     cannot read; "" if there is none."""
     if not os.path.isdir(path):
-        readable = os.access(path, os.R_OK, effective_ids=True) or not os.path.lexists(path)
+        readable = os.access(path, os.R_OK, effective_ids=True) or _is_missing(path)
         return "" if readable else path
     if not os.access(path, os.R_OK | os.X_OK, effective_ids=True):
         return path
@@ -161,9 +160,20 @@ def unreadable(path: str) -> str:
             inside = os.path.join(folder, name)
             with suppress(OSError):
                 mode = os.R_OK | (os.X_OK if name in folders else 0)
-                if os.path.exists(inside) and not os.access(inside, mode, effective_ids=True):
+                if not os.access(inside, mode, effective_ids=True) and not _is_missing(inside):
                     return inside
     return ""
+
+
+def _is_missing(path: str) -> bool:
+    """True if nothing is there, or a link to nothing, and False where this user may not look."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _free(mapped: list[range], place: str) -> Iterator[int]:
@@ -172,25 +182,31 @@ def _free(mapped: list[range], place: str) -> Iterator[int]:
     lock = _lock_file(place)
     for stretch in mapped:
         # Chance keeps those apart who do not see one another's locks, as in containers.
-        first = int.from_bytes(os.urandom(8), "little")
+        first = _random()
         for step in range(min(len(stretch), _MOST_TRIED)):
             uid = stretch[(first + step) % len(stretch)]
             if f":{uid}:" not in known and (lock < 0 or locks.take_byte(lock, uid)):
                 yield uid
                 return
+        if len(stretch) > _MOST_TRIED:
+            # No chance: a monitor that was taken over has locked them, for the next to stay root.
+            lock = -1
+            others = (stretch[_random() % len(stretch)] for _ in range(_MOST_TRIED))
+            yield from (uid for uid in others if f":{uid}:" not in known)
+
+
+def _random() -> int:
+    return int.from_bytes(os.urandom(8), "little")
 
 
 def _lock_file(place: str) -> int:
     """Open for as long as this process is; -1 if there can be none."""
     for folder in filter(None, (_RUN, place)):
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
+        with suppress(OSError):  # such as a full file system
             found = os.stat(folder)
             if not found.st_uid and not found.st_mode & 0o022:
                 return os.open(os.path.join(folder, _LOCK), flags, 0o600)
-        except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.EROFS, errno.EACCES, errno.EPERM):
-                raise
     return -1
 
 

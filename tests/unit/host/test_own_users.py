@@ -62,6 +62,45 @@ def test_each_process_has_one_of_its_own_until_it_is_killed(tmp_path: Path) -> N
 
 
 @root_only
+def test_whoever_locks_all_numbers_makes_nobody_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A monitor that was taken over has the file open."""
+    tmp_path.chmod(0o700)
+    monkeypatch.setattr(other_user, "_RUN", "")
+    monkeypatch.setattr(other_user.locks, "take_byte", lambda fd, at: False)
+    users = {OtherUser.wanted("auto", str(tmp_path)).uid for _ in range(4)}
+    assert len(users) == 4 and all(uid in other_user._USUAL[0] for uid in users)
+
+
+@root_only
+def test_a_lock_file_that_cannot_be_opened_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path.chmod(0o700)
+    (tmp_path / other_user._LOCK).mkdir()
+    monkeypatch.setattr(other_user, "_RUN", "")
+    assert OtherUser.wanted("auto", str(tmp_path)).is_own
+
+
+@root_only
+def test_what_lies_where_the_user_may_not_look_cannot_be_read(tmp_path: Path) -> None:
+    folder = tmp_path / "closed"
+    folder.mkdir(0o700)
+    (folder / "k").write_text("")
+    with tempfile.TemporaryDirectory(dir="/tmp") as place:
+        os.chmod(place, 0o755)
+        closed = Path(place) / "closed"
+        folder.rename(closed)
+        (Path(place) / "link").symlink_to(closed / "k")
+        (Path(place) / "to nothing").symlink_to("/no such file")
+        user = OtherUser(61001, 61001)
+        for path in (f"{closed}/k", f"{place}/link"):
+            assert user.can(lambda path=path: unreadable(path)) == path
+        assert user.can(lambda: unreadable(f"{place}/to nothing")) == ""
+
+
+@root_only
 def test_whom_an_account_is_called_by_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
