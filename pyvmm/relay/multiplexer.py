@@ -249,6 +249,9 @@ class Multiplexer:
                 self._wake.drain()
             elif fd in self._listeners:
                 self._accept(self._listeners[fd])
+            elif fd not in self._watched:
+                self._look_anew()
+                break
             elif isinstance(owner := self._watched[fd][1], Channel):
                 self._serve(owner, events)
             elif isinstance(owner, _Undecided):
@@ -267,6 +270,13 @@ class Multiplexer:
         for slot in [slot for slot, channel in self._channels.items() if channel.free]:
             del self._channels[slot]
             self._by_slot.pop(slot, None)
+
+    def _look_anew(self) -> None:
+        """Epoll tells of a socket that was closed: a child of ours, which has not become its
+        program yet, has it too."""
+        self._epoll.close()
+        self._epoll = select.epoll()
+        self._watched = {}
 
     def _watch_all(self, listen: bool) -> None:
         self._crowded = False

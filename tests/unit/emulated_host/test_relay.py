@@ -175,6 +175,27 @@ def test_what_was_written_before_a_close_arrives(ends: Ends) -> None:
         assert read_all(client) == b"too much for me"
 
 
+def test_a_child_may_have_what_is_closed(ends: Ends) -> None:
+    """As one has that was forked and has not become its program yet: epoll tells of it still."""
+    serve(ends.inner, echo)
+    held: list[int] = []
+    for _ in range(3):
+        with ends.call() as client:
+            client.sendall(b"x")
+            assert client.recv(1) == b"x"
+            sockets = [channel.socket for channel in ends.outside._channels.values()]
+            held += [os.dup(one.fileno()) for one in sockets if one is not None]
+        wait_for(lambda: not ends.outside._channels)
+    with ends.call() as client:
+        client.sendall(b"y")
+        assert client.recv(1) == b"y"
+    assert len(held) == 3
+    wait_for(lambda: not ends.outside._channels)
+    wait_for(lambda: not ends.outside._epoll.poll(0))  # or it would be at work for ever
+    for fd in held:
+        os.close(fd)
+
+
 def test_a_client_that_leaves_is_seen_to_have_left(ends: Ends) -> None:
     """At the other end too, where nobody writes to it and so would notice."""
     left = threading.Event()
