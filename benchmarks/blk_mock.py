@@ -46,9 +46,9 @@ DRIVER_OK = 4
 class Bench:
     """A disk on tmpfs behind the real transport, with its rings laid out but not yet live."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, read_only: bool = False) -> None:
         self.memory = GuestMemory([(0, RAM)])
-        self.image = open_image(path)
+        self.image = open_image(path, read_only=read_only)
         self.device = BlockDevice(FileBackend(self.image), name="bench", queue_size=QUEUE)
         self.interrupt = EventFd()
         self.transport = MmioTransport(self.device, self.memory, self.interrupt.signal)
