@@ -267,8 +267,7 @@ def main() -> int:
             *(options.arch, options.kernel, options.cpus, options.runs, programs, folder)
         )
     print(table(result))
-    if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+    guest_lab.keep(result, options.json)
     return 0
 
 

@@ -14,7 +14,6 @@ shared directory, for which memory that is not zero is copied.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -25,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from guest_lab import pyvmm_program
+from guest_lab import keep, pyvmm_program
 from start import first_byte_kernel, measure_start
 
 from pyvmm import VM, Pool, images
@@ -222,8 +221,7 @@ def main() -> int:
     else:
         result = measure(options.rounds, options.clones)
         print(table(result))
-    if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+    keep(result, options.json)
     return 0
 
 

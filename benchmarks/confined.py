@@ -12,7 +12,6 @@ time of the process that is measured.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import statistics
@@ -23,11 +22,11 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from functools import partial
-from pathlib import Path
 from threading import Event, Thread
 from typing import NamedTuple
 
 from blk_mock import DRIVER_OK, Bench, count_completions, image_on_tmpfs
+from guest_lab import keep
 from native_kvm import PythonLoop
 
 from pyvmm.errors import PyvmmError
@@ -167,8 +166,7 @@ def main() -> int:
                 return 1
             print(f"| {what} | {found['off_us']} | {found['auto_us']} | {found['ratio']:.3f} |")
     print(f"\nA ratio of {TARGET} at most is wanted.")
-    if options.json:
-        Path(options.json).write_text(json.dumps(results, indent=2) + "\n")
+    keep(results, options.json)
     return 0
 
 

@@ -61,6 +61,12 @@ def pyvmm_program() -> list[str]:
     return [installed] if os.path.exists(installed) else [sys.executable, "-m", "pyvmm"]
 
 
+def keep(result: object, path: str | None) -> None:
+    """Write the figures to the file at `path` as JSON, if there is one."""
+    if path:
+        Path(path).write_text(json.dumps(result, indent=2) + "\n")
+
+
 class Files(NamedTuple):
     """What guests of an `arch` boot from, and the beginnings of command lines that run QEMU and
     Python in the emulated host of it."""

@@ -194,8 +194,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
         sys.exit(reason)
     result = outside(options)
     print(table(result))
-    if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+    guest_lab.keep(result, options.json)
     return 0
 
 

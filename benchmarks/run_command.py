@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from guest_lab import pyvmm_program
+from guest_lab import keep, pyvmm_program
 
 STAGES = ("boot", "command", "power-off")
 COMMANDS = 20
@@ -189,8 +189,7 @@ def main() -> int:
         return 0
     result = measure(options.runs)
     print(table(result))
-    if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+    keep(result, options.json)
     return 0
 
 

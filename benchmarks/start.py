@@ -13,7 +13,6 @@ the median of the differences.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -25,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from guest_lab import pyvmm_program
+from guest_lab import keep, pyvmm_program
 
 TARGET_MS = 120
 CONFINED_TARGET_MS = 8  # more than without a box
@@ -194,8 +193,7 @@ def main() -> int:
     options = parser.parse_args()
     result = compare(options.rounds) if options.confine else measure(options.rounds)
     print(comparison(result) if options.confine else table(result))
-    if options.json:
-        Path(options.json).write_text(json.dumps(result, indent=2) + "\n")
+    keep(result, options.json)
     return 0
 
 
