@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from fuzz.damage import wrong
-from fuzz.room import check_closed, open_files, room
+from fuzz.room import check_closed, open_files, room, told
 
 from pyvmm.agent import client, process, session
 from pyvmm.agent.client import Agent
@@ -830,11 +830,9 @@ def agent_client_case(rng: Random, ring: Ring) -> int:
     """One call to an agent that lies, or does not; one step."""
     said: list[str] = []
     way = rng.choice(_WAYS)
-    try:
-        way(rng, said)
-    except ConfigError as error:
-        raise AssertionError(f"it is not the user's fault: {error}") from error
-    except BaseException as error:
-        error.add_note(f"{way.__name__}: " + "\n".join(one[:4000] for one in said))
-        raise
+    with told(way, said):
+        try:
+            way(rng, said)
+        except ConfigError as error:
+            raise AssertionError(f"it is not the user's fault: {error}") from error
     return 1

@@ -57,7 +57,7 @@ from fuzz.agent_client import (
     parsed,
     tree_frames,
 )
-from fuzz.room import at_end, room
+from fuzz.room import at_end, room, told
 
 from pyvmm.testing.mmio_driver import Ring
 
@@ -293,7 +293,7 @@ def agent_program_case(rng: Random, ring: Ring) -> int:
     global _count
     note: list[str] = []
     way = rng.choice(_WAYS)
-    try:
+    with told(way, note):
         way(rng, note)
         log = _agent().log.read_text(errors="replace")
         assert "ERROR" not in log and "runtime error" not in log, log[-4000:]
@@ -303,7 +303,4 @@ def agent_program_case(rng: Random, ring: Ring) -> int:
             while left := _agent().pids():
                 assert time.monotonic() < end, f"processes {left} are left"
                 time.sleep(0.01)
-    except BaseException as error:
-        error.add_note(f"{way.__name__}: " + "\n".join(one[:4000] for one in note))
-        raise
     return 1

@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import zstandard
 from fuzz.damage import Number, harm, spoil, wrong
-from fuzz.room import check_closed, open_files, room
+from fuzz.room import check_closed, open_files, room, told
 from fuzz.snapshots import other
 
 from pyvmm.errors import ConfigError
@@ -815,8 +815,5 @@ def archive_case(rng: Random, ring: Ring) -> int:
     """One archive; how many parts it had."""
     note: list[str] = []
     way = rng.choice(_WAYS)
-    try:
+    with told(way, note):
         return way(rng, note)
-    except BaseException as error:
-        error.add_note(f"{way.__name__}: " + "\n".join(one[:3000] for one in note))
-        raise

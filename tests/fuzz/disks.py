@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import partition_tables
 from fuzz.damage import Number, fields, harm, wrong
-from fuzz.room import room
+from fuzz.room import room, told
 
 from pyvmm.boot import partitions
 from pyvmm.boot.boot_entry import find
@@ -697,9 +697,6 @@ def disk_case(rng: Random, ring: Ring) -> int:
     """One disk; one step."""
     note: list[str] = []
     way = rng.choice(_WAYS if _forms() else (_tables, _texts))
-    try:
+    with told(way, note):
         way(rng, note)
-    except BaseException as error:
-        error.add_note(f"{way.__name__}: " + "\n".join(one[:3000] for one in note))
-        raise
     return 1

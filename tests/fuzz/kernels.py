@@ -27,7 +27,7 @@ from typing import Any
 import boot_images
 import zstandard
 from fuzz.damage import Number, fields, harm
-from fuzz.room import check_closed, open_files, room
+from fuzz.room import check_closed, open_files, room, told
 
 from pyvmm.boot import x86
 from pyvmm.boot.arm64 import image as arm64
@@ -424,10 +424,7 @@ def kernel_case(rng: Random, ring: Ring) -> int:
     way = rng.choice(_WAYS)
     assert _room() and _memory()
     descriptors = open_files()
-    try:
+    with told(way, note):
         way(rng, note)
         check_closed(descriptors)
-    except BaseException as error:
-        error.add_note(f"{way.__name__}: " + "\n".join(one[:3000] for one in note))
-        raise
     return 1

@@ -6,7 +6,8 @@ import gc
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.util import Finalize
 from pathlib import Path
 
@@ -34,3 +35,13 @@ def check_closed(before: int) -> None:
     if open_files() > before:
         gc.collect()  # what an error's traceback has kept
         assert open_files() <= before, "a descriptor is left"
+
+
+@contextmanager
+def told(way: Callable[..., object], note: Sequence[str]) -> Iterator[None]:
+    """In which `way` works: an error has its name and what is in `note` by then."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"{way.__name__}: " + "\n".join(one[:4000] for one in note))
+        raise

@@ -25,7 +25,7 @@ from typing import Any
 from unittest import mock
 
 from fuzz import snapshots as damaged
-from fuzz.room import check_closed, open_files, room
+from fuzz.room import check_closed, open_files, room, told
 
 from pyvmm.control import snapshot_seal
 from pyvmm.control import snapshot_store as store
@@ -290,10 +290,7 @@ def saved_case(rng: Random, ring: Ring) -> int:
     way = rng.choice(_WAYS)
     assert _place()
     descriptors = open_files()
-    try:
+    with told(way, note):
         way(rng, note)
         check_closed(descriptors)
-    except BaseException as error:
-        error.add_note(f"{way.__name__}: " + "\n".join(one[:3000] for one in note))
-        raise
     return 1
