@@ -21,11 +21,10 @@ from pyvmm.errors import ConfigError, HostError
 from pyvmm.host import named_listener, unix_sockets
 from pyvmm.host.syscalls import Closable
 from pyvmm.host.unix_sockets import Socket
-from pyvmm.spec.names import check_name
+from pyvmm.spec.names import SOCKET_SUFFIX, check_name
 
 DEFAULT_NAME = "vm"
 
-_SUFFIX = ".sock"
 _LEFT = ".left"
 _LOCK = ".lock"
 # Seconds, as fifty VMs that start at once on a busy machine take turns.
@@ -155,8 +154,8 @@ def _listen(path: str) -> Socket:
 def running() -> list[str]:
     """The names of the VMs that run, sorted. Sockets of dead ones are removed."""
     place = folder()
-    found = (entry for entry in os.listdir(place) if entry.endswith(_SUFFIX))
-    names = [entry.removesuffix(_SUFFIX) for entry in found]
+    found = (entry for entry in os.listdir(place) if entry.endswith(SOCKET_SUFFIX))
+    names = [entry.removesuffix(SOCKET_SUFFIX) for entry in found]
     # Without the lock, for which VMs wait that start: each look is a connection, and they are many.
     dead = [name for name in names if not _answers(_path(place, name))]
     if dead:
@@ -172,7 +171,7 @@ def socket_path(name: str) -> str:
 
 
 def _path(place: str, name: str) -> str:
-    return os.path.join(place, name + _SUFFIX)
+    return os.path.join(place, name + SOCKET_SUFFIX)
 
 
 def _answers(path: str) -> bool:
@@ -194,7 +193,7 @@ def _alive(path: str) -> bool:
         from pyvmm.control import vm_log
 
         place, entry = os.path.split(path)
-        vm_log.note_killed(place, entry.removesuffix(_SUFFIX))
+        vm_log.note_killed(place, entry.removesuffix(SOCKET_SUFFIX))
         _remove_left(path)
         with suppress(OSError):
             os.unlink(path)
@@ -220,7 +219,7 @@ def _has_ended(pid: int) -> bool:
 
 def _left_at(path: str) -> str:
     """The path of the list of files that a VM leaves when it is killed."""
-    return path.removesuffix(_SUFFIX) + _LEFT
+    return path.removesuffix(SOCKET_SUFFIX) + _LEFT
 
 
 def _remove_left(path: str) -> None:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
+from pyvmm.spec.names import SOCKET_SUFFIX
 
 PIECE = 512 << 10  # bytes of a file
 MOST_ENDED = 32
@@ -242,9 +243,10 @@ def _ends(place: str) -> list[tuple[str, float]]:
             if entry.name.endswith(_END):
                 with suppress(OSError):
                     status = entry.stat(follow_symlinks=False)
+                    socket = os.path.join(place, _name_of(entry.path) + SOCKET_SUFFIX)
                     if status.st_size:
                         found.append((entry.path, status.st_mtime))
-                    elif not os.path.exists(os.path.join(place, _name_of(entry.path) + ".sock")):
+                    elif not os.path.exists(socket):
                         os.unlink(entry.path)  # it was never begun, or has been forgotten
     return sorted(found, key=lambda one: one[1], reverse=True)
 

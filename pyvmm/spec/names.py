@@ -5,6 +5,7 @@ from __future__ import annotations
 from pyvmm.errors import ConfigError
 
 MAX_NAME_BYTES = 64
+SOCKET_SUFFIX = ".sock"  # of the file, after the name
 
 
 def check_name(name: str, option: str = "--name") -> None:
