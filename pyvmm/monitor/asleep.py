@@ -10,7 +10,7 @@ monitor, and passes on to it who comes to a control socket and asks for no devic
         if a look (MSG_PEEK) finds a "del" for a file in the table: remove that if it is the same,
         answer as Python would, and take the message; or else wake
     a door's: accept a connection, and give it 100 ms to say something;
-        if its user is not ours, or a look at what it says finds no end of a line, or `.add"` before
+        if its user is not ours, or a look at what it says finds no end of a line, or `.add` before
         that: keep it as that door's, and wake
         or else send it to the monitor by the door's channel, as Python would, and close it
 

@@ -1,6 +1,6 @@
 """A keeper that is awake: Python, which serves the monitor and hears its clients, until it has had
-nothing to do for some seconds. The monitor's end, pyvmm.monitor's keeper, has what it is asked
-for."""
+nothing to do for some seconds. pyvmm.monitor.keeper is the monitor's end, and says what it can be
+asked for."""
 
 from __future__ import annotations
 

@@ -134,19 +134,19 @@ class Keeper:
             lasting += listener.fileno(), channel.fileno()
         numbers = {fd: at for at, fd in enumerate(lasting, _FIRST)}  # by ours
         state = State(
-            self._place,
-            self._name,
-            None if self._user is None else (self._user.uid, self._user.gid),
-            self._is_inside,
-            os.getpid(),
-            AWAKE,
-            numbers[theirs[0]],
-            _WAKES,
-            list(confinement.package_folders()),
-            self._group,
-            [(path, self._exactly(path)) for path in self._announced],
-            [(numbers[folder], *more) for folder, *more in files],  # type: ignore[misc]
-            [
+            place=self._place,
+            name=self._name,
+            user=None if self._user is None else (self._user.uid, self._user.gid),
+            is_inside=self._is_inside,
+            monitor=os.getpid(),
+            awake=AWAKE,
+            socket=numbers[theirs[0]],
+            module=_WAKES,
+            packages=list(confinement.package_folders()),
+            group=self._group,
+            named=[(path, self._exactly(path)) for path in self._announced],
+            files=[(numbers[folder], *more) for folder, *more in files],  # type: ignore[misc]
+            doors=[
                 (numbers[listener.fileno()], numbers[channel.fileno()], owner_only)
                 for listener, channel, owner_only in self._doors
             ],
