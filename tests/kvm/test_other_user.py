@@ -20,7 +20,7 @@ from echo_guest import echo_kernel, faulting_kernel
 from hotplug_rig import until
 from test_monitors_box import DEVICE, HELPERS, READS_AND_WAITS, SAFETY_TIMEOUT
 from test_monitors_box import RUN as RUN_WITH_LAYERS
-from test_slots import has_nothing_of, those_with
+from test_slots import is_let_go, those_with
 
 from pyvmm import images
 from pyvmm.errors import ConfigError
@@ -336,8 +336,7 @@ def test_what_serves_its_disks_and_directories_ends_with_it(
             assert vm("stop", "a", "--timeout", "0").returncode == 0
             vm.process.wait(SAFETY_TIMEOUT)
             assert vm.process.stderr is not None and "does not end" not in vm.process.stderr.read()
-    until(lambda: not those_with(image, shared))
-    has_nothing_of(image)
+    until(lambda: not those_with(image, shared) and is_let_go(image))
 
 
 def test_what_he_cannot_read_of_python_he_has_loaded_before(folder: Path) -> None:
