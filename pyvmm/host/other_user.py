@@ -17,6 +17,7 @@ _OPTION = "--user"
 # own are 65,536 mostly.
 _USUAL = (range(2_013_265_920, 2_147_352_576), range(61_184, 65_520))
 _MOST_TRIED = 1 << 10
+_FEW = 1 << 16  # numbers; with fewer it is looked who has processes
 _LOCK = "pyvmm-users.lock"  # a byte of it for each number that is in use
 _RUN = "/run"
 # <linux/capability.h>: to become somebody, and to end what he runs
@@ -39,11 +40,13 @@ def is_to_come() -> bool:
 
 class OtherUser(NamedTuple):
     """The user to become, without other groups. `is_own`: he was made for one VM, and nobody knows
-    him."""
+    him. He is nobody else's for as long as the descriptor `lock` is open anywhere; without one (-1)
+    he is by chance."""
 
     uid: int
     gid: int
     is_own: bool = False
+    lock: int = -1
 
     @classmethod
     def wanted(cls, text: str, place: str) -> OtherUser:
@@ -100,8 +103,8 @@ class OtherUser(NamedTuple):
         mapped = list(_mapped(users))
         reason = _why_none(mapped)
         if not reason:
-            for uid in _free(mapped, place):
-                return cls(uid, uid, is_own=True)
+            for uid, lock in _free(mapped, place):
+                return cls(uid, uid, is_own=True, lock=lock)
             reason = "all users that are for this are in use"
         raise ConfigError(reason, cure="name one that can be had", option=_OPTION)
 
@@ -176,23 +179,42 @@ def _is_missing(path: str) -> bool:
     return False
 
 
-def _free(mapped: list[range], place: str) -> Iterator[int]:
-    """One of `mapped` whom nobody has, until this process ends; nothing if there is none."""
+def _free(mapped: list[range], place: str) -> Iterator[tuple[int, int]]:
+    """One of `mapped` whom nobody has, with the descriptor of the lock; nothing if there is
+    none."""
     known = _read("/etc/passwd") + _read("/etc/group")
     lock = _lock_file(place)
     for stretch in mapped:
+        # By chance none of many has processes.
+        running = _running() if len(stretch) <= _FEW else frozenset[int]()
         # Chance keeps those apart who do not see one another's locks, as in containers.
         first = _random()
         for step in range(min(len(stretch), _MOST_TRIED)):
             uid = stretch[(first + step) % len(stretch)]
-            if f":{uid}:" not in known and (lock < 0 or locks.take_byte(lock, uid)):
-                yield uid
+            if uid in running or f":{uid}:" in known:
+                continue
+            if lock < 0 or locks.take_byte(lock, uid):
+                yield uid, lock
                 return
         if len(stretch) > _MOST_TRIED:
-            # No chance: a monitor that was taken over has locked them, for the next to stay root.
-            lock = -1
+            # No chance: somebody has locked them, for the next VM to stay root's.
             others = (stretch[_random() % len(stretch)] for _ in range(_MOST_TRIED))
-            yield from (uid for uid in others if f":{uid}:" not in known)
+            for uid in others:
+                if uid not in running and f":{uid}:" not in known:
+                    yield uid, lock
+    if lock >= 0:
+        os.close(lock)
+
+
+def _running() -> frozenset[int]:
+    """The users that have processes: of a VM whose keeper was killed, or a service's that systemd
+    has made one for."""
+    found = set[int]()
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        for line in _read(f"/proc/{name}/status").splitlines():
+            if line.startswith("Uid:"):
+                found.update(map(int, line.split()[1:]))
+    return frozenset(found)
 
 
 def _random() -> int:
@@ -200,7 +222,7 @@ def _random() -> int:
 
 
 def _lock_file(place: str) -> int:
-    """Open for as long as this process is; -1 if there can be none."""
+    """Its descriptor; -1 if there can be none."""
     for folder in filter(None, (_RUN, place)):
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
         with suppress(OSError):  # such as a full file system

@@ -77,6 +77,8 @@ class Confinement:
             # One that is nobody else's has no files, and no folders for links.
             user=None if self._user is None or self._user.is_own else self._user,
         )
+        if self._user is not None and self._user.lock >= 0:
+            keeper.hold(self._user.lock)
         for path in registration.files:
             keeper.announce(path)
         if group is not None:

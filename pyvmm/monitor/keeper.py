@@ -17,7 +17,8 @@ and in an emulated host, whose block devices and ports are all this VM's, where 
 An answer is an error number in four bytes, and a descriptor where one is asked for. Files are
 announced until the monitor is about to enter the box. Then the keeper is started, and knows all
 that it ever will: these files, which group of processes to remove at the end, and the control
-sockets at which it hears who comes before the monitor does (pyvmm.monitor.broker).
+sockets at which it hears who comes before the monitor does (pyvmm.monitor.broker). Descriptors
+that only have to stay open, such as a lock's, are its alone from then on.
 
 It begins asleep, as a program of some hundred bytes (pyvmm.monitor.asleep), and becomes Python for
 what that cannot do (pyvmm.monitor.awake). It has nothing else of the monitor's open than its socket
@@ -75,6 +76,7 @@ class Keeper:
         self._named: dict[str, int] = {}
         self._removable: dict[str, int] = {}
         self._group: tuple[str, ...] = ()
+        self._held: list[int] = []
         self._doors: list[tuple[Socket, _socket.socket, bool]] = []
         self.pid = 0
 
@@ -88,6 +90,11 @@ class Keeper:
         """This VM's group of processes goes when the monitor has ended. Before `enter_box`."""
         if group.places[1]:
             self._group = group.places
+
+    def hold(self, fd: int) -> None:
+        """Keep the descriptor `fd` open as long as the monitor is there, which has it no more after
+        `enter_box`. Before that."""
+        self._held.append(fd)
 
     def listen(self, listener: Socket, *, owner_only: bool) -> _socket.socket:
         """From `enter_box` on, connections to `listener` come by the socket that this returns, with
@@ -114,7 +121,7 @@ class Keeper:
         theirs: list[int] = []
         try:
             ours, end = _socket.socketpair(_socket.AF_UNIX, _socket.SOCK_SEQPACKET)
-            theirs.append(end.detach())
+            theirs += end.detach(), *self._held
             self._start(theirs)
         except OSError as error:
             raise HostError(error.errno or 0, "start of the VM's keeper") from None
@@ -144,6 +151,7 @@ class Keeper:
             module=_WAKES,
             packages=list(confinement.package_folders()),
             group=self._group,
+            held=[numbers[fd] for fd in self._held],
             named=[(path, self._exactly(path)) for path in self._announced],
             files=[(numbers[folder], *more) for folder, *more in files],  # type: ignore[misc]
             doors=[

@@ -21,9 +21,9 @@ _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 class State(NamedTuple):
     """What a keeper knows, with numbers of descriptors: see Keeper. `monitor` is that process,
     `socket` the way to it. `module` is what wakes, and `packages` are the folders that Python looks
-    in. `named` are the paths of files that were announced, each also without links in its folder's;
-    `files` those to remove, as asleep.File. `doors` are a listener, a channel, and whether its
-    owner alone is heard."""
+    in. `held` only stay open. `named` are the paths of files that were announced, each also without
+    links in its folder's; `files` those to remove, as asleep.File. `doors` are a listener, a
+    channel, and whether its owner alone is heard."""
 
     place: str
     name: str
@@ -35,6 +35,7 @@ class State(NamedTuple):
     module: str
     packages: list[str]
     group: tuple[str, ...]
+    held: list[int]
     named: list[tuple[str, str]]
     files: list[tuple[int, str, int, int]]
     doors: list[tuple[int, int, bool]]
@@ -42,6 +43,7 @@ class State(NamedTuple):
     def lasting(self) -> Iterator[int]:
         """The descriptors that it always has."""
         yield self.socket
+        yield from self.held
         yield from {folder for folder, _, _, _ in self.files}
         for listener, channel, _ in self.doors:
             yield listener

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -279,6 +280,41 @@ def test_each_vm_is_a_user_of_its_own(folder: Path, option: tuple[str, ...]) -> 
     assert found[0] != found[1] and 0 not in found
     files = [path for path in folder.rglob("*") if path.lstat().st_uid]
     assert not files, "they are root's, as whoever started it"
+
+
+def keeper_of(vm: Vm) -> int:
+    [pid] = Path(f"/proc/{vm.process.pid}/task/{vm.process.pid}/children").read_text().split()
+    return int(pid)
+
+
+def test_the_keeper_alone_has_the_lock_on_its_number(folder: Path) -> None:
+    """A monitor that is taken over can lock no number of the next VM's."""
+    only = ("--user", "750011-750011")
+    with running(folder, "a", {"none": "pass"}, *only) as vm:
+        assert vm.found() == {"none": "done"}
+        keeper = keeper_of(vm)
+        opened = {
+            pid: sum(os.readlink(entry).endswith("pyvmm-users.lock") for entry in entries)
+            for pid in (vm.process.pid, keeper)
+            if (entries := list(Path(f"/proc/{pid}/fd").iterdir()))
+        }
+        assert opened == {vm.process.pid: 0, keeper: 1}
+        vm("disk", "add", "a", "nothing")  # its keeper is Python by now, or was
+        assert not free(only[1], folder)
+        os.kill(keeper, signal.SIGKILL)
+        until(lambda: not Path(f"/proc/{keeper}/fd/0").is_symlink())
+        assert not free(only[1], folder), "it has a process"
+    until(lambda: free(only[1], folder))
+
+
+def free(users: str, folder: Path) -> bool:
+    try:
+        found = OtherUser.wanted(users, str(folder))
+    except ConfigError as error:
+        assert "are in use" in error.message
+        return False
+    os.close(found.lock)
+    return True
 
 
 HIS = pytest.mark.parametrize("option", [("--user", f"{ONE}:{ONE}"), *AUTO])

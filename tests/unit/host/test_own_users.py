@@ -62,10 +62,21 @@ def test_each_process_has_one_of_its_own_until_it_is_killed(tmp_path: Path) -> N
 
 
 @root_only
+def test_whom_a_process_runs_as_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a VM whose keeper was killed, or a service of systemd's."""
+    monkeypatch.setattr(other_user, "_RUN", "")
+    with subprocess.Popen(["setpriv", "--ruid=750002", "cat"], stdin=subprocess.PIPE):
+        users = {OtherUser.wanted("750001-750003", "").uid for _ in range(16)}
+    assert 750002 not in users and len(users) == 2
+
+
+@root_only
 def test_whoever_locks_all_numbers_makes_nobody_root(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A monitor that was taken over has the file open."""
+    """No monitor has the file open; where one had, or root has locked them, a guess is better."""
     tmp_path.chmod(0o700)
     monkeypatch.setattr(other_user, "_RUN", "")
     monkeypatch.setattr(other_user.locks, "take_byte", lambda fd, at: False)
@@ -109,7 +120,7 @@ def test_whom_an_account_is_called_by_is_left_out(
     read = other_user._read
     monkeypatch.setattr(other_user, "_read", lambda path: files.get(path) or read(path))
     for _ in range(8):
-        assert OtherUser.wanted("750001-750003", "") == (750002, 750002, True)
+        assert OtherUser.wanted("750001-750003", "") == (750002, 750002, True, -1)
 
 
 @root_only

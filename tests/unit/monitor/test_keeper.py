@@ -198,7 +198,7 @@ def test_a_descriptor_that_cannot_be_sent_is_an_error_and_no_more(tmp_path: Path
             return super().sendmsg(buffers)
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    known = (str(tmp_path), "web", None, False, 0, 5.0, theirs.detach(), "", [], (), [], [], [])
+    known = (str(tmp_path), "web", None, False, 0, 5.0, theirs.detach(), "", [], (), [], [], [], [])
     state = State(*known)
     with ours:
         for _ in range(2):
