@@ -29,8 +29,7 @@ def stats(vm: str, as_json: bool, prometheus: bool) -> None:
         raise click.UsageError("--json and --prometheus exclude each other")
     with Client.connect(vm) as found:
         if prometheus:
-            text = _metrics(vm, found.call("metrics", patience=_ONE_PATIENCE))
-            click.echo(text, nl=False)
+            click.echo(_metrics(vm, found, _ONE_PATIENCE), nl=False)
             return
         numbers = found.call("stats", patience=_ONE_PATIENCE)
     if as_json:
@@ -166,19 +165,25 @@ def gather(vms: tuple[str, ...] = (), *, strict: bool = True) -> str:
     for name in vms or registry.running():
         try:
             with Client.connect(name) as vm:
-                texts.append(_metrics(name, vm.call("metrics", patience=_PATIENCE)))
+                texts.append(_metrics(name, vm, _PATIENCE))
         except PyvmmError:
             if strict and vms:
                 raise  # of those that nobody has named one may have ended meanwhile
     return joined(texts)
 
 
-def _metrics(vm: str, answer: Any) -> str:
-    """The text of it. Raises NoAnswer for one that makes no sense."""
+def _metrics(vm: str, client: Client, patience: float) -> str:
+    """The metrics of `vm`. Made here: whoever has its monitor says numbers and words, but not which
+    metrics they are of, and of which VM. Raises PyvmmError, NoAnswer for what makes no sense."""
+    from pyvmm.monitor.stats import as_text
+
+    status = client.call("status", patience=patience)
+    numbers = client.call("stats", patience=patience)
     with of_monitor(vm):
-        text: str = answer["text"]
-        joined([text])
-        if not text.replace("\n", "").isprintable():
+        text = as_text(vm, status, numbers)
+        lines = text.split("\n")
+        series = [line.rpartition(" ")[0] for line in lines if line and line[0] != "#"]
+        if len(set(series)) < len(series) or not "".join(lines).isprintable():
             raise ValueError
         return text
 

@@ -13,6 +13,7 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
+from prometheus_client.parser import text_string_to_metric_families
 
 from pyvmm.cli import control, stats, top
 from pyvmm.cli.answers import show_table
@@ -20,19 +21,22 @@ from pyvmm.control import registry
 from pyvmm.control.client import Client, NoAnswer
 from pyvmm.control.protocol import ControlError
 from pyvmm.host import unix_sockets
+from pyvmm.monitor.stats import as_text
 
-STATUS = {"state": "running", "cpus": 1, "memory": 64 << 20, "uptime_seconds": 1.0}
+STATUS = {"state": "running", "cpus": 1, "memory": 64 << 20, "uptime_seconds": 1.0, "version": "1"}
 STATS = {
     "uptime_seconds": 1.0,
     "interrupts": 1,
+    "vcpus": [{"id": 0, "exits": {"total": 1}, "interrupts": 1}],
     "memory": {"size": 64 << 20, "resident": 1 << 20},
     "exits": {"total": 1},
     "devices": {},
-    "left_out": {},
+    "left_out": {"console_bytes": 0, "messages": 0},
 }
-METRICS = {"text": "# HELP a b\n# TYPE a gauge\na 1\n"}
-DEVICE = dict.fromkeys(("requests", "interrupts", "kicks", "errors"), 0)
-DEVICE |= {"queues": [{"latency_ns": {}}]}  # type: ignore[dict-item]
+METRICS = as_text("sane", STATUS, STATS)
+QUEUE = {"requests": 0, "interrupts": 0, "kicks": 0, "latency_ns": {}, "latency_sum_ns": 0}
+DEVICE = dict.fromkeys(("requests", "interrupts", "kicks", "errors", "failures"), 0)
+DEVICE |= {"queues": [QUEUE]}  # type: ignore[dict-item]
 NO_SENSE = [
     *("\x00", "[]", "[[[", "5", '"x"', "{}", '{"id": 1}', '{"id": 1, "error": "x"}', "[" * 100_000),
     *(json.dumps({"id": None, "result": one}) for one in (None, [], "x", 5, {})),
@@ -86,18 +90,18 @@ def said(command: click.Command, *arguments: str) -> str:
 
 @contextmanager
 def sane() -> Iterator[None]:
-    with monitor("sane", status=STATUS, stats=STATS, metrics=METRICS):
+    with monitor("sane", status=STATUS, stats=STATS):
         yield
 
 
 @pytest.mark.parametrize("line", NO_SENSE, ids=lambda line: line[:20])
 def test_an_answer_without_sense_costs_no_other_vm_its_line(line: str) -> None:
-    with monitor("bad", status=line, stats=line, metrics=line), sane():
+    with monitor("bad", status=line, stats=line), sane():
         rows = [row.split()[:1] + row.split()[2:4] for row in said(control.ps).splitlines()]
         assert ["sane", "running", "1"] in rows
         assert ["bad", "no", "answer"] in rows
         assert "sane" in said(top.top, "--once", "--interval=0.1")
-        assert said(stats.metrics) == METRICS["text"]
+        assert said(stats.metrics) == METRICS
         with pytest.raises(NoAnswer, match=r"^bad answers what makes no sense$"):
             said(stats.stats, "bad")
 
@@ -135,10 +139,55 @@ def test_numbers_of_another_shape_cost_no_other_vm_its_line(wrong: dict[str, Any
         assert "sane" in shown
 
 
-@pytest.mark.parametrize("text", ["a 1\n", "# TYPE a gauge\n", METRICS["text"] + "b \x1b[2J\n", 5])
-def test_metrics_of_another_shape_are_left_out(text: object) -> None:
-    with monitor("bad", metrics={"text": text}), sane():
-        assert said(stats.metrics) == METRICS["text"]
+def vcpu(**more: Any) -> dict[str, Any]:
+    return {"vcpus": [{"id": 0, "exits": {}, "interrupts": 0, **more}]}
+
+
+def device(called: str = "d", **more: Any) -> dict[str, Any]:
+    return {"devices": {called: {**DEVICE, **more}}}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *(vcpu(interrupts=one) for one in ("x", None, [], "1\nx")),
+        *(vcpu(id=one) for one in ("\x1b[2J", "\u2028")),
+        {"vcpus": [*vcpu()["vcpus"], *vcpu()["vcpus"]]},
+        *(device(name) for name in ("\x1b[2J", "\r", "\ud800")),
+        device(queues=[{**QUEUE, "latency_ns": {"x": 1}}]),
+        *({"memory": one} for one in (None, {"size": "x", "resident": 1})),
+    ],
+    ids=repr,
+)
+def test_metrics_of_another_shape_are_left_out(wrong: dict[str, Any]) -> None:
+    with monitor("bad", status=STATUS, stats={**STATS, **wrong}), sane():
+        assert said(stats.metrics) == METRICS
+
+
+@pytest.mark.parametrize(
+    "evil",
+    ['"', "\\", '\\"', "\n", 'x"} 1\npyvmm_cpus{vm="sane"} 7\nx{a="', '",vm="sane', "sane"],
+)
+def test_no_monitor_makes_metrics_of_another_vm(evil: str) -> None:
+    counted = {evil: 2, "more": {evil: 3}, "vm": 4, "name": "sane"}
+    wrong = {**vcpu(id=evil, exits={evil: 1}), **device(evil, **counted)}
+    status = {**STATUS, "version": evil, "name": "sane"}
+    with monitor("bad", status=status, stats={**STATS, **wrong}), sane():
+        found = samples(said(stats.metrics))
+    as_ever = samples(as_text("bad", STATUS, {**STATS, **vcpu(exits={"a": 1}), **device(a=1)}))
+    assert {name for name, _, _ in found} <= {name for name, _, _ in as_ever}
+    assert {dict(labels)["vm"] for _, labels, _ in found} == {"bad", "sane"}
+    assert {one for one in found if dict(one[1])["vm"] == "sane"} == samples(METRICS)
+    assert ("pyvmm_info", (("version", evil), ("vm", "bad")), 1.0) in found
+
+
+def samples(text: str) -> set[tuple[str, tuple[tuple[str, str], ...], float]]:
+    """Of each its name, its labels and its value."""
+    return {
+        (sample.name, tuple(sorted(sample.labels.items())), sample.value)
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
 
 
 def test_neither_a_terminal_nor_rich_obeys_a_monitor() -> None:
