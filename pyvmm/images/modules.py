@@ -213,11 +213,11 @@ def find(folder: str, release: str) -> ModuleTree:
         raise ConfigError(f"{folder} is not a directory", cure="check the path", option=_OPTION)
     if is_build_tree(folder):
         return _build_tree(folder)
-    if _is_release(folder):
+    if is_installed(folder):
         return _installed(folder)
     for below in ("", "lib/modules", "usr/lib/modules"):
         place = os.path.join(folder, below)
-        found = [name for name in _names(place) if _is_release(os.path.join(place, name))]
+        found = [name for name in _names(place) if is_installed(os.path.join(place, name))]
         if not found:
             continue
         if release in found:
@@ -252,7 +252,8 @@ def is_build_tree(folder: str) -> bool:
     )
 
 
-def _is_release(place: str) -> bool:
+def is_installed(place: str) -> bool:
+    """True if `place` is the folder of one release's modules, …/lib/modules/RELEASE."""
     there = {name for name in _names(place) if name.startswith(("modules.", "kernel"))}
     return "modules.dep" in there or (
         "kernel" in there and not there.isdisjoint(("modules.order", "modules.builtin"))

@@ -329,7 +329,9 @@ def _installed(tree: str) -> list[str]:
     found = []
     with suppress(OSError):
         boot = os.path.join(tree, "boot")
-        found = [os.path.join(boot, one) for one in os.listdir(boot) if one.startswith("vmlinuz-")]
+        names = [one for one in os.listdir(boot) if one.startswith("vmlinuz-")]
+        # `make install` keeps the one before as such a name.
+        found = [os.path.join(boot, one) for one in names if not one.endswith(".old")]
     for below in () if found else ("lib/modules", "usr/lib/modules"):
         with suppress(OSError):
             place = os.path.join(tree, below)
@@ -387,16 +389,22 @@ def _is_below(folder: str, kernel: _Kernel) -> bool:
 
 
 def _modules_beside(kernel: str, release: str) -> str:
-    """The places where a kernel that is a file may have its modules: …/boot/vmlinuz-RELEASE has
-    them in …/lib/modules/RELEASE, and …/arch/x86/boot/bzImage in the tree. "" if they are not
-    there."""
-    boot = os.path.dirname(os.path.realpath(kernel))
-    tree = os.path.dirname(os.path.dirname(os.path.dirname(boot)))
-    installed = os.path.join(os.path.dirname(boot), "lib", "modules", release)
+    """The place where a kernel that is a file has its modules: around it, if that is its folder in
+    …/lib/modules; …/lib/modules/RELEASE for …/boot/vmlinuz-RELEASE; or the tree it was built in.
+    "" if there are none."""
+    from pyvmm.images import modules
+
+    folder = os.path.dirname(os.path.realpath(kernel))
+    if os.path.basename(folder) == release and modules.is_installed(folder):
+        return folder
+    installed = os.path.join(os.path.dirname(folder), "lib", "modules", release)
     if release and os.path.isdir(installed):
         return installed
-    is_built = os.path.isfile(os.path.join(tree, "include", "config", "kernel.release"))
-    return tree if is_built else ""
+    above = os.path.dirname(os.path.dirname(os.path.dirname(folder)))  # of arch/x86/boot
+    for tree in (folder, above):
+        if os.path.isfile(os.path.join(tree, "include", "config", "kernel.release")):
+            return tree
+    return ""
 
 
 def _with_all_modules(spec: VmSpec, tree: ModuleTree) -> VmSpec:

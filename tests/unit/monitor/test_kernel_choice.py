@@ -108,6 +108,8 @@ def test_what_make_tar_pkg_leaves(tmp_path: Path) -> None:
         boot_images.bzimage(banner=RELEASE.encode() + b" (me@here)")
     )
     assert specify({"kernel": str(tree)})[0].kernel.endswith(f"vmlinuz-{RELEASE}")
+    (tree / f"boot/vmlinuz-{RELEASE}.old").write_bytes(boot_images.bzimage())  # of make install
+    assert specify({"kernel": str(tree)})[0].kernel.endswith(f"vmlinuz-{RELEASE}")
     (tree / "boot/vmlinuz-7").write_bytes(boot_images.bzimage())
     with pytest.raises(ConfigError, match="has 2 kernels; name one"):
         specify({"kernel": str(tree)})
@@ -152,8 +154,7 @@ def test_modules_that_modprobe_will_refuse_are_told(
     tree: Path, tmp_path: Path, world: list[str]
 ) -> None:
     """What the guest needs is built in, and the kernel was built alone: it boots."""
-    built_in = ("virtio_mmio", "fuse", "virtiofs", "overlay", "vsock", "virtio_vsock")
-    (tree / "modules.builtin").write_text("".join(f"kernel/{name}.ko\n" for name in built_in))
+    (tree / "modules.builtin").write_text("".join(f"kernel/{name}.ko\n" for name in FOR_ROOTS))
     (tmp_path / "root").mkdir()
     module_in(tree, "driver", "6.9.0")
     specify({"kernel": str(tree), "root": str(tmp_path / "root")})
@@ -398,13 +399,41 @@ def test_what_a_tree_lacks_is_told_with_the_commands_that_build_it(
     assert said.endswith(f"make -C {tree} ARCH={OTHER} olddefconfig all") == bool(scripts)
 
 
+def modules_for(kernel: Path, root: Path) -> list[str]:
+    """The folders of modules that a guest on the files in `root` has, with that kernel's file."""
+    root.mkdir(exist_ok=True)
+    spec = specify({"kernel": str(kernel), "root": str(root)})[0]
+    folders = {one.mountpoint: one.path for one in spec.devices if one.kind == "share"}
+    return [path for place, path in folders.items() if f"/{RELEASE}" in place]
+
+
+FOR_ROOTS = ("virtio_mmio", "fuse", "virtiofs", "overlay", "vsock", "virtio_vsock")
+
+
+def test_a_kernel_that_is_a_file_has_the_modules_around_it(tree: Path, tmp_path: Path) -> None:
+    """In its tree, which also has vmlinux; and as systems keep it, beside them or in /boot."""
+    built_in = "".join(f"kernel/{name}.ko\n" for name in FOR_ROOTS)
+    (tree / "modules.builtin").write_text(built_in)
+    banner = boot_images.Load(data=f"Linux version {RELEASE} (me@here)".encode())
+    (tree / "vmlinux").write_bytes(boot_images.Elf([banner]).build())
+    for path in ("vmlinux", "arch/x86/boot/bzImage"):
+        assert modules_for(tree / path, tmp_path / "root")[1] == str(tree)
+    installed = tmp_path / "sid/lib/modules" / RELEASE
+    (installed / "kernel").mkdir(parents=True)
+    (installed / "modules.builtin").write_text(built_in)
+    (installed / "modules.dep").write_text("")
+    (tmp_path / "sid/boot").mkdir()
+    for path in (installed / "vmlinuz", tmp_path / f"sid/boot/vmlinuz-{RELEASE}"):
+        path.write_bytes((tree / "arch/x86/boot/bzImage").read_bytes())
+        assert modules_for(path, tmp_path / "root") == [str(installed)]
+
+
 def test_the_modules_of_a_tree_are_there_for_modprobe(
     tree: Path, tmp_path: Path, world: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a root that is a directory, which has none of them: a share of depmod's lists, and the
     tree in it."""
-    built_in = ("virtio_mmio", "fuse", "virtiofs", "overlay", "vsock", "virtio_vsock")
-    (tree / "modules.builtin").write_text("".join(f"kernel/{name}.ko\n" for name in built_in))
+    (tree / "modules.builtin").write_text("".join(f"kernel/{name}.ko\n" for name in FOR_ROOTS))
     (tmp_path / "root").mkdir()
     options = {"kernel": str(tree), "root": str(tmp_path / "root")}
     shares = [one for one in specify(options)[0].devices if one.kind == "share"]
@@ -415,7 +444,9 @@ def test_the_modules_of_a_tree_are_there_for_modprobe(
     assert lists.read_only and modules.read_only and world == []
     monkeypatch.setenv("PATH", "/nowhere")
     monkeypatch.setattr("pyvmm.images.tools._ADMIN_PATH", "/nowhere")
-    (tree / "modules.builtin").write_text("".join(f"kernel/{name}.ko\n" for name in built_in[::-1]))
+    (tree / "modules.builtin").write_text(
+        "".join(f"kernel/{name}.ko\n" for name in FOR_ROOTS[::-1])
+    )
     assert [one.kind for one in specify(options)[0].devices] == ["vsock", "share"]
     assert world == [
         "modprobe in the guest will find no modules: the program depmod is missing; "
