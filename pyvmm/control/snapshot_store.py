@@ -95,17 +95,17 @@ def held(path: str) -> Iterator[Callable[[], None]]:
     """Nobody removes the snapshot in the directory `path` meanwhile, unless what is yielded is
     called. Raises ConfigError if there is none."""
     name = os.path.basename(path)
-    fd = _open_folder(path, name)
-    try:
+    with ExitStack() as holding:
+        fd = _open_folder(path, name)
+        holding.callback(os.close, fd)
         try:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"the snapshot {name} is being removed", cure="use another") from None
         if not _is_there(path, fd):  # it was removed just now
             raise _unknown(name)
-        yield lambda: fcntl.flock(fd, fcntl.LOCK_UN)
-    finally:
-        os.close(fd)
+        # Closed, not unlocked: a folder that is open leads out of a monitor's own root.
+        yield holding.close
 
 
 def _open_folder(path: str, name: str) -> int:

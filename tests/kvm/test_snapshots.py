@@ -178,6 +178,17 @@ def test_a_vm_goes_on_where_it_was_saved(snapshot: Path) -> None:
     assert "nobody knows the KVM" in refused("run", "--restore", "first")
 
 
+def test_a_restored_vm_has_no_folder_open(snapshot: Path) -> None:
+    """By ".." it would lead out of the monitor's own root."""
+    with VM.restore("first") as vm, vm.clone() as copy:
+        for one in (vm, copy):
+            one.console.send("hello")
+            one.console.expect_exact("hello", timeout=SAFETY_TIMEOUT)
+            process = Path(f"/proc/{one.pid}")
+            opened = [path for path in (process / "fd").iterdir() if path.is_dir()]
+            assert [path.samefile(process) for path in opened] in ([], [True]), opened
+
+
 def test_a_restored_guest_can_boot_anew(snapshot: Path) -> None:
     with Guest("--restore", "first") as guest:
         guest.hears(b"R")
