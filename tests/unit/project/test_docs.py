@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
+from documents import commands
 from markdown_it import MarkdownIt
 
+from pyvmm.cli.commands import Commands
+from pyvmm.cli.run import run
+from pyvmm.kinds.vm_spec import make_spec
 from pyvmm.machine.board.registry import board_for
 from pyvmm.machine.cmdline import command_line
 from pyvmm.machine.outcome import Ending
@@ -53,6 +59,42 @@ def test_python_runs(where: str, code: str) -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, f"{where}\n{done.stdout}\n{done.stderr}"
+
+
+def documented_commands() -> list[tuple[str, list[str]]]:
+    """The documents' calls of pyvmm, as a shell would split them; … stands for options left out."""
+    found = []
+    for document in DOCUMENTS:
+        where = str(document.relative_to(ROOT))
+        for block in commands(where):
+            for line in re.findall(r"^pyvmm .*", block.replace("\\\n", " "), re.MULTILINE):
+                line = re.sub(r" \d?>\S+", "", line)
+                lexer = shlex.shlex(line, posix=True, punctuation_chars="|&;")
+                lexer.whitespace_split = True
+                words = [word for word in lexer if word != "…"]
+                ends = [place for place, word in enumerate(words) if word in ("|", "&", "&&", ";")]
+                found.append((where, words[1 : min(ends, default=len(words))]))
+    return found
+
+
+@pytest.mark.parametrize(("where", "words"), documented_commands(), ids=lambda one: str(one)[:60])
+def test_commands_have_options_that_there_are(where: str, words: list[str]) -> None:
+    """Each is read to its end, but not carried out. With whole guests they are run elsewhere."""
+    command: click.Command = Commands("pyvmm")
+    context = command.make_context("pyvmm", words)
+    path: list[str] = []
+    while isinstance(command, click.Group):
+        name, inner, words = command.resolve_command(
+            context, [*context._protected_args, *context.args]
+        )
+        assert name and inner, where
+        path.append(name)
+        command, context = inner, inner.make_context(name, words, parent=context)
+    if path == ["matrix"]:
+        words = [*context.params["others"], "--", "true"]
+        path, context = ["run"], run.make_context("run", words)
+    if path == ["run"]:
+        make_spec({"kernel": "vmlinuz"} | {k: v for k, v in context.params.items() if v})
 
 
 def test_readme_has_a_device_in_thirty_lines() -> None:
