@@ -165,15 +165,21 @@ class SocketEnd(End):
             self._disconnect()
         self._closing = self._closing and pending
         while self._client is None and self._may_accept and self._poller is not None:
+            client = None
             try:
-                self._client = unix_sockets.accept(self._listener)
-            except HostError as error:  # no file descriptors left: it waits until some are
+                client = unix_sockets.accept(self._listener)
+                if client is not None:
+                    self._poller.add(client.fileno(), self._note)
+            except HostError as error:
+                # No file descriptors left: it waits until some are. Or it cannot be watched.
+                if client is not None:
+                    client.close()
                 self._warn(str(error))
                 return
-            if self._client is None:
+            if client is None:
                 self._may_accept = False
                 return
-            self._poller.add(self._client.fileno(), self._note)
+            self._client = client
             self._readable = self._writable = True
             self._hung_up = False
             self._connections += 1

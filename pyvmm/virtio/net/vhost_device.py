@@ -6,6 +6,7 @@ link is down `NetDevice` serves what is sent as well, for it is to go nowhere.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from threading import RLock, Thread
@@ -135,7 +136,13 @@ class VhostNetDevice(NetDevice):
         super().set_link(up)
         if self._lost:
             # It is a pair's own thread that noticed, and whoever stops a pair waits for that.
-            Thread(target=self._change_servers, name=f"{self.name}-lost", daemon=True).start()
+            other = Thread(target=self._change_servers, name=f"{self.name}-lost", daemon=True)
+            try:
+                other.start()
+            except RuntimeError:  # all that Python says of pthread_create's EAGAIN
+                activation = self._serving
+                if activation is not None:
+                    activation.fail(HostError(errno.EAGAIN, f"thread for {self.name}"))
         else:
             self._change_servers()
 

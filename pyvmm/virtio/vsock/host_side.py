@@ -16,6 +16,7 @@ from __future__ import annotations
 import _socket
 import errno
 from collections import deque
+from contextlib import suppress
 
 from pyvmm.errors import HostError
 from pyvmm.host import unix_sockets
@@ -95,7 +96,8 @@ class HostSide:
         return self._may_accept or bool(self._calls)
 
     def accept(self, room: int) -> None:
-        """Let at most `room` clients in; others wait outside. Raises HostError."""
+        """Let at most `room` clients in; others wait outside. Raises HostError, for one of them at
+        most: that one is turned away if it was in already."""
         while self._listener is not None and self._may_accept and room > 0:
             sock = unix_sockets.accept(self._listener)
             if sock is None:
@@ -103,9 +105,17 @@ class HostSide:
                 return
             room -= 1
             client = Client(sock)
+            self._watch(sock, self._listen_to(client))
             self._waiting.add(client)
             self._heard.append(client)
-            self._poller.add(sock.fileno(), self._listen_to(client))
+
+    def _watch(self, sock: Socket, handler: Handler) -> None:
+        """Raises HostError, and then `sock` is closed."""
+        try:
+            self._poller.add(sock.fileno(), handler)
+        except HostError:
+            sock.close()
+            raise
 
     def _listen_to(self, client: Client) -> Handler:
         return lambda events: self._heard.append(client)
@@ -136,15 +146,19 @@ class HostSide:
             if len(found) >= room:
                 sock.close()
                 continue
-            self._poller.add(sock.fileno(), _ignore)
-            found.append((sock, port))
+            with suppress(HostError):
+                self._watch(sock, _ignore)
+                found.append((sock, port))
         return found
 
     def connect(self, port: int) -> Socket:
-        """A connection to the listener for a guest's connection to `port`. Raises HostError."""
+        """A connection to the listener for a guest's connection to `port`, watched as those of
+        clients are. Raises HostError."""
         if self._path is None:
             raise HostError(errno.ECONNREFUSED, f"connect to port {port}")
-        return unix_sockets.reach(f"{self._path}_{port}")
+        sock = unix_sockets.reach(f"{self._path}_{port}")
+        self._watch(sock, _ignore)
+        return sock
 
     def new_port(self) -> int:
         """A port for a stream that begins on the host; in order, so that none is reused soon."""

@@ -224,12 +224,12 @@ class Switch:
             raise DriverError(f"more than {MAX_STREAMS} streams", section=_STREAMS)
         try:
             sock = self._host.connect(header.dst_port)
-        except HostError:  # nobody listens: nothing unusual
+        except HostError:  # nobody listens: nothing unusual; or the host has no room
             self._reply_rst(header.dst_port, header.src_port)
             return
         stream = Stream(sock, header.dst_port, header.src_port, State.CONNECTED)
         stream.hear_credit(header)
-        self._poller.add(sock.fileno(), self._listen_to(stream))
+        self._poller.replace(sock.fileno(), self._listen_to(stream))
         self._streams[stream.host_port, stream.guest_port] = stream
         self._let_speak(stream)
 
