@@ -270,7 +270,7 @@ class MmioDriver(QueueUser):
             self.write(QUEUE_SEL, index)
             return not self.read(QUEUE_RESET) | self.read(QUEUE_READY)
 
-        self._wait(done, f"the reset of queue {index} to end")
+        self._wait(done, f"the reset of queue {index} to end", from_live_device=True)
         for key in [key for key in self._early if key[0] == index]:
             del self._early[key]
         queue = self._make_queue(self.queues[index].size if size is None else size)

@@ -8,7 +8,11 @@ so far, if
 - a worker takes more chains in a pass than its queue has entries, or never sleeps,
 - a byte of memory changes that is neither in the device area nor in a buffer for the device,
 - a completion is lost or doubled,
-- after a reset the device does not serve a good request.
+- after a reset the device does not serve a good request,
+- a descriptor or a thread is left at the end.
+
+For a while the host may have too little (fuzz/shortage.py): the device may need a reset then, and
+no more than that.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import ctypes
 import functools
 import json
 import struct
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from random import Random
@@ -25,6 +30,8 @@ from unittest import mock
 
 from fuzz.inline import Workers
 from fuzz.request import Request
+from fuzz.room import check_closed, check_ended, open_files
+from fuzz.shortage import Shortage
 from fuzz.targets import TARGETS, Target
 
 from pyvmm.bus import Handler
@@ -117,16 +124,17 @@ class Case:
         self.target = target
         self.ring: Ring = "split" if target.offloads else ring
         self.steps: list[str] = []
-        self.workers = Workers(may_fail=target.may_fail)
+        self.workers = Workers(may_fail=target.may_fail, in_threads=rng.random() < 0.15)
+        self.shortage = Shortage(Random(rng.getrandbits(32)))
         self.defects: list[str] = []
         self.memory, self.before = _blank_memory()
+        self.closing = closing
         self.discarded: list[tuple[int, int]] = []  # pages that a balloon gave back
         self._watch_discards()
         closing.enter_context(self.workers.instead_of_threads())
         closing.enter_context(
             mock.patch.object(defects, "_report", RateLimited(self.defects.append, burst=100))
         )
-        self.closing = closing
         self.kind = rng.getrandbits(32)  # of those that the target has
         self.device = device = self._make_device()
         pumps = [Pump(self, index) for index in range(len(device.queue_sizes))]
@@ -179,6 +187,8 @@ class Case:
             MockLine(self._interrupt)  # type: ignore[arg-type]
             for _ in range(vectors_for(self.device))
         ]
+        for line in lines:
+            self.closing.callback(line.close)
         transport = PciTransport(
             self.device, self.memory, lines, log=lambda line: None, trace=self.trace
         )
@@ -211,6 +221,7 @@ class Case:
             GuestMemory.discard(self.memory, addr, size)
 
         self.memory.discard = watched  # type: ignore[method-assign]
+        self.closing.callback(vars(self.memory).pop, "discard")
 
     def _interrupt(self) -> None:
         self.interrupts += 1
@@ -223,6 +234,7 @@ class Case:
         self._begin_anew()
         self.target.settle(self.device)
         self.driver.reset()
+        self.workers.scarce = self.shortage.lasts
         self.workers.logs.clear()
         features = self.driver._usual_features()
         if rng.random() < 0.3:
@@ -271,6 +283,8 @@ class Case:
         )  # fmt: skip
         if self.rng.random() < 0.05:
             self.move()
+        elif self.rng.random() < 0.04:
+            self.fall_short()
         elif self.rng.random() < 0.03:
             self.look()
         else:
@@ -330,7 +344,8 @@ class Case:
             try:
                 self.driver.reset_queue(index, size)
             except AssertionError:  # a thread of its own has found a fault meanwhile
-                assert self.target.may_fail and self.status & NEEDS_RESET
+                assert self.target.may_fail or self.workers.scarce
+                assert self.status & NEEDS_RESET
 
     def move(self) -> None:
         """The device is saved, and goes on as another one; or the state is damaged on the way."""
@@ -373,6 +388,19 @@ class Case:
                 if self.ring == "split":
                     used = int.from_bytes(self.memory.read(config.used_addr + 2, 2), "little")
                     log.pops = log.returns = used
+
+    def fall_short(self) -> None:
+        """The host has too little while the driver begins anew or goes on."""
+        way = self.rng.choice((self.start, self.start, self.start, self.lawful, self.renew))
+        self.note(f"the host has too little: {way.__name__}")
+        if way == self.lawful:
+            self.target.stir(self.device, self.rng)
+        self.workers.scarce, clean = True, self.clean
+        with self.shortage.lasting():
+            way()
+            self.workers.pump()
+        # The device may have failed, and what it does now is to be lawful all the same.
+        self.clean = clean and not self.status & NEEDS_RESET and way != self.start
 
     def look(self) -> None:
         """What the host asks, and does beside the driver: nobody else sees anything of it."""
@@ -652,6 +680,8 @@ class Case:
 
     def _count_completions(self) -> None:
         """The used index, as the driver sees it, has moved once for each chain returned."""
+        if self.workers.scarce and self.status & NEEDS_RESET:
+            return  # a queue that was set up anew has no worker
         for index, config in enumerate(self.transport.negotiation.state.queues):
             log = self.workers.logs.get(index)
             if log is not None and config.ready:
@@ -751,6 +781,15 @@ def _assert_within(pairs: Sequence[Pair], ranges: Sequence[tuple[int, int]], who
 
 def run_case(rng: Random, name: str, ring: Ring, *, most_steps: int = 12) -> int:
     """Run one case against target `name`; how many steps it had."""
+    _memory(), _interrupts()  # which stay
+    files, threads = open_files(), threading.active_count()
+    steps = _run_case(rng, name, ring, most_steps)
+    check_closed(files)
+    check_ended(threads)
+    return steps
+
+
+def _run_case(rng: Random, name: str, ring: Ring, most_steps: int) -> int:
     with ExitStack() as closing:
         case = Case(rng, TARGETS[name], ring, closing)
         try:

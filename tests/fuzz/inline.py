@@ -1,4 +1,5 @@
-"""A device's workers without their threads: each pass runs when the harness says, and is watched.
+"""A device's workers, each pass of which runs when the harness says, and is watched: without their
+threads, or in them, one at a time, so that a case repeats by its number.
 
 Everything but the thread and its sleep is what runs in a monitor.
 """
@@ -9,12 +10,13 @@ import functools
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from threading import Semaphore
 from typing import Any
 from unittest import mock
 
 import _cffi_backend
 
-from pyvmm.errors import DriverError
+from pyvmm.errors import DriverError, HostError
 from pyvmm.virtio.defects import as_device_failure
 from pyvmm.virtio.queue.chain import DescriptorChain, Usual
 from pyvmm.virtio.worker import DeviceWorker, QueueWorker, Worker
@@ -24,6 +26,7 @@ WATCHED = (
     *("peek_usual", "use_peeked", "pop_buffers", "add_used_buffers"),
 )
 MOST_PASSES = 2000  # in one go, before a worker counts as one that never sleeps
+HANG_SECONDS = 50  # of a thread that has its turn
 
 
 class QueueLog:
@@ -180,8 +183,10 @@ class QueueLog:
 class Workers:
     """All workers that run now; `pump` has each do what its thread would do until it sleeps."""
 
-    def __init__(self, *, may_fail: bool = False) -> None:
+    def __init__(self, *, may_fail: bool = False, in_threads: bool = False) -> None:
         self.may_fail = may_fail
+        self.scarce = False  # the host has had too little, for which a worker may fail
+        self.in_threads = in_threads
         self.running: list[Inline] = []
         self.logs: dict[int, QueueLog] = {}
 
@@ -190,12 +195,20 @@ class Workers:
             if one in self.running:
                 one.run_until_idle()
 
+    def allow(self, error: Exception) -> bool:
+        """True if a worker may end so."""
+        host_fails = self.scarce and isinstance(error, HostError)
+        return self.may_fail or host_fails or isinstance(error, DriverError)
+
     @contextmanager
     def instead_of_threads(self) -> Iterator[None]:
         def make(inline: type[Inline]) -> Any:
             return lambda *arguments, **options: inline(self, *arguments, **options)
 
-        kinds = ((QueueWorker, InlineQueueWorker), (DeviceWorker, InlineDeviceWorker))
+        kinds: tuple[tuple[type, type[Inline]], ...] = (
+            (QueueWorker, TurnQueueWorker if self.in_threads else InlineQueueWorker),
+            (DeviceWorker, TurnDeviceWorker if self.in_threads else InlineDeviceWorker),
+        )
         with ExitStack() as patches:
             for real, inline in kinds:
                 for module, name in _users_of(real):
@@ -254,7 +267,7 @@ class Inline(Worker):
                 self._poller.wait(0)
                 self._work()
         except Exception as error:
-            if not isinstance(error, DriverError) and not self._workers.may_fail:
+            if not self._workers.allow(error):
                 raise
             self._workers.running.remove(self)
             self._give_up(as_device_failure(self._name_of_place(), error))
@@ -280,3 +293,65 @@ class InlineDeviceWorker(Inline, DeviceWorker):
     def take_queue(self, queue: Any) -> None:
         self._logs[queue.index] = self._workers.logs[queue.index] = QueueLog(queue)
         super().take_queue(queue)
+
+
+class _InTurn(Inline):
+    """One in its own thread, which runs while whoever pumps waits for it, and no longer."""
+
+    def __init__(self, workers: Workers, *arguments: Any, **options: Any) -> None:
+        super().__init__(workers, *arguments, **options)
+        self._turn, self._rests = Semaphore(0), Semaphore(0)
+        self._failure: Exception | None = None
+
+    def start(self) -> None:
+        self._poller.wait, self._look = self._sleep, self._poller.wait  # type: ignore[method-assign]
+        Worker.start(self)
+        self._workers.running.append(self)
+        self._workers.logs |= self._logs
+
+    def _run(self) -> None:
+        self._turn.acquire()
+        try:
+            super()._run()
+        finally:
+            self._rests.release()
+
+    def _sleep(self, seconds: float | None = None) -> None:
+        self._rests.release()
+        self._turn.acquire()
+        self._look(0)
+
+    def _give_up(self, error: Any) -> None:
+        super()._give_up(error)
+        self._workers.running.remove(self)
+
+    def _work(self) -> Any:
+        try:
+            return super()._work()
+        except Exception as error:
+            if not self._workers.allow(error):
+                self._failure = error
+            raise
+
+    def run_until_idle(self) -> None:
+        self._passes = 0
+        for _ in range(self._rounds):
+            if self in self._workers.running:
+                self._turn.release()
+                assert self._rests.acquire(timeout=HANG_SECONDS), "a worker does not sleep"
+        if self._failure is not None:
+            raise self._failure
+
+    def join(self) -> None:
+        if self in self._workers.running:
+            self._workers.running.remove(self)
+        self._turn.release()  # for its end, if it has not ended
+        Worker.join(self)
+
+
+class TurnQueueWorker(_InTurn, InlineQueueWorker):
+    """One that serves its queues in turn."""
+
+
+class TurnDeviceWorker(_InTurn, InlineDeviceWorker):
+    """One whose device serves all its queues as it likes."""

@@ -6,10 +6,14 @@ import gc
 import os
 import shutil
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.util import Finalize
 from pathlib import Path
+
+_END_SECONDS = 50
 
 
 def at_end(function: Callable[..., object], *arguments: object) -> None:
@@ -34,7 +38,23 @@ def check_closed(before: int) -> None:
     """Raise AssertionError if there are more than `before`."""
     if open_files() > before:
         gc.collect()  # what an error's traceback has kept
-        assert open_files() <= before, "a descriptor is left"
+        assert open_files() <= before, f"a descriptor is left, of {_open_now()}"
+
+
+def check_ended(before: int) -> None:
+    """Wait until there are no more threads than `before`. Raises AssertionError if they stay."""
+    give_up_at = time.monotonic() + _END_SECONDS
+    while threading.active_count() > before:
+        assert time.monotonic() < give_up_at, f"a thread is left, of {threading.enumerate()}"
+        time.sleep(0.001)
+
+
+def _open_now() -> list[str]:
+    found = []
+    for name in sorted(os.listdir("/proc/self/fd"), key=int):
+        with suppress(OSError):  # that of the listing itself
+            found.append(f"{name} {os.readlink(f'/proc/self/fd/{name}')}")
+    return found
 
 
 @contextmanager
