@@ -64,6 +64,8 @@ class _Object:
         self._step, self._count, strings = struct.unpack_from(
             f"{self.order}3H", data, self.form.sizes_at
         )
+        if strings >= self._count:
+            raise ValueError
         self._names = self._section(strings).offset
 
     def _section(self, index: int) -> _Section:

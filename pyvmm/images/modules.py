@@ -26,6 +26,7 @@ from pyvmm.images import module_file
 # bookworm's 6.1 has plain files, the 6.12 of backports xz, other distributions zstd or gzip
 SUFFIXES = (".ko", ".ko.xz", ".ko.zst", ".ko.gz")
 _MOST_MODULE = 128 << 20  # bytes; the largest of Debian's has 20 MiB
+_GIVEN = 1 << 10  # bytes at a time, which zstd makes 32 MiB of at the most
 _MOST_MODULES = 100_000  # in one folder; Debian's generic kernel has 4,000
 _MOST_FILES = 1_000_000  # and directories
 _MOST_PATH = 500  # characters of a module's, below its folder; the longest of Debian's have 90
@@ -343,18 +344,21 @@ def _decompressed(one: Any, data: bytes) -> bytes:
 def _unzstd(data: bytes) -> bytes:
     import zstandard
 
-    one = zstandard.ZstdDecompressor(max_window_size=_MOST_MODULE)
-    module = b""
+    # Not its stream_reader, which ends without a word where the data does.
+    one = zstandard.ZstdDecompressor(max_window_size=_MOST_MODULE).decompressobj()
+    pieces = []
+    left = _MOST_MODULE
     try:
-        with one.stream_reader(data) as reader:
-            module = reader.read(_MOST_MODULE + 1)
-            whole = reader.tell() and len(module) <= _MOST_MODULE
-        size = zstandard.frame_content_size(data)
+        for at in range(0, len(data), _GIVEN):
+            pieces.append(one.decompress(data[at : at + _GIVEN]))
+            left -= len(pieces[-1])
+            if one.eof or left < 0:
+                break
     except zstandard.ZstdError as error:
         raise ConfigError(f"a kernel module is damaged: {error}") from None
-    if not whole or (size >= 0 and size != len(module)):
+    if not one.eof or left < 0:
         raise _cut_short()
-    return module
+    return b"".join(pieces)
 
 
 def _cut_short() -> ConfigError:

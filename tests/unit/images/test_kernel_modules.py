@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import lzma
 import os
+import random
 import re
 import struct
 import subprocess
@@ -86,6 +87,27 @@ def test_a_packed_module_that_is_damaged_or_without_end(
         tree = UnreadTree(str(tmp_path), {"bad": f"bad.ko{packer}"}, RELEASE)
         with pytest.raises(ConfigError, match=rf"bad\.ko{packer}: a kernel module is"):
             tree.load_order(["bad"])
+
+
+@pytest.mark.parametrize("packer", [".xz", ".zst", ".gz"])
+def test_a_packed_module_that_lacks_its_end(tmp_path: Path, packer: str) -> None:
+    for pack in (PACKERS[packer], zstd_in_pieces, zstd_with_sum)[: 1 + 2 * (packer == ".zst")]:
+        whole = pack(module() + random.Random(1).randbytes(9000))
+        for less in (1, 2, 5):
+            (tmp_path / f"bad.ko{packer}").write_bytes(whole[:-less])
+            tree = UnreadTree(str(tmp_path), {"bad": f"bad.ko{packer}"}, RELEASE)
+            with pytest.raises(ConfigError, match=r"a kernel module is (cut short|damaged)"):
+                tree.load_order(["bad"])
+
+
+def zstd_in_pieces(data: bytes) -> bytes:
+    """As zstd(1) makes of what comes by a pipe: it does not say how much there is."""
+    one = zstandard.ZstdCompressor().compressobj()
+    return one.compress(data) + one.flush()
+
+
+def zstd_with_sum(data: bytes) -> bytes:
+    return zstandard.ZstdCompressor(write_checksum=True).compress(data)
 
 
 @pytest.mark.parametrize(
@@ -201,7 +223,10 @@ def test_modules_that_are_not_made_smaller() -> None:
     struct.pack_into("<Q", wide, start + 2 * 64 + 48, 1 << 62)  # its alignment
     past = bytearray(debuggable)
     struct.pack_into("<Q", past, 40, (1 << 64) - 1)  # where the section headers are
-    for data in (module(), signed, cut, bytes(far), bytes(wide), bytes(past), b"", b"text"):
+    fewer = bytearray(debuggable)
+    struct.pack_into("<H", fewer, 60, struct.unpack_from("<H", fewer, 62)[0])  # none has the names
+    damaged = (cut, bytes(far), bytes(wide), bytes(past), bytes(fewer), b"", b"text")
+    for data in (module(), signed, *damaged):
         assert module_file.for_loading(data) == data
 
 
