@@ -13,6 +13,7 @@ from fuzz.archives import archive_case
 from fuzz.both_ends import both_ends_case
 from fuzz.control import control_case
 from fuzz.disks import disk_case
+from fuzz.file_systems import file_system_case
 from fuzz.kernels import kernel_case
 from fuzz.peers import back_end_case, front_end_case, server_case
 from fuzz.queues import queue_case
@@ -36,7 +37,8 @@ CASES = {
     "back-end": Cases(back_end_case, 32),
     "both-ends": Cases(both_ends_case, 1),
     "control": Cases(control_case, 60),
-    "disk": Cases(disk_case, 80),
+    "disk": Cases(disk_case, 50),
+    "file-system": Cases(file_system_case, 40),
     "front-end": Cases(front_end_case, 1),
     "kernel": Cases(kernel_case, 16),
     "queue": Cases(queue_case, 384),

@@ -1,43 +1,29 @@
-"""A stranger's disk, as far as the host reads it: tables of partitions, file systems, and the texts
-by which it boots.
+"""A stranger's disk, as far as the host reads it: tables of partitions, and the texts by which it
+boots. Its file systems: tests/fuzz/file_systems.py.
 
-Tables are written here and read again by a reader of our own. File systems are made by their own
-mkfs, as far as this machine has it; where the reader under test looks, some number is another one.
-Texts are put together from the lines that loaders know. A case raises AssertionError, with what was
-changed, if
+Tables are written here and read again by a reader of our own. Texts are put together from the lines
+that loaders know. A case raises AssertionError, with what was changed, if
 
-- a table is not what our own reader makes of it, or a file of a sound file system not what it was,
+- a table is not what our own reader makes of it,
 - anything but an error of ours of one line is raised, or FileNotFoundError for what is not there,
-- more is read than the bound, in bytes or in calls, or two readings differ,
+- more is read than the bound, in bytes or in calls,
 - a boot entry names what is not there, or words that a kernel would take for more than they are.
 """
 
 from __future__ import annotations
 
-import bisect
-import functools
-import mmap
-import random
-import shutil
 import struct
 import uuid
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any
 
-import partition_tables
-from fuzz.damage import Number, fields, harm, wrong
-from fuzz.room import room, told
+from fuzz.damage import Number, fields, harm
+from fuzz.room import told
 
 from pyvmm.boot import partitions
 from pyvmm.boot.boot_entry import find
-from pyvmm.boot.btrfs import Btrfs
-from pyvmm.boot.ext4 import Ext4
-from pyvmm.boot.fat import Fat
-from pyvmm.boot.file_system import FileSystem, Search
-from pyvmm.boot.xfs import Xfs
 from pyvmm.errors import ConfigError
 from pyvmm.testing.mmio_driver import Ring
 
@@ -302,210 +288,6 @@ def _tables(rng: Random, note: list[str]) -> None:
     assert isinstance(partitions.is_damaged(disk.read, disk.size), bool)
 
 
-# --- file systems ---------------------------------------------------------------------------------
-
-_SMALL = b"hello"
-_BUDGET = MIB  # bytes that may be looked at beside the files that are read
-_KINDS: dict[str, Any] = {"ext": Ext4, "xfs": Xfs, "btrfs": Btrfs, "fat": Fat}
-
-
-class _Image(NamedTuple):
-    """A file system, and where its reader looks when nothing is wrong."""
-
-    kind: str
-    data: mmap.mmap
-    places: list[tuple[int, int]]
-    contents: dict[str, bytes]
-    names: dict[str, list[str]]
-
-
-def _tree(root: Path, *, links: bool) -> tuple[dict[str, bytes], dict[str, list[str]]]:
-    (root / "boot" / "grub").mkdir(parents=True)
-    (root / "many").mkdir()
-    contents = {
-        "/boot/small": _SMALL,
-        "/boot/large": random.Random(1).randbytes(100_017),
-        "/boot/grub/grub.cfg": b"linux /boot/vmlinuz root=/dev/vda\nboot\n" * 9,
-        "/boot/vmlinuz": bytes(range(256)) * 40,
-        "/boot/packed": b"a line that is compressed\n" * 2000,
-    }
-    for path, data in contents.items():
-        (root / path[1:]).write_bytes(data)
-    names = [f"a-rather-long-name-{number:03}" for number in range(120)]
-    for name in names:
-        (root / "many" / name).touch()
-    if links:
-        for name, target in (("link", "boot/small"), ("up", "/../boot/./small"), ("loop", "loop")):
-            (root / name).symlink_to(target)
-        contents |= {"/link": _SMALL, "/up": _SMALL}
-    return contents, {"/many": names, "/nothing": []}
-
-
-def _fat(tree: Path, image: Path, size: int, *options: str) -> None:
-    with open(image, "wb") as file:
-        file.truncate(size)
-    partition_tables.run("mkfs.vfat", *options, image)
-    for path in sorted(tree.rglob("*")):
-        inner = f"::{path.relative_to(tree)}"
-        if path.is_dir():
-            partition_tables.run("mmd", "-i", image, inner)
-        else:
-            partition_tables.run("mcopy", "-i", image, path, inner)
-
-
-_FORMS: dict[str, tuple[str, ...]] = {
-    "ext 4": ("mke2fs", "-t", "ext4"),
-    "ext 4, small": ("mke2fs", "-t", "ext4", "-O", "64bit", "-I", "128", "-b", "1024"),
-    "ext 2": ("mke2fs", "-t", "ext2", "-b", "1024"),
-    "xfs 5": ("mkfs.xfs",),
-    "xfs 4": ("mkfs.xfs", "-m", "crc=0", "-n", "ftype=0"),
-    "btrfs": ("mkfs.btrfs",),
-    "btrfs, mixed": ("mkfs.btrfs", "--mixed"),
-    "fat 16": ("mmd", "-F", "16"),
-    "fat 32": ("mmd", "-F", "32", "-s", "1"),
-}
-
-
-@functools.cache
-def _forms() -> list[str]:
-    """Those that this machine can make."""
-    path = partition_tables._PATH
-    return [form for form, (first, *_) in _FORMS.items() if shutil.which(first, path=path)]
-
-
-@functools.cache
-def _image(form: str) -> _Image:
-    place = room()
-    kind = form.split(" ")[0].rstrip(",")
-    contents, names = _tree(place / "tree", links=kind != "fat")
-    image = place / "image"
-    _, *options = _FORMS[form]
-    if kind == "xfs":
-        partition_tables.xfs_of(place / "tree", image, *options)
-    elif kind == "fat":
-        _fat(place / "tree", image, (16 if "16" in form else 40) * MIB, *options)
-    else:
-        with open(image, "wb") as file:
-            file.truncate((8 if kind == "ext" else 128) * MIB)
-        command = (
-            ("mke2fs", "-q", "-F", *options, "-d")
-            if kind == "ext"
-            else ("mkfs.btrfs", "-q", *options, "-r")
-        )
-        partition_tables.run(*command, place / "tree", image)
-    with open(image, "rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    shutil.rmtree(place)
-    reader = _Reader(data, [])
-    made = _Image(kind, data, reader.places, contents, names)
-    for path in contents:
-        b"".join(_open(made, reader).read_file(path, 4 * MIB))
-    for path in names:
-        _open(made, reader).names(path)
-    places = sorted({(at, min(size, 4096)) for at, size in reader.places})
-    return made._replace(places=places)
-
-
-class _Reader:
-    """The bytes of an image, some of them changed."""
-
-    def __init__(self, data: mmap.mmap, changes: list[tuple[int, bytes]]) -> None:
-        self._data, self._changes = data, sorted(changes)
-        self.places: list[tuple[int, int]] = []
-        self.bytes = 0
-
-    def __call__(self, offset: int, size: int) -> bytes:
-        assert offset >= 0 and 0 <= size <= 4 * MIB, (offset, size)
-        self.places.append((offset, size))
-        self.bytes += size
-        assert len(self.places) < 40_000, "it reads without an end"
-        data = self._data[offset : offset + size]
-        if self._changes:
-            made = None
-            for at, new in self._changes:
-                if at < offset + size and at + len(new) > offset:
-                    made = made or bytearray(data)
-                    low, high = max(at, offset), min(at + len(new), offset + len(data))
-                    made[low - offset : high - offset] = new[low - at : high - at]
-            data = bytes(made) if made is not None else data
-        return data
-
-
-def _open(image: _Image, reader: _Reader) -> FileSystem[Any]:
-    search = Search()
-    search.left = _BUDGET
-    made: FileSystem[Any] = _KINDS[image.kind](reader, len(image.data), "the disk", search)
-    return made
-
-
-def _read_all(image: _Image, reader: _Reader, paths: list[str], most: int) -> list[object]:
-    """What is found, path by path."""
-    found: list[object] = []
-    for path in paths:
-        before = reader.bytes
-        got = 0
-        try:
-            system = _open(image, reader)
-            if path in image.names:
-                names = system.names(path)
-                assert names == sorted(names) and all(map(str.isprintable, names))
-                found.append([one for one in names if one not in (".", "..")])
-            else:
-                pieces = []
-                for piece in system.read_file(path, most):
-                    assert len(piece) <= MIB
-                    got += len(piece)
-                    assert got <= most, "more than it said"
-                    pieces.append(piece)
-                found.append(b"".join(pieces))
-        except (ConfigError, FileNotFoundError) as error:
-            if isinstance(error, ConfigError):
-                _one_line(error)
-            found.append(type(error).__name__)
-        spent = reader.bytes - before
-        assert spent <= 3 * _BUDGET + 2 * got + (4 << 20), f"{spent} bytes for {path}"
-    return found
-
-
-def _file_systems(rng: Random, note: list[str]) -> None:
-    form = rng.choice(_forms())
-    image = _image(form)
-    paths = [
-        rng.choice([*image.contents, *image.names, "/loop", "/boot", "/x" * 40]) for _ in range(2)
-    ]
-    changes: list[tuple[int, bytes]] = []
-    starts = [at for at, _ in image.places]
-    for _ in range(rng.choice((0, 1, 1, 1, 2, 4))):
-        at, size = rng.choice(image.places)
-        if rng.random() < 0.3:  # the superblock is looked at each time
-            at, size = image.places[min(len(starts) - 1, bisect.bisect_left(starts, 0))]
-        width = rng.choice((1, 2, 4, 4, 8))
-        within = rng.randrange(max(1, min(size, rng.choice((64, 256, 4096))) - width))
-        place = at + within // width * width if rng.random() < 0.8 else at + within
-        order = "big" if image.kind == "xfs" else "little"
-        old = image.data[place : place + width]
-        value = int.from_bytes(old, order)  # type: ignore[arg-type]
-        new = wrong(rng, value, len(old) or 1).to_bytes(len(old) or 1, order)  # type: ignore[arg-type]
-        if rng.random() < 0.1:
-            other = rng.choice(image.places)
-            new = image.data[other[0] : other[0] + min(size, other[1])]
-            place = at
-        changes.append((place, new))
-    note.append(f"{form}, {paths}, {[(hex(at), new[:16].hex()) for at, new in changes]}")
-    most = rng.choice((200_000, 200_000, 3))
-    reader = _Reader(image.data, changes)
-    found = _read_all(image, reader, paths, most)
-    assert found == _read_all(image, _Reader(image.data, changes), paths, most), (
-        "two ways to read it"
-    )
-    if not changes and most > 3:
-        for path, one in zip(paths, found, strict=True):
-            if path in image.contents:
-                assert one == image.contents[path], path
-            elif path in image.names:
-                assert one == image.names[path], path
-
-
 # --- texts ----------------------------------------------------------------------------------------
 
 
@@ -690,13 +472,13 @@ def _texts(rng: Random, note: list[str]) -> None:
         _one_line(error)
 
 
-_WAYS = (_tables, _tables, _tables, _file_systems, _file_systems, _file_systems, _texts, _texts)
+_WAYS = (_tables, _tables, _tables, _texts, _texts)
 
 
 def disk_case(rng: Random, ring: Ring) -> int:
     """One disk; one step."""
     note: list[str] = []
-    way = rng.choice(_WAYS if _forms() else (_tables, _texts))
+    way = rng.choice(_WAYS)
     with told(way, note):
         way(rng, note)
     return 1

@@ -1,11 +1,12 @@
 """Kernel files under the fuzzer: bzImage, ELF, arm64's Image and its wrappings, initrds, modules.
 
-Files are made by the writers of the boot tests (tests/boot_images.py) and one of modules here, with
-the place of each number in their headers known. A case raises AssertionError, with what was
-changed, if
+Files are made by the writers of the boot tests (tests/boot_images.py) and one of modules here. Some
+of the numbers that matter in them become other ones, mostly at the edge of what they may be, one
+after the other, as the edges of one depend on others (tests/fuzz/kernel_models.py). A case raises
+AssertionError, with what was changed, if
 
-- a kernel is loaded, and memory is another one than a reader of our own makes of the same file,
-- one that is as it should be is refused,
+- a file is taken that the model refuses, or refused that it takes,
+- memory, what is told to the kernel, or where it starts is another one than the model's,
 - anything but an error of one line is raised,
 - what is unpacked is more than its header says, or not what the libraries make of it,
 - a module without what is for debuggers has another section than it had,
@@ -19,14 +20,18 @@ import functools
 import gzip
 import lzma
 import struct
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from random import Random
 from typing import Any
+from unittest import mock
 
 import boot_images
 import zstandard
-from fuzz.damage import Number, fields, harm
+from fuzz import kernel_models as model
+from fuzz.damage import Number, fields, harm, wrong
+from fuzz.kernel_models import Edge, Loaded, Refused, u
 from fuzz.room import check_closed, open_files, room, told
 
 from pyvmm.boot import x86
@@ -34,13 +39,13 @@ from pyvmm.boot.arm64 import image as arm64
 from pyvmm.boot.image_file import ImageFile
 from pyvmm.boot.x86 import payload, release
 from pyvmm.errors import ConfigError
-from pyvmm.images import module_file
+from pyvmm.images import module_file, modules
 from pyvmm.machine.board.x86.layout import FIXED_DEVICES
 from pyvmm.memory import GuestMemory
 from pyvmm.testing.mmio_driver import Ring
 
 MIB = 1 << 20
-SIZE = 2 * MIB  # of the guest's memory
+SIZE = MIB + (192 << 10)  # of the guest's memory
 _HIGH = MIB  # where kernels begin
 _ZEROS = bytes(SIZE)
 
@@ -57,69 +62,40 @@ def _one_line(error: ConfigError) -> None:
     assert "\n" not in str(error) and len(str(error)) < 1500, error
 
 
-def _u(data: bytes, at: int, size: int) -> int:
-    return int.from_bytes(data[at : at + size], "little")
+def _push(rng: Random, data: bytearray, edges: Sequence[Edge], note: list[str]) -> None:
+    """Put one of the numbers at an edge, or somewhere else."""
+    names = sorted({one.number.name for one in edges})
+    name = rng.choice(names)
+    number, values = rng.choice([one for one in edges if one.number.name == name])
+    at, size = number.at, number.size
+    if at + size > len(data):
+        return
+    value = u(data, at, size)
+    values = tuple(one for one in values if one != value)
+    new = rng.choice(values) if values and rng.random() < 0.8 else wrong(rng, value, size)
+    data[at : at + size] = new.to_bytes(size, "little")
+    note.append(f"{name} {value:#x} is {new:#x}")
 
 
 # --- x86 ------------------------------------------------------------------------------------------
 
-_BZIMAGE = (
-    *fields("setup_sects:1 root_flags:2 syssize:4", 0x1F1),
-    *fields("jump:1 magic:4 version:2", 0x201),
-    *fields("kernel_version:2 type:1 loadflags:1", 0x20E),
-    *fields("initrd_addr_max:4 alignment:4 relocatable:1 min_alignment:1 xloadflags:2", 0x22C),
-    *fields("cmdline_size:4", 0x238),
-    *fields("payload_offset:4 payload_length:4", 0x248),
-    *fields("pref_address:8 init_size:4", 0x258),
-)
-_ELF64 = (
-    *fields("magic:4 class:1 data:1 version:1"),
-    *fields("kind:2 machine:2 :4 entry:8 phoff:8 :8 :4 ehsize:2 phentsize:2 phnum:2", 16),
-)
-_ELF32 = (
-    *fields("magic:4 class:1 data:1 version:1"),
-    *fields("kind:2 machine:2 :4 entry:4 phoff:4 :4 :4 ehsize:2 phentsize:2 phnum:2", 16),
-)
-_ROW64 = "type:4 flags:4 offset:8 vaddr:8 paddr:8 filesz:8 memsz:8 align:8"
-_ROW32 = "type:4 offset:4 vaddr:4 paddr:4 filesz:4 memsz:4 flags:4 align:4"
 
-
-def _bzimage(rng: Random) -> tuple[bytes, list[Number]]:
+def _bzimage(rng: Random) -> bytes:
     code = rng.randbytes(rng.choice((600, 2048, 5000)))
-    start = _HIGH + 0x1000 * rng.randrange(16)
     made = boot_images.bzimage(
         code=code,
         setup_sects=rng.choice((4, 4, 0, 10)),
         alignment=0x1000,
-        pref_address=start,
+        pref_address=_HIGH + 0x1000 * rng.randrange(16),
         init_size=rng.choice((0, 0x10000)),
         xloadflags=rng.randrange(2),
         version=rng.choice((0x020F, 0x020C, 0x020A, 0x0206)),
         relocatable=rng.randrange(2),
     )
-    return made, list(_BZIMAGE)
+    return made[: len(made) - rng.choice((0, 0, 1, 15, 16))]
 
 
-def _after_bzimage(data: bytes) -> tuple[int, bytes] | None:
-    """What is in memory when `data` is loaded; None if it is not a kernel that can be."""
-    sectors = data[0x1F1] or 4
-    at = (sectors + 1) * 512
-    size = min(_u(data, 0x1F4, 4) * 16, len(data) - at)
-    if not size > 0:
-        return None
-    start = _HIGH
-    version = _u(data, 0x206, 2)
-    end = 0x202 + data[0x201]
-    fields = data[:end].ljust(0x290, b"\0")
-    if version >= 0x20A:
-        start = _u(fields, 0x258, 8)
-    if fields[0x234]:
-        step = _u(fields, 0x230, 4)
-        start = -(-max(start, _HIGH) // step) * step if step else start
-    return start, data[at : at + size]
-
-
-def _elf(rng: Random) -> tuple[bytes, list[Number]]:
+def _elf(rng: Random) -> bytes:
     is_32bit = rng.random() < 0.3
     loads, at = [], _HIGH + 0x1000 * rng.randrange(8)
     entry = at
@@ -128,94 +104,57 @@ def _elf(rng: Random) -> tuple[bytes, list[Number]]:
         memsz = len(part) + rng.choice((0, 0, 5000))
         loads.append(boot_images.Load(at, part, memsz=memsz))
         at += memsz + rng.choice((0, 0, 4096))
+    if rng.random() < 0.03:  # many that are not loaded
+        loads += [boot_images.Load(0, b"", kind=6)] * (rng.choice((127, 128, 129)) - len(loads))
     rng.shuffle(loads)
     note = entry if is_32bit or rng.random() < 0.6 else None
     made = boot_images.Elf(loads, note, entry, is_32bit=is_32bit)
     if is_32bit:
         made.elf_class, made.machine, made.phoff, made.phentsize = 1, 3, 52, 32
-    head, row = (52, 32) if is_32bit else (64, 56)
-    numbers = list(_ELF32 if is_32bit else _ELF64)
-    count = len(loads) + (note is not None)
-    for index in range(count):
-        numbers += fields(_ROW32 if is_32bit else _ROW64, head + row * index)
     built = made.build()
-    if note is not None:
-        numbers += fields("nsize:4 dsize:4 kind:4 name:4 desc:4", len(built) - 20)
-    return built, numbers
-
-
-def _after_elf(data: bytes) -> list[tuple[int, bytes]]:
-    """Where each part of the file goes."""
-    wide = data[4] == 2
-    at, step, count = (
-        (_u(data, 32, 8), _u(data, 54, 2), _u(data, 56, 2))
-        if wide
-        else (_u(data, 28, 4), _u(data, 42, 2), _u(data, 44, 2))
-    )
-    found = []
-    for index in range(count):
-        row = data[at + index * step :][:56]
-        if wide:
-            kind, _, offset, _, paddr, filesz, memsz, _ = struct.unpack_from("<IIQQQQQQ", row)
-        else:
-            kind, offset, _, paddr, filesz, memsz, _, _ = struct.unpack_from("<8I", row)
-        if kind == 1 and memsz:
-            assert offset + filesz <= len(data) and filesz <= memsz
-            found.append((paddr, data[offset : offset + filesz]))
-    return found
+    if rng.random() < 0.004:
+        built += bytes(MIB)
+    return built
 
 
 def _x86(rng: Random, note: list[str]) -> None:
     is_elf = rng.random() < 0.5
-    made, numbers = _elf(rng) if is_elf else _bzimage(rng)
-    data = bytearray(made)
-    is_good = rng.random() < 0.2
-    if not is_good:
-        harm(rng, data, numbers, note)
-    path = _room() / "kernel"
+    data = bytearray(_elf(rng) if is_elf else _bzimage(rng))
+    cmdline = rng.choice(("", "console=ttyS0", "console=ttyS0", "x" * rng.choice((2047, 2048))))
+    ramdisk = _ramdisk(rng, bytes(data), note) if rng.random() < 0.5 else None
+
+    def edges() -> list[Edge]:
+        if is_elf:
+            return model.elf_edges(data, SIZE)
+        return model.bzimage_edges(data, SIZE, len(cmdline), len(ramdisk or b""))
+
+    for _ in range(rng.choice((0, 1, 1, 1, 2, 3, 4))):
+        _push(rng, data, edges(), note)
+    if rng.random() < 0.1:
+        harm(rng, data, [], note)
+    try:
+        wanted = model.load(bytes(data), SIZE, ramdisk, cmdline) if data else None
+    except Refused:
+        wanted = None
+    path, initrd = _room() / "kernel", _room() / "initrd"
     path.write_bytes(data)
-    initrd = None
-    if rng.random() < 0.4:
-        initrd = _room() / "initrd"
-        text, numbers = _cpio(rng)
-        ramdisk = bytearray(text)
-        if rng.random() < 0.6:
-            harm(rng, ramdisk, numbers, note)
+    if ramdisk is not None:
         initrd.write_bytes(ramdisk)
-        note.append(f"initrd: {bytes(ramdisk[:200])!r}")
     memory = _memory()
     try:
         entry = x86.load(
             memory,
             kernel=str(path),
-            initrd=str(initrd) if initrd else None,
-            cmdline=rng.choice(("", "console=ttyS0", "x" * 3000)),
+            initrd=None if ramdisk is None else str(initrd),
+            cmdline=cmdline,
             acpi=x86.AcpiConfig(FIXED_DEVICES),
         )
     except ConfigError as error:
         _one_line(error)
-        assert not is_good or initrd or "x" in str(error) or "command line" in str(error), error
+        assert wanted is None, error
     else:
-        assert entry is not None
-        high = bytes(memory.regions[0].view[_HIGH:])
-        expected = bytearray(SIZE - _HIGH)
-        raw = bytes(data)
-        parts = _after_elf(raw) if raw[:4] == b"\x7fELF" else [_after_bzimage(raw)]
-        for part in parts:
-            assert part is not None
-            start, content = part
-            assert start >= _HIGH and start + len(content) <= SIZE
-            expected[start - _HIGH : start - _HIGH + len(content)] = content
-        if initrd is not None:
-            content = initrd.read_bytes()
-            found = high.rfind(content)
-            assert (found >= 0 and found % 4096 == 0) or not content, "no initrd"
-            if content:
-                tops = [max(0, a + len(c) - _HIGH) for a, c in parts if c]  # type: ignore[misc]
-                lows = [a - _HIGH for a, c in parts if c]  # type: ignore[misc]
-                assert found >= max(tops) or found + len(content) <= min(lows), "over the kernel"
-                expected[found : found + len(content)] = content
-        assert high == expected, "memory is another one"
+        assert wanted is not None, "it is to be refused"
+        _check_memory(entry, *wanted, ramdisk, cmdline)
     finally:
         memory.regions[0].view[:] = _ZEROS
     with suppress(ConfigError):
@@ -224,19 +163,94 @@ def _x86(rng: Random, note: list[str]) -> None:
         release.config_of(str(path))
 
 
+def _check_memory(
+    entry: x86.Entry, loaded: Loaded, at: int, ramdisk: bytes | None, cmdline: str
+) -> None:
+    found = bytes(_memory().regions[0].view)
+    expected = bytearray(SIZE - _HIGH)
+    parts = [*loaded.parts, (at, ramdisk)] if ramdisk else loaded.parts
+    for start, content in parts:
+        assert _HIGH <= start <= SIZE - len(content) or not content
+        expected[start - _HIGH : start - _HIGH + len(content)] = content
+    assert found[_HIGH:] == expected, "memory is another one"
+    assert entry.rip == loaded.rip and (entry.cr3 != 0) == loaded.is_long, entry
+    text = cmdline.encode() + b"\0"
+    assert found[0x20000:0x30000] == text.ljust(0x10000, b"\0"), "the command line"
+    size = len(ramdisk or b"")
+    rsdp = 0xE0000 + found[0xE0000:_HIGH].index(b"RSD PTR ")
+    ranges = [
+        *((0, 0x9FC00, 1), (0x9FC00, 0x400, 2), (0xDF000, 0x1000, 2), (0xE0000, 0x20000, 3)),
+        (_HIGH, SIZE - _HIGH, 1),
+    ]
+    page, start_info = bytearray(4096), bytearray(4096)
+    if loaded.header is None:
+        modules = (1, 0x6040) if size else (0, 0)
+        values = (0x336EC578, 1, 0, *modules, 0x20000, rsdp, 0x6080, len(ranges), 0)
+        struct.pack_into("<4I4Q2I", start_info, 0, *values)
+        struct.pack_into("<4Q", start_info, 0x40, at if size else 0, size, 0, 0)
+        for index, (first, length, kind) in enumerate(ranges):
+            struct.pack_into("<2Q2I", start_info, 0x80 + 24 * index, first, length, kind, 0)
+        assert entry.rbx == 0x6000
+    else:
+        page[0x1F1 : 0x1F1 + len(loaded.header)] = loaded.header
+        page[0x210] = 0xFF
+        page[0x211] |= 1
+        struct.pack_into("<I", page, 0x214, loaded.code32 & 0xFFFFFFFF)
+        struct.pack_into("<2I", page, 0x218, at if size else 0, size)
+        struct.pack_into("<I", page, 0x228, 0x20000)
+        struct.pack_into("<Q", page, 0x70, rsdp)
+        struct.pack_into("<3I", page, 0xC0, 0, 0, 0)
+        page[0x1E8] = len(ranges)
+        for index, row in enumerate(ranges):
+            struct.pack_into("<QQI", page, 0x2D0 + 20 * index, *row)
+        assert entry.rsi == 0x7000
+    assert found[0x6000:0x7000] == start_info, "what is told by PVH"
+    assert found[0x7000:0x8000] == page, "the zero page"
+
+
 # --- an initrd ------------------------------------------------------------------------------------
+
+
+def _ramdisk(rng: Random, kernel: bytes, note: list[str]) -> bytes:
+    """One that is as it should be, or of a size that just has room, or is damaged."""
+    text, numbers = _cpio(rng)
+    made = bytearray(text)
+    kind = rng.random()
+    if kind < 0.4:
+        with suppress(Refused):
+            loaded, _ = model.load(kernel, SIZE, None, "")
+            above = (min(loaded.initrd_max + 1, SIZE) - loaded.end) // 4096 * 4096
+            below = (loaded.start - MIB) // 4096 * 4096
+            size = rng.choice((above, below)) + rng.choice((-1, 0, 1, 4096, -4096))
+            made = made.ljust(min(size, SIZE), b"\0")
+    elif kind < 0.7:
+        for number in rng.sample(numbers, rng.choice((1, 1, 2))):
+            value = int(made[number.at : number.at + 8], 16)
+            rest = len(made) - number.at
+            others = (value - 1, value + 1, value + 4, rest, 0, 0xFFFFFFFF, 10, 11)
+            new = max(0, rng.choice(others))
+            made[number.at : number.at + 8] = b"%08X" % new
+            note.append(f"{number.name} {value} is {new}")
+    elif kind < 0.85:
+        harm(rng, made, [*numbers, Number("magic", 0, 6)], note)
+    elif kind < 0.9:
+        made = bytearray(rng.choice((b"", b"\x7fELF", b"\x1f\x8b", bytes(0x202) + b"HdrS")))
+    note.append(f"an initrd of {len(made)} bytes, {bytes(made[:200])!r}")
+    return bytes(made)
 
 
 def _cpio(rng: Random) -> tuple[bytes, list[Number]]:
     text = b""
+    numbers = []
     for name in (b"init", b"dir/file", b"TRAILER!!!"):
         content = rng.randbytes(rng.randrange(50)) if name[:1] != b"T" else b""
-        numbers = [1, 0o100755, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(name) + 1, 0]
-        head = rng.choice((b"070701", b"070702")) + b"".join(b"%08X" % one for one in numbers)
+        values = [1, 0o100755, 0, 0, 1, 0, len(content), 0, 0, 0, 0, len(name) + 1, 0]
+        head = rng.choice((b"070701", b"070702")) + b"".join(b"%08X" % one for one in values)
+        numbers += [Number("namesize", len(text) + 94, 8), Number("filesize", len(text) + 54, 8)]
         text += head + name + b"\0"
         text += bytes(-len(text) % 4)
         text += content + bytes(-len(content) % 4)
-    return text, [Number("namesize", 94, 8), Number("filesize", 54, 8), Number("magic", 0, 6)]
+    return text, numbers
 
 
 # --- payloads -------------------------------------------------------------------------------------
@@ -248,40 +262,64 @@ _PACKERS: dict[str, Callable[[bytes], bytes]] = {
     "lzma": functools.partial(lzma.compress, format=lzma.FORMAT_ALONE, preset=0),
     "zstd": zstandard.ZstdCompressor(level=1, write_checksum=True).compress,
     "zstd, no sum": zstandard.ZstdCompressor(level=1).compress,
+    "zstd, no size": zstandard.ZstdCompressor(level=1, write_content_size=False).compress,
+    "none": bytes,
 }
 
 
 def _payload(rng: Random, note: list[str]) -> None:
     """The ELF in a bzImage, by each of the libraries' methods."""
     inside = boot_images.Elf().build() + rng.choice((b"", bytes(200_000), rng.randbytes(3000)))
+    if rng.random() < 0.01:
+        inside = inside.ljust(MIB + rng.randrange(2), b"x")
     config = b"CONFIG_PCI=y\n# CONFIG_X is not set\n" * rng.randrange(30)
     if rng.random() < 0.3:
         inside += b"IKCFG_ST" + gzip.compress(config) + b"IKCFG_ED"
+    if rng.random() < 0.03:
+        inside = rng.choice((b"", b"x", b"\x7fEL", b"no kernel at all"))
     name = rng.choice(list(_PACKERS))
     packed = bytearray(_PACKERS[name](inside))
-    if is_bad := rng.random() < 0.6:
+    if is_bad := rng.random() < 0.4:
         harm(rng, packed, fields("a:4 b:4 c:4 d:4 e:4"), note)
-    trailer = b"" if name == "gzip" else struct.pack("<I", len(inside))
-    whole = bytes(packed) + trailer
-    numbers = [*fields("payload_offset:4 payload_length:4", 0x248), Number("size", 0, 4)]
-    data = bytearray(boot_images.bzimage(code=whole.ljust(600, b"\0"), payload=(0, len(whole))))
     if rng.random() < 0.2:
+        packed = packed[: len(packed) - rng.randrange(1, 10)]
         is_bad = True
-        harm(rng, data, numbers[:2], note)
+    size = len(inside)
+    if rng.random() < 0.3:
+        size = rng.choice((size - 1, size + 1, 0, 1 << 30, (1 << 30) + 1, 0xFFFFFFFF)) % (1 << 32)
+        is_bad = True
+        note.append(f"size {size}")
+    if name == "gzip" and is_bad and rng.random() < 0.5:
+        packed[-4:] = struct.pack("<I", size)
+    trailer = b"" if name in ("gzip", "none") else struct.pack("<I", size)
+    whole = bytes(packed) + trailer
+    data = bytearray(boot_images.bzimage(code=whole.ljust(600, b"\0"), payload=(0, len(whole))))
+    if rng.random() < 0.25:
+        is_bad = True
+        code = u(data, 0x1F4, 4) * 16
+        edges = [
+            model.edge("payload_offset", 0x248, 4, 0, 1, *(code - len(whole) + n for n in (0, 1))),
+            model.edge("payload_length", 0x24C, 4, 0, 1, 3, 4, code, code + 1, len(whole) - 1),
+            *model.bzimage_edges(data, SIZE, 0, 0)[:3],
+        ]
+        _push(rng, data, edges, note)
     path, output = _room() / "kernel", _room() / "vmlinux"
     path.write_bytes(data)
     note.append(name)
     try:
+        wanted = model.payload(bytes(data))
+    except Refused:
+        wanted = b""
+    try:
         payload.unpack_vmlinux(str(path), str(output))
     except ConfigError as error:
         _one_line(error)
-        assert is_bad, error
+        assert wanted[:4] != b"\x7fELF", error
         assert not output.exists()
     else:
         found = output.read_bytes()
-        assert is_bad or found == inside
-        assert found[:4] == b"\x7fELF"
         output.unlink()
+        assert found == wanted and found[:4] == b"\x7fELF", "it is to be refused"
     assert {one.name for one in _room().iterdir()} <= {"kernel", "initrd"}, "half a file is left"
     with suppress(ConfigError):
         text = release.config_of(str(path))
@@ -293,27 +331,39 @@ def _payload(rng: Random, note: list[str]) -> None:
 
 def _arm64(rng: Random, note: list[str]) -> None:
     body = rng.randbytes(rng.choice((10, 3000))) + rng.choice((b"", bytes(100_000)))
-    offset = 0x1000 * rng.randrange(3)
-    size = rng.choice((MIB, 64 + len(body)))
-    plain = boot_images.arm64_image(body, text_offset=offset, size=size)
-    inner = fields(":8 text_offset:8 image_size:8 flags:8", 0)[0:] + fields("magic:4", 56)
-    is_good = rng.random() < 0.25
+    plain = boot_images.arm64_image(
+        body,
+        text_offset=0x1000 * rng.randrange(3),
+        size=rng.choice((MIB, 64 + len(body), 64 + len(body))),
+    )
     content = bytearray(plain)
-    wrapping = rng.choice(("", "", "gzip", "zstd", "zboot gzip", "zboot zstd"))
-    if not is_good and rng.random() < 0.6:
-        harm(rng, content, inner, note)
+    wrapping = rng.choice(("", "", "gzip", "zstd", "zstd, no sum", "zboot gzip", "zboot zstd"))
+    for _ in range(rng.choice((0, 1, 1, 2))):
+        _push(rng, content, model.arm64_edges(content, SIZE, len(content)), note)
+    if rng.random() < 0.1:
+        harm(rng, content, [], note)
     data = bytearray(content)
-    numbers = list(inner)
     if wrapping:
         data = bytearray(_PACKERS[wrapping.removeprefix("zboot ")](bytes(content)))
-        numbers = []
+        if rng.random() < 0.2:
+            harm(rng, data, fields("a:4 b:4 c:4 d:4 e:4"), note)
     if wrapping.startswith("zboot"):
+        packed = len(data)
         method = wrapping.removeprefix("zboot ").encode()
         data = bytearray(boot_images.zboot(bytes(data), method))
-        numbers = fields("magic:2 :2 zimg:4 offset:4 size:4 :8 method:8")
-    if not is_good and rng.random() < 0.6:
-        harm(rng, data, numbers, note)
+        if rng.random() < 0.4:
+            edges = [
+                model.edge("magic", 4, 4, 0),
+                model.edge("offset", 8, 4, 0, 63, 64, 65, len(data) - packed + 1, len(data)),
+                model.edge("size", 12, 4, 0, 1, packed - 1, packed + 1, 2, 4),
+                model.edge("method", 24, 8, 0),
+            ]
+            _push(rng, data, edges, note)
     note.append(wrapping)
+    try:
+        wanted = model.arm64(bytes(data), SIZE)
+    except Refused:
+        wanted = None
     path = _room() / "kernel"
     path.write_bytes(data)
     memory = _memory()
@@ -321,25 +371,21 @@ def _arm64(rng: Random, note: list[str]) -> None:
         with ImageFile(str(path), "--kernel") as kernel:
             start, end = arm64.load(memory, kernel)
         found = bytes(memory.regions[0].view)
-        assert 0 <= start < end <= SIZE
-        if is_good:
-            assert (start, end) == (offset, offset + size)
-            assert found[start:].startswith(plain)
-        assert not any(found[:start]) and not any(found[end:]), "outside of what it says"
+        assert wanted is not None, "it is to be refused"
+        assert (start, end) == wanted[:2]
+        assert found == (bytes(start) + wanted[2]).ljust(SIZE, b"\0"), "memory is another one"
     except ConfigError as error:
         _one_line(error)
-        assert not is_good, error
+        assert wanted is None, error
     finally:
         memory.regions[0].view[:] = _ZEROS
 
 
 # --- modules --------------------------------------------------------------------------------------
 
-_SECTION = "name:4 type:4 flags:8 addr:8 offset:8 size:8 link:4 info:4 align:8 entsize:8"
 
-
-def _module(rng: Random) -> tuple[bytes, list[Number], dict[str, bytes]]:
-    """An object file with these sections."""
+def _module(rng: Random) -> bytes:
+    """An object file with some sections."""
     info = [b"license=GPL", b"vermagic=6.1.0 SMP", b"alias=pci:v*", b"depends="]
     rng.shuffle(info)
     sections = {
@@ -367,54 +413,165 @@ def _module(rng: Random) -> tuple[bytes, list[Number], dict[str, bytes]]:
     rest = struct.pack(
         "<HHIQQQIHHHHHH", 1, 62, 1, 0, 0, table, 0, 64, 0, 0, 64, len(rows), len(rows) - 1
     )
-    numbers = [*fields("magic:4 class:1 data:1"), *fields("shoff:8", 0x28)]
-    numbers += fields("shentsize:2 shnum:2 shstrndx:2", 0x3A)
-    for index in range(len(rows)):
-        numbers += fields(_SECTION, table + 64 * index)
-    return ident + rest + body + b"".join(rows), numbers, sections
-
-
-def _sections(data: bytes) -> list[tuple[int, int, bytes]]:
-    """(name, type, content) of each section, as they stand there."""
-    at, step, count = _u(data, 0x28, 8), _u(data, 0x3A, 2), _u(data, 0x3C, 2)
-    found = []
-    for index in range(count):
-        name, kind, _, _, offset, size, _, _, _, _ = struct.unpack_from(
-            "<2I4Q2I2Q", data, at + index * step
-        )
-        found.append((name, kind, data[offset : offset + size] if kind not in (0, 8) else b""))
-    return found
+    return ident + rest + body + b"".join(rows)
 
 
 def _modules(rng: Random, note: list[str]) -> None:
-    made, numbers, sections = _module(rng)
-    data = bytearray(made)
-    if is_bad := rng.random() < 0.75:
-        harm(rng, data, numbers, note)
+    data = bytearray(_module(rng))
+    for _ in range(rng.choice((0, 0, 1, 1, 2, 3))):
+        _push(rng, data, model.module_edges(data), note)
+    if rng.random() < 0.1:
+        harm(rng, data, [], note)
+    if rng.random() < 0.1:
+        data += b"~Module signature appended~\n"
+    whole = bytes(data)
     try:
-        info = module_file.read_info("m.ko", bytes(data))
+        wanted = model.modinfo(whole)
+    except Refused:
+        wanted = {}
+    try:
+        found = module_file.read_info("m.ko", whole)
     except ConfigError as error:
         _one_line(error)
-        assert is_bad, error
+        assert not wanted, error
     else:
-        assert is_bad or (info["license"], info["vermagic"]) == (["GPL"], ["6.1.0 SMP"])
-    less = module_file.for_loading(bytes(data))
-    assert len(less) <= len(data)
-    if not is_bad:
-        before, after = _sections(made), _sections(less)
-        assert len(before) == len(after)
-        for (name, kind, content), new in zip(before, after, strict=True):
-            text = sections[".shstrtab"][name:].partition(b"\0")[0]
-            is_gone = text.startswith((b".debug_", b".rela.debug_"))
-            if is_gone and len(less) < len(data):
-                assert new[1:] == (0, b"")
-            else:
-                assert new == (name, kind, content), text
-        assert less == made or module_file.for_loading(less) == less
+        assert found == wanted
+    less = module_file.for_loading(whole)
+    if less == whole:
+        assert not _has_to_shrink(whole), "what is for debuggers is still there"
+        return
+    assert len(less) < len(whole) and not whole.endswith(b"appended~\n")
+    before, after = model.module(whole), model.module(less)
+    assert before.is_whole and after.is_whole and len(before.sections) == len(after.sections)
+    ends = 64 if whole[4] == 2 else 52
+    for one, new in zip(before.sections, after.sections, strict=True):
+        if before.is_called(whole, one, b".debug_", b".rela.debug_", b".rel.debug_"):
+            assert new[:4] == (one.name, 0, 0, 0) and not any((new.align, *new.other)), new
+        elif one.kind in (0, 8):
+            assert new == one
+        else:
+            assert new == one._replace(offset=new.offset)
+            assert new.offset % (one.align or 1) == 0 and new.offset >= ends, new
+            assert one.offset + one.size <= len(whole), "it has an end"
+            content = whole[one.offset : one.offset + one.size]
+            assert less[new.offset : new.offset + one.size] == content
+            ends = new.offset + one.size
+    again = module_file.for_loading(less)
+    assert again == less
+
+
+def _has_to_shrink(data: bytes) -> bool:
+    """True if it is sound, and much of it is for debuggers."""
+    try:
+        found = model.module(data)
+    except Refused:
+        return False
+    if not found.is_whole or data.endswith(b"~Module signature appended~\n"):
+        return False
+    kept = 64 * (len(found.sections) + 2)
+    is_any = False
+    for one in found.sections:
+        if found.is_called(data, one, b".debug_", b".rela.debug_", b".rel.debug_"):
+            is_any = True
+        elif one.kind not in (0, 8):
+            if one.offset + one.size > len(data) or one.align > 65536:
+                return False
+            kept += one.size + one.align
+    return is_any and kept < len(data)
+
+
+# --- modules that are compressed ------------------------------------------------------------------
+
+_MOST = 4 * MIB  # of a module, in place of 128 MiB
+
+
+@functools.cache
+def _filled(size: int) -> bytes:
+    return b"\x7fELF".ljust(size, b"m")
+
+
+def _xz(rng: Random) -> Callable[[bytes], bytes]:
+    check = rng.choice((lzma.CHECK_NONE, lzma.CHECK_CRC32, lzma.CHECK_CRC64, lzma.CHECK_SHA256))
+    log = rng.choice((12, 16, 20, 21, 22, 23))
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 1 << log}]
+    return functools.partial(lzma.compress, check=check, filters=filters)
+
+
+def _zst(rng: Random) -> Callable[[bytes], bytes]:
+    log = rng.choice((10, 17, 20, 22, 23))
+    parameters = zstandard.ZstdCompressionParameters.from_level(
+        1,
+        window_log=log,
+        write_checksum=rng.random() < 0.5,
+        write_content_size=rng.random() < 0.5,
+    )
+    packer = zstandard.ZstdCompressor(compression_params=parameters)
+    if rng.random() < 0.5:
+        return packer.compress
+
+    def in_pieces(data: bytes) -> bytes:
+        one = packer.compressobj()
+        half = len(data) // 2
+        first = one.compress(data[:half]) + one.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+        return first + one.compress(data[half:]) + one.flush()
+
+    return in_pieces
+
+
+def _compressed_modules(rng: Random, note: list[str]) -> None:
+    size = rng.choice((0, 1, 100, 3000, 3000, 70_000))
+    inside = rng.choice((rng.randbytes(size), _filled(size)))
+    if rng.random() < 0.04:
+        inside = _filled(_MOST + rng.randrange(-1, 2))
+    suffix = rng.choice((".xz", ".zst", ".zst", ".gz"))
+    packer = {".xz": _xz, ".zst": _zst, ".gz": lambda rng: _PACKERS["gzip"]}[suffix](rng)
+    data = bytearray(packer(inside))
+    kind = rng.random()
+    if kind < 0.3:
+        harm(rng, data, fields("a:1 b:1 c:1 d:1 e:1 f:1 g:2 h:4"), note)
+    elif kind < 0.5:
+        del data[len(data) - rng.randrange(1, min(20, len(data))) :]
+        note.append("cut")
+    elif kind < 0.6:
+        data += rng.choice((bytes(4), b"x", bytes(data)))
+        note.append("more behind")
+    note.append(f"{suffix} of {len(inside)}, {len(data)}: {bytes(data[:40]).hex()}")
+    wanted = _of_module(bytes(data), suffix)
+    with mock.patch.object(modules, "_MOST_MODULE", _MOST):
+        try:
+            found = modules._unpacked(f"m.ko{suffix}", bytes(data))
+        except ConfigError as error:
+            _one_line(error)
+            assert wanted is None, error
+        else:
+            assert wanted is not None, f"{len(found)} bytes that are to be refused"
+            assert found == wanted
+
+
+def _of_module(data: bytes, suffix: str) -> bytes | None:
+    """The first thing in `data`, a byte or a few at a time; None if it has to be refused."""
+    one: Any
+    if suffix == ".xz":
+        one = lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_MOST)
+    elif suffix == ".gz":
+        one = zlib.decompressobj(31)
+    else:
+        one = zstandard.ZstdDecompressor(max_window_size=_MOST).decompressobj()
+    found = []
+    try:
+        step = 1 + len(data) // 7
+        for at in range(0, len(data), step):
+            found.append(one.decompress(data[at : at + step]))
+            if one.eof:
+                break
+    except (lzma.LZMAError, zlib.error, zstandard.ZstdError):
+        return None
+    whole = b"".join(found)
+    return whole if one.eof and len(whole) <= _MOST else None
 
 
 _WAYS: tuple[Callable[[Random, list[str]], Any], ...] = (
-    *(_x86, _x86, _x86, _payload, _arm64, _arm64, _modules, _modules),
+    *(_x86, _x86, _x86, _payload, _arm64, _arm64, _modules, _modules, _compressed_modules),
 )
 
 
