@@ -127,7 +127,7 @@ def begin() -> None:
     """Take the rights that the first layers need, for the whole process, which has one thread
     still. What cannot be had is told by `enter`."""
     global _no_rights, _in_user_namespace
-    if _machine_lacks() or not set(_FIRST) & set(LAYERS) or c.has_capability(_SYS_ADMIN):
+    if _machine_lacks() or not set(_FIRST) & set(LAYERS) or c.has_capability(c.CAP_SYS_ADMIN):
         return
     try:
         if not os.geteuid():
@@ -169,7 +169,7 @@ def outside_calls() -> Iterator[c.Call]:
     which = frozenset(range(_MOST)) if _in_user_namespace else _NEVER_NEEDED
     for number in sorted(which):
         yield c.PRCTL, _PR_CAPBSET_DROP, number
-    yield _CAPSET, c.capability_header(), _kept(which)
+    yield c.CAPSET, c.capability_header(), _kept(which)
     yield c.PRCTL, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0
     yield c.PRCTL, c.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0
     if not _machine_lacks():
@@ -217,20 +217,18 @@ def _enter(layer: str, needs: Needs) -> None:
 
 # --- capabilities --------------------------------------------------------------------------------
 
-_CAPSET = number_of("capset")
 _PR_CAPBSET_DROP, _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 24, 47, 4  # <linux/prctl.h>
 _MOST = 64
 # Of <linux/capability.h>: LINUX_IMMUTABLE, SYS_MODULE, SYS_RAWIO, SYS_PTRACE, SYS_PACCT, SYS_BOOT,
 # SYS_TIME, AUDIT_WRITE, AUDIT_CONTROL, MAC_OVERRIDE, MAC_ADMIN, SYSLOG, WAKE_ALARM, BLOCK_SUSPEND,
 # AUDIT_READ, PERFMON, BPF, CHECKPOINT_RESTORE. No program that is started later needs one of them.
-_SYS_ADMIN = 21
 _NEVER_NEEDED = frozenset({9, 16, 17, 19, 20, 22, 25, 29, 30, 32, 33, 34, 35, 36, 37, 38, 39, 40})
 
 
 def drop_capabilities(which: frozenset[int] | None) -> None:
     """Give up `which`, or all of them, so that no program gets them back. Raises ConfigError."""
     let_no_program_have(which)
-    c.checked(c.make_call((_CAPSET, c.capability_header(), _kept(which))), "capset")
+    c.checked(c.make_call((c.CAPSET, c.capability_header(), _kept(which))), "capset")
     with suppress(ConfigError):  # Linux before 4.3 has none
         c.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
 

@@ -20,6 +20,7 @@ import resource
 import struct
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import starmap
 from typing import NamedTuple
 
@@ -391,8 +392,9 @@ def deny_list(numbers: Iterable[int], checks: Mapping[int, Check]) -> list[Line]
 
 # --- capabilities --------------------------------------------------------------------------------
 
-_CAPGET = number_of("capget")
+_CAPGET, CAPSET = map(number_of, ("capget", "capset"))
 _CAPABILITY_VERSION_3 = 0x20080522  # <linux/capability.h>
+CAP_SYS_ADMIN = 21
 
 
 def capability_header() -> bytes:
@@ -405,6 +407,22 @@ def capabilities() -> tuple[int, ...]:
     sets = ctypes.create_string_buffer(24)
     checked(call_kernel(_CAPGET, ctypes.c_char_p(capability_header()), sets), "capget")
     return struct.unpack("=6I", sets.raw)
+
+
+@contextmanager
+def without(number: int) -> Iterator[None]:
+    """Inside, this thread may use the capability `number` for nothing. It is below 32. Raises
+    ConfigError."""
+    usable, *others = capabilities()
+    try:
+        _set_capabilities(usable & ~(1 << number), *others)
+        yield
+    finally:
+        _set_capabilities(usable, *others)
+
+
+def _set_capabilities(*sets: int) -> None:
+    checked(make_call((CAPSET, capability_header(), struct.pack("=6I", *sets))), "capset")
 
 
 def has_capability(number: int) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from mmap import PAGESIZE as PAGE_SIZE
 
 NO, YES = b"0", b"1"
@@ -26,15 +27,32 @@ OWN = _table(lambda byte: byte & _SWAPPED or (byte & _PRESENT and not byte & _OF
 """The test for a page of this process alone, as it has written to a private mapping."""
 
 
+_pagemap = -1
+
+
+def keep_open() -> None:
+    """Open now what `looked_up` reads, for all times: another user, whom this process is going to
+    be, could not."""
+    global _pagemap
+    with suppress(OSError):
+        _pagemap = _open()
+
+
+def _open() -> int:
+    return os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+
+
 def looked_up(address: int, size: int, table: bytes) -> bytes:
     """Those of `size` bytes of this process from `address` on that `table` (ANY or OWN) means; all
     of them where the kernel does not say."""
     count = size // PAGE_SIZE
-    try:
-        with open("/proc/self/pagemap", "rb", buffering=0) as file:
-            entries = _read(file.fileno(), address // PAGE_SIZE * _ENTRY, count * _ENTRY)
-    except OSError:
-        entries = b""
+    entries = b""
+    with suppress(OSError):
+        fd = _open() if _pagemap < 0 else os.dup(_pagemap)
+        try:
+            entries = _read(fd, address // PAGE_SIZE * _ENTRY, count * _ENTRY)
+        finally:
+            os.close(fd)
     if len(entries) < count * _ENTRY:
         return YES * count
     return entries[_ENTRY - 1 :: _ENTRY].translate(table)

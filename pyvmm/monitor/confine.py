@@ -231,7 +231,8 @@ class Confinement:
     def _become(self) -> None:
         """Become the other user. Raises ConfigError, and nothing has changed."""
         from pyvmm.boot import image_file
-        from pyvmm.host import output
+        from pyvmm.host import confinement, output
+        from pyvmm.memory import pages
 
         user = self._user
         if user is None:
@@ -239,6 +240,8 @@ class Confinement:
         for path in self._starts_with:
             image_file.keep_open(path)
         output.open_streams()
+        with confinement.without(confinement.CAP_SYS_ADMIN):  # or it tells where pages really are
+            pages.keep_open()
         try:
             preload.for_user(user)
             if user.is_own and self._surroundings.allow_read and (path := user.can(self._lacks)):

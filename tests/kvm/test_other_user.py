@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import json
+import mmap
 import os
 import signal
 import socket
@@ -315,6 +317,50 @@ def free(users: str, folder: Path) -> bool:
         return False
     os.close(found.lock)
     return True
+
+
+PIDFD_GETFD = 438  # <asm-generic/unistd.h>
+
+
+def places_told_by(pid: int) -> set[int]:
+    """Where in the machine's memory its first page lies, by the pagemap that it has open."""
+    descriptors = Path(f"/proc/{pid}/fd").iterdir()
+    [fd] = [int(path.name) for path in descriptors if os.readlink(path).endswith("/pagemap")]
+    first = int(Path(f"/proc/{pid}/maps").read_text().partition("-")[0], 16)
+    process = os.pidfd_open(pid)
+    ours = ctypes.CDLL(None).syscall(PIDFD_GETFD, process, fd, 0)
+    entry = int.from_bytes(os.pread(ours, 8, first // mmap.PAGESIZE * 8), "little")
+    os.close(ours)
+    os.close(process)
+    assert entry >> 63, "it is there"
+    return {entry & (1 << 55) - 1} - {0}
+
+
+# By /proc/self/pagemap, which another user may not open. It tells no addresses of the machine's.
+@pytest.mark.parametrize("option", [("--user", f"{ONE}:{ONE}"), *AUTO])
+def test_it_is_known_what_memory_a_restored_vm_has_used(
+    folder: Path, option: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(folder))
+    monkeypatch.setenv("XDG_STATE_HOME", str(folder / "state"))
+
+    def pyvmm(*arguments: str) -> str:
+        argv = [sys.executable, "-m", "pyvmm", *arguments]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=SAFETY_TIMEOUT)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    name = ("--name", "a")
+    pyvmm("run", "--kvm=host", "-d", *name, "--kernel", echo_kernel(folder), "--memory", "64M")
+    pyvmm("snapshot", "a", "s", "--stop")
+    pyvmm("run", "-d", *name, "--restore", "s", *option)
+    try:
+        [row] = json.loads(pyvmm("ps", "--json"))
+        assert box.USER in row["confinement"]["on"]
+        assert not places_told_by(int(row["pid"]))
+        assert "has used 0 MiB" in pyvmm("snapshot", "learn", "a", "s")
+    finally:
+        pyvmm("stop", "a", "--now")
 
 
 HIS = pytest.mark.parametrize("option", [("--user", f"{ONE}:{ONE}"), *AUTO])

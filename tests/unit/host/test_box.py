@@ -18,9 +18,10 @@ from pyvmm.monitor import asleep, keeper_state
 @needs_headers(["linux/capability.h"])
 def test_the_kernel_s_numbers(tmp_path: Path) -> None:
     single = {"ioctl": "_IOCTL", "fcntl": "_FCNTL", "kill": "_KILL", "socket": "_SOCKET"}
-    single |= {"socketpair": "_SOCKETPAIR", "capset": "_CAPSET"}
+    single |= {"socketpair": "_SOCKETPAIR"}
     calls = {name: getattr(box, constant) for name, constant in single.items()}
     calls |= {"prctl": confinement.PRCTL, "capget": confinement._CAPGET}
+    calls |= {"capset": confinement.CAPSET}
     calls |= {**box._MORE, **box._BINDING}
     calls |= box._OPEN_CALLS
     never = {name: number for name, number in box._NEVER.items() if number < 440}
@@ -42,6 +43,7 @@ def test_the_kernel_s_numbers(tmp_path: Path) -> None:
         f"SECCOMP_RET_USER_NOTIF == {confinement._RET_USER_NOTIF}u",
         f"__NR_close_range == {refusals._CLOSE_RANGE}",
         f"CLOSE_RANGE_UNSHARE == {refusals._CLOSE_RANGE_UNSHARE}",
+        f"CAP_SYS_ADMIN == {confinement.CAP_SYS_ADMIN}",
         f"_LINUX_CAPABILITY_VERSION_3 == {confinement._CAPABILITY_VERSION_3}",
         # Of a keeper that sleeps.
         f"PR_SET_PDEATHSIG == {keeper_state._PR_SET_PDEATHSIG}",
