@@ -126,7 +126,10 @@ def _needs(wants: Wants, *, has_pci: bool) -> Iterator[tuple[tuple[str, ...], bo
         yield ("BLK_DEV_INITRD",), True, "for its initrd"
     if wants.own_init:
         yield ("64BIT",), True, "for its programs"
+        yield ("BINFMT_ELF",), True, "for its programs"
         yield ("BINFMT_SCRIPT",), True, "for the first program of its initramfs"
+        yield ("PROC_FS",), True, "to know its command line"
+        yield ("SYSFS",), True, "to find the drivers of its devices"
         yield ("DEVTMPFS",), True, "for its device files"
     if wants.disks or wants.nets or wants.vsock or wants.shares:
         if wants.transport == "pci":
@@ -165,10 +168,11 @@ _FILE_SYSTEMS = {
 }
 
 
-# What Kconfig shows an option below, or has it depend on, and does not choose by itself.
+# What Kconfig shows an option below, or has it depend on, and does not choose by itself; and what
+# the kernel needs to say anything on its console.
 _DEPENDS = {
-    "SERIAL_8250_CONSOLE": ("TTY", "SERIAL_8250"),
-    "VIRTIO_CONSOLE": ("TTY", "VIRTIO_MENU"),
+    "SERIAL_8250_CONSOLE": ("PRINTK", "TTY", "SERIAL_8250"),
+    "VIRTIO_CONSOLE": ("PRINTK", "TTY", "VIRTIO_MENU"),
     "PCI_MMCONFIG": ("ACPI",),
     "VIRTIO_PCI": ("PCI", "VIRTIO_MENU"),
     "VIRTIO_MMIO": ("VIRTIO_MENU",),

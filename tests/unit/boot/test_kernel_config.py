@@ -25,14 +25,8 @@ Wants = partial(kernel_config.Wants, found_by=board_for("x86_64").found_by)
 WHOLE = "\n".join(
     f"CONFIG_{name}=y"
     for name in (
-        *(
-            "64BIT",
-            "SERIAL_8250_CONSOLE",
-            "BLK_DEV_INITRD",
-            "BINFMT_SCRIPT",
-            "DEVTMPFS",
-            "VIRTIO_MMIO",
-        ),
+        *("64BIT", "BINFMT_ELF", "BINFMT_SCRIPT", "BLK_DEV_INITRD", "PROC_FS", "SYSFS", "DEVTMPFS"),
+        *("SERIAL_8250_CONSOLE", "VIRTIO_MMIO"),
         *("ACPI", "VIRTIO_PCI", "PCI_DIRECT", "VIRTIO_BLK", "EXT4_FS", "VIRTIO_NET"),
         *("VIRTIO_VSOCKETS", "VIRTIO_CONSOLE", "PCI", "PCI_MSI"),
     )
@@ -72,6 +66,9 @@ def test_a_board_wants_what_its_kernels_can_have(architecture: str, transport: s
         ("DEVTMPFS", ALL, "device files"),
         ("BINFMT_SCRIPT", ALL, "first program"),
         ("64BIT", ALL, "programs"),
+        ("BINFMT_ELF", ALL, "programs"),
+        ("PROC_FS", ALL, "command line"),
+        ("SYSFS", ALL, "drivers"),
         ("VIRTIO_MMIO", Wants(disks=True), "devices"),
         ("ACPI", Wants(vsock=True), "find its devices"),
         ("VIRTIO_PCI", Wants(nets=True, transport="pci"), "devices"),
@@ -225,7 +222,7 @@ def test_what_is_to_be_switched_on_comes_behind_what_it_depends_on() -> None:
     """For a configuration without a bus its interrupts are named as well, as it would lack them
     next."""
     names = to_switch_on("CONFIG_NET=y\nCONFIG_VSOCKETS=m\n", Wants(transport="pci", vsock=True))
-    assert names[:3] == ["TTY", "SERIAL_8250", "SERIAL_8250_CONSOLE"]
+    assert names[:4] == ["PRINTK", "TTY", "SERIAL_8250", "SERIAL_8250_CONSOLE"]
     order = ["PCI", "VIRTIO_MENU", "VIRTIO_PCI", "PCI_MSI", "VSOCKETS", "VIRTIO_VSOCKETS"]
     assert sorted(order, key=names.index) == order and "NET" not in names
     assert to_switch_on(WHOLE, ALL) == []

@@ -217,7 +217,8 @@ def test_the_tree_that_a_kernel_was_built_in(
     with open(tree / "modules.builtin", "a") as lists:
         lists.write("kernel/virtio_blk.ko\n")
     found = ["64BIT", "PCI", "PCI_HOST_GENERIC", "PCI_MSI", "VIRTIO_PCI", "SERIAL_8250_CONSOLE"]
-    found += ["BLK_DEV_INITRD", "BINFMT_SCRIPT", "DEVTMPFS", "VIRTIO_BLK", "EXT4_FS"]
+    found += ["BINFMT_ELF", "BINFMT_SCRIPT", "BLK_DEV_INITRD", "PROC_FS", "SYSFS", "DEVTMPFS"]
+    found += ["VIRTIO_BLK", "EXT4_FS"]
     (tree / ".config").write_text("".join(f"CONFIG_{name}=y\n" for name in found))
     capsys.readouterr()
     spec, image = specify(options)
