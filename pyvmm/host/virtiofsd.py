@@ -32,6 +32,7 @@ from typing import NoReturn
 from pyvmm.errors import ConfigError
 from pyvmm.host import box, confinement, handed, log, other_user, pausing
 from pyvmm.host.private_listener import connected_listener
+from pyvmm.host.syscalls import read_or_empty
 
 PROGRAM = "virtiofsd"
 _SOCKET, _SAYS = "virtiofsd", "virtiofsd-says"  # names of descriptors that are handed over
@@ -46,7 +47,10 @@ _SECOND_ROOT = "/sys"  # which is everywhere, and has nothing that virtiofsd nee
 _NOBODY = 65534  # /proc/sys/kernel/overflowuid and overflowgid
 # The second is what it says of every snapshot: what it has open is looked up while the VM stands
 # still, and not before.
-_NOISE = ("Failure when trying to set the limit", "Front-end did not announce migration")
+_NOISE = (
+    *("Failure when trying to set the limit", "Front-end did not announce migration"),
+    *("note: run with `RUST_BACKTRACE", "stack backtrace:"),
+)
 
 
 class Served:
@@ -142,6 +146,7 @@ def serve(
     `keeps_owners` an ordinary user's files are that user's in the guest as well, and not root's;
     with `tells_mounts` the guest sees which directories are other file systems. Raises ConfigError
     if it cannot be started; what it says of the folder is in `why_it_ended`."""
+    _check_namespaces(folder)
     how = {"read_only": read_only, "keeps_owners": keeps_owners, "tells_mounts": tells_mounts}
     if not other_user.is_to_come():
         return Virtiofsd(command, folder, **how)
@@ -161,6 +166,7 @@ def start_apart(
     it. Raises ConfigError."""
     from pyvmm.host import apart
 
+    _check_namespaces(folder)
     ours, listener = connected_listener()
     closing.callback(ours.close)
     with listener:
@@ -181,6 +187,22 @@ def take_over(folder: str) -> Served:
         socket.close()
         raise
     return Served(folder, socket, says, partial(os.close, says))
+
+
+def _check_namespaces(folder: str) -> None:
+    """Raise ConfigError where it cannot have those that it shuts itself in with `folder`, as far as
+    that can be known before: it does not say so itself."""
+    if os.geteuid() == 0:
+        if confinement.has_capability(confinement.CAP_SYS_ADMIN):
+            return
+        why, cure = "root without CAP_SYS_ADMIN has none", "start pyvmm with that capability"
+    elif read_or_empty("/proc/sys/user/max_user_namespaces").strip() == "0":
+        why, cure = "this place may have no user namespaces", "raise user.max_user_namespaces"
+    else:
+        return
+    raise ConfigError(
+        f"{folder} cannot be shared: {PROGRAM} needs namespaces, and {why}", cure=cure
+    )
 
 
 def _argv(

@@ -373,6 +373,53 @@ def test_a_virtiofsd_that_serves_nothing_is_told_with_what_it_did(
         registry.open_device(Spec(str(tmp_path), tag="t"), Context("vm", None, closing))
 
 
+SHARES = """
+import ctypes, os, sys
+from pyvmm.errors import ConfigError
+from pyvmm.host import apart, box, passt, virtiofsd
+{before}
+try:
+    virtiofsd.serve(["false"], "/srv", read_only=True)
+except ConfigError as error:
+    print(error)
+"""
+ROOT_IN_A_CONTAINER = "box.drop_capabilities(frozenset((21,)))  # CAP_SYS_ADMIN"
+NO_USER_NAMESPACES = """
+if not os.getuid():
+    os.setresuid(61000, 61000, 61000)
+    ctypes.CDLL(None).prctl(4, 1)  # PR_SET_DUMPABLE, or /proc/self would be root's
+user = os.getuid()
+if ctypes.CDLL(None).unshare(0x10000000):  # CLONE_NEWUSER
+    sys.exit("none at all")
+open("/proc/self/uid_map", "w").write(f"{user} {user} 1")
+open("/proc/sys/user/max_user_namespaces", "w").write("0")
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        (
+            ROOT_IN_A_CONTAINER,
+            "and root without CAP_SYS_ADMIN has none; start pyvmm with that capability",
+        ),
+        (
+            NO_USER_NAMESPACES,
+            "and this place may have no user namespaces; raise user.max_user_namespaces",
+        ),
+    ],
+)
+def test_a_place_without_namespaces_shares_nothing_and_says_so(before: str, said: str) -> None:
+    if os.getuid() and before == ROOT_IN_A_CONTAINER:
+        pytest.skip("root alone has capabilities to lose")
+    done = subprocess.run(
+        [sys.executable, "-c", SHARES.format(before=before)], capture_output=True, text=True
+    )
+    if "none at all" in done.stderr:
+        pytest.skip("this machine lets ordinary users have no namespaces")
+    assert done.stdout == f"/srv cannot be shared: virtiofsd needs namespaces, {said}\n", done
+
+
 @pytest.fixture
 def as_user(monkeypatch):
     """A function that has another user call one, in a process of its own, and asserts that it
