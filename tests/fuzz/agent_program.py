@@ -146,17 +146,16 @@ def _failed(payload: bytes, *numbers: int) -> None:
     assert number in numbers and len(payload) <= 260, (payload, numbers)
 
 
-def _session(data: bytes, *, listen_first: bool = False) -> bytes:
+def _session(data: bytes) -> bytes:
     """All that the agent says of `data`."""
     came = b""
     with socket.socket(socket.AF_UNIX) as client:
         client.settimeout(HANG)
         client.connect(str(_agent().path))
-        with suppress(BrokenPipeError, ConnectionResetError):
-            if listen_first:
-                came = client.recv(MOST)
+        with suppress(BrokenPipeError, ConnectionResetError):  # it may be cut off before
             client.sendall(data)
             client.shutdown(socket.SHUT_WR)
+        with suppress(ConnectionResetError):
             while more := client.recv(MOST):
                 came += more
     return came

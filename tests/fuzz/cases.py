@@ -14,6 +14,7 @@ from fuzz.both_ends import both_ends_case
 from fuzz.control import control_case
 from fuzz.disks import disk_case
 from fuzz.file_systems import file_system_case
+from fuzz.keeper import keeper_case
 from fuzz.kernels import kernel_case
 from fuzz.peers import back_end_case, front_end_case, server_case
 from fuzz.queues import queue_case
@@ -40,6 +41,7 @@ CASES = {
     "disk": Cases(disk_case, 50),
     "file-system": Cases(file_system_case, 40),
     "front-end": Cases(front_end_case, 1),
+    "keeper": Cases(keeper_case, 16),
     "kernel": Cases(kernel_case, 16),
     "queue": Cases(queue_case, 384),
     "saved": Cases(saved_case, 24),
