@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from pyvmm.errors import ConfigError
@@ -39,7 +39,7 @@ def path(name: str) -> str:
     """The folder of an image that has been built. Raises ConfigError where it has not."""
     from pyvmm.images.builder import Catalogue
 
-    return _present(Catalogue().path(name), name)
+    return _present({name: Catalogue().path(name)})[0]
 
 
 def artifacts(
@@ -93,19 +93,21 @@ def arm64_host_artifacts(*, make: bool = False) -> HostArtifacts:
 
 def folders(wanted: Sequence[str], *, make: bool) -> list[str]:
     """The folders of the images, built first where missing if `make` is true. Raises ConfigError
-    where it is not, for one that has not been built."""
+    where it is not, for those that have not been built."""
     from pyvmm.images import builder
     from pyvmm.images.progress import Progress
 
     catalogue = builder.Catalogue()
     if make:
         builder.build(catalogue, wanted, Progress())
-    return [_present(catalogue.path(name), name) for name in wanted]
+    return _present({name: catalogue.path(name) for name in wanted})
 
 
-def _present(folder: str, name: str) -> str:
-    if not os.path.isdir(folder):
+def _present(places: Mapping[str, str]) -> list[str]:
+    missing = [name for name, folder in places.items() if not os.path.isdir(folder)]
+    if missing:
         raise ConfigError(
-            f"the image {name} has not been built", cure=f"run: pyvmm image build {name}"
+            f"the image {missing[0]} has not been built",
+            cure=f"run: pyvmm image build {' '.join(missing)}",
         )
-    return folder
+    return list(places.values())

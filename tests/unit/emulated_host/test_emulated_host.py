@@ -554,7 +554,7 @@ def test_a_machine_without_the_image_hears_how_it_is_made(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     missing = [check for check in probe() if not check.ok]
     assert [check.name for check in missing] == ["QEMU and kernel"]
-    assert missing[0].cure == "run: pyvmm image build kernel-host"
+    assert missing[0].cure == "run: pyvmm image build kernel-host programs-emulator"
 
 
 def test_too_much_memory_is_refused_with_both_numbers() -> None:
