@@ -151,6 +151,8 @@ def _needs(wants: Wants, *, has_pci: bool) -> Iterator[tuple[tuple[str, ...], bo
         yield ("VIRTIO_NET",), False, "for its network"
     if wants.vsock:
         yield ("VIRTIO_VSOCKETS",), False, "for its agent, over vsock"
+        if wants.own_init:
+            yield ("MULTIUSER",), True, "for its agent, which runs commands as users"
     if wants.shares:
         yield ("VIRTIO_FS",), False, "for its shared directories"
     if wants.overlay:

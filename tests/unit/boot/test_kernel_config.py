@@ -28,7 +28,7 @@ WHOLE = "\n".join(
         *("64BIT", "BINFMT_ELF", "BINFMT_SCRIPT", "BLK_DEV_INITRD", "PROC_FS", "SYSFS", "DEVTMPFS"),
         *("SERIAL_8250_CONSOLE", "VIRTIO_MMIO"),
         *("ACPI", "VIRTIO_PCI", "PCI_DIRECT", "VIRTIO_BLK", "EXT4_FS", "VIRTIO_NET"),
-        *("VIRTIO_VSOCKETS", "VIRTIO_CONSOLE", "PCI", "PCI_MSI"),
+        *("VIRTIO_VSOCKETS", "MULTIUSER", "VIRTIO_CONSOLE", "PCI", "PCI_MSI"),
     )
 )
 ALL = Wants(disks=True, nets=True, vsock=True, initrd=True, own_init=True, filesystem="ext4")
@@ -79,6 +79,7 @@ def test_a_board_wants_what_its_kernels_can_have(architecture: str, transport: s
         ("EXT4_FS", ALL, "root file system"),
         ("VIRTIO_NET", ALL, "network"),
         ("VIRTIO_VSOCKETS", ALL, "vsock"),
+        ("MULTIUSER", ALL, "users"),
     ],
 )
 def test_what_is_missing_is_named_with_its_use(

@@ -370,7 +370,7 @@ def test_what_a_tree_lacks_is_told_with_the_commands_that_build_it(
     on = (
         *ON_PCI,
         *("64BIT", "BINFMT_ELF", "BINFMT_SCRIPT", "BLK_DEV_INITRD", "PROC_FS", "SYSFS", "DEVTMPFS"),
-        *("TMPFS", "NET", "VIRTIO_MENU"),
+        *("MULTIUSER", "TMPFS", "NET", "VIRTIO_MENU"),
     )
     text = "".join(f"CONFIG_{name}=y\n" for name in on)
     (tree / ".config").write_text(f"{text}CONFIG_FUSE_FS=m\n# CONFIG_VIRTIO_FS is not set\n")
