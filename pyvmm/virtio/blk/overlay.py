@@ -20,6 +20,7 @@ import mmap
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from threading import Lock
 
 from pyvmm.errors import ConfigError, HostError
@@ -238,14 +239,16 @@ class OverlayBackend(Backend):
 
     def _shrink(self, layout: Layout) -> None:
         """The header first: where the disk ends, what is behind it does not count."""
-        old, self._layout = self._layout, layout
+        old = self._layout
         self._store(layout)
+        self._layout = layout
         self._clear_behind(layout.size)
         pages = range(layout.bitmap_size // PAGE)[-1:]  # those behind it are written as it grows
         self._dirty = {page for page in self._dirty if page <= pages[0]} | set(pages)
         del self._bitmap[layout.bitmap_size :]
         if freed := old.file_size - layout.file_size:
-            self._file.discard(layout.file_size, freed)
+            with suppress(HostError):  # what the host does not take back is in nobody's way
+                self._file.discard(layout.file_size, freed)
 
     def _grow(self, layout: Layout) -> None:
         """The header last: by then there is nothing behind the old end but zeroes."""
@@ -254,7 +257,9 @@ class OverlayBackend(Backend):
             self._lengthen(layout.file_size)
         self._zero_tail(old)
         first = old.bitmap_size // PAGE - 1
-        self._bitmap = bytearray(self._bitmap) + bytes(layout.bitmap_size - len(self._bitmap))
+        # Longer already, if a larger size could not be had.
+        more = max(0, layout.bitmap_size - len(self._bitmap))
+        self._bitmap = bytearray(self._bitmap) + bytes(more)
         if self._keep:
             # Data before the bits that say so, as in flush.
             self._file.flush()
@@ -279,10 +284,17 @@ class OverlayBackend(Backend):
             self._file.write_zeroes(old.size + old.data_offset, left, True)
 
     def _store(self, layout: Layout) -> None:
-        if self._write_header is not None:
-            self._file.flush()
+        """Raises HostError, and then the file is to have the old one still."""
+        if self._write_header is None:
+            return
+        self._file.flush()
+        try:
             self._write_header(layout)
             self._file.flush()
+        except BaseException:
+            with suppress(HostError):
+                self._write_header(self._layout)
+            raise
 
     def _clear_behind(self, size: int) -> None:
         """Unset the bits of clusters that are wholly behind `size`."""

@@ -17,6 +17,7 @@ from blk_rig import Rig, file_backend, running
 from overlay_rig import Journal
 
 from pyvmm.errors import ConfigError, HostError
+from pyvmm.host import holes
 from pyvmm.kinds import registry
 from pyvmm.kinds.interface import Running
 from pyvmm.spec.vm import DiskSpec, VmSpec
@@ -351,3 +352,65 @@ def test_outside_the_file_of_the_changes_grows_first(
             with pytest.raises(HostError, match="a block device"):
                 rig.device.resize(2 * MIB)
             assert rig.device.size == 512
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_a_host_that_fails_leaves_a_size_and_its_content(
+    base_path: Path, tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """At each call of a smaller size, and then of a larger one that the file has room for."""
+    path = tmp_path / "changes"
+    disk = lent(base_path, path, stack)
+    write(disk, 0, b"x" * 4096)
+    write(disk, 48 * KIB, b"y" * 4096)
+    disk.flush()
+    before, calls = read(disk), 0
+
+    def failing(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == at + 1:
+                raise OSError(errno.EIO, "a fault")
+            return real(*arguments)
+
+        return call
+
+    for size in (16 * KIB, SIZE):
+        calls = 0
+        with monkeypatch.context() as patched:
+            for name in ("fdatasync", "pwrite", "ftruncate"):
+                patched.setattr(os, name, failing(getattr(os, name)))
+            patched.setattr(holes, "_fallocate", failing(holes._fallocate))
+            try:
+                disk.resize(size)
+            except HostError:
+                assert disk.size_sectors * 512 == len(before), "it is as if nobody had asked"
+            else:
+                assert disk.size_sectors * 512 == size
+        now = disk.size_sectors * 512
+        before = before[:now].ljust(now, b"\0")
+        assert read(disk) == before
+        write(disk, now - 512, b"z" * 512)
+        before = before[: now - 512] + b"z" * 512
+        assert read(disk) == before
+    disk.close()
+    assert read(kept(base_path, path, stack)) == before
+
+
+def test_a_large_size_that_failed_does_not_hinder_a_smaller_one(
+    base_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = file_backend(base_path, read_only=True)
+    stack.callback(base.close)
+    disk = open_snapshot(base)
+    stack.callback(disk.close)
+
+    def fail(layout: object) -> None:
+        raise HostError(errno.EIO, "fdatasync")
+
+    with monkeypatch.context() as patched, pytest.raises(HostError):
+        patched.setattr(disk, "_store", fail)
+        disk.resize(256 * MIB)
+    disk.resize(SIZE + 4096)
+    assert read(disk)[SIZE:] == bytes(4096)
