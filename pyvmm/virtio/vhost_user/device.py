@@ -352,6 +352,8 @@ class VhostUserDevice(VirtioDevice):
             self._thread.start()
         except RuntimeError:  # all that Python says of pthread_create's EAGAIN
             self._thread = None
+            self._failed = True
+            self._stop_all()
             raise HostError(errno.EAGAIN, f"thread for {self.name}") from None
 
     def _find_link(self) -> None:

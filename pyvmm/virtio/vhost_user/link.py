@@ -222,7 +222,10 @@ class Link(Closable):
         if self.has(protocol.VHOST_USER_PROTOCOL_F_MQ):
             (self.queues,) = self.ask_fields("GET_QUEUE_NUM")
         if self.has(protocol.VHOST_USER_PROTOCOL_F_BACKEND_REQ):
-            self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            try:
+                self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            except OSError as error:
+                raise HostError(error.errno or 0, "socketpair") from None
             with theirs:
                 self.tell("SET_BACKEND_REQ_FD", fds=[theirs.fileno()])
 

@@ -13,6 +13,7 @@ from random import Random
 from typing import NoReturn
 from unittest import mock
 
+import front_end_rig as rig
 import pytest
 from fuzz import vhost_target
 from net_rig import wait_for
@@ -23,6 +24,8 @@ from pyvmm.host.named_listener import NamedListener
 from pyvmm.host.poller import READABLE, Handler, Poller
 from pyvmm.testing.attached import attached
 from pyvmm.virtio.console.ends import SocketEnd
+from pyvmm.virtio.vhost_user.device import VhostUserDevice
+from pyvmm.virtio.vhost_user.served import Served
 from pyvmm.virtio.vsock.host_side import HostSide
 from pyvmm.virtio.vsock.packet import Counters, Header
 from pyvmm.virtio.vsock.switch import Switch
@@ -144,3 +147,43 @@ def test_a_ports_client_that_cannot_be_watched_is_turned_away(
         assert end.read_into([memoryview(bytearray(2))]) == 1
         end.finish()
         assert client.recv(1) == b""
+
+
+def test_another_back_end_is_found_once_there_is_a_descriptor_again(tmp_path: Path) -> None:
+    """For the socket of its own requests, which each connection has."""
+    made, failed = socket.socketpair, threading.Event()
+
+    def no_descriptor(*arguments: int) -> object:
+        if failed.is_set():
+            return made(*arguments)
+        failed.set()
+        raise OSError(errno.EMFILE, "too many open files")
+
+    knows = rig.ALL | rig.P_BACKEND_REQ
+    served = Served(42, 2, features=0xFF, config_size=16)
+    with rig.fake(tmp_path / "s", protocol=knows) as back_end:
+        with (
+            mock.patch.object(socket, "socketpair", no_descriptor),
+            pytest.raises(HostError, match="socketpair: Too many open files"),
+        ):
+            VhostUserDevice(str(tmp_path / "s"), served, name="front")
+        with rig.front(tmp_path / "s", served) as front:
+            failed.clear()
+            with mock.patch.object(socket, "socketpair", no_descriptor):
+                back_end.die()
+                front.until(lambda: front.device.stats()["reconnections"] == 1)
+            assert not front.driver.mmio.needs_reset
+
+
+def test_a_back_end_stops_where_nobody_can_watch_it(tmp_path: Path) -> None:
+    """Its rings are not to be touched once the device needs a reset."""
+    served = Served(42, 2, features=0xFF, config_size=16)
+    place = tmp_path / "s"
+    with rig.fake(place) as back_end, rig.front(place, served, start=False) as front:
+        with mock.patch.object(threading, "_start_new_thread", no_thread):
+            front.driver.mmio.start()
+        assert front.driver.mmio.needs_reset
+        assert back_end.numbers().count(rig.GET_VRING_BASE) == 2
+        front.driver.mmio.reset()
+        front.driver.mmio.start()
+        assert not front.driver.mmio.needs_reset
