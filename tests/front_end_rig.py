@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pyvmm.errors import PyvmmError
+from pyvmm.errors import HostError, PyvmmError
 from pyvmm.host.saved import Saved
 from pyvmm.host.syscalls import create_memfd
 from pyvmm.kinds import registry
@@ -74,6 +74,7 @@ class Fake:
         self.requests: socket.socket | None = None  # for its own, with BACKEND_REQ
         self.connection: socket.socket | None = None
         self.bases: dict[int, int] = {}
+        self.errors: dict[int, int] = {}  # the eventfds that say that a ring cannot be served
         self.acknowledges = False
         self.status = 0
         self.state = b"what it knows"  # of its device, which it gives or has been given
@@ -92,7 +93,8 @@ class Fake:
                 return
             self.connection = connection
             self.acknowledges = False
-            with suppress(OSError):
+            # The latter two where this process has no descriptor for what came or is to be given.
+            with suppress(OSError, HostError, LookupError):
                 self._serve(connection)
             connection.close()
 
@@ -119,6 +121,8 @@ class Fake:
         elif number == SET_VRING_BASE:
             index, base = struct.unpack("=II", payload)
             self.bases[index] = base
+        elif number == SET_VRING_ERR and fds:
+            self.errors[struct.unpack("=Q", payload)[0]] = fds[0]
         elif number == SET_STATUS:
             [self.status] = struct.unpack("=Q", payload)
         elif number == SET_DEVICE_STATE_FD:
@@ -256,8 +260,9 @@ def front(
     patience: float = SAFETY_TIMEOUT,
     queue_size: int = 16,
     ring: Ring = "split",
+    connection: socket.socket | None = None,
 ) -> Iterator[Front]:
-    """The front end of the back end at `path`."""
+    """The front end of the back end at `path`, which `connection` leads to if there is one."""
     lines: list[str] = []
     device = VhostUserDevice(
         str(path),
@@ -267,6 +272,7 @@ def front(
         reconnect=reconnect,
         patience=patience,
         log=lines.append,
+        connection=connection,
     )
     if ring == "packed":
         assert device.knows_packed

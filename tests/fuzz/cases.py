@@ -16,6 +16,7 @@ from fuzz.disks import disk_case
 from fuzz.file_systems import file_system_case
 from fuzz.keeper import keeper_case
 from fuzz.kernels import kernel_case
+from fuzz.left_rings import left_rings_case
 from fuzz.peers import back_end_case, front_end_case, server_case
 from fuzz.queues import queue_case
 from fuzz.saved import saved_case
@@ -40,9 +41,10 @@ CASES = {
     "control": Cases(control_case, 60),
     "disk": Cases(disk_case, 50),
     "file-system": Cases(file_system_case, 40),
-    "front-end": Cases(front_end_case, 1),
+    "front-end": Cases(front_end_case, 4),
     "keeper": Cases(keeper_case, 16),
     "kernel": Cases(kernel_case, 16),
+    "left-rings": Cases(left_rings_case, 1),
     "queue": Cases(queue_case, 384),
     "saved": Cases(saved_case, 24),
     "server": Cases(server_case, 1),

@@ -23,9 +23,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from dataclasses import replace
 from random import Random
+from unittest import mock
 
 import front_end_rig as rig
 from front_end_rig import Fake, fake, front
+from fuzz.shortage import Shortage
 from vhost_user_rig import MIB, Echo
 
 from pyvmm.errors import ConfigError, DriverError, PyvmmError
@@ -40,9 +42,10 @@ from pyvmm.transport.vhost_user.server import serve_each
 from pyvmm.vhost_user import protocol
 from pyvmm.vhost_user.channel import Message
 from pyvmm.vhost_user.protocol import FrontEndError
+from pyvmm.virtio import defects
 from pyvmm.virtio.device import VirtioDevice
 from pyvmm.virtio.queue.protocol import Queue
-from pyvmm.virtio.vhost_user.link import MOST_STATE
+from pyvmm.virtio.vhost_user import device, link
 from pyvmm.virtio.vhost_user.served import Served
 
 U32, U64 = (1 << 32) - 1, (1 << 64) - 1
@@ -50,7 +53,7 @@ _Said = tuple[int, int, bytes, list[str]]  # request, flags, payload, kinds of d
 
 
 @contextmanager
-def _told(said: list[str]) -> Iterator[None]:
+def told(said: list[str]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
@@ -168,7 +171,7 @@ def back_end_case(rng: Random, ring: Ring) -> int:
     # Of a split ring: so many chains are available.
     lent.memory.write(2 * 4096 + 2, bytes([rng.randrange(20)]))
     back_end = BackEnd(Echo((16, 16), packed=ring == "packed"), log=lambda line: None)
-    with _told(said):
+    with told(said):
         try:
             several = [_message(rng) for _ in range(rng.randint(1, 24))]
             for number, flags, payload, kinds in [*_beginning(rng, ring), *several]:
@@ -226,7 +229,7 @@ def server_case(rng: Random, ring: Ring) -> int:
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    with _told(said), tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+    with told(said), tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         path = f"{folder}/s"
         visitor = threading.Thread(target=come, args=(path,))
         before = signal.signal(signal.SIGTERM, lambda *_: None)  # where it has ended by itself
@@ -243,16 +246,17 @@ def server_case(rng: Random, ring: Ring) -> int:
 
 # --- a back end, and our front end ----------------------------------------------------------------
 
-_ECHO = Served(42, 2, features=0xFF, config_size=16)
+ECHO = Served(42, 2, features=0xFF, config_size=16)
 
 
-def _refuse(queue: Queue) -> None:
+def refuse(queue: Queue) -> None:
     for chain in queue:
         queue.add_used(chain, 0)
 
 
 _ALL = rig.ALL | rig.P_BACKEND_REQ | rig.P_STATE
 _PATIENCE = 0.05  # seconds for an answer, as some never come
+_TOO_MUCH = 1 << 18  # bytes of a back end's state, of which half may be taken here
 _STAGES = (
     *(rig.GET_FEATURES, rig.GET_PROTOCOL_FEATURES, rig.SET_OWNER, rig.GET_QUEUE_NUM),
     *(rig.SET_BACKEND_REQ_FD, rig.GET_CONFIG, rig.SET_FEATURES, rig.SET_STATUS, rig.GET_STATUS),
@@ -291,6 +295,59 @@ def _wrong(rng: Random) -> tuple[str, rig.Action]:
     return f"way {kind}: {data[:24].hex(' ', 8)}, {flags:#x}, {count} files, {other}", act
 
 
+def _nearly(rng: Random) -> tuple[str, rig.Action]:
+    """A right answer, or an acknowledgement, but for one thing; not before the request was answered
+    some times. What to call it."""
+    after, kind = rng.choice((0, 0, 1, 2)), rng.randrange(5)
+    place, value = rng.random(), rng.choice((0, 1, 2, 1 << 31, U32))
+    count = rng.choice((1, 1, 2))
+
+    def act(back_end: Fake, number: int, payload: bytes, fds: list[int]) -> bool:
+        nonlocal after
+        if after:
+            after -= 1
+            return True
+        if number not in rig.REPLYING:
+            back_end.answer(number, struct.pack("=Q", value))
+            return False
+        answer, files = back_end._reply(number, payload)
+        data = bytearray(answer)
+        at = int(place * len(data)) & ~3
+        if kind == 0:
+            data[at : at + 4] = struct.pack("=I", value)
+        elif kind == 1:
+            data[at // 8 * 8] ^= 1 << int(place * 64) % 8  # a feature less, or more
+        elif kind == 2:
+            del data[at:]
+        elif kind == 3:
+            data.clear()
+        else:
+            files = [0] * count  # of another kind, or too many
+        back_end.answer(number, bytes(data), files)
+        return False
+
+    return f"nearly, {kind}: {place:.3f}, {value:#x}, {count}, after {after}", act
+
+
+def _transfer(rng: Random) -> tuple[str, rig.Action]:
+    """What a back end does with the pipe for its state, and what to call it."""
+    kind = rng.choice(("refused", "closed", "kept", "endless", "short"))
+
+    def act(back_end: Fake, number: int, payload: bytes, fds: list[int]) -> bool:
+        fd = fds[0]
+        back_end.answer(number, struct.pack("=Q", 0x101 if kind == "refused" else rig.NO_FD))
+        gives = struct.unpack("=II", payload)[0] == 0
+        if kind in ("endless", "short") and gives:
+            with suppress(BrokenPipeError):
+                for _ in range(_TOO_MUCH >> 12 if kind == "endless" else 1):
+                    os.write(fd, bytes(1 << 12))
+        if kind != "kept":
+            back_end._let_go(fd)
+        return False
+
+    return f"the state's pipe is {kind}", act
+
+
 def _requests(rng: Random) -> bytes:
     """What it asks for itself (BACKEND_REQ)."""
     size = rng.choice((0, 0, 0, 1, 8, 0xFFFF_FFFF))
@@ -318,19 +375,69 @@ def _steps(rng: Random, one: rig.Front, back_end: Fake, said: list[str]) -> Iter
         driver.reset()
         driver.start()
 
+    def fall_short() -> None:
+        with Shortage(Random(rng.random())).lasting():
+            begin()
+
     def save() -> None:
         with suppress(ConfigError, DriverError):
             known = rig.saved_of(one.driver)
             state = one.device.take_state()
-            assert known["device"] is not None and (not state or len(state) <= MOST_STATE)
+            assert known["device"] is not None and (not state or len(state) <= link.MOST_STATE)
 
     def look() -> None:
         one.device.look()
         one.driver.transport.negotiation.memory_changed()
 
     def load() -> None:
+        one.device._state = rng.randbytes(rng.choice((0, 10, _TOO_MUCH)))
         with suppress(PyvmmError):
             one.device._load_state(Saved({}, "front"))
+
+    def restore() -> None:
+        rows = [
+            {"offset": rng.randrange(20), "data": rng.randbytes(rng.randrange(3)).hex()}
+            for _ in range(rng.randrange(3))
+        ]
+        known = back_end.config[: one.device._served.identity]
+        config = rng.choice((known, known, b"another")).hex()
+        with suppress(PyvmmError):
+            one.device.restore(Saved({"config": config, "written": rows}, "front"))
+
+    def change() -> None:
+        back_end.config = rng.randbytes(64)
+        if back_end.requests is not None:
+            with suppress(OSError):
+                back_end.requests.sendall(struct.pack("=III", 2, rng.choice((1, 9)), 0))
+
+    def hang_up_requests() -> None:
+        if back_end.requests is not None:
+            with suppress(OSError):
+                back_end.requests.shutdown(socket.SHUT_WR)
+
+    def come_back_as_another() -> None:
+        back_end.features &= ~(1 << rng.choice((2, 28, 30, 32)))
+        back_end.protocol &= ~(1 << rng.choice((0, 3, 9, 12, 15, 16, 19)))
+        back_end.die()
+
+    def report() -> None:
+        for fd in back_end.errors.values():
+            os.eventfd_write(fd, 1)
+
+    def lag() -> None:
+        for index in list(back_end.bases):
+            back_end.bases[index] += rng.choice((1, 2, 1 << 15))
+
+    def pause() -> None:
+        """The machine stands still meanwhile, and may begin anew before it goes on."""
+        queues = one.driver.transport.negotiation.active_queues
+        for queue in queues:
+            queue.lock.acquire()
+        back_end.die()
+        if rng.random() < 0.5:
+            driver.reset()
+        for queue in queues:
+            queue.lock.release()
 
     def renew() -> None:
         driver.write(QUEUE_SEL, rng.randrange(2))
@@ -350,10 +457,18 @@ def _steps(rng: Random, one: rig.Front, back_end: Fake, said: list[str]) -> Iter
         "the back end asks": ask_for,
         "it is saved": save,
         "it is given a state": load,
+        "it is restored": restore,
+        "the configuration changes": change,
+        "the back end asks no more": hang_up_requests,
+        "another one comes": come_back_as_another,
+        "a ring is reported": report,
+        "it lags": lag,
+        "pause": pause,
         "a queue is reset": renew,
         "a request": offer,
         "the configuration": write_config,
         "begun anew": begin,
+        "begun on a host that has too little": fall_short,
         "it dies": back_end.die,
         "it is looked at": look,
         "its counters": one.device.stats,
@@ -373,27 +488,39 @@ def front_end_case(rng: Random, ring: Ring) -> int:
     actions: dict[int, rig.Action] = {}
     for _ in range(rng.choice((0, 1, 1, 2))):
         number = rng.choice(_STAGES)
-        what, actions[number] = _wrong(rng)
+        what, actions[number] = rng.choice((_wrong, _nearly, _nearly))(rng)
         said.append(f"at request {number}, {what}")
+    if rng.random() < 0.2:
+        what, actions[rig.SET_DEVICE_STATE_FD] = _transfer(rng)
+        said.append(what)
     features = rng.choice((1 << 32 | 1 << 30 | 3 << 28 | 1 << 34, 1 << 32 | 1 << 30) * 3)
     features = features if rng.randrange(5) else rng.getrandbits(64)
     knows = rng.choice((_ALL, _ALL, _ALL & ~rig.P_INFLIGHT, rig.P_REPLY_ACK, rng.getrandbits(20)))
     said.append(f"features {features:#x}, protocol features {knows:#x}")
     packed = ring == "packed" and bool(features >> 34 & 1) and rig.GET_FEATURES not in actions
     served = replace(
-        _ECHO,
-        refuse=_refuse if rng.randrange(2) else None,
+        ECHO,
+        refuse=refuse if rng.randrange(2) else None,
         is_stateless=not rng.randrange(3),
         resumes=bool(rng.randrange(4)),
         needs_config=not rng.randrange(4),
         identity=rng.choice((0, 0, 8)),
     )
-    threads = threading.active_count()
-    with _told(said), ExitStack() as closing:
+    threads, defects_found = threading.active_count(), list[str]()
+    with told(said), ExitStack() as closing:
+        closing.enter_context(mock.patch.object(defects, "_report", defects_found.append))
         folder = closing.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm"))
         path = rig.Path(folder) / "s"
         made = fake(path, features=features, protocol=knows, actions=actions)
         back_end = closing.enter_context(made)
+        connection = None
+        if rng.random() < 0.15:
+            connection = socket.socket(socket.AF_UNIX)
+            connection.connect(str(path))
+        closing.enter_context(mock.patch.object(link, "MOST_STATE", _TOO_MUCH // 2))
+        closing.enter_context(
+            mock.patch.multiple(device, STARTING=_PATIENCE, _LONGEST_PAUSE=_PATIENCE)
+        )
         try:
             with front(
                 path,
@@ -402,6 +529,7 @@ def front_end_case(rng: Random, ring: Ring) -> int:
                 patience=_PATIENCE,
                 reconnect=rng.choice((0.0, 0.02)),
                 ring="packed" if packed else "split",
+                connection=connection,
             ) as one:
                 for _ in _steps(rng, one, back_end, said):
                     pass
@@ -409,5 +537,6 @@ def front_end_case(rng: Random, ring: Ring) -> int:
                 assert one.driver.mmio.status == 0
         except PyvmmError as error:
             assert "\n" not in str(error) and len(str(error)) < 200
+        assert not defects_found, defects_found
     rig.until(lambda: threading.active_count() <= threads, lambda: str(threading.enumerate()))
     return len(said)

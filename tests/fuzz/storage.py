@@ -16,12 +16,13 @@ import atexit
 import errno
 import functools
 import itertools
+import mmap
 import os
 import shutil
 import struct
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from random import Random
@@ -31,10 +32,11 @@ from unittest import mock
 from fuzz.nbd_server import Server
 
 from pyvmm.errors import ConfigError, HostError, PyvmmError
+from pyvmm.host import holes
 from pyvmm.host.files import SECTOR, open_image
 from pyvmm.testing.mmio_driver import Ring
 from pyvmm.virtio.blk import backend as backend_module
-from pyvmm.virtio.blk import direct, nbd, overlay
+from pyvmm.virtio.blk import direct, nbd, overlay, overlay_file, saved_overlay
 from pyvmm.virtio.blk.backend import Backend, FileBackend
 from pyvmm.virtio.blk.direct import DirectBackend
 from pyvmm.virtio.blk.nbd import NbdBackend
@@ -43,6 +45,22 @@ from pyvmm.virtio.blk.overlay_file import MAGIC, is_unused, open_overlay
 from pyvmm.virtio.blk.overlay_layout import PAGE
 from pyvmm.virtio.blk.saved_overlay import file_of, open_saved
 
+# Where the host may fail while a disk is in use, and while one is opened or ends.
+_TRANSFERS: tuple[tuple[Any, str], ...] = (
+    *((backend_module, name) for name in ("_preadv", "_pwritev")),
+    *((module, "preadv_all") for module in (backend_module, direct)),
+    *((module, "pwritev_all") for module in (backend_module, direct, overlay)),
+    *((os, name) for name in ("fdatasync", "ftruncate", "pwrite")),
+    (holes, "_fallocate"),
+)
+_OPENINGS: tuple[tuple[Any, str], ...] = (
+    *((os, name) for name in ("open", "fsync", "ftruncate", "lseek", "pread", "preadv", "pwrite")),
+    *((os, name) for name in ("fstat", "fdatasync")),
+    *((module, "preadv_all") for module in (backend_module, overlay_file, saved_overlay)),
+    (mmap, "mmap"),
+)
+_SHORT = ("_preadv", "_pwritev", "preadv_all", "pwritev_all")
+_ERRORS = (errno.EIO, errno.ENOSPC, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _LARGEST = 160  # sectors of an image
 _CONTENT = bytes(range(1, 256)) * (_LARGEST * SECTOR // 255 + 1)
 _GROWN = 3 * _LARGEST
@@ -211,10 +229,7 @@ class _Case:
             plain = self.over in ("file", "direct", "nbd")
             assert size == SECTOR << 40 and not plain, error
             return
-        size = self.disk.size_sectors * SECTOR
-        self.model = self.model[:size] + bytes(max(0, size - len(self.model)))
-        if self.over in ("file", "direct"):
-            self.base_bytes = self.base_bytes[:size]
+        self._has_become(self.disk.size_sectors * SECTOR)
 
     def again(self) -> None:
         """Closed and opened again."""
@@ -254,56 +269,96 @@ class _Case:
             self.disk.share()
 
     @contextmanager
-    def _failing(self) -> Iterator[None]:
-        """A host that fails at some calls."""
-        rng = self.rng
+    def _failing(self, places: Sequence[tuple[Any, str]] = _TRANSFERS) -> Iterator[None]:
+        """A host that fails at some calls, or does a part of what they ask for."""
+        rng, likely = self.rng, self.rng.choice((0.1, 0.2, 0.5))
 
-        def sometimes(real: Callable[..., int]) -> Callable[..., int]:
-            def call(*arguments: object) -> int:
-                kind = rng.randrange(5)
-                if kind == 0:
-                    raise OSError(rng.choice((errno.EIO, errno.ENOSPC, errno.EAGAIN)), "a fault")
-                return real(*arguments)
+        def sometimes(real: Callable[..., Any], is_transfer: bool) -> Callable[..., Any]:
+            def call(*arguments: Any, **named: Any) -> Any:
+                if rng.random() < likely:
+                    if is_transfer and rng.random() < 0.3:
+                        return max(0, real(*arguments, **named) - SECTOR)
+                    raise OSError(rng.choice(_ERRORS), "a fault")
+                return real(*arguments, **named)
 
             return call
 
-        places = (
-            *((backend_module, name) for name in ("_preadv", "_pwritev")),
-            *((module, "preadv_all") for module in (backend_module, direct)),
-            *((module, "pwritev_all") for module in (backend_module, direct, overlay)),
-            (os, "fdatasync"),
-        )
         with ExitStack() as patches:
             for module, name in places:
                 real = getattr(module, name)
-                patches.enter_context(mock.patch.object(module, name, sometimes(real)))
+                wrapped = sometimes(real, name in _SHORT)
+                patches.enter_context(mock.patch.object(module, name, wrapped))
             yield
 
     def faults(self) -> None:
-        """Requests fail or do what they say; afterwards what was to be written may be anything."""
-        known = True
+        """Requests fail or do what they say; where one has failed that changes the disk, its own
+        range may be anything afterwards, and nothing else may be."""
+        unknown: list[tuple[int, int]] = []
         if self.server is not None:
             self.server.fails = 0.4
         with self._failing():
             for _ in range(3):
-                offset, size = self._place()
-                data = self.rng.randbytes(size)
-                views = self._views(size, data)
-                with suppress(HostError):
-                    if self.rng.random() < 0.5:
-                        into = self._views(size)
-                        self.disk.readv(into, size, offset)
-                        if known:
-                            self._same(b"".join(into), offset)
-                    else:
-                        known, before = False, known
-                        self.disk.writev(views, size, offset)
-                        self.disk.flush()
-                        self.model[offset : offset + size] = data
-                        known = before
+                self._try(unknown)
         if self.server is not None:
             self.server.fails = 0.0
-        self._look_again()
+        for offset, size in unknown:
+            size = min(size, len(self.model) - offset)
+            if size > 0:
+                data = bytearray(size)
+                self.disk.readv([memoryview(data)], size, offset)
+                self.model[offset : offset + size] = data
+        self._compare()
+
+    def _try(self, unknown: list[tuple[int, int]]) -> None:
+        offset, size = self._place()
+        way = self.rng.choice(("read", "write", "write", "zero", "discard", "flush", "resize"))
+        self.note(f"{way} of {size} at {offset} on a host that fails")
+        data = self.rng.randbytes(size) if way == "write" else bytes(size)
+        try:
+            if way == "read":
+                into = self._views(size)
+                self.disk.readv(into, size, offset)
+                if not unknown:
+                    self._same(b"".join(into), offset)
+            elif way == "write":
+                self.disk.writev(self._views(size, data), size, offset)
+            elif way == "zero":
+                self.disk.write_zeroes(offset, size, self.rng.random() < 0.5)
+            elif way == "discard":
+                unknown.append((offset, size))
+                self.disk.discard(offset, size)
+            elif way == "flush":
+                self.disk.flush()
+            elif self.disk.can_resize:
+                self._resize_or_not()
+        except HostError as error:
+            assert "\n" not in str(error)
+            if way in ("write", "zero"):
+                unknown.append((offset, size))
+        else:
+            if way in ("write", "zero"):
+                self.model[offset : offset + size] = data
+
+    def _resize_or_not(self) -> None:
+        """A size that cannot be had leaves one of the two, and what both have is as before."""
+        size = SECTOR * self.rng.choice((8, 40, _LARGEST, _GROWN))
+        before = len(self.model)
+        try:
+            self.disk.resize(size)
+        finally:
+            now = self.disk.size_sectors * SECTOR
+            assert now in (before, size), f"{now} bytes, not {before} or {size}"
+            self._has_become(now)
+
+    def _has_become(self, size: int) -> None:
+        self.model = self.model[:size] + bytes(max(0, size - len(self.model)))
+        if self.over in ("file", "direct"):
+            self.base_bytes = self.base_bytes[:size]
+
+    def _compare(self) -> None:
+        data = bytearray(len(self.model))
+        self.disk.readv([memoryview(data)], len(data), 0)
+        self._same(bytes(data), 0)
 
     def _look_again(self) -> None:
         data = bytearray(len(self.model))
