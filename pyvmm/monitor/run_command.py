@@ -12,6 +12,7 @@ client makes a signal of it that it sends nobody else.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -40,6 +41,11 @@ _CUT_SECONDS = 1.0  # between asking the monitor to end, and not asking any more
 _KILL_SECONDS = 10.0
 _TAIL_LINES = 20
 _TAIL_BYTES = 16 << 10
+# How Linux begins its reports of what it has done wrong, as far as "quiet" lets them through.
+_COMPLAINT = re.compile(
+    r"\b(BUG: |Oops: |Oops - |Internal error: |Unable to handle kernel |general protection fault"
+    r"|kernel BUG at |Kernel panic - ).*"
+)
 # Init has nobody to serve on the console, and the kernel nothing to say there.
 _CMDLINE = "quiet pyvmm.exec=agent"
 # What the monitor gets, and what the client sends itself for it.
@@ -285,6 +291,7 @@ class _Client:
         except Exception as error:
             # Has the agent gone alone, or the guest with it? Its monitor says how it ended.
             if isinstance(error, AgentGone) and self._has_ended():
+                self._tell_complaint()
                 return None
             if self._debug:
                 import traceback
@@ -295,6 +302,7 @@ class _Client:
             self._end_monitor()
             return code
         self._power_off()
+        self._tell_complaint()
         self._note("power-off")
         if self._debug:
             self._tell_times()
@@ -412,11 +420,25 @@ class _Client:
     def _show_tail(self) -> None:
         if self._debug:
             return  # all of it was shown
-        text = b"".join(self._tail).decode(errors="replace")
-        lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+        lines = self._lines()
         panics = [index for index, line in enumerate(lines) if "Kernel panic" in line]
         if panics:  # what follows is registers
             lines = lines[: panics[0] + 1]
         for line in lines[-_TAIL_LINES:]:
-            shown = "".join(one if one.isprintable() else "�" for one in line)
-            log.to_stderr(f"console: {shown}")
+            log.to_stderr(f"console: {line}")
+
+    def _tell_complaint(self) -> None:
+        """One line for whoever sees the command's output alone, if the kernel has said on the
+        console that something is wrong in it."""
+        complaint = next(filter(None, map(_COMPLAINT.search, self._lines())), None)
+        if complaint is not None and not self._debug:
+            name = self._spec.name
+            log.to_stderr(
+                f"{name}: the guest's kernel said: {complaint[0]:.120}; pyvmm logs {name}"
+            )
+
+    def _lines(self) -> list[str]:
+        """The end of what the console has shown."""
+        text = b"".join(self._tail).decode(errors="replace")
+        lines = (line.rstrip() for line in text.splitlines() if line.strip())
+        return ["".join(one if one.isprintable() else "�" for one in line) for line in lines]

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import random
+import re
 import signal
 import struct
 import subprocess
@@ -388,6 +389,7 @@ def run_into_a_panic(folder: Path) -> Ran:
 def test_a_guest_that_panics_meanwhile_gives_its_own_code(boot: Ran) -> None:
     assert (boot.code, boot.stdout) == (11, b"begun\n"), boot.stderr
     assert "the guest's kernel panicked: sysrq triggered crash\n" in boot.stderr
+    assert re.search(r"kernel said: Kernel panic - .* crash; pyvmm logs \S+\n", boot.stderr)
     assert "console:" not in boot.stderr
 
 

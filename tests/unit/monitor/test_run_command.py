@@ -66,6 +66,39 @@ def test_a_monitor_that_ends_just_before_the_wait_is_not_waited_for() -> None:
 
 
 @pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        (
+            b"[    1.0] BUG: kernel NULL pointer dereference\r\n[    1.0] Oops: 0002\r\n",
+            1,
+        ),
+        (b"[    1.0] Kernel panic - not syncing: sysrq triggered crash\r\nRIP: 0\r\n", 1),
+        (b"[    1.0] Unable to handle kernel \x1b[2J paging request\r\n", 1),
+        (b"DEBUG: all is well\r\n[    1.0] reboot: Power down\r\n", 0),
+    ],
+)
+def test_a_kernel_that_complains_is_heard_where_its_console_is_not_shown(
+    capfd: pytest.CaptureFixture[str], said: bytes, told: int
+) -> None:
+    for debug in (False, True):
+        console, end = os.pipe()
+        os.write(end, b"before\n" + said)
+        os.close(end)
+        client = run_command._Client(
+            VmSpec(kernel="k", name="web"), console, run_command.CommandLine(("true",)), debug=debug
+        )
+        client._watch_console(console)
+        os.close(console)
+        capfd.readouterr()
+        client._tell_complaint()
+        lines = capfd.readouterr().err.splitlines()
+        assert len(lines) == (0 if debug else told)
+        for line in lines:
+            first = said.split(b"] ")[1].split(b"\r")[0].decode().replace("\x1b", "�")
+            assert line == f"pyvmm: web: the guest's kernel said: {first}; pyvmm logs web"
+
+
+@pytest.mark.parametrize(
     ("code", "of_command", "ending", "message"),
     [
         (0, True, None, "its command ended with 0"),
