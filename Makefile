@@ -53,6 +53,7 @@ ray: .stamps/ray .stamps/system ## VMs on a Ray cluster, three nodes on this mac
 	@$(BIN)/pytest tests/kvm/test_ray.py tests/guest/test_ray_sandbox.py
 
 cloud: .stamps/dev .stamps/system ## A disk as Debian's cloud images are, made and booted whole; IMAGE=FILE boots yours
+	@test -z "$(IMAGE)" || test -f "$(IMAGE)" || { echo "there is no $(IMAGE); without IMAGE one is made"; exit 2; }
 	@mkdir -p build
 	@PYVMM_CLOUD_IMAGE="$(or $(IMAGE),build/cloud.qcow2)" $(BIN)/pytest tests/guest/test_cloud_image.py
 

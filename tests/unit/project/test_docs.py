@@ -275,6 +275,15 @@ def members(node: ast.ClassDef) -> set[str]:
     return found
 
 
+def test_a_cloud_image_that_is_named_and_not_there_is_not_made(tmp_path: Path) -> None:
+    make = ["make", "-o", ".stamps/dev", "-o", ".stamps/system", "cloud", f"IMAGE={tmp_path}/no"]
+    done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (
+        2,
+        f"there is no {tmp_path}/no; without IMAGE one is made\n",
+    )
+
+
 def test_readme_commands_are_make_targets() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^    make (\w+)", (ROOT / "README.md").read_text(), re.MULTILINE):
