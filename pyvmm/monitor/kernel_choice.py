@@ -8,7 +8,7 @@ by its own configuration is told before it boots.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from shlex import join, quote
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -269,6 +269,12 @@ def _of_tree(tree: str, arch: str) -> _Kernel:
             cure=f"build it for {whose}: {make}",
             option=_OPTION,
         )
+    if above := _built_above(tree, files):
+        raise ConfigError(
+            f"{tree} is a directory in the tree that a kernel was built in",
+            cure=f"name the tree: --kernel {quote(above)}",
+            option=_OPTION,
+        )
     if modules.is_build_tree(tree):
         raise ConfigError(
             f"{tree} has no kernel yet: there is no {looked} in it",
@@ -280,6 +286,17 @@ def _of_tree(tree: str, arch: str) -> _Kernel:
         cure="name a kernel's file, or the tree it was built in",
         option=_OPTION,
     )
+
+
+def _built_above(tree: str, files: Sequence[str]) -> str:
+    """The directory around `tree` with the nearest of the kernels in `files`; "" if none has."""
+    above = os.path.realpath(tree)
+    while above != os.path.dirname(above):
+        above = os.path.dirname(above)
+        config = os.path.join(above, "include", "config", "kernel.release")
+        if os.path.isfile(config) and any(os.path.isfile(f"{above}/{file}") for file in files):
+            return above
+    return ""
 
 
 def _kernels_of_others(tree: str, arch: str) -> list[str]:

@@ -89,6 +89,15 @@ def test_a_tree_without_a_kernel(tree: Path, tmp_path: Path) -> None:
         specify({"kernel": str(tmp_path / "empty")})
 
 
+def test_a_directory_in_a_tree_is_told_from_one_without_a_kernel(tree: Path) -> None:
+    for path in ("arch/x86", "tools/testing"):
+        (tree / path).mkdir(parents=True, exist_ok=True)
+        (tree / path / "Kbuild").touch()  # which the tree itself has, too
+        with pytest.raises(ConfigError) as caught:
+            specify({"kernel": str(tree / path)})
+        assert str(caught.value).endswith(f"was built in; name the tree: --kernel {tree}")
+
+
 def test_a_tree_that_may_not_be_read(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(path: object) -> list[str]:
         raise PermissionError(13, "Permission denied")
