@@ -111,21 +111,22 @@ class _Hashed:
         self._file, self._digest, self._advance = file, digest, advance
         self._size, self._count = size, 0
         self._hash = None if digest is None else _hash_of(digest)
-        self._ahead = b""
+        self._ahead, self._at = b"", 0
 
     def peek(self, size: int) -> bytes:
-        self._ahead = self.read(size)
-        return self._ahead
+        """At most `size` bytes, which `read` gives once more."""
+        if self._at == len(self._ahead):
+            self._ahead, self._at = self._file.read(_CHUNK), 0
+            self._advance(len(self._ahead))
+            self._count += len(self._ahead)
+            if self._hash is not None:
+                self._hash.update(self._ahead)
+        return self._ahead[self._at : self._at + size]
 
     def read(self, size: int = _CHUNK) -> bytes:
-        if self._ahead:
-            data, self._ahead = self._ahead[:size], self._ahead[size:]
-            return data
-        data = self._file.read(min(size, _CHUNK) if size >= 0 else _CHUNK)
-        self._advance(len(data))
-        self._count += len(data)
-        if self._hash is not None:
-            self._hash.update(data)
+        # gzip asks for the bytes of its header one by one, and a header may be without end.
+        data = self.peek(size if size >= 0 else _CHUNK)
+        self._at += len(data)
         return data
 
     def finish(self) -> None:

@@ -16,6 +16,7 @@ from typing import IO
 import pytest
 from container_archives import INDEX, Layout, docker_archive, layer, member
 
+from pyvmm.images.container.layers import Budget, LayerStream
 from pyvmm.images.container.refusal import Refused
 from pyvmm.images.container.store import Store
 
@@ -284,3 +285,21 @@ def test_accounts_without_end(tmp_path: Path) -> None:
     tree, _ = load("docker-archive", path, None, str(tmp_path), 64 * MIB, Progress(quiet=True))
     assert process.read({"User": "me"}, tree).user == "7:8"
     assert max(len(fields) for fields in process._lines(tree, "etc/passwd")) == 9
+
+
+def test_a_gzip_header_without_end_is_read_in_large_pieces() -> None:
+    class Counted(io.BytesIO):
+        reads = 0
+
+        def read(self, size: int | None = -1) -> bytes:
+            self.reads += 1
+            return super().read(size)
+
+    has_name = 8  # a flag: a name follows, to the first NUL (RFC 1952, 2.3)
+    stored = Counted(b"\x1f\x8b\x08" + bytes([has_name]) + bytes(6) + b"n" * MIB)
+    stream = LayerStream(
+        stored, digest=None, diff_id=None, budget=Budget(MIB), advance=lambda size: None
+    )
+    with pytest.raises(EOFError):
+        stream.read(MIB)
+    assert stored.reads < 100
