@@ -136,6 +136,7 @@ class InMonitor(ABC):
         self._remove("share", share, timeout, force)
 
     def _add(self, kind: str, value: Any, *, patience: float = PATIENCE) -> str:
+        from pyvmm.control import given
         from pyvmm.kinds import registry
         from pyvmm.spec import tables
 
@@ -151,7 +152,9 @@ class InMonitor(ABC):
         except ControlError as error:
             if error.code != NEEDS_FILES or not registry.hands_over(kind):
                 raise
-        return str(registry.add_opened(spec, ask))  # what it cannot open we can
+        id = str(registry.add_opened(spec, ask))  # what it cannot open we can
+        given.add_to(self.name, spec)
+        return id
 
     def _remove(self, kind: str, id: str, timeout: float, force: bool) -> None:
         params: dict[str, Any] = {"timeout_ms": round(1000 * timeout)}

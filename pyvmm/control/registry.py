@@ -25,7 +25,7 @@ from pyvmm.spec.names import SOCKET_SUFFIX, check_name
 
 DEFAULT_NAME = "vm"
 
-_LEFT = ".left"
+_LEFT, _GIVEN = ".left", ".given"
 _LOCK = ".lock"
 # Seconds, as fifty VMs that start at once on a busy machine take turns.
 _LOCK_PATIENCE = 60.0
@@ -90,7 +90,9 @@ class Registration(Closable):
     @property
     def files(self) -> tuple[str, ...]:
         """The files that closing removes, as far as they are there."""
-        return () if self.listener is None else (_left_at(self.path), self.path)
+        if self.listener is None:
+            return ()
+        return _left_at(self.path), given_at(self.path), self.path
 
     def note(self, path: str) -> None:
         """This process has made a socket at `path`; whoever finds that it was killed removes it."""
@@ -196,6 +198,8 @@ def _alive(path: str) -> bool:
         vm_log.note_killed(place, entry.removesuffix(SOCKET_SUFFIX))
         _remove_left(path)
         with suppress(OSError):
+            os.unlink(given_at(path))
+        with suppress(OSError):
             os.unlink(path)
     return False
 
@@ -215,6 +219,16 @@ def _has_ended(pid: int) -> bool:
         return bool(poll.poll(0))
     finally:
         os.close(process)
+
+
+def given_at(path: str) -> str:
+    """The path of the list of what the VM with its control socket at `path` was given."""
+    return path.removesuffix(SOCKET_SUFFIX) + _GIVEN
+
+
+def given_of(name: str) -> str:
+    """The same by the VM's name. Raises ConfigError as `socket_path` does."""
+    return given_at(socket_path(name))
 
 
 def _left_at(path: str) -> str:

@@ -77,7 +77,7 @@ class Serving:
             from pyvmm.host.other_user import OtherUser
 
             user = OtherUser(self._state.user[0], self._state.user[1])
-        broker = Broker(self._state.monitor, self._epoll, user)
+        broker = Broker(self._state.monitor, self._epoll, user, self._given())
         for listener, channel, owner_only in self._state.doors:
             door = Door(unix_sockets.adopt(listener), _socket.socket(fileno=channel), owner_only)
             broker.add(door)
@@ -164,6 +164,11 @@ class Serving:
             elif self._broker is not None:
                 for fd in ready:
                     self._broker.serve(fd)
+
+    def _given(self) -> str:
+        from pyvmm.control import registry
+
+        return registry.given_at(os.path.join(self._state.place, self._state.name))
 
     def _sleep(self) -> None:
         """Become what waits without Python; this returns where that cannot be."""

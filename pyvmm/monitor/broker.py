@@ -119,9 +119,13 @@ def _say_busy(socket: Socket, why: str) -> None:
 class Broker:
     """Hears clients at its doors, once `begin` was called."""
 
-    def __init__(self, monitor: int, epoll: select.epoll, user: OtherUser | None = None) -> None:
+    def __init__(
+        self, monitor: int, epoll: select.epoll, user: OtherUser | None = None, given: str = ""
+    ) -> None:
         """`monitor` is the process that is served, and no client. `epoll` is told what to wait
-        for. What a client names is opened as `user`, if there is one."""
+        for. What a client names is opened as `user`, if there is one, and added to the list at
+        `given`."""
+        self._given = given
         self._user = user
         self._not_clients = (monitor, os.getpid())
         self._epoll = epoll
@@ -229,7 +233,7 @@ class Broker:
             self._refuse(client, f"no process can be made: {error.strerror}")
             return
         if not child:
-            _work(client, keeper, self._user)
+            _work(client, keeper, self._user, self._given)
         client.close()
         process = os.pidfd_open(child)
         self._workers[process] = child, client.door
@@ -239,7 +243,7 @@ class Broker:
 # --- in a process of its own ----------------------------------------------------------------------
 
 
-def _work(client: _Client, keeper: int, user: OtherUser | None) -> NoReturn:
+def _work(client: _Client, keeper: int, user: OtherUser | None, place: str) -> NoReturn:
     def settle() -> None:
         if user is not None:
             from pyvmm.monitor import preload
@@ -248,13 +252,23 @@ def _work(client: _Client, keeper: int, user: OtherUser | None) -> NoReturn:
             user.become()
         end_with(keeper)  # which a process that becomes another user's forgets
 
+    from pyvmm.control import given
+
+    listed = -1
+
+    def note(spec: Any) -> None:
+        with suppress(OSError):  # then it is in no snapshot
+            given.add(listed, spec)
+
     try:
         end_with(keeper)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
             signal.signal(number, signal.SIG_DFL)
         channel, socket = _keep_only(client.door.channel, client.socket)
         line, _, rest = client.said.partition(b"\n")
-        _answer(channel, unix_sockets.adopt(socket.detach()), line + b"\n", rest, settle)
+        with suppress(OSError):
+            listed = given.open_list(place)
+        _answer(channel, unix_sockets.adopt(socket.detach()), line + b"\n", rest, settle, note)
     finally:
         os._exit(0)
 
@@ -279,8 +293,10 @@ def _answer(
     line: bytes,
     rest: bytes,
     settle: Callable[[], None] = lambda: None,
+    note: Callable[[Any], None] = lambda spec: None,
 ) -> None:
-    """`settle` is called before anything is opened. Raises HostError, OSError as it does."""
+    """`settle` is called before anything is opened, and `note` with what has come. Raises
+    HostError, OSError as they do."""
     from pyvmm.control.client import send_all
     from pyvmm.control.protocol import ControlError, parse_request
     from pyvmm.control.server import answered
@@ -296,14 +312,18 @@ def _answer(
         except OSError as error:
             _say_busy(socket, _why(error))
         return
-    answer = answered(request.id, partial(_added, channel, kind, request.params, settle))
+    answer = answered(request.id, partial(_added, channel, kind, request.params, settle, note))
     with suppress(PyvmmError, OSError):
         send_all(socket, answer, time.monotonic() + _SENDING)
         pass_on(channel, socket, rest)
 
 
 def _added(
-    channel: _socket.socket, kind: str, params: dict[str, Any], settle: Callable[[], None]
+    channel: _socket.socket,
+    kind: str,
+    params: dict[str, Any],
+    settle: Callable[[], None],
+    note: Callable[[Any], None],
 ) -> Any:
     """Raises ControlError, ConfigError, HostError."""
     import contextlib
@@ -333,6 +353,9 @@ def _added(
                 raise
         try:
             [spec] = registry.read(kind, params.get("device", params.get("table")))
-            return registry.add_opened(registry.with_paths(spec, os.path.abspath), ask_with)
+            spec = registry.with_paths(spec, os.path.abspath)
+            added = registry.add_opened(spec, ask_with)
+            note(spec)
+            return added
         except ConfigError as error:
             raise registry.untyped(kind, error) from None

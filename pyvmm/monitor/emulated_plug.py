@@ -110,6 +110,8 @@ class Plugging(Closable):
     # --- a device comes ---------------------------------------------------------------------------
 
     def _add(self, plugs: Plugs, kind: str, value: Any) -> Any:
+        from pyvmm.control import given
+
         specs = registry.read(kind, value)
         if len(specs) != 1:
             raise ConfigError(f"{len(specs)} devices at once", cure="add one after the other")
@@ -133,6 +135,7 @@ class Plugging(Closable):
             plain, outside = (json.loads(json.dumps(asdict(one))) for one in (spec, checked))
             params: dict[str, Any] = {"kind": kind, "spec": plain, "described": outside}
             params |= {"disks": disks, "streams": streams}
+            given.add_to(self._vm.name, checked)
             told = self._ask(plugs, _PATIENCE, "plug", **params)
             with self._lock:
                 before = self._plugged.get((kind, told["id"]))

@@ -190,6 +190,10 @@ class Hotplug(Closable):
         with self._one_at_a_time:
             spec = self._checked(kind, spec)
             device = self._devices.open(spec)
+            if not (self._is_inside or self._devices.opens_nothing()):
+                from pyvmm.control import given
+
+                given.add_to(self._name, spec)
             if described is not None:
                 named = isinstance(described, DiskSpec) and isinstance(spec, DiskSpec)
                 self.described[device] = replace(described, id=spec.id) if named else described

@@ -55,6 +55,11 @@ def run_spec(
             named_listener.note_by(registration.note)
         on_name(registration.name)
         with _changes_kept(spec, "" if rm else image or "") as spec:
+            if registration.listener is not None:
+                from pyvmm.control import given
+
+                with suppress(OSError):  # then no snapshot can be taken
+                    given.begin(registry.given_at(registration.path), spec)
             vm_log = _log_of(registration)
             cut = cut_if_nothing_kept and not spec.keeps
             patience = 0.0 if cut else surroundings.stop_timeout

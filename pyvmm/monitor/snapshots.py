@@ -183,6 +183,7 @@ def _receive(receiver: _Receiver, writer: store.Writer, base: _Base | None, *, s
     spec = with_paths(from_json(json.dumps(state["spec"])), os.path.abspath)
     if base is not None and _lends_files(spec):
         base.check_sealed()
+    receiver.check(spec)
     state["spec"] = json.loads(to_json(spec))
     state["disks"] = marks_of(spec)  # now: a VM that goes on writes to its images
     for name, size in files.items():
@@ -267,6 +268,12 @@ class _Receiver(Closable):
         self._poll = select.poll()
         self._poll.register(socket.fileno(), select.POLLIN)
         self._received = bytearray()
+
+    def check(self, spec: VmSpec) -> None:
+        """Raise ConfigError if it says that it has more of this machine than it was given."""
+        from pyvmm.control import given
+
+        given.check(self._vm, spec)
 
     def nonsense(self) -> HostError:
         """The error for a stream that is not as it should be."""

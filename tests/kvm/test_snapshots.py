@@ -558,6 +558,83 @@ def test_a_state_brings_no_code_and_none_of_the_hosts_folders(snapshot: Path, wh
             assert "cannot be in a snapshot" in line
 
 
+# As code in a monitor could, that was taken over.
+LIES = """
+import sys
+from pyvmm.cli import main
+from pyvmm.kinds import registry, vm_spec
+from pyvmm.monitor import snapshot_sender
+from pyvmm.spec.record import replace
+_, kind, there, *arguments = sys.argv
+usual = snapshot_sender.to_json
+
+def lie(spec):
+    def changed(part):
+        if part.kind != kind:
+            return part
+        part = registry.with_paths(part, lambda path: there)
+        return replace(part, read_only=False) if kind == "share" else part
+    devices, disks = (tuple(map(changed, some)) for some in (spec.devices, spec.disks))
+    return usual(replace(spec, devices=devices, disks=disks))
+
+snapshot_sender.to_json = lie
+sys.argv = ["pyvmm", *arguments]
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("kind", ["share", "disk", "vsock", "none"])
+def test_a_monitor_that_was_taken_over_is_given_no_more(
+    folder: Path, snapshot_dir: Callable[[], list[str]], kind: str
+) -> None:
+    """What it says that its VM has is what is opened for a copy."""
+    options = ["--disk", f"{folder}/disk,snapshot", "--vsock", f"path={folder}/vsock"]
+    try:
+        images.virtiofsd_command(True)
+        options += ["--share", f"{folder},tag=t,readonly"]
+    except ConfigError as error:
+        if kind == "share":
+            pytest.skip(str(error))
+    there = folder if kind == "share" else folder / "secret"  # the same one, to be written
+    (folder / "secret").write_bytes(bytes(512))
+    command = ("run", "--kvm=host", "-d", "--name", "one", "--kernel", echo_kernel(folder))
+    subprocess.run(
+        [sys.executable, "-c", LIES, kind, str(there), *command, *OPTIONS, *options],
+        check=True,
+        capture_output=True,
+        timeout=SAFETY_TIMEOUT,
+    )
+    try:
+        if kind == "none":
+            assert pyvmm("snapshot", "one", "first").returncode == 0
+            assert pyvmm("clone", "one").returncode == 0
+            assert pyvmm("stop", "one-1", "--now").returncode == 0
+            return
+        for command in (("snapshot", "one", "first"), ("clone", "one")):
+            how = " to be written" if kind == "share" else ""
+            assert f"one says that it has {there}{how}, and was not given that" in refused(*command)
+        assert snapshot_dir() == []
+    finally:
+        pyvmm("stop", "one", "--now")
+
+
+def test_a_snapshot_may_be_taken_from_anywhere(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A VM that was started with names of the current directory goes on with the same files."""
+    echo_kernel(folder)
+    monkeypatch.chdir(folder)
+    options = ("--kernel", "echo", "--disk", "disk,snapshot", "--name", "one", *OPTIONS)
+    with Guest(*options) as guest:
+        guest.says(b"ready")
+        monkeypatch.chdir("/")
+        done = pyvmm("snapshot", "one", "first")
+        assert done.returncode == 0, done.stderr
+        guest.off()
+    spec = store.read_state(str(folder / "state/pyvmm/snapshots/first"))["spec"]
+    assert (spec["kernel"], spec["disks"][0]["path"]) == (f"{folder}/echo", f"{folder}/disk")
+
+
 def test_a_shared_directory_is_for_those_who_have_taken_the_snapshot(folder: Path) -> None:
     """With its memory lent anew, and a virtiofsd for each; nobody else's state gives any away."""
     try:
