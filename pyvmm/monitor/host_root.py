@@ -98,11 +98,15 @@ def _folder(root: Any) -> str:
         raise ConfigError(f"there is no {path}", cure="check the path", option=_OPTION)
     if not os.path.isdir(path):
         raise ConfigError(f"{path} is not a directory", cure="name one", option=_OPTION)
+    _check_access(path, _OPTION)
+    return os.path.realpath(path)
+
+
+def _check_access(path: str, option: str) -> None:
     if not os.access(path, os.R_OK | os.X_OK):
         raise ConfigError(
-            f"{path} is not yours to read", cure="name another, or change its mode", option=_OPTION
+            f"{path} is not yours to read", cure="name another, or change its mode", option=option
         )
-    return os.path.realpath(path)
 
 
 def _check_programs(folder: str, arch: str) -> None:
@@ -140,6 +144,7 @@ def _part(folder: str, path: str) -> str:
         raise ConfigError(
             f"{path} is not in {folder}", cure="name a part of the guest's root", option="--rw"
         )
+    _check_access(full, "--rw")
     return full
 
 

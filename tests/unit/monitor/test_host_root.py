@@ -244,9 +244,12 @@ def test_this_machines_own_files_are_not_for_another() -> None:
 
 
 def test_somebody_elses_directory(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    with pytest.raises(ConfigError, match="is not yours to read"):
-        specify({"root": str(root)})
+    (root / "part").mkdir()
+    for mine in (False, True):
+        monkeypatch.setattr(os, "access", lambda path, mode, mine=mine: mine and path == str(root))
+        line = f"--{'rw' if mine else 'root'}: {root}{'/part' if mine else ''} is not yours to read"
+        with pytest.raises(ConfigError, match=line):
+            specify({"root": str(root), "rw": "/part"})
 
 
 def test_a_configuration_file_has_it(root: Path, tmp_path: Path) -> None:
