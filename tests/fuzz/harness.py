@@ -398,6 +398,7 @@ class Case:
         self.workers.scarce, clean = True, self.clean
         with self.shortage.lasting():
             way()
+            self._collect_writable()  # of a packed ring the device overwrites what it takes
             self.workers.pump()
         # The device may have failed, and what it does now is to be lawful all the same.
         self.clean = clean and not self.status & NEEDS_RESET and way != self.start
