@@ -21,6 +21,7 @@ from fuzz.peers import back_end_case, front_end_case, server_case
 from fuzz.queues import queue_case
 from fuzz.saved import saved_case
 from fuzz.storage import storage_case
+from fuzz.vsock_streams import vsock_streams_case
 
 from pyvmm.testing.mmio_driver import Ring
 
@@ -49,6 +50,7 @@ CASES = {
     "saved": Cases(saved_case, 24),
     "server": Cases(server_case, 1),
     "storage": Cases(storage_case, 4),
+    "vsock-streams": Cases(vsock_streams_case, 1),
 }
 if shutil.which("cc"):  # which compiles it
     CASES["agent"] = Cases(agent_program_case, 6)

@@ -15,10 +15,12 @@ from __future__ import annotations
 import atexit
 import errno
 import functools
+import hashlib
 import itertools
 import mmap
 import os
 import shutil
+import signal
 import struct
 import tempfile
 import zlib
@@ -30,9 +32,11 @@ from typing import Any
 from unittest import mock
 
 from fuzz.nbd_server import Server
+from fuzz.room import check_closed, open_files
+from fuzz.shortage import short_of_descriptors
 
 from pyvmm.errors import ConfigError, HostError, PyvmmError
-from pyvmm.host import holes
+from pyvmm.host import handed, holes
 from pyvmm.host.files import SECTOR, open_image
 from pyvmm.testing.mmio_driver import Ring
 from pyvmm.virtio.blk import backend as backend_module
@@ -40,9 +44,9 @@ from pyvmm.virtio.blk import direct, nbd, overlay, overlay_file, saved_overlay
 from pyvmm.virtio.blk.backend import Backend, FileBackend
 from pyvmm.virtio.blk.direct import DirectBackend
 from pyvmm.virtio.blk.nbd import NbdBackend
-from pyvmm.virtio.blk.overlay import OverlayBackend, open_snapshot
+from pyvmm.virtio.blk.overlay import OverlayBackend, open_snapshot, scratch_file
 from pyvmm.virtio.blk.overlay_file import MAGIC, is_unused, open_overlay
-from pyvmm.virtio.blk.overlay_layout import PAGE
+from pyvmm.virtio.blk.overlay_layout import PAGE, layout_for
 from pyvmm.virtio.blk.saved_overlay import file_of, open_saved
 
 # Where the host may fail while a disk is in use, and while one is opened or ends.
@@ -55,7 +59,7 @@ _TRANSFERS: tuple[tuple[Any, str], ...] = (
 )
 _OPENINGS: tuple[tuple[Any, str], ...] = (
     *((os, name) for name in ("open", "fsync", "ftruncate", "lseek", "pread", "preadv", "pwrite")),
-    *((os, name) for name in ("fstat", "fdatasync")),
+    (os, "fdatasync"),
     *((module, "preadv_all") for module in (backend_module, overlay_file, saved_overlay)),
     (mmap, "mmap"),
 )
@@ -92,6 +96,13 @@ def _folder() -> Path:
     return folder
 
 
+@functools.cache
+def _fill_caches() -> None:
+    """What is loaded when it is first needed opens files."""
+    holes._fallocate()
+    hashlib.blake2b(b"")
+
+
 class _Case:
     """One disk and its model."""
 
@@ -110,6 +121,8 @@ class _Case:
         self.note(f"{self.over} of {size} bytes")
         self.opened: list[Backend] = []  # all of them, the lowest first
         self.server: Server | None = None
+        self.in_vain = False
+        self._open_in_vain()
         self.disk = self._open()
 
     def note(self, step: str) -> None:
@@ -124,8 +137,66 @@ class _Case:
     def _raw(self, read_only: bool) -> Backend:
         if self.over == "direct" or self.rng.random() < 0.2:
             with suppress(ConfigError):  # no direct I/O here
-                return self._add(DirectBackend(open_image(str(self.image), read_only, direct=True)))
-        return self._add(FileBackend(open_image(str(self.image), read_only)))
+                image = open_image(str(self.image), read_only, direct=True)
+                try:
+                    return self._add(DirectBackend(image))
+                except BaseException:
+                    image.close()
+                    raise
+        with self._handed(str(self.image), read_only):
+            return self._add(FileBackend(open_image(str(self.image), read_only)))
+
+    @contextmanager
+    def _handed(self, path: str, read_only: bool = False) -> Iterator[None]:
+        """Somebody else may have opened what is at `path`, if there is something."""
+        if self.in_vain or self.rng.random() < 0.7 or not os.path.exists(path):
+            yield
+            return
+        with handed.Descriptors([os.open(path, os.O_RDONLY if read_only else os.O_RDWR)]) as owner:
+            with handed.files({path: owner.fds[0]}, owner):
+                yield
+            assert not owner.fds, "it was not taken"
+
+    def _snapshot(self, base: Backend) -> Backend:
+        """With a file for the changes that somebody has made, which may not do."""
+        needed = layout_for(base.size_sectors * SECTOR).file_size
+        way = self.rng.choice(("ours", "ours", "handed", "short", "pipe"))
+        if way == "ours" or self.in_vain:
+            return open_snapshot(base)
+        if way == "pipe":
+            fd, other = os.pipe()
+            os.close(other)
+        else:
+            fd = scratch_file(needed - SECTOR if way == "short" else needed)
+        with handed.Descriptors([fd]) as owner, handed.files({overlay.SCRATCH: fd}, owner):
+            try:
+                made = open_snapshot(base)
+            except ConfigError:
+                assert way != "handed" and not owner.fds
+            else:
+                assert way == "handed"
+                return made
+        return open_snapshot(base)
+
+    def _open_in_vain(self) -> None:
+        """On a host that may fail at each call, or has no more descriptors: whatever comes of it,
+        nothing is left open."""
+        if self.rng.random() < 0.7 or self.over == "nbd":
+            return
+        self.note("opened on a host that fails")
+        _fill_caches()
+        files = open_files()
+        scarce = short_of_descriptors(self.rng.randrange(6))
+        self.in_vain = True
+        with scarce if self.rng.random() < 0.5 else self._failing(_OPENINGS):
+            try:
+                self._open().share()
+            except PyvmmError as error:
+                assert "\n" not in str(error)
+            finally:
+                self.in_vain = False
+        self.close()
+        check_closed(files)
 
     def _open(self) -> Backend:
         if self.over in ("file", "direct"):
@@ -134,10 +205,11 @@ class _Case:
             return self._add(self._served())
         base = self._raw(read_only=True)
         if self.over == "overlay":
-            return self._add(open_overlay(base, str(self.changes)))
+            with self._handed(str(self.changes)):
+                return self._add(open_overlay(base, str(self.changes)))
         if self.saved.exists():
             base = self._add(open_saved(base, str(self.saved)))
-        return self._add(open_snapshot(base))
+        return self._add(self._snapshot(base))
 
     def _served(self) -> Backend:
         plain = self.rng.random() < 0.3
@@ -220,6 +292,9 @@ class _Case:
     def resize(self) -> None:
         if not self.disk.can_resize:
             return
+        if self.rng.random() < 0.2:
+            self._resize_of_a_device()
+            return
         size = SECTOR * self.rng.choice((1, 8, 15, 16, 40, _LARGEST, _GROWN, 1 << 40))
         self.note(f"resize to {size}")
         try:
@@ -231,6 +306,26 @@ class _Case:
             return
         self._has_become(self.disk.size_sectors * SECTOR)
 
+    def _resize_of_a_device(self) -> None:
+        """A block device has the size that it has, and so has what keeps changes on one."""
+        image = getattr(self.disk, "_image", None)
+        if image is None:
+            return
+        self.note("resize on a block device")
+        image.is_block_device = True
+        try:
+            with suppress(HostError):
+                self._resize_or_not()
+            if isinstance(self.disk, OverlayBackend):
+                with suppress(HostError):
+                    self.disk.resize(None)
+                    raise AssertionError("an overlay has a size without being told")
+            else:
+                assert self.disk.size_sectors * SECTOR == self.image.stat().st_size
+        finally:
+            image.is_block_device = False
+        self._compare()
+
     def again(self) -> None:
         """Closed and opened again."""
         if self.over == "snapshot":
@@ -240,6 +335,7 @@ class _Case:
         self.close()
         if self.server is not None:
             assert self.server.data == self.model
+        self._open_in_vain()
         self.disk = self._open()
         if self.over == "overlay":
             assert is_unused(str(self.changes)) in (True, False)
@@ -265,8 +361,45 @@ class _Case:
         assert self.disk.size_sectors * SECTOR == len(self.model)
 
     def share(self) -> None:
-        if self.rng.random() < 0.2:
-            self.disk.share()
+        """From now on processes use it one after the other, each of which is killed: the next one
+        has what it wrote."""
+        if self.rng.random() < 0.7 or self.over == "nbd":
+            return
+        self.disk.share()
+        offset, size = self._place()
+        data = self.rng.randbytes(size)
+        self.note(f"another process writes {size} at {offset}")
+        child = os.fork()
+        if not child:
+            try:
+                self.disk.writev([memoryview(data)], size, offset)
+            finally:
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(child, 0)
+        self.model[offset : offset + size] = data
+        self._compare()
+
+    def close_badly(self) -> None:
+        """What is not stored when the disk is closed may be lost, if the host fails then."""
+        if not isinstance(self.disk, OverlayBackend) or self.over != "overlay":
+            return
+        self.note("closed on a host that fails")
+        assert os.path.samestat(os.fstat(self.disk.fd), os.stat(self.changes))
+        self.disk.flush()
+        offset, size = self._place()
+        data = self.rng.randbytes(size)
+        self.disk.writev([memoryview(data)], size, offset)
+        lines: list[str] = []
+        places = ((os, "fdatasync"), (overlay, "pwritev_all"))
+        with self._failing(places), mock.patch.object(overlay.log, "to_stderr", lines.append):
+            self.opened.pop().close()
+        self.close()
+        self.disk = self._open()
+        now = bytearray(size)
+        self.disk.readv([memoryview(now)], size, offset)
+        assert lines or now == data, "it is lost, and nobody was told"
+        self.model[offset : offset + size] = now
+        self._compare()
 
     @contextmanager
     def _failing(self, places: Sequence[tuple[Any, str]] = _TRANSFERS) -> Iterator[None]:
@@ -399,7 +532,7 @@ class _Case:
         ways = (
             *(self.read, self.read, self.write, self.write, self.write, self.zero, self.discard),
             *(self.flush, self.expect, self.resize, self.again, self.save, self.share),
-            *(self.faults, self.cut_short, self.nonsense),
+            *(self.faults, self.cut_short, self.nonsense, self.close_badly),
         )
         for _ in range(self.rng.randint(1, 16)):
             self.rng.choice(ways)()
