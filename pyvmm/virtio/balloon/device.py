@@ -165,7 +165,11 @@ class BalloonDevice(VirtioDevice):
         """Start the thread. Raises HostError."""
         active = _Active(self, activation)
         self._active = active
-        active.worker.start()
+        try:
+            active.worker.start()
+        except BaseException:
+            self._active = None
+            raise
 
     def reset(self) -> None:
         """Stop the thread. The guest has all its memory again, as the pages come when used."""

@@ -141,7 +141,11 @@ class ConsoleDevice(VirtioDevice):
         if self.terminal is not None:
             self.terminal.set_wake(active.worker.wake)
         self._active = active
-        active.worker.start()
+        try:
+            active.worker.start()
+        except BaseException:
+            self._active = None
+            raise
 
     def reset(self) -> None:
         """Stop the thread; programs connected to named ports are disconnected."""

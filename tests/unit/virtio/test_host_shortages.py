@@ -16,12 +16,14 @@ from unittest import mock
 import front_end_rig as rig
 import pytest
 from fuzz import vhost_target
+from fuzz.targets import TARGETS
 from net_rig import wait_for
 
 from pyvmm.errors import HostError
 from pyvmm.host import unix_sockets
 from pyvmm.host.named_listener import NamedListener
 from pyvmm.host.poller import READABLE, Handler, Poller
+from pyvmm.testing import mmio_driver
 from pyvmm.testing.attached import attached
 from pyvmm.virtio.console.ends import SocketEnd
 from pyvmm.virtio.vhost_user.device import VhostUserDevice
@@ -187,3 +189,16 @@ def test_a_back_end_stops_where_nobody_can_watch_it(tmp_path: Path) -> None:
         front.driver.mmio.reset()
         front.driver.mmio.start()
         assert not front.driver.mmio.needs_reset
+
+
+@pytest.mark.parametrize("target", ["balloon", "console", "rng", "vsock", "net", "blk"])
+def test_a_device_without_a_thread_can_be_reset(target: str) -> None:
+    made = TARGETS[target].make(Random(1))
+    with made as device, attached(device, start=False) as driver:
+        with mock.patch.object(threading, "_start_new_thread", no_thread):
+            driver.mmio.start()
+        assert driver.mmio.needs_reset
+        driver.mmio.write(mmio_driver.STATUS, 0)
+        assert driver.mmio.status == 0, driver.log
+        driver.mmio.start()
+        assert not driver.mmio.needs_reset
