@@ -27,9 +27,12 @@ class DirectBackend(FileBackend):
     _at_once = 0  # every read waits for the storage
 
     def __init__(self, image: ImageFile) -> None:
-        """Find out the alignment by reading. Raises HostError if no read works."""
+        """Find out the alignment by reading. Raises HostError, also if no read works."""
         super().__init__(image)
-        self._bounce = memoryview(mmap.mmap(-1, _BOUNCE))  # page-aligned
+        try:
+            self._bounce = memoryview(mmap.mmap(-1, _BOUNCE))  # page-aligned
+        except OSError as error:
+            raise HostError(error.errno or 0, "mmap of a buffer") from None
         self._bounce_lock = Lock()
         self.block = self._probe()
         # Where the guest may change only part of a block, no other write may come between our

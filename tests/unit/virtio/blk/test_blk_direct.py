@@ -147,3 +147,14 @@ def test_a_file_system_without_direct_io(path: Path, monkeypatch: pytest.MonkeyP
         open_image(str(path), direct=True)
     monkeypatch.undo()
     open_image(str(path)).close()  # neither descriptor nor lock is left
+
+
+def test_a_host_without_memory_for_the_buffer(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(fd: int, size: int) -> mmap.mmap:
+        raise OSError(errno.ENOMEM, "no memory")
+
+    image = open_image(str(path), direct=True)
+    monkeypatch.setattr(mmap, "mmap", full)
+    with pytest.raises(HostError, match="mmap of a buffer: Cannot allocate memory"):
+        DirectBackend(image)
+    image.close()
