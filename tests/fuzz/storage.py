@@ -122,6 +122,7 @@ class _Case:
         self.opened: list[Backend] = []  # all of them, the lowest first
         self.server: Server | None = None
         self.in_vain = False
+        self.kept_sizes: set[int] = set()  # of which an overlay's file may have either
         self._open_in_vain()
         self.disk = self._open()
 
@@ -305,6 +306,7 @@ class _Case:
             assert size == SECTOR << 40 and not plain, error
             return
         self._has_become(self.disk.size_sectors * SECTOR)
+        self.kept_sizes = set()
 
     def _resize_of_a_device(self) -> None:
         """A block device has the size that it has, and so has what keeps changes on one."""
@@ -339,7 +341,9 @@ class _Case:
         self.disk = self._open()
         if self.over == "overlay":
             assert is_unused(str(self.changes)) in (True, False)
-        assert self.disk.size_sectors * SECTOR == size
+        now = self.disk.size_sectors * SECTOR
+        assert now == size or now in self.kept_sizes
+        self._has_become(now)
 
     def save(self) -> None:
         """The changes become an overlay's file, which is read as a layer from now on."""
@@ -395,6 +399,11 @@ class _Case:
             self.opened.pop().close()
         self.close()
         self.disk = self._open()
+        if self.disk.size_sectors * SECTOR != len(self.model):
+            assert self.disk.size_sectors * SECTOR in self.kept_sizes
+            self._has_become(self.disk.size_sectors * SECTOR)
+            size = max(0, min(size, len(self.model) - offset))
+            data = data[:size]
         now = bytearray(size)
         self.disk.readv([memoryview(now)], size, offset)
         assert lines or now == data, "it is lost, and nobody was told"
@@ -481,6 +490,8 @@ class _Case:
         finally:
             now = self.disk.size_sectors * SECTOR
             assert now in (before, size), f"{now} bytes, not {before} or {size}"
+            if now == before:  # the host may have failed also as that was put back
+                self.kept_sizes = {before, size}
             self._has_become(now)
 
     def _has_become(self, size: int) -> None:
