@@ -105,7 +105,7 @@ def parse_request(line: bytes) -> Request:
     import json  # only once somebody asks
 
     try:
-        data = json.loads(line)
+        data = json.loads(line.decode())  # of bytes it would guess the encoding
         # JSON can say half of a character, which no name and no text has.
         json.dumps(data, ensure_ascii=False).encode()
     except (ValueError, RecursionError):

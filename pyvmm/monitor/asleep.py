@@ -5,17 +5,23 @@ It is made here, as an ELF file in a memfd, and keeps what the keeper has open. 
 system calls that it was given, by which it gives up rights. Then it waits, removes files for the
 monitor, and passes on to it who comes to a control socket and asks for no device:
 
-    poll the monitor's socket and the doors
-    the monitor's: if it has gone and left nothing to do, end
-        if a look (MSG_PEEK) finds a "del" for a file in the table: remove that if it is the same,
-        answer as Python would, and take the message; or else wake
+    poll the monitor's socket, its process and the doors
+    the socket: if a look (MSG_PEEK) finds a "del" for a file in the table: remove that if it is the
+        same, answer as Python would, and take the message; for another one wake
+    the process, or the socket's end: end, or wake if there is something to do then
     a door's: accept a connection, and give it 100 ms to say something;
-        if its user is not ours, or a look at what it says finds no end of a line, or `.add` before
-        that: keep it as that door's, and wake
+        if its user is not ours, or a look at what it says finds no end of a line, or what may ask
+        for a device before that: keep it as that door's, and wake
         or else send it to the monitor by the door's channel, as Python would, and close it
 
 To wake is to become Python, with the same descriptors; what that has to know is in another memfd,
 and nothing that a client says gets there.
+
+Whoever has a monitor can have accept(2) wait, as the listeners are its own as well: O_NONBLOCK is
+of both. An alarm wakes from that after a second, and Python looks after the monitor meanwhile.
+
+A request for a device is known by `.add"`, and by an escape that may stand for a character of that
+(`\\u00` and a digit below 8): JSON has no third way to spell it.
 """
 
 from __future__ import annotations
@@ -33,13 +39,11 @@ from pyvmm.host.confinement import PRCTL, Argument, Call
 
 MOST_DOORS = 15
 MOST_FILES = 32  # that it removes; Python is woken for others
-GONE = signal.SIGURG  # it wakes for that; a program that knows nothing of it goes on
 
 # Where it has its data: structures of <poll.h>, <sys/socket.h>, <linux/uio.h>.
 _TEXT, _DATA, _ALIGN = 0x400000, 0x600000, 0x10000
-_DOORS = (
-    0x100  # the channel and the place of each door, whose pollfd is at the same distance from 0
-)
+_FIRST_DOOR = 2  # of pollfds
+_DOORS = 0x100  # the channel and the place of each, as far from here as its pollfd from 0
 # Of pollfds; the user; whether there is something to do at the end; of files.
 _COUNT = 0x200
 _CLIENT = 0x210  # a pollfd; 0x218: the size of the next; 0x220: struct ucred
@@ -47,6 +51,7 @@ _PYTHON = 0x230
 _MESSAGE = 0x240  # struct msghdr
 _RIGHTS = 0x280  # struct cmsghdr, the descriptor at 0x290
 _PIECE = 0x2C0  # struct iovec; then the byte that it has; 0x2b0: struct timespec; 0x2d8: the answer
+_ALARM = 0x2E0  # struct itimerval: a second from then; 0x1e0: never
 _ARGUMENTS, _MOST_ARGUMENTS = 0x300, 31
 _FILES, _FILE = 0x500, struct.Struct("<i4xQQQ")  # 0x400: struct stat
 _CALLS, _CALL, _MOST_CALLS = 0x900, struct.Struct("<i4x5Q"), 47
@@ -64,15 +69,15 @@ _CODE = {
             "4883c530 ebdd"  # add rbp, 48; jmp calls
             "4489ff 418bb700020000"  # again: mov edi, r15d; mov esi, [r15+0x200]
             "baffffffff b807000000 0f05"  # mov edx, -1; mov eax, SYS_poll; syscall
-            "83f8fc 74e5 85c0 0f884f020000"  # cmp eax, -4; je again; test eax, eax; js wake
-            "410fb74706 85c0 0f8409010000"  # movzx eax, word [r15+6]; test eax, eax; jz doors
-            "a810 0f85ed000000 418b3f"  # test al, 0x10; jnz gone; mov edi, [r15]
+            "83f8fc 74e5 85c0 0f888c020000"  # cmp eax, -4; je again; test eax, eax; js wake
+            "6641837f0600 0f84fa000000 418b3f"  # cmp word [r15+6], 0; je ended; mov edi, [r15]
             "498db700600000 ba10000000"  # lea rsi, [r15+0x6000]; mov edx, 16
             "41ba42000000 4531c0 4531c9"  # mov r10d, 0x42; xor r8d, r8d; xor r9d, r9d
-            "b82d000000 0f05 83f808"  # mov eax, SYS_recvfrom; syscall; cmp eax, 8
-            "0f850f020000 813e64656c00"  # jne wake; cmp dword [rsi], 0x6c6564
-            "0f8503020000 8b6e04 413baf0c020000"  # jne wake; mov ebp, [rsi+4]; cmp ebp, [r15+0x20c]
-            "0f83f3010000 c1e505 498dac2f00050000"  # jae wake; shl ebp, 5; lea rbp, [r15+rbp+0x500]
+            "b82d000000 0f05 83f898"  # mov eax, SYS_recvfrom; syscall; cmp eax, -104
+            "74aa 85c0 0f8ed3000000 83f808"  # je again; test eax, eax; jle gone; cmp eax, 8
+            "0f8548020000 813e64656c00"  # jne wake; cmp dword [rsi], 0x6c6564
+            "0f853c020000 8b6e04 413baf0c020000"  # jne wake; mov ebp, [rsi+4]; cmp ebp, [r15+0x20c]
+            "0f832c020000 c1e505 498dac2f00050000"  # jae wake; shl ebp, 5; lea rbp, [r15+rbp+0x500]
             "8b7d00 488b7508"  # mov edi, [rbp]; mov rsi, [rbp+8]
             "498d9700040000 41ba00010000"  # lea rdx, [r15+0x400]; mov r10d, 0x100
             "b806010000 0f05 85c0"  # mov eax, SYS_newfstatat; syscall; test eax, eax
@@ -86,38 +91,44 @@ _CODE = {
             "b82d000000 0f05 418b3f"  # mov eax, SYS_recvfrom; syscall; mov edi, [r15]
             "498db7d8020000 ba04000000"  # lea rsi, [r15+0x2d8]; mov edx, 4
             "41ba40400000 4531c0 4531c9"  # mov r10d, 0x4040; xor r8d, r8d; xor r9d, r9d
-            "b82c000000 0f05 e9dbfeffff"  # mov eax, SYS_sendto; syscall; jmp again
-            "31ff 413bbf08020000 0f853e010000"  # gone: xor edi, edi; cmp edi, [r15+0x208]; jne wake
-            "e956010000"  # jmp exit
-            "bb01000000"  # doors: mov ebx, 1
-            "413b9f00020000 0f83b5feffff"  # next: cmp ebx, [r15+0x200]; jae again
+            "b82c000000 0f05 e9d7feffff"  # mov eax, SYS_sendto; syscall; jmp again
+            "6641837f0e00 7414"  # ended: cmp word [r15+14], 0; je doors
+            "31ff 413bbf08020000 0f856f010000"  # gone: xor edi, edi; cmp edi, [r15+0x208]; jne wake
+            "e987010000"  # jmp exit
+            "bb02000000"  # doors: mov ebx, 2
+            "413b9f00020000 0f83a9feffff"  # next: cmp ebx, [r15+0x200]; jae again
             "6641837cdf0600 7504 ffc3"  # cmp word [r15+rbx*8+6], 0; jne door; inc ebx
             "ebe6"  # jmp next
-            "418b3cdf 31f6 31d2"  # door: mov edi, [r15+rbx*8]; xor esi, esi; xor edx, edx
+            "bf01000000 b825000000 0f05"  # door: mov edi, 1; mov eax, SYS_alarm; syscall
+            "418b3cdf 31f6 31d2"  # mov edi, [r15+rbx*8]; xor esi, esi; xor edx, edx
             "41ba00080800 b820010000 0f05"  # mov r10d, 0x80800; mov eax, SYS_accept4; syscall
-            "4189c4 85c0 7917 83f8f5"  # mov r12d, eax; test eax, eax; jns accepted; cmp eax, -11
-            "0f8483feffff 83f899 0f847afeffff"  # je again; cmp eax, -103; je again
-            "e9e7000000"  # jmp wake
+            "4189c4 31ff b825000000"  # mov r12d, eax; xor edi, edi; mov eax, SYS_alarm
+            "0f05 4585e4 7919 4183fcf5"  # syscall; test r12d, r12d; jns accepted; cmp r12d, -11
+            "0f8460feffff 4183fc99 0f8456feffff"  # je again; cmp r12d, -103; je again
+            "e900010000"  # jmp wake
             "4589a710020000 498dbf10020000"  # accepted: mov [r15+0x210], r12d; lea rdi, [r15+0x210]
             "be01000000 ba64000000 b807000000"  # mov esi, 1; mov edx, 100; mov eax, SYS_poll
             "0f05 4489e7 be01000000 ba11000000"  # syscall; mov edi, r12d; mov esi, 1; mov edx, 17
             "4d8d9720020000 4d8d8718020000"  # lea r10, [r15+0x220]; lea r8, [r15+0x218]
             "41c7000c000000 b837000000 0f05"  # mov dword [r8], 12; mov eax, SYS_getsockopt; syscall
-            "85c0 0f8583000000 418b8724020000"  # test eax, eax; jnz give; mov eax, [r15+0x224]
-            "413b8704020000 7573 4489e7"  # cmp eax, [r15+0x204]; jne give; mov edi, r12d
+            "85c0 0f859c000000 418b8724020000"  # test eax, eax; jnz give; mov eax, [r15+0x224]
+            "413b8704020000 0f8588000000 4489e7"  # cmp eax, [r15+0x204]; jne give; mov edi, r12d
             "498db700600000 ba00100000"  # lea rsi, [r15+0x6000]; mov edx, 0x1000
             "41ba42000000 4531c0 4531c9"  # mov r10d, 0x42; xor r8d, r8d; xor r9d, r9d
-            "b82d000000 0f05 85c0 743e"  # mov eax, SYS_recvfrom; syscall; test eax, eax; jz close
-            "784b"  # js give
-            "803e0a 7411"  # scan: cmp byte [rsi], 10; je pass
-            "813e2e616464 743e 48ffc6"  # cmp dword [rsi], 0x6464612e; je give; inc rsi
-            "ffc8 75ec eb35"  # dec eax; jnz scan; jmp give
+            "b82d000000 0f05 85c0 7453"  # mov eax, SYS_recvfrom; syscall; test eax, eax; jz close
+            "7860"  # js give
+            "803e0a 7426 8a4e04"  # scan: cmp byte [rsi], 10; je pass; mov cl, [rsi+4]
+            "813e2e616464 7505"  # cmp dword [rsi], 0x6464612e; jne escape
+            "80f922 744b"  # cmp cl, 0x22; je give
+            "813e5c753030 7505"  # escape: cmp dword [rsi], 0x3030755c; jne more
+            "80f938 723e"  # cmp cl, 0x38; jb give
+            "48ffc6 ffc8 75d7 eb35"  # more: inc rsi; dec eax; jnz scan; jmp give
             "4589a790020000"  # pass: mov [r15+0x290], r12d
             "418bbcdf00010000 498db740020000"  # mov edi, [r15+0x100+rbx*8]; lea rsi, [r15+0x240]
             "ba40400000 b82e000000 0f05"  # mov edx, 0x4040; mov eax, SYS_sendmsg; syscall
             "85c0 780f"  # test eax, eax; js give
             "4489e7 b803000000 0f05"  # close: mov edi, r12d; mov eax, SYS_close; syscall
-            "e9a2fdffff"  # jmp again
+            "e965fdffff"  # jmp again
             "4489e7 418bb4df04010000"  # give: mov edi, r12d; mov esi, [r15+0x104+rbx*8]
             "31d2 b824010000 0f05"  # xor edx, edx; mov eax, SYS_dup3; syscall
         ),
@@ -138,15 +149,16 @@ _CODE = {
             "f9ffff17"  # b calls
             "e0031caa 810342b9 020080d2"  # again: mov x0, x28; ldr w1, [x28, #0x200]; mov x2, #0
             "030080d2 280980d2 010000d4"  # mov x3, #0; mov x8, #SYS_ppoll; svc #0
-            "1f100031 20ffff54 0013f837"  # cmn w0, #4; b.eq again; tbnz w0, #31, wake
-            "800f4079 00080034 60072037"  # ldrh w0, [x28, #6]; cbz w0, doors; tbnz w0, #4, gone
+            "1f100031 20ffff54 0016f837"  # cmn w0, #4; b.eq again; tbnz w0, #31, wake
+            "800f4079 e0070034"  # ldrh w0, [x28, #6]; cbz w0, ended
             "800340b9 811b4091 020280d2"  # ldr w0, [x28]; add x1, x28, #6, lsl #12; mov x2, #16
             "430880d2 040080d2 050080d2"  # mov x3, #0x42; mov x4, #0; mov x5, #0
-            "e81980d2 010000d4 1f200071"  # mov x8, #SYS_recvfrom; svc #0; cmp w0, #8
-            "61110054 811b4091 220c4029"  # b.ne wake; add x1, x28, #6, lsl #12; ldp w2, w3, [x1]
+            "e81980d2 010000d4 1fa00131"  # mov x8, #SYS_recvfrom; svc #0; cmn w0, #104
+            "80fdff54 1f000071 ad060054 1f200071"  # b.eq again; cmp w0, #0; b.le gone; cmp w0, #8
+            "01140054 811b4091 220c4029"  # b.ne wake; add x1, x28, #6, lsl #12; ldp w2, w3, [x1]
             "84ac8c52 840da072 5f00046b"  # movz w4, #0x6564; movk w4, #0x6c, lsl #16; cmp w2, w4
-            "a1100054 840f42b9 7f00046b"  # b.ne wake; ldr w4, [x28, #0x20c]; cmp w3, w4
-            "42100054 94031491"  # b.hs wake; add x20, x28, #0x500
+            "41130054 840f42b9 7f00046b"  # b.ne wake; ldr w4, [x28, #0x20c]; cmp w3, w4
+            "e2120054 94031491"  # b.hs wake; add x20, x28, #0x500
             "9416038b 800240b9"  # add x20, x20, x3, lsl #5; ldr w0, [x20]
             "810640f9 82031091 032080d2"  # ldr x1, [x20, #8]; add x2, x28, #0x400; mov x3, #0x100
             "e80980d2 010000d4 8001f837"  # mov x8, #SYS_newfstatat; svc #0; tbnz w0, #31, answer
@@ -160,18 +172,23 @@ _CODE = {
             "010000d4 800340b9 81630b91"  # svc #0; ldr w0, [x28]; add x1, x28, #0x2d8
             "820080d2 03088852 040080d2"  # mov x2, #4; movz w3, #0x4040; mov x4, #0
             "050080d2 c81980d2 010000d4"  # mov x5, #0; mov x8, #SYS_sendto; svc #0
-            "bbffff17"  # b again
-            "810b42b9 210b0035 000080d2"  # gone: ldr w1, [x28, #0x208]; cbnz w1, wake; mov x0, #0
-            "5d000014"  # b exit
-            "33008052"  # doors: mov w19, #1
-            "800342b9 7f02006b 62f6ff54"  # next: ldr w0, [x28, #0x200]; cmp w19, w0; b.hs again
+            "b8ffff17"  # b again
+            "801f4079 a0000034"  # ended: ldrh w0, [x28, #14]; cbz w0, doors
+            "810b42b9 810d0035 000080d2"  # gone: ldr w1, [x28, #0x208]; cbnz w1, wake; mov x0, #0
+            "70000014"  # b exit
+            "53008052"  # doors: mov w19, #2
+            "800342b9 7f02006b c2f5ff54"  # next: ldr w0, [x28, #0x200]; cmp w19, w0; b.hs again
             "940f138b 800e4079"  # add x20, x28, x19, lsl #3; ldrh w0, [x20, #6]
             "60000035 73060011 f9ffff17"  # cbnz w0, door; add w19, w19, #1; b next
-            "800240b9 010080d2 020080d2"  # door: ldr w0, [x20]; mov x1, #0; mov x2, #0
+            "000080d2 81830b91 020080d2"  # door: mov x0, #0; add x1, x28, #0x2e0; mov x2, #0
+            "e80c80d2 010000d4"  # mov x8, #SYS_setitimer; svc #0
+            "800240b9 010080d2 020080d2"  # ldr w0, [x20]; mov x1, #0; mov x2, #0
             "03008152 0301a072"  # movz w3, #0x800; movk w3, #0x8, lsl #16
             "481e80d2 010000d4 f503002a"  # mov x8, #SYS_accept4; svc #0; mov w21, w0
-            "c000f836 1f2c0031 60f4ff54"  # tbz w0, #31, accepted; cmn w0, #11; b.eq again
-            "1f9c0131 20f4ff54 40000014"  # cmn w0, #103; b.eq again; b wake
+            "000080d2 81830791 020080d2"  # mov x0, #0; add x1, x28, #0x1e0; mov x2, #0
+            "e80c80d2 010000d4"  # mov x8, #SYS_setitimer; svc #0
+            "d500f836 bf2e0031 80f2ff54"  # tbz w21, #31, accepted; cmn w21, #11; b.eq again
+            "bf9e0131 40f2ff54 49000014"  # cmn w21, #103; b.eq again; b wake
             "951302b9 80430891"  # accepted: str w21, [x28, #0x210]; add x0, x28, #0x210
             "210080d2 9f5b01f9 02209c52"  # mov x1, #1; str xzr, [x28, #0x2b0]; movz w2, #0xe100
             "a2bea072 825f01f9"  # movk w2, #0x5f5, lsl #16; str x2, [x28, #0x2b8]
@@ -179,21 +196,25 @@ _CODE = {
             "010000d4 e003152a 210080d2 220280d2"  # svc #0; mov w0, w21; mov x1, #1; mov x2, #17
             "83830891 84630891 85018052"  # add x3, x28, #0x220; add x4, x28, #0x218; mov w5, #12
             "850000b9 281a80d2 010000d4"  # str w5, [x4]; mov x8, #SYS_getsockopt; svc #0
-            "c0040035 802742b9"  # cbnz w0, give; ldr w0, [x28, #0x224]
-            "810742b9 1f00016b 41040054"  # ldr w1, [x28, #0x204]; cmp w0, w1; b.ne give
+            "e0050035 802742b9"  # cbnz w0, give; ldr w0, [x28, #0x224]
+            "810742b9 1f00016b 61050054"  # ldr w1, [x28, #0x204]; cmp w0, w1; b.ne give
             "e003152a 811b4091 f60301aa"  # mov w0, w21; add x1, x28, #6, lsl #12; mov x22, x1
             "020082d2 430880d2 040080d2"  # mov x2, #0x1000; mov x3, #0x42; mov x4, #0
             "050080d2 e81980d2 010000d4"  # mov x5, #0; mov x8, #SYS_recvfrom; svc #0
-            "80020034 e002f837 c1258c52"  # cbz w0, close; tbnz w0, #31, give; movz w1, #0x612e
-            "818cac72"  # movk w1, #0x6464, lsl #16
-            "c2024039 5f280071 e0000054"  # scan: ldrb w2, [x22]; cmp w2, #10; b.eq pass
-            "c21640b8 5f00016b e0010054"  # ldr w2, [x22], #1; cmp w2, w1; b.eq give
-            "00040071 21ffff54 0c000014"  # subs w0, w0, #1; b.ne scan; b give
+            "a0030034 0004f837 c1258c52"  # cbz w0, close; tbnz w0, #31, give; movz w1, #0x612e
+            "818cac72 83ab8e52"  # movk w1, #0x6464, lsl #16; movz w3, #0x755c
+            "0306a672"  # movk w3, #0x3030, lsl #16
+            "c2024039 5f280071 c0010054"  # scan: ldrb w2, [x22]; cmp w2, #10; b.eq pass
+            "c4124039 c21640b8 5f00016b"  # ldrb w4, [x22, #4]; ldr w2, [x22], #1; cmp w2, w1
+            "45048052 8000457a 60020054"  # mov w5, #0x22; ccmp w4, w5, #0, eq; b.eq give
+            "5f00036b 05078052 8200457a"  # cmp w2, w3; mov w5, #0x38; ccmp w4, w5, #2, eq
+            "e3010054"  # b.lo give
+            "00040071 41feff54 0c000014"  # subs w0, w0, #1; b.ne scan; b give
             "959302b9 800241b9"  # pass: str w21, [x28, #0x290]; ldr w0, [x20, #0x100]
             "81030991 02088852"  # add x1, x28, #0x240; movz w2, #0x4040
             "681a80d2 010000d4 a000f837"  # mov x8, #SYS_sendmsg; svc #0; tbnz w0, #31, give
             "e003152a 280780d2 010000d4"  # close: mov w0, w21; mov x8, #SYS_close; svc #0
-            "66ffff17"  # b again
+            "4effff17"  # b again
             "e003152a 810641b9 020080d2"  # give: mov w0, w21; ldr w1, [x20, #0x104]; mov x2, #0
             "080380d2 010000d4"  # mov x8, #SYS_dup3; svc #0
         ),
@@ -242,6 +263,7 @@ class File(NamedTuple):
 def make(
     python: Sequence[str],
     monitor: int,
+    alive: int,
     doors: Sequence[Door],
     files: Sequence[File] = (),
     *,
@@ -249,18 +271,19 @@ def make(
     calls: Iterable[Call] = (),
 ) -> int:
     """The program, as the descriptor of a file that can be executed: `python` is the command line
-    by which it wakes, `monitor` a socket. It makes `calls` first, of five arguments at the most,
-    and goes on if they fail. Raises OSError where it cannot be made, ValueError for what it has no
-    room for."""
+    by which it wakes, `monitor` a socket, `alive` a descriptor of the monitor's process, or -1. It
+    makes `calls` first, of five arguments at the most, and goes on if they fail. Raises OSError
+    where it cannot be made, ValueError for what it has no room for."""
     machine = os.uname().machine
     if machine not in _CODE or len(doors) > MOST_DOORS:
         raise ValueError
     before, from_wake = map(bytes.fromhex, map("".join, _CODE[machine]))
     made = _Data(_TEXT + _HEADERS + len(before))
-    made.wait_for(monitor, doors, has_work_at_the_end)
+    made.wait_for((monitor, alive, *(door.listener for door in doors)), has_work_at_the_end)
+    made.hear(doors)
     made.remove(files[:MOST_FILES])
     made.wake_as(python)
-    made.call_first(calls, has_work_at_the_end)
+    made.call_first(calls)
     code = _elf(machine, before + from_wake)
     return memory("pyvmm-keeper", ((0, code), (_ALIGN, bytes(made.data))), executable=True)
 
@@ -339,13 +362,16 @@ class _Data:
         self._at += -(-(len(data) + 1) // 8) * 8
         return _DATA + at
 
-    def wait_for(self, monitor: int, doors: Sequence[Door], has_work: bool) -> None:
+    def wait_for(self, fds: Sequence[int], has_work: bool) -> None:
+        for number, fd in enumerate(fds):
+            struct.pack_into("<ihh", self.data, 8 * number, fd, _POLLIN, 0)
+        struct.pack_into("<III", self.data, _COUNT, len(fds), os.geteuid(), has_work)
+
+    def hear(self, doors: Sequence[Door]) -> None:
         data = self.data
-        for number, fd in enumerate((monitor, *(door.listener for door in doors))):
-            struct.pack_into("<ihh", data, 8 * number, fd, _POLLIN, 0)
-        for number, door in enumerate(doors, 1):
+        for number, door in enumerate(doors, _FIRST_DOOR):
             struct.pack_into("<ii", data, _DOORS + 8 * number, door.channel, door.place)
-        struct.pack_into("<III", data, _COUNT, 1 + len(doors), os.geteuid(), has_work)
+        struct.pack_into("<4Q", data, _ALARM, 0, 0, 1, 0)
         struct.pack_into("<ihh", data, _CLIENT, -1, _POLLIN, 0)
         message = (0, 0, _DATA + _PIECE, 1, _DATA + _RIGHTS, 24, 0)
         struct.pack_into("<QI4xQQQQI", data, _MESSAGE, *message)
@@ -366,16 +392,13 @@ class _Data:
         struct.pack_into("<Q", self.data, _PYTHON, texts[0])
         struct.pack_into(f"<{len(texts)}Q", self.data, _ARGUMENTS, *texts)
 
-    def call_first(self, calls: Iterable[Call], has_work: bool) -> None:
-        """`calls`; if it `has_work` at the end, what GONE does comes before them. Its name is last:
-        who sees it knows that they are made."""
-        made: list[Call] = []
-        if has_work:
-            # struct sigaction of the kernel: nothing returns from it.
-            action = struct.pack("<4Q", self._wake, _SA_NODEFER | _SA_RESTORER, self._wake, 0)
-            made.append((number_of("rt_sigaction"), GONE, action, 0, 8))
-        made += calls
-        made.append((PRCTL, _PR_SET_NAME, b"pyvmm-keeper"))
+    def call_first(self, calls: Iterable[Call]) -> None:
+        """`calls`, after what an alarm does. Its name is last: who sees it knows that they are
+        made."""
+        # struct sigaction of the kernel: nothing returns from it.
+        action = struct.pack("<4Q", self._wake, _SA_NODEFER | _SA_RESTORER, self._wake, 0)
+        wakes = (number_of("rt_sigaction"), signal.SIGALRM, action, 0, 8)
+        made: list[Call] = [wakes, *calls, (PRCTL, _PR_SET_NAME, b"pyvmm-keeper")]
         at = _CALLS
         for number, *arguments in made:
             if number == NO_CALL:

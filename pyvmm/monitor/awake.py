@@ -64,7 +64,9 @@ class Serving:
         self._sleeps = sleeps
         self._socket = _socket.socket(fileno=state.socket)
         self._epoll = select.epoll()
-        self._epoll.register(self._socket.fileno(), select.EPOLLIN)
+        for fd in (self._socket.fileno(), state.alive):
+            if fd >= 0:
+                self._epoll.register(fd, select.EPOLLIN)
         self._is_over = False
         self._broker = self._hear_clients() if state.doors else None
         self._let_inherit(False)
@@ -89,18 +91,16 @@ class Serving:
         return broker
 
     def run(self) -> None:
-        """Serve until the other end is closed."""
+        """Serve until the monitor has ended."""
         try:
             self._look_after_monitor(True)
-            with suppress(ConnectionError):  # an answer was not read, or cannot be given any more
-                self._serve()
+            self._serve()
             self._is_over = True
         except _Gone:
             pass
 
     def _look_after_monitor(self, looks: bool) -> None:
-        """Whoever has a listener too can have us wait in accept(2), and the kernel tells us of its
-        end only if it is of our user, and we have no group to remove."""
+        """Whoever has a listener too can have us wait in accept(2)."""
         signal.signal(signal.SIGALRM, self._look)
         seconds = _LOOK_EVERY if looks else 0.0
         signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
@@ -113,13 +113,16 @@ class Serving:
     def _has_gone(self) -> bool:
         poll = select.poll()
         poll.register(self._socket.fileno(), 0)
+        if self._state.alive >= 0:
+            poll.register(self._state.alive, select.POLLIN)
         return bool(poll.poll(0))
 
     def _serve(self) -> None:
-        """Raises ConnectionError."""
-        while True:
-            self._wait()
-            message = self._socket.recv(_MOST)
+        while self._wait():
+            try:
+                message = self._socket.recv(_MOST)
+            except ConnectionResetError:  # an answer was not read; what was asked is still there
+                continue
             if not message:
                 return
             fd, failed = -1, 0
@@ -129,7 +132,8 @@ class Serving:
                 failed = error.errno or errno.EIO
             except (ValueError, TypeError, IndexError, RecursionError):
                 failed = errno.EINVAL
-            self._answer(failed, fd)
+            with suppress(ConnectionError):  # nobody hears it any more
+                self._answer(failed, fd)
             if fd >= 0:
                 os.close(fd)
 
@@ -151,14 +155,17 @@ class Serving:
             os.closerange(0, os.sysconf("SC_OPEN_MAX"))
             cgroup.leave_last(*self._state.group)
 
-    def _wait(self) -> None:
-        """Wait for the monitor, and hear clients meanwhile."""
+    def _wait(self) -> bool:
+        """Wait for the monitor, and hear clients meanwhile; False if it has ended, and has said all
+        that it had to."""
         while True:
             is_idle = self._broker is None or self._broker.is_idle
             patience = self._state.awake if self._sleeps and is_idle else None
             ready = [fd for fd, _ in self._epoll.poll(patience)]
             if self._socket.fileno() in ready:
-                return
+                return True
+            if self._state.alive in ready:
+                return False
             if not ready:
                 self._sleep()
             elif self._broker is not None:

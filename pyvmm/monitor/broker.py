@@ -35,7 +35,11 @@ if TYPE_CHECKING:
     from pyvmm.host.other_user import OtherUser
 
 KINDS = ("disk", "net", "share")
-_ASKS = tuple(f'"{kind}.add"'.encode() for kind in KINDS)
+# JSON may spell any character of these by an escape, and in no third way.
+_ASKS = (
+    *(f'"{kind}.add"'.encode() for kind in KINDS),
+    *(rb"\u00%d" % digit for digit in range(8)),
+)
 MOST_WAITING = 32  # who have not said a whole line
 MOST_WORKERS = 8
 _SHARE_OF_OTHERS = 4  # of both a quarter, beside those: at doors that are not for the owner alone

@@ -22,7 +22,8 @@ that only have to stay open, such as a lock's, are its alone from then on.
 
 It begins asleep, as a program of some hundred bytes (pyvmm.monitor.asleep), and becomes Python for
 what that cannot do (pyvmm.monitor.awake). It has nothing else of the monitor's open than its socket
-and these, and ends with it.
+and these, and ends with it: what tells is a descriptor of its process, as somebody else may have
+the other end of the socket by then.
 
 Where the monitor becomes another user, the keeper is root, and the folder of a socket may be that
 user's: what he makes a link of later is not followed for him.
@@ -134,6 +135,10 @@ class Keeper:
 
     def _start(self, theirs: list[int]) -> None:
         """Start it; descriptors that are its alone are added to `theirs`. Raises OSError."""
+        alive = -1
+        with suppress(OSError):  # a sandbox that knows none
+            alive = os.pidfd_open(os.getpid())
+            theirs.append(alive)
         there = [int(name) for name in os.listdir("/proc/self/fd")]
         files = list(self._files(theirs))
         lasting = [*theirs]
@@ -147,6 +152,7 @@ class Keeper:
             is_inside=self._is_inside,
             monitor=os.getpid(),
             awake=AWAKE,
+            alive=numbers.get(alive, -1),
             socket=numbers[theirs[0]],
             module=_WAKES,
             packages=list(confinement.package_folders()),

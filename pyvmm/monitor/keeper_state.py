@@ -8,22 +8,22 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from pyvmm.host import confinement
-from pyvmm.host.confinement import PRCTL, Call
+from pyvmm.host.confinement import Call
 from pyvmm.monitor import asleep
 
 ANSWER = struct.Struct("=i")
 REMOVE = struct.Struct("=3sxI")
 # What is not the keeper's affair: the terminal's, and a shutdown's, whose monitor it ends with.
 NOT_HEARD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP)
-_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 class State(NamedTuple):
     """What a keeper knows, with numbers of descriptors: see Keeper. `monitor` is that process,
-    `socket` the way to it. `module` is what wakes, and `packages` are the folders that Python looks
-    in. `held` only stay open. `named` are the paths of files that were announced, each also without
-    links in its folder's; `files` those to remove, as asleep.File. `doors` are a listener, a
-    channel, and whether its owner alone is heard."""
+    `alive` a descriptor of it (pidfd_open(2)) or -1, `socket` the way to it. `module` is what
+    wakes, and `packages` are the folders that Python looks in. `held` only stay open. `named` are
+    the paths of files that were announced, each also without links in its folder's; `files` those
+    to remove, as asleep.File. `doors` are a listener, a channel, and whether its owner alone is
+    heard."""
 
     place: str
     name: str
@@ -31,6 +31,7 @@ class State(NamedTuple):
     is_inside: bool
     monitor: int
     awake: float
+    alive: int
     socket: int
     module: str
     packages: list[str]
@@ -43,6 +44,8 @@ class State(NamedTuple):
     def lasting(self) -> Iterator[int]:
         """The descriptors that it always has."""
         yield self.socket
+        if self.alive >= 0:
+            yield self.alive
         yield from self.held
         yield from {folder for folder, _, _, _ in self.files}
         for listener, channel, _ in self.doors:
@@ -58,6 +61,7 @@ class State(NamedTuple):
         return asleep.make(
             self.python(memory),
             self.socket,
+            self.alive,
             [
                 asleep.Door(listener, channel, place)
                 for place, (listener, channel, _) in zip(self.places(), self.doors, strict=True)
@@ -73,11 +77,8 @@ class State(NamedTuple):
 
 
 def begin(state: State) -> Iterator[Call]:
-    """The system calls that a keeper makes as the first thing: it gives up what it never needs, and
-    ends with the monitor."""
+    """The system calls that a keeper makes as the first thing: it gives up what it never needs."""
     from pyvmm.host import box
 
     if not state.is_inside:
         yield from box.outside_calls()
-        # Whoever has a listener too can have us wait in accept(2) for ever.
-        yield PRCTL, _PR_SET_PDEATHSIG, asleep.GONE if state.group else signal.SIGKILL

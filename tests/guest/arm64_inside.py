@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
+import tempfile
 
 PATIENCE = 600
 TIMES = 4
@@ -40,7 +43,8 @@ told += refusals.take()
 print("calls" in on, refused, refusals.count, sorted(set(told)))
 """
 # A keeper that sleeps removes a file if it is the same, passes on a client that asks for no device,
-# and wakes for another; one with a group of processes wakes for the end of its monitor, too.
+# and wakes for another, and for an alarm. It ends with its monitor, though that is somebody else's
+# child, and somebody has the other end of its socket still; it removes what it was told to before.
 KEEPER = """
 import os, signal, subprocess, sys, tempfile, time
 from pyvmm.host import unix_sockets
@@ -63,7 +67,7 @@ for name in "same", "other":
     made.remove(f"{folder}/{name}")
 print(sorted(os.listdir(folder)), end=" ")
 until_named(made.pid, True)
-os.kill(made.pid, asleep.GONE)
+os.kill(made.pid, signal.SIGALRM)
 until_named(made.pid, False)
 keeper.AWAKE = 0.0
 folder = tempfile.mkdtemp()
@@ -87,6 +91,41 @@ for line in ("{}\\n", '{"method": "disk.add"}\\n'):
 os.close(made.open_log(False))
 print(told, os.listdir(folder + "/logs"))
 """
+
+# Such a monitor. argv: a folder.
+LAST = """
+import os, signal, sys
+from pyvmm.monitor import keeper
+open(sys.argv[1] + "/last", "w").close()
+made = keeper.Keeper(sys.argv[1], "web")
+made.announce(sys.argv[1] + "/last")
+made.enter_box()
+while open(f"/proc/{made.pid}/comm").read() != "pyvmm-keeper\\n":
+    pass
+os.kill(made.pid, signal.SIGSTOP)
+os.set_inheritable(made._socket.fileno(), True)
+waits = [sys.executable, "-c", "import time; time.sleep(3600)"]
+other = os.posix_spawn(waits[0], waits, os.environ)
+made._socket.send(keeper.REMOVE.pack(b"del", 0))
+print(made.pid, other, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def last_words() -> list[object]:
+    """What is left in the folder of such a monitor when its keeper has ended."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-P", "-c", LAST, folder]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as monitor:
+            assert monitor.stdout is not None
+            keeper, other = map(int, monitor.stdout.readline().split())
+            monitor.wait(PATIENCE)
+            process = os.pidfd_open(keeper)
+            os.kill(keeper, signal.SIGCONT)
+            has_ended = bool(select.select([process], [], [], PATIENCE)[0])
+            os.kill(other, signal.SIGKILL)
+        return [has_ended, os.listdir(folder)]
+
 
 # The modules of a monitor that are in files of their own.
 ALONE = """
@@ -123,6 +162,7 @@ def main() -> int:
         "alone": ran("-c", ALONE),
         "refused": ran("-c", REFUSED),
         "keeper": ran("-c", KEEPER),
+        "last": last_words(),
         "doctor": ran("-m", "pyvmm", "doctor"),
         "resets": guest(resets),
         "powers off": [guest(powers_off) for _ in range(TIMES)],

@@ -718,6 +718,7 @@ def test_what_needs_no_linux_guest(tmp_path: Path) -> None:
     told = ["asleep", "", 1, "asleep", '{"method": "disk.add"}\n', 1]
     told_before = "['before', 'other']"
     assert found["keeper"][:2] == [0, f"{told_before} {told} ['web.log']\n"], found["keeper"]
+    assert found["last"] == [True, []], found["last"]
     code, said, _ = found["doctor"]
     assert code == 0, said
     assert "✓ probe guest: runs unmodified kernels" in said

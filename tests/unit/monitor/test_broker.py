@@ -148,6 +148,31 @@ def test_what_a_client_names_is_opened_for_the_monitor(monitor: Monitor, piece: 
     assert added["result"]["has"] == ["content"]
 
 
+@pytest.mark.parametrize("method", [r"disk\u002eadd", r"\u0064isk.add", r"disk.ad\u0064"])
+@pytest.mark.parametrize("key", ["method", r"\u006dethod"])
+def test_however_a_client_spells_what_it_asks_for(monitor: Monitor, method: str, key: str) -> None:
+    asked = f'{{"version": 1, "{key}": "{method}", "params": {{"device": "image"}}}}\n'
+    [added] = ask(monitor, asked.encode())
+    assert added["result"]["has"] == ["content"], added
+
+
+def test_nobody_wakes_it_who_asks_for_no_device(monitor: Monitor) -> None:
+    program = Path(f"/proc/{monitor.keeper.pid}/exe").readlink()
+    assert program.name.startswith("memfd:")
+    asked = [request("status", text=text) for text in ("disk.add,x", "ä \\ u0064", ".add\\", "add")]
+    # JSON in bytes might be read in other ways, which nobody looks for.
+    added = request("disk.add", device="image").decode()
+    asked += [added.encode(encoding) for encoding in ("utf-16-be", "utf-32-be")]
+    for line in asked:
+        os.kill(monitor.keeper.pid, signal.SIGSTOP)  # it waits a moment only until all is said
+        with closing(unix_sockets.connect_here(monitor.path)) as client:
+            client.setblocking(True)
+            client.send(line)
+            os.kill(monitor.keeper.pid, signal.SIGCONT)
+            assert json.loads(client.recv(1 << 16))["error"]["code"] == "bad_request"
+    assert Path(f"/proc/{monitor.keeper.pid}/exe").readlink() == program
+
+
 def test_what_cannot_be_opened_is_told_to_who_asked(monitor: Monitor) -> None:
     for params, code, told in (
         ({"device": "nothing"}, "refused", "cannot open .*/nothing: No such file"),

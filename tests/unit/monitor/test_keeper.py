@@ -198,7 +198,23 @@ def test_a_descriptor_that_cannot_be_sent_is_an_error_and_no_more(tmp_path: Path
             return super().sendmsg(buffers)
 
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    known = (str(tmp_path), "web", None, False, 0, 5.0, theirs.detach(), "", [], (), [], [], [], [])
+    known = (
+        str(tmp_path),
+        "web",
+        None,
+        False,
+        0,
+        5.0,
+        -1,
+        theirs.detach(),
+        "",
+        [],
+        (),
+        [],
+        [],
+        [],
+        [],
+    )
     state = State(*known)
     with ours:
         for _ in range(2):
@@ -232,9 +248,9 @@ def test_it_imports_nothing_that_a_guest_may_have_written(
     assert "python" in imported and not (tmp_path / "mark").exists()
 
 
-# A monitor that takes connections away from its keeper until that waits for one, and prints its
-# number then. argv: the folder, the keeper's patience, a group of processes or "", and what the
-# kernel calls accept4 (proc(5)).
+# A monitor. argv: the folder, the keeper's patience, a group of processes or "", a user to be or 0.
+# It prints its keeper's number, and then tries for each line, at some moment, to take a connection
+# away from it.
 MONITOR = """
 import os, random, signal, sys, time
 from pyvmm.host import unix_sockets
@@ -246,12 +262,15 @@ if sys.argv[3]:
     group = Group.__new__(Group)
     group._before, group._made = sys.argv[1], sys.argv[3]
     made.leave(group)
-path = sys.argv[1] + "/socket"
-listener = unix_sockets.listen(path)
+for name in ("one", "two"):
+    made.announce(sys.argv[1] + "/" + name)
+listener = unix_sockets.listen(sys.argv[1] + "/socket")
 channel = made.listen(listener, owner_only=True)
 made.enter_box()
 if keeper.AWAKE:
     os.close(made.open_log(False))
+if user := int(sys.argv[4]):
+    os.setresuid(user, user, user)
 patient = True
 def too_late(*args):
     global patient
@@ -259,49 +278,137 @@ def too_late(*args):
         patient = True
         raise InterruptedError
 signal.signal(signal.SIGALRM, too_late)
-os.set_blocking(listener.fileno(), True)
-while True:
-    client = unix_sockets.connect_here(path)
-    until = time.perf_counter() + random.random() / 5000
+print(made.pid, flush=True)
+for line in sys.stdin:
+    if line == "tell\\n":
+        os.set_inheritable(made._socket.fileno(), True)
+        other = os.posix_spawn("/bin/sleep", ["sleep", "3600"], os.environ)
+        for name in ("one", "two"):
+            path = sys.argv[1] + "/" + name
+            made._socket.send(keeper.REMOVE.pack(b"del", made._removable[path]))
+        print(other, flush=True)
+        continue
+    until = time.perf_counter() + random.random() / 2000
     while time.perf_counter() < until:
         pass
     signal.setitimer(signal.ITIMER_REAL, 0.002, 0.002)
+    os.set_blocking(listener.fileno(), True)  # which it changes when it becomes Python
     try:
         patient = False
         os.close(listener._accept()[0])
         patient = True
-    except InterruptedError:
+    except (InterruptedError, BlockingIOError):
         pass
     signal.setitimer(signal.ITIMER_REAL, 0)
-    client.close()
-    with open(f"/proc/{made.pid}/syscall") as file:
-        if file.read().split()[0] == sys.argv[4]:
-            break
-print(made.pid, flush=True)
-sys.stdin.read()
+    print(flush=True)
 """
 
 
-@pytest.mark.parametrize("group", [False, True], ids=["", "group"])
+class Monitor:
+    """The end of it is the end of its process."""
+
+    def __init__(self, folder: Path, *, sleepy: bool, group: str = "", user: int = 0) -> None:
+        for name in ("one", "two"):
+            (folder / name).touch()
+        command = [sys.executable, "-c", MONITOR, str(folder), "0" if sleepy else "3600"]
+        self.process = subprocess.Popen(
+            [*command, group, str(user)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout is not None
+        self.keeper = int(self.process.stdout.readline())
+        self._keeper = os.pidfd_open(self.keeper)
+
+    def ask(self, line: str) -> str:
+        """Say `line`; what it answers, when it does."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(line, file=self.process.stdin, flush=True)
+        return self.process.stdout.readline()
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+
+    def close(self) -> None:
+        self.end()
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream is not None:
+                stream.close()
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._keeper, signal.SIGKILL)
+        os.close(self._keeper)
+
+    def has_no_keeper(self) -> bool:
+        """It is awaited."""
+        return bool(select.select([self._keeper], [], [], SAFETY_TIMEOUT)[0])
+
+
+@pytest.mark.parametrize(("group", "user"), [(False, 0), (True, 0), (False, 61001)])
 def test_it_ends_with_a_monitor_that_has_made_it_wait(
-    tmp_path: Path, sleepy: bool, group: bool
+    tmp_path: Path, sleepy: bool, group: bool, user: int
 ) -> None:
     """A listener without O_NONBLOCK, of which the monitor takes all connections, has it wait in
-    accept(2)."""
+    accept(2). The kernel tells no child of another user's end."""
+    if user and os.geteuid():
+        pytest.skip("only root can be somebody else")
     made = tmp_path / "group"
     made.mkdir()
-    command = [sys.executable, "-c", MONITOR, str(tmp_path), "0" if sleepy else "3600"]
-    command += [str(made) if group else "", str(number_of("accept4"))]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as monitor:
-        assert monitor.stdout is not None
-        pid = int(monitor.stdout.readline())
-        process = os.pidfd_open(pid)
-        monitor.kill()
-    has_ended = select.select([process], [], [], SAFETY_TIMEOUT)[0]
-    os.close(process)
-    if not has_ended:
-        os.kill(pid, signal.SIGKILL)
-    assert has_ended and made.exists() is not group
+    accept4 = str(number_of("accept4"))
+    monitor = Monitor(tmp_path, sleepy=sleepy, group=str(made) if group else "", user=user)
+    with contextlib.closing(monitor):
+        syscall = Path(f"/proc/{monitor.keeper}/syscall")
+        while syscall.read_text().split()[0] != accept4:
+            with (
+                socket.socket(socket.AF_UNIX) as client,
+                contextlib.suppress(BlockingIOError),  # it is not that quick
+            ):
+                client.setblocking(False)
+                client.connect(str(tmp_path / "socket"))
+                monitor.ask("")
+        monitor.end()
+        assert monitor.has_no_keeper() and made.exists() is not group
+
+
+@pytest.mark.parametrize("group", [False, True], ids=["", "group"])
+def test_what_the_monitor_has_said_last_is_done_though_somebody_has_its_socket(
+    tmp_path: Path, sleepy: bool, group: bool
+) -> None:
+    """A descriptor may be on its way to another process, or back to the keeper's own sockets."""
+    made = tmp_path / "group"
+    made.mkdir()
+    monitor = Monitor(tmp_path, sleepy=sleepy, group=str(made) if group else "")
+    with contextlib.closing(monitor):
+        os.kill(monitor.keeper, signal.SIGSTOP)
+        other = int(monitor.ask("tell"))
+        try:
+            monitor.end()
+            os.kill(monitor.keeper, signal.SIGCONT)
+            assert monitor.has_no_keeper() and made.exists() is not group
+        finally:
+            os.kill(other, signal.SIGKILL)
+    assert not [name for name in ("one", "two") if (tmp_path / name).exists()]
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_files_go_though_the_monitor_has_gone(tmp_path: Path, sleepy: bool, reads: bool) -> None:
+    """Whether it has read an answer or not."""
+    files = [tmp_path / name for name in ("one", "two", "three")]
+    made = Keeper(str(tmp_path), "web")
+    for file in files:
+        file.touch()
+        made.announce(str(file))
+    made.enter_box()
+    assert made._socket is not None
+    if not sleepy:
+        os.close(made.open_log(False))
+    if not reads:
+        made._socket.send(REMOVE.pack(b"del", 0))
+        assert select.select([made._socket], [], [], SAFETY_TIMEOUT)[0]
+    os.kill(made.pid, signal.SIGSTOP)
+    for number in range(3):
+        made._socket.send(REMOVE.pack(b"del", number))
+    made._socket.close()
+    os.kill(made.pid, signal.SIGCONT)
+    assert end(made) == 0 and not [file for file in files if file.exists()]
 
 
 def files_of(pid: int) -> list[str]:
@@ -329,7 +436,7 @@ def test_it_has_no_other_descriptor_and_ends_with_the_monitor(tmp_path: Path) ->
         os.close(inherited)
         os.close(other)
     until_asleep(made.pid)
-    own = ["/memfd:pyvmm-keeper-state (deleted)", str(tmp_path), "socket"]
+    own = ["/memfd:pyvmm-keeper-state (deleted)", str(tmp_path), "anon_inode:[pidfd]", "socket"]
     assert sorted(files_of(made.pid)) == own
     os.kill(made.pid, signal.SIGINT)
     os.kill(made.pid, signal.SIGTERM)
@@ -413,7 +520,7 @@ def test_asleep_it_has_next_to_no_memory_and_ends_with_the_monitor(
     until_asleep(made.pid)
     assert private_kib(made.pid) < 256  # pages may have 64 KiB
     held = sorted(link for link in files_of(made.pid) if "memfd" not in link)
-    assert held == ["socket"], held
+    assert held == ["anon_inode:[pidfd]", "socket"], held
     assert Path(f"/proc/{made.pid}/cmdline").read_bytes() == b"pyvmm: keeper of web\0"
     status = Path(f"/proc/{made.pid}/status").read_text()
     if box.filters_calls():
