@@ -14,12 +14,11 @@ from pyvmm.agent.errors import AgentGone, TimeLimit
 from pyvmm.cli.parameter_types import Seconds
 from pyvmm.errors import ConfigError
 from pyvmm.host import log
+from pyvmm.host.leaving import Left, leaving_by_signal
 from pyvmm.monitor.attached import (
     TIMED_OUT,
-    Left,
     agent_of,
     attach,
-    leaving_by_signal,
     terminal_size,
 )
 from pyvmm.platform.console import standard_fds

@@ -18,7 +18,7 @@ _RAISE, _DIE = signal.default_int_handler, signal.SIG_DFL
 def die_of_them() -> None:
     """From now on: for a process that is a command. One that ignores them, as what a shell has in
     the background, goes on to do so."""
-    if signal.getsignal(signal.SIGINT) is _RAISE:
+    if signal.getsignal(signal.SIGINT) in (_RAISE, _DIE):
         signal.signal(signal.SIGINT, _DIE)
         sys.unraisablehook = _die_if_lost
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 
 from pyvmm.errors import ConfigError, HostError
-from pyvmm.host import named_listener, unix_sockets
+from pyvmm.host import leaving, named_listener, unix_sockets
 from pyvmm.host.syscalls import Closable
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.spec.names import SOCKET_SUFFIX, check_name
@@ -112,11 +112,12 @@ class Registration(Closable):
     def close(self) -> None:
         if self.listener is None or self.listener.fileno() < 0:
             return
-        # First unlinked, then closed: nobody takes it for a dead VM's and puts his own there.
-        for path in self.files:
-            with suppress(OSError):
-                named_listener.remove(path)
-        self.listener.close()
+        with leaving.undisturbed():
+            # First unlinked, then closed: nobody takes it for a dead VM's and puts his own there.
+            for path in self.files:
+                with suppress(OSError):
+                    named_listener.remove(path)
+            self.listener.close()
 
 
 def register(name: str = "", default: str = DEFAULT_NAME) -> Registration:

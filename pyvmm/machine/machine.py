@@ -14,6 +14,7 @@ from threading import RLock
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from pyvmm.host import leaving
 from pyvmm.kvm.vcpu import Vcpu
 from pyvmm.machine.builder import Parts
 from pyvmm.machine.outcome import Ending, Outcome
@@ -275,6 +276,7 @@ class Machine:
             if now > self._lose_patience_at:
                 # A thread hangs in a system call (a disk that does not answer). What SIGTERM did
                 # before us ends the process, the terminal restored.
+                leaving.at_once()
                 signal.signal(signal.SIGTERM, before[signal.SIGTERM])
                 signal.raise_signal(signal.SIGTERM)
             self._lose_patience_at = min(self._lose_patience_at, now + _PATIENCE)

@@ -7,8 +7,8 @@ import os
 import select
 import signal
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from types import FrameType
 
 from pyvmm.agent import PORT, Agent, AgentError, Process, WrongUser
@@ -16,6 +16,7 @@ from pyvmm.agent.process import STDERR
 from pyvmm.agent.protocol import WINDOW
 from pyvmm.control.client import connect_vsock
 from pyvmm.host import log
+from pyvmm.host.leaving import Left
 from pyvmm.host.output import write_all
 from pyvmm.monitor.exit_code import BROKEN_PIPE
 from pyvmm.platform.terminal import Terminal, is_terminal
@@ -42,30 +43,6 @@ def terminal_size(*fds: int | None) -> tuple[int, int]:
                 size = os.get_terminal_size(fd)
                 return size.lines, size.columns
     return 24, 80
-
-
-class Left(KeyboardInterrupt):
-    """The user does not want to wait for a command any more: by the signal `number`, the second
-    one, or by a Ctrl-C that its guest does not take. `code` is the exit code for that."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.code = 128 + number
-
-
-@contextmanager
-def leaving_by_signal() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP raise Left, so that what is inside leaves nothing half done."""
-
-    def leave(number: int, frame: FrameType | None) -> None:
-        raise Left(number)
-
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 class _Late(BaseException):

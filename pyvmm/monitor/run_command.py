@@ -257,7 +257,7 @@ class _Client:
 
     def run(self) -> int | None:
         """The exit code; None if it is for the monitor to say, as the guest has ended."""
-        from pyvmm.monitor.attached import Left
+        from pyvmm.host.leaving import Left
 
         def leave(number: int, frame: FrameType | None) -> None:
             raise Left(given[number])

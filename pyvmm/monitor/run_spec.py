@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from pyvmm.control import registry
 from pyvmm.errors import ConfigError, PyvmmError
-from pyvmm.host import log
+from pyvmm.host import leaving, log
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.machine.board.registry import is_foreign
 from pyvmm.machine.outcome import Ending
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pyvmm.monitor.confine import Confinement
 
 
+@leaving.ended_by_signals
 def run_spec(
     spec: VmSpec,
     kvm: str = "auto",
@@ -42,11 +43,14 @@ def run_spec(
     With `image` its first disk is that image's, and unless `rm` is true what the guest changes on
     it is kept. `wrap` is called in place of the run, with what carries it out; it returns the
     exit code, and whether that is one of a command in the guest and not the VM's own. A signal asks
-    the guest to power off first; with `cut_if_nothing_kept` only if it can keep something.
+    the guest to power off first; with `cut_if_nothing_kept` only if it can keep something. One that
+    comes before there is a guest leaves nothing of the VM.
     """
     if surroundings.allow_read:
         surroundings.check_files()
-    with _registered(spec.name, image or default_name) as registration:
+    with ExitStack() as closing:
+        with leaving.undisturbed():
+            registration = closing.enter_context(_registered(spec.name, image or default_name))
         spec = replace(spec, name=registration.name)
         log.set_vm(spec.name)
         if spec.devices or surroundings.sockets:  # some devices have sockets
@@ -83,6 +87,10 @@ def run_spec(
             except PyvmmError as error:
                 if vm_log is not None and not isinstance(error, ConfigError):
                     vm_log.end(1, message=str(error))
+                raise
+            except leaving.Left as left:
+                if vm_log is not None:
+                    _note_end(vm_log, left.code, of_command=False)
                 raise
             if vm_log is not None:
                 _note_end(vm_log, code, of_command=of_command)

@@ -17,6 +17,8 @@ from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, Self
 
+from pyvmm.host import leaving
+
 _FATAL = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGINT)
 
 _IFLAG, _OFLAG, _CFLAG, _LFLAG, _CC = 0, 1, 2, 3, 6  # places in termios.tcgetattr's list
@@ -127,12 +129,12 @@ class Terminal:
         self._catch(signal.SIGCONT, self._resume)
 
     def _catch(self, number: int, handler: Any) -> None:
-        if signal.getsignal(number) == signal.SIG_DFL:
+        if signal.getsignal(number) in (signal.SIG_DFL, leaving.raise_left):
             self._handlers[number] = signal.signal(number, handler)
 
     def _die(self, number: int, frame: FrameType | None) -> None:
         self.restore()
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, self._handlers.get(number, signal.SIG_DFL))
         os.kill(os.getpid(), number)
 
     def _suspend(self, number: int, frame: FrameType | None) -> None:

@@ -91,6 +91,49 @@ with interrupts.raised():
     assert (done.returncode, done.stdout, done.stderr) == (-2, "", "")
 
 
+def test_one_that_a_callback_swallows_comes_again_where_there_is_something_to_clean_up() -> None:
+    lost = """
+import signal, sys, time, weakref
+from pyvmm.host import leaving
+class Object: pass
+@leaving.ended_by_signals
+def run():
+    held = Object()
+    reference = weakref.ref(held, lambda _: signal.raise_signal(signal.SIGTERM))
+    try:
+        del held
+        while True:
+            time.sleep(0.01)
+    finally:
+        print("cleaned up")
+sys.exit(run())
+"""
+    done = subprocess.run([sys.executable, "-c", lost], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "cleaned up\n", "")
+
+
+def test_one_more_ends_it_on_the_spot_and_one_in_a_bad_moment_waits() -> None:
+    again = """
+import signal, sys
+from pyvmm.host import leaving
+@leaving.ended_by_signals
+def run():
+    try:
+        with leaving.undisturbed():
+            signal.raise_signal(signal.SIGHUP)
+            print("undisturbed", flush=True)
+    finally:
+        if sys.argv[1:]:
+            signal.raise_signal(signal.SIGHUP)
+    return 0
+sys.exit(run())
+"""
+    for more, code in (((), 129), (("again",), -1)):
+        words = [sys.executable, "-c", again, *more]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout, done.stderr) == (code, "undisturbed\n", "")
+
+
 def test_a_process_that_ignores_them_goes_on_to_ignore_them() -> None:
     ignoring = """
 import signal
