@@ -2,10 +2,14 @@
 
 The server is the real one, at real sockets; its turns are taken one by one, and the threads of late
 answers run when the case says so. A model written from docs/control-socket.md has the answer to
-each line. A case raises AssertionError, with what was done, if
+each line. Most methods are stand-ins that answer in every way there is. In some cases there is a
+VM's own description as well, with real devices of real kinds, and its real methods beside them;
+only what takes a KVM or another process is left out. A case raises AssertionError, with what was
+done, if
 
 - an answer is another one than the model's, comes out of turn, twice, or to somebody else,
 - a method is called that the door has no rights for, or with parameters that it does not take,
+- one of the VM's own does something else, or refuses something else, than the model's,
 - more is kept for a client than a line, or of clients than there may be at a door,
 - the server does not come to rest, or sleeps for long,
 - a connection, a descriptor or a thread's work is left when it has ended.
@@ -18,10 +22,12 @@ import functools
 import json
 import os
 import socket
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -30,6 +36,7 @@ from fuzz.room import check_closed, open_files, room
 from pyvmm.control import server as served
 from pyvmm.control.doors import Door
 from pyvmm.control.protocol import (
+    ControlError,
     Later,
     Method,
     Upgrade,
@@ -38,8 +45,13 @@ from pyvmm.control.protocol import (
     watches,
 )
 from pyvmm.control.server import ControlServer
-from pyvmm.errors import ConfigError, HostError
+from pyvmm.errors import ConfigError, HostError, PyvmmError
 from pyvmm.host import unix_sockets
+from pyvmm.kinds import balloon, registry, vsock
+from pyvmm.kinds.interface import Context
+from pyvmm.kinds.vm_spec import validate
+from pyvmm.monitor.control import MachineControl
+from pyvmm.spec.vm import DiskSpec, VmSpec
 from pyvmm.testing.mmio_driver import Ring
 
 MOST_LINE = 65536
@@ -55,6 +67,7 @@ class _Places:
 
     def __init__(self) -> None:
         folder = room()
+        self.folder = str(folder)
         self.paths = {right: f"{folder}/{right}" for right in RIGHTS}
         self.listeners = {right: unix_sockets.listen(path) for right, path in self.paths.items()}
 
@@ -101,6 +114,120 @@ class _Thread:
 
     def run(self) -> None:
         self._target(*self._args)
+
+
+class _Machine:
+    """A VM with two disks, a balloon and sockets, whose guest has no drivers, and what it has to do
+    and to say. Its vCPUs and its memory are not there."""
+
+    RIGHTS: Mapping[str, int] = {
+        **{"status": 0, "balloon.stats": 0, "pause": 1, "resume": 1},
+        **{"disk.resize": 1, "balloon.set": 1, "vsock.connect": 2},
+    }
+    MEMORY = 64 << 20
+
+    def __init__(self, closing: ExitStack, wrong: list[str]) -> None:
+        self._wrong = wrong
+        self.sizes = {"disk0": 4096, "disk1": 4096}
+        self.target = 0
+        folder = _places().folder
+        paths = [os.path.join(folder, name) for name in self.sizes]
+        for path in paths:
+            with open(path, "wb") as file:
+                file.truncate(4096)
+        disks = DiskSpec(paths[0]), DiskSpec(paths[1], read_only=True)
+        described = VmSpec(
+            "kernel", memory=self.MEMORY, disks=disks, devices=(balloon.Spec(), vsock.Spec())
+        )
+        spec = validate(described)
+        opened = closing.enter_context(ExitStack())
+        context = Context("web", None, opened, alarm=lambda *_: None)  # type: ignore[arg-type]
+        devices = tuple(registry.open_device(part, context) for part in spec.parts)
+        self.pauser = SimpleNamespace(paused=False, pause=self._pause, resume=self._resume)
+        memory = SimpleNamespace(resident=12345)
+        prepared = SimpleNamespace(spec=spec, devices=devices, memory=memory)
+        machine: Any = SimpleNamespace(
+            pauser=self.pauser,
+            steady=threading.RLock(),
+            boots=1,
+            parts=SimpleNamespace(prepared=prepared),
+        )
+        watch: Any = SimpleNamespace(events=SimpleNamespace(emit=lambda _: None))
+        control = MachineControl(machine, watch, None)  # type: ignore[arg-type]
+        self.methods: dict[str, Method] = {}
+        for name in self.RIGHTS:
+            method = control.method(name)
+            assert method is not None, name
+            run = functools.partial(self._run, name, method.run)
+            self.methods[name] = method._replace(run=run)
+
+    def _pause(self) -> None:
+        self.pauser.paused = True
+
+    def _resume(self) -> None:
+        self.pauser.paused = False
+
+    def _run(self, name: str, run: Callable[..., Any], **params: Any) -> Any:
+        """The method, held against the model."""
+        wanted = self._wanted(name, **params)
+        try:
+            result = run(**params)
+        except ControlError as error:
+            self._hold(wanted == error.code, name, params, error)
+            raise
+        except PyvmmError as error:
+            self._hold(wanted == "refused", name, params, error)
+            raise
+        except BaseException as error:
+            self._hold(False, name, params, error)
+            raise
+        if isinstance(result, dict) and isinstance(wanted, dict):
+            self._hold(wanted.items() <= result.items(), name, params, result)
+        else:
+            self._hold(False, name, params, result)
+        return result
+
+    def _hold(self, is_right: bool, *what: object) -> None:
+        if not is_right:
+            self._wrong.append(repr(what))
+
+    def _wanted(self, name: str, **params: Any) -> object:
+        if name == "disk.resize":
+            return self._resized(**params)
+        if name == "balloon.set":
+            if not 0 <= params["size"] <= self.MEMORY:
+                return "refused"
+            self.target = params["size"] & -4096
+            return {"size": self.target}
+        if name == "balloon.stats":
+            return {"target": self.target, "actual": 0, "resident": 12345, "memory": {}}
+        if name == "vsock.connect":
+            if not 0 <= params["port"] <= 0xFFFFFFFF:
+                return "refused"
+            return "paused" if self.pauser.paused else "not_ready"
+        is_paused = name == "pause" or (name == "status" and self.pauser.paused)
+        said: dict[str, Any] = {"state": "paused" if is_paused else "running"}
+        if name == "status":
+            disks = [
+                {"id": id, "path": path, "read_only": id == "disk1", "size": self.sizes[id]}
+                for id, path in ((id, os.path.join(_places().folder, id)) for id in self.sizes)
+            ]
+            said |= {"cpus": 1, "memory": self.MEMORY, "restarts": 0, "disks": disks}
+            said["devices"] = ["disk0", "disk1", "balloon", "vsock"]
+        return said
+
+    def _resized(self, disk: str, size: int | None = None, shrink: bool = False) -> object:
+        there = self.sizes.get(disk)
+        if there is None:
+            return "refused"
+        if size is None:
+            return {"size": there}
+        if not 0 < size < 1 << 63 or size % 512 or disk == "disk1":
+            return "refused"
+        if size < there and (not shrink or self.pauser.paused):
+            return "refused"
+        self.sizes[disk] = size
+        return {"size": size}
 
 
 class _Client:
@@ -209,6 +336,10 @@ class _Case:
             for right, most in (("exec", 32), ("control", _FEW), ("watch", _FEW))
         )
         self.methods = self._methods()
+        self.machine = None
+        if rng.random() < 0.1:
+            self.machine = _Machine(closing, self.wrong)
+            self.methods |= self.machine.methods
         self.server = ControlServer(exec_, self.methods.get, others)
         self.server._epoll = _Epoll(self.server._epoll)  # type: ignore[assignment]
         closing.callback(self._end)
@@ -316,6 +447,9 @@ class _Case:
             "some": rng.choice(({}, {"flag": False})),
             "count": rng.choice(({}, {"number": rng.randrange(4)})),
         }
+        if self.machine is not None and rng.random() < 0.6:
+            name = rng.choice(list(_Machine.RIGHTS))
+            good |= self._of_machine()
         params = dict(good.get(name, {}))
         if rng.random() < 0.4:
             params[rng.choice(("text", "number", "flag", "table", "other", "descriptors", ""))] = (
@@ -342,6 +476,25 @@ class _Case:
             data = data.ljust(size, b" ")
         count = rng.choice((1, 1, 2, MOST_DESCRIPTORS)) if rng.random() < 0.25 else 0
         return data.replace(b"\n", b" "), count
+
+    def _of_machine(self) -> dict[str, dict[str, Any]]:
+        rng = self.rng
+        sizes = (0, -512, 511, 512, 513, 4096, 4608, 65536, 1 << 63, (1 << 63) - 512, -(1 << 63))
+        resize: dict[str, Any] = {"disk": rng.choice(("disk0", "disk0", "disk0", "disk1", "disk2"))}
+        if rng.random() < 0.9:
+            resize["size"] = rng.choice(sizes[: rng.choice((8, 8, 11))])
+        if rng.random() < 0.5:
+            resize["shrink"] = rng.random() < 0.7
+        if resize.get("size") == (1 << 63) - 512:
+            resize["size"] = -1
+        most = _Machine.MEMORY
+        balloons = (0, 1, 4095, 4096, -1, most - 1, most, most + 1, 1 << 62)
+        ports = (0, 1, 1023, -1, 0xFFFFFFFF, 1 << 32, 1 << 62)
+        return {
+            "disk.resize": resize,
+            "balloon.set": {"size": rng.choice(balloons)},
+            "vsock.connect": {"port": rng.choice(ports)},
+        }
 
     def _broken(self, data: bytes) -> bytes:
         rng = self.rng
@@ -392,9 +545,8 @@ class _Case:
                 return error(id, "bad_request")
         if not method.needs.keys() <= params.keys():
             return error(id, "bad_request")
-        needed = {"change": 1, "count": 2, "some": 2 if params.get("flag", True) else 0}.get(
-            name, 0
-        )
+        rights = {"change": 1, "count": 2, "some": 2 if params.get("flag", True) else 0}
+        needed = rights.get(name, _Machine.RIGHTS.get(name, 0))
         if RIGHTS.index(client.right) < needed:
             return error(id, "forbidden")
         if name == "refuse" or (name == "later" and params.get("fails")):
@@ -403,6 +555,15 @@ class _Case:
             return error(id, "refused")
         if name in ("fail", "defect"):
             return error(id, "failed")
+        if name in _Machine.RIGHTS:  # what it says is held against the model when it says it
+
+            def of_machine(answer: dict[str, Any]) -> None:
+                codes = ("refused", "not_ready", "paused")
+                assert answer["id"] == id and ("error" not in answer) != (
+                    answer.get("error", {}).get("code") in codes
+                )
+
+            return of_machine
         result: dict[str, Any] = dict(params)
         if name == "count":
             result = {"count": descriptors}
