@@ -447,7 +447,7 @@ class _Case:
             "some": rng.choice(({}, {"flag": False})),
             "count": rng.choice(({}, {"number": rng.randrange(4)})),
         }
-        if self.machine is not None and rng.random() < 0.6:
+        if self.machine is not None and rng.random() < 0.85:
             name = rng.choice(list(_Machine.RIGHTS))
             good |= self._of_machine()
         params = dict(good.get(name, {}))
@@ -601,7 +601,7 @@ class _Case:
         client = self._some()
         if client is None or client.shut or client.over or client.behind:
             return
-        for _ in range(self.rng.choice((1, 1, 2, 5))):
+        for _ in range(self.rng.choice((1, 1, 2, 5)) if self.machine is None else 8):
             line, count = self.request()
             many = self.rng.random() < 0.02
             if many:
@@ -727,7 +727,7 @@ class _Case:
             *(self.turn, self.turn, self.turn, self.work, self.hear, self.half, self.hang_up),
             *(self.shut, self.rest, self.leave),
         )
-        for _ in range(self.rng.randint(4, 40)):
+        for _ in range(self.rng.randint(4, 40) if self.machine is None else 60):
             self.rng.choice(ways)()
         self.rest()
 

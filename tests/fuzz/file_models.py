@@ -149,12 +149,21 @@ def _texts(names: list[bytes]) -> list[str]:
     return [one for one in found if "\ufffd" not in one]
 
 
-def _sizes(size: int, block: int, most: int) -> tuple[int, ...]:
-    return (
-        *(0, 1, size - 1, size + 1, size - block, size + block, -(-size // block) * block),
-        *(59, 60, 61, MOST_PATH, MOST_PATH + 1, MOST_DIRECTORY, MOST_DIRECTORY + 1, most, most + 1),
-        *(12 * block, 12 * block + 1, (12 + block // 4) * block, (12 + block // 4) * block + 1),
-    )
+def _kind(mode: int) -> str:
+    names = {stat.S_IFREG: "file", stat.S_IFDIR: "directory", stat.S_IFLNK: "link"}
+    return names.get(stat.S_IFMT(mode), "other")
+
+
+def _sizes(mode: int, size: int, block: int, most: int) -> tuple[int, ...]:
+    """What the size of such a node may be at its edges."""
+    kind = _kind(mode)
+    near = (0, size - 1, size + 1)
+    if kind == "link":
+        return (*near, 1, 59, 60, 61, MOST_PATH, MOST_PATH + 1)
+    if kind == "directory":
+        return (*near, block - 1, block, size - block, MOST_DIRECTORY, MOST_DIRECTORY + 1)
+    several = (12 * block, 12 * block + 1, (12 + block // 4) * block, (12 + block // 4) * block + 1)
+    return (*near, most, most + 1, -(-size // block) * block, size + block, *several)
 
 
 # --- ext2, ext3, ext4 -----------------------------------------------------------------------------
@@ -220,7 +229,8 @@ class Ext(Model):
         self.raw(at, 128)
         mode = self.number("i_mode", at, 2, *MODES)
         size = self.number("i_size", at + 4, 4)
-        self.note("i_size", at + 4, 4, *_sizes(size, self.block, self.most))
+        edges = _sizes(mode, size, self.block, self.most)
+        self.note(f"{_kind(mode)} size", at + 4, 4, *edges)
         size += self.number("i_size_hi", at + 0x6C, 4, 1) << 32
         flags = self.number("i_flags", at + 0x20, 4)
         self.note("i_flags", at + 0x20, 4, *(flags ^ one for one in (0x80000, 0x10000000, 0x800)))
@@ -378,7 +388,7 @@ class Xfs(Model):
 
     def open(self) -> None:
         number = self.number
-        if self.raw(0, 4) != b"XFSB":
+        if number("magic", 0, 4, 0) != int.from_bytes(b"XFSB", "big"):
             raise Refused("magic")
         self.block = number("blocksize", 4, 4, 512, 1024, 65536)
         self.root_at = number("rootino", 56, 8, 0)
@@ -437,19 +447,21 @@ class Xfs(Model):
         form = self.number("di_format", at + 5, 1, 0, 1, 2, 3, 4)
         most = (self.inode_size - core) // 8
         fork = self.number("di_forkoff", at + 82, 1, 0, 1, most, most + 1)
+        self.note("di_magic", at, 2, 0)
         if raw[:2] != b"IN" or not 1 <= version <= 3 or core + 8 * fork > self.inode_size:
             raise Refused(f"inode {number}")
         if self.number("di_flags", at + 90, 2, 1) & 1:
             raise Refused("realtime")
+        mode = self.number("di_mode", at + 2, 2, *MODES)
         size = self.number("di_size", at + 56, 8)
-        self.note("di_size", at + 56, 8, *_sizes(size, self.block, self.most))
+        edges = _sizes(mode, size, self.block, self.most)
+        self.note(f"{_kind(mode)} size", at + 56, 8, *edges)
         end = at + core + 8 * fork if fork else at + self.inode_size
         room = end - at - core
         self.note("di_size", at + 56, 8, room, room + 1)
         extents = self.number("di_nextents", at + 76, 4, room // 16, room // 16 + 1, 0, 1)
         if version == 3 and self.number("di_flags2", at + 120, 8, 0x10, 8) & 0x10:
             extents = self.number("di_big_nextents", at + 24, 8, room // 16, room // 16 + 1, 0)
-        mode = self.number("di_mode", at + 2, 2, *MODES)
         return Node(mode, size, (at + core, end, form, extents))
 
     def inline(self, node: Node) -> int:
@@ -658,6 +670,7 @@ class Btrfs(Model):
 
         self.kept: set[int] = set()
         self.chunks: set[tuple[int, int, int]] = set()
+        self.note("magic", 0x10000 + 64, 8, 0)
         if self.raw(0x10000 + 64, 8) != b"_BHRfS_M":
             raise Refused("magic")
         flags = sb("incompat_flags", 188, 8)
@@ -809,8 +822,9 @@ class Btrfs(Model):
     def inode(self, tree: tuple[int, int], number: int) -> Node:
         at = self.item(tree, number, 1, 160)
         size = self.number("inode size", at + 16, 8)
-        self.note("inode size", at + 16, 8, *_sizes(size, 4096, self.most))
         mode = self.number("inode mode", at + 52, 4, *MODES)
+        edges = _sizes(mode, size, 4096, self.most)
+        self.note(f"{_kind(mode)} size", at + 16, 8, *edges)
         return Node(mode, size, (*tree, number))
 
     def named(self, at: int, size: int) -> Iterator[tuple[bytes, _Key]]:
@@ -1076,9 +1090,10 @@ class Fat(Model):
             cluster = self.number("cluster_lo", at + 26, 2, 0, 1, 2)
             high = self.number("cluster_hi", at + 20, 2, 1)
             cluster += high << 16 if self.width == 4 else 0
-            size = self.number("size", at + 28, 4)
-            self.note("size", at + 28, 4, *_sizes(size, self.cluster, self.most))
             mode = 0o040755 if attributes & 16 else 0o100644
+            size = self.number("size", at + 28, 4)
+            edges = _sizes(mode, size, self.cluster, self.most)
+            self.note(f"{_kind(mode)} size", at + 28, 4, *edges)
             name = name or (f"{stem}.{end}" if end else stem)
             found.append((name, Node(mode, size, (cluster,))))
         return found

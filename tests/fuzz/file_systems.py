@@ -296,6 +296,21 @@ def _usual(form: str, path: str) -> dict[str, list[Noted]]:
     return _by_name(model)
 
 
+@functools.cache
+def _edges(form: str) -> list[dict[str, list[tuple[Noted, int]]]]:
+    """Each kind of edge that its numbers have: by the paths for which they are looked at, which
+    numbers those are, and the value."""
+    found: dict[object, dict[str, list[tuple[Noted, int]]]] = {}
+    for path in _image(form).paths:
+        for named in _usual(form, path).values():
+            for one in named:
+                for place, value in enumerate(one.edges):
+                    if 0 <= value < 1 << 8 * one.size:
+                        kind = one.name, len(one.edges), place
+                        found.setdefault(kind, {}).setdefault(path, []).append((one, value))
+    return list(found.values())
+
+
 def _by_name(model: Model) -> dict[str, list[Noted]]:
     found: dict[str, list[Noted]] = {}
     for one in model.noted or ():
@@ -334,7 +349,16 @@ def _file_system(rng: Random, note: list[str]) -> None:
         most = max(0, len(image.files[path]) - rng.randrange(-1, 2))
     changes: list[_Change] = []
     noted = _usual(form, path)
-    for number in range(rng.choice((0, 1, 1, 1, 1, 2, 3))):
+    if rng.random() < 0.6:  # one edge, all as often
+        by_path = rng.choice(_edges(form))
+        path = rng.choice(list(by_path))
+        there = by_path[path]
+        one, value = rng.choice((there[0], there[-1], rng.choice(there)))
+        changes.append(_Change(one.at, value.to_bytes(one.size, one.order)))  # type: ignore[arg-type]
+        noted = _usual(form, path)
+        if path not in image.files:
+            most = _MOST
+    for number in range(len(changes), rng.choice((0, 1, 1, 1, 1, 2, 3))):
         if number and rng.random() < 0.5:
             _, model = _wanted(image, changes, path, _BUDGET, most, noting=True)
             noted = _by_name(model) or noted
