@@ -93,8 +93,7 @@ class _Client:
         self.socket.connect(f"{_places().folder}/{'own' if owner_only else 'others'}")
         self.sent = b""
         self.lent: list[tuple[int, int]] = []  # where, and which file
-        self.most_at_once = 0
-        self.is_closed = False
+        self.is_closed = self.is_shut = self.was_heard = False
         self.state = "comes"
 
     def send(self, data: bytes, lent: list[int]) -> None:
@@ -105,7 +104,6 @@ class _Client:
         with suppress(BlockingIOError, BrokenPipeError, ConnectionResetError):
             done = self.socket.sendmsg([data], rights if lent else [])
             self.lent += [(len(self.sent), places.inodes[n]) for n in lent]
-            self.most_at_once = max(self.most_at_once, len(lent))
             self.sent += data[:done]
 
     def heard(self) -> bytes | None:
@@ -210,7 +208,7 @@ class _Hall:
                 self.connect()
 
     def speak(self) -> None:
-        there = [one for one in self.clients if not one.is_closed and one.state != "shut"]
+        there = [one for one in self.clients if not (one.is_closed or one.is_shut)]
         if not there:
             return
         client = self.rng.choice(there[-3:] if self.rng.random() < 0.5 else there)
@@ -242,7 +240,8 @@ class _Hall:
             self.note.append(f"{client.number} goes")
             if self.rng.random() < 0.5:
                 client.close()
-            elif client.state != "shut":
+            else:
+                client.is_shut = True
                 with suppress(OSError):
                     client.socket.shutdown(socket.SHUT_WR)
 
@@ -278,6 +277,7 @@ class _Hall:
             if is_client and not has_room:
                 self._is_refused(client, "there are many clients already")
         elif heard is not None and who is not None and fd not in self.broker._clients:
+            who.was_heard = heard.said == who.sent  # nothing unread takes an answer along
             if who.state == "waits":
                 who.state = "passed or refused"
             line, end, _ = heard.said.partition(b"\n")
@@ -296,6 +296,7 @@ class _Hall:
         assert told is not None
         answer = json.loads(told)
         assert answer["error"] == {"code": "busy", "message": why}, answer
+        client.state = "refused"
 
     def take(self) -> None:
         """The monitor takes a connection."""
@@ -381,6 +382,8 @@ class _Hall:
                 continue
             told = client.heard()
             assert told is not None, f"{client.number} is neither heard nor turned away"
+            if client.was_heard and not (client.is_shut or self.is_gone or len(client.lent) > MOST):
+                assert told, f"{client.number} is left without a word"
             if told:
                 assert json.loads(told)["error"]["code"] == "busy"
                 why = json.loads(told)["error"]["message"]
