@@ -49,7 +49,8 @@ from pyvmm.testing.mmio_driver import Ring
 HANG = 60.0
 MONITOR, SOMEBODY = 4_000_001, 4_000_002  # processes
 LONGEST = 65536
-ASKS = (b'"disk.add"', b'"net.add"', b'"share.add"')
+# What may open a file; JSON has escapes for each of its characters.
+ASKS = (b'"disk.add"', b'"net.add"', b'"share.add"', *(rb"\u00%d" % digit for digit in range(8)))
 WAITING, WORKERS = {True: 32, False: 8}, {True: 8, False: 2}  # by whether a door is its owner's
 
 
@@ -215,6 +216,8 @@ class _Hall:
         rng = self.rng
         method = rng.choice(("disk.add", "net.add", "share.add", "status", "disk.remove", "add"))
         line = json.dumps({"version": 1, "id": 7, "method": method}).encode()
+        if rng.random() < 0.1:
+            line = line.replace(b"add", rng.choice((rb"\u0061dd", rb"a\u0064d", rb"\u0161dd")))
         kind = rng.random()
         if kind < 0.04:
             size = rng.choice((LONGEST - 1, LONGEST, LONGEST + 1, LONGEST + 300)) - len(client.sent)
@@ -454,7 +457,7 @@ class _Asked:
         memory = os.memfd_create("state")
         user = (os.geteuid(), os.getegid()) if rng.random() < 0.4 else None
         state = State(
-            *(str(place), "web", user, False, MONITOR, 5.0, theirs.detach(), "nothing", [], ()),
+            *(str(place), "web", user, False, MONITOR, 5.0, -1, theirs.detach(), "nothing", [], ()),
             *([], self.named, self.files, []),
         )
         self.follows = user is None
