@@ -73,6 +73,7 @@ from pyvmm.testing.mmio_driver import (
 from pyvmm.testing.pci_driver import (
     CAP_EXPRESS,
     COMMAND,
+    ISR_CFG,
     PCI_CFG,
     MockLine,
     PciDriver,
@@ -398,7 +399,6 @@ class Case:
         self.workers.scarce, clean = True, self.clean
         with self.shortage.lasting():
             way()
-            self._collect_writable()  # of a packed ring the device overwrites what it takes
             self.workers.pump()
         # The device may have failed, and what it does now is to be lawful all the same.
         self.clean = clean and not self.status & NEEDS_RESET and way != self.start
@@ -545,8 +545,12 @@ class Case:
     def _speak_pci(self, driver: PciDriver) -> None:
         rng = self.rng
         value = rng.choice(VALUES)
-        way = rng.randrange(8)
-        if way < 3:
+        way = rng.randrange(10)
+        if way == 8:
+            assert driver.registers.read(driver.access(ISR_CFG, 0), 1) in (*range(4), 0xFF)
+        elif way == 9:
+            self._overstep(driver)
+        elif way < 3:
             offset, width = rng.choice(_COMMON)
             assert 0 <= driver.field((offset, width)) < 1 << 8 * width
             if way:
@@ -567,6 +571,14 @@ class Case:
             driver.write_config(COMMAND, 2, rng.choice((0, 2, 4, 6, 0x406)))
         else:
             driver.place(WINDOW + rng.choice((0, 0x10_0000, 0x0FF0_0000, 0x1000_0000)))
+
+    def _overstep(self, driver: PciDriver) -> None:
+        """Accesses to what is only read, or where nothing is."""
+        table = driver.msix.offset
+        place = self.rng.choice((table, table + driver.msix.length, 0x3FF0, 0x7FF8, 0xFFF0))
+        size = self.rng.choice((1, 2, 4, 8))
+        driver.registers.write(place, size, self.rng.getrandbits(8 * size))
+        assert 0 <= driver.registers.read(place, size) < 1 << 8 * size
 
     def number(self, size: int) -> int:
         """A number of `size` bytes, likely one that is nearly right."""

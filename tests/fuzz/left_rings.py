@@ -257,6 +257,7 @@ class _Case:
     def _go_on(self) -> None:
         """A back end has the rings anew; with what it is told, and its notes."""
         tells = self.keeps_notes or all(ring.in_order for ring in self.rings)
+        self._wait_for_a_back_end()
         if self.has_failed:
             assert not tells, f"it failed without need: {self.front.driver.log}"
             self._check_untouched()
@@ -272,6 +273,17 @@ class _Case:
                 ring.at = base + len(ring.taken) & 0xFFFF
         if self.may_fail:  # some are lost, and others come twice: nobody could see that
             self.begin()
+
+    def _wait_for_a_back_end(self) -> None:
+        """Until it has all rings: on a slow machine one may be given up for being slow."""
+        device = self.device
+
+        def has_all() -> bool:
+            link = device._session
+            rings = [device._away.get(index) for index in range(QUEUES)]
+            return link is not None and link is device._link and rings == [link] * QUEUES
+
+        self.front.until(lambda: self.has_failed or has_all())
 
     def _found(self, index: int, ring: _Served) -> list[int]:
         """What the next back end finds in the notes, which it tidies up."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import select
 import signal
 import socket
 import struct
@@ -73,10 +74,23 @@ class _Lent:
         self.files = {
             "memory": self.memory.fd,
             "eventfd": self.eventfd.fd,
+            "blocking": os.eventfd(0, os.EFD_CLOEXEC),  # to read and to write would be to wait
+            "full": os.eventfd(0, os.EFD_CLOEXEC),
             "pipe": os.pipe()[0],
             "file": os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC),
             "folder": os.open("/", os.O_RDONLY | os.O_CLOEXEC),
         }
+
+    def fill(self) -> None:
+        """What a case has taken out of the counter that is full."""
+        fd = self.files["full"]
+        poll = select.poll()
+        poll.register(fd, select.POLLIN | select.POLLOUT)
+        happened = dict(poll.poll(0)).get(fd, 0)
+        if happened & select.POLLOUT:
+            if happened & select.POLLIN:
+                os.eventfd_read(fd)
+            os.eventfd_write(fd, U64 - 1)
 
 
 _lent = functools.cache(_Lent)
@@ -135,7 +149,8 @@ def _message(rng: Random) -> _Said:
     payload = _payload(rng, request)
     usual = {"SET_MEM_TABLE": len(payload) // 32, "ADD_MEM_REG": 1, "SET_INFLIGHT_FD": 1}
     is_ring = "VRING" in request.name and request.layout is protocol.U64
-    kinds = ["memory" if request.name in usual else "eventfd"]
+    eventfd = rng.choice(("eventfd", "eventfd", "eventfd", "blocking", "full"))
+    kinds = ["memory" if request.name in usual else eventfd]
     kinds *= usual.get(request.name, int(is_ring))
     if not rng.randrange(10):
         payload = payload[: rng.randint(0, len(payload))] + rng.randbytes(rng.randrange(9))
@@ -160,13 +175,15 @@ def _beginning(rng: Random, ring: Ring) -> Iterator[_Said]:
         yield front_end.SET_VRING_BASE, 9, struct.pack("=II", index, base), []
         yield front_end.SET_VRING_ADDR, 9, struct.pack("=IIQQQQ", index, 0, *places, 0), []
         for number in (front_end.SET_VRING_CALL, front_end.SET_VRING_KICK):
-            yield number, 9, struct.pack("=Q", index), ["eventfd"]
+            eventfd = rng.choice(("eventfd", "eventfd", "eventfd", "blocking", "full"))
+            yield number, 9, struct.pack("=Q", index), [eventfd]
         yield front_end.SET_VRING_ENABLE, 9, struct.pack("=II", index, 1), []
 
 
 def back_end_case(rng: Random, ring: Ring) -> int:
     """A front end says anything; how many messages it was."""
     lent, said = _lent(), list[str]()
+    lent.fill()
     threads = threading.active_count()
     # Of a split ring: so many chains are available.
     lent.memory.write(2 * 4096 + 2, bytes([rng.randrange(20)]))
