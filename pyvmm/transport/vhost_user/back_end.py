@@ -360,7 +360,7 @@ class BackEnd:
             return
         states = self.negotiation.suspend()
         for index in self._running:
-            state = states[index]
+            state = states[index] if states else None  # none, if it failed before it had queues
             if state is not None:
                 self.vrings[index].left(state)
         self._running = set()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import struct
 import threading
+from typing import NoReturn
 
 import pytest
 from vhost_user_rig import HOLE_END, MIB, Echo, connected, started
 
+from pyvmm.errors import HostError
 from pyvmm.host.files import open_image
 from pyvmm.host.syscalls import EventFd
 from pyvmm.memory import GuestMemory
@@ -42,6 +45,7 @@ from pyvmm.testing.vhost_user_driver import (
 )
 from pyvmm.virtio.blk.backend import FileBackend
 from pyvmm.virtio.blk.device import BlockDevice
+from pyvmm.virtio.lifecycle import Lifecycle
 from pyvmm.virtio.rng.device import EntropyDevice
 
 VERSION_1 = 1 << 32
@@ -410,3 +414,15 @@ def test_a_part_that_is_not_configuration_space_is_answered_with_nothing(offset,
         with pytest.raises(Refused):
             rig.driver.tell(SET_CONFIG, payload)
         assert rig.echoes()
+
+
+def test_a_ring_that_never_came_up_can_be_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device failed before it had queues; the front end asks where the ring stands."""
+
+    def fail(*_: object) -> NoReturn:
+        raise HostError(errno.ENOMEM, "a ring")
+
+    monkeypatch.setattr(Lifecycle, "_build_queues", fail)
+    with started() as rig:
+        rig.driver.stop()
+    assert rig.error is None
