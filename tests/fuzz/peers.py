@@ -446,13 +446,11 @@ def _steps(rng: Random, one: rig.Front, back_end: Fake, said: list[str]) -> Iter
             back_end.bases[index] += rng.choice((1, 2, 1 << 15))
 
     def pause() -> None:
-        """The machine stands still meanwhile, and may begin anew before it goes on."""
+        """The machine stands still meanwhile."""
         queues = one.driver.transport.negotiation.active_queues
         for queue in queues:
             queue.lock.acquire()
         back_end.die()
-        if rng.random() < 0.5:
-            driver.reset()
         for queue in queues:
             queue.lock.release()
 
