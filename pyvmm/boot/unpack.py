@@ -104,13 +104,15 @@ def _stream(one: Any, payload: bytes) -> Callable[[], bytes]:
 
     def following() -> bytes:
         nonlocal rest
-        if one.eof:
-            return b""
-        if one.needs_input and not rest:
-            raise EOFError(_CUT_OFF)
-        given, rest = rest, b""
-        piece: bytes = one.decompress(given, _CHUNK)
-        return piece
+        # A piece may be empty before the end: how the last full one ended is known by the next call.
+        while not one.eof:
+            if one.needs_input and not rest:
+                raise EOFError(_CUT_OFF)
+            given, rest = rest, b""
+            piece: bytes = one.decompress(given, _CHUNK)
+            if piece:
+                return piece
+        return b""
 
     return following
 

@@ -86,6 +86,22 @@ def test_damaged_payload(tmp_path: Path, way: str) -> None:
     assert "damaged" in text or "not an ELF" in text
 
 
+@pytest.mark.parametrize("way", ["gzip", "xz", "lzma", "bzip2"])
+def test_a_payload_that_ends_with_a_whole_piece_is_cut_off_all_the_same(
+    tmp_path: Path, way: str
+) -> None:
+    """Without its last bytes it has given all that it unpacks to: 1 MiB, one piece."""
+    pack = {"gzip": gzip.compress, "bzip2": bz2.compress}.get(way)
+    forms = {"xz": lzma.FORMAT_XZ, "lzma": lzma.FORMAT_ALONE}
+    payload = pack(bytes(MIB)) if pack else lzma.compress(bytes(MIB), format=forms[way])
+    (tmp_path / "kernel").write_bytes(payload)
+    with ImageFile(str(tmp_path / "kernel"), "--kernel") as kernel:
+        assert sum(map(len, unpack(kernel, payload))) == MIB
+        for cut in (1, 4, 8):
+            with pytest.raises(ConfigError, match="is cut off"):
+                list(unpack(kernel, payload[:-cut]))
+
+
 def test_payload_outside_the_file(tmp_path: Path) -> None:
     payload = compressed("gzip")
     for length in (0, 1 << 30, 0xFFFF_FFFF):
