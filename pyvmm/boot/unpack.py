@@ -104,7 +104,7 @@ def _stream(one: Any, payload: bytes) -> Callable[[], bytes]:
 
     def following() -> bytes:
         nonlocal rest
-        # A piece may be empty before the end: how the last full one ended is known by the next call.
+        # A piece may be empty before the end: whether that has come the next call knows.
         while not one.eof:
             if one.needs_input and not rest:
                 raise EOFError(_CUT_OFF)
