@@ -112,7 +112,7 @@ def check(spec: Spec) -> Spec:
     longest = _PATH_BYTES - LONGEST_SUFFIX  # room for the sockets that the guest connects to
     if len(os.fsencode(spec.path)) > longest:
         raise ConfigError(
-            f"the path {spec.path} is too long for a socket",
+            f"the path {spec.path!r:.100} is too long for a socket",
             cure=f"use at most {longest} bytes",
             option=_FLAG,
         )
