@@ -114,7 +114,7 @@ class Pump:
 
     def signal(self) -> None:
         self.case.driver.notify(self.index)
-        self.case.workers.pump()
+        self.case.pump()
 
 
 class Case:
@@ -399,7 +399,7 @@ class Case:
         self.workers.scarce, clean = True, self.clean
         with self.shortage.lasting():
             way()
-            self.workers.pump()
+            self.pump()
         # The device may have failed, and what it does now is to be lawful all the same.
         self.clean = clean and not self.status & NEEDS_RESET and way != self.start
 
@@ -604,6 +604,12 @@ class Case:
             kept.view[:] = region.view
 
     # --- what must hold --------------------------------------------------------------------------
+
+    def pump(self) -> None:
+        """The workers' turn, at which nobody looks."""
+        if self.ring == "packed":  # what a device returns lies over the descriptors that it took
+            self._collect_writable()
+        self.workers.pump()
 
     def turn(self) -> None:
         """The device's turn; then everything is looked at."""
