@@ -136,8 +136,8 @@ class InMonitor(ABC):
         self._remove("share", share, timeout, force)
 
     def _add(self, kind: str, value: Any, *, patience: float = PATIENCE) -> str:
-        from pyvmm.control import given
         from pyvmm.kinds import registry
+        from pyvmm.monitor import given
         from pyvmm.spec import tables
 
         [spec] = registry.read(kind, value)

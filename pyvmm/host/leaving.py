@@ -10,13 +10,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from functools import wraps
 from types import FrameType
-from typing import ParamSpec
-
-P = ParamSpec("P")
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LEFT_ALONE = (signal.default_int_handler, signal.SIG_DFL)
@@ -75,21 +71,6 @@ def _raise_again(number: int) -> None:
 
     signal.signal(number, raise_left)
     Thread(target=wait, daemon=True).start()
-
-
-def ended_by_signals(run: Callable[P, int]) -> Callable[P, int]:
-    """`run`, which returns an exit code, within `leaving_by_signal`: that of a signal that ends
-    it."""
-
-    @wraps(run)
-    def ended(*args: P.args, **options: P.kwargs) -> int:
-        try:
-            with leaving_by_signal():
-                return run(*args, **options)
-        except Left as left:
-            return left.code
-
-    return ended
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from pyvmm.errors import ConfigError
@@ -96,6 +96,47 @@ def with_paths(spec: VmSpec, change: Callable[[str], str]) -> VmSpec:
         devices=tuple(registry.with_paths(device, change) for device in spec.devices),
         trace_file=None if spec.trace_file is None else change(spec.trace_file),
     )
+
+
+def given_by(spec: VmSpec) -> list[str]:
+    """What `spec` is to be given of this machine, a text for each: paths from the root, taps."""
+    found: list[str] = []
+
+    def note(path: str) -> str:
+        found.append(absolute(path))
+        return path
+
+    with_paths(replace(spec, disks=(), devices=()), note)
+    for part in spec.parts:
+        found += given_of(part)
+    return found
+
+
+def given_of(part: DiskSpec | DeviceSpec) -> Iterator[str]:
+    """The same of `part`, a disk or another device."""
+    paths: list[str] = []
+
+    def note(path: str) -> str:
+        paths.append(absolute(path))
+        return path
+
+    registry.with_paths(part, note)
+    # Of a directory or a back end all counts: whether it may be written to, above all.
+    how = ""
+    if registry.KINDS[part.kind].lends_files:
+        how = "to be read" if getattr(part, "read_only", False) else "to be written"
+    for path in paths:
+        yield f"{path} {how}".rstrip()
+    if tap := getattr(part, "tap", ""):
+        yield f"the tap {tap}"
+
+
+def absolute(path: str) -> str:
+    """Where `path` is from the current directory, if that is there."""
+    try:
+        return os.path.abspath(path)
+    except OSError:
+        return path
 
 
 def _changed_kernel(kernel: str, change: Callable[[str], str]) -> str:

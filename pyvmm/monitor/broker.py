@@ -256,7 +256,7 @@ def _work(client: _Client, keeper: int, user: OtherUser | None, place: str) -> N
             user.become()
         end_with(keeper)  # which a process that becomes another user's forgets
 
-    from pyvmm.control import given
+    from pyvmm.monitor import given
 
     listed = -1
 

@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from pyvmm.control import given
 from pyvmm.emulated_host import (
     OWN_MEMORY_MIB,
     EmulatedHost,
@@ -28,7 +27,7 @@ from pyvmm.host import log, own_python
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.kinds import registry
 from pyvmm.kinds.border import Border, Crossing
-from pyvmm.kinds.vm_spec import to_json, with_paths
+from pyvmm.kinds.vm_spec import absolute, to_json, with_paths
 from pyvmm.machine.board.registry import is_foreign, uname_of
 from pyvmm.machine.builder import check_boot
 from pyvmm.machine.outcome import Ending
@@ -71,7 +70,7 @@ def run_emulated(
     locked by this process until it has gone.
     """
     with ExitStack() as closing:
-        described = to_json(with_paths(spec, given.absolute))
+        described = to_json(with_paths(spec, absolute))
         if not spec.restored_from:
             check_boot(spec)
         crossings = _cross(spec, closing)

@@ -110,7 +110,7 @@ class Plugging(Closable):
     # --- a device comes ---------------------------------------------------------------------------
 
     def _add(self, plugs: Plugs, kind: str, value: Any) -> Any:
-        from pyvmm.control import given
+        from pyvmm.monitor import given
 
         specs = registry.read(kind, value)
         if len(specs) != 1:

@@ -191,7 +191,7 @@ class Hotplug(Closable):
             spec = self._checked(kind, spec)
             device = self._devices.open(spec)
             if not (self._is_inside or self._devices.opens_nothing()):
-                from pyvmm.control import given
+                from pyvmm.monitor import given
 
                 given.add_to(self._name, spec)
             if described is not None:

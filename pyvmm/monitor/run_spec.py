@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 from pyvmm.control import registry
 from pyvmm.errors import ConfigError, PyvmmError
@@ -23,8 +24,24 @@ if TYPE_CHECKING:
     from pyvmm.monitor.cgroup import Group
     from pyvmm.monitor.confine import Confinement
 
+P = ParamSpec("P")
 
-@leaving.ended_by_signals
+
+def ended_by_signals(run: Callable[P, int]) -> Callable[P, int]:
+    """`run`, which returns an exit code: that of a signal that ends it."""
+
+    @wraps(run)
+    def ended(*args: P.args, **options: P.kwargs) -> int:
+        try:
+            with leaving.leaving_by_signal():
+                return run(*args, **options)
+        except leaving.Left as left:
+            return left.code
+
+    return ended
+
+
+@ended_by_signals
 def run_spec(
     spec: VmSpec,
     kvm: str = "auto",
@@ -60,7 +77,7 @@ def run_spec(
         on_name(registration.name)
         with _changes_kept(spec, "" if rm else image or "") as spec:
             if registration.listener is not None:
-                from pyvmm.control import given
+                from pyvmm.monitor import given
 
                 with suppress(OSError):  # then no snapshot can be taken
                     given.begin(registry.given_at(registration.path), spec)

@@ -19,13 +19,13 @@ from collections.abc import Callable, Iterable, Iterator
 from threading import Thread
 from typing import Any
 
-from pyvmm.control import given, snapshot_store
+from pyvmm.control import snapshot_store
 from pyvmm.control.protocol import Upgrade
 from pyvmm.errors import ConfigError, HostError, PyvmmError
 from pyvmm.host import log
 from pyvmm.host.unix_sockets import Socket
 from pyvmm.kinds import registry
-from pyvmm.kinds.vm_spec import to_json, with_paths
+from pyvmm.kinds.vm_spec import absolute, to_json, with_paths
 from pyvmm.machine import saved_machine
 from pyvmm.machine.machine import Machine
 from pyvmm.machine.outcome import Ending, Outcome
@@ -132,7 +132,7 @@ class _Sender:
     def _send_all(self) -> None:
         machine, spec = self._machine, self._described()
         if self._kvm == "host":
-            spec = with_paths(spec, given.absolute)  # who stores it may be elsewhere
+            spec = with_paths(spec, absolute)  # who stores it may be elsewhere
         check(spec)  # again, as devices may have come since
         prepared = machine.parts.prepared
         snapshot_id = os.urandom(16).hex()

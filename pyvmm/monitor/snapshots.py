@@ -271,7 +271,7 @@ class _Receiver(Closable):
 
     def check(self, spec: VmSpec) -> None:
         """Raise ConfigError if it says that it has more of this machine than it was given."""
-        from pyvmm.control import given
+        from pyvmm.monitor import given
 
         given.check(self._vm, spec)
 

@@ -18,7 +18,7 @@ from pyvmm.host.box import USER
 from pyvmm.kvm.system import Kvm
 
 SAFETY_TIMEOUT = 60
-MOST_CLIMBS = 9
+MOST_CLIMBS = 10  # one for the list of what a VM is given: decision 0790
 
 # mov dx,0x3f8; mov al,"x"; out dx,al; mov al,0xfe; out 0x64,al; jmp back: prints and resets
 RESETS = bytes.fromhex("66baf803 b078 ee b0fe e664 ebfa")

@@ -94,9 +94,9 @@ with interrupts.raised():
 def test_one_that_a_callback_swallows_comes_again_where_there_is_something_to_clean_up() -> None:
     lost = """
 import signal, sys, time, weakref
-from pyvmm.host import leaving
+from pyvmm.monitor.run_spec import ended_by_signals
 class Object: pass
-@leaving.ended_by_signals
+@ended_by_signals
 def run():
     held = Object()
     reference = weakref.ref(held, lambda _: signal.raise_signal(signal.SIGTERM))
@@ -116,7 +116,8 @@ def test_one_more_ends_it_on_the_spot_and_one_in_a_bad_moment_waits() -> None:
     again = """
 import signal, sys
 from pyvmm.host import leaving
-@leaving.ended_by_signals
+from pyvmm.monitor.run_spec import ended_by_signals
+@ended_by_signals
 def run():
     try:
         with leaving.undisturbed():

@@ -9,14 +9,13 @@ box can write no file.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from pyvmm.control import registry as running
 from pyvmm.errors import ConfigError
-from pyvmm.kinds import registry, vm_spec
-from pyvmm.spec.record import replace
+from pyvmm.kinds.vm_spec import given_by, given_of
 
 if TYPE_CHECKING:
     from pyvmm.spec.vm import DeviceSpec, DiskSpec, VmSpec
@@ -30,7 +29,7 @@ def begin(path: str, spec: VmSpec) -> None:
         os.unlink(path)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        os.write(fd, _lines(names(spec)))
+        os.write(fd, _lines(given_by(spec)))
     finally:
         os.close(fd)
 
@@ -42,7 +41,7 @@ def open_list(path: str) -> int:
 
 def add(fd: int, part: DiskSpec | DeviceSpec) -> None:
     """Add what `part`, a disk or another device that has come, has. Raises OSError."""
-    os.write(fd, _lines(_of_part(part)))
+    os.write(fd, _lines(given_of(part)))
 
 
 def add_to(vm: str, part: DiskSpec | DeviceSpec) -> None:
@@ -67,52 +66,12 @@ def check(vm: str, spec: VmSpec) -> None:
         raise ConfigError(
             f"nobody knows what {vm} was given: {path}: {error.strerror}", cure="start it anew"
         ) from None
-    for name in names(spec):
+    for name in given_by(spec):
         if _line(name) not in there:
             raise ConfigError(
                 f"{vm} says that it has {name}, and was not given that",
                 cure="end it, and look at what it has said: somebody may have taken it over",
             )
-
-
-def absolute(path: str) -> str:
-    """Where `path` is from the current directory, if that is there."""
-    try:
-        return os.path.abspath(path)
-    except OSError:
-        return path
-
-
-def names(spec: VmSpec) -> list[str]:
-    """Of this machine: what `spec` is to be given."""
-    found: list[str] = []
-
-    def note(path: str) -> str:
-        found.append(absolute(path))
-        return path
-
-    vm_spec.with_paths(replace(spec, disks=(), devices=()), note)
-    for part in spec.parts:
-        found += _of_part(part)
-    return found
-
-
-def _of_part(part: DiskSpec | DeviceSpec) -> Iterator[str]:
-    paths: list[str] = []
-
-    def note(path: str) -> str:
-        paths.append(absolute(path))
-        return path
-
-    registry.with_paths(part, note)
-    # Of a directory or a back end all counts: whether it may be written to, above all.
-    how = ""
-    if registry.KINDS[part.kind].lends_files:
-        how = "to be read" if getattr(part, "read_only", False) else "to be written"
-    for path in paths:
-        yield f"{path} {how}".rstrip()
-    if tap := getattr(part, "tap", ""):
-        yield f"the tap {tap}"
 
 
 def _lines(names: Iterable[str]) -> bytes:
