@@ -276,7 +276,8 @@ def members(node: ast.ClassDef) -> set[str]:
 
 
 def test_a_cloud_image_that_is_named_and_not_there_is_not_made(tmp_path: Path) -> None:
-    make = ["make", "-o", ".stamps/dev", "-o", ".stamps/system", "cloud", f"IMAGE={tmp_path}/no"]
+    make = ["make", "--no-print-directory", "-o", ".stamps/dev", "-o", ".stamps/system"]
+    make += ["cloud", f"IMAGE={tmp_path}/no"]
     done = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stdout) == (
         2,
