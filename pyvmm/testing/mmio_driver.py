@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from select import select as wait_readable
+from select import POLLIN, poll
 from threading import Condition, Thread
 from typing import Literal, Protocol
 
@@ -92,8 +92,10 @@ class IrqFd(Closable):
         self._thread.start()
 
     def _relay(self) -> None:
+        waiting = poll()
+        waiting.register(self.eventfd, POLLIN)
         while True:
-            wait_readable([self.eventfd], [], [])
+            waiting.poll()
             if self._stopping:
                 return
             if self.eventfd.drain():
