@@ -104,6 +104,7 @@ def test_what_a_killed_vm_has_left_is_removed(kvm: Kvm, tmp_path: Path) -> None:
         files = sorted((tmp_path / "runtime/pyvmm").iterdir())
         assert [file.name for file in files if file.name != "logs"] == [
             ".lock",
+            "killed.given",
             "killed.left",
             "killed.sock",
         ]
