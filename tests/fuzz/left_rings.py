@@ -262,7 +262,7 @@ class _Case:
             self.begin()  # a slow machine
             return
         if self.has_failed:
-            assert not tells, f"it failed without need: {self.front.driver.log}"
+            assert not tells, f"it failed without need: {self.front.driver.log} {self.front.lines}"
             self._check_untouched()
             self.begin()
             return
