@@ -25,6 +25,7 @@ _HOST_FAILURES = (
     errno.ENFILE,
     errno.ENOMEM,
 )
+_NO_THREAD = "can't start new thread"  # all that Python says of pthread_create's EAGAIN
 
 
 def explain(error: Exception) -> int:
@@ -41,6 +42,8 @@ def explain(error: Exception) -> int:
         code, text = 2, "the current directory has been removed; cd to another one"
     elif isinstance(error, OSError) and error.errno in _HOST_FAILURES:
         text = f"{error.filename or 'writing the output'}: {error.strerror}"
+    elif isinstance(error, RuntimeError) and str(error) == _NO_THREAD:
+        text = f"{_NO_THREAD}; raise the limit of processes: ulimit -u, or pids= of --cgroup"
     else:
         code = 70  # EX_SOFTWARE
         text = (

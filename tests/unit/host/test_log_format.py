@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -137,6 +138,18 @@ def test_what_the_host_fails_is_told_apart_from_what_the_guest_does_wrong(
     finally:
         log.forget(observe)
     assert heard == [("disk0", "io"), ("disk0", "")]
+
+
+def test_a_machine_that_gives_no_thread_is_no_defect(lines: Lines) -> None:
+    before = threading.stack_size(1 << 46)  # bytes, which no address space has
+    try:
+        with pytest.raises(RuntimeError) as met:
+            threading.Thread(target=bool).start()
+    finally:
+        threading.stack_size(before)
+    assert explain(met.value) == 1
+    [record] = records(lines)
+    assert str(record["message"]).endswith("ulimit -u, or pids= of --cgroup")
 
 
 def test_a_long_message_has_its_two_ends(
